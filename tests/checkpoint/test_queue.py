@@ -321,3 +321,15 @@ async def test_a_lost_run_that_is_given_back(store: Any) -> None:
     assert await claim(store) == []
     await submit(store, "s")
     assert await claim(store, p=RunLimits(max_runs=1)) == ["s"]
+
+
+async def test_a_budget_of_a_queued_run_outlives_its_first_owner(store: Any) -> None:
+    """A budget that was set while the run was queued holds for every owner of the run, not only for the first."""
+    await submit(store, "r")
+    assert await store.set_budget("r", {"max_tokens_total": 5})
+    await claim(store)
+    for _ in range(2):
+        session = await open_claimed(store, "r")
+        assert session.control.budget == {"max_tokens_total": 5}
+        await finish(session, "INTERRUPTED")
+        assert await claim(store) == ["r"]

@@ -172,7 +172,7 @@ async def test_end_hooks_that_may_not_have_been_told(store: Store) -> None:
     store.rows.annotate("r", Annotation.DUE_HOOKS, "damaged", "node", Step("", "", b"{}", b"wrong"))
     with pytest.raises(CorruptCheckpoint, match="the due hooks 'damaged' of run 'r' is damaged"):
         store.open(if_exists="resume", deliver=True)
-    store.rows.delete_annotations(1, Annotation.DUE_HOOKS, "damaged")
+    store.rows.delete_annotations(1, Annotation.DUE_HOOKS, branch="damaged")
     session = store.open(if_exists="resume", deliver=True)
     failed = Failed(FailureClass.TERMINAL, "m", None, "KeyError")
     usage = AttemptUsage(5, 3, 0.25, "m")

@@ -502,12 +502,12 @@ def test_what_is_kept_beside_a_run(rows: SqliteRows) -> None:
     assert len(table(rows, "runs")) == 2
     a, b = StepRow(-1, "a", "node", step(b"2", 4, b"g")), StepRow(-1, "b", "other", step(b"3"))
     assert rows.annotations(1, Annotation.SAVED) == [a, b]
-    assert rows.annotations(1, Annotation.SAVED, "b") == [b]
-    assert rows.annotations(1, Annotation.SAVED, "c") == []
+    assert rows.annotations(1, Annotation.SAVED, branch="b") == [b]
+    assert rows.annotations(1, Annotation.SAVED, branch="c") == []
     assert rows.annotations(3, Annotation.SAVED) == []
-    rows.delete_annotations(1, Annotation.SAVED, "c")
+    rows.delete_annotations(1, Annotation.SAVED, branch="c")
     assert rows.annotations(1, Annotation.SAVED) == [a, b]
-    rows.delete_annotations(1, Annotation.SAVED, "b")
+    rows.delete_annotations(1, Annotation.SAVED, branch="b")
     assert rows.annotations(1, Annotation.SAVED) == [a]
     rows.delete_annotations(1, Annotation.SAVED)
     assert rows.annotations(1, Annotation.SAVED) == []

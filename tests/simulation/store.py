@@ -117,10 +117,10 @@ class LoggedRows(SqliteRows):
         keeps = self.database.keeps_late_owners
         return super().replace_owner(existing, existing.owner if keeps else owner)
 
-    def annotations(self, run: Any, position: int, branch: str | None = None) -> list[StepRow]:
-        if position in (Annotation.REQUEST, Annotation.CONTROL) and self.database.forgets_cancels:
-            return []
-        return super().annotations(run, position, branch)
+    def annotations(self, run: Any, *kinds: Annotation, branch: str | None = None) -> list[StepRow]:
+        if self.database.forgets_cancels:
+            kinds = tuple(set(kinds) - {Annotation.REQUEST, Annotation.CONTROL})
+        return super().annotations(run, *kinds, branch=branch)
 
     def commit(self, fence: Any, attempt: Any, step: Any, *more: Any) -> Any:
         before = self.db.total_changes
@@ -204,8 +204,8 @@ class GatheredRows(LoggedRows):
     def annotate(self, run_id: str, position: int, branch: str, node_id: str, step: Any) -> None:
         self.writes.append(partial(super().annotate, run_id, position, branch, node_id, step))
 
-    def delete_annotations(self, run: Any, position: int, branch: str | None = None) -> None:
-        self.writes.append(partial(super().delete_annotations, run, position, branch))
+    def delete_annotations(self, run: Any, *kinds: Annotation, branch: str | None = None) -> None:
+        self.writes.append(partial(super().delete_annotations, run, *kinds, branch=branch))
 
     def read_cell(self, name: str, *, lock: bool = False) -> tuple[bytes | None, int]:
         result = super().read_cell(name)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any, Final, TypeAlias, cast
 
 from stroma.checkpoint.decoding import RecordName, decode_json, decode_number, decode_text
 from stroma.checkpoint.durable.integrity import is_intact, seal, storable_text
-from stroma.checkpoint.durable.rows import Annotation, Rows, Step, StepRow
+from stroma.checkpoint.durable.rows import Annotation, Rows, RunRow, Step, StepRow
 from stroma.checkpoint.entries import UnknownCall, Waiting, is_effect_note
 from stroma.checkpoint.payloads import UNREADABLE, PayloadPlace, Payloads
 from stroma.checkpoint.records import PICO, Attempt
@@ -32,6 +33,7 @@ __all__ = [
     "record_rejected",
     "record_waiting",
     "rejected_key",
+    "require_intact",
     "waiting_key",
 ]
 
@@ -50,13 +52,15 @@ def annotate(
 
 
 def read_annotations(
-    rows: Rows, run: Any, run_id: str, kind: Annotation, branch: str | None = None
+    rows: Rows, run: Any, run_id: str, *kinds: Annotation, branch: str | None = None
 ) -> list[StepRow]:
-    """Return the annotations of one kind; branch None: in all branches. Raises CorruptCheckpoint for a damaged one.
+    """Return the annotations of these kinds; branch None: in all branches. Raises CorruptCheckpoint for a damaged one."""
+    return require_intact(rows.annotations(run, *kinds, branch=branch), run_id)
 
-    All reading of annotations goes through here.
-    """
-    annotations = list(rows.annotations(run, kind, branch))
+
+def require_intact(annotations: Iterable[StepRow], run_id: str) -> list[StepRow]:
+    """Return annotations that were read. Raises CorruptCheckpoint for a damaged one. All reading goes through here."""
+    annotations = list(annotations)
     for row in annotations:
         if not is_intact(row):
             raise name_of(row, run_id).damaged()
@@ -65,7 +69,7 @@ def read_annotations(
 
 def read_annotation(rows: Rows, run: Any, run_id: str, kind: Annotation, branch: str = "") -> StepRow | None:
     """Return one annotation, or None. Raises CorruptCheckpoint if it is damaged."""
-    return next(iter(read_annotations(rows, run, run_id, kind, branch)), None)
+    return next(iter(read_annotations(rows, run, run_id, kind, branch=branch)), None)
 
 
 def name_of(row: StepRow, run_id: str) -> RecordName:
@@ -185,26 +189,26 @@ def record_notes(rows: Rows, run: Any, run_id: str, execution: int, notes: Notes
     """Store notes; delete those without data."""
     for (kind, key), data in notes.items():
         if data is None:
-            rows.delete_annotations(run, kind, key)
+            rows.delete_annotations(run, kind, branch=key)
         else:
             sealed = payloads.seal_now(data, PayloadPlace(run_id, execution, "note", 0, key))
             annotate(rows, run_id, kind, key, "note", _NO_STEP._replace(output=sealed))
 
 
 def read_notes(
-    rows: Rows, run: Any, run_id: str, execution: int, payloads: Payloads, first: int | None
+    rows: Rows, run: RunRow, annotations: list[StepRow], payloads: Payloads, first: int | None
 ) -> dict[str, bytes]:
     """Return the notes of an execution by key, and delete those of positions from ``first`` on, except those of effects.
 
     Raises StoreError.
     """
     notes: dict[str, bytes] = {}
-    for row in read_annotations(rows, run, run_id, Annotation.NOTE):
-        key, name = row.branch, name_of(row, run_id)
+    for row in annotations:
+        key, name = row.branch, name_of(row, run.run_id)
         position = decode_number(key.partition(":")[0], name)
         if first is not None and position >= first and not is_effect_note(key):
-            rows.delete_annotations(run, Annotation.NOTE, key)
+            rows.delete_annotations(run.run, Annotation.NOTE, branch=key)
             continue
-        place = PayloadPlace(run_id, execution, "note", 0, key)
+        place = PayloadPlace(run.run_id, run.execution, "note", 0, key)
         notes[key] = payloads.open(row.step.output, place, str(name))
     return notes

@@ -17,12 +17,14 @@ from stroma.checkpoint.entries import RunControl
 
 __all__ = [
     "CANCEL",
+    "KINDS",
     "PAUSE",
     "accept_requests",
     "forget_requests",
     "read_control",
     "request",
     "request_budget",
+    "to_control",
 ]
 
 #: Keys of requests. That of a budget ends with its number: the last one counts.
@@ -30,7 +32,8 @@ CANCEL: Final = "cancel"
 PAUSE: Final = "pause"
 _BUDGET: Final = "budget"
 BudgetField = Literal["max_tokens_total", "max_cost_usd", "max_latency_ms"]
-_KINDS: Final = (Annotation.CONTROL, Annotation.REQUEST)
+#: Requests that an owner has read, and those that none has.
+KINDS: Final = (Annotation.CONTROL, Annotation.REQUEST)
 
 
 def request(rows: Rows, run_id: str, key: str, data: bytes = b"") -> None:
@@ -47,7 +50,7 @@ def request_budget(rows: Rows, run_id: str, run: Any, limits: Mapping[str, float
 
 def read_control(rows: Rows, run: Any, run_id: str) -> RunControl:
     """Return all requests about a run, read or not. ``run``: its key in the store. Raises CorruptCheckpoint."""
-    return _to_control(_requests(rows, run, run_id), run_id)
+    return to_control(_requests(rows, run, run_id), run_id)
 
 
 def accept_requests(rows: Rows, run_id: str, run: Any) -> RunControl | None:
@@ -60,20 +63,19 @@ def accept_requests(rows: Rows, run_id: str, run: Any) -> RunControl | None:
         return None
     holding = read_annotations(rows, run, run_id, Annotation.CONTROL)
     for row in pending:
-        rows.delete_annotations(run, Annotation.REQUEST, row.branch)
+        rows.delete_annotations(run, Annotation.REQUEST, branch=row.branch)
         annotate(rows, run_id, Annotation.CONTROL, row.branch, row.branch, row.step)
-    return _to_control([*holding, *pending], run_id)
+    return to_control([*holding, *pending], run_id)
 
 
 def forget_requests(rows: Rows, run: Any, *keys: str) -> None:
     """Delete requests about a run, read or not."""
-    for kind in _KINDS:
-        for key in keys:
-            rows.delete_annotations(run, kind, key)
+    for key in keys:
+        rows.delete_annotations(run, *KINDS, branch=key)
 
 
 def _requests(rows: Rows, run: Any, run_id: str) -> list[StepRow]:
-    return [row for kind in _KINDS for row in read_annotations(rows, run, run_id, kind)]
+    return read_annotations(rows, run, run_id, *KINDS)
 
 
 def _budget_number(row: StepRow, run_id: str) -> int:
@@ -86,7 +88,8 @@ def _budget_number(row: StepRow, run_id: str) -> int:
     return 0
 
 
-def _to_control(requests: Iterable[StepRow], run_id: str) -> RunControl:
+def to_control(requests: Iterable[StepRow], run_id: str) -> RunControl:
+    """Return what these requests ask for. Raises CorruptCheckpoint."""
     by_number = sorted((_budget_number(row, run_id), row.branch, row) for row in requests)
     budget: dict[str, float] = {}
     for number, _, row in by_number:

@@ -340,12 +340,12 @@ class Rows(Protocol):
         Creates the run, without an execution, if there is none.
         """
 
-    def annotations(self, run: Any, position: int, branch: str | None = None) -> Iterable[StepRow]:
-        """Return the annotations of one kind; branch None: in all branches."""
+    def annotations(self, run: Any, *kinds: Annotation, branch: str | None = None) -> Iterable[StepRow]:
+        """Return the annotations of these kinds in one query, those of a kind by branch; branch None: in all branches."""
         ...
 
-    def delete_annotations(self, run: Any, position: int, branch: str | None = None) -> None:
-        """Delete the annotations of one kind; branch None: in all branches."""
+    def delete_annotations(self, run: Any, *kinds: Annotation, branch: str | None = None) -> None:
+        """Delete the annotations of these kinds; branch None: in all branches."""
 
     def with_requests(self, runs: list[Any]) -> list[Any]:
         """Return those of these runs that have requests which no owner has read."""

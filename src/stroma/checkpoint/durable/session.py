@@ -372,7 +372,9 @@ class DurableSession:
         """Record, without waiting, that end hooks were called. If this is lost, they are called again."""
         run, key = self.fence.run, due_hooks_key(to_attempt(row))
         pending = self._submit(
-            Transaction(self.run_id, lambda rows: rows.delete_annotations(run, Annotation.DUE_HOOKS, key))
+            Transaction(
+                self.run_id, lambda rows: rows.delete_annotations(run, Annotation.DUE_HOOKS, branch=key)
+            )
         )
         pending.add_done_callback(lambda done: done.cancelled() or done.exception())
 

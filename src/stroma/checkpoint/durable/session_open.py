@@ -5,7 +5,8 @@ All of it is one transaction: a request that is refused changes nothing and fenc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeAlias
 
 from stroma.checkpoint.decisions import (
     BUDGET_CHANGED,
@@ -29,8 +30,9 @@ from stroma.checkpoint.durable.annotations import (
     read_notes,
     read_waiting,
     rejected_key,
+    require_intact,
 )
-from stroma.checkpoint.durable.control import CANCEL, PAUSE, forget_requests, read_control, request
+from stroma.checkpoint.durable.control import CANCEL, KINDS, PAUSE, forget_requests, request, to_control
 from stroma.checkpoint.durable.conversion import to_committed
 from stroma.checkpoint.durable.integrity import checksum, lost_error, verify_input
 from stroma.checkpoint.durable.operations import fence_error
@@ -65,6 +67,10 @@ from stroma.failures.errors import BUDGET, PAUSED
 from stroma.trace.events import AttemptRow
 
 __all__ = ["OpenedRun", "RunOpener", "finish_execution", "record_end"]
+
+
+#: Returns the annotations of a kind. Raises CorruptCheckpoint for a damaged one.
+_Reader: TypeAlias = Callable[[Annotation], list[StepRow]]
 
 
 class OpenedRun:
@@ -148,15 +154,17 @@ class RunOpener:
         )
         if action != "begin" and run is not None and not rows.is_complete(run):
             raise lost_error(self._run_id, "some of its rows are missing")
-        opened, request = self._opened, self._request
-        control = (
-            NO_CONTROL if run is None or action != "continue" else read_control(rows, run.run, self._run_id)
-        )
-        self._held = control._replace(budget={})
+        opened, request, control = self._opened, self._request, NO_CONTROL
         if action == "begin" or run is None:
             opened.fence = rows.begin(run, self._seal_for_next(run))
+            if run is not None:
+                rows.delete_annotations(run.run, *OF_EXECUTION)
         else:
             self._before = run
+            read = self._read_annotations(rows, run, is_returned=action == "return")
+            if action == "continue":
+                control = to_control([row for kind in KINDS for row in read(kind)], self._run_id)
+                self._held = control._replace(budget={})
             self._load(rows, run)
             if action == "return":
                 opened.finished = Finished(run.status, self._error_of(run))
@@ -174,11 +182,22 @@ class RunOpener:
                 if run.status in COMPLETE and self._request.discard_from is None:
                     opened.completed = run
                 opened.control = RunControl(budget=control.budget)
-        is_first = run is not None and run.status == QUEUED
-        opened.continued = action == "continue" and opened.finished is None and not is_first
-        if run is not None:
-            self._load_annotations(rows, run)
+            is_first = run.status == QUEUED
+            opened.continued = action == "continue" and opened.finished is None and not is_first
+            self._load_annotations(rows, run, read)
         return opened
+
+    def _read_annotations(self, rows: Rows, run: RunRow, *, is_returned: bool) -> _Reader:
+        """Return what finds the annotations of a kind, which are read at once and checked when they are used."""
+        kinds = [Annotation.ATTRIBUTION, Annotation.TRACE, Annotation.WAITING]
+        if not is_returned:
+            kinds += [*KINDS, Annotation.NOTE]
+            if self._request.deliver:
+                kinds.append(Annotation.DUE_HOOKS)
+        by_kind: dict[int, list[StepRow]] = {}
+        for row in rows.annotations(run.run, *kinds):
+            by_kind.setdefault(row.position, []).append(row)
+        return lambda kind: require_intact(by_kind.get(kind, ()), self._run_id)
 
     def release(self, rows: Rows) -> None:
         """Undo the claim: the run stands as it did, or as an INTERRUPTED one if it was begun. Raises Fenced."""
@@ -198,12 +217,13 @@ class RunOpener:
         """Load usage, steps and commits of the last execution, and resolve what the request discards."""
         opened, request = self._opened, self._request
         opened.prior = PriorUsage(run.tokens, run.cost_pico / PICO, run.latency_ns / 1e6)
-        opened.places = dict(rows.identities(run.run, run.execution))
+        if run.attempt_count:  # A queued run has none yet.
+            opened.places = dict(rows.identities(run.run, run.execution))
         commits = {
             (row.position, row.branch): to_committed(
                 self._payloads, self._run_id, run.execution, row, self._decrypted
             )
-            for row in rows.steps(run.run, run.execution, request.lazily_loaded)
+            for row in (rows.steps(run.run, run.execution, request.lazily_loaded) if run.commit_count else ())
             if request.discard_from is None or row.position < request.discard_from
         }
         if request.retry_failed:
@@ -326,20 +346,12 @@ class RunOpener:
                 return False  # These do not use the old input, so an unreadable one is no error.
             raise
 
-    def _load_annotations(self, rows: Rows, run: RunRow) -> None:
-        """Load the annotations of the execution, and delete those of an earlier one."""
+    def _load_annotations(self, rows: Rows, run: RunRow, read: _Reader) -> None:
+        """Take over the annotations of the execution, and delete what the request discards."""
         opened, request = self._opened, self._request
         is_claimed = opened.finished is None
         if is_claimed and (self._held.cancel or self._held.pause):
             forget_requests(rows, run.run, CANCEL, PAUSE)  # The caller takes them back.
-        if is_claimed and not opened.continued:
-            for kind in OF_EXECUTION:
-                rows.delete_annotations(run.run, kind)
-            return  # A store that writes at the end of an operation would still read what was deleted.
-
-        def read(kind: Annotation) -> list[StepRow]:
-            return read_annotations(rows, run.run, self._run_id, kind)
-
         opened.attribution = {row.branch: row.node_id for row in read(Annotation.ATTRIBUTION)}
         opened.traceparent = next((row.node_id for row in read(Annotation.TRACE)), None)
         if is_claimed and opened.continued and request.deliver:
@@ -349,16 +361,15 @@ class RunOpener:
             ]
             opened.undelivered = sorted(due, key=lambda row: row.started_ns)
         if is_claimed:
-            opened.notes = read_notes(
-                rows, run.run, self._run_id, run.execution, self._payloads, request.discard_from
-            )
+            notes = read(Annotation.NOTE)
+            opened.notes = read_notes(rows, run, notes, self._payloads, request.discard_from)
         for row in read(Annotation.WAITING):
             waiting = read_waiting(row, self._run_id, run.execution, self._payloads)
             first = request.discard_from
             # Where the caller's own checkpoint goes on, what is still to be answered is asked again.
             is_asked_again = request.any_input and waiting.payload is None and waiting.effect is None
             if is_asked_again or (first is not None and waiting.position >= first):
-                rows.delete_annotations(run.run, Annotation.WAITING, row.branch)
+                rows.delete_annotations(run.run, Annotation.WAITING, branch=row.branch)
             else:
                 opened.waiting[waiting.position, waiting.branch] = waiting
 
@@ -421,11 +432,9 @@ def _prior_work(rows: Rows, run: RunRow | None) -> PriorWork:
     if run is None:
         return PriorWork(0, 0, 0, ())
 
-    def read(kind: Annotation) -> list[StepRow]:
-        return read_annotations(rows, run.run, run.run_id, kind)
-
-    is_answered = [row.step.number is not None for row in read(Annotation.WAITING)]
-    effects = sorted(row.branch for row in read(Annotation.EFFECT))
+    annotations = read_annotations(rows, run.run, run.run_id, Annotation.WAITING, Annotation.EFFECT)
+    is_answered = [row.step.number is not None for row in annotations if row.position == Annotation.WAITING]
+    effects = sorted(row.branch for row in annotations if row.position == Annotation.EFFECT)
     return PriorWork(run.nodes, is_answered.count(False), is_answered.count(True), tuple(effects))
 
 

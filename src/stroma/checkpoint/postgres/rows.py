@@ -225,14 +225,14 @@ class PostgresRows:
         run, _ = self._lock(run_id)
         self._execute(sql.ANNOTATE, (run.run, position, key(branch), branch, node_id, *step))
 
-    def annotations(self, run: int, position: int, branch: str | None = None) -> list[StepRow]:
+    def annotations(self, run: int, *kinds: Annotation, branch: str | None = None) -> list[StepRow]:
         branch_key = None if branch is None else key(branch)
-        rows = self._execute(sql.ANNOTATIONS, (run, position, branch_key, branch_key)).fetchall()
-        return [_step_row(row) for row in rows]
+        values = (run, list(map(int, kinds)), branch_key, branch_key)
+        return [_step_row(row) for row in self._execute(sql.ANNOTATIONS, values).fetchall()]
 
-    def delete_annotations(self, run: int, position: int, branch: str | None = None) -> None:
+    def delete_annotations(self, run: int, *kinds: Annotation, branch: str | None = None) -> None:
         branch_key = None if branch is None else key(branch)
-        self._execute(sql.DELETE_ANNOTATIONS, (run, position, branch_key, branch_key))
+        self._execute(sql.DELETE_ANNOTATIONS, (run, list(map(int, kinds)), branch_key, branch_key))
 
     def with_requests(self, runs: list[int]) -> list[int]:
         rows = self._execute(sql.WITH_REQUESTS, (runs, Annotation.REQUEST)).fetchall()

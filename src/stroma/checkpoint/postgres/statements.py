@@ -50,10 +50,10 @@ _REPLACE_STEP: Final = """ON CONFLICT (run, execution, position, branch_key) DO 
 ANNOTATE: Final = f"""INSERT INTO steps {_NEW_STEP_COLUMNS}
     VALUES (%s, 0, %s, %s, %s, %s, 0, 0, 0, %s, %s, %s, %s, %s, %s) {_REPLACE_STEP}"""
 ANNOTATIONS: Final = (
-    f"SELECT {_STEP_COLUMNS} FROM steps s WHERE run = %s AND execution = 0 AND position = %s "
+    f"SELECT {_STEP_COLUMNS} FROM steps s WHERE run = %s AND execution = 0 AND position = ANY(%s) "
     "AND (%s::bytea IS NULL OR branch_key = %s) ORDER BY branch"
 )
-DELETE_ANNOTATIONS: Final = """DELETE FROM steps WHERE run = %s AND execution = 0 AND position = %s
+DELETE_ANNOTATIONS: Final = """DELETE FROM steps WHERE run = %s AND execution = 0 AND position = ANY(%s)
     AND (%s::bytea IS NULL OR branch_key = %s)"""
 WITH_REQUESTS: Final = "SELECT run FROM steps WHERE run = ANY(%s) AND execution = 0 AND position = %s"
 # The fence: rows change only while this session is the last one that opened the run, and the run counts all attempts

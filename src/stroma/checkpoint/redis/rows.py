@@ -313,21 +313,26 @@ class RedisRows(RedisReader):
         key = annotations_key(position)
         self._write(prefix_of(run_id), "annotate", self._owners.get(run_id, ""), key, branch, value)
 
-    def annotations(self, run: RedisRun, position: int, branch: str | None = None) -> list[StepRow]:
-        if position == Annotation.PARENT and not run.parent:
-            return []
+    def annotations(self, run: RedisRun, *kinds: Annotation, branch: str | None = None) -> list[StepRow]:
+        wanted = [kind for kind in kinds if kind != Annotation.PARENT or run.parent]
+        keys = [f"{run.prefix}{annotations_key(kind)}" for kind in wanted]
         if branch is None:
-            (reply,) = self._get(("HGETALL", f"{run.prefix}{annotations_key(position)}"))
-            values = sorted(as_hash(reply).items())
+            replies = self._get(*(("HGETALL", key) for key in keys))
+            values = [sorted(as_hash(reply).items()) for reply in replies]
         else:
-            (reply,) = self._get(("HGET", f"{run.prefix}{annotations_key(position)}", branch))
-            values = [] if reply is None else [(branch, reply)]
-        return [annotation_row(position, branch, value) for branch, value in values]
+            replies = self._get(*(("HGET", key, branch) for key in keys))
+            values = [[] if reply is None else [(branch, reply)] for reply in replies]
+        return [
+            annotation_row(kind, branch, value)
+            for kind, of_kind in zip(wanted, values, strict=True)
+            for branch, value in of_kind
+        ]
 
-    def delete_annotations(self, run: RedisRun, position: int, branch: str | None = None) -> None:
+    def delete_annotations(self, run: RedisRun, *kinds: Annotation, branch: str | None = None) -> None:
         branches = () if branch is None else (branch,)
-        owner, key = self._owners.get(run.run_id, ""), annotations_key(position)
-        self._write(run.prefix, "delete_annotations", owner, key, *branches)
+        owner = self._owners.get(run.run_id, "")
+        for kind in kinds:
+            self._write(run.prefix, "delete_annotations", owner, annotations_key(kind), *branches)
 
     def with_requests(self, runs: list[RedisRun]) -> list[RedisRun]:
         key = annotations_key(Annotation.REQUEST)

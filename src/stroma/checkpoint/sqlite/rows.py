@@ -12,6 +12,7 @@ from stroma.checkpoint.durable.integrity import parse_attempt, parse_run, requir
 from stroma.checkpoint.durable.operations import Commit
 from stroma.checkpoint.durable.owner import Owner, boot_id
 from stroma.checkpoint.durable.rows import (
+    Annotation,
     AttemptSummary,
     Fence,
     Opening,
@@ -261,13 +262,13 @@ class SqliteRows:
         key = self._new_run(run_id) if run is None else run.run
         self.db.execute(sql.STEP, (key, 0, position, branch, node_id, 0, 0, 0, *step))
 
-    def annotations(self, run: int, position: int, branch: str | None = None) -> list[StepRow]:
-        return [
-            _step_row(row) for row in self.db.execute(sql.ANNOTATIONS, (run, position, branch)).fetchall()
-        ]
+    def annotations(self, run: int, *kinds: Annotation, branch: str | None = None) -> list[StepRow]:
+        statement = sql.ANNOTATIONS % ", ".join("?" * len(kinds))
+        return [_step_row(row) for row in self.db.execute(statement, (run, *kinds, branch)).fetchall()]
 
-    def delete_annotations(self, run: int, position: int, branch: str | None = None) -> None:
-        self.db.execute(sql.DELETE_ANNOTATIONS, (run, position, branch))
+    def delete_annotations(self, run: int, *kinds: Annotation, branch: str | None = None) -> None:
+        statement = sql.DELETE_ANNOTATIONS % ", ".join("?" * len(kinds))
+        self.db.execute(statement, (run, *kinds, branch))
 
     def with_requests(self, runs: list[int]) -> list[int]:
         rows = self.db.execute(sql.WITH_REQUESTS).fetchall()

@@ -31,8 +31,8 @@ STEPS: Final = """SELECT position, branch, node_id, contract, schema_ref, output
     WHERE run = ? AND execution = ? AND position >= 0"""
 NOT_LAZILY_LOADED: Final = " AND NOT (position = ? AND branch <> '' AND substr(branch, 1, ?) = ?)"
 ANNOTATIONS: Final = """SELECT position, branch, node_id, contract, schema_ref, output, sha256, number, input_key FROM steps
-    WHERE run = ? AND execution = 0 AND position = ? AND branch = coalesce(?, branch) ORDER BY branch"""
-DELETE_ANNOTATIONS: Final = """DELETE FROM steps WHERE run = ? AND execution = 0 AND position = ?
+    WHERE run = ? AND execution = 0 AND position IN (%s) AND branch = coalesce(?, branch) ORDER BY branch"""
+DELETE_ANNOTATIONS: Final = """DELETE FROM steps WHERE run = ? AND execution = 0 AND position IN (%s)
     AND branch = coalesce(?, branch)"""
 EXPIRED: Final = """SELECT run_id FROM runs WHERE updated_ms < ?
     AND (? OR (execution > 0 AND status IN ('COMPLETED', 'RESUMED', 'FAILED', 'CANCELLED'))) ORDER BY updated_ms LIMIT ?"""
