@@ -11,12 +11,23 @@ from typing import Any
 
 import pytest
 from temporalio.client import Client, WorkflowExecutionStatus
+from temporalio.service import RPCError
 from tests.flows.steps import World
 from tests.kit import NEVER, Num, Text, node
 from tests.servers_temporal import TemporalServer
 from tests.shared_stores import store_of
 
-from stroma import Flow, Pipeline, RunConfig, RunExists, RunStatus, StoreError, StromaRunner, stroma_flow
+from stroma import (
+    Flow,
+    NodeHooks,
+    Pipeline,
+    RunConfig,
+    RunExists,
+    RunStatus,
+    StoreError,
+    StromaRunner,
+    stroma_flow,
+)
 from stroma.drivers.temporal import worker as worker_module
 from stroma.drivers.temporal import workflow as workflow_module
 from stroma.temporal import TemporalRunner, register_search_attributes, stroma_worker
@@ -298,6 +309,27 @@ async def test_a_failed_run_is_resumed(cluster: Cluster) -> None:
     assert world.calls == ["a 0", "b 1", "b 1"]
 
 
+async def test_a_run_is_resumed_while_its_end_is_reported(cluster: Cluster) -> None:
+    """A run that is resumed between its end in the store and the end of its workflow is continued."""
+    world, run_id, ended, resumed = World(), fresh_id(), asyncio.Event(), asyncio.Event()
+
+    async def end(run_id: str, result: Any) -> None:
+        ended.set()
+        await resumed.wait()
+
+    world.failing.add("a")
+    config = RunConfig(policy_map=NEVER, lease_seconds=0.9, hooks=NodeHooks(on_run_end=end))
+    pipeline = Pipeline("p", [world.step("a")])
+    worker = stroma_worker(cluster.client, cluster.queue, [pipeline], store=cluster.store, config=config)
+    async with worker:
+        handle = await cluster.runner.submit(pipeline, Num(), run_id=run_id)
+        await asyncio.wait_for(ended.wait(), 60)
+        world.failing.clear()
+        assert await cluster.runner.resume(run_id)
+        resumed.set()
+        assert (await handle.result(timeout=60)).status is RunStatus.RESUMED
+
+
 async def test_a_worker_without_the_pipeline_harms_nothing(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -341,6 +373,9 @@ async def test_an_unreachable_server(store: Any) -> None:
     pipeline = Pipeline("p", [World().step("a")])
     handle = await runner.submit(pipeline, Num(), run_id=fresh_id())
     assert await handle.status() == "QUEUED"
+    assert await handle.cancel()
+    with pytest.raises(RPCError):  # No worker looks for a run that had ended.
+        await runner.resume(handle.run_id)
 
 
 async def test_search_attributes(store: Any) -> None:

@@ -55,7 +55,11 @@ class Dispatcher:
 
     async def start(self, run_id: str, pipeline: str) -> None:
         """Start the workflow of a run, unless it is running; one that is running is woken."""
-        await self._if_reachable(run_id, self._start(run_id, pipeline, start_signal=WAKE))
+        await self._if_reachable(run_id, self.restart(run_id, pipeline))
+
+    async def restart(self, run_id: str, pipeline: str) -> None:
+        """As :meth:`start`, for a run that had ended: workers do not look for it. Raises RPCError without a server."""
+        await self._start(run_id, pipeline, start_signal=WAKE)
 
     async def start_first(self, run_id: str, pipeline: str) -> None:
         """Start the workflow of a run that never had one."""

@@ -33,7 +33,7 @@ class TemporalRunner:
     """Submits and controls runs that workers of a Temporal task queue drive; see :func:`stroma_worker`.
 
     Everything is in the store, which the workers share. Each method writes the store first and wakes the workflow of the run
-    then. Where the server cannot be reached, a warning is logged, and the run continues once it can be.
+    then. Where the server cannot be reached, a warning is logged, and the run continues once it can be; ``resume`` raises.
 
     Args:
         task_queue: that of the workers.
@@ -78,11 +78,12 @@ class TemporalRunner:
     async def resume(self, run_id: str) -> bool:
         """Continue a run that stopped, failed ones and cancelled ones too; committed nodes are not called again.
 
-        Returns False if it is complete, or has an owner. Raises CheckpointNotFound, StoreError.
+        Returns False if it is complete, or has an owner. Raises CheckpointNotFound, StoreError, and RPCError if the server
+        cannot be reached: call it again then.
         """
-        is_due = await self.store.reopen(run_id)
+        is_due: bool = await self.store.reopen(run_id)
         if is_due:
-            await self._start(run_id)
+            await self._dispatcher.restart(run_id, (await self._local._stored.get(run_id)).pipeline)
         return is_due
 
     async def signal(self, run_id: str, answer: Any, **options: Any) -> None:

@@ -76,11 +76,12 @@ class StromaRun:
         while True:
             self._is_woken = False
             answer = await self._drive(run_id, pipeline)
-            if answer["outcome"] == "ended":
+            is_ended = answer["outcome"] == "ended"
+            if is_ended and not self._is_woken:  # Somebody may have resumed it while its end was reported.
                 return answer["status"]
             if workflow.info().is_continue_as_new_suggested():
                 workflow.continue_as_new(args=[run_id, pipeline])
-            if answer["outcome"] != "yielded":
+            if not is_ended and answer["outcome"] != "yielded":
                 await self._wait(answer.get("until_ms"))
 
     async def _drive(self, run_id: str, pipeline: str, *, cancels: bool = False) -> Answer:
