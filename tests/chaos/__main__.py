@@ -1,10 +1,11 @@
 """Strike runs with faults and check that what was promised holds.
 
-usage: ./dev chaos [--fault NAME ...] [--rounds N] [--store URL] [--seed S] [--first N]
+usage: ./dev chaos [--fault NAME ...] [--rounds N] [--store URL] [--runs N] [--seed S]
+       [--first N]
 
 Each fault prints one line of figures. Its rounds are drawn from the seed and their number, so that one of them can be
 repeated with --first N --rounds 1; when a signal arrives is up to the machine all the same. The fault "items" (a map
-over 100,000 items, a minute for each round) strikes only where it is named.
+over 100,000 items, a minute for each round) strikes only where it is named. An interrupt ends with the figures so far.
 
 Exit code 0 if every invariant held, 1 if one was broken, 2 for wrong arguments.
 """
@@ -15,7 +16,7 @@ import argparse
 import sys
 import time
 
-from tests.chaos import effects, flows, items, power, restored, rounds, servers, unrest
+from tests.chaos import effects, flows, items, power, queue, restored, rounds, servers, unrest
 from tests.chaos.check import Figures
 
 STRIKES = {
@@ -24,7 +25,14 @@ STRIKES = {
     "fsync": "failures",
     **unrest.STRIKES,
 }
-PROCESSES = {**rounds.FAULTS, **flows.FAULTS, **unrest.FAULTS, **restored.FAULTS, **effects.FAULTS}
+PROCESSES = {
+    **rounds.FAULTS,
+    **flows.FAULTS,
+    **unrest.FAULTS,
+    **restored.FAULTS,
+    **effects.FAULTS,
+    **queue.FAULTS,
+}
 FAULTS = (*PROCESSES, *power.FAULTS, *items.FAULTS)
 
 
@@ -39,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         default="sqlite",
         help="sqlite (new files), postgres, redis (a server of the tests), or the URL of a store to fill",
     )
+    parser.add_argument("--runs", type=int, default=12, help="of each round of queue and temporal (12)")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="what chance begins with")
     parser.add_argument("--first", type=int, default=0, help="the number of the first round")
     value = parser.parse_args(argv)
@@ -74,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 
             if fault in PROCESSES:
                 strike = PROCESSES[fault]
-                figures = rounds.rounds(fault, strike, url, server, value.seed, numbers, broke)
+                figures = rounds.rounds(fault, strike, url, server, value.seed, numbers, broke, value.runs)
             elif fault in items.FAULTS:
                 figures = items.rounds(fault, url, value.seed, numbers, broke)
             else:

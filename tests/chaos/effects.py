@@ -16,13 +16,13 @@ import socket
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 from urllib.parse import quote, unquote
 
 from pydantic import BaseModel
 from tests.chaos.check import Figures
-from tests.chaos.rounds import ROUND_SECONDS, Pace, Place, processes
+from tests.chaos.rounds import ROUND_SECONDS, Pace, Place, Processes, processes
 from tests.chaos.worker import Fuse, guarded, report_if_stuck
 
 from stroma import (
@@ -139,6 +139,27 @@ async def ask(port: int, method: str, key: str, fuse: Callable[[str], None] = la
     return json.loads(body)
 
 
+@contextlib.contextmanager
+def provider(instance: Processes, seed: str) -> Iterator[int]:
+    """Serve in a process of its own; the value is its port."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(128)
+        port = listening.getsockname()[1]
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid == 0:
+            guarded(instance.errors, lambda: provide(listening, seed))
+    # Only the provider listens: if it dies, connections are refused, and nobody waits for an answer.
+    try:
+        yield port
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
+            instance.broken.append(f"I5: the provider ended before the round: {status}")
+
+
 # ---------------------------------------------------------------------- a process
 
 
@@ -180,7 +201,7 @@ def programs(runner: StromaRunner, port: int, fuse: Fuse, *, reconciles: bool) -
         return Order()
 
     one, two = effect("one"), effect("two")
-    items = map_over("items", effect("item", Item), into="receipts", max_concurrency=2)
+    items = map_over("items", effect("parcel", Item), into="receipts", max_concurrency=2)
     listed = [before, effect("charge"), again, parallel(before, parallel(one, two)), split, items]
 
     @runner.flow("sell", input=Order, output=Receipts)
@@ -257,17 +278,8 @@ def effect(place: Place, name: str, number: int, draw: random.Random, pace: Pace
     """Two processes share a list and a flow with effects, and die at any instant or point; none may charge twice."""
     runs = {f"{name}-list": "list", f"{name}-flow": "flow"}
     report = place.folder / f"effects-{number}"
-    with socket.socket() as listening, processes(place, number) as instance:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen(128)
-        port = listening.getsockname()[1]
-        sys.stdout.flush()
-        provider = os.fork()
-        if provider == 0:
-            guarded(instance.errors, lambda: provide(listening, name))
-        # Only the provider listens: if it dies, connections are refused, and nobody waits for an answer.
-        listening.close()
-        try:
+    with processes(place, number) as instance:
+        with provider(instance, name) as port:
 
             def start(what: str, *, last: bool = False) -> int:
                 point = None if last or draw.random() < 0.4 else draw.choice(POINTS)
@@ -292,11 +304,6 @@ def effect(place: Place, name: str, number: int, draw: random.Random, pace: Pace
             start("last", last=True)
             instance.finish()
             pace.learn(instance)
-        finally:
-            os.kill(provider, signal.SIGKILL)
-            _, status = os.waitpid(provider, 0)
-        if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
-            instance.broken.append(f"I5: the provider ended before the round: {status}")
         figures = Figures(rounds=1, kills=instance.kills, runs=len(runs), broken=list(instance.broken))
         if report.exists():
             judge(figures, json.loads(report.read_text()), runs)

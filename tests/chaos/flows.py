@@ -149,7 +149,7 @@ def flow(place: Place, name: str, number: int, draw: random.Random, pace: Pace) 
         if not instance.wait(ROUND_SECONDS):
             instance.broken.append(f"I5: run {name} does not end")
         pace.learn(instance)
-        figures = apart(lambda: _check(instance.url, diary, name))
+        figures = apart(lambda: check_flow(instance.url, diary, name))
         figures.rounds = figures.runs = 1
         figures.kills = instance.kills
         figures.broken += instance.broken
@@ -158,7 +158,7 @@ def flow(place: Place, name: str, number: int, draw: random.Random, pace: Pace) 
         return figures
 
 
-def _check(url: str, diary: str, run: str) -> Figures:
+def check_flow(url: str, diary: str, run: str) -> Figures:
     figures = Figures()
     with open(diary) as file:
         lines = [line.rstrip("\n").partition(" ") for line in file]

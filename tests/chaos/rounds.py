@@ -28,10 +28,11 @@ FILE_ROUNDS = 10  # that share one SQLite file: now and then the making of the f
 class Place:
     """Where the runs of a round are kept, and what the processes write meanwhile."""
 
-    def __init__(self, store: str, folder: Path, server: Any = None) -> None:
+    def __init__(self, store: str, folder: Path, server: Any, runs: int) -> None:
         self.store = store
         self.folder = folder
         self.server = server
+        self.runs = runs
 
     def url(self, number: int, *, fresh: bool = False) -> str:
         if self.store != "sqlite":
@@ -379,15 +380,21 @@ def rounds(
     seed: int,
     numbers: range,
     broke: Callable[[int, Figures], None],
+    runs: int,
 ) -> Figures:
-    """Some rounds of one fault. ``broke`` is told at once of each round that broke an invariant."""
+    """Some rounds of one fault. ``broke`` is told at once of each round that broke an invariant. ``runs``: of a round, for
+    faults whose size is not given."""
     total, pace, bad = Figures(), Pace(), 0
     worker.prepare()
     folder = Path(tempfile.mkdtemp(prefix="stroma-chaos-"))
-    place = Place(store, folder, server)
+    place = Place(store, folder, server, runs)
     for number in numbers:
         draw = random.Random(f"{seed} {fault} {number}")
-        figures = strike(place, f"{fault}-{seed}-{number}", number, draw, pace)
+        try:
+            figures = strike(place, f"{fault}-{seed}-{number}", number, draw, pace)
+        except KeyboardInterrupt:
+            print(f"{fault}: interrupted in round {number}", file=sys.stderr)
+            break
         total.add(figures)
         if figures.broken:
             broke(number, figures)

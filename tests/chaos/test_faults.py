@@ -82,6 +82,28 @@ def test_killed_flows(store: str) -> None:
     assert figures["lost"] == figures["duplicated"] == 0
 
 
+@pytest.mark.slow
+def test_workers_and_what_befalls_them() -> None:
+    """G5 and G13: three workers are killed, stopped for longer than their leases and told to end, and so is who submits and
+    answers: each run of a list, a map or a flow ends, each node is committed once, each card is charged once, and the
+    shared budget has counted what the runs spent."""
+    figures = strike("queue", 2)
+    assert figures["kills"] >= 2
+    assert (figures["lost"], figures["duplicated"], figures["overspent"]) == (0, 0, 0)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("fault", "store"),
+    [("queue", "sqlite"), ("queue", "postgres"), ("queue", "redis"), ("temporal", "postgres")],
+)
+def test_workers_and_servers_and_what_befalls_them(fault: str, store: str) -> None:
+    """G5 and G13: the same, more often, while servers are killed and started again; and where Temporal is one of them."""
+    figures = strike(fault, 10 if fault == "queue" else 6, store)
+    assert figures["kills"] >= 6
+    assert figures["commits"] == 99 / 12 * figures["runs"]
+
+
 @pytest.mark.nightly
 def test_killed_inside_of_groups() -> None:
     """I1 and I3: branches of parallel() and items of map_over() that have finished are not run again."""

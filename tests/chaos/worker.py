@@ -142,7 +142,7 @@ def digest(state: dict[str, Any]) -> str:
 
 def token_of(state: dict[str, Any]) -> str:
     """The token in an output; a group of items has only those of its items."""
-    return state["mine"] or "-"
+    return state.get("mine") or "-"
 
 
 def prepare() -> None:
