@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 from tests.fixtures import store_fixture
+from tests.kit import node
 from tests.shared_stores import DURABLE, opened, place
 
 from stroma import (
@@ -395,12 +396,16 @@ async def test_a_limit_that_is_crossed_when_it_is_set(store: Any) -> None:
     step = gate.node("a", tokens=8)
     between, go = asyncio.Event(), asyncio.Event()
 
-    @stroma_flow("flow", input=Num, output=Num)
-    async def flow(flow: Any, state: Num) -> Num:
-        output: Num = await flow.step(step, state)
+    async def wait(state: Num) -> Num:
         between.set()
         await go.wait()
-        return await flow.step(step, output)
+        return state
+
+    waits = node("wait", wait)
+
+    @stroma_flow("flow", input=Num, output=Num)
+    async def flow(flow: Any, state: Num) -> Num:
+        return await flow.step(step, await flow.step(waits, await flow.step(step, state)))
 
     run = asyncio.create_task(gate.runner.run(flow, Num(), run_id="r"))
     await between.wait()

@@ -85,7 +85,7 @@ async def test_effects_of_a_flow_are_proven() -> None:
         reset=lambda: setattr(shop, "charges", []), ignore=["number"],
     )  # fmt: skip
     branches = {boundary.branch for boundary in proof.boundaries if boundary.node_id == "charge"}
-    assert branches == {"charge#0", "*charge#0.0", "*charge#0.1", "inner#0.charge#0"}
+    assert branches == {"charge#0", "*charge#1.0", "*charge#1.1", "inner#2.charge#0"}
 
 
 async def test_a_step_of_a_flow_that_is_no_effect_charges_twice() -> None:

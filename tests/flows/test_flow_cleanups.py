@@ -22,16 +22,10 @@ from stroma import (
     current_node,
     stroma_flow,
 )
-from stroma.runner.flows import driver
 
 
 class Answer(Num):
     pass
-
-
-@pytest.fixture(autouse=True)
-def _changes_are_found_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "STUCK_SECONDS", 0.05)
 
 
 class Provider:

@@ -63,8 +63,8 @@ def triage() -> Any:
 
 
 LINES = [
-    "first", "lookup", "judge x3", "map over extract", "  extract x4", "check", "  judge x2", "steps", "  first", "  judge",
-    "parallel(left, right)", "  left", "  right", "judge x2", "judge x2",
+    "first", "lookup", "judge x7", "map over extract", "  extract x4", "check", "  judge x2", "steps", "  first", "  judge",
+    "parallel(left, right)", "  left", "  right",
 ]  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def lines(entries: list[OutlineEntry], depth: int = 0) -> list[str]:
 
 @pytest.mark.asyncio
 async def test_calls_are_a_tree_with_loops_folded(store: Any, triage: Any) -> None:
-    """Repeated calls of one node in one task of a flow are one entry, and a question, a sleep, a map and a flow are named."""
+    """Repeated calls of one node in a flow are one entry, and a question, a sleep, a map and a flow are named."""
     runner = runner_on(store)
     result = await runner.run(triage, Num())
     assert result.status is RunStatus.SUSPENDED
@@ -169,8 +169,8 @@ async def test_inputs_of_steps_are_shown(store: Any) -> None:
         return {one.branch: history.input_of("r", one).value for one in attempts if one.branch}
 
     assert await asyncio.to_thread(read) == {
-        "one#0": {"n": 1}, "bad#0": {"n": 2}, "*item#0.0": {"n": 3}, "*item#0.1": {"n": 4}, "inner#0": {"n": 5},
-        "inner#0.one#0": {"n": 50},
+        "one#0": {"n": 1}, "bad#1": {"n": 2}, "*item#2.0": {"n": 3}, "*item#2.1": {"n": 4}, "inner#3": {"n": 5},
+        "inner#3.one#0": {"n": 50},
     }  # fmt: skip
 
 
@@ -201,17 +201,17 @@ async def test_a_trace_folds_as_the_store_does(triage: Any) -> None:
     result = await runner_on(None).run(triage, Num())
     html = result.trace.to_html()
     names = re.findall(r'<span class="dim mono">[^<]*</span> ([^<]*)</span><svg', html)
-    assert {"judge x3", "map over extract", "extract x4", "check", "steps", "question: Send it?"} <= set(
+    assert {"judge x7", "map over extract", "extract x4", "check", "steps", "question: Send it?"} <= set(
         names
     )
     assert names.count("judge") == 10  # Those that are folded stand inside, closed.
     assert any(name.startswith("sleep until ") for name in names)
-    folded = re.search(r'<details><summary class="row"><span class="name fold " title="judge x3">', html)
+    folded = re.search(r'<details><summary class="row"><span class="name fold " title="judge x7">', html)
     assert folded is not None
     file = io.StringIO()
     Console(file=file, width=160).print(result.trace)
-    assert re.search(r"0\.judge#0 +judge x3 ", file.getvalue())
-    assert "judge#1" not in file.getvalue()
+    assert re.search(r"0\.judge#2 +judge x7 ", file.getvalue())
+    assert "judge#3" not in file.getvalue()
     assert "more" not in file.getvalue()
 
 

@@ -163,7 +163,8 @@ class StepCall(NamedTuple):
     """Identifies a step of plain code in a resumed run. For a map: its failed items, and the input of each item.
 
     Attributes:
-        number: 0-based number of the call of its step id; for a map, the number of failed items.
+        number: 0-based number of the call of its step id; for a map, the number of failed items; for a step of a flow see
+            :data:`OF_FLOW`.
         input_key: identifies the input: its stored form; None if it has none and so cannot be compared. For a node inside
             a group that is a step: a checksum of the group's input.
         identity: see ``stroma.checkpoint.identity``; stored with the attempts of the step.
@@ -174,7 +175,7 @@ class StepCall(NamedTuple):
     identity: str | None = None
 
 
-#: ``StepCall.number`` of a step of a flow.
+#: ``StepCall.number`` of a step of a flow, less the number of the event that its end is to the body, once that has one.
 OF_FLOW: Final = -1
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any, Final, Literal, TypedDict
 
-from stroma.checkpoint.decoding import RecordName, decode_json, decode_text
+from stroma.checkpoint.decoding import RecordName, decode_json
 
 __all__ = ["FailureNote", "decode_flow_note"]
 
 
 class FailureNote(TypedDict):
-    """The failure of a call. ``input_key``: its input in stored form."""
+    """The failure of a call.
 
+    ``event``: the number of the event; ``input_key``: the input in stored form.
+    """
+
+    event: int
     node: str
     #: A FailureClass.
     kind: Literal["RECOVERABLE", "TERMINAL", "AMBIGUOUS"]
@@ -23,18 +27,10 @@ class FailureNote(TypedDict):
     input_key: str | None
 
 
-class _CancelledNote(TypedDict):
-    seconds: float
-    input_key: str | None
-
-
-class _StartedNote(TypedDict):
-    input_key: str | None
-
-
-#: By kind; a sleep is its end and its start in ms since the epoch. The order of results ("o") is a text, a seed any bytes.
+#: By kind: the function time of a flow ("b"), discarded events ("d"), an event ("e": branch, time), a failure ("f"), the end and
+#: the start of a sleep ("s"), the time that a body observed ("v"), when a question was asked ("w") and that it expired ("x").
 _SHAPES: Final[dict[str, Any]] = {
-    "b": int, "c": _CancelledNote, "f": FailureNote, "i": _StartedNote, "p": list[str], "s": tuple[int, float], "v": int,
+    "b": int, "d": list[tuple[int, int]], "e": tuple[str, int], "f": FailureNote, "s": tuple[int, float], "v": int,
     "w": float, "x": bool,
 }  # fmt: skip
 _MAX_MS: Final = 253_402_300_799_000  # the last second that a datetime has
@@ -43,11 +39,10 @@ _MAX_MS: Final = 253_402_300_799_000  # the last second that a datetime has
 def decode_flow_note(run_id: str, key: str, kind: str, data: bytes) -> Any:
     """Return the value of a note of a flow; the data of a kind without a form. Raises CorruptCheckpoint."""
     name = RecordName(run_id, "note", key)
-    if kind == "o":
-        return decode_text(data, name)
     if kind not in _SHAPES:
         return data
     value = decode_json(data, _SHAPES[kind], name)
-    if kind == "v" and not 0 <= value <= _MAX_MS:
+    time_ms = value if kind == "v" else value[1] if kind == "e" else 0
+    if not 0 <= time_ms <= _MAX_MS:
         raise name.damaged("its time is not a date")
     return value

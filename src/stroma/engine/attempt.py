@@ -6,6 +6,7 @@ Between a valid output and its commit, nothing but the commit is awaited. How an
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Coroutine
 from functools import partial
 from time import perf_counter_ns
@@ -389,6 +390,10 @@ class NodeAttempt(OpenAttempt):
             ended = await self._end_as_stated(effect, stated)
             if ended is not None:
                 return ended
+        if run.settles:
+            raise asyncio.CancelledError(
+                f"effect {run.node_id!r} did not happen, and nobody waits for it any more"
+            )
         problem, cancelled = await effect.begin()
         if problem is not None:
             return await self._fail(problem, is_of_store=True)

@@ -9,13 +9,14 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 from stroma.checkpoint import StepCall, StoreError, Waiting
+from stroma.checkpoint.entries import OF_FLOW
 from stroma.contracts.contract import ContractViolation
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.engine.tasks import Shield, as_store_error
-from stroma.failures.failure import Failure, ends_run, type_name
+from stroma.failures.failure import Failure, ends_run, kind_of
 from stroma.failures.tracebacks import failure_site_writer
 from stroma.trace.events import AttemptRow, Failed, Outcome
 
@@ -64,7 +65,7 @@ def record_rejected(
 
 def failed_of(failure: Failure, outcome: Outcome | None = None) -> Failed:
     """Return the record of a failure for a row. A suspension has a reason, but no type of exception."""
-    error_type = None if outcome == "suspended" else type_name(failure.exception)
+    error_type = None if outcome == "suspended" else kind_of(failure.exception)
     return Failed(failure.failure_class, failure.message, failure.reason, error_type)
 
 
@@ -85,6 +86,9 @@ def record(
     try:
         if waiting is not None:
             return ctx.session.suspend(row, waiting)
+        if step is not None and step.number == OF_FLOW and ctx.number_event is not None:
+            # _replace() takes 1 us of the 10 of a step.
+            step = StepCall(OF_FLOW - ctx.number_event(row.branch), step.input_key, step.identity)
         return ctx.session.record(row, schema, output, step)
     except BaseException as error:
         return as_store_error(error)

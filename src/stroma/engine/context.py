@@ -74,7 +74,7 @@ class ReliabilityContext:
         "__weakref__", "_notes", "_opening", "_prior_unrecorded", "_warned", "apart", "budget", "cancelled", "checkpoint_manager", "classifiers",
         "config", "context", "cost_tracker", "delivers", "dispatch", "done", "effects", "epoch_ns", "failed_items", "failed_maps",
         "fire", "gated", "handover", "holds", "hook_failures", "hooks", "interceptors", "interrupt", "kept_traces", "limits", "max_block_ns",
-        "model_fallbacks", "on_hold", "paused", "pipeline", "plain_steps", "policy_map", "redactor", "registry", "restored",
+        "model_fallbacks", "number_event", "on_hold", "paused", "pipeline", "plain_steps", "policy_map", "redactor", "registry", "restored",
         "retry_budget", "run_id", "run_logger", "session", "step_policies", "step_timeouts", "stops", "suspended", "timed",
         "trace", "traceparent", "tried", "unpriced", "wake_ms",
     )  # fmt: skip
@@ -154,6 +154,8 @@ class ReliabilityContext:
         self.holds = self.paused = False
         #: Called in the event loop of the run when it is paused: they end waits.
         self.on_hold: dict[Callable[[], None], None] = {}
+        #: Returns the number of the event that the output at a branch is to the body of a flow; None outside of flows.
+        self.number_event: Callable[[str], int] | None = None
         #: When the suspended run is due; see Session.end().
         self.wake_ms: int | None = None
         #: How many items of maps failed while the others went on; and of which committed maps how many did.

@@ -81,6 +81,8 @@ class NodeExecution:
     framework_role: Role | None = None
     #: Code calls it through a guard, in the context of the caller: the span that is current there is the one around it.
     is_called: bool = False
+    #: See Place.
+    settles: bool = False
     #: Its calls, an Effect of stroma.engine.effects, once it is known to be one.
     effect: Any = None
     _notes: dict[Any, Any] | None = None

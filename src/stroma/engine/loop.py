@@ -42,7 +42,7 @@ from stroma.failures.mistakes import is_repeated_mistake
 from stroma.failures.policy import Retry, Stop, follow_up
 from stroma.trace.events import NO_USAGE
 
-__all__ = ["execute", "execute_in_turn", "plan_of", "try_again"]
+__all__ = ["execute", "execute_in_turn"]
 
 _SPENT: Final = Stop("the budget is spent")
 sleep = asyncio.sleep
@@ -76,7 +76,7 @@ async def execute_in_turn(
     one before, or ends its task.
     """
     # One coroutine for all nodes of a run, since it costs as much as the loop itself.
-    first, branch, kind, parent, contract, step, cancelling, restores, role, is_called = place
+    first, branch, kind, parent, contract, step, cancelling, restores, role, is_called, settles = place
     task = asyncio.current_task()
     attempt = NodeAttempt(ctx)
     for position, node in enumerate(nodes, first):
@@ -101,13 +101,15 @@ async def execute_in_turn(
             ctx, node.node_id, kind if type(node) is Node else "group", position, branch, parent
         )
         try:
-            plan = plan_of(ctx, run, node, value, contract)
+            plan = _plan_of(ctx, run, node, value, contract)
         except Exception as error:
             return await _without_plan(ctx, run, node, value, error)
         if step is not None:
             run.step = step
         if is_called:
             run.is_called = True
+        if settles:
+            run.settles = True
         if role is not None:
             run.framework_role = role
         CURRENT.set(run)
@@ -154,48 +156,10 @@ async def execute_in_turn(
     return value
 
 
-# ---------------------------------------------------------------------- a step of a flow
-
-
-async def try_again(
-    ctx: ReliabilityContext, attempt: NodeAttempt, node: Node, plan: Plan, value: BaseModel, failure: Failure
-) -> tuple[BaseModel | Halt, int]:
-    """Make the further attempts of a node whose first one failed. Return its end, and for how many ns its function ran.
-
-    :func:`execute_in_turn` for a flow, which makes first attempts itself: those of most steps are the only ones.
-    """
-    run, number, busy_ns = CURRENT.get(), 1, 0
-    try:
-        outcome: BaseModel | Failure | Halt = failure
-        while isinstance(outcome, Failure):
-            decision = _decide(ctx, run, node, outcome, number)
-            if isinstance(decision, Stop):
-                return _stop(ctx, outcome, decision), busy_ns
-            await _wait(ctx, run, outcome, number, decision.delay_seconds)
-            if ctx.cancelled:
-                return _stop(ctx, outcome, Stop("the run was cancelled")), busy_ns
-            number += 1
-            if ctx.holds:
-                return await hold(ctx, run.node_id, number), busy_ns
-            run.attempt = number
-            if ctx.limits and (exceeded := _crossed_limit(ctx, run)) is not None:
-                return refuse(run, exceeded), busy_ns
-            task = asyncio.current_task()
-            cancelling = 0 if task is None else task.cancelling()
-            outcome = await make(attempt.prepare(run, node, plan, value, cancelling))
-            busy_ns += attempt.duration
-        return outcome, busy_ns
-    finally:
-        del run  # As in execute_in_turn().
-
-
-# ---------------------------------------------------------------------- one attempt, for drivers that decide themselves
-
-
 # ---------------------------------------------------------------------- before an attempt
 
 
-def plan_of(
+def _plan_of(
     ctx: ReliabilityContext,
     run: NodeExecution,
     node: Node | Group,

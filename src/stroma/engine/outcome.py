@@ -80,6 +80,7 @@ class Place(NamedTuple):
             new one from a node's stray CancelledError.
         role: its framework_role; is_called: see NodeExecution.
         restores: return the output that is committed there already; otherwise the function is called all the same.
+        settles: find out how the call of an effect ended, and do not call it again: nobody waits for it any more.
     """
 
     position: int = 0
@@ -92,6 +93,7 @@ class Place(NamedTuple):
     restores: bool = True
     role: Role | None = None
     is_called: bool = False
+    settles: bool = False
 
 
 def refuse(run: NodeExecution, error: Exception) -> Halt:

@@ -16,8 +16,8 @@ from stroma.contracts.schema import schema_of
 from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
 from stroma.hooks.sets import NodeHooks
-from stroma.runner.flows.driver import REPLAY_ONLY
 from stroma.runner.flows.flow import FlowFunction
+from stroma.runner.flows.journal import REPLAY_ONLY
 from stroma.runner.run import RunExecution
 from stroma.trace.result import ExecutionResult
 

@@ -352,7 +352,7 @@ class ReadableStore(ABC):
 
         nothing: tuple[int, StepRow | None] = (0, None)
         execution, row = self.read(query, nothing)
-        if row is None or row.step.number != OF_FLOW or row.step.input_key is None:
+        if row is None or row.step.number is None or row.step.number > OF_FLOW or row.step.input_key is None:
             return None
         verify_step(row.step, run_id, position, row.node_id, branch)
         place = PayloadPlace(run_id, execution, "step input", position, branch)

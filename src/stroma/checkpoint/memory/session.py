@@ -298,7 +298,7 @@ def _with_input(call: StepCall | None, state: SavedState, branch: str) -> StepCa
         call = StepCall(OF_FLOW, None)  # What other code calls is recorded with its call.
     if (
         call is None
-        or call.number != OF_FLOW
+        or call.number > OF_FLOW
         or call.input_key is not None
         or row is None
         or row.schemas is None

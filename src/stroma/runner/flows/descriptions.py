@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import json
-from typing import Final
 from urllib.parse import unquote
 
 __all__ = ["describe", "describe_difference", "shorten"]
 
-_WORDS: Final = {"!sleep": "flow.sleep", "!wait": "flow.wait_for", "!now": "flow.now"}
+
+def describe(branch: str) -> str:
+    """Return a call as people read it: ``step 'judge' (call 2) of step 'triage' (call 1)``."""
+    return " of ".join(map(_describe_call, reversed(branch.split("."))))
 
 
-def describe(identity: str) -> str:
-    """Return a call as people read it: ``call 2 of step 'judge' in branch 1``."""
-    path, _, text = identity.rpartition("/")
-    name, mark, number = text.rpartition("#")
-    number = number.partition("@")[0]
+def _describe_call(identity: str) -> str:
+    name, mark, number = identity.partition("@")[0].rpartition("#")
     if not mark:
-        return f"the item of the map at index {number}"
-    where = f" in branch {path.lstrip('-')}" if path else ""
+        return f"the item at index {number}"
     if name in ("", "!", "*"):
-        return f"the call with key={unquote(number)!r}{where}"
-    if name in _WORDS:
-        return f"call {int(number) + 1} of {_WORDS[name]}{where}"
+        return f"the call with key={unquote(number)!r}"
+    if name == "!wait":
+        return f"flow.wait_for (call {int(number) + 1})"
     kind = "map over" if name.startswith("*") else "step"
-    return f"call {int(number) + 1} of {kind} {unquote(name.lstrip('*'))!r}{where}"
+    return f"{kind} {unquote(name.lstrip('*'))!r} (call {int(number) + 1})"
 
 
 def shorten(encoded: bytes) -> str:

@@ -1,209 +1,532 @@
-"""State that a flow shares with the flows inside it: progress, suspension, and the gate of its replay."""
+"""The driver of a flow: makes the calls of its body, and delivers their ends one at a time, in the order of their records.
+
+The body runs on a :class:`BodyLoop`, from one event to the next. A call begins once the body waits for it and everything that
+is recorded has been delivered. What ends the flow whatever its body does (a crossed budget, a suspension, a changed body)
+stops the body at once.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
-import threading
+import math
+from collections import deque
 from collections.abc import Coroutine
-from time import perf_counter_ns
-from typing import Any, Final, NoReturn
+from functools import partial
+from typing import Any, Final
 
-from pydantic import BaseModel
-
-from stroma.contracts.node import Group, Node
+from stroma.checkpoint import PipelineChanged, StoreError
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.loop import execute_in_turn
-from stroma.engine.outcome import Halt, Place, Stopped
-from stroma.runner.flows.endings import Endings, RunningFlow
-from stroma.runner.flows.errors import FlowClosed
-from stroma.runner.flows.journal import FlowJournal
-from stroma.runner.flows.stuck import waits_for_itself
-from stroma.runner.flows.suspension import Waits, now_ms
+from stroma.engine.current import CURRENT
+from stroma.engine.outcome import STOPPED, Halt, Stopped
+from stroma.engine.tasks import cancel_all, raise_if
+from stroma.failures.failure import Failure
+from stroma.hooks.dispatch import HookNotAsync
+from stroma.runner.flows.body_loop import BodyLoop
+from stroma.runner.flows.call import FlowCall
+from stroma.runner.flows.descriptions import describe, describe_difference, shorten
+from stroma.runner.flows.endings import end_of
+from stroma.runner.flows.errors import FlowClosed, StepFailed
+from stroma.runner.flows.journal import REPLAY_ONLY, Event, FlowJournal, read_failure
+from stroma.runner.flows.suspension import FlowWaits, now_ms
 
-__all__ = ["REPLAY_ONLY", "STUCK_SECONDS", "FlowDriver"]
+__all__ = ["FlowDriver"]
 
-#: How often a replay that waits is looked at. If it can go no further, twice in a row, the body has changed.
-STUCK_SECONDS: Final = 0.5
-#: A body may wait for this long for something else than its flow while a replay waits for it.
-_PATIENCE_SECONDS: Final = 60.0
-
-#: Set while ``check_deterministic`` replays: a call without a record is a change.
-REPLAY_ONLY: contextvars.ContextVar[bool] = contextvars.ContextVar("stroma_replay_only", default=False)
+#: How often a body that does not end is cancelled.
+_MAX_CANCELLATIONS: Final = 100
+#: An event loop may not take longer timers than a day.
+_MAX_TIMER_SECONDS: Final = 3600.0
 
 
-class FlowDriver:
-    """State that one flow of a run shares with the flows inside it: progress, waits, and its end.
+class FlowDriver(FlowWaits):
+    """One flow of a run, with the flows inside it.
 
     Attributes:
-        activity: number of calls so far.
-        busy: calls that are at work: not those that wait for a person, for a time, or for a flow inside.
+        closing: the body is being cancelled: further calls raise FlowClosed.
         has_siblings: steps ran side by side.
-        unreached: recorded results that the bodies have not asked for yet.
-        stopping: the end of the flow, whatever its body does: a crossed budget, a suspension, a changed body.
+        is_live: everything that is recorded has been delivered.
+        woken_by: number of the last event that the body noticed; ``called_at``: what it was at the last call.
+        failures: numbers of the events that were failures.
     """
 
-    __slots__ = (
-        "_held", "_watching", "activity", "body", "busy", "closing", "ctx", "endings", "flows", "has_siblings", "is_over",
-        "is_woken", "journal", "loop", "ready", "replay_only", "stopping", "thread_id", "to_cancel", "unreached",
-        "waits", "waker",
-    )  # fmt: skip
+    def __init__(self, ctx: ReliabilityContext, journal: FlowJournal, flow_id: str, position: int) -> None:
+        self.outer = asyncio.get_running_loop()
+        super().__init__(ctx, flow_id, position, BodyLoop(self.outer, lambda: self.time_ms() / 1000))
+        self.journal, self.records = journal, journal.records(position)
+        #: The inputs of calls are stored, or compared.
+        self.needs_input = ctx.session.stores_inputs or self.records.is_recorded
+        self.closing = self.is_over = self.has_siblings = self.is_live = False
+        self.woken_by = self.called_at = 0
+        self.failures: list[int] = []
+        self._replay_only = REPLAY_ONLY.get()
+        self._main: asyncio.Task[Any] | None = None
+        self._task = asyncio.current_task()
+        self._context = contextvars.copy_context()
+        self._context.run(CURRENT.set, None)
+        #: Calls that the body waits for and that have not begun.
+        self._requested: dict[str, FlowCall] = {}
+        self._running: dict[asyncio.Task[Any], FlowCall] = {}
+        #: Branches of the calls in the replay.
+        self._replayed: set[str] = set()
+        self._waker: asyncio.Future[None] | None = None
+        #: Numbers of the events to come, in order; by branch those of calls; and what they are, once it is stored.
+        self._numbers: deque[int] = deque()
+        self._number_of: dict[str, int] = {}
+        self._stored: dict[int, FlowCall | int] = {}
+        self._unstored: dict[int, FlowCall | int] = {}
+        #: Questions that the body gave up in the replay.
+        self._withdrawn: list[FlowCall] = []
+        #: Effects that the body gave up, by node and input, whose outcome it has not taken.
+        self._given_up: dict[tuple[str, bytes | None], list[FlowCall]] = {}
 
-    def __init__(self, ctx: ReliabilityContext, journal: FlowJournal) -> None:
-        self.ctx = ctx
-        self.journal = journal
-        self.loop = asyncio.get_running_loop()
-        self.thread_id = threading.get_ident()
-        self.activity = self.busy = self.unreached = 0
-        #: What the loop does in its next turn, a task that has not begun, say. Of other loops than asyncio's nobody knows.
-        self.ready = getattr(self.loop, "_ready", (True,))
-        self.stopping: Halt | Stopped | BaseException | None = None
-        self.closing = self.is_over = self.has_siblings = False
-        self.waits: Waits = Waits(self)
-        self.flows: list[RunningFlow] = []
-        self.body: asyncio.Task[Any] | None = None
-        self.waker: asyncio.Future[None] | None = None
-        self.is_woken = False
-        self._held: asyncio.Future[None] | None = None
-        self._watching = False
-        #: Replayed calls that wait until the body cancels them again: when it did so before, and the text if it does not.
-        self.to_cancel: list[tuple[float, str]] = []
-        self.endings = Endings(ctx, journal)
-        self.replay_only = REPLAY_ONLY.get()
+    # ------------------------------------------------------------------ time
 
-    def now_ms(self) -> int:
-        """Return the time in ms since the epoch."""
-        return now_ms()
+    def time_ms(self) -> int:
+        """Return the time of the body in ms since the epoch: that of the last event, the same on replay."""
+        times, number = self.records.times, self.woken_by
+        time_ms = times.get(number)
+        if time_ms is None:
+            time_ms = times[number] = max(now_ms(), max(times.values(), default=0))
+            self.journal.note_time(self.position, number, time_ms)
+        return time_ms
 
-    def clock_ms(self) -> float:
-        """Return the time in ms since the epoch on the clock of the attempts: waits and steps are shown in their order."""
-        return (perf_counter_ns() + self.ctx.epoch_ns) / 1e6
+    # ------------------------------------------------------------------ calls, in the body
 
-    def execute(
-        self, node: Node | Group, state: BaseModel, place: Place
-    ) -> Coroutine[Any, Any, BaseModel | Halt | Stopped]:
-        """Run a node with its attempts. Return its committed output, or its end."""
-        return execute_in_turn(self.ctx, (node,), state, place)
-
-    # ------------------------------------------------------------------ what flows look at
-
-    @property
-    def flow_id(self) -> str:
-        return self.flows[0].node.node_id
-
-    @property
-    def has_returned(self) -> bool:
-        return self.body is not None and self.body.done()
-
-    @property
-    def is_collected(self) -> bool:
-        """True while a coroutine of the flow is closed by garbage collection, after its event loop: it cannot await."""
-        return asyncio._get_running_loop() is not self.loop
-
-    def signs(self) -> tuple[int, int, int]:
-        """Return numbers that change with what the body does."""
-        return self.activity, self.endings.count, len(self.waits.open)
-
-    def note_busy(self) -> None:
-        """Record the function time of the flow so far."""
-        outermost = self.flows[0]
-        self.journal.note_busy(outermost.position, outermost.execution.busy_ns)
-
-    def wake(self) -> None:
-        """Have the driver look at what is open."""
-        self.is_woken = True
-        if self.waker is not None and not self.waker.done():
-            self.waker.set_result(None)
-
-    # ------------------------------------------------------------------ ends
-
-    def stop(self, end: Halt | Stopped | BaseException) -> None:
-        """End the flow whatever its body does, once the steps that are at work have ended."""
-        if self.stopping is None:
-            self.stopping = end
-            self.disturb()
-        self.wake()
-
-    def close(self) -> None:
-        """Have each further call of the flow raise FlowClosed."""
-        self.closing = True
-        self.disturb()
-        self.waits.close()
-
-    def disturb(self) -> None:
-        """Have each flow look again if its calls are sequential."""
-        for flow in self.flows:
-            flow.is_sequential = False
-
-    async def never(self) -> NoReturn:
-        """Wait until the body is cancelled: it must not learn of what ends it."""
-        self.wake()
-        if not self.closing:
+    async def request(self, call: FlowCall) -> Any:
+        """Wait for the end of a call, and return its output. Raises StepFailed, FlowClosed."""
+        if self.closing or self.is_over:
+            raise FlowClosed(f"{describe(call.branch)} was awaited after flow {self.flow_id!r} had ended")
+        if self.stopping is not None:
             await self.loop.create_future()
-        raise FlowClosed("the flow has ended")
+        if call.is_effect:
+            call = self._find_given_up(call)
+            if call.outcome is not None:
+                return call.take()
+        if call.branch not in self.calls:
+            self.calls[call.branch] = call
+        if call.end is None and call.task is None and call.suspended is None:
+            self._requested[call.branch] = call
+        if not self.is_live:
+            self._replayed.add(call.branch)
+        future = call.future = self.loop.create_future()
+        call.context = contextvars.copy_context()
+        try:
+            call.outcome = await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled():
+                call.outcome = future.result()
+            self._give_up(call)
+            raise
+        return call.take()
 
-    async def stop_here(self, end: Halt | Stopped | BaseException) -> NoReturn:
-        self.stop(end)
-        await self.never()
+    def has_output(self, call: FlowCall) -> bool:
+        """Return True if a flow inside need not run: its output is recorded."""
+        return (self.position, call.branch) in self.ctx.restored and not self._replay_only
 
-    def changed(self, message: str) -> Halt:
-        """Return the end of a flow whose body does not do what it did before."""
-        return self.endings.changed(message, self.flow_id)
+    def _give_up(self, call: FlowCall) -> None:
+        """Note that the body waits for a call no more. An effect runs to its end; the end of any other call is of no use."""
+        call.future = None
+        if self.closing:
+            return
+        self._requested.pop(call.branch, None)
+        has_begun = call.task is not None or call.end is not None or call.suspended is not None
+        if call.is_effect and (has_begun or call.outcome is not None or not self.is_live):
+            self._given_up.setdefault(_effect_of(call), []).append(call)
+        elif call.question is not None and call.task is None:
+            self.calls.pop(call.branch, None)
+            if has_begun:
+                self._withdraw(call)
+            elif not self.is_live:
+                self._withdrawn.append(call)
+        elif call.question is None:
+            self.calls.pop(call.branch, None)
+            if call.task is not None:
+                call.is_cancelled = True
+                call.task.cancel()
+
+    def _withdraw(self, call: FlowCall) -> None:
+        question, call.question = call.question, None
+        assert question is not None
+        self._start(call, self.withdraw(question))
+
+    def _find_given_up(self, call: FlowCall) -> FlowCall:
+        """Return an effect with the same input that the body gave up and whose outcome it has not taken, else the call."""
+        earlier = self._given_up.get(_effect_of(call))
+        while earlier:
+            first = earlier.pop(0)
+            if type(first.outcome) is not StepFailed:  # It was refused: another call may be made.
+                return first
+        return call
+
+    # ------------------------------------------------------------------ calls, in the real event loop
+
+    def _start(self, call: FlowCall, work: Coroutine[Any, Any, Any]) -> None:
+        task = call.task = self.outer.create_task(work, context=call.context)
+        self._running[task] = call
+        self.has_siblings |= len(self._running) > 1
+        task.add_done_callback(self._end)
+
+    def _begin_requested(self) -> Coroutine[Any, Any, Any] | None:
+        """Begin the calls that the body waits for. Return the work of one that is alone: it needs no task, which takes 5 us."""
+        requested, self._requested = self._requested, {}
+        first = next(iter(requested.values()))
+        if self.ctx.stops:
+            self.stop(STOPPED)
+        elif self._replay_only:
+            self.stop_as_changed(f"makes {describe(first.branch)}, which is not recorded")
+        elif len(self.calls) == 1 and self._is_alone(first):
+            return self._perform_alone(first, 0 if self._task is None else self._task.cancelling())
+        else:
+            for call in requested.values():
+                self._start(
+                    call, self._restore_or_perform(call) if self.records.is_recorded else call.perform()
+                )
+        return None
+
+    def _is_alone(self, call: FlowCall) -> bool:
+        """Return True if nothing else of the flow can happen before the end of a call."""
+        if (
+            self._running
+            or self.loop.next_time is not None
+            or call.question is not None
+            or self.records.loose
+        ):
+            return False
+        try:
+            return call.context == self._context
+        except Exception:  # The body has set variables whose values cannot be compared.
+            return False
+
+    async def _perform_alone(self, call: FlowCall, cancelling: int) -> None:
+        try:
+            self.finish(call, await call.perform(cancelling))
+        except (HookNotAsync, PipelineChanged, StoreError) as error:  # What leaves a run.
+            self.stop(end_of(error, call.node))
+        finally:
+            CURRENT.set(None)
+
+    async def _restore_or_perform(self, call: FlowCall) -> Any:
+        if call.branch in self.records.loose:
+            outcome = await call.restore()
+            self.journal.forget_output(self.position, call.branch)
+            if outcome is not None:
+                return outcome
+        return await call.perform()
+
+    def _end(self, task: asyncio.Task[Any]) -> None:
+        """Take the end of a task."""
+        call = self._running.pop(task)
+        call.task = None
+        if task.cancelled():
+            if not call.is_cancelled:  # Not by the body: the process is being stopped.
+                self.stop(asyncio.CancelledError())
+            elif (
+                number := self._number_of.get(call.branch)
+            ) is not None:  # Its output was committed all the same.
+                self._stored[number] = call
+            elif call.is_effect:
+                self._given_up[_effect_of(call)].remove(call)
+        elif (error := task.exception()) is not None:
+            self.stop(end_of(error, call.node))
+        else:
+            self.finish(call, task.result())
+        self.wake()
+
+    def finish(self, call: FlowCall, outcome: Any) -> None:
+        if self.stopping is not None:
+            return
+        number = self._number_of.get(call.branch)
+        if number is not None and type(outcome) is not Halt:  # It is stored with its commit.
+            call.end, self._stored[number] = outcome, call
+        elif call.question is not None and call.future is None:  # The body has given it up meanwhile.
+            self.calls.pop(call.branch, None)
+            self._withdraw(call)
+        elif type(outcome) is Halt:
+            self._halt(call, outcome)
+        elif outcome is not None:
+            call.end, number = outcome, self.number(call.branch)
+            self.journal.note_event(self.position, Event(number, call.branch))
+            self._unstored[number] = call
+        elif call.question is not None:
+            call.suspended = call.question.reason
+
+    def _halt(self, call: FlowCall, halt: Halt) -> None:
+        if halt.suspended and not self.ctx.paused:
+            call.suspended = halt.failure.message
+        elif halt.suspended:
+            self.stop(STOPPED)
+        elif halt.spent or halt.partial:
+            self.stop(halt)
+        elif call.future is not None or call.is_effect:
+            number = self.number(call.branch)
+            call.end = self._failed(call, halt.failure, number)
+            self.journal.note_failure(self.position, number, call.branch, halt.failure, call.input_key)
+            self._unstored[number] = call
+
+    def _failed(self, call: FlowCall, failure: Failure, number: int) -> StepFailed:
+        error = StepFailed(failure, (*call.scope.names, failure.node_id))
+        error.event, error.__cause__ = number, failure.exception
+        self.failures.append(number)
+        return error
+
+    def number(self, branch: str) -> int:
+        """Return the number of the event that the end of a call is to the body. Called when its record is written."""
+        number = self._number_of.get(branch)
+        if number is None:
+            number = self.records.last = self.records.last + 1
+            self._numbers.append(number)
+            if branch:
+                self._number_of[branch] = number
+        return number
+
+    # ------------------------------------------------------------------ events
+
+    def _turn(self, number: int) -> None:
+        """Run the body until it waits, after an event."""
+        self.woken_by = number
+        try:
+            self.loop.run_ready(self._task)
+        except RuntimeError as error:
+            self.stop(self.endings.halt(error, self.flow_id))
+
+    def _deliver(self, number: int, what: FlowCall | int) -> None:
+        """Deliver an event to the body: the end of a call, or a time in ms. A call that it has given up is none to it."""
+        if isinstance(what, int):
+            self.records.times[number] = what
+            self.loop.end_timers(what / 1000)
+            self._turn(number)
+        else:
+            self.calls.pop(what.branch, None)
+            what.suspended, what.outcome, future = None, what.end, what.future
+            if future is not None and not future.done():
+                future.set_result(what.end)
+                self._turn(number)
+
+    def _deliver_next(self) -> bool:
+        """Deliver the next event, if it is stored."""
+        if self._numbers[0] not in self._stored:
+            return False
+        number = self._numbers.popleft()
+        what = self._stored.pop(number)
+        if isinstance(what, FlowCall):
+            self._number_of.pop(what.branch, None)
+        self._deliver(number, what)
+        return True
+
+    async def _store_events(self) -> None:
+        events, self._unstored = self._unstored, {}
+        await self.flush()
+        self._stored |= events
+
+    def _is_due(self) -> bool:
+        due = self.loop.next_time
+        return due is not None and due * 1000 <= now_ms()
+
+    async def _end_timers(self) -> None:
+        """End the timers that are due, unless an answer came first."""
+        assert self.loop.next_time is not None
+        now = max(now_ms(), math.ceil(self.loop.next_time * 1000))
+        if not await self.take_answers(closing=now):
+            number = self.number("")
+            self.journal.note_event(self.position, Event(number, time_ms=now))
+            self._unstored[number] = now
 
     # ------------------------------------------------------------------ replay
 
-    async def replayed(self) -> None:
-        """Wait until everything that is recorded has been replayed: nothing new is called before."""
-        while self.unreached:
-            if self._held is None or self._held.done():
-                self._held = self.loop.create_future()
-            self.watch()
-            # Shielded: the cancellation of one call does not end the waiting of the others.
-            await asyncio.shield(self._held)
+    async def _replay(self) -> None:
+        """Deliver what is recorded."""
+        for event in self.records.events:
+            if self.stopping is not None:
+                return
+            call = self.calls.get(event.branch)
+            if call is not None and not self.is_finished:
+                self._requested.pop(event.branch, None)
+                call.end = await self._read(call, event)
+            elif event.branch and event.branch not in self._replayed:
+                self.stop_as_changed(f"does not make {describe(event.branch)}, which is recorded")
+            if self.stopping is None and not self.is_finished and (call is not None or not event.branch):
+                self._deliver(event.number, event.time_ms if call is None else call)
+        self.is_live = self.stopping is None
+        self.records.end_replay()
+        self.needs_input = self.ctx.session.stores_inputs or self.records.is_recorded
+        self._replayed.clear()
+        for waiting in self._given_up.values():
+            for call in [one for one in waiting if one.outcome is None and not one.has_intent()]:
+                waiting.remove(call)  # It was not called.
+                del self.calls[call.branch]
+        for call in self._withdrawn:
+            known = self.ctx.session.waiting.get((self.position, call.branch))
+            if known is not None and known.payload is None:
+                self._withdraw(call)
 
-    def reached(self) -> None:
-        """Count a recorded result that the body has asked for."""
-        self.unreached -= 1
-        if not self.unreached:
-            self.release_held()
+    async def _read(self, call: FlowCall, event: Event) -> Any:
+        """Return the recorded end of a call. Ends the flow if its input has changed."""
+        before = self.journal.input_key_of(self.position, event)
+        if before is not None and call.input_key is not None and before != call.input_key:
+            return self.stop_as_changed(
+                f"made {describe(call.branch)} with {shorten(before)}, and makes it now with {shorten(call.input_key)} "
+                f"({describe_difference(before, call.input_key)})"
+            )
+        if event.failure is not None:
+            return self._failed(call, read_failure(event.failure), event.number)
+        try:
+            outcome = await call.restore()
+            if (
+                outcome is None
+            ):  # A group whose schema has changed is assembled again, of children that are restored.
+                self._number_of[call.branch] = event.number
+                outcome = await call.perform()
+                del self._number_of[call.branch]
+        except (HookNotAsync, PipelineChanged, StoreError) as error:
+            return self.stop(end_of(error, call.node))
+        self.journal.forget_output(self.position, call.branch)
+        return outcome
 
-    def release_held(self) -> None:
-        if self.stopping is None and not self.closing:
-            self.journal.note_held()
-        if self._held is not None and not self._held.done():
-            self._held.set_result(None)
+    def stop_as_changed(self, message: str, flow_id: str | None = None) -> None:
+        """End a flow whose body does not do what is recorded."""
+        self.stop(self.endings.changed(f"flow {(flow_id or self.flow_id)!r} {message}", self.flow_id))
 
-    def watch(self) -> None:
-        """See that a replay which waits for a recorded call meets it."""
-        if not self._watching:
-            self._look_later(self.loop.time(), is_stuck=False)
+    # ------------------------------------------------------------------ from the start to the end
 
-    def _look_later(self, since: float, *, is_stuck: bool) -> None:
-        self._watching = True
-        self.loop.call_later(STUCK_SECONDS, self._look, self.activity, since, is_stuck)
+    @property
+    def is_finished(self) -> bool:
+        """True once the body has returned or raised."""
+        return self._main is not None and self._main.done()
 
-    def _look(self, seen: int, since: float, was_stuck: bool) -> None:
-        self._watching = False
-        is_waiting = self.unreached or self.to_cancel or any(flow.order.is_waiting for flow in self.flows)
-        if not is_waiting or self.closing or self.stopping is not None:
-            return
-        now = self.loop.time()
-        is_active = self.activity != seen or self.busy or any(flow.order.is_turning for flow in self.flows)
-        if is_active or any(due > now for due, _ in self.to_cancel):
-            self.watch()
-            return
-        is_stuck = now - since > _PATIENCE_SECONDS or waits_for_itself(self, self.loop)
-        if is_stuck and was_stuck:  # Twice in a row: a timer that is due may not have been called yet.
-            self.stop(self.changed(self._missing()))
-        else:
-            self._look_later(since, is_stuck=is_stuck)
+    def stop(self, end: Halt | Stopped | BaseException) -> None:
+        if self.stopping is None:
+            self.stopping, self.loop.is_halted = end, True
+        self.wake()
 
-    def _missing(self) -> str:
-        """Return the text for what a replay waits for, and does not come."""
-        for _, text in self.to_cancel:
-            return text
-        for flow in self.flows:
-            missing = None if flow.has_ended else flow.missing() or flow.order.missing()
-            if missing is not None:
-                return f"flow {flow.node.node_id!r} {missing}"
-        return f"flow {self.flow_id!r} waits for a result that is recorded, and does not come"
+    def wake(self) -> None:
+        """Have the driver look at what is to be done."""
+        if self._waker is not None and not self._waker.done():
+            self._waker.set_result(None)
+
+    async def run(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run a body to its end, and return its task; or to ``stopping``, which is an exception that leaves the run, or a Halt."""
+        ctx, stop = self.ctx, partial(self.stop, STOPPED)
+        ctx.number_event, ctx.on_hold[stop] = self.number, None
+        cancelled: asyncio.CancelledError | None = None
+        self._main = self.loop.create_task(work, context=self._context.copy())
+        try:
+            self._turn(0)
+            await self._replay()
+            await self._run_live()
+        finally:
+            ctx.on_hold.pop(stop, None)
+            self.closing = True
+            if asyncio._get_running_loop() is self.outer:
+                cancelled = await self._cancel_calls()
+                self._end_body()
+            self.loop.discard()
+            self.is_over, ctx.number_event = True, None
+        raise_if(cancelled)
+        if isinstance(self.stopping, BaseException):
+            raise self.stopping
+        return self._main
+
+    async def _run_live(self) -> None:
+        """Make calls and deliver events until the body has ended, or is to end."""
+        while self.stopping is None:
+            if self._unstored:
+                await self._store_events()
+            elif self._stored and self._deliver_next():
+                continue
+            elif self.is_finished:
+                if await self._finish_effects():
+                    return
+            elif self._requested:
+                if (alone := self._begin_requested()) is not None:
+                    await alone
+            elif self._is_due():
+                await self._end_timers()
+            elif self._running:
+                await self._until_woken()
+            elif (seconds := await self.settle()) is not None:
+                await self._until_woken(seconds)
+        while self._running and not isinstance(self.stopping, BaseException):
+            await self._until_woken()  # What is at work is committed first.
+
+    async def _until_woken(self, seconds: float | None = None) -> None:
+        due, self._waker = self.loop.next_time, self.outer.create_future()
+        if seconds is None and due is not None:
+            seconds = min(max(0.0, due - now_ms() / 1000), _MAX_TIMER_SECONDS)
+        timer = None if seconds is None else self.outer.call_later(seconds, self.wake)
+        try:
+            await self._waker
+        finally:
+            self._waker = None
+            if timer is not None:
+                timer.cancel()
+
+    async def _finish_effects(self) -> bool:
+        """See the effects to their end that the body gave up, once it has ended. Return True if nothing is left to do."""
+        if not self.closing:
+            self._close()
+        if self._running:
+            await self._until_woken()
+            return False
+        unknown = [
+            one
+            for waiting in self._given_up.values()
+            for one in waiting
+            if one.end is None and one.outcome is None
+        ]
+        if not unknown:
+            return True
+        for call in unknown:
+            if call.suspended is None:
+                call.settles = call.is_cancelled = True  # It ends as cancelled if it did not happen.
+                self._start(call, call.perform())
+        if not self._running:
+            await self.settle()
+        return False
+
+    def _close(self) -> None:
+        """Cancel what a body that has ended left behind, but for effects."""
+        self.closing = True
+        calls, self.calls, self._requested = self.calls, {}, {}
+        for call in [one for one in calls.values() if one.future is not None]:
+            if call.is_effect and (call.task is not None or call.suspended is not None):
+                self._given_up.setdefault(_effect_of(call), []).append(call)
+            elif call.question is not None:
+                self._withdraw(call)
+            elif call.task is not None:
+                call.is_cancelled = True
+                call.task.cancel()
+        if self.loop.tasks:
+            self.ctx.run_logger.warning(
+                "flow %r ended while %d of its tasks were under way; they are cancelled: await them",
+                self.flow_id,
+                len(self.loop.tasks),
+            )
+        self.calls = {one.branch: one for waiting in self._given_up.values() for one in waiting}
+        self._end_body()
+
+    def _end_body(self) -> None:
+        """Cancel the tasks of the body until they have ended."""
+        self.loop.is_halted = False
+        for _ in range(_MAX_CANCELLATIONS):
+            tasks = list(self.loop.tasks)
+            if not tasks and not self.loop.close_generators():
+                return
+            for task in tasks:
+                task.cancel()
+            self._turn(self.woken_by)
+        self.ctx.run_logger.warning(
+            "flow %r does not end although it was cancelled; let CancelledError and FlowClosed out of its body",
+            self.flow_id,
+        )
+
+    async def _cancel_calls(self) -> asyncio.CancelledError | None:
+        """Cancel the calls that are at work, and wait for their end. Return the cancellation that came meanwhile."""
+        try:
+            await cancel_all(list(self._running))
+        except asyncio.CancelledError as error:
+            return error.with_traceback(None)
+        return None
+
+
+def _effect_of(call: FlowCall) -> tuple[str, bytes | None]:
+    return call.node.node_id, call.input_key

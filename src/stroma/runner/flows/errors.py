@@ -27,8 +27,8 @@ class StepFailed(Exception):
         super().__init__(f"step {failure.node_id!r} failed: {text_of(failure)}")
         self.failure = failure
         self.path = path
-        #: Where it is recorded: the flow's place, the identity of the call, and its number among the results of the flow.
-        self.place: tuple[int, str, str, int] | None = None
+        #: Number of the event that it is in its flow; 0 for the failure of a flow inside.
+        self.event = 0
 
     def __reduce__(self) -> Any:
         return StepFailed, (self.failure, self.path)

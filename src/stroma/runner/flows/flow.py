@@ -14,9 +14,8 @@ from pydantic import BaseModel
 
 from stroma.contracts.contract import NodeContract, check_id
 from stroma.contracts.node import FlowNode, Group, LooseContextNode, LooseNode
-from stroma.runner.flows.flow_run import FlowRun
-from stroma.runner.flows.nested import call_flow, call_map
-from stroma.runner.flows.steps import call_step
+from stroma.runner.flows.calls import call_flow, call_map, call_step
+from stroma.runner.flows.path import FlowPath
 from stroma.runner.flows.submit import call_submit
 from stroma.runner.flows.waits import call_sleep, call_wait_for, wake_ms_of
 from stroma.runner.pipeline import AnyState, Pipeline
@@ -32,22 +31,22 @@ AnswerT = TypeVar("AnswerT", bound=BaseModel)
 class Flow:
     """The handle with which the body of a flow calls its steps. Each call is numbered when it is made."""
 
-    __slots__ = ("_run",)
+    __slots__ = ("_path",)
 
-    def __init__(self, run: FlowRun) -> None:
-        self._run = run
+    def __init__(self, path: FlowPath) -> None:
+        self._path = path
 
     def __repr__(self) -> str:
-        return f"<flow {self._run.node.node_id!r} of run {self.run_id!r}>"
+        return f"<flow {self._path.node.node_id!r} of run {self.run_id!r}>"
 
     @property
     def run_id(self) -> str:
-        return self._run.driver.ctx.run_id
+        return self._path.driver.ctx.run_id
 
     @property
     def is_closing(self) -> bool:
         """True while the body is being cancelled because the run is suspended or stopped."""
-        return self._run.driver.closing
+        return self._path.driver.closing
 
     # ------------------------------------------------------------------ steps
 
@@ -82,7 +81,7 @@ class Flow:
 
         ``key`` names the call, in place of its number in its task. Raises StepFailed once the node has stopped for good.
         """
-        return call_step(self._run, node, state, key)
+        return call_step(self._path, node, state, key)
 
     @overload
     def map(
@@ -136,7 +135,7 @@ class Flow:
 
         The first item that stops for good cancels the others, and its StepFailed is raised.
         """
-        return call_map(self._run, node, items, max_concurrency, key)
+        return call_map(self._path, node, items, max_concurrency, key)
 
     # ------------------------------------------------------------------ flows and pipelines inside
 
@@ -153,7 +152,7 @@ class Flow:
 
         Raises StepFailed if it failed.
         """
-        return call_flow(self._run, flow, state, key)
+        return call_flow(self._path, flow, state, key)
 
     @overload
     def submit(
@@ -171,7 +170,7 @@ class Flow:
         budget nor trace, and neither ends the other. Raises StepFailed if the run cannot be submitted, TypeError for a
         pipeline that starts with a group, ValueError for an invalid keyword.
         """
-        return call_submit(self._run, flow, state, options)
+        return call_submit(self._path, flow, state, options)
 
     # ------------------------------------------------------------------ time and people
 
@@ -183,14 +182,14 @@ class Flow:
         hours: float = 0,
         days: float = 0,
         until: datetime | None = None,
-        key: str | None = None,
     ) -> Coroutine[Any, Any, None]:
         """Wait for a time. It is durable: the process may exit meanwhile, and the wait does not begin again.
 
         ``until``: an aware datetime, in place of a duration. See ``RunConfig(inline_wait_seconds=...)``.
         """
         duration = timedelta(seconds=seconds, minutes=minutes, hours=hours, days=days)
-        return call_sleep(self._run, wake_ms_of(duration, until, self._run.driver.now_ms), key)
+        self._path.begin_call("flow.sleep")
+        return call_sleep(self._path, wake_ms_of(duration, until, self._path.driver.time_ms))
 
     def wait_for(
         self,
@@ -207,22 +206,19 @@ class Flow:
         TimeoutError if no answer came by then. ``key``, else the name of the class, is the id that ``signal(node_id=...)``
         selects it by.
         """
+        self._path.begin_call("flow.wait_for")
         wake_ms: int | None = None
         if timeout is not None or until is not None:
             duration = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout or 0)
-            wake_ms = wake_ms_of(duration, until, self._run.driver.now_ms)
-        return call_wait_for(self._run, answer, reason, wake_ms, key)
+            wake_ms = wake_ms_of(duration, until, self._path.driver.time_ms)
+        return call_wait_for(self._path, answer, reason, wake_ms, key)
 
     # ------------------------------------------------------------------ values
 
     def now(self) -> datetime:
-        """Return the time, in UTC. It is recorded with the next commit, and the same on replay."""
-        run = self._run
-        scope = run.begin_call("flow.now")
-        identity = run.identify(scope, "now", None, "!")
-        branch = run.prefix + identity
-        value = run.driver.journal.value(run.position, "v", branch, lambda: str(run.driver.now_ms()).encode())
-        return datetime.fromtimestamp(int(value) / 1000, UTC)
+        """Return the time of the last event of the flow, in UTC: the same on replay."""
+        self._path.begin_call("flow.now")
+        return datetime.fromtimestamp(self._path.driver.time_ms() / 1000, UTC)
 
     def random(self) -> float:
         """Return a random number from 0 up to 1: the same on replay."""
@@ -233,11 +229,11 @@ class Flow:
         return UUID(bytes=self._random_bytes("flow.uuid")[:16], version=4)
 
     def _random_bytes(self, what: str) -> bytes:
-        run = self._run
-        scope = run.begin_call(what)
-        identity = run.identify(scope, what, None, "!")
-        seed = run.driver.journal.seed(run.position)
-        return hashlib.sha256(b"%s:%s" % (seed, f"{run.prefix}{identity}".encode())).digest()
+        path = self._path
+        path.begin_call(what)
+        path.random_count += 1
+        seed = path.driver.journal.seed(path.position)
+        return hashlib.sha256(b"%s:%s%d" % (seed, path.prefix.encode(), path.random_count)).digest()
 
 
 TakenT = TypeVar("TakenT", bound=BaseModel, contravariant=True)

@@ -1,22 +1,28 @@
-"""Records of the flows of a run: results by the identity of their calls, and the order in which they came.
+"""Records of the flows of a run: the events that their bodies got, in order, and what the bodies observed.
 
-Outputs are commits of the run. All else is a note of the session (:meth:`Session.note`), which is stored with the next
-commit: what a body decided cannot be recorded without what it decided by. Keys are ``position:kind:branch``.
+An event is numbered when its record is written, and delivered to the body once it is stored, in the order of the numbers. So
+whatever a body did after an event is recorded after that event, and a replay that delivers the recorded events repeats it.
+
+The number of an output is part of its commit (:class:`StepCall`). All else is a note of the session, under
+``position:kind:key``; :mod:`stroma.checkpoint.flow_notes` has the forms.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, Final, Literal, NamedTuple, cast
+from contextvars import ContextVar
+from itertools import islice
+from typing import Any, Final, NamedTuple, cast
 
 from pydantic import BaseModel
 
 from stroma.checkpoint import Committed
 from stroma.checkpoint.decoding import RecordName, decode_number
+from stroma.checkpoint.entries import OF_FLOW
 from stroma.checkpoint.flow_notes import FailureNote, decode_flow_note
+from stroma.checkpoint.identity import is_called, with_outer
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import schema_of
 from stroma.contracts.tagged_json import NotSerialisable
@@ -24,78 +30,86 @@ from stroma.engine.context import ReliabilityContext
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunFailed
 from stroma.failures.failure import Failure, kind_of
-from stroma.runner.flows.suspension import WITHDRAWN
 
-__all__ = [
-    "CallRecord",
-    "FlowJournal",
-    "Kind",
-    "RecordedFlow",
-    "encode_input",
-    "input_key_of",
-    "read_failure",
-]
+__all__ = ["REPLAY_ONLY", "Event", "FlowJournal", "FlowRecords", "encode_input", "read_failure"]
 
-Kind = Literal["output", "failure", "cancelled", "sleep", "expired", "answer", "started"]
-
-_KINDS: Final[dict[str, Kind]] = {
-    "f": "failure",
-    "c": "cancelled",
-    "s": "sleep",
-    "x": "expired",
-    "i": "started",
-}
-#: Of two records of a call, the one that holds: a step may be cancelled after its output was committed.
-_RANK: Final = {
-    "started": -1,
-    "output": 0,
-    "sleep": 0,
-    "answer": 0,
-    "failure": 1,
-    "expired": 1,
-    "cancelled": 2,
-}
+#: Set while ``check_deterministic`` replays: a call without a record is a change, and finished flows are replayed too.
+REPLAY_ONLY: Final[ContextVar[bool]] = ContextVar("stroma_replay_only", default=False)
 
 
-class CallRecord(NamedTuple):
-    """The recorded result of one call. ``data``: the Committed of an output, else the fields of the note."""
-
-    kind: Kind
-    data: Any
-
-
-class RecordedFlow:
-    """Records of one execution of a flow.
+class Event(NamedTuple):
+    """A recorded event.
 
     Attributes:
-        results: by the identity of the call.
-        order: the identities of results that did not simply follow their calls, by their number among all results.
-        optional: identities of calls that need not be made again, since they followed a failure that is retried.
+        number: 1-based; events are delivered in this order.
+        branch: of the call that has ended; "" for the end of timers.
+        failure: of a call that failed.
+        time_ms: the time at which timers end, since the epoch.
     """
 
-    __slots__ = ("optional", "order", "results")
+    number: int
+    branch: str = ""
+    failure: FailureNote | None = None
+    time_ms: int = 0
+
+
+class FlowRecords:
+    """The records of the flow at one position of a run.
+
+    Attributes:
+        events: those to replay, in order.
+        loose: outputs by branch that followed a failure which is retried. The body may make these calls again, or not.
+        calls: identities of the calls that the body must make again, by the branch of their flow and their number.
+        times: the time that the body observed after an event, in ms since the epoch, by the number of the event.
+        discarded: the first and the last number of the events that no longer hold, for each retried failure.
+        last: the highest number of an event.
+    """
 
     def __init__(self) -> None:
-        self.results: dict[str, CallRecord] = {}
-        self.order: dict[int, str] = {}
-        self.optional: set[str] = set()
+        self.events: list[Event] = []
+        self.loose: dict[str, Committed] = {}
+        self.calls: dict[tuple[str, int | None], str] = {}
+        self.times: dict[int, int] = {}
+        self.discarded: list[tuple[int, int]] = []
+        self.last = 0
+        self.seed: bytes | None = None
 
-    def add(self, identity: str, recorded: CallRecord) -> None:
-        before = self.results.get(identity)
-        if before is None or _RANK[before.kind] <= _RANK[recorded.kind]:
-            self.results[identity] = recorded
+    def add_call(self, branch: str) -> None:
+        """Note a call, and those of the flows around it, as calls that have to be made again."""
+        for outer in with_outer(branch):
+            flow, _, identity = outer.rpartition(".")
+            number = number_of(identity)
+            if number is not None:
+                self.calls[flow, number] = identity
+
+    @property
+    def is_recorded(self) -> bool:
+        """True if calls may have a record of an earlier process."""
+        return bool(self.events or self.loose or self.calls)
+
+    def end_replay(self) -> None:
+        """Forget what was replayed."""
+        self.events, self.calls = [], {}
+
+    def is_discarded(self, number: int) -> bool:
+        return any(first <= number <= last for first, last in self.discarded)
+
+
+def number_of(identity: str) -> int | None:
+    """Return the number of a call in its flow; None for one with a key, and for an item of a map."""
+    name, mark, number = identity.partition("@")[0].rpartition("#")
+    return int(number) if mark and name not in ("", "*", "!") and number.isdecimal() else None
 
 
 class FlowJournal:
-    """The records of all flows of one run; read once, and dropped as the bodies ask for them."""
+    """The records of all flows of one run."""
 
     def __init__(self, ctx: ReliabilityContext, random_bytes: Callable[[int], bytes] = os.urandom) -> None:
         self._ctx = ctx
         self._random_bytes = random_bytes
-        self._flows: defaultdict[tuple[int, str], RecordedFlow] = defaultdict(RecordedFlow)
-        self._values: dict[str, bytes] = {}
-        #: Notes of calls that come while a replay has not reached all that is recorded. None of them has been made yet.
-        self._held: dict[tuple[int, str, str], Any] = {}
+        self._flows: dict[int, FlowRecords] = {}
+        #: Keys of the notes about events and observed times, by position and number.
+        self._numbered: dict[tuple[int, int], list[str]] = {}
         #: Function time of earlier processes that no committed row has, in ns, by the position of the flow.
         self._busy: dict[int, int] = {}
         session = ctx.session
@@ -103,46 +117,91 @@ class FlowJournal:
             return
         if ctx.restored is session.restored:
             ctx.restored = dict(ctx.restored)  # A copy, from which flows remove what they have restored.
-        for (position, branch), committed in ctx.restored.items():
-            if branch:
-                flow, _, identity = branch.rpartition(".")
-                self._flows[position, flow].add(identity, CallRecord("output", committed))
-        for (position, branch), waiting in session.waiting.items():
-            if waiting.payload not in (None, WITHDRAWN):
-                flow, _, identity = branch.rpartition(".")
-                if identity.rpartition("/")[2].startswith("!"):  # Not of a node that waits.
-                    self._flows[position, flow].add(identity, CallRecord("answer", waiting.payload))
+        delivered: set[tuple[int, str]] = set()
         for key, data in dict(session.notes).items():
-            self._read_note(key, data)
+            self._read_note(key, data, delivered)
+        for (position, branch), committed in ctx.restored.items():
+            step = committed.step
+            if branch and step is not None and step.number < OF_FLOW:
+                self._add_output(position, branch, committed, delivered)
+        for position, records in self._flows.items():
+            self._finish(position, records)
         ctx.cost_tracker.prior_latency_ms += sum(self._busy.values()) / 1e6
 
-    def _read_note(self, key: str, data: bytes) -> None:
+    def _read_note(self, key: str, data: bytes, delivered: set[tuple[int, str]]) -> None:
         run_id = self._ctx.run_id
         number, kind, rest = [*key.split(":", 2), "", ""][:3]
-        position = decode_number(number, RecordName(run_id, "note", key))
+        name = RecordName(run_id, "note", key)
+        position = decode_number(number, name)
         value = decode_flow_note(run_id, key, kind, data)
-        if kind == "o":
-            index, _, flow = rest.partition(":")
-            self._flows[position, flow].order[decode_number(index, RecordName(run_id, "note", key))] = value
-        elif kind == "b":
+        records = self.records(position)
+        if kind == "b":
             self._busy[position] = value
-        elif kind == "p":
-            self._flows[position, rest].optional.update(value)
-        elif kind in _KINDS:
-            flow, _, identity = rest.rpartition(".")
-            # Of a sleep and its start, which is only shown, the end.
-            value = value[0] if kind == "s" else value
-            self._flows[position, flow].add(identity, CallRecord(_KINDS[kind], value))
+        elif kind == "d":
+            records.discarded = [(first, last) for first, last in value]
+            records.last = max([records.last, *(last for _, last in records.discarded)])
+        elif kind == "seed":
+            records.seed = data
+        elif kind == "v":
+            at = decode_number(rest, name)
+            records.times[at] = value
+            self._remember(position, at, key)
+        elif kind == "f":
+            self._add(position, Event(value["event"], rest, failure=value), key)
+        elif kind == "e":
+            event = Event(decode_number(rest, name), value[0], time_ms=value[1])
+            if event.branch:
+                delivered.add((position, event.branch))
+            self._add(position, event, key)
+
+    def _add(self, position: int, event: Event, key: str | None) -> None:
+        records = self.records(position)
+        records.events.append(event)
+        records.last = max(records.last, event.number)
+        if key is not None:
+            self._remember(position, event.number, key)
+
+    def _add_output(
+        self, position: int, branch: str, committed: Committed, delivered: set[tuple[int, str]]
+    ) -> None:
+        assert committed.step is not None
+        records, number = self.records(position), OF_FLOW - committed.step.number
+        records.last = max(records.last, number)
+        if (position, branch) in delivered:  # It was delivered again, under another number.
+            return
+        if records.is_discarded(number):
+            records.loose[branch] = committed
         else:
-            self._values[key] = data
+            self._add(position, Event(number, branch), None)
 
-    def take(self, position: int, flow: str) -> RecordedFlow:
-        """Return the records of a flow, and forget them."""
-        return self._flows.pop((position, flow), None) or RecordedFlow()
+    def _finish(self, position: int, records: FlowRecords) -> None:
+        """Put the events in order, without those inside of flows that have an output."""
+        restored = self._ctx.restored
 
-    def has_flow(self, position: int, flow: str) -> bool:
-        """Return True if there are records inside a call that were not taken yet."""
-        return (position, flow) in self._flows
+        def is_inside_finished(branch: str) -> bool:
+            return any((position, outer) in restored for outer in islice(with_outer(branch), 1, None))
+
+        if not REPLAY_ONLY.get():
+            records.events = [one for one in records.events if not is_inside_finished(one.branch)]
+        records.events.sort()
+        for event in records.events:
+            records.add_call(event.branch)
+        if not records.discarded:
+            for at, branch in (*(self._ctx.tried or ()), *self._ctx.session.waiting):
+                if at == position and is_called(branch) and not is_inside_finished(branch):
+                    records.add_call(branch)
+
+    def input_key_of(self, position: int, event: Event) -> bytes | None:
+        """Return the input of the call that an event ends, in stored form; None if it is not recorded."""
+        if event.failure is not None:
+            text = event.failure["input_key"]
+            return None if text is None else text.encode()
+        committed = self._ctx.restored.get((position, event.branch))
+        return None if committed is None or committed.step is None else committed.step.input_key
+
+    def records(self, position: int) -> FlowRecords:
+        """Return the records of the flow at a position."""
+        return self._flows.setdefault(position, FlowRecords())
 
     def forget_output(self, position: int, branch: str) -> None:
         """Drop an output that was handed out."""
@@ -150,33 +209,21 @@ class FlowJournal:
 
     # ------------------------------------------------------------------ writing
 
-    def _note(self, position: int, kind: str, branch: str, data: Any, *, is_held: bool = False) -> None:
-        if is_held:
-            self._held[position, kind, branch] = data
-            return
-        self._held.pop((position, kind, branch), None)
-        encoded = None if data is None else json.dumps(data).encode()
-        self._ctx.session.note(f"{position}:{kind}:{branch}", encoded)
+    def _note(self, position: int, kind: str, key: object, data: Any, *, number: int | None = None) -> None:
+        name = f"{position}:{kind}:{key}"
+        self._ctx.session.note(name, None if data is None else json.dumps(data).encode())
+        if number is not None:
+            self._remember(position, number, name)
 
-    def note_held(self) -> None:
-        """Record the notes that were held: all that is recorded was reached."""
-        for (position, kind, branch), data in list(self._held.items()):
-            self._note(position, kind, branch, data)
-
-    def drop_held(self, position: int, prefix: str) -> None:
-        """Drop the notes that were held of the calls of a flow: it ended before all that is recorded was reached."""
-        for place in [one for one in self._held if one[0] == position and one[2].startswith(prefix)]:
-            del self._held[place]
+    def _remember(self, position: int, number: int, key: str) -> None:
+        self._numbered.setdefault((position, number), []).append(key)
 
     def note_failure(
-        self,
-        position: int,
-        branch: str,
-        failure: Failure,
-        input_key: bytes | None,
+        self, position: int, number: int, branch: str, failure: Failure, input_key: bytes | None
     ) -> None:
-        """Record a failure."""
+        """Record the failure of a call."""
         fields: FailureNote = {
+            "event": number,
             "node": failure.node_id,
             "kind": failure.failure_class.value,
             "message": failure.message,
@@ -186,71 +233,44 @@ class FlowJournal:
             "retry_after": failure.retry_after_seconds,
             "input_key": None if input_key is None else input_key.decode(),
         }
-        self._note(position, "f", branch, fields)
+        self._note(position, "f", branch, fields, number=number)
 
-    def note_cancelled(
-        self, position: int, branch: str, seconds: float, input_key: bytes | None, *, is_held: bool
-    ) -> None:
-        fields = {
-            "seconds": round(seconds, 3),
-            "input_key": None if input_key is None else input_key.decode(),
-        }
-        self._note(position, "c", branch, fields, is_held=is_held)
+    def note_event(self, position: int, event: Event) -> None:
+        """Record an event whose number no commit has."""
+        self._note(position, "e", event.number, [event.branch, event.time_ms], number=event.number)
 
-    def note_started(self, position: int, branch: str, input_key: bytes | None, *, is_held: bool) -> None:
-        """Record the input of a call that is made of other calls, before it has a result."""
-        fields = {"input_key": None if input_key is None else input_key.decode()}
-        self._note(position, "i", branch, fields, is_held=is_held)
+    def note_time(self, position: int, number: int, time_ms: int) -> None:
+        """Record the time that a body observed after an event."""
+        self._note(position, "v", number, time_ms, number=number)
 
-    def note_wake(self, position: int, branch: str, wake_ms: int, began_ms: float) -> None:
-        """Record when a wait ends; its start is for those who look at the run."""
+    def note_sleep(self, position: int, branch: str, wake_ms: int, began_ms: float) -> None:
+        """Record when a sleep ends and began, for those who look at the run."""
         self._note(position, "s", branch, [wake_ms, began_ms])
 
     def note_expired(self, position: int, branch: str) -> None:
+        """Record that nobody answered a question in time, for those who look at the run."""
         self._note(position, "x", branch, True)
-
-    def note_order(self, position: int, flow: str, index: int, identity: str | None) -> None:
-        data = None if identity is None else identity.encode()
-        self._ctx.session.note(f"{position}:o:{index}:{flow}", data)
-
-    def note_optional(self, position: int, flow: str, identities: set[str]) -> None:
-        self._note(position, "p", flow, sorted(identities) or None)
 
     def note_busy(self, position: int, busy_ns: int) -> None:
         """Record the function time of a flow so far, beyond that of earlier processes; 0 once its own row has it."""
         self._note(position, "b", "", self._busy.get(position, 0) + busy_ns or None)
 
-    def forget(self, kind: Kind, position: int, branch: str) -> None:
-        """Delete a note, so that a resume makes the call again."""
-        if kind == "cancelled":  # It may have failed before, which the body did not meet.
-            self.forget("failure", position, branch)
-        elif kind != "started":  # The call may have another input then.
-            self.forget("started", position, branch)
-            self._forget_inside(position, branch)
-        self._note(position, next(key for key, of in _KINDS.items() if of == kind), branch, None)
-
-    def _forget_inside(self, position: int, branch: str) -> None:
-        """Delete the ends of calls inside of one that was replayed as a whole."""
-        for (at, flow), recorded in self._flows.items():
-            if at == position and f"{flow}.".startswith(f"{branch}."):
-                for identity, record in recorded.results.items():
-                    if record.kind in ("failure", "cancelled"):
-                        self.forget(record.kind, position, f"{flow}.{identity}")
-
-    def value(self, position: int, kind: str, branch: str, make: Any) -> bytes:
-        """Return the value that is recorded for a call, else record the one that ``make()`` returns."""
-        key = f"{position}:{kind}:{branch}"
-        data = self._values.get(key)
-        if data is None:
-            data = make()
-            self._ctx.session.note(key, data)
-            if kind == "seed":
-                self._values[key] = data
-        return data
+    def discard_from(self, position: int, first: int, last: int) -> None:
+        """Discard the events from a number on: the failure that it belongs to is to be retried."""
+        for at, number in [one for one in self._numbered if one[0] == position and one[1] >= first]:
+            for key in self._numbered.pop((at, number)):
+                self._ctx.session.note(key, None)
+        records = self.records(position)
+        records.discarded.append((first, last))
+        self._note(position, "d", "", records.discarded)
 
     def seed(self, position: int) -> bytes:
         """Return the seed of the random values of this execution of the run."""
-        return self.value(position, "seed", "", lambda: self._random_bytes(16))
+        records = self.records(position)
+        if records.seed is None:
+            records.seed = self._random_bytes(16)
+            self._ctx.session.note(f"{position}:seed:", records.seed)
+        return records.seed
 
 
 def read_failure(fields: FailureNote) -> Failure:
@@ -269,12 +289,3 @@ def encode_input(ctx: ReliabilityContext, node: Node | Group, state: BaseModel) 
         return schema.encode(state if type(state) is schema.model else schema.convert(state))
     except (NotSerialisable, ValueError):  # The contract refuses it, which the attempt records.
         return None
-
-
-def input_key_of(recorded: CallRecord) -> bytes | None:
-    """Return the recorded input of a call in stored form; None if there is none."""
-    data = recorded.data
-    if isinstance(data, Committed):
-        return None if data.step is None else data.step.input_key
-    input_key = data.get("input_key") if isinstance(data, dict) else None
-    return None if input_key is None else str(input_key).encode()

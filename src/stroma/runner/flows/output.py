@@ -18,14 +18,14 @@ from stroma.engine.outcome import Halt
 from stroma.engine.tasks import raise_if
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure, ends_run
-from stroma.runner.flows.flow_run import FlowRun
+from stroma.runner.flows.call import FlowScope
 from stroma.trace.events import AttemptRow
 
 __all__ = ["commit_output"]
 
 
 async def commit_output(
-    flow: FlowRun,
+    flow: FlowScope,
     node: FlowNode,
     snapshot: Snapshot,
     returned: Any,
@@ -33,8 +33,7 @@ async def commit_output(
     step: StepCall | None,
 ) -> BaseModel | Halt:
     """Validate and commit the output of a flow. ``snapshot``: of its input. ``step``: the step that it is in another flow."""
-    driver, execution = flow.driver, flow.execution
-    ctx = driver.ctx
+    ctx, execution = flow.ctx, flow.execution
     contract = ctx.contract_of(node)
     assert contract is not None  # A flow has one.
     source, schema = schema_of(contract.input_schema), schema_of(contract.output_schema)
@@ -55,7 +54,7 @@ async def commit_output(
             raise
         if not isinstance(error, ContractViolation):
             error = output_violation(node.node_id, returned, error, schema.model)
-        return driver.endings.halt(error, node.node_id)
+        return Halt(ctx.diagnose(error, node.node_id, 1))
     failure = None
     if not flow.branch:
         ctx.cost_tracker.latency_ns += execution.busy_ns
@@ -63,7 +62,7 @@ async def commit_output(
             ctx.cost_tracker.exceeded(ctx.budget, node.node_id) if ctx.limits else None
         )
         if exceeded is not None:
-            failure = driver.endings.halt(exceeded, node.node_id).failure
+            failure = ctx.diagnose(exceeded, node.node_id, 1)
     row = AttemptRow(
         node.node_id, 1, begin + ctx.epoch_ns, perf_counter_ns() - begin, snapshot, saved,
         "success" if failure is None else "failure", None if failure is None else failed_of(failure), None,

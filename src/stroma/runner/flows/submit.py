@@ -10,12 +10,12 @@ from pydantic import BaseModel
 
 from stroma.checkpoint import StoreError
 from stroma.checkpoint.entries import RunRequest
+from stroma.checkpoint.identity import quoted
 from stroma.contracts.contract import NodeContract, check_id
 from stroma.contracts.node import Node
 from stroma.engine.execution import current_node
-from stroma.runner.flows.flow_run import FlowRun
-from stroma.runner.flows.order import FlowCall
-from stroma.runner.flows.steps import make_step
+from stroma.runner.flows.call import FlowCall
+from stroma.runner.flows.path import FlowPath
 from stroma.runner.flows.suspension import now_ms
 from stroma.runner.pipeline import Pipeline, input_schema_of, nodes_of
 from stroma.runner.submit_options import SubmitOptions, queue_entry
@@ -30,7 +30,7 @@ class SubmittedRun(BaseModel):
 
 
 def call_submit(
-    run: FlowRun, pipeline: Pipeline, state: BaseModel, options: SubmitOptions
+    path: FlowPath, pipeline: Pipeline, state: BaseModel, options: SubmitOptions
 ) -> Coroutine[Any, Any, str]:
     """Return the coroutine of a submission, which is numbered in the task that calls it."""
     if not isinstance(pipeline, Pipeline):
@@ -39,7 +39,8 @@ def call_submit(
         raise TypeError(
             f"the input of {pipeline.name!r} must be a pydantic model, got {type(state).__name__}"
         )
-    ctx = run.driver.ctx
+    path.begin_call("flow.submit")
+    ctx = path.driver.ctx
     schema = input_schema_of(nodes_of(pipeline), ctx.registry)
     given_id = options.get("run_id")
     if given_id is not None:
@@ -64,10 +65,10 @@ def call_submit(
 
     node_id = f"submit {pipeline.name}"
     contract = NodeContract(node_id=node_id, input_schema=schema.model, output_schema=SubmittedRun)
-    call = run.number_call("flow.submit", node_id, None)
-    return _submit(run, Node(node_id, submit, contract, False, True), state, call)
+    node = Node(node_id, submit, contract, False, True)
+    return _submit(path, node, state, path.identify(quoted(node_id), None))
 
 
-async def _submit(run: FlowRun, node: Node, state: BaseModel, call: FlowCall) -> str:
-    submitted: SubmittedRun = await make_step(run, node, state, call)
+async def _submit(path: FlowPath, node: Node, state: BaseModel, identity: str) -> str:
+    submitted: SubmittedRun = await path.driver.request(path.prepare(FlowCall(path, identity, node, state)))
     return submitted.run_id

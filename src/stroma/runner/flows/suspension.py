@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import math
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
-from time import time_ns
-from typing import Final, NoReturn, Protocol
+from time import perf_counter_ns, time_ns
+from typing import Any, Final
 
 from stroma.checkpoint import StoreError, Waiting
 from stroma.engine.context import ReliabilityContext
@@ -16,16 +16,16 @@ from stroma.engine.tasks import Shield, raise_if
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import Failure
+from stroma.runner.flows.body_loop import BodyLoop
+from stroma.runner.flows.call import FlowCall
+from stroma.runner.flows.endings import Endings
 from stroma.trace.events import MarkKind, TraceMark
 
-__all__ = ["EXPIRED", "WITHDRAWN", "OpenWait", "Waits", "now_ms", "text_of_time"]
+__all__ = ["WITHDRAWN", "FlowWaits", "now_ms", "text_of_time"]
 
-_ANSWER_POLL_SECONDS: Final = 1.0
-_STOP_POLL_SECONDS: Final = 0.25
-
-#: Stands for an answer that did not come in time.
-EXPIRED: Final = object()
-#: Payload of a question that the body has cancelled: no answer is taken any more. It is no JSON, as answers are.
+#: How often a flow that only waits looks for a shutdown, and for answers.
+_POLL_SECONDS: Final = 0.25
+#: Payload of a question that no answer is taken for any more. It is no JSON, as answers are.
 WITHDRAWN: Final = b"withdrawn"
 
 
@@ -39,228 +39,136 @@ def text_of_time(ms: int) -> str:
     return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="seconds")
 
 
-class OpenWait:
-    """One open wait.
+class FlowWaits:
+    """The questions and sleeps of a flow, and the suspension of its run when nothing else is left.
 
     Attributes:
-        branch: of the call.
-        reason: shown where the run is suspended.
-        wake_ms: when it ends at the latest, since the epoch; None: never by itself.
-        question: of a wait for an answer.
-        is_of_step: a step is suspended, whose question its node has recorded.
-        done: the answer in stored form, or EXPIRED.
+        loop: the event loop of the body.
+        calls: by branch those that the body waits for, and effects that it has given up.
+        sleeps: reasons of the open sleeps, by branch.
+        stopping: the end of the flow, whatever its body does.
     """
 
-    __slots__ = ("began_ms", "branch", "done", "is_of_step", "question", "reason", "timer", "wake_ms")
+    def __init__(self, ctx: ReliabilityContext, flow_id: str, position: int, loop: BodyLoop) -> None:
+        self.ctx, self.flow_id, self.position, self.loop = ctx, flow_id, position, loop
+        self.endings = Endings(ctx)
+        self.calls: dict[str, FlowCall] = {}
+        self.sleeps: dict[str, str] = {}
+        self.stopping: Halt | Stopped | BaseException | None = None
 
-    def __init__(
-        self,
-        branch: str,
-        reason: str,
-        *,
-        wake_ms: int | None = None,
-        question: Waiting | None = None,
-        is_of_step: bool = False,
-    ) -> None:
-        self.branch = branch
-        self.reason = reason
-        self.wake_ms = wake_ms
-        self.question = question
-        self.is_of_step = is_of_step
-        self.done: asyncio.Future[object] | None = None
-        self.timer: asyncio.TimerHandle | None = None
-        self.began_ms = 0.0
+    def clock_ms(self) -> float:
+        """Return the time in ms since the epoch on the clock of the attempts: waits and steps are shown in their order."""
+        return (perf_counter_ns() + self.ctx.epoch_ns) / 1e6
 
-    def end(self, outcome: object) -> None:
-        if self.done is not None and not self.done.done():
-            self.done.set_result(outcome)
+    def stop(self, end: Halt | Stopped | BaseException) -> None:
+        """End the flow whatever its body does, once the steps that are at work have ended."""
+        raise NotImplementedError
 
+    def finish(self, call: FlowCall, outcome: Any) -> None:
+        """Take what a call came to: deliver it once it is recorded, or wait, or end the flow."""
+        raise NotImplementedError
 
-class PlacedFlow(Protocol):
-    """A flow at a position of a run."""
+    # ------------------------------------------------------------------ questions
 
-    position: int
+    async def open_question(self, call: FlowCall) -> bytes | None:
+        """Store a question, unless it is. Return its answer in stored form; None if there is none yet."""
+        question, session = call.question, self.ctx.session
+        assert question is not None
+        known = session.waiting.get((question.position, question.branch))
+        if known is not None and known.payload != WITHDRAWN:
+            return known.payload
+        # When it was asked, for those who look at the run.
+        session.note(f"{question.position}:w:{question.branch}", str(self.clock_ms()).encode())
+        await self._see_through(partial(session.ask, question))
+        return None
 
+    async def withdraw(self, question: Waiting) -> None:
+        """Have no answer taken any more: the body does not wait for one. An answer that was accepted stays."""
+        await self._see_through(partial(self.ctx.session.ask, question._replace(payload=WITHDRAWN)))
 
-class WaitingFlow(Protocol):
-    """The driver of a flow, as its waits see it."""
+    async def take_answers(self, *, closing: int | None = None) -> bool:
+        """Deliver the answers of open questions. Return True if there is one.
 
-    ctx: ReliabilityContext
-    loop: asyncio.AbstractEventLoop
-
-    @property
-    def flows(self) -> Sequence[PlacedFlow]: ...
-    @property
-    def flow_id(self) -> str: ...
-    def now_ms(self) -> int: ...
-    def clock_ms(self) -> float: ...
-    @property
-    def busy(self) -> int: ...
-    @property
-    def has_returned(self) -> bool: ...
-    def signs(self) -> tuple[int, int, int]: ...
-    def wake(self) -> None: ...
-    def stop(self, end: Halt | Stopped | BaseException) -> None: ...
-    async def stop_here(self, end: Halt | Stopped | BaseException) -> NoReturn: ...
-
-
-class Waits:
-    """The open waits of a flow, and the suspension of the run when nothing else is left."""
-
-    #: An event loop may not take longer timers than a day.
-    max_timer_seconds = 3600.0
-
-    def __init__(self, driver: WaitingFlow) -> None:
-        self._driver = driver
-        self.open: dict[str, OpenWait] = {}
-
-    def add(self, wait: OpenWait) -> OpenWait:
-        """Open a wait. It ends by its timer, if it has one, while the process lives."""
-        driver = self._driver
-        wait.done = driver.loop.create_future()
-        wait.began_ms = driver.clock_ms()
-        self.open[wait.branch] = wait
-        if wait.wake_ms is not None:
-            self._start_timer(wait)
-        driver.wake()
-        return wait
-
-    def _start_timer(self, wait: OpenWait) -> None:
-        assert wait.wake_ms is not None
-        remaining = (wait.wake_ms - self._driver.now_ms()) / 1000
-        if remaining <= 0:
-            wait.end(EXPIRED)
-        else:
-            seconds = min(remaining, self.max_timer_seconds)
-            wait.timer = self._driver.loop.call_later(seconds, self._start_timer, wait)
-
-    def remove(self, wait: OpenWait) -> None:
-        if wait.timer is not None:
-            wait.timer.cancel()
-        self.open.pop(wait.branch, None)
-        if not wait.is_of_step:
-            self._mark(wait)
-
-    def _mark(self, wait: OpenWait) -> None:
-        """Show a wait in the trace."""
-        driver, done = self._driver, wait.done
-        has_ended = done is not None and done.done() and not done.cancelled()
-        kind: MarkKind
-        reason = wait.reason
-        if wait.question is None:
-            kind = "slept" if has_ended else "sleeping"
-            reason = reason.replace("sleeping", "sleep", 1)
-        else:
-            kind = (
-                "open"
-                if not has_ended or done is None
-                else "expired"
-                if done.result() is EXPIRED
-                else "answered"
-            )
-        now = driver.clock_ms()
-        at_utc = datetime.fromtimestamp(now / 1000, UTC)
-        position = driver.flows[0].position
-        driver.ctx.trace.marks.append(
-            TraceMark(
-                driver.flow_id, 1, position, wait.branch, kind, reason, max(0, now - wait.began_ms), at_utc
-            )
-        )
-
-    def close(self) -> None:
-        for wait in self.open.values():
-            if wait.timer is not None:
-                wait.timer.cancel()
-
-    def poll_seconds(self) -> float | None:
-        """Return after how many seconds the driver is to look again, for an answer or a shutdown; None: when it is woken."""
-        return _STOP_POLL_SECONDS
-
-    async def settle(self) -> bool:
-        """Nothing but waits is open: end one, or the flow. Return False to wait in the process."""
-        driver = self._driver
-        if driver.ctx.stops:
-            driver.stop(STOPPED)
-            return True
-        pending = [wait for wait in self.open.values() if wait.done is not None and not wait.done.done()]
-        if len(pending) < len(self.open):
-            return False  # One has ended, and its call goes on in the next turn.
-        if any(wait.question is not None for wait in pending):
-            signs = driver.signs()
-            if await self._take_answers(pending):
-                return True
-            if driver.busy or driver.has_returned or driver.signs() != signs:
-                return True  # The body went on while the store was read.
-            if any(wait.done is not None and wait.done.done() for wait in pending):
-                return True
-        wake_ms = min((wait.wake_ms for wait in pending if wait.wake_ms is not None), default=None)
-        if self.stays(pending, wake_ms):
+        ``closing``: a time in ms, at which questions expire; those that nobody has answered are closed.
+        """
+        questions = [call for call in self.calls.values() if call.question is not None and call.task is None]
+        if not questions:
             return False
-        driver.ctx.wake_ms = wake_ms
-        driver.stop(self._suspension(pending))
-        return True
-
-    def stays(self, pending: list[OpenWait], wake_ms: int | None) -> bool:
-        """Return True if the flow waits in the process, and is not suspended."""
-        if wake_ms is None:
-            return False
-        return wake_ms - self._driver.now_ms() <= self._driver.ctx.config.inline_wait_seconds * 1000
-
-    async def _take_answers(self, pending: list[OpenWait]) -> bool:
-        """End the waits whose answers have come since the run was opened. Return True if there is one."""
-        session = self._driver.ctx.session
+        if closing is not None:
+            for call in questions:
+                if call.wake_ms is not None and call.wake_ms <= closing and call.question is not None:
+                    await self.withdraw(call.question)
         try:
-            answers = session.answers()
+            answers = self.ctx.session.answers()
             by_place = answers if isinstance(answers, Mapping) else await answers
         except StoreError as error:
-            self._driver.ctx.run_logger.warning("answers cannot be read now: %s", error)
+            self.ctx.run_logger.warning("answers cannot be read now: %s", error)
             return False
-        has_ended = False
-        for wait in pending:
-            question = wait.question
-            if question is None:
-                continue
-            answer = by_place.get((question.position, question.branch))
-            if answer is not None and answer.payload is not None:
-                wait.end(answer.payload)
-                has_ended = True
-        return has_ended
+        answered = [
+            (call, answer.payload)
+            for call in questions
+            if (answer := by_place.get((self.position, call.branch))) is not None
+            and answer.payload not in (None, WITHDRAWN)
+            and call.future is not None
+        ]
+        for call, payload in answered:
+            self.finish(call, payload)
+        return bool(answered)
 
-    def _suspension(self, pending: list[OpenWait]) -> Halt:
-        ctx = self._driver.ctx
-        reasons = [wait.reason for wait in pending]
+    # ------------------------------------------------------------------ nothing is at work
+
+    async def settle(self) -> float | None:
+        """End a wait, or the flow. Return for how many seconds at most it waits in this process; None if it goes on."""
+        ctx = self.ctx
+        if ctx.stops:
+            self.stop(STOPPED)
+            return None
+        if await self.take_answers():
+            return None
+        reasons = [call.question.reason for call in self.calls.values() if call.question is not None]
         # A suspended step has reported its own.
-        ctx.suspended += [wait.reason for wait in pending if not wait.is_of_step]
-        reason = "; ".join(reasons)
-        node_id = self._driver.flow_id
-        failure = Failure(Suspend(reason), FailureClass.RECOVERABLE, node_id, 1, reason)
-        return Halt(failure, suspended=True)
+        of_steps = [call.suspended for call in self.calls.values() if call.suspended is not None]
+        wake = self.loop.next_time
+        wake_ms = None if wake is None else math.ceil(wake * 1000)
+        if wake_ms is not None:
+            remaining = wake_ms - now_ms()
+            if remaining <= ctx.config.inline_wait_seconds * 1000:
+                return min(_POLL_SECONDS, max(0.0, remaining / 1000))
+            if not reasons and not of_steps:
+                reasons = list(self.sleeps.values()) or [f"sleeping until {text_of_time(wake_ms)}"]
+        elif not reasons and not of_steps:
+            self.stop(self.endings.stuck(self.flow_id))
+            return None
+        ctx.wake_ms = wake_ms
+        ctx.suspended += reasons
+        reason = "; ".join([*of_steps, *reasons])
+        failure = Failure(Suspend(reason), FailureClass.RECOVERABLE, self.flow_id, 1, reason)
+        self.stop(Halt(failure, suspended=True))
+        return None
+
+    def mark(self, kind: MarkKind, branch: str, reason: str, began_ms: float) -> None:
+        """Show a wait in the trace."""
+        now = self.clock_ms()
+        at_utc = datetime.fromtimestamp(now / 1000, UTC)
+        self.ctx.trace.marks.append(
+            TraceMark(self.flow_id, 1, self.position, branch, kind, reason, max(0, now - began_ms), at_utc)
+        )
+
+    # ------------------------------------------------------------------ the store
 
     async def flush(self) -> None:
-        """Store what was noted, before a wait begins. Ends the flow if the store refuses it."""
-        await self._see_through(self._driver.ctx.session.flush)
-
-    async def ask(self, question: Waiting) -> None:
-        """Store a question, or that nobody answered it. Ends the flow if the store refuses it."""
-        session = self._driver.ctx.session
-        if question.payload is None:  # When it was asked, for those who look at the run.
-            session.note(f"{question.position}:w:{question.branch}", str(self._driver.clock_ms()).encode())
-        await self._see_through(partial(self._driver.ctx.session.ask, question))
+        """Store what was noted. Ends the flow if the store refuses it."""
+        await self._see_through(self.ctx.session.flush)
 
     async def _see_through(self, write: Callable[[], Awaitable[None] | None]) -> None:
+        shield, problem = Shield(), None
         try:
             pending = write()
+            if pending is not None:
+                problem = await shield.finish(pending)
         except Exception as error:
-            await self.refuse(error)
-        if pending is None:
-            return
-        shield = Shield()
-        problem = await shield.finish(pending)
+            problem = error
         if problem is not None:
-            await self.refuse(problem)
+            failure = Failure(problem, FailureClass.RECOVERABLE, self.flow_id, 1, str(problem), "store")
+            self.stop(Halt(failure, partial=True))
         raise_if(shield.cancellation)
-
-    async def refuse(self, error: Exception) -> NoReturn:
-        node_id = self._driver.flow_id
-        failure = Failure(error, FailureClass.RECOVERABLE, node_id, 1, str(error), "store")
-        await self._driver.stop_here(Halt(failure, partial=True))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from datetime import datetime, timedelta
-from time import perf_counter_ns
 from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel
@@ -13,133 +12,92 @@ from pydantic import BaseModel
 from stroma.checkpoint import Waiting, schema_ref
 from stroma.contracts.schema import schema_of
 from stroma.cost.usage import shown
-from stroma.runner.flows.flow_run import FlowRun
-from stroma.runner.flows.order import FlowCall
-from stroma.runner.flows.suspension import EXPIRED, WITHDRAWN, OpenWait, text_of_time
+from stroma.runner.flows.call import FlowCall
+from stroma.runner.flows.driver import FlowDriver
+from stroma.runner.flows.path import FlowPath
+from stroma.runner.flows.suspension import text_of_time
+from stroma.trace.events import MarkKind
 
 __all__ = ["call_sleep", "call_wait_for", "wake_ms_of"]
 
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
 
 
-def call_sleep(run: FlowRun, wake_ms: int, key: str | None) -> Coroutine[Any, Any, None]:
-    """Return the coroutine of a timer, which is numbered in the task that calls it."""
-    return _sleep(run, wake_ms, run.number_call("flow.sleep", "sleep", key, "!"))
+def call_sleep(path: FlowPath, wake_ms: int) -> Coroutine[Any, Any, None]:
+    """Return the coroutine of a sleep: a timer of the body that those who look at the run see."""
+    path.sleep_count += 1
+    return _sleep(path, wake_ms, f"{path.prefix}!sleep#{path.sleep_count - 1}")
 
 
-async def _sleep(run: FlowRun, wake_ms: int, call: FlowCall) -> None:
-    driver, branch = run.driver, run.prefix + call.identity
-
-    async def work() -> bool:
-        recorded = await run.find_recorded(call.identity, None) if run.records else None
-        wake = wake_ms if recorded is None else cast("int", recorded.data)
-        if recorded is None:
-            await run.before_live(call.identity)
-            driver.journal.note_wake(run.position, branch, wake, driver.clock_ms())
-            await driver.waits.flush()
-        elif wake <= driver.now_ms():
-            return True
-        wait = driver.waits.add(OpenWait(branch, f"sleeping until {text_of_time(wake)}", wake_ms=wake))
-        try:
-            assert wait.done is not None
-            await wait.done
-        finally:
-            driver.waits.remove(wait)
-        return False
-
-    await _wait(run, work, call)
+async def _sleep(path: FlowPath, wake_ms: int, branch: str) -> None:
+    driver = path.driver
+    reason, began_ms = f"until {text_of_time(wake_ms)}", driver.clock_ms()
+    if driver.is_live:
+        driver.journal.note_sleep(path.position, branch, wake_ms, began_ms)
+    driver.sleeps[branch] = f"sleeping {reason}"
+    kind: MarkKind = "sleeping"
+    try:
+        await asyncio.sleep(wake_ms / 1000 - driver.loop.time())
+        kind = "slept"
+    finally:
+        del driver.sleeps[branch]
+        if driver.is_live:
+            driver.mark(kind, branch, f"sleep {reason}", began_ms)
 
 
 def call_wait_for(
-    run: FlowRun, answer: type[AnswerT], reason: str, wake_ms: int | None, key: str | None
+    path: FlowPath, answer: type[AnswerT], reason: str, wake_ms: int | None, key: str | None
 ) -> Coroutine[Any, Any, AnswerT]:
-    """Return the coroutine of a question, which is numbered in the task that calls it."""
+    """Return the coroutine of a question."""
     if not (isinstance(answer, type) and issubclass(answer, BaseModel)):
         raise TypeError(f"flow.wait_for takes a pydantic model, a RootModel for plain values, got {answer!r}")
     if not isinstance(reason, str):
         raise TypeError(f"the reason of flow.wait_for must be a string, got {shown(reason)}")
-    call = run.number_call("flow.wait_for", "wait", key, "!")
-    branch = run.prefix + call.identity
-    question = Waiting(run.position, branch, key or answer.__name__, reason, schema_ref(answer))
-    return _wait_for(run, answer, question, wake_ms, call)
+    call = FlowQuestion(path, path.identify("wait", key, "!"), path.node, _NOTHING)
+    call.question = Waiting(path.position, call.branch, key or answer.__name__, reason, schema_ref(answer))
+    call.driver, call.wake_ms = path.driver, wake_ms
+    return _wait_for(call, answer)
 
 
-async def _wait_for(
-    run: FlowRun, answer: type[AnswerT], question: Waiting, wake_ms: int | None, call: FlowCall
-) -> AnswerT:
-    driver, branch = run.driver, question.branch
-    outcomes: list[Any] = []
-    questions: list[Waiting] = []
-
-    async def work() -> bool:
-        recorded = await run.find_recorded(call.identity, None) if run.records else None
-        if recorded is not None and recorded.kind in ("answer", "expired"):
-            outcomes.append(EXPIRED if recorded.kind == "expired" else recorded.data)
-            return True
-        wake = wake_ms if recorded is None else cast("int", recorded.data)
-        earlier = driver.ctx.session.waiting.get((run.position, branch))
-        is_same = earlier is not None and (earlier.reason, earlier.schema_ref) == (
-            question.reason,
-            question.schema_ref,
-        )
-        if not is_same or (earlier is not None and earlier.payload == WITHDRAWN):
-            await run.before_live(call.identity)
-            if wake is not None and recorded is None:
-                driver.journal.note_wake(run.position, branch, wake, driver.clock_ms())
-            questions.append(question)
-            await driver.waits.ask(question)
-        else:
-            questions.append(question)
-        wait = driver.waits.add(OpenWait(branch, question.reason, wake_ms=wake, question=question))
-        try:
-            assert wait.done is not None
-            outcome = await wait.done
-            if outcome is EXPIRED and await driver.waits._take_answers([wait]):
-                outcome = cast("Any", driver.ctx.session.waiting)[run.position, branch].payload
-            outcomes.append(outcome)
-            if outcome is EXPIRED:
-                driver.journal.note_expired(run.position, branch)
-                # An answer that comes later is refused.
-                await driver.waits.ask(question._replace(payload=b"null"))
-        finally:
-            driver.waits.remove(wait)
-        return False
-
-    await _wait(run, work, call, questions)
-    (outcome,) = outcomes
-    if outcome is EXPIRED:
-        raise TimeoutError(f"no answer came in time: {question.reason}")
-    return cast("AnswerT", schema_of(answer).decode(outcome))
+_NOTHING: Any = None  # A question has no input.
 
 
-async def _wait(
-    run: FlowRun,
-    work: Callable[[], Coroutine[Any, Any, bool]],
-    call: FlowCall,
-    questions: Sequence[Waiting] = (),
-) -> None:
-    """Wait, and hand out the result in turn.
+class FlowQuestion(FlowCall):
+    """A question of a flow to a person."""
 
-    ``work`` returns True if the wait had ended when the run was resumed. ``questions``: those of the call, once they are stored.
-    """
-    if run.driver.closing or run.has_ended:
-        run.refuse(call.identity)
-    run.alive += 1
-    begin = perf_counter_ns()
-    task = asyncio.current_task()
-    assert task is not None
-    run.open[call.identity] = task
+    driver: FlowDriver
+
+    def perform(self, cancelling: int = 0) -> Coroutine[Any, Any, Any]:
+        return self.driver.open_question(self)
+
+    async def restore(self) -> Any:
+        waiting = self.scope.ctx.session.waiting.get((self.scope.position, self.branch))
+        return None if waiting is None else waiting.payload
+
+    def take(self) -> Any:
+        return self.outcome
+
+
+async def _wait_for(call: FlowQuestion, answer: type[AnswerT]) -> AnswerT:
+    driver, question = call.driver, call.question
+    assert question is not None
+    began_ms = driver.clock_ms()
+    kind: MarkKind = "open"
+    timeout = asyncio.timeout_at(None if call.wake_ms is None else call.wake_ms / 1000)
     try:
-        await run.take_turn(call, await work())
-    except asyncio.CancelledError:
-        if run.note_cancelled(call.identity, begin, None):
-            for question in questions:  # An answer that comes later is refused.
-                await run.driver.waits.ask(question._replace(payload=WITHDRAWN))
-        raise
+        async with timeout:
+            payload = await driver.request(call)
+        kind = "answered"
+    except TimeoutError as error:
+        if not timeout.expired():
+            raise
+        kind = "expired"
+        driver.journal.note_expired(call.scope.position, call.branch)
+        raise TimeoutError(f"no answer came in time: {question.reason}") from error
     finally:
-        run.alive -= 1
-        run.open.pop(call.identity, None)
-        run.look_for_siblings()
+        if driver.is_live:
+            driver.mark(kind, call.branch, question.reason, began_ms)
+    return cast("AnswerT", schema_of(answer).decode(payload))
 
 
 def wake_ms_of(duration: timedelta, until: datetime | None, now_ms: Callable[[], int]) -> int:

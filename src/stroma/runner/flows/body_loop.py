@@ -1,0 +1,220 @@
+"""The event loop of a flow's body: it runs what is ready, and only delivered events make something ready.
+
+It has no clock, no threads and no I/O of its own. The driver of the flow delivers one event at a time (the end of a step, an
+answer, the time) and has the loop run until nothing is ready. So the order of tasks, calls and cancellations in a body is a
+function of the order of events. The tasks of the real event loop never see this one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import sys
+import weakref
+from asyncio import events
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from contextvars import Context
+from typing import Any, Final, NoReturn
+
+__all__ = ["BodyLoop"]
+
+#: Callbacks between two events, after which the body is taken for one that waits in a loop: ``while not x: await sleep(0)``.
+_MAX_CALLBACKS: Final = 1_000_000
+_MAX_CANCELLED: Final = 100  # timers, from which on they are removed once they are more than half of all
+
+
+def refuse(name: str) -> NoReturn:
+    """Refuse what a body may not do: it would wait for something that a replay does not have."""
+    raise RuntimeError(
+        f"the body of a flow waits for its steps, timers and answers only, and called {name}() of its event loop; do this in a step"
+    )
+
+
+def _refusal(name: str) -> Any:
+    def method(self: Any, *args: Any, **options: Any) -> NoReturn:
+        refuse(name)
+
+    return method
+
+
+_Refusing: Any = type(
+    "_Refusing",
+    (asyncio.AbstractEventLoop,),
+    {name: _refusal(name) for name in vars(asyncio.AbstractEventLoop) if not name.startswith("_")},
+)
+
+
+class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class that is made at run time.
+    """An event loop for tasks that wait for each other, for calls of their flow and for its time.
+
+    Attributes:
+        is_halted: nothing runs any more, until it is set to False.
+        tasks: those that have not ended, in the order in which they began.
+    """
+
+    def __init__(self, outer: asyncio.AbstractEventLoop, read_time: Callable[[], float]) -> None:
+        self._outer = outer
+        self._read_time = read_time
+        self._ready: deque[asyncio.Handle] = deque()
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._timer_count = self._cancelled_timers = 0
+        #: Async generators that have begun, and those that nothing references any more, in the order of their begin.
+        self._generators: weakref.WeakValueDictionary[int, AsyncGenerator[Any, Any]] = (
+            weakref.WeakValueDictionary()
+        )
+        self._left: list[AsyncGenerator[Any, Any]] = []
+        self._generator_count = 0
+        self._hooks = self._note_generator, self._keep_generator
+        self.tasks: dict[asyncio.Task[Any], None] = {}
+        self.is_halted = False
+
+    def __repr__(self) -> str:
+        return "<event loop of a flow's body>"
+
+    # ------------------------------------------------------------------ for the driver
+
+    def run_ready(self, task: asyncio.Task[Any] | None) -> None:
+        """Run callbacks until none is ready. Called in ``task`` of the outer loop, which is not the running one meanwhile.
+
+        Raises KeyboardInterrupt and SystemExit of the body, and RuntimeError for a body that does not wait.
+        """
+        outer, ready = self._outer, self._ready
+        # Documented for loops and tasks of other libraries. From Python 3.14 on a thread has one current task, of any loop.
+        if task is not None:
+            asyncio.tasks._leave_task(outer, task)
+        events._set_running_loop(self)
+        # Generators that the body begins are closed by the body.
+        hooks = sys.get_asyncgen_hooks()
+        sys.set_asyncgen_hooks(*self._hooks)
+        try:
+            for _ in range(_MAX_CALLBACKS):
+                if not ready or self.is_halted:
+                    return
+                handle = ready.popleft()
+                if not handle._cancelled:
+                    handle._run()
+        finally:
+            sys.set_asyncgen_hooks(*hooks)
+            events._set_running_loop(outer)
+            if task is not None:
+                asyncio.tasks._enter_task(outer, task)
+        raise RuntimeError(
+            "the body of the flow does not wait for a step, a timer or an answer; replace its polling loop by an asyncio.Event"
+        )
+
+    @property
+    def next_time(self) -> float | None:
+        """Return the end of the next timer, in seconds on the clock of the body; None without timers."""
+        timers = self._timers
+        while timers and timers[0][2]._cancelled:
+            heapq.heappop(timers)
+            self._cancelled_timers -= 1
+        return timers[0][0] if timers else None
+
+    def end_timers(self, now: float) -> None:
+        """Make ready what is due at a time."""
+        while (due := self.next_time) is not None and due <= now:
+            self._ready.append(heapq.heappop(self._timers)[2])
+
+    def close_generators(self) -> bool:
+        """Have the async generators of the body closed, in the order in which they began. Return False if there are none."""
+        generators = [*self._left, *(one for one in self._generators.values() if one not in self._left)]
+        self._left, self._generators = [], weakref.WeakValueDictionary()
+        if generators:
+            self.tasks[self.create_task(_close_all(generators))] = None
+        return bool(generators)
+
+    def discard(self) -> None:
+        """Forget tasks that do not end, without asyncio's message that they were destroyed."""
+        for task in self.tasks:
+            setattr(task, "_log_destroy_pending", False)  # noqa: B010  # asyncio has no public name for it.
+        self.tasks.clear()
+
+    def _note_generator(self, generator: AsyncGenerator[Any, Any]) -> None:
+        self._generator_count += 1
+        self._generators[self._generator_count] = generator
+
+    def _keep_generator(self, generator: AsyncGenerator[Any, Any]) -> None:
+        self._left.append(generator)  # Garbage collection is no event: it is closed at the end of the flow.
+
+    # ------------------------------------------------------------------ for tasks, futures, locks, queues and timeouts
+
+    def get_debug(self) -> bool:
+        return False
+
+    def time(self) -> float:
+        return self._read_time()
+
+    def is_running(self) -> bool:
+        return True
+
+    def is_closed(self) -> bool:
+        return False
+
+    def call_soon(
+        self, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.Handle:
+        handle = asyncio.Handle(callback, args, self, context)
+        self._ready.append(handle)
+        return handle
+
+    def call_soon_threadsafe(
+        self, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.Handle:
+        if events._get_running_loop() is not self:
+            refuse("call_soon_threadsafe")
+        return self.call_soon(callback, *args, context=context)
+
+    def call_later(
+        self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        return self.call_at(self.time() + delay, callback, *args, context=context)
+
+    def call_at(
+        self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        handle = asyncio.TimerHandle(when, callback, args, self, context)
+        self._timer_count += 1
+        heapq.heappush(self._timers, (when, self._timer_count, handle))
+        return handle
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        self._cancelled_timers += 1
+        if self._cancelled_timers > max(_MAX_CANCELLED, len(self._timers) // 2):
+            self._timers = [one for one in self._timers if not one[2]._cancelled]
+            heapq.heapify(self._timers)
+            self._cancelled_timers = 0
+
+    def create_future(self) -> asyncio.Future[Any]:
+        return asyncio.Future(loop=self)
+
+    def create_task(
+        self, coro: Any, *, name: str | None = None, context: Context | None = None, **options: Any
+    ) -> asyncio.Task[Any]:
+        # An eager start would run it before the task that creates it goes on, which a replay does as well: no matter.
+        options.pop("eager_start", None)
+        task: asyncio.Task[Any] = asyncio.Task(coro, loop=self, name=name, context=context)
+        self.tasks[task] = None
+        task.add_done_callback(self._forget)
+        return task
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self.tasks.pop(task, None)
+
+    def get_task_factory(self) -> None:
+        return None
+
+    def get_exception_handler(self) -> Any:
+        return self._outer.get_exception_handler()
+
+    def default_exception_handler(self, context: dict[str, Any]) -> None:
+        self._outer.default_exception_handler(context)
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        self._outer.call_exception_handler(context)
+
+
+async def _close_all(generators: list[AsyncGenerator[Any, Any]]) -> None:
+    for generator in generators:
+        await generator.aclose()

@@ -1,0 +1,208 @@
+"""Calls of a flow: steps, maps, and the flows and pipelines inside it. Each is numbered when it is made.
+
+A map, and a flow or pipeline inside a flow, are code of the body: only the steps inside are events, and the output of a flow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Coroutine, Iterable
+from time import perf_counter_ns
+from typing import Any, cast
+
+from pydantic import BaseModel
+
+from stroma.checkpoint import StepCall
+from stroma.checkpoint.entries import OF_FLOW
+from stroma.checkpoint.identity import quoted
+from stroma.contracts.contract import as_violation
+from stroma.contracts.node import FlowNode, Group, Node, find_node
+from stroma.contracts.schema import Snapshot, schema_of
+from stroma.engine.outcome import Halt
+from stroma.runner.flows.call import FlowCall
+from stroma.runner.flows.errors import StepFailed
+from stroma.runner.flows.output import commit_output
+from stroma.runner.flows.path import FlowPath, has_effect
+from stroma.runner.pipeline import Pipeline
+
+__all__ = ["call_flow", "call_map", "call_step"]
+
+
+class _KnownStep:
+    """Facts about a node that all of its calls share. ``state_class``: that of the last input."""
+
+    __slots__ = ("is_effect", "label", "name", "node", "state_class")
+
+    def __init__(self, path: FlowPath, node: Node | Group, state_class: type[BaseModel]) -> None:
+        self.node, self.state_class = node, state_class
+        self.label, self.name = f"flow.step({node.node_id})", quoted(node.node_id)
+        self.is_effect = has_effect(path.driver.ctx, node)
+
+
+def call_step(path: FlowPath, node: Any, state: Any, key: str | None) -> Coroutine[Any, Any, Any]:
+    """Return the coroutine of a step."""
+    path.begin_call("flow.step")
+    # Looking at a node and at the class of a state takes 2 us, and most steps are of the same ones.
+    try:
+        known = path.known.get(node)
+    except TypeError:  # It cannot be hashed.
+        known = None
+    if known is None or type(state) is not known.state_class:
+        known = _learn_step(path, node, state)
+    identity = path.identify(known.name, key)
+    coroutine: Any = _step(path, identity, known.node, state, known.is_effect)
+    coroutine.__qualname__ = known.label  # Python's warning of a coroutine that is never awaited shows it.
+    return cast("Coroutine[Any, Any, Any]", coroutine)
+
+
+async def _step(path: FlowPath, identity: str, node: Node | Group, state: BaseModel, is_effect: bool) -> Any:
+    return await path.driver.request(path.prepare(FlowCall(path, identity, node, state, is_effect)))
+
+
+def _learn_step(path: FlowPath, node: Any, state: Any) -> _KnownStep:
+    """Check the arguments of a step."""
+    record = _step_node_of(node, "flow.step")
+    if not isinstance(state, BaseModel):
+        raise TypeError(
+            f"the input of step {record.node_id!r} must be a pydantic model, got {type(state).__name__}"
+        )
+    known = _KnownStep(path, record, type(state))
+    with contextlib.suppress(TypeError):  # It cannot be hashed.
+        path.known[node] = known
+    return known
+
+
+def _step_node_of(node: Any, method: str) -> Node | Group:
+    """Return the record of a node. Raises TypeError for a flow, and for several nodes."""
+    if isinstance(node, (list, tuple)):
+        raise TypeError(
+            f"{method} takes one node, got a {type(node).__name__} of {len(node)}; only map_over takes several nodes: use "
+            "flow.step(map_over(...), state)"
+        )
+    record = find_node(node)
+    if isinstance(record, FlowNode):
+        raise TypeError(f"{method} takes a node, and {record.node_id!r} is a flow; call it with flow.run")
+    return record
+
+
+def call_map(
+    path: FlowPath, node: Any, items: Iterable[Any], max_concurrency: int | None, key: str | None
+) -> Coroutine[Any, Any, list[Any]]:
+    """Return the coroutine of a map."""
+    path.begin_call("flow.map")
+    record = _step_node_of(node, "flow.map")
+    if max_concurrency is not None and max_concurrency < 1:
+        raise ValueError(f"max_concurrency must be at least 1, or None for no bound, got {max_concurrency!r}")
+    states = list(items)
+    for state in states:
+        if not isinstance(state, BaseModel):
+            raise TypeError(
+                f"the items of {record.node_id!r} must be pydantic models, got {type(state).__name__}"
+            )
+    return _map(path, record, states, max_concurrency, path.identify(quoted(record.node_id), key, "*"))
+
+
+async def _map(
+    path: FlowPath, node: Node | Group, states: list[BaseModel], limit: int | None, identity: str
+) -> list[Any]:
+    # The items are the steps of a part of the flow, by their indexes.
+    items = FlowPath(path.driver, path, _part_of(path), path.prefix + identity)
+    items.names = path.names
+    is_effect = has_effect(path.driver.ctx, node)
+    gate = contextlib.nullcontext() if limit is None else asyncio.Semaphore(limit)
+
+    async def work(index: int, state: BaseModel) -> Any:
+        async with gate:
+            return await _step(items, str(index), node, state, is_effect)
+
+    loop = path.driver.loop
+    tasks = [loop.create_task(work(index, state)) for index, state in enumerate(states)]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        if pending := [task for task in tasks if not task.done()]:
+            for task in pending:
+                task.cancel()
+            await asyncio.wait(pending)
+
+
+def find_flow(obj: Any) -> FlowNode | None:
+    """Return the record of a flow; None for any other object."""
+    node = getattr(obj, "_stroma_node", None)
+    return node if isinstance(node, FlowNode) else None
+
+
+def call_flow(path: FlowPath, flow: Any, state: Any, key: str | None) -> Coroutine[Any, Any, Any]:
+    """Return the coroutine of a flow or pipeline inside a flow."""
+    path.begin_call("flow.run")
+    if not isinstance(flow, Pipeline):
+        raise TypeError(
+            f"flow.run takes a flow or a Pipeline, got {flow!r}; call a single node with flow.step"
+        )
+    if not isinstance(state, BaseModel):
+        raise TypeError(f"the input of {flow.name!r} must be a pydantic model, got {type(state).__name__}")
+    identity, node = path.identify(quoted(flow.name), key), find_flow(flow)
+    return (
+        _run_pipeline(path, flow, state, identity) if node is None else _run_flow(path, node, state, identity)
+    )
+
+
+async def _run_flow(path: FlowPath, node: FlowNode, state: BaseModel, identity: str) -> Any:
+    driver, ctx = path.driver, path.driver.ctx
+    contract = ctx.contract_of(node)
+    assert contract is not None  # A flow has one.
+    call = path.prepare(_FlowEnd(path, identity, node, state))
+    assert isinstance(call, _FlowEnd)
+    if driver.has_output(call):
+        return await driver.request(call)
+    begin, source = perf_counter_ns(), schema_of(contract.input_schema)
+    child = FlowPath(driver, path, node, call.branch)
+    try:
+        try:
+            prepared, snapshot = source.prepare_input(state)
+        except ValueError as error:
+            raw = schema_of(type(state)).state(state)
+            raise as_violation(node.node_id, "input", raw, error, source.model) from error
+        assert node.body is not None
+        returned = await node.body(child, prepared)
+    except Exception as error:
+        ctx.redactor.note_secrets(state)
+        failure = driver.endings.halt_of(error, node.node_id).failure
+        names = error.path if isinstance(error, StepFailed) else (*path.names, failure.node_id)
+        raise StepFailed(failure, names) from error
+    call.output = child, snapshot, returned, begin
+    return await driver.request(call)
+
+
+class _FlowEnd(FlowCall):
+    """The commit of the output of a flow inside a flow."""
+
+    #: The flow, the snapshot of its input, what its body returned and when it began.
+    output: tuple[FlowPath, Snapshot, Any, int]
+
+    def perform(self, cancelling: int = 0) -> Coroutine[Any, Any, Any]:
+        return self._commit()
+
+    async def _commit(self) -> BaseModel | Halt:
+        child, snapshot, returned, begin = self.output
+        step = StepCall(OF_FLOW, self.input_key)
+        return await commit_output(child, child.node, snapshot, returned, begin, step)
+
+
+async def _run_pipeline(path: FlowPath, pipeline: Pipeline, state: BaseModel, identity: str) -> Any:
+    child = FlowPath(path.driver, path, _part_of(path, pipeline.name), path.prefix + identity)
+    value: Any = state
+    for node in pipeline.nodes:
+        call = call_step if find_flow(node) is None else call_flow
+        value = await call(child, node, value, None)
+    return value
+
+
+def _part_of(path: FlowPath, name: str | None = None) -> FlowNode:
+    """Return the record of a part of a flow that has no contract of its own."""
+    return FlowNode(name or path.node.node_id, _not_called, None, False, True)
+
+
+def _not_called(*_: Any) -> Any:
+    raise NotImplementedError

@@ -1,0 +1,114 @@
+"""A flow as its body uses it: it numbers its calls, and compares them with the records."""
+
+from __future__ import annotations
+
+import hashlib
+from asyncio.events import _get_running_loop
+from sys import exception
+from typing import Any, NoReturn
+
+from stroma.checkpoint.identity import quoted
+from stroma.contracts.node import FlowNode, Group, Node
+from stroma.contracts.schema import schema_of
+from stroma.engine.context import ReliabilityContext
+from stroma.engine.current import CURRENT
+from stroma.runner.flows.call import FlowCall, FlowScope
+from stroma.runner.flows.descriptions import describe
+from stroma.runner.flows.driver import FlowDriver
+from stroma.runner.flows.errors import FlowClosed
+from stroma.runner.flows.journal import encode_input, number_of
+
+__all__ = ["FlowPath", "has_effect"]
+
+
+class FlowPath(FlowScope):
+    """A flow as its body uses it: it numbers its calls. ``count``: their number so far."""
+
+    __slots__ = ("count", "driver", "keys", "known", "random_count", "sleep_count")
+
+    def __init__(self, driver: FlowDriver, parent: FlowPath | None, node: FlowNode, branch: str) -> None:
+        super().__init__(driver.ctx, parent, node, driver.position, branch)
+        self.driver = driver
+        self.count = self.random_count = self.sleep_count = 0
+        self.keys: set[str] = set()
+        #: What is known of the nodes that were steps before.
+        self.known: dict[Any, Any] = {}
+
+    def begin_call(self, what: str) -> None:
+        """Check that a call may be made here."""
+        driver = self.driver
+        if _get_running_loop() is not driver.loop:
+            self._refuse_call(what)
+        if driver.closing:
+            raise FlowClosed(
+                f"{what} was called after flow {self.node.node_id!r} had ended, or while it is being stopped"
+            )
+        driver.called_at = driver.woken_by
+        error = exception()
+        if error is not None:
+            driver.endings.note_handled(error, driver.woken_by)
+
+    def _refuse_call(self, what: str) -> NoReturn:
+        current, driver = CURRENT.get(), self.driver
+        if driver.is_over:
+            raise RuntimeError(
+                f"{what} was called after flow {self.node.node_id!r} had ended; call it in the body of the flow"
+            )
+        if current is not None:
+            raise RuntimeError(
+                f"{what} was called inside node {current.node_id!r}; return the data, and make the call in the flow"
+            )
+        raise RuntimeError(f"{what} was called in another thread or event loop; call it in that of the flow")
+
+    def identify(self, name: str, key: str | None, kind: str = "") -> str:
+        """Return the identity of the next call: its number, or its key. Raises ValueError for a key that was used before.
+
+        ``name``: as :func:`quoted` returns it.
+        """
+        driver = self.driver
+        if key is not None:
+            identity = f"{kind}#{quoted(key)}"
+            if identity in self.keys:
+                raise ValueError(
+                    f"key={key!r} is used by two calls of flow {self.node.node_id!r}; use a different key for each"
+                )
+            self.keys.add(identity)
+            return identity
+        number = self.count
+        self.count = number + 1
+        identity = f"{kind}{name}#{number}"
+        if driver.records.calls:
+            recorded = driver.records.calls.get((self.branch, number))
+            if recorded is not None and recorded.partition("@")[0] != identity:
+                driver.stop_as_changed(
+                    f"makes {describe(identity)} now, and {describe(recorded)} is recorded", self.node.node_id
+                )
+        return identity
+
+    def prepare(self, call: FlowCall) -> FlowCall:
+        """Give a call the identity and the input that it is recorded with."""
+        driver = self.driver
+        if driver.needs_input or call.is_effect:
+            call.input_key = encode_input(driver.ctx, call.node, call.state)
+        if driver.records.is_recorded:
+            self._find_identity(call)
+        if len(driver.loop.tasks) > 1:  # The body may change it before the call begins.
+            call.state = schema_of(type(call.state)).copy(call.state)
+        return call
+
+    def _find_identity(self, call: FlowCall) -> None:
+        records = self.driver.records
+        call.name(records.calls.get((self.branch, number_of(call.identity)), call.identity))
+        earlier = records.loose.get(call.branch)
+        before = None if earlier is None or earlier.step is None else earlier.step.input_key
+        if before is not None and call.input_key is not None and before != call.input_key:
+            # Another idempotency key: what was done under the first one was done for the other input.
+            call.name(f"{call.identity}@{hashlib.sha256(call.input_key).hexdigest()[:16]}")
+
+
+def has_effect(ctx: ReliabilityContext, node: Node | Group) -> bool:
+    """Return True for an effect, and for a group with one inside."""
+    if isinstance(node, Group):
+        return any(has_effect(ctx, child) for child in node.children)
+    contract = ctx.contract_of(node)
+    return contract is not None and contract.effect
