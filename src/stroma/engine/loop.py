@@ -68,17 +68,22 @@ async def execute(
 
 
 async def execute_in_turn(
-    ctx: ReliabilityContext, nodes: Sequence[Node | Group], value: BaseModel, place: Place
+    ctx: ReliabilityContext,
+    nodes: Sequence[Node | Group],
+    value: BaseModel,
+    place: Place,
+    attempt: NodeAttempt | None = None,
 ) -> BaseModel | Halt | Stopped:
     """:func:`execute` for nodes in turn, each at the next position and on the output of the one before.
 
     STOPPED if no further node is to begin (``ctx.stops``). The last node stays the current one: the caller restores the
-    one before, or ends its task.
+    one before, or ends its task. ``attempt``: the object for the attempts, of a driver that makes one call after the other.
     """
     # One coroutine for all nodes of a run, since it costs as much as the loop itself.
     first, branch, kind, parent, contract, step, cancelling, restores, role, is_called, settles = place
     task = asyncio.current_task()
-    attempt = NodeAttempt(ctx)
+    if attempt is None:
+        attempt = NodeAttempt(ctx)
     for position, node in enumerate(nodes, first):
         if position != first:
             if ctx.stops:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 from collections.abc import Coroutine
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from pydantic import BaseModel
 
@@ -14,6 +14,7 @@ from stroma.checkpoint import StepCall, Waiting
 from stroma.checkpoint.entries import OF_FLOW, effect_note
 from stroma.contracts.node import FlowNode, Group, Node, held_by
 from stroma.contracts.schema import schema_of
+from stroma.engine.attempt import NodeAttempt
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.engine.loop import execute_in_turn
@@ -23,6 +24,8 @@ from stroma.engine.restore import restore
 from stroma.runner.flows.errors import StepFailed
 
 __all__ = ["FlowCall", "FlowScope"]
+
+_WITHOUT_INPUT: Final = StepCall(OF_FLOW, None)
 
 
 class FlowScope:
@@ -93,14 +96,15 @@ class FlowCall:
         """Give the call another identity."""
         self.identity, self.branch = identity, self.scope.prefix + identity
 
-    def perform(self, cancelling: int = 0) -> Coroutine[Any, Any, Any]:
+    def perform(self, cancelling: int = 0, attempt: NodeAttempt | None = None) -> Coroutine[Any, Any, Any]:
         """Return the work of the call, for a task of the real event loop."""
         scope = self.scope
+        step = _WITHOUT_INPUT if self.input_key is None else StepCall(OF_FLOW, self.input_key)
         place = Place(
-            scope.position, self.branch, "node", scope.execution, None, StepCall(OF_FLOW, self.input_key),
+            scope.position, self.branch, "node", scope.execution, None, step,
             cancelling, False, None, False, self.settles,
         )  # fmt: skip
-        work = execute_in_turn(scope.ctx, (self.node,), self.state, place)
+        work = execute_in_turn(scope.ctx, (self.node,), self.state, place, attempt)
         return self._behind_gates(work) if scope.gates else work
 
     async def _behind_gates(self, work: Coroutine[Any, Any, Any]) -> Any:
@@ -127,5 +131,10 @@ class FlowCall:
                 raise outcome
             finally:
                 del outcome  # Its traceback references this frame.
+        node = self.node
+        plan = node.plan[0] if type(node) is Node else None
+        if plan is not None and type(outcome) is plan[1].model:
+            plan[1].mark_shared(outcome)
+            return outcome
         schema_of(type(outcome)).mark_shared(outcome)
         return held_by(spelled_out(outcome))

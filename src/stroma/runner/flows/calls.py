@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 from collections.abc import Coroutine, Iterable
 from time import perf_counter_ns
-from typing import Any, cast
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -19,6 +19,7 @@ from stroma.checkpoint.identity import quoted
 from stroma.contracts.contract import as_violation
 from stroma.contracts.node import FlowNode, Group, Node, find_node
 from stroma.contracts.schema import Snapshot, schema_of
+from stroma.engine.attempt import NodeAttempt
 from stroma.engine.outcome import Halt
 from stroma.runner.flows.call import FlowCall
 from stroma.runner.flows.errors import StepFailed
@@ -51,13 +52,10 @@ def call_step(path: FlowPath, node: Any, state: Any, key: str | None) -> Corouti
     if known is None or type(state) is not known.state_class:
         known = _learn_step(path, node, state)
     identity = path.identify(known.name, key)
-    coroutine: Any = _step(path, identity, known.node, state, known.is_effect)
+    call = path.prepare(FlowCall(path, identity, known.node, state, known.is_effect))
+    coroutine: Any = path.driver.request(call)
     coroutine.__qualname__ = known.label  # Python's warning of a coroutine that is never awaited shows it.
-    return cast("Coroutine[Any, Any, Any]", coroutine)
-
-
-async def _step(path: FlowPath, identity: str, node: Node | Group, state: BaseModel, is_effect: bool) -> Any:
-    return await path.driver.request(path.prepare(FlowCall(path, identity, node, state, is_effect)))
+    return coroutine  # type: ignore[no-any-return]  # The class of coroutines has no such attribute for type checkers.
 
 
 def _learn_step(path: FlowPath, node: Any, state: Any) -> _KnownStep:
@@ -114,7 +112,9 @@ async def _map(
 
     async def work(index: int, state: BaseModel) -> Any:
         async with gate:
-            return await _step(items, str(index), node, state, is_effect)
+            return await items.driver.request(
+                items.prepare(FlowCall(items, str(index), node, state, is_effect))
+            )
 
     loop = path.driver.loop
     tasks = [loop.create_task(work(index, state)) for index, state in enumerate(states)]
@@ -181,7 +181,7 @@ class _FlowEnd(FlowCall):
     #: The flow, the snapshot of its input, what its body returned and when it began.
     output: tuple[FlowPath, Snapshot, Any, int]
 
-    def perform(self, cancelling: int = 0) -> Coroutine[Any, Any, Any]:
+    def perform(self, cancelling: int = 0, attempt: NodeAttempt | None = None) -> Coroutine[Any, Any, Any]:
         return self._commit()
 
     async def _commit(self) -> BaseModel | Halt:

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, Final
 
 from stroma.checkpoint import PipelineChanged, StoreError
+from stroma.engine.attempt import NodeAttempt
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT
 from stroma.engine.outcome import STOPPED, Halt, Stopped
@@ -53,8 +54,7 @@ class FlowDriver(FlowWaits):
         self.outer = asyncio.get_running_loop()
         super().__init__(ctx, flow_id, position, BodyLoop(self.outer, lambda: self.time_ms() / 1000))
         self.journal, self.records = journal, journal.records(position)
-        #: The inputs of calls are stored, or compared.
-        self.needs_input = ctx.session.stores_inputs or self.records.is_recorded
+        self._look_for_records()
         self.closing = self.is_over = self.has_siblings = self.is_live = False
         self.woken_by = self.called_at = 0
         self.failures: list[int] = []
@@ -78,6 +78,12 @@ class FlowDriver(FlowWaits):
         self._withdrawn: list[FlowCall] = []
         #: Effects that the body gave up, by node and input, whose outcome it has not taken.
         self._given_up: dict[tuple[str, bytes | None], list[FlowCall]] = {}
+
+    def _look_for_records(self) -> None:
+        """Note if calls may have a record of an earlier process, and if their inputs are stored or compared."""
+        records = self.records
+        self.is_recorded = bool(records.events or records.loose or records.calls)
+        self.needs_input = self.ctx.session.stores_inputs or self.is_recorded
 
     # ------------------------------------------------------------------ time
 
@@ -108,7 +114,7 @@ class FlowDriver(FlowWaits):
             self._requested[call.branch] = call
         if not self.is_live:
             self._replayed.add(call.branch)
-        future = call.future = self.loop.create_future()
+        future = call.future = asyncio.Future(loop=self.loop)
         call.context = contextvars.copy_context()
         try:
             call.outcome = await future
@@ -175,31 +181,40 @@ class FlowDriver(FlowWaits):
         elif self._replay_only:
             self.stop_as_changed(f"makes {describe(first.branch)}, which is not recorded")
         elif len(self.calls) == 1 and self._is_alone(first):
-            return self._perform_alone(first, 0 if self._task is None else self._task.cancelling())
+            return self._perform_alone(first)
         else:
             for call in requested.values():
-                self._start(
-                    call, self._restore_or_perform(call) if self.records.is_recorded else call.perform()
-                )
+                self._start(call, self._restore_or_perform(call) if self.is_recorded else call.perform())
         return None
 
     def _is_alone(self, call: FlowCall) -> bool:
         """Return True if nothing else of the flow can happen before the end of a call."""
-        if (
-            self._running
-            or self.loop.next_time is not None
-            or call.question is not None
-            or self.records.loose
-        ):
+        if self._running or self.loop.next_time is not None or call.question is not None or self.is_recorded:
             return False
         try:
             return call.context == self._context
         except Exception:  # The body has set variables whose values cannot be compared.
             return False
 
-    async def _perform_alone(self, call: FlowCall, cancelling: int) -> None:
+    async def _perform_alone(self, call: FlowCall) -> None:
+        """Perform calls in this task and deliver their ends, for as long as each is alone."""
+        task, attempt = self._task, NodeAttempt(self.ctx)
         try:
-            self.finish(call, await call.perform(cancelling))
+            while True:
+                outcome = await call.perform(0 if task is None else task.cancelling(), attempt)
+                if type(outcome) is Halt or self.stopping is not None:
+                    return self.finish(call, outcome)
+                # Its number is the only one.
+                call.end = outcome
+                self._deliver(self._number_of.pop(call.branch), call)
+                self._numbers.clear()
+                requested = self._requested
+                if len(requested) != 1 or self.stopping is not None or self.ctx.stops:
+                    return None
+                (call,) = requested.values()
+                if len(self.calls) != 1 or not self._is_alone(call):
+                    return None
+                requested.clear()
         except (HookNotAsync, PipelineChanged, StoreError) as error:  # What leaves a run.
             self.stop(end_of(error, call.node))
         finally:
@@ -348,7 +363,7 @@ class FlowDriver(FlowWaits):
                 self._deliver(event.number, event.time_ms if call is None else call)
         self.is_live = self.stopping is None
         self.records.end_replay()
-        self.needs_input = self.ctx.session.stores_inputs or self.records.is_recorded
+        self._look_for_records()
         self._replayed.clear()
         for waiting in self._given_up.values():
             for call in [one for one in waiting if one.outcome is None and not one.has_intent()]:

@@ -82,11 +82,6 @@ class FlowRecords:
             if number is not None:
                 self.calls[flow, number] = identity
 
-    @property
-    def is_recorded(self) -> bool:
-        """True if calls may have a record of an earlier process."""
-        return bool(self.events or self.loose or self.calls)
-
     def end_replay(self) -> None:
         """Forget what was replayed."""
         self.events, self.calls = [], {}

@@ -90,7 +90,7 @@ class FlowPath(FlowScope):
         driver = self.driver
         if driver.needs_input or call.is_effect:
             call.input_key = encode_input(driver.ctx, call.node, call.state)
-        if driver.records.is_recorded:
+        if driver.is_recorded:
             self._find_identity(call)
         if len(driver.loop.tasks) > 1:  # The body may change it before the call begins.
             call.state = schema_of(type(call.state)).copy(call.state)

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from stroma.checkpoint import Waiting, schema_ref
 from stroma.contracts.schema import schema_of
 from stroma.cost.usage import shown
+from stroma.engine.attempt import NodeAttempt
 from stroma.runner.flows.call import FlowCall
 from stroma.runner.flows.driver import FlowDriver
 from stroma.runner.flows.path import FlowPath
@@ -67,7 +68,7 @@ class FlowQuestion(FlowCall):
 
     driver: FlowDriver
 
-    def perform(self, cancelling: int = 0) -> Coroutine[Any, Any, Any]:
+    def perform(self, cancelling: int = 0, attempt: NodeAttempt | None = None) -> Coroutine[Any, Any, Any]:
         return self.driver.open_question(self)
 
     async def restore(self) -> Any:
