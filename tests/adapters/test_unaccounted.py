@@ -42,7 +42,7 @@ def test_tokens_that_only_the_framework_has_counted_are_named(caplog: pytest.Log
         assert (guard.unaccounted, caplog.messages) == (0, [])
         agent(15, 10, own=27)  # What the inner agent has named is not named again.
     assert (run.unaccounted, guard.unaccounted) == (7, 7)
-    assert [message.partition(";")[0] for message in caplog.messages] == [
+    assert [message.partition(";")[0].partition(": ")[2] for message in caplog.messages] == [
         "Framework counted 15 tokens in step 'inner', and the guard 10: 5 tokens count against no budget",
         "Framework counted 27 tokens in step 'agent', and the guard 20: 2 tokens count against no budget",
     ]

@@ -219,7 +219,9 @@ POLICY: Any = {"AMBIGUOUS": FailurePolicy(max_retries=0)}
 
 
 def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    """Return the texts of warnings without the run that they begin with."""
+    lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    return [line.partition(": ")[2] if line.startswith("run ") else line for line in lines]
 
 
 def extract_node(runner: StromaRunner) -> Any:

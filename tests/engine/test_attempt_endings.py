@@ -122,7 +122,7 @@ async def test_once_a_run_is_cancelled_elsewhere_nothing_is_tried_again(
     with caplog.at_level("INFO", logger="stroma"):
         await StromaRunner.quick(policy_map=THRICE).run([node("a", func)], Num())
     assert calls == ["a"]
-    assert "node 'a' stopped: the run was cancelled" in [r.getMessage() for r in caplog.records]
+    assert "node 'a' stopped: the run was cancelled" in " ".join([r.getMessage() for r in caplog.records])
 
 
 @pytest.mark.parametrize("grouped", [False, True])

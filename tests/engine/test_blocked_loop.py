@@ -60,7 +60,7 @@ async def test_a_node_that_blocks_is_named_once(
     texts = warnings_of(caplog)
     assert len(texts) == 2  # One of each run.
     for text in texts:
-        assert text.startswith("node 'blocks' blocked the event loop for ")
+        assert "': node 'blocks' blocked the event loop for " in text
         assert "define it with def instead of async def" in text
 
 

@@ -495,8 +495,7 @@ async def test_waits_between_attempts(clock: FakeClock, caplog: pytest.LogCaptur
     assert events == [(2, 0.5), (3, 1.5), (4, 4.5)]
     messages = [r.getMessage() for r in caplog.records if "follows" in r.getMessage()]
     assert messages == [
-        "node 'a': attempt 2 follows in 0.500 s",
-        "node 'a': attempt 3 follows in 1.500 s",
-        "node 'a': attempt 4 follows in 4.500 s",
+        f"run {result.run_id!r}: node 'a': attempt {number} follows in {seconds} s"
+        for number, seconds in ((2, "0.500"), (3, "1.500"), (4, "4.500"))
     ]
     assert clock.elapsed == pytest.approx(6.5, abs=0.001)

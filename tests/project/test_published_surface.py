@@ -1980,7 +1980,7 @@ def test_run_logger_names_the_run(caplog: pytest.LogCaptureFixture) -> None:
     """Every record of run_logger is on the logger `stroma` and carries run_id."""
     context_of(run_id="r7").run_logger.warning("hello")
     (record,) = caplog.records
-    assert (record.name, record.getMessage(), record.run_id) == ("stroma", "hello", "r7")
+    assert (record.name, record.getMessage(), record.run_id) == ("stroma", "run 'r7': hello", "r7")
 
 
 def test_build_result() -> None:

@@ -17,6 +17,7 @@ from tests.receivers.sentry import RecordedSentry
 from tests.telemetry.test_opentelemetry import Seen, quick
 
 from stroma import NodeHooks, ReliabilityContext, StromaRunner, execute_step
+from stroma.adapters import Guard
 from stroma.contracts.schema import Schema, schema_of
 from stroma.telemetry import datadog_hooks, log_hooks, otel_hooks, prometheus_hooks, sentry_hooks
 from stroma.telemetry.content import Content
@@ -390,3 +391,38 @@ async def test_other_texts_and_pairs_are_sent_as_they_are(value: Any) -> None:
     await runner.run([a], Loose(v=value))
     sent = "".join(span.to_json() for span in seen.spans)
     assert "[redacted]" not in sent
+
+
+@pytest.mark.parametrize("content", ["none", "redacted"])
+def test_a_guarded_value_is_shown_as_what_it_is(content: Any) -> None:
+    """A text is shown as a text, any other value as JSON, and what nobody gave not at all; no key is added."""
+    seen = Seen()
+    guard = Guard(StromaRunner.quick(hooks=seen.hooks(content=content)))
+    values: list[Any] = ["done", '{"password": "hunter2", "n": 1}', [1, "two"], 7, None, {"root": 1}]
+    for number, value in enumerate(values):
+        with guard.run():
+            guard.wrap(f"step {number}", lambda value: value, input_view=lambda args, _: args[0])(value)
+    shown = {
+        span.name.removeprefix("stroma.node "): [
+            (span.attributes or {}).get(name)
+            for name in ("output.value", "output.mime_type", "stroma.output")
+        ]
+        for span in seen.spans
+        if span.name.startswith("stroma.node ")
+    }
+    roots = [dict(span.attributes or {}) for span in seen.named("invoke_workflow pipeline")]
+    assert not any("input.value" in root or "stroma.input" in root for root in roots)
+    if content == "none":
+        assert [shape for _, _, shape in shown.values()] == [
+            '"str[4]"', '"str[31]"', '"list[2]"', '"int"', None, '{"root": "int"}',
+        ]  # fmt: skip
+        return
+    text, data = "text/plain", "application/json"
+    assert list(shown.values()) == [
+        ["done", text, None],
+        ['{"password": "[redacted]", "n": 1}', text, None],
+        ['[1, "two"]', data, None],
+        ["7", data, None],
+        [None, None, None],
+        ['{"root": 1}', data, None],
+    ]

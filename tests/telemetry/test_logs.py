@@ -260,3 +260,31 @@ async def test_starts_of_nodes_are_asked_for_once_a_run(caplog: pytest.LogCaptur
         await runner.run([louder, flaky(runner, 0)], State())
         starts.append(sum(line.message.startswith("node started") for line in events(caplog)))
     assert starts == [0, 2]
+
+
+async def test_lines_of_the_engine_name_their_run(caplog: pytest.LogCaptureFixture) -> None:
+    """Every line of the engine about a run begins with the run's id, and a FAILED run ends with a line at ERROR."""
+    caplog.set_level(logging.INFO, logger="stroma")
+    runner = StromaRunner.quick(policy_map=ONCE, pipeline="100 %")
+
+    @runner.node("post", input=State, output=State)
+    async def post(state: State) -> State:
+        raise ImportError("no")
+
+    await runner.run([post], State(), run_id="a")
+    await runner.run([flaky(runner)], State(), run_id="b")
+    await runner.run([flaky(runner, 9)], State(), run_id="c")
+    lines = [record for record in caplog.records if record.name == "stroma"]
+    assert lines
+    for line in lines:
+        assert line.getMessage().startswith(f"run {vars(line)['run_id']!r}: ")
+    ends = {
+        vars(line)["run_id"]: (line.levelname, line.getMessage())
+        for line in lines
+        if "ended" in line.getMessage()
+    }
+    assert ends == {
+        "a": ("ERROR", "run 'a': pipeline '100 %' ended: FAILED"),
+        "b": ("INFO", "run 'b': pipeline '100 %' ended: COMPLETED"),
+        "c": ("WARNING", "run 'c': pipeline '100 %' ended: PARTIAL"),
+    }

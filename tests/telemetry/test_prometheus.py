@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
 from pydantic import BaseModel
-from tests.kit import TWICE
+from tests.kit import ONCE, TWICE
 from tests.receivers.prometheus import SharedPrometheus, check_metrics
 
 from stroma import (
@@ -21,10 +22,12 @@ from stroma import (
     NodeHooks,
     RunStatus,
     StromaRunner,
+    Usage,
     current_node,
     parallel,
 )
 from stroma.telemetry import prometheus_hooks
+from stroma.telemetry.labels import MetricLabels
 
 pytest_plugins = ["tests.receivers.fixtures"]
 
@@ -231,3 +234,38 @@ print(page())
     assert done.returncode == 0, done.stderr
     line = 'stroma_runs_in_progress{pipeline="pipeline"}'
     assert done.stdout.splitlines() == [f"['{line} 1.0']", f"['{line} 0.0']"]
+
+
+async def test_units_reasons_and_caches() -> None:
+    """Pages of OpenMetrics state units; attempts are counted by the reason of their failure, cached tokens on their own."""
+    registry = CollectorRegistry()
+    runner = StromaRunner.quick(hooks=prometheus_hooks(registry=registry), policy_map=ONCE)
+
+    @runner.node("ask", input=State, output=State)
+    async def ask(state: State) -> Any:
+        if current_node().attempt == 1:
+            raise ConnectionError
+        return state, Usage(100, 5, 60, 20, model="gpt-4o-mini")
+
+    await runner.run([ask], State())
+    page = openmetrics.generate_latest(registry).decode()
+    assert [line for line in page.splitlines() if line.startswith("# UNIT")] == [
+        "# UNIT stroma_runs_oldest_due_seconds seconds",
+        "# UNIT stroma_run_duration_seconds seconds",
+        "# UNIT stroma_node_duration_seconds seconds",
+        "# UNIT stroma_tokens tokens",
+        "# UNIT stroma_cached_tokens tokens",
+        "# UNIT stroma_cost_usd usd",
+    ]
+    place = {"pipeline": "pipeline", "node_id": "ask"}
+    failed = {**place, "outcome": "failure", "failure_class": "RECOVERABLE", "reason": "connection"}
+    assert registry.get_sample_value("stroma_node_executions_total", failed) == 1
+    of_model = {**place, "model": "gpt-4o-mini", "agent": ""}
+    cached = {
+        cache: registry.get_sample_value("stroma_cached_tokens_total", {**of_model, "cache": cache})
+        for cache in ("read", "creation")
+    }
+    assert cached == {"read": 60, "creation": 20}
+    assert registry.get_sample_value("stroma_tokens_total", {**of_model, "direction": "input"}) == 100
+    labels = MetricLabels()
+    assert len({labels.reason(f"reason {number}") for number in range(1000)}) == 51

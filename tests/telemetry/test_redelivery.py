@@ -12,6 +12,7 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
 from prometheus_client import CollectorRegistry
 from pydantic import BaseModel
 from tests.kit import ONCE
@@ -25,6 +26,10 @@ pytest_plugins = ["tests.receivers.fixtures"]
 
 class State(BaseModel):
     n: int = 0
+
+
+class Unavailable(ConnectionError):
+    pass
 
 
 async def die(*_: Any) -> None:
@@ -41,7 +46,7 @@ def run(path: pathlib.Path, hooks: Any) -> Any:
     async def flaky(state: State) -> Any:
         await asyncio.sleep(0.02)
         if current_node().attempt == 1 and state.n:
-            raise ConnectionError("no")
+            raise Unavailable("no")
         return state, 10, 5, "gpt-4o-mini"
 
     async def go() -> Any:
@@ -56,7 +61,7 @@ def run(path: pathlib.Path, hooks: Any) -> Any:
 def test_a_redelivered_end_is_a_whole_span(
     event: str, tmp_path: pathlib.Path, sentry: RecordedSentry
 ) -> None:
-    """It ends, with the times and tokens that the attempt had, under the run that tells it."""
+    """It has the times, tokens and type of error of the attempt, under the resumed run, and is an error only if that failed."""
     if event == "failure":
         (tmp_path / "fails").touch()
     child = os.fork()
@@ -88,7 +93,17 @@ def test_a_redelivered_end_is_a_whole_span(
     assert end - start >= 20_000_000
     assert dict(report.attributes or {})["stroma.outcome"] == event
     assert dict(report.attributes or {})["stroma.tokens"] == (15 if event == "success" else 0)
-    labels = {"pipeline": "pipeline", "node_id": "flaky", "outcome": "success", "failure_class": ""}
+    assert {span.status.status_code for span in nodes} == {StatusCode.UNSET}
+    ends = [event.attributes or {} for event in report.events if event.name == "stroma.attempt"]
+    kinds = [about.get("error.type") for about in ends]
+    assert kinds == [f"{Unavailable.__module__}.Unavailable" if event == "failure" else None]
+    labels = {
+        "pipeline": "pipeline",
+        "node_id": "flaky",
+        "outcome": "success",
+        "failure_class": "",
+        "reason": "",
+    }
     assert registry.get_sample_value("stroma_node_executions_total", labels) == 1
     assert len(nodes) == len([span for span in sentry.transport.spans if span["op"] == "function"])
     assert sentry.transport.events == []

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import sentry_sdk
 from pydantic import BaseModel
+from sentry_sdk.integrations.logging import LoggingIntegration
 from tests.receivers.sentry import RecordedSentry
 from tests.telemetry.test_sentry import QuotaError, State, node, quick
 
@@ -76,7 +77,7 @@ async def test_an_exception_that_is_raised_again_and_again(sentry: RecordedSentr
 async def test_a_run_that_is_only_waited_for_makes_no_issue_of_its_own(
     sentry: RecordedSentry, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Who attaches to a run gets its failure; the issue, and the line at ERROR, are of the one who ran it."""
+    """Who attaches to a run gets its failure; the issue, and the lines at ERROR, are of the one who ran it."""
     runner = quick(sentry, retries=0, extra=[log_hooks()], if_running="attach")
 
     @runner.node("bad", input=State, output=State)
@@ -88,7 +89,19 @@ async def test_a_run_that_is_only_waited_for_makes_no_issue_of_its_own(
     results = await asyncio.gather(*(runner.run([bad], State(), run_id="r") for _ in range(3)))
     assert {result.status for result in results} == {RunStatus.FAILED}
     assert len(sentry.transport.events) == 1
-    assert len([record for record in caplog.records if record.levelno >= logging.ERROR]) == 1
+    errors = [record.name for record in caplog.records if record.levelno >= logging.ERROR]
+    assert sorted(errors) == ["stroma", "stroma.events"]
+
+
+@pytest.mark.core
+async def test_the_line_about_a_failed_run_makes_no_second_issue() -> None:
+    """Sentry's logging integration makes an issue of each line at ERROR, but not of the engine's about a FAILED run."""
+    integrations = [LoggingIntegration(level=logging.INFO, event_level=logging.ERROR)]
+    with RecordedSentry(integrations=integrations) as sentry:
+        runner = quick(sentry, retries=0)
+        result = await runner.run([node(runner, "bad", NotImplementedError)], State())
+    assert result.status is RunStatus.FAILED
+    assert [event["fingerprint"][2] for event in sentry.transport.events] == ["bad"]
 
 
 class TestSteps:

@@ -110,8 +110,9 @@ def _has_shape(ch: str) -> bool:
 def typed(kind: str | None, message: str) -> str:
     """Return an exception's message as people read it: ``Type: message``, or the type alone where it says no more.
 
-    ``kind``: None for what is no exception's.
+    ``kind``: of which the module is not shown; None for what is no exception's.
     """
+    kind = kind and kind.rpartition(".")[2]
     return message if kind is None or message == kind else f"{kind}: {message}"
 
 

@@ -261,8 +261,8 @@ class _LogPrinter(logging.Handler):
     """Print log records of the engine that no hook reports."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if " failed at attempt " in str(record.msg):
-            return  # The failure hook has printed it.
+        if " failed at attempt " in str(record.msg) or hasattr(record, "run_status"):
+            return  # The failure hook has printed it, or the command prints how the run ended.
         try:
             text = record.getMessage()
         except Exception:

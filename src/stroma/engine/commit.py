@@ -16,7 +16,7 @@ from stroma.contracts.tagged_json import NotSerialisable
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.engine.tasks import Shield, as_store_error
-from stroma.failures.failure import Failure, ends_run, kind_of
+from stroma.failures.failure import Failure, ends_run, type_name
 from stroma.failures.tracebacks import failure_site_writer
 from stroma.trace.events import AttemptRow, Failed, Outcome
 
@@ -65,7 +65,7 @@ def record_rejected(
 
 def failed_of(failure: Failure, outcome: Outcome | None = None) -> Failed:
     """Return the record of a failure for a row. A suspension has a reason, but no type of exception."""
-    error_type = None if outcome == "suspended" else kind_of(failure.exception)
+    error_type = None if outcome == "suspended" else type_name(failure.exception)
     return Failed(failure.failure_class, failure.message, failure.reason, error_type)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stroma._utils.logs import SafeLogger
 
@@ -17,7 +17,7 @@ logger.addHandler(logging.NullHandler())
 
 
 class RunLogger(SafeLogger):
-    """Adds the ``run_id`` to every record, and makes none that no handler would get: a record takes 15 us.
+    """Adds the run id to every record and its text, and makes none that no handler would get: a record takes 15 us.
 
     Attributes:
         redactor: masks the secrets of the run; set by the context of the run.
@@ -25,7 +25,17 @@ class RunLogger(SafeLogger):
 
     def __init__(self, run_id: str, redactor: Redactor | None = None) -> None:
         super().__init__(logger, {"run_id": run_id})
+        self._run_id = run_id
         self.redactor = redactor
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        """Log a line about the run. The id is an argument: systems group lines by the text before these are filled in."""
+        if args:
+            text = f"run %r: {msg}"
+        else:
+            text = "run %r: " + str(msg).replace("%", "%%")
+        kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1
+        super().log(level, text, self._run_id, *args, **kwargs)
 
     def isEnabledFor(self, level: int) -> bool:
         return self.logger.isEnabledFor(level) and _has_handler(self.logger)

@@ -28,6 +28,7 @@ __all__ = [
     "isinstance_by_type",
     "kind_of",
     "text_of",
+    "type_name",
 ]
 
 
@@ -139,16 +140,22 @@ def message_of(exc: BaseException) -> str:
         return type(exc).__name__
 
 
+def type_name(exc: BaseException) -> str:
+    """Return the full name of an exception's type, also of one that was raised in another process."""
+    kind = type(exc)
+    recorded = vars(exc).get("type_name") if kind.__name__ == "RunFailed" else None
+    if recorded is not None:
+        return str(recorded)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
 def kind_of(exc: BaseException) -> str | None:
-    """Return the name of an exception's type, also of one that was raised in another process.
+    """Return the short name of an exception's type, also of one that was raised in another process.
 
     None for a RunFailed whose message is that of a whole run: it begins with the type.
     """
-    name = getattr(type(exc), "__name__", "Exception")
-    if name == "RunFailed":  # It stands for one of another process.
-        name = vars(exc).get("type_name", name)
-        return None if name == "RunFailed" else str(name)
-    return str(name)
+    name = type_name(exc).rpartition(".")[2]
+    return None if name == "RunFailed" else name
 
 
 def text_of(failure: Failure) -> str:

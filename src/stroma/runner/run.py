@@ -31,6 +31,8 @@ from stroma.trace.result import ExecutionResult, RunStatus
 
 __all__ = ["RunExecution"]
 
+#: Levels of the line about an end; of any other status INFO.
+_LEVELS = {RunStatus.FAILED: logging.ERROR, RunStatus.PARTIAL: logging.WARNING}
 _CUT_SHORT = (RunStatus.CANCELLED, RunStatus.INTERRUPTED)
 
 
@@ -300,8 +302,10 @@ class RunExecution:
         ctx, status, failure = self.ctx, self._status, self._failure
         result = ctx.build_result(status, self.state, failure)
         error = text_of(failure) if failure is not None else "; ".join(ctx.suspended) or None
-        if ctx.run_logger.isEnabledFor(logging.INFO):
-            ctx.run_logger.info("run of %r ended: %s", ctx.pipeline, status)
+        # The process that ran it has logged its end, at the level of it.
+        level = logging.INFO if ctx.session.finished is not None else _LEVELS.get(status, logging.INFO)
+        about = {"run_status": status.value}
+        ctx.run_logger.log(level, "pipeline %r ended: %s", ctx.pipeline, status, extra=about)
         announced = result if ctx.fire.on_run_end is not None else None
         raise_if(await ctx.end_and_announce(status, error, announced))
         if ctx.hook_failures and ctx.config.hook_errors == "raise" and status not in _CUT_SHORT:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
@@ -23,7 +23,7 @@ from stroma.failures.failure import message_of
 from stroma.telemetry.denied_names import DENY_KEYS, DeniedNames
 from stroma.trace.plain import jsonable
 
-__all__ = ["DENY_KEYS", "Content", "ContentMode", "type_name"]
+__all__ = ["DENY_KEYS", "Content", "ContentMode", "is_text"]
 
 ContentMode = Literal["none", "redacted"]
 
@@ -76,20 +76,23 @@ class Content:
         return cls(mode, DeniedNames(deny_keys), max_bytes)
 
     def state(self, run: ReliabilityContext, state: Mapping[str, Any]) -> str:
-        """Return a state as JSON text: its values, or the types and sizes of its fields.
+        """Return a state as JSON text, one that is a text as it is: its values, or the types and sizes of its fields.
 
-        It is walked no further than ``max_bytes``, so that a large one costs no more than a small one.
+        It is walked no further than ``max_bytes``, so that a large one costs no more than a small one. "" for a guarded call
+        or run without an input or output.
         """
         if self.mode == "none":
             return self._shapes(state)
-        values, model = _fields_of(state)
+        value, model = _value_of(state)
+        if value is None:
+            return ""
         if isinstance(state, UnreadState):
             state.note_secrets()
         else:
             run.redactor.note_secrets(state)
         writer = _JsonWriter(self, self.max_bytes + _SLACK)
         try:
-            text = writer.text_of(values, model)
+            text = writer.text_of(value, model)
         except Exception as error:
             # A number of ten thousand digits, say. The span is worth more than its input.
             return f"[unreadable: {type(error).__name__}]"
@@ -98,12 +101,15 @@ class Content:
     def _shapes(self, state: Mapping[str, Any]) -> str:
         text = state.shapes if isinstance(state, UnreadState) else None
         if text is None:
-            fields = _fields_of(state)[0]
-            known = fields.items() if len(fields) <= _MOST_FIELDS else islice(fields.items(), _MOST_FIELDS)
-            # What json.dumps() returns, in a third of its time: both are texts.
-            text = (
-                f"{{{', '.join([f'{_quoted(str(name))}: {_shape_text(value)}' for name, value in known])}}}"
-            )
+            fields = _value_of(state)[0]
+            if isinstance(fields, Mapping):
+                known = (
+                    fields.items() if len(fields) <= _MOST_FIELDS else islice(fields.items(), _MOST_FIELDS)
+                )
+                # What json.dumps() returns, in a third of its time: both are texts.
+                text = f"{{{', '.join([f'{_quoted(str(name))}: {_shape_text(value)}' for name, value in known])}}}"
+            else:
+                text = "" if fields is None else _shape_text(fields)
             if isinstance(state, UnreadState):
                 state.shapes = text
         return text if len(text) <= self.max_bytes and text.isascii() else self.cut(text)
@@ -154,10 +160,15 @@ class _JsonWriter:
         self._has_denied = False
         self.is_full = False
 
-    def text_of(self, values: Mapping[Any, Any], model: type[BaseModel] | None) -> str:
-        """Return the text of the fields of a state, whose class knows further names of them."""
+    def text_of(self, value: Any, model: type[BaseModel] | None) -> str:
+        """Return the text of a state: of its fields, whose class knows further names of them, or of a plain value."""
         try:
-            self._mapping(values, 0, _names_of(model) if model is not None else _NO_NAMES)
+            if isinstance(value, Mapping):
+                self._mapping(value, 0, _names_of(model) if model is not None else _NO_NAMES)
+            elif isinstance(value, str):
+                self._any_text(value, 0, self._plain_text)
+            else:
+                self._value(value, 0)
         except _Full:
             self.is_full = True
         return "".join(self._parts)
@@ -171,6 +182,9 @@ class _JsonWriter:
     def _text(self, text: str) -> None:
         # No more than is wanted of a long one.
         self._add(_quoted_as_is(text[: self._room + 1]))
+
+    def _plain_text(self, text: str) -> None:
+        self._add(text[: self._room + 1])
 
     def _mapping(
         self, values: Mapping[Any, Any], depth: int, names: Mapping[str, tuple[str, ...]] | None = None
@@ -212,22 +226,23 @@ class _JsonWriter:
             between = ", "
         self._add("[]" if between == "[" else "]")
 
-    def _hidden(self) -> None:
+    def _hidden(self, write: Callable[[str], None] | None = None) -> None:
         self._has_denied = True
-        self._text(_REDACTED)
+        (write or self._text)(_REDACTED)
 
-    def _any_text(self, text: str, depth: int) -> None:
+    def _any_text(self, text: str, depth: int, write: Callable[[str], None] | None = None) -> None:
         """Write a text: one of JSON without the values of denied names, all of it if it cannot be parsed."""
+        write = write or self._text
         start = text[:1] if text[:1] in _JSON_STARTS else text[:100].lstrip()[:1]
         if start not in _JSON_STARTS or not self._content.denied.are_in(text[: self._room + 1]):
-            self._text(text)
+            write(text)
             return
         try:
             value = json.loads(text) if len(text) <= _LONGEST_JSON else None
         except (ValueError, RecursionError):
             value = None
         if value is None:
-            self._hidden()
+            self._hidden(write)
             return
         inner = _JsonWriter(self._content, self._room)
         try:
@@ -235,7 +250,7 @@ class _JsonWriter:
         except _Full:
             pass
         self._has_denied = self._has_denied or inner._has_denied
-        self._text("".join(inner._parts) if inner._has_denied else text)
+        write("".join(inner._parts) if inner._has_denied else text)
 
     def _value(self, value: Any, depth: int) -> None:
         """Write what jsonable() returns, and make no more of it than is written."""
@@ -290,18 +305,26 @@ def fields_in(model: BaseModel) -> Mapping[str, Any]:
     return fields
 
 
-def _fields_of(state: Mapping[str, Any]) -> tuple[Mapping[str, Any], type[BaseModel] | None]:
-    """Return the fields of a state, without a copy of their values, and its class if it is known."""
+def _value_of(state: Mapping[str, Any]) -> tuple[Any, type[BaseModel] | None]:
+    """Return the fields of a state, without a copy of their values, and its class if it is known.
+
+    Of a state that is no record, such as the text that a guarded function returns, the value alone.
+    """
     if not isinstance(state, UnreadState):
         return state, None
-    model = type(state.model)
-    if state.is_redacted:
-        return state.shown(), model
     fields = fields_in(state.model)
-    if state.schema.is_root:
-        root = fields.get("root")
-        return (root, None) if isinstance(root, Mapping) else ({"root": root}, None)
-    return fields, model
+    if not state.schema.is_root:
+        return state.shown() if state.is_redacted else fields, type(state.model)
+    root = fields.get("root")
+    if not state.is_redacted:
+        return root, None
+    shown = state.shown()
+    return shown if isinstance(root, Mapping) else shown.get("root"), None
+
+
+def is_text(state: Mapping[str, Any]) -> bool:
+    """Return True for a state that is a plain text, which is sent as it is."""
+    return isinstance(_value_of(state)[0], str)
 
 
 #: The aliases of the fields of a model.
@@ -315,12 +338,6 @@ def _names_of(model: type[BaseModel]) -> Mapping[str, tuple[str, ...]]:
         names = {field: (*names_of_field(field, info),) for field, info in model.model_fields.items()}
         aliases = _aliases[model] = {field: known for field, known in names.items() if len(known) > 1}
     return aliases
-
-
-def type_name(error: BaseException) -> str:
-    """Return the full name of an exception's class."""
-    kind = type(error)
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _shape_text(value: Any) -> str:

@@ -117,6 +117,7 @@ def operation_of(node: NodeExecution) -> dict[str, str]:
     return {"gen_ai.operation.name": operation} | ({} if name is None else {name: node.node_id})
 
 
-def content_of(direction: Literal["input", "output"], text: str) -> dict[str, str]:
-    """Return the attributes that show a state, as JSON text, in the backends that read OpenInference."""
-    return {f"{direction}.value": text, f"{direction}.mime_type": "application/json"}
+def content_of(direction: Literal["input", "output"], text: str, *, is_text: bool) -> dict[str, str]:
+    """Return the attributes that show a state, as JSON or a plain text, in the backends that read OpenInference."""
+    kind = "text/plain" if is_text else "application/json"
+    return {f"{direction}.value": text, f"{direction}.mime_type": kind}

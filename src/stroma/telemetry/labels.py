@@ -37,17 +37,19 @@ class MetricLabels:
         pipeline: 1,000 names of pipelines.
         model: 200 names of models, which come from answers of providers.
         agent: 200 ids of nodes that are agents.
+        reason: 50 reasons of failures.
         limit: 200 names of limits.
         circuit: 200 circuits; each host has one.
         dimension: 200 dimensions of budgets; a shared one has its name in front.
     """
 
-    __slots__ = ("_places", "agent", "circuit", "dimension", "limit", "model", "pipeline")
+    __slots__ = ("_places", "agent", "circuit", "dimension", "limit", "model", "pipeline", "reason")
 
     def __init__(self) -> None:
         self.pipeline = BoundedLabels(_MAX_PLACES, _MAX_LENGTH)
         self.model = BoundedLabels(_MAX_VALUES, _MAX_MODEL_LENGTH)
         self.agent = BoundedLabels(_MAX_VALUES, _MAX_LENGTH)
+        self.reason = BoundedLabels(_MAX_REASONS, _MAX_MODEL_LENGTH)
         self.limit = BoundedLabels(_MAX_VALUES, _MAX_LENGTH)
         self.circuit = BoundedLabels(_MAX_VALUES, _MAX_LENGTH)
         self.dimension = BoundedLabels(_MAX_VALUES, _MAX_LENGTH)
@@ -66,6 +68,7 @@ class MetricLabels:
 
 _MAX_PLACES: Final = 1000
 _MAX_VALUES: Final = 200
+_MAX_REASONS: Final = 50
 _MAX_LENGTH: Final = 200  # characters
 _MAX_MODEL_LENGTH: Final = 100
 

@@ -14,7 +14,8 @@ from stroma._utils.text import one_line
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.failures.classes import FailureClass
-from stroma.telemetry.content import DENY_KEYS, Content, ContentMode, type_name
+from stroma.failures.failure import type_name
+from stroma.telemetry.content import DENY_KEYS, Content, ContentMode
 from stroma.telemetry.conventions import attribution_of, note_run
 from stroma.telemetry.observer import WRITING, AttemptEnd, ExporterHooks, Observer, is_returned
 from stroma.trace.result import ExecutionResult

@@ -73,12 +73,14 @@ class _Metrics:
                     registry.unregister(collector)
             self._make(registry)
 
-    def of_attempt(self, place: tuple[str, str], outcome: str, failure_class: str) -> tuple[Any, Any]:
+    def of_attempt(
+        self, place: tuple[str, str], outcome: str, failure_class: str, reason: str
+    ) -> tuple[Any, Any]:
         """Return the counter and the histogram of attempts that end in this way."""
-        children = self._attempts.get((place, outcome, failure_class))
+        children = self._attempts.get((place, outcome, failure_class, reason))
         if children is None:
-            children = self.executions(*place, outcome, failure_class), self.node_seconds(*place)
-            self._attempts[place, outcome, failure_class] = children
+            children = self.executions(*place, outcome, failure_class, reason), self.node_seconds(*place)
+            self._attempts[place, outcome, failure_class, reason] = children
         return children
 
     def of_usage(self, place: tuple[str, str], model: str, agent: str) -> tuple[Any, Any, Any]:
@@ -96,8 +98,8 @@ class _Metrics:
         self._attempts.clear()
         self._usages.clear()
 
-        def counter(name: str, text: str, *labels: str) -> _Children:
-            return _Children(Counter(name, text, ("pipeline", *labels), registry=registry))
+        def counter(name: str, text: str, *labels: str, unit: str = "") -> _Children:
+            return _Children(Counter(name, text, ("pipeline", *labels), unit=unit, registry=registry))
 
         self.runs = counter("stroma_runs", "Runs that ended, by status.", "status")
         self.in_progress = _Children(
@@ -112,26 +114,28 @@ class _Metrics:
         )
         self.queued, self.due_seconds = (
             # Where processes share their metrics: any worker that lives has read the same store.
-            _Children(Gauge(name, text, ("pipeline",), registry=registry, multiprocess_mode="livemax"))
-            for name, text in (
-                ("stroma_runs_queued", "Runs that were submitted and have not started."),
-                ("stroma_runs_oldest_due_seconds", "For how long the oldest due run is due."),
+            _Children(
+                Gauge(name, text, ("pipeline",), unit=unit, registry=registry, multiprocess_mode="livemax")
+            )
+            for name, unit, text in (
+                ("stroma_runs_queued", "", "Runs that were submitted and have not started."),
+                ("stroma_runs_oldest_due", "seconds", "For how long the oldest due run is due."),
             )
         )
         self.run_seconds = _Children(
             Histogram(
-                "stroma_run_duration_seconds", "Wall time of runs.", ("pipeline", "status"),
+                "stroma_run_duration", "Wall time of runs.", ("pipeline", "status"), unit="seconds",
                 buckets=_RUN_BUCKETS, registry=registry,
             )
         )  # fmt: skip
         self.node_seconds = _Children(
             Histogram(
-                "stroma_node_duration_seconds", "Wall time of a node's function, by attempt.",
-                ("pipeline", "node_id"), buckets=NODE_BUCKETS, registry=registry,
+                "stroma_node_duration", "Wall time of a node's function, by attempt.",
+                ("pipeline", "node_id"), unit="seconds", buckets=NODE_BUCKETS, registry=registry,
             )
         )  # fmt: skip
         self.executions = counter(
-            "stroma_node_executions", "Attempts that ended.", "node_id", "outcome", "failure_class"
+            "stroma_node_executions", "Attempts that ended.", "node_id", "outcome", "failure_class", "reason"
         )
         self.retries = counter(
             "stroma_node_retries", "Attempts that followed a failed one.", "node_id", "failure_class"
@@ -139,10 +143,18 @@ class _Metrics:
         self.skipped = counter(
             "stroma_nodes_skipped", "Outputs that were restored from the journal.", "node_id"
         )
+        of_usage = "node_id", "model", "agent"
         self.tokens = counter(
-            "stroma_tokens", "Tokens that nodes reported.", "node_id", "model", "agent", "direction"
+            "stroma_tokens", "Tokens that nodes reported.", *of_usage, "direction", unit="tokens"
         )
-        self.cost = counter("stroma_cost_usd", "What they cost, in US dollars.", "node_id", "model", "agent")
+        self.cached_tokens = counter(
+            "stroma_cached_tokens",
+            "Input tokens that a cache had, or got.",
+            *of_usage,
+            "cache",
+            unit="tokens",
+        )
+        self.cost = counter("stroma_cost_usd", "What they cost, in US dollars.", *of_usage, unit="usd")
         self.warnings = counter(
             "stroma_budget_warnings", "Runs that used 80 % of a limit of their budget.", "dimension"
         )
@@ -236,7 +248,9 @@ class _Prometheus(Observer):
     def attempt_ended(self, node: NodeExecution, ended: AttemptEnd) -> None:
         metrics, usage, exemplar = self._metrics, node.usage, _exemplar()
         place = metrics.labels.place(node.pipeline, node.node_id)
-        executions, seconds = metrics.of_attempt(place, ended.outcome, ended.class_name)
+        executions, seconds = metrics.of_attempt(
+            place, ended.outcome, ended.class_name, metrics.labels.reason(ended.reason)
+        )
         executions.inc(1, exemplar)
         seconds.observe((node.duration_ms or 0.0) / 1000, exemplar)
         if usage.tokens or usage.cost_usd:
@@ -245,6 +259,12 @@ class _Prometheus(Observer):
             consumed.inc(usage.input_tokens)
             produced.inc(usage.output_tokens)
             cost.inc(usage.cost_usd)
+            for cache, tokens in (
+                ("read", usage.cached_input_tokens),
+                ("creation", usage.cache_write_tokens),
+            ):
+                if tokens:
+                    metrics.cached_tokens(*place, model, agent, cache).inc(tokens)
 
     def retrying(
         self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass

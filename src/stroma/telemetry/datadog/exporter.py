@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.failures.classes import FailureClass
-from stroma.telemetry.content import Content, type_name
+from stroma.failures.failure import type_name
+from stroma.telemetry.content import Content
 from stroma.telemetry.conventions import attribution_of, note_run, operation_of
 from stroma.telemetry.datadog.losses import watch_client, watch_writer
 from stroma.telemetry.datadog.metrics import DatadogMetrics
@@ -78,7 +79,7 @@ class Datadog(Observer):
         span.set_tag("stroma.pipeline", run.pipeline)
         span.set_tags({"gen_ai.operation.name": "invoke_workflow", "gen_ai.agent.name": run.pipeline})
         _attribute(span, run)
-        span.set_tag("stroma.input", self._content.state(run, state))
+        self._show(span, "stroma.input", run, state)
         began = run.first_trace(self.system)
         first = None if began is None else context_of(began)
         if first is not None:
@@ -141,7 +142,7 @@ class Datadog(Observer):
             before = self._tracer.context_provider.active()
             of_node = self._begin(node, activate=True)
             of_node.active, of_node.before = True, before
-            of_node.span.set_tag("stroma.input", self._content.state(node.ctx, state))
+            self._show(of_node.span, "stroma.input", node.ctx, state)
         waited = waited_seconds(node, self)
         if waited:
             node.notes[self].span.set_metric("stroma.node.wait_s", waited)
@@ -183,7 +184,7 @@ class Datadog(Observer):
         of_node.tokens += usage.tokens
         of_node.cost += usage.cost_usd
         if ended.output is not None:
-            of_node.span.set_tag("stroma.output", self._content.state(node.ctx, ended.output))
+            self._show(of_node.span, "stroma.output", node.ctx, ended.output)
         self._metrics.attempt_ended(node, ended)
 
     def retrying(
@@ -207,7 +208,9 @@ class Datadog(Observer):
         span.set_metric("stroma.cost_usd", of_node.cost)
         if ended is not None:
             span.set_tag("stroma.outcome", ended.outcome)
-            if ended.error is not None:
+            if ended.error is not None and node.redelivered:  # It may have been retried since.
+                self._name_error(span, node.ctx, ended)
+            elif ended.error is not None:
                 self._mark(span, node.ctx, ended)
         if node.redelivered and node.started_ns is not None:
             span.finish((node.started_ns + (node.duration_ms or 0.0) * 1e6) / 1e9)
@@ -218,6 +221,11 @@ class Datadog(Observer):
             self._tracer.context_provider.activate(of_node.before)
 
     # ------------------------------------------------------------------ small things
+
+    def _show(self, span: Span, name: str, run: ReliabilityContext, state: dict[str, Any]) -> None:
+        text = self._content.state(run, state)
+        if text:
+            span.set_tag(name, text)
 
     def _mark(self, span: Span, run: ReliabilityContext, ended: AttemptEnd) -> None:
         """Make a span an error. Not set_exc_info(): messages and stacks may hold what nodes were given."""

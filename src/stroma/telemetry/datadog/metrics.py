@@ -69,7 +69,9 @@ class DatadogMetrics:
         if self._statsd is None:
             return
         usage, place = node.usage, self._labels.place(node.pipeline, node.node_id)
-        outcome, every = self._of_attempt(place, ended.outcome, ended.class_name)
+        outcome, every = self._of_attempt(
+            place, ended.outcome, ended.class_name, self._labels.reason(ended.reason)
+        )
         self._count("stroma.node.executions", 1, outcome)
         self._distribution("stroma.node.duration", (node.duration_ms or 0.0) / 1000, every)
         if usage.tokens or usage.cost_usd:
@@ -79,6 +81,12 @@ class DatadogMetrics:
             self._count("stroma.tokens", usage.input_tokens, consumed)
             self._count("stroma.tokens", usage.output_tokens, produced)
             self._count("stroma.cost_usd", usage.cost_usd, cost)
+            for cache, tokens in (
+                ("read", usage.cached_input_tokens),
+                ("creation", usage.cache_write_tokens),
+            ):
+                if tokens:
+                    self._count("stroma.cached_tokens", tokens, [*cost, f"cache:{cache}"])
 
     def retried(self, node: NodeExecution, failure_class: str) -> None:
         """Count an attempt that follows a failed one."""
@@ -104,14 +112,14 @@ class DatadogMetrics:
         return self._tags_of("pipeline", pipeline, "node_id", node_id, *more)
 
     def _of_attempt(
-        self, place: tuple[str, str], outcome: str, failure_class: str
+        self, place: tuple[str, str], outcome: str, failure_class: str, reason: str
     ) -> tuple[list[str], list[str]]:
         """Return the tags of the counter and of the distribution of attempts that end in this way."""
-        tags = self._attempts.get((place, outcome, failure_class))
+        tags = self._attempts.get((place, outcome, failure_class, reason))
         if tags is None:
             at = "pipeline", place[0], "node_id", place[1]
-            ended = self._tags_of(*at, "outcome", outcome, "failure_class", failure_class)
-            tags = self._attempts[place, outcome, failure_class] = ended, self._tags_of(*at)
+            ended = self._tags_of(*at, "outcome", outcome, "failure_class", failure_class, "reason", reason)
+            tags = self._attempts[place, outcome, failure_class, reason] = ended, self._tags_of(*at)
         return tags
 
     def _of_usage(

@@ -13,7 +13,8 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.engine.unread import UnreadState
 from stroma.failures.classes import FailureClass
-from stroma.telemetry.content import Content, type_name
+from stroma.failures.failure import type_name
+from stroma.telemetry.content import Content, is_text
 from stroma.telemetry.conventions import Vocabulary, about_run, content_of, note_run, operation_of
 from stroma.telemetry.inference import InferenceSpans
 from stroma.telemetry.losses import Losses
@@ -334,7 +335,8 @@ class OpenTelemetry(Observer):
             if ended is not None:
                 about["stroma.outcome"] = ended.outcome
             span.set_attributes(about)
-        if ended is not None:
+        # A redelivered failure may have been retried since: the end of the run says what was final.
+        if ended is not None and not node.redelivered:
             self._mark(span, node.ctx, ended)
         if node.redelivered and node.started_ns is not None:
             span.end(node.started_ns + int((node.duration_ms or 0.0) * 1e6))
@@ -363,8 +365,10 @@ class OpenTelemetry(Observer):
     ) -> dict[str, str]:
         """Return the attributes that show a state: as backends read it where it is content, else under our name."""
         text = self._content.state(run, state)
+        if not text:
+            return {}
         if self._content.mode == "redacted" and self._vocabulary == "openinference":
-            return content_of(direction, text)
+            return content_of(direction, text, is_text=is_text(state))
         return {f"stroma.{direction}": text}
 
     def _bill(self, node: NodeExecution, ended: AttemptEnd, around: Context) -> None:

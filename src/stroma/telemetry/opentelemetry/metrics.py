@@ -63,6 +63,9 @@ class OtelMetrics:
             "stroma.node.retries", "{attempt}", "Attempts that follow a failed one"
         )
         self._tokens = meter.create_counter("stroma.tokens", "{token}", "Tokens that nodes reported")
+        self._cached = meter.create_counter(
+            "stroma.cached_tokens", "{token}", "Input tokens that a cache had, or got"
+        )
         self._cost = meter.create_counter("stroma.cost", "USD", "What they cost")
         self._exceeded = meter.create_counter("stroma.budget.exceeded", "{run}", "Runs that a budget stopped")
         self._cooldowns = meter.create_counter(
@@ -170,7 +173,15 @@ class OtelMetrics:
     def attempt_ended(self, node: NodeExecution, ended: AttemptEnd) -> None:
         """Record an attempt: its end and duration, tokens and cost."""
         usage, place = node.usage, self._place_of(node)
-        outcome = "stroma.outcome", ended.outcome, "stroma.failure_class", ended.class_name
+        reason = self._labels.reason(ended.reason)
+        outcome = (
+            "stroma.outcome",
+            ended.outcome,
+            "stroma.failure_class",
+            ended.class_name,
+            "stroma.reason",
+            reason,
+        )
         self._executions.add(1, self._attributes_of(*place, *outcome))
         self._node_seconds.record((node.duration_ms or 0.0) / 1000, self._attributes_of(*place))
         if usage.tokens or usage.cost_usd:
@@ -179,6 +190,12 @@ class OtelMetrics:
             self._tokens.add(usage.input_tokens, self._attributes_of(*place, "stroma.direction", "input"))
             self._tokens.add(usage.output_tokens, self._attributes_of(*place, "stroma.direction", "output"))
             self._cost.add(usage.cost_usd, self._attributes_of(*place))
+            for cache, tokens in (
+                ("read", usage.cached_input_tokens),
+                ("creation", usage.cache_write_tokens),
+            ):
+                if tokens:
+                    self._cached.add(tokens, self._attributes_of(*place, "gen_ai.token.cache", cache))
 
     def retried(self, node: NodeExecution, failure_class: str) -> None:
         """Count an attempt that follows a failed one."""

@@ -9,7 +9,8 @@ from sentry_sdk import get_client
 from sentry_sdk.utils import event_from_exception
 
 from stroma.engine.context import ReliabilityContext
-from stroma.telemetry.content import Content, type_name
+from stroma.failures.failure import type_name
+from stroma.telemetry.content import Content
 from stroma.telemetry.observer import WRITING
 from stroma.telemetry.sentry.scopes import FailedAttempt
 from stroma.trace.result import ExecutionResult
@@ -69,8 +70,10 @@ def innermost_node(result: ExecutionResult) -> str:
     return node_id
 
 
-def redact_event(event: Any, _hint: Any) -> Any:
-    """Return an event from inside a run without what the engine's own log lines say."""
+def redact_event(event: Any, hint: Any) -> Any:
+    """Return an event from inside a run without what the engine's own log lines say; None for its line about a failed end."""
+    if getattr((hint or {}).get("log_record"), "run_status", None) is not None:
+        return None  # The failure is captured with its stack.
     crumbs = event.get("breadcrumbs")
     if isinstance(crumbs, dict):
         # The engine's own log lines tell what the exceptions said, secrets and all, and are no news beside ours.

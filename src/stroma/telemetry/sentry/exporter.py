@@ -13,7 +13,8 @@ import sentry_sdk.tracing_utils
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.failures.classes import FailureClass
-from stroma.telemetry.content import Content, type_name
+from stroma.failures.failure import type_name
+from stroma.telemetry.content import Content
 from stroma.telemetry.conventions import attribution_of, note_run, operation_of
 from stroma.telemetry.losses import LossCounter, Losses
 from stroma.telemetry.observer import (
@@ -144,7 +145,7 @@ class Sentry(Observer):
             spans.put(span, "stroma.resumed_from", began)
         if getattr(span, "sampled", False):
             run.keep_trace(self.system, f"00-{span.trace_id}-{span.span_id}-01")
-            spans.put(span, "stroma.input", self._content.state(run, state))
+            self._show(span, "stroma.input", run, state)
 
     def _run_here(self) -> RunScope | None:
         here = self.here()
@@ -238,8 +239,7 @@ class Sentry(Observer):
         if of_node is None:
             of_node = self._enter_node(node)
             span = of_node.span
-            if getattr(span, "sampled", False):
-                self._spans.put(span, "stroma.input", self._content.state(node.ctx, state))
+            self._show(span, "stroma.input", node.ctx, state)
         waited = waited_seconds(node, self)
         if waited:
             self._spans.put(of_node.span, "stroma.node.wait_s", waited)
@@ -252,6 +252,11 @@ class Sentry(Observer):
         of_node.isolation = isolation
         self._begin(node, of_node, above)
         return of_node
+
+    def _show(self, span: Any, name: str, run: ReliabilityContext, state: dict[str, Any]) -> None:
+        text = self._content.state(run, state) if getattr(span, "sampled", False) else ""
+        if text:
+            self._spans.put(span, name, text)
 
     def _attribute(self, span: Any, run: ReliabilityContext) -> None:
         """Set the conversation, user and tags of a run on a span."""
@@ -291,8 +296,8 @@ class Sentry(Observer):
             of_node = NodeScope(None, self._sdk.get_current_scope().fork(), self._of_run(node))
             self._begin(node, of_node, self._span_around(), ended=True)
         of_node.ended = ended
-        if ended.output is not None and getattr(of_node.span, "sampled", False):
-            self._spans.put(of_node.span, "stroma.output", self._content.state(node.ctx, ended.output))
+        if ended.output is not None:
+            self._show(of_node.span, "stroma.output", node.ctx, ended.output)
         if ended.error is not None:
             # A group fails with the exception of its child: it is the child that failed.
             failed = FailedAttempt(
