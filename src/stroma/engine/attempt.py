@@ -24,7 +24,7 @@ from stroma.engine.commit import record, record_rejected, refer
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.deadlines import call_in_time
 from stroma.engine.diagnosis import judge
-from stroma.engine.effects import Effect, Stated
+from stroma.engine.effects import Effect, Stated, UnknownOutcome
 from stroma.engine.events import (
     failure_arguments,
     start_arguments,
@@ -150,7 +150,7 @@ class NodeAttempt(OpenAttempt):
             # failure: otherwise each failed run is a cycle that only the garbage collector frees.
             effect = self.run.effect
             if effect is not None:
-                effect.end_attempt()
+                effect.end_attempt(None if self.row is None else self.row.outcome)
             del self.run, problem, effect
             self.firing = None  # Its arguments refer to the failure, and this frame is in its traceback.
 
@@ -332,6 +332,8 @@ class NodeAttempt(OpenAttempt):
             self.failure, interrupt = judge(ctx, run, self.usage_error)
             if interrupt is not None:
                 self.interrupt = interrupt
+        if run.effect is not None:
+            run.effect.note_output()
         outcome: Outcome = "success" if self.failure is None else "failure"
         row = self._make_row(outcome, self.duration, self.failure, self.saved)
         pending = record(ctx, row, self.plan[1], self.model, run.step)
@@ -382,14 +384,16 @@ class NodeAttempt(OpenAttempt):
         effect: Effect | None = run.effect
         if effect is None:
             effect = run.effect = Effect(run, contract, self.plan, self.snapshot)
-        if effect.is_open:
-            try:
-                stated = await effect.state_earlier(self._fresh_input(), self.cancelling)
-            except StoreError as error:
-                return await self._fail(error, is_of_store=True)
-            ended = await self._end_as_stated(effect, stated)
-            if ended is not None:
-                return ended
+        try:
+            question = await effect.settle_others(self.cancelling)
+            stated = await effect.state_earlier(self.cancelling) if effect.is_open and not question else None
+        except StoreError as error:
+            return await self._fail(error, is_of_store=True)
+        if question is not None:
+            return await self._suspend_unknown(question)
+        ended = None if stated is None else await self._end_as_stated(effect, stated)
+        if ended is not None:
+            return ended
         if run.settles:
             raise asyncio.CancelledError(
                 f"effect {run.node_id!r} did not happen, and nobody waits for it any more"
@@ -402,7 +406,6 @@ class NodeAttempt(OpenAttempt):
 
     async def _end_effect(self, effect: Effect, error: BaseException) -> BaseModel | Failure | Halt | None:
         """End an attempt whose call may have happened. Return None if it did not: that is an ordinary failure."""
-        effect.is_under_way = False
         if isinstance_by_type(error, GroupStopped):
             error = error.halt.failure.exception
         if effect.is_refused:
@@ -415,9 +418,7 @@ class NodeAttempt(OpenAttempt):
             return None
         why = one_line(self.ctx.redactor.error_text(error, self.snapshot))
         self.ctx.run_logger.warning("nobody knows if effect %r happened: %s", self.run.node_id, why)
-        return await self._end_as_stated(
-            effect, await effect.reconcile(self._fresh_input(), why, self.cancelling)
-        )
+        return await self._end_as_stated(effect, await effect.reconcile(why, self.cancelling))
 
     async def _end_as_stated(self, effect: Effect, stated: Stated) -> BaseModel | Failure | Halt | None:
         """End an attempt as somebody states about the last call. Return None if that did not happen."""
@@ -427,24 +428,20 @@ class NodeAttempt(OpenAttempt):
             effect.close()
             return None
         if isinstance(stated, Unknown):
-            return await self._suspend_unknown(effect, stated.reason)
+            return await self._suspend_unknown(effect.unknown(stated.reason))
         self.output = stated.output
         violation = self._accept_output()
         if violation is not None:
             cause = f"invalid output was stated: {one_line(message_of(violation))}"
-            return await self._suspend_unknown(effect, cause)
+            return await self._suspend_unknown(effect.unknown(cause))
         logger.info("effect %r happened already; it is not called", node_id)
         self.is_counted = effect.is_stated = True
         pending = self._commit()
         problem = None if pending is None else await pending
         return await self._announce() if problem is None else await self._fail(problem, is_of_store=True)
 
-    async def _suspend_unknown(self, effect: Effect, cause: str) -> Failure | Halt:
+    async def _suspend_unknown(self, question: UnknownOutcome) -> Failure | Halt:
         """End as suspended until a person has stated what happened."""
         self.ctx.redactor.note_attempt(self.snapshot)
-        return await self._suspend(effect.unknown(self.ctx.redactor.mask(cause)))
-
-    def _fresh_input(self) -> BaseModel:
-        """Return the input again, as no function has changed it."""
-        assert self.plan[0] is not None
-        return self.plan[0].restore(self.snapshot)
+        question.unknown = question.unknown._replace(cause=self.ctx.redactor.mask(question.unknown.cause))
+        return await self._suspend(question)

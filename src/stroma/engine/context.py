@@ -76,7 +76,7 @@ class ReliabilityContext:
         "fire", "gated", "handover", "holds", "hook_failures", "hooks", "interceptors", "interrupt", "kept_traces", "limits", "max_block_ns",
         "model_fallbacks", "number_event", "on_hold", "paused", "pipeline", "plain_steps", "policy_map", "redactor", "registry", "restored",
         "retry_budget", "run_id", "run_logger", "session", "step_policies", "step_timeouts", "stops", "suspended", "timed",
-        "trace", "traceparent", "tried", "unpriced", "wake_ms",
+        "trace", "traceparent", "tried", "unknown_ends", "unpriced", "wake_ms",
     )  # fmt: skip
 
     run_id: str
@@ -173,6 +173,8 @@ class ReliabilityContext:
             self.run_logger.redactor = self.redactor
         #: The last calls of effects in this process, by the keys of their notes; see stroma.engine.effects.
         self.effects: dict[str, Any] = {}
+        #: Of calls that ended in this process, and of which nobody knows how: by the place of their notes.
+        self.unknown_ends: dict[tuple[int, str], Any] = {}
         #: Outputs of a group's children in an earlier attempt of it, for the next one.
         self.done: dict[tuple[int, str], BaseModel] = {}
         self.hook_failures: list[HookFailure] = []

@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Awaitable, Callable, Mapping
+from copy import copy
 from inspect import iscoroutinefunction
 from typing import Any, Final, NamedTuple, TypeAlias, final
 
@@ -19,7 +20,7 @@ from pydantic import BaseModel
 from stroma._utils.text import typed
 from stroma.checkpoint import Committed, CorruptCheckpoint, Fenced, schema_ref
 from stroma.checkpoint.decoding import RecordName, decode_json
-from stroma.checkpoint.entries import NOT_DONE, UnknownCall, Waiting, effect_note
+from stroma.checkpoint.entries import NOT_DONE, OF_FLOW, UnknownCall, Waiting, effect_note
 from stroma.checkpoint.identity import is_called, without_attempts
 from stroma.checkpoint.sessions import SimpleSession
 from stroma.contracts.contract import NodeContract
@@ -34,6 +35,7 @@ from stroma.engine.restore import read_output
 from stroma.engine.tasks import CONTINUES, as_store_error, call_in_thread, passes_through
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import kind_of, message_of
+from stroma.trace.events import Outcome
 
 __all__ = ["REASON", "Effect", "Stated", "UnknownOutcome"]
 
@@ -51,51 +53,72 @@ Stated: TypeAlias = Done | NotDone | Unknown
 
 
 class Intent(NamedTuple):
-    """The last call of an effect at one place.
+    """The last call of an effect with one input at one place.
 
     Attributes:
         node_id: the node; a pipeline may have another one at this place by now.
-        number: 1-based number of the call.
-        is_open: nobody has stated how it ended. The commit of its output does not change this.
-        branch: of the attempt that made it.
-        digest: of its input, where a retried node may make the call with another one; otherwise "".
+        number: 1-based number of the call among all calls at this place.
+        is_open: nobody has stated that it did not happen.
+        has_output: it happened, and its output is committed, unless that was discarded.
+        position, branch: of the attempt that made the call, or whose output is that of the call.
+        digest: of its input; "" for an input without a stored form.
+        others: digests of the other inputs at this place, if this was the first.
     """
 
     node_id: str
     number: int
     is_open: bool
+    position: int
     branch: str
     digest: str
+    has_output: bool = False
+    others: list[str] = []  # noqa: RUF012
+
+
+class UnknownEnd(NamedTuple):
+    """A call whose attempt has ended in this process, and nobody knows if it happened."""
+
+    node_id: str
+    digest: str
+    key: str
+    snapshot: Snapshot | None
+
+
+#: Position and branch of the note about a call.
+NotePlace: TypeAlias = tuple[int, str]
 
 
 class UnknownOutcome(Suspend):
     """Suspends a run, since nobody knows if a call of an effect happened."""
 
-    def __init__(self, unknown: UnknownCall, schema: type[BaseModel]) -> None:
+    def __init__(self, unknown: UnknownCall, place: NotePlace, schema: type[BaseModel]) -> None:
         super().__init__(REASON, schema=schema)
         self.unknown = unknown
+        self.place = place
 
     def waiting(self, run: NodeExecution) -> Waiting:
         """Return the question to a person."""
         assert self.schema is not None
         ref = "" if self.schema is output_class(None) else schema_ref(self.schema)
-        return Waiting(run.position, run.branch, run.node_id, REASON, ref, None, self.unknown)
+        return Waiting(*self.place, run.node_id, REASON, ref, None, self.unknown)
 
 
 @final
 class Effect:
-    """The calls of an effect at one place of a run.
+    """The calls of an effect with one input at one place of a run.
+
+    If the code around it has cut a call off, or calls the effect again before anybody has stated how the call ended, the next
+    call with the same input is about that one: it has its place and its key.
 
     Attributes:
-        branch: of its note and its idempotency key: that of the execution, without the numbers of attempts around it.
-        is_under_way: the present attempt has begun a call, whose end is not known.
+        key: its idempotency key.
         is_refused: the call was not made, since another process may own the run.
         is_stated: the output was stated, and not returned by the function.
     """
 
     __slots__ = (
-        "_contract", "_digest", "_flight", "_intent", "_key", "_run", "_schemas", "branch", "is_refused", "is_stated",
-        "is_under_way",
+        "_contract", "_digest", "_first", "_flight", "_intent", "_others", "_place", "_run", "_schemas", "_snapshot",
+        "is_refused", "is_stated", "key",
     )  # fmt: skip
 
     def __init__(
@@ -103,22 +126,35 @@ class Effect:
     ) -> None:
         assert plan[0] is not None
         self._run, self._contract, self._schemas = run, contract, (plan[0], plan[1])
-        self._digest = _digest(plan[0], snapshot) if is_called(run.branch) else ""
-        self.branch, self._intent = self._find(run)
-        self._key = effect_note(run.position, self.branch)
-        self.is_under_way = self.is_stated = self.is_refused = False
+        self._snapshot: Snapshot | None = snapshot
+        self._digest = _digest(plan[0], snapshot)
+        self.is_stated = self.is_refused = False
         self._flight: asyncio.Task[Any] | None = None
+        #: The place of the first input, and those of inputs other than this one.
+        self._first, self._others = (run.position, without_attempts(run.branch)), list[NotePlace]()
+        self._place, self._intent = self._first, _read(run, self._first)
+        if self._intent is not None:
+            self._find_others(self._intent)
+        self.key = run.key_of(self._place[1])
+        if run.ctx.unknown_ends:
+            self._continue(run.ctx.unknown_ends)
 
-    def _find(self, run: NodeExecution) -> tuple[str, Intent | None]:
-        """Return the branch that the effect is known by, and its last call.
+    def _find_others(self, first: Intent) -> None:
+        """Find the calls with other inputs at this place, and the last one with this input."""
+        self._others = [_place_of(self._first, other) for other in first.others]
+        if _differ(first.digest, self._digest):
+            self._place = _place_of(self._first, self._digest)
+            self._intent = _read(self._run, self._place)
+            self._others = [self._first, *(place for place in self._others if place != self._place)]
 
-        Another attempt of a node around it calls it again, in another branch: that is the same effect if the input is.
-        """
-        first = without_attempts(run.branch)
-        intent = _read(run, first)
-        if first == run.branch or (intent is not None and intent.digest == self._digest):
-            return first, intent
-        return run.branch, _read(run, run.branch)
+    def _continue(self, ends: dict[NotePlace, UnknownEnd]) -> None:
+        """Take the place of a call with the same input that ended in this process, and of which nobody knows how."""
+        mine = self._run.node_id, self._digest
+        if ends.pop(self._place, None) is None and self._intent is None and _is_call(self._run):
+            place = next((at for at, one in ends.items() if (one.node_id, one.digest) == mine), None)
+            if place is not None:
+                self._first = self._place = place
+                self.key, self._intent = ends.pop(place).key, _read(self._run, place)
 
     @property
     def is_open(self) -> bool:
@@ -128,12 +164,14 @@ class Effect:
     async def begin(self) -> tuple[Exception | None, asyncio.CancelledError | None]:
         """Store that a call begins. Return why the store refuses it, and True if the task was cancelled meanwhile."""
         run, before = self._run, self._intent
-        call = 1 if before is None else before.number + 1
-        self._note(Intent(run.node_id, call, True, run.branch, self._digest))
+        numbers = [one.number for place in (self._place, *self._others) if (one := _read(run, place))]
+        call, others = max(numbers, default=0) + 1, [] if before is None else before.others
+        self._note(Intent(run.node_id, call, True, run.position, run.branch, self._digest, False, others))
+        if self._place != self._first:
+            self._note_with_first()
         run.ctx.session.mark_effect(run.node_id)
         problem, cancelled = await settle(run.ctx, run, self._flush(), self._flush)
         if problem is None and not cancelled:
-            self.is_under_way = True
             self._flight = begin_flight()
         else:
             self.close()
@@ -150,16 +188,25 @@ class Effect:
             )
         return function(state, context)
 
-    def end_attempt(self) -> None:
-        """End the flight of the call that the attempt has made, if it has made one."""
+    def end_attempt(self, outcome: Outcome | None) -> None:
+        """End the flight of the call that the attempt has made, if it has made one. ``outcome``: None without an end."""
         flight, self._flight = self._flight, None
         end_flight(flight)
+        is_unknown = outcome in (None, "cancelled") or (outcome == "suspended" and not _is_in_flow(self._run))
+        if is_unknown and self.is_open:
+            end = UnknownEnd(self._run.node_id, self._digest, self.key, self._snapshot)
+            self._run.ctx.unknown_ends[self._place] = end
 
     def close(self) -> None:
         """Note that the last call did not happen; it is stored with the attempt."""
-        self.is_under_way = False
         assert self._intent is not None
         self._note(self._intent._replace(is_open=False))
+
+    def note_output(self) -> None:
+        """Note that the output of the present attempt is that of the last call; it is stored with the output."""
+        assert self._intent is not None
+        place = self._run.position, self._run.branch
+        self._note(self._intent._replace(position=place[0], branch=place[1], has_output=True))
 
     def _flush(self) -> Awaitable[None] | Exception | None:
         try:
@@ -168,18 +215,36 @@ class Effect:
             return as_store_error(error)
 
     def _note(self, intent: Intent) -> None:
-        ctx = self._run.ctx
-        self._intent = ctx.effects[self._key] = intent
-        ctx.session.note(self._key, json.dumps(intent).encode())
+        self._intent = intent
+        _write(self._run, self._place, intent)
+
+    def _note_with_first(self) -> None:
+        """Note this input with the first one at the place, where later attempts look for it."""
+        first = _read(self._run, self._first)
+        if first is not None and self._digest not in first.others:
+            _write(self._run, self._first, first._replace(others=[*first.others, self._digest]))
 
     # ------------------------------------------------------------------ how a call ended
 
-    async def state_earlier(self, state: BaseModel, cancelling: int) -> Stated:
+    async def settle_others(self, cancelling: int) -> UnknownOutcome | None:
+        """Learn how calls with other inputs at this place ended. Return the question about one of which nobody knows it."""
+        for place in self._others:
+            intent, end = _read(self._run, place), self._run.ctx.unknown_ends.get(place)
+            if intent is not None and intent.is_open and not intent.has_output:
+                other = copy(self)
+                other._place, other._intent = place, intent
+                other.key = self._run.key_of(place[1]) if end is None else end.key
+                other._snapshot = None if end is None else end.snapshot
+                stated = await other.state_earlier(cancelling)
+                if isinstance(stated, Unknown):
+                    return other.unknown(f"{stated.reason}; its input was another one")
+        return None
+
+    async def state_earlier(self, cancelling: int) -> Stated:
         """Return how a call of an earlier attempt or process ended: by its commit, a person, or ``reconcile``."""
         run, intent = self._run, self._intent
         assert intent is not None
-        session, place = run.ctx.session, (run.position, intent.branch)
-        committed = await self._find_commit(intent.branch)
+        committed = await self._find_commit((intent.position, intent.branch))
         schema = self._schemas[1]
         if committed is not None and committed.node_id == run.node_id and not committed.is_failed_item:
             try:
@@ -189,7 +254,7 @@ class Effect:
                 raise CorruptCheckpoint(
                     f"the output of effect {run.node_id!r} of run {run.run_id!r} cannot be read back: {why}; restore its schema, or start a new run"
                 ) from cause
-        question = session.waiting.get(place)
+        question = run.ctx.session.waiting.get(self._place)
         why = "the process ended, or the attempt was cancelled, during the call"
         if question is not None and question.call_number == intent.number and question.effect is not None:
             why = question.effect.cause
@@ -200,28 +265,29 @@ class Effect:
                     return Done(schema.decode(question.payload))
                 except ValueError as error:
                     return Unknown(f"invalid answer: {describe_error(error)[0]}")
-        return await self.reconcile(state, why, cancelling)
+        return await self.reconcile(why, cancelling)
 
-    async def _find_commit(self, branch: str) -> Committed | None:
+    async def _find_commit(self, place: NotePlace) -> Committed | None:
         """Return the committed output of the last call, of another attempt of the code around it. Raises StoreError."""
-        session = self._run.ctx.session
+        session, (position, branch) = self._run.ctx.session, place
         if isinstance(session, SimpleSession):
             return None  # It has no journal to look into.
-        pending = session.committed(self._run.position, [branch])
+        pending = session.committed(position, [branch])
         return (pending if isinstance(pending, Mapping) else await pending).get(branch)
 
-    async def reconcile(self, state: BaseModel, why: str, cancelling: int) -> Stated:
+    async def reconcile(self, why: str, cancelling: int) -> Stated:
         """Call the node's ``reconcile``. Returns Unknown, with ``why``, without one; with what it raised if it raises."""
         run, reconcile = self._run, self._contract.reconcile
-        if reconcile is None:
+        if reconcile is None or self._snapshot is None:
             return Unknown(why)
+        state = self._schemas[0].restore(self._snapshot)
         timeout_ms = run.ctx.step_timeouts.get(run.node_id)
         try:
             async with asyncio.timeout(None if timeout_ms is None else timeout_ms / 1000):
                 if iscoroutinefunction(reconcile):
-                    stated = await reconcile(state, run.idempotency_key)
+                    stated = await reconcile(state, self.key)
                 else:
-                    logger, key = run.ctx.run_logger, run.idempotency_key
+                    logger, key = run.ctx.run_logger, self.key
                     stated = await call_in_thread(
                         reconcile,
                         (state, key),
@@ -241,14 +307,30 @@ class Effect:
     def unknown(self, cause: str) -> UnknownOutcome:
         """Return the suspension until a person has stated how the last call ended."""
         assert self._intent is not None
-        self.is_under_way = False
-        call = UnknownCall(self._run.idempotency_key, self._intent.number, cause)
-        return UnknownOutcome(call, self._schemas[1].model)
+        call = UnknownCall(self.key, self._intent.number, cause)
+        return UnknownOutcome(call, self._place, self._schemas[1].model)
 
 
-def _read(run: NodeExecution, branch: str) -> Intent | None:
-    """Return the last call that is noted at a branch; None without one, or if it is another node's."""
-    key = effect_note(run.position, branch)
+def _place_of(first: NotePlace, digest: str) -> NotePlace:
+    """Return the place of calls with another input than the first one."""
+    return first[0], f"{first[1]}@{digest.rpartition('-')[2]}"
+
+
+def _is_call(run: NodeExecution) -> bool:
+    """Return True if code calls the node, which may call it again elsewhere: it is no node of a list or a group."""
+    step = run.step
+    is_of_plain_code = not run.branch and step is not None and step.identity is not None
+    return is_of_plain_code or is_called(run.branch.rpartition(".")[2])
+
+
+def _is_in_flow(run: NodeExecution) -> bool:
+    """Return True for a step of a flow: while nobody knows how its call ended, the body waits for it."""
+    return run.step is not None and run.step.number == OF_FLOW
+
+
+def _read(run: NodeExecution, place: NotePlace) -> Intent | None:
+    """Return the last call that is noted at a place; None without one, or if it is another node's."""
+    key = effect_note(*place)
     intent = run.ctx.effects.get(key)
     if intent is None:
         data = run.ctx.session.notes.get(key)
@@ -257,9 +339,22 @@ def _read(run: NodeExecution, branch: str) -> Intent | None:
     return intent if intent is not None and intent.node_id == run.node_id else None
 
 
+def _write(run: NodeExecution, place: NotePlace, intent: Intent) -> None:
+    key = effect_note(*place)
+    run.ctx.effects[key] = intent
+    run.ctx.session.note(key, json.dumps(intent).encode())
+
+
 def _digest(schema: Schema, snapshot: Snapshot) -> str:
+    """Return a digest of an input: of its schema and of its stored form; "" without a stored form."""
     try:
         data = schema.encode(schema.restore(snapshot))
     except NotSerialisable:
         return ""
-    return hashlib.sha256(data).hexdigest()[:32]
+    return f"{schema.fingerprint}-{hashlib.sha256(data).hexdigest()[:32]}"
+
+
+def _differ(digest: str, other: str) -> bool:
+    """Return True if two inputs differ. Those of a class that has changed meanwhile cannot be compared: they are one."""
+    (fingerprint, _, content), (other_fingerprint, _, other_content) = digest.rpartition("-"), other.rpartition("-")
+    return fingerprint == other_fingerprint and content != other_content

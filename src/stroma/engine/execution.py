@@ -265,6 +265,10 @@ class NodeExecution:
 
         That of an effect which a node calls is the same in all attempts of that node with the same input.
         """
+        return self.key_of(self.branch) if self.effect is None else self.effect.key
+
+    def key_of(self, branch: str) -> str:
+        """Return the idempotency key of a branch of this execution."""
         ctx, outermost = self.ctx, self
         while outermost.parent is not None:
             outermost = outermost.parent
@@ -272,7 +276,6 @@ class NodeExecution:
         # A step of plain code is known by what it is: its position depends on what was recorded before it.
         at = outermost.position if step is None or step.identity is None else step.identity
         # Read from its end, it has one meaning whatever the run id holds.
-        branch = self.branch if self.effect is None else self.effect.branch
         return f"{ctx.run_id}:{ctx.execution}:{at}:{branch}"
 
     @property

@@ -194,7 +194,7 @@ class MemorySession(NullSession):
     def committed(self, position: int, branches: Sequence[str]) -> dict[str, Committed]:
         commits: dict[str, Committed] = {}
         for branch in branches:
-            key = (position, branch)
+            key: Key = (position, branch) if branch else position
             entry = self._states.get(key)
             if entry is not None:
                 state = as_state(entry)
