@@ -37,7 +37,9 @@ class SlowTill:
         asked: (key, cents) of each question to ``reconcile``.
     """
 
-    def __init__(self, store: Any, *, takes_first: bool = True, reconciles: bool = True, **config: Any) -> None:
+    def __init__(
+        self, store: Any, *, takes_first: bool = True, reconciles: bool = True, **config: Any
+    ) -> None:
         self.charges: list[tuple[str, int]] = []
         self.asked: list[tuple[str, int]] = []
         self.calls, self._takes_first = 0, takes_first
@@ -61,7 +63,12 @@ class SlowTill:
 
     def tool(self, owner: Any) -> Any:
         """Return the effect as a tool of a runner, or of a run."""
-        options: Any = {"input": Order, "output": Receipt, "effect": True, "reconcile": self.contract.reconcile}
+        options: Any = {
+            "input": Order,
+            "output": Receipt,
+            "effect": True,
+            "reconcile": self.contract.reconcile,
+        }
 
         async def charge(order: Order) -> Any:
             return await self.charge(order)
@@ -138,7 +145,9 @@ async def test_a_call_that_is_cut_off_and_made_again(store: Any, caller: Any, ta
 @pytest.mark.core
 @CALLERS
 @pytest.mark.parametrize("happened", [True, False])
-async def test_a_person_is_asked_about_a_call_that_is_cut_off(store: Any, caller: Any, happened: bool) -> None:
+async def test_a_person_is_asked_about_a_call_that_is_cut_off(
+    store: Any, caller: Any, happened: bool
+) -> None:
     """G13. Without reconcile the second call suspends the run, and a third one too; the answer is about the first call."""
     till = SlowTill(store, takes_first=happened, reconciles=False)
     for _ in range(2):
@@ -182,6 +191,7 @@ async def test_two_calls_with_the_same_input_are_two_effects(store: Any) -> None
 
 async def retry_with_another_input(till: SlowTill) -> Any:
     """Run a node whose attempt cuts its effect off and fails; the next one calls the effect with another input."""
+
     @till.runner.node("agent", input=Order, output=Receipt)
     async def agent(order: Order) -> Any:
         run = current_run()
@@ -226,7 +236,9 @@ async def test_another_input_in_another_process(store: Any) -> None:
     runner = till.runner
 
     async def process(cents: int) -> Any:
-        async with ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager) as ctx:
+        async with ReliabilityContext.for_run(
+            runner.config, runner.registry, runner.checkpoint_manager
+        ) as ctx:
             await execute_step("begin", same, Order(), ctx)
             return await till.step(ctx, cents)
 
@@ -270,7 +282,9 @@ async def test_a_class_that_has_changed_is_no_other_input(store: Any) -> None:
 
     def nodes(model: type[Order]) -> list[Any]:
         return [
-            till.runner.node("charge", input=model, output=Receipt, effect=True, reconcile=till._look)(till.charge)
+            till.runner.node("charge", input=model, output=Receipt, effect=True, reconcile=till._look)(
+                till.charge
+            )
         ]
 
     with crash_at("after_node", "charge"):

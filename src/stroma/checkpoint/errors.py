@@ -103,7 +103,7 @@ class Fenced(StoreError):
 
     Where: ``result.failure`` of a PARTIAL run.
     Cause: the same run id was opened again while this run was in progress, or the run was deleted. Or it was
-        cancelled or paused while this process could not renew its lease.
+        cancelled or paused while this process could not renew its lease. Or the lease ended before an effect was called.
     Fix: see the result of the new owner, and use a separate id for each run. Resume a cancelled run.
     """
 

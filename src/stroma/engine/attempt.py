@@ -95,6 +95,7 @@ class NodeAttempt(OpenAttempt):
         """Make the attempt. Return the committed output, a Failure for the policies to decide about, or a Halt."""
         # What mostly has nothing to wait for is awaited only where it has: 1.2 us less of the 7 of a node with hooks.
         ctx, contract = self.ctx, self.plan[2]
+        is_effect = contract is not None and contract.effect
         problem: BaseException | None = None
         try:
             problem = self._take_input()
@@ -104,7 +105,8 @@ class NodeAttempt(OpenAttempt):
                 hooks = self._start_hooks()
                 if not hooks.advance():
                     await self._finish_start_hooks(hooks)
-            if contract is not None and contract.effect:
+            if is_effect:
+                assert contract is not None
                 ended = await self._begin_effect(contract)
                 if ended is not None:
                     return ended
@@ -148,10 +150,9 @@ class NodeAttempt(OpenAttempt):
         finally:
             # What the function raised references the frames that it passed, they this attempt, and the execution its last
             # failure: otherwise each failed run is a cycle that only the garbage collector frees.
-            effect = self.run.effect
-            if effect is not None:
-                effect.end_attempt(None if self.row is None else self.row.outcome)
-            del self.run, problem, effect
+            if is_effect and self.run.effect is not None:
+                self.run.effect.end_attempt(None if self.row is None else self.row.outcome)
+            del self.run, problem
             self.firing = None  # Its arguments refer to the failure, and this frame is in its traceback.
 
     async def reject(self, error: Exception) -> Failure | Halt:

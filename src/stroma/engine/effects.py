@@ -3,6 +3,9 @@
 A note of the session (:class:`Intent`) is stored before each call. It stays when the output is committed: a committed node is
 restored, and its intent is not read again. An intent that is open and has no commit is a call of which nobody knows if it
 happened: of a process that died, or of an attempt that ended without saying so.
+
+Before an effect is called, its earlier call is settled: the one at the same place, with whatever input, and the one with the
+same input that code in this process has cut off. Inputs are compared by their digests.
 """
 
 from __future__ import annotations
@@ -72,7 +75,7 @@ class Intent(NamedTuple):
     branch: str
     digest: str
     has_output: bool = False
-    others: list[str] = []  # noqa: RUF012
+    others: tuple[str, ...] = ()
 
 
 class UnknownEnd(NamedTuple):
@@ -165,7 +168,7 @@ class Effect:
         """Store that a call begins. Return why the store refuses it, and True if the task was cancelled meanwhile."""
         run, before = self._run, self._intent
         numbers = [one.number for place in (self._place, *self._others) if (one := _read(run, place))]
-        call, others = max(numbers, default=0) + 1, [] if before is None else before.others
+        call, others = max(numbers, default=0) + 1, () if before is None else before.others
         self._note(Intent(run.node_id, call, True, run.position, run.branch, self._digest, False, others))
         if self._place != self._first:
             self._note_with_first()
@@ -222,7 +225,7 @@ class Effect:
         """Note this input with the first one at the place, where later attempts look for it."""
         first = _read(self._run, self._first)
         if first is not None and self._digest not in first.others:
-            _write(self._run, self._first, first._replace(others=[*first.others, self._digest]))
+            _write(self._run, self._first, first._replace(others=(*first.others, self._digest)))
 
     # ------------------------------------------------------------------ how a call ended
 
@@ -356,5 +359,8 @@ def _digest(schema: Schema, snapshot: Snapshot) -> str:
 
 def _differ(digest: str, other: str) -> bool:
     """Return True if two inputs differ. Those of a class that has changed meanwhile cannot be compared: they are one."""
-    (fingerprint, _, content), (other_fingerprint, _, other_content) = digest.rpartition("-"), other.rpartition("-")
+    (fingerprint, _, content), (other_fingerprint, _, other_content) = (
+        digest.rpartition("-"),
+        other.rpartition("-"),
+    )
     return fingerprint == other_fingerprint and content != other_content
