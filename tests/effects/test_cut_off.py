@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -42,7 +42,7 @@ class SlowTill:
     ) -> None:
         self.charges: list[tuple[str, int]] = []
         self.asked: list[tuple[str, int]] = []
-        self.calls, self._takes_first = 0, takes_first
+        self.calls, self._takes_first, self.hangs = 0, takes_first, asyncio.Event()
         self.runner = StromaRunner.quick(store=store, resume=True, run_id="r", policy_map=NEVER, **config)
         self.contract = NodeContract(
             node_id="charge", input_schema=Order, output_schema=Receipt, effect=True,
@@ -54,6 +54,7 @@ class SlowTill:
         if self.calls > 1 or self._takes_first:
             self.charges.append((current_node().idempotency_key, order.cents))
         if self.calls == 1:
+            self.hangs.set()
             await asyncio.Event().wait()
         return Receipt(number=len(self.charges))
 
@@ -87,11 +88,24 @@ class SlowTill:
         return result.final_state
 
 
-async def insist(call: Callable[[], Awaitable[Any]]) -> Any:
+async def cut_off(till: SlowTill, call: Coroutine[Any, Any, Any]) -> Any:
+    """Return the result of a call. Cancels it, and raises TimeoutError, if the function hangs."""
+    task, hangs = asyncio.create_task(call), asyncio.create_task(till.hangs.wait())
+    await asyncio.wait([task, hangs], return_when=asyncio.FIRST_COMPLETED)
+    hangs.cancel()
+    if task.done():
+        return task.result()
+    till.hangs.clear()
+    task.cancel()
+    await asyncio.wait([task])
+    raise TimeoutError
+
+
+async def insist(till: SlowTill, call: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     """Call until there is an answer, as an agent does whose tool is too slow."""
     for _ in range(3):
         try:
-            return await asyncio.wait_for(call(), 0.05)
+            return await cut_off(till, call())
         except TimeoutError:
             continue
     raise AssertionError
@@ -101,7 +115,7 @@ async def in_a_node(till: SlowTill) -> Any:
     @till.runner.node("agent", input=Order, output=Receipt)
     async def agent(order: Order) -> Any:
         _, charge = till.tool(current_run())
-        return await insist(lambda: charge(order))
+        return await insist(till, lambda: charge(order))
 
     result = await till.runner.run([agent], Order())
     return result.final_state if result.failure is None and not result.suspended else None
@@ -112,7 +126,7 @@ async def in_plain_code(till: SlowTill) -> Any:
     context = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
     async with context as ctx:
         try:
-            return await insist(lambda: till.step(ctx))
+            return await insist(till, lambda: till.step(ctx))
         except Suspend:
             return None
 
@@ -121,7 +135,7 @@ async def in_a_guard(till: SlowTill) -> Any:
     guard, charge = till.tool(till.runner)
     async with guard.run(Order()):
         try:
-            return await insist(lambda: charge(Order()))
+            return await insist(till, lambda: charge(Order()))
         except Suspend:
             return None
 
@@ -198,7 +212,7 @@ async def retry_with_another_input(till: SlowTill) -> Any:
         assert run is not None
         if till.calls == 0:
             with pytest.raises(TimeoutError):
-                await asyncio.wait_for(till.step(run, 1), 0.05)
+                await cut_off(till, till.step(run, 1))
             raise ConnectionResetError
         return await till.step(run, 2)
 

@@ -165,6 +165,19 @@ async def finish(store: Any, ledger: Path, reconciles: str, place: str) -> None:
     assert set(charges.values()) == {1}, f"{ledger.name}: {charges}"
 
 
+class _Cancellation:
+    """Cancels the task that runs when it first reaches a point."""
+
+    def __init__(self, point: str) -> None:
+        self._point, self.is_done = point, False
+        self.task: asyncio.Task[Any] | None = None
+
+    def __call__(self, reached: str) -> None:
+        if reached == self._point and not self.is_done and self.task is not None:
+            self.is_done = True
+            self.task.cancel()
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("reconciles", RECONCILES)
@@ -173,19 +186,13 @@ async def test_cancelled_at_each_record(
 ) -> None:
     """G13. A run that is cancelled at any record of an effect, and resumed, makes each charge once."""
     for point in POINTS:
-        ledger, at = tmp_path / point, [point]
+        ledger, strike = tmp_path / point, _Cancellation(point)
         ledger.touch()
-
-        def strike(reached: str, at: list[str] = at) -> None:
-            if at == [reached]:
-                at.clear()
-                task.cancel()
-
         with monkeypatch.context() as patched:
             instrument(patched.setattr, strike)
-            task = asyncio.create_task(Shop(store, ledger, reconciles, strike).run(place))
-            await asyncio.wait([task])
-        assert at == [], f"{point} was not reached"
+            strike.task = asyncio.create_task(Shop(store, ledger, reconciles, strike).run(place))
+            await asyncio.wait([strike.task])
+        assert strike.is_done, f"{point} was not reached"
         await finish(store, ledger, reconciles, place)
 
 

@@ -102,7 +102,7 @@ def test_a_process_that_is_stopped_after_the_intent(tmp_path: Path) -> None:
             return done
 
         if stops:
-            setattr(SqliteConnection, "apply", stop)
+            pytest.MonkeyPatch().setattr(SqliteConnection, "apply", stop)
         asyncio.run(runner.run([charge], Order(), run_id="r", resume=True))
 
     def fork(*, stops: bool) -> int:
