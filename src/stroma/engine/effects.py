@@ -195,8 +195,7 @@ class Effect:
         """End the flight of the call that the attempt has made, if it has made one. ``outcome``: None without an end."""
         flight, self._flight = self._flight, None
         end_flight(flight)
-        is_unknown = outcome in (None, "cancelled") or (outcome == "suspended" and not _is_in_flow(self._run))
-        if is_unknown and self.is_open:
+        if self.is_open and outcome in (None, "cancelled", "suspended"):
             end = UnknownEnd(self._run.node_id, self._digest, self.key, self._snapshot)
             self._run.ctx.unknown_ends[self._place] = end
 
@@ -320,15 +319,12 @@ def _place_of(first: NotePlace, digest: str) -> NotePlace:
 
 
 def _is_call(run: NodeExecution) -> bool:
-    """Return True if code calls the node, which may call it again elsewhere: it is no node of a list or a group."""
+    """Return True if code calls the node, which may call it again elsewhere. A flow finds the calls that its body gave up."""
     step = run.step
+    if step is not None and step.number <= OF_FLOW:
+        return False
     is_of_plain_code = not run.branch and step is not None and step.identity is not None
     return is_of_plain_code or is_called(run.branch.rpartition(".")[2])
-
-
-def _is_in_flow(run: NodeExecution) -> bool:
-    """Return True for a step of a flow: while nobody knows how its call ended, the body waits for it."""
-    return run.step is not None and run.step.number == OF_FLOW
 
 
 def _read(run: NodeExecution, place: NotePlace) -> Intent | None:
