@@ -176,6 +176,38 @@ async def test_siblings_that_a_failure_cancelled_run_on_resume(store: Any) -> No
     assert set(world.calls[calls:]) - {"fast 0"} == {"slow 0", "bad 0"}
 
 
+async def test_cancelled_siblings_clean_up_in_the_order_in_which_they_began(store: Any) -> None:
+    """The tasks of a TaskGroup that a failure cancels make the steps of their clean-ups in the same order on replay."""
+    world = World()
+    world.failing |= {"bad", "last"}
+    world.turns.update({"slow": 10**6, "bad": 60})
+    bad, slow, clean, last = (world.step(name) for name in ("bad", "slow", "clean", "last"))
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        async def work(n: int) -> None:
+            try:
+                await flow.step(slow, Num(n=n))
+            finally:
+                await flow.step(clean, Num(n=n))
+
+        with contextlib.suppress(ExceptionGroup):
+            async with asyncio.TaskGroup() as group:
+                for n in range(12):
+                    group.create_task(work(n))
+                group.create_task(flow.step(bad, state))
+        return await flow.step(last, state)
+
+    assert (await runner_on(store).run(f, Num(), run_id="r")).status is RunStatus.PARTIAL
+    cleaned = [call for call in world.calls if call.startswith("clean")]
+    assert cleaned == [f"clean {n}" for n in range(12)]
+    world.failing.remove("last")
+    result = await runner_on(store).run(f, Num(), run_id="r", resume=True)
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=1))
+    assert world.calls.count("last 0") == 2
+    assert len(world.calls) == len(set(world.calls)) + 1
+
+
 async def test_an_error_of_the_body_is_fixed_and_resumed(store: Any) -> None:
     """An exception of the body itself is a failure like a node's; with the body fixed, the resume goes on behind its steps."""
     world = World()

@@ -58,6 +58,17 @@ class _Handle(asyncio.Handle):
         self._cancelled, self._repr, self._source_traceback = False, None, None
 
 
+class _BodyTask(asyncio.Task[Any]):
+    """A task whose hash is its number: a set of tasks, as a TaskGroup has one, is in the same order on replay."""
+
+    def __init__(self, number: int, *args: Any, **options: Any) -> None:
+        self._number = number
+        super().__init__(*args, **options)
+
+    def __hash__(self) -> int:
+        return self._number
+
+
 class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class that is made at run time.
     """An event loop for tasks that wait for each other, for calls of their flow and for its time.
 
@@ -71,7 +82,7 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
         self._read_time = read_time
         self._ready: deque[Any] = deque()
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
-        self._timer_count = self._cancelled_timers = 0
+        self._timer_count = self._cancelled_timers = self._task_count = 0
         #: Async generators that have begun, and those that nothing references any more, in the order of their begin.
         self._generators: weakref.WeakValueDictionary[int, AsyncGenerator[Any, Any]] = (
             weakref.WeakValueDictionary()
@@ -214,7 +225,8 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
     ) -> asyncio.Task[Any]:
         # An eager start would run it before the task that creates it goes on, which a replay does as well: no matter.
         options.pop("eager_start", None)
-        task: asyncio.Task[Any] = asyncio.Task(coro, loop=self, name=name, context=context)
+        self._task_count += 1
+        task = _BodyTask(self._task_count, coro, loop=self, name=name, context=context)
         self.tasks[task] = None
         task.add_done_callback(self._forget)
         return task
