@@ -32,6 +32,7 @@ from stroma.contracts.node import Plan, output_class
 from stroma.contracts.schema import Schema, Snapshot, describe_error
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.engine.commit import settle
+from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.engine.in_flight import begin_flight, end_flight
 from stroma.engine.restore import read_output
@@ -40,7 +41,7 @@ from stroma.failures.errors import Suspend
 from stroma.failures.failure import kind_of, message_of
 from stroma.trace.events import Outcome
 
-__all__ = ["REASON", "Effect", "Stated", "UnknownOutcome"]
+__all__ = ["REASON", "Effect", "Stated", "UnknownOutcome", "has_open_intent"]
 
 #: Reason of a suspension.
 REASON: Final = "effect"
@@ -342,6 +343,19 @@ def _write(run: NodeExecution, place: NotePlace, intent: Intent) -> None:
     key = effect_note(*place)
     run.ctx.effects[key] = intent
     run.ctx.session.note(key, json.dumps(intent).encode())
+
+
+def has_open_intent(ctx: ReliabilityContext, position: int, branch: str) -> bool:
+    """Return True if nobody knows how a call of an effect ended, of one at a branch or inside it."""
+    key = effect_note(position, branch)
+    inside = f"{key}.", f"{key}@"
+    intents: dict[str, Intent] = {
+        name: decode_json(data, Intent, RecordName(ctx.run_id, "note", name))
+        for name, data in ctx.session.notes.items()
+        if name == key or name.startswith(inside)
+    }
+    intents |= {name: one for name, one in ctx.effects.items() if name == key or name.startswith(inside)}
+    return any(one.is_open and not one.has_output for one in intents.values())
 
 
 def _digest(schema: Schema, snapshot: Snapshot) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final
 
-__all__ = ["begin_flight", "end_flight", "give_up", "is_given_up"]
+__all__ = ["begin_flight", "end_flight", "give_up", "is_given_up", "is_in_flight"]
 
 #: Message of the cancellation of a task that is given up. It reaches the tasks that the task awaits.
 _GIVEN_UP: Final = "given up"
@@ -29,6 +29,11 @@ def give_up(task: asyncio.Task[Any]) -> None:
 def is_given_up(cancelled: asyncio.CancelledError) -> bool:
     """Return True if a task was given up, so that it gives up those that it has started."""
     return cancelled.args == (_GIVEN_UP,)
+
+
+def is_in_flight(task: asyncio.Task[Any]) -> bool:
+    """Return True while a task calls an effect."""
+    return task in _in_flight
 
 
 def begin_flight() -> asyncio.Task[Any] | None:

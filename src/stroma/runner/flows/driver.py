@@ -19,6 +19,7 @@ from stroma.checkpoint import PipelineChanged, StoreError
 from stroma.engine.attempt import NodeAttempt
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT
+from stroma.engine.execution import NodeExecution
 from stroma.engine.outcome import STOPPED, Halt, Stopped
 from stroma.engine.tasks import cancel_all, raise_if
 from stroma.failures.failure import Failure
@@ -61,6 +62,8 @@ class FlowDriver(FlowWaits):
         self._replay_only = REPLAY_ONLY.get()
         self._main: asyncio.Task[Any] | None = None
         self._task = asyncio.current_task()
+        #: Of the outermost flow.
+        self.execution: NodeExecution | None = None
         self._context = contextvars.copy_context()
         self._context.run(CURRENT.set, None)
         #: Calls that the body waits for and that have not begun.
@@ -108,12 +111,12 @@ class FlowDriver(FlowWaits):
             call = self._find_given_up(call)
             if call.outcome is not None:
                 return call.take()
-        if call.branch not in self.calls:
-            self.calls[call.branch] = call
+        self.calls[call.branch] = call
         if call.end is None and call.task is None and call.suspended is None:
             self._requested[call.branch] = call
         if not self.is_live:
             self._replayed.add(call.branch)
+        call.requested_at = self.woken_by
         future = call.future = asyncio.Future(loop=self.loop)
         call.context = contextvars.copy_context()
         try:
@@ -135,20 +138,20 @@ class FlowDriver(FlowWaits):
         if self.closing:
             return
         self._requested.pop(call.branch, None)
-        has_begun = call.task is not None or call.end is not None or call.suspended is not None
-        if call.is_effect and (has_begun or call.outcome is not None or not self.is_live):
+        # Calls begin before the next event: live and on replay, this one has begun if there was one since.
+        has_begun = call.requested_at != self.woken_by
+        if call.is_effect and (has_begun or call.outcome is not None):
             self._given_up.setdefault(_effect_of(call), []).append(call)
-        elif call.question is not None and call.task is None:
+            call.give_up()
+        elif call.question is None or not has_begun:
             self.calls.pop(call.branch, None)
-            if has_begun:
-                self._withdraw(call)
-            elif not self.is_live:
-                self._withdrawn.append(call)
-        elif call.question is None:
+            call.give_up()
+        elif not self.is_live:
             self.calls.pop(call.branch, None)
-            if call.task is not None:
-                call.is_cancelled = True
-                call.task.cancel()
+            self._withdrawn.append(call)
+        elif call.task is None:
+            self.calls.pop(call.branch, None)
+            self._withdraw(call)
 
     def _withdraw(self, call: FlowCall) -> None:
         question, call.question = call.question, None
@@ -189,7 +192,8 @@ class FlowDriver(FlowWaits):
 
     def _is_alone(self, call: FlowCall) -> bool:
         """Return True if nothing else of the flow can happen before the end of a call."""
-        if self._running or self.loop.next_time is not None or call.question is not None or self.is_recorded:
+        is_other_at_work = self._running or self._numbers or self.loop.next_time is not None
+        if is_other_at_work or call.question is not None or self.is_recorded:
             return False
         try:
             return call.context == self._context
@@ -233,14 +237,16 @@ class FlowDriver(FlowWaits):
         call = self._running.pop(task)
         call.task = None
         if task.cancelled():
+            number = self._number_of.get(call.branch)
             if not call.is_cancelled:  # Not by the body: the process is being stopped.
                 self.stop(asyncio.CancelledError())
-            elif (
-                number := self._number_of.get(call.branch)
-            ) is not None:  # Its output was committed all the same.
+            elif number is not None:  # Its output was committed all the same.
                 self._stored[number] = call
-            elif call.is_effect:
+            elif call.future is not None:  # The body waits for it again.
+                self._requested[call.branch] = call
+            elif call.settles:  # It did not happen.
                 self._given_up[_effect_of(call)].remove(call)
+            call.is_cancelled = False
         elif (error := task.exception()) is not None:
             self.stop(end_of(error, call.node))
         else:
@@ -306,6 +312,9 @@ class FlowDriver(FlowWaits):
 
     def _deliver(self, number: int, what: FlowCall | int) -> None:
         """Deliver an event to the body: the end of a call, or a time in ms. A call that it has given up is none to it."""
+        if self.ctx.limits and self.ctx.budget.max_latency_ms is not None and self.execution is not None:
+            # With the next record, for a process that takes over.
+            self.journal.note_busy(self.position, self.execution.busy_ns)
         if isinstance(what, int):
             self.records.times[number] = what
             self.loop.end_timers(what / 1000)
@@ -365,10 +374,6 @@ class FlowDriver(FlowWaits):
         self.records.end_replay()
         self._look_for_records()
         self._replayed.clear()
-        for waiting in self._given_up.values():
-            for call in [one for one in waiting if one.outcome is None and not one.has_intent()]:
-                waiting.remove(call)  # It was not called.
-                del self.calls[call.branch]
         for call in self._withdrawn:
             known = self.ctx.session.waiting.get((self.position, call.branch))
             if known is not None and known.payload is None:
@@ -446,14 +451,14 @@ class FlowDriver(FlowWaits):
         while self.stopping is None:
             if self._unstored:
                 await self._store_events()
+            elif self._requested and not self.is_finished:
+                if (alone := self._begin_requested()) is not None:
+                    await alone
             elif self._stored and self._deliver_next():
                 continue
             elif self.is_finished:
                 if await self._finish_effects():
                     return
-            elif self._requested:
-                if (alone := self._begin_requested()) is not None:
-                    await alone
             elif self._is_due():
                 await self._end_timers()
             elif self._running:
@@ -503,13 +508,13 @@ class FlowDriver(FlowWaits):
         self.closing = True
         calls, self.calls, self._requested = self.calls, {}, {}
         for call in [one for one in calls.values() if one.future is not None]:
-            if call.is_effect and (call.task is not None or call.suspended is not None):
+            call.future = None
+            if call.is_effect:
                 self._given_up.setdefault(_effect_of(call), []).append(call)
-            elif call.question is not None:
+            if call.question is not None and call.suspended is not None:
                 self._withdraw(call)
-            elif call.task is not None:
-                call.is_cancelled = True
-                call.task.cancel()
+            else:
+                call.give_up()
         if self.loop.tasks:
             self.ctx.run_logger.warning(
                 "flow %r ended while %d of its tasks were under way; they are cancelled: await them",

@@ -29,6 +29,8 @@ class FlowPath(FlowScope):
     def __init__(self, driver: FlowDriver, parent: FlowPath | None, node: FlowNode, branch: str) -> None:
         super().__init__(driver.ctx, parent, node, driver.position, branch)
         self.driver = driver
+        if parent is None:
+            driver.execution = self.execution
         self.count = self.random_count = self.sleep_count = 0
         self.keys: set[str] = set()
         #: What is known of the nodes that were steps before.
