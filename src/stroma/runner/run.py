@@ -198,10 +198,13 @@ class RunExecution:
             nodes = self.nodes[first:] if first else self.nodes
             if not (ctx.stops and nodes):
                 cancelling = 0 if self.task is None else self.task.cancelling()
-                drive = execute_in_turn
+                place = Place(first, cancelling=cancelling)
                 if FlowNode in set(map(type, nodes)):
-                    from stroma.runner.flows.body import run_with_flows as drive
-                outcome = await drive(ctx, nodes, self.state, Place(first, cancelling=cancelling))
+                    from stroma.runner.flows.body import run_with_flows
+
+                    outcome = await run_with_flows(ctx, nodes, self.state, place)
+                else:
+                    outcome = await execute_in_turn(ctx, nodes, self.state, place)
         finally:
             leave(token)
             if limit is not None:
