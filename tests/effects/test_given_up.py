@@ -1,0 +1,139 @@
+"""Effects that the body of a flow gives up: they run to their end, and nobody calls them twice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from tests.effects.shop import Order, Receipt, Refused, Shop
+from tests.fixtures import store_fixture
+from tests.kit import NEVER
+
+from stroma import Flow, FlowFunction, NotDone, RunStatus, StepFailed, StromaRunner, Unknown
+
+pytestmark = pytest.mark.asyncio
+store = store_fixture("async-memory", "sqlite", "postgres", "redis")
+
+
+class SlowShop(Shop):
+    """A shop whose provider answers once it is told to.
+
+    ``charged``: set when the provider has the charge. ``stuck``: set where a process that ``is_dying`` gets no further.
+    """
+
+    def __init__(self, *, refuses: bool = False) -> None:
+        super().__init__()
+        self.refuses, self.is_dying = refuses, False
+        self.charged, self.answers, self.stuck = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def charge(self, order: Order) -> dict[str, Any]:
+        receipt = {"number": 0} if self.refuses else await super().charge(order)
+        self.charged.set()
+        await self.answers.wait()
+        if self.refuses:
+            self.refuses = False
+            raise Refused("declined")
+        return receipt
+
+
+def shop_flow(
+    shop: SlowShop, store: Any, reconcile: Callable[..., Any] | None, calls: int = 2
+) -> tuple[StromaRunner, FlowFunction[Order, Receipt]]:
+    """A flow that gives up a charge as soon as the provider has it, and then makes further calls of it."""
+    runner = StromaRunner.quick(store=store, policy_map=NEVER)
+    charge = runner.node("charge", input=Order, output=Receipt, effect=True, reconcile=reconcile)(shop.charge)
+
+    @runner.node("hurry", input=Order, output=Order)
+    async def hurry(order: Order) -> Order:
+        await shop.charged.wait()
+        return order
+
+    @runner.node("answer", input=Order, output=Order)
+    async def answer(order: Order) -> Order:
+        if shop.is_dying:
+            shop.stuck.set()
+            await asyncio.Event().wait()
+        shop.answers.set()
+        return order
+
+    @runner.flow("buy", input=Order, output=Receipt)
+    async def buy(flow: Flow, order: Order) -> Receipt:
+        first = asyncio.create_task(flow.step(charge, order))
+        await flow.step(hurry, order)
+        first.cancel()
+        await asyncio.wait([first])
+        await flow.step(answer, order)
+        receipt = Receipt(number=0)
+        for _ in range(1, calls):
+            try:
+                receipt = await flow.step(charge, order)
+            except StepFailed:
+                receipt = await flow.step(charge, order)
+        return receipt
+
+    return runner, buy
+
+
+async def test_the_next_call_takes_the_outcome(store: Any) -> None:
+    """G13. A call with the same input as an effect that the body gave up takes its outcome, and a further one is a call."""
+    shop = SlowShop()
+    runner, buy = shop_flow(shop, store, shop.look)
+    result = await runner.run(buy, Order(), run_id="r")
+    assert (result.status, result.output, len(shop.charges)) == (RunStatus.COMPLETED, Receipt(number=1), 1)
+    shop = SlowShop()
+    runner, buy = shop_flow(shop, store, shop.look, calls=3)
+    assert (await runner.run(buy, Order(), run_id="s")).output == Receipt(number=2)
+    assert len(set(shop.charges)) == 2
+
+
+async def test_a_refused_call_may_be_made_again(store: Any) -> None:
+    """A charge that was given up and certainly refused allows another one."""
+    shop = SlowShop(refuses=True)
+    runner, buy = shop_flow(shop, store, shop.look)
+    result = await runner.run(buy, Order(), run_id="r")
+    assert (result.status, len(shop.charges)) == (RunStatus.COMPLETED, 1), result.failure
+
+
+async def test_a_flow_does_not_end_before_an_effect(store: Any) -> None:
+    """A charge in flight that nobody asks for any more is recorded before the flow ends."""
+    shop = SlowShop()
+    runner, buy = shop_flow(shop, store, shop.look, calls=1)
+    result = await runner.run(buy, Order(), run_id="r")
+    assert result.status is RunStatus.COMPLETED
+    assert [event.outcome for event in result.trace if event.node_id == "charge"] == ["success"]
+
+
+async def killed(store: Any, shop: SlowShop, reconcile: Any, calls: int) -> None:
+    """Run a process that dies after the body has given the charge up, and before the provider has answered."""
+    runner, buy = shop_flow(shop, store, reconcile, calls)
+    shop.is_dying = True
+    run = asyncio.create_task(runner.run(buy, Order(), run_id="r"))
+    await shop.stuck.wait()
+    run.cancel()
+    await asyncio.wait([run])
+    shop.is_dying = False
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize("stated", ["done", "not done", "unknown"])
+async def test_after_a_death_it_is_found_out_first(store: Any, stated: str, calls: int) -> None:
+    """G13. A process that takes over asks how the charge ended that the body gave up: once the body calls it again, or ends."""
+    shop = SlowShop()
+
+    async def look(order: Order, key: str) -> Any:
+        shop.asked.append(key)
+        return {"done": {"number": 1}, "not done": NotDone(), "unknown": Unknown("no record")}[stated]
+
+    await killed(store, shop, look, calls)
+    assert len(shop.charges) == 1
+    runner, buy = shop_flow(shop, store, look, calls)
+    result = await runner.run(buy, Order(), run_id="r", resume=True)
+    assert shop.asked == [shop.charges[0]]
+    if stated == "unknown":
+        assert (result.status, result.suspended, len(shop.charges)) == (RunStatus.SUSPENDED, ["effect"], 1)
+        stated = "done"
+        result = await runner.run(buy, Order(), run_id="r", resume=True)
+    assert result.status is RunStatus.RESUMED
+    assert len(shop.charges) == (2 if stated == "not done" and calls == 2 else 1)
