@@ -346,7 +346,7 @@ def report(systems: Systems, store: SQLiteStore) -> dict[str, Any]:
         },
         "sentry_transactions": len(transport.transactions),
         "node_spans": {
-            "otel": names["stroma.node"], "sentry": sum(s["op"] == "function" for s in transport.spans),
+            "otel": names["stroma.node"], "sentry": sum("stroma.node.id" in (s["data"] or {}) for s in transport.spans),
         },
         "tree": tree(finished),
         "statuses": dict(Counter(result.status for result in results)),

@@ -85,8 +85,11 @@ GROUP = f"stroma.node {both._stroma_node_id}"
 RUN = "invoke_workflow letters"
 #: (span, parent) of the flow.
 SPANS = sorted([
-    (RUN, None), *[("stroma.node first", RUN)] * 5, ("stroma.node flaky", RUN), ("stroma.node bad", RUN), (GROUP, RUN),
+    (RUN, None), ("stroma.node first", RUN), ("stroma.node flaky", RUN), ("stroma.node bad", RUN), (GROUP, RUN),
     ("stroma.node left", GROUP), ("stroma.node right", GROUP),
+    *[(f"invoke_workflow {part}", RUN) for part in ("inside", "steps")], ("stroma.map first", RUN),
+    *[("stroma.node first", part) for part in ("invoke_workflow inside", "invoke_workflow steps")],
+    *[("stroma.node first", "stroma.map first")] * 2,
 ], key=str)  # fmt: skip
 
 
@@ -164,7 +167,10 @@ async def test_sentry(sentry: RecordedSentry) -> None:
     )
     group = both._stroma_node_id
     expected = [
-        *[("first", "letters")] * 5,
+        *[("first", "first")] * 2,
+        *[("first", around) for around in ("inside", "letters", "letters", "steps")],
+        ("inside", "letters"),
+        ("steps", "letters"),
         ("flaky", "letters"),
         ("bad", "letters"),
         (group, "letters"),
@@ -247,7 +253,10 @@ def test_datadog(datadog_agent: DatadogAgent, statsd: StatsdSocket) -> None:
     assert json.loads(json.dumps(found)) == sorted(
         [
             ["letters", None],
-            *[["first", "letters"]] * 5,
+            *[["first", "first"]] * 2,
+            *[["first", around] for around in ("inside", "letters", "letters", "steps")],
+            ["inside", "letters"],
+            ["steps", "letters"],
             ["flaky", "letters"],
             ["bad", "letters"],
             [group, "letters"],

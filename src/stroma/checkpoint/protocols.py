@@ -6,6 +6,7 @@ runs: committed positions, the usage of each attempt, the owner. Resume, history
 
 from __future__ import annotations
 
+from asyncio import Future
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -85,7 +86,8 @@ class Session(Protocol):
             None.
         waiting: approvals that its nodes wait for, or waited for, by (position, branch).
         notes: what :meth:`note` stored in this execution before, by key.
-        traceparent: trace context recorded by the process that started the execution; None before.
+        traceparent: trace context recorded by the last process that began a trace of the execution; None before.
+        lost_start_ms: start of the execution, in ms since the epoch, if its last process recorded no end; else None.
         attribution: ids of what the run belongs to, by "conversation", "user" and "session": those that were noted before, in
             a fork those of its origin. "session": the first of the runs that were forked from each other.
         undelivered: attempts of earlier processes whose end hooks may not have been called, the oldest first; without
@@ -109,6 +111,7 @@ class Session(Protocol):
     waiting: Mapping[tuple[int, str], Waiting]
     notes: Mapping[str, bytes]
     traceparent: str | None
+    lost_start_ms: int | None
     attribution: Mapping[str, str]
     undelivered: Sequence[AttemptRow]
     control: RunControl
@@ -130,8 +133,11 @@ class Session(Protocol):
     def note_call(self, position: int, identity: str) -> None:
         """Store an identity with each attempt that is recorded at a position, or inside it."""
 
-    def note_traceparent(self, traceparent: str) -> None:
-        """Store, without waiting, the W3C trace context of this execution for processes that resume it."""
+    def note_traceparent(self, traceparent: str) -> Future[None] | None:
+        """Store, without waiting, the W3C trace context of this execution for processes that resume it.
+
+        Return what ends once it is stored, or cannot be; None if there is nothing to wait for.
+        """
 
     def note_attribution(self, ids: Mapping[str, str]) -> None:
         """Store, without waiting, ids of what this execution belongs to, for processes that resume it."""

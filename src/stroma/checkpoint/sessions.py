@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from asyncio import Future
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -46,6 +47,7 @@ class NullSession:
     waiting: Mapping[tuple[int, str], Waiting] = {}
     notes: Mapping[str, bytes] = {}
     traceparent: str | None = None
+    lost_start_ms: int | None = None
     attribution: Mapping[str, str] = {}  # Nothing is put there.
     undelivered: Sequence[AttemptRow] = ()
     control: RunControl = NO_CONTROL
@@ -84,7 +86,7 @@ class NullSession:
     def record_rejected(self, position: int, branch: str, started_ns: int, data: bytes) -> None:
         return None
 
-    def note_traceparent(self, traceparent: str) -> None:
+    def note_traceparent(self, traceparent: str) -> Future[None] | None:
         return None
 
     def note_attribution(self, ids: Mapping[str, str]) -> None:

@@ -476,11 +476,11 @@ class ReliabilityContext:
 
     @property
     def first_traceparent(self) -> str | None:
-        """A trace context of the process that began this execution, for links; None in that process itself."""
+        """A trace context of the process before in this execution, for links; None in the first one."""
         return next(iter(traces_of(self.session.traceparent).values()), None)
 
     def first_trace(self, system: str) -> str | None:
-        """Return the trace context that one system, such as "otel", had in the process that began this execution."""
+        """Return the trace context that one system, such as "otel", had in the process before in this execution."""
         return trace_of(self.session.traceparent, system)
 
     def outer_trace(self, system: str) -> str | None:
@@ -621,8 +621,15 @@ class ReliabilityContext:
 
             await call_run_hooks(self, self.fire, "on_run_start", calls, arguments, unread)
         traceparent = self.all_traces()
-        if traceparent is not None and self.session.traceparent is None and self.session.finished is None:
-            self.session.note_traceparent(traceparent)
+        if (
+            traceparent is not None
+            and self.session.traceparent != traceparent
+            and self.session.finished is None
+        ):
+            noted = self.session.note_traceparent(traceparent)
+            if noted is not None and self.session.traceparent is not None:
+                # Before a span is exported: where this process dies, the next one completes its trace and no earlier one.
+                await asyncio.wait([noted])
         ids = {"conversation": self.config.conversation, "user": self.config.user}
         new = {
             kind: value

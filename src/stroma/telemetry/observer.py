@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from functools import partial
-from time import monotonic, perf_counter
+from time import monotonic, perf_counter, time_ns
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -19,6 +19,7 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, current_node_or_none, current_run
 from stroma.failures.classes import FailureClass
 from stroma.hooks.sets import NodeHooks
+from stroma.telemetry.parts import FlowPart, part_around
 from stroma.trace.events import Outcome
 from stroma.trace.result import ExecutionResult, RunStatus
 
@@ -160,6 +161,10 @@ class Observer:
     def node_ended(self, node: NodeExecution) -> None:
         """Handle a node that gets no further attempt. Not called for a node without an attempt."""
 
+    def part_started(self, run: ReliabilityContext, part: FlowPart, around: Any) -> Any:
+        """Return the note for a part of a flow, inside the note ``around``; None for exporters without spans."""
+        return None
+
     def retrying(
         self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
     ) -> None:
@@ -199,18 +204,38 @@ class Observer:
     # ------------------------------------------------------------------ hooks
 
     def around(self, node: NodeExecution) -> Any:
-        """Return the note of this exporter for the nearest group around a node, else for its run, or None.
+        """Return the note of this exporter for the nearest group or part of a flow around a node, else for its run, or None.
 
         Not the current span: the task of a child may have been created inside the span of its sibling. Only a step that code
         calls through a guard (``node.is_called``) is under the span that is current there, if that is of the same trace.
         """
-        parent = node.parent
+        branch, parent = node.branch, node.parent
         while parent is not None:
             note = parent.notes.get(self)
             if note is not None:
                 return note
-            parent = parent.parent
-        return node.ctx.notes.get(self)
+            branch, parent = parent.branch if parent.node_id else branch, parent.parent
+        of_run = node.ctx.notes.get(self)
+        return of_run if of_run is None or not branch else self._around_place(node.ctx, branch, of_run)
+
+    def _around_place(self, run: ReliabilityContext, branch: str, of_run: Any) -> Any:
+        """Return the note for the part of a flow around a place, which is started by its first step, else of the run."""
+        part = part_around(branch)
+        if part is None:
+            return of_run
+        parts: dict[str, list[Any]] = run.notes.setdefault((self, "parts"), {})
+        if part.branch not in parts:
+            above = self._around_place(run, part.branch, of_run)
+            parts[part.branch] = [self.part_started(run, part, above), 0]
+        return parts[part.branch][0] or of_run
+
+    def ended_parts(self, run: ReliabilityContext) -> list[tuple[Any, int]]:
+        """Return the notes for the parts of a flow whose run ends, the inner ones first, and when their last steps ended.
+
+        That is in ns since the epoch. A part calls no hook at its end.
+        """
+        parts = run.notes.pop((self, "parts"), {})
+        return [(note, ended_ns) for note, ended_ns in reversed(parts.values()) if note is not None]
 
     def hooks(self) -> ExporterHooks:
         """Return the set of hooks that calls this exporter."""
@@ -270,7 +295,15 @@ class Observer:
     def _watch_end(self, node: NodeExecution | None) -> None:
         if node is not None and self._watched_key not in node.notes:
             node.notes[self._watched_key] = True
-            node.at_end(lambda: self._safely("at_end", self.node_ended, node))
+            node.at_end(lambda: self._safely("at_end", self._end_node, node))
+
+    def _end_node(self, node: NodeExecution) -> None:
+        self.node_ended(node)
+        parts, branch = node.ctx.notes.get((self, "parts")), node.branch
+        while parts and branch:
+            branch = branch.rpartition(".")[0]
+            if branch in parts:
+                parts[branch][1] = time_ns()
 
     def _safely(self, event: str, call: Callable[..., None], about: Any, *arguments: Any) -> None:
         """Call a method; count its exceptions, and log one of each kind: a backend that is down fails at every event."""

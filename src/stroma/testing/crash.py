@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from asyncio import Future
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -235,9 +236,8 @@ class _MortalSession:
         if not self._is_dead:
             self._session.delivered(row)
 
-    def note_traceparent(self, traceparent: str) -> None:
-        if not self._is_dead:
-            self._session.note_traceparent(traceparent)
+    def note_traceparent(self, traceparent: str) -> Future[None] | None:
+        return None if self._is_dead else self._session.note_traceparent(traceparent)
 
     def note_attribution(self, ids: Mapping[str, str]) -> None:
         if not self._is_dead:

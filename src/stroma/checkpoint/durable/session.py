@@ -72,7 +72,7 @@ class DurableSession:
     __slots__ = (
         "__weakref__", "_completed", "_decrypted", "_deliver", "_failure_sites", "_identities", "_payloads",
         "_pending_notes", "_references", "_rejected", "_release", "_submit", "address", "attribution", "charges", "continued",
-        "control", "ended", "execution", "fence", "finished", "notes", "on_control", "places", "prior", "restored",
+        "control", "ended", "execution", "fence", "finished", "lost_start_ms", "notes", "on_control", "places", "prior", "restored",
         "run_id", "traceparent", "tried", "undelivered", "waiting",
     )  # fmt: skip
 
@@ -84,6 +84,7 @@ class DurableSession:
     control: RunControl
     waiting: dict[tuple[int, str], Waiting]
     finished: Finished | None
+    lost_start_ms: int | None
     notes: Mapping[str, bytes]
     places: Mapping[str, int]
     prior: PriorUsage
@@ -129,7 +130,7 @@ class DurableSession:
         self.finished, self.continued = opened.finished, opened.continued
         self.restored, self.places, self.tried = opened.restored, opened.places, opened.tried
         self.prior, self.traceparent, self.attribution = opened.prior, opened.traceparent, opened.attribution
-        self.control = opened.control
+        self.control, self.lost_start_ms = opened.control, opened.lost_start_ms
         self.waiting, self.undelivered, self.notes = opened.waiting, opened.undelivered, opened.notes
         self._identities = {position: identity for identity, position in opened.places.items()}
         self._completed = opened.completed
@@ -378,9 +379,9 @@ class DurableSession:
         )
         pending.add_done_callback(lambda done: done.cancelled() or done.exception())
 
-    def note_traceparent(self, traceparent: str) -> None:
+    def note_traceparent(self, traceparent: str) -> asyncio.Future[None]:
         """Store the trace context without waiting. If this is lost, the trace of a resumed run is not linked."""
-        self._post_fenced(lambda rows: annotate(rows, self.run_id, Annotation.TRACE, "", traceparent))
+        return self._post_fenced(lambda rows: annotate(rows, self.run_id, Annotation.TRACE, "", traceparent))
 
     def note_attribution(self, ids: Mapping[str, str]) -> None:
         """Store ids of what the run belongs to, without waiting. If this is lost, a resumed run belongs to nothing."""
@@ -389,12 +390,13 @@ class DurableSession:
             for kind, value in ids.items():
                 annotate(rows, self.run_id, Annotation.ATTRIBUTION, kind, value)
 
-        self._post_fenced(write)
+        _ = self._post_fenced(write)
 
-    def _post_fenced(self, do: Callable[[Rows], None]) -> None:
+    def _post_fenced(self, do: Callable[[Rows], None]) -> asyncio.Future[None]:
         """Write without waiting, unless the run was deleted or has another owner: what is written would reach it."""
         pending = self._submit_fenced(do)
         pending.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return pending
 
     def suspend(self, row: AttemptRow, waiting: Waiting) -> Awaitable[None]:
         """Store a suspended attempt and its question. Awaited: raises Fenced, or another StoreError."""

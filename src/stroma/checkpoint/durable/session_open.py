@@ -87,6 +87,7 @@ class OpenedRun:
         "control",
         "fence",
         "finished",
+        "lost_start_ms",
         "notes",
         "places",
         "prior",
@@ -104,6 +105,7 @@ class OpenedRun:
         self.continued = False
         self.control = NO_CONTROL
         self.finished: Finished | None = None
+        self.lost_start_ms: int | None = None
         self.notes: dict[str, bytes] = {}
         self.places: dict[str, int] = {}
         self.prior = PriorUsage()
@@ -183,6 +185,8 @@ class RunOpener:
                     opened.completed = run
                 opened.control = RunControl(budget=control.budget)
             is_first = run.status == QUEUED
+            if action == "continue" and run.status == "RUNNING":
+                opened.lost_start_ms = run.started_ms
             opened.continued = action == "continue" and opened.finished is None and not is_first
             self._load_annotations(rows, run, read)
         return opened

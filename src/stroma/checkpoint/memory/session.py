@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from asyncio import Future
 from collections.abc import Callable, Mapping, Sequence
 
 from pydantic import BaseModel
@@ -222,9 +223,10 @@ class MemorySession(NullSession):
         if self._run.epoch == self._epoch:
             self._run.places[identity] = position
 
-    def note_traceparent(self, traceparent: str) -> None:
+    def note_traceparent(self, traceparent: str) -> Future[None] | None:
         if self._run.epoch == self._epoch:
             self._run.traceparent = traceparent
+        return None
 
     def note_attribution(self, ids: Mapping[str, str]) -> None:
         if self._run.epoch == self._epoch:

@@ -23,6 +23,7 @@ from stroma.telemetry.observer import (
     waited_seconds,
     waits_since,
 )
+from stroma.telemetry.parts import FlowPart
 from stroma.trace.result import ExecutionResult
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ class Datadog(Observer):
             span.set_metric("stroma.nodes.restored", of_run.restored)
         if failed is not None:
             self._mark(span, run, failed)
+        for part, ended_ns in self.ended_parts(run):
+            part.span.finish(ended_ns / 1e9 if ended_ns else None)
         span.finish()
         if of_run.here is not None and self.here() is of_run:
             # A coroutine that is closed from elsewhere has left its context behind.
@@ -172,6 +175,20 @@ class Datadog(Observer):
             span.set_tag("stroma.redelivered", "true")
         node.notes[self] = record = DatadogNode(span)
         return record
+
+    def part_started(
+        self, run: ReliabilityContext, part: FlowPart, around: DatadogRun | DatadogNode
+    ) -> DatadogNode:
+        name = "stroma.map" if part.is_map else "stroma.flow"
+        span = self._tracer.start_span(
+            name, child_of=around.span, service=self._service, resource=part.name, activate=False
+        )
+        for key, value in (("run.id", run.run_id), ("pipeline", run.pipeline), ("node.branch", part.branch)):
+            span.set_tag(f"stroma.{key}", value)
+        if not part.is_map:
+            span.set_tags({"gen_ai.operation.name": "invoke_workflow", "gen_ai.agent.name": part.name})
+        _attribute(span, run)
+        return DatadogNode(span)
 
     def attempt_ended(self, node: NodeExecution, ended: AttemptEnd) -> None:
         usage = node.usage

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from contextvars import Token
-from typing import Final
+from copy import copy
+from typing import Any, Final
 
 from opentelemetry import context, trace
 from opentelemetry.baggage import set_baggage
 from opentelemetry.context import Context
-from opentelemetry.trace import Span
+from opentelemetry.trace import Span, SpanContext, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from stroma.engine.context import ReliabilityContext
 from stroma.telemetry.conventions import about_run
 
-__all__ = ["attach", "context_of", "current_below", "detach", "traceparent_of"]
+__all__ = ["attach", "context_of", "current_below", "detach", "traceparent_of", "tracer_of_span"]
 
 _W3C: Final = TraceContextTextMapPropagator()
 
@@ -56,3 +57,30 @@ def current_below(above: Span) -> Span:
     about = current.get_span_context()
     same = about.is_valid and about.trace_id == above.get_span_context().trace_id
     return current if same else above
+
+
+def tracer_of_span(tracer: Tracer, about: SpanContext) -> Tracer | None:
+    """Return a tracer of the SDK whose next root span has the ids of a span that nobody has ended; None for another one."""
+    own: Any = copy(
+        getattr(tracer, "_tracer", tracer)
+    )  # A tracer of the global provider stands for the SDK's.
+    if not hasattr(own, "id_generator"):
+        return None
+    own.id_generator = _FixedIds(about)
+    return own  # type: ignore[no-any-return]
+
+
+class _FixedIds:
+    """Generates the ids of one span."""
+
+    def __init__(self, about: SpanContext) -> None:
+        self._about = about
+
+    def generate_span_id(self) -> int:
+        return self._about.span_id
+
+    def generate_trace_id(self) -> int:
+        return self._about.trace_id
+
+    def is_trace_id_random(self) -> bool:
+        return False

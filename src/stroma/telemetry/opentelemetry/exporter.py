@@ -7,6 +7,7 @@ from time import perf_counter, time_ns
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from opentelemetry import metrics, trace
+from opentelemetry.context import Context
 
 from stroma.contracts.schema import schema_of
 from stroma.engine.context import ReliabilityContext
@@ -26,14 +27,21 @@ from stroma.telemetry.observer import (
     waited_seconds,
     waits_since,
 )
-from stroma.telemetry.opentelemetry.contexts import attach, context_of, current_below, detach, traceparent_of
+from stroma.telemetry.opentelemetry.contexts import (
+    attach,
+    context_of,
+    current_below,
+    detach,
+    traceparent_of,
+    tracer_of_span,
+)
 from stroma.telemetry.opentelemetry.losses import watch_providers
 from stroma.telemetry.opentelemetry.metrics import OtelMetrics, meter_of
 from stroma.telemetry.opentelemetry.spans import NodeSpan, RunSpan, place_of, tracer_of
+from stroma.telemetry.parts import FlowPart
 from stroma.trace.result import ExecutionResult
 
 if TYPE_CHECKING:
-    from opentelemetry.context import Context
     from opentelemetry.metrics import Meter, MeterProvider
     from opentelemetry.trace import Span, Tracer, TracerProvider
 
@@ -94,17 +102,35 @@ class OpenTelemetry(Observer):
         note_run(run)
         self._watch_spans_of_others()
         self._metrics.run_started(run)
-        parent = self._outer(run)
+        of_run.span = span = self._start_root(run)
+        self._keep_trace(run, span)
+        if span.is_recording():
+            span.set_attributes(self._shown("input", run, state))
+        run.notes[self] = of_run
+        of_run.here = self.enter(of_run)
+        of_run.token = attach(span, run, baggage=self._baggage)
+
+    def _start_root(self, run: ReliabilityContext) -> Span:
+        """Start the span of a run: that of a process which died, under its ids and from its start, else a new one."""
+        context, tracer, start_ns = self._outer(run), self._tracer, None
         links = []
-        began = run.first_trace(self.system)
-        if began is not None:
-            first = trace.get_current_span(context_of(began)).get_span_context()
-            if first.is_valid:
-                links.append(trace.Link(first, {"stroma.link": "resumed from"}))
-        of_run.span = span = self._tracer.start_span(
+        before = run.first_trace(self.system)
+        if before is not None:
+            earlier = trace.get_current_span(context_of(before)).get_span_context()
+            lost_ms = run.session.lost_start_ms
+            its_tracer = None if lost_ms is None else tracer_of_span(tracer, earlier)
+            if its_tracer is not None and lost_ms is not None:
+                tracer, start_ns = its_tracer, lost_ms * 1_000_000
+                outer = trace.get_current_span(context).get_span_context()
+                if outer.trace_id != earlier.trace_id:
+                    context = Context()
+            elif earlier.is_valid:
+                links.append(trace.Link(earlier, {"stroma.link": "resumed from"}))
+        return tracer.start_span(
             f"invoke_workflow {run.pipeline}",
-            context=parent,
+            context=context,
             links=links,
+            start_time=start_ns,
             attributes={
                 "gen_ai.operation.name": "invoke_workflow",
                 **dict.fromkeys(self._metrics.pipeline_names, run.pipeline),
@@ -113,12 +139,6 @@ class OpenTelemetry(Observer):
                 **self._kind_of(None),
             },
         )
-        self._keep_trace(run, span)
-        if span.is_recording():
-            span.set_attributes(self._shown("input", run, state))
-        run.notes[self] = of_run
-        of_run.here = self.enter(of_run)
-        of_run.token = attach(span, run, baggage=self._baggage)
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
         of_run = run.notes.pop(self, None)
@@ -145,6 +165,9 @@ class OpenTelemetry(Observer):
             span.set_attributes(self._shown("output", run, unread))
         if failed is not None:
             self._mark(span, run, failed)
+        for part, ended_ns in self.ended_parts(run):
+            part.events.note(part.span)
+            part.span.end(ended_ns or None)
         if of_run.here is not None and self.here() is of_run:
             # A coroutine that is closed from elsewhere has left its context behind.
             detach(of_run.token)
@@ -251,6 +274,25 @@ class OpenTelemetry(Observer):
         )
         node.notes[self] = record = NodeSpan(span)
         return record
+
+    def part_started(
+        self, run: ReliabilityContext, part: FlowPart, around: RunSpan | NodeSpan
+    ) -> NodeSpan | None:
+        if around.span is None:
+            return None
+        flow = {"gen_ai.operation.name": "invoke_workflow", "gen_ai.agent.name": part.name}
+        return NodeSpan(
+            self._tracer.start_span(
+                f"{'stroma.map' if part.is_map else 'invoke_workflow'} {part.name}",
+                context=trace.set_span_in_context(around.span),
+                attributes={
+                    "stroma.node.branch": part.branch,
+                    **({"stroma.node.id": part.name, "stroma.node.kind": "group"} if part.is_map else flow),
+                    **about_run(run),
+                    **self._kind_of(None),
+                },
+            )
+        )
 
     def attempt_ended(self, node: NodeExecution, ended: AttemptEnd) -> None:
         usage = node.usage

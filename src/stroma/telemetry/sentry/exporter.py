@@ -25,6 +25,7 @@ from stroma.telemetry.observer import (
     waited_seconds,
     waits_since,
 )
+from stroma.telemetry.parts import FlowPart
 from stroma.telemetry.sentry.events import (
     drop_captured,
     drop_log_lines,
@@ -165,6 +166,8 @@ class Sentry(Observer):
                     final = FailedAttempt(innermost_node(result), failed.class_name, failed.reason, scope)
                 self._capture(run, of_run, failed.error, final)
             span, spans = of_run.span, self._spans
+            for part, ended_ns in self.ended_parts(run):
+                spans.end(part.span, "ok", part.scope, ended_ns / 1e9 if ended_ns else None)
             if span is not None:
                 spans.put(span, "stroma.status", result.status.value)
                 spans.put(span, "stroma.tokens", result.total_tokens)
@@ -289,6 +292,21 @@ class Sentry(Observer):
             spans.put(span, "stroma.redelivered", True)
         of_node.span = span
         node.notes[self] = of_node
+
+    def part_started(
+        self, run: ReliabilityContext, part: FlowPart, around: RunScope | NodeScope
+    ) -> NodeScope:
+        scope = self._sdk.get_current_scope().fork()
+        of_run: RunScope = run.notes[self]
+        of_part, spans = NodeScope(None, scope, of_run), self._spans
+        op = "function" if part.is_map else "gen_ai.invoke_agent"
+        of_part.span = span = spans.start(scope, part.name, op, around.span, None)
+        if not part.is_map:
+            spans.put(span, "gen_ai.operation.name", "invoke_agent")
+            spans.put(span, "gen_ai.agent.name", part.name)
+        spans.put(span, "stroma.node.branch", part.branch)
+        self._attribute(span, run)
+        return of_part
 
     def attempt_ended(self, node: NodeExecution, ended: AttemptEnd) -> None:
         of_node: NodeScope | None = node.notes.get(self)

@@ -39,11 +39,11 @@ class Transactions:
         """Set an attribute of a span."""
         span.set_data(name, value)
 
-    def end(self, span: Any, status: str, scope: Any) -> None:
-        """End a span, by the client of a scope."""
+    def end(self, span: Any, status: str, scope: Any, ended_s: float | None = None) -> None:
+        """End a span, by the client of a scope. ``ended_s``: since the epoch, if that was before now."""
         span.set_status(status)
         with self._sdk.scope.use_scope(scope):
-            span.finish(scope)
+            span.finish(scope, ended_s)
 
 
 class SpanStream:
@@ -74,12 +74,12 @@ class SpanStream:
         """Set an attribute of a span."""
         span.set_attribute(name, value)
 
-    def end(self, span: Any, status: str, scope: Any) -> None:
-        """End a span, by the client of a scope."""
+    def end(self, span: Any, status: str, scope: Any, ended_s: float | None = None) -> None:
+        """End a span, by the client of a scope. ``ended_s``: since the epoch, if that was before now."""
         span.status = "ok" if status in ("ok", "cancelled", "aborted") else "error"
         span.set_attribute("sentry.status.message", status)
         with self._sdk.scope.use_scope(scope):
-            span.end()
+            span.end(ended_s)
 
 
 def _sentry_trace(traceparent: str) -> str:

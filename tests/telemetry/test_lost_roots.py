@@ -1,0 +1,137 @@
+"""A run whose process was killed: the process that resumes it writes the root which the first one could not end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pathlib
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
+from pydantic import BaseModel
+
+from stroma import RunStatus, SQLiteStore, StromaRunner
+from stroma.telemetry import otel_hooks
+
+#: A root that the caller has around its runs.
+OUTER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+class State(BaseModel):
+    n: int = 0
+
+
+class LinesExporter(SpanExporter):
+    """Appends each span to a file at once, so that those of a killed process are kept."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._path = path
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        with self._path.open("a") as file:
+            for span in spans:
+                assert span.context is not None
+                about = {
+                    "name": span.name, "trace": span.context.trace_id, "id": span.context.span_id,
+                    "parent": span.parent and span.parent.span_id, "start": span.start_time, "end": span.end_time,
+                    "links": len(span.links),
+                }  # fmt: skip
+                file.write(json.dumps(about) + "\n")
+        return SpanExportResult.SUCCESS
+
+
+def run(path: pathlib.Path, *, dies: bool, traceparent: str | None) -> Any:
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(LinesExporter(path / "spans")))
+    store = SQLiteStore(path / "runs.db")
+    runner = StromaRunner.quick(store=store, hooks=otel_hooks(tracer=provider), resume=True, lease_seconds=1)
+
+    @runner.node("first", input=State, output=State)
+    async def first(state: State) -> State:
+        return state
+
+    @runner.node("second", input=State, output=State)
+    async def second(state: State) -> State:
+        if dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return state
+
+    async def go() -> Any:
+        async with store:
+            return await runner.run([first, second], State(), run_id="r", traceparent=traceparent)
+
+    return asyncio.run(go())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("traceparent", [None, OUTER], ids=["alone", "in a trace"])
+def test_a_killed_and_resumed_run_is_one_trace_with_one_root(
+    tmp_path: pathlib.Path, traceparent: str | None
+) -> None:
+    """The nodes of both processes are under one root, which begins when the run began; only one span has its ids."""
+    child = os.fork()
+    if child == 0:
+        run(tmp_path, dies=True, traceparent=traceparent)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert run(tmp_path, dies=False, traceparent=traceparent).status is RunStatus.RESUMED
+    first, second, root = map(json.loads, (tmp_path / "spans").read_text().splitlines())
+    assert [span["name"] for span in (first, second, root)] == [
+        "stroma.node first", "stroma.node second", "invoke_workflow pipeline",
+    ]  # fmt: skip
+    assert first["parent"] == second["parent"] == root["id"]
+    assert first["trace"] == second["trace"] == root["trace"]
+    outer = None if traceparent is None else int(traceparent.split("-")[2], 16)
+    assert (root["parent"], root["links"]) == (outer, 0)
+    assert root["start"] // 1_000_000 <= first["start"] // 1_000_000
+    assert first["end"] < second["start"] <= root["end"]
+    assert not trace.get_current_span().get_span_context().is_valid
+
+
+@pytest.mark.slow
+def test_a_run_that_ended_its_root_is_not_written_again(tmp_path: pathlib.Path) -> None:
+    """A process that is killed after a resume leaves the trace of that resume, and not that of the first process."""
+    for dies in (False, True, False):
+        child = os.fork()
+        if child == 0:
+            if not dies and not (tmp_path / "spans").exists():
+                first(tmp_path)
+            else:
+                run(tmp_path, dies=dies, traceparent=None)
+            os._exit(0)
+        os.waitpid(child, 0)
+    roots = [
+        span
+        for span in map(json.loads, (tmp_path / "spans").read_text().splitlines())
+        if span["name"] == "invoke_workflow pipeline"
+    ]
+    assert len({span["id"] for span in roots}) == len(roots) == 2
+    assert [span["links"] for span in roots] == [0, 0]
+
+
+def first(path: pathlib.Path) -> None:
+    """Run once so that the second node fails, and the root is ended."""
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(LinesExporter(path / "spans")))
+    store = SQLiteStore(path / "runs.db")
+    runner = StromaRunner.quick(store=store, hooks=otel_hooks(tracer=provider))
+
+    @runner.node("first", input=State, output=State)
+    async def node(state: State) -> State:
+        return state
+
+    @runner.node("second", input=State, output=State)
+    async def second(state: State) -> State:
+        raise NotImplementedError
+
+    async def go() -> None:
+        async with store:
+            await runner.run([node, second], State(), run_id="r")
+
+    asyncio.run(go())
