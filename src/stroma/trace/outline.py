@@ -28,7 +28,7 @@ class PlacedCall(NamedTuple):
         kind: "" for a step, "*" for a map, "!" for a sleep or a question.
         name: the node id; "" if the call has a key.
         number: 0-based number of the call in its scope, or its key.
-        scope: the asyncio task that made it; "" for the first one.
+        scope: the asyncio task that made it, in plain code; "" for the first one, and in a flow.
     """
 
     kind: str
@@ -181,7 +181,7 @@ def _without_attempts(at: str) -> OutlineEntry:
 
 
 def fold(entries: Sequence[OutlineEntry], *, items: bool = False) -> list[OutlineEntry]:
-    """Return an outline with repeated calls folded: of one node, in one task of one flow. Folds hold what they fold.
+    """Return an outline with repeated calls folded: of one node, in one flow or task. Folds hold what they fold.
 
     Items of a map of a flow are folded too, and with ``items`` those of a map in a list. Other children of groups and waits
     are not.

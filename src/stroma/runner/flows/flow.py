@@ -79,7 +79,7 @@ class Flow:
     def step(self, node: Any, state: Any, *, key: str | None = None) -> Coroutine[Any, Any, Any]:
         """Run a node on a state and return its output: a full node, with contract, retries, hooks and a commit.
 
-        ``key`` names the call, in place of its number in its task. Raises StepFailed once the node has stopped for good.
+        ``key`` names the call, in place of its number in the flow. Raises StepFailed once the node has stopped for good.
         """
         return call_step(self._path, node, state, key)
 

@@ -32,7 +32,7 @@ class SubmittedRun(BaseModel):
 def call_submit(
     path: FlowPath, pipeline: Pipeline, state: BaseModel, options: SubmitOptions
 ) -> Coroutine[Any, Any, str]:
-    """Return the coroutine of a submission, which is numbered in the task that calls it."""
+    """Return the coroutine of a submission, which is numbered when it is made."""
     if not isinstance(pipeline, Pipeline):
         raise TypeError(f"flow.submit takes a flow or a Pipeline, got {type(pipeline).__name__}")
     if not isinstance(state, BaseModel):
