@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal, TypedDict
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, Literal, NamedTuple, TypedDict
 
-from stroma.checkpoint.decoding import RecordName, decode_json
+from stroma.checkpoint.decoding import RecordName, decode_json, decode_number
+from stroma.checkpoint.entries import OF_FLOW, StepCall
+from stroma.checkpoint.errors import CheckpointNotFound
+from stroma.checkpoint.identity import with_outer
 
-__all__ = ["FailureNote", "decode_flow_note"]
+__all__ = ["FailureNote", "FlowCut", "cut_before", "decode_flow_note"]
 
 
 class FailureNote(TypedDict):
@@ -46,3 +50,65 @@ def decode_flow_note(run_id: str, key: str, kind: str, data: bytes) -> Any:
     if not 0 <= time_ms <= _MAX_MS:
         raise name.damaged("its time is not a date")
     return value
+
+
+class FlowCut(NamedTuple):
+    """The part of the flow at one position that comes before the end of one of its calls.
+
+    Attributes:
+        number: of the event that this end is.
+        numbers: those of the events by the branch of their call.
+    """
+
+    number: int
+    numbers: Mapping[str, int]
+
+    def has_call(self, branch: str) -> bool:
+        """Return True for the output of a call that ended before, and for those inside it."""
+        numbered = next((one for one in with_outer(branch) if one in self.numbers), None)
+        return numbered is not None and self.numbers[numbered] < self.number
+
+    def has_note(self, run_id: str, key: str, data: bytes) -> bool:
+        """Return True for a note about an earlier event, and for what holds for the whole flow."""
+        _, kind, rest = key.split(":", 2)
+        if kind in ("e", "v"):
+            return decode_number(rest, RecordName(run_id, "note", key)) < self.number
+        if kind == "f":
+            return bool(decode_flow_note(run_id, key, kind, data)["event"] < self.number)
+        return kind in ("d", "seed")
+
+
+def cut_before(
+    run_id: str,
+    call: str,
+    position: int,
+    steps: Iterable[tuple[str, str, StepCall | None]],
+    notes: Mapping[str, bytes],
+) -> FlowCut:
+    """Return the part of a flow that comes before the first call of a node, or before the call at a place.
+
+    ``steps``: branch, node id and StepCall of its outputs. Raises CheckpointNotFound, CorruptCheckpoint.
+    """
+    numbers: dict[str, int] = {}
+    wanted: list[int] = []
+    for branch, node_id, step in steps:
+        if step is not None and step.number < OF_FLOW:
+            numbers[branch] = OF_FLOW - step.number
+            if call in (node_id, branch):
+                wanted.append(numbers[branch])
+    for key, data in notes.items():
+        at, kind, rest = [*key.split(":", 2), "", ""][:3]
+        if at != str(position):
+            continue
+        if kind == "e" and (branch := decode_flow_note(run_id, key, kind, data)[0]):
+            numbers[branch] = decode_number(rest, RecordName(run_id, "note", key))
+        elif kind == "f":
+            failure = decode_flow_note(run_id, key, kind, data)
+            numbers[rest] = failure["event"]
+            if call in (failure["node"], rest):
+                wanted.append(failure["event"])
+    if not wanted:
+        raise CheckpointNotFound(
+            f"run {run_id!r} has no end of a call {call!r} at position {position}; see its calls with `stroma show`"
+        )
+    return FlowCut(min(wanted), numbers)

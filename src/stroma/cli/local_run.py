@@ -67,11 +67,9 @@ class Fork:
 
     async def create(self, db: Database, run_id: str) -> None:
         """Create the new run in the store. Raises StoreError."""
-        arguments = {}
-        if self.edited is not None:
-            name = "edited" if self.position else "state"
-            arguments[name] = (schema_of(type(self.edited)), self.edited)
-        await db.store.fork(self.parent, run_id, self.position, **arguments)
+        edited = None if self.edited is None else (schema_of(type(self.edited)), self.edited)
+        output, initial = (edited, None) if self.position else (None, edited)
+        await db.store.fork(self.parent, run_id, self.position, edited=output, state=initial)
 
 
 @dataclass(frozen=True, slots=True)

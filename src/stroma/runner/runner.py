@@ -24,7 +24,7 @@ from stroma.checkpoint import (
 from stroma.checkpoint.entries import RunRequest
 from stroma.contracts.annotations import check_annotations
 from stroma.contracts.contract import ContractRegistry, NodeContract, Reconcile, Role, check_id
-from stroma.contracts.node import NodeDecorator, mark
+from stroma.contracts.node import FlowNode, NodeDecorator, mark
 from stroma.cost.budget import ExecutionBudget
 from stroma.cost.fallback import FallbackPolicy
 from stroma.engine.config import RunConfig, default_config
@@ -673,26 +673,34 @@ class StromaRunner:
     ) -> ExecutionResult:
         """Start a new run that continues another one from a node, and records where it came from.
 
-        ``at``: the first position with this id runs next. ``state``: its input, in place of the recorded one. The other
-        run stays as it is. ``input_schema``: the class of its input, if the pipeline starts with a group. Raises
+        ``at``: the first position with this id runs next; or the first call of this node in a flow, or the call at this place,
+        such as "write#4": the flow gets again what it got before the end of that call. ``state``: the input of the position, in
+        place of the recorded one. The other run stays as it is. ``input_schema``: the class of its input, if the pipeline starts with a group. Raises
         CheckpointNotFound, RunExists, ValueError for an unknown node, TypeError for a state that is not a model.
         """
         if state is not None and not isinstance(state, BaseModel):
             raise TypeError(f"the state of a fork must be a pydantic model, not {type(state).__name__}")
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
         records = nodes_of(nodes)
-        before = find_position(records, at, "at")
+        flow = next((one for one in records if isinstance(one, FlowNode)), None)
+        call = None if flow is None or at in [one.node_id for one in records] else at
+        if call is not None and state is not None:
+            raise ValueError(
+                f"state= replaces the input of a position, and {at!r} is a call of a flow, which makes its inputs"
+            )
+        before = find_position(records, at if flow is None or call is None else flow.node_id, "at")
         config = self._config_of(nodes)
         refuse_unknown_ids(config, records, self.registry, config.pipeline)  # Before the fork is stored.
         fork_id = new_run_id or fresh_run_id()
         original = self._stored.input_schema(
             records, input_schema or (type(state) if state and not before else None)
         )
-        await self._stored.fork(run_id, fork_id, records, before, state)
+        await self._stored.fork(run_id, fork_id, records, before, state, call)
         initial = state
         if initial is None or before:
             initial = await self._stored.read_input(fork_id, original)
-        return await self.run(nodes, initial, run_id=fork_id, resume_from=at, **options)
+        start: dict[str, Any] = {"resume": True} if call is not None else {"resume_from": at}
+        return await self.run(nodes, initial, run_id=fork_id, **start, **options)
 
     async def signal(
         self,

@@ -161,9 +161,18 @@ class StoredRuns:
         return figures
 
     async def fork(
-        self, run_id: str, fork_id: str, nodes: list[Node | Group], position: int, state: BaseModel | None
+        self,
+        run_id: str,
+        fork_id: str,
+        nodes: list[Node | Group],
+        position: int,
+        state: BaseModel | None,
+        call: str | None = None,
     ) -> None:
-        """Record a run that continues another one at a position; ``state`` replaces the recorded input of it."""
+        """Record a run that continues another one at a position, or at a call of the flow there.
+
+        ``state`` replaces the recorded input of the position.
+        """
         from stroma.contracts.untyped import UntypedState  # Root models load slowly.
 
         replaced: dict[str, tuple[Schema, BaseModel]] = {}
@@ -179,7 +188,7 @@ class StoredRuns:
                 else schema.convert(state)
             )
             replaced["edited" if position else "state"] = (schema, value)
-        await self._journal("fork").fork(run_id, fork_id, position, **replaced)
+        await self._journal("fork").fork(run_id, fork_id, position, call=call, **replaced)
 
     async def answer(
         self,

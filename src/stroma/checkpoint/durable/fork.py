@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from stroma.checkpoint.decisions import FORK_DUE_MS
-from stroma.checkpoint.durable.annotations import annotate, read_annotations
+from stroma.checkpoint.durable.annotations import (
+    Notes,
+    annotate,
+    read_annotations,
+    read_notes,
+    read_waiting,
+    record_notes,
+    record_waiting,
+)
 from stroma.checkpoint.durable.integrity import checksum, require_undamaged, seal, storable_text, verify_step
-from stroma.checkpoint.durable.rows import FORKED, Annotation, Opening, Rows, RunEnd, Step
+from stroma.checkpoint.durable.rows import (
+    FORKED,
+    Annotation,
+    Fence,
+    Opening,
+    Rows,
+    RunEnd,
+    RunRow,
+    Step,
+)
+from stroma.checkpoint.entries import StepCall
 from stroma.checkpoint.errors import CheckpointNotFound, RunExists
+from stroma.checkpoint.flow_notes import FlowCut, cut_before
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
 from stroma.checkpoint.records import Attempt
 
@@ -17,11 +36,18 @@ __all__ = ["fork_run"]
 
 
 def fork_run(
-    rows: Rows, payloads: Payloads, source: str, opening: Opening, before: int, edited: Step | None
+    rows: Rows,
+    payloads: Payloads,
+    source: str,
+    opening: Opening,
+    before: int,
+    edited: Step | None,
+    call: str | None = None,
 ) -> None:
     """Copy what a run committed before a position into a new run, with ``edited`` in place of the last output.
 
-    Raises CheckpointNotFound, RunExists, CorruptCheckpoint.
+    ``call``: copy what the flow at that position got before the end of this call, too. Raises CheckpointNotFound, RunExists,
+    CorruptCheckpoint.
     """
     origin = require_undamaged(rows.find(source))
     stored = None if origin is None else rows.input(origin.run, origin.execution)
@@ -44,7 +70,19 @@ def fork_run(
             data = payloads.move(data, old("input"), new("input"), f"the input of run {source!r}")
             sha = checksum(data)
         opening = opening._replace(contract=contract, input=data, sha256=sha)
-    steps = [row for row in rows.steps(origin.run, origin.execution) if row.position < before]
+    steps = list(rows.steps(origin.run, origin.execution))
+    cut, notes = None, dict[str, bytes]()
+    if call is not None:
+        notes = read_notes(
+            rows, origin, read_annotations(rows, origin.run, source, Annotation.NOTE), payloads, None
+        )
+        calls = [(row.branch, row.node_id, _call_of(row.step)) for row in steps if row.position == before]
+        cut = cut_before(source, call, before, calls, notes)
+    steps = [
+        row
+        for row in steps
+        if row.position < before or (cut is not None and row.position == before and cut.has_call(row.branch))
+    ]
     identities = {position: identity for identity, position in rows.identities(origin.run, origin.execution)}
     fence = rows.begin(existing, opening._replace(pipeline=origin.pipeline))
     for number, (position, branch, node_id, step) in enumerate(steps):
@@ -55,14 +93,44 @@ def fork_run(
             step = _reseal_step(payloads, step, old, new, position, branch)
         attempt = _forked_attempt(number, position, branch, node_id, identities.get(position))
         rows.commit(fence, attempt, seal(position, branch, node_id, step))
+    if cut is not None:
+        _copy_flow(rows, payloads, origin, fence, opening.run_id, before, cut, notes)
     annotate(rows, opening.run_id, Annotation.PARENT, "", source, Step("", "", b"", b"", before))
     annotate(rows, opening.run_id, Annotation.ATTRIBUTION, "session", source)
     for kind in FORKED:
         for row in read_annotations(rows, origin.run, source, kind):
             annotate(rows, opening.run_id, kind, row.branch, row.node_id, row.step)
-    why = f"forked from run {source!r} before position {before}"
+    why = f"forked from run {source!r} before " + (f"position {before}" if call is None else f"call {call!r}")
     error = payloads.seal_text(storable_text(why), new("error"))
     rows.finish(fence, RunEnd("INTERRUPTED", error, rows.now_ms() + FORK_DUE_MS))
+
+
+def _call_of(step: Step) -> StepCall | None:
+    return None if step.number is None else StepCall(step.number, None)
+
+
+def _copy_flow(
+    rows: Rows,
+    payloads: Payloads,
+    origin: RunRow,
+    fence: Fence,
+    run_id: str,
+    position: int,
+    cut: FlowCut,
+    notes: Mapping[str, bytes],
+) -> None:
+    """Copy the notes about the part of a flow, and the answers that it got."""
+    source = origin.run_id
+    earlier: Notes = {
+        (Annotation.NOTE, key): data
+        for key, data in notes.items()
+        if key.startswith(f"{position}:") and cut.has_note(source, key, data)
+    }
+    record_notes(rows, fence.run, run_id, fence.execution, earlier, payloads)
+    for row in read_annotations(rows, origin.run, source, Annotation.WAITING):
+        answer = read_waiting(row, source, origin.execution, payloads)
+        if answer.position == position and cut.has_call(answer.branch):
+            record_waiting(rows, run_id, fence.execution, answer, payloads)
 
 
 def _forked_attempt(number: int, position: int, branch: str, node_id: str, identity: str | None) -> Attempt:

@@ -436,10 +436,12 @@ class DurableStore(ReadableStore):
         *,
         edited: tuple[Schema, BaseModel] | None = None,
         state: tuple[Schema, BaseModel] | None = None,
+        call: str | None = None,
     ) -> None:
         """Copy what a run committed before a position into a new run.
 
-        ``edited`` replaces the last output, ``state`` the input. Raises CheckpointNotFound, RunExists, StoreError, NotSerialisable.
+        ``edited`` replaces the last output, ``state`` the input. ``call``: a call of the flow at that position, by its node
+        id or its place: what the flow got before the end of that call is copied too. Raises CheckpointNotFound, RunExists, StoreError, NotSerialisable.
         """
         check_id(run_id, "run id")
         check_id(new_run_id, "run id")
@@ -456,7 +458,7 @@ class DurableStore(ReadableStore):
         opening = Opening(new_run_id, "", owner, 0.0, contract, sealed, sha256, None)
 
         def fork(rows: Rows) -> None:
-            fork_run(rows, self._payloads, run_id, opening, before, step)
+            fork_run(rows, self._payloads, run_id, opening, before, step, call)
 
         await self._submit(Transaction(None, fork, opening))
 

@@ -20,6 +20,7 @@ from stroma.checkpoint.decisions import (
 )
 from stroma.checkpoint.entries import RunControl, RunRequest, Waiting
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint, RunExists
+from stroma.checkpoint.flow_notes import FlowCut, cut_before
 from stroma.checkpoint.memory.reader import MemoryReader
 from stroma.checkpoint.memory.runs import (
     MemoryRun,
@@ -213,29 +214,48 @@ class _MemoryStore(MemoryReader, MemoryCells):
         *,
         edited: tuple[Schema, BaseModel] | None = None,
         state: tuple[Schema, BaseModel] | None = None,
+        call: str | None = None,
     ) -> None:
-        """Copy what a run committed before a position into a new run.
-
-        ``edited`` replaces the last output, ``state`` the input. Raises CheckpointNotFound, RunExists.
-        """
+        """Copy what a run committed before a position into a new run; see DurableStore. Raises CheckpointNotFound, RunExists."""
         source, run, initial = self._require_run(run_id), MemoryRun(), state
         if before and before - 1 not in source.states:
             raise CheckpointNotFound(
                 f"run {run_id!r} has no output at position {before - 1}, so it cannot be forked before position {before}; fork at an earlier node"
             )
+        cut: FlowCut | None = None
+        if call is not None:
+            calls = [
+                (key[1], entry.node_id, source.calls.get(key))
+                for key, entry in source.states.items()
+                if isinstance(key, tuple) and key[0] == before
+            ]
+            cut = cut_before(run_id, call, before, calls, source.notes)
         existing = self._runs.get(check_id(new_run_id, "run id"))
         if existing is not None and existing.execution:
             raise RunExists(f"run {new_run_id!r} already exists; use another id for the fork")
         if existing is not None:
             run.states.update(existing.states)  # From save().
         for key, saved in reversed(list(source.newest_states())):
-            if not isinstance(key, str) and position_of(key)[0] < before:
+            if isinstance(key, str):
+                continue
+            position, branch = position_of(key)
+            if position < before or (cut is not None and position == before and cut.has_call(branch)):
                 copied = saved._replace(row=None)
                 if edited is not None and key == before - 1:
                     copied = copied._replace(schema=edited[0], snapshot=edited[0].snapshot(edited[1]))
                 elif key in source.calls:  # An edited output is not that of the call.
                     run.calls[key] = source.calls[key]
                 run.states[key] = copied
+        if cut is not None:
+            inside = f"{before}:"
+            run.notes = {
+                key: data
+                for key, data in source.notes.items()
+                if key.startswith(inside) and cut.has_note(run_id, key, data)
+            }
+            run.waiting = {
+                at: one for at, one in source.waiting.items() if at[0] == before and cut.has_call(at[1])
+            }
         run.places = {identity: at for identity, at in source.places.items() if at < before}
         run.execution, run.parent, run.status = 1, run_id, "INTERRUPTED"
         run.pipeline, run.schema, run.input = source.pipeline, source.schema, source.input
