@@ -13,6 +13,7 @@ import redis
 
 from stroma import SQLiteStore
 from stroma.checkpoint import PostgresStore, RedisStore, RunRequest, StepCall
+from stroma.checkpoint.blocked import BlockedMark
 from stroma.checkpoint.durable.annotations import annotate
 from stroma.checkpoint.durable.operations import Transaction
 from stroma.checkpoint.durable.rows import Annotation, Rows, Step
@@ -28,6 +29,7 @@ OF_NO_RUN = ("meta", "cells", "cell", "deleted")
 PLAIN = (
     "run_id", "run_key", "status", "lease_owner", "lease_until", "contract", "schema_ref", "sha256", "branch_key",
     "outcome", "failure_class", "wake_ms", "number", "claim", "claim_until", "claim_until_ms", "expires_ms", "queue_key",
+    "blocked_since_ms", "blocked_until_ms",
 )  # fmt: skip
 
 
@@ -46,7 +48,7 @@ async def write_every_kind(store: Any, run_id: str, text: str) -> Any:
     """Write a record of each kind with a text in it, in a run that is not ended. Return its session."""
     schema = schema_of(State)
     state = State(text=text)
-    request = RunRequest(run_id, text, state, schema, tags=(text,), deliver=True)
+    request = RunRequest(run_id, text, state, schema, tags=(text,), deliver=True, version=text)
     session = await store.open_run(request)
     session.note_call(0, text)
     failed = row(0, text, branch=text, failure=FailureClass.TERMINAL, message=text)
@@ -60,6 +62,13 @@ async def write_every_kind(store: Any, run_id: str, text: str) -> Any:
         attempt = row(position, text, output=schema.snapshot(one), schema=schema, branch=text)
         await settled(session.record(attempt, schema, one, StepCall(1, text.encode())))
     await annotate_all(store, run_id, text)
+
+    def mark(rows: Rows) -> None:
+        run = rows.find(run_id, lock=True)
+        assert run is not None
+        rows.block(run, BlockedMark(text, 1, 2, (text,)))
+
+    await store._submit(Transaction(run_id, mark))
     return session
 
 

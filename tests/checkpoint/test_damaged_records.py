@@ -336,7 +336,9 @@ def test_damage_of_any_record(kind: str) -> None:
                 record.write(record.value)
                 return  # The server refuses such a value.
             try:
-                check(store, whole, record.table, is_resealed=is_resealed)
+                # An annotation at the position of a commit is as one that was deleted: no store counts them.
+                is_moved = (record.table, record.column) == ("steps", "position")
+                check(store, whole, record.table, is_resealed=is_resealed or is_moved)
             finally:
                 record.write(record.value)
                 if is_resealed:

@@ -204,6 +204,11 @@ def test_what_a_row_may_hold() -> None:
         7,
         0,
         "key",
+        "2",
+        "blocked",
+        1,
+        2,
+        "codes",
         "claim",
     )
     assert parse_run(right) == right

@@ -223,13 +223,17 @@ async def test_an_older_format_is_brought_up_to_date(
     session = await begin(store)
     await commit(session, 0, State(n=1))
     await finish(session)
-    migrations = {4: ("ALTER TABLE runs ADD COLUMN fresh int",), 5: ("CREATE TABLE more (x int)",)}
-    monkeypatch.setattr(_postgres_schema, "SCHEMA_VERSION", 6)
+    now = _postgres_schema.SCHEMA_VERSION
+    migrations = {
+        now: ("ALTER TABLE runs ADD COLUMN fresh int",),
+        now + 1: ("CREATE TABLE more (x int)",),
+    }
+    monkeypatch.setattr(_postgres_schema, "SCHEMA_VERSION", now + 2)
     monkeypatch.setattr(_postgres_schema, "_MIGRATIONS", migrations)
     assert store.get_run("run").nodes == 1
     assert server.execute(f"SELECT k, v FROM {schema}.meta ORDER BY k") == [
-        ("min_reader", "4"),
-        ("schema_version", "6"),
+        ("min_reader", str(now)),
+        ("schema_version", str(now + 2)),
     ]
     assert server.execute(f"SELECT count(*) FROM {schema}.more") == [(0,)]
     assert server.execute(f"SELECT fresh FROM {schema}.runs") == [(None,)]

@@ -68,7 +68,7 @@ async def test_nothing_remains_of_a_run(at: tuple[str, str], way: str, tmp_path:
         # A new column or key must hold the mark too: write it in write_every_kind().
         assert every - {"ids", "runs", "runs.error"} <= holding(found)
         if kind == "redis":
-            assert every == {*RUN_KEYS, *EXECUTION_KEYS, "saved", "ids", "runs", "due", "live", "blobs"}
+            assert every == {*RUN_KEYS, *EXECUTION_KEYS, "saved", "ids", "runs", "blocked", "live", "blobs"}
         await session.end("COMPLETED", MARK)
         assert holding(contents(kind, where, tmp_path)) >= {"run" if kind == "redis" else "runs.error"}
         await annotate_all(store, "r", MARK)

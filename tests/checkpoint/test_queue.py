@@ -15,7 +15,15 @@ from tests.tiers import examples
 
 from stroma import RunExists
 from stroma.checkpoint.entries import RunRequest
-from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry, QueueFigures, RunLimits, choose
+from stroma.checkpoint.queue import (
+    Candidate,
+    ClaimRequest,
+    QueueEntry,
+    QueueFigures,
+    RunLimits,
+    ServedCode,
+    choose,
+)
 from stroma.contracts.schema import schema_of
 from stroma.testing._conformance.helpers import finish, settled
 
@@ -202,26 +210,27 @@ async def test_an_expired_run_fails(store: Any) -> None:
 
 async def test_the_figures_of_a_queue(store: Any) -> None:
     """The figures of a pipeline's queue are its QUEUED runs, and the earliest time of queued and sleeping runs that are due."""
-    assert store.queue_figures(["p"], NOW) == {"p": QueueFigures(0, None)}
+    p = {"p": ServedCode()}
+    assert store.queue_figures(p, NOW) == {"p": QueueFigures(0, None)}
     await submit(store, "later", due_ms=NOW + 50)
     await submit(store, "other", pipeline="q", due_ms=NOW - 90)
-    assert store.queue_figures(["p", "q"], NOW) == {
+    assert store.queue_figures({**p, "q": ServedCode()}, NOW) == {
         "p": QueueFigures(1, None),
         "q": QueueFigures(1, NOW - 90),
     }
     await submit(store, "urgent", due_ms=NOW - 2, priority=-1)
     await submit(store, "old", due_ms=NOW - 9, priority=3)
     await submit(store, "keyed", due_ms=NOW - 7, priority=1, key="k")
-    assert store.queue_figures(["p"], NOW) == {"p": QueueFigures(4, NOW - 9)}
+    assert store.queue_figures(p, NOW) == {"p": QueueFigures(4, NOW - 9)}
     assert await claim(store, limit=3) == ["urgent", "keyed", "old"]
     session = await open_claimed(store, "old")
-    assert store.queue_figures(["p"], NOW) == {"p": QueueFigures(3, NOW - 7)}
+    assert store.queue_figures(p, NOW) == {"p": QueueFigures(3, NOW - 7)}
     await settled(session.end("SUSPENDED", "sleeping", NOW - 8))
-    assert store.queue_figures(["p"], NOW) == {"p": QueueFigures(3, NOW - 8)}
+    assert store.queue_figures(p, NOW) == {"p": QueueFigures(3, NOW - 8)}
     await store.cancel("old")
     await store.cancel("keyed")
     await store.pause("urgent")
-    assert store.queue_figures(["p"], NOW) == {"p": QueueFigures(1, None)}
+    assert store.queue_figures(p, NOW) == {"p": QueueFigures(1, None)}
 
 
 async def test_control_of_a_queued_run(store: Any) -> None:

@@ -18,6 +18,10 @@ from stroma.checkpoint import SQLiteStore, StoreError
 from stroma.checkpoint.sqlite import file as sqlite_file
 from stroma.checkpoint.sqlite.file import Connect, DatabaseFile, connect, is_fatal
 
+#: The format of files, and that of the next release.
+NOW = sqlite_file.SCHEMA_VERSION
+NEXT = NOW + 1
+
 
 def database(
     path: Path, synchronous: Any = "full", opens: Connect = connect, patience: float = 0.0
@@ -259,8 +263,8 @@ def test_a_file_is_made_for_its_owner_only(tmp_path: Path) -> None:
     assert [stat.S_IMODE(one.stat().st_mode) for one in sorted(tmp_path.iterdir())] == [0o600] * 3
     assert pragma(db, "application_id") == int.from_bytes(b"Strm", "big") == 0x5374726D
     assert db.execute("SELECT k, v FROM meta ORDER BY k").fetchall() == [
-        ("min_reader", "5"),
-        ("schema_version", "5"),
+        ("min_reader", str(NOW)),
+        ("schema_version", str(NOW)),
     ]
     result = db.execute(
         "SELECT type, name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' ORDER BY 1, 2"
@@ -269,7 +273,7 @@ def test_a_file_is_made_for_its_owner_only(tmp_path: Path) -> None:
         "attempts", "cells", "deleted", "inputs", "meta", "runs", "steps", "tags"
     ]  # fmt: skip
     assert [name for kind, name in result if kind == "index"] == [
-        "called", "failed", "requests", "runs_by_claim", "runs_by_key", "runs_by_pipeline", "runs_by_queue",
+        "called", "failed", "requests", "runs_by_block", "runs_by_claim", "runs_by_key", "runs_by_pipeline", "runs_by_queue",
         "runs_by_start", "runs_by_status", "runs_by_wake", "tags_by_start"
     ]  # fmt: skip
     assert not db.in_transaction
@@ -404,7 +408,7 @@ def no_number(db: sqlite3.Connection) -> None:
 
 def newer(db: sqlite3.Connection) -> None:
     _ours(db)
-    db.execute("INSERT INTO meta VALUES ('min_reader', '6'), ('schema_version', '6')")
+    db.execute(f"INSERT INTO meta VALUES ('min_reader', '{NEXT}'), ('schema_version', '{NEXT}')")
 
 
 def _ours(db: sqlite3.Connection) -> None:
@@ -413,7 +417,10 @@ def _ours(db: sqlite3.Connection) -> None:
 
 
 DAMAGED = "{} is damaged: its format is missing; restore it from a backup"
-NEWER = "{} was written by a newer stroma (its format is 6, this one reads up to 5); upgrade stroma, or use another path"
+NEWER = (
+    f"{{}} was written by a newer stroma (its format is {NEXT}, this one reads up to {NOW}); upgrade stroma, or use "
+    "another path"
+)
 
 
 @pytest.mark.parametrize(
@@ -514,24 +521,24 @@ def test_two_that_make_a_file_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
 #: As if the next release had made two tables, in a format of their own each.
 MIGRATIONS = {
-    4: ("CREATE TABLE one (x TEXT) STRICT",),
-    5: ("CREATE TABLE two (x TEXT) STRICT", "CREATE INDEX twos ON two (x)"),
+    NOW - 1: ("CREATE TABLE one (x TEXT) STRICT",),
+    NOW: ("CREATE TABLE two (x TEXT) STRICT", "CREATE INDEX twos ON two (x)"),
 }
 
 
 @pytest.fixture
 def next_release(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sqlite_file, "SCHEMA_VERSION", 6)
-    monkeypatch.setattr(sqlite_file, "_MIN_READER", 5)
+    monkeypatch.setattr(sqlite_file, "SCHEMA_VERSION", NEXT)
+    monkeypatch.setattr(sqlite_file, "_MIN_READER", NOW)
     monkeypatch.setattr(sqlite_file, "_MIGRATIONS", MIGRATIONS)
 
 
 def lowered(path: Path, version: int) -> None:
-    """Make a file that an older release, of format 4 or 5, has written."""
+    """Make a file that an older release, of this format or the one before, has written."""
     database(path).open().close()
-    change(path, "UPDATE meta SET v = '4'", "INSERT INTO inputs VALUES (1, 1, 'c', x'02', x'03')")
-    if version == 5:
-        change(path, *MIGRATIONS[4], "UPDATE meta SET v = '5' WHERE k = 'schema_version'")
+    change(path, f"UPDATE meta SET v = '{NOW - 1}'", "INSERT INTO inputs VALUES (1, 1, 'c', x'02', x'03')")
+    if version == NOW:
+        change(path, *MIGRATIONS[NOW - 1], f"UPDATE meta SET v = '{NOW}' WHERE k = 'schema_version'")
 
 
 def change(path: Path, *statements: str) -> None:
@@ -555,7 +562,7 @@ def shape(path: Path) -> Any:
 
 
 @pytest.mark.usefixtures("next_release")
-@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("version", [NOW - 1, NOW])
 @pytest.mark.parametrize("by", ["a reader", "a writer"])
 def test_an_older_file_is_brought_up_to_date(tmp_path: Path, version: int, by: str) -> None:
     """By whoever opens it: it has what a new one has then, and what was in it is there."""
@@ -568,14 +575,14 @@ def test_an_older_file_is_brought_up_to_date(tmp_path: Path, version: int, by: s
         assert read(file)
     names, _, facts = shape(path)
     assert {("table", "one"), ("table", "two"), ("index", "twos")} <= set(names)
-    assert facts == [("min_reader", "5"), ("schema_version", "6")]
+    assert facts == [("min_reader", str(NOW)), ("schema_version", str(NEXT))]
     db = sqlite3.connect(path)
     assert db.execute("SELECT * FROM inputs").fetchall() == [(1, 1, "c", b"\x02", b"\x03")]
     db.close()
 
 
 @pytest.mark.usefixtures("next_release")
-@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("version", [NOW - 1, NOW])
 def test_two_that_bring_a_file_up_to_date_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
 ) -> None:
@@ -585,7 +592,7 @@ def test_two_that_bring_a_file_up_to_date_at_once(
     db = database(path, opens=meanwhile).open()
     assert not db.in_transaction
     db.close()
-    assert shape(path)[2] == [("min_reader", "5"), ("schema_version", "6")]
+    assert shape(path)[2] == [("min_reader", str(NOW)), ("schema_version", str(NEXT))]
 
 
 @pytest.mark.parametrize("by", ["a reader", "a writer"])
@@ -601,7 +608,7 @@ def test_a_file_of_a_format_that_was_never_released_is_refused(tmp_path: Path, b
     assert shape(path) == before
 
 
-@pytest.mark.parametrize("version", ["5", "6", "10"])
+@pytest.mark.parametrize("version", [str(NOW), str(NEXT), "10"])
 def test_a_newer_file_that_may_be_read_stays_as_it_is(tmp_path: Path, version: str) -> None:
     """It is read and written, and says what it said."""
     path = tmp_path / "runs.db"
@@ -614,7 +621,7 @@ def test_a_newer_file_that_may_be_read_stays_as_it_is(tmp_path: Path, version: s
     database(path).open().close()
     assert read(database(path))
     names, _, facts = shape(path)
-    assert facts == [("min_reader", "5"), ("schema_version", version)]
+    assert facts == [("min_reader", str(NOW)), ("schema_version", version)]
     assert ("table", "cells") not in names
 
 
@@ -633,10 +640,18 @@ def test_a_file_that_is_up_to_date_is_opened_while_somebody_writes(tmp_path: Pat
 def test_facts_of_a_file_are_only_ever_raised(tmp_path: Path) -> None:
     """A file that needs a newer reader than its format tells keeps to that; numbers are compared as numbers."""
     path = tmp_path / "runs.db"
-    lowered(path, 5)
-    change(path, "UPDATE meta SET v = '6' WHERE k = 'min_reader'", "INSERT INTO meta VALUES ('another', '0')")
+    lowered(path, NOW)
+    change(
+        path,
+        f"UPDATE meta SET v = '{NEXT}' WHERE k = 'min_reader'",
+        "INSERT INTO meta VALUES ('another', '0')",
+    )
     database(path).open().close()
-    assert shape(path)[2] == [("another", "0"), ("min_reader", "6"), ("schema_version", "6")]
+    assert shape(path)[2] == [
+        ("another", "0"),
+        ("min_reader", str(NEXT)),
+        ("schema_version", str(NEXT)),
+    ]
 
 
 @pytest.mark.usefixtures("next_release")

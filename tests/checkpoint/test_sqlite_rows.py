@@ -29,7 +29,7 @@ from stroma.checkpoint.durable.rows import (
 from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.records import Attempt, RunQuery, StoreFacts, Tally
 from stroma.checkpoint.sqlite import rows as _sqlite_rows
-from stroma.checkpoint.sqlite.file import DatabaseFile, connect
+from stroma.checkpoint.sqlite.file import SCHEMA_VERSION, DatabaseFile, connect
 from stroma.checkpoint.sqlite.rows import SqliteRows
 
 INPUT, OTHER = b'{"n":1}', b'{"n":2}'
@@ -87,11 +87,11 @@ def step(data: bytes = b"{}", number: int | None = None, input_data: bytes | Non
 
 
 def table(rows: SqliteRows, name: str, order: str = "1, 2, 3") -> list[tuple[Any, ...]]:
-    """Return the rows of a table; of a run without its place in the queue, which no test here gives it."""
+    """Return the rows of a table; of a run without its place in the queue and its mark, which no test here gives it."""
     found = rows.db.execute(f"SELECT * FROM {name} ORDER BY {order}").fetchall()
     if name == "runs":
-        assert {row[-5:] for row in found} <= {(0, None, None, None, None)}
-        return [row[:-5] for row in found]
+        assert {row[-10:] for row in found} <= {(0, None, None, None, None, "", None, None, None, None)}
+        return [row[:-10] for row in found]
     return found
 
 
@@ -761,6 +761,7 @@ def test_the_figures_of_many_runs(rows: SqliteRows, clock: Clock) -> None:
 
 
 def test_what_the_store_says_of_itself(rows: SqliteRows) -> None:
-    assert rows.facts() == StoreFacts(f"SQLite {sqlite3.sqlite_version}", 5, 5, None, ())
+    now = SCHEMA_VERSION
+    assert rows.facts() == StoreFacts(f"SQLite {sqlite3.sqlite_version}", now, now, None, ())
     rows.db.execute("UPDATE meta SET v = '5' WHERE k = 'schema_version'")
-    assert rows.facts() == StoreFacts(f"SQLite {sqlite3.sqlite_version}", 5, 5, None, ())
+    assert rows.facts() == StoreFacts(f"SQLite {sqlite3.sqlite_version}", 5, now, None, ())

@@ -14,8 +14,10 @@ import pytest
 
 from stroma import SQLiteStore
 from stroma._utils.text import clean, format_duration
+from stroma.checkpoint.history import History
 from stroma.cli import formatting
 from stroma.testing.stores import State, begin, commit, finish
+from stroma.trace.redaction import HIDDEN
 
 GOOD = '{"start": 1}'
 
@@ -68,7 +70,7 @@ def test_runs(filled, inside):
     (run,) = only["runs"]
     assert run["run_id"] == "run-b"
     assert set(run) == {"run_id", "pipeline", "status", "execution", "started", "updated", "due", "seconds", "nodes",
-                        "tokens", "cost_usd", "error", "holder", "parent", "tags", "cause"}  # fmt: skip
+                        "tokens", "cost_usd", "error", "holder", "parent", "tags", "version", "blocked", "cause"}  # fmt: skip
     assert [r["run_id"] for r in json.loads(inside("runs", "--json", "--limit", "2").out)["runs"]] == [
         "other",
         "run-b",
@@ -78,6 +80,34 @@ def test_runs(filled, inside):
     # The killed one can be finished.
     assert inside("resume", "other", "sums.py:pipeline").code == 0
     assert filled.calls()[-3:] == ["second", "second", "third"]
+
+
+def test_blocked_runs(tmp_path, inside):
+    """`runs --blocked` lists the runs that code could not continue; `show` and JSON have the message, since when, and the code."""
+
+    async def write(store):
+        for run_id in ("held", "free"):
+            session = await begin(store, run_id, version="1")
+            await finish(session, "INTERRUPTED")
+        since = time.time_ns() // 1_000_000 - 3_600_000
+        await store.block("held", "the flow makes step 'audit'", "2+abc", None, since)
+
+    db = "--db", str(tmp_path / "stroma.db")
+    with SQLiteStore(db[1]) as store:
+        asyncio.run(write(store))
+    (run,) = json.loads(inside("runs", "--blocked", "--json", *db).out)["runs"]
+    mark = run["blocked"]
+    assert (run["run_id"], run["status"], run["version"]) == ("held", "INTERRUPTED", "1")
+    assert (mark["message"], mark["version"], mark["code"]) == ("the flow makes step 'audit'", "1", "2+abc")
+    assert mark["since"].endswith("+00:00")
+    listed = inside("runs", "--blocked", *db).out
+    assert "blocked for 60 m" in listed
+    assert "free" not in listed
+    shown = inside("show", "held", *db).out
+    assert re.search(r"^version +1$", shown, re.MULTILINE)
+    assert re.search(r"^blocked +since (60 m .*|1 h) ago: the flow makes step 'audit'$", shown, re.MULTILINE)
+    with SQLiteStore(db[1]) as store:  # The message may have the input of any call.
+        assert History(store, dict).run("held").blocked.message == HIDDEN
 
 
 def test_runs_say_who_is_at_work(tmp_path, inside, monkeypatch):

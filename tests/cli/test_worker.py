@@ -111,6 +111,23 @@ def test_a_worker_process(shell: Any) -> None:
     assert sorted(shell.calls()) == sorted(["add-0", "add-1", "add-7", "add-10"])
 
 
+VERSIONS = """
+from pydantic import BaseModel
+from stroma import Flow, stroma_flow
+
+class Num(BaseModel):
+    n: int = 0
+
+@stroma_flow("triage", input=Num, output=Num, version="1")
+async def old(flow: Flow, state: Num) -> Num:
+    return state
+
+@stroma_flow("triage", input=Num, output=Num, version="2")
+async def new(flow: Flow, state: Num) -> Num:
+    return state
+"""
+
+
 @pytest.mark.parametrize(
     ("queued", "seconds", "text"),
     [
@@ -125,6 +142,22 @@ def test_the_status_line_has_the_queue(queued: int | None, seconds: float | None
     worker = LocalWorker([], Database("memory://", (), False, AsyncInMemoryStore()), 1, 1.0, 1.0, None, False)
     worker._health.queued, worker._health.oldest_due_seconds = queued, seconds
     assert text in worker._progress(time.monotonic())
+    worker._health.blocked = 2
+    assert ", 2 runs blocked" in worker._progress(time.monotonic())
+
+
+@pytest.mark.slow
+def test_a_worker_says_which_versions_it_does_not_serve(shell: Any) -> None:
+    """The first lines of a worker count the runs of versions that it does not serve."""
+    (shell.home / "versions.py").write_text(VERSIONS)
+    for run_id in ("a", "b", "c"):
+        assert shell("submit", "versions.py:old", "{}", "--run-id", run_id, "--db", "x.db").code == 0
+    worker = shell.popen("worker", "versions.py:new", "--db", "x.db", "--poll", "0.1")
+    try:
+        wait_for(worker, "3 runs wait for triage version 1, which is not served here")
+    finally:
+        worker.kill()
+        worker.communicate()
 
 
 @pytest.mark.slow

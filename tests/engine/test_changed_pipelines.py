@@ -99,7 +99,7 @@ async def test_a_run_whose_input_no_longer_fits_is_not_recovered(tmp_path: Path)
             n: int
 
         outcomes = await quick_without_retries(store=store).recover(Pipeline("p", [node("a", same, Wanted)]))
-    assert isinstance(outcomes["s"], ValueError)
+    assert isinstance(outcomes["s"], PipelineChanged)
     assert set(outcomes) == {"r", "s"}
 
 

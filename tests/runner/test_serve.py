@@ -12,6 +12,7 @@ from pydantic import field_validator
 from tests.fixtures import store_fixture
 from tests.flows.steps import Clock, Text, World
 from tests.kit import NEVER, Num, node
+from tests.runner.serving import Serving
 from tests.shared_stores import STORES, place, store_of
 from tests.shared_stores import opened as open_kind
 
@@ -28,7 +29,6 @@ from stroma import (
 from stroma.checkpoint.entries import RunRequest
 from stroma.checkpoint.queue import Candidate, ClaimRequest
 from stroma.contracts.schema import schema_of
-from stroma.runner.worker import WorkerHealth
 from stroma.testing import FakeClock
 from stroma.testing._conformance.helpers import due_runs
 
@@ -42,46 +42,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def _runner(store: Any, **config: Any) -> StromaRunner:
     return StromaRunner.quick(**{"store": store, "policy_map": NEVER, **config})
-
-
-class Serving:
-    """A worker in this process, and the outcomes of its runs by id."""
-
-    def __init__(self, runner: StromaRunner, *pipelines: Pipeline, **options: Any) -> None:
-        self.runner = runner
-        self.outcomes: dict[str, list[Any]] = {}
-        self._news = asyncio.Event()
-        self.health = WorkerHealth()
-        self.task = asyncio.ensure_future(
-            runner.serve(
-                *pipelines,
-                **{"poll_seconds": 0.02, "health": self.health, "on_result": self._note, **options},
-            )
-        )
-
-    def _note(self, run_id: str, outcome: Any) -> None:
-        self.outcomes.setdefault(run_id, []).append(outcome)
-        self._news.set()
-
-    async def until(self, count: int) -> None:
-        """Wait for the outcomes of so many runs."""
-        while len(self.outcomes) < count:
-            self._news.clear()
-            assert not self.task.done(), self.task
-            await asyncio.wait(
-                [self.task, asyncio.ensure_future(self._news.wait())], return_when=asyncio.FIRST_COMPLETED
-            )
-
-    async def __aenter__(self) -> Serving:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        if not self.task.done():
-            await self.runner.shutdown()
-        await self.task
-
-    def statuses(self, run_id: str) -> list[str]:
-        return [str(one.status) for one in self.outcomes[run_id]]
 
 
 def _sleepy(world: World) -> Any:
@@ -265,7 +225,7 @@ async def test_a_cancelled_worker_interrupts_its_runs(store: Any, clock: Clock) 
 async def test_a_run_that_cannot_be_resumed_does_not_stop_the_others(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is logged and tried again after 5 s, then after twice as long; the others are continued meanwhile."""
+    """It is logged and tried again after a second, then after twice as long; the others are continued meanwhile."""
     store = AsyncInMemoryStore()
     world = World()
     sleepy = _sleepy(world)
@@ -283,7 +243,7 @@ async def test_a_run_that_cannot_be_resumed_does_not_stop_the_others(
     assert serving.statuses("r") == ["RESUMED"]
     assert len(serving.outcomes["broken"]) == 1
     message = next(r.getMessage() for r in caplog.records if "broken" in r.getMessage())
-    assert message.endswith("trying again in 5 s")
+    assert message.endswith("trying again in 1 s")
 
 
 async def test_a_stored_input_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -303,7 +263,7 @@ async def test_a_stored_input_is_not_logged(caplog: pytest.LogCaptureFixture) ->
     async with Serving(_runner(store, pipeline="changed"), pipeline) as serving:
         await serving.until(1)
     (line,) = [r.getMessage() for r in caplog.records if "broken" in r.getMessage()]
-    assert "is not a Strict: text (value_error); trying again in" in line
+    assert "is not a Strict: text (value_error); restore the schema of the input; trying again in" in line
     assert "4711" not in caplog.text
     assert "\n" not in line
 

@@ -20,6 +20,8 @@ PROMETHEUS: dict[str, tuple[str, frozenset[str]]] = {
     "stroma_runs_in_progress": ("gauge", frozenset({"pipeline"})),
     "stroma_runs_queued": ("gauge", frozenset({"pipeline"})),
     "stroma_runs_oldest_due_seconds": ("gauge", frozenset({"pipeline"})),
+    "stroma_runs_blocked": ("gauge", frozenset({"pipeline"})),
+    "stroma_runs_oldest_blocked_seconds": ("gauge", frozenset({"pipeline"})),
     "stroma_run_duration_seconds": ("histogram", frozenset({"pipeline", "status"})),
     "stroma_node_duration_seconds": ("histogram", NODE),
     "stroma_node_executions_total": ("counter", NODE | {"outcome", "failure_class", "reason"}),

@@ -251,6 +251,7 @@ async def test_units_reasons_and_caches() -> None:
     page = openmetrics.generate_latest(registry).decode()
     assert [line for line in page.splitlines() if line.startswith("# UNIT")] == [
         "# UNIT stroma_runs_oldest_due_seconds seconds",
+        "# UNIT stroma_runs_oldest_blocked_seconds seconds",
         "# UNIT stroma_run_duration_seconds seconds",
         "# UNIT stroma_node_duration_seconds seconds",
         "# UNIT stroma_tokens tokens",

@@ -14,6 +14,7 @@ from tests.telemetry.test_labels import Systems
 
 from stroma import Pipeline, RunConfig, StromaRunner
 from stroma.runner import queue_watch
+from stroma.runner.code import code_of
 from stroma.runner.worker import WorkerHealth
 
 store = store_fixture(*STORES)
@@ -25,6 +26,8 @@ NAMES = (
         "stroma_runs_oldest_due_seconds",
         "",
     ),
+    ("stroma.runs.blocked", "stroma_runs_blocked", ""),
+    ("stroma.runs.oldest_blocked", "stroma_runs_oldest_blocked_seconds", ""),
 )
 
 
@@ -79,6 +82,34 @@ async def test_a_worker_shows_the_queues_that_it_serves(store: Any) -> None:
     await runner.shutdown()
     await served
     assert [figures(0), figures(1)] == [[{}, {}]] * 2
+
+
+async def test_a_worker_shows_blocked_runs(store: Any) -> None:
+    """A worker shows how many runs of its pipelines are blocked, and since when the oldest is; queued ones are not in the queue."""
+    systems = Systems()
+
+    async def end(state: Num) -> Num:
+        return state
+
+    pipeline = Pipeline("p", [node("a", end)], config=RunConfig(hooks=systems.hooks()))
+    runner = StromaRunner.quick(store=store)
+    code, now_ms = code_of(pipeline), time.time_ns() // 1_000_000
+    for number in range(2):
+        await runner.submit(pipeline, Num(), run_id=f"r{number}")
+        for age in (100_000, 0):  # The second try was now.
+            await store.block(f"r{number}", "it differs", code.name, None, now_ms - age)
+    health = WorkerHealth()
+    served = asyncio.ensure_future(runner.serve(pipeline, poll_seconds=0.02, health=health))
+
+    def figures(at: int) -> list[dict[tuple[str, ...], float]]:
+        return systems.counts(*NAMES[at])[:2]
+
+    await until(lambda: health.blocked == 2)
+    assert figures(2) == [{("p",): 2}] * 2
+    assert figures(0) == [{("p",): 0}] * 2
+    assert all(100 <= one["p",] < 200 for one in figures(3))
+    await runner.shutdown()
+    await served
 
 
 async def test_nobody_reads_without_a_reader(monkeypatch: pytest.MonkeyPatch) -> None:

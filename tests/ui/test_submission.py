@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import html
 import re
+import time
 from typing import Any
 
 import pytest
@@ -43,6 +44,28 @@ def queued(store: SQLiteStore) -> list[str]:
 
 def text_of(page: str) -> str:
     return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", page)).split())
+
+
+def test_a_blocked_run(store: SQLiteStore, site: Site) -> None:
+    """A run that code could not continue has a badge in the lists, the overview counts it, and its page says why."""
+    submit(store, "one")
+    submit(store, "two")
+    assert "BLOCKED" not in site.get("/overview").text
+    now_ms = time.time_ns() // 1_000_000
+    asyncio.run(store.block("one", f"it makes {SCRIPT}", "2+abc", None, now_ms))
+    page = site.get("/run", id="one").text
+    for expected in (
+        "QUEUED BLOCKED",
+        "Blocked since 2",
+        "code 2+abc could not continue it",
+        f"it makes {SCRIPT}",
+    ):
+        assert expected in text_of(page)
+    assert SCRIPT not in page
+    assert text_of(site.get("/").text).count("BLOCKED") == 1
+    assert "BLOCKED 1 run : the code of the workers does not fit" in text_of(site.get("/overview").text)
+    found = text_of(site.get("/", q="is:blocked").text)
+    assert ("one" in found.split(), "two" in found.split()) == (True, False)
 
 
 def test_a_queued_run(store: SQLiteStore, site: Site) -> None:

@@ -49,6 +49,7 @@ class LastExecution(NamedTuple):
         holder: description of the process that is running it; None if there is none.
         claim: token of the worker that has claimed it; None if there is no claim, or it has expired.
         wake_ms: see :func:`merge_wake`.
+        pipeline, version: as it began; "" without a version.
     """
 
     execution: int
@@ -57,6 +58,8 @@ class LastExecution(NamedTuple):
     left_seconds: float = 0.0
     wake_ms: int | None = None
     claim: str | None = None
+    pipeline: str = ""
+    version: str = ""
 
 
 class PriorWork(NamedTuple):
@@ -187,7 +190,20 @@ def decide(
     finished = last.status in COMPLETE
     if request.if_exists == "attach":  # An owner that died is continued.
         finished = last.status != "RUNNING"
-    return "return" if finished and request.if_exists in ("return", "attach") else "continue"
+    if finished and request.if_exists in ("return", "attach"):
+        return "return"
+    if request.versions is not None and last.version not in ("", *request.versions):
+        raise _other_version(request, last)
+    return "continue"
+
+
+def _other_version(request: RunRequest, last: LastExecution) -> PipelineChanged:
+    """Return the error for a run whose version the code cannot continue."""
+    served = " and ".join(map(repr, request.versions or ())) or "no version"
+    return PipelineChanged(
+        f"run {request.run_id!r} began with version {last.version!r} of pipeline {last.pipeline!r}, and this code serves "
+        f"{served}; resume it with code of that version, or pass accepts=({last.version!r},) and keep its steps"
+    )
 
 
 def is_answered_meanwhile(stored: Waiting | None, loaded: Waiting | None, question: Waiting) -> bool:

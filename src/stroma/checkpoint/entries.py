@@ -73,6 +73,8 @@ class RunRequest(NamedTuple):
         due_ms: raise RunExists for a run that is not due at this time, see :func:`stroma.checkpoint.decisions.is_due`.
         claim: token of the claim of the worker that opens it; see :class:`stroma.checkpoint.queue.ClaimRequest`.
         any_input: continue the run although its input is another one: the caller's own checkpoint has what it began with.
+        version: that of the pipeline, for a run that begins; "" without one.
+        versions: the versions of runs that the code can continue, besides runs without one. None: it continues any run.
     """
 
     run_id: str
@@ -94,6 +96,8 @@ class RunRequest(NamedTuple):
     due_ms: int | None = None
     any_input: bool = False
     claim: str | None = None
+    version: str = ""
+    versions: tuple[str, ...] | None = None
 
     @property
     def is_automatic(self) -> bool:

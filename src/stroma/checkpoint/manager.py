@@ -89,7 +89,7 @@ class CheckpointManager:
                 f"{type(self.store).__name__} has no journal, so it has no record of where run {request.run_id!r} stopped; "
                 "use resume_from=, or a journal store such as SQLiteStore"
             )
-        return SimpleSession(self.store, request.run_id)
+        return SimpleSession(self.store, request.run_id, request.version)
 
 
 def schema_ref(schema: type[BaseModel]) -> str:

@@ -94,6 +94,7 @@ class Session(Protocol):
             states. Always empty if all attempts are of this process.
         tried: failed attempts without a later commit, by (position, branch), if the previous process died.
         control: the requests that hold when it is opened.
+        version: that of the pipeline when the execution began; "" without a version.
         on_control: called, from any thread, with all requests that hold, before a new one is acknowledged.
     """
 
@@ -115,6 +116,7 @@ class Session(Protocol):
     attribution: Mapping[str, str]
     undelivered: Sequence[AttemptRow]
     control: RunControl
+    version: str
     on_control: Callable[[RunControl], None] | None
 
     def committed(
@@ -192,6 +194,9 @@ class Session(Protocol):
         ``wake_ms``: when a suspended run is due without an answer, in ms since the epoch. An answer makes it due at once,
         also one that was stored since the run was opened. An interrupted run is due at once.
         """
+
+    def give_back(self) -> Awaitable[None] | None:
+        """Release the run, in place of :meth:`end`: it stands as it did when it was opened. Raises StoreError."""
 
     def abandon(self) -> None:
         """Release the run when nothing can be awaited any more. Nothing is recorded."""

@@ -13,7 +13,9 @@ __all__ = [
     "ClaimRequest",
     "QueueEntry",
     "QueueFigures",
+    "QueueReading",
     "RunLimits",
+    "ServedCode",
     "choose",
 ]
 
@@ -42,17 +44,36 @@ class QueueEntry(NamedTuple):
 
 
 class QueueFigures(NamedTuple):
-    """The queue of one pipeline at one time.
+    """The queue of one pipeline at one time: its runs of the versions that are asked for, and those without a version.
 
     Attributes:
         queued: QUEUED runs, due or not.
         oldest_due_ms: earliest due time among the runs that are due: queued ones, and those that stopped until a time, such
             as a sleep; in ms since the epoch. None: no run is due. A run that is due at once, for instance since its
-            question was answered, has no time and does not count.
+            question was answered, has no time and does not count; nor does a blocked one.
+        blocked: blocked runs.
+        oldest_blocked_ms: since when the first of them is blocked, in ms since the epoch; None: no run is blocked.
     """
 
     queued: int
     oldest_due_ms: int | None
+    blocked: int = 0
+    oldest_blocked_ms: int | None = None
+
+
+class QueueReading(NamedTuple):
+    """Figures of a queue that a worker has just read.
+
+    Attributes:
+        queued, blocked: see QueueFigures.
+        due_seconds, blocked_seconds: for how long the oldest due run is due, and the oldest blocked run is blocked; 0
+            without such a run.
+    """
+
+    queued: int
+    due_seconds: float
+    blocked: int
+    blocked_seconds: float
 
 
 class RunLimits(NamedTuple):
@@ -60,6 +81,18 @@ class RunLimits(NamedTuple):
 
     max_runs: int | None = None
     max_runs_per_key: int | None = None
+
+
+class ServedCode(NamedTuple):
+    """Code of a pipeline, as far as it decides which runs a worker takes up.
+
+    Attributes:
+        versions: runs of these versions, and those without a version.
+        name: identifies the code: a run that is blocked for it is taken up again after a while only. No space is in it.
+    """
+
+    versions: tuple[str, ...] = ()
+    name: str = ""
 
 
 class ClaimRequest(NamedTuple):
@@ -72,6 +105,7 @@ class ClaimRequest(NamedTuple):
         now_ms: the time of the worker, in ms since the epoch.
         pipelines: the pipelines that it serves, by name.
         with_lost: also look for runs whose owner is gone. SQL stores read the owner of each running run for that.
+        code: the code of the pipelines, by name; any other pipeline has no version.
     """
 
     token: str
@@ -80,6 +114,14 @@ class ClaimRequest(NamedTuple):
     now_ms: int
     pipelines: Mapping[str, RunLimits]
     with_lost: bool = True
+    code: Mapping[str, ServedCode] = {}
+
+    def code_of(self, pipeline: str) -> ServedCode:
+        """Return the code of a pipeline."""
+        return self.code.get(pipeline, NO_CODE)
+
+
+NO_CODE: Final = ServedCode()
 
 
 class Candidate(NamedTuple):

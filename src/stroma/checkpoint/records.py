@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
 from stroma._utils.text import typed
+from stroma.checkpoint.blocked import BlockedMark
 from stroma.failures.errors import BUDGET, PAUSED
 
 __all__ = [
@@ -44,6 +45,7 @@ class RunQuery:
         since_ms: earliest start, in milliseconds since the epoch.
         failure_class, node: an attempt failed with this class, at this node; if both are set, the same attempt.
         text: part of the run id, the name of the pipeline or the error; ASCII letters match in either case.
+        blocked: the run is blocked.
     """
 
     pipeline: str | None = None
@@ -53,6 +55,7 @@ class RunQuery:
     failure_class: str | None = None
     node: str | None = None
     text: str | None = None
+    blocked: bool = False
 
     @property
     def needs_scan(self) -> bool:
@@ -97,6 +100,8 @@ class RunRecord:
         epoch: incremented by each process that opens the run.
         due_ms: when a run without an owner is due, in ms since the epoch, 0: at once; None: never by itself.
         priority, key, expires_ms: of a submitted run; see :class:`stroma.checkpoint.queue.QueueEntry`.
+        version: that of the pipeline when the execution began; None without a version.
+        blocked: mark of a run that some code could not continue; None of any other run.
     """
 
     run_id: str
@@ -120,6 +125,8 @@ class RunRecord:
     priority: int = field(default=0, compare=False)
     key: str | None = field(default=None, compare=False)
     expires_ms: int | None = field(default=None, compare=False)
+    version: str | None = field(default=None, compare=False)
+    blocked: BlockedMark | None = field(default=None, compare=False)
 
     @property
     def waits_for(self) -> Literal["resume", "budget"] | None:

@@ -51,6 +51,7 @@ class NullSession:
     attribution: Mapping[str, str] = {}  # Nothing is put there.
     undelivered: Sequence[AttemptRow] = ()
     control: RunControl = NO_CONTROL
+    version: str = ""
     on_control: Callable[[RunControl], None] | None = None
 
     def record(
@@ -112,6 +113,9 @@ class NullSession:
     def end(self, status: str, error: str | None, wake_ms: int | None = None) -> Awaitable[None] | None:
         return None
 
+    def give_back(self) -> Awaitable[None] | None:
+        return None
+
     def abandon(self) -> None:
         return None
 
@@ -122,9 +126,10 @@ NULL_SESSION: Final = NullSession()
 class SimpleSession(NullSession):
     """A run in a store that has only the last state of each node."""
 
-    def __init__(self, store: Any, run_id: str) -> None:
+    def __init__(self, store: Any, run_id: str, version: str) -> None:
         self._store = store
         self._run_id = run_id
+        self.version = version
 
     def record(
         self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None

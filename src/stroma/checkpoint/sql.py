@@ -144,6 +144,8 @@ def _find_with_status(
         if parameter is not None:
             where.append(condition)
             parameters.append(parameter)
+    if query.blocked:
+        where.append("r.blocked_since_ms IS NOT NULL")
     if page.after is not None:
         where.append(f"({order}.started_ms, {order}.run) < ({value}, {value})")
         parameters += parse_run_mark(page.after)

@@ -111,6 +111,8 @@ class LocalWorker:
             "continued": self._outcomes.total(),
             "queued": health.queued,
             "oldest_due_seconds": health.oldest_due_seconds,
+            "blocked": health.blocked,
+            "unserved": health.unserved,
         }
 
     def _report(self, run_id: str, outcome: ExecutionResult | Exception) -> None:
@@ -123,6 +125,11 @@ class LocalWorker:
     async def _report_status(self, ready: str, started: float) -> None:
         await self._health.started.wait()
         self._print("ready", ready)
+        for name, counts in self._health.unserved.items():
+            for version, count in counts.items():
+                verb = "waits" if count == 1 else "wait"
+                served = f"{clean(name, 60)} version {clean(version, 60)}, which is not served here"
+                self._print("note", f"{pluralize(count, 'run')} {verb} for {served}")
         while True:
             await asyncio.sleep(_STATUS_SECONDS)
             self._print("well" if self._health.is_ok else "waiting for the store", self._progress(started))
@@ -145,6 +152,7 @@ class LocalWorker:
         """Describe the queue, for the status line."""
         queued, seconds = self._health.queued, self._health.oldest_due_seconds
         text = f", {pluralize(queued, 'run')} queued" if queued else ""
+        text += f", {pluralize(self._health.blocked, 'run')} blocked" if self._health.blocked else ""
         return f"{text}, the oldest due for {format_duration(seconds)}" if seconds else text
 
     def _print(self, what: str, more: str) -> None:

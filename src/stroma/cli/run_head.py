@@ -56,6 +56,11 @@ def print_head(
     if record.status == "RUNNING":
         who = clean(record.holder) if record.holder else ("lost", "yellow")
         lines.append(("owner", [who, f"; last record {format_age(record.updated_ms)}"]))
+    if record.version is not None:
+        lines.insert(2, ("version", [clean(record.version)]))
+    if record.blocked is not None:
+        since = format_age(record.blocked.since_ms)
+        lines.append(("blocked", [(f"since {since}: ", "yellow"), clean(record.blocked.message, 1000)]))
     if record.status == QUEUED and record.due_ms is not None:
         lines.append(("due", [format_local_time(record.due_ms)]))
     for one in waiting if record.status not in FINISHED_WELL else ():

@@ -76,7 +76,7 @@ class ReliabilityContext:
         "fire", "gated", "handover", "holds", "hook_failures", "hooks", "interceptors", "interrupt", "kept_traces", "limits", "max_block_ns",
         "model_fallbacks", "number_event", "on_hold", "paused", "pipeline", "plain_steps", "policy_map", "redactor", "registry", "restored",
         "retry_budget", "run_id", "run_logger", "session", "step_policies", "step_timeouts", "stops", "suspended", "timed",
-        "trace", "traceparent", "tried", "unknown_ends", "unpriced", "wake_ms",
+        "trace", "traceparent", "tried", "unknown_ends", "unpriced", "versions", "wake_ms",
     )  # fmt: skip
 
     run_id: str
@@ -148,6 +148,8 @@ class ReliabilityContext:
         #: See RunRequest.
         self.apart: tuple[tuple[int, str], ...] = ()
         self.dispatch = BY_HAND
+        #: The versions of runs that the pipeline can continue, its own first; None for plain code, which has none.
+        self.versions: tuple[str, ...] | None = None
         #: Cancelled from elsewhere: nothing is tried again. And no further node is to begin.
         self.cancelled = self.stops = False
         #: No further attempt is to begin: the run is paused, or is being cancelled. Set in any thread.
@@ -346,6 +348,8 @@ class ReliabilityContext:
             config.force_resume,
             self.dispatch.due_ms,
             claim=self.dispatch.claim,
+            version=self.versions[0] if self.versions else "",
+            versions=None if config.allow_changes else self.versions,
         )
 
     async def _settle_earlier(self, session: Session) -> None:
@@ -405,6 +409,23 @@ class ReliabilityContext:
             pass  # Another process owns it.
         except Exception:
             self.run_logger.exception("the end of the run could not be recorded")
+        return shield.cancellation
+
+    async def give_back(self, result: ExecutionResult | None) -> asyncio.CancelledError | None:
+        """Release the run as it stood when it was opened, since this code cannot continue it.
+
+        No hook of its end is called: only exporters end what they began, with a result. Return the cancellation of the task
+        that came meanwhile.
+        """
+        shield = Shield()
+        pending = self.session.give_back()
+        problem = None if pending is None else await shield.finish(pending)
+        if problem is not None:  # Another process has it, or will when the lease expires.
+            self.session.abandon()
+            self.run_logger.warning("the run could not be given back: %s", problem)
+        calls = [call for call in self.fire.on_run_end or () if self.fire.unread[call[0]]]
+        if calls and result is not None:
+            await call_run_hooks(self, self.fire, "on_run_end", tuple(calls), *self._end_arguments(result))
         return shield.cancellation
 
     def abandon(self) -> None:

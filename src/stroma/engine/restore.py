@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from stroma.checkpoint import Committed, CorruptCheckpoint, PipelineChanged
+from stroma.checkpoint import Committed, CorruptCheckpoint, PipelineChanged, Waiting
 from stroma.checkpoint.identity import child_indexes, is_called
 from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import Group, Node, held_by, last_in, output_class
@@ -25,6 +25,7 @@ from stroma.failures.errors import ItemFailure
 __all__ = [
     "check_committed",
     "check_place",
+    "check_question",
     "output_schema",
     "raw_output",
     "read_output",
@@ -220,6 +221,24 @@ def check_committed(
             f"run {ctx.run_id!r} cannot be resumed: the output of node {node.node_id!r} at {where} was recorded with another "
             f"{schema.model.__name__} ({_difference(schema, committed)}); restore it, give the contract an upcast, "
             "allow_changes=True, or start a new run"
+        )
+
+
+def check_question(ctx: ReliabilityContext, nodes: Sequence[Node | Group], waiting: Waiting) -> None:
+    """Raise PipelineChanged unless the pipeline has the node that asked a question at its place."""
+    if ctx.config.allow_changes or is_called(waiting.branch):
+        return
+    node = nodes[waiting.position] if waiting.position < len(nodes) else None
+    for index in child_indexes(waiting.branch):
+        children = node.children if isinstance(node, Group) else ()
+        child = 0 if isinstance(node, Group) and node.is_map else index
+        node = children[child] if child < len(children) else None
+    if node is None or node.node_id != waiting.node_id:
+        ids = [one.node_id for one in nodes]
+        raise PipelineChanged(
+            f"run {ctx.run_id!r} cannot be resumed: at position {waiting.position} it waits for an answer to node "
+            f"{waiting.node_id!r}, and the pipeline has {'no node' if node is None else repr(node.node_id)} there; its nodes "
+            f"are now {', '.join(map(repr, ids))}; restore the order of nodes, or start a new run"
         )
 
 

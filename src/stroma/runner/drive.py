@@ -116,14 +116,16 @@ class Busy:
 
 @dataclass(frozen=True, slots=True)
 class Blocked:
-    """The code of this process cannot continue the run; nothing was changed.
+    """The code of this process cannot continue the run, which stays as it was, with a mark of that.
 
     Attributes:
         reason: what does not fit.
+        until: before that, workers with this code do not try again; None: no pipeline has its name here.
     """
 
     run_id: str
     reason: str
+    until: datetime | None = None
 
 
 DriveOutcome = Ended | Suspended | Yielded | Busy | Blocked
@@ -181,10 +183,8 @@ class RunDriver:
         except RunExists:
             return None
         except PipelineChanged as error:
-            return Blocked(run_id, str(error))
-        except ValidationError as error:
-            model = served.schema.model.__name__
-            return Blocked(run_id, f"the input of run {run_id!r} is not a {model}: {refused_fields(error)}")
+            mark = (await self._stored.get(run_id)).blocked
+            return Blocked(run_id, str(error), None if mark is None else _to_time(mark.until_ms))
         if result.status is RunStatus.SUSPENDED:
             outcome = await self._settled(await self._stored.get(run_id), result)
             return outcome or Suspended(
@@ -201,17 +201,28 @@ class RunDriver:
     ) -> ExecutionResult:
         """Resume a run that is due.
 
-        Raises RunExists if it is not, and during a shutdown; RunBusy, PipelineChanged, pydantic's ValidationError.
+        Raises RunExists if it is not, and during a shutdown; RunBusy; PipelineChanged if the code does not fit it: then the
+        run is marked as blocked.
         """
-        if data is None:
-            state = await self._stored.read_input(run_id, served.schema)
-        else:
-            state = served.schema.decode(data)
-        if self._batch.draining:
-            raise RunExists(
-                f"run {run_id!r} is not continued: the runner shuts down; another process may continue it"
+        try:
+            if data is None:
+                state = await self._stored.read_input(run_id, served.schema)
+            else:
+                state = served.schema.decode(data)
+            if self._batch.draining:
+                raise RunExists(
+                    f"run {run_id!r} is not continued: the runner shuts down; another process may continue it"
+                )
+            return await self._run(served.nodes, state, run_id, dispatch)
+        except PipelineChanged as error:
+            changed = error
+        except ValidationError as error:
+            model = served.schema.model.__name__
+            changed = PipelineChanged(
+                f"the input of run {run_id!r} is not a {model}: {refused_fields(error)}; restore the schema of the input"
             )
-        return await self._run(served.nodes, state, run_id, dispatch)
+        await self._stored.block(run_id, str(changed), served.code, dispatch.claim)
+        raise changed
 
     async def _settled(self, record: RunRecord, result: ExecutionResult | None = None) -> DriveOutcome | None:
         """Return the outcome for a run that is not due; None for any other run, and one with an owner."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from stroma.checkpoint.queue import RunLimits
 from stroma.contracts.contract import ContractRegistry, check_id
@@ -12,6 +12,8 @@ from stroma.contracts.node import Group, Node, find_node, output_class
 from stroma.contracts.schema import Schema, schema_of
 from stroma.engine.config import RunConfig
 from stroma.runner.sequence import find_nodes
+
+MAX_VERSION: Final = 100  # characters
 
 __all__ = ["AnyState", "Pipeline", "input_schema_of", "nodes_of", "override_config"]
 
@@ -29,8 +31,12 @@ class Pipeline:
         limits: ``max_runs`` and ``max_runs_per_key``.
         config: settings of its runs, for commands and for runners that have no settings. None: commands use those of the
             only StromaRunner with settings in the pipeline's file.
+        versions: the versions of runs that it continues, its own first; () without a version.
 
     Args:
+        version: version of the nodes. A run keeps that which it began with, and only a pipeline that has it, or accepts it,
+            continues the run.
+        accepts: earlier versions whose runs it can continue, too.
         max_runs: how many of its runs may have an owner at once, in all workers together; None: no limit. Runs that
             ``run()`` starts count, and are not limited.
         max_runs_per_key: the same for the runs of one key, see :meth:`StromaRunner.submit`.
@@ -40,6 +46,7 @@ class Pipeline:
     nodes: tuple[Any, ...]
     config: RunConfig | None
     limits: RunLimits
+    versions: tuple[str, ...]
 
     def __init__(
         self,
@@ -47,6 +54,8 @@ class Pipeline:
         nodes: Iterable[Any],
         *,
         config: RunConfig | None = None,
+        version: str | None = None,
+        accepts: Sequence[str] = (),
         max_runs: int | None = None,
         max_runs_per_key: int | None = None,
     ) -> None:
@@ -57,13 +66,45 @@ class Pipeline:
             if number is not None and (not isinstance(number, int) or number < 1):
                 raise ValueError(f"{what} must be at least 1, or None for no limit, got {number!r}")
         object.__setattr__(self, "limits", RunLimits(max_runs, max_runs_per_key))
+        object.__setattr__(self, "versions", _check_versions(version, accepts))
         for node in self.nodes:
             find_node(node)
+
+    def with_config(self, config: RunConfig) -> Pipeline:
+        """Return the pipeline with another config."""
+        own, accepts = (self.versions[0], self.versions[1:]) if self.versions else (None, ())
+        max_runs, per_key = self.limits
+        return Pipeline(
+            self.name, self.nodes, config=config, version=own, accepts=accepts, max_runs=max_runs,
+            max_runs_per_key=per_key,
+        )  # fmt: skip
+
+    @property
+    def version(self) -> str | None:
+        """Version of the nodes; None without one."""
+        return self.versions[0] if self.versions else None
 
     @property
     def _takes_any_state(self) -> Literal[True]:
         """For type checkers only: see AnyState."""
         return True
+
+
+def _check_versions(version: str | None, accepts: Sequence[str]) -> tuple[str, ...]:
+    """Return the versions of runs that a pipeline continues. Raises TypeError, ValueError."""
+    if isinstance(accepts, str):
+        raise TypeError(f"accepts must be a sequence of versions, got {accepts!r}; pass ({accepts!r},)")
+    if version is None and accepts:
+        raise ValueError(
+            "accepts needs version=, which distinguishes new runs from those of earlier versions"
+        )
+    versions = () if version is None else tuple(dict.fromkeys((version, *accepts)))
+    for one in versions:
+        if not isinstance(one, str) or not one.isprintable() or " " in one or not 0 < len(one) <= MAX_VERSION:
+            raise ValueError(
+                f"a version must be a text of 1 to {MAX_VERSION} printable characters without spaces, got {one!r}"
+            )
+    return versions
 
 
 class AnyState(Protocol):

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from stroma._utils.logs import get_logger
 from stroma.checkpoint import StoreError
-from stroma.checkpoint.queue import QueueFigures
+from stroma.checkpoint.queue import QueueFigures, QueueReading
 from stroma.hooks.sets import AnyHooks, distinct, flatten
 from stroma.runner.flows.suspension import now_ms
 
 if TYPE_CHECKING:
-    from stroma.runner.stored_runs import StoredRuns
+    from stroma.runner.stored_runs import ServedPipeline, StoredRuns
 
 __all__ = ["QueueReader", "readers_of", "watch_queues"]
 
@@ -22,8 +22,8 @@ logger = get_logger()
 #: Seconds between two queries, which are cheap: one for each pipeline.
 _READ_SECONDS: Final = 5.0
 
-#: Called with (pipeline, queued runs, seconds for which the oldest due run is due); with None when nobody knows any more.
-QueueReader = Callable[[str, int | None, float | None], None]
+#: Called with a pipeline and the figures of its queue; with None when nobody knows them any more.
+QueueReader = Callable[[str, QueueReading | None], None]
 
 
 def readers_of(hooks: AnyHooks | None) -> list[QueueReader]:
@@ -34,13 +34,13 @@ def readers_of(hooks: AnyHooks | None) -> list[QueueReader]:
 
 async def watch_queues(
     stored: StoredRuns,
-    pipelines: Sequence[str],
+    served: Mapping[str, ServedPipeline],
     readers: Mapping[str, Sequence[QueueReader]],
-    note: Callable[[int, float], None] | None,
+    note: Callable[[Sequence[QueueReading]], None] | None,
 ) -> None:
     """Read the figures of these queues every few seconds until the task is cancelled; return at once without a reader.
 
-    ``note`` is called with the sum of the queued runs, and for how long the oldest due run of all queues is due.
+    ``note`` is called with the figures of all queues.
     A store that cannot be read changes nothing: the figures are those of the last time.
     """
     if note is None and not any(readers.values()):
@@ -49,22 +49,30 @@ async def watch_queues(
         while True:
             try:
                 now = now_ms()
-                figures = await stored.queue_figures(pipelines, now)
+                figures = await stored.queue_figures(served, now)
             except StoreError as error:
                 logger.debug("the figures of the queue cannot be read: %s", error)
             else:
-                seconds = {name: _seconds_due(one, now) for name, one in figures.items()}
+                readings = {name: _reading_of(one, now) for name, one in figures.items()}
                 if note is not None:
-                    note(sum(one.queued for one in figures.values()), max(seconds.values(), default=0.0))
-                for name, one in figures.items():
+                    note(list(readings.values()))
+                for name, reading in readings.items():
                     for reader in readers.get(name, ()):
-                        reader(name, one.queued, seconds[name])
+                        reader(name, reading)
             await asyncio.sleep(_READ_SECONDS)
     finally:
-        for name in pipelines:
+        for name in served:
             for reader in readers.get(name, ()):
-                reader(name, None, None)
+                reader(name, None)
 
 
-def _seconds_due(figures: QueueFigures, now: int) -> float:
-    return 0.0 if figures.oldest_due_ms is None else max(0, now - figures.oldest_due_ms) / 1000
+def _reading_of(figures: QueueFigures, now: int) -> QueueReading:
+    def seconds_since(ms: int | None) -> float:
+        return 0.0 if ms is None else max(0, now - ms) / 1000
+
+    return QueueReading(
+        figures.queued,
+        seconds_since(figures.oldest_due_ms),
+        figures.blocked,
+        seconds_since(figures.oldest_blocked_ms),
+    )

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import BaseModel
 
@@ -20,7 +20,7 @@ from stroma.engine.current import CURRENT, leave
 from stroma.engine.loop import execute_in_turn
 from stroma.engine.outcome import STOPPED, Halt, Place, Stopped
 from stroma.engine.redelivery import redeliver
-from stroma.engine.restore import check_place, output_schema, restore
+from stroma.engine.restore import check_place, check_question, output_schema, restore
 from stroma.engine.tasks import raise_if
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import BUDGET, PAUSED, RunFailed, SharedBudgetExceeded
@@ -166,6 +166,12 @@ class RunExecution:
             await ctx.end(self._cancelled_as or status, None)
             raise
         self.continued = session.continued or self.start is not None
+        if session.continued and session.finished is None:
+            try:
+                for waiting in session.waiting.values():
+                    check_question(ctx, self.nodes, waiting)
+            except PipelineChanged as changed:
+                await self._give_back(changed)
 
     def _check_unchanged(self, position: int, branch: str, committed: Committed) -> None:
         """Raise PipelineChanged for a changed node, inside groups too, before anything runs."""
@@ -218,6 +224,13 @@ class RunExecution:
         elif isinstance(outcome, Halt) and self._waits_for_budget(outcome):
             ctx.note_suspended(BUDGET)
             self._status = self._cancelled_as or RunStatus.SUSPENDED
+        elif (
+            isinstance(outcome, Halt)
+            and outcome.failure.reason == "changed"
+            and ctx.session.continued
+            and not ctx.trace.rows
+        ):
+            await self._give_back(outcome.failure.exception)
         elif isinstance(outcome, Halt):
             self._failure = None if outcome.suspended else outcome.failure
             # A dispatcher continues the run once the store is well again; a person reads the error.
@@ -227,6 +240,15 @@ class RunExecution:
             self._status = self._cancelled_as or (RunStatus.INTERRUPTED if is_lost else outcome.status)
         else:
             self._status = RunStatus.RESUMED if self.continued else RunStatus.COMPLETED
+
+    async def _give_back(self, changed: BaseException) -> NoReturn:
+        """Leave the run as it was: this code does not fit it, and has called nothing. Raises PipelineChanged."""
+        has_started, self._has_started = self._has_started, False
+        result = self.ctx.build_result(RunStatus.INTERRUPTED, self.state) if has_started else None
+        raise_if(await self.ctx.give_back(result))
+        self.ctx.redactor.note_context()
+        text = self.ctx.redactor.mask(str(changed))
+        raise changed if text == str(changed) else PipelineChanged(text)
 
     def _waits_for_budget(self, halt: Halt) -> bool:
         """Return True if the run is suspended until somebody raises its budget, in place of its end."""

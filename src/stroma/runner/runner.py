@@ -22,6 +22,7 @@ from stroma.checkpoint import (
     StoreError,
 )
 from stroma.checkpoint.entries import RunRequest
+from stroma.checkpoint.queue import ServedCode
 from stroma.contracts.annotations import check_annotations
 from stroma.contracts.contract import ContractRegistry, NodeContract, Reconcile, Role, check_id
 from stroma.contracts.node import FlowNode, NodeDecorator, mark
@@ -35,6 +36,7 @@ from stroma.engine.tasks import has_running_loop
 from stroma.failures.failure import Classifier
 from stroma.hooks.sets import AnyHooks, NodeHooks, distinct, flatten
 from stroma.runner.batch import Batch
+from stroma.runner.code import code_of
 from stroma.runner.flows.suspension import now_ms
 from stroma.runner.live_runs import LiveRuns
 from stroma.runner.pipeline import AnyState, Pipeline, nodes_of, override_config
@@ -366,6 +368,7 @@ class StromaRunner:
         ctx = ReliabilityContext.for_run(config, self.registry, self.checkpoint_manager)
         if isinstance(node_sequence, Pipeline):
             ctx.pipeline = node_sequence.name
+        ctx.versions = node_sequence.versions if isinstance(node_sequence, Pipeline) else ()
         refuse_unknown_ids(config, nodes, self.registry, ctx.pipeline)
         if traceparent is not None:
             set_traceparent(ctx, traceparent)
@@ -536,8 +539,10 @@ class StromaRunner:
         options: dict[str, Any],
     ) -> dict[str, ExecutionResult | Exception]:
         name = nodes.name if isinstance(nodes, Pipeline) else self.config.pipeline
-        run_ids = await self._stored.find_interrupted(name)
-        served = ServedPipeline(nodes, self._stored.input_schema(nodes_of(nodes), input_schema))
+        schema = self._stored.input_schema(nodes_of(nodes), input_schema)
+        code = code_of(nodes) if isinstance(nodes, Pipeline) else ServedCode()
+        served = ServedPipeline(nodes, schema, code=code)
+        run_ids = await self._stored.find_interrupted(name, code.versions)
         resume = self._driver(batch, options).resume
         dispatch = Dispatch(now_ms())
         return await batch.recover_each(
@@ -586,7 +591,8 @@ class StromaRunner:
         - ``Yielded``: ``max_seconds`` were over, or :meth:`shutdown` was called; it was interrupted at a step boundary,
           and is due at once;
         - ``Busy``: another process owns it, at least until the time that it names;
-        - ``Blocked``: this code cannot continue it, for the reason that it names; nothing was changed.
+        - ``Blocked``: this code cannot continue it, for the reason that it names: its calls or nodes are others than those
+          that are recorded, or it has another version. The run stays as it was, with a mark of that.
 
         ``pipelines``: flows and Pipelines, in addition to the flows of this runner. The nodes of the run are those of the
         pipeline with its name. ``max_seconds``: None for no limit. Raises CheckpointNotFound for an unknown run, StoreError if
@@ -621,7 +627,8 @@ class StromaRunner:
         config = self._config_of(pipeline)
         run_id = check_id(options.get("run_id") or config.take_run_id(), "run id")
         state = served.schema.convert(initial_state)
-        request = RunRequest(run_id, pipeline.name, state, served.schema, tags=config.tags)
+        version = pipeline.version or ""
+        request = RunRequest(run_id, pipeline.name, state, served.schema, tags=config.tags, version=version)
         await self._stored.submit(request, queue_entry(options, now_ms()))
         return self.handle(run_id, pipeline)
 
@@ -641,7 +648,7 @@ class StromaRunner:
                 )
             # Without hooks: whoever executes the run calls them.
             reader = StromaRunner(self.registry, self.checkpoint_manager, RunConfig(run_id=run_id))
-            nodes, schema, _ = served[record.pipeline]
+            nodes, schema, *_ = served[record.pipeline]
             state = await self._stored.read_input(run_id, schema)
             return await reader._run(nodes, state, {}, dispatch=Dispatch(reads=True))
 
@@ -829,4 +836,4 @@ def with_settings_of(module: ModuleType, pipeline: Pipeline) -> Pipeline:
             f"pipeline {pipeline.name!r} has no config, and {len(names)} runners beside it have settings: "
             f"{', '.join(names)}; pass one of them: Pipeline({pipeline.name!r}, nodes, config={names[0]}.config)"
         )
-    return Pipeline(pipeline.name, pipeline.nodes, config=named[names[0]].config)
+    return pipeline.with_config(named[names[0]].config)

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel
 
 from stroma._utils.logs import get_logger
 from stroma.checkpoint import CheckpointManager, CheckpointNotFound, StoreError, Waiting
+from stroma.checkpoint.decisions import UNFINISHED
 from stroma.checkpoint.entries import RunRequest
-from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry, QueueFigures, RunLimits
+from stroma.checkpoint.queue import (
+    Candidate,
+    ClaimRequest,
+    QueueEntry,
+    QueueFigures,
+    RunLimits,
+    ServedCode,
+)
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import Group, Node, find_node, output_class
 from stroma.contracts.schema import Schema, schema_of
 from stroma.engine.config import RunConfig
 from stroma.engine.restore import value_of
+from stroma.runner.code import code_of
+from stroma.runner.flows.suspension import now_ms
 from stroma.runner.pipeline import Pipeline, input_schema_of, nodes_of
 from stroma.runner.requests import limits_of, request
 from stroma.runner.signals import match_answer
@@ -31,6 +42,7 @@ __all__ = ["ServedPipeline", "StoredRuns"]
 logger = get_logger()
 
 _MAX_RECOVERED = 1_000_000  # runs of one status
+_MAX_COUNTED = 1_000  # likewise
 _PAGE_ITEMS = 200  # outputs of a map that are read at once
 
 
@@ -40,6 +52,7 @@ class ServedPipeline(NamedTuple):
     nodes: Pipeline | list[Any]
     schema: Schema
     limits: RunLimits = RunLimits()
+    code: ServedCode = ServedCode()
 
 
 class StoredRuns:
@@ -84,7 +97,8 @@ class StoredRuns:
                 )
             if one.name in served and served[one.name].nodes is not one:
                 raise ValueError(f"two pipelines have the name {one.name!r}; use distinct names")
-            served[one.name] = ServedPipeline(one, self.input_schema(nodes_of(one), None), one.limits)
+            schema = self.input_schema(nodes_of(one), None)
+            served[one.name] = ServedPipeline(one, schema, one.limits, code_of(one))
         return served
 
     async def read_input(self, run_id: str, schema: Schema) -> BaseModel:
@@ -107,8 +121,8 @@ class StoredRuns:
                 yield index, value_of(self._registry, group.children[0], committed)
             first += _PAGE_ITEMS
 
-    async def find_interrupted(self, pipeline: str) -> list[str]:
-        """Return the ids of the runs of a pipeline that have no owner and no end."""
+    async def find_interrupted(self, pipeline: str, versions: Sequence[str]) -> list[str]:
+        """Return the ids of the runs of a pipeline, of these versions or none, that have no owner and no end."""
         if pipeline == RunConfig.model_fields["pipeline"].default:
             logger.warning(
                 "recover() finds runs by the name of their pipeline, and this one has the default name: it recovers the runs "
@@ -122,7 +136,11 @@ class StoredRuns:
             runs = await asyncio.to_thread(
                 store.list_runs, limit=_MAX_RECOVERED, pipeline=pipeline, status=status
             )
-            run_ids += [run.run_id for run in runs if run.holder is None]
+            run_ids += [
+                run.run_id
+                for run in runs
+                if run.holder is None and (run.version is None or run.version in versions)
+            ]
         return run_ids
 
     async def submit(self, request: RunRequest, entry: QueueEntry) -> bool:
@@ -149,15 +167,34 @@ class StoredRuns:
         """Give back a claimed run until a time in ms since the epoch."""
         await self._journal("postpone").postpone(run_id, token, due_ms)
 
+    async def block(self, run_id: str, message: str, code: ServedCode, token: str | None) -> None:
+        """Mark a run as blocked for code that cannot continue it, and give a claim back."""
+        await self._journal("block").block(run_id, message, code.name, token, now_ms())
+
+    async def count_unserved(self, pipeline: str, versions: Sequence[str]) -> dict[str, int]:
+        """Return how many unfinished runs of a pipeline have each version but these, among the newest of each status."""
+        store = self._journal("list_runs")
+        counts: Counter[str] = Counter()
+        if getattr(store, "exists", lambda: True)():
+            for status in ("RUNNING", *UNFINISHED):
+                runs = await asyncio.to_thread(
+                    store.list_runs, limit=_MAX_COUNTED, pipeline=pipeline, status=status
+                )
+                counts.update(run.version for run in runs if run.version not in (None, *versions))
+        return dict(sorted(counts.items()))
+
     async def statuses(self, run_ids: list[str]) -> dict[str, str]:
         """Return the statuses of these runs by id, without unknown ones."""
         statuses: dict[str, str] = await asyncio.to_thread(self._journal("statuses").statuses, run_ids)
         return statuses
 
-    async def queue_figures(self, pipelines: Sequence[str], now_ms: int) -> dict[str, QueueFigures]:
+    async def queue_figures(
+        self, served: Mapping[str, ServedPipeline], now_ms: int
+    ) -> dict[str, QueueFigures]:
         """Return the figures of the queues of these pipelines at a time in ms since the epoch."""
         read = self._journal("queue_figures").queue_figures
-        figures: dict[str, QueueFigures] = await asyncio.to_thread(read, pipelines, now_ms)
+        code = {name: one.code for name, one in served.items()}
+        figures: dict[str, QueueFigures] = await asyncio.to_thread(read, code, now_ms)
         return figures
 
     async def fork(

@@ -11,11 +11,12 @@ from functools import partial
 from typing import Any, Final
 
 from stroma._utils.logs import get_logger
+from stroma._utils.text import one_line, pluralize
 from stroma.checkpoint import CheckpointNotFound, PipelineChanged, StoreError
-from stroma.checkpoint.queue import Candidate, ClaimRequest
+from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueReading
 from stroma.engine.opening import Dispatch
 from stroma.runner.batch import Batch
-from stroma.runner.drive import Blocked, Busy, DriveOutcome, RunDriver
+from stroma.runner.drive import Blocked, Busy, RunDriver
 from stroma.runner.flows.suspension import now_ms
 from stroma.runner.live_runs import LiveRuns
 from stroma.runner.pipeline import Pipeline
@@ -42,9 +43,11 @@ class WorkerHealth:
         started: set once the store has been read.
         active: runs in progress.
         is_draining: no further run is continued.
-        reads_queue: the worker reads the next two from the store, every few seconds.
+        reads_queue: the worker reads the next three from the store, every few seconds.
         queued: QUEUED runs of its pipelines; None: not read yet.
         oldest_due_seconds: for how long the oldest due run of its pipelines was due at that time; 0: no run was due.
+        blocked: runs of its pipelines that are blocked.
+        unserved: unfinished runs of its pipelines at its start, by pipeline and by each version that it does not serve.
     """
 
     #: A store that cannot be read for so long makes the worker unhealthy.
@@ -57,12 +60,15 @@ class WorkerHealth:
         self.reads_queue = reads_queue
         self.queued: int | None = None
         self.oldest_due_seconds: float | None = None
+        self.blocked: int | None = None
         #: By time.monotonic(), while the store cannot be read.
         self.failing_since: float | None = None
+        self.unserved: dict[str, dict[str, int]] = {}
 
-    def note_queue(self, queued: int, oldest_due_seconds: float) -> None:
+    def note_queue(self, figures: Sequence[QueueReading]) -> None:
         """Take over the figures of the queues."""
-        self.queued, self.oldest_due_seconds = queued, oldest_due_seconds
+        self.queued, self.blocked = sum(one.queued for one in figures), sum(one.blocked for one in figures)
+        self.oldest_due_seconds = max((one.due_seconds for one in figures), default=0.0)
 
     @property
     def is_ok(self) -> bool:
@@ -127,7 +133,7 @@ class RunWorker:
         drained = asyncio.ensure_future(self._batch.until_drained())
         listener = self._stored.listen(partial(_wake, loop, self._news))
         note = self.health.note_queue if self.health.reads_queue else None
-        watching = asyncio.ensure_future(watch_queues(self._stored, list(served), self._readers, note))
+        watching = asyncio.ensure_future(watch_queues(self._stored, served, self._readers, note))
         try:
             while not self._batch.draining:
                 self._news.clear()
@@ -172,8 +178,11 @@ class RunWorker:
         with_lost = now >= self._next_look_for_lost
         if with_lost:
             self._next_look_for_lost = now + self._poll_seconds / 2
-        request = ClaimRequest(self._token, _CLAIM_SECONDS, free, now_ms(), limits, with_lost)
+        code = {name: one.code for name, one in served.items()}
+        request = ClaimRequest(self._token, _CLAIM_SECONDS, free, now_ms(), limits, with_lost, code)
         try:
+            if not self.health.started.is_set():
+                await self._report_unserved(served)
             claimed = await self._stored.claim(request)
         except StoreError as error:
             if not (self.health.started.is_set() or error.transient):
@@ -196,6 +205,16 @@ class RunWorker:
             task.add_done_callback(partial(self._finish, one.run_id))
         return len(claimed) >= free
 
+    async def _report_unserved(self, served: dict[str, ServedPipeline]) -> None:
+        """Log how many runs wait for code of another version. Raises StoreError."""
+        for name, one in served.items():
+            counts = self.health.unserved[name] = await self._stored.count_unserved(name, one.code.versions)
+            for version, count in counts.items():
+                verb = "waits" if count == 1 else "wait"
+                logger.warning(
+                    "%s %s for %s version %s, which is not served here", pluralize(count, "run"), verb, name, version
+                )  # fmt: skip
+
     async def _continue(
         self, served: ServedPipeline, claimed: Candidate, before: asyncio.Task[None] | None
     ) -> None:
@@ -211,18 +230,27 @@ class RunWorker:
                 if self._batch.draining:
                     await self._stored.postpone(run_id, self._token, 0)
                 return
-            outcome = _outcome_of(driven)
+            if isinstance(driven, Blocked):
+                self._report_blocked(driven)
+                outcome = PipelineChanged(driven.reason)
+            else:
+                assert driven.result is not None
+                self._failures.pop(run_id, None)
+                outcome = driven.result
         except CheckpointNotFound as error:
             logger.debug("run %s is not continued here: %s", run_id, error)
             return
         except Exception as error:
             outcome = error
-        if isinstance(outcome, Exception):
-            await self._postpone(run_id, outcome)
-        else:
-            self._failures.pop(run_id, None)
+            await self._postpone(run_id, error)
         if self._on_result is not None:
             self._on_result(run_id, outcome)
+
+    def _report_blocked(self, driven: Blocked) -> None:
+        """Log that a run does not fit the code of this worker. The store has recorded it."""
+        seconds = 0.0 if driven.until is None else driven.until.timestamp() - now_ms() / 1000
+        reason = one_line(driven.reason)
+        logger.warning("run %s is blocked: %s; trying again in %.0f s", driven.run_id, reason, seconds)
 
     async def _postpone(self, run_id: str, error: Exception) -> None:
         """Give a run back that could not be continued, for a while that grows with each failure."""
@@ -247,11 +275,3 @@ def _wake(loop: asyncio.AbstractEventLoop, news: asyncio.Event) -> None:
         loop.call_soon_threadsafe(news.set)
     except RuntimeError:
         pass  # The loop is closed.
-
-
-def _outcome_of(driven: DriveOutcome) -> Outcome:
-    if isinstance(driven, Blocked):
-        return PipelineChanged(driven.reason)
-    assert not isinstance(driven, Busy)
-    assert driven.result is not None
-    return driven.result

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeVar
 
 from stroma._utils.logs import get_logger
+from stroma.checkpoint.queue import QueueReading
 from stroma.cost.budget import BudgetExceeded
 from stroma.engine import tasks
 from stroma.engine.context import ReliabilityContext
@@ -188,11 +189,8 @@ class Observer:
     def hook_raised(self, run: ReliabilityContext | None, hook: str) -> None:
         """Handle an exception of a hook of any set; ``run`` is None where no run is known."""
 
-    def queue_read(self, pipeline: str, queued: int | None, due_seconds: float | None) -> None:
-        """Handle the figures of a queue that a worker of this process has read; None once it reads them no more.
-
-        ``queued``: QUEUED runs. ``due_seconds``: for how long the oldest due run is due, 0 if no run is.
-        """
+    def queue_read(self, pipeline: str, figures: QueueReading | None) -> None:
+        """Handle the figures of a queue that a worker of this process has read; None once it reads them no more."""
 
     def flush(self, timeout_seconds: float) -> bool:
         """Send what is queued, blocking; return True if all of it was sent. Called in a thread."""
@@ -399,7 +397,7 @@ class ExporterHooks(NodeHooks):
     exporter: Observer = field(kw_only=True, repr=False)
 
     @property
-    def queue_reader(self) -> Callable[[str, int | None, float | None], None] | None:
+    def queue_reader(self) -> Callable[[str, QueueReading | None], None] | None:
         """Return the function that a worker calls with figures of its queues, and that never raises; None if they are not shown."""
         if type(self.exporter).queue_read is Observer.queue_read:
             return None

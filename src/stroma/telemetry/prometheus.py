@@ -7,6 +7,7 @@ import weakref
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
+from stroma.checkpoint.queue import QueueReading
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.failures.classes import FailureClass
@@ -112,7 +113,8 @@ class _Metrics:
                 multiprocess_mode="livesum",
             )
         )
-        self.queued, self.due_seconds = (
+        #: In the order of a QueueReading.
+        self.queues = tuple(
             # Where processes share their metrics: any worker that lives has read the same store.
             _Children(
                 Gauge(name, text, ("pipeline",), unit=unit, registry=registry, multiprocess_mode="livemax")
@@ -120,6 +122,8 @@ class _Metrics:
             for name, unit, text in (
                 ("stroma_runs_queued", "", "Runs that were submitted and have not started."),
                 ("stroma_runs_oldest_due", "seconds", "For how long the oldest due run is due."),
+                ("stroma_runs_blocked", "", "Runs that code of their version could not continue."),
+                ("stroma_runs_oldest_blocked", "seconds", "For how long the oldest blocked run is blocked."),
             )
         )
         self.run_seconds = _Children(
@@ -169,7 +173,8 @@ class _Metrics:
             "stroma_runs_returned", "Calls that got the result of a run that they did not run.", "status"
         )
         self.hook_errors = counter("stroma_hook_errors", "Exceptions that hooks raised.", "hook")
-        self._collectors = [one.metric for one in vars(self).values() if isinstance(one, _Children)]
+        own = [one for one in vars(self).values() if isinstance(one, _Children)]
+        self._collectors = [one.metric for one in (*own, *self.queues)]
 
 
 class _Children:
@@ -237,13 +242,13 @@ class _Prometheus(Observer):
         if run is not None:
             self._metrics.hook_errors(self._metrics.labels.pipeline(run.pipeline), hook).inc()
 
-    def queue_read(self, pipeline: str, queued: int | None, due_seconds: float | None) -> None:
+    def queue_read(self, pipeline: str, figures: QueueReading | None) -> None:
         label = self._metrics.labels.pipeline(pipeline)
-        for gauge, value in ((self._metrics.queued, queued), (self._metrics.due_seconds, due_seconds)):
-            if value is None:
+        for at, gauge in enumerate(self._metrics.queues):
+            if figures is None:
                 gauge.remove(label)
             else:
-                gauge(label).set(value)
+                gauge(label).set(figures[at])
 
     def attempt_ended(self, node: NodeExecution, ended: AttemptEnd) -> None:
         metrics, usage, exemplar = self._metrics, node.usage, _exemplar()

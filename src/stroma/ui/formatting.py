@@ -32,6 +32,7 @@ from stroma.trace.html import tree
 from stroma.ui.components import chip
 
 __all__ = [
+    "BLOCKED_FILTER",
     "accepts_gzip",
     "ago",
     "as_attachment",
@@ -57,6 +58,8 @@ __all__ = [
 _LARGE_PAGE: Final = 50_000  # bytes
 _EXAMPLES: Final[dict[Any, Any]] = {str: "", int: 0, float: 0.0, bool: True}
 _FILTERS: Final = ("tag", "node", "class", "pipeline")
+#: A word of a search that finds blocked runs.
+BLOCKED_FILTER: Final = "is:blocked"
 
 
 def parse_search(text: str, status: str, kind: str) -> RunQuery:
@@ -65,7 +68,9 @@ def parse_search(text: str, status: str, kind: str) -> RunQuery:
     rest = []
     for word in text.split():
         name, colon, value = word.partition(":")
-        if colon and value and name in _FILTERS:
+        if word == BLOCKED_FILTER:
+            filters["blocked"] = True
+        elif colon and value and name in _FILTERS:
             filters["failure_class" if name == "class" else name] = (
                 value.upper() if name == "class" else value
             )

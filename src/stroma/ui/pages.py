@@ -181,6 +181,7 @@ class Pages:
         queued = sum(one.status == QUEUED for one in newest)
         suspended = [one for one in newest if one.status == "SUSPENDED"]
         held = [self._history.redact_run(one) for one in suspended[:_MAX_HELD]]
+        marks = [one.blocked.since_ms for one in newest if one.blocked is not None]
         failed = []
         if any(one.status in FAILED for one in runs):
             failed = self._history.page(RunQuery(statuses=FAILED, since_ms=since_ms), _PAGE_SIZE).runs
@@ -189,6 +190,7 @@ class Pages:
         return self._renderer.page(
             "overview.html", here="overview", it=it, days=days, spans=_SPANS, chart=it.chart(buckets), costs=it.cost_chart(buckets),
             runs_chart=runs_chart(runs, buckets), capped=it.total.attempts >= _MAX_SUMMED, buckets=buckets, held=held, runs=len(runs), queued=queued,
+            blocked=len(marks), blocked_since=min(marks, default=0),
             stopped=stopped, reasons=stopped_by(failed), rate=f"{done / (done + stopped):.1%}" if done + stopped else "no result",
         )  # fmt: skip
 

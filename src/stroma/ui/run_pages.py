@@ -23,7 +23,7 @@ from stroma.checkpoint.history import (
     place_of,
     status_of,
 )
-from stroma.checkpoint.queue import QUEUED
+from stroma.checkpoint.queue import QUEUED, ServedCode
 from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunRecord, end_of_page
 from stroma.failures.tracebacks import FailureSite
 from stroma.telemetry.otlp_json import otlp_spans
@@ -111,9 +111,15 @@ class RunPages:
             control_keys={action: self._renderer.keys.form(action, run_id) for action in controls_of(record)}, working=is_at_work(record),
             command=self._resume_command(record), folded=timeline.fold_idle, idle=idle_ms(story.bars) > 0, at=after,
             zoomed=timeline.window is not None, trace=trace_link(self._settings, run_id),
-            queued=self._store.queue_figures([record.pipeline], 0)[record.pipeline].queued if record.status == QUEUED else 0,
+            queued=self._queued_runs(record) if record.status == QUEUED else 0,
         )  # fmt: skip
         return compress(request, page_response)
+
+    def _queued_runs(self, record: RunRecord) -> int:
+        """Return the number of queued runs of a run's pipeline and version."""
+        versions = () if record.version is None else (record.version,)
+        figures = self._store.queue_figures({record.pipeline: ServedCode(versions)}, 0)
+        return figures[record.pipeline].queued
 
     def _attempts(self, record: RunRecord, after: str | None) -> tuple[AttemptPage, list[AttemptRecord]]:
         """Return the attempts to list, and further ones for the timeline. Reads the store once."""

@@ -84,7 +84,7 @@ def fork_run(
         if row.position < before or (cut is not None and row.position == before and cut.has_call(row.branch))
     ]
     identities = {position: identity for identity, position in rows.identities(origin.run, origin.execution)}
-    fence = rows.begin(existing, opening._replace(pipeline=origin.pipeline))
+    fence = rows.begin(existing, opening._replace(pipeline=origin.pipeline, version=origin.version))
     for number, (position, branch, node_id, step) in enumerate(steps):
         verify_step(step, source, position, node_id, branch)
         if edited is not None and (position, branch) == (before - 1, ""):

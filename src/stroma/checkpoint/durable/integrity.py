@@ -109,7 +109,7 @@ _attempt_numbers: Final = itemgetter(*(at for at, types in enumerate(_ATTEMPT_TY
 #: Values in place of those that cannot be read; 0 for all others. SQLite sorts texts above all numbers, so in a list,
 #: the newest first, a start that is a text comes before this one.
 _DEFAULTS: Final[dict[str, Any]] = {
-    "run_id": "?", "pipeline": "", "started_ms": _MAX_INT, "updated_ms": _MAX_INT, "left_seconds": -1.0,
+    "run_id": "?", "pipeline": "", "version": "", "started_ms": _MAX_INT, "updated_ms": _MAX_INT, "left_seconds": -1.0,
 }  # fmt: skip
 
 

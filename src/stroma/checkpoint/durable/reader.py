@@ -255,9 +255,12 @@ class ReadableStore(ABC):
         records: list[RunRecord] = []
         for run, extras in zip(runs, rows.run_extras(runs, failed=failed), strict=True):
             error = self._payloads.open_text(run.error, PayloadPlace(run.run_id, run.execution, "error"))
+            blocked = self._payloads.open_text(
+                run.blocked, PayloadPlace(run.run_id, run.execution, "blocked")
+            )
             failed_attempts = [self._with_message(run.run_id, run.execution, one) for one in extras.failed]
             causes = _possible_causes(rows, run, failed_attempts)
-            records.append(_run_record(run._replace(error=error), extras, causes))
+            records.append(_run_record(run._replace(error=error, blocked=blocked), extras, causes))
         return records
 
     def _attempt_record(
@@ -418,6 +421,8 @@ def _run_record(row: RunRow, extras: RunExtras, causes: list[Attempt]) -> RunRec
         row.priority or 0,
         row.key,
         row.expires_ms,
+        row.version or None,
+        row.mark,
     )
 
 

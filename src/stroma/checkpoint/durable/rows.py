@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Final, NamedTuple, Protocol
 
+from stroma.checkpoint.blocked import BlockedMark
 from stroma.checkpoint.durable.owner import Owner, is_gone
 from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry, QueueFigures
 from stroma.checkpoint.records import Attempt, RunQuery, StoreFacts, Tally
@@ -123,6 +124,8 @@ class RunRow(NamedTuple):
         wake_ms: see :func:`stroma.checkpoint.decisions.merge_wake`.
         expires_ms, priority, key: see :class:`stroma.checkpoint.queue.QueueEntry`; None of a run that was not submitted, and
             some stores have 0 for its priority.
+        version: that of the pipeline when the execution began; "" without a version.
+        blocked, blocked_since_ms, blocked_until_ms, blocked_codes: see :attr:`mark`; None of a run that is not blocked.
         claim: token of the worker that has claimed the run; None if there is no claim, or it has expired.
     """
 
@@ -147,7 +150,20 @@ class RunRow(NamedTuple):
     expires_ms: int | None = None
     priority: int | None = None
     key: str | None = None
+    version: str = ""
+    blocked: str | None = None
+    blocked_since_ms: int | None = None
+    blocked_until_ms: int | None = None
+    blocked_codes: str | None = None
     claim: str | None = None
+
+    @property
+    def mark(self) -> BlockedMark | None:
+        """The mark of a blocked run, with its message in stored form."""
+        if self.blocked is None:
+            return None
+        codes = tuple((self.blocked_codes or "").split())
+        return BlockedMark(self.blocked, self.blocked_since_ms or 0, self.blocked_until_ms or 0, codes)
 
     @property
     def holder(self) -> Owner | None:
@@ -187,6 +203,8 @@ class Opening(NamedTuple):
     Attributes:
         discard_from: see RunRequest.
         execution: the execution that ``input`` is sealed for.
+        version: that of the pipeline, "" without one: of an execution that begins, and of one without a version that a
+            worker starts.
     """
 
     run_id: str
@@ -199,6 +217,7 @@ class Opening(NamedTuple):
     discard_from: int | None
     tags: tuple[str, ...] = ()
     execution: int = 1
+    version: str = ""
 
 
 class RunEnd(NamedTuple):
@@ -245,7 +264,10 @@ class Rows(Protocol):
         ...
 
     def take_over(self, run: RunRow, opening: Opening) -> Fence:
-        """Take over the last execution, without its commits from ``discard_from`` on. Increments the epoch."""
+        """Take over the last execution, without its commits from ``discard_from`` on. Increments the epoch.
+
+        Deletes its mark, as :meth:`finish` does.
+        """
         ...
 
     def replace_owner(self, run: RunRow, owner: str) -> Fence:
@@ -296,6 +318,9 @@ class Rows(Protocol):
     def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:
         """Set from when on a run is due if it is suspended, or will be; 0: at once, None: never by itself."""
 
+    def block(self, run: RunRow, mark: BlockedMark | None) -> None:
+        """Mark a run without an owner as blocked, with the message in stored form; None deletes the mark."""
+
     # ---- queue
     def enqueue(self, fence: Fence, entry: QueueEntry) -> None:
         """Release an execution that has just begun as QUEUED, until a worker opens it."""
@@ -304,8 +329,9 @@ class Rows(Protocol):
     def candidates(self, pipeline: str, request: ClaimRequest) -> list[Candidate]:
         """Return runs of a pipeline that are due and have no claim; see :func:`stroma.checkpoint.decisions.is_due`.
 
-        The first ``limit`` queued runs of each key, and at most ``limit`` of those that stopped and of those whose owner is
-        gone. No other transaction returns them before this one ends, or claim() does not claim them.
+        The first ``limit`` queued runs of each key, and at most ``limit`` of those that stopped, of those whose owner is
+        gone, and of those that are blocked for other code, or were for long enough. All are of a version that the code
+        serves. No other transaction returns them before this one ends, or claim() does not claim them.
         """
         ...
 
@@ -317,8 +343,8 @@ class Rows(Protocol):
         """Claim runs; return those that were still free. For Redis: known when the transaction has ended."""
         ...
 
-    def queue_figures(self, pipeline: str, now_ms: int) -> QueueFigures:
-        """Return the figures of the queue of a pipeline at a time."""
+    def queue_figures(self, pipeline: str, versions: Sequence[str], now_ms: int) -> QueueFigures:
+        """Return the figures of the queue of a pipeline at a time; see :class:`QueueFigures`."""
         ...
 
     def inputs_of(self, candidates: Sequence[Candidate]) -> dict[Any, tuple[bytes, bytes]]:

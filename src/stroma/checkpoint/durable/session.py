@@ -73,7 +73,7 @@ class DurableSession:
         "__weakref__", "_completed", "_decrypted", "_deliver", "_failure_sites", "_identities", "_payloads",
         "_pending_notes", "_references", "_rejected", "_release", "_submit", "address", "attribution", "charges", "continued",
         "control", "ended", "execution", "fence", "finished", "lost_start_ms", "notes", "on_control", "places", "prior", "restored",
-        "run_id", "traceparent", "tried", "undelivered", "waiting",
+        "run_id", "traceparent", "tried", "undelivered", "version", "waiting",
     )  # fmt: skip
 
     stores_inputs: ClassVar[bool] = True
@@ -92,6 +92,7 @@ class DurableSession:
     tried: Mapping[tuple[int, str], Tried]
     traceparent: str | None
     undelivered: list[AttemptRow]
+    version: str
 
     def __init__(
         self,
@@ -130,7 +131,7 @@ class DurableSession:
         self.finished, self.continued = opened.finished, opened.continued
         self.restored, self.places, self.tried = opened.restored, opened.places, opened.tried
         self.prior, self.traceparent, self.attribution = opened.prior, opened.traceparent, opened.attribution
-        self.control, self.lost_start_ms = opened.control, opened.lost_start_ms
+        self.control, self.version, self.lost_start_ms = opened.control, opened.version, opened.lost_start_ms
         self.waiting, self.undelivered, self.notes = opened.waiting, opened.undelivered, opened.notes
         self._identities = {position: identity for identity, position in opened.places.items()}
         self._completed = opened.completed
@@ -430,8 +431,12 @@ class DurableSession:
         if control is not None:
             notify(control)
 
+    def give_back(self) -> Awaitable[None]:
+        """See Session. Awaited: raises Fenced, or another StoreError."""
+        return self._submit(Transaction(self.run_id, self.release))
+
     def release(self, rows: Rows) -> None:
-        """Undo the claim of a run whose session nobody took. One operation; does nothing without a claim."""
+        """Undo the claim of the run. One operation; does nothing without a claim."""
         if self._release is not None and self.fence.owner:
             self._release(rows)
         self.abandon()

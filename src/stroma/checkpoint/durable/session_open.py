@@ -95,6 +95,7 @@ class OpenedRun:
         "traceparent",
         "tried",
         "undelivered",
+        "version",
         "waiting",
     )
 
@@ -113,6 +114,7 @@ class OpenedRun:
         self.traceparent: str | None = None
         self.tried: Mapping[tuple[int, str], Tried] = {}
         self.undelivered: list[AttemptRow] = []
+        self.version = ""
         self.waiting: dict[tuple[int, str], Waiting] = {}
 
 
@@ -158,7 +160,7 @@ class RunOpener:
             raise lost_error(self._run_id, "some of its rows are missing")
         opened, request, control = self._opened, self._request, NO_CONTROL
         if action == "begin" or run is None:
-            opened.fence = rows.begin(run, self._seal_for_next(run))
+            opened.fence, opened.version = rows.begin(run, self._seal_for_next(run)), self._opening.version
             if run is not None:
                 rows.delete_annotations(run.run, *OF_EXECUTION)
         else:
@@ -188,6 +190,7 @@ class RunOpener:
             if action == "continue" and run.status == "RUNNING":
                 opened.lost_start_ms = run.started_ms
             opened.continued = action == "continue" and opened.finished is None and not is_first
+            opened.version = run.version or (self._opening.version if is_first else "")
             self._load_annotations(rows, run, read)
         return opened
 
@@ -204,18 +207,20 @@ class RunOpener:
         return lambda kind: require_intact(by_kind.get(kind, ()), self._run_id)
 
     def release(self, rows: Rows) -> None:
-        """Undo the claim: the run stands as it did, or as an INTERRUPTED one if it was begun. Raises Fenced."""
+        """Undo the claim: the run stands as it did, or as an INTERRUPTED one if it was begun, or ran. Raises Fenced."""
         opened, before = self._opened, self._before
         if opened.finished is not None:  # It was claimed only to be ended.
             end = RunEnd(opened.finished.status, opened.finished.error)
             finish_execution(rows, self._payloads, opened.fence, self._run_id, end)
-        elif before is None or before.status in ("RUNNING", QUEUED) or self._request.discard_from is not None:
+        elif before is None or before.status == "RUNNING" or self._request.discard_from is not None:
             record_end(rows, opened.fence, self._run_id, RunEnd("INTERRUPTED"))
         else:
             end = RunEnd(before.status, before.error, before.wake_ms, before.updated_ms)
             record_end(rows, opened.fence, self._run_id, end)
             if self._held.pause:
                 request(rows, self._run_id, PAUSE)
+        if before is not None and before.mark is not None:
+            rows.block(before, before.mark)
 
     def _load(self, rows: Rows, run: RunRow) -> None:
         """Load usage, steps and commits of the last execution, and resolve what the request discards."""
@@ -445,4 +450,6 @@ def _prior_work(rows: Rows, run: RunRow | None) -> PriorWork:
 def _last_execution(run: RunRow) -> LastExecution:
     holder = run.holder
     place = None if holder is None else holder.place
-    return LastExecution(run.execution, run.status, place, run.left_seconds, run.wake_ms, run.claim)
+    return LastExecution(
+        run.execution, run.status, place, run.left_seconds, run.wake_ms, run.claim, run.pipeline, run.version
+    )

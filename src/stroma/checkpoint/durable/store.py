@@ -15,6 +15,7 @@ from typing import Any, Self, TypeVar
 from pydantic import BaseModel
 
 from stroma._utils.logs import get_logger
+from stroma.checkpoint.blocked import block
 from stroma.checkpoint.cells import Change
 from stroma.checkpoint.decisions import BUDGET_CHANGED, COMPLETE, ENDED, UNFINISHED, not_waiting
 from stroma.checkpoint.durable.annotations import read_annotation, read_waiting, record_waiting, waiting_key
@@ -28,7 +29,7 @@ from stroma.checkpoint.durable.control import (
     request_budget,
 )
 from stroma.checkpoint.durable.fork import fork_run
-from stroma.checkpoint.durable.integrity import checksum, is_intact, verify_step
+from stroma.checkpoint.durable.integrity import checksum, is_intact, storable_text, verify_step
 from stroma.checkpoint.durable.leases import LeaseRenewer
 from stroma.checkpoint.durable.news import Listener
 from stroma.checkpoint.durable.operations import CellChange, Transaction
@@ -60,6 +61,7 @@ from stroma.checkpoint.queue import (
     ClaimRequest,
     QueueEntry,
     QueueFigures,
+    ServedCode,
 )
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema
@@ -186,6 +188,7 @@ class DurableStore(ReadableStore):
             request.discard_from,
             tuple(dict.fromkeys(request.tags)),
             execution,
+            request.version,
         )
 
     # ------------------------------------------------------------------ queue
@@ -236,12 +239,36 @@ class DurableStore(ReadableStore):
 
         await self._submit(Transaction(run_id, postpone))
 
-    def queue_figures(self, pipelines: Sequence[str], now_ms: int) -> dict[str, QueueFigures]:
+    async def block(self, run_id: str, message: str, code: str, token: str | None, now_ms: int) -> None:
+        """Mark a run as blocked for code that cannot continue it, and end the claim with this token.
+
+        Nothing happens if the run has ended, or has an owner or another claim. Raises StoreError.
+        """
+
+        def mark(rows: Rows) -> None:
+            run = rows.find(run_id, lock=True)
+            if run is None or run.holder is not None or run.claim not in (None, token):
+                return
+            if run.status in ("RUNNING", *UNFINISHED):
+                place = PayloadPlace(run_id, run.execution, "blocked")
+                sealed = self._payloads.seal_text(storable_text(message), place) or ""
+                rows.block(run, block(run.mark, sealed, code, now_ms))
+            if run.claim is not None:
+                rows.claim([Candidate(run.run, run_id, run.pipeline)], run.claim, -1.0)
+
+        await self._submit(Transaction(run_id, mark))
+
+    def queue_figures(self, served: Mapping[str, ServedCode], now_ms: int) -> dict[str, QueueFigures]:
         """Return the figures of the queues of these pipelines at a time. Blocking. Raises StoreError."""
-        nothing = dict.fromkeys(pipelines, QueueFigures(0, None))
+        nothing = dict.fromkeys(served, QueueFigures(0, None))
         if not self.exists():
             return nothing
-        return self.read(lambda rows: {name: rows.queue_figures(name, now_ms) for name in pipelines}, nothing)
+        return self.read(
+            lambda rows: {
+                name: rows.queue_figures(name, code.versions, now_ms) for name, code in served.items()
+            },
+            nothing,
+        )
 
     def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
         """Return the statuses of these runs by id, without unknown ones. Blocking. Raises StoreError."""
@@ -343,6 +370,8 @@ class DurableStore(ReadableStore):
             if run.holder is not None or run.status in COMPLETE:
                 return False
             forget_requests(rows, run.run, CANCEL, PAUSE)
+            if run.mark is not None:
+                rows.block(run, None)
             if run.status in UNFINISHED:
                 rows.wake(run)
             elif run.status != "RUNNING":  # One whose owner died is due as it is.

@@ -183,7 +183,7 @@ class History:
 
     def redact_run(self, record: RunRecord) -> RunRecord:
         """Return a run with redacted messages."""
-        if self.redact is None or (record.error is None and record.cause is None):
+        if self.redact is None or (record.error is None and record.cause is None and record.blocked is None):
             return record
         redaction, cause = self._redaction_of(record.run_id), record.cause
         at = (0, "") if cause is None else (cause.position, cause.branch)
@@ -191,7 +191,9 @@ class History:
             cause = cause._replace(
                 message=redaction.message(cause.message, *at), reason=redaction.code(cause.reason, *at)
             )
-        return replace(record, error=redaction.message(record.error, *at), cause=cause)
+        # It may have the input of any call, and it is unknown what is hidden in that.
+        blocked = None if record.blocked is None else record.blocked._replace(message=HIDDEN)
+        return replace(record, error=redaction.message(record.error, *at), cause=cause, blocked=blocked)
 
     def redact_attempts(self, run_id: str, attempts: list[AttemptRecord]) -> list[AttemptRecord]:
         """Return attempts of one run with redacted messages."""

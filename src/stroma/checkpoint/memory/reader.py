@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from stroma.checkpoint.decisions import BUDGET_CHANGED, UNFINISHED
 from stroma.checkpoint.entries import Committed, Waiting, count_items, map_not_found
 from stroma.checkpoint.errors import CheckpointNotFound
-from stroma.checkpoint.queue import QUEUED, QueueFigures
+from stroma.checkpoint.queue import QUEUED, QueueFigures, ServedCode
 from stroma.contracts.contract import check_id
 
 if TYPE_CHECKING:
@@ -71,15 +71,20 @@ class MemoryReader:
         """
         return self._records.run_page(query, limit, after)
 
-    def queue_figures(self, pipelines: Sequence[str], now_ms: int) -> dict[str, QueueFigures]:
+    def queue_figures(self, served: Mapping[str, ServedCode], now_ms: int) -> dict[str, QueueFigures]:
         """Return the figures of the queues of these pipelines at a time."""
-        figures = {}
-        for name in pipelines:
-            runs = [run for run in self._runs.values() if run.pipeline == name and run.execution]
-            wakes = [run.wake_ms or 0 for run in runs if run.status in UNFINISHED]
-            due = [ms for ms in wakes if BUDGET_CHANGED < ms <= now_ms]
+        figures: dict[str, QueueFigures] = {}
+        for name, code in served.items():
+            runs = [
+                run
+                for run in self._runs.values()
+                if run.pipeline == name and run.execution and run.version in ("", *code.versions)
+            ]
+            since = [run.blocked.since_ms for run in runs if run.blocked is not None]
+            runs = [run for run in runs if run.status in UNFINISHED and run.blocked is None]
+            due = [ms for run in runs if BUDGET_CHANGED < (ms := run.wake_ms or 0) <= now_ms]
             queued = sum(run.status == QUEUED for run in runs)
-            figures[name] = QueueFigures(queued, min(due, default=None))
+            figures[name] = QueueFigures(queued, min(due, default=None), len(since), min(since, default=None))
         return figures
 
     def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:

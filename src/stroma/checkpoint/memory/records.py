@@ -139,7 +139,7 @@ def _record(run_id: str, run: MemoryRun) -> RunRecord:
         run_id, run.pipeline, run.status, run.execution, run.started_ms, updated, tokens, cost, nodes, run.error,
         last and last.holder, run.parent, sum(row.function_ns for row in rows if not row.branch) / 1e6,
         tuple(sorted(run.tags)), cause_of([_attempt(row, run, with_output=False) for row in causes]), len(failed), run.epoch, run.wake_ms,
-        run.queue.priority, run.queue.key, run.queue.expires_ms,
+        run.queue.priority, run.queue.key, run.queue.expires_ms, run.version or None, run.blocked,
     )  # fmt: skip
 
 
@@ -148,6 +148,8 @@ def _matches(query: RunQuery, run_id: str, run: MemoryRun) -> bool:
     if query.pipeline not in (None, run.pipeline) or (query.statuses and run.status not in query.statuses):
         return False
     if query.tag is not None and query.tag not in run.tags:
+        return False
+    if query.blocked and run.blocked is None:
         return False
     if query.since_ms is not None and run.started_ms < query.since_ms:
         return False

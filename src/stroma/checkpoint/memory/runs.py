@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
+from stroma.checkpoint.blocked import BlockedMark
 from stroma.checkpoint.decisions import LastExecution, PriorWork, has_expired
 from stroma.checkpoint.entries import NO_CONTROL, RunControl, StepCall, Waiting
 from stroma.checkpoint.queue import QueueEntry
@@ -80,6 +81,7 @@ class MemoryRun:
         effects: ids of the nodes whose effect an execution of the run has called.
         queue: how the run was submitted.
         claim: token of the worker that has claimed it, and until when by the monotonic clock, in seconds.
+        version: see RunRow. blocked: the mark of a blocked run.
     """
 
     execution: int = 0
@@ -110,6 +112,8 @@ class MemoryRun:
     effects: frozenset[str] = frozenset()
     queue: QueueEntry = _NOT_QUEUED
     claim: tuple[str, float] | None = None
+    version: str = ""
+    blocked: BlockedMark | None = None
 
     @property
     def live_claim(self) -> str | None:
@@ -141,7 +145,16 @@ class MemoryRun:
         if self.execution == 0:
             return None
         holder = "another task of this process" if self.session() is not None else None
-        return LastExecution(self.execution, self.status, holder, math.inf, self.wake_ms, self.live_claim)
+        return LastExecution(
+            self.execution,
+            self.status,
+            holder,
+            math.inf,
+            self.wake_ms,
+            self.live_claim,
+            self.pipeline,
+            self.version,
+        )
 
     def prior_work(self) -> PriorWork:
         """Return what a new execution discards."""

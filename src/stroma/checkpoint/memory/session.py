@@ -50,12 +50,14 @@ __all__ = ["MemorySession"]
 
 _NOTHING_RESTORED: Mapping[tuple[int, str], Committed] = {}
 _NO_PRIOR_USAGE = PriorUsage()
+_GIVEN_BACK = ("status", "error", "wake_ms", "control", "blocked")
 
 
 class MemorySession(NullSession):
     """The session of one execution, which writes into the run itself; see Session."""
 
     __slots__ = (
+        "_before",
         "_calls",
         "_completion",
         "_epoch",
@@ -75,6 +77,7 @@ class MemorySession(NullSession):
         "prior",
         "restored",
         "traceparent",
+        "version",
         "waiting",
     )
 
@@ -85,6 +88,8 @@ class MemorySession(NullSession):
         action = "begin" if last is None else decide(request, last, run.input == initial, run.prior_work)
         self.continued, self.finished, self.on_control = action == "continue", None, None
         is_first = run.status == QUEUED
+        #: The run as it was, for give_back().
+        self._before = {name: getattr(run, name) for name in _GIVEN_BACK}
         if action != "begin":
             self._continue(run, request)
         if action == "continue":
@@ -107,16 +112,19 @@ class MemorySession(NullSession):
                 run.discard_execution()
             run.execution += 1
             run.input, run.pipeline, run.schema = initial, request.pipeline, request.schema
+            run.version = request.version
             run.start_execution()
             self.restored, self.prior = _NOTHING_RESTORED, _NO_PRIOR_USAGE
         if action != "return":
-            run.status, run.error, run.wake_ms, run.claim = "RUNNING", None, None, None
+            if is_first:
+                run.version = run.version or request.version
+            run.status, run.error, run.wake_ms, run.claim, run.blocked = "RUNNING", None, None, None, None
             if request.tags:
                 run.tags = tuple(dict.fromkeys((*run.tags, *request.tags)))
             run.epoch += 1
             run.last_session = weakref.ref(self)
             run.session = run.last_session if request.ends else no_session
-        self.execution, self._epoch = run.execution, run.epoch
+        self.execution, self._epoch, self.version = run.execution, run.epoch, run.version
         self._run, self._states, self._other_rows = run, run.states, run.other_rows
         self._run_id = request.run_id
         self.control = run.control
@@ -273,9 +281,23 @@ class MemorySession(NullSession):
                 status, error = before[:2]  # A resume without anything to do leaves the run unchanged.
             self._run.status, self._run.error = status, error
             self._run.wake_ms = merge_wake(self._run.wake_ms, status, error, wake_ms)
+            self._run.blocked = None
             self.abandon()
             if status == "SUSPENDED":
                 self._on_suspension(self._run_id)
+
+    def give_back(self) -> None:
+        run, before = self._run, self._before
+        if run.epoch != self._epoch:
+            raise _fenced(self._run_id)
+        if before["status"] == "RUNNING":  # Its owner was gone.
+            before = {**before, "status": "INTERRUPTED", "wake_ms": 0}
+        woken = run.wake_ms  # An answer has come meanwhile.
+        for name, value in before.items():
+            setattr(run, name, value)
+        if woken is not None and run.status in UNFINISHED:
+            run.wake_ms = woken
+        self.abandon()
 
     def abandon(self) -> None:
         if self._run.epoch == self._epoch:

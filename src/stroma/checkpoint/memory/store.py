@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pydantic import BaseModel
 
 from stroma._utils.logs import get_logger
+from stroma.checkpoint.blocked import block
 from stroma.checkpoint.cells import MemoryCells
 from stroma.checkpoint.decisions import (
     BUDGET_CHANGED,
@@ -98,13 +99,16 @@ class _MemoryStore(MemoryReader, MemoryCells):
             last = run.last_execution()
             if last is None or run.pipeline not in request.pipelines:
                 continue
+            code, mark = request.code_of(run.pipeline), run.blocked
             key = run.queue.key
             if last.claim == POSTPONED:
                 continue
             if last.holder is not None or last.claim is not None:
                 counts = live.setdefault(run.pipeline, {})
                 counts[key] = counts.get(key, 0) + 1
-            elif is_due(last, request.now_ms):
+                continue
+            is_blocked = mark is not None and mark.until_ms > request.now_ms and code.name in mark.codes
+            if run.version in ("", *code.versions) and not is_blocked and is_due(last, request.now_ms):
                 candidates.append(
                     Candidate(run, run_id, run.pipeline, run.queue.priority, run.wake_ms or 0, key)
                 )
@@ -123,6 +127,15 @@ class _MemoryStore(MemoryReader, MemoryCells):
             else:
                 run.claim_for(POSTPONED, _POSTPONED_SECONDS)
 
+    async def block(self, run_id: str, message: str, code: str, token: str | None, now_ms: int) -> None:
+        """Mark a run as blocked for code that cannot continue it, and end the claim with this token."""
+        run = self._runs.get(run_id)
+        if run is None or run.session() is not None or run.live_claim not in (None, token):
+            return
+        run.claim = None
+        if run.status in ("RUNNING", *UNFINISHED):
+            run.blocked = block(run.blocked, message, code, now_ms)
+
     # ---- journal
 
     async def cancel(self, run_id: str) -> bool:
@@ -137,7 +150,7 @@ class _MemoryStore(MemoryReader, MemoryCells):
             return False
         else:
             _request(run, run.control._replace(cancel=True))
-            run.status, run.error, run.wake_ms = "CANCELLED", None, None
+            run.status, run.error, run.wake_ms, run.blocked = "CANCELLED", None, None, None
         return True
 
     async def pause(self, run_id: str) -> bool:
@@ -151,7 +164,7 @@ class _MemoryStore(MemoryReader, MemoryCells):
             return False
         _request(run, run.control._replace(pause=True))
         if is_free:
-            run.status, run.error, run.wake_ms = "SUSPENDED", PAUSED, None
+            run.status, run.error, run.wake_ms, run.blocked = "SUSPENDED", PAUSED, None, None
         return True
 
     async def unpause(self, run_id: str) -> bool:
@@ -259,6 +272,7 @@ class _MemoryStore(MemoryReader, MemoryCells):
         run.places = {identity: at for identity, at in source.places.items() if at < before}
         run.execution, run.parent, run.status = 1, run_id, "INTERRUPTED"
         run.pipeline, run.schema, run.input = source.pipeline, source.schema, source.input
+        run.version = source.version
         run.attribution, run.traceparent = {"session": run_id, **source.attribution}, source.traceparent
         run.start_execution()
         run.wake_ms = run.started_ms + FORK_DUE_MS

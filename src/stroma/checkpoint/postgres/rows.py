@@ -8,6 +8,7 @@ from typing import Any, Final, LiteralString
 
 import psycopg
 
+from stroma.checkpoint.blocked import BlockedMark
 from stroma.checkpoint.decisions import BUDGET_CHANGED
 from stroma.checkpoint.durable.integrity import parse_attempt, parse_run, require_undamaged
 from stroma.checkpoint.durable.owner import machine_prefix
@@ -85,7 +86,7 @@ class PostgresRows:
         number, execution = run.run, run.execution + 1
         # Earlier executions stay in the history; their commits are not read any more.
         self._execute(sql.NEW_INPUT, (number, execution, opening.contract, opening.input, opening.sha256))
-        claim = (execution, opening.pipeline, opening.owner, opening.lease_seconds, number)
+        claim = (execution, opening.pipeline, opening.version, opening.owner, opening.lease_seconds, number)
         fence = self._fence(number, execution, opening, self._execute(sql.BEGIN, claim))
         if execution > 1:
             self._execute(sql.UNTAG, (number,))
@@ -97,7 +98,7 @@ class PostgresRows:
             place = (run.run, run.execution, max(opening.discard_from, 0))
             self._execute(sql.COUNT_DISCARDED, (self._execute(sql.DISCARD, place).rowcount, run.run))
         self._tag(opening, run.run)
-        claim = (opening.owner, opening.lease_seconds, run.run)
+        claim = (opening.version, opening.owner, opening.lease_seconds, run.run)
         return self._fence(run.run, run.execution, opening, self._execute(sql.TAKE_OVER, claim))
 
     def replace_owner(self, run: RunRow, owner: str) -> Fence:
@@ -153,6 +154,10 @@ class PostgresRows:
         if wake_ms == 0:
             self._execute(sql.NOTIFY)
 
+    def block(self, run: RunRow, mark: BlockedMark | None) -> None:
+        values = (None,) * 4 if mark is None else (*mark[:3], " ".join(mark.codes))
+        self._execute(sql.BLOCK, (*values, run.run))
+
     # ------------------------------------------------------------------ queue
 
     def enqueue(self, fence: Fence, entry: QueueEntry) -> None:
@@ -160,15 +165,18 @@ class PostgresRows:
         self._execute(sql.NOTIFY)
 
     def candidates(self, pipeline: str, request: ClaimRequest) -> list[Candidate]:
+        code = request.code_of(pipeline)
         values = {
             "pipeline": pipeline,
             "now": request.now_ms,
             "limit": request.limit,
             "machine": machine_prefix(),
+            "versions": list(code.versions),
+            "code": code.name,
         }
         candidates = [
             Candidate(*row)
-            for statement in (sql.STOPPED, sql.QUEUED, sql.QUEUED_BY_KEY)
+            for statement in (sql.STOPPED, sql.QUEUED, sql.QUEUED_BY_KEY, sql.BLOCKED)
             for row in self._execute(statement, values).fetchall()
         ]
         if not request.with_lost:
@@ -198,11 +206,11 @@ class PostgresRows:
         self._execute(sql.CLAIM_RUNS, (token, float(seconds), [one.run for one in candidates]))
         return list(candidates)
 
-    def queue_figures(self, pipeline: str, now_ms: int) -> QueueFigures:
-        queued, due_ms = self._execute(
-            sql.QUEUE_FIGURES, {"pipeline": pipeline, "now": now_ms, "changed": BUDGET_CHANGED}
-        ).fetchone() or (0, None)
-        return QueueFigures(int(queued), due_ms)
+    def queue_figures(self, pipeline: str, versions: Sequence[str], now_ms: int) -> QueueFigures:
+        values = {"pipeline": pipeline, "versions": list(versions), "now": now_ms, "changed": BUDGET_CHANGED}
+        row: Any = self._execute(sql.QUEUE_FIGURES, values).fetchone()
+        queued, due_ms, blocked, since_ms = row
+        return QueueFigures(int(queued), due_ms, int(blocked), since_ms)
 
     def inputs_of(self, candidates: Sequence[Candidate]) -> dict[Any, tuple[bytes, bytes]]:
         rows = self._execute(sql.INPUTS, ([one.run for one in candidates],)).fetchall()

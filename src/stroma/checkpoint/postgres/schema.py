@@ -12,8 +12,8 @@ from stroma.checkpoint.durable.worker import permanent_error
 
 __all__ = ["SCHEMA_VERSION", "is_current", "is_ours", "key", "prepare"]
 
-SCHEMA_VERSION: Final = 4  # what this release writes
-_MIN_READER: Final = 4  # the oldest version that can read what this release writes
+SCHEMA_VERSION: Final = 5  # what this release writes
+_MIN_READER: Final = 5  # the oldest version that can read what this release writes
 
 # ``run`` is never reused, so that a session of a deleted run cannot reach the rows of another one.
 # An index entry holds at most 2.7 kB, and ids have any length: columns named *_key hold key() of an id.
@@ -28,6 +28,7 @@ _MIN_READER: Final = 4  # the oldest version that can read what this release wri
 # Deleted: runs that were deleted within the last day, to distinguish them from lost runs.
 # wake_ms: from when on a worker continues a run that stopped or is queued; every opening deletes it.
 # claim: the worker that is about to open the run, until claim_until.
+# blocked and the columns after it: the mark of a blocked run; every opening and every end deletes it.
 # The indexes of runs use columns that no commit changes, and `failed` contains rows that few commits write.
 # Identities: only steps of plain code have one; they can be longer than an index entry.
 _TABLES: Final[tuple[LiteralString, ...]] = (
@@ -40,7 +41,9 @@ _TABLES: Final[tuple[LiteralString, ...]] = (
         tokens bigint NOT NULL, cost_pico bigint NOT NULL, latency_ns bigint NOT NULL,
         lease_owner text COLLATE "C", lease_epoch bigint NOT NULL, lease_until timestamptz,
         attempt_count bigint NOT NULL DEFAULT 0, commit_count bigint NOT NULL DEFAULT 0, wake_ms bigint,
-        priority bigint NOT NULL DEFAULT 0, queue_key text COLLATE "C", expires_ms bigint, claim text, claim_until timestamptz)
+        priority bigint NOT NULL DEFAULT 0, queue_key text COLLATE "C", expires_ms bigint, claim text, claim_until timestamptz,
+        version text COLLATE "C" NOT NULL DEFAULT '', blocked text, blocked_since_ms bigint, blocked_until_ms bigint,
+        blocked_codes text)
         WITH (fillfactor = 70)""",
     "CREATE TABLE deleted (run bigint PRIMARY KEY, deleted_ms bigint NOT NULL)",
     "CREATE INDEX runs_by_start ON runs (started_ms, run)",
@@ -67,10 +70,13 @@ _TABLES: Final[tuple[LiteralString, ...]] = (
     "CREATE INDEX tags_by_start ON tags (tag, started_ms, run)",
     "CREATE INDEX runs_by_pipeline ON runs (pipeline, started_ms, run)",
     "CREATE INDEX runs_by_status ON runs (status, started_ms, run)",
-    "CREATE INDEX runs_by_wake ON runs (pipeline, wake_ms) WHERE status IN ('SUSPENDED', 'INTERRUPTED')",
-    "CREATE INDEX runs_by_queue ON runs (pipeline, priority, wake_ms, run) WHERE status = 'QUEUED' AND queue_key IS NULL",
-    """CREATE INDEX runs_by_key ON runs (pipeline, queue_key, priority, wake_ms, run)
-        WHERE status = 'QUEUED' AND queue_key IS NOT NULL""",
+    """CREATE INDEX runs_by_wake ON runs (pipeline, wake_ms, version)
+        WHERE status IN ('SUSPENDED', 'INTERRUPTED') AND blocked_since_ms IS NULL""",
+    """CREATE INDEX runs_by_queue ON runs (pipeline, priority, wake_ms, run, version)
+        WHERE status = 'QUEUED' AND queue_key IS NULL AND blocked_since_ms IS NULL""",
+    """CREATE INDEX runs_by_key ON runs (pipeline, queue_key, priority, wake_ms, run, version)
+        WHERE status = 'QUEUED' AND queue_key IS NOT NULL AND blocked_since_ms IS NULL""",
+    "CREATE INDEX runs_by_block ON runs (pipeline, blocked_since_ms, version) WHERE blocked_since_ms IS NOT NULL",
     "CREATE INDEX failed ON attempts (run, execution, (started_ns + duration_ns)) WHERE failure_class IS NOT NULL",
     "CREATE INDEX called ON attempts (run, execution, position) WHERE identity IS NOT NULL",
 )  # fmt: skip

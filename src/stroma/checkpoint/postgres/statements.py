@@ -12,6 +12,7 @@ RUN_COLUMNS: Final = """r.run, r.run_id, r.pipeline, r.execution, r.status, r.er
     coalesce(extract(epoch FROM r.lease_until - clock_timestamp())::float8, -1.0),
     (SELECT count(*) FROM steps s WHERE s.run = r.run AND s.execution = r.execution AND s.position >= 0
     AND s.branch_key = ''), r.attempt_count, r.commit_count, r.wake_ms, r.expires_ms, r.priority, r.queue_key,
+    r.version, r.blocked, r.blocked_since_ms, r.blocked_until_ms, r.blocked_codes,
     CASE WHEN r.claim_until >= clock_timestamp() THEN r.claim END"""
 FIND: Final = f"SELECT {RUN_COLUMNS} FROM runs r WHERE run_key = %s"
 # Two sessions that open a new run wait for the same row: the second one waits for the first, then sees its changes.
@@ -21,11 +22,15 @@ LOCK: Final = f"""INSERT INTO runs AS r (run_key, run_id, pipeline, execution, s
     ON CONFLICT (run_key) DO UPDATE SET run_key = excluded.run_key RETURNING {RUN_COLUMNS}, r.run = lastval()"""
 NEW_INPUT: Final = "INSERT INTO inputs (run, execution, contract, input, sha256) VALUES (%s, %s, %s, %s, %s)"
 INPUT: Final = "SELECT contract, input, sha256 FROM inputs WHERE run = %s AND execution = %s"
-_CLAIM: Final = f"""status = 'RUNNING', error = NULL, updated_ms = {NOW_MS}, lease_owner = %s, lease_until = {_LEASE_END},
+# A run that was submitted without a version has that of the code which starts it.
+_NO_MARK: Final = "blocked = NULL, blocked_since_ms = NULL, blocked_until_ms = NULL, blocked_codes = NULL"
+_CLAIM: Final = f"""status = 'RUNNING', {_NO_MARK}, error = NULL, updated_ms = {NOW_MS}, lease_owner = %s, lease_until = {_LEASE_END},
     wake_ms = NULL, claim = NULL, claim_until = NULL, lease_epoch = lease_epoch + 1 WHERE run = %s RETURNING lease_epoch, attempt_count"""
-TAKE_OVER: Final = f"UPDATE runs SET {_CLAIM}"
+TAKE_OVER: Final = f"""UPDATE runs SET version = CASE WHEN status = 'QUEUED' AND version = '' THEN %s ELSE version END,
+    {_CLAIM}"""
+BLOCK: Final = """UPDATE runs SET blocked = %s, blocked_since_ms = %s, blocked_until_ms = %s, blocked_codes = %s WHERE run = %s"""
 REPLACE_OWNER: Final = "UPDATE runs SET lease_owner = %s WHERE run = %s"
-BEGIN: Final = f"""UPDATE runs SET execution = %s, pipeline = %s, started_ms = {NOW_MS}, tokens = 0, cost_pico = 0,
+BEGIN: Final = f"""UPDATE runs SET execution = %s, pipeline = %s, version = %s, started_ms = {NOW_MS}, tokens = 0, cost_pico = 0,
     latency_ns = 0, attempt_count = 0, commit_count = 0, {_CLAIM}"""
 DISCARD: Final = "DELETE FROM steps WHERE run = %s AND execution = %s AND position >= %s"
 COUNT_DISCARDED: Final = "UPDATE runs SET commit_count = commit_count - %s WHERE run = %s"
@@ -92,8 +97,8 @@ COMMIT_ATTEMPT: Final = f"{_RECORD_ATTEMPT} {_RESULT}"
 COMMIT_OUTPUT: Final = f"{_RECORD_ATTEMPT}{_RECORD_OUTPUT} {_RESULT}"
 # An answer that was stored since the run was claimed makes it due.
 FINISH: Final = f"""UPDATE runs SET status = %(status)s, error = %(error)s,
-    updated_ms = coalesce(%(updated_ms)s::bigint, {NOW_MS}), lease_until = NULL, wake_ms = CASE
-    WHEN %(status)s::text IN ('SUSPENDED', 'INTERRUPTED') THEN least(wake_ms, %(wake_ms)s::bigint) END {_FENCE}"""
+    updated_ms = coalesce(%(updated_ms)s::bigint, {NOW_MS}), lease_until = NULL, {_NO_MARK}, wake_ms = CASE
+    WHEN %(status)s::text IN ('SUSPENDED', 'INTERRUPTED', 'QUEUED') THEN least(wake_ms, %(wake_ms)s::bigint) END {_FENCE}"""
 WAKE: Final = "UPDATE runs SET wake_ms = %s WHERE run = %s"
 # Wakes workers that listen; identical notifications of a transaction are sent once.
 NOTIFY: Final = "SELECT pg_notify('stroma_' || current_schema(), '')"
@@ -101,11 +106,19 @@ ENQUEUE: Final = """UPDATE runs SET status = 'QUEUED', lease_until = NULL, wake_
     expires_ms = %s WHERE run = %s"""
 _FREE: Final = "(r.claim_until IS NULL OR r.claim_until < clock_timestamp())"
 _CANDIDATE: Final = "SELECT r.run, r.run_id, r.pipeline, r.priority, coalesce(r.wake_ms, 0), r.queue_key"
-_DUE: Final = f"FROM runs r WHERE r.pipeline = %(pipeline)s AND r.wake_ms <= %(now)s AND {_FREE}"
+_SERVED: Final = "(r.version = '' OR r.version = ANY(%(versions)s::text[]))"
+_NOT_BLOCKED: Final = "r.blocked_since_ms IS NULL"
+_BLOCK_OVER: Final = "(r.blocked_until_ms <= %(now)s OR strpos(r.blocked_codes, %(code)s) = 0)"
+_SERVED_DUE: Final = (
+    f"FROM runs r WHERE r.pipeline = %(pipeline)s AND r.wake_ms <= %(now)s AND {_SERVED} AND {_FREE}"
+)
+_DUE: Final = f"{_SERVED_DUE} AND {_NOT_BLOCKED}"
 # Other workers skip the rows that one of them is about to claim.
 _LOCKED: Final = "FOR UPDATE OF r SKIP LOCKED"
 STOPPED: Final = f"""{_CANDIDATE} {_DUE} AND r.status IN ('SUSPENDED', 'INTERRUPTED')
     ORDER BY r.wake_ms LIMIT %(limit)s {_LOCKED}"""
+BLOCKED: Final = f"""{_CANDIDATE} {_SERVED_DUE} AND r.blocked_since_ms IS NOT NULL AND {_BLOCK_OVER}
+    AND r.status IN ('SUSPENDED', 'INTERRUPTED', 'QUEUED') ORDER BY r.blocked_since_ms LIMIT %(limit)s {_LOCKED}"""
 # Without keys, the rows come from the index in order.
 QUEUED: Final = f"""{_CANDIDATE} {_DUE} AND r.status = 'QUEUED' AND r.queue_key IS NULL
     ORDER BY r.priority, r.wake_ms, r.run LIMIT %(limit)s {_LOCKED}"""
@@ -113,18 +126,20 @@ QUEUED_BY_KEY: Final = f"""{_CANDIDATE} {_DUE} AND r.status = 'QUEUED' AND r.run
     row_number() OVER (PARTITION BY r.queue_key ORDER BY r.priority, r.wake_ms, r.run) AS place {_DUE}
     AND r.status = 'QUEUED' AND r.queue_key IS NOT NULL) AS placed WHERE place <= %(limit)s) ORDER BY r.run {_LOCKED}"""
 # Each part is one scan of an index.
-QUEUE_FIGURES: Final = """SELECT sum(queued), min(due_ms) FROM (
-    SELECT count(*) AS queued, min(CASE WHEN wake_ms <= %(now)s THEN wake_ms END) AS due_ms
-    FROM runs WHERE pipeline = %(pipeline)s AND status = 'QUEUED' AND queue_key IS NULL
-    UNION ALL SELECT count(*), min(CASE WHEN wake_ms <= %(now)s THEN wake_ms END)
-    FROM runs WHERE pipeline = %(pipeline)s AND status = 'QUEUED' AND queue_key IS NOT NULL
-    UNION ALL SELECT 0, (SELECT wake_ms FROM runs WHERE pipeline = %(pipeline)s
-    AND status IN ('SUSPENDED', 'INTERRUPTED') AND wake_ms <= %(now)s AND wake_ms > %(changed)s ORDER BY wake_ms LIMIT 1)
-    ) AS parts"""
+_OF_PIPELINE: Final = f"FROM runs r WHERE r.pipeline = %(pipeline)s AND {_SERVED}"
+QUEUE_FIGURES: Final = f"""SELECT sum(queued), min(due_ms), sum(blocked), min(since_ms) FROM (
+    SELECT count(*) AS queued, min(CASE WHEN wake_ms <= %(now)s THEN wake_ms END) AS due_ms, 0 AS blocked,
+    NULL::bigint AS since_ms {_OF_PIPELINE} AND {_NOT_BLOCKED} AND status = 'QUEUED' AND queue_key IS NULL
+    UNION ALL SELECT count(*), min(CASE WHEN wake_ms <= %(now)s THEN wake_ms END), 0, NULL
+    {_OF_PIPELINE} AND {_NOT_BLOCKED} AND status = 'QUEUED' AND queue_key IS NOT NULL
+    UNION ALL SELECT 0, (SELECT wake_ms {_OF_PIPELINE} AND {_NOT_BLOCKED} AND status IN ('SUSPENDED', 'INTERRUPTED')
+    AND wake_ms <= %(now)s AND wake_ms > %(changed)s ORDER BY wake_ms LIMIT 1), 0, NULL
+    UNION ALL SELECT 0, NULL, count(*), min(blocked_since_ms) {_OF_PIPELINE} AND blocked_since_ms IS NOT NULL) AS parts"""
 # Of owners on this machine it is known at once that they are gone; they may be few of very many.
 RUNNING: Final = f"""SELECT run, run_id, pipeline, priority, queue_key, lease_owner,
     coalesce(extract(epoch FROM lease_until - clock_timestamp())::float8, -1.0) FROM runs r
     WHERE status = 'RUNNING' AND pipeline = %(pipeline)s AND execution > 0 AND {_FREE}
+    AND {_SERVED} AND ({_NOT_BLOCKED} OR {_BLOCK_OVER})
     AND (lease_until IS NULL OR lease_until < clock_timestamp() OR starts_with(lease_owner, %(machine)s))
     ORDER BY started_ms"""
 LIVE: Final = f"""SELECT queue_key, lease_owner, coalesce(extract(epoch FROM lease_until - clock_timestamp())::float8, -1.0),

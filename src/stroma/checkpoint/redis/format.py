@@ -240,6 +240,10 @@ def _run_row(reply: list[Any], run_id: str) -> RunRow:
         _number(f["expires_ms"]) if "expires_ms" in f else None,
         _signed(f["priority"]) if "priority" in f else None,
         _text(f.get("queue_key")),
+        _text(f.get("flow_version", b"")),
+        _text(f.get("blocked")),
+        *(_number(f[name]) if name in f else None for name in ("blocked_since", "blocked_until")),
+        _text(f.get("blocked_codes")),
         _text(f.get("claim")) if _has_time_left(f.get("claim_until"), now) else None,
     )
     return parse_run(values, run_id, others)
@@ -265,6 +269,8 @@ def read_run_row(reply: Any, run_id: str) -> RunRow:
         0,
         0,
         0,
+        *[None] * 4,
+        "",
         *[None] * 5,
     )
     return parse_run(values, run_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
@@ -82,8 +83,15 @@ class RedisReader:
         return runs, None if end is None else _mark(*end)
 
     def candidates(self, pipeline: str, request: ClaimRequest) -> list[Candidate]:
-        values = (pipeline, request.now_ms, request.limit, _MAX_EXAMINED)
-        (reply,) = self._get(script_command("stroma:", "candidates", *values))
+        code = request.code_of(pipeline)
+        values = (request.now_ms, request.limit, _MAX_EXAMINED, code.name, random.random())
+        replies = self._get(
+            *(
+                script_command("stroma:", "candidates", pipeline, version, *values)
+                for version in ("", *code.versions)
+            )
+        )
+        reply = [part for one in replies for part in one]
         rows = sorted(zip(*(reply[at::5] for at in range(5)), strict=True), key=lambda row: int(row[0]))
         return [
             Candidate(
@@ -96,10 +104,19 @@ class RedisReader:
         (reply,) = self._get(script_command("stroma:", "live_runs", pipeline))
         return Counter(map(_key, reply))
 
-    def queue_figures(self, pipeline: str, now_ms: int) -> QueueFigures:
-        values = ("queue_figures", pipeline, now_ms, BUDGET_CHANGED + 1, _MAX_EXAMINED)
-        ((queued, due),) = self._get(script_command("stroma:", *values))
-        return QueueFigures(int(queued), int(due) if due else None)
+    def queue_figures(self, pipeline: str, versions: Sequence[str], now_ms: int) -> QueueFigures:
+        values = (now_ms, BUDGET_CHANGED + 1, _MAX_EXAMINED)
+        replies = self._get(
+            *(
+                script_command("stroma:", "queue_figures", pipeline, version, *values)
+                for version in ("", *versions)
+            )
+        )
+        queued, due, blocked, since = zip(*replies, strict=True)
+        return QueueFigures(
+            sum(map(int, queued)), min(map(int, filter(None, due)), default=None),
+            sum(map(int, blocked)), min(map(int, filter(None, since)), default=None),
+        )  # fmt: skip
 
     def inputs_of(self, candidates: Sequence[Candidate]) -> dict[Any, tuple[bytes, bytes]]:
         return {}
@@ -409,6 +426,7 @@ def _filter_json(query: RunQuery) -> str:
         "pipeline": query.pipeline,
         "statuses": dict.fromkeys(query.statuses, True) or None,
         "tag": query.tag,
+        "blocked": query.blocked or None,
         "class": query.failure_class,
         "node": query.node,
         "text": None if text is None else "".join(ch.lower() if ch.isascii() else ch for ch in text),

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple
 
+from stroma.checkpoint.blocked import BlockedMark
 from stroma.checkpoint.decoding import RecordName, decode_number
 from stroma.checkpoint.durable.integrity import require_undamaged
 from stroma.checkpoint.durable.operations import fenced_error
@@ -126,7 +127,7 @@ class RedisRows(RedisReader):
         data = pack([opening.contract, opening.sha256.hex()], opening.input)
         self._append(
             fence, "begin", opening.run_id, *read_version, opening.owner, fence.run.token, fence.execution,
-            fence.epoch, opening.pipeline, _lease_ms(fence), data, _tags(opening),
+            fence.epoch, opening.pipeline, opening.version, _lease_ms(fence), data, _tags(opening),
         )  # fmt: skip
         return fence
 
@@ -136,7 +137,7 @@ class RedisRows(RedisReader):
         discard = "" if opening.discard_from is None else max(opening.discard_from, 0)
         self._append(
             fence, "take_over", opening.run_id, *_version_of(run.run), opening.owner, run.execution, fence.epoch,
-            _lease_ms(fence), discard, _tags(opening),
+            _lease_ms(fence), discard, _tags(opening), opening.version,
         )  # fmt: skip
         return fence
 
@@ -248,6 +249,10 @@ class RedisRows(RedisReader):
 
     def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:
         self._write(run.run.prefix, "wake", run.run_id, "" if wake_ms is None else wake_ms)
+
+    def block(self, run: RunRow, mark: BlockedMark | None) -> None:
+        values = () if mark is None else (*mark[:3], " ".join(mark.codes))
+        self._write(run.run.prefix, "block", run.run_id, *values)
 
     def enqueue(self, fence: Fence, entry: QueueEntry) -> None:
         key = "" if entry.key is None else f"={entry.key}"

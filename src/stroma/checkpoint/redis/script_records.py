@@ -68,7 +68,7 @@ function ops.delete(id, tombstone)
   end
   if f[3] then
     leave_queues(id)
-    redis.call('ZREM', DUE .. f[3], id)
+    redis.call('ZREM', DUE .. lane(), id)
   end
   for _, key in ipairs(keys_of(executions)) do redis.call('DEL', key) end
   redis.call('DEL', p .. SAVED)
@@ -123,6 +123,7 @@ local function matches(filter, id)
   local f = redis.call('HMGET', prefix .. 'run', 'pipeline', 'status', 'tags', 'error', 'execution')
   if not f[1] or (filter.pipeline and f[1] ~= filter.pipeline) then return false end
   if filter.statuses and not filter.statuses[f[2]] then return false end
+  if filter.blocked and redis.call('HEXISTS', prefix .. 'run', 'blocked') == 0 then return false end
   if filter.tag then
     local tagged = false
     for _, tag in ipairs(f[3] and cjson.decode(f[3]) or {}) do tagged = tagged or tag == filter.tag end
@@ -172,33 +173,42 @@ function ops.find_runs(from, before, lowest, limit, prefix, filter_json)
 end
 
 -- Returns (order of submission, id, priority, due, '=' and key or '') of runs of a pipeline that are due and have no claim: the first queued runs of
--- each key, and runs that stopped or whose lease is over. Wakes have the clock of the clients, leases that of the server.
-function ops.candidates(pipeline, now, limit, most)
-  local ms, found, gone, examined = now_ms(), {}, {}, 0
+-- each key, runs that stopped or whose lease is over, and blocked ones that this code has not refused, or long ago. Wakes
+-- have the clock of the clients, leases that of the server. Of many blocked runs a part is looked at; where: 0 to 1.
+function ops.candidates(pipeline, version, now, limit, most, code, where)
+  local ms, found, examined = now_ms(), {}, 0
+  local place = lane_of(pipeline, version)
   now, limit, most = tonumber(now), tonumber(limit), tonumber(most)
   local function add(id, f, due)
     for _, value in ipairs({f.order or '0', id, f.priority or 0, due, f.key and '=' .. f.key or ''}) do
       found[#found + 1] = value
     end
   end
-  local count = 0
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', DUE .. pipeline, '-inf', math.max(now, ms), 'LIMIT', 0, most)) do
-    if count >= limit then break end
-    local f = redis.pcall('HMGET', prefix_of(id) .. 'run', 'status', 'until_ms', 'wake_ms', 'pipeline', 'claim_until',
-      'priority', 'queue_key')
-    local stopped = f[1] == 'SUSPENDED' or f[1] == 'INTERRUPTED'
-    if f.err or f[4] ~= pipeline or not (stopped and f[3] or f[1] == 'RUNNING') then gone[#gone + 1] = id
-    elseif not is_claimed(f[5], ms) and (stopped and tonumber(f[3]) <= now
-        or not stopped and (tonumber(f[2] or 0) or 0) < ms) then
-      add(id, {priority = f[6], key = f[7]}, stopped and f[3] or 0)
-      count = count + 1
+  -- Adds those of these runs that are due. Runs that are in the list no more are removed from it.
+  local function add_due(list, ids, blocked)
+    local count = 0
+    for _, id in ipairs(ids) do
+      if count >= limit then break end
+      local f = redis.pcall('HMGET', prefix_of(id) .. 'run', 'status', 'until_ms', 'wake_ms', 'pipeline', 'claim_until',
+        'priority', 'queue_key', 'flow_version', 'blocked_until', 'blocked_codes', 'order')
+      local stopped = f[1] == 'SUSPENDED' or f[1] == 'INTERRUPTED' or blocked and f[1] == 'QUEUED'
+      if f.err or f[4] ~= pipeline or (f[8] or '') ~= version or blocked and not f[9]
+          or not (stopped and (f[3] or blocked) or f[1] == 'RUNNING') then redis.call('ZREM', list, id)
+      elseif not is_claimed(f[5], ms) and (stopped and f[3] and tonumber(f[3]) <= now
+          or not stopped and (tonumber(f[2] or 0) or 0) < ms)
+          and (not blocked or tonumber(f[9]) <= now or not string.find(f[10] or '', code, 1, true)) then
+        add(id, {priority = f[6], key = f[7], order = blocked and f[11]}, stopped and f[3] or 0)
+        count = count + 1
+      end
     end
   end
-  for _, id in ipairs(gone) do redis.call('ZREM', DUE .. pipeline, id) end
-  local keys = redis.call('SMEMBERS', QUEUE_KEYS .. pipeline)
+  add_due(DUE .. place, redis.call('ZRANGEBYSCORE', DUE .. place, '-inf', math.max(now, ms), 'LIMIT', 0, most))
+  local first = math.floor(where * math.max(redis.call('ZCARD', BLOCKED .. place) - most / 2, 0))
+  add_due(BLOCKED .. place, redis.call('ZRANGE', BLOCKED .. place, first, first + most / 2), true)
+  local keys = redis.call('SMEMBERS', QUEUE_KEYS .. place)
   keys[#keys + 1] = ''
   for _, key in ipairs(keys) do
-    local queue, first, taken = queue_of(pipeline, key), 0, 0
+    local queue, first, taken = queue_of(place, key), 0, 0
     while taken < limit and examined < most do
       local members = redis.call('ZRANGE', queue, first, first + 99, 'WITHSCORES')
       if #members == 0 then break end
@@ -231,15 +241,16 @@ function ops.live_runs(pipeline)
   return keys
 end
 
--- Returns how many runs of a pipeline are queued, and the earliest due time, or '', of queued and stopped runs that are due
--- at a time: of each key and priority, the first member of a queue is due first.
-function ops.queue_figures(pipeline, now, least, most)
+-- Returns how many runs of a lane are queued, and the earliest due time, or '', of queued and stopped runs that are due
+-- at a time: of each key and priority, the first member of a queue is due first. Then how many are blocked, and since when.
+function ops.queue_figures(pipeline, version, now, least, most)
   local queued, oldest, examined = 0, nil, 0
+  local place = lane_of(pipeline, version)
   now, most = tonumber(now), tonumber(most)
-  local keys = redis.call('SMEMBERS', QUEUE_KEYS .. pipeline)
+  local keys = redis.call('SMEMBERS', QUEUE_KEYS .. place)
   keys[#keys + 1] = ''
   for _, key in ipairs(keys) do
-    local queue, above = queue_of(pipeline, key), '-inf'
+    local queue, above = queue_of(place, key), '-inf'
     queued = queued + redis.call('ZCARD', queue)
     while examined < most do
       local first = redis.call('ZRANGEBYSCORE', queue, above, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
@@ -249,13 +260,14 @@ function ops.queue_figures(pipeline, now, least, most)
       above, examined = '(' .. first[2], examined + 1
     end
   end
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', DUE .. pipeline, least, now, 'LIMIT', 0, most)) do
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', DUE .. place, least, now, 'LIMIT', 0, most)) do
     local f = redis.pcall('HMGET', prefix_of(id) .. 'run', 'status', 'wake_ms')
     local due = not f.err and (f[1] == 'SUSPENDED' or f[1] == 'INTERRUPTED') and tonumber(f[2])
     if due and (not oldest or due < oldest) then oldest = due end
     if due then break end
   end
-  return {queued, oldest and string.format('%.0f', oldest) or ''}
+  local first = redis.call('ZRANGE', BLOCKED .. place, 0, 0, 'WITHSCORES')
+  return {queued, oldest and string.format('%.0f', oldest) or '', redis.call('ZCARD', BLOCKED .. place), first[2] or ''}
 end
 
 function ops.sweep()

@@ -29,7 +29,7 @@ local function merge_lists(json, more)
   return cjson.encode(list)
 end
 
-function ops.begin(id, old_token, old_epoch, old_version, old_annotations, owner, token, execution, epoch, pipeline, lease, input, tags)
+function ops.begin(id, old_token, old_epoch, old_version, old_annotations, owner, token, execution, epoch, pipeline, flow_version, lease, input, tags)
   local f = redis.call('HMGET', run, 'token', 'epoch', 'version', 'owner', 'annotation_version')
   if f[4] == owner then return tonumber(f[3]) end
   if (f[1] or '') ~= old_token then return 'changed' end
@@ -42,7 +42,7 @@ function ops.begin(id, old_token, old_epoch, old_version, old_annotations, owner
     set_wake(id, '')
     redis.call('HDEL', run, 'priority', 'queue_key', 'expires_ms')
   end
-  redis.call('HSET', run, 'token', token, 'run_id', id, 'pipeline', pipeline, 'execution', execution,
+  redis.call('HSET', run, 'token', token, 'run_id', id, 'pipeline', pipeline, 'flow_version', flow_version, 'execution', execution,
     'status', 'RUNNING', 'started_ms', ms, 'updated_ms', ms, 'tokens', 0, 'cost_pico', 0, 'latency_ns', 0,
     'owner', owner, 'epoch', epoch, 'until_ms', ms + lease, 'nodes', 0, 'commits', 0, 'attempts', 0, 'identities', 0, 'version', version)
   redis.call('HDEL', run, 'error', 'tags')
@@ -58,14 +58,14 @@ function ops.begin(id, old_token, old_epoch, old_version, old_annotations, owner
   redis.call('ZADD', RUNS, us, id)
   redis.call('ZADD', IDS, 0, id)
   redis.call('ZREM', ENDED, id)
-  redis.call('ZADD', DUE .. pipeline, ms + lease, id)
+  redis.call('ZADD', DUE .. lane(), ms + lease, id)
   set_live(id, pipeline, ms + lease)
   sweep(10)
   return version
 end
 
-function ops.take_over(id, token, old_epoch, old_version, old_annotations, owner, execution, epoch, lease, discard, tags)
-  local f = redis.call('HMGET', run, 'token', 'epoch', 'version', 'owner', 'annotation_version')
+function ops.take_over(id, token, old_epoch, old_version, old_annotations, owner, execution, epoch, lease, discard, tags, flow_version)
+  local f = redis.call('HMGET', run, 'token', 'epoch', 'version', 'owner', 'annotation_version', 'status', 'flow_version')
   if f[4] == owner then return tonumber(f[3]) end
   if f[1] ~= token or f[2] ~= old_epoch or f[3] ~= old_version or (f[5] or '') ~= old_annotations then return 'changed' end
   if not is_complete(execution) then return 'lost' end
@@ -75,8 +75,10 @@ function ops.take_over(id, token, old_epoch, old_version, old_annotations, owner
     'updated_ms', ms, 'version', version)
   leave_queues(id)
   redis.call('HDEL', run, 'error', 'wake_ms')
+  -- A run that was submitted without a version has that of the code which starts it.
+  if f[6] == 'QUEUED' and (f[7] or '') == '' then redis.call('HSET', run, 'flow_version', flow_version) end
   local pipeline = redis.call('HGET', run, 'pipeline') or ''
-  redis.call('ZADD', DUE .. pipeline, ms + lease, id)
+  redis.call('ZADD', DUE .. lane(), ms + lease, id)
   set_live(id, pipeline, ms + lease)
   if tags ~= '' then redis.call('HSET', run, 'tags', merge_lists(redis.call('HGET', run, 'tags') or '[]', tags)) end
   if discard ~= '' then
@@ -157,7 +159,7 @@ function ops.finish(id, token, execution, epoch, owner, acknowledged, status, er
     redis.call('HDEL', run, 'error')
   end
   redis.call('HDEL', run, 'until_ms')
-  if status == 'SUSPENDED' or status == 'INTERRUPTED' then
+  if status == 'SUSPENDED' or status == 'INTERRUPTED' or status == 'QUEUED' then
     -- An answer that was stored since the run was claimed makes it due.
     local earlier = redis.call('HGET', run, 'wake_ms')
     if earlier and (wake == '' or tonumber(earlier) < tonumber(wake)) then wake = earlier end
@@ -180,7 +182,7 @@ function ops.renew(token, epoch, owner, acknowledged, lease)
   local ms = now_ms()
   redis.call('HSET', run, 'until_ms', ms + lease)
   local f = redis.call('HMGET', run, 'pipeline', 'run_id')
-  redis.call('ZADD', DUE .. (f[1] or ''), 'XX', ms + lease, f[2] or '')
+  redis.call('ZADD', DUE .. lane(), 'XX', ms + lease, f[2] or '')
   set_live(f[2] or '', f[1] or '', ms + lease)
   return redis.call('HINCRBY', run, 'version', 1)
 end
@@ -189,7 +191,7 @@ end
 function ops.enqueue(id, owner, due, priority, key, expires)
   local f = redis.call('HMGET', run, 'owner', 'pipeline')
   if f[1] ~= owner then return 'changed' end
-  redis.call('ZREM', DUE .. f[2], id)
+  redis.call('ZREM', DUE .. lane(), id)
   redis.call('ZREM', LIVE .. f[2], id)
   redis.call('HSET', run, 'status', 'QUEUED', 'priority', priority)
   redis.call('HDEL', run, 'until_ms')
@@ -215,6 +217,23 @@ function ops.claim(id, now, token, claim_ms)
   if tonumber(claim_ms) < 0 or token == '' then redis.call('ZREM', LIVE .. f[6], id)
   else set_live(id, f[6], ms + claim_ms) end
   return 1
+end
+
+-- Marks a run as blocked, so that it is in no queue; without values, deletes the mark.
+function ops.block(id, message, since, blocked_until, codes)
+  local status = redis.call('HGET', run, 'status')
+  if not status then return 0 end
+  if message then
+    leave_queue()
+    redis.call('ZREM', DUE .. lane(), id)
+    redis.call('HSET', run, 'blocked', message, 'blocked_since', since, 'blocked_until', blocked_until, 'blocked_codes', codes)
+    redis.call('ZADD', BLOCKED .. lane(), since, id)
+  elseif unblock(id) then
+    local wake = redis.call('HGET', run, 'wake_ms')
+    if status == 'RUNNING' then redis.call('ZADD', DUE .. lane(), 0, id)
+    elseif wake then set_wake(id, wake) end
+  end
+  return 0
 end
 
 -- Sets from when on a run is due if it is suspended, or will be; '': never by itself.

@@ -21,10 +21,11 @@ The keys of a run, under its prefix ``stroma:{<id, percent-encoded>}:``
     deleted:TOKEN exists for a while after the run was deleted, to distinguish it from a lost run
 
 and of all runs: stroma:runs (zset: id by start), stroma:ids (zset: id, for prefixes), stroma:ended (zset: id by when its
-keys expire). A run that is in the first but not in the last one, and has no keys, has lost them. stroma:due:<pipeline> (zset:
-id by when a worker may continue it: the end of the lease when it was opened or renewed, or wake_ms), stroma:live:<pipeline>
-(zset: id by the end of its lease or claim), stroma:queue:<pipeline, see queue_of> (zset for each key of queued runs: "due order:id"
-by priority), stroma:queuekeys:<pipeline> (set: the keys of queued runs). Shared by all runs: a hash
+keys expire). A run that is in the first but not in the last one, and has no keys, has lost them. stroma:live:<pipeline> (zset: id
+by the end of its lease or claim). For each lane, which is a pipeline and a version: stroma:due:<lane> (zset: id by when a worker
+may continue it: the end of the lease when it was opened or renewed, or wake_ms), stroma:queue:<lane, see queue_of> (zset for
+each key of queued runs: "due order:id" by priority), stroma:queuekeys:<lane> (set: the keys of queued runs), and
+stroma:blocked:<lane> (zset: id by the start of its mark), whose runs are in none of the others. Shared by all runs: a hash
 stroma:cell:<name, percent-encoded> for each cell, with its data, and the number and the maker of its last change.
 """
 
@@ -65,7 +66,7 @@ local p, op = KEYS[1], ARGV[1]
 local run = p .. 'run'
 local MAX_EXECUTIONS = 100000  -- a damaged row may have any number
 local RUNS, IDS, ENDED, DUE = 'stroma:runs', 'stroma:ids', 'stroma:ended', 'stroma:due:'
-local LIVE, QUEUE, QUEUE_KEYS = 'stroma:live:', 'stroma:queue:', 'stroma:queuekeys:'
+local LIVE, QUEUE, QUEUE_KEYS, BLOCKED = 'stroma:live:', 'stroma:queue:', 'stroma:queuekeys:', 'stroma:blocked:'
 
 local function now_us()
   local t = redis.call('TIME')
@@ -126,17 +127,26 @@ local function prefix_of(id)
   return 'stroma:{' .. name .. '}:'
 end
 
--- Returns the key of the queue of a pipeline for runs of one key; '': for runs without a key.
-local function queue_of(pipeline, key) return QUEUE .. #pipeline .. ':' .. pipeline .. ':' .. key end
+-- Returns the lane of a pipeline and a version, '' for runs without one. No NUL is in a name.
+local function lane_of(pipeline, version) return version == '' and pipeline or pipeline .. '\0' .. version end
+
+-- Returns the lane of the run.
+local function lane()
+  local f = redis.call('HMGET', run, 'pipeline', 'flow_version')
+  return lane_of(f[1] or '', f[2] or '')
+end
+
+-- Returns the key of the queue of a lane for runs of one key; '': for runs without a key.
+local function queue_of(lane, key) return QUEUE .. #lane .. ':' .. lane .. ':' .. key end
 
 local function leave_queue()
-  local f = redis.call('HMGET', run, 'queued', 'pipeline', 'queue_key')
+  local f = redis.call('HMGET', run, 'queued', 'queue_key')
   if not f[1] then return end
-  local key = f[3] or ''
-  local queue = queue_of(f[2], key)
+  local key, place = f[2] or '', lane()
+  local queue = queue_of(place, key)
   redis.call('ZREM', queue, f[1])
   redis.call('HDEL', run, 'queued')
-  if key ~= '' and redis.call('EXISTS', queue) == 0 then redis.call('SREM', QUEUE_KEYS .. f[2], key) end
+  if key ~= '' and redis.call('EXISTS', queue) == 0 then redis.call('SREM', QUEUE_KEYS .. place, key) end
 end
 
 -- Wakes workers that listen.
@@ -144,25 +154,31 @@ local function report_news() redis.call('PUBLISH', 'stroma:news', '') end
 
 local function join_queue(id, due)
   leave_queue()
-  local f = redis.call('HMGET', run, 'pipeline', 'queue_key', 'priority', 'order')
-  local key, member = f[2] or '', string.format('%015.0f %018.0f:', due, f[4]) .. id
-  redis.call('ZADD', queue_of(f[1], key), f[3], member)
+  local f = redis.call('HMGET', run, 'queue_key', 'priority', 'order')
+  local key, member, place = f[1] or '', string.format('%015.0f %018.0f:', due, f[3]) .. id, lane()
+  redis.call('ZADD', queue_of(place, key), f[2], member)
   redis.call('HSET', run, 'queued', member, 'wake_ms', due)
-  if key ~= '' then redis.call('SADD', QUEUE_KEYS .. f[1], key) end
+  if key ~= '' then redis.call('SADD', QUEUE_KEYS .. place, key) end
   report_news()
 end
 
 -- Stores from when on a worker may continue a run that stopped; '': never by itself.
 local function set_wake(id, wake)
-  local pipeline = redis.call('HGET', run, 'pipeline') or ''
-  if wake ~= '' and redis.call('HGET', run, 'status') == 'QUEUED' then join_queue(id, wake)
-  elseif wake == '' then
+  if wake == '' then
     redis.call('HDEL', run, 'wake_ms')
-    redis.call('ZREM', DUE .. pipeline, id)
+    redis.call('ZREM', DUE .. lane(), id)
+  elseif redis.call('HEXISTS', run, 'blocked') == 1 then redis.call('HSET', run, 'wake_ms', wake)
+  elseif redis.call('HGET', run, 'status') == 'QUEUED' then join_queue(id, wake)
   else
     redis.call('HSET', run, 'wake_ms', wake)
-    redis.call('ZADD', DUE .. pipeline, wake, id)
+    redis.call('ZADD', DUE .. lane(), wake, id)
   end
+end
+
+-- Deletes the mark of a blocked run, and returns true if it had one.
+local function unblock(id)
+  redis.call('ZREM', BLOCKED .. lane(), id)
+  return redis.call('HDEL', run, 'blocked', 'blocked_since', 'blocked_until', 'blocked_codes') > 0
 end
 
 -- Records until when a run has an owner or a claim.
@@ -170,9 +186,10 @@ local function set_live(id, pipeline, until_ms)
   redis.call('ZADD', LIVE .. pipeline, until_ms, id)
 end
 
--- Ends the claim of a run, and its place in the queue.
+-- Ends the claim of a run, its place in the queue, and its mark.
 local function leave_queues(id)
   leave_queue()
+  unblock(id)
   redis.call('HDEL', run, 'claim', 'claim_until')
   redis.call('ZREM', LIVE .. (redis.call('HGET', run, 'pipeline') or ''), id)
 end

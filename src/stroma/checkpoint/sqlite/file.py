@@ -26,8 +26,8 @@ T = TypeVar("T")
 Connect = Callable[[str], sqlite3.Connection]
 
 _APPLICATION_ID: Final = 0x5374726D  # "Strm", in the header of the file
-SCHEMA_VERSION: Final = 5  # what this release writes
-_MIN_READER: Final = 5  # the oldest version that can read what this release writes
+SCHEMA_VERSION: Final = 6  # what this release writes
+_MIN_READER: Final = 6  # the oldest version that can read what this release writes
 _NEEDED_SQLITE: Final = (3, 37, 0)  # the first one with STRICT tables
 
 # STRICT: SQLite refuses values of another type than the column's.
@@ -42,6 +42,7 @@ _NEEDED_SQLITE: Final = (3, 37, 0)  # the first one with STRICT tables
 # The lease columns: every open_run increments the epoch and writes its owner and the end of its lease.
 # wake_ms: from when on a worker continues a run that stopped or is queued; every opening deletes it.
 # claim: the worker that is about to open the run, until claim_until_ms by the clock of leases.
+# blocked and the columns after it: the mark of a blocked run; every opening and every end deletes it.
 # The indexes of runs use columns that no commit changes, and `failed` contains rows that few commits write.
 _SCHEMA: Final = (
     "CREATE TABLE meta (k TEXT PRIMARY KEY, v TEXT NOT NULL) WITHOUT ROWID, STRICT",
@@ -52,7 +53,9 @@ _SCHEMA: Final = (
         tokens INTEGER NOT NULL, cost_pico INTEGER NOT NULL, latency_ns INTEGER NOT NULL,
         lease_owner TEXT, lease_epoch INTEGER NOT NULL, lease_until_ms INTEGER,
         attempt_count INTEGER NOT NULL DEFAULT 0, commit_count INTEGER NOT NULL DEFAULT 0, wake_ms INTEGER,
-        priority INTEGER NOT NULL DEFAULT 0, queue_key TEXT, expires_ms INTEGER, claim TEXT, claim_until_ms INTEGER) STRICT""",
+        priority INTEGER NOT NULL DEFAULT 0, queue_key TEXT, expires_ms INTEGER, claim TEXT, claim_until_ms INTEGER,
+        version TEXT NOT NULL DEFAULT '', blocked TEXT, blocked_since_ms INTEGER, blocked_until_ms INTEGER,
+        blocked_codes TEXT) STRICT""",
     "CREATE TABLE deleted (run INTEGER PRIMARY KEY, deleted_ms INTEGER NOT NULL) STRICT",
     "CREATE INDEX runs_by_start ON runs (started_ms, run)",
     """CREATE TABLE inputs (
@@ -77,10 +80,14 @@ _SCHEMA: Final = (
     "CREATE INDEX tags_by_start ON tags (tag, started_ms, run)",
     "CREATE INDEX runs_by_pipeline ON runs (pipeline, started_ms, run)",
     "CREATE INDEX runs_by_status ON runs (status, started_ms, run)",
-    "CREATE INDEX runs_by_wake ON runs (pipeline, wake_ms) WHERE status IN ('SUSPENDED', 'INTERRUPTED')",
-    "CREATE INDEX runs_by_queue ON runs (pipeline, priority, wake_ms, run) WHERE status = 'QUEUED' AND queue_key IS NULL",
-    """CREATE INDEX runs_by_key ON runs (pipeline, queue_key, priority, wake_ms, run)
-        WHERE status = 'QUEUED' AND queue_key IS NOT NULL""",
+    """CREATE INDEX runs_by_wake ON runs (pipeline, wake_ms, version)
+        WHERE status IN ('SUSPENDED', 'INTERRUPTED') AND blocked_since_ms IS NULL""",
+    """CREATE INDEX runs_by_queue ON runs (pipeline, priority, wake_ms, run, version)
+        WHERE status = 'QUEUED' AND queue_key IS NULL AND blocked_since_ms IS NULL""",
+    """CREATE INDEX runs_by_key ON runs (pipeline, queue_key, priority, wake_ms, run, version)
+        WHERE status = 'QUEUED' AND queue_key IS NOT NULL AND blocked_since_ms IS NULL""",
+    """CREATE INDEX runs_by_block ON runs (pipeline, blocked_since_ms, version)
+        WHERE blocked_since_ms IS NOT NULL""",
     "CREATE INDEX runs_by_claim ON runs (pipeline, claim_until_ms) WHERE claim_until_ms IS NOT NULL",
     """CREATE INDEX failed ON attempts (run, execution, started_ns + duration_ns)
         WHERE failure_class IS NOT NULL""",

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
+from stroma.checkpoint.blocked import BlockedMark
 from stroma.checkpoint.decisions import UNFINISHED
 from stroma.checkpoint.durable.integrity import parse_attempt, parse_run, require_undamaged
 from stroma.checkpoint.durable.operations import Commit
@@ -79,7 +80,7 @@ class SqliteRows:
         key = self._new_run(opening.run_id) if run is None else run.run
         execution = 1 if run is None else run.execution + 1
         # Earlier executions stay in the history; their commits are not read any more.
-        self.db.execute(sql.RESTART, (execution, opening.pipeline, _now_ms(), key))
+        self.db.execute(sql.RESTART, (execution, opening.pipeline, opening.version, _now_ms(), key))
         self.db.execute(sql.NEW_INPUT, (key, execution, opening.contract, opening.input, opening.sha256))
         if run is not None:
             self.db.execute(sql.UNTAG, (key,))
@@ -105,7 +106,7 @@ class SqliteRows:
         until = _lease_end(opening.lease_seconds)
         if opening.tags:
             self.db.executemany(sql.TAG, [(tag, run) for tag in opening.tags])
-        claim = (_now_ms(), opening.owner, until, run)
+        claim = (opening.version, _now_ms(), opening.owner, until, run)
         ((epoch, attempts),) = self.db.execute(sql.CLAIM, claim).fetchall()
         return Fence(run, execution, epoch, opening.owner, opening.lease_seconds, attempts)
 
@@ -184,21 +185,28 @@ class SqliteRows:
     def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:
         self.db.execute(sql.WAKE, (wake_ms, run.run))
 
+    def block(self, run: RunRow, mark: BlockedMark | None) -> None:
+        values = (None,) * 4 if mark is None else (*mark[:3], " ".join(mark.codes))
+        self.db.execute(sql.BLOCK, (*values, run.run))
+
     # ------------------------------------------------------------------ queue
 
     def enqueue(self, fence: Fence, entry: QueueEntry) -> None:
         self.db.execute(sql.ENQUEUE, (entry.due_ms, entry.priority, entry.key, entry.expires_ms, fence.run))
 
     def candidates(self, pipeline: str, request: ClaimRequest) -> list[Candidate]:
+        code = request.code_of(pipeline)
         values = {
             "pipeline": pipeline,
             "now": request.now_ms,
             "limit": request.limit,
             "clock": _clock_ms(),
+            "versions": _versions_value(code.versions),
+            "code": code.name,
         }
         candidates = [
             Candidate(*row)
-            for statement in (sql.STOPPED, sql.QUEUED, sql.QUEUED_BY_KEY)
+            for statement in (sql.STOPPED, sql.QUEUED, sql.QUEUED_BY_KEY, sql.BLOCKED)
             for row in self.db.execute(statement, values).fetchall()
         ]
         if not request.with_lost:
@@ -206,7 +214,7 @@ class SqliteRows:
         gone = [
             Candidate(run, run_id, name, priority, 0, key)
             for run, run_id, name, priority, key, owner, until_ms, free, _ in self.db.execute(
-                sql.RUNNING, values
+                sql.SERVED_RUNNING, values
             )
             if free and is_free(owner, _seconds_left(owner, until_ms))
         ]
@@ -226,11 +234,9 @@ class SqliteRows:
         self.db.executemany(sql.KEEP_CLAIM, [(token, until, one.run) for one in candidates])
         return list(candidates)
 
-    def queue_figures(self, pipeline: str, now_ms: int) -> QueueFigures:
-        queued, due_ms = self.db.execute(
-            sql.QUEUE_FIGURES, {"pipeline": pipeline, "now": now_ms}
-        ).fetchone() or (0, None)
-        return QueueFigures(int(queued), due_ms)
+    def queue_figures(self, pipeline: str, versions: Sequence[str], now_ms: int) -> QueueFigures:
+        values = {"pipeline": pipeline, "versions": _versions_value(versions), "now": now_ms}
+        return QueueFigures(*self.db.execute(sql.QUEUE_FIGURES, values).fetchone())
 
     def inputs_of(self, candidates: Sequence[Candidate]) -> dict[Any, tuple[bytes, bytes]]:
         inputs: dict[Any, tuple[bytes, bytes]] = {}
@@ -370,6 +376,11 @@ class SqliteRows:
     def step_at(self, run: int, execution: int, position: int, branch: str) -> StepRow | None:
         row = self.db.execute(sql.STEP_AT, (run, execution, position, branch)).fetchone()
         return None if row is None else _step_row(row)
+
+
+def _versions_value(versions: Sequence[str]) -> str:
+    """Return versions as a parameter of statements, with that of runs without one. No line break is in a version."""
+    return "\n".join(["", "", *versions, ""])
 
 
 def _usage(attempt: Attempt) -> tuple[int, int, int]:

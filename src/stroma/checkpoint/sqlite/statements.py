@@ -11,16 +11,21 @@ from stroma.checkpoint.queue import MAX_CLAIM_SECONDS
 COLUMNS: Final = """r.run, r.run_id, r.pipeline, r.execution, r.status, r.error, r.started_ms, r.updated_ms, r.tokens,
     r.cost_pico, r.latency_ns, r.lease_owner, r.lease_epoch, r.lease_until_ms, (SELECT count(*) FROM steps s
     WHERE s.run = r.run AND s.execution = r.execution AND s.position >= 0 AND s.branch = ''), r.attempt_count,
-    r.commit_count, r.wake_ms, r.expires_ms, r.priority, r.queue_key, r.claim, r.claim_until_ms"""
+    r.commit_count, r.wake_ms, r.expires_ms, r.priority, r.queue_key, r.version, r.blocked, r.blocked_since_ms, r.blocked_until_ms,
+    r.blocked_codes, r.claim, r.claim_until_ms"""
 RUN: Final = f"SELECT {COLUMNS} FROM runs r"
 NEW_RUN: Final = """INSERT INTO runs (run_id, pipeline, execution, status, started_ms, updated_ms, tokens, cost_pico,
     latency_ns, lease_epoch, attempt_count, commit_count) VALUES (?, '', 0, 'RUNNING', ?, ?, 0, 0, 0, 0, 0, 0)"""
-RESTART: Final = """UPDATE runs SET execution = ?, pipeline = ?, started_ms = ?, tokens = 0, cost_pico = 0,
+RESTART: Final = """UPDATE runs SET execution = ?, pipeline = ?, version = ?, started_ms = ?, tokens = 0, cost_pico = 0,
     latency_ns = 0, attempt_count = 0, commit_count = 0 WHERE run = ?"""
 NEW_INPUT: Final = "INSERT INTO inputs (run, execution, contract, input, sha256) VALUES (?, ?, ?, ?, ?)"
 INPUT: Final = "SELECT contract, input, sha256 FROM inputs WHERE run = ? AND execution = ?"
-CLAIM: Final = """UPDATE runs SET status = 'RUNNING', error = NULL, updated_ms = ?, lease_owner = ?, lease_until_ms = ?,
+# A run that was submitted without a version has that of the code which starts it.
+_NO_MARK: Final = "blocked = NULL, blocked_since_ms = NULL, blocked_until_ms = NULL, blocked_codes = NULL"
+CLAIM: Final = f"""UPDATE runs SET version = CASE WHEN status = 'QUEUED' AND version = '' THEN ? ELSE version END,
+    status = 'RUNNING', error = NULL, updated_ms = ?, lease_owner = ?, lease_until_ms = ?, {_NO_MARK},
     wake_ms = NULL, claim = NULL, claim_until_ms = NULL, lease_epoch = lease_epoch + 1 WHERE run = ? RETURNING lease_epoch, attempt_count"""
+BLOCK: Final = """UPDATE runs SET blocked = ?, blocked_since_ms = ?, blocked_until_ms = ?, blocked_codes = ? WHERE run = ?"""
 REPLACE_OWNER: Final = "UPDATE runs SET lease_owner = ? WHERE run = ?"
 DISCARD: Final = "DELETE FROM steps WHERE run = ? AND execution = ? AND position >= ?"
 DISCARDED: Final = "UPDATE runs SET commit_count = commit_count - ? WHERE run = ?"
@@ -58,7 +63,7 @@ IS_COMMITTED: Final = "SELECT 1 FROM steps WHERE run = ? AND execution = ? AND p
 ATTEMPT_COUNT: Final = "SELECT attempt_count FROM runs WHERE run = ?"
 # An answer that was stored since the run was claimed makes it due.
 END: Final = f"""UPDATE runs SET status = ?, error = ?, updated_ms = ?, lease_until_ms = NULL,
-    wake_ms = CASE WHEN ? THEN coalesce(min(wake_ms, ?), wake_ms, ?) END {_FENCE}"""
+    wake_ms = CASE WHEN ? THEN coalesce(min(wake_ms, ?), wake_ms, ?) END, {_NO_MARK} {_FENCE}"""
 WAKE: Final = "UPDATE runs SET wake_ms = ? WHERE run = ?"
 ENQUEUE: Final = """UPDATE runs SET status = 'QUEUED', lease_until_ms = NULL, wake_ms = ?, priority = ?, queue_key = ?,
     expires_ms = ? WHERE run = ?"""
@@ -66,25 +71,38 @@ _FREE: Final = (
     f"(claim_until_ms IS NULL OR claim_until_ms NOT BETWEEN :clock AND :clock + {1000 * MAX_CLAIM_SECONDS})"
 )
 _CANDIDATE: Final = "run, run_id, pipeline, priority, wake_ms, queue_key"
+# :versions is a list, with a line break around each; see versions_value().
+_SERVED: Final = "instr(:versions, char(10) || version || char(10)) > 0"
+_NOT_BLOCKED: Final = "blocked_since_ms IS NULL"
+_BLOCK_OVER: Final = "(blocked_until_ms <= :now OR instr(blocked_codes, :code) = 0)"
 STOPPED: Final = f"""SELECT {_CANDIDATE} FROM runs INDEXED BY runs_by_wake WHERE pipeline = :pipeline AND wake_ms <= :now
-    AND status IN ('SUSPENDED', 'INTERRUPTED') AND {_FREE} ORDER BY wake_ms LIMIT :limit"""
+    AND status IN ('SUSPENDED', 'INTERRUPTED') AND {_NOT_BLOCKED} AND {_SERVED} AND {_FREE} ORDER BY wake_ms LIMIT :limit"""
+BLOCKED: Final = f"""SELECT {_CANDIDATE} FROM runs INDEXED BY runs_by_block WHERE pipeline = :pipeline
+    AND blocked_since_ms IS NOT NULL AND {_BLOCK_OVER} AND status IN ('SUSPENDED', 'INTERRUPTED', 'QUEUED')
+    AND wake_ms <= :now AND {_SERVED} AND {_FREE} ORDER BY blocked_since_ms LIMIT :limit"""
 # Without keys, the rows come from the index in order.
 QUEUED: Final = f"""SELECT {_CANDIDATE} FROM runs INDEXED BY runs_by_queue WHERE pipeline = :pipeline AND status = 'QUEUED' AND queue_key IS NULL
-    AND wake_ms <= :now AND {_FREE} ORDER BY priority, wake_ms, run LIMIT :limit"""
+    AND wake_ms <= :now AND {_NOT_BLOCKED} AND {_SERVED} AND {_FREE} ORDER BY priority, wake_ms, run LIMIT :limit"""
 QUEUED_BY_KEY: Final = f"""SELECT {_CANDIDATE} FROM (SELECT *, row_number() OVER (PARTITION BY queue_key
     ORDER BY priority, wake_ms, run) AS place FROM runs INDEXED BY runs_by_key WHERE pipeline = :pipeline AND status = 'QUEUED'
-    AND queue_key IS NOT NULL AND wake_ms <= :now AND {_FREE}) WHERE place <= :limit ORDER BY run"""
+    AND queue_key IS NOT NULL AND wake_ms <= :now AND {_NOT_BLOCKED} AND {_SERVED} AND {_FREE}) WHERE place <= :limit ORDER BY run"""
 # Each part is one scan of an index.
-QUEUE_FIGURES: Final = f"""SELECT sum(queued), min(due_ms) FROM (
-    SELECT count(*) AS queued, min(CASE WHEN wake_ms <= :now THEN wake_ms END) AS due_ms
+QUEUE_FIGURES: Final = f"""SELECT sum(queued), min(due_ms), sum(blocked), min(since_ms) FROM (
+    SELECT count(*) AS queued, min(CASE WHEN wake_ms <= :now THEN wake_ms END) AS due_ms, 0 AS blocked, NULL AS since_ms
     FROM runs INDEXED BY runs_by_queue WHERE pipeline = :pipeline AND status = 'QUEUED' AND queue_key IS NULL
-    UNION ALL SELECT count(*), min(CASE WHEN wake_ms <= :now THEN wake_ms END)
+    AND {_NOT_BLOCKED} AND {_SERVED}
+    UNION ALL SELECT count(*), min(CASE WHEN wake_ms <= :now THEN wake_ms END), 0, NULL
     FROM runs INDEXED BY runs_by_key WHERE pipeline = :pipeline AND status = 'QUEUED' AND queue_key IS NOT NULL
+    AND {_NOT_BLOCKED} AND {_SERVED}
     UNION ALL SELECT 0, (SELECT wake_ms FROM runs INDEXED BY runs_by_wake WHERE pipeline = :pipeline
-    AND status IN ('SUSPENDED', 'INTERRUPTED') AND wake_ms <= :now AND wake_ms > {BUDGET_CHANGED} ORDER BY wake_ms LIMIT 1)
-    )"""
-RUNNING: Final = f"""SELECT run, run_id, pipeline, priority, queue_key, lease_owner, lease_until_ms, {_FREE}, claim FROM runs
-    WHERE status = 'RUNNING' AND pipeline = :pipeline AND execution > 0 ORDER BY started_ms"""
+    AND status IN ('SUSPENDED', 'INTERRUPTED') AND {_NOT_BLOCKED} AND wake_ms <= :now AND wake_ms > {BUDGET_CHANGED}
+    AND {_SERVED} ORDER BY wake_ms LIMIT 1), 0, NULL
+    UNION ALL SELECT 0, NULL, count(*), min(blocked_since_ms) FROM runs INDEXED BY runs_by_block
+    WHERE pipeline = :pipeline AND blocked_since_ms IS NOT NULL AND {_SERVED})"""
+_RUNNING: Final = f"""SELECT run, run_id, pipeline, priority, queue_key, lease_owner, lease_until_ms, {_FREE}, claim FROM runs
+    WHERE status = 'RUNNING' AND pipeline = :pipeline AND execution > 0"""
+RUNNING: Final = f"{_RUNNING} ORDER BY started_ms"
+SERVED_RUNNING: Final = f"{_RUNNING} AND {_SERVED} AND ({_NOT_BLOCKED} OR {_BLOCK_OVER}) ORDER BY started_ms"
 CLAIMED: Final = f"""SELECT queue_key, count(*) FROM runs WHERE pipeline = :pipeline AND claim_until_ms IS NOT NULL
     AND NOT {_FREE} AND status <> 'RUNNING' GROUP BY queue_key"""
 INPUTS: Final = """SELECT r.run, i.input, i.sha256 FROM runs r JOIN inputs i ON i.run = r.run AND i.execution = r.execution

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 import click
 
 from stroma._utils.text import clean, format_duration, format_usd, short_id
+from stroma.checkpoint.blocked import BlockedMark
 from stroma.checkpoint.decisions import BUDGET_CHANGED, UNFINISHED
 from stroma.checkpoint.history import FAILED, History, is_interrupted, status_of
 from stroma.checkpoint.queue import QUEUED
@@ -44,7 +45,19 @@ def run_data(record: RunRecord) -> dict[str, Any]:
         "holder": record.holder,
         "parent": record.parent,
         "tags": list(record.tags),
+        "version": record.version,
+        "blocked": None if record.blocked is None else _blocked_data(record.blocked, record.version),
         "cause": None if record.cause is None else cause_data(record.cause),
+    }
+
+
+def _blocked_data(mark: BlockedMark, version: str | None) -> dict[str, Any]:
+    """Return the mark of a blocked run in the form of the JSON schemas. ``version``: that of the run."""
+    return {
+        "message": mark.message,
+        "version": version,
+        "since": to_iso(mark.since_ms),
+        "code": mark.codes[-1] if mark.codes else None,
     }
 
 
@@ -98,6 +111,7 @@ def cause_data(cause: Cause) -> dict[str, Any]:
     help="Only runs with a failed attempt of this class.",
 )
 @click.option("--node", metavar="NODE", help="Only runs with an attempt of this node that failed.")
+@click.option("--blocked", is_flag=True, help="Only runs that code could not continue.")
 @click.option("--search", "text", metavar="TEXT", help="Only runs with TEXT in their id, pipeline or error.")
 @redact_option
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.runs/1".')
@@ -114,7 +128,8 @@ def runs(
 ) -> None:
     """List the runs in a store, newest first.
 
-    NODES counts finished positions. A run whose process died is INTERRUPTED until it is resumed.
+    NODES counts finished positions. A run whose process died is INTERRUPTED until it is resumed. A blocked run is as it was
+    before some code tried to continue it, and could not: code that fits continues it.
     """
     if failed and statuses:
         raise click.UsageError("--failed is short for --status FAILED --status PARTIAL; pass one of them")
@@ -167,6 +182,8 @@ def _row(record: RunRecord) -> list[Part]:
     if record.status == "RUNNING":
         who = f"run by {clean(record.holder, 80)} for {_elapsed(record)}" if record.holder else "owner lost"
         error = f"{who}; last record {format_age(record.updated_ms)}"
+    elif record.blocked is not None:
+        error = f"blocked for {_blocked_for(record.blocked)}: {clean(record.blocked.message, 80)}"
     elif record.status == QUEUED:
         error = f"due at {format_local_time(record.due_ms or 0)}"
     elif record.waits_for == "budget":
@@ -182,6 +199,10 @@ def _row(record: RunRecord) -> list[Part]:
         _elapsed(record),
         error,
     ]
+
+
+def _blocked_for(mark: BlockedMark) -> str:
+    return format_duration(max(0.0, time.time() - mark.since_ms / 1000))
 
 
 def _elapsed(record: RunRecord) -> str:

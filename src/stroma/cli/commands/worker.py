@@ -114,4 +114,4 @@ def worker(
 def _with_hooks(pipeline: Pipeline, hooks: Sequence[Any]) -> Pipeline:
     config = pipeline.config or RunConfig()
     config = config.model_copy(update={"hooks": Exporters.merge(hooks, flatten(config.hooks))})
-    return Pipeline(pipeline.name, pipeline.nodes, config=config)
+    return pipeline.with_config(config)

@@ -151,7 +151,7 @@ def _to_answer(outcome: DriveOutcome) -> Answer:
     if isinstance(outcome, Busy):
         return {"outcome": "busy", "status": "RUNNING", "until_ms": _to_ms(outcome.until)}
     if isinstance(outcome, Blocked):
-        return {"outcome": "blocked", "status": "BLOCKED"}
+        return {"outcome": "blocked", "status": "BLOCKED", "until_ms": _to_ms(outcome.until)}
     return {"outcome": "yielded", "status": "INTERRUPTED"}
 
 

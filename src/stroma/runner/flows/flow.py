@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack, overload
@@ -42,6 +42,11 @@ class Flow:
     @property
     def run_id(self) -> str:
         return self._path.driver.ctx.run_id
+
+    @property
+    def version(self) -> str | None:
+        """The version of the pipeline with which the run began; None if it had none: ``if flow.version == "1": ...``."""
+        return self._path.driver.ctx.session.version or None
 
     @property
     def is_closing(self) -> bool:
@@ -241,13 +246,16 @@ OutputT = TypeVar("OutputT", bound=BaseModel, covariant=True)
 
 
 class FlowLimits(TypedDict, total=False):
-    """Limits of a flow; None: no limit.
+    """Version and limits of a flow; None: no version, and no limit.
 
     Attributes:
+        version, accepts: see Pipeline.
         max_concurrency: maximum number of steps of a run that are executed at the same time.
         max_runs, max_runs_per_key: see Pipeline.
     """
 
+    version: str | None
+    accepts: Sequence[str]
     max_concurrency: int | None
     max_runs: int | None
     max_runs_per_key: int | None
@@ -283,8 +291,10 @@ class FlowFunction(Pipeline, Generic[TakenT, OutputT]):
         put("_stroma_node", node)
         put("_stroma_node_id", flow_id)
         put("_stroma_contract", contract)
-        max_runs, per_key = limits.get("max_runs"), limits.get("max_runs_per_key")
-        super().__init__(flow_id, (self,), max_runs=max_runs, max_runs_per_key=per_key)
+        super().__init__(
+            flow_id, (self,), version=limits.get("version"), accepts=limits.get("accepts", ()),
+            max_runs=limits.get("max_runs"), max_runs_per_key=limits.get("max_runs_per_key"),
+        )  # fmt: skip
 
     @property
     def _takes_any_state(self) -> Literal[False]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]

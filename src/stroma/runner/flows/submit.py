@@ -59,7 +59,8 @@ def call_submit(
         ]
         run_id = given_id or own_id
         tags = (pipeline.config or ctx.config).tags
-        request = RunRequest(run_id, pipeline.name, schema.convert(state), schema, tags=tags)
+        version = pipeline.version or ""
+        request = RunRequest(run_id, pipeline.name, schema.convert(state), schema, tags=tags, version=version)
         await store.submit(request, queue_entry(options, now_ms()))
         return SubmittedRun(run_id=run_id)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from opentelemetry import metrics, trace
 from opentelemetry.context import Context
 
+from stroma.checkpoint.queue import QueueReading
 from stroma.contracts.schema import schema_of
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, current_node_or_none
@@ -178,8 +179,8 @@ class OpenTelemetry(Observer):
         if run is not None:
             self._metrics.hook_raised(run, hook)
 
-    def queue_read(self, pipeline: str, queued: int | None, due_seconds: float | None) -> None:
-        self._metrics.queue_read(pipeline, queued, due_seconds)
+    def queue_read(self, pipeline: str, figures: QueueReading | None) -> None:
+        self._metrics.queue_read(pipeline, figures)
 
     def skipped(self, node: NodeExecution) -> None:
         if is_returned(node.ctx):

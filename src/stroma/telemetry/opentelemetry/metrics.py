@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from opentelemetry import metrics
 
+from stroma.checkpoint.queue import QueueReading
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.telemetry.conventions import SCHEMA_URL, SCOPE, version
@@ -26,6 +27,14 @@ _RUN_NAMES: Final = (
 )
 # In seconds. The first as the conventions advise; https://opentelemetry.io/docs/specs/semconv/gen-ai/
 _RUN_BUCKETS: Final = (1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)
+
+#: In the order of a QueueReading.
+_QUEUE_GAUGES: Final = (
+    ("stroma.runs.queued", "{run}", "Runs that were submitted and have not started"),
+    ("stroma.runs.oldest_due", "s", "For how long the oldest due run is due"),
+    ("stroma.runs.blocked", "{run}", "Runs that code of their version could not continue"),
+    ("stroma.runs.oldest_blocked", "s", "For how long the oldest blocked run is blocked"),
+)
 
 
 def meter_of(source: Meter | MeterProvider) -> Meter:
@@ -87,7 +96,7 @@ class OtelMetrics:
         )
         self._meter = meter
         #: Figures of the queues that workers of this process serve, by the label of the pipeline.
-        self._queues: dict[str, tuple[int, float]] = {}
+        self._queues: dict[str, QueueReading] = {}
         self._shows_queues = False
         self._returned = meter.create_counter(
             "stroma.runs.returned", "{run}", "Calls that got the result of a run that they did not run"
@@ -140,27 +149,17 @@ class OtelMetrics:
         """Count an exception of a hook."""
         self._hook_errors.add(1, self._of_run(run, "stroma.hook", hook))
 
-    def queue_read(self, pipeline: str, queued: int | None, due_seconds: float | None) -> None:
+    def queue_read(self, pipeline: str, figures: QueueReading | None) -> None:
         """Show the figures of a queue, until they are None."""
         label = self._labels.pipeline(pipeline)
-        if queued is None or due_seconds is None:
+        if figures is None:
             self._queues.pop(label, None)
             return
-        self._queues[label] = queued, due_seconds
+        self._queues[label] = figures
         if not self._shows_queues:  # Where no worker serves, the gauges would only be empty.
             self._shows_queues = True
-            self._meter.create_observable_gauge(
-                "stroma.runs.queued",
-                [partial(self._observe, 0)],
-                "{run}",
-                "Runs that were submitted and have not started",
-            )
-            self._meter.create_observable_gauge(
-                "stroma.runs.oldest_due",
-                [partial(self._observe, 1)],
-                "s",
-                "For how long the oldest due run is due",
-            )
+            for at, (name, unit, text) in enumerate(_QUEUE_GAUGES):
+                self._meter.create_observable_gauge(name, [partial(self._observe, at)], unit, text)
 
     def _observe(self, at: int, _: metrics.CallbackOptions) -> list[metrics.Observation]:
         return [
