@@ -88,6 +88,41 @@ async def test_each_attempt_has_one_span_with_its_bill(seen: Seen) -> None:
     assert not any(name.startswith(("gen_ai.usage", "llm.")) for name in node.attributes or {})
 
 
+@pytest.mark.parametrize("reports", [True, False])
+@pytest.mark.parametrize("late", [False, True], ids=["between the attempts", "after the run"])
+async def test_a_call_that_ends_after_its_attempt_is_counted_once(
+    seen: Seen, reports: bool, late: bool
+) -> None:
+    """The span of a stream that a node leaves open has the tokens of its attempt; if it reports none, ours is made then."""
+    runner = quick(seen.hooks(inference="auto"), retries=0, contract_retries={"ask": 1})
+    left_open: list[Any] = []
+
+    def end(span: Any) -> None:
+        if reports:
+            span.set_attributes({"gen_ai.usage.input_tokens": 100, "gen_ai.usage.output_tokens": 20})
+        span.end()
+
+    @runner.node("ask", input=State, output=State)
+    async def ask(state: State) -> Any:
+        if current_node().attempt == 1:
+            about = {"gen_ai.operation.name": "chat"}
+            left_open.append(seen.user.start_span("chat by the client", attributes=about))
+            return {"n": "no number"}, PAID
+        if not late:
+            end(left_open[0])
+        return state, PAID
+
+    result = await runner.run([ask], State())
+    if late:
+        assert len(seen.named(f"chat {MODEL}")) == 1
+        end(left_open[0])
+    billed = [span for span in seen.spans if "gen_ai.usage.input_tokens" in (span.attributes or {})]
+    assert result.total_tokens == 240
+    assert len(billed) == 2
+    ours = sorted(of(span, "stroma.node.attempt") for span in seen.named(f"chat {MODEL}"))
+    assert ours == ([2] if reports else [1, 2])
+
+
 @pytest.mark.core
 async def test_an_instrumented_client_is_not_counted_twice(seen: Seen) -> None:
     """Where a span inside the attempt reports tokens there is no second one; its neighbour without one has ours."""

@@ -42,9 +42,13 @@ def attach(pipeline: T, guard: Guard, contracts: Contracts | None = None) -> T:
 
     ``contracts``: by the names that the pipeline has for its components; input is what goes into one, output what comes
     out. Each run of the pipeline is a run of the guard, and guards the components that were added since. Raises UnknownNode
-    for a contract of no component.
+    for a contract of no component, TypeError for anything but a pipeline, such as an Agent that is in none.
     """
     target: Any = pipeline
+    if not isinstance(pipeline, PipelineBase):
+        raise TypeError(
+            f"attach() takes a Pipeline, got {type(pipeline).__name__}; add it to a Pipeline as a component, and attach that"
+        )
     by_name = guard.contracts(contracts, target.graph.nodes, "component")
     _guard_components(target, guard, by_name)
 

@@ -13,7 +13,7 @@ from opentelemetry.trace import get_current_span
 
 from stroma.engine.execution import NodeExecution, current_node_or_none, current_run
 from stroma.telemetry.conventions import NODE_ID, OF_RUN, SCOPE, about_run
-from stroma.telemetry.inference import INSTRUMENTED
+from stroma.telemetry.inference import note_call, note_end
 
 __all__ = ["AttributionProcessor", "watch"]
 
@@ -73,7 +73,10 @@ class AttributionProcessor(SpanProcessor):
             if len(self._open) >= _MOST_OPEN:
                 self._open.pop(next(iter(self._open)), None)
             context = span.get_span_context()
-            self._open[context.trace_id, context.span_id] = place
+            key = context.trace_id, context.span_id
+            self._open[key] = place
+            if not is_ours and place[1] is not None:
+                note_call(place[0], place[1], key, span.attributes or {})
 
     def on_end(self, span: ReadableSpan) -> None:
         """Note it if the span of somebody else reports the tokens of an attempt."""
@@ -83,8 +86,9 @@ class AttributionProcessor(SpanProcessor):
             span.instrumentation_scope is not None and span.instrumentation_scope.name == SCOPE
         ):
             return
-        if any(name.startswith(_USAGE) for name in span.attributes or {}):
-            place[0].notes[INSTRUMENTED] = place[1]
+        has_usage = any(name.startswith(_USAGE) for name in span.attributes or {})
+        if place[1] is not None and context is not None:
+            note_end(place[0], place[1], (context.trace_id, context.span_id), has_usage=has_usage)
 
     def force_flush(self, timeout_millis: int = 30000) -> bool:
         """Return True: it holds no spans. Older releases of the SDK return None, and flush no processor after it."""

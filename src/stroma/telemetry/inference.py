@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.trace import Span, Tracer
 
-__all__ = ["INSTRUMENTED", "InferenceMode", "InferenceSpans"]
+__all__ = ["InferenceMode", "InferenceSpans", "note_call", "note_end"]
 
 InferenceMode = Literal["auto", "always", "never"]
 
@@ -22,8 +22,11 @@ _ENCLOSED: Final = "inside the span of a model call"
 _ANSWERED: Final = "spans of model calls that have an answer"
 #: Operations of the conventions that are model calls.
 _CALLS: Final = frozenset({"chat", "generate_content", "text_completion"})
-#: Key in the notes of a node: the last attempt of it in which a span of somebody else reported tokens.
-INSTRUMENTED: Final = "attempt with a span that reports usage"
+#: Keys in the notes of a node: the attempts in which a span of somebody else reported tokens; the spans of model calls of
+#: somebody else that have not ended, with their attempts; and by attempt what makes our span if none of them reports tokens.
+_INSTRUMENTED: Final = "attempts with a span that reports usage"
+_OPEN: Final = "open spans of model calls"
+_DEFERRED: Final = "deferred span of a model call"
 #: Names of providers in the conventions, where they are not those of the price list.
 _PROVIDERS: Final = {
     "aws": "aws.bedrock",
@@ -41,6 +44,25 @@ def _is_call(about: Any) -> bool:
     kind = about.get("openinference.span.kind")
     # Some spans get their kind when they end, and what the model is asked when they begin.
     return kind == "LLM" if kind is not None else any(name.startswith("llm.") for name in about)
+
+
+def note_call(node: NodeExecution, attempt: int, key: object, about: Any) -> None:
+    """Note the span of somebody else that begins in an attempt, if it is one of a model call."""
+    if _is_call(about):
+        node.notes.setdefault(_OPEN, {})[key] = attempt
+
+
+def note_end(node: NodeExecution, attempt: int, key: object, *, has_usage: bool) -> None:
+    """Note the end of a span of somebody else. Where the last one of an attempt has no usage either, our span is made."""
+    calls = node.notes.get(_OPEN, {})
+    calls.pop(key, None)
+    if has_usage:
+        node.notes.setdefault(_INSTRUMENTED, set()).add(attempt)
+        node.notes.pop((_DEFERRED, attempt), None)
+    elif attempt not in calls.values():
+        make = node.notes.pop((_DEFERRED, attempt), None)
+        if make is not None:
+            make()
 
 
 class InferenceSpans:
@@ -84,19 +106,28 @@ class InferenceSpans:
             if enclosing not in answered:
                 answered.add(enclosing)
                 return False
-        return self.can_see and node.notes.get(INSTRUMENTED) != node.attempt
+        return self.can_see and node.attempt not in node.notes.get(_INSTRUMENTED, ())
 
-    def start(self, tracer: Tracer, node: NodeExecution, around: Context) -> tuple[Span, int]:
-        """Start the span of an attempt that has ended; return it with the nanosecond at which it ends."""
-        usage = node.usage
-        started = node.started_ns or 0
-        span = tracer.start_span(
-            "chat" if usage.model is None else f"chat {usage.model}",
-            context=around,
-            start_time=started or None,
-            attributes=self._attributes(node, usage),
-        )
-        return span, started + int((node.duration_ms or 0.0) * 1e6)
+    def emit(self, tracer: Tracer, node: NodeExecution, around: Context, more: dict[str, Any]) -> None:
+        """Make the span of an attempt that has ended, with ``more`` attributes.
+
+        While the span of a model call in it is open, as that of a stream which the node hands on, that is put off.
+        """
+        usage, started = node.usage, node.started_ns or 0
+        name = "chat" if usage.model is None else f"chat {usage.model}"
+        attributes = self._attributes(node, usage) | more
+        ended = started + int((node.duration_ms or 0.0) * 1e6)
+
+        def make() -> None:
+            # No error: the call was answered, or another attempt may follow.
+            tracer.start_span(name, context=around, start_time=started or None, attributes=attributes).end(
+                ended
+            )
+
+        if self.mode == "auto" and node.attempt in node.notes.get(_OPEN, {}).values():
+            node.notes[_DEFERRED, node.attempt] = make
+        else:
+            make()
 
     def _attributes(self, node: NodeExecution, usage: AttemptUsage) -> dict[str, Any]:
         model, provider = usage.model, None if usage.model is None else self._provider_of(usage.model)

@@ -456,3 +456,10 @@ def test_the_default_of_a_super_component_is_left_to_what_is_inside() -> None:
             attach(outer, guard)
         data = {"s": {"messages": [ChatMessage.from_user("?")]}}
         assert outer.run(data)["s"]["replies"][0].text == "hi"
+
+
+def test_an_agent_that_is_in_no_pipeline_is_refused() -> None:
+    """attach() takes pipelines, and says to put an Agent into one."""
+    agent = Agent(chat_generator=OpenAIChatGenerator(api_key=Secret.from_token("x")))
+    with pytest.raises(TypeError, match="got Agent; add it to a Pipeline"):
+        attach(agent, guard_of())

@@ -415,12 +415,10 @@ class OpenTelemetry(Observer):
         return {f"stroma.{direction}": text}
 
     def _bill(self, node: NodeExecution, ended: AttemptEnd, around: Context) -> None:
-        span, end_ns = self._inference.start(self._tracer, node, around)
-        # No error: the call was answered, or another attempt may follow.
-        span.set_attribute("stroma.outcome", ended.outcome)
+        about: dict[str, Any] = {"stroma.outcome": ended.outcome}
         if ended.error is not None:
-            span.set_attribute("stroma.failure_class", ended.class_name)
-        span.end(end_ns)
+            about["stroma.failure_class"] = ended.class_name
+        self._inference.emit(self._tracer, node, around, about)
 
     def _watch_spans_of_others(self) -> None:
         """See to it that the spans of others are attributed, and their usage seen, if they are the SDK's."""
