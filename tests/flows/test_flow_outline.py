@@ -121,12 +121,12 @@ async def test_calls_are_a_tree_with_loops_folded(store: Any, triage: Any) -> No
 
 @pytest.mark.asyncio
 async def test_a_question_without_an_answer_in_time(store: Any) -> None:
-    """A question whose time is over shows as expired, and is no sleep."""
+    """A question whose time is over shows as expired at that time, and is not a sleep."""
 
     @stroma_flow("asks", input=Num, output=Num)
     async def asks(flow: Flow, state: Num) -> Num:
         try:
-            await flow.wait_for(Text, reason="Well?", timeout=0.01)
+            await flow.wait_for(Text, reason="Well?", timeout=0.2)
         except TimeoutError:
             return Num(n=1)
         return state
@@ -138,6 +138,28 @@ async def test_a_question_without_an_answer_in_time(store: Any) -> None:
     attempts = await asyncio.to_thread(history.attempts, "r", 10)
     (bar,) = await asyncio.to_thread(history.flow_waits, record, attempts[0])
     assert (bar.node_id, bar.outcome) == ("question: Well?", "expired")
+    assert bar.took_ms > 0
+
+
+@pytest.mark.asyncio
+async def test_a_sleep_before_the_first_step_is_shown_since_its_begin(store: Any) -> None:
+    """A run that begins with a sleep shows it, and a resume meanwhile does not move its begin."""
+
+    @stroma_flow("sleeps", input=Num, output=Num)
+    async def sleeps(flow: Flow, state: Num) -> Num:
+        await flow.sleep(hours=1)
+        return state
+
+    began: list[float] = []
+    for _ in range(2):
+        await runner_on(store).run(sleeps, Num(), run_id="r", resume=True)
+        history = History(store)
+        record = await asyncio.to_thread(history.run, "r")
+        assert record is not None
+        (bar,) = await asyncio.to_thread(history.flow_waits, record, ())
+        assert bar.outcome == "sleeping"
+        began.append(bar.began_ms)
+    assert began[0] == began[1]
 
 
 @pytest.mark.asyncio

@@ -238,9 +238,11 @@ class FlowJournal:
         """Record the time that a body observed after an event."""
         self._note(position, "v", number, time_ms, number=number)
 
-    def note_sleep(self, position: int, branch: str, wake_ms: int, began_ms: float) -> None:
-        """Record when a sleep ends and began, for those who look at the run."""
-        self._note(position, "s", branch, [wake_ms, began_ms])
+    def note_wait(self, position: int, branch: str, wake_ms: int, began_ms: float) -> None:
+        """Record when a sleep, or the time limit of a question, ends and began, for those who look at the run."""
+        recorded = self._ctx.session.notes.get(f"{position}:s:{branch}")
+        if recorded is None or json.loads(recorded)[0] != wake_ms:  # Else it is replayed.
+            self._note(position, "s", branch, [wake_ms, began_ms])
 
     def note_expired(self, position: int, branch: str) -> None:
         """Record that nobody answered a question in time, for those who look at the run."""

@@ -33,8 +33,7 @@ def call_sleep(path: FlowPath, wake_ms: int) -> Coroutine[Any, Any, None]:
 async def _sleep(path: FlowPath, wake_ms: int, branch: str) -> None:
     driver = path.driver
     reason, began_ms = f"until {text_of_time(wake_ms)}", driver.clock_ms()
-    if driver.is_live:
-        driver.journal.note_sleep(path.position, branch, wake_ms, began_ms)
+    driver.journal.note_wait(path.position, branch, wake_ms, began_ms)
     driver.sleeps[branch] = f"sleeping {reason}"
     kind: MarkKind = "sleeping"
     try:
@@ -83,6 +82,8 @@ async def _wait_for(call: FlowQuestion, answer: type[AnswerT]) -> AnswerT:
     driver, question = call.driver, call.question
     assert question is not None
     began_ms = driver.clock_ms()
+    if call.wake_ms is not None:
+        driver.journal.note_wait(call.scope.position, call.branch, call.wake_ms, began_ms)
     kind: MarkKind = "open"
     timeout = asyncio.timeout_at(None if call.wake_ms is None else call.wake_ms / 1000)
     try:
