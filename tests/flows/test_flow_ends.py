@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from typing import Any
 
 import pytest
 from tests.flows.steps import World, runner_on
-from tests.kit import Num
+from tests.kit import Num, node
 from tests.shared_stores import STORES, store_of
 
-from stroma import Flow, NodeHooks, Pipeline, RunStatus, StepFailed, parallel, stroma_flow
+from stroma import Flow, NodeHooks, Pipeline, RunStatus, StepFailed, current_run, parallel, stroma_flow
 from stroma.checkpoint import InMemoryStore
 
 
@@ -493,3 +495,27 @@ async def test_a_step_with_another_input_after_a_retried_failure_has_another_key
         assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=3))
     assert world.calls == ["bad 0", "pay 5", "bad 0", "pay 1", "pay 2"]
     assert len({key for what in ("pay 5", "pay 1", "pay 2") for key in world.keys[what]}) == 3
+
+
+async def test_a_flow_that_has_ended_is_freed_at_once() -> None:
+    """A run of a flow that nobody references is freed without garbage collection: its trace may be large."""
+    runs: list[weakref.ref[Any]] = []
+
+    async def note(state: Num) -> Num:
+        runs.append(weakref.ref(current_run()))
+        return state
+
+    add = node("add", note)
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        await asyncio.gather(flow.step(add, state), flow.sleep(0.001))
+        return await flow.step(add, state)
+
+    gc.collect()
+    gc.disable()
+    try:
+        await runner_on(None).run(f, Num())
+        assert [one() for one in runs] == [None, None]
+    finally:
+        gc.enable()

@@ -81,13 +81,14 @@ async def execute_in_turn(
     """
     # One coroutine for all nodes of a run, since it costs as much as the loop itself.
     first, branch, kind, parent, contract, step, cancelling, restores, role, is_called, settles = place
-    task = asyncio.current_task()
+    task: asyncio.Task[Any] | None = None
     if attempt is None:
         attempt = NodeAttempt(ctx)
     for position, node in enumerate(nodes, first):
         if position != first:
             if ctx.stops:
                 return STOPPED
+            task = task or asyncio.current_task()
             if task is not None and task.cancelling() != cancelling:
                 # Either a cancellation is on its way, and this lets it in; or a node's TaskGroup has left one behind.
                 await asyncio.sleep(0)
@@ -145,6 +146,7 @@ async def execute_in_turn(
                 if ctx.cancelled:  # A step of plain code, whose task is the caller's own.
                     outcome = _stop(ctx, outcome, Stop("the run was cancelled"))
                     break
+                task = task or asyncio.current_task()
                 if task is not None:
                     cancelling = task.cancelling()
         finally:

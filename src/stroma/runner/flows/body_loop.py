@@ -11,7 +11,8 @@ import asyncio
 import heapq
 import sys
 import weakref
-from asyncio import events
+from asyncio.events import _get_running_loop, _set_running_loop
+from asyncio.tasks import _enter_task, _leave_task
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextvars import Context, copy_context
@@ -90,7 +91,7 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
         self._left: list[AsyncGenerator[Any, Any]] = []
         self._generator_count = 0
         self._outer_hooks = sys.get_asyncgen_hooks()
-        self._hooks = self._note_generator, self._keep_generator
+        self._hooks: tuple[Any, Any] = self._note_generator, self._keep_generator
         self.tasks: dict[asyncio.Task[Any], None] = {}
         self.is_halted = False
 
@@ -107,8 +108,8 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
         outer, ready = self._outer, self._ready
         # Documented for loops and tasks of other libraries. From Python 3.14 on a thread has one current task, of any loop.
         if task is not None:
-            asyncio.tasks._leave_task(outer, task)
-        events._set_running_loop(self)
+            _leave_task(outer, task)
+        _set_running_loop(self)
         # Generators that the body begins are closed by the body.
         sys.set_asyncgen_hooks(*self._hooks)
         try:
@@ -127,9 +128,9 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
                         )
         finally:
             sys.set_asyncgen_hooks(*self._outer_hooks)
-            events._set_running_loop(outer)
+            _set_running_loop(outer)
             if task is not None:
-                asyncio.tasks._enter_task(outer, task)
+                _enter_task(outer, task)
         raise RuntimeError(
             "the body of the flow does not wait for a step, a timer or an answer; replace its polling loop by an asyncio.Event"
         )
@@ -157,10 +158,14 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
         return bool(generators)
 
     def discard(self) -> None:
-        """Forget tasks that do not end, without asyncio's message that they were destroyed."""
+        """Forget everything, tasks that do not end without asyncio's message that they were destroyed."""
         for task in self.tasks:
             setattr(task, "_log_destroy_pending", False)  # noqa: B010  # asyncio has no public name for it.
         self.tasks.clear()
+        self._ready.clear()
+        self._timers.clear()
+        # Cycles: without them a run and its trace are freed at once.
+        self._hooks, self._read_time = (None, None), float
 
     def _note_generator(self, generator: AsyncGenerator[Any, Any]) -> None:
         self._generator_count += 1
@@ -193,7 +198,7 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
     def call_soon_threadsafe(
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.Handle:
-        if events._get_running_loop() is not self:
+        if _get_running_loop() is not self:
             refuse("call_soon_threadsafe")
         return self.call_soon(callback, *args, context=context)
 
