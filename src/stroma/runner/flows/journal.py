@@ -178,7 +178,7 @@ class FlowJournal:
 
         if not REPLAY_ONLY.get():
             records.events = [one for one in records.events if not is_inside_finished(one.branch)]
-        records.events.sort()
+        records.events.sort(key=lambda one: one.number)
         for event in records.events:
             records.add_call(event.branch)
         if not records.discarded:
