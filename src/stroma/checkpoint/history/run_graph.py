@@ -67,8 +67,8 @@ class StepNode:
 class RunGraph:
     """The steps that runs took.
 
-    A call follows those that ended before it began with no other call between: in one task the call before, after a
-    ``gather`` the last call of each task. In a task's first call, those before it in the task that started it.
+    A call follows those that ended before it began with no other call between: the call before, after a ``gather`` the last
+    call of each task.
 
     Attributes:
         name: the pipeline.
@@ -102,7 +102,7 @@ class RunGraph:
         order = _CallOrder()
         for number, (entry, path) in enumerate(calls):
             scope = entry.call.scope if entry.call is not None else ""
-            before = order.before(scope, entry.began_ms, number)
+            before = order.before(scope, entry.began_ms)
             for source in before:
                 self.edges[calls[source][1], path] += 1
             if not before:
@@ -269,23 +269,21 @@ class _CallOrder:
 
     def __init__(self) -> None:
         self._families: defaultdict[str, _Family] = defaultdict(_Family)
-        #: The last call of each scope, which ended before the next one of it began, whatever the clock says.
-        self._last: dict[str, int] = {}
+        self._scopes: set[str] = set()
 
     def add(self, number: int, scope: str, began: float, ended: float) -> None:
-        self._last[scope] = number
+        self._scopes.add(scope)
         for outer in _outer_scopes(scope):
             self._families[outer].add(number, began, ended)
 
-    def before(self, scope: str, began: float, number: int) -> list[int]:
+    def before(self, scope: str, began: float) -> list[int]:
         """Return the numbers of the calls that a call follows."""
-        outer_scopes = _outer_scopes(scope) if scope not in self._last else [scope]
+        outer_scopes = _outer_scopes(scope) if scope not in self._scopes else [scope]
         for outer in outer_scopes:
             calls = self._families[outer].before(began) if outer in self._families else []
             if calls:
                 return calls
-        last = self._last.get(scope)
-        return [] if last is None else [last]
+        return []
 
     def ends(self) -> list[int]:
         """Return the calls that nothing followed."""
