@@ -128,6 +128,26 @@ async def test_a_cancellation_from_outside_does_not_wait(store: Any) -> None:
     assert (result.status, siblings.shop.calls, len(siblings.shop.asked)) == (RunStatus.RESUMED, 1, 1)
 
 
+async def test_a_time_limit_of_a_group_cuts_an_effect_off(store: Any) -> None:
+    """G13. Another attempt of a group whose time limit cut an effect off asks for the outcome, and makes no call."""
+    shop, tries = Shop(), []
+
+    async def slow(order: Order) -> Any:
+        receipt = await shop.charge(order)
+        tries.append(1)
+        await asyncio.Event().wait()
+        return receipt
+
+    runner = StromaRunner.quick(
+        store=store,
+        node_policies={"parallel(charge)": THRICE},
+        node_timeouts={"parallel(charge)": 500},
+    )
+    charge = runner.node("charge", input=Order, output=Receipt, effect=True, reconcile=shop.look)(slow)
+    result = await runner.run([parallel(charge)], Order(), run_id="r")
+    assert (result.status, shop.calls, len(shop.asked)) == (RunStatus.COMPLETED, 1, 1)
+
+
 async def test_a_suspended_child_lets_its_siblings_end(store: Any) -> None:
     """An unknown effect in a group suspends the run once its siblings have ended; only it is asked on the resume."""
     shop, calls = Shop(after=[TimeoutError()]), []
