@@ -9,7 +9,7 @@ VALUES: dict[str, frozenset[str]] = {
     "outcome": frozenset({"success", "failure", "cancelled", "suspended"}),
     "failure_class": frozenset({"", "RECOVERABLE", "TERMINAL", "AMBIGUOUS"}),
     "direction": frozenset({"input", "output"}),
-    "cache": frozenset({"read", "creation"}),
+    "cache": frozenset({"read", "write"}),
     "dimension": frozenset({"tokens", "cost", "latency"}),
 }
 

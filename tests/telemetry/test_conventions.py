@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, SecretStr
 from tests.telemetry.test_opentelemetry import Seen, quick
 
-from stroma import Pipeline
+from stroma import Pipeline, Usage
 from stroma.telemetry import otel_hooks
+from stroma.telemetry.inference import _PROVIDERS
 
 
 class State(BaseModel):
@@ -117,3 +120,57 @@ def test_unknown_choices_are_refused() -> None:
     for wrong in ({"semconv": "old"}, {"vocabulary": "otel"}, {"inference": "on"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             otel_hooks(**wrong)  # type: ignore[arg-type]
+
+
+#: Names, types and values of the registry of the conventions.
+REGISTRY = json.loads(Path(__file__).with_name("gen_ai_registry.json").read_text("utf-8"))
+TYPES = {"string": str, "int": int, "double": float, "boolean": bool}
+#: What backends read, and no release of the conventions has: Langfuse's name of the cost.
+NOT_OF_THE_CONVENTIONS = {"gen_ai.usage.cost"}
+
+
+async def test_names_types_and_values_are_those_of_the_registry() -> None:
+    """Every gen_ai attribute that is sent is in the registry, with its type, and operations and providers are of its values."""
+    seen = Seen()
+    runner = quick(seen.hooks(inference="auto", content="redacted"))
+
+    def node(role: Any) -> Any:
+        @runner.node(f"a {role}", input=State, output=State, role=role)
+        async def add(state: State) -> Any:
+            return state, Usage(100, 20, 40, 10, model="claude-sonnet-4-5")
+
+        return add
+
+    nodes = [node(role) for role in ("agent", "tool", "retriever", "chain")]
+    await runner.run(Pipeline("sums", nodes), State(), conversation="c-1", user="ada")
+    sent: dict[str, set[Any]] = {}
+    for span in seen.spans:
+        for name, value in dict(span.attributes or {}).items():
+            if name.startswith("gen_ai."):
+                sent.setdefault(name, set()).add(value)
+    assert sent.keys() - NOT_OF_THE_CONVENTIONS <= REGISTRY["attributes"].keys()
+    for name in sent.keys() - NOT_OF_THE_CONVENTIONS:
+        assert {type(value) for value in sent[name]} == {TYPES[REGISTRY["attributes"][name]]}, name
+    assert sent["gen_ai.operation.name"] <= set(REGISTRY["operations"])
+    assert sent["gen_ai.provider.name"] == {"anthropic"}
+    assert set(_PROVIDERS.values()) <= set(REGISTRY["providers"])
+    assert all(seen.points(name) for name in REGISTRY["histograms"])
+
+
+def test_names_in_the_source_are_those_of_the_registry() -> None:
+    """No exporter to OpenTelemetry writes a gen_ai name that the registry lacks, but for earlier names on request."""
+    folder = Path(otel_hooks.__code__.co_filename).parents[1]
+    files = [
+        *folder.glob("*.py"),
+        *(folder / "opentelemetry").glob("*.py"),
+        *(folder / "datadog").glob("*.py"),
+    ]
+    names = {
+        name for file in files for name in re.findall(r'"(gen_ai\.[a-z_.]*[a-z])"', file.read_text("utf-8"))
+    }
+    earlier = {*REGISTRY["removed"], "gen_ai.invoke_workflow.duration"}
+    assert names - REGISTRY["attributes"].keys() <= {
+        *REGISTRY["histograms"],
+        *earlier,
+        *NOT_OF_THE_CONVENTIONS,
+    }

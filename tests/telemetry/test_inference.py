@@ -72,7 +72,7 @@ async def test_each_attempt_has_one_span_with_its_bill(seen: Seen) -> None:
     first = spans[0]
     assert (
         of(first, "gen_ai.usage.cache_read.input_tokens"),
-        of(first, "gen_ai.usage.cache_creation.input_tokens"),
+        of(first, "gen_ai.usage.cache_write.input_tokens"),
     ) == (40, 10)
     assert (of(first, "gen_ai.request.model"), of(first, "gen_ai.provider.name")) == (MODEL, "openai")
     assert (of(first, "openinference.span.kind"), of(first, "user.id"), of(first, "stroma.node.id")) == (

@@ -264,9 +264,9 @@ async def test_units_reasons_and_caches() -> None:
     of_model = {**place, "model": "gpt-4o-mini", "agent": ""}
     cached = {
         cache: registry.get_sample_value("stroma_cached_tokens_total", {**of_model, "cache": cache})
-        for cache in ("read", "creation")
+        for cache in ("read", "write")
     }
-    assert cached == {"read": 60, "creation": 20}
+    assert cached == {"read": 60, "write": 20}
     assert registry.get_sample_value("stroma_tokens_total", {**of_model, "direction": "input"}) == 100
     labels = MetricLabels()
     assert len({labels.reason(f"reason {number}") for number in range(1000)}) == 51

@@ -73,12 +73,13 @@ class InferenceSpans:
         can_see: spans of other libraries are seen; without that, "auto" creates none.
     """
 
-    def __init__(self, mode: InferenceMode, vocabulary: Vocabulary) -> None:
+    def __init__(self, mode: InferenceMode, vocabulary: Vocabulary, *, earlier_names: bool) -> None:
         if mode not in ("auto", "always", "never"):
             raise ValueError(f'inference must be "auto", "always" or "never", got {mode!r}')
         self.mode = mode
         self.can_see = False
         self._vocabulary = vocabulary
+        self._earlier_names = earlier_names
         self._providers: dict[str, str | None] = {}
 
     def note_surroundings(self, node: NodeExecution, around: Span) -> None:
@@ -140,7 +141,7 @@ class InferenceSpans:
             "gen_ai.usage.input_tokens": usage.input_tokens,
             "gen_ai.usage.output_tokens": usage.output_tokens,
             "gen_ai.usage.cache_read.input_tokens": cached,
-            "gen_ai.usage.cache_creation.input_tokens": written,
+            "gen_ai.usage.cache_write.input_tokens": written,
             "gen_ai.agent.name": node.agent,
             "gen_ai.usage.cost": usage.cost_usd,
             "operation.cost": usage.cost_usd,
@@ -148,6 +149,8 @@ class InferenceSpans:
             "stroma.node.attempt": node.attempt,
             **about_run(node.ctx),
         }
+        if self._earlier_names:
+            about["gen_ai.usage.cache_creation.input_tokens"] = written
         if self._vocabulary == "openinference":
             about |= {
                 "openinference.span.kind": "LLM",

@@ -266,7 +266,7 @@ class _Prometheus(Observer):
             cost.inc(usage.cost_usd)
             for cache, tokens in (
                 ("read", usage.cached_input_tokens),
-                ("creation", usage.cache_write_tokens),
+                ("write", usage.cache_write_tokens),
             ):
                 if tokens:
                     metrics.cached_tokens(*place, model, agent, cache).inc(tokens)

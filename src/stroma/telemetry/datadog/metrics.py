@@ -83,7 +83,7 @@ class DatadogMetrics:
             self._count("stroma.cost_usd", usage.cost_usd, cost)
             for cache, tokens in (
                 ("read", usage.cached_input_tokens),
-                ("creation", usage.cache_write_tokens),
+                ("write", usage.cache_write_tokens),
             ):
                 if tokens:
                     self._count("stroma.cached_tokens", tokens, [*cost, f"cache:{cache}"])

@@ -66,13 +66,14 @@ def otel_hooks(
         raise ValueError(f'attempts must be "events" or "spans", got {attempts!r}')
     if vocabulary not in ("openinference", "none"):
         raise ValueError(f'vocabulary must be "openinference" or "none", got {vocabulary!r}')
+    earlier_names = wants_earlier_names(semconv)
     return OpenTelemetry(
         tracer,
         meter,
         own_spans=attempts == "spans",
         content=Content.make(content, deny_keys, max_bytes),
         vocabulary=vocabulary,
-        inference=InferenceSpans(inference, vocabulary),
-        earlier_names=wants_earlier_names(semconv),
+        inference=InferenceSpans(inference, vocabulary, earlier_names=earlier_names),
+        earlier_names=earlier_names,
         baggage=baggage,
     ).hooks()

@@ -191,10 +191,10 @@ class OtelMetrics:
             self._cost.add(usage.cost_usd, self._attributes_of(*place))
             for cache, tokens in (
                 ("read", usage.cached_input_tokens),
-                ("creation", usage.cache_write_tokens),
+                ("write", usage.cache_write_tokens),
             ):
                 if tokens:
-                    self._cached.add(tokens, self._attributes_of(*place, "gen_ai.token.cache", cache))
+                    self._cached.add(tokens, self._attributes_of(*place, "stroma.cache", cache))
 
     def retried(self, node: NodeExecution, failure_class: str) -> None:
         """Count an attempt that follows a failed one."""
