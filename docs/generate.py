@@ -99,6 +99,11 @@ REASONS = {
         "the program has a mistake that another attempt would meet again",
         "correct it, then `resume=True`",
     ),
+    "place": ("a node with a place cannot be called there", "see [PlaceError](#placeerror)"),
+    "worker_lost": (
+        "the worker of a place did not answer",
+        "nothing; if it lasts, see what ends the workers of the place, and if they have the code of the run",
+    ),
     "store": ("the store could not keep an attempt", "see [StoreError](#storeerror)"),
 }
 

@@ -116,6 +116,43 @@ def test_ctrl_c_cancels_the_run(stroma: Any, worker: Any, there: tuple[str, ...]
     assert "CANCELLED" in err
 
 
+def test_a_worker_of_a_place(stroma: Any, inside: Any, worker: Any, there: tuple[str, ...]) -> None:
+    """`stroma worker --place` calls the nodes with that place, and drives no runs; the queue of the runs is no place."""
+    queue = there[3]
+    stroma.file(
+        "gpu.py",
+        f"""
+        import os
+        from sums import *
+        from sums import first, third
+
+        async def big(state):
+            called(f"big-{{os.environ.get('WHERE')}}")
+            return {{"n": state.n + 40}}
+
+        contract = NodeContract(node_id="big", input_schema=Sum, output_schema=Sum, place="gpu-{queue}")
+        pipeline = Pipeline("gpu", [first, stroma_node("big", contract)(big), third])
+        """,
+    )
+    place = stroma.popen(
+        "worker", "gpu.py:pipeline", *there, "--place", f"gpu-{queue}", env={"WHERE": "place"}
+    )
+    try:
+        assert f"'gpu' at place 'gpu-{queue}' of" in wait_for(place, "worker ready: ")
+        with worker("gpu.py:pipeline"):
+            done = inside("run", "gpu.py:pipeline", GOOD, *there)
+        assert (done.code, json.loads(done.out)) == (0, {"n": 42})
+        assert stroma.calls() == ["first", "big-place", "third"]
+    finally:
+        place.terminate()
+        _, err = place.communicate(timeout=60)
+    assert place.returncode == 0
+    assert "worker drained: after SIGTERM" in err
+    done = inside("worker", "gpu.py:pipeline", *there, "--place", queue)
+    assert done.code == 2
+    assert "a run would wait for itself" in done.err
+
+
 def test_what_is_refused(inside: Any, fails: Any, there: tuple[str, ...]) -> None:
     """Options of one process are refused with --temporal; a server that does not answer is one message."""
     words = ("run", "sums.py:pipeline", GOOD, *there)

@@ -195,3 +195,27 @@ def test_what_a_worker_refuses(shell: Any, inside: Any, fails: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         fails(inside("worker", TARGETS[0], "--db", "x.db", "--health", port), 3, "cannot listen on")
+
+
+def test_what_needs_a_place(inside: Any, fails: Any, stroma: Any) -> None:
+    """Without Temporal, a pipeline with a place is refused with the command that starts the worker of the place."""
+    stroma.file(
+        "gpu.py",
+        """
+        from pydantic import BaseModel
+        from stroma import NodeContract, Pipeline, stroma_node
+
+        class Num(BaseModel):
+            n: int = 0
+
+        @stroma_node("big", NodeContract(node_id="big", input_schema=Num, output_schema=Num, place="gpu"))
+        async def big(state: Num) -> Num:
+            raise AssertionError
+
+        pipeline = Pipeline("gpu", [big])
+        """,
+    )
+    words = ("place='gpu'", "stroma worker FILE:NAME --temporal HOST:PORT --place gpu")
+    fails(inside("run", "gpu.py:pipeline", "{}", "--db", "runs.db"), 2, "the run cannot start: ", *words)
+    fails(inside("worker", "gpu.py:pipeline", "--db", "runs.db"), 2, "the worker cannot start: ", *words)
+    fails(inside("worker", "gpu.py:pipeline", "--place", "gpu"), 2, "--place needs --temporal HOST:PORT")

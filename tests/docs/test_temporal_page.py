@@ -44,7 +44,7 @@ def test_the_code_on_the_page_runs(tmp_path: Path, temporal_server: TemporalServ
         [sys.executable, "-m", "stroma", "worker", *words], cwd=tmp_path, env=environment()
     )
     try:
-        assert run_alone(PAGE, tmp_path, {}, ("localhost:7233", temporal_server.address)) == 2
+        assert run_alone(PAGE, tmp_path, {}, ("localhost:7233", temporal_server.address)) == 3
     finally:
         worker.terminate()
         assert worker.wait(60) == 0
@@ -66,7 +66,7 @@ def test_the_commands_on_the_page_are_commands() -> None:
         for line in block.splitlines()
     ]
     ours = [line for line in lines if line.startswith("stroma ")]
-    assert len(ours) == 3
+    assert len(ours) == 4
     for line in ours:
         assert parse(shlex.split(line))["address"] == "localhost:7233"
     with pytest.raises(click.UsageError):

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import pathlib
+import subprocess
+import sys
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from temporalio.client import Client
+from temporalio.client import Client, WorkflowExecutionStatus
+from tests.kit import NEVER
 from tests.servers_temporal import TemporalServer
-from tests.shared_stores import store_of
+from tests.shared_stores import opened, place, store_of
 
 from stroma import CheckpointManager, ContractRegistry, Pipeline, RunConfig, StromaRunner
 from stroma.temporal import TemporalRunner, stroma_worker
@@ -119,3 +123,97 @@ def way(request: pytest.FixtureRequest) -> Iterator[Way]:
     server = request.getfixturevalue("temporal_server") if name == "temporal" else None
     with store_of(kind) as store:
         yield Way(name, store, server)
+
+
+class Cluster:
+    """A task queue of a server, and a store."""
+
+    def __init__(self, client: Client, store: Any) -> None:
+        self.client, self.store = client, store
+        self.queue = f"q-{uuid.uuid4().hex}"
+        self.runner = TemporalRunner(client, self.queue, store)
+        #: A runner that knows nothing of Temporal.
+        self.local = StromaRunner.quick(store=store)
+
+    def worker(self, *pipelines: Any, **options: Any) -> Any:
+        config = RunConfig(policy_map=NEVER, lease_seconds=0.9)
+        return stroma_worker(self.client, self.queue, pipelines, store=self.store, config=config, **options)
+
+    async def until(self, is_so: Callable[[], Any]) -> None:
+        async with asyncio.timeout(60):
+            while not is_so():
+                await asyncio.sleep(0.02)
+
+    async def until_status(self, run_id: str, status: str) -> None:
+        await self.until(lambda: (run := self.store.get_run(run_id)) and run.status == status)
+
+    async def workflow_status(self, run_id: str) -> WorkflowExecutionStatus | None:
+        return (await self.client.get_workflow_handle(run_id).describe()).status
+
+
+@pytest.fixture
+def store() -> Iterator[Any]:
+    with store_of("postgres") as store:
+        yield store
+
+
+@pytest.fixture
+async def cluster(temporal_server: TemporalServer, store: Any) -> Cluster:
+    return Cluster(await Client.connect(temporal_server.address), store)
+
+
+def fresh_id() -> str:
+    return f"run-{uuid.uuid4().hex}"
+
+
+class Fleet:
+    """Worker processes on one task queue and one store, and the diary of their calls."""
+
+    client: Client
+
+    def __init__(self, server: TemporalServer, where: str, folder: pathlib.Path) -> None:
+        self.server, self.where = server, where
+        self.diary = folder / "diary"
+        self.queue, self.run_id = f"q-{uuid.uuid4().hex}", f"run-{uuid.uuid4().hex}"
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, *job: str) -> subprocess.Popen[bytes]:
+        """Start a worker; it is ready when this returns. ``job``: see worker_helper."""
+        words = [self.server.address, self.queue, self.where, str(self.diary), *job]
+        command = [sys.executable, "-m", "tests.drivers.worker_helper", *words]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=pathlib.Path(__file__).parents[2])
+        self.processes.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        return process
+
+    def lines(self, what: str) -> list[tuple[int, int]]:
+        """Return the node and the process of each call, or of each end of a call."""
+        if not self.diary.exists():
+            return []
+        rows = [line.split() for line in self.diary.read_text().splitlines()]
+        return [(int(node), int(pid)) for kind, node, pid in rows if kind == what]
+
+    async def until(self, is_so: Callable[[], Any]) -> None:
+        async with asyncio.timeout(90):
+            while not is_so():
+                await asyncio.sleep(0.02)
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@contextlib.asynccontextmanager
+async def fleet_of(
+    server: TemporalServer, tmp_path: pathlib.Path
+) -> AsyncIterator[tuple[Fleet, TemporalRunner, Any]]:
+    with place("postgres") as where, opened("postgres", where) as store:
+        fleet = Fleet(server, where, tmp_path)
+        fleet.client = await Client.connect(server.address)
+        runner = TemporalRunner(fleet.client, fleet.queue, store)
+        try:
+            yield fleet, runner, store
+        finally:
+            fleet.end()

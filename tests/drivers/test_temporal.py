@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from temporalio.client import Client, WorkflowExecutionStatus
 from temporalio.service import RPCError
+from tests.drivers.conftest import Cluster, fresh_id
 from tests.flows.steps import World
 from tests.kit import NEVER, Num, Text, node
 from tests.servers_temporal import TemporalServer
-from tests.shared_stores import store_of
 
 from stroma import (
     Flow,
@@ -25,7 +24,6 @@ from stroma import (
     RunExists,
     RunStatus,
     StoreError,
-    StromaRunner,
     stroma_flow,
 )
 from stroma.drivers.temporal import worker as worker_module
@@ -33,47 +31,6 @@ from stroma.drivers.temporal import workflow as workflow_module
 from stroma.temporal import TemporalRunner, register_search_attributes, stroma_worker
 
 pytestmark = pytest.mark.slow
-
-
-class Cluster:
-    """A task queue of a server, and a store."""
-
-    def __init__(self, client: Client, store: Any) -> None:
-        self.client, self.store = client, store
-        self.queue = f"q-{uuid.uuid4().hex}"
-        self.runner = TemporalRunner(client, self.queue, store)
-        #: A runner that knows nothing of Temporal.
-        self.local = StromaRunner.quick(store=store)
-
-    def worker(self, *pipelines: Any, **options: Any) -> Any:
-        config = RunConfig(policy_map=NEVER, lease_seconds=0.9)
-        return stroma_worker(self.client, self.queue, pipelines, store=self.store, config=config, **options)
-
-    async def until(self, is_so: Callable[[], Any]) -> None:
-        async with asyncio.timeout(60):
-            while not is_so():
-                await asyncio.sleep(0.02)
-
-    async def until_status(self, run_id: str, status: str) -> None:
-        await self.until(lambda: (run := self.store.get_run(run_id)) and run.status == status)
-
-    async def workflow_status(self, run_id: str) -> WorkflowExecutionStatus | None:
-        return (await self.client.get_workflow_handle(run_id).describe()).status
-
-
-@pytest.fixture
-def store() -> Iterator[Any]:
-    with store_of("postgres") as store:
-        yield store
-
-
-@pytest.fixture
-async def cluster(temporal_server: TemporalServer, store: Any) -> Cluster:
-    return Cluster(await Client.connect(temporal_server.address), store)
-
-
-def fresh_id() -> str:
-    return f"run-{uuid.uuid4().hex}"
 
 
 @asynccontextmanager

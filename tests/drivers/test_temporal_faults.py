@@ -7,77 +7,19 @@ import collections
 import contextlib
 import pathlib
 import signal
-import subprocess
-import sys
-import uuid
-from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 from temporalio.client import Client, WorkflowFailureError
 from temporalio.exceptions import CancelledError
+from tests.drivers.conftest import Fleet, fleet_of
 from tests.drivers.worker_helper import NODES, pipeline
 from tests.kit import Num
 from tests.servers_temporal import TemporalServer, wait_until_ready
-from tests.shared_stores import opened, place
 
 from stroma import RunStatus
-from stroma.temporal import TemporalRunner
 
 pytestmark = pytest.mark.nightly
-
-
-class Fleet:
-    """Worker processes on one task queue and one store, and the diary of their calls."""
-
-    client: Client
-
-    def __init__(self, server: TemporalServer, where: str, folder: pathlib.Path) -> None:
-        self.server, self.where = server, where
-        self.diary = folder / "diary"
-        self.queue, self.run_id = f"q-{uuid.uuid4().hex}", f"run-{uuid.uuid4().hex}"
-        self.processes: list[subprocess.Popen[bytes]] = []
-
-    def start(self) -> subprocess.Popen[bytes]:
-        """Start a worker; it is ready when this returns."""
-        words = [self.server.address, self.queue, self.where, str(self.diary)]
-        command = [sys.executable, "-m", "tests.drivers.worker_helper", *words]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=pathlib.Path(__file__).parents[2])
-        self.processes.append(process)
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        return process
-
-    def lines(self, what: str) -> list[tuple[int, int]]:
-        """Return the node and the process of each call, or of each end of a call."""
-        if not self.diary.exists():
-            return []
-        rows = [line.split() for line in self.diary.read_text().splitlines()]
-        return [(int(node), int(pid)) for kind, node, pid in rows if kind == what]
-
-    async def until(self, is_so: Callable[[], Any]) -> None:
-        async with asyncio.timeout(90):
-            while not is_so():
-                await asyncio.sleep(0.02)
-
-    def end(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
-
-
-@contextlib.asynccontextmanager
-async def fleet_of(
-    server: TemporalServer, tmp_path: pathlib.Path
-) -> AsyncIterator[tuple[Fleet, TemporalRunner, Any]]:
-    with place("postgres") as where, opened("postgres", where) as store:
-        fleet = Fleet(server, where, tmp_path)
-        fleet.client = await Client.connect(server.address)
-        runner = TemporalRunner(fleet.client, fleet.queue, store)
-        try:
-            yield fleet, runner, store
-        finally:
-            fleet.end()
 
 
 def check_records(fleet: Fleet, store: Any, *, in_flight: int) -> None:

@@ -19,7 +19,6 @@ from stroma import (
     Suspend,
     Unknown,
 )
-from stroma.engine.effects import Effect
 from stroma.testing import crash_at
 
 store = store_fixture("async-memory", "sqlite", "postgres", "redis")
@@ -276,8 +275,12 @@ async def test_an_intent_that_the_store_refuses_prevents_the_call(store: Any, mo
     shop = Shop()
     runner, nodes = pipeline(shop, store)
     monkeypatch.setattr("stroma.engine.commit._STORE_DELAYS", ())
+
+    async def refuse(_: Any) -> Any:
+        return StoreError("disk full"), None
+
     with monkeypatch.context() as patched:
-        patched.setattr(Effect, "_flush", lambda _: StoreError("disk full"))
+        patched.setattr("stroma.engine.effects.store_notes", refuse)
         result = await runner.run(nodes, Order(), run_id="r")
     assert (result.status, shop.calls) == (RunStatus.PARTIAL, 0)
     result = await runner.run(nodes, Order(), run_id="r", resume=True)

@@ -38,6 +38,7 @@ from stroma.cli.user_errors import describe_error, last_frame
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.schema import schema_of
 from stroma.engine.config import RunConfig
+from stroma.failures.errors import PlaceError
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.hooks.sets import HookError, flatten
 from stroma.runner.pipeline import Pipeline, nodes_of
@@ -164,6 +165,8 @@ class LocalRun:
                 return asyncio.run(self._drive(runner, progress))
             except StoreError as error:
                 raise self._store_problem(error) from error
+            except PlaceError as error:
+                raise Problem(f"the run cannot start: {error}", code=Code.USAGE) from error
             except (HookNotAsync, HookError) as error:
                 raise self._failure_problem(error, "a hook of the pipeline's config") from error
             except SystemExit as error:

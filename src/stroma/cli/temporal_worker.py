@@ -31,10 +31,12 @@ class TemporalWorker:
     max_concurrency: int
     drain_seconds: float
     quiet: bool
+    place: str | None = None
 
     def execute(self) -> int:
         """Serve until a signal, and return the exit code. Raises Problem."""
-        self.database.prepare()
+        if self.place is None:
+            self.database.prepare()
         # Output of nodes goes to stderr.
         with contextlib.redirect_stdout(sys.stderr):
             return self.cluster.run(self._serve())
@@ -50,7 +52,8 @@ class TemporalWorker:
                 client,
                 self.cluster.task_queue,
                 self.pipelines,
-                store=self.database.store,
+                store=self.database.store if self.place is None else None,
+                place=self.place,
                 max_concurrency=self.max_concurrency,
                 drain_seconds=self.drain_seconds,
             )
@@ -84,6 +87,9 @@ class TemporalWorker:
 
     def _describe(self) -> str:
         names = ", ".join(repr(clean(one.name, 60)) for one in self.pipelines)
+        if self.place is not None:
+            calls = pluralize(self.max_concurrency, "call")
+            return f"{names} at place {clean(self.place, 100)!r} of {self.cluster.address}, {calls} at once"
         runs = pluralize(self.max_concurrency, "run")
         return f"{names} on {self.cluster.name}, in {self.database.name}, {runs} at once"
 

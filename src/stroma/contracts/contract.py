@@ -78,6 +78,8 @@ class NodeContract(StrictModel, Generic[In, Out]):
             NotDone() or Unknown(). Without it, or if it returns Unknown() or raises, the run is SUSPENDED with reason
             "effect" until a person decides.
         role: "agent", "tool", "retriever" or "chain", as which traces show the node.
+        place: Temporal task queue whose workers call the function, such as "gpu"; None: the process that drives the run.
+            Experimental. See ``docs/temporal.md``.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -89,6 +91,7 @@ class NodeContract(StrictModel, Generic[In, Out]):
     effect: bool = False
     reconcile: Callable[[Any, str], Any] | None = None
     role: Role | None = None
+    place: str | None = None
 
     if TYPE_CHECKING:
         # pydantic's mypy plugin would take the classes as Any, and the node's types would go unchecked.
@@ -102,12 +105,18 @@ class NodeContract(StrictModel, Generic[In, Out]):
             effect: bool = False,
             reconcile: Reconcile[In, Out] | None = None,
             role: Role | None = None,
+            place: str | None = None,
         ) -> None: ...
 
     @field_validator("node_id")
     @classmethod
     def _legal_id(cls, value: str) -> str:
         return check_id(value, "node id")
+
+    @field_validator("place")
+    @classmethod
+    def _legal_place(cls, value: str | None) -> str | None:
+        return None if value is None else check_id(value, "place")
 
     @model_validator(mode="after")
     def _only_effects_reconcile(self) -> Any:

@@ -29,7 +29,7 @@ __all__ = [
     "framework_node",
     "make_node",
     "mark",
-    "marked_ids",
+    "marked_nodes",
     "stroma_node",
     "stroma_step",
 ]
@@ -274,10 +274,10 @@ _marked: Final[weakref.WeakSet[Node]] = weakref.WeakSet()
 _marked_lock = threading.Lock()
 
 
-def marked_ids() -> set[str]:
-    """Return the ids of all nodes that decorators made in this process and that somebody still has."""
+def marked_nodes() -> list[Node]:
+    """Return all nodes that decorators made in this process and that somebody still has."""
     with _marked_lock:
-        return {node.node_id for node in _marked}
+        return list(_marked)
 
 
 def _accepts_attributes(func: Any) -> bool:

@@ -289,12 +289,13 @@ async def _collect(ending: Any, due: list[Any]) -> None:
 
 def make(attempt: NodeAttempt) -> Coroutine[Any, Any, BaseModel | Failure | Halt]:
     """Make an attempt, after its admission where there is anything to wait for."""
-    node = attempt.node
-    if type(node) is not Node or (node.is_async and not attempt.ctx.gated):
+    node, contract, gated = attempt.node, attempt.plan[2], attempt.ctx.gated
+    if type(node) is not Node or (node.is_async and not gated):
         return attempt.make()
-    if attempt.ctx.gated:
-        return _make_in_turn(attempt, needs_thread=not node.is_async)
-    return _make_in_thread(attempt)
+    needs_thread = not node.is_async and (contract is None or contract.place is None)
+    if gated:
+        return _make_in_turn(attempt, needs_thread=needs_thread)
+    return _make_in_thread(attempt) if needs_thread else attempt.make()
 
 
 async def _make_in_thread(attempt: NodeAttempt) -> BaseModel | Failure | Halt:

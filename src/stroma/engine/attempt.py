@@ -20,7 +20,7 @@ from stroma.contracts.contract import NodeContract, as_violation, output_violati
 from stroma.contracts.effects import NotDone, Unknown
 from stroma.contracts.node import Group, Node, Plan
 from stroma.contracts.schema import Snapshot, schema_of
-from stroma.engine.commit import record, record_rejected, refer
+from stroma.engine.commit import record, record_rejected, refer, store_notes
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.deadlines import call_in_time
 from stroma.engine.diagnosis import judge
@@ -37,8 +37,10 @@ from stroma.engine.execution import NodeExecution
 from stroma.engine.metering import count_returned, price
 from stroma.engine.open_attempt import OpenAttempt
 from stroma.engine.outcome import GroupStopped, Halt
+from stroma.engine.placed_calls import call_at_place, note_call, open_call
 from stroma.engine.questions import find_question
 from stroma.engine.tasks import CONTINUES, call_in_thread, loop_ticks, passes_through, raise_if
+from stroma.failures.errors import PlaceError
 from stroma.failures.failure import (
     Failure,
     ends_run,
@@ -105,9 +107,8 @@ class NodeAttempt(OpenAttempt):
                 hooks = self._start_hooks()
                 if not hooks.advance():
                     await self._finish_start_hooks(hooks)
-            if is_effect:
-                assert contract is not None
-                ended = await self._begin_effect(contract)
+            if contract is not None and (is_effect or contract.place is not None):
+                ended = await self._begin_special(contract)
                 if ended is not None:
                     return ended
 
@@ -248,8 +249,12 @@ class NodeAttempt(OpenAttempt):
             self.run.start_children()
             return node.run(ctx, self.run, state)
         context, effect = ctx.node_context() if node.wants_context else ctx.context, self.run.effect
-        call = node.call if effect is None else partial(effect.call, node.call)
-        if not node.is_async:
+        contract, call, is_async = self.plan[2], node.call, node.is_async
+        if contract is not None and contract.place is not None:
+            call, is_async = partial(call_at_place, self.run, contract), True
+        if effect is not None:
+            call = partial(effect.call, call)
+        if not is_async:
             warn = partial(ctx.run_logger.warning, CONTINUES, node.node_id)
             return call_in_thread(call, (state, context), warn)
         awaitable: Awaitable[Any] = call(state, context)
@@ -378,28 +383,44 @@ class NodeAttempt(OpenAttempt):
 
     # ------------------------------------------------------------------ effects
 
-    async def _begin_effect(self, contract: NodeContract[Any, Any]) -> BaseModel | Failure | Halt | None:
-        """Store that an effect is to be called. Return the end of an attempt that must not call it."""
-        run = self.run
+    async def _begin_special(self, contract: NodeContract[Any, Any]) -> BaseModel | Failure | Halt | None:
+        """Store that an effect, or a node with a place, is to be called. Return the end of an attempt that must not call it."""
+        run, call = self.run, None
         self.begin = self.begin or perf_counter_ns()
+        if contract.place is not None:
+            try:
+                call = run.placed_call = open_call(run, contract, self.plan, self.snapshot)
+            except PlaceError as error:
+                return await self._fail(error)
+        is_sent = call is not None and call.is_sent
         effect: Effect | None = run.effect
-        if effect is None:
-            effect = run.effect = Effect(run, contract, self.plan, self.snapshot)
-        try:
-            question = await effect.settle_others(self.cancelling)
-            stated = await effect.state_earlier(self.cancelling) if effect.is_open and not question else None
-        except StoreError as error:
-            return await self._fail(error, is_of_store=True)
-        if question is not None:
-            return await self._suspend_unknown(question)
-        ended = None if stated is None else await self._end_as_stated(effect, stated)
-        if ended is not None:
-            return ended
+        if contract.effect:
+            if effect is None:
+                effect = run.effect = Effect(run, contract, self.plan, self.snapshot)
+            try:
+                question = await effect.settle_others(self.cancelling)
+                is_unknown = effect.is_open and not question and not is_sent
+                stated = await effect.state_earlier(self.cancelling) if is_unknown else None
+            except StoreError as error:
+                return await self._fail(error, is_of_store=True)
+            if question is not None:
+                return await self._suspend_unknown(question)
+            ended = None if stated is None else await self._end_as_stated(effect, stated)
+            if ended is not None:
+                return ended
+        if is_sent:  # Its place has the outcome.
+            if effect is not None:
+                effect.note_begun()
+            return None
         if run.settles:
             raise asyncio.CancelledError(
                 f"effect {run.node_id!r} did not happen, and nobody waits for it any more"
             )
-        problem, cancelled = await effect.begin()
+        if call is not None:
+            note_call(run, call)
+        problem, cancelled = await (store_notes(run) if effect is None else effect.begin())
+        if call is not None and (problem is not None or cancelled):
+            note_call(run, None)
         if problem is not None:
             return await self._fail(problem, is_of_store=True)
         raise_if(cancelled)
@@ -411,6 +432,8 @@ class NodeAttempt(OpenAttempt):
             error = error.halt.failure.exception
         if effect.is_refused:
             effect.close()
+            if self.run.placed_call is not None:
+                note_call(self.run, None)
             return await self._fail(error, is_of_store=True)
         if isinstance_by_type(error, Fenced):
             return None  # Another process owns the run, and asks. The intent stays open.

@@ -20,7 +20,7 @@ from stroma.failures.failure import Failure, ends_run, type_name
 from stroma.failures.tracebacks import failure_site_writer
 from stroma.trace.events import AttemptRow, Failed, Outcome
 
-__all__ = ["failed_of", "record", "record_failure_site", "record_rejected", "refer", "settle"]
+__all__ = ["failed_of", "record", "record_failure_site", "record_rejected", "refer", "settle", "store_notes"]
 
 #: Between tries of a commit that the store refused.
 _STORE_DELAYS: Final = (0.02, 0.1, 0.4)
@@ -123,3 +123,15 @@ async def settle(
     wrapped = StoreError(f"the store could not record node {row.node_id!r} of run {ctx.run_id!r}: {error}")
     wrapped.__cause__ = error
     return wrapped, shield.cancellation
+
+
+async def store_notes(run: NodeExecution) -> tuple[Exception | None, asyncio.CancelledError | None]:
+    """Store the notes of the session now. Return the same as :func:`settle`."""
+
+    def flush() -> Awaitable[None] | Exception | None:
+        try:
+            return run.ctx.session.flush()
+        except BaseException as error:
+            return as_store_error(error)
+
+    return await settle(run.ctx, run, flush(), flush)

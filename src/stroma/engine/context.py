@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter_ns, time_ns
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from pydantic import BaseModel
 
@@ -71,7 +71,7 @@ class ReliabilityContext:
 
     # Slots, since several of them are read for each node.
     __slots__ = (
-        "__weakref__", "_notes", "_opening", "_prior_unrecorded", "_warned", "apart", "budget", "cancelled", "checkpoint_manager", "classifiers",
+        "__weakref__", "_notes", "_opening", "_prior_unrecorded", "_warned", "apart", "budget", "caller", "cancelled", "checkpoint_manager", "classifiers",
         "config", "context", "cost_tracker", "delivers", "dispatch", "done", "effects", "epoch_ns", "failed_items", "failed_maps",
         "fire", "gated", "handover", "holds", "hook_failures", "hooks", "interceptors", "interrupt", "kept_traces", "limits", "max_block_ns",
         "model_fallbacks", "number_event", "on_hold", "paused", "pipeline", "plain_steps", "policy_map", "redactor", "registry", "restored",
@@ -150,6 +150,8 @@ class ReliabilityContext:
         self.dispatch = BY_HAND
         #: The versions of runs that the pipeline can continue, its own first; None for plain code, which has none.
         self.versions: tuple[str, ...] | None = None
+        #: Calls nodes with a place, see stroma.engine.placed_calls; None where they cannot be called.
+        self.caller: Any = None
         #: Cancelled from elsewhere: nothing is tried again. And no further node is to begin.
         self.cancelled = self.stops = False
         #: No further attempt is to begin: the run is paused, or is being cancelled. Set in any thread.
@@ -230,7 +232,7 @@ class ReliabilityContext:
     @classmethod
     def for_run(
         cls, config: RunConfig, registry: ContractRegistry, checkpoint_manager: CheckpointManager
-    ) -> ReliabilityContext:
+    ) -> Self:
         """Return a context with a fresh tracker, trace and counts; the config's own context dict.
 
         A generated run id belongs to the first context of its config; each later one has a fresh id.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from inspect import iscoroutinefunction
 from typing import Any, Final, NamedTuple, TypeAlias, final
@@ -31,12 +31,12 @@ from stroma.contracts.effects import NotDone, Unknown
 from stroma.contracts.node import Plan, output_class
 from stroma.contracts.schema import Schema, Snapshot, describe_error
 from stroma.contracts.tagged_json import NotSerialisable
-from stroma.engine.commit import settle
+from stroma.engine.commit import store_notes
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.engine.in_flight import begin_flight, end_flight
 from stroma.engine.restore import read_output
-from stroma.engine.tasks import CONTINUES, as_store_error, call_in_thread, passes_through
+from stroma.engine.tasks import CONTINUES, call_in_thread, passes_through
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import kind_of, message_of
 from stroma.trace.events import Outcome
@@ -174,12 +174,16 @@ class Effect:
         if self._place != self._first:
             self._note_with_first()
         run.ctx.session.mark_effect(run.node_id)
-        problem, cancelled = await settle(run.ctx, run, self._flush(), self._flush)
+        problem, cancelled = await store_notes(run)
         if problem is None and not cancelled:
-            self._flight = begin_flight()
+            self.note_begun()
         else:
             self.close()
         return problem, cancelled
+
+    def note_begun(self) -> None:
+        """Note that a call is under way; of an earlier owner of the run, where a place makes it."""
+        self._flight = begin_flight()
 
     def call(self, function: Callable[..., Any], state: BaseModel, context: Any) -> Any:
         """Call the function. Raises Fenced instead if another process may own the run: this one stood still since its intent."""
@@ -210,12 +214,6 @@ class Effect:
         assert self._intent is not None
         place = self._run.position, self._run.branch
         self._note(self._intent._replace(position=place[0], branch=place[1], has_output=True))
-
-    def _flush(self) -> Awaitable[None] | Exception | None:
-        try:
-            return self._run.ctx.session.flush()
-        except BaseException as error:
-            return as_store_error(error)
 
     def _note(self, intent: Intent) -> None:
         self._intent = intent

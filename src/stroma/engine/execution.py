@@ -85,6 +85,8 @@ class NodeExecution:
     settles: bool = False
     #: Its calls, an Effect of stroma.engine.effects, once it is known to be one.
     effect: Any = None
+    #: Its call at a place, an OpenCall of stroma.engine.placed_calls.
+    placed_call: Any = None
     _notes: dict[Any, Any] | None = None
     _calls: StepCalls | None = None
 

@@ -12,10 +12,12 @@ if TYPE_CHECKING:
         CircuitOpen,
         ItemFailure,
         LimitError,
+        PlaceError,
         RunFailed,
         SharedBudgetExceeded,
         Suspend,
         WaitedTooLong,
+        WorkerLost,
     )
     from stroma.failures.failure import Classifier, Failure, NodeContext, StepContext, classify
     from stroma.failures.policy import FailurePolicy, PolicyMap, RetryBudget, default_policy_map
@@ -31,6 +33,7 @@ __all__ = [
     "ItemFailure",
     "LimitError",
     "NodeContext",
+    "PlaceError",
     "PolicyMap",
     "RetryBudget",
     "RunFailed",
@@ -38,6 +41,7 @@ __all__ = [
     "StepContext",
     "Suspend",
     "WaitedTooLong",
+    "WorkerLost",
     "classify",
     "default_policy_map",
 ]
@@ -53,6 +57,7 @@ _HOMES = {
     "ItemFailure": "failures.errors",
     "LimitError": "failures.errors",
     "NodeContext": "failures.failure",
+    "PlaceError": "failures.errors",
     "PolicyMap": "failures.policy",
     "RetryBudget": "failures.policy",
     "RunFailed": "failures.errors",
@@ -60,6 +65,7 @@ _HOMES = {
     "StepContext": "failures.failure",
     "Suspend": "failures.errors",
     "WaitedTooLong": "failures.errors",
+    "WorkerLost": "failures.errors",
     "classify": "failures.failure",
     "default_policy_map": "failures.policy",
 }

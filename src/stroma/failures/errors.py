@@ -18,12 +18,16 @@ __all__ = [
     "CircuitOpen",
     "ItemFailure",
     "LimitError",
+    "PlaceError",
+    "RecordedVerdict",
     "RunCancelled",
     "RunFailed",
     "SharedBudgetExceeded",
     "Suspend",
     "Wait",
     "WaitedTooLong",
+    "WorkerLost",
+    "verdict_of",
 ]
 
 
@@ -80,21 +84,66 @@ class Suspend(Exception):
         self.schema = schema
 
 
-class RunFailed(Exception):
-    """A run that another process executed did not complete; the message is that of the run.
+class RecordedVerdict(NamedTuple):
+    """Verdict of the process in which an exception was raised.
 
-    Where: ``result.failure`` of a run that was waited for (``if_running="attach"``).
-    Cause: the run failed or stopped in that process.
-    Fix: look at its attempts in the store (``stroma show``), then continue it with ``resume=True``.
+    Attributes:
+        failure_class, reason, retry_after_seconds: as those of a Failure.
+        is_refusal: the request was certainly not carried out, see :func:`stroma.failures.refusals.is_refusal`.
+        waits: see :func:`stroma.failures.providers.requested_waits`.
+    """
+
+    failure_class: FailureClass
+    reason: str | None = None
+    retry_after_seconds: float | None = None
+    is_refusal: bool = False
+    waits: tuple[float, ...] = ()
+
+
+class RunFailed(Exception):
+    """Stands for a failure in another process: of a run that it executed, or of a node with a place.
+
+    Where: ``result.failure`` of a run that was waited for (``if_running="attach"``), or of a node with a place.
+    Cause: the run or the node failed in that process; the message is the one there.
+    Fix: look at its attempts in the store (``stroma show``), then continue the run with ``resume=True``.
     """
 
     @classmethod
-    def recorded(cls, message: str, error_type: str | None) -> RunFailed:
-        """Return one that stands for an exception which a store has recorded."""
+    def recorded(
+        cls, message: str, error_type: str | None, verdict: RecordedVerdict | None = None
+    ) -> RunFailed:
+        """Return one that stands for an exception which a store, or the worker of a place, has recorded."""
         error = cls(message)
         if error_type is not None:
             vars(error)["type_name"] = error_type
+        if verdict is not None:
+            vars(error)["verdict"] = verdict
         return error
+
+
+def verdict_of(error: BaseException) -> RecordedVerdict | None:
+    """Return the verdict of the process in which an exception was raised; None for one of this process."""
+    return vars(error).get("verdict") if type(error) is RunFailed else None
+
+
+class PlaceError(ValueError):
+    """A node with a place cannot be called there; it was not called.
+
+    Where: out of ``run()`` and ``serve()`` before anything is called, and out of ``stroma_worker()``; ``result.failure`` of
+        a FAILED run for a step of a flow.
+    Cause: the process has no Temporal client, the place is the task queue that drives runs, the server refused the call,
+        or the function needs what is not available at a place.
+    Fix: drive the run with workers that have a Temporal client, as the message says, or remove the place.
+    """
+
+
+class WorkerLost(Exception):
+    """The worker of a place did not answer a call: its process died or was stopped, or the call was ended there.
+
+    Where: ``result.failure`` of a PARTIAL run.
+    Cause: the process of the place died during the call, in each attempt of the node.
+    Fix: see what ends the workers of the place, then run with ``resume=True``.
+    """
 
 
 _UNITS: Final = {"cost": " USD", "tokens": " tokens", "latency": " ms"}

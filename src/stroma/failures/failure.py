@@ -15,7 +15,7 @@ from stroma.contracts.tagged_json import NotSerialisable
 from stroma.cost.budget import BudgetExceeded
 from stroma.cost.usage import UsageError
 from stroma.failures.classes import FailureClass
-from stroma.failures.errors import CircuitOpen, LimitError, WaitedTooLong
+from stroma.failures.errors import CircuitOpen, LimitError, PlaceError, WaitedTooLong, WorkerLost, verdict_of
 from stroma.failures.providers import read_provider_error
 
 __all__ = [
@@ -188,6 +188,10 @@ def diagnose(
 
     ``run_logger``: gets what a classifier raises.
     """
+    known = verdict_of(exc)
+    if known is not None:
+        kind, reason, seconds = known[:3]
+        return Failure(exc, kind, context.node_id, context.attempt, message_of(exc), reason, seconds)
     provider = read_provider_error(exc)
     custom = _ask(exc, context, classifiers, run_logger) if classifiers else None
     failure_class, reason = _built_in(exc)
@@ -228,6 +232,10 @@ def _built_in(exc: BaseException) -> tuple[FailureClass | None, str | None]:
         return FailureClass.RECOVERABLE, "limit"
     if issubclass(kind, CircuitOpen):
         return FailureClass.RECOVERABLE, "circuit_open"
+    if issubclass(kind, PlaceError):
+        return FailureClass.TERMINAL, "place"
+    if issubclass(kind, WorkerLost):
+        return FailureClass.RECOVERABLE, "worker_lost"
     return None, None
 
 

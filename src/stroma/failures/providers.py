@@ -15,6 +15,7 @@ from datetime import UTC
 from typing import Any, Final, cast
 
 from stroma._utils.access import safe_get
+from stroma.failures.errors import verdict_of
 from stroma.failures.provider_verdicts import (
     AUTH,
     BAD_REQUEST,
@@ -133,6 +134,10 @@ def requested_waits(exc: BaseException) -> list[float]:
         seen.add(id(leaf))
         if issubclass(type(leaf), BaseExceptionGroup):
             leaves.extend(cast("BaseExceptionGroup[Any]", leaf).exceptions)
+            continue
+        known = verdict_of(leaf)
+        if known is not None:
+            waits += known.waits
             continue
         verdict = read_provider_error(leaf)
         if verdict is None:

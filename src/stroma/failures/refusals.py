@@ -7,6 +7,7 @@ import socket
 from typing import Any, Final, cast
 
 from stroma._utils.access import safe_get
+from stroma.failures.errors import PlaceError, verdict_of
 from stroma.failures.providers import read_status
 
 __all__ = ["is_refusal"]
@@ -66,6 +67,9 @@ _cause: Final = cast("Any", BaseException).__cause__.__get__
 def _read(exc: BaseException) -> bool | None:
     """Return what one exception says; None if that is nothing."""
     kind = type(exc)
+    known = verdict_of(exc)
+    if known is not None or issubclass(kind, PlaceError):
+        return known is None or known.is_refusal
     if issubclass(kind, BaseExceptionGroup):
         return all(is_refusal(member) for member in cast("BaseExceptionGroup[Any]", exc).exceptions)
     status = _status(exc)

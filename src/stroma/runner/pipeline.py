@@ -34,7 +34,7 @@ class Pipeline:
         versions: the versions of runs that it continues, its own first; () without a version.
 
     Args:
-        version: version of the nodes. A run keeps that which it began with, and only a pipeline that has it, or accepts it,
+        version: version of the nodes. A run keeps the version that it started with, and only a pipeline that has it, or accepts it,
             continues the run.
         accepts: earlier versions whose runs it can continue, too.
         max_runs: how many of its runs may have an owner at once, in all workers together; None: no limit. Runs that

@@ -41,7 +41,13 @@ from stroma.runner.flows.suspension import now_ms
 from stroma.runner.live_runs import LiveRuns
 from stroma.runner.pipeline import AnyState, Pipeline, nodes_of, override_config
 from stroma.runner.run import RunExecution
-from stroma.runner.sequence import check_owners, find_position, refuse_unknown_ids, warn_of_unknown_ids
+from stroma.runner.sequence import (
+    check_owners,
+    check_places,
+    find_position,
+    refuse_unknown_ids,
+    warn_of_unknown_ids,
+)
 from stroma.runner.stored_runs import ServedPipeline, StoredRuns
 from stroma.runner.submit_options import queue_entry
 from stroma.runner.tracing import set_traceparent
@@ -52,6 +58,7 @@ if TYPE_CHECKING:
 
     from stroma.contracts.checks.finding import Finding
     from stroma.engine.config_fields import OtherFields, Policies
+    from stroma.engine.placed_calls import PlaceCaller
     from stroma.runner.drive import DriveOutcome, RunDriver
     from stroma.runner.flows.definition import AnnotatedFlowDecorator, FlowDecorator
     from stroma.runner.flows.flow import FlowFunction, FlowLimits
@@ -82,6 +89,8 @@ class StromaRunner:
         self.checkpoint_manager = checkpoint_manager
         self._own_config = config
         self._live = LiveRuns()
+        #: Calls nodes with a place; None where they cannot be called.
+        self._caller: PlaceCaller | None = None
         #: The flows of this runner, by id.
         self._flows: dict[str, Pipeline] = {}
         #: Warnings of ids in the config that no node has.
@@ -184,12 +193,14 @@ class StromaRunner:
         effect: bool = False,
         reconcile: Reconcile[In, Out] | None = None,
         role: Role | None = None,
+        place: str | None = None,
     ) -> NodeDecorator[In, Out]:
         """Mark a function as a node, and register its contract with this runner. Other runners take the node too.
 
         ``stroma_node`` does the same without a runner, and describes what the function takes and returns.
-        ``effect``, ``reconcile``: for a node that must not be called twice blindly, ``role``: for traces; see NodeContract. It raises
-        TypeError for a function whose annotations name other models, ValueError if another function has the id.
+        ``effect``, ``reconcile``: for a node that must not be called twice blindly, ``role``: for traces, ``place``: for a node
+        that a worker of a Temporal task queue calls (experimental); see NodeContract. It raises TypeError for a function
+        whose annotations name other models, ValueError if another function has the id.
         """
         contract: NodeContract[In, Out] = NodeContract(
             node_id=node_id,
@@ -198,6 +209,7 @@ class StromaRunner:
             effect=effect,
             reconcile=reconcile,
             role=role,
+            place=place,
         )
 
         def decorate(func: Any) -> Any:
@@ -357,6 +369,8 @@ class StromaRunner:
         if not isinstance(initial_state, BaseModel):
             raise TypeError(f"the initial state must be a pydantic model, not {type(initial_state).__name__}")
         check_owners(nodes, self.registry)
+        if not dispatch.reads:
+            check_places(nodes, self.registry, self._caller)
         target = config.resume_from
         start = None if target is None else find_position(nodes, target, "resume_from")
         if config.check:
@@ -372,7 +386,7 @@ class StromaRunner:
         refuse_unknown_ids(config, nodes, self.registry, ctx.pipeline)
         if traceparent is not None:
             set_traceparent(ctx, traceparent)
-        ctx.dispatch = dispatch
+        ctx.dispatch, ctx.caller = dispatch, self._caller
         result = await self._live.execute(RunExecution(ctx, nodes, initial_state, start))
         warn_of_unknown_ids(ctx, nodes, result, self.warned)
         return result
@@ -574,6 +588,7 @@ class StromaRunner:
         served = [one for one in pipelines if isinstance(one, Pipeline)]  # The worker refuses anything else.
         for one in served:
             refuse_unknown_ids(self._config_of(one), nodes_of(one), self.registry, one.name)
+            check_places(nodes_of(one), self.registry, self._caller)
         with self._live.batch() as batch:
             readers = {one.name: readers_of(self._config_of(one).hooks) for one in served}
             worker = RunWorker(self._stored, self._driver(batch), batch, self._live, health, readers)

@@ -7,16 +7,19 @@ from typing import Any, Final
 
 from stroma._utils.text import did_you_mean
 from stroma.contracts.contract import ContractRegistry
-from stroma.contracts.node import FlowNode, Group, Node, find_node, marked_ids
+from stroma.contracts.node import FlowNode, Group, Node, find_node, marked_nodes
 from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
+from stroma.engine.placed_calls import PlaceCaller, place_error
 from stroma.trace.result import ExecutionResult, RunStatus
 
 __all__ = [
     "check_owners",
+    "check_places",
     "find_nodes",
     "find_position",
     "ids_in",
+    "leaves_in",
     "refuse_unknown_ids",
     "warn_of_unknown_ids",
 ]
@@ -52,15 +55,21 @@ def ids_in(nodes: Sequence[Node | Group]) -> Iterator[str]:
             yield from ids_in(node.children)
 
 
+def leaves_in(nodes: Sequence[Node | Group]) -> Iterator[Node]:
+    """Yield every node, those inside groups too."""
+    for node in nodes:
+        if isinstance(node, Group):
+            yield from leaves_in(node.children)
+        else:
+            yield node
+
+
 def check_owners(nodes: Sequence[Node | Group], registry: ContractRegistry) -> None:
     """Raise ValueError for a node whose id was later assigned to another function with another contract."""
     decorated = registry.decorated
     if not decorated:
         return
-    for node in nodes:
-        if isinstance(node, Group):
-            check_owners(node.children, registry)
-            continue
+    for node in leaves_in(nodes):
         contract, latest = node.contract, decorated.get(node.node_id)
         if latest is None or contract is None or latest.contract is contract:
             continue
@@ -69,6 +78,18 @@ def check_owners(nodes: Sequence[Node | Group], registry: ContractRegistry) -> N
                 f"{node.func!r} cannot run as node {node.node_id!r}: the id was later assigned to {latest.owner}, with another "
                 "contract; rename one of them"
             )
+
+
+def check_places(
+    nodes: Sequence[Node | Group], registry: ContractRegistry, caller: PlaceCaller | None
+) -> None:
+    """Raise PlaceError for a node with a place that cannot be called in this process."""
+    for node in leaves_in(nodes):
+        contract = registry.find(node.node_id) or node.contract
+        if contract is not None and contract.place is not None:
+            error = place_error(caller, contract)
+            if error is not None:
+                raise error
 
 
 def refuse_unknown_ids(
@@ -124,7 +145,7 @@ def _mistakes_in(config: RunConfig, known: set[str], where: str, but: tuple[str,
         for node_id in getattr(config, field):
             if node_id not in known and not node_id.startswith(but):
                 named.setdefault(node_id, []).append(field)
-    in_process = marked_ids() if named or config.limits else set[str]()
+    in_process = {node.node_id for node in marked_nodes()} if named or config.limits else set[str]()
     named = {node_id: fields for node_id, fields in named.items() if node_id not in in_process}
     for node_id, fields in named.items():
         fix = did_you_mean(node_id, known) or "correct the id, or register the contract of that node"

@@ -51,6 +51,7 @@ _HEALTH_SECONDS: Final = 60.0
     metavar="SECONDS",
     help="Seconds for steps in flight after SIGTERM or Ctrl-C.",
 )
+@click.option("--place", metavar="PLACE", help="Call nodes with this place, in place of driving runs.")
 @click.option("--health", type=HealthAddress(), metavar="[HOST:]PORT", help=HEALTH_HELP)
 @click.option("-q", "--quiet", is_flag=True, help="Print only errors on stderr.")
 @exporter_options
@@ -61,6 +62,7 @@ def worker(
     concurrency: int | None,
     poll: float,
     drain: float,
+    place: str | None,
     health: tuple[str, int] | None,
     quiet: bool,
     db: str | None,
@@ -72,7 +74,8 @@ def worker(
     process died or shut down, suspended runs whose sleep or timeout is over, and those whose question was answered. Any
     number of workers on any number of machines may share a store; each run is continued by one of them.
 
-    With --temporal, its server chooses the worker of each run, and starts another one if that worker is lost.
+    With --temporal, its server chooses the worker of each run, and starts another one if that worker is lost. With --place
+    too, the worker calls the functions of nodes that have this place (experimental); it does not use --db.
 
     Status lines go to stderr: one when the worker is ready, then one per minute. SIGTERM and Ctrl-C drain: nothing new
     starts, steps in flight have --drain seconds, the exit code is 0. Another worker continues the runs; steps still in
@@ -80,6 +83,8 @@ def worker(
     """  # fmt: skip
     exporters = Exporters.from_options(options)
     cluster = TemporalCluster.from_options(options)
+    if place is not None and cluster is None:
+        raise click.UsageError("--place needs --temporal HOST:PORT")
     if cluster is not None:
         reject_local_options("its server watches the runs", "poll", "health")
     database = Database.from_option(db)
@@ -104,7 +109,7 @@ def worker(
     if cluster is None:
         serving = LocalWorker(pipelines, database, concurrency or 10, poll, drain, health, quiet)
     else:
-        serving = TemporalWorker(cluster, pipelines, database, concurrency or 10, drain, quiet)
+        serving = TemporalWorker(cluster, pipelines, database, concurrency or 10, drain, quiet, place)
     try:
         return serving.execute()
     finally:

@@ -20,7 +20,7 @@ from stroma.runner.drive import Blocked, Busy, DriveOutcome, Ended, Suspended
 from stroma.runner.pipeline import Pipeline
 from stroma.runner.runner import StromaRunner
 
-__all__ = ["DriveActivity"]
+__all__ = ["DriveActivity", "Pulse"]
 
 logger = get_logger()
 
@@ -36,7 +36,7 @@ class DriveActivity:
         self._runner = runner
         self._pipelines = pipelines
         self._max_seconds = max_seconds
-        self._pulses: dict[str, list[_Pulse]] = {}
+        self._pulses: dict[str, list[Pulse]] = {}
 
     @activity.defn(name=DRIVE)
     async def drive(self, run_id: str, pipeline: str, cancels: bool = False) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class DriveActivity:
 
     @contextmanager
     def _pulse(self, run_id: str) -> Iterator[None]:
-        pulse = _Pulse()
+        pulse = Pulse()
         pulses = self._pulses.setdefault(run_id, [])
         pulses.append(pulse)
         try:
@@ -118,7 +118,7 @@ class DriveActivity:
             logger.exception("a heartbeat of run %r could not be sent", run_id)
 
 
-class _Pulse:
+class Pulse:
     """Heartbeats of one activity, sent from another thread, so that a blocked event loop stops none."""
 
     def __init__(self) -> None:

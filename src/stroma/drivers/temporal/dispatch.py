@@ -20,13 +20,13 @@ from temporalio.service import RPCError, RPCStatusCode
 from stroma._utils.logs import get_logger
 from stroma.drivers.temporal.workflow import PIPELINE_KEY, STATUS_KEY, WAKE, WORKFLOW
 
-__all__ = ["Dispatcher", "workflow_id"]
+__all__ = ["UNREACHABLE", "Dispatcher", "workflow_id"]
 
 logger = get_logger()
 
 _MAX_ID_BYTES: Final = 900  # A server accepts 1,000.
 #: Status codes of a server that may answer later.
-_UNREACHABLE: Final = (
+UNREACHABLE: Final = (
     RPCStatusCode.UNAVAILABLE,
     RPCStatusCode.DEADLINE_EXCEEDED,
     RPCStatusCode.CANCELLED,  # The client's own time limit.
@@ -106,7 +106,7 @@ class Dispatcher:
         try:
             await call
         except RPCError as error:
-            if error.status not in _UNREACHABLE:
+            if error.status not in UNREACHABLE:
                 raise
             logger.warning(
                 "the Temporal server cannot be reached (%s); run %r is stored, and continues once it can be",
@@ -124,7 +124,7 @@ class Dispatcher:
                 names = known.custom_attributes
                 self._has_search_attributes = PIPELINE_KEY.name in names and STATUS_KEY.name in names
             except RPCError as error:
-                if error.status in _UNREACHABLE:
+                if error.status in UNREACHABLE:
                     raise
                 self._has_search_attributes = False  # Not everybody may ask.
         return self._has_search_attributes

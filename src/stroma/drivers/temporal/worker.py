@@ -25,11 +25,15 @@ from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import RunQuery
 from stroma.contracts.contract import ContractRegistry
 from stroma.drivers.temporal.activity import DriveActivity
+from stroma.drivers.temporal.caller import TemporalCaller
 from stroma.drivers.temporal.dispatch import Dispatcher
+from stroma.drivers.temporal.place import CallActivity
 from stroma.drivers.temporal.workflow import PIPELINE_KEY, STATUS_KEY, LeaseSettings, StromaRun
 from stroma.engine.config import RunConfig
-from stroma.runner.pipeline import Pipeline
+from stroma.failures.errors import PlaceError
+from stroma.runner.pipeline import Pipeline, nodes_of
 from stroma.runner.runner import StromaRunner
+from stroma.runner.sequence import check_places
 
 __all__ = ["StromaPlugin", "register_search_attributes", "shared_store", "stroma_worker"]
 
@@ -39,7 +43,11 @@ logger = get_logger()
 REPAIR_SECONDS: float = 30.0
 MIN_AGE_SECONDS: float = 5.0
 _PAGE_RUNS: Final = 500
-_THROTTLE: Final = timedelta(seconds=1)
+#: The answer to a heartbeat tells of a cancellation.
+_HEARTBEATS: Final[WorkerConfig] = {
+    "max_heartbeat_throttle_interval": timedelta(seconds=1),
+    "default_heartbeat_throttle_interval": timedelta(seconds=1),
+}
 
 
 def shared_store(store: Any) -> AsyncStates:
@@ -79,7 +87,10 @@ class StromaPlugin(SimplePlugin):
         self._owns_store = self._store is not store
         self._dispatcher = Dispatcher(client, task_queue)
         self._runner = StromaRunner(ContractRegistry(), CheckpointManager(self._store), config)
+        self._runner._caller = caller = TemporalCaller(client, task_queue)
         served = self._runner._stored.served(pipelines)
+        for one in served.values():
+            check_places(nodes_of(one.nodes), self._runner.registry, caller)
         self._leases = {
             name: self._runner._config_of(one.nodes).lease_seconds for name, one in served.items()
         }
@@ -99,11 +110,10 @@ class StromaPlugin(SimplePlugin):
         )
 
     def configure_worker(self, config: WorkerConfig) -> WorkerConfig:
-        """Add what a worker needs, with frequent heartbeats: the answer to one tells of a cancellation."""
+        """Add what a worker needs, with frequent heartbeats."""
         config = super().configure_worker(config)
         config["interceptors"] = [*(config.get("interceptors") or ()), LeaseSettings(self._lease_of)]
-        config["max_heartbeat_throttle_interval"] = _THROTTLE
-        config["default_heartbeat_throttle_interval"] = _THROTTLE
+        config.update(_HEARTBEATS)
         return config
 
     def _lease_of(self, pipeline: str) -> float:
@@ -158,7 +168,8 @@ def stroma_worker(
     task_queue: str,
     pipelines: Sequence[Pipeline],
     *,
-    store: Any,
+    store: Any = None,
+    place: str | None = None,
     config: RunConfig | None = None,
     max_concurrency: int = 100,
     max_seconds: float = 900.0,
@@ -168,20 +179,31 @@ def stroma_worker(
     """Create a worker that drives runs of flows and pipelines; ``await worker.run()``, or ``async with worker:``.
 
     Args:
+        task_queue: the task queue that drives the runs, also for a worker of a place.
         store: the store of the runs, or its URL: Postgres, Redis, or a SQLite file for workers on one machine.
+        place: drive no runs, but call the nodes that have this place, which is a task queue too; without a store. Experimental.
         config: configuration of all runs; by default each pipeline's own.
-        max_concurrency: maximum number of runs at once.
+        max_concurrency: maximum number of runs, or of calls, at once.
         max_seconds: after this time a run goes to the next free worker, at a step boundary.
         drain_seconds: time of the steps in flight once the worker is shut down; then they are cancelled.
         options: those of ``temporalio.worker.Worker``.
 
-    Raises ValueError for two pipelines of one name, TypeError for anything but flows and Pipelines, StoreError for a store
-    that processes cannot share.
+    Raises ValueError for two pipelines of one name and for a place that is the task queue, TypeError for anything but flows
+    and Pipelines, StoreError for a store that processes cannot share.
     """
-    plugin = StromaPlugin(client, task_queue, pipelines, store=store, config=config, max_seconds=max_seconds)
-    settings = {
+    if place == task_queue:
+        raise PlaceError(
+            f"place {place!r} is the task queue that drives runs: a run would wait for itself; pass another place or task_queue"
+        )
+    settings: dict[str, Any] = {
         "max_concurrent_activities": max_concurrency,
         "graceful_shutdown_timeout": timedelta(seconds=drain_seconds),
+    }
+    if place is not None:
+        settings |= {"activities": [CallActivity(place, pipelines, config).call], **_HEARTBEATS, **options}
+        return Worker(client, task_queue=place, **settings)
+    plugin = StromaPlugin(client, task_queue, pipelines, store=store, config=config, max_seconds=max_seconds)
+    settings |= {
         # After the loss of a worker its workflows are taken over after this time; the default is 10 s.
         "sticky_queue_schedule_to_start_timeout": timedelta(seconds=1),
         **options,

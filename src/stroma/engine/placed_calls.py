@@ -1,0 +1,131 @@
+"""Places: nodes whose function a worker elsewhere calls for the owner of the run.
+
+The id of a call is stored before the call is sent, and deleted with the record of the attempt. So an owner that resumes the
+run awaits a call in flight, and does not repeat it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import uuid
+from typing import Any, NamedTuple, Protocol, cast
+
+from stroma.checkpoint.decoding import RecordName, decode_json
+from stroma.contracts.contract import NodeContract
+from stroma.contracts.node import Plan
+from stroma.contracts.schema import Snapshot
+from stroma.contracts.tagged_json import NotSerialisable
+from stroma.engine.execution import NodeExecution
+from stroma.failures.errors import PlaceError
+
+__all__ = ["OpenCall", "PlaceCaller", "call_at_place", "note_call", "open_call", "place_error"]
+
+
+class OpenCall(NamedTuple):
+    """A call at a place, which is under way or about to be.
+
+    Attributes:
+        state: the input in stored form.
+        is_sent: an earlier owner of the run has sent it, or was about to.
+    """
+
+    id: str
+    state: bytes
+    is_sent: bool
+
+
+class PlaceCaller(Protocol):
+    """Calls the functions of nodes with a place, for the runs of one process.
+
+    Attributes:
+        own_place: where runs are driven; no node may have this place.
+    """
+
+    own_place: str
+
+    async def call(self, run: NodeExecution, contract: NodeContract[Any, Any], call: OpenCall) -> Any:
+        """Return what the function returns, and note its usage in the execution. A call that was sent is awaited.
+
+        Raises RunFailed for what the function raises, WorkerLost, PlaceError.
+        """
+        ...
+
+    async def cancel(self, call: OpenCall) -> None:
+        """End a call whose result nobody needs. Never raises."""
+        ...
+
+
+def place_error(caller: PlaceCaller | None, contract: NodeContract[Any, Any]) -> PlaceError | None:
+    """Return why a node with a place cannot be called in this process; None if it can."""
+    node_id, place = contract.node_id, contract.place
+    if caller is None:
+        return PlaceError(
+            f"node {node_id!r} has place={place!r}, and this process has no Temporal client to call it with; start "
+            f"`stroma worker FILE:NAME --temporal HOST:PORT --place {place}` and a worker without --place, then submit the run "
+            "with `stroma run FILE:NAME --temporal HOST:PORT`"
+        )
+    if place == caller.own_place:
+        return PlaceError(
+            f"node {node_id!r} has place={place!r}, which is the task queue that drives its runs: the run would wait for itself; "
+            "pass another place, or another task queue for the runs"
+        )
+    return None
+
+
+def open_call(
+    run: NodeExecution, contract: NodeContract[Any, Any], plan: Plan, snapshot: Snapshot
+) -> OpenCall:
+    """Return the call of an earlier owner whose end was not recorded, if its input is the same; otherwise a new one.
+
+    Raises PlaceError for a place that cannot be called in this process, and for an input without a stored form.
+    """
+    schema, key = plan[0], _note_key(run)
+    problem = place_error(run.ctx.caller, contract)
+    if problem is not None:
+        raise problem
+    assert schema is not None
+    try:
+        state = schema.encode(schema.restore(snapshot))
+    except NotSerialisable as error:
+        raise PlaceError(f"the input of node {run.node_id!r} cannot be sent to its place: {error}") from error
+    # Another attempt in this process is another call.
+    noted = cast("dict[str, bytes]", run.ctx.session.notes).pop(key, None)
+    if noted is not None:
+        call_id, digest = decode_json(noted, tuple[str, str], RecordName(run.run_id, "note", key))
+        if digest == _digest(state):
+            return OpenCall(call_id, state, True)
+    return OpenCall(f"{run.idempotency_key}:{uuid.uuid4().hex[:12]}", state, False)
+
+
+def note_call(run: NodeExecution, call: OpenCall | None) -> None:
+    """Note that a call is about to be sent, or with None that it is over; stored with the attempt at the latest."""
+    note = None if call is None else json.dumps([call.id, _digest(call.state)]).encode()
+    run.ctx.session.note(_note_key(run), note)
+
+
+async def call_at_place(
+    run: NodeExecution, contract: NodeContract[Any, Any], _state: Any, _context: Any
+) -> Any:
+    """Return what the function returns. A cancellation ends the call, unless the next owner of the run needs its result."""
+    ctx, call, is_over = run.ctx, run.placed_call, True
+    try:
+        return await ctx.caller.call(run, contract, call)
+    except asyncio.CancelledError:
+        # Otherwise this process is shut down.
+        is_over = not ctx.cancelled or (ctx.holds and not ctx.paused)
+        if is_over:
+            await ctx.caller.cancel(call)
+        raise
+    finally:
+        if is_over:
+            note_call(run, None)
+
+
+def _note_key(run: NodeExecution) -> str:
+    return f"{run.position}:call:{run.branch}"
+
+
+def _digest(state: bytes) -> str:
+    return hashlib.sha256(state).hexdigest()[:32]
