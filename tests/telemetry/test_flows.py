@@ -168,9 +168,9 @@ async def test_sentry(sentry: RecordedSentry) -> None:
     group = both._stroma_node_id
     expected = [
         *[("first", "first")] * 2,
-        *[("first", around) for around in ("inside", "letters", "letters", "steps")],
-        ("inside", "letters"),
-        ("steps", "letters"),
+        *[("first", f"invoke_agent {part}") for part in ("inside", "steps")],
+        *[("first", "letters")] * 2,
+        *[(f"invoke_agent {part}", "letters") for part in ("inside", "steps")],
         ("flaky", "letters"),
         ("bad", "letters"),
         (group, "letters"),

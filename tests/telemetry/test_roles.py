@@ -77,9 +77,9 @@ async def test_roles_in_sentry(mode: str) -> None:
     }
     assert about == {
         "all": ("gen_ai.invoke_agent", "all", None),
-        "a agent": ("gen_ai.invoke_agent", "a agent", None),
-        "a tool": ("gen_ai.execute_tool", None, "a tool"),
-        "a retriever": ("gen_ai.retrieval", None, None),
+        "invoke_agent a agent": ("gen_ai.invoke_agent", "a agent", None),
+        "execute_tool a tool": ("gen_ai.execute_tool", None, "a tool"),
+        "retrieval a retriever": ("gen_ai.retrieval", None, None),
         "a chain": ("function", None, None),
         "a None": ("function", None, None),
         "parallel(a chain, a None)": ("function", None, None),
@@ -133,3 +133,56 @@ async def test_a_node_without_a_runner_has_a_role() -> None:
 
     await StromaRunner.quick(hooks=seen.hooks()).run([pay], Number())
     seen.span("execute_tool pay")
+
+
+#: The type of an observation in Langfuse, by the first attribute of a span that it knows, from its ObservationTypeMapper.
+LANGFUSE = {
+    "openinference.span.kind": {
+        "CHAIN": "CHAIN", "RETRIEVER": "RETRIEVER", "LLM": "GENERATION", "AGENT": "AGENT", "TOOL": "TOOL",
+    },
+    "gen_ai.operation.name": {
+        "chat": "GENERATION", "text_completion": "GENERATION", "generate_content": "GENERATION",
+        "invoke_agent": "AGENT", "execute_tool": "TOOL",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("vocabulary", ["openinference", "none"])
+async def test_types_of_observations_in_langfuse(vocabulary: Any) -> None:
+    """By its published mapping Langfuse shows agents, tools and model calls by their type, with either vocabulary."""
+    seen = Seen()
+    guard = Guard(StromaRunner.quick(hooks=seen.hooks(vocabulary=vocabulary, inference="auto")))
+    model = guard.wrap("model", lambda: "x", usage=lambda _: Usage(10, 5, model="gpt-4o-mini"))
+    tool = guard.wrap("tool", lambda: "x", role="tool")
+    agent = guard.wrap("agent", lambda: (model(), tool()), role="agent")
+    with guard.run(user="ada"):
+        agent()
+
+    def type_of(attributes: Any) -> str:
+        for name, types in LANGFUSE.items():
+            if attributes.get(name) in types:
+                return types[attributes[name]]
+        return "SPAN"
+
+    found = {span.name: type_of(span.attributes or {}) for span in seen.spans}
+    step = "CHAIN" if vocabulary == "openinference" else "SPAN"
+    assert found == {
+        "invoke_workflow pipeline": step, "invoke_agent agent": "AGENT", "stroma.node model": step,
+        "chat gpt-4o-mini": "GENERATION", "execute_tool tool": "TOOL",
+    }  # fmt: skip
+    for span in seen.spans:  # Its session and user of a trace.
+        assert {"session.id", "user.id"} <= set(span.attributes or {})
+
+
+async def test_names_of_agents_and_tools_that_sentry_documents() -> None:
+    """A span of an agent or tool has the op "gen_ai.{operation}", the name "{operation} {name}" and the name as attribute."""
+    with RecordedSentry() as sentry:
+        runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client))
+        await runner.run(Pipeline("all", nodes_of_each_role(runner)[:2]), Number(), conversation="c-1")
+        sentry.client.flush()
+    for kind, attribute in (("invoke_agent", "gen_ai.agent.name"), ("execute_tool", "gen_ai.tool.name")):
+        (span,) = [one for one in sentry.transport.spans if one["name"].startswith(f"{kind} ")]
+        data = span["data"]
+        assert (span["op"], data["gen_ai.operation.name"]) == (f"gen_ai.{kind}", kind)
+        assert span["name"] == f"{kind} {data[attribute]}"
+        assert data["gen_ai.conversation.id"] == "c-1"

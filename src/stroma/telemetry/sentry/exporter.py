@@ -282,9 +282,10 @@ class Sentry(Observer):
             above = around.span  # Not the current span: see Observer.around().
         operation = operation_of(node)
         kind = operation.get("gen_ai.operation.name")
-        span = spans.start(scope, node.node_id, "function" if kind is None else f"gen_ai.{kind}", above, None)
-        for name, value in operation.items():
-            spans.put(span, name, value)
+        name = node.node_id if kind is None else f"{kind} {node.node_id}"
+        span = spans.start(scope, name, "function" if kind is None else f"gen_ai.{kind}", above, None)
+        for attribute, value in operation.items():
+            spans.put(span, attribute, value)
         spans.put(span, "stroma.node.id", node.node_id)
         spans.put(span, "stroma.node.kind", node.kind)
         self._attribute(span, node.ctx)
@@ -299,8 +300,10 @@ class Sentry(Observer):
         scope = self._sdk.get_current_scope().fork()
         of_run: RunScope = run.notes[self]
         of_part, spans = NodeScope(None, scope, of_run), self._spans
-        op = "function" if part.is_map else "gen_ai.invoke_agent"
-        of_part.span = span = spans.start(scope, part.name, op, around.span, None)
+        name, op = (
+            (part.name, "function") if part.is_map else (f"invoke_agent {part.name}", "gen_ai.invoke_agent")
+        )
+        of_part.span = span = spans.start(scope, name, op, around.span, None)
         if not part.is_map:
             spans.put(span, "gen_ai.operation.name", "invoke_agent")
             spans.put(span, "gen_ai.agent.name", part.name)
