@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from tests.fixtures import store_fixture
 from tests.flows.steps import Clock, Text, World
 from tests.kit import NEVER, Num, node
 from tests.runner.serving import Serving
-from tests.shared_stores import STORES
+from tests.shared_stores import STORES, store_of
 
 from stroma import (
     Flow,
@@ -342,7 +343,13 @@ async def test_a_changed_list_blocks_its_run(store: Any, way: str) -> None:
     await runner.run(old, Num(), run_id="r")
     await runner.signal("r", Num(n=5))
     before, calls = _stored(store, "r"), list(world.calls)
-    with pytest.raises(PipelineChanged, match=r"position [01]"):
+    said = {
+        "renamed": "(recorded: 'a'; the pipeline has 'b', 'ask', 'last')",
+        "inserted": "(recorded: 'a'; the pipeline has 'b', 'a', 'ask', 'last')",
+        "waiting": "(recorded: 'a', 'ask'; the pipeline has 'a', 'other', 'last')",
+        "removed": "(recorded: 'a', 'ask'; the pipeline has 'a')",
+    }[way]
+    with pytest.raises(PipelineChanged, match=re.escape(said)):
         await runner.resume(new, "r")
     assert _stored(store, "r") == before
     blocked = await runner.drive("r", pipelines=[new])
@@ -384,9 +391,22 @@ async def test_a_queued_run_with_an_input_that_does_not_fit_stays_queued(store: 
     assert serving.statuses("r") == ["SUSPENDED"]
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("directions", ["forwards", "backwards"])
+@pytest.mark.parametrize("kind", ["redis", "postgres"])
+async def test_two_hundred_runs_outlive_a_deploy(kind: str, directions: str) -> None:
+    """Of 200 sleeping and waiting runs, workers of two versions of the code end all, whichever is deployed first."""
+    with store_of(kind) as store:
+        await _deploy(store, directions, 200)
+
+
 @pytest.mark.parametrize("directions", ["forwards", "backwards"])
 async def test_workers_of_two_versions_of_the_code_end_all_runs(store: Any, directions: str) -> None:
     """While workers of old and new code run side by side, runs of both end, and none is FAILED."""
+    await _deploy(store, directions, 8)
+
+
+async def _deploy(store: Any, directions: str, count: int) -> None:
     world = World()
     a, b, audit, last = (world.step(name) for name in ("a", "b", "audit", "last"))
 
@@ -410,7 +430,6 @@ async def test_workers_of_two_versions_of_the_code_end_all_runs(store: Any, dire
         return stroma_flow("f", input=Num, output=Num)(new_body if is_new else old_body)
 
     old, new = build(False), build(True)
-    count = 8
     before, after = (old, new) if directions == "forwards" else (new, old)
     starter = _runner(store, inline_wait_seconds=0)
     for number in range(count):
@@ -419,10 +438,10 @@ async def test_workers_of_two_versions_of_the_code_end_all_runs(store: Any, dire
         await starter.run(after, Num(n=number), run_id=f"r{number}")
     runners = [_runner(store, inline_wait_seconds=0) for _ in range(2)]
     async with Serving(runners[0], before), Serving(runners[1], after):
-        for waiting in [one.run_id for one in store.list_runs() if store.waiting(one.run_id)]:
+        for waiting in [one.run_id for one in store.list_runs(limit=1000) if store.waiting(one.run_id)]:
             await starter.signal(waiting, Text(text="yes"))
-        async with asyncio.timeout(30):
-            while {one.status for one in store.list_runs()} != {"RESUMED"}:
-                assert "FAILED" not in {one.status for one in store.list_runs()}
-                await asyncio.sleep(0.02)
+        async with asyncio.timeout(30 + count):
+            while (statuses := {one.status for one in store.list_runs(limit=1000)}) != {"RESUMED"}:
+                assert "FAILED" not in statuses
+                await asyncio.sleep(0.05)
     assert all(one.blocked is None for one in store.list_runs())

@@ -61,10 +61,12 @@ class CheckpointLost(StoreError):
 class PipelineChanged(StoreError):
     """A run cannot be resumed: the pipeline or its input differs from what the run was recorded with.
 
-    Where: out of ``run()`` on resume, before anything is called.
-    Cause: nodes were added, removed, renamed or reordered before the resume point, or an output schema or the input has
-        changed.
-    Fix: restore what the message names, resume before the change (``resume_from=``), or start a new run.
+    Where: out of ``run()`` on resume, before anything is called. The run stays as it was. Workers and ``drive`` mark it as
+        blocked.
+    Cause: nodes were added, removed, renamed or reordered before the resume point, the body of a flow makes other calls, or
+        an output schema or the input has changed. Or the run started with a version that the pipeline does not accept.
+    Fix: restore what the message names, serve the version (``version=``, ``accepts=``), resume before the change
+        (``resume_from=``), or start a new run.
     """
 
 

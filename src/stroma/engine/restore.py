@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from pydantic import BaseModel
 
 from stroma.checkpoint import Committed, CorruptCheckpoint, PipelineChanged, Waiting
 from stroma.checkpoint.identity import child_indexes, is_called
 from stroma.contracts.contract import ContractRegistry, NodeContract
-from stroma.contracts.node import Group, Node, held_by, last_in, output_class
+from stroma.contracts.node import FlowNode, Group, Node, held_by, last_in, output_class
 from stroma.contracts.schema import Schema, describe_error, schema_of
 from stroma.contracts.snapshots import StoredSnapshot
 from stroma.engine.context import ReliabilityContext
@@ -21,6 +21,9 @@ from stroma.engine.execution import Kind, NodeExecution
 from stroma.engine.outcome import Place
 from stroma.engine.unread import UnreadState
 from stroma.failures.errors import ItemFailure
+
+#: Nodes that a message names on each side of a difference.
+_SHOWN_NODES: Final = 4
 
 __all__ = [
     "check_committed",
@@ -229,17 +232,28 @@ def check_question(ctx: ReliabilityContext, nodes: Sequence[Node | Group], waiti
     if ctx.config.allow_changes or is_called(waiting.branch):
         return
     node = nodes[waiting.position] if waiting.position < len(nodes) else None
+    if isinstance(node, FlowNode):
+        return  # Its body asks the questions.
     for index in child_indexes(waiting.branch):
         children = node.children if isinstance(node, Group) else ()
         child = 0 if isinstance(node, Group) and node.is_map else index
         node = children[child] if child < len(children) else None
     if node is None or node.node_id != waiting.node_id:
-        ids = [one.node_id for one in nodes]
         raise PipelineChanged(
             f"run {ctx.run_id!r} cannot be resumed: at position {waiting.position} it waits for an answer to node "
-            f"{waiting.node_id!r}, and the pipeline has {'no node' if node is None else repr(node.node_id)} there; its nodes "
-            f"are now {', '.join(map(repr, ids))}; restore the order of nodes, or start a new run"
+            f"{waiting.node_id!r}{_orders(nodes, waiting.position, waiting.node_id)}; restore the order of nodes, or start "
+            "a new run"
         )
+
+
+def _orders(nodes: Sequence[Node | Group], position: int, recorded: str) -> str:
+    """Describe the nodes around the first difference: as they are recorded up to there, and as they are now."""
+    first = max(0, position - _SHOWN_NODES)
+    now = [repr(node.node_id) for node in nodes[first : position + _SHOWN_NODES + 1]]
+    before = [*now[: position - first], repr(recorded)]
+    dots = "..., " if first else ""
+    more = ", ..." if len(nodes) > position + _SHOWN_NODES + 1 else ""
+    return f" (recorded: {dots}{', '.join(before)}; the pipeline has {dots}{', '.join(now)}{more})"
 
 
 def check_place(
@@ -251,9 +265,16 @@ def check_place(
     if position >= len(nodes):
         raise PipelineChanged(
             f"run {ctx.run_id!r} cannot be resumed: it has the output of node {committed.node_id!r} at position "
-            f"{position}, and the pipeline has only {len(nodes)} nodes; restore it, or start a new run"
+            f"{position}, and the pipeline has only {len(nodes)} nodes{_orders(nodes, position, committed.node_id)}; "
+            "restore it, or start a new run"
         )
     node = nodes[position]
+    if not branch and committed.node_id != node.node_id:
+        raise PipelineChanged(
+            f"run {ctx.run_id!r} cannot be resumed: at position {position} it has the output of node "
+            f"{committed.node_id!r}, but the pipeline has {node.node_id!r} there"
+            f"{_orders(nodes, position, committed.node_id)}; restore the order of nodes, or start a new run"
+        )
     group: str | None = None
     for index in child_indexes(branch):
         children = node.children if isinstance(node, Group) else ()
