@@ -46,12 +46,14 @@ class LeaseRenewer:
         self._wake = threading.Event()
         #: Fences whose leases the store has renewed, for the listeners.
         self._renewed: queue.SimpleQueue[list[Fence]] = queue.SimpleQueue()
+        #: Between two renewals, as the thread waits: a shorter lease wakes it.
+        self._seconds = 0.0
         self._running = False
         self._stopped = False
 
     def watch(self, session: DurableSession) -> None:
         with self._lock:
-            if session.fence.lease_seconds / _RENEWALS < self._interval():
+            if session.fence.lease_seconds / _RENEWALS < self._seconds:
                 self._wake.set()
             self._sessions.add(session)
             if not self._running and not self._stopped:
@@ -74,7 +76,7 @@ class LeaseRenewer:
         renewed = lease_clock()
         while True:
             with self._lock:
-                seconds = self._interval()
+                seconds = self._seconds = self._interval()
             self._wake.wait(min(seconds, _LOOK_SECONDS))
             store = self._store()
             with self._lock:
