@@ -43,6 +43,7 @@ PEERS = {
         "psycopg[binary,pool]",
     ),
     "dbos_": ("dbos", "psycopg[binary]"),
+    "dbos_queue": ("dbos", "psycopg[binary]"),
 }
 
 
@@ -86,7 +87,7 @@ def python_of(module: str) -> str:
     if module not in PEERS:
         return sys.executable
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stroma-bench"
-    venv = cache / f"{module.strip('_')}-{platform.python_version()}"
+    venv = cache / f"{module.partition('_')[0]}-{platform.python_version()}"
     python = str(venv / "bin" / "python")
     if not (venv / "complete").exists():
         say(f"making {venv} ...")

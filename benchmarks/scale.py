@@ -93,8 +93,8 @@ def commanded(*arguments: str) -> tuple[float, float, str]:
 
 
 @contextlib.contextmanager
-def address(store: str) -> Iterator[str]:
-    """An empty store."""
+def address(store: str, *, durable: bool = False) -> Iterator[str]:
+    """Yield the URL of an empty store. ``durable``: also on Redis, whose writes take longer then."""
     from tests.servers import RedisServer
     from tests.servers_postgres import PostgresServer
 
@@ -108,7 +108,7 @@ def address(store: str) -> Iterator[str]:
         finally:
             server.stop()
     else:
-        with RedisServer(appendonly="no") as redis:  # Only reading is measured.
+        with RedisServer(appendonly="yes" if durable else "no") as redis:
             yield redis.url
 
 
