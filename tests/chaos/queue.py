@@ -443,7 +443,8 @@ def _judge(job: Job, data: dict[str, Any], instance: Processes) -> Figures:
                     f"I2: run {run_id} has committed {commits}, and has outputs of {outputs}"
                 )
         # An owner that lost its run has paid for its last calls all the same: only its commits are refused.
-        unrecorded = CALL_TOKENS * figures.repeated if instance.stopped or figures.fenced else 0
+        failed = sum(line[0] == "fail" for line in read_diary(job.diary))
+        unrecorded = CALL_TOKENS * (figures.repeated + failed) if instance.stopped or figures.fenced else 0
         check_spent(figures, job.budget, store, list(job.runs), unrecorded)
     return figures
 
