@@ -45,6 +45,8 @@ __all__ = ["FAULTS"]
 
 WORKERS: Final = 3
 AT_ONCE: Final = 8
+#: Temporal gets a heartbeat every second at most. A busy machine needs time as well.
+LEASE_SECONDS: Final = 2.0
 #: A pipeline of each kind; those of effects by their names there.
 KINDS: Final = ("steps", "f", "list", "sell")
 _OF_EFFECTS: Final = {"list": "list", "sell": "flow"}
@@ -69,10 +71,6 @@ class Job(NamedTuple):
     budget: Budget
     address: str | None
     reconciles: bool
-
-    @property
-    def lease_seconds(self) -> float:
-        return 0.8 if self.address is None else 2.0  # A heartbeat is sent every second at most.
 
     def diary_of(self, run_id: str) -> str:
         """Return the file with the calls of a flow."""
@@ -116,7 +114,7 @@ async def work(job: Job, seed: str, point: str | None, nth: int) -> None:
     async with opened as store:
         config = RunConfig(
             policy_map=again, hooks=hooks(diary, fuse), shared_budgets=job.budget.open(store),
-            lease_seconds=job.lease_seconds, max_recoveries=1_000_000, inline_wait_seconds=0,
+            lease_seconds=LEASE_SECONDS, max_recoveries=1_000_000, inline_wait_seconds=0,
             node_timeouts={"one": 1000},
         )  # fmt: skip
         runner = StromaRunner(ContractRegistry(), CheckpointManager(store), config)
@@ -266,7 +264,7 @@ class Fleet:
     ) -> None:
         self.instance, self.place, self.job, self.name, self.draw = instance, place, job, name, draw
         self.temporal = temporal
-        self.seconds = ROUND_SECONDS + 0.3 * len(job.runs)
+        self.seconds = 2 * ROUND_SECONDS + 0.3 * len(job.runs)
         self.report = place.folder / f"report-{name}"
         self.struck: Counter[str] = Counter()
         self.started = 0
@@ -328,7 +326,7 @@ class Fleet:
         if pid in self.instance.alive:
             os.kill(pid, signal.SIGSTOP)
             self.instance.stopped.append(pid)
-            time.sleep(self.job.lease_seconds * self.draw.uniform(1.2, 2.5))
+            time.sleep(LEASE_SECONDS * self.draw.uniform(1.2, 2.5))
             os.kill(pid, signal.SIGCONT)
             self.struck["stops"] += 1
 
