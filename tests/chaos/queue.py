@@ -88,7 +88,13 @@ def programs(
     def note(line: str) -> None:
         Diary(job.diary_of(current_node().run_id)).write(line)
 
-    known = effects.programs(runner, job.port, fuse, reconciles=job.reconciles)
+    def passed(point: str) -> None:
+        if point == "function":
+            here = current_node()
+            diary.write("effect", here.run_id, here.idempotency_key, str(time.monotonic()), str(os.getpid()))
+        fuse(point)
+
+    known = effects.programs(runner, job.port, passed, reconciles=job.reconciles)
     return {
         "steps": Pipeline("steps", pipeline(diary, fuse, draw, 0.01)),
         "f": make_flow(note, draw),
@@ -267,6 +273,8 @@ class Fleet:
         self.seconds = 2 * ROUND_SECONDS + 0.3 * len(job.runs)
         self.report = place.folder / f"report-{name}"
         self.struck: Counter[str] = Counter()
+        #: When a process was stopped last, by its id.
+        self.stops: dict[str, float] = {}
         self.started = 0
         self.pids = [self.start(slot) for slot in range(WORKERS + 1)]
 
@@ -326,6 +334,7 @@ class Fleet:
         if pid in self.instance.alive:
             os.kill(pid, signal.SIGSTOP)
             self.instance.stopped.append(pid)
+            self.stops[str(pid)] = time.monotonic()
             time.sleep(LEASE_SECONDS * self.draw.uniform(1.2, 2.5))
             os.kill(pid, signal.SIGCONT)
             self.struck["stops"] += 1
@@ -408,7 +417,7 @@ def _round(place: Place, name: str, number: int, draw: random.Random, server: An
         fleet.run()
         figures = Figures()
         if fleet.report.exists():
-            figures = apart(lambda: _judge(job, json.loads(fleet.report.read_text()), instance))
+            figures = apart(lambda: _judge(job, json.loads(fleet.report.read_text()), instance, fleet.stops))
             fleet.report.unlink()
         figures.rounds, figures.runs, figures.kills = 1, len(runs), instance.kills
         figures.broken += instance.broken
@@ -419,14 +428,17 @@ def _round(place: Place, name: str, number: int, draw: random.Random, server: An
         return figures
 
 
-def _judge(job: Job, data: dict[str, Any], instance: Processes) -> Figures:
+def _judge(job: Job, data: dict[str, Any], instance: Processes, stops: dict[str, float]) -> Figures:
     of_kind = {kind: [run_id for run_id, k in job.runs.items() if k == kind] for kind in KINDS}
     struck = (instance.killed, instance.stopped, instance.restless, instance.refused)
     figures = check(job.url, job.diary, of_kind["steps"], *struck)
     for run_id in of_kind["f"]:
         figures.add(check_flow(job.url, job.diary_of(run_id), run_id))
     charged = {run_id: _OF_EFFECTS[kind] for run_id, kind in job.runs.items() if kind in _OF_EFFECTS}
-    effects.judge(figures, data, charged)
+    # The owner has looked at its lease before the call; then it stood still in the call.
+    calls = [line[2:5] for line in read_diary(job.diary) if line[0] == "effect"]
+    late = {key for key, begun, pid in calls if float(begun) < stops.get(pid, 0.0)}
+    effects.judge(figures, data, charged, late)
     figures.more["resumed by a person"] += data["resumed"]
     store: Any = open_store(job.url)
     with store:
