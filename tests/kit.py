@@ -75,6 +75,14 @@ async def same(state: BaseModel) -> Any:
     return state
 
 
+def open_question(store: Any, run_id: str, **fields: Any) -> str:
+    """Return the id of the one open question of a run whose fields have these values."""
+    asked = [one for one in store.waiting(run_id) if one.payload is None]
+    (found,) = [one for one in asked if all(getattr(one, name) == value for name, value in fields.items())]
+    question_id: str = found.id
+    return question_id
+
+
 async def sleep_forever(*_: Any) -> Any:
     """Sleep for longer than any test takes: the function of a node."""
     await asyncio.sleep(30)

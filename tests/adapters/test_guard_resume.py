@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from tests.kit import open_question
 from tests.shared_stores import STORES, store_of
 
 from stroma import (
@@ -317,8 +318,8 @@ async def test_what_a_framework_continues_past_is_asked_no_more(kind: str) -> No
             return {one.reason: one.payload is not None for one in store.waiting("r")}
 
         async def answer(reason: str, value: Any) -> None:
-            (branch,) = [one.branch for one in store.waiting("r") if one.reason == reason]
-            await StromaRunner.quick(store=store).signal("r", value, node_id="tool", branch=branch)
+            question = open_question(store, "r", reason=reason)
+            await StromaRunner.quick(store=store).signal("r", value, question=question)
 
         first = guard()
         waits = first.wrap("agent", lambda: 1 // 0, control=lambda _: Control("suspended", "may I?"))

@@ -226,7 +226,7 @@ async def decide(runner: StromaRunner, store: Any, port: int, run_id: str) -> in
             numbers = await ask(port, "GET", question.effect.key)
             stated = Receipt(number=numbers[0]) if numbers else NotDone()
             with contextlib.suppress(StoreError, ValueError):  # Another process was faster.
-                await runner.signal(run_id, stated, node_id=question.node_id, branch=question.branch)
+                await runner.signal(run_id, stated, question=question.id)
                 count += 1
     return count
 

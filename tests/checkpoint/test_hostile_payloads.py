@@ -17,11 +17,11 @@ from tests.checkpoint.damage import loose, reseal
 from stroma import (
     CorruptCheckpoint,
     NodeContract,
+    PipelineChanged,
     RunStatus,
     SQLiteStore,
     StoreError,
     StromaRunner,
-    Suspend,
     current_node,
     stroma_node,
 )
@@ -193,8 +193,8 @@ async def test_names_of_classes_import_nothing(tmp_path: Path, ref: str) -> None
 
 
 @pytest.mark.parametrize("answer", [b"not json", b'{"n":"x"}', b"[" * 200_000])
-async def test_a_hostile_answer_asks_again(tmp_path: Path, answer: bytes) -> None:
-    """An answer in the store that is not one makes the node ask again, and nothing else."""
+async def test_a_hostile_answer_is_not_used(tmp_path: Path, answer: bytes) -> None:
+    """An answer in the store that is not one is PipelineChanged with the reason, and stays where it is."""
 
     async def ask(state: Anything) -> Any:
         here = current_node()
@@ -208,7 +208,6 @@ async def test_a_hostile_answer_asks_again(tmp_path: Path, answer: bytes) -> Non
         await _runner(store).run(nodes, Anything())
         (waiting,) = store.waiting("r")
         await store.signal("r", waiting._replace(payload=answer))
-        result = await _runner(store).run(nodes, Anything(), resume=True)
-    assert result.status is RunStatus.SUSPENDED
-    assert "invalid answer" in result.suspended[0]
-    assert issubclass(Suspend, Exception)
+        with pytest.raises(PipelineChanged, match="the accepted answer to question"):
+            await _runner(store).run(nodes, Anything(), resume=True)
+        assert store.waiting("r")[0].payload == answer

@@ -334,7 +334,9 @@ async def test_an_attempt_that_waits_is_kept_with_what_for(store: Store, deliver
     entry = attempt(2, 20, "0", message="wh\\x00y")
     assert list(store.rows.attempts(1, 1)) == [(entry, None)]
     assert store.rows.annotations(1, Annotation.WAITING) == [
-        sealed_row(Annotation.WAITING, "2:0", "node", Step(json.dumps(["wh\\x00y", None]), "m:Q", b"", b""))
+        sealed_row(
+            Annotation.WAITING, "2:0", "node", Step(json.dumps(["wh\\x00y", None, ""]), "m:Q", b"", b"", 0)
+        )
     ]
     due = [
         (one.branch, json.loads(one.step.output)) for one in store.rows.annotations(1, Annotation.DUE_HOOKS)

@@ -49,6 +49,15 @@ DESK = """
 """
 
 
+APPROVAL = {
+    "title": "Approval", "type": "object", "required": ["approved"],
+    "properties": {
+        "approved": {"title": "Approved", "type": "boolean"},
+        "by": {"title": "By", "type": "string", "default": "nobody"},
+    },
+}  # fmt: skip
+
+
 @pytest.fixture
 def desk(stroma):
     stroma.file("desk.py", DESK)
@@ -75,7 +84,8 @@ def test_a_run_that_waits_is_no_failure(desk, inside):
 def test_json(desk, inside):
     """run, show and approve say as data what waits, and what was answered."""
     waits = {
-        "position": 1, "branch": "", "node_id": "ask", "reason": "is this right?", "schema": "desk:Approval",
+        "question": "1:1", "position": 1, "branch": "", "node_id": "ask", "reason": "is this right?",
+        "schema": "desk:Approval", "json_schema": APPROVAL,
         "answered": False, "effect": None,
     }  # fmt: skip
     done = inside("run", "desk.py:pipeline", '{"n": 1}', "--run-id", "x", "--json")
@@ -96,7 +106,10 @@ def test_show_tells_what_a_run_waits_for(desk, inside):
     inside("run", "desk.py:pipeline", '{"n": 1}', "--run-id", "x")
     done = inside("show", "x")
     assert "\nwaits     node 'ask' (at 1): is this right?  (asks for Approval)\n" in done.out
-    assert "answer: stroma approve x FILE.py:NAME ANSWER\nthen resume with: stroma resume x " in done.err
+    assert (
+        "answer: stroma approve x FILE.py:NAME ANSWER --question 1:1\nthen resume with: stroma resume x "
+        in done.err
+    )
     inside("approve", "x", "desk.py:pipeline", '{"approved": true}')
     done = inside("show", "x")
     assert "(asks for Approval, answered)\n" in done.out
@@ -134,24 +147,23 @@ def test_any_json_is_an_answer_where_no_schema_was_asked_for(desk, inside):
 
 
 def test_several_nodes_that_wait(desk, inside, fails):
-    """Where several wait, they are listed with their reasons, and --node or --branch says which is answered."""
+    """Several open questions are listed with the commands that answer them, and --question selects one."""
     done = inside("run", "desk.py:both", '{"n": 1}', "--run-id", "x", "-q")
     assert done.err.count("  answer: stroma approve x desk.py:both ") == 2
     yes = '{"approved": true}'
     words = [
-        "2 nodes of run x are waiting",
+        "run x has 2 open questions; pass --question",
         "node 'x' (at 0.0): is this right?",
         "node 'y' (at 0.1)",
-        "--node x",
+        "--question 0.0:1",
     ]
     fails(inside("approve", "x", "desk.py:both", yes), 2, *words)
-    fails(
-        inside("approve", "x", "desk.py:both", yes, "--node", "z"), 4, "is not waiting there", "at node 'y'"
-    )
-    done = inside("approve", "x", "desk.py:both", yes, "--node", "x")
+    stale = inside("approve", "x", "desk.py:both", yes, "--question", "0.0:0")
+    fails(stale, 4, "question '0.0:0' of run x is not open", "--question 0.1:1")
+    done = inside("approve", "x", "desk.py:both", yes, "--question", "0.0:1")
     assert (done.code, "still waiting: node 'y' (at 0.1)" in done.err) == (0, True)
     assert inside("resume", "x", "desk.py:both", "-q").code == 7
-    assert inside("approve", "x", "desk.py:both", yes, "--branch", "1").code == 0
+    assert inside("approve", "x", "desk.py:both", yes, "--question", "0.1:1").code == 0
     assert inside("resume", "x", "desk.py:both", "-q").code == 0
 
 

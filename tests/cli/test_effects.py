@@ -55,14 +55,20 @@ def test_an_effect_that_happened(shop, inside, fails):
     line = "effect: nobody knows if call 1 happened (TimeoutError: no answer); its idempotency key is x:1:0:"
     assert f"node 'charge' (at 0): {line}  (asks for Receipt)\n" in done.err
     first, second = re.findall(r"  answer: stroma (approve .*)\n", done.err)
-    assert second == "approve x shop.py:pipeline --not-done"
+    assert second == "approve x shop.py:pipeline --question 0:1 --not-done"
     fails(
-        inside("approve", "x", "shop.py:pipeline", "--done", '{"number": "x"}'),
+        inside("approve", "x", "shop.py:pipeline", "--question", "0:1", "--done", '{"number": "x"}'),
         2,
         "--done does not fit",
         "number",
     )
-    fails(inside("approve", "x", "shop.py:pipeline", '{"number": 1}'), 2, "is an effect", "--not-done")
+    fails(
+        inside("approve", "x", "shop.py:pipeline", '{"number": 1}', "--question", "0:1"),
+        2,
+        "is an effect",
+        "--not-done",
+    )
+    fails(inside("approve", "x", "shop.py:pipeline", "--not-done"), 2, "pass --question", second)
     fails(inside("approve", "x", "shop.py:pipeline"), 2, "no answer", "--done JSON")
     fails(inside("approve", "x", "shop.py:pipeline", "--done", "{}", "--not-done"), 2, "several answers")
     assert line in inside("show", "x").out
@@ -70,7 +76,7 @@ def test_an_effect_that_happened(shop, inside, fails):
     assert waits[0]["reason"] == "effect"
     assert waits[0]["effect"] == {"key": "x:1:0:", "number": 1, "cause": "TimeoutError: no answer"}
     words = shlex.split(first)
-    assert words[:4] == ["approve", "x", "shop.py:pipeline", "--done"]
+    assert words[:4] == ["approve", "x", "shop.py:pipeline", "--question"]
     done = inside(*words[:-1], '{"number": 5}', "--resume")
     assert (done.code, json.loads(done.out)) == (0, {"number": 5})
     assert (shop.home / "charges").read_text() == "charge "
@@ -80,7 +86,7 @@ def test_an_effect_that_did_not_happen(shop, inside):
     """approve --not-done has the effect called again."""
     assert inside("run", "shop.py:pipeline", '{"n": 1}', "--run-id", "x", "-q").code == 7
     shop.file("well", "")
-    assert inside("approve", "x", "shop.py:pipeline", "--not-done").code == 0
+    assert inside("approve", "x", "shop.py:pipeline", "--not-done", "--question", "0:1").code == 0
     done = inside("resume", "x", "shop.py:pipeline", "-q")
     assert (done.code, json.loads(done.out)) == (0, {"number": 1})
     assert (shop.home / "charges").read_text() == "charge charge "

@@ -43,7 +43,7 @@ class FlowScenario:
     """What is run, and what becomes of it. ``make`` is called for each run.
 
     Attributes:
-        answers: what people say, one after each suspension: the answer, and the key of its question.
+        answers: what people say, one after each suspension: the answer, and the text of its question.
         at_once: two steps must run at the same time.
         is_race: which call is made by which task differs from run to run.
     """
@@ -783,14 +783,14 @@ FLOW_SCENARIOS: dict[str, FlowScenario] = {
         {"n": 43},
         ["add 42"],
         RunStatus.RESUMED,
-        answers=[(Num(n=4), None), (Num(n=2), "more")],
+        answers=[(Num(n=4), None), (Num(n=2), "and more?")],
     ),
     "questions at once": FlowScenario(
         asked_side_by_side,
         {"n": 231},
         ["add 0"],
         RunStatus.RESUMED,
-        answers=[(Num(n=3), "two"), (Num(n=2), "one")],
+        answers=[(Num(n=3), "two?"), (Num(n=2), "one?")],
     ),
     "question in vain": FlowScenario(asked_in_vain, {"n": 1}, ["add 0"]),
     "question of a flow inside": FlowScenario(

@@ -24,7 +24,8 @@ async def executed(scenario: FlowScenario, way: Way, world: World) -> ExecutionR
         result = await bound.run(scenario.state)
         for answer, key in scenario.answers:
             assert result.status is RunStatus.SUSPENDED, result.failure
-            await bound.control.signal(result.run_id, answer, node_id=key)
+            question = next((one.id for one in result.questions if key in (None, one.reason)), None)
+            await bound.control.signal(result.run_id, answer, question=question)
             result = await bound.go_on(result.run_id)
     return result
 

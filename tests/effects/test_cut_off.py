@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.effects.shop import Order, Receipt
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, THRICE, same
+from tests.kit import NEVER, THRICE, open_question, same
 
 from stroma import (
     NodeContract,
@@ -168,7 +168,8 @@ async def test_a_person_is_asked_about_a_call_that_is_cut_off(
         assert await caller(till) is None
         assert till.calls == 1
     (question,) = [one for one in store.waiting("r") if one.payload is None]
-    await till.runner.signal("r", Receipt(number=7) if happened else NotDone(), schema=Receipt)
+    stated = Receipt(number=7) if happened else NotDone()
+    await till.runner.signal("r", stated, question=open_question(store, "r"), schema=Receipt)
     assert await caller(till) == Receipt(number=7 if happened else 1)
     assert len(till.charges) == 1
     assert till.charges[0][0] == question.effect.key
@@ -238,7 +239,8 @@ async def test_a_person_is_asked_before_another_input(store: Any, happened: bool
     assert (result.status, result.suspended, till.calls) == (RunStatus.SUSPENDED, ["effect"], 1)
     (question,) = [one for one in store.waiting("r") if one.payload is None]
     assert "its input was another one" in question.effect.cause
-    await till.runner.signal("r", Receipt(number=7) if happened else NotDone(), schema=Receipt)
+    stated = Receipt(number=7) if happened else NotDone()
+    await till.runner.signal("r", stated, question=open_question(store, "r"), schema=Receipt)
     result = await retry_with_another_input(till)
     assert (result.status, [cents for _, cents in till.charges]) == (RunStatus.RESUMED, [1, 2])
 
@@ -261,7 +263,7 @@ async def test_another_input_in_another_process(store: Any) -> None:
     with pytest.raises(Suspend):
         await process(2)
     assert ([cents for _, cents in till.charges], till.asked) == ([1], [])
-    await runner.signal("r", NotDone())
+    await runner.signal("r", NotDone(), question=open_question(store, "r"))
     assert await process(2) == Receipt(number=2)
 
 

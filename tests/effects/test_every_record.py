@@ -130,9 +130,7 @@ class Shop:
         for question in self.store.waiting(run_id):
             if question.payload is None:
                 stated = Receipt(number=0) if question.effect.key in self.charged() else NotDone()
-                await self.runner.signal(
-                    run_id, stated, node_id="charge", branch=question.branch, schema=Receipt
-                )
+                await self.runner.signal(run_id, stated, question=question.id, schema=Receipt)
 
 
 def instrument(patch: Callable[[type, str, Any], None], strike: Callable[[str], object]) -> None:

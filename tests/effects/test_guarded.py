@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from tests.fixtures import store_fixture
-from tests.kit import THRICE
+from tests.kit import THRICE, open_question
 
 from stroma import NotDone, RunStatus, StromaRunner, Suspend, current_node
 from stroma.adapters import Guard
@@ -67,7 +67,7 @@ async def test_an_agent_cannot_repeat_an_unknown_call(store: Any) -> None:
                 await till.charge(5)
     assert run.result is not None
     assert (run.result.status, run.result.suspended, till.calls) == (RunStatus.SUSPENDED, ["effect"], 1)
-    await till.runner.signal("r", {"number": 9}, schema=Receipt)
+    await till.runner.signal("r", {"number": 9}, question=open_question(store, "r"), schema=Receipt)
     async with till.guard.run() as run:  # As the next process does, from the start.
         assert await till.charge(5) == Receipt(number=9)
     assert till.calls == 1

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 from tests.effects.shop import Order, Receipt, Refused, Shop
 from tests.fixtures import store_fixture
-from tests.kit import THRICE
+from tests.kit import THRICE, open_question
 
 from stroma import (
     NodeHooks,
@@ -75,23 +75,23 @@ async def test_a_person_states_the_outcome(store: Any) -> None:
     runner, nodes = pipeline(shop, store)
     await runner.run(nodes, Order(), run_id="done")
     with pytest.raises(ValidationError):
-        await runner.signal("done", {"number": "none"})
+        await runner.signal("done", {"number": "none"}, question=open_question(store, "done"))
     with pytest.raises(ValueError, match="NotDone"):
-        await runner.signal("done", Unknown())
-    await runner.signal("done", {"number": 7})
+        await runner.signal("done", Unknown(), question=open_question(store, "done"))
+    await runner.signal("done", {"number": 7}, question=open_question(store, "done"))
     result = await runner.run(nodes, Order(), run_id="done", resume=True)
     assert (result.status, result.final_state, shop.calls) == (RunStatus.RESUMED, Receipt(number=7), 1)
 
     shop = Shop(before=[TimeoutError(), TimeoutError()])
     runner, nodes = pipeline(shop, store)
     await runner.run(nodes, Order(), run_id="not done")
-    await runner.signal("not done", NotDone())
+    await runner.signal("not done", NotDone(), question=open_question(store, "not done"))
     result = await runner.run(nodes, Order(), run_id="not done", resume=True)
     assert (result.status, shop.calls) == (RunStatus.SUSPENDED, 2)
     for _ in range(2):  # What was stated about the first call says nothing about the second.
         result = await runner.run(nodes, Order(), run_id="not done", resume=True)
         assert (result.status, shop.calls) == (RunStatus.SUSPENDED, 2)
-    await runner.signal("not done", NotDone())
+    await runner.signal("not done", NotDone(), question=open_question(store, "not done"))
     result = await runner.run(nodes, Order(), run_id="not done", resume=True)
     assert (result.status, shop.calls, len(shop.charges)) == (RunStatus.RESUMED, 3, 1)
 
@@ -168,7 +168,7 @@ async def test_output_that_breaks_its_contract_does_not_repeat_the_call(store: A
     charge = runner.node("charge", input=Order, output=Receipt, effect=True)(broken)
     result = await runner.run([charge], Order(), run_id="r")
     assert (result.status, shop.calls) == (RunStatus.SUSPENDED, 1)
-    await runner.signal("r", {"number": 1})
+    await runner.signal("r", {"number": 1}, question=open_question(store, "r"))
     assert (await runner.run([charge], Order(), run_id="r", resume=True)).final_state == Receipt(number=1)
 
 
@@ -264,8 +264,9 @@ async def test_not_done_is_for_effects_only(store: Any) -> None:
         raise Suspend("may I?")
 
     await runner.run([ask], Order(), run_id="r")
-    with pytest.raises(ValueError, match="no effect"):
-        await runner.signal("r", NotDone())
+    for question in (None, open_question(store, "r")):
+        with pytest.raises(ValueError, match="about the call of an effect"):
+            await runner.signal("r", NotDone(), question=question)
     with pytest.raises(ValidationError, match="effect=True"):
         runner.node("x", input=Order, output=Order, reconcile=lambda order, key: NotDone())
 

@@ -7,7 +7,7 @@ import pytest
 from pydantic import BaseModel
 from tests.effects.shop import Order, Receipt, Shop
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, ONCE, THRICE
+from tests.kit import NEVER, ONCE, THRICE, open_question
 
 from stroma import (
     Flow,
@@ -161,7 +161,7 @@ async def test_a_suspended_child_lets_its_siblings_end(store: Any) -> None:
     nodes = [parallel(effect(runner, shop, reconciles=False), other)]
     result = await runner.run(nodes, Order(), run_id="r")
     assert (result.status, result.suspended, calls) == (RunStatus.SUSPENDED, ["effect"], [100])
-    await runner.signal("r", {"number": 9}, node_id="charge")
+    await runner.signal("r", {"number": 9}, question=open_question(store, "r"))
     result = await runner.run(nodes, Order(), run_id="r", resume=True)
     assert (result.status, calls, shop.calls) == (RunStatus.RESUMED, [100], 1)
     assert result.final_state is not None
@@ -199,7 +199,7 @@ async def test_a_step_of_plain_code(store: Any) -> None:
         async with context() as ctx:
             step = await execute_step("charge", shop.charge, Order(), ctx, contract=contract)
         assert (step.status, shop.calls) == (RunStatus.SUSPENDED, 1)
-    await runner.signal("r", Receipt(number=3))
+    await runner.signal("r", Receipt(number=3), question=open_question(store, "r"))
     async with context() as ctx:
         step = await execute_step("charge", shop.charge, Order(), ctx, contract=contract)
     assert (step.final_state, shop.calls) == (Receipt(number=3), 1)
@@ -264,7 +264,7 @@ async def test_a_step_of_a_flow(store: Any) -> None:
     for _ in range(2):
         result: Any = await runner.run(sell, Order(), run_id="r", resume=True)
         assert (result.status, result.suspended, shop.calls) == (RunStatus.SUSPENDED, ["effect"], 1)
-    await runner.signal("r", NotDone())
+    await runner.signal("r", NotDone(), question=open_question(store, "r"))
     result = await runner.run(sell, Order(), run_id="r", resume=True)
     assert (result.status, result.output, shop.calls) == (RunStatus.RESUMED, Receipt(number=2), 2)
 

@@ -548,8 +548,6 @@ async def test_a_hook_that_raises_is_listed_by_its_name_and_node() -> None:
         ("on_run_start", None),
         ("on_node_skipped", "a"),
         ("on_node_skipped", "parallel(b)"),
-        ("on_node_start", "c"),
-        ("on_node_suspended", "c"),
     ]
 
 

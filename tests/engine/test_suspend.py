@@ -92,12 +92,12 @@ async def test_a_run_waits_and_goes_on(store: Any) -> None:
 
 
 async def test_without_an_answer_it_waits_again(store: Any) -> None:
-    """A resume without an answer asks again, and nothing else is called."""
+    """A resume without an answer finds the same question open, and calls nothing."""
     desk = Desk()
-    for _ in range(3):
-        result = await runner(store, resume=True).run(desk.nodes, Num())
-        assert result.status is RunStatus.SUSPENDED
-    assert desk.calls == ["a", "ask", "ask", "ask"]
+    results = [await runner(store, resume=True).run(desk.nodes, Num()) for _ in range(3)]
+    assert {result.status for result in results} == {RunStatus.SUSPENDED}
+    assert len({result.questions for result in results}) == 1
+    assert desk.calls == ["a", "ask"]
     assert len(store.waiting("r")) == 1
 
 
@@ -125,14 +125,19 @@ async def test_any_json_will_do_where_no_schema_was_asked_for(store: Any) -> Non
 
 
 async def test_nothing_waits(store: Any) -> None:
-    """An answer to a run that is not there, or waits for none, is an error, also once it has its answer."""
+    """An answer to an unknown run, or to one without an open question, is an error; the same answer may be sent twice."""
     desk = Desk()
     await runner(store).run(desk.nodes, Num())
     with pytest.raises(CheckpointNotFound, match="there is no run 'unknown' in the store"):
         await runner(store).signal("unknown", {})
     await runner(store).signal("r", {"approved": True})
-    with pytest.raises(StoreError, match="is not waiting for an answer"):
+    with pytest.raises(StoreError, match="has no open question"):
         await runner(store).signal("r", {"approved": True})
+    (question,) = store.waiting("r")
+    await runner(store).signal("r", {"approved": True}, question=question.id)
+    for answer, question_id in (({"approved": False}, question.id), ({"approved": True}, "1:9")):
+        with pytest.raises(StoreError, match=f"question '{question_id}' of run 'r' is not open"):
+            await runner(store).signal("r", answer, question=question_id)
 
 
 async def test_of_two_answers_one_counts(store: Any) -> None:
@@ -221,10 +226,14 @@ async def test_children_of_a_group_wait(store: Any) -> None:
         ("y", "success"),
         ("z", "suspended"),
     ]
-    with pytest.raises(ValueError, match="select one with"):
+    assert [(one.kind, one.node_id, one.reason) for one in result.questions] == [
+        ("approval", "x", "may x?"),
+        ("approval", "z", "may z?"),
+    ]
+    with pytest.raises(ValueError, match="2 open questions; pass question="):
         await runner(store).signal("r", {"approved": True})
-    for node_id in ("x", "z"):
-        await runner(store).signal("r", {"approved": True, "by": f"by {node_id}"}, node_id=node_id)
+    for one in result.questions:
+        await runner(store).signal("r", {"approved": True, "by": f"by {one.node_id}"}, question=one.id)
     again = await runner(store, resume=True).run(nodes, Num())
     assert again.status is RunStatus.RESUMED, again.failure
     assert again.final_state is not None
@@ -233,7 +242,7 @@ async def test_children_of_a_group_wait(store: Any) -> None:
 
 
 async def test_items_wait(store: Any) -> None:
-    """Items of map_over wait each on its own; the branch says which."""
+    """Items of map_over wait each on its own, each with a question of its own."""
 
     async def item(state: Num) -> Any:
         here = current_node()
@@ -244,7 +253,7 @@ async def test_items_wait(store: Any) -> None:
     nodes = [map_over("items", node("item", item), into="done")]
     result = await runner(store).run(nodes, ITEMS)
     assert result.status is RunStatus.SUSPENDED
-    await runner(store).signal("r", {"approved": True}, branch="0")
+    await runner(store).signal("r", {"approved": True}, question=result.questions[0].id)
     result = await runner(store, resume=True).run(nodes, ITEMS)
     assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["3?"])
     await runner(store).signal("r", {"approved": False})
@@ -341,7 +350,7 @@ async def test_attaching_to_a_run_that_waits(store: Any) -> None:
         assert (result.status, result.failure, result.suspended) == (RunStatus.SUSPENDED, None, ["may I?"])
 
 
-async def test_answered_in_another_process(tmp_path: Path) -> None:
+async def test_answered_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """G11: what the answer is validated with is looked up, never imported; days later, from another store object."""
     desk = Desk()
     async with SQLiteStore(tmp_path / "runs.db") as first:
@@ -350,13 +359,14 @@ async def test_answered_in_another_process(tmp_path: Path) -> None:
         (waiting,) = second.waiting("r")
         assert (waiting.node_id, waiting.reason) == ("ask", "is this right?")
         assert waiting.schema_ref == f"{__name__}:Approval"
-        await second.signal("r", waiting._replace(schema_ref="antigravity:Approval"))
+        lost = waiting._replace(schema_ref="antigravity:Approval")
+        monkeypatch.setattr(second, "waiting", lambda run_id: [lost])
         with pytest.raises(StoreError, match="is not imported"):
             await runner(second).signal("r", {"approved": True})
         await runner(second).signal("r", {"approved": True}, schema=Approval)
         result = await runner(second, resume=True).run(desk.nodes, Num())
     assert result.status is RunStatus.RESUMED
-    assert desk.answers == [{"approved": True, "by": "nobody"}]
+    assert desk.answers == [Approval(approved=True)]
 
 
 async def test_a_store_without_a_journal_cannot_wait() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from tests.flows.steps import World, runner_on
-from tests.kit import Num, node
+from tests.kit import Num, node, open_question
 from tests.shared_stores import STORES, store_of
 
 from stroma import Flow, NodeHooks, Pipeline, RunStatus, StepFailed, current_run, parallel, stroma_flow
@@ -121,8 +121,8 @@ async def test_a_cancelled_step_is_cancelled_on_each_resume() -> None:
         return state
 
     assert (await runner_on(store).run(f, Num())).status is RunStatus.SUSPENDED
-    for key, status in (("a", RunStatus.SUSPENDED), ("b", RunStatus.RESUMED)):
-        await runner_on(store).signal("r", Answer(), node_id=key)
+    for status in (RunStatus.SUSPENDED, RunStatus.RESUMED):
+        await runner_on(store).signal("r", Answer(), question=open_question(store, "r"))
         assert (await runner_on(store).run(f, Num())).status is status
     assert world.calls == ["slow 0", "last 0", "last 1"]
 

@@ -104,11 +104,12 @@ async def test_answers_reach_the_question_that_they_are_for(store: Any) -> None:
 
     first = await runner_on(store).run(f, Num())
     assert (first.status, sorted(first.suspended)) == (RunStatus.SUSPENDED, ["one?", "two?"])
-    with pytest.raises(ValueError, match="select one"):
+    ids = {one.reason: one.id for one in first.questions}
+    with pytest.raises(ValueError, match="2 open questions; pass question="):
         await runner_on(store).signal("r", Text(text="x"))
-    await runner_on(store).signal("r", Text(text="B"), node_id="two")
+    await runner_on(store).signal("r", Text(text="B"), question=ids["two?"])
     assert (await runner_on(store).run(f, Num())).suspended == ["one?"]
-    await runner_on(store).signal("r", Text(text="A"), node_id="one")
+    await runner_on(store).signal("r", Text(text="A"), question=ids["one?"])
     result = await runner_on(store).run(f, Num())
     assert result.final_state == Text(text="A B 1")
     assert world.calls == ["add 0"]
@@ -226,7 +227,7 @@ async def test_a_question_that_the_body_cancelled_is_closed(store: Any) -> None:
     first = await runner_on(store).run(f, Num())
     assert first.suspended == ["Second?"]
     with pytest.raises(StoreError):
-        await runner_on(store).signal("r", Text(text="late"), node_id="first")
+        await runner_on(store).signal("r", Text(text="late"), question="0.!#first:1")
     again = await runner_on(store).run(f, Num())
     assert (again.status, again.suspended) == (RunStatus.SUSPENDED, ["Second?"])
     await runner_on(store).signal("r", Text(text="abc"))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, RootModel
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, ONCE, Text, bare, node, quick_without_retries, record_hooks
+from tests.kit import NEVER, ONCE, Text, bare, node, open_question, quick_without_retries, record_hooks
 
 from stroma import (
     CheckpointManager,
@@ -595,7 +595,7 @@ async def test_an_approval_in_the_middle_of_an_item(world: World, store: Any) ->
     assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["may it go out?"])
     assert "check b" not in world.calls
     assert {"check a", "check c"} <= {*world.calls}
-    await runner.signal("run", {"approved": True}, node_id="approve", branch="1.2")
+    await runner.signal("run", {"approved": True}, question=open_question(store, "run", branch="1.2"))
     world.calls.clear()
     again = await runner.run([work], Tickets(), run_id="run", resume=True)
     assert answers(again) == ["a123", "b123", "c123"]

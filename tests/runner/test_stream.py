@@ -139,7 +139,8 @@ async def test_suspended_skipped_cancelled_and_budgets_are_told(tmp_path: Path) 
         nodes = [node("a"), node("b", asks)]
         first = [event async for event in runner.stream(nodes, Num())]
         assert ("node_suspended", "b") in summary_of(first)
-        assert next(e for e in first if e.kind == "node_suspended").details == {"reason": "may I?"}
+        details = next(e for e in first if e.kind == "node_suspended").details
+        assert (details["reason"], details["question"]["id"]) == ("may I?", "1:1")
         assert next(e for e in first if e.kind == "budget_warning").details == {
             "dimension": "tokens", "used": 5, "limit": 6,
         }  # fmt: skip

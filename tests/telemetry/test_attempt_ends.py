@@ -55,6 +55,8 @@ async def test_an_end_that_is_told_again_is_a_span_that_ends(outcome: str, tmp_p
         runner = quick(NodeHooks(**{f"on_node_{outcome}": die}), store=store, **options)
         with pytest.raises(KeyboardInterrupt):
             await runner.run([asking(runner, outcome)], Item(n=1), run_id="r")
+        if outcome == "suspended":
+            await runner.signal("r", True)
         runner = quick(seen.hooks(), store=store, **options)
         await runner.run([asking(runner, "success")], Item(n=1), run_id="r")
     first = seen.named("stroma.node node")[0]
@@ -101,6 +103,8 @@ async def test_a_cancelled_hook_is_not_told_again(outcome: str, tmp_path: pathli
         await asyncio.wait([task])
         counted = seen.total("stroma.node.executions"), seen.total("stroma.tokens")
         assert counted == (1, 0 if outcome == "cancelled" else 7)
+        if outcome == "suspended":
+            await runner.signal("r", True)
         later = Seen()
         runner = quick(later.hooks(), store=store, **options)
 

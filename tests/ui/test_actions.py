@@ -47,6 +47,11 @@ def form_of(text: str, action: str) -> dict[str, str]:
     }
 
 
+def json_form_of(text: str) -> dict[str, str]:
+    """The hidden fields of the form that takes an answer as JSON."""
+    return {name: value for name, value in form_of(text, "approve").items() if name != "by"}
+
+
 def answered(store: Any, run_id: str) -> bool:
     return store.waiting(run_id)[0].payload is not None
 
@@ -58,21 +63,21 @@ def test_an_answer(store: SQLiteStore, serve: Any) -> None:
     page = site.get("/run", id="x").text
     assert "may &lt;b&gt;it&lt;/b&gt; be billed?" in page
     assert "{&#34;approved&#34;: true, &#34;note&#34;: &#34;&#34;}" in page
-    form = form_of(page, "approve")
+    form = json_form_of(page)
     good = {**form, "answer": '{"approved": true, "note": "yes"}'}
     assert site.post("/approve", {**good, "key": "x"}).status == 403
     assert site.post("/approve", {**good, "id": "y"}).status == 403
     for wrong in ("{", "{}", '{"approved": "perhaps", "note": 1}', "", "[" * 30_000):
         answer = site.post("/approve", {**good, "answer": wrong})
         assert answer.status == 422, wrong
-    assert site.post("/approve", {**good, "at": "5:"}).status == 409
+    assert site.post("/approve", {**good, "question": "1:0"}).status == 409
     assert not answered(store, "x")
     assert site.post("/approve", good).status == 303
     assert answered(store, "x")
     assert site.resumed == []
     assert site.post("/approve", good).status == 303
     assert site.post("/approve", {**good, "answer": '{"approved": false, "note": "no"}'}).status == 409
-    form = form_of(site.get("/run", id="y").text, "approve")
+    form = json_form_of(site.get("/run", id="y").text)
     assert site.post("/approve", {**form, "answer": good["answer"], "resume": "yes"}).status == 303
     assert site.resumed == ["y"]
     result = asyncio.run(StromaRunner.quick(store=store).run(ASKS, State(), run_id="x", resume=True))
@@ -141,7 +146,7 @@ def test_one_form_starts_one_run(store: SQLiteStore, serve: Any) -> None:
     assert send_often(sites, "/resume", resume) == {"/run?id=bad"}
     many = {"key": form_key(site.get("/").text), "run": "bad"}
     assert send_often(sites, "/resume-many", many) == {"/"}
-    approve = form_of(site.get("/run", id="x").text, "approve")
+    approve = json_form_of(site.get("/run", id="x").text)
     answer = {**approve, "answer": '{"approved": true, "note": "yes"}', "resume": "yes"}
     assert send_often(sites, "/approve", answer) == {"/run?id=x"}
     assert site.resumed[2:] == ["bad", "bad", "x"]
@@ -195,7 +200,7 @@ def test_any_number_is_an_answer_or_a_clear_refusal(store: SQLiteStore, serve: A
     charge = runner.node("charge", input=State, output=Anything, effect=True)(_charge)
     asyncio.run(runner.run(Pipeline("flows", [charge]), State(), run_id="effect"))
     site: Site = serve(store, pipeline="flows", find_schema=lambda one: Anything)
-    approve = form_of(site.get("/run", id="x").text, "approve")
+    approve = json_form_of(site.get("/run", id="x").text)
     stated = form_of(site.get("/run", id="effect").text, "effect")
     answers = [
         site.post("/approve", {**approve, "answer": f'{{"v": {number}}}'}),
@@ -331,10 +336,9 @@ def test_every_action_in_a_browser(a_store: Any, serve: Any, chromium: Browser) 
         chromium.eval(fill or "0")
         chromium.submit(f"{form} button")
 
-    answer = '{"approved": true, "note": "fine"}'
-    click(
-        "asks", "approve", f"document.querySelector('form[action=\"/approve\"] textarea').value = {answer!r}"
-    )
+    fill = """document.querySelector('[name="field:approved"]').value = 'true';
+        document.querySelector('[name="field:note"]').value = 'fine'"""
+    click("asks", "approve", fill)
     assert answered(a_store, "asks")
     assert site.resumed == ["asks"]
     click("waits", "pause")

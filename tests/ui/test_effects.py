@@ -46,7 +46,7 @@ def test_a_page_states_how_a_call_ended(store: SQLiteStore, serve: Any) -> None:
         for output in ("{", "{}", '{"number": "x"}'):
             answer = site.post("/effect", {**fields, "happened": "yes", "output": output})
             assert answer.status == 422
-        stale = site.post("/effect", {**fields, "call": "2", "happened": "no"})
+        stale = site.post("/effect", {**fields, "question": "0:2", "happened": "no"})
         assert (stale.status, store.waiting(run_id)[0].payload) == (409, None)
         stated = {**fields, "happened": happened, "output": '{"number": 7}'}
         assert site.post("/effect", stated).status == 303

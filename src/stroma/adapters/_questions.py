@@ -11,11 +11,13 @@ from stroma.contracts.node import held_by
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.context import ReliabilityContext
+from stroma.engine.outcome import Place
+from stroma.engine.questions import announce, make_question
 
 __all__ = ["Questions"]
 
 #: Beginning of the branch at which a question of a framework stands in the journal.
-_ASKS: Final = "asked by the framework: "
+_ASKS: Final = "asked:"
 
 
 class Questions:
@@ -47,16 +49,20 @@ class Questions:
 
         An answer that was stored and not taken stays. Without a journal the framework alone can be answered.
         """
-        ctx = self._ctx
-        ctx.note_suspended(reason)
-        place, stored = _place_of(key), ctx.session.waiting.get(_place_of(key))
+        ctx, place = self._ctx, _place_of(key)
+        stored = ctx.session.waiting.get(place)
         if type(ctx.session).ask is NullSession.ask or (  # A store without a journal.
             stored is not None and stored.payload is not None and key not in self.taken
         ):
+            ctx.note_suspended(reason)
             return
-        pending = ctx.session.ask(Waiting(*place, node_id, ctx.redactor.mask(reason), ""))
-        if pending is not None:
+        question = make_question(ctx.session, Place(*place), node_id, ctx.redactor.mask(reason), None)
+        ctx.note_question(question)
+        pending = ctx.session.ask(question)
+        if not isinstance(pending, Waiting):
             await pending
+        if stored is None or stored.number != question.number:
+            await announce(ctx, question)
 
     def answers_to(self, keys: Iterable[str]) -> dict[str, Any]:
         """Return the stored answers to questions, by their keys. The caller adds to ``taken`` what it uses."""

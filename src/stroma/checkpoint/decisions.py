@@ -23,7 +23,7 @@ __all__ = [
     "decide",
     "expired_error",
     "has_expired",
-    "is_answered_meanwhile",
+    "is_answered",
     "is_due",
     "merge_wake",
     "not_waiting",
@@ -206,26 +206,16 @@ def _other_version(request: RunRequest, last: LastExecution) -> PipelineChanged:
     )
 
 
-def is_answered_meanwhile(stored: Waiting | None, loaded: Waiting | None, question: Waiting) -> bool:
-    """Return True if a question that a session stores has an answer in the store that the session has not loaded.
-
-    Such an answer was acknowledged while the session was running, and stays. An answer that the session has loaded was
-    used or did not fit: then the question is a new one.
-    """
-    return (
-        stored is not None
-        and stored.payload is not None
-        and (stored.node_id, stored.schema_ref, stored.call_number)
-        == (question.node_id, question.schema_ref, question.call_number)
-        and (loaded is None or loaded.payload is None)
-    )
+def is_answered(stored: Waiting | None, question: Waiting) -> bool:
+    """Return True if the question that a session stores has an answer in the store: an accepted answer stays."""
+    return stored is not None and stored.payload is not None and stored.number == question.number
 
 
-def not_waiting(run_id: str, waiting: Waiting) -> StoreError:
-    """Return the error for an answer that nothing waits for."""
+def not_waiting(run_id: str, question_id: str) -> StoreError:
+    """Return the error for an answer to a question that is not open."""
     error = StoreError(
-        f"node {waiting.node_id!r} of run {run_id!r} is no longer waiting for an answer: it was already answered, or the run "
-        "was restarted; check its status, then resume it"
+        f"question {question_id!r} of run {run_id!r} is not open: it was already answered, its call has ended, or a later "
+        "question is asked there; see the open questions of the run, then answer one of them or resume the run"
     )
     error.transient = False
     return error

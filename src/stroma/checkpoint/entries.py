@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from pydantic import BaseModel
 
@@ -15,6 +15,7 @@ from stroma.checkpoint.identity import place_before, with_outer
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.failures.classes import FailureClass
 from stroma.trace.events import FAILED_ITEM
+from stroma.trace.result import Question
 
 if TYPE_CHECKING:
     from stroma.trace.rejected import RejectedOutput
@@ -288,13 +289,15 @@ class UnknownCall(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """A node that waits for an approval.
+    """A question of a node or a flow: what it waits for.
 
     Attributes:
-        reason: the question; "effect" if it is how a call of an effect ended.
-        schema_ref: "module:qualname" of the schema of the answer; "" for any JSON value.
-        payload: the answer in stored form, or NOT_DONE; None while there is none.
+        reason: the text of the question; "effect" if it is how a call of an effect ended.
+        schema_ref: "module:qualname" of the class of the answer; "" for any JSON value. Only to find the class again.
+        payload: the answer in stored form, or NOT_DONE; None while the question is open.
         effect: the call that the question is about; None for any other question.
+        number: which question it is among those at its place; later ones have a higher number.
+        schema: JSON schema of the answer, as text; "" without one.
     """
 
     position: int
@@ -304,6 +307,27 @@ class Waiting(NamedTuple):
     schema_ref: str
     payload: bytes | None = None
     effect: UnknownCall | None = None
+    number: int = 0
+    schema: str = ""
+
+    @property
+    def id(self) -> str:
+        """Identity of the question in its run: the call that asks, and the number of the question there."""
+        return f"{self.position}{self.branch and f'.{self.branch}'}:{self.number}"
+
+    @property
+    def question(self) -> Question:
+        """The question as users see it."""
+        kind: Literal["approval", "effect"] = "approval" if self.effect is None else "effect"
+        return Question(self.id, self.reason, kind, self.node_id, self.answer_schema())
+
+    def answer_schema(self) -> dict[str, Any] | None:
+        """Return the JSON schema of the answer; None without a readable one."""
+        try:
+            schema = json.loads(self.schema) if self.schema else None
+        except (ValueError, RecursionError):
+            return None
+        return schema if isinstance(schema, dict) else None
 
     @property
     def call_number(self) -> int:

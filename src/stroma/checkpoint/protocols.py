@@ -181,8 +181,12 @@ class Session(Protocol):
     def flush(self) -> Awaitable[None] | None:
         """Store the notes now. Awaited: raises Fenced, or another StoreError."""
 
-    def ask(self, waiting: Waiting) -> Awaitable[None] | None:
-        """Store a question of no node, together with the notes. Raises StoreError."""
+    def ask(self, waiting: Waiting) -> Waiting | Awaitable[Waiting]:
+        """Store a question of no node, or how it ended, together with the notes. Raises StoreError.
+
+        Returns what is stored then: an accepted answer to the same question stays.
+        """
+        ...
 
     def answers(self) -> Mapping[tuple[int, str], Waiting] | Awaitable[Mapping[tuple[int, str], Waiting]]:
         """Return what ``waiting`` is by now. Raises StoreError."""

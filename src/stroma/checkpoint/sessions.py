@@ -102,7 +102,7 @@ class NullSession:
     def flush(self) -> Awaitable[None] | None:
         return None
 
-    def ask(self, waiting: Waiting) -> Awaitable[None] | None:
+    def ask(self, waiting: Waiting) -> Waiting | Awaitable[Waiting]:
         raise StoreError(
             f"this store has no journal, so a flow cannot wait for a {waiting.node_id}; use a journal store such as SQLiteStore"
         )

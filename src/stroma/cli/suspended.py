@@ -38,11 +38,13 @@ def unanswered(waiting: Sequence[Waiting]) -> list[Waiting]:
 def waiting_data(one: Waiting) -> dict[str, Any]:
     """Return a question in the form of the JSON schemas."""
     return {
+        "question": one.id,
         "position": one.position,
         "branch": one.branch,
         "node_id": one.node_id,
         "reason": one.reason,
         "schema": one.schema_ref or None,
+        "json_schema": one.answer_schema(),
         "answered": one.payload is not None,
         "effect": None if one.effect is None else one.effect._asdict(),
     }
@@ -110,13 +112,10 @@ def approve_hint(
     for one in waiting[:limit]:
         model = find_schema(one) if one.schema_ref else None
         answer = "ANSWER" if model is None else json.dumps(example(model), ensure_ascii=False)
-        options: tuple[str, ...] = ()
-        if len(waiting) > 1:
-            options = ("--node", one.node_id, *(("--branch", one.branch) if one.branch else ()))
+        options = ("--question", one.id)
         if one.effect is None:
             lines.append(db.hint("approve", id_word(run_id), target, answer, options=options))
             continue
-        # The options precede the values that they select among.
-        lines.append(db.hint("approve", id_word(run_id), target, options=("--done", answer, *options)))
-        lines.append(db.hint("approve", id_word(run_id), target, options=("--not-done", *options)))
+        lines.append(db.hint("approve", id_word(run_id), target, options=(*options, "--done", answer)))
+        lines.append(db.hint("approve", id_word(run_id), target, options=(*options, "--not-done")))
     return lines

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -60,6 +61,7 @@ __all__ = [
 ]
 
 _subclasses_of: Final = operator.methodcaller("__subclasses__")
+_MAX_JSON_SCHEMA: Final = 65_536  # characters
 
 
 class Schema:
@@ -96,6 +98,15 @@ class Schema:
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that change when the fields, their types or their constraints change."""
         return fingerprint_of(self.model)
+
+    @functools.cached_property
+    def json_schema(self) -> str:
+        """The JSON schema of the model, as text; "" without one, or with one of more than 64 Ki characters."""
+        try:
+            text = json.dumps(self.model.model_json_schema())
+        except Exception:  # Not every type has a JSON schema, and code of the class may raise anything.
+            return ""
+        return text if len(text) <= _MAX_JSON_SCHEMA else ""
 
     # ------------------------------------------------------------------ reading fields
 

@@ -15,7 +15,7 @@ from typing import Any, final
 from pydantic import BaseModel
 
 from stroma._utils.text import one_line
-from stroma.checkpoint import Fenced, StoreError
+from stroma.checkpoint import Fenced, PipelineChanged, StoreError
 from stroma.contracts.contract import NodeContract, as_violation, output_violation
 from stroma.contracts.effects import NotDone, Unknown
 from stroma.contracts.node import Group, Node, Plan
@@ -38,8 +38,9 @@ from stroma.engine.metering import count_returned, price
 from stroma.engine.open_attempt import OpenAttempt
 from stroma.engine.outcome import GroupStopped, Halt
 from stroma.engine.placed_calls import call_at_place, note_call, open_call
-from stroma.engine.questions import find_question
+from stroma.engine.questions import find_question, suspend_again
 from stroma.engine.tasks import CONTINUES, call_in_thread, loop_ticks, passes_through, raise_if
+from stroma.failures.classes import FailureClass
 from stroma.failures.errors import PlaceError
 from stroma.failures.failure import (
     Failure,
@@ -103,6 +104,10 @@ class NodeAttempt(OpenAttempt):
             problem = self._take_input()
             if problem is not None:
                 return await self._fail(problem)
+            if ctx.session.waiting:
+                still_asks = await self._reopen(contract)
+                if still_asks is not None:
+                    return still_asks
             if ctx.fire.on_node_start is not None:
                 hooks = self._start_hooks()
                 if not hooks.advance():
@@ -383,6 +388,36 @@ class NodeAttempt(OpenAttempt):
 
     # ------------------------------------------------------------------ effects
 
+    async def _reopen(self, contract: NodeContract[Any, Any] | None) -> Failure | Halt | None:
+        """Return the end of a node that is not called, and has no attempt: its question is open, or its answer does not fit.
+
+        An effect first looks for a statement about the call that the question is about.
+        """
+        run, waiting = self.run, self.run.waiting()
+        try:
+            if waiting is not None:
+                _ = run.signal
+            elif contract is not None and contract.effect:
+                effect = self._effect_of(contract)
+                if effect.has_question:
+                    effect.earlier = await effect.learn(self.cancelling)
+                    if isinstance(effect.earlier, UnknownOutcome):
+                        waiting = effect.question(effect.earlier.place)
+        except PipelineChanged as error:
+            return Halt(
+                Failure(error, FailureClass.TERMINAL, run.node_id, run.attempt, str(error), "changed")
+            )
+        except StoreError as error:
+            return await self._fail(error, is_of_store=True)
+        return None if waiting is None or waiting.payload is not None else suspend_again(run, waiting)
+
+    def _effect_of(self, contract: NodeContract[Any, Any]) -> Effect:
+        run = self.run
+        effect: Effect | None = run.effect
+        if effect is None:
+            effect = run.effect = Effect(run, contract, self.plan, self.snapshot)
+        return effect
+
     async def _begin_special(self, contract: NodeContract[Any, Any]) -> BaseModel | Failure | Halt | None:
         """Store that an effect, or a node with a place, is to be called. Return the end of an attempt that must not call it."""
         run, call = self.run, None
@@ -395,17 +430,15 @@ class NodeAttempt(OpenAttempt):
         is_sent = call is not None and call.is_sent
         effect: Effect | None = run.effect
         if contract.effect:
-            if effect is None:
-                effect = run.effect = Effect(run, contract, self.plan, self.snapshot)
+            effect = self._effect_of(contract)
             try:
-                question = await effect.settle_others(self.cancelling)
-                is_unknown = effect.is_open and not question and not is_sent
-                stated = await effect.state_earlier(self.cancelling) if is_unknown else None
+                earlier = effect.earlier or await effect.learn(self.cancelling, is_sent=is_sent)
             except StoreError as error:
                 return await self._fail(error, is_of_store=True)
-            if question is not None:
-                return await self._suspend_unknown(question)
-            ended = None if stated is None else await self._end_as_stated(effect, stated)
+            effect.earlier = None
+            if isinstance(earlier, UnknownOutcome):
+                return await self._suspend_unknown(earlier)
+            ended = None if earlier is None else await self._end_as_stated(effect, earlier)
             if ended is not None:
                 return ended
         if is_sent:  # Its place has the outcome.

@@ -20,6 +20,7 @@ from stroma.checkpoint import (
     RunRequest,
     Session,
     StoreError,
+    Waiting,
 )
 from stroma.checkpoint.entries import NO_CONTROL, USAGE_NOTE, PriorUsage, RunControl, Tried
 from stroma.checkpoint.sessions import NULL_SESSION
@@ -46,7 +47,7 @@ from stroma.failures.failure import Classifier, Failure, NodeContext, diagnose
 from stroma.failures.policy import PolicyMap, RetryBudget
 from stroma.hooks.dispatch import NO_HOOKS, HookNotAsync, Hooks
 from stroma.hooks.sets import EVENTS, AnyHooks, distinct, flatten
-from stroma.trace.result import ExecutionResult, HookFailure, RunStatus
+from stroma.trace.result import ExecutionResult, HookFailure, Question, RunStatus
 from stroma.trace.trace import ExecutionTrace
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class ReliabilityContext:
         "__weakref__", "_notes", "_opening", "_prior_unrecorded", "_warned", "apart", "budget", "caller", "cancelled", "checkpoint_manager", "classifiers",
         "config", "context", "cost_tracker", "delivers", "dispatch", "done", "effects", "epoch_ns", "failed_items", "failed_maps",
         "fire", "gated", "handover", "holds", "hook_failures", "hooks", "interceptors", "interrupt", "kept_traces", "limits", "max_block_ns",
-        "model_fallbacks", "number_event", "on_hold", "paused", "pipeline", "plain_steps", "policy_map", "redactor", "registry", "restored",
+        "model_fallbacks", "number_event", "on_hold", "paused", "pipeline", "plain_steps", "policy_map", "questions", "redactor", "registry", "restored",
         "retry_budget", "run_id", "run_logger", "session", "step_policies", "step_timeouts", "stops", "suspended", "timed",
         "trace", "traceparent", "tried", "unknown_ends", "unpriced", "versions", "wake_ms",
     )  # fmt: skip
@@ -185,6 +186,7 @@ class ReliabilityContext:
         self.unpriced: list[str] = []
         #: Reasons for which nodes of this run are suspended.
         self.suspended: list[str] = []
+        self.questions: tuple[Question, ...] = ()
         self.limits: tuple[tuple[Dimension, float], ...] = limits(self.budget)
         #: Turns perf_counter_ns into nanoseconds since the epoch; a step of the wall clock changes no order in the run.
         self.epoch_ns = time_ns() - perf_counter_ns()
@@ -497,6 +499,12 @@ class ReliabilityContext:
         if reason not in self.suspended:
             self.suspended.append(reason)
 
+    def note_question(self, waiting: Waiting) -> None:
+        """Add an open question to the result."""
+        if all(one.id != waiting.id for one in self.questions):
+            self.suspended.append(waiting.reason)
+            self.questions = (*self.questions, waiting.question)
+
     @property
     def first_traceparent(self) -> str | None:
         """A trace context of the process before in this execution, for links; None in the first one."""
@@ -705,5 +713,5 @@ class ReliabilityContext:
         spent = self.cost_tracker
         return ExecutionResult(
             self.run_id, status, final_state, self.trace, spent.total_cost_usd, spent.total_tokens, failure,
-            self.hook_failures, self.unpriced, self.suspended, self.failed_items,
+            self.hook_failures, self.unpriced, self.suspended, self.failed_items, self.questions,
         )  # fmt: skip

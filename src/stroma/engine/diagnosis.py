@@ -53,7 +53,11 @@ def diagnose_attempt(
         failure = replace(failure, failure_class=FailureClass.RECOVERABLE)
     if isinstance_by_type(error, DeadlineExceeded) and error.ctx is ctx:
         return failure, Halt(failure, spent=True)
-    if is_of_store and isinstance_by_type(error, StoreError):
+    if (
+        is_of_store
+        and isinstance_by_type(error, StoreError)
+        and not isinstance_by_type(error, PipelineChanged)
+    ):
         failure = Failure(error, FailureClass.RECOVERABLE, run.node_id, run.attempt, failure.message, "store")
         return failure, Halt(failure, partial=True)
     return failure, None

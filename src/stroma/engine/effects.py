@@ -21,19 +21,19 @@ from typing import Any, Final, NamedTuple, TypeAlias, final
 from pydantic import BaseModel
 
 from stroma._utils.text import typed
-from stroma.checkpoint import Committed, CorruptCheckpoint, Fenced, schema_ref
+from stroma.checkpoint import Committed, CorruptCheckpoint, Fenced
 from stroma.checkpoint.decoding import RecordName, decode_json
 from stroma.checkpoint.entries import NOT_DONE, OF_FLOW, UnknownCall, Waiting, effect_note
 from stroma.checkpoint.identity import is_called, without_attempts
 from stroma.checkpoint.sessions import SimpleSession
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.effects import NotDone, Unknown
-from stroma.contracts.node import Plan, output_class
+from stroma.contracts.node import Plan
 from stroma.contracts.schema import Schema, Snapshot, describe_error
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.engine.commit import store_notes
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import NodeExecution, decode_answer
 from stroma.engine.in_flight import begin_flight, end_flight
 from stroma.engine.restore import read_output
 from stroma.engine.tasks import CONTINUES, call_in_thread, passes_through
@@ -100,12 +100,6 @@ class UnknownOutcome(Suspend):
         self.unknown = unknown
         self.place = place
 
-    def waiting(self, run: NodeExecution) -> Waiting:
-        """Return the question to a person."""
-        assert self.schema is not None
-        ref = "" if self.schema is output_class(None) else schema_ref(self.schema)
-        return Waiting(*self.place, run.node_id, REASON, ref, None, self.unknown)
-
 
 @final
 class Effect:
@@ -118,11 +112,12 @@ class Effect:
         key: its idempotency key.
         is_refused: the call was not made, since another process may own the run.
         is_stated: the output was stated, and not returned by the function.
+        earlier: see :meth:`learn`, if it was called before the attempt began.
     """
 
     __slots__ = (
         "_contract", "_digest", "_first", "_flight", "_intent", "_others", "_place", "_run", "_schemas", "_snapshot",
-        "is_refused", "is_stated", "key",
+        "earlier", "is_refused", "is_stated", "key",
     )  # fmt: skip
 
     def __init__(
@@ -134,6 +129,7 @@ class Effect:
         self._digest = _digest(plan[0], snapshot)
         self.is_stated = self.is_refused = False
         self._flight: asyncio.Task[Any] | None = None
+        self.earlier: UnknownOutcome | Stated | None = None
         #: The place of the first input, and those of inputs other than this one.
         self._first, self._others = (run.position, without_attempts(run.branch)), list[NotePlace]()
         self._place, self._intent = self._first, _read(run, self._first)
@@ -164,6 +160,19 @@ class Effect:
     def is_open(self) -> bool:
         """True if nobody knows how the last call ended."""
         return self._intent is not None and self._intent.is_open
+
+    def question(self, place: NotePlace | None = None) -> Waiting | None:
+        """Return what was asked about the last call at a place; None without a question. None: the place of this input."""
+        at = place or self._place
+        intent, waiting = _read(self._run, at), self._run.ctx.session.waiting.get(at)
+        if intent is None or waiting is None or waiting.effect is None:
+            return None
+        return waiting if waiting.call_number == intent.number else None
+
+    @property
+    def has_question(self) -> bool:
+        """True if somebody was asked how the last call ended, or a call with another input."""
+        return any(map(self.question, (self._place, *self._others)))
 
     async def begin(self) -> tuple[Exception | None, asyncio.CancelledError | None]:
         """Store that a call begins. Return why the store refuses it, and True if the task was cancelled meanwhile."""
@@ -227,7 +236,18 @@ class Effect:
 
     # ------------------------------------------------------------------ how a call ended
 
-    async def settle_others(self, cancelling: int) -> UnknownOutcome | None:
+    async def learn(self, cancelling: int, *, is_sent: bool = False) -> UnknownOutcome | Stated | None:
+        """Return how earlier calls ended: the question about one of which nobody knows it, or the statement about the last one.
+
+        None if no call is open. ``is_sent``: the last call is at its place, which has its outcome. Raises StoreError.
+        """
+        question = await self._settle_others(cancelling)
+        if question is not None or not self.is_open or is_sent:
+            return question
+        stated = await self._state_earlier(cancelling)
+        return self.unknown(stated.reason) if isinstance(stated, Unknown) else stated
+
+    async def _settle_others(self, cancelling: int) -> UnknownOutcome | None:
         """Learn how calls with other inputs at this place ended. Return the question about one of which nobody knows it."""
         for place in self._others:
             intent, end = _read(self._run, place), self._run.ctx.unknown_ends.get(place)
@@ -236,12 +256,12 @@ class Effect:
                 other._place, other._intent = place, intent
                 other.key = self._run.key_of(place[1]) if end is None else end.key
                 other._snapshot = None if end is None else end.snapshot
-                stated = await other.state_earlier(cancelling)
+                stated = await other._state_earlier(cancelling)
                 if isinstance(stated, Unknown):
                     return other.unknown(f"{stated.reason}; its input was another one")
         return None
 
-    async def state_earlier(self, cancelling: int) -> Stated:
+    async def _state_earlier(self, cancelling: int) -> Stated:
         """Return how a call of an earlier attempt or process ended: by its commit, a person, or ``reconcile``."""
         run, intent = self._run, self._intent
         assert intent is not None
@@ -255,17 +275,14 @@ class Effect:
                 raise CorruptCheckpoint(
                     f"the output of effect {run.node_id!r} of run {run.run_id!r} cannot be read back: {why}; restore its schema, or start a new run"
                 ) from cause
-        question = run.ctx.session.waiting.get(self._place)
+        question = self.question()
         why = "the process ended, or the attempt was cancelled, during the call"
-        if question is not None and question.call_number == intent.number and question.effect is not None:
+        if question is not None and question.effect is not None:
             why = question.effect.cause
             if question.payload == NOT_DONE:
                 return NotDone()
             if question.payload is not None:
-                try:
-                    return Done(schema.decode(question.payload))
-                except ValueError as error:
-                    return Unknown(f"invalid answer: {describe_error(error)[0]}")
+                return Done(decode_answer(schema, question))
         return await self.reconcile(why, cancelling)
 
     async def _find_commit(self, place: NotePlace) -> Committed | None:

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel
 
-from stroma.checkpoint import StepCall, Waiting, resolve_schema
+from stroma.checkpoint import PipelineChanged, StepCall, Waiting, resolve_schema
 from stroma.checkpoint.identity import StepCalls, has_input, without_attempts
 from stroma.contracts.node import held_by, output_class
-from stroma.contracts.schema import Snapshot, describe_error, schema_of
+from stroma.contracts.schema import Schema, Snapshot, describe_error, schema_of
 from stroma.cost.budget import limits
 from stroma.cost.usage import Report, UsageError, check_usage, report_of, report_of_figures, shown
 from stroma.engine.current import CURRENT, RUN
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import Failure
 from stroma.trace.events import NO_USAGE, AttemptRow, AttemptUsage, Outcome, Schemas, TraceEvent
+from stroma.trace.result import Question
 
 if TYPE_CHECKING:
     from stroma.contracts.contract import Role
@@ -49,6 +50,7 @@ class NodeExecution:
         usage: what this attempt used so far; complete while its end hooks run.
         ctx: the run around it, see :func:`current_run`.
         redelivered: this end event was already sent once, by a process that died.
+        question: the question that is asked, in ``on_node_suspended``; None in a call for a group or node around it.
     """
 
     # Slots for what every node sets; what few nodes need is on the class until it is set, and then in the __dict__.
@@ -59,6 +61,7 @@ class NodeExecution:
 
     last_failure: Failure | None = None
     redelivered: bool = False
+    question: Question | None = None
     #: A group's clock, which runs while the function of any node in it does: the number of those functions, since when,
     #: and ns before; the start of the first one and the end of the last one.
     running: int = 0
@@ -385,27 +388,23 @@ class NodeExecution:
 
         Plain JSON data where the model's module is not imported. Use :meth:`wait_for` to avoid this restriction.
         """
-        answer = self._answer()
-        if answer is None:
+        answered = self.waiting()
+        if answered is None or answered.payload is None:
             return None
         try:
-            model = resolve_schema(answer[1]) if answer[1] else output_class(None)
+            model = resolve_schema(answered.schema_ref) if answered.schema_ref else output_class(None)
         except (LookupError, TypeError):
             model = output_class(None)
-        return held_by(schema_of(model).decode(answer[0]))
+        return held_by(decode_answer(schema_of(model), answered))
 
     def wait_for(self, schema: type[AnswerT], *, reason: str) -> AnswerT:
-        """Return the answer of a person as a ``schema``. Raises Suspend without one, or with one that does not fit."""
-        answer = self._answer()
-        if answer is None:
+        """Return the answer of a person as a ``schema``. Raises Suspend without one, PipelineChanged if it does not fit."""
+        answered = self.waiting()
+        if answered is None or answered.payload is None:
             raise Suspend(reason, schema=schema)
-        try:
-            return cast("AnswerT", schema_of(schema).decode(answer[0]))
-        except ValueError as error:
-            why, cause = describe_error(error)
-            raise Suspend(f"{reason} (invalid answer: {why}; send another one)", schema=schema) from cause
+        return cast("AnswerT", decode_answer(schema_of(schema), answered))
 
-    def question(self) -> Waiting | None:
+    def waiting(self) -> Waiting | None:
         """Return what this node waits for, or has waited for.
 
         A step with the same input in another attempt of the nodes around it has asked the same.
@@ -420,16 +419,23 @@ class NodeExecution:
             )
         return None if own is None or own.effect is not None else own
 
-    def _answer(self) -> tuple[bytes, str] | None:
-        waiting = self.question()
-        if waiting is None or waiting.payload is None:
-            return None
-        return waiting.payload, waiting.schema_ref
-
     def take_reported(self) -> list[Report]:
         """Return what was reported and is not counted yet, and forget it."""
         reported, self.reported = self.reported or [], None
         return reported
+
+
+def decode_answer(schema: Schema, answered: Waiting) -> BaseModel:
+    """Return an accepted answer as a model. Raises PipelineChanged for one that no longer fits: the answer stays."""
+    assert answered.payload is not None
+    try:
+        return schema.decode(answered.payload)
+    except ValueError as error:
+        why, cause = describe_error(error)
+        raise PipelineChanged(
+            f"the accepted answer to question {answered.id!r} of {answered.node_id!r} is not a "
+            f"{schema.model.__name__}: {why}; restore a class that accepts it"
+        ) from cause
 
 
 def current_node() -> NodeExecution:

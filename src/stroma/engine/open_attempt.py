@@ -210,7 +210,8 @@ class OpenAttempt:
             if problem is not None:
                 return await self._fail(problem, is_of_store=True)
         if waiting is not None:
-            ctx.suspended.append(reason)
+            ctx.note_question(waiting)
+            run.question = waiting.question
         ctx.run_logger.info("node %r is suspended: %s", run.node_id, one_line(reason))
         self._end(row)
         self._set_hooks(ctx.fire.on_node_suspended, lambda: (ctx.run_id, run.node_id, reason))

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from typing import Final
 
-from stroma.checkpoint import Waiting, schema_ref
+from pydantic import BaseModel
+
+from stroma.checkpoint import Session, Waiting, schema_ref
+from stroma.checkpoint.entries import UnknownCall
+from stroma.contracts.node import output_class
+from stroma.contracts.schema import schema_of
+from stroma.engine.context import ReliabilityContext
+from stroma.engine.current import CURRENT, leave
 from stroma.engine.effects import UnknownOutcome
 from stroma.engine.execution import NodeExecution
 from stroma.engine.holds import Paused
+from stroma.engine.outcome import Halt, Place
+from stroma.failures.classes import FailureClass
 from stroma.failures.errors import Suspend
-from stroma.failures.failure import isinstance_by_type
+from stroma.failures.failure import Failure, isinstance_by_type
 
-__all__ = ["find_question", "question_of"]
+__all__ = ["announce", "find_question", "make_question", "question_of", "suspend_again"]
 
 _MAX_CAUSES: Final = 20
 #: Attributes as the base class has them: those of another class may raise anything.
@@ -49,11 +58,59 @@ def question_of(raised: Suspend, run: NodeExecution, reason: str) -> Waiting | N
     if _is_recorded(raised, run):
         return None
     raised.asked_at = run.ctx.run_id, run.position, run.branch
+    session = run.ctx.session
     if isinstance_by_type(raised, UnknownOutcome):
-        return raised.waiting(run)
-    before = run.question()
-    ref = "" if raised.schema is None else schema_ref(raised.schema)
-    return Waiting(run.position, run.branch if before is None else before.branch, run.node_id, reason, ref)
+        schema = None if raised.schema is output_class(None) else raised.schema
+        return make_question(session, Place(*raised.place), run.node_id, reason, schema, raised.unknown)
+    before = run.waiting()
+    at = Place(run.position, run.branch if before is None else before.branch)
+    return make_question(session, at, run.node_id, reason, raised.schema)
+
+
+def make_question(
+    session: Session,
+    at: Place,
+    node_id: str,
+    reason: str,
+    schema: type[BaseModel] | None,
+    effect: UnknownCall | None = None,
+) -> Waiting:
+    """Return the question of a call: with the number of the one that is open there, else with a new number.
+
+    A number is used once at a place, also if the run begins anew or goes back: an answer to an earlier question is refused.
+    """
+    before, call = session.waiting.get((at.position, at.branch)), 0 if effect is None else effect.number
+    number = session.epoch
+    if before is not None:
+        is_open = before.payload is None and before.call_number == call
+        number = before.number if is_open else max(before.number + 1, number)
+    ref, shape = ("", "") if schema is None else (schema_ref(schema), schema_of(schema).json_schema)
+    return Waiting(at.position, at.branch, node_id, reason, ref, None, effect, number, shape)
+
+
+def suspend_again(run: NodeExecution, waiting: Waiting) -> Halt:
+    """Return the end of a node whose question is still open: it is not called again."""
+    run.ctx.note_question(waiting)
+    error = Suspend(waiting.reason)
+    error.asked_at = run.ctx.run_id, run.position, run.branch
+    failure = Failure(error, FailureClass.RECOVERABLE, run.node_id, run.attempt, waiting.reason)
+    return Halt(failure, suspended=True)
+
+
+async def announce(ctx: ReliabilityContext, waiting: Waiting) -> None:
+    """Call the hooks for a question of a flow, which has no attempt. Raises HookNotAsync."""
+    calls = ctx.fire.on_node_suspended
+    if calls is None:
+        return
+    run = NodeExecution(ctx, waiting.node_id, "node", waiting.position, waiting.branch)
+    run.question = waiting.question
+    arguments = (ctx.run_id, waiting.node_id, waiting.reason)
+    token = CURRENT.set(run)
+    try:
+        await ctx.fire.fire("on_node_suspended", calls, waiting.node_id, tuple, arguments)
+    finally:
+        run.close()
+        leave(token)
 
 
 def _is_recorded(raised: Suspend, run: NodeExecution) -> bool:

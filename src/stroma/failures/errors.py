@@ -64,7 +64,7 @@ class Suspend(Exception):
 
     Where: out of a node's function, never out of ``run()``: it is no failure.
     Cause: the node needs a decision that is not made yet.
-    Fix: ``await runner.signal(run_id, answer)``, then run with ``resume=True``; the node finds the answer at
+    Fix: ``await runner.signal(run_id, answer, question=id)``, with an id of ``result.questions``; then run with ``resume=True``; the node finds the answer at
         ``current_node().signal``.
     """
 

@@ -73,7 +73,8 @@ class NodeHooks(NamedArguments):
             ``attempt`` is its number.
         on_node_skipped: (run id, node id, state) for a node whose output was restored.
         on_node_cancelled: (run id, node id) after an attempt that was cancelled.
-        on_node_suspended: (run id, node id, reason) after an attempt that suspended its run.
+        on_node_suspended: (run id, node id, reason) once for each question of a node or flow, when it is first stored;
+            ``current_node().question`` is the question. Also after an attempt of a group around it, without a question.
         on_budget_warning: (run id, limit, used amount, limit amount) once at 80 % of a limit. That of a shared budget is named
             "budget:cost" or "budget:tokens".
         on_map_progress: (run id, node id, progress) at the start and the end of a map, and in between at most five times

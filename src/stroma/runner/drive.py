@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -13,13 +13,12 @@ from pydantic import BaseModel, ValidationError
 from stroma._utils.logs import refused_fields
 from stroma.checkpoint import PipelineChanged, RunBusy, RunExists
 from stroma.checkpoint.decisions import UNFINISHED
-from stroma.checkpoint.entries import Waiting
 from stroma.engine.opening import Dispatch
 from stroma.runner.batch import Batch
 from stroma.runner.flows.suspension import now_ms
 from stroma.runner.pipeline import Pipeline
 from stroma.runner.stored_runs import ServedPipeline, StoredRuns
-from stroma.trace.result import ExecutionResult, RunStatus
+from stroma.trace.result import ExecutionResult, Question, RunStatus
 
 if TYPE_CHECKING:
     from stroma.checkpoint import RunRecord
@@ -29,37 +28,10 @@ __all__ = [
     "Busy",
     "DriveOutcome",
     "Ended",
-    "Question",
     "RunDriver",
     "Suspended",
     "Yielded",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A question that a suspended run asks.
-
-    Attributes:
-        id: identifies the question in its run.
-        node_id: the node or flow that asks.
-        reason: the text of the question.
-        schema: "module:qualname" of the class of the answer; "" for any JSON value.
-    """
-
-    id: str
-    node_id: str
-    reason: str
-    schema: str
-
-    @classmethod
-    def of(cls, waiting: Sequence[Waiting]) -> tuple[Question, ...]:
-        """Return the questions without an answer."""
-        return tuple(
-            cls(f"{one.position}:{one.branch}", one.node_id, one.reason, one.schema_ref)
-            for one in waiting
-            if one.payload is None
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +205,8 @@ class RunDriver:
         if record.due_ms is not None and record.due_ms <= now_ms():
             return None
         until = None if record.due_ms is None else _to_time(record.due_ms)
-        questions = Question.of(await self._stored.read_questions(record.run_id))
+        waiting = await self._stored.read_questions(record.run_id)
+        questions = tuple(one.question for one in waiting if one.payload is None)
         return Suspended(record.run_id, until, questions, result)
 
 

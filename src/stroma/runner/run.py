@@ -312,10 +312,13 @@ class RunExecution:
         if completed or status in _CUT_SHORT:
             return
         if status is RunStatus.SUSPENDED:
-            reasons = [w.reason for w in ctx.session.waiting.values() if w.payload is None]
+            for waiting in ctx.session.waiting.values():
+                if waiting.payload is None:
+                    ctx.note_question(waiting)
             if finished.error in (PAUSED, BUDGET):
-                reasons = [finished.error]
-            ctx.suspended.extend(reasons or [finished.error or "waiting for an answer"])
+                ctx.suspended[:] = [finished.error]
+            elif not ctx.suspended:
+                ctx.suspended.append(finished.error or "waiting for an answer")
             return
         error = RunFailed(finished.error or f"run {ctx.run_id!r} ended as {status}")
         failure = diagnose(error, NodeContext("run", 1, ctx.run_id))

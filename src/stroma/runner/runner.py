@@ -729,20 +729,20 @@ class StromaRunner:
         run_id: str,
         answer: Any,
         *,
-        node_id: str | None = None,
-        branch: str | None = None,
+        question: str | None = None,
         schema: type[BaseModel] | None = None,
     ) -> None:
-        """Store the answer that a suspended run is waiting for; resuming the run is another step.
+        """Store the answer to a question of a suspended run; resuming the run is another step.
 
-        ``answer``: a model or JSON data, validated by the schema of the suspended node. ``node_id`` and ``branch`` select
-        the node, where several are waiting. ``schema``: where the node's own is not imported in this process.
-        For an effect whose call is unknown: the output of that call, or NotDone() to have it called again.
+        ``answer``: a model or JSON data, validated by the class of the question. For an effect whose call is unknown: the
+        output of that call, or NotDone() to have it called again. ``question``: the id of the question, from
+        ``result.questions``. It may be left out while exactly one question is open, except for an effect. ``schema``: the
+        class of the answer, if it is not imported in this process under the name that it had when the question was asked.
 
-        Raises pydantic's ValidationError, CheckpointNotFound, StoreError if the run is not waiting for an answer, ValueError
-        if several nodes match.
+        An accepted answer stays, and the same answer to the same question may be sent again. Raises pydantic's
+        ValidationError, CheckpointNotFound, StoreError if the question is not open, ValueError if ``question`` is needed.
         """
-        await self._stored.answer(run_id, answer, node_id=node_id, branch=branch, schema=schema)
+        await self._stored.answer(run_id, answer, question=question, schema=schema)
 
     async def cancel(self, run_id: str) -> bool:
         """End a run as CANCELLED, in whatever process it is. Returns False if it had ended. Raises CheckpointNotFound.

@@ -232,16 +232,15 @@ class StoredRuns:
         run_id: str,
         answer: Any,
         *,
-        node_id: str | None,
-        branch: str | None,
+        question: str | None,
         schema: type[BaseModel] | None,
     ) -> None:
-        """Store the answer to a suspended node; see :meth:`StromaRunner.signal`."""
+        """Store the answer to a question; see :meth:`StromaRunner.signal`."""
         store = self._journal("signal")
-        pending = await self.read_questions(run_id)
-        if not pending:
+        questions = await self.read_questions(run_id)
+        if not questions:
             await self.get(run_id)
-        answered = match_answer(pending, run_id, answer, node_id=node_id, branch=branch, schema=schema)
+        answered = match_answer(questions, run_id, answer, question=question, schema=schema)
         await store.signal(run_id, answered)
 
     async def cancel(self, run_id: str) -> bool:

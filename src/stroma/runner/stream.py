@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections import deque
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self
 
 from stroma._utils.logs import get_logger
@@ -411,7 +411,10 @@ class _EventHooks:
         self._run.publish("node_cancelled", run_id, node_id, **self._ended())
 
     async def suspended(self, run_id: str, node_id: str, reason: str) -> None:
-        self._run.publish("node_suspended", run_id, node_id, details={"reason": reason}, **self._ended())
+        node = current_node_or_none()
+        question = None if node is None or node.question is None else asdict(node.question)
+        details = {"reason": reason, "question": question}
+        self._run.publish("node_suspended", run_id, node_id, details=details, **self._ended())
         await self._run.wait_for_room()
 
     async def budget(self, run_id: str, dimension: str, used: float, limit: float) -> None:

@@ -355,7 +355,9 @@ class _HookCalls:
         self._exporter._ended("on_node_cancelled", AttemptEnd("cancelled"))
 
     async def on_node_suspended(self, _run_id: str, _node_id: str, _reason: str) -> None:
-        self._exporter._ended("on_node_suspended", AttemptEnd("suspended"))
+        node = current_node_or_none()
+        if node is None or node.ended is not None:  # A question of a flow has no attempt.
+            self._exporter._ended("on_node_suspended", AttemptEnd("suspended"))
 
     async def on_node_retry(
         self, _run_id: str, _node_id: str, attempt: int, delay: float, failure_class: FailureClass

@@ -203,7 +203,7 @@ class _MortalSession:
             raise self._deaths.refuse()
         return self._session.flush()
 
-    def ask(self, waiting: Waiting) -> Awaitable[None] | None:
+    def ask(self, waiting: Waiting) -> Waiting | Awaitable[Waiting]:
         if self._is_dead:
             raise self._deaths.refuse()
         return self._session.ask(waiting)

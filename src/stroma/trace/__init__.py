@@ -7,7 +7,7 @@ from stroma._utils.lazy import lazy
 if TYPE_CHECKING:
     from stroma.failures.classes import FailureClass
     from stroma.trace.events import AttemptUsage, TraceEvent, TraceMark
-    from stroma.trace.result import ExecutionResult, RunStatus
+    from stroma.trace.result import ExecutionResult, Question, RunStatus
     from stroma.trace.trace import ExecutionTrace
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "ExecutionResult",
     "ExecutionTrace",
     "FailureClass",
+    "Question",
     "RunStatus",
     "TraceEvent",
     "TraceMark",
@@ -25,6 +26,7 @@ _HOMES = {
     "ExecutionResult": "trace.result",
     "ExecutionTrace": "trace.trace",
     "FailureClass": "failures.classes",
+    "Question": "trace.result",
     "RunStatus": "trace.result",
     "TraceEvent": "trace.events",
     "TraceMark": "trace.events",

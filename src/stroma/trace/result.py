@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any, Generic
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal
 
 from pydantic import BaseModel, Field, PlainSerializer
 from pydantic_core import core_schema
@@ -25,7 +26,7 @@ else:
     from typing import TypeVar
 
     StateT = TypeVar("StateT")
-__all__ = ["ExecutionResult", "HookFailure", "RunStatus"]
+__all__ = ["ExecutionResult", "HookFailure", "Question", "RunStatus"]
 
 
 class RunStatus(StrEnum):
@@ -70,6 +71,26 @@ class HookFailure:
     exception: BaseException
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question that a suspended run asks.
+
+    Attributes:
+        id: identifies the question in its run, for ``runner.signal(run_id, answer, question=id)``. It is made of the call
+            that asks, and never of the text or the class of the answer: a reworded question has the same id.
+        reason: the text of the question; "effect" if it is how a call of an effect ended.
+        kind: "approval", or "effect" for a question that takes the output of a call, or NotDone().
+        node_id: the node or flow that asks.
+        schema: JSON schema of the answer; None for any JSON value.
+    """
+
+    id: str
+    reason: str
+    kind: Literal["approval", "effect"]
+    node_id: str
+    schema: Mapping[str, Any] | None = field(default=None, hash=False, repr=False)
+
+
 @dataclass
 class ExecutionResult(Shown, Generic[StateT]):
     """The result of a run.
@@ -77,7 +98,7 @@ class ExecutionResult(Shown, Generic[StateT]):
     Pydantic serialises it, and a FastAPI endpoint that is annotated ``-> ExecutionResult[Out]`` returns it, as ``run_id``,
     ``status``, ``final_state`` (an object or null), ``total_cost_usd``, ``total_tokens``, ``failure`` (null, or ``type``,
     ``message``, ``failure_class``, ``node_id``, ``attempt``, ``reason``, ``retry_after_seconds``), ``unpriced_models``,
-    ``suspended`` and ``failed_items``; without the trace and errors of hooks. The message is the exception's own text.
+    ``suspended``, ``failed_items`` and ``questions``; without the trace and errors of hooks. The message is the exception's own text.
 
     Attributes:
         run_id: id of the run.
@@ -90,6 +111,7 @@ class ExecutionResult(Shown, Generic[StateT]):
         suspended: reasons of a SUSPENDED run; one line per node.
         failed_items: number of failed items of its maps that did not stop the run, see ``on_item_failure``.
         hook_errors: exceptions of hooks, which changed nothing.
+        questions: the open questions of a SUSPENDED run; ``suspended`` has their texts too.
         unpriced_models: models without a known price, which count as 0 USD; "(no model)" for tokens without a model.
     """
 
@@ -104,6 +126,7 @@ class ExecutionResult(Shown, Generic[StateT]):
     unpriced_models: list[str] = field(default_factory=list)
     suspended: list[str] = field(default_factory=list)
     failed_items: int = 0
+    questions: tuple[Question, ...] = ()
 
     def _story(self, redact: Redact | None = None) -> Story:
         from stroma.trace.story import StopCause

@@ -9,22 +9,18 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl, urlencode
 
 from anyio import to_thread
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from stroma._utils.text import clean
 from stroma.checkpoint.decisions import UNFINISHED
-from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.errors import RunExists, StoreError
 from stroma.checkpoint.history import FINISHED
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import AttemptRecord, RunRecord
-from stroma.contracts.effects import NotDone
 from stroma.runner.requests import limits_of
 from stroma.runner.requests import request as make_request
-from stroma.runner.signals import match_answer
 
 if TYPE_CHECKING:
     from stroma.ui.security import Keys
@@ -87,7 +83,7 @@ class Actions:
         self._keys = keys
 
     async def resume(self, request: Request) -> Response:
-        record, form = await self._read_form("resume", request)
+        record, form = await self.read_form("resume", request)
         resume = self._settings.resume
         with self._keys.once(identity_of(form)) as is_first:
             if resume is None or (is_first and not can_resume(self._settings, record)):
@@ -112,7 +108,7 @@ class Actions:
 
     async def fork(self, request: Request) -> Response:
         """Start a new run with what a run has committed before a position."""
-        record, form = await self._read_form("fork", request)
+        record, form = await self.read_form("fork", request)
         resume, position = self._settings.resume, form.get("position", "")
         lineage = self._settings.lineage
         if resume is None or lineage is None or record.pipeline != self._settings.pipeline:
@@ -130,56 +126,6 @@ class Actions:
         await to_thread.run_sync(resume, new_run_id)
         return to_run(new_run_id)
 
-    async def approve(self, request: Request) -> Response:
-        """Store the answer that a node waits for; resume the run if the form says so."""
-        record, form = await self._read_form("approve", request)
-        with self._keys.once(identity_of(form)) as is_first:
-            if is_first:
-                await self._approve(record, form)
-        return to_run(record.run_id)
-
-    async def _approve(self, record: RunRecord, form: dict[str, str]) -> None:
-        answer = _read_json(form.get("answer", ""), "answer")
-        questions = [one for one in await self._pending(record, form) if not one.effect]
-        schema = self._settings.find_schema(questions[0]) if questions and questions[0].schema_ref else None
-        await self._signal(record, questions, answer, schema, "answer")
-        resume = self._settings.resume
-        if form.get("resume") == "yes" and resume is not None and can_resume(self._settings, record):
-            await to_thread.run_sync(resume, record.run_id)
-
-    async def state_effect(self, request: Request) -> Response:
-        """Store what a person states about the call of an effect: its output, or that it did not happen."""
-        record, form = await self._read_form("effect", request)
-        happened = form.get("happened") == "yes"
-        answer = _read_json(form.get("output", ""), "output") if happened else NotDone()
-        pending = await self._pending(record, form)
-        unknown = [one for one in pending if one.effect and str(one.call_number) == form.get("call", "")]
-        await self._signal(record, unknown, answer, None, "output")
-        return to_run(record.run_id)
-
-    async def _pending(self, record: RunRecord, form: dict[str, str]) -> list[Waiting]:
-        """Return the questions at the place in a form."""
-        store: Any = self._settings.store
-        pending: list[Waiting] = await to_thread.run_sync(store.waiting, record.run_id)
-        return [one for one in pending if f"{one.position}:{one.branch}" == form.get("at")]
-
-    async def _signal(
-        self,
-        record: RunRecord,
-        pending: list[Waiting],
-        answer: Any,
-        schema: type[BaseModel] | None,
-        what: str,
-    ) -> None:
-        """Store an answer. Raises HTTPException for one that does not fit, or that nothing waits for."""
-        try:
-            stated = match_answer(pending, record.run_id, answer, node_id=None, branch=None, schema=schema)
-            await self._settings.store.signal(record.run_id, stated)
-        except StoreError as error:
-            raise HTTPException(409, clean(str(error), 1000)) from error
-        except (ValueError, RecursionError) as error:  # pydantic's ValidationError is a ValueError.
-            raise HTTPException(422, f"the {what} does not fit: {clean(str(error), 1000)}") from error
-
     async def pause(self, request: Request) -> Response:
         return await self._control("pause", "pause", request)
 
@@ -194,7 +140,7 @@ class Actions:
 
     async def _control(self, action: str, method: str, request: Request) -> Response:
         """Make a request about a run, and show its page once the owner of the run has read it."""
-        record, form = await self._read_form(action, request)
+        record, form = await self.read_form(action, request)
         arguments = (_read_limits(form),) if action == "budget" else ()
         try:
             done = await make_request(self._settings.store, record.run_id, method, *arguments)
@@ -207,13 +153,13 @@ class Actions:
         return to_run(record.run_id)
 
     async def delete(self, request: Request) -> Response:
-        record, _ = await self._read_form("delete", request)
+        record, _ = await self.read_form("delete", request)
         if record.holder is not None:
             raise HTTPException(409, "this run is running; cancel it first")
         await self._settings.store.delete(record.run_id)
         return RedirectResponse("/", 303)
 
-    async def _read_form(self, action: str, request: Request) -> tuple[RunRecord, dict[str, str]]:
+    async def read_form(self, action: str, request: Request) -> tuple[RunRecord, dict[str, str]]:
         """Return the run of a form, and its fields. Raises HTTPException for a form without a valid key."""
         form = dict(await read_fields(request))
         run_id = form.get("id", "")
@@ -257,7 +203,7 @@ def identity_of(form: dict[str, str] | list[tuple[str, str]]) -> str:
     return repr(sorted(form.items() if isinstance(form, dict) else form))
 
 
-def _read_json(text: str, what: str) -> Any:
+def read_json(text: str, what: str) -> Any:
     """Return the JSON in a field of a form. Raises HTTPException for anything else, such as 5,000 digits."""
     try:
         return json.loads(text)

@@ -16,6 +16,7 @@ from stroma._utils.text import clean
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.history import History
 from stroma.ui.actions import Actions
+from stroma.ui.answers import Answers
 from stroma.ui.events import Events
 from stroma.ui.pages import Pages
 from stroma.ui.rendering import Renderer
@@ -36,6 +37,7 @@ def make_app(settings: Settings) -> ASGIApp:
     renderer = Renderer(settings, history, keys)
     pages, run_pages = Pages(renderer), RunPages(renderer)
     actions = Actions(settings, keys)
+    answers = Answers(renderer, actions)
     submit_form = SubmitForm(renderer)
     events = Events(settings, renderer.shared)
 
@@ -56,9 +58,9 @@ def make_app(settings: Settings) -> ASGIApp:
         Route("/resume", actions.resume, methods=["POST"]),
         Route("/resume-many", actions.resume_many, methods=["POST"]),
         Route("/fork", actions.fork, methods=["POST"]),
-        Route("/approve", actions.approve, methods=["POST"]),
+        Route("/approve", answers.approve, methods=["POST"]),
         Route("/delete", actions.delete, methods=["POST"]),
-        Route("/effect", actions.state_effect, methods=["POST"]),
+        Route("/effect", answers.state_effect, methods=["POST"]),
         Route("/pause", actions.pause, methods=["POST"]),
         Route("/unpause", actions.unpause, methods=["POST"]),
         Route("/cancel", actions.cancel, methods=["POST"]),

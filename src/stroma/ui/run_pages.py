@@ -32,6 +32,7 @@ from stroma.trace.html import cause, document, rejected_output
 from stroma.trace.story import Bar, StopCause, Story, fields_named
 from stroma.trace.timeline import Timeline, legend
 from stroma.ui.actions import can_fork, can_resume, controls_of
+from stroma.ui.answers import AnswerForm
 from stroma.ui.formatting import (
     as_attachment,
     attempt_address,
@@ -39,7 +40,6 @@ from stroma.ui.formatting import (
     attempt_rows,
     compare_facts,
     compress,
-    example_json,
     json_file,
     restored_starts,
     split_price,
@@ -104,7 +104,7 @@ class RunPages:
             totals=totals(record, story, limits, failed), limits=limits, cause=Markup(cause(story)), timeline=drawn, legend=Markup(legend(drawn)),
             attempts=listed, attempt_rows=attempt_rows(
                 [(one, attempt_address(record, one), place_of(one)) for one in listed], restored_starts(record, listed)),
-            waiting=waiting, answers=[self._answer_form(one) for one in waiting if not one.effect], next=page.next, first=after is None,
+            waiting=waiting, answers=[AnswerForm(one) for one in waiting if not one.effect], next=page.next, first=after is None,
             can_resume=can_resume(self._settings, record), selected="" if cause_attempt is None else attempt_address(record, cause_attempt),
             resume_key=self._renderer.keys.form("resume", run_id), delete_key=self._renderer.keys.form("delete", run_id),
             effect_key=self._renderer.keys.form("effect", run_id), approve_key=self._renderer.keys.form("approve", run_id),
@@ -178,13 +178,6 @@ class RunPages:
             pipeline=record.pipeline, open_waits=open_waits(record, attempts, waiting) if is_first and record.status == "SUSPENDED" else {},
         )  # fmt: skip
         return timeline, self._story(record, bars)
-
-    def _answer_form(self, one: Waiting) -> str:
-        """Return the beginning of an answer: an object with the fields that its class requires."""
-        model = self._settings.find_schema(one) if one.schema_ref else None
-        if model is None:
-            return "true" if not one.schema_ref else "{}"
-        return example_json(model)
 
     def _story(self, record: RunRecord, bars: list[Bar]) -> Story:
         box, why = None, record.cause

@@ -428,7 +428,7 @@ def test_an_answer_of_stroma_approve_decides_a_request(kind: str, tmp_path: Path
                 assert len(script.asked) == asked + 1
                 if answer is not None:
                     assert guard.runner is not None
-                    await guard.runner.signal("r", answer, node_id="delete")
+                    await guard.runner.signal("r", answer, question=pending[0].id)
             message = Message("user", list(response.user_input_requests))
         raise AssertionError
 

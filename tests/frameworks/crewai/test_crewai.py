@@ -563,7 +563,7 @@ def test_an_answer_of_stroma_approve_is_the_feedback(
             assert isinstance(result, HumanFeedbackPending)
             guard = guarded()
             assert guard.runner is not None
-            asyncio.run(guard.runner.signal("review", answer, node_id=node))
+            asyncio.run(guard.runner.signal("review", answer, question=pending[0].id))
             flow = attach(Twice.from_pending(result.context.flow_id, persistence), guard)
             result = flow.resume() if kind == "kickoff" else asyncio.run(flow.resume_async())
         assert [one.status for one in store.list_runs()] == ["RESUMED"]

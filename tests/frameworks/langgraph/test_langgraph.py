@@ -29,6 +29,7 @@ from pydantic import BaseModel
 from tests.frameworks.contract import ANSWER, FrameworkContract, terminal, weather
 from tests.frameworks.kit import AT_ONCE, Seen, guard_of, holds, lines_of, result_of
 from tests.frameworks.langchain.fakes import Script
+from tests.kit import open_question
 
 from stroma import (
     BudgetExceeded,
@@ -696,7 +697,9 @@ def questions(folder: Path) -> Any:
 def approve(guard: Guard, answer: Any, node_id: str | None = None) -> None:
     """Answer as ``stroma approve`` does."""
     assert guard.runner is not None
-    asyncio.run(guard.runner.signal("r", answer, node_id=node_id))
+    store = guard.runner.checkpoint_manager.store
+    question = None if node_id is None else open_question(store, "r", node_id=node_id)
+    asyncio.run(guard.runner.signal("r", answer, question=question))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -22,6 +22,7 @@ from pydantic_ai.tools import DeferredToolRequests, DeferredToolResults
 from pydantic_ai.usage import RequestUsage
 from tests.frameworks.contract import FrameworkContract, weather
 from tests.frameworks.kit import guard_of, holds, lines_of, result_of
+from tests.kit import open_question
 
 from stroma import KNOWN_MODELS, ExecutionBudget, RunStatus, SQLiteStore, UsageError
 from stroma.adapters import Guard
@@ -525,6 +526,8 @@ def test_an_answer_of_stroma_approve_decides_a_deferred_call(kind: str, tmp_path
                 assert (result_of(guard).status, len(script.asked)) == (RunStatus.SUSPENDED, asked)
             answer = "seen" if tool == "look" else bought == 0
             assert guard.runner is not None
-            asyncio.run(guard.runner.signal("r", answer, node_id=tool))
+            with SQLiteStore(tmp_path / "r.db") as store:
+                question = open_question(store, "r", node_id=tool)
+            asyncio.run(guard.runner.signal("r", answer, question=question))
     assert kind == "run_stream" or "seen" in str(history)
     assert len(script.asked) == 3

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any, Final, TypeAlias, cast
 
+from stroma.checkpoint.decisions import is_answered
 from stroma.checkpoint.decoding import RecordName, decode_json, decode_number, decode_text
 from stroma.checkpoint.durable.integrity import is_intact, seal, storable_text
 from stroma.checkpoint.durable.rows import Annotation, Rows, RunRow, Step, StepRow
@@ -23,6 +24,7 @@ __all__ = [
     "due_hooks_key",
     "name_of",
     "open_rejected",
+    "put_waiting",
     "read_annotation",
     "read_annotations",
     "read_due_hooks",
@@ -116,14 +118,26 @@ def read_due_hooks(row: StepRow, run_id: str, execution: int, payloads: Payloads
 
 def record_waiting(rows: Rows, run_id: str, execution: int, waiting: Waiting, payloads: Payloads) -> None:
     """Store the question that a node waits for, or its answer."""
-    data, number = b"", None
+    data = b""
     if waiting.payload is not None:
-        data, number = payloads.seal_now(waiting.payload, answer_place(run_id, execution, waiting)), 1
+        data = payloads.seal_now(waiting.payload, answer_place(run_id, execution, waiting))
     place = PayloadPlace(run_id, execution, "question", waiting.position, waiting.branch)
     effect = waiting.effect and waiting.effect._replace(cause=storable_text(waiting.effect.cause) or "")
-    question = payloads.seal_text(json.dumps([storable_text(waiting.reason), effect]), place)
-    step = Step(question or "", waiting.schema_ref, data, b"", number)
+    question = payloads.seal_text(json.dumps([storable_text(waiting.reason), effect, waiting.schema]), place)
+    step = Step(question or "", waiting.schema_ref, data, b"", waiting.number)
     annotate(rows, run_id, Annotation.WAITING, waiting_key(waiting), waiting.node_id, step)
+
+
+def put_waiting(
+    rows: Rows, run: Any, run_id: str, execution: int, waiting: Waiting, payloads: Payloads
+) -> Waiting:
+    """Store a question, or how it ended, unless it has an accepted answer. Return what is stored then. Raises StoreError."""
+    row = read_annotation(rows, run, run_id, Annotation.WAITING, waiting_key(waiting))
+    stored = row and read_waiting(row, run_id, execution, payloads)
+    if stored is not None and is_answered(stored, waiting):
+        return stored
+    record_waiting(rows, run_id, execution, waiting, payloads)
+    return waiting
 
 
 def waiting_key(waiting: Waiting) -> str:
@@ -132,24 +146,24 @@ def waiting_key(waiting: Waiting) -> str:
 
 
 def answer_place(run_id: str, execution: int, waiting: Waiting) -> PayloadPlace:
-    """Return the place of an answer. It includes the question, so that the answer fits no other question."""
-    question = f"answer\0{waiting.schema_ref}\0{waiting.call_number}\0{storable_text(waiting.reason)}"
-    return PayloadPlace(run_id, execution, question, waiting.position, waiting.branch)
+    """Return the place of an answer. It includes the id of the question, so that the answer fits no other question."""
+    return PayloadPlace(run_id, execution, f"answer\0{waiting.id}", waiting.position, waiting.branch)
 
 
 def read_waiting(row: StepRow, run_id: str, execution: int, payloads: Payloads) -> Waiting:
     """Return the approval that :func:`record_waiting` stored. Raises StoreError."""
-    number, _, branch = row.branch.partition(":")
+    at, _, branch = row.branch.partition(":")
     name, step = name_of(row, run_id), row.step
-    position = decode_number(number, name)
+    position = decode_number(at, name)
     place = PayloadPlace(run_id, execution, "question", position, branch)
     question = payloads.open_text(step.contract, place) or ""
     if question in UNREADABLE:  # It is listed, so that people see that there is one.
-        reason, unknown = question, None
+        reason, unknown, schema = question, None, ""
     else:
-        reason, unknown = decode_json(question, tuple[str, UnknownCall | None], name)
-    waiting = Waiting(position, branch, row.node_id, reason, step.schema_ref, None, unknown)
-    if step.number is None:
+        reason, unknown, schema = decode_json(question, tuple[str, UnknownCall | None, str], name)
+    number = step.number or 0
+    waiting = Waiting(position, branch, row.node_id, reason, step.schema_ref, None, unknown, number, schema)
+    if not step.output:
         return waiting
     place = answer_place(run_id, execution, waiting)
     return waiting._replace(payload=payloads.open(step.output, place, f"the answer for node {row.node_id!r}"))

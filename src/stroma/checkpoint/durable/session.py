@@ -15,19 +15,17 @@ from pydantic import BaseModel
 
 from stroma._utils.logs import get_logger
 from stroma.checkpoint.cells import Change
-from stroma.checkpoint.decisions import COMPLETE, is_answered_meanwhile
+from stroma.checkpoint.decisions import COMPLETE
 from stroma.checkpoint.durable.annotations import (
     Notes,
     annotate,
     due_hooks_key,
-    read_annotation,
+    put_waiting,
     read_annotations,
     read_waiting,
     record_due_hooks,
     record_notes,
     record_rejected,
-    record_waiting,
-    waiting_key,
 )
 from stroma.checkpoint.durable.control import accept_requests
 from stroma.checkpoint.durable.conversion import payload_reference, to_attempt, to_committed
@@ -265,7 +263,7 @@ class DurableSession:
 
         return self._submit_with(commit, write_site)
 
-    def _submit_with(self, commit: Commit, write: Callable[[Rows], None]) -> asyncio.Future[Any]:
+    def _submit_with(self, commit: Commit, write: Callable[[Rows], object]) -> asyncio.Future[Any]:
         """Commit together with its annotations and the changes of its cells, in one transaction."""
         attempt, self._completed = commit.attempt, None
         place = attempt.position, attempt.branch
@@ -308,12 +306,26 @@ class DurableSession:
         """Store the notes now. Awaited: raises Fenced, or another StoreError."""
         return self._submit_fenced(lambda rows: None) if self._pending_notes else None
 
-    def ask(self, waiting: Waiting) -> Awaitable[None]:
-        """Store a question of no node. Awaited: raises Fenced, or another StoreError."""
-        execution = self.fence.execution
-        return self._submit_fenced(
-            lambda rows: record_waiting(rows, self.run_id, execution, waiting, self._payloads)
-        )
+    def ask(self, waiting: Waiting) -> Awaitable[Waiting]:
+        """See Session. Awaited: raises Fenced, or another StoreError."""
+        return self._know(waiting, self._submit_fenced(partial(self._put, waiting)))
+
+    def _know(self, waiting: Waiting, pending: asyncio.Future[Any]) -> asyncio.Future[Any]:
+        """Have ``waiting`` hold a question once it is stored."""
+
+        def stored(pending: asyncio.Future[Any]) -> None:
+            if not pending.cancelled() and pending.exception() is None:
+                known = pending.result()
+                self.waiting[waiting.position, waiting.branch] = (
+                    known if isinstance(known, Waiting) else waiting
+                )
+
+        pending.add_done_callback(stored)
+        return pending
+
+    def _put(self, waiting: Waiting, rows: Rows) -> Waiting:
+        run, execution = self.fence.run, self.fence.execution
+        return put_waiting(rows, run, self.run_id, execution, waiting, self._payloads)
 
     async def answers(self) -> Mapping[tuple[int, str], Waiting]:
         """See Session."""
@@ -327,16 +339,17 @@ class DurableSession:
         self.waiting = {(one.position, one.branch): one for one in waiting}
         return self.waiting
 
-    def _submit_fenced(self, do: Callable[[Rows], None]) -> asyncio.Future[Any]:
+    def _submit_fenced(self, do: Callable[[Rows], Any]) -> asyncio.Future[Any]:
         """Write beside the commits, with the notes, in one transaction that the fence may refuse."""
         notes, fence = dict(self._pending_notes), self.fence
 
-        def operation(rows: Rows) -> None:
+        def operation(rows: Rows) -> Any:
             run = rows.find(self.run_id, lock=True)
             if run is None or (run.epoch, run.owner) != (fence.epoch, fence.owner):
                 raise fence_error(rows, fence, self.run_id)
-            do(rows)
+            done = do(rows)
             self._write_notes(rows, notes)
+            return done
 
         pending = self._submit(Transaction(self.run_id, operation))
         pending.add_done_callback(partial(self._forget_notes, notes))
@@ -404,18 +417,7 @@ class DurableSession:
         attempt = self._attempt_with_identity(row)
         message = self._sealed_message(attempt, waiting.reason)
         commit = Commit(self.run_id, self.fence, attempt._replace(message=message), None)
-
-        execution = self.fence.execution
-
-        def ask(rows: Rows) -> None:
-            run, key = rows.find(self.run_id, lock=True), waiting_key(waiting)
-            annotation = run and read_annotation(rows, run.run, self.run_id, Annotation.WAITING, key)
-            stored = annotation and read_waiting(annotation, self.run_id, execution, self._payloads)
-            loaded = self.waiting.get((waiting.position, waiting.branch))
-            if not is_answered_meanwhile(stored, loaded, waiting):
-                record_waiting(rows, self.run_id, execution, waiting, self._payloads)
-
-        return self._submit_with(commit, ask)
+        return self._know(waiting, self._submit_with(commit, partial(self._put, waiting)))
 
     def read_requests(self, rows: Rows) -> None:
         """Make the requests about the run hold. One operation; the owner knows them before they are acknowledged."""

@@ -442,7 +442,7 @@ def _prior_work(rows: Rows, run: RunRow | None) -> PriorWork:
         return PriorWork(0, 0, 0, ())
 
     annotations = read_annotations(rows, run.run, run.run_id, Annotation.WAITING, Annotation.EFFECT)
-    is_answered = [row.step.number is not None for row in annotations if row.position == Annotation.WAITING]
+    is_answered = [bool(row.step.output) for row in annotations if row.position == Annotation.WAITING]
     effects = sorted(row.branch for row in annotations if row.position == Annotation.EFFECT)
     return PriorWork(run.nodes, is_answered.count(False), is_answered.count(True), tuple(effects))
 

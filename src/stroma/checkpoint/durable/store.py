@@ -444,18 +444,14 @@ class DurableStore(ReadableStore):
         run = rows.find(run_id, lock=True)
         if run is None:
             raise self._no_run(run_id)
-        branch = waiting_key(waiting)
-        question = read_annotation(rows, run.run, run_id, Annotation.WAITING, branch)
-        if question is None or question.node_id != waiting.node_id:
-            raise not_waiting(run_id, waiting)
-        stored = read_waiting(question, run_id, run.execution, self._payloads)
-        if stored.call_number != waiting.call_number:
-            raise not_waiting(run_id, waiting)
-        if stored.payload is None:
-            record_waiting(rows, run_id, run.execution, waiting, self._payloads)
+        question = read_annotation(rows, run.run, run_id, Annotation.WAITING, waiting_key(waiting))
+        stored = question and read_waiting(question, run_id, run.execution, self._payloads)
+        if stored is None or stored.id != waiting.id or stored.payload not in (None, waiting.payload):
+            raise not_waiting(run_id, waiting.id)
+        if stored.payload is None:  # An equal answer may be sent twice.
+            answered = stored._replace(payload=waiting.payload)
+            record_waiting(rows, run_id, run.execution, answered, self._payloads)
             rows.wake(run)
-        elif stored.payload != waiting.payload:  # An equal answer may be sent twice.
-            raise not_waiting(run_id, waiting)
 
     async def fork(
         self,

@@ -22,7 +22,7 @@ __all__ = ["failed_input", "wait_bars"]
 def wait_bars(
     waiting: Iterable[Waiting], notes: Mapping[str, bytes], first_ns: int, until_ms: int
 ) -> list[Bar]:
-    """Return the sleeps and questions of flows as bars; of a question ``reason`` is the id by which it is answered.
+    """Return the sleeps and questions of flows as bars; of a question ``reason`` is the class of its answer.
 
     ``until_ms``: the end of those that are open.
     """
@@ -40,16 +40,16 @@ def wait_bars(
         if not _is_wait(one.branch):  # A node that waits has an attempt.
             continue
         at, place = f"{one.position}.{one.branch}", f"{one.position}:%s:{one.branch}"
-        label = f"question: {one.reason}"
+        label, answer = f"question: {one.reason}", one.schema_ref.rpartition(":")[2]
         began = _read(notes, place % "w")
         began_ms = until_ms if began is None else began
         wake = _read(notes, place % "s")
         if place % "x" in notes:
-            add(at, label, "expired", began_ms, began_ms if wake is None else wake[0], one.node_id)
+            add(at, label, "expired", began_ms, began_ms if wake is None else wake[0], answer)
         elif one.payload is None:
-            add(at, label, "open", began_ms, until_ms, one.node_id)
+            add(at, label, "open", began_ms, until_ms, answer)
         else:  # When it was answered is not recorded.
-            add(at, label, "answered", began_ms, began_ms, one.node_id)
+            add(at, label, "answered", began_ms, began_ms, answer)
     for key in notes:
         position, kind, branch = [*key.split(":", 2), "", ""][:3]
         at, wake = f"{position}.{branch}", _read(notes, key) if kind == "s" else None

@@ -222,8 +222,8 @@ def _has_steps(entry: OutlineEntry) -> bool:
 
 def _label(entry: OutlineEntry) -> str:
     call = entry.call
-    if entry.kind == "question":  # By the class of its answer: a reason may differ in each run.
-        return f"question {entry.bars[0].reason}"
+    if entry.kind == "question":  # By its key, or the class of its answer: its text may differ in each run.
+        return f"question {entry.bars[0].reason if call is None or call.name else call.number}"
     if entry.kind == "sleep":
         return "sleep" if call is None or call.name else f"sleep {call.number}"
     return entry.label

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from asyncio import Future
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 from pydantic import BaseModel
 
@@ -14,7 +15,7 @@ from stroma.checkpoint.decisions import (
     UNFINISHED,
     decide,
     expired_error,
-    is_answered_meanwhile,
+    is_answered,
     merge_wake,
 )
 from stroma.checkpoint.entries import (
@@ -60,7 +61,6 @@ class MemorySession(NullSession):
         "_before",
         "_calls",
         "_completion",
-        "_epoch",
         "_on_suspension",
         "_other_rows",
         "_run",
@@ -69,6 +69,7 @@ class MemorySession(NullSession):
         "attribution",
         "continued",
         "control",
+        "epoch",
         "execution",
         "finished",
         "notes",
@@ -124,7 +125,7 @@ class MemorySession(NullSession):
             run.epoch += 1
             run.last_session = weakref.ref(self)
             run.session = run.last_session if request.ends else no_session
-        self.execution, self._epoch, self.version = run.execution, run.epoch, run.version
+        self.execution, self.epoch, self.version = run.execution, run.epoch, run.version
         self._run, self._states, self._other_rows = run, run.states, run.other_rows
         self._run_id = request.run_id
         self.control = run.control
@@ -168,7 +169,7 @@ class MemorySession(NullSession):
     def record(
         self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
     ) -> None:
-        if self._run.epoch != self._epoch:
+        if self._run.epoch != self.epoch:
             raise _fenced(self._run_id)
         if schema is None or output is None:
             self._other_rows.append(row)
@@ -216,11 +217,11 @@ class MemorySession(NullSession):
         self, position: int, branch: str, attempt: int, started_ns: int, write: Callable[[], bytes]
     ) -> None:
         """See Session. The frames are encoded when they are read."""
-        if self._run.epoch == self._epoch:
+        if self._run.epoch == self.epoch:
             self._run.failure_sites[position, branch] = (attempt, started_ns, write)
 
     def record_rejected(self, position: int, branch: str, started_ns: int, data: bytes) -> None:
-        if self._run.epoch == self._epoch:
+        if self._run.epoch == self.epoch:
             from stroma.trace.rejected import RecentOutputs  # Few runs have one.
 
             if self._run.rejected is None:
@@ -228,26 +229,24 @@ class MemorySession(NullSession):
             self._run.rejected.add(position, branch, started_ns, data)
 
     def note_call(self, position: int, identity: str) -> None:
-        if self._run.epoch == self._epoch:
+        if self._run.epoch == self.epoch:
             self._run.places[identity] = position
 
     def note_traceparent(self, traceparent: str) -> Future[None] | None:
-        if self._run.epoch == self._epoch:
+        if self._run.epoch == self.epoch:
             self._run.traceparent = traceparent
         return None
 
     def note_attribution(self, ids: Mapping[str, str]) -> None:
-        if self._run.epoch == self._epoch:
+        if self._run.epoch == self.epoch:
             self._run.attribution = {**self._run.attribution, **ids}
 
     def suspend(self, row: AttemptRow, waiting: Waiting) -> None:
         self.record(row, None, None)
-        at = waiting.position, waiting.branch
-        if not is_answered_meanwhile(self._run.waiting.get(at), self.waiting.get(at), waiting):
-            self._run.waiting[at] = waiting
+        self.ask(waiting)
 
     def note(self, key: str, data: bytes | None) -> None:
-        if self._run.epoch != self._epoch:
+        if self._run.epoch != self.epoch:
             return
         if data is None:
             self._run.notes.pop(key, None)
@@ -255,17 +254,23 @@ class MemorySession(NullSession):
             self._run.notes[key] = data
 
     def mark_effect(self, node_id: str) -> None:
-        if self._run.epoch == self._epoch and node_id not in self._run.effects:
+        if self._run.epoch == self.epoch and node_id not in self._run.effects:
             self._run.effects |= {node_id}
 
     def flush(self) -> None:
-        if self._run.epoch != self._epoch:
+        if self._run.epoch != self.epoch:
             raise _fenced(self._run_id)
 
-    def ask(self, waiting: Waiting) -> None:
-        if self._run.epoch != self._epoch:
+    def ask(self, waiting: Waiting) -> Waiting:
+        if self._run.epoch != self.epoch:
             raise _fenced(self._run_id)
-        self._run.waiting[waiting.position, waiting.branch] = waiting
+        at = waiting.position, waiting.branch
+        stored = self._run.waiting.get(at)
+        if stored is not None and is_answered(stored, waiting):
+            return stored
+        self._run.waiting[at] = waiting
+        cast("dict[tuple[int, str], Waiting]", self.waiting)[at] = waiting
+        return waiting
 
     def answers(self) -> Mapping[tuple[int, str], Waiting]:
         self.waiting = dict(self._run.waiting)
@@ -273,7 +278,7 @@ class MemorySession(NullSession):
 
     def end(self, status: str, error: str | None, wake_ms: int | None = None) -> None:
         if self.finished is None:
-            if self._run.epoch != self._epoch:
+            if self._run.epoch != self.epoch:
                 raise _fenced(self._run_id)
             status = str(status)
             before = self._completion
@@ -288,7 +293,7 @@ class MemorySession(NullSession):
 
     def give_back(self) -> None:
         run, before = self._run, self._before
-        if run.epoch != self._epoch:
+        if run.epoch != self.epoch:
             raise _fenced(self._run_id)
         if before["status"] == "RUNNING":  # Its owner was gone.
             before = {**before, "status": "INTERRUPTED", "wake_ms": 0}
@@ -300,7 +305,7 @@ class MemorySession(NullSession):
         self.abandon()
 
     def abandon(self) -> None:
-        if self._run.epoch == self._epoch:
+        if self._run.epoch == self.epoch:
             self._run.session = self._run.last_session = no_session
 
 

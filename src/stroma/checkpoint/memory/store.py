@@ -208,16 +208,11 @@ class _MemoryStore(MemoryReader, MemoryCells):
         Raises CheckpointNotFound, StoreError if the node is no longer waiting for an answer.
         """
         run, at = self._require_run(run_id), (waiting.position, waiting.branch)
-        question = run.waiting.get(at)
-        if (
-            question is None
-            or (question.node_id, question.call_number) != (waiting.node_id, waiting.call_number)
-            or question.payload not in (None, waiting.payload)
-        ):
-            raise not_waiting(run_id, waiting)
-        run.waiting[at] = waiting
-        if question.payload is None:
-            run.wake_ms = 0
+        stored = run.waiting.get(at)
+        if stored is None or stored.id != waiting.id or stored.payload not in (None, waiting.payload):
+            raise not_waiting(run_id, waiting.id)
+        if stored.payload is None:
+            run.waiting[at], run.wake_ms = stored._replace(payload=waiting.payload), 0
 
     async def fork(
         self,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from stroma._utils.text import clean
+from stroma._utils.text import clean, pluralize
 from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.records import RunRecord
@@ -46,8 +46,7 @@ _COMPLETE = ("COMPLETED", "RESUMED")
 @click.argument("answer_text", metavar="[ANSWER]", required=False)
 @click.option("--done", metavar="JSON", help="An effect happened: the output of its call.")
 @click.option("--not-done", is_flag=True, help="An effect did not happen: call it again.")
-@click.option("--node", metavar="NODE", help="Node to answer, if several wait.")
-@click.option("--branch", metavar="BRANCH", help="Branch of the node, if several children of one id wait.")
+@click.option("--question", metavar="ID", help="Question to answer; `stroma show` lists the ids.")
 @click.option("--resume", is_flag=True, help="Resume the run at once, as `stroma resume` does.")
 @click.option(
     "--json",
@@ -62,8 +61,7 @@ def approve(
     answer_text: str | None,
     done: str | None,
     not_done: bool,
-    node: str | None,
-    branch: str | None,
+    question: str | None,
     resume: bool,
     as_json: bool,
     db: str | None,
@@ -73,7 +71,7 @@ def approve(
     RUN is a run id, its beginning, or "last". FILE_OR_MODULE:NAME is its pipeline, or the agent or graph of a framework,
     whose own call then continues it. ANSWER is JSON, @FILE, or - for stdin, and must satisfy the class that the
     node requires, which is looked up in the pipeline. Workers of its pipeline continue the run; without any, use
-    `stroma resume`, or --resume.
+    `stroma resume`, or --resume. --question may be left out while one question is open, except for an effect.
 
     For an effect whose last call has an unknown outcome, pass the outcome in place of ANSWER: --done with its output, or
     --not-done.
@@ -81,7 +79,7 @@ def approve(
     database = Database.from_option(db)
     record = database.find(run_)
     questions = database.waiting(record.run_id)
-    request = _Approval(target, _one_of(answer_text, done, not_done), node, branch)
+    request = _Approval(target, _one_of(answer_text, done, not_done), question)
     one = _find_waiting(database, record, questions, request)
     loaded = load_object(target)
     # What a framework has in place of a pipeline is continued by the framework.
@@ -93,7 +91,7 @@ def approve(
         err.line(f"{place_text(one)} is answered")
         run_options = RunOptions(as_json=as_json)
         return resume_run(ResumedRun(Database.from_option(db), record, pipeline, target), run_options)
-    remaining = unanswered([other for other in questions if other[:3] != one[:3]])
+    remaining = unanswered([other for other in questions if other.id != one.id])
     resumable = None if pipeline is None else target
     _report(database, record.run_id, resumable, one, remaining, as_json)
     return Code.OK
@@ -123,18 +121,11 @@ def _one_of(answer: str | None, done: str | None, not_done: bool) -> _Statement:
 
 @dataclass(frozen=True, slots=True)
 class _Approval:
-    """Arguments of one call: the pipeline, the answer (None: the effect did not happen), and the node that it is for."""
+    """Arguments of one call: the pipeline, the answer (None: the effect did not happen), and the id of the question."""
 
     target: str
     answer: _Statement
-    node: str | None
-    branch: str | None
-
-    @property
-    def options(self) -> tuple[str, ...]:
-        """Options that select the same node."""
-        options = () if self.node is None else ("--node", self.node)
-        return options if self.branch is None else (*options, "--branch", self.branch)
+    question: str | None
 
 
 def _parse_answer(
@@ -168,7 +159,7 @@ def _parse_answer(
 
         def retry_command(fits: str) -> str:
             words = (request.target, *(() if option else (fits,)))
-            options = ((option, fits) if option else ()) + request.options
+            options = ("--question", one.id, *((option, fits) if option else ()))
             return database.hint("approve", id_word(record.run_id), *words, options=options)
 
         answer = parse_as(
@@ -221,27 +212,23 @@ def _find_waiting(
 ) -> Waiting:
     """Return the question to answer. Raises Problem if there is none, or several."""
     waiting = [] if record.status in _COMPLETE else unanswered(every)
-    matching = [
-        one for one in waiting if request.node in (None, one.node_id) and request.branch in (None, one.branch)
-    ]
-    if len(matching) == 1:
+    matching = [one for one in waiting if request.question in (None, one.id)]
+    # What is stated about an effect is about one call: by now the question may be about another one.
+    if len(matching) == 1 and (request.question is not None or matching[0].effect is None):
         return matching[0]
     name = clean(record.run_id)
-    if matching:
+    if waiting:
+        problem = f"question {request.question!r} of run {name} is not open"
+        if request.question is None:
+            problem = f"run {name} has {pluralize(len(waiting), 'open question')}; pass --question"
         raise Problem(
-            f"{len(matching)} nodes of run {name} are waiting; select one",
+            problem,
             *[
                 f"{place_text(one)}: {question_text(one)}, asks for {answer_type(one)}"
-                for one in matching[:20]
+                for one in waiting[:20]
             ],
-            f"for example: {approve_hint(database, record.run_id, request.target, matching, limit=1)[0]}",
-            code=Code.USAGE,
-        )
-    if waiting:
-        raise Problem(
-            f"run {name} is not waiting there",
-            *[f"it is waiting at {place_text(one)}: {question_text(one)}" for one in waiting[:20]],
-            code=Code.NOT_FOUND,
+            *[f"answer: {line}" for line in approve_hint(database, record.run_id, request.target, waiting)],
+            code=Code.USAGE if request.question is None else Code.NOT_FOUND,
         )
     if every and record.status not in _COMPLETE:
         what = f"resume with: {database.hint('resume', id_word(record.run_id), request.target)}"
@@ -263,6 +250,6 @@ def _find_waiting(
 async def _signal(database: Database, run_id: str, answer: Any, one: Waiting, model: Any) -> None:
     runner = StromaRunner(ContractRegistry(), CheckpointManager(database.store))
     try:
-        await runner.signal(run_id, answer, node_id=one.node_id, branch=one.branch, schema=model)
+        await runner.signal(run_id, answer, question=one.id, schema=model)
     finally:
         await database.close()

@@ -343,8 +343,11 @@ class FlowDriver(FlowWaits):
         self._stored |= events
 
     def _is_due(self) -> bool:
+        """Return True if timers end now. Not while a question is being opened: it may have its answer already."""
         due = self.loop.next_time
-        return due is not None and due * 1000 <= now_ms()
+        if due is None or due * 1000 > now_ms():
+            return False
+        return all(call.question is None for call in self._running.values())
 
     async def _end_timers(self) -> None:
         """End the timers that are due, unless an answer came first."""

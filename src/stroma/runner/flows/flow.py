@@ -205,11 +205,10 @@ class Flow:
         until: datetime | None = None,
         key: str | None = None,
     ) -> Coroutine[Any, Any, AnswerT]:
-        """Wait for the answer of a person, and return it as an ``answer``; ``runner.signal(run_id, ...)`` gives it.
+        """Wait for the answer of a person, and return it as an ``answer``; ``runner.signal(run_id, ...)`` sends it.
 
         The run is suspended as soon as nothing else is left to do. ``timeout`` in seconds, or ``until``: raises
-        TimeoutError if no answer came by then. ``key``, else the name of the class, is the id that ``signal(node_id=...)``
-        selects it by.
+        TimeoutError if no answer came by then. ``key`` identifies the call in place of its number.
         """
         self._path.begin_call("flow.wait_for")
         wake_ms: int | None = None

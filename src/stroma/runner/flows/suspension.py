@@ -12,6 +12,7 @@ from typing import Any, Final
 from stroma.checkpoint import StoreError, Waiting
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.outcome import STOPPED, Halt, Stopped
+from stroma.engine.questions import announce
 from stroma.engine.tasks import Shield, raise_if
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import Suspend
@@ -75,11 +76,15 @@ class FlowWaits:
         question, session = call.question, self.ctx.session
         assert question is not None
         known = session.waiting.get((question.position, question.branch))
-        if known is not None and known.payload != WITHDRAWN:
+        is_new = known is None or known.number != question.number
+        if known is not None and known.payload not in (None, WITHDRAWN):
             return known.payload
-        # When it was asked, for those who look at the run.
-        session.note(f"{question.position}:w:{question.branch}", str(self.clock_ms()).encode())
-        await self._see_through(partial(session.ask, question))
+        if is_new:  # When it was asked, for those who look at the run.
+            session.note(f"{question.position}:w:{question.branch}", str(self.clock_ms()).encode())
+        if known != question:  # Its text or its class may have changed.
+            await self._see_through(partial(session.ask, question))
+        if is_new and self.stopping is None:
+            await announce(self.ctx, question)
         return None
 
     async def withdraw(self, question: Waiting) -> None:
@@ -125,7 +130,8 @@ class FlowWaits:
             return None
         if await self.take_answers():
             return None
-        reasons = [call.question.reason for call in self.calls.values() if call.question is not None]
+        questions = [call.question for call in self.calls.values() if call.question is not None]
+        reasons = [question.reason for question in questions]
         # A suspended step has reported its own.
         of_steps = [call.suspended for call in self.calls.values() if call.suspended is not None]
         wake = self.loop.next_time
@@ -140,7 +146,10 @@ class FlowWaits:
             self.stop(self.endings.stuck(self.flow_id))
             return None
         ctx.wake_ms = wake_ms
-        ctx.suspended += reasons
+        for question in questions:
+            ctx.note_question(question)
+        if not questions:
+            ctx.suspended += reasons
         reason = "; ".join([*of_steps, *reasons])
         failure = Failure(Suspend(reason), FailureClass.RECOVERABLE, self.flow_id, 1, reason)
         self.stop(Halt(failure, suspended=True))
@@ -160,11 +169,11 @@ class FlowWaits:
         """Store what was noted. Ends the flow if the store refuses it."""
         await self._see_through(self.ctx.session.flush)
 
-    async def _see_through(self, write: Callable[[], Awaitable[None] | None]) -> None:
+    async def _see_through(self, write: Callable[[], object]) -> None:
         shield, problem = Shield(), None
         try:
             pending = write()
-            if pending is not None:
+            if isinstance(pending, Awaitable):
                 problem = await shield.finish(pending)
         except Exception as error:
             problem = error

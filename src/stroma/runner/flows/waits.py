@@ -9,12 +9,16 @@ from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel
 
-from stroma.checkpoint import Waiting, schema_ref
+from stroma.checkpoint import PipelineChanged
 from stroma.contracts.schema import schema_of
 from stroma.cost.usage import shown
 from stroma.engine.attempt import NodeAttempt
+from stroma.engine.execution import decode_answer
+from stroma.engine.outcome import Place
+from stroma.engine.questions import make_question
 from stroma.runner.flows.call import FlowCall
 from stroma.runner.flows.driver import FlowDriver
+from stroma.runner.flows.endings import end_of
 from stroma.runner.flows.path import FlowPath
 from stroma.runner.flows.suspension import text_of_time
 from stroma.trace.events import MarkKind
@@ -54,7 +58,8 @@ def call_wait_for(
     if not isinstance(reason, str):
         raise TypeError(f"the reason of flow.wait_for must be a string, got {shown(reason)}")
     call = FlowQuestion(path, path.identify("wait", key, "!"), path.node, _NOTHING)
-    call.question = Waiting(path.position, call.branch, key or answer.__name__, reason, schema_ref(answer))
+    at = Place(path.position, call.branch)
+    call.question = make_question(path.ctx.session, at, path.node.node_id, reason, answer)
     call.driver, call.wake_ms = path.driver, wake_ms
     return _wait_for(call, answer)
 
@@ -99,7 +104,12 @@ async def _wait_for(call: FlowQuestion, answer: type[AnswerT]) -> AnswerT:
     finally:
         if driver.is_live:
             driver.mark(kind, call.branch, question.reason, began_ms)
-    return cast("AnswerT", schema_of(answer).decode(payload))
+    answered = driver.ctx.session.waiting.get((question.position, question.branch), question)
+    try:
+        return cast("AnswerT", decode_answer(schema_of(answer), answered._replace(payload=payload)))
+    except PipelineChanged as error:
+        driver.stop(end_of(error, call.node))
+        return cast("AnswerT", await driver.loop.create_future())
 
 
 def wake_ms_of(duration: timedelta, until: datetime | None, now_ms: Callable[[], int]) -> int:

@@ -332,7 +332,7 @@ class OwnershipTests:
         again = await begin(store, if_exists="resume")
         assert again.waiting[1, ""].payload == b"1"
         # That answer was read: this is another question.
-        await settled(again.suspend(row(1, "ask"), question._replace(reason="and now?")))
+        await settled(again.suspend(row(1, "ask"), question._replace(reason="and now?", number=1)))
         assert [(w.reason, w.payload) for w in store.waiting("run")] == [("and now?", None)]
 
     async def test_one_of_two_cancels_at_once(self, store: Any, other: Any) -> None:

@@ -1,0 +1,154 @@
+"""Forms that answer questions of runs, and state how calls of effects ended."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from anyio import to_thread
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from stroma._utils.text import clean
+from stroma.checkpoint.entries import Waiting
+from stroma.checkpoint.errors import StoreError
+from stroma.checkpoint.records import RunRecord
+from stroma.contracts.effects import NotDone
+from stroma.runner.signals import match_answer
+from stroma.ui.actions import Actions, can_resume, identity_of, read_json, to_run
+from stroma.ui.answer_fields import AnswerField, FieldError, example_of, fields_of, parse_fields
+from stroma.ui.rendering import Renderer
+
+__all__ = ["AnswerForm", "Answers"]
+
+_MAX_ERRORS: Final = 20
+
+
+class AnswerForm:
+    """The form that answers a question.
+
+    Attributes:
+        question: the question, as it is shown.
+        fields: [] for an answer that is written as JSON.
+        values: text of each field, by its name in the form.
+        text: the answer as JSON.
+        errors: what is wrong with it.
+    """
+
+    def __init__(
+        self, question: Waiting, form: dict[str, str] | None = None, errors: list[FieldError] | None = None
+    ) -> None:
+        self.question = question
+        self.fields: list[AnswerField] = fields_of(question.answer_schema())
+        self.errors = errors or []
+        self.values = form or {f"field:{field.name}": field.value for field in self.fields}
+        example = example_of(self.fields) if question.schema_ref else True
+        self.text = json.dumps(example) if form is None or "answer" not in form else form["answer"]
+
+    def errors_of(self, name: str) -> list[str]:
+        """Return what is wrong with a field."""
+        return [error.message for error in self.errors if error.name == name]
+
+    @property
+    def other_errors(self) -> list[FieldError]:
+        """Errors of the answer that belong to no field of the form."""
+        names = {field.name for field in self.fields} - {""}
+        return [error for error in self.errors if error.name not in names]
+
+
+class _Refused(Exception):
+    """An answer that does not fit. It stays in the form."""
+
+    def __init__(self, question: Waiting, errors: list[FieldError]) -> None:
+        super().__init__()
+        self.question, self.errors = question, errors
+
+
+class Answers:
+    """Handlers of the forms; each names its question, and is accepted once."""
+
+    def __init__(self, renderer: Renderer, actions: Actions) -> None:
+        self._renderer, self._actions = renderer, actions
+        self._settings, self._keys = renderer.settings, renderer.keys
+
+    async def approve(self, request: Request) -> Response:
+        """Store an answer; resume the run if the form says so. An answer that does not fit is shown with its errors."""
+        record, form = await self._actions.read_form("approve", request)
+        try:
+            with self._keys.once(identity_of(form)) as is_first:
+                if is_first:
+                    await self._approve(record, form)
+        except _Refused as refused:
+            answer = AnswerForm(refused.question, form, refused.errors)
+            return self._renderer.page(
+                "answer.html", 422, here="runs", record=record, answer=answer,
+                key=self._keys.form("approve", record.run_id), can_resume=can_resume(self._settings, record),
+            )  # fmt: skip
+        return to_run(record.run_id)
+
+    async def _approve(self, record: RunRecord, form: dict[str, str]) -> None:
+        questions = await self._read_questions(record)
+        question = self._find(questions, form)
+        if form.get("by") == "fields":
+            answer, errors = parse_fields(fields_of(question.answer_schema()), form)
+            if errors:
+                raise _Refused(question, errors)
+        else:
+            try:
+                answer = json.loads(form.get("answer", ""))
+            except (ValueError, RecursionError) as error:
+                raise _Refused(question, [FieldError("", f"not JSON: {clean(str(error), 300)}")]) from error
+        await self._signal(record, questions, question, answer)
+        resume = self._settings.resume
+        if form.get("resume") == "yes" and resume is not None and can_resume(self._settings, record):
+            await to_thread.run_sync(resume, record.run_id)
+
+    async def state_effect(self, request: Request) -> Response:
+        """Store what a person states about the call of an effect: its output, or that it did not happen."""
+        record, form = await self._actions.read_form("effect", request)
+        happened = form.get("happened") == "yes"
+        answer = read_json(form.get("output", ""), "output") if happened else NotDone()
+        questions = await self._read_questions(record)
+        try:
+            await self._signal(record, questions, self._find(questions, form), answer)
+        except _Refused as refused:
+            message = "; ".join(f"{name}: {text}" if name else text for name, text in refused.errors)
+            raise HTTPException(422, f"the output does not fit: {message}") from refused
+        return to_run(record.run_id)
+
+    async def _read_questions(self, record: RunRecord) -> list[Waiting]:
+        store: Any = self._settings.store
+        questions: list[Waiting] = await to_thread.run_sync(store.waiting, record.run_id)
+        return questions
+
+    def _find(self, questions: list[Waiting], form: dict[str, str]) -> Waiting:
+        """Return the question of a form. Raises HTTPException if it is not open."""
+        named = next((one for one in questions if one.id == form.get("question")), None)
+        if named is None:
+            raise HTTPException(409, "the question is not open any more; reload the page of the run")
+        return named
+
+    async def _signal(
+        self, record: RunRecord, questions: list[Waiting], question: Waiting, answer: Any
+    ) -> None:
+        """Store an answer. Raises _Refused for one that does not fit, HTTPException if the question is not open."""
+        schema: type[BaseModel] | None = self._settings.find_schema(question) if question.schema_ref else None
+        try:
+            stated = match_answer(questions, record.run_id, answer, question=question.id, schema=schema)
+            await self._settings.store.signal(record.run_id, stated)
+        except StoreError as error:
+            raise HTTPException(409, clean(str(error), 1000)) from error
+        except ValidationError as error:
+            errors = error.errors(include_url=False, include_context=False, include_input=False)
+            raise _Refused(question, [_field_error(one) for one in errors[:_MAX_ERRORS]]) from error
+        except (ValueError, RecursionError) as error:
+            raise _Refused(question, [FieldError("", clean(str(error), 1000))]) from error
+
+
+def _field_error(error: Any) -> FieldError:
+    """Return an error of pydantic: its field, and the message with the path inside of it."""
+    name, inside = str(error["loc"][0]) if error["loc"] else "", ".".join(map(str, error["loc"][1:]))
+    message = clean(error["msg"], 300)
+    return FieldError(name, f"{inside}: {message}" if inside else message)
