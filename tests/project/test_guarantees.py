@@ -1521,7 +1521,7 @@ def test_g12_cost_per_node_does_not_grow(kind: str) -> None:
 
 
 def test_only_the_engine_calls_a_nodes_function() -> None:
-    """Only `engine/attempt.py` calls a node's function, but for a group that is called directly (and Node.call itself)."""
+    """Only `engine/attempt.py` calls a node's function, but for a group that is called directly, and a place that it asks."""
     findings: set[tuple[str, str]] = set()
     # Stores and traces never see a node; a guard makes a node of its own around what it calls.
     apart = ("adapters", "checkpoint", "cli", "demo", "testing", "trace")
@@ -1544,6 +1544,10 @@ def test_only_the_engine_calls_a_nodes_function() -> None:
         ("contracts/node.py", "call"),
         ("contracts/node.py", "gives_coroutine"),  # It unwraps partials.
         ("contracts/node.py", "find_node"),  # It asks whose function it is.
+        ("runner/code.py", "_parts_of"),  # It reads the code of a flow.
+        ("engine/placed_calls.py", "call_at_place"),  # It asks the place for the call.
+        ("drivers/temporal/worker.py", "stroma_worker"),  # It registers the activity of a place.
+        ("drivers/temporal/place.py", "_answer"),  # A place makes the call for the engine.
     }
 
 
