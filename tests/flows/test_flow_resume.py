@@ -853,3 +853,35 @@ async def test_the_latency_of_earlier_processes_counts(
     result = await run()
     assert result.failure is not None
     assert "max_latency_ms limit 350 ms" in result.failure.message
+
+
+@pytest.mark.parametrize("change", ["step", "more", "question"])
+async def test_a_change_before_an_open_wait_is_found(store: Any, change: str) -> None:
+    """A body that makes other calls before it waits than it had made when the run was suspended is refused, and calls nothing."""
+    world = World()
+    add, audit = world.step("add"), world.step("audit")
+    is_changed = False
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        state = await flow.step(add, state)
+        if is_changed and change == "step":
+            state = await flow.step(audit, state)
+        calls: list[Any] = [flow.sleep(hours=1)]
+        if not (is_changed and change == "question"):
+            calls.append(flow.wait_for(Text, reason="Go on?"))
+        if is_changed and change == "more":
+            calls.append(flow.step(audit, state))
+        await asyncio.gather(*calls)
+        return state
+
+    async def run() -> Any:
+        return await runner_on(store, inline_wait_seconds=0).run(f, Num())
+
+    assert (await run()).status is RunStatus.SUSPENDED
+    is_changed = True
+    with pytest.raises(PipelineChanged, match="now, where it waited before|fewer calls now"):
+        (await run()).raise_for_status()
+    assert world.calls == ["add 0"]
+    is_changed = False
+    assert (await run()).status is RunStatus.SUSPENDED

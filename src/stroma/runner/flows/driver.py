@@ -57,7 +57,7 @@ class FlowDriver(FlowWaits):
         self.journal, self.records = journal, journal.records(position)
         self._look_for_records()
         self.closing = self.is_over = self.has_siblings = self.is_live = False
-        self.woken_by = self.called_at = 0
+        self.woken_by = self.called_at = self._call_count = 0
         self.failures: list[int] = []
         self._replay_only = REPLAY_ONLY.get()
         self._main: asyncio.Task[Any] | None = None
@@ -107,6 +107,7 @@ class FlowDriver(FlowWaits):
             raise FlowClosed(f"{describe(call.branch)} was awaited after flow {self.flow_id!r} had ended")
         if self.stopping is not None:
             await self.loop.create_future()
+        self._call_count += 1
         if call.is_effect:
             call = self._find_given_up(call)
             if call.outcome is not None:
@@ -362,6 +363,7 @@ class FlowDriver(FlowWaits):
 
     async def _replay(self) -> None:
         """Deliver what is recorded."""
+        self._compare_suspension()
         for event in self.records.events:
             if self.stopping is not None:
                 return
@@ -373,6 +375,7 @@ class FlowDriver(FlowWaits):
                 self.stop_as_changed(f"does not make {describe(event.branch)}, which is recorded")
             if self.stopping is None and not self.is_finished and (call is not None or not event.branch):
                 self._deliver(event.number, event.time_ms if call is None else call)
+                self._compare_suspension()
         self.is_live = self.stopping is None
         self.records.end_replay()
         self._look_for_records()
@@ -381,6 +384,24 @@ class FlowDriver(FlowWaits):
             known = self.ctx.session.waiting.get((self.position, call.branch))
             if known is not None and known.payload is None:
                 self._withdraw(call)
+
+    def _compare_suspension(self) -> None:
+        """End a flow that makes other calls than it had made when it waited for nothing but time and people."""
+        if (
+            self.records.suspended is None
+            or self.records.suspended[0] != self.woken_by
+            or self.stopping is not None
+        ):
+            return
+        missing = self.records.suspended[1] - self._call_count
+        if missing > 0:
+            self.stop_as_changed(f"makes {missing} fewer calls now before it waits than are recorded")
+        elif missing < 0:
+            more = ", ".join(describe(branch) for branch in list(self._requested)[missing:])
+            self.stop_as_changed(f"makes {more or 'other calls'} now, where it waited before")
+
+    def note_suspension(self) -> None:
+        self.journal.note_suspension(self.position, self.woken_by, self._call_count)
 
     async def _read(self, call: FlowCall, event: Event) -> Any:
         """Return the recorded end of a call. Ends the flow if its input has changed."""

@@ -63,6 +63,7 @@ class FlowRecords:
         times: the time that the body observed after an event, in ms since the epoch, by the number of the event.
         discarded: the first and the last number of the events that no longer hold, for each retried failure.
         last: the highest number of an event.
+        suspended: the last event before the run was suspended, and how many calls the body had made by then.
     """
 
     def __init__(self) -> None:
@@ -72,6 +73,7 @@ class FlowRecords:
         self.times: dict[int, int] = {}
         self.discarded: list[tuple[int, int]] = []
         self.last = 0
+        self.suspended: tuple[int, int] | None = None
         self.seed: bytes | None = None
 
     def add_call(self, branch: str) -> None:
@@ -137,6 +139,9 @@ class FlowJournal:
             records.last = max([records.last, *(last for _, last in records.discarded)])
         elif kind == "seed":
             records.seed = data
+        elif kind == "n":
+            records.suspended = value
+            self._remember(position, value[0], key)
         elif kind == "v":
             at = decode_number(rest, name)
             records.times[at] = value
@@ -247,6 +252,10 @@ class FlowJournal:
     def note_expired(self, position: int, branch: str) -> None:
         """Record that nobody answered a question in time, for those who look at the run."""
         self._note(position, "x", branch, True)
+
+    def note_suspension(self, position: int, number: int, calls: int) -> None:
+        """Record how many calls the body had made by its last event, when the run is suspended."""
+        self._note(position, "n", "", [number, calls], number=number)
 
     def note_busy(self, position: int, busy_ns: int) -> None:
         """Record the function time of a flow so far, beyond that of earlier processes; 0 once its own row has it."""

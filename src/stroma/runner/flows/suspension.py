@@ -69,6 +69,10 @@ class FlowWaits:
         """Take what a call came to: deliver it once it is recorded, or wait, or end the flow."""
         raise NotImplementedError
 
+    def note_suspension(self) -> None:
+        """Record what the body has called so far, when the run is suspended."""
+        raise NotImplementedError
+
     # ------------------------------------------------------------------ questions
 
     async def open_question(self, call: FlowCall) -> bytes | None:
@@ -146,6 +150,7 @@ class FlowWaits:
             self.stop(self.endings.stuck(self.flow_id))
             return None
         ctx.wake_ms = wake_ms
+        self.note_suspension()
         for question in questions:
             ctx.note_question(question)
         if not questions:
