@@ -880,7 +880,9 @@ async def test_a_change_before_an_open_wait_is_found(store: Any, change: str) ->
 
     assert (await run()).status is RunStatus.SUSPENDED
     is_changed = True
-    with pytest.raises(PipelineChanged, match="now, where it waited before|fewer calls now"):
+    with pytest.raises(
+        PipelineChanged, match=r"(audit|wait_for).*(where|for which) it waited before|makes step 'audit'"
+    ):
         (await run()).raise_for_status()
     assert world.calls == ["add 0"]
     is_changed = False

@@ -34,7 +34,7 @@ class FailureNote(TypedDict):
 #: By kind: the function time of a flow ("b"), discarded events ("d"), an event ("e": branch, time), a failure ("f"), the end and
 #: the start of a wait ("s"), the time that a body observed ("v"), when a question was asked ("w") and that it expired ("x").
 _SHAPES: Final[dict[str, Any]] = {
-    "b": int, "d": list[tuple[int, int]], "e": tuple[str, int], "f": FailureNote, "n": tuple[int, int], "s": tuple[int, float], "v": int,
+    "b": int, "d": list[tuple[int, int]], "e": tuple[str, int], "f": FailureNote, "n": tuple[int, list[str]], "s": tuple[int, float], "v": int,
     "w": float, "x": bool,
 }  # fmt: skip
 _MAX_MS: Final = 253_402_300_799_000  # the last second that a datetime has

@@ -57,7 +57,7 @@ class FlowDriver(FlowWaits):
         self.journal, self.records = journal, journal.records(position)
         self._look_for_records()
         self.closing = self.is_over = self.has_siblings = self.is_live = False
-        self.woken_by = self.called_at = self._call_count = 0
+        self.woken_by = self.called_at = 0
         self.failures: list[int] = []
         self._replay_only = REPLAY_ONLY.get()
         self._main: asyncio.Task[Any] | None = None
@@ -107,7 +107,6 @@ class FlowDriver(FlowWaits):
             raise FlowClosed(f"{describe(call.branch)} was awaited after flow {self.flow_id!r} had ended")
         if self.stopping is not None:
             await self.loop.create_future()
-        self._call_count += 1
         if call.is_effect:
             call = self._find_given_up(call)
             if call.outcome is not None:
@@ -386,22 +385,21 @@ class FlowDriver(FlowWaits):
                 self._withdraw(call)
 
     def _compare_suspension(self) -> None:
-        """End a flow that makes other calls than it had made when it waited for nothing but time and people."""
-        if (
-            self.records.suspended is None
-            or self.records.suspended[0] != self.woken_by
-            or self.stopping is not None
-        ):
+        """End a flow that waits for other calls than those for which the run was suspended."""
+        suspended = self.records.suspended
+        if suspended is None or suspended[0] != self.woken_by or self.stopping is not None:
             return
-        missing = self.records.suspended[1] - self._call_count
-        if missing > 0:
-            self.stop_as_changed(f"makes {missing} fewer calls now before it waits than are recorded")
-        elif missing < 0:
-            more = ", ".join(describe(branch) for branch in list(self._requested)[missing:])
-            self.stop_as_changed(f"makes {more or 'other calls'} now, where it waited before")
+        now, before = self._open_branches(), suspended[1]
+        if other := next((one for one in now if one not in before), None):
+            self.stop_as_changed(f"makes {describe(other)} now, where it waited before")
+        elif missing := next((one for one in before if one not in now), None):
+            self.stop_as_changed(f"does not make {describe(missing)}, for which it waited before")
+
+    def _open_branches(self) -> list[str]:
+        return sorted(call.branch for call in self.calls.values() if call.future is not None)
 
     def note_suspension(self) -> None:
-        self.journal.note_suspension(self.position, self.woken_by, self._call_count)
+        self.journal.note_suspension(self.position, self.woken_by, self._open_branches())
 
     async def _read(self, call: FlowCall, event: Event) -> Any:
         """Return the recorded end of a call. Ends the flow if its input has changed."""

@@ -63,7 +63,7 @@ class FlowRecords:
         times: the time that the body observed after an event, in ms since the epoch, by the number of the event.
         discarded: the first and the last number of the events that no longer hold, for each retried failure.
         last: the highest number of an event.
-        suspended: the last event before the run was suspended, and how many calls the body had made by then.
+        suspended: the last event before the run was suspended, and the branches of the calls that the body waited for then.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class FlowRecords:
         self.times: dict[int, int] = {}
         self.discarded: list[tuple[int, int]] = []
         self.last = 0
-        self.suspended: tuple[int, int] | None = None
+        self.suspended: tuple[int, list[str]] | None = None
         self.seed: bytes | None = None
 
     def add_call(self, branch: str) -> None:
@@ -253,9 +253,9 @@ class FlowJournal:
         """Record that nobody answered a question in time, for those who look at the run."""
         self._note(position, "x", branch, True)
 
-    def note_suspension(self, position: int, number: int, calls: int) -> None:
-        """Record how many calls the body had made by its last event, when the run is suspended."""
-        self._note(position, "n", "", [number, calls], number=number)
+    def note_suspension(self, position: int, number: int, branches: list[str]) -> None:
+        """Record the last event before the run is suspended, and the calls that the body waits for."""
+        self._note(position, "n", "", [number, branches], number=number)
 
     def note_busy(self, position: int, busy_ns: int) -> None:
         """Record the function time of a flow so far, beyond that of earlier processes; 0 once its own row has it."""

@@ -70,7 +70,7 @@ class FlowWaits:
         raise NotImplementedError
 
     def note_suspension(self) -> None:
-        """Record what the body has called so far, when the run is suspended."""
+        """Record what the body waits for, when the run is suspended."""
         raise NotImplementedError
 
     # ------------------------------------------------------------------ questions
