@@ -22,27 +22,40 @@ from stroma import (
     current_node,
     stroma_flow,
 )
+from stroma.testing import crash_at
 
 
 class Answer(Num):
     pass
 
 
+class Refused(Exception):
+    status_code = 400
+
+
 class Provider:
     """A provider that makes one charge for each idempotency key."""
 
-    def __init__(self, runner: StromaRunner) -> None:
+    def __init__(self, runner: StromaRunner, turns: int = 0) -> None:
+        self.turns = turns
         self.charges: dict[str, int] = {}
         self.calls: list[int] = []
+        self.asked: list[str] = []
         self.charge = runner.node("charge", input=Num, output=Num, effect=True, reconcile=self._look)(
             self._charge
         )
 
     async def _charge(self, state: Num) -> Num:
         self.calls.append(state.n)
-        return Num(n=self.charges.setdefault(current_node().idempotency_key, state.n))
+        if state.n < 0:
+            raise Refused
+        charge = Num(n=self.charges.setdefault(current_node().idempotency_key, state.n))
+        for _ in range(self.turns):
+            await asyncio.sleep(0)
+        return charge
 
     async def _look(self, _: Num, key: str) -> Num | NotDone:
+        self.asked.append(key)
         return Num(n=self.charges[key]) if key in self.charges else NotDone()
 
 
@@ -380,3 +393,120 @@ async def test_a_cleanup_may_be_finished_by_another_process(kind: str, way: str)
         for _ in range(2):
             result = await world.live(run)
             assert result.status is RunStatus.RESUMED, result.failure
+
+
+# ---------------------------------------------------------------------- effects that the body gives up
+
+
+@pytest.mark.parametrize("way", ["timeout", "sibling", "map", "race", "not begun"])
+async def test_an_effect_that_a_body_gives_up_is_made_once(way: str) -> None:
+    """G13: An effect that a timeout, a failed sibling, a map or a lost race cuts off runs to its end, and the next call with its
+    input takes its outcome; so does the run that is resumed."""
+    world, store = World(), InMemoryStore()
+    world.failing.add("last")
+    bad, first, last = world.step("bad"), world.step("first"), world.step("last")
+    world.failing.add("bad")
+    provider = Provider(StromaRunner.quick(store=store), turns=3000)
+
+    async def cut_off(flow: Flow, order: Num) -> None:
+        if way == "timeout":
+            for _ in range(3):
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(flow.step(provider.charge, order), 0.001)
+        elif way == "sibling":
+            with contextlib.suppress(ExceptionGroup):
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(flow.step(provider.charge, order))
+                    group.create_task(flow.step(bad, order))
+        elif way == "map":
+            with contextlib.suppress(StepFailed):
+                await flow.map(provider.charge, [order, Num(n=-1)])
+        else:
+            task = asyncio.create_task(flow.step(provider.charge, order))
+            await (flow.step(first, order) if way == "race" else asyncio.sleep(0))
+            task.cancel()
+            await asyncio.wait([task])
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        await flow.step(first, state)
+        await cut_off(flow, Num(n=500))
+        charged = await flow.step(provider.charge, Num(n=500))
+        return await flow.step(last, charged)
+
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+    world.failing.clear()
+    result = await runner_on(store).run(f, Num())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=501)), result.failure
+    assert list(provider.charges.values()) == [500]
+    assert provider.asked == []
+
+
+async def test_a_flow_inside_ends_after_the_effects_that_it_gives_up() -> None:
+    """G13: The effect that a flow inside gave up is looked up after a death, although that flow has returned."""
+    world, store = World(), InMemoryStore()
+    first = world.step("first")
+    provider = Provider(StromaRunner.quick(store=store), turns=20)
+    left: list[asyncio.Task[Num]] = []
+
+    @stroma_flow("inner", input=Num, output=Num)
+    async def inner(flow: Flow, state: Num) -> Num:
+        task = asyncio.create_task(flow.step(provider.charge, state))
+        left.append(asyncio.create_task(flow.step(provider.charge, Num(n=6))))
+        await flow.step(first, state)
+        task.cancel()
+        return state
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        return await flow.step(first, await flow.run(inner, state))
+
+    with crash_at("after_node", "charge"):
+        await runner_on(store).run(f, Num(n=5))
+    result = await runner_on(store).run(f, Num(n=5))
+    assert result.status is RunStatus.RESUMED, result.failure
+    made = [at.branch for at in store.attempts("r") if at.outcome == "success" and at.node_id == "charge"]
+    assert sorted(made) == ["inner#0.charge#0", "inner#0.charge#1"]
+    assert sorted(provider.charges.values()) == [5, 6]
+    assert provider.asked
+
+
+async def test_an_effect_that_ended_after_the_body_is_not_looked_up_again() -> None:
+    """G5: A process that dies between the commit of an effect that the body gave up and the output of the flow leaves both alone."""
+    world, store = World(), InMemoryStore()
+    first = world.step("first")
+    provider = Provider(StromaRunner.quick(store=store), turns=20)
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        task = asyncio.create_task(flow.step(provider.charge, state))
+        await flow.step(first, state)
+        task.cancel()
+        return state
+
+    with crash_at("after_commit", "charge"):
+        await runner_on(store).run(f, Num(n=5))
+    result = await runner_on(store).run(f, Num(n=5))
+    assert result.status is RunStatus.RESUMED, result.failure
+    assert [at.outcome for at in store.attempts("r") if at.node_id == "charge"] == ["success"]
+    assert provider.asked == []
+
+
+async def test_an_effect_that_a_body_left_behind_is_looked_up_after_a_death() -> None:
+    """G13: The effect of a task that nobody awaits, in flight when the process died, is looked up though the replay only ends."""
+    world, store = World(), InMemoryStore()
+    first = world.step("first")
+    provider = Provider(StromaRunner.quick(store=store), turns=20)
+    left: list[asyncio.Task[Num]] = []
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        left.append(asyncio.create_task(flow.step(provider.charge, state)))
+        return await flow.step(first, state)
+
+    with crash_at("after_node", "charge"):
+        await runner_on(store).run(f, Num(n=5))
+    result = await runner_on(store).run(f, Num(n=5))
+    assert result.status is RunStatus.RESUMED, result.failure
+    assert [at.outcome for at in store.attempts("r") if at.node_id == "charge"] == ["success"]
+    assert (len(provider.calls), len(provider.asked)) == (1, 1)

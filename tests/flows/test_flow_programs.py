@@ -1,146 +1,189 @@
-"""Random programs with faults and kills equal the same programs without."""
+"""Random programs of flows that are killed at random, resumed, and cut at any event equal the same programs undisturbed."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
+import random
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tests.flows.programs import Program, flow_of, programs
-from tests.kit import NEVER, Num, node, retry_policies
-from tests.shared_stores import SHARED, opened, place
+from tests.flows.program_world import Kills, ProgramWorld, runner_of
+from tests.flows.programs import Program, Value, flow_of, program_of
+from tests.shared_stores import SHARED, opened, place, store_of
 
-from stroma import InMemoryStore, RunStatus, SQLiteStore, StromaRunner, current_node
+from stroma import InMemoryStore, RunStatus
+from stroma.checkpoint.identity import with_outer
 from stroma.engine.interceptors import INTERCEPTORS
-from stroma.testing.crash import Boundary, Crashed, Deaths
+from stroma.engine.outcome import STOPPED
+from stroma.runner.flows.driver import FlowDriver
+from stroma.runner.flows.journal import FlowJournal
+from stroma.runner.flows.path import FlowPath
+from stroma.testing.crash import Crashed
 
+ENDED = (RunStatus.COMPLETED, RunStatus.RESUMED)
 HELPER = Path(__file__).with_name("kill_flow_helper.py")
+#: How many programs each store runs, by tier, and the first seed.
+_COUNT = int(os.environ.get("STROMA_PROGRAMS", "0"))
+_FIRST = int(os.environ.get("STROMA_FIRST_PROGRAM", "0"))
 
 
-def _nodes(calls: list[str], turns: Any, faults: Any) -> dict[str, Any]:
-    async def call(state: Num, change: int) -> Num:
-        here = current_node()
-        calls.append(f"{here.branch} {state.n}")
-        for _ in range(next(turns)):
-            await asyncio.sleep(0)
-        if next(faults):
-            raise ConnectionError("a fault, which a retry heals")
-        return Num(n=(state.n + change) % 1000)
+def seeds(dev: int, nightly: int) -> range:
+    from hypothesis import settings
 
-    async def add(state: Num) -> Num:
-        return await call(state, 1)
-
-    async def double(state: Num) -> Num:
-        return await call(state, state.n)
-
-    async def bad(state: Num) -> Num:
-        raise NotImplementedError(f"bad {state.n}")
-
-    return {"add": node("add", add), "double": node("double", double), "bad": node("bad", bad)}
+    count = _COUNT or {"nightly": nightly}.get(settings.get_current_profile_name(), dev)
+    return range(_FIRST, _FIRST + count)
 
 
-def _outcome(result: Any) -> Any:
-    if result.failure is not None:
-        return "failed", result.failure.message
-    return "ended", result.final_state
+async def undisturbed(program: Program, seed: int) -> Any:
+    world = ProgramWorld(random.Random(f"{seed} undisturbed"))
+    return await world.live_on(InMemoryStore(), program)
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    program=programs,
-    turns=st.lists(st.integers(0, 4), min_size=7, max_size=7),
-    deaths=st.lists(st.integers(1, 25), max_size=3),
-    faults=st.lists(st.booleans(), min_size=11, max_size=11),
-)
-def test_programs_survive_faults_and_deaths(
-    program: Program, turns: list[int], deaths: list[int], faults: list[bool], tmp_path_factory: Any
-) -> None:
-    """G5: A program whose nodes fail now and then, and whose process dies, commits each step once and ends as without."""
+async def disturbed(store: Any, program: Program, seed: int) -> ProgramWorld:
+    """Run a program to its end over several lives, each of which ends at a random record or call. Return its world."""
+    chance = random.Random(f"{seed} disturbed")
+    world = ProgramWorld(chance, has_faults=True)
+    for _ in range(200):
+        kills = Kills(chance)
+        INTERCEPTORS.insert(0, kills)
+        try:
+            if await world.live_on(store, program, kills) is not None:
+                return world
+        except (Crashed, asyncio.CancelledError):
+            pass
+        finally:
+            INTERCEPTORS.remove(kills)
+    raise AssertionError("the program does not end")
 
-    async def undisturbed() -> Any:
-        nodes = _nodes([], itertools.repeat(1), itertools.repeat(False))
-        runner = StromaRunner.quick(store=InMemoryStore(), policy_map=NEVER, run_id="r")
-        return _outcome(await runner.run(flow_of(program, nodes), Num()))
 
-    async def disturbed() -> Any:
-        nodes = _nodes([], itertools.cycle(turns), itertools.cycle([*faults, False]))
-        folder = tmp_path_factory.mktemp("programs", numbered=True)
-        for number in itertools.count():
-            left = deaths[number] if number < len(deaths) else 10**9
-            seen = itertools.count(1)
+def check(world: ProgramWorld, store: Any) -> None:
+    """Check what holds of each program, however often it was killed."""
+    attempts = store.attempts("r")
+    done = [at for at in attempts if at.outcome == "success"]
+    assert [branch for branch, count in Counter(at.branch for at in done).items() if count > 1] == []
+    assert {what: keys for what, keys in world.keys.items() if len(keys) > 1} == {}
+    made = Counter(world.ledger.values())
+    assert {at: count for at, count in made.items() if count > 1} == {}
+    assert set(world.paid) - set(made) == set()
+    assert {at.branch for at in done if at.node_id == "pay"} ^ world.charged == set()
+    assert store.get_run("r").tokens == sum(at.tokens for at in attempts)
 
-            def at(_: Boundary, left: int = left, seen: Any = seen) -> bool:
-                return bool(next(seen) == left)
 
-            probe = Deaths(at)
-            INTERCEPTORS.insert(0, probe)
-            try:
-                async with SQLiteStore(folder / "runs.db", synchronous="normal") as store:
-                    runner = StromaRunner.quick(
-                        store=store, policy_map=retry_policies(30), run_id="r", resume=True, max_recoveries=10
-                    )
-                    result = await runner.run(flow_of(program, nodes), Num())
-                    branches = [at.branch for at in store.attempts("r") if at.outcome == "success"]
-                    assert len(branches) == len(set(branches))
-                    return _outcome(result)
-            except Crashed:
-                continue
-            finally:
-                INTERCEPTORS.remove(probe)
-        raise AssertionError
+@pytest.mark.parametrize("kind", ["memory", "sqlite", "redis", "postgres"])
+def test_killed_programs_end_as_undisturbed_ones(kind: str) -> None:
+    """G5, G13: A program that is killed at random records, and resumed, calls nothing after its commit, makes no effect twice,
+    forgets none, and has the result that it has undisturbed."""
+    for seed in seeds(15 if kind in ("memory", "sqlite") else 5, 500):
+        program = program_of(seed)
 
-    plain = asyncio.run(undisturbed())
-    if "value" in repr(program):  # Another run has other random values.
-        asyncio.run(disturbed())
-        return
-    assert asyncio.run(disturbed()) == plain
+        async def trial(program: Program = program, seed: int = seed) -> None:
+            plain = await undisturbed(program, seed)
+            assert plain.status in ENDED, plain.failure
+            with store_of(kind) as store:
+                world = await disturbed(store, program, seed)
+                assert world.result is not None
+                assert world.result.status in ENDED, world.result.failure
+                assert world.result.output == plain.output
+                check(world, store)
+
+        try:
+            asyncio.run(trial())
+        except BaseException as error:
+            error.add_note(f"seed {seed}: {program}")
+            raise
 
 
 @pytest.mark.kills
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", SHARED)
-def test_killed_flows_lose_and_double_nothing(kind: str, tmp_path: Path) -> None:
-    """G5: A flow with branches, loops, tasks, a map, a flow inside, a sleep and a question is killed with SIGKILL at random
-    calls, again and again: each step is committed once, with one idempotency key, and the end is the same."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    with place(kind) as where:
-        for run in range(2):
-            ends = []
+def test_programs_survive_sigkill(kind: str, tmp_path: Path) -> None:
+    """G5, G13: The same, for processes that are killed with SIGKILL."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
+    deaths = 0
+    for seed in seeds(2, 20):
+        side = tmp_path / f"side{seed}"
+        expected = asyncio.run(undisturbed(program_of(seed), seed)).output.n
+        with place(kind) as where:
             for life in range(40):
-                command = [
-                    sys.executable,
-                    str(HELPER),
-                    kind,
-                    where,
-                    str(tmp_path / f"side{run}"),
-                    str(run),
-                    str(life),
-                ]
+                command = [sys.executable, str(HELPER), kind, where, str(side), str(seed), str(life)]
                 done = subprocess.run(
                     command, capture_output=True, text=True, check=False, timeout=120, env=environment
                 )
-                ends.append(done.returncode)
                 assert done.returncode in (0, -signal.SIGKILL), done.stderr
-                if done.returncode == 0 and "ended" in done.stdout:
+                if done.returncode == 0:
                     break
-            assert ends[-1] == 0
-            assert ends.count(-signal.SIGKILL) >= 3
-            assert done.stdout.strip() == "ended RESUMED 3 6 4 [0, 2, 4, 6] 14 yes"
-            keys: dict[str, set[str]] = {}
-            for line in (tmp_path / f"side{run}").read_text().splitlines():
-                what, _, key = line.partition("|")
-                keys.setdefault(what, set()).add(key)
-            assert {what: len(found) for what, found in keys.items()} == dict.fromkeys(keys, 1)
+                deaths += 1
+            assert done.stdout.split()[:2] in [[status.value, str(expected)] for status in ENDED], done.stdout
             with opened(kind, where) as store:
-                committed = [at.branch for at in store.attempts(f"r{run}") if at.outcome == "success"]
-                assert len(committed) == len(set(committed))
-                assert store.get_run(f"r{run}").status in (RunStatus.RESUMED, RunStatus.COMPLETED)
+                check(ProgramWorld(random.Random(0), side=side), store)
+    assert deaths > 1
+
+
+class Prefixes:
+    """Replays a run from each prefix of its events, and stops before the first live event. Notes the calls of the body."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[int, str, str, str]] = []
+        self.cut: int | None = None
+        self.events: list[int] = []
+        prepare, finish, run_live = FlowPath.prepare, FlowJournal._finish, FlowDriver._run_live
+
+        def note(path: FlowPath, call: Any) -> Any:
+            if not path.driver.closing:
+                self.calls.append((path.driver.woken_by, call.branch, call.node.node_id, repr(call.state)))
+            return prepare(path, call)
+
+        def cut(journal: FlowJournal, position: int, records: Any) -> None:
+            finish(journal, position, records)
+            self.events = [event.number for event in records.events]
+            if self.cut is not None:
+                records.events = records.events[: self.cut]
+
+        async def stop(driver: FlowDriver) -> None:
+            if self.cut is None:
+                await run_live(driver)
+            else:
+                driver.stop(STOPPED)
+
+        monkeypatch.setattr(FlowPath, "prepare", note)
+        monkeypatch.setattr(FlowJournal, "_finish", cut)
+        monkeypatch.setattr(FlowDriver, "_run_live", stop)
+
+
+def test_a_replay_of_any_prefix_makes_the_calls_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From each prefix of its events a body makes the calls that it made up to there, in order and with the same inputs."""
+    prefixes = Prefixes(monkeypatch)
+
+    async def trial(program: Program, seed: int) -> None:
+        world, store = ProgramWorld(random.Random(seed)), InMemoryStore()
+        prefixes.cut = None
+        prefixes.calls.clear()
+        await world.live_on(store, program)
+        calls = list(dict.fromkeys(prefixes.calls))
+        run = store._runs["r"]
+        run.states.pop(0)
+        # A flow inside that has an output is not run again.
+        ended = {branch for _, branch in run.states}
+        calls = [one for one in calls if ended.isdisjoint(list(with_outer(one[1]))[1:])]
+        while prefixes.cut is None or prefixes.cut < len(prefixes.events):
+            prefixes.cut = 0 if prefixes.cut is None else prefixes.cut + 1
+            run.status = "INTERRUPTED"
+            prefixes.calls.clear()
+            await runner_of(store).run(flow_of(program, world.nodes, []), Value())
+            after = next(iter(prefixes.events[prefixes.cut :]), 10**9)
+            assert prefixes.calls == [one for one in calls if one[0] < after], prefixes.cut
+
+    for seed in seeds(15, 500):
+        program = program_of(seed)
+        try:
+            asyncio.run(trial(program, seed))
+        except BaseException as error:
+            error.add_note(f"seed {seed}: {program}")
+            raise

@@ -144,9 +144,9 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
             self._cancelled_timers -= 1
         return timers[0][0] if timers else None
 
-    def end_timers(self, now: float) -> None:
-        """Make ready what is due at a time."""
-        while (due := self.next_time) is not None and due <= now:
+    def end_timers(self, now_ms: int) -> None:
+        """Make ready what is due at a time, in ms on the clock of the body."""
+        while (due := self.next_time) is not None and due * 1000 <= now_ms:
             self._ready.append(heapq.heappop(self._timers)[2])
 
     def close_generators(self) -> bool:
@@ -230,8 +230,8 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
     ) -> asyncio.Task[Any]:
         # An eager start would run it before the task that creates it goes on, which a replay does as well: no matter.
         options.pop("eager_start", None)
-        self._task_count += 1
-        task = _BodyTask(self._task_count, coro, loop=self, name=name, context=context)
+        number = self._task_count = self._task_count + 1
+        task = _BodyTask(number, coro, loop=self, name=name or f"Task-{number}", context=context)
         self.tasks[task] = None
         task.add_done_callback(self._forget)
         return task

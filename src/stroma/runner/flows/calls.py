@@ -166,6 +166,7 @@ async def _run_flow(path: FlowPath, node: FlowNode, state: BaseModel, identity: 
             raise as_violation(node.node_id, "input", raw, error, source.model) from error
         assert node.body is not None
         returned = await node.body(child, prepared)
+        child.is_over = True
     except Exception as error:
         ctx.redactor.note_secrets(state)
         failure = driver.endings.halt_of(error, node.node_id).failure
@@ -186,6 +187,8 @@ class _FlowEnd(FlowCall):
 
     async def _commit(self) -> BaseModel | Halt:
         child, snapshot, returned, begin = self.output
+        if child.effects and (waiting := await child.driver.settle_effects(child)) is not None:
+            return waiting
         step = StepCall(OF_FLOW, self.input_key)
         return await commit_output(child, child.node, snapshot, returned, begin, step)
 

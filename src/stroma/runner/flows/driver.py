@@ -22,10 +22,12 @@ from stroma.engine.current import CURRENT
 from stroma.engine.execution import NodeExecution
 from stroma.engine.outcome import STOPPED, Halt, Stopped
 from stroma.engine.tasks import cancel_all, raise_if
+from stroma.failures.classes import FailureClass
+from stroma.failures.errors import Suspend
 from stroma.failures.failure import Failure
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.runner.flows.body_loop import BodyLoop
-from stroma.runner.flows.call import FlowCall
+from stroma.runner.flows.call import FlowCall, FlowScope
 from stroma.runner.flows.descriptions import describe, describe_difference, shorten
 from stroma.runner.flows.endings import end_of
 from stroma.runner.flows.errors import FlowClosed, StepFailed
@@ -58,10 +60,12 @@ class FlowDriver(FlowWaits):
         self._look_for_records()
         self.closing = self.is_over = self.has_siblings = self.is_live = False
         self.woken_by = self.called_at = 0
+        self._latest_ms = max(self.records.times.values(), default=0)
         self.failures: list[int] = []
         self._replay_only = REPLAY_ONLY.get()
         self._main: asyncio.Task[Any] | None = None
         self._task = asyncio.current_task()
+        self._cancelling = 0 if self._task is None else self._task.cancelling()
         #: Of the outermost flow.
         self.execution: NodeExecution | None = None
         self._context = contextvars.copy_context()
@@ -95,7 +99,7 @@ class FlowDriver(FlowWaits):
         times, number = self.records.times, self.woken_by
         time_ms = times.get(number)
         if time_ms is None:
-            time_ms = times[number] = max(now_ms(), max(times.values(), default=0))
+            time_ms = times[number] = self._latest_ms = max(now_ms(), self._latest_ms)
             self.journal.note_time(self.position, number, time_ms)
         return time_ms
 
@@ -103,20 +107,21 @@ class FlowDriver(FlowWaits):
 
     async def request(self, call: FlowCall) -> Any:
         """Wait for the end of a call, and return its output. Raises StepFailed, FlowClosed."""
-        if self.closing or self.is_over:
+        if self.closing or self.is_over or call.scope.is_over:
             raise FlowClosed(f"{describe(call.branch)} was awaited after flow {self.flow_id!r} had ended")
         if self.stopping is not None:
             await self.loop.create_future()
+        call.requested_at = self.woken_by
         if call.is_effect:
             call = self._find_given_up(call)
             if call.outcome is not None:
                 return call.take()
+            call.scope.effects[call.branch], call.settles = call, False
         self.calls[call.branch] = call
         if call.end is None and call.task is None and call.suspended is None:
             self._requested[call.branch] = call
         if not self.is_live:
             self._replayed.add(call.branch)
-        call.requested_at = self.woken_by
         future = call.future = asyncio.Future(loop=self.loop)
         call.context = contextvars.copy_context()
         try:
@@ -142,16 +147,22 @@ class FlowDriver(FlowWaits):
         has_begun = call.requested_at != self.woken_by
         if call.is_effect and (has_begun or call.outcome is not None):
             self._given_up.setdefault(_effect_of(call), []).append(call)
-            call.give_up()
+            self._cancel_work(call)
         elif call.question is None or not has_begun:
             self.calls.pop(call.branch, None)
-            call.give_up()
+            call.scope.effects.pop(call.branch, None)
+            self._cancel_work(call)
         elif not self.is_live:
             self.calls.pop(call.branch, None)
             self._withdrawn.append(call)
         elif call.task is None:
             self.calls.pop(call.branch, None)
             self._withdraw(call)
+
+    def _cancel_work(self, call: FlowCall) -> None:
+        """Cancel the work of a call that nobody waits for, but for an effect that is in flight or whose output is being stored."""
+        if not (call.is_effect and call.branch in self._number_of):
+            call.give_up()
 
     def _withdraw(self, call: FlowCall) -> None:
         question, call.question = call.question, None
@@ -170,7 +181,8 @@ class FlowDriver(FlowWaits):
     # ------------------------------------------------------------------ calls, in the real event loop
 
     def _start(self, call: FlowCall, work: Coroutine[Any, Any, Any]) -> None:
-        task = call.task = self.outer.create_task(work, context=call.context)
+        # Without a task factory: an eager one would begin the work in the loop of the body, which withdraws questions.
+        task = call.task = asyncio.Task(work, loop=self.outer, context=call.context)
         self._running[task] = call
         self.has_siblings |= len(self._running) > 1
         task.add_done_callback(self._end)
@@ -205,7 +217,11 @@ class FlowDriver(FlowWaits):
         task, attempt = self._task, NodeAttempt(self.ctx)
         try:
             while True:
-                outcome = await call.perform(0 if task is None else task.cancelling(), attempt)
+                if task is not None and task.cancelling() != self._cancelling:
+                    # A cancellation is on its way, and this lets it in; or a node has left one behind.
+                    await asyncio.sleep(0)
+                    self._cancelling = task.cancelling()
+                outcome = await call.perform(self._cancelling, attempt)
                 if type(outcome) is Halt or self.stopping is not None:
                     return self.finish(call, outcome)
                 # Its number is the only one.
@@ -316,11 +332,12 @@ class FlowDriver(FlowWaits):
             # With the next record, for a process that takes over.
             self.journal.note_busy(self.position, self.execution.busy_ns)
         if isinstance(what, int):
-            self.records.times[number] = what
-            self.loop.end_timers(what / 1000)
+            self.records.times[number] = self._latest_ms = what
+            self.loop.end_timers(what)
             self._turn(number)
         else:
             self.calls.pop(what.branch, None)
+            what.scope.effects.pop(what.branch, None)
             what.suspended, what.outcome, future = None, what.end, what.future
             if future is not None and not future.done():
                 future.set_result(what.end)
@@ -366,13 +383,15 @@ class FlowDriver(FlowWaits):
         for event in self.records.events:
             if self.stopping is not None:
                 return
+            if self.is_finished and not self.closing:
+                self._close()  # The effects that it gave up have ended since.
             call = self.calls.get(event.branch)
-            if call is not None and not self.is_finished:
+            if call is not None:
                 self._requested.pop(event.branch, None)
                 call.end = await self._read(call, event)
             elif event.branch and event.branch not in self._replayed:
                 self.stop_as_changed(f"does not make {describe(event.branch)}, which is recorded")
-            if self.stopping is None and not self.is_finished and (call is not None or not event.branch):
+            if self.stopping is None and (call is not None or not event.branch):
                 self._deliver(event.number, event.time_ms if call is None else call)
                 self._compare_suspension()
         self.is_live = self.stopping is None
@@ -481,7 +500,7 @@ class FlowDriver(FlowWaits):
             elif self.is_finished:
                 if await self._finish_effects():
                     return
-            elif self._is_due():
+            elif self._is_due() and not self._stored:  # Else an event before these is still being stored.
                 await self._end_timers()
             elif self._running:
                 await self._until_woken()
@@ -492,7 +511,7 @@ class FlowDriver(FlowWaits):
 
     async def _until_woken(self, seconds: float | None = None) -> None:
         due, self._waker = self.loop.next_time, self.outer.create_future()
-        if seconds is None and due is not None:
+        if seconds is None and due is not None and not self._stored:
             seconds = min(max(0.0, due - now_ms() / 1000), _MAX_TIMER_SECONDS)
         timer = None if seconds is None else self.outer.call_later(seconds, self.wake)
         try:
@@ -519,11 +538,28 @@ class FlowDriver(FlowWaits):
             return True
         for call in unknown:
             if call.suspended is None:
-                call.settles = call.is_cancelled = True  # It ends as cancelled if it did not happen.
-                self._start(call, call.perform())
+                self._settle(call)
         if not self._running:
             await self.settle()
         return False
+
+    async def settle_effects(self, scope: FlowScope) -> Halt | None:
+        """See the effects to their end that a flow inside gave up or left behind. Return its end if one waits for a person."""
+        for call in list(scope.effects.values()):
+            if call.task is None and call.future is None and call.end is None and call.is_unknown():
+                self._settle(call)
+            while call.task is not None:
+                await asyncio.wait([call.task])
+            if call.suspended is not None:
+                failure = Failure(
+                    Suspend(call.suspended), FailureClass.RECOVERABLE, call.node.node_id, 1, call.suspended
+                )
+                return Halt(failure, suspended=True)
+        return None
+
+    def _settle(self, call: FlowCall) -> None:
+        call.settles = call.is_cancelled = True  # It ends as cancelled if it did not happen.
+        self._start(call, call.perform())
 
     def _close(self) -> None:
         """Cancel what a body that has ended left behind, but for effects."""
@@ -536,7 +572,7 @@ class FlowDriver(FlowWaits):
             if call.question is not None and call.suspended is not None:
                 self._withdraw(call)
             else:
-                call.give_up()
+                self._cancel_work(call)
         if self.loop.tasks:
             self.ctx.run_logger.warning(
                 "flow %r ended while %d of its tasks were under way; they are cancelled: await them",

@@ -41,7 +41,7 @@ class FlowPath(FlowScope):
         driver = self.driver
         if _get_running_loop() is not driver.loop:
             self._refuse_call(what)
-        if driver.closing:
+        if driver.closing or self.is_over:
             raise FlowClosed(
                 f"{what} was called after flow {self.node.node_id!r} had ended, or while it is being stopped"
             )
