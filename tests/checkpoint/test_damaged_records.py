@@ -45,16 +45,14 @@ REJECTED = RejectedOutput({"n": "x"}, False, (Complaint(("n",), "no number"),)).
 #: Notes of each form.
 NOTES: dict[str, bytes] = {
     "0:b:": b"7",
-    "0:c:x#0": b'{"seconds": 1.5, "input_key": null}',
+    "0:d:": b"[[3, 4]]",
+    "0:e:1": b'["x#0", 0]',
     "0:f:y#0": json.dumps(
-        {"node": "y", "kind": "TERMINAL", "message": "no", "reason": None, "attempt": 1, "type": "ValueError",
+        {"event": 2, "node": "y", "kind": "TERMINAL", "message": "no", "reason": None, "attempt": 1, "type": "ValueError",
          "retry_after": None, "input_key": "{}"}
     ).encode(),
-    "0:i:z#0": b'{"input_key": "{}"}',
-    "0:o:0:flow": b"y#0",
-    "0:p:flow": b'["y#0"]',
     "0:s:!sleep#0": b"[1700000000000, 1.5]",
-    "0:v:!now#0": b"1700000000000",
+    "0:v:0": b"1700000000000",
     "0:w:!wait#0": b"1.5",
     "0:x:!wait#0": b"true",
     "0:seed:": b"\x00\xff",
