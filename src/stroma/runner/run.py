@@ -332,8 +332,9 @@ class RunExecution:
         error = text_of(failure) if failure is not None else "; ".join(ctx.suspended) or None
         # The process that ran it has logged its end, at the level of it.
         level = logging.INFO if ctx.session.finished is not None else _LEVELS.get(status, logging.INFO)
-        about = {"run_status": status.value}
-        ctx.run_logger.log(level, "pipeline %r ended: %s", ctx.pipeline, status, extra=about)
+        if ctx.run_logger.isEnabledFor(level):
+            about = {"run_status": status.value}
+            ctx.run_logger.log(level, "pipeline %r ended: %s", ctx.pipeline, status, extra=about)
         announced = result if ctx.fire.on_run_end is not None else None
         raise_if(await ctx.end_and_announce(status, error, announced))
         if ctx.hook_failures and ctx.config.hook_errors == "raise" and status not in _CUT_SHORT:

@@ -89,8 +89,9 @@ class MemorySession(NullSession):
         action = "begin" if last is None else decide(request, last, run.input == initial, run.prior_work)
         self.continued, self.finished, self.on_control = action == "continue", None, None
         is_first = run.status == QUEUED
-        #: The run as it was, for give_back().
-        self._before = {name: getattr(run, name) for name in _GIVEN_BACK}
+        #: The run as it was, for give_back(). A new one is never given back.
+        is_new = last is None and not is_first
+        self._before = {} if is_new else {name: getattr(run, name) for name in _GIVEN_BACK}
         if action != "begin":
             self._continue(run, request)
         if action == "continue":

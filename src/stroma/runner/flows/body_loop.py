@@ -27,7 +27,7 @@ _MAX_CANCELLED: Final = 100  # timers, from which on they are removed once they 
 
 def refuse(name: str) -> NoReturn:
     """Refuse what a body may not do: it would wait for something that a replay does not have."""
-    raise RuntimeError(
+    raise NotImplementedError(
         f"the body of a flow waits for its steps, timers and answers only, and called {name}() of its event loop; do this in a step"
     )
 

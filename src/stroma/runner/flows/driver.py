@@ -324,7 +324,7 @@ class FlowDriver(FlowWaits):
         try:
             self.loop.run_ready(self._task)
         except RuntimeError as error:
-            self.stop(self.endings.halt(error, self.flow_id))
+            self.stop(self.endings.mistake(str(error), self.flow_id))
 
     def _deliver(self, number: int, what: FlowCall | int) -> None:
         """Deliver an event to the body: the end of a call, or a time in ms. A call that it has given up is none to it."""

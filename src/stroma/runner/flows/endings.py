@@ -33,10 +33,14 @@ class Endings:
 
     def stuck(self, node_id: str) -> Halt:
         """Return the end of a flow whose body waits for nothing that can come."""
-        error = RuntimeError(
-            f"the body of flow {node_id!r} waits, and no step, timer or question of it is open; check its events, locks and queues"
+        return self.mistake(
+            f"the body of flow {node_id!r} waits, and no step, timer or question of it is open; check its events, locks and queues",
+            node_id,
         )
-        return Halt(Failure(error, FailureClass.TERMINAL, node_id, 1, str(error), "bug"))
+
+    def mistake(self, message: str, node_id: str) -> Halt:
+        """Return the end of a flow by a mistake in its body."""
+        return Halt(Failure(RuntimeError(message), FailureClass.TERMINAL, node_id, 1, message, "bug"))
 
     def halt(self, error: BaseException, node_id: str) -> Halt:
         """Return the end of a flow by an exception."""
