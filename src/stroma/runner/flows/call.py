@@ -123,14 +123,15 @@ class FlowCall:
             scope.position, self.branch, "node", scope.execution, None, step,
             cancelling, False, None, False, self.settles,
         )  # fmt: skip
-        work = execute_in_turn(scope.ctx, (self.node,), self.state, place, attempt)
-        return self._behind_gates(work) if scope.gates else work
+        if scope.gates:
+            return self._behind_gates(place, attempt)
+        return execute_in_turn(scope.ctx, (self.node,), self.state, place, attempt)
 
-    async def _behind_gates(self, work: Coroutine[Any, Any, Any]) -> Any:
+    async def _behind_gates(self, place: Place, attempt: NodeAttempt | None) -> Any:
         async with contextlib.AsyncExitStack() as stack:
             for gate in self.scope.gates:
                 await stack.enter_async_context(gate)
-            return await work
+            return await execute_in_turn(self.scope.ctx, (self.node,), self.state, place, attempt)
 
     async def restore(self) -> Any:
         """Return the recorded output after its skip hooks were called; None if it has to be assembled again."""

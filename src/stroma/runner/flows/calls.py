@@ -154,8 +154,6 @@ async def _run_flow(path: FlowPath, node: FlowNode, state: BaseModel, identity: 
     assert contract is not None  # A flow has one.
     call = path.prepare(_FlowEnd(path, identity, node, state))
     assert isinstance(call, _FlowEnd)
-    if driver.has_output(call):
-        return await driver.request(call)
     begin, source = perf_counter_ns(), schema_of(contract.input_schema)
     child = FlowPath(driver, path, node, call.branch)
     try:

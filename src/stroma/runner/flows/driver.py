@@ -133,10 +133,6 @@ class FlowDriver(FlowWaits):
             raise
         return call.take()
 
-    def has_output(self, call: FlowCall) -> bool:
-        """Return True if a flow inside need not run: its output is recorded."""
-        return (self.position, call.branch) in self.ctx.restored and not self._replay_only
-
     def _give_up(self, call: FlowCall) -> None:
         """Note that the body waits for a call no more. An effect runs to its end; the end of any other call is of no use."""
         call.future = None

@@ -175,14 +175,12 @@ class FlowJournal:
             self._add(position, Event(number, branch), None)
 
     def _finish(self, position: int, records: FlowRecords) -> None:
-        """Put the events in order, without those inside of flows that have an output."""
+        """Put the events in order, and note the calls that must be made again."""
         restored = self._ctx.restored
 
         def is_inside_finished(branch: str) -> bool:
             return any((position, outer) in restored for outer in islice(with_outer(branch), 1, None))
 
-        if not REPLAY_ONLY.get():
-            records.events = [one for one in records.events if not is_inside_finished(one.branch)]
         records.events.sort(key=lambda one: one.number)
         for event in records.events:
             records.add_call(event.branch)
