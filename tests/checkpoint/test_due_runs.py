@@ -11,9 +11,10 @@ from tests.fixtures import store_fixture
 from tests.kit import Num
 from tests.shared_stores import STORES
 
-from stroma import RunExists
+from stroma import Fenced, RunExists
 from stroma.checkpoint.entries import RunRequest, Waiting
 from stroma.contracts.schema import schema_of
+from stroma.failures.errors import BUDGET
 from stroma.testing._conformance.helpers import due_runs
 
 _QUESTION = Waiting(0, "w", "approve", "Well?", "")
@@ -53,6 +54,17 @@ async def test_a_suspended_run_is_due_from_its_time_on(store: Any) -> None:
     assert await _due(store, 5000) == []
     await _end(session, "SUSPENDED")
     assert await _due(store, 5000) == []
+
+
+async def test_the_end_of_a_stale_owner_leaves_a_changed_budget(store: Any) -> None:
+    """A run whose budget was changed is due when it stops for its budget, also if an earlier owner tried to end it."""
+    stale = await _open(store)
+    owner = await _open(store, if_running="take_over")
+    assert await _done(store.set_budget("r", {"max_tokens_total": 5}))
+    with pytest.raises(Fenced):
+        await _end(stale, "INTERRUPTED")
+    await _done(owner.end("SUSPENDED", BUDGET, None))
+    assert await _due(store, 1000) == ["r"]
 
 
 async def test_runs_that_are_due_for_longest_come_first(store: Any) -> None:

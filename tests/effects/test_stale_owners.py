@@ -74,6 +74,29 @@ async def test_a_renewed_lease_is_held(store: Any, monkeypatch: Any) -> None:
     assert (result.status, shop.calls) == (RunStatus.COMPLETED, 1)
 
 
+async def test_the_end_of_a_stale_owner(store: Any, monkeypatch: Any) -> None:
+    """G13. An owner that is taken over from before its intent is stored leaves the intent of the next owner as it is."""
+    shop = Shop(after=[ConnectionResetError("no answer")])
+    runner = StromaRunner.quick(store=store, if_running="take_over", resume=True)
+    charge = runner.node("charge", input=Order, output=Receipt, effect=True)(shop.charge)
+    is_stopped, goes_on, begin = asyncio.Event(), asyncio.Event(), Effect.begin
+
+    async def stand_still(effect: Effect) -> Any:
+        if not is_stopped.is_set():
+            is_stopped.set()
+            await goes_on.wait()
+        return await begin(effect)
+
+    monkeypatch.setattr(Effect, "begin", stand_still)
+    stale = asyncio.create_task(runner.run([charge], Order(), run_id="r"))
+    await is_stopped.wait()
+    assert (await runner.run([charge], Order(), run_id="r")).status is RunStatus.SUSPENDED
+    goes_on.set()
+    assert (await stale).status is RunStatus.PARTIAL
+    assert (await runner.run([charge], Order(), run_id="r")).status is RunStatus.SUSPENDED
+    assert (shop.calls, len(shop.charges)) == (1, 1)
+
+
 @pytest.mark.slow
 def test_a_process_that_is_stopped_after_the_intent(tmp_path: Path) -> None:
     """G13. A process that is stopped after its intent, and goes on when another one has ended the run, charges nothing."""

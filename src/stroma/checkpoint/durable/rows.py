@@ -252,7 +252,11 @@ class RunExtras(NamedTuple):
 
 
 class Rows(Protocol):
-    """The rows of a store inside one transaction. An exception rolls it back."""
+    """The rows of a store inside one transaction. An exception rolls it back.
+
+    A server that cannot roll back executes the writes in their order up to the first one that is refused: a write that the
+    fence may refuse (claim, commit, end) comes before those that depend on it.
+    """
 
     # ---- runs
     def find(self, run_id: str, *, lock: bool = False) -> RunRow | None:

@@ -464,12 +464,12 @@ class DurableSession:
 
     def _finish(self, end: RunEnd, rows: Rows) -> None:
         before = self._completed
-        self._write_notes(rows, self._pending_notes)
         if before is None or end.status not in COMPLETE:
             finish_execution(rows, self._payloads, self.fence, self.run_id, end)
         else:  # A resume without anything to do leaves the run unchanged.
             unchanged = RunEnd(before.status, before.error, updated_ms=before.updated_ms)
             record_end(rows, self.fence, self.run_id, unchanged)
+        self._write_notes(rows, self._pending_notes)
 
 
 def _settle_charge(charge: Charge, pending: asyncio.Future[Any]) -> None:

@@ -261,10 +261,9 @@ class RunOpener:
             if deaths.step.schema_ref == str(run.epoch):
                 first_epoch = decode_number(deaths.step.contract, name_of(deaths, self._run_id))
         number += has_died
-        if request.force:
-            rows.delete_annotations(run.run, Annotation.DEATHS)
-        elif (
-            request.max_recoveries is not None
+        if (
+            not request.force
+            and request.max_recoveries is not None
             and number >= request.max_recoveries
             and (has_died or deaths is not None)
         ):
@@ -280,7 +279,9 @@ class RunOpener:
                 opened.finished = Finished("FAILED", self._error_of(run))
             return
         opened.fence = rows.take_over(run, self._opening)
-        if has_died and not request.force:
+        if request.force:
+            rows.delete_annotations(run.run, Annotation.DEATHS)
+        elif has_died:
             self._count_deaths(rows, number, first_epoch)
             if request.discard_from is None:
                 failed = rows.failed_since(run.run, run.execution, first_epoch)
@@ -385,12 +386,12 @@ class RunOpener:
 
 def finish_execution(rows: Rows, payloads: Payloads, fence: Fence, run_id: str, end: RunEnd) -> None:
     """Record how an execution stopped; its error is sealed here. Raises Fenced, CheckpointLost."""
-    if end.status in UNFINISHED and end.error != BUDGET:
-        run = rows.find(run_id, lock=True)
-        if run is not None and run.wake_ms == BUDGET_CHANGED:
-            rows.wake(run, None)
+    may_be_due = end.status in UNFINISHED and end.error != BUDGET
+    run = rows.find(run_id, lock=True) if may_be_due else None
     error = payloads.seal_text(end.error, PayloadPlace(run_id, fence.execution, "error"))
     record_end(rows, fence, run_id, end._replace(error=error))
+    if run is not None and run.wake_ms == BUDGET_CHANGED:
+        rows.wake(run, 0 if end.status == "INTERRUPTED" else end.wake_ms)
 
 
 def record_end(rows: Rows, fence: Fence, run_id: str, end: RunEnd) -> None:

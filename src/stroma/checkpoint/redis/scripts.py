@@ -198,9 +198,10 @@ local ops = {}
 """
 
 _DISPATCH: Final = r"""
--- Performs several operations, all or none. ARGV: the name of the transaction, the runs that must be unchanged (prefix, token,
--- version, annotation_version), and for each operation its length, prefix, name and values. The replies end with the first
--- refusal. A repeated transaction finds its name and skips the checks; each of its operations finds its earlier changes.
+-- Performs several operations, none if a run has changed. ARGV: the name of the transaction, the runs that must be unchanged
+-- (prefix, token, version, annotation_version), and for each operation its length, prefix, name and values. The replies end with
+-- the first refusal, which undoes no operation before it, see Rows. A repeated transaction finds its name and skips the checks;
+-- each of its operations finds its earlier changes.
 local function transact()
   local tx, checks, at, replies = ARGV[2], cjson.decode(ARGV[3]), 4, {}
   for _, check in ipairs(checks) do
