@@ -38,14 +38,12 @@ class FlowScope:
         names: of the flows around it, from the outermost inwards, then its own.
         execution: parent of its steps: it has their clock, and no attempts or hooks.
         gates: its own bound of concurrency, and those of the flows around it.
-        effects: by branch the effects whose end has not been delivered, of a flow with its parts.
         is_over: its body has returned; it makes no further call.
     """
 
     __slots__ = (
         "branch",
         "ctx",
-        "effects",
         "execution",
         "gates",
         "is_over",
@@ -67,7 +65,6 @@ class FlowScope:
         self.execution = NodeExecution(ctx, cast("str", None), "group", position, branch, above)
         self.execution.attempt = 1
         self.execution.remembers = False
-        self.effects: dict[str, FlowCall] = {} if parent is None or node.body is not None else parent.effects
         self.is_over = False
         self.names: tuple[str, ...] = (*(() if parent is None else parent.names), node.node_id)
         self.gates: tuple[asyncio.Semaphore, ...] = () if parent is None else parent.gates

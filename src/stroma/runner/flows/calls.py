@@ -185,8 +185,6 @@ class _FlowEnd(FlowCall):
 
     async def _commit(self) -> BaseModel | Halt:
         child, snapshot, returned, begin = self.output
-        if child.effects and (waiting := await child.driver.settle_effects(child)) is not None:
-            return waiting
         step = StepCall(OF_FLOW, self.input_key)
         return await commit_output(child, child.node, snapshot, returned, begin, step)
 

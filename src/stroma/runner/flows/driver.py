@@ -22,12 +22,10 @@ from stroma.engine.current import CURRENT
 from stroma.engine.execution import NodeExecution
 from stroma.engine.outcome import STOPPED, Halt, Stopped
 from stroma.engine.tasks import cancel_all, raise_if
-from stroma.failures.classes import FailureClass
-from stroma.failures.errors import Suspend
 from stroma.failures.failure import Failure
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.runner.flows.body_loop import BodyLoop
-from stroma.runner.flows.call import FlowCall, FlowScope
+from stroma.runner.flows.call import FlowCall
 from stroma.runner.flows.descriptions import describe, describe_difference, shorten
 from stroma.runner.flows.endings import end_of
 from stroma.runner.flows.errors import FlowClosed, StepFailed
@@ -116,7 +114,7 @@ class FlowDriver(FlowWaits):
             call = self._find_given_up(call)
             if call.outcome is not None:
                 return call.take()
-            call.scope.effects[call.branch], call.settles = call, False
+            call.settles = False
         self.calls[call.branch] = call
         if call.end is None and call.task is None and call.suspended is None:
             self._requested[call.branch] = call
@@ -146,7 +144,6 @@ class FlowDriver(FlowWaits):
             self._cancel_work(call)
         elif call.question is None or not has_begun:
             self.calls.pop(call.branch, None)
-            call.scope.effects.pop(call.branch, None)
             self._cancel_work(call)
         elif not self.is_live:
             self.calls.pop(call.branch, None)
@@ -333,7 +330,6 @@ class FlowDriver(FlowWaits):
             self._turn(number)
         else:
             self.calls.pop(what.branch, None)
-            what.scope.effects.pop(what.branch, None)
             what.suspended, what.outcome, future = None, what.end, what.future
             if future is not None and not future.done():
                 future.set_result(what.end)
@@ -538,20 +534,6 @@ class FlowDriver(FlowWaits):
         if not self._running:
             await self.settle()
         return False
-
-    async def settle_effects(self, scope: FlowScope) -> Halt | None:
-        """See the effects to their end that a flow inside gave up or left behind. Return its end if one waits for a person."""
-        for call in list(scope.effects.values()):
-            if call.task is None and call.future is None and call.end is None and call.is_unknown():
-                self._settle(call)
-            while call.task is not None:
-                await asyncio.wait([call.task])
-            if call.suspended is not None:
-                failure = Failure(
-                    Suspend(call.suspended), FailureClass.RECOVERABLE, call.node.node_id, 1, call.suspended
-                )
-                return Halt(failure, suspended=True)
-        return None
 
     def _settle(self, call: FlowCall) -> None:
         call.settles = call.is_cancelled = True  # It ends as cancelled if it did not happen.
