@@ -68,6 +68,10 @@ REASONS = {
         "nothing; if it lasts, check the address, the proxy and the network",
     ),
     "conflict": ("the provider was busy with the same thing", "nothing"),
+    "changed": (
+        "the code does other things than the run has recorded, see [versions](howto/resume-after-deploy.md)",
+        "run the code that recorded it, or let a worker with fitting code take the run",
+    ),
     "limit": (
         "the node's limit had no room for the call in time, or never can have",
         "resume later, raise the limit or its `max_wait_seconds`",

@@ -592,9 +592,11 @@ async def test_what_an_error_says(
 def test_every_public_error_is_met() -> None:
     """Each public exception class is provoked above, but for those that no store of this release raises by itself."""
     met = {kind.__name__ for _, kind, _, _ in MET}
-    # Raised by nodes and in flows, never out of run(); by Redis alone; made of what another machine says; by tests that ask for it.
+    # Raised by nodes and in flows, never out of run(); by nodes with a place; by Redis alone; made of what another machine says; by tests that ask for it.
     unmet = {
         "CorruptCheckpoint",
+        "PlaceError",
+        "WorkerLost",
         "Problem",
         "Suspend",
         "CheckpointLost",

@@ -124,7 +124,8 @@ async def test_an_effect_whose_outcome_is_unknown(way: Way, reconciles: bool) ->
         result = await bound.run(Num(), run_id=way.run_id)
         if not reconciles:
             assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["effect"])
-            await bound.control.signal(way.run_id, Receipt(number=1))
+            [question] = result.questions
+            await bound.control.signal(way.run_id, Receipt(number=1), question=question.id)
             result = await bound.go_on(way.run_id)
     assert (result.final_state, calls) == (Receipt(number=1), [0])
 

@@ -82,9 +82,9 @@ async def test_a_node_with_a_place(cluster: Cluster) -> None:
         run = here()
         seen.append((run.run_id, run.pipeline, run.node_id, run.position, run.attempt, run.kind))
         seen.append((run.idempotency_key, run.remaining_budget.tokens, context["shared"]))
-        run.report_usage(input_tokens=3, output_tokens=2, model="a-dear-one")
+        run.report_usage(input_tokens=3, output_tokens=2, model="a-model-of-ours")
         return Num(n=state.n + 1), Usage(
-            input_tokens=10, cached_input_tokens=4, model="a-dear-one", cost_usd=0.5
+            input_tokens=10, cached_input_tokens=4, model="a-model-of-ours", cost_usd=0.5
         )
 
     async def plain(state: Num) -> Num:
@@ -103,7 +103,7 @@ async def test_a_node_with_a_place(cluster: Cluster) -> None:
     assert seen == [(run_id, "p", "b", 1, 1, "node"), (f"{run_id}:1:1:", 1000, "yes")]
     assert ends == [("a", {"n": 10}, 0), ("b", {"n": 11}, 15), ("c", {"n": 110}, 0)]
     [row] = [one for one in cluster.store.attempts(run_id) if one.node_id == "b"]
-    assert (row.tokens, row.model, row.cost_usd) == (15, "a-dear-one", 0.5)
+    assert (row.tokens, row.model, row.cost_usd) == (15, "a-model-of-ours", 0.5)
 
 
 class Refused(Exception):
@@ -408,7 +408,7 @@ async def test_an_effect_whose_place_is_lost(temporal_server: TemporalServer, tm
         result = await asyncio.wait_for(handle.until_stopped(), 90)
         assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["effect"])
         assert len(fleet.lines("call")) == 1
-        await runner.signal(fleet.run_id, NotDone())
+        await runner.signal(fleet.run_id, NotDone(), question=result.questions[0].id)
         result = await handle.result(timeout=90)
         assert (result.status, result.output) == (RunStatus.RESUMED, Num(n=2))
         assert len(fleet.lines("call")) == 2

@@ -134,7 +134,7 @@ async def test_a_person_cannot_resume_a_run_of_another_version(store: Any) -> No
     before = _stored(store, "r")
     for other in (_flow(world, "a", version="2"), _flow(world, "a"), Pipeline("f", _flow(world, "a").nodes)):
         with pytest.raises(
-            PipelineChanged, match="began with version '1' of pipeline 'f', and this code serves"
+            PipelineChanged, match="started with version '1' of pipeline 'f', and this code serves"
         ):
             await _runner(store).resume(other, "r")
     assert _stored(store, "r") == before

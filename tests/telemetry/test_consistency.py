@@ -82,16 +82,18 @@ def test_all_count_the_same(
 
     traces = datadog_agent.traces(at_least=seen["runs"]["ended"])
     spans = [span for trace in traces for span in trace]
-    runs = {span["span_id"]: span for span in spans if span["name"] == "stroma.run"}
+    around = {span["span_id"]: span for span in spans}
+    runs = {at: span for at, span in around.items() if span["name"] == "stroma.run"}
     nodes = {span["span_id"]: span for span in spans if span["name"] == "stroma.node"}
     assert len(runs) == seen["runs"]["ended"] == seen["sentry_transactions"]
     assert len(nodes) == seen["node_spans"]["otel"] == seen["node_spans"]["sentry"]
     places: Counter[tuple[str, str]] = Counter()
     for span in nodes.values():
-        above = nodes.get(span["parent_id"]) or runs[span["parent_id"]]
+        above = around[span["parent_id"]]
         assert above["meta"]["stroma.run.id"] == span["meta"]["stroma.run.id"]
-        places[span["resource"], "" if above["name"] == "stroma.run" else above["resource"]] += 1
-    # Each node is under the same group, or under the run, in both.
+        names = {"stroma.node": above["resource"], "stroma.map": f"stroma.map {above['resource']}"}
+        places[span["resource"], names.get(above["name"], "")] += 1
+    # Each node is under the same group or map, or under a run or flow, in both.
     assert places == {(name, group): count for name, group, count in seen["tree"]}
     failed = {name for name, status in seen["statuses"].items() if name in ("FAILED", "PARTIAL") and status}
     assert {s["meta"]["stroma.status"] for s in runs.values() if s["error"]} == failed

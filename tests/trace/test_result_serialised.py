@@ -33,6 +33,7 @@ async def test_a_result_serialises_without_its_trace(kind: type[ExecutionResult]
         "failure": None,
         "unpriced_models": ["(no model)"],
         "suspended": [],
+        "questions": [],
         "failed_items": 0,
     }
     bad = TypeAdapter(kind).dump_python(await runner.run([ask], Text(text="bad"), run_id="r2"), mode="json")

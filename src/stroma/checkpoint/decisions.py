@@ -201,7 +201,7 @@ def _other_version(request: RunRequest, last: LastExecution) -> PipelineChanged:
     """Return the error for a run whose version the code cannot continue."""
     served = " and ".join(map(repr, request.versions or ())) or "no version"
     return PipelineChanged(
-        f"run {request.run_id!r} began with version {last.version!r} of pipeline {last.pipeline!r}, and this code serves "
+        f"run {request.run_id!r} started with version {last.version!r} of pipeline {last.pipeline!r}, and this code serves "
         f"{served}; resume it with code of that version, or pass accepts=({last.version!r},) and keep its steps"
     )
 

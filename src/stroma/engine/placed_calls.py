@@ -89,7 +89,9 @@ def open_call(
     try:
         state = schema.encode(schema.restore(snapshot))
     except NotSerialisable as error:
-        raise PlaceError(f"the input of node {run.node_id!r} cannot be sent to its place: {error}") from error
+        raise PlaceError(
+            f"the input of node {run.node_id!r} cannot be sent to its place: {error}; give the node an input that JSON can hold"
+        ) from error
     # Another attempt in this process is another call.
     noted = cast("dict[str, bytes]", run.ctx.session.notes).pop(key, None)
     if noted is not None:
