@@ -5,7 +5,7 @@
 Needs `pip install "stroma-runner[openai-agents]"`, and neither a key nor a network. Prints:
 
 > billing: paid
-> triage success, model success, model failure, model success
+> triage success, model success, billing success, model failure, model success
 > in the journal: COMPLETED, 80 tokens
 """
 
