@@ -44,9 +44,8 @@ def provider() -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def temporal_server() -> Iterator[Any]:
     """A Temporal server that nobody kills."""
-    from tests.servers_temporal import TemporalServer, wait_until_ready
+    from tests.servers_temporal import TemporalServer
 
     instance = TemporalServer()
-    wait_until_ready(instance.address)
     yield instance
     instance.kill()

@@ -8,12 +8,13 @@ import importlib.metadata
 import pathlib
 import socket
 import subprocess
+import threading
 import time
 
 from temporalio.client import Client
 from temporalio.service import RPCError
 
-__all__ = ["TemporalServer", "temporal_binary", "wait_until_ready"]
+__all__ = ["TemporalServer", "temporal_binary"]
 
 
 @functools.cache
@@ -66,12 +67,16 @@ class TemporalServer:
                 raise RuntimeError(f"the Temporal server ended by itself: {self.process.returncode}")
             try:
                 socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-                return
+                break
             except OSError:
                 if time.monotonic() > deadline:
                     self.kill()
                     raise
                 time.sleep(0.05)
+        # In a thread: the caller may run in an event loop.
+        ready = threading.Thread(target=_wait_until_ready, args=(self.address,))
+        ready.start()
+        ready.join()
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -81,7 +86,7 @@ class TemporalServer:
             self.process = None
 
 
-def wait_until_ready(address: str) -> None:
+def _wait_until_ready(address: str) -> None:
     """Until a server answers for its namespace: it takes a moment longer than its port."""
 
     async def ask() -> None:

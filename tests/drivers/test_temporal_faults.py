@@ -15,7 +15,7 @@ from temporalio.exceptions import CancelledError
 from tests.drivers.conftest import Fleet, fleet_of
 from tests.drivers.worker_helper import NODES, pipeline
 from tests.kit import Num
-from tests.servers_temporal import TemporalServer, wait_until_ready
+from tests.servers_temporal import TemporalServer
 
 from stroma import RunStatus
 
@@ -91,7 +91,6 @@ async def test_a_server_that_is_killed(tmp_path: pathlib.Path) -> None:
     """Steps need the store only: a run in progress continues while the server is away, and ends after it is back."""
     server = TemporalServer(tmp_path / "temporal.db")
     try:
-        await asyncio.to_thread(wait_until_ready, server.address)
         async with fleet_of(server, tmp_path) as (fleet, runner, store):
             fleet.start()
             handle = await runner.submit(pipeline(), Num(), run_id=fleet.run_id)
