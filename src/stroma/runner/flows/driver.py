@@ -482,7 +482,9 @@ class FlowDriver(FlowWaits):
     async def _run_live(self) -> None:
         """Make calls and deliver events until the body has ended, or is to end."""
         while self.stopping is None:
-            if self._unstored:
+            if self.is_finished and not self.closing:
+                self._close()  # Before the next event, as on replay.
+            elif self._unstored:
                 await self._store_events()
             elif self._requested and not self.is_finished:
                 if (alone := self._begin_requested()) is not None:
@@ -515,8 +517,6 @@ class FlowDriver(FlowWaits):
 
     async def _finish_effects(self) -> bool:
         """See the effects to their end that the body gave up, once it has ended. Return True if nothing is left to do."""
-        if not self.closing:
-            self._close()
         if self._running:
             await self._until_woken()
             return False
