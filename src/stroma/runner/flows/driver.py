@@ -524,7 +524,7 @@ class FlowDriver(FlowWaits):
             one
             for waiting in self._given_up.values()
             for one in waiting
-            if one.end is None and one.outcome is None
+            if one.end is None and one.outcome is None and one.is_unknown()
         ]
         if not unknown:
             return True

@@ -33,7 +33,7 @@ from stroma.failures.failure import Failure, kind_of
 
 __all__ = ["REPLAY_ONLY", "Event", "FlowJournal", "FlowRecords", "encode_input", "read_failure"]
 
-#: Set while ``check_deterministic`` replays: a call without a record is a change, and finished flows are replayed too.
+#: Set while ``check_deterministic`` replays: a call without a record is a change.
 REPLAY_ONLY: Final[ContextVar[bool]] = ContextVar("stroma_replay_only", default=False)
 
 
