@@ -510,3 +510,34 @@ async def test_an_effect_that_a_body_left_behind_is_looked_up_after_a_death() ->
     assert result.status is RunStatus.RESUMED, result.failure
     assert [at.outcome for at in store.attempts("r") if at.node_id == "charge"] == ["success"]
     assert (len(provider.calls), len(provider.asked)) == (1, 1)
+
+
+async def test_a_flow_that_fails_beside_an_unknown_effect_waits_for_it_and_resumes() -> None:
+    """G6: A flow that ended while a call of it waits for a person is suspended, and its replay closes before it is compared."""
+    store = InMemoryStore()
+    runner = runner_on(store)
+    calls: list[str] = []
+
+    @runner.node("lost", input=Num, output=Num, effect=True)
+    async def lost(state: Num) -> Num:
+        calls.append("lost")
+        raise ConnectionResetError("connection reset by peer")
+
+    @runner.node("refused", input=Num, output=Num)
+    async def refused(state: Num) -> Num:
+        calls.append("refused")
+        while not store.waiting("r"):
+            await asyncio.sleep(0)
+        raise Refused
+
+    @runner.flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        first, _ = await asyncio.gather(flow.step(lost, state), flow.step(refused, state))
+        return first
+
+    suspended = await runner.run(f, Num())
+    assert suspended.status is RunStatus.SUSPENDED, suspended.failure
+    await runner.signal("r", Num(n=7), question=suspended.questions[0].id)
+    result = await runner.run(f, Num())
+    assert (result.status, result.failure and result.failure.node_id) == (RunStatus.FAILED, "refused")
+    assert calls == ["lost", "refused"]

@@ -248,7 +248,7 @@ class RunWorker:
 
     def _report_blocked(self, driven: Blocked) -> None:
         """Log that a run does not fit the code of this worker. The store has recorded it."""
-        seconds = 0.0 if driven.until is None else driven.until.timestamp() - now_ms() / 1000
+        seconds = 0.0 if driven.until is None else max(0.0, driven.until.timestamp() - now_ms() / 1000)
         reason = one_line(driven.reason)
         logger.warning("run %s is blocked: %s; trying again in %.0f s", driven.run_id, reason, seconds)
 

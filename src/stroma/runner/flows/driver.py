@@ -375,8 +375,6 @@ class FlowDriver(FlowWaits):
         for event in self.records.events:
             if self.stopping is not None:
                 return
-            if self.is_finished and not self.closing:
-                self._close()  # The effects that it gave up have ended since.
             call = self.calls.get(event.branch)
             if call is not None:
                 self._requested.pop(event.branch, None)
@@ -396,7 +394,12 @@ class FlowDriver(FlowWaits):
                 self._withdraw(call)
 
     def _compare_suspension(self) -> None:
-        """End a flow that waits for other calls than those for which the run was suspended."""
+        """End a flow that waits for other calls than those for which the run was suspended.
+
+        A body that has ended is closed first, as before the run was suspended.
+        """
+        if self.is_finished and not self.closing:
+            self._close()
         suspended = self.records.suspended
         if suspended is None or suspended[0] != self.woken_by or self.stopping is not None:
             return
@@ -475,6 +478,8 @@ class FlowDriver(FlowWaits):
             self.loop.discard()
             self.is_over, ctx.number_event = True, None
         raise_if(cancelled)
+        if self.is_finished and not self._main.cancelled():
+            self._main.exception()  # Read also if the run is suspended: asyncio reports one that nobody has read.
         if isinstance(self.stopping, BaseException):
             raise self.stopping
         return self._main
@@ -547,7 +552,9 @@ class FlowDriver(FlowWaits):
             call.future = None
             if call.is_effect:
                 self._given_up.setdefault(_effect_of(call), []).append(call)
-            if call.question is not None and call.suspended is not None:
+            if call.question is not None and not self.is_live:
+                self._withdrawn.append(call)
+            elif call.question is not None and call.suspended is not None:
                 self._withdraw(call)
             else:
                 self._cancel_work(call)
