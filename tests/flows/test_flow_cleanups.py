@@ -17,6 +17,7 @@ from stroma import (
     NotDone,
     Pipeline,
     RunStatus,
+    SQLiteStore,
     StepFailed,
     StromaRunner,
     current_node,
@@ -541,3 +542,62 @@ async def test_a_flow_that_fails_beside_an_unknown_effect_waits_for_it_and_resum
     result = await runner.run(f, Num())
     assert (result.status, result.failure and result.failure.node_id) == (RunStatus.FAILED, "refused")
     assert calls == ["lost", "refused"]
+
+
+async def test_an_effect_given_up_before_it_was_called_has_no_attempt() -> None:
+    """G13: An effect that waits for a free place when the body gives it up was not called, and nothing is recorded of it."""
+    world, store = World(), InMemoryStore()
+    quick, slow = world.step("quick"), world.step("slow")
+    world.turns["slow"] = 20
+    provider = Provider(StromaRunner.quick(store=store))
+    left: list[asyncio.Task[Num]] = []
+
+    @stroma_flow("inner", input=Num, output=Num, max_concurrency=1)
+    async def inner(flow: Flow, state: Num) -> Num:
+        occupied = asyncio.create_task(flow.step(slow, state))
+        left.append(asyncio.create_task(flow.step(provider.charge, Num(n=5))))
+        return await occupied
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        inside = asyncio.create_task(flow.run(inner, state))
+        await flow.step(quick, state)
+        left[0].cancel()
+        return await inside
+
+    result = await runner_on(store).run(f, Num())
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert [at.node_id for at in store.attempts("r") if at.node_id == "charge"] == []
+    assert (provider.calls, provider.asked) == ([], [])
+
+
+async def test_wide_gathers_store_notes_in_proportion_to_their_steps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """G12: Each of several wide gathers stores as much as the first one: no commit carries what another has to store."""
+    from stroma.checkpoint.durable import session
+
+    stored: list[int] = []
+    record_notes = session.record_notes
+
+    def count(rows: Any, run: Any, run_id: str, execution: int, notes: Any, payloads: Any) -> None:
+        stored.append(len(notes))
+        record_notes(rows, run, run_id, execution, notes, payloads)
+
+    monkeypatch.setattr(session, "record_notes", count)
+    world = World()
+    add, bad = world.step("add"), world.step("bad")
+    world.failing.add("bad")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        for _ in range(3):
+            steps = [flow.step(add, Num(n=n)) for n in range(40)]
+            await asyncio.gather(*steps, *(flow.step(bad, Num(n=n)) for n in range(10)), return_exceptions=True)
+        return state
+
+    async with SQLiteStore(tmp_path / "runs.db", synchronous="normal") as opened:
+        result = await runner_on(opened).run(f, Num())
+    assert result.status is RunStatus.COMPLETED, result.failure
+    # A note for each failure, and a few of the run.
+    assert 30 <= sum(stored) <= 30 + 10
