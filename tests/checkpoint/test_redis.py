@@ -473,6 +473,30 @@ class TestAmbiguous:
                     await stale.suspend(row(1), Waiting(1, "", "node", "late", ""))
                 assert (len(store.attempts("run")), store.waiting("run")) == (1, [request])
 
+    async def test_an_answer_that_arrives_while_the_question_is_repeated_stays(
+        self, server: RedisServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An answer that is accepted between the read and the write of a repeated question is not overwritten."""
+        from stroma.checkpoint.durable import session
+
+        question = Waiting(0, "", "node", "may I?", "")
+        answered = question._replace(payload=b'{"n": 1}')
+        put_waiting, answers = session.put_waiting, iter([answered])
+
+        async with RedisStore(server.url) as store, RedisStore(server.url) as other:
+            owner = await begin(store)
+            await owner.suspend(row(0), question)
+
+            def interrupted(*args: Any) -> Waiting:
+                result = put_waiting(*args)
+                if (arrived := next(answers, None)) is not None:
+                    asyncio.run(other.signal("run", arrived))
+                return result
+
+            monkeypatch.setattr(session, "put_waiting", interrupted)
+            await owner.suspend(row(1), question)
+            assert store.waiting("run") == [answered]
+
 
 class TestRetention:
     async def test_gc(self, server: RedisServer, tmp_path: pathlib.Path) -> None:

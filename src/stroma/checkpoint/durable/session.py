@@ -417,7 +417,12 @@ class DurableSession:
         attempt = self._attempt_with_identity(row)
         message = self._sealed_message(attempt, waiting.reason)
         commit = Commit(self.run_id, self.fence, attempt._replace(message=message), None)
-        return self._know(waiting, self._submit_with(commit, partial(self._put, waiting)))
+
+        def write(rows: Rows) -> Waiting:
+            rows.find(self.run_id, lock=True)  # Its answer may arrive between the read and the write.
+            return self._put(waiting, rows)
+
+        return self._know(waiting, self._submit_with(commit, write))
 
     def read_requests(self, rows: Rows) -> None:
         """Make the requests about the run hold. One operation; the owner knows them before they are acknowledged."""
