@@ -593,7 +593,9 @@ async def test_wide_gathers_store_notes_in_proportion_to_their_steps(
     async def f(flow: Flow, state: Num) -> Num:
         for _ in range(3):
             steps = [flow.step(add, Num(n=n)) for n in range(40)]
-            await asyncio.gather(*steps, *(flow.step(bad, Num(n=n)) for n in range(10)), return_exceptions=True)
+            await asyncio.gather(
+                *steps, *(flow.step(bad, Num(n=n)) for n in range(10)), return_exceptions=True
+            )
         return state
 
     async with SQLiteStore(tmp_path / "runs.db", synchronous="normal") as opened:

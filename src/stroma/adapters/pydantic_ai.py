@@ -1,6 +1,9 @@
-"""Pydantic AI: a capability that makes steps of an agent, its model requests and its tools.
+"""Pydantic AI: in a flow, agents whose model requests and tools are its steps; elsewhere, guarded agents.
 
 ::
+
+    agent = Agent("openai:gpt-4o", name="a", capabilities=[StromaDurability()])
+    await agent.run("...")  # in the body of a flow
 
     agent = Agent("openai:gpt-4o", capabilities=[StromaCapability(Guard(runner), tools={"search": (Query, Hits)})])
     await agent.run("...")  # a run: the agent's step, with its model requests and tools inside
@@ -11,8 +14,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from stroma._utils.lazy import lazy
 from stroma.adapters._releases import import_error, warn_if_untested
 
 try:
@@ -36,7 +40,19 @@ from stroma.engine.execution import current_node, current_node_or_none
 
 warn_if_untested("pydantic-ai")
 
-__all__ = ["StromaCapability"]
+if TYPE_CHECKING:
+    from stroma.adapters._pydantic_ai_durability import (
+        StromaDurability,
+        ToolAnswer,
+        ToolApproval,
+        ToolOptions,
+    )
+
+__all__ = ["StromaCapability", "StromaDurability", "ToolAnswer", "ToolApproval", "ToolOptions"]
+
+#: They need a newer release than guarded agents.
+_OF_FLOWS = dict.fromkeys(__all__[1:], "_pydantic_ai_durability")
+__getattr__, __dir__ = lazy(__name__, _OF_FLOWS, "stroma.adapters")
 
 
 class StromaCapability(AbstractCapability[Any]):

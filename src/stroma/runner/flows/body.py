@@ -20,7 +20,7 @@ from stroma.failures.failure import ends_run
 from stroma.runner.flows.driver import FlowDriver
 from stroma.runner.flows.journal import FlowJournal
 from stroma.runner.flows.output import commit_output
-from stroma.runner.flows.path import FlowPath
+from stroma.runner.flows.path import INNERMOST, FlowPath
 
 __all__ = ["run_with_flows"]
 
@@ -90,6 +90,7 @@ async def _drive(path: FlowPath, node: FlowNode, state: BaseModel) -> Any:
     """Run the body of a flow. Return what it returned, or a Halt. Raises what must leave the run."""
     driver = path.driver
     assert node.body is not None
+    driver.context.run(INNERMOST.set, path)
     body = await driver.run(node.body(path, state))
     if driver.stopping is not None:
         return driver.stopping

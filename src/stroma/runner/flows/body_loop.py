@@ -15,10 +15,11 @@ from asyncio.events import _get_running_loop, _set_running_loop
 from asyncio.tasks import _enter_task, _leave_task
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context, copy_context
 from typing import Any, Final, NoReturn
 
-__all__ = ["BodyLoop"]
+__all__ = ["BodyExecutor", "BodyLoop"]
 
 #: Callbacks between two events, after which the body is taken for one that waits in a loop: ``while not x: await sleep(0)``.
 _MAX_CALLBACKS: Final = 1_000_000
@@ -44,6 +45,13 @@ _Refusing: Any = type(
     (asyncio.AbstractEventLoop,),
     {name: _refusal(name) for name in vars(asyncio.AbstractEventLoop) if not name.startswith("_")},
 )
+
+
+class BodyExecutor(ThreadPoolExecutor):
+    """An executor whose functions run at once in the body of a flow, and in threads anywhere else.
+
+    For a framework that runs plain functions in an executor which the caller may choose.
+    """
 
 
 class _Handle(asyncio.Handle):
@@ -224,6 +232,16 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
 
     def create_future(self) -> asyncio.Future[Any]:
         return asyncio.Future(loop=self)
+
+    def run_in_executor(self, executor: Any, func: Callable[..., object], *args: Any) -> asyncio.Future[Any]:
+        if not isinstance(executor, BodyExecutor):
+            refuse("run_in_executor")
+        future = self.create_future()
+        try:
+            future.set_result(func(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
     def create_task(
         self, coro: Any, *, name: str | None = None, context: Context | None = None, **options: Any

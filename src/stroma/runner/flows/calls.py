@@ -24,7 +24,7 @@ from stroma.engine.outcome import Halt
 from stroma.runner.flows.call import FlowCall
 from stroma.runner.flows.errors import StepFailed
 from stroma.runner.flows.output import commit_output
-from stroma.runner.flows.path import FlowPath, has_effect
+from stroma.runner.flows.path import INNERMOST, FlowPath, has_effect
 from stroma.runner.pipeline import Pipeline
 
 __all__ = ["call_flow", "call_map", "call_step"]
@@ -163,7 +163,11 @@ async def _run_flow(path: FlowPath, node: FlowNode, state: BaseModel, identity: 
             raw = schema_of(type(state)).state(state)
             raise as_violation(node.node_id, "input", raw, error, source.model) from error
         assert node.body is not None
-        returned = await node.body(child, prepared)
+        token = INNERMOST.set(child)
+        try:
+            returned = await node.body(child, prepared)
+        finally:
+            INNERMOST.reset(token)
         child.is_over = True
     except Exception as error:
         ctx.redactor.note_secrets(state)

@@ -47,6 +47,7 @@ class FlowDriver(FlowWaits):
         closing: the body is being cancelled: further calls raise FlowClosed.
         has_siblings: steps ran side by side.
         is_live: everything that is recorded has been delivered.
+        context: the variables with which the body begins.
         woken_by: number of the last event that the body noticed; ``called_at``: what it was at the last call.
         failures: numbers of the events that were failures.
     """
@@ -66,8 +67,8 @@ class FlowDriver(FlowWaits):
         self._cancelling = 0 if self._task is None else self._task.cancelling()
         #: Of the outermost flow.
         self.execution: NodeExecution | None = None
-        self._context = contextvars.copy_context()
-        self._context.run(CURRENT.set, None)
+        self.context = contextvars.copy_context()
+        self.context.run(CURRENT.set, None)
         #: Calls that the body waits for and that have not begun.
         self._requested: dict[str, FlowCall] = {}
         self._running: dict[asyncio.Task[Any], FlowCall] = {}
@@ -201,7 +202,7 @@ class FlowDriver(FlowWaits):
         if is_other_at_work or call.question is not None or self.is_recorded:
             return False
         try:
-            return call.context == self._context
+            return call.context == self.context
         except Exception:  # The body has set variables whose values cannot be compared.
             return False
 
@@ -464,7 +465,7 @@ class FlowDriver(FlowWaits):
         ctx, stop = self.ctx, partial(self.stop, STOPPED)
         ctx.number_event, ctx.on_hold[stop] = self.number, None
         cancelled: asyncio.CancelledError | None = None
-        self._main = self.loop.create_task(work, context=self._context.copy())
+        self._main = self.loop.create_task(work, context=self.context.copy())
         try:
             self._turn(0)
             await self._replay()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from asyncio.events import _get_running_loop
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -15,13 +16,13 @@ from pydantic import BaseModel
 from stroma.contracts.contract import NodeContract, check_id
 from stroma.contracts.node import FlowNode, Group, LooseContextNode, LooseNode
 from stroma.runner.flows.calls import call_flow, call_map, call_step
-from stroma.runner.flows.path import FlowPath
+from stroma.runner.flows.path import INNERMOST, FlowPath
 from stroma.runner.flows.submit import call_submit
 from stroma.runner.flows.waits import call_sleep, call_wait_for, wake_ms_of
 from stroma.runner.pipeline import AnyState, Pipeline
 from stroma.runner.submit_options import SubmitOptions
 
-__all__ = ["Flow", "FlowFunction"]
+__all__ = ["Flow", "FlowFunction", "current_flow"]
 
 In = TypeVar("In", bound=BaseModel)
 Out = TypeVar("Out", bound=BaseModel)
@@ -320,3 +321,9 @@ class FlowFunction(Pipeline, Generic[TakenT, OutputT]):
                 f"flow {self.name!r} was called with {type(flow).__name__}; run it with `await runner.run({self.name}, state)`"
             )
         return self.body(flow, state)
+
+
+def current_flow() -> Flow | None:
+    """Return the flow whose body this code belongs to; None elsewhere, also in the steps of a flow."""
+    path = INNERMOST.get()
+    return None if path is None or _get_running_loop() is not path.driver.loop else Flow(path)

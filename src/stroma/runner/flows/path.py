@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from asyncio.events import _get_running_loop
+from contextvars import ContextVar
 from sys import exception
 from typing import Any, NoReturn
 
@@ -18,7 +19,10 @@ from stroma.runner.flows.driver import FlowDriver
 from stroma.runner.flows.errors import FlowClosed
 from stroma.runner.flows.journal import encode_input, number_of
 
-__all__ = ["FlowPath", "has_effect"]
+__all__ = ["INNERMOST", "FlowPath", "has_effect"]
+
+#: The innermost flow around the code of a body, and around what it has begun.
+INNERMOST: ContextVar[FlowPath | None] = ContextVar("stroma_flow", default=None)
 
 
 class FlowPath(FlowScope):

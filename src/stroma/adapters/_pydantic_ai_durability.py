@@ -1,0 +1,403 @@
+"""Pydantic AI in a flow: each model request and each call of a tool is a step of the flow around the agent.
+
+Built on ``pydantic_ai.durable_exec``, the framework's interface for durable engines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextvars import ContextVar
+from datetime import datetime
+from functools import cached_property
+from typing import Any, ClassVar, Final, Literal, TypedDict, cast
+
+from stroma.adapters._releases import import_error
+
+try:
+    from pydantic_ai.capabilities import AbstractCapability
+    from pydantic_ai.durable_exec import (
+        JSON_CODEC,
+        BaseDurabilityCapability,
+        CapabilityOperationId,
+        DurabilityEngineSpec,
+        DurableOperation,
+        DurableOperationBackend,
+        DurableOperationId,
+        DynamicToolsetCallToolParams,
+        EventStreamHandlerId,
+        ModelCancelSuspendedResponseId,
+        ModelCompactMessagesId,
+        ModelRequestId,
+        ModelRequestParams,
+        ToolsetCallToolId,
+        ToolsetCallToolParams,
+        ToolsetGetInstructionsId,
+        ToolsetGetToolsId,
+        ToolsetValidateToolArgumentsId,
+        conversation_id_from_run_id,
+        durable_unit_scope,
+    )
+
+    is_supported = hasattr(AbstractCapability, "get_wrapper_model")
+except ImportError as error:
+    raise import_error("pydantic-ai", error) from error
+if not is_supported:
+    raise ImportError("StromaDurability needs pydantic-ai-slim 2.64 or newer; upgrade it")
+
+from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic_ai import Agent
+from pydantic_ai.messages import ModelMessage, ModelRequest
+from pydantic_ai.models import infer_model
+from pydantic_ai.models.wrapper import WrapperModel
+from pydantic_ai.tools import DeferredToolResults, ToolApproved, ToolDenied
+from pydantic_core import to_jsonable_python
+
+from stroma.adapters._pydantic_ai_usage import usage_of
+from stroma.contracts.contract import NodeContract, Role
+from stroma.contracts.effects import NotDone, Unknown
+from stroma.contracts.node import stroma_node
+from stroma.engine.execution import NodeExecution, current_node_or_none
+from stroma.runner.flows.body_loop import BodyExecutor
+from stroma.runner.flows.flow import Flow, current_flow
+
+__all__ = ["StromaDurability", "ToolAnswer", "ToolApproval", "ToolOptions"]
+
+#: Key of a tool's metadata.
+_METADATA: Final = "stroma"
+
+
+class ToolOptions(TypedDict, total=False):
+    """Options of a tool: ``metadata={"stroma": {...}}``; ``metadata={"stroma": False}``: it is no step.
+
+    effect: the tool must not be called twice blindly, see :class:`NodeContract`.
+    reconcile: function, async or not, of the tool's arguments and the idempotency key: what the tool returned, NotDone or
+        Unknown.
+    """
+
+    effect: bool
+    reconcile: Callable[[dict[str, Any], str], Any]
+
+
+class ToolApproval(BaseModel):
+    """Answer to the question if a tool may be called. ``message``: what the model gets of a refusal."""
+
+    approved: bool
+    message: str = "The tool call was denied."
+    #: In place of the model's arguments.
+    arguments: dict[str, JsonValue] | None = None
+
+
+class ToolAnswer(BaseModel):
+    """Answer in place of a tool that is called elsewhere: what the tool returned."""
+
+    result: JsonValue = None
+
+
+class ModelCall(BaseModel):
+    """A request to a model: how many messages came before, and the newest one, without ids and times."""
+
+    earlier: int
+    parts: list[dict[str, JsonValue]]
+
+
+class ToolCall(BaseModel):
+    """A call of a tool."""
+
+    tool: str
+    arguments: dict[str, JsonValue]
+
+
+class OtherCall(BaseModel):
+    """Any other operation: discovery of tools, a capability's own."""
+
+    operation: str
+
+
+class OperationResult(BaseModel):
+    """Result of an operation, as the framework encodes it."""
+
+    value: JsonValue = None
+
+
+class ToolResult(BaseModel):
+    """Result of a tool, as the framework encodes it. ``kind``: "tool_return", or what else it asks of the agent."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: str = "tool_return"
+    result: JsonValue = None
+
+
+class StromaDurability(BaseDurabilityCapability[Any]):
+    """Makes an agent durable in the body of a flow: ``Agent(..., name="a", capabilities=[StromaDurability()])``.
+
+    There each model request is the step ``a.model`` and each call of a tool the step ``a.TOOL``, with everything that a step
+    has; policies and timeouts go by these ids. Approvals and results of deferred tools are questions of the flow, answered
+    with a ToolApproval or a ToolAnswer. Anywhere else the agent runs as it does without. Options of a tool: ToolOptions.
+
+    Args:
+        models: further models by the id with which a run selects one.
+        event_stream_handler: function that receives the events of streamed answers and of tools.
+        name: in place of the agent's.
+    """
+
+    engine_spec: ClassVar[DurabilityEngineSpec] = DurabilityEngineSpec(
+        engine_name="Stroma",
+        durable_unit_noun="step",
+        durable_container_noun="flow",
+        codec=JSON_CODEC,
+        toolset_lifecycles={
+            "function": "enter-always",
+            "mcp": "enter-outside-durable",
+            "dynamic": "enter-never",
+        },
+        tool_config_key=_METADATA,
+        accepts_cancellation_token=True,
+    )
+
+    @property
+    def in_durable_context(self) -> bool:
+        return current_flow() is not None
+
+    def get_durable_operation_backend(self) -> DurableOperationBackend[Any]:
+        return self._backend
+
+    @cached_property
+    def _backend(self) -> _Backend:
+        return _Backend(self.name)
+
+    def _bind_to_agent(self, agent: Any) -> None:
+        self.__dict__.pop("_backend", None)  # A copy for each agent: their steps have its name.
+        super()._bind_to_agent(agent)
+
+    def get_default_run_id(self) -> str | None:
+        flow = current_flow()
+        return None if flow is None else str(flow.uuid())
+
+    def get_default_conversation_id(self, run_id: str) -> str | None:
+        return None if current_flow() is None else conversation_id_from_run_id(run_id)
+
+    async def get_run_start_time(self, run_id: str) -> datetime | None:
+        flow = current_flow()
+        return None if flow is None else flow.now()
+
+    async def wrap_run(self, ctx: Any, *, handler: Any) -> Any:
+        """Run the agent; its plain functions that are no tools run in the body."""
+        if current_flow() is None:
+            return await super().wrap_run(ctx, handler=handler)
+        with Agent.using_thread_executor(_EXECUTOR):
+            return await super().wrap_run(ctx, handler=handler)
+
+    def get_wrapper_model(self, model: Any) -> Any:
+        """Have the step of a request report its usage, and emit the text of a streamed answer."""
+        return _StepModel(model) if _OPERATION.get() is not None and current_flow() is None else None
+
+    async def handle_deferred_tool_calls(self, ctx: Any, *, requests: Any) -> DeferredToolResults | None:
+        """Ask for the approvals, and for the results of tools that are called elsewhere, as questions of the flow."""
+        flow = current_flow()
+        if flow is None:
+            return None
+        approvals, calls = await asyncio.gather(
+            asyncio.gather(*(_ask_approval(flow, call) for call in requests.approvals)),
+            asyncio.gather(*(_ask_result(flow, call) for call in requests.calls)),
+        )
+        return DeferredToolResults(calls=dict(calls), approvals=dict(approvals))
+
+
+_EXECUTOR: Final = BodyExecutor(thread_name_prefix="stroma-pydantic-ai")
+#: What the step around this code does.
+_OPERATION: ContextVar[Callable[[], Awaitable[object]] | None] = ContextVar(
+    "stroma_pydantic_ai", default=None
+)
+
+
+async def _ask_approval(flow: Flow, call: Any) -> tuple[str, ToolApproved | ToolDenied]:
+    answer = await flow.wait_for(
+        ToolApproval, reason=f"approval of {call.tool_name}({call.args_as_json_str()})"
+    )
+    if answer.approved:
+        return call.tool_call_id, ToolApproved(override_args=cast("dict[str, Any] | None", answer.arguments))
+    return call.tool_call_id, ToolDenied(answer.message)
+
+
+async def _ask_result(flow: Flow, call: Any) -> tuple[str, Any]:
+    reason = f"result of {call.tool_name}({call.args_as_json_str()})"
+    return call.tool_call_id, (await flow.wait_for(ToolAnswer, reason=reason)).result
+
+
+class _Backend(DurableOperationBackend[ToolOptions]):
+    """Turns operations of an agent into steps."""
+
+    def __init__(self, agent: str) -> None:
+        self._agent = agent
+        self._nodes: dict[str, Any] = {}
+
+    def bind(self, operation: DurableOperation[Any, Any, Any]) -> Any:
+        return _Step(operation, self)
+
+    def registrations(self) -> Sequence[Callable[..., object]]:
+        return ()
+
+    def config_for_tool(
+        self, operation: DurableOperation[Any, Any, Any], *, tool: Any, tool_name: str
+    ) -> ToolOptions | Literal[False]:
+        """Return the options of a tool; False if it is no step. Raises TypeError for unknown ones."""
+        options = None if tool is None else (tool.tool_def.metadata or {}).get(_METADATA)
+        if options is False:
+            return False
+        unknown = set(options or ()) - set(ToolOptions.__annotations__)
+        if unknown:
+            raise TypeError(
+                f"tool {tool_name!r} has unknown options {sorted(unknown)} in metadata[{_METADATA!r}]; "
+                f"pass {' or '.join(ToolOptions.__annotations__)}, or False"
+            )
+        return cast("ToolOptions", options or {})
+
+    def node(self, operation: DurableOperationId, params: Any, options: ToolOptions) -> Any:
+        """Return the node of an operation; calls of one tool share it."""
+        node_id = f"{self._agent}.{_name_of(operation, params)}"
+        node = self._nodes.get(node_id)
+        if node is None:
+            node = self._nodes[node_id] = self._make(node_id, operation, options)
+        return node
+
+    def _make(self, node_id: str, operation: DurableOperationId, options: ToolOptions) -> Any:
+        is_tool = isinstance(operation, ToolsetCallToolId)
+        role: Role | None = "tool" if is_tool else None
+        input_schema = (
+            ToolCall if is_tool else ModelCall if isinstance(operation, ModelRequestId) else OtherCall
+        )
+        reconcile = options.get("reconcile")
+        contract: NodeContract[Any, Any] = NodeContract(
+            node_id=node_id, input_schema=input_schema, output_schema=ToolResult if is_tool else OperationResult, role=role,
+            effect=options.get("effect", False), reconcile=None if reconcile is None else _reconcile_call(reconcile),
+        )  # fmt: skip
+
+        async def perform(_: Any) -> Any:
+            work = _OPERATION.get()
+            assert work is not None
+            payload: Any = await work()
+            return payload if is_tool else {"value": payload}
+
+        return stroma_node(node_id, contract)(perform)
+
+
+def _reconcile_call(reconcile: Callable[[dict[str, Any], str], Any]) -> Callable[[ToolCall, str], Any]:
+    async def look(call: ToolCall, key: str) -> Any:
+        answer = reconcile(call.arguments, key)
+        if inspect.isawaitable(answer):
+            answer = await answer
+        return answer if isinstance(answer, (NotDone, Unknown)) else {"result": to_jsonable_python(answer)}
+
+    return look
+
+
+class _Step:
+    """An operation that is a step where a flow is around it."""
+
+    def __init__(self, operation: DurableOperation[Any, Any, Any], backend: _Backend) -> None:
+        self.operation, self._backend = operation, backend
+
+    async def __call__(self, params: Any, *, config: object | None = None) -> Any:
+        operation, flow = self.operation, current_flow()
+        if flow is None:  # A capability's operation that a tool calls: a part of the tool's step.
+            return await operation.handler(params)
+        options = cast("ToolOptions", config or {})
+        node = self._backend.node(operation.operation_id, params, options)
+
+        async def work() -> object:
+            with durable_unit_scope():
+                return operation.result_codec.dump(await operation.handler(params))
+
+        token = _OPERATION.set(work)
+        try:
+            output = await flow.step(node, _input_of(operation.operation_id, params))
+        finally:
+            _OPERATION.reset(token)
+        payload = output.model_dump() if isinstance(output, ToolResult) else output.value
+        return operation.result_codec.load(payload)
+
+
+def _name_of(operation: DurableOperationId, params: Any) -> str:
+    """Return the id of an operation within its agent. It is recorded: it stays."""
+    match operation:
+        case ModelRequestId():
+            return "model"
+        case ModelCompactMessagesId():
+            return "model.compact"
+        case ModelCancelSuspendedResponseId():
+            return "model.cancel"
+        case EventStreamHandlerId():
+            return "events"
+        case ToolsetCallToolId():
+            return str(params.name)
+        case ToolsetValidateToolArgumentsId():
+            return f"{params.name}.validate"
+        case ToolsetGetToolsId():
+            return f"{operation.toolset_id}.tools"
+        case ToolsetGetInstructionsId():
+            return f"{operation.toolset_id}.instructions"
+        case CapabilityOperationId():
+            return f"{operation.capability_id}.{operation.operation}"
+        case _:
+            return type(operation).__name__
+
+
+def _input_of(operation: DurableOperationId, params: Any) -> BaseModel:
+    """Return what a step is recorded with: the same on replay, which ids and times that the body made are not."""
+    if isinstance(params, (ToolsetCallToolParams, DynamicToolsetCallToolParams)):
+        arguments = to_jsonable_python(params.tool_args, fallback=repr)
+        return (
+            ToolCall(tool=params.name, arguments=arguments)
+            if isinstance(operation, ToolsetCallToolId)
+            else OtherCall(operation=params.name)
+        )
+    if isinstance(params, ModelRequestParams):
+        newest = params.messages[-1]
+        return ModelCall(earlier=len(params.messages) - 1, parts=_parts_of(newest))
+    return OtherCall(operation=type(operation).__name__)
+
+
+def _parts_of(message: ModelMessage) -> list[dict[str, JsonValue]]:
+    if not isinstance(message, ModelRequest):
+        return []
+    parts = []
+    for part in message.parts:
+        shown = {
+            "kind": part.part_kind,
+            "content": to_jsonable_python(getattr(part, "content", None), fallback=repr),
+        }
+        name = getattr(part, "tool_name", None)
+        parts.append(shown if name is None else {**shown, "tool": name})
+    return parts
+
+
+class _StepModel(WrapperModel):
+    """A model in a step: it reports the usage of its answers, emits streamed text, and gives way to a fallback."""
+
+    async def request(self, *args: Any, **kwargs: Any) -> Any:
+        node, model = _node(), self._serving()
+        response = await model.request(*args, **kwargs)
+        node.report_usage(usage_of(response))
+        return response
+
+    @contextlib.asynccontextmanager
+    async def request_stream(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any]:
+        node, model = _node(), self._serving()
+        async with model.request_stream(*args, **kwargs) as streamed:
+            yield streamed
+        node.report_usage(usage_of(streamed.get()))
+
+    def _serving(self) -> Any:
+        """Return the model of a fallback that is due, else the wrapped one."""
+        fallback = _node().ctx.fallback_model()
+        return self.wrapped if fallback is None else infer_model(fallback)
+
+
+def _node() -> NodeExecution:
+    node = current_node_or_none()
+    assert node is not None  # It is made in a step.
+    return node

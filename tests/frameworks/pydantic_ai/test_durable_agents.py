@@ -1,0 +1,284 @@
+"""Agents of Pydantic AI in a flow: each model request and each tool call is a step of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from pydantic_ai import Agent, FunctionToolset
+from pydantic_ai.exceptions import ModelHTTPError
+from pydantic_ai.messages import ModelMessage, ModelResponse, TextPart, ToolCallPart
+from pydantic_ai.models.function import AgentInfo, FunctionModel
+from pydantic_ai.toolsets import DynamicToolset
+from pydantic_ai.usage import RequestUsage
+from tests.kit import NEVER, Num
+
+from stroma import FailurePolicy, Flow, InMemoryStore, NotDone, RunStatus, StromaRunner, stroma_flow
+from stroma.testing import assert_resumable
+
+pytest.importorskip("stroma.adapters._pydantic_ai_durability", exc_type=ImportError)
+from stroma.adapters.pydantic_ai import StromaDurability, ToolApproval
+
+
+class Answer(BaseModel):
+    text: str
+
+
+class World:
+    """A model with four rounds of two tools in parallel, and what was called."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def respond(self, messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        returned = sum(part.part_kind == "tool-return" for message in messages for part in message.parts)
+        self.calls.append(f"model {len(messages)}")
+        parts: list[Any] = [TextPart("done")]
+        if returned < 6:
+            parts = [ToolCallPart("double", {"x": returned}), ToolCallPart("double", {"x": 10 + returned})]
+        usage = RequestUsage(input_tokens=10, output_tokens=2)
+        return ModelResponse(parts=parts, usage=usage, model_name="gpt-4o")
+
+    def agent(self, **options: Any) -> Agent[None, str]:
+        agent = Agent(FunctionModel(self.respond), name="a", capabilities=[StromaDurability()], **options)
+
+        @agent.tool_plain
+        async def double(x: int) -> int:
+            self.calls.append(f"double {x}")
+            return 2 * x
+
+        return agent
+
+    def flow(self, **options: Any) -> Any:
+        agent = self.agent(**options)
+
+        @stroma_flow("f", input=Num, output=Answer)
+        async def f(flow: Flow, state: Num) -> Answer:
+            result = await agent.run(f"go {state.n}")
+            return Answer(text=f"{result.output} {result.usage.total_tokens} {len(result.all_messages())}")
+
+        return f
+
+
+async def test_requests_and_tools_are_steps() -> None:
+    """G12: Each request and each call of a tool is a step with its usage, and the answer is the agent's."""
+    world, store = World(), InMemoryStore()
+    result = await StromaRunner.quick(store=store, run_id="r").run(world.flow(), Num())
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert result.final_state == Answer(text="done 48 8")
+    steps = [one.node_id for one in store.attempts("r") if one.node_id != "f"]
+    assert steps == 3 * ["a.model", "a.double", "a.double"] + ["a.model"]
+    assert result.total_tokens == 48
+
+
+async def test_an_agent_survives_death_at_every_boundary() -> None:
+    """G5: Killed at any record, the agent resumes with the same answer, and no request or tool that ended is called again."""
+    found = await assert_resumable(
+        World().flow(), Num(), runner=StromaRunner.quick(policy_map=NEVER), processes=False
+    )
+    assert len(found.boundaries) > 20
+
+
+async def test_outside_of_a_flow_it_is_the_agent_as_it_was() -> None:
+    """The capability changes nothing of an agent outside of flows, also inside a plain node."""
+    world = World()
+    result = await world.agent().run("go")
+    assert (result.output, result.usage.total_tokens) == ("done", 48)
+
+
+async def test_an_approval_is_a_question_of_the_flow() -> None:
+    """A tool that needs approval suspends the run; it is called once the answer approves it, with other arguments if given."""
+    calls: list[str] = []
+
+    def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        returned = [
+            part.content for message in messages for part in message.parts if part.part_kind == "tool-return"
+        ]
+        part: Any = TextPart(f"done {returned}") if returned else ToolCallPart("refund", {"cents": 500})
+        return ModelResponse(parts=[part])
+
+    agent = Agent(FunctionModel(respond), name="a", capabilities=[StromaDurability()])
+
+    @agent.tool_plain(requires_approval=True)
+    def refund(cents: int) -> str:
+        calls.append(f"refund {cents}")
+        return f"refunded {cents}"
+
+    @stroma_flow("f", input=Num, output=Answer)
+    async def f(flow: Flow, state: Num) -> Answer:
+        return Answer(text=(await agent.run("go")).output)
+
+    store = InMemoryStore()
+    runner = StromaRunner.quick(store=store, run_id="r", resume=True)
+    result = await runner.run(f, Num())
+    assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ['approval of refund({"cents":500})'])
+    assert calls == []
+    await runner.signal("r", ToolApproval(approved=True, arguments={"cents": 400}))
+    result = await runner.run(f, Num())
+    assert result.final_state == Answer(text="done ['refunded 400']"), result.failure
+    assert calls == ["refund 400"]
+
+
+async def test_a_tool_that_is_an_effect_is_asked_about_before_it_is_called_again() -> None:
+    """G13: The call of an effect that was cut off by the death of its process is looked up, with its arguments and key."""
+    booked: dict[str, int] = {}
+    asked: list[dict[str, Any]] = []
+    is_dying = [True]
+
+    def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        returned = any(part.part_kind == "tool-return" for message in messages for part in message.parts)
+        part: Any = TextPart("done") if returned else ToolCallPart("charge", {"cents": 500})
+        return ModelResponse(parts=[part])
+
+    def look(arguments: dict[str, Any], key: str) -> Any:
+        asked.append(arguments)
+        return booked.get(key, NotDone())
+
+    agent = Agent(FunctionModel(respond), name="a", capabilities=[StromaDurability()])
+
+    @agent.tool_plain(metadata={"stroma": {"effect": True, "reconcile": look}})
+    async def charge(cents: int) -> int:
+        from stroma import current_node
+
+        booked[current_node().idempotency_key] = cents
+        if is_dying.pop():
+            raise ConnectionResetError("connection reset by peer")
+        return cents
+
+    @stroma_flow("f", input=Num, output=Answer)
+    async def f(flow: Flow, state: Num) -> Answer:
+        return Answer(text=(await agent.run("go")).output)
+
+    result = await StromaRunner.quick(store=InMemoryStore()).run(f, Num())
+    assert result.final_state == Answer(text="done"), result.failure
+    assert list(booked.values()) == [500]
+    assert asked == [{"cents": 500}]
+
+
+async def test_agents_run_in_parallel_and_inside_tools_of_others() -> None:
+    """Agents in tasks of a body have steps of their own; one that a tool asks is a part of that tool's step."""
+    world, store = World(), InMemoryStore()
+    inner = world.agent()
+
+    @stroma_flow("f", input=Num, output=Answer)
+    async def f(flow: Flow, state: Num) -> Answer:
+        results = await asyncio.gather(*(inner.run(f"go {n}") for n in range(3)))
+        return Answer(text=" ".join(one.output for one in results))
+
+    result = await StromaRunner.quick(store=store, run_id="r").run(f, Num())
+    assert result.final_state == Answer(text="done done done"), result.failure
+    assert len(store.attempts("r")) == 31
+
+
+async def test_a_streamed_answer_is_one_step() -> None:
+    """The text of run_stream comes from the step of its request, which reports its usage once; so do events of a handler."""
+    seen: list[str] = []
+
+    async def respond(messages: list[ModelMessage], info: AgentInfo) -> AsyncIterator[str]:
+        yield "hello "
+        yield "world"
+
+    async def handle(ctx: Any, events: Any) -> None:
+        async for event in events:
+            seen.append(event.event_kind)
+
+    durable = StromaDurability(event_stream_handler=handle)
+    agent = Agent(FunctionModel(stream_function=respond), name="a", capabilities=[durable])
+
+    @stroma_flow("f", input=Num, output=Answer)
+    async def f(flow: Flow, state: Num) -> Answer:
+        async with agent.run_stream("go") as streamed:
+            parts = [part async for part in streamed.stream_text(delta=True)]
+        return Answer(text="".join(parts))
+
+    store = InMemoryStore()
+    result = await StromaRunner.quick(store=store, run_id="r").run(f, Num())
+    assert result.final_state == Answer(text="hello world"), result.failure
+    assert [one.tokens > 0 for one in store.attempts("r") if one.node_id == "a.model"] == [True]
+    assert {"part_start", "part_delta"} <= set(seen)
+
+
+async def test_an_answer_that_is_refused_is_asked_for_again() -> None:
+    """Output that its class refuses goes back to the model, on replay as well."""
+
+    def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        (tool,) = info.output_tools
+        n: Any = "x" if len(messages) == 1 else 7
+        return ModelResponse(parts=[ToolCallPart(tool.name, {"n": n})])
+
+    agent = Agent(FunctionModel(respond), name="a", output_type=Num, capabilities=[StromaDurability()])
+
+    @agent.output_validator
+    def check(output: Num) -> Num:
+        return Num(n=output.n + 1)
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        return (await agent.run("go")).output
+
+    runner = StromaRunner.quick(policy_map=NEVER)
+    await assert_resumable(f, Num(), runner=runner, processes=False)
+    assert (await runner.run(f, Num())).final_state == Num(n=8)
+
+
+async def test_toolsets_that_are_made_for_a_run_are_steps_too() -> None:
+    """A dynamic toolset is resolved in a step of its own, and so is a tool of it; a tool with False is no step."""
+    calls: list[str] = []
+
+    def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        returned = any(part.part_kind == "tool-return" for message in messages for part in message.parts)
+        names = [tool.name for tool in info.function_tools]
+        return ModelResponse(
+            parts=[TextPart("done")] if returned else [ToolCallPart(name, {}) for name in names]
+        )
+
+    def found() -> str:
+        calls.append("found")
+        return "found"
+
+    def make(ctx: Any) -> FunctionToolset[None]:
+        return FunctionToolset([found])
+
+    toolset: Any = DynamicToolset(make, id="dynamic")
+    agent = Agent(FunctionModel(respond), name="a", toolsets=[toolset], capabilities=[StromaDurability()])
+
+    @agent.tool_plain(metadata={"stroma": False})
+    async def pure() -> str:
+        calls.append("pure")
+        return "pure"
+
+    @stroma_flow("f", input=Num, output=Answer)
+    async def f(flow: Flow, state: Num) -> Answer:
+        return Answer(text=(await agent.run("go")).output)
+
+    store = InMemoryStore()
+    result = await StromaRunner.quick(store=store, run_id="r").run(f, Num())
+    assert result.final_state == Answer(text="done"), result.failure
+    assert sorted(calls) == ["found", "pure"]
+    steps = {one.node_id for one in store.attempts("r")}
+    assert {"a.dynamic.tools", "a.found", "a.model"} <= steps
+    assert "a.pure" not in steps
+
+
+async def test_a_failed_request_is_retried_as_a_step_is() -> None:
+    """A rate limit of the provider is retried by the policy of the step; a refused request stops the flow with its failure."""
+    errors: list[Exception] = [ModelHTTPError(429, "gpt-4o"), ModelHTTPError(401, "gpt-4o")]
+
+    def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        raise errors.pop(0)
+
+    agent = Agent(FunctionModel(respond), name="a", capabilities=[StromaDurability()])
+
+    @stroma_flow("f", input=Num, output=Answer)
+    async def f(flow: Flow, state: Num) -> Answer:
+        return Answer(text=(await agent.run("go")).output)
+
+    at_once = {"RECOVERABLE": FailurePolicy(max_retries=2, backoff_seconds=0)}
+    result = await StromaRunner.quick(policy_map=at_once).run(f, Num())
+    assert result.status is RunStatus.FAILED
+    assert result.failure is not None
+    assert (result.failure.node_id, result.failure.reason) == ("a.model", "auth")
+    assert errors == []
