@@ -155,7 +155,6 @@ class StromaDurability(BaseDurabilityCapability[Any]):
             "dynamic": "enter-never",
         },
         tool_config_key=_METADATA,
-        accepts_cancellation_token=True,
     )
 
     @property
