@@ -26,7 +26,7 @@ NOTE = "<!-- Written by docs/generate.py: run `./dev run python docs/generate.py
 TOPICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "running": (
         "Running", "Runners, pipelines, nodes, flows, and the configuration of runs.",
-        ("runner.pipeline", "runner.runner", "runner.flows.flow", "runner.flows.definition", "runner.flows.errors", "runner.stream", "engine.config", "contracts.node", "engine.execution", "runner.steps", "engine.context"),
+        ("runner.pipeline", "runner.runner", "runner.flows.flow", "runner.flows.definition", "runner.flows.errors", "runner.stream", "runner.events", "engine.config", "contracts.node", "engine.execution", "runner.steps", "engine.context"),
     ),
     "contracts": ("Contracts and checks", "Contracts of nodes, and the checker that compares them before a run.", ("contracts.contract", "contracts.effects", "contracts.tagged_json", "contracts.checks")),
     "failures": ("Failures and policies", "Failure classes, retry policies and errors.", ("failures",)),

@@ -213,16 +213,17 @@ async def test_the_run_waits_for_a_slow_reader() -> None:
 async def test_only_the_newest_progress_is_kept() -> None:
     """Progress of a map that nobody has read is replaced by newer one, and does not fill the buffer."""
     from stroma.hooks import MapProgress
-    from stroma.runner.stream import _Queue
+    from stroma.runner.events import EventHub
 
     def event(number: int, kind: Any = "map_progress", position: int = 0) -> StreamEvent:
         progress = MapProgress(number, 9, 0, 0, 0.0, None, 0.0, False)
         return StreamEvent(number, kind, "run", "m", position, progress=progress)
 
-    queue = _Queue()
+    reader = EventHub().add_reader()
     for one in (event(1), event(2), event(3, position=1), event(4, "node_start"), event(5), event(6)):
-        queue.put(one)
-    assert [one.number for one in queue.events] == [2, 3, 4, 6]
+        reader.put(one)
+    assert [reader.take().number for _ in range(4)] == [2, 3, 4, 6]  # type: ignore[union-attr]
+    assert reader.take() is None
 
 
 async def test_a_cancellation_while_the_run_waits_loses_no_end() -> None:
@@ -231,7 +232,7 @@ async def test_a_cancellation_while_the_run_waits_loses_no_end() -> None:
     stream = runner.stream([node(f"n{i}") for i in range(9)], Num(), buffer=1)
     async with stream:
         await anext(stream)
-        await until(lambda: len(stream._queue.events) > 1)
+        await until(lambda: stream._reader.pending > 1)
         assert await runner.cancel("run")
         events = [event async for event in stream]
     assert stream.result.status is RunStatus.CANCELLED

@@ -25,6 +25,7 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.deadlines import call_in_time
 from stroma.engine.diagnosis import judge
 from stroma.engine.effects import Effect, Stated, UnknownOutcome
+from stroma.engine.emitted import mark_attempt
 from stroma.engine.events import (
     failure_arguments,
     start_arguments,
@@ -259,11 +260,13 @@ class NodeAttempt(OpenAttempt):
             call, is_async = partial(call_at_place, self.run, contract), True
         if effect is not None:
             call = partial(effect.call, call)
-        if not is_async:
+        awaitable: Awaitable[Any]
+        if is_async:
+            awaitable = call(state, context)
+        else:
             warn = partial(ctx.run_logger.warning, CONTINUES, node.node_id)
-            return call_in_thread(call, (state, context), warn)
-        awaitable: Awaitable[Any] = call(state, context)
-        return awaitable
+            awaitable = call_in_thread(call, (state, context), warn)
+        return mark_attempt(self.run, awaitable) if ctx.takes_events else awaitable
 
     def _stop_clock(self) -> None:
         """Note how long the function took; for a group, from the start of its first function to the end of its last."""

@@ -52,6 +52,7 @@ from stroma.trace.trace import ExecutionTrace
 
 if TYPE_CHECKING:
     from stroma.cost.budget import Dimension
+    from stroma.engine.emitted import EventReceiver
 
 __all__ = ["BLOCK_NS", "ReliabilityContext"]
 
@@ -72,11 +73,11 @@ class ReliabilityContext:
 
     # Slots, since several of them are read for each node.
     __slots__ = (
-        "__weakref__", "_notes", "_opening", "_prior_unrecorded", "_warned", "apart", "budget", "caller", "cancelled", "checkpoint_manager", "classifiers",
-        "config", "context", "cost_tracker", "delivers", "dispatch", "done", "effects", "epoch_ns", "failed_items", "failed_maps",
+        "__weakref__", "_notes", "_opening", "_prior_unrecorded", "_warned", "apart", "attempt_count", "budget", "caller", "cancelled", "checkpoint_manager", "classifiers",
+        "config", "context", "cost_tracker", "delivers", "dispatch", "done", "effects", "epoch_ns", "event_receivers", "failed_items", "failed_maps",
         "fire", "gated", "handover", "holds", "hook_failures", "hooks", "interceptors", "interrupt", "kept_traces", "limits", "max_block_ns",
         "model_fallbacks", "number_event", "on_hold", "paused", "pipeline", "plain_steps", "policy_map", "questions", "redactor", "registry", "restored",
-        "retry_budget", "run_id", "run_logger", "session", "step_policies", "step_timeouts", "stops", "suspended", "timed",
+        "retry_budget", "run_id", "run_logger", "session", "step_policies", "step_timeouts", "stops", "suspended", "takes_events", "timed",
         "trace", "traceparent", "tried", "unknown_ends", "unpriced", "versions", "wake_ms",
     )  # fmt: skip
 
@@ -206,6 +207,11 @@ class ReliabilityContext:
         self._warned: dict[str | tuple[str, str], None] = {}  # A set would take 200 bytes in each run.
         #: The store records which end hooks are due.
         self.delivers = False
+        #: Receivers of what nodes emit (stroma.engine.emitted), and the number of attempts whose events have an id.
+        self.event_receivers: tuple[EventReceiver, ...] = ()
+        self.attempt_count = 0
+        #: Something looks at what nodes emit.
+        self.takes_events = False
         #: Attempts wait for their turn at a shared budget, a limit or a breaker.
         self.gated = self.config.gated
 
@@ -220,6 +226,10 @@ class ReliabilityContext:
             return NO_HOOKS
         if len(sets) > 1:
             sets = distinct(sets)
+        self.event_receivers = tuple(
+            [receiver for one in sets if (receiver := one._event_receiver()) is not None]
+        )
+        self.takes_events = bool(self.event_receivers)
         self.delivers = self.config.hook_delivery == "at_least_once"
         limit = self.config.hook_timeout_ms
         return Hooks(

@@ -8,10 +8,13 @@ from __future__ import annotations
 from contextvars import ContextVar, Token
 from typing import Any
 
-__all__ = ["CURRENT", "RESERVED", "RUN", "leave"]
+__all__ = ["ATTEMPT", "CURRENT", "RESERVED", "RUN", "leave"]
 
 #: The NodeExecution around this code, or None.
 CURRENT: ContextVar[Any] = ContextVar("stroma_current_node", default=None)
+
+#: The NodeExecution whose function runs here, and the id of its attempt, in a run whose events have receivers.
+ATTEMPT: ContextVar[tuple[Any, str] | None] = ContextVar("stroma_attempt", default=None)
 
 #: The ReliabilityContext around this code, or None.
 RUN: ContextVar[Any] = ContextVar("stroma_current_run", default=None)

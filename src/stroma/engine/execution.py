@@ -15,6 +15,7 @@ from stroma.contracts.schema import Schema, Snapshot, describe_error, schema_of
 from stroma.cost.budget import limits
 from stroma.cost.usage import Report, UsageError, check_usage, report_of, report_of_figures, shown
 from stroma.engine.current import CURRENT, RUN
+from stroma.engine.emitted import emit_event
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import Failure
 from stroma.trace.events import NO_USAGE, AttemptRow, AttemptUsage, Outcome, Schemas, TraceEvent
@@ -90,6 +91,8 @@ class NodeExecution:
     effect: Any = None
     #: Its call at a place, an OpenCall of stroma.engine.placed_calls.
     placed_call: Any = None
+    #: Id of the present attempt, in a run whose events have receivers; see stroma.engine.emitted.
+    attempt_id: str | None = None
     _notes: dict[Any, Any] | None = None
     _calls: StepCalls | None = None
 
@@ -372,6 +375,15 @@ class NodeExecution:
         if self.reported is None:
             self.reported = []
         self.reported.append(report)
+
+    def emit(self, data: Any, name: str = "delta") -> None:
+        """Send an event to the readers of the run: a piece of text, progress, or any other JSON data or pydantic model.
+
+        Safe to call in any thread of the node's function. Never waits, and never raises: other data is dropped with a
+        warning. Events are not recorded, and those of an attempt that has ended are dropped.
+        """
+        if self.ctx.takes_events:
+            emit_event(self, data, name)
 
     def counts_as_zero(self, error: UsageError) -> bool:
         """Return True if usage that a response leaves out is 0, with a warning: where no limit depends on it."""

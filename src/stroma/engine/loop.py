@@ -321,7 +321,7 @@ async def _wait(
         await wait_unless_held(ctx, partial(sleep, delay))
     else:
         await sleep(0)
-    run.ended = None
+    run.ended = run.attempt_id = None
 
 
 async def _announce_retry(

@@ -135,15 +135,18 @@ class Redactor:
         message = self.mask(failure.message)
         return failure if message == failure.message else replace(failure, message=message)
 
+    def failure_message(self, message: str, row: AttemptRow) -> str:
+        """Return the message of a failed attempt without what ``redact`` removes from its states."""
+        if self._redact is None:
+            return message
+        try:
+            return self._trace.redacted_message(message, row, self._redact)
+        except Exception:  # A class of the user's that cannot be shown.
+            return HIDDEN
+
     def log_text(self, failure: Failure, row: AttemptRow) -> str:
         """Return a failed attempt as a log line shows it: ``Type: message``, in one line."""
-        message = failure.message
-        if self._redact is not None:
-            try:
-                message = self._trace.redacted_message(message, row, self._redact)
-            except Exception:  # A class of the user's that cannot be shown.
-                message = HIDDEN
-        return one_line(typed(kind_of(failure.exception), message))
+        return one_line(typed(kind_of(failure.exception), self.failure_message(failure.message, row)))
 
     def redact_error(self, error: BaseException) -> BaseException:
         """Return an exception as hooks may see it: a violation carries the state that broke the contract."""

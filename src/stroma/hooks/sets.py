@@ -122,6 +122,10 @@ class NodeHooks(NamedArguments):
     def hook_raised(self, run: Any, event: str) -> None:
         """Handle an exception of a hook of any set of the run; ``run`` is its context, or None if it is not known."""
 
+    def _event_receiver(self) -> Any:
+        """Return what receives the events that nodes emit, an EventReceiver of stroma.engine.emitted; None for most sets."""
+        return None
+
     def _hook_of(self, event: str) -> Any:
         """Return the hook of an event that a run which begins now calls, or None."""
         return getattr(self, event)

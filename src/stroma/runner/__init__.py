@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from stroma.failures.failure import Classifier, NodeContext, classify
     from stroma.failures.policy import PolicyMap, default_policy_map
     from stroma.hooks.sets import NodeHooks, StepHooks
+    from stroma.runner.events import StreamEvent
     from stroma.runner.flows.definition import stroma_flow
     from stroma.runner.flows.errors import StepFailed
     from stroma.runner.flows.flow import Flow, FlowFunction
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from stroma.runner.pipeline import Pipeline
     from stroma.runner.runner import StromaRunner
     from stroma.runner.steps import StromaStep, execute_step
-    from stroma.runner.stream import RunStream, StreamEvent
+    from stroma.runner.stream import RunStream
     from stroma.trace.events import TraceEvent
     from stroma.trace.result import ExecutionResult, RunStatus
 
@@ -94,7 +95,7 @@ _HOMES = {
     "RunStream": "runner.stream",
     "StepFailed": "runner.flows.errors",
     "StepHooks": "hooks.sets",
-    "StreamEvent": "runner.stream",
+    "StreamEvent": "runner.events",
     "StromaRunner": "runner.runner",
     "StromaStep": "runner.steps",
     "TraceEvent": "trace.events",

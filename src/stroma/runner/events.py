@@ -1,0 +1,284 @@
+"""Events of a run, and the hub that numbers them and hands them to readers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, Self
+
+from stroma.engine.execution import NodeExecution
+from stroma.hooks.sets import MapProgress
+from stroma.trace.events import TraceEvent
+from stroma.trace.plain import jsonable
+from stroma.trace.result import ExecutionResult
+
+__all__ = ["EventHub", "EventKind", "EventReader", "StreamEvent"]
+
+EventKind = Literal[
+    "run_start",
+    "node_start",
+    "node_event",
+    "node_success",
+    "node_failure",
+    "node_retry",
+    "node_skipped",
+    "node_cancelled",
+    "node_suspended",
+    "budget_warning",
+    "map_progress",
+    "events_dropped",
+    "run_end",
+]
+_ENDS: Final = frozenset({"node_success", "node_failure", "node_cancelled", "node_suspended"})
+#: Emitted events that may be pending for one reader.
+MAX_EMITTED: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEvent:
+    """An event of a run.
+
+    Attributes:
+        number: 1-based, in the order of the events.
+        attempt: 1-based; None for an event that belongs to no attempt.
+        attempt_id: id of the attempt, unique in the run over attempts, groups and takeovers; with the start and the end of
+            an attempt, and what it emits.
+        state: the run's input with "run_start", a node's input with "node_start", the output with "node_success" and
+            "node_skipped".
+        name: name of the emitted event, with "node_event".
+        data: JSON data, with "node_event".
+        event: the attempt's event in the trace, at its end; without the events inside a group, which came before.
+        progress: with "map_progress".
+        details: further data of this kind of event, as JSON data.
+        result: the return value of ``run()``, with "run_end".
+    """
+
+    number: int
+    kind: EventKind
+    run_id: str
+    node_id: str | None = None
+    position: int | None = None
+    branch: str = ""
+    attempt: int | None = None
+    attempt_id: str | None = None
+    state: dict[str, Any] | None = None
+    name: str | None = None
+    data: Any = None
+    event: TraceEvent | None = None
+    progress: MapProgress | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+    result: ExecutionResult | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the event as JSON data, without ``event``, ``result`` and fields that are None or empty details."""
+        data = {name: getattr(self, name) for name in _JSON_FIELDS}
+        return {
+            name: jsonable(value)
+            for name, value in data.items()
+            if value is not None and (value or name != "details")
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Return the event of a :meth:`to_dict`; its ``event`` and ``result`` are None. Ignores unknown keys."""
+        fields = {name: data[name] for name in _JSON_FIELDS if name in data}
+        if "progress" in fields:
+            fields["progress"] = MapProgress(**fields["progress"])
+        return cls(**fields)
+
+    def to_sse(self) -> str:
+        """Return a message of a ``text/event-stream``; its event is the kind, its id the number."""
+        return (
+            f"id: {self.number}\nevent: {self.kind}\ndata: {json.dumps(self.to_dict(), allow_nan=False)}\n\n"
+        )
+
+
+_JSON_FIELDS: Final = (
+    "number", "kind", "run_id", "node_id", "position", "branch", "attempt", "attempt_id", "state", "name", "data",
+    "progress", "details",
+)  # fmt: skip
+
+
+class EventHub:
+    """Numbers the events of one run, and hands each of them to all readers.
+
+    :meth:`emit` is safe to call in any thread; everything else belongs to the thread of the run's event loop. Events that an
+    attempt emits lie between its start and its end: :meth:`emit` drops others, such as those of a thread that outlived its
+    attempt.
+    """
+
+    def __init__(self) -> None:
+        self.readers: tuple[EventReader, ...] = ()
+        self.is_closed = False
+        # Reentrant: a finalizer that emits may run while it is held.
+        self.lock = threading.RLock()
+        self._number = 0
+        #: Ids of the attempts that have started and not ended.
+        self._attempts: set[str] = set()
+        self._room: asyncio.Future[None] | None = None
+
+    def add_reader(self, buffer: int | None = None) -> EventReader:
+        """Return a reader of the events from now on. ``buffer``: see :meth:`wait_for_room`."""
+        reader = EventReader(self, buffer)
+        with self.lock:
+            self.readers = (*self.readers, reader)
+        return reader
+
+    def remove_reader(self, reader: EventReader) -> None:
+        """Remove a reader and its pending events. Safe to call twice."""
+        with self.lock:
+            self.readers = tuple([one for one in self.readers if one is not reader])
+            reader.clear()
+        self.make_room()
+
+    def publish(self, kind: EventKind, run_id: str, node_id: str | None = None, **fields: Any) -> None:
+        """Put an event that must not be lost into every queue. Awaits nothing, so that a cancellation loses none."""
+        with self.lock:
+            if kind == "node_start":
+                self._attempts.add(fields["attempt_id"])
+            elif kind in _ENDS:
+                self._attempts.discard(fields.get("attempt_id", ""))
+            self._number += 1
+            event = StreamEvent(self._number, kind, run_id, node_id, **fields)
+            for reader in self.readers:
+                reader.put(event)
+
+    def emit(self, node: NodeExecution, attempt_id: str, name: str, data: Any) -> None:
+        """Put an event of an attempt into every queue, which drops its oldest one if it is full. Never waits."""
+        with self.lock:
+            if attempt_id not in self._attempts:
+                return
+            self._number = number = self._number + 1
+            event = StreamEvent(
+                number, "node_event", node.run_id, node.node_id, node.position, node.branch, node.attempt,
+                attempt_id, None, name, data,
+            )  # fmt: skip
+            for reader in self.readers:
+                reader.put_emitted(event)
+
+    def close(self) -> None:
+        """End the iteration of the readers after their pending events."""
+        with self.lock:
+            self.is_closed = True
+            for reader in self.readers:
+                reader.wake()
+
+    async def wait_for_room(self) -> None:
+        """Wait while a reader has more than ``buffer`` pending events, without those that nodes emitted."""
+        while any(reader.is_full for reader in self.readers):
+            if self._room is None or self._room.done():
+                self._room = asyncio.get_running_loop().create_future()
+            # Shielded: several nodes wait for one future, and a cancelled one must not cancel it.
+            await asyncio.shield(self._room)
+
+    def make_room(self) -> None:
+        """Have the run look again whether readers have room."""
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+
+
+class EventReader:
+    """The pending events of one reader of a hub. Create it with :meth:`EventHub.add_reader`.
+
+    Of events that nodes emitted, the newest 1,000 are pending; one "events_dropped" stands in the place of the others.
+    """
+
+    def __init__(self, hub: EventHub, buffer: int | None) -> None:
+        self._hub = hub
+        self.buffer = buffer
+        # Two queues in the order of their numbers, so that a full one drops its oldest event at once.
+        self._events: deque[StreamEvent] = deque()
+        self._emitted: deque[StreamEvent] = deque()
+        #: The first event that was dropped since the last one was reported, and their number.
+        self._first_dropped: StreamEvent | None = None
+        self._dropped = 0
+        self._waiter: tuple[asyncio.Future[None], int] | None = None
+
+    @property
+    def pending(self) -> int:
+        """Number of pending events."""
+        return len(self._events) + len(self._emitted)
+
+    @property
+    def is_full(self) -> bool:
+        """True if the run waits for this reader."""
+        return self.buffer is not None and len(self._events) > self.buffer
+
+    def put(self, event: StreamEvent) -> None:
+        """Add an event. Of the progress of a map only the newest event is pending. The caller holds the lock."""
+        last = self._events[-1] if self._events else None
+        if last is not None and last.kind == event.kind == "map_progress" and _place(last) == _place(event):
+            self._events.pop()
+        self._events.append(event)
+        self.wake()
+
+    def put_emitted(self, event: StreamEvent) -> None:
+        """Add an event that a node emitted. The caller holds the lock."""
+        if len(self._emitted) == MAX_EMITTED:
+            dropped = self._emitted.popleft()
+            self._first_dropped = self._first_dropped or dropped
+            self._dropped += 1
+        self._emitted.append(event)
+        if self._waiter is not None:
+            self.wake()
+
+    def wake(self) -> None:
+        """End the wait of :meth:`get`. The caller holds the lock."""
+        waiter, self._waiter = self._waiter, None
+        if waiter is None:
+            return
+        future, thread = waiter
+        if thread == threading.get_ident():
+            _resolve(future)
+        else:
+            with suppress(RuntimeError):  # The loop was closed, and its reader with it.
+                future.get_loop().call_soon_threadsafe(_resolve, future)
+
+    def clear(self) -> None:
+        """Forget the pending events. The caller holds the lock."""
+        self._events.clear()
+        self._emitted.clear()
+        self._first_dropped, self._dropped = None, 0
+
+    def take(self) -> StreamEvent | None:
+        """Return the next pending event; None if there is none."""
+        with self._hub.lock:
+            event = self._next()
+        self._hub.make_room()
+        return event
+
+    async def get(self) -> StreamEvent | None:
+        """Return the next event, once there is one; None after the last. A cancellation loses no event."""
+        while True:
+            with self._hub.lock:
+                event = self._next()
+                if event is not None or self._hub.is_closed:
+                    break
+                future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                self._waiter = future, threading.get_ident()
+            await future
+        self._hub.make_room()
+        return event
+
+    def _next(self) -> StreamEvent | None:
+        events, emitted, dropped = self._events, self._emitted, self._first_dropped
+        if dropped is not None and not (events and events[0].number < dropped.number):
+            count, self._first_dropped, self._dropped = self._dropped, None, 0
+            return StreamEvent(dropped.number, "events_dropped", dropped.run_id, details={"dropped": count})
+        if emitted and not (events and events[0].number < emitted[0].number):
+            return emitted.popleft()
+        return events.popleft() if events else None
+
+
+def _place(event: StreamEvent) -> tuple[int | None, str]:
+    return event.position, event.branch
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
