@@ -62,6 +62,7 @@ async def write_every_kind(store: Any, run_id: str, text: str) -> Any:
         attempt = row(position, text, output=schema.snapshot(one), schema=schema, branch=text)
         await settled(session.record(attempt, schema, one, StepCall(1, text.encode())))
     await annotate_all(store, run_id, text)
+    await settled(session.append_events(1, text.encode()))
 
     def mark(rows: Rows) -> None:
         run = rows.find(run_id, lock=True)
@@ -111,6 +112,8 @@ def _value(client: Any, key: bytes) -> bytes:
     kind = client.type(key)
     if kind == b"hash":
         return b"\n".join(part for item in client.hgetall(key).items() for part in item)
+    if kind == b"stream":
+        return b"\n".join(fields[b"data"] for _, fields in client.xrange(key))
     if kind == b"list":
         return b"\n".join(client.lrange(key, 0, -1))
     return b"\n".join(client.zrange(key, 0, -1)) if kind == b"zset" else client.get(key)

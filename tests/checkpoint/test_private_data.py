@@ -122,9 +122,11 @@ async def test_a_new_run_of_the_id_has_nothing_of_the_old_one(
         # An owner that has not noticed yet.
         session.note_attribution({"user": MARK})
         session.note_traceparent(MARK)
+        _ = session.append_events(9, MARK.encode())
         session = await begin(store, "r")
         assert_has_nothing(session)
         assert kinds_of(store, "r") == []
+        assert "events" not in {name.partition(".")[0] for name in contents(kind, where, tmp_path)}
         await finish(session)
 
 
@@ -173,6 +175,7 @@ async def test_nothing_remains_of_a_run_in_memory(way: str) -> None:
         session.note_call(0, MARK + "!")
         session.record_failure_site(0, "", 1, 1, lambda: (MARK + "!").encode())
         session.record_rejected(0, "", 1, (MARK + "!").encode())
+        session.append_events(1, (MARK + "!").encode())
         failed = row(0, MARK + "!", failure=FailureClass.TERMINAL, message=MARK + "!")
         await settled(session.record(failed, None, None))
         await commit(session, 0, State(text=MARK + "!"))

@@ -270,7 +270,7 @@ def test_a_file_is_made_for_its_owner_only(tmp_path: Path) -> None:
         "SELECT type, name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' ORDER BY 1, 2"
     ).fetchall()
     assert [name for kind, name in result if kind == "table"] == [
-        "attempts", "cells", "deleted", "inputs", "meta", "runs", "steps", "tags"
+        "attempts", "cells", "deleted", "events", "inputs", "meta", "runs", "steps", "tags"
     ]  # fmt: skip
     assert [name for kind, name in result if kind == "index"] == [
         "called", "failed", "requests", "runs_by_block", "runs_by_claim", "runs_by_key", "runs_by_pipeline", "runs_by_queue",

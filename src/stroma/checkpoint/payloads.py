@@ -263,8 +263,7 @@ class Payloads:
 
     def seal_now(self, data: bytes, place: PayloadPlace) -> bytes:
         """Return the stored form of a payload. Blocks while the blob store writes. Raises StoreError."""
-        if self.codec is not None:
-            data = CODED + self._encode(self.codec, place.digest() + data)
+        data = self.seal_inline(data, place)
         if self.blobs is None or len(data) < self.blob_bytes:
             return data
         digest = hashlib.sha256(data).digest()
@@ -275,6 +274,10 @@ class Payloads:
                 f"a payload of {len(data)} bytes could not be stored in {self.blobs!r}: {error}; fix the blob store, then resume"
             ) from error
         return BLOB + digest
+
+    def seal_inline(self, data: bytes, place: PayloadPlace) -> bytes:
+        """Return the stored form of a payload that is never stored as a blob. Raises StoreError."""
+        return data if self.codec is None else CODED + self._encode(self.codec, place.digest() + data)
 
     def seal_text(self, text: str | None, place: PayloadPlace) -> str | None:
         """Return the stored form of a text, such as a failure message. Raises StoreError."""

@@ -168,6 +168,12 @@ class Session(Protocol):
     def suspend(self, row: AttemptRow, waiting: Waiting) -> Awaitable[None] | None:
         """Store an attempt that waits for an approval, and its question: both or nothing. Raises StoreError."""
 
+    def append_events(self, last: int, lines: bytes) -> Awaitable[None] | None:
+        """Store a batch of events beside the commits, up to a number of the session. Not refused if it is fenced off.
+
+        None: it is done, or the store has no events. Raises StoreError. It is stored before an end that is recorded later.
+        """
+
     def note(self, key: str, data: bytes | None) -> None:
         """Store data of the driver under a key, "position:..."; None deletes it.
 

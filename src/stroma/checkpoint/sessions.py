@@ -93,6 +93,9 @@ class NullSession:
     def note_attribution(self, ids: Mapping[str, str]) -> None:
         return None
 
+    def append_events(self, last: int, lines: bytes) -> Awaitable[None] | None:
+        return None
+
     def note(self, key: str, data: bytes | None) -> None:
         return None
 

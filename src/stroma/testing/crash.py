@@ -243,6 +243,9 @@ class _MortalSession:
         if not self._is_dead:
             self._session.note_attribution(ids)
 
+    def append_events(self, last: int, lines: bytes) -> Awaitable[None] | None:
+        return None if self._is_dead else self._session.append_events(last, lines)
+
     def end(self, status: str, error: str | None, wake_ms: int | None = None) -> Awaitable[None] | None:
         if self._is_dead or self._deaths.reach(self._ctx, Boundary("before_end")):
             return None

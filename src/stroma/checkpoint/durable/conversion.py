@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Final
 
-from stroma.checkpoint.durable.integrity import storable_text, verify_step
-from stroma.checkpoint.durable.rows import StepRow
+from stroma.checkpoint.durable.integrity import checksum, storable_text, verify_step
+from stroma.checkpoint.durable.rows import EventRow, Fence, StepRow
 from stroma.checkpoint.entries import Committed, StepCall
+from stroma.checkpoint.events import EventBatch, EventPlace
 from stroma.checkpoint.payloads import BLOB, PayloadPlace, Payloads
 from stroma.checkpoint.records import PICO, Attempt
 from stroma.contracts.schema import Snapshot
 from stroma.contracts.snapshots import StoredSnapshot
 from stroma.trace.events import NO_USAGE, AttemptRow
 
-__all__ = ["payload_reference", "to_attempt", "to_committed"]
+__all__ = ["open_events", "payload_reference", "seal_events", "to_attempt", "to_committed"]
+
+_CHECKSUM_BYTES: Final = 32
 
 
 def to_attempt(row: AttemptRow) -> Attempt:
@@ -76,3 +80,24 @@ def to_committed(
 def payload_reference(payloads: Payloads, stored: bytes, place: PayloadPlace, what: str) -> StoredSnapshot:
     """Return a reference to a payload in a blob, which is read when it is needed."""
     return StoredSnapshot(partial(payloads.open, stored, place, what))
+
+
+def seal_events(payloads: Payloads, run_id: str, fence: Fence, last: int, lines: bytes) -> EventRow:
+    """Return a batch of events in stored form, with a checksum of it and of its place. Raises StoreError."""
+    place = _events_place(run_id, fence.execution, EventPlace(fence.epoch, last))
+    sealed = payloads.seal_inline(lines, place)
+    data = checksum(place.digest() + sealed) + sealed
+    return EventRow(fence.run, fence.execution, EventPlace(fence.epoch, last), data)
+
+
+def open_events(payloads: Payloads, run_id: str, row: EventRow) -> EventBatch:
+    """Return a stored batch of events. Raises CorruptCheckpoint if it needs another codec."""
+    place = _events_place(run_id, row.execution, row.last)
+    digest, sealed = row.data[:_CHECKSUM_BYTES], row.data[_CHECKSUM_BYTES:]
+    if checksum(place.digest() + sealed) != digest:
+        return EventBatch(row.last, None)
+    return EventBatch(row.last, payloads.open(sealed, place, f"a batch of events of run {run_id!r}"))
+
+
+def _events_place(run_id: str, execution: int, last: EventPlace) -> PayloadPlace:
+    return PayloadPlace(run_id, execution, "events", last.number, str(last.epoch))

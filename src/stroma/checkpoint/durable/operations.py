@@ -10,13 +10,14 @@ from typing import Any, NamedTuple, Protocol
 from stroma.checkpoint.cells import Change
 from stroma.checkpoint.durable.integrity import lost_error
 from stroma.checkpoint.durable.owner import Owner
-from stroma.checkpoint.durable.rows import Fence, Opening, Rows, RunRow, Step
+from stroma.checkpoint.durable.rows import EventRow, Fence, Opening, Rows, RunRow, Step
 from stroma.checkpoint.errors import Fenced, StoreError
 from stroma.checkpoint.records import Attempt
 
 __all__ = [
     "CellChange",
     "Commit",
+    "EventAppend",
     "Submit",
     "Transaction",
     "apply_changes",
@@ -66,6 +67,17 @@ def apply_changes(rows: Rows, changes: Sequence[CellChange]) -> list[Any]:
     if new_data is not None:
         rows.write_cell(changes[0].name, new_data)
     return answers
+
+
+@dataclass(frozen=True, slots=True)
+class EventAppend:
+    """A batch of events. A store may append those of many runs together."""
+
+    run_id: str
+    batch: EventRow
+
+    def __call__(self, rows: Rows) -> None:
+        rows.append_events([self.batch])
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,11 +16,19 @@ from stroma.checkpoint.durable.annotations import (
     read_waiting,
     rejected_key,
 )
-from stroma.checkpoint.durable.integrity import is_intact, lost_error, verify_input, verify_step
+from stroma.checkpoint.durable.conversion import open_events
+from stroma.checkpoint.durable.integrity import (
+    is_intact,
+    lost_error,
+    require_undamaged,
+    verify_input,
+    verify_step,
+)
 from stroma.checkpoint.durable.rows import (
     DAMAGED,
     Annotation,
     AttemptSummary,
+    EventRow,
     Rows,
     RunExtras,
     RunRow,
@@ -29,6 +37,7 @@ from stroma.checkpoint.durable.rows import (
 )
 from stroma.checkpoint.entries import OF_FLOW, Waiting
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
+from stroma.checkpoint.events import EventPage, EventPlace
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
 from stroma.checkpoint.records import (
     PICO,
@@ -112,6 +121,26 @@ class ReadableStore(ABC):
             return self._run_records(rows, [run], failed=_MAX_FAILED)[0]
 
         return self.read(query, None)
+
+    def read_events(self, run_id: str, after: EventPlace, limit: int) -> EventPage | None:
+        """Return the next stored events of a run after a place, in at most ``limit`` batches; None for an unknown run.
+
+        Raises ValueError for an illegal id, StoreError.
+        """
+        check_id(run_id, "run id")
+
+        def query(rows: Rows) -> tuple[RunRow, list[EventRow]] | None:
+            run = require_undamaged(rows.find(run_id))
+            if run is None or not run.execution:
+                return None
+            return run, list(rows.events(run.run, run.execution, after, limit))
+
+        read = self.read(query, None)
+        if read is None:
+            return None
+        run, batches = read
+        opened = [open_events(self._payloads, run_id, batch) for batch in batches]
+        return EventPage(run.run, run.execution, run.epoch, run.status, opened)
 
     def find_run(self, prefix_or_last: str, *, limit: int = 20) -> list[str]:
         """Return the ids with a prefix, the newest first; the newest id for "last". A complete id is returned alone.

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from stroma.checkpoint.blocked import BlockedMark
 from stroma.checkpoint.durable.owner import Owner, is_gone
+from stroma.checkpoint.events import EventPlace
 from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry, QueueFigures
 from stroma.checkpoint.records import Attempt, RunQuery, StoreFacts, Tally
 
@@ -23,6 +24,7 @@ __all__ = [
     "OF_EXECUTION",
     "Annotation",
     "AttemptSummary",
+    "EventRow",
     "Fence",
     "Opening",
     "Rows",
@@ -243,6 +245,20 @@ class AttemptSummary(NamedTuple):
     epoch: int
 
 
+class EventRow(NamedTuple):
+    """A batch of events in stored form.
+
+    Attributes:
+        trims: delete what is too old when it is appended.
+    """
+
+    run: Any
+    execution: int
+    last: EventPlace
+    data: bytes
+    trims: bool = False
+
+
 class RunExtras(NamedTuple):
     """Data of a run besides its row. ``failed``: its last failed attempts, the latest end first."""
 
@@ -386,6 +402,17 @@ class Rows(Protocol):
         ...
 
     def delete(self, run_id: str) -> None: ...
+
+    # ---- events
+    def append_events(self, batches: Sequence[EventRow]) -> None:
+        """Append batches of events, except those of deleted runs and earlier executions, and those that are there.
+
+        No fence applies. Redis refuses a batch of an earlier session than the last one.
+        """
+
+    def events(self, run: Any, execution: int, after: EventPlace, limit: int) -> list[EventRow]:
+        """Return the batches of an execution that end after a place, the first ones first."""
+        ...
 
     # ---- cells
     def read_cell(self, name: str, *, lock: bool = False) -> tuple[bytes | None, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from pydantic import BaseModel
 
@@ -28,9 +28,16 @@ from stroma.checkpoint.durable.annotations import (
     record_rejected,
 )
 from stroma.checkpoint.durable.control import accept_requests
-from stroma.checkpoint.durable.conversion import payload_reference, to_attempt, to_committed
+from stroma.checkpoint.durable.conversion import payload_reference, seal_events, to_attempt, to_committed
 from stroma.checkpoint.durable.integrity import checksum, seal, storable_text
-from stroma.checkpoint.durable.operations import CellChange, Commit, Submit, Transaction, fence_error
+from stroma.checkpoint.durable.operations import (
+    CellChange,
+    Commit,
+    EventAppend,
+    Submit,
+    Transaction,
+    fence_error,
+)
 from stroma.checkpoint.durable.owner import LIVE_SESSIONS
 from stroma.checkpoint.durable.references import BlobReferences
 from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, RunEnd, RunRow, Step, StepRow
@@ -57,6 +64,7 @@ __all__ = ["DurableSession"]
 
 logger = get_logger()
 
+_TRIM_INTERVAL: Final = 100  # batches of events of a session between two that delete old ones
 
 class DurableSession:
     """One execution of a run, owned by this process until it ends, or until another process takes it over.
@@ -68,7 +76,7 @@ class DurableSession:
     """
 
     __slots__ = (
-        "__weakref__", "_completed", "_decrypted", "_deliver", "_failure_sites", "_identities", "_payloads",
+        "__weakref__", "_appended", "_completed", "_decrypted", "_deliver", "_failure_sites", "_identities", "_payloads",
         "_pending_notes", "_references", "_rejected", "_release", "_submit", "address", "attribution", "charges", "continued",
         "control", "ended", "execution", "fence", "finished", "lost_start_ms", "notes", "on_control", "places", "prior", "restored",
         "run_id", "traceparent", "tried", "undelivered", "version", "waiting",
@@ -120,6 +128,8 @@ class DurableSession:
         #: The identity of the step of plain code at each position.
         self._identities: dict[int, str] = {}
         self._references = BlobReferences(payloads)
+        #: Number of batches of events.
+        self._appended = 0
 
     def open(self, request: RunRequest, opening: Opening, plain_input: bytes, rows: Rows) -> DurableSession:
         """Open the run. One operation; see :class:`RunOpener`."""
@@ -293,6 +303,13 @@ class DurableSession:
         if notes:
             pending.add_done_callback(partial(self._forget_notes, notes))
         return pending
+
+    def append_events(self, last: int, lines: bytes) -> Awaitable[None]:
+        """See Session."""
+        batch = seal_events(self._payloads, self.run_id, self.fence, last, lines)
+        trims = self._appended % _TRIM_INTERVAL == 0
+        self._appended += 1
+        return self._submit(EventAppend(self.run_id, batch._replace(trims=trims)))
 
     def note(self, key: str, data: bytes | None) -> None:
         """See Session."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from stroma.checkpoint.decisions import BUDGET_CHANGED, UNFINISHED
 from stroma.checkpoint.entries import Committed, Waiting, count_items, map_not_found
 from stroma.checkpoint.errors import CheckpointNotFound
+from stroma.checkpoint.events import EventPage, EventPlace
 from stroma.checkpoint.queue import QUEUED, QueueFigures, ServedCode
 from stroma.contracts.contract import check_id
 
@@ -91,6 +92,14 @@ class MemoryReader:
         """Return the statuses of these runs by id, without unknown ones."""
         runs = ((run_id, self._runs.get(run_id)) for run_id in run_ids)
         return {run_id: run.status for run_id, run in runs if run is not None and run.execution}
+
+    def read_events(self, run_id: str, after: EventPlace, limit: int) -> EventPage | None:
+        """Return the next stored events of a run after a place; None for an unknown run."""
+        run = self._runs.get(check_id(run_id, "run id"))
+        if run is None or not run.execution:
+            return None
+        batches = [batch for batch in run.events if batch.last > after]
+        return EventPage(run, run.execution, run.epoch, run.status, batches[:limit])
 
     def get_run(self, run_id: str) -> RunRecord | None:
         """Return the last execution of a run, or None. Raises ValueError for an illegal id."""

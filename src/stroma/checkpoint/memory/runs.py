@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 from stroma.checkpoint.blocked import BlockedMark
 from stroma.checkpoint.decisions import LastExecution, PriorWork, has_expired
 from stroma.checkpoint.entries import NO_CONTROL, RunControl, StepCall, Waiting
+from stroma.checkpoint.events import MAX_BATCHES, EventBatch
 from stroma.checkpoint.queue import QueueEntry
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.contracts.tagged_json import NotSerialisable
@@ -114,6 +116,7 @@ class MemoryRun:
     claim: tuple[str, float] | None = None
     version: str = ""
     blocked: BlockedMark | None = None
+    events: deque[EventBatch] = field(default_factory=lambda: deque(maxlen=MAX_BATCHES))
 
     @property
     def live_claim(self) -> str | None:

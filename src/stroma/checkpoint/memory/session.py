@@ -29,6 +29,7 @@ from stroma.checkpoint.entries import (
     is_effect_note,
 )
 from stroma.checkpoint.errors import Fenced
+from stroma.checkpoint.events import EventBatch, EventPlace
 from stroma.checkpoint.identity import is_called
 from stroma.checkpoint.memory.runs import (
     Key,
@@ -245,6 +246,11 @@ class MemorySession(NullSession):
     def suspend(self, row: AttemptRow, waiting: Waiting) -> None:
         self.record(row, None, None)
         self.ask(waiting)
+
+    def append_events(self, last: int, lines: bytes) -> None:
+        run, batch = self._run, EventBatch(EventPlace(self.epoch, last), lines)
+        if run.execution == self.execution and (not run.events or run.events[-1].last < batch.last):
+            run.events.append(batch)
 
     def note(self, key: str, data: bytes | None) -> None:
         if self._run.epoch != self.epoch:

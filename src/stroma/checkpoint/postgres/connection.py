@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import psycopg
 
-from stroma.checkpoint.durable.operations import CellChange, Commit, Transaction, apply_changes
+from stroma.checkpoint.durable.operations import CellChange, Commit, EventAppend, Transaction, apply_changes
 from stroma.checkpoint.durable.worker import Job
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.postgres.rows import PostgresRows, commit_query, commit_reply
@@ -57,6 +57,8 @@ class PostgresConnection:
             for stage in stages(batch):
                 if len(stage) > 1 and isinstance(stage[0].operation, CellChange):
                     self._change_cell(stage)
+                elif len(stage) > 1 and isinstance(stage[0].operation, EventAppend):
+                    self._append_events(stage)
                 elif len(stage) > 1:
                     self._commit_all(stage)
                 for job in stage:
@@ -103,13 +105,22 @@ class PostgresConnection:
     def _change_cell(self, jobs: list[Job]) -> None:
         """Perform all changes of one cell, or none: then they stay pending."""
         changes = [job.operation for job in jobs if isinstance(job.operation, CellChange)]
+        self._perform_together(jobs, lambda rows: apply_changes(rows, changes))
 
-        def change(db: Database, _: bool) -> list[Any]:
+    def _append_events(self, jobs: list[Job]) -> None:
+        """Append all batches of events, or none: then they stay pending."""
+        batches = [job.operation.batch for job in jobs if isinstance(job.operation, EventAppend)]
+        self._perform_together(jobs, lambda rows: [rows.append_events(batches)] * len(jobs))
+
+    def _perform_together(self, jobs: list[Job], do: Callable[[PostgresRows], list[Any]]) -> None:
+        """Perform jobs in one transaction. If it fails, they stay pending."""
+
+        def transact(db: Database, _: bool) -> list[Any]:
             with db.transaction():
-                return apply_changes(PostgresRows(db), changes)
+                return do(PostgresRows(db))
 
         try:
-            answers = self._retry(change)
+            answers = self._retry(transact)
         except _PostgresUnreachable:
             raise
         except Exception:
@@ -191,8 +202,10 @@ class PostgresConnection:
 def stages(batch: list[Job]) -> list[list[Job]]:
     """Group operations that can be performed together. The order of operations of one run, and of one cell, stays.
 
-    A commit may overtake operations of other runs, and a change of a cell anything but changes of the same cell.
+    A commit may overtake operations of other runs, a change of a cell anything but changes of the same cell, and events may
+    overtake everything.
     """
+    events: list[Job] = []
     cells: dict[str, list[Job]] = {}
     groups: list[list[Job]] = []
     commits: list[Job] | None = None
@@ -211,6 +224,10 @@ def stages(batch: list[Job]) -> list[list[Job]]:
                 changes = cells[job.operation.name] = []
                 groups.append(changes)
             changes.append(job)
+        elif isinstance(job.operation, EventAppend):
+            if not events:
+                groups.append(events)
+            events.append(job)
         else:
             groups.append([job])
             if run_id is None:

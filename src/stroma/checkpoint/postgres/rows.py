@@ -15,6 +15,7 @@ from stroma.checkpoint.durable.owner import machine_prefix
 from stroma.checkpoint.durable.rows import (
     Annotation,
     AttemptSummary,
+    EventRow,
     Fence,
     Opening,
     RunEnd,
@@ -24,6 +25,7 @@ from stroma.checkpoint.durable.rows import (
     StepRow,
     is_free,
 )
+from stroma.checkpoint.events import EXPIRY_MS, MAX_BATCHES, EventPlace
 from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.postgres import statements as sql
 from stroma.checkpoint.postgres.schema import SCHEMA_VERSION, key
@@ -90,6 +92,7 @@ class PostgresRows:
         fence = self._fence(number, execution, opening, self._execute(sql.BEGIN, claim))
         if execution > 1:
             self._execute(sql.UNTAG, (number,))
+            self._execute(sql.DISCARD_EVENTS, (number,))
         self._tag(opening, number)
         return fence
 
@@ -260,6 +263,20 @@ class PostgresRows:
             self._execute(sql.RECORD_DELETED, run)
             for statement in sql.DELETE_RUN:
                 self._execute(statement, run)
+
+    # ------------------------------------------------------------------ events
+
+    def append_events(self, batches: Sequence[EventRow]) -> None:
+        columns = [(one.run, one.execution, *one.last, one.data) for one in batches]
+        self._execute(sql.APPEND_EVENTS, [list(column) for column in zip(*columns, strict=True)])
+        for one in batches:
+            if one.trims:
+                self._execute(sql.TRIM_EVENTS, {"run": one.run, "most": MAX_BATCHES})
+                self._execute(sql.EXPIRE_EVENTS, (EXPIRY_MS,))
+
+    def events(self, run: int, execution: int, after: EventPlace, limit: int) -> list[EventRow]:
+        rows = self._execute(sql.EVENTS, (run, *after, execution, limit)).fetchall()
+        return [EventRow(run, execution, EventPlace(epoch, last), data) for epoch, last, data in rows]
 
     # ------------------------------------------------------------------ cells
 

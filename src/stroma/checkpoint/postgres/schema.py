@@ -12,8 +12,8 @@ from stroma.checkpoint.durable.worker import permanent_error
 
 __all__ = ["SCHEMA_VERSION", "is_current", "is_ours", "key", "prepare"]
 
-SCHEMA_VERSION: Final = 5  # what this release writes
-_MIN_READER: Final = 5  # the oldest version that can read what this release writes
+SCHEMA_VERSION: Final = 6  # what this release writes
+_MIN_READER: Final = 6  # the oldest version that can read what this release writes
 
 # ``run`` is never reused, so that a session of a deleted run cannot reach the rows of another one.
 # An index entry holds at most 2.7 kB, and ids have any length: columns named *_key hold key() of an id.
@@ -29,6 +29,7 @@ _MIN_READER: Final = 5  # the oldest version that can read what this release wri
 # wake_ms: from when on a worker continues a run that stopped or is queued; every opening deletes it.
 # claim: the worker that is about to open the run, until claim_until.
 # blocked and the columns after it: the mark of a blocked run; every opening and every end deletes it.
+# Events: batches of events of sessions, in the order of their key.
 # The indexes of runs use columns that no commit changes, and `failed` contains rows that few commits write.
 # Identities: only steps of plain code have one; they can be longer than an index entry.
 _TABLES: Final[tuple[LiteralString, ...]] = (
@@ -66,6 +67,10 @@ _TABLES: Final[tuple[LiteralString, ...]] = (
         PRIMARY KEY (run, execution, epoch, position, started_ns, branch_key, attempt))""",
     """CREATE TABLE cells (cell_key bytea PRIMARY KEY, name text COLLATE "C" NOT NULL, data bytea NOT NULL)
         WITH (fillfactor = 50)""",
+    """CREATE TABLE events (
+        run bigint, execution bigint NOT NULL, epoch bigint, last bigint, written_ms bigint NOT NULL, data bytea NOT NULL,
+        PRIMARY KEY (run, epoch, last))""",
+    "CREATE INDEX events_by_time ON events (written_ms)",
     """CREATE TABLE tags (run bigint, tag text COLLATE "C", started_ms bigint NOT NULL, PRIMARY KEY (run, tag))""",
     "CREATE INDEX tags_by_start ON tags (tag, started_ms, run)",
     "CREATE INDEX runs_by_pipeline ON runs (pipeline, started_ms, run)",

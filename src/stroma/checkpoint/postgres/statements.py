@@ -161,7 +161,20 @@ RENEW: Final = """WITH fences AS (SELECT * FROM
 # For a day, a session of a deleted run gets the error that it was deleted; after that, that it was lost.
 RECORD_DELETED: Final = f"INSERT INTO deleted (run, deleted_ms) VALUES (%s, {NOW_MS}) ON CONFLICT DO NOTHING"
 FORGET_DELETED: Final = f"DELETE FROM deleted WHERE deleted_ms < {NOW_MS} - 24 * 3600 * 1000"
+APPEND_EVENTS: Final = f"""INSERT INTO events (run, execution, epoch, last, written_ms, data)
+    SELECT b.run, b.execution, b.epoch, b.last, {NOW_MS}, b.data
+    FROM unnest(%s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bytea[]) AS b(run, execution, epoch, last, data)
+    JOIN runs r ON r.run = b.run AND r.execution = b.execution ON CONFLICT DO NOTHING"""
+EVENTS: Final = """SELECT epoch, last, data FROM events WHERE run = %s AND (epoch, last) > (%s, %s) AND execution = %s
+    ORDER BY epoch, last LIMIT %s"""
+TRIM_EVENTS: Final = """DELETE FROM events WHERE run = %(run)s AND (epoch, last) <= (SELECT epoch, last FROM events
+    WHERE run = %(run)s ORDER BY epoch DESC, last DESC LIMIT 1 OFFSET %(most)s)"""
+# Processes that delete at the same time do not wait for each other.
+EXPIRE_EVENTS: Final = f"""DELETE FROM events WHERE ctid = ANY(ARRAY(SELECT ctid FROM events WHERE written_ms < {NOW_MS} - %s
+    LIMIT 1000 FOR UPDATE SKIP LOCKED))"""
+DISCARD_EVENTS: Final = "DELETE FROM events WHERE run = %s"
 DELETE_RUN: Final = (
+    DISCARD_EVENTS,
     "DELETE FROM tags WHERE run = %s",
     "DELETE FROM steps WHERE run = %s",
     "DELETE FROM inputs WHERE run = %s",

@@ -12,8 +12,17 @@ from urllib.parse import quote, unquote_to_bytes
 from stroma.checkpoint.decisions import BUDGET_CHANGED
 from stroma.checkpoint.decoding import RecordName, decode_number
 from stroma.checkpoint.durable.integrity import parse_attempt
-from stroma.checkpoint.durable.rows import Annotation, AttemptSummary, RunExtras, RunRow, Step, StepRow
+from stroma.checkpoint.durable.rows import (
+    Annotation,
+    AttemptSummary,
+    EventRow,
+    RunExtras,
+    RunRow,
+    Step,
+    StepRow,
+)
 from stroma.checkpoint.errors import CheckpointLost, CorruptCheckpoint
+from stroma.checkpoint.events import EventPlace
 from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueFigures
 from stroma.checkpoint.records import (
     Attempt,
@@ -117,6 +126,13 @@ class RedisReader:
             sum(map(int, queued)), min(map(int, filter(None, due)), default=None),
             sum(map(int, blocked)), min(map(int, filter(None, since)), default=None),
         )  # fmt: skip
+
+    def events(self, run: RedisRun, execution: int, after: EventPlace, limit: int) -> list[EventRow]:
+        start = "({}-{}".format(*after)
+        (reply,) = self._get(("XRANGE", f"{run.prefix}events", start, "+", "COUNT", limit))
+        places = (EventPlace(*map(int, as_text(name).split("-"))) for name, _ in reply)
+        batches = (as_hash(fields).get("data", b"") for _, fields in reply)
+        return [EventRow(run, execution, *batch) for batch in zip(places, batches, strict=True)]
 
     def inputs_of(self, candidates: Sequence[Candidate]) -> dict[Any, tuple[bytes, bytes]]:
         return {}

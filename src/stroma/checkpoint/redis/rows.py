@@ -17,8 +17,18 @@ from stroma.checkpoint.blocked import BlockedMark
 from stroma.checkpoint.decoding import RecordName, decode_number
 from stroma.checkpoint.durable.integrity import require_undamaged
 from stroma.checkpoint.durable.operations import fenced_error
-from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, RunEnd, RunRow, Step, StepRow
+from stroma.checkpoint.durable.rows import (
+    Annotation,
+    EventRow,
+    Fence,
+    Opening,
+    RunEnd,
+    RunRow,
+    Step,
+    StepRow,
+)
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
+from stroma.checkpoint.events import EXPIRY_MS, MAX_BATCHES
 from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.queue import Candidate, QueueEntry
 from stroma.checkpoint.records import Attempt
@@ -379,6 +389,13 @@ class RedisRows(RedisReader):
                 raise RunChanged
 
         self._writes.append(_Write(prefix, (operation, *values), check))
+
+    # ------------------------------------------------------------------ events
+
+    def append_events(self, batches: Sequence[EventRow]) -> None:
+        for run, execution, (epoch, last), data, _ in batches:
+            values = (run.token, execution, f"{epoch}-{last}", data, MAX_BATCHES, EXPIRY_MS)
+            self._write(run.prefix, "append_events", *values)
 
     # ------------------------------------------------------------------ cells
 

@@ -79,6 +79,17 @@ function ops.delete(id, tombstone)
   return 0
 end
 
+-- Appends a batch of events. The stream refuses one that is there, and one of an earlier session than the last one.
+function ops.append_events(token, execution, id, data, most, ttl)
+  local f = redis.call('HMGET', run, 'token', 'execution')
+  if f[1] ~= token or f[2] ~= execution then return 0 end
+  local events, left = p .. 'events', redis.call('PTTL', run)
+  local reply = redis.pcall('XADD', events, 'MAXLEN', '~', most, id, 'data', data)
+  if type(reply) == 'table' and not string.find(reply.err, 'equal or smaller', 1, true) then return reply end
+  redis.call('PEXPIRE', events, left >= 0 and math.min(left, ttl) or ttl)
+  return 0
+end
+
 function ops.read_cell()
   local f = redis.call('HMGET', p, 'number', 'data')
   return {now_ms(), f[1] or '', f[2]}

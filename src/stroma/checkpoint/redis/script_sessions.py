@@ -41,6 +41,7 @@ function ops.begin(id, old_token, old_epoch, old_version, old_annotations, owner
     leave_queues(id)
     set_wake(id, '')
     redis.call('HDEL', run, 'priority', 'queue_key', 'expires_ms')
+    redis.call('DEL', p .. 'events')
   end
   redis.call('HSET', run, 'token', token, 'run_id', id, 'pipeline', pipeline, 'flow_version', flow_version, 'execution', execution,
     'status', 'RUNNING', 'started_ms', ms, 'updated_ms', ms, 'tokens', 0, 'cost_pico', 0, 'latency_ns', 0,

@@ -17,6 +17,7 @@ The keys of a run, under its prefix ``stroma:{<id, percent-encoded>}:``
     identities:E  hash: identity of a step of plain code -> position
     failed:E      list: the fields in attempts:E of the last failed attempts, the latest first
     annotations:P hash: branch -> annotation, for each kind of Annotation except states from save()
+    events        stream: "epoch-last" -> a batch of events of the last execution
     saved         hash: node id -> "order until", a newline, and the state from save()
     deleted:TOKEN exists for a while after the run was deleted, to distinguish it from a lost run
 

@@ -26,8 +26,8 @@ T = TypeVar("T")
 Connect = Callable[[str], sqlite3.Connection]
 
 _APPLICATION_ID: Final = 0x5374726D  # "Strm", in the header of the file
-SCHEMA_VERSION: Final = 6  # what this release writes
-_MIN_READER: Final = 6  # the oldest version that can read what this release writes
+SCHEMA_VERSION: Final = 7  # what this release writes
+_MIN_READER: Final = 7  # the oldest version that can read what this release writes
 _NEEDED_SQLITE: Final = (3, 37, 0)  # the first one with STRICT tables
 
 # STRICT: SQLite refuses values of another type than the column's.
@@ -43,6 +43,7 @@ _NEEDED_SQLITE: Final = (3, 37, 0)  # the first one with STRICT tables
 # wake_ms: from when on a worker continues a run that stopped or is queued; every opening deletes it.
 # claim: the worker that is about to open the run, until claim_until_ms by the clock of leases.
 # blocked and the columns after it: the mark of a blocked run; every opening and every end deletes it.
+# Events: batches of events of sessions, in the order of their key; ids grow with time.
 # The indexes of runs use columns that no commit changes, and `failed` contains rows that few commits write.
 _SCHEMA: Final = (
     "CREATE TABLE meta (k TEXT PRIMARY KEY, v TEXT NOT NULL) WITHOUT ROWID, STRICT",
@@ -75,6 +76,9 @@ _SCHEMA: Final = (
         PRIMARY KEY (run, execution, epoch, position, started_ns, branch, attempt)) WITHOUT ROWID, STRICT""",
     f"CREATE INDEX requests ON steps (run) WHERE position = {Annotation.REQUEST}",
     "CREATE TABLE cells (name TEXT PRIMARY KEY, data BLOB NOT NULL) STRICT",
+    """CREATE TABLE events (
+        id INTEGER PRIMARY KEY, run INTEGER NOT NULL, execution INTEGER NOT NULL, epoch INTEGER NOT NULL,
+        last INTEGER NOT NULL, written_ms INTEGER NOT NULL, data BLOB NOT NULL, UNIQUE (run, epoch, last)) STRICT""",
     """CREATE TABLE tags (run INTEGER NOT NULL, tag TEXT NOT NULL, started_ms INTEGER NOT NULL,
         PRIMARY KEY (run, tag)) WITHOUT ROWID, STRICT""",
     "CREATE INDEX tags_by_start ON tags (tag, started_ms, run)",

@@ -15,6 +15,7 @@ from stroma.checkpoint.durable.owner import Owner, boot_id
 from stroma.checkpoint.durable.rows import (
     Annotation,
     AttemptSummary,
+    EventRow,
     Fence,
     Opening,
     RunEnd,
@@ -24,6 +25,7 @@ from stroma.checkpoint.durable.rows import (
     StepRow,
     is_free,
 )
+from stroma.checkpoint.events import EXPIRY_MS, MAX_BATCHES, EventPlace
 from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.queue import (
     MAX_CLAIM_SECONDS,
@@ -84,6 +86,7 @@ class SqliteRows:
         self.db.execute(sql.NEW_INPUT, (key, execution, opening.contract, opening.input, opening.sha256))
         if run is not None:
             self.db.execute(sql.UNTAG, (key,))
+            self.db.execute(sql.DISCARD_EVENTS, (key,))
         return self._claim(key, execution, opening)
 
     def take_over(self, run: RunRow, opening: Opening) -> Fence:
@@ -290,6 +293,21 @@ class SqliteRows:
         self.db.execute(sql.FORGET_DELETED, (_now_ms() - _DAY_MS,))
         for statement in sql.DELETE:
             self.db.execute(statement, (run_id,))
+
+    # ------------------------------------------------------------------ events
+
+    def append_events(self, batches: Sequence[EventRow]) -> None:
+        now = _now_ms()
+        values = [(*one.last, now, one.data, one.run, one.execution) for one in batches]
+        self.db.executemany(sql.APPEND_EVENTS, values)
+        for one in batches:
+            if one.trims:
+                self.db.execute(sql.TRIM_EVENTS, {"run": one.run, "most": MAX_BATCHES})
+                self.db.execute(sql.EXPIRE_EVENTS, (now - EXPIRY_MS,))
+
+    def events(self, run: int, execution: int, after: EventPlace, limit: int) -> list[EventRow]:
+        rows = self.db.execute(sql.EVENTS, (run, *after, execution, limit)).fetchall()
+        return [EventRow(run, execution, EventPlace(epoch, last), data) for epoch, last, data in rows]
 
     # ------------------------------------------------------------------ cells
 

@@ -116,7 +116,16 @@ UNTAG: Final = "DELETE FROM tags WHERE run = ?"
 # For a day, a session of a deleted run gets the error that it was deleted; after that, that it was lost.
 DELETED: Final = "INSERT OR REPLACE INTO deleted (run, deleted_ms) SELECT run, ? FROM runs WHERE run_id = ?"
 FORGET_DELETED: Final = "DELETE FROM deleted WHERE deleted_ms < ?"
+APPEND_EVENTS: Final = """INSERT OR IGNORE INTO events (run, execution, epoch, last, written_ms, data)
+    SELECT run, execution, ?, ?, ?, ? FROM runs WHERE run = ? AND execution = ?"""
+EVENTS: Final = """SELECT epoch, last, data FROM events WHERE run = ? AND (epoch, last) > (?, ?) AND execution = ?
+    ORDER BY epoch, last LIMIT ?"""
+TRIM_EVENTS: Final = """DELETE FROM events WHERE run = :run AND (epoch, last) <= (SELECT epoch, last FROM events
+    WHERE run = :run ORDER BY epoch DESC, last DESC LIMIT 1 OFFSET :most)"""
+EXPIRE_EVENTS: Final = """DELETE FROM events WHERE id IN (SELECT id FROM events ORDER BY id LIMIT 1000) AND written_ms < ?"""
+DISCARD_EVENTS: Final = "DELETE FROM events WHERE run = ?"
 DELETE: Final = (
+    "DELETE FROM events WHERE run = (SELECT run FROM runs WHERE run_id = ?)",
     "DELETE FROM tags WHERE run = (SELECT run FROM runs WHERE run_id = ?)",
     "DELETE FROM steps WHERE run = (SELECT run FROM runs WHERE run_id = ?)",
     "DELETE FROM inputs WHERE run = (SELECT run FROM runs WHERE run_id = ?)",
