@@ -246,7 +246,9 @@ async def test_a_damaged_batch_has_no_events(kind: str, codec: Any) -> None:
         assert read(store) == [*(f"1-{last}" for last in range(1, 6)), None, None, None, "1-9"]
 
 
-@pytest.mark.parametrize("text", ["", "1", "1-", "-1", "a-1", "1-2-3", "1-x", "٣-1", "9" * 30 + "-1", "1-end-", "1 -1"])
+@pytest.mark.parametrize(
+    "text", ["", "1", "1-", "-1", "a-1", "1-2-3", "1-x", "٣-1", "9" * 30 + "-1", "1-end-", "1 -1"]
+)
 def test_a_cursor_that_is_none(text: str) -> None:
     """Any other text than a cursor is an error that shows it."""
     with pytest.raises(ValueError, match="must be the cursor of an event"):

@@ -66,6 +66,7 @@ logger = get_logger()
 
 _TRIM_INTERVAL: Final = 100  # batches of events of a session between two that delete old ones
 
+
 class DurableSession:
     """One execution of a run, owned by this process until it ends, or until another process takes it over.
 

@@ -110,7 +110,12 @@ class PostgresConnection:
     def _append_events(self, jobs: list[Job]) -> None:
         """Append all batches of events, or none: then they stay pending."""
         batches = [job.operation.batch for job in jobs if isinstance(job.operation, EventAppend)]
-        self._perform_together(jobs, lambda rows: [rows.append_events(batches)] * len(jobs))
+
+        def append(rows: PostgresRows) -> list[None]:
+            rows.append_events(batches)
+            return [None] * len(jobs)
+
+        self._perform_together(jobs, append)
 
     def _perform_together(self, jobs: list[Job], do: Callable[[PostgresRows], list[Any]]) -> None:
         """Perform jobs in one transaction. If it fails, they stay pending."""

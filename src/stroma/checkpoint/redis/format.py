@@ -42,7 +42,12 @@ def annotations_key(kind: int) -> str:
 
 
 #: The keys of a run, after its prefix, except the states from save(), which expire by themselves.
-RUN_KEYS: Final = ("run", "inputs", "events", *map(annotations_key, sorted(set(Annotation) - {Annotation.SAVED})))
+RUN_KEYS: Final = (
+    "run",
+    "inputs",
+    "events",
+    *map(annotations_key, sorted(set(Annotation) - {Annotation.SAVED})),
+)
 #: The keys of each of its executions; a colon and its number follow.
 EXECUTION_KEYS: Final = ("steps", "nodes", "attempts", "failed", "identities")
 

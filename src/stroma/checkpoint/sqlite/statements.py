@@ -122,7 +122,8 @@ EVENTS: Final = """SELECT epoch, last, data FROM events WHERE run = ? AND (epoch
     ORDER BY epoch, last LIMIT ?"""
 TRIM_EVENTS: Final = """DELETE FROM events WHERE run = :run AND (epoch, last) <= (SELECT epoch, last FROM events
     WHERE run = :run ORDER BY epoch DESC, last DESC LIMIT 1 OFFSET :most)"""
-EXPIRE_EVENTS: Final = """DELETE FROM events WHERE id IN (SELECT id FROM events ORDER BY id LIMIT 1000) AND written_ms < ?"""
+EXPIRE_EVENTS: Final = """DELETE FROM events WHERE id IN (SELECT id FROM events ORDER BY id LIMIT 1000)
+    AND written_ms < ?"""
 DISCARD_EVENTS: Final = "DELETE FROM events WHERE run = ?"
 DELETE: Final = (
     "DELETE FROM events WHERE run = (SELECT run FROM runs WHERE run_id = ?)",
