@@ -84,6 +84,8 @@ async def test_a_restart_has_no_events_of_before(store: Any) -> None:
     first = await begin(store)
     await append(first, 1)
     second = await begin(store, if_exists="restart", if_running="take_over")
+    if hasattr(store, "read"):
+        assert store.read(lambda rows: list(rows.events(rows.find("run").run, 1, START, 9)), None) == []
     await append(first, 2)
     assert read(store) == []
     await append(second, 1)
