@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from datetime import datetime
 from functools import cached_property
@@ -49,7 +49,7 @@ if not is_supported:
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 from pydantic_ai import Agent
-from pydantic_ai.messages import ModelMessage, ModelRequest
+from pydantic_ai.messages import ModelMessage, ModelRequest, TextPart, TextPartDelta
 from pydantic_ai.models import infer_model
 from pydantic_ai.models.wrapper import WrapperModel
 from pydantic_ai.tools import DeferredToolResults, ToolApproved, ToolDenied
@@ -191,8 +191,21 @@ class StromaDurability(BaseDurabilityCapability[Any]):
             return await super().wrap_run(ctx, handler=handler)
 
     def get_wrapper_model(self, model: Any) -> Any:
-        """Have the step of a request report its usage, and emit the text of a streamed answer."""
+        """Have the step of a request report its usage."""
         return _StepModel(model) if _OPERATION.get() is not None and current_flow() is None else None
+
+    def _model_stream_event_handler(self) -> Any:
+        """Return what reads a streamed answer in its step: it emits the text, and calls the handler of the user."""
+        handler = super()._model_stream_event_handler()
+
+        async def read(ctx: Any, events: AsyncIterable[Any]) -> None:
+            events = _emit_text(events)
+            if handler is not None:
+                await handler(ctx, events)
+            async for _ in events:  # What the handler has not read.
+                pass
+
+        return read
 
     async def handle_deferred_tool_calls(self, ctx: Any, *, requests: Any) -> DeferredToolResults | None:
         """Ask for the approvals, and for the results of tools that are called elsewhere, as questions of the flow."""
@@ -211,6 +224,17 @@ _EXECUTOR: Final = BodyExecutor(thread_name_prefix="stroma-pydantic-ai")
 _OPERATION: ContextVar[Callable[[], Awaitable[object]] | None] = ContextVar(
     "stroma_pydantic_ai", default=None
 )
+
+
+async def _emit_text(events: AsyncIterable[Any]) -> AsyncIterator[Any]:
+    node = _node()
+    async for event in events:
+        part: Any = getattr(event, "delta", None) or getattr(event, "part", None)
+        if isinstance(part, (TextPart, TextPartDelta)) and event.event_kind in ("part_start", "part_delta"):
+            text = part.content if isinstance(part, TextPart) else part.content_delta
+            if text:
+                node.emit(text)
+        yield event
 
 
 async def _ask_approval(flow: Flow, call: Any) -> tuple[str, ToolApproved | ToolDenied]:
@@ -375,7 +399,7 @@ def _parts_of(message: ModelMessage) -> list[dict[str, JsonValue]]:
 
 
 class _StepModel(WrapperModel):
-    """A model in a step: it reports the usage of its answers, emits streamed text, and gives way to a fallback."""
+    """A model in a step: it reports the usage of its answers, and gives way to a fallback."""
 
     async def request(self, *args: Any, **kwargs: Any) -> Any:
         node, model = _node(), self._serving()

@@ -195,8 +195,11 @@ async def test_a_streamed_answer_is_one_step() -> None:
         return Answer(text="".join(parts))
 
     store = InMemoryStore()
-    result = await StromaRunner.quick(store=store, run_id="r").run(f, Num())
+    async with StromaRunner.quick(store=store, run_id="r").stream(f, Num()) as stream:
+        emitted = [event.data async for event in stream if event.kind == "node_event"]
+    result = stream.result
     assert result.final_state == Answer(text="hello world"), result.failure
+    assert emitted == ["hello ", "world"]
     assert [one.tokens > 0 for one in store.attempts("r") if one.node_id == "a.model"] == [True]
     assert {"part_start", "part_delta"} <= set(seen)
 

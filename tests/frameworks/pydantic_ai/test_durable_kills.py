@@ -20,7 +20,7 @@ from tests.shared_stores import store_of
 from stroma import Flow, InMemoryStore, NotDone, RunStatus, StromaRunner, current_node, stroma_flow
 
 pytest.importorskip("stroma.adapters._pydantic_ai_durability", exc_type=ImportError)
-from stroma.adapters.pydantic_ai import StromaDurability, ToolApproval  # noqa: E402
+from stroma.adapters.pydantic_ai import StromaDurability, ToolApproval
 
 
 class Report(BaseModel):
