@@ -101,3 +101,17 @@ def test_nothing_finished_is_done_twice(shown: tuple[int, Emulator, Path]) -> No
     assert len(rows) == 1 + 1 + documents + 1 + 3 + 1
     assert all(count == 1 for _, _, count in rows)
     assert succeeded == len(rows)
+
+
+def test_a_killed_agent_pays_once(tmp_path: Path) -> None:
+    """`stroma demo agent`, without a key or network: killed while it pays, it resumes, and the charge is made once."""
+    command = [sys.executable, "-m", "stroma", "demo", "agent", "--dir", "work"]
+    env = {**os.environ, "HOME": str(tmp_path)}
+    env.pop("STROMA_PROGRAM", None)
+    code, emulator, _ = run_on_terminal(command, tmp_path, env, rows=30, seconds=60)
+    text = emulator.text
+    assert code == 0, text
+    assert "Traceback" not in text
+    assert "Its book has 1 booking" in text
+    assert "asked 3 times in three processes: no request was repeated" in text
+    assert len((tmp_path / "work" / "bank.jsonl").read_text("utf-8").splitlines()) == 1

@@ -24,12 +24,15 @@ from stroma._utils.text import break_command, clean, format_usd
 from stroma.checkpoint import AttemptRecord
 from stroma.checkpoint.sqlite.store import SQLiteStore
 from stroma.contracts.schema import schema_of
+from stroma.demo.agent import BOOK_VARIABLE
 from stroma.demo.pipeline import BASE_URL_VARIABLE, DOCUMENTS, Documents
 from stroma.demo.provider import DEFAULT_SEED, Provider, start_provider, text_sha
 
 __all__ = ["main"]
 
 _TARGET = "stroma.demo.pipeline:pipeline"
+_AGENT = "stroma.demo.agent:support"
+_SUSPENDED: Final = 7  # exit code
 _KILL_AFTER = 9  # committed documents
 _PATIENCE_SECONDS = 60.0
 _TIGHT_BUDGET_USD = "0.0015"
@@ -44,6 +47,7 @@ class Demo:
         self.folder = folder
         self.work = work
         self.db = work / "runs.db"
+        self.book = work / "bank.jsonl"
         #: The command as this demo was begun, which the printed commands begin with.
         self.program = os.environ.get("STROMA_PROGRAM") or "stroma"
         self.colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
@@ -54,19 +58,21 @@ class Demo:
     def print_line(self, text: str = "") -> None:
         print(text, flush=True)
 
-    def start(self, provider: Provider, words: Sequence[str]) -> subprocess.Popen[bytes]:
+    def start(self, provider: Provider | None, words: Sequence[str]) -> subprocess.Popen[bytes]:
         """Start one ``stroma`` command in a process of its own and show its progress."""
         self.print_line(f"$ {break_command(f'{self.program} {shlex.join(words)}', _COLUMNS - 2)}\n")
         variables = {
-            BASE_URL_VARIABLE: provider.base_url,
+            BOOK_VARIABLE: str(self.book),
             "STROMA_DB": str(self.db),
             "STROMA_PROGRAM": self.program,
         }
+        if provider is not None:
+            variables[BASE_URL_VARIABLE] = provider.base_url
         env = child_environment(**variables)
         env.pop("OPENAI_API_KEY", None)  # The demo buys nothing, whatever the user's shell is set up for.
         return subprocess.Popen(child_command(*words), env=env, cwd=self.work, stdout=subprocess.DEVNULL)
 
-    def run(self, provider: Provider, words: Sequence[str]) -> int:
+    def run(self, provider: Provider | None, words: Sequence[str]) -> int:
         return self.start(provider, words).wait(_PATIENCE_SECONDS)
 
     def run_words(self, run_id: str, *options: str) -> list[str]:
@@ -83,6 +89,10 @@ class Demo:
     def names(self, run_id: str) -> list[str]:
         """Return the documents of a run, in order."""
         return [document.name for document in self._documents(run_id).documents]
+
+    def bookings(self) -> list[str]:
+        """Return the lines of the bank's book."""
+        return self.book.read_text("utf-8").splitlines() if self.book.exists() else []
 
     def _documents(self, run_id: str) -> Documents:
         first = next(a for a in self.attempts(run_id) if a.position == 0 and a.output is not None)
@@ -102,6 +112,13 @@ def main(argv: list[str]) -> int:
     """Run the demo; return 0 if everything went as announced, else 1."""
     parser = argparse.ArgumentParser(prog="stroma demo", description="A guarded pipeline on real documents.")
     parser.add_argument(
+        "scene",
+        nargs="?",
+        choices=["documents", "agent"],
+        default="documents",
+        help="what is shown (default: documents)",
+    )
+    parser.add_argument(
         "--folder", type=Path, default=DOCUMENTS, help="documents to read (default: those that ship)"
     )
     parser.add_argument(
@@ -120,6 +137,11 @@ def main(argv: list[str]) -> int:
     started = time.monotonic()
     folder = options.folder if options.folder == DOCUMENTS else options.folder.resolve()
     demo = Demo(folder, work.resolve(), options.seed)
+    if options.scene == "agent":
+        ok = _killed_agent(demo)
+        if ok:
+            _look_further(demo, time.monotonic() - started, "ticket")
+        return 0 if ok else 1
     with start_provider(options.seed) as provider:
         ok = _trouble(demo, provider)
     # Another one, which has its faults before it and an empty ledger.
@@ -127,7 +149,7 @@ def main(argv: list[str]) -> int:
         ok = ok and _killed_and_resumed(demo, provider) and _on_a_budget(demo, provider)
     if ok:
         _bill(demo, "inbox")
-        _look_further(demo, time.monotonic() - started)
+        _look_further(demo, time.monotonic() - started, "inbox")
     return 0 if ok else 1
 
 
@@ -227,13 +249,37 @@ def _describe_attempt(attempt: AttemptRecord) -> str:
     return attempt.reason or attempt.failure_class or attempt.outcome
 
 
-def _look_further(demo: Demo, seconds: float) -> None:
+def _killed_agent(demo: Demo) -> bool:
+    demo.title("1. An agent asks before it pays")
+    demo.print_line("A support agent looks an order up and wants to refund it. That takes a person's")
+    demo.print_line("approval: the run is suspended, and needs no process until the answer is there.\n")
+    if demo.run(None, ["run", _AGENT, "--run-id", "ticket"]) != _SUSPENDED:
+        return False
+    demo.title("2. Approved, and killed while the bank books")
+    demo.print_line("The process is killed (kill -9) after the bank has booked and before it answers.\n")
+    process = demo.start(None, ["approve", "ticket", _AGENT, '{"approved": true}', "--resume"])
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while process.poll() is None and time.monotonic() < deadline and not demo.bookings():
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    demo.title(f"kill -9: the bank has {len(demo.bookings())} booking, and nobody has its answer.")
+    code = demo.run(None, ["resume", "ticket", _AGENT])
+    booked = len(demo.bookings())
+    requests = sum(one.node_id == "model" for one in demo.attempts("ticket"))
+    demo.print_line(f"\nThe bank was asked about the call that was cut off. Its book has {booked} booking.")
+    demo.print_line(f"The model was asked {requests} times in three processes: no request was repeated.")
+    return code == 0 and (booked, requests) == (1, 3)
+
+
+def _look_further(demo: Demo, seconds: float, run_id: str) -> None:
     demo.title(f"Look further (all of this took {seconds:.0f} s)")
     demo.print_line(f"""
 export STROMA_DB={shlex.quote(str(demo.db))}
-{demo.program} show inbox --timing
+{demo.program} show {run_id} --timing
 {demo.program} runs
 {demo.program} ui    # the same runs as pages in a browser
-
-On a folder of yours, with a real model if OPENAI_API_KEY is set:
-{demo.program} run {_TARGET} '{{"folder": "."}}'""")
+""")
+    if run_id == "inbox":
+        demo.print_line("On a folder of yours, with a real model if OPENAI_API_KEY is set:")
+        demo.print_line(f"""{demo.program} run {_TARGET} '{{"folder": "."}}'""")

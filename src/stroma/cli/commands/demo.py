@@ -17,8 +17,8 @@ __all__ = ["demo"]
 )
 @click.argument("argv", nargs=-1, type=click.UNPROCESSED)
 def demo(argv: tuple[str, ...]) -> int:
-    """Run the demo: a pipeline over real documents, against a provider that misbehaves."""
-    if importlib.util.find_spec("openai") is None:
+    """Run the demo: documents and a provider that misbehaves, or `demo agent`: an agent that is killed while it pays."""
+    if "agent" not in argv and importlib.util.find_spec("openai") is None:
         raise Problem(
             "the demo calls its provider through the openai client, which is not installed",
             f"install it with: {sys.executable} -m pip install 'stroma-runner[demo]'",
