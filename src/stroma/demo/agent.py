@@ -106,6 +106,11 @@ def bookings() -> list[dict[str, Any]]:
     return [json.loads(line) for line in book.read_text("utf-8").splitlines()] if book.exists() else []
 
 
+def _book(booking: dict[str, Any]) -> None:
+    with Path(os.environ[BOOK_VARIABLE]).open("a", encoding="utf-8") as book:
+        book.write(json.dumps(booking) + "\n")
+
+
 async def look_up_refund(refund: Refund, key: str) -> RefundReceipt | NotDone:
     """Ask the bank for a booking with this key."""
     numbers = [number for number, booking in enumerate(bookings(), 1) if booking["key"] == key]
@@ -115,14 +120,14 @@ async def look_up_refund(refund: Refund, key: str) -> RefundReceipt | NotDone:
 @runner.node("refund", input=Refund, output=RefundReceipt, effect=True, reconcile=look_up_refund)
 async def refund(request: Refund) -> RefundReceipt:
     """Have the bank book the refund, and wait for its answer."""
-    with Path(os.environ[BOOK_VARIABLE]).open("a", encoding="utf-8") as book:
-        book.write(json.dumps({"key": current_node().idempotency_key, "cents": request.cents}) + "\n")
+    _book({"key": current_node().idempotency_key, "cents": request.cents})
     await asyncio.sleep(_BANK_SECONDS)
     return RefundReceipt(number=len(bookings()))
 
 
 @runner.flow("support", input=Ticket, output=Reply)
 async def support(flow: Flow, ticket: Ticket) -> Reply:
+    """Ask the model, and call the tools that it chooses, until it has a text for the customer."""
     messages = [Message(role="user", text=ticket.text)]
     while True:
         answer = await flow.step(model, Chat(messages=messages))
