@@ -26,7 +26,7 @@ NOTE = "<!-- Written by docs/generate.py: run `./dev run python docs/generate.py
 TOPICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "running": (
         "Running", "Runners, pipelines, nodes, flows, and the configuration of runs.",
-        ("runner.pipeline", "runner.runner", "runner.flows.flow", "runner.flows.definition", "runner.flows.errors", "runner.stream", "runner.events", "engine.config", "contracts.node", "engine.execution", "runner.steps", "engine.context"),
+        ("runner.pipeline", "runner.runner", "runner.flows.flow", "runner.flows.definition", "runner.flows.errors", "runner.stream", "runner.events", "engine.config", "engine.timeouts", "contracts.node", "engine.execution", "runner.steps", "engine.context"),
     ),
     "contracts": ("Contracts and checks", "Contracts of nodes, and the checker that compares them before a run.", ("contracts.contract", "contracts.effects", "contracts.tagged_json", "contracts.checks")),
     "failures": ("Failures and policies", "Failure classes, retry policies and errors.", ("failures",)),
@@ -48,7 +48,7 @@ TOPICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 PARAMETERS = frozenset(
     {
         "AsyncInMemoryStore", "Breaker", "ExecutionBudget", "ExecutionResult", "FailurePolicy", "FallbackPolicy", "InMemoryStore",
-        "Limit", "NodeContract", "NodeHooks", "Pipeline", "PostgresStore", "RedisStore", "RunConfig", "SQLiteStore", "SharedBudget",
+        "Limit", "NodeContract", "NodeHooks", "NodeTimeout", "Pipeline", "PostgresStore", "RedisStore", "RunConfig", "SQLiteStore", "SharedBudget",
         "SyncRedisStore", "classify", "estimate_cost_usd", "map_over", "open_store", "parallel", "resolve_model", "stroma_flow",
         "stroma_node", "usage_from",
     }
@@ -66,7 +66,7 @@ METHODS = {
     "Limit": [],
     "NodeExecution": [
         "run_id", "pipeline", "outcome", "duration_ms", "function_ms", "started_ns", "reason", "notes", "at_end", "idempotency_key",
-        "usage", "model", "remaining_budget", "report_usage", "signal", "wait_for",
+        "usage", "model", "remaining_budget", "report_usage", "emit", "signal", "wait_for",
     ],
     "NodeHooks": [],
     "ReliabilityContext": ["for_run", "build_result", "conversation", "user", "session_id", "execution", "last_state", "notes"],

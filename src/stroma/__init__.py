@@ -75,6 +75,7 @@ _HOMES = {
     ),
     "engine": (
         "NodeExecution",
+        "NodeTimeout",
         "ReliabilityContext",
         "RunConfig",
         "current_node",
@@ -185,6 +186,7 @@ __all__ = [
     "NodeContract",
     "NodeExecution",
     "NodeHooks",
+    "NodeTimeout",
     "NodeUsage",
     "NotDone",
     "NotSerialisable",

@@ -15,8 +15,13 @@ from pydantic import BaseModel, SecretStr
 from tests.kit import NEVER, TWICE, Num, node, quick
 
 from stroma import (
+    CheckpointManager,
+    ContractRegistry,
+    InMemoryStore,
     NodeExecution,
     NodeHooks,
+    ReliabilityContext,
+    RunConfig,
     RunStatus,
     SQLiteStore,
     StreamEvent,
@@ -160,12 +165,19 @@ async def test_a_reader_that_stands_still() -> None:
     assert numbers == sorted(set(numbers))
 
 
+def started_hub() -> tuple[EventHub, NodeExecution]:
+    """Return a hub with a running attempt "1-1", and its node."""
+    hub = EventHub()
+    hub.publish("node_start", "run", "a", attempt_id="1-1")
+    manager = CheckpointManager(InMemoryStore())
+    context = ReliabilityContext.for_run(RunConfig(), ContractRegistry(), manager)
+    return hub, NodeExecution(context, "a", "node", 0, "")
+
+
 async def test_drops_are_counted_each_time() -> None:
     """A reader that falls behind twice gets a count for each gap: what it read and what was dropped is all there was."""
-    hub = EventHub()
+    hub, here = started_hub()
     reader = hub.add_reader()
-    here: Any = NodeExecution(*_context(), "a", "node", 0, "")
-    hub.publish("node_start", "run", "a", attempt_id="1-1")
     read, dropped, sent = 0, 0, 0
     for burst in (MAX_EMITTED + 7, 3, 2 * MAX_EMITTED):
         for _ in range(burst):
@@ -179,14 +191,30 @@ async def test_drops_are_counted_each_time() -> None:
     assert (read + dropped, dropped) == (sent, 7 + MAX_EMITTED)
 
 
-def _context() -> Any:
-    from stroma.checkpoint import CheckpointManager, InMemoryStore
-    from stroma.contracts.contract import ContractRegistry
-    from stroma.engine.config import RunConfig
-    from stroma.engine.context import ReliabilityContext
+def test_a_hub_takes_events_of_running_attempts_only() -> None:
+    """Whatever a thread that races with an end has read before: an event never precedes a start or follows an end."""
+    for end in ("node_success", "node_failure", "node_cancelled", "node_suspended"):
+        hub, here = started_hub()
+        reader = hub.add_reader()
+        hub.emit(here, "1-2", "delta", "early")
+        hub.emit(here, "1-1", "delta", "in time")
+        hub.publish(end, "run", "a", attempt_id="1-1")  # type: ignore[arg-type]
+        hub.emit(here, "1-1", "delta", "late")
+        assert [reader.take().data for _ in range(2)] == ["in time", None]  # type: ignore[union-attr]
+        assert reader.take() is None
 
-    manager = CheckpointManager(InMemoryStore())
-    return (ReliabilityContext.for_run(RunConfig(), ContractRegistry(), manager),)
+
+async def test_a_thread_wakes_a_reader_by_its_loop() -> None:
+    """The future of a waiting reader is set in its own event loop, which alone may do that."""
+    hub, here = started_hub()
+    reader = hub.add_reader()
+    asyncio.get_running_loop().set_debug(True)  # It refuses calls from other threads.
+    waiting = asyncio.create_task(reader.get())
+    await asyncio.sleep(0)
+    await asyncio.to_thread(hub.emit, here, "1-1", "delta", "x")
+    event = await waiting
+    assert event is not None
+    assert event.data == "x"
 
 
 async def test_one_that_stands_still_stops_no_other_reader() -> None:

@@ -8,9 +8,11 @@ if TYPE_CHECKING:
     from stroma.engine.config import RunConfig
     from stroma.engine.context import ReliabilityContext
     from stroma.engine.execution import NodeExecution, current_node, current_node_or_none, current_run
+    from stroma.engine.timeouts import NodeTimeout
 
 __all__ = [
     "NodeExecution",
+    "NodeTimeout",
     "ReliabilityContext",
     "RunConfig",
     "current_node",
@@ -20,6 +22,7 @@ __all__ = [
 
 _HOMES = {
     "NodeExecution": "engine.execution",
+    "NodeTimeout": "engine.timeouts",
     "ReliabilityContext": "engine.context",
     "RunConfig": "engine.config",
     "current_node": "engine.execution",

@@ -18,6 +18,7 @@ from stroma.contracts.copying import construct, replicate
 from stroma.cost.budget import LARGEST, ExecutionBudget
 from stroma.cost.fallback import FallbackPolicy
 from stroma.cost.usage import shown
+from stroma.engine.timeouts import NodeTimeout
 from stroma.failures.failure import Classifier
 from stroma.failures.policy import PolicyMap, default_policy_map
 from stroma.hooks.sets import AnyHooks, NodeHooks, check_arguments, flatten
@@ -102,7 +103,8 @@ class RunConfig(StrictModel):
             share it.
         contract_retries: further attempts by node id after an output that broke its contract. Such a violation is
             RECOVERABLE, the last one TERMINAL. The next attempt reads it at ``current_node().last_failure``.
-        node_timeouts: time limit in milliseconds by node id, for the function alone. Under a group's id: for the group.
+        node_timeouts: time limit in milliseconds by node id, for the function alone, or a NodeTimeout, which can also limit the
+            time between two events that the node emits. Under a group's id: for the group.
         resume_from: id of the node to start at, with the checkpoint of the node before it.
         resume: continue the last execution of this run id at its first position without a commit. The same as
             ``if_exists="resume"``.
@@ -167,7 +169,7 @@ class RunConfig(StrictModel):
     hooks: Annotated[AnyHooks, SkipValidation] = Field(default_factory=NodeHooks)
     classifiers: Annotated[list[Classifier], SkipValidation] = Field(default_factory=list)
     context: InstanceOf[dict[str, Any]] = Field(default_factory=dict)
-    node_timeouts: dict[str, int] = Field(default_factory=dict)
+    node_timeouts: dict[str, int | NodeTimeout] = Field(default_factory=dict)
     contract_retries: dict[str, int] = Field(default_factory=dict)
     resume_from: str | None = None
     resume: bool = False
@@ -328,9 +330,9 @@ class RunConfig(StrictModel):
 
     @field_validator("node_timeouts")
     @classmethod
-    def _positive(cls, value: dict[str, int]) -> dict[str, int]:
+    def _positive(cls, value: dict[str, int | NodeTimeout]) -> dict[str, int | NodeTimeout]:
         for node_id, limit in value.items():
-            if not 0 < limit <= LARGEST:
+            if not isinstance(limit, NodeTimeout) and not 0 < limit <= LARGEST:
                 raise ValueError(
                     f"node_timeouts[{node_id!r}] must be a positive number of milliseconds up to 10**30, got {shown(limit)}"
                 )

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias, TypedDict
 
 from stroma.cost.budget import ExecutionBudget
 from stroma.cost.fallback import FallbackPolicy
+from stroma.engine.timeouts import NodeTimeout
 from stroma.failures.failure import Classifier
 from stroma.failures.policy import FailurePolicy, PolicyMap
 from stroma.hooks.sets import NodeHooks
@@ -31,7 +32,7 @@ class OtherFields(TypedDict, total=False):
     breaker: Breaker | None
     node_policies: Mapping[str, Policies]
     context: dict[str, Any]
-    node_timeouts: dict[str, int]
+    node_timeouts: Mapping[str, int | NodeTimeout]
     contract_retries: dict[str, int]
     resume_from: str | None
     resume: bool

@@ -41,6 +41,7 @@ from stroma.engine.redaction import Redactor
 from stroma.engine.run_hooks import call_run_hooks, call_run_hooks_now
 from stroma.engine.run_logger import RunLogger
 from stroma.engine.tasks import TICK_SECONDS, Shield, raise_if
+from stroma.engine.timeouts import NodeTimeout, limits_ms
 from stroma.engine.trace_contexts import join_traces, trace_of, traces_of
 from stroma.engine.unread import UnreadState
 from stroma.failures.failure import Classifier, Failure, NodeContext, diagnose
@@ -91,7 +92,7 @@ class ReliabilityContext:
     policy_map: PolicyMap
     step_policies: dict[str, PolicyMap]
     classifiers: list[Classifier]
-    step_timeouts: dict[str, int]
+    step_timeouts: dict[str, int | NodeTimeout]
     model_fallbacks: list[FallbackPolicy]
     hooks: AnyHooks
     context: dict[str, Any]
@@ -109,7 +110,7 @@ class ReliabilityContext:
         policy_map: PolicyMap,
         step_policies: dict[str, PolicyMap],
         classifiers: list[Classifier],
-        step_timeouts: dict[str, int],
+        step_timeouts: dict[str, int | NodeTimeout],
         model_fallbacks: list[FallbackPolicy],
         hooks: AnyHooks,
         context: dict[str, Any],
@@ -200,8 +201,12 @@ class ReliabilityContext:
         )
         #: The shortest time in ns for which a node must not keep the event loop: the least time limit, at most 1 s.
         self.max_block_ns = BLOCK_NS
+        #: Something looks at what nodes emit.
+        self.takes_events = False
         if self.step_timeouts:
-            least_ms = min(self.step_timeouts.values())
+            limits_of_nodes = [limits_ms(limit) for limit in self.step_timeouts.values()]
+            self.takes_events = any(idle_ms is not None for _, idle_ms in limits_of_nodes)
+            least_ms = min(ms for pair in limits_of_nodes for ms in pair if ms is not None)
             self.max_block_ns = max(_MIN_BLOCK_NS, min(BLOCK_NS, least_ms * 1_000_000))
         #: Warnings that were logged: dimensions of the budget, and what is wrong with a node.
         self._warned: dict[str | tuple[str, str], None] = {}  # A set would take 200 bytes in each run.
@@ -210,8 +215,6 @@ class ReliabilityContext:
         #: Receivers of what nodes emit (stroma.engine.emitted), and the number of attempts whose events have an id.
         self.event_receivers: tuple[EventReceiver, ...] = ()
         self.attempt_count = 0
-        #: Something looks at what nodes emit.
-        self.takes_events = False
         #: Attempts wait for their turn at a shared budget, a limit or a breaker.
         self.gated = self.config.gated
 
@@ -229,7 +232,7 @@ class ReliabilityContext:
         self.event_receivers = tuple(
             [receiver for one in sets if (receiver := one._event_receiver()) is not None]
         )
-        self.takes_events = bool(self.event_receivers)
+        self.takes_events = self.takes_events or bool(self.event_receivers)
         self.delivers = self.config.hook_delivery == "at_least_once"
         limit = self.config.hook_timeout_ms
         return Hooks(

@@ -1,8 +1,9 @@
-"""Calls under a time limit: the node's own, or what is left of the run's budget."""
+"""Calls under a time limit: those of the node, or what is left of the run's budget."""
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import math
 from functools import partial
 from time import perf_counter_ns
@@ -15,6 +16,7 @@ from stroma.cost.budget import BudgetExceeded, is_set_for_run
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.engine.interceptors import Call
+from stroma.engine.timeouts import limits_ms
 
 __all__ = ["DeadlineExceeded", "call_in_time"]
 
@@ -32,16 +34,49 @@ class DeadlineExceeded(BudgetExceeded):
         return (BudgetExceeded, (*self.args, self.is_set_for_run))
 
 
+class IdleTimer:
+    """Ends a scope once it was not renewed for some time."""
+
+    def __init__(self, scope: asyncio.Timeout, seconds: float) -> None:
+        self._scope = scope
+        self._seconds = seconds
+        self._loop = asyncio.get_running_loop()
+        self.is_over = False
+        self.renew()
+        self._wait()
+
+    def renew(self) -> None:
+        """Let the time begin again. Safe to call in any thread, and cheap: the timer itself is not moved."""
+        self._renewed_at = self._loop.time()
+
+    def cancel(self) -> None:
+        """End the timer."""
+        self._handle.cancel()
+
+    def _wait(self) -> None:
+        # An empty context: that of the caller would keep the run alive until the timer.
+        self._handle = self._loop.call_at(
+            self._renewed_at + self._seconds, self._check, context=contextvars.Context()
+        )
+
+    def _check(self) -> None:
+        if self._renewed_at + self._seconds > self._loop.time():
+            self._wait()
+        elif not self._scope.expired():
+            self.is_over = True
+            self._scope.reschedule(self._loop.time())
+
+
 async def call_in_time(
     run: NodeExecution, node: Node | Group, call: Call, state: BaseModel, begin: int
 ) -> Any:
-    """Call under the node's timeout and the run's latency deadline, whichever is nearer.
+    """Call under the node's time limits and the run's latency deadline, whichever is nearest.
 
     ``begin``: when the call began, in ns. Raises TimeoutError or DeadlineExceeded, besides what the function raises.
     """
     ctx, node_id = run.ctx, run.node_id
     limit = ctx.budget.max_latency_ms
-    timeout_ms = ctx.step_timeouts.get(node_id)
+    timeout_ms, idle_ms = limits_ms(ctx.step_timeouts.get(node_id))
     own = math.inf if timeout_ms is None else timeout_ms / 1000
     remaining = math.inf
     if limit is not None and not isinstance(node, Group):
@@ -54,10 +89,17 @@ async def call_in_time(
         call = partial(interceptor.call, run, node, call)
     try:
         async with scope:
+            if idle_ms is not None:
+                run.idle_timer = IdleTimer(scope, idle_ms / 1000)
             return await call(state)
     except TimeoutError:
         if not scope.expired():
             raise
+        if run.idle_timer is not None and run.idle_timer.is_over:
+            raise TimeoutError(
+                f"node {node_id!r} emitted no event for {idle_ms} ms; raise idle_ms of node_timeouts[{node_id!r}], or emit "
+                "more often"
+            ) from None
         if remaining < own:
             assert limit is not None
             now = perf_counter_ns()
@@ -68,4 +110,7 @@ async def call_in_time(
             f"node {node_id!r} did not end within {timeout_ms} ms; raise node_timeouts[{node_id!r}], or make the call shorter"
         ) from None
     finally:
+        if run.idle_timer is not None:
+            run.idle_timer.cancel()
+            run.idle_timer = None
         del run, call  # This frame is in the traceback of what is raised: as in NodeAttempt.make().

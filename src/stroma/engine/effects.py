@@ -37,6 +37,7 @@ from stroma.engine.execution import NodeExecution, decode_answer
 from stroma.engine.in_flight import begin_flight, end_flight
 from stroma.engine.restore import read_output
 from stroma.engine.tasks import CONTINUES, call_in_thread, passes_through
+from stroma.engine.timeouts import limits_ms
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import kind_of, message_of
 from stroma.trace.events import Outcome
@@ -299,7 +300,7 @@ class Effect:
         if reconcile is None or self._snapshot is None:
             return Unknown(why)
         state = self._schemas[0].restore(self._snapshot)
-        timeout_ms = run.ctx.step_timeouts.get(run.node_id)
+        timeout_ms, _ = limits_ms(run.ctx.step_timeouts.get(run.node_id))
         try:
             async with asyncio.timeout(None if timeout_ms is None else timeout_ms / 1000):
                 if iscoroutinefunction(reconcile):

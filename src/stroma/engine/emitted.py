@@ -46,11 +46,16 @@ async def mark_attempt(run: Any, awaitable: Awaitable[Any]) -> Any:
 
 
 def emit_event(run: Any, data: Any, name: str) -> None:
-    """Hand an event to the receivers of the run. Never raises for bad data, and never waits."""
+    """Renew idle limits, and hand an event to the receivers of the run. Never raises for bad data, and never waits."""
     ctx, mark = run.ctx, ATTEMPT.get()
     attempt_id = run.attempt_id if mark is None or mark[0] is not run else mark[1]
     if attempt_id is None or attempt_id != run.attempt_id or run.ended is not None:
         return
+    around = run
+    while around is not None:
+        if around.idle_timer is not None:
+            around.idle_timer.renew()
+        around = around.parent
     if not ctx.event_receivers:
         return
     try:

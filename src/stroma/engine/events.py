@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from stroma.contracts.schema import Schema
 from stroma.engine.context import BLOCK_NS, ReliabilityContext
 from stroma.engine.execution import NodeExecution
+from stroma.engine.timeouts import limits_ms
 from stroma.engine.unread import UnreadState
 from stroma.failures.failure import Failure
 from stroma.trace.events import AttemptRow
@@ -78,8 +79,8 @@ def log_failure(ctx: ReliabilityContext, run: NodeExecution, failure: Failure, r
 
 def warn_of_blocking(ctx: ReliabilityContext, run: NodeExecution, duration_ns: int) -> None:
     """Warn once of a node that kept the event loop, from its call to its end, for 1 s or for its whole time limit."""
-    limit = ctx.step_timeouts.get(run.node_id)
-    if duration_ns >= BLOCK_NS or (limit is not None and duration_ns >= limit * 1_000_000):
+    limits = limits_ms(ctx.step_timeouts.get(run.node_id))
+    if duration_ns >= BLOCK_NS or any(ms is not None and duration_ns >= ms * 1_000_000 for ms in limits):
         ctx.warn_once(
             run.node_id,
             "blocks",

@@ -91,6 +91,8 @@ class NodeExecution:
     effect: Any = None
     #: Its call at a place, an OpenCall of stroma.engine.placed_calls.
     placed_call: Any = None
+    #: Its timer, an IdleTimer of stroma.engine.deadlines, while its function runs under an idle limit.
+    idle_timer: Any = None
     #: Id of the present attempt, in a run whose events have receivers; see stroma.engine.emitted.
     attempt_id: str | None = None
     _notes: dict[Any, Any] | None = None

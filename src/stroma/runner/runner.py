@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from stroma.contracts.checks.finding import Finding
     from stroma.engine.config_fields import OtherFields, Policies
     from stroma.engine.placed_calls import PlaceCaller
+    from stroma.engine.timeouts import NodeTimeout
     from stroma.runner.drive import DriveOutcome, RunDriver
     from stroma.runner.flows.definition import AnnotatedFlowDecorator, FlowDecorator
     from stroma.runner.flows.flow import FlowFunction, FlowLimits
@@ -180,8 +181,8 @@ class StromaRunner:
         """Replace the retry policies of single nodes, by node id."""
         return self._replace(node_policies=RunConfig(node_policies=node_policies).node_policies)
 
-    def with_node_timeouts(self, node_timeouts: dict[str, int]) -> StromaRunner:
-        """Replace the time limits of nodes: milliseconds by node id."""
+    def with_node_timeouts(self, node_timeouts: Mapping[str, int | NodeTimeout]) -> StromaRunner:
+        """Replace the time limits of nodes: milliseconds or a NodeTimeout by node id."""
         return self._replace(node_timeouts=RunConfig(node_timeouts=node_timeouts).node_timeouts)
 
     def node(
