@@ -35,6 +35,8 @@ from stroma import (
 from stroma.engine import interceptors
 from stroma.engine.execution import current_run
 from stroma.engine.interceptors import Interceptor
+from stroma.runner.event_hooks import event_hooks
+from stroma.runner.events import EventHub
 from stroma.temporal import stroma_worker
 
 pytestmark = pytest.mark.slow
@@ -104,6 +106,34 @@ async def test_a_node_with_a_place(cluster: Cluster) -> None:
     assert ends == [("a", {"n": 10}, 0), ("b", {"n": 11}, 15), ("c", {"n": 110}, 0)]
     [row] = [one for one in cluster.store.attempts(run_id) if one.node_id == "b"]
     assert (row.tokens, row.model, row.cost_usd) == (15, "a-model-of-ours", 0.5)
+
+
+async def test_events_come_with_the_end_of_a_call(cluster: Cluster) -> None:
+    """Readers get what a function emits at its place, also in a thread and before a failure; of too many the newest."""
+    hub = EventHub()
+    reader = hub.add_reader()
+
+    async def fails(state: Num) -> Any:
+        here().emit({"half": ["a", None]}, name="progress")
+        raise Mine
+
+    def call(state: Num) -> Num:
+        for index in range(2000):
+            here().emit(f"{index} {'x' * 490}")
+        return state
+
+    place = place_of(cluster)
+    pipeline = Pipeline("p", [placed("a", call, place), placed("b", fails, place)])
+    async with workers(cluster, pipeline, hooks=event_hooks(hub)):
+        await cluster.runner.run(pipeline, Num(), run_id=fresh_id())
+    events = list(iter(reader.take, None))
+    ends = [event.kind for event in events if event.kind != "node_event"]
+    assert ends == ["run_start", "node_start", "node_success", "node_start", "node_failure"]
+    *texts, progress = [event for event in events if event.kind == "node_event"]
+    numbers = [int(event.data.partition(" ")[0]) for event in texts]
+    assert numbers == list(range(2000 - len(texts), 2000))
+    assert 400 < len(texts) < 500
+    assert (progress.node_id, progress.name, progress.data) == ("b", "progress", {"half": ["a", None]})
 
 
 class Refused(Exception):

@@ -65,6 +65,8 @@ class TemporalCaller:
         if answer.reports or answer.usage_error is not None:
             run.reported = list(answer.reports)
             run.misreported = None if answer.usage_error is None else UsageError(answer.usage_error)
+        for name, data in answer.events:
+            run.emit(data, name)
         if answer.failure is not None:
             raise answer.failure.error()
         assert answer.output is not None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from typing import Any, Final
 
 from pydantic import BaseModel
@@ -22,6 +25,7 @@ from stroma.drivers.temporal.wire import CALL, PlaceAnswer, PlaceRequest, SentFa
 from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
+from stroma.engine.emitted import attempt_id_of
 from stroma.engine.execution import NodeExecution
 from stroma.engine.metering import count_returned
 from stroma.engine.tasks import CONTINUES, call_in_thread, passes_through
@@ -39,6 +43,10 @@ __all__ = ["CallActivity"]
 
 logger = get_logger()
 _BEAT_SECONDS: Final = 1.0
+#: Emitted events of one call that come back with its answer, of which the server takes 2 MB.
+_MAX_EVENTS: Final = 1000
+_MAX_EVENT_CHARACTERS: Final = 250_000
+_MAX_OUTPUT_CHARACTERS: Final = 1_000_000
 
 
 class _PlacedRun(ReliabilityContext):
@@ -63,6 +71,24 @@ class _PlacedNode(NodeExecution):
     @property
     def idempotency_key(self) -> str:
         return self.key
+
+
+class _Emitted:
+    """The newest events that a call has emitted; see EventReceiver."""
+
+    def __init__(self) -> None:
+        self.events: deque[tuple[str, Any]] = deque(maxlen=_MAX_EVENTS)
+
+    def emit(self, node: NodeExecution, attempt_id: str, name: str, data: Any) -> None:
+        self.events.append((name, data))
+
+    def that_fit(self, output: str | None) -> tuple[tuple[str, Any], ...]:
+        """Return the newest events that an answer with this output has room for."""
+        room = _MAX_EVENT_CHARACTERS if output is None or len(output) < _MAX_OUTPUT_CHARACTERS else 0
+        events = list(self.events)  # A thread that was given up may still emit.
+        sizes = accumulate(len(json.dumps(event)) for event in reversed(events))
+        count = sum(size <= room for size in sizes)
+        return tuple(events[len(events) - count :])
 
 
 class CallActivity:
@@ -124,6 +150,10 @@ async def _answer(request: PlaceRequest, node: Node, state: BaseModel, config: R
     assert contract is not None
     run.attempt, run.key = request.attempt, request.idempotency_key
     run.last_failure = request.failure_before(contract.output_schema)
+    emitted = _Emitted()
+    if request.takes_events:
+        ctx.event_receivers, ctx.takes_events = (emitted,), True
+        attempt_id_of(run)
     answer, usage_error = PlaceAnswer(), None
     token = CURRENT.set(run)
     try:
@@ -146,6 +176,7 @@ async def _answer(request: PlaceRequest, node: Node, state: BaseModel, config: R
     answer.reports = tuple(run.reported or ())
     usage_error = run.misreported or usage_error
     answer.usage_error = None if usage_error is None else str(usage_error)
+    answer.events = emitted.that_fit(answer.output)
     return answer
 
 

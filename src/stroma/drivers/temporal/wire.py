@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel
 
@@ -42,6 +42,7 @@ class PlaceRequest(BaseModel):
         model: the fallback that is due.
         remaining: the rest of the limits of the run: tokens, US dollars, ms.
         last_failure: of the attempt before.
+        takes_events: emitted events have receivers.
     """
 
     run_id: str
@@ -56,6 +57,7 @@ class PlaceRequest(BaseModel):
     model: str | None
     remaining: tuple[int | None, float | None, int | None]
     last_failure: SentFailure | None
+    takes_events: bool = False
 
     @classmethod
     def of(cls, run: NodeExecution, call: OpenCall) -> PlaceRequest:
@@ -66,7 +68,7 @@ class PlaceRequest(BaseModel):
             run_id=run.run_id, pipeline=run.pipeline, node_id=run.node_id, kind=run.kind, position=run.position,
             branch=run.branch, attempt=run.attempt, idempotency_key=run.idempotency_key, state=call.state.decode(),
             model=run.ctx.fallback_model(), remaining=(rest.tokens, rest.cost_usd, latency_ms),
-            last_failure=None if last is None else _sent(run, last),
+            last_failure=None if last is None else _sent(run, last), takes_events=bool(run.ctx.event_receivers),
         )  # fmt: skip
 
     def failure_before(self, schema: type[BaseModel]) -> Failure | None:
@@ -98,10 +100,12 @@ class PlaceAnswer(BaseModel):
         is_typed: the output satisfies its contract; otherwise it is plain data.
         reports: what the call used.
         usage_error: what is wrong with its usage.
+        events: names and data of the newest emitted events.
     """
 
     output: str | None = None
     is_typed: bool = True
     reports: tuple[Report, ...] = ()
     usage_error: str | None = None
+    events: tuple[tuple[str, Any], ...] = ()
     failure: SentFailure | None = None
