@@ -489,8 +489,11 @@ def architecture_page() -> str:
     layers = contract["layers"]
     for number, layer in zip(range(len(layers), 0, -1), layers, strict=True):
         for room in layer.split(" | "):
-            doc = ast.get_docstring(ast.parse((SOURCE / room / "__init__.py").read_text("utf-8"))) or ""
-            lines.append(f"| {number} | `{room}/` | {doc.partition(chr(10))[0].rstrip('.')} |")
+            package = SOURCE / room / "__init__.py"
+            code = (package if package.exists() else SOURCE / f"{room}.py").read_text("utf-8")
+            doc = ast.get_docstring(ast.parse(code)) or ""
+            name = f"{room}/" if package.exists() else f"{room}.py"
+            lines.append(f"| {number} | `{name}` | {doc.partition(chr(10))[0].rstrip('.')} |")
     return f"{before}{ROOMS_BEGIN}\n" + "\n".join(lines) + f"\n\n{ROOMS_END}{rest.partition(ROOMS_END)[2]}"
 
 

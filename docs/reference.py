@@ -36,6 +36,7 @@ TOPICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "hooks": ("Hooks", "Every hook with its arguments.", ("hooks",)),
     "groups": ("Groups and maps", "Nodes side by side, and one node for many items.", ("runner.groups", "runner.items")),
+    "wire": ("Wire formats", "Events of a run in the formats of web clients.", ("stroma.wire",)),
     "trace": ("Results and traces", "Result and trace of a run.", ("trace",)),
     "stores": ("Stores", "Stores of runs, and the protocols that your own store implements.", ("checkpoint",)),
     "telemetry": ("Telemetry", "One factory for each system.", ("stroma.telemetry",)),

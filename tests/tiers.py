@@ -50,6 +50,7 @@ SLOW_PATHS = (
     "tests/project/test_typing.py",
     "tests/ui/test_browser.py",
     "tests/ui/test_standards.py",
+    "tests/wire/test_clients.py",
 )
 
 #: Files whose tests fork this process. They come first: a fork copies all that earlier tests have left in it.

@@ -99,6 +99,7 @@ def test_a_runner_loads_no_more_than_a_run_needs() -> None:
         "ui",
         "middleware",
         "temporal",
+        "wire",
     )
     parts = ("checkpoint.durable", "checkpoint.history", "checkpoint.memory.records", "checkpoint.payloads", "checkpoint.postgres",
              "checkpoint.records", "checkpoint.redis", "checkpoint.sql", "checkpoint.sqlite", "contracts.checks",

@@ -2,59 +2,24 @@
 
 from __future__ import annotations
 
-import fcntl
-import functools
-import hashlib
 import json
-import os
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
-import pytest
+from tests.npm import missing, npm_packages
 
 __all__ = ["AXE", "missing", "page_tools", "validate"]
 
 _HERE = Path(__file__).parent / "tools"
-_KEPT = Path(__file__).parents[2] / ".cache"
 #: All that a page says of itself at once: what WCAG 2.2 AA asks for, and what axe-core advises beside.
 AXE = """axe.run(document, {resultTypes: ['violations'], runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa', 'best-practice']})
 .then((found) => found.violations.flatMap((one) => one.nodes.map((at) => `${one.id}: ${at.failureSummary} ${at.html.slice(0, 200)}`)))"""
 
 
-def missing(what: str) -> None:
-    """Skip a test here; where all must run, fail it."""
-    if os.environ.get("CI"):
-        pytest.fail(what)
-    pytest.skip(what)
-
-
-@functools.cache
 def page_tools() -> Path | None:
-    """The folder that they are installed in, once for each state of the lock file; None where that cannot be done."""
-    lock = (_HERE / "package-lock.json").read_bytes()
-    home = _KEPT / f"page-tools-{hashlib.sha256(lock).hexdigest()[:16]}"
-    _KEPT.mkdir(exist_ok=True)
-    with (_KEPT / "page-tools.lock").open("w") as file:  # Other workers want them too.
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if (home / "done").exists():
-            return home
-        npm = shutil.which("npm")
-        if npm is None:
-            return None
-        shutil.rmtree(home, ignore_errors=True)
-        home.mkdir()
-        for name in ("package.json", "package-lock.json"):
-            shutil.copy(_HERE / name, home)
-        # The hashes of the lock file are checked; no script of a package is run.
-        command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-        done = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=300)
-        if done.returncode:
-            print(done.stderr[-2000:])
-            return None
-        (home / "done").touch()
-    return home
+    """The folder that they are installed in; None where that cannot be done."""
+    return npm_packages(_HERE)
 
 
 _RULES: dict[str, Any] = {

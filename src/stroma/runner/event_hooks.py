@@ -56,6 +56,7 @@ def describe_result(result: ExecutionResult) -> dict[str, Any]:
         "total_cost_usd": result.total_cost_usd,
         "failed_items": result.failed_items,
         "suspended": list(result.suspended),
+        "questions": [jsonable(asdict(question)) for question in result.questions],
     }
     failure = result.failure
     if failure is not None:

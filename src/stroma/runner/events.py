@@ -32,6 +32,7 @@ EventKind = Literal[
     "budget_warning",
     "map_progress",
     "events_dropped",
+    "run_suspended",
     "run_end",
 ]
 _ENDS: Final = frozenset({"node_success", "node_failure", "node_cancelled", "node_suspended"})

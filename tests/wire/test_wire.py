@@ -1,0 +1,127 @@
+"""The wire formats: schemas of the published packages, the rule of texts, and what leaves the process."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from ag_ui.core import Event
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+from tests.wire.scenes import REQUEST, SCENES, Scene, chunks_of, mapped, random_scene
+
+from stroma import StreamEvent
+from stroma.wire import VERCEL_HEADERS, sse
+
+_EVENT: TypeAdapter[Any] = TypeAdapter(Event)
+
+
+def texts_of(protocol: str, chunks: list[dict[str, Any]]) -> list[str]:
+    """Return the texts that a page shows at the end of a stream, as the clients in test_clients.py do."""
+    messages: dict[str, str] = {}
+    hidden: set[str] = set()
+    for chunk in chunks:
+        match chunk["type"]:
+            case "TEXT_MESSAGE_CONTENT":
+                messages[chunk["messageId"]] += chunk["delta"]
+            case "TEXT_MESSAGE_START":
+                messages[chunk["messageId"]] = ""
+            case "MESSAGES_SNAPSHOT":
+                messages = {
+                    one["id"]: one["content"] for one in chunk["messages"] if one["role"] == "assistant"
+                }
+            case "text-start":
+                messages[chunk["id"]] = ""
+            case "text-delta":
+                messages[chunk["id"]] += chunk["delta"]
+            case "data-discarded":
+                hidden.add(chunk["id"])
+    return [text for id, text in messages.items() if id not in hidden]
+
+
+@pytest.mark.parametrize("scene", SCENES.values(), ids=SCENES.keys())
+@pytest.mark.parametrize("protocol", ["ag_ui", "vercel"])
+async def test_only_texts_of_successful_attempts_remain(protocol: str, scene: Scene) -> None:
+    """A failed, dead, superseded or cut text is discarded, and nothing follows the end."""
+    chunks = await chunks_of(protocol, scene)
+    assert texts_of(protocol, chunks) == scene.texts
+    assert [chunk["type"] for chunk in chunks if chunk["type"] in _LAST] == [chunks[-1]["type"]]
+
+
+_LAST = ("RUN_FINISHED", "RUN_ERROR", "finish", "abort")
+
+
+@given(st.integers(0, 2**32))
+async def test_each_call_shows_the_text_of_its_output(seed: int) -> None:
+    """However attempts of calls at once fail, die, lose events and are restored."""
+    scene = random_scene(seed)
+    for protocol in ("ag_ui", "vercel"):
+        assert sorted(texts_of(protocol, await chunks_of(protocol, scene))) == scene.texts
+
+
+@pytest.mark.parametrize("scene", SCENES.values(), ids=SCENES.keys())
+async def test_every_event_is_one_of_ag_ui(scene: Scene) -> None:
+    """The models of the package ag-ui-protocol take each event, and write the same."""
+    for chunk in await chunks_of("ag_ui", scene):
+        event = _EVENT.validate_python(chunk)
+        assert json.loads(event.model_dump_json(by_alias=True)) == chunk
+
+
+async def test_ids_are_those_of_the_request_or_of_the_run() -> None:
+    """AG-UI's first and last events have the ids that the client sent; without a request those of the run."""
+    ends = [
+        chunk for chunk in await chunks_of("ag_ui", SCENES["streamed"]) if chunk["type"].startswith("RUN")
+    ]
+    assert {(one["threadId"], one["runId"]) for one in ends} == {("thread", "request")}
+    scene = Scene(SCENES["retried"].events, [], request=None)
+    chunks = await chunks_of("ag_ui", scene)
+    assert (chunks[0]["threadId"], chunks[0]["runId"]) == ("r1", "r1")
+    discarded = [chunk["value"]["messageId"] for chunk in chunks if chunk.get("name") == "stroma.discarded"]
+    assert discarded == [chunk["messageId"] for chunk in chunks if chunk["type"] == "TEXT_MESSAGE_START"][:1]
+    assert "MESSAGES_SNAPSHOT" not in {
+        chunk["type"] for chunk in chunks
+    }  # It would remove what it does not know.
+
+
+@pytest.mark.parametrize("protocol", ["ag_ui", "vercel"])
+async def test_outputs_are_there_and_inputs_are_not(protocol: str) -> None:
+    """A page gets the truth of each node, and what nodes emit, by its name; no node's input."""
+    chunks = json.dumps(await chunks_of(protocol, SCENES["other events"]))
+    assert '"output": {"text": "x"}' in chunks
+    assert '{"n": 1}' in chunks
+    assert "secret" not in chunks
+
+
+async def test_parts_of_the_items_of_a_map_do_not_stay_in_the_message() -> None:
+    """A message of the Vercel AI SDK has a part for each node of the run, not for each of a map's ten thousand items."""
+    chunks = await chunks_of("vercel", SCENES["two at once"])
+    assert all(chunk["transient"] for chunk in chunks if chunk["type"] == "data-node")
+    chunks = await chunks_of("vercel", SCENES["streamed"])
+    assert {chunk["id"] for chunk in chunks if chunk["type"] == "data-node" and "transient" not in chunk} == {
+        "119:"
+    }
+
+
+async def test_a_stream_of_server_sent_events() -> None:
+    """Chunks are data; that of the Vercel AI SDK ends with its mark; events of a run have ids."""
+    vercel = [part async for part in sse(mapped("vercel", SCENES["streamed"]))]
+    assert vercel[0] == 'data: {"type": "start", "messageId": "r1"}\n\n'
+    assert vercel[-1] == "data: [DONE]\n\n"
+    assert VERCEL_HEADERS["x-vercel-ai-ui-message-stream"] == "v1"
+    ag_ui = [part async for part in sse(mapped("ag_ui", SCENES["streamed"]))]
+    assert json.loads(ag_ui[-1].removeprefix("data: "))["type"] == "RUN_FINISHED"
+
+    async def events() -> Any:
+        yield SCENES["streamed"].events[0]
+
+    assert [part async for part in sse(events())] == [SCENES["streamed"].events[0].to_sse()]
+
+
+async def test_the_rest_of_a_run_is_not_read_after_its_end() -> None:
+    """A page's request ends with the run, or once it waits for an answer: then another request continues."""
+    events = [*SCENES["asks"].events, StreamEvent(99, "run_end", "r1", details={"status": "COMPLETED"})]
+    chunks = await chunks_of("ag_ui", Scene(events, []))
+    assert chunks[-1]["outcome"]["type"] == "interrupt"
+    assert REQUEST["messages"] == [{"id": "u1", "role": "user", "content": "Hello?"}]
