@@ -13,7 +13,17 @@ from typing import Any, ClassVar, TypeVar
 
 import pytest
 from pydantic import BaseModel
-from tests.frameworks.kit import PAID, Seen, guard_of, holds, killed_and_resumed, pay, result_of, tree
+from tests.frameworks.kit import (
+    PAID,
+    Seen,
+    emitted_by,
+    guard_of,
+    holds,
+    killed_and_resumed,
+    pay,
+    result_of,
+    tree,
+)
 
 from stroma import (
     BudgetExceeded,
@@ -90,6 +100,20 @@ def hook_lines(steps: Sequence[str], fails: str | None = None) -> list[str]:
             fails = None
     end(0)
     return [*lines, "run end COMPLETED"]
+
+
+class EmitsDeltas:
+    """What holds for every framework whose streamed answers are emitted. For subclasses of FrameworkContract."""
+
+    def test_the_text_of_a_streamed_answer_is_emitted(self: Any) -> None:
+        """The node that calls the program emits each part of the answer once, and nothing of one that is not streamed."""
+        seen: list[str] = []
+        emitted = emitted_by(lambda: self.stream(self.script("one two three"), guard_of(), seen))
+        assert [(name, text.strip()) for name, text in emitted] == [("delta", word) for word in seen]
+        assert seen == ["one", "two", "three"]
+        guard = guard_of()
+        program = self.program(self.script(*self.GOOD), guard)
+        assert emitted_by(lambda: self.call(program, self.KINDS[0], guard)) == []
 
 
 class FrameworkContract:

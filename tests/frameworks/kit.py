@@ -3,6 +3,7 @@ down what they see."""
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import os
 import signal
@@ -11,6 +12,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
+
+from pydantic import BaseModel
 
 from stroma import FailureClass, FailurePolicy, NodeHooks, RunStatus, StromaRunner, current_node
 from stroma.adapters import Guard
@@ -115,6 +118,30 @@ def guard_of(seen: Seen | None = None, **config: Any) -> Guard:
     if seen is not None:
         config["hooks"] = seen.hooks
     return Guard(StromaRunner.quick(**{"policy_map": AT_ONCE, **config}))
+
+
+def emitted_by(call: Callable[[], Any]) -> list[tuple[str, Any]]:
+    """Return what a node emits that calls a program in a thread: names and data."""
+    runner = StromaRunner.quick()
+
+    @runner.node("outer", input=Nothing, output=Nothing)
+    async def outer(state: Nothing) -> Nothing:
+        await asyncio.to_thread(call)
+        return state
+
+    async def main() -> list[tuple[str, Any]]:
+        async with runner.stream([outer], Nothing()) as stream:
+            return [
+                (str(event.name), event.data)
+                async for event in stream
+                if event.kind == "node_event" and event.node_id == "outer"
+            ]
+
+    return asyncio.run(main())
+
+
+class Nothing(BaseModel):
+    """The state of a node that needs none."""
 
 
 def tree(result: ExecutionResult) -> list[str]:

@@ -24,9 +24,11 @@ from stroma.adapters._step import (
     aclose_stream,
     close_stream,
     current_task,
+    emit_delta,
     find_halt,
     is_cancelled,
     not_awaitable,
+    note_around,
     own_usage,
     stops_caller,
 )
@@ -68,6 +70,7 @@ class Call:
 
     __slots__ = (
         "args",
+        "around",
         "chunks",
         "count",
         "error",
@@ -100,6 +103,8 @@ class Call:
         #: The usage in `chunks`, those of the present attempt, is counted.
         self.is_counted = False
         self.execution: NodeExecution | None = None
+        #: The node of another run that makes this call.
+        self.around: NodeExecution | None = None
 
     # ------------------------------------------------------------------ kinds of callables
 
@@ -229,6 +234,8 @@ class Call:
 
     def _count_chunk(self, chunk: Any) -> None:
         self.count += 1
+        if self.step.delta is not None and self.execution is not None:
+            emit_delta(self.execution, self._view("delta", self.step.delta, chunk))
         if self._collects:
             if self.chunks is None:
                 self.chunks = []
@@ -265,7 +272,7 @@ class Call:
         ctx = run.ctx
         parent = current_node_or_none()
         if parent is not None and parent.ctx is not ctx:
-            parent = None
+            self.around, parent = parent, None
         halts = run.halts if parent is None else InnerCalls.of(parent).halts
         contract, entry = self._contract(), current_task()
         state = given_to(self.seen_input(), contract)
@@ -308,6 +315,8 @@ class Call:
         execution = CURRENT.get()
         assert execution is not None
         self.execution = execution
+        if self.around is not None:
+            note_around(execution, self.around)
         refusal = run.refusal(step_id)
         if refusal is not None:  # It was cancelled while it waited for another attempt.
             raise GroupStopped(refusal)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Generator, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from langchain_core.callbacks import BaseCallbackHandler
@@ -14,7 +14,7 @@ from langchain_core.tracers.context import register_configure_hook
 
 from stroma.adapters._guarded_run import GuardedRun, active_run
 from stroma.adapters._langchain_messages import usage_of
-from stroma.adapters._step import mark_published, report_uncounted
+from stroma.adapters._step import emit_text, mark_published, report_uncounted, streams_inside
 from stroma.cost.prices import cost_of
 from stroma.cost.tracker import CostTracker
 from stroma.engine.execution import NodeExecution, current_node_or_none
@@ -24,10 +24,18 @@ __all__ = ["acounted", "counted", "counting"]
 _END: Final = object()
 
 
+class _ModelCall(NamedTuple):
+    """A call of a model: the step or run that makes it, and the texts of other models that the step had emitted before."""
+
+    asked_by: NodeExecution | GuardedRun
+    streamed: int
+
+
 class _Counter(BaseCallbackHandler):
     """Counts every model call on the innermost step around it, else on the run, and refuses calls beyond the budget.
 
-    There is one for the whole process, so that LangChain never adds it twice, and it keeps nothing but who asked.
+    Emits the text of streamed answers there. There is one for the whole process, so that LangChain never adds it twice, and
+    it stores nothing but who asked.
     """
 
     raise_error = True  # What it raises stops the call.
@@ -35,23 +43,37 @@ class _Counter(BaseCallbackHandler):
     ignore_chain = ignore_retriever = ignore_agent = True
 
     def __init__(self) -> None:
-        self._asked_by: dict[UUID, NodeExecution | GuardedRun] = {}
+        self._calls: dict[UUID, _ModelCall] = {}
 
     def on_chat_model_start(self, *_: Any, run_id: UUID, **__: Any) -> None:
         asking = current_node_or_none() or active_run()  # Edges call models too.
         if asking is not None:
             _refuse_beyond_budget(asking)
-            self._asked_by[run_id] = asking
+            streamed = streams_inside(asking) if isinstance(asking, NodeExecution) else 0
+            self._calls[run_id] = _ModelCall(asking, streamed)
 
     on_llm_start = on_chat_model_start
 
-    def on_llm_new_token(self, *_: Any, **__: Any) -> None:
+    def on_llm_new_token(self, token: Any, *, chunk: Any = None, run_id: UUID, **_: Any) -> None:
+        self._emit(run_id, token if chunk is None else chunk.text)
+
+    def on_stream_event(self, event: Any, *, run_id: UUID, **_: Any) -> None:
+        delta = event.get("delta") or {}
+        self._emit(run_id, delta.get("text") if delta.get("type") == "text-delta" else None)
+
+    def _emit(self, run_id: UUID, text: Any) -> None:
         mark_published()  # Models stream only where somebody listens.
+        call = self._calls.get(run_id)
+        if call is None or not text or not isinstance(call.asked_by, NodeExecution):
+            return
+        if streams_inside(call.asked_by) == call.streamed:  # Else a step of litellm inside has emitted it.
+            emit_text(call.asked_by, text)
 
     def on_llm_end(self, response: Any, *, run_id: UUID, **_: Any) -> None:
-        asked_by = self._asked_by.pop(run_id, None)
-        if asked_by is None:
+        call = self._calls.pop(run_id, None)
+        if call is None:
             return
+        asked_by = call.asked_by
         used = usage_of(response)
         if used is not None and isinstance(asked_by, NodeExecution):
             report_uncounted(asked_by, used)
@@ -64,7 +86,7 @@ class _Counter(BaseCallbackHandler):
             )
 
     def on_llm_error(self, *_: Any, run_id: UUID, **__: Any) -> None:
-        self._asked_by.pop(run_id, None)
+        self._calls.pop(run_id, None)
 
 
 def _refuse_beyond_budget(asking: NodeExecution | GuardedRun) -> None:

@@ -97,7 +97,8 @@ class GuardedModel(Model):
     def stream_response(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         """Stream a response of the model as the step ``model``; it is retried only until its first event."""
         run, bare = self._stroma_guard.current, super().stream_response
-        return Call(run, _request(self, collect=_last_response), bare, args, kwargs).astream()
+        step = _request(self, collect=_last_response, delta=_delta)
+        return Call(run, step, bare, args, kwargs).astream()
 
 
 def _request(model: Any, **options: Any) -> GuardedStep:
@@ -148,6 +149,10 @@ def _response_view(response: Any) -> dict[str, Any]:
 def _last_response(events: list[Any]) -> Any:
     """Return the last response of a stream, which has the usage."""
     return next((event.response for event in reversed(events) if hasattr(event, "response")), None)
+
+
+def _delta(event: Any) -> str | None:
+    return event.delta if event.type == "response.output_text.delta" else None
 
 
 def control(error: BaseException) -> Control | None:
@@ -383,13 +388,15 @@ def used_before(input: Any, context: Any) -> int:
 
 def _compare_at_end(result: Any, run: Any, before: int) -> None:
     """Compare the SDK's own figure of a streamed run, and of those before it in the same place, once it has ended."""
-    place = current_node_or_none() or run
+    node = current_node_or_none()
+    counted: Any = _STREAMED if node is None else node.notes
+    place = run if node is None else "tokens of streamed runs of the OpenAI Agents SDK"
 
     def compare(_: Any) -> None:
         used = result.context_wrapper.usage
         if isinstance(used, SDKUsage):
-            _STREAMED[place] = _STREAMED.get(place, 0) + used.total_tokens - before
-            run.usage.compare("the OpenAI Agents SDK", _STREAMED[place])
+            counted[place] = counted.get(place, 0) + used.total_tokens - before
+            run.usage.compare("the OpenAI Agents SDK", counted[place])
 
     # The name of the task in older releases is the second one.
     task = getattr(result, "run_loop_task", None) or getattr(result, "_run_impl_task", None)
@@ -397,7 +404,7 @@ def _compare_at_end(result: Any, run: Any, before: int) -> None:
         task.add_done_callback(compare)
 
 
-#: Tokens that the SDK has counted in streamed runs, by the step or run that called for them.
+#: Tokens that the SDK has counted in streamed runs, by the run that called for them; a step has them in its notes.
 _STREAMED: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 

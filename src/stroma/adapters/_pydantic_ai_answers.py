@@ -9,7 +9,17 @@ from pydantic_ai.tools import DeferredToolResults
 
 from stroma.adapters.guard import Guard
 
-__all__ = ["ask", "stored_results"]
+__all__ = ["Deferred", "ask", "stored_results"]
+
+
+class Deferred(Exception):
+    """The run of an agent that waits for approvals, or for results of tools that others run."""
+
+    def __init__(self, result: Any) -> None:
+        waits = [f"approval of {call.tool_name}" for call in result.output.approvals]
+        waits += [f"result of {call.tool_name}" for call in result.output.calls]
+        super().__init__("; ".join(waits))
+        self.result = result
 
 
 async def ask(guard: Guard, requests: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from datetime import datetime
 from functools import cached_property
@@ -49,12 +49,13 @@ if not is_supported:
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 from pydantic_ai import Agent
-from pydantic_ai.messages import ModelMessage, ModelRequest, TextPart, TextPartDelta
+from pydantic_ai.messages import ModelMessage, ModelRequest
 from pydantic_ai.models import infer_model
 from pydantic_ai.models.wrapper import WrapperModel
 from pydantic_ai.tools import DeferredToolResults, ToolApproved, ToolDenied
 from pydantic_core import to_jsonable_python
 
+from stroma.adapters._pydantic_ai_deltas import emitting
 from stroma.adapters._pydantic_ai_usage import usage_of
 from stroma.contracts.contract import NodeContract, Role
 from stroma.contracts.effects import NotDone, Unknown
@@ -199,7 +200,7 @@ class StromaDurability(BaseDurabilityCapability[Any]):
         handler = super()._model_stream_event_handler()
 
         async def read(ctx: Any, events: AsyncIterable[Any]) -> None:
-            events = _emit_text(events)
+            events = emitting(aiter(events), _node())
             if handler is not None:
                 await handler(ctx, events)
             async for _ in events:  # What the handler has not read.
@@ -224,17 +225,6 @@ _EXECUTOR: Final = BodyExecutor(thread_name_prefix="stroma-pydantic-ai")
 _OPERATION: ContextVar[Callable[[], Awaitable[object]] | None] = ContextVar(
     "stroma_pydantic_ai", default=None
 )
-
-
-async def _emit_text(events: AsyncIterable[Any]) -> AsyncIterator[Any]:
-    node = _node()
-    async for event in events:
-        part: Any = getattr(event, "delta", None) or getattr(event, "part", None)
-        if isinstance(part, (TextPart, TextPartDelta)) and event.event_kind in ("part_start", "part_delta"):
-            text = part.content if isinstance(part, TextPart) else part.content_delta
-            if text:
-                node.emit(text)
-        yield event
 
 
 async def _ask_approval(flow: Flow, call: Any) -> tuple[str, ToolApproved | ToolDenied]:

@@ -31,15 +31,19 @@ __all__ = [
     "copy_for_retries",
     "count_tokens",
     "current_task",
+    "emit_delta",
+    "emit_text",
     "find_halt",
     "input_of_attempt",
     "is_cancelled",
     "mark_published",
     "not_awaitable",
+    "note_around",
     "note_counted",
     "own_usage",
     "report_uncounted",
     "stops_caller",
+    "streams_inside",
 ]  # fmt: skip
 
 
@@ -70,6 +74,8 @@ class GuardedStep:
         control: returns the meaning of an exception of the framework; None for a failure.
         collect: returns the result of a stream for the list of its chunks. Without it a stream's result is their number,
             or the list if the step has a contract or reads usage.
+        delta: returns the text that a chunk of a stream adds to the answer, for the readers of the run's events; None or ""
+            without one.
         can_retry: the step may be called again after a failure.
         role: what traces show the step as, unless its contract says it.
         usage_includes_calls: ``usage`` includes that of the guarded calls inside, which is deducted.
@@ -82,6 +88,7 @@ class GuardedStep:
     usage: Callable[[Any], Any] | None = None
     control: Callable[[BaseException], Control | None] | None = None
     collect: Callable[[list[Any]], Any] | None = None
+    delta: Callable[[Any], str | None] | None = None
     can_retry: bool = True
     usage_includes_calls: bool = True
     role: Role | None = None
@@ -207,6 +214,42 @@ def own_usage(step: GuardedStep, response: Any, execution: NodeExecution) -> Any
     own_input = max(0, used.input_tokens - inner_input)
     own_output = max(0, used.output_tokens - inner_output)
     return Usage(own_input, own_output, model=used.model) if own_input or own_output else None
+
+
+#: Keys of an execution's notes: how many texts the models directly inside it have emitted, and the node of another run
+#: that the execution's run is part of.
+_STREAMED_INSIDE: Final = "texts that models inside have emitted"
+_AROUND: Final = "node of another run around this one"
+
+
+def note_around(node: NodeExecution, around: NodeExecution) -> None:
+    """Note on the outermost step of a run the node of another run that called it: it emits the same text."""
+    node.notes[_AROUND] = around
+
+
+def streams_inside(node: NodeExecution) -> int:
+    """Return how many texts of streamed answers models directly inside a node have emitted."""
+    count: int = node.notes.get(_STREAMED_INSIDE, 0)
+    return count
+
+
+def emit_delta(node: NodeExecution, text: str | None) -> None:
+    """Emit text of a model's streamed answer on its step, unless the step of a model inside it emits the same answer."""
+    if not text or (node.framework_role != "agent" and streams_inside(node)):
+        return
+    if node.parent is not None:
+        node.parent.notes[_STREAMED_INSIDE] = streams_inside(node.parent) + 1
+    emit_text(node, text)
+
+
+def emit_text(node: NodeExecution, text: str) -> None:
+    """Emit text on a node, and on the nodes of other runs that its run is part of."""
+    node.emit(text)
+    while node.parent is not None:
+        node = node.parent
+    around = node.notes.get(_AROUND)
+    if around is not None:
+        emit_text(around, text)
 
 
 def current_task() -> CallTask:

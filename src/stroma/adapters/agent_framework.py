@@ -171,7 +171,7 @@ class _OfChat(ChatMiddleware):
             "control": control_of,
         }
         if context.stream:
-            step = guard.wrap("model", call.parts, collect=call.final, **about)
+            step = guard.wrap("model", call.parts, collect=call.final, delta=lambda part: part.text, **about)
             context.result = ResponseStream(step(), finalizer=call.final)
         else:
             context.result = await guard.wrap("model", call.whole, **about)()

@@ -145,8 +145,15 @@ def guard_model(model: Any, guard: Guard, check: Callable[[], None]) -> None:
         output_view=lambda response: {"content": getattr(response, "content", None)},
         usage=lambda response: usage_of(response, model.model),
         collect=_last_response,
+        delta=_delta,
     )
     wrap_method(model, _REQUEST, guard, held)
+
+
+def _delta(response: Any) -> str | None:
+    """Return the text of a part of a stream; the last response repeats the texts of all."""
+    parts = getattr(response.content, "parts", None) if response.partial else None
+    return "".join(part.text for part in parts or () if part.text and not part.thought)
 
 
 def _last_response(responses: list[Any]) -> Any:

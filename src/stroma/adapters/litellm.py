@@ -53,7 +53,7 @@ def attach(target: T, guard: Guard) -> T:
 
 
 def _guarded(bare: Callable[..., Any], guard: Guard) -> Callable[..., Any]:
-    about: Any = {"output_view": _answer, "usage": _used}
+    about: Any = {"output_view": _answer, "usage": _used, "delta": _delta}
 
     def request(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         model, messages = _requested(args, kwargs)
@@ -163,6 +163,16 @@ def _answer(response: Any) -> Any:
         return {"model": getattr(response, "model", None)}
     message = getattr(choices[0], "message", None)
     return {"answer": getattr(message, "content", None) or getattr(choices[0], "text", None)}
+
+
+def _delta(part: Any) -> str | None:
+    if getattr(part, "type", None) == "response.output_text.delta":
+        return str(part.delta)
+    choices = getattr(part, "choices", None)
+    if not choices:
+        return None
+    text: str | None = getattr(getattr(choices[0], "delta", None), "content", None)
+    return text or getattr(choices[0], "text", None)
 
 
 def _used(response: Any) -> Usage | None:

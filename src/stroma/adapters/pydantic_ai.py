@@ -25,7 +25,8 @@ try:
     from pydantic_ai.models.wrapper import WrapperModel
     from pydantic_ai.tools import DeferredToolRequests
 
-    from stroma.adapters._pydantic_ai_answers import ask, stored_results
+    from stroma.adapters._pydantic_ai_answers import Deferred, ask, stored_results
+    from stroma.adapters._pydantic_ai_deltas import emit_deltas
 except ImportError as error:
     raise import_error("pydantic-ai", error) from error
 
@@ -97,7 +98,7 @@ class StromaCapability(AbstractCapability[Any]):
                     return await self.guard.acall(step, run, {"prompt": ctx.prompt})
             async with self.guard.begin({"prompt": ctx.prompt}, is_continuation=ctx.prompt is None):
                 return await self.guard.acall(step, run, {"prompt": ctx.prompt})
-        except _Deferred as deferred:
+        except Deferred as deferred:
             return deferred.result
 
     async def _run(self, ctx: Any, handler: Any) -> Any:
@@ -112,7 +113,7 @@ class StromaCapability(AbstractCapability[Any]):
             self.guard.compare_usage("Pydantic AI", usage.total_tokens - before)
         if isinstance(getattr(result, "output", None), DeferredToolRequests):
             await ask(self.guard, result.output)
-            raise _Deferred(result)
+            raise Deferred(result)
         return result
 
     async def before_node_run(self, ctx: Any, *, node: Any) -> Any:
@@ -169,16 +170,6 @@ class StromaCapability(AbstractCapability[Any]):
 _RUN, _USAGE, _CALL = "pydantic_ai run", "pydantic_ai usage", "pydantic_ai call"
 
 
-class _Deferred(Exception):
-    """The run of an agent that waits for approvals, or for results of tools that others run."""
-
-    def __init__(self, result: Any) -> None:
-        waits = [f"approval of {call.tool_name}" for call in result.output.approvals]
-        waits += [f"result of {call.tool_name}" for call in result.output.calls]
-        super().__init__("; ".join(waits))
-        self.result = result
-
-
 class StepModel(WrapperModel):
     """A model whose requests are steps: they may be made again, which the handlers around a request may not be."""
 
@@ -196,6 +187,7 @@ class StepModel(WrapperModel):
 
     async def _open(self, *args: Any, **kwargs: Any) -> Any:
         async with self.wrapped.request_stream(*args, **kwargs) as response:
+            emit_deltas(response, current_node())
             yield response
 
     async def request(self, *args: Any, **kwargs: Any) -> Any:
@@ -210,7 +202,7 @@ def control(error: BaseException) -> Control | None:
     """Return the meaning of an exception that Pydantic AI uses for control flow."""
     if isinstance(error, (exceptions.CallDeferred, exceptions.ApprovalRequired)):
         return Control("suspended", type(error).__name__, asks=False)
-    if isinstance(error, _Deferred):
+    if isinstance(error, Deferred):
         return Control("suspended", str(error), asks=False)
     if isinstance(error, (exceptions.SkipToolExecution, exceptions.SkipModelRequest)):
         return Control("returned", getattr(error, "result", None) or getattr(error, "response", None))

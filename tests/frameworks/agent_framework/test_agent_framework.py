@@ -23,7 +23,7 @@ from agent_framework import (
     ResponseStream,
     tool,
 )
-from tests.frameworks.contract import ANSWER, CALL, City, FrameworkContract, Strict, weather
+from tests.frameworks.contract import ANSWER, CALL, City, EmitsDeltas, FrameworkContract, Strict, weather
 from tests.frameworks.kit import Seen, guard_of, holds, lines_of, result_of, spent
 
 from stroma import BudgetExceeded, ContractViolation, ExecutionBudget, RunStatus, SQLiteStore
@@ -98,7 +98,7 @@ def ask(agent: Any, kind: str = "run", seen: Any = None) -> str:
     return asyncio.run(main())
 
 
-class TestAgentFramework(FrameworkContract):
+class TestAgentFramework(EmitsDeltas, FrameworkContract):
     KINDS = KINDS
     STEPS = ("forecaster success", "  model success 10", "  weather success", "  model success 10")
 

@@ -10,6 +10,10 @@ from typing import Any
 from claude_agent_sdk import Transport
 
 
+class Partial(dict[str, Any]):
+    """A part of a message, as the program streams it."""
+
+
 class Script(Transport):
     """Plays a script: a text is an answer, (tool, arguments) a call of a tool, a dict what the program itself asks; what
     is an exception, it breaks with; then it ends with what it used."""
@@ -58,6 +62,9 @@ class Script(Transport):
     async def _play(self) -> None:
         while self.script:
             step = self.script.pop(0)
+            if isinstance(step, Partial):
+                await self._out.put({"type": "stream_event", **step})
+                continue
             if isinstance(step, dict):
                 await self._out.put({"type": "control_request", "request_id": "asks", "request": step})
                 return

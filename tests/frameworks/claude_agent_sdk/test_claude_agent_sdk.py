@@ -19,9 +19,20 @@ from claude_agent_sdk import (
     tool,
 )
 from pydantic import BaseModel
-from tests.frameworks.claude_agent_sdk.fakes import Script
+from tests.frameworks.claude_agent_sdk.fakes import Partial, Script
 from tests.frameworks.contract import FrameworkContract, weather
-from tests.frameworks.kit import PAID, Seen, guard_of, holds, lines_of, pay, result_of, spent, tree
+from tests.frameworks.kit import (
+    PAID,
+    Seen,
+    emitted_by,
+    guard_of,
+    holds,
+    lines_of,
+    pay,
+    result_of,
+    spent,
+    tree,
+)
 
 from stroma import BudgetExceeded, ContractViolation, ExecutionBudget, FailureClass, RunStatus
 from stroma.adapters import Guard
@@ -121,6 +132,28 @@ class TestClaudeAgentSDK(FrameworkContract):
         assert [type(message) for message in seen] == [AssistantMessage]
         assert script.script == ["two"]
         assert lines_of(guard) == ["query failure"]
+
+
+def test_the_text_of_partial_messages_is_emitted() -> None:
+    """With ``include_partial_messages``: each part of the answer, once, and nothing of a subagent or of whole messages."""
+
+    def partial(text: str, **about: Any) -> Partial:
+        delta = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": text}}
+        return Partial({"uuid": "1", "session_id": "s", "event": delta, **about})
+
+    start = Partial({"uuid": "1", "session_id": "s", "event": {"type": "message_start"}})
+    script = Script(start, partial("It "), partial("sub", parent_tool_use_id="1"), partial("is"), "It is")
+    expected = [("delta", "It "), ("delta", "is")]
+    parts = list(script.script)
+    assert emitted_by(lambda: ask(script, guard_of())) == expected
+
+    async def client() -> None:
+        async with ClaudeSDKClient(transport=Script(*parts)) as session:
+            await session.query("hello")
+            async for _ in session.receive_response():
+                pass
+
+    assert emitted_by(lambda: asyncio.run(client())) == expected
 
 
 def test_a_query_that_cannot_begin_is_retried_as_its_class_says() -> None:

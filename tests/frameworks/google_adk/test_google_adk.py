@@ -21,7 +21,7 @@ from google.adk.tools.base_tool import BaseTool
 from google.adk.tools.base_toolset import BaseToolset
 from google.genai import types
 from pydantic import BaseModel, PrivateAttr
-from tests.frameworks.contract import CALL, City, FrameworkContract, Weather, weather
+from tests.frameworks.contract import CALL, City, EmitsDeltas, FrameworkContract, Weather, weather
 from tests.frameworks.kit import Seen, guard_of, holds, lines_of, result_of, spent
 
 from stroma import BudgetExceeded, ContractViolation, ExecutionBudget, RunStatus, SQLiteStore
@@ -117,7 +117,7 @@ def failed(agent: Any, kind: str, guard: Guard) -> BaseException:
 
 
 @holds("sync and async")
-class TestGoogleADK(FrameworkContract):
+class TestGoogleADK(EmitsDeltas, FrameworkContract):
     KINDS = KINDS
     STEPS = ("model success 10", "weather success", "model success 10")
 

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import crewai
 import dspy
 import litellm
 import pytest
+from agents import Model
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage
-from langchain_core.outputs import ChatGeneration, ChatResult
+from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langgraph.graph import START, MessagesState, StateGraph
+from openai.types.responses import ResponseTextDeltaEvent
 from pydantic import PrivateAttr
-from tests.frameworks.kit import guard_of, lines_of, result_of
+from tests.frameworks.kit import emitted_by, guard_of, lines_of, result_of
 
 from stroma.adapters import Guard
 from stroma.adapters.crewai import guard_llm
 from stroma.adapters.dspy import attach as attach_dspy
 from stroma.adapters.langgraph import attach as attach_langgraph
 from stroma.adapters.litellm import attach as attach_litellm
+from stroma.adapters.openai_agents import GuardedModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 #: The tokens that litellm counts for a made-up answer.
@@ -33,6 +37,15 @@ def complete() -> Any:
     return litellm.completion(model="gpt-4o", messages=messages, mock_response="hi")
 
 
+def stream() -> Iterator[str]:
+    """Stream an answer that litellm makes up itself."""
+    messages = [{"role": "user", "content": "x"}]
+    for part in litellm.completion(
+        model="gpt-4o", messages=messages, mock_response="It is cold", stream=True
+    ):
+        yield part.choices[0].delta.content or ""
+
+
 class Chat(BaseChatModel):
     """A chat model of LangChain that asks litellm, or says itself that it used as many tokens."""
 
@@ -42,6 +55,11 @@ class Chat(BaseChatModel):
     def _llm_type(self) -> str:
         return "chat"
 
+    def _stream(self, *_: Any, **__: Any) -> Any:
+        words = stream() if self._asks.pop(0) else iter(["own ", "words"])
+        for word in words:
+            yield ChatGenerationChunk(message=AIMessageChunk(word))
+
     def _generate(self, *_: Any, **__: Any) -> ChatResult:
         input_tokens, output_tokens = 10, 20
         if self._asks.pop(0):
@@ -50,6 +68,20 @@ class Chat(BaseChatModel):
         usage: Any = {"input_tokens": input_tokens, "output_tokens": output_tokens, "total_tokens": TOKENS}
         message = AIMessage("hi", usage_metadata=usage, response_metadata={"model_name": "gpt-4o"})
         return ChatResult(generations=[ChatGeneration(message=message)])
+
+
+class Agent(Model):
+    """A model of the OpenAI Agents SDK that asks litellm, and streams what that says."""
+
+    async def get_response(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError
+
+    async def stream_response(self, *_: Any, **__: Any) -> Any:
+        for word in stream():
+            yield ResponseTextDeltaEvent(
+                content_index=0, delta=word, item_id="1", output_index=0, sequence_number=1, logprobs=[],
+                type="response.output_text.delta",
+            )  # fmt: skip
 
 
 def langgraph(guard: Guard, *asks: bool) -> None:
@@ -110,6 +142,32 @@ def test_a_call_of_another_provider_counts_beside_one_of_litellm() -> None:
     attach_litellm(litellm, guard := guard_of())
     langgraph(guard, True, False)
     assert lines_of(guard) == [f"ask success {TOKENS}", f"  model success {TOKENS}"]
+
+
+def test_a_streamed_answer_is_emitted_once() -> None:
+    """By the step of litellm, and not by the framework around it; that of another provider by the framework."""
+    attach_litellm(litellm, guard := guard_of())
+
+    def node(chat: Chat) -> Any:
+        return {"messages": [part for _ in range(2) for part in chat.stream("x")]}
+
+    def graph() -> None:
+        chat = Chat()
+        chat._asks = [True, False]
+        builder = StateGraph(MessagesState)
+        builder.add_node("ask", lambda _: node(chat))
+        builder.add_edge(START, "ask")
+        attach_langgraph(builder.compile(), guard).invoke({"messages": []})
+
+    litellms = "It is cold"
+    assert "".join(data for _, data in emitted_by(graph)) == f"{litellms}own words"
+
+    async def model() -> None:
+        async with guard.run():
+            async for _ in GuardedModel(Agent(), guard).stream_response():
+                pass
+
+    assert "".join(data for _, data in emitted_by(lambda: asyncio.run(model()))) == litellms
 
 
 def test_an_answer_from_the_cache_of_litellm_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

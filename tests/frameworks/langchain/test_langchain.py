@@ -17,8 +17,8 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.types import Command, interrupt
 from pydantic import BaseModel
-from tests.frameworks.contract import CALL, FrameworkContract, Weather, weather
-from tests.frameworks.kit import Seen, guard_of, holds, lines_of, result_of
+from tests.frameworks.contract import CALL, EmitsDeltas, FrameworkContract, Weather, weather
+from tests.frameworks.kit import Seen, emitted_by, guard_of, holds, lines_of, result_of
 from tests.frameworks.langchain.fakes import Script
 
 from stroma import KNOWN_MODELS, BudgetExceeded, ExecutionBudget, RunStatus, Usage, current_node
@@ -74,7 +74,7 @@ def ask_in_a_node(model: Any, guard: Guard, times: int = 1) -> None:
 
 
 @holds("sync and async")
-class TestLangChain(FrameworkContract):
+class TestLangChain(EmitsDeltas, FrameworkContract):
     KINDS = KINDS
     STEPS = ("model success 10", "weather success", "model success 10")
 
@@ -95,6 +95,21 @@ class TestLangChain(FrameworkContract):
 
     def requests(self, script: Script) -> list[list[tuple[str, Any]]]:
         return [[(message.type, message.content) for message in messages] for messages in script.asked]
+
+
+def test_the_text_of_typed_events_is_emitted() -> None:
+    """LangChain's newer events of a stream have their text emitted as its tokens have; and no attempt follows them."""
+
+    def ask(_: Any) -> Any:
+        for _event in Script(answers=["one two"]).stream_events("x", version="v3"):
+            pass
+        return {"messages": []}
+
+    graph = StateGraph(MessagesState)
+    graph.add_node("ask", ask)
+    graph.add_edge(START, "ask")
+    attached = attach(graph.compile(), guard_of())
+    assert emitted_by(lambda: attached.invoke({"messages": []})) == [("delta", "one "), ("delta", "two ")]
 
 
 def test_what_other_middleware_asks_of_a_model_is_counted() -> None:

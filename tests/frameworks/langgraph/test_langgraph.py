@@ -26,7 +26,7 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import Runtime
 from langgraph.types import Command, RetryPolicy, Send, StreamWriter, interrupt
 from pydantic import BaseModel
-from tests.frameworks.contract import ANSWER, FrameworkContract, terminal, weather
+from tests.frameworks.contract import ANSWER, EmitsDeltas, FrameworkContract, terminal, weather
 from tests.frameworks.kit import AT_ONCE, Seen, guard_of, holds, lines_of, result_of
 from tests.frameworks.langchain.fakes import Script
 from tests.kit import open_question
@@ -171,7 +171,7 @@ def forecast(first: Any, second: Any) -> Any:
 
 
 @holds("sync and async")
-class TestLangGraph(FrameworkContract):
+class TestLangGraph(EmitsDeltas, FrameworkContract):
     KINDS = KINDS
     GOOD = (ANSWER,)
     STEPS = ("weather success", "tell success 10")

@@ -9,7 +9,7 @@ from typing import Any
 import litellm
 import pytest
 from litellm import CustomLLM, ModelResponse
-from tests.frameworks.kit import Seen, guard_of, lines_of, result_of, spent
+from tests.frameworks.kit import Seen, emitted_by, guard_of, lines_of, result_of, spent
 
 from stroma import BudgetExceeded, ExecutionBudget
 from stroma.adapters import Guard
@@ -121,6 +121,16 @@ def test_a_request_is_a_step_and_its_answer_the_same(kind: str, options: Any, pr
     with guard.run():
         assert ask(kind, **options) == expected == "It is 4 C"
     assert lines_of(guard) == ["model failure", f"model success {sum(provider.ledger) - before}"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_text_of_a_streamed_answer_is_emitted(kind: str, provider: Provider) -> None:
+    """The node around a request emits each part of a streamed answer, once, and nothing of one that is not streamed."""
+    attach(litellm, guard_of())
+    assert emitted_by(lambda: ask(kind, **STREAMED)) == [
+        ("delta", "It "), ("delta", "is "), ("delta", "4 "), ("delta", "C"),
+    ]  # fmt: skip
+    assert emitted_by(lambda: ask(kind)) == []
 
 
 def test_a_stream_without_usage_is_estimated(provider: Provider) -> None:

@@ -45,7 +45,16 @@ from openai.types.responses import (
     ResponseUsage,
 )
 from openai.types.responses.response_usage import InputTokensDetails, OutputTokensDetails
-from tests.frameworks.contract import CALL, City, FrameworkContract, Narrow, Strict, Weather, weather
+from tests.frameworks.contract import (
+    CALL,
+    City,
+    EmitsDeltas,
+    FrameworkContract,
+    Narrow,
+    Strict,
+    Weather,
+    weather,
+)
 from tests.frameworks.kit import guard_of, holds, lines_of, result_of
 
 from stroma import BudgetExceeded, ContractViolation, ExecutionBudget, RunStatus, SQLiteStore
@@ -148,7 +157,7 @@ def ask(agent: Agent[Any], kind: str, guard: Guard | None = None) -> Any:
 
 
 @holds("sync and async")
-class TestOpenAIAgents(FrameworkContract):
+class TestOpenAIAgents(EmitsDeltas, FrameworkContract):
     KINDS = KINDS
     STEPS = ("forecaster success", "  model success 10", "  weather success", "  model success 10")
     #: The SDK wraps what a tool raises.

@@ -20,7 +20,7 @@ from pydantic_ai.models.function import AgentInfo, DeltaToolCall, FunctionModel,
 from pydantic_ai.models.test import TestModel
 from pydantic_ai.tools import DeferredToolRequests, DeferredToolResults
 from pydantic_ai.usage import RequestUsage
-from tests.frameworks.contract import FrameworkContract, weather
+from tests.frameworks.contract import EmitsDeltas, FrameworkContract, weather
 from tests.frameworks.kit import guard_of, holds, lines_of, result_of
 from tests.kit import open_question
 
@@ -95,7 +95,7 @@ def agent_of(
 
 
 @holds("sync and async")
-class TestPydanticAI(FrameworkContract):
+class TestPydanticAI(EmitsDeltas, FrameworkContract):
     KINDS = ("run_sync", "run", "run_stream")
     #: The framework's own function model guesses what its streams use.
     METERED = ("run_sync", "run")
