@@ -48,10 +48,10 @@ def agent_of(name: str, *capabilities: Any) -> Any:
 
     agent = ai.Agent(models.FunctionModel(respond), name=name, capabilities=list(capabilities))
 
-    @agent.tool_plain
     async def add(x: int) -> int:
         return x + 1
 
+    agent.tool_plain(add)
     limits = ai.UsageLimits(request_limit=None)
 
     async def run() -> str:
@@ -101,7 +101,7 @@ async def measure(run: Callable[[], Awaitable[str]]) -> tuple[float, float]:
         cpu, wall = time.process_time(), time.perf_counter()
         await run()
         rows.append((time.process_time() - cpu, time.perf_counter() - wall))
-    return tuple(1e6 / _STEPS * statistics.median(column) for column in zip(*rows, strict=True))  # type: ignore[return-value]
+    return tuple(1e6 / _STEPS * statistics.median(column) for column in zip(*rows, strict=True))
 
 
 async def main(postgres: str | None) -> None:
