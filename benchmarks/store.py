@@ -17,12 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import BaseModel
+from tests.store_suite.journal import row, settled
 
 from stroma import SQLiteStore
 from stroma.checkpoint import RunRequest
 from stroma.checkpoint.durable import worker
 from stroma.contracts.schema import schema_of
-from stroma.testing.stores import row, settled
 
 ROUNDS = 5
 COMMITS = 1000

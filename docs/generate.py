@@ -182,7 +182,7 @@ def messages() -> list[Message]:
     known = {found.name for found in error_classes()} | set(BUILT_IN)
     found = []
     for module, path in modules():
-        if path.relative_to(SOURCE).as_posix() in NOT_SHOWN or path.parent.name == "_conformance":
+        if path.relative_to(SOURCE).as_posix() in NOT_SHOWN:
             continue
         tree = ast.parse(path.read_text("utf-8"))
         constants = dict(filter(None, map(constant, tree.body)))

@@ -57,13 +57,11 @@ PARAMETERS = frozenset(
 #: Methods and properties of a class that users call. Of other classes the page shows all public ones.
 METHODS = {
     "Breaker": ["states"],
-    "CellStoreTests": [],
     "CheckpointStoreTests": ["reopened"],
     "CostTracker": ["record", "total_tokens", "total_cost_usd", "total_latency_ms", "check_budget", "summary"],
     "ExecutionBudget": ["unlimited"],
     "ExecutionTrace": ["append", "copy", "replay", "walk", "events_for", "failures", "to_json", "diff"],
     "FaultPlan": ["fail", "lose", "delay", "malform", "at_random", "forgive"],
-    "JournalStoreTests": [],
     "Limit": [],
     "NodeExecution": [
         "run_id", "pipeline", "outcome", "duration_ms", "function_ms", "started_ns", "reason", "notes", "at_end", "idempotency_key",

@@ -215,8 +215,9 @@ async def test_somebody_else_cancels_too() -> None:
 
 async def test_a_run_of_somebody_else_is_theirs_to_end() -> None:
     """The guard of a context leaves it to the run that the context is of."""
+    from tests.store_suite.journal import State
+
     from stroma import NodeContract, ReliabilityContext, stroma_node
-    from stroma.testing.stores import State
 
     seen: list[Any] = []
 

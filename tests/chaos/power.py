@@ -93,7 +93,7 @@ def read_database(db: Any) -> tuple[str, frozenset[int]]:
 
 async def history(store: SQLiteStore, draw: random.Random, batches: int, *, delete: bool = True) -> None:
     """Runs that begin, commit, fail, end, begin again, side by side and alone. Ends early if the store gives up."""
-    from stroma.testing.stores import begin, commit, fail, finish
+    from tests.store_suite.journal import begin, commit, fail, finish
 
     async def one(run_id: str, steps: int) -> None:
         session = await begin(store, run_id, State(), if_exists=draw.choice(("restart", "resume")))
@@ -178,7 +178,7 @@ class Left:
     @staticmethod
     async def _go_on(store: SQLiteStore) -> int:
         """The first run can be continued; what was committed before is restored and checked."""
-        from stroma.testing.stores import begin, commit, finish
+        from tests.store_suite.journal import begin, commit, finish
 
         session: DurableSession = await begin(store, "run 0", State(), if_exists="resume")
         before = len(session.restored)

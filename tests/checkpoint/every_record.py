@@ -10,6 +10,7 @@ from typing import Any
 
 import psycopg
 import redis
+from tests.store_suite.journal import State, row, settled
 
 from stroma import SQLiteStore
 from stroma.checkpoint import PostgresStore, RedisStore, RunRequest, StepCall
@@ -19,7 +20,6 @@ from stroma.checkpoint.durable.operations import Transaction
 from stroma.checkpoint.durable.rows import Annotation, Rows, Step
 from stroma.contracts.schema import schema_of
 from stroma.failures import FailureClass
-from stroma.testing.stores import State, row, settled
 from stroma.trace import AttemptUsage
 from stroma.trace.events import Failed
 

@@ -8,11 +8,11 @@ from datetime import timedelta
 from typing import Any
 
 from pydantic import BaseModel
+from tests.store_suite.journal import row, settled
 
 from stroma import NodeContract, RunStatus, SQLiteStore, StromaRunner, stroma_node
 from stroma.checkpoint import RunQuery, RunRequest, open_store
 from stroma.contracts.schema import schema_of
-from stroma.testing.stores import row, settled
 
 
 class Num(BaseModel):

@@ -16,11 +16,10 @@ from tests.servers import environment, proxied, shared_redis
 from tests.servers_postgres import Proxy as PostgresProxy
 from tests.servers_postgres import shared_postgres
 from tests.shared_stores import DURABLE, SHARED, STORES, opened, place, store_of
+from tests.store_suite.cells import CellStoreTests, count
 from tests.tiers import SLOW_PARAMETERS, examples
 
 from stroma.checkpoint import CellStore, PostgresStore, RedisStore, SQLiteStore
-from stroma.testing import CellStoreTests
-from stroma.testing.cells import count
 
 
 @pytest.mark.core
@@ -50,7 +49,7 @@ _COUNTER = textwrap.dedent(
     """
     import asyncio, sys
     from tests.shared_stores import opened
-    from stroma.testing.cells import count
+    from tests.store_suite.cells import count
 
     async def main():
         with opened(sys.argv[1], sys.argv[2]) as store:

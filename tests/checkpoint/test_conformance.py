@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.store_suite.journal import JournalStoreTests
 
 from stroma import AsyncInMemoryStore, InMemoryStore, SQLiteStore
-from stroma.testing import JournalStoreTests
 
 
 class TestInMemoryStore(JournalStoreTests):

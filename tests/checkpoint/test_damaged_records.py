@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from tests.checkpoint.damage import reseal
 from tests.shared_stores import SHARED, opened, place
+from tests.store_suite.journal import State, begin, commit, row, settled
 
 from stroma import Flow, SQLiteStore, StepFailed, StromaRunner
 from stroma.checkpoint import CheckpointLost, CorruptCheckpoint, RunRequest, StepCall, StoreError
@@ -35,7 +36,6 @@ from stroma.checkpoint.flow_notes import decode_flow_note
 from stroma.contracts.schema import schema_of
 from stroma.failures import FailureClass
 from stroma.failures.tracebacks import read_failure_site
-from stroma.testing.stores import State, begin, commit, row, settled
 from stroma.trace.events import Failed
 from stroma.trace.rejected import Complaint, RejectedOutput
 

@@ -10,6 +10,7 @@ import pytest
 import redis
 from tests.checkpoint.damage import loose
 from tests.shared_stores import SHARED, opened, place
+from tests.store_suite.journal import State, begin, commit, fail, finish, settled
 
 from stroma.checkpoint import RunQuery, StoreError
 from stroma.checkpoint.durable.integrity import parse_attempt, parse_run
@@ -17,7 +18,6 @@ from stroma.checkpoint.durable.rows import DAMAGED
 from stroma.checkpoint.history import History
 from stroma.cli import main
 from stroma.failures import FailureClass
-from stroma.testing.stores import State, begin, commit, fail, finish, settled
 
 pytestmark = pytest.mark.slow
 

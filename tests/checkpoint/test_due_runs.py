@@ -10,12 +10,12 @@ import pytest
 from tests.fixtures import store_fixture
 from tests.kit import Num
 from tests.shared_stores import STORES
+from tests.store_suite.helpers import due_runs
 
 from stroma import Fenced, RunExists
 from stroma.checkpoint.entries import RunRequest, Waiting
 from stroma.contracts.schema import schema_of
 from stroma.failures.errors import BUDGET
-from stroma.testing._conformance.helpers import due_runs
 
 _QUESTION = Waiting(0, "w", "approve", "Well?", "")
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tests.fixtures import store_fixture
 from tests.shared_stores import SHARED, STORES, opened, place
+from tests.store_suite.helpers import State, begin, commit, finish, settled, suspend_run
 
 from stroma.checkpoint import CorruptCheckpoint, StoreError
 from stroma.checkpoint.durable import session as session_module
@@ -16,7 +17,6 @@ from stroma.checkpoint.events import MAX_BATCHES, EventPlace, parse_cursor
 from stroma.checkpoint.postgres import rows as postgres_rows
 from stroma.checkpoint.redis import rows as redis_rows
 from stroma.checkpoint.sqlite import rows as sqlite_rows
-from stroma.testing._conformance.helpers import State, begin, commit, finish, settled, suspend_run
 
 store = store_fixture(*STORES)
 

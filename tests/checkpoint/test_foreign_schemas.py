@@ -13,9 +13,9 @@ psycopg = pytest.importorskip("psycopg")
 
 from psycopg import conninfo  # noqa: E402
 from tests.servers_postgres import PostgresServer, shared_postgres  # noqa: E402
+from tests.store_suite.journal import State, begin, commit, finish  # noqa: E402
 
 from stroma.checkpoint import PostgresStore, SQLiteStore, StoreError  # noqa: E402
-from stroma.testing.stores import State, begin, commit, finish  # noqa: E402
 
 # ---------------------------------------------------------------------- PostgreSQL
 

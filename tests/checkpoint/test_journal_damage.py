@@ -9,11 +9,11 @@ import pytest
 from pydantic import BaseModel
 from tests.checkpoint.damage import Moment, lose
 from tests.shared_stores import SHARED, opened, place
+from tests.store_suite.journal import State, begin, commit, fail, finish, restored, settled
 
 from stroma import FailurePolicy, NodeContract, StromaRunner, stroma_node
 from stroma.checkpoint import CheckpointLost, Fenced
 from stroma.failures import FailureClass
-from stroma.testing.stores import State, begin, commit, fail, finish, restored, settled
 
 pytestmark = pytest.mark.slow
 

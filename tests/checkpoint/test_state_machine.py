@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from hypothesis import settings
+from tests.store_suite.machine import JournalStoreMachine
 from tests.tiers import examples
 
 from stroma import AsyncInMemoryStore, InMemoryStore, SQLiteStore
-from stroma.testing.machine import JournalStoreMachine
 
 SHARED = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 

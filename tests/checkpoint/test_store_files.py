@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.store_suite.journal import State, begin, commit, finish, restored
 
 from stroma.checkpoint import SQLiteStore, StoreError
 from stroma.checkpoint.payloads import DirectoryBlobs
 from stroma.runner.items import LinesFile
-from stroma.testing.stores import State, begin, commit, finish, restored
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +61,7 @@ def test_a_blob_of_another_writer_is_synced_too(tmp_path: Path, monkeypatch: pyt
 _WRITER = """
 import asyncio, os, sys
 from stroma.checkpoint import SQLiteStore
-from stroma.testing.stores import State, begin, commit
+from tests.store_suite.journal import State, begin, commit
 
 async def main():
     store = SQLiteStore(sys.argv[1])

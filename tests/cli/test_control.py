@@ -5,10 +5,10 @@ import json
 
 import pytest
 from tests.cli.test_operations import GOOD, at_work
+from tests.store_suite.journal import begin
 
 from stroma import SQLiteStore
 from stroma.runner import requests
-from stroma.testing.stores import begin
 
 WAITS = """
 from sums import *
@@ -87,13 +87,13 @@ def test_a_run_that_waits_for_its_budget(stroma, inside, fails):
     stroma.file("waits.py", WAITS)
     done = inside("run", "waits.py:pipeline", GOOD, "--run-id", "x")
     assert done.code == 7, done.err
-    assert "suspended: run x waits for a larger budget" in done.err
+    assert "suspended: run x is waiting for a larger budget" in done.err
     assert "raise the budget: stroma budget x --cost-usd USD  (or --tokens, --latency-ms)" in done.err
     shown = inside("show", "x")
-    assert "SUSPENDED, waits for a larger budget" in shown.out
+    assert "SUSPENDED, waiting for a larger budget" in shown.out
     assert "raise the budget: stroma budget x --cost-usd USD" in shown.err
     listed = inside("runs")
-    assert "waits for a larger budget" in listed.out
+    assert "waiting for a larger budget" in listed.out
     assert "raise the budget: stroma budget RUN --cost-usd USD" in listed.err
     before = stroma.calls()
     fails(inside("budget", "y", "--tokens", "9"), 4, "no run whose id begins with 'y'")

@@ -11,12 +11,12 @@ import sys
 import time
 
 import pytest
+from tests.store_suite.journal import State, begin, commit, finish
 
 from stroma import SQLiteStore
 from stroma._utils.text import clean, format_duration
 from stroma.checkpoint.history import History
 from stroma.cli import formatting
-from stroma.testing.stores import State, begin, commit, finish
 from stroma.trace.redaction import HIDDEN
 
 GOOD = '{"start": 1}'
@@ -54,7 +54,7 @@ def test_runs(filled, inside):
         "COST",
         "STARTED",
         "DURATION",
-        "ERROR",
+        "MESSAGE",
     ]
     assert [line[:5] for line in lines[1:]] == [
         ["other", "sums", "INTERRUPTED", "1", "120"],

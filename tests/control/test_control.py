@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from tests.fixtures import store_fixture
 from tests.kit import node
 from tests.shared_stores import DURABLE, opened, place
+from tests.store_suite.helpers import due_runs
 
 from stroma import (
     CheckpointNotFound,
@@ -33,7 +34,6 @@ from stroma import (
 from stroma.engine.context import ReliabilityContext
 from stroma.failures import FailurePolicy
 from stroma.runner.steps import execute_step
-from stroma.testing._conformance.helpers import due_runs
 
 store = store_fixture("memory", "sqlite", "redis", "postgres")
 

@@ -14,10 +14,10 @@ import pytest
 from tests.checkpoint.dying_helper import pipeline
 from tests.servers import environment
 from tests.shared_stores import DURABLE, opened, place
+from tests.store_suite.journal import begin
 
 from stroma import ExecutionResult, StromaRunner
 from stroma.runner import requests
-from stroma.testing.stores import begin
 
 
 @pytest.mark.slow

@@ -229,7 +229,7 @@ async def test_a_store_that_fails_leaves_the_run_to_others(
 
 
 async def _session_of(store: Any, run_id: str) -> Any:
-    from stroma.testing._conformance.helpers import begin
+    from tests.store_suite.helpers import begin
 
     session = await begin(store, run_id)
     session.abandon()

@@ -15,6 +15,7 @@ from tests.kit import NEVER, Num, node
 from tests.runner.serving import Serving
 from tests.shared_stores import STORES, place, store_of
 from tests.shared_stores import opened as open_kind
+from tests.store_suite.helpers import due_runs
 
 from stroma import (
     AsyncInMemoryStore,
@@ -30,7 +31,6 @@ from stroma.checkpoint.entries import RunRequest
 from stroma.checkpoint.queue import Candidate, ClaimRequest
 from stroma.contracts.schema import schema_of
 from stroma.testing import FakeClock
-from stroma.testing._conformance.helpers import due_runs
 
 store = store_fixture(*STORES)
 

@@ -12,8 +12,7 @@ import pytest
 
 from stroma import AsyncInMemoryStore, InMemoryStore, SQLiteStore
 from stroma.testing import CheckpointStoreTests
-from stroma.testing.checkpoints import Document
-from stroma.testing.stores import State
+from stroma.testing.checkpoints import Document, State
 
 
 class TestInMemoryStore(CheckpointStoreTests):

@@ -282,8 +282,8 @@ def form_key(text: str) -> str:
 
 def test_the_trace_in_the_backend(store: SQLiteStore, serve: Any) -> None:
     """With an address of traces, a run that has one leads there; without one there is no link."""
-    from stroma.testing.stores import State as Kept
-    from stroma.testing.stores import begin, commit
+    from tests.store_suite.journal import State as Kept
+    from tests.store_suite.journal import begin, commit
 
     async def run() -> None:
         session = await begin(store, "x")

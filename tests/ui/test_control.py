@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from starlette.requests import Request
 from starlette.responses import Response
+from tests.store_suite.helpers import due_runs
+from tests.store_suite.journal import State
 from tests.ui.browser import Browser
 from tests.ui.conftest import BAD, GOOD, Site, make_runs
 from tests.ui.test_security import keys
@@ -23,8 +25,6 @@ from stroma import (
     current_node,
     stroma_node,
 )
-from stroma.testing._conformance.helpers import due_runs
-from stroma.testing.stores import State
 from stroma.ui.rendering import Renderer
 from stroma.ui.shared_pages import SharedPages
 

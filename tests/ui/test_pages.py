@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from tests.store_suite.journal import State as Kept
+from tests.store_suite.journal import begin, commit
 from tests.ui.conftest import BAD, GOOD, Site, State, make_runs, node
 from tests.ui.scenes import lineage, make_map
 from tests.ui.test_security import attempts_of
@@ -35,8 +37,6 @@ from stroma import (
     stroma_node,
 )
 from stroma.checkpoint import open_store
-from stroma.testing.stores import State as Kept
-from stroma.testing.stores import begin, commit
 from stroma.ui.figures import _quantile
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "StoreFacts",
     "Tally",
     "cause_of",
+    "describe_wait",
     "digits_seconds",
     "duration_digits",
     "end_of_page",
@@ -134,6 +135,21 @@ class RunRecord:
         if self.status != "SUSPENDED":
             return None
         return "resume" if self.error == PAUSED else "budget" if self.error == BUDGET else None
+
+    @property
+    def wait_text(self) -> str | None:
+        """The need of a suspended run, for people: "waiting for ...", "sleeping until ..." or "paused"; None for any other."""
+        return describe_wait(self.error or "") if self.status == "SUSPENDED" else None
+
+
+def describe_wait(reason: str) -> str:
+    """Return the need of a run that is suspended for a reason, for people."""
+    if reason.startswith(("sleeping until ", "waiting for ")) or reason == PAUSED:
+        return reason
+    if reason == BUDGET:
+        return "waiting for a larger budget"
+    what = "a statement on the call of an effect" if reason == "effect" else f"an answer: {reason}"
+    return f"waiting for {what}"
 
 
 class RunPage(NamedTuple):

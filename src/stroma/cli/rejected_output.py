@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Final
 
 from stroma._utils.text import clean, pluralize
-from stroma.checkpoint.history import History, place_of
-from stroma.checkpoint.records import AttemptRecord, RunRecord
+from stroma.checkpoint.history import place_of
+from stroma.checkpoint.records import AttemptRecord
 from stroma.cli.output import out
 from stroma.trace.rejected import MISSING, RejectedOutput
 
-__all__ = ["last_rejected", "print_rejected"]
+__all__ = ["print_all_rejected"]
 
 _SHOWN_REJECTED: Final = 3  # rejected outputs below the attempts
 _SHOWN_COMPLAINTS: Final = 10  # of each
 
 
-def last_rejected(
-    history: History, record: RunRecord, selected: list[AttemptRecord]
-) -> list[tuple[AttemptRecord, RejectedOutput]]:
-    """Return the last outputs of these attempts that broke their contract."""
-    failed = [one for one in selected if one.reason == "contract" or one.outcome == "suspended"]
-    failed.sort(key=lambda one: one.started_ns)
-    outputs = ((one, history.rejected_of(record.run_id, one)) for one in failed[-_SHOWN_REJECTED:])
-    return [(one, rejected) for one, rejected in outputs if rejected is not None]
+def print_all_rejected(outputs: Sequence[tuple[AttemptRecord, RejectedOutput]]) -> None:
+    """Print the last outputs that broke their contract, and how many there are if these are not all."""
+    for attempt, rejected in outputs[-_SHOWN_REJECTED:]:
+        _print_rejected(attempt, rejected)
+    if len(outputs) > _SHOWN_REJECTED:
+        out.line(
+            (f"the last {_SHOWN_REJECTED} of {len(outputs)} rejected outputs; all of them: --rejected", "dim")
+        )
 
 
-def print_rejected(attempt: AttemptRecord, rejected: RejectedOutput) -> None:
+def _print_rejected(attempt: AttemptRecord, rejected: RejectedOutput) -> None:
     """Print what came beside each complaint of the contract."""
     out.line()
     out.line(

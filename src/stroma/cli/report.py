@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from stroma._utils.secrets import Secrets
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
 from stroma.checkpoint.entries import Waiting
+from stroma.checkpoint.records import describe_wait
 from stroma.cli.errors import Code, is_debugging
 from stroma.cli.formatting import id_word
 from stroma.cli.output import Part, emit, err
@@ -217,15 +218,20 @@ class RunReport:
         reason = self.result.suspended[0]
         return "resume" if reason == PAUSED else "budget" if reason == BUDGET else None
 
+    @property
+    def is_asleep(self) -> bool:
+        """True for a suspended run that waits for a time only."""
+        return self.is_suspended and all(one.startswith("sleeping until ") for one in self.result.suspended)
+
     def _print_suspension(self) -> None:
         run_id = self.result.run_id
+        reasons = self.result.suspended
+        is_asking = bool(unanswered(self.waiting)) or len(reasons) != 1
+        what = "waiting for an answer" if is_asking else describe_wait(reasons[0])
+        err.line(("suspended", "yellow"), f": run {clean(run_id)} is {clean(what, 1000)}")
         if self.waits_for is None:
-            err.line(("suspended", "yellow"), f": run {clean(run_id)} is waiting for an answer")
             self._print_waiting()
-            return
-        what = "is paused" if self.waits_for == "resume" else "waits for a larger budget"
-        err.line(("suspended", "yellow"), f": run {clean(run_id)} {what}")
-        if self.db.is_durable:
+        elif self.db.is_durable:
             for line in held_hints(self.db, run_id, self.waits_for):
                 err.line(f"  {line}")
 
@@ -233,7 +239,7 @@ class RunReport:
         result, waiting = self.result, unanswered(self.waiting)
         for one in waiting:
             err.line(f"  {place_text(one)}: {question_text(one, 1000)}  (asks for {answer_type(one)})")
-        for reason in result.suspended if not waiting else ():
+        for reason in result.suspended if not waiting and len(result.suspended) > 1 else ():
             err.line(f"  {clean(reason, 1000)}")
         if self.db.is_durable:
             for line in approve_hint(self.db, result.run_id, self.target, waiting):
@@ -305,7 +311,11 @@ class RunReport:
         if self.waits_for is not None:
             action = "or continue it here"
         elif self.is_suspended:
-            action = "then resume with"
+            action = (
+                "a worker continues it when it is due, or resume with"
+                if self.is_asleep
+                else "then resume with"
+            )
         elif failure is None:
             action = "resume with"
         elif isinstance(exceeded, SharedBudgetExceeded):

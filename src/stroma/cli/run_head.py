@@ -68,7 +68,10 @@ def print_head(
         lines.append(
             ("waits", [f"{place_text(one)}: {question_text(one)}  (asks for {answer_type(one)}{answered})"])
         )
-    if record.error and record.waits_for is None:
+    if record.wait_text is not None:
+        if not waiting and record.waits_for is None:
+            lines.append(("waits", [clean(record.wait_text, 1000)]))
+    elif record.error:
         lines.append(("error", [(clean(record.error, 1000), "red")]))
     for name, parts in lines:
         out.fitted((f"{name:<9} ", "dim"), *parts, indent=10)

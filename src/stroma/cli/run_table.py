@@ -55,8 +55,8 @@ _TIMING_SPARE: Final = (
     "AT",
     "REASON",
     "TRY",
-    "OUTCOME",
     "WAITED",
+    "OUTCOME",
     "BEGAN",
     "TIME",
 )

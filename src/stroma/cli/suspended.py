@@ -93,7 +93,7 @@ def held_text(record: RunRecord) -> list[str]:
     """Return what to add to the status of a run that is paused, or waits for its budget."""
     if record.waits_for is None:
         return []
-    return [", paused" if record.waits_for == "resume" else ", waits for a larger budget"]
+    return [f", {record.wait_text}"]
 
 
 def held_hints(db: RunSource, run_id: str, waits_for: Literal["resume", "budget"]) -> list[str]:

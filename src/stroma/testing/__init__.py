@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from stroma._utils.lazy import lazy
 
 if TYPE_CHECKING:
-    from stroma.testing.cells import CellStoreTests
     from stroma.testing.checkpoints import CheckpointStoreTests
     from stroma.testing.clock import FakeClock
     from stroma.testing.contracts import assert_contract_holds
@@ -24,10 +23,8 @@ if TYPE_CHECKING:
     from stroma.testing.replaying import Replay, replay, replay_sync
     from stroma.testing.resumable import Resumability, assert_resumable, assert_resumable_sync
     from stroma.testing.snapshots import trace_snapshot
-    from stroma.testing.stores import JournalStoreTests
 
 _HOMES = {
-    "cells": ("CellStoreTests",),
     "checkpoints": ("CheckpointStoreTests",),
     "clock": ("FakeClock",),
     "contracts": ("assert_contract_holds",),
@@ -40,21 +37,18 @@ _HOMES = {
     "replaying": ("Replay", "replay", "replay_sync"),
     "resumable": ("Resumability", "assert_resumable", "assert_resumable_sync"),
     "snapshots": ("trace_snapshot",),
-    "stores": ("JournalStoreTests",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "POINTS",
     "Boundary",
-    "CellStoreTests",
     "CheckpointStoreTests",
     "Crashed",
     "Difference",
     "FakeClock",
     "FaultPlan",
     "Injected",
-    "JournalStoreTests",
     "Recorded",
     "RecordedRun",
     "Replay",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from typing import Any
 
 import pytest
@@ -12,10 +13,29 @@ from stroma.checkpoint import CheckpointManager, CheckpointNotFound
 from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import stroma_node
 from stroma.runner.runner import StromaRunner
-from stroma.testing.stores import HARD_IDS, State, settled
 from stroma.trace.result import RunStatus
 
 __all__ = ["CheckpointStoreTests"]
+
+#: Ids that are hard to distinguish, to quote or to order.
+_HARD_IDS = (
+    "a", "a:b", "a:", ":b", "*", "?", "[a]", "/", "..", "a/b", "a\nb", " ", "a ", "'", '"', "%", "_", "\\", "{a}", "}{",
+    "é", "e\u0301", "🦜", "\u00a0", "A", "last", "\x7f", "\ufffe", "\U0010ffff", "x" * 3000, "x" * 2999 + "y",
+)  # fmt: skip
+
+
+class State(BaseModel):
+    """A state of the tests."""
+
+    text: str = ""
+    n: int = 0
+    value: float = 0.0
+    data: bytes = b""
+
+
+async def settled(value: Any) -> Any:
+    """Await what can be awaited."""
+    return await value if inspect.isawaitable(value) else value
 
 
 class Document(BaseModel):
@@ -79,7 +99,7 @@ class CheckpointStoreTests:
 
     async def test_ids_are_any_text(self, store: Any) -> None:
         """Ids with separators, wildcards, quotes, newlines, emoji and 3,000 characters are distinct."""
-        places = [(run, "node") for run in HARD_IDS] + [("run", node) for node in HARD_IDS]
+        places = [(run, "node") for run in _HARD_IDS] + [("run", node) for node in _HARD_IDS]
         places += [("a:b", "c"), ("a", "b:c"), ("a/b", "c"), ("a", "b/c")]
         for number, place in enumerate(places):
             await settled(store.save(*place, State(n=number)))

@@ -96,7 +96,7 @@ def cause_text(record: RunRecord) -> str:
     if record.status in FINISHED or record.status == "RUNNING":
         return ""  # A failed attempt of a run that goes on is tried again.
     if record.cause is None or record.status not in FAILED:
-        return record.error or ""
+        return record.wait_text or record.error or ""
     cause_record = record.cause
     why = f"{cause_record.failure_class}{f' ({cause_record.reason})' if cause_record.reason else ''}"
     return f"{cause_record.node_id}: {why}: {cause_record.text or record.error or ''}"

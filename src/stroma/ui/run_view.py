@@ -114,8 +114,7 @@ def open_waits(
         texts[at] = f"suspended: waits for {what}"
     ended = attempts_by_end(attempts)
     if record.waits_for is not None and ended:
-        why = "paused" if record.waits_for == "resume" else "waits for a larger budget"
-        texts.setdefault(place_of(ended[-1]), why)
+        texts.setdefault(place_of(ended[-1]), record.wait_text or "")
     return texts
 
 

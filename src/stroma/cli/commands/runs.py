@@ -155,7 +155,7 @@ def _print(database: RunSource, records: list[RunRecord], query: RunQuery, limit
         for line in database.other_stores if isinstance(database, Database) else ():
             err.line(f"  {line}")
         return
-    header = ("RUN", "PIPELINE", "STATUS", "NODES", "TOKENS", "COST", "STARTED", "DURATION", "ERROR")
+    header = ("RUN", "PIPELINE", "STATUS", "NODES", "TOKENS", "COST", "STARTED", "DURATION", "MESSAGE")
     table(
         out,
         header,
@@ -178,7 +178,7 @@ def _print(database: RunSource, records: list[RunRecord], query: RunQuery, limit
 
 
 def _row(record: RunRecord) -> list[Part]:
-    error = clean(record.error or "", 80)
+    error = clean(record.wait_text or record.error or "", 80)
     if record.status == "RUNNING":
         who = f"run by {clean(record.holder, 80)} for {_elapsed(record)}" if record.holder else "owner lost"
         error = f"{who}; last record {format_age(record.updated_ms)}"
@@ -186,8 +186,6 @@ def _row(record: RunRecord) -> list[Part]:
         error = f"blocked for {_blocked_for(record.blocked)}: {clean(record.blocked.message, 80)}"
     elif record.status == QUEUED:
         error = f"due at {format_local_time(record.due_ms or 0)}"
-    elif record.waits_for == "budget":
-        error = "waits for a larger budget"
     return [
         short_id(record.run_id),
         clean(record.pipeline, 30),

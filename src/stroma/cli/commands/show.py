@@ -25,7 +25,7 @@ from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import to_iso
 from stroma.cli.output import emit, err, out
 from stroma.cli.redaction import load_redact, redact_option
-from stroma.cli.rejected_output import last_rejected, print_rejected
+from stroma.cli.rejected_output import print_all_rejected
 from stroma.cli.run_head import FINISHED_WELL, print_head, print_next_steps
 from stroma.cli.run_table import print_attempts
 from stroma.cli.stores import Database, RunSource, db_option
@@ -83,8 +83,13 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
         return _print_states(shown.selected, states, code)
     with database.explain_errors():
         waits = history.flow_waits(record, attempts, waiting) if view.as_tree else []
-        rejected = last_rejected(history, record, shown.selected)
-    _print_run(database, shown, view, waits, rejected)
+        failed = sorted(shown.selected, key=lambda one: one.started_ns)
+        outputs = [
+            (one, history.rejected_of(record.run_id, one))
+            for one in failed
+            if one.reason == "contract" or one.outcome == "suspended"
+        ]
+    _print_run(database, shown, view, waits, [(one, output) for one, output in outputs if output is not None])
     return code
 
 
@@ -151,8 +156,7 @@ def _print_run(
     print_head(record, shown.waiting, len(attempts), *sum_waste(attempts))
     if shown.selected or waits:
         print_attempts(attempts, waits, shown.selected, view)
-    for attempt, one_rejected in rejected:
-        print_rejected(attempt, one_rejected)
+    print_all_rejected(rejected)
     for one in attempts:
         if one.damaged:
             output = f"the output of node {clean(one.node_id, 100)!r} at {place_of(one)}"

@@ -146,7 +146,8 @@ class _Follower:
         if self._json:
             self._emit({"schema": "stroma.tail/1", "event": "end", "run": run_data(record)})
             return
-        why = f"  {clean(record.error)}" if record.error else ""
+        text = record.wait_text or record.error
+        why = f"  {clean(text)}" if text else ""
         if gone:
             hint = self._database.hint("resume", id_word(record.run_id), "FILE.py:NAME")
             out.line(*self._name(record), style_status(status_of(record)), "  owner lost")

@@ -12,11 +12,9 @@ from typing import Any, Final, TypeVar
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-
-from stroma.checkpoint import Committed, Fenced, PipelineChanged, RunRequest, StoreError
-from stroma.failures.classes import FailureClass
-from stroma.testing.machine_checks import ENDS, NODES, RUNS, StoreComparison
-from stroma.testing.machine_model import (
+from tests.store_suite.journal import State, row, settled
+from tests.store_suite.machine_checks import ENDS, NODES, RUNS, StoreComparison
+from tests.store_suite.machine_model import (
     SCHEMA,
     ModelAttempt,
     ModelExecution,
@@ -26,7 +24,9 @@ from stroma.testing.machine_model import (
     RecordedUsage,
     SessionHandle,
 )
-from stroma.testing.stores import State, row, settled
+
+from stroma.checkpoint import Committed, Fenced, PipelineChanged, RunRequest, StoreError
+from stroma.failures.classes import FailureClass
 from stroma.trace.events import AttemptRow
 
 __all__ = ["JournalStoreMachine"]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
-from stroma.testing._conformance.executions import ExecutionTests
-from stroma.testing._conformance.helpers import (
+from tests.store_suite.executions import ExecutionTests
+from tests.store_suite.helpers import (
     HARD_IDS,
     State,
     begin,
@@ -18,9 +17,9 @@ from stroma.testing._conformance.helpers import (
     row,
     settled,
 )
-from stroma.testing._conformance.ownership import OwnershipTests
-from stroma.testing._conformance.reading import ReadingTests
-from stroma.testing._conformance.signals import SignalTests
+from tests.store_suite.ownership import OwnershipTests
+from tests.store_suite.reading import ReadingTests
+from tests.store_suite.signals import SignalTests
 
 __all__ = [
     "HARD_IDS",

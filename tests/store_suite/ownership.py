@@ -9,17 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-
-from stroma.checkpoint import (
-    Fenced,
-    PipelineChanged,
-    RunBusy,
-    RunExists,
-    StoreError,
-)
-from stroma.checkpoint.entries import Waiting, effect_note
-from stroma.contracts.schema import schema_of
-from stroma.testing._conformance.helpers import (
+from tests.store_suite.helpers import (
     ROUNDS,
     State,
     begin,
@@ -31,6 +21,16 @@ from stroma.testing._conformance.helpers import (
     settled,
     suspend_run,
 )
+
+from stroma.checkpoint import (
+    Fenced,
+    PipelineChanged,
+    RunBusy,
+    RunExists,
+    StoreError,
+)
+from stroma.checkpoint.entries import Waiting, effect_note
+from stroma.contracts.schema import schema_of
 
 __all__ = ["OwnershipTests"]
 

@@ -11,15 +11,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-
-from stroma.checkpoint import (
-    CheckpointNotFound,
-    CorruptCheckpoint,
-    RunQuery,
-)
-from stroma.contracts.schema import schema_of
-from stroma.failures.classes import FailureClass
-from stroma.testing._conformance.helpers import (
+from tests.store_suite.helpers import (
     HARD_IDS,
     State,
     begin,
@@ -31,6 +23,14 @@ from stroma.testing._conformance.helpers import (
     row,
     settled,
 )
+
+from stroma.checkpoint import (
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    RunQuery,
+)
+from stroma.contracts.schema import schema_of
+from stroma.failures.classes import FailureClass
 from stroma.trace.rejected import Complaint, RejectedOutput
 
 __all__ = ["ReadingTests"]

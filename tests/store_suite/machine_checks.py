@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, Final, TypeVar
 
-from stroma.checkpoint import AttemptRecord, CheckpointNotFound, RunBusy, StoreError
-from stroma.testing.machine_model import (
+from tests.store_suite.journal import State, restored, settled
+from tests.store_suite.machine_model import (
     SCHEMA,
     ModelAttempt,
     ModelExecution,
@@ -15,7 +15,8 @@ from stroma.testing.machine_model import (
     OpenArguments,
     record_of,
 )
-from stroma.testing.stores import State, restored, settled
+
+from stroma.checkpoint import AttemptRecord, CheckpointNotFound, RunBusy, StoreError
 
 __all__ = ["ENDS", "NODES", "RUNS", "StoreComparison"]
 

@@ -6,6 +6,18 @@ import asyncio
 from typing import Any
 
 import pytest
+from tests.store_suite.helpers import (
+    Other,
+    State,
+    begin,
+    commit,
+    fail,
+    finish,
+    read_texts,
+    restored,
+    row,
+    settled,
+)
 
 from stroma.checkpoint import (
     CheckpointNotFound,
@@ -19,18 +31,6 @@ from stroma.contracts.schema import schema_of
 from stroma.engine.restore import read_output
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import ItemFailure
-from stroma.testing._conformance.helpers import (
-    Other,
-    State,
-    begin,
-    commit,
-    fail,
-    finish,
-    read_texts,
-    restored,
-    row,
-    settled,
-)
 
 __all__ = ["ExecutionTests"]
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple
 
+from tests.store_suite.journal import State
+
 from stroma.checkpoint import AttemptRecord, PipelineChanged, RunBusy, RunExists, StoreError
 from stroma.checkpoint.decisions import UNFINISHED
 from stroma.contracts.schema import schema_of
-from stroma.testing.stores import State
 from stroma.trace.events import AttemptRow
 
 __all__ = [

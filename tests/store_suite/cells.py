@@ -8,9 +8,9 @@ import time
 from typing import Any
 
 import pytest
+from tests.store_suite.journal import HARD_IDS, State, begin, commit
 
 from stroma.checkpoint.cells import Change
-from stroma.testing.stores import HARD_IDS, State, begin, commit
 
 __all__ = ["CellStoreTests"]
 

@@ -7,18 +7,7 @@ import time
 from typing import Any
 
 import pytest
-
-from stroma.checkpoint import (
-    AsyncInMemoryStore,
-    CheckpointNotFound,
-    Fenced,
-    InMemoryStore,
-    RunExists,
-    StoreError,
-    Waiting,
-)
-from stroma.checkpoint.entries import NOT_DONE, RunControl, UnknownCall, effect_note
-from stroma.testing._conformance.helpers import (
+from tests.store_suite.helpers import (
     State,
     begin,
     commit,
@@ -30,6 +19,17 @@ from stroma.testing._conformance.helpers import (
     settled,
     suspend_run,
 )
+
+from stroma.checkpoint import (
+    AsyncInMemoryStore,
+    CheckpointNotFound,
+    Fenced,
+    InMemoryStore,
+    RunExists,
+    StoreError,
+    Waiting,
+)
+from stroma.checkpoint.entries import NOT_DONE, RunControl, UnknownCall, effect_note
 from stroma.trace.events import AttemptUsage
 
 __all__ = ["SignalTests"]

@@ -1,1 +1,0 @@
-"""Conformance tests of journal stores by subject, for :class:`stroma.testing.JournalStoreTests`."""

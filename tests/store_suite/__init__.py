@@ -1,0 +1,7 @@
+"""Conformance tests of journal stores by subject, those of cells, and a state machine of a store."""
+
+import pytest
+
+pytest.register_assert_rewrite(
+    *(f"{__name__}.{one}" for one in ("cells", "executions", "ownership", "reading", "signals"))
+)
