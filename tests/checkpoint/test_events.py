@@ -44,7 +44,7 @@ async def test_batches_are_read_in_their_order(store: Any) -> None:
     assert read(store, "1-2", limit=2) == ["1-3", "1-10"]
     assert read(store, "1-11") == read(store, "1-suspended") == read(store, "2-0") == []
     page = store.read_events("run", START, 1)
-    assert (page.execution, page.epoch, page.status) == (1, 1, "RUNNING")
+    assert (page.execution, page.epoch, page.record) == (1, 1, None)
     assert page.batches[0].last == EventPlace(1, 2)
     assert store.read_events("unknown", START, 1) is None
 
@@ -76,7 +76,7 @@ async def test_events_are_stored_before_the_end(store: Any) -> None:
     _ = session.append_events(1, b"last words")
     await finish(session)
     assert read(store) == ["last words"]
-    assert store.read_events("run", START, 1).status == "COMPLETED"
+    assert store.read_events("run", START, 1).record.status == "COMPLETED"
 
 
 async def test_a_restart_has_no_events_of_before(store: Any) -> None:

@@ -131,9 +131,12 @@ class Guard:
             update["conversation"] = check_label(conversation, "conversation")
         if user is not None:
             update["user"] = check_label(user, "user")
-        ctx = ReliabilityContext.for_run(
-            config.model_copy(update=update), self.registry, self.runner.checkpoint_manager
-        )
+        config = config.model_copy(update=update)
+        if config.events == "store":
+            from stroma.runner.event_log import with_event_log  # Not loaded by most runs.
+
+            config = with_event_log(config)
+        ctx = ReliabilityContext.for_run(config, self.registry, self.runner.checkpoint_manager)
         return GuardedRun(self, ctx, input, ends=True)
 
     def over(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Final, NamedTuple
 
 from stroma.checkpoint.decoding import MAX_INT
+from stroma.checkpoint.records import RunRecord
 
 __all__ = ["EXPIRY_MS", "MAX_BATCHES", "EventBatch", "EventPage", "EventPlace", "parse_cursor"]
 
@@ -68,10 +69,11 @@ class EventPage(NamedTuple):
 
     Attributes:
         run: the key of the run in its store, which differs from that of a later run of its id.
+        record: the run; None while its status is RUNNING.
     """
 
     run: Any
     execution: int
     epoch: int
-    status: str
+    record: RunRecord | None
     batches: list[EventBatch]

@@ -171,7 +171,7 @@ class Session(Protocol):
     def append_events(self, last: int, lines: bytes) -> Awaitable[None] | None:
         """Store a batch of events beside the commits, up to a number of the session. Not refused if it is fenced off.
 
-        None: it is done, or the store has no events. Raises StoreError. It is stored before an end that is recorded later.
+        Raises StoreError, at once or awaited; None: it is done. It is stored before an end that is recorded later.
         """
 
     def note(self, key: str, data: bytes | None) -> None:

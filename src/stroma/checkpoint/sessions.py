@@ -94,7 +94,9 @@ class NullSession:
         return None
 
     def append_events(self, last: int, lines: bytes) -> Awaitable[None] | None:
-        return None
+        raise StoreError(
+            "this store has no journal, so it stores no events; use a journal store such as SQLiteStore"
+        )
 
     def note(self, key: str, data: bytes | None) -> None:
         return None

@@ -153,6 +153,10 @@ class RunConfig(StrictModel):
             interface and notebooks. "redacted": at most 64 KiB, through ``redact``. "full": at most 1 MiB, not through
             ``redact``. "no": nothing. Secrets are masked in both. It changes nothing about the
             exception: a failure hook that reads ``exc.raw`` sees the output, through ``redact``.
+        events: "store" stores the events of ``stream()`` in the background, for ``runner.follow()`` in any process: states and
+            emitted data, through ``redact``. The store has about the newest 1,000 batches of each run, of one day; a batch has
+            the events of 0.1 s. Needs a journal store. Events that cannot be stored are lost, with a warning; the run never
+            waits for them. "none": nothing is stored.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -194,6 +198,7 @@ class RunConfig(StrictModel):
     user: str | None = None
     redact: Annotated[Callable[[dict[str, Any]], dict[str, Any]] | None, SkipValidation] = None
     keep_rejected: Literal["redacted", "full", "no"] = "redacted"
+    events: Literal["none", "store"] = "none"
 
     if TYPE_CHECKING:
         # Names of failure classes are taken where an attribute has the classes themselves.

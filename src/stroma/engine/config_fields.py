@@ -57,6 +57,7 @@ class OtherFields(TypedDict, total=False):
     user: str | None
     redact: Callable[[dict[str, Any]], dict[str, Any]] | None
     keep_rejected: Literal["redacted", "full", "no"]
+    events: Literal["none", "store"]
 
 
 class RunConfigFields(OtherFields, total=False):

@@ -417,6 +417,8 @@ class ReliabilityContext:
                     return shield.cancellation
                 session = opened
             self.note_usage()
+            for receiver in self.event_receivers:
+                receiver.flush()
             pending = session.end(status.value, error, self.wake_ms)
             if pending is not None:
                 problem = await shield.finish(pending)

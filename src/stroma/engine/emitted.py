@@ -25,6 +25,10 @@ class EventReceiver(Protocol):
         """Take an event of an attempt. Called in any thread. Never raises and never waits."""
         ...
 
+    def flush(self) -> None:
+        """Hand on what is pending, since the end of the run is about to be recorded. Never raises and never waits."""
+        ...
+
 
 def attempt_id_of(run: Any) -> str:
     """Return the id of the present attempt: unique in the run, also over the processes that resume it."""

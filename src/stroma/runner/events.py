@@ -57,6 +57,7 @@ class StreamEvent:
         progress: with "map_progress".
         details: further data of this kind of event, as JSON data.
         result: the return value of ``run()``, with "run_end".
+        cursor: place of the event among the stored ones of its run, for ``follow(after=)``; None of an event of ``stream()``.
     """
 
     number: int
@@ -74,6 +75,7 @@ class StreamEvent:
     progress: MapProgress | None = None
     details: dict[str, Any] = field(default_factory=dict)
     result: ExecutionResult | None = None
+    cursor: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the event as JSON data, without ``event``, ``result`` and fields that are None or empty details."""
@@ -93,15 +95,14 @@ class StreamEvent:
         return cls(**fields)
 
     def to_sse(self) -> str:
-        """Return a message of a ``text/event-stream``; its event is the kind, its id the number."""
-        return (
-            f"id: {self.number}\nevent: {self.kind}\ndata: {json.dumps(self.to_dict(), allow_nan=False)}\n\n"
-        )
+        """Return a message of a ``text/event-stream``; its event is the kind, its id the cursor, or the number without one."""
+        data = json.dumps(self.to_dict(), allow_nan=False)
+        return f"id: {self.cursor or self.number}\nevent: {self.kind}\ndata: {data}\n\n"
 
 
 _JSON_FIELDS: Final = (
     "number", "kind", "run_id", "node_id", "position", "branch", "attempt", "attempt_id", "state", "name", "data",
-    "progress", "details",
+    "progress", "details", "cursor",
 )  # fmt: skip
 
 
@@ -161,6 +162,9 @@ class EventHub:
             )  # fmt: skip
             for reader in self.readers:
                 reader.put_emitted(event)
+
+    def flush(self) -> None:
+        """Do nothing: readers take what is pending."""
 
     def close(self) -> None:
         """End the iteration of the readers after their pending events."""

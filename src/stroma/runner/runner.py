@@ -22,6 +22,7 @@ from stroma.checkpoint import (
     StoreError,
 )
 from stroma.checkpoint.entries import RunRequest
+from stroma.checkpoint.events import EventPlace, parse_cursor
 from stroma.checkpoint.queue import ServedCode
 from stroma.contracts.annotations import check_annotations
 from stroma.contracts.contract import ContractRegistry, NodeContract, Reconcile, Role, check_id
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from stroma.engine.placed_calls import PlaceCaller
     from stroma.engine.timeouts import NodeTimeout
     from stroma.runner.drive import DriveOutcome, RunDriver
+    from stroma.runner.events import StreamEvent
     from stroma.runner.flows.definition import AnnotatedFlowDecorator, FlowDecorator
     from stroma.runner.flows.flow import FlowFunction, FlowLimits
     from stroma.runner.stream import RunStream
@@ -380,6 +382,10 @@ class StromaRunner:
             raise_errors(nodes, self.registry)
         if config.hooks is not self.config.hooks:
             self._note_exporters(config.hooks)
+        if config.events == "store":
+            from stroma.runner.event_log import with_event_log  # Not loaded by most runs.
+
+            config = with_event_log(config)
         ctx = ReliabilityContext.for_run(config, self.registry, self.checkpoint_manager)
         if isinstance(node_sequence, Pipeline):
             ctx.pipeline = node_sequence.name
@@ -457,6 +463,22 @@ class StromaRunner:
             return twin.run(nodes, initial_state, **options)
 
         return RunStream(begin, on_leave, buffer)
+
+    def follow(self, run_id: str, after: str | None = None) -> AsyncIterator[StreamEvent]:
+        """Yield the events of a run of the store, in whatever process it is, until its end; needs ``RunConfig(events="store")``.
+
+        ``after``: the cursor of the last event that was seen, in place of the start. The follow goes on over suspensions
+        ("run_suspended" for each) and processes that die, and ends with "run_end". No event comes twice, and none of a
+        process whose run another one has taken over. Ending the iteration changes nothing. All followers in an event loop
+        share the reads of a run, up to 10 a second. A run without stored events has suspensions and an end only.
+
+        Raises ValueError for a text that is not a cursor; while it is iterated, CheckpointNotFound for an unknown run, and for
+        one that is deleted or restarted meanwhile, StoreError.
+        """
+        from stroma.runner.follow import follow  # Not loaded by runs.
+
+        place = EventPlace(0, 0) if after is None else parse_cursor(after)
+        return follow(self._stored, check_id(run_id, "run id"), place, self.config.redact)
 
     def map_outputs(self, run_id: str, node: Any) -> AsyncIterator[tuple[int, Any]]:
         """Yield (index, output) of each finished item of a map, in order, with a few in memory at a time.
@@ -668,7 +690,7 @@ class StromaRunner:
             state = await self._stored.read_input(run_id, schema)
             return await reader._run(nodes, state, {}, dispatch=Dispatch(reads=True))
 
-        return RunHandle(run_id, self._stored, self._end_waits, read)
+        return RunHandle(run_id, self._stored, self._end_waits, read, self.follow)
 
     def _driver(self, batch: Batch, options: Mapping[str, Any] | None = None) -> RunDriver:
         from stroma.runner.drive import RunDriver  # Not loaded by runs.

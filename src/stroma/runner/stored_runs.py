@@ -13,6 +13,7 @@ from stroma._utils.logs import get_logger
 from stroma.checkpoint import CheckpointManager, CheckpointNotFound, StoreError, Waiting
 from stroma.checkpoint.decisions import UNFINISHED
 from stroma.checkpoint.entries import RunRequest
+from stroma.checkpoint.events import EventPage, EventPlace
 from stroma.checkpoint.queue import (
     Candidate,
     ClaimRequest,
@@ -24,6 +25,7 @@ from stroma.checkpoint.queue import (
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import Group, Node, find_node, output_class
 from stroma.contracts.schema import Schema, schema_of
+from stroma.contracts.tagged_json import NotSerialisable
 from stroma.engine.config import RunConfig
 from stroma.engine.restore import value_of
 from stroma.runner.code import code_of
@@ -37,7 +39,7 @@ if TYPE_CHECKING:  # Loaded with a durable store.
     from stroma.checkpoint import RunRecord
     from stroma.checkpoint.durable.news import Listener
 
-__all__ = ["ServedPipeline", "StoredRuns"]
+__all__ = ["ServedPipeline", "StoredRuns", "no_run"]
 
 logger = get_logger()
 
@@ -55,12 +57,22 @@ class ServedPipeline(NamedTuple):
     code: ServedCode = ServedCode()
 
 
+def no_run(run_id: str) -> CheckpointNotFound:
+    """Return the error for a run that is not in the store."""
+    return CheckpointNotFound(f"there is no run {run_id!r} in the store; check the id and the store")
+
+
 class StoredRuns:
     """The runs in the store of a runner. Every method raises StoreError if the store has no journal."""
 
     def __init__(self, registry: ContractRegistry, manager: CheckpointManager) -> None:
         self._registry = registry
         self._manager = manager
+
+    @property
+    def store(self) -> Any:
+        """The store."""
+        return self._manager.store
 
     def _journal(self, method: str) -> Any:
         store = self._manager.store
@@ -78,13 +90,38 @@ class StoredRuns:
         """Return a run. Raises CheckpointNotFound."""
         record: RunRecord | None = await asyncio.to_thread(self._journal("get_run").get_run, run_id)
         if record is None:
-            raise CheckpointNotFound(f"there is no run {run_id!r} in the store; check the id and the store")
+            raise no_run(run_id)
         return record
 
     async def read_questions(self, run_id: str) -> list[Waiting]:
         """Return the questions of a run, answered ones too."""
         waiting: list[Waiting] = await asyncio.to_thread(self._journal("waiting").waiting, run_id)
         return waiting
+
+    def read_events(self, run_id: str, after: EventPlace, limit: int) -> EventPage:
+        """Return the next stored events of a run after a place. Blocking. Raises CheckpointNotFound."""
+        page: EventPage | None = self._journal("read_events").read_events(run_id, after, limit)
+        if page is None:
+            raise no_run(run_id)
+        return page
+
+    async def read_final_state(self, record: RunRecord) -> Any:
+        """Return the last output at the top level of a run as plain data, its input before the first one; None if unreadable."""
+        from stroma.checkpoint.history.payload import decode_payload
+
+        store = self._journal("output_of")
+
+        def read() -> Any:
+            try:
+                if record.nodes:
+                    data = store.output_of(record.run_id, record.nodes - 1, execution=record.execution)
+                else:
+                    data = store.input_of(record.run_id)
+            except (StoreError, NotSerialisable):
+                return None
+            return None if data is None else decode_payload(data, None).value
+
+        return await asyncio.to_thread(read)
 
     def served(self, pipelines: Sequence[Any]) -> dict[str, ServedPipeline]:
         """Return these flows and pipelines by name. Raises ValueError for two of one name, TypeError for anything else."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Final, Generic, TypeVar
 
 from pydantic import BaseModel
 
-from stroma.checkpoint import CheckpointNotFound, RunBusy, RunExists
+from stroma.checkpoint import RunBusy, RunExists
 from stroma.checkpoint.decisions import UNFINISHED
 from stroma.checkpoint.queue import QUEUED
+from stroma.runner.events import StreamEvent
 from stroma.runner.flows.suspension import now_ms
-from stroma.runner.stored_runs import StoredRuns
+from stroma.runner.stored_runs import StoredRuns, no_run
 from stroma.trace.result import ExecutionResult, RunStatus
 
 __all__ = ["EndWaits", "RunHandle"]
@@ -37,8 +38,10 @@ class RunHandle(Generic[Out]):
         stored: StoredRuns,
         waits: EndWaits,
         read: Callable[[str], Awaitable[ExecutionResult[Out]]],
+        follow: Callable[[str, str | None], AsyncIterator[StreamEvent]],
     ) -> None:
         self.run_id = run_id
+        self._follow = follow
         self._stored = stored
         self._waits = waits
         self._read = read
@@ -53,6 +56,10 @@ class RunHandle(Generic[Out]):
     async def cancel(self) -> bool:
         """End the run as CANCELLED; see :meth:`StromaRunner.cancel`."""
         return await self._stored.cancel(self.run_id)
+
+    def follow(self, after: str | None = None) -> AsyncIterator[StreamEvent]:
+        """Yield the events of the run, over suspensions to its end; see :meth:`StromaRunner.follow`."""
+        return self._follow(self.run_id, after)
 
     async def result(self, timeout: float | None = None) -> ExecutionResult[Out]:
         """Wait for the end of the run, over suspensions, and return its result, whatever the end is.
@@ -140,9 +147,7 @@ class _Poll:
                 if status is None:
                     self._settle(
                         run_id,
-                        CheckpointNotFound(
-                            f"there is no run {run_id!r} in the store; check the id and the store"
-                        ),
+                        no_run(run_id),
                     )
                 elif status not in ("RUNNING", *UNFINISHED):
                     self._settle(run_id, None)

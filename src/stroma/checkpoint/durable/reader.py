@@ -28,7 +28,6 @@ from stroma.checkpoint.durable.rows import (
     DAMAGED,
     Annotation,
     AttemptSummary,
-    EventRow,
     Rows,
     RunExtras,
     RunRow,
@@ -129,18 +128,18 @@ class ReadableStore(ABC):
         """
         check_id(run_id, "run id")
 
-        def query(rows: Rows) -> tuple[RunRow, list[EventRow]] | None:
+        def query(rows: Rows) -> EventPage | None:
             run = require_undamaged(rows.find(run_id))
             if run is None or not run.execution:
                 return None
-            return run, list(rows.events(run.run, run.execution, after, limit))
+            record = None
+            if run.status != "RUNNING":
+                (record,) = self._run_records(rows, [run], failed=_MAX_FAILED)
+            batches = rows.events(run.run, run.execution, after, limit)
+            opened = [open_events(self._payloads, run_id, batch) for batch in batches]
+            return EventPage(run.run, run.execution, run.epoch, record, opened)
 
-        read = self.read(query, None)
-        if read is None:
-            return None
-        run, batches = read
-        opened = [open_events(self._payloads, run_id, batch) for batch in batches]
-        return EventPage(run.run, run.execution, run.epoch, run.status, opened)
+        return self.read(query, None)
 
     def find_run(self, prefix_or_last: str, *, limit: int = 20) -> list[str]:
         """Return the ids with a prefix, the newest first; the newest id for "last". A complete id is returned alone.

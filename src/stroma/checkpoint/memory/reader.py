@@ -98,8 +98,9 @@ class MemoryReader:
         run = self._runs.get(check_id(run_id, "run id"))
         if run is None or not run.execution:
             return None
-        batches = [batch for batch in run.events if batch.last > after]
-        return EventPage(run, run.execution, run.epoch, run.status, batches[:limit])
+        batches = [batch for batch in list(run.events) if batch.last > after]
+        record = None if run.status == "RUNNING" else self._records.get_run(run_id)
+        return EventPage(run, run.execution, run.epoch, record, batches[:limit])
 
     def get_run(self, run_id: str) -> RunRecord | None:
         """Return the last execution of a run, or None. Raises ValueError for an illegal id."""

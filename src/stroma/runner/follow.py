@@ -1,0 +1,213 @@
+"""Following a run from any process: its stored events, and what its record says about its suspensions and its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import asdict
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+from stroma.checkpoint import CheckpointNotFound, CorruptCheckpoint
+from stroma.checkpoint.decisions import UNFINISHED
+from stroma.checkpoint.decoding import RecordName, decode_json
+from stroma.checkpoint.entries import Finished
+from stroma.checkpoint.events import EventPage, EventPlace
+from stroma.checkpoint.records import Cause, RunRecord
+from stroma.runner.events import StreamEvent
+from stroma.runner.stored_runs import StoredRuns
+from stroma.trace.redaction import Redact, hide_state
+
+__all__ = ["decode_events", "follow"]
+
+#: Batches that are read at once.
+_PAGE_SIZE: Final = 20
+_FAILED: Final = ("FAILED", "PARTIAL")
+#: Between two looks for new events, in seconds: at first, at most while the run is running, and at most.
+_POLL_SECONDS: Final = (0.1, 0.2, 1.0)
+#: For how long a page stays for followers that are a little behind.
+_SHARED_SECONDS: Final = 1.0
+
+#: Events, each with its place.
+_Events = list[tuple[EventPlace, StreamEvent]]
+#: What a follower is bound to: the key of the run in its store, and an execution.
+_Bound = tuple[Any, int]
+_Key = tuple[str, _Bound | None, EventPlace]
+
+
+async def follow(
+    stored: StoredRuns, run_id: str, after: EventPlace, redact: Redact | None
+) -> AsyncIterator[StreamEvent]:
+    """Yield the events of a run after a place; see :meth:`StromaRunner.follow`."""
+    place, number, bound = after, 0, None
+    reads = _READS.setdefault(stored.store, WeakKeyDictionary()).setdefault(
+        asyncio.get_running_loop(), _EventReads()
+    )
+    while True:
+        page, events = await reads.next(stored, run_id, bound, place)
+        if after.epoch > page.epoch:
+            raise CheckpointNotFound(
+                f"run {run_id!r} has no event {str(after)!r}: it was deleted, and begun again; follow it without after"
+            )
+        bound = page.run, page.execution
+        for place, event in events:  # noqa: B007
+            number = event.number
+            yield event
+        record = page.record
+        if events or record is None:
+            continue  # There may be more.
+        if record.status == "SUSPENDED":
+            place = EventPlace.of_suspension(page.epoch)
+            details = await _describe_suspension(stored, record)
+            yield StreamEvent(number + 1, "run_suspended", run_id, details=details, cursor=str(place))
+        else:
+            place = EventPlace.of_end(page.epoch)
+            if after < place:
+                details = await _describe_end(stored, record, redact)
+                yield StreamEvent(number + 1, "run_end", run_id, details=details, cursor=str(place))
+            return
+
+
+async def _describe_suspension(stored: StoredRuns, record: RunRecord) -> dict[str, Any]:
+    waiting = await stored.read_questions(record.run_id)
+    questions = [one.question for one in waiting if one.payload is None]
+    reasons = [question.reason for question in questions]
+    return {
+        "status": record.status,
+        "suspended": reasons or [record.error],
+        "questions": [asdict(question) for question in questions],
+        "due_ms": record.due_ms,
+    }
+
+
+async def _describe_end(stored: StoredRuns, record: RunRecord, redact: Redact | None) -> dict[str, Any]:
+    """Return the details of a "run_end", as that of the process which executed the run has them."""
+    details = {
+        "status": record.status,
+        "final_state": hide_state(redact, await stored.read_final_state(record)),
+        "total_tokens": record.tokens,
+        "total_cost_usd": record.cost_usd,
+        "suspended": [],
+    }
+    if record.status in _FAILED:
+        reason, cause = Finished(record.status, record.error).reason, record.cause
+        if reason is not None or cause is None:
+            cause = Cause("", 0, "", 0, "TERMINAL", reason, record.error)
+        details["failure"] = {
+            "class": cause.failure_class,
+            "message": cause.message,
+            "reason": cause.reason,
+        }
+    return details
+
+
+class _EventReads:
+    """Reads of the stored events of one store, which the followers of one event loop share: all who are at one place of a run."""
+
+    def __init__(self) -> None:
+        self._reads: dict[_Key, _Read] = {}
+
+    async def next(
+        self, stored: StoredRuns, run_id: str, bound: _Bound | None, place: EventPlace
+    ) -> tuple[EventPage, _Events]:
+        """Return the next events after a place, once there are any, or the run has ended or was suspended after it.
+
+        Raises CheckpointNotFound for an unknown run, and if ``bound`` is not its last execution any more.
+        """
+        key = (run_id, bound, place)
+        read = self._reads.get(key)
+        if read is None:
+            read = self._reads[key] = _Read(asyncio.ensure_future(_poll(stored, *key)))
+            read.task.add_done_callback(lambda _: self._share(key, read))
+        read.waiting += 1
+        try:
+            return await asyncio.shield(read.task)
+        finally:
+            read.waiting -= 1
+            if not read.waiting and not read.task.done():
+                read.task.cancel()
+                self._forget(key, read)
+
+    def _share(self, key: _Key, read: _Read) -> None:
+        """Leave the result of a read for those who are a little behind; not for new followers: the run may be restarted."""
+        seconds = 0.0 if key[1] is None else _SHARED_SECONDS
+        asyncio.get_running_loop().call_later(seconds, self._forget, key, read)
+
+    def _forget(self, key: _Key, read: _Read) -> None:
+        if self._reads.get(key) is read:
+            del self._reads[key]
+
+
+#: By store and event loop. It references no store, which would never be collected otherwise.
+_READS: WeakKeyDictionary[Any, WeakKeyDictionary[asyncio.AbstractEventLoop, _EventReads]] = (
+    WeakKeyDictionary()
+)
+
+
+async def _poll(
+    stored: StoredRuns, run_id: str, bound: _Bound | None, place: EventPlace
+) -> tuple[EventPage, _Events]:
+    """Read until there are events after a place, or the run has ended or was suspended after it."""
+
+    def read() -> tuple[EventPage, _Events]:
+        page = stored.read_events(run_id, place, _PAGE_SIZE)
+        return page, list(decode_events(run_id, page, place))
+
+    delay, busy, longest = _POLL_SECONDS
+    while True:
+        page, events = await asyncio.to_thread(read)
+        record = page.record
+        if bound not in (None, (page.run, page.execution)):
+            raise CheckpointNotFound(
+                f"run {run_id!r} was restarted while it was followed; follow it again, without after"
+            )
+        if events or (record is not None and _is_news(record, page.epoch, place)):
+            return page, events
+        await asyncio.sleep(delay)
+        delay = min(delay * 1.5, busy if record is None else longest)
+
+
+def _is_news(record: RunRecord, epoch: int, place: EventPlace) -> bool:
+    """Return True if a run has ended, or was suspended after a place."""
+    if record.status == "SUSPENDED":
+        return place < EventPlace.of_suspension(epoch)
+    return record.status not in UNFINISHED
+
+
+class _Read:
+    __slots__ = ("task", "waiting")
+
+    def __init__(self, task: asyncio.Task[tuple[EventPage, _Events]]) -> None:
+        self.task = task
+        self.waiting = 0
+
+
+def decode_events(
+    run_id: str, page: EventPage, place: EventPlace
+) -> Iterator[tuple[EventPlace, StreamEvent]]:
+    """Yield the events of a page after a place, each with its place. One "events_dropped" stands for those that are missing."""
+    for last, lines in page.batches:
+        for line in lines.split(b"\n") if lines else ():
+            try:
+                data = decode_json(line, dict[str, Any], RecordName(run_id, "event"))
+                at = EventPlace(last.epoch, int(data["number"]))
+                event = StreamEvent.from_dict({**data, "cursor": str(at)})
+            except (CorruptCheckpoint, LookupError, TypeError, ValueError):
+                continue
+            if place < at <= last:
+                yield from _missing(run_id, place, at._replace(number=at.number - 1))
+                yield at, event
+                place = at
+        yield from _missing(run_id, place, last)
+        place = last
+
+
+def _missing(run_id: str, place: EventPlace, last: EventPlace) -> Iterator[tuple[EventPlace, StreamEvent]]:
+    """Yield the event that stands for those after a place, up to one of the same session."""
+    before = place.number if place.epoch == last.epoch else 0
+    if before < last.number:
+        details = {"dropped": last.number - before}
+        yield (
+            last,
+            StreamEvent(before + 1, "events_dropped", run_id, details=details, cursor=str(last)),
+        )
