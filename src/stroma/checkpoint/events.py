@@ -32,6 +32,11 @@ class EventPlace(NamedTuple):
         names = {number: name for name, number in _NAMES.items()}
         return f"{self.epoch}-{names.get(self.number, self.number)}"
 
+    @property
+    def is_of_record(self) -> bool:
+        """True for the suspension or the end of the run."""
+        return self.number in _NAMES.values()
+
     @classmethod
     def of_suspension(cls, epoch: int) -> EventPlace:
         """Return the place of the suspension of the run after the events of a session."""

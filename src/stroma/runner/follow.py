@@ -39,7 +39,9 @@ async def follow(
     stored: StoredRuns, run_id: str, after: EventPlace, redact: Redact | None
 ) -> AsyncIterator[StreamEvent]:
     """Yield the events of a run after a place; see :meth:`StromaRunner.follow`."""
-    place, number, bound = after, 0, None
+    place, bound = after, None
+    #: Of the last event of a session.
+    number = 0 if after.is_of_record else after.number
     reads = _READS.setdefault(stored.store, WeakKeyDictionary()).setdefault(
         asyncio.get_running_loop(), _EventReads()
     )
@@ -50,8 +52,8 @@ async def follow(
                 f"run {run_id!r} has no event {str(after)!r}: it was deleted, and begun again; follow it without after"
             )
         bound = page.run, page.execution
-        for place, event in events:  # noqa: B007
-            number = event.number
+        for place, event in events:
+            number = place.number
             yield event
         record = page.record
         if events or record is None:

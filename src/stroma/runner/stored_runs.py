@@ -100,7 +100,8 @@ class StoredRuns:
 
     def read_events(self, run_id: str, after: EventPlace, limit: int) -> EventPage:
         """Return the next stored events of a run after a place. Blocking. Raises CheckpointNotFound."""
-        page: EventPage | None = self._journal("read_events").read_events(run_id, after, limit)
+        store = self._journal("read_events")
+        page: EventPage | None = store.read_events(run_id, after, limit) if store.exists() else None
         if page is None:
             raise no_run(run_id)
         return page
