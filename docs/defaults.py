@@ -65,6 +65,7 @@ LOSSES: dict[str, dict[str, str]] = {
         "conversation": "Nothing.",
         "user": "Nothing.",
         "redact": "Privacy: your hooks, log lines and pages receive states as they are, apart from masked secrets.",
+        "events": "The text and progress that nodes emit, and the view of a run from another process: `follow()` has its suspensions and its end only.",
         "keep_rejected": "The part beyond 64 KiB of an output that broke its contract, and its secrets. The rest is stored, for repair and debugging.",
     },
     "StromaRunner.quick": {

@@ -30,6 +30,11 @@ class Page:
     kinds: list[str] = field(default_factory=list)
     end: StreamEvent | None = None
 
+    @property
+    def status(self) -> str | None:
+        """The status with which the run ended; None before."""
+        return None if self.end is None else str(self.end.details["status"])
+
     def take(self, event: StreamEvent) -> None:
         """Apply an event. Raises AssertionError if it comes twice, out of order, or for an attempt that has ended."""
         assert event.cursor is not None
