@@ -49,7 +49,7 @@ async def follow(
         page, events = await reads.next(stored, run_id, bound, place)
         if after.epoch > page.epoch:
             raise CheckpointNotFound(
-                f"run {run_id!r} has no event {str(after)!r}: it was deleted, and begun again; follow it without after"
+                f"run {run_id!r} has no event {str(after)!r}: it was deleted, and started again; follow it without after"
             )
         bound = page.run, page.execution
         for place, event in events:
