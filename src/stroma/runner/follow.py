@@ -90,6 +90,7 @@ async def _describe_end(stored: StoredRuns, record: RunRecord, redact: Redact | 
         "total_tokens": record.tokens,
         "total_cost_usd": record.cost_usd,
         "suspended": [],
+        "questions": [],
     }
     if record.status in _FAILED:
         reason, cause = Finished(record.status, record.error).reason, record.cause
