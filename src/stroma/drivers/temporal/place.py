@@ -82,6 +82,9 @@ class _Emitted:
     def emit(self, node: NodeExecution, attempt_id: str, name: str, data: Any) -> None:
         self.events.append((name, data))
 
+    def flush(self) -> None:
+        """Do nothing: the answer takes what is pending."""
+
     def that_fit(self, output: str | None) -> tuple[tuple[str, Any], ...]:
         """Return the newest events that an answer with this output has room for."""
         room = _MAX_EVENT_CHARACTERS if output is None or len(output) < _MAX_OUTPUT_CHARACTERS else 0
