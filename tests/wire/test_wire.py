@@ -9,12 +9,24 @@ import pytest
 from ag_ui.core import Event
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 from tests.wire.scenes import REQUEST, SCENES, Scene, chunks_of, mapped, random_scene
 
-from stroma import StreamEvent
-from stroma.wire import VERCEL_HEADERS, sse
+from stroma import (
+    FailureClass,
+    FailurePolicy,
+    Flow,
+    InMemoryStore,
+    StreamEvent,
+    StromaRunner,
+    current_node,
+)
+from stroma.wire import VERCEL_HEADERS, ag_ui, sse, vercel
 
+AT_ONCE = {
+    FailureClass.RECOVERABLE: FailurePolicy(max_retries=2, backoff_seconds=0),
+    FailureClass.AMBIGUOUS: FailurePolicy(max_retries=2, backoff_seconds=0),
+}
 _EVENT: TypeAdapter[Any] = TypeAdapter(Event)
 
 
@@ -125,3 +137,87 @@ async def test_the_rest_of_a_run_is_not_read_after_its_end() -> None:
     chunks = await chunks_of("ag_ui", Scene(events, []))
     assert chunks[-1]["outcome"]["type"] == "interrupt"
     assert REQUEST["messages"] == [{"id": "u1", "role": "user", "content": "Hello?"}]
+
+
+class Reply(BaseModel):
+    text: str = ""
+
+
+class Approval(BaseModel):
+    ok: bool
+
+
+@pytest.mark.parametrize("protocol", ["ag_ui", "vercel"])
+async def test_a_run_that_retries_and_asks(protocol: str) -> None:
+    """Of a real run: the half sentence of a failed attempt is discarded, and the open question has its id and its schema."""
+    store = InMemoryStore()
+    runner = StromaRunner.quick(store=store, run_id="r1", policy_map=AT_ONCE)
+
+    @runner.node("write", input=Reply, output=Reply)
+    async def write(state: Reply) -> Reply:
+        node = current_node()
+        node.emit("Hel")
+        if node.attempt == 1:
+            raise TimeoutError("lost")
+        node.emit("lo")
+        return Reply(text="Hello")
+
+    @runner.flow("chat", input=Reply, output=Reply)
+    async def chat(flow: Flow, state: Reply) -> Reply:
+        reply = await flow.step(write, state)
+        await flow.wait_for(Approval, reason="Send it?")
+        return reply
+
+    async def read(resume: bool) -> list[dict[str, Any]]:
+        async with runner.stream(chat, Reply(), resume=resume) as stream:
+            mapper = ag_ui(stream, REQUEST) if protocol == "ag_ui" else vercel(stream)
+            return [chunk async for chunk in mapper]
+
+    chunks = await read(resume=False)
+    assert texts_of(protocol, chunks) == ["Hello"]
+    if protocol == "ag_ui":
+        (question,) = chunks[-1]["outcome"]["interrupts"]
+        assert question["message"] == "Send it?"
+        assert question["responseSchema"]["required"] == ["ok"]
+    else:
+        (part,) = [chunk for chunk in chunks if chunk["type"] == "data-question"]
+        question = part["data"]
+        assert (question["reason"], question["schema"]["required"]) == ("Send it?", ["ok"])
+    await runner.signal("r1", Approval(ok=True), question=question["id"])
+    chunks = await read(resume=True)
+    if protocol == "ag_ui":
+        assert (chunks[-1]["outcome"], chunks[-1]["result"]) == ({"type": "success"}, {"text": "Hello"})
+    else:
+        assert chunks[-1]["finishReason"] == "stop"
+
+
+@pytest.mark.parametrize("protocol", ["ag_ui", "vercel"])
+async def test_a_run_that_another_process_executes(protocol: str) -> None:
+    """Followed from the store: the same texts; a suspension ends the stream, with the cursor to continue from."""
+    store = InMemoryStore()
+    runner = StromaRunner.quick(store=store, events="store")
+
+    @runner.node("write", input=Reply, output=Reply)
+    async def write(state: Reply) -> Reply:
+        current_node().emit("Hello")
+        return Reply(text="Hello")
+
+    @runner.flow("chat", input=Reply, output=Reply)
+    async def chat(flow: Flow, state: Reply) -> Reply:
+        await flow.wait_for(Approval, reason="Answer it?")
+        return await flow.step(write, state)
+
+    async def read(after: str | None) -> list[dict[str, Any]]:
+        events = StromaRunner.quick(store=store).follow("r1", after=after)
+        return [chunk async for chunk in (ag_ui(events, REQUEST) if protocol == "ag_ui" else vercel(events))]
+
+    await runner.run(chat, Reply(), run_id="r1")
+    chunks = await read(None)
+    end = chunks[-1]["metadata" if protocol == "ag_ui" else "messageMetadata"]["stroma"]
+    (question,) = end["details"]["questions"]
+    await runner.signal("r1", Approval(ok=True), question=question["id"])
+    await runner.resume(chat, "r1")
+    chunks = await read(end["cursor"] if protocol == "ag_ui" else None)
+    assert texts_of(protocol, chunks) == ["Hello"]
+    assert not [chunk for chunk in chunks if chunk["type"] == "data-question"]
+    assert chunks[-1].get("finishReason", "stop") == "stop"
