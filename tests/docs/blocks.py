@@ -16,6 +16,7 @@ import itertools
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -142,14 +143,16 @@ class Shell:
         self.folder = folder
         self._bash = subprocess.Popen(
             ["bash", "--noprofile", "--norc"], cwd=folder, env={**env, "PYTHONUNBUFFERED": "1"}, bufsize=0,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
     def __enter__(self) -> Shell:
         return self
 
     def __exit__(self, *args: object) -> None:
-        self._bash.kill()
+        # Also what a page starts in the background and does not end.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._bash.pid, signal.SIGKILL)
         self._bash.communicate()
 
     def run(self, command: str) -> tuple[int, list[str]]:

@@ -59,7 +59,7 @@ TUTORIAL = sorted((DOCS / "tutorial").glob("*.md"))
 ALL = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 PAGES = [page for page in ALL if page not in {*SYSTEMS, *SERVERS, *FRAMEWORKS, *TUTORIAL}]
 #: What shows as it is: outputs, and forms of commands with words in place of values.
-SHOWN_ONLY = {"", "diff", "text", "ini", "yaml", "json", "toml"}
+SHOWN_ONLY = {"", "diff", "html", "text", "ini", "yaml", "json", "toml"}
 
 
 def compare(text: str, name: str, ran: list[tuple[int, str, list[str]]]) -> int:
