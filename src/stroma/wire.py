@@ -1,9 +1,5 @@
 """Wire formats for web pages: a run as server-sent events, as AG-UI, and as a UI message stream of the Vercel AI SDK.
 
-::
-
-    StreamingResponse(sse(vercel(runner.follow(run_id))), headers=VERCEL_HEADERS)
-
 Each function takes the events of ``runner.stream`` or ``runner.follow``, and changes nothing of the run. What nodes emit as
 "delta" is text. Each attempt has a text of its own; its failure, or another attempt, discards it.
 """
@@ -261,8 +257,7 @@ class _AgUi(_Mapper):
             yield {"type": "MESSAGES_SNAPSHOT", "messages": [*self._messages, *pending]}
 
     def _map_other(self, event: StreamEvent) -> Iterator[Chunk]:
-        call, about = _call_of(event), {"stroma": _facts(event)}
-        is_end = event.kind in _ENDS
+        call, about, is_end = _call_of(event), {"stroma": _facts(event)}, event.kind in _ENDS
         if event.kind == "node_start" or (is_end and call not in self._steps):
             yield from self._finish_step(call, {})  # Of a process that died.
             yield {"type": "STEP_STARTED", "stepName": self._start_step(event, call), "metadata": about}
