@@ -1,6 +1,5 @@
 """The plugin, in sessions of pytest of their own."""
 
-import json
 import re
 import subprocess
 import sys
@@ -154,38 +153,6 @@ def test_each_test_has_snapshots_of_its_own(session):
     )
     twice.assert_outcomes(failed=1)
     twice.stdout.fnmatch_lines(["*this test has two snapshots test_it.txt; pass a name for each*"])
-
-
-def test_answers_are_recorded_when_asked_for(session):
-    """Without a recording the test fails and says how to make one; then it runs without the provider."""
-    body = """
-        import http.server, threading, urllib.request
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                self.send_response(200)
-                self.end_headers()
-                self.wfile.write(b"forty-two")
-
-            def log_message(self, *_):
-                pass
-
-        def test_it(stroma_recorded, request):
-            upstream = "http://127.0.0.1:1/v1"
-            if request.config.option.stroma_record:
-                server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-                threading.Thread(target=server.serve_forever, daemon=True).start()
-                upstream = f"http://127.0.0.1:{server.server_address[1]}/v1"
-            provider = stroma_recorded(upstream)
-            assert urllib.request.urlopen(f"{provider.url}/answer").read() == b"forty-two"
-    """
-    missing = session(body)
-    missing.assert_outcomes(failed=1)
-    missing.stdout.fnmatch_lines(["*no recording*--stroma-record*"])
-    session(body, "--stroma-record").assert_outcomes(passed=1)
-    data = json.loads((session.path / "recordings" / "test_it" / "test_it.json").read_text())
-    assert [entry["response"]["body"] for entry in data["responses"]] == ["forty-two"]
-    session(body).assert_outcomes(passed=1)
 
 
 CHAOS = """

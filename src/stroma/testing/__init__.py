@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from stroma.testing.crash import POINTS, Boundary, Crashed, crash_at
     from stroma.testing.faults import FaultPlan, Injected, Transient
     from stroma.testing.loading import pipeline_in
-    from stroma.testing.recorded import Recorded, recorded
     from stroma.testing.recording import RecordedRun
     from stroma.testing.replay_tape import Difference
     from stroma.testing.replaying import Replay, replay, replay_sync
@@ -31,7 +30,6 @@ _HOMES = {
     "crash": ("POINTS", "Boundary", "Crashed", "crash_at"),
     "faults": ("FaultPlan", "Injected", "Transient"),
     "loading": ("pipeline_in",),
-    "recorded": ("Recorded", "recorded"),
     "recording": ("RecordedRun",),
     "replay_tape": ("Difference",),
     "replaying": ("Replay", "replay", "replay_sync"),
@@ -49,7 +47,6 @@ __all__ = [
     "FakeClock",
     "FaultPlan",
     "Injected",
-    "Recorded",
     "RecordedRun",
     "Replay",
     "Resumability",
@@ -59,7 +56,6 @@ __all__ = [
     "assert_resumable_sync",
     "crash_at",
     "pipeline_in",
-    "recorded",
     "replay",
     "replay_sync",
     "trace_snapshot",

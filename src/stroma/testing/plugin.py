@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from stroma.checkpoint import AsyncInMemoryStore
     from stroma.testing.clock import FakeClock
     from stroma.testing.faults import FaultPlan
-    from stroma.testing.recorded import Mode, Recorded
 
 _FAILED = pytest.StashKey[bool]()
 
@@ -37,11 +36,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         metavar="SEED",
         help="Make the faults of an earlier session again.",
-    )
-    group.addoption(
-        "--stroma-record",
-        action="store_true",
-        help="Ask the providers, and write the recordings of stroma_recorded anew.",
     )
     group.addoption(
         "--stroma-update-snapshots", action="store_true", help="Write the snapshots of stroma_snapshot anew."
@@ -105,29 +99,6 @@ def stroma_faults(request: pytest.FixtureRequest) -> Iterator[FaultPlan]:
         yield plan
         if request.node.stash.get(_FAILED, False):
             plan.forgive()  # The failure of the test is more useful than the list of faults that did not occur.
-
-
-@pytest.fixture
-def stroma_recorded(request: pytest.FixtureRequest) -> Iterator[Callable[..., Recorded]]:
-    """Provide a function that replays recorded responses of a provider: ``(upstream, name=None, **options)``.
-
-    See recorded(). The file is in ``recordings/`` beside the test, named after its module and the test, and is recorded with
-    ``pytest --stroma-record``.
-    """
-    from contextlib import ExitStack
-
-    from stroma.testing.recorded import recorded
-
-    with ExitStack() as stack:
-
-        def answers(upstream: str, name: str | None = None, **options: Any) -> Recorded:
-            path = _file_for_test(request, "recordings", name, ".json")
-            mode: Mode = "record" if request.config.option.stroma_record else "replay"
-            return stack.enter_context(recorded(path, upstream=upstream, mode=mode, **options))
-
-        yield answers
-        if request.node.stash.get(_FAILED, False):
-            stack.__exit__(AssertionError, AssertionError("the test has failed"), None)
 
 
 @pytest.fixture
