@@ -12,7 +12,6 @@ from pydantic_ai import Agent, FunctionToolset
 from pydantic_ai.exceptions import ModelHTTPError
 from pydantic_ai.messages import ModelMessage, ModelResponse, TextPart, ToolCallPart
 from pydantic_ai.models.function import AgentInfo, FunctionModel
-from pydantic_ai.toolsets import DynamicToolset
 from pydantic_ai.usage import RequestUsage
 from tests.kit import NEVER, Num
 
@@ -20,6 +19,8 @@ from stroma import FailurePolicy, Flow, InMemoryStore, NotDone, RunStatus, Strom
 from stroma.testing import assert_resumable
 
 pytest.importorskip("stroma.adapters._pydantic_ai_durability", exc_type=ImportError)
+from pydantic_ai.toolsets import DynamicToolset
+
 from stroma.adapters.pydantic_ai import StromaDurability, ToolApproval
 
 
