@@ -29,7 +29,12 @@ EXAMPLES = [] if NAME == "dbos" else [ROOT / "examples" / f"adapter_{NAME}.py"]
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
 def test_the_code_on_the_page_runs(page: Path) -> None:
     """Every Python block runs, one after the other, and prints what its comments say."""
-    ran = list(run_python(page.read_text("utf-8"), NAME))
+    try:
+        ran = list(run_python(page.read_text("utf-8"), NAME))
+    except ImportError as error:
+        if "or newer; upgrade it" not in str(error):
+            raise
+        pytest.skip(str(error))
     assert ran
     for _, code, printed in ran:
         assert [line for line in printed if not _DECORATION.match(line)] == promised(code)

@@ -14,8 +14,6 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any, ClassVar, Final, Literal, TypedDict, cast
 
-from stroma.adapters._releases import import_error
-
 try:
     from pydantic_ai.capabilities import AbstractCapability
     from pydantic_ai.durable_exec import (
@@ -41,11 +39,9 @@ try:
         durable_unit_scope,
     )
 
-    is_supported = hasattr(AbstractCapability, "get_wrapper_model")
-except ImportError as error:
-    raise import_error("pydantic-ai", error) from error
-if not is_supported:
-    raise ImportError("StromaDurability needs pydantic-ai-slim 2.64 or newer; upgrade it")
+    _ = AbstractCapability.get_wrapper_model
+except (ImportError, AttributeError) as error:
+    raise ImportError("StromaDurability needs pydantic-ai-slim 2.64 or newer; upgrade it") from error
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 from pydantic_ai import Agent
