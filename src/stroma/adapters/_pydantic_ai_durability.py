@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Sequence
-from contextvars import ContextVar
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
 from datetime import datetime
 from functools import cached_property
-from typing import Any, ClassVar, Final, Literal, TypedDict, cast
+from typing import Any, ClassVar, Final, Literal, cast
 
 try:
     from pydantic_ai.capabilities import AbstractCapability
@@ -43,7 +41,7 @@ try:
 except (ImportError, AttributeError) as error:
     raise ImportError("StromaDurability needs pydantic-ai-slim 2.64 or newer; upgrade it") from error
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, JsonValue
 from pydantic_ai import Agent
 from pydantic_ai.messages import ModelMessage, ModelRequest
 from pydantic_ai.models import infer_model
@@ -51,11 +49,19 @@ from pydantic_ai.models.wrapper import WrapperModel
 from pydantic_ai.tools import DeferredToolResults, ToolApproved, ToolDenied
 from pydantic_core import to_jsonable_python
 
+from stroma.adapters._durable_steps import (
+    AgentSteps,
+    ModelCall,
+    OtherCall,
+    ToolApproval,
+    ToolCall,
+    ToolOptions,
+    ask_approval,
+    check_options,
+    is_in_step,
+)
 from stroma.adapters._pydantic_ai_deltas import emitting
 from stroma.adapters._pydantic_ai_usage import usage_of
-from stroma.contracts.contract import NodeContract, Role
-from stroma.contracts.effects import NotDone, Unknown
-from stroma.contracts.node import stroma_node
 from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.runner.flows.body_loop import BodyExecutor
 from stroma.runner.flows.flow import Flow, current_flow
@@ -66,65 +72,9 @@ __all__ = ["StromaDurability", "ToolAnswer", "ToolApproval", "ToolOptions"]
 _METADATA: Final = "stroma"
 
 
-class ToolOptions(TypedDict, total=False):
-    """Options of a tool: ``metadata={"stroma": {...}}``; ``metadata={"stroma": False}``: it is no step.
-
-    effect: the tool must not be called twice blindly, see :class:`NodeContract`.
-    reconcile: function, async or not, of the tool's arguments and the idempotency key: what the tool returned, NotDone or
-        Unknown.
-    """
-
-    effect: bool
-    reconcile: Callable[[dict[str, Any], str], Any]
-
-
-class ToolApproval(BaseModel):
-    """Answer to the question if a tool may be called. ``message``: what the model gets of a refusal."""
-
-    approved: bool
-    message: str = "The tool call was denied."
-    #: In place of the model's arguments.
-    arguments: dict[str, JsonValue] | None = None
-
-
 class ToolAnswer(BaseModel):
     """Answer in place of a tool that is called elsewhere: what the tool returned."""
 
-    result: JsonValue = None
-
-
-class ModelCall(BaseModel):
-    """A request to a model: how many messages came before, and the newest one, without ids and times."""
-
-    earlier: int
-    parts: list[dict[str, JsonValue]]
-
-
-class ToolCall(BaseModel):
-    """A call of a tool."""
-
-    tool: str
-    arguments: dict[str, JsonValue]
-
-
-class OtherCall(BaseModel):
-    """Any other operation: discovery of tools, a capability's own."""
-
-    operation: str
-
-
-class OperationResult(BaseModel):
-    """Result of an operation, as the framework encodes it."""
-
-    value: JsonValue = None
-
-
-class ToolResult(BaseModel):
-    """Result of a tool, as the framework encodes it. ``kind``: "tool_return", or what else it asks of the agent."""
-
-    model_config = ConfigDict(extra="allow")
-
-    kind: str = "tool_return"
     result: JsonValue = None
 
 
@@ -189,7 +139,7 @@ class StromaDurability(BaseDurabilityCapability[Any]):
 
     def get_wrapper_model(self, model: Any) -> Any:
         """Have the step of a request report its usage."""
-        return _StepModel(model) if _OPERATION.get() is not None and current_flow() is None else None
+        return _StepModel(model) if is_in_step() else None
 
     def _model_stream_event_handler(self) -> Any:
         """Return what reads a streamed answer in its step: it emits the text, and calls the handler of the user."""
@@ -217,16 +167,10 @@ class StromaDurability(BaseDurabilityCapability[Any]):
 
 
 _EXECUTOR: Final = BodyExecutor(thread_name_prefix="stroma-pydantic-ai")
-#: What the step around this code does.
-_OPERATION: ContextVar[Callable[[], Awaitable[object]] | None] = ContextVar(
-    "stroma_pydantic_ai", default=None
-)
 
 
 async def _ask_approval(flow: Flow, call: Any) -> tuple[str, ToolApproved | ToolDenied]:
-    answer = await flow.wait_for(
-        ToolApproval, reason=f"approval of {call.tool_name}({call.args_as_json_str()})"
-    )
+    answer = await ask_approval(flow, call.tool_name, call.args_as_json_str())
     if answer.approved:
         return call.tool_call_id, ToolApproved(override_args=cast("dict[str, Any] | None", answer.arguments))
     return call.tool_call_id, ToolDenied(answer.message)
@@ -241,8 +185,8 @@ class _Backend(DurableOperationBackend[ToolOptions]):
     """Turns operations of an agent into steps."""
 
     def __init__(self, agent: str) -> None:
-        self._agent = agent
-        self._nodes: dict[str, Any] = {}
+        self.agent = agent
+        self.steps = AgentSteps()
 
     def bind(self, operation: DurableOperation[Any, Any, Any]) -> Any:
         return _Step(operation, self)
@@ -257,51 +201,8 @@ class _Backend(DurableOperationBackend[ToolOptions]):
         options = None if tool is None else (tool.tool_def.metadata or {}).get(_METADATA)
         if options is False:
             return False
-        unknown = set(options or ()) - set(ToolOptions.__annotations__)
-        if unknown:
-            raise TypeError(
-                f"tool {tool_name!r} has unknown options {sorted(unknown)} in metadata[{_METADATA!r}]; "
-                f"pass {' or '.join(ToolOptions.__annotations__)}, or False"
-            )
+        check_options(tool_name, options or {}, f"metadata[{_METADATA!r}]")
         return cast("ToolOptions", options or {})
-
-    def node(self, operation: DurableOperationId, params: Any, options: ToolOptions) -> Any:
-        """Return the node of an operation; calls of one tool share it."""
-        node_id = f"{self._agent}.{_name_of(operation, params)}"
-        node = self._nodes.get(node_id)
-        if node is None:
-            node = self._nodes[node_id] = self._make(node_id, operation, options)
-        return node
-
-    def _make(self, node_id: str, operation: DurableOperationId, options: ToolOptions) -> Any:
-        is_tool = isinstance(operation, ToolsetCallToolId)
-        role: Role | None = "tool" if is_tool else None
-        input_schema = (
-            ToolCall if is_tool else ModelCall if isinstance(operation, ModelRequestId) else OtherCall
-        )
-        reconcile = options.get("reconcile")
-        contract: NodeContract[Any, Any] = NodeContract(
-            node_id=node_id, input_schema=input_schema, output_schema=ToolResult if is_tool else OperationResult, role=role,
-            effect=options.get("effect", False), reconcile=None if reconcile is None else _reconcile_call(reconcile),
-        )  # fmt: skip
-
-        async def perform(_: Any) -> Any:
-            work = _OPERATION.get()
-            assert work is not None
-            payload: Any = await work()
-            return payload if is_tool else {"value": payload}
-
-        return stroma_node(node_id, contract)(perform)
-
-
-def _reconcile_call(reconcile: Callable[[dict[str, Any], str], Any]) -> Callable[[ToolCall, str], Any]:
-    async def look(call: ToolCall, key: str) -> Any:
-        answer = reconcile(call.arguments, key)
-        if inspect.isawaitable(answer):
-            answer = await answer
-        return answer if isinstance(answer, (NotDone, Unknown)) else {"result": to_jsonable_python(answer)}
-
-    return look
 
 
 class _Step:
@@ -314,20 +215,16 @@ class _Step:
         operation, flow = self.operation, current_flow()
         if flow is None:  # A capability's operation that a tool calls: a part of the tool's step.
             return await operation.handler(params)
-        options = cast("ToolOptions", config or {})
-        node = self._backend.node(operation.operation_id, params, options)
 
         async def work() -> object:
             with durable_unit_scope():
                 return operation.result_codec.dump(await operation.handler(params))
 
-        token = _OPERATION.set(work)
-        try:
-            output = await flow.step(node, _input_of(operation.operation_id, params))
-        finally:
-            _OPERATION.reset(token)
-        payload = output.model_dump() if isinstance(output, ToolResult) else output.value
-        return operation.result_codec.load(payload)
+        result = await self._backend.steps.call(
+            flow, f"{self._backend.agent}.{_name_of(operation.operation_id, params)}",
+            _input_of(operation.operation_id, params), work, cast("ToolOptions", config or {}),
+        )  # fmt: skip
+        return operation.result_codec.load(result)
 
 
 def _name_of(operation: DurableOperationId, params: Any) -> str:

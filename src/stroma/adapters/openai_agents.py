@@ -1,6 +1,8 @@
-"""OpenAI Agents SDK: agents, their models and their tools as steps.
+"""OpenAI Agents SDK: in a flow, agents whose model requests and tools are its steps; elsewhere, guarded agents.
 
 ::
+
+    result = await DurableRunner().run(agent, "...")  # in the body of a flow
 
     attach(agent, guard, {"search": (Query, Hits)})
     result = await GuardedRunner(guard).run(agent, "...")  # a run; inside `with guard.run()`, part of that
@@ -8,13 +10,13 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from stroma._utils.lazy import lazy
 from stroma.adapters._releases import import_error, warn_if_untested
 
 try:
-    from agents import Agent, FunctionTool, Model, Runner, RunState, Usage
-    from agents.realtime import RealtimeAgent
+    from agents import FunctionTool, Model, Runner, RunState, Usage
 
     from stroma.adapters._openai_agents import (
         GuardedModel,
@@ -25,6 +27,7 @@ try:
         guard_tool,
         used_before,
     )
+    from stroma.adapters._openai_agents_graph import reached_agents
 except ImportError as error:
     raise import_error("openai-agents", error) from error
 
@@ -33,10 +36,25 @@ from stroma.adapters.guard import Contracts, Guard
 
 warn_if_untested("openai-agents")
 
-__all__ = ["GuardedModel", "GuardedProvider", "GuardedRunner", "attach"]
+if TYPE_CHECKING:
+    from stroma.adapters._openai_agents_durability import DurableRunner, ToolApproval, ToolOptions
+
+__all__ = [
+    "DurableRunner",
+    "GuardedModel",
+    "GuardedProvider",
+    "GuardedRunner",
+    "ToolApproval",
+    "ToolOptions",
+    "attach",
+]
+
+_OF_FLOWS: dict[str, str] = dict.fromkeys(
+    ("DurableRunner", "ToolApproval", "ToolOptions"), "_openai_agents_durability"
+)
+__getattr__, __dir__ = lazy(__name__, _OF_FLOWS, "stroma.adapters")
 
 A = TypeVar("A")
-_AGENTS = (Agent, RealtimeAgent)
 
 
 def attach(agent: A, guard: Guard, contracts: Contracts | None = None) -> A:
@@ -50,7 +68,7 @@ def attach(agent: A, guard: Guard, contracts: Contracts | None = None) -> A:
     A realtime agent is attached in the same way. Enter its session inside ``async with guard.run():``: the tokens of its
     model count in that run and in no step, and a spent budget ends the session with BudgetExceeded.
     """
-    agents = _reached(agent)
+    agents, _ = reached_agents(agent)
     tools = {tool.name for each in agents for tool in each.tools if isinstance(tool, FunctionTool)}
     servers = [server for each in agents for server in each.mcp_servers]
     listed = tools if not servers else {*tools, *(contracts or {})}
@@ -65,24 +83,6 @@ def attach(agent: A, guard: Guard, contracts: Contracts | None = None) -> A:
     if servers:
         ServerContracts(guard, {name: by_name[name] for name in by_name if name not in tools}, servers)
     return agent
-
-
-def _reached(agent: Any) -> list[Any]:
-    """Return an agent and those it can hand off to or call as tools, each once."""
-    reached = [agent]
-    for each in reached:
-        # A Handoff knows its agent by a weak reference.
-        targets = [
-            target
-            if isinstance(target, _AGENTS)
-            else (getattr(target, "_agent_ref", None) or (lambda: None))()
-            for target in each.handoffs
-        ]
-        targets += [getattr(tool, "_agent_instance", None) for tool in each.tools]
-        for other in targets:
-            if isinstance(other, _AGENTS) and not any(other is known for known in reached):
-                reached.append(other)
-    return reached
 
 
 class GuardedRunner:

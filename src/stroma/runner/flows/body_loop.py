@@ -16,10 +16,10 @@ from asyncio.tasks import _enter_task, _leave_task
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import Context, copy_context
+from contextvars import Context, ContextVar, copy_context
 from typing import Any, Final, NoReturn
 
-__all__ = ["BodyExecutor", "BodyLoop"]
+__all__ = ["WITHOUT_THREADS", "BodyExecutor", "BodyLoop"]
 
 #: Callbacks between two events, after which the body is taken for one that waits in a loop: ``while not x: await sleep(0)``.
 _MAX_CALLBACKS: Final = 1_000_000
@@ -45,6 +45,10 @@ _Refusing: Any = type(
     (asyncio.AbstractEventLoop,),
     {name: _refusal(name) for name in vars(asyncio.AbstractEventLoop) if not name.startswith("_")},
 )
+
+
+#: True where a framework runs plain functions with asyncio.to_thread: they run at once in the body of a flow.
+WITHOUT_THREADS: ContextVar[bool] = ContextVar("stroma_without_threads", default=False)
 
 
 class BodyExecutor(ThreadPoolExecutor):
@@ -234,7 +238,7 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
         return asyncio.Future(loop=self)
 
     def run_in_executor(self, executor: Any, func: Callable[..., object], *args: Any) -> asyncio.Future[Any]:
-        if not isinstance(executor, BodyExecutor):
+        if not (isinstance(executor, BodyExecutor) or (executor is None and WITHOUT_THREADS.get())):
             refuse("run_in_executor")
         future = self.create_future()
         try:

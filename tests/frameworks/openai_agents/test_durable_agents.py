@@ -1,0 +1,667 @@
+"""Agents of the OpenAI Agents SDK in a flow: each model request and each tool call is a step of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from agents import (
+    Agent,
+    ComputerTool,
+    GuardrailFunctionOutput,
+    InputGuardrailTripwireTriggered,
+    Model,
+    ModelProvider,
+    ModelResponse,
+    RunConfig,
+    Runner,
+    RunState,
+    SQLiteSession,
+    Usage,
+    function_tool,
+    input_guardrail,
+    output_guardrail,
+    set_tracing_disabled,
+)
+from agents.mcp import MCPServer
+from mcp.types import CallToolResult, TextContent
+from mcp.types import Tool as MCPTool
+from openai.types.responses import (
+    Response,
+    ResponseCompletedEvent,
+    ResponseFunctionToolCall,
+    ResponseFunctionWebSearch,
+    ResponseOutputMessage,
+    ResponseOutputText,
+    ResponseTextDeltaEvent,
+    ResponseUsage,
+)
+from openai.types.responses.response_usage import InputTokensDetails, OutputTokensDetails
+from pydantic import BaseModel
+from tests.kit import NEVER, Num
+
+from stroma import (
+    FailurePolicy,
+    Flow,
+    InMemoryStore,
+    NotDone,
+    RunStatus,
+    StromaRunner,
+    current_node,
+    stroma_flow,
+)
+from stroma.adapters.openai_agents import DurableRunner, ToolApproval
+from stroma.testing import assert_resumable
+
+set_tracing_disabled(True)
+
+
+class Answer(BaseModel):
+    text: str
+
+
+def says(text: str) -> list[Any]:
+    part = ResponseOutputText(text=text, type="output_text", annotations=[])
+    return [
+        ResponseOutputMessage(id="m", content=[part], role="assistant", status="completed", type="message")
+    ]
+
+
+def asks(*calls: tuple[str, dict[str, Any], str]) -> list[Any]:
+    """Return calls of tools: names, arguments and ids."""
+    return [
+        ResponseFunctionToolCall(
+            name=name, arguments=json.dumps(arguments), call_id=call_id, type="function_call"
+        )
+        for name, arguments, call_id in calls
+    ]
+
+
+def outputs_of(items: Any) -> list[Any]:
+    """Return what tools have returned to a model."""
+    return (
+        [one["output"] for one in items if one.get("type") == "function_call_output"]
+        if isinstance(items, list)
+        else []
+    )
+
+
+class Fake(Model):
+    """Answers what a function makes of the input."""
+
+    model = "gpt-4o"
+
+    def __init__(self, respond: Callable[[Any], list[Any]]) -> None:
+        self.respond = respond
+        self.requests = 0
+
+    async def get_response(self, system_instructions: Any, input: Any, *_: Any, **__: Any) -> ModelResponse:
+        await asyncio.sleep(0.001)
+        self.requests += 1
+        usage = Usage(requests=1, input_tokens=10, output_tokens=2, total_tokens=12)
+        return ModelResponse(output=self.respond(input), usage=usage, response_id=None)
+
+    async def stream_response(
+        self, system_instructions: Any, input: Any, *_: Any, **__: Any
+    ) -> AsyncIterator[Any]:
+        await asyncio.sleep(0.001)
+        self.requests += 1
+        output = self.respond(input)
+        text = output[0].content[0].text if isinstance(output[0], ResponseOutputMessage) else ""
+        for number, letter in enumerate(text):
+            yield ResponseTextDeltaEvent(
+                content_index=0, delta=letter, item_id="m", output_index=0, sequence_number=number, logprobs=[],
+                type="response.output_text.delta",
+            )  # fmt: skip
+        usage = ResponseUsage(
+            input_tokens=10, output_tokens=2, total_tokens=12,
+            input_tokens_details=InputTokensDetails(cached_tokens=0, cache_write_tokens=0),
+            output_tokens_details=OutputTokensDetails(reasoning_tokens=0),
+        )  # fmt: skip
+        response = Response(
+            id="r", created_at=0, model="gpt-4o", object="response", output=output, tool_choice="auto", tools=[],
+            parallel_tool_calls=False, usage=usage,
+        )  # fmt: skip
+        yield ResponseCompletedEvent(response=response, sequence_number=99, type="response.completed")
+
+
+def flow_of(body: Callable[[Num], Any]) -> Any:
+    """Return a flow whose answer is what a body returns."""
+
+    @stroma_flow("f", input=Num, output=Answer)
+    async def f(flow: Flow, state: Num) -> Answer:
+        return Answer(text=str(await body(state)))
+
+    return f
+
+
+def run_flow(flow: Any, **config: Any) -> Any:
+    return StromaRunner.quick(**{"run_id": "r", "store": InMemoryStore(), **config}).run(flow, Num())
+
+
+class World:
+    """A triage agent with two rounds of two tools in parallel, which hands off to another one with a tool of its own."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        calls = self.calls
+
+        @function_tool
+        async def double(x: int) -> int:
+            calls.append(f"double {x}")
+            return 2 * x
+
+        @function_tool
+        def half(x: int) -> int:
+            calls.append(f"half {x}")
+            return x // 2
+
+        def triage(items: Any) -> list[Any]:
+            done = len(outputs_of(items))
+            self.calls.append(f"triage {done}")
+            if done < 4:
+                return asks(
+                    *((name, {"x": done + n}, f"c{done + n}") for n, name in enumerate(("double", "half")))
+                )
+            return asks(("transfer_to_writer", {}, "h"))
+
+        def write(items: Any) -> list[Any]:
+            done = len(outputs_of(items))
+            self.calls.append(f"write {done}")
+            return asks(("double", {"x": 9}, "w")) if done < 6 else says(f"done {outputs_of(items)[-1]}")
+
+        writer: Agent[Any] = Agent(name="writer", model=Fake(write), tools=[double])
+        self.agent: Agent[Any] = Agent(
+            name="triage", model=Fake(triage), tools=[double, half], handoffs=[writer]
+        )
+
+    def flow(self) -> Any:
+        async def body(state: Num) -> str:
+            result = await DurableRunner().run(self.agent, f"go {state.n}")
+            usage = result.context_wrapper.usage
+            return (
+                f"{result.final_output} {usage.total_tokens} {len(result.new_items)} {result.last_agent.name}"
+            )
+
+        return flow_of(body)
+
+
+async def test_requests_and_tools_are_steps() -> None:
+    """G12: Each request and each call of a tool, also after a handoff, is a step with its usage and cost."""
+    world, store = World(), InMemoryStore()
+    plain = await Runner.run(World().agent, "go 0")
+    result = await run_flow(world.flow(), store=store)
+    assert result.final_state == Answer(text=f"done 18 60 {len(plain.new_items)} writer"), result.failure
+    steps = [one.node_id for one in store.attempts("r") if one.node_id != "f"]
+    rounds = 2 * ["triage.model", "triage.double", "triage.half"]
+    assert steps == [*rounds, "triage.model", "writer.model", "writer.double", "writer.model"]
+    assert result.total_tokens == 60
+    assert result.total_cost_usd > 0
+
+
+async def test_an_agent_survives_death_at_every_boundary() -> None:
+    """G5: Killed at any record, the agents resume with the same answer, and no request or tool that ended is called again."""
+    found = await assert_resumable(
+        World().flow(), Num(), runner=StromaRunner.quick(policy_map=NEVER), processes=False
+    )
+    assert len(found.boundaries) > 30
+
+
+async def test_outside_of_a_flow_it_is_the_agent_as_it_was() -> None:
+    """The runner changes nothing of an agent outside of flows, also of one that was in a flow, and in a plain node."""
+    world = World()
+    result = await DurableRunner().run(world.agent, "go")
+    assert (result.final_output, result.last_agent.name) == ("done 18", "writer")
+    assert result.context_wrapper.usage.total_tokens == 60
+    last: list[Any] = []
+
+    async def body(state: Num) -> str:
+        result = await DurableRunner().run(world.agent, "go")
+        last.append(result.last_agent)
+        return str(result.final_output)
+
+    await run_flow(flow_of(body))
+    items: Any = [{"type": "function_call_output", "call_id": f"c{n}", "output": "7"} for n in range(6)]
+    assert (await Runner.run(last[0], items)).final_output == "done 7"
+    assert await DurableRunner().run_streamed(world.agent, "go").stream_events().__anext__()
+    assert world.agent.tools[0].on_invoke_tool.__class__.__module__.startswith("agents")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_an_approval_is_a_question_of_the_flow(streamed: bool) -> None:
+    """A tool that needs approval suspends the run; it is called once the answer approves it, with other arguments if given."""
+    calls: list[str] = []
+
+    @function_tool(needs_approval=True)
+    def refund(cents: int) -> str:
+        calls.append(f"refund {cents}")
+        return f"refunded {cents}"
+
+    def respond(items: Any) -> list[Any]:
+        returned = outputs_of(items)
+        return (
+            says(f"done {returned}")
+            if returned
+            else asks(("refund", {"cents": 500}, "a"), ("refund", {"cents": 9}, "b"))
+        )
+
+    agent: Agent[Any] = Agent(name="a", model=Fake(respond), tools=[refund])
+    runner = DurableRunner()
+
+    async def body(state: Num) -> str:
+        if not streamed:
+            return str((await runner.run(agent, "go")).final_output)
+        result = runner.run_streamed(agent, "go")
+        kinds = [
+            event.item.type async for event in result.stream_events() if event.type == "run_item_stream_event"
+        ]
+        assert kinds.count("tool_call_output_item") == 2, kinds
+        return str(result.final_output)
+
+    stroma = StromaRunner.quick(store=InMemoryStore(), run_id="r", resume=True)
+    result = await stroma.run(flow_of(body), Num())
+    assert result.status is RunStatus.SUSPENDED, result.failure
+    assert result.suspended == ['approval of refund({"cents": 500})', 'approval of refund({"cents": 9})']
+    assert calls == []
+    first, second = (one.id for one in result.questions)
+    await stroma.signal("r", ToolApproval(approved=True, arguments={"cents": 400}), question=first)
+    await stroma.signal("r", ToolApproval(approved=False, message="too cheap"), question=second)
+    result = await stroma.run(flow_of(body), Num())
+    assert result.final_state == Answer(text="done ['refunded 400', 'too cheap']"), result.failure
+    assert calls == ["refund 400"]
+
+
+async def test_a_tool_that_is_an_effect_is_asked_about_before_it_is_called_again() -> None:
+    """G13: The call of an effect that was cut off by the death of its process is looked up, with its arguments and key."""
+    booked: dict[str, int] = {}
+    asked: list[dict[str, Any]] = []
+    is_dying = [True]
+
+    @function_tool
+    async def charge(cents: int) -> int:
+        booked[current_node().idempotency_key] = cents
+        if is_dying.pop():
+            raise ConnectionResetError("connection reset by peer")
+        return cents
+
+    def look(arguments: dict[str, Any], key: str) -> Any:
+        asked.append(arguments)
+        return booked.get(key, NotDone())
+
+    def respond(items: Any) -> list[Any]:
+        returned = outputs_of(items)
+        return says(f"done {returned}") if returned else asks(("charge", {"cents": 500}, "a"))
+
+    agent: Agent[Any] = Agent(name="a", model=Fake(respond), tools=[charge])
+    runner = DurableRunner(tools={"charge": {"effect": True, "reconcile": look}})
+
+    async def body(state: Num) -> str:
+        return str((await runner.run(agent, "go")).final_output)
+
+    result = await run_flow(flow_of(body))
+    assert result.final_state == Answer(text="done ['500']"), result.failure
+    assert list(booked.values()) == [500]
+    assert asked == [{"cents": 500}]
+
+
+def asking(tool: str, **arguments: Any) -> Fake:
+    """Return a model that calls a tool, and answers."""
+    return Fake(
+        lambda items: (
+            says(f"done {outputs_of(items)[-1]}") if outputs_of(items) else asks((tool, arguments, "c"))
+        )
+    )
+
+
+async def test_agents_run_in_parallel_and_as_tools_of_others() -> None:
+    """Agents in tasks of a body have steps of their own, and so has an agent that is a tool of another, with its approvals."""
+    calls: list[str] = []
+
+    @function_tool(needs_approval=True)
+    async def look() -> str:
+        calls.append("look")
+        return "seen"
+
+    inner: Agent[Any] = Agent(name="inner", model=asking("look"), tools=[look])
+    outer: Agent[Any] = Agent(
+        name="outer", model=asking("ask", input="?"), tools=[inner.as_tool("ask", "Ask.")]
+    )
+    runner = DurableRunner()
+
+    async def body(state: Num) -> str:
+        results = await asyncio.gather(*(runner.run(outer, f"go {n}") for n in range(2)))
+        return " ".join(str(one.final_output) for one in results)
+
+    store = InMemoryStore()
+    stroma = StromaRunner.quick(store=store, run_id="r", resume=True)
+    result = await stroma.run(flow_of(body), Num())
+    assert result.suspended == 2 * ["approval of look({})"], result.failure
+    for question in result.questions:
+        await stroma.signal("r", ToolApproval(approved=True), question=question.id)
+    result = await stroma.run(flow_of(body), Num())
+    assert result.final_state == Answer(text="done done seen done done seen"), result.failure
+    assert calls == 2 * ["look"]
+    steps = sorted(one.node_id for one in store.attempts("r") if "." in one.node_id)
+    assert steps == [*2 * ["inner.look"], *4 * ["inner.model"], *4 * ["outer.model"]]
+    assert sum(one.tokens for one in store.attempts("r")) == 8 * 12
+
+
+async def test_a_streamed_answer_is_one_step() -> None:
+    """The events of run_streamed come from the step of their request, which emits its text and reports its usage once."""
+    agent: Agent[Any] = Agent(name="a", model=Fake(lambda items: says("hello world")))
+
+    async def body(state: Num) -> str:
+        result = DurableRunner().run_streamed(agent, "go")
+        events = [event async for event in result.stream_events()]
+        deltas = [
+            event.data.delta
+            for event in events
+            if getattr(event, "data", None) and event.data.type.endswith("delta")
+        ]
+        return f"{deltas} {result.final_output} {result.context_wrapper.usage.total_tokens}"
+
+    store, emitted = InMemoryStore(), list[Any]()
+    stroma = StromaRunner.quick(store=store, run_id="r")
+    async for event in stroma.stream(flow_of(body), Num()):
+        if event.kind == "node_event":
+            emitted.append(event.data)
+        if event.result is not None:
+            assert event.result.final_state == Answer(text="['hello world'] hello world 12"), (
+                event.result.failure
+            )
+    assert "".join(emitted) == "hello world"
+    assert [one.tokens for one in store.attempts("r") if one.node_id == "a.model"] == [12]
+    found = await assert_resumable(
+        flow_of(body), Num(), runner=StromaRunner.quick(policy_map=NEVER), processes=False
+    )
+    assert found.boundaries
+
+
+@pytest.mark.parametrize("trips", [False, True])
+async def test_guardrails_run_in_the_body_and_their_judges_are_durable(trips: bool) -> None:
+    """The judge of a guardrail is an agent with steps of its own; a tripwire is raised in the body, and on replay again."""
+    judge: Agent[Any] = Agent(name="judge", model=Fake(lambda items: says("bad" if trips else "good")))
+
+    @input_guardrail
+    async def check(context: Any, agent: Any, input: Any) -> GuardrailFunctionOutput:
+        answer = (await Runner.run(judge, input)).final_output
+        return GuardrailFunctionOutput(output_info=answer, tripwire_triggered=answer == "bad")
+
+    @output_guardrail
+    def look(context: Any, agent: Any, output: Any) -> GuardrailFunctionOutput:
+        return GuardrailFunctionOutput(output_info=None, tripwire_triggered=False)
+
+    agent: Agent[Any] = Agent(
+        name="a", model=Fake(lambda items: says("hello")), input_guardrails=[check], output_guardrails=[look]
+    )
+
+    async def body(state: Num) -> str:
+        try:
+            return str((await DurableRunner().run(agent, "go")).final_output)
+        except InputGuardrailTripwireTriggered as error:
+            return f"refused: {error.guardrail_result.output.output_info}"
+
+    store = InMemoryStore()
+    result = await run_flow(flow_of(body), store=store)
+    assert result.final_state == Answer(text="refused: bad" if trips else "hello"), result.failure
+    assert {one.node_id for one in store.attempts("r")} >= {"judge.model"}
+    await assert_resumable(flow_of(body), Num(), runner=StromaRunner.quick(policy_map=NEVER), processes=False)
+
+
+class ListSession:
+    """A session in memory, which is the only thing that outlives a life."""
+
+    session_id = "s"
+    session_settings = None
+
+    def __init__(self) -> None:
+        self.items: list[Any] = []
+
+    async def get_items(self, limit: int | None = None) -> list[Any]:
+        await asyncio.sleep(0.001)
+        return self.items[-limit:] if limit else list(self.items)
+
+    async def add_items(self, items: list[Any]) -> None:
+        await asyncio.sleep(0.001)
+        self.items += items
+
+    async def pop_item(self) -> Any:
+        return self.items.pop()
+
+    async def clear_session(self) -> None:
+        self.items.clear()
+
+
+async def test_a_session_is_read_and_written_once() -> None:
+    """Reads and writes of a session are steps: killed at any record, a run finds what it read before, and writes nothing twice."""
+    agent: Agent[Any] = Agent(name="a", model=Fake(lambda items: says(f"answer {len(items)}")))
+    sessions: list[Any] = [ListSession()]
+
+    async def body(state: Num) -> str:
+        runner, session = DurableRunner(), sessions[-1]
+        first = await runner.run(agent, "one", session=session)
+        second = await runner.run(agent, "two", session=session)
+        return f"{first.final_output} {second.final_output}"
+
+    await assert_resumable(
+        flow_of(body), Num(), runner=StromaRunner.quick(policy_map=NEVER), processes=False,
+        reset=lambda: sessions.append(ListSession()), effects=lambda: sessions[-1].items,
+    )  # fmt: skip
+    sessions.append(SQLiteSession("s"))
+    result = await run_flow(flow_of(body))
+    assert result.final_state == Answer(text="answer 1 answer 3"), result.failure
+    assert [item.get("role") for item in await sessions[-1].get_items()] == 2 * ["user", "assistant"]
+
+
+class Server(MCPServer):
+    """An MCP server in this process."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.cache_tools_list = True
+        self.calls: list[str] = []
+
+    @property
+    def name(self) -> str:
+        return "files"
+
+    async def connect(self) -> None:
+        raise NotImplementedError
+
+    async def cleanup(self) -> None:
+        raise NotImplementedError
+
+    async def list_tools(self, run_context: Any = None, agent: Any = None) -> list[MCPTool]:
+        await asyncio.sleep(0.001)
+        self.calls.append("list")
+        schema = {"type": "object", "properties": {}}
+        tool: dict[str, Any] = {"name": "read", "description": "Read.", "inputSchema": schema}
+        return [MCPTool.model_validate(tool)]
+
+    async def call_tool(self, tool_name: str, arguments: Any, meta: Any = None) -> CallToolResult:
+        await asyncio.sleep(0.001)
+        self.calls.append(tool_name)
+        if self.calls.count(tool_name) == 1:
+            raise ConnectionResetError("connection reset by peer")
+        return CallToolResult(content=[TextContent(type="text", text="content")])
+
+    async def list_prompts(self) -> Any:
+        raise NotImplementedError
+
+    async def get_prompt(self, name: str, arguments: Any = None) -> Any:
+        raise NotImplementedError
+
+
+async def test_tools_of_mcp_servers_are_steps() -> None:
+    """The discovery of an MCP server's tools is a step, and so is each call of one, with retries and approvals."""
+    server = Server(require_approval="always")
+    agent: Agent[Any] = Agent(name="a", model=asking("read"), mcp_servers=[server])
+
+    async def body(state: Num) -> str:
+        return str((await DurableRunner().run(agent, "go")).final_output)
+
+    store = InMemoryStore()
+    stroma = StromaRunner.quick(store=store, run_id="r", resume=True, policy_map=AT_ONCE)
+    result = await stroma.run(flow_of(body), Num())
+    assert result.suspended == ["approval of read({})"], result.failure
+    await stroma.signal("r", ToolApproval(approved=True))
+    result = await stroma.run(flow_of(body), Num())
+    assert result.final_state is not None, result.failure
+    assert "content" in result.final_state.text
+    assert server.calls == ["list", "read", "read"]
+    assert {one.node_id for one in store.attempts("r")} >= {"a.files.tools", "a.read"}
+
+
+AT_ONCE = {"RECOVERABLE": FailurePolicy(max_retries=2, backoff_seconds=0)}
+
+
+async def test_models_by_name_and_hosted_tools() -> None:
+    """A model that a provider knows by its name is durable; calls of hosted tools are a part of its recorded answer."""
+    search = ResponseFunctionWebSearch.model_validate(
+        {
+            "id": "w",
+            "status": "completed",
+            "type": "web_search_call",
+            "action": {"type": "search", "query": "q"},
+        }
+    )
+    seen: list[Any] = []
+
+    def respond(items: Any) -> list[Any]:
+        seen.append(items)
+        return (
+            [search, *asks(("pure", {}, "p"))] if isinstance(items, str) or len(items) == 1 else says("done")
+        )
+
+    class Provider(ModelProvider):
+        def get_model(self, model_name: str | None) -> Model:
+            assert model_name == "mine"
+            return Fake(respond)
+
+    @function_tool
+    def pure() -> int:
+        return 7
+
+    agent: Agent[Any] = Agent(name="a", model="mine", tools=[pure])
+    config = RunConfig(model_provider=Provider())
+    runner = DurableRunner(tools={"pure": False})
+
+    async def body(state: Num) -> str:
+        result = await runner.run(agent, "go", run_config=config)
+        return f"{result.final_output} {[item.type for item in result.new_items]}"
+
+    store = InMemoryStore()
+    result = await run_flow(flow_of(body), store=store)
+    kinds = ["tool_call_item", "tool_call_item", "tool_call_output_item", "message_output_item"]
+    assert result.final_state == Answer(text=f"done {kinds}"), result.failure
+    assert [one.node_id for one in store.attempts("r") if "." in one.node_id] == 2 * ["a.model"]
+    in_flow = seen[-1]
+    await runner.run(agent, "go", run_config=config)
+    assert in_flow == seen[-1]
+
+
+async def test_failures_of_tools_go_to_the_model_after_their_retries() -> None:
+    """A transient failure is retried by the step; the model is told of one that stays, and of wrong arguments at once."""
+    calls: list[str] = []
+
+    @function_tool
+    async def flaky() -> str:
+        calls.append("flaky")
+        if len(calls) < 2:
+            raise ConnectionResetError("connection reset by peer")
+        return "fine"
+
+    @function_tool
+    async def broken(n: int) -> str:
+        calls.append("broken")
+        raise ValueError("no such thing")
+
+    @function_tool(timeout=0.01)
+    async def slow() -> str:
+        calls.append("slow")
+        await asyncio.sleep(100)
+        return "never"
+
+    told: list[str] = []
+
+    def respond(items: Any) -> list[Any]:
+        told[:] = outputs_of(items)
+        wanted = ("flaky", {}, "a"), ("broken", {"n": 1}, "b"), ("broken", {"n": "x"}, "c"), ("slow", {}, "d")
+        return says("done") if told else asks(*wanted)
+
+    agent: Agent[Any] = Agent(name="a", model=Fake(respond), tools=[flaky, broken, slow])
+
+    async def body(state: Num) -> str:
+        return str((await DurableRunner().run(agent, "go")).final_output)
+
+    result = await run_flow(flow_of(body), policy_map={**AT_ONCE, "AMBIGUOUS": FailurePolicy(max_retries=0)})
+    assert result.final_state == Answer(text="done"), result.failure
+    fine, failed, wrong, late = told
+    assert fine == "fine"
+    assert failed.startswith("An error occurred while running the tool.")
+    assert wrong.startswith("An error occurred while running the tool.")
+    assert late == "Tool 'slow' timed out after 0.01 seconds."
+    assert sorted(calls) == ["broken", "flaky", "flaky", "slow"]
+
+
+async def test_a_failed_request_is_retried_as_a_step_is() -> None:
+    """A rate limit of the provider is retried by the policy of the step; a refused request stops the flow with its failure."""
+
+    class Refused(Exception):
+        def __init__(self, status_code: int) -> None:
+            super().__init__(f"status {status_code}")
+            self.status_code = status_code
+
+    errors: list[Exception] = [Refused(429), Refused(401)]
+
+    def respond(items: Any) -> list[Any]:
+        raise errors.pop(0)
+
+    agent: Agent[Any] = Agent(name="a", model=Fake(respond))
+
+    async def body(state: Num) -> str:
+        return str((await DurableRunner().run(agent, "go")).final_output)
+
+    result = await run_flow(flow_of(body), policy_map=AT_ONCE)
+    assert result.status is RunStatus.FAILED
+    assert result.failure is not None
+    assert (result.failure.node_id, result.failure.reason) == ("a.model", "auth")
+    assert errors == []
+
+
+async def test_what_cannot_run_in_a_body_says_so() -> None:
+    """Options of no tool, a tool that acts on this machine, a RunState and code that waits are refused, with what to do."""
+
+    @function_tool
+    async def waits() -> None:
+        await asyncio.open_connection("localhost", 1)
+
+    async def message(run: Callable[[], Any]) -> str:
+        async def body(state: Num) -> str:
+            return str((await run()).final_output)
+
+        result = await run_flow(flow_of(body))
+        assert result.failure is not None
+        return str(result.failure.message)
+
+    agent: Agent[Any] = Agent(name="a", model=asking("waits"), tools=[waits])
+    state: Any = RunState(context=None, original_input="go", starting_agent=agent)  # type: ignore[arg-type]
+    computer: Any = ComputerTool(computer=object())  # type: ignore[arg-type]
+    acting: Agent[Any] = Agent(name="a", model=asking("waits"), tools=[computer])
+    assert "options of unknown tool 'wait'; known: 'waits'" in await message(
+        lambda: DurableRunner(tools={"wait": False}).run(agent, "go")
+    )
+    assert "agent 'a' has a ComputerTool, which cannot run in the body of a flow" in await message(
+        lambda: DurableRunner().run(acting, "go")
+    )
+    assert "takes no RunState in a flow" in await message(lambda: DurableRunner().run(agent, state))
+    with pytest.raises(
+        TypeError, match=r"tool 'waits' has unknown options \['effects'\] in tools; pass effect or reconcile"
+    ):
+        DurableRunner(tools={"waits": {"effects": True}})  # type: ignore[typeddict-unknown-key]
+    assert "waits for its steps, timers and answers only, and called" in await message(
+        lambda: DurableRunner(tools={"waits": False}).run(agent, "go")
+    )
