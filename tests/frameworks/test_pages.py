@@ -27,8 +27,9 @@ EXAMPLES = [] if NAME == "dbos" else [ROOT / "examples" / f"adapter_{NAME}.py"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
-def test_the_code_on_the_page_runs(page: Path) -> None:
+def test_the_code_on_the_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every Python block runs, one after the other, and prints what its comments say."""
+    monkeypatch.chdir(tmp_path)  # Of its stores.
     try:
         ran = list(run_python(page.read_text("utf-8"), NAME))
     except ImportError as error:
