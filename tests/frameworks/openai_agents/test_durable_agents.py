@@ -7,19 +7,26 @@ import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import openai
 import pytest
 from agents import (
     Agent,
     ComputerTool,
+    CustomTool,
     GuardrailFunctionOutput,
     InputGuardrailTripwireTriggered,
     Model,
     ModelProvider,
     ModelResponse,
+    ModelRetrySettings,
+    ModelSettings,
+    OpenAIProvider,
     RunConfig,
     Runner,
     RunState,
     SQLiteSession,
+    ToolOutputImage,
+    ToolOutputText,
     Usage,
     function_tool,
     input_guardrail,
@@ -32,6 +39,7 @@ from mcp.types import Tool as MCPTool
 from openai.types.responses import (
     Response,
     ResponseCompletedEvent,
+    ResponseCustomToolCall,
     ResponseFunctionToolCall,
     ResponseFunctionWebSearch,
     ResponseOutputMessage,
@@ -55,6 +63,11 @@ from stroma import (
 )
 from stroma.adapters.openai_agents import DurableRunner, ToolApproval
 from stroma.testing import assert_resumable
+
+try:  # What the client of this release takes.
+    import httpx2 as httpx
+except ImportError:
+    import httpx
 
 set_tracing_disabled(True)
 
@@ -597,18 +610,21 @@ async def test_failures_of_tools_go_to_the_model_after_their_retries() -> None:
     async def body(state: Num) -> str:
         return str((await DurableRunner().run(agent, "go")).final_output)
 
-    result = await run_flow(flow_of(body), policy_map={**AT_ONCE, "AMBIGUOUS": FailurePolicy(max_retries=0)})
+    store, once = InMemoryStore(), FailurePolicy(max_retries=1, backoff_seconds=0)
+    result = await run_flow(flow_of(body), store=store, policy_map={**AT_ONCE, "AMBIGUOUS": once})
     assert result.final_state == Answer(text="done"), result.failure
     fine, failed, wrong, late = told
     assert fine == "fine"
     assert failed.startswith("An error occurred while running the tool.")
     assert wrong.startswith("An error occurred while running the tool.")
     assert late == "Tool 'slow' timed out after 0.01 seconds."
-    assert sorted(calls) == ["broken", "flaky", "flaky", "slow"]
+    assert sorted(calls) == ["broken", "broken", "flaky", "flaky", "slow"]
+    assert [one.node_id for one in store.attempts("r")].count("a.broken") == 3
 
 
 async def test_a_failed_request_is_retried_as_a_step_is() -> None:
-    """A rate limit of the provider is retried by the policy of the step; a refused request stops the flow with its failure."""
+    """A rate limit of the provider is retried by the policy of the step, and not by the SDK; a refused request stops the flow
+    with its failure."""
 
     class Refused(Exception):
         def __init__(self, status_code: int) -> None:
@@ -620,7 +636,8 @@ async def test_a_failed_request_is_retried_as_a_step_is() -> None:
     def respond(items: Any) -> list[Any]:
         raise errors.pop(0)
 
-    agent: Agent[Any] = Agent(name="a", model=Fake(respond))
+    settings = ModelSettings(retry=ModelRetrySettings(max_retries=3, policy=lambda context: True))
+    agent: Agent[Any] = Agent(name="a", model=Fake(respond), model_settings=settings)
 
     async def body(state: Num) -> str:
         return str((await DurableRunner().run(agent, "go")).final_output)
@@ -665,3 +682,140 @@ async def test_what_cannot_run_in_a_body_says_so() -> None:
     assert "waits for its steps, timers and answers only, and called" in await message(
         lambda: DurableRunner(tools={"waits": False}).run(agent, "go")
     )
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_the_provider_gets_the_same_requests_as_without(streamed: bool) -> None:
+    """What the SDK sends from a flow, with items that models have made, is what it sends elsewhere, to the byte."""
+    sent: list[bytes] = []
+    call = {
+        "id": "f",
+        "type": "function_call",
+        "name": "add",
+        "arguments": '{"a": 1}',
+        "call_id": "c",
+        "status": "completed",
+    }
+    text = {"type": "output_text", "text": "done", "annotations": []}
+    outputs = [
+        [{"id": "rs", "type": "reasoning", "summary": [], "encrypted_content": "x"}, call],
+        [{"id": "m", "type": "message", "role": "assistant", "status": "completed", "content": [text]}],
+    ]
+
+    def handler(request: Any) -> Any:
+        sent.append(request.content)
+        answer = {
+            "id": "r", "created_at": 0, "model": "gpt-4o", "object": "response", "parallel_tool_calls": True,
+            "tool_choice": "auto", "tools": [], "output": outputs[1 - len(sent) % 2],
+            "usage": {
+                "input_tokens": 1, "output_tokens": 1, "total_tokens": 2, "input_tokens_details": {"cached_tokens": 0},
+                "output_tokens_details": {"reasoning_tokens": 0},
+            },
+        }  # fmt: skip
+        if not streamed:
+            return httpx.Response(200, json=answer)
+        event = {"type": "response.completed", "sequence_number": 1, "response": answer}
+        lines = f"event: response.completed\ndata: {json.dumps(event)}\n\n"
+        return httpx.Response(200, content=lines, headers={"content-type": "text/event-stream"})
+
+    @function_tool
+    def add(a: int) -> ToolOutputText:
+        """Add one."""
+        return ToolOutputText(text=str(a + 1))
+
+    transport = httpx.AsyncClient(transport=httpx.MockTransport(handler))
+    provider = OpenAIProvider(openai_client=openai.AsyncOpenAI(api_key="x", http_client=transport))
+    config = RunConfig(model_provider=provider, group_id="same")
+    agent: Agent[Any] = Agent(name="a", model="gpt-4o", tools=[add])
+
+    async def ask() -> str:
+        if not streamed:
+            return str((await DurableRunner().run(agent, "?", run_config=config)).final_output)
+        result = DurableRunner().run_streamed(agent, "?", run_config=config)
+        async for _ in result.stream_events():
+            pass
+        return str(result.final_output)
+
+    async def body(state: Num) -> str:
+        return await ask()
+
+    result = await run_flow(flow_of(body))
+    assert result.final_state == Answer(text="done"), result.failure
+    assert (result.total_tokens, result.unpriced_models) == (4, [])
+    assert await ask() == "done"
+    assert len(sent) == 4
+    assert sent[:2] == sent[2:]
+
+
+async def test_what_the_model_gets_of_a_tool_is_the_same_as_without() -> None:
+    """Results of all kinds, also of a custom tool, reach the model in the same form as outside of a flow."""
+
+    class Point(BaseModel):
+        x: int
+
+    results: list[Any] = [
+        "text", 1, 1.5, None, True, {"a": [1, None]}, [1, "b"], (1, 2), {1: 2}, Point(x=1), [Point(x=1)],
+        ToolOutputImage(image_url="data:"), [ToolOutputText(text="t"), ToolOutputImage(image_url="data:")],
+        {"type": "text", "text": "t"}, float("nan"),
+    ]  # fmt: skip
+
+    @function_tool
+    def give(n: int) -> Any:
+        return results[n]
+
+    async def shout(context: Any, text: str) -> str:
+        return text.upper()
+
+    custom = CustomTool(name="shout", description="Shout.", on_invoke_tool=shout)
+    told: list[Any] = []
+
+    def respond(items: Any) -> list[Any]:
+        if isinstance(items, str) or len(items) == 1:
+            call = ResponseCustomToolCall(call_id="x", input="hello", name="shout", type="custom_tool_call")
+            return [*asks(*(("give", {"n": n}, f"c{n}") for n in range(len(results)))), call]
+        told.append([one for one in items if str(one.get("type")).endswith("_output")])
+        return says("done")
+
+    agent: Agent[Any] = Agent(name="a", model=Fake(respond), tools=[give, custom])
+
+    async def body(state: Num) -> str:
+        return str((await DurableRunner().run(agent, "go")).final_output)
+
+    store = InMemoryStore()
+    result = await run_flow(flow_of(body), store=store)
+    assert result.final_state == Answer(text="done"), result.failure
+    assert "a.shout" in {one.node_id for one in store.attempts("r")}
+    await DurableRunner().run(agent, "go")
+    assert told[0] == told[1]
+    assert len(told[0]) == len(results) + 1
+
+
+async def test_a_tool_decides_if_a_call_needs_approval() -> None:
+    """A function of the arguments decides, in the body; a call that the function approves is made at once."""
+    calls: list[int] = []
+
+    async def is_much(context: Any, arguments: dict[str, Any], call_id: str) -> bool:
+        return bool(arguments["cents"] > 100)
+
+    @function_tool(needs_approval=is_much)
+    def refund(cents: int) -> str:
+        calls.append(cents)
+        return f"refunded {cents}"
+
+    def respond(items: Any) -> list[Any]:
+        wanted = ("refund", {"cents": 50}, "a"), ("refund", {"cents": 500}, "b")
+        return says(f"done {outputs_of(items)}") if outputs_of(items) else asks(*wanted)
+
+    agent: Agent[Any] = Agent(name="a", model=Fake(respond), tools=[refund])
+
+    async def body(state: Num) -> str:
+        return str((await DurableRunner().run(agent, "go")).final_output)
+
+    stroma = StromaRunner.quick(store=InMemoryStore(), run_id="r", resume=True)
+    result = await stroma.run(flow_of(body), Num())
+    assert result.suspended == ['approval of refund({"cents": 500})'], result.failure
+    assert calls == [50]
+    await stroma.signal("r", ToolApproval(approved=True))
+    result = await stroma.run(flow_of(body), Num())
+    assert result.final_state == Answer(text="done ['refunded 50', 'refunded 500']"), result.failure
+    assert calls == [50, 500]
