@@ -16,6 +16,10 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from stroma.checkpoint.errors import StoreError
+from stroma.checkpoint.manager import CheckpointManager
+from stroma.contracts.contract import ContractRegistry
+from stroma.runner.stored_runs import StoredRuns
+from stroma.ui.live_text import LiveText
 
 if TYPE_CHECKING:
     from stroma.ui.settings import Settings
@@ -25,6 +29,8 @@ __all__ = ["Events"]
 
 #: Maximum number of open pages with events; each polls the store.
 _MAX_PAGES: Final = 50
+#: Between two looks of a page at a text that grows.
+_TEXT_SECONDS: Final = 0.2
 #: Polls without changes after which a comment keeps the connection open.
 _KEEPALIVE_POLLS: Final = 15
 _MAX_ID_LENGTH: Final = 10_000  # characters
@@ -63,6 +69,7 @@ class Events:
 
     def __init__(self, settings: Settings, shared: SharedPages) -> None:
         self._settings, self._shared = settings, shared
+        self._stored = StoredRuns(ContractRegistry(), CheckpointManager(settings.store))
         self._open = 0
         self._watched: dict[str | None, _WatchedState] = {}
 
@@ -94,17 +101,25 @@ class Events:
     ) -> AsyncIterator[str]:
         """Yield an event for each change, until the page is closed."""
         previous, unchanged = await self._read_state(run_id, watched), 0
+        live = LiveText(self._settings.redact)
+        following = None if run_id is None else asyncio.ensure_future(live.follow(self._stored, run_id))
         yield "retry: 2000\n\n"
-        while not await request.is_disconnected():
-            await asyncio.sleep(self._settings.poll_seconds)
-            state = await self._read_state(run_id, watched)
-            if state != previous:
-                previous, unchanged = state, 0
-                yield f"event: changed\ndata: {json.dumps({'state': state})}\n\n"
-            else:
-                unchanged += 1
-                if unchanged % _KEEPALIVE_POLLS == 0:
-                    yield ": keepalive\n\n"
+        try:
+            while not await request.is_disconnected():
+                if await live.wait(self._settings.poll_seconds):
+                    yield f"event: text\ndata: {json.dumps(live.shown())}\n\n"
+                    await asyncio.sleep(_TEXT_SECONDS)
+                state = await self._read_state(run_id, watched)
+                if state != previous:
+                    previous, unchanged = state, 0
+                    yield f"event: changed\ndata: {json.dumps({'state': state})}\n\n"
+                else:
+                    unchanged += 1
+                    if unchanged % _KEEPALIVE_POLLS == 0:
+                        yield ": keepalive\n\n"
+        finally:
+            if following is not None:
+                following.cancel()
 
     async def _read_state(self, run_id: str | None, watched: _WatchedState) -> str:
         async with watched.lock:

@@ -369,6 +369,19 @@
     state = JSON.parse(event.data).state;
     renew();
   });
+  source.addEventListener("text", (event) => {
+    const boxes = JSON.parse(event.data).map((one) => {
+      const box = document.createElement("section");
+      const [name, text] = [document.createElement("b"), document.createElement("pre")];
+      box.className = "box writing";
+      name.textContent = `${one.node} is writing`;
+      text.textContent = one.text;
+      box.append(name, text);
+      return box;
+    });
+    document.getElementById("texts")?.replaceChildren(...boxes);
+    for (const one of $$("#texts pre")) one.scrollTop = one.scrollHeight;
+  });
   source.onopen = () => {
     liveness.textContent = "live";
     liveness.className = "on";
