@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from stroma.checkpoint.decoding import MAX_INT
-from stroma.checkpoint.records import RunRecord
+
+if TYPE_CHECKING:
+    from stroma.checkpoint.records import RunRecord
 
 __all__ = ["EXPIRY_MS", "MAX_BATCHES", "EventBatch", "EventPage", "EventPlace", "parse_cursor"]
 

@@ -42,7 +42,7 @@ class EventLog(EventHub):
         super().__init__()
         self._reader = self.add_reader()
         self._session: Session = NULL_SESSION
-        self._logger: Any = logger
+        self.run_logger: Any = logger
         self._loop: asyncio.AbstractEventLoop | None = None
         #: Pending events will be written.
         self._is_due = False
@@ -54,7 +54,11 @@ class EventLog(EventHub):
     def publish(self, kind: EventKind, run_id: str, node_id: str | None = None, **fields: Any) -> None:
         run = current_run()
         if self._loop is None and run is not None:
-            self._session, self._logger, self._loop = run.session, run.run_logger, asyncio.get_running_loop()
+            self._session, self.run_logger, self._loop = (
+                run.session,
+                run.run_logger,
+                asyncio.get_running_loop(),
+            )
         super().publish(kind, run_id, node_id, **fields)
         self._wake()
 
@@ -118,7 +122,7 @@ class EventLog(EventHub):
     def _warn(self, error: BaseException) -> None:
         if not self._has_warned:
             self._has_warned = True
-            self._logger.warning("events are lost, which changes nothing else: %s", error)
+            self.run_logger.warning("events are lost, which changes nothing else: %s", error)
 
 
 def _encode(event: StreamEvent, number: int) -> bytes:

@@ -1,0 +1,155 @@
+"""A chat that survives reloads and dead workers: live text, an approval, and a worker beside the web server.
+
+    pip install 'stroma-runner[ui]'
+    python examples/chat.py worker     # as many as you like
+    python examples/chat.py            # in another terminal; then open http://127.0.0.1:8000
+
+Ask, and reload the page in the middle of a sentence, or kill the worker and start it again: the text stays right. The model
+here is a function that loses its connection in its first attempt.
+"""
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator
+from typing import Any
+
+from pydantic import BaseModel
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from stroma import CheckpointNotFound, FailurePolicy, Flow, StreamEvent, StromaRunner, current_node
+from stroma.wire import sse
+
+
+class Question(BaseModel):
+    text: str
+
+
+class Draft(BaseModel):
+    text: str
+
+
+class Decision(BaseModel):
+    send: bool
+
+
+class Answer(BaseModel):
+    text: str
+    was_sent: bool
+
+
+runner = StromaRunner.quick(
+    store=os.environ.get("CHAT_DB", "sqlite:///chat.db"), events="store", lease_seconds=2,
+    policy_map={"RECOVERABLE": FailurePolicy(max_retries=3, backoff_seconds=0.2)},
+)  # fmt: skip
+
+
+@runner.node("draft", input=Question, output=Draft)
+async def draft(question: Question) -> Draft:
+    node, written = current_node(), []
+    for word in f"You asked: {question.text} Here is what I know about it.".split():
+        await asyncio.sleep(float(os.environ.get("CHAT_PAUSE", "0.15")))  # A model at work.
+        if node.attempt == 1 and len(written) == 4:
+            raise ConnectionError("the model closed the connection")
+        node.emit(f"{word} ")
+        written.append(word)
+    return Draft(text=" ".join(written))
+
+
+@runner.flow("chat", input=Question, output=Answer)
+async def chat(flow: Flow, question: Question) -> Answer:
+    answer = await flow.step(draft, question)
+    decision = await flow.wait_for(Decision, reason="Send this answer?")
+    return Answer(text=answer.text, was_sent=decision.send)
+
+
+PAGE = """<!doctype html><title>Chat</title>
+<form><input name="text" value="why is the sky blue?"> <button>Ask</button></form>
+<p id="answer"></p><p id="ask" hidden><button id="send">Send it</button></p><p id="end"></p>
+<script>
+  const $ = (id) => document.getElementById(id), texts = {};
+  const show = (event) => {
+    const call = `${event.position}/${event.branch}`;
+    if (event.kind === "node_start") texts[call] = "";
+    if (event.kind === "node_event") texts[call] += event.data;
+    if (event.kind === "node_failure" || event.kind === "node_cancelled") delete texts[call];
+    if (event.kind === "node_success" || event.kind === "node_skipped") texts[call] = event.state.text;
+    $("answer").textContent = Object.values(texts).join(" ");
+  };
+  const follow = (run) => {
+    const source = new EventSource(`/chats/${run}/events`);
+    for (const kind of ["node_start", "node_event", "node_failure", "node_cancelled", "node_success", "node_skipped"])
+      source.addEventListener(kind, (message) => show(JSON.parse(message.data)));
+    source.addEventListener("run_suspended", (message) => {
+      const [question] = JSON.parse(message.data).details.questions;
+      $("ask").hidden = !question;
+      $("send").onclick = () => {
+        $("ask").hidden = true;
+        fetch(`/chats/${run}/decision`, { method: "PUT", body: JSON.stringify({ question: question.id, send: true }) });
+      };
+    });
+    source.addEventListener("run_end", (message) => {
+      $("ask").hidden = true;
+      $("end").textContent = JSON.parse(message.data).details.status === "FAILED" ? "It failed." : "It was sent.";
+      source.close();
+    });
+  };
+  document.querySelector("form").onsubmit = async (submit) => {
+    submit.preventDefault();
+    const run = location.hash = crypto.randomUUID();
+    await fetch(`/chats/${run}`, { method: "PUT", body: JSON.stringify({ text: submit.target.text.value }) });
+    follow(run);
+  };
+  if (location.hash) follow(location.hash.slice(1));
+</script>"""
+
+
+async def page(request: Request) -> HTMLResponse:
+    return HTMLResponse(PAGE)
+
+
+async def ask(request: Request) -> JSONResponse:
+    question = Question.model_validate_json(await request.body())
+    await runner.submit(chat, question, run_id=request.path_params["run"])
+    return JSONResponse({}, 202)
+
+
+async def decide(request: Request) -> JSONResponse:
+    answer: dict[str, Any] = await request.json()
+    run, question = request.path_params["run"], answer.pop("question")
+    await runner.signal(run, Decision(**answer), question=question)
+    return JSONResponse({}, 202)
+
+
+async def follow(run: str, after: str | None) -> AsyncIterator[StreamEvent]:
+    try:
+        async for event in runner.follow(run, after=after):
+            yield event
+    except CheckpointNotFound:
+        return
+
+
+async def events(request: Request) -> Response:
+    run, after = request.path_params["run"], request.headers.get("Last-Event-ID")
+    return StreamingResponse(sse(follow(run, after)), media_type="text/event-stream")
+
+
+app = Starlette(
+    routes=[
+        Route("/", page),
+        Route("/chats/{run}", ask, methods=["PUT"]),
+        Route("/chats/{run}/decision", decide, methods=["PUT"]),
+        Route("/chats/{run}/events", events),
+    ]
+)
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["worker"]:
+        asyncio.run(runner.serve(chat, poll_seconds=0.2))
+    else:
+        import uvicorn
+
+        uvicorn.run(app, port=int(os.environ.get("CHAT_PORT", "8000")))
