@@ -1,5 +1,6 @@
 """`stroma tail`: what runs come to, as it is recorded."""
 
+import functools
 import json
 import re
 import subprocess
@@ -90,3 +91,66 @@ def test_all_runs(stroma):
     watch.send_signal(subprocess.signal.SIGINT)
     _, err = watch.communicate(timeout=60)
     assert (watch.returncode, err) == (130, "\nstroma: stopped\n")
+
+
+SPEAK = """
+import asyncio, pathlib
+from pydantic import BaseModel
+from stroma import NodeContract, Pipeline, RunConfig, current_node, stroma_node
+
+
+class Start(BaseModel):
+    start: int
+
+
+@stroma_node("speak", NodeContract(node_id="speak", input_schema=Start, output_schema=Start))
+async def speak(state):
+    current_node().emit("Half a ")
+    current_node().emit("sentence")
+    current_node().emit({"done": 0.5}, name="progress")
+    while not pathlib.Path("go").exists():
+        await asyncio.sleep(0.02)
+    current_node().emit(", and the rest")
+    return state
+
+
+def hide(state):
+    return {**state, **({"delta": "hidden"} if "delta" in state else {})}
+
+
+pipeline = Pipeline("p", [speak], config=RunConfig(events="store"))
+private = Pipeline("p", [speak], config=RunConfig(redact=hide))
+"""
+
+
+@pytest.mark.slow
+def test_what_nodes_emit(db, stroma, inside):
+    """The text of the attempt in progress comes in one line, and then what is new; of an attempt that has ended there is none."""
+    stroma.file("speak.py", SPEAK)
+    tail = functools.partial(inside, "tail", env={"STROMA_DB": db})
+    work = stroma.popen("run", "speak.py:pipeline", GOOD, "--run-id", "x", "-q", env={"STROMA_DB": db})
+    while "sentence" not in (shown := tail("x").out):
+        assert work.poll() is None
+    assert [re.split(r"  +", line.strip()) for line in shown.splitlines()] == [
+        ["0", "speak", "#1", "delta", "Half a sentence"],
+        ["0", "speak", "#1", "progress", '{"done": 0.5}'],
+    ]
+    hidden = tail("x", "--redact", "speak.py:private").out
+    assert "sentence" not in hidden
+    assert "hiddenhidden" in hidden
+    events = [json.loads(line) for line in tail("x", "--json").out.splitlines()]
+    assert [(one["event"], one["node_event"]["data"]) for one in events] == [
+        ("node_event", "Half a "), ("node_event", "sentence"), ("node_event", {"done": 0.5})
+    ]  # fmt: skip
+    assert events[0]["node_event"]["cursor"] == "1-3"
+    watch = stroma.popen("tail", "x", "--follow", "--interval", "0.05", env={"STROMA_DB": db})
+    assert "delta  Half a sentence" in watch.stdout.readline()
+    stroma.file("go", "")
+    out, err = watch.communicate(timeout=60)
+    assert work.wait(timeout=60) == 0
+    work.communicate()
+    assert (watch.returncode, err) == (0, "")
+    assert re.search(r"speak  #1  success", out.splitlines()[-2])
+    ended = tail("x").out
+    assert "delta" not in ended
+    assert "speak  #1  success" in ended

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import click
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, short_id
+from stroma.checkpoint.events import EventPlace
 from stroma.checkpoint.history import History, is_interrupted, place_of, status_of
+from stroma.checkpoint.history.redaction import redact_value
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import run_data
@@ -19,6 +23,8 @@ from stroma.cli.formatting import id_word, style_status
 from stroma.cli.output import Part, err, out
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, db_option
+from stroma.runner.events import StreamEvent
+from stroma.runner.follow import decode_events
 from stroma.trace.redaction import Redact
 
 __all__ = ["tail"]
@@ -26,6 +32,8 @@ __all__ = ["tail"]
 _STYLES = {"success": "green", "failure": "red"}
 _MAX_RUNS = 200  # runs followed at once
 _MAX_ATTEMPTS = 10_000_000
+_PAGE_SIZE = 100  # batches of events that are read at once
+_MAX_CHARACTERS = 2000  # of what a node emitted, in a line
 
 
 @click.command()
@@ -63,13 +71,15 @@ def tail(
 ) -> int:
     """Follow runs: print one line for each attempt when it is recorded.
 
-    RUN is a run id, a prefix of one, or "last"; without it, all runs that are running or start.
+    RUN is a run id, a prefix of one, or "last"; without it, all runs that are running or start. With RUN, also what its
+    nodes emit, if the run stores its events.
     """
     database = Database.from_option(db)
     hide = load_redact(redact)
     if run_ is not None:
         record = database.find(run_)
         watch = _Follower(database, as_json, hide, named=False)
+        watch.print_emitted(record, of_ended=False)
         watch.print(record, lines)
         while follow and record.status == "RUNNING" and not is_interrupted(record):
             time.sleep(interval)
@@ -78,6 +88,7 @@ def tail(
                 err.line("the run was deleted")
                 return Code.NOT_FOUND
             record = current
+            watch.print_emitted(record)
             watch.print(record)
         watch.end(record)
         return Code.OK
@@ -105,10 +116,12 @@ class _Follower:
         self._database = database
         self._json = as_json
         self._history = History(database.reader, redact)
+        self._redact = redact
         self._named = named
         self._printed: dict[tuple[str, int], set[tuple[Any, ...]]] = {}
         self._states: dict[tuple[str, int], tuple[Any, ...]] = {}
         self._ended: dict[tuple[str, int], str] = {}
+        self._place = EventPlace(0, 0)
 
     def print(self, record: RunRecord, last: int | None = None) -> None:
         """Print new attempts; on the first call for a run only the ``last`` ones."""
@@ -132,6 +145,44 @@ class _Follower:
             fresh = fresh[len(fresh) - last :]
         for one in fresh:
             self._print(record, one)
+
+    def print_emitted(self, record: RunRecord, *, of_ended: bool = True) -> None:
+        """Print new events that nodes emitted; without ``of_ended`` those of attempts in progress only."""
+        emitted: list[StreamEvent] = []
+        with self._database.explain_errors():
+            while page := self._database.reader.read_events(record.run_id, self._place, _PAGE_SIZE):
+                for self._place, event in decode_events(record.run_id, page, self._place):
+                    if event.kind == "node_event":
+                        emitted.append(event)
+                    elif not of_ended and event.kind.startswith("node_"):
+                        at = (event.position, event.branch)
+                        emitted = [one for one in emitted if (one.position, one.branch) != at]
+                if not page.batches:
+                    break
+        for _, same in groupby(emitted, lambda one: (one.attempt_id, one.name, type(one.data) is str)):
+            self._print_emitted(record, list(same))
+
+    def _print_emitted(self, record: RunRecord, events: list[StreamEvent]) -> None:
+        """Print events of one attempt and name: texts in one line."""
+        first, name = events[0], str(events[0].name)
+        shown = [redact_value(self._redact, {name: event.data}).get(name) for event in events]
+        if self._json:
+            for event, data in zip(events, shown, strict=True):
+                one = replace(event, data=data).to_dict()
+                self._emit(
+                    {
+                        "schema": "stroma.tail/1",
+                        "event": "node_event",
+                        "run_id": record.run_id,
+                        "node_event": one,
+                    }
+                )
+            return
+        texts = ["".join(shown)] if all(type(one) is str for one in shown) else map(json.dumps, shown)
+        for text in texts:
+            place = f"{first.position}.{first.branch}" if first.branch else f"{first.position}"
+            node = f"{place:<6} {clean(str(first.node_id), 40)}  #{first.attempt}  "
+            out.line(f"{'':8}  {node}", (clean(name, 20), "cyan"), f"  {clean(text, _MAX_CHARACTERS)}")
 
     def end(self, record: RunRecord) -> None:
         """Print the end of a run, once."""
