@@ -31,8 +31,10 @@ from stroma import (
 from stroma.adapters import Guard
 from stroma.checkpoint.durable import session as session_module
 from stroma.checkpoint.durable.session import DurableSession
+from stroma.checkpoint.events import EventBatch, EventPage, EventPlace
 from stroma.checkpoint.sqlite import rows as sqlite_rows
 from stroma.runner import follow as follow_module
+from stroma.runner.follow import decode_events
 
 store = store_fixture(*STORES)
 one_store = store_fixture("sqlite")
@@ -452,13 +454,14 @@ async def test_followers_that_leave_end_the_reads(one_store: Any) -> None:
     followers = [asyncio.create_task(page.read(runner.follow("run"))) for page in pages]
     await until(lambda: all(len(page.kinds) == 3 for page in pages))
     (reads,) = follow_module._READS[one_store].values()
+    (polling,) = [read.task for read in reads._reads.values() if not read.task.done()]
     followers[0].cancel()
     await asyncio.gather(followers[0], return_exceptions=True)
-    assert any(not read.task.done() for read in reads._reads.values())
+    assert not polling.done()
     followers[1].cancel()
     await asyncio.gather(followers[1], return_exceptions=True)
     await asyncio.sleep(0)
-    assert all(read.task.done() for read in reads._reads.values())
+    assert polling.cancelled()
     late = Page()
     following = asyncio.create_task(late.read(runner.follow("run", pages[0].cursor)))
     await runner.cancel("run")
@@ -535,6 +538,30 @@ async def test_old_events_are_missing_from_the_start(one_store: Any, monkeypatch
     assert events[0].number == 1
     assert events[0].details["dropped"] == 11 - (len(events) - 2)
     assert [event.kind for event in events[-2:]] == ["node_success", "run_end"]
+
+
+def test_what_is_missing_is_counted_for_each_session() -> None:
+    """Numbers that are missing within a session are one event, also the first and the last of it; lines that are no events are missing."""
+
+    def batch(epoch: int, last: int, *numbers: int) -> EventBatch:
+        lines = [json.dumps({"number": n, "kind": "node_event", "run_id": "run"}) for n in numbers]
+        return EventBatch(
+            EventPlace(epoch, last), "\n".join(["nothing", "[1]", '{"number": "x"}', *lines]).encode()
+        )
+
+    batches = [batch(1, 4, 3, 4), EventBatch(EventPlace(1, 6), None), batch(3, 2, 2, 1, 9), batch(4, 2, 1, 2)]
+    page = EventPage(1, 1, 4, None, batches)
+    found = [
+        (str(at), event.kind, event.details.get("dropped"))
+        for at, event in decode_events("run", page, EventPlace(1, 1))
+    ]
+    assert found == [
+        ("1-2", "events_dropped", 1), ("1-3", "node_event", None), ("1-4", "node_event", None),
+        ("1-6", "events_dropped", 2),
+        ("3-1", "events_dropped", 1), ("3-2", "node_event", None),
+        ("4-1", "node_event", None), ("4-2", "node_event", None),
+    ]  # fmt: skip
+    assert [event.cursor for _, event in decode_events("run", page, EventPlace(3, 2))] == ["4-1", "4-2"]
 
 
 async def test_a_damaged_batch_is_missing(one_store: Any) -> None:
