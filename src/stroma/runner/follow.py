@@ -190,6 +190,8 @@ def decode_events(
 ) -> Iterator[tuple[EventPlace, StreamEvent]]:
     """Yield the events of a page after a place, each with its place. One "events_dropped" stands for those that are missing."""
     for last, lines in page.batches:
+        if last <= place:
+            continue
         for line in lines.split(b"\n") if lines else ():
             try:
                 data = decode_json(line, dict[str, Any], RecordName(run_id, "event"))
