@@ -151,7 +151,8 @@ class _Follower:
         emitted: list[StreamEvent] = []
         with self._database.explain_errors():
             while page := self._database.reader.read_events(record.run_id, self._place, _PAGE_SIZE):
-                for self._place, event in decode_events(record.run_id, page, self._place):
+                for place, event in decode_events(record.run_id, page, self._place):
+                    self._place = place
                     if event.kind == "node_event":
                         emitted.append(event)
                     elif not of_ended and event.kind.startswith("node_"):
