@@ -109,6 +109,8 @@ class _EventReads:
 
     def __init__(self) -> None:
         self._reads: dict[_Key, _Read] = {}
+        # One at a time: a store has one connection for reading that stays open.
+        self._turn = asyncio.Lock()
 
     async def next(
         self, stored: StoredRuns, run_id: str, bound: _Bound | None, place: EventPlace
@@ -120,7 +122,7 @@ class _EventReads:
         key = (run_id, bound, place)
         read = self._reads.get(key)
         if read is None:
-            read = self._reads[key] = _Read(asyncio.ensure_future(_poll(stored, *key)))
+            read = self._reads[key] = _Read(asyncio.ensure_future(_poll(stored, self._turn, *key)))
             read.task.add_done_callback(lambda _: self._share(key, read))
         read.waiting += 1
         try:
@@ -148,7 +150,7 @@ _READS: WeakKeyDictionary[Any, WeakKeyDictionary[asyncio.AbstractEventLoop, _Eve
 
 
 async def _poll(
-    stored: StoredRuns, run_id: str, bound: _Bound | None, place: EventPlace
+    stored: StoredRuns, turn: asyncio.Lock, run_id: str, bound: _Bound | None, place: EventPlace
 ) -> tuple[EventPage, _Events]:
     """Read until there are events after a place, or the run has ended or was suspended after it."""
 
@@ -158,7 +160,8 @@ async def _poll(
 
     delay, busy, longest = _POLL_SECONDS
     while True:
-        page, events = await asyncio.to_thread(read)
+        async with turn:
+            page, events = await asyncio.to_thread(read)
         record = page.record
         if bound not in (None, (page.run, page.execution)):
             raise CheckpointNotFound(
