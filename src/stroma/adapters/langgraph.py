@@ -1,6 +1,9 @@
-"""LangGraph: the nodes of a graph as steps, before it is compiled or after.
+"""LangGraph: in a flow, graphs whose nodes are its steps; elsewhere, guarded graphs.
 
 ::
+
+    graph = durable(builder.compile())
+    await graph.ainvoke({"text": "..."})  # in the body of a flow
 
     graph = attach(builder, Guard(runner), {"search": (Query, Hits)}).compile()
     graph.invoke({"text": "..."})  # each call is a run
@@ -12,8 +15,9 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from stroma._utils.lazy import lazy
 from stroma.adapters._releases import import_error, warn_if_untested
 
 try:
@@ -44,7 +48,22 @@ from stroma.runner.runner import StromaRunner
 
 warn_if_untested("langgraph")
 
-__all__ = ["LangGraphAdapter", "attach", "stroma_langgraph_node"]
+if TYPE_CHECKING:
+    from stroma.adapters._langgraph_durability import InterruptAnswer, NodeOptions, durable
+
+__all__ = [
+    "InterruptAnswer",
+    "LangGraphAdapter",
+    "NodeOptions",
+    "attach",
+    "durable",
+    "stroma_langgraph_node",
+]
+
+_OF_FLOWS: dict[str, str] = dict.fromkeys(
+    ("InterruptAnswer", "NodeOptions", "durable"), "_langgraph_durability"
+)
+__getattr__, __dir__ = lazy(__name__, _OF_FLOWS, "stroma.adapters")
 
 G = TypeVar("G")
 

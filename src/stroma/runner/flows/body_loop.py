@@ -86,12 +86,13 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
     """An event loop for tasks that wait for each other, for calls of their flow and for its time.
 
     Attributes:
+        outer: the real event loop.
         is_halted: nothing runs any more, until it is set to False.
         tasks: those that have not ended, in the order in which they began.
     """
 
     def __init__(self, outer: asyncio.AbstractEventLoop, read_time: Callable[[], float]) -> None:
-        self._outer = outer
+        self.outer = outer
         self._read_time = read_time
         self._ready: deque[Any] = deque()
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
@@ -117,7 +118,7 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
 
         Raises KeyboardInterrupt and SystemExit of the body, and RuntimeError for a body that does not wait.
         """
-        outer, ready = self._outer, self._ready
+        outer, ready = self.outer, self._ready
         # Documented for loops and tasks of other libraries. From Python 3.14 on a thread has one current task, of any loop.
         if task is not None:
             _leave_task(outer, task)
@@ -265,13 +266,13 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
         return None
 
     def get_exception_handler(self) -> Any:
-        return self._outer.get_exception_handler()
+        return self.outer.get_exception_handler()
 
     def default_exception_handler(self, context: dict[str, Any]) -> None:
-        self._outer.default_exception_handler(context)
+        self.outer.default_exception_handler(context)
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        self._outer.call_exception_handler(context)
+        self.outer.call_exception_handler(context)
 
 
 async def _close_all(generators: list[AsyncGenerator[Any, Any]]) -> None:
