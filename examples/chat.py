@@ -49,7 +49,8 @@ runner = StromaRunner.quick(
 
 @runner.node("draft", input=Question, output=Draft)
 async def draft(question: Question) -> Draft:
-    node, written = current_node(), []
+    node = current_node()
+    written: list[str] = []
     for word in f"You asked: {question.text} Here is what I know about it.".split():
         await asyncio.sleep(float(os.environ.get("CHAT_PAUSE", "0.15")))  # A model at work.
         if node.attempt == 1 and len(written) == 4:
