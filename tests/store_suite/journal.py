@@ -17,6 +17,7 @@ from tests.store_suite.helpers import (
     row,
     settled,
 )
+from tests.store_suite.messages import MessageTests
 from tests.store_suite.ownership import OwnershipTests
 from tests.store_suite.reading import ReadingTests
 from tests.store_suite.signals import SignalTests
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 
-class JournalStoreTests(ExecutionTests, OwnershipTests, SignalTests, ReadingTests):
+class JournalStoreTests(ExecutionTests, OwnershipTests, SignalTests, MessageTests, ReadingTests):
     """Conformance tests of journal stores.
 
     Inherit, and define a fixture ``store`` with an empty store:

@@ -16,17 +16,22 @@ __all__ = [
     "COMPLETE",
     "ENDED",
     "FORK_DUE_MS",
+    "MESSAGE_SENT",
     "UNFINISHED",
     "LastExecution",
     "PriorWork",
+    "add_news",
     "check_resubmission",
     "decide",
     "expired_error",
     "has_expired",
     "is_answered",
     "is_due",
+    "is_old_news",
     "merge_wake",
     "not_waiting",
+    "other_message",
+    "takes_no_message",
 ]
 
 #: Statuses of completed executions, of those that cancel() cannot change any more, and of those after which a new
@@ -38,6 +43,8 @@ _GIVEN_UP: Final = (*ENDED, "PARTIAL")
 UNFINISHED: Final = ("SUSPENDED", "INTERRUPTED", QUEUED)
 #: In place of 0, from when on a run is due whose budget was changed while it ran: only if it waits for its budget in the end.
 BUDGET_CHANGED: Final = 1
+#: Likewise, from when on a run is due that was sent a message while it ran: only if its session has not read it.
+MESSAGE_SENT: Final = 2
 #: A fork that its process does not open in this time is due.
 FORK_DUE_MS: Final = 60_000
 
@@ -124,16 +131,25 @@ def expired_error(run_id: str) -> str:
     return f"expired: run {run_id!r} was not started in time; start more workers, or submit it again with a later expires="
 
 
-def merge_wake(earlier: int | None, status: str, error: str | None, wake_ms: int | None) -> int | None:
+def add_news(wake_ms: int | None, news: int) -> int:
+    """Return from when on a running run is due after news: BUDGET_CHANGED or MESSAGE_SENT. Of several, all count."""
+    return news if wake_ms in (None, news) else 0
+
+
+def is_old_news(wake_ms: int | None, error: str | None, has_read: Callable[[], bool]) -> bool:
+    """Return True if what came while a run ran does not make it due now that it stops.
+
+    ``has_read``: returns True if its session has read all messages.
+    """
+    return (wake_ms == BUDGET_CHANGED and error != BUDGET) or (wake_ms == MESSAGE_SENT and has_read())
+
+
+def merge_wake(earlier: int | None, status: str, wake_ms: int | None) -> int | None:
     """Return from when on a run is due that stops with a status, in ms since the epoch; None: never by itself.
 
     Args:
-        earlier: 0 if an answer was stored since the run was opened, BUDGET_CHANGED if its budget was changed. The session
-            may have missed it.
-        error: why it stops.
+        earlier: 0 if an answer was stored since the run was opened, or its news. The session may have missed it.
     """
-    if earlier == BUDGET_CHANGED and error != BUDGET:
-        earlier = None
     if status not in UNFINISHED:
         return None
     known = [ms for ms in (earlier, 0 if status == "INTERRUPTED" else wake_ms) if ms is not None]
@@ -211,11 +227,27 @@ def is_answered(stored: Waiting | None, question: Waiting) -> bool:
     return stored is not None and stored.payload is not None and stored.number == question.number
 
 
+def takes_no_message(run_id: str, status: str) -> StoreError:
+    """Return the error for a message to a run that has ended."""
+    return _permanent(f"run {run_id!r} has ended ({status}), and takes no message; send it to another run")
+
+
+def other_message(run_id: str, message_id: str) -> StoreError:
+    """Return the error for a message with the id of another one."""
+    return _permanent(
+        f"run {run_id!r} was sent another message with the id {message_id!r}; send this one with another id"
+    )
+
+
+def _permanent(text: str) -> StoreError:
+    error = StoreError(text)
+    error.transient = False
+    return error
+
+
 def not_waiting(run_id: str, question_id: str) -> StoreError:
     """Return the error for an answer to a question that is not open."""
-    error = StoreError(
+    return _permanent(
         f"question {question_id!r} of run {run_id!r} is not open: it was already answered, its call has ended, or a later "
         "question is asked there; see the open questions of the run, then answer one of them or resume the run"
     )
-    error.transient = False
-    return error

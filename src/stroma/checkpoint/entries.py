@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from stroma.checkpoint.decoding import RecordName, decode_json
 from stroma.checkpoint.errors import CheckpointNotFound
 from stroma.checkpoint.identity import place_before, with_outer
+from stroma.contracts.codec import decode_raw
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.failures.classes import FailureClass
 from stroma.trace.events import FAILED_ITEM
@@ -34,6 +35,7 @@ __all__ = [
     "PriorUsage",
     "RunControl",
     "RunRequest",
+    "SentMessage",
     "StepCall",
     "Tried",
     "UnknownCall",
@@ -333,6 +335,31 @@ class Waiting(NamedTuple):
     def call_number(self) -> int:
         """Number of the call that the question is about; 0 for any other question."""
         return 0 if self.effect is None else self.effect.number
+
+
+class SentMessage(NamedTuple):
+    """A message to a run.
+
+    Attributes:
+        number: 1-based, in the order in which the messages to the run were stored; 0 before that.
+        id: of two messages with one id, the second is the first one sent again.
+        payload: JSON, or a model in stored form.
+    """
+
+    number: int
+    topic: str
+    id: str
+    payload: bytes
+
+    def is_same_as(self, other: SentMessage) -> bool:
+        """Return True for the same topic and the same data, however it is written."""
+        if self.payload != other.payload and _to_canonical(self.payload) != _to_canonical(other.payload):
+            return False
+        return self.topic == other.topic
+
+
+def _to_canonical(payload: bytes) -> str:
+    return json.dumps(decode_raw(payload), sort_keys=True, default=repr)
 
 
 #: ``Waiting.payload`` of a call of an effect that did not happen; no output has this form.

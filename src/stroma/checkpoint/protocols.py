@@ -19,6 +19,7 @@ from stroma.checkpoint.entries import (
     PriorUsage,
     RunControl,
     RunRequest,
+    SentMessage,
     StepCall,
     Tried,
     Waiting,
@@ -196,6 +197,13 @@ class Session(Protocol):
 
     def answers(self) -> Mapping[tuple[int, str], Waiting] | Awaitable[Mapping[tuple[int, str], Waiting]]:
         """Return what ``waiting`` is by now. Raises StoreError."""
+        ...
+
+    def messages(self, after: int) -> list[SentMessage] | Awaitable[list[SentMessage]]:
+        """Return the messages to the run after a number, in their order. Raises StoreError.
+
+        A run that stops as SUSPENDED is due at once if there is a message that this has not returned, once it was called.
+        """
         ...
 
     def end(self, status: str, error: str | None, wake_ms: int | None = None) -> Awaitable[None] | None:

@@ -15,6 +15,7 @@ from stroma.checkpoint.entries import (
     Finished,
     PriorUsage,
     RunControl,
+    SentMessage,
     StepCall,
     Tried,
     Waiting,
@@ -114,6 +115,11 @@ class NullSession:
 
     def answers(self) -> Mapping[tuple[int, str], Waiting] | Awaitable[Mapping[tuple[int, str], Waiting]]:
         return self.waiting
+
+    def messages(self, after: int) -> list[SentMessage] | Awaitable[list[SentMessage]]:
+        raise StoreError(
+            "this store has no journal, so a flow cannot receive messages; use a journal store such as SQLiteStore"
+        )
 
     def end(self, status: str, error: str | None, wake_ms: int | None = None) -> Awaitable[None] | None:
         return None

@@ -16,6 +16,7 @@ from stroma.checkpoint.durable.annotations import (
     record_waiting,
 )
 from stroma.checkpoint.durable.integrity import checksum, require_undamaged, seal, storable_text, verify_step
+from stroma.checkpoint.durable.messages import last_number, note_last
 from stroma.checkpoint.durable.rows import (
     FORKED,
     Annotation,
@@ -127,6 +128,8 @@ def _copy_flow(
         if key.startswith(f"{position}:") and cut.has_note(source, key, data)
     }
     record_notes(rows, fence.run, run_id, fence.execution, earlier, payloads)
+    # Messages to the fork have other numbers than those that the flow has got.
+    note_last(rows, run_id, last_number(rows, origin.run, source))
     for row in read_annotations(rows, origin.run, source, Annotation.WAITING):
         answer = read_waiting(row, source, origin.execution, payloads)
         if answer.position == position and cut.has_call(answer.branch):

@@ -57,6 +57,7 @@ class Annotation(IntEnum):
     REJECTED = -11  #: an output that broke its contract; branch: "position:start:branch"
     ATTRIBUTION = -12  #: what the run belongs to, as node id; branch: "conversation", "user", "session"
     EFFECT = -13  #: a node whose effect an execution of the run has called; branch: its id
+    MESSAGE = -14  #: a message to the run; branch: its number, see ``messages``
 
 
 #: Annotations that belong to the run, and those that belong to one execution: a restart deletes them.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, cast
 
 from pydantic import BaseModel
 
@@ -30,6 +30,7 @@ from stroma.checkpoint.durable.annotations import (
 from stroma.checkpoint.durable.control import accept_requests
 from stroma.checkpoint.durable.conversion import payload_reference, seal_events, to_attempt, to_committed
 from stroma.checkpoint.durable.integrity import checksum, seal, storable_text
+from stroma.checkpoint.durable.messages import read_messages
 from stroma.checkpoint.durable.operations import (
     CellChange,
     Commit,
@@ -48,6 +49,7 @@ from stroma.checkpoint.entries import (
     PriorUsage,
     RunControl,
     RunRequest,
+    SentMessage,
     StepCall,
     Tried,
     Waiting,
@@ -78,7 +80,7 @@ class DurableSession:
 
     __slots__ = (
         "__weakref__", "_appended", "_completed", "_decrypted", "_deliver", "_failure_sites", "_identities", "_payloads",
-        "_pending_notes", "_references", "_rejected", "_release", "_submit", "address", "attribution", "charges", "continued",
+        "_pending_notes", "_read_messages", "_references", "_rejected", "_release", "_submit", "address", "attribution", "charges", "continued",
         "control", "ended", "execution", "fence", "finished", "lost_start_ms", "notes", "on_control", "places", "prior", "restored",
         "run_id", "traceparent", "tried", "undelivered", "version", "waiting",
     )  # fmt: skip
@@ -122,6 +124,8 @@ class DurableSession:
         self.charges: dict[tuple[int, str], Charge] = {}
         #: Notes by kind of annotation and key that no transaction has stored yet.
         self._pending_notes: Notes = {}
+        #: Number of the last message that was read; None before the first look.
+        self._read_messages: int | None = None
         #: The run as it was opened, if it had completed and nothing was recorded since.
         self._completed: RunRow | None = None
         #: What undoes the claim of the run; None before it.
@@ -357,6 +361,19 @@ class DurableSession:
         self.waiting = {(one.position, one.branch): one for one in waiting}
         return self.waiting
 
+    async def messages(self, after: int) -> list[SentMessage]:
+        """See Session."""
+
+        def read(rows: Rows) -> tuple[int, list[SentMessage]]:
+            run = rows.find(self.run_id)
+            if run is None:
+                raise fence_error(rows, self.fence, self.run_id)
+            return read_messages(rows, run, after, self._payloads)
+
+        last, messages = await self._submit(Transaction(self.run_id, read))
+        self._read_messages = last
+        return cast("list[SentMessage]", messages)
+
     def _submit_fenced(self, do: Callable[[Rows], Any]) -> asyncio.Future[Any]:
         """Write beside the commits, with the notes, in one transaction that the fence may refuse."""
         notes, fence = dict(self._pending_notes), self.fence
@@ -488,7 +505,7 @@ class DurableSession:
     def _finish(self, end: RunEnd, rows: Rows) -> None:
         before = self._completed
         if before is None or end.status not in COMPLETE:
-            finish_execution(rows, self._payloads, self.fence, self.run_id, end)
+            finish_execution(rows, self._payloads, self.fence, self.run_id, end, self._read_messages)
         else:  # A resume without anything to do leaves the run unchanged.
             unchanged = RunEnd(before.status, before.error, updated_ms=before.updated_ms)
             record_end(rows, self.fence, self.run_id, unchanged)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
 from stroma.checkpoint.decisions import (
-    BUDGET_CHANGED,
     COMPLETE,
     ENDED,
     UNFINISHED,
@@ -18,6 +17,7 @@ from stroma.checkpoint.decisions import (
     decide,
     expired_error,
     has_expired,
+    is_old_news,
 )
 from stroma.checkpoint.decoding import RecordName, decode_number
 from stroma.checkpoint.durable.annotations import (
@@ -35,6 +35,7 @@ from stroma.checkpoint.durable.annotations import (
 from stroma.checkpoint.durable.control import CANCEL, KINDS, PAUSE, forget_requests, request, to_control
 from stroma.checkpoint.durable.conversion import to_committed
 from stroma.checkpoint.durable.integrity import checksum, lost_error, verify_input
+from stroma.checkpoint.durable.messages import last_number
 from stroma.checkpoint.durable.operations import fence_error
 from stroma.checkpoint.durable.owner import Owner
 from stroma.checkpoint.durable.rows import (
@@ -63,7 +64,7 @@ from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import PICO, Attempt
-from stroma.failures.errors import BUDGET, PAUSED
+from stroma.failures.errors import PAUSED
 from stroma.trace.events import AttemptRow
 
 __all__ = ["OpenedRun", "RunOpener", "finish_execution", "record_end"]
@@ -384,13 +385,20 @@ class RunOpener:
                 opened.waiting[waiting.position, waiting.branch] = waiting
 
 
-def finish_execution(rows: Rows, payloads: Payloads, fence: Fence, run_id: str, end: RunEnd) -> None:
-    """Record how an execution stopped; its error is sealed here. Raises Fenced, CheckpointLost."""
-    may_be_due = end.status in UNFINISHED and end.error != BUDGET
-    run = rows.find(run_id, lock=True) if may_be_due else None
+def finish_execution(
+    rows: Rows, payloads: Payloads, fence: Fence, run_id: str, end: RunEnd, read: int | None = None
+) -> None:
+    """Record how an execution stopped; its error is sealed here. Raises Fenced, CheckpointLost, CorruptCheckpoint.
+
+    ``read``: number of the last message that its session has read; None: it waited for none.
+    """
+    run = rows.find(run_id, lock=True) if end.status in UNFINISHED else None
+    is_old = run is not None and is_old_news(
+        run.wake_ms, end.error, lambda: read is None or read == last_number(rows, fence.run, run_id)
+    )
     error = payloads.seal_text(end.error, PayloadPlace(run_id, fence.execution, "error"))
     record_end(rows, fence, run_id, end._replace(error=error))
-    if run is not None and run.wake_ms == BUDGET_CHANGED:
+    if run is not None and is_old:
         rows.wake(run, 0 if end.status == "INTERRUPTED" else end.wake_ms)
 
 

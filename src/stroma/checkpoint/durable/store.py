@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from stroma._utils.logs import get_logger
 from stroma.checkpoint.blocked import block
 from stroma.checkpoint.cells import Change
-from stroma.checkpoint.decisions import BUDGET_CHANGED, COMPLETE, ENDED, UNFINISHED, not_waiting
+from stroma.checkpoint.decisions import BUDGET_CHANGED, COMPLETE, ENDED, UNFINISHED, add_news, not_waiting
 from stroma.checkpoint.durable.annotations import read_annotation, read_waiting, record_waiting, waiting_key
 from stroma.checkpoint.durable.claims import claim_runs, submit_run
 from stroma.checkpoint.durable.control import (
@@ -31,6 +31,7 @@ from stroma.checkpoint.durable.control import (
 from stroma.checkpoint.durable.fork import fork_run
 from stroma.checkpoint.durable.integrity import checksum, is_intact, storable_text, verify_step
 from stroma.checkpoint.durable.leases import LeaseRenewer
+from stroma.checkpoint.durable.messages import add_message
 from stroma.checkpoint.durable.news import Listener
 from stroma.checkpoint.durable.operations import CellChange, Transaction
 from stroma.checkpoint.durable.owner import Owner, new_owner
@@ -50,7 +51,7 @@ from stroma.checkpoint.durable.rows import (
 from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.durable.session_open import RunOpener, finish_execution
 from stroma.checkpoint.durable.worker import Connection, Operation, Worker, generation
-from stroma.checkpoint.entries import Committed, RunRequest, Waiting, count_items, map_not_found
+from stroma.checkpoint.entries import Committed, RunRequest, SentMessage, Waiting, count_items, map_not_found
 from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import BLOB, LARGE_BYTES, BlobStore, PayloadPlace, Payloads
@@ -395,7 +396,7 @@ class DurableStore(ReadableStore):
             request_budget(rows, run_id, run.run, limits)
             place = PayloadPlace(run_id, run.execution, "error")
             if run.holder is not None:  # It may be about to wait for its budget.
-                rows.wake(run, BUDGET_CHANGED if run.wake_ms is None else run.wake_ms)
+                rows.wake(run, add_news(run.wake_ms, BUDGET_CHANGED))
             elif run.status == "RUNNING":
                 owner = Owner.read(run.owner)
                 if owner is not None and owner.records_end and run.left_seconds < 0:
@@ -452,6 +453,19 @@ class DurableStore(ReadableStore):
             answered = stored._replace(payload=waiting.payload)
             record_waiting(rows, run_id, run.execution, answered, self._payloads)
             rows.wake(run)
+
+    async def send(self, run_id: str, message: SentMessage) -> None:
+        """Store a message to a run, which is due then if it is suspended; ``message.number`` is 0.
+
+        Nothing happens if the message of this id is stored. Raises CheckpointNotFound, StoreError, also if the run has ended
+        and for another message with this id.
+        """
+
+        def do(rows: Rows, run: RunRow) -> bool:
+            add_message(rows, self._payloads, run, message)
+            return True
+
+        await self._request(run_id, do)
 
     async def fork(
         self,

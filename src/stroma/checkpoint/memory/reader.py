@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from stroma.checkpoint.decisions import BUDGET_CHANGED, UNFINISHED
+from stroma.checkpoint.decisions import MESSAGE_SENT, UNFINISHED
 from stroma.checkpoint.entries import Committed, Waiting, count_items, map_not_found
 from stroma.checkpoint.errors import CheckpointNotFound
 from stroma.checkpoint.events import EventPage, EventPlace
@@ -83,7 +83,7 @@ class MemoryReader:
             ]
             since = [run.blocked.since_ms for run in runs if run.blocked is not None]
             runs = [run for run in runs if run.status in UNFINISHED and run.blocked is None]
-            due = [ms for run in runs if BUDGET_CHANGED < (ms := run.wake_ms or 0) <= now_ms]
+            due = [ms for run in runs if MESSAGE_SENT < (ms := run.wake_ms or 0) <= now_ms]
             queued = sum(run.status == QUEUED for run in runs)
             figures[name] = QueueFigures(queued, min(due, default=None), len(since), min(since, default=None))
         return figures

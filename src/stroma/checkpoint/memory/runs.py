@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from stroma.checkpoint.blocked import BlockedMark
 from stroma.checkpoint.decisions import LastExecution, PriorWork, has_expired
-from stroma.checkpoint.entries import NO_CONTROL, RunControl, StepCall, Waiting
+from stroma.checkpoint.entries import NO_CONTROL, RunControl, SentMessage, StepCall, Waiting
 from stroma.checkpoint.events import MAX_BATCHES, EventBatch
 from stroma.checkpoint.queue import QueueEntry
 from stroma.contracts.schema import Schema, Snapshot
@@ -83,6 +83,7 @@ class MemoryRun:
         effects: ids of the nodes whose effect an execution of the run has called.
         queue: how the run was submitted.
         claim: token of the worker that has claimed it, and until when by the monotonic clock, in seconds.
+        messages: by id, in the order of their numbers; ``last_message``: the number of the last one.
         version: see RunRow. blocked: the mark of a blocked run.
     """
 
@@ -94,6 +95,8 @@ class MemoryRun:
     places: dict[str, int] = field(default_factory=dict)
     waiting: dict[tuple[int, str], Waiting] = field(default_factory=dict)
     notes: dict[str, bytes] = field(default_factory=dict)
+    messages: dict[str, SentMessage] = field(default_factory=dict)
+    last_message: int = 0
     traceparent: str | None = None
     attribution: Mapping[str, str] = field(default_factory=dict)
     parent: str | None = None

@@ -16,6 +16,7 @@ from stroma.checkpoint.decisions import (
     decide,
     expired_error,
     is_answered,
+    is_old_news,
     merge_wake,
 )
 from stroma.checkpoint.entries import (
@@ -24,6 +25,7 @@ from stroma.checkpoint.entries import (
     Finished,
     PriorUsage,
     RunRequest,
+    SentMessage,
     StepCall,
     Waiting,
     is_effect_note,
@@ -64,6 +66,7 @@ class MemorySession(NullSession):
         "_completion",
         "_on_suspension",
         "_other_rows",
+        "_read_messages",
         "_run",
         "_run_id",
         "_states",
@@ -128,6 +131,7 @@ class MemorySession(NullSession):
             run.last_session = weakref.ref(self)
             run.session = run.last_session if request.ends else no_session
         self.execution, self.epoch, self.version = run.execution, run.epoch, run.version
+        self._read_messages: int | None = None
         self._run, self._states, self._other_rows = run, run.states, run.other_rows
         self._run_id = request.run_id
         self.control = run.control
@@ -283,6 +287,10 @@ class MemorySession(NullSession):
         self.waiting = dict(self._run.waiting)
         return self.waiting
 
+    def messages(self, after: int) -> list[SentMessage]:
+        self._read_messages = self._run.last_message
+        return [one for one in self._run.messages.values() if one.number > after]
+
     def end(self, status: str, error: str | None, wake_ms: int | None = None) -> None:
         if self.finished is None:
             if self._run.epoch != self.epoch:
@@ -292,7 +300,10 @@ class MemorySession(NullSession):
             if before is not None and status in COMPLETE and before[2] == _count_attempts(self._run):
                 status, error = before[:2]  # A resume without anything to do leaves the run unchanged.
             self._run.status, self._run.error = status, error
-            self._run.wake_ms = merge_wake(self._run.wake_ms, status, error, wake_ms)
+            earlier, read = self._run.wake_ms, self._read_messages
+            if is_old_news(earlier, error, lambda: read in (None, self._run.last_message)):
+                earlier = None
+            self._run.wake_ms = merge_wake(earlier, status, wake_ms)
             self._run.blocked = None
             self.abandon()
             if status == "SUSPENDED":

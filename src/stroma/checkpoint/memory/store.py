@@ -14,12 +14,16 @@ from stroma.checkpoint.decisions import (
     COMPLETE,
     ENDED,
     FORK_DUE_MS,
+    MESSAGE_SENT,
     UNFINISHED,
+    add_news,
     check_resubmission,
     is_due,
     not_waiting,
+    other_message,
+    takes_no_message,
 )
-from stroma.checkpoint.entries import RunControl, RunRequest, Waiting
+from stroma.checkpoint.entries import RunControl, RunRequest, SentMessage, Waiting
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint, RunExists
 from stroma.checkpoint.flow_notes import FlowCut, cut_before
 from stroma.checkpoint.memory.reader import MemoryReader
@@ -193,7 +197,7 @@ class _MemoryStore(MemoryReader, MemoryCells):
             return False
         _request(run, run.control._replace(budget={**run.control.budget, **limits}))
         if not is_free:  # It may be about to wait for its budget.
-            run.wake_ms = BUDGET_CHANGED if run.wake_ms is None else run.wake_ms
+            run.wake_ms = add_news(run.wake_ms, BUDGET_CHANGED)
         elif run.error == BUDGET:
             run.wake_ms = 0
         return True
@@ -213,6 +217,23 @@ class _MemoryStore(MemoryReader, MemoryCells):
             raise not_waiting(run_id, waiting.id)
         if stored.payload is None:
             run.waiting[at], run.wake_ms = stored._replace(payload=waiting.payload), 0
+
+    async def send(self, run_id: str, message: SentMessage) -> None:
+        """Store a message to a run, which is due then if it is suspended; see DurableStore."""
+        run = self._require_run(run_id)
+        known = run.messages.get(message.id)
+        if known is not None:
+            if not known.is_same_as(message):
+                raise other_message(run_id, message.id)
+            return
+        if run.status in ENDED:
+            raise takes_no_message(run_id, run.status)
+        run.last_message += 1
+        run.messages[message.id] = message._replace(number=run.last_message)
+        if run.status == "SUSPENDED":
+            run.wake_ms = 0
+        elif run.status == "RUNNING":
+            run.wake_ms = add_news(run.wake_ms, MESSAGE_SENT)
 
     async def fork(
         self,
@@ -261,6 +282,7 @@ class _MemoryStore(MemoryReader, MemoryCells):
                 for key, data in source.notes.items()
                 if key.startswith(inside) and cut.has_note(run_id, key, data)
             }
+            run.last_message = source.last_message
             run.waiting = {
                 at: one for at, one in source.waiting.items() if at[0] == before and cut.has_call(at[1])
             }

@@ -9,7 +9,7 @@ from typing import Any, Final, LiteralString
 import psycopg
 
 from stroma.checkpoint.blocked import BlockedMark
-from stroma.checkpoint.decisions import BUDGET_CHANGED
+from stroma.checkpoint.decisions import MESSAGE_SENT
 from stroma.checkpoint.durable.integrity import parse_attempt, parse_run, require_undamaged
 from stroma.checkpoint.durable.owner import machine_prefix
 from stroma.checkpoint.durable.rows import (
@@ -210,7 +210,7 @@ class PostgresRows:
         return list(candidates)
 
     def queue_figures(self, pipeline: str, versions: Sequence[str], now_ms: int) -> QueueFigures:
-        values = {"pipeline": pipeline, "versions": list(versions), "now": now_ms, "changed": BUDGET_CHANGED}
+        values = {"pipeline": pipeline, "versions": list(versions), "now": now_ms, "news": MESSAGE_SENT}
         row: Any = self._execute(sql.QUEUE_FIGURES, values).fetchone()
         queued, due_ms, blocked, since_ms = row
         return QueueFigures(int(queued), due_ms, int(blocked), since_ms)

@@ -133,7 +133,7 @@ QUEUE_FIGURES: Final = f"""SELECT sum(queued), min(due_ms), sum(blocked), min(si
     UNION ALL SELECT count(*), min(CASE WHEN wake_ms <= %(now)s THEN wake_ms END), 0, NULL
     {_OF_PIPELINE} AND {_NOT_BLOCKED} AND status = 'QUEUED' AND queue_key IS NOT NULL
     UNION ALL SELECT 0, (SELECT wake_ms {_OF_PIPELINE} AND {_NOT_BLOCKED} AND status IN ('SUSPENDED', 'INTERRUPTED')
-    AND wake_ms <= %(now)s AND wake_ms > %(changed)s ORDER BY wake_ms LIMIT 1), 0, NULL
+    AND wake_ms <= %(now)s AND wake_ms > %(news)s ORDER BY wake_ms LIMIT 1), 0, NULL
     UNION ALL SELECT 0, NULL, count(*), min(blocked_since_ms) {_OF_PIPELINE} AND blocked_since_ms IS NOT NULL) AS parts"""
 # Of owners on this machine it is known at once that they are gone; they may be few of very many.
 RUNNING: Final = f"""SELECT run, run_id, pipeline, priority, queue_key, lease_owner,

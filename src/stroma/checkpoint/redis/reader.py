@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 from urllib.parse import quote, unquote_to_bytes
 
-from stroma.checkpoint.decisions import BUDGET_CHANGED
+from stroma.checkpoint.decisions import MESSAGE_SENT
 from stroma.checkpoint.decoding import RecordName, decode_number
 from stroma.checkpoint.durable.integrity import parse_attempt
 from stroma.checkpoint.durable.rows import (
@@ -114,7 +114,7 @@ class RedisReader:
         return Counter(map(_key, reply))
 
     def queue_figures(self, pipeline: str, versions: Sequence[str], now_ms: int) -> QueueFigures:
-        values = (now_ms, BUDGET_CHANGED + 1, _MAX_EXAMINED)
+        values = (now_ms, MESSAGE_SENT + 1, _MAX_EXAMINED)
         replies = self._get(
             *(
                 script_command("stroma:", "queue_figures", pipeline, version, *values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from stroma.checkpoint.decisions import BUDGET_CHANGED
+from stroma.checkpoint.decisions import MESSAGE_SENT
 from stroma.checkpoint.durable.rows import Annotation
 from stroma.checkpoint.queue import MAX_CLAIM_SECONDS
 
@@ -95,7 +95,7 @@ QUEUE_FIGURES: Final = f"""SELECT sum(queued), min(due_ms), sum(blocked), min(si
     FROM runs INDEXED BY runs_by_key WHERE pipeline = :pipeline AND status = 'QUEUED' AND queue_key IS NOT NULL
     AND {_NOT_BLOCKED} AND {_SERVED}
     UNION ALL SELECT 0, (SELECT wake_ms FROM runs INDEXED BY runs_by_wake WHERE pipeline = :pipeline
-    AND status IN ('SUSPENDED', 'INTERRUPTED') AND {_NOT_BLOCKED} AND wake_ms <= :now AND wake_ms > {BUDGET_CHANGED}
+    AND status IN ('SUSPENDED', 'INTERRUPTED') AND {_NOT_BLOCKED} AND wake_ms <= :now AND wake_ms > {MESSAGE_SENT}
     AND {_SERVED} ORDER BY wake_ms LIMIT 1), 0, NULL
     UNION ALL SELECT 0, NULL, count(*), min(blocked_since_ms) FROM runs INDEXED BY runs_by_block
     WHERE pipeline = :pipeline AND blocked_since_ms IS NOT NULL AND {_SERVED})"""

@@ -10,7 +10,7 @@ import click
 
 from stroma._utils.text import clean, format_duration, format_usd, short_id
 from stroma.checkpoint.blocked import BlockedMark
-from stroma.checkpoint.decisions import BUDGET_CHANGED, UNFINISHED
+from stroma.checkpoint.decisions import MESSAGE_SENT, UNFINISHED
 from stroma.checkpoint.history import FAILED, History, is_interrupted, status_of
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import Cause, RunQuery, RunRecord
@@ -66,7 +66,7 @@ def _due_ms(record: RunRecord) -> int | None:
     if record.due_ms is None or record.status not in UNFINISHED:
         return None
     return (
-        record.updated_ms if record.due_ms <= BUDGET_CHANGED else record.due_ms
+        record.updated_ms if record.due_ms <= MESSAGE_SENT else record.due_ms
     )  # At once since its last record.
 
 
