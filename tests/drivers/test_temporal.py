@@ -82,6 +82,28 @@ async def test_run_returns_at_a_question(cluster: Cluster) -> None:
     assert time.monotonic() - since < 30  # Before the re-check.
 
 
+async def test_a_message_continues_a_run(cluster: Cluster) -> None:
+    """A message continues a suspended run at once, from the runner and from a handle of it."""
+    run_id = fresh_id()
+
+    @stroma_flow("f", input=Num, output=Text)
+    async def f(flow: Flow, state: Num) -> Text:
+        return Text(text=f"{(await flow.receive(Text)).text} {(await flow.receive(Text)).text}")
+
+    async with cluster.worker(f):
+        result = await cluster.runner.run(f, Num(), run_id=run_id)
+        assert result.suspended == ["waiting for a message"]
+        since = time.monotonic()
+        await cluster.runner.send(run_id, Text(text="a"))
+        handle = cluster.runner.handle(run_id, f)
+        while (await handle.until_stopped()).status is not RunStatus.SUSPENDED:
+            await asyncio.sleep(0.01)
+        await handle.send({"text": "b"})
+        result = await handle.result(timeout=60)
+    assert (result.status, result.output) == (RunStatus.RESUMED, Text(text="a b"))
+    assert time.monotonic() - since < 30  # Before the re-check.
+
+
 async def test_only_ids_cross(cluster: Cluster) -> None:
     """States, outputs and error texts are in the store alone: the history of the workflow has ids and statuses."""
     run_id = fresh_id()

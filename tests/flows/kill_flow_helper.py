@@ -21,9 +21,9 @@ async def main(kind: str, where: str, side: str, seed: str, life: str) -> None:
     if kills is not None:
         INTERCEPTORS.insert(0, kills)
     with opened(kind, where) as store:
-        result = await world.live_on(store, program_of(int(seed)))
-    assert set(world.paid) <= set(world.ledger.values())
-    print(f"{result.status.value} {None if result.failure else result.output.n} {result.failure}")
+        await world.live_on(store, program_of(int(seed)))
+    assert set(world.life.paid) <= {at for at, _ in world.ledger.values()}
+    print(world.outcome())
 
 
 asyncio.run(main(*sys.argv[1:6]))

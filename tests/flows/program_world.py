@@ -1,4 +1,4 @@
-"""The world of a random program: its nodes, the ledger of its effects, and its lives."""
+"""The world of a random program: its nodes, the ledger of its effects, who sends it messages, and its lives."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import random
 from pathlib import Path
 from typing import Any
 
-from tests.flows.programs import Answer, Program, Value, flow_of, mixed
+from tests.flows.programs import Answer, Life, Program, Value, flow_of, mixed
 from tests.kit import node, retry_policies
 
 from stroma import NodeContract, NotDone, StromaRunner, current_node, stroma_node
+from stroma.checkpoint import CheckpointNotFound, StoreError
 from stroma.testing.crash import Boundary, Deaths
 
 __all__ = ["Kills", "ProgramWorld", "runner_of"]
@@ -66,17 +67,18 @@ class ProgramWorld:
 
     Attributes:
         keys: idempotency keys by node and place; ``charged``: branches of the effects that were made.
-        ledger: the places of effects by their key.
-        paid: places of the effects that have returned to the body in the last life.
-        side: a file that has all but ``paid`` of lives in other processes.
+        ledger: the places of effects by their key, with the number of the receipt.
+        life: what the body has done in the last life.
+        side: a file that has all but ``life`` of lives in other processes.
     """
 
     def __init__(self, chance: random.Random, *, has_faults: bool = False, side: Path | None = None) -> None:
         self.chance, self.has_faults = chance, has_faults
         self.keys: dict[str, set[str]] = {}
-        self.ledger: dict[str, str] = {}
+        self.ledger: dict[str, tuple[str, int]] = {}
         self.charged: set[str] = set()
-        self.paid: list[str] = []
+        self.life = Life()
+        self.sent: dict[str, int] = {}
         self.committed: set[str] = set()
         self.result: Any = None
         names = ("add", "left", "right", "first")
@@ -88,23 +90,35 @@ class ProgramWorld:
                 node_id=name, input_schema=Value, output_schema=Value, effect=True, reconcile=self._look
             )
             self.nodes[name] = stroma_node(name, contract)(func)
+        unknown = NodeContract(node_id="wire", input_schema=Value, output_schema=Value, effect=True)
+        self.nodes["wire"] = stroma_node("wire", unknown)(self._wire)
         self.side = None
         if side is not None and side.exists():
             for line in side.read_text().splitlines():
                 self._record(*json.loads(line))
         self.side = side
 
-    def _record(self, kind: str, place: str, key: str, branch: str) -> None:
-        """Record a call, or the payment of an effect, also for other processes."""
+    def _record(self, kind: str, place: str, key: str, branch: str, n: int = 0) -> None:
+        """Record a call, or the payment of an effect with the number of its receipt, also for other processes."""
         if kind == "call":
             self.keys.setdefault(place, set()).add(key)
         else:
             assert key not in self.ledger, f"paid twice: {place}"
-            self.ledger[key] = place
+            self.ledger[key] = place, n
             self.charged.add(branch)
         if self.side is not None:
             with self.side.open("a") as file:
-                file.write(json.dumps([kind, place, key, branch]) + "\n")
+                file.write(json.dumps([kind, place, key, branch, n]) + "\n")
+
+    def outcome(self) -> str | int:
+        """Return the number that the program has returned, or the node that it failed with."""
+        result = self.result
+        assert result is not None
+        assert result.status in ("COMPLETED", "RESUMED", "FAILED"), result.suspended
+        if result.failure is None:
+            return int(result.output.n)
+        assert result.failure.node_id == "bad", result.failure
+        return "bad"
 
     # ------------------------------------------------------------------ nodes
 
@@ -143,10 +157,18 @@ class ProgramWorld:
         here = self._note(state)
         self._fail(0.1)
         await self._take_time()
-        self._record("paid", state.at, here.idempotency_key, here.branch)
+        receipt = self._receipt(state)
+        self._record("paid", state.at, here.idempotency_key, here.branch, receipt.n)
         await self._take_time()
         self._fail(0.1)
-        return self._receipt(state), 10
+        return receipt, 10
+
+    async def _wire(self, state: Value) -> Any:
+        """Pay, and lose the connection now and then, before or after that."""
+        try:
+            return await self._pay(state)
+        except ConnectionError as error:
+            raise ConnectionResetError("connection reset by peer") from error
 
     async def _refused(self, state: Value) -> Value:
         self._note(state)
@@ -164,19 +186,60 @@ class ProgramWorld:
     async def live_on(self, store: Any, program: Program, kills: Kills | None = None) -> Any:
         """Run the program, and answer its questions, until it has ended. Return its result, or raise the death of the life."""
         while True:
-            self.paid.clear()
+            self.life = Life()
             if self.keys:  # There is a run to look at.
                 self.committed = {at.branch for at in store.attempts("r") if at.outcome == "success"}
             config = {"inline_wait_seconds": 0} if self.chance.random() < 0.1 else {}
-            work = runner_of(store, **config).run(flow_of(program, self.nodes, self.paid), Value())
+            work = runner_of(store, **config).run(flow_of(program, self.nodes, self.life), Value())
             life = asyncio.ensure_future(work)
             if kills is not None:
                 kills.task = life
-            self.result = result = await life
+            sender = asyncio.ensure_future(self._send_often(store))
+            try:
+                self.result = result = await life
+            finally:
+                sender.cancel()
+                await asyncio.wait([sender])
             if result.status == "INTERRUPTED":
                 return None
             if result.status != "SUSPENDED":
                 return result
             for question in result.questions:
-                if question.reason.startswith("answer "):
-                    await runner_of(store).signal("r", Answer(text="yes"), question=question.id)
+                await self._answer(store, question)
+            await self._send(store)
+
+    async def _answer(self, store: Any, question: Any) -> None:
+        """Answer a question; of an effect by the ledger."""
+        if question.kind == "effect":
+            (asked,) = [one for one in store.waiting("r") if one.id == question.id]
+            paid = self.ledger.get(asked.effect.key)
+            statement = NotDone() if paid is None else Value(n=paid[1], at=paid[0])
+            await runner_of(store).signal("r", statement, question=question.id)
+        elif question.reason.startswith("answer "):
+            await runner_of(store).signal("r", Answer(text="yes"), question=question.id)
+
+    async def _send_often(self, store: Any) -> None:
+        pace = self.chance.choice([0.0, 0.002, 0.01])
+        while True:
+            await asyncio.sleep(self.chance.random() * pace)
+            await self._send(store)
+
+    async def _send(self, store: Any) -> None:
+        """Send the next message of a topic, or one again."""
+        topics = [one for one, count in self.life.wanted.items() if self.sent.get(one, 0) < count]
+        if not topics:
+            return
+        topic = self.chance.choice(topics)
+        number = self.sent.get(topic, 0)
+        if number and self.chance.random() < 0.2:
+            number -= 1
+        text: Any = [] if topic.endswith("misfit") and not number else str(number)
+        try:
+            await runner_of(store).send("r", {"text": text}, topic=topic, id=f"{topic} {number}")
+        except CheckpointNotFound:
+            return
+        except StoreError as error:
+            if "has ended" not in str(error):
+                raise
+            return
+        self.sent[topic] = max(number + 1, self.sent.get(topic, 0))

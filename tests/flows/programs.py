@@ -1,4 +1,4 @@
-"""Random programs of flows: generated bodies of steps, tasks, races, timeouts, waits, effects and flows inside.
+"""Random programs of flows: generated bodies of steps, tasks, races, timeouts, waits, messages, effects and flows inside.
 
 A program is data, drawn by a seed: a block is a list of instructions, and some have blocks inside. The calls of a program may
 depend on time and on who wins a race; its result does not, so that a run that was killed equals one that was not.
@@ -11,14 +11,16 @@ import contextlib
 import random
 import sys
 import zlib
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel
 
 from stroma import Flow, FlowFunction, Pipeline, StepFailed, parallel, stroma_flow
 
-__all__ = ["Answer", "Program", "Value", "flow_of", "mixed", "program_of"]
+__all__ = ["Answer", "Life", "Note", "Program", "Value", "flow_of", "mixed", "program_of"]
 
 Program = list[Any]
 
@@ -39,10 +41,18 @@ _LEAVES = [
     "expire",
     "pay",
     "pay",
+    "wire",
+    "wire",
     "refused",
     "retry",
     "leave",
     "gone",
+    "receive",
+    "share",
+    "patient",
+    "steer",
+    "quiet",
+    "misfit",
     "queue",
     "lock",
 ]
@@ -75,8 +85,29 @@ class Answer(BaseModel):
     text: str = ""
 
 
+class Note(BaseModel):
+    """A message: its number among those of its topic."""
+
+    text: str
+
+
+@dataclass(slots=True)
+class Life:
+    """What one execution of a program has done.
+
+    Attributes:
+        paid: the places of the effects that have returned.
+        wanted: how many messages of a topic it may receive.
+        received: the texts of the messages that it has received, by topic.
+    """
+
+    paid: list[str] = field(default_factory=list)
+    wanted: dict[str, int] = field(default_factory=dict)
+    received: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+
 def program_of(seed: int) -> Program:
-    """Return the program of a seed."""
+    """Return the program of a seed. The last instruction of some fails."""
     chance = random.Random(seed)
     left = [chance.choice([6, 10, 16])]
 
@@ -90,17 +121,18 @@ def program_of(seed: int) -> Program:
         count = chance.randint(2, 3)
         return (chance.choice(_COMPOUNDS), count, *(block(depth + 1) for _ in range(count)))
 
-    return [instruction(0) for _ in range(chance.randint(2, 4))]
+    program = [instruction(0) for _ in range(chance.randint(2, 4))]
+    return [*program, ("fall", 2, block(2), block(2))] if chance.random() < 0.2 else program
 
 
 def flow_of(
-    program: Program, nodes: dict[str, Any], paid: list[str], name: str = "f"
+    program: Program, nodes: dict[str, Any], life: Life, name: str = "f"
 ) -> FlowFunction[Value, Value]:
-    """Return a program as a flow over the nodes of a world. ``paid``: gets the places of the effects that have returned."""
+    """Return a program as a flow over the nodes of a world. ``life``: gets what its body does."""
 
     @stroma_flow(name, input=Value, output=Value)
     async def f(flow: Flow, state: Value) -> Value:
-        body = _Body(flow, nodes, paid)
+        body = _Body(flow, nodes, life)
         return Value(n=await body.block(program, state.n, state.at or name), at=state.at)
 
     return f
@@ -109,8 +141,8 @@ def flow_of(
 class _Body:
     """One execution of a program. Its instructions are methods, which return a number made of ``n`` and of constants."""
 
-    def __init__(self, flow: Flow, nodes: dict[str, Any], paid: list[str]) -> None:
-        self.flow, self.nodes, self.paid = flow, nodes, paid
+    def __init__(self, flow: Flow, nodes: dict[str, Any], life: Life) -> None:
+        self.flow, self.nodes, self.life = flow, nodes, life
         self.left: list[asyncio.Task[Any]] = []
 
     async def block(self, program: Program, n: int, at: str) -> int:
@@ -175,8 +207,15 @@ class _Body:
     # ------------------------------------------------------------------ effects
 
     async def pay(self, n: int, at: str, count: int) -> int:
-        done = await self.call("pay", n, at)
-        self.paid.append(at)
+        return await self.done("pay", n, at)
+
+    async def wire(self, n: int, at: str, count: int) -> int:
+        """An effect whose unknown outcome only a person can find out."""
+        return await self.done("wire", n, at)
+
+    async def done(self, name: str, n: int, at: str) -> int:
+        done = await self.call(name, n, at)
+        self.life.paid.append(at)
         return done.n
 
     async def refused(self, n: int, at: str, count: int) -> int:
@@ -206,8 +245,65 @@ class _Body:
 
     async def leave(self, n: int, at: str, count: int) -> int:
         """Leave an effect behind, which the end of the flow, or of what is around it, cuts off."""
-        self.left.append(asyncio.create_task(self.pay(n, at, count)))
+        self.left.append(asyncio.create_task(self.done("pay" if count == 1 else "wire", n, at)))
         return n
+
+    # ------------------------------------------------------------------ messages
+
+    async def next(self, topic: str, **options: Any) -> str:
+        text = (await self.flow.receive(Note, topic=topic, **options)).text
+        self.life.received[topic].append(text)
+        return text
+
+    async def receive(self, n: int, at: str, count: int) -> int:
+        self.life.wanted[at] = count
+        return mixed(n, "".join([await self.next(at, key=f"{at}.{index}") for index in range(count)]))
+
+    async def share(self, n: int, at: str, count: int) -> int:
+        """Several tasks wait for messages of one topic: the first to wait gets the first one."""
+        self.life.wanted[at] = count + 1
+        return mixed(n, "".join(await asyncio.gather(*(self.next(at) for _ in range(count + 1)))))
+
+    async def patient(self, n: int, at: str, count: int) -> int:
+        """Wait for a time, again and again, until all messages are there."""
+        self.life.wanted[at], texts = count, list[str]()
+        while len(texts) < count:
+            with contextlib.suppress(TimeoutError):
+                texts.append(await self.next(at, timeout=0.001 * count))
+        return mixed(n, "".join(texts))
+
+    async def steer(self, n: int, at: str, count: int) -> int:
+        """Work, and give up the first of two waits whenever a step ends: what comes just then is for the second one."""
+        self.life.wanted[at], texts, index = count, list[str](), 0
+        waits: list[asyncio.Task[str]] = []
+        while len(texts) < count:
+            waits += [asyncio.create_task(self.next(at)) for _ in range(2 - len(waits))]
+            work = asyncio.create_task(self.call("add", n, f"{at}.{index}"))
+            await asyncio.wait([work, *waits], return_when=asyncio.FIRST_COMPLETED)
+            waits[0].cancel()
+            await asyncio.wait([waits[0]])
+            texts += [one.result() for one in waits if one.done() and not one.cancelled()]
+            waits = [one for one in waits if not one.done()]
+            await work
+            index += 1
+        for one in waits:
+            one.cancel()
+        return mixed(n, "".join(texts))
+
+    async def quiet(self, n: int, at: str, count: int) -> int:
+        with contextlib.suppress(TimeoutError):
+            await self.next(at, timeout=0.001 * count)
+        return n
+
+    async def misfit(self, n: int, at: str, count: int) -> int:
+        """The first message is no Note."""
+        self.life.wanted[at] = 2
+        try:
+            await self.next(at)
+        except StepFailed as error:
+            self.life.received[at].append("0")
+            return mixed(n, error.failure.message + await self.next(at))
+        raise AssertionError(at)
 
     # ------------------------------------------------------------------ tasks
 
@@ -250,6 +346,11 @@ class _Body:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         return (await self.call("add", n, f"{at}/after")).n
+
+    async def fall(self, n: int, at: str, count: int, *blocks: Program) -> int:
+        """A failure that nobody catches leaves its siblings behind."""
+        await asyncio.gather(*self.parts(n, at, blocks), self.call("bad", n, f"{at}/bad"))
+        raise AssertionError(at)
 
     async def race(self, n: int, at: str, count: int, *blocks: Program) -> int:
         tasks = [asyncio.create_task(one) for one in self.parts(n, at, blocks)]
@@ -297,11 +398,11 @@ class _Body:
         return n
 
     async def child(self, n: int, at: str, count: int, *blocks: Program) -> int:
-        inside = flow_of(blocks[0], self.nodes, self.paid, f"child{count}")
+        inside = flow_of(blocks[0], self.nodes, self.life, f"child{count}")
         return (await self.flow.run(inside, Value(n=n, at=at))).n
 
     async def pipeline(self, n: int, at: str, count: int, *blocks: Program) -> int:
-        inside = flow_of(blocks[0], self.nodes, self.paid, "inside")
+        inside = flow_of(blocks[0], self.nodes, self.life, "inside")
         parts: list[Any] = [self.nodes["first"], inside, self.nodes["add"]][: count + 1]
         return int((await self.flow.run(Pipeline("p", parts), Value(n=n, at=at))).n)
 

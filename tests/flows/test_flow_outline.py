@@ -78,6 +78,43 @@ def lines(entries: list[OutlineEntry], depth: int = 0) -> list[str]:
 
 
 @pytest.mark.asyncio
+async def test_waits_for_messages_are_shown(store: Any) -> None:
+    """A message that came, one that did not come in time and one that is awaited are lines, live and from the store."""
+
+    @stroma_flow("chat", input=Num, output=Num)
+    async def chat(flow: Flow, state: Num) -> Num:
+        await flow.receive(Text)
+        with pytest.raises(TimeoutError):
+            await flow.receive(Text, topic="<x>", timeout=0)
+        race = asyncio.create_task(flow.receive(Text, topic="given up"))
+        await asyncio.sleep(0)
+        race.cancel()
+        await flow.receive(Text, topic="y")
+        return state
+
+    runner = runner_on(store)
+    assert (await runner.run(chat, Num())).status is RunStatus.SUSPENDED
+    await runner.send("r", {"text": "a"})
+    result = await runner_on(store).run(chat, Num())
+    assert result.suspended == ["waiting for a message on 'y'"]
+    labels = ["message", "message on '<x>'", "message on 'y'"]
+    history = History(store)
+    record = await asyncio.to_thread(history.run, "r")
+    assert record is not None
+    waits = await asyncio.to_thread(history.flow_waits, record, [])
+    waits.sort(key=lambda bar: bar.at)
+    assert [(bar.node_id, bar.outcome) for bar in waits] == list(
+        zip(labels, ("received", "missed", "receiving"), strict=True)
+    )
+    assert [(mark.reason, mark.kind) for mark in result.trace.marks if mark.reason in labels] == list(
+        zip(labels, ("received", "missed", "receiving"), strict=True)
+    )
+    entries = outline([], waits)
+    assert [entry.kind for top in entries for entry in top.entries] == ["message"] * 3
+    assert "none in time" in Timeline([], waits, link=None).draw()
+
+
+@pytest.mark.asyncio
 async def test_calls_are_a_tree_with_loops_folded(store: Any, triage: Any) -> None:
     """Repeated calls of one node in a flow are one entry, and a question, a sleep, a map and a flow are named."""
     runner = runner_on(store)

@@ -10,7 +10,7 @@ from stroma.checkpoint.entries import OF_FLOW, StepCall
 from stroma.checkpoint.errors import CheckpointNotFound
 from stroma.checkpoint.identity import with_outer
 
-__all__ = ["FailureNote", "FlowCut", "cut_before", "decode_flow_note"]
+__all__ = ["FailureNote", "FlowCut", "MessageNote", "cut_before", "decode_flow_note", "message_label"]
 
 
 class FailureNote(TypedDict):
@@ -31,11 +31,28 @@ class FailureNote(TypedDict):
     input_key: str | None
 
 
-#: By kind: the function time of a flow ("b"), discarded events ("d"), an event ("e": branch, time), a failure ("f"), the end and
-#: the start of a wait ("s"), the time that a body observed ("v"), when a question was asked ("w") and that it expired ("x").
+class MessageNote(TypedDict):
+    """The message that a call of a flow got.
+
+    ``event``: the number of the event; ``number``: that of the message; ``problem``: why it does not fit the class of the call;
+    ``at_ms``: when the call got it, since the epoch.
+    """
+
+    event: int
+    number: int
+    topic: str
+    id: str
+    payload: str
+    problem: str | None
+    at_ms: float
+
+
+#: By kind: the function time of a flow ("b"), discarded events ("d"), an event ("e": branch, time), a failure ("f"), a message
+#: ("m"), calls for which the run is suspended ("n"), the topic and the start of a wait for a message ("r"), the end and the start
+#: of a wait ("s"), the time that a body observed ("v"), when a question was asked ("w") and that a wait expired ("x").
 _SHAPES: Final[dict[str, Any]] = {
-    "b": int, "d": list[tuple[int, int]], "e": tuple[str, int], "f": FailureNote, "n": tuple[int, list[str]], "s": tuple[int, float], "v": int,
-    "w": float, "x": bool,
+    "b": int, "d": list[tuple[int, int]], "e": tuple[str, int], "f": FailureNote, "m": MessageNote, "n": tuple[int, list[str]],
+    "r": tuple[str, float], "s": tuple[int, float], "v": int, "w": float, "x": bool,
 }  # fmt: skip
 _MAX_MS: Final = 253_402_300_799_000  # the last second that a datetime has
 
@@ -50,6 +67,11 @@ def decode_flow_note(run_id: str, key: str, kind: str, data: bytes) -> Any:
     if not 0 <= time_ms <= _MAX_MS:
         raise name.damaged("its time is not a date")
     return value
+
+
+def message_label(topic: str) -> str:
+    """Return what a wait for a message is called where runs are shown."""
+    return f"message on {topic!r}" if topic else "message"
 
 
 class FlowCut(NamedTuple):
@@ -73,7 +95,7 @@ class FlowCut(NamedTuple):
         _, kind, rest = key.split(":", 2)
         if kind in ("e", "v"):
             return decode_number(rest, RecordName(run_id, "note", key)) < self.number
-        if kind == "f":
+        if kind in ("f", "m"):
             return bool(decode_flow_note(run_id, key, kind, data)["event"] < self.number)
         return kind in ("d", "seed")
 
@@ -102,6 +124,8 @@ def cut_before(
             continue
         if kind == "e" and (branch := decode_flow_note(run_id, key, kind, data)[0]):
             numbers[branch] = decode_number(rest, RecordName(run_id, "note", key))
+        elif kind == "m":
+            numbers[rest] = decode_flow_note(run_id, key, kind, data)["event"]
         elif kind == "f":
             failure = decode_flow_note(run_id, key, kind, data)
             numbers[rest] = failure["event"]

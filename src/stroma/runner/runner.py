@@ -675,7 +675,7 @@ class StromaRunner:
 
         ``pipeline``: the flow or Pipeline of the run, for its result; by default the flow of this runner with its name.
         """
-        from stroma.runner.submission import RunHandle  # Not loaded by runs.
+        from stroma.runner.submission import HandleCalls, RunHandle  # Not loaded by runs.
 
         async def read(run_id: str) -> ExecutionResult[Any]:
             served = self._stored.served([*self._flows.values()] if pipeline is None else [pipeline])
@@ -690,7 +690,8 @@ class StromaRunner:
             state = await self._stored.read_input(run_id, schema)
             return await reader._run(nodes, state, {}, dispatch=Dispatch(reads=True))
 
-        return RunHandle(run_id, self._stored, self._end_waits, read, self.follow)
+        calls = HandleCalls(read, self.follow, self.send)
+        return RunHandle(run_id, self._stored, self._end_waits, calls)
 
     def _driver(self, batch: Batch, options: Mapping[str, Any] | None = None) -> RunDriver:
         from stroma.runner.drive import RunDriver  # Not loaded by runs.
@@ -766,6 +767,17 @@ class StromaRunner:
         ValidationError, CheckpointNotFound, StoreError if the question is not open, ValueError if ``question`` is needed.
         """
         await self._stored.answer(run_id, answer, question=question, schema=schema)
+
+    async def send(self, run_id: str, message: Any, *, topic: str = "", id: str | None = None) -> None:
+        """Store a message to a run, which ``flow.receive`` takes. A suspended run is due then, so that a worker continues it.
+
+        ``message``: a model or JSON data. ``topic``: that of the receiver. ``id``: identifies the message in the run; sending it
+        again changes nothing. By default each call sends a message of its own. Messages of a topic are received in the
+        order in which they were stored; the class of the receiver validates them when it takes them. Raises
+        CheckpointNotFound, StoreError if the run has ended or was sent another message with this id, NotSerialisable,
+        TypeError or ValueError for a message that is no JSON.
+        """
+        await self._stored.send(run_id, message, topic, id)
 
     async def cancel(self, run_id: str) -> bool:
         """End a run as CANCELLED, in whatever process it is. Returns False if it had ended. Raises CheckpointNotFound.

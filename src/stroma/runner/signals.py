@@ -1,7 +1,8 @@
-"""Answers to suspended runs."""
+"""Answers to suspended runs, and messages to runs."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ from stroma.contracts.effects import NotDone, Unknown
 from stroma.contracts.node import output_class
 from stroma.contracts.schema import schema_of
 
-__all__ = ["match_answer"]
+__all__ = ["encode_message", "match_answer"]
 
 _MAX_NAMED: Final = 10  # questions in a message
 
@@ -48,6 +49,15 @@ def match_answer(
     if isinstance(answer, BaseModel) and waiting.schema_ref:
         return waiting._replace(payload=expected.encode(expected.convert(answer)))
     return waiting._replace(payload=expected.encode(expected.validate(answer)))
+
+
+def encode_message(message: Any) -> bytes:
+    """Return a message in stored form. Raises NotSerialisable for a model without one, TypeError or ValueError for what is no JSON."""
+    if isinstance(message, BaseModel):
+        schema = schema_of(type(message))
+        return schema.encode(schema.convert(message))
+    # The space tells it from a model in stored form.
+    return b" " + json.dumps(message, ensure_ascii=False, allow_nan=False).encode()
 
 
 def _find(questions: Sequence[Waiting], run_id: str, answer: Any, question: str | None) -> Waiting:

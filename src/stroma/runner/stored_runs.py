@@ -6,13 +6,14 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import uuid4
 
 from pydantic import BaseModel
 
 from stroma._utils.logs import get_logger
 from stroma.checkpoint import CheckpointManager, CheckpointNotFound, StoreError, Waiting
 from stroma.checkpoint.decisions import UNFINISHED
-from stroma.checkpoint.entries import RunRequest
+from stroma.checkpoint.entries import RunRequest, SentMessage
 from stroma.checkpoint.events import EventPage, EventPlace
 from stroma.checkpoint.queue import (
     Candidate,
@@ -22,7 +23,7 @@ from stroma.checkpoint.queue import (
     RunLimits,
     ServedCode,
 )
-from stroma.contracts.contract import ContractRegistry
+from stroma.contracts.contract import ContractRegistry, check_id
 from stroma.contracts.node import Group, Node, find_node, output_class
 from stroma.contracts.schema import Schema, schema_of
 from stroma.contracts.tagged_json import NotSerialisable
@@ -32,7 +33,7 @@ from stroma.runner.code import code_of
 from stroma.runner.flows.suspension import now_ms
 from stroma.runner.pipeline import Pipeline, input_schema_of, nodes_of
 from stroma.runner.requests import limits_of, request
-from stroma.runner.signals import match_answer
+from stroma.runner.signals import encode_message, match_answer
 from stroma.trace.result import RunStatus
 
 if TYPE_CHECKING:  # Loaded with a durable store.
@@ -280,6 +281,15 @@ class StoredRuns:
             await self.get(run_id)
         answered = match_answer(questions, run_id, answer, question=question, schema=schema)
         await store.signal(run_id, answered)
+
+    async def send(self, run_id: str, message: Any, topic: str, message_id: str | None) -> None:
+        """Store a message to a run; see :meth:`StromaRunner.send`."""
+        store = self._journal("send")
+        payload = encode_message(message)
+        if topic != "":
+            check_id(topic, "topic")
+        message_id = uuid4().hex if message_id is None else check_id(message_id, "message id")
+        await store.send(run_id, SentMessage(0, topic, message_id, payload))
 
     async def cancel(self, run_id: str) -> bool:
         """End a run; see :meth:`StromaRunner.cancel`."""

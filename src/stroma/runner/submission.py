@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from pydantic import BaseModel
 
@@ -17,12 +17,20 @@ from stroma.runner.flows.suspension import now_ms
 from stroma.runner.stored_runs import StoredRuns, no_run
 from stroma.trace.result import ExecutionResult, RunStatus
 
-__all__ = ["EndWaits", "RunHandle"]
+__all__ = ["EndWaits", "HandleCalls", "RunHandle"]
 
 Out = TypeVar("Out", bound=BaseModel)
 
 #: Between looks at the runs that somebody waits for, in seconds: at first, and at most.
 _POLL_SECONDS: Final = (0.02, 0.5)
+
+
+class HandleCalls(NamedTuple):
+    """Calls of a handle; ``read`` returns the result of a run that has ended or is suspended."""
+
+    read: Callable[[str], Awaitable[ExecutionResult[Any]]]
+    follow: Callable[[str, str | None], AsyncIterator[StreamEvent]]
+    send: Callable[..., Awaitable[None]]
 
 
 class RunHandle(Generic[Out]):
@@ -37,14 +45,12 @@ class RunHandle(Generic[Out]):
         run_id: str,
         stored: StoredRuns,
         waits: EndWaits,
-        read: Callable[[str], Awaitable[ExecutionResult[Out]]],
-        follow: Callable[[str, str | None], AsyncIterator[StreamEvent]],
+        calls: HandleCalls,
     ) -> None:
         self.run_id = run_id
-        self._follow = follow
         self._stored = stored
         self._waits = waits
-        self._read = read
+        self._calls = calls
 
     def __repr__(self) -> str:
         return f"RunHandle({self.run_id!r})"
@@ -59,7 +65,11 @@ class RunHandle(Generic[Out]):
 
     def follow(self, after: str | None = None) -> AsyncIterator[StreamEvent]:
         """Yield the events of the run, over suspensions to its end; see :meth:`StromaRunner.follow`."""
-        return self._follow(self.run_id, after)
+        return self._calls.follow(self.run_id, after)
+
+    async def send(self, message: Any, *, topic: str = "", id: str | None = None) -> None:
+        """Store a message to the run; see :meth:`StromaRunner.send`."""
+        await self._calls.send(self.run_id, message, topic=topic, id=id)
 
     async def result(self, timeout: float | None = None) -> ExecutionResult[Out]:
         """Wait for the end of the run, over suspensions, and return its result, whatever the end is.
@@ -72,7 +82,7 @@ class RunHandle(Generic[Out]):
             while True:
                 await self._waits.until_ended(self.run_id)
                 try:
-                    result = await self._read(self.run_id)
+                    result = await self._calls.read(self.run_id)
                 except (RunBusy, RunExists):  # Somebody has restarted it meanwhile.
                     continue
                 if result.status is not RunStatus.SUSPENDED:
@@ -89,7 +99,7 @@ class RunHandle(Generic[Out]):
             is_due = record.due_ms is not None and record.due_ms <= now_ms()
             if record.status not in ("RUNNING", RunStatus.INTERRUPTED, QUEUED) and not is_due:
                 with contextlib.suppress(RunBusy, RunExists):  # Somebody has continued it meanwhile.
-                    return await self._read(self.run_id)
+                    return await self._calls.read(self.run_id)
             await asyncio.sleep(delay)
             delay = min(2 * delay, _POLL_SECONDS[1])
 

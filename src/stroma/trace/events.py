@@ -11,7 +11,17 @@ from stroma.contracts.schema import Schema, Snapshot
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import ItemFailure
 
-__all__ = ["QUESTIONS", "SLEEPS", "AttemptUsage", "Failed", "MarkKind", "Outcome", "TraceEvent", "TraceMark"]
+__all__ = [
+    "QUESTIONS",
+    "RECEIVES",
+    "SLEEPS",
+    "AttemptUsage",
+    "Failed",
+    "MarkKind",
+    "Outcome",
+    "TraceEvent",
+    "TraceMark",
+]
 
 
 Outcome = Literal["success", "failure", "cancelled", "suspended"]
@@ -253,11 +263,12 @@ class TraceEvent:
 
 MarkKind = Literal[
     "wait", "refused", "cooldown", "circuit_open", "circuit_half_open", "circuit_closed",
-    "slept", "sleeping", "answered", "open", "expired",
+    "slept", "sleeping", "answered", "open", "expired", "received", "receiving", "missed",
 ]  # fmt: skip
-#: Kinds of a sleep, and of a question, of a flow: they belong to no attempt.
+#: Kinds of a sleep, of a question and of a wait for a message, of a flow: they belong to no attempt.
 SLEEPS: Final = ("slept", "sleeping")
 QUESTIONS: Final = ("answered", "open", "expired")
+RECEIVES: Final = ("received", "receiving", "missed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +277,8 @@ class TraceMark:
 
     Attributes:
         kind: "wait" for its turn, "refused" by a shared budget, a limit or an open circuit, the "cooldown" of a limit that it
-            has begun, or what a circuit came to; of a sleep "slept" or "sleeping", of a question "answered", "expired" or "open".
+            has begun, or what a circuit came to; of a sleep "slept" or "sleeping", of a question "answered", "expired" or "open", of a wait
+            for a message "received", "receiving" or "missed".
         reason: what for, in words; of a circuit the host or limit, of a cooldown the limit.
         waited_ms: how long it waited in this process; 0 for all else.
         at_utc: when it was noted: a wait at its end.

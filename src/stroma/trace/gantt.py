@@ -15,8 +15,15 @@ __all__ = ["ANSWERS", "MOST", "bar_title", "duration", "idle", "idle_ms", "place
 
 #: Rows and attempts that are drawn; of a run with more, the failed ones go first.
 MOST: Final = 2000
-#: Texts of what became of a question.
-ANSWERS: Final = {"open": "waiting for an answer", "answered": "answered", "expired": "no answer in time"}
+#: Texts of what became of a question, or of a wait for a message.
+ANSWERS: Final = {
+    "open": "waiting for an answer",
+    "answered": "answered",
+    "expired": "no answer in time",
+    "receiving": "waiting",
+    "received": "received",
+    "missed": "none in time",
+}
 #: What is long for a stretch without work, and how it is drawn when folded: parts of the time with work.
 _LONG: Final = 0.1
 _SHORT: Final = 0.03

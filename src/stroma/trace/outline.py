@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 from urllib.parse import unquote
 
-from stroma.trace.events import SLEEPS
+from stroma.trace.events import RECEIVES, SLEEPS
 from stroma.trace.story import FAILED, Bar
 
-__all__ = ["EntryKind", "OutlineEntry", "PlacedCall", "fold", "outline", "parse_call"]
+__all__ = ["WAITS", "EntryKind", "OutlineEntry", "PlacedCall", "fold", "outline", "parse_call"]
 
-EntryKind = Literal["node", "map", "sleep", "question", "fold"]
+EntryKind = Literal["node", "map", "sleep", "question", "message", "fold"]
+#: Kinds of the entries of waits.
+WAITS: Final = ("sleep", "question", "message")
 
 _MARK: Final = "#"
 
@@ -25,7 +27,7 @@ class PlacedCall(NamedTuple):
     """A call in the code of a flow or node, as its identity has it.
 
     Attributes:
-        kind: "" for a step, "*" for a map, "!" for a sleep or a question.
+        kind: "" for a step, "*" for a map, "!" for a sleep or a question, "?" for a wait for a message.
         name: the node id; "" if the call has a key.
         number: 0-based number of the call in its scope, or its key.
         scope: the asyncio task that made it, in plain code; "" for the first one, and in a flow.
@@ -43,7 +45,7 @@ def parse_call(part: str) -> PlacedCall | None:
     name, mark, number = text.rpartition(_MARK)
     if not mark:
         return None
-    kind = name[:1] if name[:1] in ("*", "!") else ""
+    kind = name[:1] if name[:1] in ("*", "!", "?") else ""
     return PlacedCall(kind, unquote(name[len(kind) :]), unquote(number.partition("@")[0]), scope)
 
 
@@ -71,7 +73,7 @@ class OutlineEntry:
         """The bars of its line: its attempts; of what has none, the attempts inside it."""
         if self.bars:
             return self.bars
-        inside = [entry for entry in self.entries if entry.kind not in ("sleep", "question")]
+        inside = [entry for entry in self.entries if entry.kind not in WAITS]
         return [bar for entry in inside for bar in entry.drawn_bars]
 
     @property
@@ -124,8 +126,8 @@ class OutlineEntry:
 def outline(bars: Iterable[Bar], waits: Iterable[Bar] = ()) -> list[OutlineEntry]:
     """Return the attempts of a run as a tree, nothing folded.
 
-    Children of groups come by their index, calls in the order in which they started. ``waits``: the sleeps and questions
-    of flows, each as a bar.
+    Children of groups come by their index, calls in the order in which they started. ``waits``: those of flows, each
+    as a bar.
     """
     known: dict[str, OutlineEntry] = {}
     for bar in bars:
@@ -134,7 +136,9 @@ def outline(bars: Iterable[Bar], waits: Iterable[Bar] = ()) -> list[OutlineEntry
             entry = known[bar.at] = OutlineEntry(bar.at, bar.node_id, "node", call=_call_at(bar.at))
         entry.bars.append(bar)
     for bar in waits:
-        kind: EntryKind = "sleep" if bar.outcome in SLEEPS else "question"
+        kind: EntryKind = (
+            "sleep" if bar.outcome in SLEEPS else "message" if bar.outcome in RECEIVES else "question"
+        )
         known.setdefault(bar.at, OutlineEntry(bar.at, bar.node_id, kind, [bar], call=_call_at(bar.at)))
     for at in list(known):
         while parent := at.rpartition(".")[0]:
@@ -217,6 +221,6 @@ def _fold_key(entry: OutlineEntry, in_map: bool) -> tuple[str, str, str]:
     call = entry.call
     if in_map:
         return "item", entry.label, ""
-    if call is None or call.kind == "!":
+    if call is None or call.kind in ("!", "?"):
         return "", entry.at, ""  # Itself alone.
     return f"{call.kind}call", entry.label, call.scope

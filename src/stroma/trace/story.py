@@ -25,7 +25,7 @@ class Bar:
         began_ms, took_ms: since the first attempt began, and of the function alone; of a group, from the first function inside
             it to the last.
         outcome: "success", "failure", "cancelled", "suspended" or "forked"; of a wait of a flow "sleeping" or "slept", or of
-            a question "open", "answered" or "expired".
+            a question "open", "answered" or "expired", or for a message "receiving", "received" or "missed".
         is_committed: True if its output was committed.
         input_state, output_state: plain JSON data; None if not known.
         function_ms: for how long functions ran, of a group in which there were waits as well; None for all others.
@@ -81,7 +81,7 @@ class Story:
 
     Attributes:
         left_out: how many attempts there are beside ``bars``.
-        waits: the sleeps and questions of flows, which are no attempts.
+        waits: the sleeps of flows, their questions and their waits for messages, which are no attempts.
     """
 
     run_id: str

@@ -7,14 +7,21 @@ from typing import Any, Final
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd
 from stroma.trace.gantt import duration
-from stroma.trace.outline import OutlineEntry, fold, outline
+from stroma.trace.outline import WAITS, OutlineEntry, fold, outline
 from stroma.trace.story import Bar, Story, waits
 
 __all__ = ["renderable"]
 
 _WIDE: Final = 32
 _MOST: Final = 200
-_STYLES: Final = {"success": "green", "failure": "red", "forked": "dim", "slept": "dim", "answered": "green"}
+_STYLES: Final = {
+    "success": "green",
+    "failure": "red",
+    "forked": "dim",
+    "slept": "dim",
+    "answered": "green",
+    "received": "green",
+}
 
 
 def renderable(story: Story) -> Any:
@@ -66,7 +73,7 @@ def renderable(story: Story) -> Any:
             _add_fold(table, entry, name, end)
             continue
         for bar in entry.bars:
-            shown += entry.kind not in ("sleep", "question")
+            shown += entry.kind not in WAITS
             table.add_row(
                 bar.at, name, str(bar.attempt) if entry.kind == "node" else "", _drawn([bar], paused.get(bar.key), end),
                 duration(bar.took_ms, bar.function_ms), f"{bar.tokens:,}" if bar.tokens else "", format_usd(bar.cost_usd) if bar.tokens or bar.cost_usd else "",

@@ -16,7 +16,7 @@ from stroma._utils.text import clean, format_duration, format_usd
 from stroma.trace.cells import strip_of
 from stroma.trace.events import SLEEPS
 from stroma.trace.gantt import ANSWERS, bar_title, duration, places
-from stroma.trace.outline import OutlineEntry, fold, outline
+from stroma.trace.outline import WAITS, OutlineEntry, fold, outline
 from stroma.trace.story import FAILED, Bar, waits
 
 __all__ = ["HATCHES", "InProgress", "Timeline", "axis_of", "legend"]
@@ -48,6 +48,7 @@ _TONES: Final = {
     "forked": "dim",
     "slept": "dim",
     "answered": "good",
+    "received": "good",
 }
 _STEPS_MS: Final = [
     *(n * 10**power for power in range(3) for n in (1, 2, 5)),
@@ -78,7 +79,7 @@ class Timeline:
 
     Attributes:
         bars: the attempts, with times from the first one on.
-        waits: sleeps and questions of flows.
+        waits: those of flows.
         link: address of an attempt; None if its bars lead nowhere.
         attempt_prefix: address of the attempts of the run, without the place.
         selected: the attempt that stopped the run; None without one.
@@ -292,7 +293,7 @@ class _Drawing:
 
     def line(self, entry: OutlineEntry) -> str:
         it, bars = self.it, entry.bars
-        folds, is_wait = bool(entry.entries), entry.kind in ("sleep", "question")
+        folds, is_wait = bool(entry.entries), entry.kind in WAITS
         is_link = it.link is not None and not (folds or is_wait)  # A click on a row that folds must open it.
         calls = entry.entries if entry.kind == "fold" else [entry]
         drawn_bars = entry.drawn_bars
@@ -424,7 +425,7 @@ def _tone(entry: OutlineEntry) -> str:
 
 def _figures(entry: OutlineEntry, calls: Sequence[OutlineEntry]) -> str:
     bars = entry.bars
-    if entry.kind == "question":
+    if entry.kind in ("question", "message"):
         return f'<span class="all">{ANSWERS.get(bars[0].outcome, "")}</span>'
     if entry.kind == "sleep":
         so_far = " so far" if bars and bars[0].outcome in SLEEPS and bars[0].outcome != "slept" else ""

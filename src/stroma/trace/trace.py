@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 from stroma.trace.events import (
     NO_USAGE,
     QUESTIONS,
+    RECEIVES,
     SLEEPS,
     AttemptRow,
     BoundedRows,
@@ -207,14 +208,14 @@ class ExecutionTrace(Shown):
         return None if rejected is None else hide_rejected(redact, rejected)
 
     def _wait_bars(self, first_ns: int) -> tuple[Bar, ...]:
-        """Return the sleeps and questions of flows."""
+        """Return the waits of flows."""
         from stroma.trace.story import Bar
 
         bars: list[Bar] = []
         for mark in self.marks:
-            if mark.kind in (*SLEEPS, *QUESTIONS):
+            if mark.kind in (*SLEEPS, *QUESTIONS, *RECEIVES):
                 began_ms = mark.at_utc.timestamp() * 1000 - mark.waited_ms - first_ns / 1e6
-                label = mark.reason if mark.kind in SLEEPS else f"question: {mark.reason}"
+                label = f"question: {mark.reason}" if mark.kind in QUESTIONS else mark.reason
                 at = f"{mark.position}.{mark.branch}"
                 bars.append(Bar(label, at, 1, max(0.0, began_ms), mark.waited_ms, mark.kind))
         return tuple(bars)

@@ -1,4 +1,4 @@
-"""Sleeps and questions of flows, and the inputs of steps that failed, as a store has them besides the commits.
+"""Waits of flows, and the inputs of steps that failed, as a store has them besides the commits.
 
 ``runner/flows/journal.py`` writes these notes, under ``position:kind:branch``.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.errors import CorruptCheckpoint
-from stroma.checkpoint.flow_notes import decode_flow_note
+from stroma.checkpoint.flow_notes import decode_flow_note, message_label
 from stroma.checkpoint.identity import is_called
 from stroma.trace.outline import parse_call
 from stroma.trace.story import Bar
@@ -22,7 +22,7 @@ __all__ = ["failed_input", "wait_bars"]
 def wait_bars(
     waiting: Iterable[Waiting], notes: Mapping[str, bytes], first_ns: int, until_ms: int
 ) -> list[Bar]:
-    """Return the sleeps and questions of flows as bars; of a question ``reason`` is the class of its answer.
+    """Return the waits of flows as bars; of a question ``reason`` is the class of its answer, of a message its topic.
 
     ``until_ms``: the end of those that are open.
     """
@@ -30,10 +30,10 @@ def wait_bars(
     first_ms = first_ns / 1e6
 
     def add(
-        at: str, label: str, outcome: str, began_ms: float, ended_ms: float, answer: str | None = None
+        at: str, label: str, outcome: str, began_ms: float, ended_ms: float, reason: str | None = None
     ) -> None:
         bars[at] = Bar(
-            label, at, 1, began_ms - first_ms, max(0.0, ended_ms - began_ms), outcome, None, answer
+            label, at, 1, began_ms - first_ms, max(0.0, ended_ms - began_ms), outcome, None, reason
         )
 
     for one in waiting:
@@ -52,8 +52,20 @@ def wait_bars(
             add(at, label, "answered", began_ms, began_ms, answer)
     for key in notes:
         position, kind, branch = [*key.split(":", 2), "", ""][:3]
+        wait = _read(notes, key) if kind == "r" else None
+        if wait is not None:
+            topic, began_ms = wait
+            place, outcome, ended_ms = f"{position}:%s:{branch}", "receiving", until_ms
+            wake, message = _read(notes, place % "s"), _read(notes, place % "m")
+            if message is not None:
+                outcome, ended_ms = "received", message["at_ms"]
+            elif place % "x" in notes:
+                outcome, ended_ms = "missed", began_ms if wake is None else wake[0]
+            add(f"{position}.{branch}", message_label(topic), outcome, began_ms, ended_ms, topic)
+    for key in notes:
+        position, kind, branch = [*key.split(":", 2), "", ""][:3]
         at, wake = f"{position}.{branch}", _read(notes, key) if kind == "s" else None
-        if wake is None or at in bars:  # The time limit of a question.
+        if wake is None or at in bars:  # The time limit of another wait.
             continue
         wake_ms, began_ms = wake
         outcome = "slept" if wake_ms <= until_ms else "sleeping"

@@ -124,7 +124,7 @@ class History:
     def flow_waits(
         self, record: RunRecord, attempts: Sequence[AttemptRecord], waiting: Sequence[Waiting] | None = None
     ) -> list[Bar]:
-        """Return the sleeps and questions of a run's flows as bars beside those of its attempts.
+        """Return the waits of a run's flows as bars beside those of its attempts.
 
         ``waiting``: what :meth:`waiting` returned, if it was read before.
         """

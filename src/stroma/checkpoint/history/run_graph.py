@@ -30,7 +30,7 @@ class StepNode:
 
     Attributes:
         path: its label after those of the flows and maps around it.
-        kind: "node", "map", "flow", "sleep" or "question".
+        kind: "node", "map", "flow", "sleep", "question" or "message".
         calls: number of calls; of a node in a map of its items.
         attempts, failed: number of attempts, and of those that failed.
         took_ms, cost_usd: durations of its attempts, and their cost.
@@ -209,7 +209,7 @@ class RunGraph:
         return arc_diagram(boxes, links, title=title)
 
 
-_SHAPES: Final = {"sleep": ("([", "])"), "question": ("{{", "}}")}
+_SHAPES: Final = {"sleep": ("([", "])"), "question": ("{{", "}}"), "message": ("{{", "}}")}
 
 
 def _start(entry: OutlineEntry) -> tuple[float, str]:

@@ -57,6 +57,7 @@ class TemporalRunner:
         Once the run is stored it is started, if not from here: workers look for submitted runs without a workflow.
         """
         handle = await self._local.submit(pipeline, initial_state, **options)
+        handle._calls = handle._calls._replace(send=self.send)
         if await handle.status() not in _FINAL:
             await self._dispatcher.start(handle.run_id, pipeline.name)
         return handle
@@ -73,7 +74,9 @@ class TemporalRunner:
 
     def handle(self, run_id: str, pipeline: Pipeline | None = None) -> RunHandle[Any]:
         """Return the handle of a run of any origin; see :meth:`StromaRunner.handle`."""
-        return self._local.handle(run_id, pipeline)
+        handle = self._local.handle(run_id, pipeline)
+        handle._calls = handle._calls._replace(send=self.send)
+        return handle
 
     async def resume(self, run_id: str) -> bool:
         """Continue a run that stopped, failed ones and cancelled ones too; committed nodes are not called again.
@@ -89,6 +92,11 @@ class TemporalRunner:
     async def signal(self, run_id: str, answer: Any, **options: Any) -> None:
         """Answer a question, and continue the run; see :meth:`StromaRunner.signal`."""
         await self._local.signal(run_id, answer, **options)
+        await self._start(run_id)
+
+    async def send(self, run_id: str, message: Any, **options: Any) -> None:
+        """Store a message to a run, and continue the run; see :meth:`StromaRunner.send`."""
+        await self._local.send(run_id, message, **options)
         await self._start(run_id)
 
     async def cancel(self, run_id: str) -> bool:

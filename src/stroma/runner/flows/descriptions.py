@@ -17,10 +17,12 @@ def _describe_call(identity: str) -> str:
     name, mark, number = identity.partition("@")[0].rpartition("#")
     if not mark:
         return f"the item at index {number}"
-    if name in ("", "!", "*"):
+    if name in ("", "!", "?", "*"):
         return f"the call with key={unquote(number)!r}"
     if name == "!wait":
         return f"flow.wait_for (call {int(number) + 1})"
+    if name == "?receive":
+        return f"flow.receive (call {int(number) + 1})"
     kind = "map over" if name.startswith("*") else "step"
     return f"{kind} {unquote(name.lstrip('*'))!r} (call {int(number) + 1})"
 

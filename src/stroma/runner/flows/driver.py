@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import math
-from collections import deque
 from collections.abc import Coroutine
 from functools import partial
+from time import monotonic
 from typing import Any, Final
 
 from stroma.checkpoint import PipelineChanged, StoreError
+from stroma.checkpoint.entries import SentMessage
 from stroma.engine.attempt import NodeAttempt
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT
@@ -29,7 +30,7 @@ from stroma.runner.flows.call import FlowCall
 from stroma.runner.flows.descriptions import describe, describe_difference, shorten
 from stroma.runner.flows.endings import end_of
 from stroma.runner.flows.errors import FlowClosed, StepFailed
-from stroma.runner.flows.journal import REPLAY_ONLY, Event, FlowJournal, read_failure
+from stroma.runner.flows.journal import REPLAY_ONLY, Event, FlowJournal, message_of, misfit_of, read_failure
 from stroma.runner.flows.suspension import FlowWaits, now_ms
 
 __all__ = ["FlowDriver"]
@@ -48,14 +49,14 @@ class FlowDriver(FlowWaits):
         has_siblings: steps ran side by side.
         is_live: everything that is recorded has been delivered.
         context: the variables with which the body begins.
-        woken_by: number of the last event that the body noticed; ``called_at``: what it was at the last call.
+        called_at: number of the last event that the body had noticed at its last call.
         failures: numbers of the events that were failures.
     """
 
     def __init__(self, ctx: ReliabilityContext, journal: FlowJournal, flow_id: str, position: int) -> None:
         self.outer = asyncio.get_running_loop()
-        super().__init__(ctx, flow_id, position, BodyLoop(self.outer, lambda: self.time_ms() / 1000))
-        self.journal, self.records = journal, journal.records(position)
+        loop = BodyLoop(self.outer, lambda: self.time_ms() / 1000)
+        super().__init__(ctx, journal, flow_id, position, loop)
         self._look_for_records()
         self.closing = self.is_over = self.has_siblings = self.is_live = False
         self.woken_by = self.called_at = 0
@@ -75,11 +76,6 @@ class FlowDriver(FlowWaits):
         #: Branches of the calls in the replay.
         self._replayed: set[str] = set()
         self._waker: asyncio.Future[None] | None = None
-        #: Numbers of the events to come, in order; by branch those of calls; and what they are, once it is stored.
-        self._numbers: deque[int] = deque()
-        self._number_of: dict[str, int] = {}
-        self._stored: dict[int, FlowCall | int] = {}
-        self._unstored: dict[int, FlowCall | int] = {}
         #: Questions that the body gave up in the replay.
         self._withdrawn: list[FlowCall] = []
         #: Effects that the body gave up, by node and input, whose outcome it has not taken.
@@ -117,7 +113,9 @@ class FlowDriver(FlowWaits):
                 return call.take()
             call.settles = False
         self.calls[call.branch] = call
-        if call.end is None and call.task is None and call.suspended is None:
+        if call.topic is not None:
+            self.look_at = 0.0
+        elif call.end is None and call.task is None and call.suspended is None:
             self._requested[call.branch] = call
         if not self.is_live:
             self._replayed.add(call.branch)
@@ -155,7 +153,7 @@ class FlowDriver(FlowWaits):
 
     def _cancel_work(self, call: FlowCall) -> None:
         """Cancel the work of a call that nobody waits for, but for an effect that is in flight or whose output is being stored."""
-        if not (call.is_effect and call.branch in self._number_of):
+        if not (call.is_effect and call.branch in self.number_of):
             call.give_up()
 
     def _withdraw(self, call: FlowCall) -> None:
@@ -198,7 +196,7 @@ class FlowDriver(FlowWaits):
 
     def _is_alone(self, call: FlowCall) -> bool:
         """Return True if nothing else of the flow can happen before the end of a call."""
-        is_other_at_work = self._running or self._numbers or self.loop.next_time is not None
+        is_other_at_work = self._running or self.numbers or self.loop.next_time is not None
         if is_other_at_work or call.question is not None or self.is_recorded:
             return False
         try:
@@ -220,8 +218,8 @@ class FlowDriver(FlowWaits):
                     return self.finish(call, outcome)
                 # Its number is the only one.
                 call.end = outcome
-                self._deliver(self._number_of.pop(call.branch), call)
-                self._numbers.clear()
+                self._deliver(self.number_of.pop(call.branch), call)
+                self.numbers.clear()
                 requested = self._requested
                 if len(requested) != 1 or self.stopping is not None or self.ctx.stops:
                     return None
@@ -247,11 +245,11 @@ class FlowDriver(FlowWaits):
         call = self._running.pop(task)
         call.task = None
         if task.cancelled():
-            number = self._number_of.get(call.branch)
+            number = self.number_of.get(call.branch)
             if not call.is_cancelled:  # Not by the body: the process is being stopped.
                 self.stop(asyncio.CancelledError())
             elif number is not None:  # Its output was committed all the same.
-                self._stored[number] = call
+                self.stored[number] = call
             elif call.future is not None:  # The body waits for it again.
                 self._requested[call.branch] = call
             elif call.settles:  # It did not happen.
@@ -266,9 +264,9 @@ class FlowDriver(FlowWaits):
     def finish(self, call: FlowCall, outcome: Any) -> None:
         if self.stopping is not None:
             return
-        number = self._number_of.get(call.branch)
+        number = self.number_of.get(call.branch)
         if number is not None and type(outcome) is not Halt:  # It is stored with its commit.
-            call.end, self._stored[number] = outcome, call
+            call.end, self.stored[number] = outcome, call
         elif call.question is not None and call.future is None:  # The body has given it up meanwhile.
             self.calls.pop(call.branch, None)
             self._withdraw(call)
@@ -277,7 +275,7 @@ class FlowDriver(FlowWaits):
         elif outcome is not None:
             call.end, number = outcome, self.number(call.branch)
             self.journal.note_event(self.position, Event(number, call.branch))
-            self._unstored[number] = call
+            self.unstored[number] = call
         elif call.question is not None:
             call.suspended = call.question.reason
 
@@ -292,23 +290,24 @@ class FlowDriver(FlowWaits):
             number = self.number(call.branch)
             call.end = self._failed(call, halt.failure, number)
             self.journal.note_failure(self.position, number, call.branch, halt.failure, call.input_key)
-            self._unstored[number] = call
+            self.unstored[number] = call
+
+    def receive(self, call: FlowCall, message: SentMessage) -> None:
+        """Give a message to a call: deliver it once it is recorded."""
+        number, problem = self.number(call.branch), call.problem_of(message)
+        self._take_message(call, message, problem, number)
+        self.journal.note_message(self.position, number, call.branch, message, problem)
+        self.unstored[number] = call
+
+    def _take_message(self, call: FlowCall, message: SentMessage, problem: str | None, number: int) -> None:
+        call.message = message
+        call.end = message if problem is None else self._failed(call, misfit_of(problem), number)
 
     def _failed(self, call: FlowCall, failure: Failure, number: int) -> StepFailed:
         error = StepFailed(failure, (*call.scope.names, failure.node_id))
         error.event, error.__cause__ = number, failure.exception
         self.failures.append(number)
         return error
-
-    def number(self, branch: str) -> int:
-        """Return the number of the event that the end of a call is to the body. Called when its record is written."""
-        number = self._number_of.get(branch)
-        if number is None:
-            number = self.records.last = self.records.last + 1
-            self._numbers.append(number)
-            if branch:
-                self._number_of[branch] = number
-        return number
 
     # ------------------------------------------------------------------ events
 
@@ -332,25 +331,25 @@ class FlowDriver(FlowWaits):
         else:
             self.calls.pop(what.branch, None)
             what.suspended, what.outcome, future = None, what.end, what.future
+            if what.topic is not None:
+                self.receiving.discard(what.topic)
+                self.look_at = 0.0
             if future is not None and not future.done():
                 future.set_result(what.end)
                 self._turn(number)
+            elif what.message is not None:
+                self.journal.free_message(self.position, what.branch, what.message)
 
     def _deliver_next(self) -> bool:
         """Deliver the next event, if it is stored."""
-        if self._numbers[0] not in self._stored:
+        if self.numbers[0] not in self.stored:
             return False
-        number = self._numbers.popleft()
-        what = self._stored.pop(number)
+        number = self.numbers.popleft()
+        what = self.stored.pop(number)
         if isinstance(what, FlowCall):
-            self._number_of.pop(what.branch, None)
+            self.number_of.pop(what.branch, None)
         self._deliver(number, what)
         return True
-
-    async def _store_events(self) -> None:
-        events, self._unstored = self._unstored, {}
-        await self.flush()
-        self._stored |= events
 
     def _is_due(self) -> bool:
         """Return True if timers end now. Not while a question is being opened: it may have its answer already."""
@@ -360,13 +359,13 @@ class FlowDriver(FlowWaits):
         return all(call.question is None for call in self._running.values())
 
     async def _end_timers(self) -> None:
-        """End the timers that are due, unless an answer came first."""
+        """End the timers that are due, unless an answer or a message came first."""
         assert self.loop.next_time is not None
         now = max(now_ms(), math.ceil(self.loop.next_time * 1000))
-        if not await self.take_answers(closing=now):
+        if not await self.take_messages() and not await self.take_answers(closing=now):
             number = self.number("")
             self.journal.note_event(self.position, Event(number, time_ms=now))
-            self._unstored[number] = now
+            self.unstored[number] = now
 
     # ------------------------------------------------------------------ replay
 
@@ -382,6 +381,8 @@ class FlowDriver(FlowWaits):
                 call.end = await self._read(call, event)
             elif event.branch and event.branch not in self._replayed:
                 self.stop_as_changed(f"does not make {describe(event.branch)}, which is recorded")
+            elif event.received is not None:  # The process died before it has freed the message.
+                self.journal.free_message(self.position, event.branch, message_of(event.received))
             if self.stopping is None and (call is not None or not event.branch):
                 self._deliver(event.number, event.time_ms if call is None else call)
                 self._compare_suspension()
@@ -404,17 +405,11 @@ class FlowDriver(FlowWaits):
         suspended = self.records.suspended
         if suspended is None or suspended[0] != self.woken_by or self.stopping is not None:
             return
-        now, before = self._open_branches(), suspended[1]
+        now, before = self.open_branches(), suspended[1]
         if other := next((one for one in now if one not in before), None):
             self.stop_as_changed(f"makes {describe(other)} now, where it waited before")
         elif missing := next((one for one in before if one not in now), None):
             self.stop_as_changed(f"does not make {describe(missing)}, for which it waited before")
-
-    def _open_branches(self) -> list[str]:
-        return sorted(call.branch for call in self.calls.values() if call.future is not None)
-
-    def note_suspension(self) -> None:
-        self.journal.note_suspension(self.position, self.woken_by, self._open_branches())
 
     async def _read(self, call: FlowCall, event: Event) -> Any:
         """Return the recorded end of a call. Ends the flow if its input has changed."""
@@ -426,14 +421,16 @@ class FlowDriver(FlowWaits):
             )
         if event.failure is not None:
             return self._failed(call, read_failure(event.failure), event.number)
+        if event.received is not None:
+            self._take_message(call, message_of(event.received), event.received["problem"], event.number)
+            return call.end
         try:
             outcome = await call.restore()
-            if (
-                outcome is None
-            ):  # A group whose schema has changed is assembled again, of children that are restored.
-                self._number_of[call.branch] = event.number
+            if outcome is None:
+                # A group whose schema has changed is assembled again, of children that are restored.
+                self.number_of[call.branch] = event.number
                 outcome = await call.perform()
-                del self._number_of[call.branch]
+                del self.number_of[call.branch]
         except (HookNotAsync, PipelineChanged, StoreError) as error:
             return self.stop(end_of(error, call.node))
         self.journal.forget_output(self.position, call.branch)
@@ -478,9 +475,9 @@ class FlowDriver(FlowWaits):
                 self._end_body()
             self.loop.discard()
             self.is_over, ctx.number_event = True, None
-        raise_if(cancelled)
         if self.is_finished and not self._main.cancelled():
             self._main.exception()  # Read also if the run is suspended: asyncio reports one that nobody has read.
+        raise_if(cancelled)
         if isinstance(self.stopping, BaseException):
             raise self.stopping
         return self._main
@@ -490,30 +487,32 @@ class FlowDriver(FlowWaits):
         while self.stopping is None:
             if self.is_finished and not self.closing:
                 self._close()  # Before the next event, as on replay.
-            elif self._unstored:
-                await self._store_events()
+            elif self.unstored:
+                await self.store_events()
             elif self._requested and not self.is_finished:
                 if (alone := self._begin_requested()) is not None:
                     await alone
-            elif self._stored and self._deliver_next():
+            elif self.stored and self._deliver_next():
                 continue
             elif self.is_finished:
                 if await self._finish_effects():
                     return
-            elif self._is_due() and not self._stored:  # Else an event before these is still being stored.
+            elif self._is_due() and not self.stored:  # Else an event before these is still being stored.
                 await self._end_timers()
+            elif self._running and self.look_at <= monotonic():
+                await self.take_messages()
             elif self._running:
-                await self._until_woken()
+                await self._until_woken(self.look_at - monotonic())
             elif (seconds := await self.settle()) is not None:
                 await self._until_woken(seconds)
         while self._running and not isinstance(self.stopping, BaseException):
             await self._until_woken()  # What is at work is committed first.
 
-    async def _until_woken(self, seconds: float | None = None) -> None:
+    async def _until_woken(self, seconds: float = math.inf) -> None:
         due, self._waker = self.loop.next_time, self.outer.create_future()
-        if seconds is None and due is not None and not self._stored:
-            seconds = min(max(0.0, due - now_ms() / 1000), _MAX_TIMER_SECONDS)
-        timer = None if seconds is None else self.outer.call_later(seconds, self.wake)
+        if due is not None and not self.stored:
+            seconds = min(seconds, max(0.0, due - now_ms() / 1000), _MAX_TIMER_SECONDS)
+        timer = None if seconds == math.inf else self.outer.call_later(seconds, self.wake)
         try:
             await self._waker
         finally:

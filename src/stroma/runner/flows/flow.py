@@ -17,6 +17,7 @@ from stroma.contracts.contract import NodeContract, check_id
 from stroma.contracts.node import FlowNode, Group, LooseContextNode, LooseNode
 from stroma.runner.flows.calls import call_flow, call_map, call_step
 from stroma.runner.flows.path import INNERMOST, FlowPath
+from stroma.runner.flows.receive import call_receive
 from stroma.runner.flows.submit import call_submit
 from stroma.runner.flows.waits import call_sleep, call_wait_for, wake_ms_of
 from stroma.runner.pipeline import AnyState, Pipeline
@@ -178,7 +179,7 @@ class Flow:
         """
         return call_submit(self._path, flow, state, options)
 
-    # ------------------------------------------------------------------ time and people
+    # ------------------------------------------------------------------ time, people and messages
 
     def sleep(
         self,
@@ -217,6 +218,27 @@ class Flow:
             duration = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout or 0)
             wake_ms = wake_ms_of(duration, until, self._path.driver.time_ms)
         return call_wait_for(self._path, answer, reason, wake_ms, key)
+
+    def receive(
+        self,
+        message: type[AnswerT],
+        *,
+        topic: str = "",
+        timeout: float | timedelta | None = None,  # It is durable.
+        key: str | None = None,
+    ) -> Coroutine[Any, Any, AnswerT]:
+        """Wait for the next message to the run on a topic, and return it as a ``message``; ``runner.send(run_id, ...)`` sends it.
+
+        Each message is received once, in the order in which they were sent. The run is suspended as soon as nothing else is
+        left to do. ``timeout`` in seconds: raises TimeoutError if no message came by then. Raises StepFailed for a message
+        that is not a ``message``. ``key`` identifies the call in place of its number.
+        """
+        self._path.begin_call("flow.receive")
+        wake_ms: int | None = None
+        if timeout is not None:
+            duration = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
+            wake_ms = wake_ms_of(duration, None, self._path.driver.time_ms)
+        return call_receive(self._path, message, topic, wake_ms, key)
 
     # ------------------------------------------------------------------ values
 

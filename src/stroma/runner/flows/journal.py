@@ -14,14 +14,15 @@ import os
 from collections.abc import Callable
 from contextvars import ContextVar
 from itertools import islice
+from time import perf_counter_ns
 from typing import Any, Final, NamedTuple, cast
 
 from pydantic import BaseModel
 
 from stroma.checkpoint import Committed
 from stroma.checkpoint.decoding import RecordName, decode_number
-from stroma.checkpoint.entries import OF_FLOW
-from stroma.checkpoint.flow_notes import FailureNote, decode_flow_note
+from stroma.checkpoint.entries import OF_FLOW, SentMessage
+from stroma.checkpoint.flow_notes import FailureNote, MessageNote, decode_flow_note
 from stroma.checkpoint.identity import is_called, with_outer
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import schema_of
@@ -30,8 +31,18 @@ from stroma.engine.context import ReliabilityContext
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunFailed
 from stroma.failures.failure import Failure, kind_of
+from stroma.runner.flows.inbox import Inbox
 
-__all__ = ["REPLAY_ONLY", "Event", "FlowJournal", "FlowRecords", "encode_input", "read_failure"]
+__all__ = [
+    "REPLAY_ONLY",
+    "Event",
+    "FlowJournal",
+    "FlowRecords",
+    "encode_input",
+    "message_of",
+    "misfit_of",
+    "read_failure",
+]
 
 #: Set while ``check_deterministic`` replays: a call without a record is a change.
 REPLAY_ONLY: Final[ContextVar[bool]] = ContextVar("stroma_replay_only", default=False)
@@ -45,12 +56,14 @@ class Event(NamedTuple):
         branch: of the call that has ended; "" for the end of timers.
         failure: of a call that failed.
         time_ms: the time at which timers end, since the epoch.
+        received: the message that a call got.
     """
 
     number: int
     branch: str = ""
     failure: FailureNote | None = None
     time_ms: int = 0
+    received: MessageNote | None = None
 
 
 class FlowRecords:
@@ -95,7 +108,7 @@ class FlowRecords:
 def number_of(identity: str) -> int | None:
     """Return the number of a call in its flow; None for one with a key, and for an item of a map."""
     name, mark, number = identity.partition("@")[0].rpartition("#")
-    return int(number) if mark and name not in ("", "*", "!") and number.isdecimal() else None
+    return int(number) if mark and name not in ("", "*", "!", "?") and number.isdecimal() else None
 
 
 class FlowJournal:
@@ -109,6 +122,7 @@ class FlowJournal:
         self._numbered: dict[tuple[int, int], list[str]] = {}
         #: Function time of earlier processes that no committed row has, in ns, by the position of the flow.
         self._busy: dict[int, int] = {}
+        self.inbox = Inbox()
         session = ctx.session
         if not session.continued:
             return
@@ -148,6 +162,9 @@ class FlowJournal:
             self._remember(position, at, key)
         elif kind == "f":
             self._add(position, Event(value["event"], rest, failure=value), key)
+        elif kind == "m":
+            self._add(position, Event(value["event"], rest, received=value), key)
+            self.inbox.note_taken(value["number"])
         elif kind == "e":
             event = Event(decode_number(rest, name), value[0], time_ms=value[1])
             if event.branch:
@@ -233,6 +250,26 @@ class FlowJournal:
         }
         self._note(position, "f", branch, fields, number=number)
 
+    def note_message(
+        self, position: int, number: int, branch: str, message: SentMessage, problem: str | None
+    ) -> None:
+        """Record the message that a call gets, and why it does not fit."""
+        fields: MessageNote = {
+            "event": number,
+            "number": message.number,
+            "topic": message.topic,
+            "id": message.id,
+            "payload": message.payload.decode(),
+            "problem": problem,
+            "at_ms": (perf_counter_ns() + self._ctx.epoch_ns) / 1e6,
+        }
+        self._note(position, "m", branch, fields, number=number)
+
+    def free_message(self, position: int, branch: str, message: SentMessage) -> None:
+        """Record that the body had given a call up before it got its message, which another call may take."""
+        self._note(position, "m", branch, None)
+        self.inbox.put_back(message)
+
     def note_event(self, position: int, event: Event) -> None:
         """Record an event whose number no commit has."""
         self._note(position, "e", event.number, [event.branch, event.time_ms], number=event.number)
@@ -247,8 +284,17 @@ class FlowJournal:
         if recorded is None or json.loads(recorded)[0] != wake_ms:  # Else it is replayed.
             self._note(position, "s", branch, [wake_ms, began_ms])
 
+    def note_receive(self, position: int, branch: str, topic: str, began_ms: float) -> None:
+        """Record that a call waits for a message, for those who look at the run."""
+        if f"{position}:r:{branch}" not in self._ctx.session.notes:
+            self._note(position, "r", branch, [topic, began_ms])
+
+    def forget_receive(self, position: int, branch: str) -> None:
+        """Record that a call has given up its wait for a message, for those who look at the run."""
+        self._note(position, "r", branch, None)
+
     def note_expired(self, position: int, branch: str) -> None:
-        """Record that nobody answered a question in time, for those who look at the run."""
+        """Record that no answer, or no message, came in time, for those who look at the run."""
         self._note(position, "x", branch, True)
 
     def note_suspension(self, position: int, number: int, branches: list[str]) -> None:
@@ -283,6 +329,17 @@ def read_failure(fields: FailureNote) -> Failure:
         RunFailed.recorded(fields["message"], fields["type"]), FailureClass(fields["kind"]), fields["node"],
         fields["attempt"], fields["message"], fields["reason"], fields["retry_after"],
     )  # fmt: skip
+
+
+def message_of(fields: MessageNote) -> SentMessage:
+    """Return the message that :meth:`FlowJournal.note_message` recorded."""
+    return SentMessage(fields["number"], fields["topic"], fields["id"], fields["payload"].encode())
+
+
+def misfit_of(problem: str) -> Failure:
+    """Return the failure of a call that got a message with a problem."""
+    error = RunFailed.recorded(problem, "ValidationError")
+    return Failure(error, FailureClass.TERMINAL, "receive", 1, problem, "contract")
 
 
 def encode_input(ctx: ReliabilityContext, node: Node | Group, state: BaseModel) -> bytes | None:

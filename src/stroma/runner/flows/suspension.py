@@ -1,25 +1,28 @@
-"""Waits of a flow: for a time, or for the answer of a person. They are durable, and are no steps."""
+"""Waits of a flow: for a time, a message, or the answer of a person. They are durable, and are no steps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import partial
-from time import perf_counter_ns, time_ns
+from time import monotonic, perf_counter_ns, time_ns
 from typing import Any, Final
 
 from stroma.checkpoint import StoreError, Waiting
+from stroma.checkpoint.entries import SentMessage
+from stroma.checkpoint.flow_notes import message_label
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.outcome import STOPPED, Halt, Stopped
 from stroma.engine.questions import announce
-from stroma.engine.tasks import Shield, raise_if
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import Failure
 from stroma.runner.flows.body_loop import BodyLoop
 from stroma.runner.flows.call import FlowCall
 from stroma.runner.flows.endings import Endings
+from stroma.runner.flows.events import FlowEvents
+from stroma.runner.flows.journal import FlowJournal
 from stroma.trace.events import MarkKind, TraceMark
 
 __all__ = ["WITHDRAWN", "FlowWaits", "now_ms", "text_of_time"]
@@ -40,37 +43,48 @@ def text_of_time(ms: int) -> str:
     return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="seconds")
 
 
-class FlowWaits:
-    """The questions and sleeps of a flow, and the suspension of its run when nothing else is left.
+class FlowWaits(FlowEvents):
+    """The questions, sleeps and waits for messages of a flow, and the suspension of its run when nothing else is left.
 
     Attributes:
         loop: the event loop of the body.
         calls: by branch those that the body waits for, and effects that it has given up.
+        woken_by: number of the last event that the body noticed.
         sleeps: reasons of the open sleeps, by branch.
+        receiving: topics of the messages that are not delivered yet. The next one of a topic is taken after that, so that
+            they stay in order if the body gives a call up meanwhile.
+        look_at: when to look for messages, by the monotonic clock; infinity if no call waits for one.
         stopping: the end of the flow, whatever its body does.
     """
 
-    def __init__(self, ctx: ReliabilityContext, flow_id: str, position: int, loop: BodyLoop) -> None:
-        self.ctx, self.flow_id, self.position, self.loop = ctx, flow_id, position, loop
+    woken_by: int
+
+    def __init__(
+        self, ctx: ReliabilityContext, journal: FlowJournal, flow_id: str, position: int, loop: BodyLoop
+    ) -> None:
+        super().__init__(ctx, journal, flow_id, position)
+        self.loop = loop
         self.endings = Endings(ctx)
         self.calls: dict[str, FlowCall] = {}
         self.sleeps: dict[str, str] = {}
+        self.receiving: set[str] = set()
+        self.look_at = math.inf
         self.stopping: Halt | Stopped | BaseException | None = None
 
     def clock_ms(self) -> float:
         """Return the time in ms since the epoch on the clock of the attempts: waits and steps are shown in their order."""
         return (perf_counter_ns() + self.ctx.epoch_ns) / 1e6
 
-    def stop(self, end: Halt | Stopped | BaseException) -> None:
-        """End the flow whatever its body does, once the steps that are at work have ended."""
-        raise NotImplementedError
+    def open_branches(self) -> list[str]:
+        """Return the branches of the calls that the body waits for."""
+        return sorted(call.branch for call in self.calls.values() if call.future is not None)
 
     def finish(self, call: FlowCall, outcome: Any) -> None:
         """Take what a call came to: deliver it once it is recorded, or wait, or end the flow."""
         raise NotImplementedError
 
-    def note_suspension(self) -> None:
-        """Record what the body waits for, when the run is suspended."""
+    def receive(self, call: FlowCall, message: SentMessage) -> None:
+        """Give a message to a call: deliver it once it is recorded."""
         raise NotImplementedError
 
     # ------------------------------------------------------------------ questions
@@ -86,14 +100,14 @@ class FlowWaits:
         if is_new:  # When it was asked, for those who look at the run.
             session.note(f"{question.position}:w:{question.branch}", str(self.clock_ms()).encode())
         if known != question:  # Its text or its class may have changed.
-            await self._see_through(partial(session.ask, question))
+            await self.see_through(partial(session.ask, question))
         if is_new and self.stopping is None:
             await announce(self.ctx, question)
         return None
 
     async def withdraw(self, question: Waiting) -> None:
         """Have no answer taken any more: the body does not wait for one. An answer that was accepted stays."""
-        await self._see_through(partial(self.ctx.session.ask, question._replace(payload=WITHDRAWN)))
+        await self.see_through(partial(self.ctx.session.ask, question._replace(payload=WITHDRAWN)))
 
     async def take_answers(self, *, closing: int | None = None) -> bool:
         """Deliver the answers of open questions. Return True if there is one.
@@ -124,6 +138,26 @@ class FlowWaits:
             self.finish(call, payload)
         return bool(answered)
 
+    # ------------------------------------------------------------------ messages
+
+    async def take_messages(self) -> bool:
+        """Give messages to the calls that wait for one, in the order of both. Return True if there is one."""
+        calls = [
+            (call, call.topic)
+            for call in self.calls.values()
+            if call.topic is not None and call.message is None
+        ]
+        self.look_at = monotonic() + _POLL_SECONDS if calls else math.inf
+        inbox, has_taken = self.journal.inbox, False
+        if any(not inbox.has(topic) for _, topic in calls):
+            await self.see_through(partial(inbox.read, self.ctx.session))
+        for call, topic in calls if self.stopping is None else ():
+            if topic not in self.receiving and inbox.has(topic):
+                self.receiving.add(topic)
+                self.receive(call, inbox.take(topic))
+                has_taken = True
+        return has_taken
+
     # ------------------------------------------------------------------ nothing is at work
 
     async def settle(self) -> float | None:
@@ -132,10 +166,12 @@ class FlowWaits:
         if ctx.stops:
             self.stop(STOPPED)
             return None
-        if await self.take_answers():
+        if await self.take_messages() or self.stopping is not None or await self.take_answers():
             return None
         questions = [call.question for call in self.calls.values() if call.question is not None]
-        reasons = [question.reason for question in questions]
+        topics = dict.fromkeys(call.topic for call in self.calls.values())
+        messages = [f"waiting for a {message_label(topic)}" for topic in topics if topic is not None]
+        reasons = [*(question.reason for question in questions), *messages]
         # A suspended step has reported its own.
         of_steps = [call.suspended for call in self.calls.values() if call.suspended is not None]
         wake = self.loop.next_time
@@ -150,11 +186,10 @@ class FlowWaits:
             self.stop(self.endings.stuck(self.flow_id))
             return None
         ctx.wake_ms = wake_ms
-        self.note_suspension()
+        self.journal.note_suspension(self.position, self.woken_by, self.open_branches())
         for question in questions:
             ctx.note_question(question)
-        if not questions:
-            ctx.suspended += reasons
+        ctx.suspended += messages if questions else reasons
         reason = "; ".join([*of_steps, *reasons])
         failure = Failure(Suspend(reason), FailureClass.RECOVERABLE, self.flow_id, 1, reason)
         self.stop(Halt(failure, suspended=True))
@@ -167,22 +202,3 @@ class FlowWaits:
         self.ctx.trace.marks.append(
             TraceMark(self.flow_id, 1, self.position, branch, kind, reason, max(0, now - began_ms), at_utc)
         )
-
-    # ------------------------------------------------------------------ the store
-
-    async def flush(self) -> None:
-        """Store what was noted. Ends the flow if the store refuses it."""
-        await self._see_through(self.ctx.session.flush)
-
-    async def _see_through(self, write: Callable[[], object]) -> None:
-        shield, problem = Shield(), None
-        try:
-            pending = write()
-            if isinstance(pending, Awaitable):
-                problem = await shield.finish(pending)
-        except Exception as error:
-            problem = error
-        if problem is not None:
-            failure = Failure(problem, FailureClass.RECOVERABLE, self.flow_id, 1, str(problem), "store")
-            self.stop(Halt(failure, partial=True))
-        raise_if(shield.cancellation)

@@ -23,7 +23,7 @@ from stroma.runner.flows.path import FlowPath
 from stroma.runner.flows.suspension import text_of_time
 from stroma.trace.events import MarkKind
 
-__all__ = ["call_sleep", "call_wait_for", "wake_ms_of"]
+__all__ = ["NOTHING", "call_sleep", "call_wait_for", "wake_ms_of"]
 
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
 
@@ -57,14 +57,14 @@ def call_wait_for(
         raise TypeError(f"flow.wait_for takes a pydantic model, a RootModel for plain values, got {answer!r}")
     if not isinstance(reason, str):
         raise TypeError(f"the reason of flow.wait_for must be a string, got {shown(reason)}")
-    call = FlowQuestion(path, path.identify("wait", key, "!"), path.node, _NOTHING)
+    call = FlowQuestion(path, path.identify("wait", key, "!"), path.node, NOTHING)
     at = Place(path.position, call.branch)
     call.question = make_question(path.ctx.session, at, path.node.node_id, reason, answer)
     call.driver, call.wake_ms = path.driver, wake_ms
     return _wait_for(call, answer)
 
 
-_NOTHING: Any = None  # A question has no input.
+NOTHING: Any = None  # The input of a wait.
 
 
 class FlowQuestion(FlowCall):
