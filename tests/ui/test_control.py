@@ -66,7 +66,7 @@ def test_a_page_pauses_a_living_run(store: SQLiteStore, serve: Any, living: Any)
     """The buttons need the key of their action and run; the page says that the run is paused, and what takes it back."""
     site: Site = serve(store)
     found = keys(site, "lives")
-    assert set(found) == {"pause", "budget", "cancel"}
+    assert set(found) == {"send", "pause", "budget", "cancel"}
     for action, key in found.items():
         others = [*(other for name, other in found.items() if name != action), "", "x", key[:-1]]
         for wrong in others:

@@ -36,6 +36,7 @@ _COMMANDS: Final = {
     ),
     "drive": ("stroma.cli.commands.submit:drive", "Continue one run as far as possible."),
     "approve": ("stroma.cli.commands.approve:approve", "Answer a suspended run."),
+    "send": ("stroma.cli.commands.send:send", "Send a message to a run, whose flow receives it."),
     "pause": ("stroma.cli.commands.pause:pause", "Pause a run until it is resumed."),
     "cancel": ("stroma.cli.commands.cancel:cancel", "Cancel a run, whichever process runs it."),
     "check": (

@@ -23,6 +23,7 @@ from stroma.cli.suspended import (
     answer_type,
     approve_hint,
     held_hints,
+    message_hint,
     place_text,
     question_text,
     unanswered,
@@ -244,6 +245,8 @@ class RunReport:
         if self.db.is_durable:
             for line in approve_hint(self.db, result.run_id, self.target, waiting):
                 err.line(f"  answer: {line}")
+            for line in message_hint(self.db, result.run_id, "; ".join(result.suspended)):
+                err.line(f"  {line}")
 
     def _print_notes(self) -> None:
         result = self.result

@@ -17,6 +17,7 @@ from stroma.cli.suspended import (
     approve_hint,
     held_hints,
     held_text,
+    message_hint,
     place_text,
     question_text,
 )
@@ -100,6 +101,10 @@ def print_next_steps(database: RunSource, record: RunRecord, waiting: list[Waiti
         return
     for line in approve_hint(database, record.run_id, target, waiting):
         err.line(f"answer: {line}")
+    for line in (
+        message_hint(database, record.run_id, record.error or "") if record.status == "SUSPENDED" else ()
+    ):
+        err.line(line)
     _print_hint(f"{'then ' if waiting else ''}resume with: {database.hint('resume', name, target)}", place)
 
 

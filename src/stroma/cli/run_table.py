@@ -11,7 +11,7 @@ from stroma.checkpoint.history import bar_of, place_of
 from stroma.checkpoint.records import AttemptRecord
 from stroma.cli.output import Part, out, table
 from stroma.trace.gantt import duration
-from stroma.trace.outline import OutlineEntry, fold, outline
+from stroma.trace.outline import WAITS, OutlineEntry, fold, outline
 from stroma.trace.story import Bar
 from stroma.trace.story import waits as find_waits
 
@@ -111,7 +111,7 @@ def _rows(
     def add(entry: OutlineEntry, depth: int) -> bool:
         """Add the lines of an entry and return True, unless nothing in it is selected."""
         start = len(lines)
-        name = clean(entry.label, 60 if entry.kind in ("sleep", "question") else 40)
+        name = clean(entry.label, 60 if entry.kind in WAITS else 40)
         bars = [bar for bar in entry.bars if bar.key in records and id(records[bar.key]) in chosen]
         if entry.kind == "fold":
             lines.append((depth, None, [entry.at, name, *_fold_cells(entry)]))
@@ -119,7 +119,7 @@ def _rows(
                 record = records[call.bars[-1].key]
                 lines.append((depth + 1, record, _cells(record, clean(call.label, 40))))
             return True
-        if entry.kind in ("sleep", "question"):
+        if entry.kind in WAITS:
             lines.append((depth, None, [entry.at, name, "", entry.bars[0].outcome, *_blank(4)]))
             return True
         lines.extend((depth, records[bar.key], _cells(records[bar.key], name)) for bar in bars)

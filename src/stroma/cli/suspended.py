@@ -23,6 +23,7 @@ __all__ = [
     "find_schema",
     "held_hints",
     "held_text",
+    "message_hint",
     "place_text",
     "question_text",
     "unanswered",
@@ -102,6 +103,13 @@ def held_hints(db: RunSource, run_id: str, waits_for: Literal["resume", "budget"
         return [f"continue a paused run: {db.hint('resume', id_word(run_id))}"]
     raised = db.hint("budget", id_word(run_id), options=("--cost-usd", "USD"))
     return [f"raise the budget: {raised}  (or --tokens, --latency-ms)"]
+
+
+def message_hint(db: RunSource, run_id: str, reason: str) -> list[str]:
+    """Return the command that sends a message to a run that waits for one. ``reason``: why it is suspended."""
+    if "waiting for a message" not in reason:
+        return []
+    return [f"send a message: {db.hint('send', id_word(run_id), 'MESSAGE')}"]
 
 
 def approve_hint(

@@ -1,10 +1,10 @@
-"""Actions of pages: resume, fork, pause, cancel or delete runs, change a budget, answer a question, state how a call ended."""
+"""Actions of pages: resume, fork, pause, cancel or delete runs, change a budget, send a message."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl, urlencode
 
@@ -17,10 +17,14 @@ from stroma._utils.text import clean
 from stroma.checkpoint.decisions import UNFINISHED
 from stroma.checkpoint.errors import RunExists, StoreError
 from stroma.checkpoint.history import FINISHED
+from stroma.checkpoint.identity import is_called
+from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import AttemptRecord, RunRecord
+from stroma.contracts.contract import ContractRegistry
 from stroma.runner.requests import limits_of
 from stroma.runner.requests import request as make_request
+from stroma.runner.stored_runs import StoredRuns
 
 if TYPE_CHECKING:
     from stroma.ui.security import Keys
@@ -33,6 +37,7 @@ __all__ = [
     "can_resume",
     "controls_of",
     "identity_of",
+    "may_receive",
     "no_key",
     "read_fields",
     "to_run",
@@ -66,6 +71,12 @@ def can_fork(settings: Settings, record: RunRecord, attempt: AttemptRecord) -> b
         and attempt.position < len(names)
         and names[attempt.position] == attempt.node_id
     )
+
+
+def may_receive(record: RunRecord, attempts: Sequence[AttemptRecord]) -> bool:
+    """Return True if a run may take messages: one that goes on, unless it has called nothing as flows do."""
+    goes_on = record.status in ("RUNNING", *UNFINISHED)
+    return goes_on and (not attempts or any(is_called(one.branch) for one in attempts))
 
 
 def controls_of(record: RunRecord) -> list[str]:
@@ -116,7 +127,7 @@ class Actions:
         is_number = position.isdecimal() and position.isascii() and len(position) < 10
         if not is_number or int(position) >= len(lineage.top_level):
             raise HTTPException(422, "position must be that of a node of the pipeline")
-        new_run_id = self._keys.run_id(form["key"], int(position))
+        new_run_id = self._keys.id_of(form["key"], int(position))
         try:
             await self._settings.store.fork(record.run_id, new_run_id, int(position))
         except RunExists:  # The form was sent before.
@@ -150,6 +161,19 @@ class Actions:
             raise HTTPException(
                 409, "nothing was changed: the run has ended, or is not paused; reload its page"
             )
+        return to_run(record.run_id)
+
+    async def send(self, request: Request) -> Response:
+        """Store a message to a run: one message, however often the form is sent."""
+        record, form = await self.read_form("send", request)
+        message, topic = read_json(form.get("message", ""), "message"), form.get("topic", "")
+        store = StoredRuns(ContractRegistry(), CheckpointManager(self._settings.store))
+        try:
+            await store.send(record.run_id, message, topic, self._keys.id_of(form["key"], identity_of(form)))
+        except StoreError as error:
+            raise HTTPException(409, clean(str(error), 1000)) from error
+        except (ValueError, RecursionError) as error:
+            raise HTTPException(422, f"the message cannot be sent: {clean(str(error), 300)}") from error
         return to_run(record.run_id)
 
     async def delete(self, request: Request) -> Response:

@@ -61,6 +61,7 @@ def make_app(settings: Settings) -> ASGIApp:
         Route("/approve", answers.approve, methods=["POST"]),
         Route("/delete", actions.delete, methods=["POST"]),
         Route("/effect", answers.state_effect, methods=["POST"]),
+        Route("/send", actions.send, methods=["POST"]),
         Route("/pause", actions.pause, methods=["POST"]),
         Route("/unpause", actions.unpause, methods=["POST"]),
         Route("/cancel", actions.cancel, methods=["POST"]),

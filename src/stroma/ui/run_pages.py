@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Final
+from typing import Final, NamedTuple
 
 from markupsafe import Markup
 from starlette.exceptions import HTTPException
@@ -31,7 +31,7 @@ from stroma.trace.gantt import idle_ms
 from stroma.trace.html import cause, document, rejected_output
 from stroma.trace.story import Bar, StopCause, Story, fields_named
 from stroma.trace.timeline import Timeline, legend
-from stroma.ui.actions import can_fork, can_resume, controls_of
+from stroma.ui.actions import can_fork, can_resume, controls_of, may_receive
 from stroma.ui.answers import AnswerForm
 from stroma.ui.formatting import (
     as_attachment,
@@ -67,6 +67,13 @@ _MAX_EXPORTED: Final = 100_000
 _MAX_TEXT: Final = 4000  # characters of a message
 
 
+class _Waits(NamedTuple):
+    """Waits of a run: those of its flows as bars, and its open questions."""
+
+    of_flows: list[Bar]
+    questions: list[Waiting]
+
+
 class RunPages:
     """Handlers of the pages of a run; each response is read from the store."""
 
@@ -95,7 +102,8 @@ class RunPages:
         attempts = [*listed, *rest]
         waiting = [one for one in self._history.waiting(record.run_id) if one.payload is None]
         limits = read_limits(self._settings, record)
-        timeline, story = self._timeline(request, record, attempts, waiting, cause_attempt)
+        waits = self._history.flow_waits(record, attempts, waiting) if after is None else []
+        timeline, story = self._timeline(request, record, attempts, _Waits(waits, waiting), cause_attempt)
         drawn = Markup(timeline.draw())  # It escapes all text.
         failed = sum(attempt.failure_class is not None for attempt in attempts)
         run_id = record.run_id
@@ -112,6 +120,8 @@ class RunPages:
             command=self._resume_command(record), folded=timeline.fold_idle, idle=idle_ms(story.bars) > 0, at=after,
             zoomed=timeline.window is not None, trace=trace_link(self._settings, run_id),
             queued=self._queued_runs(record) if record.status == QUEUED else 0,
+            send_key=self._renderer.keys.form("send", run_id) if may_receive(record, attempts) else "",
+            topics=list(dict.fromkeys(bar.reason for bar in waits if bar.outcome == "receiving")),
         )  # fmt: skip
         return compress(request, page_response)
 
@@ -155,7 +165,7 @@ class RunPages:
         request: Request,
         record: RunRecord,
         attempts: list[AttemptRecord],
-        waiting: list[Waiting],
+        waits: _Waits,
         cause_attempt: AttemptRecord | None,
     ) -> tuple[Timeline, Story]:
         first = min((attempt.started_ns for attempt in attempts), default=record.started_ms * 1_000_000)
@@ -170,12 +180,12 @@ class RunPages:
         lineage = self._settings.lineage if record.pipeline == self._settings.pipeline else None
         names = [] if lineage is None else lineage.top_level
         timeline = Timeline(
-            bars, self._history.flow_waits(record, attempts, waiting) if is_first else [],
+            bars, waits.of_flows,
             link=lambda bar: attempt_address(record, addresses[id(bar)]), attempt_prefix=to_address("/attempt", id=record.run_id),
             selected=selected, fold_idle=request.query_params.get("idle") == "folded", window=window_of(request.query_params),
             now_ms=time.time() * 1000 - first / 1e6 if at_work else None, began_ms=first // 1_000_000,
             progress=find_progress(record, attempts, first, names) if at_work else None,
-            pipeline=record.pipeline, open_waits=open_waits(record, attempts, waiting) if is_first and record.status == "SUSPENDED" else {},
+            pipeline=record.pipeline, open_waits=open_waits(record, attempts, waits.questions) if is_first and record.status == "SUSPENDED" else {},
         )  # fmt: skip
         return timeline, self._story(record, bars)
 

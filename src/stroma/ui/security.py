@@ -64,8 +64,8 @@ class Keys:
         own = self._form(key[: 2 * _NONCE_BYTES], action, subject)
         return hmac.compare_digest(key.encode("utf-8", "replace"), own.encode("utf-8", "replace"))
 
-    def run_id(self, key: str, content: int | str) -> str:
-        """Return the id of the run that a form creates: the same one however often it is sent with this content."""
+    def id_of(self, key: str, content: int | str) -> str:
+        """Return the id of what a form creates: the same one however often it is sent with this content."""
         return self._sign(f"run\0{key}\0{content}")[:32]
 
     @contextmanager

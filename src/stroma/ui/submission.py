@@ -51,7 +51,7 @@ class SubmitForm:
         ]
         if isinstance(parsed, list) or isinstance(options, list):
             return self._page(form, errors, 422)
-        run_id = self._keys.run_id(form["key"], identity_of(form))
+        run_id = self._keys.id_of(form["key"], identity_of(form))
         try:
             await submission.submit(parsed, {**options, "run_id": run_id})
         except (TypeError, ValueError) as error:
