@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Sequence
 from time import perf_counter_ns
 from typing import Any
@@ -90,7 +91,7 @@ async def _drive(path: FlowPath, node: FlowNode, state: BaseModel) -> Any:
     """Run the body of a flow. Return what it returned, or a Halt. Raises what must leave the run."""
     driver = path.driver
     assert node.body is not None
-    driver.context.run(INNERMOST.set, path)
+    driver.context.run(INNERMOST.set, weakref.ref(path))
     body = await driver.run(node.body(path, state))
     if driver.stopping is not None:
         return driver.stopping

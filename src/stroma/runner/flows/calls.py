@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import weakref
 from collections.abc import Coroutine, Iterable
 from time import perf_counter_ns
 from typing import Any
@@ -163,7 +164,7 @@ async def _run_flow(path: FlowPath, node: FlowNode, state: BaseModel, identity: 
             raw = schema_of(type(state)).state(state)
             raise as_violation(node.node_id, "input", raw, error, source.model) from error
         assert node.body is not None
-        token = INNERMOST.set(child)
+        token = INNERMOST.set(weakref.ref(child))
         try:
             returned = await node.body(child, prepared)
         finally:

@@ -347,5 +347,6 @@ class FlowFunction(Pipeline, Generic[TakenT, OutputT]):
 
 def current_flow() -> Flow | None:
     """Return the flow whose body this code belongs to; None elsewhere, also in the steps of a flow."""
-    path = INNERMOST.get()
+    reference = INNERMOST.get()
+    path = None if reference is None else reference()
     return None if path is None or _get_running_loop() is not path.driver.loop else Flow(path)

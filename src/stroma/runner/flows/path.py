@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from asyncio.events import _get_running_loop
 from contextvars import ContextVar
 from sys import exception
@@ -21,14 +22,14 @@ from stroma.runner.flows.journal import encode_input, number_of
 
 __all__ = ["INNERMOST", "FlowPath", "has_effect"]
 
-#: The innermost flow around the code of a body, and around what it has begun.
-INNERMOST: ContextVar[FlowPath | None] = ContextVar("stroma_flow", default=None)
+#: The innermost flow around the code of a body, and around what it has begun. Weak: tasks of the body reference it.
+INNERMOST: ContextVar[weakref.ref[FlowPath] | None] = ContextVar("stroma_flow", default=None)
 
 
 class FlowPath(FlowScope):
     """A flow as its body uses it: it numbers its calls. ``count``: their number so far."""
 
-    __slots__ = ("count", "driver", "keys", "known", "random_count", "sleep_count")
+    __slots__ = ("__weakref__", "count", "driver", "keys", "known", "random_count", "sleep_count")
 
     def __init__(self, driver: FlowDriver, parent: FlowPath | None, node: FlowNode, branch: str) -> None:
         super().__init__(driver.ctx, parent, node, driver.position, branch)
