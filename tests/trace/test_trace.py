@@ -87,7 +87,7 @@ def test_the_words_for_the_end_of_an_attempt_and_for_what_is_none() -> None:
     assert get_args(Outcome) == ("success", "failure", "cancelled", "suspended")
     assert get_args(MarkKind) == (
         "wait", "refused", "cooldown", "circuit_open", "circuit_half_open", "circuit_closed",
-        "slept", "sleeping", "answered", "open", "expired",
+        "slept", "sleeping", "answered", "open", "expired", "received", "receiving", "missed",
     )  # fmt: skip
 
 
