@@ -165,6 +165,7 @@ async def test_old_events_expire(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert read(store) == ["1-1"]
 
 
+@pytest.mark.slow
 async def test_events_of_a_finished_run_expire_with_it() -> None:
     """On Redis, events that are appended after the end of a run do not outlive it."""
     with place("redis") as where, opened("redis", where) as store:
