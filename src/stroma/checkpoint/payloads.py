@@ -51,7 +51,7 @@ _MIN_AGE_SECONDS: Final = 3600.0
 
 @runtime_checkable
 class Codec(Protocol):
-    """Encodes every payload of a store: outputs, inputs, questions, answers, failure messages. Ids and numbers stay plain.
+    """Encodes every payload of a store: outputs, inputs, questions, answers, messages, failure messages. Ids and numbers stay plain.
 
     ``decode`` must read everything that ``encode`` wrote earlier, also with an earlier key: include the name of the key.
     It must raise for data that was changed since. The data to encode begins with a hash of its place, so that
