@@ -301,7 +301,9 @@ class MemorySession(NullSession):
                 status, error = before[:2]  # A resume without anything to do leaves the run unchanged.
             self._run.status, self._run.error = status, error
             earlier, read = self._run.wake_ms, self._read_messages
-            if is_old_news(earlier, error, lambda: read in (None, self._run.last_message)):
+            if earlier is not None and is_old_news(
+                earlier, error, lambda: read in (None, self._run.last_message)
+            ):
                 earlier = None
             self._run.wake_ms = merge_wake(earlier, status, wake_ms)
             self._run.blocked = None
