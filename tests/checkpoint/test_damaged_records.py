@@ -334,10 +334,11 @@ def test_damage_of_any_record(kind: str) -> None:
                 record.write(record.value)
                 return  # The server refuses such a value.
             try:
-                # An annotation at the position of a commit, and a saved state of another node, are as ones that were deleted:
-                # no store counts them.
+                # An annotation at the position of a commit or of another execution, and a saved state of another node, are as
+                # ones that were deleted: no store counts them.
                 moved = ("steps", "position"), ("steps", "node_id")
                 is_moved = (record.table, record.column) in moved
+                is_moved |= (record.table, record.column, record.value) == ("steps", "execution", 0)
                 check(store, whole, record.table, is_resealed=is_resealed or is_moved)
             finally:
                 record.write(record.value)
