@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel, JsonValue
 from tests.fixtures import store_fixture
 from tests.flows.steps import Text, World, runner_on
 from tests.kit import NEVER, Num, node, quick
@@ -25,6 +26,7 @@ from stroma import (
     ExecutionBudget,
     Flow,
     InMemoryStore,
+    NodeContract,
     NodeHooks,
     Pipeline,
     PipelineChanged,
@@ -35,6 +37,7 @@ from stroma import (
     current_run,
     execute_step,
     stroma_flow,
+    stroma_node,
 )
 from stroma.engine import attempt
 from stroma.testing import assert_resumable
@@ -490,6 +493,30 @@ async def test_a_changed_flow_is_refused(store: Any, change: str, said: str) -> 
     assert world.calls == []
     changed[0] = False
     assert (await world.live(run)).final_state == Num(n=4)
+
+
+class Data(BaseModel):
+    fields: JsonValue = None
+
+
+@pytest.mark.parametrize("store", ["memory", "sqlite"], indirect=True)
+async def test_a_changed_input_of_any_data_names_its_field(store: Any) -> None:
+    """Fields without a type of their own are stored in another form, and the message names them all the same."""
+    changed = [False]
+
+    @stroma_node("keep", NodeContract(node_id="keep", input_schema=Data, output_schema=Num))
+    async def keep(state: Data) -> Num:
+        return Num(n=1)
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        await flow.step(keep, Data(fields={"a": [2 if changed[0] else 1]}))
+        raise ValueError("no output")
+
+    await runner_on(store).run(f, Num())
+    changed[0] = True
+    with pytest.raises(PipelineChanged, match="other values of 'fields'"):
+        await runner_on(store).run(f, Num())
 
 
 @pytest.mark.parametrize("store", ["memory", "sqlite"], indirect=True)

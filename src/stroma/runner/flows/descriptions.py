@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 from urllib.parse import unquote
 
 __all__ = ["describe", "describe_difference", "shorten"]
@@ -36,8 +37,14 @@ def shorten(encoded: bytes) -> str:
 def describe_difference(before: bytes, now: bytes) -> str:
     """Return the names of the fields in which two stored values differ."""
     try:
-        one, two = json.loads(before), json.loads(now)
+        one, two = _fields_of(before), _fields_of(now)
         names = [name for name in {**one, **two} if one.get(name) != two.get(name)]
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return "another value"
     return f"other values of {', '.join(map(repr, names))}"
+
+
+def _fields_of(encoded: bytes) -> Any:
+    """Return the fields of a stored value, which may be behind the mark of its form."""
+    value = json.loads(encoded)
+    return value[1] if type(value) is list else value

@@ -1,0 +1,88 @@
+"""What the tests of frameworks in the body of a flow share: a model and a tool that are steps, and the proof that it resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from pydantic import BaseModel, JsonValue
+from tests.kit import NEVER, Num
+
+from stroma import Flow, InMemoryStore, NodeContract, StromaRunner, stroma_flow, stroma_node
+from stroma.testing import assert_resumable
+
+__all__ = ["Steps", "ended_in_a_flow", "run_in_a_flow"]
+
+
+class Asked(BaseModel):
+    messages: list[JsonValue]
+
+
+class Said(BaseModel):
+    response: JsonValue = None
+
+
+class City(BaseModel):
+    city: str
+
+
+class Degrees(BaseModel):
+    celsius: int
+
+
+Body = Callable[["Steps"], Awaitable[Any]]
+
+
+class Steps:
+    """A model that is a step of a flow, as is a tool; ``respond`` returns its answer to a list of messages."""
+
+    def __init__(self, flow: Flow, respond: Callable[[list[Any]], Any]) -> None:
+        self._flow = flow
+
+        async def model(state: Asked) -> Any:
+            return {"response": respond(state.messages)}, 30, 10, "gpt-4o"
+
+        async def weather(state: City) -> Any:
+            return {"celsius": len(state.city)}
+
+        self._model: Any = stroma_node(
+            "model", NodeContract(node_id="model", input_schema=Asked, output_schema=Said)
+        )(model)
+        self._weather: Any = stroma_node(
+            "weather", NodeContract(node_id="weather", input_schema=City, output_schema=Degrees)
+        )(weather)
+
+    async def ask(self, messages: list[Any]) -> Any:
+        """Ask the model with messages that are JSON data."""
+        return (await self._flow.step(self._model, Asked(messages=messages))).response
+
+    async def weather(self, city: str) -> int:
+        """The weather of a city."""
+        degrees: int = (await self._flow.step(self._weather, City(city=city))).celsius
+        return degrees
+
+
+def _flow_of(body: Body, respond: Callable[[list[Any]], Any]) -> Any:
+    @stroma_flow("f", input=Num, output=Said)
+    async def f(flow: Flow, state: Num) -> Said:
+        return Said(response=await body(Steps(flow, respond)))
+
+    return f
+
+
+async def run_in_a_flow(body: Body, respond: Callable[[list[Any]], Any]) -> tuple[Any, list[str]]:
+    """Return what a body returns, and the steps that it makes, once it is shown to resume at every record of its run."""
+    flow, store = _flow_of(body, respond), InMemoryStore()
+    result = await StromaRunner.quick(store=store, run_id="r").run(flow, Num())
+    steps = [one.node_id for one in store.attempts("r") if one.node_id != "f"]
+    assert result.total_tokens == 40 * steps.count("model")
+    response = result.output.response
+    await assert_resumable(flow, Num(), runner=StromaRunner.quick(policy_map=NEVER), processes=False)
+    return response, steps
+
+
+async def ended_in_a_flow(body: Body, respond: Callable[[list[Any]], Any] = str) -> str:
+    """Return the message with which a body fails."""
+    result = await StromaRunner.quick().run(_flow_of(body, respond), Num())
+    assert result.failure is not None, result.output
+    return result.failure.message
