@@ -90,7 +90,7 @@ class NodeOutput(BaseModel):
 
 
 class BodyNode(Runnable[Any, Any]):
-    """A node that is no step."""
+    """A node that is not a step."""
 
     def __init__(self, inner: Any) -> None:
         self.inner, self.name = inner, getattr(inner, "name", None)
@@ -145,7 +145,7 @@ class RecordedTools(BodyNode):
 
     async def _call(self, call: Any, input: Any, config: Any) -> Any:
         step = self._steps.get(call["name"])
-        if step is None:  # It is no step, or the model has made its name up.
+        if step is None:  # It is not a step, or the model has made its name up.
             return await super().ainvoke(input, config)
         call_input = ToolInput(tool=call["name"], arguments=call["args"], call_id=call["id"])
         return await step.call(call_input, step.stored(input, "takes"), config)

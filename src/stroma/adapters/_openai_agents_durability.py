@@ -66,7 +66,7 @@ class DurableRunner:
     step has; policies and timeouts go by these ids. This holds for agents that it hands off to or has as tools, and for judges
     in guardrails. Approvals are questions of the flow, answered with a ToolApproval. Anywhere else it is ``Runner``.
 
-    ``tools``: options by the names of tools, see ToolOptions. False: the tool is no step, as it needs none; it must not wait.
+    ``tools``: options by the names of tools, see ToolOptions. False: the tool is not a step, and must not wait.
     """
 
     def __init__(self, *, tools: Mapping[str, ToolOptions | Literal[False]] | None = None) -> None:

@@ -63,7 +63,7 @@ class Proxy:
 
 
 class _Output(openai.BaseModel):
-    """Reads the output of an answer as the client does: what it does not know is no error."""
+    """Reads the output of an answer as the client does: unknown fields are not an error."""
 
     output: list[ResponseOutputItem]
 
@@ -198,7 +198,7 @@ class ToolInvoker:
             work = partial(self._work, context, arguments)
             return (await self._run.step(self._node_id, state, work, self._options))["result"]
         except NotImplementedError:
-            raise  # It waits in the body for what is no event of a flow.
+            raise  # It waits in the body for something that is not an event of a flow.
         except Exception as error:
             return await self._message(context, error)
 

@@ -131,7 +131,7 @@ class StromaDurability(BaseDurabilityCapability[Any]):
         return None if flow is None else flow.now()
 
     async def wrap_run(self, ctx: Any, *, handler: Any) -> Any:
-        """Run the agent; its plain functions that are no tools run in the body."""
+        """Run the agent; its plain functions that are not tools run in the body."""
         if current_flow() is None:
             return await super().wrap_run(ctx, handler=handler)
         with Agent.using_thread_executor(_EXECUTOR):
@@ -197,7 +197,7 @@ class _Backend(DurableOperationBackend[ToolOptions]):
     def config_for_tool(
         self, operation: DurableOperation[Any, Any, Any], *, tool: Any, tool_name: str
     ) -> ToolOptions | Literal[False]:
-        """Return the options of a tool; False if it is no step. Raises TypeError for unknown ones."""
+        """Return the options of a tool; False if it is not a step. Raises TypeError for unknown ones."""
         options = None if tool is None else (tool.tool_def.metadata or {}).get(_METADATA)
         if options is False:
             return False

@@ -1,4 +1,4 @@
-"""Waits of a flow: for a time, a message, or the answer of a person. They are durable, and are no steps."""
+"""Waits of a flow: for a time, a message, or the answer of a person. They are durable, and are not steps."""
 
 from __future__ import annotations
 
