@@ -410,6 +410,29 @@ async def test_a_follower_that_stands_still(store: Any) -> None:
     assert "".join(WORDS) in page.seen
 
 
+async def test_a_follower_that_stands_still_holds_one_page(one_store: Any) -> None:
+    """However much is stored meanwhile, a follower that does not read keeps at most a page of it in memory."""
+
+    async def flood(state: Num) -> Text:
+        for _ in range(12):
+            for i in range(900):
+                current_node().emit(i)
+            await asyncio.sleep(0.11)
+        return Text(text="")
+
+    runner = runner_of(one_store)
+    run = await started(runner, [node("flood", flood, output=Text)])
+    async with aclosing(runner.follow("run")) as events:  # type: ignore[type-var]
+        await anext(events)
+        await run
+        await asyncio.sleep(1.1)  # Shared reads are forgotten.
+        gc.collect()
+        held = sum(type(one) is StreamEvent for one in gc.get_objects())
+        rest = [event async for event in events]
+    assert len(rest) > 10_000
+    assert held <= 2600
+
+
 async def test_500_followers_share_their_reads(one_store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Followers of one run read the store together: 500 of them, some of which come later, read about as often as one."""
     counts = {"reads": 0}

@@ -54,11 +54,8 @@ class EventLog(EventHub):
     def publish(self, kind: EventKind, run_id: str, node_id: str | None = None, **fields: Any) -> None:
         run = current_run()
         if self._loop is None and run is not None:
-            self._session, self.run_logger, self._loop = (
-                run.session,
-                run.run_logger,
-                asyncio.get_running_loop(),
-            )
+            self._loop = asyncio.get_running_loop()
+            self._session, self.run_logger = run.session, run.run_logger
         super().publish(kind, run_id, node_id, **fields)
         self._wake()
 
@@ -79,7 +76,10 @@ class EventLog(EventHub):
     def _write(self) -> None:
         self._is_due = False  # First: an event that comes now is written below, or wakes this again.
         if self._writing is None or self._writing.done():
-            self._write_batch()
+            for _ in range(
+                2
+            ):  # All that nodes emitted; a thread that floods must not keep the event loop here.
+                self._write_batch()
         if self._reader.pending:
             self._wake()
 
@@ -92,9 +92,8 @@ class EventLog(EventHub):
         try:
             with self.lock:
                 lines = self._take_lines()
-                if (
-                    not lines or self._session.finished is not None
-                ):  # A run that is returned has no new events.
+                # A run that is returned has no new events.
+                if not lines or self._session.finished is not None:
                     return
                 pending = self._session.append_events(self._last, b"\n".join(lines))
             if pending is not None:

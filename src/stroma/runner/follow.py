@@ -20,8 +20,8 @@ from stroma.trace.redaction import Redact, hide_state
 
 __all__ = ["decode_events", "follow"]
 
-#: Batches that are read at once.
-_PAGE_SIZE: Final = 20
+#: Batches that are read at once: at most 2,500 events.
+_PAGE_SIZE: Final = 5
 _FAILED: Final = ("FAILED", "PARTIAL")
 #: Between two looks for new events, in seconds: at first, at most while the run is running, and at most.
 _POLL_SECONDS: Final = (0.1, 0.2, 1.0)
