@@ -12,6 +12,8 @@ from tests.store_suite.journal import row, settled
 
 from stroma import NodeContract, RunStatus, SQLiteStore, StromaRunner, stroma_node
 from stroma.checkpoint import RunQuery, RunRequest, open_store
+from stroma.checkpoint.durable.integrity import seal
+from stroma.checkpoint.durable.rows import Step
 from stroma.contracts.schema import schema_of
 
 
@@ -60,6 +62,7 @@ def fill_sqlite(url: str, runs: int, attempts: int) -> None:
     SQLiteStore(path)._file.open().close()
     db = sqlite3.connect(path, isolation_level=None)
     db.execute("PRAGMA synchronous=OFF")
+    db.create_function("checksum", 1, _sha_of, deterministic=True)
     db.execute("BEGIN")
     numbers = f"WITH RECURSIVE r(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM r WHERE i < {runs - 1})"
     both = f"{numbers}, a(j) AS (SELECT 0 UNION ALL SELECT j + 1 FROM a WHERE j < {attempts - 1})"
@@ -70,7 +73,8 @@ def fill_sqlite(url: str, runs: int, attempts: int) -> None:
     inputs = (SCHEMA.fingerprint, OUTPUT, _sha())
     db.execute(f"{numbers} INSERT INTO inputs ({_INPUT_COLUMNS}) SELECT i + 1, 1, ?, ?, ? FROM r", inputs)
     db.execute(f"{both} INSERT INTO attempts ({_ATTEMPT_COLUMNS}) SELECT {_ATTEMPT} FROM r, a")
-    db.execute(f"{both} INSERT INTO steps ({_STEP_COLUMNS}) SELECT {_STEP}, ?, ?, ? FROM r, a", inputs)
+    steps = f"{both} INSERT INTO steps ({_STEP_COLUMNS}) SELECT {_STEP}, ?, ?, checksum(j) FROM r, a"
+    db.execute(steps, inputs[:2])
     db.execute("COMMIT")
     db.close()
 
@@ -101,23 +105,25 @@ def fill_postgres(url: str, runs: int, attempts: int) -> None:
             f"""INSERT INTO attempts (branch_key, {_ATTEMPT_COLUMNS})
             SELECT '', {_ATTEMPT} FROM {numbers}, {both}""".encode()
         )
+        # As seal() in stroma.checkpoint.durable.integrity.
+        head = f"""'[' || j || ', "", "n' || j || '", "{SCHEMA.fingerprint}", "", null, null]'"""
         db.execute(
             f"""INSERT INTO steps (branch_key, {_STEP_COLUMNS})
-            SELECT '', {_STEP}, %s, %s, %s FROM {numbers}, {both}""".encode(),
-            inputs,
+            SELECT '', {_STEP}, %s, %s, sha256(convert_to({head}, 'UTF8') || %s) FROM {numbers}, {both}""".encode(),
+            (SCHEMA.fingerprint, OUTPUT, OUTPUT),
         )
 
 
 def fill_redis(url: str, runs: int, attempts: int) -> None:
     import redis
 
-    from stroma.checkpoint.durable.rows import Step
     from stroma.checkpoint.records import Attempt
     from stroma.checkpoint.redis.format import pack, pack_step, prefix_of
 
     client = redis.Redis.from_url(url)
-    step = pack_step(Step(SCHEMA.fingerprint, "", OUTPUT, _sha()), 1, 1, 0)
-    steps = {f"{j}:": step.replace(b",1,1,0]", b",1,1,%d]" % j) for j in range(attempts)}
+    steps = {
+        f"{j}:": pack_step(Step(SCHEMA.fingerprint, "", OUTPUT, _sha_of(j)), 1, 1, j) for j in range(attempts)
+    }
     nodes = {f"{j}:": f"{j + 1} n{j}" for j in range(attempts)}
     tried = {}
     for j in range(attempts):
@@ -152,6 +158,11 @@ def _sha() -> bytes:
     import hashlib
 
     return hashlib.sha256(OUTPUT).digest()
+
+
+def _sha_of(j: int) -> bytes:
+    """Return the checksum of the commit of attempt j."""
+    return seal(j, "", f"n{j}", Step(SCHEMA.fingerprint, "", OUTPUT, b"")).sha256
 
 
 # ---------------------------------------------------------------------- what is measured

@@ -108,4 +108,5 @@ def test_the_positions_of_what_stands_beside_a_run_differ() -> None:
         "REJECTED": -11,
         "ATTRIBUTION": -12,
         "EFFECT": -13,
+        "MESSAGE": -14,
     }
