@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Final, TypeVar, cast
 
 from langchain_core.runnables.config import merge_configs
+from langgraph.channels import BinaryOperatorAggregate
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.pregel import Pregel
 
@@ -160,11 +161,14 @@ class _Parts:
 
 def _with_same_ids(channel: Any) -> Any:
     """Return a channel whose reducer gives new messages ids that are the same on replay."""
-    for attribute in ("operator", "reducer"):
-        reduce = getattr(channel, attribute, None)
-        if reduce is not None:
-            channel = channel.copy()
-            setattr(channel, attribute, _same_ids(reduce))
+    batch = getattr(channel, "reducer", None)
+    if batch is not None:  # A DeltaChannel, to whose messages LangGraph gives ids by itself.
+        single = BinaryOperatorAggregate(channel.typ, _same_ids(lambda left, right: batch(left, [right])))
+        single.key = channel.key
+        return single
+    if hasattr(channel, "operator"):
+        channel = channel.copy()
+        channel.operator = _same_ids(channel.operator)
     return channel
 
 
@@ -175,7 +179,7 @@ def _same_ids(reduce: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         result, flow = reduce(left, right), current_flow()
         if flow is not None:  # Else a step reads the state.
             for message in messages_in(result):
-                if message.id is not None and message.id not in known:
+                if message.id is None or message.id not in known:
                     message.id = str(flow.uuid())
         return result
 

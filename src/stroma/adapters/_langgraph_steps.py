@@ -177,7 +177,7 @@ def _shown(state: Any) -> Any:
     if (
         isinstance(state, list)
         and state
-        and all(isinstance(one, dict) and "$message" in one for one in state)
+        and all(isinstance(one, dict) and "@message" in one for one in state)
     ):
         return {"messages": len(state), "newest": state[-1]}
     return state

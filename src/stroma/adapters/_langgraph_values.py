@@ -31,8 +31,8 @@ _KINDS: Final = (
     decimal.Decimal,
     uuid.UUID,
 )
-_CONVERTERS: Final[dict[str, TypeAdapter[Any]]] = {f"${kind.__name__}": TypeAdapter(kind) for kind in _KINDS}
-_COLLECTIONS: Final[dict[str, Any]] = {"$tuple": tuple, "$dict": dict, "$set": set, "$frozenset": frozenset}
+_CONVERTERS: Final[dict[str, TypeAdapter[Any]]] = {f"@{kind.__name__}": TypeAdapter(kind) for kind in _KINDS}
+_COLLECTIONS: Final[dict[str, Any]] = {"@tuple": tuple, "@dict": dict, "@set": set, "@frozenset": frozenset}
 
 
 class NotStorable(TypeError):
@@ -42,38 +42,38 @@ class NotStorable(TypeError):
 def encode(value: Any, place: str = "") -> Any:
     """Return the JSON form of a value. ``place``: where it is, for the error. Raises NotStorable.
 
-    What JSON has no form for is a dict with one key, which begins with "$".
+    What JSON has no form for is a dict with one key, which begins with "@".
     """
     kind = type(value)
     if value is None or kind in (bool, int, str):
         return value
     if kind is float:
-        return value if value - value == 0 else {"$float": str(value)}  # JSON has neither infinity nor NaN.
+        return value if value - value == 0 else {"@float": str(value)}  # JSON has neither infinity nor NaN.
     if isinstance(value, dict):
-        if all(type(key) is str and not key.startswith("$") for key in value):
+        if all(type(key) is str and not key.startswith("@") for key in value):
             return {key: encode(item, f"{place}[{key!r}]") for key, item in value.items()}
-        return {"$dict": [[encode(each, place) for each in item] for item in value.items()]}
+        return {"@dict": [[encode(each, place) for each in item] for item in value.items()]}
     if isinstance(value, list) or kind is tuple:
         items = [encode(item, f"{place}[{number}]") for number, item in enumerate(value)]
-        return {"$tuple": items} if kind is tuple else items
+        return {"@tuple": items} if kind is tuple else items
     if kind in (set, frozenset):  # In an order that the next process has as well.
-        return {f"${kind.__name__}": sorted((encode(item, place) for item in value), key=json.dumps)}
+        return {f"@{kind.__name__}": sorted((encode(item, place) for item in value), key=json.dumps)}
     if kind in _KINDS:
-        key = f"${kind.__name__}"
+        key = f"@{kind.__name__}"
         return {key: _CONVERTERS[key].dump_python(value, mode="json")}
     if kind is bytes:
-        return {"$bytes": base64.b64encode(value).decode()}
+        return {"@bytes": base64.b64encode(value).decode()}
     if kind is Send:
-        return {"$send": [value.node, encode(value.arg, place)]}
+        return {"@send": [value.node, encode(value.arg, place)]}
     if isinstance(value, enum.Enum):
-        return {"$enum": [_name_of(kind), encode(value.value, place)]}
+        return {"@enum": [_name_of(kind), encode(value.value, place)]}
     fields = {name: encode(item, f"{place}.{name}") for name, item in _fields_of(value, place).items()}
     if not (isinstance(value, BaseMessage) and kind.__module__.startswith("langchain_core.")):
-        return {"$object": [_name_of(kind), fields]}
+        return {"@object": [_name_of(kind), fields]}
     del fields["type"]
     # Without what is empty: releases of LangChain differ in it.
     data = {name: item for name, item in fields.items() if name == "content" or item or item == 0}
-    return {"$message": {"type": value.type, "data": data}}
+    return {"@message": {"type": value.type, "data": data}}
 
 
 def _fields_of(value: Any, place: str) -> dict[str, Any]:
@@ -96,24 +96,24 @@ def decode(value: Any, classes: Classes) -> Any:
     if type(value) is not dict:
         return value
     key = next(iter(value), "")
-    if not key.startswith("$"):
+    if not key.startswith("@"):
         return {name: decode(item, classes) for name, item in value.items()}
     content = value[key]
     if key in _COLLECTIONS:
         return _COLLECTIONS[key](decode(content, classes))
     if key in _CONVERTERS:
         return _CONVERTERS[key].validate_python(content)
-    if key == "$bytes":
+    if key == "@bytes":
         return base64.b64decode(content)
-    if key == "$float":
+    if key == "@float":
         return float(content)
-    if key == "$message":
+    if key == "@message":
         return messages_from_dict([{"type": content["type"], "data": decode(content["data"], classes)}])[0]
     name, inner = content[0], decode(content[1], classes)
-    if key == "$send":
+    if key == "@send":
         return Send(name, inner)
     kind = _class_of(name, classes)
-    return kind(inner) if key == "$enum" else _build(kind, inner)
+    return kind(inner) if key == "@enum" else _build(kind, inner)
 
 
 def _class_of(name: str, classes: Classes) -> Any:

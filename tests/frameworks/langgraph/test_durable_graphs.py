@@ -16,6 +16,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.config import get_stream_writer
 from langgraph.func import entrypoint
 from langgraph.graph import END, START, MessagesState, StateGraph
+from langgraph.graph.message import add_messages, push_message
 from langgraph.runtime import Runtime
 from langgraph.types import Command, RetryPolicy, Send, interrupt
 from pydantic import BaseModel, JsonValue
@@ -457,6 +458,57 @@ async def test_messages_have_the_same_ids_on_replay() -> None:
     graph = durable(graph_of(answer, edit, last, schema=MessagesState))
     flow = flow_of(graph, {"messages": [{"role": "user", "content": "hi"}]})
     assert await run(flow) == {"messages": ["final", "other", "last of 2"]}
+    await assert_resumable(flow, Num(), runner=StromaRunner.quick(policy_map=NEVER), processes=False)
+
+
+async def test_delta_channels_have_the_same_ids_on_replay() -> None:
+    """G5: So are the ids of a DeltaChannel, to whose messages LangGraph gives ids before the reducer sees them."""
+    delta = pytest.importorskip("langgraph.channels.delta")
+
+    def reduce(messages: list[Any], writes: list[Any]) -> Any:
+        for write in writes:
+            messages = add_messages(messages, write)  # type: ignore[assignment]
+        return messages
+
+    fields: Any = {"messages": Annotated[list[Any], delta.DeltaChannel(reduce)]}
+    schema = TypedDict("schema", fields)
+
+    def answer(state: Any) -> Any:
+        return {"messages": [("ai", f"answer to {state['messages'][0].content}")]}
+
+    def remove(state: Any) -> Any:
+        return {"messages": [RemoveMessage(state["messages"][0].id)]}
+
+    graph = durable(graph_of(answer, remove, schema=schema))
+    flow = flow_of(graph, {"messages": [{"role": "user", "content": "hi"}]})
+    assert await run(flow) == {"messages": ["answer to hi"]}
+    await assert_resumable(flow, Num(), runner=StromaRunner.quick(policy_map=NEVER), processes=False)
+
+
+async def test_policies_and_timeouts_go_by_the_ids_of_steps() -> None:
+    """A policy and a timeout for the id of a node hold for its step."""
+    calls: list[str] = []
+
+    async def slow(state: State) -> Any:
+        calls.append("slow")
+        await asyncio.sleep(60)
+
+    never = {"RECOVERABLE": FailurePolicy(max_retries=0), "AMBIGUOUS": FailurePolicy(max_retries=0)}
+    runner = StromaRunner.quick(node_timeouts={"g.slow": 1}, node_policies={"g.slow": never})
+    result = await runner.run(flow_of(durable(graph_of(slow, name="g")), {}), Num())
+    assert result.failure is not None
+    assert (result.failure.node_id, result.failure.reason, calls) == ("g.slow", "timeout", ["slow"])
+
+
+async def test_messages_that_a_node_pushes_are_in_the_state() -> None:
+    """push_message() in a node writes to the state, also where the node is not called again."""
+
+    def push(state: MessagesState) -> Any:
+        push_message(AIMessage("pushed", id="1"))
+        return {"messages": [AIMessage("returned")]}
+
+    flow = flow_of(durable(graph_of(push, schema=MessagesState)), {"messages": [("user", "hi")]})
+    assert await run(flow) == {"messages": ["hi", "pushed", "returned"]}
     await assert_resumable(flow, Num(), runner=StromaRunner.quick(policy_map=NEVER), processes=False)
 
 
