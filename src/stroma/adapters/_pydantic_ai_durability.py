@@ -85,10 +85,8 @@ class StromaDurability(BaseDurabilityCapability[Any]):
     has; policies and timeouts go by these ids. Approvals and results of deferred tools are questions of the flow, answered
     with a ToolApproval or a ToolAnswer. Anywhere else the agent runs as it does without. Options of a tool: ToolOptions.
 
-    Args:
-        models: further models by the id with which a run selects one.
-        event_stream_handler: function that receives the events of streamed answers and of tools.
-        name: in place of the agent's.
+    Keywords: ``models``, further models by the id with which a run selects one; ``event_stream_handler``, a function that
+    receives the events of streamed answers and of tools; ``name``, in place of the agent's.
     """
 
     engine_spec: ClassVar[DurabilityEngineSpec] = DurabilityEngineSpec(
