@@ -706,7 +706,7 @@ class Shop:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.asked: list[Any] = []
-        self.is_dying = False
+        self.is_dying = self.asks = False
 
     def answer(self, state: MessagesState) -> Any:
         self.calls.append("model")
@@ -729,7 +729,8 @@ class Shop:
             if self.is_dying and item == "tea":
                 self.is_dying = False
                 raise ConnectionResetError("connection reset by peer")
-            return len(item)
+            answer: int = interrupt(f"price of {item}?") if self.asks else len(item)
+            return answer
 
         builder = StateGraph(MessagesState)
         builder.add_node("model", self.answer)
@@ -763,3 +764,47 @@ async def test_a_tool_that_is_an_effect_is_asked_about() -> None:
     value = await run(flow_of(graph, {"messages": [("user", "hi")]}))
     assert value["messages"][-1] == "done ['4', '99']"
     assert shop.asked == [{"item": "tea"}]
+
+
+async def test_tools_ask_for_themselves() -> None:
+    """A tool that calls interrupt() asks for its own call, beside the others, and is called again with its answer."""
+    shop = Shop()
+    shop.asks = True
+    flow = flow_of(shop.graph(), {"messages": [("user", "hi")]})
+    runner = StromaRunner.quick(store=InMemoryStore(), run_id="r", resume=True)
+    result = await runner.run(flow, Num())
+    assert result.suspended == ["price of tea?", "price of salt?"], result.failure
+    for question, answer in zip(result.questions, (30, 40), strict=True):
+        await runner.signal("r", InterruptAnswer(answer), question=question.id)
+    result = await runner.run(flow, Num())
+    assert result.output.value["messages"][-1] == "done ['30', '40']", result.failure
+    assert shop.calls == ["model", "price tea", "price salt", "price tea", "price salt", "model"]
+
+
+async def test_a_graph_is_cancelled_by_a_timeout_of_the_body() -> None:
+    """G5: A timeout around a graph is durable, and its nodes in flight are given up, live as on replay."""
+
+    async def wait(state: State) -> Any:
+        await asyncio.sleep(0.02 if state["n"] == 0 else 60)
+        return {"n": state["n"] + 1}
+
+    def again(state: State) -> str:
+        return "wait"
+
+    builder = StateGraph(State)
+    builder.add_node("wait", wait)
+    builder.add_edge(START, "wait")
+    builder.add_conditional_edges("wait", again)
+    graph, other = durable(builder.compile()), durable(World().builder().compile())
+
+    @stroma_flow("f", input=Num, output=Answer)
+    async def f(flow: Flow, state: Num) -> Answer:
+        try:
+            async with asyncio.timeout(0.5):
+                await graph.ainvoke({"n": 0})
+        except TimeoutError:
+            return Answer(value=shown(await other.ainvoke({"n": 1, "log": []})))
+        return Answer()
+
+    assert await run(f) == {"n": 2, "log": ["start", "left", "right", "count"]}
+    await assert_resumable(f, Num(), runner=StromaRunner.quick(policy_map=NEVER), processes=False)
