@@ -243,3 +243,30 @@ def test_a_small_terminal_gets_lines(stroma):
     assert code == 0
     assert "TRY" not in written
     assert "second" in emulator.text
+
+
+def test_steps_of_a_flow_and_of_flows_inside_are_rows(terminal):
+    """A flow has a row with the sums of its steps, and each step one of its own; no hook of the table fails."""
+    terminal = terminal()
+    runner = StromaRunner.quick()
+
+    @runner.node("ask", input=Item, output=Item)
+    async def ask(item):
+        current_node().report_usage(input_tokens=30, output_tokens=10)
+        return Item(n=item.n + 1)
+
+    @runner.flow("inner", input=Item, output=Item)
+    async def inner(flow, item):
+        return await flow.step(ask, item)
+
+    @runner.flow("outer", input=Item, output=Item)
+    async def outer(flow, item):
+        return await flow.run(inner, await flow.step(ask, item))
+
+    progress = LiveProgress("outer", ["outer"], ExecutionBudget())
+    result = _run(progress, outer, Item(n=0))
+    assert result.final_state == Item(n=2)
+    assert result.hook_errors == []
+    text = terminal.emulator.text
+    assert re.search(r"^outer +flow +80$", text, re.MULTILINE), text
+    assert len(re.findall(r"^ +ask +ok .* 40$", text, re.MULTILINE)) == 2, text

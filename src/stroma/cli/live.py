@@ -179,7 +179,8 @@ class LiveProgress(Progress):
         around: NodeExecution | None = node
         while around is not None:
             # Items of a resumed map are restored before its first progress.
-            if around.parent is not None and around.parent.node_id.startswith("map_over("):
+            # The execution of a flow has no id.
+            if around.parent is not None and (around.parent.node_id or "").startswith("map_over("):
                 self._mark_map(around.parent)
             if _place(around) in self._maps:
                 node = around
@@ -231,8 +232,11 @@ class LiveProgress(Progress):
             rows = {id(row): row}
             around = node.parent
             while around is not None:
-                above = self._row(around)
-                rows[id(above)] = above
+                if around.node_id or _key(around) in self._rows:
+                    above = self._row(around)
+                    rows[id(above)] = above
+                    if not around.node_id:
+                        above.state = "flow"
                 around = around.parent
             for one in rows.values():
                 one.tokens += node.usage.tokens
