@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import importlib.metadata
 import pathlib
 import socket
 import subprocess
-import threading
 import time
-
-from temporalio.client import Client
-from temporalio.service import RPCError
 
 __all__ = ["TemporalServer", "temporal_binary"]
 
@@ -73,10 +68,13 @@ class TemporalServer:
                     self.kill()
                     raise
                 time.sleep(0.05)
-        # In a thread: the caller may run in an event loop.
-        ready = threading.Thread(target=_wait_until_ready, args=(self.address,))
-        ready.start()
-        ready.join()
+        # It answers for its namespace a moment later. In a process: a client in this one could not be used in its forks.
+        count = [temporal_binary(), "workflow", "count", "--address", self.address]
+        while subprocess.run(count, capture_output=True, check=False).returncode:
+            if time.monotonic() > deadline:
+                self.kill()
+                raise RuntimeError("the Temporal server does not answer")
+            time.sleep(0.05)
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -84,17 +82,3 @@ class TemporalServer:
             self.process.kill()
             self.process.wait()
             self.process = None
-
-
-def _wait_until_ready(address: str) -> None:
-    """Until a server answers for its namespace: it takes a moment longer than its port."""
-
-    async def ask() -> None:
-        while True:
-            try:
-                await (await Client.connect(address)).count_workflows()
-                return
-            except (RPCError, RuntimeError):
-                await asyncio.sleep(0.05)
-
-    asyncio.run(asyncio.wait_for(ask(), 60))

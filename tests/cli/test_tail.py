@@ -129,7 +129,7 @@ def test_what_nodes_emit(db, stroma, inside):
     stroma.file("speak.py", SPEAK)
     tail = functools.partial(inside, "tail", env={"STROMA_DB": db})
     work = stroma.popen("run", "speak.py:pipeline", GOOD, "--run-id", "x", "-q", env={"STROMA_DB": db})
-    while "sentence" not in (shown := tail("x").out):
+    while "progress" not in (shown := tail("x").out):  # It is emitted last.
         assert work.poll() is None
     assert [re.split(r"  +", line.strip()) for line in shown.splitlines()] == [
         ["0", "speak", "#1", "delta", "Half a sentence"],
