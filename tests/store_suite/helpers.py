@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from typing import Any
 
@@ -16,6 +15,7 @@ from stroma.checkpoint.queue import ClaimRequest, RunLimits
 from stroma.contracts.schema import Schema, schema_of
 from stroma.engine.restore import read_output
 from stroma.failures.classes import FailureClass
+from stroma.testing.checkpoints import HARD_IDS, State, settled
 from stroma.trace.events import AttemptRow, AttemptUsage, Failed
 
 __all__ = [
@@ -39,19 +39,6 @@ _STARTS = itertools.count(1_700_000_000_000_000_000, 1_000_000)
 
 #: Rounds of each race between two clients.
 ROUNDS = 20
-
-#: Ids that are hard to distinguish, to quote or to order.
-HARD_IDS = (
-    "a", "a:b", "a:", ":b", "*", "?", "[a]", "/", "..", "a/b", "a\nb", " ", "a ", "'", '"', "%", "_", "\\", "{a}", "}{",
-    "é", "e\u0301", "🦜", "\u00a0", "A", "last", "\x7f", "\ufffe", "\U0010ffff", "x" * 3000, "x" * 2999 + "y",
-)  # fmt: skip
-
-
-class State(BaseModel):
-    text: str = ""
-    n: int = 0
-    value: float = 0.0
-    data: bytes = b""
 
 
 class Other(BaseModel):
@@ -95,7 +82,7 @@ async def suspend_run(store: Any, run_id: str) -> Waiting:
 async def read_texts(session: Any, position: int, branches: list[str]) -> dict[str, str]:
     """Return the texts of the committed states in some branches."""
     pending = session.committed(position, branches)
-    commits = await pending if inspect.isawaitable(pending) else pending
+    commits = await settled(pending)
     read = {branch: read_output(schema_of(State), commit, None) for branch, commit in commits.items()}
     return {branch: state.text for branch, state in read.items() if isinstance(state, State)}
 
@@ -111,10 +98,6 @@ async def due_runs(store: Any, now_ms: int, pipeline: str = "pipeline", limit: i
     """Return the ids of the runs that a worker would get at a time; they stay free."""
     request = ClaimRequest("look", -1.0, limit, now_ms, {pipeline: RunLimits()})
     return [one.run_id for one in await store.claim(request)]
-
-
-async def settled(value: Any) -> Any:
-    return await value if inspect.isawaitable(value) else value
 
 
 async def commit(session: Any, position: int, state: BaseModel, node: str = "node", **facts: Any) -> None:

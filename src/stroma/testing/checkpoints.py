@@ -18,7 +18,7 @@ from stroma.trace.result import RunStatus
 __all__ = ["CheckpointStoreTests"]
 
 #: Ids that are hard to distinguish, to quote or to order.
-_HARD_IDS = (
+HARD_IDS = (
     "a", "a:b", "a:", ":b", "*", "?", "[a]", "/", "..", "a/b", "a\nb", " ", "a ", "'", '"', "%", "_", "\\", "{a}", "}{",
     "é", "e\u0301", "🦜", "\u00a0", "A", "last", "\x7f", "\ufffe", "\U0010ffff", "x" * 3000, "x" * 2999 + "y",
 )  # fmt: skip
@@ -99,7 +99,7 @@ class CheckpointStoreTests:
 
     async def test_ids_are_any_text(self, store: Any) -> None:
         """Ids with separators, wildcards, quotes, newlines, emoji and 3,000 characters are distinct."""
-        places = [(run, "node") for run in _HARD_IDS] + [("run", node) for node in _HARD_IDS]
+        places = [(run, "node") for run in HARD_IDS] + [("run", node) for node in HARD_IDS]
         places += [("a:b", "c"), ("a", "b:c"), ("a/b", "c"), ("a", "b/c")]
         for number, place in enumerate(places):
             await settled(store.save(*place, State(n=number)))
