@@ -1,8 +1,9 @@
 """What a guard costs: the same small program of a framework, plain and guarded in turns, with a fake model.
 
-``./dev run python -m benchmarks.adapters [NAME ...]`` runs each framework in the environment of its tests, and makes that if
-it is missing. It prints one line of a Markdown table per program: CPU time of a call without and with the guard in
-milliseconds, their ratio, and what the guard adds to each step. The fakes take no time: the plain figure is the framework's.
+``./dev run python -m benchmarks.adapters [NAME ...]`` runs each framework in the environment of its tests,
+and makes that if it is missing. It prints one line of a Markdown table per program: CPU time of a call
+without and with the guard in milliseconds, their ratio, and what the guard adds to each step. The fakes take
+no time: the plain figure is the framework's.
 """
 
 from __future__ import annotations
@@ -372,7 +373,8 @@ def mcp() -> Iterator[Program]:
     )
 
 
-#: By the name of the folder of its tests: what makes the programs, the distribution, and its name in the table.
+#: By the name of the folder of its tests: what makes the programs, the distribution, and its name in the
+#: table.
 FRAMEWORKS: Final[dict[str, tuple[Callable[[], Iterator[Program]], str, str]]] = {
     "guard": (guard, "stroma", "The guard alone"),
     "langgraph": (langgraph, "langgraph", "LangGraph"),

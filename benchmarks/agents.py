@@ -2,9 +2,9 @@
 
     python -m benchmarks.agents [POSTGRES_URL]
 
-It needs an environment with this package, ``pydantic-ai-slim`` and ``dbos``; a row without its package is left out. Each
-agent makes 50 requests with a tool each, to a model that answers at once: 100 steps. A row is the CPU of this process and the
-time of the wall, per step, the median of five runs.
+It needs an environment with this package, ``pydantic-ai-slim`` and ``dbos``; a row without its package is
+left out. Each agent makes 50 requests with a tool each, to a model that answers at once: 100 steps. A row is
+the CPU of this process and the time of the wall, per step, the median of five runs.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     ./dev bench [--nodes 1,10,100,1000] [--rounds N] [--write]
 
-Each library is a process of its own (benchmarks/peers/in_memory), asked in turn, round after round. A sample is CPU time
-between two samples of the floor in the same process; a ratio is the median over the rounds. ``--write`` keeps the figures
-in benchmarks/results.json, writes the table into docs/performance.md and draws docs/images/bench-light.svg and -dark.svg.
+Each library is a process of its own (benchmarks/peers/in_memory), asked in turn, round after round. A sample
+is CPU time between two samples of the floor in the same process; a ratio is the median over the rounds.
+``--write`` keeps the figures in benchmarks/results.json, writes the table into docs/performance.md and draws
+docs/images/bench-light.svg and -dark.svg.
 """
 
 from __future__ import annotations
@@ -42,8 +43,12 @@ class Peer:
         program = sys.executable if python is None else os.environ[f"STROMA_BENCH_{python.upper()}"]
         self.process = subprocess.Popen(
             [program, "-m", "benchmarks.peers.in_memory", module],
-            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
         self.versions = str(self._answer()["versions"])
 
     def _answer(self) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
     ./dev run python -m benchmarks.durable [--only REGEX] [--rounds 5] [--runs 64] [--disk-ms 1]
 
-One run of 100 nodes alone, and 64 runs of 20 nodes at once; a node validates, changes and validates a state of 1 KB.
-Each engine has a process of its own, and each peer a virtual environment of its own, made on the first call under
-``$XDG_CACHE_HOME/stroma-bench``. They are asked in turn, round after round, and stand still in between; a ratio is the
-median over the rounds of two figures of the same round. PostgreSQL and Redis are those of the tests: on this machine,
-over a socket in the file system, with fsync. Everything is a table on stdout; progress goes to stderr.
+One run of 100 nodes alone, and 64 runs of 20 nodes at once; a node validates, changes and validates a state
+of 1 KB. Each engine has a process of its own, and each peer a virtual environment of its own, made on the
+first call under ``$XDG_CACHE_HOME/stroma-bench``. They are asked in turn, round after round, and stand still
+in between; a ratio is the median over the rounds of two figures of the same round. PostgreSQL and Redis are
+those of the tests: on this machine, over a socket in the file system, with fsync. Everything is a table on
+stdout; progress goes to stderr.
 """
 
 from __future__ import annotations

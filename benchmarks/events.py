@@ -2,8 +2,8 @@
 
     ./dev run python -m benchmarks.events [--seconds 10] [--rounds 3]
 
-A line for each round: the percentage of a core that this process and the server use, without events, with stored events, and with
-a follower for each run as well.
+A line for each round: the percentage of a core that this process and the server use, without events, with
+stored events, and with a follower for each run as well.
 """
 
 from __future__ import annotations

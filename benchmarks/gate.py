@@ -4,9 +4,10 @@
     ./dev bench --gate --write    # measure thoroughly, and write the ratios of this Python down
     ./dev bench --gate --slower 25    # see that it notices: all of ours takes 25 % longer
 
-A ratio is the least CPU time of ours divided by the least of the bare work beside it, in samples that take turns. What
-else goes on on the machine can only add to a sample, so both come down to their true values as samples are taken; a
-ratio that stands too high is measured on until it has had every chance. No privileges and no counters are needed.
+A ratio is the least CPU time of ours divided by the least of the bare work beside it, in samples that take
+turns. What else goes on on the machine can only add to a sample, so both come down to their true values as
+samples are taken; a ratio that stands too high is measured on until it has had every chance. No privileges
+and no counters are needed.
 """
 
 from __future__ import annotations

@@ -1,15 +1,17 @@
 """What watching costs per node: beside the same run that nobody watches, and beside the SDK alone.
 
-    ./dev run python -m benchmarks.hooks            # each set of hooks: least CPU time of rounds that take turns
-    ./dev run python -m benchmarks.hooks --instructions  # the same, counted: other work on the machine changes nothing
-    ./dev run python -m benchmarks.hooks --unset    # no hooks at all, against a build without them: instructions
+    ./dev run python -m benchmarks.hooks            # each set of hooks: least CPU time of rounds that take
+    turns ./dev run python -m benchmarks.hooks --instructions  # the same, counted: other work on the machine
+    changes nothing ./dev run python -m benchmarks.hooks --unset    # no hooks at all, against a build without
+    them: instructions
 
-The nodes validate a small state and do nothing else, so this is the worst case: a node that waits for a model takes ten
-thousand times as long. Exporters hold what they make in memory, and DogStatsD sends to a socket that nobody reads; what sending costs
-is up to the SDKs. "SDK" makes the same spans, events, metrics and lines with the same names and numbers of attributes by hand: in a
-loop, where the processor's caches hold all of it, and called by the nodes of the same run, as a program without our hooks would. Samples
-take turns, and the least of each counts, since other work on the machine slows all of them. `--instructions` and
-`--unset` need valgrind.
+The nodes validate a small state and do nothing else, so this is the worst case: a node that waits for a model
+takes ten thousand times as long. Exporters hold what they make in memory, and DogStatsD sends to a socket
+that nobody reads; what sending costs is up to the SDKs. "SDK" makes the same spans, events, metrics and lines
+with the same names and numbers of attributes by hand: in a loop, where the processor's caches hold all of it,
+and called by the nodes of the same run, as a program without our hooks would. Samples take turns, and the
+least of each counts, since other work on the machine slows all of them. `--instructions` and `--unset` need
+valgrind.
 """
 
 from __future__ import annotations
@@ -211,9 +213,11 @@ def alone() -> dict[str, Callable[[], ByHand]]:
             cost.add(0.001, model)
             span.add_event("attempt", {"attempt": 1, "outcome": "success", "seconds": 0.001, "tokens": 7})
             call = tracer.start_span(
-                "chat", trace.set_span_in_context(span, inside), start_time=time.time_ns(),
+                "chat",
+                trace.set_span_in_context(span, inside),
+                start_time=time.time_ns(),
                 attributes={**about, **{f"call.{n}": n for n in range(15)}},
-            )  # fmt: skip
+            )
             call.set_attribute("outcome", "success")
             call.end()
             context.detach(token)
@@ -253,9 +257,13 @@ def alone() -> dict[str, Callable[[], ByHand]]:
 
         tracer.enabled = False
         statsd = DogStatsd(
-            host="127.0.0.1", port=_unread_port(), disable_telemetry=True, disable_buffering=False,
-            disable_background_sender=False, sender_queue_size=1000,
-        )  # fmt: skip
+            host="127.0.0.1",
+            port=_unread_port(),
+            disable_telemetry=True,
+            disable_buffering=False,
+            disable_background_sender=False,
+            sender_queue_size=1000,
+        )
 
         def one(number: int, run: Any) -> None:
             before = tracer.context_provider.active()

@@ -2,10 +2,11 @@
 
     ./dev run python -m benchmarks.maps [--items 100000] [--small 10000] [--rounds 3] [--work-ms 0]
 
-Every line is a process of its own. Items are lines of a file, outputs lines of another one; 64 run at once. The plain
-loop reads a line, validates it, awaits the same function under a semaphore, validates the output and writes it: it keeps
-nothing, so a crash loses everything. Peaks are the process's whole memory. The last lines kill the run with SIGKILL at
-random moments and resume it until it ends; then each item must be committed once and the file complete, in order.
+Every line is a process of its own. Items are lines of a file, outputs lines of another one; 64 run at once.
+The plain loop reads a line, validates it, awaits the same function under a semaphore, validates the output
+and writes it: it keeps nothing, so a crash loses everything. Peaks are the process's whole memory. The last
+lines kill the run with SIGKILL at random moments and resume it until it ends; then each item must be
+committed once and the file complete, in order.
 """
 
 from __future__ import annotations

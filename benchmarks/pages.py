@@ -3,9 +3,9 @@
     ./dev run python -m benchmarks.pages            # both
     ./dev run python -m benchmarks.pages --viewers  # 50 open pages alone
 
-A run of 1,000 nodes and 2,000 attempts (bound: 200 ms), a map of 10,000 items (300 ms), and 50 viewers of a run that
-commits five nodes a second (5 % of a core). The floor escapes the bytes of the first page and packs them: what it takes
-tells how fast this machine is at the moment. Times are the least of all rounds.
+A run of 1,000 nodes and 2,000 attempts (bound: 200 ms), a map of 10,000 items (300 ms), and 50 viewers of a
+run that commits five nodes a second (5 % of a core). The floor escapes the bytes of the first page and packs
+them: what it takes tells how fast this machine is at the moment. Times are the least of all rounds.
 """
 
 from __future__ import annotations

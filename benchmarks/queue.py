@@ -1,11 +1,13 @@
 """The queue: one worker beside ``run_many`` on the same store, its latency, its idle time, and DBOS beside it.
 
-    ./dev run python -m benchmarks.queue [--stores sqlite,postgres,redis] [--runs 10000] [--rounds 1] [--peer-runs 1000]
+    ./dev run python -m benchmarks.queue [--stores sqlite,postgres,redis] [--runs 10000] [--rounds 1]
+    [--peer-runs 1000]
 
-Runs of one node on a state of 1 KB, 100 at once. First so many runs directly, then as many submitted, then one worker that
-claims and runs them. A ratio is of two figures of one process and round. CPU is that of the process, without the server's.
-Latencies are from a submission in one process to the start of the run in an idle worker in another one. DBOS has one
-process, 100 workflows at once, and looks at its queue every second (its default), or every 50 ms.
+Runs of one node on a state of 1 KB, 100 at once. First so many runs directly, then as many submitted, then
+one worker that claims and runs them. A ratio is of two figures of one process and round. CPU is that of the
+process, without the server's. Latencies are from a submission in one process to the start of the run in an
+idle worker in another one. DBOS has one process, 100 workflows at once, and looks at its queue every second
+(its default), or every 50 ms.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Large stores and long runs: what opens, lists, finds and resumes them, in time and memory.
 
-    ./dev run python -m benchmarks.scale [--stores sqlite,postgres,redis] [--shapes 1000x1000,100000x10] [--nodes 10000]
+    ./dev run python -m benchmarks.scale [--stores sqlite,postgres,redis] [--shapes 1000x1000,100000x10]
+    [--nodes 10000]
 
-A store of a million attempts in each shape (runs x attempts of each), filled with generated rows; beside it a run of
-10,000 nodes, through the runner. Each line is a process of its own: the seconds of the call alone, and by how much it
-raised the peak of the process's memory. ``$ stroma ...`` lines are whole commands, start of Python and all: their
-import takes some 0.3 s and 60 MB.
+A store of a million attempts in each shape (runs x attempts of each), filled with generated rows; beside it a
+run of 10,000 nodes, through the runner. Each line is a process of its own: the seconds of the call alone, and
+by how much it raised the peak of the process's memory. ``$ stroma ...`` lines are whole commands, start of
+Python and all: their import takes some 0.3 s and 60 MB.
 """
 
 from __future__ import annotations

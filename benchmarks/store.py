@@ -2,8 +2,9 @@
 
     ./dev run python -m benchmarks.store
 
-A raw commit is BEGIN IMMEDIATE, an UPDATE, an INSERT of the same kilobyte and COMMIT at synchronous=FULL, in a loop.
-Ours keeps an attempt as well, through the writer thread and an event loop. Medians of rounds that take turns.
+A raw commit is BEGIN IMMEDIATE, an UPDATE, an INSERT of the same kilobyte and COMMIT at synchronous=FULL, in
+a loop. Ours keeps an attempt as well, through the writer thread and an event loop. Medians of rounds that
+take turns.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     ./dev run python -m benchmarks.temporal [--runs 20] [--nodes 100]
 
-A development server of Temporal with its data in memory, a worker in a process of its own, and a store on PostgreSQL. Each
-node waits 5 ms as if for a provider. CPU time of each process is taken from the kernel, so that what a step costs does not
-depend on what else the machine does.
+A development server of Temporal with its data in memory, a worker in a process of its own, and a store on
+PostgreSQL. Each node waits 5 ms as if for a provider. CPU time of each process is taken from the kernel, so
+that what a step costs does not depend on what else the machine does.
 """
 
 from __future__ import annotations

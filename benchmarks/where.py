@@ -2,8 +2,9 @@
 
     ./dev bench --where
 
-Each part is called by itself, thousands of times, and its least time is taken. What the parts do not explain is the engine's
-own bytecode: its questions whether there is a budget, a hook, a timeout, a group or a cancellation.
+Each part is called by itself, thousands of times, and its least time is taken. What the parts do not explain
+is the engine's own bytecode: its questions whether there is a budget, a hook, a timeout, a group or a
+cancellation.
 """
 
 from __future__ import annotations

@@ -25,9 +25,20 @@ from stroma import (
 )
 
 __all__ = [
-    "START", "In", "Run", "floor", "flowing", "gathered", "limited", "ours", "retried", "sequence", "side_by_side", "watched",
+    "START",
+    "In",
+    "Run",
+    "floor",
+    "flowing",
+    "gathered",
+    "limited",
+    "ours",
+    "retried",
+    "sequence",
+    "side_by_side",
+    "watched",
     "yielding",
-]  # fmt: skip
+]
 
 
 def fails_once() -> Callable[[Any], Awaitable[Any]]:

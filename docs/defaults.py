@@ -109,10 +109,14 @@ def _documented(name: str) -> Any:
 
 def defaults_page() -> str:
     lines = [
-        NOTE, "", "# Defaults", "",
+        NOTE,
+        "",
+        "# Defaults",
+        "",
         "This page states for each default what it loses, for anyone who decides which parameters to pass. No default loses finished work of a run that has not ended, "
-        "an answer, or the record of a call that must not be repeated, unless this page says so.", "",
-    ]  # fmt: skip
+        "an answer, or the record of a call that must not be repeated, unless this page says so.",
+        "",
+    ]
     for name, losses in LOSSES.items():
         lines += [f"## {name}", ""]
         if not losses:

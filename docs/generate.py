@@ -340,10 +340,18 @@ def examples() -> dict[str, list[str]]:
 
     midnight = datetime(2027, 1, 16, tzinfo=UTC)
     finding = Finding(
-        "error", "missing", "search", "answer", "0", "1", "sources", "", "list[str]",
+        "error",
+        "missing",
+        "search",
+        "answer",
+        "0",
+        "1",
+        "sources",
+        "",
+        "list[str]",
         "'answer' needs sources (list[str]), and Found has no such field",
         "add it to the output of 'search', or give it a default in Question",
-    )  # fmt: skip
+    )
     wrong = [{"loc": ("urls",), "msg": "Input should be a valid list"}]
     return {
         "CheckFailed": [str(CheckFailed([finding])).replace("\n", " ")],

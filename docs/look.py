@@ -25,9 +25,16 @@ from urllib.parse import unquote, urldefrag
 ROOT = Path(__file__).resolve().parent.parent
 #: Pages of each kind.
 SHOWN = (
-    "index.html", "tutorial/05-checkpoints-and-resume.html", "howto/debug-at-night.html", "concepts/hooks.html", "guarantees.html",
-    "reference/hooks.html", "telemetry/sentry.html", "comparison.html", "source/examples/streaming.py.html",
-)  # fmt: skip
+    "index.html",
+    "tutorial/05-checkpoints-and-resume.html",
+    "howto/debug-at-night.html",
+    "concepts/hooks.html",
+    "guarantees.html",
+    "reference/hooks.html",
+    "telemetry/sentry.html",
+    "comparison.html",
+    "source/examples/streaming.py.html",
+)
 #: Pages to open at the width of a phone.
 NARROW = ("comparison.html", "tutorial/10-tracing.html")
 _LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "audio": "src"}

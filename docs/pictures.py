@@ -93,11 +93,14 @@ class Picture:
 
 def attempt() -> Picture:
     p = Picture(
-        "attempt", "One attempt of a node",
+        "attempt",
+        "One attempt of a node",
         "The input is validated, the start hook is called, the function runs, its usage is counted, its output is validated, "
         "the output is committed, the success hook is called. An exception or an output that is refused is classified and "
-        "recorded, the failure hook is called, and then it is decided: try again after a wait, or stop.", 860, 300,
-    )  # fmt: skip
+        "recorded, the failure hook is called, and then it is decided: try again after a wait, or stop.",
+        860,
+        300,
+    )
     steps = [
         "input\nvalidated",
         "start\nhook",
@@ -132,11 +135,14 @@ def attempt() -> Picture:
 
 def boundary() -> Picture:
     p = Picture(
-        "boundary", "A contract at a boundary",
+        "boundary",
+        "A contract at a boundary",
         "What node A returns is validated by its output class. What passes is committed and becomes the input of node B, "
         "validated by B's input class. What does not pass stops there: it is not committed, not traced as output, and B is "
-        "never called.", 780, 220,
-    )  # fmt: skip
+        "never called.",
+        780,
+        220,
+    )
     p.box(20, 50, 120, 60, "node A\nreturns a value")
     p.box(200, 50, 150, 60, "output class of A\nvalidates")
     p.box(410, 50, 150, 60, "commit\nthe validated output", "kept")
@@ -153,11 +159,14 @@ def boundary() -> Picture:
 
 def retry() -> Picture:
     p = Picture(
-        "retry", "Whether a failed attempt is tried again",
+        "retry",
+        "Whether a failed attempt is tried again",
         "A failure has a class. TERMINAL stops the run as FAILED. RECOVERABLE and AMBIGUOUS are tried again while their policy "
         "has retries left, after a delay of at least what the server asked for; a server that asks for more than the policy "
-        "allows, or used up retries, stop the run as PARTIAL.", 800, 290,
-    )  # fmt: skip
+        "allows, or used up retries, stop the run as PARTIAL.",
+        800,
+        290,
+    )
     p.box(20, 115, 130, 56, "a failure\nwith its class")
     p.box(215, 115, 130, 56, "TERMINAL?")
     p.box(410, 115, 130, 56, "retries left?\nby its policy")
@@ -184,10 +193,13 @@ def retry() -> Picture:
 
 def resume() -> Picture:
     p = Picture(
-        "resume", "A run that is resumed",
+        "resume",
+        "A run that is resumed",
         "The first process commits the outputs of positions 0 and 1, and dies while position 2 runs. The second process restores "
-        "positions 0 and 1 from the journal without calling them, runs position 2 again, and then position 3.", 780, 290,
-    )  # fmt: skip
+        "positions 0 and 1 from the journal without calling them, runs position 2 again, and then position 3.",
+        780,
+        290,
+    )
     p.text(20, 66, "first process", "head")
     p.text(20, 236, "second process", "head")
     for number, words in enumerate(("0  read", "1  draft", "2  polish", "3  send")):
@@ -211,10 +223,13 @@ def resume() -> Picture:
 
 def budget() -> Picture:
     p = Picture(
-        "budget", "A budget that is crossed",
+        "budget",
+        "A budget that is crossed",
         "Three calls spend up to 80 percent of the limit, where a warning is told. The fourth call takes the run over the limit: "
-        "its output is committed, since it is paid for, and the run stops as PARTIAL. The fifth call is never made.", 830, 200,
-    )  # fmt: skip
+        "its output is committed, since it is paid for, and the run stops as PARTIAL. The fifth call is never made.",
+        830,
+        200,
+    )
     x = 20
     for number, width in enumerate((150, 170, 140)):
         p.box(x, 60, width, 54, f"call {number + 1}\ncommitted", "good")
@@ -233,11 +248,14 @@ def budget() -> Picture:
 
 def lease() -> Picture:
     p = Picture(
-        "lease", "One owner, a lease and a fence",
+        "lease",
+        "One owner, a lease and a fence",
         "The first process owns the run with epoch 1 and commits. It is stopped for longer than its lease. The second process "
         "takes the run over with epoch 2 and commits. When the first one wakes up and writes with epoch 1, the store refuses it: "
-        "Fenced.", 800, 270,
-    )  # fmt: skip
+        "Fenced.",
+        800,
+        270,
+    )
     p.text(20, 58, "process A", "head")
     p.text(20, 142, "the store", "head")
     p.text(20, 226, "process B", "head")
@@ -258,11 +276,14 @@ def lease() -> Picture:
 
 def hooks() -> Picture:
     p = Picture(
-        "hooks", "The order of hooks",
+        "hooks",
+        "The order of hooks",
         "Around a run: on_run_start, then for each attempt on_node_start, the function, and exactly one of on_node_success, "
         "on_node_failure, on_node_cancelled and on_node_suspended; between attempts on_node_retry; at last on_run_end. With two "
-        "sets a and b, starts run a then b, ends run b then a.", 900, 290,
-    )  # fmt: skip
+        "sets a and b, starts run a then b, ends run b then a.",
+        900,
+        290,
+    )
     p.box(20, 30, 122, 190, "on_run_start\na, then b")
     p.box(162, 60, 130, 130, "on_node_start\na, then b")
     p.box(312, 90, 90, 70, "function", "good")

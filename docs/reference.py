@@ -25,66 +25,165 @@ NOTE = "<!-- Written by docs/generate.py: run `./dev run python docs/generate.py
 #: Pages of names: title, words, and the modules or packages below `stroma` that define them; with `stroma.` a package with names of its own.
 TOPICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "running": (
-        "Running", "Runners, pipelines, nodes, flows, and the configuration of runs.",
-        ("runner.pipeline", "runner.runner", "runner.flows.flow", "runner.flows.definition", "runner.flows.errors", "runner.stream", "runner.events", "engine.config", "engine.timeouts", "contracts.node", "engine.execution", "runner.steps", "engine.context"),
+        "Running",
+        "Runners, pipelines, nodes, flows, and the configuration of runs.",
+        (
+            "runner.pipeline",
+            "runner.runner",
+            "runner.flows.flow",
+            "runner.flows.definition",
+            "runner.flows.errors",
+            "runner.stream",
+            "runner.events",
+            "engine.config",
+            "engine.timeouts",
+            "contracts.node",
+            "engine.execution",
+            "runner.steps",
+            "engine.context",
+        ),
     ),
-    "contracts": ("Contracts and checks", "Contracts of nodes, and the checker that compares them before a run.", ("contracts.contract", "contracts.effects", "contracts.tagged_json", "contracts.checks")),
+    "contracts": (
+        "Contracts and checks",
+        "Contracts of nodes, and the checker that compares them before a run.",
+        ("contracts.contract", "contracts.effects", "contracts.tagged_json", "contracts.checks"),
+    ),
     "failures": ("Failures and policies", "Failure classes, retry policies and errors.", ("failures",)),
     "cost": (
-        "Usage, prices, budgets, limits", "Usage and cost of calls, and the limits that stop or delay a run.",
+        "Usage, prices, budgets, limits",
+        "Usage and cost of calls, and the limits that stop or delay a run.",
         ("cost", "limits"),
     ),
     "hooks": ("Hooks", "Every hook with its arguments.", ("hooks",)),
-    "groups": ("Groups and maps", "Nodes side by side, and one node for many items.", ("runner.groups", "runner.items")),
+    "groups": (
+        "Groups and maps",
+        "Nodes side by side, and one node for many items.",
+        ("runner.groups", "runner.items"),
+    ),
     "wire": ("Wire formats", "Events of a run in the formats of web clients.", ("stroma.wire",)),
     "trace": ("Results and traces", "Result and trace of a run.", ("trace",)),
-    "stores": ("Stores", "Stores of runs, and the protocols that your own store implements.", ("checkpoint",)),
+    "stores": (
+        "Stores",
+        "Stores of runs, and the protocols that your own store implements.",
+        ("checkpoint",),
+    ),
     "telemetry": ("Telemetry", "One factory for each system.", ("stroma.telemetry",)),
-    "adapters": ("Adapters", "Adapters of agent frameworks, and the guard that they share.", ("stroma.adapters",)),
+    "adapters": (
+        "Adapters",
+        "Adapters of agent frameworks, and the guard that they share.",
+        ("stroma.adapters",),
+    ),
     "testing": ("Testing", "Helpers to test pipelines and stores.", ("stroma.testing",)),
-}  # fmt: skip
+}
 
 
 #: Names whose parameters the pages list: what users call and configure.
 PARAMETERS = frozenset(
     {
-        "AsyncInMemoryStore", "Breaker", "ExecutionBudget", "ExecutionResult", "FailurePolicy", "FallbackPolicy", "InMemoryStore",
-        "Limit", "NodeContract", "NodeHooks", "NodeTimeout", "Pipeline", "PostgresStore", "RedisStore", "RunConfig", "SQLiteStore", "SharedBudget",
-        "SyncRedisStore", "classify", "estimate_cost_usd", "map_over", "open_store", "parallel", "resolve_model", "stroma_flow",
-        "stroma_node", "usage_from",
+        "AsyncInMemoryStore",
+        "Breaker",
+        "ExecutionBudget",
+        "ExecutionResult",
+        "FailurePolicy",
+        "FallbackPolicy",
+        "InMemoryStore",
+        "Limit",
+        "NodeContract",
+        "NodeHooks",
+        "NodeTimeout",
+        "Pipeline",
+        "PostgresStore",
+        "RedisStore",
+        "RunConfig",
+        "SQLiteStore",
+        "SharedBudget",
+        "SyncRedisStore",
+        "classify",
+        "estimate_cost_usd",
+        "map_over",
+        "open_store",
+        "parallel",
+        "resolve_model",
+        "stroma_flow",
+        "stroma_node",
+        "usage_from",
     }
-)  # fmt: skip
+)
 #: Methods and properties of a class that users call. Of other classes the page shows all public ones.
 METHODS = {
     "Breaker": ["states"],
     "CheckpointStoreTests": ["reopened"],
-    "CostTracker": ["record", "total_tokens", "total_cost_usd", "total_latency_ms", "check_budget", "summary"],
+    "CostTracker": [
+        "record",
+        "total_tokens",
+        "total_cost_usd",
+        "total_latency_ms",
+        "check_budget",
+        "summary",
+    ],
     "ExecutionBudget": ["unlimited"],
     "ExecutionTrace": ["append", "copy", "replay", "walk", "events_for", "failures", "to_json", "diff"],
     "FaultPlan": ["fail", "lose", "delay", "malform", "at_random", "forgive"],
     "Limit": [],
     "NodeExecution": [
-        "run_id", "pipeline", "outcome", "duration_ms", "function_ms", "started_ns", "reason", "notes", "at_end", "idempotency_key",
-        "usage", "model", "remaining_budget", "report_usage", "emit", "signal", "wait_for",
+        "run_id",
+        "pipeline",
+        "outcome",
+        "duration_ms",
+        "function_ms",
+        "started_ns",
+        "reason",
+        "notes",
+        "at_end",
+        "idempotency_key",
+        "usage",
+        "model",
+        "remaining_budget",
+        "report_usage",
+        "emit",
+        "signal",
+        "wait_for",
     ],
     "NodeHooks": [],
-    "ReliabilityContext": ["for_run", "build_result", "conversation", "user", "session_id", "execution", "last_state", "notes"],
+    "ReliabilityContext": [
+        "for_run",
+        "build_result",
+        "conversation",
+        "user",
+        "session_id",
+        "execution",
+        "last_state",
+        "notes",
+    ],
     "RunConfig": ["with_run_id"],
     "SharedBudget": ["state"],
-}  # fmt: skip
+}
 #: Classes that users get and do not create; their constructors are internal.
 NOT_CREATED = {"NodeExecution", "ReliabilityContext"}
 #: Units by the end of a parameter's name, and of parameters whose name does not have one.
 UNITS = {
-    "_ms": "ms", "_seconds": "s", "_usd": "US dollars", "_bytes": "bytes", "_pct": "share, 0 to 1", "tokens": "tokens",
-    "_per_minute": "per minute", "tokens_per_minute": "tokens per minute", "requests_per_minute": "attempts per minute",
-    "max_tokens_total": "tokens", "node_timeouts": "ms", "failure_rate": "share, 0 to 1", "usd_by_node": "US dollars",
-}  # fmt: skip
+    "_ms": "ms",
+    "_seconds": "s",
+    "_usd": "US dollars",
+    "_bytes": "bytes",
+    "_pct": "share, 0 to 1",
+    "tokens": "tokens",
+    "_per_minute": "per minute",
+    "tokens_per_minute": "tokens per minute",
+    "requests_per_minute": "attempts per minute",
+    "max_tokens_total": "tokens",
+    "node_timeouts": "ms",
+    "failure_rate": "share, 0 to 1",
+    "usd_by_node": "US dollars",
+}
 #: Defaults that a call makes, in words.
 MADE = {
-    "run_id": "a new id", "budget": "no limits", "policy_map": "[default policies](../concepts/failures.md)", "hooks": "no hooks",
+    "run_id": "a new id",
+    "budget": "no limits",
+    "policy_map": "[default policies](../concepts/failures.md)",
+    "hooks": "no hooks",
     "nodes": "required",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -180,9 +279,11 @@ def quick_keywords() -> list[str]:
 
     own = inspect.signature(StromaRunner.quick).parameters["store"]
     store = Parameter(
-        "store", plain_type(own.annotation), "`None`",
+        "store",
+        plain_type(own.annotation),
+        "`None`",
         "a store, or the URL or path of one, see [`open_store`](stores.md#stroma.checkpoint.urls.open_store). None: the memory of this process.",
-    )  # fmt: skip
+    )
     link = "[parameter of `RunConfig`](#stroma.engine.config.RunConfig)"
     names = [f"- `{parameter.name}`" for parameter in parameters(RunConfig)]
     return [*table("StromaRunner.quick", [store]), "", f"Each {link} is a keyword too:", "", *names]
@@ -318,11 +419,14 @@ def topic_page(topic: str) -> str:
 
 def index_page() -> str:
     lines = [
-        NOTE, "", "# Reference", "",
+        NOTE,
+        "",
+        "# Reference",
+        "",
         "Every public name, with the module to import it from. [The command line](../cli.md),",
         "[its options](commands.md), [errors](../errors.md) and [providers](../providers.md) have separate pages.",
         "[Defaults](defaults.md) states what each default loses.",
-    ]  # fmt: skip
+    ]
     for topic, (title, words, modules) in TOPICS.items():
         lines += ["", f"## [{title}]({topic}.md)", "", words, "", "| name | from | |", "| --- | --- | --- |"]
         lines += [
@@ -342,9 +446,12 @@ def commands_page() -> str:
     from stroma.cli.app import app
 
     lines = [
-        NOTE, "", "# Commands and options", "",
+        NOTE,
+        "",
+        "# Commands and options",
+        "",
         "The help texts of all commands. [The command line](../cli.md) explains how to use them.",
-    ]  # fmt: skip
+    ]
 
     def tell(command: click.Command, info: str, parent: click.Context | None) -> None:
         context = click.Context(command, info_name=info, parent=parent)

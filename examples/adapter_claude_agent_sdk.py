@@ -2,8 +2,8 @@
 
     python examples/adapter_claude_agent_sdk.py
 
-Needs `pip install "stroma-runner[claude-agent-sdk]"`, and neither a key nor a network: the tool is called as the SDK would call it.
-Prints:
+Needs `pip install "stroma-runner[claude-agent-sdk]"`, and neither a key nor a network: the tool is called as
+the SDK would call it. Prints:
 
 > {'celsius': 4}
 > weather failure, weather success

@@ -2,8 +2,9 @@
 
     python examples/agent_loop.py
 
-Needs neither a key nor a network: a scripted provider answers on this machine. Its first reply is a rate limit, its second
-one asks for a tool with arguments that are wrong, and with the loop as it stands here it would go on for ever.
+Needs neither a key nor a network: a scripted provider answers on this machine. Its first reply is a rate
+limit, its second one asks for a tool with arguments that are wrong, and with the loop as it stands here it
+would go on for ever.
 """
 
 import asyncio
@@ -71,7 +72,8 @@ async def agent(flow: Flow, conversation: Conversation) -> Conversation:
             print(f"agent: {reply.text}")
             messages = [*messages, {"role": "user", "content": "And the next one?"}]
             continue
-        # Arguments come from a model: they are validated before the tool sees them, and the model learns what is wrong.
+        # Arguments come from a model: they are validated before the tool sees them, and the model learns what
+        # is wrong.
         try:
             answer = (await flow.step(TOOLS[reply.tool], Arguments(**reply.arguments))).status
         except StepFailed as error:

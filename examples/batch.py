@@ -2,7 +2,8 @@
 
     python examples/batch.py            # or with another number of reviews: python examples/batch.py 500
 
-Needs `pip install stroma-runner`, and neither a key nor a network. The memory it takes does not grow with the number of items.
+Needs `pip install stroma-runner`, and neither a key nor a network. The memory it takes does not grow with the
+number of items.
 """
 
 import asyncio

@@ -4,8 +4,8 @@
     python examples/chat.py worker     # as many as you like
     python examples/chat.py            # in another terminal; then open http://127.0.0.1:8000
 
-Ask, and reload the page in the middle of a sentence, or kill the worker and start it again: the text stays right. The model
-here is a function that loses its connection in its first attempt.
+Ask, and reload the page in the middle of a sentence, or kill the worker and start it again: the text stays
+right. The model here is a function that loses its connection in its first attempt.
 """
 
 import asyncio
@@ -42,9 +42,11 @@ class Answer(BaseModel):
 
 
 runner = StromaRunner.quick(
-    store=os.environ.get("CHAT_DB", "sqlite:///chat.db"), events="store", lease_seconds=2,
+    store=os.environ.get("CHAT_DB", "sqlite:///chat.db"),
+    events="store",
+    lease_seconds=2,
     policy_map={"RECOVERABLE": FailurePolicy(max_retries=3, backoff_seconds=0.2)},
-)  # fmt: skip
+)
 
 
 @runner.node("draft", input=Question, output=Draft)

@@ -5,8 +5,8 @@
     arq examples.dispatch_arq.WorkerSettings                 # in a third one
     python examples/dispatch_arq.py letter-1                 # submits a run and enqueues its first task
 
-Only run ids are in the queue. The runs are in the store, so a task that comes twice changes nothing, and one that is lost
-loses no work.
+Only run ids are in the queue. The runs are in the store, so a task that comes twice changes nothing, and one
+that is lost loses no work.
 """
 
 import asyncio

@@ -2,7 +2,8 @@
 
     python examples/document_pipeline.py
 
-Needs `pip install "stroma-runner[demo]"`, and neither a key nor a network: the real OpenAI client asks a provider on this machine.
+Needs `pip install "stroma-runner[demo]"`, and neither a key nor a network: the real OpenAI client asks a
+provider on this machine.
 """
 
 import asyncio
@@ -92,7 +93,8 @@ async def main() -> ExecutionResult:
             if not ledger_is_up:
                 raise ConnectionError("the ledger does not answer")
             node = current_node()
-            # The same key at every attempt, in every process: the ledger can tell a repetition from a second booking.
+            # The same key at every attempt, in every process: the ledger can tell a repetition from a second
+            # booking.
             return {"receipt": f"{entry.net} + {entry.vat} booked under the key {node.idempotency_key}"}
 
         pipeline = Pipeline("invoices", [extract, split, post])

@@ -2,7 +2,8 @@
 
     python examples/evaluate_models.py
 
-Needs `pip install "stroma-runner[cli]"`, and neither a key nor a network: two scripted "models" answer in place of real ones.
+Needs `pip install "stroma-runner[cli]"`, and neither a key nor a network: two scripted "models" answer in
+place of real ones.
 """
 
 import asyncio
@@ -53,7 +54,8 @@ def evaluation(model: str) -> Pipeline:
     @stroma_node("classify", NodeContract(node_id="classify", input_schema=Ticket, output_schema=Label))
     async def classify(ticket: Ticket) -> tuple[dict[str, str], int, int, str]:
         label, tokens = answer(ticket.text)
-        # (output, input tokens, output tokens, model): with the response of a real client, (output, response) says the same.
+        # (output, input tokens, output tokens, model): with the response of a real client, (output, response)
+        # says the same.
         return {"label": label}, 40, tokens, model
 
     return Pipeline("evaluation", [map_over("texts", classify, into="labels", max_concurrency=4)])
@@ -63,7 +65,8 @@ async def main(database: Path) -> None:
     async with SQLiteStore(database) as store:
         runner = StromaRunner.quick(store=store)
         for model in ("gpt-4o-mini", "gpt-4o"):
-            # The model's name is the run's id, so that the runs can be asked for by it, and compared a year from now.
+            # The model's name is the run's id, so that the runs can be asked for by it, and compared a year
+            # from now.
             result = await runner.run(evaluation(model), Tickets(texts=list(TICKETS)), run_id=model)
             print(f"{model:12s} {right(result)} of {len(TICKETS)} right for ${result.total_cost_usd:.6f}")
 

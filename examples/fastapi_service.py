@@ -4,8 +4,9 @@
     python examples/fastapi_service.py
     curl -N -X PUT http://127.0.0.1:8000/reports/otters     # in another terminal, as often as you like
 
-The id in the address is the run's id, so a client that lost its connection repeats its request and gets the rest: what is
-committed is not paid for again. Without a terminal to spare: python examples/fastapi_service.py --once
+The id in the address is the run's id, so a client that lost its connection repeats its request and gets the
+rest: what is committed is not paid for again. Without a terminal to spare: python examples/fastapi_service.py
+--once
 """
 
 import asyncio
@@ -57,7 +58,8 @@ def service(database: Path) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        # A deploy: nodes in flight end and are committed, no other begins; the next process goes on with their runs.
+        # A deploy: nodes in flight end and are committed, no other begins; the next process goes on with
+        # their runs.
         await runner.shutdown(drain_seconds=10)
         await store.aclose()
 
@@ -68,7 +70,8 @@ def service(database: Path) -> FastAPI:
         run = runner.stream(report, Topic(topic=topic), run_id=topic, resume=True)
         events = aiter(run)
         try:
-            # Asked for before the answer begins, so that what run() would raise becomes a status and not a broken stream.
+            # Asked for before the answer begins, so that what run() would raise becomes a status and not a
+            # broken stream.
             first = await anext(events)
         except RunBusy as error:
             raise HTTPException(409, str(error)) from error

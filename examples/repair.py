@@ -2,9 +2,9 @@
 
     python examples/repair.py
 
-Needs `pip install "stroma-runner[demo]"`, and neither a key nor a network: the real OpenAI client asks the demo's provider,
-which gives its first answer with a field of the wrong type (or, with `malformed` as an argument, cuts it short). Against
-OpenAI itself, drop the provider and the header.
+Needs `pip install "stroma-runner[demo]"`, and neither a key nor a network: the real OpenAI client asks the
+demo's provider, which gives its first answer with a field of the wrong type (or, with `malformed` as an
+argument, cuts it short). Against OpenAI itself, drop the provider and the header.
 """
 
 import asyncio

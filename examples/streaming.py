@@ -5,8 +5,8 @@
 
 Then open http://127.0.0.1:8000, or watch with: curl -N 'http://127.0.0.1:8000/runs?topic=otters'
 
-Close the page in the middle and the run is cancelled: what it had committed is kept in runs.db, and the same id with
-``resume=True`` goes on from there. With ``on_leave="detach"`` it would go on without its reader.
+Close the page in the middle and the run is cancelled: what it had committed is kept in runs.db, and the same
+id with ``resume=True`` goes on from there. With ``on_leave="detach"`` it would go on without its reader.
 """
 
 import asyncio

@@ -1,8 +1,9 @@
 """Tiers of tests, Hypothesis profiles, and the guard that keeps the default tier within one process.
 
-A test is in the default tier unless it is marked ``slow`` or ``nightly``. Whatever uses one of ``SLOW_FIXTURES`` is
-slow by itself. A test of the default tier that starts a process fails and says which mark it lacks, so a tier is what
-it claims to be. A test that leaves a handler of signals or logs behind fails too: the next one in this process would meet it.
+A test is in the default tier unless it is marked ``slow`` or ``nightly``. Whatever uses one of
+``SLOW_FIXTURES`` is slow by itself. A test of the default tier that starts a process fails and says which
+mark it lacks, so a tier is what it claims to be. A test that leaves a handler of signals or logs behind fails
+too: the next one in this process would meet it.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Let each worker import a share of its own first: on a clean clone each would compile all files, 24 s of one core."""
+    """Let each worker import a share of its own first: on a clean clone each would compile all files, 24 s of
+    one core."""
     config = session.config
     worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
     if not worker or config.args_source is pytest.Config.ArgsSource.ARGS:
@@ -139,7 +141,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Add the marks that follow from where a test stands and from the fixtures it uses; put tests that fork first, then long ones."""
+    """Add the marks that follow from where a test stands and from the fixtures it uses; put tests that fork
+    first, then long ones."""
     items.sort(
         key=lambda item: (not item.nodeid.startswith(FORKING_PATHS), not item.nodeid.startswith(LONG_PATHS))
     )
@@ -157,7 +160,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Take what collection made out of garbage collection: `gc.collect()` in a test then takes 3 ms instead of 330."""
+    """Take what collection made out of garbage collection: `gc.collect()` in a test then takes 3 ms instead
+    of 330."""
     gc.collect()
     gc.freeze()
 
@@ -191,10 +195,12 @@ def _handlers() -> list[Any]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Guard the setup and the call of a test that is not slow; keep the handler of Control-C for the next one.
+    """Guard the setup and the call of a test that is not slow; keep the handler of Control-C for the next
+    one.
 
-    ddtrace puts one of its own in its place when it is imported, and asyncio.run() leaves a foreign handler alone. Limits
-    and shared budgets without a store are the process's: the next test may use their names, so they are forgotten.
+    ddtrace puts one of its own in its place when it is imported, and asyncio.run() leaves a foreign handler
+    alone. Limits and shared budgets without a store are the process's: the next test may use their names, so
+    they are forgotten.
     """
     interrupt = signal.getsignal(signal.SIGINT)
     _guard.event, _guard.handlers = "", _handlers()

@@ -1,6 +1,7 @@
 """Fixtures of stores and servers that tests of many subjects share.
 
-tests/conftest.py imports those of places and servers; a module makes its own fixture ``store`` of the kinds that it is about.
+tests/conftest.py imports those of places and servers; a module makes its own fixture ``store`` of the kinds
+that it is about.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ __all__ = ["journal", "provider", "store_fixture", "temporal_server"]
 
 
 def store_fixture(*kinds: str) -> Any:
-    """Return a fixture ``store``: an empty store of each kind, one after the other; see tests/shared_stores.py."""
+    """Return a fixture ``store``: an empty store of each kind, one after the other; see
+    tests/shared_stores.py."""
 
     @pytest.fixture(params=kinds)
     def store(request: pytest.FixtureRequest) -> Iterator[Any]:
@@ -34,7 +36,8 @@ def journal(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
 
 @pytest.fixture(scope="session")
 def provider() -> Iterator[Any]:
-    """A provider of models on localhost that answers what a test tells it to; see tests/providers/server.py."""
+    """A provider of models on localhost that answers what a test tells it to; see
+    tests/providers/server.py."""
     from tests.providers.server import serving
 
     with serving() as running:

@@ -2,8 +2,8 @@
 
 usage: ./dev mutants [MODULE ...] [--sample N] [--seed S] [--changed [BASE]]
 
-Prints each change that no test notices, and a score per module. Works in a copy of the tree. Exit code 0 if all modules together
-score at least 90 %, 1 if less, 2 for a wrong argument.
+Prints each change that no test notices, and a score per module. Works in a copy of the tree. Exit code 0 if
+all modules together score at least 90 %, 1 if less, 2 for a wrong argument.
 """
 
 from __future__ import annotations
@@ -30,19 +30,32 @@ PROGRESS_SECONDS = 15
 UNNOTICED = ("survived", "no tests")
 #: Lines of pytest's output that are shown if a run of unchanged source fails.
 SHOWN_LINES = 200
-#: Tests that parse the source, where mutmut has put copies of each function, or that measure memory, in which it records
-#: the calls of a test.
+#: Tests that parse the source, where mutmut has put copies of each function, or that measure memory, in which
+#: it records the calls of a test.
 UNFIT_TESTS = [
     "--deselect=tests/project/test_guarantees.py::test_only_the_engine_calls_a_nodes_function",
     "--deselect=tests/adapters/test_guard_resume.py::test_the_memory_of_a_guard_that_is_used_a_thousand_times_is_flat",
 ]
 #: What is measured if no module is named: where the guarantees are decided.
 CORE = (
-    "engine/loop", "engine/context", "engine/commit", "hooks/dispatch", "hooks/sets",
-    "failures/failure", "failures/policy", "cost/budget", "cost/fallback", "cost/tracker",
-    "trace/events", "trace/plain", "trace/result", "trace/trace",
-    "checkpoint/durable/session", "checkpoint/sqlite/rows", "checkpoint/sqlite/file",
-)  # fmt: skip
+    "engine/loop",
+    "engine/context",
+    "engine/commit",
+    "hooks/dispatch",
+    "hooks/sets",
+    "failures/failure",
+    "failures/policy",
+    "cost/budget",
+    "cost/fallback",
+    "cost/tracker",
+    "trace/events",
+    "trace/plain",
+    "trace/result",
+    "trace/trace",
+    "checkpoint/durable/session",
+    "checkpoint/sqlite/rows",
+    "checkpoint/sqlite/file",
+)
 
 
 def changed(base: str) -> list[str]:

@@ -140,9 +140,10 @@ class Proxy:
 
     Attributes:
         target: the socket of the server that new connections go to.
-        on_request: called with what a client sends, before it goes on; False: the server never sees it, and the
-            connection breaks.
-        on_reply: the same for what the server sends. Either may return bytes, which go on in place of what came.
+        on_request: called with what a client sends, before it goes on; False: the server never sees it, and
+            the connection breaks.
+        on_reply: the same for what the server sends. Either may return bytes, which go on in place of what
+            came.
         cut: whether the connection breaks behind what goes on next.
     """
 

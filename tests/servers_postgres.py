@@ -26,8 +26,8 @@ with warnings.catch_warnings():
 
 
 class PostgresServer:
-    """A server of its own, that listens on a socket in the file system only. Not in pytest's directory: as root it
-    runs as another user, who may not look in there."""
+    """A server of its own, that listens on a socket in the file system only. Not in pytest's directory: as
+    root it runs as another user, who may not look in there."""
 
     def __init__(self) -> None:
         self.home = pathlib.Path(tempfile.mkdtemp(prefix="stroma-pg-"))
@@ -109,8 +109,8 @@ def _is_alive(pid: int) -> bool:
 class Proxy:
     """A TCP address in front of the server.
 
-    ``lose``: asked about each piece that the client sends; once it says yes, that piece and the rest are passed on, the
-    answer is awaited and thrown away, and the connection is closed.
+    ``lose``: asked about each piece that the client sends; once it says yes, that piece and the rest are
+    passed on, the answer is awaited and thrown away, and the connection is closed.
     """
 
     def __init__(self, server: PostgresServer, lose: Callable[[bytes], bool]) -> None:

@@ -21,7 +21,8 @@ def temporal_binary() -> str:
 
 
 class TemporalServer:
-    """A development server on a port of its own. ``file``: where it keeps what it knows; None keeps it in memory."""
+    """A development server on a port of its own. ``file``: where it keeps what it knows; None keeps it in
+    memory."""
 
     def __init__(self, file: pathlib.Path | None = None, *, search: bool = False) -> None:
         with socket.socket() as free:
@@ -68,7 +69,8 @@ class TemporalServer:
                     self.kill()
                     raise
                 time.sleep(0.05)
-        # It answers for its namespace a moment later. In a process: a client in this one could not be used in its forks.
+        # It answers for its namespace a moment later. In a process: a client in this one could not be used in
+        # its forks.
         count = [temporal_binary(), "workflow", "count", "--address", self.address]
         while subprocess.run(count, capture_output=True, check=False).returncode:
             if time.monotonic() > deadline:

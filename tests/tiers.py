@@ -1,4 +1,5 @@
-"""Which tests are slow, and how many examples a property test tries: what the root conftest and the tests share."""
+"""Which tests are slow, and how many examples a property test tries: what the root conftest and the tests
+share."""
 
 from __future__ import annotations
 
@@ -11,10 +12,21 @@ if TYPE_CHECKING:
 PROFILES = {"dev": 15, "ci": 50, "nightly": 100}
 
 #: Fixtures that start a process or a server of their own.
-SLOW_FIXTURES = frozenset({
-    "browser", "chromium", "datadog_agent", "otlp", "postgres", "prometheus", "redis", "sentry_server",
-    "session", "statsd", "temporal_server",
-})  # fmt: skip
+SLOW_FIXTURES = frozenset(
+    {
+        "browser",
+        "chromium",
+        "datadog_agent",
+        "otlp",
+        "postgres",
+        "prometheus",
+        "redis",
+        "sentry_server",
+        "session",
+        "statsd",
+        "temporal_server",
+    }
+)
 
 #: Parameters that stand for a server or for other processes.
 SLOW_PARAMETERS = frozenset(
@@ -56,7 +68,8 @@ SLOW_PATHS = (
 #: Files whose tests fork this process. They come first: a fork copies all that earlier tests have left in it.
 FORKING_PATHS = ("tests/testing/test_resumable.py",)
 
-#: Single tests of 20 to 60 s. They come next: at the end one worker would be busy with them, and the others idle.
+#: Single tests of 20 to 60 s. They come next: at the end one worker would be busy with them, and the others
+#: idle.
 LONG_PATHS = (
     "tests/docs/test_types.py",
     "tests/docs/test_tutorial.py",
@@ -69,7 +82,8 @@ CORE_PATHS = ("tests/project/test_guarantees.py", "tests/project/test_published_
 
 
 def examples(count: int, **options: Any) -> settings:
-    """Return settings for ``count`` examples under the profile `nightly`, and for fewer under the quicker ones."""
+    """Return settings for ``count`` examples under the profile `nightly`, and for fewer under the quicker
+    ones."""
     from hypothesis import settings
 
     profile = settings.get_current_profile_name()

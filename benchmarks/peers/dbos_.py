@@ -17,7 +17,8 @@ def versions() -> str:
 async def opened(address: str, nodes: int) -> tuple[Run, Close]:
     dbos: Any = importlib.import_module("dbos")
     if not address.startswith("postgresql:"):
-        # It leaves the journal as it finds it: a rollback journal, unless the file says otherwise. synchronous is FULL.
+        # It leaves the journal as it finds it: a rollback journal, unless the file says otherwise.
+        # synchronous is FULL.
         file = sqlite3.connect(address)
         file.execute("PRAGMA journal_mode=WAL")
         file.close()

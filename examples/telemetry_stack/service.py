@@ -2,7 +2,8 @@
 
     docker compose up --build
 
-Metrics are at port 9464, traces go to OTEL_EXPORTER_OTLP_TRACES_ENDPOINT. `python service.py 3` ends after three letters.
+Metrics are at port 9464, traces go to OTEL_EXPORTER_OTLP_TRACES_ENDPOINT. `python service.py 3` ends after
+three letters.
 """
 
 import asyncio

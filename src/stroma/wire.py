@@ -1,7 +1,8 @@
 """Wire formats for web pages: a run as server-sent events, as AG-UI, and as a UI message stream of the Vercel AI SDK.
 
-Each function takes the events of ``runner.stream`` or ``runner.follow``, and changes nothing of the run. What nodes emit as
-"delta" is text. Each attempt has a text of its own; its failure, or another attempt, discards it.
+Each function takes the events of ``runner.stream`` or ``runner.follow``, and changes nothing of the run. What
+nodes emit as "delta" is text. Each attempt has a text of its own; its failure, or another attempt, discards
+it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from stroma.runner.events import StreamEvent
 __all__ = ["VERCEL_HEADERS", "ag_ui", "sse", "vercel"]
 
 Chunk: TypeAlias = dict[str, Any]
-#: Returns the text in the output of a "node_success" or "node_skipped"; None for a node whose output is no text for users.
+#: Returns the text in the output of a "node_success" or "node_skipped"; None for a node whose output is no
+#: text for users.
 TextOf: TypeAlias = Callable[[StreamEvent], str | None]
 
 #: Headers of a response with the chunks of :func:`vercel`.
@@ -40,12 +42,13 @@ def ag_ui(
 ) -> AsyncIterator[Chunk]:
     """Yield the events of a run as events of AG-UI 1.0, as JSON data.
 
-    The last one is RUN_FINISHED or RUN_ERROR. A run that waits for answers is finished with an interrupt for each question,
-    by its id. Attempts of nodes are steps, with the output in the metadata of STEP_FINISHED. A CUSTOM event
-    "stroma.discarded" names a message to remove; with ``request``, a MESSAGES_SNAPSHOT removes it.
+    The last one is RUN_FINISHED or RUN_ERROR. A run that waits for answers is finished with an interrupt for
+    each question, by its id. Attempts of nodes are steps, with the output in the metadata of STEP_FINISHED. A
+    CUSTOM event "stroma.discarded" names a message to remove; with ``request``, a MESSAGES_SNAPSHOT removes
+    it.
 
-    ``request``: the client's RunAgentInput, for its ids and messages. ``text``: returns the text of a node's output; it
-    completes or replaces what the node has emitted.
+    ``request``: the client's RunAgentInput, for its ids and messages. ``text``: returns the text of a node's
+    output; it completes or replaces what the node has emitted.
     """
     return _mapped(events, _AgUi(request, text))
 
@@ -53,9 +56,10 @@ def ag_ui(
 def vercel(events: AsyncIterable[StreamEvent], *, text: TextOf | None = None) -> AsyncIterator[Chunk]:
     """Yield the events of a run as the chunks of one message of the Vercel AI SDK, as JSON data.
 
-    The last one is "finish" or "abort". A run that waits for answers is finished with a part "data-question" for each
-    question. Nodes are parts "data-node", with the output. A part "data-discarded" names a text to hide: the one with that id
-    in ``providerMetadata.stroma``. Begin with the first event of the run, also for a page that reconnects.
+    The last one is "finish" or "abort". A run that waits for answers is finished with a part "data-question"
+    for each question. Nodes are parts "data-node", with the output. A part "data-discarded" names a text to
+    hide: the one with that id in ``providerMetadata.stroma``. Begin with the first event of the run, also for
+    a page that reconnects.
 
     ``text``: see :func:`ag_ui`.
     """
@@ -65,7 +69,8 @@ def vercel(events: AsyncIterable[StreamEvent], *, text: TextOf | None = None) ->
 async def sse(parts: AsyncIterable[StreamEvent | Chunk]) -> AsyncIterator[str]:
     """Yield messages of a ``text/event-stream`` for events of a run, or for the chunks of :func:`ag_ui` and :func:`vercel`.
 
-    Messages of events have an id, which a browser that reconnects sends as ``Last-Event-ID``; chunks have none.
+    Messages of events have an id, which a browser that reconnects sends as ``Last-Event-ID``; chunks have
+    none.
     """
     async for part in parts:
         if isinstance(part, StreamEvent):
@@ -104,7 +109,8 @@ class _Mapper(ABC):
         self.has_ended = False
         self._has_begun = False
         self._text_of = text
-        #: By call: the open text of its attempt, and the id of the last text that was closed and not discarded.
+        #: By call: the open text of its attempt, and the id of the last text that was closed and not
+        #: discarded.
         self._open: dict[str, _Text] = {}
         self._shown: dict[str, str] = {}
 

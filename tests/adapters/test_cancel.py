@@ -36,7 +36,8 @@ async def request_cancel(store: Any, run_id: str = "x") -> None:
 
 @pytest.mark.slow
 async def test_what_is_awaited_is_cancelled(tmp_path: Path) -> None:
-    """`stroma cancel` ends what an async framework awaits, keeps what is finished, and the caller gets RunCancelled."""
+    """`stroma cancel` ends what an async framework awaits, keeps what is finished, and the caller gets
+    RunCancelled."""
     async with SQLiteStore(tmp_path / "x.db") as store:
         guard = Guard(StromaRunner.quick(store=store))
         waits = asyncio.Event()
@@ -74,7 +75,8 @@ async def test_what_is_awaited_is_cancelled(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_plain_function_ends_and_the_next_step_is_refused(tmp_path: Path) -> None:
-    """Sync code is not interrupted: its result is kept, and nothing follows, whatever the framework makes of the refusal."""
+    """Sync code is not interrupted: its result is kept, and nothing follows, whatever the framework makes of
+    the refusal."""
     with SQLiteStore(tmp_path / "x.db") as store:
         guard = Guard(StromaRunner.quick(store=store))
         calls: list[str] = []
@@ -139,7 +141,8 @@ async def test_nothing_is_tried_again() -> None:
 
 @pytest.mark.parametrize("between", [False, True], ids=["in the midst of a part", "between parts"])
 async def test_streams(between: bool) -> None:
-    """A framework that gives parts is ended where it makes one; whoever reads it is not cancelled elsewhere."""
+    """A framework that gives parts is ended where it makes one; whoever reads it is not cancelled
+    elsewhere."""
     store = AsyncInMemoryStore()
     guard = Guard(StromaRunner.quick(store=store, run_id="x"))
     waits, ended = asyncio.Event(), []

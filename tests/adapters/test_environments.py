@@ -50,7 +50,8 @@ def test_everything_is_pinned_with_hashes(folder: Path, release: str) -> None:
 
 @pytest.mark.parametrize("folder", ADAPTED, ids=lambda path: path.name)
 def test_every_framework_has_tests_a_page_and_an_example(folder: Path) -> None:
-    """Each framework has tests, a page, an example, and one short module: what frameworks share belongs to the guard."""
+    """Each framework has tests, a page, an example, and one short module: what frameworks share belongs to
+    the guard."""
     assert list(folder.glob("test_*.py"))
     assert (ROOT / "docs" / "adapters" / f"{folder.name}.md").exists()
     assert (ROOT / "examples" / f"adapter_{folder.name}.py").exists()
@@ -78,6 +79,9 @@ def test_without_their_environment_the_tests_of_frameworks_are_not_collected() -
     """The main environment has none of them; what it cannot run is not counted as run."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "tests/frameworks", "-q", "-p", "no:cacheprovider", "--co"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 5, done.stdout  # No tests were collected.

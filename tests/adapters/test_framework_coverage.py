@@ -1,4 +1,5 @@
-"""Which test of which framework holds which line of what must be shown of each; read, without the frameworks."""
+"""Which test of which framework holds which line of what must be shown of each; read, without the
+frameworks."""
 
 from __future__ import annotations
 
@@ -11,9 +12,9 @@ from benchmarks.adapters import FRAMEWORKS as MEASURED
 from tests.frameworks.kit import LINES
 
 FRAMEWORKS = Path(__file__).parents[1] / "frameworks"
-#: But for the engine that the same environments serve: it runs pipelines, and no agents.
-#: DBOS is a driver, the others are backends of telemetry, instrumentations of several frameworks, and a schema.
-#: litellm and MCP are no frameworks, and reach many: requests of models without tools, and tools without a model.
+#: But for the engine that the same environments serve: it runs pipelines, and no agents. DBOS is a driver,
+#: the others are backends of telemetry, instrumentations of several frameworks, and a schema. litellm and MCP
+#: are no frameworks, and reach many: requests of models without tools, and tools without a model.
 OTHERS = ("dbos", "grafana", "instrumented", "litellm", "mcp", "mlflow", "others", "phoenix")
 FOLDERS = sorted(
     path.parent for path in FRAMEWORKS.glob("*/requirements.in") if path.parent.name not in OTHERS
@@ -80,7 +81,8 @@ def test_there_are_frameworks() -> None:
 
 
 def test_the_overhead_of_every_adapter_is_measured() -> None:
-    """``benchmarks.adapters`` knows every adapter that docs/adapters.md names, and the page has a figure of each."""
+    """``benchmarks.adapters`` knows every adapter that docs/adapters.md names, and the page has a figure of
+    each."""
     page = (FRAMEWORKS.parents[1] / "docs" / "adapters.md").read_text("utf-8")
     frameworks, _, overhead = page.partition("## Overhead")
     named = set(re.findall(r"^\|.*\]\(adapters/(\w+)\.md\) \|$", frameworks, re.MULTILINE))

@@ -17,7 +17,8 @@ from stroma.adapters import Guard
 
 
 def test_tokens_that_only_the_framework_has_counted_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    """At the end of a framework's run its own usage figure is compared with ours: a difference is a warning that names it."""
+    """At the end of a framework's run its own usage figure is compared with ours: a difference is a warning
+    that names it."""
     guard = Guard()
 
     @guard.step("model", usage=lambda _: Usage(input_tokens=8, output_tokens=2, model="gpt-4o"))

@@ -1,1 +1,2 @@
-"""Faults put in on purpose, and a check that the promises of docs/durability.md hold: `./dev chaos --help`."""
+"""Faults put in on purpose, and a check that the promises of docs/durability.md hold: `./dev chaos
+--help`."""

@@ -3,9 +3,10 @@
 usage: ./dev chaos [--fault NAME ...] [--rounds N] [--store URL] [--runs N] [--seed S]
        [--first N]
 
-Each fault prints one line of figures. Its rounds are drawn from the seed and their number, so that one of them can be
-repeated with --first N --rounds 1; when a signal arrives is up to the machine all the same. The fault "items" (a map
-over 100,000 items, a minute for each round) strikes only where it is named. An interrupt ends with the figures so far.
+Each fault prints one line of figures. Its rounds are drawn from the seed and their number, so that one of
+them can be repeated with --first N --rounds 1; when a signal arrives is up to the machine all the same. The
+fault "items" (a map over 100,000 items, a minute for each round) strikes only where it is named. An interrupt
+ends with the figures so far.
 
 Exit code 0 if every invariant held, 1 if one was broken, 2 for wrong arguments.
 """
@@ -57,8 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     with servers.served(value.store) as (url, server):
 
         def can_have(fault: str) -> bool:
-            # Only a store of its own file can lose its power without its neighbours. A map of 100,000 items takes a
-            # minute for each round: it is struck where somebody asks for it.
+            # Only a store of its own file can lose its power without its neighbours. A map of 100,000 items
+            # takes a minute for each round: it is struck where somebody asks for it.
             if fault in items.FAULTS:
                 return bool(value.fault)
             return (

@@ -74,9 +74,9 @@ def check(
     refused: list[int],
     budget: Budget | None = None,
 ) -> Figures:
-    """Compare. ``killed`` (or struck otherwise), ``stopped`` (for longer than their lease, then woken up), ``restless``
-    (struck more than once), ``refused`` (by a store that has no room): process ids. ``budget``: one that may have ended runs
-    before their time."""
+    """Compare. ``killed`` (or struck otherwise), ``stopped`` (for longer than their lease, then woken up),
+    ``restless`` (struck more than once), ``refused`` (by a store that has no room): process ids. ``budget``:
+    one that may have ended runs before their time."""
     figures = Figures(runs=len(runs))
     lines: dict[str, list[list[str]]] = defaultdict(list)
     for kind, run_id, *rest in read_diary(diary):

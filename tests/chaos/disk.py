@@ -1,11 +1,11 @@
 """A disk whose power can fail: SQLite over a VFS that remembers every write and what was synced when.
 
-The files themselves are real, and other connections see them as ever. Afterwards :func:`survives` tells what a disk
-may hold that lost its power at any moment of the record:
+The files themselves are real, and other connections see them as ever. Afterwards :func:`survives` tells what
+a disk may hold that lost its power at any moment of the record:
 
 * what was synced is there;
-* of what was written since, each sector of 512 bytes has any of the contents it had since, or, if the file grew by it,
-  nothing or garbage: so writes are lost, torn, and done in another order;
+* of what was written since, each sector of 512 bytes has any of the contents it had since, or, if the file
+  grew by it, nothing or garbage: so writes are lost, torn, and done in another order;
 * a file has any of the lengths it had since;
 * names appear and vanish with a sync of the directory, or before.
 """
@@ -78,7 +78,8 @@ Event = Write | Truncate | Sync | FailedSync | Name | Mark
 
 @dataclass
 class Disk:
-    """The record of one folder. Its connections are made by :meth:`connect`, which fits SQLiteStore's ``_open_file``.
+    """The record of one folder. Its connections are made by :meth:`connect`, which fits SQLiteStore's
+    ``_open_file``.
 
     Attributes:
         pragmas: said to each connection before anything else.
@@ -89,7 +90,8 @@ class Disk:
     pragmas: Sequence[str] = ()
     fail_sync: Callable[[str], bool] = lambda _: False
     events: list[Event] = field(default_factory=list)
-    #: Whether the last sync that failed was part of a checkpoint: SQLite makes that again, and does not mention it.
+    #: Whether the last sync that failed was part of a checkpoint: SQLite makes that again, and does not
+    #: mention it.
     unmentioned: bool = False
     #: Whether the store is opening its file: what fails then may be tried again.
     making: bool = False
@@ -269,7 +271,8 @@ class _File:
 def survives(
     events: Sequence[Event], cuts: Sequence[int], draw: random.Random
 ) -> Iterator[tuple[int, dict[str, bytes]]]:
-    """What the disk may hold after the power failed before the event of each number, by file name. In order."""
+    """What the disk may hold after the power failed before the event of each number, by file name. In
+    order."""
     files: dict[int, _File] = defaultdict(_File)
     names: dict[str, list[int | None]] = defaultdict(lambda: [None])  # as synced, then since
     wanted = sorted(cuts)
@@ -357,7 +360,8 @@ class Adapted:
             except apsw.IOError:
                 if sql != "COMMIT" or not self.disk.unmentioned:
                     raise
-                # apsw raises what a VFS raised even where SQLite goes on: this was the checkpoint after the commit.
+                # apsw raises what a VFS raised even where SQLite goes on: this was the checkpoint after the
+                # commit.
                 self.disk.unmentioned, rows = False, []
         return _Rows(rows, self.db.changes(), self.db.last_insert_rowid())
 

@@ -1,7 +1,8 @@
 """The fault "effect": processes that charge a card die at any instant, while the provider drops connections.
 
-The provider is a real little HTTP server that counts charges and knows nothing of idempotency. It serves one connection
-after the other, so that who asks it about a charge is answered after all requests that were sent before.
+The provider is a real little HTTP server that counts charges and knows nothing of idempotency. It serves one
+connection after the other, so that who asks it about a charge is answered after all requests that were sent
+before.
 """
 
 from __future__ import annotations
@@ -41,13 +42,20 @@ from stroma import (
 
 __all__ = ["FAULTS"]
 
-#: Where a process kills itself: before the intent, before the call, in it before and after the charge, before the commit.
+#: Where a process kills itself: before the intent, before the call, in it before and after the charge, before
+#: the commit.
 POINTS: Final = ("before", "function", "connected", "sent", "answered")
 #: What the provider does with a request.
 DEEDS: Final = {
-    "charged": 60, "charged, no answer": 8, "charged, slowly": 6, "charged, broken answer": 4, "charged, 500": 4,
-    "no answer": 8, "refused": 6, "503": 4,
-}  # fmt: skip
+    "charged": 60,
+    "charged, no answer": 8,
+    "charged, slowly": 6,
+    "charged, broken answer": 4,
+    "charged, 500": 4,
+    "no answer": 8,
+    "refused": 6,
+    "503": 4,
+}
 _CHARGES: Final = {"list": 6, "flow": 4}
 _ENDED: Final = (RunStatus.COMPLETED, RunStatus.RESUMED)
 
@@ -219,7 +227,8 @@ def programs(
 
 
 async def decide(runner: StromaRunner, store: Any, port: int, run_id: str) -> int:
-    """State, as a person who looks at the provider's books, how the unknown calls of a run ended. Return how many."""
+    """State, as a person who looks at the provider's books, how the unknown calls of a run ended. Return how
+    many."""
     count = 0
     for question in await asyncio.to_thread(store.waiting, run_id):
         if question.payload is None and question.effect is not None:
@@ -277,7 +286,8 @@ async def work(
 
 
 def effect(place: Place, name: str, number: int, draw: random.Random, pace: Pace) -> Figures:
-    """Two processes share a list and a flow with effects, and die at any instant or point; none may charge twice."""
+    """Two processes share a list and a flow with effects, and die at any instant or point; none may charge
+    twice."""
     runs = {f"{name}-list": "list", f"{name}-flow": "flow"}
     report = place.folder / f"effects-{number}"
     with processes(place, number) as instance:
@@ -318,8 +328,8 @@ def effect(place: Place, name: str, number: int, draw: random.Random, pace: Pace
 def judge(figures: Figures, data: dict[str, Any], runs: dict[str, str], late: Collection[str] = ()) -> None:
     """Compare the provider's books with what the runs say.
 
-    ``late``: keys of calls whose process stood still between their begin and their end. Such a request may reach a provider
-    that knows nothing of idempotency after it was asked whether it came.
+    ``late``: keys of calls whose process stood still between their begin and their end. Such a request may
+    reach a provider that knows nothing of idempotency after it was asked whether it came.
     """
     for run_id, kind in runs.items():
         charges = {key: of for key, of in data["charges"].items() if key.startswith(f"{run_id}:") and of}

@@ -1,7 +1,8 @@
-"""A flow whose processes are killed at any instant: branches, a loop, parallel steps, a map, a child, a sleep and a question.
+"""A flow whose processes are killed at any instant: branches, a loop, parallel steps, a map, a child, a sleep
+and a question.
 
-It must show: each step is committed once, under one idempotency key, nothing that was committed is called again, and the
-end is that of a flow that was left alone.
+It must show: each step is committed once, under one idempotency key, nothing that was committed is called
+again, and the end is that of a flow that was left alone.
 """
 
 from __future__ import annotations
@@ -119,9 +120,14 @@ def work(url: str, diary: str, run: str, seed: str) -> None:
         opened: Any = open_store(url)
         async with opened as store:
             runner = StromaRunner.quick(
-                store=store, run_id=run, resume=True, if_exists="return", if_running="take_over", max_recoveries=10**6,
+                store=store,
+                run_id=run,
+                resume=True,
+                if_exists="return",
+                if_running="take_over",
+                max_recoveries=10**6,
                 policy_map={kind: FailurePolicy(max_retries=0) for kind in FailureClass},
-            )  # fmt: skip
+            )
             f = make_flow(note, random.Random(seed))
             while (result := await runner.run(f, Number())).status is RunStatus.SUSPENDED:
                 with contextlib.suppress(StoreError):  # It was answered before a kill.

@@ -1,7 +1,8 @@
 """A map over many items that is killed at random until it is done.
 
-What it must show: every item is committed once, nothing that was committed is called again, at most the items in flight
-are called twice, and the file of outputs is complete and in order; no process needs more memory for more items.
+What it must show: every item is committed once, nothing that was committed is called again, at most the items
+in flight are called twice, and the file of outputs is complete and in order; no process needs more memory for
+more items.
 
 ``python -m tests.chaos.items URL FOLDER`` is the process that is killed.
 """
@@ -59,7 +60,8 @@ class Nothing(BaseModel):
 
 
 async def work(url: str, folder: Path) -> None:
-    """Bring the run to its end. Each call of the node is noted in a file, in one write that survives a kill."""
+    """Bring the run to its end. Each call of the node is noted in a file, in one write that survives a
+    kill."""
     side = os.open(folder / "calls", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     contract: NodeContract[Any, Any] = NodeContract(
         node_id="square", input_schema=Number, output_schema=Square
@@ -113,7 +115,8 @@ def start(url: str, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def one_round(url: str, folder: Path, items: int, seed: str, longest: float) -> Figures:
-    """Kill processes at random moments until one has come to the end. ``longest``: seconds that one is left alone."""
+    """Kill processes at random moments until one has come to the end. ``longest``: seconds that one is left
+    alone."""
     draw, figures = random.Random(seed), Figures(rounds=1, runs=1)
     (folder / "in.jsonl").write_text("".join(f'{{"n": {n}}}\n' for n in range(items)))
     while True:

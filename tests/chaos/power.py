@@ -1,8 +1,9 @@
 """The faults of a disk, for the store in one file: the power fails, or an fsync does.
 
-One history is written by the ordinary store, with its own SQL, and recorded; then the power fails at many instants of
-it. What survives is opened by the ordinary store. A *batch* is what one transaction of the store holds; what the whole
-file says after each one was noted meanwhile, so that nothing in it can be wrong unnoticed.
+One history is written by the ordinary store, with its own SQL, and recorded; then the power fails at many
+instants of it. What survives is opened by the ordinary store. A *batch* is what one transaction of the store
+holds; what the whole file says after each one was noted meanwhile, so that nothing in it can be wrong
+unnoticed.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ def read_database(db: Any) -> tuple[str, frozenset[int]]:
 
 
 async def history(store: SQLiteStore, draw: random.Random, batches: int, *, delete: bool = True) -> None:
-    """Runs that begin, commit, fail, end, begin again, side by side and alone. Ends early if the store gives up."""
+    """Runs that begin, commit, fail, end, begin again, side by side and alone. Ends early if the store gives
+    up."""
     from tests.store_suite.journal import begin, commit, fail, finish
 
     async def one(run_id: str, steps: int) -> None:
@@ -190,7 +192,8 @@ class Left:
 
 
 def powercut(name: str, draw: random.Random, cuts: int) -> Figures:
-    """The power fails at instants of a history. FULL: all that was acknowledged is there. NORMAL: a prefix of it."""
+    """The power fails at instants of a history. FULL: all that was acknowledged is there. NORMAL: a prefix of
+    it."""
     figures = Figures(rounds=cuts)
     # NORMAL every fourth time; checkpoints often, so that they are struck too, or as they come.
     synchronous = "normal" if draw.random() < 0.25 else "full"
@@ -209,7 +212,8 @@ def powercut(name: str, draw: random.Random, cuts: int) -> Figures:
 
 def _cut(figures: Figures, folder: Path, disk: Disk, draw: random.Random, cuts: int, *, full: bool) -> None:
     events = disk.events
-    # What was said after each batch; and of each event, how many batches were acknowledged and begun before it.
+    # What was said after each batch; and of each event, how many batches were acknowledged and begun before
+    # it.
     states: list[str] = []
     before: list[tuple[int, int]] = []
     started = 0
@@ -266,7 +270,8 @@ def _prefix(left: Left, states: list[str], started: int) -> int | None:
 
 
 def fsync(name: str, draw: random.Random, cuts: int) -> Figures:
-    """An fsync fails: nothing is acknowledged any more, and a new store has all that was acknowledged before."""
+    """An fsync fails: nothing is acknowledged any more, and a new store has all that was acknowledged
+    before."""
     figures = Figures()
     folder = _folder(name)
     try:
@@ -332,8 +337,8 @@ def _fail(figures: Figures, folder: Path, draw: random.Random) -> None:
             figures.broken.append(f"I1: {after} batches were acknowledged after a failed fsync")
     elif failing:
         figures.more["failed in a checkpoint, which is made again"] += 1
-    # What a process sees that opens the file now, and what is there after a power cut on top of it. The batch whose
-    # fsync failed may be there as well: nobody was told that it is, nor that it is not.
+    # What a process sees that opens the file now, and what is there after a power cut on top of it. The batch
+    # whose fsync failed may be there as well: nobody was told that it is, nor that it is not.
     entries: list[frozenset[int]] = [
         event.what[2] for event in disk.events if isinstance(event, Mark) and event.what[0] == "kept"
     ]

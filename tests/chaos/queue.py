@@ -1,9 +1,10 @@
-"""The faults "queue" and "temporal": submitted runs of all kinds, three workers, and everything that can befall them.
+"""The faults "queue" and "temporal": submitted runs of all kinds, three workers, and everything that can
+befall them.
 
-Lists with groups and a map, flows with a sleep and a question, effects on the books of a provider, and one budget for all.
-A client submits the runs, answers their questions and resumes those that failed. Workers and the client are killed, at any
-instant or at a point of the protocol; workers are stopped for longer than their leases, or told to end; servers are killed
-and started again. Then the last client waits for every run.
+Lists with groups and a map, flows with a sleep and a question, effects on the books of a provider, and one
+budget for all. A client submits the runs, answers their questions and resumes those that failed. Workers and
+the client are killed, at any instant or at a point of the protocol; workers are stopped for longer than their
+leases, or told to end; servers are killed and started again. Then the last client waits for every run.
 """
 
 from __future__ import annotations
@@ -119,10 +120,14 @@ async def work(job: Job, seed: str, point: str | None, nth: int) -> None:
     opened: Any = open_store(job.url)
     async with opened as store:
         config = RunConfig(
-            policy_map=again, hooks=hooks(diary, fuse), shared_budgets=job.budget.open(store),
-            lease_seconds=LEASE_SECONDS, max_recoveries=1_000_000, inline_wait_seconds=0,
+            policy_map=again,
+            hooks=hooks(diary, fuse),
+            shared_budgets=job.budget.open(store),
+            lease_seconds=LEASE_SECONDS,
+            max_recoveries=1_000_000,
+            inline_wait_seconds=0,
             node_timeouts={"one": 1000},
-        )  # fmt: skip
+        )
         runner = StromaRunner(ContractRegistry(), CheckpointManager(store), config)
         served = programs(job, runner, diary, fuse, draw).values()
         if job.address is not None:
@@ -130,8 +135,14 @@ async def work(job: Job, seed: str, point: str | None, nth: int) -> None:
 
             client = await _connect(job.address)
             async with stroma_worker(
-                client, _QUEUE, list(served), store=store, config=config, max_concurrency=AT_ONCE, drain_seconds=10
-            ):  # fmt: skip
+                client,
+                _QUEUE,
+                list(served),
+                store=store,
+                config=config,
+                max_concurrency=AT_ONCE,
+                drain_seconds=10,
+            ):
                 await leaving.wait()
             return
         serving = asyncio.ensure_future(

@@ -1,8 +1,10 @@
-"""A store that comes back as it was a moment ago, under a living process: a restored copy, or a replica that lagged behind.
+"""A store that comes back as it was a moment ago, under a living process: a restored copy, or a replica that
+lagged behind.
 
-What was acknowledged since is gone, and nobody can bring it back. But the process that knows of it must not go on as if
-nothing had happened: its next attempt at such a run is CheckpointLost. (Of a run that had only its end to record, the process returns what
-it had made.) And whoever goes on with the run from what is left makes one history of it.
+What was acknowledged since is gone, and nobody can bring it back. But the process that knows of it must not
+go on as if nothing had happened: its next attempt at such a run is CheckpointLost. (Of a run that had only
+its end to record, the process returns what it had made.) And whoever goes on with the run from what is left
+makes one history of it.
 """
 
 from __future__ import annotations
@@ -112,7 +114,8 @@ def _tokens(url: str, runs: list[str]) -> Figures:
 
 
 def _goes_on(instance: Processes, pid: int, before: set[str], after: set[str]) -> Figures:
-    """Judge what the process did after the store had come back older, and strike what is gone from the diary."""
+    """Judge what the process did after the store had come back older, and strike what is gone from the
+    diary."""
     figures, since = Figures(), False
     gone = before - after
     lines, events = list(read_diary(instance.diary)), set[str]()

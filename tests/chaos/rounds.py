@@ -1,4 +1,5 @@
-"""The faults that strike processes. One driver without threads forks them, so that a new one is there at once."""
+"""The faults that strike processes. One driver without threads forks them, so that a new one is there at
+once."""
 
 from __future__ import annotations
 
@@ -239,7 +240,8 @@ def kill(place: Place, name: str, number: int, draw: random.Random, pace: Pace, 
 
 
 def points(place: Place, name: str, number: int, draw: random.Random, _pace: Pace) -> Figures:
-    """A process kills itself at one point of the protocol; another one takes its runs over, beside it or after it."""
+    """A process kills itself at one point of the protocol; another one takes its runs over, beside it or
+    after it."""
     runs = [f"{name}-{i}" for i in range(2)]
     hit: list[str] = []
     with processes(place, number) as instance:
@@ -308,7 +310,8 @@ def stop(place: Place, name: str, number: int, draw: random.Random, _pace: Pace)
 
 
 def duplicate(place: Place, name: str, number: int, draw: random.Random, _pace: Pace) -> Figures:
-    """2 or 8 processes begin one run at the same moment, in a store that is not there yet: one of them executes."""
+    """2 or 8 processes begin one run at the same moment, in a store that is not there yet: one of them
+    executes."""
     runs = [f"{name}-0"]
     many = 8 if number % 2 else 2
     with processes(place, number, fresh=True) as instance:
@@ -336,7 +339,8 @@ def duplicate(place: Place, name: str, number: int, draw: random.Random, _pace: 
 def settle(place: Place, name: str, number: int, draw: random.Random, _pace: Pace) -> Figures:
     """Processes are killed between a commit and the settlement of what it took from a shared budget.
 
-    The limit is enough for half of the calls. In every second round the budget is in another store than the runs.
+    The limit is enough for half of the calls. In every second round the budget is in another store than the
+    runs.
     """
     runs = [f"{name}-{i}" for i in range(RUNS)]
     points = ("transaction", "applied", "acknowledged", "hook", "hook end", "settle")
@@ -382,8 +386,8 @@ def rounds(
     broke: Callable[[int, Figures], None],
     runs: int,
 ) -> Figures:
-    """Some rounds of one fault. ``broke`` is told at once of each round that broke an invariant. ``runs``: of a round, for
-    faults whose size is not given."""
+    """Some rounds of one fault. ``broke`` is told at once of each round that broke an invariant. ``runs``: of
+    a round, for faults whose size is not given."""
     total, pace, bad = Figures(), Pace(), 0
     worker.prepare()
     folder = Path(tempfile.mkdtemp(prefix="stroma-chaos-"))

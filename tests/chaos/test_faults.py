@@ -1,9 +1,9 @@
 """A few rounds of each fault: `./dev chaos` has as many as you like.
 
-I1: no acknowledged step is lost or changed. I2: one row for each run, position and branch. I3: effects are repeated only
-for attempts that were in flight when a process was struck. I4: what a run cost is the sum over its attempts. I5: every
-run ends, or raises a named error. I6: a shared budget has counted what the journals of its runs have. I7: what a node was
-given is what the journal has.
+I1: no acknowledged step is lost or changed. I2: one row for each run, position and branch. I3: effects are
+repeated only for attempts that were in flight when a process was struck. I4: what a run cost is the sum over
+its attempts. I5: every run ends, or raises a named error. I6: a shared budget has counted what the journals
+of its runs have. I7: what a node was given is what the journal has.
 """
 
 import random
@@ -24,8 +24,12 @@ def strike(fault: str, rounds: int, store: str = "sqlite", seed: int = 20) -> di
     command = [sys.executable, "-m", "tests.chaos", "--fault", fault, "--rounds", str(rounds)]
     done = subprocess.run(
         [*command, "--store", store, "--seed", str(seed)],
-        cwd=ROOT, capture_output=True, text=True, timeout=110, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout
     print(done.stdout)
     return {name: int(count) for count, name in re.findall(r"(\d+) ([^,\n]+)", done.stdout)}
@@ -56,8 +60,9 @@ def test_killed_at_each_point_of_the_protocol() -> None:
 
 @pytest.mark.slow
 def test_killed_around_the_calls_of_effects() -> None:
-    """G13: killed before the intent, before the call, in it before and after the charge, and before the commit, while the
-    provider drops connections, a card is charged once for each step of a list and a flow; also where a person decides."""
+    """G13: killed before the intent, before the call, in it before and after the charge, and before the
+    commit, while the provider drops connections, a card is charged once for each step of a list and a flow;
+    also where a person decides."""
     figures = strike("effect", 4)
     assert figures["kills"] >= 4
     assert (figures["commits"], figures["duplicated"], figures["lost"]) == (5 * figures["runs"], 0, 0)
@@ -75,7 +80,8 @@ def test_killed_around_the_calls_of_effects_on_a_server(store: str) -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("store", ["sqlite", "postgres", "redis"])
 def test_killed_flows(store: str) -> None:
-    """I1, I3 and I5: a flow that is killed at any instant ends as one that is not, with each step committed once."""
+    """I1, I3 and I5: a flow that is killed at any instant ends as one that is not, with each step committed
+    once."""
     figures = strike("flow", 15, store)
     assert figures["kills"] >= 15
     assert figures["commits"] == 13 * figures["runs"]
@@ -84,9 +90,9 @@ def test_killed_flows(store: str) -> None:
 
 @pytest.mark.slow
 def test_workers_and_what_befalls_them() -> None:
-    """G5 and G13: three workers are killed, stopped for longer than their leases and told to end, and so is who submits and
-    answers: each run of a list, a map or a flow ends, each node is committed once, each card is charged once, and the
-    shared budget has counted what the runs spent."""
+    """G5 and G13: three workers are killed, stopped for longer than their leases and told to end, and so is
+    who submits and answers: each run of a list, a map or a flow ends, each node is committed once, each card
+    is charged once, and the shared budget has counted what the runs spent."""
     figures = strike("queue", 2)
     assert figures["kills"] >= 2
     assert (figures["lost"], figures["duplicated"], figures["overspent"]) == (0, 0, 0)
@@ -98,7 +104,8 @@ def test_workers_and_what_befalls_them() -> None:
     [("queue", "sqlite"), ("queue", "postgres"), ("queue", "redis"), ("temporal", "postgres")],
 )
 def test_workers_and_servers_and_what_befalls_them(fault: str, store: str) -> None:
-    """G5 and G13: the same, more often, while servers are killed and started again; and where Temporal is one of them."""
+    """G5 and G13: the same, more often, while servers are killed and started again; and where Temporal is one
+    of them."""
     figures = strike(fault, 10 if fault == "queue" else 6, store)
     assert figures["kills"] >= 6
     assert figures["commits"] == 99 / 12 * figures["runs"]
@@ -114,14 +121,16 @@ def test_killed_inside_of_groups() -> None:
 
 @pytest.mark.nightly
 def test_stopped_for_longer_than_its_lease() -> None:
-    """I1, I2 and I4: what a process commits that wakes up after another one has taken its run over is fenced."""
+    """I1, I2 and I4: what a process commits that wakes up after another one has taken its run over is
+    fenced."""
     figures = strike("stop", 6)
     assert figures["fenced"] > 0
 
 
 @pytest.mark.nightly
 def test_started_twice_and_eight_times() -> None:
-    """I2 and I3: of 2 and of 8 processes with one run one executes it, in a file that none of them has found."""
+    """I2 and I3: of 2 and of 8 processes with one run one executes it, in a file that none of them has
+    found."""
     figures = strike("duplicate", 8)
     assert figures["repeated in flight"] == 0
     assert figures["told that it is busy"] > 0
@@ -129,39 +138,45 @@ def test_started_twice_and_eight_times() -> None:
 
 @pytest.mark.nightly
 def test_clocks_that_jump() -> None:
-    """I1 to I5, killed at any instant while the wall clock of each process jumps to and fro by up to an hour."""
+    """I1 to I5, killed at any instant while the wall clock of each process jumps to and fro by up to an
+    hour."""
     assert strike("clock", 8)["kills"] >= 4
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("store", ["sqlite", "postgres", "redis"])
 def test_cancelled_at_any_await(store: str) -> None:
-    """I1 to I4: cancelled at any await and gone on with, a run has each commit once, and no commit runs again."""
+    """I1 to I4: cancelled at any await and gone on with, a run has each commit once, and no commit runs
+    again."""
     assert strike("cancel", 6, store)["cancellations"] >= 10
 
 
 @pytest.mark.nightly
 def test_told_to_end() -> None:
-    """I1 and I3: SIGTERM ends a process with 0 after the node in flight, or within no time at all, and frees its runs."""
+    """I1 and I3: SIGTERM ends a process with 0 after the node in flight, or within no time at all, and frees
+    its runs."""
     assert strike("term", 8)["SIGTERMs"] >= 4
 
 
 @pytest.mark.nightly
 def test_a_locked_database() -> None:
-    """I1 and I3: while somebody else holds the lock of the file everybody waits; no node is run again for it."""
+    """I1 and I3: while somebody else holds the lock of the file everybody waits; no node is run again for
+    it."""
     figures = strike("lock", 3)
     assert (figures["locks"], figures["repeated in flight"]) == (12, 0)
 
 
 @pytest.mark.nightly
 def test_a_full_disk() -> None:
-    """I1 and I5: on a full disk a run stops with a named error, and goes on once there is room; a node is not retried."""
+    """I1 and I5: on a full disk a run stops with a named error, and goes on once there is room; a node is not
+    retried."""
     assert strike("full", 8)["runs that were told"] >= 8
 
 
 @pytest.mark.nightly
 def test_connections_that_are_ended() -> None:
-    """I2 and I3: a commit whose connection is ended is looked for and sent again if need be; its node is not run again."""
+    """I2 and I3: a commit whose connection is ended is looked for and sent again if need be; its node is not
+    run again."""
     figures = strike("terminate", 4, "postgres")
     assert figures["connections ended"] >= 10
     assert figures["repeated in flight"] == 0
@@ -170,14 +185,16 @@ def test_connections_that_are_ended() -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("store", ["postgres", "redis"])
 def test_a_server_that_is_killed(store: str) -> None:
-    """I1 and I3: what a server acknowledged survives its SIGKILL; whoever is at work waits for it to come back."""
+    """I1 and I3: what a server acknowledged survives its SIGKILL; whoever is at work waits for it to come
+    back."""
     figures = strike("restart", 2, store)
     assert (figures["server kills"], figures["repeated in flight"]) == (2, 0)
 
 
 @pytest.mark.nightly
 def test_killed_before_what_a_call_took_is_settled() -> None:
-    """I6, killed between a commit and what follows it, with the budget in the store of the runs and in another one."""
+    """I6, killed between a commit and what follows it, with the budget in the store of the runs and in
+    another one."""
     figures = strike("settle", 4)
     assert figures["kills"] >= 4
     assert figures["overspent"] == 0
@@ -186,7 +203,8 @@ def test_killed_before_what_a_call_took_is_settled() -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("store", ["sqlite", "postgres", "redis"])
 def test_a_store_that_comes_back_older(store: str) -> None:
-    """I7: a process whose acknowledged commits are gone is told CheckpointLost; who resumes makes one history of the rest."""
+    """I7: a process whose acknowledged commits are gone is told CheckpointLost; who resumes makes one history
+    of the rest."""
     figures = strike("restored", 4, store)
     assert figures["restores"] >= 3
     assert figures["mixed"] == 0
@@ -203,14 +221,16 @@ def test_power_cuts() -> None:
 
 @pytest.mark.nightly
 def test_failed_fsyncs() -> None:
-    """I1 and I5: after a failed fsync nothing is acknowledged, and a new store has all that was acknowledged before."""
+    """I1 and I5: after a failed fsync nothing is acknowledged, and a new store has all that was acknowledged
+    before."""
     figures = strike("fsync", 30)
     assert figures["poisoned"] > 0
 
 
 @pytest.mark.nightly
 def test_the_disk_that_loses_its_power() -> None:
-    """What the power cuts stand on: what was synced stays, all else may be lost, torn, or done in another order."""
+    """What the power cuts stand on: what was synced stays, all else may be lost, torn, or done in another
+    order."""
     old, new = b"a" * 1024, b"b" * 1024
     synced = [Name("f", 1), Write(1, 0, old), Sync(1, True)]
 

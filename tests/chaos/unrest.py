@@ -1,7 +1,8 @@
-"""The faults that kill nobody: the store fails or is held up, clocks are moved, runs are cancelled, processes told to end.
+"""The faults that kill nobody: the store fails or is held up, clocks are moved, runs are cancelled, processes
+told to end.
 
-Here nothing excuses that a node is run again: none of the processes has died. Only where a fault cuts nodes short (a
-cancellation, a full disk, a SIGTERM without time to drain) may those that were in flight be.
+Here nothing excuses that a node is run again: none of the processes has died. Only where a fault cuts nodes
+short (a cancellation, a full disk, a SIGTERM without time to drain) may those that were in flight be.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def _counted(instance: Processes, kind: str) -> int:
 
 
 def clock(place: Place, name: str, number: int, draw: random.Random, pace: Pace) -> Figures:
-    """Two processes are killed and started anew, and the wall clock of each jumps by up to an hour, to and fro."""
+    """Two processes are killed and started anew, and the wall clock of each jumps by up to an hour, to and
+    fro."""
     return kill(place, name, number, draw, pace, clock=True)
 
 
@@ -63,7 +65,8 @@ def cancel(place: Place, name: str, number: int, draw: random.Random, _pace: Pac
 
 
 def term(place: Place, name: str, number: int, draw: random.Random, pace: Pace) -> Figures:
-    """Processes are told to end, and exit with 0: with time for the node in flight, which is then not run again."""
+    """Processes are told to end, and exit with 0: with time for the node in flight, which is then not run
+    again."""
     runs = _runs(name)
     strikes = 0
     with processes(place, number) as instance:

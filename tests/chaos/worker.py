@@ -168,7 +168,8 @@ class Fuse:
                 time.sleep(60)  # The signal may take a moment; nothing else may happen in it.
 
     def install(self) -> None:
-        """Put the points into the store's session and thread. Only a process that is about to die does this."""
+        """Put the points into the store's session and thread. Only a process that is about to die does
+        this."""
         fuse, acknowledge, record, write = self, Worker._acknowledge, DurableSession.record, Commit.__call__
         leave = Permit.leave
 
@@ -320,10 +321,11 @@ async def work(
 ) -> None:
     """Bring all runs to their end, however many processes do the same. ``once``: look at each run only once.
 
-    ``patient``: a store that cannot be reached or is locked is tried again for as long as it takes. ``clock``: the
-    wall clock jumps. ``cancels``: how often a run is cancelled. ``drain``: seconds that nodes have after a SIGTERM.
-    ``file_bytes``: beyond that no file may grow. ``budget``: what all calls spend from; a run for which it has no room
-    has ended. ``may_get_lost``: so has one whose commits the store has lost.
+    ``patient``: a store that cannot be reached or is locked is tried again for as long as it takes.
+    ``clock``: the wall clock jumps. ``cancels``: how often a run is cancelled. ``drain``: seconds that nodes
+    have after a SIGTERM.
+    ``file_bytes``: beyond that no file may grow. ``budget``: what all calls spend from; a run for which it
+    has no room has ended. ``may_get_lost``: so has one whose commits the store has lost.
     """
     diary, fuse, draw = Diary(diary_path), Fuse(point, nth), random.Random(seed)
     fuse.install()
@@ -450,7 +452,8 @@ def guarded(errors: str, do: Callable[[], None]) -> None:
 
 
 async def report_if_stuck(errors: str, seconds: float, describe: Callable[[], str]) -> None:
-    """Write after some time what this process is at: what ``describe`` says, and the stacks of its tasks and threads."""
+    """Write after some time what this process is at: what ``describe`` says, and the stacks of its tasks and
+    threads."""
     await asyncio.sleep(seconds)
     with open(errors, "a") as file:
         print(f"process {os.getpid()} is still here after {seconds:g} s: {describe()}", file=file)

@@ -2,9 +2,10 @@
 
 usage: python -m tests.checkpoint.dying_helper KIND PLACE JSON
 
-KIND and PLACE name the journal's store (see tests.shared_stores); JSON says what else there is: ``run_id``, ``die`` ("node",
-"success", "failure" or "" for never), ``hang`` (in the call, which says "calling"), ``budget`` ([kind, place, limit] of a shared budget in tokens), ``fails`` (attempts that
-fail first), ``recover`` (go on with what there is), ``force``. Each call of the node appends a line to the file ``calls``.
+KIND and PLACE name the journal's store (see tests.shared_stores); JSON says what else there is: ``run_id``,
+``die`` ("node", "success", "failure" or "" for never), ``hang`` (in the call, which says "calling"),
+``budget`` ([kind, place, limit] of a shared budget in tokens), ``fails`` (attempts that fail first),
+``recover`` (go on with what there is), ``force``. Each call of the node appends a line to the file ``calls``.
 It prints the status of each run.
 """
 

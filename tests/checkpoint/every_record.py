@@ -27,10 +27,27 @@ from stroma.trace.events import Failed
 OF_NO_RUN = ("meta", "cells", "cell", "deleted")
 #: Columns that hold numbers, ids or checksums only, and what only a submitted run has.
 PLAIN = (
-    "run_id", "run_key", "status", "lease_owner", "lease_until", "contract", "schema_ref", "sha256", "branch_key",
-    "outcome", "failure_class", "wake_ms", "number", "claim", "claim_until", "claim_until_ms", "expires_ms", "queue_key",
-    "blocked_since_ms", "blocked_until_ms",
-)  # fmt: skip
+    "run_id",
+    "run_key",
+    "status",
+    "lease_owner",
+    "lease_until",
+    "contract",
+    "schema_ref",
+    "sha256",
+    "branch_key",
+    "outcome",
+    "failure_class",
+    "wake_ms",
+    "number",
+    "claim",
+    "claim_until",
+    "claim_until_ms",
+    "expires_ms",
+    "queue_key",
+    "blocked_since_ms",
+    "blocked_until_ms",
+)
 
 
 def opened(kind: str, where: str, blobs: Path, **options: Any) -> Any:

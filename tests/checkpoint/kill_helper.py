@@ -1,4 +1,5 @@
-"""The child of tests/checkpoint/test_kill.py: `python kill_helper.py DATABASE SIDE_FILE` runs 20 nodes on SQLite, resuming.
+"""The child of tests/checkpoint/test_kill.py: `python kill_helper.py DATABASE SIDE_FILE` runs 20 nodes on
+SQLite, resuming.
 
 Each call of a node's function appends "call N" to the side file, and its end "done N", each in one write.
 """

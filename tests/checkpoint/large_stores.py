@@ -1,4 +1,5 @@
-"""Generated stores of a million attempts, and what one does with them. See test_scale.py and benchmarks.scale."""
+"""Generated stores of a million attempts, and what one does with them. See test_scale.py and
+benchmarks.scale."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def run_name(number: int) -> str:
 
 
 def fill(url: str, runs: int, attempts: int, *, vacuum: bool = True) -> None:
-    """A thousand pipelines take turns; one run in a thousand has failed. ``vacuum``: PostgreSQL has its statistics."""
+    """A thousand pipelines take turns; one run in a thousand has failed. ``vacuum``: PostgreSQL has its
+    statistics."""
     kind = url.partition(":")[0]
     {"sqlite": fill_sqlite, "postgresql": fill_postgres, "unix": fill_redis}[kind](url, runs, attempts)
     if kind == "postgresql" and vacuum:
@@ -43,8 +45,8 @@ def fill(url: str, runs: int, attempts: int, *, vacuum: bool = True) -> None:
             db.execute("VACUUM ANALYZE")
 
 
-# What SQL of SQLite and PostgreSQL shares: columns, by their names so that a new one does not move them, and their
-# values for a generated run i and its attempt j (both from 0).
+# What SQL of SQLite and PostgreSQL shares: columns, by their names so that a new one does not move them, and
+# their values for a generated run i and its attempt j (both from 0).
 _RUN_COLUMNS = """pipeline, execution, status, started_ms, updated_ms, tokens, cost_pico, latency_ns, lease_epoch,
     attempt_count, commit_count"""
 _RUN = "'p' || (i % 1000), 1, CASE i % 1000 WHEN 999 THEN 'FAILED' ELSE 'COMPLETED' END, 1000 + i, 1000 + i, 1, 1, 1, 1"
@@ -128,9 +130,22 @@ def fill_redis(url: str, runs: int, attempts: int) -> None:
     tried = {}
     for j in range(attempts):
         attempt = Attempt(
-            position=j, started_ns=j, branch="", attempt=1, node_id=f"n{j}", duration_ns=1, outcome="success",
-            failure_class=None, message=None, reason=None, tokens=1, output_tokens=0, cost_pico=1, model=None, function_ns=1,
-        )  # fmt: skip
+            position=j,
+            started_ns=j,
+            branch="",
+            attempt=1,
+            node_id=f"n{j}",
+            duration_ns=1,
+            outcome="success",
+            failure_class=None,
+            message=None,
+            reason=None,
+            tokens=1,
+            output_tokens=0,
+            cost_pico=1,
+            model=None,
+            function_ns=1,
+        )
         tried[f"1:{j}:{j}:1:"] = pack(list(attempt))
     value = pack([SCHEMA.fingerprint, _sha().hex()], OUTPUT)
     pipe = client.pipeline(transaction=False)
@@ -138,11 +153,25 @@ def fill_redis(url: str, runs: int, attempts: int) -> None:
         name, prefix = run_name(i), prefix_of(run_name(i))
         status = "FAILED" if i % 1000 == 999 else "COMPLETED"
         facts = {
-            "token": f"t{i}", "run_id": name, "pipeline": f"p{i % 1000}", "execution": 1, "status": status,
-            "started_ms": 1000 + i, "updated_ms": 1000 + i, "tokens": 1, "cost_pico": 1, "latency_ns": 1, "owner": "x",
-            "epoch": 1, "nodes": attempts, "commits": attempts, "attempts": attempts, "identities": 0,
-            "version": attempts + 2, "order": attempts,
-        }  # fmt: skip
+            "token": f"t{i}",
+            "run_id": name,
+            "pipeline": f"p{i % 1000}",
+            "execution": 1,
+            "status": status,
+            "started_ms": 1000 + i,
+            "updated_ms": 1000 + i,
+            "tokens": 1,
+            "cost_pico": 1,
+            "latency_ns": 1,
+            "owner": "x",
+            "epoch": 1,
+            "nodes": attempts,
+            "commits": attempts,
+            "attempts": attempts,
+            "identities": 0,
+            "version": attempts + 2,
+            "order": attempts,
+        }
         pipe.hset(f"{prefix}run", mapping=facts)
         pipe.hset(f"{prefix}inputs", "1", value)
         for part, values in (("steps", steps), ("nodes", nodes), ("attempts", tried)):

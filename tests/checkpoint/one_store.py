@@ -1,4 +1,5 @@
-"""A durable store of one run or two, for tests of its sessions: each operation is done at once, and its rows can be looked at."""
+"""A durable store of one run or two, for tests of its sessions: each operation is done at once, and its rows
+can be looked at."""
 
 from __future__ import annotations
 
@@ -86,7 +87,8 @@ class LockedRows(SqliteRows):
 
 
 class Store:
-    """A store that does each operation at once, in a transaction; ``fails``: makes what it raises in place of that."""
+    """A store that does each operation at once, in a transaction; ``fails``: makes what it raises in place of
+    that."""
 
     def __init__(self, path: Path) -> None:
         self.db = DatabaseFile(str(path), "normal", connect, 15.0).open()
@@ -134,9 +136,16 @@ class Store:
         session = DurableSession(run_id, self.submit, payloads, opened)
         sealed = payloads.seal_now(stored(n), PayloadPlace(run_id, 1, "input"))
         opening = Opening(
-            run_id, "pipeline", str(new_owner(session)), question.lease_seconds, SCHEMA.fingerprint, sealed, checksum(sealed),
-            question.discard_from, question.tags,
-        )  # fmt: skip
+            run_id,
+            "pipeline",
+            str(new_owner(session)),
+            question.lease_seconds,
+            SCHEMA.fingerprint,
+            sealed,
+            checksum(sealed),
+            question.discard_from,
+            question.tags,
+        )
         result: DurableSession = self.do(lambda rows: session.open(question, opening, stored(n), rows))
         return result
 
@@ -216,10 +225,18 @@ def row(
 def attempt(position: int = 0, started: int = 10, branch: str = "", number: int = 1, **facts: Any) -> Attempt:
     """What is kept of row()."""
     inputs: dict[str, Any] = {
-        "node_id": "node", "duration_ns": 7, "outcome": "success", "failure_class": None, "message": None, "reason": None,
-        "tokens": 5, "output_tokens": 3, "cost_pico": 250_000_000_000, "model": "m",
+        "node_id": "node",
+        "duration_ns": 7,
+        "outcome": "success",
+        "failure_class": None,
+        "message": None,
+        "reason": None,
+        "tokens": 5,
+        "output_tokens": 3,
+        "cost_pico": 250_000_000_000,
+        "model": "m",
         "function_ns": 7,
-    }  # fmt: skip
+    }
     return Attempt(position, started, branch, number, **{**inputs, **facts})
 
 

@@ -1,6 +1,8 @@
-"""A process of tests/checkpoint/test_run_ownership.py: `python owner_helper.py STORE_URL SIDE_FILE JSON_OPTIONS`.
+"""A process of tests/checkpoint/test_run_ownership.py: `python owner_helper.py STORE_URL SIDE_FILE
+JSON_OPTIONS`.
 
-Runs three nodes under one run id. Each call of a node appends "PID node" to the side file. Prints what became of it.
+Runs three nodes under one run id. Each call of a node appends "PID node" to the side file. Prints what became
+of it.
 """
 
 import asyncio

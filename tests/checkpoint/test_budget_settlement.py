@@ -1,4 +1,5 @@
-"""What a shared budget counts of processes that were killed: what their journals have, once, and nothing else."""
+"""What a shared budget counts of processes that were killed: what their journals have, once, and nothing
+else."""
 
 from __future__ import annotations
 
@@ -68,7 +69,8 @@ def calls(tmp_path: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["success", "failure"])
 def test_a_process_killed_behind_its_commit(dying: Dying, journal: tuple[str, str], when: str) -> None:
-    """Where budget and journal share a store, what an attempt spent is counted by the transaction that records it."""
+    """Where budget and journal share a store, what an attempt spent is counted by the transaction that
+    records it."""
     dying(run_id="r", die=when, budget=[*journal, 500], fails=1 if when == "failure" else 0)
     assert spent(*journal) == (100, 0)
     assert journaled(*journal) == 100
@@ -77,7 +79,8 @@ def test_a_process_killed_behind_its_commit(dying: Dying, journal: tuple[str, st
 @pytest.mark.kills
 @pytest.mark.slow
 def test_killed_again_and_again(dying: Dying, journal: tuple[str, str], tmp_path: Path) -> None:
-    """However often processes are killed behind their commits, no call is made beyond the limit of a shared budget."""
+    """However often processes are killed behind their commits, no call is made beyond the limit of a shared
+    budget."""
     for number in range(3):
         dying(run_id=f"r{number}", die="success", budget=[*journal, 300])
     assert dying(run_id="r3", budget=[*journal, 300]) == ["PARTIAL"]
@@ -98,7 +101,8 @@ def test_killed_in_the_call(dying: Dying, journal: tuple[str, str], tmp_path: Pa
 @pytest.mark.kills
 @pytest.mark.slow
 def test_another_store_and_a_resume(dying: Dying, journal: tuple[str, str], tmp_path: Path) -> None:
-    """Where the budget is in another store, a resume counts what the journal has of the process that was killed."""
+    """Where the budget is in another store, a resume counts what the journal has of the process that was
+    killed."""
     budget = ["sqlite", str(tmp_path / "budget.db")]
     dying(run_id="r", die="failure", fails=1, retries=3, budget=[*budget, 500])
     assert spent(*budget) == (0, 100)
@@ -113,7 +117,8 @@ def test_another_store_and_a_resume(dying: Dying, journal: tuple[str, str], tmp_
 def test_another_store_and_the_end_of_the_lease(
     dying: Dying, journal: tuple[str, str], tmp_path: Path
 ) -> None:
-    """Where the budget is in another store, the next call after the lease counts what the journal has, then asks."""
+    """Where the budget is in another store, the next call after the lease counts what the journal has, then
+    asks."""
     budget = ["sqlite", str(tmp_path / "budget.db")]
     dying(run_id="r", die="success", budget=[*budget, 100])
     assert spent(*budget) == (0, 100)
@@ -164,7 +169,8 @@ async def test_a_damaged_budget_costs_no_output(kind: str) -> None:
 
 
 async def test_a_call_that_goes_on_after_its_lease(tmp_path: Path) -> None:
-    """A call that is settled from its journal is counted once, also if its own process lives and settles it too."""
+    """A call that is settled from its journal is counted once, also if its own process lives and settles it
+    too."""
     with SQLiteStore(tmp_path / "journal.db") as store, SQLiteStore(tmp_path / "budget.db") as cells:
         budget = SharedBudget("team", max_tokens=1000, store=cells, reserve_tokens=10, lease_seconds=0.1)
         entries: list[Any] = []

@@ -1,4 +1,5 @@
-"""Damage of one record is CorruptCheckpoint with its name, or changes nothing; lists show the other runs, on every store."""
+"""Damage of one record is CorruptCheckpoint with its name, or changes nothing; lists show the other runs, on
+every store."""
 
 from __future__ import annotations
 
@@ -48,8 +49,17 @@ NOTES: dict[str, bytes] = {
     "0:d:": b"[[3, 4]]",
     "0:e:1": b'["x#0", 0]',
     "0:f:y#0": json.dumps(
-        {"event": 2, "node": "y", "kind": "TERMINAL", "message": "no", "reason": None, "attempt": 1, "type": "ValueError",
-         "retry_after": None, "input_key": "{}"}
+        {
+            "event": 2,
+            "node": "y",
+            "kind": "TERMINAL",
+            "message": "no",
+            "reason": None,
+            "attempt": 1,
+            "type": "ValueError",
+            "retry_after": None,
+            "input_key": "{}",
+        }
     ).encode(),
     "0:s:!sleep#0": b"[1700000000000, 1.5]",
     "0:v:0": b"1700000000000",
@@ -58,7 +68,7 @@ NOTES: dict[str, bytes] = {
     "0:seed:": b"\x00\xff",
     USAGE_NOTE: PriorUsage(3, 0.5).as_note(),
     effect_note(0, ""): b'["n", 1, true, "", ""]',
-}  # fmt: skip
+}
 #: Rows without a checksum: their damage shows only where a value has a type that no store writes.
 UNSIGNED = ("runs", "tags", "attempts", "run", "failed", "identities", "nodes", "ids", "due")
 
@@ -204,8 +214,14 @@ def _cells(kind: str, where: str) -> Iterator[Record]:
                 if name in key or name in ("run", "id", "run_id", "run_key", "branch_key") or value is None:
                     continue
 
-                def write(new: Any, table: str = table, name: str = name, one: dict[str, Any] = one, at: str = at,
-                          key: str = key) -> None:  # fmt: skip
+                def write(
+                    new: Any,
+                    table: str = table,
+                    name: str = name,
+                    one: dict[str, Any] = one,
+                    at: str = at,
+                    key: str = key,
+                ) -> None:
                     # The bytes of a text, which SQLite does not look at.
                     cast = (
                         f"CAST({mark} AS TEXT)" if isinstance(one[name], str) and kind == "sqlite" else mark
@@ -239,9 +255,26 @@ def _postgres(dsn: str, schema: str) -> Callable[..., Any]:
 
 
 REPLACEMENTS = (
-    b"", b"[" * 100_000, b'{"a":' * 50_000, b"7", b"-1", b"null", b"true", b'"x"', b"{}", b"[]", b"[[],[]]", b"9" * 5000,
-    b"9" * 19, b"1e999", b"NaN", b"\xff\xfe", b"\xed\xa0\x80", b"\x00", b"x" * 1000,
-)  # fmt: skip
+    b"",
+    b"[" * 100_000,
+    b'{"a":' * 50_000,
+    b"7",
+    b"-1",
+    b"null",
+    b"true",
+    b'"x"',
+    b"{}",
+    b"[]",
+    b"[[],[]]",
+    b"9" * 5000,
+    b"9" * 19,
+    b"1e999",
+    b"NaN",
+    b"\xff\xfe",
+    b"\xed\xa0\x80",
+    b"\x00",
+    b"x" * 1000,
+)
 
 
 @st.composite
@@ -298,7 +331,8 @@ def check(store: Any, whole: dict[str, Any], table: str, *, is_resealed: bool) -
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SHARED)
 def test_damage_of_any_record(kind: str) -> None:
-    """Reading a damaged record is CorruptCheckpoint with the run's id, or gives the same as before; lists go on."""
+    """Reading a damaged record is CorruptCheckpoint with the run's id, or gives the same as before; lists go
+    on."""
     with place(kind) as where, opened(kind, where) as store:
         for run_id in ("r", "other"):
             asyncio.run(fill(store, run_id))
@@ -334,8 +368,8 @@ def test_damage_of_any_record(kind: str) -> None:
                 record.write(record.value)
                 return  # The server refuses such a value.
             try:
-                # An annotation at the position of a commit or of another execution, and a saved state of another node, are as
-                # ones that were deleted: no store counts them.
+                # An annotation at the position of a commit or of another execution, and a saved state of
+                # another node, are as ones that were deleted: no store counts them.
                 moved = ("steps", "position"), ("steps", "node_id")
                 is_moved = (record.table, record.column) in moved
                 is_moved |= (record.table, record.column, record.value) == ("steps", "execution", 0)
@@ -429,7 +463,8 @@ def build(path: Path) -> tuple[StromaRunner, Any]:
 
 @pytest.mark.parametrize("data", [b"null", b"{}", b'"x"', b"[" * 100_000, b"9" * 5000, b"\xff", b""])
 async def test_notes_of_a_flow_with_foreign_contents(tmp_path: Path, data: bytes) -> None:
-    """A note of a flow that has a right checksum and another form stops its run; a worker goes on with the others."""
+    """A note of a flow that has a right checksum and another form stops its run; a worker goes on with the
+    others."""
     path = tmp_path / "runs.db"
     runner, body = build(path)
     for run_id in ("r", "other"):

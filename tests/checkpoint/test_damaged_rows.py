@@ -23,21 +23,41 @@ pytestmark = pytest.mark.slow
 
 RUNS = [f"r{i}" for i in range(5)]
 
-#: What stands in the row of run r3, by kind of store. SQLite and PostgreSQL refuse other types; a file from elsewhere may
-#: have been written by something that does not.
+#: What stands in the row of run r3, by kind of store. SQLite and PostgreSQL refuse other types; a file from
+#: elsewhere may have been written by something that does not.
 VALUES: dict[str, list[tuple[str, Any]]] = {
     "sqlite": [
-        ("lease_owner", b"x"), ("lease_until_ms", b"x"), ("tokens", "x"), ("error", b"x"), ("pipeline", b"\xff"),
-        ("status", b"x"), ("started_ms", "x"), ("started_ms", 7.5), ("started_ms", 2**63 - 1), ("updated_ms", b"x"),
-        ("tokens", -1), ("execution", "x"), ("attempt_count", "x"), ("lease_epoch", b"x"),
+        ("lease_owner", b"x"),
+        ("lease_until_ms", b"x"),
+        ("tokens", "x"),
+        ("error", b"x"),
+        ("pipeline", b"\xff"),
+        ("status", b"x"),
+        ("started_ms", "x"),
+        ("started_ms", 7.5),
+        ("started_ms", 2**63 - 1),
+        ("updated_ms", b"x"),
+        ("tokens", -1),
+        ("execution", "x"),
+        ("attempt_count", "x"),
+        ("lease_epoch", b"x"),
     ],
     "postgres": [("tokens", -1), ("started_ms", 2**63 - 1), ("cost_pico", -(2**62)), ("latency_ns", -1)],
     "redis": [
-        ("tokens", b"x"), ("started_ms", b"9" * 30), ("pipeline", b"\xff"), ("status", b"\xff"), ("until_ms", b"x"),
-        ("execution", b"-1"), ("epoch", b""), ("owner", b"\xff"), ("tags", b"{"), ("run_id", b"other"), ("", b"a list"),
+        ("tokens", b"x"),
+        ("started_ms", b"9" * 30),
+        ("pipeline", b"\xff"),
+        ("status", b"\xff"),
+        ("until_ms", b"x"),
+        ("execution", b"-1"),
+        ("epoch", b""),
+        ("owner", b"\xff"),
+        ("tags", b"{"),
+        ("run_id", b"other"),
+        ("", b"a list"),
         ("", b"a text"),
     ],
-}  # fmt: skip
+}
 
 
 async def filled(store: Any) -> None:
@@ -141,14 +161,21 @@ async def test_commands_and_a_damaged_row(
 
 
 async def test_damaged_attempts(tmp_path: Any) -> None:
-    """An attempt whose row is damaged is shown as such in its place, and its run is summed up all the same."""
+    """An attempt whose row is damaged is shown as such in its place, and its run is summed up all the
+    same."""
     path = str(tmp_path / "runs.db")
     with opened("sqlite", path) as store:
         await filled(store)
         for column, value in (
-            ("duration_ns", "x"), ("tokens", 2**63 - 1), ("cost_pico", "x"), ("node_id", b"x"), ("message", b"x"),
-            ("model", b"x"), ("failure_class", b"x"), ("outcome", b"x"),
-        ):  # fmt: skip
+            ("duration_ns", "x"),
+            ("tokens", 2**63 - 1),
+            ("cost_pico", "x"),
+            ("node_id", b"x"),
+            ("message", b"x"),
+            ("model", b"x"),
+            ("failure_class", b"x"),
+            ("outcome", b"x"),
+        ):
             with loose(path) as db:
                 db.execute(f"UPDATE attempts SET {column} = ? WHERE run IN (2, 3) AND attempt = 1", (value,))
             assert len(store.attempts("r1")) == len(store.attempt_page("r1").attempts) == 2
@@ -181,7 +208,8 @@ async def test_keys_in_redis_that_hold_something_else(key: str, value: str) -> N
 
 
 def test_what_a_row_may_hold() -> None:
-    """Every value that no store writes is named; each one in a row that is right makes a damaged one of it."""
+    """Every value that no store writes is named; each one in a row that is right makes a damaged one of
+    it."""
     right = (
         1,
         "r",

@@ -1,4 +1,5 @@
-"""Stores that somebody else has prepared: nothing of theirs runs in our name, and nothing that may never end is read."""
+"""Stores that somebody else has prepared: nothing of theirs runs in our name, and nothing that may never end
+is read."""
 
 from __future__ import annotations
 
@@ -79,7 +80,8 @@ TRIGGER = (
 @pytest.mark.slow
 @pytest.mark.parametrize("role", ["victim", "boss"])
 async def test_a_schema_of_another_role_is_refused(server: PostgresServer, role: str) -> None:
-    """Its owner may add a trigger that runs as whoever writes, at any time: for a superuser that is the whole server."""
+    """Its owner may add a trigger that runs as whoever writes, at any time: for a superuser that is the whole
+    server."""
     await _use(server, "mallory")
     _execute(server, "mallory", *TRIGGER, "GRANT ALL ON stroma.stolen TO PUBLIC", *OPEN)
     await _refused(server, role, f"belongs to mallory, a role that {role} is not a member of")
@@ -138,7 +140,8 @@ async def test_what_runs_programs_is_refused(server: PostgresServer, statement: 
 
 @pytest.mark.slow
 async def test_who_may_share_a_schema(server: PostgresServer) -> None:
-    """Members of the role that owns it, and whoever a superuser has made it for; a clean one can be made beside."""
+    """Members of the role that owns it, and whoever a superuser has made it for; a clean one can be made
+    beside."""
     await _use(server, "crew")
     _execute(
         server,

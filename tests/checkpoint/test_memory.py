@@ -21,7 +21,8 @@ class Numbers(BaseModel):
 
 
 async def test_an_output_belongs_to_the_attempt_that_committed_it() -> None:
-    """Also where its row holds a picture for people only: an attempt that was discarded has no output any more."""
+    """Also where its row holds a picture for people only: an attempt that was discarded has no output any
+    more."""
     store, schema = AsyncInMemoryStore(), schema_of(State)
     session = await begin(store)
     first = row(0, tokens=3, output={"a picture": "for people"})
@@ -56,7 +57,8 @@ async def test_a_row_of_another_schema_is_not_read_by_its_own() -> None:
 async def test_an_attempt_whose_place_is_committed_again_stays_in_the_history(
     store: str, tmp_path: Path
 ) -> None:
-    """A failed item that is run again, and the map around it: what was there before is told, without an output."""
+    """A failed item that is run again, and the map around it: what was there before is told, without an
+    output."""
     entry = AsyncInMemoryStore() if store == "memory" else SQLiteStore(tmp_path / "runs.db")
     runner, broken = StromaRunner.quick(store=entry), [True]
 
@@ -87,7 +89,8 @@ async def test_an_attempt_whose_place_is_committed_again_stays_in_the_history(
 async def test_a_suspension_in_memory_is_a_warning(
     store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The first run that is suspended in a store in memory is named, with the store to pass; a durable store warns of nothing."""
+    """The first run that is suspended in a store in memory is named, with the store to pass; a durable store
+    warns of nothing."""
     stores = {
         "default": None,
         "async": AsyncInMemoryStore(),

@@ -89,7 +89,8 @@ async def test_a_record_has_the_place_in_the_queue(store: Any) -> None:
 
 
 async def test_submitting_twice(store: Any) -> None:
-    """A run that is submitted again is the same run, whatever its status; another input or pipeline is RunExists."""
+    """A run that is submitted again is the same run, whatever its status; another input or pipeline is
+    RunExists."""
     assert await submit(store, "r")
     assert not await submit(store, "r", priority=5)
     with pytest.raises(RunExists, match="another input"):
@@ -105,7 +106,8 @@ async def test_submitting_twice(store: Any) -> None:
 
 
 async def test_a_claimed_run_starts_once(store: Any) -> None:
-    """A claimed run is not offered again; its opening starts the first execution, with everything of a new run."""
+    """A claimed run is not offered again; its opening starts the first execution, with everything of a new
+    run."""
     await submit(store, "r")
     assert await claim(store) == ["r"]
     assert await claim(store, token="other") == []
@@ -128,7 +130,8 @@ async def test_a_lost_claim_is_free_again(store: Any) -> None:
 
 
 async def test_a_run_that_is_given_back(store: Any) -> None:
-    """A worker that cannot continue a run gives it back until a later time; without its claim, it changes nothing."""
+    """A worker that cannot continue a run gives it back until a later time; without its claim, it changes
+    nothing."""
     await submit(store, "r")
     await claim(store)
     await store.postpone("r", "other", NOW + 99)
@@ -163,7 +166,8 @@ async def test_keys_share_the_workers(store: Any) -> None:
 
 
 async def test_limits_of_runs(store: Any) -> None:
-    """At most max_runs runs of a pipeline, and max_runs_per_key of a key, have an owner or a claim; others wait."""
+    """At most max_runs runs of a pipeline, and max_runs_per_key of a key, have an owner or a claim; others
+    wait."""
     for number in range(4):
         await submit(store, f"a{number}", key="a")
         await submit(store, f"b{number}", key="b")
@@ -210,7 +214,8 @@ async def test_an_expired_run_fails(store: Any) -> None:
 
 
 async def test_the_figures_of_a_queue(store: Any) -> None:
-    """The figures of a pipeline's queue are its QUEUED runs, and the earliest time of queued and sleeping runs that are due."""
+    """The figures of a pipeline's queue are its QUEUED runs, and the earliest time of queued and sleeping
+    runs that are due."""
     p = {"p": ServedCode()}
     assert store.queue_figures(p, NOW) == {"p": QueueFigures(0, None)}
     await submit(store, "later", due_ms=NOW + 50)
@@ -276,7 +281,8 @@ def test_what_is_chosen(
     max_runs: int | None,
     per_key: int | None,
 ) -> None:
-    """No limit is passed; a run never precedes one of a lower priority number, nor an earlier one of its key; no place stays free."""
+    """No limit is passed; a run never precedes one of a lower priority number, nor an earlier one of its key;
+    no place stays free."""
     candidates = [Candidate(i, str(i), "p", *one) for i, one in enumerate(queued)]
     request = ClaimRequest("t", 1.0, limit, 0, {"p": RunLimits(max_runs, per_key)})
     chosen = choose(candidates, {"p": live}, request)
@@ -298,7 +304,8 @@ def test_what_is_chosen(
 
 @pytest.mark.parametrize("kind", ["redis", "postgres"])
 async def test_listeners_learn_of_due_runs(kind: str) -> None:
-    """Another process that listens learns at once of a submitted run, and of one that was made due; without, it polls."""
+    """Another process that listens learns at once of a submitted run, and of one that was made due; without,
+    it polls."""
     with place(kind) as where, opened(kind, where) as store, opened(kind, where) as other:
         await submit(store, "first")  # Creates the tables.
         news, loop = asyncio.Event(), asyncio.get_running_loop()
@@ -318,7 +325,8 @@ async def test_listeners_learn_of_due_runs(kind: str) -> None:
 
 
 async def test_a_lost_run_that_is_given_back(store: Any) -> None:
-    """A run whose owner is gone, and that a worker cannot continue, is kept from all workers for a while, and holds no place."""
+    """A run whose owner is gone, and that a worker cannot continue, is kept from all workers for a while, and
+    holds no place."""
     await submit(store, "r")
     await claim(store)
     session = await open_claimed(store, "r", lease_seconds=0.1)
@@ -355,7 +363,8 @@ async def test_an_opening_reads_the_annotations_at_once(monkeypatch: pytest.Monk
 
 
 async def test_a_budget_of_a_queued_run_outlives_its_first_owner(store: Any) -> None:
-    """A budget that was set while the run was queued holds for every owner of the run, not only for the first."""
+    """A budget that was set while the run was queued holds for every owner of the run, not only for the
+    first."""
     await submit(store, "r")
     assert await store.set_budget("r", {"max_tokens_total": 5})
     await claim(store)

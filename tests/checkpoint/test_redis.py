@@ -180,7 +180,8 @@ class TestCrash:
                 assert again.prior.tokens == 11 == len(store.attempts("run"))
 
     async def test_nothing_is_lost_or_doubled_in_mid_stream(self) -> None:
-        """The server dies at random while eight runs commit: each attempt is there once, nobody gets an error."""
+        """The server dies at random while eight runs commit: each attempt is there once, nobody gets an
+        error."""
         with RedisServer() as server:
 
             async def one(store: RedisStore, i: int) -> None:
@@ -248,7 +249,8 @@ class TestCrash:
         await commit(again, 1, State(n=2))
 
     async def test_a_failover_is_survived(self) -> None:
-        """A real replica that has everything takes over: the session goes on there, nothing lost, nothing twice."""
+        """A real replica that has everything takes over: the session goes on there, nothing lost, nothing
+        twice."""
         with replicated() as (primary, replica), proxied(primary) as proxy:
             async with RedisStore(proxy.url) as store:
                 session = await begin(store)
@@ -262,7 +264,8 @@ class TestCrash:
                 assert [a.position for a in store.attempts("run")] == [0, 1]
 
     async def test_a_failover_that_loses_writes_is_noticed(self) -> None:
-        """A real replica takes over without what was acknowledged last: CheckpointLost; the rest is resumed there."""
+        """A real replica takes over without what was acknowledged last: CheckpointLost; the rest is resumed
+        there."""
         with replicated() as (primary, replica), proxied(primary) as proxy:
             async with RedisStore(proxy.url) as store:
                 session = await begin(store)
@@ -282,7 +285,8 @@ class TestCrash:
                 await finish(again)
 
     async def test_an_epoch_that_was_lost_is_noticed(self, store: RedisStore, server: RedisServer) -> None:
-        """If the server forgot that a session took the run over, that session is not told it was fenced off."""
+        """If the server forgot that a session took the run over, that session is not told it was fenced
+        off."""
         (await begin(store)).abandon()
         before = {key: server.execute("DUMP", key) for key in server.execute("KEYS", "*")}
         session = await begin(store, if_exists="resume")
@@ -295,7 +299,8 @@ class TestCrash:
     async def test_a_part_that_was_evicted_is_noticed(
         self, store: RedisStore, server: RedisServer, part: str
     ) -> None:
-        """Whichever key of a run is gone: its session is told, and so is whoever resumes it, until it is deleted."""
+        """Whichever key of a run is gone: its session is told, and so is whoever resumes it, until it is
+        deleted."""
         session = await begin(store)
         session.note_call(0, "a#0")
         await commit(session, 0, State(n=1))
@@ -341,7 +346,8 @@ class TestCrash:
                 assert known
 
     async def test_a_full_server_loses_nothing(self) -> None:
-        """Out of memory under noeviction: a transient StoreError that says so, nothing half done; then it goes on."""
+        """Out of memory under noeviction: a transient StoreError that says so, nothing half done; then it
+        goes on."""
         with RedisServer() as server:
             async with RedisStore(server.url) as store:
                 session = await begin(store)
@@ -467,7 +473,8 @@ class TestAmbiguous:
                     assert list(restored(forked).values()) == [State(n=0), State(n=1), State(n=20)]
 
     async def test_what_a_node_waits_for(self, server: RedisServer) -> None:
-        """An attempt that waits and what it waits for are kept together, or neither, if somebody took the run over."""
+        """An attempt that waits and what it waits for are kept together, or neither, if somebody took the run
+        over."""
         with proxied(server) as proxy:
             async with RedisStore(proxy.url) as store:
                 stale = await begin(store)
@@ -485,7 +492,8 @@ class TestAmbiguous:
     async def test_an_answer_that_arrives_while_the_question_is_repeated_stays(
         self, server: RedisServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """An answer that is accepted between the read and the write of a repeated question is not overwritten."""
+        """An answer that is accepted between the read and the write of a repeated question is not
+        overwritten."""
         from stroma.checkpoint.durable import session
 
         question = Waiting(0, "", "node", "may I?", "")
@@ -509,7 +517,8 @@ class TestAmbiguous:
 
 class TestRetention:
     async def test_gc(self, server: RedisServer, tmp_path: pathlib.Path) -> None:
-        """gc() deletes what ended long ago, nothing that somebody is at work on, and blobs that nobody names."""
+        """gc() deletes what ended long ago, nothing that somebody is at work on, and blobs that nobody
+        names."""
         large = State(text="x" * 3000)
 
         async def written(run_id: str, status: str | None) -> Any:
@@ -675,7 +684,8 @@ class TestOwners:
                 assert {position for position, _ in taken.restored} >= set(acknowledged)
 
     async def test_leases_go_by_the_clock_of_the_server(self, store: RedisStore, server: RedisServer) -> None:
-        """A holder that is not heard of loses the run when its lease has ended; while it lives the lease is renewed."""
+        """A holder that is not heard of loses the run when its lease has ended; while it lives the lease is
+        renewed."""
         session = await begin(store, lease_seconds=0.6)
         await asyncio.sleep(1.0)
         run = store.get_run("run")
@@ -761,7 +771,8 @@ class TestOwners:
 
 class TestExpiry:
     async def test_only_finished_runs_expire(self, server: RedisServer) -> None:
-        """No key of a run that goes on, or may be resumed, has an expiry; of a finished one all go at once."""
+        """No key of a run that goes on, or may be resumed, has an expiry; of a finished one all go at
+        once."""
         async with RedisStore(server.url, ttl_seconds=60) as store:
 
             def expiries() -> set[int]:
@@ -841,7 +852,8 @@ class TestExpiry:
             assert (await begin(store, "a1", if_exists="resume")).execution == 1
 
     async def test_what_is_saved_expires(self, server: RedisServer) -> None:
-        """save() sets the ttl each time, of each node; None keeps it, and what it keeps outlives what others save."""
+        """save() sets the ttl each time, of each node; None keeps it, and what it keeps outlives what others
+        save."""
         async with RedisStore(server.url, 1) as brief, RedisStore(server.url, None) as lasting:
             await brief.save("run", "a", State(n=1))
             await asyncio.sleep(0.7)
@@ -945,7 +957,8 @@ class TestServer:
         assert (run.tokens, run.cost_usd, run.nodes, len(store.attempts("run"))) == (5, 9_000_000.5, 2, 2)
 
     async def test_a_payload_that_is_larger_than_the_server_takes(self) -> None:
-        """It is refused at once, with the way out, and harms neither the connection nor what is sent beside it."""
+        """It is refused at once, with the way out, and harms neither the connection nor what is sent beside
+        it."""
         with RedisServer(**{"proto-max-bulk-len": "1mb"}) as server:
             async with RedisStore(server.url) as store:
                 session = await begin(store)
@@ -964,7 +977,8 @@ class TestServer:
                 assert [run.run_id for run in store.list_runs()] == ["run"]
 
     async def test_a_replica_takes_no_writes(self) -> None:
-        """A server that has become a replica is tried again, since a failover passes; then the error says so."""
+        """A server that has become a replica is tried again, since a failover passes; then the error says
+        so."""
         with RedisServer() as server:
             async with subclass_of(RedisStore, _patience_seconds=0.3)(server.url) as store:
                 session = await begin(store)
@@ -1036,7 +1050,8 @@ class TestServer:
         store.close()
 
     def test_a_url(self, server: RedisServer) -> None:
-        """open_store takes redis:// and rediss:// URLs; what is no URL is a ValueError, and connects nowhere."""
+        """open_store takes redis:// and rediss:// URLs; what is no URL is a ValueError, and connects
+        nowhere."""
         assert isinstance(open_store("redis://127.0.0.1:1/0"), RedisStore)
         assert (
             repr(open_store("rediss://me:secret@h:7/2")) == "RedisStore('rediss://h:7/2', ttl_seconds=3600.0)"

@@ -142,7 +142,8 @@ class TestLink:
         assert ours.send(commands) == [True, True, value, b"-5"]
 
     def test_options_of_the_url(self, server: RedisServer) -> None:
-        """They are the driver's own: the name of the client, the database, the protocol, a look at its health."""
+        """They are the driver's own: the name of the client, the database, the protocol, a look at its
+        health."""
         server.execute("ACL", "SETUSER", "named", "reset", "on", ">secret", "~*", "+@all")
         with proxied(server) as proxy:
             at = proxy.url.replace("//", "//named:secret@").replace("/0", "/3")

@@ -74,10 +74,20 @@ class Machine:
 
     async def start(self, **options: Any) -> Process:
         child = await asyncio.create_subprocess_exec(
-            sys.executable, str(HELPER), self.url, str(self.side), json.dumps(options),
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-            env={"PYTHONPATH": str(Path(stroma.__file__).parent.parent), "PATH": "", "PYTHONDONTWRITEBYTECODE": "1"},
-        )  # fmt: skip
+            sys.executable,
+            str(HELPER),
+            self.url,
+            str(self.side),
+            json.dumps(options),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={
+                "PYTHONPATH": str(Path(stroma.__file__).parent.parent),
+                "PATH": "",
+                "PYTHONDONTWRITEBYTECODE": "1",
+            },
+        )
         self.processes.append(child)
         process = Process(child)
         assert await process.line() == "ready"
@@ -113,7 +123,8 @@ async def test_a_run_has_one_owner(machine: Machine) -> None:
 
 @pytest.mark.slow
 async def test_eight_processes_at_once(machine: Machine) -> None:
-    """G10: of eight processes that start the same run at the same moment one runs it, the others get RunBusy."""
+    """G10: of eight processes that start the same run at the same moment one runs it, the others get
+    RunBusy."""
     all_of_them = await asyncio.gather(
         *(machine.start(waits={"wait": 1, "sleep0": 0.5, "sleep1": 0.5}) for _ in range(8))
     )
@@ -154,7 +165,8 @@ async def test_a_run_whose_process_died_is_free_at_once(machine: Machine) -> Non
 
 @pytest.mark.slow
 async def test_a_stopped_process_loses_its_run(machine: Machine) -> None:
-    """G10: a process that is stopped for longer than its lease is taken over from; what it does later is refused."""
+    """G10: a process that is stopped for longer than its lease is taken over from; what it does later is
+    refused."""
     first = await machine.start(waits={"sleep1": 0.3}, lease_seconds=0.5)
     await first.until("in n1")
     first.child.send_signal(signal.SIGSTOP)
@@ -175,7 +187,8 @@ async def test_a_stopped_process_loses_its_run(machine: Machine) -> None:
 
 @pytest.mark.slow
 async def test_a_stopped_process_is_cancelled(machine: Machine) -> None:
-    """A process that is stopped for longer than its lease, while its run is cancelled, calls nothing more when it wakes."""
+    """A process that is stopped for longer than its lease, while its run is cancelled, calls nothing more
+    when it wakes."""
     first = await machine.start(waits={"sleep1": 0.3}, lease_seconds=0.5)
     await first.until("in n1")
     first.child.send_signal(signal.SIGSTOP)
@@ -338,7 +351,8 @@ async def test_another_input_cannot_attach(store: Any) -> None:
 async def test_what_goes_wrong_beside_the_leases_loses_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is raised in the thread that keeps leases up (by a driver, or for a loop that is closed), it goes on."""
+    """Whatever is raised in the thread that keeps leases up (by a driver, or for a loop that is closed), it
+    goes on."""
     async with SQLiteStore(tmp_path / "runs.db") as store, SQLiteStore(tmp_path / "runs.db") as other:
         read, surprises = store.read, ["one", "two"]
 
@@ -362,7 +376,8 @@ async def test_what_goes_wrong_beside_the_leases_loses_none(
 
 
 async def test_who_makes_it_anew_does_not_wait(store: Any) -> None:
-    """resume_from= wants its own outputs, not those of whoever runs it now: with "attach" too it is told RunBusy."""
+    """resume_from= wants its own outputs, not those of whoever runs it now: with "attach" too it is told
+    RunBusy."""
     calls: list[str] = []
     gate = asyncio.Event()
     task = await _held(store, calls, gate)
@@ -389,7 +404,8 @@ async def test_whoever_waits_can_be_cancelled(store: Any) -> None:
 
 @pytest.mark.core
 async def test_a_finished_run_is_returned(store: Any) -> None:
-    """if_exists="return" gives the result of a finished run, calls nothing and changes nothing; else it goes on."""
+    """if_exists="return" gives the result of a finished run, calls nothing and changes nothing; else it goes
+    on."""
     calls: list[str] = []
     assert (await _runner(store).run(_nodes(calls, fails=True), Num())).status is RunStatus.PARTIAL
     returning = _runner(store, if_exists="return")
@@ -450,7 +466,8 @@ def test_owners_are_read_back() -> None:
 
 
 def test_only_what_is_known_to_be_gone_is_gone() -> None:
-    """A process of another machine, another boot or another container may be alive; one of ours is looked at."""
+    """A process of another machine, another boot or another container may be alive; one of ours is looked
+    at."""
     alive = new_owner(test_only_what_is_known_to_be_gone_is_gone)
     if not alive.boot:
         pytest.skip("this system does not say which of its starts it is in")

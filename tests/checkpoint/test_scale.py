@@ -105,7 +105,8 @@ async def test_a_store_of_many_attempts(filled: str) -> None:
 
 @pytest.mark.nightly
 def test_a_long_run_in_new_tables() -> None:
-    """A PostgreSQL server that has no statistics yet, as soon after the tables were made, tells a long run's attempts."""
+    """A PostgreSQL server that has no statistics yet, as soon after the tables were made, tells a long run's
+    attempts."""
     server = PostgresServer()
     try:
         large_stores.fill(server.dsn, 1, 5000, vacuum=False)
@@ -150,7 +151,8 @@ async def test_a_run_of_ten_thousand_nodes(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_beginnings_of_many_ids(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of so many ids with a beginning that sorting them would take long, the same are found: a whole one, then the newest."""
+    """Of so many ids with a beginning that sorting them would take long, the same are found: a whole one,
+    then the newest."""
     server = PostgresServer()
     try:
         for url in (f"sqlite:///{tmp_path / 'x.db'}", server.dsn):
@@ -174,15 +176,21 @@ def test_beginnings_of_many_ids(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 PAGES = {
-    "all": RunQuery(), "failed": RunQuery(statuses=("FAILED", "PARTIAL")), "pipeline": RunQuery(pipeline="p7"),
-    "tag": RunQuery(tag="none"), "since": RunQuery(since_ms=5), "class": RunQuery(failure_class="TERMINAL"),
-    "node": RunQuery(node="n"), "text": RunQuery(text="nowhere"),
-}  # fmt: skip
+    "all": RunQuery(),
+    "failed": RunQuery(statuses=("FAILED", "PARTIAL")),
+    "pipeline": RunQuery(pipeline="p7"),
+    "tag": RunQuery(tag="none"),
+    "since": RunQuery(since_ms=5),
+    "class": RunQuery(failure_class="TERMINAL"),
+    "node": RunQuery(node="n"),
+    "text": RunQuery(text="nowhere"),
+}
 
 
 @pytest.mark.parametrize("page", list(PAGES))
 def test_no_page_reads_all_runs(page: str, tmp_path: Path) -> None:
-    """Whatever is asked for, SQLite reads a page in the order of an index from where it begins: nothing is sorted or skipped."""
+    """Whatever is asked for, SQLite reads a page in the order of an index from where it begins: nothing is
+    sorted or skipped."""
     large_stores.fill(f"sqlite:///{tmp_path / 'x.db'}", 200, 1)
     with SQLiteStore(tmp_path / "x.db") as store:
         messages: list[str] = []

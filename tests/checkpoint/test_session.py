@@ -97,7 +97,8 @@ async def test_deaths_before_an_orderly_end_do_not_count(store: Store) -> None:
 
 
 async def test_what_a_process_that_died_had_tried(store: Store) -> None:
-    """After a death a session knows how often each node had failed that is not committed, and how it failed last.
+    """After a death a session knows how often each node had failed that is not committed, and how it failed
+    last.
 
     What a group's children tried counts until the group itself is tried again.
     """
@@ -145,9 +146,15 @@ async def test_a_session_that_goes_on(store: Store, if_exists: Any) -> None:
     }
     assert session.undelivered == []  # Nobody asked for them.
     assert store.annotations() == [
-        (-7, "", "at -7"), (-6, "0:20:1:", "node"), (-6, "1:50:1:", "node"), (-5, "", "at -5"), (-4, "", "at -4"),
-        (-2, "0:", "first"), (-2, "2:0", "second"), (-1, "", "at -1"),
-    ]  # fmt: skip
+        (-7, "", "at -7"),
+        (-6, "0:20:1:", "node"),
+        (-6, "1:50:1:", "node"),
+        (-5, "", "at -5"),
+        (-4, "", "at -4"),
+        (-2, "0:", "first"),
+        (-2, "2:0", "second"),
+        (-1, "", "at -1"),
+    ]
     assert store.table("attempts") == history
 
 

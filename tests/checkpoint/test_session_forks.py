@@ -39,7 +39,7 @@ def forked(
     store: Store, before: int, *, to: str = "f", source: str = "r", n: int | None = None, edited: Any = None
 ) -> None:
     sha = b"" if n is None else checksum(stored(n))
-    value = (("", b"") if n is None else ("another", stored(n)))  # fmt: skip
+    value = ("", b"") if n is None else ("another", stored(n))
     opening = Opening(to, "", str(new_owner(None, ends=False)), 0.0, *value, sha, None)
     store.do(lambda rows: fork_run(rows, Payloads(), source, opening, before, edited))
 
@@ -49,7 +49,8 @@ def of_fork(store: Store, run: int = 2) -> Any:
 
 
 async def test_a_fork_has_what_was_committed_before(store: Store) -> None:
-    """Each with an attempt that cost nothing; its parent and its input are those of the run, which stays as it is."""
+    """Each with an attempt that cost nothing; its parent and its input are those of the run, which stays as
+    it is."""
     await begin_run(store)
     before = store.tables()
     forked(store, 2)
@@ -65,8 +66,17 @@ async def test_a_fork_has_what_was_committed_before(store: Store) -> None:
     result = store.rows.find("f")
     assert result is not None
     assert result[1:11] == (
-        "f", "pipeline", 1, "INTERRUPTED", "forked from run 'r' before position 2", 1000, 1000, 0, 0, 0
-    )  # fmt: skip
+        "f",
+        "pipeline",
+        1,
+        "INTERRUPTED",
+        "forked from run 'r' before position 2",
+        1000,
+        1000,
+        0,
+        0,
+        0,
+    )
     assert (result.epoch, result.left_seconds, result.nodes) == (1, -1.0, 2)
     assert store.rows.annotations(2, Annotation.PARENT) == [
         sealed_row(Annotation.PARENT, "", "r", Step("", "", b"", b"", 2))
@@ -107,7 +117,8 @@ async def test_a_fork_with_an_input_of_its_own(store: Store) -> None:
 
 
 async def test_what_cannot_be_forked(store: Store) -> None:
-    """No run that is not there or has nothing, at no place before which nothing is committed, and not into another run."""
+    """No run that is not there or has nothing, at no place before which nothing is committed, and not into
+    another run."""
     await begin_run(store)
     store.rows.annotate("saved", Annotation.SAVED, "n", "n", EMPTY)
     before = store.tables()

@@ -186,18 +186,32 @@ async def test_secrets_are_kept_under_a_codec_only(store: Store) -> None:
         (row(), attempt()),
         (row(3, 12, "1.0", 4, node="n"), attempt(3, 12, "1.0", 4, node_id="n")),
         (row(usage=None), attempt(tokens=0, output_tokens=0, cost_pico=0, model=None)),
-        (row(usage=AttemptUsage(9, 4, 1e-12 * 2.6, None)), attempt(tokens=9, output_tokens=4, cost_pico=3, model=None)),
-        (row(usage=AttemptUsage(0, 0, 2.0, "\0\ud800")), attempt(tokens=0, output_tokens=0, cost_pico=2 * 10**12, model="\\x00\\ud800")),
+        (
+            row(usage=AttemptUsage(9, 4, 1e-12 * 2.6, None)),
+            attempt(tokens=9, output_tokens=4, cost_pico=3, model=None),
+        ),
+        (
+            row(usage=AttemptUsage(0, 0, 2.0, "\0\ud800")),
+            attempt(tokens=0, output_tokens=0, cost_pico=2 * 10**12, model="\\x00\\ud800"),
+        ),
         (
             row(failed=Failed(FailureClass.TERMINAL, "m\0", "r\ud800", "T\0")),
-            attempt(outcome="failure", failure_class="TERMINAL", message="m\\x00", reason="r\\ud800", error_type="T\\x00"),
+            attempt(
+                outcome="failure",
+                failure_class="TERMINAL",
+                message="m\\x00",
+                reason="r\\ud800",
+                error_type="T\\x00",
+            ),
         ),
         (
             row(failed=Failed(FailureClass.AMBIGUOUS, "m", None, "KeyError")),
-            attempt(outcome="failure", failure_class="AMBIGUOUS", message="m", reason=None, error_type="KeyError"),
+            attempt(
+                outcome="failure", failure_class="AMBIGUOUS", message="m", reason=None, error_type="KeyError"
+            ),
         ),
     ],
-)  # fmt: skip
+)
 async def test_an_attempt_is_kept_with_all_that_is_told_of_it(
     store: Store, value: AttemptRow, entry: Attempt
 ) -> None:
@@ -209,7 +223,8 @@ async def test_an_attempt_is_kept_with_all_that_is_told_of_it(
 
 
 async def test_an_output_is_kept_with_its_schema(store: Store) -> None:
-    """And with the group that it belongs to, and what a resumed run knows its step by; without a schema it is not kept."""
+    """And with the group that it belongs to, and what a resumed run knows its step by; without a schema it is
+    not kept."""
     session = store.open()
     await session.record(row(0), SCHEMA, State(n=1))
     await session.record(row(1, 20, group="g"), SCHEMA, State(n=2), StepCall(0, None))
@@ -254,7 +269,8 @@ async def test_end_hooks_are_due_with_each_attempt(store: Store) -> None:
 
 @pytest.mark.parametrize("deliver", [False, True])
 async def test_where_an_attempt_failed_is_kept_with_it(store: Store, deliver: bool) -> None:
-    """Once, at its place, in place of what failed there before; of another attempt's trouble nothing is kept."""
+    """Once, at its place, in place of what failed there before; of another attempt's trouble nothing is
+    kept."""
     session = store.open(deliver=deliver)
     failed = Failed(FailureClass.AMBIGUOUS, "no", None, "KeyError")
     session.record_failure_site(1, "0", 3, 20, lambda: b"frames")

@@ -279,7 +279,8 @@ class TestExecutions:
         assert await any_store.load("run", "node") is None
 
     async def test_typed_saving_and_loading(self, any_store: Any) -> None:
-        """save_typed keeps an instance of the schema; load_typed refuses what is none, and schemas that are none."""
+        """save_typed keeps an instance of the schema; load_typed refuses what is none, and schemas that are
+        none."""
         await any_store.save_typed("run", "node", State(n=4), Other)
         assert await any_store.load("run", "node") == Other(n=4)
         await any_store.save("run", "node", State(text="x"))
@@ -346,7 +347,8 @@ class TestCommit:
 
     @pytest.mark.core
     async def test_an_attempt_is_kept_once_however_often_it_is_sent(self, path: pathlib.Path) -> None:
-        """A commit that succeeded but whose acknowledgement was lost is not counted again when it is repeated."""
+        """A commit that succeeded but whose acknowledgement was lost is not counted again when it is
+        repeated."""
         lose = False
 
         def intercept(run: Any, sql: str) -> Any:
@@ -405,7 +407,8 @@ class TestCommit:
         assert (await begin(store, resume=True)).prior.cost_usd == 1.0
 
     async def test_if_commit_fails_everybody_in_it_is_told(self, path: pathlib.Path) -> None:
-        """A failed COMMIT fails each operation of its transaction with an error of its own, and keeps none."""
+        """A failed COMMIT fails each operation of its transaction with an error of its own, and keeps
+        none."""
         fail = False
 
         def intercept(run: Any, sql: str) -> None:
@@ -439,7 +442,8 @@ class TestCommit:
 
     @pytest.mark.core
     async def test_repeats_and_replacements_among_many_commits(self, path: pathlib.Path) -> None:
-        """In a batch of commits one may be kept already, another replace an output: each counts as it would alone."""
+        """In a batch of commits one may be kept already, another replace an output: each counts as it would
+        alone."""
         gathered = threading.Event()
 
         def intercept(run: Any, sql: str) -> None:
@@ -555,7 +559,8 @@ class TestFence:
     async def test_a_replaced_file_fences_the_sessions_of_the_old_one(
         self, store: SQLiteStore, path: pathlib.Path
     ) -> None:
-        """If the file is deleted while in use, nothing is acknowledged into the void; new runs get a new file."""
+        """If the file is deleted while in use, nothing is acknowledged into the void; new runs get a new
+        file."""
         stale = await begin(store)
         await commit(stale, 0)
         for file in path.parent.iterdir():
@@ -602,7 +607,8 @@ class TestProcesses:
     @pytest.mark.slow
     @pytest.mark.parametrize("processes", [2, 8])
     def test_many_processes_write_one_file(self, path: pathlib.Path, processes: int) -> None:
-        """2 and 8 processes that make and fill one new file together: every run complete, nothing lost or doubled."""
+        """2 and 8 processes that make and fill one new file together: every run complete, nothing lost or
+        doubled."""
         running = [child(WRITER, path, f"process{i}") for i in range(processes)]
         complaints = [process.communicate(timeout=60)[1] for process in running]
         assert [process.returncode for process in running] == [0] * processes, complaints
@@ -622,7 +628,8 @@ class TestProcesses:
     async def test_what_was_acknowledged_survives_sigkill(
         self, path: pathlib.Path, acknowledged: int
     ) -> None:
-        """After kill -9 in mid-stream every acknowledged commit is there, totals agree, and runs can be resumed."""
+        """After kill -9 in mid-stream every acknowledged commit is there, totals agree, and runs can be
+        resumed."""
         process = child(ENDLESS, path)
         assert process.stdout is not None
         assert process.stderr is not None
@@ -728,7 +735,8 @@ class TestProcesses:
             assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
     def test_a_copy_of_the_file_alone_is_whole_after_run_sync(self, path: pathlib.Path) -> None:
-        """After ``run_sync`` and after ``aclose`` the database without its WAL has every run, whoever has it open."""
+        """After ``run_sync`` and after ``aclose`` the database without its WAL has every run, whoever has it
+        open."""
         store, other = SQLiteStore(path), SQLiteStore(path)
         runner = StromaRunner.quick(store=store)
 
@@ -827,7 +835,8 @@ class TestThreads:
             assert [a.position for a in store.attempts("run")] == [0, 1]
 
     async def test_if_the_thread_dies_everybody_is_told(self, store: SQLiteStore) -> None:
-        """Should the writer thread die, every operation that waits and every later one fails with a StoreError."""
+        """Should the writer thread die, every operation that waits and every later one fails with a
+        StoreError."""
 
         def die(db: sqlite3.Connection) -> None:
             time.sleep(0.05)
@@ -869,7 +878,8 @@ class TestThreads:
 
 class TestFaults:
     async def test_disk_full(self, path: pathlib.Path) -> None:
-        """A database that cannot grow is a named error; what was acknowledged stays, and it goes on with room."""
+        """A database that cannot grow is a named error; what was acknowledged stays, and it goes on with
+        room."""
         limit = 40
 
         class Small(sqlite3.Connection):
@@ -941,7 +951,8 @@ class TestFaults:
         assert len(store.attempts("run")) == 10
 
     async def test_a_lock_is_not_waited_for_for_ever(self, path: pathlib.Path) -> None:
-        """At the end of its patience the store says that the database is locked, and works once it is free."""
+        """At the end of its patience the store says that the database is locked, and works once it is
+        free."""
         with subclass_of(SQLiteStore, _patience_seconds=0.2)(path) as store:
             session = await begin(store)
             attempt = row(tokens=1)
@@ -956,7 +967,8 @@ class TestFaults:
             assert len(store.attempts("run")) == 1
 
     async def test_a_damaged_output_is_never_handed_out(self, store: SQLiteStore, path: pathlib.Path) -> None:
-        """A flipped byte is CorruptCheckpoint that names run, position, node and the way out; and that way works."""
+        """A flipped byte is CorruptCheckpoint that names run, position, node and the way out; and that way
+        works."""
         session = await begin(store)
         for position in range(3):
             await commit(session, position, position, f"n{position}")
@@ -1043,7 +1055,8 @@ class TestFaults:
 
     @pytest.mark.parametrize("make", [SQLiteStore, open_store, lambda path: open_store(f"sqlite:///{path}")])
     async def test_a_missing_directory_is_named(self, tmp_path: pathlib.Path, make: Any) -> None:
-        """A path in a directory that does not exist is refused when the store is made; once it is there, the path is fine."""
+        """A path in a directory that does not exist is refused when the store is made; once it is there, the
+        path is fine."""
         for folder in (tmp_path / "no", tmp_path / "file" / "no"):
             (tmp_path / "file").touch()
             with pytest.raises(
@@ -1146,7 +1159,8 @@ class TestFaults:
 
     @pytest.mark.slow
     async def test_a_file_whose_maker_died_can_be_read(self, path: pathlib.Path) -> None:
-        """What a process leaves behind that is killed while it makes the file hinders no reader, and no writer."""
+        """What a process leaves behind that is killed while it makes the file hinders no reader, and no
+        writer."""
         code = (
             "import os, sqlite3, sys\n"
             "db = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
@@ -1162,7 +1176,8 @@ class TestFaults:
             await begin(store)
 
     async def test_without_wal_there_is_no_store(self, path: pathlib.Path) -> None:
-        """Where WAL cannot be had (some network file systems), the store refuses instead of losing commits."""
+        """Where WAL cannot be had (some network file systems), the store refuses instead of losing
+        commits."""
 
         def intercept(run: Any, sql: str) -> Any:
             return sqlite3.connect(":memory:").execute("SELECT 'delete'") if "journal_mode" in sql else None
@@ -1295,7 +1310,8 @@ class TestIds:
 
 class TestReading:
     async def test_runs_are_listed_newest_first(self, store: SQLiteStore) -> None:
-        """list_runs gives the last execution of each run, the one begun last first, by pipeline and status."""
+        """list_runs gives the last execution of each run, the one begun last first, by pipeline and
+        status."""
         for name in ("a", "b", "c"):
             session = await begin(store, name)
             await commit(session, 0, tokens=5, cost=0.25)
@@ -1465,7 +1481,8 @@ async def test_states_come_back_as_they_were(store: SQLiteStore) -> None:
 
 
 def test_a_file_is_made_without_a_descriptor_left_open(path: pathlib.Path) -> None:
-    """Closing a descriptor drops all locks of the process on a file: the one that makes it is never left for later."""
+    """Closing a descriptor drops all locks of the process on a file: the one that makes it is never left for
+    later."""
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     file = sqlite_file.DatabaseFile(str(path), "full", sqlite_file.connect, 1.0)
     file.open().close()

@@ -1,4 +1,5 @@
-"""The connection that a SQLite store writes with: what is kept of operations that wait together, and what each one is told."""
+"""The connection that a SQLite store writes with: what is kept of operations that wait together, and what
+each one is told."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ class Disk(sqlite3.Connection):
 
 
 class Bench:
-    """A connection at work on a file. ``said``: how transactions began and ended; ``waiting``: what comes meanwhile."""
+    """A connection at work on a file. ``said``: how transactions began and ended; ``waiting``: what comes
+    meanwhile."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "runs.db"
@@ -215,8 +217,16 @@ def test_an_operation_that_fails_harms_no_other_one(bench: Bench) -> None:
     assert bench.cells() == ["a", "b", "c"]
     entry, undone = ["SAVEPOINT one", "RELEASE one"], ["SAVEPOINT one", "ROLLBACK TO one", "RELEASE one"]
     assert bench.statements == [
-        "BEGIN IMMEDIATE", "ROLLBACK", "BEGIN IMMEDIATE", *entry, *undone, *entry, *undone, *entry, "COMMIT"
-    ]  # fmt: skip
+        "BEGIN IMMEDIATE",
+        "ROLLBACK",
+        "BEGIN IMMEDIATE",
+        *entry,
+        *undone,
+        *entry,
+        *undone,
+        *entry,
+        "COMMIT",
+    ]
 
 
 def test_an_error_of_sqlite_is_told_in_words(bench: Bench) -> None:
@@ -357,8 +367,9 @@ AGAIN = ["BEGIN IMMEDIATE", "ROLLBACK", "BEGIN IMMEDIATE", "SAVEPOINT one"]
     ],
 )
 def test_a_disk_that_fails_is_not_written_to_any_more(bench: Bench, where: str, text: list[str]) -> None:
-    """Whatever was under way is told, and so is everybody who comes later: with the same words, each by an exception of
-    its own. From the fault on the connection is left alone: nothing is rolled back, nothing is tried again."""
+    """Whatever was under way is told, and so is everybody who comes later: with the same words, each by an
+    exception of its own. From the fault on the connection is left alone: nothing is rolled back, nothing is
+    tried again."""
     bench.ready()
     fault = error_of(sqlite3.SQLITE_IOERR_FSYNC)
     operations = [put("a"), put("b")]

@@ -1,4 +1,5 @@
-"""The file of a SQLite store: how it is made and opened, which files are refused, how long is waited, and each error in words."""
+"""The file of a SQLite store: how it is made and opened, which files are refused, how long is waited, and
+each error in words."""
 
 from __future__ import annotations
 
@@ -71,7 +72,11 @@ PERMISSIONS = "cannot write to {} (said); check its permissions and those of its
         (error_of(sqlite3.SQLITE_BUSY_SNAPSHOT), LOCKED, True),
         (error_of(sqlite3.SQLITE_LOCKED), LOCKED, True),
         (error_of(sqlite3.SQLITE_LOCKED_SHAREDCACHE), LOCKED, True),
-        (error_of(sqlite3.SQLITE_FULL), "the disk is full: {} cannot grow; free some space, then resume", True),
+        (
+            error_of(sqlite3.SQLITE_FULL),
+            "the disk is full: {} cannot grow; free some space, then resume",
+            True,
+        ),
         (error_of(sqlite3.SQLITE_IOERR_WRITE), NO_ROOM, True),
         (error_of(sqlite3.SQLITE_IOERR_SHMOPEN), NO_ROOM, True),
         (error_of(sqlite3.SQLITE_IOERR_SHMSIZE), NO_ROOM, True),
@@ -111,7 +116,7 @@ PERMISSIONS = "cannot write to {} (said); check its permissions and those of its
         (OSError("said"), "{}: said", True),
         (ValueError("said"), "{}: said", True),
     ],
-)  # fmt: skip
+)
 def test_each_error_says_what_to_do(tmp_path: Path, error: Exception, message: str, transient: bool) -> None:
     """The whole text, with the path in it; and whether trying again may help."""
     path = tmp_path / "runs.db"
@@ -177,7 +182,8 @@ class Time:
 def test_a_lock_is_waited_for_until_the_patience_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    """At its last moment it is tried once more; between tries there are no more than two milliseconds, at random."""
+    """At its last moment it is tried once more; between tries there are no more than two milliseconds, at
+    random."""
     clock, tries = Time(monkeypatch), list[float]()
 
     def call() -> None:
@@ -270,12 +276,30 @@ def test_a_file_is_made_for_its_owner_only(tmp_path: Path) -> None:
         "SELECT type, name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' ORDER BY 1, 2"
     ).fetchall()
     assert [name for kind, name in result if kind == "table"] == [
-        "attempts", "cells", "deleted", "events", "inputs", "meta", "runs", "steps", "tags"
-    ]  # fmt: skip
+        "attempts",
+        "cells",
+        "deleted",
+        "events",
+        "inputs",
+        "meta",
+        "runs",
+        "steps",
+        "tags",
+    ]
     assert [name for kind, name in result if kind == "index"] == [
-        "called", "failed", "requests", "runs_by_block", "runs_by_claim", "runs_by_key", "runs_by_pipeline", "runs_by_queue",
-        "runs_by_start", "runs_by_status", "runs_by_wake", "tags_by_start"
-    ]  # fmt: skip
+        "called",
+        "failed",
+        "requests",
+        "runs_by_block",
+        "runs_by_claim",
+        "runs_by_key",
+        "runs_by_pipeline",
+        "runs_by_queue",
+        "runs_by_start",
+        "runs_by_status",
+        "runs_by_wake",
+        "tags_by_start",
+    ]
     assert not db.in_transaction
     db.execute("INSERT INTO cells VALUES ('c', x'01')")
     db.close()
@@ -638,7 +662,8 @@ def test_a_file_that_is_up_to_date_is_opened_while_somebody_writes(tmp_path: Pat
 
 @pytest.mark.usefixtures("next_release")
 def test_facts_of_a_file_are_only_ever_raised(tmp_path: Path) -> None:
-    """A file that needs a newer reader than its format tells keeps to that; numbers are compared as numbers."""
+    """A file that needs a newer reader than its format tells keeps to that; numbers are compared as
+    numbers."""
     path = tmp_path / "runs.db"
     lowered(path, NOW)
     change(
@@ -716,7 +741,8 @@ def test_a_reader_has_a_file_put_right_whose_writer_died(
 
 
 def test_what_a_store_is_by_default(tmp_path: Path) -> None:
-    """Its path is absolute; every commit is on the disk; payloads stay in the rows unless it has a place for large ones."""
+    """Its path is absolute; every commit is on the disk; payloads stay in the rows unless it has a place for
+    large ones."""
     store = SQLiteStore(tmp_path / "a" / ".." / "runs.db")
     assert store.path == str(tmp_path / "runs.db")
     assert repr(store) == f"SQLiteStore({str(tmp_path / 'runs.db')!r}, synchronous='full')"
@@ -782,7 +808,8 @@ def watched(uri: str) -> sqlite3.Connection:
 
 
 def test_a_query_reads_within_one_transaction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Begun before it and ended after it, also if it raises; an empty store gives what it was told for that."""
+    """Begun before it and ended after it, also if it raises; an empty store gives what it was told for
+    that."""
     SQLiteStore(tmp_path / "runs.db")._file.open().close()
     monkeypatch.setattr(Watched, "executed", [])
     store = subclass_of(SQLiteStore, _open_file=staticmethod(watched))(tmp_path / "runs.db")
@@ -805,7 +832,8 @@ def test_a_query_reads_within_one_transaction(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_damaged_text_is_read_as_far_as_it_can(tmp_path: Path) -> None:
-    """Text that is not UTF-8 is read as bytes, which no record takes; any other error of a query is raised."""
+    """Text that is not UTF-8 is read as bytes, which no record takes; any other error of a query is
+    raised."""
     store = SQLiteStore(tmp_path / "runs.db")
     db = store._file.open()
     db.execute("INSERT INTO meta VALUES ('k', CAST(x'61ff62' AS TEXT)), ('l', 'é')")

@@ -1,4 +1,5 @@
-"""Small promises of the SQLite store, each of which a small change of the source would break without a sound."""
+"""Small promises of the SQLite store, each of which a small change of the source would break without a
+sound."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ async def square(state: Item) -> tuple[dict[str, int], int, int, str]:
 async def test_commits_that_wait_together_are_written_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Many commits at once go in three statements, at the first try; all of them are there, with their tokens."""
+    """Many commits at once go in three statements, at the first try; all of them are there, with their
+    tokens."""
     real, tries = SqliteRows.commit_all, []
 
     def watched(rows: SqliteRows, commits: Any) -> bool:
@@ -54,7 +56,8 @@ async def test_commits_that_wait_together_are_written_together(
 
 
 async def test_what_stands_beside_a_run_is_at_no_position_of_it(tmp_path: Path) -> None:
-    """The trace context, the parent of a fork, marks of cancellation and the like never meet a node, however many there are."""
+    """The trace context, the parent of a fork, marks of cancellation and the like never meet a node, however
+    many there are."""
     outputs: list[str] = []
 
     def step(name: str) -> Any:
@@ -77,7 +80,8 @@ async def test_what_stands_beside_a_run_is_at_no_position_of_it(tmp_path: Path) 
 
 
 def test_a_lease_is_good_for_as_long_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is left of a lease is told in seconds, to the millisecond; one of another start of the machine has expired."""
+    """What is left of a lease is told in seconds, to the millisecond; one of another start of the machine has
+    expired."""
     monkeypatch.setattr(_sqlite_rows, "_clock_ms", lambda: 1_000_000)
     until = _sqlite_rows._lease_end(30)
     assert until == 1_030_000
@@ -92,7 +96,8 @@ def test_a_lease_is_good_for_as_long_as_it_says(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_positions_of_what_stands_beside_a_run_differ() -> None:
-    """They are below all positions of nodes, and stay what they are: files that were written keep their meaning."""
+    """They are below all positions of nodes, and stay what they are: files that were written keep their
+    meaning."""
     places = {annotation.name: annotation.value for annotation in Annotation}
     assert places == {
         "SAVED": -1,

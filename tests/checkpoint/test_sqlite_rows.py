@@ -1,4 +1,5 @@
-"""The rows of a SQLite store: what each operation leaves in the tables, and what each look at them gives, column by column."""
+"""The rows of a SQLite store: what each operation leaves in the tables, and what each look at them gives,
+column by column."""
 
 from __future__ import annotations
 
@@ -62,18 +63,32 @@ def rows(tmp_path: Path, clock: Clock) -> Iterator[SqliteRows]:
 
 def opening(run_id: str = "r", **facts: Any) -> Opening:
     inputs: dict[str, Any] = {
-        "pipeline": "p", "owner": OURS, "lease_seconds": 30.0, "contract": "c", "input": INPUT,
-        "sha256": checksum(INPUT), "discard_from": None, "tags": (),
-    }  # fmt: skip
+        "pipeline": "p",
+        "owner": OURS,
+        "lease_seconds": 30.0,
+        "contract": "c",
+        "input": INPUT,
+        "sha256": checksum(INPUT),
+        "discard_from": None,
+        "tags": (),
+    }
     return Opening(run_id, **{**inputs, **facts})
 
 
 def attempt(position: int = 0, started: int = 10, branch: str = "", number: int = 1, **facts: Any) -> Attempt:
     inputs: dict[str, Any] = {
-        "node_id": f"node {position}", "duration_ns": 7, "outcome": "success", "failure_class": None, "message": None,
-        "reason": None, "tokens": 5, "output_tokens": 3, "cost_pico": 11, "model": "m",
+        "node_id": f"node {position}",
+        "duration_ns": 7,
+        "outcome": "success",
+        "failure_class": None,
+        "message": None,
+        "reason": None,
+        "tokens": 5,
+        "output_tokens": 3,
+        "cost_pico": 11,
+        "model": "m",
         "function_ns": 7,
-    }  # fmt: skip
+    }
     return Attempt(position, started, branch, number, **{**inputs, **facts})
 
 
@@ -87,7 +102,8 @@ def step(data: bytes = b"{}", number: int | None = None, input_data: bytes | Non
 
 
 def table(rows: SqliteRows, name: str, order: str = "1, 2, 3") -> list[tuple[Any, ...]]:
-    """Return the rows of a table; of a run without its place in the queue and its mark, which no test here gives it."""
+    """Return the rows of a table; of a run without its place in the queue and its mark, which no test here
+    gives it."""
     found = rows.db.execute(f"SELECT * FROM {name} ORDER BY {order}").fetchall()
     if name == "runs":
         assert {row[-10:] for row in found} <= {(0, None, None, None, None, "", None, None, None, None)}
@@ -99,13 +115,14 @@ def table(rows: SqliteRows, name: str, order: str = "1, 2, 3") -> list[tuple[Any
 
 
 def test_the_first_execution_of_a_run(rows: SqliteRows) -> None:
-    """It writes the run, its input and its tags, is number 1 of epoch 1, and holds a lease for as long as was asked."""
+    """It writes the run, its input and its tags, is number 1 of epoch 1, and holds a lease for as long as was
+    asked."""
     assert rows.find("r") is None
     fence = rows.begin(None, opening(tags=("b", "a", "b")))
     assert fence == Fence(1, 1, 1, OURS, 30.0)
     assert table(rows, "runs") == [
         (1, "r", "p", 1, "RUNNING", None, 1000, 1000, 0, 0, 0, OURS, 1, 530_000, 0, 0, None)
-    ]  # fmt: skip
+    ]
     assert table(rows, "inputs") == [(1, 1, "c", INPUT, checksum(INPUT))]
     assert table(rows, "tags") == [(1, "a", 1000), (1, "b", 1000)]
     assert rows.find("r") == RunRow(
@@ -127,14 +144,19 @@ def test_the_next_execution_of_a_run(rows: SqliteRows, clock: Clock) -> None:
     fence = rows.begin(
         result,
         opening(
-            pipeline="q", owner=THEIRS, lease_seconds=1.5, contract="d", input=OTHER, sha256=checksum(OTHER),
+            pipeline="q",
+            owner=THEIRS,
+            lease_seconds=1.5,
+            contract="d",
+            input=OTHER,
+            sha256=checksum(OTHER),
             tags=("new",),
         ),
-    )  # fmt: skip
+    )
     assert fence == Fence(1, 2, 2, THEIRS, 1.5)
     assert table(rows, "runs") == [
         (1, "r", "q", 2, "RUNNING", None, 2000, 2000, 0, 0, 0, THEIRS, 2, 901_500, 0, 0, None)
-    ]  # fmt: skip
+    ]
     assert table(rows, "inputs") == [
         (1, 1, "c", INPUT, checksum(INPUT)),
         (1, 2, "d", OTHER, checksum(OTHER)),
@@ -152,7 +174,8 @@ def test_tags_go_when_an_execution_without_any_begins(rows: SqliteRows) -> None:
 
 
 def test_an_execution_goes_on(rows: SqliteRows, clock: Clock) -> None:
-    """Its figures, start, input and commits stay, tags are added; its end is forgotten, and the epoch is raised."""
+    """Its figures, start, input and commits stay, tags are added; its end is forgotten, and the epoch is
+    raised."""
     first = rows.begin(None, opening(tags=("one",)))
     for position in range(4):
         rows.commit(first, attempt(position, 10 + position), step())
@@ -166,7 +189,7 @@ def test_an_execution_goes_on(rows: SqliteRows, clock: Clock) -> None:
     assert fence == Fence(1, 1, 2, THEIRS, 2.0)
     assert table(rows, "runs") == [
         (1, "r", "p", 1, "RUNNING", None, 1000, 2000, 20, 44, 28, THEIRS, 2, 602_000, 4, 4, None)
-    ]  # fmt: skip
+    ]
     assert table(rows, "inputs") == [(1, 1, "c", INPUT, checksum(INPUT))]
     assert table(rows, "tags") == [(1, "one", 1000), (1, "two", 1000)]
     assert [one.position for one in rows.steps(1, 1)] == [0, 1, 2, 3]
@@ -207,7 +230,7 @@ def test_a_commit(rows: SqliteRows, clock: Clock) -> None:
     assert rows.commit(fence, tried, step(b"[1]", 8, b"given"))
     assert table(rows, "runs") == [
         (1, "r", "p", 1, "RUNNING", None, 1000, 1700, 5, 11, 7, OURS, 1, 540_000, 1, 1, None)
-    ]  # fmt: skip
+    ]
     assert table(rows, "attempts") == [
         (
             1,
@@ -234,8 +257,24 @@ def test_a_commit(rows: SqliteRows, clock: Clock) -> None:
         )
     ]
     assert table(rows, "steps") == [
-        (1, 1, 1, 2, "", "node 2", 1, 4, 99, "contract", "module:Model", b"[1]", checksum(b"[1]"), 8, b"given")
-    ]  # fmt: skip
+        (
+            1,
+            1,
+            1,
+            2,
+            "",
+            "node 2",
+            1,
+            4,
+            99,
+            "contract",
+            "module:Model",
+            b"[1]",
+            checksum(b"[1]"),
+            8,
+            b"given",
+        )
+    ]
     assert rows.find("r").nodes == 1  # type: ignore[union-attr]
 
 
@@ -249,7 +288,8 @@ def test_an_attempt_without_an_output(rows: SqliteRows) -> None:
 
 
 def test_an_attempt_is_kept_once(rows: SqliteRows, clock: Clock) -> None:
-    """A repeated call is told that all is well, and changes nothing: neither figures nor the output nor the lease."""
+    """A repeated call is told that all is well, and changes nothing: neither figures nor the output nor the
+    lease."""
     fence = rows.begin(None, opening())
     rows.commit(fence, attempt(), step(b"1"))
     before = [table(rows, name) for name in ("runs", "attempts", "steps")]
@@ -270,7 +310,8 @@ def test_what_tells_attempts_apart(rows: SqliteRows, field: str) -> None:
     "change", [{"run": 2}, {"epoch": 2}, {"epoch": 0}, {"owner": THEIRS}, {"acknowledged": 1}]
 )
 def test_the_fence(rows: SqliteRows, clock: Clock, change: dict[str, Any]) -> None:
-    """Whoever has another run, epoch or owner, or more acknowledged attempts than the run counts, writes neither figures nor an output, ends nothing and renews nothing."""
+    """Whoever has another run, epoch or owner, or more acknowledged attempts than the run counts, writes
+    neither figures nor an output, ends nothing and renews nothing."""
     fence = rows.begin(None, opening())
     before = table(rows, "runs")
     clock.now = clock.lease = 10**9
@@ -350,7 +391,7 @@ def test_the_end_gives_up_the_lease(rows: SqliteRows, clock: Clock) -> None:
     assert rows.finish(fence, RunEnd("PARTIAL", "why"))
     assert table(rows, "runs") == [
         (1, "r", "p", 1, "PARTIAL", "why", 1000, 3000, 0, 0, 0, OURS, 1, None, 0, 0, None)
-    ]  # fmt: skip
+    ]
     result = rows.find("r")
     assert result is not None
     assert (result.left_seconds, result.holder) == (-1.0, None)
@@ -401,7 +442,8 @@ def test_what_is_left_of_a_lease(rows: SqliteRows, until: int, left: float) -> N
     reason="a system with a clock that runs from its start",
 )
 def test_leases_go_by_the_clock_of_the_machine_since_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody can set that one; where the system does not say which start it is, they go by the time of day."""
+    """Nobody can set that one; where the system does not say which start it is, they go by the time of
+    day."""
     assert boot_id() == _sqlite_rows._BOOT
     clock = time.CLOCK_BOOTTIME
     low = time.clock_gettime_ns(clock) // 1_000_000
@@ -427,7 +469,8 @@ def _is_time_of_day(now: Any) -> None:
 
 
 def test_the_commits_of_an_execution(rows: SqliteRows) -> None:
-    """All but what is kept beside them; those that are apart are left out, which the output of a group never is."""
+    """All but what is kept beside them; those that are apart are left out, which the output of a group never
+    is."""
     fence = rows.begin(None, opening())
     places = [(0, ""), (1, ""), (1, "0"), (1, "1"), (1, "1.0"), (1, "10"), (2, "1"), (2, "")]
     for at, (position, branch) in enumerate(places):
@@ -484,7 +527,8 @@ def test_the_commit_at_a_place(rows: SqliteRows) -> None:
 
 
 def test_what_is_kept_beside_a_run(rows: SqliteRows) -> None:
-    """It makes the run, without an execution; what is there gives way to it; it is told in the order of its branches."""
+    """It makes the run, without an execution; what is there gives way to it; it is told in the order of its
+    branches."""
     rows.annotate("r", Annotation.SAVED, "b", "node", step(b"1"))
     assert table(rows, "runs") == [
         (1, "r", "", 0, "RUNNING", None, 1000, 1000, 0, 0, 0, None, 0, None, 0, 0, None)
@@ -498,7 +542,7 @@ def test_what_is_kept_beside_a_run(rows: SqliteRows) -> None:
         (3, 1, 0, -1, "b", "other", 0, 0, 0, "contract", "module:Model", b"3", checksum(b"3"), None, None),
         (4, 1, 0, -5, "", "trace", 0, 0, 0, "contract", "module:Model", b"4", checksum(b"4"), None, None),
         (5, 2, 0, -1, "a", "node", 0, 0, 0, "contract", "module:Model", b"5", checksum(b"5"), None, None),
-    ]  # fmt: skip
+    ]
     assert len(table(rows, "runs")) == 2
     a, b = StepRow(-1, "a", "node", step(b"2", 4, b"g")), StepRow(-1, "b", "other", step(b"3"))
     assert rows.annotations(1, Annotation.SAVED) == [a, b]
@@ -537,7 +581,8 @@ def test_which_runs_have_requests(rows: SqliteRows) -> None:
 
 
 def test_the_newest_of_a_node(rows: SqliteRows) -> None:
-    """What the last execution committed or what was saved, whichever came later; nothing of earlier executions."""
+    """What the last execution committed or what was saved, whichever came later; nothing of earlier
+    executions."""
     fence = rows.begin(None, opening())
     rows.commit(fence, attempt(0, 1, node_id="n"), step(b"1"))
     assert rows.newest_output("r", "n") == StepRow(0, "", "n", step(b"1"))
@@ -585,7 +630,8 @@ def test_cells(rows: SqliteRows, clock: Clock) -> None:
 
 
 def test_which_runs_have_expired(rows: SqliteRows, clock: Clock) -> None:
-    """Those that ended for good before that moment, the oldest first; unfinished ones only if they are asked for."""
+    """Those that ended for good before that moment, the oldest first; unfinished ones only if they are asked
+    for."""
     ends = ["COMPLETED", "RESUMED", "FAILED", "CANCELLED", "PARTIAL", "SUSPENDED", "INTERRUPTED", None]
     for number, status in enumerate(ends):
         clock.now = 5000 - number
@@ -618,7 +664,8 @@ def test_the_payloads_that_stand_in_blobs(rows: SqliteRows) -> None:
 
 
 def test_what_is_told_of_a_run_beside_its_row(rows: SqliteRows) -> None:
-    """Its parent, its tags, and its last failed attempts, the one that ended last first: of its last execution only."""
+    """Its parent, its tags, and its last failed attempts, the one that ended last first: of its last
+    execution only."""
     old = rows.begin(None, opening())
     rows.commit(old, failed(5, 500), None)
     fence = rows.begin(rows.find("r"), opening(tags=("x", "y")))
@@ -688,7 +735,8 @@ def test_runs_are_listed_through_the_same_columns(rows: SqliteRows, clock: Clock
 
 
 def test_the_history_of_an_execution(rows: SqliteRows) -> None:
-    """By process, position and time, a group before its children; each attempt with what it, and no other, committed."""
+    """By process, position and time, a group before its children; each attempt with what it, and no other,
+    committed."""
     first = rows.begin(None, opening())
     one, two = failed(0, 10), attempt(0, 20, "", 2)
     group, inside, again = attempt(1, 30), attempt(1, 30, "0"), attempt(1, 30, "0", 2)
@@ -703,8 +751,13 @@ def test_the_history_of_an_execution(rows: SqliteRows) -> None:
     later = attempt(0, 5)
     rows.commit(second, later, None)
     in_order = [
-        (one, None), (two, step(b"22", 4, b"g")), (group, step(b"4444")), (inside, None), (again, step(b"333")), (later, None)
-    ]  # fmt: skip
+        (one, None),
+        (two, step(b"22", 4, b"g")),
+        (group, step(b"4444")),
+        (inside, None),
+        (again, step(b"333")),
+        (later, None),
+    ]
     assert list(rows.attempts(1, 1)) == in_order
     assert list(rows.attempts(1, 2)) == list(rows.attempts(2, 1)) == []
     sized = [
@@ -733,7 +786,8 @@ def test_the_history_of_an_execution(rows: SqliteRows) -> None:
 
 
 def test_the_figures_of_many_runs(rows: SqliteRows, clock: Clock) -> None:
-    """By span of time, pipeline, node, model, class and duration; wasted is what committed nothing and did not succeed."""
+    """By span of time, pipeline, node, model, class and duration; wasted is what committed nothing and did
+    not succeed."""
     for number in range(3):
         clock.now = 1000 * (number + 1)
         fence = rows.begin(None, opening(str(number)))

@@ -31,7 +31,8 @@ class AsyncMemoryMachine(MemoryMachine):
 class SQLiteMachine(JournalStoreMachine):
     def __init__(self) -> None:
         super().__init__()
-        # In memory where there is such a place: a history that fails is made smaller by running it over and over.
+        # In memory where there is such a place: a history that fails is made smaller by running it over and
+        # over.
         self.folder = Path(tempfile.mkdtemp(prefix="stroma-machine-", dir=SHARED))
 
     def make_store(self) -> Any:

@@ -1,4 +1,5 @@
-"""A terminal that commands write to: a pseudo-terminal of the system, and a screen that shows what they wrote."""
+"""A terminal that commands write to: a pseudo-terminal of the system, and a screen that shows what they
+wrote."""
 
 from __future__ import annotations
 
@@ -115,7 +116,8 @@ def run_on_terminal(
     at: Callable[[subprocess.Popen[bytes], Emulator], None] | None = None,
     seconds: float = 30,
 ) -> tuple[int, Emulator, str]:
-    """Run a command whose stdin, stdout and stderr are a terminal; ``at`` is called whenever it has written something.
+    """Run a command whose stdin, stdout and stderr are a terminal; ``at`` is called whenever it has written
+    something.
 
     Return its exit code, the screen, and what it wrote.
     """

@@ -50,12 +50,14 @@ DESK = """
 
 
 APPROVAL = {
-    "title": "Approval", "type": "object", "required": ["approved"],
+    "title": "Approval",
+    "type": "object",
+    "required": ["approved"],
     "properties": {
         "approved": {"title": "Approved", "type": "boolean"},
         "by": {"title": "By", "type": "string", "default": "nobody"},
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -84,10 +86,16 @@ def test_a_run_that_waits_is_no_failure(desk, inside):
 def test_json(desk, inside):
     """run, show and approve say as data what waits, and what was answered."""
     waits = {
-        "question": "1:1", "position": 1, "branch": "", "node_id": "ask", "reason": "is this right?",
-        "schema": "desk:Approval", "json_schema": APPROVAL,
-        "answered": False, "effect": None,
-    }  # fmt: skip
+        "question": "1:1",
+        "position": 1,
+        "branch": "",
+        "node_id": "ask",
+        "reason": "is this right?",
+        "schema": "desk:Approval",
+        "json_schema": APPROVAL,
+        "answered": False,
+        "effect": None,
+    }
     done = inside("run", "desk.py:pipeline", '{"n": 1}', "--run-id", "x", "--json")
     data = json.loads(done.out)
     assert (done.code, data["exit_code"], data["status"], data["failure"]) == (7, 7, "SUSPENDED", None)
@@ -95,9 +103,12 @@ def test_json(desk, inside):
     assert data["resume"] == "stroma resume x desk.py:pipeline"
     assert json.loads(inside("show", "x", "--json").out)["suspended"] == [waits]
     assert json.loads(inside("approve", "x", "desk.py:pipeline", '{"approved": true}', "--json").out) == {
-        "schema": "stroma.approve/1", "run_id": "x", "answered": waits | {"answered": True}, "suspended": [],
+        "schema": "stroma.approve/1",
+        "run_id": "x",
+        "answered": waits | {"answered": True},
+        "suspended": [],
         "resume": "stroma resume x desk.py:pipeline",
-    }  # fmt: skip
+    }
     assert json.loads(inside("show", "x", "--json").out)["suspended"] == [waits | {"answered": True}]
 
 
@@ -185,7 +196,8 @@ def test_what_waits_for_nothing(desk, inside, fails):
 
 @pytest.mark.slow
 def test_the_schema_is_found_in_the_target(desk, inside, fails):
-    """A run begun by `python file.py` recorded its classes under __main__; they are found in the file by their names."""
+    """A run begun by `python file.py` recorded its classes under __main__; they are found in the file by
+    their names."""
     subprocess.run([sys.executable, "desk.py"], cwd=desk.home, env=desk.env, check=True)
     with sqlite3.connect(desk.home / "own.db") as db:
         assert ("__main__:Approval",) in db.execute("SELECT schema_ref FROM steps").fetchall()
@@ -234,7 +246,8 @@ GUARDED = """
 
 
 def test_an_agent_of_a_framework_is_answered_and_continues_there(stroma, inside, fails):
-    """The target may be an agent or a graph: its question is answered, and the framework's own call continues the run."""
+    """The target may be an agent or a graph: its question is answered, and the framework's own call continues
+    the run."""
     stroma.file("app.py", GUARDED)
     for how in ("asks", "silent"):
         runpy.run_path(str(stroma.home / "app.py"))["call"](how)

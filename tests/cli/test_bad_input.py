@@ -88,21 +88,29 @@ def files(stroma):
         ("many.py:nothing", 2, ["nothing() in many.py returned a NoneType, not a pipeline"]),
         ("many.py:later", 2, ["async function"]),
         ("many.py:fails", 2, ["LookupError: no such thing", "many.py", "line 9, in fails"]),
-        ("broken.py:pipeline", 2, ["NameError", "broken.py\", line 4, in helper", "return undefined_name"]),
-        ("syntax.py:pipeline", 2, ["SyntaxError", "syntax.py\", line 1"]),
+        ("broken.py:pipeline", 2, ["NameError", 'broken.py", line 4, in helper', "return undefined_name"]),
+        ("syntax.py:pipeline", 2, ["SyntaxError", 'syntax.py", line 1']),
         ("needs.py:pipeline", 3, ["needs a module that is not installed", "'surely_not_installed'"]),
         ("leaves.py:pipeline", 2, ["ended the process", "__main__"]),
-        ("notanode.py:pipeline", 2, ["is not a stroma node; decorate it", "notanode.py\", line 5"]),
+        ("notanode.py:pipeline", 2, ["is not a stroma node; decorate it", 'notanode.py", line 5']),
     ],
-)  # fmt: skip
+)
 def test_targets(files, inside, fails, target, code, words):
     """A target that cannot be loaded says why, and what to do."""
     fails(inside("run", target, GOOD), code, *words)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["many.py:make", "many.py:holder.inner", "my-pipe.py:pipeline", "json.py:pipeline",
-                                    "package.flows:pipeline"])  # fmt: skip
+@pytest.mark.parametrize(
+    "target",
+    [
+        "many.py:make",
+        "many.py:holder.inner",
+        "my-pipe.py:pipeline",
+        "json.py:pipeline",
+        "package.flows:pipeline",
+    ],
+)
 def test_targets_that_load(files, target):
     """A function, a nested name, a file with any name and a module inside a package all load."""
     done = files("run", target, GOOD, "-q")
@@ -129,12 +137,20 @@ def test_debug_shows_the_traceback(files):
         ("@.", 2, ["cannot be read: Is a directory"]),
         ("-", 2, ["stdin is not JSON"]),
         (None, 2, ["an empty input", "start: Field required", """'{"start": 0}'"""]),
-        ('{"start": "x"}', 2, ["INPUT does not fit the contract of the first node, 'first'", "start: Input should be a valid integer", '{"start": 0}']),
+        (
+            '{"start": "x"}',
+            2,
+            [
+                "INPUT does not fit the contract of the first node, 'first'",
+                "start: Input should be a valid integer",
+                '{"start": 0}',
+            ],
+        ),
         ("[1]", 2, ["Input should be an object"]),
         ("[" * 100_000, 2, ["not JSON that can be read"]),
         ("9" * 5000, 2, ["not JSON that can be read"]),
     ],
-)  # fmt: skip
+)
 def test_inputs(files, inside, fails, value, code, words):
     """Input that is no JSON says where, input that fails the first contract says so field by field."""
     done = inside("run", "sums.py:pipeline", *([] if value is None else [value]))
@@ -156,7 +172,8 @@ def test_bytes_that_are_no_text(inside, fails):
 
 
 def test_first_nodes_without_one_contract(files, inside, fails):
-    """Nodes side by side each find their fields, and each of their contracts is checked before anything runs."""
+    """Nodes side by side each find their fields, and each of their contracts is checked before anything
+    runs."""
     assert json.loads(inside("run", "open.py:bare_first", '{"a": [1, null]}', "-q").out) == {
         "saw": {"a": [1, None]}
     }
@@ -230,7 +247,8 @@ def test_no_stdin(stroma):
 
 
 def test_files_that_are_no_store(stroma, inside, fails):
-    """A text file, another program's database, a damaged store, a directory: each is told apart, nothing is changed."""
+    """A text file, another program's database, a damaged store, a directory: each is told apart, nothing is
+    changed."""
     text = stroma.file("text.db", "x" * 5000)
     for words in (["run", "sums.py:pipeline", GOOD, "-q"], ["runs"], ["show", "last"]):
         fails(inside(*words, "--db", "text.db"), 3, "is not an SQLite database")
@@ -270,8 +288,13 @@ def test_a_locked_store(stroma, fails):
     holder.execute("BEGIN IMMEDIATE")
     words = ["run", "sums.py:pipeline", GOOD, "--db", "x.db", "-q"]
     process = subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=stroma.home, env=stroma.env, capture_output=True, text=True, check=False
-    )  # fmt: skip
+        [sys.executable, "-c", code, *words],
+        cwd=stroma.home,
+        env=stroma.env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     holder.execute("ROLLBACK")
     holder.close()
     assert process.returncode == 3
@@ -298,7 +321,9 @@ def test_a_full_disk_at_the_start(stroma, fails):
 @pytest.mark.slow
 def test_a_full_disk_on_the_way(stroma):
     """A disk that fills up stops the run, with 3; once there is room, resume calls only what was not kept."""
-    stroma.file("big.py", """
+    stroma.file(
+        "big.py",
+        """
         from sums import *
         class Big(BaseModel):
             text: str
@@ -306,7 +331,8 @@ def test_a_full_disk_on_the_way(stroma):
             called("swell")
             return {"text": "x" * 3_000_000}
         pipeline = Pipeline("big", [first, node("swell", swell, Sum, Big)])
-        """)  # fmt: skip
+        """,
+    )
     done = stroma(
         "run", "big.py:pipeline", GOOD, "--run-id", "big", preexec_fn=_small_files(1_000_000), env=NO_BYTECODE
     )

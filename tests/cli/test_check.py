@@ -84,15 +84,34 @@ def test_check_as_json(flows, inside):
     done = inside("check", "flows.py:wrong", "--json")
     data = json.loads(done.out)
     assert (done.code, done.err) == (1, "")
-    assert (data["schema"], data["pipeline"], data["exit_code"], data["errors"], data["warnings"], data["against"]) == (
-        "stroma.check/1", "wrong", 1, 1, 1, None,
-    )  # fmt: skip
+    assert (
+        data["schema"],
+        data["pipeline"],
+        data["exit_code"],
+        data["errors"],
+        data["warnings"],
+        data["against"],
+    ) == (
+        "stroma.check/1",
+        "wrong",
+        1,
+        1,
+        1,
+        None,
+    )
     assert data["findings"][1] == {
-        "severity": "error", "kind": "missing", "source": "split", "target": "result", "source_at": "0",
-        "target_at": "1", "path": "total", "source_type": "", "target_type": "int",
+        "severity": "error",
+        "kind": "missing",
+        "source": "split",
+        "target": "result",
+        "source_at": "0",
+        "target_at": "1",
+        "path": "total",
+        "source_type": "",
+        "target_type": "int",
         "message": "'result' needs total (int), and Parts has no such field",
         "fix": "add it to the output of 'split', or give it a default in Result",
-    }  # fmt: skip
+    }
 
 
 def test_check_writes_sarif(flows, inside):
@@ -102,17 +121,22 @@ def test_check_writes_sarif(flows, inside):
     assert problems_of(log) == []
     (run,) = log["runs"]
     assert [(r["level"], r["ruleId"]) for r in run["results"]] == [
-        ("warning", "stroma/optional"), ("error", "stroma/missing"),
-    ]  # fmt: skip
+        ("warning", "stroma/optional"),
+        ("error", "stroma/missing"),
+    ]
     place = run["results"][1]["relatedLocations"][0]["physicalLocation"]
     line = (flows.home / "flows.py").read_text().splitlines()[place["region"]["startLine"] - 1]
-    assert (place["artifactLocation"], line) == ({"uri": "flows.py"}, '@stroma_node("split", NodeContract(node_id="split", input_schema=Text, output_schema=Parts))')  # fmt: skip
+    assert (place["artifactLocation"], line) == (
+        {"uri": "flows.py"},
+        '@stroma_node("split", NodeContract(node_id="split", input_schema=Text, output_schema=Parts))',
+    )
     assert inside("check", "flows.py:fine", "--sarif", "out.sarif").code == 0
     assert json.loads((flows.home / "out.sarif").read_text())["runs"][0]["results"] == []
 
 
 def test_sarif_of_all_that_can_be_found(flows, inside):
-    """A log of errors and warnings in groups, with ids and a file that are no plain text, is valid SARIF, too."""
+    """A log of errors and warnings in groups, with ids and a file that are no plain text, is valid SARIF,
+    too."""
     (flows.home / "öd d.py").write_text((flows.home / "flows.py").read_text())
     for name in ("odd", "unknown", "wrong"):
         inside("check", f"öd d.py:{name}", "--sarif", "out.sarif")
@@ -167,12 +191,20 @@ def test_against_a_run_that_can_be_resumed(stroma, inside):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("class Sum(BaseModel):\n    n: int", "class Sum(BaseModel):\n    n: int\n    m: int = 0", "it lacks 'm', which is new"),
-        ("class Sum(BaseModel):\n    n: int", "class Sum(BaseModel):\n    n: float", "the types, constraints or defaults of its fields have changed"),
+        (
+            "class Sum(BaseModel):\n    n: int",
+            "class Sum(BaseModel):\n    n: int\n    m: int = 0",
+            "it lacks 'm', which is new",
+        ),
+        (
+            "class Sum(BaseModel):\n    n: int",
+            "class Sum(BaseModel):\n    n: float",
+            "the types, constraints or defaults of its fields have changed",
+        ),
         ('node("first", add_one, Count)', 'node("begin", add_one, Count)', "the pipeline has 'begin' there"),
         ('Field(alias="start")', "Field(gt=0, alias='begin')", "could be"),
     ],
-)  # fmt: skip
+)
 def test_against_a_run_of_other_schemas(stroma, inside, old, new, words):
     """What changed since the run is told for each output, as a resume would refuse it; the exit code is 1."""
     inside("run", "sums.py:pipeline", '{"start": 1}', "--run-id", "r1", env={"SECOND": "raise ValueError"})
@@ -223,29 +255,39 @@ def test_graph_as_json(flows, inside):
     data = json.loads(done.out)
     assert (done.code, data["schema"], data["pipeline"]) == (0, "stroma.graph/1", "fine")
     assert [(n["at"], n["node_id"], n["kind"], n["group"]) for n in data["nodes"]] == [
-        ("input", "input", "input", None), ("0", "split", "node", None),
-        ("1", "map_over(parts, shout) into shouted", "map_over", None), ("1.0", "shout", "node", "1"),
+        ("input", "input", "input", None),
+        ("0", "split", "node", None),
+        ("1", "map_over(parts, shout) into shouted", "map_over", None),
+        ("1.0", "shout", "node", "1"),
         ("2", "end", "node", None),
-    ]  # fmt: skip
+    ]
     assert data["nodes"][1]["gives"] == [
-        {"name": "parts", "type": "list[str]", "verdict": "fits"}, {"name": "kept", "type": "str | None", "verdict": "fits"},
-    ]  # fmt: skip
+        {"name": "parts", "type": "list[str]", "verdict": "fits"},
+        {"name": "kept", "type": "str | None", "verdict": "fits"},
+    ]
     assert [(e["from"], e["field"], e["to"], e["feeds"]) for e in data["edges"]] == [
-        ("input", "text", "0", "text"), ("0", "parts", "1.0", "text"), ("0", "parts", "2", "parts"), ("0", "kept", "2", "kept"),
-    ]  # fmt: skip
+        ("input", "text", "0", "text"),
+        ("0", "parts", "1.0", "text"),
+        ("0", "parts", "2", "parts"),
+        ("0", "kept", "2", "kept"),
+    ]
 
 
 def test_graph_marks_what_check_finds(flows, inside):
     """What can never work and what may fail is marked on fields and edges."""
     data = json.loads(inside("graph", "flows.py:wrong", "--format", "json").out)
     assert {line["name"]: line["verdict"] for line in data["nodes"][2]["takes"]} == {
-        "parts": "fits", "kept": "warning", "total": "error",
-    }  # fmt: skip
+        "parts": "fits",
+        "kept": "warning",
+        "total": "error",
+    }
     assert [e["verdict"] for e in data["edges"]] == ["fits", "fits", "warning"]
     unknown = json.loads(inside("graph", "flows.py:unknown", "--format", "json").out)
     assert [(e["from"], e["to"], e["verdict"]) for e in unknown["edges"]] == [
-        ("input", "0", "fits"), ("0", "1", "unknown"), ("1", "2", "unknown"),
-    ]  # fmt: skip
+        ("input", "0", "fits"),
+        ("0", "1", "unknown"),
+        ("1", "2", "unknown"),
+    ]
 
 
 def test_graph_as_mermaid(flows, inside):
@@ -267,7 +309,8 @@ def test_graph_as_mermaid(flows, inside):
 
 
 def test_graph_draws_a_file(flows, inside, fails):
-    """By default the graph is an SVG file, named after the pipeline, or by -o; a file that cannot be written is a problem."""
+    """By default the graph is an SVG file, named after the pipeline, or by -o; a file that cannot be written
+    is a problem."""
     done = inside("graph", "flows.py:fine")
     assert (done.code, done.out, done.err) == (0, "", "wrote fine.graph.svg; open it in a browser\n")
     text = Path(flows.home, "fine.graph.svg").read_text()

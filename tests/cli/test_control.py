@@ -65,7 +65,8 @@ def test_an_owner_that_does_not_read_a_pause(stroma, inside, monkeypatch):
 
 @pytest.mark.slow
 def test_a_pause_is_taken_back(stroma, inside, fails):
-    """``resume`` without a pipeline hands the run to a worker, with one continues it here; then it is an error again."""
+    """``resume`` without a pipeline hands the run to a worker, with one continues it here; then it is an
+    error again."""
     with at_work(stroma, {"SECOND_AWAITS": "asyncio.sleep(60)"}) as process:
         process.kill()
     assert inside("pause", "x").err.startswith("run x is SUSPENDED, paused")
@@ -78,12 +79,17 @@ def test_a_pause_is_taken_back(stroma, inside, fails):
     assert done.code == 0, done.err
     assert "it is RESUMED; nothing was changed" in inside("pause", "x").err
     assert json.loads(inside("pause", "x", "--json").out) == {
-        "schema": "stroma.pause/1", "run_id": "x", "outcome": "ended", "holder": None, "status": "RESUMED",
-    }  # fmt: skip
+        "schema": "stroma.pause/1",
+        "run_id": "x",
+        "outcome": "ended",
+        "holder": None,
+        "status": "RESUMED",
+    }
 
 
 def test_a_run_that_waits_for_its_budget(stroma, inside, fails):
-    """It ends with 7 and names the command that raises the budget; after that it goes on, and buys nothing again."""
+    """It ends with 7 and names the command that raises the budget; after that it goes on, and buys nothing
+    again."""
     stroma.file("waits.py", WAITS)
     done = inside("run", "waits.py:pipeline", GOOD, "--run-id", "x")
     assert done.code == 7, done.err
@@ -101,9 +107,13 @@ def test_a_run_that_waits_for_its_budget(stroma, inside, fails):
     fails(inside("budget", "x", "--cost-usd", "inf"), 2, "finite")
     done = inside("budget", "x", "--tokens", "100000", "--json")
     assert json.loads(done.out) == {
-        "schema": "stroma.budget/1", "run_id": "x", "outcome": "set", "limits": {"max_tokens_total": 100000},
-        "holder": None, "status": "SUSPENDED",
-    }  # fmt: skip
+        "schema": "stroma.budget/1",
+        "run_id": "x",
+        "outcome": "set",
+        "limits": {"max_tokens_total": 100000},
+        "holder": None,
+        "status": "SUSPENDED",
+    }
     done = inside("resume", "x", "waits.py:pipeline", "-q")
     assert done.code == 0, done.err
     calls = stroma.calls()

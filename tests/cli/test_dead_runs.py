@@ -9,7 +9,8 @@ GOOD = '{"start": 1}'
 
 @pytest.mark.slow
 def test_a_run_that_kept_dying_is_forced(stroma):
-    """A run given up as poison stays FAILED under a plain resume and calls nothing; --force goes on with it."""
+    """A run given up as poison stays FAILED under a plain resume and calls nothing; --force goes on with
+    it."""
     stroma.file(
         "deadly.py",
         """
@@ -38,7 +39,8 @@ def test_a_run_that_kept_dying_is_forced(stroma):
 
 @pytest.mark.slow
 def test_a_run_whose_owner_is_gone_is_interrupted(stroma):
-    """`stroma runs`, `show`, `check` and `resume` say INTERRUPTED of a run whose process died; it is not among the RUNNING."""
+    """`stroma runs`, `show`, `check` and `resume` say INTERRUPTED of a run whose process died; it is not
+    among the RUNNING."""
     env = {"SECOND": "os.kill(os.getpid(), signal.SIGKILL)"}
     assert stroma("run", "sums.py:pipeline", GOOD, "--run-id", "x1", env=env).code == -9
     for request in ((), ("--status", "INTERRUPTED")):

@@ -40,7 +40,8 @@ def test_a_store_that_is_well(any_url, stroma, inside):
 
 
 def test_what_is_wrong_names_its_mend(stroma, inside, monkeypatch, tmp_path):
-    """A store that is none, a newer one, a full disk, a directory that is not there: 3, with how to mend it."""
+    """A store that is none, a newer one, a full disk, a directory that is not there: 3, with how to mend
+    it."""
     stroma.file("text.db", "this is no database, but long enough to be looked at as one")
     done = inside("doctor", "--json", "--db", "text.db")
     assert done.code == 3
@@ -84,7 +85,8 @@ def test_a_package_that_is_not_installed(inside, monkeypatch):
 
 
 def test_the_other_distribution(inside, monkeypatch, tmp_path):
-    """The distribution `stroma`, another project's, is noted with the command that repairs the packages, wherever it is on the path."""
+    """The distribution `stroma`, another project's, is noted with the command that repairs the packages,
+    wherever it is on the path."""
     assert "packages" not in checks(inside("doctor", "--json"))
     (tmp_path / "site" / "stroma-0.3.1.dist-info").mkdir(parents=True)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
@@ -119,7 +121,8 @@ def test_completion_scripts(inside, shell):
 
 @pytest.mark.slow
 def test_what_is_completed(stroma):
-    """Commands, options and ids of runs are completed; a store that cannot be read completes nothing, and says nothing."""
+    """Commands, options and ids of runs are completed; a store that cannot be read completes nothing, and
+    says nothing."""
 
     def complete(*words, **env):
         line = {

@@ -44,10 +44,14 @@ def test_json(failed, inside):
     assert (data["schema"], data["run"]["run_id"], data["input"]) == ("stroma.export/1", "x", {"n": 1})
     events = [(a["node_id"], a["branch"], a["attempt"], a["output"]) for a in data["attempts"]]
     assert events == [
-        ("<first>", "", 1, {"n": 2}), ("flaky", "", 1, None), ("flaky", "", 2, {"n": 2}),
-        ("parallel(left, right)", "", 1, {"n": 5}), ("left", "0", 1, {"n": 5}), ("right", "1", 1, {"n": 5}),
+        ("<first>", "", 1, {"n": 2}),
+        ("flaky", "", 1, None),
+        ("flaky", "", 2, {"n": 2}),
+        ("parallel(left, right)", "", 1, {"n": 5}),
+        ("left", "0", 1, {"n": 5}),
+        ("right", "1", 1, {"n": 5}),
         ("total", "", 1, None),
-    ]  # fmt: skip
+    ]
     bare = json.loads(inside("export", "x", "--no-states").out)
     assert bare["input"] is None
     assert "output" not in bare["attempts"][0]
@@ -55,7 +59,8 @@ def test_json(failed, inside):
 
 @pytest.mark.slow
 def test_otlp(failed, inside):
-    """A receiver of OTLP over HTTP takes it: the run's span, under it nodes, their attempts and the children of groups."""
+    """A receiver of OTLP over HTTP takes it: the run's span, under it nodes, their attempts and the children
+    of groups."""
     body = inside("export", "x", "--format", "otlp").out.encode()
     with OtlpReceiver() as receiver:
         post = urllib.request.Request(f"{receiver.url}/v1/traces", body, {"Content-Type": "application/json"})
@@ -93,7 +98,8 @@ def test_otlp(failed, inside):
 
 
 def test_html(failed, inside, stroma):
-    """html is one file that loads and runs nothing: the cause with the field that broke, a bar for each attempt, the states."""
+    """html is one file that loads and runs nothing: the cause with the field that broke, a bar for each
+    attempt, the states."""
     done = inside("export", "x", "--format", "html", "-o", "x.html")
     assert (done.code, done.out) == (0, "")
     path = stroma.home / "x.html"
@@ -123,7 +129,9 @@ def test_html(failed, inside, stroma):
 @pytest.mark.core
 def test_what_a_pipeline_redacts(stroma, inside):
     """--redact hides in states what the pipeline's config hides; a redact that raises hides all."""
-    stroma.file("private.py", """
+    stroma.file(
+        "private.py",
+        """
         from sums import *
         async def secret(state):
             return {"n": 471147114711}
@@ -134,14 +142,18 @@ def test_what_a_pipeline_redacts(stroma, inside):
         nodes = [node("first", add_one, Count), node("secret", secret)]
         pipeline = Pipeline("private", nodes, config=RunConfig(redact=hide))
         other = Pipeline("private", nodes, config=RunConfig(redact=broken))
-    """)  # fmt: skip
+    """,
+    )
     assert inside("run", "private.py:pipeline", GOOD, "--run-id", "x", "-q").code == 0
     assert "471147114711" in inside("show", "x", "--output").out
     for target in ("private.py:pipeline", "private.py:other"):
         for words in (
-            ["show", "x", "--input", "--output"], ["show", "x", "--output", "--json"], ["export", "x"],
-            ["export", "x", "--format", "html"], ["diff", "x", "x", "--json"],
-        ):  # fmt: skip
+            ["show", "x", "--input", "--output"],
+            ["show", "x", "--output", "--json"],
+            ["export", "x"],
+            ["export", "x", "--format", "html"],
+            ["diff", "x", "x", "--json"],
+        ):
             done = inside(*words, "--redact", target)
             assert done.code == 0, done
             assert "471147114711" not in done.out
@@ -150,7 +162,9 @@ def test_what_a_pipeline_redacts(stroma, inside):
 
 def test_messages_are_redacted(stroma, inside):
     """--redact hides in messages what the pipeline's config takes out of states, whatever shows them."""
-    stroma.file("private.py", """
+    stroma.file(
+        "private.py",
+        """
         from sums import *
         async def secret(state):
             raise ValueError(f"no card of {state.n}")
@@ -158,15 +172,24 @@ def test_messages_are_redacted(stroma, inside):
             return {**state, "n": "hidden"}
         nodes = [node("first", add_one, Count), node("secret", secret)]
         pipeline = Pipeline("private", nodes, config=RunConfig(redact=hide))
-    """)  # fmt: skip
+    """,
+    )
     value = '{"start": 471147114711}'
     assert inside("run", "private.py:pipeline", value, "--run-id", "x", "-q").code == 1
     inside("run", "private.py:pipeline", value, "--run-id", "y", "-q")
     for words in (
-        ["show", "x"], ["show", "x", "--json"], ["runs"], ["runs", "--json"], ["tail", "x"], ["tail"], ["tail", "x", "--json"],
-        ["export", "x", "--no-states"], ["export", "x", "--format", "html", "--no-states"], ["export", "x", "--format", "otlp"],
+        ["show", "x"],
+        ["show", "x", "--json"],
+        ["runs"],
+        ["runs", "--json"],
+        ["tail", "x"],
+        ["tail"],
+        ["tail", "x", "--json"],
+        ["export", "x", "--no-states"],
+        ["export", "x", "--format", "html", "--no-states"],
+        ["export", "x", "--format", "otlp"],
         ["diff", "x", "y", "--json"],
-    ):  # fmt: skip
+    ):
         assert "47114712" in inside(*words).out, words
         done = inside(*words, "--redact", "private.py:pipeline")
         assert "no card of [redacted]" in done.out.replace("\n", " "), words

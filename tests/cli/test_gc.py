@@ -12,7 +12,8 @@ GOOD = '{"start": 1}'
 
 @pytest.fixture
 def old(stroma, inside):
-    """A store whose runs were last written two days ago: one has ended, one gave up, one's process was killed."""
+    """A store whose runs were last written two days ago: one has ended, one gave up, one's process was
+    killed."""
     inside("run", "sums.py:pipeline", GOOD, "--run-id", "ended", "--db", "runs.db")
     inside(
         "run",
@@ -24,9 +25,18 @@ def old(stroma, inside):
         "runs.db",
         env={"SECOND": "raise TimeoutError"},
     )
-    stroma("run", "sums.py:pipeline", GOOD, "--run-id", "killed", "--db", "runs.db", env={
-        "SECOND": "os.kill(os.getpid(), signal.SIGKILL)",
-    })  # fmt: skip
+    stroma(
+        "run",
+        "sums.py:pipeline",
+        GOOD,
+        "--run-id",
+        "killed",
+        "--db",
+        "runs.db",
+        env={
+            "SECOND": "os.kill(os.getpid(), signal.SIGKILL)",
+        },
+    )
     with sqlite3.connect(stroma.home / "runs.db") as db:
         db.execute("UPDATE runs SET updated_ms = updated_ms - 172800000")
     db.close()

@@ -29,7 +29,8 @@ from stroma.cli.screen import Screen
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Make stderr a terminal of 80 columns and 24 rows; pytest has replaced it by the time a test calls this."""
+    """Make stderr a terminal of 80 columns and 24 rows; pytest has replaced it by the time a test calls
+    this."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("LINES", "24")
@@ -66,7 +67,8 @@ def _run(progress, nodes, state, **config):
 
 
 def test_a_run_is_a_table_that_folds_into_a_summary(terminal):
-    """One line per node with its state, attempts, time, tokens and cost; a map is one line; its end is a summary.
+    """One line per node with its state, attempts, time, tokens and cost; a map is one line; its end is a
+    summary.
 
     The summary says what ended how, cost and budget, and what was retried and why.
     """
@@ -107,7 +109,8 @@ def test_a_run_is_a_table_that_folds_into_a_summary(terminal):
 
 
 def test_what_is_printed_meanwhile_stands_above_the_table(terminal):
-    """Whole lines, parts of lines and lines of loggers that hold the stream: nothing is lost, nothing is overwritten."""
+    """Whole lines, parts of lines and lines of loggers that hold the stream: nothing is lost, nothing is
+    overwritten."""
     terminal = terminal()
     table = [["one"], ["two"]]
     screen = Screen(err, lambda columns, rows: table)
@@ -122,13 +125,21 @@ def test_what_is_printed_meanwhile_stands_above_the_table(terminal):
     screen.say("\na message of a signal\n")
     screen.refresh()
     assert terminal.emulator.text.splitlines() == [
-        "first line", "a part, and its end", "a message of a signal", "one", "two", "three",
-    ]  # fmt: skip
+        "first line",
+        "a part, and its end",
+        "a message of a signal",
+        "one",
+        "two",
+        "three",
+    ]
     holder.write("no line end")
     screen.close()
     assert terminal.emulator.text.splitlines() == [
-        "first line", "a part, and its end", "a message of a signal", "no line end",
-    ]  # fmt: skip
+        "first line",
+        "a part, and its end",
+        "a message of a signal",
+        "no line end",
+    ]
     assert "write" not in vars(holder)
     assert screen.say("too late") is False
 
@@ -149,7 +160,8 @@ def test_a_narrower_terminal_loses_no_line(terminal, monkeypatch):
 
 
 def test_after_control_z_the_table_stands_below_what_the_shell_wrote(terminal):
-    """A run that was stopped with Ctrl-Z and continued overwrites no line of the shell, and draws its table once below them."""
+    """A run that was stopped with Ctrl-Z and continued overwrites no line of the shell, and draws its table
+    once below them."""
     terminal = terminal()
     screen = Screen(err, lambda columns, rows: [["one"], ["two"]])
     before = signal.getsignal(signal.SIGCONT)
@@ -168,7 +180,8 @@ def test_after_control_z_the_table_stands_below_what_the_shell_wrote(terminal):
 
 @pytest.mark.parametrize("columns", [20, 39, 60, 79, 200])
 def test_names_and_failures_of_any_length_fit(columns):
-    """No line is wider than the terminal, whatever the names, messages and amounts; what is hidden is counted."""
+    """No line is wider than the terminal, whatever the names, messages and amounts; what is hidden is
+    counted."""
     rows = [Row(f"名前 node {n} " * 50, depth=n % 9) for n in range(30)]
     for n, row in enumerate(rows):
         row.state, row.why = ("failed", "w\x1b[2J" * 900) if n % 3 else ("ok", "")
@@ -185,7 +198,8 @@ def test_names_and_failures_of_any_length_fit(columns):
 
 
 def test_waits_and_cooldowns_say_what_they_wait_for(terminal):
-    """A node that waits for its turn, and a limit in cooldown, are shown with the reason and the rest of the time."""
+    """A node that waits for its turn, and a limit in cooldown, are shown with the reason and the rest of the
+    time."""
     terminal = terminal()
     seen = []
 
@@ -205,7 +219,8 @@ def test_waits_and_cooldowns_say_what_they_wait_for(terminal):
 
 @pytest.mark.slow
 def test_control_c_leaves_a_clean_screen(stroma):
-    """Ctrl-C during the table: the message, the summary and the next command stand below each other, the table once."""
+    """Ctrl-C during the table: the message, the summary and the next command stand below each other, the
+    table once."""
     stroma.file("waits.py", "from sums import *\nimport sums\n")
     asked = []
 
@@ -246,7 +261,8 @@ def test_a_small_terminal_gets_lines(stroma):
 
 
 def test_steps_of_a_flow_and_of_flows_inside_are_rows(terminal):
-    """A flow has a row with the sums of its steps, and each step one of its own; no hook of the table fails."""
+    """A flow has a row with the sums of its steps, and each step one of its own; no hook of the table
+    fails."""
     terminal = terminal()
     runner = StromaRunner.quick()
 

@@ -1,4 +1,5 @@
-"""Maps with many items on the command line: progress, failures that are collected, and running those again."""
+"""Maps with many items on the command line: progress, failures that are collected, and running those
+again."""
 
 import json
 import re
@@ -35,7 +36,8 @@ MANY = """
 
 
 def test_many_items_are_one_line(stroma):
-    """Of a map with many items there is a line that tells how far it is, and the first failures; not one per item."""
+    """Of a map with many items there is a line that tells how far it is, and the first failures; not one per
+    item."""
     stroma.file("many.py", MANY)
     done = stroma("run", "many.py:pipeline", "{}", "--run-id", "m")
     assert done.code == 0, done.err
@@ -53,7 +55,8 @@ def test_many_items_are_one_line(stroma):
 
 
 def test_failed_items_are_run_again(stroma, fails):
-    """resume leaves items that failed as they are; --retry-failed runs just those, and what comes after the map."""
+    """resume leaves items that failed as they are; --retry-failed runs just those, and what comes after the
+    map."""
     stroma.file("many.py", MANY)
     done = stroma("run", "many.py:pipeline", "{}", "--run-id", "m", "--json", "-q")
     assert json.loads(done.out)["totals"]["failed_items"] == 30
@@ -84,7 +87,9 @@ def test_few_items_are_told_one_by_one(stroma):
 
 def test_lines_name_the_item(stroma):
     """Each line of a node in an item has the index of the item, also if a node was restored."""
-    stroma.file("turns.py", """
+    stroma.file(
+        "turns.py",
+        """
         from sums import *
         class Nums(BaseModel):
             nums: list[int]
@@ -99,7 +104,8 @@ def test_lines_name_the_item(stroma):
             return {"n": state.n}
         turns = map_over("nums", [node("read", read), node("rate", rate)], into="sums", max_concurrency=1)
         pipeline = Pipeline("turns", [node("load", load, Nums, Nums), turns])
-    """)  # fmt: skip
+    """,
+    )
 
     def names(lines: str) -> list[str]:
         return re.findall(r"^\S+ +(\S.*?)  +(?:start|ok|restored|FAILED)\b", lines, re.MULTILINE)
@@ -118,7 +124,8 @@ def test_lines_name_the_item(stroma):
 
 
 def test_a_resume_can_be_checked(stroma):
-    """`check --against` takes a run whose items stand apart, and whose failures were collected, for one that can go on."""
+    """`check --against` takes a run whose items stand apart, and whose failures were collected, for one that
+    can go on."""
     stroma.file("many.py", MANY)
     assert stroma("run", "many.py:pipeline", "{}", "--run-id", "m", "-q").code == 0
     checked = stroma("check", "many.py:pipeline", "--against", "m", "--json")

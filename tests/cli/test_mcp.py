@@ -30,7 +30,8 @@ HIDES = """
 
 @pytest.fixture
 def ask(stroma, inside, monkeypatch):
-    """Ask a tool of the server of a store with a good run and a bad one; with ``redact``, by that pipeline's."""
+    """Ask a tool of the server of a store with a good run and a bad one; with ``redact``, by that
+    pipeline's."""
     stroma.file("hides.py", HIDES)
     assert inside("run", "sums.py:pipeline", GOOD, "--run-id", "good", "--db", "r.db", "-q").code == 0
     breaks = {"SECOND": "raise ContractViolation('second', 'output', {}, ['no luck'])"}
@@ -120,13 +121,17 @@ ODD = """
 QUESTIONS = [
     ("list_runs", {}),
     *[("explain_failure", {"run": run}) for run in ("rejected", "message")],
-    *[("read_attempt", {"run": run, "node": node}) for run, node in [("ok", "half"), ("rejected", "strict"), ("message", "speaks"), ("many", "wide")]],
+    *[
+        ("read_attempt", {"run": run, "node": node})
+        for run, node in [("ok", "half"), ("rejected", "strict"), ("message", "speaks"), ("many", "wide")]
+    ],
     *[("compare_runs", {"a": "ok", "b": run}) for run in ("rejected", "message", "many")],
-]  # fmt: skip
+]
 
 
 def test_no_answer_floods_an_agent(ask, stroma, inside):
-    """Every answer has at most 64 KiB and is complete JSON, whatever lone surrogates, messages and states the runs have."""
+    """Every answer has at most 64 KiB and is complete JSON, whatever lone surrogates, messages and states the
+    runs have."""
     stroma.file("odd.py", ODD)
     for name in ("ok", "rejected", "message", "many"):
         result = inside("run", f"odd.py:{name}", "{}", "--run-id", name, "--db", "r.db", "-q")
@@ -177,7 +182,8 @@ def test_an_error_text_is_bounded(ask):
 
 @pytest.mark.slow
 def test_the_command_speaks_over_stdio(ask, stroma):
-    """`stroma mcp` as an agent starts it, a process of its own: it answers on stdout, and ends when its input does."""
+    """`stroma mcp` as an agent starts it, a process of its own: it answers on stdout, and ends when its input
+    does."""
 
     async def main() -> Any:
         program = str(Path(sys.executable).with_name("stroma"))

@@ -45,7 +45,8 @@ def at_work(stroma, env, *words, file="sums.py"):
 
 @pytest.mark.slow
 def test_a_run_of_somebody_else(stroma, inside, fails):
-    """A run that is at work elsewhere is 3, with its holder and what can be done; runs and show name the holder."""
+    """A run that is at work elsewhere is 3, with its holder and what can be done; runs and show name the
+    holder."""
     with at_work(stroma, HANG) as process:
         for words in (
             ["resume", "x", "sums.py:pipeline"],
@@ -84,14 +85,17 @@ def test_attach_to_a_run_that_comes_to_wait(stroma):
     """A run that was waited for and now waits for a person itself ends with 7, as where it was run."""
     env = {"SECOND": "", "SECOND_AWAITS": "ask_later()"}
     stroma.file("shared.py", SHARED)
-    stroma.file("later.py", """
+    stroma.file(
+        "later.py",
+        """
         from shared import *
         import sums
         async def ask_later():
             await sums.other_process()
             raise Suspend("well?")
         sums.ask_later = ask_later
-        """)  # fmt: skip
+        """,
+    )
     process = stroma.popen("run", "later.py:pipeline", GOOD, "--run-id", "x", "-q", env=env)
     while stroma.calls() != ["first", "second"]:
         assert process.poll() is None
@@ -105,11 +109,15 @@ def test_attach_to_a_run_that_comes_to_wait(stroma):
 
 
 def test_a_run_that_exists(stroma, inside, fails):
-    """Where the pipeline's config wants no run id twice, a second run is a usage error that names the ways out."""
-    stroma.file("once.py", """
+    """Where the pipeline's config wants no run id twice, a second run is a usage error that names the ways
+    out."""
+    stroma.file(
+        "once.py",
+        """
         from sums import *
         pipeline = Pipeline("once", [first], config=RunConfig(if_exists="error"))
-        """)  # fmt: skip
+        """,
+    )
     assert inside("run", "once.py:pipeline", GOOD, "--run-id", "x").code == 0
     done = inside("run", "once.py:pipeline", GOOD, "--run-id", "x", "-q")
     fails(done, 2, "run 'x' already exists", "resume it: stroma resume x once.py:pipeline", "--run-id ID")
@@ -138,7 +146,8 @@ def test_sigterm_while_it_waits_for_somebody_else(stroma):
 
 @pytest.mark.slow
 def test_take_over(stroma):
-    """--take-over takes the run from a holder that is not heard of; if that one comes back, it writes no more."""
+    """--take-over takes the run from a holder that is not heard of; if that one comes back, it writes no
+    more."""
     with at_work(stroma, BUSY) as holder:
         holder.send_signal(signal.SIGSTOP)
         done = stroma("resume", "x", "sums.py:pipeline", "--take-over", "-q")
@@ -150,7 +159,8 @@ def test_take_over(stroma):
 
 
 def test_what_cannot_be_meant(inside, fails):
-    """--attach with --take-over or --from, --fork without --from and --state without --fork are usage errors."""
+    """--attach with --take-over or --from, --fork without --from and --state without --fork are usage
+    errors."""
     for words, report in {
         ("--attach", "--take-over"): "exclude each other",
         ("--attach", "--from", "first"): "exclude each other",
@@ -165,7 +175,8 @@ def test_what_cannot_be_meant(inside, fails):
 
 @pytest.mark.slow
 def test_cancel(stroma, inside, fails):
-    """The holder is asked and ends within a second or so; a run that nobody has is cancelled at once; else nothing is."""
+    """The holder is asked and ends within a second or so; a run that nobody has is cancelled at once; else
+    nothing is."""
     fails(inside("cancel", "x"), 4, "no run whose id begins with 'x'")
     with at_work(stroma, HANG) as process:
         done = inside("cancel", "x", "--json")
@@ -181,8 +192,12 @@ def test_cancel(stroma, inside, fails):
     done = inside("cancel", "last")
     assert (done.code, done.err) == (0, "run x is CANCELLED; it had no owner\n")
     assert json.loads(inside("cancel", "x", "--json").out) == {
-        "schema": "stroma.cancel/1", "run_id": "x", "outcome": "ended", "holder": None, "status": "CANCELLED",
-    }  # fmt: skip
+        "schema": "stroma.cancel/1",
+        "run_id": "x",
+        "outcome": "ended",
+        "holder": None,
+        "status": "CANCELLED",
+    }
     assert inside("resume", "x", "sums.py:pipeline").code == 0
     assert "it is RESUMED" in inside("cancel", "x").err
 
@@ -224,18 +239,22 @@ def test_fork(stroma, inside, fails):
 
 
 def test_what_cannot_be_forked(stroma, inside, fails):
-    """A node before which nothing is kept, and an output that is put together of children's, are refused; no run is made."""
+    """A node before which nothing is kept, and an output that is put together of children's, are refused; no
+    run is made."""
     inside("run", "sums.py:pipeline", GOOD, "--run-id", "x", env={"SECOND": "raise TimeoutError"})
     fails(
         inside("resume", "x", "sums.py:pipeline", "--from", "third", "--fork", "-q"),
         4,
         "no output of node 'second'",
     )
-    stroma.file("group.py", """
+    stroma.file(
+        "group.py",
+        """
         from sums import *
         pipeline = Pipeline("group", [first, parallel(second), third])
         mapped = Pipeline("mapped", [map_over("items", second, into="items"), node("count", lambda s: {"n": 1}, Sum)])
-        """)  # fmt: skip
+        """,
+    )
     inside("run", "group.py:pipeline", GOOD, "--run-id", "g")
     words = ["resume", "g", "group.py:pipeline", "--from", "third", "--fork", "-q"]
     fails(inside(*words, "--state", "{}"), 2, "cannot replace the output of 'parallel(second)'")
@@ -245,12 +264,15 @@ def test_what_cannot_be_forked(stroma, inside, fails):
 
 def test_a_fork_of_a_pipeline_that_begins_with_a_group(stroma, inside):
     """The input is read back as what the run began with, not as what a child takes."""
-    stroma.file("group.py", """
+    stroma.file(
+        "group.py",
+        """
         from sums import *
         bare = stroma_node("bare", None)(lambda state: {"n": state.n + 1})
         pipeline = Pipeline("mapped", [map_over("items", second, into="items")])
         loose = Pipeline("loose", [first, bare, third])
-        """)  # fmt: skip
+        """,
+    )
     inside("run", "group.py:pipeline", '{"items": [1, 2]}', "--run-id", "m")
     done = inside("resume", "m", "group.py:pipeline", "--from", "map_over(items, second)", "--fork", "-q")
     assert (done.code, json.loads(done.out)["items"]) == (0, [{"n": 2}, {"n": 4}])

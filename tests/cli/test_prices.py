@@ -30,7 +30,8 @@ def fetched(monkeypatch):
 
 
 def test_the_prices_of_a_model(inside):
-    """Each kind of token, each size of call and each way of being served that has a price, and where it is from."""
+    """Each kind of token, each size of call and each way of being served that has a price, and where it is
+    from."""
     done = inside("prices", "claude-sonnet-4-5")
     assert (done.code, done.err) == (0, "")
     assert done.out.splitlines() == [
@@ -50,7 +51,8 @@ def test_the_prices_of_a_model(inside):
 
 
 def test_what_known_models_says_is_named(inside, monkeypatch):
-    """A price of KNOWN_MODELS is said to be one, also of a model that is named by its date, or that has no data."""
+    """A price of KNOWN_MODELS is said to be one, also of a model that is named by its date, or that has no
+    data."""
     done = inside("prices", "gpt-4o-2024-11-20", "gpt-4o")
     first, *_ = done.out.splitlines()
     assert first.startswith(

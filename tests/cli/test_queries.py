@@ -37,7 +37,8 @@ def ids(done):
 
 
 def test_runs_are_asked_for(filled, inside, fails):
-    """`runs` gives those of which all that is asked holds, on every store; the cause of a failure is told with it."""
+    """`runs` gives those of which all that is asked holds, on every store; the cause of a failure is told
+    with it."""
     for words, result in (
         ([], ["c", "b", "a"]),
         (["--failed"], ["b"]),
@@ -57,9 +58,15 @@ def test_runs_are_asked_for(filled, inside, fails):
     (run,) = json.loads(inside("runs", "--json", "--failed").out)["runs"]
     assert run["tags"] == ["nightly"]
     assert run["cause"] == {
-        "node_id": "second", "position": 1, "branch": "", "attempt": 2, "class": "RECOVERABLE", "reason": "timeout",
-        "error_type": "TimeoutError", "message": "too slow",
-    }  # fmt: skip
+        "node_id": "second",
+        "position": 1,
+        "branch": "",
+        "attempt": 2,
+        "class": "RECOVERABLE",
+        "reason": "timeout",
+        "error_type": "TimeoutError",
+        "message": "too slow",
+    }
     assert "no run matches" in inside("runs", "--tag", "none").err
     fails(inside("runs", "--failed", "--status", "failed"), 2, "pass one of them")
     fails(inside("runs", "--since", "yesterday"), 2, "is not a time span")
@@ -67,7 +74,8 @@ def test_runs_are_asked_for(filled, inside, fails):
 
 
 def test_show_has_states(filled, inside, fails):
-    """--input and --output print one JSON value for one attempt, and of several whose each is; filters choose attempts."""
+    """--input and --output print one JSON value for one attempt, and of several whose each is; filters choose
+    attempts."""
     assert json.loads(inside("show", "a", "--node", "second", "--input").out) == {"n": 2}
     assert json.loads(inside("show", "a", "--node", "first", "--input").out) == {"n": 1}
     assert json.loads(inside("show", "a", "--node", "second", "--output").out) == {"n": 4}
@@ -96,9 +104,12 @@ def test_show_has_states(filled, inside, fails):
 
 
 def test_show_has_rejected_outputs(any_url, stroma, inside, monkeypatch):
-    """show prints what broke its contract beside each complaint; --rejected prints it as JSON, export has it, redact hides it."""
+    """show prints what broke its contract beside each complaint; --rejected prints it as JSON, export has it,
+    redact hides it."""
     monkeypatch.setenv("STROMA_DB", any_url)
-    stroma.file("broken.py", """
+    stroma.file(
+        "broken.py",
+        """
         from sums import *
         class Total(BaseModel):
             lines: list[dict[str, int]]
@@ -110,7 +121,8 @@ def test_show_has_rejected_outputs(any_url, stroma, inside, monkeypatch):
         nodes = [node("first", add_one, Count), node("total", breaks, Sum, Total)]
         pipeline = Pipeline("broken", nodes, config=RunConfig(contract_retries={"total": 4}))
         private = Pipeline("broken", nodes, config=RunConfig(redact=hide))
-    """)  # fmt: skip
+    """,
+    )
     assert inside("run", "broken.py:pipeline", GOOD, "--run-id", "x", "-q").code == 1
     shown = inside("show", "x").out
     parts = shown.split("rejected output of total at 1, attempt ")
@@ -146,7 +158,9 @@ def test_show_has_rejected_outputs(any_url, stroma, inside, monkeypatch):
 
 def test_show_as_a_tree(stroma, inside):
     """--tree draws groups and their children, --timing says when each began, and how long a retry waited."""
-    stroma.file("groups.py", """
+    stroma.file(
+        "groups.py",
+        """
         from sums import *
         async def slow(state):
             await asyncio.sleep(0.02)
@@ -159,7 +173,8 @@ def test_show_as_a_tree(stroma, inside):
         inner = parallel(leaf("x"), leaf("y"))
         pipeline = Pipeline("tree", [node("begin", add_one, Count), parallel(inner, leaf("z")), node("flaky", flaky)],
                             config=RunConfig(policy_map=quick))
-    """)  # fmt: skip
+    """,
+    )
     assert inside("run", "groups.py:pipeline", GOOD, "--run-id", "t", "-q").code == 0
     lines = inside("show", "t", "--tree", "--timing").out.splitlines()
     table = lines[lines.index("") + 1 :]
@@ -176,8 +191,11 @@ def test_show_as_a_tree(stroma, inside):
 
 
 def test_show_has_the_nodes_of_each_item(stroma, inside):
-    """`show` lists the nodes of a map with several below their item, and `show --input` has the input of each of them."""
-    stroma.file("steps.py", """
+    """`show` lists the nodes of a map with several below their item, and `show --input` has the input of each
+    of them."""
+    stroma.file(
+        "steps.py",
+        """
         from sums import *
         class Counts(BaseModel):
             counts: list[Count]
@@ -185,7 +203,8 @@ def test_show_has_the_nodes_of_each_item(stroma, inside):
             return {"n": state.n + 10}
         pipeline = Pipeline("steps", [map_over("counts", [node("more", more), node("twice", double)], into="done")],
                             config=RunConfig(policy_map=quick))
-    """)  # fmt: skip
+    """,
+    )
     argument = '{"counts": [{"n": 1}, {"n": 2}]}'
     done = inside("run", "steps.py:pipeline", argument, "--run-id", "s")
     assert done.code == 0, done.err
@@ -193,24 +212,32 @@ def test_show_has_the_nodes_of_each_item(stroma, inside):
     table = lines[lines.index("") + 1 :]
     assert [line[: line.index("  1  ")].rstrip() for line in table[1:8]] == [
         "0      map_over(counts, [more, twice])",
-        "0.0    ├─ [more, twice]", "0.0.0  │  ├─ more", "0.0.1  │  └─ twice",
-        "0.1    └─ [more, twice]", "0.1.0     ├─ more", "0.1.1     └─ twice",
-    ]  # fmt: skip
+        "0.0    ├─ [more, twice]",
+        "0.0.0  │  ├─ more",
+        "0.0.1  │  └─ twice",
+        "0.1    └─ [more, twice]",
+        "0.1.0     ├─ more",
+        "0.1.1     └─ twice",
+    ]
     twice = inside("show", "s", "--node", "twice", "--input", "--unfold")
     states = re.findall(r'^# (\S+)|"n": (\d+)', twice.out, re.MULTILINE)
     assert states == [("0.0.1", ""), ("", "11"), ("0.1.1", ""), ("", "12")]
     graph = json.loads(inside("graph", "steps.py:pipeline", "--format", "json").out)
     assert [(one["node_id"], one["kind"]) for one in graph["nodes"]][1:] == [
-        ("map_over(counts, [more, twice]) into done", "map_over"), ("[more, twice]", "sequence"),
-        ("more", "node"), ("twice", "node"),
-    ]  # fmt: skip
+        ("map_over(counts, [more, twice]) into done", "map_over"),
+        ("[more, twice]", "sequence"),
+        ("more", "node"),
+        ("twice", "node"),
+    ]
     checked = inside("check", "steps.py:pipeline", "--against", "s")
     assert checked.code == 0, checked.out
 
 
 def test_timing_shows_how_long_functions_ran_where_a_group_also_waited(stroma, inside):
     """`show --timing` has the column FUNCTIONS if a group took longer than its functions."""
-    stroma.file("waits.py", """
+    stroma.file(
+        "waits.py",
+        """
         from sums import *
         async def flaky(state):
             if current_node().attempt == 1:
@@ -218,7 +245,8 @@ def test_timing_shows_how_long_functions_ran_where_a_group_also_waited(stroma, i
             return {"n": 2}
         pipeline = Pipeline("waits", [node("begin", add_one, Count), parallel(node("flaky", flaky), node("y", double))],
                             config=RunConfig(policy_map=quick))
-    """)  # fmt: skip
+    """,
+    )
     assert inside("run", "waits.py:pipeline", GOOD, "--run-id", "w", "-q").code == 0
     lines = inside("show", "w", "--tree", "--timing").out.splitlines()
     table = lines[lines.index("") + 1 :]
@@ -227,13 +255,17 @@ def test_timing_shows_how_long_functions_ran_where_a_group_also_waited(stroma, i
 
 
 def test_a_narrow_terminal_shows_what_was_asked_for(stroma, inside, monkeypatch):
-    """At 80 columns `show --timing` has the times, and no line is wider than the terminal, the command to resume included."""
+    """At 80 columns `show --timing` has the times, and no line is wider than the terminal, the command to
+    resume included."""
     long = "stop_after_the_first_page_was_read_and_nothing_else"
-    stroma.file("long.py", f"""
+    stroma.file(
+        "long.py",
+        f"""
         from sums import *
         pipeline = Pipeline("{long}", [node("first", add_one, Count), parallel(node("classify", double), node("risk", last))],
                             config=RunConfig(policy_map=quick))
-    """)  # fmt: skip
+    """,
+    )
     fails = {"SECOND": "raise TimeoutError('the provider did not answer within 30 s')"}
     assert inside("run", "long.py:pipeline", GOOD, "--run-id", "t", "-q", env=fails).code == 1
     monkeypatch.setattr("stroma.cli.output.Stream.is_terminal", True)
@@ -248,7 +280,9 @@ def test_a_narrow_terminal_shows_what_was_asked_for(stroma, inside, monkeypatch)
 @pytest.mark.parametrize("view", [(), ("--tree",)])
 def test_the_line_of_a_map_sums_the_nodes_of_a_sequence(stroma, inside, view):
     """An item counts as retried if a node inside it was, and as failed if its failure was collected."""
-    stroma.file("turns.py", """
+    stroma.file(
+        "turns.py",
+        """
         from sums import *
         class Nums(BaseModel):
             nums: list[int]
@@ -265,7 +299,8 @@ def test_the_line_of_a_map_sums_the_nodes_of_a_sequence(stroma, inside, view):
         turns = [node("shaky", shaky), node("final", final)]
         items = map_over("nums", turns, into="sums", on_item_failure="collect")
         pipeline = Pipeline("turns", [items], config=RunConfig(policy_map=quick))
-    """)  # fmt: skip
+    """,
+    )
     given = json.dumps({"nums": list(range(6))})
     assert inside("run", "turns.py:pipeline", given, "--run-id", "t", "-q").code == 0
     *_, folded, failed = inside("show", "t", *view).out.splitlines()
@@ -276,8 +311,11 @@ def test_the_line_of_a_map_sums_the_nodes_of_a_sequence(stroma, inside, view):
 
 
 def test_show_folds_the_loops_of_a_flow(stroma, inside):
-    """Repeated calls of a node in a flow are one line with the first failures; with --unfold or --node each has one."""
-    stroma.file("loop.py", """
+    """Repeated calls of a node in a flow are one line with the first failures; with --unfold or --node each
+    has one."""
+    stroma.file(
+        "loop.py",
+        """
         from sums import *
         again = node("again", last)
         async def flaky(state):
@@ -296,7 +334,8 @@ def test_show_folds_the_loops_of_a_flow(stroma, inside):
             await flow.sleep(seconds=0.01)
             return state
         pipeline = Pipeline("loop", [loop], config=RunConfig(policy_map=quick))
-    """)  # fmt: skip
+    """,
+    )
     assert inside("run", "loop.py:pipeline", '{"n": 1}', "--run-id", "l", "-q").code == 0
 
     def table(*options: str) -> list[str]:
@@ -315,13 +354,19 @@ def test_show_folds_the_loops_of_a_flow(stroma, inside):
     assert len(table("--unfold")) == 8
     assert len(table("--tree", "--unfold")) == 9
     assert [line.split()[0] for line in table("--tree", "--node", "again")] == [
-        "0", "0.again#0", "0.again#2", "0.again#4",
-    ]  # fmt: skip
+        "0",
+        "0.again#0",
+        "0.again#2",
+        "0.again#4",
+    ]
 
 
 def test_graph_of_recorded_runs(stroma, inside, fails):
-    """`stroma graph FILE:flow --from-runs` draws the steps of all runs of a flow, and says so if there are none."""
-    stroma.file("loop.py", """
+    """`stroma graph FILE:flow --from-runs` draws the steps of all runs of a flow, and says so if there are
+    none."""
+    stroma.file(
+        "loop.py",
+        """
         from sums import *
         again = node("again", last)
         @stroma_flow("loop", input=Sum, output=Sum)
@@ -329,7 +374,8 @@ def test_graph_of_recorded_runs(stroma, inside, fails):
             for n in range(state.n):
                 await flow.step(again, Sum(n=n))
             return state
-    """)  # fmt: skip
+    """,
+    )
     fails(inside("graph", "loop.py:loop", "--from-runs"), 3, "no such database")
     assert inside("run", "sums.py:pipeline", GOOD, "--run-id", "s", "-q").code == 0
     fails(inside("graph", "loop.py:loop", "--from-runs"), 4, "no runs of 'loop'")
@@ -337,9 +383,14 @@ def test_graph_of_recorded_runs(stroma, inside, fails):
         assert inside("run", "loop.py:loop", f'{{"n": {n}}}', "-q").code == 0
     drawn = inside("graph", "loop.py:loop", "--from-runs", "--format", "mermaid").out
     assert drawn.splitlines() == [
-        "flowchart TD", '    start(["loop: 2 runs"])', '    n0["again<br/>5 calls"]', "    start -->|2| n0", "    n0 -->|3| n0",
-        '    end_COMPLETED(["COMPLETED"])', "    n0 -->|2| end_COMPLETED",
-    ]  # fmt: skip
+        "flowchart TD",
+        '    start(["loop: 2 runs"])',
+        '    n0["again<br/>5 calls"]',
+        "    start -->|2| n0",
+        "    n0 -->|3| n0",
+        '    end_COMPLETED(["COMPLETED"])',
+        "    n0 -->|2| end_COMPLETED",
+    ]
     data = json.loads(inside("graph", "loop.py:loop", "--from-runs", "--format", "json").out)
     assert (data["schema"], data["runs"]) == ("stroma.run_graph/1", 2)
     assert data["nodes"] == [{"path": ["again"], "kind": "node", "calls": 5, "attempts": 5, "failed": 0}]
@@ -387,8 +438,11 @@ def test_a_dry_run(filled, stroma, inside, fails):
     assert "nothing was done; resume with: stroma resume b sums.py:pipeline\n" in done.err
     data = json.loads(inside("resume", "a", "sums.py:pipeline", "--from", "third", "--dry-run", "--json").out)
     assert (data["schema"], data["saves"]["tokens"], data["calls"], data["resumable"]) == (
-        "stroma.plan/1", 135, ["third"], True,
-    )  # fmt: skip
+        "stroma.plan/1",
+        135,
+        ["third"],
+        True,
+    )
     assert [one["node_id"] for one in data["kept"]] == ["first", "second"]
     assert inside("resume", "b", "--dry-run").out.endswith("calls   second, and what follows\n")
     stroma.file(
@@ -405,9 +459,12 @@ def test_a_dry_run(filled, stroma, inside, fails):
 
 @pytest.mark.core
 def test_what_a_terminal_would_obey(stroma, inside, monkeypatch, any_url):
-    """Control characters in ids, tags, messages, models and states reach no terminal: they are shown escaped."""
+    """Control characters in ids, tags, messages, models and states reach no terminal: they are shown
+    escaped."""
     monkeypatch.setenv("STROMA_DB", any_url)
-    stroma.file("evil.py", f"""
+    stroma.file(
+        "evil.py",
+        f"""
         from sums import *
         EVIL = {EVIL!r}
         class Text(BaseModel):
@@ -419,19 +476,40 @@ def test_what_a_terminal_would_obey(stroma, inside, monkeypatch, any_url):
             raise ValueError(EVIL)
         pipeline = Pipeline(EVIL + "p", [node(EVIL + "talks", talks, Text, Text), node("fails", fails, Text, Text)],
                             config=RunConfig(policy_map=quick, tags=(EVIL,)))
-    """)  # fmt: skip
+    """,
+    )
     run_id = "r" + EVIL
     assert inside("run", "evil.py:pipeline", "--run-id", run_id, "-q").code == 1
     assert inside("run", "evil.py:pipeline", '{"text": "x"}', "--run-id", "other", "-q").code == 1
     for words in (
-        ["runs"], ["runs", "--json"], ["show", "r"], ["show", "r", "--tree", "--timing"], ["show", "r", "--json"],
-        ["show", "r", "--input", "--output"], ["show", "r", "--rejected"], ["show", "r", "--rejected", "--json"], ["diff", "r", "other"], ["diff", "r", "other", "--json"], ["tail", "r"], ["tail"],
-        ["tail", "r", "--json"], ["resume", "r", "--dry-run"], ["resume", "r", "evil.py:pipeline", "--dry-run"],
-        ["export", "r"], ["export", "r", "--format", "otlp"],
-        ["export", "r", "--format", "html"], ["runs", "--search", EVIL], ["runs", "--tag", EVIL], ["show", EVIL],
-        ["run", "evil.py:pipeline", "--run-id", "third" + EVIL], ["resume", "r", "evil.py:pipeline"], ["cancel", "other"],
-        ["runs", "--tag", EVIL + "none"], ["diff", "r", "other", "--node", EVIL], ["show", "r", "--node", EVIL],
-    ):  # fmt: skip
+        ["runs"],
+        ["runs", "--json"],
+        ["show", "r"],
+        ["show", "r", "--tree", "--timing"],
+        ["show", "r", "--json"],
+        ["show", "r", "--input", "--output"],
+        ["show", "r", "--rejected"],
+        ["show", "r", "--rejected", "--json"],
+        ["diff", "r", "other"],
+        ["diff", "r", "other", "--json"],
+        ["tail", "r"],
+        ["tail"],
+        ["tail", "r", "--json"],
+        ["resume", "r", "--dry-run"],
+        ["resume", "r", "evil.py:pipeline", "--dry-run"],
+        ["export", "r"],
+        ["export", "r", "--format", "otlp"],
+        ["export", "r", "--format", "html"],
+        ["runs", "--search", EVIL],
+        ["runs", "--tag", EVIL],
+        ["show", EVIL],
+        ["run", "evil.py:pipeline", "--run-id", "third" + EVIL],
+        ["resume", "r", "evil.py:pipeline"],
+        ["cancel", "other"],
+        ["runs", "--tag", EVIL + "none"],
+        ["diff", "r", "other", "--node", EVIL],
+        ["show", "r", "--node", EVIL],
+    ):
         done = inside(*words)
         assert done.code in (0, 1, 2, 4, 6), (words, done)
         for text in (done.out, done.err):
@@ -440,7 +518,9 @@ def test_what_a_terminal_would_obey(stroma, inside, monkeypatch, any_url):
 
 def test_show_folds_a_map_and_fits_the_terminal(stroma, inside, monkeypatch):
     """The items of a map are one line that counts them; on a terminal no line is wider than it."""
-    stroma.file("fan.py", """
+    stroma.file(
+        "fan.py",
+        """
         from sums import *
         class Nums(BaseModel):
             nums: list[int]
@@ -454,7 +534,8 @@ def test_show_folds_a_map_and_fits_the_terminal(stroma, inside, monkeypatch):
             return {"n": state.n}, 10, 5, "gpt-4o-mini"
         pipeline = Pipeline("fan", [map_over("nums", node("shaky", shaky), into="sums")],
                             config=RunConfig(policy_map=quick))
-    """)  # fmt: skip
+    """,
+    )
     given = json.dumps({"nums": list(range(20))})
     assert inside("run", "fan.py:pipeline", given, "--run-id", "f", "-q").code == 0
     shown = inside("show", "f").out

@@ -76,7 +76,8 @@ def test_json(recorded, inside):
 
 
 def test_from_a_node_on_nodes_are_called(recorded, inside):
-    """--from calls that node and those after it, on the output of then or on --input; the store stays as it is."""
+    """--from calls that node and those after it, on the output of then or on --input; the store stays as it
+    is."""
     done = inside("replay", "run-a", "sums.py:pipeline", "--from", "second")
     assert done.code == 6, done  # It took two attempts then.
     assert "attempts: 2 -> 1" in done.out
@@ -157,7 +158,8 @@ def test_a_test_that_would_fail_is_not_written(recorded, inside):
 
 @pytest.mark.slow
 def test_what_is_redacted_is_not_written(recorded, inside):
-    """The redact of the pipeline's config applies; where it breaks a contract nothing is written, and that is said."""
+    """The redact of the pipeline's config applies; where it breaks a contract nothing is written, and that is
+    said."""
     change(
         recorded,
         "policy_map=quick",

@@ -20,8 +20,13 @@ def test_run_prints_the_final_state(stroma):
     assert "\x1b" not in done.err
     lines = [re.split(r"  +", line[14:]) for line in done.err.splitlines() if re.match(r"\d\d:\d\d:", line)]
     assert [line[:2] for line in lines if len(line) > 1] == [
-        ["first", "start"], ["first", "ok"], ["second", "start"], ["second", "ok"], ["third", "start"], ["third", "ok"],
-    ]  # fmt: skip
+        ["first", "start"],
+        ["first", "ok"],
+        ["second", "start"],
+        ["second", "ok"],
+        ["third", "start"],
+        ["third", "ok"],
+    ]
     assert re.search(
         r"second +ok +\d\.\d\d s, 15 tok, \$0\.00000\d, gpt-4o-mini\n +run: 135 tok, \$0\.0000\d\d\n",
         done.err,
@@ -34,7 +39,8 @@ def test_run_prints_the_final_state(stroma):
 
 @pytest.mark.slow
 def test_the_default_store_is_private(stroma):
-    """Without --db the store is in the user's data directory: the file 0600, the directories made for it 0700."""
+    """Without --db the store is in the user's data directory: the file 0600, the directories made for it
+    0700."""
     assert stroma("run", "sums.py:pipeline", GOOD, "-q").code == 0
     path = stroma.home / ".local"
     for part in ("share", "stroma", "runs.db"):
@@ -54,8 +60,10 @@ def test_stores_can_be_chosen(stroma, inside):
     from_env = inside("run", "sums.py:pipeline", GOOD, env=data | {"STROMA_DB": "b.db"})
     assert "--db" not in from_env.err
     assert sorted(p.relative_to(stroma.home).as_posix() for p in stroma.home.rglob("*.db")) == [
-        "a.db", "b.db", "xdg/stroma/runs.db",
-    ]  # fmt: skip
+        "a.db",
+        "b.db",
+        "xdg/stroma/runs.db",
+    ]
     passing = inside("run", "sums.py:pipeline", GOOD, "--db", "memory://")
     assert passing.code == 0
     assert "show" not in passing.err
@@ -71,17 +79,34 @@ def test_json(stroma, inside):
     assert 0 <= seconds < 60
     assert 0 < data["totals"].pop("cost_usd") < 0.001
     assert data == {
-        "schema": "stroma.run/1", "run_id": "mine", "pipeline": "sums", "status": "COMPLETED", "exit_code": 0,
-        "final_state": {"n": 4}, "failure": None, "resume": None, "unpriced_models": [], "hook_errors": 0,
-        "suspended": [], "parent": None,
-        "totals": {"tokens": 135, "wasted_tokens": 0, "wasted_cost_usd": 0, "failed_items": 0, "earlier_tokens": 0,
-                   "earlier_cost_usd": 0, "attempts": 3},
-    }  # fmt: skip
+        "schema": "stroma.run/1",
+        "run_id": "mine",
+        "pipeline": "sums",
+        "status": "COMPLETED",
+        "exit_code": 0,
+        "final_state": {"n": 4},
+        "failure": None,
+        "resume": None,
+        "unpriced_models": [],
+        "hook_errors": 0,
+        "suspended": [],
+        "parent": None,
+        "totals": {
+            "tokens": 135,
+            "wasted_tokens": 0,
+            "wasted_cost_usd": 0,
+            "failed_items": 0,
+            "earlier_tokens": 0,
+            "earlier_cost_usd": 0,
+            "attempts": 3,
+        },
+    }
 
 
 @pytest.mark.slow
 def test_failure_then_resume(stroma):
-    """A failed run says what failed, why, and the command that goes on; that command calls only what is missing."""
+    """A failed run says what failed, why, and the command that goes on; that command calls only what is
+    missing."""
     breaks = {"SECOND": "raise RuntimeError('no luck\\x1b[2J')"}
     done = stroma("run", "sums.py:pipeline", GOOD, "--db", "my runs.db", env=breaks)
     assert (done.code, done.out) == (1, "")
@@ -116,8 +141,12 @@ def test_terminal_failure(stroma, inside):
     assert (done.code, data["exit_code"], data["status"]) == (1, 1, "FAILED")
     assert data["final_state"] == {"n": 2}
     assert {k: data["failure"][k] for k in ("node_id", "attempt", "class", "reason", "exception")} == {
-        "node_id": "second", "attempt": 1, "class": "TERMINAL", "reason": "contract", "exception": "ContractViolation",
-    }  # fmt: skip
+        "node_id": "second",
+        "attempt": 1,
+        "class": "TERMINAL",
+        "reason": "contract",
+        "exception": "ContractViolation",
+    }
     assert data["resume"].startswith("stroma resume ")
     assert "fix the cause" in done.err
 
@@ -139,7 +168,8 @@ def test_budget(stroma):
 
 
 def test_a_spent_budget_under_another_failure(inside):
-    """A failure that is not retried because the budget is spent is the budget's: a resume needs a larger one."""
+    """A failure that is not retried because the budget is spent is the budget's: a resume needs a larger
+    one."""
     breaks = {"SECOND": "current_node().report_usage(input_tokens=50); raise TimeoutError('slow')"}
     done = inside("run", "sums.py:pipeline", GOOD, "--budget-tokens", "150", env=breaks)
     assert done.code == 5
@@ -165,7 +195,8 @@ SETTINGS = """
 
 @pytest.mark.parametrize("name", ["pipeline", "flow"])
 def test_settings_of_the_runner_beside_a_pipeline(stroma, inside, name):
-    """A pipeline or flow without a config runs, and is resumed, under the settings of the runner in its file."""
+    """A pipeline or flow without a config runs, and is resumed, under the settings of the runner in its
+    file."""
     stroma.file("settings.py", SETTINGS)
     assert inside("run", f"settings.py:{name}", GOOD, "--run-id", "x").code == 5
     assert inside("resume", "x", f"settings.py:{name}").code == 5
@@ -176,14 +207,19 @@ def test_settings_of_the_runner_beside_a_pipeline(stroma, inside, name):
 
 
 def test_a_pipeline_with_its_own_config_has_no_other_settings(stroma, inside, fails):
-    """Its config replaces the settings of the runner; without one, several runners with settings are refused."""
+    """Its config replaces the settings of the runner; without one, several runners with settings are
+    refused."""
     stroma.file("settings.py", SETTINGS)
     assert inside("run", "settings.py:generous", GOOD).code == 0
     stroma.file("several.py", SETTINGS + '    second_runner = StromaRunner.quick(tags=("x",))\n')
     assert inside("run", "several.py:generous", GOOD).code == 0
     refused = inside("run", "several.py:pipeline", GOOD)
-    fails(refused, 2, "has no config, and 2 runners beside it have settings: runner, second_runner",
-          "pass one of them: Pipeline('sums', nodes, config=runner.config)")  # fmt: skip
+    fails(
+        refused,
+        2,
+        "has no config, and 2 runners beside it have settings: runner, second_runner",
+        "pass one of them: Pipeline('sums', nodes, config=runner.config)",
+    )
 
 
 def test_run_id_again(stroma, inside):
@@ -199,14 +235,18 @@ def test_run_id_again(stroma, inside):
 
 
 def test_a_run_that_has_not_ended_needs_resume_or_restart(stroma, inside, fails):
-    """A run id that was interrupted is refused with both commands that continue; --restart calls its nodes again."""
+    """A run id that was interrupted is refused with both commands that continue; --restart calls its nodes
+    again."""
     words = ("run", "sums.py:pipeline", GOOD, "--run-id", "x", "-q")
     assert inside(*words, env={"SECOND": "sys.exit('enough')"}).code == 1
     calls = stroma.calls()
     fails(
-        inside(*words), 2, "has not ended (INTERRUPTED); a new execution would discard 1 committed node",
-        "resume it: stroma resume x sums.py:pipeline", "repeat the command with --restart",
-    )  # fmt: skip
+        inside(*words),
+        2,
+        "has not ended (INTERRUPTED); a new execution would discard 1 committed node",
+        "resume it: stroma resume x sums.py:pipeline",
+        "repeat the command with --restart",
+    )
     assert stroma.calls() == calls
     assert json.loads(inside(*words, "--restart").out) == {"n": 4}
     assert stroma.calls() == [*calls, "first", "second", "third"]
@@ -231,12 +271,16 @@ def test_resume_from(stroma, inside, fails):
 
 
 def test_resume_says_what_it_cannot(stroma, inside, fails):
-    """Resuming names what is missing: the target (never imported from the store), the run, the pipeline that fits."""
+    """Resuming names what is missing: the target (never imported from the store), the run, the pipeline that
+    fits."""
     inside("run", "sums.py:pipeline", GOOD, "--run-id", "x")
     fails(inside("resume", "x"), 2, "a run of the pipeline 'sums'", "stroma resume x FILE.py:NAME")
     fails(inside("resume", "z", "sums.py:pipeline"), 4, "no run whose id begins with 'z'")
-    stroma.file("other.py", "from sums import *\nclass Text(BaseModel):\n    text: str\n"
-                "pipeline = Pipeline('others', [node('n', last, Text)])")  # fmt: skip
+    stroma.file(
+        "other.py",
+        "from sums import *\nclass Text(BaseModel):\n    text: str\n"
+        "pipeline = Pipeline('others', [node('n', last, Text)])",
+    )
     fails(
         inside("resume", "x", "other.py:pipeline", "-q"), 2, "was not started with a Text", "Field required"
     )
@@ -264,8 +308,11 @@ def test_any_run_id(stroma):
 
 
 def test_groups_and_items(stroma, inside):
-    """Children of groups are indented, items of a map carry their index, and kept ones are told apart on resume."""
-    stroma.file("fan.py", """
+    """Children of groups are indented, items of a map carry their index, and kept ones are told apart on
+    resume."""
+    stroma.file(
+        "fan.py",
+        """
         from sums import *
         class Nums(BaseModel):
             nums: list[int]
@@ -282,7 +329,8 @@ def test_groups_and_items(stroma, inside):
             node("count", count, Count, Nums), map_over("nums", second, into="sums"),
             parallel(node("add", add, Sums, Total), node("also", add, Sums, Total)),
         ])
-        """)  # fmt: skip
+        """,
+    )
     done = inside(
         "run",
         "fan.py:pipeline",
@@ -304,14 +352,17 @@ def test_groups_and_items(stroma, inside):
 
 def test_unknown_price_and_raising_hook_are_noted(stroma, inside):
     """What did not stop a run but should be known is said at its end."""
-    stroma.file("odd.py", """
+    stroma.file(
+        "odd.py",
+        """
         from sums import *
         async def own(state):
             return {"n": 1}, 5, "no-such-model-anywhere"
         async def broken(*args):
             raise KeyError("of the hook")
         pipeline = Pipeline("odd", [node("own", own, Count)], config=RunConfig(hooks=NodeHooks(on_node_start=broken)))
-        """)  # fmt: skip
+        """,
+    )
     done = inside("run", "odd.py:pipeline", GOOD)
     assert (done.code, json.loads(done.out)) == (0, {"n": 1})
     assert "note: no price for no-such-model-anywhere" in done.err
@@ -322,11 +373,15 @@ def test_unknown_price_and_raising_hook_are_noted(stroma, inside):
 
 @pytest.mark.slow
 def test_what_breaks_off_a_run(stroma, fails):
-    """A hook that is not async, and a node that ends the process, end in one message that shows the user's line."""
-    stroma.file("bad.py", """
+    """A hook that is not async, and a node that ends the process, end in one message that shows the user's
+    line."""
+    stroma.file(
+        "bad.py",
+        """
         from sums import *
         pipeline = Pipeline("bad", [first], config=RunConfig(hooks=NodeHooks(on_node_start=lambda *args: None)))
-        """)  # fmt: skip
+        """,
+    )
     fails(stroma("run", "bad.py:pipeline", GOOD, "-q"), 1, "a hook of the pipeline's config", "not async")
     done = stroma("run", "sums.py:pipeline", GOOD, "-q", env={"SECOND": "sys.exit('enough')"})
     done.err = done.err.replace("printed by a node\n", "")

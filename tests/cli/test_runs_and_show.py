@@ -26,19 +26,34 @@ GOOD = '{"start": 1}'
 def filled(stroma, inside):
     """A store with a finished run, a failed one and one whose process was killed."""
     done = inside("run", "sums.py:pipeline", GOOD, "--run-id", "run-a")
-    failed = inside("run", "sums.py:pipeline", GOOD, "--run-id", "run-b", env={
-        "SECOND": "current_node().report_usage(input_tokens=7, model='gpt-4o-mini'); raise TimeoutError('too slow')",
-    })  # fmt: skip
-    killed = stroma("run", "sums.py:pipeline", GOOD, "--run-id", "other", env={
-        "SECOND": "os.kill(os.getpid(), signal.SIGKILL)",
-    })  # fmt: skip
+    failed = inside(
+        "run",
+        "sums.py:pipeline",
+        GOOD,
+        "--run-id",
+        "run-b",
+        env={
+            "SECOND": "current_node().report_usage(input_tokens=7, model='gpt-4o-mini'); raise TimeoutError('too slow')",
+        },
+    )
+    killed = stroma(
+        "run",
+        "sums.py:pipeline",
+        GOOD,
+        "--run-id",
+        "other",
+        env={
+            "SECOND": "os.kill(os.getpid(), signal.SIGKILL)",
+        },
+    )
     assert (done.code, failed.code, killed.code) == (0, 1, -9)
     return stroma
 
 
 @pytest.mark.slow
 def test_runs(filled, inside):
-    """The newest run is first; each line has status, nodes, tokens, the cost to the micro-dollar, and the error."""
+    """The newest run is first; each line has status, nodes, tokens, the cost to the micro-dollar, and the
+    error."""
     done = inside("runs")
     assert (done.code, done.err) == (
         0,
@@ -69,8 +84,26 @@ def test_runs(filled, inside):
     assert only["schema"] == "stroma.runs/1"
     (run,) = only["runs"]
     assert run["run_id"] == "run-b"
-    assert set(run) == {"run_id", "pipeline", "status", "execution", "started", "updated", "due", "seconds", "nodes",
-                        "tokens", "cost_usd", "error", "holder", "parent", "tags", "version", "blocked", "cause"}  # fmt: skip
+    assert set(run) == {
+        "run_id",
+        "pipeline",
+        "status",
+        "execution",
+        "started",
+        "updated",
+        "due",
+        "seconds",
+        "nodes",
+        "tokens",
+        "cost_usd",
+        "error",
+        "holder",
+        "parent",
+        "tags",
+        "version",
+        "blocked",
+        "cause",
+    }
     assert [r["run_id"] for r in json.loads(inside("runs", "--json", "--limit", "2").out)["runs"]] == [
         "other",
         "run-b",
@@ -83,7 +116,8 @@ def test_runs(filled, inside):
 
 
 def test_blocked_runs(tmp_path, inside):
-    """`runs --blocked` lists the runs that code could not continue; `show` and JSON have the message, since when, and the code."""
+    """`runs --blocked` lists the runs that code could not continue; `show` and JSON have the message, since
+    when, and the code."""
 
     async def write(store):
         for run_id in ("held", "free"):
@@ -111,7 +145,8 @@ def test_blocked_runs(tmp_path, inside):
 
 
 def test_runs_say_who_is_at_work(tmp_path, inside, monkeypatch):
-    """Of a run in progress, `runs` names the process and host that runs it, for how long, and when it recorded something last."""
+    """Of a run in progress, `runs` names the process and host that runs it, for how long, and when it
+    recorded something last."""
 
     with SQLiteStore(tmp_path / "stroma.db") as store, asyncio.Runner() as loop:
 
@@ -134,7 +169,8 @@ def test_runs_say_who_is_at_work(tmp_path, inside, monkeypatch):
 
 @pytest.mark.slow
 def test_show(filled, inside, fails):
-    """Each attempt has a line, what came to nothing is summed apart, and a run is named by a unique beginning."""
+    """Each attempt has a line, what came to nothing is summed apart, and a run is named by a unique
+    beginning."""
     done = inside("show", "run-b")
     assert done.code == 0
     assert re.search(
@@ -154,8 +190,10 @@ def test_show(filled, inside, fails):
     data = json.loads(inside("show", "run-b", "--json").out)
     assert (data["schema"], data["wasted_tokens"], data["run"]["run_id"]) == ("stroma.show/1", 14, "run-b")
     assert [(a["node_id"], a["attempt"], a["outcome"], a["committed"]) for a in data["attempts"]] == [
-        ("first", 1, "success", True), ("second", 1, "failure", False), ("second", 2, "failure", False),
-    ]  # fmt: skip
+        ("first", 1, "success", True),
+        ("second", 1, "failure", False),
+        ("second", 2, "failure", False),
+    ]
 
     assert inside("show", "last").out.startswith("run       other\n")
     assert "owner     lost; last record " in inside("show", "oth").out
@@ -164,7 +202,8 @@ def test_show(filled, inside, fails):
 
 
 def test_a_cost_without_tokens(stroma, inside):
-    """An attempt that is priced per call has its cost in its progress, in its row and its fold, and in its line of tail."""
+    """An attempt that is priced per call has its cost in its progress, in its row and its fold, and in its
+    line of tail."""
     stroma.file(
         "images.py",
         """
@@ -244,7 +283,8 @@ def test_output_that_cannot_be_written(stroma, fails):
 
 @pytest.mark.slow
 def test_start_is_light(stroma):
-    """--version and --help import neither pydantic nor rich nor asyncio; reading off a terminal does without rich."""
+    """--version and --help import neither pydantic nor rich nor asyncio; reading off a terminal does without
+    rich."""
     for words_ in (["--version"], ["--help"]):
         code = f"import sys; from stroma.cli import main; main({words_!r}); print(sorted(sys.modules), file=sys.stderr)"
         done = subprocess.run(
@@ -264,7 +304,8 @@ def test_start_is_light(stroma):
 
 
 def test_version_and_help(stroma, inside):
-    """The version is one line, and the help of all and of each command tells the exit codes and the options."""
+    """The version is one line, and the help of all and of each command tells the exit codes and the
+    options."""
     assert re.fullmatch(r"stroma \d+\.\d+\.\S+\n", inside("--version").out)
     assert "5\n  stopped by the budget" in inside("-h").out or "5 stopped by the budget" in inside("-h").out
     assert "7 suspended" in " ".join(inside("-h").out.split())
@@ -292,9 +333,16 @@ def test_the_demo_without_its_extra(stroma):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0.00 s"), (-1, "0.00 s"), (9.999, "10.0 s"), (99.99, "1 m 40 s"), (3600, "60 m 00 s"),
-     (7200, "2 h 00 m"), (200_000, "2 d 7 h")],
-)  # fmt: skip
+    [
+        (0, "0.00 s"),
+        (-1, "0.00 s"),
+        (9.999, "10.0 s"),
+        (99.99, "1 m 40 s"),
+        (3600, "60 m 00 s"),
+        (7200, "2 h 00 m"),
+        (200_000, "2 d 7 h"),
+    ],
+)
 def test_spans(seconds, text):
     """A duration is shown in at most two units."""
     assert format_duration(seconds) == text
@@ -325,14 +373,34 @@ def test_a_damaged_output_hides_nothing_else(filled, inside):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("words", "never"), [
-    (["--version"], ["pydantic", "sqlite3", "rich", "asyncio", "stroma.checkpoint"]),
-    (["runs", "--failed", "--since", "1h"], ["rich", "starlette", "uvicorn", "jinja2", "psycopg", "redis", "genai_prices", "openai",
-                                            "stroma.runner", "stroma.engine.loop", "stroma.cli.commands.run", "stroma.telemetry", "stroma.ui"]),
-    (["show", "run-a"], ["rich", "starlette", "psycopg", "redis", "genai_prices"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "never"),
+    [
+        (["--version"], ["pydantic", "sqlite3", "rich", "asyncio", "stroma.checkpoint"]),
+        (
+            ["runs", "--failed", "--since", "1h"],
+            [
+                "rich",
+                "starlette",
+                "uvicorn",
+                "jinja2",
+                "psycopg",
+                "redis",
+                "genai_prices",
+                "openai",
+                "stroma.runner",
+                "stroma.engine.loop",
+                "stroma.cli.commands.run",
+                "stroma.telemetry",
+                "stroma.ui",
+            ],
+        ),
+        (["show", "run-a"], ["rich", "starlette", "psycopg", "redis", "genai_prices"]),
+    ],
+)
 def test_what_commands_do_not_load(filled, words, never):
-    """Commands that one calls often load little: what takes long to import, or is another command's, stays away."""
+    """Commands that one calls often load little: what takes long to import, or is another command's, stays
+    away."""
     code = (
         "import sys\nfrom stroma.cli import main\n"
         f"assert main({words!r}) == 0\nprint(*(m for m in {never!r} if m in sys.modules), file=sys.stderr)"
@@ -349,7 +417,8 @@ def test_what_commands_do_not_load(filled, words, never):
 
 
 def test_every_view_names_the_type(any_url, stroma, inside, monkeypatch):
-    """`show`, `runs`, `tail` and exports of every store show a failure as `Type: message`; --json has both apart."""
+    """`show`, `runs`, `tail` and exports of every store show a failure as `Type: message`; --json has both
+    apart."""
     monkeypatch.setenv("STROMA_DB", any_url)
     stroma.file(
         "dates.py",

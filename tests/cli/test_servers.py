@@ -16,7 +16,8 @@ GOOD = '{"start": 1}'
 
 
 def test_a_store_on_a_server(url, stroma, inside, fails):
-    """Every command works on PostgreSQL and Redis as it does on a file, and names the store in what it tells to do."""
+    """Every command works on PostgreSQL and Redis as it does on a file, and names the store in what it tells
+    to do."""
     assert inside("runs", "--db", url).code == 0
     fails(inside("show", "last", "--db", url), 4, "no runs in ")
     failed = inside(
@@ -38,7 +39,8 @@ def test_a_store_on_a_server(url, stroma, inside, fails):
 
 
 def test_check_against_a_run_on_a_server(url, stroma, inside, fails):
-    """check --against reads a run of any store: it tells what changed, and a run or store that is not there."""
+    """check --against reads a run of any store: it tells what changed, and a run or store that is not
+    there."""
     fails(inside("check", "sums.py:pipeline", "--against", "last", "--db", url), 4, "no runs in ")
     inside(
         "run", "sums.py:pipeline", GOOD, "--run-id", "x", "--db", url, env={"SECOND": "raise TimeoutError"}

@@ -1,4 +1,5 @@
-"""SIGINT stops at once with 130, SIGTERM after a node with 0; everything committed is kept, and a resume finishes."""
+"""SIGINT stops at once with 130, SIGTERM after a node with 0; everything committed is kept, and a resume
+finishes."""
 
 import json
 import signal

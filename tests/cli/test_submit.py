@@ -17,7 +17,8 @@ INPUT = '{"start": 3}'
 
 
 def test_a_submitted_run_is_driven(stroma, inside):
-    """`submit` prints the id of a queued run; `drive` executes it, and says how it ended, each time it is called."""
+    """`submit` prints the id of a queued run; `drive` executes it, and says how it ended, each time it is
+    called."""
     done = inside("submit", "sums.py:pipeline", INPUT, "--run-id", "r", "--tag", "nightly", *DB)
     assert (done.code, done.out) == (0, "r\n")
     assert "queued for a worker: stroma worker sums.py:pipeline --db runs.db" in done.err
@@ -56,7 +57,8 @@ def test_submitting_again(stroma, inside, fails):
 
 
 def test_queued_runs_are_listed(stroma, inside):
-    """`runs` finds queued runs by their status, and says when each is due; so does its JSON, and null for a run that has ended."""
+    """`runs` finds queued runs by their status, and says when each is due; so does its JSON, and null for a
+    run that has ended."""
     inside("submit", "sums.py:pipeline", INPUT, "--run-id", "r", "--delay", "2h", *DB)
     inside("submit", "sums.py:pipeline", INPUT, "--run-id", "done", *DB)
     inside("drive", "done", "sums.py:pipeline", *DB)
@@ -99,7 +101,8 @@ def send(url, key, text):
 
 
 def test_a_delayed_run_is_left_alone(stroma, inside, fails):
-    """A run that is not due, of code that is not served, or that fails is told apart by the exit code of `drive`."""
+    """A run that is not due, of code that is not served, or that fails is told apart by the exit code of
+    `drive`."""
     stroma.file("flows.py", FLOW)
     inside("submit", "sums.py:pipeline", INPUT, "--run-id", "later", "--delay", "2h", *DB)
     done = inside("drive", "later", "sums.py:pipeline", *DB)

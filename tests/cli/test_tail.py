@@ -22,8 +22,10 @@ def test_a_run_that_ended(db, stroma, inside, fails):
     assert inside("run", "sums.py:pipeline", GOOD, "--run-id", "x", "-q", env=failing).code == 1
     lines = inside("tail", "x").out.splitlines()
     assert [re.split(r"  +", line)[1:4] for line in lines[:-1]] == [
-        ["0", "first", "#1"], ["1", "second", "#1"], ["1", "second", "#2"],
-    ]  # fmt: skip
+        ["0", "first", "#1"],
+        ["1", "second", "#1"],
+        ["1", "second", "#2"],
+    ]
     assert re.search(r"#2  failure  RECOVERABLE timeout  \d\.\d\d s  TimeoutError: too slow$", lines[2])
     assert re.match(r"PARTIAL  120 tok, \$0\.000\d+, .*  TimeoutError: too slow$", lines[3])
     short = inside("tail", "x", "--lines", "1")
@@ -125,7 +127,8 @@ private = Pipeline("p", [speak], config=RunConfig(redact=hide))
 
 @pytest.mark.slow
 def test_what_nodes_emit(db, stroma, inside):
-    """The text of the attempt in progress comes in one line, and then what is new; of an attempt that has ended there is none."""
+    """The text of the attempt in progress comes in one line, and then what is new; of an attempt that has
+    ended there is none."""
     stroma.file("speak.py", SPEAK)
     tail = functools.partial(inside, "tail", env={"STROMA_DB": db})
     work = stroma.popen("run", "speak.py:pipeline", GOOD, "--run-id", "x", "-q", env={"STROMA_DB": db})
@@ -140,8 +143,10 @@ def test_what_nodes_emit(db, stroma, inside):
     assert "hiddenhidden" in hidden
     events = [json.loads(line) for line in tail("x", "--json").out.splitlines()]
     assert [(one["event"], one["node_event"]["data"]) for one in events] == [
-        ("node_event", "Half a "), ("node_event", "sentence"), ("node_event", {"done": 0.5})
-    ]  # fmt: skip
+        ("node_event", "Half a "),
+        ("node_event", "sentence"),
+        ("node_event", {"done": 0.5}),
+    ]
     assert events[0]["node_event"]["cursor"] == "1-3"
     watch = stroma.popen("tail", "x", "--follow", "--interval", "0.05", env={"STROMA_DB": db})
     assert "delta  Half a sentence" in watch.stdout.readline()

@@ -22,7 +22,8 @@ TARGET = ("run", "sums.py:pipeline", GOOD)
 
 
 def test_otlp(stroma: Any, otlp: OtlpReceiver) -> None:
-    """--otel ENDPOINT: spans and metrics are there when the command ends, part of the trace in TRACEPARENT."""
+    """--otel ENDPOINT: spans and metrics are there when the command ends, part of the trace in
+    TRACEPARENT."""
     value = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     done = stroma(*TARGET, "--otel", otlp.url, env={"TRACEPARENT": value})
     assert done.code == 0, done
@@ -118,8 +119,11 @@ def test_datadog(stroma: Any, datadog_agent: DatadogAgent, statsd: StatsdSocket)
     assert done.code == 0, done
     (trace,) = datadog_agent.traces(at_least=1)
     assert sorted((span["name"], span["resource"]) for span in trace) == [
-        ("stroma.node", "first"), ("stroma.node", "second"), ("stroma.node", "third"), ("stroma.run", "sums"),
-    ]  # fmt: skip
+        ("stroma.node", "first"),
+        ("stroma.node", "second"),
+        ("stroma.node", "third"),
+        ("stroma.run", "sums"),
+    ]
     runs = [line for line in statsd.statistics() if line.name == "stroma.runs"]
     assert [(line.value, line.tags["status"]) for line in runs] == [("1", "COMPLETED")]
 
@@ -152,7 +156,8 @@ def test_wrong_addresses(inside: Any, option: tuple[str, str], text: str) -> Non
 
 @pytest.mark.slow
 def test_a_port_that_is_taken(stroma: Any) -> None:
-    """--prometheus on a port that somebody listens on is an error of the environment, and nothing was called."""
+    """--prometheus on a port that somebody listens on is an error of the environment, and nothing was
+    called."""
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as taken:
         done = stroma(*TARGET, "--prometheus", str(taken.server_address[1]))
     assert done.code == 3
@@ -166,9 +171,13 @@ def test_assets(inside: Any, tmp_path: Path) -> None:
     assert done.code == 0, done
     paths = [Path(path) for path in json.loads(done.out)["paths"]]
     assert [path.name for path in paths] == [
-        "datadog-dashboard.json", "grafana-dashboard.json", "prometheus-alerts.test.yml", "prometheus-alerts.yml",
-        "prometheus-recording.test.yml", "prometheus-recording.yml",
-    ]  # fmt: skip
+        "datadog-dashboard.json",
+        "grafana-dashboard.json",
+        "prometheus-alerts.test.yml",
+        "prometheus-alerts.yml",
+        "prometheus-recording.test.yml",
+        "prometheus-recording.yml",
+    ]
     assert inside("telemetry", "assets", "out").code == 0
     changed = tmp_path / paths[1]
     entry = changed.read_bytes()

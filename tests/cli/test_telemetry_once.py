@@ -1,4 +1,5 @@
-"""`stroma run` with exporters in the pipeline's config and on the command line, or in the environment: they are one."""
+"""`stroma run` with exporters in the pipeline's config and on the command line, or in the environment: they
+are one."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def own(stroma: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("by", ["option", "variable"])
 def test_otlp_counts_once(own: Any, otlp: OtlpReceiver, by: str) -> None:
-    """``otel_hooks()`` of a pipeline and --otel, or OTEL_EXPORTER_OTLP_ENDPOINT, are one, which sends what the pipeline says."""
+    """``otel_hooks()`` of a pipeline and --otel, or OTEL_EXPORTER_OTLP_ENDPOINT, are one, which sends what
+    the pipeline says."""
     options = ("--otel", otlp.url) if by == "option" else ()
     env = {"HOOKS": "otel_hooks(content='redacted')"}
     if not options:
@@ -61,7 +63,8 @@ def test_otlp_counts_once(own: Any, otlp: OtlpReceiver, by: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("by", ["option", "variable"])
 def test_a_pipelines_own_provider_counts_once(own: Any, otlp: OtlpReceiver, by: str) -> None:
-    """An option takes the place of a pipeline's own provider, a variable leaves that alone: spans arrive once."""
+    """An option takes the place of a pipeline's own provider, a variable leaves that alone: spans arrive
+    once."""
     own.file(
         "provider.py",
         """
@@ -95,7 +98,8 @@ def test_a_pipelines_own_provider_counts_once(own: Any, otlp: OtlpReceiver, by: 
     ids=["default", "own registry"],
 )
 def test_prometheus_counts_once(own: Any, hooks: str) -> None:
-    """``prometheus_hooks()`` of a pipeline and --prometheus are one: what the pipeline counts in is served."""
+    """``prometheus_hooks()`` of a pipeline and --prometheus are one: what the pipeline counts in is
+    served."""
     port = free_port()
     process = own.popen(*TARGET, "--prometheus", str(port), env={"HOOKS": hooks, "ASK_AWAITS": "1"})
     for line in process.stderr:

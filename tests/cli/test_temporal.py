@@ -63,7 +63,8 @@ def test_workers_run_a_submitted_run(stroma: Any, inside: Any, worker: Any, ther
 
 
 def test_a_failed_run_is_resumed(stroma: Any, inside: Any, worker: Any, there: tuple[str, ...]) -> None:
-    """Exit codes are those of a local run; --resume continues the run on the workers, after its last committed node."""
+    """Exit codes are those of a local run; --resume continues the run on the workers, after its last
+    committed node."""
     run_id = uuid.uuid4().hex
     words = ("run", "sums.py:pipeline", GOOD, *there, "--run-id", run_id)
     with worker(env={"SECOND": "raise ValueError('never')"}):
@@ -76,7 +77,8 @@ def test_a_failed_run_is_resumed(stroma: Any, inside: Any, worker: Any, there: t
 
 
 def test_a_detached_run(stroma: Any, inside: Any, worker: Any, there: tuple[str, ...]) -> None:
-    """run --detach and submit print the id of the run, which workers start later; run --attach waits for it."""
+    """run --detach and submit print the id of the run, which workers start later; run --attach waits for
+    it."""
     for words in (("run", "--detach"), ("submit",)):
         run_id = uuid.uuid4().hex
         done = inside(words[0], "sums.py:pipeline", GOOD, *there, "--run-id", run_id, *words[1:])
@@ -87,7 +89,8 @@ def test_a_detached_run(stroma: Any, inside: Any, worker: Any, there: tuple[str,
 
 
 def test_no_worker_polls(stroma: Any, inside: Any, there: tuple[str, ...]) -> None:
-    """After some seconds the command that starts a worker is printed; SIGTERM leaves the run, which cancel ends."""
+    """After some seconds the command that starts a worker is printed; SIGTERM leaves the run, which cancel
+    ends."""
     run_id = uuid.uuid4().hex
     process = stroma.popen("run", "sums.py:pipeline", GOOD, *there, "--run-id", run_id)
     message = wait_for(process, "no worker polls")
@@ -117,7 +120,8 @@ def test_ctrl_c_cancels_the_run(stroma: Any, worker: Any, there: tuple[str, ...]
 
 
 def test_a_worker_of_a_place(stroma: Any, inside: Any, worker: Any, there: tuple[str, ...]) -> None:
-    """`stroma worker --place` calls the nodes with that place, and drives no runs; the queue of the runs is no place."""
+    """`stroma worker --place` calls the nodes with that place, and drives no runs; the queue of the runs is
+    no place."""
     queue = there[3]
     stroma.file(
         "gpu.py",

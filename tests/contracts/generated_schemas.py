@@ -122,24 +122,47 @@ trees = st.fixed_dictionaries(
 )
 dogs = st.fixed_dictionaries({"name": names})
 LEAVES = [
-    of(str, names), of(int, numbers), of(float, st.floats()), of(bool, st.booleans()), of(bytes, st.binary(max_size=3)),
+    of(str, names),
+    of(int, numbers),
+    of(float, st.floats()),
+    of(bool, st.booleans()),
+    of(bytes, st.binary(max_size=3)),
     of(Decimal, st.decimals(allow_nan=False, allow_infinity=False, places=2, min_value=-50, max_value=50)),
-    of(dt.date, st.dates()), of(dt.datetime, st.datetimes()), of(dt.time, st.times()), of(dt.timedelta, st.timedeltas()),
-    of(uuid.UUID, st.uuids()), of(None, st.none()), of(Colour, st.sampled_from(list(Colour))),
-    of(Level, st.sampled_from(list(Level))), of(Word, st.sampled_from(list(Word))),
-    of(Literal["red", "yes"], st.sampled_from(["red", "yes"])), of(Literal["red"], st.just("red")),
-    of(Literal[1, 2, "x"], st.sampled_from([1, 2, "x"])), of(Literal[Colour.RED], st.just(Colour.RED)),
-    of(HttpUrl, st.just("http://a.b/")), of(SecretStr, names), of(PurePosixPath, st.just("a/b")), of(Any, st.none() | numbers | names),
-]  # fmt: skip
+    of(dt.date, st.dates()),
+    of(dt.datetime, st.datetimes()),
+    of(dt.time, st.times()),
+    of(dt.timedelta, st.timedeltas()),
+    of(uuid.UUID, st.uuids()),
+    of(None, st.none()),
+    of(Colour, st.sampled_from(list(Colour))),
+    of(Level, st.sampled_from(list(Level))),
+    of(Word, st.sampled_from(list(Word))),
+    of(Literal["red", "yes"], st.sampled_from(["red", "yes"])),
+    of(Literal["red"], st.just("red")),
+    of(Literal[1, 2, "x"], st.sampled_from([1, 2, "x"])),
+    of(Literal[Colour.RED], st.just(Colour.RED)),
+    of(HttpUrl, st.just("http://a.b/")),
+    of(SecretStr, names),
+    of(PurePosixPath, st.just("a/b")),
+    of(Any, st.none() | numbers | names),
+]
 RECORDS = [
-    of(Plain, dogs), of(Aliased, st.fixed_dictionaries({"title": names})), of(Closed, dogs),
-    of(Roomy, st.dictionaries(st.sampled_from(["name", "other"]), names)), of(Cat, st.just({})), of(Dog, dogs),
-    of(Puppy, st.fixed_dictionaries({"name": names, "weeks": numbers})), of(Computed, st.fixed_dictionaries({"width": numbers})),
-    Kind(Names, lambda full: st.lists(names, min_size=full, max_size=3)), of(Number, numbers), of(Tree, trees),
-    of(Shrub, trees), of(Movie, st.fixed_dictionaries({"name": names}, optional={"year": numbers})),
+    of(Plain, dogs),
+    of(Aliased, st.fixed_dictionaries({"title": names})),
+    of(Closed, dogs),
+    of(Roomy, st.dictionaries(st.sampled_from(["name", "other"]), names)),
+    of(Cat, st.just({})),
+    of(Dog, dogs),
+    of(Puppy, st.fixed_dictionaries({"name": names, "weeks": numbers})),
+    of(Computed, st.fixed_dictionaries({"width": numbers})),
+    Kind(Names, lambda full: st.lists(names, min_size=full, max_size=3)),
+    of(Number, numbers),
+    of(Tree, trees),
+    of(Shrub, trees),
+    of(Movie, st.fixed_dictionaries({"name": names}, optional={"year": numbers})),
     of(Point, st.fixed_dictionaries({"x": numbers, "name": names})),
     of(Pets, st.just({"kind": "cat"}) | st.just({"kind": "dog", "name": "Rex"})),
-]  # fmt: skip
+]
 
 
 @st.composite
@@ -151,19 +174,31 @@ def limited(draw: st.DrawFn) -> Kind:
     most = draw(st.integers(size, 4))
     between = st.integers(low, high)
     text = st.text("ab ", min_size=size, max_size=most)
-    return draw(st.sampled_from([
-        of(Annotated[int, Field(ge=low, le=high)], between), of(Annotated[int, Field(gt=low - 1)], st.integers(low, 20)),
-        of(Annotated[int, Field(lt=high + 1)], st.integers(-20, high)),
-        of(Annotated[float, Field(ge=low, le=high)], st.floats(low, high)),
-        of(Annotated[float, Field(gt=low, allow_inf_nan=False)], st.floats(low, 50, exclude_min=True)),
-        of(Annotated[int, Field(multiple_of=2)], numbers.map(lambda n: 2 * n)),
-        of(Annotated[int, Field(multiple_of=4)], numbers.map(lambda n: 4 * n)),
-        of(Annotated[str, Field(min_length=size, max_length=most)], text),
-        of(Annotated[str, Field(min_length=size)], text), of(Annotated[str, Field(max_length=most)], text),
-        of(Annotated[str, Field(pattern="^a*$")], st.text("a", max_size=3)),
-        of(Annotated[Decimal, Field(max_digits=4, decimal_places=2)], st.integers(-999, 999).map(lambda n: Decimal(n) / 100)),
-        of(Annotated[int, Field(strict=True)], numbers), of(Annotated[str, Field(strict=True)], names),
-    ]))  # fmt: skip
+    return draw(
+        st.sampled_from(
+            [
+                of(Annotated[int, Field(ge=low, le=high)], between),
+                of(Annotated[int, Field(gt=low - 1)], st.integers(low, 20)),
+                of(Annotated[int, Field(lt=high + 1)], st.integers(-20, high)),
+                of(Annotated[float, Field(ge=low, le=high)], st.floats(low, high)),
+                of(
+                    Annotated[float, Field(gt=low, allow_inf_nan=False)], st.floats(low, 50, exclude_min=True)
+                ),
+                of(Annotated[int, Field(multiple_of=2)], numbers.map(lambda n: 2 * n)),
+                of(Annotated[int, Field(multiple_of=4)], numbers.map(lambda n: 4 * n)),
+                of(Annotated[str, Field(min_length=size, max_length=most)], text),
+                of(Annotated[str, Field(min_length=size)], text),
+                of(Annotated[str, Field(max_length=most)], text),
+                of(Annotated[str, Field(pattern="^a*$")], st.text("a", max_size=3)),
+                of(
+                    Annotated[Decimal, Field(max_digits=4, decimal_places=2)],
+                    st.integers(-999, 999).map(lambda n: Decimal(n) / 100),
+                ),
+                of(Annotated[int, Field(strict=True)], numbers),
+                of(Annotated[str, Field(strict=True)], names),
+            ]
+        )
+    )
 
 
 @st.composite
@@ -219,9 +254,16 @@ class Made:
 
 
 CONFIGS: list[ConfigDict] = [
-    {}, {}, {}, {"extra": "forbid"}, {"extra": "allow"}, {"strict": True}, {"use_enum_values": True},
-    {"str_strip_whitespace": True}, {"coerce_numbers_to_str": True},
-]  # fmt: skip
+    {},
+    {},
+    {},
+    {"extra": "forbid"},
+    {"extra": "allow"},
+    {"strict": True},
+    {"use_enum_values": True},
+    {"str_strip_whitespace": True},
+    {"coerce_numbers_to_str": True},
+]
 
 
 @st.composite
@@ -251,7 +293,8 @@ def models(draw: st.DrawFn, name: str, fields: dict[str, Kind]) -> Made:
 
 @st.composite
 def pairs(draw: st.DrawFn) -> tuple[Made, Made]:
-    """An output and the next node's input: mostly alike, as they are in pipelines, with something that differs."""
+    """An output and the next node's input: mostly alike, as they are in pipelines, with something that
+    differs."""
     if draw(st.integers(0, 9)) == 0:
         one, two = draw(kinds), draw(kinds)
         first, second = RootModel[one.annotation], RootModel[two.annotation]  # type: ignore[name-defined]

@@ -60,7 +60,8 @@ class HasOther(BaseModel): ...
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_a_contract_that_differs_from_the_annotation_is_refused(func: Any, says: str) -> None:
-    """A model in the contract that the function's annotation rules out is a TypeError at decoration, which names both."""
+    """A model in the contract that the function's annotation rules out is a TypeError at decoration, which
+    names both."""
     runner = StromaRunner.quick()
     for decorate in (
         runner.node("a", input=A, output=A),
@@ -192,7 +193,8 @@ def test_a_class_that_was_defined_again_is_accepted() -> None:
 
 
 def test_flows_are_compared_in_the_same_way() -> None:
-    """A flow whose contract differs from its annotation is a TypeError, also with classes of the function around."""
+    """A flow whose contract differs from its annotation is a TypeError, also with classes of the function
+    around."""
 
     class Own(BaseModel): ...
 

@@ -158,7 +158,8 @@ def maybe(kind: str, output_model: Any, input_model: Any, good: Any, bad: Any) -
 
 @pytest.mark.core
 def test_a_field_that_is_not_given_is_an_error() -> None:
-    """A required field that the node before does not give can never work; the finding names nodes, field, type and mend."""
+    """A required field that the node before does not give can never work; the finding names nodes, field,
+    type and mend."""
     finding = one(node("a", output_model=Text), node("b", Number))
     assert (finding.severity, finding.kind, finding.source, finding.target) == ("error", "missing", "a", "b")
     assert (finding.source_at, finding.target_at, finding.path, finding.target_type) == ("0", "1", "n", "int")
@@ -283,7 +284,8 @@ def test_the_same_class_on_both_sides_always_fits() -> None:
 
 
 def test_types_that_never_fit_are_errors() -> None:
-    """No value of the one type is a value of the other: text for a list, a number for text, a time for a date."""
+    """No value of the one type is a value of the other: text for a list, a number for text, a time for a
+    date."""
     never("type", str, list[str], "a")
     never("type", int, str, 1)
     never("type", bool, str, True)
@@ -488,7 +490,8 @@ def test_discriminated_unions_go_by_the_tag() -> None:
 
 
 def test_items_are_looked_into() -> None:
-    """What is wrong with the items of a list, the values of a dict or a place in a tuple is told with its path."""
+    """What is wrong with the items of a list, the values of a dict or a place in a tuple is told with its
+    path."""
     assert kinds(model_of(list[str]), model_of(list[list[str]])) == [("error", "type", "x[]")]
     assert kinds(model_of(dict[str, list[int | None]]), model_of(dict[str, list[int]])) == [
         ("warning", "optional", "x[][]")
@@ -539,7 +542,8 @@ class Closed(BaseModel):
 
 @pytest.mark.core
 def test_an_instance_crosses_where_its_class_is_named() -> None:
-    """A subclass crosses as the instance that it is where its parent is wanted, and as a dict of fields elsewhere."""
+    """A subclass crosses as the instance that it is where its parent is wanted, and as a dict of fields
+    elsewhere."""
     fits(Villa, House, {"name": "a", "pool": True})
     never("extra", Villa, Closed, {"name": "a", "pool": True})
     fits(House, Street, {"name": "a"})
@@ -549,7 +553,8 @@ def test_an_instance_crosses_where_its_class_is_named() -> None:
 
 
 def test_an_instance_is_no_dict_where_its_class_is_named() -> None:
-    """A class that the target names anywhere in a field crosses as an instance there, which is no dict any more."""
+    """A class that the target names anywhere in a field crosses as an instance there, which is no dict any
+    more."""
     fits(Street, Street | dict[str, Any], {"name": "a"})
     never("type", Street, dict[str, Street] | dict[str, Any], {"name": "a"})
 
@@ -611,20 +616,50 @@ class Pair(NamedTuple):
 
 #: Types whose schemas are made of functions and chains, with values of them.
 EXOTIC: dict[Any, list[Any]] = {
-    Sequence[int]: [[1], (1, 2)], Sequence[str]: [["a"], ["1"]], Mapping[str, int]: [{"a": 1}], deque[int]: [deque([1])],
-    IPv4Address: ["1.2.3.4"], Pair: [Pair(1, "b")], re.Pattern: ["a"], Json[list[int]]: ["[1]"], Base64Str: ["YQ=="],
-    AwareDatetime: [dt.datetime(2020, 1, 1, tzinfo=dt.UTC)], PastDate: [dt.date(2000, 1, 1)],
-    dt.datetime: [dt.datetime(2020, 1, 1), dt.datetime(2020, 1, 1, 3)], type[Text]: [Text], Hashable: [1],
-    Text: [{"text": "a"}], list[Text]: [[{"text": "a"}]], dict[str, Text]: [{"x": {"text": "a"}}], str: ["a", "1", "YQ=="],
-    int: [1, 5], float: [1.0, 1.5], bytes: [b"a"], set[int]: [{1}], Iterable[int]: [[1]], dict[str, Any]: [{"a": 1}, {"b": 1}],
-    complex: [1j], uuid.UUID: [uuid.uuid4()], AnyUrl: ["http://a.b/", "ftp://x/"], HttpUrl: ["http://a.b/"],
-    SecretStr: ["a"], Path: ["a/b"], ByteSize: ["1kb", 5], InstanceOf[Text]: [Text(text="a")], SkipValidation[int]: [1, "a"],
-    list[Text] | dict[str, Any]: [[{"text": "a"}]], Pet: [CAT], Colour: [Colour.RED], Point: [{"x": 1}], Movie: [{"name": "a"}],
-}  # fmt: skip
+    Sequence[int]: [[1], (1, 2)],
+    Sequence[str]: [["a"], ["1"]],
+    Mapping[str, int]: [{"a": 1}],
+    deque[int]: [deque([1])],
+    IPv4Address: ["1.2.3.4"],
+    Pair: [Pair(1, "b")],
+    re.Pattern: ["a"],
+    Json[list[int]]: ["[1]"],
+    Base64Str: ["YQ=="],
+    AwareDatetime: [dt.datetime(2020, 1, 1, tzinfo=dt.UTC)],
+    PastDate: [dt.date(2000, 1, 1)],
+    dt.datetime: [dt.datetime(2020, 1, 1), dt.datetime(2020, 1, 1, 3)],
+    type[Text]: [Text],
+    Hashable: [1],
+    Text: [{"text": "a"}],
+    list[Text]: [[{"text": "a"}]],
+    dict[str, Text]: [{"x": {"text": "a"}}],
+    str: ["a", "1", "YQ=="],
+    int: [1, 5],
+    float: [1.0, 1.5],
+    bytes: [b"a"],
+    set[int]: [{1}],
+    Iterable[int]: [[1]],
+    dict[str, Any]: [{"a": 1}, {"b": 1}],
+    complex: [1j],
+    uuid.UUID: [uuid.uuid4()],
+    AnyUrl: ["http://a.b/", "ftp://x/"],
+    HttpUrl: ["http://a.b/"],
+    SecretStr: ["a"],
+    Path: ["a/b"],
+    ByteSize: ["1kb", 5],
+    InstanceOf[Text]: [Text(text="a")],
+    SkipValidation[int]: [1, "a"],
+    list[Text] | dict[str, Any]: [[{"text": "a"}]],
+    Pet: [CAT],
+    Colour: [Colour.RED],
+    Point: [{"x": 1}],
+    Movie: [{"name": "a"}],
+}
 
 
 def test_no_pair_of_exotic_types_is_misjudged() -> None:
-    """Of every two types of a long list of odd ones: what has no finding always crosses, what is an error never does."""
+    """Of every two types of a long list of odd ones: what has no finding always crosses, what is an error
+    never does."""
     judged = 0
     for argument, values in EXOTIC.items():
         outputs = [schema_of(model_of(argument)).accept_output({"x": value})[0] for value in values]
@@ -772,7 +807,8 @@ def test_each_child_of_parallel_is_checked() -> None:
 
 @pytest.mark.core
 def test_the_merged_state_is_checked_by_who_gave_each_field() -> None:
-    """What stands behind a group is checked against the merged fields, and the finding names the child that gave one."""
+    """What stands behind a group is checked against the merged fields, and the finding names the child that
+    gave one."""
     both = create_model("Both", text=(list[str], ...), n=(int, ...))
     result = check(
         node("a"), parallel(node("b", output_model=Text), node("c", output_model=Number)), node("d", both)
@@ -790,7 +826,8 @@ def test_the_merged_state_is_checked_by_who_gave_each_field() -> None:
 
 @pytest.mark.core
 def test_a_collision_tells_who_wins() -> None:
-    """Two children that give the same field are a warning; the later one wins, and is what the next node is checked by."""
+    """Two children that give the same field are a warning; the later one wins, and is what the next node is
+    checked by."""
     other = create_model("Other", text=(int, ...))
     result = check(
         node("a"), parallel(node("b", output_model=Text), node("c", output_model=other)), node("d", other)
@@ -827,7 +864,8 @@ def test_map_over_needs_a_list() -> None:
 
 @pytest.mark.core
 def test_the_items_of_map_over_are_checked_against_the_node() -> None:
-    """An item is the node's input: a record by its fields, anything else as the only required field or as a root."""
+    """An item is the node's input: a record by its fields, anything else as the only required field or as a
+    root."""
     work = map_over("x", node("work", Text, Text), into="y")
     assert check(node("a", output_model=model_of(list[Text])), work) == []
     assert check(node("a", output_model=model_of(list[str])), work) == []
@@ -867,7 +905,8 @@ def test_what_map_over_collects_is_checked_further_on() -> None:
 
 
 def test_an_output_list_that_replaces_a_field_is_told() -> None:
-    """A map_over whose results take the place of another field is a collision; of its own field it is meant."""
+    """A map_over whose results take the place of another field is a collision; of its own field it is
+    meant."""
     value = create_model("Given", x=(list[str], ...), y=(int, ...))
     assert [
         f.kind for f in check(node("a", output_model=value), map_over("x", node("w", Text, Text), into="y"))
@@ -880,18 +919,63 @@ async def result_of(*nodes: Any, **config: Any) -> Any:
 
 
 GROUPED: list[tuple[list[Any], bool]] = [
-    ([node("a", output_model=model_of(list[str]), returned={"x": ["a"]}), map_over("x", node("w", Text, Text, {"text": "b"}), into="y"),
-      node("b", create_model("Y", y=(list[Text], ...)), Text, {"text": ""})], True),
-    ([node("a", output_model=model_of(list[str]), returned={"x": ["a"]}), map_over("x", node("w", NameYear, Text), into="y")], False),
-    ([node("a", output_model=model_of(list[str]), returned={"x": ["a"]}), map_over("x", parallel(node("w", Text, Text)), into="y")], False),
-    ([node("a", output_model=model_of(set[str]), returned={"x": ["a"]}), map_over("x", node("w", Text, Text), into="y")], False),
-    ([node("a", output_model=model_of(list[Street]), returned={"x": [{"name": "a"}]}),
-      map_over("x", node("w", StreetIn, Text, {"text": ""}), into="y")], False),
-    ([parallel(node("a", output_model=Text, returned={"text": "a"}), node("b", output_model=Number, returned={"n": 1})),
-      node("c", create_model("Both", text=(str, ...), n=(int, ...)), Text, {"text": ""})], True),
-    ([parallel(node("a", output_model=model_of(str), returned={"x": "a"}), node("b", output_model=model_of(int), returned={"x": 1})),
-      node("c", model_of(int), Text, {"text": ""})], True),
-]  # fmt: skip
+    (
+        [
+            node("a", output_model=model_of(list[str]), returned={"x": ["a"]}),
+            map_over("x", node("w", Text, Text, {"text": "b"}), into="y"),
+            node("b", create_model("Y", y=(list[Text], ...)), Text, {"text": ""}),
+        ],
+        True,
+    ),
+    (
+        [
+            node("a", output_model=model_of(list[str]), returned={"x": ["a"]}),
+            map_over("x", node("w", NameYear, Text), into="y"),
+        ],
+        False,
+    ),
+    (
+        [
+            node("a", output_model=model_of(list[str]), returned={"x": ["a"]}),
+            map_over("x", parallel(node("w", Text, Text)), into="y"),
+        ],
+        False,
+    ),
+    (
+        [
+            node("a", output_model=model_of(set[str]), returned={"x": ["a"]}),
+            map_over("x", node("w", Text, Text), into="y"),
+        ],
+        False,
+    ),
+    (
+        [
+            node("a", output_model=model_of(list[Street]), returned={"x": [{"name": "a"}]}),
+            map_over("x", node("w", StreetIn, Text, {"text": ""}), into="y"),
+        ],
+        False,
+    ),
+    (
+        [
+            parallel(
+                node("a", output_model=Text, returned={"text": "a"}),
+                node("b", output_model=Number, returned={"n": 1}),
+            ),
+            node("c", create_model("Both", text=(str, ...), n=(int, ...)), Text, {"text": ""}),
+        ],
+        True,
+    ),
+    (
+        [
+            parallel(
+                node("a", output_model=model_of(str), returned={"x": "a"}),
+                node("b", output_model=model_of(int), returned={"x": 1}),
+            ),
+            node("c", model_of(int), Text, {"text": ""}),
+        ],
+        True,
+    ),
+]
 
 
 @pytest.mark.parametrize(("nodes", "works"), GROUPED)
@@ -942,7 +1026,8 @@ def test_what_runs_begin_with_is_checked_if_it_is_said() -> None:
 
 @pytest.mark.core
 async def test_a_run_that_cannot_work_is_refused_before_the_store_is_opened(tmp_path: Path) -> None:
-    """With RunConfig(check=True) run() raises CheckFailed with all errors and no warnings; the store is not made."""
+    """With RunConfig(check=True) run() raises CheckFailed with all errors and no warnings; the store is not
+    made."""
     path = tmp_path / "runs.db"
     both = create_model("Both", n=(int, ...), m=(int, ...), text=(int, ...))
     nodes = [node("a", output_model=Text, returned={"text": "1"}), node("b", both)]
@@ -959,7 +1044,8 @@ async def test_a_run_that_cannot_work_is_refused_before_the_store_is_opened(tmp_
 
 @pytest.mark.core
 async def test_warnings_refuse_no_run() -> None:
-    """A run with warnings alone runs with check=True, and without it what cannot work is a FAILED result as ever."""
+    """A run with warnings alone runs with check=True, and without it what cannot work is a FAILED result as
+    ever."""
     nodes = [
         node("a", output_model=model_of(str), returned={"x": "1"}),
         node("b", model_of(int), Text, {"text": ""}),

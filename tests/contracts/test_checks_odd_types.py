@@ -1,4 +1,5 @@
-"""The static checker where types are odd: each verdict is held against what the engine does with real outputs."""
+"""The static checker where types are odd: each verdict is held against what the engine does with real
+outputs."""
 
 from __future__ import annotations
 
@@ -200,22 +201,35 @@ UNFIT: list[tuple[Any, Any, Any]] = [
     (Red, Annotated[Word | Blue, Field(discriminator="kind")], {}),
 ]
 MAYBE: list[tuple[Any, Any, Any, bool]] = [
-    (int, Level, 1, True), (list[int], Level, [1], True), (Number, Level, {"n": 1}, True),
-    (Rights, Low, 3, False), (Rights, Annotated[int, Field(multiple_of=3)], 3, True),
+    (int, Level, 1, True),
+    (list[int], Level, [1], True),
+    (Number, Level, {"n": 1}, True),
+    (Rights, Low, 3, False),
+    (Rights, Annotated[int, Field(multiple_of=3)], 3, True),
     (tuple[int, ...], Pairs, (1, 2), True),
-    (Hashable, str, "a", True), (Collection[int], Hashable, [1], False),
-    (Literal[1, "1", None], Number | None, None, True), (Literal["1", "2"], Annotated[int, BeforeValidator(int)], "1", True),
-    (int, Filled, 1, True), (Text, Filled, {"text": "a"}, True),
-    (Optionally, dict[str, list[int]], {}, True), (Optionally, WithText, {}, True), (Optionally, WithText, {"n": 1}, False),
+    (Hashable, str, "a", True),
+    (Collection[int], Hashable, [1], False),
+    (Literal[1, "1", None], Number | None, None, True),
+    (Literal["1", "2"], Annotated[int, BeforeValidator(int)], "1", True),
+    (int, Filled, 1, True),
+    (Text, Filled, {"text": "a"}, True),
+    (Optionally, dict[str, list[int]], {}, True),
+    (Optionally, WithText, {}, True),
+    (Optionally, WithText, {"n": 1}, False),
     (Optionally, Annotated[dict[str, int], Field(min_length=1)], {}, False),
     (Annotated[dict[str, int], Field(max_length=0)], dict[str, Number], {}, True),
-    (Open, WithTags, {"n": 1, "tags": 5}, False), (Open, Typed, {"n": 1, "m": "a"}, False),
-    (Typed, WithTags, {"n": 1, "tags": 5}, False), (Typed, dict[Literal["n"], int], {"n": 1, "m": 2}, False),
-]  # fmt: skip
+    (Open, WithTags, {"n": 1, "tags": 5}, False),
+    (Open, Typed, {"n": 1, "m": "a"}, False),
+    (Typed, WithTags, {"n": 1, "tags": 5}, False),
+    (Typed, dict[Literal["n"], int], {"n": 1, "m": 2}, False),
+]
 FITS: list[tuple[Any, Any, Any]] = [
-    (Red, Coloured, {}), (set[Frozen], list[Frozen], [{"n": 1}]), (Annotated[list[int], Field(max_length=0)], list[Number], []),
-    (deque[int], deque[int], [1]), (Rights, Rights, 3),
-]  # fmt: skip
+    (Red, Coloured, {}),
+    (set[Frozen], list[Frozen], [{"n": 1}]),
+    (Annotated[list[int], Field(max_length=0)], list[Number], []),
+    (deque[int], deque[int], [1]),
+    (Rights, Rights, 3),
+]
 
 
 @pytest.mark.core
@@ -287,7 +301,8 @@ async def test_an_excluded_field_that_is_required_is_missed_by_its_own_class() -
 
 
 async def test_a_class_with_an_alias_fits_itself() -> None:
-    """Between the same class on both sides values go by name, though an alias may be the name of another field."""
+    """Between the same class on both sides values go by name, though an alias may be the name of another
+    field."""
     crossed = create_model("Crossed", a=(int, Field(alias="b")), b=(str, Field(alias="c")))
     assert severities(crossed, crossed) == set()
     assert await works(crossed, crossed, {"b": 1, "c": "x"})
@@ -327,17 +342,45 @@ END: Any = node("end", create_model("End", y=(list[Text], ...)), Text, {"text": 
 GROUPED: list[tuple[list[Any], set[str], bool]] = [
     ([node("a", output_model=Words, returned={"x": ["a"]}), WORK, END], {"warning"}, True),
     ([node("a", output_model=Words, returned={"z": ["a"]}), WORK, END], {"warning"}, False),
-    ([node("a", output_model=RootModel[dict[str, int]], returned={"x": 1}), WORK], {"error", "warning"}, False),
+    (
+        [node("a", output_model=RootModel[dict[str, int]], returned={"x": 1}), WORK],
+        {"error", "warning"},
+        False,
+    ),
     ([node("a", output_model=RootModel[list[str]], returned=["a"]), WORK], {"error"}, False),
-    ([node("a", output_model=RootModel[list[str]], returned=["a"]), map_over("root", node("w", Text, Text, {"text": ""}), into="y"), END],
-     set(), True),
+    (
+        [
+            node("a", output_model=RootModel[list[str]], returned=["a"]),
+            map_over("root", node("w", Text, Text, {"text": ""}), into="y"),
+            END,
+        ],
+        set(),
+        True,
+    ),
     ([node("a", output_model=Anything, returned={"x": ["a"]}), WORK, END], {"warning"}, True),
     ([bare("a", {"x": ["a"]}), WORK, END], set(), True),
-    ([node("a", output_model=model_of(list[str]), returned={"x": ["a"]}), map_over("x", WORK, into="y")], {"error"}, False),
-    ([node("a", output_model=model_of(list[model_of(list[str])]), returned={"x": [{"x": ["a"]}]}), map_over("x", WORK, into="y")], set(), True),
-    ([parallel(node("a", output_model=RootModel[list[str]], returned=["a"])), node("b", create_model("R", root=(list[str], ...)), Text, {"text": ""})],
-     set(), True),
-]  # fmt: skip
+    (
+        [node("a", output_model=model_of(list[str]), returned={"x": ["a"]}), map_over("x", WORK, into="y")],
+        {"error"},
+        False,
+    ),
+    (
+        [
+            node("a", output_model=model_of(list[model_of(list[str])]), returned={"x": [{"x": ["a"]}]}),
+            map_over("x", WORK, into="y"),
+        ],
+        set(),
+        True,
+    ),
+    (
+        [
+            parallel(node("a", output_model=RootModel[list[str]], returned=["a"])),
+            node("b", create_model("R", root=(list[str], ...)), Text, {"text": ""}),
+        ],
+        set(),
+        True,
+    ),
+]
 
 
 @pytest.mark.core
@@ -345,7 +388,8 @@ GROUPED: list[tuple[list[Any], set[str], bool]] = [
 async def test_groups_over_what_has_no_named_fields(
     nodes: list[Any], outcome: set[str], passes: bool
 ) -> None:
-    """map_over and parallel() are judged by what they do with root models, open classes and nodes without a contract."""
+    """map_over and parallel() are judged by what they do with root models, open classes and nodes without a
+    contract."""
     findings = check(*nodes)
     assert {finding.severity for finding in findings} == outcome, findings
     result = await StromaRunner.quick(policy_map=NEVER).run(nodes, Anything())
@@ -366,13 +410,14 @@ BROKEN: list[Any] = [
     lambda: [node("a", Text, broken()), map_over("x", node("b", Text, Text), into="y")],
     lambda: [map_over("x", node("b", Text, broken()), into="y"), node("c", Anything)],
     lambda: [node("a", Text, BaseModel)],
-]  # fmt: skip
+]
 
 
 @pytest.mark.core
 @pytest.mark.parametrize("nodes", BROKEN)
 def test_a_class_that_cannot_be_read_is_one_warning_wherever_it_stands(nodes: Any) -> None:
-    """A class that names what is not defined breaks no check, be it an input or an output, in a group or not."""
+    """A class that names what is not defined breaks no check, be it an input or an output, in a group or
+    not."""
     (finding,) = check(*nodes())
     assert (finding.severity, finding.kind) == ("warning", "broken")
     assert "cannot be read" in finding.message
@@ -415,9 +460,13 @@ def test_values_that_cannot_be_told_break_no_check() -> None:
         __str__ = __repr__
 
     classes = [
-        model_of(Mood), model_of(Literal["a"]), model_of(InstanceOf[Hostile]), create_model("D", x=(int, Hostile())),
-        create_model("E", x=(Mood, Mood.GOOD)), model_of(Annotated[int, Field(ge=5)]),
-    ]  # fmt: skip
+        model_of(Mood),
+        model_of(Literal["a"]),
+        model_of(InstanceOf[Hostile]),
+        create_model("D", x=(int, Hostile())),
+        create_model("E", x=(Mood, Mood.GOOD)),
+        model_of(Annotated[int, Field(ge=5)]),
+    ]
     for value in classes:
         for input_model in classes:
             assert all(
@@ -441,7 +490,8 @@ def tangle(name: str, annotation: Any, size: int = 10) -> type[BaseModel]:
 @pytest.mark.core
 @pytest.mark.parametrize(("annotation", "severity"), [(float, set()), (list[int], {"error", "warning"})])
 def test_classes_that_hold_each_other_come_to_an_end(annotation: Any, severity: set[str]) -> None:
-    """Ten classes that all hold each other have more ways through them than can be gone, and are judged at once."""
+    """Ten classes that all hold each other have more ways through them than can be gone, and are judged at
+    once."""
     one, two = tangle("One", int), tangle("Two", annotation)
     started = time.process_time()
     result = check(node("a", output_model=one), node("b", two))

@@ -89,7 +89,8 @@ def spoil(state: Any) -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("root", [{"rows": [1, 2, 3]}, [1, 2, 3]], ids=["a dict", "a list"])
 async def test_what_a_node_keeps_of_its_output_is_not_what_hooks_see(root: Any) -> None:
-    """G7, G8: a change of what a node has returned, made while its hooks are called, reaches no hook after it."""
+    """G7, G8: a change of what a node has returned, made while its hooks are called, reaches no hook after
+    it."""
     shown: list[Any] = []
     entries: list[Any] = []
 
@@ -307,7 +308,8 @@ async def test_a_subclass_inside_stays_one() -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf, 1e308, 0.1, -0.0])
 def test_floats_deep_inside_have_a_stored_form(score: float) -> None:
-    """What is written of a float inside a model is read back as the same, also where JSON has no word for it."""
+    """What is written of a float inside a model is read back as the same, also where JSON has no word for
+    it."""
     schema = schema_of(Rows)
     state = Rows(n=1, rows=[Row(id=1, score=score, tags=["null", "NaN"])])
     data = schema.encode(state)

@@ -102,17 +102,33 @@ def test_it_says_what_is_wrong_what_came_and_what_is_expected() -> None:
 @pytest.mark.parametrize(
     ("raw", "wrong", "expected"),
     [
-        ("no json", 'the whole: Input should be a JSON object; this is text, and no JSON: Expecting value at character 0. This came: "no json"', '"lines": list of {"what": string, at most 20 characters, "amount": number, at least 0}, at least 1 items'),
-        ('{"lines', 'the whole: Input should be a JSON object; this is text, and no JSON: Unterminated string starting at character 1. This came: "{\\"lines"', '"lines": list of {"what": string, at most 20 characters, "amount": number, at least 0}, at least 1 items'),
+        (
+            "no json",
+            'the whole: Input should be a JSON object; this is text, and no JSON: Expecting value at character 0. This came: "no json"',
+            '"lines": list of {"what": string, at most 20 characters, "amount": number, at least 0}, at least 1 items',
+        ),
+        (
+            '{"lines',
+            'the whole: Input should be a JSON object; this is text, and no JSON: Unterminated string starting at character 1. This came: "{\\"lines"',
+            '"lines": list of {"what": string, at most 20 characters, "amount": number, at least 0}, at least 1 items',
+        ),
         ([1], "the whole: Input should be a JSON object. This came: [1]", "and no other field"),
         ({**GOOD, "more": "x"}, 'more: There should be no such field. This came: "x"', None),
-        ({**GOOD, "tags": {"a": "x"}}, 'tags.a: Input should be a valid integer', "tags.a: integer"),
-        ({**GOOD, "lines": []}, "lines: List should have at least 1 item after validation, not 0. This came: []", 'lines: list of {"what"'),
+        ({**GOOD, "tags": {"a": "x"}}, "tags.a: Input should be a valid integer", "tags.a: integer"),
+        (
+            {**GOOD, "lines": []},
+            "lines: List should have at least 1 item after validation, not 0. This came: []",
+            'lines: list of {"what"',
+        ),
         # The branches of a union are not part of the path.
-        ({**GOOD, "code": ["x"]}, "code[0]: Input should be a valid integer", "code: integer | list of integer | null"),
+        (
+            {**GOOD, "code": ["x"]},
+            "code[0]: Input should be a valid integer",
+            "code: integer | list of integer | null",
+        ),
     ],
     ids=lambda value: str(value)[:40],
-)  # fmt: skip
+)
 def test_every_kind_of_fault_has_its_place(raw: Any, wrong: str, expected: str | None) -> None:
     """Answers that are no object, fields too many, keys of a dict, items of a list, branches of a union."""
     text = prompt_of(Bill, raw)
@@ -150,13 +166,32 @@ ALL_PETS = '{"kind": "cat", "size": integer} | {"kind": "dog", "size": "small" |
     ("schema", "raw", "wrong", "expected"),
     [
         # A discriminator tells which one was meant: what is expected is of that one.
-        (Tagged, {"pet": {"kind": "dog", "size": 5, "good": True}}, ["pet.size: Input should be 'small' or 'large'. This came: 5"], 'pet.size: "small" | "large"'),
-        (Tagged, {"pet": {"kind": "cat", "size": "small"}}, ["pet.size: Input should be a valid integer"], "pet.size: integer"),
+        (
+            Tagged,
+            {"pet": {"kind": "dog", "size": 5, "good": True}},
+            ["pet.size: Input should be 'small' or 'large'. This came: 5"],
+            'pet.size: "small" | "large"',
+        ),
+        (
+            Tagged,
+            {"pet": {"kind": "cat", "size": "small"}},
+            ["pet.size: Input should be a valid integer"],
+            "pet.size: integer",
+        ),
         (Tagged, {"pet": {"kind": "cow"}}, ["pet: Input tag 'cow' found"], f"pet: {ALL_PETS}"),
         # Without one each says for itself what is wrong, and all that can stand there is shown.
-        (Untagged, {"pets": [{"kind": "cat", "size": "small"}]}, ["pets[0].size (if it is a Cat): Input should be a valid integer", "pets[0].kind (if it is a Dog): Input should be 'dog'", "pets[0].good (if it is a Dog): Field required"], f"pets[]: {ALL_PETS} | null"),
+        (
+            Untagged,
+            {"pets": [{"kind": "cat", "size": "small"}]},
+            [
+                "pets[0].size (if it is a Cat): Input should be a valid integer",
+                "pets[0].kind (if it is a Dog): Input should be 'dog'",
+                "pets[0].good (if it is a Dog): Field required",
+            ],
+            f"pets[]: {ALL_PETS} | null",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_union_says_what_is_expected_of_which(
     schema: type[BaseModel], raw: Any, wrong: list[str], expected: str
 ) -> None:
@@ -198,7 +233,8 @@ class Open(BaseModel):
     ids=range(7),
 )
 def test_what_came_stays_within_its_line(schema: type[BaseModel], raw: Any) -> None:
-    """No value, key, tag or validator's message can add a line to the text or turn it around: it is quoted and cut."""
+    """No value, key, tag or validator's message can add a line to the text or turn it around: it is quoted
+    and cut."""
     lines = prompt_of(schema, raw).split("\n")
     assert lines.count("What is expected:") <= 1
     assert all(line.startswith("- ") for line in lines[3 : lines.index("", 3)])
@@ -270,7 +306,17 @@ def test_it_is_never_longer_than_asked(limit: int) -> None:
         assert "lines[].what: string, at most 20 characters" in text
 
 
-@given(st.recursive(st.none() | st.integers() | st.floats() | st.text() | st.binary(), lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=5) | st.sampled_from(list(Bill.model_fields)), inner), max_leaves=8), st.integers(0, 3000))  # fmt: skip
+@given(
+    st.recursive(
+        st.none() | st.integers() | st.floats() | st.text() | st.binary(),
+        lambda inner: (
+            st.lists(inner)
+            | st.dictionaries(st.text(max_size=5) | st.sampled_from(list(Bill.model_fields)), inner)
+        ),
+        max_leaves=8,
+    ),
+    st.integers(0, 3000),
+)
 def test_any_answer_gives_a_text(raw: Any, limit: int) -> None:
     """Whatever a model answers, the text is there, and no longer than asked."""
     try:
@@ -375,7 +421,8 @@ HIDING: list[tuple[Any, Any]] = [
     ],
 )
 def test_no_secret_is_said(annotation: Any, value: Any, raw: Any) -> None:
-    """What a schema declares as a secret is in no part of the text, however it is declared and wherever it came."""
+    """What a schema declares as a secret is in no part of the text, however it is declared and wherever it
+    came."""
     schema = schema_with(annotation)
     try:
         schema.model_validate(raw(value))
@@ -400,7 +447,8 @@ def test_no_secret_is_said_under_another_name() -> None:
 
 
 def test_no_secret_is_said_by_a_validator() -> None:
-    """A validator of the user's that quotes what it refuses does not give it away, of the field or of the whole."""
+    """A validator of the user's that quotes what it refuses does not give it away, of the field or of the
+    whole."""
 
     class Made(BaseModel):
         key: SecretStr
@@ -503,7 +551,8 @@ class Text(BaseModel):
 
 @pytest.mark.core
 async def test_the_next_attempt_finds_it() -> None:
-    """contract_retries: the next attempt has the text at current_node().last_failure; the first one has none."""
+    """contract_retries: the next attempt has the text at current_node().last_failure; the first one has
+    none."""
     runner = StromaRunner.quick(contract_retries={"ask": 2})
     messages: list[str | None] = []
 
@@ -574,7 +623,8 @@ def test_a_violation_of_a_local_schema_can_be_pickled() -> None:
 async def test_the_example_mends_an_answer(
     fault: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """examples/repair.py: the real OpenAI client, a wrong answer, and one that is right after the model was told."""
+    """examples/repair.py: the real OpenAI client, a wrong answer, and one that is right after the model was
+    told."""
     spec = importlib.util.spec_from_file_location("repair_example", EXAMPLE)
     assert spec is not None
     assert spec.loader is not None

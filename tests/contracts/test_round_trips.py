@@ -66,8 +66,15 @@ def test_keys_that_look_like_tags_come_back(value: Any) -> None:
 
 
 CONTAINERS = [
-    (1, 2), [(1,), [2]], {1, 2}, frozenset({"a"}), {(1, 2): [3]}, {1: "int", "1": "text"}, b"\xff", bytearray(b"x"),
-]  # fmt: skip
+    (1, 2),
+    [(1,), [2]],
+    {1, 2},
+    frozenset({"a"}),
+    {(1, 2): [3]},
+    {1: "int", "1": "text"},
+    b"\xff",
+    bytearray(b"x"),
+]
 
 
 @pytest.mark.core
@@ -276,7 +283,8 @@ ALIASED = [
 
 @pytest.mark.parametrize("value", ALIASED, ids=lambda v: type(v).__name__)
 async def test_an_alias_that_is_another_fields_name(value: BaseModel, store: Any) -> None:
-    """Fields whose aliases are names of other fields keep their values from node to node, in the store and on resume."""
+    """Fields whose aliases are names of other fields keep their values from node to node, in the store and on
+    resume."""
     schema = schema_of(type(value))
     assert schema.convert(value) == value
     assert schema.decode(schema.encode(value)) == value
@@ -359,8 +367,8 @@ EITHER: dict[str, Case] = {
 
 @pytest.mark.parametrize("name", [*KEPT, *EITHER])
 async def test_what_comes_back_equals_what_was_stored(name: str, store: Any) -> None:
-    """A state comes back from the store as it was, or is refused with the name of its field; the trace can be read
-    either way."""
+    """A state comes back from the store as it was, or is refused with the name of its field; the trace can be
+    read either way."""
     annotation, value, config = (KEPT | EITHER)[name]
     instance: Any = create_model(
         "Made",

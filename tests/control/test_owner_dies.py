@@ -24,7 +24,8 @@ from stroma.runner import requests
 @pytest.mark.kills
 @pytest.mark.parametrize("way", ["recover", "serve", "unpause"])
 def test_killed_before_it_knew(journal: tuple[str, str], tmp_path: Path, way: str) -> None:
-    """recover() and workers find the run SUSPENDED, and call nothing; once the pause is taken back, a worker does."""
+    """recover() and workers find the run SUSPENDED, and call nothing; once the pause is taken back, a worker
+    does."""
     wish = {"run_id": "r", "hang": True, "calls": str(tmp_path / "calls"), "options": {"lease_seconds": 1.0}}
     command = [sys.executable, "-m", "tests.checkpoint.dying_helper", *journal, json.dumps(wish)]
 
@@ -83,7 +84,8 @@ def test_killed_before_it_knew(journal: tuple[str, str], tmp_path: Path, way: st
 async def test_an_owner_that_reads_no_request(
     kind: str, request_name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A request to an owner that renews its lease and reads nothing returns after a while with a warning, and holds from the next opening on."""
+    """A request to an owner that renews its lease and reads nothing returns after a while with a warning, and
+    holds from the next opening on."""
     monkeypatch.setattr(requests, "_OWNER_SECONDS", 0.3)
     with place(kind) as where, opened(kind, where) as store, opened(kind, where) as other:
         session = await begin(store, lease_seconds=2.0)

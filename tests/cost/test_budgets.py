@@ -29,23 +29,30 @@ def spent(cost: float = 0.0, tokens: int = 0, ms: float = 0.0) -> CostTracker:
     ("dimension", "limit", "actual", "text"),
     [
         (
-            "tokens", 1000, 1234567890123,
+            "tokens",
+            1000,
+            1234567890123,
             "budget exceeded: max_tokens_total limit 1000 tokens, used 1.23456789012e+12 tokens (tokens) at node 'a'; "
             "raise max_tokens_total, then resume the run",
         ),
         (
-            "cost", 0.5, 0.75,
+            "cost",
+            0.5,
+            0.75,
             "budget exceeded: max_cost_usd limit 0.5 USD, used 0.75 USD (cost) at node 'a'; raise max_cost_usd, then resume the run",
         ),
         (
-            "latency", 100, 100.25,
+            "latency",
+            100,
+            100.25,
             "budget exceeded: max_latency_ms limit 100 ms, used 100.25 ms (latency) at node 'a'; "
             "raise max_latency_ms, then resume the run",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_a_crossed_limit_says(dimension: Any, limit: float, actual: float, text: str) -> None:
-    """The limit by the name under which it is set, both figures with their unit, the node, and the mend; pickled, too."""
+    """The limit by the name under which it is set, both figures with their unit, the node, and the mend;
+    pickled, too."""
     error = BudgetExceeded(dimension, limit, actual, "a")
     for one in (error, pickle.loads(pickle.dumps(error))):
         assert (one.dimension, one.limit, one.actual, one.node_id) == (dimension, limit, actual, "a")
@@ -62,7 +69,8 @@ def test_what_a_crossed_limit_says(dimension: Any, limit: float, actual: float, 
     ],
 )
 def test_what_a_crossed_limit_of_one_run_says(dimension: Any, parameter: str, option: str) -> None:
-    """A limit that was set for the run replaces that of the config: the message says where to raise it; pickled, too."""
+    """A limit that was set for the run replaces that of the config: the message says where to raise it;
+    pickled, too."""
     error = BudgetExceeded(dimension, 1, 2, "a", is_set_for_run=True)
     for one in (error, pickle.loads(pickle.dumps(error))):
         assert one.args == (dimension, 1, 2, "a")
@@ -144,7 +152,8 @@ def test_the_limits_that_are_set_are_listed() -> None:
     ],
 )
 def test_exactly_at_a_limit_is_within_it(budget: Any, at: Any, above: Any, report: Any) -> None:
-    """The least above it is not: a token, a billionth of a dollar, a nanosecond; what earlier processes spent counts."""
+    """The least above it is not: a token, a billionth of a dollar, a nanosecond; what earlier processes spent
+    counts."""
     limit = ExecutionBudget(**budget)
     assert spent(*at).exceeded(limit, "a") is None
     spent(*at).check_budget(limit, "a")
@@ -232,7 +241,8 @@ def test_sums_by_node() -> None:
 
 
 def test_sums_by_node_are_those_of_the_trace_too() -> None:
-    """What the engine's own figures say is added to what was recorded by hand, and the totals are as they were."""
+    """What the engine's own figures say is added to what was recorded by hand, and the totals are as they
+    were."""
     tracker = CostTracker()
     tracker.record(NodeUsage("a", 10, 0.25, 3, "m", 4))
     tracker.per_node = lambda: [("a", 1, 2, 0.5, 1_999_999, None), ("b", 5, 3, 0.125, 999_999, "n")]
@@ -352,7 +362,8 @@ def test_a_share_of_a_limit_is_reached_exactly(
 
 
 def test_the_first_rule_for_a_model_counts() -> None:
-    """A rule for another model does not, nor one that is not reached; without a limit or a model none does."""
+    """A rule for another model does not, nor one that is not reached; without a limit or a model none
+    does."""
     rules = [
         FallbackPolicy("x", "never", 0.1),
         FallbackPolicy("a", "late", 0.9),
@@ -369,12 +380,18 @@ def test_the_first_rule_for_a_model_counts() -> None:
 
 
 def test_the_furthest_fallback_that_is_due() -> None:
-    """By its share, wherever it stands; chains are followed so; none below every share, or without a limit."""
+    """By its share, wherever it stands; chains are followed so; none below every share, or without a
+    limit."""
     rules = [FallbackPolicy("b", "c", 0.9), FallbackPolicy("a", "b", 0.5), FallbackPolicy("x", "y", 0.7)]
     budget = ExecutionBudget(max_cost_usd=1)
     assert [fallback_due(spent(cost), budget, rules) for cost in (0.4, 0.5, 0.7, 0.89, 0.9, 2)] == [
-        None, "b", "y", "y", "c", "c",
-    ]  # fmt: skip
+        None,
+        "b",
+        "y",
+        "y",
+        "c",
+        "c",
+    ]
     assert fallback_due(spent(1), ExecutionBudget(max_tokens_total=1), rules) is None
     assert fallback_due(spent(1), budget, []) is None
     equal = [FallbackPolicy("a", "first", 0.5), FallbackPolicy("a", "second", 0.5)]

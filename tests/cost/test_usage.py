@@ -1,4 +1,5 @@
-"""What a provider's response says it used: read from the real SDKs' responses of a real server, and from plain data."""
+"""What a provider's response says it used: read from the real SDKs' responses of a real server, and from
+plain data."""
 
 from __future__ import annotations
 
@@ -72,40 +73,125 @@ def test_the_usage_of_plain_data(reply: Reply) -> None:
     [
         # xAI counts reasoning beside completion, DeepSeek has another name for what was cached.
         ({"usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 40}}, Usage(10, 30)),
-        ({"usage": {"prompt_tokens": 10, "completion_tokens": 5, "prompt_cache_hit_tokens": 8}}, Usage(10, 5, 8)),
+        (
+            {"usage": {"prompt_tokens": 10, "completion_tokens": 5, "prompt_cache_hit_tokens": 8}},
+            Usage(10, 5, 8),
+        ),
         # Anthropic's names in the format of OpenAI: Haystack and litellm, which has others as well.
-        ({"usage": {"prompt_tokens": 30, "cache_read_input_tokens": 8, "cache_creation_input_tokens": 9, "cache_creation": {"ephemeral_1h_input_tokens": 4}, "service_tier": "standard"}}, Usage(30, 0, 8, 9, tier="standard", cache_write_1h_tokens=4)),
-        ({"usage": {"prompt_tokens": 30, "cache_creation_input_tokens": 9, "prompt_tokens_details": {"cached_tokens": 0, "cache_creation_tokens": 9}}}, Usage(30, 0, 0, 9)),
-        ({"usage": {"prompt_tokens": 30, "prompt_tokens_details": {"cache_creation_tokens": 9, "cache_creation_token_details": {"ephemeral_1h_input_tokens": 4}}}}, Usage(30, 0, 0, 9, cache_write_1h_tokens=4)),
-        # OpenRouter says what a call cost; with a key of one's own, what its fee is and what the provider bills.
-        ({"usage": {"prompt_tokens": 5, "cost": 0.0123, "is_byok": False, "cost_details": {"upstream_inference_cost": 0.01}}}, Usage(5, cost_usd=0.0123)),
-        ({"usage": {"prompt_tokens": 5, "cost": 0.25, "is_byok": True, "cost_details": {"upstream_inference_cost": 0.5}}}, Usage(5, cost_usd=0.75)),
+        (
+            {
+                "usage": {
+                    "prompt_tokens": 30,
+                    "cache_read_input_tokens": 8,
+                    "cache_creation_input_tokens": 9,
+                    "cache_creation": {"ephemeral_1h_input_tokens": 4},
+                    "service_tier": "standard",
+                }
+            },
+            Usage(30, 0, 8, 9, tier="standard", cache_write_1h_tokens=4),
+        ),
+        (
+            {
+                "usage": {
+                    "prompt_tokens": 30,
+                    "cache_creation_input_tokens": 9,
+                    "prompt_tokens_details": {"cached_tokens": 0, "cache_creation_tokens": 9},
+                }
+            },
+            Usage(30, 0, 0, 9),
+        ),
+        (
+            {
+                "usage": {
+                    "prompt_tokens": 30,
+                    "prompt_tokens_details": {
+                        "cache_creation_tokens": 9,
+                        "cache_creation_token_details": {"ephemeral_1h_input_tokens": 4},
+                    },
+                }
+            },
+            Usage(30, 0, 0, 9, cache_write_1h_tokens=4),
+        ),
+        # OpenRouter says what a call cost; with a key of one's own, what its fee is and what the provider
+        # bills.
+        (
+            {
+                "usage": {
+                    "prompt_tokens": 5,
+                    "cost": 0.0123,
+                    "is_byok": False,
+                    "cost_details": {"upstream_inference_cost": 0.01},
+                }
+            },
+            Usage(5, cost_usd=0.0123),
+        ),
+        (
+            {
+                "usage": {
+                    "prompt_tokens": 5,
+                    "cost": 0.25,
+                    "is_byok": True,
+                    "cost_details": {"upstream_inference_cost": 0.5},
+                }
+            },
+            Usage(5, cost_usd=0.75),
+        ),
         ({"usage": {"prompt_tokens": 5, "cost": 0.25, "is_byok": True}}, Usage(5)),
         ({"usage": {"prompt_tokens": 5, "cost": 0}}, Usage(5, cost_usd=0)),
         ({"usage": {"prompt_tokens": 5, "cost": {"total_cost": 1}}}, Usage(5)),
         ({"usage": {"prompt_tokens": 5, "cost": -1.0}}, Usage(5)),
         # A gateway that counts what was cached beside the input.
         ({"usage": {"prompt_tokens": 10, "prompt_tokens_details": {"cached_tokens": 90}}}, Usage(90, 0, 90)),
-        ({"usage": {"tokens": {"input_tokens": 9.0, "output_tokens": 2.0}, "cached_tokens": 4.0}}, Usage(9, 2, 4)),
+        (
+            {"usage": {"tokens": {"input_tokens": 9.0, "output_tokens": 2.0}, "cached_tokens": 4.0}},
+            Usage(9, 2, 4),
+        ),
         ({"meta": {"billed_units": {"input_tokens": 3}}}, Usage(3)),
-        ({"usage": {"input_tokens": 5, "output_tokens": 1, "service_tier": "batch"}, "model": "m"}, Usage(5, 1, model="m", tier="batch")),
+        (
+            {"usage": {"input_tokens": 5, "output_tokens": 1, "service_tier": "batch"}, "model": "m"},
+            Usage(5, 1, model="m", tier="batch"),
+        ),
         ({"usage": {"input_tokens": 5, "speed": "fast", "service_tier": "standard"}}, Usage(5, tier="fast")),
         # A line of OpenAI's batch results, a usage by itself, and one of ours.
-        ({"custom_id": "1", "response": {"status_code": 200, "body": _CHAT}}, Usage(1200, 30, 1024, 0, "gpt-4o-mini-2024-07-18", "flex")),
+        (
+            {"custom_id": "1", "response": {"status_code": 200, "body": _CHAT}},
+            Usage(1200, 30, 1024, 0, "gpt-4o-mini-2024-07-18", "flex"),
+        ),
         ({"prompt_tokens": 7, "completion_tokens": 2}, Usage(7, 2)),
         (Usage(1, 2, model="m"), Usage(1, 2, model="m")),
         # A line of Anthropic's batch results.
-        ({"custom_id": "1", "result": {"type": "succeeded", "message": {"model": "m", "usage": {"input_tokens": 5, "output_tokens": 2, "service_tier": "batch"}}}}, Usage(5, 2, model="m", tier="batch")),
+        (
+            {
+                "custom_id": "1",
+                "result": {
+                    "type": "succeeded",
+                    "message": {
+                        "model": "m",
+                        "usage": {"input_tokens": 5, "output_tokens": 2, "service_tier": "batch"},
+                    },
+                },
+            },
+            Usage(5, 2, model="m", tier="batch"),
+        ),
         # Google's total has what nothing else counts, the others are never less than it.
-        ({"usageMetadata": {"promptTokenCount": 10, "candidatesTokenCount": 2, "totalTokenCount": 40}}, Usage(10, 30)),
+        (
+            {"usageMetadata": {"promptTokenCount": 10, "candidatesTokenCount": 2, "totalTokenCount": 40}},
+            Usage(10, 30),
+        ),
         ({"usageMetadata": {"totalTokenCount": 12}}, Usage(0, 12)),
-        ({"usageMetadata": {"promptTokenCount": 10, "candidatesTokenCount": 2, "totalTokenCount": 11}}, Usage(10, 2)),
+        (
+            {"usageMetadata": {"promptTokenCount": 10, "candidatesTokenCount": 2, "totalTokenCount": 11}},
+            Usage(10, 2),
+        ),
         # A stream that broke off has used what it said so far.
         (_MESSAGE_EVENTS[:2], Usage(950, 1, 900, model="claude-haiku-4-5-20251001")),
-        (types.SimpleNamespace(usage=types.SimpleNamespace(prompt_tokens=4, completion_tokens=None)), Usage(4)),
+        (
+            types.SimpleNamespace(usage=types.SimpleNamespace(prompt_tokens=4, completion_tokens=None)),
+            Usage(4),
+        ),
     ],
     ids=lambda value: str(value)[:60],
-)  # fmt: skip
+)
 def test_other_shapes(response: Any, expected: Usage) -> None:
     """Whatever answers alike is read alike."""
     assert usage_from(response) == expected
@@ -166,7 +252,8 @@ class Hostile:
     ids=lambda value: type(value).__name__,
 )
 def test_what_cannot_be_counted_is_said(response: Any, says: str) -> None:
-    """No usage, half of one, or one that makes no sense is a UsageError that says what to do, never a zero."""
+    """No usage, half of one, or one that makes no sense is a UsageError that says what to do, never a
+    zero."""
     with pytest.raises(UsageError, match=says):
         usage_from(response)
 
@@ -194,12 +281,31 @@ def test_a_usage_makes_sense(figures: dict[str, Any], says: str) -> None:
 COUNT = st.one_of(st.none(), st.integers(-2, 10**7), st.floats(), st.booleans(), st.text(max_size=3))
 NAMES = st.sampled_from(
     [
-        "prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details", "input_tokens",
-        "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "promptTokenCount",
-        "candidatesTokenCount", "inputTokens", "billed_units", "cached_tokens", "service_tier", "model", "usage",
-        "response", "delta", "data", "cost", "is_byok", "cost_details", "upstream_inference_cost",
+        "prompt_tokens",
+        "completion_tokens",
+        "total_tokens",
+        "prompt_tokens_details",
+        "input_tokens",
+        "output_tokens",
+        "cache_read_input_tokens",
+        "cache_creation_input_tokens",
+        "promptTokenCount",
+        "candidatesTokenCount",
+        "inputTokens",
+        "billed_units",
+        "cached_tokens",
+        "service_tier",
+        "model",
+        "usage",
+        "response",
+        "delta",
+        "data",
+        "cost",
+        "is_byok",
+        "cost_details",
+        "upstream_inference_cost",
     ]
-)  # fmt: skip
+)
 SHAPE = st.recursive(COUNT, lambda inner: st.dictionaries(NAMES, inner, max_size=5), max_leaves=12)
 
 
@@ -262,7 +368,8 @@ async def test_a_node_returns_its_output_and_the_response(reply: Reply, provider
 
 
 async def test_the_split_of_the_input_is_in_the_trace() -> None:
-    """What a cache was read and written for, summed over the calls of an attempt, in the trace and while it runs."""
+    """What a cache was read and written for, summed over the calls of an attempt, in the trace and while it
+    runs."""
     runner = StromaRunner.quick()
 
     @runner.node("ask", input=Text, output=Text)
@@ -355,7 +462,8 @@ async def test_a_model_said_beside_the_response_is_what_is_priced(monkeypatch: p
     ids=lambda value: type(value).__name__,
 )
 async def test_a_response_that_says_nothing_is_bad_usage(used: Any, says: str) -> None:
-    """Usage that cannot be counted is TERMINAL, names the node, and keeps the output; nothing is bought again."""
+    """Usage that cannot be counted is TERMINAL, names the node, and keeps the output; nothing is bought
+    again."""
     runner, ask = node_of(({"text": "kept"}, used))
     result = await runner.run([ask], Text())
     assert result.status is RunStatus.FAILED
@@ -399,7 +507,8 @@ def by_reporting(response: Any, runner: StromaRunner) -> Any:
 async def test_a_server_that_leaves_usage_out_stops_no_run_without_a_limit(
     how: Any, response: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What a response does not say counts as 0, with one warning for the node, where no limit depends on it."""
+    """What a response does not say counts as 0, with one warning for the node, where no limit depends on
+    it."""
     runner = StromaRunner.quick(budget=ExecutionBudget(max_latency_ms=600_000))
     ask = how(response, runner)
     result = await runner.run([ask, ask], Text())
@@ -485,7 +594,8 @@ async def test_a_real_stream_that_was_not_asked_for_usage_is_said(
 async def test_a_response_that_names_no_model_is_refused_where_cost_is_limited(
     limit: float | None, status: RunStatus
 ) -> None:
-    """A response with tokens and without a model cannot be counted in dollars: a limit in dollars refuses it."""
+    """A response with tokens and without a model cannot be counted in dollars: a limit in dollars refuses
+    it."""
     cohere = next(reply for reply in REPLIES if reply.what == "cohere").answer.body
     runner, ask = node_of(({"text": ""}, cohere), budget=ExecutionBudget(max_cost_usd=limit))
     result = await runner.run([ask], Text())
@@ -521,7 +631,8 @@ async def test_report_usage_refuses_what_makes_no_sense(
 
 @pytest.mark.parametrize("event", ["success", "failure"])
 async def test_report_usage_counts_before_the_end_of_an_attempt(event: str) -> None:
-    """A start hook reports usage of the attempt that begins; a hook of its end is refused, and not ignored."""
+    """A start hook reports usage of the attempt that begins; a hook of its end is refused, and not
+    ignored."""
 
     async def report(*_: Any) -> None:
         current_node().report_usage(input_tokens=10)

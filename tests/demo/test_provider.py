@@ -103,57 +103,144 @@ def extracted(calm: Provider) -> dict[str, dict[str, Any]]:
 # kind, party, reference, date, currency, total, flags
 EXPECTED: dict[str, tuple[str, str | None, str | None, str | None, str | None, float | None, list[str]]] = {
     "contract-nda-oswin-labs.txt": (
-        "contract", "Oswin Labs ApS", "NDA-2025-06", "2025-04-03", None, None, []
+        "contract",
+        "Oswin Labs ApS",
+        "NDA-2025-06",
+        "2025-04-03",
+        None,
+        None,
+        [],
     ),
     "contract-services-harrow-kestrel.md": (
-        "contract", "Harrow Kestrel Logistics Ltd", "HKL-MSA-2025-014", "2025-06-01", "GBP", 153_000.0,
+        "contract",
+        "Harrow Kestrel Logistics Ltd",
+        "HKL-MSA-2025-014",
+        "2025-06-01",
+        "GBP",
+        153_000.0,
         ["auto_renewal", "unlimited_liability"],
     ),
     "credit-note-copperline-CM-1207.txt": (
-        "credit_note", "Copperline Packaging Inc.", "CM-1207", "2025-05-19", "USD", -312.80, []
+        "credit_note",
+        "Copperline Packaging Inc.",
+        "CM-1207",
+        "2025-05-19",
+        "USD",
+        -312.80,
+        [],
     ),
     "invoice-brandt-RE-2025-0417.txt": (
-        "invoice", "Brandt Feinmechanik GmbH", "RE-2025-0417", "2025-03-14", "EUR", 2424.51, []
+        "invoice",
+        "Brandt Feinmechanik GmbH",
+        "RE-2025-0417",
+        "2025-03-14",
+        "EUR",
+        2424.51,
+        [],
     ),
     "invoice-brandt-resent.eml": (
-        "invoice", "Brandt Feinmechanik GmbH", "RE-2025-0417", "2025-03-14", "EUR", 2736.29,
+        "invoice",
+        "Brandt Feinmechanik GmbH",
+        "RE-2025-0417",
+        "2025-03-14",
+        "EUR",
+        2736.29,
         ["bank_details_changed"],
     ),
     "invoice-copperline-88213.txt": (
-        "invoice", "Copperline Packaging Inc.", "88213", "2025-04-22", "USD", 7010.0, []
+        "invoice",
+        "Copperline Packaging Inc.",
+        "88213",
+        "2025-04-22",
+        "USD",
+        7010.0,
+        [],
     ),
     "invoice-larkspur-items-only.txt": (
-        "invoice", "Ines Larkspur", "2025/031", "2025-05-09", "GBP", None, ["total_missing"]
+        "invoice",
+        "Ines Larkspur",
+        "2025/031",
+        "2025-05-09",
+        "GBP",
+        None,
+        ["total_missing"],
     ),
     "invoice-meridian-two-currencies.txt": (
-        "invoice", "Meridian Freight & Customs B.V.", "MFC-250588", "2025-05-13", "USD", 3150.0,
+        "invoice",
+        "Meridian Freight & Customs B.V.",
+        "MFC-250588",
+        "2025-05-13",
+        "USD",
+        3150.0,
         ["two_currencies"],
     ),
     "invoice-roussel-F2025-118.txt": (
-        "invoice", "Atelier Roussel SARL", "F2025-118", "2025-05-06", "EUR", 2916.0, []
+        "invoice",
+        "Atelier Roussel SARL",
+        "F2025-118",
+        "2025-05-06",
+        "EUR",
+        2916.0,
+        [],
     ),
     "invoice-tidewater-THL-20931.eml": (
-        "invoice", "Tidewater Hosting Ltd", "THL-20931", "2025-05-01", "GBP", 1055.66, []
+        "invoice",
+        "Tidewater Hosting Ltd",
+        "THL-20931",
+        "2025-05-01",
+        "GBP",
+        1055.66,
+        [],
     ),
     "purchase-order-castellan-4500017832.csv": (
-        "purchase_order", "Castellan Foods S.p.A.", "4500017832", "2025-04-28", "EUR", 8960.40, []
+        "purchase_order",
+        "Castellan Foods S.p.A.",
+        "4500017832",
+        "2025-04-28",
+        "EUR",
+        8960.40,
+        [],
     ),
     "reminder-delivery-voss.txt": (
-        "reminder", "Voss Kältetechnik AG", "71-44092", "2025-05-16", None, None, ["late_delivery"]
+        "reminder",
+        "Voss Kältetechnik AG",
+        "71-44092",
+        "2025-05-16",
+        None,
+        None,
+        ["late_delivery"],
     ),
     "reminder-payment-tidewater-THL-19874.eml": (
-        "reminder", "Tidewater Hosting Ltd", "THL-19874", "2025-05-16", "GBP", 1066.0, ["overdue"]
+        "reminder",
+        "Tidewater Hosting Ltd",
+        "THL-19874",
+        "2025-05-16",
+        "GBP",
+        1066.0,
+        ["overdue"],
     ),
     "scan-0012.txt": ("other", None, None, None, None, None, ["empty"]),
     "scan-fenwick-0391.txt": ("other", None, None, None, None, None, ["ocr_noise"]),
     "support-anfrage-muehlbauer.eml": ("support", "Jörg Mühlbauer", None, "2025-05-14", None, None, []),
     "support-outage-pemberton.eml": (
-        "support", "Samuel Adeyemi", "AF-48217", "2025-05-20", None, None, ["urgent"]
+        "support",
+        "Samuel Adeyemi",
+        "AF-48217",
+        "2025-05-20",
+        None,
+        None,
+        ["urgent"],
     ),
     "support-refund-kessler.eml": (
-        "support", "M. Kessler", "AF-48190", "2025-05-19", None, None, ["prompt_injection"]
+        "support",
+        "M. Kessler",
+        "AF-48190",
+        "2025-05-19",
+        None,
+        None,
+        ["prompt_injection"],
     ),
-}  # fmt: skip
+}
 
 
 def test_every_shipped_document_has_an_expectation() -> None:
@@ -283,10 +370,17 @@ def test_unseen_documents(text: str, expected: tuple[object, ...]) -> None:
 @pytest.mark.parametrize(
     ("number", "value"),
     [
-        ("1.234,56", 1234.56), ("1,234.56", 1234.56), ("1 234,56", 1234.56), ("1'234.50", 1234.5),
-        ("1.234", 1234.0), ("1,234,567", 1234567.0), ("12,5", 12.5), ("7", 7.0), ("1.234.567,8", 1234567.8),
+        ("1.234,56", 1234.56),
+        ("1,234.56", 1234.56),
+        ("1 234,56", 1234.56),
+        ("1'234.50", 1234.5),
+        ("1.234", 1234.0),
+        ("1,234,567", 1234567.0),
+        ("12,5", 12.5),
+        ("7", 7.0),
+        ("1.234.567,8", 1234567.8),
     ],
-)  # fmt: skip
+)
 def test_number_formats(number: str, value: float) -> None:
     """European and American numbers give the same; one separator before three digits groups thousands."""
     assert _rules.parse_amount(number) == value
@@ -753,5 +847,6 @@ def test_many_clients_at_once(calm: Provider) -> None:
             await asyncio.gather(*(complete(client, f"text {n}") for n in range(100)))
             return loop.time() - start
 
-    # The latencies alone are about 100 * 40 ms = 4 s in a row. A machine may be busy with something else, but not three times.
+    # The latencies alone are about 100 * 40 ms = 4 s in a row. A machine may be busy with something else, but
+    # not three times.
     assert any(asyncio.run(ask()) < 3.0 for _ in range(3))

@@ -36,7 +36,8 @@ _DONE = "\x01done"
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block: the number of its first line, its language, its title, its text and where that stands."""
+    """One fenced block: the number of its first line, its language, its title, its text and where that
+    stands."""
 
     line: int
     language: str
@@ -89,7 +90,8 @@ def shown(text: str) -> dict[int, list[str]]:
 
 
 def run_python(text: str, name: str) -> Iterator[tuple[int, str, list[str]]]:
-    """Run the blocks of a page one after the other in one module: line, code, and the lines that each printed."""
+    """Run the blocks of a page one after the other in one module: line, code, and the lines that each
+    printed."""
     module = types.ModuleType(f"page_{name}")
     sys.modules[module.__name__] = module  # Annotations are looked up there.
     try:
@@ -126,7 +128,8 @@ def normal(line: str) -> str:
 
 
 def same(printed: Sequence[str], expected: Sequence[str]) -> bool:
-    """Whether these lines are those, but for empty ones and what differs from run to run; ``...`` stands for any lines."""
+    """Whether these lines are those, but for empty ones and what differs from run to run; ``...`` stands for
+    any lines."""
     pattern = "".join(
         "(?:.*\n)*?" if line.strip() == "..." else re.escape(normal(line)) + "\n" for line in expected if line
     )
@@ -142,9 +145,15 @@ class Shell:
     def __init__(self, folder: Path, env: Mapping[str, str]) -> None:
         self.folder = folder
         self._bash = subprocess.Popen(
-            ["bash", "--noprofile", "--norc"], cwd=folder, env={**env, "PYTHONUNBUFFERED": "1"}, bufsize=0,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            ["bash", "--noprofile", "--norc"],
+            cwd=folder,
+            env={**env, "PYTHONUNBUFFERED": "1"},
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
     def __enter__(self) -> Shell:
         return self
@@ -156,7 +165,8 @@ class Shell:
         self._bash.communicate()
 
     def run(self, command: str) -> tuple[int, list[str]]:
-        """The exit code of a command, and the lines that it printed on either stream. It is given no input."""
+        """The exit code of a command, and the lines that it printed on either stream. It is given no
+        input."""
         assert self._bash.stdin is not None
         assert self._bash.stdout is not None
         line = f"{command} </dev/null" if re.match(r"(python|stroma)\b[^|&;<]*$", command) else command
@@ -189,7 +199,8 @@ def commands(block: str) -> list[tuple[str, list[str]]]:
 
 
 def walk(text: str, name: str, shell: Shell) -> Iterator[tuple[Block, str, list[str], list[str]]]:
-    """Save the files and run the shell lines of a page in order: block, command, lines printed, lines shown."""
+    """Save the files and run the shell lines of a page in order: block, command, lines printed, lines
+    shown."""
     for block in of_page(text):
         if block.title:
             path = shell.folder / block.title

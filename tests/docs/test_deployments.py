@@ -1,4 +1,5 @@
-"""Containers in the examples and the documentation: without root, without privileges, and of a fixed version."""
+"""Containers in the examples and the documentation: without root, without privileges, and of a fixed
+version."""
 
 from __future__ import annotations
 
@@ -75,7 +76,8 @@ def check_image(image: str) -> None:
 
 
 def test_images_run_as_somebody_else() -> None:
-    """Every Dockerfile is based on a version, installs fixed versions of this package, and ends as a user that is not root."""
+    """Every Dockerfile is based on a version, installs fixed versions of this package, and ends as a user
+    that is not root."""
     seen = list(dockerfiles())
     assert len(seen) >= 3
     for name, text in seen:
@@ -92,7 +94,8 @@ def test_images_run_as_somebody_else() -> None:
 
 
 def test_services_have_no_privileges() -> None:
-    """Every service of a compose file has a version, a user, no capabilities and no way to more; most can write only to volumes."""
+    """Every service of a compose file has a version, a user, no capabilities and no way to more; most can
+    write only to volumes."""
     seen = list(services())
     assert len(seen) >= 7
     for name, service in seen:

@@ -1,4 +1,5 @@
-"""What is generated of the docs is up to date, and errors say on their page and in their text how to go on."""
+"""What is generated of the docs is up to date, and errors say on their page and in their text how to go
+on."""
 
 from __future__ import annotations
 
@@ -92,7 +93,8 @@ def test_generated_pages_are_up_to_date(generate: Any) -> None:
 
 
 def test_every_parameter_has_a_type_a_default_and_a_description() -> None:
-    """The reference lists each parameter of what users call and configure, with its type, default, unit and meaning."""
+    """The reference lists each parameter of what users call and configure, with its type, default, unit and
+    meaning."""
     spec = importlib.util.spec_from_file_location("stroma_docs_reference", ROOT / "docs" / "reference.py")
     assert spec is not None
     assert spec.loader is not None
@@ -136,7 +138,8 @@ def is_error(value: object) -> bool:
 
 
 def public_errors() -> dict[str, type[BaseException]]:
-    """Return the exception classes that users meet: those of a public package, and those whose docstring says where they arise."""
+    """Return the exception classes that users meet: those of a public package, and those whose docstring says
+    where they arise."""
     findings: dict[str, type[BaseException]] = {}
     for info in pkgutil.walk_packages(stroma.__path__, "stroma."):
         if any(part.startswith("_") for part in info.name.split(".")):
@@ -159,7 +162,8 @@ def public_errors() -> dict[str, type[BaseException]]:
 
 
 def test_the_page_about_defaults_has_every_parameter(generate: Any) -> None:
-    """Each parameter of RunConfig, StromaRunner.quick and the stores has one line, which says what its default loses."""
+    """Each parameter of RunConfig, StromaRunner.quick and the stores has one line, which says what its
+    default loses."""
     page = generate.own_module("docs.defaults")
     stores = {
         name for name in stroma.__all__ if name.endswith("Store") and not name.endswith("CheckpointStore")
@@ -171,7 +175,8 @@ def test_the_page_about_defaults_has_every_parameter(generate: Any) -> None:
 
 
 def test_every_public_error_is_on_the_page(generate: Any) -> None:
-    """docs/errors.md has every public exception class with its base, where it arises, its cause and its mend."""
+    """docs/errors.md has every public exception class with its base, where it arises, its cause and its
+    mend."""
     text = (ROOT / "docs" / "errors.md").read_text("utf-8")
     result = public_errors()
     assert {"StoreError", "ContractViolation", "BudgetExceeded", "HookError", "HookTimeout"} <= set(result)
@@ -253,7 +258,8 @@ WITHOUT_MEND = {
 
 
 def test_messages_name_the_fix(generate: Any) -> None:
-    """Every text of our own errors says what must be, or ends with what to do, but for those listed with a reason."""
+    """Every text of our own errors says what must be, or ends with what to do, but for those listed with a
+    reason."""
     ours = {e.name for e in generate.error_classes()} - {"Problem", *generate.examples()}
     texts = {message.text for message in generate.messages() if message.error in ours}
     listed = {text for text in texts if any(part in text for part in WITHOUT_MEND)}
@@ -538,9 +544,24 @@ Provoke = Callable[[Path], Awaitable[Any]]
 MET: list[tuple[Provoke, type[Exception], list[str], str]] = [
     (violation, ContractViolation, ["'shorten'", "output", "text: Input should be a valid string"], ""),
     (budget, BudgetExceeded, ["'shorten'", "10 tokens", "11 tokens"], "raise max_tokens_total"),
-    (shared_budget, SharedBudgetExceeded, ["'team-a'", "'shorten'", "10 tokens", "8 spent"], "raise max_tokens, then resume the run"),
-    (never_met, LimitError, ["'read'", "8 tokens", "tokens_per_minute=5", "limit 'docs-tokens'"], "raise the limit"),
-    (waited_too_long, WaitedTooLong, ["'read'", "limit 'docs-requests'"], "raise the limit, or max_wait_seconds"),
+    (
+        shared_budget,
+        SharedBudgetExceeded,
+        ["'team-a'", "'shorten'", "10 tokens", "8 spent"],
+        "raise max_tokens, then resume the run",
+    ),
+    (
+        never_met,
+        LimitError,
+        ["'read'", "8 tokens", "tokens_per_minute=5", "limit 'docs-tokens'"],
+        "raise the limit",
+    ),
+    (
+        waited_too_long,
+        WaitedTooLong,
+        ["'read'", "limit 'docs-requests'"],
+        "raise the limit, or max_wait_seconds",
+    ),
     (circuit_open, CircuitOpen, ["limit 'read'"], "raise max_wait_seconds of the breaker"),
     (over_by_hand, BudgetExceeded, ["'read'"], "raise max_tokens_total"),
     (cannot_work, CheckFailed, ["'read'", "'needs'", "number (int)"], "add it to the output of 'read'"),
@@ -548,9 +569,19 @@ MET: list[tuple[Provoke, type[Exception], list[str], str]] = [
     (unpriced, UsageError, ["'shorten'", "'no-such-model'"], "add it to KNOWN_MODELS"),
     (unserialisable, NotSerialisable, ["Secret.key"], ""),
     (not_found, CheckpointNotFound, ["'run-7'", "'read'", "'shorten'"], "run the pipeline from its start"),
-    (changed, PipelineChanged, ["'run-7'", "'shorten'", "'cut'", "position 1"], "restore the order of nodes, or start a new run"),
+    (
+        changed,
+        PipelineChanged,
+        ["'run-7'", "'shorten'", "'cut'", "position 1"],
+        "restore the order of nodes, or start a new run",
+    ),
     (other_input, PipelineChanged, ["'run-7'"], "pass the same input, or use another run id"),
-    (no_journal, StoreError, ["'run-7'", "Simple"], "use resume_from=, or a journal store such as SQLiteStore"),
+    (
+        no_journal,
+        StoreError,
+        ["'run-7'", "Simple"],
+        "use resume_from=, or a journal store such as SQLiteStore",
+    ),
     (refused, StoreError, ["'run-7'", "'read'", "the disk is full"], ""),
     (no_database, StoreError, ["x.db"], "use another path, or move that file away"),
     (fenced, Fenced, ["'run-7'"], "see the result of the other one"),
@@ -574,7 +605,7 @@ MET: list[tuple[Provoke, type[Exception], list[str], str]] = [
     (no_such_tool, UnknownNode, ["'serach'", "tool"], "known: 'search'"),
     (ended_from_elsewhere, RunCancelled, ["'r1'", "'read'"], "call it in another run"),
     (zero_timeout, ValueError, ["'read'", "got 0"], "must be a positive number of milliseconds"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("provoke", "kind", "names", "fix"), MET, ids=lambda v: getattr(v, "__name__", ""))
@@ -590,9 +621,11 @@ async def test_what_an_error_says(
 
 
 def test_every_public_error_is_met() -> None:
-    """Each public exception class is provoked above, but for those that no store of this release raises by itself."""
+    """Each public exception class is provoked above, but for those that no store of this release raises by
+    itself."""
     met = {kind.__name__ for _, kind, _, _ in MET}
-    # Raised by nodes and in flows, never out of run(); by nodes with a place; by Redis alone; made of what another machine says; by tests that ask for it.
+    # Raised by nodes and in flows, never out of run(); by nodes with a place; by Redis alone; made of what
+    # another machine says; by tests that ask for it.
     unmet = {
         "CorruptCheckpoint",
         "PlaceError",

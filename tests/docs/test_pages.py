@@ -1,4 +1,5 @@
-"""The pages under docs/ and the README: their code runs, their links lead somewhere, and each has its place."""
+"""The pages under docs/ and the README: their code runs, their links lead somewhere, and each has its
+place."""
 
 from __future__ import annotations
 
@@ -74,7 +75,8 @@ def compare(text: str, name: str, ran: list[tuple[int, str, list[str]]]) -> int:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_the_code_on_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every Python block and every shell line of the README and the docs runs, and prints what the page says."""
+    """Every Python block and every shell line of the README and the docs runs, and prints what the page
+    says."""
     monkeypatch.chdir(tmp_path)
     text = page.read_text("utf-8")
     ran = compare(text, page.name, list(run_python(text, page.stem)))
@@ -149,8 +151,13 @@ def run_alone(page: Path, tmp_path: Path, env: Mapping[str, str], *replaced: tup
     value.write_text(functools.reduce(lambda code, pair: code.replace(*pair), replaced, text))
     done = subprocess.run(
         [sys.executable, "-c", ALONE, value, instance, str(ROOT)],
-        env={**environment(), **env, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=110,
-    )  # fmt: skip
+        env={**environment(), **env, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=110,
+    )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     ran = json.loads(instance.read_text())
@@ -232,7 +239,8 @@ def test_metrics_on_the_pages_are_those_that_there_are() -> None:
 
 
 def test_names_of_spans_in_the_overview_are_those_that_there_are() -> None:
-    """ "The names" in docs/telemetry.md has every name that the exporters to OpenTelemetry, Datadog and Sentry write, and no other."""
+    """ "The names" in docs/telemetry.md has every name that the exporters to OpenTelemetry, Datadog and
+    Sentry write, and no other."""
     folder = ROOT / "src" / "stroma" / "telemetry"
     shared = [folder / f"{name}.py" for name in ("conventions", "inference", "attribution")]
     sources = [
@@ -356,7 +364,8 @@ def test_pages_link_to_each_other() -> None:
 
 
 def test_every_page_has_a_place_in_the_site(build: Any) -> None:
-    """The navigation has each page once, under what readers do; decisions are linked from the architecture page alone."""
+    """The navigation has each page once, under what readers do; decisions are linked from the architecture
+    page alone."""
     nav = build.navigation({*build.pages(), "adr/index.md"})
     places = [name for names in nav.values() for name in names]
     assert sorted(places) == sorted(name for name in build.pages() if not name.startswith("adr/"))
@@ -381,7 +390,8 @@ def test_every_page_has_one_title_and_its_headings_in_order() -> None:
 
 @pytest.mark.slow
 def test_the_search_starts_its_worker_from_the_disk(build: Any, tmp_path: Path) -> None:
-    """A page opened from the disk reads the index and gets answers of the worker, which no address of a file may start."""
+    """A page opened from the disk reads the index and gets answers of the worker, which no address of a file
+    may start."""
     program = find_chromium()
     if program is None:
         missing("there is no Chromium here; name it with CHROMIUM=")
@@ -430,7 +440,8 @@ def test_links_in_the_site_lead_to_pages_of_the_site(build: Any, tmp_path: Path)
 
 
 def test_the_landing_page_shows_a_failure_handled_in_twenty_lines() -> None:
-    """Its first block is at most twenty lines of code, and its output has a failure and a run that completed."""
+    """Its first block is at most twenty lines of code, and its output has a failure and a run that
+    completed."""
     first, output = of_page((DOCS / "index.md").read_text("utf-8"))[:2]
     assert len([line for line in first.text.splitlines() if line.strip()]) <= 20
     assert "RECOVERABLE" in output.text
@@ -438,7 +449,8 @@ def test_the_landing_page_shows_a_failure_handled_in_twenty_lines() -> None:
 
 
 def test_the_readme_is_short_and_in_order() -> None:
-    """The README has at most 150 lines: the problem, the demo, two commands, one example, hooks, flows, guarantees, figures."""
+    """The README has at most 150 lines: the problem, the demo, two commands, one example, hooks, flows,
+    guarantees, figures."""
     text = (ROOT / "README.md").read_text("utf-8")
     assert len(text.splitlines()) <= 150
     first, *headings = re.findall(
@@ -449,7 +461,8 @@ def test_the_readme_is_short_and_in_order() -> None:
 
 
 def test_the_nodes_that_call_providers(tmp_path: Path, provider: Server) -> None:
-    """The nodes of the page read the answers, the usage and the models from the responses of the real clients."""
+    """The nodes of the page read the answers, the usage and the models from the responses of the real
+    clients."""
     from anthropic import AsyncAnthropic
     from openai import AsyncOpenAI
 
@@ -536,7 +549,8 @@ def test_figures_of_the_comparison_are_those_that_were_measured() -> None:
 
 
 def test_pictures_say_in_words_what_they_show() -> None:
-    """Every picture of a concept is drawn by the script, has a title and a description, and its page an alternative text."""
+    """Every picture of a concept is drawn by the script, has a title and a description, and its page an
+    alternative text."""
     pictures = loaded("pictures")
     drawn = {f"{picture.name}.svg": picture.svg() for picture in (draw() for draw in pictures.PICTURES)}
     folder = DOCS / "images" / "concepts"
@@ -562,7 +576,8 @@ BROKEN = """<html lang="en"><head><link rel="stylesheet" href="https://elsewhere
 
 
 def test_the_look_at_the_site_finds_what_is_wrong(look: Any, tmp_path: Path) -> None:
-    """A link or an anchor that leads nowhere, what is loaded from elsewhere, a picture without a text, a level left out."""
+    """A link or an anchor that leads nowhere, what is loaded from elsewhere, a picture without a text, a
+    level left out."""
     (tmp_path / "page.html").write_text(BROKEN)
     result = look.read(tmp_path)
     assert result == [

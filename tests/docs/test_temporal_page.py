@@ -1,4 +1,5 @@
-"""docs/temporal.md and the examples that it speaks of: the code runs against a server, the commands and files are sound."""
+"""docs/temporal.md and the examples that it speaks of: the code runs against a server, the commands and files
+are sound."""
 
 from __future__ import annotations
 
@@ -98,7 +99,8 @@ def containers() -> Iterator[tuple[str, list[str], dict[str, str]]]:
 
 
 def test_the_containers_are_started_with_commands_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers by our command line and with a pipeline that is there; servers with options that the server has."""
+    """Workers by our command line and with a pipeline that is there; servers with options that the server
+    has."""
     flags = subprocess.run(
         [temporal_binary(), "server", "start-dev", "--help"], capture_output=True, text=True, check=True
     ).stdout
@@ -168,8 +170,12 @@ def test_the_example_runs() -> None:
     """examples/temporal_letters.py starts a server and workers, and comes to the same there as here."""
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / "temporal_letters.py"],
-        env=environment(), capture_output=True, text=True, timeout=100, check=False,
-    )  # fmt: skip
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     here, there = done.stdout.splitlines()
     assert here.strip() == "here: COMPLETED, words=64"

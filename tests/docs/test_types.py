@@ -25,10 +25,11 @@ UNTYPED = [
 
 
 def lay_out(folder: Path) -> list[Path]:
-    """Write the code of all pages and examples into a folder, on the line numbers of their pages. Return the files.
+    """Write the code of all pages and examples into a folder, on the line numbers of their pages. Return the
+    files.
 
-    The executed blocks of one page are one module. A block with a title is a file of that name; some import each other, so
-    they stand in one folder.
+    The executed blocks of one page are one module. A block with a title is a file of that name; some import
+    each other, so they stand in one folder.
     """
     sources: dict[str, str] = {}
     owners: dict[str, Path] = {}
@@ -61,9 +62,17 @@ def check_with_mypy(folder: Path, files: list[Path]) -> list[str]:
     paths = [str(folder / name) for name in ("files", "examples", ".")]
     environment = {**os.environ, "MYPYPATH": os.pathsep.join(paths), "NO_COLOR": "1"}
     command = [
-        sys.executable, "-m", "mypy", "--strict", "--config-file=", "--no-error-summary", "--explicit-package-bases",
-        "--cache-dir", str(folder / "cache"), *map(str, files),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--config-file=",
+        "--no-error-summary",
+        "--explicit-package-bases",
+        "--cache-dir",
+        str(folder / "cache"),
+        *map(str, files),
+    ]
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=500
     )
@@ -99,10 +108,11 @@ def check_with_pyright(folder: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(1100)
 def test_the_code_that_a_user_copies_type_checks(tmp_path: Path) -> None:
-    """The README, the tutorial, the how-tos, the other pages and the examples pass `mypy --strict` and pyright as written.
+    """The README, the tutorial, the how-tos, the other pages and the examples pass `mypy --strict` and
+    pyright as written.
 
-    Left out is what is about other libraries (adapters, and how to come from another one), and two examples that import
-    packages which the lock does not have.
+    Left out is what is about other libraries (adapters, and how to come from another one), and two examples
+    that import packages which the lock does not have.
     """
     files = lay_out(tmp_path)
     assert len(files) > 80

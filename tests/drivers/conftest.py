@@ -1,4 +1,5 @@
-"""The ways to run a pipeline that the suite of behaviour is run over: all of them are one engine on a store."""
+"""The ways to run a pipeline that the suite of behaviour is run over: all of them are one engine on a
+store."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ from stroma.checkpoint import AttemptRecord
 
 
 def pipeline_of(nodes: list[Any], state: Any) -> list[Any]:
-    """Return the nodes after one that returns its input: its contract names the class of the input, which workers need."""
+    """Return the nodes after one that returns its input: its contract names the class of the input, which
+    workers need."""
     return [node("first", same, type(state), type(state)), *nodes]
 
 
@@ -39,7 +40,8 @@ def recorded(store: Any, run_id: str) -> list[Any]:
 
 @pytest.mark.parametrize("name", SCENARIOS)
 async def test_a_run_comes_to_the_same_whoever_drives_it(name: str, way: Way) -> None:
-    """Status, calls and state of a run are the same in one process, by workers and by Temporal, and so are its records."""
+    """Status, calls and state of a run are the same in one process, by workers and by Temporal, and so are
+    its records."""
     scenario = SCENARIOS[name]
     calls: list[str] = []
     nodes = pipeline_of(scenario.make(calls), scenario.state)

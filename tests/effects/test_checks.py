@@ -19,9 +19,12 @@ from stroma.cli import main
 def effect(*, reconciles: bool) -> Any:
     shop = Shop()
     contract = NodeContract(
-        node_id="charge", input_schema=Order, output_schema=Receipt, effect=True,
+        node_id="charge",
+        input_schema=Order,
+        output_schema=Receipt,
+        effect=True,
         reconcile=shop.look if reconciles else None,
-    )  # fmt: skip
+    )
     return stroma_node("charge", contract)(shop.charge)
 
 

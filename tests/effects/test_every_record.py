@@ -1,4 +1,5 @@
-"""Runs that end at each record in the life of an effect: killed, cancelled, or given up since a sibling failed."""
+"""Runs that end at each record in the life of an effect: killed, cancelled, or given up since a sibling
+failed."""
 
 from __future__ import annotations
 
@@ -71,9 +72,12 @@ class Shop:
             store=store, policy_map=NEVER, hooks=hooks, run_id=ledger.name, resume=True, max_recoveries=1000
         )
         self.contract = NodeContract(
-            node_id="charge", input_schema=Order, output_schema=Receipt, effect=True,
+            node_id="charge",
+            input_schema=Order,
+            output_schema=Receipt,
+            effect=True,
             reconcile=None if reconciles == "none" else self._look,
-        )  # fmt: skip
+        )
 
     def charged(self) -> list[str]:
         """Return the key of each charge."""
@@ -100,7 +104,8 @@ class Shop:
             self._strike("after commit")
 
     async def run(self, place: str) -> bool:
-        """Run to an end, or until a person is needed, who then looks at the books. Return True if all is done."""
+        """Run to an end, or until a person is needed, who then looks at the books. Return True if all is
+        done."""
         runner, contract = self.runner, self.contract
         charge = stroma_node("charge", contract)(self._charge)
 
@@ -197,7 +202,8 @@ async def test_cancelled_at_each_record(
 @pytest.mark.core
 @pytest.mark.parametrize("reconciles", RECONCILES)
 async def test_given_up_at_each_record(store: Any, tmp_path: Path, monkeypatch: Any, reconciles: str) -> None:
-    """G13. A group whose other child fails at any record of an effect, and that is resumed, makes the charge once."""
+    """G13. A group whose other child fails at any record of an effect, and that is resumed, makes the charge
+    once."""
     for point in POINTS:
         ledger, reached = tmp_path / point, asyncio.Event()
         ledger.touch()
@@ -223,7 +229,8 @@ async def test_given_up_at_each_record(store: Any, tmp_path: Path, monkeypatch: 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_killed_at_each_record(journal: tuple[str, str], tmp_path: Path, place: str) -> None:
-    """G13. A process that is killed at any record of an effect charges each order once, with the one that resumes the run."""
+    """G13. A process that is killed at any record of an effect charges each order once, with the one that
+    resumes the run."""
     kind, _ = journal
     for reconciles in RECONCILES if kind == "sqlite" else ("looks",):
         for point in POINTS:

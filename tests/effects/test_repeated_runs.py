@@ -1,4 +1,5 @@
-"""run() of an id that exists: by default it discards no unfinished execution, no answer and no recorded effect."""
+"""run() of an id that exists: by default it discards no unfinished execution, no answer and no recorded
+effect."""
 
 import subprocess
 import sys
@@ -63,7 +64,8 @@ async def test_an_unknown_charge_is_not_made_again(store: Any) -> None:
 
 @pytest.mark.parametrize("error", [None, Refused("declined")])
 async def test_a_recorded_effect_outlives_its_execution(store: Any, error: Exception | None) -> None:
-    """G13. run() of an id that has called an effect is RunExists, however the call and the run ended, in whatever execution."""
+    """G13. run() of an id that has called an effect is RunExists, however the call and the run ended, in
+    whatever execution."""
     shop = Shop(before=[] if error is None else [error])
     runner, nodes = shop_of(store, shop)
     first = await runner.run(nodes, Order(), run_id="r")
@@ -123,7 +125,8 @@ async def test_a_queued_run_is_not_replaced(store: Any) -> None:
 
 
 async def test_an_interrupted_run_keeps_its_outputs(store: Any) -> None:
-    """run() of an interrupted id is RunExists with the number of its commits, for lists, guards and plain code alike."""
+    """run() of an interrupted id is RunExists with the number of its commits, for lists, guards and plain
+    code alike."""
     runner = StromaRunner.quick(store=store)
 
     @runner.node("first", input=Letter, output=Letter)
@@ -176,7 +179,8 @@ runner.run_sync([charge], Order(text="ada"), run_id="order-7")
 
 @pytest.mark.slow
 def test_a_script_that_starts_again_charges_once(tmp_path: Path) -> None:
-    """G13. A script that dies in the call of an effect and starts again ends with RunExists, and calls nothing."""
+    """G13. A script that dies in the call of an effect and starts again ends with RunExists, and calls
+    nothing."""
     script = tmp_path / "shop.py"
     script.write_text(_SCRIPT)
     ends = [

@@ -24,13 +24,16 @@ def nodes_of(shop: Shop, **options: Any) -> list[Any]:
 
 @pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)])
 async def test_an_effect_with_reconcile_is_proven(processes: bool) -> None:
-    """assert_resumable accepts an effect whose charge is made once, wherever the process dies; both sides of its call are tried."""
+    """assert_resumable accepts an effect whose charge is made once, wherever the process dies; both sides of
+    its call are tried."""
     shop = Shop()
     proof = await assert_resumable(
-        nodes_of(shop, effect=True, reconcile=shop.look), Order(),
-        effects=None if processes else lambda: len(shop.charges), reset=lambda: setattr(shop, "charges", []),
+        nodes_of(shop, effect=True, reconcile=shop.look),
+        Order(),
+        effects=None if processes else lambda: len(shop.charges),
+        reset=lambda: setattr(shop, "charges", []),
         processes=processes,
-    )  # fmt: skip
+    )
     tried = [boundary.point for boundary in proof.boundaries if boundary.node_id == "charge"]
     assert tried[:3] == ["before_node", "after_node", "after_commit"]
 
@@ -78,12 +81,17 @@ def flow_of(shop: Shop, **options: Any) -> FlowFunction[Order, Receipt]:
 
 
 async def test_effects_of_a_flow_are_proven() -> None:
-    """assert_resumable takes a flow whose steps, maps and inner flows have effects: each happens once, wherever the process dies."""
+    """assert_resumable takes a flow whose steps, maps and inner flows have effects: each happens once,
+    wherever the process dies."""
     shop = Shop()
     proof = await assert_resumable(
-        flow_of(shop, effect=True, reconcile=shop.look), Order(), effects=lambda: len(shop.charges), processes=False,
-        reset=lambda: setattr(shop, "charges", []), ignore=["number"],
-    )  # fmt: skip
+        flow_of(shop, effect=True, reconcile=shop.look),
+        Order(),
+        effects=lambda: len(shop.charges),
+        processes=False,
+        reset=lambda: setattr(shop, "charges", []),
+        ignore=["number"],
+    )
     branches = {boundary.branch for boundary in proof.boundaries if boundary.node_id == "charge"}
     assert branches == {"charge#0", "*charge#1.0", "*charge#1.1", "inner#2.charge#0"}
 
@@ -93,9 +101,13 @@ async def test_a_step_of_a_flow_that_is_no_effect_charges_twice() -> None:
     shop = Shop()
     with pytest.raises(AssertionError, match=r"its effects differ.*pass effect=True"):
         await assert_resumable(
-            flow_of(shop), Order(), effects=lambda: len(shop.charges), processes=False,
-            reset=lambda: setattr(shop, "charges", []), ignore=["number"],
-        )  # fmt: skip
+            flow_of(shop),
+            Order(),
+            effects=lambda: len(shop.charges),
+            processes=False,
+            reset=lambda: setattr(shop, "charges", []),
+            ignore=["number"],
+        )
 
 
 async def test_a_replay_calls_no_effect() -> None:

@@ -25,7 +25,8 @@ store = store_fixture("sqlite", "postgres", "redis")
 @pytest.mark.core
 @pytest.mark.parametrize("is_async", [True, False])
 async def test_a_call_after_the_lease(store: Any, monkeypatch: Any, is_async: bool) -> None:
-    """G13. An owner whose lease is over after the commit of the intent makes no call; a resume makes it, and asks nobody."""
+    """G13. An owner whose lease is over after the commit of the intent makes no call; a resume makes it, and
+    asks nobody."""
     shop = Shop()
     runner = StromaRunner.quick(store=store)
 
@@ -60,7 +61,8 @@ async def test_a_call_after_the_lease(store: Any, monkeypatch: Any, is_async: bo
 
 
 async def test_a_renewed_lease_is_held(store: Any, monkeypatch: Any) -> None:
-    """A node before the effect may take longer than the lease: the lease is renewed meanwhile, and the effect is called."""
+    """A node before the effect may take longer than the lease: the lease is renewed meanwhile, and the effect
+    is called."""
     shop = Shop()
     runner = StromaRunner.quick(store=store, lease_seconds=1.0)
 
@@ -75,7 +77,8 @@ async def test_a_renewed_lease_is_held(store: Any, monkeypatch: Any) -> None:
 
 
 async def test_the_end_of_a_stale_owner(store: Any, monkeypatch: Any) -> None:
-    """G13. An owner that is taken over from before its intent is stored leaves the intent of the next owner as it is."""
+    """G13. An owner that is taken over from before its intent is stored leaves the intent of the next owner
+    as it is."""
     shop = Shop(after=[ConnectionResetError("no answer")])
     runner = StromaRunner.quick(store=store, if_running="take_over", resume=True)
     charge = runner.node("charge", input=Order, output=Receipt, effect=True)(shop.charge)
@@ -99,7 +102,8 @@ async def test_the_end_of_a_stale_owner(store: Any, monkeypatch: Any) -> None:
 
 @pytest.mark.slow
 def test_a_process_that_is_stopped_after_the_intent(tmp_path: Path) -> None:
-    """G13. A process that is stopped after its intent, and goes on when another one has ended the run, charges nothing."""
+    """G13. A process that is stopped after its intent, and goes on when another one has ended the run,
+    charges nothing."""
     ledger = tmp_path / "ledger"
     ledger.touch()
 

@@ -1,4 +1,5 @@
-"""A turn of an agent that calls three tools, fails after one of them took effect, and is tried again as a whole."""
+"""A turn of an agent that calls three tools, fails after one of them took effect, and is tried again as a
+whole."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class Done(BaseModel):
 class Provider:
     """Other people's systems, whose books survive the process. They know nothing of idempotency.
 
-    ``deadly``: the (tool, order) whose first call takes effect and is never answered: it times out, or the process dies.
+    ``deadly``: the (tool, order) whose first call takes effect and is never answered: it times out, or the
+        process dies.
     """
 
     def __init__(self, books: Path, deadly: set[tuple[str, int]], *, kills: bool) -> None:
@@ -90,7 +92,8 @@ def agent(store: Any, provider: Provider) -> tuple[StromaRunner, Any]:
 
 
 async def test_a_turn_that_is_tried_again_repeats_no_tool_that_took_effect(tmp_path: Path) -> None:
-    """G13. Of 200 turns whose tools time out after they took effect, and that are tried again, none has an effect twice."""
+    """G13. Of 200 turns whose tools time out after they took effect, and that are tried again, none has an
+    effect twice."""
     draw = random.Random(1)
     deadly = {(tool, number) for number in range(200) for tool in TOOLS if draw.random() < 0.5}
     provider = Provider(tmp_path / "books", deadly, kills=False)
@@ -106,7 +109,8 @@ async def test_a_turn_that_is_tried_again_repeats_no_tool_that_took_effect(tmp_p
 
 @pytest.mark.slow
 def test_a_turn_of_a_killed_process_repeats_no_tool_that_took_effect(tmp_path: Path) -> None:
-    """G13. Of 9 turns whose process is killed after a tool took effect and before it answered, none has an effect twice."""
+    """G13. Of 9 turns whose process is killed after a tool took effect and before it answered, none has an
+    effect twice."""
     deadly = {(TOOLS[number % 3], number) for number in range(9)}
     provider = Provider(tmp_path / "books", deadly, kills=True)
 

@@ -1,4 +1,5 @@
-"""Act at the n-th await of a coroutine, or of all tasks of a loop: at each of them in turn, that is every interleaving of one event."""
+"""Act at the n-th await of a coroutine, or of all tasks of a loop: at each of them in turn, that is every
+interleaving of one event."""
 
 from __future__ import annotations
 

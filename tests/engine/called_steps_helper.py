@@ -1,7 +1,9 @@
-"""The child of tests/engine/test_called_steps.py: `python called_steps_helper.py KIND PLACE SIDE_FILE WAY LIFE`.
+"""The child of tests/engine/test_called_steps.py: `python called_steps_helper.py KIND PLACE SIDE_FILE WAY
+LIFE`.
 
-Three branches of two steps race, in a node of a pipeline or in plain code. Life 0 dies in a step of the second level of branch 1,
-life 1 in that of branch 2, and the order in which the branches come to it is another one in each life.
+Three branches of two steps race, in a node of a pipeline or in plain code. Life 0 dies in a step of the
+second level of branch 1, life 1 in that of branch 2, and the order in which the branches come to it is
+another one in each life.
 """
 
 import asyncio

@@ -1,5 +1,6 @@
-"""All that a run tells of its attempts, in order, as lines of text: hooks with what is current meanwhile, the log, the
-trace, the journal and the result. Times are told as far as two runs have them in common: whether they are 0.
+"""All that a run tells of its attempts, in order, as lines of text: hooks with what is current meanwhile, the
+log, the trace, the journal and the result. Times are told as far as two runs have them in common: whether
+they are 0.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ class Between:
 
 
 class Journal(AsyncInMemoryStore):
-    """A journal whose sessions are made by a function of the test's. It has warned already that it is in memory."""
+    """A journal whose sessions are made by a function of the test's. It has warned already that it is in
+    memory."""
 
     _has_warned = True
 
@@ -270,7 +272,8 @@ class Diary(logging.Handler):
 
 
 class ThrownAway:
-    """Awaited, it does what a coroutine does until an event is set, and closes it where it waits, in another context."""
+    """Awaited, it does what a coroutine does until an event is set, and closes it where it waits, in another
+    context."""
 
     def __init__(self, work: Coroutine[Any, Any, Any], started: asyncio.Event) -> None:
         self._work = work

@@ -45,7 +45,8 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 async def test_a_node_that_blocks_is_named_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, limited: bool
 ) -> None:
-    """A node that never awaits for 1 s, or for its time limit, is named; nodes in threads, and those that wait beside it, are not."""
+    """A node that never awaits for 1 s, or for its time limit, is named; nodes in threads, and those that
+    wait beside it, are not."""
     if not limited:
         monkeypatch.setattr(context, "BLOCK_NS", 50_000_000)
         monkeypatch.setattr("stroma.engine.events.BLOCK_NS", 50_000_000)

@@ -94,9 +94,13 @@ class Watch:
             self.latency = round(run.cost_tracker.used("latency"), 1)
 
         return NodeHooks(
-            on_node_start=start, on_node_success=end, on_node_failure=end, on_node_cancelled=end,
-            on_node_suspended=end, on_run_end=run_end,
-        )  # fmt: skip
+            on_node_start=start,
+            on_node_success=end,
+            on_node_failure=end,
+            on_node_cancelled=end,
+            on_node_suspended=end,
+            on_run_end=run_end,
+        )
 
 
 async def run(
@@ -132,10 +136,17 @@ def shapes(clock: FakeClock) -> dict[str, tuple[list[Any], dict[str, list[float]
             500,
         ),
         "nested": (
-            [parallel(two, parallel(three, take("c", 50), max_concurrency=1), max_concurrency=1), take("d", 1)],
+            [
+                parallel(two, parallel(three, take("c", 50), max_concurrency=1), max_concurrency=1),
+                take("d", 1),
+            ],
             {
-                "a": [200], "b": [300], "c": [50], "parallel(b, c)": [350],
-                "parallel(a, parallel(b, c))": [550], "d": [1],
+                "a": [200],
+                "b": [300],
+                "c": [50],
+                "parallel(b, c)": [350],
+                "parallel(a, parallel(b, c))": [550],
+                "d": [1],
             },
             551,
         ),
@@ -159,7 +170,7 @@ def shapes(clock: FakeClock) -> dict[str, tuple[list[Any], dict[str, list[float]
             240,
         ),
         "without a contract": ([_bare(clock, "a", 70)], {"a": [70]}, 70),
-    }  # fmt: skip
+    }
 
 
 def _bare(clock: FakeClock, node_id: str, ms: float) -> Any:
@@ -172,17 +183,29 @@ def _bare(clock: FakeClock, node_id: str, ms: float) -> Any:
 
 
 NAMES = [
-    "in turn", "blocking", "with usage", "side by side", "one by one", "nested", "tried again",
-    "a child is tried again", "given up", "bad output", "suspended", "suspended inside", "failed inside",
+    "in turn",
+    "blocking",
+    "with usage",
+    "side by side",
+    "one by one",
+    "nested",
+    "tried again",
+    "a child is tried again",
+    "given up",
+    "bad output",
+    "suspended",
+    "suspended inside",
+    "failed inside",
     "without a contract",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("hook_ms", [0.0, 1000.0])
 @pytest.mark.parametrize("limited", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 async def test_how_long_it_took(name: str, limited: bool, hook_ms: float, clock: FakeClock) -> None:
-    """Functions ran for what they took, in a group for what those in it took; neither hooks nor waits count."""
+    """Functions ran for what they took, in a group for what those in it took; neither hooks nor waits
+    count."""
     if hook_ms and name == "side by side":
         return  # There the hooks of one child block the function of the other.
     watch = Watch(clock, hook_ms)
@@ -230,9 +253,11 @@ async def test_how_long_a_cancelled_attempt_took(clock: FakeClock) -> None:
     """It is told, kept, and counts, for a node, and for a group what ran in it."""
     for nodes, took in (
         ([forever("a")], {"a": [250.0]}),
-        ([parallel(taking(clock, "b", 50), forever("a"), max_concurrency=1)],
-         {"b": [50.0], "a": [200.0], "parallel(b, a)": [250.0]}),
-    ):  # fmt: skip
+        (
+            [parallel(taking(clock, "b", 50), forever("a"), max_concurrency=1)],
+            {"b": [50.0], "a": [200.0], "parallel(b, a)": [250.0]},
+        ),
+    ):
         watch, store = Watch(clock), AsyncInMemoryStore()
         task = asyncio.create_task(run(watch, nodes, store=store, run_id="r"))
         await asyncio.sleep(0.25)
@@ -245,7 +270,8 @@ async def test_how_long_a_cancelled_attempt_took(clock: FakeClock) -> None:
 
 
 async def test_when_attempts_began(clock: FakeClock) -> None:
-    """The trace, the journal and the hooks of the end say when the function was called, not when its hooks were."""
+    """The trace, the journal and the hooks of the end say when the function was called, not when its hooks
+    were."""
     began: list[int] = []
 
     async def start(*_: Any) -> None:
@@ -315,15 +341,23 @@ def groups_in(nodes: Iterable[Any]) -> list[str]:
 
 
 DEADLINES = [
-    "at once", "after another", "in a group", "beside another", "after a group", "in a group after another", "deep", "deeper",
-    "behind a wait", "in a group behind a wait",
-]  # fmt: skip
+    "at once",
+    "after another",
+    "in a group",
+    "beside another",
+    "after a group",
+    "in a group after another",
+    "deep",
+    "deeper",
+    "behind a wait",
+    "in a group behind a wait",
+]
 
 
 @pytest.mark.parametrize("name", DEADLINES)
 async def test_the_deadline_is_met(name: str, clock: FakeClock) -> None:
-    """The function in flight is cut off once the run's functions took so long; waits do not count; nothing is retried,
-    whatever the policies of nodes and groups say."""
+    """The function in flight is cut off once the run's functions took so long; waits do not count; nothing is
+    retried, whatever the policies of nodes and groups say."""
     nodes, late, elapsed = deadlines(clock)[name]
     slow = {kind: FailurePolicy(max_retries=5, backoff_seconds=9, jitter=False) for kind in FailureClass}
     watch, begin = Watch(clock), clock.elapsed
@@ -355,7 +389,8 @@ async def test_the_deadline_is_met(name: str, clock: FakeClock) -> None:
 async def test_the_nearer_of_two_limits(
     own_ms: int, error: type[Exception], elapsed: float, clock: FakeClock
 ) -> None:
-    """A node's own timeout and the run's deadline: the nearer one ends it and is told; of two alike the node's own."""
+    """A node's own timeout and the run's deadline: the nearer one ends it and is told; of two alike the
+    node's own."""
     result = await run(Watch(clock), [forever("x")], budget=LIMIT, node_timeouts={"x": own_ms})
     assert result.failure is not None
     assert isinstance(result.failure.exception, error)
@@ -368,7 +403,8 @@ async def test_the_nearer_of_two_limits(
 
 
 async def test_the_timeout_of_a_group_is_its_own(clock: FakeClock) -> None:
-    """It bounds the whole group, waits and hooks of its children included; a deadline bounds only its children."""
+    """It bounds the whole group, waits and hooks of its children included; a deadline bounds only its
+    children."""
     nodes = [parallel(taking(clock, "a", 400), forever("x"), max_concurrency=1)]
     result = await run(Watch(clock), nodes, budget=LIMIT, node_timeouts={"parallel(a, x)": 700})
     assert result.failure is not None
@@ -407,7 +443,8 @@ async def test_a_node_that_blocked_past_the_deadline(clock: FakeClock) -> None:
 
 
 async def test_a_child_is_not_called_once_its_group_took_too_long(clock: FakeClock) -> None:
-    """Time that the functions of a group took counts before the group has ended: the next child is not called."""
+    """Time that the functions of a group took counts before the group has ended: the next child is not
+    called."""
     nodes = [parallel(taking(clock, "a", 1500, waits=False), taking(clock, "b", 1), max_concurrency=1)]
     watch = Watch(clock)
     result = await run(watch, nodes, budget=LIMIT)
@@ -449,7 +486,8 @@ async def test_what_was_used_before_a_resume_counts(clock: FakeClock) -> None:
 async def test_the_deadline_of_a_run_inside_a_node_is_not_the_runs(
     outer: int | None, clock: FakeClock
 ) -> None:
-    """A node that runs a pipeline of its own, which meets its deadline, has failed: it is tried again as policies say."""
+    """A node that runs a pipeline of its own, which meets its deadline, has failed: it is tried again as
+    policies say."""
     calls: list[int] = []
 
     async def inside(state: Num) -> Any:

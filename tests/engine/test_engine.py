@@ -1,4 +1,5 @@
-"""The engine, rule by rule: contracts, failures, retries, timeouts, budgets, what a node may be and return, ids, runs."""
+"""The engine, rule by rule: contracts, failures, retries, timeouts, budgets, what a node may be and return,
+ids, runs."""
 
 import asyncio
 import contextvars
@@ -114,7 +115,8 @@ def delays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def raising(*errors: BaseException) -> tuple[Any, list[int]]:
-    """A node's function that raises one error after another, then returns {"n": 1}; and the list of its calls."""
+    """A node's function that raises one error after another, then returns {"n": 1}; and the list of its
+    calls."""
     left = list(errors)
     calls: list[int] = []
 
@@ -236,7 +238,8 @@ async def test_extra_fields_are_kept_where_they_are_allowed() -> None:
 
 
 async def test_extra_fields_are_refused_where_they_are_forbidden() -> None:
-    """Extra fields at a boundary that forbids them stop the run there, and the node behind it is not called."""
+    """Extra fields at a boundary that forbids them stop the run there, and the node behind it is not
+    called."""
     called: list[Any] = []
 
     async def add(state: Open) -> dict[str, Any]:
@@ -402,7 +405,8 @@ async def test_pristine_input_without_a_contract() -> None:
 
 
 async def test_bad_initial_input_is_a_failed_result() -> None:
-    """Bad input gives a FAILED result with a trace event and the failure hook and no start hook, never an exception."""
+    """Bad input gives a FAILED result with a trace event and the failure hook and no start hook, never an
+    exception."""
     called: list[Any] = []
 
     async def func(state: Text) -> dict[str, Any]:
@@ -484,7 +488,8 @@ class Wider(Base):
 
 
 async def test_the_output_is_of_the_promised_class() -> None:
-    """A returned instance of a subclass becomes one of the promised class: nothing unvalidated slips through."""
+    """A returned instance of a subclass becomes one of the promised class: nothing unvalidated slips
+    through."""
 
     async def func(state: Num) -> Any:
         return Wider(n=1)
@@ -509,7 +514,8 @@ async def test_the_final_state_is_not_the_nodes_object() -> None:
 
 
 async def test_registering_replaces() -> None:
-    """ContractRegistry.register replaces the contract that a node had, and the registry wins over the marker."""
+    """ContractRegistry.register replaces the contract that a node had, and the registry wins over the
+    marker."""
 
     async def func(state: Num) -> dict[str, Any]:
         return {"text": "x"}
@@ -646,7 +652,8 @@ async def test_every_kind_of_callable(func: Any) -> None:
 
 @pytest.mark.core
 async def test_the_context_is_the_users_own_object() -> None:
-    """Two positional parameters mean the run's context dict, the very object the user passed; later nodes see writes."""
+    """Two positional parameters mean the run's context dict, the very object the user passed; later nodes see
+    writes."""
     context: dict[str, Any] = {}
     got: list[Any] = []
 
@@ -692,7 +699,8 @@ tone: contextvars.ContextVar[str] = contextvars.ContextVar("tone")
 
 @pytest.mark.core
 async def test_sync_nodes_run_in_daemon_threads_with_the_context() -> None:
-    """A plain def node runs in a daemon thread with the context copied: it sees its variables and current_node()."""
+    """A plain def node runs in a daemon thread with the context copied: it sees its variables and
+    current_node()."""
     seen: list[Any] = []
 
     def func(state: Num) -> dict[str, Any]:
@@ -807,7 +815,8 @@ async def test_custom_classifiers_come_first_in_order() -> None:
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 async def test_default_classes(error: Exception, expected: FailureClass) -> None:
-    """Violations are TERMINAL, budget, timeouts, connections RECOVERABLE, statuses as providers mean them, else AMBIGUOUS."""
+    """Violations are TERMINAL, budget, timeouts, connections RECOVERABLE, statuses as providers mean them,
+    else AMBIGUOUS."""
     func, _ = raising(error)
     result = await quick(policy_map=NEVER).run([node("a", func)], Num())
     assert [event.failure for event in result.trace] == [expected]
@@ -818,7 +827,8 @@ async def test_default_classes(error: Exception, expected: FailureClass) -> None
 
 @pytest.mark.core
 async def test_a_cancelled_error_of_the_nodes_own_is_a_failure() -> None:
-    """A CancelledError that the node raises itself while nobody cancels its task is a failure like any other."""
+    """A CancelledError that the node raises itself while nobody cancels its task is a failure like any
+    other."""
     func, calls = raising(asyncio.CancelledError())
     result = await quick().run([node("a", func)], Num())
     assert result.status is RunStatus.COMPLETED
@@ -880,7 +890,8 @@ async def test_what_a_run_keeps_of_its_end() -> None:
 
 
 async def test_log_records(caplog: pytest.LogCaptureFixture) -> None:
-    """Each failed attempt is logged at WARNING with node id and message, retries and endings at INFO, all with run_id."""
+    """Each failed attempt is logged at WARNING with node id and message, retries and endings at INFO, all
+    with run_id."""
     caplog.set_level(logging.INFO, logger="stroma")
     func, _ = raising(ValueError("first try"))
     await quick(run_id="logged").run([node("a", func)], Num())
@@ -1002,7 +1013,8 @@ class Answer(Exception):
 async def test_retry_after_is_obeyed(
     headers: dict[str, str], least: float, most: float, delays: list[float]
 ) -> None:
-    """The delay is at least what the server says: in seconds, milliseconds or as an HTTP date; nonsense is no wish."""
+    """The delay is at least what the server says: in seconds, milliseconds or as an HTTP date; nonsense is no
+    wish."""
     if headers == {"Retry_After": "in a minute"}:
         headers = {"Retry_After": format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)}
     func, _ = raising(Answer(429, **headers))
@@ -1050,7 +1062,8 @@ async def test_x_should_retry_is_obeyed(delays: list[float]) -> None:
 
 @pytest.mark.core
 async def test_contract_retries_grant_attempts() -> None:
-    """contract_retries grants attempts after a broken output; they are RECOVERABLE, and the next one sees the violation."""
+    """contract_retries grants attempts after a broken output; they are RECOVERABLE, and the next one sees the
+    violation."""
     seen: list[Any] = []
 
     async def func(state: Num) -> Any:
@@ -1248,7 +1261,8 @@ def spending(*returns: Any) -> tuple[Any, list[Any]]:
 
 @pytest.mark.core
 async def test_an_attempt_over_the_limit_is_kept_and_the_run_stops() -> None:
-    """Over a limit: one event with output and failure, one failure hook, no success hook, output committed, PARTIAL."""
+    """Over a limit: one event with output and failure, one failure hook, no success hook, output committed,
+    PARTIAL."""
     func, calls = spending(({"n": 7}, 101))
     after, others = spending({"n": 8})
     log = Log()
@@ -1312,7 +1326,8 @@ async def test_no_retry_over_budget_whatever_the_policy() -> None:
 
 @pytest.mark.core
 async def test_a_classifier_may_call_the_budget_terminal() -> None:
-    """BudgetExceeded is RECOVERABLE unless a classifier says otherwise; then the run is FAILED, the output still kept."""
+    """BudgetExceeded is RECOVERABLE unless a classifier says otherwise; then the run is FAILED, the output
+    still kept."""
 
     def terminal(exc: Exception, context: NodeContext) -> FailureClass | None:
         return T if isinstance(exc, BudgetExceeded) else None
@@ -1326,7 +1341,8 @@ async def test_a_classifier_may_call_the_budget_terminal() -> None:
 
 @pytest.mark.core
 async def test_failed_attempts_count() -> None:
-    """A node that fails half-way reports with report_usage: it counts, with its price, and can stop the retries."""
+    """A node that fails half-way reports with report_usage: it counts, with its price, and can stop the
+    retries."""
     calls: list[int] = []
 
     async def func(state: Num) -> Any:
@@ -1347,7 +1363,8 @@ async def test_failed_attempts_count() -> None:
 
 @pytest.mark.core
 async def test_a_failed_attempt_that_crosses_a_limit_is_the_last(delays: list[float]) -> None:
-    """A failed attempt whose usage crosses a limit is not retried: no wait, no retry hook, its own exception comes out."""
+    """A failed attempt whose usage crosses a limit is not retried: no wait, no retry hook, its own exception
+    comes out."""
     events: list[Any] = []
     boom = TimeoutError("own")
 
@@ -1382,7 +1399,8 @@ async def test_reported_and_returned_usage_add_up() -> None:
 
 
 async def test_latency_is_a_deadline_for_the_function_in_flight() -> None:
-    """max_latency_ms also ends the function in flight, which fails with BudgetExceeded("latency"); no retry."""
+    """max_latency_ms also ends the function in flight, which fails with BudgetExceeded("latency"); no
+    retry."""
     calls: list[int] = []
 
     async def func(state: Num) -> Any:
@@ -1436,7 +1454,8 @@ async def test_hooks_and_waits_are_not_in_the_latency(monkeypatch: pytest.Monkey
     ids=repr,
 )
 async def test_bad_usage_is_terminal_and_the_output_kept(usage: tuple[Any, ...]) -> None:
-    """Usage that cannot be counted is a TERMINAL failure naming the node; the output is kept, nothing bought again."""
+    """Usage that cannot be counted is a TERMINAL failure naming the node; the output is kept, nothing bought
+    again."""
     func, calls = spending(({"n": 7}, *usage))
     after, others = spending({"n": 8})
     store = InMemoryStore()
@@ -1511,7 +1530,8 @@ def fallback_runner(context: dict[str, Any], *rules: FallbackPolicy) -> StromaRu
 
 @pytest.mark.core
 async def test_the_fallback_signal_appears_at_its_share() -> None:
-    """Below the share the key is absent; at it ctx["_stroma_model"] and current_node().model name the fallback."""
+    """Below the share the key is absent; at it ctx["_stroma_model"] and current_node().model name the
+    fallback."""
     seen: list[Any] = []
     context: dict[str, Any] = {"kept": 1}
 
@@ -1725,7 +1745,8 @@ async def test_the_pipelines_name_and_config() -> None:
 
 
 async def test_builders_do_not_touch_a_shared_config() -> None:
-    """A builder returns its runner and replaces the config whole: another runner with the same config is unchanged."""
+    """A builder returns its runner and replaces the config whole: another runner with the same config is
+    unchanged."""
     config = RunConfig(run_id="shared")
     first, second = (StromaRunner(ContractRegistry(), quick().checkpoint_manager, config) for _ in range(2))
     assert first.with_budget(tokens=1).with_model_fallback("a", to="b") is first
@@ -1768,7 +1789,8 @@ def _give(output: Any) -> Any:
 
 @pytest.mark.core
 async def test_explicit_contract_then_registry_then_marker() -> None:
-    """In execute_step an explicit contract= wins, then the registry, then the marker; a marker alone suffices."""
+    """In execute_step an explicit contract= wins, then the registry, then the marker; a marker alone
+    suffices."""
 
     class One(BaseModel):
         one: int = 1
@@ -1838,7 +1860,8 @@ async def test_a_spent_budget_stops_steps() -> None:
 
 
 async def test_stroma_step_decorates_and_wraps() -> None:
-    """StromaStep registers the contract, gives an ExecutionResult per call, and its wrap carries the markers."""
+    """StromaStep registers the contract, gives an ExecutionResult per call, and its wrap carries the
+    markers."""
     ctx = step_context()
     step = StromaStep(ctx)
 
@@ -1889,7 +1912,8 @@ async def test_steps_get_the_context_and_timeouts() -> None:
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("sync", [False, True], ids=["async", "thread"])
 def test_interrupts_pass_through(kind: type[BaseException], sync: bool) -> None:
-    """KeyboardInterrupt and SystemExit pass through; the run is recorded as interrupted and can be resumed."""
+    """KeyboardInterrupt and SystemExit pass through; the run is recorded as interrupted and can be
+    resumed."""
     log = Log()
     first, firsts = spending({"n": 1})
     broken = [True]
@@ -1917,7 +1941,8 @@ def test_interrupts_pass_through(kind: type[BaseException], sync: bool) -> None:
 
 @pytest.mark.core
 async def test_cancelling_the_run_passes_through() -> None:
-    """Cancelling the run's task is no failure: CancelledError comes out, no retry, and the run can be resumed."""
+    """Cancelling the run's task is no failure: CancelledError comes out, no retry, and the run can be
+    resumed."""
     log = Log()
     inside = asyncio.Event()
     calls: list[int] = []
@@ -2084,7 +2109,8 @@ def test_a_sync_node_may_run_a_pipeline() -> None:
 
 @pytest.mark.core
 async def test_current_node_knows_where_it_is() -> None:
-    """current_node() has the run, pipeline, node, position, attempt, kind, key, budget left and last failure."""
+    """current_node() has the run, pipeline, node, position, attempt, kind, key, budget left and last
+    failure."""
     seen: list[dict[str, Any]] = []
 
     async def func(state: Num) -> Any:
@@ -2172,7 +2198,8 @@ async def test_reported_usage_must_be_countable() -> None:
 
 @pytest.mark.core
 async def test_a_decorator_on_top_of_a_node_is_called() -> None:
-    """What a user's decorator puts around a node runs, also around one that was wrapped to carry its marks."""
+    """What a user's decorator puts around a node runs, also around one that was wrapped to carry its
+    marks."""
     order: list[str] = []
 
     def logged(func: Any) -> Any:

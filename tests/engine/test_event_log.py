@@ -1,10 +1,11 @@
 """What a run tells of its attempts, whole: each line is a promise to whoever watches, resumes or pays for it.
 
-The lines of each scenario stand in ``event_log.txt``. They are the same in a bare run and in one with settings that concern none
-of its nodes: a time limit and policies of another node, limits that are far away, hooks that are delivered at least once,
-probes that leave all as it is.
+The lines of each scenario stand in ``event_log.txt``. They are the same in a bare run and in one with
+settings that concern none of its nodes: a time limit and policies of another node, limits that are far away,
+hooks that are delivered at least once, probes that leave all as it is.
 
-usage: python -m tests.engine.test_event_log   writes the file anew, of what the scenarios come to; see what has changed, and why
+usage: python -m tests.engine.test_event_log   writes the file anew, of what the scenarios come to; see what
+    has changed, and why
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def marked(node_id: str, func: Any) -> Any:
 
 
 def giving(node_id: str, *outcomes: Any, tokens: int = 0, **schemas: Any) -> Any:
-    """Gives these, or raises them, one for each call, the last one from then on; reports its tokens before."""
+    """Gives these, or raises them, one for each call, the last one from then on; reports its tokens
+    before."""
     left = list(outcomes)
 
     async def func(state: Any) -> Any:
@@ -119,7 +121,8 @@ def scenario(func: Any) -> Any:
 
 @scenario
 async def a_chain(diary: Diary) -> None:
-    """A plain, an async and a context-taking node hand on what their contracts made of it; usage counts for its own attempt."""
+    """A plain, an async and a context-taking node hand on what their contracts made of it; usage counts for
+    its own attempt."""
 
     def second(state: Num) -> Any:
         return Num(n=state.n + 10), 7
@@ -140,7 +143,8 @@ async def an_id_with_two_contracts(diary: Diary) -> None:
 
 @scenario
 async def no_contracts(diary: Diary) -> None:
-    """Without a contract what a node returns is kept as it was returned, and each node has a copy of its own."""
+    """Without a contract what a node returns is kept as it was returned, and each node has a copy of its
+    own."""
 
     async def first(state: Any) -> Any:
         return {"n": [state.n]}
@@ -293,7 +297,8 @@ async def interrupted_in_a_classifier(diary: Diary) -> None:
 
 @scenario
 async def interrupted_in_the_verdict(diary: Diary) -> None:
-    """An interrupt while a crossed limit is classified loses no output: it comes out once that is kept and told."""
+    """An interrupt while a crossed limit is classified loses no output: it comes out once that is kept and
+    told."""
     stops = raising(KeyboardInterrupt("now"))
     budget = ExecutionBudget(max_tokens_total=10)
     await diary.run([giving("a", ({"n": 1}, 11))], Num(), classifiers=[stops], budget=budget)
@@ -325,7 +330,8 @@ async def asks(diary: Diary) -> None:
 
 @scenario
 async def asks_inside(diary: Diary) -> None:
-    """A group around a node that waits is suspended as well, and the groups around it, for the same reason."""
+    """A group around a node that waits is suspended as well, and the groups around it, for the same
+    reason."""
     nodes = [parallel(giving("a", {"n": 1}), parallel(giving("b", Suspend("may I?"))), max_concurrency=1)]
     await diary.run(nodes, Num())
 
@@ -358,7 +364,8 @@ async def asks_and_is_cancelled(diary: Diary) -> None:
 
 @scenario
 async def asks_in_vain_and_is_cancelled(diary: Diary) -> None:
-    """A question that is refused while the run is cancelled is told as a failure; then the cancellation comes out."""
+    """A question that is refused while the run is cancelled is told as a failure; then the cancellation comes
+    out."""
     inside = asyncio.Event()
 
     def between(session: Any) -> Any:
@@ -376,7 +383,8 @@ async def asks_in_vain_and_is_cancelled(diary: Diary) -> None:
 
 @scenario
 async def too_late(diary: Diary) -> None:
-    """A node that does not end in time fails with a message that says which and how long; its usage counts."""
+    """A node that does not end in time fails with a message that says which and how long; its usage
+    counts."""
 
     async def forever(state: Num) -> Any:
         here().report_usage(input_tokens=3)
@@ -438,7 +446,8 @@ async def items(diary: Diary) -> None:
 
 @scenario
 async def refused_by_the_store(diary: Diary) -> None:
-    """An output that the store does not keep is a failed attempt, not called again; the run can be resumed."""
+    """An output that the store does not keep is a failed attempt, not called again; the run can be
+    resumed."""
 
     def between(session: Any) -> Any:
         def record(row: Any, schema: Any, output: Any, *call: Any) -> Any:
@@ -511,7 +520,8 @@ async def not_called_again(diary: Diary) -> None:
 
 @scenario
 async def start_is_not_async(diary: Diary) -> None:
-    """The sets before the one whose start is not async see the end of what they saw begin, the others nothing."""
+    """The sets before the one whose start is not async see the end of what they saw begin, the others
+    nothing."""
 
     def plain(*_: Any) -> Any:
         return len(_)
@@ -632,7 +642,8 @@ async def cancelled_in_a_commit(diary: Diary) -> None:
 
 @scenario
 async def cancelled_in_a_commit_that_fails(diary: Diary) -> None:
-    """A commit that fails while the run is cancelled is told as a failure; then the cancellation comes out."""
+    """A commit that fails while the run is cancelled is told as a failure; then the cancellation comes
+    out."""
     started = asyncio.Event()
     diary.store = Journal(slowly(started, refuses=True))
     await diary.cut(started, [giving("a", ({"n": 1}, 3)), giving("b", {})], Num())
@@ -648,7 +659,8 @@ async def cancelled_while_a_failure_is_kept(diary: Diary) -> None:
 
 @scenario
 async def cancelled_and_not_kept(diary: Diary) -> None:
-    """A store that is interrupted while it keeps a cancelled attempt: the hook is told, and the interrupt comes out."""
+    """A store that is interrupted while it keeps a cancelled attempt: the hook is told, and the interrupt
+    comes out."""
     started = asyncio.Event()
     stops = raising(KeyboardInterrupt("now"))
     diary.store = Journal(lambda session: Between(session, record=stops))
@@ -779,7 +791,8 @@ def dear_model() -> Iterator[None]:
 
 @scenario
 async def priced(diary: Diary) -> None:
-    """What is returned and what is reported add up, each at the price of its model; the last one named is the model."""
+    """What is returned and what is reported add up, each at the price of its model; the last one named is the
+    model."""
 
     async def pays(state: Num) -> Any:
         here().report_usage(input_tokens=3, output_tokens=1, model="told-dear")
@@ -859,7 +872,8 @@ async def the_only_start_is_not_async(diary: Diary) -> None:
 
 @scenario
 async def hidden(diary: Diary) -> None:
-    """What ``redact`` takes out of a state stands in no hook and no log line; nodes, journal and result have it."""
+    """What ``redact`` takes out of a state stands in no hook and no log line; nodes, journal and result have
+    it."""
 
     def redact(state: dict[str, Any]) -> dict[str, Any]:
         return dict.fromkeys(state, "hidden")
@@ -881,7 +895,8 @@ async def hidden_input(diary: Diary) -> None:
 # ---------------------------------------------------------------- what is promised of them
 
 FAR_LIMITS = {"limits": {"far": FAR}, "node_limits": dict.fromkeys(("a", "b", "each"), "far")}
-#: The settings that all scenarios run in: a bare run, and one with every mechanism that may not change it, at once.
+#: The settings that all scenarios run in: a bare run, and one with every mechanism that may not change it, at
+#: once.
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "everything": {
@@ -892,7 +907,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         **FAR_LIMITS,
     },
 }
-#: Waiting for a turn takes turns of the loop: the one is thrown away there, of the other the siblings change places.
+#: Waiting for a turn takes turns of the loop: the one is thrown away there, of the other the siblings change
+#: places.
 WITHOUT_LIMITS = ("closed", "over_budget_while_waiting")
 
 

@@ -55,9 +55,15 @@ def test_a_guest_in_the_process() -> None:
 def test_new_records_are_frozen() -> None:
     """New records are frozen; only the published ones stay what they are."""
     published = {
-        "ExecutionResult", "FallbackPolicy", "ModelHint", "NodeContext", "NodeHooks", "NodeUsage",
-        "ReliabilityContext", "TraceEvent",
-    }  # fmt: skip
+        "ExecutionResult",
+        "FallbackPolicy",
+        "ModelHint",
+        "NodeContext",
+        "NodeHooks",
+        "NodeUsage",
+        "ReliabilityContext",
+        "TraceEvent",
+    }
     names = (
         "checkpoint.entries contracts.contract contracts.node cost.budget cost.fallback cost.tracker engine.config"
         " engine.context failures.errors failures.failure failures.policy hooks.dispatch hooks.sets runner.groups"

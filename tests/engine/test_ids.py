@@ -32,7 +32,8 @@ def test_a_pipeline_has_a_name_that_stores_can_keep(name: Any) -> None:
 
 @pytest.mark.core
 async def test_a_bare_list_goes_by_the_name_in_the_config() -> None:
-    """A list of nodes is called what RunConfig(pipeline=...) says, a Pipeline by its own name, in hooks and nodes."""
+    """A list of nodes is called what RunConfig(pipeline=...) says, a Pipeline by its own name, in hooks and
+    nodes."""
     names: list[str] = []
 
     async def start(run_id: str, pipeline: str, state: dict[str, Any]) -> None:
@@ -57,7 +58,8 @@ store = store_fixture("async-memory", "sqlite")
 
 
 async def test_idempotency_keys_never_collide(store: Any) -> None:
-    """Every execution, run, position and child has an idempotency key of its own, whatever the run's id looks like."""
+    """Every execution, run, position and child has an idempotency key of its own, whatever the run's id looks
+    like."""
     keys: list[str] = []
 
     async def note(state: Any) -> Any:

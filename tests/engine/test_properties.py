@@ -131,10 +131,12 @@ def foretell(plan: list[Any], own: Any, shared: Any, granted: int) -> Expected:
 @examples(250)
 @given(plan=st.lists(outcomes, max_size=7), own=maps, shared=maps, granted=st.integers(0, 3))
 def test_retry_arithmetic(plan: list[Any], own: Any, shared: Any, granted: int) -> None:
-    """Calls, attempts, classes, delays and status follow from the outcomes and the policies by arithmetic alone.
+    """Calls, attempts, classes, delays and status follow from the outcomes and the policies by arithmetic
+    alone.
 
-    One count serves all classes; granted repairs are not in it; the policy is that of the last failure's class; the
-    node's own wins over the run's, that over the default; a server's wait is a floor, and too long a one ends it.
+    One count serves all classes; granted repairs are not in it; the policy is that of the last failure's
+    class; the node's own wins over the run's, that over the default; a server's wait is a floor, and too long
+    a one ends it.
     """
     plan = [*plan, (None, None)]
     message = foretell(plan, own, shared, granted)
@@ -287,7 +289,8 @@ limits = st.one_of(st.none(), st.integers(0, 250))
 def test_budgets_of_one_node_after_the_other(
     plan: list[Any], tokens: int | None, cost: int | None, retries: int, exact: int | None
 ) -> None:
-    """Totals, calls and status are those of the sum: all usage counts, and over a limit nothing more is called.
+    """Totals, calls and status are those of the sum: all usage counts, and over a limit nothing more is
+    called.
 
     A later resume with room to spend calls what was not committed, and nothing that was.
     """
@@ -322,7 +325,8 @@ def test_budgets_of_one_node_after_the_other(
     assert result.total_tokens == bill.tokens
     assert result.total_cost_usd == pytest.approx(bill.cost / 1_000_000, abs=1e-12)
     expected = {"ok": RunStatus.COMPLETED, "terminal": RunStatus.FAILED}.get(ended, RunStatus.PARTIAL)
-    # A failure that takes the run over its limit is still that failure; it is the budget that forbids another call.
+    # A failure that takes the run over its limit is still that failure; it is the budget that forbids another
+    # call.
     assert result.status is expected, (ended, result.failure)
     events = [event for event in result.trace.walk() if not event.node_id.startswith(GROUPS)]
     assert Counter(event.node_id for event in events) == Counter(bill.calls)
@@ -357,7 +361,8 @@ def _names(tree: Any, name: str) -> list[str]:
 def test_budgets_with_children_side_by_side(
     plan: list[Any], tokens: int, width: int | None, pauses: list[int]
 ) -> None:
-    """Whatever the interleaving: no call begins once what has ended is over the limit, and every call is in the bill."""
+    """Whatever the interleaving: no call begins once what has ended is over the limit, and every call is in
+    the bill."""
     calls: list[Any] = []
     suspend = itertools.cycle(pauses)
     nodes = [build(tree, f"n{i}", calls, width, lambda: next(suspend)) for i, tree in enumerate(plan)]
@@ -423,7 +428,8 @@ def _grow(tree: Any, name: str, width: int | None) -> Any:
 @examples(120)
 @given(tree=groups, width=st.sampled_from([None, 1, 2]))
 def test_outputs_merge_in_argument_order(tree: Any, width: int | None) -> None:
-    """Outputs merge like dict.update in argument order, however they are typed, nested and whenever they end."""
+    """Outputs merge like dict.update in argument order, however they are typed, nested and whenever they
+    end."""
     assume(not isinstance(tree, tuple))
     group = _grow(tree, "g", width)
     result = StromaRunner.quick().run_sync([group], Num())
@@ -526,7 +532,8 @@ def _elsewhere(event: TraceEvent) -> TraceEvent:
 @examples(80)
 @given(histories)
 def test_a_trace_equals_itself(history: list[TraceEvent]) -> None:
-    """A trace differs neither from itself nor from the same history of another run, at another time and pace."""
+    """A trace differs neither from itself nor from the same history of another run, at another time and
+    pace."""
     assert _differ(_trace(history), _trace(history)) == []
     assert _differ(_trace(history), _trace([_elsewhere(event) for event in history], "another")) == []
 
@@ -554,7 +561,8 @@ changes = st.one_of(
 def test_any_single_change_of_an_event_is_one_line(
     history: list[TraceEvent], change: tuple[str, Any], where: int
 ) -> None:
-    """One changed state, class, message or outcome, at any depth, is told once, under the top-level event it is in."""
+    """One changed state, class, message or outcome, at any depth, is told once, under the top-level event it
+    is in."""
     assume(history)
     changed = _trace(history)
     spots = list(changed.walk())
@@ -578,7 +586,8 @@ def _below(event: TraceEvent) -> Iterator[TraceEvent]:
 @examples(100)
 @given(history=histories, new=events(st.just([])), where=st.integers(0, 4))
 def test_an_event_more_or_less_is_one_line(history: list[TraceEvent], new: TraceEvent, where: int) -> None:
-    """An event that only one trace has is told once, as missing or extra, with the place among its repeats."""
+    """An event that only one trace has is told once, as missing or extra, with the place among its
+    repeats."""
     where = min(where, len(history))
     assume(all((e.node_id, e.attempt) != (new.node_id, new.attempt) for e in history[where:]))
     longer = [*history[:where], new, *history[where:]]
@@ -676,7 +685,8 @@ class Watch:
             await asyncio.Event().wait()
 
     def check(self) -> None:
-        """Starts first to last, ends last to first, each start one end, an execution's calls one after the other."""
+        """Starts first to last, ends last to first, each start one end, an execution's calls one after the
+        other."""
         assert self.wrong == []
         by_place: dict[Any, list[tuple[str, int, int]]] = {}
         for event, index, (place, attempt) in self.log:
@@ -781,10 +791,11 @@ def _act(plan: Any, name: str, runner: Any, tally: Counter[str]) -> Any:
 def test_hooks_are_ordered_nested_and_paired(
     plan: list[Any], script: list[str], sets: int, cancel_after: int | None, again: bool, regroup: bool
 ) -> None:
-    """G9, whatever fails, hangs, is cancelled, retried, nested or raised by hooks: every start has exactly one end.
+    """G9, whatever fails, hangs, is cancelled, retried, nested or raised by hooks: every start has exactly
+    one end.
 
-    Starts run first to last and ends last to first over the sets, what is inside a group or a run lies between its
-    start and its end, and the hooks of one execution never run two at a time.
+    Starts run first to last and ends last to first over the sets, what is inside a group or a run lies
+    between its start and its end, and the hooks of one execution never run two at a time.
     """
     watch = Watch(sets, script)
     tally: Counter[str] = Counter()
@@ -991,7 +1002,8 @@ _fresh = itertools.count()
 @examples(60)
 @given(state=models, under=texts)
 async def test_states_come_back_from_every_store(store: Any, state: BaseModel, under: str) -> None:
-    """What a store gives back equals what it was given: saved by hand, as a run's input, and as a node's output."""
+    """What a store gives back equals what it was given: saved by hand, as a run's input, and as a node's
+    output."""
     kind = type(state)
     run_id = f"{next(_fresh)} {under.replace(chr(0), '')}"
     manager = CheckpointManager(store)
@@ -1060,7 +1072,8 @@ nasty = st.text(
 @examples(25)
 @given(pairs=st.lists(st.tuples(nasty, nasty), min_size=2, max_size=8, unique=True))
 async def test_pairs_of_ids_never_collide(store: Any, pairs: list[tuple[str, str]]) -> None:
-    """Ids of any characters: what is kept under one (run, node) pair is neither found nor deleted under another."""
+    """Ids of any characters: what is kept under one (run, node) pair is neither found nor deleted under
+    another."""
     manager = CheckpointManager(store)
     for run_id, _ in pairs:
         await manager.clear(run_id)

@@ -57,7 +57,8 @@ async def test_a_shared_budget_whose_store_is_down_ends_the_run_for_later() -> N
 
 
 async def test_a_group_whose_child_was_refused_by_a_store_is_not_tried_again() -> None:
-    """What shared budget is left nobody knows: no group around the child asks again, whatever its policy says."""
+    """What shared budget is left nobody knows: no group around the child asks again, whatever its policy
+    says."""
     requests: list[str] = []
 
     class Down(AsyncInMemoryStore):
@@ -71,9 +72,11 @@ async def test_a_group_whose_child_was_refused_by_a_store_is_not_tried_again() -
     inner = parallel(counted(requests, "a", {}))
     outer = parallel(inner)
     runner = StromaRunner.quick(
-        shared_budgets=SharedBudget("held-down-inside", max_tokens=10, store=Down()), policy_map=ONCE,
-        node_policies=dict.fromkeys((outer.node_id, inner.node_id), ONCE), hooks=NodeHooks(on_node_retry=retry),
-    )  # fmt: skip
+        shared_budgets=SharedBudget("held-down-inside", max_tokens=10, store=Down()),
+        policy_map=ONCE,
+        node_policies=dict.fromkeys((outer.node_id, inner.node_id), ONCE),
+        hooks=NodeHooks(on_node_retry=retry),
+    )
     result = await runner.run([outer], Num())
     assert (result.status, requests) == (RunStatus.PARTIAL, ["asked"])
     assert result.failure is not None
@@ -126,7 +129,8 @@ async def test_a_classifier_is_told_where_it_is_asked() -> None:
 
 
 async def test_a_refusal_keeps_its_own_cause() -> None:
-    """What made a store fail is the cause of the refusal; without one it is the failure of the attempt before."""
+    """What made a store fail is the cause of the refusal; without one it is the failure of the attempt
+    before."""
     disk = OSError("disk")
     requests: list[int] = []
 
@@ -184,7 +188,8 @@ async def test_a_cancellation_while_a_budget_is_told_comes_out_afterwards() -> N
 
 
 async def test_a_cancelled_attempt_gives_its_place_back() -> None:
-    """Under a limit of one at once the next attempt begins when the one before it was cancelled, or has failed."""
+    """Under a limit of one at once the next attempt begins when the one before it was cancelled, or has
+    failed."""
     limits = {"held-one": Limit(concurrent=1)}
     started = asyncio.Event()
 

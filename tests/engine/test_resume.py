@@ -1,4 +1,5 @@
-"""Resume, restart and what a run remembers: one suite over every store that keeps a journal, and the simple protocol."""
+"""Resume, restart and what a run remembers: one suite over every store that keeps a journal, and the simple
+protocol."""
 
 import asyncio
 import re
@@ -91,7 +92,8 @@ async def loaded(store: Any, run_id: str, node_id: str, schema: type[BaseModel] 
 @pytest.mark.core
 @pytest.mark.parametrize("broken", ["a", "b", "c", "d"])
 async def test_resume_goes_on_where_the_run_stopped(store: Any, broken: str) -> None:
-    """G5: resume=True continues at the first position without a commit; committed nodes are not called again."""
+    """G5: resume=True continues at the first position without a commit; committed nodes are not called
+    again."""
     work = Work("a", "b", "c", "d")
     work.failing = {broken}
     runner = quick(store)
@@ -128,7 +130,8 @@ async def test_resume_of_a_finished_run_calls_nothing(store: Any) -> None:
 
 @pytest.mark.core
 async def test_skipped_nodes_fire_on_node_skipped_only(store: Any) -> None:
-    """Skipped nodes fire on_node_skipped only, with their restored output, and current_node() says where they stand."""
+    """Skipped nodes fire on_node_skipped only, with their restored output, and current_node() says where they
+    stand."""
     events: list[Any] = []
 
     async def other(run_id: str, node_id: str, *_: Any) -> None:
@@ -176,7 +179,8 @@ async def test_the_budget_remembers_and_the_totals_do_not(store: Any) -> None:
 
 @pytest.mark.core
 async def test_the_budget_remembers_failed_attempts_and_money(store: Any) -> None:
-    """G6: usage of failed attempts of earlier calls counts against the budget of a resume, in tokens and in dollars."""
+    """G6: usage of failed attempts of earlier calls counts against the budget of a resume, in tokens and in
+    dollars."""
     calls: list[int] = []
 
     async def fails(state: Num) -> Any:
@@ -197,7 +201,8 @@ async def test_the_budget_remembers_failed_attempts_and_money(store: Any) -> Non
 
 
 async def test_an_over_budget_output_is_restored(store: Any) -> None:
-    """G4, G5: the output of the attempt that crossed a limit was committed: a resume with more money goes on behind it."""
+    """G4, G5: the output of the attempt that crossed a limit was committed: a resume with more money goes on
+    behind it."""
     work = Work("a", "b")
     first = await quick(store, budget=ExecutionBudget(max_tokens_total=5)).run(work.nodes, Num())
     assert first.status is RunStatus.PARTIAL
@@ -279,7 +284,8 @@ async def test_resume_of_a_node_without_a_contract(store: Any) -> None:
 
 
 async def test_running_again_restarts(store: Any) -> None:
-    """Running a run id again without resume is a new execution: everything is called, with its own usage and totals."""
+    """Running a run id again without resume is a new execution: everything is called, with its own usage and
+    totals."""
     work = Work("a", "b")
     runner = quick(store, budget=ExecutionBudget(max_tokens_total=20))
     for n in (1, 2, 3):
@@ -327,7 +333,8 @@ async def test_the_idempotency_key_is_that_of_the_execution(store: Any) -> None:
 
 @pytest.mark.parametrize("target", ["a", "b", "c"])
 async def test_resume_from_runs_from_that_node_on(store: Any, target: str) -> None:
-    """resume_from= skips to that node, discards the commits from it on, and runs on the checkpoint before it."""
+    """resume_from= skips to that node, discards the commits from it on, and runs on the checkpoint before
+    it."""
     work = Work("a", "b", "c")
     runner = quick(store)
     await runner.run(work.nodes, Num())
@@ -542,7 +549,8 @@ async def test_an_upcast_that_fails_leads_back_to_its_node(store: Any) -> None:
 
 
 async def test_changes_may_be_allowed(store: Any) -> None:
-    """allow_changes goes on with what the present schemas accept: renamed nodes, other fields, fewer nodes."""
+    """allow_changes goes on with what the present schemas accept: renamed nodes, other fields, fewer
+    nodes."""
     work = Work("a", "b", "c")
     work.failing = {"c"}
     await quick(store).run(work.nodes, Num())
@@ -589,7 +597,8 @@ async def test_another_input_is_refused(store: Any) -> None:
 
 
 async def test_a_changed_group_is_refused(store: Any) -> None:
-    """A group whose children changed is PipelineChanged once it is reached; its new children are not called."""
+    """A group whose children changed is PipelineChanged once it is reached; its new children are not
+    called."""
     work = Work("a", "b", "c")
     work.failing = {"c"}
     await quick(store).run([parallel(work.nodes[0], work.nodes[1]), work.nodes[2]], Num())
@@ -695,7 +704,8 @@ async def test_items_resume(store: Any) -> None:
 
 
 async def test_group_usage_counts_once_on_resume(store: Any) -> None:
-    """G6: what children spent counts once against a resume's budget, although the group has an event as well."""
+    """G6: what children spent counts once against a resume's budget, although the group has an event as
+    well."""
     work = Work("a", "b", "c")
     work.failing = {"c"}
     nodes = [parallel(work.nodes[0], work.nodes[1]), work.nodes[2]]
@@ -777,7 +787,8 @@ async def test_a_step_with_another_input_is_refused(store: Any) -> None:
 
 @pytest.mark.core
 async def test_steps_are_known_by_the_call_of_their_id(store: Any) -> None:
-    """What a step id's n-th call recorded is found again, whatever other steps were called before it this time."""
+    """What a step id's n-th call recorded is found again, whatever other steps were called before it this
+    time."""
     steps = Steps(store)
     ctx = steps.context()
     await steps.step(ctx, "first", 0)
@@ -1007,7 +1018,8 @@ async def test_a_custom_store_cannot_resume_by_itself() -> None:
 
 
 async def test_a_checkpoint_of_another_class_is_corrupt() -> None:
-    """A stored state that is not of the schema it is read with is CorruptCheckpoint, a TypeError as published."""
+    """A stored state that is not of the schema it is read with is CorruptCheckpoint, a TypeError as
+    published."""
     store = SyncStore()
     work = Work("a", "b")
     store.states["r", "a"] = Wrong(text="x")

@@ -30,7 +30,8 @@ from stroma import (
 
 @pytest.mark.core
 async def test_a_lasting_refusal_of_the_store_is_not_tried_again() -> None:
-    """An error of a store that says that trying again will not help is told at once, and the run is PARTIAL."""
+    """An error of a store that says that trying again will not help is told at once, and the run is
+    PARTIAL."""
 
     class Lasting(StoreError):
         transient = False
@@ -54,7 +55,8 @@ async def fail(state: BaseModel) -> Any:
 
 @pytest.mark.core
 async def test_a_failed_attempt_that_cannot_be_kept_ends_the_run() -> None:
-    """A store that refuses to keep a failed attempt stops the run as PARTIAL with its error: usage would be lost."""
+    """A store that refuses to keep a failed attempt stops the run as PARTIAL with its error: usage would be
+    lost."""
 
     def refuse(*_: Any) -> None:
         raise StoreError("full")
@@ -93,7 +95,8 @@ async def test_what_a_store_without_a_journal_cannot_do() -> None:
 
 @pytest.mark.core
 async def test_a_store_that_cannot_be_opened_is_an_error_of_run(tmp_path: Path) -> None:
-    """A store that cannot be opened comes out of run() as a StoreError: no node is called, no hook is told."""
+    """A store that cannot be opened comes out of run() as a StoreError: no node is called, no hook is
+    told."""
     events: list[str] = []
 
     async def tell(*_: Any) -> None:
@@ -136,7 +139,8 @@ async def test_a_run_whose_input_cannot_be_stored_starts_and_ends(tmp_path: Path
 async def test_a_store_that_raises_no_exception_has_refused(
     kind: type[BaseException], is_async: bool
 ) -> None:
-    """Whatever a store raises at a commit, but for KeyboardInterrupt and SystemExit, it has failed: PARTIAL, hooks pair."""
+    """Whatever a store raises at a commit, but for KeyboardInterrupt and SystemExit, it has failed: PARTIAL,
+    hooks pair."""
 
     class Refusing:
         def save(self, run_id: str, node_id: str, state: BaseModel) -> None:

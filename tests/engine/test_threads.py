@@ -144,7 +144,8 @@ async def test_the_wait_for_a_thread_is_in_no_time_limit() -> None:
 
 
 async def test_an_abandoned_thread_gives_its_place_back(caplog: pytest.LogCaptureFixture) -> None:
-    """A node that timed out leaves its thread behind, with a warning, and the next one does not wait for it."""
+    """A node that timed out leaves its thread behind, with a warning, and the next one does not wait for
+    it."""
     gate = Gate()
     runner = StromaRunner.quick(max_threads=1, node_timeouts={"sync": 50}, policy_map=NEVER)
     sync = gated(runner, gate)

@@ -1,4 +1,5 @@
-"""Examples that need more than the main environment has: ``./dev test --examples`` runs them in one of their own."""
+"""Examples that need more than the main environment has: ``./dev test --examples`` runs them in one of their
+own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The examples with an embedding model, a FastAPI service and a notebook: they run, without a network, and show what they say."""
+"""The examples with an embedding model, a FastAPI service and a notebook: they run, without a network, and
+show what they say."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def run(name: str, *arguments: str, home: Path) -> str:
 
 
 def test_a_folder_is_embedded_once(tmp_path: Path) -> None:
-    """The packaged model embeds every file; afterwards only the changed one, and the best hit is the one that answers."""
+    """The packaged model embeds every file; afterwards only the changed one, and the best hit is the one that
+    answers."""
     folder = tmp_path / "documents"
     folder.mkdir()
     texts = {
@@ -164,7 +166,8 @@ dispatch_arq.runner.config = dispatch_arq.runner.config.model_copy(update=update
 async def test_the_end_of_a_queue_worker_cancels_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At SIGTERM arq cancels its tasks; the run in progress ends its step, is not CANCELLED, and its task comes again."""
+    """At SIGTERM arq cancels its tasks; the run in progress ends its step, is not CANCELLED, and its task
+    comes again."""
     monkeypatch.setenv("RUNS", str(tmp_path / "runs.db"))
     (tmp_path / "slow.py").write_text(SLOW)
     server = RedisServer()
@@ -227,7 +230,8 @@ async def test_the_service_behind_a_real_server(site: str) -> None:
 
 
 def test_the_notebook_draws_its_run() -> None:
-    """Every cell runs, and the result is shown as a picture with the attempt that failed, and not as a line of text."""
+    """Every cell runs, and the result is shown as a picture with the attempt that failed, and not as a line
+    of text."""
     notebook = nbformat.read(EXAMPLES / "notebook.ipynb", as_version=4)
     NotebookClient(notebook, timeout=100, kernel_name="python3").execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
@@ -247,7 +251,8 @@ def test_the_notebook_is_kept_with_its_pictures() -> None:
 
 
 async def test_a_result_is_the_answer_of_an_endpoint() -> None:
-    """A FastAPI endpoint annotated `-> ExecutionResult[Out]` answers with the documented fields, and its schema names them."""
+    """A FastAPI endpoint annotated `-> ExecutionResult[Out]` answers with the documented fields, and its
+    schema names them."""
     from fastapi import FastAPI
     from pydantic import BaseModel
 

@@ -45,7 +45,8 @@ BUGS: list[BaseException] = [
 @pytest.mark.parametrize("place", ["node", "child", "item"])
 @pytest.mark.parametrize("sync", [False, True], ids=["async", "thread"])
 async def test_a_bug_is_terminal(error: BaseException, place: str, sync: bool) -> None:
-    """NameError, ImportError, SyntaxError, NotImplementedError, RecursionError: TERMINAL, reason "bug", never retried."""
+    """NameError, ImportError, SyntaxError, NotImplementedError, RecursionError: TERMINAL, reason "bug", never
+    retried."""
     calls: list[int] = []
     runner = StromaRunner.quick()
 

@@ -124,14 +124,21 @@ def test_what_a_providers_error_says() -> None:
     result = diagnose(Provider(429, retry_after="7"), CONTEXT)
     assert result.exception.args == ("status 429",)
     assert astuple(replace(result, exception=ValueError()))[1:] == (
-        RECOVERABLE, "node", 4, "status 429", "rate_limit", 7.0, None,
-    )  # fmt: skip
+        RECOVERABLE,
+        "node",
+        4,
+        "status 429",
+        "rate_limit",
+        7.0,
+        None,
+    )
     assert diagnose(Provider(401), CONTEXT).failure_class is TERMINAL
     assert diagnose(Provider(401), CONTEXT).retry_after_seconds is None
 
 
 def test_our_own_errors_are_what_they_are() -> None:
-    """Whatever they were raised from: neither the class, nor the reason, nor the wait of a provider's error is theirs."""
+    """Whatever they were raised from: neither the class, nor the reason, nor the wait of a provider's error
+    is theirs."""
 
     class Both(UsageError):
         status_code = 429
@@ -157,7 +164,8 @@ def test_a_timeout_of_a_provider_is_the_providers() -> None:
 
 
 def test_classifiers_are_asked_in_order() -> None:
-    """The first that answers decides the class, the reason stays; each is given the exception and where it was."""
+    """The first that answers decides the class, the reason stays; each is given the exception and where it
+    was."""
     requests: list[Any] = []
 
     def says(answer: Any) -> Any:
@@ -300,8 +308,13 @@ def test_the_records_of_failures_have_their_defaults() -> None:
     assert failure.as_prompt() is None
     item = ItemFailure(index=3, node_id="node", failure_class=TERMINAL, message="message")
     assert item.model_dump() == {
-        "index": 3, "node_id": "node", "failure_class": TERMINAL, "message": "message", "reason": None, "attempts": 1,
-    }  # fmt: skip
+        "index": 3,
+        "node_id": "node",
+        "failure_class": TERMINAL,
+        "message": "message",
+        "reason": None,
+        "attempts": 1,
+    }
     assert StepContext is NodeContext
     assert astuple(CONTEXT) == ("node", 4, "run")
 
@@ -371,8 +384,11 @@ def test_the_policies_that_hold_where_nobody_gave_any() -> None:
     for kind, policy in one.items():
         assert policy is not other[kind]
         assert policy.model_dump(exclude={"max_retries", "backoff_seconds"}) == {
-            "multiplier": 1.0, "max_backoff_seconds": 60.0, "jitter": True, "max_retry_after_seconds": 120.0,
-        }  # fmt: skip
+            "multiplier": 1.0,
+            "max_backoff_seconds": 60.0,
+            "jitter": True,
+            "max_retry_after_seconds": 120.0,
+        }
     assert FailurePolicy() == one[RECOVERABLE]
     one[RECOVERABLE].max_retries = 99
     del one[TERMINAL]
@@ -469,11 +485,16 @@ def steady(**changed: Any) -> FailurePolicy:
         (failed(wait=120.0), steady(), 1, Retry(120.0)),
         (failed(wait=120.5), steady(), 1, Stop("the server asks to come back in 120.5 s")),
         (failed(wait=0.0), steady(max_retry_after_seconds=0), 1, Retry(2.0)),
-        (failed(wait=0.1), steady(max_retry_after_seconds=0), 1, Stop("the server asks to come back in 0.1 s")),
+        (
+            failed(wait=0.1),
+            steady(max_retry_after_seconds=0),
+            1,
+            Stop("the server asks to come back in 0.1 s"),
+        ),
         (failed(wait=1234567.0), steady(), 1, Stop("the server asks to come back in 1.23457e+06 s")),
         (failed(wait=1234567.0), steady(max_retry_after_seconds=math.inf), 1, Retry(1234567.0)),
     ],
-)  # fmt: skip
+)
 def test_whether_an_attempt_is_followed_by_another(
     failure: Failure, policy: FailurePolicy, attempt: int, decision: Any
 ) -> None:
@@ -511,16 +532,20 @@ def test_a_delay_is_drawn_from_zero_to_the_computed_one() -> None:
         ({"own": {RECOVERABLE: steady()}}, Retry(2.0)),
         ({"own": {RECOVERABLE: steady(max_retries=0)}}, Stop("gave up after 5 attempts")),
         ({"own": {RECOVERABLE: steady(max_retries=0)}, "repairing": True}, Retry(2.0)),
-        ({"own": {RECOVERABLE: steady(multiplier=3)}, "repairing": True, "attempt": 9, "repairs": 2}, Retry(2.0)),
+        (
+            {"own": {RECOVERABLE: steady(multiplier=3)}, "repairing": True, "attempt": 9, "repairs": 2},
+            Retry(2.0),
+        ),
         ({"repairing": True, "attempt": 99}, Retry(1.0)),
         ({"group": True}, Stop("gave up after 5 attempts")),
         ({"group": True, "repairing": True}, Stop("gave up after 5 attempts")),
         ({"group": True, "own": {}}, Retry(1.0)),
         ({"group": True, "own": {RECOVERABLE: steady()}}, Retry(2.0)),
     ],
-)  # fmt: skip
+)
 def test_what_follows_a_failed_attempt(changed: dict[str, Any], decision: Any) -> None:
-    """A group is tried again only if asked; attempts that were granted to mend an output count for nothing, but wait."""
+    """A group is tried again only if asked; attempts that were granted to mend an output count for nothing,
+    but wait."""
     run = {RECOVERABLE: steady(max_retries=3, backoff_seconds=1.0)}
     requests: dict[str, Any] = {
         "own": None,
@@ -540,7 +565,8 @@ def test_what_follows_a_failed_attempt(changed: dict[str, Any], decision: Any) -
 
 
 def test_a_group_waits_as_its_server_asks() -> None:
-    """What stops it says that it is no retry, though a wait was asked for; a terminal failure says so itself."""
+    """What stops it says that it is no retry, though a wait was asked for; a terminal failure says so
+    itself."""
     requests: dict[str, Any] = {"attempt": 1, "group": True, "repairing": False, "repairs": 0}
     assert follow_up(failed(wait=5), None, {}, **requests) == Stop("gave up after 1 attempt")
     assert follow_up(failed(TERMINAL), None, {}, **requests) == Stop("a terminal failure is not retried")

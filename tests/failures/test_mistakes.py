@@ -1,4 +1,5 @@
-"""Mistakes in the code of nodes: what the message of a failure says of them, and when another attempt is pointless."""
+"""Mistakes in the code of nodes: what the message of a failure says of them, and when another attempt is
+pointless."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ async def by_hand(state: Any, ctx: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("func", [of_context, in_thread])
 async def test_a_missing_key_of_the_context_is_named(func: Any) -> None:
-    """The message of a KeyError of the context says which key is missing and which keys there are; the exception is the node's."""
+    """The message of a KeyError of the context says which key is missing and which keys there are; the
+    exception is the node's."""
     failure, _ = await fail(func, context={"model": {}, "db": "secret value"})
     assert failure.message == "'client'; the context has no key 'client', its keys are: 'model', 'db'"
     assert isinstance(failure.exception, KeyError)
@@ -68,7 +70,8 @@ async def test_another_missing_key_is_left_alone(func: Any) -> None:
 
 
 async def test_keys_are_named_in_bounds() -> None:
-    """Of many keys the first twenty are named, long ones are cut, and keys of odd types are named by their type."""
+    """Of many keys the first twenty are named, long ones are cut, and keys of odd types are named by their
+    type."""
     context: Any = {"k" * 500: 1, (1, 2): 2} | {f"key {n}": n for n in range(100)}
     failure, _ = await fail(of_context, context=context)
     assert len(failure.message) < 500
@@ -105,7 +108,8 @@ async def wrong_call(state: Any) -> Any:
 @pytest.mark.parametrize("func", [on_none, on_none_in_thread, wrong_call])
 @pytest.mark.parametrize("place", ["node", "child"])
 async def test_the_same_bug_twice_is_not_tried_a_third_time(func: Any, place: str) -> None:
-    """A TypeError or AttributeError at the same line with the same text ends after two attempts, under any policy."""
+    """A TypeError or AttributeError at the same line with the same text ends after two attempts, under any
+    policy."""
     runner = StromaRunner.quick(
         policy_map=PATIENT,
         node_policies={"broken": {"AMBIGUOUS": FailurePolicy(max_retries=9, backoff_seconds=0)}},
@@ -136,7 +140,8 @@ async def test_another_text_or_line_is_tried_again() -> None:
 
 
 async def test_what_is_raised_on_purpose_or_by_a_library_is_no_bug_of_the_node() -> None:
-    """A TypeError out of a library or a `raise`, and any other exception, is tried as often as the policy says."""
+    """A TypeError out of a library or a `raise`, and any other exception, is tried as often as the policy
+    says."""
 
     async def in_library(state: Any) -> Any:
         return json.dumps(object())

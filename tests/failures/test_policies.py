@@ -115,7 +115,8 @@ def error_with(base: type[Exception], **attributes: Any) -> Exception:
 def test_what_a_provider_says_comes_before_what_a_timeout_is(
     status: int | None, expected: FailureClass
 ) -> None:
-    """A TimeoutError that carries a provider's status is what that status says; without one it is RECOVERABLE."""
+    """A TimeoutError that carries a provider's status is what that status says; without one it is
+    RECOVERABLE."""
     error = error_with(TimeoutError, **({} if status is None else {"status_code": status}))
     assert classify(error, NodeContext("n", 1, "r")) is expected
 
@@ -155,7 +156,8 @@ async def test_a_classifier_that_raises_is_skipped(error: type[BaseException]) -
 @pytest.mark.parametrize("kind", [asyncio.CancelledError, GeneratorExit, BaseException, ValueError])
 @pytest.mark.parametrize("where", ["__str__", "status_code", "__cause__"])
 async def test_an_exception_that_raises_anything_is_a_failure(kind: type[BaseException], where: str) -> None:
-    """G2: whatever str() or an attribute of an exception raises, be it no Exception, the node has failed with it."""
+    """G2: whatever str() or an attribute of an exception raises, be it no Exception, the node has failed with
+    it."""
 
     def misbehave(self: object) -> Any:
         raise kind("no")

@@ -1,6 +1,7 @@
 """What providers' errors mean: the real SDKs and HTTP clients, asked against a real server on loopback.
 
-`CASES` is also what `docs/providers.md` is made of; after a change here run `./dev run python docs/generate.py`.
+`CASES` is also what `docs/providers.md` is made of; after a change here run `./dev run python
+docs/generate.py`.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ def _without_key(client: str) -> Any:
 @pytest.mark.core
 @pytest.mark.parametrize("client", ["openai", "azure", "anthropic", "google", "cohere"])
 def test_a_missing_key_is_terminal(monkeypatch: pytest.MonkeyPatch, client: str) -> None:
-    """A client without an API key fails at once, and the same way when it is raised from another exception."""
+    """A client without an API key fails at once, and the same way when it is raised from another
+    exception."""
     for name in [name for name in os.environ if "KEY" in name or "TOKEN" in name or "GOOGLE" in name]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", "/nowhere")
@@ -171,7 +173,8 @@ def delays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 async def test_a_run_deals_with_a_providers_error(case: Case, provider: Server, delays: list[float]) -> None:
-    """A node around the async SDK: RECOVERABLE is tried again, TERMINAL is not; the trace has class and reason."""
+    """A node around the async SDK: RECOVERABLE is tried again, TERMINAL is not; the trace has class and
+    reason."""
     runner, node = runner_of(policy_map={R: FailurePolicy(max_retries=1), A: FailurePolicy(max_retries=0)})
     url = provider.url(case.answer)
     calls = 0
@@ -208,7 +211,8 @@ async def test_a_run_deals_with_a_providers_error(case: Case, provider: Server, 
 async def test_the_delay_is_at_least_what_the_server_says(
     sdk: str, headers: dict[str, str], seconds: float, provider: Server, delays: list[float]
 ) -> None:
-    """G3: a rate limit with Retry-After is waited for as long as the server asks; the next attempt can succeed."""
+    """G3: a rate limit with Retry-After is waited for as long as the server asks; the next attempt can
+    succeed."""
     runner, node = runner_of()
     urls = [provider.url(Answer(429, {"error": {"type": "rate_limit_error"}}, headers))]
 
@@ -647,17 +651,26 @@ def group(*errors: Exception) -> ExceptionGroup[Exception]:
     ("error", "expected"),
     [
         (lambda: group(limited("8")), Verdict("RECOVERABLE", "rate_limit", 8)),
-        (lambda: group(limited("2"), limited("8"), shaped(status_code=503)), Verdict("RECOVERABLE", "rate_limit", 8)),
+        (
+            lambda: group(limited("2"), limited("8"), shaped(status_code=503)),
+            Verdict("RECOVERABLE", "rate_limit", 8),
+        ),
         (lambda: group(limited("8"), shaped(status_code=401)), Verdict("TERMINAL", "auth")),
         (lambda: group(ValueError("?"), shaped(status_code=401)), Verdict("TERMINAL", "auth")),
         (lambda: group(limited("8"), ValueError("?")), None),
-        (lambda: group(TimeoutError("late"), ConnectionResetError("gone")), Verdict("RECOVERABLE", "timeout")),
-        (lambda: group(group(limited("8")), group(group(limited("9")))), Verdict("RECOVERABLE", "rate_limit", 9)),
+        (
+            lambda: group(TimeoutError("late"), ConnectionResetError("gone")),
+            Verdict("RECOVERABLE", "timeout"),
+        ),
+        (
+            lambda: group(group(limited("8")), group(group(limited("9")))),
+            Verdict("RECOVERABLE", "rate_limit", 9),
+        ),
         (lambda: caused(ValueError("?"), group(limited("8"))), Verdict("RECOVERABLE", "rate_limit", 8)),
         (lambda: group(caused(ValueError("?"), limited("8"))), Verdict("RECOVERABLE", "rate_limit", 8)),
     ],
     ids=range(9),
-)  # fmt: skip
+)
 def test_a_group_is_what_its_worst_member_is(
     error: Callable[[], Exception], expected: Verdict | None
 ) -> None:
@@ -733,7 +746,10 @@ MAIL["Retry-After"] = "8"
 
 SHAPES: list[tuple[Exception, Verdict | None]] = [
     # requests and aiohttp
-    (shaped(package="requests", response=SimpleNamespace(status_code=429, headers={"Retry-After": "8"})), Verdict("RECOVERABLE", "rate_limit", 8)),
+    (
+        shaped(package="requests", response=SimpleNamespace(status_code=429, headers={"Retry-After": "8"})),
+        Verdict("RECOVERABLE", "rate_limit", 8),
+    ),
     (shaped("ConnectionError", "requests"), Verdict("RECOVERABLE", "connection")),
     (shaped("ChunkedEncodingError", "requests"), Verdict("RECOVERABLE", "connection")),
     (shaped("Timeout", "requests"), Verdict("RECOVERABLE", "timeout")),
@@ -741,7 +757,10 @@ SHAPES: list[tuple[Exception, Verdict | None]] = [
     (shaped("ConnectTimeout", "requests"), Verdict("RECOVERABLE", "timeout")),
     (shaped("MissingSchema", "requests", (ValueError,)), Verdict("TERMINAL", "bad_request")),
     (shaped("InvalidSchema", "requests", (ValueError,)), Verdict("TERMINAL", "bad_request")),
-    (shaped(package="aiohttp", status=503, headers={"Retry-After": "8"}), Verdict("RECOVERABLE", "overloaded", 8)),
+    (
+        shaped(package="aiohttp", status=503, headers={"Retry-After": "8"}),
+        Verdict("RECOVERABLE", "overloaded", 8),
+    ),
     (shaped("ClientConnectionError", "aiohttp"), Verdict("RECOVERABLE", "connection")),
     (shaped("ClientPayloadError", "aiohttp"), Verdict("RECOVERABLE", "connection")),
     (shaped("ServerTimeoutError", "aiohttp"), Verdict("RECOVERABLE", "timeout")),
@@ -757,20 +776,59 @@ SHAPES: list[tuple[Exception, Verdict | None]] = [
     (shaped("APITimeoutError", "anthropic"), Verdict("RECOVERABLE", "timeout")),
     (openai.ContentFilterFinishReasonError(), Verdict("TERMINAL", "content_policy")),
     # google
-    (shaped(package="google", code=429, status="RESOURCE_EXHAUSTED", response=SimpleNamespace(headers={"retry-after": "8"})), Verdict("RECOVERABLE", "rate_limit", 8)),
+    (
+        shaped(
+            package="google",
+            code=429,
+            status="RESOURCE_EXHAUSTED",
+            response=SimpleNamespace(headers={"retry-after": "8"}),
+        ),
+        Verdict("RECOVERABLE", "rate_limit", 8),
+    ),
     (shaped(package="google", code=http.HTTPStatus.FORBIDDEN), Verdict("TERMINAL", "permission")),
-    (shaped(package="google", code=400, message="The input token count (2) exceeds the maximum number of tokens allowed (1)."), Verdict("TERMINAL", "context_length")),
+    (
+        shaped(
+            package="google",
+            code=400,
+            message="The input token count (2) exceeds the maximum number of tokens allowed (1).",
+        ),
+        Verdict("TERMINAL", "context_length"),
+    ),
     # botocore
-    (shaped(package="botocore", response=aws(429, "ThrottlingException", retry_after="8")), Verdict("RECOVERABLE", "rate_limit", 8)),
-    (shaped(package="botocore", response=aws(400, "ThrottlingException")), Verdict("RECOVERABLE", "rate_limit")),
+    (
+        shaped(package="botocore", response=aws(429, "ThrottlingException", retry_after="8")),
+        Verdict("RECOVERABLE", "rate_limit", 8),
+    ),
+    (
+        shaped(package="botocore", response=aws(400, "ThrottlingException")),
+        Verdict("RECOVERABLE", "rate_limit"),
+    ),
     (shaped(package="botocore", response=aws(400, "Throttling")), Verdict("RECOVERABLE", "rate_limit")),
-    (shaped(package="botocore", response=aws(400, "TooManyRequestsException")), Verdict("RECOVERABLE", "rate_limit")),
-    (shaped(package="botocore", response=aws(400, "ServiceQuotaExceededException")), Verdict("TERMINAL", "quota")),
-    (shaped(package="botocore", response=aws(400, "ValidationException", "Input is too long for requested model.")), Verdict("TERMINAL", "context_length")),
-    (shaped(package="botocore", response=aws(403, "AccessDeniedException")), Verdict("TERMINAL", "permission")),
+    (
+        shaped(package="botocore", response=aws(400, "TooManyRequestsException")),
+        Verdict("RECOVERABLE", "rate_limit"),
+    ),
+    (
+        shaped(package="botocore", response=aws(400, "ServiceQuotaExceededException")),
+        Verdict("TERMINAL", "quota"),
+    ),
+    (
+        shaped(
+            package="botocore",
+            response=aws(400, "ValidationException", "Input is too long for requested model."),
+        ),
+        Verdict("TERMINAL", "context_length"),
+    ),
+    (
+        shaped(package="botocore", response=aws(403, "AccessDeniedException")),
+        Verdict("TERMINAL", "permission"),
+    ),
     (shaped("ConnectionClosedError", "botocore"), Verdict("RECOVERABLE", "connection")),
     (shaped("ConnectTimeoutError", "botocore"), Verdict("RECOVERABLE", "timeout")),
-    (shaped("EventStreamError", "botocore", response={"Error": {"Code": "modelTimeoutException"}}), Verdict("RECOVERABLE", "timeout")),
+    (
+        shaped("EventStreamError", "botocore", response={"Error": {"Code": "modelTimeoutException"}}),
+        Verdict("RECOVERABLE", "timeout"),
+    ),
     (shaped("IncompleteReadError", "botocore"), Verdict("RECOVERABLE", "connection")),
     (shaped("ResponseStreamingError", "botocore"), Verdict("RECOVERABLE", "connection")),
     # other clients' exceptions before there is an answer
@@ -799,20 +857,47 @@ SHAPES: list[tuple[Exception, Verdict | None]] = [
     (urllib.error.HTTPError("http://x", 429, "no", MAIL, None), Verdict("RECOVERABLE", "rate_limit", 8)),
     # bodies
     (shaped(status_code=402), Verdict("TERMINAL", "quota")),
-    (shaped(status_code=429, body={"error": {"details": {"error_code": "linked_organization_spend_limit_reached"}}}), Verdict("TERMINAL", "quota")),
+    (
+        shaped(
+            status_code=429,
+            body={"error": {"details": {"error_code": "linked_organization_spend_limit_reached"}}},
+        ),
+        Verdict("TERMINAL", "quota"),
+    ),
     (shaped(status_code=429, code="linked_organization_spend_limit_reached"), Verdict("TERMINAL", "quota")),
-    (shaped(status_code=400, body={"message": "over the context window"}), Verdict("TERMINAL", "context_length")),
-    (shaped(status_code=400, body={"message": "over Azure's Content Management Policy"}), Verdict("TERMINAL", "content_policy")),
-    (shaped(status_code=400, body={"message": "against our content policy"}), Verdict("TERMINAL", "content_policy")),
+    (
+        shaped(status_code=400, body={"message": "over the context window"}),
+        Verdict("TERMINAL", "context_length"),
+    ),
+    (
+        shaped(status_code=400, body={"message": "over Azure's Content Management Policy"}),
+        Verdict("TERMINAL", "content_policy"),
+    ),
+    (
+        shaped(status_code=400, body={"message": "against our content policy"}),
+        Verdict("TERMINAL", "content_policy"),
+    ),
     (shaped(status_code=429, body='{"error": {"code": "insufficient_quota"}}'), Verdict("TERMINAL", "quota")),
-    (shaped(status_code=429, body='[{"error": {"code": "insufficient_quota"}}]'), Verdict("TERMINAL", "quota")),
+    (
+        shaped(status_code=429, body='[{"error": {"code": "insufficient_quota"}}]'),
+        Verdict("TERMINAL", "quota"),
+    ),
     (shaped(status_code=429, body="insufficient_quota"), Verdict("RECOVERABLE", "rate_limit")),
     (shaped(status_code=429, code=["insufficient_quota"]), Verdict("RECOVERABLE", "rate_limit")),
     (shaped(response=SimpleNamespace(status=503)), Verdict("RECOVERABLE", "overloaded")),
     # OpenAI's limit of a minute that one request is more than
-    (shaped(status_code=429, body={"error": {"code": "rate_limit_exceeded", "message": TOO_LARGE_FOR_A_MINUTE}}), Verdict("TERMINAL", "too_large")),
+    (
+        shaped(
+            status_code=429,
+            body={"error": {"code": "rate_limit_exceeded", "message": TOO_LARGE_FOR_A_MINUTE}},
+        ),
+        Verdict("TERMINAL", "too_large"),
+    ),
     # only a bad request's prose is read
-    (shaped(status_code=429, body={"message": "tokens beyond your context window per minute"}), Verdict("RECOVERABLE", "rate_limit")),
+    (
+        shaped(status_code=429, body={"message": "tokens beyond your context window per minute"}),
+        Verdict("RECOVERABLE", "rate_limit"),
+    ),
     # what is no status hides nothing
     (shaped("ConnectionError", "requests", status_code=0), Verdict("RECOVERABLE", "connection")),
     (shaped("ConnectionError", "requests", status_code=True), Verdict("RECOVERABLE", "connection")),
@@ -831,7 +916,7 @@ SHAPES: list[tuple[Exception, Verdict | None]] = [
     (shaped(headers={"retry-after": "5"}), None),
     (shaped(code=["insufficient_quota"]), None),
     (ValueError("status 429"), None),
-]  # fmt: skip
+]
 
 
 @pytest.mark.core

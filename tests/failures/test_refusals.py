@@ -1,4 +1,5 @@
-"""Which exceptions show that a request was certainly not carried out; real clients raise them, against real sockets."""
+"""Which exceptions show that a request was certainly not carried out; real clients raise them, against real
+sockets."""
 
 import asyncio
 import smtplib
@@ -96,7 +97,8 @@ def by_urllib(url: str) -> None:
 def test_requests_of_real_clients(
     server: Callable[[str], str], post: Callable[[str], None], name: str
 ) -> None:
-    """A 4xx and a connection that was not made are refusals; a 408, 409, 5xx, a timeout and a lost connection are none."""
+    """A 4xx and a connection that was not made are refusals; a 408, 409, 5xx, a timeout and a lost connection
+    are none."""
     with pytest.raises(Exception) as caught:  # Each client has its own.
         post(server(name))
     assert is_refusal(caught.value) == (name in CERTAIN), repr(caught.value)
@@ -113,7 +115,8 @@ class StripeLike(Exception):
 
 @pytest.mark.core
 def test_exceptions_of_other_shapes() -> None:
-    """What an exception was raised from is read, a group by all its members; what misbehaves is no refusal."""
+    """What an exception was raised from is read, a group by all its members; what misbehaves is no
+    refusal."""
 
     class Hostile(Exception):
         @property

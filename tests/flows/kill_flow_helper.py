@@ -1,4 +1,5 @@
-"""One life of a process that runs a random program and may kill itself: kind of store, its place, side file, seed, life."""
+"""One life of a process that runs a random program and may kill itself: kind of store, its place, side file,
+seed, life."""
 
 from __future__ import annotations
 

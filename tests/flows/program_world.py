@@ -1,4 +1,5 @@
-"""The world of a random program: its nodes, the ledger of its effects, who sends it messages, and its lives."""
+"""The world of a random program: its nodes, the ledger of its effects, who sends it messages, and its
+lives."""
 
 from __future__ import annotations
 
@@ -57,9 +58,14 @@ class Kills(Deaths):
 
 def runner_of(store: Any, **config: Any) -> StromaRunner:
     return StromaRunner.quick(
-        store=store, run_id="r", resume=True, max_recoveries=1000, if_running="take_over",
-        policy_map=retry_policies(30), **config,
-    )  # fmt: skip
+        store=store,
+        run_id="r",
+        resume=True,
+        max_recoveries=1000,
+        if_running="take_over",
+        policy_map=retry_policies(30),
+        **config,
+    )
 
 
 class ProgramWorld:
@@ -99,7 +105,8 @@ class ProgramWorld:
         self.side = side
 
     def _record(self, kind: str, place: str, key: str, branch: str, n: int = 0) -> None:
-        """Record a call, or the payment of an effect with the number of its receipt, also for other processes."""
+        """Record a call, or the payment of an effect with the number of its receipt, also for other
+        processes."""
         if kind == "call":
             self.keys.setdefault(place, set()).add(key)
         else:
@@ -184,7 +191,8 @@ class ProgramWorld:
     # ------------------------------------------------------------------ lives
 
     async def live_on(self, store: Any, program: Program, kills: Kills | None = None) -> Any:
-        """Run the program, and answer its questions, until it has ended. Return its result, or raise the death of the life."""
+        """Run the program, and answer its questions, until it has ended. Return its result, or raise the
+        death of the life."""
         while True:
             self.life = Life()
             if self.keys:  # There is a run to look at.

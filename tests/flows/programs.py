@@ -1,7 +1,9 @@
-"""Random programs of flows: generated bodies of steps, tasks, races, timeouts, waits, messages, effects and flows inside.
+"""Random programs of flows: generated bodies of steps, tasks, races, timeouts, waits, messages, effects and
+flows inside.
 
-A program is data, drawn by a seed: a block is a list of instructions, and some have blocks inside. The calls of a program may
-depend on time and on who wins a race; its result does not, so that a run that was killed equals one that was not.
+A program is data, drawn by a seed: a block is a list of instructions, and some have blocks inside. The calls
+of a program may depend on time and on who wins a race; its result does not, so that a run that was killed
+equals one that was not.
 """
 
 from __future__ import annotations
@@ -74,7 +76,8 @@ _COMPOUNDS = [
 
 
 class Value(BaseModel):
-    """What steps take and return. ``at``: the place in the program, in all lives the same; ``seen``: what no output depends on."""
+    """What steps take and return. ``at``: the place in the program, in all lives the same; ``seen``: what no
+    output depends on."""
 
     n: int = 0
     at: str = ""
@@ -139,7 +142,8 @@ def flow_of(
 
 
 class _Body:
-    """One execution of a program. Its instructions are methods, which return a number made of ``n`` and of constants."""
+    """One execution of a program. Its instructions are methods, which return a number made of ``n`` and of
+    constants."""
 
     def __init__(self, flow: Flow, nodes: dict[str, Any], life: Life) -> None:
         self.flow, self.nodes, self.life = flow, nodes, life
@@ -273,7 +277,8 @@ class _Body:
         return mixed(n, "".join(texts))
 
     async def steer(self, n: int, at: str, count: int) -> int:
-        """Work, and give up the first of two waits whenever a step ends: what comes just then is for the second one."""
+        """Work, and give up the first of two waits whenever a step ends: what comes just then is for the
+        second one."""
         self.life.wanted[at], texts, index = count, list[str](), 0
         waits: list[asyncio.Task[str]] = []
         while len(texts) < count:
@@ -338,7 +343,8 @@ class _Body:
                     group.create_task(cleaning(index, one))
                 group.create_task(self.call("bad", n, f"{at}/bad"))
 
-        # In a task of its own: before Python 3.13 a group that is aborting loses the cancellation by a timeout around it.
+        # In a task of its own: before Python 3.13 a group that is aborting loses the cancellation by a
+        # timeout around it.
         task = asyncio.create_task(group_of_them())
         try:
             await asyncio.wait([task])

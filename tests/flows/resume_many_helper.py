@@ -1,4 +1,5 @@
-"""A flow of many steps, recorded by one process that dies and resumed by another: "record" or "resume", file, steps.
+"""A flow of many steps, recorded by one process that dies and resumed by another: "record" or "resume", file,
+steps.
 
 The resume prints seconds of CPU, and MB of memory, that it took beyond what a run of one step takes.
 """

@@ -1,4 +1,5 @@
-"""A run of a flow as it is shown: calls as a tree, repeated calls folded, waits as what they are; over every shared store."""
+"""A run of a flow as it is shown: calls as a tree, repeated calls folded, waits as what they are; over every
+shared store."""
 
 from __future__ import annotations
 
@@ -63,9 +64,20 @@ def triage() -> Any:
 
 
 LINES = [
-    "first", "lookup", "judge x7", "map over extract", "  extract x4", "check", "  judge x2", "steps", "  first", "  judge",
-    "parallel(left, right)", "  left", "  right",
-]  # fmt: skip
+    "first",
+    "lookup",
+    "judge x7",
+    "map over extract",
+    "  extract x4",
+    "check",
+    "  judge x2",
+    "steps",
+    "  first",
+    "  judge",
+    "parallel(left, right)",
+    "  left",
+    "  right",
+]
 
 
 def lines(entries: list[OutlineEntry], depth: int = 0) -> list[str]:
@@ -79,7 +91,8 @@ def lines(entries: list[OutlineEntry], depth: int = 0) -> list[str]:
 
 @pytest.mark.asyncio
 async def test_waits_for_messages_are_shown(store: Any) -> None:
-    """A message that came, one that did not come in time and one that is awaited are lines, live and from the store."""
+    """A message that came, one that did not come in time and one that is awaited are lines, live and from the
+    store."""
 
     @stroma_flow("chat", input=Num, output=Num)
     async def chat(flow: Flow, state: Num) -> Num:
@@ -116,7 +129,8 @@ async def test_waits_for_messages_are_shown(store: Any) -> None:
 
 @pytest.mark.asyncio
 async def test_calls_are_a_tree_with_loops_folded(store: Any, triage: Any) -> None:
-    """Repeated calls of one node in a flow are one entry, and a question, a sleep, a map and a flow are named."""
+    """Repeated calls of one node in a flow are one entry, and a question, a sleep, a map and a flow are
+    named."""
     runner = runner_on(store)
     result = await runner.run(triage, Num())
     assert result.status is RunStatus.SUSPENDED
@@ -201,7 +215,8 @@ async def test_a_sleep_before_the_first_step_is_shown_since_its_begin(store: Any
 
 @pytest.mark.asyncio
 async def test_inputs_of_steps_are_shown(store: Any) -> None:
-    """The input of each step of a flow is read from the store, also of one that failed and of an item of a map."""
+    """The input of each step of a flow is read from the store, also of one that failed and of an item of a
+    map."""
     world = World()
     world.failing.add("bad")
     one, bad, item = map(world.step, ("one", "bad", "item"))
@@ -228,9 +243,13 @@ async def test_inputs_of_steps_are_shown(store: Any) -> None:
         return {one.branch: history.input_of("r", one).value for one in attempts if one.branch}
 
     assert await asyncio.to_thread(read) == {
-        "one#0": {"n": 1}, "bad#1": {"n": 2}, "*item#2.0": {"n": 3}, "*item#2.1": {"n": 4}, "inner#3": {"n": 5},
+        "one#0": {"n": 1},
+        "bad#1": {"n": 2},
+        "*item#2.0": {"n": 3},
+        "*item#2.1": {"n": 4},
+        "inner#3": {"n": 5},
         "inner#3.one#0": {"n": 50},
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.asyncio
@@ -277,16 +296,18 @@ async def test_a_trace_folds_as_the_store_does(triage: Any) -> None:
 def test_failures_of_repeated_calls_are_counted() -> None:
     """A fold whose calls failed for good says how many, and is marked as failed."""
     bars = [
-        Bar("judge", "0.judge#0", 1, 0, 5, "failure"), Bar("judge", "0.judge#0", 2, 6, 5, "success"),
+        Bar("judge", "0.judge#0", 1, 0, 5, "failure"),
+        Bar("judge", "0.judge#0", 2, 6, 5, "success"),
         Bar("judge", "0.judge#1", 1, 12, 5, "failure", "TERMINAL"),
-    ]  # fmt: skip
+    ]
     drawn = Timeline(bars, [], None).draw()
     assert 'class="name fold bad" title="judge x2"' in drawn
     assert '<span class="bad">1 failed</span>' in drawn
 
 
 def test_identities_are_read_as_they_are_written() -> None:
-    """Calls are parsed as the identities that steps have: ids with dots and slashes, keys, and calls of other tasks."""
+    """Calls are parsed as the identities that steps have: ids with dots and slashes, keys, and calls of other
+    tasks."""
 
     async def write() -> list[str]:
         calls = StepCalls()
@@ -306,6 +327,10 @@ def test_identities_are_read_as_they_are_written() -> None:
 
     parsed = [parse_call(text) for text in asyncio.run(write())]
     assert parsed == [
-        ("", "a.b/c#d", "0", ""), ("*", "x", "0", "-0"), ("", "", "page/1", ""), ("!", "", "wait", ""), ("", "tool", "0", ""),
-    ]  # fmt: skip
+        ("", "a.b/c#d", "0", ""),
+        ("*", "x", "0", "-0"),
+        ("", "", "page/1", ""),
+        ("!", "", "wait", ""),
+        ("", "tool", "0", ""),
+    ]
     assert parse_call("12") is None

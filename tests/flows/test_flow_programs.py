@@ -1,4 +1,5 @@
-"""Random programs of flows that are killed at random, resumed, and cut at any event equal the same programs undisturbed."""
+"""Random programs of flows that are killed at random, resumed, and cut at any event equal the same programs
+undisturbed."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ async def undisturbed(program: Program, seed: int) -> Any:
 
 
 async def disturbed(store: Any, program: Program, seed: int) -> ProgramWorld:
-    """Run a program to its end over several lives, each of which ends at a random record or call. Return its world."""
+    """Run a program to its end over several lives, each of which ends at a random record or call. Return its
+    world."""
     chance = random.Random(f"{seed} disturbed")
     world = ProgramWorld(chance, has_faults=True)
     for _ in range(200):
@@ -78,8 +80,9 @@ def check(world: ProgramWorld, store: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["memory", "sqlite", "redis", "postgres"])
 def test_killed_programs_end_as_undisturbed_ones(kind: str) -> None:
-    """G5, G13: A program that is killed at random records, and resumed, calls nothing after its commit, makes no effect twice,
-    forgets none, receives each message once and in order, and has the result that it has undisturbed."""
+    """G5, G13: A program that is killed at random records, and resumed, calls nothing after its commit, makes
+    no effect twice, forgets none, receives each message once and in order, and has the result that it has
+    undisturbed."""
     for seed in seeds(15 if kind in ("memory", "sqlite") else 5, 500):
         program = program_of(seed)
 
@@ -125,7 +128,8 @@ def test_programs_survive_sigkill(kind: str, tmp_path: Path) -> None:
 
 
 class Prefixes:
-    """Replays a run from each prefix of its events, and stops before the first live event. Notes the calls of the body."""
+    """Replays a run from each prefix of its events, and stops before the first live event. Notes the calls of
+    the body."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[int, str, str, str]] = []
@@ -156,7 +160,8 @@ class Prefixes:
 
 
 def test_a_replay_of_any_prefix_makes_the_calls_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From each prefix of its events a body makes the calls that it made up to there, in order and with the same inputs."""
+    """From each prefix of its events a body makes the calls that it made up to there, in order and with the
+    same inputs."""
     prefixes = Prefixes(monkeypatch)
 
     async def trial(program: Program, seed: int) -> None:

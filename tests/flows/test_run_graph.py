@@ -1,4 +1,5 @@
-"""The graph of the recorded runs of a flow, over every shared store, on the command line and in the web interface."""
+"""The graph of the recorded runs of a flow, over every shared store, on the command line and in the web
+interface."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def edges_of(graph: RunGraph) -> dict[tuple[str, str], int]:
 
 @pytest.mark.asyncio
 async def test_steps_of_all_runs_are_counted(store: Any) -> None:
-    """Nodes have their calls and failures, edges how often one call followed another, and ends the statuses of runs."""
+    """Nodes have their calls and failures, edges how often one call followed another, and ends the statuses
+    of runs."""
     world = World()
     write, judge, send, page, alarm = map(world.step, ("write", "judge", "send", "page", "alarm"))
     world.failing.add("send 3")
@@ -54,21 +56,37 @@ async def test_steps_of_all_runs_are_counted(store: Any) -> None:
     graph = await asyncio.to_thread(History(store).run_graph, "letter")
     assert graph.runs == 3
     assert edges_of(graph) == {
-        ("start", "write"): 3, ("write", "judge"): 6, ("judge", "write"): 3, ("judge", "page"): 3, ("judge", "part"): 3,
-        ("part", "part/page"): 3, ("page", "map over page"): 3, ("part", "map over page"): 3,
-        ("map over page", "map over page/page"): 12, ("map over page", "question Text"): 1, ("map over page", "send"): 2,
-    }  # fmt: skip
+        ("start", "write"): 3,
+        ("write", "judge"): 6,
+        ("judge", "write"): 3,
+        ("judge", "page"): 3,
+        ("judge", "part"): 3,
+        ("part", "part/page"): 3,
+        ("page", "map over page"): 3,
+        ("part", "map over page"): 3,
+        ("map over page", "map over page/page"): 12,
+        ("map over page", "question Text"): 1,
+        ("map over page", "send"): 2,
+    }
     figures = {
         "/".join(path): (one.kind, one.calls, one.attempts, one.failed) for path, one in graph.nodes.items()
     }
     assert figures == {
-        "write": ("node", 6, 6, 0), "judge": ("node", 6, 6, 0), "page": ("node", 3, 3, 0), "part": ("flow", 3, 3, 0),
-        "part/page": ("node", 3, 3, 0), "map over page": ("map", 3, 0, 0), "map over page/page": ("node", 12, 12, 0),
-        "question Text": ("question", 1, 0, 0), "send": ("node", 2, 2, 1),
-    }  # fmt: skip
+        "write": ("node", 6, 6, 0),
+        "judge": ("node", 6, 6, 0),
+        "page": ("node", 3, 3, 0),
+        "part": ("flow", 3, 3, 0),
+        "part/page": ("node", 3, 3, 0),
+        "map over page": ("map", 3, 0, 0),
+        "map over page/page": ("node", 12, 12, 0),
+        "question Text": ("question", 1, 0, 0),
+        "send": ("node", 2, 2, 1),
+    }
     assert graph.ends == {
-        (("question Text",), "SUSPENDED"): 1, (("send",), "COMPLETED"): 1, (("send",), "PARTIAL"): 1,
-    }  # fmt: skip
+        (("question Text",), "SUSPENDED"): 1,
+        (("send",), "COMPLETED"): 1,
+        (("send",), "PARTIAL"): 1,
+    }
 
     drawn = graph.mermaid()
     assert '["send<br/>2 calls, 50.0#37; of 2 attempts failed"]' in drawn
@@ -83,19 +101,38 @@ def calls(*spans: tuple[str, float, float]) -> list[Bar]:
 
 
 def test_forks_and_joins() -> None:
-    """The first calls of tasks follow the call before them, and the call after a gather follows the last of each."""
+    """The first calls of tasks follow the call before them, and the call after a gather follows the last of
+    each."""
     graph = RunGraph("f")
     graph.add_run(
         calls(
-            ("first#0", 0, 1), ("-0/a#0", 2, 9), ("-1/b#0", 2, 4), ("-1/c#0", 5, 8), ("-1-0/d#0", 5, 6), ("then#0", 10, 11),
-            ("-2/e#0", 12, 13), ("-3/g#0", 12, 14), ("last#0", 15, 16),
+            ("first#0", 0, 1),
+            ("-0/a#0", 2, 9),
+            ("-1/b#0", 2, 4),
+            ("-1/c#0", 5, 8),
+            ("-1-0/d#0", 5, 6),
+            ("then#0", 10, 11),
+            ("-2/e#0", 12, 13),
+            ("-3/g#0", 12, 14),
+            ("last#0", 15, 16),
         ),
-        [], "COMPLETED",
-    )  # fmt: skip
+        [],
+        "COMPLETED",
+    )
     assert edges_of(graph) == {
-        ("start", "first"): 1, ("first", "a"): 1, ("first", "b"): 1, ("b", "c"): 1, ("b", "d"): 1, ("a", "then"): 1,
-        ("c", "then"): 1, ("d", "then"): 1, ("then", "e"): 1, ("then", "g"): 1, ("e", "last"): 1, ("g", "last"): 1,
-    }  # fmt: skip
+        ("start", "first"): 1,
+        ("first", "a"): 1,
+        ("first", "b"): 1,
+        ("b", "c"): 1,
+        ("b", "d"): 1,
+        ("a", "then"): 1,
+        ("c", "then"): 1,
+        ("d", "then"): 1,
+        ("then", "e"): 1,
+        ("then", "g"): 1,
+        ("e", "last"): 1,
+        ("g", "last"): 1,
+    }
     assert graph.ends == {(("last",), "COMPLETED"): 1}
 
 

@@ -1,4 +1,5 @@
-"""What the tests of real tracing backends share: a run with everything that its bill can get wrong, and a server."""
+"""What the tests of real tracing backends share: a run with everything that its bill can get wrong, and a
+server."""
 
 from __future__ import annotations
 
@@ -29,23 +30,26 @@ SMALL, LARGE = "gpt-4o-mini", "gpt-4o"
 START, SHOW = 240, 60
 
 #: (name, name of the parent) of every span of the run and of its resume, sorted.
-TREE = sorted([
-    ("invoke_workflow triage", None),
-    ("stroma.node flaky", "invoke_workflow triage"),
-    ("chat gpt-4o-mini", "stroma.node flaky"),
-    ("chat gpt-4o-mini", "stroma.node flaky"),
-    ("stroma.node judge", "invoke_workflow triage"),
-    ("chat gpt-4o", "stroma.node judge"),
-    ("chat gpt-4o", "stroma.node judge"),
-    ("stroma.node parallel(left, right)", "invoke_workflow triage"),
-    ("stroma.node left", "stroma.node parallel(left, right)"),
-    ("chat by the client", "stroma.node left"),
-    ("stroma.node right", "stroma.node parallel(left, right)"),
-    ("chat gpt-4o-mini", "stroma.node right"),
-    ("stroma.node last", "invoke_workflow triage"),
-    ("invoke_workflow triage", None),
-    ("stroma.node last", "invoke_workflow triage"),
-], key=str)  # fmt: skip
+TREE = sorted(
+    [
+        ("invoke_workflow triage", None),
+        ("stroma.node flaky", "invoke_workflow triage"),
+        ("chat gpt-4o-mini", "stroma.node flaky"),
+        ("chat gpt-4o-mini", "stroma.node flaky"),
+        ("stroma.node judge", "invoke_workflow triage"),
+        ("chat gpt-4o", "stroma.node judge"),
+        ("chat gpt-4o", "stroma.node judge"),
+        ("stroma.node parallel(left, right)", "invoke_workflow triage"),
+        ("stroma.node left", "stroma.node parallel(left, right)"),
+        ("chat by the client", "stroma.node left"),
+        ("stroma.node right", "stroma.node parallel(left, right)"),
+        ("chat gpt-4o-mini", "stroma.node right"),
+        ("stroma.node last", "invoke_workflow triage"),
+        ("invoke_workflow triage", None),
+        ("stroma.node last", "invoke_workflow triage"),
+    ],
+    key=str,
+)
 
 T = TypeVar("T")
 
@@ -65,8 +69,9 @@ class Sent:
 async def send_run(endpoint: str, headers: Mapping[str, str], resource: Mapping[str, str]) -> Sent:
     """Send a run by OTLP over HTTP, and its resume as a second trace.
 
-    One node is tried again after a call that was billed, one breaks its contract once, two run in parallel, the call of one of
-    them is on the span of an instrumented client; the last one fails until the run is resumed.
+    One node is tried again after a call that was billed, one breaks its contract once, two run in parallel,
+    the call of one of them is on the span of an instrumented client; the last one fails until the run is
+    resumed.
     """
     provider = TracerProvider(resource=Resource.create(dict(resource)))
     exporter = OTLPSpanExporter(endpoint=endpoint, headers=dict(headers), timeout=SHOW)

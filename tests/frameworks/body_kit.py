@@ -1,4 +1,5 @@
-"""What the tests of frameworks in the body of a flow share: a model and a tool that are steps, and the proof that it resumes."""
+"""What the tests of frameworks in the body of a flow share: a model and a tool that are steps, and the proof
+that it resumes."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ Body = Callable[["Steps"], Awaitable[Any]]
 
 
 class Steps:
-    """A model that is a step of a flow, as is a tool; ``respond`` returns its answer to a list of messages."""
+    """A model that is a step of a flow, as is a tool; ``respond`` returns its answer to a list of
+    messages."""
 
     def __init__(self, flow: Flow, respond: Callable[[list[Any]], Any]) -> None:
         self._flow = flow
@@ -71,7 +73,8 @@ def _flow_of(body: Body, respond: Callable[[list[Any]], Any]) -> Any:
 
 
 async def run_in_a_flow(body: Body, respond: Callable[[list[Any]], Any]) -> tuple[Any, list[str]]:
-    """Return what a body returns, and the steps that it makes, once it is shown to resume at every record of its run."""
+    """Return what a body returns, and the steps that it makes, once it is shown to resume at every record of
+    its run."""
     flow, store = _flow_of(body, respond), InMemoryStore()
     result = await StromaRunner.quick(store=store, run_id="r").run(flow, Num())
     steps = [one.node_id for one in store.attempts("r") if one.node_id != "f"]

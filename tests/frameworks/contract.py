@@ -1,7 +1,7 @@
 """What the adapter of every framework guarantees, as tests to inherit.
 
-A subclass says how its framework is called and how a program is made of a scripted model and one function, ``weather``.
-What only one framework has (interrupts, handoffs, routers ...) is tested beside its subclass.
+A subclass says how its framework is called and how a program is made of a scripted model and one function,
+``weather``. What only one framework has (interrupts, handoffs, routers ...) is tested beside its subclass.
 """
 
 from __future__ import annotations
@@ -103,10 +103,12 @@ def hook_lines(steps: Sequence[str], fails: str | None = None) -> list[str]:
 
 
 class EmitsDeltas:
-    """What holds for every framework whose streamed answers are emitted. For subclasses of FrameworkContract."""
+    """What holds for every framework whose streamed answers are emitted. For subclasses of
+    FrameworkContract."""
 
     def test_the_text_of_a_streamed_answer_is_emitted(self: Any) -> None:
-        """The node that calls the program emits each part of the answer once, and nothing of one that is not streamed."""
+        """The node that calls the program emits each part of the answer once, and nothing of one that is not
+        streamed."""
         seen: list[str] = []
         emitted = emitted_by(lambda: self.stream(self.script("one two three"), guard_of(), seen))
         assert [(name, text.strip()) for name, text in emitted] == [("delta", word) for word in seen]
@@ -119,8 +121,8 @@ class EmitsDeltas:
 class FrameworkContract:
     """The eight sentences that hold for every framework.
 
-    A sentence that a framework cannot have is set to None in its subclass, with the reason in ``NOT_THERE`` of
-    tests/adapters/test_framework_coverage.py.
+    A sentence that a framework cannot have is set to None in its subclass, with the reason in ``NOT_THERE``
+    of tests/adapters/test_framework_coverage.py.
     """
 
     #: The ways to call a program.
@@ -142,7 +144,8 @@ class FrameworkContract:
     WRAPPERS: ClassVar[tuple[type[BaseException], ...]] = ()
 
     def script(self, *answers: Any, break_after: int | None = None) -> Any:
-        """Return a model that gives these answers; it raises what is an exception, and breaks off a streamed answer."""
+        """Return a model that gives these answers; it raises what is an exception, and breaks off a streamed
+        answer."""
         raise NotImplementedError
 
     def program(
@@ -169,7 +172,8 @@ class FrameworkContract:
         return self.program(script, guard), script
 
     def nested(self, guard: Guard, die: Callable[[], None]) -> str:
-        """Call a program that dies in a step, after a step has finished beside it or inside the step around both."""
+        """Call a program that dies in a step, after a step has finished beside it or inside the step around
+        both."""
 
         @as_weather
         def dies(city: str) -> dict[str, int]:
@@ -191,7 +195,8 @@ class FrameworkContract:
         return list(lines)
 
     def stopped(self, program: Any, kind: str, guard: Guard) -> BaseException:
-        """Call a program that is stopped, and return by what: it comes out as itself, or in the framework's wrapper."""
+        """Call a program that is stopped, and return by what: it comes out as itself, or in the framework's
+        wrapper."""
         with pytest.raises(Exception) as caught:
             self.call(program, kind, guard)
         assert guard.stopped is not None
@@ -210,7 +215,8 @@ class FrameworkContract:
 
     @holds("same answer")
     def test_the_answer_is_the_same_with_and_without_the_guard(self, kind: str) -> None:
-        """The model is asked the same, each part is a step of one completed run, and each token counts once."""
+        """The model is asked the same, each part is a step of one completed run, and each token counts
+        once."""
         plain, guarded, guard = self.script(*self.GOOD), self.script(*self.GOOD), guard_of()
         expected = self.call(self.program(plain), kind)
         got = self.call(self.program(guarded, guard, {"weather": (City, Weather)}), kind, guard)
@@ -233,7 +239,8 @@ class FrameworkContract:
         ids=["in", "out"],
     )
     def test_a_violation_is_caught_at_its_step(self, kind: str, contract: Any, direction: str) -> None:
-        """G1: in each of eleven frameworks a violation ends the run at its step, and bad input reaches no function."""
+        """G1: in each of eleven frameworks a violation ends the run at its step, and bad input reaches no
+        function."""
         calls: list[str] = []
 
         @as_weather
@@ -251,7 +258,8 @@ class FrameworkContract:
 
     @holds("retries", "failed attempts")
     def test_a_transient_failure_is_retried(self, kind: str) -> None:
-        """G3, G6: in each framework the step that failed is called again alone, and what failed attempts used counts."""
+        """G3, G6: in each framework the step that failed is called again alone, and what failed attempts used
+        counts."""
         errors: list[Exception] = [TimeoutError("slow"), ConnectionError("gone")]
 
         @as_weather
@@ -279,7 +287,8 @@ class FrameworkContract:
 
     @holds("retries")
     def test_a_terminal_failure_is_not_retried(self, kind: str) -> None:
-        """G3: in each framework a terminal failure is not retried, whether it stops then or tells its model of the error."""
+        """G3: in each framework a terminal failure is not retried, whether it stops then or tells its model
+        of the error."""
         calls: list[str] = []
 
         @as_weather
@@ -361,7 +370,8 @@ class FrameworkContract:
     @pytest.mark.timeout(600)
     @holds("killed")
     def test_killed_inside_of_a_step(self, tmp_path: Path) -> None:
-        """After SIGKILL, a resume gives what an undisturbed run gives: no finished step inside is None, or left out."""
+        """After SIGKILL, a resume gives what an undisturbed run gives: no finished step inside is None, or
+        left out."""
         expected = self.nested(guard_of(), lambda: None)
         assert expected
         assert killed_and_resumed(type(self), tmp_path) == expected

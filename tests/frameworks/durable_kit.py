@@ -17,7 +17,8 @@ __all__ = ["Bill", "ledger_of", "run_in_lives"]
 
 
 class Bill:
-    """What a provider has been paid for, in all lives: requests, calls of tools, and charges by idempotency key."""
+    """What a provider has been paid for, in all lives: requests, calls of tools, and charges by idempotency
+    key."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -35,7 +36,8 @@ async def run_in_lives(
     state: Any,
     answer: Callable[[StromaRunner, Any], Awaitable[object]],
 ) -> tuple[Any, int]:
-    """Run a flow as run "r" to its end, in lives that end at random records. Return the result, and the number of deaths.
+    """Run a flow as run "r" to its end, in lives that end at random records. Return the result, and the
+    number of deaths.
 
     Without ``chance`` nothing is killed.
     ``answer``: answers the questions of a suspended run.

@@ -1,5 +1,5 @@
-"""What the tests of all frameworks share: what must be shown of each, a guard that retries at once, and hooks that write
-down what they see."""
+"""What the tests of all frameworks share: what must be shown of each, a guard that retries at once, and hooks
+that write down what they see."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from stroma.trace import ExecutionResult
 
 F = TypeVar("F")
 
-#: What each framework's tests show with its real release; tests/adapters/test_framework_coverage.py sees that none is missing.
+#: What each framework's tests show with its real release; tests/adapters/test_framework_coverage.py sees that
+#: none is missing.
 LINES = {
     "same answer": "the framework's own program gives the same answer with and without the guard",
     "sync and async": "called either way, where the framework can be",
@@ -108,7 +109,8 @@ class Seen:
 
 
 def spent(seen: Seen, guard: Guard) -> tuple[int, int]:
-    """Return how many runs ended, all of them as completed and without a token that is not accounted for, and their tokens."""
+    """Return how many runs ended, all of them as completed and without a token that is not accounted for, and
+    their tokens."""
     assert {result.status for result in seen.results} == {RunStatus.COMPLETED}
     assert guard.unaccounted == 0
     return len(seen.results), sum(result.total_tokens for result in seen.results)
@@ -159,13 +161,15 @@ def tree(result: ExecutionResult) -> list[str]:
 
 
 def killed_and_resumed(test: type[Any], folder: Path) -> str:
-    """What ``nested()`` of a test class returns in a process that goes on where one was killed inside of it."""
+    """What ``nested()`` of a test class returns in a process that goes on where one was killed inside of
+    it."""
     program = "import sys; from tests.frameworks.kit import live; live(*sys.argv[1:])"
     return in_two_lives(program, folder, "dies", test.__module__, test.__name__)
 
 
 def in_two_lives(program: str, folder: Path, dies: str, *arguments: str) -> str:
-    """Run a program that is killed in its first life, for which it gets ``dies``; return what :func:`answer` notes in its second."""
+    """Run a program that is killed in its first life, for which it gets ``dies``; return what :func:`answer`
+    notes in its second."""
     for life in (dies, ""):
         command = [sys.executable, "-W", "ignore", "-c", program, *arguments, str(folder), life]
         root = Path(__file__).parents[2]
@@ -175,7 +179,8 @@ def in_two_lives(program: str, folder: Path, dies: str, *arguments: str) -> str:
 
 
 def answer(folder: str | Path, value: Any) -> None:
-    """Note what a program comes to. Not on stdout, where threads of CrewAI print what it does, also at its end."""
+    """Note what a program comes to. Not on stdout, where threads of CrewAI print what it does, also at its
+    end."""
     Path(folder, "answer").write_text(str(value), "utf-8")
 
 

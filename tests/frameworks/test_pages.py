@@ -1,4 +1,5 @@
-"""The page and the example of the framework that this environment is for: both run, and print what they say."""
+"""The page and the example of the framework that this environment is for: both run, and print what they
+say."""
 
 from __future__ import annotations
 

@@ -68,7 +68,8 @@ async def test_no_hooks_may_be_said_with_none() -> None:
 
 
 async def test_closing_a_run_inside_a_hook() -> None:
-    """The coroutine of run() can be closed while a hook waits: nothing is awaited then, and the ends are told."""
+    """The coroutine of run() can be closed while a hook waits: nothing is awaited then, and the ends are
+    told."""
     seen: list[str] = []
 
     @types.coroutine
@@ -91,7 +92,8 @@ async def test_closing_a_run_inside_a_hook() -> None:
 
 
 async def test_a_hook_that_cannot_be_interrupted_by_throwing() -> None:
-    """What a hook returns may be an awaitable without throw(): its time limit and a cancellation end it as any other."""
+    """What a hook returns may be an awaitable without throw(): its time limit and a cancellation end it as
+    any other."""
 
     class Bare:
         def __await__(self) -> Any:
@@ -138,7 +140,8 @@ async def _same(state: Num) -> Num:
 
 @pytest.mark.parametrize("raises", [True, False])
 async def test_a_hook_of_a_run_that_is_closed(raises: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """A coroutine that is closed tells its cancelled hook; what that raises is logged with its name and the run's."""
+    """A coroutine that is closed tells its cancelled hook; what that raises is logged with its name and the
+    run's."""
     began = asyncio.Event()
 
     async def wait(state: Num) -> Num:
@@ -188,7 +191,8 @@ async def test_run_end_fires_when_the_resume_target_has_no_checkpoint() -> None:
 
 @pytest.mark.parametrize("event", ["on_node_start", "on_node_success"])
 async def test_an_interrupt_in_a_hook_leaves_the_sets_paired(event: str) -> None:
-    """G9: KeyboardInterrupt in a hook of one set: every set that saw the start sees one end, and no other does."""
+    """G9: KeyboardInterrupt in a hook of one set: every set that saw the start sees one end, and no other
+    does."""
     seen: list[str] = []
 
     async def interrupt(*_: Any) -> None:
@@ -254,7 +258,8 @@ async def test_a_hook_error_without_a_repr_is_raised_as_one() -> None:
 
 @pytest.mark.core
 async def test_the_error_of_a_sync_hook_has_the_result_of_a_step() -> None:
-    """In plain code, too, the TypeError of a hook that is not async comes after the trace, with ``result`` on it."""
+    """In plain code, too, the TypeError of a hook that is not async comes after the trace, with ``result`` on
+    it."""
 
     async def same(state: Num) -> Any:
         return state, 5

@@ -1,4 +1,5 @@
-"""The pairing of hooks, driven step by step: real runs on one event loop whose clock stands still unless it is moved."""
+"""The pairing of hooks, driven step by step: real runs on one event loop whose clock stands still unless it
+is moved."""
 
 import asyncio
 import contextlib
@@ -118,7 +119,8 @@ antics = st.sampled_from(["", "", "", "raise", "stray", "suspend", "suspend", "h
 
 
 class HookMachine(RuleBasedStateMachine):
-    """G9, step by step: every start has one end, whatever nodes, hooks and cancellations do, and in whatever order."""
+    """G9, step by step: every start has one end, whatever nodes, hooks and cancellations do, and in whatever
+    order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +132,8 @@ class HookMachine(RuleBasedStateMachine):
         self.tasks: dict[str, asyncio.Task[ExecutionResult]] = {}
         self.cancelled: set[str] = set()
         self.antics: deque[str] = deque()
-        # What hooks saw: which sets, in their order, were called with the start and with the end of each attempt.
+        # What hooks saw: which sets, in their order, were called with the start and with the end of each
+        # attempt.
         self.starts: dict[Place, list[int]] = {}
         self.ends: dict[Place, list[tuple[str, int]]] = {}
         self.groups: set[Place] = set()

@@ -1,4 +1,5 @@
-"""Hooks: what each event means, how sets compose, that they can change nothing (G8), and that they pair up (G9)."""
+"""Hooks: what each event means, how sets compose, that they can change nothing (G8), and that they pair up
+(G9)."""
 
 import asyncio
 import contextlib
@@ -182,7 +183,8 @@ async def cancelled_after(task: "asyncio.Task[Any]", event: asyncio.Event) -> No
 
 
 async def test_start_sees_validated_input(seen: Recorder) -> None:
-    """on_node_start fires before the function runs and after input validation: its dict is the validated state."""
+    """on_node_start fires before the function runs and after input validation: its dict is the validated
+    state."""
 
     class Raw(BaseModel):
         value: str
@@ -281,7 +283,8 @@ async def test_failure_fires_after_each_failed_attempt() -> None:
 
 @pytest.mark.core
 async def test_over_budget_is_one_failure_and_no_success(seen: Recorder) -> None:
-    """An attempt that goes over the budget fires on_node_failure once and no success; its output is committed."""
+    """An attempt that goes over the budget fires on_node_failure once and no success; its output is
+    committed."""
     store = InMemoryStore()
 
     @node("dear")
@@ -300,7 +303,8 @@ async def test_over_budget_is_one_failure_and_no_success(seen: Recorder) -> None
 
 
 async def test_run_start(seen: Recorder) -> None:
-    """on_run_start(run_id, pipeline, initial_state_dict) is the first event of a run; a bare list is "pipeline"."""
+    """on_run_start(run_id, pipeline, initial_state_dict) is the first event of a run; a bare list is
+    "pipeline"."""
     await quick(seen).run([plus], State(value=1))
     assert seen.names[0] == RUN_START
     assert seen.of(RUN_START) == [("r", "pipeline", {"value": 1, "items": []})]
@@ -327,7 +331,8 @@ async def test_run_end_gets_the_result(seen: Recorder) -> None:
 
 @pytest.mark.core
 async def test_run_end_of_a_cancelled_run(seen: Recorder) -> None:
-    """A cancelled run fires on_node_cancelled and then on_run_end with status CANCELLED, and stays cancelled."""
+    """A cancelled run fires on_node_cancelled and then on_run_end with status CANCELLED, and stays
+    cancelled."""
     waits, started = waiting()
     task = asyncio.create_task(quick(seen).run([plus, waits, plus], State()))
     await cancelled_after(task, started)
@@ -344,7 +349,8 @@ async def test_run_end_of_a_cancelled_run(seen: Recorder) -> None:
 @pytest.mark.parametrize("stop", [SystemExit, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["node", "child"])
 def test_run_end_of_a_stopped_process(stop: type[BaseException], where: str) -> None:
-    """SystemExit and KeyboardInterrupt in a node pass through; the end hooks fire, the status is INTERRUPTED (G9)."""
+    """SystemExit and KeyboardInterrupt in a node pass through; the end hooks fire, the status is INTERRUPTED
+    (G9)."""
     seen = Recorder()
 
     @node("stops")
@@ -365,7 +371,8 @@ def test_run_end_of_a_stopped_process(stop: type[BaseException], where: str) -> 
 
 @pytest.mark.core
 async def test_retry(seen: Recorder) -> None:
-    """on_node_retry(run_id, node_id, attempt, delay_seconds, failure_class) tells which attempt follows, and when."""
+    """on_node_retry(run_id, node_id, attempt, delay_seconds, failure_class) tells which attempt follows, and
+    when."""
     exact = FailurePolicy(max_retries=5, backoff_seconds=0.001, multiplier=2, jitter=False)
     policies = {FailureClass.RECOVERABLE: exact}
     await quick(seen, policy_map=policies).run([flaky(2)], State())
@@ -554,7 +561,8 @@ def test_what_is_no_set_of_hooks_is_refused() -> None:
 
 @pytest.mark.parametrize("name", [RUN_START, START, SUCCESS, SKIPPED])
 async def test_each_set_gets_its_own_dict(name: str) -> None:
-    """Each set gets its own copy of the dict, nested values too; what it does to that reaches nobody (G7, G8)."""
+    """Each set gets its own copy of the dict, nested values too; what it does to that reaches nobody (G7,
+    G8)."""
     inputs: list[dict[str, Any]] = []
 
     async def vandal(*arguments: Any) -> None:
@@ -590,7 +598,8 @@ async def test_each_set_gets_its_own_dict(name: str) -> None:
 
 @pytest.mark.core
 async def test_run_end_cannot_change_the_result() -> None:
-    """G8: what on_run_end does to the result it is given changes neither the run's result nor what other sets see."""
+    """G8: what on_run_end does to the result it is given changes neither the run's result nor what other sets
+    see."""
     seen: list[Any] = []
 
     async def vandal(run_id: str, result: ExecutionResult) -> None:
@@ -625,7 +634,8 @@ def sync_hook(*_: Any) -> Any:
 
 
 async def test_a_sync_start_in_the_second_set(seen: Recorder) -> None:
-    """If the second set's start raises TypeError, the first gets on_node_cancelled, and the third nothing at all."""
+    """If the second set's start raises TypeError, the first gets on_node_cancelled, and the third nothing at
+    all."""
     third, called = Recorder(), []
 
     @node("n")
@@ -685,7 +695,8 @@ async def test_a_sync_run_end_leaves_the_other_sets_theirs(seen: Recorder) -> No
 
 @pytest.mark.parametrize("first", [True, False])
 async def test_a_sync_end_inside_a_group(first: bool, seen: Recorder) -> None:
-    """G9: a child's sync end hook ends its siblings and the group around it too, for every set that saw them start."""
+    """G9: a child's sync end hook ends its siblings and the group around it too, for every set that saw them
+    start."""
     wrong = NodeHooks(on_node_success=sync_hook)
     waits, _ = waiting()
     with pytest.raises(TypeError, match=SUCCESS):
@@ -734,7 +745,8 @@ class PlainHooks:
     "hook", [plain_hook, early_hook, PlainHooks(), PlainHooks().method, functools.partial(plain_hook, 1)]
 )
 def test_a_def_that_returns_nothing_is_no_hook(name: str, hook: Any) -> None:
-    """A plain function, method or callable object that returns nothing is a TypeError of NodeHooks, which names it."""
+    """A plain function, method or callable object that returns nothing is a TypeError of NodeHooks, which
+    names it."""
     text = f"hook {name} is not async: {hook!r} returns nothing to await; define it with async def"
     with pytest.raises(TypeError) as caught:
         NodeHooks(**{name: hook})
@@ -962,7 +974,8 @@ KINDS: dict[str, Callable[[Kinds], Any]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_any_callable_whose_result_is_awaitable(kind: str) -> None:
-    """Functions, methods, partials, callable objects, lambdas returning an awaitable: all are awaited, positionally."""
+    """Functions, methods, partials, callable objects, lambdas returning an awaitable: all are awaited,
+    positionally."""
     kinds = Kinds()
     result = await quick(NodeHooks(on_node_start=KINDS[kind](kinds))).run([plus], State(value=1))
     assert result.hook_errors == []
@@ -970,7 +983,8 @@ async def test_any_callable_whose_result_is_awaitable(kind: str) -> None:
 
 
 async def test_wrong_number_of_parameters() -> None:
-    """A hook that does not take its arguments, which its signature does not tell, is an exception in a hook: isolated."""
+    """A hook that does not take its arguments, which its signature does not tell, is an exception in a hook:
+    isolated."""
 
     async def on_start(run_id: str) -> None: ...
 
@@ -1014,7 +1028,8 @@ EXCEPTIONS: dict[str, Callable[[], BaseException]] = {
 @pytest.mark.parametrize("suspends", [False, True])
 @pytest.mark.parametrize("name", [n for n in ALL if n != CANCELLED])
 async def test_an_exception_in_a_hook_changes_nothing(name: str, suspends: bool, kind: str) -> None:
-    """G8: an exception in a hook is listed in hook_errors; outcome, trace, calls and other sets stay as without it."""
+    """G8: an exception in a hook is listed in hook_errors; outcome, trace, calls and other sets stay as
+    without it."""
     raised: list[BaseException] = []
 
     async def hook(*_: Any) -> None:
@@ -1086,7 +1101,8 @@ async def test_a_cancelled_hook_that_raises(seen: Recorder) -> None:
 
 @pytest.mark.core
 async def test_a_cancelled_hook_that_is_not_async(seen: Recorder, caplog: pytest.LogCaptureFixture) -> None:
-    """A cancelled run raises CancelledError also if its on_node_cancelled is not async; the log says what is wrong."""
+    """A cancelled run raises CancelledError also if its on_node_cancelled is not async; the log says what is
+    wrong."""
     waits, started = waiting()
     wrong = NodeHooks(on_node_cancelled=lambda *_: None)  # type: ignore[arg-type, return-value]
     task = asyncio.create_task(quick(wrong, seen).run([waits], State()))
@@ -1102,7 +1118,8 @@ async def test_a_cancelled_hook_that_is_not_async(seen: Recorder, caplog: pytest
 async def test_a_hook_cannot_keep_a_run_from_being_cancelled(
     name: str, reaction: str, seen: Recorder
 ) -> None:
-    """G8: a hook that swallows the cancellation of the run, or turns it into another exception, does not undo it."""
+    """G8: a hook that swallows the cancellation of the run, or turns it into another exception, does not undo
+    it."""
     started = asyncio.Event()
 
     async def hook(*_: Any) -> None:
@@ -1127,7 +1144,8 @@ async def test_a_hook_cannot_keep_a_run_from_being_cancelled(
 @pytest.mark.parametrize("stop", [SystemExit, KeyboardInterrupt])
 @pytest.mark.parametrize("name", [START, SUCCESS])
 def test_stopping_the_process_from_a_hook(name: str, stop: type[BaseException]) -> None:
-    """KeyboardInterrupt and SystemExit in a hook are no hook errors: they come out, with the run's end told."""
+    """KeyboardInterrupt and SystemExit in a hook are no hook errors: they come out, with the run's end
+    told."""
 
     async def hook(*_: Any) -> None:
         raise stop
@@ -1168,7 +1186,8 @@ async def plus_any(state: State) -> Any:
 
 
 async def test_hook_errors_raise(seen: Recorder) -> None:
-    """hook_errors="raise" turns a hook's exception into a HookError after the trace is complete, with the result."""
+    """hook_errors="raise" turns a hook's exception into a HookError after the trace is complete, with the
+    result."""
     error = RuntimeError("down")
 
     async def hook(*_: Any) -> None:
@@ -1350,7 +1369,8 @@ async def test_the_timer_is_armed_only_when_a_hook_suspends(monkeypatch: pytest.
 
 
 async def test_a_blocking_hook_is_named_in_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    """G8: a hook that blocks the event loop beyond its time limit cannot be interrupted; a warning names it."""
+    """G8: a hook that blocks the event loop beyond its time limit cannot be interrupted; a warning names
+    it."""
 
     async def blocks(*_: Any) -> None:
         time.sleep(0.03)
@@ -1401,7 +1421,8 @@ def hide(state: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.core
 async def test_redact(seen: Recorder) -> None:
-    """Every state that a hook sees went through `redact`; the nodes, the result and the store see the real one."""
+    """Every state that a hook sees went through `redact`; the nodes, the result and the store see the real
+    one."""
     store = AsyncInMemoryStore()
     result = await quick(seen, store=store, redact=hide).run([plus], State(value=41))
     hidden = {"value": "***", "items": []}
@@ -1456,7 +1477,8 @@ async def test_redact_that_fails(wrong: str, seen: Recorder, caplog: pytest.LogC
 
 @pytest.mark.core
 async def test_log_lines_hold_nothing_that_is_redacted(caplog: pytest.LogCaptureFixture) -> None:
-    """What redact takes out of a state is in no log line either: not of a failed attempt, nor of an item that is left out."""
+    """What redact takes out of a state is in no log line either: not of a failed attempt, nor of an item that
+    is left out."""
 
     class Person(BaseModel):
         name: str
@@ -1539,7 +1561,8 @@ async def test_what_start_sets_is_current_in_the_function() -> None:
 
 
 async def test_what_start_sets_is_current_in_its_ends() -> None:
-    """A context variable set in start is still set in success and failure, so that a token can be reset there."""
+    """A context variable set in start is still set in success and failure, so that a token can be reset
+    there."""
     reset: list[str] = []
     tokens: dict[Any, contextvars.Token[str]] = {}
 
@@ -1653,7 +1676,8 @@ class Spans:
 
 
 async def test_a_span_of_start_is_the_parent_inside() -> None:
-    """A span opened in start is the parent of spans opened inside the node: in subtasks, threads and children."""
+    """A span opened in start is the parent of spans opened inside the node: in subtasks, threads and
+    children."""
     spans = Spans()
 
     async def look(name: str) -> None:
@@ -1698,7 +1722,8 @@ async def test_a_span_of_start_is_the_parent_inside() -> None:
 
 
 async def test_a_thousand_concurrent_runs_do_not_mix() -> None:
-    """1,000 concurrent runs of one runner do not mix: ids, states, context variables and pairs are each run's own."""
+    """1,000 concurrent runs of one runner do not mix: ids, states, context variables and pairs are each run's
+    own."""
     starts: dict[str, list[Any]] = {}
     wrong: list[Any] = []
     seen = Recorder()
@@ -1757,7 +1782,8 @@ async def to_text(state: State) -> Any:
 
 
 async def test_current_node_in_hooks_and_function() -> None:
-    """current_node_or_none() is set in the function and the node's hooks, with what it says; elsewhere it is None."""
+    """current_node_or_none() is set in the function and the node's hooks, with what it says; elsewhere it is
+    None."""
     places: dict[str, Any] = {}
 
     def look(name: str) -> Callable[..., Awaitable[None]]:
@@ -1855,7 +1881,8 @@ async def test_current_node_in_threads_and_subtasks() -> None:
 
 
 async def test_current_node_in_groups() -> None:
-    """In a group's own hooks current_node() is the group, in its children the child or item, at the same position."""
+    """In a group's own hooks current_node() is the group, in its children the child or item, at the same
+    position."""
     findings: list[Any] = []
 
     async def on_start(run_id: str, node_id: str, state: dict[str, Any]) -> None:
@@ -1904,7 +1931,8 @@ async def test_current_node_knows_the_last_failure() -> None:
 
 
 async def test_current_node_knows_usage_model_and_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In an end hook current_node() has the attempt's whole usage, its model, and what is left of the budget."""
+    """In an end hook current_node() has the attempt's whole usage, its model, and what is left of the
+    budget."""
     from stroma import KNOWN_MODELS
 
     monkeypatch.setitem(KNOWN_MODELS, "house", (10.0, 20.0))
@@ -1945,7 +1973,8 @@ async def test_current_node_knows_usage_model_and_budget(monkeypatch: pytest.Mon
 
 @pytest.mark.core
 async def test_idempotency_key() -> None:
-    """The idempotency key is the same for all attempts and hooks at one position, and differs between positions."""
+    """The idempotency key is the same for all attempts and hooks at one position, and differs between
+    positions."""
     keys: list[str] = []
 
     async def look(*_: Any) -> None:
@@ -1990,7 +2019,8 @@ async def test_group_hooks_fire_around_its_children(seen: Recorder) -> None:
 
 
 async def test_a_failing_child_cancels_its_siblings(seen: Recorder) -> None:
-    """The first child that stops for good: its siblings get on_node_cancelled, the group its exception and class."""
+    """The first child that stops for good: its siblings get on_node_cancelled, the group its exception and
+    class."""
     waits, started = waiting()
 
     @node("fails", output=Text)
@@ -2199,7 +2229,8 @@ async def test_every_start_has_one_end(way: Callable[[Recorder], Awaitable[None]
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("name", [RUN_START, START, SUCCESS, FAILURE, RETRY, RUN_END])
 async def test_cancelled_while_a_hook_waits(name: str, first: bool, seen: Recorder) -> None:
-    """G9: a run cancelled while a hook of one set waits: every set gets its ends, and the run is cancelled."""
+    """G9: a run cancelled while a hook of one set waits: every set gets its ends, and the run is
+    cancelled."""
     await run_cancelled_in_hook(name, seen, first)
     seen.assert_paired()
     assert len(seen.of(RUN_END)) == 1
@@ -2208,7 +2239,8 @@ async def test_cancelled_while_a_hook_waits(name: str, first: bool, seen: Record
 
 
 async def test_cancelled_in_the_success_hook_keeps_the_work(seen: Recorder) -> None:
-    """G4, G8: cancellation during the success hook loses no output: it is committed and in the final state."""
+    """G4, G8: cancellation during the success hook loses no output: it is committed and in the final
+    state."""
     hook, started = hook_that_waits()
     store = AsyncInMemoryStore()
     runner = quick(seen, NodeHooks(on_node_success=hook), store=store)
@@ -2221,7 +2253,8 @@ async def test_cancelled_in_the_success_hook_keeps_the_work(seen: Recorder) -> N
 
 
 async def test_hooks_leave_no_task_behind(seen: Recorder) -> None:
-    """Hooks are never gathered, never scheduled: during a run no task exists for them, and none is left after it."""
+    """Hooks are never gathered, never scheduled: during a run no task exists for them, and none is left after
+    it."""
     extra: set[Any] = set()
     before = asyncio.all_tasks()
 
@@ -2237,7 +2270,8 @@ async def test_hooks_leave_no_task_behind(seen: Recorder) -> None:
 
 
 async def test_children_that_never_began_are_closed(seen: Recorder) -> None:
-    """A child that fails at once leaves its siblings unbegun: no start, no end, and no coroutine that was never awaited."""
+    """A child that fails at once leaves its siblings unbegun: no start, no end, and no coroutine that was
+    never awaited."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = await quick(seen).run([parallel(invalid, plus, plus_two)], State())

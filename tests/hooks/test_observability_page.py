@@ -1,4 +1,5 @@
-"""The page "Observability Hooks": every example of it runs here, and every sentence of it is held by a test."""
+"""The page "Observability Hooks": every example of it runs here, and every sentence of it is held by a
+test."""
 
 import asyncio
 import contextlib
@@ -103,7 +104,8 @@ BASIC_USAGE = """
 
 
 def test_basic_usage() -> None:
-    """The example "Basic usage" runs as it stands and prints the status and the events that its comments promise."""
+    """The example "Basic usage" runs as it stands and prints the status and the events that its comments
+    promise."""
     page, printed = run_page(BASIC_USAGE)
     assert printed.splitlines() == [
         "COMPLETED",
@@ -132,7 +134,8 @@ TRACKING_FAILURES = """
 
 
 async def test_tracking_failures(caplog: pytest.LogCaptureFixture) -> None:
-    """The example "Tracking failures" pages someone for a terminal failure, and only logs one that is retried."""
+    """The example "Tracking failures" pages someone for a terminal failure, and only logs one that is
+    retried."""
     paged: list[tuple[str, str, Exception]] = []
 
     async def alert_oncall(run_id: str, node_id: str, exc: Exception) -> None:
@@ -224,7 +227,8 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
 
 
 async def test_opentelemetry_as_printed(exporter: InMemorySpanExporter) -> None:
-    """The example "Integrating with OpenTelemetry" runs as it stands, with the real SDK, and no hook of it raises."""
+    """The example "Integrating with OpenTelemetry" runs as it stands, with the real SDK, and no hook of it
+    raises."""
     page, _ = run_page(OPENTELEMETRY, NodeHooks=NodeHooks)
     runner = StromaRunner.quick(hooks=page["hooks"])
     result = await runner.run([double_on(runner)], Input(value=5))
@@ -234,7 +238,8 @@ async def test_opentelemetry_as_printed(exporter: InMemorySpanExporter) -> None:
 
 
 async def test_opentelemetry_completed(exporter: InMemorySpanExporter) -> None:
-    """With its comments filled in, the OpenTelemetry example exports a span per attempt: run id, tokens, failures."""
+    """With its comments filled in, the OpenTelemetry example exports a span per attempt: run id, tokens,
+    failures."""
     page, _ = run_page(OPENTELEMETRY_COMPLETED, NodeHooks=NodeHooks)
     runner = StromaRunner.quick(hooks=page["hooks"], policy_map=ONCE)
     attempts = 0
@@ -282,7 +287,8 @@ async def test_start_fires_before_the_function_runs() -> None:
 
 
 async def test_success_fires_after_validation() -> None:
-    """`on_node_success` gets (run_id, node_id, output_state_dict, tokens_used) of output that passed validation."""
+    """`on_node_success` gets (run_id, node_id, output_state_dict, tokens_used) of output that passed
+    validation."""
     seen: list[Any] = []
 
     async def on_success(*arguments: Any) -> None:
@@ -320,7 +326,8 @@ async def test_invalid_output_is_no_success() -> None:
 
 
 async def test_failure_gets_the_exception_and_its_class() -> None:
-    """`on_node_failure` gets (run_id, node_id, exc, failure_class) with the very exception, after each attempt."""
+    """`on_node_failure` gets (run_id, node_id, exc, failure_class) with the very exception, after each
+    attempt."""
     raised: list[Exception] = []
     seen: list[Any] = []
 
@@ -507,7 +514,8 @@ def test_a_sync_hook_raises_at_call_time_at_the_latest(name: str) -> None:
 
 @pytest.mark.parametrize("name", THE_THREE)
 def test_construction_accepts_what_may_return_an_awaitable(name: str) -> None:
-    """A callable that may return an awaitable raises at call time if it does not: constructing with it is fine."""
+    """A callable that may return an awaitable raises at call time if it does not: constructing with it is
+    fine."""
     hooks = NodeHooks(**{name: not_async})
     assert RunConfig(hooks=hooks).hooks is hooks
     assert StromaRunner.quick(hooks=hooks).config.hooks is hooks
@@ -516,7 +524,8 @@ def test_construction_accepts_what_may_return_an_awaitable(name: str) -> None:
 
 @pytest.mark.parametrize("name", THE_THREE)
 async def test_a_sync_hook_raises_at_call_time(name: str) -> None:
-    """A sync hook makes `run()` raise a TypeError that names the hook and the callable, with the trace complete."""
+    """A sync hook makes `run()` raise a TypeError that names the hook and the callable, with the trace
+    complete."""
     called: list[str] = []
     runner = StromaRunner.quick(hooks=NodeHooks(**{name: not_async}))
 
@@ -546,7 +555,8 @@ async def test_a_sync_hook_raises_at_call_time(name: str) -> None:
 
 
 async def test_a_sync_hook_that_is_never_due_does_not_raise() -> None:
-    """A sync hook raises at its call, so a failure hook that is not async is no trouble to a run without failures."""
+    """A sync hook raises at its call, so a failure hook that is not async is no trouble to a run without
+    failures."""
     runner = StromaRunner.quick(hooks=NodeHooks(on_node_failure=not_async))
     result = await runner.run([double_on(runner)], Input(value=5))
     assert result.status is RunStatus.COMPLETED
@@ -630,7 +640,8 @@ async def test_the_trace_is_complete_even_if_a_hook_raises(name: str) -> None:
 
 @pytest.mark.parametrize("way", ["RunConfig(hooks=...)", "quick(hooks=...)", "with_hooks(...)"])
 async def test_ways_to_pass_hooks(way: str) -> None:
-    """Hooks are passed by `RunConfig(hooks=NodeHooks(...))` or `StromaRunner.quick(hooks=...)`, or a builder."""
+    """Hooks are passed by `RunConfig(hooks=NodeHooks(...))` or `StromaRunner.quick(hooks=...)`, or a
+    builder."""
     events: list[str] = []
 
     async def on_start(run_id: str, node_id: str, state: dict[str, Any]) -> None:

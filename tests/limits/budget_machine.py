@@ -1,4 +1,5 @@
-"""Any history of a shared budget and of a rate limit, in a store's cells and on plain lists that are told the same."""
+"""Any history of a shared budget and of a rate limit, in a store's cells and on plain lists that are told the
+same."""
 
 from __future__ import annotations
 

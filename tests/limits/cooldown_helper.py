@@ -2,8 +2,9 @@
 
 usage: python -m tests.limits.cooldown_helper KIND PLACE PORT RUNS WHAT
 
-WHAT: "with" the cooldown, or "without" it. It prints "ready", waits for a line, and then prints what it came to as one
-line of JSON. With RUNS 0 it makes one call that never ends, which is the probe of a limit that is closed.
+WHAT: "with" the cooldown, or "without" it. It prints "ready", waits for a line, and then prints what it came
+to as one line of JSON. With RUNS 0 it makes one call that never ends, which is the probe of a limit that is
+closed.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Refused(Exception):
 
 
 async def work(store: Any, port: int, runs: int) -> dict[str, Any]:
-    """Make the runs, and return when each call began and ended, whether it was refused, and when cooldowns began."""
+    """Make the runs, and return when each call began and ended, whether it was refused, and when cooldowns
+    began."""
     calls: list[tuple[float, float, bool]] = []
     cooldowns: list[tuple[float, float]] = []
     links: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = [

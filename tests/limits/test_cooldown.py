@@ -1,4 +1,5 @@
-"""Cooldown of a limit: a call that the provider refuses closes it for everybody, and one call probes when it is over."""
+"""Cooldown of a limit: a call that the provider refuses closes it for everybody, and one call probes when it
+is over."""
 
 from __future__ import annotations
 
@@ -116,7 +117,7 @@ class Program:
         (ExceptionGroup("two", [Refused(503), Refused(529), Refused(400)]), [0]),
         (ValueError("x"), []),
     ],
-)  # fmt: skip
+)
 def test_what_is_a_refusal(error: Exception, waits: list[float]) -> None:
     """A Retry-After in any form, a 429 and a 529 close a limit; a 503 without a time does not."""
     assert requested_waits(error) == waits
@@ -149,7 +150,8 @@ async def test_a_date_counts_from_now() -> None:
 
 @pytest.mark.core
 async def test_one_refusal_makes_all_wait(store: Any) -> None:
-    """A call that receives a Retry-After closes the limit: nobody calls before the time is over, over any store."""
+    """A call that receives a Retry-After closes the limit: nobody calls before the time is over, over any
+    store."""
     loop, begun = asyncio.get_running_loop(), list[tuple[int, float]]()
 
     async def function(n: int) -> None:
@@ -176,7 +178,8 @@ async def test_one_refusal_makes_all_wait(store: Any) -> None:
 
 @pytest.mark.core
 async def test_one_call_probes_and_the_others_follow() -> None:
-    """When a cooldown ends one attempt probes, the rest begin once it has succeeded; waiting uses none of their retries."""
+    """When a cooldown ends one attempt probes, the rest begin once it has succeeded; waiting uses none of
+    their retries."""
     with FakeClock() as clock:
         begun: list[tuple[int, float]] = []
 
@@ -198,7 +201,8 @@ async def test_one_call_probes_and_the_others_follow() -> None:
 
 
 async def test_an_attempt_that_waits_already_is_told() -> None:
-    """The first in line calls on_node_wait again when it learns of a cooldown, and the trace has both waits."""
+    """The first in line calls on_node_wait again when it learns of a cooldown, and the trace has both
+    waits."""
     with FakeClock():
         free = asyncio.Event()
 
@@ -224,7 +228,8 @@ async def test_an_attempt_that_waits_already_is_told() -> None:
 
 
 async def test_a_probe_that_is_refused_closes_the_limit_again() -> None:
-    """Without a Retry-After the limit closes for a second, and for twice as long after each probe that is refused."""
+    """Without a Retry-After the limit closes for a second, and for twice as long after each probe that is
+    refused."""
     with FakeClock() as clock:
         begun: list[float] = []
 
@@ -266,7 +271,8 @@ async def test_a_probe_that_is_cancelled(store: Any) -> None:
 
 
 async def test_a_probe_that_is_closed() -> None:
-    """A probe whose coroutine is closed, so that nothing can be awaited, leaves the probe to the next attempt."""
+    """A probe whose coroutine is closed, so that nothing can be awaited, leaves the probe to the next
+    attempt."""
     probing, calls = asyncio.Event(), list[int]()
 
     async def function(n: int) -> None:
@@ -312,7 +318,8 @@ async def test_a_probe_that_fails_otherwise(error: Exception) -> None:
 
 
 async def test_refusals_of_calls_in_flight_are_one_cooldown() -> None:
-    """Calls in flight that are refused too extend the cooldown, and begin no other: the hook is called once."""
+    """Calls in flight that are refused too extend the cooldown, and begin no other: the hook is called
+    once."""
     with FakeClock() as clock:
         begun: list[float] = []
 
@@ -331,7 +338,8 @@ async def test_refusals_of_calls_in_flight_are_one_cooldown() -> None:
 
 
 async def test_an_endless_retry_after() -> None:
-    """A wait beyond max_retry_after_seconds ends runs as PARTIAL, with the time to come back; after an hour a call probes."""
+    """A wait beyond max_retry_after_seconds ends runs as PARTIAL, with the time to come back; after an hour a
+    call probes."""
     with FakeClock() as clock:
         begun: list[float] = []
 
@@ -347,8 +355,10 @@ async def test_an_endless_retry_after() -> None:
         clock.advance(3_600)
         third = await program.run(2)
     assert [one.status for one in (first, second, third)] == [
-        RunStatus.PARTIAL, RunStatus.PARTIAL, RunStatus.COMPLETED,
-    ]  # fmt: skip
+        RunStatus.PARTIAL,
+        RunStatus.PARTIAL,
+        RunStatus.COMPLETED,
+    ]
     assert second.failure is not None
     assert isinstance(second.failure.exception, WaitedTooLong)
     assert second.failure.reason == "limit"

@@ -1,4 +1,5 @@
-"""Budgets that several runs share: what is spent under them, by whom, and what becomes of who comes too late."""
+"""Budgets that several runs share: what is spent under them, by whom, and what becomes of who comes too
+late."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ from stroma.limits.lease_renewal import RENEWER
 def node(
     node_id: str = "call", *, cents: int = 10, before: Callable[[State], Any] | None = None
 ) -> tuple[Any, list[int]]:
-    """A node whose call costs so many cents; and its calls. ``before`` may raise, or give something to wait for."""
+    """A node whose call costs so many cents; and its calls. ``before`` may raise, or give something to wait
+    for."""
     calls: list[int] = []
 
     @stroma_node(node_id, NodeContract(node_id=node_id, input_schema=State, output_schema=State))
@@ -82,7 +84,8 @@ def node(
 
 
 def anew(make: Callable[[], SharedBudget]) -> SharedBudget:
-    """A budget whose name another one had that is no longer in use: what looks after a run may hold that for a moment."""
+    """A budget whose name another one had that is no longer in use: what looks after a run may hold that for
+    a moment."""
     deadline = time.monotonic() + 20
     while True:
         try:
@@ -118,7 +121,8 @@ async def test_a_hundred_runs_at_once(store: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SHARED)
 def test_four_processes(kind: str) -> None:
-    """4 processes of 50 runs each never spend more than the limit, and what they spent is what the store says."""
+    """4 processes of 50 runs each never spend more than the limit, and what they spent is what the store
+    says."""
     with place(kind) as where:
         command = [sys.executable, "-m", "tests.limits.budget_helper", kind, where, "spend"]
         running = [start(*command, str(seed), "50") for seed in range(4)]
@@ -191,7 +195,8 @@ def _state(store: Any) -> Any:
 
 @pytest.mark.core
 def test_leases_are_kept_up() -> None:
-    """What calls hold is renewed until they end, whatever goes wrong with one of them, and all of a gate at once."""
+    """What calls hold is renewed until they end, whatever goes wrong with one of them, and all of a gate at
+    once."""
     report: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
 
     def fails(tokens: list[str]) -> None:
@@ -269,7 +274,8 @@ async def _settled(shared: SharedBudget) -> Any:
 
 @pytest.mark.core
 async def test_the_first_call_of_an_unknown_node_goes_alone(store: Any) -> None:
-    """Without an estimate the first call reserves what is left; those after it what calls of the node took."""
+    """Without an estimate the first call reserves what is left; those after it what calls of the node
+    took."""
     shared = SharedBudget("team", max_cost_usd=1, store=store)
     at_once, most, starts = 0, list[int](), list[float]()
 
@@ -507,7 +513,8 @@ async def test_plain_code_with_steps() -> None:
 
 
 async def test_a_call_inside_another_one(store: Any) -> None:
-    """It takes what the call around it has reserved, where there is no other room, and does not wait for that."""
+    """It takes what the call around it has reserved, where there is no other room, and does not wait for
+    that."""
     shared = SharedBudget("team", max_cost_usd=1, store=store, max_wait_seconds=20)
     call, calls = node("call", cents=10)
     seen: list[float] = []
@@ -553,7 +560,8 @@ async def test_a_run_inside_a_call(how: str) -> None:
 
 @pytest.mark.parametrize("reserve_usd", [None, 0.5])
 async def test_calls_inside_others_do_not_wait_for_each_other(reserve_usd: float | None) -> None:
-    """Calls that have reserved the whole budget give that to those inside them, which pass calls that have not begun."""
+    """Calls that have reserved the whole budget give that to those inside them, which pass calls that have
+    not begun."""
     shared = SharedBudget(
         "team", max_cost_usd=1, store=AsyncInMemoryStore(), reserve_usd=reserve_usd, max_wait_seconds=20
     )
@@ -725,7 +733,8 @@ def spent(data: bytes | None, now: int) -> int:
 
 @pytest.mark.core
 def test_a_new_window_begins_anew() -> None:
-    """What was spent counts to the end of its window; a call in flight counts in the window that it ends in."""
+    """What was spent counts to the end of its window; a call in flight counts in the window that it ends
+    in."""
     data = after(None, 70, NOON)
     assert (spent(data, NOON + HOUR - 1), spent(data, NOON + HOUR)) == (70, 0)
     data, report = reserve(TERMS, CallRequest("x", "a", (30, None), None))(data, NOON + HOUR - 1)
@@ -844,7 +853,8 @@ def test_a_store_that_has_no_cells() -> None:
 
 @pytest.mark.core
 def test_two_of_one_name(tmp_path: Path) -> None:
-    """Two with the same limits are one budget; with others the second is refused; elsewhere, or later, it is not."""
+    """Two with the same limits are one budget; with others the second is refused; elsewhere, or later, it is
+    not."""
     path = tmp_path / "runs.db"
     first = SharedBudget("team", max_cost_usd=1, per="day", store=SQLiteStore(path))
     same = SharedBudget("team", max_cost_usd=1, per="day", store=SQLiteStore(path))
@@ -894,21 +904,35 @@ async def test_two_processes_that_do_not_agree_on_the_window(tmp_path: Path) -> 
 
 ACCOUNT = {"format": 1, "per": None, "limits": [1, None], "start": 0, "spent": [0, 0], "by_node": {}}
 DAMAGED = [
-    b"\xff", b"{}", b"[]", b"5", b'{"format": "x"}', b'{"format": 99}', b'{"format": 1}',
+    b"\xff",
+    b"{}",
+    b"[]",
+    b"5",
+    b'{"format": "x"}',
+    b'{"format": 99}',
+    b'{"format": 1}',
     *(
         json.dumps({**ACCOUNT, **wrong}).encode()
         for wrong in (
-            {"spent": "x"}, {"spent": []}, {"spent": [None, 0]}, {"holds": {"a": []}}, {"holds": [1]}, {"other": 1},
-            {"recent": [{"call": ["x"]}, {}]}, {"start": "x"}, {"by_node": {"call": 5}},
+            {"spent": "x"},
+            {"spent": []},
+            {"spent": [None, 0]},
+            {"holds": {"a": []}},
+            {"holds": [1]},
+            {"other": 1},
+            {"recent": [{"call": ["x"]}, {}]},
+            {"start": "x"},
+            {"by_node": {"call": 5}},
         )
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("kind", ["memory", "sqlite"])
 @pytest.mark.parametrize("data", DAMAGED)
 async def test_a_damaged_account(data: bytes, kind: str) -> None:
-    """Nothing is called under an account that cannot be read, whatever stands there, and the failure says so."""
+    """Nothing is called under an account that cannot be read, whatever stands there, and the failure says
+    so."""
     with store_of(kind) as store:
         await store.change_cell("budget:team", lambda old, now: (data, None))
         shared = SharedBudget(
@@ -931,7 +955,8 @@ async def test_the_state_of_a_damaged_account() -> None:
 
 
 def test_a_config_takes_one_or_several() -> None:
-    """RunConfig(shared_budgets=) refuses all else, and two budgets of one name; copies of a config share the budget."""
+    """RunConfig(shared_budgets=) refuses all else, and two budgets of one name; copies of a config share the
+    budget."""
     shared = SharedBudget("team", max_cost_usd=1, store=AsyncInMemoryStore())
     other = SharedBudget("team", max_cost_usd=2, store=AsyncInMemoryStore())
     for wrong in ("team", 5, [1], {"a": shared}):

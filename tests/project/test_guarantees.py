@@ -139,8 +139,8 @@ class Pairs:
 class Suspending:
     """A journal store in memory whose every call suspends a few times, before and after it did its work.
 
-    ``kept`` lists (node id, position, branch) of each commit that the inner store has; ``refusals`` is how many more
-    commits it refuses.
+    ``kept`` lists (node id, position, branch) of each commit that the inner store has; ``refusals`` is how
+    many more commits it refuses.
     """
 
     def __init__(self, pauses: int = 2, refusals: int = 0, error: type[Exception] = OSError) -> None:
@@ -278,7 +278,8 @@ async def test_g1_a_function_sees_only_valid_input(state: BaseModel, grouped: bo
 
 
 async def test_g1_input_is_of_the_inputs_class() -> None:
-    """G1: a node gets an instance of its own input class, validated, even if the state before is of a subclass."""
+    """G1: a node gets an instance of its own input class, validated, even if the state before is of a
+    subclass."""
 
     class Sub(Num):
         secret: str = "s"
@@ -361,7 +362,8 @@ def raises_base(exc: Exception, context: NodeContext) -> Any:
 )
 @pytest.mark.parametrize("sync", [False, True], ids=["async", "thread"])
 async def test_g2_every_exception_gets_one_class(make: Any, classifiers: list[Any], sync: bool) -> None:
-    """G2: every exception gets exactly one failure class, whatever classifiers and the exception itself do."""
+    """G2: every exception gets exactly one failure class, whatever classifiers and the exception itself
+    do."""
     events: list[Any] = []
     error: BaseException = make()
 
@@ -430,7 +432,8 @@ async def test_g3_terminal_never_retries() -> None:
 def test_g3_mixed_classes_share_one_count(
     kinds: list[FailureClass], recoverable: int, ambiguous: int
 ) -> None:
-    """G3: one count serves all classes; the policy of the last failure's class decides whether another attempt follows."""
+    """G3: one count serves all classes; the policy of the last failure's class decides whether another
+    attempt follows."""
     allowed = {R: recoverable, A: ambiguous, T: 0}
     expected: list[FailureClass] = []
     for retries, kind in enumerate(kinds):
@@ -516,7 +519,8 @@ async def test_g4_an_output_is_committed_when_its_hook_is_called() -> None:
 
 
 async def test_g4_a_cancellation_just_before_the_return_loses_nothing() -> None:
-    """G4: a node that was cancelled after its last await still has its output committed; then the run is cancelled."""
+    """G4: a node that was cancelled after its last await still has its output committed; then the run is
+    cancelled."""
     store = Suspending()
 
     async def func(state: Num) -> Any:
@@ -535,7 +539,8 @@ async def test_g4_a_cancellation_just_before_the_return_loses_nothing() -> None:
 
 
 async def test_g4_an_output_that_comes_after_the_deadline_is_kept() -> None:
-    """G4: a node that blocks past the latency limit and returns has its output committed, as an attempt over budget."""
+    """G4: a node that blocks past the latency limit and returns has its output committed, as an attempt over
+    budget."""
 
     async def func(state: Num) -> Any:
         time.sleep(0.03)
@@ -550,7 +555,8 @@ async def test_g4_an_output_that_comes_after_the_deadline_is_kept() -> None:
 
 @pytest.mark.parametrize("tail", [False, True], ids=["node", "group"])
 async def test_g4_g5_g9_cancelled_at_every_await(tail: bool) -> None:
-    """G4, G5, G9: cancelled at any await, what is committed stays, is not run again on resume, and hooks stay paired."""
+    """G4, G5, G9: cancelled at any await, what is committed stays, is not run again on resume, and hooks stay
+    paired."""
     counts: Counter[str] = Counter()
     finished: Counter[str] = Counter()
 
@@ -618,7 +624,8 @@ async def test_g5_a_refused_commit_is_tried_again_without_the_node(refusals: int
 
 @pytest.mark.parametrize("error", [OSError, StoreError, TypeError, TimeoutError])
 async def test_g5_a_store_that_stays_down_stops_the_run(error: type[Exception], no_delays: None) -> None:
-    """G5: a store that stays down makes the attempt a failed event and the run PARTIAL; the node is not called again."""
+    """G5: a store that stays down makes the attempt a failed event and the run PARTIAL; the node is not
+    called again."""
     store = Suspending(refusals=10**6, error=error)
     func, calls = giving(({"n": 7}, 5))
     after, others = giving({"n": 8})
@@ -693,7 +700,8 @@ async def test_g5_what_cannot_be_stored_is_not_bought_again() -> None:
 
 @pytest.mark.parametrize("spoiler", ["hook", "budget", "store", "later-node"])
 async def test_g5_committed_nodes_are_not_run_again_on_resume(spoiler: str, no_delays: None) -> None:
-    """G5: after a hook, a budget, a store or a later node complained, a resume does not run committed nodes again."""
+    """G5: after a hook, a budget, a store or a later node complained, a resume does not run committed nodes
+    again."""
     store = Suspending()
     first, calls = giving(({"n": 1}, 5))
     broken = [True]
@@ -764,7 +772,8 @@ def test_g6_the_run_stops_before_the_next_call(steps: list[list[tuple[int, bool]
 
 
 async def test_g6_usage_counts_across_resumes() -> None:
-    """G6: under resume=True the budget remembers what earlier calls spent, in failed and cancelled attempts too."""
+    """G6: under resume=True the budget remembers what earlier calls spent, in failed and cancelled attempts
+    too."""
     store = AsyncInMemoryStore()
     inside = asyncio.Event()
     mode = ["cancel"]
@@ -806,7 +815,8 @@ async def test_g6_usage_counts_across_resumes() -> None:
 
 
 async def test_g6_a_spent_budget_stops_a_resume_before_its_first_call() -> None:
-    """G6: resuming a run that went over its limit makes no call while the limit stands, and goes on when it is raised."""
+    """G6: resuming a run that went over its limit makes no call while the limit stands, and goes on when it
+    is raised."""
     func, calls = giving(({"n": 1}, 50))
     after, others = giving(({"n": 2}, 1))
     runner = quick(run_id="r", resume=True).with_budget(tokens=49)
@@ -1054,7 +1064,8 @@ async def test_g8_a_hook_that_hangs_delays_by_its_limit(hook: str) -> None:
 
 
 async def test_g8_a_hook_that_blocks_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    """G8: a hook that blocks the event loop past its limit cannot be interrupted; it is named in a warning."""
+    """G8: a hook that blocks the event loop past its limit cannot be interrupted; it is named in a
+    warning."""
 
     async def blocks(*_: Any) -> None:
         time.sleep(0.05)
@@ -1106,7 +1117,8 @@ async def test_g8_the_run_end_hook_cannot_change_the_outcome() -> None:
 
 @pytest.mark.parametrize("hook", HOOKS)
 async def test_g8_a_hook_that_is_not_async_is_a_type_error(hook: str) -> None:
-    """G8: a hook that is not async raises a TypeError that names it, at its call at the latest; trace and journal are up to date."""
+    """G8: a hook that is not async raises a TypeError that names it, at its call at the latest; trace and
+    journal are up to date."""
     store = InMemoryStore()
     left = [TimeoutError()]
 
@@ -1147,7 +1159,8 @@ async def test_g8_hook_errors_can_be_raised_after_the_run() -> None:
 
 
 async def test_g9_every_start_has_one_end_in_every_kind_of_attempt() -> None:
-    """G9: success, failure, timeout, violation, over budget, sibling's failure: each start has exactly one end."""
+    """G9: success, failure, timeout, violation, over budget, sibling's failure: each start has exactly one
+    end."""
     gate = asyncio.Event()
 
     async def hang(state: Num) -> Any:
@@ -1198,7 +1211,8 @@ async def test_g9_a_second_set_that_is_not_async_ends_the_first() -> None:
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("grouped", [False, True], ids=["alone", "in-a-group"])
 def test_g9_an_interrupt_ends_what_it_began(where: str, kind: Any, grouped: bool) -> None:
-    """G9: a KeyboardInterrupt or SystemExit inside a start hook or a function leaves no start without its end."""
+    """G9: a KeyboardInterrupt or SystemExit inside a start hook or a function leaves no start without its
+    end."""
     pairs = Pairs()
 
     async def stop(*_: Any) -> Any:
@@ -1215,7 +1229,8 @@ def test_g9_an_interrupt_ends_what_it_began(where: str, kind: Any, grouped: bool
 
 
 async def test_g9_no_start_for_input_that_was_refused() -> None:
-    """G9: bad input has a failure without a start, so starts and ends are counted the same only for real attempts."""
+    """G9: bad input has a failure without a start, so starts and ends are counted the same only for real
+    attempts."""
     pairs = Pairs()
     func, _ = giving({"n": 1})
     await quick(hooks=pairs.hooks).run([node("a", func, Text, Num)], Num())
@@ -1251,7 +1266,8 @@ def test_g11_no_module_of_ours_can_execute_data() -> None:
 
 
 def test_g11_only_plain_data_is_pickled() -> None:
-    """G11: the pickles of copies and snapshots name no class but those of plain values, and no store receives one."""
+    """G11: the pickles of copies and snapshots name no class but those of plain values, and no store receives
+    one."""
     moment = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
     plain = {
         "a": [1, 2.5, None, True, b"x", "y", (1, {2}), frozenset({3})],
@@ -1295,7 +1311,8 @@ def _cold(code: str) -> str:
 
 @pytest.mark.slow
 def test_g11_a_schema_reference_imports_nothing() -> None:
-    """G11: resolving a stored schema reference imports no module, not even through a module that loads lazily."""
+    """G11: resolving a stored schema reference imports no module, not even through a module that loads
+    lazily."""
     code = """
 import sys
 import concurrent.futures
@@ -1352,7 +1369,8 @@ class Exact(BaseModel):
 
 @pytest.mark.parametrize("data", HOSTILE, ids=lambda d: repr(d[:40]))
 async def test_g11_hostile_stored_data_is_an_error(data: bytes) -> None:
-    """G11: what is read back is validated by the caller's schema: anything else is CorruptCheckpoint, nothing runs."""
+    """G11: what is read back is validated by the caller's schema: anything else is CorruptCheckpoint, nothing
+    runs."""
 
     class Tampered(AsyncInMemoryStore):
         def open_run(self, request: RunRequest) -> Any:
@@ -1423,7 +1441,8 @@ async def test_g12_no_budget_no_summing(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 async def test_g12_no_timers_without_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """G12: without timeouts, and with hooks that do not suspend, no timer is armed but one that notices a blocked event loop."""
+    """G12: without timeouts, and with hooks that do not suspend, no timer is armed but one that notices a
+    blocked event loop."""
     loop = asyncio.get_running_loop()
     armed: list[Any] = []
     original = loop.call_at
@@ -1521,7 +1540,8 @@ def test_g12_cost_per_node_does_not_grow(kind: str) -> None:
 
 
 def test_only_the_engine_calls_a_nodes_function() -> None:
-    """Only `engine/attempt.py` calls a node's function, but for a group that is called directly, and a place that it asks."""
+    """Only `engine/attempt.py` calls a node's function, but for a group that is called directly, and a place
+    that it asks."""
     findings: set[tuple[str, str]] = set()
     # Stores and traces never see a node; a guard makes a node of its own around what it calls.
     apart = ("adapters", "checkpoint", "cli", "demo", "testing", "trace")

@@ -54,8 +54,8 @@ def calls(tree: ast.Module) -> Iterator[tuple[ast.Call, str]]:
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_every_logger_is_the_safe_one(path: Path) -> None:
-    """Each call of a logger goes to a SafeLogger, which masks and escapes each argument and traceback; the arguments of
-    another logger go through a helper, and no exception is passed to it."""
+    """Each call of a logger goes to a SafeLogger, which masks and escapes each argument and traceback; the
+    arguments of another logger go through a helper, and no exception is passed to it."""
     tree = ast.parse(path.read_text("utf-8"))
     if name_of(path) in WAY_OUT | OTHERS:
         return

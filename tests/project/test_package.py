@@ -83,7 +83,8 @@ def test_core_imports_no_optional_dependency() -> None:
 
 
 def test_a_runner_loads_no_more_than_a_run_needs() -> None:
-    """The import that every service begins with loads no store of a server or file, and nothing that shows runs."""
+    """The import that every service begins with loads no store of a server or file, and nothing that shows
+    runs."""
     code = "import sys; from stroma import StromaRunner; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
@@ -101,10 +102,30 @@ def test_a_runner_loads_no_more_than_a_run_needs() -> None:
         "temporal",
         "wire",
     )
-    parts = ("checkpoint.durable", "checkpoint.history", "checkpoint.memory.records", "checkpoint.payloads", "checkpoint.postgres",
-             "checkpoint.records", "checkpoint.redis", "checkpoint.sql", "checkpoint.sqlite", "contracts.checks",
-             "contracts.repair_prompt", "contracts.untyped", "runner.groups", "runner.items", "runner.map", "runner.steps",
-             "runner.stream", "trace.gantt", "trace.html", "trace.story", "trace.terminal", "_utils.svg")  # fmt: skip
+    parts = (
+        "checkpoint.durable",
+        "checkpoint.history",
+        "checkpoint.memory.records",
+        "checkpoint.payloads",
+        "checkpoint.postgres",
+        "checkpoint.records",
+        "checkpoint.redis",
+        "checkpoint.sql",
+        "checkpoint.sqlite",
+        "contracts.checks",
+        "contracts.repair_prompt",
+        "contracts.untyped",
+        "runner.groups",
+        "runner.items",
+        "runner.map",
+        "runner.steps",
+        "runner.stream",
+        "trace.gantt",
+        "trace.html",
+        "trace.story",
+        "trace.terminal",
+        "_utils.svg",
+    )
     for name in rooms + parts:
         assert f"stroma.{name}" not in loaded, name
     assert not loaded & {
@@ -118,7 +139,8 @@ def test_a_runner_loads_no_more_than_a_run_needs() -> None:
 
 
 def test_importing_makes_no_validator() -> None:
-    """For the first validator that is made pydantic looks for plugins in all that is installed: that waits for a use."""
+    """For the first validator that is made pydantic looks for plugins in all that is installed: that waits
+    for a use."""
     code = (
         "import sys\n"
         "from stroma import NodeContract, RunConfig, StromaRunner\n"
@@ -149,7 +171,8 @@ def test_lock_covers_the_core_and_the_demo() -> None:
 
 
 def test_lock_covers_telemetry() -> None:
-    """Every system that telemetry goes to is locked, so that each integration is tested against the real one."""
+    """Every system that telemetry goes to is locked, so that each integration is tested against the real
+    one."""
     text = (ROOT / "requirements.lock").read_text()
     locked = set(re.findall(r"^([\w.-]+)==", text, re.MULTILINE))
     extras = PYPROJECT["project"]["optional-dependencies"]
@@ -158,7 +181,8 @@ def test_lock_covers_telemetry() -> None:
 
 
 def test_telemetry_packages_do_nothing_unasked(request: pytest.FixtureRequest) -> None:
-    """That ddtrace and the like are installed changes no process, nor these tests: no module, hook or thread."""
+    """That ddtrace and the like are installed changes no process, nor these tests: no module, hook or
+    thread."""
     code = (
         "import sys, threading\n"
         "print(sorted({name.partition('.')[0] for name in sys.modules} & {'ddtrace', 'datadog', 'sentry_sdk'}),\n"

@@ -1,7 +1,9 @@
-"""Code written against the published 0.3 surface runs unchanged: every name, parameter, default and remark of it.
+"""Code written against the published 0.3 surface runs unchanged: every name, parameter, default and remark of
+it.
 
-`SURFACE` is that surface. Additions are welcome, so the tests ask only that everything in it is still there: the same
-modules, the same names, the published parameters in their order with their defaults, and no new one that is required.
+`SURFACE` is that surface. Additions are welcome, so the tests ask only that everything in it is still there:
+the same modules, the same names, the published parameters in their order with their defaults, and no new one
+that is required.
 """
 
 import ast
@@ -300,24 +302,62 @@ MODULE_ONLY = {
     "failures": ["PolicyMap"],
     "checkpoint": ["CheckpointKey", "schema_ref", "_schema_ref", "resolve_schema", "_resolve_schema"],
 }
-#: Names that a module has besides its own, because the published one imported them; and those of the adapters.
+#: Names that a module has besides its own, because the published one imported them; and those of the
+#: adapters.
 ALSO_IN = {
     "failures": ["BudgetExceeded", "ContractViolation"],
     "trace": ["FailureClass"],
     "runner": [
-        "CheckpointManager", "Classifier", "ContractRegistry", "ExecutionBudget", "ExecutionResult", "FailureClass",
-        "FallbackPolicy", "NodeContext", "NodeContract", "NodeUsage", "PolicyMap", "ReliabilityContext", "RunStatus",
-        "TraceEvent", "classify", "default_policy_map", "estimate_cost_usd", "resolve_model",
+        "CheckpointManager",
+        "Classifier",
+        "ContractRegistry",
+        "ExecutionBudget",
+        "ExecutionResult",
+        "FailureClass",
+        "FallbackPolicy",
+        "NodeContext",
+        "NodeContract",
+        "NodeUsage",
+        "PolicyMap",
+        "ReliabilityContext",
+        "RunStatus",
+        "TraceEvent",
+        "classify",
+        "default_policy_map",
+        "estimate_cost_usd",
+        "resolve_model",
     ],
     "middleware": [
-        "CheckpointManager", "Classifier", "ContractRegistry", "CostTracker", "ExecutionBudget", "ExecutionResult",
-        "ExecutionTrace", "FailureClass", "FallbackPolicy", "NodeContext", "NodeContract", "NodeUsage", "PolicyMap",
-        "RetryBudget", "RunStatus", "TraceEvent", "classify", "default_policy_map", "estimate_cost_usd", "resolve_model",
+        "CheckpointManager",
+        "Classifier",
+        "ContractRegistry",
+        "CostTracker",
+        "ExecutionBudget",
+        "ExecutionResult",
+        "ExecutionTrace",
+        "FailureClass",
+        "FallbackPolicy",
+        "NodeContext",
+        "NodeContract",
+        "NodeUsage",
+        "PolicyMap",
+        "RetryBudget",
+        "RunStatus",
+        "TraceEvent",
+        "classify",
+        "default_policy_map",
+        "estimate_cost_usd",
+        "resolve_model",
     ],
     "adapters.base": [
-        "FrameworkAdapter", "LoopAdapter", "NodeContract", "StepInterceptor", "TurnAdapter", "extract_state_dict",
+        "FrameworkAdapter",
+        "LoopAdapter",
+        "NodeContract",
+        "StepInterceptor",
+        "TurnAdapter",
+        "extract_state_dict",
     ],
-}  # fmt: skip
+}
 
 
 def names_in(module: str) -> Iterator[tuple[str, ast.stmt]]:
@@ -474,7 +514,8 @@ def test_a_module_has_the_names_that_the_published_one_imported(module: str, nam
 
 
 def test_all_is_sorted_and_complete() -> None:
-    """`stroma.__all__` is sorted (constants, classes, functions), free of repeats, and each name of it loads."""
+    """`stroma.__all__` is sorted (constants, classes, functions), free of repeats, and each name of it
+    loads."""
 
     def group(name: str) -> tuple[int, str]:
         return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)
@@ -496,7 +537,8 @@ def test_step_names_are_the_node_names(name: str, meaning: str) -> None:
     ("module", "name", "stub"), [pytest.param(*f, id=f"{f[0]}.{f[1]}") for f in FUNCTIONS]
 )
 def test_function_signatures(module: str, name: str, stub: Any) -> None:
-    """Every published function has its parameters, in their order, with their defaults; nothing new is required."""
+    """Every published function has its parameters, in their order, with their defaults; nothing new is
+    required."""
     assert_callable_as_published(module, name, stub)
 
 
@@ -515,7 +557,8 @@ def test_method_signatures(module: str, name: str, stub: Any) -> None:
     ],
 )
 def test_fields(module: str, name: str, stub: ast.ClassDef) -> None:
-    """Every published record is what it was (model or dataclass), with its fields in order and their defaults."""
+    """Every published record is what it was (model or dataclass), with its fields in order and their
+    defaults."""
     cls = find(module, name)
     published: dict[str, Any] = {}
     for line in stub.body:
@@ -575,7 +618,8 @@ def test_published_dataclasses_stay_mutable() -> None:
 
 
 def test_node_contract_is_a_model_and_generic() -> None:
-    """NodeContract(node_id=, input_schema=, output_schema=) is a pydantic model; NodeContract[In, Out] works too."""
+    """NodeContract(node_id=, input_schema=, output_schema=) is a pydantic model; NodeContract[In, Out] works
+    too."""
     plain = NodeContract(node_id="n", input_schema=A, output_schema=B)
     assert (plain.node_id, plain.input_schema, plain.output_schema) == ("n", A, B)
     typed = NodeContract[A, B](node_id="n", input_schema=A, output_schema=B)
@@ -592,7 +636,8 @@ def violation(given: Any, schema: type[BaseModel] = Order, direction: Any = "out
 
 
 def test_violation_text() -> None:
-    """A violation reads: Contract violation for 'search' (output): dotted.path: message; dotted.path: message."""
+    """A violation reads: Contract violation for 'search' (output): dotted.path: message; dotted.path:
+    message."""
     broken = violation({"items": [{"price": "x", "name": "a"}, {"price": 1}]})
     assert str(broken) == (
         "Contract violation for 'search' (output): "
@@ -690,7 +735,8 @@ def test_known_models_are_prices_per_million() -> None:
 
 @pytest.mark.parametrize("model", ["gpt-4o", "gpt-3.5-turbo", "nobody/knows-this"])
 def test_additions_to_known_models_win(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a user puts into KNOWN_MODELS wins over the price data, also for a model that was priced before."""
+    """What a user puts into KNOWN_MODELS wins over the price data, also for a model that was priced
+    before."""
     estimate_cost_usd(model, 1)
     monkeypatch.setitem(KNOWN_MODELS, model, (1000.0, 2000.0))
     assert estimate_cost_usd(model, 1000, 1000) == pytest.approx(3.0)
@@ -766,7 +812,8 @@ def test_cost_tracker_aliases_nothing() -> None:
     ],
 )
 def test_check_budget(budget: ExecutionBudget, dimension: str, limit: float, actual: float) -> None:
-    """check_budget raises BudgetExceeded above a limit, with dimension, limit, actual and the node; at it, not."""
+    """check_budget raises BudgetExceeded above a limit, with dimension, limit, actual and the node; at it,
+    not."""
     tracker = CostTracker()
     tracker.record(NodeUsage("n", 100, 0.25, 50))
     with pytest.raises(BudgetExceeded) as caught:
@@ -830,7 +877,8 @@ def spent(cost_usd: float) -> CostTracker:
 
 
 def test_resolve_model() -> None:
-    """resolve_model gives the fallback of the first rule for the model whose share (>=) is reached, else the model."""
+    """resolve_model gives the fallback of the first rule for the model whose share (>=) is reached, else the
+    model."""
     budget = ExecutionBudget(max_cost_usd=1.0)
     rules = [
         FallbackPolicy("big", "small", 0.5),
@@ -862,7 +910,8 @@ def test_failure_classes() -> None:
 
 
 def test_default_policy_map() -> None:
-    """The default policies: RECOVERABLE 3 / 1.0 s, TERMINAL 0 / 0.0 s, AMBIGUOUS 1 / 0.5 s; a fresh dict each time."""
+    """The default policies: RECOVERABLE 3 / 1.0 s, TERMINAL 0 / 0.0 s, AMBIGUOUS 1 / 0.5 s; a fresh dict each
+    time."""
     policies = default_policy_map()
     assert {cls: (p.max_retries, p.backoff_seconds) for cls, p in policies.items()} == {
         FailureClass.RECOVERABLE: (3, 1.0),
@@ -874,7 +923,8 @@ def test_default_policy_map() -> None:
 
 
 def test_changing_a_default_policy_changes_no_other() -> None:
-    """The policies of default_policy_map() are the caller's own: setting a field of one leaves the defaults alone."""
+    """The policies of default_policy_map() are the caller's own: setting a field of one leaves the defaults
+    alone."""
     policies = default_policy_map()
     before = policies[FailureClass.RECOVERABLE].max_retries
     policies[FailureClass.RECOVERABLE].max_retries = 17
@@ -925,7 +975,8 @@ def test_classify_asks_custom_classifiers_first() -> None:
 
 
 def test_retry_budget() -> None:
-    """RetryBudget counts per (run, node): increment gives the new count, exhausted is count >= max_retries."""
+    """RetryBudget counts per (run, node): increment gives the new count, exhausted is count >=
+    max_retries."""
     budget, policy = RetryBudget(), FailurePolicy(max_retries=2)
     assert not budget.exhausted("r", "n", policy)
     assert budget.exhausted("r", "n", FailurePolicy(max_retries=0))
@@ -1319,7 +1370,8 @@ async def test_save_typed_refuses_what_is_no_schema(make: Any, schema: Any) -> N
 
 @pytest.mark.parametrize("make", [DictStore, AsyncDictStore, *STORES])
 async def test_checkpoint_manager(make: Any) -> None:
-    """A manager saves, resumes as a schema (None if absent) and clears through sync and async stores alike."""
+    """A manager saves, resumes as a schema (None if absent) and clears through sync and async stores
+    alike."""
     manager = CheckpointManager(make())
     assert await manager.resume("r", "n", A) is None
     await manager.checkpoint("r", "n", A(value=5))
@@ -1391,7 +1443,8 @@ def test_schema_references(schema: type[BaseModel]) -> None:
 
 
 def test_resolve_schema() -> None:
-    """resolve_schema finds a class among imported modules; TypeError("resolved schema is not a BaseModel") for others."""
+    """resolve_schema finds a class among imported modules; TypeError("resolved schema is not a BaseModel")
+    for others."""
     assert resolve_schema("stroma.cost:ExecutionBudget") is ExecutionBudget
     assert resolve_schema(schema_ref(RunConfig)) is RunConfig
     for ref in ("json:dumps", "stroma.trace:TraceEvent", "stroma.cost:KNOWN_MODELS"):
@@ -1437,7 +1490,8 @@ class TestRedisWithoutTheDriver:
 
     @pytest.mark.parametrize("make", [RedisStore, SyncRedisStore])
     def test_import_error(self, make: Any) -> None:
-        """Any failure to import redis gives an ImportError that names the store and ends with the install line."""
+        """Any failure to import redis gives an ImportError that names the store and ends with the install
+        line."""
         with pytest.raises(ImportError) as caught:
             make("redis://localhost")
         assert str(caught.value).startswith(f"redis is required for {make.__name__}")
@@ -1498,7 +1552,8 @@ class TestRedisWithoutAServer:
     @pytest.mark.slow
     @pytest.mark.parametrize("make", [RedisStore, SyncRedisStore])
     async def test_round_trip(self, make: Any, server: RedisServer) -> None:
-        """A Redis store loads what it saved (None if absent), deletes that run only, and sets the ttl on every save."""
+        """A Redis store loads what it saved (None if absent), deletes that run only, and sets the ttl on
+        every save."""
         store = make(server.url, ttl_seconds=60)
         assert await settle(store.load("r", "n")) is None
         await settle(store.save("r", "n", Plain(value=5)))
@@ -1538,7 +1593,8 @@ class TestRedisWithoutAServer:
     async def test_what_cannot_be_read_back_is_a_type_error(
         self, make: Any, bad: bytes, server: RedisServer
     ) -> None:
-        """What is not a state of ours comes back as a CorruptCheckpoint, which is a TypeError; nothing is imported."""
+        """What is not a state of ours comes back as a CorruptCheckpoint, which is a TypeError; nothing is
+        imported."""
         store = make(server.url)
         await settle(store.save("r", "n", Plain(value=5)))
         for key in server.execute("KEYS", "*"):
@@ -1624,7 +1680,8 @@ async def test_nodes_get_the_users_context() -> None:
 
 
 async def test_run_ids() -> None:
-    """A run id the user gave is used on every run; a generated one is the config's on the first run, then fresh."""
+    """A run id the user gave is used on every run; a generated one is the config's on the first run, then
+    fresh."""
 
     @stroma_node("n", contract(promised=A))
     async def n(state: A) -> Any:
@@ -1824,7 +1881,8 @@ def test_stroma_node_marks(decorator: Any) -> None:
 
 
 async def test_runner_node_registers_and_marks() -> None:
-    """runner.node(id, input=, output=) marks the function and registers its contract; calling it by hand still works."""
+    """runner.node(id, input=, output=) marks the function and registers its contract; calling it by hand
+    still works."""
     runner = StromaRunner.quick()
 
     @runner.node("n", input=A, output=B)
@@ -1840,7 +1898,8 @@ async def test_runner_node_registers_and_marks() -> None:
 
 @pytest.mark.parametrize("sequence", [list, tuple, iter])
 async def test_run_takes_any_sequence(sequence: Any) -> None:
-    """run(node_sequence, initial_state) takes any sequence of nodes, and each works on the output of the one before."""
+    """run(node_sequence, initial_state) takes any sequence of nodes, and each works on the output of the one
+    before."""
     runner = StromaRunner.quick()
 
     @runner.node("one", input=A, output=B)
@@ -1871,7 +1930,8 @@ async def test_run_of_hand_marked_functions() -> None:
 
 
 async def test_resume_from_as_published() -> None:
-    """RunConfig(resume_from="node") starts at that node on the checkpoint of the one before it; the status is RESUMED."""
+    """RunConfig(resume_from="node") starts at that node on the checkpoint of the one before it; the status is
+    RESUMED."""
     store = InMemoryStore()
     called: list[str] = []
 
@@ -1919,7 +1979,8 @@ async def test_parallel() -> None:
 
 
 async def test_parallel_of_bare_functions() -> None:
-    """Children of parallel() may be functions marked with an id alone: without a contract they pass unvalidated."""
+    """Children of parallel() may be functions marked with an id alone: without a contract they pass
+    unvalidated."""
 
     async def left(state: A) -> Any:
         return {"x": state.value}
@@ -2033,7 +2094,8 @@ async def test_execute_step_finds_a_contract() -> None:
 
 
 async def test_execute_step_without_a_contract() -> None:
-    """Without a contract nothing is refused: output that fits the input's class becomes it, other output is kept."""
+    """Without a contract nothing is refused: output that fits the input's class becomes it, other output is
+    kept."""
     ctx = context_of()
 
     async def fits(state: A) -> Any:
@@ -2075,7 +2137,8 @@ async def test_execute_step_failures() -> None:
 
 
 async def test_stroma_step_decorates() -> None:
-    """StromaStep(ctx)(id, input=, output=) registers the contract; a call of the function gives an ExecutionResult."""
+    """StromaStep(ctx)(id, input=, output=) registers the contract; a call of the function gives an
+    ExecutionResult."""
     ctx = context_of()
     step = StromaStep(ctx)
     assert step.ctx is ctx

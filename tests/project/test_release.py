@@ -90,13 +90,17 @@ def test_a_release_with_an_advisory_is_found() -> None:
 
 
 def test_each_listed_advisory_has_a_source() -> None:
-    """Every advisory of the list says where it was read; a package whose fix came in two lines has a range for each."""
+    """Every advisory of the list says where it was read; a package whose fix came in two lines has a range
+    for each."""
     data = json.loads((Path(audit.__file__).parent / "advisories.json").read_text())
     assert all(one["source"].startswith("https://") for one in data["advisories"])
     protobuf = [one.affected for one in audit.advisories() if one.id == "CVE-2026-0994"]
     assert [[str(v) in spec for spec in protobuf] for v in ("5.29.5", "5.29.6", "6.33.4", "6.33.5")] == [
-        [True, False], [False, False], [False, True], [False, False],
-    ]  # fmt: skip
+        [True, False],
+        [False, False],
+        [False, True],
+        [False, False],
+    ]
 
 
 def test_nothing_pinned_has_a_known_advisory(capsys: pytest.CaptureFixture[str]) -> None:

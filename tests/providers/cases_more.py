@@ -106,21 +106,75 @@ MORE_CASES = [
         _google(str(status), by_google(status), "ClientError" if status < 500 else "ServerError", means, why)
         for status, means, why in _STATUSES
     ],
-    _google("400 `INVALID_ARGUMENT`, “maximum number of tokens”", by_google(400, "INVALID_ARGUMENT", _TOO_MANY), "ClientError", T, "context_length"),
-    _google("400 `INVALID_ARGUMENT`, `API_KEY_INVALID`", by_google(400, "INVALID_ARGUMENT", "API key not valid.", _reason("API_KEY_INVALID")), "ClientError", T, "auth"),
-    _google("403 `PERMISSION_DENIED`, `BILLING_DISABLED`", by_google(403, "PERMISSION_DENIED", "no", _reason("BILLING_DISABLED")), "ClientError", T, "quota"),
-    _google("429 `RESOURCE_EXHAUSTED`, `retryDelay` 34.07 s", by_google(429, "RESOURCE_EXHAUSTED", "no", _quota("GenerateRequestsPerMinutePerProjectPerModel"), _DELAY), "ClientError", R, "rate_limit", 34.074824224),
-    _google("429 `RESOURCE_EXHAUSTED`, a quota `PerDay`", by_google(429, "RESOURCE_EXHAUSTED", "no", _quota("GenerateRequestsPerDayPerProjectPerModel-FreeTier")), "ClientError", T, "quota"),
+    _google(
+        "400 `INVALID_ARGUMENT`, “maximum number of tokens”",
+        by_google(400, "INVALID_ARGUMENT", _TOO_MANY),
+        "ClientError",
+        T,
+        "context_length",
+    ),
+    _google(
+        "400 `INVALID_ARGUMENT`, `API_KEY_INVALID`",
+        by_google(400, "INVALID_ARGUMENT", "API key not valid.", _reason("API_KEY_INVALID")),
+        "ClientError",
+        T,
+        "auth",
+    ),
+    _google(
+        "403 `PERMISSION_DENIED`, `BILLING_DISABLED`",
+        by_google(403, "PERMISSION_DENIED", "no", _reason("BILLING_DISABLED")),
+        "ClientError",
+        T,
+        "quota",
+    ),
+    _google(
+        "429 `RESOURCE_EXHAUSTED`, `retryDelay` 34.07 s",
+        by_google(
+            429, "RESOURCE_EXHAUSTED", "no", _quota("GenerateRequestsPerMinutePerProjectPerModel"), _DELAY
+        ),
+        "ClientError",
+        R,
+        "rate_limit",
+        34.074824224,
+    ),
+    _google(
+        "429 `RESOURCE_EXHAUSTED`, a quota `PerDay`",
+        by_google(
+            429, "RESOURCE_EXHAUSTED", "no", _quota("GenerateRequestsPerDayPerProjectPerModel-FreeTier")
+        ),
+        "ClientError",
+        T,
+        "quota",
+    ),
     _google("499 `CANCELLED`", by_google(499, "CANCELLED"), "ClientError", A, None),
-    _google("stream with 503 `UNAVAILABLE`", streamed_by_google(503, "UNAVAILABLE"), "ServerError", R, "overloaded"),
-    _google("stream with 429 `RESOURCE_EXHAUSTED`", streamed_by_google(429, "RESOURCE_EXHAUSTED"), "ClientError", R, "rate_limit"),
+    _google(
+        "stream with 503 `UNAVAILABLE`",
+        streamed_by_google(503, "UNAVAILABLE"),
+        "ServerError",
+        R,
+        "overloaded",
+    ),
+    _google(
+        "stream with 429 `RESOURCE_EXHAUSTED`",
+        streamed_by_google(429, "RESOURCE_EXHAUSTED"),
+        "ClientError",
+        R,
+        "rate_limit",
+    ),
     _google("no JSON", Answer(body="no json"), "UnknownApiResponseError", A, None),
     *_transport("google-genai", *_HTTPX),
     *[
         Case("mistralai", str(status), by_mistral(status), _MISTRAL.get(status, "SDKError"), means, why)
         for status, means, why in _STATUSES
     ],
-    Case("mistralai", "400 “maximum context length”", by_mistral(400, "3051", VLLM), "SDKError", T, "context_length"),
+    Case(
+        "mistralai",
+        "400 “maximum context length”",
+        by_mistral(400, "3051", VLLM),
+        "SDKError",
+        T,
+        "context_length",
+    ),
     Case("mistralai", "an answer of another shape", Answer(body={}), "ResponseValidationError", A, None),
     *_transport("mistralai", *_HTTPX),
     *[
@@ -132,29 +186,136 @@ MORE_CASES = [
     Case("cohere", "498", by_cohere(498), "InvalidTokenError", T, "content_policy"),
     Case("cohere", "499", by_cohere(499), "ClientClosedRequestError", A, None),
     *_transport("cohere", *_HTTPX),
-    Case("botocore", "400 `ValidationException`", by_aws(400, "ValidationException"), "ValidationException", T, "bad_request"),
-    Case("botocore", "400 `ValidationException`, “Input is too long”", by_aws(400, "ValidationException", "Input is too long for requested model."), "ValidationException", T, "context_length"),
-    Case("botocore", "400 `ServiceQuotaExceededException`", by_aws(400, "ServiceQuotaExceededException"), "ServiceQuotaExceededException", T, "quota"),
+    Case(
+        "botocore",
+        "400 `ValidationException`",
+        by_aws(400, "ValidationException"),
+        "ValidationException",
+        T,
+        "bad_request",
+    ),
+    Case(
+        "botocore",
+        "400 `ValidationException`, “Input is too long”",
+        by_aws(400, "ValidationException", "Input is too long for requested model."),
+        "ValidationException",
+        T,
+        "context_length",
+    ),
+    Case(
+        "botocore",
+        "400 `ServiceQuotaExceededException`",
+        by_aws(400, "ServiceQuotaExceededException"),
+        "ServiceQuotaExceededException",
+        T,
+        "quota",
+    ),
     Case("botocore", "401", by_aws(401, "Other"), "ClientError", T, "auth"),
-    Case("botocore", "403 `AccessDeniedException`", by_aws(403, "AccessDeniedException"), "AccessDeniedException", T, "permission"),
-    Case("botocore", "403 `ExpiredTokenException`", by_aws(403, "ExpiredTokenException"), "ClientError", T, "auth"),
-    Case("botocore", "403 `UnrecognizedClientException`", by_aws(403, "UnrecognizedClientException"), "ClientError", T, "auth"),
-    Case("botocore", "403 `InvalidSignatureException`", by_aws(403, "InvalidSignatureException"), "ClientError", T, "auth"),
-    Case("botocore", "404 `ResourceNotFoundException`", by_aws(404, "ResourceNotFoundException"), "ResourceNotFoundException", T, "not_found"),
-    Case("botocore", "408 `ModelTimeoutException`", by_aws(408, "ModelTimeoutException"), "ModelTimeoutException", R, "timeout"),
+    Case(
+        "botocore",
+        "403 `AccessDeniedException`",
+        by_aws(403, "AccessDeniedException"),
+        "AccessDeniedException",
+        T,
+        "permission",
+    ),
+    Case(
+        "botocore",
+        "403 `ExpiredTokenException`",
+        by_aws(403, "ExpiredTokenException"),
+        "ClientError",
+        T,
+        "auth",
+    ),
+    Case(
+        "botocore",
+        "403 `UnrecognizedClientException`",
+        by_aws(403, "UnrecognizedClientException"),
+        "ClientError",
+        T,
+        "auth",
+    ),
+    Case(
+        "botocore",
+        "403 `InvalidSignatureException`",
+        by_aws(403, "InvalidSignatureException"),
+        "ClientError",
+        T,
+        "auth",
+    ),
+    Case(
+        "botocore",
+        "404 `ResourceNotFoundException`",
+        by_aws(404, "ResourceNotFoundException"),
+        "ResourceNotFoundException",
+        T,
+        "not_found",
+    ),
+    Case(
+        "botocore",
+        "408 `ModelTimeoutException`",
+        by_aws(408, "ModelTimeoutException"),
+        "ModelTimeoutException",
+        R,
+        "timeout",
+    ),
     Case("botocore", "409", by_aws(409, "ConflictException"), "ConflictException", R, "conflict"),
     Case("botocore", "413", by_aws(413, "Other"), "ClientError", T, "too_large"),
     Case("botocore", "422", by_aws(422, "Other"), "ClientError", T, "bad_request"),
-    Case("botocore", "424 `ModelErrorException`", by_aws(424, "ModelErrorException"), "ModelErrorException", R, "server_error"),
-    Case("botocore", "429 `ThrottlingException`", by_aws(429, "ThrottlingException"), "ThrottlingException", R, "rate_limit"),
-    Case("botocore", "400 `ThrottlingException`", by_aws(400, "ThrottlingException"), "ThrottlingException", R, "rate_limit"),
-    Case("botocore", "429 `ModelNotReadyException`", by_aws(429, "ModelNotReadyException"), "ModelNotReadyException", R, "overloaded"),
-    Case("botocore", "500 `InternalServerException`", by_aws(500, "InternalServerException"), "InternalServerException", R, "server_error"),
+    Case(
+        "botocore",
+        "424 `ModelErrorException`",
+        by_aws(424, "ModelErrorException"),
+        "ModelErrorException",
+        R,
+        "server_error",
+    ),
+    Case(
+        "botocore",
+        "429 `ThrottlingException`",
+        by_aws(429, "ThrottlingException"),
+        "ThrottlingException",
+        R,
+        "rate_limit",
+    ),
+    Case(
+        "botocore",
+        "400 `ThrottlingException`",
+        by_aws(400, "ThrottlingException"),
+        "ThrottlingException",
+        R,
+        "rate_limit",
+    ),
+    Case(
+        "botocore",
+        "429 `ModelNotReadyException`",
+        by_aws(429, "ModelNotReadyException"),
+        "ModelNotReadyException",
+        R,
+        "overloaded",
+    ),
+    Case(
+        "botocore",
+        "500 `InternalServerException`",
+        by_aws(500, "InternalServerException"),
+        "InternalServerException",
+        R,
+        "server_error",
+    ),
     Case("botocore", "502", by_aws(502, "Other"), "ClientError", R, "server_error"),
-    Case("botocore", "503 `ServiceUnavailableException`", by_aws(503, "ServiceUnavailableException"), "ServiceUnavailableException", R, "overloaded"),
+    Case(
+        "botocore",
+        "503 `ServiceUnavailableException`",
+        by_aws(503, "ServiceUnavailableException"),
+        "ServiceUnavailableException",
+        R,
+        "overloaded",
+    ),
     Case("botocore", "529", by_aws(529, "Other"), "ClientError", R, "overloaded"),
     *[
-        Case("botocore", f"stream with `{kind}`", Answer(body=aws_event(kind)), "EventStreamError", means, why)
+        Case(
+            "botocore", f"stream with `{kind}`", Answer(body=aws_event(kind)), "EventStreamError", means, why
+        )
         for kind, means, why in (
             ("throttlingException", R, "rate_limit"),
             ("serviceUnavailableException", R, "overloaded"),
@@ -173,8 +334,10 @@ MORE_CASES = [
         Case("aiohttp", str(status), Answer(status, {}), "ClientResponseError", means, why)
         for status, means, why in _STATUSES
     ],
-    *_transport("aiohttp", "ClientConnectorError", "ClientOSError", "ClientPayloadError", "SocketTimeoutError"),
-]  # fmt: skip
+    *_transport(
+        "aiohttp", "ClientConnectorError", "ClientOSError", "ClientPayloadError", "SocketTimeoutError"
+    ),
+]
 
 #: What a gRPC server does, by the name of the method that is asked for, or to the call; and what it means.
 GRPC_CASES: list[tuple[str, FailureClass, str | None]] = [

@@ -1,7 +1,7 @@
 """The real SDKs and HTTP clients, made to ask one address once: `ask` waits, `ask_async` is awaited.
 
-One client for all calls where the SDK lets the address be given with the call: making one loads the certificates of
-the machine each time. What is slow to import is imported when it is first asked for.
+One client for all calls where the SDK lets the address be given with the call: making one loads the
+certificates of the machine each time. What is slow to import is imported when it is first asked for.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class Sdk:
     """A package that speaks to a provider.
 
     Attributes:
-        packages: where the exceptions come from: its own, and those of the client below it that it lets through.
+        packages: where the exceptions come from: its own, and those of the client below it that it lets
+            through.
     """
 
     title: str

@@ -161,7 +161,8 @@ _MESSAGE_EVENTS = [
     },
     {"type": "message_stop"},
 ]
-#: A server's tool makes another turn: message_delta says the sums of the whole stream, and not how long the cache is.
+#: A server's tool makes another turn: message_delta says the sums of the whole stream, and not how long the
+#: cache is.
 _TOOL_EVENTS = [
     {
         "type": "message_start",
@@ -256,22 +257,90 @@ _CONVERSE_EVENTS = b"".join(
 _GPT = Usage(1200, 30, 1024, 0, "gpt-4o-mini-2024-07-18")
 _CLAUDE = "claude-haiku-4-5-20251001"
 REPLIES = [
-    Reply("openai chat", clients.ask_openai, Answer(200, _CHAT), Usage(1200, 30, 1024, 0, _GPT.model, "flex"), ("openai", "chat")),
+    Reply(
+        "openai chat",
+        clients.ask_openai,
+        Answer(200, _CHAT),
+        Usage(1200, 30, 1024, 0, _GPT.model, "flex"),
+        ("openai", "chat"),
+    ),
     Reply("openai chat, a stream", clients.ask_openai, sse(*_CHAT_CHUNKS), _GPT),
-    Reply("openai responses", _ask_responses, Answer(200, _RESPONSE), Usage(1300, 40, 1024, 100, "gpt-4.1-mini-2025-04-14"), ("openai", "responses")),
-    Reply("openai responses, a stream", _ask_responses, sse({"type": "response.completed", "sequence_number": 1, "response": _RESPONSE}, named=True), Usage(1300, 40, 1024, 100, "gpt-4.1-mini-2025-04-14")),
-    Reply("openai embeddings", _ask_embeddings, Answer(200, _EMBEDDING), Usage(8, 0, model="text-embedding-3-small"), ("openai", "embeddings")),
-    Reply("anthropic", clients.ask_anthropic, Answer(200, _MESSAGE), Usage(1250, 20, 900, 300, _CLAUDE, "standard", 100), ("anthropic", "default")),
-    Reply("anthropic, a raw stream", _stream_events, sse(*_MESSAGE_EVENTS, named=True), Usage(950, 20, 900, 0, _CLAUDE)),
-    Reply("anthropic, a raw stream with tools", _stream_events, sse(*_TOOL_EVENTS, named=True), Usage(2450, 90, 1900, 300, _CLAUDE, "priority", 100)),
-    Reply("anthropic, a stream with tools", _stream_final, sse(*_TOOL_EVENTS, named=True), Usage(2450, 90, 1900, 300, _CLAUDE, "priority", 100)),
-    Reply("anthropic, a stream", _stream_final, sse(*_MESSAGE_EVENTS, named=True), Usage(950, 20, 900, 0, _CLAUDE)),
-    Reply("google", clients.ask_google, Answer(200, _CONTENT), Usage(740, 42, 512, 0, "gemini-2.5-flash"), ("google", "default")),
+    Reply(
+        "openai responses",
+        _ask_responses,
+        Answer(200, _RESPONSE),
+        Usage(1300, 40, 1024, 100, "gpt-4.1-mini-2025-04-14"),
+        ("openai", "responses"),
+    ),
+    Reply(
+        "openai responses, a stream",
+        _ask_responses,
+        sse({"type": "response.completed", "sequence_number": 1, "response": _RESPONSE}, named=True),
+        Usage(1300, 40, 1024, 100, "gpt-4.1-mini-2025-04-14"),
+    ),
+    Reply(
+        "openai embeddings",
+        _ask_embeddings,
+        Answer(200, _EMBEDDING),
+        Usage(8, 0, model="text-embedding-3-small"),
+        ("openai", "embeddings"),
+    ),
+    Reply(
+        "anthropic",
+        clients.ask_anthropic,
+        Answer(200, _MESSAGE),
+        Usage(1250, 20, 900, 300, _CLAUDE, "standard", 100),
+        ("anthropic", "default"),
+    ),
+    Reply(
+        "anthropic, a raw stream",
+        _stream_events,
+        sse(*_MESSAGE_EVENTS, named=True),
+        Usage(950, 20, 900, 0, _CLAUDE),
+    ),
+    Reply(
+        "anthropic, a raw stream with tools",
+        _stream_events,
+        sse(*_TOOL_EVENTS, named=True),
+        Usage(2450, 90, 1900, 300, _CLAUDE, "priority", 100),
+    ),
+    Reply(
+        "anthropic, a stream with tools",
+        _stream_final,
+        sse(*_TOOL_EVENTS, named=True),
+        Usage(2450, 90, 1900, 300, _CLAUDE, "priority", 100),
+    ),
+    Reply(
+        "anthropic, a stream",
+        _stream_final,
+        sse(*_MESSAGE_EVENTS, named=True),
+        Usage(950, 20, 900, 0, _CLAUDE),
+    ),
+    Reply(
+        "google",
+        clients.ask_google,
+        Answer(200, _CONTENT),
+        Usage(740, 42, 512, 0, "gemini-2.5-flash"),
+        ("google", "default"),
+    ),
     Reply("google, a stream", clients.ask_google, sse(_CONTENT), Usage(740, 42, 512, 0, "gemini-2.5-flash")),
-    Reply("mistral", clients.ask_mistral, Answer(200, _MISTRAL), Usage(90, 11, model="mistral-small-latest"), ("mistral", "default")),
-    Reply("mistral, a stream", clients.ask_mistral, sse(_MISTRAL_CHUNK), Usage(90, 11, model="mistral-small-latest")),
+    Reply(
+        "mistral",
+        clients.ask_mistral,
+        Answer(200, _MISTRAL),
+        Usage(90, 11, model="mistral-small-latest"),
+        ("mistral", "default"),
+    ),
+    Reply(
+        "mistral, a stream",
+        clients.ask_mistral,
+        sse(_MISTRAL_CHUNK),
+        Usage(90, 11, model="mistral-small-latest"),
+    ),
     Reply("cohere", clients.ask_cohere, Answer(200, _COHERE), Usage(60, 9), ("cohere", "default")),
     Reply("cohere, a stream", clients.ask_cohere, sse(_COHERE_END), Usage(60, 9)),
-    Reply("aws converse", clients.ask_aws, Answer(200, _CONVERSE), Usage(870, 13, 600, 200), ("aws", "default")),
+    Reply(
+        "aws converse", clients.ask_aws, Answer(200, _CONVERSE), Usage(870, 13, 600, 200), ("aws", "default")
+    ),
     Reply("aws converse, a stream", clients.ask_aws, Answer(200, _CONVERSE_EVENTS), Usage(870, 13, 600, 200)),
-]  # fmt: skip
+]

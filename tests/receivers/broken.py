@@ -12,8 +12,8 @@ Mode = Literal["refuses", "hangs", "fails", "resets"]
 
 
 class BrokenBackend:
-    """A TCP server on loopback that refuses connections, takes them and never answers, answers each request with an
-    error (`status`), or resets the connection after it has read something.
+    """A TCP server on loopback that refuses connections, takes them and never answers, answers each request
+    with an error (`status`), or resets the connection after it has read something.
 
     Attributes:
         connections: how many came; none is seen where they are refused.

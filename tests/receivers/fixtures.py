@@ -1,7 +1,8 @@
-"""The receivers as fixtures. A test module asks for them with `pytest_plugins = ["tests.receivers.fixtures"]`.
+"""The receivers as fixtures. A test module asks for them with `pytest_plugins =
+["tests.receivers.fixtures"]`.
 
-What takes long to start is started once per process of the tests and emptied before each test that uses it. A receiver
-module is imported only by the fixture that needs it, as the SDKs take their time.
+What takes long to start is started once per process of the tests and emptied before each test that uses it. A
+receiver module is imported only by the fixture that needs it, as the SDKs take their time.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def otlp(_otlp_process: OtlpReceiver) -> OtlpReceiver:
 
 @pytest.fixture(scope="session")
 def prometheus() -> Iterator[SharedPrometheus]:
-    """A Prometheus server: `with prometheus.exposing(registry): ...; prometheus.scraped(); prometheus.value(...)`."""
+    """A Prometheus server: `with prometheus.exposing(registry): ...; prometheus.scraped();
+    prometheus.value(...)`."""
     from tests.receivers.prometheus import SharedPrometheus
 
     server = SharedPrometheus()

@@ -1,7 +1,8 @@
-"""The program behind `OtlpReceiver`: takes OTLP over HTTP in protobuf, keeps it decoded, and misbehaves when told to.
+"""The program behind `OtlpReceiver`: takes OTLP over HTTP in protobuf, keeps it decoded, and misbehaves when
+told to.
 
-It listens on two ports of loopback and prints them: one for the exporters, one for the test. It ends when its standard
-input does, so it cannot outlive the test process.
+It listens on two ports of loopback and prints them: one for the exporters, one for the test. It ends when its
+standard input does, so it cannot outlive the test process.
 """
 
 from __future__ import annotations
@@ -164,7 +165,8 @@ class Intake(Handler):
 
 
 def from_json(request: Any, body: bytes) -> Any:
-    """OTLP's JSON is protobuf's, but for ids, which are hex, and enumerations, which are numbers. Unknown fields are errors."""
+    """OTLP's JSON is protobuf's, but for ids, which are hex, and enumerations, which are numbers. Unknown
+    fields are errors."""
 
     def ids(value: Any) -> Any:
         if isinstance(value, list):
@@ -192,7 +194,8 @@ class Control(Handler):
     intake: Intakes
 
     def do_GET(self) -> None:
-        """`/spans?at_least=2&seconds=10` waits for two, and answers with what there is when the time is over."""
+        """`/spans?at_least=2&seconds=10` waits for two, and answers with what there is when the time is
+        over."""
         at = urllib.parse.urlsplit(self.path)
         requests = dict(urllib.parse.parse_qsl(at.query))
         signal, state = at.path.removeprefix("/"), self.server.state

@@ -28,8 +28,9 @@ scrape_configs:
 
 
 class PrometheusServer:
-    """Scrapes the targets (`host:port`, at `/metrics`) every second. The first scrape comes 5 s after the start, which
-    no setting changes; tests that only want their registry scraped are quicker with the fixture `prometheus`.
+    """Scrapes the targets (`host:port`, at `/metrics`) every second. The first scrape comes 5 s after the
+    start, which no setting changes; tests that only want their registry scraped are quicker with the fixture
+    `prometheus`.
 
     The test is skipped where there is no `prometheus`.
     """
@@ -76,7 +77,8 @@ class PrometheusServer:
             raise
 
     def scraped(self, *, seconds: float = 20) -> None:
-        """Wait until every target was scraped after this moment, so that what it shows by now can be queried."""
+        """Wait until every target was scraped after this moment, so that what it shows by now can be
+        queried."""
         request = time.time()
         query = 'min(timestamp(up{job="stroma"}) * (up{job="stroma"} == 1))'
 
@@ -138,8 +140,8 @@ class SharedPrometheus(PrometheusServer):
 
     @contextlib.contextmanager
     def exposing(self, registry: Any) -> Iterator[None]:
-        """Have a registry scraped, and forgotten afterwards. Ask `scraped()` before a query. A range in a query reaches
-        back into earlier tests, so give each test a pipeline name of its own."""
+        """Have a registry scraped, and forgotten afterwards. Ask `scraped()` before a query. A range in a
+        query reaches back into earlier tests, so give each test a pipeline name of its own."""
         self._pages.registry = registry
         try:
             yield
@@ -154,8 +156,8 @@ class SharedPrometheus(PrometheusServer):
 
 
 def promtool(*arguments: str, text: str | None = None) -> str:
-    """Run promtool, with `text` as its input; what it says is in the AssertionError if it finds a fault. The test is
-    skipped where there is no promtool."""
+    """Run promtool, with `text` as its input; what it says is in the AssertionError if it finds a fault. The
+    test is skipped where there is no promtool."""
     command = [need("promtool", "prometheus"), *arguments]
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, (

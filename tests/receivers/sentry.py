@@ -19,8 +19,8 @@ DSN = "https://public@sentry.invalid/1"
 class RecordingTransport(Transport):
     """Keeps whole envelopes, as they are after they were written out and read again.
 
-    The SDK sends gen_ai spans not in their transaction but beside it: `transactions` has the others, `streamed_spans`
-    has these, `spans` has both in one form.
+    The SDK sends gen_ai spans not in their transaction but beside it: `transactions` has the others,
+    `streamed_spans` has these, `spans` has both in one form.
     """
 
     def __init__(self, options: Any = None) -> None:
@@ -56,8 +56,8 @@ class RecordingTransport(Transport):
 
     @property
     def spans(self) -> list[dict[str, Any]]:
-        """Every span: `name` (the description), `op`, `status`, `trace_id`, `span_id`, `parent_span_id`, `data`. A
-        transaction stands here as its root span."""
+        """Every span: `name` (the description), `op`, `status`, `trace_id`, `span_id`, `parent_span_id`,
+        `data`. A transaction stands here as its root span."""
         spans: list[dict[str, Any]] = []
         for transaction in self.transactions:
             root = transaction["contexts"]["trace"]
@@ -81,7 +81,8 @@ def _span(name: Any, op: Any, span: dict[str, Any]) -> dict[str, Any]:
 
 
 class RecordedSentry:
-    """A client of its own with that transport; the global one is left alone. It has no integrations unless asked for.
+    """A client of its own with that transport; the global one is left alone. It has no integrations unless
+    asked for.
 
     Attributes:
         client: what to give to what is tested.

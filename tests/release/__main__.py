@@ -3,15 +3,18 @@
 usage: ./dev release-check [--only EXTRA ...] [--no-installs]
 
 - the version in pyproject.toml, CHANGELOG.md and the tag on this commit say the same;
-- sdist and wheel are built twice, in two folders, and are the same byte for byte; the wheel that is built from the sdist, too;
+- sdist and wheel are built twice, in two folders, and are the same byte for byte; the wheel that is built
+  from the sdist, too;
 - what is in them, and what not; no address and no path of this machine in them or in any tracked file;
 - `twine check --strict`;
 - no pinned release, and no lowest one, has a known advisory (`./dev audit`);
 - a bill of materials (CycloneDX) and the statement that an attestation signs are written to build/release;
-- the wheel is installed without extras and with each extra in turn, in a clean environment, from pinned requirements with
-  hashes (tests/release/newest.txt; of agent frameworks those of their tests), and tests/release/smoke.py runs there;
+- the wheel is installed without extras and with each extra in turn, in a clean environment, from pinned
+  requirements with hashes (tests/release/newest.txt; of agent frameworks those of their tests), and
+  tests/release/smoke.py runs there;
 - `pip install` of the wheel into a new environment, as a user does it, and then the README's first example;
-- with the lowest releases that pyproject.toml allows (tests/release/lowest.txt), a selection of the tests passes.
+- with the lowest releases that pyproject.toml allows (tests/release/lowest.txt), a selection of the tests
+  passes.
 
 Exit code 0 if all of it holds.
 """
@@ -75,7 +78,8 @@ class Report:
 
 
 def private() -> list[str]:
-    """What nobody else's files should have in them: this folder, the home folder, and the host of the package index."""
+    """What nobody else's files should have in them: this folder, the home folder, and the host of the package
+    index."""
     findings = [str(ROOT)]
     if len(Path.home().parts) > 2:
         findings.append(str(Path.home()))
@@ -112,7 +116,8 @@ class Environments:
         return done.stdout
 
     def make(self, name: str, requirements: Path) -> Path:
-        """An environment with pinned requirements and the wheel; nothing is missing in it. Gives its Python."""
+        """An environment with pinned requirements and the wheel; nothing is missing in it. Gives its
+        Python."""
         home = self.folder / name
         python = home / "bin" / "python"
         self.uv("venv", "--quiet", "--python", sys.executable, str(home))
@@ -128,9 +133,21 @@ class Environments:
         target = self.folder / f"{extra}.txt"
         options = [] if extra == "bare" else ["--extra", extra]
         self.uv(
-            "pip", "compile", "--quiet", "--python", sys.executable, str(ROOT / "pyproject.toml"), *options, "-c",
-            str(HERE / "newest.txt"), "--no-header", "--no-annotate", "--no-emit-index-url", "-o", str(target),
-        )  # fmt: skip
+            "pip",
+            "compile",
+            "--quiet",
+            "--python",
+            sys.executable,
+            str(ROOT / "pyproject.toml"),
+            *options,
+            "-c",
+            str(HERE / "newest.txt"),
+            "--no-header",
+            "--no-annotate",
+            "--no-emit-index-url",
+            "-o",
+            str(target),
+        )
         needed = re.findall(r"^([\w.-]+)(?:\[[\w,]+\])?==", target.read_text(), re.MULTILINE)
         blocks = names_of(pinned)
         target.write_text("\n".join(blocks[name] for name in needed) + "\n")
@@ -153,7 +170,8 @@ class Environments:
         return [done.stderr.strip()[-2000:]] if done.returncode else []
 
     def readme(self) -> tuple[list[str], float]:
-        """What is wrong with `pip install` of the wheel and the README's first example after it, and how many seconds both took."""
+        """What is wrong with `pip install` of the wheel and the README's first example after it, and how many
+        seconds both took."""
         example = next(
             block for block in of_page((ROOT / "README.md").read_text("utf-8")) if block.language == "python"
         )

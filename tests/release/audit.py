@@ -3,8 +3,8 @@
 usage: ./dev audit
 
 Checks requirements.lock and the newest and lowest releases in tests/release against the advisories in
-tests/release/advisories.json, which names the source of each, and against the package `safety-db` where that is installed. Opens no connection.
-Exit code 1 if a pinned release has an advisory.
+tests/release/advisories.json, which names the source of each, and against the package `safety-db` where that
+is installed. Opens no connection. Exit code 1 if a pinned release has an advisory.
 """
 
 from __future__ import annotations

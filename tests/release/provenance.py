@@ -1,4 +1,5 @@
-"""What goes beside a release: a bill of materials (CycloneDX), and the statement that an attestation signs."""
+"""What goes beside a release: a bill of materials (CycloneDX), and the statement that an attestation
+signs."""
 
 from __future__ import annotations
 
@@ -62,13 +63,18 @@ def bill_of_materials(
         "version": 1,
         "metadata": {
             "component": {
-                "type": "library", "name": name, "version": version, "bom-ref": reference, "purl": reference,
-                "licenses": [{"license": {"id": "MIT"}}], "components": files,
+                "type": "library",
+                "name": name,
+                "version": version,
+                "bom-ref": reference,
+                "purl": reference,
+                "licenses": [{"license": {"id": "MIT"}}],
+                "components": files,
             }
         },
         "components": components,
         "dependencies": [{"ref": reference, "dependsOn": [one["bom-ref"] for one in components]}],
-    }  # fmt: skip
+    }
 
 
 def wrong_bill(bill: Mapping[str, Any], project: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,5 @@
-"""Run by the Python of a clean environment with the wheel in it: ``python -I smoke.py EXTRA``. No pytest, no network."""
+"""Run by the Python of a clean environment with the wheel in it: ``python -I smoke.py EXTRA``. No pytest, no
+network."""
 
 from __future__ import annotations
 
@@ -17,9 +18,20 @@ from pydantic import BaseModel
 import stroma
 
 FRAMEWORKS = (
-    "agent_framework", "claude_agent_sdk", "crewai", "deepagents", "dspy", "google_adk", "haystack", "langchain",
-    "langgraph", "litellm", "llama_index", "openai_agents", "pydantic_ai",
-)  # fmt: skip
+    "agent_framework",
+    "claude_agent_sdk",
+    "crewai",
+    "deepagents",
+    "dspy",
+    "google_adk",
+    "haystack",
+    "langchain",
+    "langgraph",
+    "litellm",
+    "llama_index",
+    "openai_agents",
+    "pydantic_ai",
+)
 
 
 class Text(BaseModel):
@@ -180,10 +192,19 @@ def ui() -> None:
             async with stroma.SQLiteStore(Path(folder, "runs.db")) as store:
                 app = make_app(Settings(store=store, name="runs.db", hosts=["127.0.0.1:8000"]))
                 scope = {
-                    "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET", "scheme": "http",
-                    "path": "/", "raw_path": b"/", "query_string": b"", "root_path": "",
-                    "headers": [(b"host", b"127.0.0.1:8000")], "server": ("127.0.0.1", 8000), "client": ("127.0.0.1", 1),
-                }  # fmt: skip
+                    "type": "http",
+                    "asgi": {"version": "3.0"},
+                    "http_version": "1.1",
+                    "method": "GET",
+                    "scheme": "http",
+                    "path": "/",
+                    "raw_path": b"/",
+                    "query_string": b"",
+                    "root_path": "",
+                    "headers": [(b"host", b"127.0.0.1:8000")],
+                    "server": ("127.0.0.1", 8000),
+                    "client": ("127.0.0.1", 1),
+                }
                 await app(scope, receive, send)
         return int(str(sent[0]["status"]))
 
@@ -214,8 +235,11 @@ def testing() -> None:
         )
         output = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", folder],
-            cwd=folder, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert "3 passed" in output.stdout, output.stdout + output.stderr
 
 

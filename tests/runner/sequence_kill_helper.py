@@ -1,6 +1,8 @@
-"""The child of tests/runner/test_map_kill.py: `python sequence_kill_helper.py DATABASE SIDE_FILE` runs a map, resuming.
+"""The child of tests/runner/test_map_kill.py: `python sequence_kill_helper.py DATABASE SIDE_FILE` runs a map,
+resuming.
 
-Each call of a node appends its id and its item to the side file. The first call of `check` for item 17 kills the process.
+Each call of a node appends its id and its item to the side file. The first call of `check` for item 17 kills
+the process.
 """
 
 import asyncio

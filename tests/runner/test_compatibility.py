@@ -45,24 +45,34 @@ def test_a_run_of_the_same_nodes_can_be_resumed() -> None:
     grouped = parallel(node("b"), node("c"))
     mapped = map_over("x", node("d"), into="y")
     commits = {
-        (0, ""): recorded_run("a"), (1, "0"): recorded_run("b", grouped.node_id), (1, "1"): recorded_run("c", grouped.node_id),
+        (0, ""): recorded_run("a"),
+        (1, "0"): recorded_run("b", grouped.node_id),
+        (1, "1"): recorded_run("c", grouped.node_id),
         (2, "7"): recorded_run("d", mapped.node_id),
-    }  # fmt: skip
+    }
     assert changes(commits, node("a"), grouped, mapped) == []
 
 
 @pytest.mark.core
 def test_every_change_is_told() -> None:
-    """Not only the first one: another node, another schema, a child that is gone, and a pipeline that has become shorter."""
+    """Not only the first one: another node, another schema, a child that is gone, and a pipeline that has
+    become shorter."""
     grouped = parallel(node("b"))
     commits = {
-        (0, ""): recorded_run("old"), (1, "0"): recorded_run("b", "parallel(b, c)"), (1, "1"): recorded_run("c", "parallel(b, c)"),
-        (2, ""): recorded_run("d"), (3, ""): recorded_run("e"),
-    }  # fmt: skip
+        (0, ""): recorded_run("old"),
+        (1, "0"): recorded_run("b", "parallel(b, c)"),
+        (1, "1"): recorded_run("c", "parallel(b, c)"),
+        (2, ""): recorded_run("d"),
+        (3, ""): recorded_run("e"),
+    }
     result = changes(commits, node("a"), grouped, node("d", Longer))
     assert [(change.at, change.node_id) for change in result] == [
-        ("0", "old"), ("1.0", "b"), ("1.1", "c"), ("2", "d"), ("3", "e"),
-    ]  # fmt: skip
+        ("0", "old"),
+        ("1.0", "b"),
+        ("1.1", "c"),
+        ("2", "d"),
+        ("3", "e"),
+    ]
     words = [
         "the pipeline has 'a' there",
         "was made for",
@@ -74,7 +84,8 @@ def test_every_change_is_told() -> None:
 
 
 def test_an_upcast_or_allowed_changes_are_no_obstacle() -> None:
-    """Outputs that the contract's upcast reads, or that are to be read whatever recorded them, are no change."""
+    """Outputs that the contract's upcast reads, or that are to be read whatever recorded them, are no
+    change."""
     upcast = node("a", Longer, upcast=lambda raw: {**raw, "n": 1})
     assert changes({(0, ""): recorded_run("a")}, upcast) == []
     assert changes({(0, ""): recorded_run("a")}, node("a", Longer), allow_changes=True) == []

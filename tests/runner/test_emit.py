@@ -55,7 +55,8 @@ def emitting(name: str, *data: Any) -> Any:
 
 @pytest.mark.core
 async def test_emitted_events_lie_between_the_start_and_the_end() -> None:
-    """A node's events come in order between its start and its end, with its place, its attempt, their name and their data."""
+    """A node's events come in order between its start and its end, with its place, its attempt, their name
+    and their data."""
 
     async def func(state: Num) -> Any:
         here = current_node()
@@ -68,11 +69,17 @@ async def test_emitted_events_lie_between_the_start_and_the_end() -> None:
     events = await events_of(quick(run_id="run"), [node("a", func), emitting("b", "x")])
     shown = [(e.kind, e.node_id, e.name, e.data) for e in events]
     assert shown == [
-        ("run_start", None, None, None), ("node_start", "a", None, None), ("node_event", "a", "delta", "Hel"),
-        ("node_event", "a", "delta", "lo"), ("node_event", "a", "progress", {"done": 1, "of": [2, None, 0.5]}),
-        ("node_success", "a", None, None), ("node_start", "b", None, None), ("node_event", "b", "delta", "x"),
-        ("node_success", "b", None, None), ("run_end", None, None, None),
-    ]  # fmt: skip
+        ("run_start", None, None, None),
+        ("node_start", "a", None, None),
+        ("node_event", "a", "delta", "Hel"),
+        ("node_event", "a", "delta", "lo"),
+        ("node_event", "a", "progress", {"done": 1, "of": [2, None, 0.5]}),
+        ("node_success", "a", None, None),
+        ("node_start", "b", None, None),
+        ("node_event", "b", "delta", "x"),
+        ("node_success", "b", None, None),
+        ("run_end", None, None, None),
+    ]
     assert [event.number for event in events] == list(range(1, 11))
     first = events[2]
     assert (first.run_id, first.position, first.branch, first.attempt) == ("run", 0, "", 1)
@@ -84,7 +91,8 @@ async def test_emitted_events_lie_between_the_start_and_the_end() -> None:
 
 @pytest.mark.parametrize("is_async", [True, False])
 async def test_an_event_is_read_while_its_node_runs(is_async: bool) -> None:
-    """A reader gets an event at once, also that of a plain function in a thread: the function waits here for it to be read."""
+    """A reader gets an event at once, also that of a plain function in a thread: the function waits here for
+    it to be read."""
     read = threading.Event()
 
     async def waits(state: Num) -> Any:
@@ -109,7 +117,8 @@ async def test_an_event_is_read_while_its_node_runs(is_async: bool) -> None:
 
 @pytest.mark.core
 async def test_threads_emit_at_the_same_time() -> None:
-    """Each of many threads emits in its order; no event is lost, doubled or out of the order of the numbers."""
+    """Each of many threads emits in its order; no event is lost, doubled or out of the order of the
+    numbers."""
 
     def func(state: Num) -> Any:
         here = current_node()
@@ -143,7 +152,8 @@ async def test_without_a_reader_emit_does_nothing(caplog: pytest.LogCaptureFixtu
 
 @pytest.mark.core
 async def test_a_reader_that_stands_still() -> None:
-    """The newest emitted events are pending for it, one event counts the others in their place, and starts and ends are all there."""
+    """The newest emitted events are pending for it, one event counts the others in their place, and starts
+    and ends are all there."""
 
     async def func(state: Num) -> Any:
         for index in range(MAX_EMITTED):
@@ -156,9 +166,16 @@ async def test_a_reader_that_stands_still() -> None:
         await asyncio.wait({stream._run._task})  # type: ignore[arg-type]
         events = [event async for event in stream]
     assert [(event.kind, event.details.get("dropped")) for event in events if event.kind != "node_event"] == [
-        ("run_start", None), ("node_start", None), ("events_dropped", 2 * MAX_EMITTED), ("node_success", None),
-        ("node_start", None), ("node_success", None), ("node_start", None), ("node_success", None), ("run_end", None),
-    ]  # fmt: skip
+        ("run_start", None),
+        ("node_start", None),
+        ("events_dropped", 2 * MAX_EMITTED),
+        ("node_success", None),
+        ("node_start", None),
+        ("node_success", None),
+        ("node_start", None),
+        ("node_success", None),
+        ("run_end", None),
+    ]
     assert emitted(events) == list(range(MAX_EMITTED))
     assert {event.node_id for event in events if event.kind == "node_event"} == {"c"}
     numbers = [event.number for event in events]
@@ -175,7 +192,8 @@ def started_hub() -> tuple[EventHub, NodeExecution]:
 
 
 async def test_drops_are_counted_each_time() -> None:
-    """A reader that falls behind twice gets a count for each gap: what it read and what was dropped is all there was."""
+    """A reader that falls behind twice gets a count for each gap: what it read and what was dropped is all
+    there was."""
     hub, here = started_hub()
     reader = hub.add_reader()
     read, dropped, sent = 0, 0, 0
@@ -192,7 +210,8 @@ async def test_drops_are_counted_each_time() -> None:
 
 
 def test_a_hub_takes_events_of_running_attempts_only() -> None:
-    """Whatever a thread that races with an end has read before: an event never precedes a start or follows an end."""
+    """Whatever a thread that races with an end has read before: an event never precedes a start or follows an
+    end."""
     for end in ("node_success", "node_failure", "node_cancelled", "node_suspended"):
         hub, here = started_hub()
         reader = hub.add_reader()
@@ -239,7 +258,8 @@ async def test_one_that_stands_still_stops_no_other_reader() -> None:
 
 @pytest.mark.core
 async def test_each_attempt_has_an_id_of_its_own() -> None:
-    """Attempts of a node, of a group and of its children have different ids, each on the start, the events and the end."""
+    """Attempts of a node, of a group and of its children have different ids, each on the start, the events
+    and the end."""
     left = [TimeoutError("again")]
 
     async def flaky(state: Num) -> Any:
@@ -259,8 +279,11 @@ async def test_each_attempt_has_an_id_of_its_own() -> None:
         if event.attempt_id is not None:
             ids.setdefault(event.attempt_id, []).append(event)
     assert [event.kind for event in events if event.attempt_id is None and event.node_id] == [
-        "node_retry", "node_retry", "map_progress", "map_progress",
-    ]  # fmt: skip
+        "node_retry",
+        "node_retry",
+        "map_progress",
+        "map_progress",
+    ]
     # Three attempts of the group and of its child, those of the two items, and that of the map.
     assert len(ids) == 3 + 3 + 2 + 1
     for same_attempt in ids.values():
@@ -290,7 +313,8 @@ async def test_ids_of_attempts_differ_over_processes(tmp_path: Path) -> None:
 
 
 def _keep(emits: list[Callable[[], None]]) -> Any:
-    """Return a node whose first attempt fails, and that leaves a function that emits in the context of that attempt."""
+    """Return a node whose first attempt fails, and that leaves a function that emits in the context of that
+    attempt."""
 
     async def func(state: Num) -> Any:
         here = current_node()
@@ -309,7 +333,8 @@ def _keep(emits: list[Callable[[], None]]) -> Any:
 
 @pytest.mark.core
 async def test_a_dead_attempt_emits_nothing() -> None:
-    """What outlives its attempt, in a thread or a task, emits neither after its end nor for the next attempt."""
+    """What outlives its attempt, in a thread or a task, emits neither after its end nor for the next
+    attempt."""
     emits: list[Callable[[], None]] = []
 
     async def after(*_: Any) -> None:
@@ -322,7 +347,8 @@ async def test_a_dead_attempt_emits_nothing() -> None:
 
 
 async def test_a_thread_that_was_given_up_emits_nothing() -> None:
-    """A plain function whose time is up goes on in its thread, and none of what it emits is in the next attempt."""
+    """A plain function whose time is up goes on in its thread, and none of what it emits is in the next
+    attempt."""
     go, over = threading.Event(), threading.Event()
 
     def func(state: Num) -> Any:
@@ -352,7 +378,8 @@ class Progress(BaseModel):
 
 
 async def test_models_and_copies() -> None:
-    """A model is emitted as JSON, without its secrets; data that is changed after the call was emitted as it was."""
+    """A model is emitted as JSON, without its secrets; data that is changed after the call was emitted as it
+    was."""
 
     async def func(state: Num) -> Any:
         here, data = current_node(), {"list": [1]}
@@ -366,13 +393,17 @@ async def test_models_and_copies() -> None:
     events = await events_of(quick(), [node("a", func)])
     hidden = "**********"
     assert emitted(events) == [
-        {"done": 3, "secret": hidden}, {"inside": [{"done": 4, "secret": hidden}]}, {"list": [1]}, None,
-    ]  # fmt: skip
+        {"done": 3, "secret": hidden},
+        {"inside": [{"done": 4, "secret": hidden}]},
+        {"list": [1]},
+        None,
+    ]
 
 
 @pytest.mark.core
 async def test_data_that_is_not_json(caplog: pytest.LogCaptureFixture) -> None:
-    """It is dropped with one warning for each node and type, which names both and not the data; the node goes on."""
+    """It is dropped with one warning for each node and type, which names both and not the data; the node goes
+    on."""
 
     around: list[Any] = []
     around.append(around)
@@ -441,7 +472,8 @@ async def test_nothing_of_an_event_is_recorded(tmp_path: Path) -> None:
 
 @pytest.mark.core
 async def test_what_an_end_says_as_json() -> None:
-    """Ends say in JSON what a consumer needs: the output, usage and duration, and class, message and reason of a failure."""
+    """Ends say in JSON what a consumer needs: the output, usage and duration, and class, message and reason
+    of a failure."""
 
     async def fails(state: Num) -> Any:
         raise TimeoutError("too late for n=777777")
@@ -463,8 +495,10 @@ async def test_what_an_end_says_as_json() -> None:
     stream = runner.stream([node("b", fails)], Num(n=777_777))
     failure = next(e.to_dict() for e in [event async for event in stream] if e.kind == "node_failure")
     assert failure["details"]["failure"] == {
-        "class": "RECOVERABLE", "message": "too late for n=[redacted]", "reason": "timeout",
-    }  # fmt: skip
+        "class": "RECOVERABLE",
+        "message": "too late for n=[redacted]",
+        "reason": "timeout",
+    }
 
 
 @pytest.mark.core

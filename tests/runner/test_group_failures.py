@@ -1,4 +1,5 @@
-"""Groups, in what a run in good order never shows: what is tried again, what is kept, and what stops all around it."""
+"""Groups, in what a run in good order never shows: what is tried again, what is kept, and what stops all
+around it."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ async def test_a_group_is_tried_as_often_as_its_own_policy_says(retries: int) ->
 
 
 async def test_what_a_group_committed_is_forgotten_when_it_is_done() -> None:
-    """The same group later in the run calls its children again; so does one inside a group that is tried again."""
+    """The same group later in the run calls its children again; so does one inside a group that is tried
+    again."""
     calls: list[str] = []
     down = ConnectionError("down")
 
@@ -156,13 +158,16 @@ def keeps_no_output(session: Any) -> Any:
 
 
 async def test_a_group_whose_child_was_not_kept_is_not_tried_again() -> None:
-    """The child's output is safe with nobody: the run stops, PARTIAL whatever a classifier says, and can be resumed."""
+    """The child's output is safe with nobody: the run stops, PARTIAL whatever a classifier says, and can be
+    resumed."""
     calls: list[str] = []
 
     runner = StromaRunner.quick(
-        store=Journal(keeps_no_output), policy_map=ONCE, node_policies={"parallel(a)": ONCE},
+        store=Journal(keeps_no_output),
+        policy_map=ONCE,
+        node_policies={"parallel(a)": ONCE},
         classifiers=[lambda error, _: FailureClass.TERMINAL],
-    )  # fmt: skip
+    )
     result = await runner.run([parallel(counted(calls, "a", {"n": 1}))], Num())
     assert (result.status, calls) == (RunStatus.PARTIAL, ["a"])
     assert result.failure is not None
@@ -172,7 +177,8 @@ async def test_a_group_whose_child_was_not_kept_is_not_tried_again() -> None:
 
 @pytest.mark.parametrize("deep", [False, True])
 async def test_siblings_of_what_crossed_a_limit_finish(deep: bool) -> None:
-    """What is in flight was paid for: it is kept, also beside a group inside of which the limit was crossed."""
+    """What is in flight was paid for: it is kept, also beside a group inside of which the limit was
+    crossed."""
     calls: list[str] = []
     started, spent = asyncio.Event(), asyncio.Event()
 
@@ -195,16 +201,20 @@ async def test_siblings_of_what_crossed_a_limit_finish(deep: bool) -> None:
     outer = parallel(parallel(parallel(inner)) if deep else inner, node("b", slow, Num, M))
     store = AsyncInMemoryStore()
     runner = StromaRunner.quick(
-        store=store, policy_map=ONCE, node_policies={outer.node_id: ONCE},
-        budget=ExecutionBudget(max_tokens_total=10), hooks=NodeHooks(on_node_failure=raise_from_hook),
-    )  # fmt: skip
+        store=store,
+        policy_map=ONCE,
+        node_policies={outer.node_id: ONCE},
+        budget=ExecutionBudget(max_tokens_total=10),
+        hooks=NodeHooks(on_node_failure=raise_from_hook),
+    )
     result = await runner.run([outer], Num(), run_id="r")
     assert (result.status, calls, len(result.trace)) == (RunStatus.PARTIAL, ["slow"], 1)
     assert [row.output for row in store.attempts("r") if row.node_id == "b"] == [b'{"m":1}']
 
 
 async def test_a_group_whose_childs_failure_was_not_kept_is_not_tried_again() -> None:
-    """What a failed child used could not be noted: nothing more is spent, whatever the policies of the groups say."""
+    """What a failed child used could not be noted: nothing more is spent, whatever the policies of the groups
+    say."""
     calls: list[str] = []
 
     def between(session: Any) -> Any:
@@ -321,7 +331,8 @@ async def test_where_a_restored_node_stands_is_told() -> None:
 
 
 async def test_groups_side_by_side_in_plain_code() -> None:
-    """What one group has committed is not forgotten when another one is done: each is tried again with its own."""
+    """What one group has committed is not forgotten when another one is done: each is tried again with its
+    own."""
     calls: list[str] = []
     other_done = asyncio.Event()
 

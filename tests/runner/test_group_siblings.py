@@ -68,7 +68,8 @@ async def test_children_that_wait_are_not_called_after_a_crossed_limit() -> None
 
 @pytest.mark.core
 async def test_a_failing_child_ends_its_siblings() -> None:
-    """When a child has failed for good its siblings are cancelled, and the run does not wait for what they await."""
+    """When a child has failed for good its siblings are cancelled, and the run does not wait for what they
+    await."""
     finished: list[str] = []
 
     async def slow(state: Num) -> Any:
@@ -94,7 +95,8 @@ class Other(BaseModel):
 
 
 async def test_siblings_are_cancelled_in_the_order_of_their_starts() -> None:
-    """What a group does when a child fails is the same each time: not even the order of cancellations differs."""
+    """What a group does when a child fails is the same each time: not even the order of cancellations
+    differs."""
     ended: list[str] = []
     all_wait = asyncio.Event()
 
@@ -199,8 +201,8 @@ store = store_fixture("async-memory", "sqlite")
 
 @pytest.mark.parametrize("depth", [1, 2])
 async def test_a_child_cancelled_right_after_its_commit_is_not_called_again(depth: int, store: Any) -> None:
-    """A child that was committed is not called again by the group's next attempt, though its sibling's failure
-    cancelled it before its success hook had ended."""
+    """A child that was committed is not called again by the group's next attempt, though its sibling's
+    failure cancelled it before its success hook had ended."""
     calls: collections.Counter[str] = collections.Counter()
     committed = asyncio.Event()
 
@@ -237,7 +239,8 @@ async def test_a_child_cancelled_right_after_its_commit_is_not_called_again(dept
 
 @pytest.mark.parametrize("how", ["failure", "timeout"])
 async def test_a_child_interrupted_while_it_is_committed_is_not_called_again(how: str) -> None:
-    """A child whose commit was under way when its group failed or timed out is kept, and is not called again."""
+    """A child whose commit was under way when its group failed or timed out is kept, and is not called
+    again."""
     calls: collections.Counter[str] = collections.Counter()
     saving, release = asyncio.Event(), asyncio.Event()
 
@@ -283,7 +286,8 @@ async def test_a_child_interrupted_while_it_is_committed_is_not_called_again(how
 
 
 async def test_steps_side_by_side_do_not_forget_each_others_children() -> None:
-    """Two steps of one context run at the same time: the end of one makes no child of the other's group run again."""
+    """Two steps of one context run at the same time: the end of one makes no child of the other's group run
+    again."""
     calls: list[str] = []
     failed, other_done = asyncio.Event(), asyncio.Event()
 
@@ -330,7 +334,8 @@ async def test_steps_side_by_side_do_not_forget_each_others_children() -> None:
 
 
 async def test_many_steps_of_one_context_at_once(store: Any) -> None:
-    """Steps begun side by side on one context open its run once, and each has a place, a key and an event of its own."""
+    """Steps begun side by side on one context open its run once, and each has a place, a key and an event of
+    its own."""
     ctx = ReliabilityContext.for_run(RunConfig(run_id="side"), ContractRegistry(), CheckpointManager(store))
     keys: list[str] = []
 
@@ -349,8 +354,8 @@ async def test_many_steps_of_one_context_at_once(store: Any) -> None:
 
 
 async def test_a_crossed_budget_comes_before_a_siblings_failure() -> None:
-    """Once a child has crossed the budget, a sibling that fails afterwards cancels nobody: children in flight finish,
-    and the run stops as PARTIAL for its budget."""
+    """Once a child has crossed the budget, a sibling that fails afterwards cancels nobody: children in flight
+    finish, and the run stops as PARTIAL for its budget."""
     entry = InMemoryStore()
     crossed, broken, started = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
@@ -427,7 +432,8 @@ async def test_a_group_is_tried_again_after_a_childs_own_budget_error() -> None:
 
 
 async def test_siblings_of_a_failed_attempt_over_the_limit_finish() -> None:
-    """Children in flight finish and commit when a limit is crossed, also if the attempt that crossed it failed."""
+    """Children in flight finish and commit when a limit is crossed, also if the attempt that crossed it
+    failed."""
     store = AsyncInMemoryStore()
     started = asyncio.Event()
 

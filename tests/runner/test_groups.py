@@ -238,7 +238,8 @@ async def test_a_child_without_a_contract_passes_unvalidated() -> None:
 
 @pytest.mark.parametrize("output", [None, [1], 5], ids=repr)
 async def test_what_cannot_be_merged_is_a_failure(output: Any) -> None:
-    """A child without a contract whose output is neither dict nor model fails the group, with a message that says so."""
+    """A child without a contract whose output is neither dict nor model fails the group, with a message that
+    says so."""
     result = await quick().run([parallel(bare("c", giving(output)))], Num())
     assert result.status in (RunStatus.PARTIAL, RunStatus.FAILED)
     assert result.failure is not None
@@ -274,7 +275,8 @@ def test_groups_refuse_nonsense_when_they_are_made() -> None:
 
 @pytest.mark.core
 async def test_the_trace_of_a_group() -> None:
-    """The group is one top-level event; len, iteration, failures and events_for see that level, walk() sees all."""
+    """The group is one top-level event; len, iteration, failures and events_for see that level, walk() sees
+    all."""
     left = [TimeoutError("again")]
 
     async def flaky(state: Num) -> Any:
@@ -434,7 +436,8 @@ async def test_the_childs_own_exception_and_class_come_out(error: Exception, dep
 
 
 async def test_a_childs_violation_stops_the_group() -> None:
-    """A child whose output breaks its contract fails the group as FAILED, with the child named in the violation."""
+    """A child whose output breaks its contract fails the group as FAILED, with the child named in the
+    violation."""
     result = await quick().run([parallel(node("bad", giving({"left": "x"}), Num, Left))], Num())
     assert result.status is RunStatus.FAILED
     assert result.failure is not None
@@ -470,7 +473,8 @@ async def test_children_retry_by_their_own_policies() -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("store", [AsyncInMemoryStore, InMemoryStore, None], ids=["async", "sync", "simple"])
 async def test_a_retried_group_runs_only_what_is_not_committed(store: Any) -> None:
-    """G5: with node_policies naming the group, each group attempt runs only the children not yet committed."""
+    """G5: with node_policies naming the group, each group attempt runs only the children not yet
+    committed."""
     calls: Counter[str] = Counter()
     done = asyncio.Event()
 
@@ -531,7 +535,8 @@ async def test_retried_children_begin_anew() -> None:
 
 
 async def test_a_timeout_under_the_groups_id_bounds_it_all() -> None:
-    """A node timeout under the group's id bounds the whole group, cancels its children and names the group."""
+    """A node timeout under the group's id bounds the whole group, cancels its children and names the
+    group."""
     ended: list[str] = []
 
     async def hangs(state: Num) -> Any:
@@ -626,7 +631,8 @@ async def test_a_child_that_refuses_to_be_cancelled_is_kept() -> None:
 
 @pytest.mark.core
 async def test_children_in_flight_finish_when_a_limit_is_crossed() -> None:
-    """Children in flight when a limit is crossed finish and commit; nothing new is called; the run is PARTIAL."""
+    """Children in flight when a limit is crossed finish and commit; nothing new is called; the run is
+    PARTIAL."""
     store = InMemoryStore()
     crossed = asyncio.Event()
     calls: list[str] = []
@@ -707,7 +713,8 @@ async def test_latency_of_a_group_is_its_own_wall_time(monkeypatch: pytest.Monke
 
 
 async def test_the_latency_deadline_ends_children_in_flight() -> None:
-    """max_latency_ms is a deadline for the children of a group as well: BudgetExceeded("latency"), PARTIAL."""
+    """max_latency_ms is a deadline for the children of a group as well: BudgetExceeded("latency"),
+    PARTIAL."""
 
     async def hangs(state: Num) -> Any:
         await asyncio.Event().wait()
@@ -871,7 +878,8 @@ async def test_a_group_as_a_step() -> None:
 
 
 async def test_the_final_state_of_a_group_declares_its_fields() -> None:
-    """What children without a contract gave are fields of the final state's class; it reads its own JSON back."""
+    """What children without a contract gave are fields of the final state's class; it reads its own JSON
+    back."""
 
     def gives(name: str) -> Any:
         return bare(name, giving({name: [name]}))
@@ -937,7 +945,8 @@ async def test_concurrent_runs_of_one_group_do_not_mix() -> None:
 
 @pytest.mark.core
 async def test_map_over_collects_in_order() -> None:
-    """map_over runs one node for each item and collects the outputs in order, whichever ends first; other fields stay."""
+    """map_over runs one node for each item and collects the outputs in order, whichever ends first; other
+    fields stay."""
     gates = [asyncio.Event() for _ in range(4)]
     gates[3].set()
 
@@ -1120,7 +1129,8 @@ class DictRoot(RootModel[dict[str, Any]]):
     ids=["dict", "model", "root-model"],
 )
 async def test_map_over_what_no_class_names_the_fields_of(contract: Any, returned: Any) -> None:
-    """map_over finds its list in what a node without a contract returned, and in a root model of a dict; the rest is kept."""
+    """map_over finds its list in what a node without a contract returned, and in a root model of a dict; the
+    rest is kept."""
     given = []
 
     async def shout(state: Word) -> Any:
@@ -1165,7 +1175,8 @@ async def test_a_list_that_is_not_there_is_told_with_what_is() -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("how", ["map_over", "parallel"])
 async def test_keys_that_are_no_names_are_refused(how: str) -> None:
-    """A dict with other keys than text cannot be merged, and says so before it is kept where nobody could read it."""
+    """A dict with other keys than text cannot be merged, and says so before it is kept where nobody could
+    read it."""
 
     async def free(state: Any) -> Any:
         return {"items": [1], 7: "seven"}
@@ -1191,7 +1202,8 @@ async def test_map_over_a_group() -> None:
 
 
 async def test_map_over_by_hand() -> None:
-    """Called by hand, map_over calls the node once per item and gives the state's fields with the list in it."""
+    """Called by hand, map_over calls the node once per item and gives the state's fields with the list in
+    it."""
 
     async def double(state: Num) -> Any:
         return {"n": state.n * 2}, 5

@@ -1,4 +1,5 @@
-"""Maps over many items: where items come from and outputs go, failures that are collected, progress, resuming."""
+"""Maps over many items: where items come from and outputs go, failures that are collected, progress,
+resuming."""
 
 import asyncio
 import gc
@@ -159,7 +160,8 @@ async def test_from_a_file_into_a_field(store: Any, tmp_path: Path, doubler: Dou
 
 @pytest.mark.parametrize("kind", ["list", "generator", "async"])
 async def test_from_a_function_into_the_journal(store: Any, doubler: Doubler, kind: str) -> None:
-    """A function of the state gives any iterable; outputs in the journal are read a page at a time, in order."""
+    """A function of the state gives any iterable; outputs in the journal are read a page at a time, in
+    order."""
     closed = []
 
     async def later(state: State) -> AsyncIterator[Any]:
@@ -397,7 +399,8 @@ async def test_a_shutdown_lets_the_items_in_flight_end(store: Any, tmp_path: Pat
 
 @pytest.mark.core
 async def test_a_changed_file_is_refused(store: Any, tmp_path: Path, doubler: Doubler) -> None:
-    """A resume with a file that has changed is PipelineChanged before anything is called, and nothing is lost."""
+    """A resume with a file that has changed is PipelineChanged before anything is called, and nothing is
+    lost."""
     source, out = write(tmp_path / "in", range(300)), tmp_path / "out"
     doubler.failing = {250}
     work = map_over(JsonLines(source), doubler.node, into=JsonLines(out))
@@ -523,7 +526,8 @@ async def test_resume_from_the_map_makes_all_anew(store: Any, tmp_path: Path, do
 
 @pytest.mark.core
 async def test_another_attempt_of_the_map(store: Any, tmp_path: Path, doubler: Doubler) -> None:
-    """node_policies may try a map again: only the items that are not committed are called, and none is remembered."""
+    """node_policies may try a map again: only the items that are not committed are called, and none is
+    remembered."""
     source, out = write(tmp_path / "in", range(300)), tmp_path / "out"
     work = map_over(JsonLines(source), doubler.node, into=JsonLines(out))
     doubler.failing = {150}
@@ -601,7 +605,8 @@ async def test_a_timeout_bounds_the_whole_map(tmp_path: Path, into: str) -> None
 
 
 async def test_taken_over_in_the_middle(tmp_path: Path, doubler: Doubler) -> None:
-    """A map whose run is taken over stops with Fenced: nothing is collected, and the new owner makes it complete."""
+    """A map whose run is taken over stops with Fenced: nothing is collected, and the new owner makes it
+    complete."""
     source, out = write(tmp_path / "in", range(200)), tmp_path / "out"
     work = map_over(
         JsonLines(source), doubler.node, into=JsonLines(out), max_concurrency=4, on_item_failure="collect"
@@ -631,7 +636,8 @@ async def test_taken_over_in_the_middle(tmp_path: Path, doubler: Doubler) -> Non
 async def test_ends_of_items_are_told_again(
     tmp_path: Path, doubler: Doubler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With at-least-once delivery the end of an item is told by the process that goes on, with the item's output."""
+    """With at-least-once delivery the end of an item is told by the process that goes on, with the item's
+    output."""
     doubler.failing = {3}
     work = map_over(
         JsonLines(write(tmp_path / "in", range(6))), doubler.node, into=Journal(), max_concurrency=1
@@ -675,11 +681,15 @@ async def test_failures_are_collected(store: Any, tmp_path: Path, doubler: Doubl
     well = [n for n in range(10) if n not in (3, 7)]
     wanted = [
         {
-            "index": n, "node_id": "double", "failure_class": "AMBIGUOUS", "message": "no", "reason": None,
+            "index": n,
+            "node_id": "double",
+            "failure_class": "AMBIGUOUS",
+            "message": "no",
+            "reason": None,
             "attempts": 1,
         }
         for n in (3, 7)
-    ]  # fmt: skip
+    ]
     if into == "field":
         assert (state["made"], state["made_failures"]) == (doubled(well), wanted)
     elif into == "file":
@@ -697,7 +707,8 @@ async def test_failures_are_collected(store: Any, tmp_path: Path, doubler: Doubl
 async def test_failed_items_are_run_again_if_asked(
     store: Any, tmp_path: Path, doubler: Doubler, into: str
 ) -> None:
-    """A resume leaves failed items as they are; with retry_failed_items it runs just those, and what follows the map."""
+    """A resume leaves failed items as they are; with retry_failed_items it runs just those, and what follows
+    the map."""
     doubler.failing = {3, 7}
     out = tmp_path / "out.jsonl"
     after: list[int] = []
@@ -725,8 +736,11 @@ async def test_failed_items_are_run_again_if_asked(
     doubler.failing = set()
     last = await runner.run(work, State(), resume=True, retry_failed_items=True)
     assert (last.status, last.failed_items, doubler.calls.total(), len(after)) == (
-        RunStatus.RESUMED, 0, 13, 3,
-    )  # fmt: skip
+        RunStatus.RESUMED,
+        0,
+        13,
+        3,
+    )
     if into == "file":
         assert (read(out), read(tmp_path / "out.failures.jsonl")) == (doubled(range(10)), [])
     else:
@@ -742,7 +756,8 @@ async def test_failed_items_are_run_again_if_asked(
 async def test_collected_failures_outlive_the_process(
     store: Any, tmp_path: Path, doubler: Doubler, into: str
 ) -> None:
-    """A failure that was collected before the run stopped is neither lost nor run again; "stop" runs it again."""
+    """A failure that was collected before the run stopped is neither lost nor run again; "stop" runs it
+    again."""
     doubler.failing = {3}
     target: Any = "made" if into == "field" else JsonLines(tmp_path / "out")
     source = JsonLines(write(tmp_path / "in", range(30)))
@@ -933,23 +948,40 @@ def test_what_is_refused_when_a_map_is_made(doubler: Doubler) -> None:
     inner = map_over("nums", doubler.node, into="made")
     apart = map_over("nums", doubler.node, into=Journal())
     for error, message, make in (
-        (TypeError, "must be the name of a list field, JsonLines", lambda: map_over(3, doubler.node, into="a")),  # type: ignore[arg-type]
-        (TypeError, r"must be the name of a field, JsonLines\(path\) or Journal", lambda: map_over("a", doubler.node, into=3)),  # type: ignore[arg-type]
+        (
+            TypeError,
+            "must be the name of a list field, JsonLines",
+            lambda: map_over(3, doubler.node, into="a"),
+        ),  # type: ignore[arg-type]
+        (
+            TypeError,
+            r"must be the name of a field, JsonLines\(path\) or Journal",
+            lambda: map_over("a", doubler.node, into=3),
+        ),  # type: ignore[arg-type]
         (ValueError, "is not the name of a field", lambda: map_over("a b", doubler.node, into="a")),
         (ValueError, "is not the name of a field", lambda: map_over("a", doubler.node, into="a b")),
-        (ValueError, 'must be "stop" or "collect"', lambda: map_over("a", doubler.node, into="b", on_item_failure="go")),  # type: ignore[arg-type]
+        (
+            ValueError,
+            'must be "stop" or "collect"',
+            lambda: map_over("a", doubler.node, into="b", on_item_failure="go"),
+        ),  # type: ignore[arg-type]
         (ValueError, "cannot be nested in a map", lambda: map_over("a", inner, into=Journal())),
-        (ValueError, "cannot be nested in a map", lambda: map_over("a", parallel(apart, doubler.node), into="b")),
+        (
+            ValueError,
+            "cannot be nested in a map",
+            lambda: map_over("a", parallel(apart, doubler.node), into="b"),
+        ),
         (ValueError, "needs either a path, or field=", lambda: JsonLines()),
         (ValueError, "needs either a path, or field=", lambda: JsonLines("a", field="b")),
         (ValueError, "is not the name of a field", lambda: JsonLines(field="a b")),
-    ):  # fmt: skip
+    ):
         with pytest.raises(error, match=message):
             make()
 
 
 async def test_stores_and_runs_without_items(tmp_path: Path, doubler: Doubler) -> None:
-    """Outputs that cannot be read back are told before anything is called; so are maps that are not in the journal."""
+    """Outputs that cannot be read back are told before anything is called; so are maps that are not in the
+    journal."""
 
     class Simple:
         def save(self, *_: Any) -> None: ...
@@ -988,7 +1020,8 @@ async def test_by_hand(tmp_path: Path, doubler: Doubler) -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("into", ["field", "file"])
 async def test_progress(store: Any, tmp_path: Path, doubler: Doubler, into: str) -> None:
-    """on_map_progress tells n of m at the begin, at the end and now and then in between, restored items among them."""
+    """on_map_progress tells n of m at the begin, at the end and now and then in between, restored items among
+    them."""
     source = JsonLines(write(tmp_path / "in", range(50)))
     target: Any = "made" if into == "field" else JsonLines(tmp_path / "out")
     work = map_over(source, doubler.node, into=target, on_item_failure="collect", max_concurrency=1)
@@ -1014,7 +1047,8 @@ async def test_progress(store: Any, tmp_path: Path, doubler: Doubler, into: str)
 
 @pytest.mark.core
 async def test_the_trace_of_many_items_is_short_and_its_sums_exact(doubler: Doubler) -> None:
-    """Of a map into the journal the first events and failures are kept, the rest is counted: totals stay exact."""
+    """Of a map into the journal the first events and failures are kept, the rest is counted: totals stay
+    exact."""
     doubler.failing = set(range(0, 5000, 2))
     work = map_over("nums", doubler.node, into=Journal(), on_item_failure="collect")
     result = await quick(AsyncInMemoryStore()).run([work], State(nums=list(range(5000))))
@@ -1144,7 +1178,8 @@ async def test_a_map_as_a_step_of_plain_code(tmp_path: Path, doubler: Doubler) -
 
 
 def test_what_the_checker_says(doubler: Doubler) -> None:
-    """Items from outside are not looked for in the state, and a state that goes on as it is still fits what follows."""
+    """Items from outside are not looked for in the state, and a state that goes on as it is still fits what
+    follows."""
 
     async def same(state: Any) -> Any:
         return state

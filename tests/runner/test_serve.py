@@ -94,7 +94,8 @@ async def test_a_worker_continues_an_answered_run(store: Any, clock: Clock) -> N
 
 
 async def test_a_worker_continues_interrupted_runs(store: Any) -> None:
-    """Runs that a shutdown ended are continued, of lists too; runs of other pipelines, and runs that ended, are not."""
+    """Runs that a shutdown ended are continued, of lists too; runs of other pipelines, and runs that ended,
+    are not."""
     world = World()
     steps = [world.step("a"), world.step("b")]
     one, other = Pipeline("one", steps), Pipeline("other", steps)
@@ -182,7 +183,8 @@ async def test_concurrency_is_bounded(clock: Clock) -> None:
 
 
 async def test_a_shutdown_drains(store: Any, clock: Clock) -> None:
-    """After a shutdown no run is taken up; one in progress ends, or is interrupted and continued by another worker."""
+    """After a shutdown no run is taken up; one in progress ends, or is interrupted and continued by another
+    worker."""
     world = World()
     sleepy = _sleepy(world)
     for number in (0, 100):
@@ -206,7 +208,8 @@ async def test_a_shutdown_drains(store: Any, clock: Clock) -> None:
 
 
 async def test_a_cancelled_worker_interrupts_its_runs(store: Any, clock: Clock) -> None:
-    """Cancelling serve() ends its runs as INTERRUPTED, so that another worker continues them; others go on."""
+    """Cancelling serve() ends its runs as INTERRUPTED, so that another worker continues them; others go
+    on."""
     world = World()
     sleepy = _sleepy(world)
     await _runner(store).run(sleepy, Num(), run_id="r")
@@ -225,7 +228,8 @@ async def test_a_cancelled_worker_interrupts_its_runs(store: Any, clock: Clock) 
 async def test_a_run_that_cannot_be_resumed_does_not_stop_the_others(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is logged and tried again after a second, then after twice as long; the others are continued meanwhile."""
+    """It is logged and tried again after a second, then after twice as long; the others are continued
+    meanwhile."""
     store = AsyncInMemoryStore()
     world = World()
     sleepy = _sleepy(world)
@@ -359,7 +363,8 @@ async def test_wrong_arguments(tmp_path: Any) -> None:
 
 
 async def test_an_answer_that_comes_while_a_run_is_suspended_is_taken_at_once(store: Any) -> None:
-    """A run that is answered before the worker has left it is continued by that worker, without waiting for a claim to end."""
+    """A run that is answered before the worker has left it is continued by that worker, without waiting for a
+    claim to end."""
 
     @stroma_flow("ask", input=Num, output=Text)
     async def ask(flow: Flow, state: Num) -> Text:

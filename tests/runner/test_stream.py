@@ -67,7 +67,8 @@ async def until(condition: Any) -> None:
 
 
 async def test_events_in_order_and_the_result_at_the_end() -> None:
-    """Every start, end, retry and skip is an event, in order and numbered; ends carry the trace's event; the result is last."""
+    """Every start, end, retry and skip is an event, in order and numbered; ends carry the trace's event; the
+    result is last."""
     left = [TimeoutError("again")]
 
     async def flaky(state: Num) -> Any:
@@ -79,9 +80,16 @@ async def test_events_in_order_and_the_result_at_the_end() -> None:
     stream = runner.stream([node("a"), node("b", flaky)], Num(n=1))
     events = [event async for event in stream]
     assert summary_of(events) == [
-        ("run_start", None), ("node_start", "a"), ("node_success", "a"), ("node_start", "b"), ("node_failure", "b"),
-        ("node_retry", "b"), ("node_start", "b"), ("node_success", "b"), ("run_end", None),
-    ]  # fmt: skip
+        ("run_start", None),
+        ("node_start", "a"),
+        ("node_success", "a"),
+        ("node_start", "b"),
+        ("node_failure", "b"),
+        ("node_retry", "b"),
+        ("node_start", "b"),
+        ("node_success", "b"),
+        ("run_end", None),
+    ]
     assert [event.number for event in events] == list(range(1, 10))
     assert {event.run_id for event in events} == {"run"}
     result = events[-1].result
@@ -112,7 +120,8 @@ async def test_a_stream_is_as_quick_as_the_run() -> None:
 
 
 async def test_groups_and_maps_are_told() -> None:
-    """Children of groups have their place; a map tells how far it is; a group's own event holds none of its children's."""
+    """Children of groups have their place; a map tells how far it is; a group's own event holds none of its
+    children's."""
     pipeline = [
         parallel(node("a"), node("b")),
         map_over(lambda s: [{"n": 1}, {"n": 2}], node("c"), into="made"),
@@ -121,8 +130,10 @@ async def test_groups_and_maps_are_told() -> None:
     places = [(e.node_id, e.position, e.branch) for e in events if e.kind == "node_success"]
     assert sorted(places[:3], key=str) == [("a", 0, "0"), ("b", 0, "1"), ("parallel(a, b)", 0, "")]
     assert sorted(places[3:], key=str) == [
-        ("c", 1, "0"), ("c", 1, "1"), ("map_over(<lambda>, c)", 1, ""),
-    ]  # fmt: skip
+        ("c", 1, "0"),
+        ("c", 1, "1"),
+        ("map_over(<lambda>, c)", 1, ""),
+    ]
     progress = [e.progress for e in events if e.progress is not None]
     assert (progress[-1].done, progress[-1].total, progress[-1].ended) == (2, 2, True)
     assert all(e.event.children == [] for e in events if e.event is not None)
@@ -142,8 +153,10 @@ async def test_suspended_skipped_cancelled_and_budgets_are_told(tmp_path: Path) 
         details = next(e for e in first if e.kind == "node_suspended").details
         assert (details["reason"], details["question"]["id"]) == ("may I?", "1:1")
         assert next(e for e in first if e.kind == "budget_warning").details == {
-            "dimension": "tokens", "used": 5, "limit": 6,
-        }  # fmt: skip
+            "dimension": "tokens",
+            "used": 5,
+            "limit": 6,
+        }
         again = [event async for event in runner.stream(nodes, Num(), resume=True)]
         assert summary_of(again)[1] == ("node_skipped", "a")
         assert again[1].state == {"n": 1}
@@ -189,7 +202,8 @@ async def test_events_as_json() -> None:
 
 @pytest.mark.core
 async def test_the_run_waits_for_a_slow_reader() -> None:
-    """With more than ``buffer`` events before the reader the run waits, longer than hooks may; no event is lost."""
+    """With more than ``buffer`` events before the reader the run waits, longer than hooks may; no event is
+    lost."""
     calls = []
 
     async def count(state: Num) -> Any:
@@ -261,8 +275,11 @@ async def test_reading_may_time_out_and_go_on() -> None:
             except StopAsyncIteration:
                 break
     assert summary_of(events) == [
-        ("run_start", None), ("node_start", "a"), ("node_success", "a"), ("run_end", None),
-    ]  # fmt: skip
+        ("run_start", None),
+        ("node_start", "a"),
+        ("node_success", "a"),
+        ("run_end", None),
+    ]
 
 
 # ---------------------------------------------------------------------- leaving
@@ -290,7 +307,8 @@ class Slow:
 @pytest.mark.core
 @pytest.mark.parametrize("way", ["aclose", "with", "error", "cancelled", "dropped", "broken off"])
 async def test_a_reader_that_leaves_ends_the_run(tmp_path: Path, way: str) -> None:
-    """Whichever way the reader leaves, the run is CANCELLED in its store, its node ended, and a resume goes on."""
+    """Whichever way the reader leaves, the run is CANCELLED in its store, its node ended, and a resume goes
+    on."""
     slow = Slow()
     nodes = [node("a"), slow.node]
     before = asyncio.all_tasks()
@@ -358,7 +376,8 @@ def slow_started(runner: StromaRunner) -> bool:
 @pytest.mark.core
 @pytest.mark.parametrize("way", ["aclose", "dropped"])
 async def test_a_detached_run_goes_on(way: str) -> None:
-    """With on_leave="detach" the run goes on without its reader, to its own end; a shutdown still reaches it."""
+    """With on_leave="detach" the run goes on without its reader, to its own end; a shutdown still reaches
+    it."""
     slow = Slow()
     store = AsyncInMemoryStore()
     runner = quick(store=store, run_id="run")
@@ -478,7 +497,8 @@ async def test_what_is_refused() -> None:
 
 
 async def test_two_readers() -> None:
-    """Each reader has a stream of its own by tee(), with all events; the run ends when the last of them leaves."""
+    """Each reader has a stream of its own by tee(), with all events; the run ends when the last of them
+    leaves."""
     slow = Slow()
     runner = quick(run_id="run")
     one = runner.stream([node("a"), slow.node], Num())

@@ -47,7 +47,8 @@ async def serving(store: Any, *pipelines: Any, **options: Any) -> AsyncIterator[
 
 
 async def test_a_worker_executes_a_submitted_run(store: Any) -> None:
-    """A submitted run waits as QUEUED; a worker executes it from the start, and its handle returns the result."""
+    """A submitted run waits as QUEUED; a worker executes it from the start, and its handle returns the
+    result."""
     world = World()
     pipeline = Pipeline("p", [world.step("a"), world.step("b")])
     handle = await _runner(store).submit(pipeline, Num(n=3), run_id="r")
@@ -59,7 +60,8 @@ async def test_a_worker_executes_a_submitted_run(store: Any) -> None:
 
 
 async def test_a_flow_that_asks(store: Any) -> None:
-    """A handle waits over a suspension: the answer of a person continues the run, and result() returns its end."""
+    """A handle waits over a suspension: the answer of a person continues the run, and result() returns its
+    end."""
     runner = _runner(store)
 
     @runner.flow("ask", input=Num, output=Text)
@@ -115,7 +117,8 @@ async def test_giving_up_a_wait_changes_nothing(store: Any) -> None:
 
 
 async def test_submitting_again_restarts_nothing(store: Any) -> None:
-    """The same submission gives the handle of the run that exists, whatever its status; another input is RunExists."""
+    """The same submission gives the handle of the run that exists, whatever its status; another input is
+    RunExists."""
     world = World()
     pipeline = Pipeline("p", [world.step("a")])
     runner = _runner(store)

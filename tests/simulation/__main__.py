@@ -2,9 +2,9 @@
 
 usage: ./dev run python -m tests.simulation [--seeds N] [--first N] [--fault NAME ...] [--workers N]
 
-Each seed is one history of three processes; the same seed gives the same one. Seeds that break a promise are printed
-with what is wrong, and the first one with its history. `--first SEED --seeds 1` runs one again. `--fault` puts back a fault
-that the simulation must find: see `faults.py`.
+Each seed is one history of three processes; the same seed gives the same one. Seeds that break a promise are
+printed with what is wrong, and the first one with its history. `--first SEED --seeds 1` runs one again.
+`--fault` puts back a fault that the simulation must find: see `faults.py`.
 
 Exit code 0 if every promise held, 1 if one was broken, 2 for wrong arguments.
 """

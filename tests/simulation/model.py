@@ -129,7 +129,8 @@ class _Run:
         return [event for index, event in enumerate(events) if index not in undone], True
 
     def one_owner(self) -> None:
-        """Only the last one that opened the run writes to it, and nobody opens it while another one holds it."""
+        """Only the last one that opened the run writes to it, and nobody opens it while another one holds
+        it."""
         epoch = 0
         for event in self.events:
             when, who, what, _, *more = event
@@ -188,7 +189,8 @@ class _Run:
                 self.problems.append(f"{who} called {more[1]} at {when}, which was committed")
 
     def bad_outputs_are_told(self) -> None:
-        """Whoever calls a node after its recorded bad output is told of it, in whatever process; so often, and no oftener."""
+        """Whoever calls a node after its recorded bad output is told of it, in whatever process; so often,
+        and no oftener."""
         made: dict[tuple[str, str], str] = {}
         recorded: dict[str, str | None] = {}
         repairs: Counter[str] = Counter()
@@ -236,7 +238,8 @@ class _Run:
             self.problems.append(f"its journal has holes: {sorted(self.outputs)}")
 
     def items_in_turn(self) -> None:
-        """Each node of an item was given what the one before it made, and the item has what the last one made."""
+        """Each node of an item was given what the one before it made, and the item has what the last one
+        made."""
         if self.world.kind != "items":
             return
         made = {place: output.get("made") for place, output in self.outputs.items()}
@@ -262,7 +265,8 @@ class _Run:
             self.problems.append(f"the answer of {taken} was taken, the node got {answered['made'][-1]}")
 
     def cancels_hold(self) -> None:
-        """After an acknowledged cancel, whoever goes on with the run calls nothing, and whoever had it stores nothing."""
+        """After an acknowledged cancel, whoever goes on with the run calls nothing, and whoever had it stores
+        nothing."""
         cancelled = ended = False
         late: set[int] = set()
         epoch = 0

@@ -1,8 +1,9 @@
-"""A durable store whose calls take time, stop, fail, or lose their answers. Its rows are those of SQLite, in memory.
+"""A durable store whose calls take time, stop, fail, or lose their answers. Its rows are those of SQLite, in
+memory.
 
-What is decided about rows is decided by the code of all durable stores; each operation is one transaction, as in the
-stores for files and servers. Under ``check_then_write`` an operation reads first and writes later, and what others did
-meanwhile shows only where a write compares the epoch of its run.
+What is decided about rows is decided by the code of all durable stores; each operation is one transaction, as
+in the stores for files and servers. Under ``check_then_write`` an operation reads first and writes later, and
+what others did meanwhile shows only where a write compares the epoch of its run.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Changed(Exception):
 
 
 class Held(NamedTuple):
-    """How a run stood that was taken over: the process of its last owner, and how long that one's lease was good for."""
+    """How a run stood that was taken over: the process of its last owner, and how long that one's lease was
+    good for."""
 
     status: str
     pid: int
@@ -154,7 +156,8 @@ class LoggedRows(SqliteRows):
 
 
 class GatheredRows(LoggedRows):
-    """Rows that read at once and gather their writes, each of which compares no more than the epoch of its run."""
+    """Rows that read at once and gather their writes, each of which compares no more than the epoch of its
+    run."""
 
     def __init__(self, db: sqlite3.Connection, database: Database) -> None:
         super().__init__(db, database)
@@ -228,7 +231,8 @@ class Database:
 
     Attributes:
         ids: run ids by the store's own key.
-        check_then_write, forgets_cancels, keeps_late_owners: faults that are put in on purpose, see the world's.
+        check_then_write, forgets_cancels, keeps_late_owners: faults that are put in on purpose, see the
+            world's.
     """
 
     #: As a SQLite file, for the connection that stores of files have.
@@ -396,7 +400,8 @@ class SimulatedStore(DurableStore):
             self._reply(batch)
 
     def _again(self, batch: list[Job]) -> None:
-        """Do operations once more, as after a connection that broke: what opened a run is recognised by its owner."""
+        """Do operations once more, as after a connection that broke: what opened a run is recognised by its
+        owner."""
         open_still: list[Job] = []
         for job in batch:
             opening = job.operation.opening if isinstance(job.operation, Transaction) else None

@@ -1,7 +1,9 @@
-"""What is simulated: three processes that begin, answer, cancel and recover runs of one pipeline under a shared budget.
+"""What is simulated: three processes that begin, answer, cancel and recover runs of one pipeline under a
+shared budget.
 
-They are killed, started anew and stopped for longer than their leases while their store misbehaves. Then a last process
-brings all runs to their end without further faults, and :mod:`tests.simulation.model` judges what happened.
+They are killed, started anew and stopped for longer than their leases while their store misbehaves. Then a
+last process brings all runs to their end without further faults, and :mod:`tests.simulation.model` judges
+what happened.
 """
 
 from __future__ import annotations
@@ -49,10 +51,10 @@ from stroma.limits import lease_renewal as _renewals
 
 __all__ = ["CALL_TOKENS", "FAULTS", "REPAIRS", "World", "simulate"]
 
-#: What can be put in on purpose: operations that read first and write later; cancels that only the owner of the time
-#: knows of; cancels that leave a run to the owner whose lease ran out; calls that are settled with a shared budget after
-#: their commit, by the process that made them; a store that comes back as it was a moment ago, which is no fault of ours,
-#: but must be noticed.
+#: What can be put in on purpose: operations that read first and write later; cancels that only the owner of
+#: the time knows of; cancels that leave a run to the owner whose lease ran out; calls that are settled with a
+#: shared budget after their commit, by the process that made them; a store that comes back as it was a moment
+#: ago, which is no fault of ours, but must be noticed.
 FAULTS = ("check-then-write", "cancel-forgotten", "cancel-unfenced", "settled-apart", "comes-back-older")
 _ENDED = ("COMPLETED", "RESUMED", "CANCELLED", "FAILED", "PARTIAL")
 

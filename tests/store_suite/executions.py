@@ -71,7 +71,8 @@ class ExecutionTests:
         assert {items.contract for items in again.restored.values()} == {schema_of(State).fingerprint}
 
     async def test_all_usage_counts(self, store: Any) -> None:
-        """The usage of an execution is the sum over its attempts, failed ones too; a group's children add no latency."""
+        """The usage of an execution is the sum over its attempts, failed ones too; a group's children add no
+        latency."""
         session = await begin(store)
         await fail(session, 0, tokens=3, cost=0.1, ms=10)
         await commit(session, 0, State(), tokens=5, cost=0.2, ms=20, attempt=2)
@@ -162,7 +163,8 @@ class ExecutionTests:
         assert [again.restored[i, ""].step for i in range(3)] == [StepCall(0, b"{}"), StepCall(1, None), None]
 
     async def test_places_of_plain_code(self, store: Any) -> None:
-        """The identity of a step is stored with its first attempt, or the first one inside it, whatever its outcome."""
+        """The identity of a step is stored with its first attempt, or the first one inside it, whatever its
+        outcome."""
         session = await begin(store)
         assert session.places == {}
         for position, identity in ((4, "a#0"), (2, "1/a#0"), (3, "b#0@77")):
@@ -186,7 +188,8 @@ class ExecutionTests:
     # ------------------------------------------------------------------ many items
 
     async def test_items_are_read_a_few_at_a_time(self, store: Any) -> None:
-        """Lazily loaded outputs are not restored at once; committed() returns them, also those committed since."""
+        """Lazily loaded outputs are not restored at once; committed() returns them, also those committed
+        since."""
         session = await begin(store)
         await commit(session, 0, State(n=7))
         for branch in ("0", "1", "10", "1.0", "2.1"):
@@ -250,7 +253,8 @@ class ExecutionTests:
             ]
 
     async def test_a_fork_has_the_items_of_its_maps(self, store: Any) -> None:
-        """A fork has the items and the failed items of each map before its position, unless the output of the map is replaced."""
+        """A fork has the items and the failed items of each map before its position, unless the output of the
+        map is replaced."""
         session, schema = await begin(store), schema_of(State)
         for index in range(2):
             await commit(session, 0, State(n=index), branch=str(index))
@@ -276,7 +280,8 @@ class ExecutionTests:
         assert (session.continued, session.control) == (True, RunControl())
 
     async def test_forks(self, store: Any) -> None:
-        """A fork has the commits of its parent before a position, at no cost, and does not change the parent."""
+        """A fork has the commits of its parent before a position, at no cost, and does not change the
+        parent."""
         session = await begin(store, state=State(n=-1))
         for position in range(4):
             await commit(session, position, State(n=position), f"n{position}", tokens=5)
@@ -288,12 +293,20 @@ class ExecutionTests:
         assert store.get_run("run") == before
         fork = store.get_run("f")
         assert (fork.parent, fork.execution, fork.status, fork.tokens, fork.nodes, fork.holder) == (
-            "run", 1, "INTERRUPTED", 0, 3, None,
-        )  # fmt: skip
+            "run",
+            1,
+            "INTERRUPTED",
+            0,
+            3,
+            None,
+        )
         session = await begin(store, "f", State(n=-1), if_exists="resume")
         assert restored(session) == {
-            (0, ""): State(n=0), (1, ""): State(n=1), (2, ""): State(n=99), (2, "0"): State(n=20),
-        }  # fmt: skip
+            (0, ""): State(n=0),
+            (1, ""): State(n=1),
+            (2, ""): State(n=99),
+            (2, "0"): State(n=20),
+        }
         await settled(store.fork("run", "g", 0, state=(schema, State(n=5))))
         assert (await begin(store, "g", State(n=5), if_exists="resume")).continued
         with pytest.raises(CheckpointNotFound):

@@ -59,14 +59,26 @@ def row(
     output: Any = None,
     schema: Schema | None = None,
 ) -> AttemptRow:
-    """Return one attempt as the engine records it; each call has a later start. ``schema``: of its output, by default State's."""
+    """Return one attempt as the engine records it; each call has a later start. ``schema``: of its output, by
+    default State's."""
     reads = schema or schema_of(State)
     return AttemptRow(
-        node, attempt, next(_STARTS), ms * 1_000_000, (), output, "success" if failure is None else "failure",
+        node,
+        attempt,
+        next(_STARTS),
+        ms * 1_000_000,
+        (),
+        output,
+        "success" if failure is None else "failure",
         None if failure is None else Failed(failure, message, None, "ValueError"),
-        AttemptUsage(tokens, tokens // 2, cost, "model" if tokens else None), position, branch, None,
-        (reads, reads, None), None, ms * 1_000_000,
-    )  # fmt: skip
+        AttemptUsage(tokens, tokens // 2, cost, "model" if tokens else None),
+        position,
+        branch,
+        None,
+        (reads, reads, None),
+        None,
+        ms * 1_000_000,
+    )
 
 
 async def suspend_run(store: Any, run_id: str) -> Waiting:

@@ -32,7 +32,8 @@ class StoreComparison:
     """Store and model side by side, on one event loop.
 
     Attributes:
-        keeps_history: whether attempts() returns earlier executions, in the order of the processes that wrote them.
+        keeps_history: whether attempts() returns earlier executions, in the order of the processes that wrote
+            them.
     """
 
     keeps_history = True

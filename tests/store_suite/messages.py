@@ -43,7 +43,8 @@ class MessageTests:
     """Tests of messages to runs."""
 
     async def test_messages_are_read_as_they_were_sent(self, store: Any) -> None:
-        """Messages are numbered in their order, whatever their ids, topics and payloads, and read from any number on."""
+        """Messages are numbered in their order, whatever their ids, topics and payloads, and read from any
+        number on."""
         session = await begin(store)
         assert await read(session) == []
         sent = [
@@ -57,14 +58,17 @@ class MessageTests:
             assert await settled(session.messages(after)) == numbered[after:]
 
     async def test_a_message_that_is_sent_again_is_one(self, store: Any) -> None:
-        """A second message of an id changes nothing if it is the same, also in an ended run, and is refused if it is another."""
+        """A second message of an id changes nothing if it is the same, also in an ended run, and is refused
+        if it is another."""
         session = await begin(store)
         await send(store, "a", "b", "a")
         await settled(store.send("run", message("c", payload=b'{"a":1,"b":[1.0]}')))
         await settled(store.send("run", message("c", payload=b' {"b": [1.0], "a": 1}')))
         others = (
-            message("a", "topic"), message("a", payload=b'"other"'), message("c", payload=b'{"a":true,"b":[1.0]}'),
-        )  # fmt: skip
+            message("a", "topic"),
+            message("a", payload=b'"other"'),
+            message("c", payload=b'{"a":true,"b":[1.0]}'),
+        )
         for other in others:
             with pytest.raises(StoreError, match="another message with the id") as caught:
                 await settled(store.send("run", other))
@@ -74,7 +78,8 @@ class MessageTests:
         await send(store, "a")
 
     async def test_a_run_that_takes_no_message(self, store: Any) -> None:
-        """A message to an unknown run or an ended one is refused; one to a run that can be resumed is stored."""
+        """A message to an unknown run or an ended one is refused; one to a run that can be resumed is
+        stored."""
         with pytest.raises(CheckpointNotFound):
             await send(store, "a")
         for status in ("COMPLETED", "RESUMED", "FAILED", "CANCELLED"):
@@ -87,7 +92,8 @@ class MessageTests:
             assert await read(await begin(store, status, if_exists="resume")) == [(1, "a")]
 
     async def test_messages_belong_to_the_execution(self, store: Any) -> None:
-        """Messages stay when the execution is resumed, also from an earlier node, and a restart or a deletion deletes them."""
+        """Messages stay when the execution is resumed, also from an earlier node, and a restart or a deletion
+        deletes them."""
         session = await begin(store)
         await commit(session, 0, State())
         await send(store, "a", "b")
@@ -143,7 +149,8 @@ class MessageTests:
         assert await due_runs(store, 2) == ["run"]
 
     async def test_a_message_to_a_run_that_waits_for_none(self, store: Any) -> None:
-        """A message to a running run that looks for none does not make it due, and hides neither an answer nor a budget."""
+        """A message to a running run that looks for none does not make it due, and hides neither an answer
+        nor a budget."""
         for run_id, error, due in (
             ("none", "ok?", False),
             ("answer", "ok?", True),

@@ -110,7 +110,8 @@ class OwnershipTests:
             await commit(stale, 1, State())
 
     async def test_plain_code_is_cancelled(self, store: Any) -> None:
-        """A run without a recorded end is CANCELLED at once in its own process; what its code calls then is stored."""
+        """A run without a recorded end is CANCELLED at once in its own process; what its code calls then is
+        stored."""
         session = await begin(store, ends=False)
         await commit(session, 0, State(n=1))
         assert await settled(store.cancel("run")) is True
@@ -138,7 +139,8 @@ class OwnershipTests:
             await begin(store, if_exists="return", state=State(n=5))
 
     async def test_a_run_that_has_not_ended_does_not_begin_anew(self, store: Any) -> None:
-        """By default such a run is RunExists, which counts what a new execution would discard; "restart" discards it."""
+        """By default such a run is RunExists, which counts what a new execution would discard; "restart"
+        discards it."""
         question = Waiting(1, "", "ask", "may I?", "")
         for run_id, status in (("s", "SUSPENDED"), ("i", "INTERRUPTED"), ("r", "RUNNING")):
             session = await begin(store, run_id)
@@ -169,7 +171,8 @@ class OwnershipTests:
             await finish(session, status)
 
     async def test_a_run_that_called_an_effect_does_not_begin_anew(self, store: Any) -> None:
-        """By default it is RunExists, however the run ended, also after it was restarted and called none since."""
+        """By default it is RunExists, however the run ended, also after it was restarted and called none
+        since."""
         session = await begin(store)
         session.note(effect_note(0, ""), b"call 1")
         session.mark_effect("charge")
@@ -233,7 +236,8 @@ class OwnershipTests:
         assert store.get_run("run") is None
 
     async def test_a_run_that_is_taken_up_is_not_collected(self, store: Any) -> None:
-        """Of a concurrent gc() and resume one wins: the run is deleted before it is resumed, or it stays complete."""
+        """Of a concurrent gc() and resume one wins: the run is deleted before it is resumed, or it stays
+        complete."""
 
         async def collect() -> None:
             if hasattr(store, "gc"):  # Stores in memory have no gc().
@@ -262,7 +266,8 @@ class OwnershipTests:
         assert restored(again) == {(0, str(i)): State(n=i) for i in range(50)}
 
     async def test_a_cancelled_commit_is_all_or_nothing(self, store: Any) -> None:
-        """A commit whose caller was cancelled is stored completely or not at all; sent again it is stored once."""
+        """A commit whose caller was cancelled is stored completely or not at all; sent again it is stored
+        once."""
         session = await begin(store)
         schema = schema_of(State)
         for position in range(20):
@@ -336,7 +341,8 @@ class OwnershipTests:
         assert [(w.reason, w.payload) for w in store.waiting("run")] == [("and now?", None)]
 
     async def test_one_of_two_cancels_at_once(self, store: Any, other: Any) -> None:
-        """Of two concurrent cancels of an interrupted run one succeeds, the other returns that the run has ended."""
+        """Of two concurrent cancels of an interrupted run one succeeds, the other returns that the run has
+        ended."""
         for i in range(ROUNDS):
             await finish(await begin(store, f"run {i}"), "INTERRUPTED")
             work = [settled(client.cancel(f"run {i}")) for client in (store, other)]
@@ -344,7 +350,8 @@ class OwnershipTests:
             assert store.get_run(f"run {i}").status == "CANCELLED"
 
     async def test_a_cancel_and_a_resume_at_once(self, store: Any, other: Any) -> None:
-        """A run that is resumed and cancelled at the same moment is never marked as ended under its new owner."""
+        """A run that is resumed and cancelled at the same moment is never marked as ended under its new
+        owner."""
         for i in range(ROUNDS):
             await finish(await begin(store, f"run {i}"), "INTERRUPTED")
             work = (begin(store, f"run {i}", if_exists="resume"), settled(other.cancel(f"run {i}")))
@@ -354,7 +361,8 @@ class OwnershipTests:
             await finish(session)
 
     async def test_a_cancel_and_an_end_at_once(self, store: Any, other: Any) -> None:
-        """A run that has ended is not CANCELLED afterwards: a cancel at that moment reached its owner, or came too late."""
+        """A run that has ended is not CANCELLED afterwards: a cancel at that moment reached its owner, or
+        came too late."""
         for i in range(ROUNDS):
             session = await begin(store, f"run {i}")
             await asyncio.gather(finish(session), settled(other.cancel(f"run {i}")))

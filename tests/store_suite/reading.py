@@ -174,9 +174,13 @@ class ReadingTests:
             await finish(session, "FAILED" if i % 3 == 0 else "COMPLETED", "x" if i % 5 == 0 else None)
             await asyncio.sleep(0.002)
         queries = (
-            RunQuery(failure_class="TERMINAL"), RunQuery(text="run-1"), RunQuery(text="nowhere"), RunQuery(node="a", tag="odd"),
-            RunQuery(statuses=("FAILED", "COMPLETED"), failure_class="TERMINAL"), RunQuery(statuses=("FAILED",), text="x"),
-        )  # fmt: skip
+            RunQuery(failure_class="TERMINAL"),
+            RunQuery(text="run-1"),
+            RunQuery(text="nowhere"),
+            RunQuery(node="a", tag="odd"),
+            RunQuery(statuses=("FAILED", "COMPLETED"), failure_class="TERMINAL"),
+            RunQuery(statuses=("FAILED",), text="x"),
+        )
 
         def matches(query: RunQuery, limit: int) -> list[str]:
             listed: list[str] = []
@@ -211,7 +215,8 @@ class ReadingTests:
         assert store.get_run("run").tags == ()
 
     async def test_the_cause_of_a_group_is_its_child(self, store: Any) -> None:
-        """The cause of a failure is the child whose failure became the group's, at any depth; not a sibling's."""
+        """The cause of a failure is the child whose failure became the group's, at any depth; not a
+        sibling's."""
         if not hasattr(store, "run_page"):
             pytest.skip("this store lists runs without pages")
         session = await begin(store)
@@ -229,7 +234,8 @@ class ReadingTests:
         assert (cause.error_type, cause.message, cause.text) == ("ValueError", "why", "ValueError: why")
 
     async def test_history_page_by_page(self, store: Any) -> None:
-        """attempt_page returns the rows of attempts() in pages and without outputs; output_of returns one output."""
+        """attempt_page returns the rows of attempts() in pages and without outputs; output_of returns one
+        output."""
         if not hasattr(store, "attempt_page"):
             pytest.skip("this store tells history as a whole")
         session = await begin(store)
@@ -273,7 +279,8 @@ class ReadingTests:
                 store.attempt_page("run", after=wrong)
 
     async def test_attempts_are_summed_up(self, store: Any) -> None:
-        """tally() sums the attempts of runs started since a time, by pipeline, node, model, class and duration, and their waste."""
+        """tally() sums the attempts of runs started since a time, by pipeline, node, model, class and
+        duration, and their waste."""
         if not hasattr(store, "tally"):
             pytest.skip("this store sums nothing up")
         for name in ("one", "two"):
@@ -283,17 +290,20 @@ class ReadingTests:
             await finish(session)
         tallies = sorted(store.tally(0, 10**15), key=lambda one: one.failure_class or "")
         assert [(t.bucket, t.pipeline, t.node_id, t.model, t.failure_class, t.attempts) for t in tallies] == [
-            (0, "pipeline", "n", "model", None, 2), (0, "pipeline", "n", "model", "TERMINAL", 2),
-        ]  # fmt: skip
+            (0, "pipeline", "n", "model", None, 2),
+            (0, "pipeline", "n", "model", "TERMINAL", 2),
+        ]
         assert [(t.tokens, t.cost_pico, t.wasted_pico, t.duration_ns, t.longest_ns) for t in tallies] == [
-            (8, 10**12, 0, 18_000_000, 9_000_000), (8, 5 * 10**11, 5 * 10**11, 14_000_000, 7_000_000),
-        ]  # fmt: skip
+            (8, 10**12, 0, 18_000_000, 9_000_000),
+            (8, 5 * 10**11, 5 * 10**11, 14_000_000, 7_000_000),
+        ]
         assert [t.digits for t in tallies] == [790, 770]  # 9 and 7 ms: seven digits, the first two of them.
         assert sum(t.attempts for t in store.tally(0, 10**15, runs=1)) == 2
         assert store.tally(store.get_run("two").started_ms + 1, 1000) == []
 
     async def test_where_attempts_failed(self, store: Any) -> None:
-        """failure_site_of returns the site of the last failure at a place; it is removed with the execution."""
+        """failure_site_of returns the site of the last failure at a place; it is removed with the
+        execution."""
         if not hasattr(store, "failure_site_of"):
             pytest.skip("this store has no tracebacks")
         session = await begin(store)
@@ -316,7 +326,8 @@ class ReadingTests:
         assert store.failure_site_of("run", 3, "1") is None
 
     async def test_rejected_outputs(self, store: Any) -> None:
-        """rejected_of returns the output that broke its contract in each attempt; it is removed with the execution."""
+        """rejected_of returns the output that broke its contract in each attempt; it is removed with the
+        execution."""
         if not hasattr(store, "rejected_of"):
             pytest.skip("this store has no rejected outputs")
         session = await begin(store)
@@ -349,7 +360,8 @@ class ReadingTests:
         assert facts.clock_ms is None or abs(facts.clock_ms - time.time() * 1000) < 3_600_000
 
     async def test_runs_are_found_by_their_beginning(self, store: Any) -> None:
-        """find_run returns the ids with a prefix, newest first; a complete id matches only itself; "last" is the newest."""
+        """find_run returns the ids with a prefix, newest first; a complete id matches only itself; "last" is
+        the newest."""
         for run_id in ("ab", "abc", "abd", "b", "a%", "a_", "A", "é"):
             await finish(await begin(store, run_id))
             await asyncio.sleep(0.002)
@@ -361,7 +373,8 @@ class ReadingTests:
         assert (store.find_run("zz"), store.find_run("last")) == ([], ["é"])
 
     async def test_history_is_told_in_order(self, store: Any) -> None:
-        """attempts() returns every attempt with its usage, output and exception type; a group before its children."""
+        """attempts() returns every attempt with its usage, output and exception type; a group before its
+        children."""
         session = await begin(store)
         await fail(session, 0, "a", tokens=4, cost=0.25, ms=7, message="no")
         await commit(session, 0, State(n=1), "a", attempt=2)
@@ -378,13 +391,18 @@ class ReadingTests:
         first = listed[0]
         assert (first.tokens, first.output_tokens, first.cost_usd, first.duration_ms) == (4, 2, 0.25, 7.0)
         assert (first.outcome, first.failure_class, first.message, first.error_type, first.model) == (
-            "failure", "RECOVERABLE", "no", "ValueError", "model",
-        )  # fmt: skip
+            "failure",
+            "RECOVERABLE",
+            "no",
+            "ValueError",
+            "model",
+        )
         outputs = [None if a.output is None else schema_of(State).decode(a.output) for a in listed]
         assert outputs == [None, State(n=1), State(n=3), State(n=2)]
 
     async def test_the_input_is_kept(self, store: Any) -> None:
-        """input_of returns the input of the last execution, or raises CheckpointNotFound for an unknown run."""
+        """input_of returns the input of the last execution, or raises CheckpointNotFound for an unknown
+        run."""
         await finish(await begin(store, state=State(n=1)))
         await finish(await begin(store, state=State(text="é")))
         assert schema_of(State).decode(store.input_of("run")) == State(text="é")

@@ -50,7 +50,8 @@ class SignalTests:
     """Tests of signals: questions and answers, cancellation, undelivered end hooks."""
 
     async def test_what_nodes_wait_for(self, store: Any) -> None:
-        """A question is stored with its attempt, an answer with its question; both belong to the execution."""
+        """A question is stored with its attempt, an answer with its question; both belong to the
+        execution."""
         session = await begin(store)
         question = Waiting(1, "0.2", "ask é", "may I?", "module:Model")
         await commit(session, 0, State(n=1))
@@ -114,7 +115,8 @@ class SignalTests:
         assert [(w.call_number, w.payload) for w in store.waiting("run")] == [(3, None)]
 
     async def test_notes_of_effects_outlive_a_discard(self, store: Any) -> None:
-        """Discarding a position keeps the note about the calls of its effect; another execution has none; a stale owner writes none."""
+        """Discarding a position keeps the note about the calls of its effect; another execution has none; a
+        stale owner writes none."""
         key = effect_note(1, "0")
         session = await begin(store)
         await commit(session, 0, State())
@@ -133,7 +135,8 @@ class SignalTests:
         assert dict((await begin(store)).notes) == {}
 
     async def test_the_trace_context_belongs_to_the_execution(self, store: Any) -> None:
-        """The trace context of the first process is passed on when the execution is resumed, and to no other execution."""
+        """The trace context of the first process is passed on when the execution is resumed, and to no other
+        execution."""
         first = await begin(store)
         assert first.traceparent is None
         first.note_traceparent("00-" + "a" * 32 + "-" + "b" * 16 + "-01")
@@ -146,7 +149,8 @@ class SignalTests:
         assert (await begin(store)).traceparent is None
 
     async def test_the_attribution_belongs_to_the_execution(self, store: Any) -> None:
-        """Ids of conversation and user are passed on when the execution is resumed, and to no other execution."""
+        """Ids of conversation and user are passed on when the execution is resumed, and to no other
+        execution."""
         first = await begin(store)
         assert dict(first.attribution) == {}
         first.note_attribution({"conversation": "c", "user": "u"})
@@ -223,7 +227,8 @@ class SignalTests:
         assert (record.cause, record.failures) == (None, 2)
 
     async def test_a_cancel_outlives_its_owner(self, store: Any) -> None:
-        """If cancel() was acknowledged and the owner died before it stopped, the next owner sees it CANCELLED."""
+        """If cancel() was acknowledged and the owner died before it stopped, the next owner sees it
+        CANCELLED."""
         for status in (None, "INTERRUPTED", "PARTIAL", "SUSPENDED"):
             run_id = f"run {status}"
             session = await begin(store, run_id)
@@ -291,7 +296,8 @@ class SignalTests:
         assert [one.pause for one in seen] == [False, True, True]
 
     async def test_a_pause_outlives_its_owner(self, store: Any) -> None:
-        """If pause() was acknowledged and the owner died or stopped, only a resume by hand continues the run."""
+        """If pause() was acknowledged and the owner died or stopped, only a resume by hand continues the
+        run."""
         for status in (None, "INTERRUPTED", "SUSPENDED"):
             for is_read in (False, True):
                 run_id = f"run {status} {is_read}"
@@ -334,7 +340,8 @@ class SignalTests:
                 later.abandon()
 
     async def test_a_run_that_nobody_owns_is_paused(self, store: Any) -> None:
-        """pause() suspends it at once, does nothing to an ended one, and raises for an unknown one; no answer wakes it."""
+        """pause() suspends it at once, does nothing to an ended one, and raises for an unknown one; no answer
+        wakes it."""
         with pytest.raises(CheckpointNotFound):
             await settled(store.pause("run"))
         await finish(await begin(store), "INTERRUPTED")
@@ -375,7 +382,8 @@ class SignalTests:
         assert (await begin(store, if_exists="resume", due_ms=1)).continued
 
     async def test_a_pause_of_an_ended_run(self, store: Any) -> None:
-        """unpause() returns False for a run that ended after its pause, and that pause is none of a later resume."""
+        """unpause() returns False for a run that ended after its pause, and that pause is none of a later
+        resume."""
         session = await begin(store, "last node")
         assert await settled(store.pause("last node")) is True
         await finish(session)
@@ -413,7 +421,8 @@ class SignalTests:
         assert (await begin(store, if_exists="restart")).control.budget == {}
 
     async def test_a_budget_that_was_set_makes_no_other_wait_due(self, store: Any) -> None:
-        """A run whose budget was set while it ran, and that then waits for a person, is due with the answer alone."""
+        """A run whose budget was set while it ran, and that then waits for a person, is due with the answer
+        alone."""
         question = await suspend_run(store, "asks")
         session = await begin(store, "asks", if_exists="resume")
         assert await settled(store.set_budget("asks", {"max_cost_usd": 1.0})) is True

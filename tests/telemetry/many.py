@@ -1,9 +1,10 @@
-"""300 runs at once that succeed, fail, retry, wait, cool limits down and are cancelled, seen by all sets together.
+"""300 runs at once that succeed, fail, retry, wait, cool limits down and are cancelled, seen by all sets
+together.
 
     python -m tests.telemetry.many SEED STORE [STATSD]
 
-They are lists of nodes, flows, and lists with an effect and a limit. ddtrace goes by its environment variables, so this is a
-process of its own. It prints what each of them counted as JSON.
+They are lists of nodes, flows, and lists with an effect and a limit. ddtrace goes by its environment
+variables, so this is a process of its own. It prints what each of them counted as JSON.
 """
 
 from __future__ import annotations
@@ -270,8 +271,10 @@ def executions(systems: Systems, journal: Counter[str]) -> dict[str, dict[str, i
         prometheus[key(labels["node_id"], labels["outcome"], labels["failure_class"])] += int(value)
     return {
         "trace": dict(Counter(key(event.node_id, event.outcome, event.failure) for event in events)),
-        "journal": dict(journal), "otel": dict(otel), "prometheus": dict(prometheus),
-    }  # fmt: skip
+        "journal": dict(journal),
+        "otel": dict(otel),
+        "prometheus": dict(prometheus),
+    }
 
 
 def tree(spans: tuple[ReadableSpan, ...]) -> list[list[Any]]:
@@ -317,27 +320,36 @@ def report(systems: Systems, store: SQLiteStore) -> dict[str, Any]:
         ),
         "tokens": {
             "trace": sum(result.total_tokens for result in results),
-            "journal": tokens, "otel": otel("stroma.tokens"), "prometheus": prometheus("stroma_tokens_total"),
+            "journal": tokens,
+            "otel": otel("stroma.tokens"),
+            "prometheus": prometheus("stroma_tokens_total"),
         },
         "micro_dollars": {
-            "trace": sum(result.total_cost_usd for result in results) * 1e6, "journal": micro,
-            "otel": otel("stroma.cost") * 1e6, "prometheus": prometheus("stroma_cost_usd_total") * 1e6,
+            "trace": sum(result.total_cost_usd for result in results) * 1e6,
+            "journal": micro,
+            "otel": otel("stroma.cost") * 1e6,
+            "prometheus": prometheus("stroma_cost_usd_total") * 1e6,
         },
         "runs": {
-            "ended": len(results), "otel": otel("gen_ai.invoke_agent.duration"),
-            "prometheus": prometheus("stroma_runs_total"), "spans": names["invoke_workflow"],
+            "ended": len(results),
+            "otel": otel("gen_ai.invoke_agent.duration"),
+            "prometheus": prometheus("stroma_runs_total"),
+            "spans": names["invoke_workflow"],
         },
         "active": {"otel": otel("stroma.runs.active"), "prometheus": prometheus("stroma_runs_in_progress")},
         "hook_errors": {
             "results": sum(len(result.hook_errors) for result in results),
-            "otel": otel("stroma.hook.errors"), "prometheus": prometheus("stroma_hook_errors_total"),
+            "otel": otel("stroma.hook.errors"),
+            "prometheus": prometheus("stroma_hook_errors_total"),
         },
         "cooldowns": {
-            "hooks": systems.events["limit_cooldown"], "otel": otel("stroma.limit.cooldowns"),
+            "hooks": systems.events["limit_cooldown"],
+            "otel": otel("stroma.limit.cooldowns"),
             "prometheus": prometheus("stroma_limit_cooldowns_total"),
         },
         "waits": {
-            "hooks": systems.events["node_wait"], "otel": otel("stroma.node.waits"),
+            "hooks": systems.events["node_wait"],
+            "otel": otel("stroma.node.waits"),
             "prometheus": prometheus("stroma_node_waits_total"),
         },
         "issues": {
@@ -346,14 +358,15 @@ def report(systems: Systems, store: SQLiteStore) -> dict[str, Any]:
         },
         "sentry_transactions": len(transport.transactions),
         "node_spans": {
-            "otel": names["stroma.node"], "sentry": sum("stroma.node.id" in (s["data"] or {}) for s in transport.spans),
+            "otel": names["stroma.node"],
+            "sentry": sum("stroma.node.id" in (s["data"] or {}) for s in transport.spans),
         },
         "tree": tree(finished),
         "statuses": dict(Counter(result.status for result in results)),
         "orphans": [s.name for s in finished if s.parent is not None and s.parent.span_id not in ids],
         "errors": {s.exporter.name: dict(s.errors) for s in systems.sets if isinstance(s, ExporterHooks)},
         "left_current": sentry_sdk.get_current_span() is not None,
-    }  # fmt: skip
+    }
 
 
 async def main(seed: str, path: str, statsd: str | None) -> dict[str, Any]:

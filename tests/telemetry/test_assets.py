@@ -1,4 +1,5 @@
-"""What is shipped for operators: it is valid, names only what is measured, and its alerts fire when they should."""
+"""What is shipped for operators: it is valid, names only what is measured, and its alerts fire when they
+should."""
 
 from __future__ import annotations
 
@@ -41,8 +42,8 @@ EXPRESSIONS = [(title, target["expr"]) for title, target in TARGETS] + [
 
 @pytest.mark.parametrize(("title", "text"), EXPRESSIONS)
 def test_queries_name_what_is_measured(title: str, text: str) -> None:
-    """Every series, label and value in a query is one that the exporter writes, and it groups by labels that all of
-    its series have."""
+    """Every series, label and value in a query is one that the exporter writes, and it groups by labels that
+    all of its series have."""
     query = parse(text)
     assert query.selectors
     common = frozenset.intersection(*(labels_of(name) for name, _ in query.selectors))
@@ -115,7 +116,8 @@ class TestGrafana:
         assert not query.grouping - {"le"} or named or target.get("format") == "table"
 
     def test_each_panel_shows_something(self, prometheus: SharedPrometheus) -> None:
-        """A real server answers each query of the dashboard with numbers, from the first event of a series on."""
+        """A real server answers each query of the dashboard with numbers, from the first event of a series
+        on."""
         variables = {"$pipeline": ".*", "$__rate_interval": "1m", "$__range": "1h"}
         registry = CollectorRegistry()
         metrics = {name: metric(name, registry) for name in PROMETHEUS}
@@ -192,7 +194,8 @@ class TestAlerts:
 class TestRecording:
     @pytest.mark.parametrize("rule", RECORDED, ids=lambda rule: rule["record"])
     def test_a_name_says_the_labels_that_remain(self, rule: dict[str, str]) -> None:
-        """A rule is named labels:metric:operation, by the labels that it groups by and the metric that it reads."""
+        """A rule is named labels:metric:operation, by the labels that it groups by and the metric that it
+        reads."""
         labels, metric, _ = rule["record"].split(":")
         query = parse(rule["expr"])
         assert query.grouping - {"le"} == {

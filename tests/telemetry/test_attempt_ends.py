@@ -1,4 +1,5 @@
-"""Spans and counts at the odd ends of an attempt: told again, closed half-way, told of by a neighbour that is in the way."""
+"""Spans and counts at the odd ends of an attempt: told again, closed half-way, told of by a neighbour that is
+in the way."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def asking(runner: StromaRunner, outcome: str) -> Any:
 @pytest.mark.core
 @pytest.mark.parametrize("outcome", ["success", "failure", "suspended"])
 async def test_an_end_that_is_told_again_is_a_span_that_ends(outcome: str, tmp_path: pathlib.Path) -> None:
-    """An end hook that a dead process owed is one span, of the attempt's own time and marked, and its tokens count."""
+    """An end hook that a dead process owed is one span, of the attempt's own time and marked, and its tokens
+    count."""
 
     async def die(*_: Any) -> None:
         raise KeyboardInterrupt  # As good as a death: nobody else is told.
@@ -74,7 +76,8 @@ async def test_an_end_that_is_told_again_is_a_span_that_ends(outcome: str, tmp_p
 @pytest.mark.core
 @pytest.mark.parametrize("outcome", ["success", "failure", "suspended", "cancelled"])
 async def test_a_cancelled_hook_is_not_told_again(outcome: str, tmp_path: pathlib.Path) -> None:
-    """A cancellation in a neighbour's end hook: every set was told, so that a resume counts no token twice."""
+    """A cancellation in a neighbour's end hook: every set was told, so that a resume counts no token
+    twice."""
     waits = asyncio.Event()
     seen = Seen()
 
@@ -123,12 +126,18 @@ class TestClosed:
     @pytest.mark.parametrize(
         "event",
         [
-            "on_run_start", "on_node_start", "on_node_success", "on_node_failure", "on_node_retry",
-            "on_node_suspended", "on_run_end",
+            "on_run_start",
+            "on_node_start",
+            "on_node_success",
+            "on_node_failure",
+            "on_node_retry",
+            "on_node_suspended",
+            "on_run_end",
         ],
-    )  # fmt: skip
+    )
     async def test_in_a_neighbours_hook(self, event: str, caplog: pytest.LogCaptureFixture) -> None:
-        """G9: a coroutine that is closed while a neighbour's hook awaits gives each span and gauge of the others its end."""
+        """G9: a coroutine that is closed while a neighbour's hook awaits gives each span and gauge of the
+        others its end."""
         seen = Seen()
 
         async def slow(*_: Any) -> None:
@@ -160,7 +169,8 @@ class TestClosed:
         assert ({"invoke_workflow pipeline", "stroma.node node"} <= names) == (event != "on_run_start")
 
     async def test_between_two_of_their_lines(self, caplog: pytest.LogCaptureFixture) -> None:
-        """A run that is closed from elsewhere resets no context that is not its own: the SDK has nothing to complain of."""
+        """A run that is closed from elsewhere resets no context that is not its own: the SDK has nothing to
+        complain of."""
         seen = Seen()
         runner = quick(seen.hooks(attempts="spans"))
 
@@ -197,8 +207,9 @@ async def test_a_contract_that_cannot_be_read() -> None:
     result = await runner.run([half], State())
     assert result.status is RunStatus.FAILED
     assert seen.tree() == [
-        ("invoke_workflow pipeline", None), ("stroma.node half", "invoke_workflow pipeline"),
-    ]  # fmt: skip
+        ("invoke_workflow pipeline", None),
+        ("stroma.node half", "invoke_workflow pipeline"),
+    ]
     await runner.run([parallel(whole, half)], State())
     assert seen.total("stroma.node.executions") == len(seen.spans) - 2
 

@@ -1,4 +1,5 @@
-"""Attribution: spans of whoever makes them belong to the run, node, conversation and user that they are part of."""
+"""Attribution: spans of whoever makes them belong to the run, node, conversation and user that they are part
+of."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ def about(span: ReadableSpan) -> dict[str, Any]:
 
 @pytest.mark.core
 async def test_every_span_has_conversation_user_and_tags(seen: Seen) -> None:
-    """Spans of the run, of its nodes and of other libraries inside carry conversation, user, session and tags."""
+    """Spans of the run, of its nodes and of other libraries inside carry conversation, user, session and
+    tags."""
     runner = StromaRunner.quick(hooks=seen.hooks(), pipeline="chat", tags=("nightly",))
 
     @runner.node("ask", input=State, output=State)
@@ -76,7 +78,8 @@ async def test_every_span_has_conversation_user_and_tags(seen: Seen) -> None:
 
 @pytest.mark.core
 async def test_all_spans_below_a_node_are_attributed(seen: Seen) -> None:
-    """Spans in gather, task groups, threads, generators, children of groups and items belong to their node."""
+    """Spans in gather, task groups, threads, generators, children of groups and items belong to their
+    node."""
     runner = StromaRunner.quick(hooks=seen.hooks())
 
     async def call(name: str) -> None:
@@ -145,7 +148,8 @@ async def test_all_spans_below_a_node_are_attributed(seen: Seen) -> None:
 
 
 async def test_a_span_follows_its_parent_and_not_its_task(seen: Seen) -> None:
-    """A span that is given a parent of another run belongs to that run; one outside of all runs is left alone."""
+    """A span that is given a parent of another run belongs to that run; one outside of all runs is left
+    alone."""
     runner = StromaRunner.quick(hooks=seen.hooks())
     contexts: list[Any] = []
 
@@ -170,7 +174,8 @@ async def test_a_span_follows_its_parent_and_not_its_task(seen: Seen) -> None:
 
 @pytest.mark.parametrize("way", ["with", "async with"])
 def test_spans_between_a_guarded_run_and_its_steps_are_in_its_trace(seen: Seen, way: str) -> None:
-    """Spans that a framework makes inside ``with guard.run()``, outside of any step, are in the trace of the run and attributed."""
+    """Spans that a framework makes inside ``with guard.run()``, outside of any step, are in the trace of the
+    run and attributed."""
     guard = Guard(StromaRunner.quick(hooks=seen.hooks()))
 
     @guard.step("model")
@@ -198,7 +203,8 @@ def test_spans_between_a_guarded_run_and_its_steps_are_in_its_trace(seen: Seen, 
 
 
 async def test_a_call_under_a_span_of_a_framework_belongs_to_the_node_that_makes_it(seen: Seen) -> None:
-    """A span belongs to the node of its task where that is inside of what its parent is in: frameworks choose their own parents."""
+    """A span belongs to the node of its task where that is inside of what its parent is in: frameworks choose
+    their own parents."""
     guard = Guard(StromaRunner.quick(hooks=seen.hooks(inference="auto")))
     around: list[Any] = []
 
@@ -273,7 +279,8 @@ async def test_a_provider_of_ones_own(seen: Seen) -> None:
 
 
 async def test_a_resume_and_a_fork_belong_where_the_run_belongs(seen: Seen, store: Any) -> None:
-    """A resume and a fork that state nothing have the conversation, user and session of the run, and a link to its last trace."""
+    """A resume and a fork that state nothing have the conversation, user and session of the run, and a link
+    to its last trace."""
     runner = StromaRunner.quick(hooks=seen.hooks(), store=store)
     waits = [True]
 
@@ -317,7 +324,8 @@ async def test_a_new_execution_is_attributed_anew(seen: Seen, store: Any) -> Non
 
 
 async def test_baggage_on_request(seen: Seen) -> None:
-    """With baggage=True the ids of run, session and user go with calls of other services; without it nothing does."""
+    """With baggage=True the ids of run, session and user go with calls of other services; without it nothing
+    does."""
     carried: list[dict[str, object]] = []
     for options in ({}, {"baggage": True}):
         runner = StromaRunner.quick(hooks=seen.hooks(**options))
@@ -333,7 +341,8 @@ async def test_baggage_on_request(seen: Seen) -> None:
 
 
 async def test_guarded_runs_are_attributed(seen: Seen) -> None:
-    """A guard's run takes conversation and user, and shows tools as tools and agents as agents, inside of each other too."""
+    """A guard's run takes conversation and user, and shows tools as tools and agents as agents, inside of
+    each other too."""
     guard = Guard(StromaRunner.quick(hooks=seen.hooks()))
 
     @guard.step("search", role="tool")

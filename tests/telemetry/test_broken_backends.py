@@ -45,7 +45,8 @@ def flaky(runner: StromaRunner) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["refuses", "hangs", "fails", "resets"])
 async def test_a_server_that_is_down_delays_nothing(mode: Any) -> None:
-    """Backends that refuse, never answer, fail or hang up: runs are as quick as ever, and flush() keeps its limit."""
+    """Backends that refuse, never answer, fail or hang up: runs are as quick as ever, and flush() keeps its
+    limit."""
     with BrokenBackend(mode) as broken:
         provider = TracerProvider()
         exporter = OTLPSpanExporter(endpoint=f"{broken.url}/v1/traces", timeout=1)
@@ -111,7 +112,8 @@ class FailsLater(Observer):
 
 @pytest.mark.core
 async def test_errors_are_counted_and_logged_once_per_kind(caplog: pytest.LogCaptureFixture) -> None:
-    """An exporter that raises on every call costs a run nothing: each kind is logged once and then counted."""
+    """An exporter that raises on every call costs a run nothing: each kind is logged once and then
+    counted."""
     hooks = FailsLater().hooks()
     runner = quick(hooks)
     for _ in range(50):
@@ -214,7 +216,8 @@ def test_an_sdk_that_is_missing(
 
 @pytest.mark.slow
 def test_importing_the_hooks_imports_no_sdk() -> None:
-    """`import stroma.telemetry`, and each of its names but the processor of OpenTelemetry's SDK, imports none of the SDKs."""
+    """`import stroma.telemetry`, and each of its names but the processor of OpenTelemetry's SDK, imports none
+    of the SDKs."""
     import subprocess
     import sys
 

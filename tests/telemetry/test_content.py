@@ -1,4 +1,5 @@
-"""What leaves of states and messages: secrets in no mode, whatever has become of the states that held them."""
+"""What leaves of states and messages: secrets in no mode, whatever has become of the states that held
+them."""
 
 from __future__ import annotations
 
@@ -54,8 +55,8 @@ def fails(state: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("redact", [None, hides, fails])
 @pytest.mark.parametrize("step", [False, True])
 async def test_a_message_says_no_secret(redact: Any, step: bool) -> None:
-    """Whatever type a secret has and wherever in the state it is, also where redact takes it out of the state: a
-    message that names it is sent without."""
+    """Whatever type a secret has and wherever in the state it is, also where redact takes it out of the
+    state: a message that names it is sent without."""
     seen = Seen()
     runner = quick(seen.hooks(content="redacted"), retries=0, redact=redact)
 
@@ -77,7 +78,8 @@ async def test_a_message_says_no_secret(redact: Any, step: bool) -> None:
 
 @pytest.mark.core
 async def test_a_state_that_cannot_be_written_out() -> None:
-    """A number that is too long for text costs the span its input, and nothing else: the run is linked to all the same."""
+    """A number that is too long for text costs the span its input, and nothing else: the run is linked to all
+    the same."""
 
     class Huge(BaseModel):
         n: Any = 0
@@ -214,7 +216,8 @@ async def test_a_set_that_reads_no_state_gets_none_of_the_result() -> None:
 
 
 async def test_nothing_is_made_for_a_logger_that_is_off(sentry: RecordedSentry) -> None:
-    """A logger without handlers for the level, and a span that is not sampled, have no content made for them."""
+    """A logger without handlers for the level, and a span that is not sampled, have no content made for
+    them."""
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
@@ -290,8 +293,8 @@ async def test_a_secret_at_the_end_of_what_is_sent() -> None:
 async def test_encoded_secrets_of_state_and_context_in_messages_and_hook_errors(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A secret of the state or of the context is masked in messages, as it is, quoted, in base64, in hex and in upper
-    case; in what hooks raised, too."""
+    """A secret of the state or of the context is masked in messages, as it is, quoted, in base64, in hex and
+    in upper case; in what hooks raised, too."""
 
     class Holder(BaseModel):
         token: SecretStr = SecretStr(SECRET_TEXTS[0])
@@ -395,7 +398,8 @@ async def test_other_texts_and_pairs_are_sent_as_they_are(value: Any) -> None:
 
 @pytest.mark.parametrize("content", ["none", "redacted"])
 def test_a_guarded_value_is_shown_as_what_it_is(content: Any) -> None:
-    """A text is shown as a text, any other value as JSON, and what nobody gave not at all; no key is added."""
+    """A text is shown as a text, any other value as JSON, and what nobody gave not at all; no key is
+    added."""
     seen = Seen()
     guard = Guard(StromaRunner.quick(hooks=seen.hooks(content=content)))
     values: list[Any] = ["done", '{"password": "hunter2", "n": 1}', [1, "two"], 7, None, {"root": 1}]
@@ -414,8 +418,13 @@ def test_a_guarded_value_is_shown_as_what_it_is(content: Any) -> None:
     assert not any("input.value" in root or "stroma.input" in root for root in roots)
     if content == "none":
         assert [shape for _, _, shape in shown.values()] == [
-            '"str[4]"', '"str[31]"', '"list[2]"', '"int"', None, '{"root": "int"}',
-        ]  # fmt: skip
+            '"str[4]"',
+            '"str[31]"',
+            '"list[2]"',
+            '"int"',
+            None,
+            '{"root": "int"}',
+        ]
         return
     text, data = "text/plain", "application/json"
     assert list(shown.values()) == [

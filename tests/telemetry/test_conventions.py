@@ -1,4 +1,5 @@
-"""Names in OpenTelemetry: those of the conventions' release 0.1.0, and the kinds and content that backends show."""
+"""Names in OpenTelemetry: those of the conventions' release 0.1.0, and the kinds and content that backends
+show."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ async def run_once(seen: Seen, **options: Any) -> None:
 
 @pytest.mark.core
 async def test_names_of_the_latest_conventions() -> None:
-    """A run is an agent invocation by the name of its pipeline; names that the conventions removed are gone."""
+    """A run is an agent invocation by the name of its pipeline; names that the conventions removed are
+    gone."""
     seen = Seen()
     await run_once(seen)
     run, node = seen.span("invoke_workflow sums"), seen.span("stroma.node add")
@@ -59,7 +61,8 @@ async def test_names_of_the_latest_conventions() -> None:
 
 
 async def test_earlier_names_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """semconv="both", or the variable of OpenTelemetry, adds the earlier names; an argument goes before the variable."""
+    """semconv="both", or the variable of OpenTelemetry, adds the earlier names; an argument goes before the
+    variable."""
     for variable, options, both in (
         ("", {"semconv": "both"}, True),
         ("http/dup, gen_ai/dup", {}, True),
@@ -130,7 +133,8 @@ NOT_OF_THE_CONVENTIONS = {"gen_ai.usage.cost"}
 
 
 async def test_names_types_and_values_are_those_of_the_registry() -> None:
-    """Every gen_ai attribute that is sent is in the registry, with its type, and operations and providers are of its values."""
+    """Every gen_ai attribute that is sent is in the registry, with its type, and operations and providers are
+    of its values."""
     seen = Seen()
     runner = quick(seen.hooks(inference="auto", content="redacted"))
 
@@ -158,7 +162,8 @@ async def test_names_types_and_values_are_those_of_the_registry() -> None:
 
 
 def test_names_in_the_source_are_those_of_the_registry() -> None:
-    """No exporter to OpenTelemetry writes a gen_ai name that the registry lacks, but for earlier names on request."""
+    """No exporter to OpenTelemetry writes a gen_ai name that the registry lacks, but for earlier names on
+    request."""
     folder = Path(otel_hooks.__code__.co_filename).parents[1]
     files = [
         *folder.glob("*.py"),

@@ -1,4 +1,5 @@
-"""datadog_hooks, without the agent: what they do to tracers, sockets and wrong addresses. See also test_consistency."""
+"""datadog_hooks, without the agent: what they do to tracers, sockets and wrong addresses. See also
+test_consistency."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ pytest_plugins = ["tests.receivers.fixtures"]
 
 
 async def test_the_agents_name_is_looked_up_in_no_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host of DogStatsD that does not resolve stops no event loop; flush() says that its metrics were lost."""
+    """A host of DogStatsD that does not resolve stops no event loop; flush() says that its metrics were
+    lost."""
     asked: list[int] = []
 
     def slow(*_: Any, **__: Any) -> Any:
@@ -115,7 +117,8 @@ def spans(agent: DatadogAgent, content: str, statsd: StatsdSocket) -> list[dict[
 
 @pytest.mark.core
 def test_spans_at_the_agent(datadog_agent: DatadogAgent, statsd: StatsdSocket) -> None:
-    """Runs and nodes arrive with resource, operation, parents, links, errors, conversation, user and tags, and with no content."""
+    """Runs and nodes arrive with resource, operation, parents, links, errors, conversation, user and tags,
+    and with no content."""
     result = spans(datadog_agent, "none", statsd)
     ids = {span["span_id"]: span for span in result}
 
@@ -196,9 +199,11 @@ def test_an_address_that_is_none(wrong: str) -> None:
 
 
 async def test_llm_observability_gets_runs_and_calls(datadog_agent: DatadogAgent) -> None:
-    """Spans of otel_hooks() reach Datadog's agent by OTLP with the header of LLM Observability, as it reads them.
+    """Spans of otel_hooks() reach Datadog's agent by OTLP with the header of LLM Observability, as it reads
+    them.
 
-    The operation's name on runs and model calls; model, provider and tokens on calls; the conversation on all.
+    The operation's name on runs and model calls; model, provider and tokens on calls; the conversation on
+    all.
     """
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.trace import TracerProvider

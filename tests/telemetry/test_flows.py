@@ -1,4 +1,5 @@
-"""Flows in telemetry: each exporter shows their steps as it shows the nodes of a list, under the right parent."""
+"""Flows in telemetry: each exporter shows their steps as it shows the nodes of a list, under the right
+parent."""
 
 from __future__ import annotations
 
@@ -84,13 +85,22 @@ LIST = Pipeline("letters", [first, flaky, both])
 GROUP = f"stroma.node {both._stroma_node_id}"
 RUN = "invoke_workflow letters"
 #: (span, parent) of the flow.
-SPANS = sorted([
-    (RUN, None), ("stroma.node first", RUN), ("stroma.node flaky", RUN), ("stroma.node bad", RUN), (GROUP, RUN),
-    ("stroma.node left", GROUP), ("stroma.node right", GROUP),
-    *[(f"invoke_workflow {part}", RUN) for part in ("inside", "steps")], ("stroma.map first", RUN),
-    *[("stroma.node first", part) for part in ("invoke_workflow inside", "invoke_workflow steps")],
-    *[("stroma.node first", "stroma.map first")] * 2,
-], key=str)  # fmt: skip
+SPANS = sorted(
+    [
+        (RUN, None),
+        ("stroma.node first", RUN),
+        ("stroma.node flaky", RUN),
+        ("stroma.node bad", RUN),
+        (GROUP, RUN),
+        ("stroma.node left", GROUP),
+        ("stroma.node right", GROUP),
+        *[(f"invoke_workflow {part}", RUN) for part in ("inside", "steps")],
+        ("stroma.map first", RUN),
+        *[("stroma.node first", part) for part in ("invoke_workflow inside", "invoke_workflow steps")],
+        *[("stroma.node first", "stroma.map first")] * 2,
+    ],
+    key=str,
+)
 
 
 def runner_with(hooks: Any, **config: Any) -> StromaRunner:
@@ -98,7 +108,8 @@ def runner_with(hooks: Any, **config: Any) -> StromaRunner:
 
 
 async def test_opentelemetry() -> None:
-    """Spans of steps are under the run or their group, metrics have the labels of a list, and nothing stays current."""
+    """Spans of steps are under the run or their group, metrics have the labels of a list, and nothing stays
+    current."""
     flow, of_list = Seen(), Seen()
     assert (await runner_with(flow.hooks()).run(in_turn, State())).status is RunStatus.COMPLETED
     await runner_with(of_list.hooks()).run(LIST, State())
@@ -150,7 +161,8 @@ async def test_spans_of_a_users_own_in_a_step() -> None:
 
 
 async def test_sentry(sentry: RecordedSentry) -> None:
-    """Spans of steps are under the run or their group; a failure that the body caught is no issue, the last one is."""
+    """Spans of steps are under the run or their group; a failure that the body caught is no issue, the last
+    one is."""
     hooks = sentry_hooks(client=sentry.client)
     assert (await runner_with(hooks).run(letters, State())).status is RunStatus.COMPLETED
     assert sentry.transport.events == []
@@ -239,16 +251,22 @@ asyncio.run(main())
 def test_datadog(datadog_agent: DatadogAgent, statsd: StatsdSocket) -> None:
     """Spans of steps are under the run or their group, and all of them arrive."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, f"{statsd.host}:{statsd.port}"], env=datadog_agent.environment(),
-        cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+        [sys.executable, "-c", PROGRAM, f"{statsd.host}:{statsd.port}"],
+        env=datadog_agent.environment(),
+        cwd=pathlib.Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     spans: list[dict[str, Any]] = [span for one in datadog_agent.traces(at_least=1) for span in one]
     ids = {span["span_id"]: span for span in spans}
     found = sorted(
-        (span["resource"], ids[span["parent_id"]]["resource"] if span["parent_id"] in ids else None) for span in spans
+        (span["resource"], ids[span["parent_id"]]["resource"] if span["parent_id"] in ids else None)
+        for span in spans
         if span["name"].startswith("stroma.")
-    )  # fmt: skip
+    )
     group = both._stroma_node_id
     assert json.loads(json.dumps(found)) == sorted(
         [

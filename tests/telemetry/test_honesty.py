@@ -1,4 +1,5 @@
-"""What exporters say is what happened: losses, hook errors, restored nodes, waits, traces of other systems."""
+"""What exporters say is what happened: losses, hook errors, restored nodes, waits, traces of other
+systems."""
 
 from __future__ import annotations
 
@@ -86,7 +87,8 @@ async def test_returned_runs_have_a_counter_of_their_own(tmp_path: Path) -> None
 @pytest.mark.core
 @pytest.mark.parametrize("place", ["before", "after"])
 async def test_every_exception_of_a_hook_is_counted(place: str) -> None:
-    """Wherever the set stands, and whichever hook it is: what is in result.hook_errors is counted, in every system."""
+    """Wherever the set stands, and whichever hook it is: what is in result.hook_errors is counted, in every
+    system."""
 
     async def bad(*_: Any) -> None:
         if current_node_or_none() is not None:
@@ -138,7 +140,8 @@ class Refuses(http.server.BaseHTTPRequestHandler):
 
 
 async def test_flush_says_what_a_collector_refuses() -> None:
-    """flush() is False if the exporter of a provider failed to send what it held; the next one has nothing to report."""
+    """flush() is False if the exporter of a provider failed to send what it held; the next one has nothing to
+    report."""
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
@@ -172,7 +175,8 @@ async def test_flush_says_what_was_lost_before_it() -> None:
 
 @pytest.mark.slow
 def test_flush_says_what_the_datadog_agent_refuses() -> None:
-    """ddtrace goes by its environment, so this is a process of its own; nothing listens where its agent should be."""
+    """ddtrace goes by its environment, so this is a process of its own; nothing listens where its agent
+    should be."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -195,7 +199,8 @@ def test_flush_says_what_the_datadog_agent_refuses() -> None:
 
 
 async def test_flush_sends_what_a_pipelines_own_hooks_hold() -> None:
-    """flush() covers the exporters of pipelines and runs that have hooks of their own, once per destination."""
+    """flush() covers the exporters of pipelines and runs that have hooks of their own, once per
+    destination."""
     kept, other = InMemorySpanExporter(), InMemorySpanExporter()
     providers = [TracerProvider(), TracerProvider()]
     for exporter, provider in zip((kept, other), providers, strict=True):
@@ -437,7 +442,8 @@ async def test_structlog_that_is_configured_later_is_used() -> None:
 
 
 async def test_metrics_that_were_taken_out_of_their_registry() -> None:
-    """Hooks for a registry whose metrics were unregistered, as test suites do, feed new ones; older sets follow."""
+    """Hooks for a registry whose metrics were unregistered, as test suites do, feed new ones; older sets
+    follow."""
     registry = CollectorRegistry()
     old = prometheus_hooks(registry=registry)
     await StromaRunner.quick(hooks=old).run(own_pipeline(None).nodes, Number())

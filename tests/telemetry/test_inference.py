@@ -93,7 +93,8 @@ async def test_each_attempt_has_one_span_with_its_bill(seen: Seen) -> None:
 async def test_a_call_that_ends_after_its_attempt_is_counted_once(
     seen: Seen, reports: bool, late: bool
 ) -> None:
-    """The span of a stream that a node leaves open has the tokens of its attempt; if it reports none, ours is made then."""
+    """The span of a stream that a node leaves open has the tokens of its attempt; if it reports none, ours is
+    made then."""
     runner = quick(seen.hooks(inference="auto"), retries=0, contract_retries={"ask": 1})
     left_open: list[Any] = []
 
@@ -125,7 +126,8 @@ async def test_a_call_that_ends_after_its_attempt_is_counted_once(
 
 @pytest.mark.core
 async def test_an_instrumented_client_is_not_counted_twice(seen: Seen) -> None:
-    """Where a span inside the attempt reports tokens there is no second one; its neighbour without one has ours."""
+    """Where a span inside the attempt reports tokens there is no second one; its neighbour without one has
+    ours."""
     runner = quick(seen.hooks(inference="auto"), retries=0, contract_retries={"with": 1})
     nodes = parallel(
         asking(runner, seen, failures=1, instrumented=True, id="with"),
@@ -154,7 +156,8 @@ def price(input_tokens: int, cached: int, output_tokens: int) -> float:
 
 @pytest.mark.parametrize("instrumented", [True, False])
 async def test_the_bill_is_that_of_the_provider(seen: Seen, provider: Server, instrumented: bool) -> None:
-    """Two answers that break the contract and one that holds it: the spans cost what the provider billed, to the cent."""
+    """Two answers that break the contract and one that holds it: the spans cost what the provider billed, to
+    the cent."""
     sizes = [(1_200_000, 1_000_000, 90_000), (2_000_000, 0, 70_001), (3_000_003, 512, 11)]
     contents = ['{"n": "no number"}', '{"n": []}', '{"n": 3}']
     urls = []
@@ -237,7 +240,8 @@ async def test_a_client_in_a_thread_is_seen(seen: Seen) -> None:
 
 
 async def test_always_and_never(seen: Seen) -> None:
-    """ "always" has a span for each attempt that used tokens, "never" none; one without usage never has one."""
+    """ "always" has a span for each attempt that used tokens, "never" none; one without usage never has
+    one."""
     for mode, expected in (("always", 1), ("never", 0)):
         mine = Seen()
         runner = quick(mine.hooks(inference=mode))
@@ -253,7 +257,8 @@ async def test_always_and_never(seen: Seen) -> None:
 
 
 async def test_a_failed_call_that_was_paid(seen: Seen) -> None:
-    """Usage reported before the exception is on a span of that attempt, with its outcome; the node is the error."""
+    """Usage reported before the exception is on a span of that attempt, with its outcome; the node is the
+    error."""
     runner = quick(seen.hooks(inference="auto"), retries=0)
 
     @runner.node("ask", input=State, output=State)
@@ -277,7 +282,8 @@ async def test_a_provider_that_shows_no_spans_of_others(seen: Seen) -> None:
 
 
 async def test_a_call_whose_span_is_around_the_node(seen: Seen) -> None:
-    """A span of a model call around the node, as Pydantic AI makes it, has the tokens of its answer; ours have those of failed attempts."""
+    """A span of a model call around the node, as Pydantic AI makes it, has the tokens of its answer; ours
+    have those of failed attempts."""
     guard = Guard(quick(seen.hooks(inference="auto"), retries=1))
 
     @guard.step("model")
@@ -313,7 +319,8 @@ def guarded_model(seen: Seen) -> tuple[Guard, Any]:
 
 
 async def test_a_call_whose_span_gets_its_kind_when_it_ends(seen: Seen) -> None:
-    """OpenInference's own spans show their kind at their end, and what the model is asked before: the answer counts once.
+    """OpenInference's own spans show their kind at their end, and what the model is asked before: the answer
+    counts once.
 
     Such a span belongs to the node inside of it, if to no other."""
     guard, model = guarded_model(seen)
@@ -329,7 +336,8 @@ async def test_a_call_whose_span_gets_its_kind_when_it_ends(seen: Seen) -> None:
 
 
 async def test_calls_that_share_the_span_around_them(seen: Seen) -> None:
-    """A span of a model call around several calls, as where a framework writes each over the one before, stands for one answer."""
+    """A span of a model call around several calls, as where a framework writes each over the one before,
+    stands for one answer."""
     guard, model = guarded_model(seen)
 
     about = {"gen_ai.operation.name": "chat"}

@@ -77,7 +77,8 @@ def named(node_id: str) -> Any:
 
 
 async def test_names_of_pipelines_and_nodes_are_bounded() -> None:
-    """After 1,000 pairs of pipeline and node the label is "other", in all systems; no run is lost, and the gauge is 0."""
+    """After 1,000 pairs of pipeline and node the label is "other", in all systems; no run is lost, and the
+    gauge is 0."""
     systems = Systems()
     hooks = systems.hooks()
     for number in range(1010):
@@ -156,9 +157,13 @@ async def test_all_systems_count_circuits() -> None:
         raise ConnectionError("no")
 
     runner = StromaRunner.quick(
-        hooks=systems.hooks(), pipeline="p", breaker=Breaker(min_calls=1, max_wait_seconds=0),
-        limits={"llm": Limit(concurrent=5)}, node_limits={"a": "llm"}, policy_map=retry_policies(0),
-    )  # fmt: skip
+        hooks=systems.hooks(),
+        pipeline="p",
+        breaker=Breaker(min_calls=1, max_wait_seconds=0),
+        limits={"llm": Limit(concurrent=5)},
+        node_limits={"a": "llm"},
+        policy_map=retry_policies(0),
+    )
     await runner.run([node("a", fails)], Num())
     names = ("stroma.circuit.changes", "stroma_circuit_changes_total", "stroma.circuit.changes")
     assert systems.counts(*names) == [{("limit 'llm'", "open", "p"): 1}] * 3

@@ -40,7 +40,8 @@ def events(caplog: pytest.LogCaptureFixture) -> list[Any]:
 
 
 async def test_conversation_user_and_tags_are_fields(caplog: pytest.LogCaptureFixture) -> None:
-    """Every line has the conversation, user and tags of its run, as fields and in its text; runs without have no such field."""
+    """Every line has the conversation, user and tags of its run, as fields and in its text; runs without have
+    no such field."""
     caplog.set_level(logging.DEBUG)
     runner = quick(log_hooks(), tags=("beta", "customer=42"))
     await runner.run([flaky(runner)], State(), conversation="thread 17", user="ada")
@@ -140,41 +141,109 @@ async def test_a_secret_that_redact_takes_out_is_in_no_message(caplog: pytest.Lo
 @pytest.mark.parametrize(
     ("name", "denied"),
     [
-        ("api_key", True), ("API-Key", True), ("apiKey", True), ("openai_api_key", True), ("openaiApiKey", True),
-        ("OPENAI_API_KEY", True), ("HTTPPassword", True), ("db_password", True), ("x-api-key", True),
-        *((name, True) for name in (
-            "Authorization", "access_token", "token", "github_token", "csrf_token", "accessToken", "secret_key",
-            "aws_secret_access_key", "clientSecret", "access_key", "account_key", "signing_key", "encryption_key", "ssh_key",
-            "passwords", "api_keys", "dbpassword", "db_pass", "password1", "password_hash", "passcode", "pin", "otp", "jwt",
-            "session_id", "sessionid", "set-cookie", "cookies", "connection_string", "database_url", "webhook_url",
-            "private_key_pem", "proxy_authorization", "credential", "x-amz-security-token",
-        )),
-        *((name, False) for name in (
-            "max_tokens", "maxTokens", "tokens_used", "total_tokens", "token_count", "tokens", "tokenizer", "secretary",
-            "secretary_name", "author", "authority", "compass", "first_pass", "spin", "shipping", "session", "cookie_policy",
-            "api_key_count", "lapikey", "",
-        )),
+        ("api_key", True),
+        ("API-Key", True),
+        ("apiKey", True),
+        ("openai_api_key", True),
+        ("openaiApiKey", True),
+        ("OPENAI_API_KEY", True),
+        ("HTTPPassword", True),
+        ("db_password", True),
+        ("x-api-key", True),
+        *(
+            (name, True)
+            for name in (
+                "Authorization",
+                "access_token",
+                "token",
+                "github_token",
+                "csrf_token",
+                "accessToken",
+                "secret_key",
+                "aws_secret_access_key",
+                "clientSecret",
+                "access_key",
+                "account_key",
+                "signing_key",
+                "encryption_key",
+                "ssh_key",
+                "passwords",
+                "api_keys",
+                "dbpassword",
+                "db_pass",
+                "password1",
+                "password_hash",
+                "passcode",
+                "pin",
+                "otp",
+                "jwt",
+                "session_id",
+                "sessionid",
+                "set-cookie",
+                "cookies",
+                "connection_string",
+                "database_url",
+                "webhook_url",
+                "private_key_pem",
+                "proxy_authorization",
+                "credential",
+                "x-amz-security-token",
+            )
+        ),
+        *(
+            (name, False)
+            for name in (
+                "max_tokens",
+                "maxTokens",
+                "tokens_used",
+                "total_tokens",
+                "token_count",
+                "tokens",
+                "tokenizer",
+                "secretary",
+                "secretary_name",
+                "author",
+                "authority",
+                "compass",
+                "first_pass",
+                "spin",
+                "shipping",
+                "session",
+                "cookie_policy",
+                "api_key_count",
+                "lapikey",
+                "",
+            )
+        ),
     ],
-)  # fmt: skip
+)
 def test_denied_names(name: str, denied: bool) -> None:
-    """A name is denied if its last words are, however it is written; a part of a word is none, nor is a count of tokens."""
+    """A name is denied if its last words are, however it is written; a part of a word is none, nor is a count
+    of tokens."""
     assert (name in DeniedNames(DENY_KEYS)) is denied
 
 
 @pytest.mark.parametrize(
     ("key", "name", "denied"),
     [
-        ("iban", "customerIban", True), ("iban", "ibans", False), ("*iban*", "customer_ibans", True), ("iban_*", "iban_de", True),
-        ("iban_*", "my_iban_de", False), ("*_iban", "my_iban", True), ("*_iban", "iban", False), ("Iban-*", "ibanDe", True),
+        ("iban", "customerIban", True),
+        ("iban", "ibans", False),
+        ("*iban*", "customer_ibans", True),
+        ("iban_*", "iban_de", True),
+        ("iban_*", "my_iban_de", False),
+        ("*_iban", "my_iban", True),
+        ("*_iban", "iban", False),
+        ("Iban-*", "ibanDe", True),
     ],
-)  # fmt: skip
+)
 def test_patterns_of_denied_names(key: str, name: str, denied: bool) -> None:
     """A key with * at an end matches the whole name, in words with _ between them."""
     assert (name in DeniedNames([key])) is denied
 
 
 async def test_structlog() -> None:
-    """A logger of structlog gets the event and its fields as they are; without any logger its configuration is found."""
+    """A logger of structlog gets the event and its fields as they are; without any logger its configuration
+    is found."""
     try:
         with structlog.testing.capture_logs() as lines:
             structlog.configure(processors=structlog.get_config()["processors"])
@@ -200,7 +269,8 @@ async def test_adapters_keep_the_fields(caplog: pytest.LogCaptureFixture) -> Non
 
 @pytest.mark.core
 async def test_an_event_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    """Ids and messages are any text, and none of them begins a line of its own; the fields have them as they are."""
+    """Ids and messages are any text, and none of them begins a line of its own; the fields have them as they
+    are."""
     caplog.set_level(logging.DEBUG)
     runner = quick(log_hooks(content="redacted"))
 
@@ -224,7 +294,8 @@ async def test_an_event_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     ],
 )
 async def test_each_kind_of_logger_of_structlog(wrapper: Any) -> None:
-    """A generic, a stdlib and a filtering logger of structlog, each with values bound, write the same lines."""
+    """A generic, a stdlib and a filtering logger of structlog, each with values bound, write the same
+    lines."""
     lines: list[Any] = []
 
     def keep(_logger: Any, level: str, fields: Any) -> Any:
@@ -263,7 +334,8 @@ async def test_starts_of_nodes_are_asked_for_once_a_run(caplog: pytest.LogCaptur
 
 
 async def test_lines_of_the_engine_name_their_run(caplog: pytest.LogCaptureFixture) -> None:
-    """Every line of the engine about a run begins with the run's id, and a FAILED run ends with a line at ERROR."""
+    """Every line of the engine about a run begins with the run's id, and a FAILED run ends with a line at
+    ERROR."""
     caplog.set_level(logging.INFO, logger="stroma")
     runner = StromaRunner.quick(policy_map=ONCE, pipeline="100 %")
 

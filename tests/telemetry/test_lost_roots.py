@@ -1,4 +1,5 @@
-"""A run whose process was killed: the process that resumes it writes the root which the first one could not end."""
+"""A run whose process was killed: the process that resumes it writes the root which the first one could not
+end."""
 
 from __future__ import annotations
 
@@ -38,10 +39,14 @@ class LinesExporter(SpanExporter):
             for span in spans:
                 assert span.context is not None
                 about = {
-                    "name": span.name, "trace": span.context.trace_id, "id": span.context.span_id,
-                    "parent": span.parent and span.parent.span_id, "start": span.start_time, "end": span.end_time,
+                    "name": span.name,
+                    "trace": span.context.trace_id,
+                    "id": span.context.span_id,
+                    "parent": span.parent and span.parent.span_id,
+                    "start": span.start_time,
+                    "end": span.end_time,
                     "links": len(span.links),
-                }  # fmt: skip
+                }
                 file.write(json.dumps(about) + "\n")
         return SpanExportResult.SUCCESS
 
@@ -74,7 +79,8 @@ def run(path: pathlib.Path, *, dies: bool, traceparent: str | None) -> Any:
 def test_a_killed_and_resumed_run_is_one_trace_with_one_root(
     tmp_path: pathlib.Path, traceparent: str | None
 ) -> None:
-    """The nodes of both processes are under one root, which begins when the run began; only one span has its ids."""
+    """The nodes of both processes are under one root, which begins when the run began; only one span has its
+    ids."""
     child = os.fork()
     if child == 0:
         run(tmp_path, dies=True, traceparent=traceparent)
@@ -83,8 +89,10 @@ def test_a_killed_and_resumed_run_is_one_trace_with_one_root(
     assert run(tmp_path, dies=False, traceparent=traceparent).status is RunStatus.RESUMED
     first, second, root = map(json.loads, (tmp_path / "spans").read_text().splitlines())
     assert [span["name"] for span in (first, second, root)] == [
-        "stroma.node first", "stroma.node second", "invoke_workflow pipeline",
-    ]  # fmt: skip
+        "stroma.node first",
+        "stroma.node second",
+        "invoke_workflow pipeline",
+    ]
     assert first["parent"] == second["parent"] == root["id"]
     assert first["trace"] == second["trace"] == root["trace"]
     outer = None if traceparent is None else int(traceparent.split("-")[2], 16)
@@ -96,7 +104,8 @@ def test_a_killed_and_resumed_run_is_one_trace_with_one_root(
 
 @pytest.mark.slow
 def test_a_run_that_ended_its_root_is_not_written_again(tmp_path: pathlib.Path) -> None:
-    """A process that is killed after a resume leaves the trace of that resume, and not that of the first process."""
+    """A process that is killed after a resume leaves the trace of that resume, and not that of the first
+    process."""
     for dies in (False, True, False):
         child = os.fork()
         if child == 0:

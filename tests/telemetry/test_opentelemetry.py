@@ -1,4 +1,5 @@
-"""otel_hooks, with the real SDK: every span ends once, under the right parent, and says no more than it may."""
+"""otel_hooks, with the real SDK: every span ends once, under the right parent, and says no more than it
+may."""
 
 from __future__ import annotations
 
@@ -146,7 +147,8 @@ def events(span: ReadableSpan) -> list[str]:
 class TestNesting:
     @pytest.mark.core
     async def test_the_users_spans_are_under_their_node(self, seen: Seen) -> None:
-        """What a node opens is under its span: in coroutines, threads, tasks and task groups, in groups and in maps."""
+        """What a node opens is under its span: in coroutines, threads, tasks and task groups, in groups and
+        in maps."""
         runner = quick(seen.hooks())
 
         @runner.node("coroutine", input=State, output=State)
@@ -208,7 +210,8 @@ class TestNesting:
 
     @pytest.mark.core
     async def test_the_run_is_under_what_is_current(self, seen: Seen) -> None:
-        """A run is a child of the caller's span, and a nested run of the node that started it; nodes stand side by side."""
+        """A run is a child of the caller's span, and a nested run of the node that started it; nodes stand
+        side by side."""
         runner = quick(seen.hooks())
 
         @runner.node("inner", input=State, output=State)
@@ -265,7 +268,8 @@ class TestNesting:
         ]
 
     async def test_two_sets_make_two_trees(self, seen: Seen) -> None:
-        """Two sets on two providers do not mix: each has its own run and nodes, and both leave nothing current."""
+        """Two sets on two providers do not mix: each has its own run and nodes, and both leave nothing
+        current."""
         other = Seen()
         runner = quick(seen.hooks() | other.hooks(attempts="spans"))
         await runner.run([flaky(runner), flaky(runner, "b")], State())
@@ -277,7 +281,8 @@ class TestNesting:
 
 class TestEndings:
     async def test_a_retried_failure_is_no_error(self, seen: Seen) -> None:
-        """One span for all attempts of a node: a failed one and the retry are events, and the span is not an error."""
+        """One span for all attempts of a node: a failed one and the retry are events, and the span is not an
+        error."""
         runner = quick(seen.hooks())
         await runner.run([flaky(runner)], State())
         span = seen.span("stroma.node flaky")
@@ -293,7 +298,8 @@ class TestEndings:
 
     @pytest.mark.parametrize("attempts", ["events", "spans"])
     async def test_only_final_failures_have_an_exception_event(self, seen: Seen, attempts: Any) -> None:
-        """A failure that is tried again leaves no "exception" event on any span, which MLflow would show as an error."""
+        """A failure that is tried again leaves no "exception" event on any span, which MLflow would show as
+        an error."""
         runner = quick(seen.hooks(attempts=attempts, content="redacted"))
         await runner.run([flaky(runner)], State())
         assert not any("exception" in events(span) for span in seen.spans)
@@ -308,18 +314,20 @@ class TestEndings:
         failed = [span for span in seen.spans if span.status.status_code is StatusCode.ERROR]
         assert [span.name for span in failed] == [
             *(["stroma.attempt broken"] if attempts == "spans" else []),
-            "stroma.node broken", "invoke_workflow pipeline",
-        ]  # fmt: skip
+            "stroma.node broken",
+            "invoke_workflow pipeline",
+        ]
         for span in failed:
             (exception,) = [event for event in span.events if event.name == "exception"]
             assert dict(exception.attributes) == {
-                "exception.type": "ConnectionError", "exception.message": "no answer for **********",
-            }  # fmt: skip
+                "exception.type": "ConnectionError",
+                "exception.message": "no answer for **********",
+            }
 
     @pytest.mark.core
     async def test_attempts_as_spans(self, seen: Seen) -> None:
-        """attempts="spans" gives each attempt a span under its node's, with the user's spans in it; one that is tried again
-        is no error."""
+        """attempts="spans" gives each attempt a span under its node's, with the user's spans in it; one that
+        is tried again is no error."""
         runner = quick(seen.hooks(attempts="spans"))
 
         @runner.node("node", input=State, output=State)
@@ -345,7 +353,8 @@ class TestEndings:
         assert [span.attributes["stroma.node.attempt"] for span in (first, second)] == [1, 2]
 
     async def test_a_final_failure(self, seen: Seen) -> None:
-        """A failure that stops the run makes the spans of its node, its group and the run errors, the siblings' not."""
+        """A failure that stops the run makes the spans of its node, its group and the run errors, the
+        siblings' not."""
         runner = quick(seen.hooks())
         started = asyncio.Event()
 
@@ -393,7 +402,8 @@ class TestEndings:
     @pytest.mark.core
     @pytest.mark.parametrize("when", ["node", "backoff", "hook"])
     async def test_cancelled(self, seen: Seen, when: str) -> None:
-        """A cancelled run ends all its spans, none as an error: in a node, between attempts, and in a neighbour's hook."""
+        """A cancelled run ends all its spans, none as an error: in a node, between attempts, and in a
+        neighbour's hook."""
         ready = asyncio.Event()
 
         async def neighbour(*_: Any) -> None:
@@ -434,7 +444,8 @@ class TestEndings:
         assert node_span.attributes["stroma.outcome"] == "cancelled"
 
     async def test_closed(self, seen: Seen) -> None:
-        """A run whose coroutine is closed from elsewhere ends its spans and gauges, and detaches nobody else's context."""
+        """A run whose coroutine is closed from elsewhere ends its spans and gauges, and detaches nobody
+        else's context."""
         runner = quick(seen.hooks(attempts="spans"))
 
         @runner.node("node", input=State, output=State)
@@ -509,7 +520,8 @@ class TestEndings:
 class TestResume:
     @pytest.mark.core
     async def test_a_resumed_run_links_to_the_first(self, seen: Seen, tmp_path: pathlib.Path) -> None:
-        """A resumed run is a trace of its own with a link to the first; restored nodes make no spans and no counts."""
+        """A resumed run is a trace of its own with a link to the first; restored nodes make no spans and no
+        counts."""
         broken = True
 
         async def go(store: SQLiteStore, **options: Any) -> Any:
@@ -549,7 +561,8 @@ class TestResume:
 class TestMetrics:
     @pytest.mark.core
     async def test_counts_are_those_of_the_trace(self, seen: Seen) -> None:
-        """Attempts, retries, tokens and cost are counted as the trace has them, and no label holds a run id."""
+        """Attempts, retries, tokens and cost are counted as the trace has them, and no label holds a run
+        id."""
         runner = quick(seen.hooks(), retries=2)
         result = await runner.run(
             [flaky(runner, failures=2), flaky(runner, "b", 0)], State(), run_id="run-17"
@@ -580,7 +593,8 @@ class TestContent:
         assert seen.span("stroma.node flaky").status.description == "RECOVERABLE connection"
 
     async def test_redacted_content(self, seen: Seen) -> None:
-        """content="redacted" sends what redact and deny_keys leave; a SecretStr is in no state and in no message."""
+        """content="redacted" sends what redact and deny_keys leave; a SecretStr is in no state and in no
+        message."""
 
         def redact(state: dict[str, Any]) -> dict[str, Any]:
             return {**state, **({"text": "..."} if "text" in state else {})}
@@ -622,7 +636,8 @@ class TestContent:
 
 class TestDelivery:
     async def test_a_receiver_that_fails_gets_them_later(self, otlp: OtlpReceiver) -> None:
-        """Spans reach a real OTLP receiver through an answer of 503, under their parents; flush() waits for that."""
+        """Spans reach a real OTLP receiver through an answer of 503, under their parents; flush() waits for
+        that."""
         provider = TracerProvider()
         exporter = OTLPSpanExporter(endpoint=f"{otlp.url}/v1/traces")
         provider.add_span_processor(BatchSpanProcessor(exporter))
@@ -639,7 +654,8 @@ class TestDelivery:
     async def test_the_global_provider_is_flushed(
         self, seen: Seen, otlp: OtlpReceiver, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Hooks that were given nothing flush what they use: the global provider, also one that is set after them."""
+        """Hooks that were given nothing flush what they use: the global provider, also one that is set after
+        them."""
         runner = quick(otel_hooks())
         provider = TracerProvider()
         exporter = OTLPSpanExporter(endpoint=f"{otlp.url}/v1/traces")
@@ -680,7 +696,8 @@ async def test_an_attempt_says_what_a_cache_was_used_for(seen: Seen, cached: int
 
 
 async def test_an_end_that_is_told_again_has_a_span(seen: Seen, tmp_path: pathlib.Path) -> None:
-    """A success that a process did not live to tell becomes a span of its own on resume, with the times it had."""
+    """A success that a process did not live to tell becomes a span of its own on resume, with the times it
+    had."""
 
     async def die(*_: Any) -> None:
         raise KeyboardInterrupt  # As good as a death: the hooks have not ended.

@@ -80,7 +80,8 @@ async def test_a_server_answers_with_the_right_numbers(prometheus: SharedPrometh
         assert value(tokens) == sum(result.total_tokens for result in results)
         cost = value(of("sum(stroma_cost_usd_total{$P})"))
         assert cost == pytest.approx(sum(result.total_cost_usd for result in results))
-        # The nodes sleep for 15 ms: the half of them is in the bucket that ends at 20 or, on a busy machine, above.
+        # The nodes sleep for 15 ms: the half of them is in the bucket that ends at 20 or, on a busy machine,
+        # above.
         median = of(
             'histogram_quantile(0.5, sum by (le) (stroma_node_duration_seconds_bucket{$P,node_id="a"}))'
         )
@@ -189,7 +190,8 @@ async def test_any_text_can_be_a_label() -> None:
 
 @pytest.mark.slow
 def test_a_killed_process_leaves_no_gauge_raised(tmp_path: pathlib.Path) -> None:
-    """Where processes share their metrics, runs in progress are those of the living: one that is killed takes its own."""
+    """Where processes share their metrics, runs in progress are those of the living: one that is killed takes
+    its own."""
     program = """
 import asyncio, os, sys
 from prometheus_client import CollectorRegistry, generate_latest, multiprocess
@@ -237,7 +239,8 @@ print(page())
 
 
 async def test_units_reasons_and_caches() -> None:
-    """Pages of OpenMetrics state units; attempts are counted by the reason of their failure, cached tokens on their own."""
+    """Pages of OpenMetrics state units; attempts are counted by the reason of their failure, cached tokens on
+    their own."""
     registry = CollectorRegistry()
     runner = StromaRunner.quick(hooks=prometheus_hooks(registry=registry), policy_map=ONCE)
 

@@ -1,4 +1,5 @@
-"""Figures of queues that workers read from a store: gauges of Prometheus and OpenTelemetry, and the worker's health."""
+"""Figures of queues that workers read from a store: gauges of Prometheus and OpenTelemetry, and the worker's
+health."""
 
 from __future__ import annotations
 
@@ -44,8 +45,8 @@ async def until(condition: Any) -> None:
 
 
 async def test_a_worker_shows_the_queues_that_it_serves(store: Any) -> None:
-    """A worker whose places are taken shows how many runs are queued, and since when the oldest is due; a worker that has
-    ended shows nothing, and no run id or key is a label."""
+    """A worker whose places are taken shows how many runs are queued, and since when the oldest is due; a
+    worker that has ended shows nothing, and no run id or key is a label."""
     systems, gate, entered = Systems(), asyncio.Event(), asyncio.Event()
 
     async def wait(state: Num) -> Num:
@@ -85,7 +86,8 @@ async def test_a_worker_shows_the_queues_that_it_serves(store: Any) -> None:
 
 
 async def test_a_worker_shows_blocked_runs(store: Any) -> None:
-    """A worker shows how many runs of its pipelines are blocked, and since when the oldest is; queued ones are not in the queue."""
+    """A worker shows how many runs of its pipelines are blocked, and since when the oldest is; queued ones
+    are not in the queue."""
     systems = Systems()
 
     async def end(state: Num) -> Num:

@@ -115,7 +115,8 @@ class TestOtlp:
         assert record["span_id"] == f"{span.get_span_context().span_id:016x}"
 
     def test_failed_posts_are_retried(self, otlp: OtlpReceiver) -> None:
-        """A span that met a 503 arrives at the next try, once, and not before the time that the answer named."""
+        """A span that met a 503 arrives at the next try, once, and not before the time that the answer
+        named."""
         otlp.fail(1, retry_after=1)
         provider, tracer = tracer_to(otlp.url)
         tracer.start_span("late").end()
@@ -126,7 +127,8 @@ class TestOtlp:
         assert second["time"] - first["time"] >= 0.9
 
     def test_refuses_and_listens_again(self, otlp: OtlpReceiver) -> None:
-        """While it refuses nothing arrives, also over a connection that was open; afterwards it is at the same port."""
+        """While it refuses nothing arrives, also over a connection that was open; afterwards it is at the
+        same port."""
         provider, tracer = tracer_to(otlp.url, timeout=0.3)
         tracer.start_span("before").end()
         otlp.refuse()
@@ -196,7 +198,8 @@ def registry_of_a_run() -> CollectorRegistry:
 
 class TestPrometheus:
     def test_shared_server(self, prometheus: SharedPrometheus) -> None:
-        """A registry is scraped while it is exposed, PromQL gives its numbers, and afterwards they are gone."""
+        """A registry is scraped while it is exposed, PromQL gives its numbers, and afterwards they are
+        gone."""
         with prometheus.exposing(registry_of_a_run()):
             prometheus.scraped()
             assert prometheus.value("sum(stroma_runs_total)") == 4

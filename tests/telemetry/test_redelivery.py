@@ -1,4 +1,5 @@
-"""What a killed process did not tell, and the one that resumes its run does, is a whole span and counts once."""
+"""What a killed process did not tell, and the one that resumes its run does, is a whole span and counts
+once."""
 
 from __future__ import annotations
 
@@ -61,7 +62,8 @@ def run(path: pathlib.Path, hooks: Any) -> Any:
 def test_a_redelivered_end_is_a_whole_span(
     event: str, tmp_path: pathlib.Path, sentry: RecordedSentry
 ) -> None:
-    """It has the times, tokens and type of error of the attempt, under the resumed run, and is an error only if that failed."""
+    """It has the times, tokens and type of error of the attempt, under the resumed run, and is an error only
+    if that failed."""
     if event == "failure":
         (tmp_path / "fails").touch()
     child = os.fork()

@@ -1,4 +1,5 @@
-"""What a node is to traces: agents, tools and retrievers have the names of the conventions, other nodes have none."""
+"""What a node is to traces: agents, tools and retrievers have the names of the conventions, other nodes have
+none."""
 
 from __future__ import annotations
 
@@ -61,7 +62,8 @@ async def test_roles_in_opentelemetry(vocabulary: Any) -> None:
 
 @pytest.mark.parametrize("mode", ["static", "stream"])
 async def test_roles_in_sentry(mode: str) -> None:
-    """Agents and tools are gen_ai operations with their names; nodes that are neither, and groups, are functions."""
+    """Agents and tools are gen_ai operations with their names; nodes that are neither, and groups, are
+    functions."""
     with RecordedSentry(trace_lifecycle=mode) as sentry:
         runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client))
         nodes = nodes_of_each_role(runner)
@@ -100,7 +102,8 @@ async def test_the_role_of_a_contract_precedes_that_of_the_framework() -> None:
 
 
 async def test_spend_is_counted_by_agent() -> None:
-    """Tokens and cost of a model belong to the innermost agent around it: on the span of the call, and as a label."""
+    """Tokens and cost of a model belong to the innermost agent around it: on the span of the call, and as a
+    label."""
     seen, registry = Seen(), CollectorRegistry()
     hooks = seen.hooks(inference="auto") | prometheus_hooks(registry=registry)
     guard = Guard(StromaRunner.quick(hooks=hooks))
@@ -135,21 +138,30 @@ async def test_a_node_without_a_runner_has_a_role() -> None:
     seen.span("execute_tool pay")
 
 
-#: The type of an observation in Langfuse, by the first attribute of a span that it knows, from its ObservationTypeMapper.
+#: The type of an observation in Langfuse, by the first attribute of a span that it knows, from its
+#: ObservationTypeMapper.
 LANGFUSE = {
     "openinference.span.kind": {
-        "CHAIN": "CHAIN", "RETRIEVER": "RETRIEVER", "LLM": "GENERATION", "AGENT": "AGENT", "TOOL": "TOOL",
+        "CHAIN": "CHAIN",
+        "RETRIEVER": "RETRIEVER",
+        "LLM": "GENERATION",
+        "AGENT": "AGENT",
+        "TOOL": "TOOL",
     },
     "gen_ai.operation.name": {
-        "chat": "GENERATION", "text_completion": "GENERATION", "generate_content": "GENERATION",
-        "invoke_agent": "AGENT", "execute_tool": "TOOL",
+        "chat": "GENERATION",
+        "text_completion": "GENERATION",
+        "generate_content": "GENERATION",
+        "invoke_agent": "AGENT",
+        "execute_tool": "TOOL",
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("vocabulary", ["openinference", "none"])
 async def test_types_of_observations_in_langfuse(vocabulary: Any) -> None:
-    """By its published mapping Langfuse shows agents, tools and model calls by their type, with either vocabulary."""
+    """By its published mapping Langfuse shows agents, tools and model calls by their type, with either
+    vocabulary."""
     seen = Seen()
     guard = Guard(StromaRunner.quick(hooks=seen.hooks(vocabulary=vocabulary, inference="auto")))
     model = guard.wrap("model", lambda: "x", usage=lambda _: Usage(10, 5, model="gpt-4o-mini"))
@@ -167,15 +179,19 @@ async def test_types_of_observations_in_langfuse(vocabulary: Any) -> None:
     found = {span.name: type_of(span.attributes or {}) for span in seen.spans}
     step = "CHAIN" if vocabulary == "openinference" else "SPAN"
     assert found == {
-        "invoke_workflow pipeline": step, "invoke_agent agent": "AGENT", "stroma.node model": step,
-        "chat gpt-4o-mini": "GENERATION", "execute_tool tool": "TOOL",
-    }  # fmt: skip
+        "invoke_workflow pipeline": step,
+        "invoke_agent agent": "AGENT",
+        "stroma.node model": step,
+        "chat gpt-4o-mini": "GENERATION",
+        "execute_tool tool": "TOOL",
+    }
     for span in seen.spans:  # Its session and user of a trace.
         assert {"session.id", "user.id"} <= set(span.attributes or {})
 
 
 async def test_names_of_agents_and_tools_that_sentry_documents() -> None:
-    """A span of an agent or tool has the op "gen_ai.{operation}", the name "{operation} {name}" and the name as attribute."""
+    """A span of an agent or tool has the op "gen_ai.{operation}", the name "{operation} {name}" and the name
+    as attribute."""
     with RecordedSentry() as sentry:
         runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client))
         await runner.run(Pipeline("all", nodes_of_each_role(runner)[:2]), Number(), conversation="c-1")

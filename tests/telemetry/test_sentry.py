@@ -1,4 +1,5 @@
-"""sentry_hooks, with the real SDK and a transport that records: one issue per final failure, at its node's span."""
+"""sentry_hooks, with the real SDK and a transport that records: one issue per final failure, at its node's
+span."""
 
 from __future__ import annotations
 
@@ -67,8 +68,12 @@ async def test_a_final_failure_is_one_issue_at_the_nodes_span(sentry: RecordedSe
     (event,) = sentry.transport.events
     span = sentry.transport.span("bad")
     assert event["fingerprint"] == [
-        "stroma", "letters", "bad", "AMBIGUOUS", "tests.telemetry.test_sentry.QuotaError",
-    ]  # fmt: skip
+        "stroma",
+        "letters",
+        "bad",
+        "AMBIGUOUS",
+        "tests.telemetry.test_sentry.QuotaError",
+    ]
     assert event["contexts"]["trace"]["span_id"] == span["span_id"]
     assert event["contexts"]["trace"]["trace_id"] == span["trace_id"]
     assert event["contexts"]["stroma"]["run_id"] == result.run_id
@@ -76,8 +81,10 @@ async def test_a_final_failure_is_one_issue_at_the_nodes_span(sentry: RecordedSe
     run = sentry.transport.span("letters")
     assert span["parent_span_id"] == run["span_id"]
     assert [s["status"] for s in (run, span, sentry.transport.span("good"))] == [
-        "unavailable", "internal_error", "ok",
-    ]  # fmt: skip
+        "unavailable",
+        "internal_error",
+        "ok",
+    ]
     # The frames are those of the node, the engine's are not the application's.
     frames = event["exception"]["values"][-1]["stacktrace"]["frames"]
     assert [frame["function"] for frame in frames if frame["in_app"]][-1] == "call"
@@ -102,7 +109,8 @@ async def test_a_retried_failure_is_a_breadcrumb(sentry: RecordedSentry) -> None
 
 @pytest.mark.core
 async def test_siblings_stand_side_by_side(sentry: RecordedSentry) -> None:
-    """Children of a group are under the group, never under each other; the child that failed has the issue."""
+    """Children of a group are under the group, never under each other; the child that failed has the
+    issue."""
     runner = quick(sentry)
     inner: list[tuple[str, Any]] = []
 
@@ -255,8 +263,8 @@ async def test_redacted_content(sentry: RecordedSentry) -> None:
 
 @pytest.mark.parametrize("content", ["none", "redacted"])
 async def test_the_engines_own_log_lines_tell_nothing(content: str) -> None:
-    """Sentry's logging integration has lines of the engine with what exceptions said, and its errors about hooks with
-    what these were called with; neither leaves."""
+    """Sentry's logging integration has lines of the engine with what exceptions said, and its errors about
+    hooks with what these were called with; neither leaves."""
     from sentry_sdk.integrations.logging import LoggingIntegration
 
     async def broken(_run_id: str, _node_id: str, state: dict[str, Any]) -> None:
@@ -273,7 +281,8 @@ async def test_the_engines_own_log_lines_tell_nothing(content: str) -> None:
 
 
 async def test_a_group_that_a_hook_raises_tells_no_secret() -> None:
-    """Sentry's logging integration sends the members of an exception group without the secrets of the state."""
+    """Sentry's logging integration sends the members of an exception group without the secrets of the
+    state."""
     from pydantic import BaseModel, SecretStr
     from sentry_sdk.integrations.logging import LoggingIntegration
 
@@ -305,8 +314,9 @@ async def run_bad(runner: StromaRunner) -> None:
 @pytest.mark.parametrize("name", ["stroma.events", "letters.log"])
 @pytest.mark.parametrize("logs_first", [False, True])
 async def test_beside_log_hooks_there_is_one_issue(name: str, logs_first: bool) -> None:
-    """Sentry's own logging integration makes no second issue of the line that log_hooks writes about a failed run,
-    whichever logger it goes to and whichever of the two ends first; the application's own lines are its business."""
+    """Sentry's own logging integration makes no second issue of the line that log_hooks writes about a failed
+    run, whichever logger it goes to and whichever of the two ends first; the application's own lines are its
+    business."""
     from sentry_sdk.integrations.logging import LoggingIntegration
 
     integrations = [LoggingIntegration(level=logging.INFO, event_level=logging.ERROR)]
@@ -327,7 +337,8 @@ async def test_beside_log_hooks_there_is_one_issue(name: str, logs_first: bool) 
 
 
 async def test_under_the_callers_transaction(sentry: RecordedSentry) -> None:
-    """Inside of a transaction of the application the run is a span of it; the caller's scope is left as it was."""
+    """Inside of a transaction of the application the run is a span of it; the caller's scope is left as it
+    was."""
     runner = quick(sentry)
     with sentry_sdk.new_scope() as scope:
         scope.set_client(sentry.client)

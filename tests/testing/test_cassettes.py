@@ -16,14 +16,22 @@ from pydantic import BaseModel
 from stroma import StromaRunner
 
 OPENAI = {
-    "id": "1", "object": "chat.completion", "created": 1, "model": "gpt-4o",
+    "id": "1",
+    "object": "chat.completion",
+    "created": 1,
+    "model": "gpt-4o",
     "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Dear"}}],
     "usage": {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7},
-}  # fmt: skip
+}
 ANTHROPIC = {
-    "id": "2", "type": "message", "role": "assistant", "model": "claude-test", "stop_reason": "end_turn",
-    "content": [{"type": "text", "text": "Ada"}], "usage": {"input_tokens": 3, "output_tokens": 1},
-}  # fmt: skip
+    "id": "2",
+    "type": "message",
+    "role": "assistant",
+    "model": "claude-test",
+    "stop_reason": "end_turn",
+    "content": [{"type": "text", "text": "Ada"}],
+    "usage": {"input_tokens": 3, "output_tokens": 1},
+}
 
 
 class Text(BaseModel):
@@ -47,7 +55,8 @@ class Provider(BaseHTTPRequestHandler):
 
 
 async def test_recorded_responses_of_both_clients_are_replayed(tmp_path: Path) -> None:
-    """A cassette of vcrpy replays both clients without a provider, with the usage of each response and without their keys."""
+    """A cassette of vcrpy replays both clients without a provider, with the usage of each response and
+    without their keys."""
     server = HTTPServer(("127.0.0.1", 0), Provider)
     url = f"http://127.0.0.1:{server.server_address[1]}"
     runner = StromaRunner.quick()

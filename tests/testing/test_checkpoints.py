@@ -1,4 +1,5 @@
-"""CheckpointStoreTests: stores that do what they should pass it, and each thing that one may get wrong is found."""
+"""CheckpointStoreTests: stores that do what they should pass it, and each thing that one may get wrong is
+found."""
 
 import ast
 import copy
@@ -152,7 +153,17 @@ class OneRun(Broken):
         return "", node_id
 
 
-WRONG = [JoinsIds, KeepsTheObject, GivesTheObject, KeepsTheFirst, RaisesForUnknown, DeletesNothing, DeletesByPrefix, LosesTheClass, OneRun]  # fmt: skip
+WRONG = [
+    JoinsIds,
+    KeepsTheObject,
+    GivesTheObject,
+    KeepsTheFirst,
+    RaisesForUnknown,
+    DeletesNothing,
+    DeletesByPrefix,
+    LosesTheClass,
+    OneRun,
+]
 SUITE = [
     test
     for name, test in inspect.getmembers(CheckpointStoreTests, inspect.isfunction)

@@ -131,7 +131,8 @@ def test_snapshots_are_written_when_asked_for(session):
 
 @pytest.mark.core
 def test_each_test_has_snapshots_of_its_own(session):
-    """Tests of one name in two classes share no file, and a test that takes two of one name is told to give names."""
+    """Tests of one name in two classes share no file, and a test that takes two of one name is told to give
+    names."""
     body = """
         class TestOne:
             async def test_it(self, stroma_snapshot):
@@ -197,7 +198,8 @@ CHAOS = """
 @pytest.mark.core
 @pytest.mark.parametrize("workers", [(), ("-n2",)], ids=["alone", "xdist"])
 def test_chaos_names_the_node_that_is_not_safe_to_retry(session, workers):
-    """Every test of a pipeline runs again with faults: the node whose second call breaks a test is named, no other is."""
+    """Every test of a pipeline runs again with faults: the node whose second call breaks a test is named, no
+    other is."""
     result = session(CHAOS, "--stroma-chaos=20", "--stroma-chaos-seed=7", *workers)
     result.assert_outcomes(passed=4, failed=2)
     text = result.stdout.str()

@@ -127,7 +127,8 @@ async def test_a_file_holds_all_of_it(store, nodes, tmp_path):
 
 
 async def test_a_contract_that_fails_now(store, nodes, calls):
-    """An output that its contract does not take any more is found at its node, and the run ends there as it would."""
+    """An output that its contract does not take any more is found at its node, and the run ends there as it
+    would."""
     recorded = await record(store, nodes)
     result, text = await differences(recorded, [calls.node("read", paid, output_model=Small), *nodes[1:]])
     assert text == [("schema", "read"), ("contract", "read"), ("status", "")]
@@ -171,7 +172,8 @@ async def test_a_schema_that_has_changed(store, nodes, calls):
 
 
 async def test_nodes_that_are_gone_or_new(store, nodes, calls):
-    """A node that is gone is told and the rest is followed; at one that is new there is nothing to hand on."""
+    """A node that is gone is told and the rest is followed; at one that is new there is nothing to hand
+    on."""
     recorded = await record(store, nodes)
     result, text = await differences(recorded, nodes[1:])
     assert (text, result.stopped) == ([("missing", "read")], None)
@@ -184,7 +186,8 @@ async def test_nodes_that_are_gone_or_new(store, nodes, calls):
 
 @pytest.mark.core
 async def test_nodes_in_another_order(store, nodes, calls):
-    """Nodes that have changed places are told, though each hands on what it did; where one is gone the rest has not."""
+    """Nodes that have changed places are told, though each hands on what it did; where one is gone the rest
+    has not."""
     read, check, *_ = nodes
     recorded = await record(store, [read, check])
     result = await replay(recorded, [check, read])
@@ -227,7 +230,8 @@ async def test_another_class_of_a_failure(store, nodes):
 
 @pytest.mark.core
 async def test_a_wait_that_no_journal_keeps_is_no_difference(store, nodes):
-    """A run that stopped at a server which asked for too long a wait stops there, whatever the policy would allow."""
+    """A run that stopped at a server which asked for too long a wait stops there, whatever the policy would
+    allow."""
 
     class Response:
         status_code = 429
@@ -244,7 +248,8 @@ async def test_a_wait_that_no_journal_keeps_is_no_difference(store, nodes):
 
 @pytest.mark.core
 async def test_another_budget(store, nodes):
-    """The arithmetic of today is done with the usage of then: a smaller limit stops the run where it is crossed."""
+    """The arithmetic of today is done with the usage of then: a smaller limit stops the run where it is
+    crossed."""
     recorded = await record(store, nodes)
     small = ExecutionBudget(max_tokens_total=20, max_cost_usd=None, max_latency_ms=None)
     result, text = await differences(recorded, nodes, patient(budget=small))
@@ -272,7 +277,8 @@ async def test_what_a_group_makes_of_the_same_outputs(store, nodes, calls):
 
 @pytest.mark.core
 async def test_runs_that_failed_are_followed(store, calls):
-    """A broken contract, a repaired one, a failed child beside a cancelled one: each goes the same way again."""
+    """A broken contract, a repaired one, a failed child beside a cancelled one: each goes the same way
+    again."""
     import asyncio
 
     async def wrong(state):
@@ -332,7 +338,8 @@ async def test_a_run_that_several_processes_made(store, nodes):
 
 
 async def test_calls_from_a_node_on(store, nodes, calls):
-    """With start_at, what comes before is handed on, and the rest is called; a changed input is what it is given."""
+    """With start_at, what comes before is handed on, and the rest is called; a changed input is what it is
+    given."""
     recorded = await record(store, nodes)
     calls.calls.clear()
     result, text = await differences(recorded, nodes, start_at="check")
@@ -372,7 +379,8 @@ async def test_redaction(store, nodes, calls, tmp_path):
 
 @pytest.mark.core
 async def test_redaction_of_messages(store):
-    """What redact takes out of states stands in no message of a recording, nor in why a replay cannot go on."""
+    """What redact takes out of states stands in no message of a recording, nor in why a replay cannot go
+    on."""
 
     class Letter(BaseModel):
         name: str = "Augusta Ada King"
@@ -403,8 +411,15 @@ async def test_redaction_of_messages(store):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("position", "x"), ("node_id", []), ("tokens", None), ("attempt", {}), ("failure_class", "WORSE"), ("cost_usd", "1")],
-)  # fmt: skip
+    [
+        ("position", "x"),
+        ("node_id", []),
+        ("tokens", None),
+        ("attempt", {}),
+        ("failure_class", "WORSE"),
+        ("cost_usd", "1"),
+    ],
+)
 async def test_a_damaged_file_is_named(store, nodes, tmp_path, name, value):
     """A recording with a value of another type is refused when it is read, with the field."""
     data = (await record(store, nodes)).to_json()
@@ -446,7 +461,8 @@ def test_replay_without_an_event_loop(nodes):
 
 
 def test_a_pipeline_in_a_file_has_the_settings_of_the_runner_beside_it(tmp_path):
-    """A replay in a test decides as `stroma run FILE:NAME` did: by the only runner with settings in the file."""
+    """A replay in a test decides as `stroma run FILE:NAME` did: by the only runner with settings in the
+    file."""
     text = """if True:
         from pydantic import BaseModel
         from stroma import *

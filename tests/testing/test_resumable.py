@@ -59,7 +59,8 @@ async def test_the_sync_one_says_so_where_a_loop_is_running():
 @pytest.mark.slow
 @forks
 async def test_a_node_that_keeps_state_in_a_global_is_found():
-    """What one node leaves in the memory of the process for another one is gone after a death; both nodes are named."""
+    """What one node leaves in the memory of the process for another one is gone after a death; both nodes are
+    named."""
     memory = {}
 
     async def put(state):
@@ -192,7 +193,8 @@ async def test_output_that_cannot_be_stored_is_found():
 
 @pytest.mark.core
 async def test_an_effect_that_is_made_twice_is_found():
-    """A mail that is sent before its node is committed is sent again; with the key of the node it is sent once."""
+    """A mail that is sent before its node is committed is sent again; with the key of the node it is sent
+    once."""
     sent, keys = [], {}
 
     async def send(state):
@@ -226,9 +228,12 @@ async def test_effects_on_files_are_seen_across_processes(tmp_path):
 
     with pytest.raises(AssertionError, match="its effects differ"):
         await assert_resumable(
-            [make("send", send)], Number(), processes=True,
-            effects=lambda: log.read_text() if log.exists() else "", reset=lambda: log.unlink(missing_ok=True),
-        )  # fmt: skip
+            [make("send", send)],
+            Number(),
+            processes=True,
+            effects=lambda: log.read_text() if log.exists() else "",
+            reset=lambda: log.unlink(missing_ok=True),
+        )
 
 
 @pytest.mark.slow
@@ -272,7 +277,8 @@ def broken_sync(ctx, state):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", HOW_MANY)
 async def test_plain_code_in_a_loop_passes(processes):
-    """Steps in a loop, each with its errors raised, survive a death at every boundary, that after the last step too."""
+    """Steps in a loop, each with its errors raised, survive a death at every boundary, that after the last
+    step too."""
 
     async def counts(ctx, state):
         while state.n < 3:
@@ -288,7 +294,8 @@ async def test_plain_code_in_a_loop_passes(processes):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", HOW_MANY)
 async def test_items_that_go_to_a_file_are_compared(processes, tmp_path):
-    """An item that another process makes otherwise is found where it goes to a file, too; fields can be ignored."""
+    """An item that another process makes otherwise is found where it goes to a file, too; fields can be
+    ignored."""
     (tmp_path / "in.jsonl").write_text('{"n":1}\n{"n":2}\n')
     memory = {"calls": 0}
 
@@ -325,7 +332,8 @@ async def test_effects_are_looked_at_after_lives_alone(tmp_path):
 @pytest.mark.slow
 @forks
 async def test_a_process_that_hangs_is_ended():
-    """A node that never ends is not waited for: the last boundary that was seen is named, and no process is left."""
+    """A node that never ends is not waited for: the last boundary that was seen is named, and no process is
+    left."""
 
     async def hang(state):
         threading.Event().wait()
@@ -350,5 +358,6 @@ async def test_each_life_is_a_process_of_its_own(tmp_path):
     proven = await assert_resumable([make("note", note)], Number())
     pids = log.read_text().split()
     assert str(os.getpid()) not in pids
-    # Two undisturbed runs; all but the first and the last three points have called it before the death or after it.
+    # Two undisturbed runs; all but the first and the last three points have called it before the death or
+    # after it.
     assert len(set(pids)) == len(pids) >= len(proven.boundaries) + 1

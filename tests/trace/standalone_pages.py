@@ -8,9 +8,24 @@ import re
 __all__ = ["Page", "check_page"]
 
 _NEVER = {
-    "applet", "audio", "base", "embed", "form", "foreignobject", "frame", "iframe", "image", "img", "link", "object", "script",
-    "set", "source", "use", "video",
-}  # fmt: skip
+    "applet",
+    "audio",
+    "base",
+    "embed",
+    "form",
+    "foreignobject",
+    "frame",
+    "iframe",
+    "image",
+    "img",
+    "link",
+    "object",
+    "script",
+    "set",
+    "source",
+    "use",
+    "video",
+}
 
 
 class Page(html.parser.HTMLParser):

@@ -69,7 +69,8 @@ async def failed() -> Any:
 
 
 async def test_a_result_as_a_page(failed: Any) -> None:
-    """The page has a bar for every attempt, one for every wait, the cause with its field, and every state; it runs nothing."""
+    """The page has a bar for every attempt, one for every wait, the cause with its field, and every state; it
+    runs nothing."""
     text = failed.to_html()
     check_page(text)
     assert text.count('<rect class="b-failure') == 2
@@ -139,7 +140,8 @@ async def test_secrets_and_redaction() -> None:
 
 @pytest.mark.core
 async def test_messages_are_redacted(tmp_path: Path) -> None:
-    """What redact takes out of a state is not in a message either, whole or cut off, and no other word is lost."""
+    """What redact takes out of a state is not in a message either, whole or cut off, and no other word is
+    lost."""
 
     class Private(BaseModel):
         name: str = "Augusta Ada King, Countess of Lovelace"
@@ -168,15 +170,32 @@ _SECRET = 'Zoë\'s "key" p@ss/w\\ord\nof 2'
 @pytest.mark.parametrize(
     "form",
     [
-        str.upper, str.title, repr, ascii, json.dumps, html.escape, quote, quote_plus,
-        lambda value: json.dumps(value, ensure_ascii=False), lambda value: json.dumps(json.dumps([value])),
-        lambda value: repr(value.encode()), lambda value: quote(value, safe=""), lambda value: value.encode().hex(),
-        *(lambda value, before=n: b64encode(b"user:x"[before:] + value.encode() + b"!").decode() for n in range(3)),
-        *(lambda value, before=n: urlsafe_b64encode(b"user:x"[before:] + value.encode()).decode() for n in range(3)),
+        str.upper,
+        str.title,
+        repr,
+        ascii,
+        json.dumps,
+        html.escape,
+        quote,
+        quote_plus,
+        lambda value: json.dumps(value, ensure_ascii=False),
+        lambda value: json.dumps(json.dumps([value])),
+        lambda value: repr(value.encode()),
+        lambda value: quote(value, safe=""),
+        lambda value: value.encode().hex(),
+        *(
+            lambda value, before=n: b64encode(b"user:x"[before:] + value.encode() + b"!").decode()
+            for n in range(3)
+        ),
+        *(
+            lambda value, before=n: urlsafe_b64encode(b"user:x"[before:] + value.encode()).decode()
+            for n in range(3)
+        ),
     ],
-)  # fmt: skip
+)
 def test_other_forms_of_what_is_hidden(form: Any) -> None:
-    """A hidden value stands in no message as something writes it down: in other case, quoted, in a URL, in base64, in hex."""
+    """A hidden value stands in no message as something writes it down: in other case, quoted, in a URL, in
+    base64, in hex."""
     hidden = hidden_values([({"key": _SECRET, "n": 1}, {"key": "***", "n": 1})])
     message = form(_SECRET)
     left = without(f"the server at n=1 says {message}: no", hidden)
@@ -204,7 +223,8 @@ def test_hidden_values_that_begin_alike() -> None:
 
 
 async def test_in_a_terminal(failed: Any) -> None:
-    """rich prints the cause and a line for each attempt; control characters and markup of others are words."""
+    """rich prints the cause and a line for each attempt; control characters and markup of others are
+    words."""
     file = io.StringIO()
     Console(file=file, width=140, force_terminal=True).print(failed)
     text = re.sub(r"\x1b\[[\d;]*m", "", file.getvalue())
@@ -271,20 +291,29 @@ def test_what_is_too_much_to_show() -> None:
 
 @pytest.mark.core
 def test_waits_are_between_attempts_of_one_place() -> None:
-    """A wait begins where an attempt ended and ends where the next one of the same place begins; overlaps are none."""
+    """A wait begins where an attempt ended and ends where the next one of the same place begins; overlaps are
+    none."""
     bars = [
-        Bar("a", "0", 1, 0, 10, "failure"), Bar("a", "0", 2, 25, 10, "failure"), Bar("a", "0", 3, 30, 10, "success"),
+        Bar("a", "0", 1, 0, 10, "failure"),
+        Bar("a", "0", 2, 25, 10, "failure"),
+        Bar("a", "0", 3, 30, 10, "success"),
         Bar("b", "1", 1, 100, 10, "success"),
-    ]  # fmt: skip
+    ]
     assert [(bar.attempt, began, took) for bar, began, took in waits(bars)] == [(2, 10, 15)]
 
 
-@pytest.mark.parametrize(("message", "fields"), [
-    ("Contract violation for 'x' (output): total: wrong; lines.0.price: bad; ... and 3 more", ["total", "lines.0.price"]),
-    ("Contract violation for 'a (b): c' (input): n: wrong", ["n"]),
-    ("Contract violation for 'x' (output): Value error, it: no", []),
-    ("something: else", []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("message", "fields"),
+    [
+        (
+            "Contract violation for 'x' (output): total: wrong; lines.0.price: bad; ... and 3 more",
+            ["total", "lines.0.price"],
+        ),
+        ("Contract violation for 'a (b): c' (input): n: wrong", ["n"]),
+        ("Contract violation for 'x' (output): Value error, it: no", []),
+        ("something: else", []),
+    ],
+)
 def test_fields_that_a_message_names(message: str, fields: list[str]) -> None:
     """The paths of a broken contract are read from its message, and from no other."""
     assert fields_named(message) == fields
@@ -303,11 +332,14 @@ def test_groups_fold() -> None:
 
 @pytest.mark.core
 def test_idle_time_folds() -> None:
-    """A stretch in which nothing ran is drawn as a short one; nothing changes its order, and work keeps its scale."""
+    """A stretch in which nothing ran is drawn as a short one; nothing changes its order, and work keeps its
+    scale."""
     bars = [
-        Bar("a", "0", 1, 0.0, 1000.0, "failure", "AMBIGUOUS"), Bar("a", "0", 2, 61_000.0, 500.0, "success"),
-        Bar("b", "1", 1, 61_500.0, 500.0, "success"), Bar("c", "2", 1, 4_000_000.0, 1000.0, "success"),
-    ]  # fmt: skip
+        Bar("a", "0", 1, 0.0, 1000.0, "failure", "AMBIGUOUS"),
+        Bar("a", "0", 2, 61_000.0, 500.0, "success"),
+        Bar("b", "1", 1, 61_500.0, 500.0, "success"),
+        Bar("c", "2", 1, 4_000_000.0, 1000.0, "success"),
+    ]
     assert idle_ms(bars) == 60_000 + 3_938_000
 
     def drawn(**how: bool) -> list[tuple[float, float]]:

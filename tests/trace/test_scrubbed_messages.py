@@ -1,4 +1,5 @@
-"""Messages of failures wherever they are shown: no secrets, nothing that a terminal or a reader obeys, and their type."""
+"""Messages of failures wherever they are shown: no secrets, nothing that a terminal or a reader obeys, and
+their type."""
 
 from __future__ import annotations
 
@@ -101,9 +102,14 @@ async def test_secrets_are_masked_everywhere(tmp_path: Path, log: Log, form: int
     assert isinstance(result.failure.exception, ValueError)
     assert "key=**********" in result.failure.message
     for report in (
-        log.text, result.trace.to_json(), result.to_html(), result.failure.message, repr(result.trace.failures()),
-        repr(store.attempts("r")[0].message), repr(store.get_run("r")),
-    ):  # fmt: skip
+        log.text,
+        result.trace.to_json(),
+        result.to_html(),
+        result.failure.message,
+        repr(result.trace.failures()),
+        repr(store.attempts("r")[0].message),
+        repr(store.get_run("r")),
+    ):
         for secret in forms(SECRET):
             assert secret not in report
     if durable:
@@ -119,7 +125,8 @@ async def test_secrets_of_the_context_are_masked() -> None:
 
 
 async def test_a_secret_in_a_broken_contract_is_masked() -> None:
-    """What a validator of the user's says of a rejected output does not tell a secret that came in plain text."""
+    """What a validator of the user's says of a rejected output does not tell a secret that came in plain
+    text."""
 
     class Login(BaseModel):
         token: SecretStr
@@ -263,7 +270,8 @@ class Folder(BaseModel):
 
 @pytest.mark.parametrize("depth", [5, 20, 99, 150])
 async def test_a_secret_that_a_schema_declares_is_masked_at_any_depth(log: Log, depth: int) -> None:
-    """A validator that quotes a declared secret shows it in no message, log line or page; beyond 100 levels nothing else."""
+    """A validator that quotes a declared secret shows it in no message, log line or page; beyond 100 levels
+    nothing else."""
     value: dict[str, Any] = {"password": SECRET, "bad": 1}
     for _ in range(depth):
         value = {"child": value}
@@ -312,7 +320,8 @@ async def test_an_endless_mapping_does_not_stop_the_event_loop() -> None:
 
 
 async def test_a_message_is_one_line_of_a_log(log: Log) -> None:
-    """Line breaks, escapes of terminals and marks of direction in a message are shown as escapes; its type comes first."""
+    """Line breaks, escapes of terminals and marks of direction in a message are shown as escapes; its type
+    comes first."""
     runner = StromaRunner.quick(policy_map=NEVER)
     await runner.run(failing(runner, ConnectionResetError(FORGED)), Call())
     line = next(line for line in log.text.split("\n") if "failed at attempt" in line)
@@ -321,7 +330,8 @@ async def test_a_message_is_one_line_of_a_log(log: Log) -> None:
 
 
 async def test_the_line_of_an_item_that_is_left_out_is_one_line(log: Log) -> None:
-    """What the log says of an item of a map that is collected as failed has its type first, and is one line."""
+    """What the log says of an item of a map that is collected as failed has its type first, and is one
+    line."""
 
     class Calls(BaseModel):
         calls: list[Call] = []
@@ -392,7 +402,8 @@ def _seconds(call: Any) -> float:
     ],
 )
 def test_hiding_takes_bounded_time(text: str, values: list[str]) -> None:
-    """Values and texts that are made to be slow cost at most a moment; what could not be searched is hidden whole."""
+    """Values and texts that are made to be slow cost at most a moment; what could not be searched is hidden
+    whole."""
     assert _seconds(lambda: without(text, values)) < 5  # Minutes, before.
     assert "customer-id-000" not in without(text, values)
 
@@ -408,7 +419,8 @@ def test_many_hidden_values_hide_the_message() -> None:
 
 
 def test_a_long_key_takes_bounded_time() -> None:
-    """A key of a model's answer costs time in its length, not in the square of it; denied names are found as before."""
+    """A key of a model's answer costs time in its length, not in the square of it; denied names are found as
+    before."""
     denied = DeniedNames(("api_key", "password", "*private_key*"))
     assert _seconds(lambda: "_" * 60_000 in denied) < 5
     assert _seconds(lambda: "x_" * 30_000 in denied) < 5

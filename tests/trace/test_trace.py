@@ -1,4 +1,5 @@
-"""What a trace holds and gives out, to the last field: rows, events, sums of what was left out, copies, JSON."""
+"""What a trace holds and gives out, to the last field: rows, events, sums of what was left out, copies,
+JSON."""
 
 from __future__ import annotations
 
@@ -86,9 +87,21 @@ def test_the_words_for_the_end_of_an_attempt_and_for_what_is_none() -> None:
     assert event().outcome in get_args(Outcome)
     assert get_args(Outcome) == ("success", "failure", "cancelled", "suspended")
     assert get_args(MarkKind) == (
-        "wait", "refused", "cooldown", "circuit_open", "circuit_half_open", "circuit_closed",
-        "slept", "sleeping", "answered", "open", "expired", "received", "receiving", "missed",
-    )  # fmt: skip
+        "wait",
+        "refused",
+        "cooldown",
+        "circuit_open",
+        "circuit_half_open",
+        "circuit_closed",
+        "slept",
+        "sleeping",
+        "answered",
+        "open",
+        "expired",
+        "received",
+        "receiving",
+        "missed",
+    )
 
 
 def test_a_fresh_trace_is_empty() -> None:
@@ -162,7 +175,8 @@ def test_the_time_of_an_event_is_cut_off_not_rounded(digits: int) -> None:
 
 @pytest.mark.core
 def test_snapshots_are_read_by_the_schemas_of_their_row() -> None:
-    """An input by the schema of the input, an output by that of the output; deep states too; whatever the node id."""
+    """An input by the schema of the input, an output by that of the output; deep states too; whatever the
+    node id."""
     held = trace()
     value, instance, deep = schema_of(Given), schema_of(Made), schema_of(Deep)
     words = deep.snapshot(Deep(words=["x"]))
@@ -359,7 +373,8 @@ def test_setting_the_state_of_a_trace_keeps_the_list_it_was_given_apart() -> Non
 
 @pytest.mark.parametrize("most", [1, 2, 3])
 def test_so_many_are_kept_and_as_many_failures_more(most: int) -> None:
-    """The first ones, whatever they are; after those failures only, up to twice as many in all; the rest is counted."""
+    """The first ones, whatever they are; after those failures only, up to twice as many in all; the rest is
+    counted."""
     rows = BoundedRows(most)
     for n in range(10):
         rows.append(row(f"ok{n}"))
@@ -461,7 +476,8 @@ def test_rows_like_others_have_their_limit_and_sums() -> None:
 
 
 def test_figures_of_every_attempt_in_the_order_of_a_walk() -> None:
-    """A group, what its map left out, then what is inside; looked at or not, but that events know whole milliseconds."""
+    """A group, what its map left out, then what is inside; looked at or not, but that events know whole
+    milliseconds."""
 
     def held() -> ExecutionTrace:
         return trace(

@@ -1,4 +1,5 @@
-"""Configurations, as type checkers see them: names of failure classes will do, and a keyword that nothing has is an error."""
+"""Configurations, as type checkers see them: names of failure classes will do, and a keyword that nothing has
+is an error."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Types of flows: those of their steps, and errors where a step or a flow gets or returns another class.
 
-An ignore that nothing needs is an error in mypy and pyright, so this file fails the check if one of the errors goes away.
+An ignore that nothing needs is an error in mypy and pyright, so this file fails the check if one of the
+errors goes away.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The nodes of the published examples: a bare `-> dict` or `-> tuple`, hooks without annotations; all pass."""
+"""The nodes of the published examples: a bare `-> dict` or `-> tuple`, hooks without annotations; all
+pass."""
 
 # A bare `dict` lacks its type arguments under strict settings. That is between the user and the checker, and no
 # business of our decorators.

@@ -36,9 +36,17 @@ class Browser:
         self._open = contextlib.ExitStack()
         self._home = tempfile.mkdtemp(prefix="stroma-chromium-")
         command = [
-            program, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-            "--hide-scrollbars", f"--user-data-dir={self._home}", "--remote-debugging-port=0", "about:blank",
-        ]  # fmt: skip
+            program,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--no-first-run",
+            "--hide-scrollbars",
+            f"--user-data-dir={self._home}",
+            "--remote-debugging-port=0",
+            "about:blank",
+        ]
         self._log = open(os.path.join(self._home, "stderr"), "wb")  # noqa: SIM115
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self._log)
         self._ids = itertools.count(1)

@@ -91,7 +91,8 @@ class Site:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Site]]:
-    """Starts a site for a store; the keywords are settings. ``serve.listening()``: a socket to give it, whose port is known.
+    """Starts a site for a store; the keywords are settings. ``serve.listening()``: a socket to give it, whose
+    port is known.
 
     ``app``: the application of another site, to be served by one more thread.
     """

@@ -1,4 +1,5 @@
-"""axe-core and html-validate, from npm by the lock file in tests/ui/tools: test data, no part of the project."""
+"""axe-core and html-validate, from npm by the lock file in tests/ui/tools: test data, no part of the
+project."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Runs made for pictures and for tests of what pages look like: retries, maps, flows, suspended and living runs."""
+"""Runs made for pictures and for tests of what pages look like: retries, maps, flows, suspended and living
+runs."""
 
 from __future__ import annotations
 

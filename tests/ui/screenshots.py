@@ -1,4 +1,5 @@
-"""Pictures of the web interface, made in a real browser from runs made for them: ``./dev screenshots DIR``."""
+"""Pictures of the web interface, made in a real browser from runs made for them: ``./dev screenshots
+DIR``."""
 
 from __future__ import annotations
 
@@ -45,10 +46,12 @@ def main() -> None:
             make_large_run(store)
             asyncio.run(scenes.make_map(store, 10_000, "book-10000"))
             about = {
-                "pipeline": "invoices", "resume": lambda run_id: None, "lineage": scenes.lineage(pipeline),
+                "pipeline": "invoices",
+                "resume": lambda run_id: None,
+                "lineage": scenes.lineage(pipeline),
                 "budget": {"max_cost_usd": scenes.BUDGET},
                 "submission": Submission(scenes.Invoice, scenes.submit_nothing),
-            }  # fmt: skip
+            }
             servers = [_serve(store, listening, about), _serve(empty, bare, {})]
             try:
                 with Browser(program) as browser:
@@ -79,12 +82,24 @@ def shoot(browser: Browser, url: str, empty_url: str, directory: Path, only: str
     """A picture of every page and state, light and dark, in every size."""
     known = scenes.Scenes()
     pages = {
-        "runs": "/", "nothing": "/?q=nowhere", "run": f"/run?id={known.failed}", "live": "/run?id=lives-1",
-        "suspended": f"/run?id={known.asking}", "flow": f"/run?id={known.flow}", "map": f"/run?id={known.map}",
-        "large": "/run?id=large", "items": "/run?id=book-10000", "attempt": f"/attempt?id={known.failed}&at=3",
-        "retried": f"/attempt?id={known.failed}&at=2", "compare": f"/compare?a={known.asking}&b={known.failed}",
-        "queued": "/run?id=queued-1", "submit": "/submit", "overview": "/overview?days=7", "pipeline": "/pipeline", "problem": "/run?id=nowhere",
-    }  # fmt: skip
+        "runs": "/",
+        "nothing": "/?q=nowhere",
+        "run": f"/run?id={known.failed}",
+        "live": "/run?id=lives-1",
+        "suspended": f"/run?id={known.asking}",
+        "flow": f"/run?id={known.flow}",
+        "map": f"/run?id={known.map}",
+        "large": "/run?id=large",
+        "items": "/run?id=book-10000",
+        "attempt": f"/attempt?id={known.failed}&at=3",
+        "retried": f"/attempt?id={known.failed}&at=2",
+        "compare": f"/compare?a={known.asking}&b={known.failed}",
+        "queued": "/run?id=queued-1",
+        "submit": "/submit",
+        "overview": "/overview?days=7",
+        "pipeline": "/pipeline",
+        "problem": "/run?id=nowhere",
+    }
     addresses = {name: url + path for name, path in pages.items()}
     addresses |= {
         "empty": f"{empty_url}/",

@@ -1,4 +1,5 @@
-"""Actions of pages beyond those of test_control.py: answer, fork, resume several runs; and each of them in a browser."""
+"""Actions of pages beyond those of test_control.py: answer, fork, resume several runs; and each of them in a
+browser."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def answered(store: Any, run_id: str) -> bool:
 
 
 def test_an_answer(store: SQLiteStore, serve: Any) -> None:
-    """The page of a suspended run takes the answer, checked against its class, and resumes the run if asked to."""
+    """The page of a suspended run takes the answer, checked against its class, and resumes the run if asked
+    to."""
     make_runs(store, ("x", ASKS), ("y", ASKS))
     site: Site = serve(store, pipeline="flows", find_schema=lambda one: Answer)
     page = site.get("/run", id="x").text
@@ -85,7 +87,8 @@ def test_an_answer(store: SQLiteStore, serve: Any) -> None:
 
 
 def test_a_fork(store: SQLiteStore, serve: Any) -> None:
-    """The page of an attempt forks its run there: a new run takes over what came before, and is resumed by the pipeline named."""
+    """The page of an attempt forks its run there: a new run takes over what came before, and is resumed by
+    the pipeline named."""
     make_runs(store, ("bad", BAD))
     site: Site = serve(store, pipeline="flows", lineage=lineage(BAD))
     addresses = attempts_of(site)
@@ -131,7 +134,8 @@ def send_often(sites: list[Site], path: str, form: dict[str, str]) -> set[str]:
 
 
 def test_one_form_starts_one_run(store: SQLiteStore, serve: Any) -> None:
-    """A form that starts paid work starts it once, however often and to whichever thread of the server it is sent."""
+    """A form that starts paid work starts it once, however often and to whichever thread of the server it is
+    sent."""
     make_runs(store, ("bad", BAD), ("x", ASKS))
     sites = two_threads(store, serve, lineage=lineage(BAD), find_schema=lambda one: Answer)
     site = sites[0]
@@ -186,15 +190,24 @@ async def _charge(state: Any) -> Any:
 
 ANYTHING = Pipeline("flows", [node("asks", _asks_anything)])
 NUMBERS = {
-    "NaN": "NaN", "Infinity": "-Infinity", "huge float": "1e400", "4,000 digits": "9" * 4_000, "5,000 digits": "9" * 5_000,
-    "20,000 digits": "9" * 20_000, "nested": "[" * 300 + "]" * 300, "deep": "[" * 15_000 + "]" * 15_000, "deep object": '{"a":' * 5_000 + "1" + "}" * 5_000,
-    "surrogate": '"\\ud83d"', "surrogate key": '{"\\ud83d": 1}',
-}  # fmt: skip
+    "NaN": "NaN",
+    "Infinity": "-Infinity",
+    "huge float": "1e400",
+    "4,000 digits": "9" * 4_000,
+    "5,000 digits": "9" * 5_000,
+    "20,000 digits": "9" * 20_000,
+    "nested": "[" * 300 + "]" * 300,
+    "deep": "[" * 15_000 + "]" * 15_000,
+    "deep object": '{"a":' * 5_000 + "1" + "}" * 5_000,
+    "surrogate": '"\\ud83d"',
+    "surrogate key": '{"\\ud83d": 1}',
+}
 
 
 @pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
 def test_any_number_is_an_answer_or_a_clear_refusal(store: SQLiteStore, serve: Any, number: str) -> None:
-    """Any JSON in a form is accepted, or refused with a message; every page can still be read, and the run resumes."""
+    """Any JSON in a form is accepted, or refused with a message; every page can still be read, and the run
+    resumes."""
     make_runs(store, ("x", ANYTHING))
     runner = StromaRunner.quick(store=store)
     charge = runner.node("charge", input=State, output=Anything, effect=True)(_charge)
@@ -242,10 +255,17 @@ def test_any_number_is_a_limit_or_a_clear_refusal(store: SQLiteStore, serve: Any
         assert answer.status in (303, 422), (field, answer.text)
         assert site.get("/run", id="x").status == 200
     for path in (
-        f"/run?id=good&from={number}&to={number}", f"/run?id=good&after={number}", f"/run?id=good&from=0&to={number}", f"/?after={number}",
-        f"/attempt?id=good&at={number}", f"/attempt?id=good&at=0&began={number}", f"/payload?id=good&at={number}.{number}&side=input",
-        f"/overview?days={number}", f"/?q=tag:{number}", f"/compare?a={number}&b=good"
-    ):  # fmt: skip
+        f"/run?id=good&from={number}&to={number}",
+        f"/run?id=good&after={number}",
+        f"/run?id=good&from=0&to={number}",
+        f"/?after={number}",
+        f"/attempt?id=good&at={number}",
+        f"/attempt?id=good&at=0&began={number}",
+        f"/payload?id=good&at={number}.{number}&side=input",
+        f"/overview?days={number}",
+        f"/?q=tag:{number}",
+        f"/compare?a={number}&b=good",
+    ):
         assert site.ask("GET", quote(path, safe="/?&=:")).status in (200, 400, 404), path
 
 
@@ -321,7 +341,8 @@ def a_store(request: pytest.FixtureRequest, store: SQLiteStore) -> Iterator[Any]
 
 @pytest.mark.slow
 def test_every_action_in_a_browser(a_store: Any, serve: Any, chromium: Browser) -> None:
-    """Each action is one click and a confirmation: answer, pause, unpause, budget, resume, fork, cancel, several runs at once."""
+    """Each action is one click and a confirmation: answer, pause, unpause, budget, resume, fork, cancel,
+    several runs at once."""
     make_runs(a_store, ("asks", ASKS), ("waits", ASKS), ("bad", BAD), ("worse", BAD))
     site: Site = serve(a_store, pipeline="flows", lineage=lineage(BAD), find_schema=lambda one: Answer)
     chromium.without_scripts(False)

@@ -1,4 +1,5 @@
-"""The form that answers a question: fields made of the stored JSON schema, and an error beside each field that does not fit."""
+"""The form that answers a question: fields made of the stored JSON schema, and an error beside each field
+that does not fit."""
 
 from __future__ import annotations
 
@@ -62,12 +63,19 @@ def parsed(model: type[BaseModel], texts: dict[str, str]) -> Any:
 
 
 def test_each_simple_property_is_a_field() -> None:
-    """Texts, numbers, booleans, enums, literals, lists of texts and optional ones have a field; anything else is JSON."""
+    """Texts, numbers, booleans, enums, literals, lists of texts and optional ones have a field; anything else
+    is JSON."""
     fields = {field.name: field for field in fields_of(Review.model_json_schema())}
     assert {name: (field.input, field.is_required) for name, field in fields.items()} == {
-        "approved": ("choice", True), "colour": ("choice", True), "level": ("choice", False), "note": ("text", False),
-        "cents": ("integer", True), "share": ("number", False), "names": ("lines", False), "inner": ("json", False),
-    }  # fmt: skip
+        "approved": ("choice", True),
+        "colour": ("choice", True),
+        "level": ("choice", False),
+        "note": ("text", False),
+        "cents": ("integer", True),
+        "share": ("number", False),
+        "names": ("lines", False),
+        "inner": ("json", False),
+    }
     assert fields["colour"].choices == (('"red"', "red"), ('"blue"', "blue"))
     assert fields["level"].value == '"low"'
     assert (fields["note"].label, fields["note"].hint) == ("Your note", "For the customer.")
@@ -78,17 +86,27 @@ def test_fields_become_an_answer() -> None:
     texts = {"approved": "false", "colour": '"blue"', "level": "", "note": "a\r\nb", "cents": "7"}
     more = {"share": "0.5", "names": "x\n\ny\n", "inner": '{"n": 1}'}
     assert parsed(Review, texts | more) == {
-        "approved": False, "colour": "blue", "note": "a\nb", "cents": 7, "share": 0.5, "names": ["x", "y"], "inner": {"n": 1},
-    }  # fmt: skip
+        "approved": False,
+        "colour": "blue",
+        "note": "a\nb",
+        "cents": 7,
+        "share": 0.5,
+        "names": ["x", "y"],
+        "inner": {"n": 1},
+    }
     wrong = {"approved": "maybe", "cents": "1.5", "share": "much", "inner": "{"}
     assert parsed(Review, wrong) == {
-        "approved": "not one of the choices", "colour": "required", "cents": "not a whole number",
-        "share": "not a number", "inner": "not JSON",
-    }  # fmt: skip
+        "approved": "not one of the choices",
+        "colour": "required",
+        "cents": "not a whole number",
+        "share": "not a number",
+        "inner": "not JSON",
+    }
 
 
 def test_other_answers() -> None:
-    """A required field that takes null is null if it is empty; an answer that is not an object has one field, or JSON."""
+    """A required field that takes null is null if it is empty; an answer that is not an object has one field,
+    or JSON."""
     assert parsed(Nullable, {"by": ""}) == {"by": None}
     assert parsed(RootModel[bool], {"": "true"}) is True
     assert parsed(RootModel[list[str]], {"": "a\nb"}) == ["a", "b"]
@@ -107,12 +125,14 @@ def test_other_answers() -> None:
     ],
 )
 def test_a_strange_schema_is_written_as_json(schema: Any) -> None:
-    """A stored schema that pydantic did not write raises nothing: what is not understood is a field for JSON."""
+    """A stored schema that pydantic did not write raises nothing: what is not understood is a field for
+    JSON."""
     assert {field.input for field in fields_of(schema)} <= {"json"}
 
 
 def test_an_answer_by_fields(store: SQLiteStore, serve: Any) -> None:
-    """The page has a field for each property without the pipeline; errors are beside their fields, and the texts stay."""
+    """The page has a field for each property without the pipeline; errors are beside their fields, and the
+    texts stay."""
     make_runs(store, ("x", ASKS))
     page = serve(store).get("/run", id="x").text
     assert 'name="field:note"' in page

@@ -31,7 +31,8 @@ from stroma.ui.shared_pages import SharedPages
 
 @pytest.fixture
 def living(store: SQLiteStore) -> Any:
-    """A run in another thread whose first node waits until it is let go; yields (let go, result of the run)."""
+    """A run in another thread whose first node waits until it is let go; yields (let go, result of the
+    run)."""
     contract: Any = NodeContract(node_id="n", input_schema=State, output_schema=State)
     go, reached = threading.Event(), threading.Event()
     results: list[Any] = []
@@ -63,7 +64,8 @@ def living(store: SQLiteStore) -> Any:
 
 
 def test_a_page_pauses_a_living_run(store: SQLiteStore, serve: Any, living: Any) -> None:
-    """The buttons need the key of their action and run; the page says that the run is paused, and what takes it back."""
+    """The buttons need the key of their action and run; the page says that the run is paused, and what takes
+    it back."""
     site: Site = serve(store)
     found = keys(site, "lives")
     assert set(found) == {"send", "pause", "budget", "cancel"}
@@ -101,7 +103,8 @@ def test_a_page_pauses_a_living_run(store: SQLiteStore, serve: Any, living: Any)
 def test_open_pages_share_a_rendering(
     store: SQLiteStore, serve: Any, living: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Open pages that ask for the state of one event are rendered once for all, of a run and of the list; others always."""
+    """Open pages that ask for the state of one event are rendered once for all, of a run and of the list;
+    others always."""
     rendered: list[str] = []
     page = Renderer.page
 
@@ -125,7 +128,8 @@ def test_open_pages_share_a_rendering(
 
 
 def test_events_are_as_seldom_as_they_cost() -> None:
-    """The more viewers a page has and the longer it takes to render, the longer is the time between two events."""
+    """The more viewers a page has and the longer it takes to render, the longer is the time between two
+    events."""
     shared = SharedPages()
     request = Request({"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": []})
 

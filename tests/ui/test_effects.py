@@ -19,7 +19,8 @@ class Receipt(BaseModel):
 
 
 def test_a_page_states_how_a_call_ended(store: SQLiteStore, serve: Any) -> None:
-    """The page of a run shows the unknown call and its key; its buttons store the output, validated, or that it did not happen."""
+    """The page of a run shows the unknown call and its key; its buttons store the output, validated, or that
+    it did not happen."""
     calls: list[int] = []
     runner = StromaRunner.quick(store=store)
 

@@ -26,7 +26,8 @@ async def letter(flow: Flow, state: Num) -> Num:
 
 
 def test_the_page_of_a_flow(store: SQLiteStore, serve: Any) -> None:
-    """The steps of a flow are shown at once, repeated calls on a click, its waits as what they are, and no failure as cause.
+    """The steps of a flow are shown at once, repeated calls on a click, its waits as what they are, and no
+    failure as cause.
 
     A flow that has not ended has the name of its pipeline.
     """
@@ -36,8 +37,14 @@ def test_the_page_of_a_flow(store: SQLiteStore, serve: Any) -> None:
     page = site.get("/run", id="r").text
     names = re.findall(r'<span class="dim mono">[^<]*</span> ([^<]*)</span><svg', page)
     assert [name.partition(" until")[0] for name in names] == [
-        "letter", "judge x3", "judge", "judge", "judge", "sleep", "question: Send &lt;it&gt;?",
-    ]  # fmt: skip
+        "letter",
+        "judge x3",
+        "judge",
+        "judge",
+        "judge",
+        "sleep",
+        "question: Send &lt;it&gt;?",
+    ]
     assert page.count('<details open><summary class="row">') == 1  # The flow.
     assert page.count('<details><summary class="row">') == 1  # The loop.
     assert "waiting for an answer" in page

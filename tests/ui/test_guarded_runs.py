@@ -1,4 +1,5 @@
-"""Runs that a framework's call has begun: in the journal, in the commands, and on the pages, like all others."""
+"""Runs that a framework's call has begun: in the journal, in the commands, and on the pages, like all
+others."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ class Framework:
 
 
 def test_a_guarded_run_is_shown(store: SQLiteStore, serve: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """With its nodes inside each other, every attempt, tokens and cost, and the cause of the one that failed."""
+    """With its nodes inside each other, every attempt, tokens and cost, and the cause of the one that
+    failed."""
     quick = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in ("RECOVERABLE", "AMBIGUOUS")}
     guard = Guard(StromaRunner.quick(store=store, policy_map=quick, pipeline="agents"))  # type: ignore[arg-type]
     assert asyncio.run(Framework(guard).run("Oslo")) == 4
@@ -56,9 +58,11 @@ def test_a_guarded_run_is_shown(store: SQLiteStore, serve: Any, capsys: pytest.C
     page = site.get("/run", id=done).text
     # Behind "@" stands a checksum of the step's input.
     assert [[row[0].partition("@")[0], *row[1:4]] for row in rows(page)] == [
-        ["0", "forecaster", "1", "success"], ["0.model#0", "model", "1", "failure"],
-        ["0.model#0", "model", "2", "success"], ["0.weather#0", "weather", "1", "success"],
-    ]  # fmt: skip
+        ["0", "forecaster", "1", "success"],
+        ["0.model#0", "model", "1", "failure"],
+        ["0.model#0", "model", "2", "success"],
+        ["0.weather#0", "weather", "1", "success"],
+    ]
     assert [row[6] for row in rows(page)] == ["", "", "10", ""]
     assert page.count('<details open><summary class="row">') == 1
     assert "<b>weather</b>" in site.get("/run", id=failed).text
@@ -67,6 +71,8 @@ def test_a_guarded_run_is_shown(store: SQLiteStore, serve: Any, capsys: pytest.C
     assert stroma_command(["show", done, "--tree", "--db", str(Path(store.path))]) == 0
     shown = capsys.readouterr().out
     assert [line.split()[1:3] for line in shown.splitlines() if line.startswith("0.")] == [
-        ["├─", "model"], ["├─", "model"], ["└─", "weather"],
-    ]  # fmt: skip
+        ["├─", "model"],
+        ["├─", "model"],
+        ["└─", "weather"],
+    ]
     assert "the provider took too long" in shown

@@ -36,7 +36,8 @@ def large(store: SQLiteStore, serve: Any) -> Site:
 
 
 def test_its_size(large: Site) -> None:
-    """It is one page with every attempt, and crosses the wire in less than 100 kB, for whoever takes it packed."""
+    """It is one page with every attempt, and crosses the wire in less than 100 kB, for whoever takes it
+    packed."""
     plain = large.get("/run", id="large")
     packed = large.ask("GET", "/run?id=large", accept_encoding="br, gzip;q=0.8")
     assert "content-encoding" not in plain.headers

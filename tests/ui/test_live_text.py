@@ -22,7 +22,8 @@ class Text(BaseModel):
 
 
 class Writer:
-    """A node that writes in halves, the next one when it is asked to; its first attempt fails in the middle."""
+    """A node that writes in halves, the next one when it is asked to; its first attempt fails in the
+    middle."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -55,7 +56,8 @@ class Writer:
 def test_the_text_grows_is_discarded_and_is_gone(
     store: SQLiteStore, serve: Callable[..., Site], chromium: Browser
 ) -> None:
-    """A page shows the text as it is written, also after a reload; a failed attempt discards its half, and the end all of it."""
+    """A page shows the text as it is written, also after a reload; a failed attempt discards its half, and
+    the end all of it."""
     writer, site = Writer(str(store.path)), serve(store)
     shown = "document.querySelector('#texts pre')?.textContent ?? ''"
     writer.thread.start()

@@ -17,13 +17,27 @@ def test_durations_to_two_digits(ns: int, seconds: float) -> None:
 
 
 def test_the_percentiles_of_slow_nodes() -> None:
-    """Slow nodes have p50 and p95 over all pipelines, classes and spans of time, to two digits; the slowest p95 comes first."""
+    """Slow nodes have p50 and p95 over all pipelines, classes and spans of time, to two digits; the slowest
+    p95 comes first."""
 
     def tallies(node_id: str, *runs: tuple[int, int]) -> list[Tally]:
         return [
-            Tally(bucket, "p", node_id, None, None, count, 0, 0, 0, ms * count * 10**6, ms * 10**6, duration_digits(ms * 10**6))
+            Tally(
+                bucket,
+                "p",
+                node_id,
+                None,
+                None,
+                count,
+                0,
+                0,
+                0,
+                ms * count * 10**6,
+                ms * 10**6,
+                duration_digits(ms * 10**6),
+            )
             for bucket, (ms, count) in enumerate(runs)
-        ]  # fmt: skip
+        ]
 
     slow, steady = Overview.of(
         [*tallies("steady", (80, 100)), *tallies("slow", (10, 93), (4321, 6), (9000, 1))]

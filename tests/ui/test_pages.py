@@ -53,7 +53,8 @@ def rows(text: str) -> list[list[str]]:
 
 
 def test_runs(site: Site) -> None:
-    """Each run has its status, pipeline, cause in words, duration, failed attempts, cost and start; the newest is first."""
+    """Each run has its status, pipeline, cause in words, duration, failed attempts, cost and start; the
+    newest is first."""
     bad, good = rows(site.get("/").text)
     assert bad[0] == "FAILED"
     assert bad[1].startswith("bad ")
@@ -119,7 +120,8 @@ def test_an_empty_store(tmp_path: Path, serve: Any) -> None:
 
 
 def test_a_failed_run(site: Site) -> None:
-    """The page of a failed run opens on its cause: class, node, field, what was spent, the command; its bar is marked."""
+    """The page of a failed run opens on its cause: class, node, field, what was spent, the command; its bar
+    is marked."""
     text = site.get("/run", id="bad").text
     box = text[text.index('<section class="cause"') :].partition("</section>")[0]
     assert "TERMINAL (contract)" in box
@@ -159,7 +161,8 @@ def test_a_run_that_went_well(site: Site) -> None:
 
 
 def test_attempts(site: Site) -> None:
-    """An attempt has its input and output, the field that broke, what differs from the one before, usage, key and siblings."""
+    """An attempt has its input and output, the field that broke, what differs from the one before, usage, key
+    and siblings."""
     pages = [site.ask("GET", address).text for address in attempts_of(site)]
     by_title = {re.findall(r"<title>(.*?) ·", page)[0]: page for page in pages}
     second = by_title["flaky, attempt 2"]
@@ -226,7 +229,8 @@ def test_the_field_that_broke_is_marked(store: SQLiteStore, serve: Any) -> None:
 
 
 def test_a_rejected_output_is_shown(store: SQLiteStore, serve: Any) -> None:
-    """The page of an attempt shows what broke its contract beside each complaint, as a file too, and redacted."""
+    """The page of an attempt shows what broke its contract beside each complaint, as a file too, and
+    redacted."""
 
     class Strict(BaseModel):
         stars: int
@@ -300,7 +304,8 @@ def test_what_two_runs_took(site: Site) -> None:
 
 
 def test_idle_time(store: SQLiteStore, serve: Any) -> None:
-    """A run that waited long has a link that folds the time in which nothing ran, and one that shows it again."""
+    """A run that waited long has a link that folds the time in which nothing ran, and one that shows it
+    again."""
 
     async def fails_once(state: Any) -> Any:
         if current_node().attempt == 1:
@@ -340,9 +345,13 @@ def test_the_pipeline(store: SQLiteStore, serve: Any) -> None:
     assert '<path class="link failing" data-from="0" data-to="1"' in text
     report = rows(text)
     assert [row[:3] for row in report] == [
-        ["first", "2", "0.0%"], ["flaky", "4", "50.0%"], ["parallel(left, right)", "2", "0.0%"], ["left", "2", "0.0%"],
-        ["right", "2", "0.0%"], ["total", "1", "100.0%"],
-    ]  # fmt: skip
+        ["first", "2", "0.0%"],
+        ["flaky", "4", "50.0%"],
+        ["parallel(left, right)", "2", "0.0%"],
+        ["left", "2", "0.0%"],
+        ["right", "2", "0.0%"],
+        ["total", "1", "100.0%"],
+    ]
     assert all(re.fullmatch(r"\d\.\d\d s", cell) for row in report for cell in row[3:5])
     assert [row[5] for row in report] == ["2", "2", "2", "2", "2", "1"]
 
@@ -394,7 +403,8 @@ def test_forks(store: SQLiteStore, serve: Any) -> None:
 
 
 def test_limits_that_are_closed(tmp_path: Path, serve: Callable[..., Site]) -> None:
-    """The overview and a running run name the limits in the store that are closed by a cooldown, and for how long."""
+    """The overview and a running run name the limits in the store that are closed by a cooldown, and for how
+    long."""
     from tests.telemetry.test_cooldowns import close_limit
 
     store = SQLiteStore(tmp_path / "runs.db")
@@ -421,15 +431,17 @@ def test_limits_that_are_closed(tmp_path: Path, serve: Callable[..., Site]) -> N
 
 
 def test_overview(site: Site) -> None:
-    """Failures by class over time, cost by pipeline, node and model, what was wasted, and the slowest nodes."""
+    """Failures by class over time, cost by pipeline, node and model, what was wasted, and the slowest
+    nodes."""
     text = site.get("/overview").text
     cards = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)<", text))
     assert (cards["Runs"], cards["Success rate"], cards["Attempts"]) == ("2", "50.0%", "13")
     assert "<small>3 failed</small>" in text
     assert re.fullmatch(r"\$0\.00001\d", cards["Wasted"])
     assert re.findall(r'<rect class="c-(\w+)"[^>]*><title>[^<]*: ([A-Z]+), (\d) attempts?<', text) == [
-        ("terminal", "TERMINAL", "1"), ("recoverable", "RECOVERABLE", "2"),
-    ]  # fmt: skip
+        ("terminal", "TERMINAL", "1"),
+        ("recoverable", "RECOVERABLE", "2"),
+    ]
     report = rows(text)
     assert re.findall(r"1 run (succeeded|failed)</title>", text) == ["succeeded", "failed"]
     assert '<td data-name="Reason">contract</td>' in text
@@ -456,8 +468,11 @@ def test_restored_nodes(store: SQLiteStore, serve: Any) -> None:
     assert [row[3] for row in rows(site.get("/run", id="x").text)] == ["success", "failure", "failure"]
     make_runs(store, ("x", pipeline), resume=True)
     assert [row[3] for row in rows(site.get("/run", id="x").text)] == [
-        "success restored", "failure", "failure", "success",
-    ]  # fmt: skip
+        "success restored",
+        "failure",
+        "failure",
+        "success",
+    ]
 
 
 def test_live(site: Site) -> None:
@@ -580,7 +595,8 @@ def test_resuming(url: str, tmp_path: Path) -> None:
 def test_the_page_of_a_run_reads_its_attempts_once(
     store: Any, serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The page of a run reads its attempts in one request, and as often in all for 40 items of a map as for 16."""
+    """The page of a run reads its attempts in one request, and as often in all for 40 items of a map as for
+    16."""
     requests: list[str] = []
 
     class Counting:

@@ -51,7 +51,8 @@ def keys(site: Site, run_id: str = "bad") -> dict[str, str]:
 
 @pytest.mark.core
 def test_other_names_are_refused(site: Site) -> None:
-    """A Host that is not ours is refused, whatever is asked: a name elsewhere may lead here (DNS rebinding)."""
+    """A Host that is not ours is refused, whatever is asked: a name elsewhere may lead here (DNS
+    rebinding)."""
     for host in (
         "evil.example",
         f"evil.example:{site.port}",
@@ -68,11 +69,15 @@ def test_other_names_are_refused(site: Site) -> None:
 
 @pytest.mark.core
 def test_pages_of_other_sites_are_refused(site: Site) -> None:
-    """A request that a page of another site makes is refused: by its Origin, or by what the browser says of it."""
+    """A request that a page of another site makes is refused: by its Origin, or by what the browser says of
+    it."""
     for headers in (
-        {"origin": "https://evil.example"}, {"origin": "null"}, {"origin": f"http://localhost:{site.port + 1}"},
-        {"sec_fetch_site": "cross-site", "sec_fetch_mode": "no-cors"}, {"sec_fetch_site": "same-site", "sec_fetch_mode": "cors"},
-    ):  # fmt: skip
+        {"origin": "https://evil.example"},
+        {"origin": "null"},
+        {"origin": f"http://localhost:{site.port + 1}"},
+        {"sec_fetch_site": "cross-site", "sec_fetch_mode": "no-cors"},
+        {"sec_fetch_site": "same-site", "sec_fetch_mode": "cors"},
+    ):
         assert site.ask("GET", "/", **headers).status == 403, headers
         assert site.ask("GET", "/events", **headers).status == 403, headers
     key = keys(site)["delete"]
@@ -214,7 +219,8 @@ def test_a_bad_origin_is_refused_first(site: Site, origin: str) -> None:
 
 
 def test_frames_of_other_sites_are_refused(site: Site) -> None:
-    """A page of another site can lead here, and cannot show a page of ours in a frame, nor hold a stream open."""
+    """A page of another site can lead here, and cannot show a page of ours in a frame, nor hold a stream
+    open."""
     elsewhere = {"sec_fetch_site": "cross-site", "sec_fetch_mode": "navigate"}
     for dest in ("iframe", "frame", "embed", "object", "fencedframe"):
         assert site.ask("GET", "/", sec_fetch_dest=dest, **elsewhere).status == 403
@@ -273,7 +279,8 @@ def test_idle_connections_lock_nobody_out(store: SQLiteStore, serve: Any) -> Non
     "sent", ["", "GET / HTTP/1.1\r\nHost: {host}\r\n", "GET / HTTP/1.1\r\nHost: {host}\r\n\r\nGET / HT"]
 )
 def test_a_head_has_a_time_limit(site: Site, monkeypatch: pytest.MonkeyPatch, sent: str) -> None:
-    """A connection without a complete head is closed, a first or a later one; an open page with events stays."""
+    """A connection without a complete head is closed, a first or a later one; an open page with events
+    stays."""
     monkeypatch.setattr("stroma.ui.server._HEAD_SECONDS", 0.2)
     with _stream(site, "/events") as events, _connect(site, sent) as slow:
         while slow.recv(65_536):
@@ -406,10 +413,16 @@ def test_scripts_are_words(site: Site) -> None:
     run_id = f"{SCRIPT}/../?#%00&x=1\n\u202e"
     make_runs(site.store, (run_id, Pipeline(SCRIPT, BAD.nodes)))
     pages = [
-        site.get("/"), site.get("/", q=SCRIPT), site.get("/", q=f"tag:{SCRIPT} node:{SCRIPT}"), site.get("/run", id=run_id),
-        site.get("/run", id=SCRIPT), site.get("/compare", a=run_id, b="bad"), site.get("/", status=SCRIPT), site.get("/", after=SCRIPT),
+        site.get("/"),
+        site.get("/", q=SCRIPT),
+        site.get("/", q=f"tag:{SCRIPT} node:{SCRIPT}"),
+        site.get("/run", id=run_id),
+        site.get("/run", id=SCRIPT),
+        site.get("/compare", a=run_id, b="bad"),
+        site.get("/", status=SCRIPT),
+        site.get("/", after=SCRIPT),
         *(site.ask("GET", address) for address in attempts_of(site, run_id)),
-    ]  # fmt: skip
+    ]
     assert [page.status for page in pages].count(200) >= 10
     for page in pages:
         text = page.text
@@ -500,11 +513,30 @@ def test_damaged_rows(site: Site, tmp_path: Path) -> None:
 def test_what_is_asked_wrongly(site: Site) -> None:
     """Whatever is asked is answered with a page of its own, never with a traceback."""
     wrong = (
-        "/run", "/run?id=", "/run?id=%00", "/run?id=%ff", "/run?id=last", "/attempt?id=bad", "/attempt?id=bad&at=-1&began=1",
-        "/attempt?id=bad&at=99999999999999&began=1", "/attempt?id=bad&at=0&began=x", "/payload?id=bad&at=0&began=1&side=x",
-        "/export?id=bad&format=x", "/?after=x", "/?after=9.9.9", "/run?id=bad&after=x", "/?status=x", "/compare?a=bad&b=nope",
-        "/static/../app.py", "/static/%2e%2e/app.py", "/static/", "/nope", "/lineage.svg", "/?class=x", "/overview?days=x",
-    )  # fmt: skip
+        "/run",
+        "/run?id=",
+        "/run?id=%00",
+        "/run?id=%ff",
+        "/run?id=last",
+        "/attempt?id=bad",
+        "/attempt?id=bad&at=-1&began=1",
+        "/attempt?id=bad&at=99999999999999&began=1",
+        "/attempt?id=bad&at=0&began=x",
+        "/payload?id=bad&at=0&began=1&side=x",
+        "/export?id=bad&format=x",
+        "/?after=x",
+        "/?after=9.9.9",
+        "/run?id=bad&after=x",
+        "/?status=x",
+        "/compare?a=bad&b=nope",
+        "/static/../app.py",
+        "/static/%2e%2e/app.py",
+        "/static/",
+        "/nope",
+        "/lineage.svg",
+        "/?class=x",
+        "/overview?days=x",
+    )
     for path in wrong:
         answer = site.ask("GET", path)
         assert 400 <= answer.status < 500, (path, answer.status)
@@ -542,7 +574,8 @@ async def _asks(state: Any) -> Any:
 
 @pytest.mark.core
 def test_messages_are_redacted(store: SQLiteStore, serve: Any) -> None:
-    """What the pipeline's redact takes out of a state is in no message either: not in a list, on a page or in a file."""
+    """What the pipeline's redact takes out of a state is in no message either: not in a list, on a page or in
+    a file."""
     secret = "Augusta Ada King, Countess of Lovelace"
     one = Pipeline("flows", [node("first", _keep), node("bills", _tells)])
     make_runs(
@@ -551,9 +584,14 @@ def test_messages_are_redacted(store: SQLiteStore, serve: Any) -> None:
     make_runs(store, ("good", GOOD))
     bare, site = serve(store), serve(store, redact=lambda state: {**state, "text": "***"})
     requests = [
-        "/", "/?status=failed", "/run?id=bad", *attempts_of(site, "bad"), "/compare?a=bad&b=good", "/run?id=waits",
+        "/",
+        "/?status=failed",
+        "/run?id=bad",
+        *attempts_of(site, "bad"),
+        "/compare?a=bad&b=good",
+        "/run?id=waits",
         *(f"/export?id=bad&format={form}" for form in ("html", "otlp")),
-    ]  # fmt: skip
+    ]
     for path in requests:
         assert "Ada King" in bare.ask("GET", path).text.replace("&#39;", "'"), path
         page = site.ask("GET", path)
@@ -582,7 +620,8 @@ def test_redact_sees_messages(store: SQLiteStore, serve: Any) -> None:
 
 @pytest.mark.core
 def test_messages_beside_what_cannot_be_read(store: SQLiteStore, serve: Any) -> None:
-    """Where the state that a message is about is too large or damaged, nobody knows what is hidden in it: none is shown."""
+    """Where the state that a message is about is too large or damaged, nobody knows what is hidden in it:
+    none is shown."""
     make_runs(store, ("bad", Pipeline("flows", [node("bills", _tells)])), state=State(text="x" * 1_100_000))
     make_runs(store, ("worse", Pipeline("flows", [node("bills", _tells)])), state=State(text="Ada Lovelace"))
     with contextlib.closing(sqlite3.connect(store.path)) as db, db:

@@ -1,4 +1,5 @@
-"""What others say of the pages: axe-core of what users with a screen reader meet, html-validate of the HTML."""
+"""What others say of the pages: axe-core of what users with a screen reader meet, html-validate of the
+HTML."""
 
 from __future__ import annotations
 
@@ -45,10 +46,24 @@ def pages(tmp_path: Path, serve: Any) -> list[str]:
     site: Site = serve(store, pipeline="flows", lineage=lineage(GOOD), submission=submission)
     bare: Site = serve(empty)
     requests = [
-        "/", "/?q=nowhere", "/?status=failed&class=TERMINAL", "/run?id=bad", "/run?id=good", "/run?id=waits", "/run?id=queued", "/submit", *attempts_of(site),
-        *attempts_of(site, SCRIPT), "/compare?a=good&b=bad", "/compare?a=good", "/overview", "/overview?days=1", "/pipeline", "/run?id=nope",
+        "/",
+        "/?q=nowhere",
+        "/?status=failed&class=TERMINAL",
+        "/run?id=bad",
+        "/run?id=good",
+        "/run?id=waits",
+        "/run?id=queued",
+        "/submit",
+        *attempts_of(site),
+        *attempts_of(site, SCRIPT),
+        "/compare?a=good&b=bad",
+        "/compare?a=good",
+        "/overview",
+        "/overview?days=1",
+        "/pipeline",
+        "/run?id=nope",
         "/export?id=bad&format=html",
-    ]  # fmt: skip
+    ]
     return [site.url + path for path in requests] + [
         bare.url + path for path in ("/", "/overview", "/pipeline")
     ]
@@ -58,7 +73,8 @@ def pages(tmp_path: Path, serve: Any) -> list[str]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_accessible(pages: list[str], home: Path, chromium: Browser, tmp_path: Path, dark: bool) -> None:
-    """axe-core finds nothing on any page, light and dark, narrow and wide: not against WCAG 2.2 AA, and not against its own advice."""
+    """axe-core finds nothing on any page, light and dark, narrow and wide: not against WCAG 2.2 AA, and not
+    against its own advice."""
     axe = (home / "node_modules" / "axe-core" / "axe.min.js").read_text()
     findings: dict[str, list[Any]] = {}
     for address in pages:

@@ -47,7 +47,8 @@ def text_of(page: str) -> str:
 
 
 def test_a_blocked_run(store: SQLiteStore, site: Site) -> None:
-    """A run that code could not continue has a badge in the lists, the overview counts it, and its page says why."""
+    """A run that code could not continue has a badge in the lists, the overview counts it, and its page says
+    why."""
     submit(store, "one")
     submit(store, "two")
     assert "BLOCKED" not in site.get("/overview").text
@@ -69,8 +70,8 @@ def test_a_blocked_run(store: SQLiteStore, site: Site) -> None:
 
 
 def test_a_queued_run(store: SQLiteStore, site: Site) -> None:
-    """The page of a queued run says since when it is queued, when it is due, and with which priority, key and latest start;
-    the lists count it."""
+    """The page of a queued run says since when it is queued, when it is due, and with which priority, key and
+    latest start; the lists count it."""
     make_runs(store, ("good", GOOD))
     submit(store, "one", priority=-4, key=SCRIPT, delay=LATER, expires=2 * LATER)
     submit(store, "two")
@@ -96,7 +97,8 @@ def test_a_queued_run(store: SQLiteStore, site: Site) -> None:
 
 
 def test_control_of_a_queued_run(store: SQLiteStore, site: Site) -> None:
-    """A queued run can be cancelled and paused from its page; it cannot be resumed there, since it has not started."""
+    """A queued run can be cancelled and paused from its page; it cannot be resumed there, since it has not
+    started."""
     submit(store, "one")
     submit(store, "two")
     found = keys(site, "one")
@@ -113,7 +115,8 @@ def test_control_of_a_queued_run(store: SQLiteStore, site: Site) -> None:
 
 @pytest.mark.core
 def test_one_form_submits_one_run(store: SQLiteStore, site: Site) -> None:
-    """A form that is sent twice submits one run, and leads to its page; with other content it submits another one."""
+    """A form that is sent twice submits one run, and leads to its page; with other content it submits another
+    one."""
     form = form_of(site.get("/submit").text, "submit") | {
         "input": '{"n": 3}',
         "priority": "2",

@@ -52,7 +52,8 @@ class Num(BaseModel):
     ],
 )
 def test_a_misspelt_field_names_the_nearest_one(make: Any, field: str, hint: str) -> None:
-    """A field that a config, policy, budget or contract does not have is a ValidationError that names the nearest field."""
+    """A field that a config, policy, budget or contract does not have is a ValidationError that names the
+    nearest field."""
     with pytest.raises(ValidationError) as caught:
         make()
     (error,) = caught.value.errors()
@@ -72,7 +73,8 @@ def test_a_misspelt_field_names_the_nearest_one(make: Any, field: str, hint: str
     ],
 )
 def test_a_misspelt_argument_names_the_nearest_one(make: Any, hint: str) -> None:
-    """An argument that a set of hooks, a limit or a breaker does not have is a TypeError that names the nearest one."""
+    """An argument that a set of hooks, a limit or a breaker does not have is a TypeError that names the
+    nearest one."""
     with pytest.raises(TypeError, match=hint):
         make()
 

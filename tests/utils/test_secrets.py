@@ -132,7 +132,8 @@ def noted(*args: Any, cause: BaseException | None = None) -> BaseException:
     ],
 )
 def test_every_text_that_a_secret_hides(value: Any, texts: set[str]) -> None:
-    """All the texts of a secret are found, bytes in the two forms that a message can have; no flags, no keys."""
+    """All the texts of a secret are found, bytes in the two forms that a message can have; no flags, no
+    keys."""
     assert find_secrets(value) == texts
 
 
@@ -169,12 +170,13 @@ PLACES: dict[str, Callable[[], Any]] = {
     "attribute of an exception": lambda: with_attribute(ValueError(), "key", HELD),
     "cause of an exception": lambda: noted("x", cause=noted(HELD)),
     "member of a group": lambda: ExceptionGroup("x", [noted(HELD)]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_secrets_are_found_in_every_place(place: str) -> None:
-    """Containers, models, dataclasses, exceptions and other objects are searched, each in all that it holds."""
+    """Containers, models, dataclasses, exceptions and other objects are searched, each in all that it
+    holds."""
     assert find_secrets(PLACES[place]()) == {KEY}
     assert find_secrets({"deep": [Model(x=(PLACES[place](),))]}) == {KEY}
 
@@ -187,9 +189,13 @@ def test_keys_and_attributes_that_a_schema_declares_are_secrets() -> None:
         pin: int = 0
 
     for holder in (
-        {"password": KEY}, Model(x={"password": KEY}), Plain({"password": [KEY]}), Open(password=KEY),
-        SimpleNamespace(password=KEY), {"deep": [{"password": {"inner": (KEY,)}}]},
-    ):  # fmt: skip
+        {"password": KEY},
+        Model(x={"password": KEY}),
+        Plain({"password": [KEY]}),
+        Open(password=KEY),
+        SimpleNamespace(password=KEY),
+        {"deep": [{"password": {"inner": (KEY,)}}]},
+    ):
         secrets = Secrets(Login, [holder])
         assert secrets.mask(f"401 for {KEY}, pin 4711") == f"401 for {MASK}, pin 4711"
 
@@ -253,14 +259,16 @@ class Hostile(Exception):
 
 @pytest.mark.parametrize("make", [Endless, lambda: EndlessList([1]), Hostile, lambda: iter(int, 1)])
 def test_no_code_of_a_class_is_called(make: Callable[[], Any]) -> None:
-    """An endless mapping, list or iterator, or attributes that raise, neither stop the search nor hide what is beside."""
+    """An endless mapping, list or iterator, or attributes that raise, neither stop the search nor hide what
+    is beside."""
     value = make()
     assert find_secrets([value, HELD]) == {KEY}
     assert Secrets(Model, [value]).mask("text") == "text"
 
 
 def test_code_and_the_process_are_not_searched() -> None:
-    """Modules, classes, functions, loggers, threads and event loops in a context lead to no search of the process."""
+    """Modules, classes, functions, loggers, threads and event loops in a context lead to no search of the
+    process."""
     import asyncio
     import logging
     import threading
@@ -292,7 +300,8 @@ class Number(BaseModel):
 @pytest.mark.parametrize(("inner", "may"), [(Number, False), (WithSecret, True), (Private, True)])
 @pytest.mark.parametrize("around", [list, dict, tuple, None])
 def test_a_class_may_hold_the_secrets_of_the_classes_inside(inner: Any, may: bool, around: Any) -> None:
-    """Models inside of containers count: only a class that cannot hold a secret anywhere is not searched for one."""
+    """Models inside of containers count: only a class that cannot hold a secret anywhere is not searched for
+    one."""
     kind = {list: list[inner], dict: dict[str, inner], tuple: tuple[inner, ...], None: inner | None}[around]
     assert may_hold_secrets(create_model("Outer", field=(kind, ...))) is may
 
@@ -339,11 +348,13 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
     "context of one without a text": lambda: from_context(NoText(), KeyError(KEY)),
     "member of a group": lambda: ExceptionGroup("x", [ValueError("y"), ValueError(KEY)]),
     "message of a group": lambda: ExceptionGroup(KEY, [ValueError("y")]),
-    "member of a member": lambda: BaseExceptionGroup("x", [BaseExceptionGroup("y", [KeyboardInterrupt(KEY)])]),
+    "member of a member": lambda: BaseExceptionGroup(
+        "x", [BaseExceptionGroup("y", [KeyboardInterrupt(KEY)])]
+    ),
     "cause of a member": lambda: ExceptionGroup("x", [chain(2, ValueError(KEY))]),
     "line of source": lambda: SyntaxError("cannot evaluate", ("<template>", 1, 1, f"key = '{KEY}'")),
     "2,000th cause": lambda: chain(2000, ValueError(KEY)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("place", ERRORS)

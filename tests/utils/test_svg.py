@@ -18,7 +18,8 @@ anything = st.text(st.characters(), max_size=60)
 
 @given(anything)
 def test_any_text_survives_xml(text: str) -> None:
-    """Every text is as visible text once XML was read, but for what XML cannot say or a terminal would obey: U+FFFD."""
+    """Every text is as visible text once XML was read, but for what XML cannot say or a terminal would obey:
+    U+FFFD."""
     read = ET.fromstring(f'<a b="{as_xml(text)}">{as_xml(text)}</a>')
     wanted = re.sub("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
     wanted = visible(wanted, "\n\t\r")
@@ -48,9 +49,13 @@ def test_boxes_do_not_overlap_and_frames_hold_their_children() -> None:
     """Boxes stand side by side, and a frame is around what is in it, however deep."""
     lines = tuple(Line(f"field{i}", "list[str]") for i in range(4))
     boxes = [
-        Box("0", "a", "node", "", (), lines), Box("1", "outer", "parallel"), Box("1.0", "b", "node", "1", lines, lines),
-        Box("1.1", "inner", "parallel", "1"), Box("1.1.0", "c", "node", "1.1", lines), Box("2", "d", "node", "", lines),
-    ]  # fmt: skip
+        Box("0", "a", "node", "", (), lines),
+        Box("1", "outer", "parallel"),
+        Box("1.0", "b", "node", "1", lines, lines),
+        Box("1.1", "inner", "parallel", "1"),
+        Box("1.1.0", "c", "node", "1.1", lines),
+        Box("2", "d", "node", "", lines),
+    ]
     root = ET.fromstring(svg(boxes, [Link("0", "field0", "2", "field0")], title="t"))
     findings = [
         tuple(float(rect.get(key, "")) for key in ("x", "y", "width", "height"))
@@ -74,12 +79,16 @@ def test_boxes_do_not_overlap_and_frames_hold_their_children() -> None:
 
 @pytest.mark.core
 def test_links_go_around_the_boxes_between() -> None:
-    """A link over a column runs below what stands there, and what one line feeds in one column goes together."""
+    """A link over a column runs below what stands there, and what one line feeds in one column goes
+    together."""
     lines = tuple(Line(f"field{i}", "str") for i in range(3))
     boxes = [
-        Box("0", "a", "node", "", (), lines), Box("1", "b", "node", "", lines * 3, lines), Box("2", "outer", "parallel"),
-        Box("2.0", "c", "node", "2", lines), Box("2.1", "d", "node", "2", lines),
-    ]  # fmt: skip
+        Box("0", "a", "node", "", (), lines),
+        Box("1", "b", "node", "", lines * 3, lines),
+        Box("2", "outer", "parallel"),
+        Box("2.0", "c", "node", "2", lines),
+        Box("2.1", "d", "node", "2", lines),
+    ]
     links = [
         Link("0", "field0", "2.0", "field1"),
         Link("0", "field0", "2.1", "field2"),

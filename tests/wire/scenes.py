@@ -1,4 +1,5 @@
-"""Runs as their readers are told of them: events by hand and at random, and the texts that a page shows in the end."""
+"""Runs as their readers are told of them: events by hand and at random, and the texts that a page shows in
+the end."""
 
 from __future__ import annotations
 
@@ -96,63 +97,148 @@ _OLD = {"id": "r1:119::0-1", "role": "assistant", "content": "Shall I?"}
 SCENES = {
     "streamed": Scene(_run().start().say("Hel", "lo").succeed("x").end().events, ["Hello"]),
     "retried": Scene(
-        _run().start().say("Hel").fail().add("node_retry", "write", attempt=2).start().say("Hello").succeed("x").end().events,
+        _run()
+        .start()
+        .say("Hel")
+        .fail()
+        .add("node_retry", "write", attempt=2)
+        .start()
+        .say("Hello")
+        .succeed("x")
+        .end()
+        .events,
         ["Hello"],
     ),
-    "failed": Scene(_run().start().say("Hel").fail().end("FAILED", failure={"message": "lost"}).events, [], "lost"),
-    "cancelled": Scene(_run().start().say("Hel").add("node_cancelled", "write").end("CANCELLED").events, [], "cancelled"),
+    "failed": Scene(
+        _run().start().say("Hel").fail().end("FAILED", failure={"message": "lost"}).events, [], "lost"
+    ),
+    "cancelled": Scene(
+        _run().start().say("Hel").add("node_cancelled", "write").end("CANCELLED").events, [], "cancelled"
+    ),
     "interrupted": Scene(_run().end("INTERRUPTED").events, [], "the run ended as INTERRUPTED"),
-    "taken over": Scene(_run().start().say("Hel").add("run_start").start().say("Hi").succeed("x").end().events, ["Hi"]),
+    "taken over": Scene(
+        _run().start().say("Hel").add("run_start").start().say("Hi").succeed("x").end().events, ["Hi"]
+    ),
     "taken over after the commit": Scene(
-        _run().start().say("Hel").add("run_start").add("node_skipped", "write", attempt_id=None, state={"text": "Hello"})
-        .end("RESUMED").events, [],
+        _run()
+        .start()
+        .say("Hel")
+        .add("run_start")
+        .add("node_skipped", "write", attempt_id=None, state={"text": "Hello"})
+        .end("RESUMED")
+        .events,
+        [],
     ),
     "taken over after the commit, with the text": Scene(
-        _run().start().say("Hel").add("run_start").add("node_skipped", "write", attempt_id=None, state={"text": "Hello"})
-        .end("RESUMED").events, ["Hello"], text=text_of,
+        _run()
+        .start()
+        .say("Hel")
+        .add("run_start")
+        .add("node_skipped", "write", attempt_id=None, state={"text": "Hello"})
+        .end("RESUMED")
+        .events,
+        ["Hello"],
+        text=text_of,
     ),
     "shown, then restored": Scene(
-        _run().start().say("Hello").succeed("Hello").add("node_skipped", "write", attempt_id=None, state={"text": "Hello"})
-        .end("RESUMED").events, ["Hello"], text=text_of,
+        _run()
+        .start()
+        .say("Hello")
+        .succeed("Hello")
+        .add("node_skipped", "write", attempt_id=None, state={"text": "Hello"})
+        .end("RESUMED")
+        .events,
+        ["Hello"],
+        text=text_of,
     ),
     "lost all but its end": Scene(_run().start().say("Hel").end("RESUMED").events, []),
     "not streamed": Scene(_run().start().succeed("Hello").end().events, ["Hello"], text=text_of),
     "lost its end": Scene(_run().start().say("Hel").succeed("Hello").end().events, ["Hello"], text=text_of),
     "lost its middle": Scene(
-        _run().start().say("H").add("events_dropped", details={"dropped": 2}).say("o").succeed("Hello").end().events,
-        ["Hello"], text=text_of,
+        _run()
+        .start()
+        .say("H")
+        .add("events_dropped", details={"dropped": 2})
+        .say("o")
+        .succeed("Hello")
+        .end()
+        .events,
+        ["Hello"],
+        text=text_of,
     ),
     "corrected": Scene(_run().start().say("Hallo").succeed("Hello").end().events, ["Hello"], text=text_of),
     "two at once": Scene(
-        _run().start("a/0").start("a/1").say("A", node="a/0").say("B", node="a/1").say("a", node="a/0").fail("a/1")
-        .succeed("x", "a/0").start("a/1").say("Bb", node="a/1").succeed("x", "a/1").end().events, ["Aa", "Bb"],
+        _run()
+        .start("a/0")
+        .start("a/1")
+        .say("A", node="a/0")
+        .say("B", node="a/1")
+        .say("a", node="a/0")
+        .fail("a/1")
+        .succeed("x", "a/0")
+        .start("a/1")
+        .say("Bb", node="a/1")
+        .succeed("x", "a/1")
+        .end()
+        .events,
+        ["Aa", "Bb"],
     ),
     "asks": Scene(
-        _run().start().say("Shall I?").add("node_suspended", "write", details={"question": QUESTION})
-        .add("run_suspended", details={"questions": [QUESTION]}).events, ["Shall I?"], "q1",
+        _run()
+        .start()
+        .say("Shall I?")
+        .add("node_suspended", "write", details={"question": QUESTION})
+        .add("run_suspended", details={"questions": [QUESTION]})
+        .events,
+        ["Shall I?"],
+        "q1",
     ),
     "asked, and answered": Scene(
-        _run().start().say("Shall I?").add("node_suspended", "write", details={"question": QUESTION}).add("run_start")
-        .start().say("Sent").succeed("x").end("RESUMED").events, ["Sent"],
+        _run()
+        .start()
+        .say("Shall I?")
+        .add("node_suspended", "write", details={"question": QUESTION})
+        .add("run_start")
+        .start()
+        .say("Sent")
+        .succeed("x")
+        .end("RESUMED")
+        .events,
+        ["Sent"],
     ),
     "asks in one process": Scene(_run().end("SUSPENDED", questions=[QUESTION]).events, [], "q1"),
     "paused": Scene(_run().end("SUSPENDED").events, [], "r1"),
     "sleeps": Scene(
-        _run().add("run_suspended", details={}).start().say("Hello").succeed("x").end("RESUMED").events, ["Hello"]
+        _run().add("run_suspended", details={}).start().say("Hello").succeed("x").end("RESUMED").events,
+        ["Hello"],
     ),
     "other events": Scene(
-        _run().start().add("node_event", "write", name="page", data={"n": 1}).add("node_event", "write", name="delta", data=[1])
-        .add("map_progress", "write").add("budget_warning", details={"used": 1}).succeed("x").end().events, [],
+        _run()
+        .start()
+        .add("node_event", "write", name="page", data={"n": 1})
+        .add("node_event", "write", name="delta", data=[1])
+        .add("map_progress", "write")
+        .add("budget_warning", details={"used": 1})
+        .succeed("x")
+        .end()
+        .events,
+        [],
     ),
     "from the middle": Scene(
-        Story().add("node_event", "write", attempt_id="1-1", name="delta", data="lo").succeed("Hello").end().events,
-        ["Hello"], text=text_of,
+        Story()
+        .add("node_event", "write", attempt_id="1-1", name="delta", data="lo")
+        .succeed("Hello")
+        .end()
+        .events,
+        ["Hello"],
+        text=text_of,
     ),
     "answered in another request": Scene(
-        Story().start().say("Sent").succeed("x").end("RESUMED").events, ["Sent"],
+        Story().start().say("Sent").succeed("x").end("RESUMED").events,
+        ["Sent"],
         request={**REQUEST, "messages": [*REQUEST["messages"], _OLD]},
     ),
-}  # fmt: skip
+}
 
 
 def random_scene(seed: int) -> Scene:

@@ -69,8 +69,8 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
 def test_a_chat_over_reloads_a_retry_a_dead_worker_and_an_approval(
     processes: Processes, browser: Browser
 ) -> None:
-    """The answer streams, a reload in mid-sentence shows it again, a failed attempt and a killed worker discard their half,
-    the approval is clicked, and the end is seen."""
+    """The answer streams, a reload in mid-sentence shows it again, a failed attempt and a killed worker
+    discard their half, the approval is clicked, and the end is seen."""
     shown = "document.getElementById('answer').textContent.trim()"
     url = processes.wait_for_server()
     worker = processes.start("worker")

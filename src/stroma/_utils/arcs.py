@@ -57,20 +57,28 @@ def arc_diagram(boxes: Sequence[ArcBox], links: Iterable[tuple[str, str, int]], 
     most = max((count for _, _, count in links), default=1)
     ends = [_edges(box, rows[box.id], left) for box in boxes]
     drawn = [
-        _arc(ends[rows[source]], ends[rows[target]], rows[target] - rows[source], count, 1 + 3 * math.sqrt(count / most))
+        _arc(
+            ends[rows[source]],
+            ends[rows[target]],
+            rows[target] - rows[source],
+            count,
+            1 + 3 * math.sqrt(count / most),
+        )
         for source, target, count in links
-    ]  # fmt: skip
-    return "\n".join([
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
-        f'viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{as_xml(title)}">',
-        f"<title>{as_xml(title)}</title>",
-        f"<style>{_STYLE}</style>",
-        *(arc for arc, _ in drawn),
-        *(_box(box, place) for box, place in zip(boxes, ends, strict=True)),
-        *(count for _, count in drawn),
-        "</svg>",
-        "",
-    ])  # fmt: skip
+    ]
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
+            f'viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{as_xml(title)}">',
+            f"<title>{as_xml(title)}</title>",
+            f"<style>{_STYLE}</style>",
+            *(arc for arc, _ in drawn),
+            *(_box(box, place) for box, place in zip(boxes, ends, strict=True)),
+            *(count for _, count in drawn),
+            "</svg>",
+            "",
+        ]
+    )
 
 
 #: Left and right edge, top and bottom.

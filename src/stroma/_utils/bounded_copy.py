@@ -29,8 +29,8 @@ _TYPE_NAME: Final = type.__dict__["__name__"].__get__
 class BoundedCopy:
     """Copies any value as plain JSON data of at most so many bytes. Never raises, whatever the objects in the value do.
 
-    Only the items of builtin containers and the fields of models and dataclasses are read. Any other value, also a mapping
-    of another class, is replaced by the name of its type.
+    Only the items of builtin containers and the fields of models and dataclasses are read. Any other value,
+    also a mapping of another class, is replaced by the name of its type.
 
     Args:
         max_bytes: of the copy as JSON in UTF-8.

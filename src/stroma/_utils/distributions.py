@@ -20,7 +20,8 @@ def find_other_distribution(folder: str) -> str | None:
     except OSError:
         return None
     for name in names:
-        # `stroma_runner-...` is this project's. importlib.metadata would take 20 ms here, a listing takes 0.1.
+        # `stroma_runner-...` is this project's. importlib.metadata would take 20 ms here, a listing takes
+        # 0.1.
         if name.lower().startswith(_PREFIX) and name.endswith(_SUFFIX):
             return f"stroma {name[len(_PREFIX) : -len(_SUFFIX)]}"
     return None

@@ -26,8 +26,8 @@ def get_logger(name: str = "stroma") -> SafeLogger:
 class SafeLogger(logging.LoggerAdapter[logging.Logger]):
     """Writes every argument in one line, and so the messages of exceptions in tracebacks.
 
-    Of a ValidationError it writes the places and kinds of errors: the text has the refused values. A subclass says which
-    secrets are masked.
+    Of a ValidationError it writes the places and kinds of errors: the text has the refused values. A subclass
+    says which secrets are masked.
     """
 
     def mask(self, text: str) -> str:

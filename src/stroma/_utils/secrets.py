@@ -1,7 +1,8 @@
 """Secrets: found in any value, and masked in texts and exceptions.
 
-The whole package finds secrets here, with one set of limits. Beyond a limit nothing is known, so every text is masked.
-No code of a value's class is called: an endless mapping or a method that blocks cannot stop the event loop.
+The whole package finds secrets here, with one set of limits. Beyond a limit nothing is known, so every text
+is masked. No code of a value's class is called: an endless mapping or a method that blocks cannot stop the
+event loop.
 """
 
 from __future__ import annotations
@@ -71,15 +72,49 @@ _SEQUENCES: Final = (list, tuple, set, frozenset, deque)
 _LARGE: Final = 100  # values
 #: Code, and what leads from a value to the whole process.
 _CLOSED: Final = (
-    *_WRITTEN, bytearray, memoryview, Enum, type, property, classmethod, staticmethod, ref, types.ModuleType,
-    types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.CodeType, types.FrameType,
-    types.TracebackType, types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType,
-    types.GetSetDescriptorType, types.MemberDescriptorType,
-)  # fmt: skip
+    *_WRITTEN,
+    bytearray,
+    memoryview,
+    Enum,
+    type,
+    property,
+    classmethod,
+    staticmethod,
+    ref,
+    types.ModuleType,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    types.CodeType,
+    types.FrameType,
+    types.TracebackType,
+    types.GeneratorType,
+    types.CoroutineType,
+    types.AsyncGeneratorType,
+    types.GetSetDescriptorType,
+    types.MemberDescriptorType,
+)
 _MACHINERY: Final = frozenset(
-    {"_asyncio", "_contextvars", "_io", "_socket", "_ssl", "_thread", "asyncio", "concurrent", "logging",
-     "multiprocessing", "selectors", "socket", "sqlite3", "ssl", "stroma", "subprocess", "threading"}
-)  # fmt: skip
+    {
+        "_asyncio",
+        "_contextvars",
+        "_io",
+        "_socket",
+        "_ssl",
+        "_thread",
+        "asyncio",
+        "concurrent",
+        "logging",
+        "multiprocessing",
+        "selectors",
+        "socket",
+        "sqlite3",
+        "ssl",
+        "stroma",
+        "subprocess",
+        "threading",
+    }
+)
 
 
 # ---------------------------------------------------------------------- finding them
@@ -467,8 +502,8 @@ class Secrets:
     def mask_error(self, error: BaseException) -> BaseException:
         """Return an exception as a log may show it with its traceback: its messages are single lines without secrets.
 
-        That is the exception itself where nothing has to be taken out, else one of the same name, without its attributes.
-        Causes, notes and members of groups are treated alike. Never raises.
+        That is the exception itself where nothing has to be taken out, else one of the same name, without its
+        attributes. Causes, notes and members of groups are treated alike. Never raises.
         """
         members = _members(error)
         if members is None:

@@ -134,7 +134,8 @@ def svg(
 ) -> str:
     """Return an image of boxes from left to right, frames around their children, and the links between their lines.
 
-    ``href``: address of a box, for an image inside a page, which has the style; without it the image stands by itself.
+    ``href``: address of a box, for an image inside a page, which has the style; without it the image stands
+        by itself.
     """
     children: dict[str, list[Box]] = {}
     for box in boxes:
@@ -156,18 +157,20 @@ def svg(
         start = f'<svg xmlns="http://www.w3.org/2000/svg" {start} role="img" aria-label="{as_xml(title)}">'
     else:
         start = f'<svg class="lin" {start} role="group" aria-label="{as_xml(title)}">'
-    return "\n".join([
-        start,
-        f"<title>{as_xml(title)}</title>" if href is None else "",
-        f"<style>{_STYLE}</style>" if href is None else "",
-        f'<text class="title" x="{_MARGIN}" y="{_MARGIN + 8}">{as_xml(title)}</text>',
-        *[part for part in body if part.startswith("<g class=\"group")],
-        *drawn,
-        *[part for part in body if not part.startswith("<g class=\"group")],
-        _legend(height),
-        "</svg>",
-        "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            start,
+            f"<title>{as_xml(title)}</title>" if href is None else "",
+            f"<style>{_STYLE}</style>" if href is None else "",
+            f'<text class="title" x="{_MARGIN}" y="{_MARGIN + 8}">{as_xml(title)}</text>',
+            *[part for part in body if part.startswith('<g class="group')],
+            *drawn,
+            *[part for part in body if not part.startswith('<g class="group')],
+            _legend(height),
+            "</svg>",
+            "",
+        ]
+    )
 
 
 def _size(box: Box, children: Mapping[str, list[Box]]) -> tuple[float, float]:

@@ -25,8 +25,8 @@ __all__ = [
 
 #: Characters to look at: all but ASCII, letters and digits, and the letters that have no shape.
 _ODD: Final = re.compile("[^\\w\x20-\x7e]|[\u115f\u1160\u3164\uffa0]")
-#: Of no shape, although Unicode calls them marks, letters or symbols: fillers, joiners of graphemes, blank Braille, and
-#: selectors of variants but for the two that choose between a character as text and as an emoji.
+#: Of no shape, although Unicode calls them marks, letters or symbols: fillers, joiners of graphemes, blank
+#: Braille, and selectors of variants but for the two that choose between a character as text and as an emoji.
 _SHAPELESS: Final = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u2800\u3164\uffa0\ufe00-\ufe0d\U000e0100-\U000e01ef]"
 )

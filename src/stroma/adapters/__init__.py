@@ -1,7 +1,7 @@
 """Agent frameworks: one guard, and a file per framework.
 
-Nothing here is imported before it is asked for; a framework that is missing gives an ImportError with the line that
-installs it.
+Nothing here is imported before it is asked for; a framework that is missing gives an ImportError with the
+line that installs it.
 """
 
 from __future__ import annotations

@@ -96,13 +96,17 @@ def used_by(response: Any) -> Usage | None:
 
 #: The names that clients have for tokens from a cache, and for tokens to it.
 _CACHE_READS: Final = (
-    "cache_read_input_token_count", "anthropic.cache_read_input_tokens", "openai.cached_input_tokens",
+    "cache_read_input_token_count",
+    "anthropic.cache_read_input_tokens",
+    "openai.cached_input_tokens",
     "prompt/cached_tokens",
-)  # fmt: skip
+)
 _CACHE_WRITES: Final = (
-    "cache_creation_input_token_count", "anthropic.cache_creation_input_tokens", "openai.cache_write_tokens",
+    "cache_creation_input_token_count",
+    "anthropic.cache_creation_input_tokens",
+    "openai.cache_write_tokens",
     "prompt/cache_write_tokens",
-)  # fmt: skip
+)
 
 
 def _first_count(used: Any, names: tuple[str, ...]) -> int:

@@ -1,7 +1,8 @@
 """Steps of sync code: the engine runs on a background event loop, the function in the thread that called it.
 
-So a function meets the thread, the thread-locals and the absence of a running loop that it would meet without a guard, and
-async hooks work all the same. Streams use the same way of handing calls back, on whatever loop the engine runs.
+So a function meets the thread, the thread-locals and the absence of a running loop that it would meet without
+a guard, and async hooks work all the same. Streams use the same way of handing calls back, on whatever loop
+the engine runs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Guarding of objects whose methods call each other, such as an async method that calls a sync one, and that are copied.
 
-The steps of an object lie in its ``__dict__``, where copies take them along, and its class asks for them at each call: a
-copy's steps call the copy, and an object that is not guarded costs one look-up.
+The steps of an object lie in its ``__dict__``, where copies take them along, and its class asks for them at
+each call: a copy's steps call the copy, and an object that is not guarded costs one look-up.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def guard_methods(
 def wrap_method(owner: Any, name: str, guard: Guard, wrapper: Callable[[Any], Any]) -> None:
     """Call ``wrapper(func)`` in place of a method of an object and its later copies, once for nested calls of it.
 
-    ``func`` and what the wrapper returns are functions of the object and the arguments, both sync or both async. Nothing
-    happens if there is no such method, or it was wrapped before.
+    ``func`` and what the wrapper returns are functions of the object and the arguments, both sync or both
+    async. Nothing happens if there is no such method, or it was wrapped before.
     """
     bare, steps = _function_of(owner, name), _steps_of(owner, guard)
     if bare is not None and name not in steps.wrapped:
@@ -148,7 +148,8 @@ def _function_of(owner: Any, name: str) -> Any:
     function = inspect.getattr_static(type(owner), name, None)
     if not inspect.isroutine(function):
         return None
-    # As the class that has it gives it out: only then does what an instrumentation has put in its place (wrapt) know its object.
+    # As the class that has it gives it out: only then does what an instrumentation has put in its place
+    # (wrapt) know its object.
     return getattr(function, _BARE, None) or cast("Any", function).__get__(None, _home_of(owner, name))
 
 

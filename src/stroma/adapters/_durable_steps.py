@@ -34,8 +34,8 @@ class ToolOptions(TypedDict, total=False):
     """Options of a tool whose calls are steps.
 
     effect: the tool must not be called twice blindly, see :class:`NodeContract`.
-    reconcile: function, async or not, of the tool's arguments and the idempotency key: what the tool returned, NotDone or
-        Unknown.
+    reconcile: function, async or not, of the tool's arguments and the idempotency key: what the tool
+        returned, NotDone or Unknown.
     """
 
     effect: bool
@@ -106,7 +106,8 @@ class AgentSteps:
     ) -> Any:
         """Perform work as a step, and return its recorded result: of a tool the fields of a ToolResult, as ``work`` returns it.
 
-        ``state``: what the step is recorded with: the same on replay, which ids and times that the body made are not.
+        ``state``: what the step is recorded with: the same on replay, which ids and times that the body made
+            are not.
         """
         node = self._nodes.get(node_id)
         if node is None:
@@ -136,10 +137,13 @@ async def ask_approval(flow: Flow, tool: str | None, arguments: str | None) -> T
 def _make_node(node_id: str, input_schema: type[BaseModel], options: ToolOptions) -> Any:
     is_tool = issubclass(input_schema, ToolCall)
     contract: NodeContract[Any, Any] = NodeContract(
-        node_id=node_id, input_schema=input_schema, output_schema=ToolResult if is_tool else OperationResult,
-        role="tool" if input_schema is ToolCall else None, effect=options.get("effect", False),
+        node_id=node_id,
+        input_schema=input_schema,
+        output_schema=ToolResult if is_tool else OperationResult,
+        role="tool" if input_schema is ToolCall else None,
+        effect=options.get("effect", False),
         reconcile=_reconcile if "reconcile" in options else None,
-    )  # fmt: skip
+    )
 
     async def perform(_: Any) -> Any:
         result = await _AT_WORK.get()[0]()

@@ -70,8 +70,8 @@ class GuardedRun:
         result: the result of the run, once it has ended.
         ended: the run has ended.
         ends: the run ends; that of the guard itself does not.
-        is_continuation: its input is what a framework continues its own checkpoint with, such as an answer; under
-            ``resume=True`` it may differ from the input that the run began with.
+        is_continuation: its input is what a framework continues its own checkpoint with, such as an answer;
+            under ``resume=True`` it may differ from the input that the run began with.
         usage: the usage outside of steps, and what a framework has counted that the guard has not.
         questions: the questions that the framework asks, and no step.
     """
@@ -89,7 +89,8 @@ class GuardedRun:
         self.result: ExecutionResult | None = None
         #: The exceptions and stops of calls that are inside no other one.
         self.halts: Halts = []
-        #: The suspensions of effects whose last call may have happened, by step id: none of them is called again.
+        #: The suspensions of effects whose last call may have happened, by step id: none of them is called
+        #: again.
         self.unknown_effects: dict[str, Halt] = {}
         self._input = input
         self._lock = threading.Lock()
@@ -103,7 +104,8 @@ class GuardedRun:
         self._has_cancelled_task = False
         self._cancelling_at_entry = 0
         self._token: Token[tuple[GuardedRun, ...]] | None = None
-        #: What hooks have set for the code of the run, its span above all, and what undoes that in the caller's context.
+        #: What hooks have set for the code of the run, its span above all, and what undoes that in the
+        #: caller's context.
         self._changes: Changes = ()
         self._applied = ExitStack()
 

@@ -34,8 +34,8 @@ class _ModelCall(NamedTuple):
 class _Counter(BaseCallbackHandler):
     """Counts every model call on the innermost step around it, else on the run, and refuses calls beyond the budget.
 
-    Emits the text of streamed answers there. There is one for the whole process, so that LangChain never adds it twice, and
-    it stores nothing but who asked.
+    Emits the text of streamed answers there. There is one for the whole process, so that LangChain never adds
+    it twice, and it stores nothing but who asked.
     """
 
     raise_error = True  # What it raises stops the call.

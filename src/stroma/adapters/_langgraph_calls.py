@@ -1,6 +1,7 @@
 """Calls of nodes of LangGraph in a flow: their config, their interrupts, and what they stream.
 
-Of LangGraph's internals they need four keys of a node's config: without them no answer could reach an ``interrupt()``.
+Of LangGraph's internals they need four keys of a node's config: without them no answer could reach an
+``interrupt()``.
 """
 
 from __future__ import annotations

@@ -36,16 +36,18 @@ _UNNAMED: Final = "LangGraph"
 def durable(graph: G, nodes: Mapping[str, Options] | None = None) -> G:
     """Return a compiled graph that is durable in the body of a flow.
 
-    There each node is a step, and so is each call of a tool by a ToolNode, with everything that a step has. Policies and
-    timeouts go by their ids: "search" for a node, "sub.search" for one of a subgraph, "tools.lookup" for a tool, and with
-    the name of the graph in front if it has one (``compile(name="triage")``: "triage.search"). ``interrupt()`` is a question
-    of the flow, answered with an InterruptAnswer. Edges and reducers run in the body. Anywhere else the graph is as it was.
+    There each node is a step, and so is each call of a tool by a ToolNode, with everything that a step has.
+    Policies and timeouts go by their ids: "search" for a node, "sub.search" for one of a subgraph,
+    "tools.lookup" for a tool, and with the name of the graph in front if it has one
+    (``compile(name="triage")``: "triage.search"). ``interrupt()`` is a question of the flow, answered with an
+    InterruptAnswer. Edges and reducers run in the body. Anywhere else the graph is as it was.
 
     Args:
         graph: of ``StateGraph.compile()``, ``create_agent`` and the like.
         nodes: options by the ids without the name of the graph. False: no step, but code of the body.
 
-    Raises TypeError for another object and unknown options, UnknownNode for an id that the graph does not have.
+    Raises TypeError for another object and unknown options, UnknownNode for an id that the graph does not
+    have.
     """
     target: Any = graph
     if not isinstance(graph, CompiledStateGraph):

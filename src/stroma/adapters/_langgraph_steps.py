@@ -40,10 +40,11 @@ __all__ = ["BodyNode", "NodeOptions", "Options", "RecordedNode", "RecordedTools"
 class NodeOptions(TypedDict, total=False):
     """Options of a node, or of a tool.
 
-    input, output: schemas of the state that a node gets and of its update; of a tool's arguments and its result.
+    input, output: schemas of the state that a node gets and of its update; of a tool's arguments and its
+        result.
     effect: it must not be called twice blindly, see :class:`NodeContract`.
-    reconcile: function, async or not, of the node's state (the tool's arguments) and the idempotency key. It returns what the
-        node or tool returned, NotDone or Unknown.
+    reconcile: function, async or not, of the node's state (the tool's arguments) and the idempotency key. It
+        returns what the node or tool returned, NotDone or Unknown.
     """
 
     input: type[BaseModel]
@@ -209,10 +210,13 @@ class _NodeStep:
         #: Of what the node takes and returns; that of the step is of its records.
         self._contract = contract_for(step_id, (options.get("input"), options.get("output")))
         contract: NodeContract[Any, Any] = NodeContract(
-            node_id=step_id, input_schema=ToolInput if is_tool else NodeInput, output_schema=NodeOutput,
-            role="tool" if is_tool else None, effect=options.get("effect", False),
+            node_id=step_id,
+            input_schema=ToolInput if is_tool else NodeInput,
+            output_schema=NodeOutput,
+            role="tool" if is_tool else None,
+            effect=options.get("effect", False),
             reconcile=self._look if "reconcile" in options else None,
-        )  # fmt: skip
+        )
 
         async def perform(_: Any) -> Any:
             return await self._perform()

@@ -180,7 +180,8 @@ def guard_tool(
     """Return a tool whose calls are steps."""
     if guard.has(tool.on_invoke_tool, contract):
         return tool
-    # A copy that does not turn its errors into messages: what the model sees of them is decided after the step.
+    # A copy that does not turn its errors into messages: what the model sees of them is decided after the
+    # step.
     bare = copy.copy(tool)
     bare._failure_error_function, bare._use_default_failure_error_function = None, False
     return _twin(tool, GuardedTool, _Invoker(tool, bare, guard, contract, output_view))
@@ -286,7 +287,8 @@ def _arguments(args: tuple[Any, ...], _: dict[str, Any]) -> Any:
 def _install() -> None:
     """Guard all models and tools that the SDK uses in a run of a guard.
 
-    Judges of guardrails, agents as tools, RunConfig(model=), tools of MCP servers, realtime sessions and what was added
+    Judges of guardrails, agents as tools, RunConfig(model=), tools of MCP servers, realtime sessions and what
+    was added
     later: none of them can be reached from the agent that was attached.
     """
     bare_model, bare_tools = run_loop.get_model, Agent.get_all_tools
@@ -404,7 +406,8 @@ def _compare_at_end(result: Any, run: Any, before: int) -> None:
         task.add_done_callback(compare)
 
 
-#: Tokens that the SDK has counted in streamed runs, by the run that called for them; a step has them in its notes.
+#: Tokens that the SDK has counted in streamed runs, by the run that called for them; a step has them in its
+#: notes.
 _STREAMED: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
@@ -417,7 +420,8 @@ def _is_bare(tool: Any) -> bool:
     return isinstance(tool, FunctionTool) and not isinstance(tool.on_invoke_tool, _Invoker)
 
 
-#: Where a server of MCP tools keeps the contracts that it was attached with. On the server, as agents are cloned.
+#: Where a server of MCP tools keeps the contracts that it was attached with. On the server, as agents are
+#: cloned.
 _ATTACHED = "_stroma_contracts"
 
 

@@ -1,7 +1,8 @@
 """OpenAI Agents SDK in a flow: each model request and each call of a tool is a step of the flow around the agent.
 
-Built on what the SDK lets its caller replace: models and their provider, tools, handoffs, MCP servers, the session, hooks, and
-the runner of agents that are tools and of judges in guardrails. Imports nothing that patches the SDK.
+Built on what the SDK lets its caller replace: models and their provider, tools, handoffs, MCP servers, the
+session, hooks, and the runner of agents that are tools and of judges in guardrails. Imports nothing that
+patches the SDK.
 """
 
 from __future__ import annotations
@@ -62,11 +63,13 @@ __all__ = ["DurableRunner", "ToolApproval", "ToolOptions"]
 class DurableRunner:
     """``Runner`` whose agents are durable in the body of a flow: ``await DurableRunner().run(agent, "...")``.
 
-    There each model request is the step ``AGENT.model`` and each call of a tool the step ``AGENT.TOOL``, with everything that a
-    step has; policies and timeouts go by these ids. This holds for agents that it hands off to or has as tools, and for judges
-    in guardrails. Approvals are questions of the flow, answered with a ToolApproval. Anywhere else it is ``Runner``.
+    There each model request is the step ``AGENT.model`` and each call of a tool the step ``AGENT.TOOL``, with
+    everything that a step has; policies and timeouts go by these ids. This holds for agents that it hands off
+    to or has as tools, and for judges in guardrails. Approvals are questions of the flow, answered with a
+    ToolApproval. Anywhere else it is ``Runner``.
 
-    ``tools``: options by the names of tools, see ToolOptions. False: the tool is not a step, and must not wait.
+    ``tools``: options by the names of tools, see ToolOptions. False: the tool is not a step, and must not
+        wait.
     """
 
     def __init__(self, *, tools: Mapping[str, ToolOptions | Literal[False]] | None = None) -> None:

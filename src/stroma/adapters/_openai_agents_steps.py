@@ -1,6 +1,7 @@
 """Models, tools, MCP servers and sessions of the OpenAI Agents SDK whose calls are steps in the body of a flow.
 
-Each stands for one of the SDK's, and does as that one anywhere else. ``run`` is a DurableRun. Imports nothing that patches the SDK.
+Each stands for one of the SDK's, and does as that one anywhere else. ``run`` is a DurableRun. Imports nothing
+that patches the SDK.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ class OutsideUsage:
 
     Attributes:
         loop: that of the run, on which it is stored at once. None: the end of the run stores it.
-        unaccounted: tokens that a framework has counted in this run, and the guard has not; see :meth:`compare`.
+        unaccounted: tokens that a framework has counted in this run, and the guard has not; see
+            :meth:`compare`.
     """
 
     def __init__(self, ctx: ReliabilityContext) -> None:
@@ -89,5 +90,9 @@ class OutsideUsage:
         ctx.run_logger.warning(
             "%s counted %d tokens in %s, and the guard %d: %d tokens count against no budget; attach the guard to every "
             "agent, model and tool that is used there",
-            framework, tokens, place, counted, missing,
-        )  # fmt: skip
+            framework,
+            tokens,
+            place,
+            counted,
+            missing,
+        )

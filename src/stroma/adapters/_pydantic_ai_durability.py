@@ -81,12 +81,13 @@ class ToolAnswer(BaseModel):
 class StromaDurability(BaseDurabilityCapability[Any]):
     """Makes an agent durable in the body of a flow: ``Agent(..., name="a", capabilities=[StromaDurability()])``.
 
-    There each model request is the step ``a.model`` and each call of a tool the step ``a.TOOL``, with everything that a step
-    has; policies and timeouts go by these ids. Approvals and results of deferred tools are questions of the flow, answered
-    with a ToolApproval or a ToolAnswer. Anywhere else the agent runs as it does without. Options of a tool: ToolOptions.
+    There each model request is the step ``a.model`` and each call of a tool the step ``a.TOOL``, with
+    everything that a step has; policies and timeouts go by these ids. Approvals and results of deferred tools
+    are questions of the flow, answered with a ToolApproval or a ToolAnswer. Anywhere else the agent runs as
+    it does without. Options of a tool: ToolOptions.
 
-    Keywords: ``models``, further models by the id with which a run selects one; ``event_stream_handler``, a function that
-    receives the events of streamed answers and of tools; ``name``, in place of the agent's.
+    Keywords: ``models``, further models by the id with which a run selects one; ``event_stream_handler``, a
+    function that receives the events of streamed answers and of tools; ``name``, in place of the agent's.
     """
 
     engine_spec: ClassVar[DurabilityEngineSpec] = DurabilityEngineSpec(
@@ -219,9 +220,12 @@ class _Step:
                 return operation.result_codec.dump(await operation.handler(params))
 
         result = await self._backend.steps.call(
-            flow, f"{self._backend.agent}.{_name_of(operation.operation_id, params)}",
-            _input_of(operation.operation_id, params), work, cast("ToolOptions", config or {}),
-        )  # fmt: skip
+            flow,
+            f"{self._backend.agent}.{_name_of(operation.operation_id, params)}",
+            _input_of(operation.operation_id, params),
+            work,
+            cast("ToolOptions", config or {}),
+        )
         return operation.result_codec.load(result)
 
 

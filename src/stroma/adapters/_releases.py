@@ -9,7 +9,8 @@ from typing import Final
 
 __all__ = ["RELEASES", "import_error", "warn_if_untested"]
 
-#: By extra: the distribution, its lowest release, and the one below which it has to be. pyproject.toml has the same.
+#: By extra: the distribution, its lowest release, and the one below which it has to be. pyproject.toml has
+#: the same.
 RELEASES: Final = {
     "agent-framework": ("agent-framework-core", "1.0", "2"),
     "claude-agent-sdk": ("claude-agent-sdk", "0.2.100", "0.3"),

@@ -44,15 +44,15 @@ __all__ = [
     "report_uncounted",
     "stops_caller",
     "streams_inside",
-]  # fmt: skip
+]
 
 
 class Control(NamedTuple):
     """Meaning of an exception that a framework uses for control flow: it is raised unchanged and never retried.
 
     Attributes:
-        outcome: "suspended": the step waits for a person; "returned": it ended with ``value``; "passed": it ends the
-            run of the framework, as a terminal failure.
+        outcome: "suspended": the step waits for a person; "returned": it ended with ``value``; "passed": it
+            ends the run of the framework, as a terminal failure.
         value: the value that it returned, or the reason of the suspension as text.
         asks: a suspended step asks the question; False where the adapter does, with :meth:`Questions.ask`.
     """
@@ -70,12 +70,13 @@ class GuardedStep:
         contract: used in place of the one that the runner's registry has for the id.
         input_view: returns what contract, hooks and journal see of the arguments.
         output_view: returns what they see of the result.
-        usage: returns the provider's response in a result, or a :class:`stroma.Usage`; None if nothing was used.
+        usage: returns the provider's response in a result, or a :class:`stroma.Usage`; None if nothing was
+            used.
         control: returns the meaning of an exception of the framework; None for a failure.
-        collect: returns the result of a stream for the list of its chunks. Without it a stream's result is their number,
-            or the list if the step has a contract or reads usage.
-        delta: returns the text that a chunk of a stream adds to the answer, for the readers of the run's events; None or ""
-            without one.
+        collect: returns the result of a stream for the list of its chunks. Without it a stream's result is
+            their number, or the list if the step has a contract or reads usage.
+        delta: returns the text that a chunk of a stream adds to the answer, for the readers of the run's
+            events; None or "" without one.
         can_retry: the step may be called again after a failure.
         role: what traces show the step as, unless its contract says it.
         usage_includes_calls: ``usage`` includes that of the guarded calls inside, which is deducted.
@@ -216,8 +217,8 @@ def own_usage(step: GuardedStep, response: Any, execution: NodeExecution) -> Any
     return Usage(own_input, own_output, model=used.model) if own_input or own_output else None
 
 
-#: Keys of an execution's notes: how many texts the models directly inside it have emitted, and the node of another run
-#: that the execution's run is part of.
+#: Keys of an execution's notes: how many texts the models directly inside it have emitted, and the node of
+#: another run that the execution's run is part of.
 _STREAMED_INSIDE: Final = "texts that models inside have emitted"
 _AROUND: Final = "node of another run around this one"
 

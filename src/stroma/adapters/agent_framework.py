@@ -51,9 +51,9 @@ __all__ = ["stroma_middleware"]
 def stroma_middleware(guard: Guard, tools: Contracts | None = None) -> list[Any]:
     """Return the middleware that guards an agent: ``Agent(..., middleware=...)``.
 
-    ``tools``: contracts by the names of tools; input is the arguments, output the result (of text that is JSON, what it
-    says). A contract of no tool raises UnknownNode at the first model request. Agents that run inside the agent are guarded
-    with it, as tools (``as_tool``) or called in one.
+    ``tools``: contracts by the names of tools; input is the arguments, output the result (of text that is
+    JSON, what it says). A contract of no tool raises UnknownNode at the first model request. Agents that run
+    inside the agent are guarded with it, as tools (``as_tool``) or called in one.
     """
     _guard_inner_agents()
     return _Shared(guard, tools).middleware
@@ -66,7 +66,8 @@ class _Shared:
         self.guard = guard
         self.tools = {name: contract_for(name, contract) for name, contract in (tools or {}).items()}
         self.checked = not self.tools
-        #: What stopped a run inside a tool, by the run: the framework tells the model of it, and would continue.
+        #: What stopped a run inside a tool, by the run: the framework tells the model of it, and would
+        #: continue.
         self.fatal: dict[str, BaseException] = {}
 
     @property

@@ -40,16 +40,22 @@ __all__ = ["guarded_query", "guarded_tools"]
 _FATAL: dict[str, BaseException] = {}
 #: HTTP statuses of the errors of an answer.
 _STATUS: Final = {
-    "authentication_failed": 401, "billing_error": 402, "rate_limit": 429, "invalid_request": 400, "server_error": 500,
-}  # fmt: skip
-#: Dollars and tokens of the session that are counted already, by client: its results have those of the session so far.
+    "authentication_failed": 401,
+    "billing_error": 402,
+    "rate_limit": 429,
+    "invalid_request": 400,
+    "server_error": 500,
+}
+#: Dollars and tokens of the session that are counted already, by client: its results have those of the
+#: session so far.
 _COUNTED: WeakKeyDictionary[Any, Usage] = WeakKeyDictionary()
 
 
 def guarded_query(guard: Guard) -> Callable[..., AsyncIterator[Any]]:
     """Return the SDK's ``query`` as a function whose calls are runs with a step ``query``.
 
-    What is left of the budget's dollars is its ``max_budget_usd``, where the release has that; tokens are known at its end.
+    What is left of the budget's dollars is its ``max_budget_usd``, where the release has that; tokens are
+    known at its end.
     """
     # The program reports what it used itself; what our tools use is beside that.
     about: Any = {

@@ -43,9 +43,9 @@ T = TypeVar("T")
 def attach(target: T, guard: Guard, contracts: Contracts | None = None) -> T:
     """Make steps of the methods of a flow, or of the LLMs and tools of a crew; changes it and returns it.
 
-    ``contracts``: by the names of methods or tools. A method's input is what it is passed, or else the flow's state; its
-    output is what it returns, or else that state. Each kickoff of it or of a copy is a run, and guards the agents, tasks and
-    tools that were added since. Raises UnknownNode for a contract of none.
+    ``contracts``: by the names of methods or tools. A method's input is what it is passed, or else the flow's
+    state; its output is what it returns, or else that state. Each kickoff of it or of a copy is a run, and
+    guards the agents, tasks and tools that were added since. Raises UnknownNode for a contract of none.
     """
     program: Any = target
     if isinstance(program, Crew):
@@ -80,7 +80,8 @@ def _attach(flow: Any, guard: Guard, steps: dict[Any, tuple[str, NodeContract[An
             output_view=lambda result: flow._state if result is None else result,
             control=_control,
         )
-        # What the flow runs is this table, which it made when it was made; the class's methods it never looks at again.
+        # What the flow runs is this table, which it made when it was made; the class's methods it never looks
+        # at again.
         guarded: Any = step if is_plain else copy.copy(method)
         if not is_plain:
             guarded._meth = step

@@ -43,9 +43,9 @@ _METHODS: Final = ("forward", "aforward")
 def attach(program: T, guard: Guard, contracts: Contracts | None = None) -> T:
     """Make a step of a program, by the name of its class, and of each predictor in it; changes it and returns it.
 
-    ``contracts``: by the names that ``program.named_predictors()`` gives, or that of the class; input is the keyword
-    arguments, output the prediction's fields. Each call of the program, or of a copy of it, is a run, and guards the
-    predictors that were added since. Raises UnknownNode for a contract of none.
+    ``contracts``: by the names that ``program.named_predictors()`` gives, or that of the class; input is the
+    keyword arguments, output the prediction's fields. Each call of the program, or of a copy of it, is a run,
+    and guards the predictors that were added since. Raises UnknownNode for a contract of none.
     """
     target: Any = program
     own = type(target).__name__
@@ -83,7 +83,8 @@ class _Tracker(UsageTracker):
 
     def __init__(self) -> None:
         super().__init__()
-        #: The step here, and the runs, for the threads that DSPy starts: they get its settings, and no context.
+        #: The step here, and the runs, for the threads that DSPy starts: they get its settings, and no
+        #: context.
         self.context: Changes = [(ACTIVE, ACTIVE.get()), (CURRENT, current_node_or_none())]
         outer = dspy.settings.usage_tracker
         #: The one of the user's, around all steps.

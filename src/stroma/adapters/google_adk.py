@@ -46,8 +46,8 @@ _ATTACHED: Final = "_stroma_attached"
 def attach(agent: T, guard: Guard, contracts: Contracts | None = None) -> T:
     """Make steps of the models and function tools of an agent and of all agents inside it; changes them, returns it.
 
-    ``contracts``: by the names of tools; input is the arguments, output the result. Raises UnknownNode for a contract of no
-    tool.
+    ``contracts``: by the names of tools; input is the arguments, output the result. Raises UnknownNode for a
+    contract of no tool.
     """
     agents = _inside(agent)
     check = guard_tools(agents, guard, contracts)
@@ -66,8 +66,8 @@ def attach(agent: T, guard: Guard, contracts: Contracts | None = None) -> T:
 def each_run(runner: T, guard: Guard) -> T:
     """Make each ``run_async()``, ``run()`` and ``run_live()`` of a runner a run of the guard; changes it and returns it.
 
-    It guards what was added to its agent since :func:`attach`, too. In the live mode tools are steps; the model's tokens
-    count in the run and in no step, and a spent budget ends the stream of events.
+    It guards what was added to its agent since :func:`attach`, too. In the live mode tools are steps; the
+    model's tokens count in the run and in no step, and a spent budget ends the stream of events.
     """
     target: Any = runner
     parts, live_parts = target.run_async, target.run_live
@@ -120,7 +120,8 @@ def guard_model(model: Any, guard: Guard, check: Callable[[], None]) -> None:
 
     def held(step: Any) -> Any:
         async def generate(*args: Any, **kwargs: Any) -> Any:
-            # ADK calls tools, and may stop reading, at the last response of a stream: hold it until the step has ended.
+            # ADK calls tools, and may stop reading, at the last response of a stream: hold it until the step
+            # has ended.
             check()
             last = None
             async with contextlib.aclosing(step(*args, **kwargs)) as responses:
@@ -165,8 +166,8 @@ def _last_response(responses: list[Any]) -> Any:
 def guard_tools(agents: list[Any], guard: Guard, contracts: Contracts | None) -> Callable[[], None]:
     """Make steps of the tools of agents. Raises UnknownNode for a contract of no tool.
 
-    A toolset lists its tools before the first model request; the returned function raises UnknownNode then, as ADK
-    ignores a toolset that raises.
+    A toolset lists its tools before the first model request; the returned function raises UnknownNode then,
+    as ADK ignores a toolset that raises.
     """
     names = {name for each in agents for tool in each.tools if (name := _name_of(tool))}
     sets = [tool for each in agents for tool in each.tools if isinstance(tool, BaseToolset)]

@@ -61,7 +61,8 @@ _GUARD: Final = "_stroma_guarded"
 _CONTRACT: Final = "_stroma_guarded_contract"
 #: How many runs that have ended the default store has at most.
 KEPT_RUNS: Final = 100
-#: Contracts by the name that a framework has for a node or tool; a pair is the schemas of its input and output.
+#: Contracts by the name that a framework has for a node or tool; a pair is the schemas of its input and
+#: output.
 Contracts: TypeAlias = Mapping[str, NodeContract[Any, Any] | tuple[type[BaseModel], type[BaseModel]]]
 
 
@@ -77,8 +78,9 @@ class UnknownNode(ValueError):
 class Guard:
     """Makes steps of callables. Safe to share between tasks, threads and event loops.
 
-    ``target``: the runner whose registry, store and config its runs use, or the context of a run that the steps belong to.
-    Outside of :meth:`run` all steps belong to one run, which lasts as long as the guard and has one budget.
+    ``target``: the runner whose registry, store and config its runs use, or the context of a run that the
+    steps belong to. Outside of :meth:`run` all steps belong to one run, which lasts as long as the guard and
+    has one budget.
     """
 
     def __init__(self, target: StromaRunner | ReliabilityContext | None = None) -> None:
@@ -114,8 +116,8 @@ class Guard:
     ) -> GuardedRun:
         """Return a run for the calls inside ``with guard.run():`` or ``async with guard.run():``.
 
-        ``input`` is its initial state for the journal and the hooks; any value is accepted. ``conversation``, ``user``:
-        see RunConfig.
+        ``input`` is its initial state for the journal and the hooks; any value is accepted. ``conversation``,
+        ``user``: see RunConfig.
         """
         if self.runner is None:
             raise RuntimeError(
@@ -227,8 +229,8 @@ class Guard:
     def compare_usage(self, framework: str, tokens: int) -> None:
         """Compare a framework's own count of tokens with that of the guard; log a warning if the guard has counted less.
 
-        ``tokens``: inside a step those since its attempt began, elsewhere those of the whole run in this process. The guard
-        may count more: failed attempts, and calls that the framework counts nowhere.
+        ``tokens``: inside a step those since its attempt began, elsewhere those of the whole run in this
+        process. The guard may count more: failed attempts, and calls that the framework counts nowhere.
         """
         self.current.usage.compare(framework, tokens)
 
@@ -267,8 +269,9 @@ class Guard:
     ) -> Callable[P, R]:
         """Return the callable as a step; options are the fields of :class:`Step`, all of which have defaults.
 
-        Input is by default the arguments, by the names of the parameters. ``kind`` states how it is called, where
-        inspection cannot tell. Raises TypeError for an object that is not callable, ValueError for an invalid id.
+        Input is by default the arguments, by the names of the parameters. ``kind`` states how it is called,
+        where inspection cannot tell. Raises TypeError for an object that is not callable, ValueError for an
+        invalid id.
         """
         if not callable(func):
             raise TypeError(f"{func!r} cannot be a step: it is not callable")
@@ -277,7 +280,8 @@ class Guard:
         )
         self.registry.step_ids.add(step_id)
         wrapper = wrapped(lambda: self.current, step, func, kind)
-        # inspect.signature() follows __wrapped__. A __signature__ would hold `self`, and those who wrap a method copy it.
+        # inspect.signature() follows __wrapped__. A __signature__ would hold `self`, and those who wrap a
+        # method copy it.
         functools.update_wrapper(wrapper, func, updated=("__dict__",) if inspect.isroutine(func) else ())
         return cast("Callable[P, R]", self.mark(wrapper, step.contract))
 
@@ -303,8 +307,9 @@ class Guard:
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Decorate a function as :meth:`wrap` does; each side of the contract is optional.
 
-        ``effect``, ``reconcile``: for a function that must not be called twice blindly, see NodeContract. Where its output is
-        stated or recorded, the caller gets that, as an instance of ``output``, or as plain data without one.
+        ``effect``, ``reconcile``: for a function that must not be called twice blindly, see NodeContract.
+        Where its output is stated or recorded, the caller gets that, as an instance of ``output``, or as
+        plain data without one.
         """
         contract = None
         if input is not None or output is not None or effect or reconcile is not None:

@@ -40,9 +40,10 @@ T = TypeVar("T")
 def attach(pipeline: T, guard: Guard, contracts: Contracts | None = None) -> T:
     """Make steps of the components of a pipeline, and of what is inside them; changes it and returns it.
 
-    ``contracts``: by the names that the pipeline has for its components; input is what goes into one, output what comes
-    out. Each run of the pipeline is a run of the guard, and guards the components that were added since. Raises UnknownNode
-    for a contract of no component, TypeError for anything but a pipeline, such as an Agent that is in none.
+    ``contracts``: by the names that the pipeline has for its components; input is what goes into one, output
+    what comes out. Each run of the pipeline is a run of the guard, and guards the components that were added
+    since. Raises UnknownNode for a contract of no component, TypeError for anything but a pipeline, such as
+    an Agent that is in none.
     """
     target: Any = pipeline
     if not isinstance(pipeline, PipelineBase):

@@ -36,8 +36,8 @@ A = TypeVar("A")
 class StromaMiddleware(AgentMiddleware[Any, Any]):
     """Guards an agent: ``create_agent(..., middleware=[StromaMiddleware(guard)])``, the same for ``create_deep_agent``.
 
-    ``tools``: contracts by the names of tools; input is the arguments, output the result (of text that is JSON, what it
-    says). A contract of no tool raises UnknownNode at the first model call.
+    ``tools``: contracts by the names of tools; input is the arguments, output the result (of text that is
+    JSON, what it says). A contract of no tool raises UnknownNode at the first model call.
     """
 
     def __init__(self, guard: Guard, *, tools: Contracts | None = None) -> None:

@@ -71,9 +71,10 @@ G = TypeVar("G")
 def attach(graph: G, guard: Guard, contracts: Contracts | None = None) -> G:
     """Make every node of a StateGraph, or of a compiled graph, a step of ``guard``; return the graph.
 
-    ``contracts``: by the names that the graph has for its nodes; input is the state that a node gets, output its update.
-    A call of the graph is a run, unless one of the guard is under way. Raises UnknownNode for a contract of no node, and
-    ValueError for an ``@entrypoint``, which counts its tasks and interrupts as it runs and cannot be called again.
+    ``contracts``: by the names that the graph has for its nodes; input is the state that a node gets, output
+    its update. A call of the graph is a run, unless one of the guard is under way. Raises UnknownNode for a
+    contract of no node, and ValueError for an ``@entrypoint``, which counts its tasks and interrupts as it
+    runs and cannot be called again.
     """
     target: Any = graph
     if "__previous__" in getattr(target, "channels", ()):

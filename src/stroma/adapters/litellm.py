@@ -35,15 +35,22 @@ __all__ = ["attach"]
 
 T = TypeVar("T")
 _FUNCTIONS: Final = (
-    "completion", "acompletion", "text_completion", "atext_completion", "embedding", "aembedding", "responses",
+    "completion",
+    "acompletion",
+    "text_completion",
+    "atext_completion",
+    "embedding",
+    "aembedding",
+    "responses",
     "aresponses",
-)  # fmt: skip
+)
 
 
 def attach(target: T, guard: Guard) -> T:
     """Make a step ``model`` of each request of the module ``litellm``, or of a ``Router``; changes it and returns it.
 
-    What took a function from the module before (``from litellm import completion``) has the one without a guard.
+    What took a function from the module before (``from litellm import completion``) has the one without a
+    guard.
     """
     for name in _FUNCTIONS:
         bare = getattr(target, name, None)

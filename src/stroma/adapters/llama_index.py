@@ -35,8 +35,9 @@ W = TypeVar("W", bound=Workflow)
 def attach(workflow: W, guard: Guard, contracts: Contracts | None = None) -> W:
     """Make steps of the steps of a workflow, by their names; changes it and returns it.
 
-    ``contracts``: by the names of steps; input is the fields of the event that a step gets, output those of the one that it
-    returns. Raises UnknownNode for a contract of none, ValueError for a step that is no method of the workflow.
+    ``contracts``: by the names of steps; input is the fields of the event that a step gets, output those of
+    the one that it returns. Raises UnknownNode for a contract of none, ValueError for a step that is no
+    method of the workflow.
     """
     methods = inspect.getmembers(type(workflow), inspect.isfunction)
     names = [name for name, method in methods if hasattr(method, "_step_config")]

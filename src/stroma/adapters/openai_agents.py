@@ -60,13 +60,14 @@ A = TypeVar("A")
 def attach(agent: A, guard: Guard, contracts: Contracts | None = None) -> A:
     """Make steps of the tools of an agent and of those it hands off to or has as tools, and of the requests of their models.
 
-    ``contracts``: by the names of tools; input is the arguments, output the result. The agents are changed in place. In a
-    run of a guard all other models and tools that the SDK uses are steps, too: a model that is only named, one of
-    ``RunConfig(model=)``, judges of guardrails, tools of MCP servers. Raises UnknownNode for a contract of no tool; of an
-    agent with MCP servers when these have listed their tools.
+    ``contracts``: by the names of tools; input is the arguments, output the result. The agents are changed in
+    place. In a run of a guard all other models and tools that the SDK uses are steps, too: a model that is
+    only named, one of ``RunConfig(model=)``, judges of guardrails, tools of MCP servers. Raises UnknownNode
+    for a contract of no tool; of an agent with MCP servers when these have listed their tools.
 
-    A realtime agent is attached in the same way. Enter its session inside ``async with guard.run():``: the tokens of its
-    model count in that run and in no step, and a spent budget ends the session with BudgetExceeded.
+    A realtime agent is attached in the same way. Enter its session inside ``async with guard.run():``: the
+    tokens of its model count in that run and in no step, and a spent budget ends the session with
+    BudgetExceeded.
     """
     agents, _ = reached_agents(agent)
     tools = {tool.name for each in agents for tool in each.tools if isinstance(tool, FunctionTool)}

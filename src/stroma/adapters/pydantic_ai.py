@@ -59,10 +59,11 @@ __getattr__, __dir__ = lazy(__name__, _OF_FLOWS, "stroma.adapters")
 class StromaCapability(AbstractCapability[Any]):
     """Guards an agent: ``Agent(..., capabilities=[StromaCapability(guard)])``.
 
-    ``tools``: contracts by the names of tools; input is the arguments, output the result. ``output``: what the agent's
-    answer must satisfy: one that does not is sent back to the model, as often as the agent's output retries allow, and then
-    fails the agent. A contract of no tool raises UnknownNode at the first model request. In a run of a guard, agents without
-    the capability are guarded, too: those that tools ask, say.
+    ``tools``: contracts by the names of tools; input is the arguments, output the result. ``output``: what
+    the agent's answer must satisfy: one that does not is sent back to the model, as often as the agent's
+    output retries allow, and then fails the agent. A contract of no tool raises UnknownNode at the first
+    model request. In a run of a guard, agents without the capability are guarded, too: those that tools ask,
+    say.
     """
 
     def __init__(

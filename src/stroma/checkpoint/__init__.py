@@ -89,7 +89,8 @@ __all__ = [
 ]
 
 
-#: Loaded on first use: not every Python has sqlite3, few runs need more than one store, and no run needs the records.
+#: Loaded on first use: not every Python has sqlite3, few runs need more than one store, and no run needs the
+#: records.
 _HOMES = {
     "AttemptPage": "records",
     "AttemptRecord": "records",

@@ -1,7 +1,7 @@
 """Cells: small named records of a store that runs and processes share.
 
-Shared budgets and rate limits store their state in them. A store changes one cell in one atomic step and provides its
-clock; the change itself is a function of the caller.
+Shared budgets and rate limits store their state in them. A store changes one cell in one atomic step and
+provides its clock; the change itself is a function of the caller.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ __all__ = ["CellStore", "Change", "MemoryCells"]
 
 T = TypeVar("T")
 
-#: A change of a cell. Called with its data (None for a new cell) and the store's clock in milliseconds since the epoch;
-#: returns the new data, or None to leave it unchanged, and an answer for the caller. It may be called several times, in
-#: any thread, before one of its results is stored: it must not have side effects.
+#: A change of a cell. Called with its data (None for a new cell) and the store's clock in milliseconds since
+#: the epoch; returns the new data, or None to leave it unchanged, and an answer for the caller. It may be
+#: called several times, in any thread, before one of its results is stored: it must not have side effects.
 Change = Callable[[bytes | None, int], tuple[bytes | None, T]]
 
 
@@ -31,8 +31,8 @@ class CellStore(Protocol):
     def change_cell(self, name: str, change: Change[T]) -> Awaitable[T]:
         """Change a cell in one atomic step: no other change comes between its read and its write.
 
-        Awaited: returns the answer of the change. Cancelling the caller does not undo it. Raises ValueError for an illegal
-        name, what the change raises (then nothing is changed), StoreError.
+        Awaited: returns the answer of the change. Cancelling the caller does not undo it. Raises ValueError
+        for an illegal name, what the change raises (then nothing is changed), StoreError.
         """
         ...
 

@@ -34,16 +34,18 @@ __all__ = [
     "takes_no_message",
 ]
 
-#: Statuses of completed executions, of those that cancel() cannot change any more, and of those after which a new
-#: execution may follow unasked.
+#: Statuses of completed executions, of those that cancel() cannot change any more, and of those after which a
+#: new execution may follow unasked.
 COMPLETE: Final = ("COMPLETED", "RESUMED")
 ENDED: Final = (*COMPLETE, "FAILED", "CANCELLED")
 _GIVEN_UP: Final = (*ENDED, "PARTIAL")
 #: Statuses of executions without an owner and an end, which may have a time from which they are due.
 UNFINISHED: Final = ("SUSPENDED", "INTERRUPTED", QUEUED)
-#: In place of 0, from when on a run is due whose budget was changed while it ran: only if it waits for its budget in the end.
+#: In place of 0, from when on a run is due whose budget was changed while it ran: only if it waits for its
+#: budget in the end.
 BUDGET_CHANGED: Final = 1
-#: Likewise, from when on a run is due that was sent a message while it ran: only if its session has not read it.
+#: Likewise, from when on a run is due that was sent a message while it ran: only if its session has not read
+#: it.
 MESSAGE_SENT: Final = 2
 #: A fork that its process does not open in this time is due.
 FORK_DUE_MS: Final = 60_000
@@ -148,7 +150,8 @@ def merge_wake(earlier: int | None, status: str, wake_ms: int | None) -> int | N
     """Return from when on a run is due that stops with a status, in ms since the epoch; None: never by itself.
 
     Args:
-        earlier: 0 if an answer was stored since the run was opened, or its news. The session may have missed it.
+        earlier: 0 if an answer was stored since the run was opened, or its news. The session may have missed
+            it.
     """
     if status not in UNFINISHED:
         return None

@@ -1,7 +1,7 @@
 """Decoding of stored records: the only place that makes values of what a store holds besides outputs and inputs.
 
-Damage can change anything, so everything is checked here: encoding, depth, numbers and types. Whatever is wrong is one kind of
-error, CorruptCheckpoint, which names the record.
+Damage can change anything, so everything is checked here: encoding, depth, numbers and types. Whatever is
+wrong is one kind of error, CorruptCheckpoint, which names the record.
 """
 
 from __future__ import annotations

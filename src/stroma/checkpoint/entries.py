@@ -57,27 +57,34 @@ class RunRequest(NamedTuple):
 
     Attributes:
         initial_state, schema: the input of the run and its Schema; a durable store encodes it.
-        if_exists: "resume" continues the last execution. "return" does too, unless it is finished: then it returns it
-            unchanged. "restart" starts a new execution; "new" too, unless the last one has not ended, or any one has
-            called an effect. "error" refuses, "attach" returns the result of the owner that was waited for, "read" returns
-            the outcome of a run that has ended, and refuses any other.
-        if_running: what to do with a run that has another owner: "take_over" fences it off, anything else is RunBusy.
+        if_exists: "resume" continues the last execution. "return" does too, unless it is finished: then it
+            returns it unchanged. "restart" starts a new execution; "new" too, unless the last one has not
+            ended, or any one has called an effect. "error" refuses, "attach" returns the result of the owner
+            that was waited for, "read" returns the outcome of a run that has ended, and refuses any other.
+        if_running: what to do with a run that has another owner: "take_over" fences it off, anything else is
+            RunBusy.
         lease_seconds: how long the run stays with an owner that does not renew its lease.
-        ends: the caller will call end(). Otherwise another request of the same process takes the run over at once.
+        ends: the caller will call end(). Otherwise another request of the same process takes the run over at
+            once.
         deliver: store with each attempt that its end hooks are due, until delivered() is called.
         tags: stored with the execution, added to those of a continued one.
         discard_from: discard the commits of the continued execution from this position on.
-        accept: called for each commit to restore, before anything is changed; what it raises refuses the request.
-        lazily_loaded: (position, prefix of branches) of commits that are not restored at the start, since there may be
-            very many; committed() returns them in portions.
+        accept: called for each commit to restore, before anything is changed; what it raises refuses the
+            request.
+        lazily_loaded: (position, prefix of branches) of commits that are not restored at the start, since
+            there may be very many; committed() returns them in portions.
         retry_failed: discard the failed items of maps and what was computed from them, see ItemFailure.
         max_recoveries: end a run as FAILED once its process died so often; None: never.
         force: continue it all the same, and count deaths from 0.
-        due_ms: raise RunExists for a run that is not due at this time, see :func:`stroma.checkpoint.decisions.is_due`.
-        claim: token of the claim of the worker that opens it; see :class:`stroma.checkpoint.queue.ClaimRequest`.
-        any_input: continue the run although its input is another one: the caller's own checkpoint has what it began with.
+        due_ms: raise RunExists for a run that is not due at this time, see
+            :func:`stroma.checkpoint.decisions.is_due`.
+        claim: token of the claim of the worker that opens it; see
+            :class:`stroma.checkpoint.queue.ClaimRequest`.
+        any_input: continue the run although its input is another one: the caller's own checkpoint has what it
+            began with.
         version: that of the pipeline, for a run that begins; "" without one.
-        versions: the versions of runs that the code can continue, besides runs without one. None: it continues any run.
+        versions: the versions of runs that the code can continue, besides runs without one. None: it
+            continues any run.
     """
 
     run_id: str
@@ -170,10 +177,10 @@ class StepCall(NamedTuple):
     """Identifies a step of plain code in a resumed run. For a map: its failed items, and the input of each item.
 
     Attributes:
-        number: 0-based number of the call of its step id; for a map, the number of failed items; for a step of a flow see
-            :data:`OF_FLOW`.
-        input_key: identifies the input: its stored form; None if it has none and so cannot be compared. For a node inside
-            a group that is a step: a checksum of the group's input.
+        number: 0-based number of the call of its step id; for a map, the number of failed items; for a step
+            of a flow see :data:`OF_FLOW`.
+        input_key: identifies the input: its stored form; None if it has none and so cannot be compared. For a
+            node inside a group that is a step: a checksum of the group's input.
         identity: see ``stroma.checkpoint.identity``; stored with the attempts of the step.
     """
 
@@ -182,7 +189,8 @@ class StepCall(NamedTuple):
     identity: str | None = None
 
 
-#: ``StepCall.number`` of a step of a flow, less the number of the event that its end is to the body, once that has one.
+#: ``StepCall.number`` of a step of a flow, less the number of the event that its end is to the body, once
+#: that has one.
 OF_FLOW: Final = -1
 
 
@@ -295,7 +303,8 @@ class Waiting(NamedTuple):
 
     Attributes:
         reason: the text of the question; "effect" if it is how a call of an effect ended.
-        schema_ref: "module:qualname" of the class of the answer; "" for any JSON value. Only to find the class again.
+        schema_ref: "module:qualname" of the class of the answer; "" for any JSON value. Only to find the
+            class again.
         payload: the answer in stored form, or NOT_DONE; None while the question is open.
         effect: the call that the question is about; None for any other question.
         number: which question it is among those at its place; later ones have a higher number.

@@ -34,7 +34,8 @@ class FailureNote(TypedDict):
 class MessageNote(TypedDict):
     """The message that a call of a flow got.
 
-    ``event``: the number of the event; ``number``: that of the message; ``problem``: why it does not fit the class of the call;
+    ``event``: the number of the event; ``number``: that of the message; ``problem``: why it does not fit the
+        class of the call;
     ``at_ms``: when the call got it, since the epoch.
     """
 
@@ -47,13 +48,23 @@ class MessageNote(TypedDict):
     at_ms: float
 
 
-#: By kind: the function time of a flow ("b"), discarded events ("d"), an event ("e": branch, time), a failure ("f"), a message
-#: ("m"), calls for which the run is suspended ("n"), the topic and the start of a wait for a message ("r"), the end and the start
-#: of a wait ("s"), the time that a body observed ("v"), when a question was asked ("w") and that a wait expired ("x").
+#: By kind: the function time of a flow ("b"), discarded events ("d"), an event ("e": branch, time), a failure
+#: ("f"), a message ("m"), calls for which the run is suspended ("n"), the topic and the start of a wait for a
+#: message ("r"), the end and the start of a wait ("s"), the time that a body observed ("v"), when a question
+#: was asked ("w") and that a wait expired ("x").
 _SHAPES: Final[dict[str, Any]] = {
-    "b": int, "d": list[tuple[int, int]], "e": tuple[str, int], "f": FailureNote, "m": MessageNote, "n": tuple[int, list[str]],
-    "r": tuple[str, float], "s": tuple[int, float], "v": int, "w": float, "x": bool,
-}  # fmt: skip
+    "b": int,
+    "d": list[tuple[int, int]],
+    "e": tuple[str, int],
+    "f": FailureNote,
+    "m": MessageNote,
+    "n": tuple[int, list[str]],
+    "r": tuple[str, float],
+    "s": tuple[int, float],
+    "v": int,
+    "w": float,
+    "x": bool,
+}
 _MAX_MS: Final = 253_402_300_799_000  # the last second that a datetime has
 
 

@@ -1,13 +1,14 @@
 """Identities of steps that code calls. They do not depend on the order in which concurrent calls happen.
 
-A node of a pipeline has a position, and a child of a group a branch. A step that is called (by ``execute_step`` or
-by the guard of an adapter) is identified by its scope, its id and a number:
+A node of a pipeline has a position, and a child of a group a branch. A step that is called (by
+``execute_step`` or by the guard of an adapter) is identified by its scope, its id and a number:
 
-* scope: the asyncio task that makes the call. Tasks are numbered by their first call, inside the scope that started them,
-  so that concurrent calls have the same identities whichever is faster.
+* scope: the asyncio task that makes the call. Tasks are numbered by their first call, inside the scope that
+  started them, so that concurrent calls have the same identities whichever is faster.
 * number: 0-based number of the call of that id in that scope.
 
-Under a node, the identity is the last part of the step's branch; the other parts are indexes of children, which are digits.
+Under a node, the identity is the last part of the step's branch; the other parts are indexes of children,
+which are digits.
 """
 
 from __future__ import annotations
@@ -118,7 +119,8 @@ class StepCalls:
     def next_of_input(self, step_id: str, digest: str) -> Identity:
         """Return the identity of the next call of a step with an input, in any task or thread.
 
-        For frameworks that skip finished calls themselves: their second call may not be the second one of the run.
+        For frameworks that skip finished calls themselves: their second call may not be the second one of the
+        run.
         """
         number = self._counts[step_id, digest]
         self._counts[step_id, digest] += 1

@@ -53,9 +53,9 @@ _MIN_AGE_SECONDS: Final = 3600.0
 class Codec(Protocol):
     """Encodes every payload of a store: outputs, inputs, questions, answers, messages, failure messages. Ids and numbers stay plain.
 
-    ``decode`` must read everything that ``encode`` wrote earlier, also with an earlier key: include the name of the key.
-    It must raise for data that was changed since. The data to encode begins with a hash of its place, so that
-    a payload written by an authenticating codec cannot be moved to another place.
+    ``decode`` must read everything that ``encode`` wrote earlier, also with an earlier key: include the name
+    of the key. It must raise for data that was changed since. The data to encode begins with a hash of its
+    place, so that a payload written by an authenticating codec cannot be moved to another place.
     """
 
     def encode(self, data: bytes) -> bytes: ...
@@ -225,9 +225,12 @@ class Payloads:
     """
 
     def __init__(
-        self, codec: Codec | None = None, blobs: BlobStore | str | os.PathLike[str] | None = None,
-        blob_bytes: int = 1_000_000, plain_until_migrated: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        codec: Codec | None = None,
+        blobs: BlobStore | str | os.PathLike[str] | None = None,
+        blob_bytes: int = 1_000_000,
+        plain_until_migrated: bool = False,
+    ) -> None:
         if codec is not None and not isinstance(codec, Codec):
             raise TypeError(f"codec must be an object with encode(bytes) and decode(bytes), got {codec!r}")
         if blob_bytes < 1:
@@ -252,8 +255,10 @@ class Payloads:
             self._has_warned = True
             logger.warning(
                 "%s has %s MB, which each node copies, validates and stores; store large data in a file or an object store, and "
-                "pass its path on in the state", what, f"{size / 1e6:,.0f}",
-            )  # fmt: skip
+                "pass its path on in the state",
+                what,
+                f"{size / 1e6:,.0f}",
+            )
 
     async def seal(self, data: bytes, place: PayloadPlace) -> bytes:
         """Return the stored form of a payload. Raises StoreError."""
@@ -322,7 +327,8 @@ class Payloads:
     def open(self, stored: bytes, place: PayloadPlace, what: str) -> bytes:
         """Return a stored payload of a place.
 
-        Raises CorruptCheckpoint, in which ``what`` describes the payload; StoreError if a blob cannot be read.
+        Raises CorruptCheckpoint, in which ``what`` describes the payload; StoreError if a blob cannot be
+        read.
         """
         if stored.startswith(BLOB):
             stored = self._fetch(stored[len(BLOB) :], what)
@@ -378,15 +384,15 @@ class Payloads:
 def collect(blobs: BlobStore, in_use: set[str], now_seconds: float) -> int:
     """Delete the blobs that no row references, and return their number.
 
-    Blobs younger than an hour stay, since their commit may be in progress. ``now_seconds``: the clock of the store in
-    seconds since the epoch. Raises StoreError.
+    Blobs younger than an hour stay, since their commit may be in progress. ``now_seconds``: the clock of the
+    store in seconds since the epoch. Raises StoreError.
     """
     oldest = now_seconds - _MIN_AGE_SECONDS
     deleted = 0
     try:
         for name, updated_seconds in blobs.names():
-            # Delete each at once: meanwhile a commit may put it again, which makes it young. Delete files with names of
-            # blobs only: the directory may hold other files.
+            # Delete each at once: meanwhile a commit may put it again, which makes it young. Delete files
+            # with names of blobs only: the directory may hold other files.
             if name not in in_use and updated_seconds < oldest and _NAME.fullmatch(name):
                 blobs.delete(name)
                 deleted += 1

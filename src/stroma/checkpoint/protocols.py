@@ -1,7 +1,9 @@
 """Protocols between the engine and the stores.
 
-The simple protocol (``save``, ``load``, ``delete``) stores the last state of each node. A *journal* store also stores
-runs: committed positions, the usage of each attempt, the owner. Resume, history and the command line need a journal.
+The simple protocol (``save``, ``load``, ``delete``) stores the last state of each node. A *journal* store
+also stores
+runs: committed positions, the usage of each attempt, the owner. Resume, history and the command line need a
+    journal.
 """
 
 from __future__ import annotations
@@ -73,26 +75,29 @@ class Session(Protocol):
     """One execution of a run, held by this process.
 
     Attributes:
-        address: identifies the store among all stores: cells of a store with this address change in the transactions of
-            the session's commits. "" without such transactions.
+        address: identifies the store among all stores: cells of a store with this address change in the
+            transactions of the session's commits. "" without such transactions.
         stores_inputs: it stores the inputs of calls (``StepCall.given``), so that they must be encoded.
         epoch: incremented by each session that opens the run; 0 if that is not recorded.
-        charges: what to settle when the attempt in progress at a (position, branch) is recorded; removed by the code that
-            added it. Not read if ``address`` is "".
+        charges: what to settle when the attempt in progress at a (position, branch) is recorded; removed by
+            the code that added it. Not read if ``address`` is "".
         execution: 1 for the first execution of the run id, 2 after a restart, and so on.
         continued: the session continues an execution that an earlier call started.
         restored: the committed outputs by (position, branch).
         places: the position of each step of plain code with a recorded attempt, by its identity.
-        finished: the end of an execution that is returned unchanged, or that must end before a node is called; otherwise
-            None.
+        finished: the end of an execution that is returned unchanged, or that must end before a node is
+            called; otherwise None.
         waiting: approvals that its nodes wait for, or waited for, by (position, branch).
         notes: what :meth:`note` stored in this execution before, by key.
-        traceparent: trace context recorded by the last process that began a trace of the execution; None before.
-        lost_start_ms: start of the execution, in ms since the epoch, if its last process recorded no end; else None.
-        attribution: ids of what the run belongs to, by "conversation", "user" and "session": those that were noted before, in
-            a fork those of its origin. "session": the first of the runs that were forked from each other.
-        undelivered: attempts of earlier processes whose end hooks may not have been called, the oldest first; without
-            states. Always empty if all attempts are of this process.
+        traceparent: trace context recorded by the last process that began a trace of the execution; None
+            before.
+        lost_start_ms: start of the execution, in ms since the epoch, if its last process recorded no end;
+            else None.
+        attribution: ids of what the run belongs to, by "conversation", "user" and "session": those that were
+            noted before, in a fork those of its origin. "session": the first of the runs that were forked
+            from each other.
+        undelivered: attempts of earlier processes whose end hooks may not have been called, the oldest first;
+            without states. Always empty if all attempts are of this process.
         tried: failed attempts without a later commit, by (position, branch), if the previous process died.
         control: the requests that hold when it is opened.
         version: that of the pipeline when the execution began; "" without a version.
@@ -150,7 +155,8 @@ class Session(Protocol):
     ) -> Awaitable[None] | None:
         """Store one attempt and, with ``output``, its commit: both or nothing.
 
-        Returns None if it is done, otherwise an awaitable. The engine always awaits it to its end, even if the run is
+        Returns None if it is done, otherwise an awaitable. The engine always awaits it to its end, even if
+        the run is
         cancelled: it must end by itself. Raises NotSerialisable at once for an output without a stored form.
         """
 
@@ -172,14 +178,16 @@ class Session(Protocol):
     def append_events(self, last: int, lines: bytes) -> Awaitable[None] | None:
         """Store a batch of events beside the commits, up to a number of the session. Not refused if it is fenced off.
 
-        Raises StoreError, at once or awaited; None: it is done. It is stored before an end that is recorded later.
+        Raises StoreError, at once or awaited; None: it is done. It is stored before an end that is recorded
+        later.
         """
 
     def note(self, key: str, data: bytes | None) -> None:
         """Store data of the driver under a key, "position:..."; None deletes it.
 
-        It is stored together with the next attempt, question or end of the run that is recorded, or by :meth:`flush`.
-        Discarding a position discards its notes, except those of effects (:func:`effect_note`).
+        It is stored together with the next attempt, question or end of the run that is recorded, or by
+        :meth:`flush`. Discarding a position discards its notes, except those of effects
+        (:func:`effect_note`).
         """
 
     def mark_effect(self, node_id: str) -> None:
@@ -202,15 +210,16 @@ class Session(Protocol):
     def messages(self, after: int) -> list[SentMessage] | Awaitable[list[SentMessage]]:
         """Return the messages to the run after a number, in their order. Raises StoreError.
 
-        A run that stops as SUSPENDED is due at once if there is a message that this has not returned, once it was called.
+        A run that stops as SUSPENDED is due at once if there is a message that this has not returned, once it
+        was called.
         """
         ...
 
     def end(self, status: str, error: str | None, wake_ms: int | None = None) -> Awaitable[None] | None:
         """Record that the run stopped with a status (see RunStatus) and, unless it completed, an error text.
 
-        ``wake_ms``: when a suspended run is due without an answer, in ms since the epoch. An answer makes it due at once,
-        also one that was stored since the run was opened. An interrupted run is due at once.
+        ``wake_ms``: when a suspended run is due without an answer, in ms since the epoch. An answer makes it
+        due at once, also one that was stored since the run was opened. An interrupted run is due at once.
         """
 
     def give_back(self) -> Awaitable[None] | None:

@@ -23,7 +23,8 @@ __all__ = [
 QUEUED: Final = "QUEUED"
 #: Token of a claim that keeps a run from all workers for a while, and holds no place.
 POSTPONED: Final = ""
-#: A claim that ends later than this is from before a restart of the machine or a step of its clock, and does not count.
+#: A claim that ends later than this is from before a restart of the machine or a step of its clock, and does
+#: not count.
 MAX_CLAIM_SECONDS: Final = 60
 
 
@@ -48,11 +49,13 @@ class QueueFigures(NamedTuple):
 
     Attributes:
         queued: QUEUED runs, due or not.
-        oldest_due_ms: earliest due time among the runs that are due: queued ones, and those that stopped until a time, such
-            as a sleep; in ms since the epoch. None: no run is due. A run that is due at once, for instance since its
-            question was answered, has no time and does not count; nor does a blocked one.
+        oldest_due_ms: earliest due time among the runs that are due: queued ones, and those that stopped
+            until a time, such as a sleep; in ms since the epoch. None: no run is due. A run that is due at
+            once, for instance since its question was answered, has no time and does not count; nor does a
+            blocked one.
         blocked: blocked runs.
-        oldest_blocked_ms: since when the first of them is blocked, in ms since the epoch; None: no run is blocked.
+        oldest_blocked_ms: since when the first of them is blocked, in ms since the epoch; None: no run is
+            blocked.
     """
 
     queued: int
@@ -66,8 +69,8 @@ class QueueReading(NamedTuple):
 
     Attributes:
         queued, blocked: see QueueFigures.
-        due_seconds, blocked_seconds: for how long the oldest due run is due, and the oldest blocked run is blocked; 0
-            without such a run.
+        due_seconds, blocked_seconds: for how long the oldest due run is due, and the oldest blocked run is
+            blocked; 0 without such a run.
     """
 
     queued: int
@@ -88,7 +91,8 @@ class ServedCode(NamedTuple):
 
     Attributes:
         versions: runs of these versions, and those without a version.
-        name: identifies the code: a run that is blocked for it is taken up again after a while only. No space is in it.
+        name: identifies the code: a run that is blocked for it is taken up again after a while only. No space
+            is in it.
     """
 
     versions: tuple[str, ...] = ()
@@ -100,11 +104,13 @@ class ClaimRequest(NamedTuple):
 
     Attributes:
         token: names the claim; only an opening with it may use the claim.
-        seconds: how long a claimed run is kept for this worker, if it does not open it; at most MAX_CLAIM_SECONDS.
+        seconds: how long a claimed run is kept for this worker, if it does not open it; at most
+            MAX_CLAIM_SECONDS.
         limit: maximum number of runs.
         now_ms: the time of the worker, in ms since the epoch.
         pipelines: the pipelines that it serves, by name.
-        with_lost: also look for runs whose owner is gone. SQL stores read the owner of each running run for that.
+        with_lost: also look for runs whose owner is gone. SQL stores read the owner of each running run for
+            that.
         code: the code of the pipelines, by name; any other pipeline has no version.
     """
 
@@ -148,9 +154,10 @@ def choose(
 ) -> list[Candidate]:
     """Return the runs to claim, the first one first: by priority, then fair over keys, then by due time.
 
-    The rank of a run within its priority is the number of live runs of its key and of earlier runs of its key among the
-    candidates, so that a key with many runs does not delay the first one of another key. ``candidates``: in the order in
-    which they were submitted, where their times are equal. ``live``: runs with an owner or a claim, by pipeline and key.
+    The rank of a run within its priority is the number of live runs of its key and of earlier runs of its key
+    among the candidates, so that a key with many runs does not delay the first one of another key.
+    ``candidates``: in the order in which they were submitted, where their times are equal. ``live``: runs
+    with an owner or a claim, by pipeline and key.
     """
     ahead = {
         (name, key): count for name, keys in live.items() for key, count in keys.items() if key is not None

@@ -44,7 +44,8 @@ class RunQuery:
         statuses: any of these; () for all.
         tag: a tag of the run, compared exactly.
         since_ms: earliest start, in milliseconds since the epoch.
-        failure_class, node: an attempt failed with this class, at this node; if both are set, the same attempt.
+        failure_class, node: an attempt failed with this class, at this node; if both are set, the same
+            attempt.
         text: part of the run id, the name of the pipeline or the error; ASCII letters match in either case.
         blocked: the run is blocked.
     """
@@ -87,8 +88,9 @@ class RunRecord:
     """A run as a store lists it.
 
     Attributes:
-        status: "RUNNING" while it runs, or after its process died; "DAMAGED" if its row in the store is damaged (then
-            ``error`` describes the damage, and other fields may be 0 or empty); otherwise a RunStatus.
+        status: "RUNNING" while it runs, or after its process died; "DAMAGED" if its row in the store is
+            damaged (then ``error`` describes the damage, and other fields may be 0 or empty); otherwise a
+            RunStatus.
         parent: the run that it was forked from.
         holder: description of its owner; None without an owner, also if its process died.
         started_ms, updated_ms: milliseconds since the epoch.
@@ -156,8 +158,8 @@ class RunPage(NamedTuple):
     """A page of runs, the newest first.
 
     Attributes:
-        next: start of the next page; None after the last page. A page may be short or empty and have a next one, since a
-            call examines at most some thousand runs one by one.
+        next: start of the next page; None after the last page. A page may be short or empty and have a next
+            one, since a call examines at most some thousand runs one by one.
     """
 
     runs: list[RunRecord]
@@ -174,8 +176,8 @@ class AttemptRecord:
         function_ms: time for which its function ran; for a group, any function inside it.
         output: in stored form; None without a readable commit.
         output_bytes: size of the stored output; None without a commit.
-        damaged: the store holds something else than was committed: in the row of the attempt if ``outcome`` is
-            "DAMAGED", otherwise in its output.
+        damaged: the store holds something else than was committed: in the row of the attempt if ``outcome``
+            is "DAMAGED", otherwise in its output.
         epoch: that of its process, as in RunRecord; 0 if unknown.
         group_id: id of the group around it.
         identity: that of the step of plain code at its position; None in a pipeline.
@@ -222,7 +224,8 @@ class StoreFacts(NamedTuple):
     Attributes:
         system: name and version of its software.
         format: version of the stored data; this release writes ``writes``.
-        clock_ms: clock of the store's server, which leases use, in milliseconds since the epoch; None without a server.
+        clock_ms: clock of the store's server, which leases use, in milliseconds since the epoch; None without
+            a server.
         warnings: settings that put runs at risk, each with the fix.
     """
 
@@ -340,12 +343,14 @@ def parse_attempt_mark(mark: str) -> AttemptMark:
 class Attempt(NamedTuple):
     """One attempt in stored form.
 
-    Its start distinguishes it from other attempts of the same number: a resumed run, and a retried group, count from 1.
+    Its start distinguishes it from other attempts of the same number: a resumed run, and a retried group,
+    count from 1.
 
     Attributes:
         function_ns: time for which its function ran; for a group, any function inside it.
         group_id: id of the group around it.
-        identity: that of the step of plain code at the position (see ``stroma.checkpoint.identity``); None in a pipeline.
+        identity: that of the step of plain code at the position (see ``stroma.checkpoint.identity``); None in
+            a pipeline.
         error_type: name of the exception's type; None if nothing was raised.
     """
 

@@ -24,9 +24,9 @@ _FORMS = (
 def open_store(url: str | os.PathLike[str]) -> SQLiteStore | PostgresStore | RedisStore | AsyncInMemoryStore:
     """Return the store for a URL or a path. Its file or server is opened on first use.
 
-    ``sqlite:///runs.db`` (relative), ``sqlite:////var/lib/runs.db`` (absolute), either with ``?synchronous=normal``;
-    ``runs.db`` (a path); ``postgresql://user@host:5432/db``, see PostgresStore; ``redis://host:6379/0``, see
-    RedisStore; ``memory://``. In a URL, special characters are percent-encoded.
+    ``sqlite:///runs.db`` (relative), ``sqlite:////var/lib/runs.db`` (absolute), either with
+    ``?synchronous=normal``; ``runs.db`` (a path); ``postgresql://user@host:5432/db``, see PostgresStore;
+    ``redis://host:6379/0``, see RedisStore; ``memory://``. In a URL, special characters are percent-encoded.
 
     Args:
         url: the URL, or the path of a SQLite file.

@@ -15,8 +15,8 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None, *, program: str = "stroma") -> int:
     """Run one command and return its exit code (see :class:`stroma.cli.errors.Code`).
 
-    ``program``: the command that the user typed; suggested commands in messages begin with it. STROMA_PROGRAM precedes
-    it in a process of its own: `./dev run stroma` in a clone.
+    ``program``: the command that the user typed; suggested commands in messages begin with it. STROMA_PROGRAM
+    precedes it in a process of its own: `./dev run stroma` in a clone.
     """
     try:
         from stroma.cli.app import start
@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None, *, program: str = "stroma") -> int:
 def _leave(code: int) -> NoReturn:
     """End the process without the interpreter's own end.
 
-    The Temporal client has threads of its own, which may ask for the interpreter while it ends, and then abort the process.
+    The Temporal client has threads of its own, which may ask for the interpreter while it ends, and then
+    abort the process.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

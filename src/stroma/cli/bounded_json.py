@@ -22,8 +22,8 @@ _HALVES: Final = re.compile("[\ud800-\udfff]")
 def bound_answer(answer: dict[str, Any], fix: str) -> dict[str, Any]:
     """Return an answer that JSON can hold, of at most 64 KiB of indented text.
 
-    Of a larger one, the largest values are cut, and ``cut`` tells the size and the fix. Lone surrogates, which UTF-8
-    cannot encode, become U+FFFD.
+    Of a larger one, the largest values are cut, and ``cut`` tells the size and the fix. Lone surrogates,
+    which UTF-8 cannot encode, become U+FFFD.
     """
     answer = _well_formed(answer)
     size = _size(answer, 0)

@@ -68,11 +68,23 @@ def _host_port(_ctx: click.Context, _parameter: click.Parameter, value: str | No
 def exporter_options(func: F) -> F:
     """Add the options for telemetry to a command."""
     for option in (
-        click.option("--datadog", callback=_host_port, metavar="HOST:PORT", help="Datadog agent for spans; metrics go to its port 8125."),
+        click.option(
+            "--datadog",
+            callback=_host_port,
+            metavar="HOST:PORT",
+            help="Datadog agent for spans; metrics go to its port 8125.",
+        ),
         click.option("--sentry", metavar="DSN", help="Sentry DSN that captures the final failure."),
-        click.option("--prometheus", type=click.IntRange(0, 65535), metavar="PORT", help="Port on 127.0.0.1 that serves metrics; 0 picks one."),
-        click.option("--otel", callback=_endpoint, metavar="ENDPOINT", help="OTLP/HTTP endpoint for spans and metrics."),
-    ):  # fmt: skip
+        click.option(
+            "--prometheus",
+            type=click.IntRange(0, 65535),
+            metavar="PORT",
+            help="Port on 127.0.0.1 that serves metrics; 0 picks one.",
+        ),
+        click.option(
+            "--otel", callback=_endpoint, metavar="ENDPOINT", help="OTLP/HTTP endpoint for spans and metrics."
+        ),
+    ):
         func = option(func)
     return func
 
@@ -98,8 +110,8 @@ class Exporters:
     ) -> list[NodeHooks]:
         """Return the hooks of each enabled exporter. Raises Problem if one cannot be made.
 
-        ``own``: hooks of the pipelines. A variable adds no exporter if a connected one exists among them. An exporter added by an
-        option replaces theirs (see :meth:`merge`) and takes over its settings.
+        ``own``: hooks of the pipelines. A variable adds no exporter if a connected one exists among them. An
+        exporter added by an option replaces theirs (see :meth:`merge`) and takes over its settings.
         """
         sets: list[NodeHooks] = []
         for name, make in (

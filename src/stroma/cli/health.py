@@ -40,7 +40,8 @@ async def serve_health(
 ) -> AsyncIterator[str | None]:
     """Answer requests while the context is open; yield the address, which has the real port for port 0.
 
-    ``read`` returns True for 200 or False for 503, and the JSON to answer. Raises Problem for an address in use.
+    ``read`` returns True for 200 or False for 503, and the JSON to answer. Raises Problem for an address in
+    use.
     """
     if address is None:
         yield None

@@ -81,7 +81,8 @@ def parse_as(
 ) -> BaseModel:
     """Parse an argument as an instance of a model. Raises Problem.
 
-    ``requirement``: description of what it must satisfy. ``retry_command``: returns the command for a corrected argument.
+    ``requirement``: description of what it must satisfy. ``retry_command``: returns the command for a
+        corrected argument.
     """
     value, text, source = parse_json(argument, called)
     try:
@@ -90,16 +91,18 @@ def parse_as(
         lines, wrong = _errors(error)
         fits = clean(json.dumps(example(model, value, wrong), ensure_ascii=False), 400)
         raise Problem(
-            f"{source} does not fit {requirement} ({pluralize(len(lines), 'error')})", *lines, f"for example: {retry_command(fits)}",
+            f"{source} does not fit {requirement} ({pluralize(len(lines), 'error')})",
+            *lines,
+            f"for example: {retry_command(fits)}",
             code=Code.USAGE,
-        ) from None  # fmt: skip
+        ) from None
 
 
 def input_model(pipeline: Pipeline) -> type[BaseModel]:
     """Return the model of the initial state of a pipeline.
 
-    The input model of the first node. If the first is a group whose children have different models, an open model that
-    keeps all fields, so that each child gets its own.
+    The input model of the first node. If the first is a group whose children have different models, an open
+    model that keeps all fields, so that each child gets its own.
     """
     contracts = {model for _, model in _contracts(pipeline)}
     whole = bool(pipeline.nodes) and _all_declared(find_node(pipeline.nodes[0]))
@@ -190,9 +193,11 @@ def _misfit(
     )
     fits = clean(json.dumps(example(model, value, wrong), ensure_ascii=False), 400)
     return Problem(
-        f"{what} ({pluralize(len(lines), 'error')})", *lines, f"for example: {command('run', target, fits)}",
+        f"{what} ({pluralize(len(lines), 'error')})",
+        *lines,
+        f"for example: {command('run', target, fits)}",
         code=Code.USAGE,
-    )  # fmt: skip
+    )
 
 
 def _errors(error: Exception) -> tuple[list[str], set[Any]]:

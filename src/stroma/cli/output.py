@@ -215,8 +215,8 @@ def table(
 ) -> None:
     """Write columns, those in ``right`` right-aligned; no line is wider than the terminal.
 
-    On a terminal, columns of ``spare`` are left out in this order until the last column has room, and columns without a
-    value too.
+    On a terminal, columns of ``spare`` are left out in this order until the last column has room, and columns
+    without a value too.
     """
     lines: list[list[Part]] = [[(cell, "bold") for cell in header], *map(list, rows)]
     widths = [max(cell_width(line[i]) for line in lines) for i in range(len(header))]

@@ -24,8 +24,8 @@ _BEGIN, _END = "\x1b[?2026h", "\x1b[?2026l"
 class Screen:
     """Live lines of a terminal. What the process prints meanwhile is written above them.
 
-    The cursor stays visible and below the lines: a process that is killed leaves a clean terminal. Output of child
-    processes, which write to the terminal themselves, is not known here and may be overwritten.
+    The cursor stays visible and below the lines: a process that is killed leaves a clean terminal. Output of
+    child processes, which write to the terminal themselves, is not known here and may be overwritten.
     """
 
     def __init__(self, stream: Stream, draw: Callable[[int, int], Sequence[Sequence[Part]]]) -> None:

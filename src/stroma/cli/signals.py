@@ -41,9 +41,11 @@ class StopSignals:
     ) -> None:
         """Install the handlers, if called in the main thread.
 
-        ``drain``: called in the task's loop for SIGTERM, instead of cancelling the task. ``patience``: its time limit as
-        text. ``after``: printed when the second signal ends the process. ``messages``: printed for the first signal, by name.
-        ``say``: prints this text and returns True, if something else writes to the terminal; must be safe in a handler.
+        ``drain``: called in the task's loop for SIGTERM, instead of cancelling the task. ``patience``: its
+        time limit as text. ``after``: printed when the second signal ends the process. ``messages``: printed
+        for the first signal, by name.
+        ``say``: prints this text and returns True, if something else writes to the terminal; must be safe in
+            a handler.
         """
         self.signal: str | None = None
         self._task = task

@@ -307,8 +307,10 @@ class Database:
             for r in records
         ]
         raise Problem(
-            f"{run!r} is a prefix of {len(records)}{' or more' if len(records) >= 20 else ''} run ids; pass more characters", *lines, code=Code.USAGE
-        )  # fmt: skip
+            f"{run!r} is a prefix of {len(records)}{' or more' if len(records) >= 20 else ''} run ids; pass more characters",
+            *lines,
+            code=Code.USAGE,
+        )
 
     def get_run(self, run_id: str) -> RunRecord | None:
         """Return the run with exactly this id; None if the store has none."""

@@ -77,7 +77,8 @@ def answer_type(one: Waiting) -> str:
 def find_schema(one: Waiting, module: ModuleType | None = None) -> type[BaseModel] | None:
     """Return the class that a node requires, if it is imported already.
 
-    ``module``: searched if the recorded module name does not resolve, as for a program that ran as ``__main__``.
+    ``module``: searched if the recorded module name does not resolve, as for a program that ran as
+        ``__main__``.
     """
     recorded, _, name = one.schema_ref.partition(":")
     places = [] if recorded == "__main__" else [recorded]

@@ -47,10 +47,22 @@ def temporal_options(func: F) -> F:
     """Add --temporal and its options to a command; the runs are in the store of --db."""
     for option in (
         click.option("--tls", is_flag=True, help="Use TLS, with TEMPORAL_TLS_... and TEMPORAL_API_KEY."),
-        click.option("--namespace", metavar="NAME", help="Namespace on the server.  [env: TEMPORAL_NAMESPACE; default: default]"),
-        click.option("--task-queue", metavar="QUEUE", help=f"Task queue of the workers.  [default: {TASK_QUEUE}]"),
-        click.option("--temporal", "address", callback=_address, metavar="HOST:PORT", help="Temporal server that chooses the worker of each run."),
-    ):  # fmt: skip
+        click.option(
+            "--namespace",
+            metavar="NAME",
+            help="Namespace on the server.  [env: TEMPORAL_NAMESPACE; default: default]",
+        ),
+        click.option(
+            "--task-queue", metavar="QUEUE", help=f"Task queue of the workers.  [default: {TASK_QUEUE}]"
+        ),
+        click.option(
+            "--temporal",
+            "address",
+            callback=_address,
+            metavar="HOST:PORT",
+            help="Temporal server that chooses the worker of each run.",
+        ),
+    ):
         func = option(func)
     return func
 
@@ -114,9 +126,10 @@ class TemporalCluster:
             import stroma.drivers.temporal  # noqa: F401
         except ImportError as error:
             raise Problem(
-                "--temporal needs the package temporalio", "install it with: pip install 'stroma-runner[temporal]'",
+                "--temporal needs the package temporalio",
+                "install it with: pip install 'stroma-runner[temporal]'",
                 code=Code.ENVIRONMENT,
-            ) from error  # fmt: skip
+            ) from error
         try:
             profile = ClientConfigProfile.load()
         except Exception as error:

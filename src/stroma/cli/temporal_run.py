@@ -60,9 +60,15 @@ class TemporalRun:
         if result is None:
             return self._report_detached(stopped_by)
         report = RunReport(
-            result, self.pipeline.name, self.target, self.database, stopped_by, time.perf_counter() - started,
-            self.config.budget, waiting=waiting,
-        )  # fmt: skip
+            result,
+            self.pipeline.name,
+            self.target,
+            self.database,
+            stopped_by,
+            time.perf_counter() - started,
+            self.config.budget,
+            waiting=waiting,
+        )
         report.print(json=self.options.as_json, quiet=self.options.quiet)
         return int(report.code)
 

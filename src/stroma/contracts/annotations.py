@@ -20,8 +20,8 @@ def check_annotations(
 ) -> None:
     """Raise TypeError if a function is annotated with another model than its contract has.
 
-    Accept whatever is not certainly wrong: no annotation, one that cannot be resolved, one that is not a model, a base or
-    a subclass of the model, a union with one of these.
+    Accept whatever is not certainly wrong: no annotation, one that cannot be resolved, one that is not a
+    model, a base or a subclass of the model, a union with one of these.
 
     Args:
         name: "node 'a'", for the message.

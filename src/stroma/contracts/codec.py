@@ -1,8 +1,9 @@
 """Encode states for stores, and decode what stores return.
 
-A stored state is UTF-8 JSON: pydantic's own, where that changes no value, and tagged JSON of ours everywhere else.
-Where a class might not read its own output, the encoded state is decoded again before it is returned: a store never
-commits a state that cannot be restored. A state that only :attr:`Validators.reinstate` reads is marked as such.
+A stored state is UTF-8 JSON: pydantic's own, where that changes no value, and tagged JSON of ours everywhere
+else. Where a class might not read its own output, the encoded state is decoded again before it is returned: a
+store never commits a state that cannot be restored. A state that only :attr:`Validators.reinstate` reads is
+marked as such.
 """
 
 from __future__ import annotations
@@ -240,8 +241,8 @@ def has_class_tags(data: bytes) -> bool:
 def describe_error(error: Exception) -> tuple[str, Exception | None]:
     """Describe in one line why stored data was refused, and return the exception to chain as the cause, if any.
 
-    Neither shows the data. The text and the cause of a pydantic error are omitted, because printing one formats all
-    of the data first, with up to four bytes for each byte of it.
+    Neither shows the data. The text and the cause of a pydantic error are omitted, because printing one
+    formats all of the data first, with up to four bytes for each byte of it.
     """
     if not isinstance(error, ValidationError):
         return str(error), error
@@ -267,7 +268,8 @@ def _have_types(values: Mapping[str, Any], exact_types: Iterable[tuple[str, froz
 def _is_readable(data: bytes) -> bool:
     """Return False if a number in JSON has more digits than Python reads.
 
-    Such a number covers a position that is a multiple of the limit, so only the bytes at those positions are read.
+    Such a number covers a position that is a multiple of the limit, so only the bytes at those positions are
+    read.
     """
     for position in range(0, len(data), _MAX_DIGITS) if len(data) >= _MAX_DIGITS else ():
         if data[position] in _DIGITS:

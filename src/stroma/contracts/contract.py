@@ -33,7 +33,8 @@ Direction = Literal["input", "output"]
 #: What traces show a node as; None shows it as a step of the pipeline.
 Role = Literal["agent", "tool", "chain", "retriever"]
 
-#: States, for the input and the idempotency key of an effect, if its last call happened: its output, or a statement.
+#: States, for the input and the idempotency key of an effect, if its last call happened: its output, or a
+#: statement.
 Reconcile: TypeAlias = Callable[
     [In, str],
     "Out | Mapping[str, Any] | NotDone | Unknown | Awaitable[Out | Mapping[str, Any] | NotDone | Unknown]",
@@ -70,16 +71,16 @@ class NodeContract(StrictModel, Generic[In, Out]):
         node_id: id of the node, unique in its pipeline.
         input_schema: pydantic model of the input.
         output_schema: pydantic model of the output.
-        upcast: function that converts an output of an earlier ``output_schema`` (a dict of its fields) into one that the
-            present schema accepts. A resume calls it when the schemas differ.
-        effect: the node changes something outside, and a second call would do harm. A call with an unknown outcome is not
-            repeated; ``reconcile`` or a person decides.
-        reconcile: function, async or not, of the state and the idempotency key. It returns the output of the call,
-            NotDone() or Unknown(). Without it, or if it returns Unknown() or raises, the run is SUSPENDED with reason
-            "effect" until a person decides.
+        upcast: function that converts an output of an earlier ``output_schema`` (a dict of its fields) into
+            one that the present schema accepts. A resume calls it when the schemas differ.
+        effect: the node changes something outside, and a second call would do harm. A call with an unknown
+            outcome is not repeated; ``reconcile`` or a person decides.
+        reconcile: function, async or not, of the state and the idempotency key. It returns the output of the
+            call, NotDone() or Unknown(). Without it, or if it returns Unknown() or raises, the run is
+            SUSPENDED with reason "effect" until a person decides.
         role: "agent", "tool", "retriever" or "chain", as which traces show the node.
-        place: Temporal task queue whose workers call the function, such as "gpu"; None: the process that drives the run.
-            Experimental. See ``docs/temporal.md``.
+        place: Temporal task queue whose workers call the function, such as "gpu"; None: the process that
+            drives the run. Experimental. See ``docs/temporal.md``.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -137,9 +138,10 @@ class ContractViolation(Exception):
         errors: pydantic's error dicts (``type``, ``loc``, ``msg``, ``input``).
         schema: the model that it should have been; None if that is not known.
 
-    Where: ``result.failure`` of a FAILED run; out of ``BoundaryValidator`` and ``ContractRegistry.validate_*``.
-    Cause: the input of a node, or what it returned, is not what its schema says.
-    Fix: correct the node or the schema at the fields that are named. ``contract_retries`` grants further attempts; in them,
+    Where: ``result.failure`` of a FAILED run; out of ``BoundaryValidator`` and
+    ``ContractRegistry.validate_*``. Cause: the input of a node, or what it returned, is not what its schema
+    says. Fix: correct the node or the schema at the fields that are named. ``contract_retries`` grants
+    further attempts; in them,
         send ``current_node().last_failure.as_prompt()`` to the model.
     """
 
@@ -166,8 +168,8 @@ class ContractViolation(Exception):
     def as_prompt(self, *, max_chars: int = 2000) -> str:
         """Return the errors as a text of at most ``max_chars`` characters for the model that produced the output.
 
-        It says of each field what is wrong, what came, and what is expected, in a compact form of the schema. What the
-        schema declares as a secret (``SecretStr``) is masked.
+        It says of each field what is wrong, what came, and what is expected, in a compact form of the schema.
+        What the schema declares as a secret (``SecretStr``) is masked.
         """
         from stroma.contracts.repair_prompt import repair_prompt
 
@@ -306,7 +308,8 @@ class ContractRegistry:
     def decorate(self, func: Any, contract: NodeContract[Any, Any]) -> None:
         """Register the contract of a function that a decorator makes a node.
 
-        The same function, defined again, replaces the earlier one. Raises ValueError if the id belongs to another function.
+        The same function, defined again, replaces the earlier one. Raises ValueError if the id belongs to
+        another function.
         """
         node_id, latest = contract.node_id, Decorated.of(func, contract)
         earlier = self.decorated.get(node_id)

@@ -46,7 +46,8 @@ __all__ = [
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
-# The descriptors of a model's slots: half the time of object.__setattr__, which checks the frozen setting of the class.
+# The descriptors of a model's slots: half the time of object.__setattr__, which checks the frozen setting of
+# the class.
 _set_values: Final[Any] = BaseModel.__dict__["__dict__"].__set__
 _set_fields_set: Final[Any] = BaseModel.__dict__["__pydantic_fields_set__"].__set__
 _set_extra: Final[Any] = BaseModel.__dict__["__pydantic_extra__"].__set__
@@ -201,7 +202,8 @@ class _DataPickler(pickle.Pickler):
     """Pickles plain data only: how an instance of a user's class is copied is decided by that class."""
 
     def reducer_override(self, value: Any) -> Any:
-        # Called for all but the containers and atoms that pickle itself knows. An atom is rebuilt by its class.
+        # Called for all but the containers and atoms that pickle itself knows. An atom is rebuilt by its
+        # class.
         if type(value) in _ATOMS or (isinstance(value, type) and value in _ATOMS):
             return NotImplemented
         raise pickle.PicklingError
@@ -270,8 +272,8 @@ def classes_in(value: Any) -> Iterator[type]:
 def renew_dataclass(value: Any, convert: Callable[[Any], Any]) -> Any:
     """Return a dataclass validated again from its field values, each converted by ``convert``.
 
-    A class that holds more than its fields, or that runs user code, is copied without validation. Raises pydantic's
-    ValidationError.
+    A class that holds more than its fields, or that runs user code, is copied without validation. Raises
+    pydantic's ValidationError.
     """
     adapter = _adapter(cast("Any", type(value)))
     if adapter is None:

@@ -88,7 +88,8 @@ def nodes_of(schema: Any) -> Iterator[dict[str, Any]]:
         if isinstance(item, dict):
             if isinstance(item.get("type"), str):
                 yield item
-                # These hold callables, and schemas that validate nothing ("function" has a "type" of its own).
+                # These hold callables, and schemas that validate nothing ("function" has a "type" of its
+                # own).
                 stack.extend(v for k, v in item.items() if k not in _NO_SCHEMAS)
             else:  # Nodes by field name.
                 stack.extend(item.values())
@@ -166,7 +167,8 @@ def is_strict(node: dict[str, Any]) -> bool:
     return bool(node.get("strict") or (node.get("config") or {}).get("strict"))
 
 
-# ---------------------------------------------------------------------- validation of values that were validated before
+# ---------------------------------------------------------------------- validation of values that were
+# validated before
 
 
 def decodes_text(node: dict[str, Any]) -> bool:

@@ -143,7 +143,8 @@ class Group:
         children: the nodes and groups inside.
         max_concurrency: how many children run at once; None is all.
         is_map: the one child runs once for each item; otherwise each child runs once.
-        is_sequence: each child receives the output of the one before it; otherwise every child receives the group's input.
+        is_sequence: each child receives the output of the one before it; otherwise every child receives the
+            group's input.
         items_field: the list field that holds the items of a map, or the name of its external items.
         output_field: the field that receives the outputs of a map; "" if they stay out of the state.
         has_external_items: the items of a map do not come from the state.
@@ -289,8 +290,8 @@ def _accepts_attributes(func: Any) -> bool:
 
 
 def _forward(func: Callable[..., Any]) -> Callable[..., Any]:
-    # A wrapper for the marker only: the node's record keeps the function itself, so nothing is called through it
-    # unless somebody calls the decorated name by hand.
+    # A wrapper for the marker only: the node's record keeps the function itself, so nothing is called through
+    # it unless somebody calls the decorated name by hand.
     def forward(*args: Any, **kwargs: Any) -> Any:
         return func(*args, **kwargs)
 
@@ -311,8 +312,8 @@ def find_node(obj: Any) -> Node | Group:
     except AttributeError:
         node, node_id = getattr(obj, "_stroma_node", None), getattr(obj, "_stroma_node_id", None)
         contract = getattr(obj, "_stroma_contract", None)
-    # A decorator on top has the attributes of what it wraps, and a bound method those of its function: each is a node of
-    # its own.
+    # A decorator on top has the attributes of what it wraps, and a bound method those of its function: each
+    # is a node of its own.
     if (
         node is not None
         and (node.func is obj or getattr(obj, "__code__", None) is _FORWARDING)
@@ -365,7 +366,8 @@ stroma_step = stroma_node
 def framework_node(node_id: str, contract: NodeContract[In, Out]) -> NodeDecorator[In, Out]:
     """Mark a function of an agent framework as a node with a contract, as :func:`stroma_node` does.
 
-    Its annotations are not compared with the contract: the framework reads them, and calls it with its own state.
+    Its annotations are not compared with the contract: the framework reads them, and calls it with its own
+    state.
     """
 
     def decorate(func: Any) -> Any:

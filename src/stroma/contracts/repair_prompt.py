@@ -264,9 +264,15 @@ def _branch(
 
 
 _TYPES: Final = {
-    "int": "integer", "str": "string", "float": "number", "bool": "boolean", "list": "array", "tuple": "array",
-    "set": "array", "dict": "object",
-}  # fmt: skip
+    "int": "integer",
+    "str": "string",
+    "float": "number",
+    "bool": "boolean",
+    "list": "array",
+    "tuple": "array",
+    "set": "array",
+    "dict": "object",
+}
 
 
 def _written(path: list[str | int], *, each: bool) -> str:

@@ -1,12 +1,14 @@
 """Model classes as contracts: validation, conversion and copying of their instances at each boundary.
 
-All that depends on the class alone is decided once, in :class:`~stroma.contracts.traits.SchemaTraits`. Values are read by
-*field name*, never through serializers: an alias, a computed field or a lossy ``field_serializer`` must not change what the
-next node receives. A model inside a model crosses as an instance, validated by its own class: as a dict, an instance of a
-subclass would become one of the class that the field declares.
+All that depends on the class alone is decided once, in :class:`~stroma.contracts.traits.SchemaTraits`. Values
+are read by *field name*, never through serializers: an alias, a computed field or a lossy
+``field_serializer`` must not change what the next node receives. A model inside a model crosses as an
+instance, validated by its own class: as a dict, an instance of a subclass would become one of the class that
+the field declares.
 
-A class that calls user code or decodes text (``Json``, ``Base64Str``) may change or refuse its own output. Its instances are
-therefore not validated twice: the schema remembers those that it validated and that nobody else can change.
+A class that calls user code or decodes text (``Json``, ``Base64Str``) may change or refuse its own output.
+Its instances are therefore not validated twice: the schema remembers those that it validated and that nobody
+else can change.
 """
 
 from __future__ import annotations
@@ -87,9 +89,11 @@ class Schema:
         self.thaw: Final = snapshots.thaw
         self.thaw_encoded: Final = snapshots.thaw_encoded
         self.restore: Final = snapshots.restore
-        #: The class of the last input, and the number of its values if they can be validated as they are, else -1.
+        #: The class of the last input, and the number of its values if they can be validated as they are,
+        #: else -1.
         self._last_source: tuple[type[BaseModel] | None, int] = None, -1
-        #: Models, by id, that this class validated and that nobody else can change: they cross without validation.
+        #: Models, by id, that this class validated and that nobody else can change: they cross without
+        #: validation.
         self._exclusive: WeakValueDictionary[int, BaseModel] | None = (
             WeakValueDictionary() if self.traits.tracks_instances else None
         )
@@ -170,7 +174,8 @@ class Schema:
     def detach(self, model: BaseModel) -> BaseModel:
         """Return a validated model that shares nothing mutable with the object that it was validated from.
 
-        Validation creates new containers wherever a schema describes them, and passes on what ``Any`` describes.
+        Validation creates new containers wherever a schema describes them, and passes on what ``Any``
+        describes.
         """
         if not self.traits.has_undescribed_values:
             return model
@@ -183,8 +188,8 @@ class Schema:
     def clone(self, model: BaseModel) -> BaseModel:
         """Return an exact copy of a validated model that shares nothing mutable with it.
 
-        It is not validated again, so that no validator changes it. Only a class whose construction runs user code, or that
-        has excluded fields, is validated first, and may raise what its validators raise.
+        It is not validated again, so that no validator changes it. Only a class whose construction runs user
+        code, or that has excluded fields, is validated first, and may raise what its validators raise.
         """
         if self.traits.must_reconstruct:
             fields = self.values(model)
@@ -253,7 +258,8 @@ class Schema:
         try:
             fields = source._values_for(self, value, renew)
         except ValidationError:
-            # A model inside is invalid. Validating plain fields raises an error with its path from the outermost model.
+            # A model inside is invalid. Validating plain fields raises an error with its path from the
+            # outermost model.
             self._validate_from(source, value, source.fields(value))
             raise
         return self._validate_from(source, value, fields)
@@ -267,7 +273,8 @@ class Schema:
             for name, declared in source.traits.field_classes.items():
                 if not declared <= accepted.get(name, frozenset()):
                     return False
-        # An instance of a subclass must stay one. Subclasses are looked up on each call: one may be defined at any time.
+        # An instance of a subclass must stay one. Subclasses are looked up on each call: one may be defined
+        # at any time.
         return not any(map(_subclasses_of, self.traits.nested_classes))
 
     def _validate_from(self, source: Schema, value: BaseModel, fields: dict[str, Any]) -> BaseModel:
@@ -286,8 +293,8 @@ class Schema:
 
     def prepare_input(self, value: BaseModel) -> tuple[BaseModel, Snapshot]:
         """Return the validated input of a node from the state before it, and its snapshot."""
-        # convert(), for the states of most nodes. A node mostly receives one class, so the last one is remembered; and
-        # pure validation leaves the dict that it reads unchanged.
+        # convert(), for the states of most nodes. A node mostly receives one class, so the last one is
+        # remembered; and pure validation leaves the dict that it reads unchanged.
         kind = type(value)
         source_model, plain_size = self._last_source
         if kind is not source_model:
@@ -318,8 +325,8 @@ class Schema:
     ) -> tuple[BaseModel, Snapshot, bool]:
         """Return the input like :meth:`prepare_input`, for less, from a state and its reusable snapshot.
 
-        ``exclusive``: nobody else holds the values of the model, so that the input may take them instead of copies. The
-        last value returned says if it did.
+        ``exclusive``: nobody else holds the values of the model, so that the input may take them instead of
+        copies. The last value returned says if it did.
         """
         source, took_values = schema_of(type(value)), False
         is_derived = self.traits.is_deterministic and not self.is_flat and not source.is_root
@@ -347,7 +354,8 @@ class Schema:
             if type(snapshot) is PickledSnapshot:
                 return self.restore(snapshot), snapshot
             model = self.detach(model)
-        # The fields of a model are validated: it may have been constructed without validation, or changed since.
+        # The fields of a model are validated: it may have been constructed without validation, or changed
+        # since.
         elif isinstance(output, BaseModel) and not traits.is_untyped:
             model = self.convert(output)
         else:
@@ -376,7 +384,8 @@ class Schema:
     def assemble(self, values: dict[str, Any]) -> tuple[BaseModel, Snapshot]:
         """Return a model of values that other classes have validated, by field name, and its snapshot.
 
-        It is not validated again: a validator would change the values twice, and a decoder refuse decoded ones.
+        It is not validated again: a validator would change the values twice, and a decoder refuse decoded
+        ones.
         """
         model = self.mark_exclusive(self.construct(values))
         return model, self.snapshot(model)
@@ -401,7 +410,8 @@ def schema_of(model: type[BaseModel]) -> Schema:
     if model is BaseModel:
         raise TypeError("BaseModel itself describes no state; use a subclass with fields, or a RootModel")
     schema: Schema | None = getattr(model, "__stroma_schema__", None)
-    # A class without a schema inherits its parent's. (Reading __dict__ of the class here takes longer than all the rest.)
+    # A class without a schema inherits its parent's. (Reading __dict__ of the class here takes longer than
+    # all the rest.)
     if (
         schema is None
         or schema.model is not model

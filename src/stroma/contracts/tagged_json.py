@@ -1,7 +1,7 @@
 """The tagged JSON in which states are stored that plain JSON would change.
 
-``{"$f": "nan"}`` is a float, ``{"$b": ...}`` bytes, ``{"$t": [...]}`` a tuple, and so on; ``{"$c": ...}`` is a value of a
-class that only the schema of its field can restore. No class, module or function is ever named.
+``{"$f": "nan"}`` is a float, ``{"$b": ...}`` bytes, ``{"$t": [...]}`` a tuple, and so on; ``{"$c": ...}`` is
+a value of a class that only the schema of its field can restore. No class, module or function is ever named.
 """
 
 from __future__ import annotations
@@ -38,16 +38,17 @@ Plain = Callable[[Any], Any]
 class NotSerialisable(TypeError):
     """A state holds a value that cannot be stored. The message names the field.
 
-    Where: ``result.failure`` of a FAILED run whose input or output cannot be stored.
-    Cause: a secret, an open file, a client, a value that contains itself, or a class that its field does not declare.
-    Fix: keep it out of the state, hand it over in the run's context, or declare the field with the class it holds.
+    Where: ``result.failure`` of a FAILED run whose input or output cannot be stored. Cause: a secret, an open
+    file, a client, a value that contains itself, or a class that its field does not declare. Fix: keep it out
+    of the state, hand it over in the run's context, or declare the field with the class it holds.
     """
 
 
 def tag(value: Any, path: tuple[str, ...], plain: Plain) -> Any:
     """Return tagged JSON for a value. "$c" tags a value that only the declared class can restore.
 
-    ``path`` names the value in errors; ``plain`` converts models and dataclasses to dicts. Raises NotSerialisable.
+    ``path`` names the value in errors; ``plain`` converts models and dataclasses to dicts. Raises
+    NotSerialisable.
     """
     kind = type(value)
     if value is None or kind is str or kind is bool or kind is int:
@@ -104,8 +105,8 @@ def _write_datetime(value: dt.datetime, path: tuple[str, ...], plain: Plain) -> 
     return {"$dt": [value.isoformat(), value.fold]}
 
 
-#: The largest exponent of a stored Decimal, positive or negative. Converting one to int takes 0.1 ms; with 10**9, a few
-#: stored bytes would hang the reader.
+#: The largest exponent of a stored Decimal, positive or negative. Converting one to int takes 0.1 ms; with
+#: 10**9, a few stored bytes would hang the reader.
 _MAX_EXPONENT: Final = 10_000
 
 

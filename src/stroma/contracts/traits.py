@@ -37,8 +37,13 @@ _FLAT_WRAPPERS: Final = frozenset({"nullable", "default", "union", "model-field"
 _NOT_JSON: Final = frozenset({"set", "frozenset", "tuple", "dataclass"})
 #: The type of the values of a node, where JSON can represent all of them.
 _JSON_TYPES: Final[dict[str, type]] = {
-    "str": str, "int": int, "bool": bool, "float": float, "none": type(None), "nullable": type(None),
-}  # fmt: skip
+    "str": str,
+    "int": int,
+    "bool": bool,
+    "float": float,
+    "none": type(None),
+    "nullable": type(None),
+}
 _SERIALIZER_SETTINGS: Final = ("json_encoders", "ser_json_bytes", "ser_json_inf_nan")
 
 
@@ -84,7 +89,8 @@ class SchemaTraits:
 
     #: Some values are described by no schema (``Any``): validation passes them on without a copy.
     has_undescribed_values: bool
-    #: The undescribed values are the only mutable ones that need a look: a pickle of plain data is a snapshot.
+    #: The undescribed values are the only mutable ones that need a look: a pickle of plain data is a
+    #: snapshot.
     is_picklable: bool
     #: The fields that need a recursive copy.
     deep_fields: tuple[str, ...]
@@ -103,7 +109,8 @@ class SchemaTraits:
     is_exact_in_json_if_finite: bool
     #: The same, but such a float may be anywhere inside: the written JSON must be searched.
     may_hide_floats_in_json: bool
-    #: For each field of a flat class, the types that JSON represents exactly; None if the type does not decide.
+    #: For each field of a flat class, the types that JSON represents exactly; None if the type does not
+    #: decide.
     exact_types: tuple[tuple[str, frozenset[type]], ...] | None
     #: Some union may take the fields of one of its classes for another choice.
     has_ambiguous_union: bool

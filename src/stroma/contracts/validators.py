@@ -25,8 +25,8 @@ ModelValidator = Callable[[Any], BaseModel]
 class Validators:
     """The validators of one model class. Each raises pydantic's ValidationError.
 
-    A class that calls user code or decodes text may change or refuse its own output, so values that it has seen
-    are validated without its decoders (``decoded``, ``rebuild``) or without both (``reinstate``).
+    A class that calls user code or decodes text may change or refuse its own output, so values that it has
+    seen are validated without its decoders (``decoded``, ``rebuild``) or without both (``reinstate``).
 
     Attributes:
         validate: for values of unknown origin.
@@ -58,7 +58,8 @@ class Validators:
     def reinstate(self) -> ModelValidator:
         """Validates field values that this class has validated before, and changes none of them.
 
-        The schema is the same without all that could refuse or change them now: user code, decoders, strictness.
+        The schema is the same without all that could refuse or change them now: user code, decoders,
+        strictness.
         """
         core = core_schema_of(self._traits.model)
         run = build_validator_without(

@@ -22,7 +22,8 @@ class BudgetExceeded(Exception):
         dimension: "tokens", "cost" (USD) or "latency" (ms).
         limit, actual: both in the dimension's unit.
         node_id: the node whose attempt crossed the limit.
-        is_set_for_run: True if ``set_budget`` or a command set the limit for this run, so that it replaces the config's.
+        is_set_for_run: True if ``set_budget`` or a command set the limit for this run, so that it replaces
+            the config's.
 
     Where: ``result.failure`` of a PARTIAL run; out of ``CostTracker.check_budget``.
     Cause: the run, failed attempts and earlier processes included, spent more than its ``ExecutionBudget``.

@@ -30,7 +30,8 @@ class FallbackPolicy(NamedArguments):
     Attributes:
         preferred_model: the model that the node declares.
         fallback_model: the cheaper model.
-        at_budget_pct: share of ``max_cost_usd`` that must be spent, from 0 to 1. Raises ValueError for any other.
+        at_budget_pct: share of ``max_cost_usd`` that must be spent, from 0 to 1. Raises ValueError for any
+            other.
     """
 
     preferred_model: str

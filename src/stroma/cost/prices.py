@@ -25,8 +25,9 @@ __all__ = [
 ]
 
 #: USD per million (input, output) tokens. What stands here wins over the data of ``genai-prices``; add your
-#: own models, or correct a price. List prices of the vendors' pages, November 2026 data of genai-prices.
-#: What ships here is flat in the data too: a model that costs more for large calls (claude-sonnet-4-5) would lose that.
+#: own models, or correct a price. List prices of the vendors' pages, November 2026 data of genai-prices. What
+#: ships here is flat in the data too: a model that costs more for large calls (claude-sonnet-4-5) would lose
+#: that.
 KNOWN_MODELS: dict[str, tuple[float, float]] = {
     "gpt-4o": (2.50, 10.00),
     "gpt-4o-mini": (0.15, 0.60),
@@ -37,8 +38,8 @@ KNOWN_MODELS: dict[str, tuple[float, float]] = {
 
 #: What a call costs in US dollars, from its input and output tokens.
 Pricer = Callable[[int, int], float]
-#: Prices by the size of the input: (for more input tokens than this, USD per million), the largest first. The last one
-#: is for any size. A step holds for all tokens of the call, not only for those above it.
+#: Prices by the size of the input: (for more input tokens than this, USD per million), the largest first. The
+#: last one is for any size. A step holds for all tokens of the call, not only for those above it.
 Steps: TypeAlias = tuple[tuple[int, float], ...]
 _ANY_SIZE: Final = -1
 
@@ -113,7 +114,8 @@ class _Listing:
         self._timed_tiers = self._timed or any(
             variant.constraint is not None for variant in info.price_variants or ()
         )
-        #: The price function of calls of which no more is known than input and output; None if it is not always one.
+        #: The price function of calls of which no more is known than input and output; None if it is not
+        #: always one.
         self.always = None if self._timed else self.plain()
 
     @property
@@ -219,7 +221,8 @@ def _listing(model: str) -> _Listing | None:
     return listing
 
 
-#: Who is asked for a name that does not tell whose it is (text-embedding-3-small): who makes models, not who resells them.
+#: Who is asked for a name that does not tell whose it is (text-embedding-3-small): who makes models, not who
+#: resells them.
 _MAKERS: Final = ("openai", "anthropic", "google", "mistral", "cohere")
 
 
@@ -396,8 +399,8 @@ def data_state() -> tuple[str, datetime | None]:
 def update_prices() -> None:
     """Fetch the prices of today, for this process. Raises RuntimeError, and changes nothing, if that cannot be done.
 
-    Nothing else in Stroma does: without it, and without ``genai_prices.UpdatePrices`` of your own, prices are those
-    that came with the installed genai-prices.
+    Nothing else in Stroma does: without it, and without ``genai_prices.UpdatePrices`` of your own, prices are
+    those that came with the installed genai-prices.
     """
     import genai_prices
 

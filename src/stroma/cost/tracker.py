@@ -44,7 +44,8 @@ class CostTracker:
     )
 
     def __init__(self) -> None:
-        #: The figures of the engine's attempts, for :meth:`add`. They stand in the trace already: nothing is kept twice.
+        #: The figures of the engine's attempts, for :meth:`add`. They stand in the trace already: nothing is
+        #: kept twice.
         self.per_node: Callable[[], Iterable[tuple[str, int, int, float, int, str | None]]] = tuple
         # Per node id: tokens, output tokens, USD, ns, model. A plain list, since one is made for every node.
         self._nodes: dict[str, list[Any]] = {}
@@ -155,7 +156,8 @@ class CostTracker:
 
     def exceeded(self, budget: ExecutionBudget, node_id: str) -> BudgetExceeded | None:
         """Return the BudgetExceeded for the first limit that is crossed, or None."""
-        # Asked twice for each node. Rounding adds less than the billionth that is looked at here, and is not always needed.
+        # Asked twice for each node. Rounding adds less than the billionth that is looked at here, and is not
+        # always needed.
         tokens, cost, latency = budget.max_tokens_total, budget.max_cost_usd, budget.max_latency_ms
         if tokens is not None and self._tokens + self.prior_tokens > tokens:
             return budget_exceeded(budget, "tokens", self.used("tokens"), node_id)

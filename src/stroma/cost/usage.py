@@ -20,10 +20,12 @@ NO_MODEL: Final = "(no model)"
 class UsageError(ValueError):
     """A node reported usage that cannot be counted: negative, not finite, not a number, or without a known price.
 
-    Where: ``result.failure`` of a FAILED run; out of ``CostTracker.record``, ``report_usage`` and ``usage_from``.
-    Cause: the figures or the response a node returned beside its output; or tokens without a model, or of a model
+    Where: ``result.failure`` of a FAILED run; out of ``CostTracker.record``, ``report_usage`` and
+    ``usage_from``. Cause: the figures or the response a node returned beside its output; or tokens without a
+    model, or of a model
         without a known price, under a cost limit or ``unknown_model="error"``.
-    Fix: report whole numbers of tokens, zero or more, and the model with them; add the model to ``KNOWN_MODELS``. The
+    Fix: report whole numbers of tokens, zero or more, and the model with them; add the model to
+    ``KNOWN_MODELS``. The
         output is stored.
     """
 
@@ -70,7 +72,8 @@ class Usage:
         model: as the provider names it; None if the response does not say.
         tier: "batch", "flex", "priority" ...: how the call was served, where that has a price of its own.
         cache_write_1h_tokens: the part of ``cache_write_tokens`` that is kept for an hour, which costs more.
-        cost_usd: what the call cost, in dollars, where its provider says so; None: it follows from the model's prices.
+        cost_usd: what the call cost, in dollars, where its provider says so; None: it follows from the
+            model's prices.
     """
 
     input_tokens: int = 0
@@ -117,8 +120,12 @@ class Usage:
 
 
 _COUNTS: Final = (
-    "input_tokens", "output_tokens", "cached_input_tokens", "cache_write_tokens", "cache_write_1h_tokens",
-)  # fmt: skip
+    "input_tokens",
+    "output_tokens",
+    "cached_input_tokens",
+    "cache_write_tokens",
+    "cache_write_1h_tokens",
+)
 
 # ---------------------------------------------------------------------- reading a response
 
@@ -126,9 +133,9 @@ _COUNTS: Final = (
 def usage_from(response: object, *, model: str | None = None, tier: str | None = None) -> Usage:
     """Return the usage that a provider's response reports.
 
-    The response of OpenAI (chat, responses, embeddings), Anthropic, Google, Mistral, Cohere, AWS (Converse) or of
-    anything with the same fields, as an object of the SDK or as plain data. Of a stream: the last chunk or event, or of
-    Anthropic's raw streams a list of all events.
+    The response of OpenAI (chat, responses, embeddings), Anthropic, Google, Mistral, Cohere, AWS (Converse)
+    or of anything with the same fields, as an object of the SDK or as plain data. Of a stream: the last chunk
+    or event, or of Anthropic's raw streams a list of all events.
 
     Args:
         response: the response, or a Usage.
@@ -224,9 +231,14 @@ def _read_events(events: Sequence[Any]) -> Usage:
 
 
 _ANTHROPIC_FIELDS: Final = (
-    "input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "cache_creation",
-    "service_tier", "speed",
-)  # fmt: skip
+    "input_tokens",
+    "output_tokens",
+    "cache_read_input_tokens",
+    "cache_creation_input_tokens",
+    "cache_creation",
+    "service_tier",
+    "speed",
+)
 
 
 def _read_figures(usage: Any, level: Any) -> Usage | None:
@@ -334,13 +346,21 @@ def _google(usage: Any) -> _Figures | None:
 
 
 _GOOGLE: Final = (
-    "prompt_token_count", "tool_use_prompt_token_count", "candidates_token_count", "thoughts_token_count",
-    "cached_content_token_count", "total_token_count",
-)  # fmt: skip
+    "prompt_token_count",
+    "tool_use_prompt_token_count",
+    "candidates_token_count",
+    "thoughts_token_count",
+    "cached_content_token_count",
+    "total_token_count",
+)
 _GOOGLE_JSON: Final = (
-    "promptTokenCount", "toolUsePromptTokenCount", "candidatesTokenCount", "thoughtsTokenCount",
-    "cachedContentTokenCount", "totalTokenCount",
-)  # fmt: skip
+    "promptTokenCount",
+    "toolUsePromptTokenCount",
+    "candidatesTokenCount",
+    "thoughtsTokenCount",
+    "cachedContentTokenCount",
+    "totalTokenCount",
+)
 
 
 def _cohere(usage: Any) -> _Figures | None:

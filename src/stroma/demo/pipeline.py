@@ -4,9 +4,9 @@
 
     stroma run stroma.demo.pipeline:pipeline '{"folder": "inbox", "out": "report.md"}'
 
-It calls a model through the real ``openai`` client. With ``OPENAI_API_KEY`` set (and ``OPENAI_BASE_URL``, for any
-other provider that speaks the protocol) it talks to that; otherwise to the misbehaving provider that ships with the
-demo. ``STROMA_DEMO_MODEL`` names another model than gpt-4o-mini.
+It calls a model through the real ``openai`` client. With ``OPENAI_API_KEY`` set (and ``OPENAI_BASE_URL``, for
+any other provider that speaks the protocol) it talks to that; otherwise to the misbehaving provider that
+ships with the demo. ``STROMA_DEMO_MODEL`` names another model than gpt-4o-mini.
 """
 
 from __future__ import annotations

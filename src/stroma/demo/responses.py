@@ -70,9 +70,15 @@ class HTTPError(Exception):
     """Error response in the format of OpenAI's."""
 
     def __init__(
-        self, status: int, message: str, kind: str = "invalid_request_error", *, code: str | None = None,
-        param: str | None = None, headers: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.headers = headers or {}

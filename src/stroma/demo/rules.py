@@ -28,9 +28,13 @@ _KIND_WORDS: Final = {
 }
 _BILLS: Final = ("invoice", "credit_note", "purchase_order")
 _CATEGORIES: Final = {
-    "credit_note": ("receivable", "low"), "reminder": ("support", "normal"), "purchase_order": ("receivable", "normal"),
-    "contract": ("legal", "normal"), "invoice": ("payable", "normal"), "support": ("support", "normal"),
-}  # fmt: skip
+    "credit_note": ("receivable", "low"),
+    "reminder": ("support", "normal"),
+    "purchase_order": ("receivable", "normal"),
+    "contract": ("legal", "normal"),
+    "invoice": ("payable", "normal"),
+    "support": ("support", "normal"),
+}
 _INJECTION: Final = (
     r"\b(?:ignore|disregard|forget)\b[^.\n]{0,40}\b(?:previous|prior|above)\b[^.\n]{0,20}\binstructions?"
     r"|\byou are now (?:in|an?|the)\b[^.\n]{0,40}\b(?:mode|assistant|agent|model)\b"
@@ -41,9 +45,12 @@ _FLAG_WORDS: Final = {
     "late_delivery": ("reminder", r"delivery reminder|overdue deliver|received neither"),
     "bank_details_changed": ("invoice reminder", r"bank (?:details|account)[^.]{0,60}\b(?:has|have) changed"),
     "auto_renewal": ("contract", r"automatic(?:ally)? renew|verlängert sich|tacite reconduction"),
-    "unlimited_liability": ("contract", r"(?:liability|indemnity)[^.]{0,60}(?:\.\d[^.]{0,60})? (?:is|are|be) unlimited"),
+    "unlimited_liability": (
+        "contract",
+        r"(?:liability|indemnity)[^.]{0,60}(?:\.\d[^.]{0,60})? (?:is|are|be) unlimited",
+    ),
     "urgent": ("support", r"\burgent|\basap\b|\bdringend|\boutage\b|\boffline\b"),
-}  # fmt: skip
+}
 _FLAG_RISKS: Final = {
     "prompt_injection": ("high", "the text gives orders to whoever processes it"),
     "bank_details_changed": ("high", "asks for payment to a new bank account; call the supplier back"),
@@ -97,9 +104,15 @@ def extract(text: str) -> dict[str, Any]:
     day = _document_date(kind, body, _dates(headers.get("date", "")))
     summary = f"{kind.replace('_', ' ').capitalize()} {reference or ''} of {day}, {party or 'unknown party'}"
     return {
-        "kind": kind, "party": party, "reference": reference, "date": day, "currency": currency, "total": total,
-        "summary": summary[:160], "flags": sorted(flags),
-    }  # fmt: skip
+        "kind": kind,
+        "party": party,
+        "reference": reference,
+        "date": day,
+        "currency": currency,
+        "total": total,
+        "summary": summary[:160],
+        "flags": sorted(flags),
+    }
 
 
 def classify(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """``stroma demo``: three scenes with a pipeline on real documents and a provider that misbehaves.
 
-The scenes are the same commands that a user would type, in processes of their own; each provider is started here, so
-that it outlives the process that is killed and its ledger can tell what was bought.
+The scenes are the same commands that a user would type, in processes of their own; each provider is started
+here, so that it outlives the process that is killed and its ledger can tell what was bought.
 """
 
 from __future__ import annotations

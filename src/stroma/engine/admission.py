@@ -1,10 +1,12 @@
 """Admission of attempts: through max_threads, breakers, shared budgets and limits, in this order, and back out of them.
 
-An attempt passes all of them or none: while it waits for one it holds nothing of the others, and the calls around it
-return what other calls may wait for. So whoever holds something is at work, and no call waits for calls that wait for it.
+An attempt passes all of them or none: while it waits for one it holds nothing of the others, and the calls
+around it return what other calls may wait for. So whoever holds something is at work, and no call waits for
+calls that wait for it.
 
-Plain functions and runs with one of these come here. Waiting is neither the node's time nor one of its retries. Hooks are
-called when it begins, it is a mark of the trace when it ends, and it ends with the run's latency budget.
+Plain functions and runs with one of these come here. Waiting is neither the node's time nor one of its
+retries. Hooks are called when it begins, it is a mark of the trace when it ends, and it ends with the run's
+latency budget.
 """
 
 from __future__ import annotations
@@ -76,9 +78,24 @@ class Permit:
     """Reservations and the place among the threads that one attempt holds while it is made."""
 
     __slots__ = (
-        "answers", "around", "breaker", "caller", "changed", "charged", "ctx", "gates", "has_place", "is_empty", "key", "needed",
-        "places", "probe", "run", "token", "waited",
-    )  # fmt: skip
+        "answers",
+        "around",
+        "breaker",
+        "caller",
+        "changed",
+        "charged",
+        "ctx",
+        "gates",
+        "has_place",
+        "is_empty",
+        "key",
+        "needed",
+        "places",
+        "probe",
+        "run",
+        "token",
+        "waited",
+    )
 
     def __init__(self, ctx: ReliabilityContext, run: NodeExecution, *, needs_thread: bool) -> None:
         self.ctx = ctx
@@ -117,8 +134,8 @@ class Permit:
     async def enter(self, first_at: Gate | None = None) -> _Blocked | Exception | None:
         """Pass all gates. Otherwise return where to wait, or why the attempt may not be made; then it holds nothing.
 
-        ``first_at``: the gate in whose line this attempt is the first. An attempt that waits for the end of other calls
-        makes those around it return what they hold.
+        ``first_at``: the gate in whose line this attempt is the first. An attempt that waits for the end of
+        other calls makes those around it return what they hold.
         """
         answer = await self._try(first_at)
         if isinstance(answer, _Blocked) and answer.wait.ms is None:
@@ -128,8 +145,8 @@ class Permit:
         return answer
 
     async def _try(self, first_at: Gate | None) -> _Blocked | Exception | None:
-        # Another token for each try: the store may release an earlier one later. Not from random: programs that seed it
-        # alike, in several processes, would share their holds.
+        # Another token for each try: the store may release an earlier one later. Not from random: programs
+        # that seed it alike, in several processes, would share their holds.
         self.token = os.urandom(8).hex()
         try:
             answer = await self._pass(first_at)
@@ -153,7 +170,8 @@ class Permit:
             self.probe = entry.probe
             self.changed = entry.changed or self.changed
         for gate in self.needed:
-            # No attempt overtakes those that wait. But one inside an attempt does: they may wait for that one.
+            # No attempt overtakes those that wait. But one inside an attempt does: they may wait for that
+            # one.
             if first_at is None and not self.around and gate.line.waiting:
                 return _Blocked(gate, gate.line.wait_of_last(perf_counter()))
             self.gates.append(gate)
@@ -227,7 +245,8 @@ class Permit:
     async def leave(self, outcome: Any) -> asyncio.CancelledError | None:
         """Settle what the attempt used, by its outcome. Return the cancellation of the task that came meanwhile.
 
-        ``outcome``: the output, a Failure, or a Halt; None for an attempt that was cancelled. Raises what a hook may.
+        ``outcome``: the output, a Failure, or a Halt; None for an attempt that was cancelled. Raises what a
+            hook may.
         """
         ctx, run, shield = self.ctx, self.run, Shield()
         failure: Failure | None = (
@@ -245,8 +264,12 @@ class Permit:
             if problem is not None:
                 ctx.run_logger.error(
                     "%s could not record what node %r used (%d tokens, %.6g USD): %s",
-                    gate.label, run.node_id, run.counted.tokens, run.counted.cost_usd, problem,
-                )  # fmt: skip
+                    gate.label,
+                    run.node_id,
+                    run.counted.tokens,
+                    run.counted.cost_usd,
+                    problem,
+                )
         self.gates = []
         if self.breaker is not None:
             await self._judge(self.breaker, failure, done)

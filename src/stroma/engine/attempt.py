@@ -60,7 +60,8 @@ __all__ = ["NodeAttempt"]
 class NodeAttempt(OpenAttempt):
     """One attempt of a node, from its input to its end.
 
-    An object serves the attempts of a driver one after the other: a new one for each takes 0.3 us more of the 11 of a node.
+    An object serves the attempts of a driver one after the other: a new one for each takes 0.3 us more of the
+    11 of a node.
 
     Attributes:
         value: the state before the node; ``state`` is the node's own copy of it.
@@ -97,7 +98,8 @@ class NodeAttempt(OpenAttempt):
 
     async def make(self) -> BaseModel | Failure | Halt:
         """Make the attempt. Return the committed output, a Failure for the policies to decide about, or a Halt."""
-        # What mostly has nothing to wait for is awaited only where it has: 1.2 us less of the 7 of a node with hooks.
+        # What mostly has nothing to wait for is awaited only where it has: 1.2 us less of the 7 of a node
+        # with hooks.
         ctx, contract = self.ctx, self.plan[2]
         is_effect = contract is not None and contract.effect
         problem: BaseException | None = None
@@ -155,7 +157,8 @@ class NodeAttempt(OpenAttempt):
             await self._end_interrupted(interrupt)
             raise
         finally:
-            # What the function raised references the frames that it passed, they this attempt, and the execution its last
+            # What the function raised references the frames that it passed, they this attempt, and the
+            # execution its last
             # failure: otherwise each failed run is a cycle that only the garbage collector frees.
             if is_effect and self.run.effect is not None:
                 self.run.effect.end_attempt(None if self.row is None else self.row.outcome)

@@ -92,71 +92,84 @@ class RunConfig(StrictModel):
         pipeline: name of a bare list of nodes in metrics and spans. Use few different names.
         budget: limits of one run.
         shared_budgets: one or several budgets that this run shares with other runs, in addition to its own.
-        limits: rate limits by name. Attempts of the nodes under one name share its limit, across all runs that have it.
-        node_limits: name of the limit by node id. A node without an entry uses the limit named like its id, if one exists.
+        limits: rate limits by name. Attempts of the nodes under one name share its limit, across all runs
+            that have it.
+        node_limits: name of the limit by node id. A node without an entry uses the limit named like its id,
+            if one exists.
         breaker: circuit breaker that stops calls to a provider that fails too often.
         policy_map: retries by failure class.
         node_policies: retries by node id, then by failure class. The only way to retry a whole group.
         hooks: one set of hooks or several.
-        classifiers: functions that classify exceptions, called in order before everything else; the first result counts.
-        context: object that nodes with the arguments ``(state, ctx)`` receive. It is not copied: all runs of the config
-            share it.
-        contract_retries: further attempts by node id after an output that broke its contract. Such a violation is
-            RECOVERABLE, the last one TERMINAL. The next attempt reads it at ``current_node().last_failure``.
-        node_timeouts: time limit in milliseconds by node id, for the function alone, or a NodeTimeout, which can also limit the
-            time between two events that the node emits. Under a group's id: for the group.
+        classifiers: functions that classify exceptions, called in order before everything else; the first
+            result counts.
+        context: object that nodes with the arguments ``(state, ctx)`` receive. It is not copied: all runs of
+            the config share it.
+        contract_retries: further attempts by node id after an output that broke its contract. Such a
+            violation is RECOVERABLE, the last one TERMINAL. The next attempt reads it at
+            ``current_node().last_failure``.
+        node_timeouts: time limit in milliseconds by node id, for the function alone, or a NodeTimeout, which
+            can also limit the time between two events that the node emits. Under a group's id: for the group.
         resume_from: id of the node to start at, with the checkpoint of the node before it.
         resume: continue the last execution of this run id at its first position without a commit. The same as
             ``if_exists="resume"``.
         retry_failed_items: on a resume, run the failed items of maps again, and what comes after those maps.
-        if_exists: handling of a run id that was used before. "new" starts a new execution of a run that has ended. It
-            raises RunExists for a run that has not ended (RUNNING without an owner, INTERRUPTED, SUSPENDED, QUEUED), and for a
-            run that has called an effect in any execution. "restart" starts a new execution of any run, and discards the last
-            one. "resume" continues the last one, "return" returns the result of a finished run and continues any other,
-            "error" raises RunExists. "resume" and "return" compare the input.
-        if_running: handling of a run that another process owns. "error" raises RunBusy. "attach" waits and returns the
-            result, if the input is the same and ``resume_from`` is not set. "take_over" fences that process off: use it
-            only if the owner is dead.
-        allow_changes: resume although the pipeline has changed. Recorded outputs are matched by position and must satisfy
-            the present schema of the node there.
-        check: prove before each run that the output of each node can satisfy the input of the next one. Raises
-            CheckFailed where it never can.
-        max_recoveries: deaths of the process in one run before that run is FAILED with reason "poison", without another
-            call. Journal stores only. Deaths do not count if the owner is this process, or is plain code that does not
-            report its end.
+        if_exists: handling of a run id that was used before. "new" starts a new execution of a run that has
+            ended. It raises RunExists for a run that has not ended (RUNNING without an owner, INTERRUPTED,
+            SUSPENDED, QUEUED), and for a run that has called an effect in any execution. "restart" starts a
+            new execution of any run, and discards the last one. "resume" continues the last one, "return"
+            returns the result of a finished run and continues any other, "error" raises RunExists. "resume"
+            and "return" compare the input.
+        if_running: handling of a run that another process owns. "error" raises RunBusy. "attach" waits and
+            returns the result, if the input is the same and ``resume_from`` is not set. "take_over" fences
+            that process off: use it only if the owner is dead.
+        allow_changes: resume although the pipeline has changed. Recorded outputs are matched by position and
+            must satisfy the present schema of the node there.
+        check: prove before each run that the output of each node can satisfy the input of the next one.
+            Raises CheckFailed where it never can.
+        max_recoveries: deaths of the process in one run before that run is FAILED with reason "poison",
+            without another call. Journal stores only. Deaths do not count if the owner is this process, or is
+            plain code that does not report its end.
         force_resume: resume a run that failed with reason "poison"; the count of deaths starts again at 0.
-        on_budget: handling of a run of a pipeline or flow that reaches a limit of its budget. "stop" ends it as PARTIAL;
-            "wait" ends it as SUSPENDED with reason "budget" until ``set_budget()`` raises the limit.
+        on_budget: handling of a run of a pipeline or flow that reaches a limit of its budget. "stop" ends it
+            as PARTIAL; "wait" ends it as SUSPENDED with reason "budget" until ``set_budget()`` raises the
+            limit.
         inline_wait_seconds: longest wait of a flow inside the process. For a later time the run is SUSPENDED.
         lease_seconds: time after which a run whose owner stopped renewing its lease can be taken over.
         model_fallbacks: cheaper models to signal once their share of ``max_cost_usd`` is spent.
-        unknown_model: handling of tokens without a known price: of an unknown model, or reported without a model. "warn"
-            counts them as 0 USD, "error" stops the run. None: "error" for nodes under a cost limit
-            (``budget.max_cost_usd`` or that of a shared budget), else "warn".
-        max_threads: maximum number of plain ``def`` nodes of a runner that run at once in an event loop, each in a thread.
-            Others wait for their turn, outside of their time limits. Nodes inside such a node have separate places.
-        hook_errors: "isolate" logs exceptions of hooks; "raise" raises HookError once the run is complete (for tests).
-        hook_delivery: "at_least_once" records with each attempt that its end hooks are pending. A resume calls them if the
-            process died first. ``current_node().redelivered`` is then True, and the exception is a RunFailed with the old
-            message. on_run_end is called before the store records the end. A process that recovers the run after a death
-            in between calls it again. Needs a journal store, and costs a second write per attempt.
+        unknown_model: handling of tokens without a known price: of an unknown model, or reported without a
+            model. "warn" counts them as 0 USD, "error" stops the run. None: "error" for nodes under a cost
+            limit (``budget.max_cost_usd`` or that of a shared budget), else "warn".
+        max_threads: maximum number of plain ``def`` nodes of a runner that run at once in an event loop, each
+            in a thread. Others wait for their turn, outside of their time limits. Nodes inside such a node
+            have separate places.
+        hook_errors: "isolate" logs exceptions of hooks; "raise" raises HookError once the run is complete
+            (for tests).
+        hook_delivery: "at_least_once" records with each attempt that its end hooks are pending. A resume
+            calls them if the process died first. ``current_node().redelivered`` is then True, and the
+            exception is a RunFailed with the old message. on_run_end is called before the store records the
+            end. A process that recovers the run after a death in between calls it again. Needs a journal
+            store, and costs a second write per attempt.
         hook_timeout_ms: time limit of one call of a hook. None: no limit.
-        tags: labels to find the run by, such as "nightly" or "customer=42", at most 200 characters each. A journal store
-            saves them; ``stroma runs --tag`` and the web interface filter by them.
-        conversation: id of the conversation or session that the runs belong to, at most 200 characters. Spans of
-            OpenTelemetry have it, also those of a resume or fork without it. Stores save it in plain text.
-        user: id of the user whom the runs serve, at most 200 characters, used and stored as ``conversation`` is.
-        redact: function applied to each state dict before a hook or log line receives it. If it raises, the state is
-            replaced. For log lines it also receives the message of a failure, as ``{"message": text}``, without what it
-            removes from states. A hook that reads ``current_node().last_failure`` gets the same exception as the node.
-        keep_rejected: amount of an output that broke its contract to store with the attempt, for ``stroma show``, the web
-            interface and notebooks. "redacted": at most 64 KiB, through ``redact``. "full": at most 1 MiB, not through
-            ``redact``. "no": nothing. Secrets are masked in both. It changes nothing about the
-            exception: a failure hook that reads ``exc.raw`` sees the output, through ``redact``.
-        events: "store" stores the events of ``stream()`` in the background, for ``runner.follow()`` in any process: states and
-            emitted data, through ``redact``. The store has about the newest 1,000 batches of each run, of one day; a batch has
-            the events of 0.1 s. Needs a journal store. Events that cannot be stored are lost, with a warning; the run never
-            waits for them. "none": nothing is stored.
+        tags: labels to find the run by, such as "nightly" or "customer=42", at most 200 characters each. A
+            journal store saves them; ``stroma runs --tag`` and the web interface filter by them.
+        conversation: id of the conversation or session that the runs belong to, at most 200 characters. Spans
+            of OpenTelemetry have it, also those of a resume or fork without it. Stores save it in plain text.
+        user: id of the user whom the runs serve, at most 200 characters, used and stored as ``conversation``
+            is.
+        redact: function applied to each state dict before a hook or log line receives it. If it raises, the
+            state is replaced. For log lines it also receives the message of a failure, as ``{"message":
+            text}``, without what it removes from states. A hook that reads ``current_node().last_failure``
+            gets the same exception as the node.
+        keep_rejected: amount of an output that broke its contract to store with the attempt, for ``stroma
+            show``, the web interface and notebooks. "redacted": at most 64 KiB, through ``redact``. "full":
+            at most 1 MiB, not through ``redact``. "no": nothing. Secrets are masked in both. It changes
+            nothing about the exception: a failure hook that reads ``exc.raw`` sees the output, through
+            ``redact``.
+        events: "store" stores the events of ``stream()`` in the background, for ``runner.follow()`` in any
+            process: states and emitted data, through ``redact``. The store has about the newest 1,000 batches
+            of each run, of one day; a batch has the events of 0.1 s. Needs a journal store. Events that
+            cannot be stored are lost, with a warning; the run never waits for them. "none": nothing is
+            stored.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)

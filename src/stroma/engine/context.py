@@ -74,13 +74,69 @@ class ReliabilityContext:
 
     # Slots, since several of them are read for each node.
     __slots__ = (
-        "__weakref__", "_notes", "_opening", "_prior_unrecorded", "_warned", "apart", "attempt_count", "budget", "caller", "cancelled", "checkpoint_manager", "classifiers",
-        "config", "context", "cost_tracker", "delivers", "dispatch", "done", "effects", "epoch_ns", "event_receivers", "failed_items", "failed_maps",
-        "fire", "gated", "handover", "holds", "hook_failures", "hooks", "interceptors", "interrupt", "kept_traces", "limits", "max_block_ns",
-        "model_fallbacks", "number_event", "on_hold", "paused", "pipeline", "plain_steps", "policy_map", "questions", "redactor", "registry", "restored",
-        "retry_budget", "run_id", "run_logger", "session", "step_policies", "step_timeouts", "stops", "suspended", "takes_events", "timed",
-        "trace", "traceparent", "tried", "unknown_ends", "unpriced", "versions", "wake_ms",
-    )  # fmt: skip
+        "__weakref__",
+        "_notes",
+        "_opening",
+        "_prior_unrecorded",
+        "_warned",
+        "apart",
+        "attempt_count",
+        "budget",
+        "caller",
+        "cancelled",
+        "checkpoint_manager",
+        "classifiers",
+        "config",
+        "context",
+        "cost_tracker",
+        "delivers",
+        "dispatch",
+        "done",
+        "effects",
+        "epoch_ns",
+        "event_receivers",
+        "failed_items",
+        "failed_maps",
+        "fire",
+        "gated",
+        "handover",
+        "holds",
+        "hook_failures",
+        "hooks",
+        "interceptors",
+        "interrupt",
+        "kept_traces",
+        "limits",
+        "max_block_ns",
+        "model_fallbacks",
+        "number_event",
+        "on_hold",
+        "paused",
+        "pipeline",
+        "plain_steps",
+        "policy_map",
+        "questions",
+        "redactor",
+        "registry",
+        "restored",
+        "retry_budget",
+        "run_id",
+        "run_logger",
+        "session",
+        "step_policies",
+        "step_timeouts",
+        "stops",
+        "suspended",
+        "takes_events",
+        "timed",
+        "trace",
+        "traceparent",
+        "tried",
+        "unknown_ends",
+        "unpriced",
+        "versions",
+        "wake_ms",
+    )
 
     run_id: str
     registry: ContractRegistry
@@ -151,7 +207,8 @@ class ReliabilityContext:
         #: See RunRequest.
         self.apart: tuple[tuple[int, str], ...] = ()
         self.dispatch = BY_HAND
-        #: The versions of runs that the pipeline can continue, its own first; None for plain code, which has none.
+        #: The versions of runs that the pipeline can continue, its own first; None for plain code, which has
+        #: none.
         self.versions: tuple[str, ...] | None = None
         #: Calls nodes with a place, see stroma.engine.placed_calls; None where they cannot be called.
         self.caller: Any = None
@@ -161,7 +218,8 @@ class ReliabilityContext:
         self.holds = self.paused = False
         #: Called in the event loop of the run when it is paused: they end waits.
         self.on_hold: dict[Callable[[], None], None] = {}
-        #: Returns the number of the event that the output at a branch is to the body of a flow; None outside of flows.
+        #: Returns the number of the event that the output at a branch is to the body of a flow; None outside
+        #: of flows.
         self.number_event: Callable[[str], int] | None = None
         #: When the suspended run is due; see Session.end().
         self.wake_ms: int | None = None
@@ -170,7 +228,8 @@ class ReliabilityContext:
         self.failed_maps: Mapping[tuple[int, str], int] = _NO_FAILED_MAPS
         #: Ends the run once a shutdown has asked that nothing new is begun; None before.
         self.interrupt: Callable[[], None] | None = None
-        #: The W3C trace context of the caller, and those for processes that resume the run, by the system that made
+        #: The W3C trace context of the caller, and those for processes that resume the run, by the system
+        #: that made
         #: them: of each system the first one that is recorded. See stroma.engine.trace_contexts.
         self.traceparent: str | None = None
         self.kept_traces: dict[str, str] = {}
@@ -190,7 +249,8 @@ class ReliabilityContext:
         self.suspended: list[str] = []
         self.questions: tuple[Question, ...] = ()
         self.limits: tuple[tuple[Dimension, float], ...] = limits(self.budget)
-        #: Turns perf_counter_ns into nanoseconds since the epoch; a step of the wall clock changes no order in the run.
+        #: Turns perf_counter_ns into nanoseconds since the epoch; a step of the wall clock changes no order
+        #: in the run.
         self.epoch_ns = time_ns() - perf_counter_ns()
         self.cost_tracker.per_node = self.trace.figures
         #: Interceptors that tests have put around runs.
@@ -199,7 +259,8 @@ class ReliabilityContext:
         self.timed = (
             bool(self.step_timeouts) or self.budget.max_latency_ms is not None or bool(self.interceptors)
         )
-        #: The shortest time in ns for which a node must not keep the event loop: the least time limit, at most 1 s.
+        #: The shortest time in ns for which a node must not keep the event loop: the least time limit, at
+        #: most 1 s.
         self.max_block_ns = BLOCK_NS
         #: Something looks at what nodes emit.
         self.takes_events = False
@@ -212,7 +273,8 @@ class ReliabilityContext:
         self._warned: dict[str | tuple[str, str], None] = {}  # A set would take 200 bytes in each run.
         #: The store records which end hooks are due.
         self.delivers = False
-        #: Receivers of what nodes emit (stroma.engine.emitted), and the number of attempts whose events have an id.
+        #: Receivers of what nodes emit (stroma.engine.emitted), and the number of attempts whose events have
+        #: an id.
         self.event_receivers: tuple[EventReceiver, ...] = ()
         self.attempt_count = 0
         #: Attempts wait for their turn at a shared budget, a limit or a breaker.
@@ -255,11 +317,24 @@ class ReliabilityContext:
         run_id = config.take_run_id()
         # By position: so many keywords take a microsecond to sort.
         return cls(
-            run_id, registry, checkpoint_manager, CostTracker(), RetryBudget(), ExecutionTrace(run_id),
-            config.budget, config.policy_map, config.node_policies, config.classifiers,
-            config.node_timeouts, config.model_fallbacks, config.hooks, config.context,
-            RunLogger(run_id), config, config.pipeline,
-        )  # fmt: skip
+            run_id,
+            registry,
+            checkpoint_manager,
+            CostTracker(),
+            RetryBudget(),
+            ExecutionTrace(run_id),
+            config.budget,
+            config.policy_map,
+            config.node_policies,
+            config.classifiers,
+            config.node_timeouts,
+            config.model_fallbacks,
+            config.hooks,
+            config.context,
+            RunLogger(run_id),
+            config,
+            config.pipeline,
+        )
 
     def diagnose(self, error: BaseException, node_id: str, attempt: int, snapshot: Any = ()) -> Failure:
         """Return what an exception means, without the secrets of the run, its context and a state."""
@@ -280,7 +355,8 @@ class ReliabilityContext:
     async def __aenter__(self) -> ReliabilityContext:
         """Own the run until the end of the block of plain code that calls ``execute_step``.
 
-        The journal records the outcome. The hooks of the run are called at its start, the first step, and at its end.
+        The journal records the outcome. The hooks of the run are called at its start, the first step, and at
+        its end.
         """
         self.plain_steps.has_end = True
         return self
@@ -320,7 +396,8 @@ class ReliabilityContext:
     ) -> Session:
         """Begin the run in the store, once, as the config says; with ``discard_from``, continue up to there.
 
-        ``ends``: :meth:`end` will be called. ``apart``, ``any_input``: see RunRequest. Raises StoreError (RunBusy, PipelineChanged ...).
+        ``ends``: :meth:`end` will be called. ``apart``, ``any_input``: see RunRequest. Raises StoreError
+            (RunBusy, PipelineChanged ...).
         """
         if self.session is NULL_SESSION:
             if not self._opening.has_begun:
@@ -389,8 +466,8 @@ class ReliabilityContext:
     ) -> asyncio.CancelledError | None:
         """Record in the store how the run ended, and call the hooks. Return the cancellation of the task that came meanwhile.
 
-        Under ``hook_delivery="at_least_once"`` the hooks come first: a process that resumes a run without an end calls them
-        again.
+        Under ``hook_delivery="at_least_once"`` the hooks come first: a process that resumes a run without an
+        end calls them again.
         """
         if not self.delivers or result is None:
             cancelled = await self.end(status, error)
@@ -406,7 +483,8 @@ class ReliabilityContext:
     async def end(self, status: RunStatus, error: str | None) -> asyncio.CancelledError | None:
         """Record in the store how the run ended, also while it is still being opened there.
 
-        Return the cancellation of the task that came meanwhile. Never raises: the commits are safe, only this line is not.
+        Return the cancellation of the task that came meanwhile. Never raises: the commits are safe, only this
+        line is not.
         """
         shield = Shield()
         try:
@@ -433,8 +511,8 @@ class ReliabilityContext:
     async def give_back(self, result: ExecutionResult | None) -> asyncio.CancelledError | None:
         """Release the run as it stood when it was opened, since this code cannot continue it.
 
-        No hook of its end is called: only exporters end what they began, with a result. Return the cancellation of the task
-        that came meanwhile.
+        No hook of its end is called: only exporters end what they began, with a result. Return the
+        cancellation of the task that came meanwhile.
         """
         shield = Shield()
         pending = self.session.give_back()
@@ -608,7 +686,8 @@ class ReliabilityContext:
     def note_unpriced(self, node_id: str, place: str, model: str | None) -> UsageError | None:
         """List a model without a known price, and return the error where a limit could not count it, else warn once.
 
-        ``model`` is None for tokens that were reported without a model. ``place`` is the subject of the message.
+        ``model`` is None for tokens that were reported without a model. ``place`` is the subject of the
+        message.
         """
         name = NO_MODEL if model is None else model
         is_listed = name in self.unpriced
@@ -674,7 +753,8 @@ class ReliabilityContext:
         ):
             noted = self.session.note_traceparent(traceparent)
             if noted is not None and self.session.traceparent is not None:
-                # Before a span is exported: where this process dies, the next one completes its trace and no earlier one.
+                # Before a span is exported: where this process dies, the next one completes its trace and no
+                # earlier one.
                 await asyncio.wait([noted])
         ids = {"conversation": self.config.conversation, "user": self.config.user}
         new = {
@@ -727,6 +807,16 @@ class ReliabilityContext:
             final_state = spelled_out(final_state)
         spent = self.cost_tracker
         return ExecutionResult(
-            self.run_id, status, final_state, self.trace, spent.total_cost_usd, spent.total_tokens, failure,
-            self.hook_failures, self.unpriced, self.suspended, self.failed_items, self.questions,
-        )  # fmt: skip
+            self.run_id,
+            status,
+            final_state,
+            self.trace,
+            spent.total_cost_usd,
+            spent.total_tokens,
+            failure,
+            self.hook_failures,
+            self.unpriced,
+            self.suspended,
+            self.failed_items,
+            self.questions,
+        )

@@ -1,6 +1,7 @@
 """The run and the node around the running code, as context variables.
 
-Typed accessors are in :mod:`stroma.engine.execution`; the context of a run imports this module, and its class is unknown here.
+Typed accessors are in :mod:`stroma.engine.execution`; the context of a run imports this module, and its class
+is unknown here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ __all__ = ["ATTEMPT", "CURRENT", "RESERVED", "RUN", "leave"]
 #: The NodeExecution around this code, or None.
 CURRENT: ContextVar[Any] = ContextVar("stroma_current_node", default=None)
 
-#: The NodeExecution whose function runs here, and the id of its attempt, in a run whose events have receivers.
+#: The NodeExecution whose function runs here, and the id of its attempt, in a run whose events have
+#: receivers.
 ATTEMPT: ContextVar[tuple[Any, str] | None] = ContextVar("stroma_attempt", default=None)
 
 #: The ReliabilityContext around this code, or None.

@@ -72,7 +72,8 @@ async def call_in_time(
 ) -> Any:
     """Call under the node's time limits and the run's latency deadline, whichever is nearest.
 
-    ``begin``: when the call began, in ns. Raises TimeoutError or DeadlineExceeded, besides what the function raises.
+    ``begin``: when the call began, in ns. Raises TimeoutError or DeadlineExceeded, besides what the function
+        raises.
     """
     ctx, node_id = run.ctx, run.node_id
     limit = ctx.budget.max_latency_ms

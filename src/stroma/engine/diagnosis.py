@@ -34,9 +34,15 @@ def diagnose_attempt(
     if isinstance_by_type(error, GroupStopped):
         inner = ctx.redactor.mask_failure(error.halt.failure, snapshot)
         failure = Failure(
-            inner.exception, inner.failure_class, run.node_id, run.attempt, inner.message, inner.reason,
-            inner.retry_after_seconds, inner.inner or inner,
-        )  # fmt: skip
+            inner.exception,
+            inner.failure_class,
+            run.node_id,
+            run.attempt,
+            inner.message,
+            inner.reason,
+            inner.retry_after_seconds,
+            inner.inner or inner,
+        )
         if error.halt.spent or error.halt.partial:
             return failure, Halt(failure, partial=error.halt.partial, spent=error.halt.spent)
         return failure, None
@@ -68,7 +74,8 @@ def judge(
 ) -> tuple[Failure | None, BaseException | None]:
     """Return what is wrong with a valid output, usage that cannot be counted or a crossed limit, and what is to be raised.
 
-    The latter is a KeyboardInterrupt, say, in a classifier: the output is paid for and committed all the same.
+    The latter is a KeyboardInterrupt, say, in a classifier: the output is paid for and committed all the
+    same.
     """
     error = usage_error or ctx.cost_tracker.exceeded(ctx.budget, run.node_id)
     if error is None:

@@ -1,11 +1,12 @@
 """Effects: nodes that change the world, of which no call is repeated unless somebody states that it did not happen.
 
-A note of the session (:class:`Intent`) is stored before each call. It stays when the output is committed: a committed node is
-restored, and its intent is not read again. An intent that is open and has no commit is a call of which nobody knows if it
+A note of the session (:class:`Intent`) is stored before each call. It stays when the output is committed: a
+committed node is restored, and its intent is not read again. An intent that is open and has no commit is a
+call of which nobody knows if it
 happened: of a process that died, or of an attempt that ended without saying so.
 
-Before an effect is called, its earlier call is settled: the one at the same place, with whatever input, and the one with the
-same input that code in this process has cut off. Inputs are compared by their digests.
+Before an effect is called, its earlier call is settled: the one at the same place, with whatever input, and
+the one with the same input that code in this process has cut off. Inputs are compared by their digests.
 """
 
 from __future__ import annotations
@@ -106,8 +107,8 @@ class UnknownOutcome(Suspend):
 class Effect:
     """The calls of an effect with one input at one place of a run.
 
-    If the code around it has cut a call off, or calls the effect again before anybody has stated how the call ended, the next
-    call with the same input is about that one: it has its place and its key.
+    If the code around it has cut a call off, or calls the effect again before anybody has stated how the call
+    ended, the next call with the same input is about that one: it has its place and its key.
 
     Attributes:
         key: its idempotency key.
@@ -117,9 +118,21 @@ class Effect:
     """
 
     __slots__ = (
-        "_contract", "_digest", "_first", "_flight", "_intent", "_others", "_place", "_run", "_schemas", "_snapshot",
-        "earlier", "is_refused", "is_stated", "key",
-    )  # fmt: skip
+        "_contract",
+        "_digest",
+        "_first",
+        "_flight",
+        "_intent",
+        "_others",
+        "_place",
+        "_run",
+        "_schemas",
+        "_snapshot",
+        "earlier",
+        "is_refused",
+        "is_stated",
+        "key",
+    )
 
     def __init__(
         self, run: NodeExecution, contract: NodeContract[Any, Any], plan: Plan, snapshot: Snapshot
@@ -240,7 +253,8 @@ class Effect:
     async def learn(self, cancelling: int, *, is_sent: bool = False) -> UnknownOutcome | Stated | None:
         """Return how earlier calls ended: the question about one of which nobody knows it, or the statement about the last one.
 
-        None if no call is open. ``is_sent``: the last call is at its place, which has its outcome. Raises StoreError.
+        None if no call is open. ``is_sent``: the last call is at its place, which has its outcome. Raises
+        StoreError.
         """
         question = await self._settle_others(cancelling)
         if question is not None or not self.is_open or is_sent:

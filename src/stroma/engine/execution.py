@@ -51,20 +51,37 @@ class NodeExecution:
         usage: what this attempt used so far; complete while its end hooks run.
         ctx: the run around it, see :func:`current_run`.
         redelivered: this end event was already sent once, by a process that died.
-        question: the question that is asked, in ``on_node_suspended``; None in a call for a group or node around it.
+        question: the question that is asked, in ``on_node_suspended``; None in a call for a group or node
+            around it.
     """
 
-    # Slots for what every node sets; what few nodes need is on the class until it is set, and then in the __dict__.
+    # Slots for what every node sets; what few nodes need is on the class until it is set, and then in the
+    # __dict__.
     __slots__ = (
-        "__dict__", "_at_end", "attempt", "branch", "children", "counted", "ctx", "ended", "group", "kind",
-        "node_id", "parent", "position", "reported", "rows", "schemas", "step",
-    )  # fmt: skip
+        "__dict__",
+        "_at_end",
+        "attempt",
+        "branch",
+        "children",
+        "counted",
+        "ctx",
+        "ended",
+        "group",
+        "kind",
+        "node_id",
+        "parent",
+        "position",
+        "reported",
+        "rows",
+        "schemas",
+        "step",
+    )
 
     last_failure: Failure | None = None
     redelivered: bool = False
     question: Question | None = None
-    #: A group's clock, which runs while the function of any node in it does: the number of those functions, since when,
-    #: and ns before; the start of the first one and the end of the last one.
+    #: A group's clock, which runs while the function of any node in it does: the number of those functions,
+    #: since when, and ns before; the start of the first one and the end of the last one.
     running: int = 0
     running_since: int = 0
     busy_ns: int = 0
@@ -83,7 +100,8 @@ class NodeExecution:
     misreported: UsageError | None = None
     #: What it is to the framework that calls it; None for any other node.
     framework_role: Role | None = None
-    #: Code calls it through a guard, in the context of the caller: the span that is current there is the one around it.
+    #: Code calls it through a guard, in the context of the caller: the span that is current there is the one
+    #: around it.
     is_called: bool = False
     #: See Place.
     settles: bool = False
@@ -249,8 +267,8 @@ class NodeExecution:
     def at_end(self, callback: Callable[[], None]) -> None:
         """Have a plain function called once, in this task, when no attempt of this execution will follow.
 
-        That is after the last end hook, or when a wait between two attempts is cut short. The last one added is
-        called first. What it raises is logged and changes nothing.
+        That is after the last end hook, or when a wait between two attempts is cut short. The last one added
+        is called first. What it raises is logged and changes nothing.
         """
         if self._at_end is None:
             self._at_end = []
@@ -333,10 +351,11 @@ class NodeExecution:
     ) -> None:
         """Count tokens of this attempt at once, so that they count even if it fails half-way; calls add up.
 
-        Takes the provider's response, or the last chunk of its stream (see :func:`stroma.usage_from`), or figures, of
-        which the tokens of a cache are parts of the input. What the node returns as usage comes on top. Raises
-        UsageError for what cannot be counted, and in end hooks, whose attempt is counted already; a response that
-        leaves its usage out counts as 0 with a warning, or under a limit fails the attempt once its output is kept.
+        Takes the provider's response, or the last chunk of its stream (see :func:`stroma.usage_from`), or
+        figures, of which the tokens of a cache are parts of the input. What the node returns as usage comes
+        on top. Raises UsageError for what cannot be counted, and in end hooks, whose attempt is counted
+        already; a response that leaves its usage out counts as 0 with a warning, or under a limit fails the
+        attempt once its output is kept.
         """
         if self.ended is not None:
             raise UsageError(
@@ -381,8 +400,8 @@ class NodeExecution:
     def emit(self, data: Any, name: str = "delta") -> None:
         """Send an event to the readers of the run: a piece of text, progress, or any other JSON data or pydantic model.
 
-        Safe to call in any thread of the node's function. Never waits, and never raises: other data is dropped with a
-        warning. Events are not recorded, and those of an attempt that has ended are dropped.
+        Safe to call in any thread of the node's function. Never waits, and never raises: other data is
+        dropped with a warning. Events are not recorded, and those of an attempt that has ended are dropped.
         """
         if self.ctx.takes_events:
             emit_event(self, data, name)
@@ -400,7 +419,8 @@ class NodeExecution:
     def signal(self) -> Any:
         """Answer that this node waited for (see Suspend), as the model that was asked for; None without one.
 
-        Plain JSON data where the model's module is not imported. Use :meth:`wait_for` to avoid this restriction.
+        Plain JSON data where the model's module is not imported. Use :meth:`wait_for` to avoid this
+        restriction.
         """
         answered = self.waiting()
         if answered is None or answered.payload is None:

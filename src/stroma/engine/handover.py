@@ -16,14 +16,15 @@ __all__ = ["Handover"]
 class Handover:
     """The last output that was committed at the top level, and a snapshot of it from which the next node reads.
 
-    The output is read once, as a snapshot for the store, so that the next node need not read it again: a node with 200 KB
-    of dicts takes 2.1 ms, not 3.5.
+    The output is read once, as a snapshot for the store, so that the next node need not read it again: a node
+    with 200 KB of dicts takes 2.1 ms, not 3.5.
 
     Attributes:
         is_active: outputs go from node to node, and not to plain code between them.
         model: the output itself.
         snapshot: of the model; None for a flat state, of which reading the model takes no longer.
-        is_shared: the next node has values of the model itself, which it may change; the snapshot has them unchanged.
+        is_shared: the next node has values of the model itself, which it may change; the snapshot has them
+            unchanged.
     """
 
     __slots__ = ("is_active", "is_shared", "model", "snapshot")

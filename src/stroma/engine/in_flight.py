@@ -1,8 +1,8 @@
 """Calls of effects in flight, in tasks that are given up.
 
-A task is given up if code inside the run no longer waits for its outcome: a sibling has failed, or a race is lost. A call
-of an effect that it is making runs to its end first, so that its outcome is recorded. A cancellation from outside of the
-run does not wait.
+A task is given up if code inside the run no longer waits for its outcome: a sibling has failed, or a race is
+lost. A call of an effect that it is making runs to its end first, so that its outcome is recorded. A
+cancellation from outside of the run does not wait.
 """
 
 from __future__ import annotations

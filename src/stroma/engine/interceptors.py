@@ -22,7 +22,8 @@ Call = Callable[[BaseModel], Awaitable[Any]]
 class Interceptor:
     """Interceptor around the parts of a run. Each method changes nothing, unless a subclass does.
 
-    ``ctx`` is the ReliabilityContext and ``run`` the NodeExecution; the context imports this module, so it cannot name them.
+    ``ctx`` is the ReliabilityContext and ``run`` the NodeExecution; the context imports this module, so it
+    cannot name them.
     """
 
     def begins(self, ctx: Any) -> NodeHooks | None:

@@ -1,7 +1,8 @@
 """The loop: attempt, decide, wait.
 
-Every driver (the local runner, ``execute_step``, groups, adapters) enters at :func:`execute` or, if it has many nodes in
-turn, at :func:`execute_in_turn`, once per node and position. One attempt (:mod:`stroma.engine.attempt`), in this order:
+Every driver (the local runner, ``execute_step``, groups, adapters) enters at :func:`execute` or, if it has
+many nodes in turn, at :func:`execute_in_turn`, once per node and position. One attempt
+(:mod:`stroma.engine.attempt`), in this order:
 
 1. validate the input, call the start hooks;
 2. call the function, under its time limit;
@@ -53,8 +54,9 @@ async def execute(
 ) -> BaseModel | Halt:
     """Run a node at one position until it is committed or has stopped for good.
 
-    The output is committed when this returns it. Cancellation, KeyboardInterrupt, SystemExit and HookNotAsync come out
-    as exceptions, StoreError if the journal's entry for this position does not fit; all else is a Halt.
+    The output is committed when this returns it. Cancellation, KeyboardInterrupt, SystemExit and HookNotAsync
+    come out as exceptions, StoreError if the journal's entry for this position does not fit; all else is a
+    Halt.
     """
     finished = ctx.session.finished
     if finished is not None and (place.position, place.branch) not in ctx.restored:
@@ -76,8 +78,9 @@ async def execute_in_turn(
 ) -> BaseModel | Halt | Stopped:
     """:func:`execute` for nodes in turn, each at the next position and on the output of the one before.
 
-    STOPPED if no further node is to begin (``ctx.stops``). The last node stays the current one: the caller restores the
-    one before, or ends its task. ``attempt``: the object for the attempts, of a driver that makes one call after the other.
+    STOPPED if no further node is to begin (``ctx.stops``). The last node stays the current one: the caller
+    restores the one before, or ends its task. ``attempt``: the object for the attempts, of a driver that
+    makes one call after the other.
     """
     # One coroutine for all nodes of a run, since it costs as much as the loop itself.
     first, branch, kind, parent, contract, step, cancelling, restores, role, is_called, settles = place
@@ -90,7 +93,8 @@ async def execute_in_turn(
                 return STOPPED
             task = task or asyncio.current_task()
             if task is not None and task.cancelling() != cancelling:
-                # Either a cancellation is on its way, and this lets it in; or a node's TaskGroup has left one behind.
+                # Either a cancellation is on its way, and this lets it in; or a node's TaskGroup has left one
+                # behind.
                 await asyncio.sleep(0)
                 cancelling = task.cancelling()
         if branch and restores and (position, branch) in ctx.done:
@@ -152,7 +156,8 @@ async def execute_in_turn(
         finally:
             if run._at_end is not None:
                 run.close()
-            # The traceback of a failure references this frame: nothing in it may reference the failure (a cycle on 3.12).
+            # The traceback of a failure references this frame: nothing in it may reference the failure (a
+            # cycle on 3.12).
             del run
         if type(outcome) is Halt:
             try:
@@ -186,7 +191,8 @@ def _plan_of(
         plan = _plan_without_contract()
         run.schemas = schema_of(type(value)), plan[1], None
         return plan
-    # Looking schemas up is a tenth of the engine's time: the node caches them while contract and classes are the same.
+    # Looking schemas up is a tenth of the engine's time: the node caches them while contract and classes are
+    # the same.
     known = node.plan[0]
     if known is not None:
         before, after, of = known

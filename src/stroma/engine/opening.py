@@ -20,8 +20,8 @@ class Dispatch(NamedTuple):
     """Conditions under which a dispatcher, and not a person, opens a run.
 
     Attributes:
-        due_ms: raise RunExists for a run that is not due at this time, in ms since the epoch. A store that fails in the
-            middle of the run leaves it INTERRUPTED.
+        due_ms: raise RunExists for a run that is not due at this time, in ms since the epoch. A store that
+            fails in the middle of the run leaves it INTERRUPTED.
         max_seconds: end the run at the first step boundary after this time; None: no limit.
         claim: token of the claim of the worker; RunExists if the run has no such claim.
         reads: return the outcome of a run that has ended or is suspended, and raise RunExists for any other.
@@ -70,7 +70,8 @@ class RunOpening:
         """Return the session. Raises StoreError; then the next call begins anew."""
         assert self._future is not None
         try:
-            # Steps that begin at the same time wait for one opening, which the cancellation of one of them does not end.
+            # Steps that begin at the same time wait for one opening, which the cancellation of one of them
+            # does not end.
             return await asyncio.shield(self._future)
         except Exception:
             self._future = None

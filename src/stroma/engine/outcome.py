@@ -76,11 +76,13 @@ class Place(NamedTuple):
     Attributes:
         position: of the first node, 0-based.
         contract: precedes the registry, which precedes the marker.
-        cancelling: the running task's count of cancellations when the driver began (0 in a task of its own), to tell a
-            new one from a node's stray CancelledError.
+        cancelling: the running task's count of cancellations when the driver began (0 in a task of its own),
+            to tell a new one from a node's stray CancelledError.
         role: its framework_role; is_called: see NodeExecution.
-        restores: return the output that is committed there already; otherwise the function is called all the same.
-        settles: find out how the call of an effect ended, and do not call it again: nobody waits for it any more.
+        restores: return the output that is committed there already; otherwise the function is called all the
+            same.
+        settles: find out how the call of an effect ended, and do not call it again: nobody waits for it any
+            more.
     """
 
     position: int = 0

@@ -1,7 +1,7 @@
 """Places: nodes whose function a worker elsewhere calls for the owner of the run.
 
-The id of a call is stored before the call is sent, and deleted with the record of the attempt. So an owner that resumes the
-run awaits a call in flight, and does not repeat it.
+The id of a call is stored before the call is sent, and deleted with the record of the attempt. So an owner
+that resumes the run awaits a call in flight, and does not repeat it.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def open_call(
 ) -> OpenCall:
     """Return the call of an earlier owner whose end was not recorded, if its input is the same; otherwise a new one.
 
-    Raises PlaceError for a place that cannot be called in this process, and for an input without a stored form.
+    Raises PlaceError for a place that cannot be called in this process, and for an input without a stored
+    form.
     """
     schema, key = plan[0], _note_key(run)
     problem = place_error(run.ctx.caller, contract)

@@ -23,7 +23,8 @@ class PlainSteps:
         has_end: the code says when its run ends, with ``async with ctx``.
         status: outcome of the last step.
         failure: failure of the last step.
-        fenced: the failure of a step that found that another process owns the run, or has ended it; no other step is called.
+        fenced: the failure of a step that found that another process owns the run, or has ended it; no other
+            step is called.
     """
 
     __slots__ = (

@@ -77,7 +77,8 @@ def make_question(
 ) -> Waiting:
     """Return the question of a call: with the number of the one that is open there, else with a new number.
 
-    A number is used once at a place, also if the run begins anew or goes back: an answer to an earlier question is refused.
+    A number is used once at a place, also if the run begins anew or goes back: an answer to an earlier
+    question is refused.
     """
     before, call = session.waiting.get((at.position, at.branch)), 0 if effect is None else effect.number
     number = session.epoch

@@ -100,11 +100,13 @@ async def call_in_thread(
 def passes_through(error: BaseException, cancelling: int, *, in_group: bool) -> bool:
     """Return True if the exception must propagate instead of being recorded as a failure of the node.
 
-    Every BaseException that is no Exception must, but for a CancelledError while nobody cancels the node's task.
+    Every BaseException that is no Exception must, but for a CancelledError while nobody cancels the node's
+    task.
     """
     kind = type(error)  # isinstance would ask the object for its __class__, which may raise.
     if issubclass(kind, Exception):
-        # Ours only where the engine itself ran inside the call; out of a function they are those of a nested run.
+        # Ours only where the engine itself ran inside the call; out of a function they are those of a nested
+        # run.
         return in_group and issubclass(kind, (HookNotAsync, PipelineChanged, CorruptCheckpoint))
     if issubclass(kind, asyncio.CancelledError):
         # One that the node raised itself, while nobody cancels its task, is a failure like any other.
@@ -117,8 +119,8 @@ class Shield:
     """Awaits work to its very end, although the running task is cancelled; the caller raises the cancellation afterwards.
 
     Attributes:
-        cancellation: the first exception by which the task was cancelled meanwhile; None if it was not. Code around the run
-            knows it by its arguments, so no other one may come out in its place.
+        cancellation: the first exception by which the task was cancelled meanwhile; None if it was not. Code
+            around the run knows it by its arguments, so no other one may come out in its place.
     """
 
     __slots__ = ("cancellation",)
@@ -129,8 +131,8 @@ class Shield:
     async def finish(self, work: Awaitable[Any]) -> Exception | None:
         """Await to the end, and return what the work raised.
 
-        A task that is cancelled does not wait for ever: work that has not ended after LAST_SECONDS is cancelled, and a
-        StoreError returned.
+        A task that is cancelled does not wait for ever: work that has not ended after LAST_SECONDS is
+        cancelled, and a StoreError returned.
         """
         loop = asyncio.get_running_loop()
         future = _as_future(work, loop)
@@ -245,13 +247,14 @@ def loop_ticks() -> LoopTicks:
 class TaskPool:
     """Tasks of which the first that raises gives the rest up and is raised by :meth:`join`.
 
-    Not a TaskGroup: up to Python 3.12 that cancels the task around it to wake it, and so can swallow a cancellation
-    from outside that comes at the same moment, or leave its own behind.
+    Not a TaskGroup: up to Python 3.12 that cancels the task around it to wake it, and so can swallow a
+    cancellation from outside that comes at the same moment, or leave its own behind.
     """
 
     def __init__(self, limit: int | None = None) -> None:
         self._limit = limit
-        #: A dict, for its order: they are cancelled in the order in which they began, and so the same way each time.
+        #: A dict, for its order: they are cancelled in the order in which they began, and so the same way
+        #: each time.
         self._running: dict[asyncio.Task[Any], None] = {}
         self._errors: list[BaseException] = []
         self._was_aborted = self._lost_a_task = False

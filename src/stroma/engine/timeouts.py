@@ -17,8 +17,8 @@ class NodeTimeout(StrictModel):
 
     Attributes:
         total_ms: limit in milliseconds of the function as a whole; a plain number is the same.
-        idle_ms: limit in milliseconds of the time without an event. Each ``current_node().emit(...)`` renews it; that of a
-            group is renewed by every node inside.
+        idle_ms: limit in milliseconds of the time without an event. Each ``current_node().emit(...)`` renews
+            it; that of a group is renewed by every node inside.
     """
 
     model_config = ConfigDict(frozen=True)

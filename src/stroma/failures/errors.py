@@ -62,14 +62,15 @@ class Suspend(Exception):
         reason: what for, in words.
         schema: what the answer must satisfy; None if any JSON value will do.
 
-    Where: out of a node's function, never out of ``run()``: it is no failure.
-    Cause: the node needs a decision that is not made yet.
-    Fix: ``await runner.signal(run_id, answer, question=id)``, with an id of ``result.questions``; then run with ``resume=True``; the node finds the answer at
+    Where: out of a node's function, never out of ``run()``: it is no failure. Cause: the node needs a
+    decision that is not made yet. Fix: ``await runner.signal(run_id, answer, question=id)``, with an id of
+    ``result.questions``; then run with ``resume=True``; the node finds the answer at
         ``current_node().signal``.
     """
 
     schema: type[BaseModel] | None = None  # Of a subclass that does not say, too.
-    #: The run, position and branch of the step that has asked, while the exception passes the steps around it.
+    #: The run, position and branch of the step that has asked, while the exception passes the steps around
+    #: it.
     asked_at: tuple[str, int, str] | None = None
 
     def __init__(self, reason: str, *, schema: type[BaseModel] | None = None) -> None:
@@ -89,7 +90,8 @@ class RecordedVerdict(NamedTuple):
 
     Attributes:
         failure_class, reason, retry_after_seconds: as those of a Failure.
-        is_refusal: the request was certainly not carried out, see :func:`stroma.failures.refusals.is_refusal`.
+        is_refusal: the request was certainly not carried out, see
+            :func:`stroma.failures.refusals.is_refusal`.
         waits: see :func:`stroma.failures.providers.requested_waits`.
     """
 
@@ -103,9 +105,9 @@ class RecordedVerdict(NamedTuple):
 class RunFailed(Exception):
     """Stands for a failure in another process: of a run that it executed, or of a node with a place.
 
-    Where: ``result.failure`` of a run that was waited for (``if_running="attach"``), or of a node with a place.
-    Cause: the run or the node failed in that process; the message is the one there.
-    Fix: look at its attempts in the store (``stroma show``), then continue the run with ``resume=True``.
+    Where: ``result.failure`` of a run that was waited for (``if_running="attach"``), or of a node with a
+    place. Cause: the run or the node failed in that process; the message is the one there. Fix: look at its
+    attempts in the store (``stroma show``), then continue the run with ``resume=True``.
     """
 
     @classmethod
@@ -129,9 +131,11 @@ def verdict_of(error: BaseException) -> RecordedVerdict | None:
 class PlaceError(ValueError):
     """A node with a place cannot be called there; it was not called.
 
-    Where: out of ``run()`` and ``serve()`` before anything is called, and out of ``stroma_worker()``; ``result.failure`` of
+    Where: out of ``run()`` and ``serve()`` before anything is called, and out of ``stroma_worker()``;
+    ``result.failure`` of
         a FAILED run for a step of a flow.
-    Cause: the process has no Temporal client, the place is the task queue that drives runs, the server refused the call,
+    Cause: the process has no Temporal client, the place is the task queue that drives runs, the server
+    refused the call,
         or the function needs what is not available at a place.
     Fix: drive the run with workers that have a Temporal client, as the message says, or remove the place.
     """
@@ -173,7 +177,8 @@ class SharedBudgetExceeded(BudgetExceeded):
     Attributes:
         budget: its name.
         dimension: "cost" (USD) or "tokens".
-        limit, actual: what may be and was spent in this window, of the node alone where it has a limit of its own.
+        limit, actual: what may be and was spent in this window, of the node alone where it has a limit of its
+            own.
         reserved: what calls in flight may spend besides, in all processes.
         requested: what the call that was refused may take.
         resets_at: when the window ends, in UTC; None for a budget without ``per=``.
@@ -226,9 +231,9 @@ class SharedBudgetExceeded(BudgetExceeded):
 class LimitError(Exception):
     """A limit that a call can never meet.
 
-    Where: ``result.failure`` of a FAILED run; the node was not called.
-    Cause: one call takes more tokens than ``tokens_per_minute`` of its limit.
-    Fix: raise ``tokens_per_minute``, lower ``reserve_tokens`` if it is too high, or make the calls smaller; then resume.
+    Where: ``result.failure`` of a FAILED run; the node was not called. Cause: one call takes more tokens than
+    ``tokens_per_minute`` of its limit. Fix: raise ``tokens_per_minute``, lower ``reserve_tokens`` if it is
+    too high, or make the calls smaller; then resume.
     """
 
 
@@ -238,8 +243,8 @@ class WaitedTooLong(Exception):
     Attributes:
         retry_after: seconds until the limit opens again; None if unknown.
 
-    Where: ``result.failure`` of a PARTIAL run; the node was not called.
-    Cause: a limit had no room for ``max_wait_seconds``, or the provider has asked all calls to wait longer than
+    Where: ``result.failure`` of a PARTIAL run; the node was not called. Cause: a limit had no room for
+    ``max_wait_seconds``, or the provider has asked all calls to wait longer than
         ``max_retry_after_seconds`` of the node's policy.
     Fix: run with ``resume=True`` later, raise the limit, or ``max_wait_seconds``.
     """
@@ -274,7 +279,8 @@ class CircuitOpen(Exception):
 class RunCancelled(Exception):
     """A guarded run, or one of steps of plain code, was cancelled from elsewhere: no further step starts.
 
-    Where: out of a framework's call, of a guarded step, or of ``with guard.run()``; ``guard.stopped`` has it too. In
+    Where: out of a framework's call, of a guarded step, or of ``with guard.run()``; ``guard.stopped`` has it
+    too. In
         ``result.failure`` of a step of plain code.
     Cause: ``stroma cancel`` or ``store.cancel()``, in this process or another one.
     Fix: none is needed: finished outputs are stored. Call again in a separate run.

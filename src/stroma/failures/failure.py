@@ -84,8 +84,8 @@ class Failure:
         retry_after_seconds: float | None = None,
         inner: Failure | None = None,
     ) -> None:
-        # 3 us less per failed attempt (9 %) than the __init__ of a frozen dataclass, which calls object.__setattr__ for
-        # each field. Not a NamedTuple: users call dataclasses.replace() on it.
+        # 3 us less per failed attempt (9 %) than the __init__ of a frozen dataclass, which calls
+        # object.__setattr__ for each field. Not a NamedTuple: users call dataclasses.replace() on it.
         _put_exception(self, exception)
         _put_class(self, failure_class)
         _put_node_id(self, node_id)
@@ -212,7 +212,8 @@ def diagnose(
 
 
 def _built_in(exc: BaseException) -> tuple[FailureClass | None, str | None]:
-    # By type, not isinstance: that asks the object for its __class__, which an exception may answer by raising.
+    # By type, not isinstance: that asks the object for its __class__, which an exception may answer by
+    # raising.
     kind = type(exc)
     if _is_bug(exc):
         return FailureClass.TERMINAL, "bug"
@@ -274,7 +275,10 @@ def _ask(
             if ends_run(error):
                 raise
             logger.warning(
-                "classifier %r raised for node %r; it is skipped", classifier, context.node_id,
-                exc_info=True, extra={"run_id": context.run_id},
-            )  # fmt: skip
+                "classifier %r raised for node %r; it is skipped",
+                classifier,
+                context.node_id,
+                exc_info=True,
+                extra={"run_id": context.run_id},
+            )
     return None

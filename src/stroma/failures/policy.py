@@ -21,7 +21,8 @@ class FailurePolicy(StrictModel):
 
     Attributes:
         max_retries: further attempts after the first.
-        backoff_seconds: the delay before the first retry; with ``jitter`` the upper end of a uniform draw from 0.
+        backoff_seconds: the delay before the first retry; with ``jitter`` the upper end of a uniform draw
+            from 0.
         multiplier: factor of each further delay.
         max_backoff_seconds: no computed delay is longer. A server's Retry-After may be.
         jitter: draw each delay uniformly from 0 to the computed one.
@@ -100,8 +101,8 @@ def decide(
 ) -> Retry | Stop:
     """Return the decision on a failed attempt: Retry or Stop. Pure, but for ``draw`` (uniform in 0..1).
 
-    ``attempt`` is 1-based: attempt n was the (n-1)-th retry, so one count serves all classes. Attempts that were
-    granted on top (to repair an output) are not in it.
+    ``attempt`` is 1-based: attempt n was the (n-1)-th retry, so one count serves all classes. Attempts that
+    were granted on top (to repair an output) are not in it.
     """
     if failure.failure_class is FailureClass.TERMINAL:
         return Stop("a terminal failure is not retried")
@@ -138,7 +139,8 @@ def follow_up(
 ) -> Retry | Stop:
     """:func:`decide` under the policy that holds for a node or group; what every driver asks. Pure, but for ``draw``.
 
-    ``own``: what ``node_policies`` says of it. ``repairs``: attempts that were granted so far to repair an output; ``repairing``: another one is.
+    ``own``: what ``node_policies`` says of it. ``repairs``: attempts that were granted so far to repair an
+        output; ``repairing``: another one is.
     """
     if own is None and group:
         # Its children had their retries; a group has its own only if asked.

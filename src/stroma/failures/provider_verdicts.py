@@ -1,7 +1,7 @@
 """Meanings of providers' errors: tables by status, code, phrase and class name. Read by ``providers.py``.
 
-A new reason goes into one of these tables: by status, code or phrase. A row of ``NAMES`` counts for the packages in
-``CLIENTS`` only. Waits that are not in headers are read in ``providers.py``.
+A new reason goes into one of these tables: by status, code or phrase. A row of ``NAMES`` counts for the
+packages in ``CLIENTS`` only. Waits that are not in headers are read in ``providers.py``.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ CODES: Final[dict[str, ProviderVerdict]] = {
     "ThrottlingException": RATE_LIMIT,
     "TooManyRequestsException": RATE_LIMIT,
 }
-#: Those that only matter where there is no status that says something: an error inside a stream that began with 200.
+#: Those that only matter where there is no status that says something: an error inside a stream that began
+#: with 200.
 STREAMED: Final[dict[str, ProviderVerdict]] = {
     "rate_limit_error": RATE_LIMIT,
     "rate_limit_exceeded": RATE_LIMIT,
@@ -104,8 +105,8 @@ STREAMED: Final[dict[str, ProviderVerdict]] = {
 }
 #: Statuses that mean something of their own at one provider.
 OWN: Final[dict[tuple[str, int], ProviderVerdict]] = {("cohere", 498): CONTENT}  # a token of its deny-list
-#: What a bad request is about where only its prose tells. It is TERMINAL either way: new words cost a good reason,
-#: never the class.
+#: What a bad request is about where only its prose tells. It is TERMINAL either way: new words cost a good
+#: reason, never the class.
 PHRASES: Final[tuple[tuple[str, ProviderVerdict], ...]] = (
     ("prompt is too long", CONTEXT),
     ("input is too long", CONTEXT),
@@ -149,20 +150,37 @@ GRPC: Final = {
     "UNAVAILABLE": 503,
     "DEADLINE_EXCEEDED": 504,
 }
-#: Without a status: the names of an exception's bases that come from a client's package. The first match counts.
+#: Without a status: the names of an exception's bases that come from a client's package. The first match
+#: counts.
 CLIENTS: Final = frozenset(
     {
-        "aiohttp", "anthropic", "botocore", "cohere", "google", "httpcore", "httpcore2", "httpx", "httpx2", "mistralai",
-        "openai", "requests", "urllib3",
+        "aiohttp",
+        "anthropic",
+        "botocore",
+        "cohere",
+        "google",
+        "httpcore",
+        "httpcore2",
+        "httpx",
+        "httpx2",
+        "mistralai",
+        "openai",
+        "requests",
+        "urllib3",
     }
-)  # fmt: skip
+)
 NAMES: Final[tuple[tuple[frozenset[str], ProviderVerdict], ...]] = (
     # Subclasses of transport errors that no second try fixes.
     (
         frozenset(
             {
-                "UnsupportedProtocol", "LocalProtocolError", "InvalidURL", "MissingSchema", "InvalidSchema",
-                "NoRegionError", "ParamValidationError",
+                "UnsupportedProtocol",
+                "LocalProtocolError",
+                "InvalidURL",
+                "MissingSchema",
+                "InvalidSchema",
+                "NoRegionError",
+                "ParamValidationError",
             }
         ),
         BAD_REQUEST,
@@ -172,8 +190,14 @@ NAMES: Final[tuple[tuple[frozenset[str], ProviderVerdict], ...]] = (
     (
         frozenset(
             {
-                "APITimeoutError", "TimeoutException", "Timeout", "ReadTimeout", "ConnectTimeout",
-                "ReadTimeoutError", "ConnectTimeoutError", "ServerTimeoutError",
+                "APITimeoutError",
+                "TimeoutException",
+                "Timeout",
+                "ReadTimeout",
+                "ConnectTimeout",
+                "ReadTimeoutError",
+                "ConnectTimeoutError",
+                "ServerTimeoutError",
             }
         ),
         TIMEOUT,
@@ -181,11 +205,20 @@ NAMES: Final[tuple[tuple[frozenset[str], ProviderVerdict], ...]] = (
     (
         frozenset(
             {
-                "APIConnectionError", "TransportError", "NetworkError", "RemoteProtocolError", "ConnectionError",
-                "ClientConnectionError", "ClientPayloadError", "ChunkedEncodingError", "ConnectionClosedError",
-                "IncompleteReadError", "NoResponseError", "ResponseStreamingError",
+                "APIConnectionError",
+                "TransportError",
+                "NetworkError",
+                "RemoteProtocolError",
+                "ConnectionError",
+                "ClientConnectionError",
+                "ClientPayloadError",
+                "ChunkedEncodingError",
+                "ConnectionClosedError",
+                "IncompleteReadError",
+                "NoResponseError",
+                "ResponseStreamingError",
             }
         ),
         CONNECTION,
     ),
-)  # fmt: skip
+)

@@ -1,7 +1,7 @@
 """The meaning of providers' exceptions, read by their shape: a status code, response headers, a class name.
 
-No SDK is imported. An exception is recognised by what it carries, so a new release of an SDK, or a client that
-wraps another, needs no change here.
+No SDK is imported. An exception is recognised by what it carries, so a new release of an SDK, or a client
+that wraps another, needs no change here.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ __all__ = ["read_provider_error", "read_status", "requested_waits", "retry_after
 def read_provider_error(exc: BaseException) -> ProviderVerdict | None:
     """Return the verdict on an exception, or on the one it was raised from; None if its shape is unknown.
 
-    An exception group is what its worst member is: TERMINAL if one of them is, else nothing if one says nothing, else
-    the one with the longest wait. Never raises: an attribute that misbehaves is one that says nothing.
+    An exception group is what its worst member is: TERMINAL if one of them is, else nothing if one says
+    nothing, else the one with the longest wait. Never raises: an attribute that misbehaves is one that says
+    nothing.
     """
     return _verdict(exc, set())
 
@@ -122,8 +123,8 @@ def _worst(group: BaseExceptionGroup[Any], seen: set[int]) -> ProviderVerdict | 
 def requested_waits(exc: BaseException) -> list[float]:
     """Return the seconds that providers ask to wait, in an exception or the members of a group; 0 where they do not say.
 
-    Without a time, only a rate limit (429) and a provider that is overloaded as a whole (529) count; a 503 may come from
-    one server of many. A Retry-After of 0 is no time. Never raises.
+    Without a time, only a rate limit (429) and a provider that is overloaded as a whole (529) count; a 503
+    may come from one server of many. A Retry-After of 0 is no time. Never raises.
     """
     waits: list[float] = []
     leaves, seen = [exc], set[int]()
@@ -327,7 +328,8 @@ def _codes(exc: BaseException, levels: list[Any]) -> Iterator[str]:
             yield reason
         violations = safe_get(detail, "violations")
         for violation in violations if isinstance(violations, list) else ():
-            # The wait that is asked for beside it is of seconds, for a quota that is filled again at midnight.
+            # The wait that is asked for beside it is of seconds, for a quota that is filled again at
+            # midnight.
             if "PerDay" in str(safe_get(violation, "quotaId")):
                 yield "PerDay"
 
@@ -351,8 +353,9 @@ def _retry_delay(levels: list[Any]) -> float | None:
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
     """Return the wait that a server asks for: ``retry-after-ms``, or ``retry-after`` in seconds or as an HTTP date.
 
-    ``headers`` has lower-case names. A date that has passed is no wait. Of several wishes in one header, as a server
-    and a proxy before it may have, the longest counts. None if there is no wish, or one that makes no sense.
+    ``headers`` has lower-case names. A date that has passed is no wait. Of several wishes in one header, as a
+    server and a proxy before it may have, the longest counts. None if there is no wish, or one that makes no
+    sense.
     """
     for name, scale in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         text = headers.get(name, "").strip()

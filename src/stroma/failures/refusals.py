@@ -14,14 +14,23 @@ __all__ = ["is_refusal"]
 
 #: 4xx statuses after which the request may have been carried out, or may still be.
 _OPEN_STATUSES: Final = frozenset({408, 409, 425, 499})
-#: Exceptions of clients before a connection is made, by the name of a class and the packages that it may come from.
+#: Exceptions of clients before a connection is made, by the name of a class and the packages that it may come
+#: from.
 _UNCONNECTED: Final = frozenset(
     {
-        "ClientConnectorError", "ConnectError", "ConnectTimeout", "ConnectTimeoutError", "EndpointConnectionError",
-        "InvalidURL", "MissingSchema", "NameResolutionError", "NewConnectionError", "PoolTimeout",
+        "ClientConnectorError",
+        "ConnectError",
+        "ConnectTimeout",
+        "ConnectTimeoutError",
+        "EndpointConnectionError",
+        "InvalidURL",
+        "MissingSchema",
+        "NameResolutionError",
+        "NewConnectionError",
+        "PoolTimeout",
         "UnsupportedProtocol",
     }
-)  # fmt: skip
+)
 _CLIENTS: Final = frozenset(
     {"aiohttp", "botocore", "httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3"}
 )
@@ -31,18 +40,24 @@ _UNREACHABLE: Final = frozenset(
 #: Of ``smtplib``: the server has answered that it did not accept the mail.
 _MAIL_REFUSED: Final = frozenset(
     {
-        "SMTPAuthenticationError", "SMTPConnectError", "SMTPDataError", "SMTPHeloError", "SMTPNotSupportedError",
-        "SMTPRecipientsRefused", "SMTPSenderRefused",
+        "SMTPAuthenticationError",
+        "SMTPConnectError",
+        "SMTPDataError",
+        "SMTPHeloError",
+        "SMTPNotSupportedError",
+        "SMTPRecipientsRefused",
+        "SMTPSenderRefused",
     }
-)  # fmt: skip
+)
 _MAX_CAUSES: Final = 8
 
 
 def is_refusal(exc: BaseException) -> bool:
     """Return True if an exception shows that a request was refused, or that no connection was made for it.
 
-    Anything that leaves a doubt is no refusal: a timeout, a lost connection, a 5xx, an error of unknown shape. Read from
-    the exception and those it was raised from; all members of an exception group must be refusals. Never raises.
+    Anything that leaves a doubt is no refusal: a timeout, a lost connection, a 5xx, an error of unknown
+    shape. Read from the exception and those it was raised from; all members of an exception group must be
+    refusals. Never raises.
     """
     seen: list[BaseException] = []
     candidate: BaseException | None = exc

@@ -52,13 +52,15 @@ class Hooks:
     """The hooks of one run by event: None where no set has one.
 
     Args:
-        failures: list to which exceptions of hooks are added. The list and not its owner: a reference to the run would be
-            a cycle that only the garbage collector frees.
-        mask: returns an exception as the log may show it, without the secrets of the run and of the arguments.
+        failures: list to which exceptions of hooks are added. The list and not its owner: a reference to the
+            run would be a cycle that only the garbage collector frees.
+        mask: returns an exception as the log may show it, without the secrets of the run and of the
+            arguments.
         all_ends: prepare the ends of attempts also where no set has a hook for them.
     """
 
-    # Slots, all of them set: two are read for each node, and an attribute of the class takes five times as long.
+    # Slots, all of them set: two are read for each node, and an attribute of the class takes five times as
+    # long.
     __slots__ = (*EVENTS, "failures", "limits", "mask", "run_id", "unread", "watchers")
 
     on_node_start: Calls | None
@@ -132,9 +134,14 @@ class Hooks:
         try:
             shown = error if self.mask is None else self.mask(error, arguments)
             logger.error(
-                "hook %s (%r) raised for node %r of run %r; the run goes on", event, hook, node_id, self.run_id,
-                exc_info=shown, extra={"run_id": self.run_id},
-            )  # fmt: skip
+                "hook %s (%r) raised for node %r of run %r; the run goes on",
+                event,
+                hook,
+                node_id,
+                self.run_id,
+                exc_info=shown,
+                extra={"run_id": self.run_id},
+            )
         finally:
             self.failures.append(HookFailure(event, node_id, error))
             self.count_failure(None, event)
@@ -152,17 +159,35 @@ class Firing:
     Sets that read no state get ``unread(*about)``, made once, in place of ``make(*about)``.
 
     :meth:`advance` calls hooks until one waits, :meth:`finish` awaits that one and calls the rest, and
-    :meth:`finish_now` calls the rest where nothing can be awaited. Most hooks never wait and need no coroutine around
+    :meth:`finish_now` calls the rest where nothing can be awaited. Most hooks never wait and need no
+    coroutine around
     them: 0.5 us a call instead of 1.
 
-    What a hook raises is logged and reported, and changes nothing. A cancellation of the running task that the hook itself
-    asks for is taken back: nothing else runs between two of its awaits, so the counts of the task tell it from another one.
-    HookNotAsync and a cancellation from outside come out of :meth:`finish` once every hook was called, but for an event that
-    is not an end: the sets after a hook that is not async are not called then. KeyboardInterrupt and SystemExit come out as well, before those. GeneratorExit comes
+    What a hook raises is logged and reported, and changes nothing. A cancellation of the running task that
+    the hook itself asks for is taken back: nothing else runs between two of its awaits, so the counts of the
+    task tell it from another one. HookNotAsync and a cancellation from outside come out of :meth:`finish`
+    once every hook was called, but for an event that is not an end: the sets after a hook that is not async
+    are not called then. KeyboardInterrupt and SystemExit come out as well, before those. GeneratorExit comes
     out of :meth:`finish` at once: it means that the coroutine around is being closed.
     """
 
-    __slots__ = ("_about", "_before", "_begin", "_calls", "_came", "_event", "_hooks", "_index", "_make", "_node_id", "_shared", "_stopped", "_taken_back", "_unread", "_waiting")  # fmt: skip
+    __slots__ = (
+        "_about",
+        "_before",
+        "_begin",
+        "_calls",
+        "_came",
+        "_event",
+        "_hooks",
+        "_index",
+        "_make",
+        "_node_id",
+        "_shared",
+        "_stopped",
+        "_taken_back",
+        "_unread",
+        "_waiting",
+    )
 
     def __init__(
         self,
@@ -311,8 +336,11 @@ class Firing:
                 iterator.close()
                 logger.warning(
                     "hook %s (%r) was cut short: run %r was closed, not cancelled, so that nothing can be awaited",
-                    self._event, hook, self._hooks.run_id, extra={"run_id": self._hooks.run_id},
-                )  # fmt: skip
+                    self._event,
+                    hook,
+                    self._hooks.run_id,
+                    extra={"run_id": self._hooks.run_id},
+                )
             except Exception as error:
                 self._hooks.report(self._event, hook, self._node_id, error, self._about)
 
@@ -350,9 +378,12 @@ class Firing:
         if limit is not None and perf_counter() - self._begin > limit:
             logger.warning(
                 "hook %s (%r) of node %r blocked the event loop for %.0f ms; await in it, or use a thread",
-                self._event, hook, self._node_id, (perf_counter() - self._begin) * 1000,
+                self._event,
+                hook,
+                self._node_id,
+                (perf_counter() - self._begin) * 1000,
                 extra={"run_id": self._hooks.run_id},
-            )  # fmt: skip
+            )
 
 
 #: Of a run without hooks.
@@ -376,8 +407,8 @@ def _iterator_of(awaitable: Any) -> Any:
 
 # ---------------------------------------------------------------------- a hook that waits
 #
-# Driven by hand, in the caller's own task and context, so that spans stay current; and with a timer only where the hook
-# waits at all: 0.7 us instead of 3.
+# Driven by hand, in the caller's own task and context, so that spans stay current; and with a timer only
+# where the hook waits at all: 0.7 us instead of 3.
 
 
 @coroutine
@@ -429,7 +460,8 @@ def _rest(
                     raise
             else:
                 before = 0 if task is None else task.cancelling()
-                # An iterator from __await__ need not be a generator; an event loop sends nothing but None anyway.
+                # An iterator from __await__ need not be a generator; an event loop sends nothing but None
+                # anyway.
                 waiting_for = next(iterator) if sent is None else iterator.send(sent)
             firing.take_back(task, before)
     except StopIteration:

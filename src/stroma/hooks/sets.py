@@ -56,37 +56,39 @@ class MapProgress:
 class NodeHooks(NamedArguments):
     """Async callbacks at the boundaries of runs and nodes; each is optional and costs nothing when unset.
 
-    Raises TypeError for a ``def`` that returns nothing, where a hook must be async, and for a hook that does not take the
-    arguments below. Any other callable that returns no awaitable raises the TypeError out of ``run()`` at its call.
+    Raises TypeError for a ``def`` that returns nothing, where a hook must be async, and for a hook that does
+    not take the arguments below. Any other callable that returns no awaitable raises the TypeError out of
+    ``run()`` at its call.
 
-    Compose sets with ``a | b`` or a list: starts run first to last, ends last to first. While a hook runs, everything
-    else about its node (position, attempt, model, cost ...) is at :func:`stroma.current_node`.
+    Compose sets with ``a | b`` or a list: starts run first to last, ends last to first. While a hook runs,
+    everything else about its node (position, attempt, model, cost ...) is at :func:`stroma.current_node`.
 
     Attributes:
         on_node_start: (run id, node id, state) before each attempt.
-        on_node_success: (run id, node id, state, tokens) after the commit. The tokens are those of this attempt, input
-            and output; 0 if the node reported none.
+        on_node_success: (run id, node id, state, tokens) after the commit. The tokens are those of this
+            attempt, input and output; 0 if the node reported none.
         on_node_failure: (run id, node id, exception, failure class) after each failed attempt.
         on_run_start: (run id, pipeline name, initial state) before the first node.
         on_run_end: (run id, result) after the last node.
-        on_node_retry: (run id, node id, attempt, delay in seconds, failure class) before the wait for the next attempt;
-            ``attempt`` is its number.
+        on_node_retry: (run id, node id, attempt, delay in seconds, failure class) before the wait for the
+            next attempt; ``attempt`` is its number.
         on_node_skipped: (run id, node id, state) for a node whose output was restored.
         on_node_cancelled: (run id, node id) after an attempt that was cancelled.
-        on_node_suspended: (run id, node id, reason) once for each question of a node or flow, when it is first stored;
-            ``current_node().question`` is the question. Also after an attempt of a group around it, without a question.
-        on_budget_warning: (run id, limit, used amount, limit amount) once at 80 % of a limit. That of a shared budget is named
-            "budget:cost" or "budget:tokens".
-        on_map_progress: (run id, node id, progress) at the start and the end of a map, and in between at most five times
-            a second.
-        on_node_wait: (run id, node id, reason, seconds) when an attempt is queued: at a limit, a shared budget or an open
-            circuit; 0 seconds if the time is not known.
-        on_circuit_change: (run id, host or limit, state) in the run that changed a circuit to "open", "half_open" or
-            "closed".
-        on_limit_cooldown: (run id, limit, seconds) in the run whose call closed a limit because its provider asked to
-            wait.
-        reads_state: False if the hooks need no states. Each state is then an empty dict, that of a result None, and the
-            set costs the same for states of any size. Such sets share what they receive.
+        on_node_suspended: (run id, node id, reason) once for each question of a node or flow, when it is
+            first stored; ``current_node().question`` is the question. Also after an attempt of a group around
+            it, without a question.
+        on_budget_warning: (run id, limit, used amount, limit amount) once at 80 % of a limit. That of a
+            shared budget is named "budget:cost" or "budget:tokens".
+        on_map_progress: (run id, node id, progress) at the start and the end of a map, and in between at most
+            five times a second.
+        on_node_wait: (run id, node id, reason, seconds) when an attempt is queued: at a limit, a shared
+            budget or an open circuit; 0 seconds if the time is not known.
+        on_circuit_change: (run id, host or limit, state) in the run that changed a circuit to "open",
+            "half_open" or "closed".
+        on_limit_cooldown: (run id, limit, seconds) in the run whose call closed a limit because its provider
+            asked to wait.
+        reads_state: False if the hooks need no states. Each state is then an empty dict, that of a result
+            None, and the set costs the same for states of any size. Such sets share what they receive.
     """
 
     on_node_start: Callable[[str, str, dict[str, Any]], Awaitable[None]] | None = None
@@ -162,7 +164,8 @@ def check_arguments(name: str, func: Any, arguments: Sequence[str]) -> None:
     if type(func) is MethodType:
         plain, count = func.__func__, count + 1
     if type(plain) is FunctionType and "__signature__" not in vars(plain):
-        # As the binding below does for most hooks, in 0.4 us and not 25: every run's own config checks its hooks.
+        # As the binding below does for most hooks, in 0.4 us and not 25: every run's own config checks its
+        # hooks.
         code = plain.__code__
         required = code.co_argcount - len(plain.__defaults__ or ())
         takes_more = bool(code.co_flags & inspect.CO_VARARGS)
@@ -227,7 +230,8 @@ def _function_of(func: Any) -> FunctionType | None:
 def _own_signature(func: Any) -> inspect.Signature | None:
     """Return the signature that a call goes by; None if unknown.
 
-    What a decorator says of the function that it wraps (``__wrapped__``, ``__signature__``) is not how it is called itself.
+    What a decorator says of the function that it wraps (``__wrapped__``, ``__signature__``) is not how it is
+    called itself.
     """
     plain = _function_of(func)
     if plain is None or "__signature__" in vars(plain):
@@ -241,7 +245,8 @@ StepHooks = NodeHooks
 #: One set of hooks, or several in order.
 AnyHooks = NodeHooks | Sequence[NodeHooks]
 EVENTS = tuple(_ARGUMENTS)
-#: Called last set first, also after a HookNotAsync. ``hook_delivery="at_least_once"`` repeats those of attempts and runs only.
+#: Called last set first, also after a HookNotAsync. ``hook_delivery="at_least_once"`` repeats those of
+#: attempts and runs only.
 _ENDS = frozenset(
     {"on_node_success", "on_node_failure", "on_node_cancelled", "on_node_suspended", "on_run_end"}
 )
@@ -290,9 +295,9 @@ def distinct(sets: Sequence[NodeHooks]) -> list[NodeHooks]:
 class HookError(Exception):
     """Hooks raised in a run with ``hook_errors="raise"``; ``result`` is the complete result of that run.
 
-    Where: out of ``run()``, after everything is committed.
-    Cause: a hook raised; the first such exception is the ``__cause__``.
-    Fix: correct the hook, or leave ``hook_errors`` at "isolate": then it is logged and in ``result.hook_errors``.
+    Where: out of ``run()``, after everything is committed. Cause: a hook raised; the first such exception is
+    the ``__cause__``. Fix: correct the hook, or leave ``hook_errors`` at "isolate": then it is logged and in
+    ``result.hook_errors``.
     """
 
     def __init__(self, message: str, result: ExecutionResult) -> None:

@@ -71,21 +71,23 @@ def _now() -> float:
 class Breaker(NamedArguments):
     """A circuit breaker for each provider, shared by all runs of this process that use this object.
 
-    The name of a circuit is the provider's host, taken from its exceptions; without one, the limit of the node
-    (``limit 'llm'``). It is closed until a share of ``failure_rate`` of at least ``min_calls`` calls in the last
-    ``window_seconds`` has failed: then it opens, and no call is made for ``open_seconds``. After that one call probes the
+    The name of a circuit is the provider's host, taken from its exceptions; without one, the limit of the
+    node (``limit 'llm'``). It is closed until a share of ``failure_rate`` of at least ``min_calls`` calls in
+    the last ``window_seconds`` has failed: then it opens, and no call is made for ``open_seconds``. After
+    that one call probes the
     provider (half-open): the circuit closes if it succeeds, and opens again otherwise.
 
-    A provider that cannot be reached, times out, is overloaded or has an internal error (5xx) counts as a failure.
-    A refused request (400, 401 ...) and a rate limit (429) count as successes, since the provider works. An attempt waits
-    while the circuit is open; this uses none of its retries.
+    A provider that cannot be reached, times out, is overloaded or has an internal error (5xx) counts as a
+    failure. A refused request (400, 401 ...) and a rate limit (429) count as successes, since the provider
+    works. An attempt waits while the circuit is open; this uses none of its retries.
 
     Attributes:
         failure_rate: share of failed calls that opens a circuit, above 0, at most 1.
         min_calls: number of calls in the window below which a circuit stays closed.
         window_seconds: time in which calls count.
         open_seconds: time without calls, until one call probes the provider.
-        max_wait_seconds: maximum wait of an attempt; then its run ends as PARTIAL. 0: no wait. None: no maximum.
+        max_wait_seconds: maximum wait of an attempt; then its run ends as PARTIAL. 0: no wait. None: no
+            maximum.
 
     Raises ValueError for an invalid value.
     """

@@ -1,7 +1,7 @@
 """State of a shared budget: the usage of its window, and the reservations of calls in flight.
 
-Pure functions: each returns a change of a cell (see stroma.checkpoint.cells), which receives the data and the clock of
-the store. Money is in whole pico-dollars, so that sums are exact in any order.
+Pure functions: each returns a change of a cell (see stroma.checkpoint.cells), which receives the data and the
+clock of the store. Money is in whole pico-dollars, so that sums are exact in any order.
 """
 
 from __future__ import annotations

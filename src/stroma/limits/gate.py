@@ -214,7 +214,8 @@ class Gate(ABC):
     ) -> Sequence[BudgetWarning | CooldownBegun]:
         """Count a call that was made, and return what is to be announced. Raises StoreError.
 
-        ``failure`` is None for a call that succeeded or was cancelled. A call over a budget has an output and a failure.
+        ``failure`` is None for a call that succeeded or was cancelled. A call over a budget has an output and
+        a failure.
         """
 
     def charge(self, node_id: str, token: str, took: tuple[int, int], *, learns: bool) -> Change[Any] | None:

@@ -55,20 +55,20 @@ _COOLDOWNS: Final = "cooldowns"
 class Limit(NamedArguments):
     """Rate limit of the nodes under one name; attempts wait for their turn.
 
-    The name is the limit's key in ``RunConfig.limits``. Runs of this process share it by that name; with a ``store``, those
-    of all processes that use that store.
+    The name is the limit's key in ``RunConfig.limits``. Runs of this process share it by that name; with a
+    ``store``, those of all processes that use that store.
 
-    A call that receives a Retry-After, a 429 or a 529 closes the limit for all of them until the time is over. Then one
-    attempt probes. If the provider answers it, the others follow at the limit's rate; if it is refused, the limit closes
-    again. Waiting uses none of the retries of a node.
+    A call that receives a Retry-After, a 429 or a 529 closes the limit for all of them until the time is
+    over. Then one attempt probes. If the provider answers it, the others follow at the limit's rate; if it is
+    refused, the limit closes again. Waiting uses none of the retries of a node.
 
     Attributes:
         requests_per_minute: attempts that begin within any 60 seconds.
-        tokens_per_minute: tokens, input and output, of the attempts that begin within any 60 seconds. An attempt counts
-            with its reservation, and with its usage once it has ended.
+        tokens_per_minute: tokens, input and output, of the attempts that begin within any 60 seconds. An
+            attempt counts with its reservation, and with its usage once it has ended.
         concurrent: attempts in flight, their end hooks included.
-        reserve_tokens: tokens to reserve for an attempt; the recent usage of the node counts if it is higher. The first
-            attempt of a node without either reserves the rest of the minute.
+        reserve_tokens: tokens to reserve for an attempt; the recent usage of the node counts if it is higher.
+            The first attempt of a node without either reserves the rest of the minute.
         store: the store that holds the state, or its URL; None: this process.
         max_wait_seconds: maximum wait of an attempt; then its run ends as PARTIAL. None: no maximum.
         lease_seconds: time for which a reservation outlives its process.

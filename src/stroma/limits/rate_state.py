@@ -1,11 +1,11 @@
 """The state of a rate limit: requests and tokens of the last minute, calls in flight, and the cooldown.
 
-Pure functions, as in stroma.limits.budget_state. The minute is a sliding window of 61 one-second slots, so that no 60
-consecutive seconds hold more than the limit.
+Pure functions, as in stroma.limits.budget_state. The minute is a sliding window of 61 one-second slots, so
+that no 60 consecutive seconds hold more than the limit.
 
-A call that the provider refused closes the limit (see :class:`CallReport`). When the time is over one call probes: if the
-provider answers, the limit is open again, and for one window calls begin at even distances. If it is refused, the limit
-closes again. If it ends otherwise, or its lease expires, another call probes.
+A call that the provider refused closes the limit (see :class:`CallReport`). When the time is over one call
+probes: if the provider answers, the limit is open again, and for one window calls begin at even distances. If
+it is refused, the limit closes again. If it ends otherwise, or its lease expires, another call probes.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ class LimitState(NamedTuple):
         requests: calls that began within the last minute.
         tokens: tokens of those calls.
         calls: calls in flight that have a reservation.
-        cooldown_ms: milliseconds until the end of the cooldown; 0 while a call probes; None if there is no cooldown.
+        cooldown_ms: milliseconds until the end of the cooldown; 0 while a call probes; None if there is no
+            cooldown.
     """
 
     requests: int

@@ -24,8 +24,8 @@ T = TypeVar("T")
 
 #: Calls of a node whose usage is stored.
 RECENT_CALLS: Final = 16
-#: Retention of a reservation that is not renewed: a process that was stopped so long may still count its call, or its
-#: journal may be read.
+#: Retention of a reservation that is not renewed: a process that was stopped so long may still count its
+#: call, or its journal may be read.
 _HOLD_RETENTION_MS: Final = 7 * 24 * 3600 * 1000
 
 
@@ -101,8 +101,8 @@ def estimate_usage(
 ) -> int | None:
     """Return what a call of a node may use: the maximum of the declared and the recent usage; None if unknown.
 
-    One recent call above the limit does not block all later ones: they reserve the limit, unless every recent call was
-    above it.
+    One recent call above the limit does not block all later ones: they reserve the limit, unless every recent
+    call was above it.
     """
     recent = usages.get(node)
     if not recent:

@@ -88,21 +88,22 @@ class BudgetState:
 class SharedBudget(NamedArguments, Gate):
     """A budget that all runs share by its name: in this process, or, with a ``store``, in all processes that use the store.
 
-    Before each attempt it reserves the usage that the call may have, and afterwards it counts the actual usage. A call that
-    does not fit is not made, and its run ends as PARTIAL, as with the budget of a run. So at most the limit is spent, plus
-    the usage of calls in flight beyond their reservations.
+    Before each attempt it reserves the usage that the call may have, and afterwards it counts the actual
+    usage. A call that does not fit is not made, and its run ends as PARTIAL, as with the budget of a run. So
+    at most the limit is spent, plus the usage of calls in flight beyond their reservations.
 
     Args:
         name: any legal id.
-        max_cost_usd: limit of a window in US dollars; pass this or ``max_tokens``, or both. Usage equal to the limit is
-            allowed; 0 allows none.
+        max_cost_usd: limit of a window in US dollars; pass this or ``max_tokens``, or both. Usage equal to
+            the limit is allowed; 0 allows none.
         max_tokens: limit of a window in tokens.
-        per: "minute", "hour", "day" or "month": the window is that unit of the calendar in UTC, by the store's clock.
-            None: there is one window without an end.
-        store: the store that holds its state, or its URL; None: this process. Not a store of the simple protocol.
-        reserve_usd: minimum reservation of a call, or a mapping by node id. The recent usage of the node counts if it is
-            higher. The first call of a node without either reserves the rest of the budget, so that no other call begins
-            at the same time.
+        per: "minute", "hour", "day" or "month": the window is that unit of the calendar in UTC, by the
+            store's clock. None: there is one window without an end.
+        store: the store that holds its state, or its URL; None: this process. Not a store of the simple
+            protocol.
+        reserve_usd: minimum reservation of a call, or a mapping by node id. The recent usage of the node
+            counts if it is higher. The first call of a node without either reserves the rest of the budget,
+            so that no other call begins at the same time.
         reserve_tokens: the same in tokens.
         max_cost_usd_by_node: limits of single nodes, in the same window.
         nodes: ids of the nodes that spend from it; None: all.
@@ -110,8 +111,8 @@ class SharedBudget(NamedArguments, Gate):
         lease_seconds: time for which a reservation outlives its process. A running process renews it.
         on_store_error: "refuse" makes no call while the store is down; "allow" makes it, and counts it later.
 
-    Raises ValueError for an invalid value, and if a SharedBudget of the same name and store with other limits is in use in
-    this process.
+    Raises ValueError for an invalid value, and if a SharedBudget of the same name and store with other limits
+    is in use in this process.
     """
 
     kind = "budget"

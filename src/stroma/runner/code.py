@@ -21,8 +21,8 @@ _NAME_DIGITS: Final = 12
 def code_of(pipeline: Pipeline) -> ServedCode:
     """Return the versions that a pipeline serves, and a name that is the same in each process with the same code.
 
-    The name is made of the version, the ids and schemas of the nodes, and the bodies of flows with the nodes that they name.
-    Code of one name tries a blocked run again after a while, code of another name at once.
+    The name is made of the version, the ids and schemas of the nodes, and the bodies of flows with the nodes
+    that they name. Code of one name tries a blocked run again after a while, code of another name at once.
     """
     digest = hashlib.sha256()
     for part in _parts_of(nodes_of(pipeline), set()):

@@ -52,11 +52,12 @@ def changes_since(
             why = f"{type(error).__name__}: {describe_error(error)[0]}"
             changes.append(
                 Incompatibility(
-                    at, committed.node_id,
+                    at,
+                    committed.node_id,
                     f"the output of node {committed.node_id!r} cannot be read back: {why}; "
                     "restore its schema, add an upcast to the contract, or resume from there to run it again",
                 )
-            )  # fmt: skip
+            )
     return changes
 
 

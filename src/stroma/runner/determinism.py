@@ -37,9 +37,15 @@ async def check_flow(
     """
     store = InMemoryStore()
     changes: dict[str, Any] = {
-        "run_id": _RUN_ID, "resume": True, "resume_from": None, "if_exists": "restart", "if_running": "error",
-        "hooks": NodeHooks(), "shared_budgets": (), "inline_wait_seconds": config.inline_wait_seconds,
-    }  # fmt: skip
+        "run_id": _RUN_ID,
+        "resume": True,
+        "resume_from": None,
+        "if_exists": "restart",
+        "if_running": "error",
+        "hooks": NodeHooks(),
+        "shared_budgets": (),
+        "inline_wait_seconds": config.inline_wait_seconds,
+    }
     config = config.model_copy(update=changes)
 
     async def run() -> ExecutionResult[Any]:

@@ -77,7 +77,8 @@ class Busy:
     """Another owner has the run.
 
     Attributes:
-        until: the end of its lease, which it renews while it lives; None if it has no lease, in a store in memory.
+        until: the end of its lease, which it renews while it lives; None if it has no lease, in a store in
+            memory.
         owner: the process that owns the run, for messages.
     """
 
@@ -173,8 +174,8 @@ class RunDriver:
     ) -> ExecutionResult:
         """Resume a run that is due.
 
-        Raises RunExists if it is not, and during a shutdown; RunBusy; PipelineChanged if the code does not fit it: then the
-        run is marked as blocked.
+        Raises RunExists if it is not, and during a shutdown; RunBusy; PipelineChanged if the code does not
+        fit it: then the run is marked as blocked.
         """
         try:
             if data is None:

@@ -22,8 +22,8 @@ def event_hooks(
 ) -> NodeHooks:
     """Return hooks that publish the events of one run in a hub, and have what its nodes emit put there.
 
-    They publish no "run_end": ``on_end`` is called with the result as hooks may see it. ``with_trace``: ends of attempts have
-    their event in the trace.
+    They publish no "run_end": ``on_end`` is called with the result as hooks may see it. ``with_trace``: ends
+    of attempts have their event in the trace.
     """
     calls = _EventHooks(hub, with_trace)
 

@@ -21,7 +21,8 @@ __all__ = ["with_event_log"]
 
 logger = get_logger()
 
-#: Between two batches. All runs of a process write at the same time, so that a store can write their batches together.
+#: Between two batches. All runs of a process write at the same time, so that a store can write their batches
+#: together.
 _SECONDS: Final = 0.1
 _MAX_BATCH_SIZE: Final = 500
 #: An event with more bytes is stored without its state and data.

@@ -47,17 +47,19 @@ class StreamEvent:
     Attributes:
         number: 1-based, in the order of the events.
         attempt: 1-based; None for an event that belongs to no attempt.
-        attempt_id: id of the attempt, unique in the run over attempts, groups and takeovers; with the start and the end of
-            an attempt, and what it emits.
-        state: the run's input with "run_start", a node's input with "node_start", the output with "node_success" and
-            "node_skipped".
+        attempt_id: id of the attempt, unique in the run over attempts, groups and takeovers; with the start
+            and the end of an attempt, and what it emits.
+        state: the run's input with "run_start", a node's input with "node_start", the output with
+            "node_success" and "node_skipped".
         name: name of the emitted event, with "node_event".
         data: JSON data, with "node_event".
-        event: the attempt's event in the trace, at its end; without the events inside a group, which came before.
+        event: the attempt's event in the trace, at its end; without the events inside a group, which came
+            before.
         progress: with "map_progress".
         details: further data of this kind of event, as JSON data.
         result: the return value of ``run()``, with "run_end".
-        cursor: place of the event among the stored ones of its run, for ``follow(after=)``; None of an event of ``stream()``.
+        cursor: place of the event among the stored ones of its run, for ``follow(after=)``; None of an event
+            of ``stream()``.
     """
 
     number: int
@@ -101,17 +103,29 @@ class StreamEvent:
 
 
 _JSON_FIELDS: Final = (
-    "number", "kind", "run_id", "node_id", "position", "branch", "attempt", "attempt_id", "state", "name", "data",
-    "progress", "details", "cursor",
-)  # fmt: skip
+    "number",
+    "kind",
+    "run_id",
+    "node_id",
+    "position",
+    "branch",
+    "attempt",
+    "attempt_id",
+    "state",
+    "name",
+    "data",
+    "progress",
+    "details",
+    "cursor",
+)
 
 
 class EventHub:
     """Numbers the events of one run, and hands each of them to all readers.
 
-    :meth:`emit` is safe to call in any thread; everything else belongs to the thread of the run's event loop. Events that an
-    attempt emits lie between its start and its end: :meth:`emit` drops others, such as those of a thread that outlived its
-    attempt.
+    :meth:`emit` is safe to call in any thread; everything else belongs to the thread of the run's event loop.
+    Events that an attempt emits lie between its start and its end: :meth:`emit` drops others, such as those
+    of a thread that outlived its attempt.
     """
 
     def __init__(self) -> None:
@@ -157,9 +171,18 @@ class EventHub:
                 return
             self._number = number = self._number + 1
             event = StreamEvent(
-                number, "node_event", node.run_id, node.node_id, node.position, node.branch, node.attempt,
-                attempt_id, None, name, data,
-            )  # fmt: skip
+                number,
+                "node_event",
+                node.run_id,
+                node.node_id,
+                node.position,
+                node.branch,
+                node.attempt,
+                attempt_id,
+                None,
+                name,
+                data,
+            )
             for reader in self.readers:
                 reader.put_emitted(event)
 
@@ -190,7 +213,8 @@ class EventHub:
 class EventReader:
     """The pending events of one reader of a hub. Create it with :meth:`EventHub.add_reader`.
 
-    Of events that nodes emitted, the newest 1,000 are pending; one "events_dropped" stands in the place of the others.
+    Of events that nodes emitted, the newest 1,000 are pending; one "events_dropped" stands in the place of
+    the others.
     """
 
     def __init__(self, hub: EventHub, buffer: int | None) -> None:

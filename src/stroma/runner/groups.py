@@ -49,9 +49,9 @@ __all__ = ["map_over", "parallel"]
 def parallel(*nodes: Any, max_concurrency: int | None = None) -> Group:
     """Run nodes side by side on copies of the same state; their outputs merge in argument order, later ones win.
 
-    Each child is a full node: contracts, timeout, retries, usage, hooks, a record of its own. The first that stops
-    for good cancels its siblings, and the group fails with that child's exception; an effect that is being called runs
-    to its end first. Groups nest.
+    Each child is a full node: contracts, timeout, retries, usage, hooks, a record of its own. The first that
+    stops for good cancels its siblings, and the group fails with that child's exception; an effect that is
+    being called runs to its end first. Groups nest.
 
     Args:
         nodes: the children: nodes or groups.
@@ -75,27 +75,28 @@ def map_over(
 ) -> Group:
     """Run one node, or several in turn, for each of many items; each is retried, recorded and resumed on its own.
 
-    ``items``: the name of a list field of the state; a file of :class:`JsonLines`; or a function of the state that returns
-    an iterable or an async iterable. Every process that resumes the run calls that function again: it must return the
-    same items. An item is the node's input: a model or dict as it is, anything else as the value of a root model, or of
-    the node's only required field.
+    ``items``: the name of a list field of the state; a file of :class:`JsonLines`; or a function of the state
+    that returns an iterable or an async iterable. Every process that resumes the run calls that function
+    again: it must return the same items. An item is the node's input: a model or dict as it is, anything else
+    as the value of a root model, or of the node's only required field.
 
-    ``node``: the node or group to run for each item; or a list or tuple of them, to run in turn, each on the output of the
-    one before. Items do not wait for each other between two nodes. An item has the output of its last node, and fails if
-    one of its nodes does.
+    ``node``: the node or group to run for each item; or a list or tuple of them, to run in turn, each on the
+    output of the one before. Items do not wait for each other between two nodes. An item has the output of
+    its last node, and fails if one of its nodes does.
 
     ``into``: the name of a field that receives the list of outputs, in the order of the items; or a file of
-    :class:`JsonLines`, or the :class:`Journal`. With the last two the state does not change, and any number of items needs
-    no more memory than a few.
+    :class:`JsonLines`, or the :class:`Journal`. With the last two the state does not change, and any number
+    of items needs no more memory than a few.
 
     ``max_concurrency``: how many run at once; None is all of a list of the state, and else 64.
 
-    ``on_item_failure``: "stop" ends the group with the first item that fails for good. "collect" continues with the others;
-    each that failed becomes an ItemFailure, in the field ``<into>_failures`` or the file ``<into>.failures.jsonl``, and
-    the run counts them in ``result.failed_items``. A resume runs them again if ``retry_failed_items`` is set.
+    ``on_item_failure``: "stop" ends the group with the first item that fails for good. "collect" continues
+    with the others; each that failed becomes an ItemFailure, in the field ``<into>_failures`` or the file
+    ``<into>.failures.jsonl``, and the run counts them in ``result.failed_items``. A resume runs them again if
+    ``retry_failed_items`` is set.
 
-    Raises TypeError for an argument that is not a node, ValueError for one that is not the name of a field, or for an
-    empty sequence of nodes.
+    Raises TypeError for an argument that is not a node, ValueError for one that is not the name of a field,
+    or for an empty sequence of nodes.
     """
     _check_limit(max_concurrency)
     child = _child_of_map(node)
@@ -195,9 +196,13 @@ class SequenceGroup(Group):
         inside_step = None if execution.step is None else inside_of(execution.step)
         for index, child in enumerate(self.children):
             place = Place(
-                execution.position, f"{prefix}{index}", "node", execution, step=inside_step,
+                execution.position,
+                f"{prefix}{index}",
+                "node",
+                execution,
+                step=inside_step,
                 cancelling=await _count_cancellations(),
-            )  # fmt: skip
+            )
             outcome = await execute(ctx, child, value, place)
             if isinstance(outcome, Halt):
                 try:

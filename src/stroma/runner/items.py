@@ -48,12 +48,12 @@ _BOM: Final = b"\xef\xbb\xbf"
 class JsonLines:
     """A file with one JSON value per line: the items of a map, or where their outputs go.
 
-    ``JsonLines("documents.jsonl")`` is that file; ``JsonLines(field="source")`` the one whose path is the value of that
-    field of the state. Relative paths begin at the process's working directory. Raises ValueError unless exactly one of
-    the two is passed.
+    ``JsonLines("documents.jsonl")`` is that file; ``JsonLines(field="source")`` the one whose path is the
+    value of that field of the state. Relative paths begin at the process's working directory. Raises
+    ValueError unless exactly one of the two is passed.
 
-    As ``into=`` the file has one line for each output, in the order of the items. It is written from the journal once all
-    items are done, and appears as a whole or not at all.
+    As ``into=`` the file has one line for each output, in the order of the items. It is written from the
+    journal once all items are done, and appears as a whole or not at all.
     """
 
     __slots__ = ("field", "path")
@@ -106,7 +106,8 @@ class Item:
     """One item of a map.
 
     Attributes:
-        checksum: of the item or its source, by which a resume sees that it is the same; None where there is none.
+        checksum: of the item or its source, by which a resume sees that it is the same; None where there is
+            none.
         error: why there is no value.
     """
 

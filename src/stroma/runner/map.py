@@ -215,10 +215,22 @@ class MapRun:
             attempts=failed.attempt,
         )
         row = AttemptRow(
-            self._child.node_id, failure.attempt + 1, perf_counter_ns() + ctx.epoch_ns, 0, {}, None,
-            cast("Outcome", "collected"), failed_of(failure), None,
-            execution.position, self._branch(item.index), execution.node_id, None, None, 0,
-        )  # fmt: skip
+            self._child.node_id,
+            failure.attempt + 1,
+            perf_counter_ns() + ctx.epoch_ns,
+            0,
+            {},
+            None,
+            cast("Outcome", "collected"),
+            failed_of(failure),
+            None,
+            execution.position,
+            self._branch(item.index),
+            execution.node_id,
+            None,
+            None,
+            0,
+        )
         call = self._call_of(item)
         schema = schema_of(ItemFailure)
         record_again = partial(record, ctx, row, schema, item_failure, call)
@@ -239,7 +251,8 @@ class MapRun:
             raise_if(cancelled)
         if ctx.delivers:
             ctx.session.delivered(row)
-        # The log of the attempt shows the message; here there is no state by which redact could hide parts of it.
+        # The log of the attempt shows the message; here there is no state by which redact could hide parts of
+        # it.
         why = one_line(text_of(failure)) if ctx.config.redact is None else failure.failure_class
         ctx.run_logger.info("item %d of %r failed and is skipped: %s", item.index, execution.node_id, why)
         await self._add_failure(item_failure)

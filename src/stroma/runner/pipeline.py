@@ -22,23 +22,23 @@ __all__ = ["AnyState", "Pipeline", "input_schema_of", "nodes_of", "override_conf
 class Pipeline:
     """A named sequence of nodes, with an optional configuration.
 
-    Metrics and spans are labelled with the name. Raises TypeError for anything that is not a node, ValueError for a name
-    that a store cannot save, and for a limit below 1.
+    Metrics and spans are labelled with the name. Raises TypeError for anything that is not a node, ValueError
+    for a name that a store cannot save, and for a limit below 1.
 
     Attributes:
         name: name of the pipeline in stores, metrics and spans.
         nodes: the nodes, groups and pipelines, in order.
         limits: ``max_runs`` and ``max_runs_per_key``.
-        config: settings of its runs, for commands and for runners that have no settings. None: commands use those of the
-            only StromaRunner with settings in the pipeline's file.
+        config: settings of its runs, for commands and for runners that have no settings. None: commands use
+            those of the only StromaRunner with settings in the pipeline's file.
         versions: the versions of runs that it continues, its own first; () without a version.
 
     Args:
-        version: version of the nodes. A run keeps the version that it started with, and only a pipeline that has it, or accepts it,
-            continues the run.
+        version: version of the nodes. A run keeps the version that it started with, and only a pipeline that
+            has it, or accepts it, continues the run.
         accepts: earlier versions whose runs it can continue, too.
-        max_runs: how many of its runs may have an owner at once, in all workers together; None: no limit. Runs that
-            ``run()`` starts count, and are not limited.
+        max_runs: how many of its runs may have an owner at once, in all workers together; None: no limit.
+            Runs that ``run()`` starts count, and are not limited.
         max_runs_per_key: the same for the runs of one key, see :meth:`StromaRunner.submit`.
     """
 
@@ -75,9 +75,14 @@ class Pipeline:
         own, accepts = (self.versions[0], self.versions[1:]) if self.versions else (None, ())
         max_runs, per_key = self.limits
         return Pipeline(
-            self.name, self.nodes, config=config, version=own, accepts=accepts, max_runs=max_runs,
+            self.name,
+            self.nodes,
+            config=config,
+            version=own,
+            accepts=accepts,
+            max_runs=max_runs,
             max_runs_per_key=per_key,
-        )  # fmt: skip
+        )
 
     @property
     def version(self) -> str | None:

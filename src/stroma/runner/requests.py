@@ -36,9 +36,9 @@ def limits_of(tokens: int | None, cost_usd: float | None, latency_ms: int | None
 async def request(store: Any, run_id: str, method: str, *arguments: Any) -> bool:
     """Call a method of a store about a run, and wait until the owner of the run has read the request.
 
-    Returns what the method does. A stored request holds, whatever becomes of the owner. An owner that has not read it in 10
-    seconds is not waited for any longer: its process is stopped, or it is plain code that reads no requests. Raises
-    CheckpointNotFound, StoreError.
+    Returns what the method does. A stored request holds, whatever becomes of the owner. An owner that has not
+    read it in 10 seconds is not waited for any longer: its process is stopped, or it is plain code that reads
+    no requests. Raises CheckpointNotFound, StoreError.
     """
     done: bool = await getattr(store, method)(run_id, *arguments)
     loop = asyncio.get_running_loop()
@@ -55,8 +55,8 @@ async def request(store: Any, run_id: str, method: str, *arguments: Any) -> bool
         pause = min(2 * pause, _POLL_SECONDS[1])
     record = await asyncio.to_thread(store.get_run, run_id) if done and method in _UNREAD_IN else None
     if record is not None and record.holder is None and record.status in _UNREAD_IN[method]:
-        # The owner stopped instead of reading it, or lost its lease: what the request does to a run without an owner is
-        # done now, and not when somebody opens the run.
+        # The owner stopped instead of reading it, or lost its lease: what the request does to a run without
+        # an owner is done now, and not when somebody opens the run.
         try:
             await getattr(store, method)(run_id, *arguments)
         except CheckpointNotFound:

@@ -115,9 +115,9 @@ class StromaRunner:
     ) -> StromaRunner:
         """Create a runner, with an in-memory store by default; further keywords are fields of RunConfig.
 
-        ``store``: a store, or the URL or path of one, see :func:`stroma.open_store`. Raises pydantic's ValidationError for
-        a keyword that is not a field of RunConfig, TypeError for an object that is not a store, ValueError for an unknown
-        URL, StoreError for a file in a directory that does not exist.
+        ``store``: a store, or the URL or path of one, see :func:`stroma.open_store`. Raises pydantic's
+        ValidationError for a keyword that is not a field of RunConfig, TypeError for an object that is not a
+        store, ValueError for an unknown URL, StoreError for a file in a directory that does not exist.
         """
         named = {"budget": budget, "policy_map": policy_map, "classifiers": classifiers, "hooks": hooks}
         fields: dict[str, Any] = {
@@ -201,9 +201,10 @@ class StromaRunner:
         """Mark a function as a node, and register its contract with this runner. Other runners take the node too.
 
         ``stroma_node`` does the same without a runner, and describes what the function takes and returns.
-        ``effect``, ``reconcile``: for a node that must not be called twice blindly, ``role``: for traces, ``place``: for a node
-        that a worker of a Temporal task queue calls (experimental); see NodeContract. It raises TypeError for a function
-        whose annotations name other models, ValueError if another function has the id.
+        ``effect``, ``reconcile``: for a node that must not be called twice blindly, ``role``: for traces,
+        ``place``: for a node that a worker of a Temporal task queue calls (experimental); see NodeContract.
+        It raises TypeError for a function whose annotations name other models, ValueError if another function
+        has the id.
         """
         contract: NodeContract[In, Out] = NodeContract(
             node_id=node_id,
@@ -257,9 +258,10 @@ class StromaRunner:
     ) -> list[Finding]:
         """Check, field by field, that each node's output can satisfy the next node's input. Nothing is called.
 
-        An error can never work; a warning may fail, or cannot be decided. Nodes without a contract accept and return
-        anything. ``input_schema``: the class of the initial state, to be checked too. Raises TypeError for anything that
-        is not a node, ValueError for a function whose id was later assigned to another one with another contract.
+        An error can never work; a warning may fail, or cannot be decided. Nodes without a contract accept and
+        return anything. ``input_schema``: the class of the initial state, to be checked too. Raises TypeError
+        for anything that is not a node, ValueError for a function whose id was later assigned to another one
+        with another contract.
         """
         from stroma.contracts.checks.check import check_nodes  # Not loaded by runs that check nothing.
 
@@ -274,8 +276,9 @@ class StromaRunner:
     ) -> ExecutionResult[Out]:
         """Run a flow once in memory, calling its steps, then replay it at another time of day without a call.
 
-        Returns the result of the run. Raises PipelineChanged if the replay makes other calls or ends otherwise: if
-        ``time.time()``, ``datetime.now()`` or ``random`` decide what the flow does, say. Hooks are not called.
+        Returns the result of the run. Raises PipelineChanged if the replay makes other calls or ends
+        otherwise: if ``time.time()``, ``datetime.now()`` or ``random`` decide what the flow does, say. Hooks
+        are not called.
         """
         from stroma.runner.determinism import check_flow  # Not loaded by runs.
 
@@ -335,12 +338,13 @@ class StromaRunner:
     ) -> ExecutionResult[Any]:
         """Run nodes one after the other, each on the output of the one before.
 
-        The keywords override the config's fields. ``traceparent`` is a W3C trace context that the run's spans belong to, in
-        place of the caller's current span; an invalid one is ignored. A failure inside the pipeline is a result: FAILED or
-        PARTIAL, with ``result.failure``. Raises TypeError for anything that is not a node and for a hook that is not async,
-        ValueError for an unknown resume target, an id in the config that neither the pipeline nor the registry has, or a
-        function whose id was later assigned to another one with another contract, StoreError (CheckpointNotFound, PipelineChanged ...) if the run cannot start, CheckFailed with
-        ``RunConfig(check=True)``.
+        The keywords override the config's fields. ``traceparent`` is a W3C trace context that the run's spans
+        belong to, in place of the caller's current span; an invalid one is ignored. A failure inside the
+        pipeline is a result: FAILED or PARTIAL, with ``result.failure``. Raises TypeError for anything that
+        is not a node and for a hook that is not async, ValueError for an unknown resume target, an id in the
+        config that neither the pipeline nor the registry has, or a function whose id was later assigned to
+        another one with another contract, StoreError (CheckpointNotFound, PipelineChanged ...) if the run
+        cannot start, CheckFailed with ``RunConfig(check=True)``.
         """
         overrides = {
             "run_id": run_id,
@@ -421,10 +425,10 @@ class StromaRunner:
     ) -> ExecutionResult[Any]:
         """Resume a run of the store where it stopped, in any process; committed nodes are not called again.
 
-        ``input_schema``: the class of the run's original input; by default the input of the first node. Further keywords
-        are those of :meth:`run`. Raises CheckpointNotFound, PipelineChanged, RunBusy while another process owns the run,
-        StoreError if the store has no journal, TypeError if the pipeline starts with a group and ``input_schema`` is
-        missing.
+        ``input_schema``: the class of the run's original input; by default the input of the first node.
+        Further keywords are those of :meth:`run`. Raises CheckpointNotFound, PipelineChanged, RunBusy while
+        another process owns the run, StoreError if the store has no journal, TypeError if the pipeline starts
+        with a group and ``input_schema`` is missing.
         """
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
         state = await self._stored.read_input(
@@ -443,10 +447,11 @@ class StromaRunner:
     ) -> RunStream:
         """Return the events of :meth:`run` as an async iterator, while they happen; see :class:`RunStream`.
 
-        The run starts with the first event that is read, or with ``async with``. ``on_leave``: how a run goes on whose
-        reader leaves before its end: "cancel" ends it as CANCELLED, "detach" continues it in the background. ``buffer``:
-        events that may be pending for the reader; with more of them the run waits. ``options`` are those of :meth:`run`.
-        The iterator raises what ``run()`` would raise. Raises ValueError for invalid options.
+        The run starts with the first event that is read, or with ``async with``. ``on_leave``: how a run goes
+        on whose reader leaves before its end: "cancel" ends it as CANCELLED, "detach" continues it in the
+        background. ``buffer``: events that may be pending for the reader; with more of them the run waits.
+        ``options`` are those of :meth:`run`. The iterator raises what ``run()`` would raise. Raises
+        ValueError for invalid options.
         """
         from stroma.runner.stream import RunStream
 
@@ -467,13 +472,14 @@ class StromaRunner:
     def follow(self, run_id: str, after: str | None = None) -> AsyncIterator[StreamEvent]:
         """Yield the events of a run of the store, in whatever process it is, until its end; needs ``RunConfig(events="store")``.
 
-        ``after``: the cursor of the last event that was seen, in place of the start. The follow goes on over suspensions
-        ("run_suspended" for each) and processes that die, and ends with "run_end". No event comes twice, and none of a
-        process whose run another one has taken over. Ending the iteration changes nothing. All followers in an event loop
-        share the reads of a run, up to 10 a second. A run without stored events has suspensions and an end only.
+        ``after``: the cursor of the last event that was seen, in place of the start. The follow goes on over
+        suspensions ("run_suspended" for each) and processes that die, and ends with "run_end". No event comes
+        twice, and none of a process whose run another one has taken over. Ending the iteration changes
+        nothing. All followers in an event loop share the reads of a run, up to 10 a second. A run without
+        stored events has suspensions and an end only.
 
-        Raises ValueError for a text that is not a cursor; while it is iterated, CheckpointNotFound for an unknown run, and for
-        one that is deleted or restarted meanwhile, StoreError.
+        Raises ValueError for a text that is not a cursor; while it is iterated, CheckpointNotFound for an
+        unknown run, and for one that is deleted or restarted meanwhile, StoreError.
         """
         from stroma.runner.follow import follow  # Not loaded by runs.
 
@@ -483,9 +489,9 @@ class StromaRunner:
     def map_outputs(self, run_id: str, node: Any) -> AsyncIterator[tuple[int, Any]]:
         """Yield (index, output) of each finished item of a map, in order, with a few in memory at a time.
 
-        ``node``: the ``map_over(...)`` itself, with ``into=Journal()`` or a file. An output is a model, or plain data of a
-        node without a contract; an item that failed is an ItemFailure. Raises CheckpointNotFound, CorruptCheckpoint,
-        StoreError, TypeError for anything but such a map.
+        ``node``: the ``map_over(...)`` itself, with ``into=Journal()`` or a file. An output is a model, or
+        plain data of a node without a contract; an item that failed is an ItemFailure. Raises
+        CheckpointNotFound, CorruptCheckpoint, StoreError, TypeError for anything but such a map.
         """
         return self._stored.read_map(run_id, node)
 
@@ -502,7 +508,8 @@ class StromaRunner:
     ) -> ExecutionResult[Any]:
         """Call :meth:`run` without an event loop. Raises RuntimeError where one is running: use ``await run()`` there.
 
-        At its end the file of an SQLiteStore is whole without its ``-wal`` file, unless another process uses it.
+        At its end the file of an SQLiteStore is whole without its ``-wal`` file, unless another process uses
+        it.
         """
         if has_running_loop():
             raise RuntimeError(
@@ -534,13 +541,14 @@ class StromaRunner:
     ) -> list[ExecutionResult | Exception]:
         """Call :meth:`run` for each input, at most ``max_concurrency`` at once; return outcomes in the order of inputs.
 
-        An exception of ``run()`` takes the place of its result, and stops no other run. ``inputs`` is read only as runs
-        start, so it may be a long iterator. ``run_ids`` returns the id of each run for its 0-based number and input;
-        ``on_result`` is called with each outcome as it arrives. ``recover``: first resume the interrupted runs of this
-        pipeline (see :meth:`recover`); their outcomes are not returned. It raises TypeError if the pipeline starts with a
-        group: there, call :meth:`recover` before, with ``input_schema``. After a :meth:`shutdown` no further run starts,
-        and only the outcomes of those that did are returned. An exception of ``inputs``, ``run_ids`` or ``on_result``
-        cancels the runs in flight and is raised.
+        An exception of ``run()`` takes the place of its result, and stops no other run. ``inputs`` is read
+        only as runs start, so it may be a long iterator. ``run_ids`` returns the id of each run for its
+        0-based number and input; ``on_result`` is called with each outcome as it arrives. ``recover``: first
+        resume the interrupted runs of this pipeline (see :meth:`recover`); their outcomes are not returned.
+        It raises TypeError if the pipeline starts with a
+        group: there, call :meth:`recover` before, with ``input_schema``. After a :meth:`shutdown` no further
+        run starts, and only the outcomes of those that did are returned. An exception of ``inputs``,
+        ``run_ids`` or ``on_result`` cancels the runs in flight and is raised.
         """
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
         run = partial(self.run, nodes, **options)
@@ -559,9 +567,9 @@ class StromaRunner:
     ) -> dict[str, ExecutionResult | Exception]:
         """Resume every run of this pipeline whose process died or shut down; return the outcomes by run id.
 
-        Runs that another process owns are skipped. Runs are found by the pipeline's name. ``input_schema``: the class of
-        their original inputs; by default the input of the first node. Raises StoreError if the store has no journal,
-        TypeError if the pipeline starts with a group and ``input_schema`` is missing.
+        Runs that another process owns are skipped. Runs are found by the pipeline's name. ``input_schema``:
+        the class of their original inputs; by default the input of the first node. Raises StoreError if the
+        store has no journal, TypeError if the pipeline starts with a group and ``input_schema`` is missing.
         """
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
         with self._live.batch() as batch:
@@ -596,14 +604,16 @@ class StromaRunner:
     ) -> None:
         """Continue the runs of these flows and pipelines that are due, until :meth:`shutdown`.
 
-        Due are runs whose process died or shut down, suspended runs whose sleep or timeout is over, and those whose answer
-        has come. Any number of processes may serve one store: each run is continued by one of them, at most
-        ``max_concurrency`` at once in this one. The store is asked every ``poll_seconds``, varied by half of it.
-        ``on_result`` is called with the id and the outcome of each run; ``health`` says meanwhile how the call is doing. A run that cannot be resumed is logged and tried
-        again later. Cancelling the call ends its runs as INTERRUPTED. New runs are started by :meth:`run`.
+        Due are runs whose process died or shut down, suspended runs whose sleep or timeout is over, and those
+        whose answer has come. Any number of processes may serve one store: each run is continued by one of
+        them, at most ``max_concurrency`` at once in this one. The store is asked every ``poll_seconds``,
+        varied by half of it. ``on_result`` is called with the id and the outcome of each run; ``health`` says
+        meanwhile how the call is doing. A run that cannot be resumed is logged and tried again later.
+        Cancelling the call ends its runs as INTERRUPTED. New runs are started by :meth:`run`.
 
-        Raises ValueError for two pipelines of one name, for invalid numbers and for a config with ids of unknown nodes, TypeError for anything but flows and
-        Pipelines and for one that starts with a group, StoreError if the store has no journal or cannot be used.
+        Raises ValueError for two pipelines of one name, for invalid numbers and for a config with ids of
+        unknown nodes, TypeError for anything but flows and Pipelines and for one that starts with a group,
+        StoreError if the store has no journal or cannot be used.
         """
         from stroma.runner.queue_watch import readers_of  # Not loaded by runs, like the next.
         from stroma.runner.worker import RunWorker
@@ -622,20 +632,22 @@ class StromaRunner:
     ) -> DriveOutcome:
         """Continue a run of the store as far as possible, if it is due. Safe to call at any time and as often as you like.
 
-        This is what a dispatcher calls: a worker, Temporal, a job of Kubernetes or Celery. The outcome is a value:
+        This is what a dispatcher calls: a worker, Temporal, a job of Kubernetes or Celery. The outcome is a
+        value:
 
         - ``Ended``: the run has ended, with its status;
         - ``Suspended``: it waits until a time, or for answers to its questions;
-        - ``Yielded``: ``max_seconds`` were over, or :meth:`shutdown` was called; it was interrupted at a step boundary,
-          and is due at once;
+        - ``Yielded``: ``max_seconds`` were over, or :meth:`shutdown` was called; it was interrupted at a step
+          boundary, and is due at once;
         - ``Busy``: another process owns it, at least until the time that it names;
-        - ``Blocked``: this code cannot continue it, for the reason that it names: its calls or nodes are others than those
-          that are recorded, or it has another version. The run stays as it was, with a mark of that.
+        - ``Blocked``: this code cannot continue it, for the reason that it names: its calls or nodes are
+          others than those that are recorded, or it has another version. The run stays as it was, with a mark
+          of that.
 
-        ``pipelines``: flows and Pipelines, in addition to the flows of this runner. The nodes of the run are those of the
-        pipeline with its name. ``max_seconds``: None for no limit. Raises CheckpointNotFound for an unknown run, StoreError if
-        the store has no journal or fails; TypeError for a pipeline that starts with a group. Cancelling the call leaves the
-        run INTERRUPTED, and due.
+        ``pipelines``: flows and Pipelines, in addition to the flows of this runner. The nodes of the run are
+        those of the pipeline with its name. ``max_seconds``: None for no limit. Raises CheckpointNotFound for
+        an unknown run, StoreError if the store has no journal or fails; TypeError for a pipeline that starts
+        with a group. Cancelling the call leaves the run INTERRUPTED, and due.
         """
         if max_seconds is not None and not max_seconds > 0:
             raise ValueError(f"max_seconds must be above 0, got {max_seconds!r}")
@@ -656,10 +668,11 @@ class StromaRunner:
     ) -> RunHandle[Any]:
         """Create a run with status QUEUED, which a worker starts (see :meth:`serve`), and return its handle.
 
-        Once this returns, the run is stored. A run of that id with the same pipeline and input gives its handle, whatever
-        its status; nothing is restarted. For the keywords see :class:`SubmitOptions`. Raises pydantic's ValidationError for
-        an input that breaks the contract, TypeError for anything but a flow or Pipeline, and one that starts with a group,
-        RunExists for a run of that id with another pipeline or input, ValueError for an invalid keyword, StoreError.
+        Once this returns, the run is stored. A run of that id with the same pipeline and input gives its
+        handle, whatever its status; nothing is restarted. For the keywords see :class:`SubmitOptions`. Raises
+        pydantic's ValidationError for an input that breaks the contract, TypeError for anything but a flow or
+        Pipeline, and one that starts with a group, RunExists for a run of that id with another pipeline or
+        input, ValueError for an invalid keyword, StoreError.
         """
         served = self._stored.served([pipeline])[pipeline.name]
         config = self._config_of(pipeline)
@@ -673,7 +686,8 @@ class StromaRunner:
     def handle(self, run_id: str, pipeline: Pipeline | None = None) -> RunHandle[Any]:
         """Return the handle of a run of any origin.
 
-        ``pipeline``: the flow or Pipeline of the run, for its result; by default the flow of this runner with its name.
+        ``pipeline``: the flow or Pipeline of the run, for its result; by default the flow of this runner with
+            its name.
         """
         from stroma.runner.submission import HandleCalls, RunHandle  # Not loaded by runs.
 
@@ -719,10 +733,12 @@ class StromaRunner:
     ) -> ExecutionResult:
         """Start a new run that continues another one from a node, and records where it came from.
 
-        ``at``: the first position with this id runs next; or the first call of this node in a flow, or the call at this place,
-        such as "write#4": the flow gets again what it got before the end of that call. ``state``: the input of the position, in
-        place of the recorded one. The other run stays as it is. ``input_schema``: the class of its input, if the pipeline starts with a group. Raises
-        CheckpointNotFound, RunExists, ValueError for an unknown node, TypeError for a state that is not a model.
+        ``at``: the first position with this id runs next; or the first call of this node in a flow, or the
+        call at this place, such as "write#4": the flow gets again what it got before the end of that call.
+        ``state``: the input of the position, in place of the recorded one. The other run stays as it is.
+        ``input_schema``: the class of its input, if the pipeline starts with a group. Raises
+        CheckpointNotFound, RunExists, ValueError for an unknown node, TypeError for a state that is not a
+        model.
         """
         if state is not None and not isinstance(state, BaseModel):
             raise TypeError(f"the state of a fork must be a pydantic model, not {type(state).__name__}")
@@ -758,44 +774,47 @@ class StromaRunner:
     ) -> None:
         """Store the answer to a question of a suspended run; resuming the run is another step.
 
-        ``answer``: a model or JSON data, validated by the class of the question. For an effect whose call is unknown: the
-        output of that call, or NotDone() to have it called again. ``question``: the id of the question, from
-        ``result.questions``. It may be left out while exactly one question is open, except for an effect. ``schema``: the
-        class of the answer, if it is not imported in this process under the name that it had when the question was asked.
+        ``answer``: a model or JSON data, validated by the class of the question. For an effect whose call is
+        unknown: the output of that call, or NotDone() to have it called again. ``question``: the id of the
+        question, from ``result.questions``. It may be left out while exactly one question is open, except for
+        an effect. ``schema``: the class of the answer, if it is not imported in this process under the name
+        that it had when the question was asked.
 
-        An accepted answer stays, and the same answer to the same question may be sent again. Raises pydantic's
-        ValidationError, CheckpointNotFound, StoreError if the question is not open, ValueError if ``question`` is needed.
+        An accepted answer stays, and the same answer to the same question may be sent again. Raises
+        pydantic's ValidationError, CheckpointNotFound, StoreError if the question is not open, ValueError if
+        ``question`` is needed.
         """
         await self._stored.answer(run_id, answer, question=question, schema=schema)
 
     async def send(self, run_id: str, message: Any, *, topic: str = "", id: str | None = None) -> None:
         """Store a message to a run, which ``flow.receive`` takes. A suspended run is due then, so that a worker continues it.
 
-        ``message``: a model or JSON data. ``topic``: that of the receiver. ``id``: identifies the message in the run; sending it
-        again changes nothing. By default each call sends a message of its own. Messages of a topic are received in the
-        order in which they were stored; the class of the receiver validates them when it takes them. Raises
-        CheckpointNotFound, StoreError if the run has ended or was sent another message with this id, NotSerialisable,
-        TypeError or ValueError for a message that is no JSON.
+        ``message``: a model or JSON data. ``topic``: that of the receiver. ``id``: identifies the message in
+        the run; sending it again changes nothing. By default each call sends a message of its own. Messages
+        of a topic are received in the order in which they were stored; the class of the receiver validates
+        them when it takes them. Raises CheckpointNotFound, StoreError if the run has ended or was sent
+        another message with this id, NotSerialisable, TypeError or ValueError for a message that is no JSON.
         """
         await self._stored.send(run_id, message, topic, id)
 
     async def cancel(self, run_id: str) -> bool:
         """End a run as CANCELLED, in whatever process it is. Returns False if it had ended. Raises CheckpointNotFound.
 
-        Once this returns, which takes up to a second, no attempt begins; those at work are cancelled. An owner that does not
-        read the request within 10 seconds is not waited for, with a warning: its process is stopped, or it is plain code
-        without ``async with ctx:``. The request is stored, and holds when the run is opened again.
+        Once this returns, which takes up to a second, no attempt begins; those at work are cancelled. An
+        owner that does not read the request within 10 seconds is not waited for, with a warning: its process
+        is stopped, or it is plain code without ``async with ctx:``. The request is stored, and holds when the
+        run is opened again.
         """
         return await self._stored.cancel(run_id)
 
     async def pause(self, run_id: str) -> bool:
         """Suspend a run with reason "paused", in whatever process it is, until somebody resumes it.
 
-        Once this returns, which takes up to a second, no attempt begins: not of children of groups, items, steps or
-        retries. Those at work finish, and are committed. Workers and ``recover()`` leave the run alone, even if its process
-        dies before it has read the request; :meth:`resume` and :meth:`unpause` take the pause back. An owner that reads no
-        requests is not waited for, as in :meth:`cancel`. Returns False if the run had ended. Raises CheckpointNotFound,
-        StoreError.
+        Once this returns, which takes up to a second, no attempt begins: not of children of groups, items,
+        steps or retries. Those at work finish, and are committed. Workers and ``recover()`` leave the run
+        alone, even if its process dies before it has read the request; :meth:`resume` and :meth:`unpause`
+        take the pause back. An owner that reads no requests is not waited for, as in :meth:`cancel`. Returns
+        False if the run had ended. Raises CheckpointNotFound, StoreError.
         """
         return await self._stored.pause(run_id)
 
@@ -816,18 +835,19 @@ class StromaRunner:
     ) -> bool:
         """Change limits of a run, in whatever process it is, from the next attempt on; others stay.
 
-        They are those of :meth:`with_budget`, and replace the limits of the config in this execution of the run, in every
-        process that continues it. A run that waits for its budget (``RunConfig(on_budget="wait")``) is due at once. An owner
-        that reads no requests is not waited for, as in :meth:`cancel`. Returns False if the run is complete. Raises CheckpointNotFound, StoreError, ValueError without a limit, pydantic's
-        ValidationError for one that is not valid.
+        They are those of :meth:`with_budget`, and replace the limits of the config in this execution of the
+        run, in every process that continues it. A run that waits for its budget
+        (``RunConfig(on_budget="wait")``) is due at once. An owner that reads no requests is not waited for,
+        as in :meth:`cancel`. Returns False if the run is complete. Raises CheckpointNotFound, StoreError,
+        ValueError without a limit, pydantic's ValidationError for one that is not valid.
         """
         return await self._stored.set_budget(run_id, tokens=tokens, cost_usd=cost_usd, latency_ms=latency_ms)
 
     async def shutdown(self, *, drain_seconds: float = 30.0) -> None:
         """End the runs of this runner in the running event loop after their current node, as INTERRUPTED.
 
-        Runs that have not ended after ``drain_seconds`` are cancelled; their committed outputs remain. All of them are
-        released, so that another process can :meth:`recover` them.
+        Runs that have not ended after ``drain_seconds`` are cancelled; their committed outputs remain. All of
+        them are released, so that another process can :meth:`recover` them.
         """
         await self._live.shut_down(drain_seconds)
 
@@ -873,8 +893,8 @@ class StromaRunner:
 def with_settings_of(module: ModuleType, pipeline: Pipeline) -> Pipeline:
     """Return the pipeline with the settings of the runner of its module, for code that runs it with another runner.
 
-    A pipeline with a config of its own stays as it is, and so does one whose module has no runner with settings. Raises
-    LookupError if the module has several.
+    A pipeline with a config of its own stays as it is, and so does one whose module has no runner with
+    settings. Raises LookupError if the module has several.
     """
     named = {name: value for name, value in vars(module).items() if isinstance(value, StromaRunner)}
     runners = {id(runner): name for name, runner in named.items() if runner._own_config is not None}

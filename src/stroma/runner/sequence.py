@@ -97,9 +97,9 @@ def refuse_unknown_ids(
 ) -> None:
     """Raise ValueError for ids in a config that nobody knows, and for limits that no node has.
 
-    Known are the ids of the pipeline, of the registry, and of all nodes of this process: other pipelines may share the
-    config. With a flow in it a pipeline may call any node, and groups have no id before they are made: see
-    :func:`warn_of_unknown_ids`.
+    Known are the ids of the pipeline, of the registry, and of all nodes of this process: other pipelines may
+    share the config. With a flow in it a pipeline may call any node, and groups have no id before they are
+    made: see :func:`warn_of_unknown_ids`.
     """
     if not _names_ids(config) or FlowNode in set(map(type, nodes)):
         return
@@ -114,8 +114,8 @@ def warn_of_unknown_ids(
 ) -> None:
     """Warn once of ids in a config that neither a node of this process nor any call of a complete run has.
 
-    For groups, and for flows and agent frameworks, whose steps are known when they are called. A resumed run has not called
-    all of them. ``warned`` has the warnings of earlier runs.
+    For groups, and for flows and agent frameworks, whose steps are known when they are called. A resumed run
+    has not called all of them. ``warned`` has the warnings of earlier runs.
     """
     session = ctx.session
     if not _names_ids(ctx.config) or result.status is not RunStatus.COMPLETED:

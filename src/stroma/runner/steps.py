@@ -47,30 +47,30 @@ async def execute_step(
 ) -> ExecutionResult:
     """Run one function as a step of a context; the result has the totals and trace of the whole context so far.
 
-    ``contract`` takes precedence over the registry's, and that over the function's own. Without any, output that fits the
-    input's class is converted to it, and other output is returned as it is. Each call in plain code is a position of its
-    own; in a node of the same run, with ``current_run()`` as the context, it is a child of that node: no node of the pipeline
-    takes its place, nor it theirs. ``async with ctx:`` around the steps leases the run, stores how it ended, and calls the
-    hooks of its start and end. A ``cancel()`` of that run lets the current step finish, without another attempt; the next
-    one is not called, and its result is CANCELLED with a RunCancelled. In new code, write a flow: it resumes with its own
-    decisions.
+    ``contract`` takes precedence over the registry's, and that over the function's own. Without any, output
+    that fits the input's class is converted to it, and other output is returned as it is. Each call in plain
+    code is a position of its own; in a node of the same run, with ``current_run()`` as the context, it is a
+    child of that node: no node of the pipeline takes its place, nor it theirs. ``async with ctx:`` around the
+    steps leases the run, stores how it ended, and calls the hooks of its start and end. A ``cancel()`` of
+    that run lets the current step finish, without another attempt; the next one is not called, and its result
+    is CANCELLED with a RunCancelled. In new code, write a flow: it resumes with its own decisions.
 
     Under ``resume=True`` a call returns the output that is recorded for it, without calling the function:
 
-    - A step is known by the asyncio task that calls it, its id, and which call of that id it is in the task. Tasks are
-      numbered by their first call. So steps under ``gather`` or a ``TaskGroup`` are found again, with the same idempotency
-      key, whatever order they finish in. The order of the first calls must be the same: call a step before you wait for
-      anything else.
-    - The input must be the recorded one; inputs that have no stored form are not compared. Inside a node, another input
-      fails the node as TERMINAL, reason "changed". A group that did not end is compared as a whole before anything of it
-      is called.
-    - Another attempt of a node calls its steps again. A resume continues each attempt with what the attempt of that number
-      recorded.
+    - A step is known by the asyncio task that calls it, its id, and which call of that id it is in the task.
+      Tasks are numbered by their first call. So steps under ``gather`` or a ``TaskGroup`` are found again,
+      with the same idempotency key, whatever order they finish in. The order of the first calls must be the
+      same: call a step before you wait for anything else.
+    - The input must be the recorded one; inputs that have no stored form are not compared. Inside a node,
+      another input fails the node as TERMINAL, reason "changed". A group that did not end is compared as a
+      whole before anything of it is called.
+    - Another attempt of a node calls its steps again. A resume continues each attempt with what the attempt
+      of that number recorded.
     - A step that failed is called again on resume, with whatever input it gets then.
     - Steps of an agent framework follow the rules of its adapter.
 
-    Raises ValueError for a node whose id was later assigned to another function with another contract, PipelineChanged for
-    another input, RuntimeError in a pipeline outside of its nodes.
+    Raises ValueError for a node whose id was later assigned to another function with another contract,
+    PipelineChanged for another input, RuntimeError in a pipeline outside of its nodes.
     """
     if not isinstance(input_state, BaseModel):
         raise TypeError(

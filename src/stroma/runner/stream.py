@@ -24,13 +24,14 @@ _detached: set[asyncio.Task[ExecutionResult]] = set()
 class RunStream:
     """The events of one run, in order, for one reader. Use it with ``async with``.
 
-    The last event is "run_end", with the result. No event is lost: if ``buffer`` events are pending for the reader, the run
-    waits before its next step; of the progress of a map only the newest event is pending. Reading may be cancelled (by a
-    timeout around ``anext``, for example) and continue afterwards. :meth:`tee` returns a stream for another reader; reading
-    one stream twice at the same time raises RuntimeError.
+    The last event is "run_end", with the result. No event is lost: if ``buffer`` events are pending for the
+    reader, the run waits before its next step; of the progress of a map only the newest event is pending.
+    Reading may be cancelled (by a timeout around ``anext``, for example) and continue afterwards. :meth:`tee`
+    returns a stream for another reader; reading one stream twice at the same time raises RuntimeError.
 
-    A reader leaves before the end by the end of ``async with``, by ``aclose()``, or when the stream is garbage collected.
-    Then ``on_leave`` applies: "cancel" ends the run as CANCELLED, committed and resumable; "detach" lets it continue.
+    A reader leaves before the end by the end of ``async with``, by ``aclose()``, or when the stream is
+    garbage collected. Then ``on_leave`` applies: "cancel" ends the run as CANCELLED, committed and resumable;
+    "detach" lets it continue.
     """
 
     def __init__(

@@ -74,9 +74,10 @@ class RunHandle(Generic[Out]):
     async def result(self, timeout: float | None = None) -> ExecutionResult[Out]:
         """Wait for the end of the run, over suspensions, and return its result, whatever the end is.
 
-        All waits of a runner share one query of the store, twice a second at most. Giving up a wait changes nothing.
-        ``timeout``: seconds. Raises TimeoutError, CheckpointNotFound, StoreError; PipelineChanged if this code does not fit
-        the run.
+        All waits of a runner share one query of the store, twice a second at most. Giving up a wait changes
+        nothing.
+        ``timeout``: seconds. Raises TimeoutError, CheckpointNotFound, StoreError; PipelineChanged if this
+        code does not fit the run.
         """
         async with asyncio.timeout(timeout):
             while True:

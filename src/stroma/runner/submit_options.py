@@ -21,7 +21,8 @@ class SubmitOptions(TypedDict, total=False):
         delay: earliest start: seconds from now, a timedelta, or a datetime with a time zone.
         priority: runs with a lower number start first; the default is 0.
         key: runs of one key share the workers fairly with those of other keys, for instance a customer's id.
-        expires: latest start, as ``delay``. A run that no worker has started by then is FAILED with reason "expired".
+        expires: latest start, as ``delay``. A run that no worker has started by then is FAILED with reason
+            "expired".
     """
 
     run_id: str | None

@@ -9,7 +9,8 @@ from stroma.engine.context import ReliabilityContext
 
 __all__ = ["set_traceparent"]
 
-# Any version but ff, with ids that are not all zeros; 00 has no more fields; https://www.w3.org/TR/trace-context/
+# Any version but ff, with ids that are not all zeros; 00 has no more fields;
+# https://www.w3.org/TR/trace-context/
 _TRACEPARENT: Final = re.compile(
     r"(?!ff|00.{53}-)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
 )

@@ -45,9 +45,11 @@ class WorkerHealth:
         is_draining: no further run is continued.
         reads_queue: the worker reads the next three from the store, every few seconds.
         queued: QUEUED runs of its pipelines; None: not read yet.
-        oldest_due_seconds: for how long the oldest due run of its pipelines was due at that time; 0: no run was due.
+        oldest_due_seconds: for how long the oldest due run of its pipelines was due at that time; 0: no run
+            was due.
         blocked: runs of its pipelines that are blocked.
-        unserved: unfinished runs of its pipelines at its start, by pipeline and by each version that it does not serve.
+        unserved: unfinished runs of its pipelines at its start, by pipeline and by each version that it does
+            not serve.
     """
 
     #: A store that cannot be read for so long makes the worker unhealthy.
@@ -212,8 +214,12 @@ class RunWorker:
             for version, count in counts.items():
                 verb = "waits" if count == 1 else "wait"
                 logger.warning(
-                    "%s %s for %s version %s, which is not served here", pluralize(count, "run"), verb, name, version
-                )  # fmt: skip
+                    "%s %s for %s version %s, which is not served here",
+                    pluralize(count, "run"),
+                    verb,
+                    name,
+                    version,
+                )
 
     async def _continue(
         self, served: ServedPipeline, claimed: Candidate, before: asyncio.Task[None] | None

@@ -39,7 +39,8 @@ class AttributionProcessor(SpanProcessor):
     """
 
     def __init__(self) -> None:
-        #: The node and attempt of spans that have not ended; no attempt for a span of ours, which may last for several.
+        #: The node and attempt of spans that have not ended; no attempt for a span of ours, which may last
+        #: for several.
         self._open: dict[tuple[int, int], tuple[NodeExecution, int | None]] = {}
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:

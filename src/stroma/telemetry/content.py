@@ -28,7 +28,8 @@ __all__ = ["DENY_KEYS", "Content", "ContentMode", "is_text"]
 ContentMode = Literal["none", "redacted"]
 
 _REDACTED: Final = "[redacted]"
-#: What json.dumps() returns for a text, with and without ``ensure_ascii``, without an encoder for each: 0.2 us and not 1.3.
+#: What json.dumps() returns for a text, with and without ``ensure_ascii``, without an encoder for each: 0.2
+#: us and not 1.3.
 _quoted: Final = json.encoder.encode_basestring_ascii
 _quoted_as_is: Final = json.encoder.encode_basestring
 _DEEPEST: Final = 50
@@ -55,9 +56,9 @@ class Content:
     """Amount of the inputs and outputs of nodes that is sent.
 
     Attributes:
-        mode: "none" sends names, types and sizes of fields, and of failures the type, class and reason. "redacted"
-            sends states and messages: what ``RunConfig.redact`` leaves of them, without the values of ``denied``
-            names, at most ``max_bytes`` of each.
+        mode: "none" sends names, types and sizes of fields, and of failures the type, class and reason.
+            "redacted" sends states and messages: what ``RunConfig.redact`` leaves of them, without the values
+            of ``denied`` names, at most ``max_bytes`` of each.
     """
 
     mode: ContentMode
@@ -78,8 +79,8 @@ class Content:
     def state(self, run: ReliabilityContext, state: Mapping[str, Any]) -> str:
         """Return a state as JSON text, one that is a text as it is: its values, or the types and sizes of its fields.
 
-        It is walked no further than ``max_bytes``, so that a large one costs no more than a small one. "" for a guarded call
-        or run without an input or output.
+        It is walked no further than ``max_bytes``, so that a large one costs no more than a small one. "" for
+        a guarded call or run without an input or output.
         """
         if self.mode == "none":
             return self._shapes(state)

@@ -1,6 +1,7 @@
 """Names that backends read: OpenTelemetry's generative-AI conventions, OpenInference's, and ours beside them.
 
-They are constants of ours: the conventions are in development, and the packages that had them call them deprecated.
+They are constants of ours: the conventions are in development, and the packages that had them call them
+deprecated.
 """
 
 from __future__ import annotations
@@ -40,9 +41,15 @@ SCHEMA_URL: Final = "https://opentelemetry.io/schemas/gen-ai/0.1.0"
 NODE_ID: Final = "stroma.node.id"
 #: What every span inside a run says of it.
 OF_RUN: Final = (
-    "stroma.pipeline", "stroma.run.id", "session.id", "gen_ai.conversation.id", "user.id", "stroma.tags",
-)  # fmt: skip
-#: The operation of a node by its role, and the attribute with its name. Neither has one for a step of a pipeline.
+    "stroma.pipeline",
+    "stroma.run.id",
+    "session.id",
+    "gen_ai.conversation.id",
+    "user.id",
+    "stroma.tags",
+)
+#: The operation of a node by its role, and the attribute with its name. Neither has one for a step of a
+#: pipeline.
 _OPERATIONS: Final[dict[Role | None, tuple[str, str | None]]] = {
     "agent": ("invoke_agent", "gen_ai.agent.name"),
     "tool": ("execute_tool", "gen_ai.tool.name"),

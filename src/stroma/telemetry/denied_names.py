@@ -8,20 +8,64 @@ from typing import Final, final
 
 __all__ = ["DENY_KEYS", "DeniedNames"]
 
-#: Names whose values are never sent: those that end with the words of one of these (`openai_api_key`, `dbPassword`). One
-#: with `*` matches the whole name in lower case with `_` between its words, anything in place of `*` at its ends.
+#: Names whose values are never sent: those that end with the words of one of these (`openai_api_key`,
+#: `dbPassword`). One with `*` matches the whole name in lower case with `_` between its words, anything in
+#: place of `*` at its ends.
 DENY_KEYS: Final = (
-    "access_key", "access_token", "account_key", "api_key", "api_keys", "api_token", "apikey", "auth_token",
-    "authorization", "authorization_code", "bearer_token", "client_secret", "connection_string", "cookie", "cookies",
-    "credential", "credentials", "database_url", "db_pass", "dsn", "encryption_key", "id_token", "jwt", "otp", "passcode",
-    "passphrase", "*passphrase*", "passwd", "*passwd*", "password", "*password*", "pin", "private_key", "*private_key*",
-    "pwd", "refresh_token", "secret", "secret_*", "*_secret_*", "secrets", "session_id", "session_token", "set_cookie",
-    "signing_key", "ssh_key", "ssn", "token", "webhook_url",
-)  # fmt: skip
+    "access_key",
+    "access_token",
+    "account_key",
+    "api_key",
+    "api_keys",
+    "api_token",
+    "apikey",
+    "auth_token",
+    "authorization",
+    "authorization_code",
+    "bearer_token",
+    "client_secret",
+    "connection_string",
+    "cookie",
+    "cookies",
+    "credential",
+    "credentials",
+    "database_url",
+    "db_pass",
+    "dsn",
+    "encryption_key",
+    "id_token",
+    "jwt",
+    "otp",
+    "passcode",
+    "passphrase",
+    "*passphrase*",
+    "passwd",
+    "*passwd*",
+    "password",
+    "*password*",
+    "pin",
+    "private_key",
+    "*private_key*",
+    "pwd",
+    "refresh_token",
+    "secret",
+    "secret_*",
+    "*_secret_*",
+    "secrets",
+    "session_id",
+    "session_token",
+    "set_cookie",
+    "signing_key",
+    "ssh_key",
+    "ssn",
+    "token",
+    "webhook_url",
+)
 _MOST_NAMES: Final = 10_000  # that are remembered
 #: Between the words of a name in camel case.
 _WORD_ENDS: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
-#: A name in a text of JSON, also where that stands in another text: the end of a quoted text, and what follows it.
+#: A name in a text of JSON, also where that stands in another text: the end of a quoted text, and what
+#: follows it.
 _NAME_IN_TEXT: Final = re.compile(r"""([\w$-]{1,100})\\*["']\s*[:,]""")
 
 

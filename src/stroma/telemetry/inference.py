@@ -16,14 +16,15 @@ __all__ = ["InferenceMode", "InferenceSpans", "note_call", "note_end"]
 
 InferenceMode = Literal["auto", "always", "never"]
 
-#: Key in the notes of a node: the id of the span of a model call of somebody else around it, which reports what its answer
-#: used; and in the notes of a run, the ids of those whose answer has come.
+#: Key in the notes of a node: the id of the span of a model call of somebody else around it, which reports
+#: what its answer used; and in the notes of a run, the ids of those whose answer has come.
 _ENCLOSED: Final = "inside the span of a model call"
 _ANSWERED: Final = "spans of model calls that have an answer"
 #: Operations of the conventions that are model calls.
 _CALLS: Final = frozenset({"chat", "generate_content", "text_completion"})
-#: Keys in the notes of a node: the attempts in which a span of somebody else reported tokens; the spans of model calls of
-#: somebody else that have not ended, with their attempts; and by attempt what makes our span if none of them reports tokens.
+#: Keys in the notes of a node: the attempts in which a span of somebody else reported tokens; the spans of
+#: model calls of somebody else that have not ended, with their attempts; and by attempt what makes our span
+#: if none of them reports tokens.
 _INSTRUMENTED: Final = "attempts with a span that reports usage"
 _OPEN: Final = "open spans of model calls"
 _DEFERRED: Final = "deferred span of a model call"
@@ -112,7 +113,8 @@ class InferenceSpans:
     def emit(self, tracer: Tracer, node: NodeExecution, around: Context, more: dict[str, Any]) -> None:
         """Make the span of an attempt that has ended, with ``more`` attributes.
 
-        While the span of a model call in it is open, as that of a stream which the node hands on, that is put off.
+        While the span of a model call in it is open, as that of a stream which the node hands on, that is put
+        off.
         """
         usage, started = node.usage, node.started_ns or 0
         name = "chat" if usage.model is None else f"chat {usage.model}"

@@ -40,9 +40,10 @@ def log_hooks(
     """Create hooks that log one line per event, with run_id, pipeline, node_id, attempt and others as fields.
 
     Args:
-        logger: of ``logging`` (the fields are then its ``extra``) or of structlog. If none is given, structlog's as soon as
-            the application has configured that, until then "stroma.events".
-        content: see :class:`stroma.telemetry.content.Content`; with "redacted" states and messages are fields.
+        logger: of ``logging`` (the fields are then its ``extra``) or of structlog. If none is given,
+            structlog's as soon as the application has configured that, until then "stroma.events".
+        content: see :class:`stroma.telemetry.content.Content`; with "redacted" states and messages are
+            fields.
         deny_keys: names of fields whose values are never written.
         max_bytes: of one state or message.
     """

@@ -1,6 +1,7 @@
 """Data that SDKs drop: they log it at best, and their flush() says nothing of it.
 
-A method of the SDK's object is wrapped in place, once per object: none of the three SDKs has a callback for this.
+A method of the SDK's object is wrapped in place, once per object: none of the three SDKs has a callback for
+this.
 """
 
 from __future__ import annotations
@@ -34,8 +35,11 @@ class LossCounter:
         if is_first:
             logger.warning(
                 "%s: %d %s could not be sent (%s); further ones are only counted, and flush() returns False",
-                self._system, count, self._what, why,
-            )  # fmt: skip
+                self._system,
+                count,
+                self._what,
+                why,
+            )
 
 
 class Losses:

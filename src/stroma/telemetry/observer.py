@@ -46,8 +46,8 @@ _CLOSING_SECONDS: Final = 0.1
 #: True while log_hooks writes, so that an exporter of logs can skip events that its hooks have received.
 WRITING: Final[ContextVar[bool]] = ContextVar("stroma_writing", default=False)
 
-#: By the key of an exporter: its record of the run whose code this is. A coroutine that is closed from elsewhere has left
-#: its context behind, which this tells.
+#: By the key of an exporter: its record of the run whose code this is. A coroutine that is closed from
+#: elsewhere has left its context behind, which this tells.
 _HERE: Final[ContextVar[Mapping[int, Any]]] = ContextVar("stroma_here", default=MappingProxyType({}))
 
 T = TypeVar("T")
@@ -110,8 +110,8 @@ def exceeded(result: ExecutionResult) -> str | None:
 class Observer:
     """Base of the exporters. Each overrides the events that it needs; no hook is set for the others.
 
-    Methods are called in the task of their run or node, cannot await, and are not called again for nodes that were
-    restored from the journal.
+    Methods are called in the task of their run or node, cannot await, and are not called again for nodes that
+    were restored from the journal.
     """
 
     #: The system, in messages and errors.
@@ -204,8 +204,9 @@ class Observer:
     def around(self, node: NodeExecution) -> Any:
         """Return the note of this exporter for the nearest group or part of a flow around a node, else for its run, or None.
 
-        Not the current span: the task of a child may have been created inside the span of its sibling. Only a step that code
-        calls through a guard (``node.is_called``) is under the span that is current there, if that is of the same trace.
+        Not the current span: the task of a child may have been created inside the span of its sibling. Only a
+        step that code calls through a guard (``node.is_called``) is under the span that is current there, if
+        that is of the same trace.
         """
         branch, parent = node.branch, node.parent
         while parent is not None:

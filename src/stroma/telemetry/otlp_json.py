@@ -19,8 +19,8 @@ _SUCCEEDED: Final = ("COMPLETED", "RESUMED")
 def otlp_spans(record: RunRecord, attempts: Sequence[AttemptRecord]) -> dict[str, Any]:
     """Return the body of a POST to ``/v1/traces`` of an OTLP/HTTP receiver.
 
-    One span for the run; below it one for each node and each attempt. Span ids are derived from the run id, so
-    that a receiver that gets the body twice stores the same spans.
+    One span for the run; below it one for each node and each attempt. Span ids are derived from the run id,
+    so that a receiver that gets the body twice stores the same spans.
     """
     seed = f"{record.run_id}\0{record.execution}"
     trace = _derive_id(seed, 16)
@@ -29,18 +29,24 @@ def otlp_spans(record: RunRecord, attempts: Sequence[AttemptRecord]) -> dict[str
     failed = record.status not in (*_SUCCEEDED, "RUNNING", "SUSPENDED", "INTERRUPTED", "CANCELLED")
     spans = [
         _span(
-            _Ids(trace, run_span, ""), f"invoke_workflow {record.pipeline}", (record.started_ms * 1_000_000, end_ns),
+            _Ids(trace, run_span, ""),
+            f"invoke_workflow {record.pipeline}",
+            (record.started_ms * 1_000_000, end_ns),
             {
-                "gen_ai.operation.name": "invoke_workflow", "gen_ai.agent.name": record.pipeline,
-                "openinference.span.kind": "CHAIN", "stroma.pipeline": record.pipeline,
-                "stroma.run.id": record.run_id, "stroma.run.execution": record.execution,
+                "gen_ai.operation.name": "invoke_workflow",
+                "gen_ai.agent.name": record.pipeline,
+                "openinference.span.kind": "CHAIN",
+                "stroma.pipeline": record.pipeline,
+                "stroma.run.id": record.run_id,
+                "stroma.run.execution": record.execution,
                 "stroma.status": "INTERRUPTED" if is_interrupted(record) else record.status,
-                "stroma.tokens": record.tokens, "stroma.cost_usd": record.cost_usd,
+                "stroma.tokens": record.tokens,
+                "stroma.cost_usd": record.cost_usd,
                 "stroma.tags": list(record.tags) or None,
             },
             (record.error or record.status) if failed else None,
         )
-    ]  # fmt: skip
+    ]
     places: dict[tuple[int, str], list[AttemptRecord]] = {}
     for attempt in attempts:
         places.setdefault((attempt.position, attempt.branch), []).append(attempt)

@@ -35,10 +35,11 @@ _RUN_BUCKETS: Final = (0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 72
 def prometheus_hooks(*, registry: CollectorRegistry | None = None) -> ExporterHooks:
     """Create hooks that count runs and attempts.
 
-    Labels are the names of pipelines, nodes, models and the like, never a run id or a message. Any number of sets may
-    share a ``registry`` (prometheus_client's own if none is given): they feed the same metrics. Serving them is the
-    application's part, as with ``prometheus_client.start_http_server``. Where a span of OpenTelemetry is current and sampled,
-    counts of runs and attempts and their durations have it as exemplar, which pages in the OpenMetrics format show.
+    Labels are the names of pipelines, nodes, models and the like, never a run id or a message. Any number of
+    sets may share a ``registry`` (prometheus_client's own if none is given): they feed the same metrics.
+    Serving them is the application's part, as with ``prometheus_client.start_http_server``. Where a span of
+    OpenTelemetry is current and sampled, counts of runs and attempts and their durations have it as exemplar,
+    which pages in the OpenMetrics format show.
 
     Raises ImportError with the line that installs the extra.
     """
@@ -59,7 +60,8 @@ class _Metrics:
     """The metrics of one registry. Children are kept by their labels: looking one up takes microseconds."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        #: The children that an attempt feeds, by its labels: one look-up for two or three of them, which is 2 us less of 10.
+        #: The children that an attempt feeds, by its labels: one look-up for two or three of them, which is 2
+        #: us less of 10.
         self._attempts: dict[tuple[object, ...], tuple[Any, Any]] = {}
         self._usages: dict[tuple[object, ...], tuple[Any, Any, Any]] = {}
         self._collectors: list[Any] = []
@@ -128,16 +130,24 @@ class _Metrics:
         )
         self.run_seconds = _Children(
             Histogram(
-                "stroma_run_duration", "Wall time of runs.", ("pipeline", "status"), unit="seconds",
-                buckets=_RUN_BUCKETS, registry=registry,
+                "stroma_run_duration",
+                "Wall time of runs.",
+                ("pipeline", "status"),
+                unit="seconds",
+                buckets=_RUN_BUCKETS,
+                registry=registry,
             )
-        )  # fmt: skip
+        )
         self.node_seconds = _Children(
             Histogram(
-                "stroma_node_duration", "Wall time of a node's function, by attempt.",
-                ("pipeline", "node_id"), unit="seconds", buckets=NODE_BUCKETS, registry=registry,
+                "stroma_node_duration",
+                "Wall time of a node's function, by attempt.",
+                ("pipeline", "node_id"),
+                unit="seconds",
+                buckets=NODE_BUCKETS,
+                registry=registry,
             )
-        )  # fmt: skip
+        )
         self.executions = counter(
             "stroma_node_executions", "Attempts that ended.", "node_id", "outcome", "failure_class", "reason"
         )

@@ -261,8 +261,10 @@ class _StrategyBuilder:
 
     def _float(self, schema: Mapping[str, Any], path: str) -> Strategy:
         step = schema.get("multiple_of")
-        low, high = (max(_bounds(schema.get("ge"), schema.get("gt")), default=None),
-                     min(_bounds(schema.get("le"), schema.get("lt")), default=None))  # fmt: skip
+        low, high = (
+            max(_bounds(schema.get("ge"), schema.get("gt")), default=None),
+            min(_bounds(schema.get("le"), schema.get("lt")), default=None),
+        )
         if step:
             return st.integers(-1000, 1000).map(lambda n: n * step).filter(_within(schema))
         strategy = st.floats(_as_float(low), _as_float(high), allow_nan=False, allow_infinity=False)
@@ -335,7 +337,11 @@ class _StrategyBuilder:
         low, high = _datetime_bounds(schema, step, dt.datetime.min, dt.datetime.max, now)
         if schema.get("now_op") is not None:
             # One day of margin for any time zone.
-            low, high = (now + dt.timedelta(days=1), high) if schema["now_op"] == "future" else (low, now - dt.timedelta(days=1))  # fmt: skip
+            low, high = (
+                (now + dt.timedelta(days=1), high)
+                if schema["now_op"] == "future"
+                else (low, now - dt.timedelta(days=1))
+            )
         strategy = st.datetimes(_naive(low), _naive(high), timezones=zones)
         aware = [bound for bound in (low, high) if bound.tzinfo is not None]
         return strategy.map(

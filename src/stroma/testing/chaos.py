@@ -19,8 +19,8 @@ from stroma.engine.interceptors import INTERCEPTORS, Call, Interceptor
 
 __all__ = ["Chaos"]
 
-#: Faults. "again": the output is lost and the node is called again, as after a crash between its end and its commit.
-#: "slow": other nodes run first.
+#: Faults. "again": the output is lost and the node is called again, as after a crash between its end and its
+#: commit. "slow": other nodes run first.
 _KINDS: Final = ("again", "again", "slow")
 
 

@@ -19,9 +19,38 @@ __all__ = ["CheckpointStoreTests"]
 
 #: Ids that are hard to distinguish, to quote or to order.
 HARD_IDS = (
-    "a", "a:b", "a:", ":b", "*", "?", "[a]", "/", "..", "a/b", "a\nb", " ", "a ", "'", '"', "%", "_", "\\", "{a}", "}{",
-    "é", "e\u0301", "🦜", "\u00a0", "A", "last", "\x7f", "\ufffe", "\U0010ffff", "x" * 3000, "x" * 2999 + "y",
-)  # fmt: skip
+    "a",
+    "a:b",
+    "a:",
+    ":b",
+    "*",
+    "?",
+    "[a]",
+    "/",
+    "..",
+    "a/b",
+    "a\nb",
+    " ",
+    "a ",
+    "'",
+    '"',
+    "%",
+    "_",
+    "\\",
+    "{a}",
+    "}{",
+    "é",
+    "e\u0301",
+    "🦜",
+    "\u00a0",
+    "A",
+    "last",
+    "\x7f",
+    "\ufffe",
+    "\U0010ffff",
+    "x" * 3000,
+    "x" * 2999 + "y",
+)
 
 
 class State(BaseModel):
@@ -49,8 +78,8 @@ class Document(BaseModel):
 class CheckpointStoreTests:
     """Conformance tests of the simple protocol, sync or async. Inherit, and define a fixture ``store`` with an empty store.
 
-    Override :meth:`reopened` if the data outlives the object. pytest-asyncio must be in auto mode, or your class be
-    marked ``asyncio``.
+    Override :meth:`reopened` if the data outlives the object. pytest-asyncio must be in auto mode, or your
+    class be marked ``asyncio``.
     """
 
     @pytest.fixture

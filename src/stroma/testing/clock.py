@@ -38,15 +38,15 @@ _ROUNDING: Final = 1e-6
 class FakeClock:
     """Clock that stands still while code runs, and jumps over each wait when nothing else can run.
 
-    A context manager, for code with and without an event loop; ``stroma_clock`` is the fixture. Inside of it, all
-    event loops of the process and Stroma itself use it: ``asyncio.sleep`` and ``asyncio.timeout`` of any code, waits
-    between attempts, Retry-After (dates, too), time limits of nodes and hooks, latency budgets, durations in the trace,
-    limits, breakers, and budgets that runs share in memory or SQLite. Waits end in the order in which they are due, across
-    runs.
+    A context manager, for code with and without an event loop; ``stroma_clock`` is the fixture. Inside of it,
+    all event loops of the process and Stroma itself use it: ``asyncio.sleep`` and ``asyncio.timeout`` of any
+    code, waits between attempts, Retry-After (dates, too), time limits of nodes and hooks, latency budgets,
+    durations in the trace, limits, breakers, and budgets that runs share in memory or SQLite. Waits end in
+    the order in which they are due, across runs.
 
-    Work outside of the event loop takes real time. While a thread of Stroma or of ``asyncio.to_thread``, or a store, is
-    working, the clock advances like a real one. While sockets are open it jumps over waits between attempts
-    only. Leases use the clock of their store, and code that calls ``time.time()`` the real one.
+    Work outside of the event loop takes real time. While a thread of Stroma or of ``asyncio.to_thread``, or a
+    store, is working, the clock advances like a real one. While sockets are open it jumps over waits between
+    attempts only. Leases use the clock of their store, and code that calls ``time.time()`` the real one.
 
     Attributes:
         waits: seconds of each wait between two attempts, in the order in which they began.

@@ -35,8 +35,8 @@ def inputs_of(
 ) -> SearchStrategy[BaseModel]:
     """Return a hypothesis strategy for instances of a model, from the schema of all fields, nested models included.
 
-    ``fields``: strategies for single fields. Raises ImportError without hypothesis, TypeError that names a field without a
-    known strategy.
+    ``fields``: strategies for single fields. Raises ImportError without hypothesis, TypeError that names a
+    field without a known strategy.
     """
     try:
         from stroma.testing._strategies import instances
@@ -61,14 +61,15 @@ def assert_contract_holds(
 ) -> None:
     """Call a node with inputs that its input schema accepts, and check each output against its output schema.
 
-    Each example is a run of this one node, without retries and without waits. A node that calls a provider needs a recording
-    or a fake of it. The examples are the same each time, unless a ``seed`` is passed.
+    Each example is a run of this one node, without retries and without waits. A node that calls a provider
+    needs a recording or a fake of it. The examples are the same each time, unless a ``seed`` is passed.
 
-    ``fields``: strategies of hypothesis for single fields of the input; ``inputs``: one for the whole input. ``runner``: source of
-    contracts and context. ``allow``: exceptions that the node may raise.
+    ``fields``: strategies of hypothesis for single fields of the input; ``inputs``: one for the whole input.
+    ``runner``: source of contracts and context. ``allow``: exceptions that the node may raise.
 
-    Raises AssertionError with the smallest input that breaks the contract, or that the node raises for; ImportError
-    without hypothesis; TypeError for a group, a node without a contract, or an input without a known strategy.
+    Raises AssertionError with the smallest input that breaks the contract, or that the node raises for;
+    ImportError without hypothesis; TypeError for a group, a node without a contract, or an input without a
+    known strategy.
     """
     target = find_node(node)
     runner = runner or StromaRunner.quick()
@@ -98,10 +99,15 @@ def _single_attempt_runner(runner: StromaRunner) -> StromaRunner:
     never = FailurePolicy(max_retries=0, backoff_seconds=0.0)
     config = runner.config.model_copy(
         update={
-            "policy_map": dict.fromkeys(FailureClass, never), "node_policies": {}, "contract_retries": {},
-            "shared_budgets": (), "limits": {}, "node_limits": {}, "breaker": None,
+            "policy_map": dict.fromkeys(FailureClass, never),
+            "node_policies": {},
+            "contract_retries": {},
+            "shared_budgets": (),
+            "limits": {},
+            "node_limits": {},
+            "breaker": None,
         }
-    )  # fmt: skip
+    )
     return StromaRunner(runner.registry, CheckpointManager(AsyncInMemoryStore()), config)
 
 
@@ -122,12 +128,20 @@ def _try_examples(
         if seed is not None:
             wrapped = seeded(seed)(wrapped)
         settings(
-            max_examples=count, deadline=None, database=None, derandomize=seed is None, print_blob=False,
-            report_multiple_bugs=False, suppress_health_check=[
-                HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large, HealthCheck.large_base_example,
+            max_examples=count,
+            deadline=None,
+            database=None,
+            derandomize=seed is None,
+            print_blob=False,
+            report_multiple_bugs=False,
+            suppress_health_check=[
+                HealthCheck.too_slow,
+                HealthCheck.filter_too_much,
+                HealthCheck.data_too_large,
+                HealthCheck.large_base_example,
             ],
             phases=(Phase.explicit, Phase.generate, Phase.target, Phase.shrink),
-        )(wrapped)()  # fmt: skip
+        )(wrapped)()
 
 
 def _failure_message(node_id: str, state: BaseModel, error: BaseException, message: str) -> str:

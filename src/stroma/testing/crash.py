@@ -85,8 +85,9 @@ class Life:
 class Deaths(Interceptor):
     """Interceptor that ends the process at the first boundary that ``at`` selects.
 
-    In this process that means: no node or hook is called any more, nothing is stored, and the lease is released. ``kill``:
-    send SIGKILL to this process. ``report``: called at each boundary and commit, before the death.
+    In this process that means: no node or hook is called any more, nothing is stored, and the lease is
+    released. ``kill``: send SIGKILL to this process. ``report``: called at each boundary and commit, before
+    the death.
     """
 
     def __init__(

@@ -16,10 +16,10 @@ __all__ = ["pipeline_in"]
 def pipeline_in(path: str | PathLike[str], name: str = "pipeline") -> Pipeline:
     """Return the Pipeline of that name in a Python file, or the result of the function of that name.
 
-    A pipeline without a config has the settings of the runner of the file, as under ``stroma run FILE:NAME``. The file is
-    loaded once per process; it can import its neighbours, as under ``python FILE``. Raises FileNotFoundError, LookupError
-    for an unknown name and for several runners with settings, TypeError for a value that is not a pipeline, and any
-    exception of the file.
+    A pipeline without a config has the settings of the runner of the file, as under ``stroma run FILE:NAME``.
+    The file is loaded once per process; it can import its neighbours, as under ``python FILE``. Raises
+    FileNotFoundError, LookupError for an unknown name and for several runners with settings, TypeError for a
+    value that is not a pipeline, and any exception of the file.
     """
     file = Path(path).resolve()
     if not file.exists():

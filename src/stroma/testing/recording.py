@@ -55,10 +55,24 @@ class RecordedAttempt:
     def as_record(self, position: int) -> AttemptRecord:
         """Return the attempt as a store would list it at a position."""
         return AttemptRecord(
-            position, self.branch, self.node_id, self.attempt, 0, self.duration_ms, self.outcome, self.failure_class,
-            self.message, self.reason, self.tokens, self.output_tokens, self.cost_usd, self.model, self.output,
-            output_bytes=None if self.output is None else len(self.output), error_type=self.error_type,
-        )  # fmt: skip
+            position,
+            self.branch,
+            self.node_id,
+            self.attempt,
+            0,
+            self.duration_ms,
+            self.outcome,
+            self.failure_class,
+            self.message,
+            self.reason,
+            self.tokens,
+            self.output_tokens,
+            self.cost_usd,
+            self.model,
+            self.output,
+            output_bytes=None if self.output is None else len(self.output),
+            error_type=self.error_type,
+        )
 
     def committed(self) -> Committed:
         assert self.output is not None
@@ -89,9 +103,9 @@ class RecordedRun:
     def read(cls, store: Any, run_id: str, *, redact: Redact | None = None) -> RecordedRun:
         """Read a run from a journal store; blocking.
 
-        ``redact``: see RunConfig; applied to every state and every message. A value that it removes from a state is removed
-        from messages, too.
-        Raises CheckpointNotFound if there is no such run, CorruptCheckpoint for a damaged output, StoreError.
+        ``redact``: see RunConfig; applied to every state and every message. A value that it removes from a
+        state is removed from messages, too. Raises CheckpointNotFound if there is no such run,
+        CorruptCheckpoint for a damaged output, StoreError.
         """
         record = store.get_run(run_id)
         if record is None:
@@ -202,9 +216,23 @@ def _stored(value: Any) -> bytes:
 def _attempt(one: AttemptRecord, contracts: Mapping[tuple[int, str], str]) -> RecordedAttempt:
     contract = None if one.output is None else contracts.get((one.position, one.branch))
     return RecordedAttempt(
-        one.position, one.branch, one.node_id, one.attempt, one.outcome, one.failure_class, one.message, one.error_type, one.reason,
-        one.tokens, one.output_tokens, one.cost_usd, one.model, one.duration_ms, one.output, contract,
-    )  # fmt: skip
+        one.position,
+        one.branch,
+        one.node_id,
+        one.attempt,
+        one.outcome,
+        one.failure_class,
+        one.message,
+        one.error_type,
+        one.reason,
+        one.tokens,
+        one.output_tokens,
+        one.cost_usd,
+        one.model,
+        one.duration_ms,
+        one.output,
+        contract,
+    )
 
 
 def _of_last_process(attempts: list[AttemptRecord]) -> list[AttemptRecord]:

@@ -51,9 +51,9 @@ class Difference:
     """A difference in behaviour between the recording and the current code.
 
     Attributes:
-        kind: "input" (rejected now), "missing" and "new" (nodes), "contract" (an output or input breaks it now, or no longer
-            does), "schema" (it has changed, and the output still fits), "decision" (attempts, stops, budgets), "output" (changed
-            by a group, a validator or a called node), "status".
+        kind: "input" (rejected now), "missing" and "new" (nodes), "contract" (an output or input breaks it
+            now, or no longer does), "schema" (it has changed, and the output still fits), "decision"
+            (attempts, stops, budgets), "output" (changed by a group, a validator or a called node), "status".
         at: position and place in groups: "2", "2.0"; "" for the whole run.
     """
 

@@ -85,18 +85,21 @@ async def replay(
 ) -> Replay:
     """Run a recorded run again by the current code, with the recorded outputs instead of calls.
 
-    Contracts, validators, classification, decisions to retry or to stop, repairs, the arithmetic of budgets, groups and the
-    order of nodes are those of the current code; the usage and the cost of each attempt are the recorded ones. Nothing waits,
-    no hook is called, and nothing is stored. Maps whose items or outputs are outside of the state are replayed as a whole.
+    Contracts, validators, classification, decisions to retry or to stop, repairs, the arithmetic of budgets,
+    groups and the order of nodes are those of the current code; the usage and the cost of each attempt are
+    the recorded ones. Nothing waits, no hook is called, and nothing is stored. Maps whose items or outputs
+    are outside of the state are replayed as a whole.
 
-    ``runner``: source of contracts and config; that of the pipeline by default. ``start_at``: nodes from this one on are called.
+    ``runner``: source of contracts and config; that of the pipeline by default. ``start_at``: nodes from this
+        one on are called.
     ``state``: input of this node, or of the whole run, instead of the recorded one, as a model or plain data.
 
-    A journal has the message and the class of a failure, not the exception: the current classifiers get one with that
-    message, and where none returns a class the recorded one is used. The retry delay of a server is not recorded: a run that
-    stopped after a failure of that kind stops here, too.
+    A journal has the message and the class of a failure, not the exception: the current classifiers get one
+    with that message, and where none returns a class the recorded one is used. The retry delay of a server is
+    not recorded: a run that stopped after a failure of that kind stops here, too.
 
-    Raises ValueError for an unknown ``start_at``, TypeError for a ``state`` that replaces the output of a group.
+    Raises ValueError for an unknown ``start_at``, TypeError for a ``state`` that replaces the output of a
+    group.
     """
     nodes = list(pipeline.nodes if isinstance(pipeline, Pipeline) else pipeline)
     records = [find_node(node) for node in nodes]
@@ -149,9 +152,16 @@ async def _run(
     with contextlib.suppress(Exception):  # It may hold a client, which cannot be copied.
         context = copy.deepcopy(context)
     changed: dict[str, Any] = {
-        "run_id": new_run_id(), "resume": False, "resume_from": None, "if_exists": "restart", "hooks": NodeHooks(),
-        "hook_delivery": "at_most_once", "shared_budgets": (), "check": False, "context": context,
-    }  # fmt: skip
+        "run_id": new_run_id(),
+        "resume": False,
+        "resume_from": None,
+        "if_exists": "restart",
+        "hooks": NodeHooks(),
+        "hook_delivery": "at_most_once",
+        "shared_budgets": (),
+        "check": False,
+        "context": context,
+    }
     if not calls:
         changed |= {"limits": {}, "node_limits": {}, "breaker": None, "node_timeouts": {}}
     config = config.model_copy(update=changed)

@@ -66,21 +66,23 @@ async def assert_resumable(
 ) -> Resumability:
     """Prove that a pipeline survives the death of its process, at every boundary of its run.
 
-    The pipeline is run twice without a death: both runs must be equal. Then, for every boundary of that run (see
-    ``crash_at``), a process runs it and dies there, and another one resumes it. No committed node may be called again, and
-    the final state must be that of the undisturbed run, as must the outputs that maps write to files or the journal. All
-    runs share one temporary SQLite file; waits take no time, as under FakeClock.
+    The pipeline is run twice without a death: both runs must be equal. Then, for every boundary of that run
+    (see ``crash_at``), a process runs it and dies there, and another one resumes it. No committed node may be
+    called again, and the final state must be that of the undisturbed run, as must the outputs that maps write
+    to files or the journal. All runs share one temporary SQLite file; waits take no time, as under FakeClock.
 
-    ``pipeline``: a Pipeline, its nodes, or plain code: an async function of ``(ctx, state)`` that calls ``execute_step``.
-    ``runner``: source of config and contracts; its store is replaced, and shared budgets are skipped. ``ignore``: fields of the
-    final state that may differ, such as ``"made_at"``, ``"lines.0"``.
+    ``pipeline``: a Pipeline, its nodes, or plain code: an async function of ``(ctx, state)`` that calls
+        ``execute_step``.
+    ``runner``: source of config and contracts; its store is replaced, and shared budgets are skipped.
+    ``ignore``: fields of the final state that may differ, such as ``"made_at"``, ``"lines.0"``.
 
-    ``processes``: True forks each process and kills it with SIGKILL, so that the memory of nodes is lost. Memory that this
-    process has before the fork is not: a global that an earlier test has filled hides that it is needed. The default is
-    True where the system has fork(), unless ``effects`` is passed.
-    ``effects``: returns the side effects of the pipeline as plain data, such as a list of mails sent; they must equal those
-    of the undisturbed run. A node whose process dies after its work and before its commit is called again, so work that must
-    be done once needs ``effect=True`` and ``reconcile=``, or ``current_node().idempotency_key``. ``reset``: called before each run, to remove side effects. With
+    ``processes``: True forks each process and kills it with SIGKILL, so that the memory of nodes is lost.
+    Memory that this process has before the fork is not: a global that an earlier test has filled hides that
+    it is needed. The default is True where the system has fork(), unless ``effects`` is passed.
+    ``effects``: returns the side effects of the pipeline as plain data, such as a list of mails sent; they
+    must equal those of the undisturbed run. A node whose process dies after its work and before its commit is
+    called again, so work that must be done once needs ``effect=True`` and ``reconcile=``, or
+    ``current_node().idempotency_key``. ``reset``: called before each run, to remove side effects. With
     ``processes=True`` both must use data that processes share: files, a server.
 
     ``most``: maximum number of boundaries, spread over the run. ``timeout_seconds``: limit for each process.
@@ -91,9 +93,15 @@ async def assert_resumable(
     forks = _uses_processes(processes, effects)
     with tempfile.TemporaryDirectory(prefix="stroma-resumable-") as directory:
         trial = Trial(
-            proven, state, runner or StromaRunner.quick(), Path(directory, "runs.db"), forks, effects, reset,
+            proven,
+            state,
+            runner or StromaRunner.quick(),
+            Path(directory, "runs.db"),
+            forks,
+            effects,
+            reset,
             timeout_seconds,
-        )  # fmt: skip
+        )
         ignored = tuple(ignore)
         undisturbed = await _undisturbed_twice(trial, ignored)
         boundaries = _some(list(dict.fromkeys(undisturbed.boundaries)), most)
@@ -225,10 +233,11 @@ def _describe_changes(difference: list[Change], ignore: tuple[str, ...]) -> str:
         c for c in difference if not any(c.path == path or c.path.startswith(f"{path}.") for path in ignore)
     ]
     descriptions = [
-        f"{change.path or 'the value'} {_short(change.a)} -> {_short(change.b)}" if change.kind == "changed"
+        f"{change.path or 'the value'} {_short(change.a)} -> {_short(change.b)}"
+        if change.kind == "changed"
         else f"{change.path} {change.kind}"
         for change in counted[:3]
-    ]  # fmt: skip
+    ]
     return "; ".join(descriptions) + (f"; and {len(counted) - 3} more" if len(counted) > 3 else "")
 
 

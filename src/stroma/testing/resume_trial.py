@@ -101,9 +101,13 @@ class Trial:
         except Exception:  # It may hold a client, which cannot be copied.
             context = dict(config.context)
         changed: dict[str, Any] = {
-            "run_id": run_id, "resume": resume, "resume_from": None, "if_exists": "restart", "context": context,
+            "run_id": run_id,
+            "resume": resume,
+            "resume_from": None,
+            "if_exists": "restart",
+            "context": context,
             "shared_budgets": (),
-        }  # fmt: skip
+        }
         config = config.model_copy(update=changed)
         manager = CheckpointManager(store)
         state = schema_of(type(self.state)).copy(self.state)

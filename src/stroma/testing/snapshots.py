@@ -22,8 +22,8 @@ def trace_snapshot(
 ) -> str:
     """Return a trace, or a result, as text without times, durations and the run id.
 
-    Nodes that ran concurrently are listed in the order of their places. ``states``: with the input and the output of each
-    attempt. ``hide``: names of fields, at any depth, that are shown as ``...``.
+    Nodes that ran concurrently are listed in the order of their places. ``states``: with the input and the
+    output of each attempt. ``hide``: names of fields, at any depth, that are shown as ``...``.
     """
     lines: list[str] = []
     result = trace if isinstance(trace, ExecutionResult) else None

@@ -43,12 +43,14 @@ def strip_of(entry: OutlineEntry, children: Sequence[OutlineEntry], attempt_pref
     words = ", ".join(
         text
         for count, text in (
-            (ok, f"{ok:,} ok"), (counts.get("r", 0), f"{counts.get('r', 0):,} of them retried"),
-            (counts.get("b", 0), f"{counts.get('b', 0):,} failed"), (counts.get("w", 0), f"{counts.get('w', 0):,} stopped"),
+            (ok, f"{ok:,} ok"),
+            (counts.get("r", 0), f"{counts.get('r', 0):,} of them retried"),
+            (counts.get("b", 0), f"{counts.get('b', 0):,} failed"),
+            (counts.get("w", 0), f"{counts.get('w', 0):,} stopped"),
             (counts.get("x", 0), f"{counts.get('x', 0):,} without an attempt"),
         )
         if count
-    )  # fmt: skip
+    )
     height = math.ceil(len(tones) / columns) * size
     return (
         f'<div class="strip"><p>{pluralize(len(tones), "item")}: {words} <output class="dim"></output></p>'

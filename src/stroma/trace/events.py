@@ -81,7 +81,8 @@ class AttemptUsage:
 
     Attributes:
         cached_input_tokens: the part of the input that was read from the provider's cache.
-        cache_write_tokens: the part of the input that was written to it. Stores keep neither of the two, but the price.
+        cache_write_tokens: the part of the input that was written to it. Stores keep neither of the two, but
+            the price.
     """
 
     tokens: int = 0
@@ -148,8 +149,11 @@ class BoundedRows(list["AttemptRow | TraceEvent"]):
             used = one.usage or NO_USAGE
             tokens, output_tokens, cost, ns = self._sums.get((one.node_id, used.model), (0, 0, 0.0, 0))
             self._sums[one.node_id, used.model] = (
-                tokens + used.tokens, output_tokens + used.output_tokens, cost + used.cost_usd, ns + one.function_ns,
-            )  # fmt: skip
+                tokens + used.tokens,
+                output_tokens + used.output_tokens,
+                cost + used.cost_usd,
+                ns + one.function_ns,
+            )
             self._events += 1
             self._failures += one.failure is not None
             if one.output is None:
@@ -165,8 +169,11 @@ class BoundedRows(list["AttemptRow | TraceEvent"]):
         for node_id, tokens, output_tokens, cost, ns, model in left_out.figures:
             sums = self._sums.get((node_id, model), (0, 0, 0.0, 0))
             self._sums[node_id, model] = (
-                sums[0] + tokens, sums[1] + output_tokens, sums[2] + cost, sums[3] + ns,
-            )  # fmt: skip
+                sums[0] + tokens,
+                sums[1] + output_tokens,
+                sums[2] + cost,
+                sums[3] + ns,
+            )
         self._events += left_out.events
         self._failures += left_out.failures
         self._lost_tokens += left_out.lost_tokens
@@ -217,8 +224,8 @@ class TraceEvent:
         attempt: 1-based.
         timestamp_utc: the attempt's start, aware.
         output_state: None on failure; kept for an attempt that took the run over its budget.
-        duration_ms: wall time of the node's function alone; of a group from the first start of a function inside it to the
-            last end of one.
+        duration_ms: wall time of the node's function alone; of a group from the first start of a function
+            inside it to the last end of one.
         failure: its class, or None.
         outcome: "success", "failure", "cancelled" or "suspended".
         reason: a stable word for the failure, such as "rate_limit"; None if unknown.
@@ -227,8 +234,8 @@ class TraceEvent:
         usage: what the attempt used.
         position: where in the run the node stands, 0-based.
         branch: "" at the top level; "0", "1", "0.1" for children of groups and items of a map.
-        function_ms: for how long its function ran, waits between attempts apart; of a group any function inside it. None of
-            an event that somebody else made.
+        function_ms: for how long its function ran, waits between attempts apart; of a group any function
+            inside it. None of an event that somebody else made.
         left_out: the events that are counted, not kept: of a map whose items or outputs are not in the state.
     """
 
@@ -262,9 +269,21 @@ class TraceEvent:
 
 
 MarkKind = Literal[
-    "wait", "refused", "cooldown", "circuit_open", "circuit_half_open", "circuit_closed",
-    "slept", "sleeping", "answered", "open", "expired", "received", "receiving", "missed",
-]  # fmt: skip
+    "wait",
+    "refused",
+    "cooldown",
+    "circuit_open",
+    "circuit_half_open",
+    "circuit_closed",
+    "slept",
+    "sleeping",
+    "answered",
+    "open",
+    "expired",
+    "received",
+    "receiving",
+    "missed",
+]
 #: Kinds of a sleep, of a question and of a wait for a message, of a flow: they belong to no attempt.
 SLEEPS: Final = ("slept", "sleeping")
 QUESTIONS: Final = ("answered", "open", "expired")
@@ -276,9 +295,10 @@ class TraceMark:
     """An event of an attempt before or after its call, or a wait of a flow, whose id it has.
 
     Attributes:
-        kind: "wait" for its turn, "refused" by a shared budget, a limit or an open circuit, the "cooldown" of a limit that it
-            has begun, or what a circuit came to; of a sleep "slept" or "sleeping", of a question "answered", "expired" or "open", of a wait
-            for a message "received", "receiving" or "missed".
+        kind: "wait" for its turn, "refused" by a shared budget, a limit or an open circuit, the "cooldown" of
+            a limit that it has begun, or what a circuit came to; of a sleep "slept" or "sleeping", of a
+            question "answered", "expired" or "open", of a wait for a message "received", "receiving" or
+            "missed".
         reason: what for, in words; of a circuit the host or limit, of a cooldown the limit.
         waited_ms: how long it waited in this process; 0 for all else.
         at_utc: when it was noted: a wait at its end.

@@ -1,7 +1,8 @@
 """One run as HTML: a box with the cause, a Gantt with a bar for every attempt, and every attempt with its states.
 
-Rows of plain data come in, text goes out that stands by itself: no script, no font, no address, no style attribute, every
-word escaped. A notebook, the file to attach to a bug report, ``stroma export --format html`` and the web interface share it.
+Rows of plain data come in, text goes out that stands by itself: no script, no font, no address, no style
+attribute, every word escaped. A notebook, the file to attach to a bug report, ``stroma export --format html``
+and the web interface share it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Outline of a run: its attempts as a tree of calls, with repeated calls of one node folded into one entry.
 
-The terminal, the Gantt chart, the pages and the graph of recorded runs all draw this tree. It reads places of attempts
-("2", "2.0", "0.judge#1") as ``checkpoint/identity.py`` writes them; it calls no user code.
+The terminal, the Gantt chart, the pages and the graph of recorded runs all draw this tree. It reads places of
+attempts ("2", "2.0", "0.judge#1") as ``checkpoint/identity.py`` writes them; it calls no user code.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class OutlineEntry:
         at: the place; of a fold that of its first call.
         label: the text that names it, as stored: clean it before it is shown.
         kind: "fold" for repeated calls of one node, which are its entries.
-        bars: its attempts in order of their start; [] for a map, and for a group, flow or node that has not ended.
+        bars: its attempts in order of their start; [] for a map, and for a group, flow or node that has not
+            ended.
         call: None for a position, and for the child of a group.
     """
 
@@ -126,8 +127,8 @@ class OutlineEntry:
 def outline(bars: Iterable[Bar], waits: Iterable[Bar] = ()) -> list[OutlineEntry]:
     """Return the attempts of a run as a tree, nothing folded.
 
-    Children of groups come by their index, calls in the order in which they started. ``waits``: those of flows, each
-    as a bar.
+    Children of groups come by their index, calls in the order in which they started. ``waits``: those of
+    flows, each as a bar.
     """
     known: dict[str, OutlineEntry] = {}
     for bar in bars:
@@ -187,8 +188,8 @@ def _without_attempts(at: str) -> OutlineEntry:
 def fold(entries: Sequence[OutlineEntry], *, items: bool = False) -> list[OutlineEntry]:
     """Return an outline with repeated calls folded: of one node, in one flow or task. Folds hold what they fold.
 
-    Items of a map of a flow are folded too, and with ``items`` those of a map in a list. Other children of groups and waits
-    are not.
+    Items of a map of a flow are folded too, and with ``items`` those of a map in a list. Other children of
+    groups and waits are not.
     """
     return _fold(entries, None, items)
 

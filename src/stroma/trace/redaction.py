@@ -101,8 +101,8 @@ def hidden_values(states: Iterable[tuple[Any, Any]]) -> frozenset[str]:
 def hide_words(redact: Redact | None, text: str, hidden: Iterable[str]) -> str:
     """Return a message as ``redact`` allows it to be seen.
 
-    Of a broken contract the paths are kept. In any other message none of the ``hidden`` values stands; and redact sees
-    it, as ``{"message": text}``.
+    Of a broken contract the paths are kept. In any other message none of the ``hidden`` values stands; and
+    redact sees it, as ``{"message": text}``.
     """
     if redact is None:
         return text
@@ -147,8 +147,8 @@ class Shown:
     def to_html(self, path: str | os.PathLike[str] | None = None, *, redact: Redact | None = None) -> str:
         """Return one self-contained HTML file, to attach to a bug report: it loads nothing and runs nothing.
 
-        ``path``: also written there, readable by its owner only. ``redact``: applied to each state and each message; pass that
-        of your RunConfig. Secrets of pydantic's types are masked all the same.
+        ``path``: also written there, readable by its owner only. ``redact``: applied to each state and each
+        message; pass that of your RunConfig. Secrets of pydantic's types are masked all the same.
         """
         from stroma.trace.html import document
 

@@ -76,8 +76,9 @@ class Question:
     """A question that a suspended run asks.
 
     Attributes:
-        id: identifies the question in its run, for ``runner.signal(run_id, answer, question=id)``. It is made of the call
-            that asks, and never of the text or the class of the answer: a reworded question has the same id.
+        id: identifies the question in its run, for ``runner.signal(run_id, answer, question=id)``. It is made
+            of the call that asks, and never of the text or the class of the answer: a reworded question has
+            the same id.
         reason: the text of the question; "effect" if it is how a call of an effect ended.
         kind: "approval", or "effect" for a question that takes the output of a call, or NotDone().
         node_id: the node or flow that asks.
@@ -95,10 +96,11 @@ class Question:
 class ExecutionResult(Shown, Generic[StateT]):
     """The result of a run.
 
-    Pydantic serialises it, and a FastAPI endpoint that is annotated ``-> ExecutionResult[Out]`` returns it, as ``run_id``,
-    ``status``, ``final_state`` (an object or null), ``total_cost_usd``, ``total_tokens``, ``failure`` (null, or ``type``,
-    ``message``, ``failure_class``, ``node_id``, ``attempt``, ``reason``, ``retry_after_seconds``), ``unpriced_models``,
-    ``suspended``, ``failed_items`` and ``questions``; without the trace and errors of hooks. The message is the exception's own text.
+    Pydantic serialises it, and a FastAPI endpoint that is annotated ``-> ExecutionResult[Out]`` returns it,
+    as ``run_id``, ``status``, ``final_state`` (an object or null), ``total_cost_usd``, ``total_tokens``,
+    ``failure`` (null, or ``type``, ``message``, ``failure_class``, ``node_id``, ``attempt``, ``reason``,
+    ``retry_after_seconds``), ``unpriced_models``, ``suspended``, ``failed_items`` and ``questions``; without
+    the trace and errors of hooks. The message is the exception's own text.
 
     Attributes:
         run_id: id of the run.
@@ -112,7 +114,8 @@ class ExecutionResult(Shown, Generic[StateT]):
         failed_items: number of failed items of its maps that did not stop the run, see ``on_item_failure``.
         hook_errors: exceptions of hooks, which changed nothing.
         questions: the open questions of a SUSPENDED run; ``suspended`` has their texts too.
-        unpriced_models: models without a known price, which count as 0 USD; "(no model)" for tokens without a model.
+        unpriced_models: models without a known price, which count as 0 USD; "(no model)" for tokens without a
+            model.
     """
 
     run_id: str
@@ -139,17 +142,26 @@ class ExecutionResult(Shown, Generic[StateT]):
             failed = [bar for bar in story.bars if bar.message == message and bar.outcome == "failure"]
             at = max(failed, key=lambda bar: (bar.began_ms, len(bar.at)), default=None)
             box = StopCause(
-                failure.node_id if at is None else at.node_id, "?" if at is None else at.at, failure.attempt,
-                failure.failure_class.value, message, failure.reason,
-            )  # fmt: skip
+                failure.node_id if at is None else at.node_id,
+                "?" if at is None else at.at,
+                failure.attempt,
+                failure.failure_class.value,
+                message,
+                failure.reason,
+            )
         facts = [("unpriced", ", ".join(self.unpriced_models))] if self.unpriced_models else []
         facts += [
             ("waits for", hide_words(redact, reason, self.trace._hidden(redact))) for reason in self.suspended
         ]
         return dataclasses.replace(
-            story, run_id=self.run_id, status=self.status.value, tokens=self.total_tokens, cost_usd=self.total_cost_usd,
-            box=box, facts=tuple(facts),
-        )  # fmt: skip
+            story,
+            run_id=self.run_id,
+            status=self.status.value,
+            tokens=self.total_tokens,
+            cost_usd=self.total_cost_usd,
+            box=box,
+            facts=tuple(facts),
+        )
 
     @property
     def output(self) -> StateT:

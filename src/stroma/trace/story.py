@@ -22,13 +22,15 @@ class Bar:
 
     Attributes:
         at: its place in the run: "2", "2.0" for a child of a group.
-        began_ms, took_ms: since the first attempt began, and of the function alone; of a group, from the first function inside
-            it to the last.
-        outcome: "success", "failure", "cancelled", "suspended" or "forked"; of a wait of a flow "sleeping" or "slept", or of
-            a question "open", "answered" or "expired", or for a message "receiving", "received" or "missed".
+        began_ms, took_ms: since the first attempt began, and of the function alone; of a group, from the
+            first function inside it to the last.
+        outcome: "success", "failure", "cancelled", "suspended" or "forked"; of a wait of a flow "sleeping" or
+            "slept", or of a question "open", "answered" or "expired", or for a message "receiving",
+            "received" or "missed".
         is_committed: True if its output was committed.
         input_state, output_state: plain JSON data; None if not known.
-        function_ms: for how long functions ran, of a group in which there were waits as well; None for all others.
+        function_ms: for how long functions ran, of a group in which there were waits as well; None for all
+            others.
         rejected: its output, if that broke its contract.
     """
 

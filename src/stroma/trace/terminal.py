@@ -36,10 +36,11 @@ def renderable(story: Story) -> Any:
     )
     tokens, cost = story.wasted
     head = Text.assemble(
-        (f"{clean(story.pipeline or 'run', 60)} ", "bold"), (story.status, tone),
+        (f"{clean(story.pipeline or 'run', 60)} ", "bold"),
+        (story.status, tone),
         f"  {clean(story.run_id, 60)}  {format_duration(story.seconds)}, {format_tokens(story.tokens)}, {format_usd(story.cost_usd)}",
         f" (wasted {format_tokens(tokens)}, {format_usd(cost)})" if tokens or cost else "",
-    )  # fmt: skip
+    )
     parts: list[Any] = [head]
     box = story.box
     if box is not None:
@@ -75,9 +76,14 @@ def renderable(story: Story) -> Any:
         for bar in entry.bars:
             shown += entry.kind not in WAITS
             table.add_row(
-                bar.at, name, str(bar.attempt) if entry.kind == "node" else "", _drawn([bar], paused.get(bar.key), end),
-                duration(bar.took_ms, bar.function_ms), f"{bar.tokens:,}" if bar.tokens else "", format_usd(bar.cost_usd) if bar.tokens or bar.cost_usd else "",
-            )  # fmt: skip
+                bar.at,
+                name,
+                str(bar.attempt) if entry.kind == "node" else "",
+                _drawn([bar], paused.get(bar.key), end),
+                duration(bar.took_ms, bar.function_ms),
+                f"{bar.tokens:,}" if bar.tokens else "",
+                format_usd(bar.cost_usd) if bar.tokens or bar.cost_usd else "",
+            )
     parts.append(table)
     left_out = max(0, len(story.bars) - shown) + story.left_out
     if left_out:

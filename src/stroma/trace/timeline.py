@@ -1,7 +1,7 @@
 """Timeline of a run as HTML: a row for every node with a time axis, and a strip of cells for what repeats many times.
 
-It draws the outline of a run (:mod:`stroma.trace.outline`) for a page: bars are links, positions are percentages, so that
-nothing is distorted at any width. All text is escaped.
+It draws the outline of a run (:mod:`stroma.trace.outline`) for a page: bars are links, positions are
+percentages, so that nothing is distorted at any width. All text is escaped.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _STEPS_MS: Final = [
     *(60_000 * n for n in (1, 2, 5, 10, 15, 30)),
     *(3_600_000 * n for n in (1, 2, 3, 6, 12)),
     *(86_400_000 * n for n in (1, 2, 5, 10, 30, 100, 365, 1000, 5000)),
-]  # fmt: skip
+]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """The history of a run in memory: one event per attempt, and the result that carries it.
 
-The engine appends flat rows (see :class:`AttemptRow`); a :class:`TraceEvent` is built when somebody looks. States in a row
-are snapshots, so nothing that nodes or hooks do to their objects afterwards can rewrite history.
+The engine appends flat rows (see :class:`AttemptRow`); a :class:`TraceEvent` is built when somebody looks.
+States in a row are snapshots, so nothing that nodes or hooks do to their objects afterwards can rewrite
+history.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class ExecutionTrace(Shown):
         #: The rows as the engine keeps them, and events in place of those that somebody has looked at.
         self.rows: list[AttemptRow | TraceEvent] = []
         self.marks: list[TraceMark] = []
-        #: Outputs that broke their contract. Nobody reads them but what draws the trace; copies, which hooks get, have none.
+        #: Outputs that broke their contract. Nobody reads them but what draws the trace; copies, which hooks
+        #: get, have none.
         self._rejected: RecentOutputs | None = None
 
     def __getstate__(self) -> tuple[str, list[TraceEvent], list[TraceMark]]:
@@ -229,7 +231,8 @@ class ExecutionTrace(Shown):
     def redacted_message(self, message: str, row: AttemptRow, redact: Redact) -> str:
         """Return the message of a failed attempt without the texts that ``redact`` removes from the attempt's states.
 
-        A group has the message of the attempt inside that failed it, and the states of that one count as well.
+        A group has the message of the attempt inside that failed it, and the states of that one count as
+        well.
         """
         events = [
             one if isinstance(one, TraceEvent) else self.event_of(one) for one in _sources_of(row, message)
@@ -299,10 +302,25 @@ def _bar(
     used = event.usage
     waited = event.function_ms is not None and took_ms - event.function_ms >= 1
     return Bar(
-        event.node_id, at, event.attempt, began_ms, took_ms, event.outcome, kind, event.reason, message, used.tokens,
-        used.output_tokens, used.cost_usd, used.model, event.output_state is not None, shown(event.input_state),
-        shown(event.output_state), event.function_ms if waited else None, rejected,
-    )  # fmt: skip
+        event.node_id,
+        at,
+        event.attempt,
+        began_ms,
+        took_ms,
+        event.outcome,
+        kind,
+        event.reason,
+        message,
+        used.tokens,
+        used.output_tokens,
+        used.cost_usd,
+        used.model,
+        event.output_state is not None,
+        shown(event.input_state),
+        shown(event.output_state),
+        event.function_ms if waited else None,
+        rejected,
+    )
 
 
 def _copy_rows(

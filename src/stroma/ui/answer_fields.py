@@ -1,7 +1,7 @@
 """Fields of a form that asks for an answer, made from the JSON schema that is stored with its question. Nothing is imported.
 
-Simple properties (texts, numbers, booleans, choices, lists of texts, each of them optional) have a field of their own; any
-other property is written as JSON.
+Simple properties (texts, numbers, booleans, choices, lists of texts, each of them optional) have a field of
+their own; any other property is written as JSON.
 """
 
 from __future__ import annotations
@@ -145,8 +145,15 @@ def _field(
     hint = schema.get("description", shape.get("description"))
     value = _shown(kind, schema["default"]) if schema.get("default") is not None else ""
     return AnswerField(
-        name, clean(label, 200), kind, is_required, takes_null, choices, value, clean(hint, 500) if isinstance(hint, str) else "",
-    )  # fmt: skip
+        name,
+        clean(label, 200),
+        kind,
+        is_required,
+        takes_null,
+        choices,
+        value,
+        clean(hint, 500) if isinstance(hint, str) else "",
+    )
 
 
 def _input_of(shape: Mapping[str, Any]) -> tuple[Input, tuple[tuple[str, str], ...]]:

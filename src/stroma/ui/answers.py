@@ -83,9 +83,14 @@ class Answers:
         except _Refused as refused:
             answer = AnswerForm(refused.question, form, refused.errors)
             return self._renderer.page(
-                "answer.html", 422, here="runs", record=record, answer=answer,
-                key=self._keys.form("approve", record.run_id), can_resume=can_resume(self._settings, record),
-            )  # fmt: skip
+                "answer.html",
+                422,
+                here="runs",
+                record=record,
+                answer=answer,
+                key=self._keys.form("approve", record.run_id),
+                can_resume=can_resume(self._settings, record),
+            )
         return to_run(record.run_id)
 
     async def _approve(self, record: RunRecord, form: dict[str, str]) -> None:

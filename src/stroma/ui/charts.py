@@ -45,8 +45,8 @@ def columns_chart(
 ) -> Markup:
     """Return a chart of stacked columns.
 
-    ``labels``: what stands under each column; some are shown. ``rates``: a line over them, from 0 to 1; None where there is
-    no value. ``unit``: stands before the figures of the axis.
+    ``labels``: what stands under each column; some are shown. ``rates``: a line over them, from 0 to 1; None
+    where there is no value. ``unit``: stands before the figures of the axis.
     """
     most = round_up(max((sum(part.value for part in column) for column in columns), default=0))
     if not unit:

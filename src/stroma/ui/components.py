@@ -16,11 +16,28 @@ __all__ = ["Column", "chip", "icon", "meter", "sparkline", "stacked", "tone_of"]
 
 #: Icon of each status of a run, outcome of an attempt and class of a failure; "dot" for any other word.
 _ICONS: Final = {
-    "COMPLETED": "check", "RESUMED": "check", "success": "check", "restored": "check", "forked": "fork", "FAILED": "cross",
-    "PARTIAL": "cross", "failure": "cross", "collected": "cross", "TERMINAL": "cross", "RECOVERABLE": "again", "AMBIGUOUS": "ask",
-    "RUNNING": "run", "SUSPENDED": "hand", "suspended": "hand", "CANCELLED": "ban", "cancelled": "ban", "INTERRUPTED": "alert",
-    "DAMAGED": "alert", "PAUSED": "pause", "QUEUED": "queue",
-}  # fmt: skip
+    "COMPLETED": "check",
+    "RESUMED": "check",
+    "success": "check",
+    "restored": "check",
+    "forked": "fork",
+    "FAILED": "cross",
+    "PARTIAL": "cross",
+    "failure": "cross",
+    "collected": "cross",
+    "TERMINAL": "cross",
+    "RECOVERABLE": "again",
+    "AMBIGUOUS": "ask",
+    "RUNNING": "run",
+    "SUSPENDED": "hand",
+    "suspended": "hand",
+    "CANCELLED": "ban",
+    "cancelled": "ban",
+    "INTERRUPTED": "alert",
+    "DAMAGED": "alert",
+    "PAUSED": "pause",
+    "QUEUED": "queue",
+}
 _RUNNING: Final = ("RUNNING", "running")
 _NEUTRAL: Final = ("CANCELLED", "cancelled", "forked")
 

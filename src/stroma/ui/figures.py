@@ -17,7 +17,8 @@ __all__ = ["Figures", "figures_of", "rate_boxes"]
 #: Maximum number of runs read, and of attempts read from each.
 RUNS: Final = 50
 _ATTEMPTS: Final = 1000
-#: Part of the attempts that failed, from which on a node is marked as failing; of the time or cost of all, as hot.
+#: Part of the attempts that failed, from which on a node is marked as failing; of the time or cost of all, as
+#: hot.
 _FAILING: Final = 0.1
 _HOT: Final = 0.4
 
@@ -101,11 +102,18 @@ def figures_of(store: AsyncStates, pipeline: str) -> tuple[int, list[Figures]]:
             places[one.node_id] = min(place, places.get(one.node_id, place))
     figures = [
         Figures(
-            node, len(calls[node]), len(took[node]), failed[node], _quantile(took[node], 0.5), _quantile(took[node], 0.95),
-            sum(took[node]), cost[node], bool(places[node][1]),
+            node,
+            len(calls[node]),
+            len(took[node]),
+            failed[node],
+            _quantile(took[node], 0.5),
+            _quantile(took[node], 0.95),
+            sum(took[node]),
+            cost[node],
+            bool(places[node][1]),
         )
         for node in sorted(places, key=lambda node: places[node])
-    ]  # fmt: skip
+    ]
     return len(runs), figures
 
 

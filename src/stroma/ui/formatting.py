@@ -174,11 +174,17 @@ def compare_facts(before: AttemptRecord, this: AttemptRecord) -> list[Any]:
     """Return the differences between an attempt and the previous one at its position."""
     facts = [
         {
-            "outcome": one.outcome, "class": one.failure_class, "reason": one.reason, "message": one.text, "model": one.model,
-            "seconds": round(one.duration_ms / 1000, 3), "tokens": one.tokens, "cost_usd": one.cost_usd,
+            "outcome": one.outcome,
+            "class": one.failure_class,
+            "reason": one.reason,
+            "message": one.text,
+            "model": one.model,
+            "seconds": round(one.duration_ms / 1000, 3),
+            "tokens": one.tokens,
+            "cost_usd": one.cost_usd,
         }
         for one in (before, this)
-    ]  # fmt: skip
+    ]
     return changes(facts[0], facts[1])
 
 

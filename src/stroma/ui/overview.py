@@ -111,10 +111,16 @@ class Overview:
         for bucket, when in buckets.times():
             at = self.failures.get(bucket, {})
             kinds = sorted(at, key=lambda kind: _CLASSES.index(kind) if kind in _CLASSES else 9)
-            columns.append([
-                Part(at[kind], kind.lower() if kind in _CLASSES else "other", f"{when}: {kind}, {pluralize(at[kind], 'attempt')}")
-                for kind in kinds
-            ])  # fmt: skip
+            columns.append(
+                [
+                    Part(
+                        at[kind],
+                        kind.lower() if kind in _CLASSES else "other",
+                        f"{when}: {kind}, {pluralize(at[kind], 'attempt')}",
+                    )
+                    for kind in kinds
+                ]
+            )
         label = f"failed attempts by class over time, {highest:,} at the most in one span"
         return columns_chart(columns, buckets.labels(), label)
 
@@ -123,10 +129,12 @@ class Overview:
         columns = []
         for bucket, when in buckets.times():
             used, wasted = self.costs.get(bucket, (0.0, 0.0))
-            columns.append([
-                Part(used - wasted, "run", f"{when}: {format_usd(used - wasted)} for outputs"),
-                Part(wasted, "warn", f"{when}: {format_usd(wasted)} wasted"),
-            ])  # fmt: skip
+            columns.append(
+                [
+                    Part(used - wasted, "run", f"{when}: {format_usd(used - wasted)} for outputs"),
+                    Part(wasted, "warn", f"{when}: {format_usd(wasted)} wasted"),
+                ]
+            )
         return columns_chart(columns, buckets.labels(), "cost over time, and its wasted part", unit="$")
 
 

@@ -73,11 +73,22 @@ class Pages:
             return self._empty()
         rows = [self._row(record) for record in records]
         return self._renderer.page(
-            "runs.html", here="runs", runs=rows, q=text, status=status, kind=kind, classes=list(FailureClass), next=page.next,
-            first=after is None, looked=not records and page.next, longest=max((row["seconds"] for row in rows), default=0),
-            dearest=max((row["record"].cost_usd for row in rows), default=0), can_resume_many=any(row["can_resume"] for row in rows),
-            many_key=self._renderer.keys.form(*MANY), **self._recent(),
-        )  # fmt: skip
+            "runs.html",
+            here="runs",
+            runs=rows,
+            q=text,
+            status=status,
+            kind=kind,
+            classes=list(FailureClass),
+            next=page.next,
+            first=after is None,
+            looked=not records and page.next,
+            longest=max((row["seconds"] for row in rows), default=0),
+            dearest=max((row["record"].cost_usd for row in rows), default=0),
+            can_resume_many=any(row["can_resume"] for row in rows),
+            many_key=self._renderer.keys.form(*MANY),
+            **self._recent(),
+        )
 
     def _recent(self) -> dict[str, Any]:
         """Return the totals of the newest runs, and the filters with their counts."""
@@ -98,10 +109,16 @@ class Pages:
         bad = sum(column.tone == "bad" for column in columns)
         label = f"durations of the last {len(columns)} runs, {bad} of them failed"
         recent = {
-            "runs": len(records), "rate": f"{done / (done + failed):.1%}" if done + failed else "no result", "running": counts.get("RUNNING", 0),
-            "queued": counts.get(QUEUED, 0), "waiting": counts.get("SUSPENDED", 0), "cost": sum(record.cost_usd for record in records), "drawn": len(columns),
-            "words": f"succeeded, {failed:,} failed", "spark": sparkline(columns, label, _SPARK),
-        }  # fmt: skip
+            "runs": len(records),
+            "rate": f"{done / (done + failed):.1%}" if done + failed else "no result",
+            "running": counts.get("RUNNING", 0),
+            "queued": counts.get(QUEUED, 0),
+            "waiting": counts.get("SUSPENDED", 0),
+            "cost": sum(record.cost_usd for record in records),
+            "drawn": len(columns),
+            "words": f"succeeded, {failed:,} failed",
+            "spark": sparkline(columns, label, _SPARK),
+        }
         filters: list[dict[str, Any]] = [{"status": "", "name": "All", "count": None}]
         if len(set(FAILED) & set(counts)) > 1:
             filters.append({"status": "failed", "name": "Failed or partial", "count": failed})
@@ -161,10 +178,14 @@ class Pages:
             *(payload.value if payload.problem is None else payload.problem for payload in inputs)
         )
         return self._renderer.page(
-            "compare.html", a=a, b=b, input=started, more=sides[0][1] or sides[1][1],
+            "compare.html",
+            a=a,
+            b=b,
+            input=started,
+            more=sides[0][1] or sides[1][1],
             nodes=[side_by_side(one, a, b) for one in nodes],
             seconds=[max(0, record.updated_ms - record.started_ms) / 1000 for record in (a, b)],
-        )  # fmt: skip
+        )
 
     def overview(self, request: Request) -> Response:
         text = request.query_params.get("days", "7")
@@ -188,11 +209,25 @@ class Pages:
         done = sum(one.status in FINISHED for one in runs)
         stopped = sum(one.status in FAILED for one in runs)
         return self._renderer.page(
-            "overview.html", here="overview", it=it, days=days, spans=_SPANS, chart=it.chart(buckets), costs=it.cost_chart(buckets),
-            runs_chart=runs_chart(runs, buckets), capped=it.total.attempts >= _MAX_SUMMED, buckets=buckets, held=held, runs=len(runs), queued=queued,
-            blocked=len(marks), blocked_since=min(marks, default=0),
-            stopped=stopped, reasons=stopped_by(failed), rate=f"{done / (done + stopped):.1%}" if done + stopped else "no result",
-        )  # fmt: skip
+            "overview.html",
+            here="overview",
+            it=it,
+            days=days,
+            spans=_SPANS,
+            chart=it.chart(buckets),
+            costs=it.cost_chart(buckets),
+            runs_chart=runs_chart(runs, buckets),
+            capped=it.total.attempts >= _MAX_SUMMED,
+            buckets=buckets,
+            held=held,
+            runs=len(runs),
+            queued=queued,
+            blocked=len(marks),
+            blocked_since=min(marks, default=0),
+            stopped=stopped,
+            reasons=stopped_by(failed),
+            rate=f"{done / (done + stopped):.1%}" if done + stopped else "no result",
+        )
 
     def pipeline(self, request: Request) -> Response:
         name, lineage = self._settings.pipeline, self._settings.lineage
@@ -204,9 +239,15 @@ class Pages:
                 lineage.drawing(rate_boxes(nodes), lambda box: to_address("/", q=f"node:{box.title}"))
             )
         return self._renderer.page(
-            "pipeline.html", here="pipeline", drawing=drawing, nodes=nodes, looked_at=looked_at, has_steps=has_steps,
-            slowest=max((one.p95 for one in nodes), default=0), dearest=max((one.cost_usd for one in nodes), default=0),
-        )  # fmt: skip
+            "pipeline.html",
+            here="pipeline",
+            drawing=drawing,
+            nodes=nodes,
+            looked_at=looked_at,
+            has_steps=has_steps,
+            slowest=max((one.p95 for one in nodes), default=0),
+            dearest=max((one.cost_usd for one in nodes), default=0),
+        )
 
     def steps(self, request: Request) -> Response:
         """Return an image of the steps that the latest runs took."""

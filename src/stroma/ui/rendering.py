@@ -57,8 +57,17 @@ class Renderer:
             finalize=mark_controls,
         )
         self._templates.filters |= {
-            "clean": clean, "money": format_usd, "count": format_tokens, "span": format_duration, "took": duration_text, "tone": tone_of, "json": to_json, "short": short_id, "when": utc, "ago": ago,
-        }  # fmt: skip
+            "clean": clean,
+            "money": format_usd,
+            "count": format_tokens,
+            "span": format_duration,
+            "took": duration_text,
+            "tone": tone_of,
+            "json": to_json,
+            "short": short_id,
+            "when": utc,
+            "ago": ago,
+        }
         self._templates.globals |= {
             "to": to_address,
             "store_name": settings.name,

@@ -59,7 +59,8 @@ from stroma.ui.run_view import (
 
 __all__ = ["RunPages"]
 
-#: Maximum number of attempts in the table of a run's page, those listed of a run with more, and those in the timeline.
+#: Maximum number of attempts in the table of a run's page, those listed of a run with more, and those in the
+#: timeline.
 _MAX_LISTED: Final = 2000
 _LISTED_OF_MORE: Final = 500
 _MAX_DRAWN: Final = 12_000
@@ -108,21 +109,43 @@ class RunPages:
         failed = sum(attempt.failure_class is not None for attempt in attempts)
         run_id = record.run_id
         page_response = self._renderer.page(
-            "run.html", here="runs", record=record, status=status_of(record), gone=is_interrupted(record),
-            totals=totals(record, story, limits, failed), limits=limits, cause=Markup(cause(story)), timeline=drawn, legend=Markup(legend(drawn)),
-            attempts=listed, attempt_rows=attempt_rows(
-                [(one, attempt_address(record, one), place_of(one)) for one in listed], restored_starts(record, listed)),
-            waiting=waiting, answers=[AnswerForm(one) for one in waiting if not one.effect], next=page.next, first=after is None,
-            can_resume=can_resume(self._settings, record), selected="" if cause_attempt is None else attempt_address(record, cause_attempt),
-            resume_key=self._renderer.keys.form("resume", run_id), delete_key=self._renderer.keys.form("delete", run_id),
-            effect_key=self._renderer.keys.form("effect", run_id), approve_key=self._renderer.keys.form("approve", run_id),
-            control_keys={action: self._renderer.keys.form(action, run_id) for action in controls_of(record)}, working=is_at_work(record),
-            command=self._resume_command(record), folded=timeline.fold_idle, idle=idle_ms(story.bars) > 0, at=after,
-            zoomed=timeline.window is not None, trace=trace_link(self._settings, run_id),
+            "run.html",
+            here="runs",
+            record=record,
+            status=status_of(record),
+            gone=is_interrupted(record),
+            totals=totals(record, story, limits, failed),
+            limits=limits,
+            cause=Markup(cause(story)),
+            timeline=drawn,
+            legend=Markup(legend(drawn)),
+            attempts=listed,
+            attempt_rows=attempt_rows(
+                [(one, attempt_address(record, one), place_of(one)) for one in listed],
+                restored_starts(record, listed),
+            ),
+            waiting=waiting,
+            answers=[AnswerForm(one) for one in waiting if not one.effect],
+            next=page.next,
+            first=after is None,
+            can_resume=can_resume(self._settings, record),
+            selected="" if cause_attempt is None else attempt_address(record, cause_attempt),
+            resume_key=self._renderer.keys.form("resume", run_id),
+            delete_key=self._renderer.keys.form("delete", run_id),
+            effect_key=self._renderer.keys.form("effect", run_id),
+            approve_key=self._renderer.keys.form("approve", run_id),
+            control_keys={action: self._renderer.keys.form(action, run_id) for action in controls_of(record)},
+            working=is_at_work(record),
+            command=self._resume_command(record),
+            folded=timeline.fold_idle,
+            idle=idle_ms(story.bars) > 0,
+            at=after,
+            zoomed=timeline.window is not None,
+            trace=trace_link(self._settings, run_id),
             queued=self._queued_runs(record) if record.status == QUEUED else 0,
             send_key=self._renderer.keys.form("send", run_id) if may_receive(record, attempts) else "",
             topics=list(dict.fromkeys(bar.reason for bar in waits if bar.outcome == "receiving")),
-        )  # fmt: skip
+        )
         return compress(request, page_response)
 
     def _queued_runs(self, record: RunRecord) -> int:
@@ -180,13 +203,21 @@ class RunPages:
         lineage = self._settings.lineage if record.pipeline == self._settings.pipeline else None
         names = [] if lineage is None else lineage.top_level
         timeline = Timeline(
-            bars, waits.of_flows,
-            link=lambda bar: attempt_address(record, addresses[id(bar)]), attempt_prefix=to_address("/attempt", id=record.run_id),
-            selected=selected, fold_idle=request.query_params.get("idle") == "folded", window=window_of(request.query_params),
-            now_ms=time.time() * 1000 - first / 1e6 if at_work else None, began_ms=first // 1_000_000,
+            bars,
+            waits.of_flows,
+            link=lambda bar: attempt_address(record, addresses[id(bar)]),
+            attempt_prefix=to_address("/attempt", id=record.run_id),
+            selected=selected,
+            fold_idle=request.query_params.get("idle") == "folded",
+            window=window_of(request.query_params),
+            now_ms=time.time() * 1000 - first / 1e6 if at_work else None,
+            began_ms=first // 1_000_000,
             progress=find_progress(record, attempts, first, names) if at_work else None,
-            pipeline=record.pipeline, open_waits=open_waits(record, attempts, waits.questions) if is_first and record.status == "SUSPENDED" else {},
-        )  # fmt: skip
+            pipeline=record.pipeline,
+            open_waits=open_waits(record, attempts, waits.questions)
+            if is_first and record.status == "SUSPENDED"
+            else {},
+        )
         return timeline, self._story(record, bars)
 
     def _story(self, record: RunRecord, bars: list[Bar]) -> Story:
@@ -210,9 +241,17 @@ class RunPages:
             facts.append(("owner", record.holder))
         seconds = max(0, record.updated_ms - record.started_ms) / 1000
         return Story(
-            record.run_id, record.pipeline, status_of(record), bars, record.tokens, record.cost_usd, record.started_ms, seconds, box,
+            record.run_id,
+            record.pipeline,
+            status_of(record),
+            bars,
+            record.tokens,
+            record.cost_usd,
+            record.started_ms,
+            seconds,
+            box,
             tuple(facts),
-        )  # fmt: skip
+        )
 
     def _resume_command(self, record: RunRecord) -> str:
         if record.status in (*FINISHED, QUEUED):
@@ -232,15 +271,28 @@ class RunPages:
         side = "input" if "(input)" in (this.message or "")[:_MAX_TEXT] else "output"
         invalid_fields = fields_named(this.text or "")
         return self._renderer.page(
-            "attempt.html", here="runs", record=record, this=this, place=place_of(this), attempts=[(one, attempt_address(record, one)) for one in attempts],
-            input=state_tree(inputs, invalid_fields if side == "input" else []), output=state_tree(output, invalid_fields if side == "output" else []),
-            invalid_fields=invalid_fields, before=None if before is None else compare_facts(before, this), key=this.idempotency_key(record.run_id, record.execution),
+            "attempt.html",
+            here="runs",
+            record=record,
+            this=this,
+            place=place_of(this),
+            attempts=[(one, attempt_address(record, one)) for one in attempts],
+            input=state_tree(inputs, invalid_fields if side == "input" else []),
+            output=state_tree(output, invalid_fields if side == "output" else []),
+            invalid_fields=invalid_fields,
+            before=None if before is None else compare_facts(before, this),
+            key=this.idempotency_key(record.run_id, record.execution),
             rejected=None if rejected is None else Markup(rejected_output(rejected)),  # It escapes all text.
-            in_group=bool(this.branch), committed=this.output_bytes is not None,
-            payload=attempt_address(record, this, "/payload"), failure_site=self._failure_site(record, this),
-            fork_key=self._renderer.keys.form("fork", record.run_id) if can_fork(self._settings, record, this) else "",
-            split=split_price(this), trace=trace_link(self._settings, record.run_id),
-        )  # fmt: skip
+            in_group=bool(this.branch),
+            committed=this.output_bytes is not None,
+            payload=attempt_address(record, this, "/payload"),
+            failure_site=self._failure_site(record, this),
+            fork_key=self._renderer.keys.form("fork", record.run_id)
+            if can_fork(self._settings, record, this)
+            else "",
+            split=split_price(this),
+            trace=trace_link(self._settings, record.run_id),
+        )
 
     def trace(self, request: Request) -> Response:
         """Lead to the trace of a run in the telemetry backend."""

@@ -140,14 +140,45 @@ def totals(record: RunRecord, story: Story, limits: Mapping[str, float], failed:
         )
     retried = "" if not failed else f"{failed:,} failed"
     return [
-        _card("Duration", seconds, "" if latency is None else f"{format_duration(record.latency_ms / 1000)} of {format_duration(latency / 1000)} in functions",
-              record.latency_ms, latency),
-        _card("Cost", format_usd(record.cost_usd), "" if cost is None else f"{_percent(record.cost_usd, cost)} of the budget of {_usd(cost)}", record.cost_usd, cost),
-        _card("Tokens", f"{record.tokens:,}", "" if tokens is None else f"{_percent(record.tokens, tokens)} of {tokens:,.0f}", record.tokens, tokens),
-        _card("Attempts", f"{len(story.bars) + story.left_out:,}", retried or (f"{pluralize(record.nodes, 'node')} committed" if record.nodes else "")),
-        _card("Wasted", format_usd(wasted_usd), f"{wasted_tokens:,} tokens without output" if wasted_tokens or wasted_usd else "nothing without output",
-              wasted_usd, record.cost_usd if wasted_usd else None, tone="warn"),
-    ]  # fmt: skip
+        _card(
+            "Duration",
+            seconds,
+            ""
+            if latency is None
+            else f"{format_duration(record.latency_ms / 1000)} of {format_duration(latency / 1000)} in functions",
+            record.latency_ms,
+            latency,
+        ),
+        _card(
+            "Cost",
+            format_usd(record.cost_usd),
+            "" if cost is None else f"{_percent(record.cost_usd, cost)} of the budget of {_usd(cost)}",
+            record.cost_usd,
+            cost,
+        ),
+        _card(
+            "Tokens",
+            f"{record.tokens:,}",
+            "" if tokens is None else f"{_percent(record.tokens, tokens)} of {tokens:,.0f}",
+            record.tokens,
+            tokens,
+        ),
+        _card(
+            "Attempts",
+            f"{len(story.bars) + story.left_out:,}",
+            retried or (f"{pluralize(record.nodes, 'node')} committed" if record.nodes else ""),
+        ),
+        _card(
+            "Wasted",
+            format_usd(wasted_usd),
+            f"{wasted_tokens:,} tokens without output"
+            if wasted_tokens or wasted_usd
+            else "nothing without output",
+            wasted_usd,
+            record.cost_usd if wasted_usd else None,
+            tone="warn",
+        ),
+    ]
 
 
 def _usd(amount: float) -> str:

@@ -140,8 +140,8 @@ class SecurityMiddleware:
     ) -> None:
         """Wrap an application.
 
-        ``hosts``: accepted Host headers, with the port, in lower case. ``private_host``: one of them that no other server
-        on this machine uses, so that its cookie is not sent to others.
+        ``hosts``: accepted Host headers, with the port, in lower case. ``private_host``: one of them that no
+        other server on this machine uses, so that its cookie is not sent to others.
         """
         self._app = app
         self._private_host = private_host

@@ -14,14 +14,16 @@ __all__ = ["collect_seldom", "make_config", "serve"]
 
 _HEAD_SECONDS: Final = 5.0
 _MAX_CONNECTIONS: Final = 150
-#: Requests at once; further ones get 503. Connections are counted until the loop has closed them, so this is above.
+#: Requests at once; further ones get 503. Connections are counted until the loop has closed them, so this is
+#: above.
 _MAX_REQUESTS: Final = 400
 
 
 def collect_seldom() -> None:
     """Make this process search for reference cycles after 20,000 new objects, not 700: a page makes many and keeps none.
 
-    The page of a map of 10,000 items takes 285 ms of CPU instead of 340 by this (Xeon under load, 28 Nov 2026).
+    The page of a map of 10,000 items takes 285 ms of CPU instead of 340 by this (Xeon under load, 28 Nov
+    2026).
     """
     gc.freeze()
     gc.set_threshold(20_000, 10, 10)
@@ -30,7 +32,8 @@ def collect_seldom() -> None:
 class _BoundedConnection(H11Protocol):
     """A connection that cannot lock others out while it sends nothing.
 
-    It is closed unless a complete head arrives in 5 s, and earlier if it is the oldest idle one of more than 150.
+    It is closed unless a complete head arrives in 5 s, and earlier if it is the oldest idle one of more than
+    150.
     """
 
     _idle_since = 0.0

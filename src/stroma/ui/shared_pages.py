@@ -20,7 +20,8 @@ _MAX_PAGES: Final = 50
 _MAX_STATE_LENGTH: Final = 100  # characters
 #: CPU seconds of a request for a page that is rendered already.
 _REQUEST_SECONDS: Final = 0.002
-#: Open pages are notified of changes so seldom that their requests take at most one part in so many of a core.
+#: Open pages are notified of changes so seldom that their requests take at most one part in so many of a
+#: core.
 _SHARE: Final = 25
 
 

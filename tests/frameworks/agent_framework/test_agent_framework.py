@@ -152,7 +152,8 @@ def test_a_tool_that_fails_for_good_is_told_to_the_model_as_ever() -> None:
 
 
 class Cached(FunctionMiddleware):
-    """Answers in place of the tool, and ends there: as the framework has it for caches and guards of one's own."""
+    """Answers in place of the tool, and ends there: as the framework has it for caches and guards of one's
+    own."""
 
     async def process(self, context: Any, call_next: Any) -> None:
         context.result = {"celsius": 99}
@@ -163,7 +164,8 @@ class Cached(FunctionMiddleware):
 @pytest.mark.parametrize("kind", KINDS)
 @holds("control flow")
 def test_middleware_that_terminates_ends_what_is_under_way_as_ever(kind: str, first: bool) -> None:
-    """Of one's own, before or after the guard's: it is no failure, nothing is tried again, and the answer is the same."""
+    """Of one's own, before or after the guard's: it is no failure, nothing is tried again, and the answer is
+    the same."""
     answers = []
     for guard in (None, guard_of()):
         script = Script(CALL, "It is 99 C")
@@ -184,7 +186,8 @@ def test_middleware_that_terminates_ends_what_is_under_way_as_ever(kind: str, fi
 
 @holds("control flow")
 def test_a_tool_that_needs_approval_is_asked_for_and_goes_on() -> None:
-    """The request for an approval comes out as ever, nothing has failed, and the tool is called once it is given."""
+    """The request for an approval comes out as ever, nothing has failed, and the tool is called once it is
+    given."""
     calls: list[str] = []
 
     @tool(approval_mode="always_require")
@@ -231,10 +234,12 @@ class Provider(Script):
         if options.get("tools") and messages[-1].role != "tool":
             contents = [
                 Content.from_function_call(
-                    each.name, each.name, arguments=_json({"city": "Oslo"} if each.name == "weather" else {"task": "x"})
+                    each.name,
+                    each.name,
+                    arguments=_json({"city": "Oslo"} if each.name == "weather" else {"task": "x"}),
                 )
                 for each in options["tools"]
-            ]  # fmt: skip
+            ]
 
         async def whole() -> Any:
             await asyncio.sleep(0)
@@ -250,7 +255,8 @@ class Provider(Script):
 
 
 def team(ledger: list[int], guard: Guard | None = None, contracts: Any = None) -> Any:
-    """Return an agent with a function and two agents as tools, one of which has a tool, and one that asks an agent."""
+    """Return an agent with a function and two agents as tools, one of which has a tool, and one that asks an
+    agent."""
     north = Agent(Provider(ledger), name="north", tools=[tool_of()])
     south = Agent(Provider(ledger), name="south")
     west = Agent(Provider(ledger), name="west")
@@ -267,7 +273,8 @@ def team(ledger: list[int], guard: Guard | None = None, contracts: Any = None) -
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fifty_teams_at_once_spend_what_the_provider_has_counted(kind: str) -> None:
-    """All spend is counted, to the token: an agent's, and that of agents as tools and in tools, called in parallel."""
+    """All spend is counted, to the token: an agent's, and that of agents as tools and in tools, called in
+    parallel."""
     plain, ledger, seen = list[int](), list[int](), Seen()
     expected = ask(team(plain), kind)
     agent = team(ledger, guard := guard_of(seen))
@@ -317,15 +324,47 @@ def test_an_agent_outside_is_left_alone() -> None:
     ("usage", "expected"),
     [
         # Anthropic counts what was cached beside the input.
-        ({"input_token_count": 10, "anthropic.cache_read_input_tokens": 4, "cache_read_input_token_count": 4}, (14, 4, 0)),
-        ({"input_token_count": 10, "anthropic.cache_read_input_tokens": 4, "anthropic.cache_creation_input_tokens": 5}, (19, 4, 5)),
-        ({"input_token_count": 10, "cache_read_input_token_count": 900, "cache_creation_input_token_count": 50}, (960, 900, 50)),
-        ({"input_token_count": 10, "cache_read_input_token_count": 4, "cache_creation_input_token_count": 5}, (10, 4, 5)),
-        ({"input_token_count": 10, "openai.cached_input_tokens": 4, "openai.cache_write_tokens": 5}, (10, 4, 5)),
+        (
+            {
+                "input_token_count": 10,
+                "anthropic.cache_read_input_tokens": 4,
+                "cache_read_input_token_count": 4,
+            },
+            (14, 4, 0),
+        ),
+        (
+            {
+                "input_token_count": 10,
+                "anthropic.cache_read_input_tokens": 4,
+                "anthropic.cache_creation_input_tokens": 5,
+            },
+            (19, 4, 5),
+        ),
+        (
+            {
+                "input_token_count": 10,
+                "cache_read_input_token_count": 900,
+                "cache_creation_input_token_count": 50,
+            },
+            (960, 900, 50),
+        ),
+        (
+            {
+                "input_token_count": 10,
+                "cache_read_input_token_count": 4,
+                "cache_creation_input_token_count": 5,
+            },
+            (10, 4, 5),
+        ),
+        (
+            {"input_token_count": 10, "openai.cached_input_tokens": 4, "openai.cache_write_tokens": 5},
+            (10, 4, 5),
+        ),
     ],
-)  # fmt: skip
+)
 def test_cached_tokens_are_counted_as_such(kind: str, usage: Any, expected: Any) -> None:
-    """What was read from a cache and written to it, beside the input or in it, is input at a price of its own."""
+    """What was read from a cache and written to it, beside the input or in it, is input at a price of its
+    own."""
     script, guard = Script(ANSWER), guard_of()
     script.usage = usage
     ask(agent_of(script, guard), kind)
@@ -394,7 +433,8 @@ def test_an_agent_that_waits_for_an_approval_is_suspended(kind: str, tmp_path: P
 @holds("control flow")
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_answer_of_stroma_approve_decides_a_request(kind: str, tmp_path: Path) -> None:
-    """Each request is a question of its tool; passed back as it came, it takes the stored answer, and no older one."""
+    """Each request is a question of its tool; passed back as it came, it takes the stored answer, and no
+    older one."""
     calls: list[str] = []
 
     @tool(approval_mode="always_require")

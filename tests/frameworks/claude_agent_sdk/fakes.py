@@ -15,8 +15,8 @@ class Partial(dict[str, Any]):
 
 
 class Script(Transport):
-    """Plays a script: a text is an answer, (tool, arguments) a call of a tool, a dict what the program itself asks; what
-    is an exception, it breaks with; then it ends with what it used."""
+    """Plays a script: a text is an answer, (tool, arguments) a call of a tool, a dict what the program itself
+    asks; what is an exception, it breaks with; then it ends with what it used."""
 
     def __init__(self, *script: Any, tokens: int = 10, fails: Exception | None = None) -> None:
         self.script, self.tokens, self.fails = list(script), tokens, fails

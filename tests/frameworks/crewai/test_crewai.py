@@ -177,8 +177,12 @@ def test_tokens_are_counted_once_where_they_are_used(kind: str) -> None:
     assert guard_llm(llm, guard) is llm
     assert run(attach(forecast(llm, 2), guard), kind) == "two"
     assert lines_of(guard) == [
-        "weather success", "tell success", "  llm failure 10", "  llm success 10", "  llm success 10",
-    ]  # fmt: skip
+        "weather success",
+        "tell success",
+        "  llm failure 10",
+        "  llm success 10",
+        "  llm success 10",
+    ]
     assert result_of(guard).total_tokens == 30
     assert result_of(guard).total_cost_usd > 0
 
@@ -367,7 +371,8 @@ def hierarchical(ledger: list[int]) -> Crew:
 
 @pytest.mark.parametrize("make", [sequential, hierarchical])
 def test_all_spend_of_a_crew_is_counted(make: Any) -> None:
-    """Planner, manager, an agent outside of ``agents=``, tools of tasks: to the token of the provider's ledger."""
+    """Planner, manager, an agent outside of ``agents=``, tools of tasks: to the token of the provider's
+    ledger."""
     plain, ledger, seen = list[int](), list[int](), Seen()
     expected = make(plain).kickoff().raw
     guard = guard_of(seen)
@@ -388,7 +393,8 @@ def test_each_kickoff_of_a_copy_is_a_run_of_its_own() -> None:
 
 @pytest.mark.parametrize("kind", ["name", "LLM", "own class"])
 def test_the_planner_of_a_copy_is_counted(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CrewAI makes another LLM of its settings, and one of a class of its own becomes the LLM of that name."""
+    """CrewAI makes another LLM of its settings, and one of a class of its own becomes the LLM of that
+    name."""
     plan = {"task_number": 1, "task": "forecast", "plan": "look"}
     text = json.dumps({"list_of_plans_per_task": [plan]})
     choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
@@ -535,7 +541,8 @@ def test_a_flow_that_waits_for_feedback_is_suspended(
 def test_an_answer_of_stroma_approve_is_the_feedback(
     kind: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The journal has the question of the method; ``resume()`` without feedback takes the stored answer, once."""
+    """The journal has the question of the method; ``resume()`` without feedback takes the stored answer,
+    once."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     persistence = SQLiteFlowPersistence(str(tmp_path / "flows.db"))
 

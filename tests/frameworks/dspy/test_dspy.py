@@ -36,7 +36,8 @@ class Question(BaseModel):
 
 
 class Script(dspy.BaseLM):
-    """Answers what it is told to, by field; a call of a tool by what that returns; what is an exception, it raises."""
+    """Answers what it is told to, by field; a call of a tool by what that returns; what is an exception, it
+    raises."""
 
     def __init__(self, *answers: Any, tokens: int = 10) -> None:
         super().__init__("openai/gpt-4o", cache=False, num_retries=0)
@@ -63,9 +64,13 @@ class Script(dspy.BaseLM):
             # What dspy.LM does in the releases whose base class does not.
             dspy.settings.usage_tracker.add_usage(self.model, dict(usage))
         return ChatCompletion(
-            id="1", choices=[Choice(finish_reason="stop", index=0, message=message)], created=0,
-            model="gpt-4o", object="chat.completion", usage=usage,
-        )  # fmt: skip
+            id="1",
+            choices=[Choice(finish_reason="stop", index=0, message=message)],
+            created=0,
+            model="gpt-4o",
+            object="chat.completion",
+            usage=usage,
+        )
 
     async def aforward(self, prompt: Any = None, messages: Any = None, **kwargs: Any) -> Any:
         return self.forward(prompt, messages, **kwargs)
@@ -260,7 +265,8 @@ def test_a_stream_is_not_retried_after_its_first_part(sends: bool) -> None:
 
 @holds("control flow")
 def test_dspy_makes_its_second_tries_as_ever() -> None:
-    """An answer that its adapter cannot read is asked for in another format, inside the step: nothing has failed."""
+    """An answer that its adapter cannot read is asked for in another format, inside the step: nothing has
+    failed."""
     events = []
     for guard in (None, guard_of()):
         script = Script({"nothing": "x"}, json.dumps({"draft": "rough"}), GOOD[1])
@@ -296,7 +302,8 @@ def test_a_copy_is_guarded_and_calls_itself(copying: Any) -> None:
 
 
 def test_an_optimised_program_is_guarded() -> None:
-    """BootstrapFewShot copies a program and tries it on examples: each call is a run, and all spend is counted."""
+    """BootstrapFewShot copies a program and tries it on examples: each call is a run, and all spend is
+    counted."""
     seen = Seen()
     script = Script(*[{"draft": "rough"}, {"text": "fine"}] * 9)
     trainset = [dspy.Example(question="why?", text="fine").with_inputs("question")] * 2
@@ -332,10 +339,11 @@ class Provider(dspy.BaseLM):
             done = "observation_0" in asked
             script.answers = [
                 {
-                    "next_thought": "so", "next_tool_name": "finish" if done else "compare",
+                    "next_thought": "so",
+                    "next_tool_name": "finish" if done else "compare",
                     "next_tool_args": "{}" if done else '{"city": "Oslo"}',
                 }
-            ]  # fmt: skip
+            ]
         else:
             script.answers = [{"reasoning": "so", "answer": "4 C", "draft": "cold"}]
         self.ledger.append(script.tokens)
@@ -368,7 +376,8 @@ class Agent(dspy.Module):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_agents_at_once_spend_what_the_provider_has_counted(kind: str) -> None:
-    """All spend is counted, to the token, in the run that it belongs to: of an agent, its tools and their threads."""
+    """All spend is counted, to the token, in the run that it belongs to: of an agent, its tools and their
+    threads."""
     plain, provider, seen = Provider(), Provider(), Seen()
     program = attach(Agent(), guard := guard_of(seen))
 

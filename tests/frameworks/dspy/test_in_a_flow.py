@@ -1,4 +1,5 @@
-"""Programs of DSPy in the body of a flow, unmodified: ``acall`` of their LM, and their tools, call steps of it."""
+"""Programs of DSPy in the body of a flow, unmodified: ``acall`` of their LM, and their tools, call steps of
+it."""
 
 from __future__ import annotations
 

@@ -33,7 +33,8 @@ KINDS = ["run_async", "run"]
 
 
 class Script(BaseLlm):
-    """Answers: a text, or (tool name, arguments); what is an exception, it raises. A list is a stream of parts."""
+    """Answers: a text, or (tool name, arguments); what is an exception, it raises. A list is a stream of
+    parts."""
 
     _answers: list[Any] = PrivateAttr(default_factory=list)
     _asked: list[Any] = PrivateAttr(default_factory=list)
@@ -109,7 +110,8 @@ def ask(agent: Any, kind: str = "run_async", guard: Guard | None = None, seen: A
 
 
 def failed(agent: Any, kind: str, guard: Guard) -> BaseException:
-    """What stopped an agent, whatever its runner makes of that: that of a thread tells nobody in some releases."""
+    """What stopped an agent, whatever its runner makes of that: that of a thread tells nobody in some
+    releases."""
     with contextlib.suppress(Exception):
         ask(agent, kind, guard)
     assert guard.stopped is not None
@@ -216,7 +218,8 @@ class Anything(BaseModel):
 
 
 def test_tools_of_toolsets_are_steps() -> None:
-    """Those of an MCP server, say: tried again, judged by their contracts, and a contract of none of them is an error."""
+    """Those of an MCP server, say: tried again, judged by their contracts, and a contract of none of them is
+    an error."""
     entry, guard = Kept([TimeoutError()]), guard_of()
     agent = agent_of(
         Script.of(("kept", {}), "done"),
@@ -285,7 +288,8 @@ class Provider(Script):
 
 
 def team(ledger: list[int]) -> Any:
-    """Return agents in a row: the first calls a function and two agents at once, the second has the class's model."""
+    """Return agents in a row: the first calls a function and two agents at once, the second has the class's
+    model."""
     experts = [
         LlmAgent(name=name, description=name, model=Provider.with_ledger(ledger))
         for name in ("north", "south")
@@ -495,7 +499,8 @@ def test_a_run_that_waits_for_a_confirmation_is_suspended() -> None:
 @holds("control flow")
 @pytest.mark.parametrize("way", ["adk", "approve", "rejected"])
 def test_a_confirmed_run_goes_on_under_its_run_id(way: str, tmp_path: Path) -> None:
-    """ADK's own response continues the run; without a message ``run_async`` takes the answer of ``stroma approve``."""
+    """ADK's own response continues the run; without a message ``run_async`` takes the answer of ``stroma
+    approve``."""
     calls: list[str] = []
 
     def book(city: str) -> str:

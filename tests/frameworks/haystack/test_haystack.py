@@ -1,4 +1,5 @@
-"""Haystack: real pipelines with and without the guard, sync and async, with a fake generator and no network."""
+"""Haystack: real pipelines with and without the guard, sync and async, with a fake generator and no
+network."""
 
 from __future__ import annotations
 
@@ -196,11 +197,18 @@ def test_choices_of_one_answer_are_paid_for_once() -> None:
     [
         ({"cache_read_input_tokens": 1_000_000}, 0.10),
         ({"cache_creation_input_tokens": 1_000_000}, 1.25),
-        ({"cache_creation_input_tokens": 1_000_000, "cache_creation": {"ephemeral_1h_input_tokens": 1_000_000}}, 2.00),
+        (
+            {
+                "cache_creation_input_tokens": 1_000_000,
+                "cache_creation": {"ephemeral_1h_input_tokens": 1_000_000},
+            },
+            2.00,
+        ),
     ],
-)  # fmt: skip
+)
 def test_cached_tokens_have_their_price(cached: Any, cost: float) -> None:
-    """Haystack puts the usage of Anthropic in the format of OpenAI, and leaves its names for the cache beside it."""
+    """Haystack puts the usage of Anthropic in the format of OpenAI, and leaves its names for the cache beside
+    it."""
     script, guard = Script("hi"), guard_of()
     script.meta = {"model": "claude-haiku-4-5", "usage": {"prompt_tokens": 1_000_000, **cached}}
     run(attach(pipeline_of(script), guard), "run")
@@ -329,7 +337,8 @@ def tool_of(name: str, ledger: list[int]) -> ComponentTool:
 
 
 def agent_of(ledger: list[int], chunks: list[str], guard: Guard | None = None) -> Any:
-    """Return an agent in a pipeline: two tools with models inside, called in parallel, and streamed answers."""
+    """Return an agent in a pipeline: two tools with models inside, called in parallel, and streamed
+    answers."""
 
     async def chunk(chunk: StreamingChunk) -> None:
         chunks.append(chunk.content)
@@ -346,7 +355,8 @@ ASKED: dict[str, Any] = {"agent": {"messages": [ChatMessage.from_user("How warm 
 
 
 def test_fifty_agents_at_once_spend_what_the_provider_has_counted() -> None:
-    """All spend is counted, to the token: an agent's, and that of the components that it calls as tools, in parallel."""
+    """All spend is counted, to the token: an agent's, and that of the components that it calls as tools, in
+    parallel."""
     plain, plain_chunks = list[int](), list[str]()
     expected = run(agent_of(plain, plain_chunks), "run_async", ASKED)["agent"]["messages"][-1].text
     ledger, chunks, seen = list[int](), list[str](), Seen()
@@ -382,7 +392,8 @@ class Hidden:
 
 
 def test_what_only_haystack_has_counted_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    """An agent's own ``token_usage``, where its release has it, is compared: a difference is a warning that names it."""
+    """An agent's own ``token_usage``, where its release has it, is compared: a difference is a warning that
+    names it."""
     ledger, guard = list[int](), guard_of()
     agent: Any = Agent(chat_generator=Hidden(ledger), tools=[tool_of("north", ledger)])
     if "token_usage" not in agent.__haystack_output__._sockets_dict:
@@ -446,7 +457,8 @@ class Streaming:
 
 
 def test_the_default_of_a_super_component_is_left_to_what_is_inside() -> None:
-    """A sentinel default is never wrapped: an optional streaming_callback is what the component inside has."""
+    """A sentinel default is never wrapped: an optional streaming_callback is what the component inside
+    has."""
     for guard in (None, guard_of()):
         inner = Pipeline()
         inner.add_component("llm", Streaming())

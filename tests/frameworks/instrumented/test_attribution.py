@@ -1,4 +1,5 @@
-"""Spans of real instrumentations of frameworks: each belongs to the run, node, conversation and user that it is part of.
+"""Spans of real instrumentations of frameworks: each belongs to the run, node, conversation and user that it
+is part of.
 
 ./dev test --framework instrumented
 """
@@ -146,7 +147,8 @@ PROGRAMS: dict[str, Any] = {
     "openai_agents": OpenAIAgents(),
     "pydantic_ai": test_pydantic_ai.TestPydanticAI(),
 }
-#: The nodes that the spans of model calls belong to; "model" where none is named. With Pydantic AI such a span is around the step.
+#: The nodes that the spans of model calls belong to; "model" where none is named. With Pydantic AI such a
+#: span is around the step.
 NODES = {
     "crewai": {"llm"},
     "dspy": {"weather", "tell"},
@@ -218,7 +220,8 @@ def attributes(span: ReadableSpan) -> dict[str, Any]:
 
 
 def is_call(span: ReadableSpan) -> bool:
-    """Return True for the span of a call of a model; that of Claude's SDK is of an agent, whose calls it does not see."""
+    """Return True for the span of a call of a model; that of Claude's SDK is of an agent, whose calls it does
+    not see."""
     about = attributes(span)
     if span.name == "ClaudeAgentSDK.query":
         return True
@@ -246,8 +249,8 @@ def answer(name: str, kind: str, guard: Guard) -> Any:
 def test_every_span_of_an_instrumentation_is_attributed(
     name: str, kind: str, instrumented: Instrumented
 ) -> None:
-    """All spans that an instrumentation makes in a run say its pipeline, run, conversation and user; calls of models and
-    tools say their node, also where two runs of the same program take place at once."""
+    """All spans that an instrumentation makes in a run say its pipeline, run, conversation and user; calls of
+    models and tools say their node, also where two runs of the same program take place at once."""
     instrumented.exporter.clear()
     guards = {conversation: instrumented.guard(conversation) for conversation in ("first", "second")}
     with ThreadPoolExecutor(2) as threads:
@@ -269,7 +272,8 @@ def test_every_span_of_an_instrumentation_is_attributed(
 
 @pytest.mark.parametrize(("name", "kind"), EVERY_WAY)
 def test_each_token_is_on_one_span(name: str, kind: str, instrumented: Instrumented) -> None:
-    """The spans of model calls have the tokens of the run in sum: those of the instrumentation where it reports any, else ours.
+    """The spans of model calls have the tokens of the run in sum: those of the instrumentation where it
+    reports any, else ours.
 
     All spans are in one trace."""
     instrumented.exporter.clear()

@@ -79,9 +79,14 @@ class Agent(Model):
     async def stream_response(self, *_: Any, **__: Any) -> Any:
         for word in stream():
             yield ResponseTextDeltaEvent(
-                content_index=0, delta=word, item_id="1", output_index=0, sequence_number=1, logprobs=[],
+                content_index=0,
+                delta=word,
+                item_id="1",
+                output_index=0,
+                sequence_number=1,
+                logprobs=[],
                 type="response.output_text.delta",
-            )  # fmt: skip
+            )
 
 
 def langgraph(guard: Guard, *asks: bool) -> None:
@@ -145,7 +150,8 @@ def test_a_call_of_another_provider_counts_beside_one_of_litellm() -> None:
 
 
 def test_a_streamed_answer_is_emitted_once() -> None:
-    """By the step of litellm, and not by the framework around it; that of another provider by the framework."""
+    """By the step of litellm, and not by the framework around it; that of another provider by the
+    framework."""
     attach_litellm(litellm, guard := guard_of())
 
     def node(chat: Chat) -> Any:

@@ -93,7 +93,8 @@ def shown(message: BaseMessage) -> str:
 
 
 async def test_model_calls_and_tools_are_steps() -> None:
-    """G12: Each call of the model and of a tool is a step with its usage; the answer is of its class, and the agent's own."""
+    """G12: Each call of the model and of a tool is a step with its usage; the answer is of its class, and the
+    agent's own."""
     clerk, store = Clerk(), InMemoryStore()
     result = await StromaRunner.quick(store=store, run_id="r").run(clerk.flow(), Num())
     assert result.status is RunStatus.COMPLETED, result.failure
@@ -101,14 +102,20 @@ async def test_model_calls_and_tools_are_steps() -> None:
     assert result.output.value == [shown(message) for message in plain["messages"]]
     steps = [one.node_id for one in store.attempts("r") if one.node_id != "f"]
     assert steps == [
-        "clerk.model", "clerk.tools.price", "clerk.tools.price", "clerk.model", "clerk.tools.refund", "clerk.model",
-    ]  # fmt: skip
+        "clerk.model",
+        "clerk.tools.price",
+        "clerk.tools.price",
+        "clerk.model",
+        "clerk.tools.refund",
+        "clerk.model",
+    ]
     assert result.total_tokens == 30
     assert clerk.calls == ["price tea after 2", "price salt after 2", "refund 500"]
 
 
 async def test_an_agent_survives_death_at_every_boundary() -> None:
-    """G5: Killed at any record, the agent resumes with the same answer, and no call that ended is made again."""
+    """G5: Killed at any record, the agent resumes with the same answer, and no call that ended is made
+    again."""
     runner = StromaRunner.quick(policy_map=NEVER)
     found = await assert_resumable(Clerk().flow(), Num(), runner=runner, processes=False)
     assert len(found.boundaries) > 15
@@ -146,8 +153,11 @@ async def test_agents_are_nodes_of_graphs() -> None:
     result = await StromaRunner.quick(store=store, run_id="r").run(f, Num())
     assert result.status is RunStatus.COMPLETED, result.failure
     assert {one.node_id for one in store.attempts("r")} == {
-        "f", "ask.model", "ask.tools.price", "ask.tools.refund",
-    }  # fmt: skip
+        "f",
+        "ask.model",
+        "ask.tools.price",
+        "ask.tools.refund",
+    }
 
 
 async def test_a_guarded_agent_is_refused() -> None:

@@ -98,7 +98,8 @@ class TestLangChain(EmitsDeltas, FrameworkContract):
 
 
 def test_the_text_of_typed_events_is_emitted() -> None:
-    """LangChain's newer events of a stream have their text emitted as its tokens have; and no attempt follows them."""
+    """LangChain's newer events of a stream have their text emitted as its tokens have; and no attempt follows
+    them."""
 
     def ask(_: Any) -> Any:
         for _event in Script(answers=["one two"]).stream_events("x", version="v3"):
@@ -125,7 +126,8 @@ def test_what_other_middleware_asks_of_a_model_is_counted() -> None:
 
 @pytest.mark.parametrize("kind", ["invoke", "ainvoke"])
 def test_sub_agents_are_counted_where_they_are_asked(kind: str) -> None:
-    """An agent that is called in a tool: with the middleware its steps are inside, without it its tokens count all the same."""
+    """An agent that is called in a tool: with the middleware its steps are inside, without it its tokens
+    count all the same."""
     for with_middleware in (True, False):
         guard = guard_of()
         inner = StromaMiddleware(guard)
@@ -191,14 +193,18 @@ FLEX = {"flex_cache_read": 600_000, "flex": 400_000}
         # Anthropic names the kinds of writes beside a sum of 0; releases before had the sum as well.
         ({"cache_creation": 0, "ephemeral_5m_input_tokens": 1_000_000}, {"model": "claude-haiku-4-5"}, 1.25),
         ({"cache_creation": 0, "ephemeral_1h_input_tokens": 1_000_000}, {"model": "claude-haiku-4-5"}, 2.00),
-        ({"cache_creation": 1_000_000, "ephemeral_1h_input_tokens": 1_000_000}, {"model": "claude-haiku-4-5"}, 2.00),
+        (
+            {"cache_creation": 1_000_000, "ephemeral_1h_input_tokens": 1_000_000},
+            {"model": "claude-haiku-4-5"},
+            2.00,
+        ),
         ({"cache_read": 1_000_000}, {"model": "claude-haiku-4-5"}, 0.10),
         # OpenAI's tiers have names of their own.
         (FLEX, {"model_name": "gpt-5", "service_tier": "flex"}, 0.25 + 0.0375),
         ({}, {"model_name": "gpt-5", "service_tier": "priority"}, 2.50),
         ({}, {"model": "claude-haiku-4-5", "usage": {"service_tier": "batch"}}, 0.50),
     ],
-)  # fmt: skip
+)
 def test_caches_and_tiers_have_their_prices(details: Any, metadata: Any, cost: float) -> None:
     """What a message says of a cache and of the tier of its call counts, in the names of each provider."""
     used: Any = {"input_tokens": 1_000_000, "output_tokens": 0, "total_tokens": 1_000_000}
@@ -259,15 +265,20 @@ def test_hooks_of_a_sub_agent_have_the_tool_as_parent() -> None:
 
 
 def test_what_the_framework_tells_the_model_of_a_failed_tool_is_told() -> None:
-    """Arguments that do not fit are a message for the model: no retry, no result to hold a contract against."""
+    """Arguments that do not fit are a message for the model: no retry, no result to hold a contract
+    against."""
     script = Script(answers=[("weather", {"town": 1}), CALL, "done"])
     guard = guard_of()
     agent = agent_of(script, guard, contracts={"weather": (BaseModelOfAnything, Weather)})
     assert last(ask(agent)) == "done"
     assert "error" in str(script.asked[1][-1].content).lower()
     assert lines_of(guard) == [
-        "model success 10", "weather failure", "model success 10", "weather success", "model success 10",
-    ]  # fmt: skip
+        "model success 10",
+        "weather failure",
+        "model success 10",
+        "weather success",
+        "model success 10",
+    ]
     assert guard.stopped is None
 
 
@@ -348,7 +359,8 @@ def realistic(ledger: Ledger, guard: Guard) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_spend_is_that_of_the_provider_s_ledger(kind: str) -> None:
-    """Tools, sub-agents, summaries and models in tools, streamed or not: to the token what the provider charges."""
+    """Tools, sub-agents, summaries and models in tools, streamed or not: to the token what the provider
+    charges."""
     ledger, guard = Ledger(), guard_of()
     assert last(ask(realistic(ledger, guard), kind)) == "done"
     assert result_of(guard).total_tokens == ledger.tokens > 3 * 10 + 2 * 7 + 3 + 5

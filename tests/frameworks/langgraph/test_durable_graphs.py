@@ -49,7 +49,8 @@ class State(TypedDict, total=False):
 
 
 class World:
-    """A graph with branches side by side, a plain node, a conditional edge and a loop; and what was called."""
+    """A graph with branches side by side, a plain node, a conditional edge and a loop; and what was
+    called."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -155,7 +156,8 @@ async def test_nodes_are_steps() -> None:
 
 
 async def test_a_graph_survives_death_at_every_boundary() -> None:
-    """G5: Killed at any record, with branches side by side and in a loop, the flow resumes, and no node that ended is called again."""
+    """G5: Killed at any record, with branches side by side and in a loop, the flow resumes, and no node that
+    ended is called again."""
     graph = durable(World().builder().compile())
     found = await assert_resumable(
         flow_of(graph, {"n": 0, "log": []}),
@@ -167,7 +169,8 @@ async def test_a_graph_survives_death_at_every_boundary() -> None:
 
 
 async def test_outside_of_a_flow_it_is_the_graph_as_it_was() -> None:
-    """Outside of flows, and in a plain step, the graph has its checkpointer, its interrupts and its threads."""
+    """Outside of flows, and in a plain step, the graph has its checkpointer, its interrupts and its
+    threads."""
 
     def ask(state: State) -> Any:
         return {"log": [interrupt("why?")]}
@@ -182,7 +185,8 @@ async def test_outside_of_a_flow_it_is_the_graph_as_it_was() -> None:
 
 
 async def test_ids_have_the_names_of_graphs() -> None:
-    """The name of a graph is in front of the ids of its nodes, and that of a subgraph's node in front of those inside."""
+    """The name of a graph is in front of the ids of its nodes, and that of a subgraph's node in front of
+    those inside."""
 
     def inner(state: State) -> Any:
         return {"n": state["n"] + 1}
@@ -229,7 +233,8 @@ async def test_a_durable_graph_is_a_node_of_another_one() -> None:
 
 
 async def test_sends_and_commands_cross() -> None:
-    """What a node returns is stored whole: a Command with an update, Sends, and a Command to the graph around."""
+    """What a node returns is stored whole: a Command with an update, Sends, and a Command to the graph
+    around."""
 
     def plan(state: State) -> Any:
         return Command(update={"log": ["plan"]}, goto=[Send("work", {"n": n}) for n in range(3)])
@@ -304,7 +309,8 @@ async def test_a_node_cannot_change_what_only_a_replay_would_not_see() -> None:
 
 
 async def test_what_cannot_be_stored_names_the_node() -> None:
-    """A value without a form in JSON, in the state or in an update, fails with the node, the type and the place."""
+    """A value without a form in JSON, in the state or in an update, fails with the node, the type and the
+    place."""
 
     class Client:
         pass
@@ -340,7 +346,8 @@ async def test_a_node_that_is_no_step_is_code_of_the_body() -> None:
 
 
 async def test_it_is_refused_where_it_could_not_be_right() -> None:
-    """Wrong objects, ids and options are refused at once; a checkpointer, breakpoints and plain calls in a body."""
+    """Wrong objects, ids and options are refused at once; a checkpointer, breakpoints and plain calls in a
+    body."""
 
     @entrypoint()
     def program(n: int) -> int:
@@ -401,7 +408,8 @@ class Logged(BaseModel):
 
 
 async def test_nodes_have_contracts() -> None:
-    """G1: A state, or an update, that its schema refuses is a violation at its node; the next attempt is told of it."""
+    """G1: A state, or an update, that its schema refuses is a violation at its node; the next attempt is told
+    of it."""
     told: list[str] = []
 
     def log(state: State) -> Any:
@@ -440,7 +448,8 @@ async def test_usage_of_a_node_is_reported_once() -> None:
 
 
 async def test_messages_have_the_same_ids_on_replay() -> None:
-    """G5: Ids that reducers give are the same on replay: a node removes and replaces messages of before the death."""
+    """G5: Ids that reducers give are the same on replay: a node removes and replaces messages of before the
+    death."""
     seen: list[str] = []
 
     def answer(state: MessagesState) -> Any:
@@ -462,7 +471,8 @@ async def test_messages_have_the_same_ids_on_replay() -> None:
 
 
 async def test_delta_channels_have_the_same_ids_on_replay() -> None:
-    """G5: So are the ids of a DeltaChannel, to whose messages LangGraph gives ids before the reducer sees them."""
+    """G5: So are the ids of a DeltaChannel, to whose messages LangGraph gives ids before the reducer sees
+    them."""
     delta = pytest.importorskip("langgraph.channels.delta")
 
     def reduce(messages: list[Any], writes: list[Any]) -> Any:
@@ -513,7 +523,8 @@ async def test_messages_that_a_node_pushes_are_in_the_state() -> None:
 
 
 async def test_an_effect_is_asked_about_before_it_is_called_again() -> None:
-    """G13: The call of a node that is an effect, cut off by the death of its process, is looked up with its state and key."""
+    """G13: The call of a node that is an effect, cut off by the death of its process, is looked up with its
+    state and key."""
     booked: dict[str, int] = {}
     asked: list[Any] = []
     is_dying = [True]
@@ -536,7 +547,8 @@ async def test_an_effect_is_asked_about_before_it_is_called_again() -> None:
 
 
 async def test_an_interrupt_is_a_question_of_the_flow() -> None:
-    """The run is suspended with the question of each node; the answers are what interrupt() returns, with no checkpointer."""
+    """The run is suspended with the question of each node; the answers are what interrupt() returns, with no
+    checkpointer."""
     calls: list[str] = []
 
     def ask(state: State) -> Any:
@@ -568,7 +580,8 @@ async def test_an_interrupt_is_a_question_of_the_flow() -> None:
 
 
 async def test_interrupts_of_graphs_inside_reach_the_flow() -> None:
-    """A subgraph that is a node asks as the graph does, and so does one that a node calls, which then starts again."""
+    """A subgraph that is a node asks as the graph does, and so does one that a node calls, which then starts
+    again."""
 
     def ask(state: State) -> Any:
         return {"log": [interrupt("sure?")]}
@@ -595,7 +608,8 @@ async def test_interrupts_of_graphs_inside_reach_the_flow() -> None:
     "response_schema" not in inspect.signature(interrupt).parameters, reason="of newer releases"
 )
 async def test_an_answer_that_its_schema_refuses_is_asked_for_again() -> None:
-    """An answer that does not fit ``response_schema=`` leaves the question open, with what is wrong, live as on replay."""
+    """An answer that does not fit ``response_schema=`` leaves the question open, with what is wrong, live as
+    on replay."""
 
     def ask(state: State) -> Any:
         first = interrupt("how many?", response_schema=Count)
@@ -621,7 +635,8 @@ async def test_an_answer_that_its_schema_refuses_is_asked_for_again() -> None:
 
 
 async def test_questions_of_side_by_side_nodes_are_open_at_once() -> None:
-    """Each node asks for itself: the questions of several are open at the same time, and each gets its own answer."""
+    """Each node asks for itself: the questions of several are open at the same time, and each gets its own
+    answer."""
 
     def ask(state: State) -> Any:
         number = state["n"]
@@ -645,7 +660,8 @@ async def test_questions_of_side_by_side_nodes_are_open_at_once() -> None:
 
 
 async def test_streams_are_the_same_on_replay() -> None:
-    """astream() gives updates, values, custom parts and messages as the steps ended; custom parts come from the journal."""
+    """astream() gives updates, values, custom parts and messages as the steps ended; custom parts come from
+    the journal."""
     model = answers("hello world")
 
     def write(state: MessagesState) -> Any:
@@ -680,7 +696,8 @@ async def test_streams_are_the_same_on_replay() -> None:
 
 
 async def test_readers_of_a_run_see_deltas_of_models() -> None:
-    """What models stream, and what a node writes to the custom stream, is emitted to readers of the run as it comes."""
+    """What models stream, and what a node writes to the custom stream, is emitted to readers of the run as it
+    comes."""
     model = answers("hello world")
 
     async def write(state: MessagesState) -> Any:
@@ -742,7 +759,8 @@ class Shop:
 
 
 async def test_each_call_of_a_tool_is_a_step() -> None:
-    """G5: The calls of a node of tools are steps side by side, and after a death those that ended are not made again."""
+    """G5: The calls of a node of tools are steps side by side, and after a death those that ended are not
+    made again."""
     shop, store = Shop(), InMemoryStore()
     flow = flow_of(shop.graph(), {"messages": [("user", "hi")]})
     value = await run(flow, store=store, run_id="r")
@@ -767,7 +785,8 @@ async def test_a_tool_that_is_an_effect_is_asked_about() -> None:
 
 
 async def test_tools_ask_for_themselves() -> None:
-    """A tool that calls interrupt() asks for its own call, beside the others, and is called again with its answer."""
+    """A tool that calls interrupt() asks for its own call, beside the others, and is called again with its
+    answer."""
     shop = Shop()
     shop.asks = True
     flow = flow_of(shop.graph(), {"messages": [("user", "hi")]})

@@ -1,4 +1,5 @@
-"""A realistic durable graph of LangGraph, killed at random records: in one process, and with SIGKILL in many."""
+"""A realistic durable graph of LangGraph, killed at random records: in one process, and with SIGKILL in
+many."""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ class Report(BaseModel):
 
 
 class Research(Bill):
-    """A loop of a plan, searches sent side by side and a subgraph; then a charge that somebody approves, and an answer."""
+    """A loop of a plan, searches sent side by side and a subgraph; then a charge that somebody approves, and
+    an answer."""
 
     def note(self, call: str) -> None:
         """Note a call that is paid for."""
@@ -161,9 +163,13 @@ async def _approve(runner: StromaRunner, result: Any) -> None:
 
 def _runner_on(store: Any) -> StromaRunner:
     return StromaRunner.quick(
-        store=store, run_id="r", resume=True, max_recoveries=1000, if_running="take_over",
+        store=store,
+        run_id="r",
+        resume=True,
+        max_recoveries=1000,
+        if_running="take_over",
         policy_map=retry_policies(5),
-    )  # fmt: skip
+    )
 
 
 async def _undisturbed() -> tuple[Any, Research]:
@@ -175,8 +181,8 @@ async def _undisturbed() -> tuple[Any, Research]:
 
 @pytest.mark.parametrize("kind", ["memory", "sqlite"])
 async def test_a_killed_graph_ends_as_an_undisturbed_one(kind: str) -> None:
-    """G5, G13: Killed at random records, the graph has the state and the bill that it has undisturbed; what was called again
-    was in flight, and the charge is made once."""
+    """G5, G13: Killed at random records, the graph has the state and the bill that it has undisturbed; what
+    was called again was in flight, and the charge is made once."""
     undisturbed, plain = await _undisturbed()
     assert plain.repeated() == 0
     total = 0
@@ -184,8 +190,12 @@ async def test_a_killed_graph_ends_as_an_undisturbed_one(kind: str) -> None:
         with store_of(kind) as opened:
             world, chance = Research(), random.Random(f"{kind} {seed}")
             result, deaths = await run_in_lives(
-                chance, lambda opened=opened: _runner_on(opened), world.flow(), Num(), _approve  # type: ignore[misc]
-            )  # fmt: skip
+                chance,
+                lambda opened=opened: _runner_on(opened),
+                world.flow(),
+                Num(),
+                _approve,  # type: ignore[misc]
+            )
             assert result.status in (RunStatus.COMPLETED, RunStatus.RESUMED), (seed, result.failure)
             assert result.final_state == undisturbed.final_state
             assert list(world.charges.values()) == [500]
@@ -258,9 +268,13 @@ async def test_graphs_survive_sigkill(tmp_path: Path) -> None:
         for life in range(30):
             done = subprocess.run(
                 [sys.executable, "-W", "ignore", "-c", program, str(folder), str(seed), str(life)],
-                capture_output=True, text=True, check=False, timeout=120, cwd=Path(__file__).parents[3],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=120,
+                cwd=Path(__file__).parents[3],
                 env={**os.environ, "PYTHONHASHSEED": str(life)},
-            )  # fmt: skip
+            )
             if done.returncode == 0:
                 break
             assert done.returncode == -signal.SIGKILL, done.stderr

@@ -1,4 +1,5 @@
-"""The example of the page of LangGraph about durable graphs: it prints what it says, however often it is killed."""
+"""The example of the page of LangGraph about durable graphs: it prints what it says, however often it is
+killed."""
 
 from __future__ import annotations
 
@@ -33,8 +34,13 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"}
     return subprocess.run(
         [sys.executable, "-W", "ignore", *arguments],
-        capture_output=True, text=True, check=False, timeout=100, cwd=folder, env=env,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+        cwd=folder,
+        env=env,
+    )
 
 
 @pytest.fixture
@@ -52,7 +58,8 @@ def test_the_example_prints_what_the_page_shows(folder: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_the_same_command_continues_a_killed_example(folder: Path) -> None:
-    """G5: Killed with SIGKILL at several records, the program ends with its last line once its command is repeated."""
+    """G5: Killed with SIGKILL at several records, the program ends with its last line once its command is
+    repeated."""
     kills = 0
     for seed in ("a", "b", "c", "d", "e", "f"):
         done = run(folder, "-c", KILLED, seed)

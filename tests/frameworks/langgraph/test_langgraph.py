@@ -291,7 +291,8 @@ def test_tokens_of_models_are_counted_once_at_the_innermost_node(kind: str) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_subgraph_that_is_a_node_is_a_step_with_steps(kind: str) -> None:
-    """A compiled graph as a node: its nodes are children, it is found by LangGraph, and its updates stream."""
+    """A compiled graph as a node: its nodes are children, it is found by LangGraph, and its updates
+    stream."""
     guard = guard_of()
     sub = attach(line(), guard).compile()
     builder = StateGraph(State)
@@ -405,7 +406,8 @@ def test_an_interrupt_waits_and_goes_on_under_the_checkpointer_of_the_graph(kind
 @holds("control flow")
 @pytest.mark.parametrize("kind", KINDS)
 def test_commands_and_sends_steer_as_they_did(kind: str) -> None:
-    """Command(goto, update), Send with an input of its own, and Command to a parent graph; contracts see the updates."""
+    """Command(goto, update), Send with an input of its own, and Command to a parent graph; contracts see the
+    updates."""
 
     def start(state: State) -> Any:
         return Command(
@@ -434,7 +436,8 @@ def test_commands_and_sends_steer_as_they_did(kind: str) -> None:
 @holds("control flow")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_handoff_to_the_parent_graph_is_a_success_of_both(kind: str) -> None:
-    """Command(graph=PARENT) is an exception inside LangGraph: it passes as itself, once, and counts as returned."""
+    """Command(graph=PARENT) is an exception inside LangGraph: it passes as itself, once, and counts as
+    returned."""
     calls: list[int] = []
 
     def leave(state: State) -> Any:
@@ -538,7 +541,8 @@ def test_streams_stream() -> None:
 
 
 def test_a_graph_has_one_guard() -> None:
-    """Attached twice to one guard it is guarded once; another one is refused, since its budget would never count."""
+    """Attached twice to one guard it is guarded once; another one is refused, since its budget would never
+    count."""
     guard = guard_of()
     graph = attach(attach(line(), guard).compile(), guard)
     graph.invoke({"text": "a"})
@@ -626,7 +630,8 @@ def test_a_graph_without_marked_nodes_is_an_error() -> None:
 @holds("control flow")
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_tasks_of_the_functional_api_are_steps(asynchronous: bool) -> None:
-    """A function guarded below @task is a step, tried again where it is; interrupts and the checkpointer are untouched."""
+    """A function guarded below @task is a step, tried again where it is; interrupts and the checkpointer are
+    untouched."""
     guard, calls = guard_of(), []
 
     def work(text: str) -> int:
@@ -704,7 +709,8 @@ def approve(guard: Guard, answer: Any, node_id: str | None = None) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_graph_goes_on_under_one_run_id(kind: str, tmp_path: Path) -> None:
-    """``Command(resume=...)`` and ``invoke(None)`` go on in the same run under ``resume=True``, and its budget is carried on."""
+    """``Command(resume=...)`` and ``invoke(None)`` go on in the same run under ``resume=True``, and its
+    budget is carried on."""
 
     def tired(state: State) -> Any:
         model(10).invoke("x")
@@ -733,7 +739,8 @@ def test_a_graph_goes_on_under_one_run_id(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_answer_of_stroma_approve_resumes_the_graph(kind: str, tmp_path: Path) -> None:
-    """The question is in the journal; ``invoke(None)`` takes the answer that ``stroma approve`` has stored, once."""
+    """The question is in the journal; ``invoke(None)`` takes the answer that ``stroma approve`` has stored,
+    once."""
     saver, config = InMemorySaver(), {"configurable": {"thread_id": "1"}}
 
     def graph_of(guard: Guard) -> Any:
@@ -753,7 +760,8 @@ def test_an_answer_of_stroma_approve_resumes_the_graph(kind: str, tmp_path: Path
 
 
 def test_a_question_that_the_framework_has_answered_is_asked_no_more(tmp_path: Path) -> None:
-    """What was answered by ``Command(resume=...)`` is no question of the run any more: only the next one is."""
+    """What was answered by ``Command(resume=...)`` is no question of the run any more: only the next one
+    is."""
     saver, config = InMemorySaver(), {"configurable": {"thread_id": "1"}}
 
     def ask(value: Any) -> Any:
@@ -847,7 +855,8 @@ def test_a_second_attach_with_other_contracts_is_an_error(compiled: bool) -> Non
 
 
 def test_a_graph_is_drawn_as_without_the_guard() -> None:
-    """Its drawings name the classes of its nodes: of subgraphs, functions, and objects with every attribute."""
+    """Its drawings name the classes of its nodes: of subgraphs, functions, and objects with every
+    attribute."""
 
     def build(guarded: Any) -> Any:
         sub = StateGraph(State)
@@ -903,7 +912,8 @@ def test_a_state_may_be_a_list(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_models_that_edges_call_are_counted(kind: str, when: str) -> None:
-    """A model that decides where to go next is called in no node: its tokens count, and the budget stops it."""
+    """A model that decides where to go next is called in no node: its tokens count, and the budget stops
+    it."""
     guard = guard_of(budget=ExecutionBudget(max_tokens_total=35))
     llm, calls = model(*[10] * 9), list[str]()
 
@@ -955,7 +965,8 @@ def test_models_that_error_handlers_call_are_counted(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_spend_is_that_of_the_provider_s_ledger(kind: str) -> None:
-    """Parallel nodes, a subgraph, a router, a model in a thread, tools that ask models: to the token what is charged."""
+    """Parallel nodes, a subgraph, a router, a model in a thread, tools that ask models: to the token what is
+    charged."""
     guard, llms = guard_of(), [Script(answers=["x"] * 9, tokens=tokens) for tokens in (3, 5, 7, 11, 13)]
 
     def asking(llm: Any) -> Any:

@@ -47,16 +47,39 @@ class Order:
 TOOL_CALL: Any = {"name": "search", "args": {"q": 1.5}, "id": "1", "type": "tool_call"}
 USAGE: Any = {"input_tokens": 1, "output_tokens": 2, "total_tokens": 3}
 VALUES: list[Any] = [
-    None, True, 7, 1.5, float("inf"), "text", b"\xff", (1, (2,)), {1: "a"}, {"@set": 1}, {3, 1, 2}, frozenset({"a"}),
-    datetime.datetime(2026, 11, 30, 7, 1, tzinfo=datetime.UTC), datetime.date(2026, 1, 2), datetime.timedelta(hours=3),
-    decimal.Decimal("1.20"), uuid.UUID(int=7), Colour.RED, {"nested": [{"order": (Order(1),)}]},
-    Plan(topic="tea", tags={"b", "a"}, newest=HumanMessage("hi", id="1"), link=Order(2)), Order(1, Plan(topic="tea")),
+    None,
+    True,
+    7,
+    1.5,
+    float("inf"),
+    "text",
+    b"\xff",
+    (1, (2,)),
+    {1: "a"},
+    {"@set": 1},
+    {3, 1, 2},
+    frozenset({"a"}),
+    datetime.datetime(2026, 11, 30, 7, 1, tzinfo=datetime.UTC),
+    datetime.date(2026, 1, 2),
+    datetime.timedelta(hours=3),
+    decimal.Decimal("1.20"),
+    uuid.UUID(int=7),
+    Colour.RED,
+    {"nested": [{"order": (Order(1),)}]},
+    Plan(topic="tea", tags={"b", "a"}, newest=HumanMessage("hi", id="1"), link=Order(2)),
+    Order(1, Plan(topic="tea")),
     AIMessage("hi", tool_calls=[TOOL_CALL], usage_metadata=USAGE, response_metadata={"model_name": "gpt-4o"}),
-    AIMessageChunk("h", id="r"), HumanMessage([{"type": "text", "text": "a"}], name="me"), SystemMessage("s"),
-    ToolMessage("r", tool_call_id="1", artifact=[Order(3)], status="error"), RemoveMessage("1"), Document("text"),
-    Command(update={"messages": [HumanMessage("q")]}, goto=[Send("a", {"x": (1,)}), "b"], graph=Command.PARENT),
+    AIMessageChunk("h", id="r"),
+    HumanMessage([{"type": "text", "text": "a"}], name="me"),
+    SystemMessage("s"),
+    ToolMessage("r", tool_call_id="1", artifact=[Order(3)], status="error"),
+    RemoveMessage("1"),
+    Document("text"),
+    Command(
+        update={"messages": [HumanMessage("q")]}, goto=[Send("a", {"x": (1,)}), "b"], graph=Command.PARENT
+    ),
     Overwrite([1]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("value", VALUES, ids=repr)
@@ -78,7 +101,8 @@ def test_a_value_without_a_form_is_named_with_its_place() -> None:
 
 
 def test_classes_are_found_in_annotations() -> None:
-    """A class of a program that was __main__, or is inside a function, is found by the annotations of the state."""
+    """A class of a program that was __main__, or is inside a function, is found by the annotations of the
+    state."""
 
     class Local(BaseModel):
         colour: Colour

@@ -1,4 +1,5 @@
-"""litellm: real requests with and without the guard, to a provider of one's own in the process, and no network."""
+"""litellm: real requests with and without the guard, to a provider of one's own in the process, and no
+network."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ MESSAGES = [{"role": "user", "content": "How warm is it?"}]
 
 
 class Provider(CustomLLM):
-    """Answers what it is told to; what is an exception, it raises, in a stream after one word. It has a ledger of tokens."""
+    """Answers what it is told to; what is an exception, it raises, in a stream after one word. It has a
+    ledger of tokens."""
 
     def __init__(self, *answers: Any) -> None:
         super().__init__()
@@ -54,9 +56,13 @@ class Provider(CustomLLM):
                 raise ConnectionError("lost")
             last = number == len(words) - 1
             yield {
-                "text": word + ("" if last else " "), "index": 0, "tool_use": None, "is_finished": last,
-                "finish_reason": "stop" if last else "", "usage": used if last else None,
-            }  # fmt: skip
+                "text": word + ("" if last else " "),
+                "index": 0,
+                "tool_use": None,
+                "is_finished": last,
+                "finish_reason": "stop" if last else "",
+                "usage": used if last else None,
+            }
 
     async def astreaming(self, *_: Any, **__: Any) -> Any:
         for part in self.streaming():
@@ -125,11 +131,15 @@ def test_a_request_is_a_step_and_its_answer_the_same(kind: str, options: Any, pr
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_text_of_a_streamed_answer_is_emitted(kind: str, provider: Provider) -> None:
-    """The node around a request emits each part of a streamed answer, once, and nothing of one that is not streamed."""
+    """The node around a request emits each part of a streamed answer, once, and nothing of one that is not
+    streamed."""
     attach(litellm, guard_of())
     assert emitted_by(lambda: ask(kind, **STREAMED)) == [
-        ("delta", "It "), ("delta", "is "), ("delta", "4 "), ("delta", "C"),
-    ]  # fmt: skip
+        ("delta", "It "),
+        ("delta", "is "),
+        ("delta", "4 "),
+        ("delta", "C"),
+    ]
     assert emitted_by(lambda: ask(kind)) == []
 
 

@@ -58,7 +58,8 @@ def test_the_tree(server: Server) -> None:
 
 
 def test_kinds(server: Server) -> None:
-    """Runs, groups and nodes are of type CHAIN, and model calls LLM; the client's own is what the client says."""
+    """Runs, groups and nodes are of type CHAIN, and model calls LLM; the client's own is what the client
+    says."""
     kinds = Counter((span.name.partition(" ")[0], span.span_type) for span in server.spans())
     assert kinds == {
         ("invoke_workflow", "CHAIN"): 2,

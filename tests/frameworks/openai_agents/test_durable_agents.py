@@ -126,18 +126,32 @@ class Fake(Model):
         text = output[0].content[0].text if isinstance(output[0], ResponseOutputMessage) else ""
         for number, letter in enumerate(text):
             yield ResponseTextDeltaEvent(
-                content_index=0, delta=letter, item_id="m", output_index=0, sequence_number=number, logprobs=[],
+                content_index=0,
+                delta=letter,
+                item_id="m",
+                output_index=0,
+                sequence_number=number,
+                logprobs=[],
                 type="response.output_text.delta",
-            )  # fmt: skip
+            )
         usage = ResponseUsage(
-            input_tokens=10, output_tokens=2, total_tokens=12,
+            input_tokens=10,
+            output_tokens=2,
+            total_tokens=12,
             input_tokens_details=InputTokensDetails(cached_tokens=0, cache_write_tokens=0),
             output_tokens_details=OutputTokensDetails(reasoning_tokens=0),
-        )  # fmt: skip
+        )
         response = Response(
-            id="r", created_at=0, model="gpt-4o", object="response", output=output, tool_choice="auto", tools=[],
-            parallel_tool_calls=False, usage=usage,
-        )  # fmt: skip
+            id="r",
+            created_at=0,
+            model="gpt-4o",
+            object="response",
+            output=output,
+            tool_choice="auto",
+            tools=[],
+            parallel_tool_calls=False,
+            usage=usage,
+        )
         yield ResponseCompletedEvent(response=response, sequence_number=99, type="response.completed")
 
 
@@ -156,7 +170,8 @@ def run_flow(flow: Any, **config: Any) -> Any:
 
 
 class World:
-    """A triage agent with two rounds of two tools in parallel, which hands off to another one with a tool of its own."""
+    """A triage agent with two rounds of two tools in parallel, which hands off to another one with a tool of
+    its own."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -216,7 +231,8 @@ async def test_requests_and_tools_are_steps() -> None:
 
 
 async def test_an_agent_survives_death_at_every_boundary() -> None:
-    """G5: Killed at any record, the agents resume with the same answer, and no request or tool that ended is called again."""
+    """G5: Killed at any record, the agents resume with the same answer, and no request or tool that ended is
+    called again."""
     found = await assert_resumable(
         World().flow(), Num(), runner=StromaRunner.quick(policy_map=NEVER), processes=False
     )
@@ -224,7 +240,8 @@ async def test_an_agent_survives_death_at_every_boundary() -> None:
 
 
 async def test_outside_of_a_flow_it_is_the_agent_as_it_was() -> None:
-    """The runner changes nothing of an agent outside of flows, also of one that was in a flow, and in a plain node."""
+    """The runner changes nothing of an agent outside of flows, also of one that was in a flow, and in a plain
+    node."""
     world = World()
     result = await DurableRunner().run(world.agent, "go")
     assert (result.final_output, result.last_agent.name) == ("done 18", "writer")
@@ -245,7 +262,8 @@ async def test_outside_of_a_flow_it_is_the_agent_as_it_was() -> None:
 
 @pytest.mark.parametrize("streamed", [False, True])
 async def test_an_approval_is_a_question_of_the_flow(streamed: bool) -> None:
-    """A tool that needs approval suspends the run; it is called once the answer approves it, with other arguments if given."""
+    """A tool that needs approval suspends the run; it is called once the answer approves it, with other
+    arguments if given."""
     calls: list[str] = []
 
     @function_tool(needs_approval=True)
@@ -288,7 +306,8 @@ async def test_an_approval_is_a_question_of_the_flow(streamed: bool) -> None:
 
 
 async def test_a_tool_that_is_an_effect_is_asked_about_before_it_is_called_again() -> None:
-    """G13: The call of an effect that was cut off by the death of its process is looked up, with its arguments and key."""
+    """G13: The call of an effect that was cut off by the death of its process is looked up, with its
+    arguments and key."""
     booked: dict[str, int] = {}
     asked: list[dict[str, Any]] = []
     is_dying = [True]
@@ -330,7 +349,8 @@ def asking(tool: str, **arguments: Any) -> Fake:
 
 
 async def test_agents_run_in_parallel_and_as_tools_of_others() -> None:
-    """Agents in tasks of a body have steps of their own, and so has an agent that is a tool of another, with its approvals."""
+    """Agents in tasks of a body have steps of their own, and so has an agent that is a tool of another, with
+    its approvals."""
     calls: list[str] = []
 
     @function_tool(needs_approval=True)
@@ -363,7 +383,8 @@ async def test_agents_run_in_parallel_and_as_tools_of_others() -> None:
 
 
 async def test_a_streamed_answer_is_one_step() -> None:
-    """The events of run_streamed come from the step of their request, which emits its text and reports its usage once."""
+    """The events of run_streamed come from the step of their request, which emits its text and reports its
+    usage once."""
     agent: Agent[Any] = Agent(name="a", model=Fake(lambda items: says("hello world")))
 
     async def body(state: Num) -> str:
@@ -395,7 +416,8 @@ async def test_a_streamed_answer_is_one_step() -> None:
 
 @pytest.mark.parametrize("trips", [False, True])
 async def test_guardrails_run_in_the_body_and_their_judges_are_durable(trips: bool) -> None:
-    """The judge of a guardrail is an agent with steps of its own; a tripwire is raised in the body, and on replay again."""
+    """The judge of a guardrail is an agent with steps of its own; a tripwire is raised in the body, and on
+    replay again."""
     judge: Agent[Any] = Agent(name="judge", model=Fake(lambda items: says("bad" if trips else "good")))
 
     @input_guardrail
@@ -449,7 +471,8 @@ class ListSession:
 
 
 async def test_a_session_is_read_and_written_once() -> None:
-    """Reads and writes of a session are steps: killed at any record, a run finds what it read before, and writes nothing twice."""
+    """Reads and writes of a session are steps: killed at any record, a run finds what it read before, and
+    writes nothing twice."""
     agent: Agent[Any] = Agent(name="a", model=Fake(lambda items: says(f"answer {len(items)}")))
     sessions: list[Any] = [ListSession()]
 
@@ -460,9 +483,13 @@ async def test_a_session_is_read_and_written_once() -> None:
         return f"{first.final_output} {second.final_output}"
 
     await assert_resumable(
-        flow_of(body), Num(), runner=StromaRunner.quick(policy_map=NEVER), processes=False,
-        reset=lambda: sessions.append(ListSession()), effects=lambda: sessions[-1].items,
-    )  # fmt: skip
+        flow_of(body),
+        Num(),
+        runner=StromaRunner.quick(policy_map=NEVER),
+        processes=False,
+        reset=lambda: sessions.append(ListSession()),
+        effects=lambda: sessions[-1].items,
+    )
     sessions.append(SQLiteSession("s"))
     result = await run_flow(flow_of(body))
     assert result.final_state == Answer(text="answer 1 answer 3"), result.failure
@@ -509,7 +536,8 @@ class Server(MCPServer):
 
 
 async def test_tools_of_mcp_servers_are_steps() -> None:
-    """The discovery of an MCP server's tools is a step, and so is each call of one, with retries and approvals."""
+    """The discovery of an MCP server's tools is a step, and so is each call of one, with retries and
+    approvals."""
     server = Server(require_approval="always")
     agent: Agent[Any] = Agent(name="a", model=asking("read"), mcp_servers=[server])
 
@@ -532,7 +560,8 @@ AT_ONCE = {"RECOVERABLE": FailurePolicy(max_retries=2, backoff_seconds=0)}
 
 
 async def test_models_by_name_and_hosted_tools() -> None:
-    """A model that a provider knows by its name is durable; calls of hosted tools are a part of its recorded answer."""
+    """A model that a provider knows by its name is durable; calls of hosted tools are a part of its recorded
+    answer."""
     search = ResponseFunctionWebSearch.model_validate(
         {
             "id": "w",
@@ -577,7 +606,8 @@ async def test_models_by_name_and_hosted_tools() -> None:
 
 
 async def test_failures_of_tools_go_to_the_model_after_their_retries() -> None:
-    """A transient failure is retried by the step; the model is told of one that stays, and of wrong arguments at once."""
+    """A transient failure is retried by the step; the model is told of one that stays, and of wrong arguments
+    at once."""
     calls: list[str] = []
 
     @function_tool
@@ -623,8 +653,8 @@ async def test_failures_of_tools_go_to_the_model_after_their_retries() -> None:
 
 
 async def test_a_failed_request_is_retried_as_a_step_is() -> None:
-    """A rate limit of the provider is retried by the policy of the step, and not by the SDK; a refused request stops the flow
-    with its failure."""
+    """A rate limit of the provider is retried by the policy of the step, and not by the SDK; a refused
+    request stops the flow with its failure."""
 
     class Refused(Exception):
         def __init__(self, status_code: int) -> None:
@@ -650,7 +680,8 @@ async def test_a_failed_request_is_retried_as_a_step_is() -> None:
 
 
 async def test_what_cannot_run_in_a_body_says_so() -> None:
-    """Options of no tool, a tool that acts on this machine, a RunState and code that waits are refused, with what to do."""
+    """Options of no tool, a tool that acts on this machine, a RunState and code that waits are refused, with
+    what to do."""
 
     @function_tool
     async def waits() -> None:
@@ -686,7 +717,8 @@ async def test_what_cannot_run_in_a_body_says_so() -> None:
 
 @pytest.mark.parametrize("streamed", [False, True])
 async def test_the_provider_gets_the_same_requests_as_without(streamed: bool) -> None:
-    """What the SDK sends from a flow, with items that models have made, is what it sends elsewhere, to the byte."""
+    """What the SDK sends from a flow, with items that models have made, is what it sends elsewhere, to the
+    byte."""
     sent: list[bytes] = []
     call = {
         "id": "f",
@@ -705,13 +737,22 @@ async def test_the_provider_gets_the_same_requests_as_without(streamed: bool) ->
     def handler(request: Any) -> Any:
         sent.append(request.content)
         answer = {
-            "id": "r", "created_at": 0, "model": "gpt-4o", "object": "response", "parallel_tool_calls": True,
-            "tool_choice": "auto", "tools": [], "output": outputs[1 - len(sent) % 2],
+            "id": "r",
+            "created_at": 0,
+            "model": "gpt-4o",
+            "object": "response",
+            "parallel_tool_calls": True,
+            "tool_choice": "auto",
+            "tools": [],
+            "output": outputs[1 - len(sent) % 2],
             "usage": {
-                "input_tokens": 1, "output_tokens": 1, "total_tokens": 2, "input_tokens_details": {"cached_tokens": 0},
+                "input_tokens": 1,
+                "output_tokens": 1,
+                "total_tokens": 2,
+                "input_tokens_details": {"cached_tokens": 0},
                 "output_tokens_details": {"reasoning_tokens": 0},
             },
-        }  # fmt: skip
+        }
         if not streamed:
             return httpx.Response(200, json=answer)
         event = {"type": "response.completed", "sequence_number": 1, "response": answer}
@@ -754,10 +795,22 @@ async def test_what_the_model_gets_of_a_tool_is_the_same_as_without() -> None:
         x: int
 
     results: list[Any] = [
-        "text", 1, 1.5, None, True, {"a": [1, None]}, [1, "b"], (1, 2), {1: 2}, Point(x=1), [Point(x=1)],
-        ToolOutputImage(image_url="data:"), [ToolOutputText(text="t"), ToolOutputImage(image_url="data:")],
-        {"type": "text", "text": "t"}, float("nan"),
-    ]  # fmt: skip
+        "text",
+        1,
+        1.5,
+        None,
+        True,
+        {"a": [1, None]},
+        [1, "b"],
+        (1, 2),
+        {1: 2},
+        Point(x=1),
+        [Point(x=1)],
+        ToolOutputImage(image_url="data:"),
+        [ToolOutputText(text="t"), ToolOutputImage(image_url="data:")],
+        {"type": "text", "text": "t"},
+        float("nan"),
+    ]
 
     @function_tool
     def give(n: int) -> Any:

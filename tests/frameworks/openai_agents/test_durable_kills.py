@@ -38,7 +38,8 @@ class Report(BaseModel):
 
 
 class Research(Bill):
-    """Thirteen requests: searches in parallel, an agent as a tool, a charge that needs approval, and a handoff to who answers.
+    """Thirteen requests: searches in parallel, an agent as a tool, a charge that needs approval, and a
+    handoff to who answers.
 
     ``side``: a file that outlives the process.
     """
@@ -82,8 +83,11 @@ class Research(Bill):
         writer: Agent[Any] = Agent(name="writer", model=Fake(self._write), tools=[look_up])
         closer: Agent[Any] = Agent(name="closer", model=Fake(self._close))
         lead: Agent[Any] = Agent(
-            name="lead", model=Fake(self._lead), tools=[search, charge, writer.as_tool("write", "Write.")], handoffs=[closer]
-        )  # fmt: skip
+            name="lead",
+            model=Fake(self._lead),
+            tools=[search, charge, writer.as_tool("write", "Write.")],
+            handoffs=[closer],
+        )
         runner = DurableRunner(
             tools={"charge": {"effect": True, "reconcile": lambda _, key: self.charges.get(key, NotDone())}}
         )
@@ -128,9 +132,13 @@ async def _approve(runner: StromaRunner, result: Any) -> None:
 
 def _runner_on(store: Any) -> StromaRunner:
     return StromaRunner.quick(
-        store=store, run_id="r", resume=True, max_recoveries=1000, if_running="take_over",
+        store=store,
+        run_id="r",
+        resume=True,
+        max_recoveries=1000,
+        if_running="take_over",
         policy_map=retry_policies(5),
-    )  # fmt: skip
+    )
 
 
 async def _undisturbed(streamed: bool) -> tuple[Research, Any]:
@@ -155,15 +163,19 @@ def _check(world: Research, result: Any, store: Any, plain: tuple[Research, Any]
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("kind", ["memory", "sqlite"])
 async def test_killed_agents_end_as_undisturbed_ones(kind: str, streamed: bool) -> None:
-    """G5, G13: Killed at random records, the agents have the answer, the items and the bill that they have undisturbed; what
-    was called again was in flight, and the charge is made once."""
+    """G5, G13: Killed at random records, the agents have the answer, the items and the bill that they have
+    undisturbed; what was called again was in flight, and the charge is made once."""
     plain, total = await _undisturbed(streamed), 0
     for seed in range(int(os.environ.get("STROMA_PROGRAMS", "4"))):
         with store_of(kind) as store:
             world, chance = Research(streamed=streamed), random.Random(f"{kind} {seed}")
             result, deaths = await run_in_lives(
-                chance, lambda store=store: _runner_on(store), world.flow(), Num(), _approve  # type: ignore[misc]
-            )  # fmt: skip
+                chance,
+                lambda store=store: _runner_on(store),
+                world.flow(),
+                Num(),
+                _approve,  # type: ignore[misc]
+            )
             _check(world, result, store, plain)
             # Each death repeats at most what was in flight: two searches, or two writers.
             assert world.repeated() <= 2 * deaths
@@ -189,7 +201,8 @@ def live(folder: str, seed: str, life: str) -> None:
 
 
 def _lives(function: str, folder: Path, seed: int) -> int:
-    """Call a function of this module in one process after the other, until one ends by itself. Return how many were killed."""
+    """Call a function of this module in one process after the other, until one ends by itself. Return how
+    many were killed."""
     program = f"import sys; from {__name__} import {function}; {function}(*sys.argv[1:])"
     for life in range(LAST_DEATH + 1):
         command = [sys.executable, "-W", "ignore", "-c", program, str(folder), str(seed), str(life)]

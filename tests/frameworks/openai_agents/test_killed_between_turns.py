@@ -40,7 +40,8 @@ class Asking(Script):
 
 
 def live(folder: str, dies_before: str) -> None:
-    """One process: run the agent, and store the state of each interruption; or go on from the one that is stored."""
+    """One process: run the agent, and store the state of each interruption; or go on from the one that is
+    stored."""
     ledger, stored = Ledger(folder), Path(folder, "state")
 
     def work(name: str) -> None:
@@ -78,7 +79,8 @@ def live(folder: str, dies_before: str) -> None:
 @holds("killed")
 @pytest.mark.parametrize("dies_before", CALLS)
 def test_killed_between_turns_it_goes_on_from_its_last_state(dies_before: str, tmp_path: Path) -> None:
-    """After SIGKILL at a boundary, the stored state gives the right answer, in one run, and what is before it is paid for once.
+    """After SIGKILL at a boundary, the stored state gives the right answer, in one run, and what is before it
+    is paid for once.
 
     What was called behind the state is called again, with the same key.
     """

@@ -71,7 +71,8 @@ KINDS = ["run", "run_sync", "streamed"]
 
 
 class Script(Model):
-    """Answers: a text, or (tool name, JSON arguments); what is an exception, it raises. Streams break where they are told to."""
+    """Answers: a text, or (tool name, JSON arguments); what is an exception, it raises. Streams break where
+    they are told to."""
 
     def __init__(self, *answers: Any, tokens: int = 10, break_after: int | None = None) -> None:
         self.model = "gpt-4o"
@@ -108,18 +109,32 @@ class Script(Model):
             if n == self.break_after:
                 raise TimeoutError("lost")
             yield ResponseTextDeltaEvent(
-                content_index=0, delta=word, item_id="1", output_index=0, sequence_number=n, logprobs=[],
+                content_index=0,
+                delta=word,
+                item_id="1",
+                output_index=0,
+                sequence_number=n,
+                logprobs=[],
                 type="response.output_text.delta",
-            )  # fmt: skip
+            )
         usage = ResponseUsage(
-            input_tokens=self.tokens - 1, output_tokens=1, total_tokens=self.tokens,
+            input_tokens=self.tokens - 1,
+            output_tokens=1,
+            total_tokens=self.tokens,
             input_tokens_details=InputTokensDetails(cached_tokens=0, cache_write_tokens=0),
             output_tokens_details=OutputTokensDetails(reasoning_tokens=0),
-        )  # fmt: skip
+        )
         response = Response(
-            id="r", created_at=0, model="gpt-4o", object="response", output=[item], tool_choice="auto", tools=[],
-            parallel_tool_calls=False, usage=usage,
-        )  # fmt: skip
+            id="r",
+            created_at=0,
+            model="gpt-4o",
+            object="response",
+            output=[item],
+            tool_choice="auto",
+            tools=[],
+            parallel_tool_calls=False,
+            usage=usage,
+        )
         yield ResponseCompletedEvent(response=response, sequence_number=9, type="response.completed")
 
 
@@ -226,7 +241,8 @@ def test_a_budget_that_trips_inside_a_tool_stops_the_agent_too(kind: str) -> Non
 
 @holds("control flow")
 def test_handoffs_hand_off_and_every_agent_is_guarded() -> None:
-    """Each turn of the agent that is handed to is a step, with what it spends; its tools hold their contracts."""
+    """Each turn of the agent that is handed to is a step, with what it spends; its tools hold their
+    contracts."""
     guard = guard_of()
     other = Agent(name="other", model=Script(CALL, "from other", tokens=7), tools=[tool_of()])
     agent = agent_of(
@@ -235,9 +251,14 @@ def test_handoffs_hand_off_and_every_agent_is_guarded() -> None:
     result = asyncio.run(GuardedRunner(guard).run(agent, "hello"))
     assert (result.final_output, result.last_agent.name) == ("from other", "other")
     assert lines_of(guard) == [
-        "forecaster success", "  model success 10",
-        "  other success", "    model success 7", "    weather success", "  other success", "    model success 7",
-    ]  # fmt: skip
+        "forecaster success",
+        "  model success 10",
+        "  other success",
+        "    model success 7",
+        "    weather success",
+        "  other success",
+        "    model success 7",
+    ]
 
 
 @holds("control flow")
@@ -371,7 +392,8 @@ def judge(ledger: Ledger) -> Any:
 
 
 def realistic(ledger: Ledger) -> Any:
-    """Tools, calls of tools side by side, an agent as a tool, a handoff, a judge, an MCP server, a model by its name."""
+    """Tools, calls of tools side by side, an agent as a tool, a handoff, a judge, an MCP server, a model by
+    its name."""
     inner = Agent(name="inner", model=ledger.model(CALL, "deep", tokens=3), tools=[tool_of()])
     last = Agent(name="last", model="named", mcp_servers=[Server({"celsius": 4})])
     both = ("ask_inner", '{"input": "x"}'), CALL
@@ -396,7 +418,8 @@ def named(ledger: Ledger) -> RunConfig:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_spend_is_that_of_the_provider_s_ledger(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Tools, sub-agents, handoffs, judges, MCP tools and models by their names: to the token what the provider charges."""
+    """Tools, sub-agents, handoffs, judges, MCP tools and models by their names: to the token what the
+    provider charges."""
     ledger, guard = Ledger(), guard_of()
     agent, config = attach(realistic(ledger), guard), named(ledger)
 
@@ -425,7 +448,8 @@ def test_all_spend_is_that_of_the_provider_s_ledger(kind: str, caplog: pytest.Lo
 
 
 def test_fifty_runs_at_once_are_counted_apart() -> None:
-    """Each run of fifty at the same time has its own spend, and together they have what the provider charged."""
+    """Each run of fifty at the same time has its own spend, and together they have what the provider
+    charged."""
     guard, total = guard_of(), Ledger()
 
     async def one(n: int) -> int:
@@ -448,7 +472,8 @@ def test_fifty_runs_at_once_are_counted_apart() -> None:
 
 @pytest.mark.parametrize("kind", ["run", "run_sync"])
 def test_the_model_of_a_run_config_is_guarded(kind: str) -> None:
-    """``RunConfig(model=)`` takes the place of every agent's model, and its requests are steps with a budget."""
+    """``RunConfig(model=)`` takes the place of every agent's model, and its requests are steps with a
+    budget."""
     guard = guard_of(budget=ExecutionBudget(max_tokens_total=25))
     script = Script(*[CALL] * 9)
     agent, config = agent_of(Script(), guard), RunConfig(model=script)
@@ -463,7 +488,8 @@ def test_the_model_of_a_run_config_is_guarded(kind: str) -> None:
 
 
 def test_what_only_the_sdk_has_counted_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    """The usage figure of a run is compared with ours: a difference is a warning that names it (``guard.unaccounted``)."""
+    """The usage figure of a run is compared with ours: a difference is a warning that names it
+    (``guard.unaccounted``)."""
 
     @function_tool
     async def hidden(context: RunContextWrapper[Any]) -> str:
@@ -483,7 +509,8 @@ def test_what_only_the_sdk_has_counted_is_named(caplog: pytest.LogCaptureFixture
 
 
 def test_streamed_turns_of_one_run_are_compared_together(caplog: pytest.LogCaptureFixture) -> None:
-    """``Runner.run_streamed`` again and again in one run: what each of them hides is counted, and what none hides is not."""
+    """``Runner.run_streamed`` again and again in one run: what each of them hides is counted, and what none
+    hides is not."""
 
     @function_tool
     async def hidden(context: RunContextWrapper[Any]) -> str:
@@ -530,14 +557,19 @@ def test_a_tool_of_an_mcp_server_holds_its_contract(kind: str, contract: Any, di
 
 
 def test_a_tool_of_an_mcp_server_is_retried_and_an_unknown_one_is_refused() -> None:
-    """Its errors are retried by their class; a contract of no tool is an error once the server has listed its tools."""
+    """Its errors are retried by their class; a contract of no tool is an error once the server has listed its
+    tools."""
     guard, server = guard_of(), Server(ConnectionError("gone"), {"celsius": 4})
     agent = Agent(name="a", model=Script(("remote", {"city": "Oslo"}), "done"), mcp_servers=[server])
     assert ask(attach(agent, guard), "run", guard) == "done"
     assert len(server.called) == 2
     assert [line.split()[:2] for line in lines_of(guard)] == [
-        ["a", "success"], ["model", "success"], ["remote", "failure"], ["remote", "success"], ["model", "success"],
-    ]  # fmt: skip
+        ["a", "success"],
+        ["model", "success"],
+        ["remote", "failure"],
+        ["remote", "success"],
+        ["model", "success"],
+    ]
     guard = guard_of()
     agent = Agent(name="a", model=Script("done"), mcp_servers=[Server()], tools=[tool_of()])
     attach(agent, guard, {"remtoe": (City, Weather)})
@@ -637,7 +669,8 @@ def voice_of() -> RealtimeAgent[Any]:
 
 @pytest.mark.parametrize("is_attached", [True, False])
 def test_a_realtime_session_in_a_run_is_counted(is_attached: bool) -> None:
-    """Its tools are steps, and the tokens of its model those of the provider's bill; also of an agent that is not attached."""
+    """Its tools are steps, and the tokens of its model those of the provider's bill; also of an agent that is
+    not attached."""
     guard = guard_of()
     agent = voice_of()
     if is_attached:
@@ -696,17 +729,30 @@ def test_the_sdk_sees_all_of_a_model_and_sends_the_same() -> None:
     """Private attributes and the class too: without them no ``prompt_cache_key`` is sent."""
     sent: list[Any] = []
     answer = {
-        "id": "r", "created_at": 0, "model": "gpt-4o", "object": "response", "parallel_tool_calls": True,
-        "tool_choice": "auto", "tools": [],
-        "output": [{
-            "id": "m", "type": "message", "role": "assistant", "status": "completed",
-            "content": [{"type": "output_text", "text": "x", "annotations": []}],
-        }],
+        "id": "r",
+        "created_at": 0,
+        "model": "gpt-4o",
+        "object": "response",
+        "parallel_tool_calls": True,
+        "tool_choice": "auto",
+        "tools": [],
+        "output": [
+            {
+                "id": "m",
+                "type": "message",
+                "role": "assistant",
+                "status": "completed",
+                "content": [{"type": "output_text", "text": "x", "annotations": []}],
+            }
+        ],
         "usage": {
-            "input_tokens": 1, "output_tokens": 1, "total_tokens": 2, "input_tokens_details": {"cached_tokens": 0},
+            "input_tokens": 1,
+            "output_tokens": 1,
+            "total_tokens": 2,
+            "input_tokens_details": {"cached_tokens": 0},
             "output_tokens_details": {"reasoning_tokens": 0},
         },
-    }  # fmt: skip
+    }
 
     def handler(request: Any) -> Any:
         sent.append(json.loads(request.content))
@@ -815,7 +861,8 @@ def test_an_answer_of_stroma_approve_decides_what_is_pending(tmp_path: Path) -> 
 
 
 def test_a_guarded_tool_is_the_tool() -> None:
-    """What is changed at the tool holds for the guarded one; copies and replacements are guarded, and compare as before."""
+    """What is changed at the tool holds for the guarded one; copies and replacements are guarded, and compare
+    as before."""
     plain = tool_of()
     guard = guard_of()
     agent = agent_of(Script(), guard, [plain])

@@ -1,4 +1,5 @@
-"""Frameworks without an adapter: their models and tools as steps by the guard alone, as the page about them says."""
+"""Frameworks without an adapter: their models and tools as steps by the guard alone, as the page about them
+says."""
 
 from __future__ import annotations
 
@@ -163,9 +164,13 @@ def instructed(guard: Guard, ledger: Ledger) -> Any:
         message = ChatCompletionMessage(content=text, role="assistant")
         usage = CompletionUsage(prompt_tokens=used - 1, completion_tokens=1, total_tokens=used)
         return ChatCompletion(
-            id="1", choices=[Choice(finish_reason="stop", index=0, message=message)], created=0, model="fake",
-            object="chat.completion", usage=usage,
-        )  # fmt: skip
+            id="1",
+            choices=[Choice(finish_reason="stop", index=0, message=message)],
+            created=0,
+            model="fake",
+            object="chat.completion",
+            usage=usage,
+        )
 
     asks: Any = instructor.patch(create=create, mode=instructor.Mode.JSON)
     messages = [{"role": "user", "content": "How warm is it?"}]
@@ -195,7 +200,8 @@ def test_models_and_tools_are_steps(make: Any) -> None:
 
 @pytest.mark.parametrize("make", MADE)
 def test_the_budget_stops_the_program(make: Any) -> None:
-    """Whatever the framework makes of the error: no further request is made, and the guard says what stopped it."""
+    """Whatever the framework makes of the error: no further request is made, and the guard says what stopped
+    it."""
     guard, ledger = guard_of(budget=ExecutionBudget(max_tokens_total=15)), Ledger()
     call = make(guard, ledger)
     error: BaseException | None = None

@@ -76,7 +76,8 @@ async def test_requests_and_tools_are_steps() -> None:
 
 
 async def test_an_agent_survives_death_at_every_boundary() -> None:
-    """G5: Killed at any record, the agent resumes with the same answer, and no request or tool that ended is called again."""
+    """G5: Killed at any record, the agent resumes with the same answer, and no request or tool that ended is
+    called again."""
     found = await assert_resumable(
         World().flow(), Num(), runner=StromaRunner.quick(policy_map=NEVER), processes=False
     )
@@ -91,7 +92,8 @@ async def test_outside_of_a_flow_it_is_the_agent_as_it_was() -> None:
 
 
 async def test_an_approval_is_a_question_of_the_flow() -> None:
-    """A tool that needs approval suspends the run; it is called once the answer approves it, with other arguments if given."""
+    """A tool that needs approval suspends the run; it is called once the answer approves it, with other
+    arguments if given."""
     calls: list[str] = []
 
     def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
@@ -124,7 +126,8 @@ async def test_an_approval_is_a_question_of_the_flow() -> None:
 
 
 async def test_a_tool_that_is_an_effect_is_asked_about_before_it_is_called_again() -> None:
-    """G13: The call of an effect that was cut off by the death of its process is looked up, with its arguments and key."""
+    """G13: The call of an effect that was cut off by the death of its process is looked up, with its
+    arguments and key."""
     booked: dict[str, int] = {}
     asked: list[dict[str, Any]] = []
     is_dying = [True]
@@ -160,7 +163,8 @@ async def test_a_tool_that_is_an_effect_is_asked_about_before_it_is_called_again
 
 
 async def test_agents_run_in_parallel_and_inside_tools_of_others() -> None:
-    """Agents in tasks of a body have steps of their own; one that a tool asks is a part of that tool's step."""
+    """Agents in tasks of a body have steps of their own; one that a tool asks is a part of that tool's
+    step."""
     world, store = World(), InMemoryStore()
     inner = world.agent()
 
@@ -175,7 +179,8 @@ async def test_agents_run_in_parallel_and_inside_tools_of_others() -> None:
 
 
 async def test_a_streamed_answer_is_one_step() -> None:
-    """The text of run_stream comes from the step of its request, which reports its usage once; so do events of a handler."""
+    """The text of run_stream comes from the step of its request, which reports its usage once; so do events
+    of a handler."""
     seen: list[str] = []
 
     async def respond(messages: list[ModelMessage], info: AgentInfo) -> AsyncIterator[str]:
@@ -229,7 +234,8 @@ async def test_an_answer_that_is_refused_is_asked_for_again() -> None:
 
 
 async def test_toolsets_that_are_made_for_a_run_are_steps_too() -> None:
-    """A dynamic toolset is resolved in a step of its own, and so is a tool of it; a tool with False is no step."""
+    """A dynamic toolset is resolved in a step of its own, and so is a tool of it; a tool with False is no
+    step."""
     calls: list[str] = []
 
     def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
@@ -268,7 +274,8 @@ async def test_toolsets_that_are_made_for_a_run_are_steps_too() -> None:
 
 
 async def test_a_failed_request_is_retried_as_a_step_is() -> None:
-    """A rate limit of the provider is retried by the policy of the step; a refused request stops the flow with its failure."""
+    """A rate limit of the provider is retried by the policy of the step; a refused request stops the flow
+    with its failure."""
     errors: list[Exception] = [ModelHTTPError(429, "gpt-4o"), ModelHTTPError(401, "gpt-4o")]
 
     def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:

@@ -30,14 +30,16 @@ class Report(BaseModel):
 
 
 class Research(Bill):
-    """Twelve requests: a streamed plan, searches in parallel, a sub-agent, a charge that needs approval, and an answer."""
+    """Twelve requests: a streamed plan, searches in parallel, a sub-agent, a charge that needs approval, and
+    an answer."""
 
     def flow(self) -> Any:
         writer = self._writer()
         agent = Agent(
-            FunctionModel(self._respond, stream_function=self._stream), name="lead",
+            FunctionModel(self._respond, stream_function=self._stream),
+            name="lead",
             capabilities=[StromaDurability(event_stream_handler=_read)],
-        )  # fmt: skip
+        )
 
         @agent.tool_plain
         async def search(what: str) -> str:
@@ -118,15 +120,19 @@ async def _approve(runner: StromaRunner, result: Any) -> None:
 
 def _runner_on(store: Any) -> StromaRunner:
     return StromaRunner.quick(
-        store=store, run_id="r", resume=True, max_recoveries=1000, if_running="take_over",
+        store=store,
+        run_id="r",
+        resume=True,
+        max_recoveries=1000,
+        if_running="take_over",
         policy_map=retry_policies(5),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("kind", ["memory", "sqlite", "redis", "postgres"])
 async def test_a_killed_agent_ends_as_an_undisturbed_one(kind: str) -> None:
-    """G5, G13: Killed at random records, the agent has the answer, the messages and the bill that it has undisturbed; what was
-    called again was in flight, and the charge is made once."""
+    """G5, G13: Killed at random records, the agent has the answer, the messages and the bill that it has
+    undisturbed; what was called again was in flight, and the charge is made once."""
     plain = Research()
     store = InMemoryStore()
     undisturbed, _ = await run_in_lives(None, lambda: _runner_on(store), plain.flow(), Num(), _approve)
@@ -141,8 +147,12 @@ async def test_a_killed_agent_ends_as_an_undisturbed_one(kind: str) -> None:
         with store_of(kind) as opened:
             world, chance = Research(), random.Random(f"{kind} {seed}")
             result, deaths = await run_in_lives(
-                chance, lambda opened=opened: _runner_on(opened), world.flow(), Num(), _approve  # type: ignore[misc]
-            )  # fmt: skip
+                chance,
+                lambda opened=opened: _runner_on(opened),
+                world.flow(),
+                Num(),
+                _approve,  # type: ignore[misc]
+            )
             assert result.status in (RunStatus.COMPLETED, RunStatus.RESUMED), (seed, result.failure)
             assert result.final_state == undisturbed.final_state
             assert list(world.charges.values()) == [500]

@@ -1,4 +1,5 @@
-"""Pydantic AI killed between the nodes of an agent: its own message history and our journal, both in files."""
+"""Pydantic AI killed between the nodes of an agent: its own message history and our journal, both in
+files."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ CALLS = ("ask 1", "tool 1", "ask 2", "tool 2", "ask 3")
 
 
 def live(folder: str, dies_before: str) -> None:
-    """One process: run the agent, and store its messages before each node; or go on from those that are stored."""
+    """One process: run the agent, and store its messages before each node; or go on from those that are
+    stored."""
     ledger, history = Ledger(folder), Path(folder, "history")
 
     def work(name: str) -> None:
@@ -66,7 +68,8 @@ def live(folder: str, dies_before: str) -> None:
 @holds("killed")
 @pytest.mark.parametrize("dies_before", CALLS)
 def test_killed_between_nodes_it_goes_on_and_pays_for_nothing_twice(dies_before: str, tmp_path: Path) -> None:
-    """After SIGKILL at a boundary, the stored history gives the right answer, in one run, and each call is paid for once."""
+    """After SIGKILL at a boundary, the stored history gives the right answer, in one run, and each call is
+    paid for once."""
     program = "import sys; from tests.frameworks.pydantic_ai.test_killed_between_nodes import live; live(*sys.argv[1:])"
     assert in_two_lives(program, tmp_path, dies_before) == "done"
     assert Ledger(tmp_path).calls == list(CALLS)

@@ -195,7 +195,8 @@ def test_model_retry_goes_to_the_model_and_is_no_second_call() -> None:
 
 @holds("control flow")
 def test_a_tool_that_waits_for_approval_suspends() -> None:
-    """ApprovalRequired passes untouched; the run is SUSPENDED, and goes on with the framework's own results."""
+    """ApprovalRequired passes untouched; the run is SUSPENDED, and goes on with the framework's own
+    results."""
     calls: list[bool] = []
     script = Script(("buy", "{}"), "bought")
     guard = guard_of()
@@ -256,7 +257,8 @@ class Ledger:
 
 
 def realistic(ledger: Ledger, *capabilities: Any) -> Agent[None, str]:
-    """Tools side by side, sub-agents with and without the usage of the agent around them, a judge of the output."""
+    """Tools side by side, sub-agents with and without the usage of the agent around them, a judge of the
+    output."""
     deep = Agent(ledger.model("deepest", "deepest", tokens=3), name="deep")
     inner = Agent(ledger.model(("go", "{}"), "deep", ("go", "{}"), "deep", tokens=7), name="inner")
     judge = Agent(ledger.model("fine", tokens=5), name="judge")
@@ -288,7 +290,8 @@ class Both(tuple[str, ...]):
 
 @pytest.mark.parametrize("kind", ["run", "run_sync"])
 def test_all_spend_is_that_of_the_provider_s_ledger(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Sub-agents without the capability, with ``usage=ctx.usage`` or without, judges, calls side by side: to the token."""
+    """Sub-agents without the capability, with ``usage=ctx.usage`` or without, judges, calls side by side: to
+    the token."""
     ledger, guard = Ledger(), guard_of()
     assert ask(realistic(ledger, StromaCapability(guard)), kind) == "done"
     result = result_of(guard)
@@ -335,17 +338,23 @@ def charged(usage: RequestUsage, model: str, details: Any = None, **config: Any)
 @pytest.mark.parametrize(
     ("usage", "model", "details", "cost"),
     [
-        ({"cache_write_tokens": 1_000_000, "cache_write_1h_tokens": 1_000_000}, "claude-haiku-4-5", None, 2.00),
+        (
+            {"cache_write_tokens": 1_000_000, "cache_write_1h_tokens": 1_000_000},
+            "claude-haiku-4-5",
+            None,
+            2.00,
+        ),
         ({"cache_write_tokens": 1_000_000}, "claude-haiku-4-5", {"service_tier": "standard"}, 1.25),
         ({}, "gpt-5", {"service_tier": "priority"}, 2.50),
         ({}, "gpt-5", {"service_tier": "flex"}, 0.625),
-        # What a gateway says is charged; with a key of one's own at OpenRouter, what its fee is and what the provider bills.
+        # What a gateway says is charged; with a key of one's own at OpenRouter, what its fee is and what the
+        # provider bills.
         ({"cost": Decimal("3.5")}, "gpt-5", None, 3.50),
         ({"cost": Decimal(0)}, "gpt-5", None, 0.00),
         ({}, "gpt-5", {"cost": 0.25, "is_byok": False}, 0.25),
         ({}, "gpt-5", {"cost": 0.25, "is_byok": True, "upstream_inference_cost": 0.5}, 0.75),
     ],
-)  # fmt: skip
+)
 def test_caches_tiers_and_charges_have_their_prices(
     usage: Any, model: str, details: Any, cost: float
 ) -> None:
@@ -391,7 +400,8 @@ def test_fifty_runs_at_once_are_counted_apart() -> None:
 
 
 def test_what_only_the_framework_has_counted_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    """The usage figure of an agent is compared with ours: a difference is a warning that names it (``guard.unaccounted``)."""
+    """The usage figure of an agent is compared with ours: a difference is a warning that names it
+    (``guard.unaccounted``)."""
     guard = guard_of()
     agent = Agent(Script(("hidden", "{}"), "done").model, name="a", capabilities=[StromaCapability(guard)])
 
@@ -425,7 +435,8 @@ def test_a_capability_twice_guards_once() -> None:
 def test_a_tool_that_requires_approval_suspends_and_goes_on_under_its_run_id(
     kind: str, tmp_path: Path
 ) -> None:
-    """``requires_approval`` and tools that others run are SUSPENDED; their results go on in the same run and budget."""
+    """``requires_approval`` and tools that others run are SUSPENDED; their results go on in the same run and
+    budget."""
     calls: list[int] = []
     script = Script(("buy", {}), ("buy", {}), "bought")
 
@@ -476,7 +487,8 @@ def test_a_tool_that_requires_approval_suspends_and_goes_on_under_its_run_id(
 @holds("control flow")
 @pytest.mark.parametrize("kind", ["run", "run_sync", "run_stream"])
 def test_an_answer_of_stroma_approve_decides_a_deferred_call(kind: str, tmp_path: Path) -> None:
-    """Each call is a question of its tool; the history alone continues with the stored answers, once all are there."""
+    """Each call is a question of its tool; the history alone continues with the stored answers, once all are
+    there."""
     calls: list[int] = []
     both = Both("buy", "look") if kind != "run_stream" else ("buy", {})
     script = Script(both, ("buy", {}), "done")

@@ -1,9 +1,9 @@
 """Run a framework's own tests twice, plain and with every graph or agent attached, and print the difference.
 
-``./dev test --framework NAME --their-tests CHECKOUT``: the checkout is one of the framework's repository, beside this tree and
-never in it. Retries are off, so that a guard changes nothing. A test that fails only with the guard is run again alone, both
-ways. The exit code is 1 if it fails again only with the guard and is not among the known differences, or if a session has no
-outcomes.
+``./dev test --framework NAME --their-tests CHECKOUT``: the checkout is one of the framework's repository,
+beside this tree and never in it. Retries are off, so that a guard changes nothing. A test that fails only
+with the guard is run again alone, both ways. The exit code is 1 if it fails again only with the guard and is
+not among the known differences, or if a session has no outcomes.
 """
 
 from __future__ import annotations
@@ -80,11 +80,15 @@ def run(suite: Suite, checkout: Path, attached: bool, more: list[str]) -> dict[s
     """Return the outcome of each test; without any, print the exit code of the session."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         sources = [str(checkout / source) for source in suite.sources]
-        environment = os.environ | suite.environment | {
-            "PYTHONPATH": os.pathsep.join([*sources, str(HERE)]),
-            "STROMA_OUTCOMES": file.name,
-            "PYTHONDONTWRITEBYTECODE": "1",
-        }  # fmt: skip
+        environment = (
+            os.environ
+            | suite.environment
+            | {
+                "PYTHONPATH": os.pathsep.join([*sources, str(HERE)]),
+                "STROMA_OUTCOMES": file.name,
+                "PYTHONDONTWRITEBYTECODE": "1",
+            }
+        )
         plugins = ["-p", "outcomes", *(["-p", suite.plugin] if attached else [])]
         # A module that needs a service or another package fails alone, and not the session.
         options = [

@@ -1,4 +1,5 @@
-"""A plugin of pytest: every run of an agent, and every realtime session, is in a run of a guard; for the SDK's own tests."""
+"""A plugin of pytest: every run of an agent, and every realtime session, is in a run of a guard; for the
+SDK's own tests."""
 
 from __future__ import annotations
 

@@ -110,10 +110,22 @@ def read_due_hooks(row: StepRow, run_id: str, execution: int, payloads: Payloads
             FailureClass.RECOVERABLE, attempt.message, attempt.reason
         )  # The reason of a suspension.
     return AttemptRow(
-        attempt.node_id, attempt.attempt, attempt.started_ns, attempt.duration_ns, {}, None,
-        cast("Outcome", attempt.outcome), failed, usage, attempt.position, attempt.branch, attempt.group_id, None, None,
+        attempt.node_id,
+        attempt.attempt,
+        attempt.started_ns,
+        attempt.duration_ns,
+        {},
+        None,
+        cast("Outcome", attempt.outcome),
+        failed,
+        usage,
+        attempt.position,
+        attempt.branch,
+        attempt.group_id,
+        None,
+        None,
         attempt.function_ns,
-    )  # fmt: skip
+    )
 
 
 def record_waiting(rows: Rows, run_id: str, execution: int, waiting: Waiting, payloads: Payloads) -> None:

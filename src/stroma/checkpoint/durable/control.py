@@ -1,7 +1,7 @@
 """Requests about a run from any process: cancel, pause, change the budget.
 
-A request is stored as an annotation of its own, so that none overwrites another. The owner, or whoever opens the run next,
-moves it to those that hold: a request that is no longer pending was read.
+A request is stored as an annotation of its own, so that none overwrites another. The owner, or whoever opens
+the run next, moves it to those that hold: a request that is no longer pending was read.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ def fork_run(
 ) -> None:
     """Copy what a run committed before a position into a new run, with ``edited`` in place of the last output.
 
-    ``call``: copy what the flow at that position got before the end of this call, too. Raises CheckpointNotFound, RunExists,
-    CorruptCheckpoint.
+    ``call``: copy what the flow at that position got before the end of this call, too. Raises
+    CheckpointNotFound, RunExists, CorruptCheckpoint.
     """
     origin = require_undamaged(rows.find(source))
     stored = None if origin is None else rows.input(origin.run, origin.execution)

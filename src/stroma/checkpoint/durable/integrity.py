@@ -98,19 +98,28 @@ _TEXT: Final = (str,)
 _TEXT_OR_NONE: Final = (str, type(None))
 _NUMBER: Final = (int,)
 _TYPES: Final[dict[Any, tuple[type, ...]]] = {
-    Any: (object,), str: _TEXT, str | None: _TEXT_OR_NONE, int: _NUMBER, int | None: (int, type(None)),
+    Any: (object,),
+    str: _TEXT,
+    str | None: _TEXT_OR_NONE,
+    int: _NUMBER,
+    int | None: (int, type(None)),
     float: (int, float),
-}  # fmt: skip
+}
 _RUN_TYPES: Final = tuple(_TYPES[kind] for kind in get_type_hints(RunRow).values())
 _ATTEMPT_TYPES: Final = tuple(_TYPES[kind] for kind in get_type_hints(Attempt).values())
 #: The types of the values of an attempt in every valid combination, and a function that returns its numbers.
 _INTACT_ATTEMPTS: Final = frozenset(itertools.product(*_ATTEMPT_TYPES))
 _attempt_numbers: Final = itemgetter(*(at for at, types in enumerate(_ATTEMPT_TYPES) if types is _NUMBER))
-#: Values in place of those that cannot be read; 0 for all others. SQLite sorts texts above all numbers, so in a list,
-#: the newest first, a start that is a text comes before this one.
+#: Values in place of those that cannot be read; 0 for all others. SQLite sorts texts above all numbers, so in
+#: a list, the newest first, a start that is a text comes before this one.
 _DEFAULTS: Final[dict[str, Any]] = {
-    "run_id": "?", "pipeline": "", "version": "", "started_ms": _MAX_INT, "updated_ms": _MAX_INT, "left_seconds": -1.0,
-}  # fmt: skip
+    "run_id": "?",
+    "pipeline": "",
+    "version": "",
+    "started_ms": _MAX_INT,
+    "updated_ms": _MAX_INT,
+    "left_seconds": -1.0,
+}
 
 
 def _is_valid(value: Any, types: tuple[type, ...]) -> bool:

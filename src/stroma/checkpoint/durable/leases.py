@@ -36,7 +36,8 @@ class Store(Protocol):
 class LeaseRenewer:
     """Renews the leases of the runs of this process from a thread, so that a blocked event loop loses none.
 
-    It also looks for requests, and calls the listeners of the store. A stopped process renews nothing, and leases of collected sessions are not renewed.
+    It also looks for requests, and calls the listeners of the store. A stopped process renews nothing, and
+    leases of collected sessions are not renewed.
     """
 
     def __init__(self, store: Store) -> None:

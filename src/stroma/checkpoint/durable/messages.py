@@ -1,6 +1,7 @@
 """Messages to a run. Each is an annotation by its number, which is one more than that of the message before.
 
-The annotation of an id has the number of its message, and :data:`_LAST` that of the last one. None of them changes.
+The annotation of an id has the number of its message, and :data:`_LAST` that of the last one. None of them
+changes.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ class Listener:
     """Calls a function whenever a store reports that a run may be due, from a daemon thread.
 
     Args:
-        receive: yields, for as long as its connection lives, True for news and False at least once a few seconds.
+        receive: yields, for as long as its connection lives, True for news and False at least once a few
+            seconds.
         on_news: called in the thread; must not raise.
     """
 

@@ -86,8 +86,8 @@ class Transaction:
 
     Attributes:
         run_id: the only run that it uses; None for several.
-        opening: set if it opens a run, which must not be done twice. The name of an owner is unique, so a run that has it
-            was opened by an earlier try whose answer was lost; its result is ``result``.
+        opening: set if it opens a run, which must not be done twice. The name of an owner is unique, so a run
+            that has it was opened by an earlier try whose answer was lost; its result is ``result``.
     """
 
     run_id: str | None

@@ -24,7 +24,8 @@ class Owner(NamedTuple):
     Attributes:
         boot: id of the start of its machine; "" if unknown.
         space: namespace of its process id (each container has one); 0 if unknown.
-        born: start of the process in ticks since the start of the machine, since process ids are reused; 0 if unknown.
+        born: start of the process in ticks since the start of the machine, since process ids are reused; 0 if
+            unknown.
         token: distinguishes the sessions of a process.
     """
 

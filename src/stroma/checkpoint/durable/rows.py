@@ -93,10 +93,10 @@ class Fence:
 
     Attributes:
         run: the key of the run in the store; never reused for another run.
-        leased_at: when the last lease that the store has acknowledged was asked for, by :func:`lease_clock`. It ends
-            ``lease_seconds`` later at the earliest.
-        acknowledged: attempts of the execution that the store has acknowledged; a run that counts fewer has lost some.
-            Written by the thread that writes to the store, after each transaction.
+        leased_at: when the last lease that the store has acknowledged was asked for, by :func:`lease_clock`.
+            It ends ``lease_seconds`` later at the earliest.
+        acknowledged: attempts of the execution that the store has acknowledged; a run that counts fewer has
+            lost some. Written by the thread that writes to the store, after each transaction.
     """
 
     run: Any
@@ -123,12 +123,14 @@ class RunRow(NamedTuple):
         execution: 0 if it has only states from ``save()``.
         left_seconds: remaining time of the lease by the clock of the store; negative if it has expired.
         nodes: positions with a commit in the last execution, except those inside groups.
-        attempt_count, commit_count: rows that the last execution must have, counted in the transaction of each.
+        attempt_count, commit_count: rows that the last execution must have, counted in the transaction of
+            each.
         wake_ms: see :func:`stroma.checkpoint.decisions.merge_wake`.
-        expires_ms, priority, key: see :class:`stroma.checkpoint.queue.QueueEntry`; None of a run that was not submitted, and
-            some stores have 0 for its priority.
+        expires_ms, priority, key: see :class:`stroma.checkpoint.queue.QueueEntry`; None of a run that was not
+            submitted, and some stores have 0 for its priority.
         version: that of the pipeline when the execution began; "" without a version.
-        blocked, blocked_since_ms, blocked_until_ms, blocked_codes: see :attr:`mark`; None of a run that is not blocked.
+        blocked, blocked_since_ms, blocked_until_ms, blocked_codes: see :attr:`mark`; None of a run that is
+            not blocked.
         claim: token of the worker that has claimed the run; None if there is no claim, or it has expired.
     """
 
@@ -206,8 +208,8 @@ class Opening(NamedTuple):
     Attributes:
         discard_from: see RunRequest.
         execution: the execution that ``input`` is sealed for.
-        version: that of the pipeline, "" without one: of an execution that begins, and of one without a version that a
-            worker starts.
+        version: that of the pipeline, "" without one: of an execution that begins, and of one without a
+            version that a worker starts.
     """
 
     run_id: str
@@ -271,8 +273,8 @@ class RunExtras(NamedTuple):
 class Rows(Protocol):
     """The rows of a store inside one transaction. An exception rolls it back.
 
-    A server that cannot roll back executes the writes in their order up to the first one that is refused: a write that the
-    fence may refuse (claim, commit, end) comes before those that depend on it.
+    A server that cannot roll back executes the writes in their order up to the first one that is refused: a
+    write that the fence may refuse (claim, commit, end) comes before those that depend on it.
     """
 
     # ---- runs
@@ -324,15 +326,16 @@ class Rows(Protocol):
     def commit(self, fence: Fence, attempt: Attempt, step: Step | None) -> bool:
         """Record an attempt, its usage and its output, count them, and renew the lease.
 
-        Returns False if the fence refuses it, also for a run that counts fewer attempts than were acknowledged. An attempt
-        that is recorded already stays unchanged, with its usage and output.
+        Returns False if the fence refuses it, also for a run that counts fewer attempts than were
+        acknowledged. An attempt that is recorded already stays unchanged, with its usage and output.
         """
         ...
 
     def finish(self, fence: Fence, end: RunEnd) -> bool:
         """Record how an execution stopped, and release the lease. Returns False if fenced off.
 
-        ``wake_ms`` is stored if the run stays unfinished, unless an earlier time was stored since the run was claimed.
+        ``wake_ms`` is stored if the run stays unfinished, unless an earlier time was stored since the run was
+        claimed.
         """
         ...
 
@@ -350,9 +353,10 @@ class Rows(Protocol):
     def candidates(self, pipeline: str, request: ClaimRequest) -> list[Candidate]:
         """Return runs of a pipeline that are due and have no claim; see :func:`stroma.checkpoint.decisions.is_due`.
 
-        The first ``limit`` queued runs of each key, and at most ``limit`` of those that stopped, of those whose owner is
-        gone, and of those that are blocked for other code, or were for long enough. All are of a version that the code
-        serves. No other transaction returns them before this one ends, or claim() does not claim them.
+        The first ``limit`` queued runs of each key, and at most ``limit`` of those that stopped, of those
+        whose owner is gone, and of those that are blocked for other code, or were for long enough. All are of
+        a version that the code serves. No other transaction returns them before this one ends, or claim()
+        does not claim them.
         """
         ...
 
@@ -445,8 +449,8 @@ class Rows(Protocol):
     ) -> tuple[list[RunRow], str | None]:
         """Return the runs with an execution, the newest first, and the ``after`` of the next page.
 
-        ``max_filtered``: approximate maximum of runs to filter one by one; None: no maximum. Raises ValueError for an ``after``
-        that is not from a page.
+        ``max_filtered``: approximate maximum of runs to filter one by one; None: no maximum. Raises
+        ValueError for an ``after`` that is not from a page.
         """
         ...
 

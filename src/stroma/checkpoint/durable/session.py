@@ -1,7 +1,7 @@
 """One execution of a run in a durable store, behind a fence.
 
-All decisions are made here and in ``session_open``, once for all stores. A store only reads and writes plain rows
-(:class:`Rows`), in one transaction for each operation.
+All decisions are made here and in ``session_open``, once for all stores. A store only reads and writes plain
+rows (:class:`Rows`), in one transaction for each operation.
 """
 
 from __future__ import annotations
@@ -79,11 +79,42 @@ class DurableSession:
     """
 
     __slots__ = (
-        "__weakref__", "_appended", "_completed", "_decrypted", "_deliver", "_failure_sites", "_identities", "_payloads",
-        "_pending_notes", "_read_messages", "_references", "_rejected", "_release", "_submit", "address", "attribution", "charges", "continued",
-        "control", "ended", "execution", "fence", "finished", "lost_start_ms", "notes", "on_control", "places", "prior", "restored",
-        "run_id", "traceparent", "tried", "undelivered", "version", "waiting",
-    )  # fmt: skip
+        "__weakref__",
+        "_appended",
+        "_completed",
+        "_decrypted",
+        "_deliver",
+        "_failure_sites",
+        "_identities",
+        "_payloads",
+        "_pending_notes",
+        "_read_messages",
+        "_references",
+        "_rejected",
+        "_release",
+        "_submit",
+        "address",
+        "attribution",
+        "charges",
+        "continued",
+        "control",
+        "ended",
+        "execution",
+        "fence",
+        "finished",
+        "lost_start_ms",
+        "notes",
+        "on_control",
+        "places",
+        "prior",
+        "restored",
+        "run_id",
+        "traceparent",
+        "tried",
+        "undelivered",
+        "version",
+        "waiting",
+    )
 
     stores_inputs: ClassVar[bool] = True
     attribution: Mapping[str, str]
@@ -119,7 +150,8 @@ class DurableSession:
         self.ended = False
         self._submit = submit
         self._failure_sites: dict[tuple[int, str], tuple[int, int, bytes]] = {}
-        #: Outputs that broke their contract, until their attempts are stored: (start of the attempt, stored form).
+        #: Outputs that broke their contract, until their attempts are stored: (start of the attempt, stored
+        #: form).
         self._rejected: dict[tuple[int, str], tuple[int, bytes]] = {}
         self.charges: dict[tuple[int, str], Charge] = {}
         #: Notes by kind of annotation and key that no transaction has stored yet.
@@ -161,7 +193,8 @@ class DurableSession:
     ) -> Awaitable[None]:
         """Store one attempt and, with ``output``, its commit: both or nothing.
 
-        Raises NotSerialisable at once; awaited: Fenced, or another StoreError. Repeating the call after an error is
+        Raises NotSerialisable at once; awaited: Fenced, or another StoreError. Repeating the call after an
+        error is
         safe: an attempt that was stored in spite of the error is not counted twice.
         """
         if output is None or schema is None:

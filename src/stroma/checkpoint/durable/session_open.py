@@ -244,9 +244,10 @@ class RunOpener:
     def _recover(self, rows: Rows, run: RunRow) -> None:
         """Continue the execution, or end it if its process died too often.
 
-        A death is a run with status RUNNING whose owner is gone, if that owner would have recorded its end. It is counted
-        when the run is taken over, so that it costs no write before. Consecutive deaths share one annotation: their number,
-        the epoch of the first one (contract), and the epoch of the session that counted last (schema_ref).
+        A death is a run with status RUNNING whose owner is gone, if that owner would have recorded its end.
+        It is counted when the run is taken over, so that it costs no write before. Consecutive deaths share
+        one annotation: their number, the epoch of the first one (contract), and the epoch of the session that
+        counted last (schema_ref).
         """
         opened, request = self._opened, self._request
         owner = Owner.read(run.owner)

@@ -42,8 +42,8 @@ class AsyncStates(DurableStore):
     async def load(self, run_id: str, node_id: str) -> BaseModel | None:
         """Return the newest output or saved state of a node, or None.
 
-        Its class must be in an imported module, otherwise StoreError. Use :meth:`load_typed` to avoid this restriction.
-        Raises CorruptCheckpoint for a damaged state.
+        Its class must be in an imported module, otherwise StoreError. Use :meth:`load_typed` to avoid this
+        restriction. Raises CorruptCheckpoint for a damaged state.
         """
         step = await self._newest(run_id, node_id)
         if step is None:

@@ -77,8 +77,8 @@ logger = get_logger()
 class DurableStore(ReadableStore):
     """A journal store whose data outlives the process. Safe to share between tasks, threads and event loops.
 
-    A worker thread performs async calls, and batches those that wait; cancelling a caller does not undo its operation.
-    Errors are StoreErrors that say how to fix them. A forked child opens its own connection.
+    A worker thread performs async calls, and batches those that wait; cancelling a caller does not undo its
+    operation. Errors are StoreErrors that say how to fix them. A forked child opens its own connection.
     """
 
     _thread_name = "stroma-store"
@@ -92,7 +92,8 @@ class DurableStore(ReadableStore):
         #: By generation: a forked child sees its parent's worker here, but does not have its thread.
         self._workers: dict[int, Worker] = {}
         self._lease_renewers: dict[int, LeaseRenewer] = {}
-        #: Called with the id of a run of this process whenever its lease was renewed, in the thread that renews leases.
+        #: Called with the id of a run of this process whenever its lease was renewed, in the thread that
+        #: renews leases.
         self.lease_listeners: list[Callable[[str], None]] = []
 
     @abstractmethod
@@ -122,7 +123,8 @@ class DurableStore(ReadableStore):
     def open_run(self, request: RunRequest) -> Awaitable[DurableSession]:
         """Begin an execution of a run, or continue its last one. Earlier sessions of the run are fenced off.
 
-        Raises ValueError for an illegal run id and NotSerialisable for an input without a stored form, both at once;
+        Raises ValueError for an illegal run id and NotSerialisable for an input without a stored form, both
+        at once;
         awaited: RunBusy, RunExists, PipelineChanged if the run to continue has another input,
         CorruptCheckpoint, StoreError.
         """
@@ -197,8 +199,8 @@ class DurableStore(ReadableStore):
     async def submit(self, request: RunRequest, entry: QueueEntry) -> bool:
         """Create a QUEUED run, which a worker starts. Return False if it exists already, whatever its status.
 
-        Raises ValueError for an illegal run id, NotSerialisable, RunExists for a run with another pipeline or input,
-        StoreError.
+        Raises ValueError for an illegal run id, NotSerialisable, RunExists for a run with another pipeline or
+        input, StoreError.
         """
         check_id(request.run_id, "run id")
         data = self._encode_input(request)
@@ -327,7 +329,8 @@ class DurableStore(ReadableStore):
     async def pause(self, run_id: str) -> bool:
         """Ask the owner of a run to begin no further attempt; one without an owner is SUSPENDED at once.
 
-        It stays so until somebody resumes it. Returns False if the run had ended. Raises CheckpointNotFound, StoreError.
+        It stays so until somebody resumes it. Returns False if the run had ended. Raises CheckpointNotFound,
+        StoreError.
         """
         new = str(new_owner(self, ends=False))
 
@@ -385,9 +388,9 @@ class DurableStore(ReadableStore):
     async def set_budget(self, run_id: str, limits: Mapping[str, float]) -> bool:
         """Change limits of a run, by field of ExecutionBudget; one that waits for it is due at once.
 
-        They hold in the present execution, also for those who resume it. An owner that did not renew its lease loses the run,
-        since it might begin an attempt before it reads them. Returns False if the run is complete. Raises CheckpointNotFound,
-        StoreError.
+        They hold in the present execution, also for those who resume it. An owner that did not renew its
+        lease loses the run, since it might begin an attempt before it reads them. Returns False if the run is
+        complete. Raises CheckpointNotFound, StoreError.
         """
 
         def do(rows: Rows, run: RunRow) -> bool:
@@ -400,7 +403,8 @@ class DurableStore(ReadableStore):
             elif run.status == "RUNNING":
                 owner = Owner.read(run.owner)
                 if owner is not None and owner.records_end and run.left_seconds < 0:
-                    # Still a run of that process, which may have died: the one that takes it over counts that.
+                    # Still a run of that process, which may have died: the one that takes it over counts
+                    # that.
                     rows.replace_owner(run, str(owner.fenced_off()))
             elif self._payloads.open_text(run.error, place) == BUDGET:
                 rows.wake(run)
@@ -457,8 +461,8 @@ class DurableStore(ReadableStore):
     async def send(self, run_id: str, message: SentMessage) -> None:
         """Store a message to a run, which is due then if it is suspended; ``message.number`` is 0.
 
-        Nothing happens if the message of this id is stored. Raises CheckpointNotFound, StoreError, also if the run has ended
-        and for another message with this id.
+        Nothing happens if the message of this id is stored. Raises CheckpointNotFound, StoreError, also if
+        the run has ended and for another message with this id.
         """
 
         def do(rows: Rows, run: RunRow) -> bool:
@@ -479,8 +483,9 @@ class DurableStore(ReadableStore):
     ) -> None:
         """Copy what a run committed before a position into a new run.
 
-        ``edited`` replaces the last output, ``state`` the input. ``call``: a call of the flow at that position, by its node
-        id or its place: what the flow got before the end of that call is copied too. Raises CheckpointNotFound, RunExists, StoreError, NotSerialisable.
+        ``edited`` replaces the last output, ``state`` the input. ``call``: a call of the flow at that
+        position, by its node id or its place: what the flow got before the end of that call is copied too.
+        Raises CheckpointNotFound, RunExists, StoreError, NotSerialisable.
         """
         check_id(run_id, "run id")
         check_id(new_run_id, "run id")
@@ -558,8 +563,9 @@ class DurableStore(ReadableStore):
         """Delete the runs that ended longer ago than ``keep_for``, and then the blobs that no run references.
 
         ``unfinished``: also runs that could be resumed. ``blobs``: the blob store, if the store has none.
-        Runs with an owner and blobs younger than an hour are never deleted. Ages are measured by the clock of the store's
-        server, if it has one; the clock of the blobs must differ by less than an hour. Raises StoreError.
+        Runs with an owner and blobs younger than an hour are never deleted. Ages are measured by the clock of
+        the store's server, if it has one; the clock of the blobs must differ by less than an hour. Raises
+        StoreError.
         """
         blobs = blobs or self._payloads.blobs
         return await collect_expired(self.read, self._submit, keep_for, unfinished=unfinished, blobs=blobs)

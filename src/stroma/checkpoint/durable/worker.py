@@ -1,7 +1,8 @@
 """The thread that writes to a durable store.
 
-Callers on any event loop submit operations. The thread performs all queued operations together and acknowledges them when
-they are stored, so that one fsync or round trip serves all operations submitted during the previous one.
+Callers on any event loop submit operations. The thread performs all queued operations together and
+acknowledges them when they are stored, so that one fsync or round trip serves all operations submitted during
+the previous one.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ class Connection(Protocol):
     def apply(self, batch: list[Job], more: Callable[[], bool]) -> Callable[[], StoreError] | None:
         """Perform all operations, together where that is cheaper, and set the result of each job.
 
-        The batch begins with one job; ``more()`` adds the jobs that were queued since, and returns True if there were any.
-        Returns a function that creates the error, if nothing can be written any more.
+        The batch begins with one job; ``more()`` adds the jobs that were queued since, and returns True if
+        there were any. Returns a function that creates the error, if nothing can be written any more.
         """
 
     def handle(self) -> object:
@@ -128,7 +129,8 @@ class Worker:
     def post(self, operation: Operation, then: Callable[[Any], None] | None = None) -> None:
         """Queue an operation without waiting for it. May be called from any thread.
 
-        ``then``: called with its result once it is stored, in the thread of the store; it must neither wait nor raise.
+        ``then``: called with its result once it is stored, in the thread of the store; it must neither wait
+            nor raise.
         """
         self._put(Job(operation, None, then))
 
@@ -165,8 +167,9 @@ class Worker:
                     self._stopping = True
                     self._end(fatal_error)
                 self._acknowledge()
-                # A forked child must not close the connection, since that would affect its parent (the locks and the
-                # WAL of a file, the session of a server): in the child, this frame keeps its reference for ever.
+                # A forked child must not close the connection, since that would affect its parent (the locks
+                # and the WAL of a file, the session of a server): in the child, this frame keeps its
+                # reference for ever.
                 handle = connection.handle()
         except BaseException as error:
             message = (

@@ -66,8 +66,22 @@ def bar_of(
 ) -> Bar:
     """Return the bar of an attempt in a drawing. ``first_ns``: start of the first attempt."""
     return Bar(
-        attempt.node_id, place_of(attempt), attempt.attempt, (attempt.started_ns - first_ns) / 1e6, attempt.duration_ms,
-        attempt.outcome, attempt.failure_class, attempt.reason, attempt.text, attempt.tokens, attempt.output_tokens,
-        attempt.cost_usd, attempt.model, attempt.output_bytes is not None, input_value, output_value,
-        attempt.function_ms if 0 < attempt.function_ms <= attempt.duration_ms - 1 else None, rejected,
-    )  # fmt: skip
+        attempt.node_id,
+        place_of(attempt),
+        attempt.attempt,
+        (attempt.started_ns - first_ns) / 1e6,
+        attempt.duration_ms,
+        attempt.outcome,
+        attempt.failure_class,
+        attempt.reason,
+        attempt.text,
+        attempt.tokens,
+        attempt.output_tokens,
+        attempt.cost_usd,
+        attempt.model,
+        attempt.output_bytes is not None,
+        input_value,
+        output_value,
+        attempt.function_ms if 0 < attempt.function_ms <= attempt.duration_ms - 1 else None,
+        rejected,
+    )

@@ -29,7 +29,8 @@ __all__ = ["FAILED", "FINISHED", "NOT_STOPPED", "History", "Inputs", "is_interru
 #: Statuses of runs that failed, and of runs that completed.
 FAILED: Final = ("FAILED", "PARTIAL")
 FINISHED: Final = ("COMPLETED", "RESUMED")
-#: Statuses of runs that no failure stopped: of one that waits for an answer or a time, those before it were caught.
+#: Statuses of runs that no failure stopped: of one that waits for an answer or a time, those before it were
+#: caught.
 NOT_STOPPED: Final = (*FINISHED, "SUSPENDED")
 
 _MAX_STATE_BYTES: Final = 1_000_000  # of one state in a drawing
@@ -330,9 +331,19 @@ class History:
             bars.append(bar_of(attempt, first, input_value, output_value, rejected))
         seconds = max(0, record.updated_ms - record.started_ms) / 1000
         return Story(
-            record.run_id, record.pipeline, status_of(record), bars, record.tokens, record.cost_usd, record.started_ms,
-            seconds, _cause_box(record, resume_command), facts, 1 if has_more else 0, self.flow_waits(record, attempts),
-        )  # fmt: skip
+            record.run_id,
+            record.pipeline,
+            status_of(record),
+            bars,
+            record.tokens,
+            record.cost_usd,
+            record.started_ms,
+            seconds,
+            _cause_box(record, resume_command),
+            facts,
+            1 if has_more else 0,
+            self.flow_waits(record, attempts),
+        )
 
 
 def _sources_of(attempts: Iterable[AttemptRecord]) -> dict[tuple[int, str, str | None], str]:
@@ -360,8 +371,8 @@ def _cause_box(record: RunRecord, resume_command: str) -> StopCause | None:
 class Inputs:
     """The inputs of a run's attempts, as far as the store has them; each is read once.
 
-    A child of a group has the input of its group, an item of a map that item of it, and a child of a sequence the output of
-    the one before it.
+    A child of a group has the input of its group, an item of a map that item of it, and a child of a sequence
+    the output of the one before it.
 
     Args:
         attempts: attempts whose groups need not be looked up.

@@ -29,8 +29,9 @@ def redact_value(redact: Redact | None, value: Any) -> Any:
 class MessageRedaction:
     """Removes from the messages of one run what ``redact`` removes from the states around them.
 
-    These are the input of the run, and the outputs of the place, of its group, of the position before, and of what precedes
-    the place in a sequence. If one of them cannot be read, it is unknown what is hidden in it, and no message is shown.
+    These are the input of the run, and the outputs of the place, of its group, of the position before, and of
+    what precedes the place in a sequence. If one of them cannot be read, it is unknown what is hidden in it,
+    and no message is shown.
     """
 
     def __init__(self, store: AsyncStates, redact: Redact | None, run_id: str) -> None:

@@ -67,14 +67,15 @@ class StepNode:
 class RunGraph:
     """The steps that runs took.
 
-    A call follows those that ended before it began with no other call between: the call before, after a ``gather`` the last
-    call of each task.
+    A call follows those that ended before it began with no other call between: the call before, after a
+    ``gather`` the last call of each task.
 
     Attributes:
         name: the pipeline.
         runs: number of runs.
         nodes: by path, in the order in which they were first seen.
-        edges: number of transitions by source and target. The first calls in a flow or map follow the call of that.
+        edges: number of transitions by source and target. The first calls in a flow or map follow the call of
+            that.
         ends: number of runs that ended after a node, by its path and the status of the run.
     """
 
@@ -142,7 +143,13 @@ class RunGraph:
             "pipeline": self.name,
             "runs": self.runs,
             "nodes": [
-                {"path": list(one.path), "kind": one.kind, "calls": one.calls, "attempts": one.attempts, "failed": one.failed}
+                {
+                    "path": list(one.path),
+                    "kind": one.kind,
+                    "calls": one.calls,
+                    "attempts": one.attempts,
+                    "failed": one.failed,
+                }
                 for one in self.nodes.values()
             ],
             "edges": [
@@ -150,9 +157,10 @@ class RunGraph:
                 for (source, target), count in self.edges.items()
             ],
             "ends": [
-                {"from": list(path), "status": status, "count": count} for (path, status), count in self.ends.items()
+                {"from": list(path), "status": status, "count": count}
+                for (path, status), count in self.ends.items()
             ],
-        }  # fmt: skip
+        }
 
     def mermaid(self) -> str:
         """Return the graph as a Mermaid flow chart."""

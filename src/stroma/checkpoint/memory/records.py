@@ -136,11 +136,30 @@ def _record(run_id: str, run: MemoryRun) -> RunRecord:
         causes = [row for row in failed if row.started_ns > fixed.get((row.position, row.branch), 0)]
     last = run.last_execution()
     return RunRecord(
-        run_id, run.pipeline, run.status, run.execution, run.started_ms, updated, tokens, cost, nodes, run.error,
-        last and last.holder, run.parent, sum(row.function_ns for row in rows if not row.branch) / 1e6,
-        tuple(sorted(run.tags)), cause_of([_attempt(row, run, with_output=False) for row in causes]), len(failed), run.epoch, run.wake_ms,
-        run.queue.priority, run.queue.key, run.queue.expires_ms, run.version or None, run.blocked,
-    )  # fmt: skip
+        run_id,
+        run.pipeline,
+        run.status,
+        run.execution,
+        run.started_ms,
+        updated,
+        tokens,
+        cost,
+        nodes,
+        run.error,
+        last and last.holder,
+        run.parent,
+        sum(row.function_ns for row in rows if not row.branch) / 1e6,
+        tuple(sorted(run.tags)),
+        cause_of([_attempt(row, run, with_output=False) for row in causes]),
+        len(failed),
+        run.epoch,
+        run.wake_ms,
+        run.queue.priority,
+        run.queue.key,
+        run.queue.expires_ms,
+        run.version or None,
+        run.blocked,
+    )
 
 
 def _matches(query: RunQuery, run_id: str, run: MemoryRun) -> bool:
@@ -199,8 +218,25 @@ def _attempt(row: AttemptRow, run: MemoryRun, *, with_output: bool = True) -> At
     output = None if state is None else encode_state(state)
     identities = (identity for identity, position in run.places.items() if position == row.position)
     return AttemptRecord(
-        row.position, row.branch, row.node_id, row.attempt, row.started_ns // 1_000_000, row.duration_ns / 1e6, row.outcome,
-        failure and failure.value, message, reason, usage.tokens, usage.output_tokens, usage.cost_usd, usage.model,
-        output, output_bytes=None if output is None else len(output), started_ns=row.started_ns,
-        function_ms=row.function_ns / 1e6, group_id=row.group, error_type=error_type, identity=next(identities, None),
-    )  # fmt: skip
+        row.position,
+        row.branch,
+        row.node_id,
+        row.attempt,
+        row.started_ns // 1_000_000,
+        row.duration_ns / 1e6,
+        row.outcome,
+        failure and failure.value,
+        message,
+        reason,
+        usage.tokens,
+        usage.output_tokens,
+        usage.cost_usd,
+        usage.model,
+        output,
+        output_bytes=None if output is None else len(output),
+        started_ns=row.started_ns,
+        function_ms=row.function_ns / 1e6,
+        group_id=row.group,
+        error_type=error_type,
+        identity=next(identities, None),
+    )

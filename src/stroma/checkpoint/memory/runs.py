@@ -67,17 +67,19 @@ class MemoryRun:
     """One run.
 
     Attributes:
-        states: outputs by position or by (position, branch), and states that ``save()`` stored by node id; the newest
-            last. Most are the rows of the trace.
+        states: outputs by position or by (position, branch), and states that ``save()`` stored by node id;
+            the newest last. Most are the rows of the trace.
         other_rows: the attempts without a current output.
         calls: the calls of plain code that the outputs belong to.
         places: the position of each step of plain code, by its identity.
         number: distinguishes runs of this process that started in the same millisecond.
-        failure_sites: (attempt, started_ns, function that encodes the frames) of the last failed attempt at a place.
+        failure_sites: (attempt, started_ns, function that encodes the frames) of the last failed attempt at a
+            place.
         control: the requests that hold; the next session takes back a cancel and a pause.
         rejected: outputs that broke their contract; None without any.
         epoch: incremented by each session that opens the run; only the last session may write.
-        session: weak reference to that session while it owns the run, which only one that records its end does.
+        session: weak reference to that session while it owns the run, which only one that records its end
+            does.
         last_session: weak reference to that session, for requests about the run.
         wake_ms: see :func:`stroma.checkpoint.decisions.merge_wake`.
         effects: ids of the nodes whose effect an execution of the run has called.

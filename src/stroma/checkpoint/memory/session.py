@@ -107,7 +107,8 @@ class MemorySession(NullSession):
         self.continued = self.continued and not is_first
         if self.continued or run.status == "CANCELLED":
             run.control = run.control._replace(cancel=False, pause=False)
-        #: Status and error of a completed run, and the number of its attempts: end() restores them if none was added.
+        #: Status and error of a completed run, and the number of its attempts: end() restores them if none
+        #: was added.
         self._completion: tuple[str, str | None, int] | None = None
         if action == "continue" and run.status in COMPLETE and request.discard_from is None:
             self._completion = run.status, run.error, _count_attempts(run)

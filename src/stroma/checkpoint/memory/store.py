@@ -78,8 +78,9 @@ class _MemoryStore(MemoryReader, MemoryCells):
             logger.warning(
                 "run %r is suspended in memory, and is lost when this process ends; pass a durable store, as in "
                 'store="sqlite:///runs.db"',
-                run_id, extra={"run_id": run_id},
-            )  # fmt: skip
+                run_id,
+                extra={"run_id": run_id},
+            )
 
     # ---- queue
 
@@ -188,8 +189,8 @@ class _MemoryStore(MemoryReader, MemoryCells):
     async def set_budget(self, run_id: str, limits: Mapping[str, float]) -> bool:
         """Change limits of a run, by field of ExecutionBudget; one that waits for it is due at once.
 
-        They hold in the present execution, also for those who resume it. Returns False if the run is complete. Raises
-        CheckpointNotFound.
+        They hold in the present execution, also for those who resume it. Returns False if the run is
+        complete. Raises CheckpointNotFound.
         """
         run = self._require_run(run_id)
         is_free = run.session() is None

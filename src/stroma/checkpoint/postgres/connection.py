@@ -37,8 +37,8 @@ class _PostgresUnreachable(Exception):
 class PostgresConnection:
     """See :class:`stroma.checkpoint.durable.worker.Connection`.
 
-    If a connection breaks, it is unknown if the operation in progress was executed. It is repeated on the next connection:
-    every operation finds in the rows what an earlier try has stored.
+    If a connection breaks, it is unknown if the operation in progress was executed. It is repeated on the
+    next connection: every operation finds in the rows what an earlier try has stored.
     """
 
     def __init__(self, server: PostgresEndpoint) -> None:
@@ -162,7 +162,8 @@ class PostgresConnection:
     ) -> T:
         """Repeat an operation until it succeeds, fails permanently, or ``patience_seconds`` are over.
 
-        The second argument of ``do`` is True if an earlier try may have been executed although its reply was lost.
+        The second argument of ``do`` is True if an earlier try may have been executed although its reply was
+        lost.
         """
         deadline = time.monotonic() + self._server.patience_seconds
         tries = losses = 0
@@ -207,8 +208,8 @@ class PostgresConnection:
 def stages(batch: list[Job]) -> list[list[Job]]:
     """Group operations that can be performed together. The order of operations of one run, and of one cell, stays.
 
-    A commit may overtake operations of other runs, a change of a cell anything but changes of the same cell, and events may
-    overtake everything.
+    A commit may overtake operations of other runs, a change of a cell anything but changes of the same cell,
+    and events may overtake everything.
     """
     events: list[Job] = []
     cells: dict[str, list[Job]] = {}
@@ -263,8 +264,8 @@ def _transact(db: Database, operation: Any, is_repeated: bool) -> Any:
     with db.transaction():
         opening = operation.opening if isinstance(operation, Transaction) else None
         if is_repeated and opening is not None:
-            # The name of an owner is unique. A run that has it was opened by the try whose reply was lost, and the
-            # session has its result; opening again would be refused, or begin another execution.
+            # The name of an owner is unique. A run that has it was opened by the try whose reply was lost,
+            # and the session has its result; opening again would be refused, or begin another execution.
             run = rows.find(opening.run_id, lock=True)
             if run is not None and run.owner == opening.owner:
                 return operation.result

@@ -53,9 +53,11 @@ class PostgresRows:
 
     def __init__(self, db: psycopg.Connection[Any]) -> None:
         self.db = db
-        #: Fences under which attempts were recorded in this transaction, and how many attempts their runs have now.
+        #: Fences under which attempts were recorded in this transaction, and how many attempts their runs
+        #: have now.
         self.attempt_counts: list[tuple[Fence, int]] = []
-        #: The row that find() created in this transaction to lock it. It has no execution, so find() returns None.
+        #: The row that find() created in this transaction to lock it. It has no execution, so find() returns
+        #: None.
         self._new_run: RunRow | None = None
 
     def _execute(

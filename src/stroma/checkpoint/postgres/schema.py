@@ -15,17 +15,17 @@ __all__ = ["SCHEMA_VERSION", "is_current", "is_ours", "key", "prepare"]
 SCHEMA_VERSION: Final = 6  # what this release writes
 _MIN_READER: Final = 6  # the oldest version that can read what this release writes
 
-# ``run`` is never reused, so that a session of a deleted run cannot reach the rows of another one.
-# An index entry holds at most 2.7 kB, and ids have any length: columns named *_key hold key() of an id.
-# Text is compared by its bytes (COLLATE "C"), independent of the collation of the database and its versions.
-# Inputs are separate from runs: every commit writes the row of its run, and an input can be large. The pages of runs
+# ``run`` is never reused, so that a session of a deleted run cannot reach the rows of another one. An index
+# entry holds at most 2.7 kB, and ids have any length: columns named *_key hold key() of an id. Text is
+# compared by its bytes (COLLATE "C"), independent of the collation of the database and its versions. Inputs
+# are separate from runs: every commit writes the row of its run, and an input can be large. The pages of runs
 # have free space, and commits change no indexed column of runs, so that a commit updates no index of runs.
-# Attempts: the start distinguishes attempts of one number; see the table of SQLiteStore.
-# Steps: one committed output per position and branch. Annotations of a run have positions below 0 and execution 0, see
-# durable/rows.py. Ids grow with each commit: the newest output of a node has the highest.
-# attempt_count and commit_count: rows that the last execution must have, counted in the transaction of each.
-# Cells: shared by all runs. They are rewritten often, so their pages have free space.
-# Deleted: runs that were deleted within the last day, to distinguish them from lost runs.
+# Attempts: the start distinguishes attempts of one number; see the table of SQLiteStore. Steps: one committed
+# output per position and branch. Annotations of a run have positions below 0 and execution 0, see
+# durable/rows.py. Ids grow with each commit: the newest output of a node has the highest. attempt_count and
+# commit_count: rows that the last execution must have, counted in the transaction of each. Cells: shared by
+# all runs. They are rewritten often, so their pages have free space. Deleted: runs that were deleted within
+# the last day, to distinguish them from lost runs.
 # wake_ms: from when on a worker continues a run that stopped or is queued; every opening deletes it.
 # claim: the worker that is about to open the run, until claim_until.
 # blocked and the columns after it: the mark of a blocked run; every opening and every end deletes it.
@@ -84,15 +84,16 @@ _TABLES: Final[tuple[LiteralString, ...]] = (
     "CREATE INDEX runs_by_block ON runs (pipeline, blocked_since_ms, version) WHERE blocked_since_ms IS NOT NULL",
     "CREATE INDEX failed ON attempts (run, execution, (started_ns + duration_ns)) WHERE failure_class IS NOT NULL",
     "CREATE INDEX called ON attempts (run, execution, position) WHERE identity IS NOT NULL",
-)  # fmt: skip
+)
 _FORMAT: Final = "INSERT INTO meta VALUES ('schema_version', %s), ('min_reader', %s)"
 
 #: Statements that upgrade a schema from each format to the next one.
 _MIGRATIONS: Final[dict[int, tuple[LiteralString, ...]]] = {}
 
-# The owner of the schema, or of an object in it, can make our statements run code: its triggers, rules and functions run as
-# our role. So the owner must be our role, a role that ours is a member of, or a superuser, who may do all that anyway.
-# Only granted memberships count: a superuser is a member of every role. "public" belongs to the owner of the database.
+# The owner of the schema, or of an object in it, can make our statements run code: its triggers, rules and
+# functions run as our role. So the owner must be our role, a role that ours is a member of, or a superuser,
+# who may do all that anyway. Only granted memberships count: a superuser is a member of every role. "public"
+# belongs to the owner of the database.
 _UNTRUSTED: Final = """WITH RECURSIVE ours(role) AS (SELECT oid FROM pg_roles WHERE rolname = current_user
     UNION SELECT m.roleid FROM pg_auth_members m JOIN ours ON m.member = ours.role),
     trusted(role) AS (SELECT role FROM ours UNION SELECT oid FROM pg_roles WHERE rolsuper),
@@ -175,8 +176,8 @@ def _create(db: psycopg.Connection[Any], schema: str, where: str) -> None:
 def is_ours(db: psycopg.Connection[Any], schema: str, where: str, safe: set[int]) -> bool:
     """Return True if the schema has our tables, False if it has none.
 
-    Raises StoreError for tables of another program, or of a newer format. ``safe``: oids of schemas that no other role
-    controls. Only a trusted role can change that, so it is checked once.
+    Raises StoreError for tables of another program, or of a newer format. ``safe``: oids of schemas that no
+    other role controls. Only a trusted role can change that, so it is checked once.
     """
     objects: Any = db.execute(_OBJECTS, (schema, schema)).fetchone()
     has_meta, has_others, oid = objects

@@ -15,7 +15,8 @@ RUN_COLUMNS: Final = """r.run, r.run_id, r.pipeline, r.execution, r.status, r.er
     r.version, r.blocked, r.blocked_since_ms, r.blocked_until_ms, r.blocked_codes,
     CASE WHEN r.claim_until >= clock_timestamp() THEN r.claim END"""
 FIND: Final = f"SELECT {RUN_COLUMNS} FROM runs r WHERE run_key = %s"
-# Two sessions that open a new run wait for the same row: the second one waits for the first, then sees its changes.
+# Two sessions that open a new run wait for the same row: the second one waits for the first, then sees its
+# changes.
 LOCK: Final = f"""INSERT INTO runs AS r (run_key, run_id, pipeline, execution, status, started_ms, updated_ms, tokens,
     cost_pico, latency_ns, lease_epoch, attempt_count, commit_count)
     VALUES (%s, %s, '', 0, 'RUNNING', {NOW_MS}, {NOW_MS}, 0, 0, 0, 0, 0, 0)
@@ -61,13 +62,13 @@ ANNOTATIONS: Final = (
 DELETE_ANNOTATIONS: Final = """DELETE FROM steps WHERE run = %s AND execution = 0 AND position = ANY(%s)
     AND (%s::bytea IS NULL OR branch_key = %s)"""
 WITH_REQUESTS: Final = "SELECT run FROM steps WHERE run = ANY(%s) AND execution = 0 AND position = %s"
-# The fence: rows change only while this session is the last one that opened the run, and the run counts all attempts
-# that were acknowledged to it.
+# The fence: rows change only while this session is the last one that opened the run, and the run counts all
+# attempts that were acknowledged to it.
 _FENCE: Final = """WHERE run = %(run)s AND lease_epoch = %(epoch)s AND lease_owner = %(owner)s
     AND attempt_count >= %(acknowledged)s"""
-# A commit is one statement. It locks the run and checks the fence (the run may be taken over while this waits for the
-# lock), adds the attempt, and only with a new attempt its usage and output. An output that replaces another one does not
-# count as a commit.
+# A commit is one statement. It locks the run and checks the fence (the run may be taken over while this waits
+# for the lock), adds the attempt, and only with a new attempt its usage and output. An output that replaces
+# another one does not count as a commit.
 _ATTEMPT_KEY: Final = (
     "%(run)s, %(execution)s, %(epoch)s, %(position)s, %(started_ns)s, %(branch_key)s, %(attempt)s"
 )
@@ -185,8 +186,8 @@ ATTEMPTS: Final = """SELECT position, started_ns, branch, attempt, node_id, dura
     reason, tokens, output_tokens, cost_pico, model, function_ns, group_id, identity, error_type, epoch FROM attempts
     WHERE run = %s AND execution = %s
     ORDER BY epoch, position, started_ns, branch, attempt"""
-# Joined with the attempts in Python: a server without statistics of a new table would compare all attempts of a run with
-# all of its outputs.
+# Joined with the attempts in Python: a server without statistics of a new table would compare all attempts of
+# a run with all of its outputs.
 OUTPUTS: Final = """SELECT epoch, position, started_ns, branch, attempt, contract, schema_ref, output, sha256, number, input_key
     FROM steps WHERE run = %s AND execution = %s AND position >= 0"""
 # For many runs at once: one query for each run would be one round trip for each.

@@ -26,19 +26,20 @@ _SCHEMA: Final = re.compile(r"(?!pg_)[A-Za-z_][A-Za-z0-9_]{0,62}")
 class PostgresStore(AsyncStates):
     """A journal store in a separate schema of a PostgreSQL database (14 or newer, encoding UTF8).
 
-    Any number of machines, processes, threads and event loops may use it; leases use the server's clock. ``dsn`` is
-    a connection string of libpq: ``postgresql://user:password@host:5432/dbname``, several hosts, ``key=value`` pairs;
-    PGHOST and similar variables apply. The schema and its tables are created by the first write; reading creates nothing.
+    Any number of machines, processes, threads and event loops may use it; leases use the server's clock.
+    ``dsn`` is a connection string of libpq: ``postgresql://user:password@host:5432/dbname``, several hosts,
+    ``key=value`` pairs; PGHOST and similar variables apply. The schema and its tables are created by the
+    first write; reading creates nothing.
 
     Acknowledged data is on the server's disk: ``synchronous_commit=off`` is overruled, and a server with
-    ``fsync=off`` is logged once as a warning, on the logger ``stroma``. If a connection breaks, the store connects again
-    and repeats the operations in progress that were not executed, for 15 s; then the call ends with a transient
-    StoreError.
+    ``fsync=off`` is logged once as a warning, on the logger ``stroma``. If a connection breaks, the store
+    connects again and repeats the operations in progress that were not executed, for 15 s; then the call ends
+    with a transient StoreError.
 
-    Every call ends: connecting takes at most 5 s for each host, waiting for a lock 5 s, a query 30 s; an unresponsive
-    network is detected after 19 s, an unresponsive server after 35 s; a transaction of a stopped process ends after
-    30 s. ``connect_timeout``, ``keepalives_*`` and ``tcp_user_timeout`` in the dsn take precedence. The store relies on
-    session settings: behind PgBouncer use session pooling.
+    Every call ends: connecting takes at most 5 s for each host, waiting for a lock 5 s, a query 30 s; an
+    unresponsive network is detected after 19 s, an unresponsive server after 35 s; a transaction of a stopped
+    process ends after 30 s. ``connect_timeout``, ``keepalives_*`` and ``tcp_user_timeout`` in the dsn take
+    precedence. The store relies on session settings: behind PgBouncer use session pooling.
 
     Args:
         dsn: connection string of libpq.
@@ -48,10 +49,11 @@ class PostgresStore(AsyncStates):
         blob_bytes: size of a payload from which on it is stored in ``blobs``.
         plain_until_migrated: read payloads that no codec wrote, until all are migrated.
 
-    Writing uses one connection, in one thread that commits queued operations together; cancelling a caller does
-    not undo its operation. Reading uses another connection. A forked child opens its own.
+    Writing uses one connection, in one thread that commits queued operations together; cancelling a caller
+    does not undo its operation. Reading uses another connection. A forked child opens its own.
 
-    Raises ImportError, with the install command, without the driver; ValueError for an invalid dsn or schema name.
+    Raises ImportError, with the install command, without the driver; ValueError for an invalid dsn or schema
+    name.
     """
 
     _thread_name = "stroma-postgres"

@@ -151,9 +151,13 @@ def read_step(value: bytes) -> tuple[Step, tuple[int, int, int] | None]:
     except (CorruptCheckpoint, ValueError):
         return Step("", "", value, b""), None
     step = Step(
-        header.contract, header.schema_ref, output, from_hex(header.sha256), header.number,
+        header.contract,
+        header.schema_ref,
+        output,
+        from_hex(header.sha256),
+        header.number,
         input_key if header.has_input_key else None,
-    )  # fmt: skip
+    )
     return step, header[5:]
 
 
@@ -306,8 +310,18 @@ def _text(value: bytes | None) -> Any:
 
 
 _NUMBERS: Final = (
-    "epoch", "version", "execution", "started_ms", "updated_ms", "tokens", "cost_pico", "latency_ns", "nodes", "attempts", "commits",
-)  # fmt: skip
+    "epoch",
+    "version",
+    "execution",
+    "started_ms",
+    "updated_ms",
+    "tokens",
+    "cost_pico",
+    "latency_ns",
+    "nodes",
+    "attempts",
+    "commits",
+)
 
 
 def as_hash(reply: Any) -> dict[str, bytes]:

@@ -123,9 +123,11 @@ class RedisReader:
         )
         queued, due, blocked, since = zip(*replies, strict=True)
         return QueueFigures(
-            sum(map(int, queued)), min(map(int, filter(None, due)), default=None),
-            sum(map(int, blocked)), min(map(int, filter(None, since)), default=None),
-        )  # fmt: skip
+            sum(map(int, queued)),
+            min(map(int, filter(None, due)), default=None),
+            sum(map(int, blocked)),
+            min(map(int, filter(None, since)), default=None),
+        )
 
     def events(self, run: RedisRun, execution: int, after: EventPlace, limit: int) -> list[EventRow]:
         start = "({}-{}".format(*after)

@@ -1,8 +1,9 @@
 """The rows of a Redis store.
 
-Reads are sent at once. Writes are collected and sent at the end of the operation, as one atomic step of the server. The step
-checks that the runs that were read to be changed (find() with ``lock``) are unchanged, and each write checks the fence of its
-session. If another process was faster, nothing is written, and the operation is repeated from the start.
+Reads are sent at once. Writes are collected and sent at the end of the operation, as one atomic step of the
+server. The step checks that the runs that were read to be changed (find() with ``lock``) are unchanged, and
+each write checks the fence of its session. If another process was faster, nothing is written, and the
+operation is repeated from the start.
 """
 
 from __future__ import annotations
@@ -136,9 +137,20 @@ class RedisRows(RedisReader):
             fence, read_version = self._claim(opening, key, run.execution + 1), _version_of(run.run)
         data = pack([opening.contract, opening.sha256.hex()], opening.input)
         self._append(
-            fence, "begin", opening.run_id, *read_version, opening.owner, fence.run.token, fence.execution,
-            fence.epoch, opening.pipeline, opening.version, _lease_ms(fence), data, _tags(opening),
-        )  # fmt: skip
+            fence,
+            "begin",
+            opening.run_id,
+            *read_version,
+            opening.owner,
+            fence.run.token,
+            fence.execution,
+            fence.epoch,
+            opening.pipeline,
+            opening.version,
+            _lease_ms(fence),
+            data,
+            _tags(opening),
+        )
         return fence
 
     def take_over(self, run: RunRow, opening: Opening) -> Fence:
@@ -146,9 +158,18 @@ class RedisRows(RedisReader):
         fence = self._claim(opening, key, run.execution)
         discard = "" if opening.discard_from is None else max(opening.discard_from, 0)
         self._append(
-            fence, "take_over", opening.run_id, *_version_of(run.run), opening.owner, run.execution, fence.epoch,
-            _lease_ms(fence), discard, _tags(opening), opening.version,
-        )  # fmt: skip
+            fence,
+            "take_over",
+            opening.run_id,
+            *_version_of(run.run),
+            opening.owner,
+            run.execution,
+            fence.epoch,
+            _lease_ms(fence),
+            discard,
+            _tags(opening),
+            opening.version,
+        )
         return fence
 
     def replace_owner(self, run: RunRow, owner: str) -> Fence:
@@ -413,7 +434,8 @@ class RedisRows(RedisReader):
         return int(seconds) * 1000 + int(micros) // 1000
 
     def expired_run_ids(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
-        # States from save() expire by themselves, or have no expiry. Expired runs leave their ids in the lists.
+        # States from save() expire by themselves, or have no expiry. Expired runs leave their ids in the
+        # lists.
         self._link.send([script_command("stroma:", "sweep")])
         run_ids: list[str] = []
         start = 0
@@ -473,8 +495,8 @@ def is_recorded(run: RedisRun, reply: Any, server: str) -> bool:
         return True
     if reply in (b"fenced", b"deleted"):
         return False
-    # Not a reply of the script, for example from a proxy. The run was not taken over, so this is not Fenced. If the write
-    # was executed, a repeated one finds it.
+    # Not a reply of the script, for example from a proxy. The run was not taken over, so this is not Fenced.
+    # If the write was executed, a repeated one finds it.
     raise StoreError(
         f"{server} replied to a write of run {run.run_id!r} with an unknown reply {reply!r:.100}; check proxies between this "
         "process and the server"

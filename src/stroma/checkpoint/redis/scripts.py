@@ -1,33 +1,35 @@
 """The Lua script that runs in the Redis server. It is one script, so that it is loaded completely or not at all.
 
-``EVALSHA sha 1 PREFIX operation arguments...``; every operation is one atomic step. Every operation is idempotent: after a
-lost reply the same command is sent again. Redis does not roll back a failed script, so everything that can fail (no memory, a
-read-only replica, a sum that overflows) fails at the first write. The reads and writes of an operation of a store are
-one step too: `transact` checks that the runs it has read are unchanged, and writes nothing if one of them has changed.
+``EVALSHA sha 1 PREFIX operation arguments...``; every operation is one atomic step. Every operation is
+idempotent: after a lost reply the same command is sent again. Redis does not roll back a failed script, so
+everything that can fail (no memory, a read-only replica, a sum that overflows) fails at the first write. The
+reads and writes of an operation of a store are one step too: `transact` checks that the runs it has read are
+unchanged, and writes nothing if one of them has changed.
 
 The keys of a run, under its prefix ``stroma:{<id, percent-encoded>}:``
 
-    run           hash: the row of the run. token distinguishes runs of the same id; version is incremented by every write
-                  of a session, annotation_version by every change of an annotation; commits, attempts and identities are
-                  the numbers of rows that must exist; tx is the last transaction that read it before it wrote
-    inputs        hash: execution -> input
-    steps:E       hash: "position:branch" -> output
-    nodes:E       hash: "position:branch" -> "order node id", to find the newest output without reading outputs
-    attempts:E    hash: "epoch:position:start:attempt:branch" -> attempt
-    identities:E  hash: identity of a step of plain code -> position
-    failed:E      list: the fields in attempts:E of the last failed attempts, the latest first
-    annotations:P hash: branch -> annotation, for each kind of Annotation except states from save()
-    events        stream: "epoch-last" -> a batch of events of the last execution
-    saved         hash: node id -> "order until", a newline, and the state from save()
-    deleted:TOKEN exists for a while after the run was deleted, to distinguish it from a lost run
+    run           hash: the row of the run. token distinguishes runs of the same id; version is incremented by
+    every write
+                  of a session, annotation_version by every change of an annotation; commits, attempts and
+                  identities are the numbers of rows that must exist; tx is the last transaction that read it
+                  before it wrote
+    inputs        hash: execution -> input steps:E       hash: "position:branch" -> output nodes:E       hash:
+    "position:branch" -> "order node id", to find the newest output without reading outputs attempts:E
+    hash: "epoch:position:start:attempt:branch" -> attempt identities:E  hash: identity of a step of plain
+    code -> position failed:E      list: the fields in attempts:E of the last failed attempts, the latest
+    first annotations:P hash: branch -> annotation, for each kind of Annotation except states from save()
+    events        stream: "epoch-last" -> a batch of events of the last execution saved         hash: node id
+    -> "order until", a newline, and the state from save() deleted:TOKEN exists for a while after the run was
+    deleted, to distinguish it from a lost run
 
-and of all runs: stroma:runs (zset: id by start), stroma:ids (zset: id, for prefixes), stroma:ended (zset: id by when its
-keys expire). A run that is in the first but not in the last one, and has no keys, has lost them. stroma:live:<pipeline> (zset: id
-by the end of its lease or claim). For each lane, which is a pipeline and a version: stroma:due:<lane> (zset: id by when a worker
-may continue it: the end of the lease when it was opened or renewed, or wake_ms), stroma:queue:<lane, see queue_of> (zset for
-each key of queued runs: "due order:id" by priority), stroma:queuekeys:<lane> (set: the keys of queued runs), and
-stroma:blocked:<lane> (zset: id by the start of its mark), whose runs are in none of the others. Shared by all runs: a hash
-stroma:cell:<name, percent-encoded> for each cell, with its data, and the number and the maker of its last change.
+and of all runs: stroma:runs (zset: id by start), stroma:ids (zset: id, for prefixes), stroma:ended (zset: id
+by when its keys expire). A run that is in the first but not in the last one, and has no keys, has lost them.
+stroma:live:<pipeline> (zset: id by the end of its lease or claim). For each lane, which is a pipeline and a
+version: stroma:due:<lane> (zset: id by when a worker may continue it: the end of the lease when it was opened
+or renewed, or wake_ms), stroma:queue:<lane, see queue_of> (zset for each key of queued runs: "due order:id"
+by priority), stroma:queuekeys:<lane> (set: the keys of queued runs), and stroma:blocked:<lane> (zset: id by
+the start of its mark), whose runs are in none of the others. Shared by all runs: a hash stroma:cell:<name,
+percent-encoded> for each cell, with its data, and the number and the maker of its last change.
 """
 
 from __future__ import annotations

@@ -24,11 +24,18 @@ _REPLY_SECONDS: Final = 5.0
 _NEWS_SECONDS: Final = 3.0  # between looks whether anybody still listens; less than _REPLY_SECONDS
 _MAX_PAUSE_SECONDS: Final = 0.5
 
-# Temporary errors in a reply: the server starts, fails over, or is busy. The driver converts some of their prefixes to
-# classes, but not those of errors inside a script.
+# Temporary errors in a reply: the server starts, fails over, or is busy. The driver converts some of their
+# prefixes to classes, but not those of errors inside a script.
 _TEMPORARY: Final = (
-    "READONLY", "ReadOnlyError", "LOADING", "MASTERDOWN", "MasterDownError", "TRYAGAIN", "TryAgainError", "BUSY Redis",
-)  # fmt: skip
+    "READONLY",
+    "ReadOnlyError",
+    "LOADING",
+    "MASTERDOWN",
+    "MasterDownError",
+    "TRYAGAIN",
+    "TryAgainError",
+    "BUSY Redis",
+)
 _warned: Final[set[str]] = set()
 #: Default of the server's setting proto-max-bulk-len, in bytes.
 _MAX_VALUE_BYTES: Final = 512 * 1024 * 1024
@@ -259,7 +266,8 @@ class RedisLink:
     def send(self, commands: Sequence[tuple[Any, ...]], *, atomic: bool = False) -> list[Any]:
         """Send commands in one round trip, with ``atomic`` as one transaction, until the server replies.
 
-        Returns the replies; a reply may be an exception. Raises the driver's error after ``patience_seconds``.
+        Returns the replies; a reply may be an exception. Raises the driver's error after
+        ``patience_seconds``.
         """
         return self.server.retry(lambda: self._send(commands, atomic), self._disconnect_idle)
 

@@ -85,33 +85,34 @@ class _RedisJournal(DurableStore):
 class RedisStore(_RedisJournal, AsyncStates):
     """A journal store in a Redis server (6.2 or newer); its calls are async.
 
-    Any number of machines, processes, threads and event loops may use it; leases use the server's clock. Every
-    commit is one atomic step in the server, which refuses it once another process has taken the run over. ``redis_url`` is
-    ``redis://user:password@host:6379/0``, ``rediss://`` for TLS, or ``unix:///path?db=0``. Failover by Sentinel is
-    supported if the name leads to the master; Redis Cluster is not.
+    Any number of machines, processes, threads and event loops may use it; leases use the server's clock.
+    Every commit is one atomic step in the server, which refuses it once another process has taken the run
+    over. ``redis_url`` is ``redis://user:password@host:6379/0``, ``rediss://`` for TLS, or
+    ``unix:///path?db=0``. Failover by Sentinel is supported if the name leads to the master; Redis Cluster is
+    not.
 
-    **Acknowledged data is as durable as the server's settings make it.** With ``appendonly yes`` and ``appendfsync
-    always`` it is on the server's disk. With other settings the server may lose acknowledged data, and so may a failover,
-    since replication is asynchronous; risky settings are logged once, on the logger ``stroma``. Loss is detected: a
-    session whose run is missing or older than acknowledged, and a session that opens an incomplete run, get
-    CheckpointLost. A new process cannot distinguish a server that has lost *all* data from a new one: a run then starts
-    from the beginning.
+    **Acknowledged data is as durable as the server's settings make it.** With ``appendonly yes`` and
+    ``appendfsync always`` it is on the server's disk. With other settings the server may lose acknowledged
+    data, and so may a failover, since replication is asynchronous; risky settings are logged once, on the
+    logger ``stroma``. Loss is detected: a session whose run is missing or older than acknowledged, and a
+    session that opens an incomplete run, get CheckpointLost. A new process cannot distinguish a server that
+    has lost *all* data from a new one: a run then starts from the beginning.
 
-    A run has no expiry until it is finished (COMPLETED or RESUMED); ``ttl_seconds`` later it expires. A state from
-    ``save()`` expires ``ttl_seconds`` after it was saved. None: no expiry.
+    A run has no expiry until it is finished (COMPLETED or RESUMED); ``ttl_seconds`` later it expires. A state
+    from ``save()`` expires ``ttl_seconds`` after it was saved. None: no expiry.
 
-    If a connection breaks, the store connects again and repeats the operations in progress, which are idempotent,
-    for 15 s; then the call ends with a transient StoreError. Every call ends: connecting takes at most 5 s, a
-    reply 5 s (``?socket_connect_timeout=`` and ``?socket_timeout=`` in the URL take precedence), so a call ends within
-    about 25 s. Writing uses one connection, in one thread that sends queued operations together; cancelling a
-    caller does not undo its operation. A forked child connects again.
+    If a connection breaks, the store connects again and repeats the operations in progress, which are
+    idempotent, for 15 s; then the call ends with a transient StoreError. Every call ends: connecting takes at
+    most 5 s, a reply 5 s (``?socket_connect_timeout=`` and ``?socket_timeout=`` in the URL take precedence),
+    so a call ends within about 25 s. Writing uses one connection, in one thread that sends queued operations
+    together; cancelling a caller does not undo its operation. A forked child connects again.
 
     Args:
         redis_url: address of the server.
         ttl_seconds: time after which a finished run expires; None: no expiry.
         codec: codec that encodes every payload, see Codec. Payloads that no codec wrote are refused.
-        blobs: where large payloads are stored: a directory, a URL that fsspec supports, or a BlobStore. ``gc()``
-            deletes those of expired runs.
+        blobs: where large payloads are stored: a directory, a URL that fsspec supports, or a BlobStore.
+            ``gc()`` deletes those of expired runs.
         blob_bytes: size of a payload from which on it is stored in ``blobs``.
         plain_until_migrated: read payloads that no codec wrote, until all are migrated.
 

@@ -30,16 +30,15 @@ SCHEMA_VERSION: Final = 7  # what this release writes
 _MIN_READER: Final = 7  # the oldest version that can read what this release writes
 _NEEDED_SQLITE: Final = (3, 37, 0)  # the first one with STRICT tables
 
-# STRICT: SQLite refuses values of another type than the column's.
-# ``run`` is never reused, so that a session of a deleted run cannot reach the rows of another one.
-# attempt_count and commit_count: rows that the last execution must have, counted in the transaction of each.
-# Inputs are separate from runs: every commit writes the row of its run, and an input can be large.
-# Attempts: the start distinguishes attempts of one number; a resumed run, and a retried group, count from 1. The order
-# of the key is the order of the history.
-# Steps: one committed output per position and branch. Annotations of a run have positions below 0 and execution 0, see
-# durable/rows.py. Ids grow with each commit: the newest output of a node has the highest.
-# Cells: shared by all runs. Deleted: runs that were deleted within the last day, to distinguish them from lost runs.
-# The lease columns: every open_run increments the epoch and writes its owner and the end of its lease.
+# STRICT: SQLite refuses values of another type than the column's. ``run`` is never reused, so that a session
+# of a deleted run cannot reach the rows of another one. attempt_count and commit_count: rows that the last
+# execution must have, counted in the transaction of each. Inputs are separate from runs: every commit writes
+# the row of its run, and an input can be large. Attempts: the start distinguishes attempts of one number; a
+# resumed run, and a retried group, count from 1. The order of the key is the order of the history. Steps: one
+# committed output per position and branch. Annotations of a run have positions below 0 and execution 0, see
+# durable/rows.py. Ids grow with each commit: the newest output of a node has the highest. Cells: shared by
+# all runs. Deleted: runs that were deleted within the last day, to distinguish them from lost runs. The lease
+# columns: every open_run increments the epoch and writes its owner and the end of its lease.
 # wake_ms: from when on a worker continues a run that stopped or is queued; every opening deletes it.
 # claim: the worker that is about to open the run, until claim_until_ms by the clock of leases.
 # blocked and the columns after it: the mark of a blocked run; every opening and every end deletes it.
@@ -98,12 +97,13 @@ _SCHEMA: Final = (
     "CREATE INDEX called ON attempts (run, execution, identity, position) WHERE identity IS NOT NULL",
     f"INSERT INTO meta VALUES ('schema_version', '{SCHEMA_VERSION}'), ('min_reader', '{_MIN_READER}')",
     f"PRAGMA application_id = {_APPLICATION_ID}",
-)  # fmt: skip
+)
 
 #: Statements that upgrade a file from each format to the next one.
 _MIGRATIONS: Final[dict[int, tuple[str, ...]]] = {}
 
-# Code that a file from another source may contain: a trigger, a view (which may never end) or a computed column.
+# Code that a file from another source may contain: a trigger, a view (which may never end) or a computed
+# column.
 _CODE: Final = "SELECT type, name FROM sqlite_master WHERE type IN ('view', 'trigger') LIMIT 1"
 _NOT_PLAIN: Final = """SELECT t.name FROM pragma_table_list t JOIN sqlite_master m ON m.name = t.name
     WHERE t.schema = 'main' AND m.type = 'table' AND m.name NOT LIKE 'sqlite!_%' ESCAPE '!' AND (t.type <> 'table'
@@ -121,8 +121,8 @@ _NO_SPACE: Final = (
 )
 # The last writer died during a write: only a connection with write access can recover the file.
 _NEEDS_RECOVERY: Final = (sqlite3.SQLITE_READONLY_ROLLBACK, sqlite3.SQLITE_READONLY_RECOVERY)
-# A process loses its fcntl locks when it closes *any* descriptor of the file: the descriptor that creates the file must
-# be closed before another thread opens a connection to it.
+# A process loses its fcntl locks when it closes *any* descriptor of the file: the descriptor that creates the
+# file must be closed before another thread opens a connection to it.
 _creating = threading.Lock()
 
 
@@ -315,8 +315,8 @@ class DatabaseFile:
         wal = f"{self.path}-wal"
         if _size(self.path) or _size(wal) <= _WAL_HEADER_BYTES:
             return
-        # The file is written before its WAL, so no other process is creating this store. But one may have finished
-        # between the two checks, so check again.
+        # The file is written before its WAL, so no other process is creating this store. But one may have
+        # finished between the two checks, so check again.
         if not _size(self.path) and _size(wal) > _WAL_HEADER_BYTES:
             raise permanent_error(
                 f"{self.path} is damaged: it is missing or empty, and {wal} holds commits; restore the file "
@@ -377,7 +377,8 @@ class DatabaseFile:
 
     def _is_ours(self, db: sqlite3.Connection) -> bool:
         """Return True for a store, False for an empty database. Raises StoreError for any other one, or a newer format."""
-        # In this order: a file that is created between the two checks must not look like one of another program.
+        # In this order: a file that is created between the two checks must not look like one of another
+        # program.
         (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
         (application,) = db.execute("PRAGMA application_id").fetchone()
         if application == _APPLICATION_ID:

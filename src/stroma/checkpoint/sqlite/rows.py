@@ -439,8 +439,8 @@ def _now_ms() -> int:
 
 # ---------------------------------------------------------------------- leases
 #
-# All processes that use the file are on one machine. If the system has a clock that counts from its start and cannot be
-# set, leases use that; leases from before the last start have expired.
+# All processes that use the file are on one machine. If the system has a clock that counts from its start and
+# cannot be set, leases use that; leases from before the last start have expired.
 
 _CLOCK: Final[int | None] = getattr(time, "CLOCK_BOOTTIME", None)
 _BOOT: Final = boot_id() if _CLOCK is not None else ""

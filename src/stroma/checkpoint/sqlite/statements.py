@@ -52,13 +52,13 @@ ATTEMPT: Final = """INSERT INTO attempts (run, execution, epoch, position, start
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"""
 STEP: Final = """INSERT OR REPLACE INTO steps (run, execution, position, branch, node_id, epoch, attempt, started_ns,
     contract, schema_ref, output, sha256, number, input_key) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
-# The fence: rows change only while this session is the last one that opened the run, and the run counts all attempts
-# that were acknowledged to it. An output that replaces another one does not count as a commit.
+# The fence: rows change only while this session is the last one that opened the run, and the run counts all
+# attempts that were acknowledged to it. An output that replaces another one does not count as a commit.
 _FENCE: Final = "WHERE run = ? AND lease_epoch = ? AND lease_owner = ? AND attempt_count >= ?"
 COUNT: Final = f"""UPDATE runs SET updated_ms = ?, lease_until_ms = ?, tokens = tokens + ?, cost_pico = cost_pico + ?,
     latency_ns = latency_ns + ?, attempt_count = attempt_count + 1, commit_count = commit_count + ? {_FENCE}"""
-# 2 us instead of 12: without the sign, SQLite compiles the statement again for each position, because of the partial
-# index `requests`.
+# 2 us instead of 12: without the sign, SQLite compiles the statement again for each position, because of the
+# partial index `requests`.
 IS_COMMITTED: Final = "SELECT 1 FROM steps WHERE run = ? AND execution = ? AND position = +? AND branch = ?"
 ATTEMPT_COUNT: Final = "SELECT attempt_count FROM runs WHERE run = ?"
 # An answer that was stored since the run was claimed makes it due.

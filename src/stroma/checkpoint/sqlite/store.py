@@ -25,13 +25,14 @@ class SQLiteStore(AsyncStates):
     """A journal store in one SQLite file on a local disk.
 
     Any number of processes, threads and event loops may use the file. Acknowledged data is on the disk: with
-    ``synchronous="full"`` it survives a power failure; ``"normal"`` is faster and survives the death of the process, but
-    a power failure may lose the last commits. The file is created by the first write, readable by its owner only;
-    its directory must exist, else making the store raises StoreError.
+    ``synchronous="full"`` it survives a power failure; ``"normal"`` is faster and survives the death of the
+    process, but a power failure may lose the last commits. The file is created by the first write, readable
+    by its owner only; its directory must exist, else making the store raises StoreError.
 
-    Async calls write through one thread that commits queued operations together; cancelling a caller does not undo
-    its operation. Errors are StoreErrors that say how to fix them. A forked child opens the file again; a fork waits for the
-    end of the present operation. ``run_sync``, ``close`` and ``merge_log`` merge the ``-wal`` file into the database.
+    Async calls write through one thread that commits queued operations together; cancelling a caller does not
+    undo its operation. Errors are StoreErrors that say how to fix them. A forked child opens the file again;
+    a fork waits for the end of the present operation. ``run_sync``, ``close`` and ``merge_log`` merge the
+    ``-wal`` file into the database.
 
     Args:
         path: path of the file.
@@ -98,7 +99,8 @@ class SQLiteStore(AsyncStates):
             except sqlite3.OperationalError as error:
                 if "decode to UTF-8" not in str(error):
                     raise
-                # Replace undecodable text, so that other rows stay readable. Only now: it takes three times as long.
+                # Replace undecodable text, so that other rows stay readable. Only now: it takes three times
+                # as long.
                 db.text_factory = lambda data: data.decode("utf-8", "replace")
                 return self._file.retry_while_locked(once)
 

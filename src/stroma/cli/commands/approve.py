@@ -68,13 +68,14 @@ def approve(
 ) -> int:
     """Answer a suspended run.
 
-    RUN is a run id, its beginning, or "last". FILE_OR_MODULE:NAME is its pipeline, or the agent or graph of a framework,
-    whose own call then continues it. ANSWER is JSON, @FILE, or - for stdin, and must satisfy the class that the
-    node requires, which is looked up in the pipeline. Workers of its pipeline continue the run; without any, use
-    `stroma resume`, or --resume. --question may be left out while one question is open, except for an effect.
+    RUN is a run id, its beginning, or "last". FILE_OR_MODULE:NAME is its pipeline, or the agent or graph of a
+    framework, whose own call then continues it. ANSWER is JSON, @FILE, or - for stdin, and must satisfy the
+    class that the node requires, which is looked up in the pipeline. Workers of its pipeline continue the
+    run; without any, use `stroma resume`, or --resume. --question may be left out while one question is open,
+    except for an effect.
 
-    For an effect whose last call has an unknown outcome, pass the outcome in place of ANSWER: --done with its output, or
-    --not-done.
+    For an effect whose last call has an unknown outcome, pass the outcome in place of ANSWER: --done with its
+    output, or --not-done.
     """
     database = Database.from_option(db)
     record = database.find(run_)

@@ -41,12 +41,12 @@ def budget(
 ) -> None:
     """Show a shared budget, or change the budget of a run.
 
-    With NAME, print a SharedBudget: its limit, the usage of each node, and the reservations of calls in flight. The limit
-    is that of the process that used it last.
+    With NAME, print a SharedBudget: its limit, the usage of each node, and the reservations of calls in
+    flight. The limit is that of the process that used it last.
 
-    With --cost-usd, --tokens or --latency-ms the argument is a run: its id, a prefix of one, or "last". The new limit
-    applies from its next attempt on, in whatever process it is; other limits stay. A run that waits for its budget is
-    continued by a worker, or by `stroma resume`.
+    With --cost-usd, --tokens or --latency-ms the argument is a run: its id, a prefix of one, or "last". The
+    new limit applies from its next attempt on, in whatever process it is; other limits stay. A run that waits
+    for its budget is continued by a worker, or by `stroma resume`.
     """
     database = Database.from_option(store or db)
     if (cost_usd, tokens, latency_ms) != (None, None, None):

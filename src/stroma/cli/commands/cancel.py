@@ -22,9 +22,9 @@ __all__ = ["cancel"]
 def cancel(run_: str, as_json: bool, db: str | None) -> None:
     """Cancel a run.
 
-    The process that runs it, wherever it is, ends it as CANCELLED within about a second; a run without an owner is
-    CANCELLED at once. Finished nodes are stored, and the run can be resumed. RUN is a run id, a prefix of one, or
-    "last".
+    The process that runs it, wherever it is, ends it as CANCELLED within about a second; a run without an
+    owner is CANCELLED at once. Finished nodes are stored, and the run can be resumed. RUN is a run id, a
+    prefix of one, or "last".
     """
     done = _cancel_in_store(Database.from_option(db), run_)
     if as_json:

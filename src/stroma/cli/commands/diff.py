@@ -37,8 +37,8 @@ def diff(
 ) -> int:
     """Compare two runs, node by node and field by field.
 
-    Exit code 6 if they differ in the input, an output, an outcome, a class, a number of attempts or a model. Times and
-    costs are shown, but do not count as differences.
+    Exit code 6 if they differ in the input, an output, an outcome, a class, a number of attempts or a model.
+    Times and costs are shown, but do not count as differences.
     """
     database = Database.from_option(db)
     records = database.find(a), database.find(b)

@@ -39,8 +39,8 @@ __all__ = ["gc"]
 def gc(keep_for: timedelta, unfinished: bool, blobs: str | None, as_json: bool, db: str | None) -> None:
     """Delete old runs and their data from the store.
 
-    Deletes runs that are COMPLETED, RESUMED, FAILED or CANCELLED; the others can be resumed. A run that has an owner is
-    never deleted.
+    Deletes runs that are COMPLETED, RESUMED, FAILED or CANCELLED; the others can be resumed. A run that has
+    an owner is never deleted.
     """
     database = Database.from_option(db)
     store = database.reader

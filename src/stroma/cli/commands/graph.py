@@ -35,10 +35,12 @@ __all__ = ["graph"]
 def graph(target: str, form: str | None, path: str | None, from_runs: bool, db: str | None) -> None:
     """Draw the nodes with their contracts, and which field of a node feeds which other field.
 
-    The drawing is an SVG file, which a browser opens. With --format it goes to stdout. No node is called. Findings of `stroma check` are marked. JSON has the schema "stroma.graph/1".
+    The drawing is an SVG file, which a browser opens. With --format it goes to stdout. No node is called.
+    Findings of `stroma check` are marked. JSON has the schema "stroma.graph/1".
 
-    With --from-runs, for a flow: how often each step was called and failed in the runs of the store, how often which step
-    followed which, and after which steps the runs ended. JSON has the schema "stroma.run_graph/1".
+    With --from-runs, for a flow: how often each step was called and failed in the runs of the store, how
+    often which step followed which, and after which steps the runs ended. JSON has the schema
+    "stroma.run_graph/1".
     """
     pipeline = load_pipeline(target)
     drawing: RunGraph | Lineage

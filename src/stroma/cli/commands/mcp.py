@@ -173,7 +173,8 @@ def _with_messages(
 def mcp(redact: str | None, db: str | None) -> int:
     """Serve the runs of a store to a coding agent, read-only, over stdin and stdout.
 
-    Tools: list_runs, explain_failure, read_attempt, compare_runs. Add it to an agent as the command `stroma mcp --db FILE`.
+    Tools: list_runs, explain_failure, read_attempt, compare_runs. Add it to an agent as the command `stroma
+    mcp --db FILE`.
     """
     database = Database.from_option(db)
     try:

@@ -21,9 +21,9 @@ __all__ = ["pause"]
 def pause(run_: str, as_json: bool, db: str | None) -> None:
     """Pause a run until it is resumed.
 
-    When this command ends, within about a second, no process starts another attempt of the run. Attempts in flight finish
-    and are stored; then the run is SUSPENDED. Workers do not continue it until `stroma resume RUN` removes the pause.
-    RUN is a run id, a prefix of one, or "last".
+    When this command ends, within about a second, no process starts another attempt of the run. Attempts in
+    flight finish and are stored; then the run is SUSPENDED. Workers do not continue it until `stroma resume
+    RUN` removes the pause. RUN is a run id, a prefix of one, or "last".
     """
     database = Database.from_option(db)
     record = database.find(run_)

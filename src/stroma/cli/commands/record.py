@@ -66,8 +66,8 @@ def record(
 ) -> int:
     """Write a recorded run as a regression test, or print it as JSON (schema "stroma.recorded-run/1").
 
-    The test replays the run without calling a node (see `stroma replay`), and fails if the code behaves differently.
-    Values that the config of the pipeline redacts are not written.
+    The test replays the run without calling a node (see `stroma replay`), and fails if the code behaves
+    differently. Values that the config of the pipeline redacts are not written.
     """
     if path is not None and target is None:
         raise click.UsageError("--as-test needs FILE_OR_MODULE:NAME: the test has to find the pipeline")

@@ -55,8 +55,9 @@ def replay(
 ) -> int:
     """Replay a recorded run by the current code, with the recorded outputs. No node is called.
 
-    Contracts, classification, retries, budgets and the order of nodes are those of the current code. Exit code 6 if it
-    behaves differently. Nothing is written to the store. RUN is a run id, a prefix of one, or "last".
+    Contracts, classification, retries, budgets and the order of nodes are those of the current code. Exit
+    code 6 if it behaves differently. Nothing is written to the store. RUN is a run id, a prefix of one, or
+    "last".
     """
     database = Database.from_option(db)
     recorded = recorded_run(database, run_)

@@ -61,11 +61,11 @@ def run(
 ) -> int:
     """Run a pipeline and print its final state as JSON on stdout.
 
-    NAME is a flow, a Pipeline, or a function without arguments that returns one. Without a config it has the settings of
-    the StromaRunner in its file. INPUT is JSON, @FILE, or - for stdin; {} by default. Progress goes to stderr. A run id
-    that has not ended, or has called an effect, needs --resume or --restart. With --temporal, workers run the nodes (see
-    `stroma worker`), with the configuration that they have of the pipeline: Ctrl-C cancels the run there, SIGTERM leaves it
-    running.
+    NAME is a flow, a Pipeline, or a function without arguments that returns one. Without a config it has the
+    settings of the StromaRunner in its file. INPUT is JSON, @FILE, or - for stdin; {} by default. Progress
+    goes to stderr. A run id that has not ended, or has called an effect, needs --resume or --restart. With
+    --temporal, workers run the nodes (see `stroma worker`), with the configuration that they have of the
+    pipeline: Ctrl-C cancels the run there, SIGTERM leaves it running.
     """
     if (resume or restart) and run_id is None:
         name = "resume" if resume else "restart"
@@ -128,8 +128,8 @@ def resume(
     RUN is a run id, a prefix of one, or "last". The input is the original one. A pause is taken back; without
     FILE_OR_MODULE:NAME a worker continues the run.
 
-    Without --from, --budget-usd and --budget-tokens set the limit of the run, for each process that continues it. It
-    replaces the config's until `stroma budget` or another resume changes it.
+    Without --from, --budget-usd and --budget-tokens set the limit of the run, for each process that continues
+    it. It replaces the config's until `stroma budget` or another resume changes it.
     """
     options = RunOptions.from_click(**click_options)
     _check_options(start_at, options, fork=fork, retry_failed=retry_failed, has_state=state is not None)

@@ -128,8 +128,8 @@ def runs(
 ) -> None:
     """List the runs in a store, newest first.
 
-    NODES counts finished positions. A run whose process died is INTERRUPTED until it is resumed. A blocked run is as it was
-    before some code tried to continue it, and could not: code that fits continues it.
+    NODES counts finished positions. A run whose process died is INTERRUPTED until it is resumed. A blocked
+    run is as it was before some code tried to continue it, and could not: code that fits continues it.
     """
     if failed and statuses:
         raise click.UsageError("--failed is short for --status FAILED --status PARTIAL; pass one of them")

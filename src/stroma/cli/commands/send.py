@@ -31,9 +31,9 @@ __all__ = ["send"]
 def send(run_: str, text: str, topic: str, message_id: str | None, as_json: bool, db: str | None) -> int:
     """Send a message to a run, whose flow receives it.
 
-    RUN is a run id, a prefix of one, or "last". MESSAGE is JSON, @FILE, or - for stdin. `flow.receive` takes the messages of a
-    topic in the order in which they were sent. Workers of its pipeline continue a suspended run; without any, use
-    `stroma resume`.
+    RUN is a run id, a prefix of one, or "last". MESSAGE is JSON, @FILE, or - for stdin. `flow.receive` takes
+    the messages of a topic in the order in which they were sent. Workers of its pipeline continue a suspended
+    run; without any, use `stroma resume`.
     """
     message, _, source = parse_json(text, "MESSAGE")
     database = Database.from_option(db)

@@ -57,12 +57,13 @@ __all__ = ["attempt_data", "show"]
 def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options: Any) -> int:
     """Show one run, attempt by attempt.
 
-    RUN is a run id, a prefix of one, or "last". AT is the position in the run; children of groups are indented below
-    their group, with their branch. Items of a map, and repeated calls of one node in a flow, are one line with the first
-    failures below it. With --tree, the sleeps and questions of the flow are shown.
+    RUN is a run id, a prefix of one, or "last". AT is the position in the run; children of groups are
+    indented below their group, with their branch. Items of a map, and repeated calls of one node in a flow,
+    are one line with the first failures below it. With --tree, the sleeps and questions of the flow are
+    shown.
 
-    With --input, --output or --rejected, stdout has one JSON value per attempt; if there are several, a line names the
-    attempt of each.
+    With --input, --output or --rejected, stdout has one JSON value per attempt; if there are several, a line
+    names the attempt of each.
     """
     view = _View(**options)
     database = Database.from_option(db)

@@ -65,8 +65,8 @@ def submit(
 ) -> int:
     """Submit a run, which a worker starts (see `stroma worker`), and print its id.
 
-    NAME and INPUT are those of `stroma run`. Submitting the same run id with the same input again changes nothing. With
-    --temporal, its server chooses the worker.
+    NAME and INPUT are those of `stroma run`. Submitting the same run id with the same input again changes
+    nothing. With --temporal, its server chooses the worker.
     """
     cluster = TemporalCluster.from_options(options)
     pipeline = load_pipeline(target)
@@ -137,10 +137,10 @@ def drive(
 ) -> int:
     """Continue one run as far as possible: the job of a scheduler such as Kubernetes.
 
-    RUN is the id of a run of one of the pipelines. A run that is not due, or has an owner, is left alone. SIGTERM and
-    Ctrl-C end the run at the next step boundary; a later call continues it. Exit code 0: it has completed; 1: it has
-    failed; 7: it is suspended; 130: it was interrupted and is due at once; 3: another process owns it, or this code does
-    not fit it.
+    RUN is the id of a run of one of the pipelines. A run that is not due, or has an owner, is left alone.
+    SIGTERM and Ctrl-C end the run at the next step boundary; a later call continues it. Exit code 0: it has
+    completed; 1: it has failed; 7: it is suspended; 130: it was interrupted and is due at once; 3: another
+    process owns it, or this code does not fit it.
     """
     pipelines = [load_pipeline(target) for target in targets]
     database = Database.from_option(db)

@@ -71,8 +71,8 @@ def tail(
 ) -> int:
     """Follow runs: print one line for each attempt when it is recorded.
 
-    RUN is a run id, a prefix of one, or "last"; without it, all runs that are running or start. With RUN, also what its
-    nodes emit, if the run stores its events.
+    RUN is a run id, a prefix of one, or "last"; without it, all runs that are running or start. With RUN,
+    also what its nodes emit, if the run stores its events.
     """
     database = Database.from_option(db)
     hide = load_redact(redact)
@@ -233,9 +233,11 @@ class _Follower:
         )
         message = f"  {clean(one.text, 200)}" if one.text else ""
         out.line(
-            *self._name(record), f"{when}  {place_of(one):<6} {clean(one.node_id, 40)}  #{one.attempt}  ",
-            (one.outcome, _STYLES.get(one.outcome, "yellow")), f"{why}  {format_duration(one.duration_ms / 1000)}{used}{message}",
-        )  # fmt: skip
+            *self._name(record),
+            f"{when}  {place_of(one):<6} {clean(one.node_id, 40)}  #{one.attempt}  ",
+            (one.outcome, _STYLES.get(one.outcome, "yellow")),
+            f"{why}  {format_duration(one.duration_ms / 1000)}{used}{message}",
+        )
 
     @staticmethod
     def _emit(data: dict[str, Any]) -> None:

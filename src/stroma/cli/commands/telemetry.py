@@ -25,7 +25,8 @@ def telemetry() -> None:
 def assets(directory: Path, force: bool, as_json: bool) -> None:
     """Write dashboards and alert rules into DIR, and print their paths.
 
-    A Grafana dashboard, Prometheus alert and recording rules with their unit tests (promtool test rules), a Datadog dashboard.
+    A Grafana dashboard, Prometheus alert and recording rules with their unit tests (promtool test rules), a
+    Datadog dashboard.
     """
     assets_data = {
         asset.name: asset.read_bytes()

@@ -84,8 +84,8 @@ def ui(
 ) -> int:
     """Serve the web interface of a store on this machine.
 
-    With a pipeline, its runs can be submitted and resumed from pages, the redact of its config applies, and its lineage is drawn.
-    Only the buttons change or run anything.
+    With a pipeline, its runs can be submitted and resumed from pages, the redact of its config applies, and
+    its lineage is drawn. Only the buttons change or run anything.
     """
     try:
         from stroma.ui import Settings, make_app, serve

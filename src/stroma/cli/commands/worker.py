@@ -70,17 +70,19 @@ def worker(
 ) -> int:
     """Continue runs that stopped, until SIGTERM.
 
-    Each NAME is what `stroma run` takes, with the same settings. The worker continues runs in the store of --db whose
-    process died or shut down, suspended runs whose sleep or timeout is over, and those whose question was answered. Any
-    number of workers on any number of machines may share a store; each run is continued by one of them.
+    Each NAME is what `stroma run` takes, with the same settings. The worker continues runs in the store of
+    --db whose process died or shut down, suspended runs whose sleep or timeout is over, and those whose
+    question was answered. Any number of workers on any number of machines may share a store; each run is
+    continued by one of them.
 
-    With --temporal, its server chooses the worker of each run, and starts another one if that worker is lost. With --place
-    too, the worker calls the functions of nodes that have this place (experimental); it does not use --db.
+    With --temporal, its server chooses the worker of each run, and starts another one if that worker is lost.
+    With --place too, the worker calls the functions of nodes that have this place (experimental); it does not
+    use --db.
 
-    Status lines go to stderr: one when the worker is ready, then one per minute. SIGTERM and Ctrl-C drain: nothing new
-    starts, steps in flight have --drain seconds, the exit code is 0. Another worker continues the runs; steps still in
-    flight then are called again.
-    """  # fmt: skip
+    Status lines go to stderr: one when the worker is ready, then one per minute. SIGTERM and Ctrl-C drain:
+    nothing new starts, steps in flight have --drain seconds, the exit code is 0. Another worker continues the
+    runs; steps still in flight then are called again.
+    """
     exporters = Exporters.from_options(options)
     cluster = TemporalCluster.from_options(options)
     if place is not None and cluster is None:

@@ -42,8 +42,8 @@ def check_nodes(
 ) -> list[Finding]:
     """Return every finding, in the order of the nodes. Nothing is claimed of a node without a contract.
 
-    ``initial``: the class of the initial state; without it, that is not checked. ``retried``: ids that the config grants
-    retries of their own. Raises TypeError for anything else.
+    ``initial``: the class of the initial state; without it, that is not checked. ``retried``: ids that the
+    config grants retries of their own. Raises TypeError for anything else.
     """
     if initial is not None and not (isinstance(initial, type) and issubclass(initial, BaseModel)):
         raise TypeError(
@@ -78,10 +78,18 @@ def _of_crossing(crossing: Crossing, known: Known) -> Iterator[Finding]:
         elif node.is_map and state.item is not None and holds_no_fields(state.item):
             by, to, item = state.giver, crossing.to, str(state.item)
             yield Finding(
-                "error", "items", by.node_id, to.node_id, by.at, to.at, f"{state.list_at}[].{node.items_field}", item, "list",
+                "error",
+                "items",
+                by.node_id,
+                to.node_id,
+                by.at,
+                to.at,
+                f"{state.list_at}[].{node.items_field}",
+                item,
+                "list",
                 f"{to.node_id!r} goes over {node.items_field} of each item of {state.list_at}, and those are {item}",
                 f"let the items be models with a list {node.items_field!r}",
-            )  # fmt: skip
+            )
         return
     if crossing.contract is None or (state.model is None and state.item is None):
         return
@@ -126,9 +134,18 @@ def _of_reason(crossing: Crossing, wanted: type[BaseModel], reason: Reason) -> F
     message, fix = _message_and_fix(crossing, wanted, reason, by, path)
     severity: Literal["error", "warning"] = "error" if reason.verdict is Verdict.NEVER else "warning"
     return Finding(
-        severity, reason.kind, by.node_id, to.node_id, by.at, to.at, path, reason.source, reason.target,
-        message, fix,
-    )  # fmt: skip
+        severity,
+        reason.kind,
+        by.node_id,
+        to.node_id,
+        by.at,
+        to.at,
+        path,
+        reason.source,
+        reason.target,
+        message,
+        fix,
+    )
 
 
 def _shown(path: tuple[str, ...], state: FlowState) -> str:
@@ -198,11 +215,18 @@ def _undecided(crossing: Crossing, reasons: list[Reason]) -> Iterator[Finding]:
     paths = list(dict.fromkeys(_shown(reason.path, state) for reason in reasons))
     whys = dict.fromkeys(f"{_shown(r.path, state)}: {r.what}" if r.path else r.what for r in reasons)
     yield Finding(
-        "warning", "undecidable", by.node_id, to.node_id, by.at, to.at, ", ".join(filter(None, paths)),
-        ", ".join(dict.fromkeys(r.source for r in reasons)), ", ".join(dict.fromkeys(r.target for r in reasons)),
+        "warning",
+        "undecidable",
+        by.node_id,
+        to.node_id,
+        by.at,
+        to.at,
+        ", ".join(filter(None, paths)),
+        ", ".join(dict.fromkeys(r.source for r in reasons)),
+        ", ".join(dict.fromkeys(r.target for r in reasons)),
         f"it is not known before the run whether {to.node_id!r} accepts the output of {by.node_id!r}: {'; '.join(whys)}",
         "see to it with a test that hands on real outputs",
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------------- groups
@@ -220,9 +244,18 @@ def _of_list(crossing: Crossing, node: Group, model: type[BaseModel]) -> Iterato
         severity: Literal["error", "warning"], kind: Kind, type_name: str, what: str, fix: str
     ) -> Finding:
         return Finding(
-            severity, kind, by.node_id, to.node_id, by.at, to.at, node.items_field, type_name, "list",
-            f"{target} goes over {node.items_field}, and {what}", fix,
-        )  # fmt: skip
+            severity,
+            kind,
+            by.node_id,
+            to.node_id,
+            by.at,
+            to.at,
+            node.items_field,
+            type_name,
+            "list",
+            f"{target} goes over {node.items_field}, and {what}",
+            fix,
+        )
 
     if side is None and not record.is_open:
         fix = f"add a list {node.items_field!r} to the output of {by.node_id!r}, or name another field"
@@ -261,17 +294,31 @@ def _of_unreadable(unreadable: Unreadable) -> Finding:
     is_output = unreadable.source == unreadable.to
     name = str(getattr(unreadable.model, "__name__", unreadable.model))
     return Finding(
-        "warning", "broken", unreadable.source.node_id, unreadable.to.node_id, unreadable.source.at, unreadable.to.at, "",
-        name if is_output else "", "" if is_output else name,
+        "warning",
+        "broken",
+        unreadable.source.node_id,
+        unreadable.to.node_id,
+        unreadable.source.at,
+        unreadable.to.at,
+        "",
+        name if is_output else "",
+        "" if is_output else name,
         f"the {'output' if is_output else 'input'} of {unreadable.to.node_id!r} cannot be read: {unreadable.error}",
         "correct its class; if that names classes which come later, call model_rebuild() once they are there",
-    )  # fmt: skip
+    )
 
 
 def _of_collision(collision: Collision) -> Finding:
     first, second = repr(collision.first.node_id), repr(collision.second.node_id)
     return Finding(
-        "warning", "collision", collision.first.node_id, collision.second.node_id, collision.first.at, collision.second.at, collision.name,
-        *collision.types, f"{first} and {second} both give {collision.name}; that of {second} wins, since it comes later",
+        "warning",
+        "collision",
+        collision.first.node_id,
+        collision.second.node_id,
+        collision.first.at,
+        collision.second.at,
+        collision.name,
+        *collision.types,
+        f"{first} and {second} both give {collision.name}; that of {second} wins, since it comes later",
         f"take it out of the output of one of them, or call the two differently; if {second} is to win, leave it so",
-    )  # fmt: skip
+    )

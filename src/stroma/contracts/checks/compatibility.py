@@ -1,8 +1,8 @@
 """Decide if every value of one class crosses the boundary to another, as :meth:`Schema.convert` does.
 
-Both sides are pydantic's core schemas. What is read off them is which values the source can hold *after* validation, and
-which the target's validator takes. Nothing of the user's is called. There is a reason for each place that may refuse;
-where functions decide, the reason names them.
+Both sides are pydantic's core schemas. What is read off them is which values the source can hold *after*
+validation, and which the target's validator takes. Nothing of the user's is called. There is a reason for
+each place that may refuse; where functions decide, the reason names them.
 """
 
 from __future__ import annotations

@@ -170,7 +170,8 @@ class Inside(ABC):
             what = f"a {cls.__name__} comes as the instance that it is, and is no {target}"
             return verdict_on(Mismatch(Verdict.NEVER, "type", what), source, target, path)
         iterable = hasattr(cls, "__iter__") and target.kind in LISTS and not self._is_strict(target)
-        # A model can be iterated over, which gives pairs of names and values: those pydantic takes for a list.
+        # A model can be iterated over, which gives pairs of names and values: those pydantic takes for a
+        # list.
         if target.kind in LEAVES | LISTS | {"dict", "typed-dict"} and not iterable:
             what = f"a {cls.__name__} comes as the instance that it is"
             return verdict_on(Mismatch(Verdict.NEVER, "type", what), source, target, path)
@@ -334,10 +335,25 @@ def _if_there(fit: Fit, name: str, record: Record, required: bool = False) -> Fi
 _DICT: Final[dict[str, Any]] = {"type": "dict"}
 _STR: Final[dict[str, Any]] = {"type": "str"}
 _CLASSES: Final[dict[str, type]] = {
-    "str": str, "int": int, "float": float, "bool": bool, "bytes": bytes, "complex": complex, "list": list,
-    "set": set, "frozenset": frozenset, "tuple": tuple, "dict": dict, "none": type(None), "decimal": decimal.Decimal,
-    "date": dt.date, "datetime": dt.datetime, "time": dt.time, "timedelta": dt.timedelta, "uuid": uuid.UUID,
-}  # fmt: skip
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "bytes": bytes,
+    "complex": complex,
+    "list": list,
+    "set": set,
+    "frozenset": frozenset,
+    "tuple": tuple,
+    "dict": dict,
+    "none": type(None),
+    "decimal": decimal.Decimal,
+    "date": dt.date,
+    "datetime": dt.datetime,
+    "time": dt.time,
+    "timedelta": dt.timedelta,
+    "uuid": uuid.UUID,
+}
 
 
 def _is_unhashable(side: Side) -> bool:

@@ -30,14 +30,18 @@ def find_effects(
             continue
         if contract.reconcile is None:
             yield _finding(
-                node, at, f"effect {node.node_id!r} has no reconcile: a person decides about each call that may have happened",
+                node,
+                at,
+                f"effect {node.node_id!r} has no reconcile: a person decides about each call that may have happened",
                 "pass reconcile=, a function of (state, idempotency_key) that looks the call up",
-            )  # fmt: skip
+            )
         if group is not None:
             yield _finding(
-                node, at, f"effect {node.node_id!r} is inside {group!r}, which is retried as a whole",
+                node,
+                at,
+                f"effect {node.node_id!r} is inside {group!r}, which is retried as a whole",
                 f"retry its children in place of {group!r}, or move the effect behind it",
-            )  # fmt: skip
+            )
 
 
 def _finding(node: Node, at: str, message: str, fix: str) -> Finding:

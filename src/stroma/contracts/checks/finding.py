@@ -18,7 +18,8 @@ class Finding:
     Attributes:
         severity: "error": it can never work. "warning": it may fail, or may not be what was meant.
         kind: a word for what is wrong; docs/checks.md has all of them.
-        source, target: the ids of the node that gives and of the one that takes; "input" is what the run begins with.
+        source, target: the ids of the node that gives and of the one that takes; "input" is what the run
+            begins with.
         source_at, target_at: where they stand: the position, and the place in groups ("2", "2.0").
         path: the field, as the target calls it: "address.street", "items[].price"; "" for the whole.
         source_type, target_type: both types in words; "" where there is none.
@@ -51,7 +52,8 @@ class CheckFailed(ValueError):
 
     Where: out of ``run()`` with ``RunConfig(check=True)``, before the store is opened and anything is called.
     Cause: a node's output lacks a field that the next node needs, or gives it as a type that it never takes.
-    Fix: do what each finding says; ``runner.check(nodes)`` and ``stroma check`` give the same list, with the warnings.
+    Fix: do what each finding says; ``runner.check(nodes)`` and ``stroma check`` give the same list, with the
+    warnings.
     """
 
     def __init__(self, findings: Sequence[Finding]) -> None:

@@ -218,7 +218,8 @@ class _Walk:
         if item is not None:
             inner = item.resolved()
             model = inner.node["cls"] if inner.kind == "model" and not inner.node.get("root_model") else None
-        # Into a node: an item of any type. Into a group: what its own children are given, if that is a record.
+        # Into a node: an item of any type. Into a group: what its own children are given, if that is a
+        # record.
         child = node.children[0]
         bare = isinstance(first_in(child), Group)
         loose = state.loose or node.has_external_items

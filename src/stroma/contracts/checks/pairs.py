@@ -13,9 +13,23 @@ from stroma.contracts.checks.type_names import type_text
 from stroma.contracts.core_schema import core_schema_of, nodes_of
 
 __all__ = [
-    "EMPTY", "FITS", "LISTS", "SETS", "UNKNOWN", "Fit", "Reason", "Side", "all_of", "at_most_maybe", "one_of", "part_of", "parts_of",
-    "span_of", "undecided", "verdict_on",
-]  # fmt: skip
+    "EMPTY",
+    "FITS",
+    "LISTS",
+    "SETS",
+    "UNKNOWN",
+    "Fit",
+    "Reason",
+    "Side",
+    "all_of",
+    "at_most_maybe",
+    "one_of",
+    "part_of",
+    "parts_of",
+    "span_of",
+    "undecided",
+    "verdict_on",
+]
 
 EMPTY: Final[dict[str, Any]] = {}
 UNKNOWN: Final[dict[str, Any]] = {"type": "any"}
@@ -28,7 +42,8 @@ class Reason:
     """Why a value may be refused, or always is.
 
     Attributes:
-        path: the fields from the outside in, by the target's names where it has them; "[]" for the items of a list.
+        path: the fields from the outside in, by the target's names where it has them; "[]" for the items of a
+            list.
         source, target: both types in words; "" where there is none.
     """
 

@@ -15,16 +15,39 @@ from typing import Any, Final, Literal, cast
 from stroma.contracts.core_schema import FLAT_LEAVES
 
 __all__ = [
-    "LEAVES", "Kind", "Mismatch", "Verdict", "choices_of", "converts_itself", "fit_leaf", "holds_other", "in_words", "is_flag",
-    "length_mismatch", "limits_of", "worst",
-]  # fmt: skip
+    "LEAVES",
+    "Kind",
+    "Mismatch",
+    "Verdict",
+    "choices_of",
+    "converts_itself",
+    "fit_leaf",
+    "holds_other",
+    "in_words",
+    "is_flag",
+    "length_mismatch",
+    "limits_of",
+    "worst",
+]
 
 Node = dict[str, Any]
 #: What may be wrong, in a word; docs/checks.md says what each of them means.
 Kind = Literal[
-    "missing", "type", "conversion", "constraint", "choices", "optional", "union", "extra", "unknown", "undecidable",
-    "items", "collision", "broken", "effect",
-]  # fmt: skip
+    "missing",
+    "type",
+    "conversion",
+    "constraint",
+    "choices",
+    "optional",
+    "union",
+    "extra",
+    "unknown",
+    "undecidable",
+    "items",
+    "collision",
+    "broken",
+    "effect",
+]
 LEAVES: Final = FLAT_LEAVES | {"multi-host-url"}
 
 

@@ -1,7 +1,7 @@
 """Temporal as a dispatcher: it decides which worker drives a run, and starts another one if that worker is lost.
 
-:class:`TemporalRunner` submits runs, :func:`stroma_worker` drives them, on any number of machines. The runs are in a store
-that all of them share. Importing this package needs ``temporalio``.
+:class:`TemporalRunner` submits runs, :func:`stroma_worker` drives them, on any number of machines. The runs
+are in a store that all of them share. Importing this package needs ``temporalio``.
 """
 
 from __future__ import annotations

@@ -138,7 +138,8 @@ class Pulse:
 
 
 async def _send(details: dict[str, Any]) -> None:
-    # The SDK encodes the details in a task of the running event loop, then hands them to its core, in any thread.
+    # The SDK encodes the details in a task of the running event loop, then hands them to its core, in any
+    # thread.
     activity.heartbeat(details)
     await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
 

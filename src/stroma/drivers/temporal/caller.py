@@ -88,12 +88,17 @@ class TemporalCaller:
         place, request = contract.place, PlaceRequest.of(run, call).model_dump(mode="json")
 
         start = partial(
-            self._client.start_activity, CALL, request, id=workflow_id(call.id), task_queue=place,
+            self._client.start_activity,
+            CALL,
+            request,
+            id=workflow_id(call.id),
+            task_queue=place,
             start_to_close_timeout=_START_TO_CLOSE,
             heartbeat_timeout=timedelta(seconds=run.ctx.config.lease_seconds),
             retry_policy=RetryPolicy(maximum_attempts=1),  # The policies of the run decide.
-            id_reuse_policy=ActivityIDReusePolicy.REJECT_DUPLICATE, summary=run.node_id[:200],
-        )  # fmt: skip
+            id_reuse_policy=ActivityIDReusePolicy.REJECT_DUPLICATE,
+            summary=run.node_id[:200],
+        )
         try:
             await _until_reached(start)
         except ActivityAlreadyStartedError:

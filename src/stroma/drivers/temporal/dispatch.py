@@ -44,8 +44,8 @@ def workflow_id(run_id: str) -> str:
 class Dispatcher:
     """The workflows of runs on one task queue.
 
-    The store is the truth: a run whose workflow could not be started is found by the workers, and one that could not be
-    woken by its own timer. So an unreachable server is a warning.
+    The store is the truth: a run whose workflow could not be started is found by the workers, and one that
+    could not be woken by its own timer. So an unreachable server is a warning.
     """
 
     def __init__(self, client: Client, task_queue: str) -> None:

@@ -206,8 +206,12 @@ def _judge(run: NodeExecution, error: BaseException) -> SentFailure:
         )
     failure = run.ctx.diagnose(error, run.node_id, run.attempt)
     verdict = RecordedVerdict(
-        failure.failure_class, failure.reason, failure.retry_after_seconds, is_refusal(error), tuple(requested_waits(error))
-    )  # fmt: skip
+        failure.failure_class,
+        failure.reason,
+        failure.retry_after_seconds,
+        is_refusal(error),
+        tuple(requested_waits(error)),
+    )
     message = failure.message + run.ctx.redactor.mask(explain_mistake(failure, run.ctx.context))
     return SentFailure(message=message, type_name=type_name(error), verdict=verdict)
 

@@ -32,16 +32,17 @@ _FINAL: Final = (*ENDED, "PARTIAL")
 class TemporalRunner:
     """Submits and controls runs that workers of a Temporal task queue drive; see :func:`stroma_worker`.
 
-    Everything is in the store, which the workers share. Each method writes the store first and wakes the workflow of the run
-    then. Where the server cannot be reached, a warning is logged, and the run continues once it can be; ``resume`` raises.
+    Everything is in the store, which the workers share. Each method writes the store first and wakes the
+    workflow of the run then. Where the server cannot be reached, a warning is logged, and the run continues
+    once it can be; ``resume`` raises.
 
     Args:
         task_queue: that of the workers.
         store: the store of the workers, or its URL.
         config: run id and tags of submitted runs. Workers have the configuration of the pipelines.
 
-    Raises StoreError for a store that processes cannot share. All methods raise what those of StromaRunner raise, and
-    RPCError if the server refuses.
+    Raises StoreError for a store that processes cannot share. All methods raise what those of StromaRunner
+    raise, and RPCError if the server refuses.
     """
 
     def __init__(self, client: Client, task_queue: str, store: Any, config: RunConfig | None = None) -> None:
@@ -54,7 +55,8 @@ class TemporalRunner:
     ) -> RunHandle[Any]:
         """Create a run with status QUEUED, start its workflow, and return its handle; see :meth:`StromaRunner.submit`.
 
-        Once the run is stored it is started, if not from here: workers look for submitted runs without a workflow.
+        Once the run is stored it is started, if not from here: workers look for submitted runs without a
+        workflow.
         """
         handle = await self._local.submit(pipeline, initial_state, **options)
         handle._calls = handle._calls._replace(send=self.send)
@@ -81,8 +83,8 @@ class TemporalRunner:
     async def resume(self, run_id: str) -> bool:
         """Continue a run that stopped, failed ones and cancelled ones too; committed nodes are not called again.
 
-        Returns False if it is complete, or has an owner. Raises CheckpointNotFound, StoreError, and RPCError if the server
-        cannot be reached: call it again then.
+        Returns False if it is complete, or has an owner. Raises CheckpointNotFound, StoreError, and RPCError
+        if the server cannot be reached: call it again then.
         """
         is_due: bool = await self.store.reopen(run_id)
         if is_due:

@@ -65,11 +65,20 @@ class PlaceRequest(BaseModel):
         rest, last = run.remaining_budget, run.last_failure
         latency_ms = None if rest.latency_ms is None else int(rest.latency_ms)
         return cls(
-            run_id=run.run_id, pipeline=run.pipeline, node_id=run.node_id, kind=run.kind, position=run.position,
-            branch=run.branch, attempt=run.attempt, idempotency_key=run.idempotency_key, state=call.state.decode(),
-            model=run.ctx.fallback_model(), remaining=(rest.tokens, rest.cost_usd, latency_ms),
-            last_failure=None if last is None else _sent(run, last), takes_events=bool(run.ctx.event_receivers),
-        )  # fmt: skip
+            run_id=run.run_id,
+            pipeline=run.pipeline,
+            node_id=run.node_id,
+            kind=run.kind,
+            position=run.position,
+            branch=run.branch,
+            attempt=run.attempt,
+            idempotency_key=run.idempotency_key,
+            state=call.state.decode(),
+            model=run.ctx.fallback_model(),
+            remaining=(rest.tokens, rest.cost_usd, latency_ms),
+            last_failure=None if last is None else _sent(run, last),
+            takes_events=bool(run.ctx.event_receivers),
+        )
 
     def failure_before(self, schema: type[BaseModel]) -> Failure | None:
         """Return the failure of the attempt before. ``schema``: of the node's output."""

@@ -39,7 +39,8 @@ __all__ = ["StromaPlugin", "register_search_attributes", "shared_store", "stroma
 
 logger = get_logger()
 
-#: Between looks for submitted runs without a workflow, whose submitter died, and the age from which a run is one.
+#: Between looks for submitted runs without a workflow, whose submitter died, and the age from which a run is
+#: one.
 REPAIR_SECONDS: float = 30.0
 MIN_AGE_SECONDS: float = 5.0
 _PAGE_RUNS: Final = 500
@@ -70,7 +71,8 @@ class StromaPlugin(SimplePlugin):
         config: configuration of all runs; by default each pipeline's own.
         max_seconds: after this time a run goes to the next free worker, at a step boundary.
 
-    Raises ValueError for two pipelines of one name, TypeError for anything but flows and Pipelines, StoreError.
+    Raises ValueError for two pipelines of one name, TypeError for anything but flows and Pipelines,
+    StoreError.
     """
 
     def __init__(
@@ -180,16 +182,18 @@ def stroma_worker(
 
     Args:
         task_queue: the task queue that drives the runs, also for a worker of a place.
-        store: the store of the runs, or its URL: Postgres, Redis, or a SQLite file for workers on one machine.
-        place: drive no runs, but call the nodes that have this place, which is a task queue too; without a store. Experimental.
+        store: the store of the runs, or its URL: Postgres, Redis, or a SQLite file for workers on one
+            machine.
+        place: drive no runs, but call the nodes that have this place, which is a task queue too; without a
+            store. Experimental.
         config: configuration of all runs; by default each pipeline's own.
         max_concurrency: maximum number of runs, or of calls, at once.
         max_seconds: after this time a run goes to the next free worker, at a step boundary.
         drain_seconds: time of the steps in flight once the worker is shut down; then they are cancelled.
         options: those of ``temporalio.worker.Worker``.
 
-    Raises ValueError for two pipelines of one name and for a place that is the task queue, TypeError for anything but flows
-    and Pipelines, StoreError for a store that processes cannot share.
+    Raises ValueError for two pipelines of one name and for a place that is the task queue, TypeError for
+    anything but flows and Pipelines, StoreError for a store that processes cannot share.
     """
     if place == task_queue:
         raise PlaceError(

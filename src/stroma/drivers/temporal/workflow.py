@@ -1,7 +1,7 @@
 """The workflow of a run: a loop of one activity that drives the run, and a wait for what its answer names.
 
-Only ids and statuses cross Temporal. The workflow is not sandboxed: it imports no code of users, and uses nothing but the
-functions of ``temporalio.workflow``.
+Only ids and statuses cross Temporal. The workflow is not sandboxed: it imports no code of users, and uses
+nothing but the functions of ``temporalio.workflow``.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ WAKE: Final = "wake"
 PIPELINE_KEY: Final = SearchAttributeKey.for_keyword("StromaPipeline")
 STATUS_KEY: Final = SearchAttributeKey.for_keyword("StromaStatus")
 
-#: A run that waits is driven again after this time, whatever it waits for: a lost signal delays it so long at most.
+#: A run that waits is driven again after this time, whatever it waits for: a lost signal delays it so long at
+#: most.
 RECHECK_SECONDS: float = 60.0
 #: The clocks of the server and the store may differ: a run that is due is not driven again at once.
 _MIN_WAIT_SECONDS: Final = 0.2
 _RETRIES: Final = RetryPolicy(
     initial_interval=timedelta(seconds=1), backoff_coefficient=2.0, maximum_interval=timedelta(seconds=30)
 )
-#: An activity returns after its slice; a step inside may take longer. A lost worker is noticed by its heartbeats.
+#: An activity returns after its slice; a step inside may take longer. A lost worker is noticed by its
+#: heartbeats.
 _START_TO_CLOSE: Final = timedelta(days=365)
 #: Name of the function outside of the workflow that returns the lease of the runs of a pipeline.
 _LEASE_OF: Final = "stroma.lease_seconds"

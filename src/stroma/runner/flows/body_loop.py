@@ -1,8 +1,9 @@
 """The event loop of a flow's body: it runs what is ready, and only delivered events make something ready.
 
-It has no clock, no threads and no I/O of its own. The driver of the flow delivers one event at a time (the end of a step, an
-answer, the time) and has the loop run until nothing is ready. So the order of tasks, calls and cancellations in a body is a
-function of the order of events. The tasks of the real event loop never see this one.
+It has no clock, no threads and no I/O of its own. The driver of the flow delivers one event at a time (the
+end of a step, an answer, the time) and has the loop run until nothing is ready. So the order of tasks, calls
+and cancellations in a body is a function of the order of events. The tasks of the real event loop never see
+this one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from typing import Any, Final, NoReturn
 
 __all__ = ["WITHOUT_THREADS", "BodyExecutor", "BodyLoop"]
 
-#: Callbacks between two events, after which the body is taken for one that waits in a loop: ``while not x: await sleep(0)``.
+#: Callbacks between two events, after which the body is taken for one that waits in a loop: ``while not x:
+#: await sleep(0)``.
 _MAX_CALLBACKS: Final = 1_000_000
 _MAX_CANCELLED: Final = 100  # timers, from which on they are removed once they are more than half of all
 
@@ -97,7 +99,8 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
         self._ready: deque[Any] = deque()
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._timer_count = self._cancelled_timers = self._task_count = 0
-        #: Async generators that have begun, and those that nothing references any more, in the order of their begin.
+        #: Async generators that have begun, and those that nothing references any more, in the order of their
+        #: begin.
         self._generators: weakref.WeakValueDictionary[int, AsyncGenerator[Any, Any]] = (
             weakref.WeakValueDictionary()
         )
@@ -119,7 +122,8 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
         Raises KeyboardInterrupt and SystemExit of the body, and RuntimeError for a body that does not wait.
         """
         outer, ready = self.outer, self._ready
-        # Documented for loops and tasks of other libraries. From Python 3.14 on a thread has one current task, of any loop.
+        # Documented for loops and tasks of other libraries. From Python 3.14 on a thread has one current
+        # task, of any loop.
         if task is not None:
             _leave_task(outer, task)
         _set_running_loop(self)
@@ -187,7 +191,8 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
     def _keep_generator(self, generator: AsyncGenerator[Any, Any]) -> None:
         self._left.append(generator)  # Garbage collection is no event: it is closed at the end of the flow.
 
-    # ------------------------------------------------------------------ for tasks, futures, locks, queues and timeouts
+    # ------------------------------------------------------------------ for tasks, futures, locks, queues and
+    # timeouts
 
     def get_debug(self) -> bool:
         return False
@@ -251,7 +256,8 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
     def create_task(
         self, coro: Any, *, name: str | None = None, context: Context | None = None, **options: Any
     ) -> asyncio.Task[Any]:
-        # An eager start would run it before the task that creates it goes on, which a replay does as well: no matter.
+        # An eager start would run it before the task that creates it goes on, which a replay does as well: no
+        # matter.
         options.pop("eager_start", None)
         number = self._task_count = self._task_count + 1
         task = _BodyTask(number, coro, loop=self, name=name or f"Task-{number}", context=context)

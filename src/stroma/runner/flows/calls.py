@@ -1,6 +1,7 @@
 """Calls of a flow: steps, maps, and the flows and pipelines inside it. Each is numbered when it is made.
 
-A map, and a flow or pipeline inside a flow, are code of the body: only the steps inside are events, and the output of a flow.
+A map, and a flow or pipeline inside a flow, are code of the body: only the steps inside are events, and the
+output of a flow.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The driver of a flow: makes the calls of its body, and delivers their ends one at a time, in the order of their records.
 
-The body runs on a :class:`BodyLoop`, from one event to the next. A call begins once the body waits for it and everything that
-is recorded has been delivered. What ends the flow whatever its body does (a crossed budget, a suspension, a changed body)
-stops the body at once.
+The body runs on a :class:`BodyLoop`, from one event to the next. A call begins once the body waits for it and
+everything that is recorded has been delivered. What ends the flow whatever its body does (a crossed budget, a
+suspension, a changed body) stops the body at once.
 """
 
 from __future__ import annotations
@@ -173,7 +173,8 @@ class FlowDriver(FlowWaits):
     # ------------------------------------------------------------------ calls, in the real event loop
 
     def _start(self, call: FlowCall, work: Coroutine[Any, Any, Any]) -> None:
-        # Without a task factory: an eager one would begin the work in the loop of the body, which withdraws questions.
+        # Without a task factory: an eager one would begin the work in the loop of the body, which withdraws
+        # questions.
         task = call.task = asyncio.Task(work, loop=self.outer, context=call.context)
         self._running[task] = call
         self.has_siblings |= len(self._running) > 1

@@ -19,7 +19,8 @@ class Endings:
 
     def __init__(self, ctx: ReliabilityContext) -> None:
         self._ctx = ctx
-        #: Exceptions that the body was handling while it made a call, and the number of the last event before the first one.
+        #: Exceptions that the body was handling while it made a call, and the number of the last event before
+        #: the first one.
         self._handled: list[tuple[BaseException, int]] = []
 
     def changed(self, message: str, node_id: str) -> Halt:

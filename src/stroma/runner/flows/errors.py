@@ -14,8 +14,9 @@ class StepFailed(Exception):
     """A step of a flow stopped for good, after its last attempt.
 
     Attributes:
-        failure: class, reason, message and node id of the last failure: the same live and on replay. Its exception, which is
-            the ``__cause__`` too, is the original one only in the process in which the step failed.
+        failure: class, reason, message and node id of the last failure: the same live and on replay. Its
+            exception, which is the ``__cause__`` too, is the original one only in the process in which the
+            step failed.
         path: the flows around the step, from the outermost inwards, then the step: ``("triage", "lookup")``.
 
     Where: out of ``flow.step``, ``flow.map`` and ``flow.run``, in the body of a flow.

@@ -20,7 +20,8 @@ class FlowEvents:
     """The numbers of a flow's events, and what is stored of them. An event is the end of a call, or a time in ms.
 
     Attributes:
-        numbers: those of the events that are not delivered yet, in order; ``number_of``: by branch those of calls.
+        numbers: those of the events that are not delivered yet, in order; ``number_of``: by branch those of
+            calls.
         unstored, stored: what the events are, by number.
     """
 

@@ -86,7 +86,8 @@ class Flow:
     def step(self, node: Any, state: Any, *, key: str | None = None) -> Coroutine[Any, Any, Any]:
         """Run a node on a state and return its output: a full node, with contract, retries, hooks and a commit.
 
-        ``key`` names the call, in place of its number in the flow. Raises StepFailed once the node has stopped for good.
+        ``key`` names the call, in place of its number in the flow. Raises StepFailed once the node has
+        stopped for good.
         """
         return call_step(self._path, node, state, key)
 
@@ -173,9 +174,9 @@ class Flow:
         """Submit a run of its own, which a worker starts, and return its id.
 
         A recorded step: it submits one run, also if the process dies meanwhile. For the keywords see
-        :meth:`StromaRunner.submit`; without ``run_id`` the id is made of this call's idempotency key. The runs share neither
-        budget nor trace, and neither ends the other. Raises StepFailed if the run cannot be submitted, TypeError for a
-        pipeline that starts with a group, ValueError for an invalid keyword.
+        :meth:`StromaRunner.submit`; without ``run_id`` the id is made of this call's idempotency key. The
+        runs share neither budget nor trace, and neither ends the other. Raises StepFailed if the run cannot
+        be submitted, TypeError for a pipeline that starts with a group, ValueError for an invalid keyword.
         """
         return call_submit(self._path, flow, state, options)
 
@@ -209,8 +210,8 @@ class Flow:
     ) -> Coroutine[Any, Any, AnswerT]:
         """Wait for the answer of a person, and return it as an ``answer``; ``runner.signal(run_id, ...)`` sends it.
 
-        The run is suspended as soon as nothing else is left to do. ``timeout`` in seconds, or ``until``: raises
-        TimeoutError if no answer came by then. ``key`` identifies the call in place of its number.
+        The run is suspended as soon as nothing else is left to do. ``timeout`` in seconds, or ``until``:
+        raises TimeoutError if no answer came by then. ``key`` identifies the call in place of its number.
         """
         self._path.begin_call("flow.wait_for")
         wake_ms: int | None = None
@@ -229,9 +230,10 @@ class Flow:
     ) -> Coroutine[Any, Any, AnswerT]:
         """Wait for the next message to the run on a topic, and return it as a ``message``; ``runner.send(run_id, ...)`` sends it.
 
-        Each message is received once, in the order in which they were sent. The run is suspended as soon as nothing else is
-        left to do. ``timeout`` in seconds: raises TimeoutError if no message came by then. Raises StepFailed for a message
-        that is not a ``message``. ``key`` identifies the call in place of its number.
+        Each message is received once, in the order in which they were sent. The run is suspended as soon as
+        nothing else is left to do. ``timeout`` in seconds: raises TimeoutError if no message came by then.
+        Raises StepFailed for a message that is not a ``message``. ``key`` identifies the call in place of its
+        number.
         """
         self._path.begin_call("flow.receive")
         wake_ms: int | None = None
@@ -314,9 +316,13 @@ class FlowFunction(Pipeline, Generic[TakenT, OutputT]):
         put("_stroma_node_id", flow_id)
         put("_stroma_contract", contract)
         super().__init__(
-            flow_id, (self,), version=limits.get("version"), accepts=limits.get("accepts", ()),
-            max_runs=limits.get("max_runs"), max_runs_per_key=limits.get("max_runs_per_key"),
-        )  # fmt: skip
+            flow_id,
+            (self,),
+            version=limits.get("version"),
+            accepts=limits.get("accepts", ()),
+            max_runs=limits.get("max_runs"),
+            max_runs_per_key=limits.get("max_runs_per_key"),
+        )
 
     @property
     def _takes_any_state(self) -> Literal[False]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -1,7 +1,8 @@
 """Records of the flows of a run: the events that their bodies got, in order, and what the bodies observed.
 
-An event is numbered when its record is written, and delivered to the body once it is stored, in the order of the numbers. So
-whatever a body did after an event is recorded after that event, and a replay that delivers the recorded events repeats it.
+An event is numbered when its record is written, and delivered to the body once it is stored, in the order of
+the numbers. So whatever a body did after an event is recorded after that event, and a replay that delivers
+the recorded events repeats it.
 
 The number of an output is part of its commit (:class:`StepCall`). All else is a note of the session, under
 ``position:kind:key``; :mod:`stroma.checkpoint.flow_notes` has the forms.
@@ -71,12 +72,16 @@ class FlowRecords:
 
     Attributes:
         events: those to replay, in order.
-        loose: outputs by branch that followed a failure which is retried. The body may make these calls again, or not.
-        calls: identities of the calls that the body must make again, by the branch of their flow and their number.
-        times: the time that the body observed after an event, in ms since the epoch, by the number of the event.
+        loose: outputs by branch that followed a failure which is retried. The body may make these calls
+            again, or not.
+        calls: identities of the calls that the body must make again, by the branch of their flow and their
+            number.
+        times: the time that the body observed after an event, in ms since the epoch, by the number of the
+            event.
         discarded: the first and the last number of the events that no longer hold, for each retried failure.
         last: the highest number of an event.
-        suspended: the last event before the run was suspended, and the branches of the calls that the body waited for then.
+        suspended: the last event before the run was suspended, and the branches of the calls that the body
+            waited for then.
     """
 
     def __init__(self) -> None:
@@ -326,9 +331,14 @@ class FlowJournal:
 def read_failure(fields: FailureNote) -> Failure:
     """Return the failure that :meth:`FlowJournal.note_failure` recorded."""
     return Failure(
-        RunFailed.recorded(fields["message"], fields["type"]), FailureClass(fields["kind"]), fields["node"],
-        fields["attempt"], fields["message"], fields["reason"], fields["retry_after"],
-    )  # fmt: skip
+        RunFailed.recorded(fields["message"], fields["type"]),
+        FailureClass(fields["kind"]),
+        fields["node"],
+        fields["attempt"],
+        fields["message"],
+        fields["reason"],
+        fields["retry_after"],
+    )
 
 
 def message_of(fields: MessageNote) -> SentMessage:

@@ -64,10 +64,22 @@ async def commit_output(
         if exceeded is not None:
             failure = ctx.diagnose(exceeded, node.node_id, 1)
     row = AttemptRow(
-        node.node_id, 1, begin + ctx.epoch_ns, perf_counter_ns() - begin, snapshot, saved,
-        "success" if failure is None else "failure", None if failure is None else failed_of(failure), None,
-        flow.position, flow.branch, execution.group, (source, schema, None), None, execution.busy_ns,
-    )  # fmt: skip
+        node.node_id,
+        1,
+        begin + ctx.epoch_ns,
+        perf_counter_ns() - begin,
+        snapshot,
+        saved,
+        "success" if failure is None else "failure",
+        None if failure is None else failed_of(failure),
+        None,
+        flow.position,
+        flow.branch,
+        execution.group,
+        (source, schema, None),
+        None,
+        execution.busy_ns,
+    )
     again = partial(record, ctx, row, schema, model, step)
     pending = again()
     if pending is not None:

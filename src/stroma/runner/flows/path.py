@@ -22,7 +22,8 @@ from stroma.runner.flows.journal import encode_input, number_of
 
 __all__ = ["INNERMOST", "FlowPath", "has_effect"]
 
-#: The innermost flow around the code of a body, and around what it has begun. Weak: tasks of the body reference it.
+#: The innermost flow around the code of a body, and around what it has begun. Weak: tasks of the body
+#: reference it.
 INNERMOST: ContextVar[weakref.ref[FlowPath] | None] = ContextVar("stroma_flow", default=None)
 
 

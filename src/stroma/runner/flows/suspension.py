@@ -51,8 +51,8 @@ class FlowWaits(FlowEvents):
         calls: by branch those that the body waits for, and effects that it has given up.
         woken_by: number of the last event that the body noticed.
         sleeps: reasons of the open sleeps, by branch.
-        receiving: topics of the messages that are not delivered yet. The next one of a topic is taken after that, so that
-            they stay in order if the body gives a call up meanwhile.
+        receiving: topics of the messages that are not delivered yet. The next one of a topic is taken after
+            that, so that they stay in order if the body gives a call up meanwhile.
         look_at: when to look for messages, by the monotonic clock; infinity if no call waits for one.
         stopping: the end of the flow, whatever its body does.
     """

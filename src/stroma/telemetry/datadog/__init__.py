@@ -29,8 +29,8 @@ def datadog_hooks(
 ) -> ExporterHooks:
     """Create hooks that emit spans ``stroma.run`` and ``stroma.node`` by pipeline and node, and metrics.
 
-    A node's span is active while its function runs, so that what integrations trace in it is under it. Only a final
-    failure makes a span an error.
+    A node's span is active while its function runs, so that what integrations trace in it is under it. Only a
+    final failure makes a span an error.
 
     Args:
         tracer: ddtrace's own if none is given; it goes by the ``DD_*`` variables.

@@ -234,7 +234,8 @@ class Datadog(Observer):
         else:
             span.finish()
         if of_node.active and current_node_or_none() is node:
-            # By itself the tracer makes the run's span active, or nothing, and not what was so for the caller.
+            # By itself the tracer makes the run's span active, or nothing, and not what was so for the
+            # caller.
             self._tracer.context_provider.activate(of_node.before)
 
     # ------------------------------------------------------------------ small things

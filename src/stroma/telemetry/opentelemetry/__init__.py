@@ -32,24 +32,27 @@ def otel_hooks(
 ) -> ExporterHooks:
     """Create hooks that emit spans and metrics.
 
-    ``invoke_workflow {pipeline}`` is the span of a run, a child of the span that is current where the run is started
-    (or of ``run(traceparent=)``); ``stroma.node {node_id}`` is that of a node with all its attempts, under the run or
-    the group around it. It is current while the node's function runs, in its threads and tasks too. A resumed run
-    links to the span of the first one. Only a failure that is final makes a span an error: an attempt that is tried
-    again, a cancelled and a waiting node do not. On other machines only the end of the run tells what was final.
+    ``invoke_workflow {pipeline}`` is the span of a run, a child of the span that is current where the run is
+    started (or of ``run(traceparent=)``); ``stroma.node {node_id}`` is that of a node with all its attempts,
+    under the run or the group around it. It is current while the node's function runs, in its threads and
+    tasks too. A resumed run links to the span of the first one. Only a failure that is final makes a span an
+    error: an attempt that is tried again, a cancelled and a waiting node do not. On other machines only the
+    end of the run tells what was final.
 
     Args:
-        tracer: what to make spans with, or the provider to take it from, which flush() needs; else the global provider.
+        tracer: what to make spans with, or the provider to take it from, which flush() needs; else the global
+            provider.
         meter: the same for metrics.
         attempts: "events" notes attempts on the node's span, "spans" gives each a span of its own under it.
         content: see :class:`stroma.telemetry.content.Content`; with "redacted" states are attributes.
         deny_keys: names of fields whose values are never sent.
         max_bytes: of one state or message.
-        vocabulary: "openinference" also gives spans the kinds that Phoenix, Langfuse and others show, and content under the
-            names that these read; "none" leaves both out.
-        inference: a span with model, tokens and cost for each attempt that used tokens: "auto" makes it where no span
-            inside the attempt reports tokens itself, as those of an instrumented client do; that is seen with a provider
-            of the SDK, to which an AttributionProcessor is added. Else, and for "never", there is none.
+        vocabulary: "openinference" also gives spans the kinds that Phoenix, Langfuse and others show, and
+            content under the names that these read; "none" leaves both out.
+        inference: a span with model, tokens and cost for each attempt that used tokens: "auto" makes it where
+            no span inside the attempt reports tokens itself, as those of an instrumented client do; that is
+            seen with a provider of the SDK, to which an AttributionProcessor is added. Else, and for "never",
+            there is none.
         semconv: "latest" or "both", see :data:`stroma.telemetry.conventions.Semconv`. None: "both" if
             OTEL_SEMCONV_STABILITY_OPT_IN has ``gen_ai/dup``, else "latest".
         baggage: pass the ids of run, session and user on to the services that nodes call.

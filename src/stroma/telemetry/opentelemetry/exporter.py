@@ -308,9 +308,11 @@ class OpenTelemetry(Observer):
         span = of_node.span
         if span.is_recording():
             about_attempt: dict[str, Any] = {
-                "stroma.node.attempt": node.attempt, "stroma.outcome": ended.outcome,
-                "stroma.duration_s": seconds, "stroma.tokens": usage.tokens,
-            }  # fmt: skip
+                "stroma.node.attempt": node.attempt,
+                "stroma.outcome": ended.outcome,
+                "stroma.duration_s": seconds,
+                "stroma.tokens": usage.tokens,
+            }
             if usage.cached_input_tokens or usage.cache_write_tokens:
                 about_attempt["stroma.cached_input_tokens"] = usage.cached_input_tokens
                 about_attempt["stroma.cache_write_tokens"] = usage.cache_write_tokens
@@ -332,7 +334,8 @@ class OpenTelemetry(Observer):
                 of_node.output = self._shown("output", node.ctx, ended.output)
             if self._inference.are_due(node, is_answer=ended.outcome == "success"):
                 self._bill(node, ended, trace.set_span_in_context(of_node.attempt or span))
-        # Whether it is an error is known once a retry follows, or none; and on other machines it is decided elsewhere.
+        # Whether it is an error is known once a retry follows, or none; and on other machines it is decided
+        # elsewhere.
         of_node.attempt_end_ns = time_ns()
 
     def retrying(

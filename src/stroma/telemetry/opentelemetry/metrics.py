@@ -54,18 +54,24 @@ class OtelMetrics:
     def __init__(self, meter: Meter, *, earlier_names: bool) -> None:
         self._labels = MetricLabels()
         self._attributes: dict[tuple[str, ...], dict[str, str]] = {}
-        #: Histograms of runs, with the name of the pipeline's label: the second is that of earlier conventions.
+        #: Histograms of runs, with the name of the pipeline's label: the second is that of earlier
+        #: conventions.
         self._run_seconds = [
-            (meter.create_histogram(
-                name, "s", "Wall time of a run", explicit_bucket_boundaries_advisory=_RUN_BUCKETS
-            ), label)
+            (
+                meter.create_histogram(
+                    name, "s", "Wall time of a run", explicit_bucket_boundaries_advisory=_RUN_BUCKETS
+                ),
+                label,
+            )
             for name, label in (_RUN_NAMES if earlier_names else _RUN_NAMES[:1])
-        ]  # fmt: skip
+        ]
         self.pipeline_names = tuple(label for _, label in self._run_seconds)
         self._node_seconds = meter.create_histogram(
-            "stroma.node.duration", "s", "Wall time of an attempt's function",
+            "stroma.node.duration",
+            "s",
+            "Wall time of an attempt's function",
             explicit_bucket_boundaries_advisory=NODE_BUCKETS,
-        )  # fmt: skip
+        )
         self._active = meter.create_up_down_counter("stroma.runs.active", "{run}", "Runs in progress")
         self._executions = meter.create_counter("stroma.node.executions", "{attempt}", "Attempts that ended")
         self._retries = meter.create_counter(

@@ -23,15 +23,15 @@ def sentry_hooks(
 ) -> ExporterHooks:
     """Create hooks that capture the failure that ended a run, once, and emit a span for each run and node.
 
-    An attempt that is tried again is a breadcrumb. Issues are grouped by pipeline, node, failure class and type of
-    the exception; an event points at the span of the failed node. Each run and each node has an isolation scope of its
-    own, so that what one tags is not found in its neighbours. Spans are transactions, or with the SDK's
-    ``trace_lifecycle="stream"`` streamed.
+    An attempt that is tried again is a breadcrumb. Issues are grouped by pipeline, node, failure class and
+    type of the exception; an event points at the span of the failed node. Each run and each node has an
+    isolation scope of its own, so that what one tags is not found in its neighbours. Spans are transactions,
+    or with the SDK's ``trace_lifecycle="stream"`` streamed.
 
     Args:
         client: where to send to; the one of ``sentry_sdk.init()`` if none is given.
-        content: see :class:`stroma.telemetry.content.Content`. In "none" events carry no messages; in no mode do they
-            carry variables of stack frames.
+        content: see :class:`stroma.telemetry.content.Content`. In "none" events carry no messages; in no mode
+            do they carry variables of stack frames.
         deny_keys: names of fields whose values are never sent.
         max_bytes: of one state or message.
 

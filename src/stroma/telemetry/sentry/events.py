@@ -76,7 +76,8 @@ def redact_event(event: Any, hint: Any) -> Any:
         return None  # The failure is captured with its stack.
     crumbs = event.get("breadcrumbs")
     if isinstance(crumbs, dict):
-        # The engine's own log lines tell what the exceptions said, secrets and all, and are no news beside ours.
+        # The engine's own log lines tell what the exceptions said, secrets and all, and are no news beside
+        # ours.
         crumbs["values"] = [c for c in crumbs.get("values", ()) if c.get("category") != "stroma"]
     if str(event.get("logger")) == "stroma":  # A hook that raised had the state among its arguments.
         for frame in _frames_of(event):

@@ -127,7 +127,8 @@ class Sentry(Observer):
         sdk, spans = self._sdk, self._spans
         run.notes[self] = of_run = RunScope(self._run_here())
         outer = self._span_around()
-        # Where log_hooks stand before these they write about the end of the run when its own scope is left already.
+        # Where log_hooks stand before these they write about the end of the run when its own scope is left
+        # already.
         around = sdk.get_isolation_scope()
         if drop_log_lines not in getattr(around, "_event_processors", ()):
             around.add_event_processor(drop_log_lines)
@@ -365,7 +366,8 @@ class Sentry(Observer):
         outcome = "cancelled" if ended is None else ended.outcome
         spans.put(of_node.span, "stroma.attempts", node.attempt)
         spans.put(of_node.span, "stroma.outcome", outcome)
-        # Not "cancelled": the SDK streams spans of gen_ai operations, where every status but "ok" is an error.
+        # Not "cancelled": the SDK streams spans of gen_ai operations, where every status but "ok" is an
+        # error.
         spans.end(of_node.span, "internal_error" if outcome == "failure" else "ok", of_node.scope)
         if of_node.entered is not None and current_node_or_none() is node:
             of_node.entered.close()
