@@ -1,33 +1,64 @@
-"""Hypothesis strategies for pydantic models, built from their core schemas. Needs hypothesis."""
+"""Hypothesis strategies for pydantic models: values by the annotations of fields. Needs hypothesis."""
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import datetime as dt
+import decimal
+import enum
 import json
 import math
-from collections.abc import Callable, Mapping
-from decimal import Decimal
-from typing import Any, Final
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Annotated, Any, Final, NotRequired, Required, Union
 
+import pydantic
+from annotated_types import GroupedMetadata
 from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+from typing_extensions import is_typeddict
 
 from stroma.contracts.core_schema import core_schema_of
 
 __all__ = ["instances"]
 
 Strategy = st.SearchStrategy[Any]
-#: Items beyond the minimum, where a schema has no maximum.
-_SOME: Final = 4
-_ABSENT: Final = object()
+#: Items beyond the minimum, where a type has no maximum.
+_MORE: Final = 4
+_INVALID: Final = object()
 
-#: All characters but surrogates, which no text may contain.
-_letters = st.characters(exclude_categories=["Cs"])
 _json = st.recursive(
     st.none() | st.booleans() | st.integers(-1000, 1000) | st.text(max_size=10),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
+_now: Final = dt.datetime.now()
+_day: Final = dt.timedelta(days=1)
+#: pydantic's own types, of which hypothesis knows nothing.
+_PYDANTIC: Final[dict[Any, Strategy]] = {
+    Any: _json,
+    pydantic.Json: _json.map(json.dumps),
+    pydantic.SecretStr: st.text(),
+    pydantic.SecretBytes: st.binary(),
+    pydantic.AwareDatetime: st.datetimes(timezones=st.just(dt.UTC)),
+    pydantic.NaiveDatetime: st.datetimes(),
+    pydantic.PastDatetime: st.datetimes(max_value=_now - _day),
+    pydantic.FutureDatetime: st.datetimes(min_value=_now + _day),
+    pydantic.PastDate: st.dates(max_value=_now.date() - _day),
+    pydantic.FutureDate: st.dates(min_value=_now.date() + _day),
+    pydantic.AnyUrl: st.sampled_from(
+        ["https://example.com/", "http://localhost/a/b", "https://192.0.2.1/?q=1"]
+    ),
+    dt.datetime: st.datetimes(timezones=st.none() | st.just(dt.UTC)),
+    complex: st.complex_numbers(allow_nan=False, allow_infinity=False),
+}
+
+
+class _UnknownTypeError(TypeError):
+    """No strategy is known for a type."""
 
 
 def instances(model: type[BaseModel], fields: Mapping[str, Strategy]) -> st.SearchStrategy[BaseModel]:
@@ -37,418 +68,209 @@ def instances(model: type[BaseModel], fields: Mapping[str, Strategy]) -> st.Sear
         raise TypeError(
             f"{model.__name__} has no field {unknown[0]!r}; it has {', '.join(model.model_fields)}"
         )
-    return _StrategyBuilder(dict(fields), model).of(core_schema_of(model), model.__name__)
-
-
-class _UnknownTypeError(TypeError):
-    """No strategy is known for a type."""
+    return _StrategyBuilder().model(model, model.__name__, fields)
 
 
 class _StrategyBuilder:
-    """Builder of strategies for the parts of one core schema."""
+    """Builder of strategies for the fields of one model and of the classes inside it."""
 
-    def __init__(self, fields: dict[str, Strategy], model: type[BaseModel]) -> None:
-        self._overrides, self._outermost = fields, model
-        self._known: dict[str, Any] = {}
-        self._deferred: dict[str, Strategy] = {}
-        #: Definitions under construction, and how often each contained itself.
-        self._making: set[str] = set()
+    def __init__(self) -> None:
+        self._known: dict[Any, Strategy] = {}
+        #: Classes under construction, and how often one contained itself.
+        self._open: set[Any] = set()
         self._loops = 0
 
-    def of(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        kind = schema["type"].replace("-", "_")
-        make: Callable[[Mapping[str, Any], str], Strategy] | None = getattr(self, f"_{kind}", None)
-        if make is None:
-            raise _UnknownTypeError(
-                f"cannot generate values for {path} (pydantic type {schema['type']!r}); pass a strategy for the field "
-                "with fields=, or for the whole input with inputs="
-            )
-        return make(schema, path)
+    def of(self, annotation: Any, path: str, metadata: Iterable[Any] = ()) -> Strategy:
+        """Return a strategy for the values of an annotation with more metadata."""
+        limits = list(metadata)
+        while (origin := typing.get_origin(annotation)) in (Annotated, NotRequired, Required):
+            limits = [*annotation.__metadata__, *limits] if origin is Annotated else limits
+            annotation = typing.get_args(annotation)[0]
+        if any(isinstance(item, pydantic.Json) for item in limits):
+            return self.of(annotation, path).map(lambda value: json.dumps(value, default=str))
+        if hasattr(annotation, "__value__"):  # The alias of a type.
+            return self.of(annotation.__value__, path, limits)
+        if origin is Union or origin is types.UnionType:
+            return self._any_of(typing.get_args(annotation), path, limits)
+        kind: Any = origin or annotation
+        if isinstance(kind, type) and issubclass(kind, tuple):
+            return self._tuple(annotation, path, limits)
+        if isinstance(kind, type) and not issubclass(kind, (str, bytes, bytearray, memoryview)):
+            if issubclass(kind, BaseModel):
+                return self._once(kind, lambda: self.model(kind, path, {}))
+            if dataclasses.is_dataclass(kind):
+                return self._once(kind, lambda: self._hints(kind, path, TypeAdapter(kind).validate_python))
+            if is_typeddict(kind):
+                return self._once(kind, lambda: self._hints(kind, path, dict))
+            if issubclass(kind, collections.abc.Mapping):
+                return self._dict(annotation, path, limits)
+            if issubclass(kind, collections.abc.Iterable) and not issubclass(kind, enum.Enum):
+                made = self._items(kind, annotation, path, limits)
+                if made is not None:
+                    return made
+        return self._leaf(annotation, path, limits)
 
-    # ------------------------------------------------------------------ what wraps something else
+    def model(self, model: type[BaseModel], path: str, overrides: Mapping[str, Strategy]) -> Strategy:
+        """Return a strategy for instances of a model; ``overrides``: strategies for single fields."""
+        core_schema_of(model)  # Resolves its forward references.
+        required: dict[str, Strategy] = {}
+        optional: dict[str, Strategy] = {}
+        for name, info in model.model_fields.items():
+            at = path if model.__pydantic_root_model__ else f"{path}.{name}"
+            try:
+                given = overrides.get(name)
+                strategy = self.of(info.annotation, at, info.metadata) if given is None else given
+            except _UnknownTypeError:
+                if info.is_required():
+                    raise
+                continue
+            (required if info.is_required() or name in overrides else optional)[name] = strategy
+        run = model.__pydantic_validator__.validate_python
+        record = st.fixed_dictionaries(required, optional=optional)
+        if model.__pydantic_root_model__:
+            return _valid(record.map(lambda values: values["root"]) if required else record, run)
+        return _valid(record, lambda values: run(values, by_alias=False, by_name=True))
 
-    def _definitions(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        self._known.update({one["ref"]: one for one in schema["definitions"]})
-        return self.of(schema["schema"], path)
-
-    def _definition_ref(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        ref = schema["schema_ref"]
-        if ref not in self._deferred:
-            # Registered before it is built: it may contain itself.
-            self._deferred[ref] = st.deferred(lambda: strategy[0])
-            self._making.add(ref)
-            strategy = [self.of(self._known[ref], path)]
-            self._making.remove(ref)
-        elif ref in self._making:
+    def _once(self, kind: Any, build: Callable[[], Strategy]) -> Strategy:
+        """Return the strategy for a class, which may contain itself."""
+        if kind in self._open:
             self._loops += 1
-        return self._deferred[ref]
+        elif kind not in self._known:
+            self._known[kind] = st.deferred(lambda: built)
+            self._open.add(kind)
+            built = build()
+            self._open.remove(kind)
+        return self._known[kind]
 
-    def _inner(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        return self.of(schema["schema"], path)
+    def _hints(self, kind: Any, path: str, validate: Callable[[Any], Any]) -> Strategy:
+        """Return a strategy for the fields of a dataclass or typed dict."""
+        hints = typing.get_type_hints(kind, include_extras=True)
+        if dataclasses.is_dataclass(kind):
+            given = {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.init}
+            needed = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory}
+        else:
+            given, needed = hints, kind.__required_keys__
+        parts = {name: self.of(hint, f"{path}.{name}") for name, hint in given.items()}
+        optional = {name: part for name, part in parts.items() if name not in needed}
+        required = {name: part for name, part in parts.items() if name in needed}
+        return _valid(st.fixed_dictionaries(required, optional=optional), validate)
 
-    _default = _function_after = _function_before = _function_wrap = _custom_error = _inner
-
-    def _nullable(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        return st.none() | self._inner(schema, path)
-
-    def _chain(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        return self.of(schema["steps"][0], path)
-
-    def _lax_or_strict(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        return self.of(schema["strict_schema" if schema.get("strict") else "lax_schema"], path)
-
-    def _json_or_python(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        try:
-            return self.of(schema["python_schema"], path)
-        except _UnknownTypeError:  # An instance of a class may be built from JSON.
-            return self.of(schema["json_schema"], path)
-
-    def _json(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        inner = self.of(schema["schema"], path) if "schema" in schema else _json
-        return inner.map(lambda value: json.dumps(value, default=str))
-
-    def _union(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        return self._any_of([one[0] if isinstance(one, tuple) else one for one in schema["choices"]], path)
-
-    def _tagged_union(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        return self._any_of([one for one in schema["choices"].values() if isinstance(one, dict)], path)
-
-    def _any_of(self, choices: list[Mapping[str, Any]], path: str) -> Strategy:
+    def _any_of(self, choices: Iterable[Any], path: str, limits: list[Any]) -> Strategy:
         alternatives: list[Strategy] = []
         wrong: _UnknownTypeError | None = None
-        for one in choices:
+        for choice in choices:
             try:
-                alternatives.append(self.of(one, path))
+                alternatives.append(self.of(choice, path, limits))
             except _UnknownTypeError as error:
                 wrong = error
-        if not alternatives:
-            assert wrong is not None
+        if wrong is not None and not alternatives:
             raise wrong
         return st.one_of(alternatives)
 
-    # ------------------------------------------------------------------ records
-
-    def _model(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        cls = schema["cls"]
-        by_name = _by_name(schema)
-        if schema.get("root_model"):
-            inner = schema["schema"]
-            while (
-                inner["type"] != "model-fields" and "schema" in inner and inner["type"].startswith("function")
-            ):
-                inner = inner["schema"]
-            return _instances(cls, self.of(inner, path), cls.model_validate)
-        overrides = self._overrides if cls is self._outermost else {}
-        classes = {name: field.annotation for name, field in cls.model_fields.items()}
-        return _instances(
-            cls, self._record(schema["schema"], path, by_name, overrides, classes), cls.model_validate
-        )
-
-    def _dataclass(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        cls = schema["cls"]
-        strategy = self._record(schema["schema"], path, by_name=_by_name(schema))
-        return _instances(cls, strategy, TypeAdapter(cls).validate_python)
-
-    def _typed_dict(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        return self._record(schema, path, by_name=_by_name(schema))
-
-    def _record(
-        self,
-        schema: Mapping[str, Any],
-        path: str,
-        by_name: bool,
-        overrides: Mapping[str, Strategy] | None = None,
-        classes: Mapping[str, Any] | None = None,
-    ) -> Strategy:
-        while "fields" not in schema:  # Validators of the whole model wrap its fields.
-            schema = schema["schema"]
-        fields = schema["fields"]
-        if isinstance(fields, list):
-            fields = {field["name"]: field for field in fields}
-        parts: dict[str, Strategy] = {}
-        places: dict[str, tuple[str, ...]] = {}
-        for name, field in fields.items():
-            inner = field["schema"]
-            may_lack = inner["type"] == "default" or field.get("required") is False
-            strategy = (overrides or {}).get(name)
-            try:
-                strategy = self.of(inner, f"{path}.{name}") if strategy is None else strategy
-            except _UnknownTypeError:
-                strategy = _strategy_for_class((classes or {}).get(name))
-                if strategy is None and not may_lack:
-                    raise
-                strategy = st.just(_ABSENT) if strategy is None else strategy
-            parts[name] = (
-                st.just(_ABSENT) | strategy if may_lack and name not in (overrides or {}) else strategy
-            )
-            places[name] = (name,) if by_name else _input_key(field, name, f"{path}.{name}")
-
-        def put_together(values: dict[str, Any]) -> dict[str, Any]:
-            record: dict[str, Any] = {}
-            for name, value in values.items():
-                if value is not _ABSENT:
-                    *outer, last = places[name]
-                    inside = record
-                    for key in outer:
-                        inside = inside.setdefault(key, {})
-                    inside[last] = value
-            return record
-
-        return st.fixed_dictionaries(parts).map(put_together)
-
     # ------------------------------------------------------------------ collections
 
-    def _list(self, schema: Mapping[str, Any], path: str) -> Strategy:
+    def _items(self, kind: type, annotation: Any, path: str, limits: list[Any]) -> Strategy | None:
+        """Return a strategy for a collection that pydantic makes of a list; None for other classes."""
+        args = typing.get_args(annotation)
+        if not args and kind not in (list, set, frozenset):
+            return None
         loops = self._loops
-        inner = self.of(schema["items_schema"], f"{path}[]") if "items_schema" in schema else _json
-        least, some = (
-            schema.get("min_length", 0),
-            _SOME if self._loops == loops else 1,
-        )  # keeps trees small
-        return st.lists(inner, min_size=least, max_size=schema.get("max_length", least + some))
+        is_set = issubclass(kind, collections.abc.Set)
+        inner = self.of(args[0], f"{path}[]") if args else st.integers() if is_set else _json
+        least, most = _sizes(limits, _MORE if self._loops == loops else 1)  # keeps trees small
+        strategy = st.lists(inner, min_size=least, max_size=most, unique_by=_key if is_set else None)
+        return strategy.map(frozenset if kind is frozenset else set) if is_set else strategy
 
-    _generator = _list
+    def _tuple(self, annotation: Any, path: str, limits: list[Any]) -> Strategy:
+        args = typing.get_args(annotation)
+        if args and args[-1] is not Ellipsis:
+            return st.tuples(*(self.of(arg, f"{path}[{i}]") for i, arg in enumerate(args)))
+        least, most = _sizes(limits, _MORE)
+        inner = self.of(args[0], f"{path}[]") if args else _json
+        return st.lists(inner, min_size=least, max_size=most).map(tuple)
 
-    def _set(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        inner = self.of(schema["items_schema"], f"{path}[]") if "items_schema" in schema else st.integers()
-        least = schema.get("min_length", 0)
-        most = schema.get("max_length", least + _SOME)
-        return st.lists(inner, min_size=least, max_size=most, unique_by=_key).map(_as_set)
-
-    def _frozenset(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        return self._set(schema, path).map(frozenset)
-
-    def _tuple(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        inner, more = schema["items_schema"], schema.get("variadic_item_index")
-        strategy = [self.of(one, f"{path}[{i}]") for i, one in enumerate(inner)]
-        if more is None:
-            return st.tuples(*strategy)
-        least = max(0, schema.get("min_length", 0) - len(strategy) + 1)
-        most = max(least, schema.get("max_length", least + _SOME + len(strategy) - 1) - len(strategy) + 1)
-        rest = st.lists(strategy[more], min_size=least, max_size=most)
-        before, after = st.tuples(*strategy[:more]), st.tuples(*strategy[more + 1 :])
-        return st.tuples(before, rest, after).map(lambda parts: (*parts[0], *parts[1], *parts[2]))
-
-    def _dict(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        keys = (
-            self.of(schema["keys_schema"], f"{path}[]") if "keys_schema" in schema else st.text(max_size=10)
-        )
-        values = self.of(schema["values_schema"], f"{path}[]") if "values_schema" in schema else _json
-        least = schema.get("min_length", 0)
-        return st.dictionaries(keys, values, min_size=least, max_size=schema.get("max_length", least + _SOME))
+    def _dict(self, annotation: Any, path: str, limits: list[Any]) -> Strategy:
+        args = typing.get_args(annotation)
+        keys, values = (self.of(arg, f"{path}[]") for arg in args) if args else (st.text(max_size=10), _json)
+        least, most = _sizes(limits, _MORE)
+        return st.dictionaries(keys, values, min_size=least, max_size=most)
 
     # ------------------------------------------------------------------ plain values
 
-    def _any(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        return _json
-
-    def _none(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        return st.none()
-
-    def _bool(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        return st.booleans()
-
-    def _int(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        least = max(_bounds(schema.get("ge"), _plus(schema.get("gt"), 1)), default=None)
-        most = min(_bounds(schema.get("le"), _plus(schema.get("lt"), -1)), default=None)
-        step = schema.get("multiple_of")
-        if step:
-            low = None if least is None else math.ceil(least / step)
-            high = None if most is None else math.floor(most / step)
-            return st.integers(low, high).map(lambda n: n * step)
-        low, high = None if least is None else math.ceil(least), None if most is None else math.floor(most)
-        return st.integers(low, high)
-
-    def _float(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        step = schema.get("multiple_of")
-        low, high = (
-            max(_bounds(schema.get("ge"), schema.get("gt")), default=None),
-            min(_bounds(schema.get("le"), schema.get("lt")), default=None),
-        )
-        if step:
-            return st.integers(-1000, 1000).map(lambda n: n * step).filter(_within(schema))
-        strategy = st.floats(_as_float(low), _as_float(high), allow_nan=False, allow_infinity=False)
-        return strategy.filter(_within(schema))
-
-    def _decimal(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        digits, places = schema.get("max_digits"), schema.get("decimal_places")
-        low = max(_bounds(schema.get("ge"), schema.get("gt")), default=None)
-        high = min(_bounds(schema.get("le"), schema.get("lt")), default=None)
-        if digits is not None:
-            places = min(2, digits) if places is None else places
-            largest = Decimal(10) ** (digits - places) - Decimal(1).scaleb(-places)
-            low = -largest if low is None else max(Decimal(low), -largest)
-            high = largest if high is None else min(Decimal(high), largest)
-        strategy = st.decimals(
-            low, high, allow_nan=False, allow_infinity=False, places=2 if places is None else places
-        )
-        return strategy.filter(_within(schema))
-
-    def _str(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        least, most = schema.get("min_length", 0), schema.get("max_length")
-        pattern = schema.get("pattern")
-        if pattern is not None:
-            strategy = st.from_regex(pattern, alphabet=_letters)
-            return strategy.filter(lambda text: least <= len(text) and (most is None or len(text) <= most))
-        return st.text(_letters, min_size=least, max_size=most)
-
-    def _bytes(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        return st.binary(min_size=schema.get("min_length", 0), max_size=schema.get("max_length"))
-
-    def _literal(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        return st.sampled_from(schema["expected"])
-
-    def _enum(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        return st.sampled_from(schema["members"])
-
-    def _uuid(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        return st.uuids(version=schema.get("version"))
-
-    def _complex(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        return st.complex_numbers(allow_nan=False, allow_infinity=False)
-
-    def _url(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        schemes = schema.get("allowed_schemes") or ["https"]
-        hosts = st.sampled_from(["example.com", "localhost", "a.example.org", "192.0.2.1"])
-        paths = st.lists(st.from_regex(r"[a-z0-9]{1,6}", fullmatch=True), max_size=3).map("/".join)
-        return st.builds(
-            lambda scheme, host, rest: f"{scheme}://{host}/{rest}", st.sampled_from(schemes), hosts, paths
-        )
-
-    _multi_host_url = _url
-
-    # ------------------------------------------------------------------ times
-
-    def _date(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        today = dt.date.today()
-        low, high = _datetime_bounds(schema, dt.timedelta(days=1), dt.date.min, dt.date.max, today)
-        return st.dates(low, high)
-
-    def _datetime(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        timezone = schema.get("tz_constraint")
-        zones: Strategy = st.just(dt.UTC)
-        if timezone == "naive":
-            zones = st.none()
-        elif timezone is None:
-            zones = st.none() | zones
-        elif isinstance(timezone, int):
-            zones = st.just(dt.timezone(dt.timedelta(seconds=timezone)))
-        step, now = dt.timedelta(microseconds=1), dt.datetime.now()
-        low, high = _datetime_bounds(schema, step, dt.datetime.min, dt.datetime.max, now)
-        if schema.get("now_op") is not None:
-            # One day of margin for any time zone.
-            low, high = (
-                (now + dt.timedelta(days=1), high)
-                if schema["now_op"] == "future"
-                else (low, now - dt.timedelta(days=1))
-            )
-        strategy = st.datetimes(_naive(low), _naive(high), timezones=zones)
-        aware = [bound for bound in (low, high) if bound.tzinfo is not None]
-        return strategy.map(
-            lambda value: value if value.tzinfo or not aware else value.replace(tzinfo=dt.UTC)
-        )
-
-    def _time(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        low, high = schema.get("ge", dt.time.min), schema.get("le", dt.time.max)
-        zones = st.just(dt.UTC) if schema.get("tz_constraint") == "aware" else st.none()
-        return st.times(low.replace(tzinfo=None), high.replace(tzinfo=None), timezones=zones).filter(
-            _within(schema)
-        )
-
-    def _timedelta(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        step = dt.timedelta(microseconds=1)
-        low, high = _datetime_bounds(schema, step, -dt.timedelta(days=36500), dt.timedelta(days=36500), None)
-        return st.timedeltas(low, high)
+    def _leaf(self, annotation: Any, path: str, limits: list[Any]) -> Strategy:
+        known = _PYDANTIC.get(annotation)
+        given = list(_flattened(limits))
+        low = max(_all(given, "ge") + _all(given, "gt"), default=None)
+        high = min(_all(given, "le") + _all(given, "lt"), default=None)
+        pattern, step = _last(given, "pattern"), _last(given, "multiple_of")
+        if step is not None:
+            least = None if low is None else math.ceil(low / step)
+            most = None if high is None else math.floor(high / step)
+            known = st.integers(least, most).map(lambda number: number * step)
+        elif annotation is str and pattern is not None:
+            known = st.from_regex(pattern, alphabet=st.characters(exclude_categories=["Cs"]))
+        elif annotation is float:
+            known = st.floats(low, high, allow_nan=False, allow_infinity=False)
+        elif annotation is decimal.Decimal:
+            places, digits = _last(given, "decimal_places") or 2, _last(given, "max_digits") or 20
+            largest = decimal.Decimal(10) ** (digits - places) - 1
+            low, high = (-largest if low is None else low), (largest if high is None else high)
+            known = st.decimals(low, high, allow_nan=False, allow_infinity=False, places=places)
+        elif isinstance(annotation, type) and issubclass(annotation, pydantic.AnyUrl):
+            known = _PYDANTIC[pydantic.AnyUrl]
+        if known is not None:
+            return known
+        given = [item for item in given if type(item).__module__ == "annotated_types"]
+        constrained: Any = Annotated[annotation, *given] if given else annotation
+        strategy: Strategy = st.from_type(constrained)
+        try:
+            strategy.validate()
+        except Exception as error:
+            raise _UnknownTypeError(
+                f"cannot generate values for {path} ({annotation!r}); pass a strategy for the field with "
+                "fields=, or for the whole input with inputs="
+            ) from error
+        return strategy
 
 
-def _instances(cls: type, raw: Strategy, validate: Callable[[Any], Any]) -> Strategy:
-    """Return a strategy for instances of a class; values that its validators reject are filtered out."""
+def _valid(raw: Strategy, validate: Callable[[Any], Any]) -> Strategy:
+    """Return a strategy for validated values; what validation rejects is filtered out."""
 
-    def strategy(value: Any) -> Any:
+    def validated(value: Any) -> Any:
         try:
             return validate(value)
         except ValidationError:
-            return _ABSENT
+            return _INVALID
 
-    return raw.map(strategy).filter(lambda value: value is not _ABSENT)
-
-
-def _strategy_for_class(cls: Any) -> Strategy | None:
-    """Return hypothesis's own strategy for a class; None if it has none."""
-    if not isinstance(cls, type):
-        return None
-    strategy: Strategy = st.from_type(cls)
-    try:
-        strategy.validate()
-    except Exception:
-        return None
-    return strategy
+    return raw.map(validated).filter(lambda value: value is not _INVALID)
 
 
-def _by_name(schema: Mapping[str, Any]) -> bool:
-    config = schema.get("config") or {}
-    return bool(config.get("populate_by_name") or config.get("validate_by_name"))
+def _flattened(metadata: Iterable[Any]) -> Iterator[Any]:
+    """Yield single constraints: those inside ``Field(...)`` and ``StringConstraints(...)`` too."""
+    for item in metadata:
+        if isinstance(item, FieldInfo):
+            yield from _flattened(item.metadata)
+        elif isinstance(item, GroupedMetadata):
+            yield from _flattened(list(item))
+        else:
+            yield item
 
 
-def _input_key(field: Mapping[str, Any], name: str, path: str) -> tuple[str, ...]:
-    """Return the key that a field is read from."""
-    alias = field.get("validation_alias", name)
-    if isinstance(alias, str):
-        return (alias,)
-    for way in alias if alias and isinstance(alias[0], list) else [alias]:
-        if all(isinstance(key, str) for key in way):
-            return tuple(way)
-    raise _UnknownTypeError(
-        f"cannot place a value for {path} at its alias; pass a strategy for the whole input with inputs="
-    )
+def _all(limits: Iterable[Any], name: str) -> list[Any]:
+    """Return the values of all constraints of a name."""
+    found = [getattr(item, name, None) for item in _flattened(limits)]
+    return [value for value in found if value is not None]
+
+
+def _last(limits: Iterable[Any], name: str) -> Any:
+    return next(reversed(_all(limits, name)), None)
+
+
+def _sizes(limits: Iterable[Any], more: int) -> tuple[int, int]:
+    least = _last(limits, "min_length") or 0
+    most = _last(limits, "max_length")
+    return least, least + more if most is None else most
 
 
 def _key(value: Any) -> Any:
-    return (
-        json.dumps(value, default=repr) if isinstance(value, (dict, list)) else (type(value).__name__, value)
-    )
-
-
-def _as_set(values: list[Any]) -> Any:
-    return set(values)
-
-
-def _bounds(*overrides: Any) -> list[Any]:
-    return [bound for bound in overrides if bound is not None]
-
-
-def _plus(bound: Any, step: Any) -> Any:
-    return None if bound is None else math.floor(bound) + step if step > 0 else math.ceil(bound) + step
-
-
-def _as_float(bound: Any) -> float | None:
-    return None if bound is None else float(bound)
-
-
-def _within(schema: Mapping[str, Any]) -> Callable[[Any], bool]:
-    def is_within(value: Any) -> bool:
-        return not (
-            ("gt" in schema and not value > schema["gt"])
-            or ("ge" in schema and not value >= schema["ge"])
-            or ("lt" in schema and not value < schema["lt"])
-            or ("le" in schema and not value <= schema["le"])
-        )
-
-    return is_within
-
-
-def _datetime_bounds(
-    schema: Mapping[str, Any], step: dt.timedelta, first: Any, last: Any, now: Any
-) -> tuple[Any, Any]:
-    """Return the earliest and latest moment that a schema accepts."""
-    lows = _bounds(schema.get("ge"), None if "gt" not in schema else schema["gt"] + step)
-    highs = _bounds(schema.get("le"), None if "lt" not in schema else schema["lt"] - step)
-    if schema.get("now_op") == "past":
-        highs.append(now - step)
-    elif schema.get("now_op") == "future":
-        lows.append(now + step)
-    return max(lows, default=first), min(highs, default=last)
-
-
-def _naive(moment: dt.datetime) -> dt.datetime:
-    return moment if moment.tzinfo is None else moment.astimezone(dt.UTC).replace(tzinfo=None)
+    return type(value).__name__, value

@@ -7,8 +7,8 @@ import contextlib
 import contextvars
 import itertools
 import json
-import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
@@ -156,17 +156,5 @@ def _without_loop(work: Callable[[], None]) -> None:
     if not has_running_loop():
         work()
         return
-    raised: list[BaseException] = []
-    context = contextvars.copy_context()
-
-    def caught() -> None:
-        try:
-            context.run(work)
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=caught, name="stroma-contracts")
-    thread.start()
-    thread.join()
-    if raised:
-        raise raised[0]
+    with ThreadPoolExecutor(1, "stroma-contracts") as pool:
+        pool.submit(contextvars.copy_context().run, work).result()
