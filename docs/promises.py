@@ -87,12 +87,13 @@ def guarantees_page() -> str:
         "",
         "# Guarantees",
         "",
-        "This page lists what Stroma guarantees, with the limits of each guarantee and its tests, for anyone who relies on it. Most tests",
-        "run on every store. [Durable runs](durability.md#figures) has the results of thousands of runs with `kill -9`, power cuts, full",
-        "disks and lost connections.",
+        "This page lists what Stroma guarantees, with the limits of each guarantee and its tests, for anyone",
+        "who relies on it. Most tests run on every store. [Durable runs](durability.md#figures) has the results",
+        "of thousands of runs with `kill -9`, power cuts, full disks and lost connections.",
         "",
-        "A guarantee holds for one *execution* of a run. Across processes, G4, G5, G6, G10 and G13 need a [journal store](stores/index.md):",
-        "SQLite, Postgres or Redis. A store of the simple `save`, `load`, `delete` protocol does not provide them.",
+        "A guarantee holds for one *execution* of a run. Across processes, G4, G5, G6, G10 and G13 need a",
+        "[journal store](stores/index.md): SQLite, Postgres or Redis. A store of the simple `save`, `load`,",
+        "`delete` protocol does not provide them.",
     ]
     for number, sentence in said.items():
         # Where several tests of one file say the same of different things, each is listed.

@@ -20,7 +20,8 @@ class StoreError(Exception):
     ``transient``: True if a retry may succeed.
 
     Where: out of ``run()`` if the run cannot start; ``result.failure`` of a PARTIAL run if a commit could not
-    be stored. Cause: the file, disk or server of the store, or a store without a journal where one is needed.
+    be stored.
+    Cause: the file, disk or server of the store, or a store without a journal where one is needed.
     Fix: do what the message says, then run with ``resume=True``; nothing committed is lost.
     """
 
@@ -39,9 +40,10 @@ class CheckpointNotFound(StoreError, LookupError):
 class CorruptCheckpoint(StoreError, TypeError):
     """Stored data is damaged, or not a state of the schema that it is read with.
 
-    Where: out of ``run()`` on resume; reading a state from a store. Cause: a damaged store, data from another
-    program, or a schema that has changed since. Fix: recompute the output with ``resume_from=`` the node in
-    the message, or restore the store or the schema.
+    Where: out of ``run()`` on resume; reading a state from a store.
+    Cause: a damaged store, data from another program, or a schema that has changed since.
+    Fix: recompute the output with ``resume_from=`` the node in the message, or restore the store or the
+    schema.
     """
 
 
@@ -49,12 +51,11 @@ class CheckpointLost(StoreError):
     """The store has lost data of a run that it had acknowledged.
 
     Where: ``result.failure`` of a PARTIAL run; out of ``run()`` on resume, before anything is called; reading
-    a run. Cause: rows of the run are missing, or the store is older than before: it was restored from a copy,
-    failed over to a
-        replica that lagged behind, or its server evicted, expired or lost data.
+    a run.
+    Cause: rows of the run are missing, or the store is older than before: it was restored from a copy, failed
+    over to a replica that lagged behind, or its server evicted, expired or lost data.
     Fix: restore the store from a newer copy, or configure the server as the message says, then resume;
-    otherwise restart
-        the run (``if_exists="restart"``).
+    otherwise restart the run (``if_exists="restart"``).
     """
 
     transient = False
@@ -64,15 +65,12 @@ class PipelineChanged(StoreError):
     """A run cannot be resumed: the pipeline or its input differs from what the run was recorded with.
 
     Where: out of ``run()`` on resume, before anything is called. The run stays as it was. Workers and
-    ``drive`` mark it as
-        blocked.
+    ``drive`` mark it as blocked.
     Cause: nodes were added, removed, renamed or reordered before the resume point, the body of a flow makes
-    other calls, or
-        an output schema or the input has changed. Or the run started with a version that the pipeline does
-        not accept.
+    other calls, or an output schema or the input has changed. Or the run started with a version that the
+    pipeline does not accept.
     Fix: restore what the message names, serve the version (``version=``, ``accepts=``), resume before the
-    change
-        (``resume_from=``), or start a new run.
+    change (``resume_from=``), or start a new run.
     """
 
 
@@ -84,10 +82,10 @@ class RunBusy(StoreError):
         left_seconds: time until its lease ends, unless the owner renews it.
         same_input: True if it runs with the same input.
 
-    Where: out of ``run()``, before anything is called. Cause: two calls use the same run id at the same time.
+    Where: out of ``run()``, before anything is called.
+    Cause: two calls use the same run id at the same time.
     Fix: wait for the result with ``if_running="attach"``, or use another run id. If the owner is known to be
-    dead,
-        ``if_running="take_over"`` does not wait for the end of its lease.
+    dead, ``if_running="take_over"`` does not wait for the end of its lease.
     """
 
     holder: str = ""
@@ -99,10 +97,9 @@ class RunExists(StoreError):
     """The run already exists.
 
     Where: out of ``run()`` before anything is called: always with ``if_exists="error"``, and by default if
-    the run has
-        not ended, or has called an effect.
+    the run has not ended, or has called an effect.
     Cause: the run id was used before. A new execution would discard what the message lists. Plain code around
-        ``execute_step`` without ``async with ctx:`` records no end.
+    ``execute_step`` without ``async with ctx:`` records no end.
     Fix: continue the run with ``resume=True``, discard it with ``if_exists="restart"``, or use another run
     id.
     """
@@ -113,8 +110,8 @@ class Fenced(StoreError):
 
     Where: ``result.failure`` of a PARTIAL run.
     Cause: the same run id was opened again while this run was in progress, or the run was deleted. Or it was
-        cancelled or paused while this process could not renew its lease. Or the lease ended before an effect
-        was called.
+    cancelled or paused while this process could not renew its lease. Or the lease ended before an effect was
+    called.
     Fix: see the result of the new owner, and use a separate id for each run. Resume a cancelled run.
     """
 

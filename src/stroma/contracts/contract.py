@@ -139,10 +139,10 @@ class ContractViolation(Exception):
         schema: the model that it should have been; None if that is not known.
 
     Where: ``result.failure`` of a FAILED run; out of ``BoundaryValidator`` and
-    ``ContractRegistry.validate_*``. Cause: the input of a node, or what it returned, is not what its schema
-    says. Fix: correct the node or the schema at the fields that are named. ``contract_retries`` grants
-    further attempts; in them,
-        send ``current_node().last_failure.as_prompt()`` to the model.
+    ``ContractRegistry.validate_*``.
+    Cause: the input of a node, or what it returned, is not what its schema says.
+    Fix: correct the node or the schema at the fields that are named. ``contract_retries`` grants further
+    attempts; in them, send ``current_node().last_failure.as_prompt()`` to the model.
     """
 
     schema: type[BaseModel] | None = None

@@ -38,9 +38,11 @@ Plain = Callable[[Any], Any]
 class NotSerialisable(TypeError):
     """A state holds a value that cannot be stored. The message names the field.
 
-    Where: ``result.failure`` of a FAILED run whose input or output cannot be stored. Cause: a secret, an open
-    file, a client, a value that contains itself, or a class that its field does not declare. Fix: keep it out
-    of the state, hand it over in the run's context, or declare the field with the class it holds.
+    Where: ``result.failure`` of a FAILED run whose input or output cannot be stored.
+    Cause: a secret, an open file, a client, a value that contains itself, or a class that its field does not
+    declare.
+    Fix: keep it out of the state, hand it over in the run's context, or declare the field with the class it
+    holds.
     """
 
 

@@ -21,12 +21,11 @@ class UsageError(ValueError):
     """A node reported usage that cannot be counted: negative, not finite, not a number, or without a known price.
 
     Where: ``result.failure`` of a FAILED run; out of ``CostTracker.record``, ``report_usage`` and
-    ``usage_from``. Cause: the figures or the response a node returned beside its output; or tokens without a
-    model, or of a model
-        without a known price, under a cost limit or ``unknown_model="error"``.
+    ``usage_from``.
+    Cause: the figures or the response a node returned beside its output; or tokens without a model, or of a
+    model without a known price, under a cost limit or ``unknown_model="error"``.
     Fix: report whole numbers of tokens, zero or more, and the model with them; add the model to
-    ``KNOWN_MODELS``. The
-        output is stored.
+    ``KNOWN_MODELS``. The output is stored.
     """
 
     #: Whether it is a provider's response all the same, which only leaves its usage out.

@@ -62,10 +62,10 @@ class Suspend(Exception):
         reason: what for, in words.
         schema: what the answer must satisfy; None if any JSON value will do.
 
-    Where: out of a node's function, never out of ``run()``: it is no failure. Cause: the node needs a
-    decision that is not made yet. Fix: ``await runner.signal(run_id, answer, question=id)``, with an id of
-    ``result.questions``; then run with ``resume=True``; the node finds the answer at
-        ``current_node().signal``.
+    Where: out of a node's function, never out of ``run()``: it is no failure.
+    Cause: the node needs a decision that is not made yet.
+    Fix: ``await runner.signal(run_id, answer, question=id)``, with an id of ``result.questions``; then run
+    with ``resume=True``; the node finds the answer at ``current_node().signal``.
     """
 
     schema: type[BaseModel] | None = None  # Of a subclass that does not say, too.
@@ -106,8 +106,9 @@ class RunFailed(Exception):
     """Stands for a failure in another process: of a run that it executed, or of a node with a place.
 
     Where: ``result.failure`` of a run that was waited for (``if_running="attach"``), or of a node with a
-    place. Cause: the run or the node failed in that process; the message is the one there. Fix: look at its
-    attempts in the store (``stroma show``), then continue the run with ``resume=True``.
+    place.
+    Cause: the run or the node failed in that process; the message is the one there.
+    Fix: look at its attempts in the store (``stroma show``), then continue the run with ``resume=True``.
     """
 
     @classmethod
@@ -132,11 +133,9 @@ class PlaceError(ValueError):
     """A node with a place cannot be called there; it was not called.
 
     Where: out of ``run()`` and ``serve()`` before anything is called, and out of ``stroma_worker()``;
-    ``result.failure`` of
-        a FAILED run for a step of a flow.
+    ``result.failure`` of a FAILED run for a step of a flow.
     Cause: the process has no Temporal client, the place is the task queue that drives runs, the server
-    refused the call,
-        or the function needs what is not available at a place.
+    refused the call, or the function needs what is not available at a place.
     Fix: drive the run with workers that have a Temporal client, as the message says, or remove the place.
     """
 
@@ -231,9 +230,10 @@ class SharedBudgetExceeded(BudgetExceeded):
 class LimitError(Exception):
     """A limit that a call can never meet.
 
-    Where: ``result.failure`` of a FAILED run; the node was not called. Cause: one call takes more tokens than
-    ``tokens_per_minute`` of its limit. Fix: raise ``tokens_per_minute``, lower ``reserve_tokens`` if it is
-    too high, or make the calls smaller; then resume.
+    Where: ``result.failure`` of a FAILED run; the node was not called.
+    Cause: one call takes more tokens than ``tokens_per_minute`` of its limit.
+    Fix: raise ``tokens_per_minute``, lower ``reserve_tokens`` if it is too high, or make the calls smaller;
+    then resume.
     """
 
 
@@ -243,9 +243,9 @@ class WaitedTooLong(Exception):
     Attributes:
         retry_after: seconds until the limit opens again; None if unknown.
 
-    Where: ``result.failure`` of a PARTIAL run; the node was not called. Cause: a limit had no room for
-    ``max_wait_seconds``, or the provider has asked all calls to wait longer than
-        ``max_retry_after_seconds`` of the node's policy.
+    Where: ``result.failure`` of a PARTIAL run; the node was not called.
+    Cause: a limit had no room for ``max_wait_seconds``, or the provider has asked all calls to wait longer
+    than ``max_retry_after_seconds`` of the node's policy.
     Fix: run with ``resume=True`` later, raise the limit, or ``max_wait_seconds``.
     """
 
@@ -280,8 +280,7 @@ class RunCancelled(Exception):
     """A guarded run, or one of steps of plain code, was cancelled from elsewhere: no further step starts.
 
     Where: out of a framework's call, of a guarded step, or of ``with guard.run()``; ``guard.stopped`` has it
-    too. In
-        ``result.failure`` of a step of plain code.
+    too. In ``result.failure`` of a step of plain code.
     Cause: ``stroma cancel`` or ``store.cancel()``, in this process or another one.
     Fix: none is needed: finished outputs are stored. Call again in a separate run.
     """

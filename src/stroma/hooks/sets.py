@@ -295,8 +295,9 @@ def distinct(sets: Sequence[NodeHooks]) -> list[NodeHooks]:
 class HookError(Exception):
     """Hooks raised in a run with ``hook_errors="raise"``; ``result`` is the complete result of that run.
 
-    Where: out of ``run()``, after everything is committed. Cause: a hook raised; the first such exception is
-    the ``__cause__``. Fix: correct the hook, or leave ``hook_errors`` at "isolate": then it is logged and in
+    Where: out of ``run()``, after everything is committed.
+    Cause: a hook raised; the first such exception is the ``__cause__``.
+    Fix: correct the hook, or leave ``hook_errors`` at "isolate": then it is logged and in
     ``result.hook_errors``.
     """
 
