@@ -71,7 +71,7 @@ _FREE: Final = (
     f"(claim_until_ms IS NULL OR claim_until_ms NOT BETWEEN :clock AND :clock + {1000 * MAX_CLAIM_SECONDS})"
 )
 _CANDIDATE: Final = "run, run_id, pipeline, priority, wake_ms, queue_key"
-# :versions is a list, with a line break around each; see versions_value().
+# :versions is a list, with a line break around each; see ``_versions_value()``.
 _SERVED: Final = "instr(:versions, char(10) || version || char(10)) > 0"
 _NOT_BLOCKED: Final = "blocked_since_ms IS NULL"
 _BLOCK_OVER: Final = "(blocked_until_ms <= :now OR instr(blocked_codes, :code) = 0)"
