@@ -12,20 +12,6 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-#: Names of other libraries, of environment variables and of programs that pages and docstrings mention.
-FOREIGN = frozenset(
-    """
-    AGENT ANTHROPIC_API_KEY AgentFrameworkToOpenInferenceProcessor BGREWRITEAOF Base64Str DD_ENV DD_VERSION
-    Evaluate HttpAgent LLMMetadataExtractor LLMResult MyProgram MyWorkflow OPENAI_BASE_URL
-    OTEL_EXPORTER_OTLP_HEADERS OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT OpenAIConversationsSession
-    PGPASSFILE QueueHandler RetryError Router SENTRY_ENVIRONMENT StringConstraints TOOL TaskGroup TripFlow
-    as_tool asyncify backoff_factor before_sleep confirm conversation_id create_agent create_deep_agent
-    create_sdk_mcp_server event_stream_handler failure_error_function field_serializer
-    include_partial_messages increase is_enabled make_asgi_app max_interval parallel_a__b_ push_to_gateway
-    retry_if_result set_exc_info stop_after_delay stream_gen_ai_spans streamify to_regclass useChat
-    wait_fixed wait_random wait_random_exponential
-""".split()
-)
 #: An identifier, dotted or called: `f()`, `A.b`, `f(x, ...)`.
 EXPRESSION = re.compile(r"[\w.~]+(?:\(.*\))?")
 MENTIONS = re.compile(r"``([^`]+)``|:\w+:`([^`]+)`|\b((?:\w+\.)*\w+)\(\)|\b(stroma(?:\.\w+)+)")
@@ -33,6 +19,20 @@ MENTIONS = re.compile(r"``([^`]+)``|:\w+:`([^`]+)`|\b((?:\w+\.)*\w+)\(\)|\b(stro
 
 def words(text: str) -> set[str]:
     return set(re.findall(r"[A-Za-z_]\w+", text))
+
+
+#: Names of other libraries, of environment variables and of programs that pages and docstrings mention.
+FOREIGN = words("""
+    AGENT ANTHROPIC_API_KEY AgentFrameworkToOpenInferenceProcessor BGREWRITEAOF Base64Str DD_ENV
+    DD_VERSION Evaluate HttpAgent LLMMetadataExtractor LLMResult MyProgram MyWorkflow OPENAI_BASE_URL
+    OTEL_EXPORTER_OTLP_HEADERS OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT
+    OpenAIConversationsSession PGPASSFILE QueueHandler RetryError Router SENTRY_ENVIRONMENT
+    StringConstraints TOOL TaskGroup TripFlow as_tool asyncify backoff_factor before_sleep confirm
+    conversation_id create_agent create_deep_agent create_sdk_mcp_server event_stream_handler
+    failure_error_function field_serializer include_partial_messages increase is_enabled make_asgi_app
+    max_interval parallel_a__b_ push_to_gateway retry_if_result set_exc_info stop_after_delay
+    stream_gen_ai_spans streamify to_regclass useChat wait_fixed wait_random wait_random_exponential
+""")
 
 
 def docstrings(source: str) -> dict[int, str]:
