@@ -1,17 +1,11 @@
-"""What exporters say is what happened: losses, hook errors, restored nodes, waits, traces of other
+"""What exporters say is what happened: hook errors, restored nodes, waits, traces of other
 systems."""
 
 from __future__ import annotations
 
 import asyncio
-import http.server
 import io
 import logging
-import os
-import socket
-import subprocess
-import sys
-import threading
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +14,7 @@ import pytest
 import structlog
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 from prometheus_client import CollectorRegistry, generate_latest
@@ -130,74 +124,6 @@ async def test_exceptions_of_hooks_of_plain_steps_are_counted() -> None:
 # ---------------------------------------------------------------------- flush
 
 
-class Refuses(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *_: Any) -> None: ...
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["content-length"]))
-        self.send_response(400)
-        self.end_headers()
-
-
-async def test_flush_says_what_a_collector_refuses() -> None:
-    """flush() is False if the exporter of a provider failed to send what it held; the next one has nothing to
-    report."""
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        provider = TracerProvider()
-        url = f"http://127.0.0.1:{server.server_address[1]}/v1/traces"
-        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url)))
-        runner = StromaRunner.quick(hooks=otel_hooks(tracer=provider))
-        await runner.run(own_pipeline(None).nodes, Number())
-        assert await runner.flush() is False
-        assert await runner.flush() is True
-        server.shutdown()
-    provider.shutdown()
-
-
-async def test_flush_says_what_was_lost_before_it() -> None:
-    """What found a queue full, or was refused in the background, is a loss for the next flush()."""
-
-    class Fails(SpanExporter):
-        def export(self, spans: Any) -> SpanExportResult:
-            return SpanExportResult.FAILURE
-
-    provider = TracerProvider()
-    provider.add_span_processor(BatchSpanProcessor(Fails(), max_queue_size=1, max_export_batch_size=1))
-    runner = StromaRunner.quick(hooks=otel_hooks(tracer=provider))
-    await runner.run(own_pipeline(None).nodes, Number())
-    provider.force_flush()
-    assert await runner.flush() is False
-    provider.shutdown()
-
-
-@pytest.mark.slow
-def test_flush_says_what_the_datadog_agent_refuses() -> None:
-    """ddtrace goes by its environment, so this is a process of its own; nothing listens where its agent
-    should be."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = (
-        "import asyncio, os\n"
-        "from tests.telemetry.test_honesty import Number, own_pipeline\n"
-        "from stroma import StromaRunner\n"
-        "from stroma.telemetry import datadog_hooks\n"
-        "async def main():\n"
-        "    runner = StromaRunner.quick(hooks=datadog_hooks(statsd='nowhere.invalid:8125'))\n"
-        "    await runner.run(own_pipeline(None).nodes, Number())\n"
-        "    print(await runner.flush(timeout_seconds=20))\n"
-        "asyncio.run(main()); os._exit(0)\n"
-    )
-    env = {**os.environ, "DD_TRACE_AGENT_URL": f"http://127.0.0.1:{port}", "PYTHONUNBUFFERED": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False
-    )
-    assert done.stdout.strip() == "False", done.stderr
-
-
 async def test_flush_sends_what_a_pipelines_own_hooks_hold() -> None:
     """flush() covers the exporters of pipelines and runs that have hooks of their own, once per
     destination."""
@@ -212,18 +138,6 @@ async def test_flush_sends_what_a_pipelines_own_hooks_hold() -> None:
     assert len(runner._exporters) == 2
     assert await runner.aclose() is True
     assert (len(kept.get_finished_spans()), len(other.get_finished_spans())) == (6, 2)
-
-
-async def test_a_queue_of_sentry_that_overflows_is_reported(caplog: pytest.LogCaptureFixture) -> None:
-    """What Sentry's queue had no room for is logged once, and flush() is False."""
-    sentry = RecordedSentry()
-    runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client))
-    for _ in range(2):
-        sentry.transport.record_lost_event("queue_overflow", data_category="error")
-    sentry.transport.record_lost_event("sample_rate", data_category="transaction")
-    assert await runner.flush() is False
-    assert await runner.flush() is True
-    assert sum("queue_overflow" in record.getMessage() for record in caplog.records) == 1
 
 
 # ---------------------------------------------------------------------- traces

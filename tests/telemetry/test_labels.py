@@ -17,7 +17,7 @@ from tests.kit import Num, node, retry_policies
 
 from stroma import Breaker, ExecutionBudget, Limit, StromaRunner
 from stroma.telemetry import datadog_hooks, otel_hooks, prometheus_hooks
-from stroma.telemetry.labels import MetricLabels
+from stroma.telemetry.metrics import MetricLabels
 
 
 class Systems:

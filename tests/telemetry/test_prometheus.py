@@ -27,7 +27,7 @@ from stroma import (
     parallel,
 )
 from stroma.telemetry import prometheus_hooks
-from stroma.telemetry.labels import MetricLabels
+from stroma.telemetry.metrics import MetricLabels
 
 pytest_plugins = ["tests.receivers.fixtures"]
 
@@ -253,13 +253,13 @@ async def test_units_reasons_and_caches() -> None:
     await runner.run([ask], State())
     page = openmetrics.generate_latest(registry).decode()
     assert [line for line in page.splitlines() if line.startswith("# UNIT")] == [
-        "# UNIT stroma_runs_oldest_due_seconds seconds",
-        "# UNIT stroma_runs_oldest_blocked_seconds seconds",
         "# UNIT stroma_run_duration_seconds seconds",
         "# UNIT stroma_node_duration_seconds seconds",
         "# UNIT stroma_tokens tokens",
         "# UNIT stroma_cached_tokens tokens",
         "# UNIT stroma_cost_usd usd",
+        "# UNIT stroma_runs_oldest_due_seconds seconds",
+        "# UNIT stroma_runs_oldest_blocked_seconds seconds",
     ]
     place = {"pipeline": "pipeline", "node_id": "ask"}
     failed = {**place, "outcome": "failure", "failure_class": "RECOVERABLE", "reason": "connection"}

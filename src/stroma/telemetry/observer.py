@@ -11,35 +11,31 @@ from functools import partial
 from time import monotonic, perf_counter, time_ns
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeVar
+from urllib.parse import unquote
 
 from stroma._utils.logs import get_logger
+from stroma.checkpoint.identity import is_called
 from stroma.checkpoint.queue import QueueReading
-from stroma.cost.budget import BudgetExceeded
 from stroma.engine import tasks
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, current_node_or_none, current_run
 from stroma.failures.classes import FailureClass
 from stroma.hooks.sets import NodeHooks
-from stroma.telemetry.parts import FlowPart, part_around
 from stroma.trace.events import Outcome
 from stroma.trace.result import ExecutionResult, RunStatus
 
 __all__ = [
     "CUT_SHORT",
-    "NODE_BUCKETS",
     "WRITING",
     "AttemptEnd",
     "ExporterHooks",
+    "FlowPart",
     "Observer",
-    "exceeded",
     "is_returned",
     "missing",
     "waited_seconds",
     "waits_since",
 ]
-
-#: Seconds, from a fast function to minutes of a slow model.
-NODE_BUCKETS: Final = tuple(0.01 * 2**n for n in range(16))
 
 #: Left for closing, however long sending took.
 _CLOSING_SECONDS: Final = 0.1
@@ -101,10 +97,29 @@ def is_returned(run: ReliabilityContext) -> bool:
     return run.session.finished is not None
 
 
-def exceeded(result: ExecutionResult) -> str | None:
-    """Return the dimension of the budget that ended a run, or None."""
-    error = None if result.failure is None else result.failure.exception
-    return error.dimension if isinstance(error, BudgetExceeded) else None
+class FlowPart(NamedTuple):
+    """A part of a flow, which calls no hooks: a flow or pipeline inside it, or a map. Known from places of steps.
+
+    Attributes:
+        branch: the place of its call.
+        name: the flow or pipeline, or the node that a map runs; of a call with a key the key.
+    """
+
+    branch: str
+    name: str
+    is_map: bool
+
+
+def _part_around(branch: str) -> FlowPart | None:
+    """Return the innermost part of a flow around a place; None for a place in no part."""
+    outer = branch.rpartition(".")[0]
+    if not is_called(outer):
+        return None
+    # "{task}/{kind}{name}#{number or key}", and "@{input}" behind it where that is in the identity.
+    call = outer.rpartition(".")[2].rpartition("/")[2].partition("@")[0]
+    name, _, number = call.partition("#")
+    is_map = name.startswith("*")
+    return FlowPart(outer, unquote(name.removeprefix("*") or number), is_map)
 
 
 class Observer:
@@ -219,7 +234,7 @@ class Observer:
 
     def _around_place(self, run: ReliabilityContext, branch: str, of_run: Any) -> Any:
         """Return the note for the part of a flow around a place, which is started by its first step, else of the run."""
-        part = part_around(branch)
+        part = _part_around(branch)
         if part is None:
             return of_run
         parts: dict[str, list[Any]] = run.notes.setdefault((self, "parts"), {})

@@ -1,27 +1,27 @@
-"""Prometheus: counters, histograms and a gauge in a registry of ``prometheus_client``."""
+"""Prometheus: counters, histograms and gauges in a registry of ``prometheus_client``."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import weakref
-from time import perf_counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from stroma.checkpoint.queue import QueueReading
-from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution
-from stroma.failures.classes import FailureClass
-from stroma.telemetry.labels import MetricLabels
-from stroma.telemetry.observer import (
+from stroma.telemetry.metrics import (
+    EXECUTIONS,
+    METRICS,
     NODE_BUCKETS,
-    AttemptEnd,
-    ExporterHooks,
-    Observer,
-    exceeded,
-    is_returned,
-    missing,
+    NODE_SECONDS,
+    QUEUE_GAUGES,
+    RUN_SECONDS,
+    RUNS,
+    Metric,
+    MetricLabels,
+    MetricsObserver,
 )
-from stroma.trace.result import ExecutionResult
+from stroma.telemetry.observer import ExporterHooks, missing
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -30,6 +30,9 @@ __all__ = ["prometheus_hooks"]
 
 # In seconds.
 _RUN_BUCKETS: Final = (0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)
+#: Parts of names, by OpenTelemetry's units.
+_UNITS: Final = {"s": "seconds", "{token}": "tokens", "USD": "usd"}
+_WITH_EXEMPLAR: Final = {metric.prometheus for metric in (RUNS, RUN_SECONDS, EXECUTIONS, NODE_SECONDS)}
 
 
 def prometheus_hooks(*, registry: CollectorRegistry | None = None) -> ExporterHooks:
@@ -48,264 +51,100 @@ def prometheus_hooks(*, registry: CollectorRegistry | None = None) -> ExporterHo
     except ImportError as error:
         raise missing("prometheus-client", "prometheus_hooks", "prometheus") from error
     target = REGISTRY if registry is None else registry
-    metrics = _known.get(target)
-    if metrics is None:  # A second one of the same names would be refused.
-        metrics = _known[target] = _Metrics(target)
+    collectors = _known.get(target)
+    if collectors is None:  # A second one of the same names would be refused.
+        collectors = _known[target] = _Collectors(target)
     else:
-        metrics.ensure_registered(target)
-    return _Prometheus(metrics, target).hooks()
+        collectors.ensure_registered(target)
+    return _Prometheus(collectors, target).hooks()
 
 
-class _Metrics:
-    """The metrics of one registry. Children are kept by their labels: looking one up takes microseconds."""
+class _Collectors:
+    """The metrics of one registry, and their children by label values."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        #: The children that an attempt feeds, by its labels: one look-up for two or three of them, which is 2
-        #: us less of 10.
-        self._attempts: dict[tuple[object, ...], tuple[Any, Any]] = {}
-        self._usages: dict[tuple[object, ...], tuple[Any, Any, Any]] = {}
-        self._collectors: list[Any] = []
+        self.labels = MetricLabels()
+        self._by_name: dict[str, Any] = {}
+        #: What adds to a child: looking one up takes microseconds.
+        self._children: dict[tuple[str, tuple[str, ...]], Callable[..., None]] = {}
         self._make(registry)
 
     def ensure_registered(self, registry: CollectorRegistry) -> None:
-        """Begin anew if the metrics were taken out of their registry, as test suites do: every set that feeds them follows."""
+        """Make the metrics again if they were taken out of their registry, as test suites do."""
         present = getattr(registry, "_collector_to_names", None)
-        if present is not None and not all(collector in present for collector in self._collectors):
-            for collector in self._collectors:
+        if present is not None and not all(one in present for one in self._by_name.values()):
+            for collector in self._by_name.values():
                 if collector in present:
                     registry.unregister(collector)
             self._make(registry)
 
-    def of_attempt(
-        self, place: tuple[str, str], outcome: str, failure_class: str, reason: str
-    ) -> tuple[Any, Any]:
-        """Return the counter and the histogram of attempts that end in this way."""
-        children = self._attempts.get((place, outcome, failure_class, reason))
-        if children is None:
-            children = self.executions(*place, outcome, failure_class, reason), self.node_seconds(*place)
-            self._attempts[place, outcome, failure_class, reason] = children
-        return children
-
-    def of_usage(self, place: tuple[str, str], model: str, agent: str) -> tuple[Any, Any, Any]:
-        """Return the counters of input tokens, output tokens and cost of a node with a model, in an agent or none."""
-        children = self._usages.get((place, model, agent))
-        if children is None:
-            tokens, at = self.tokens, (*place, model, agent)
-            children = tokens(*at, "input"), tokens(*at, "output"), self.cost(*at)
-            self._usages[place, model, agent] = children
-        return children
-
     def _make(self, registry: CollectorRegistry) -> None:
         from prometheus_client import Counter, Gauge, Histogram
 
-        self._attempts.clear()
-        self._usages.clear()
+        self._children.clear()
+        for metric in (*METRICS, *QUEUE_GAUGES):
+            name = metric.prometheus
+            assert name is not None
+            about: Any = {"unit": _UNITS.get(metric.unit, ""), "registry": registry}
+            text = f"{metric.text}."
+            if metric.kind == "counter":
+                self._by_name[name] = Counter(name, text, metric.labels, **about)
+            elif metric.kind == "seconds":
+                buckets = _RUN_BUCKETS if metric is RUN_SECONDS else NODE_BUCKETS
+                self._by_name[name] = Histogram(name, text, metric.labels, buckets=buckets, **about)
+            else:
+                # Where processes share their metrics: the sum over live processes; of queues the largest, as
+                # any live worker has read the same store.
+                mode: Any = "livesum" if metric.kind == "active" else "livemax"
+                self._by_name[name] = Gauge(name, text, metric.labels, multiprocess_mode=mode, **about)
 
-        def counter(name: str, text: str, *labels: str, unit: str = "") -> _Children:
-            return _Children(Counter(name, text, ("pipeline", *labels), unit=unit, registry=registry))
+    def child(self, name: str, labels: tuple[str, ...]) -> Callable[..., None]:
+        """Return what adds to a metric with some label values."""
+        add = self._children.get((name, labels))
+        if add is None:
+            child = self._by_name[name].labels(*labels)
+            add = child.observe if hasattr(child, "observe") else child.inc
+            self._children[name, labels] = add
+        return add
 
-        self.runs = counter("stroma_runs", "Runs that ended, by status.", "status")
-        self.in_progress = _Children(
-            Gauge(
-                "stroma_runs_in_progress",
-                "Runs that have begun and not ended.",
-                ("pipeline",),
-                registry=registry,
-                # Where processes share their metrics: the sum, without those of processes that were killed.
-                multiprocess_mode="livesum",
-            )
-        )
-        #: In the order of a QueueReading.
-        self.queues = tuple(
-            # Where processes share their metrics: any worker that lives has read the same store.
-            _Children(
-                Gauge(name, text, ("pipeline",), unit=unit, registry=registry, multiprocess_mode="livemax")
-            )
-            for name, unit, text in (
-                ("stroma_runs_queued", "", "Runs that were submitted and have not started."),
-                ("stroma_runs_oldest_due", "seconds", "For how long the oldest due run is due."),
-                ("stroma_runs_blocked", "", "Runs that code of their version could not continue."),
-                ("stroma_runs_oldest_blocked", "seconds", "For how long the oldest blocked run is blocked."),
-            )
-        )
-        self.run_seconds = _Children(
-            Histogram(
-                "stroma_run_duration",
-                "Wall time of runs.",
-                ("pipeline", "status"),
-                unit="seconds",
-                buckets=_RUN_BUCKETS,
-                registry=registry,
-            )
-        )
-        self.node_seconds = _Children(
-            Histogram(
-                "stroma_node_duration",
-                "Wall time of a node's function, by attempt.",
-                ("pipeline", "node_id"),
-                unit="seconds",
-                buckets=NODE_BUCKETS,
-                registry=registry,
-            )
-        )
-        self.executions = counter(
-            "stroma_node_executions", "Attempts that ended.", "node_id", "outcome", "failure_class", "reason"
-        )
-        self.retries = counter(
-            "stroma_node_retries", "Attempts that followed a failed one.", "node_id", "failure_class"
-        )
-        self.skipped = counter(
-            "stroma_nodes_skipped", "Outputs that were restored from the journal.", "node_id"
-        )
-        of_usage = "node_id", "model", "agent"
-        self.tokens = counter(
-            "stroma_tokens", "Tokens that nodes reported.", *of_usage, "direction", unit="tokens"
-        )
-        self.cached_tokens = counter(
-            "stroma_cached_tokens",
-            "Input tokens that a cache had, or got.",
-            *of_usage,
-            "cache",
-            unit="tokens",
-        )
-        self.cost = counter("stroma_cost_usd", "What they cost, in US dollars.", *of_usage, unit="usd")
-        self.warnings = counter(
-            "stroma_budget_warnings", "Runs that used 80 % of a limit of their budget.", "dimension"
-        )
-        self.exceeded = counter("stroma_budget_exceeded", "Runs that a budget stopped.", "dimension")
-        self.waits = counter("stroma_node_waits", "Attempts that waited for their turn.", "node_id")
-        self.circuits = counter("stroma_circuit_changes", "What circuits came to.", "circuit", "state")
-        self.cooldowns = counter(
-            "stroma_limit_cooldowns", "Times that a refused call has closed a limit.", "limit"
-        )
-        self.labels = MetricLabels()
-        self.returned = counter(
-            "stroma_runs_returned", "Calls that got the result of a run that they did not run.", "status"
-        )
-        self.hook_errors = counter("stroma_hook_errors", "Exceptions that hooks raised.", "hook")
-        own = [one for one in vars(self).values() if isinstance(one, _Children)]
-        self._collectors = [one.metric for one in (*own, *self.queues)]
+    def show(self, name: str, pipeline: str, value: float | None) -> None:
+        """Set a gauge, or show none for a pipeline any more."""
+        if value is not None:
+            self._by_name[name].labels(pipeline).set(value)
+        else:
+            with contextlib.suppress(KeyError):  # Of older releases, where there is none.
+                self._by_name[name].remove(pipeline)
 
 
-class _Children:
-    """A metric's children by label values."""
-
-    __slots__ = ("_of", "metric")
-
-    def __init__(self, metric: Any) -> None:
-        self.metric = metric
-        self._of: dict[tuple[str, ...], Any] = {}
-
-    def __call__(self, *values: str) -> Any:
-        child = self._of.get(values)
-        if child is None:
-            child = self._of[values] = self.metric.labels(*values)
-        return child
-
-    def remove(self, *values: str) -> None:
-        """Show no value for these labels any more."""
-        if self._of.pop(values, None) is not None:
-            self.metric.remove(*values)
+_known: weakref.WeakKeyDictionary[CollectorRegistry, _Collectors] = weakref.WeakKeyDictionary()
 
 
-_known: weakref.WeakKeyDictionary[CollectorRegistry, _Metrics] = weakref.WeakKeyDictionary()
-
-
-class _Prometheus(Observer):
+class _Prometheus(MetricsObserver):
     name = "Prometheus"
 
-    def __init__(self, metrics: _Metrics, registry: CollectorRegistry) -> None:
-        super().__init__()
-        self._metrics = metrics
+    def __init__(self, collectors: _Collectors, registry: CollectorRegistry) -> None:
+        super().__init__(collectors.labels)
+        self._collectors = collectors
         #: Where its metrics are.
         self.registry = registry
 
     @property
     def destination(self) -> object:
-        return self._metrics
+        return self._collectors
 
-    def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
-        if is_returned(run):
-            return
-        run.notes[self] = perf_counter()
-        self._metrics.in_progress(self._metrics.labels.pipeline(run.pipeline)).inc()
-
-    def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
-        started = run.notes.pop(self, None)
-        metrics, status = self._metrics, result.status.value
-        pipeline = metrics.labels.pipeline(run.pipeline)
-        if is_returned(run):
-            metrics.returned(pipeline, status).inc()
-            return
-        if started is None:
-            return
-        metrics.in_progress(pipeline).dec()
-        seconds = perf_counter() - started
-        exemplar = _exemplar()
-        metrics.runs(pipeline, status).inc(1, exemplar)
-        metrics.run_seconds(pipeline, status).observe(seconds, exemplar)
-        dimension = exceeded(result)
-        if dimension is not None:
-            metrics.exceeded(pipeline, metrics.labels.dimension(dimension)).inc()
-
-    def hook_raised(self, run: ReliabilityContext | None, hook: str) -> None:
-        if run is not None:
-            self._metrics.hook_errors(self._metrics.labels.pipeline(run.pipeline), hook).inc()
+    def send(self, metric: Metric, value: float, *labels: str) -> None:
+        name = metric.prometheus
+        assert name is not None
+        add = self._collectors.child(name, labels)
+        if name in _WITH_EXEMPLAR:
+            add(value, _exemplar())
+        else:
+            add(value)
 
     def queue_read(self, pipeline: str, figures: QueueReading | None) -> None:
-        label = self._metrics.labels.pipeline(pipeline)
-        for at, gauge in enumerate(self._metrics.queues):
-            if figures is None:
-                gauge.remove(label)
-            else:
-                gauge(label).set(figures[at])
-
-    def attempt_ended(self, node: NodeExecution, ended: AttemptEnd) -> None:
-        metrics, usage, exemplar = self._metrics, node.usage, _exemplar()
-        place = metrics.labels.place(node.pipeline, node.node_id)
-        executions, seconds = metrics.of_attempt(
-            place, ended.outcome, ended.class_name, metrics.labels.reason(ended.reason)
-        )
-        executions.inc(1, exemplar)
-        seconds.observe((node.duration_ms or 0.0) / 1000, exemplar)
-        if usage.tokens or usage.cost_usd:
-            model, agent = metrics.labels.model(usage.model), metrics.labels.agent(node.agent)
-            consumed, produced, cost = metrics.of_usage(place, model, agent)
-            consumed.inc(usage.input_tokens)
-            produced.inc(usage.output_tokens)
-            cost.inc(usage.cost_usd)
-            for cache, tokens in (
-                ("read", usage.cached_input_tokens),
-                ("write", usage.cache_write_tokens),
-            ):
-                if tokens:
-                    metrics.cached_tokens(*place, model, agent, cache).inc(tokens)
-
-    def retrying(
-        self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
-    ) -> None:
-        place = self._metrics.labels.place(node.pipeline, node.node_id)
-        self._metrics.retries(*place, failure_class.value).inc()
-
-    def skipped(self, node: NodeExecution) -> None:
-        if is_returned(node.ctx):
-            return
-        self._metrics.skipped(*self._metrics.labels.place(node.pipeline, node.node_id)).inc()
-
-    def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:
-        labels = self._metrics.labels
-        self._metrics.warnings(labels.pipeline(run.pipeline), labels.dimension(dimension)).inc()
-
-    def waiting(self, node: NodeExecution, reason: str, seconds: float) -> None:
-        self._metrics.waits(*self._metrics.labels.place(node.pipeline, node.node_id)).inc()
-
-    def circuit_changed(self, run: ReliabilityContext, key: str, state: str) -> None:
-        labels = self._metrics.labels
-        self._metrics.circuits(labels.pipeline(run.pipeline), labels.circuit(key), state).inc()
-
-    def limit_cooled_down(self, run: ReliabilityContext, limit: str, seconds: float) -> None:
-        labels = self._metrics.labels
-        self._metrics.cooldowns(labels.pipeline(run.pipeline), labels.limit(limit)).inc()
+        label = self._labels.pipeline(pipeline)
+        for at, metric in enumerate(QUEUE_GAUGES):
+            self._collectors.show(str(metric.prometheus), label, None if figures is None else figures[at])
 
 
 def _exemplar() -> dict[str, str] | None:

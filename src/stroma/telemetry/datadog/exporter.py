@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from time import perf_counter
+from contextvars import Token
 from typing import TYPE_CHECKING, Any
+
+from ddtrace.propagation.http import HTTPPropagator
 
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, current_node_or_none
@@ -11,19 +13,15 @@ from stroma.failures.classes import FailureClass
 from stroma.failures.failure import type_name
 from stroma.telemetry.content import Content
 from stroma.telemetry.conventions import attribution_of, note_run, operation_of
-from stroma.telemetry.datadog.losses import watch_client, watch_writer
-from stroma.telemetry.datadog.metrics import DatadogMetrics
-from stroma.telemetry.datadog.spans import DatadogNode, DatadogRun, context_of, traceparent_of
-from stroma.telemetry.losses import Losses
+from stroma.telemetry.metrics import Metric, MetricsObserver
 from stroma.telemetry.observer import (
     CUT_SHORT,
     AttemptEnd,
-    Observer,
+    FlowPart,
     is_returned,
     waited_seconds,
     waits_since,
 )
-from stroma.telemetry.parts import FlowPart
 from stroma.trace.result import ExecutionResult
 
 if TYPE_CHECKING:
@@ -33,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Datadog"]
 
 
-class Datadog(Observer):
+class Datadog(MetricsObserver):
     """The hooks of :func:`stroma.telemetry.datadog_hooks`."""
 
     name = "Datadog"
@@ -51,9 +49,8 @@ class Datadog(Observer):
         super().__init__()
         self._tracer, self._statsd, self._service, self._content = tracer, statsd, service, content
         self._own_client = own_client
-        self._metrics = DatadogMetrics(statsd)
-        self._losses = Losses(self.name)
-        self._watch_losses()
+        #: The tags of each metric: as many as there are series, which the labels bound.
+        self._tags: dict[tuple[str, tuple[str, ...]], list[str]] = {}
 
     # ------------------------------------------------------------------ runs
 
@@ -64,6 +61,7 @@ class Datadog(Observer):
         return self._tracer, *(address if isinstance(address[0], str) else (statsd, None))
 
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
+        super().run_started(run, state)
         if is_returned(run):
             return
         note_run(run)
@@ -75,27 +73,25 @@ class Datadog(Observer):
             resource=run.pipeline,
             span_type="worker",
         )
-        of_run = DatadogRun(span)
+        of_run = _RunSpan(span)
         span.set_tag("stroma.run.id", run.run_id)
         span.set_tag("stroma.pipeline", run.pipeline)
         span.set_tags({"gen_ai.operation.name": "invoke_workflow", "gen_ai.agent.name": run.pipeline})
         _attribute(span, run)
         self._show(span, "stroma.input", run, state)
         began = run.first_trace(self.system)
-        first = None if began is None else context_of(began)
+        first = None if began is None else _context_of(began)
         if first is not None:
             span.link_span(first, {"stroma.link": "resumed from"})
-        run.keep_trace(self.system, traceparent_of(span))
+        run.keep_trace(self.system, _traceparent_of(span))
         run.notes[self] = of_run
         of_run.here = self.enter(of_run)
         of_run.before = self._tracer.context_provider.active()
         self._tracer.context_provider.activate(span)
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
-        of_run: DatadogRun | None = run.notes.pop(self, None)
-        if is_returned(run):
-            self._metrics.run_returned(run, result.status.value)
-            return
+        super().run_ended(run, result)
+        of_run: _RunSpan | None = run.notes.pop(self, None)
         if of_run is None:
             return
         span = of_run.span
@@ -114,29 +110,16 @@ class Datadog(Observer):
             # A coroutine that is closed from elsewhere has left its context behind.
             self._tracer.context_provider.activate(of_run.before)
             self.leave(of_run.here)
-        self._metrics.run_ended(run, result, perf_counter() - of_run.since)
-
-    def hook_raised(self, run: ReliabilityContext | None, hook: str) -> None:
-        if run is not None:
-            self._metrics.hook_raised(run, hook)
 
     def skipped(self, node: NodeExecution) -> None:
-        if is_returned(node.ctx):
-            return
-        self._metrics.restored(node)
-        of_run: DatadogRun | None = node.ctx.notes.get(self)
+        super().skipped(node)
+        of_run: _RunSpan | None = node.ctx.notes.get(self)
         if of_run is not None:
             of_run.restored += 1
 
-    def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:
-        self._metrics.budget_warned(run, dimension)
-
     def waiting(self, node: NodeExecution, reason: str, seconds: float) -> None:
         waits_since(node, self)
-        self._metrics.queued(node)
-
-    def circuit_changed(self, run: ReliabilityContext, key: str, state: str) -> None:
-        self._metrics.circuit_changed(run, key, state)
+        super().waiting(node, reason, seconds)
 
     # ------------------------------------------------------------------ nodes
 
@@ -150,7 +133,7 @@ class Datadog(Observer):
         if waited:
             node.notes[self].span.set_metric("stroma.node.wait_s", waited)
 
-    def _begin(self, node: NodeExecution, *, activate: bool) -> DatadogNode:
+    def _begin(self, node: NodeExecution, *, activate: bool) -> _NodeSpan:
         around = self.around(node)
         above: Any = None if around is None else around.span
         if around is None or node.is_called:
@@ -173,12 +156,12 @@ class Datadog(Observer):
             span.set_tag("stroma.node.branch", node.branch)
         if node.redelivered:
             span.set_tag("stroma.redelivered", "true")
-        node.notes[self] = record = DatadogNode(span)
+        node.notes[self] = record = _NodeSpan(span)
         return record
 
     def part_started(
-        self, run: ReliabilityContext, part: FlowPart, around: DatadogRun | DatadogNode
-    ) -> DatadogNode:
+        self, run: ReliabilityContext, part: FlowPart, around: _RunSpan | _NodeSpan
+    ) -> _NodeSpan:
         name = "stroma.map" if part.is_map else "stroma.flow"
         span = self._tracer.start_span(
             name, child_of=around.span, service=self._service, resource=part.name, activate=False
@@ -188,7 +171,7 @@ class Datadog(Observer):
         if not part.is_map:
             span.set_tags({"gen_ai.operation.name": "invoke_workflow", "gen_ai.agent.name": part.name})
         _attribute(span, run)
-        return DatadogNode(span)
+        return _NodeSpan(span)
 
     def attempt_ended(self, node: NodeExecution, ended: AttemptEnd) -> None:
         usage = node.usage
@@ -202,21 +185,18 @@ class Datadog(Observer):
         of_node.cost += usage.cost_usd
         if ended.output is not None:
             self._show(of_node.span, "stroma.output", node.ctx, ended.output)
-        self._metrics.attempt_ended(node, ended)
+        super().attempt_ended(node, ended)
 
     def retrying(
         self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
     ) -> None:
-        self._metrics.retried(node, failure_class.value)
-        of_node: DatadogNode | None = node.notes.get(self)
+        super().retrying(node, attempt, delay_seconds, failure_class)
+        of_node: _NodeSpan | None = node.notes.get(self)
         if of_node is not None:
             of_node.ended = CUT_SHORT
 
-    def limit_cooled_down(self, run: ReliabilityContext, limit: str, seconds: float) -> None:
-        self._metrics.limit_cooled_down(run, limit)
-
     def node_ended(self, node: NodeExecution) -> None:
-        of_node: DatadogNode | None = node.notes.pop(self, None)
+        of_node: _NodeSpan | None = node.notes.pop(self, None)
         if of_node is None:
             return
         span, ended = of_node.span, of_node.ended
@@ -237,6 +217,19 @@ class Datadog(Observer):
             # By itself the tracer makes the run's span active, or nothing, and not what was so for the
             # caller.
             self._tracer.context_provider.activate(of_node.before)
+
+    # ------------------------------------------------------------------ metrics
+
+    def send(self, metric: Metric, value: float, *labels: str) -> None:
+        name, statsd = metric.datadog, self._statsd
+        if name is None or statsd is None:
+            return
+        tags = self._tags.get((name, labels))
+        if tags is None:
+            pairs = zip(metric.labels, labels, strict=True)
+            tags = self._tags[name, labels] = [f"{label}:{text}" for label, text in pairs]
+        add = statsd.distribution if metric.kind == "seconds" else statsd.increment
+        add(name, value, tags=tags)
 
     # ------------------------------------------------------------------ small things
 
@@ -262,22 +255,15 @@ class Datadog(Observer):
 
     def _outer(self, run: ReliabilityContext) -> Context | None:
         traceparent = run.outer_trace(self.system)
-        return None if traceparent is None else context_of(traceparent)
+        return None if traceparent is None else _context_of(traceparent)
 
     def flush(self, timeout_seconds: float) -> bool:
-        self._watch_losses()
         self._tracer.flush()  # type: ignore[no-untyped-call]
         if self._own_client and self._statsd is not None:
             self._statsd.wait_for_pending()
         elif self._statsd is not None:
             self._statsd.flush()
-        return self._losses.take() == 0
-
-    def _watch_losses(self) -> None:
-        """Count what the tracer's writer, and our own client of DogStatsD, drop."""
-        watch_writer(self._losses, self._tracer)
-        if self._own_client:
-            watch_client(self._losses, self._statsd)
+        return True
 
     def close(self) -> None:
         if self._own_client and self._statsd is not None:
@@ -290,3 +276,42 @@ def _attribute(span: Span, run: ReliabilityContext) -> None:
         span.set_tag(
             "usr.id" if name == "user.id" else name, ",".join(value) if isinstance(value, tuple) else value
         )
+
+
+class _RunSpan:
+    """The span of a run until it ends."""
+
+    __slots__ = ("before", "here", "restored", "span")
+
+    def __init__(self, span: Span) -> None:
+        self.span = span
+        self.restored = 0
+        #: What undoes that the run is current, and what was active before.
+        self.here: Token[Any] | None = None
+        self.before: Span | Context | None = None
+
+
+class _NodeSpan:
+    """The span of a node, and what its end needs."""
+
+    __slots__ = ("active", "before", "cost", "ended", "span", "tokens")
+
+    def __init__(self, span: Span) -> None:
+        self.span = span
+        #: Whether the span was made active, and what was before.
+        self.active = False
+        self.before: Span | Context | None = None
+        self.ended: AttemptEnd | None = None
+        self.tokens = 0
+        self.cost = 0.0
+
+
+def _traceparent_of(span: Span) -> str:
+    """Return what other processes link to, or put their spans under."""
+    return f"00-{span.trace_id:032x}-{span.span_id:016x}-01"
+
+
+def _context_of(traceparent: str) -> Context | None:
+    """Return the context of a span of another process; None for a text that is none."""
+    parent_context = HTTPPropagator.extract({"traceparent": traceparent})  # type: ignore[no-untyped-call]
+    return parent_context if parent_context.trace_id else None

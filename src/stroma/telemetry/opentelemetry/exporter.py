@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from time import perf_counter, time_ns
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -19,11 +20,18 @@ from stroma.failures.failure import type_name
 from stroma.telemetry.content import Content, is_text
 from stroma.telemetry.conventions import Vocabulary, about_run, content_of, note_run, operation_of
 from stroma.telemetry.inference import InferenceSpans
-from stroma.telemetry.losses import Losses
+from stroma.telemetry.metrics import (
+    METRICS,
+    NODE_BUCKETS,
+    QUEUE_GAUGES,
+    RUN_SECONDS,
+    Metric,
+    MetricsObserver,
+)
 from stroma.telemetry.observer import (
     CUT_SHORT,
     AttemptEnd,
-    Observer,
+    FlowPart,
     is_returned,
     waited_seconds,
     waits_since,
@@ -36,10 +44,7 @@ from stroma.telemetry.opentelemetry.contexts import (
     traceparent_of,
     tracer_of_span,
 )
-from stroma.telemetry.opentelemetry.losses import watch_providers
-from stroma.telemetry.opentelemetry.metrics import OtelMetrics, meter_of
-from stroma.telemetry.opentelemetry.spans import NodeSpan, RunSpan, place_of, tracer_of
-from stroma.telemetry.parts import FlowPart
+from stroma.telemetry.opentelemetry.spans import NodeSpan, RunSpan, meter_of, place_of, tracer_of
 from stroma.trace.result import ExecutionResult
 
 if TYPE_CHECKING:
@@ -48,11 +53,25 @@ if TYPE_CHECKING:
 
 __all__ = ["OpenTelemetry"]
 
+#: The histograms of runs and what each calls the pipeline: of release 0.1.0 of the conventions, and before it.
+_RUN_NAMES: Final = (
+    ("gen_ai.invoke_agent.duration", "gen_ai.agent.name"),
+    ("gen_ai.invoke_workflow.duration", "gen_ai.workflow.name"),
+)
+#: In seconds, as the conventions advise; https://opentelemetry.io/docs/specs/semconv/gen-ai/
+_RUN_BUCKETS: Final = (1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)
+#: Names of labels that are not "stroma." and the label.
+_LABELS: Final = {
+    "node_id": "stroma.node.id",
+    "agent": "gen_ai.agent.name",
+    "dimension": "stroma.budget.dimension",
+    "state": "stroma.circuit.state",
+}
 #: Events of restored nodes on the span of a run; as many again are left for others.
 _MOST_RESTORED: Final = 50
 
 
-class OpenTelemetry(Observer):
+class OpenTelemetry(MetricsObserver):
     """The hooks of :func:`stroma.telemetry.otel_hooks`."""
 
     name = "OpenTelemetry"
@@ -83,9 +102,9 @@ class OpenTelemetry(Observer):
         self._inference = inference
         self._baggage = baggage
         self._watched: Any = None
-        self._metrics = OtelMetrics(meter_of(self._providers[1]()), earlier_names=earlier_names)
-        self._losses = Losses(self.name)
-        self._watch_losses()
+        self._meter = meter_of(self._providers[1]())
+        self._run_names = _RUN_NAMES if earlier_names else _RUN_NAMES[:1]
+        self._make_instruments()
 
     # ------------------------------------------------------------------ runs
 
@@ -97,12 +116,12 @@ class OpenTelemetry(Observer):
         return not isinstance(self._providers[0](), trace.ProxyTracerProvider)
 
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
+        super().run_started(run, state)
         if is_returned(run):
             return
         of_run = RunSpan()
         note_run(run)
         self._watch_spans_of_others()
-        self._metrics.run_started(run)
         of_run.span = span = self._start_root(run)
         self._keep_trace(run, span)
         if span.is_recording():
@@ -134,7 +153,7 @@ class OpenTelemetry(Observer):
             start_time=start_ns,
             attributes={
                 "gen_ai.operation.name": "invoke_workflow",
-                **dict.fromkeys(self._metrics.pipeline_names, run.pipeline),
+                **dict.fromkeys([label for _, label in self._run_names], run.pipeline),
                 "stroma.run.execution": run.execution,
                 **about_run(run),
                 **self._kind_of(None),
@@ -142,18 +161,11 @@ class OpenTelemetry(Observer):
         )
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
-        of_run = run.notes.pop(self, None)
-        if is_returned(run):
-            self._metrics.run_returned(run, result.status.value)
+        super().run_ended(run, result)
+        of_run: RunSpan | None = run.notes.pop(self, None)
+        if of_run is None or of_run.span is None:
             return
-        if of_run is None:
-            return
-        span = of_run.span
-        failed = AttemptEnd.finally_(result)
-        kind = None if failed is None or failed.error is None else type_name(failed.error)
-        self._metrics.run_ended(run, result, perf_counter() - of_run.since, kind)
-        if span is None:
-            return
+        span, failed = of_run.span, AttemptEnd.finally_(result)
         span.set_attribute("stroma.status", result.status.value)
         span.set_attribute("stroma.tokens", result.total_tokens)
         span.set_attribute("stroma.cost_usd", result.total_cost_usd)
@@ -175,17 +187,8 @@ class OpenTelemetry(Observer):
             self.leave(of_run.here)
         span.end()
 
-    def hook_raised(self, run: ReliabilityContext | None, hook: str) -> None:
-        if run is not None:
-            self._metrics.hook_raised(run, hook)
-
-    def queue_read(self, pipeline: str, figures: QueueReading | None) -> None:
-        self._metrics.queue_read(pipeline, figures)
-
     def skipped(self, node: NodeExecution) -> None:
-        if is_returned(node.ctx):
-            return
-        self._metrics.restored(node)
+        super().skipped(node)
         of_run: RunSpan | None = node.ctx.notes.get(self)
         if of_run is not None and of_run.span is not None:
             of_run.restored += 1
@@ -193,7 +196,7 @@ class OpenTelemetry(Observer):
             of_run.events.add(of_run.span, "stroma.node.skipped", about, _MOST_RESTORED)
 
     def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:
-        self._metrics.budget_warned(run, dimension)
+        super().budget_warning(run, dimension, used, limit)
         about = {
             "stroma.budget.dimension": dimension,
             "stroma.budget.used": used,
@@ -202,12 +205,12 @@ class OpenTelemetry(Observer):
         self._add_event(run, "stroma.budget.warning", about)
 
     def limit_cooled_down(self, run: ReliabilityContext, limit: str, seconds: float) -> None:
-        self._metrics.limit_cooled_down(run, limit)
+        super().limit_cooled_down(run, limit, seconds)
         about = {"stroma.limit": limit, "stroma.limit.cooldown_s": seconds}
         self._add_event(run, "stroma.limit.cooldown", about)
 
     def circuit_changed(self, run: ReliabilityContext, key: str, state: str) -> None:
-        self._metrics.circuit_changed(run, key, state)
+        super().circuit_changed(run, key, state)
         about = {"stroma.circuit": key, "stroma.circuit.state": state}
         self._add_event(run, "stroma.circuit.change", about)
 
@@ -218,7 +221,7 @@ class OpenTelemetry(Observer):
 
     def waiting(self, node: NodeExecution, reason: str, seconds: float) -> None:
         waits_since(node, self)
-        self._metrics.queued(node)
+        super().waiting(node, reason, seconds)
         # The span of a node begins with its first attempt: before that the wait is seen around it.
         around = node.notes.get(self) or self.around(node)
         if around is not None and around.span is not None:
@@ -298,7 +301,7 @@ class OpenTelemetry(Observer):
     def attempt_ended(self, node: NodeExecution, ended: AttemptEnd) -> None:
         usage = node.usage
         seconds = (node.duration_ms or 0.0) / 1000
-        self._metrics.attempt_ended(node, ended)
+        super().attempt_ended(node, ended)
         of_node = node.notes.get(self)
         if of_node is None:  # Input that broke its contract, or an end that is reported again after a crash.
             of_node = self._begin(node, node.started_ns)
@@ -341,7 +344,7 @@ class OpenTelemetry(Observer):
     def retrying(
         self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
     ) -> None:
-        self._metrics.retried(node, failure_class.value)
+        super().retrying(node, attempt, delay_seconds, failure_class)
         of_node = node.notes.get(self)
         if of_node is not None:
             of_node.ended = CUT_SHORT
@@ -388,6 +391,71 @@ class OpenTelemetry(Observer):
             span.end(node.started_ns + int((node.duration_ms or 0.0) * 1e6))
         else:
             span.end()
+
+    # ------------------------------------------------------------------ metrics
+
+    def _make_instruments(self) -> None:
+        meter = self._meter
+        #: What adds to an instrument, by its name; the attributes, of which there are as many as series.
+        self._instruments: dict[str, Callable[..., None]] = {}
+        self._attributes: dict[tuple[tuple[str, ...], tuple[str, ...]], dict[str, str]] = {}
+        #: Figures of the queues that workers of this process serve, by the label of the pipeline.
+        self._queues: dict[str, QueueReading] = {}
+        self._shows_queues = False
+        self._run_seconds = [
+            (self._histogram(name, RUN_SECONDS, _RUN_BUCKETS), label) for name, label in self._run_names
+        ]
+        for metric in METRICS:
+            if (name := metric.otel) is None or metric is RUN_SECONDS:
+                continue
+            if metric.kind == "seconds":
+                self._instruments[name] = self._histogram(name, metric, NODE_BUCKETS)
+            elif metric.kind == "active":
+                self._instruments[name] = meter.create_up_down_counter(name, metric.unit, metric.text).add
+            else:
+                self._instruments[name] = meter.create_counter(name, metric.unit, metric.text).add
+
+    def _histogram(self, name: str, metric: Metric, buckets: Sequence[float]) -> Callable[..., None]:
+        return self._meter.create_histogram(
+            name, metric.unit, metric.text, explicit_bucket_boundaries_advisory=buckets
+        ).record
+
+    def send(self, metric: Metric, value: float, *labels: str) -> None:
+        if metric.otel is not None:
+            self._instruments[metric.otel](value, self._attributes_of(metric.labels, labels))
+
+    def _attributes_of(self, names: tuple[str, ...], values: tuple[str, ...]) -> dict[str, str]:
+        attributes = self._attributes.get((names, values))
+        if attributes is None:
+            shown = [_LABELS.get(name, f"stroma.{name}") for name in names]
+            attributes = self._attributes[names, values] = dict(zip(shown, values, strict=True))
+        return attributes
+
+    def send_run_duration(self, pipeline: str, result: ExecutionResult, seconds: float) -> None:
+        outcome, failed = {"stroma.status": result.status.value}, AttemptEnd.finally_(result)
+        if failed is not None and failed.error is not None:
+            outcome["error.type"] = type_name(failed.error)
+        for record, label in self._run_seconds:
+            record(seconds, {label: pipeline, **outcome})
+
+    def queue_read(self, pipeline: str, figures: QueueReading | None) -> None:
+        label = self._labels.pipeline(pipeline)
+        if figures is None:
+            self._queues.pop(label, None)
+            return
+        self._queues[label] = figures
+        if not self._shows_queues:  # Where no worker serves, the gauges would only be empty.
+            self._shows_queues = True
+            for at, metric in enumerate(QUEUE_GAUGES):
+                self._meter.create_observable_gauge(
+                    str(metric.otel), [partial(self._observe, at)], metric.unit, metric.text
+                )
+
+    def _observe(self, at: int, _: metrics.CallbackOptions) -> list[metrics.Observation]:
+        return [
+            metrics.Observation(figures[at], {"stroma.pipeline": label})
+            for label, figures in list(self._queues.items())  # Called in the thread of a reader.
+        ]
 
     # ------------------------------------------------------------------ small things
 
@@ -448,7 +516,6 @@ class OpenTelemetry(Observer):
         span.set_status(trace.Status(trace.StatusCode.ERROR, description))
 
     def flush(self, timeout_seconds: float) -> bool:
-        self._watch_losses()
         # One after the other: each gets the remaining time.
         end, sent = perf_counter() + timeout_seconds, True
         for provider in self._providers:
@@ -456,7 +523,4 @@ class OpenTelemetry(Observer):
             flush = getattr(provider(), "force_flush", None)
             if flush is not None:
                 sent = flush(max(1, int((end - perf_counter()) * 1000))) is not False and sent
-        return self._losses.take() == 0 and sent
-
-    def _watch_losses(self) -> None:
-        watch_providers(self._losses, [provider() for provider in self._providers])
+        return sent

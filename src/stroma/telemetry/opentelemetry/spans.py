@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from opentelemetry import trace
+from opentelemetry import metrics, trace
 
 from stroma.engine.execution import NodeExecution
 from stroma.telemetry.conventions import SCHEMA_URL, SCOPE, version
@@ -15,18 +14,18 @@ if TYPE_CHECKING:
     from contextvars import Token
 
     from opentelemetry.context import Context
+    from opentelemetry.metrics import Meter, MeterProvider
     from opentelemetry.trace import Span, Tracer, TracerProvider
 
-__all__ = ["NodeSpan", "RunSpan", "SpanEvents", "place_of", "tracer_of"]
+__all__ = ["NodeSpan", "RunSpan", "SpanEvents", "meter_of", "place_of", "tracer_of"]
 
 
 class RunSpan:
-    """The span of a run, and when it began."""
+    """The span of a run."""
 
-    __slots__ = ("events", "here", "restored", "since", "span", "token")
+    __slots__ = ("events", "here", "restored", "span", "token")
 
     def __init__(self) -> None:
-        self.since = perf_counter()
         self.span: Span | None = None
         self.events = SpanEvents()
         self.restored = 0
@@ -92,6 +91,13 @@ def tracer_of(source: Tracer | TracerProvider) -> Tracer:
     if isinstance(source, trace.Tracer):
         return source
     return source.get_tracer(SCOPE, version(), schema_url=SCHEMA_URL)
+
+
+def meter_of(source: Meter | MeterProvider) -> Meter:
+    """Return a meter as it is, or that of a provider under our name, version and schema."""
+    if isinstance(source, metrics.Meter):
+        return source
+    return source.get_meter(SCOPE, version() or "", SCHEMA_URL)
 
 
 def place_of(node: NodeExecution) -> dict[str, Any]:

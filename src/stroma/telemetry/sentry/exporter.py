@@ -16,16 +16,15 @@ from stroma.failures.classes import FailureClass
 from stroma.failures.failure import type_name
 from stroma.telemetry.content import Content
 from stroma.telemetry.conventions import attribution_of, note_run, operation_of
-from stroma.telemetry.losses import LossCounter, Losses
 from stroma.telemetry.observer import (
     CUT_SHORT,
     AttemptEnd,
+    FlowPart,
     Observer,
     is_returned,
     waited_seconds,
     waits_since,
 )
-from stroma.telemetry.parts import FlowPart
 from stroma.telemetry.sentry.events import (
     drop_captured,
     drop_log_lines,
@@ -50,18 +49,6 @@ _STATUS: Final = {
     RunStatus.INTERRUPTED: "aborted",
 }
 
-#: Reasons of the SDK for dropping what it was to send; with others nothing was to be sent.
-_LOST: Final = frozenset(
-    {
-        "queue_overflow",
-        "buffer_overflow",
-        "network_error",
-        "ratelimit_backoff",
-        "send_error",
-        "internal_sdk_error",
-    }
-)
-
 
 class Sentry(Observer):
     """The hooks of :func:`stroma.telemetry.sentry_hooks`."""
@@ -75,8 +62,6 @@ class Sentry(Observer):
         self._client, self._content = client, content
         self._transactions = Transactions(sentry_sdk)
         self._streams: SpanStream | None = None
-        self._losses = Losses(self.name)
-        self._watch_losses()
         scopes: Any = sentry_sdk.scope
         if drop_captured not in scopes.global_event_processors:
             scopes.add_global_event_processor(drop_captured)
@@ -402,28 +387,11 @@ class Sentry(Observer):
         )
 
     def flush(self, timeout_seconds: float) -> bool:
-        self._watch_losses()
         client = self._the_client()
         client.flush(timeout=timeout_seconds)
         # What the SDK could not send in time is still in its queue.
         queue = getattr(getattr(getattr(client, "transport", None), "_worker", None), "_queue", None)
-        return self._losses.take() == 0 and not getattr(queue, "unfinished_tasks", 0)
-
-    def _watch_losses(self) -> None:
-        """Count what the client's transport drops."""
-        transport = getattr(self._the_client(), "transport", None)
-        self._losses.watch(transport, "record_lost_event", "items", _lost)
-
-
-def _lost(counter: LossCounter, record: Any) -> Any:
-    """Return a recorder of lost items that counts them, too."""
-
-    def counted(reason: str, *arguments: Any, **options: Any) -> Any:
-        if reason in _LOST:
-            counter.add(int(options.get("quantity", 1)), reason)
-        return record(reason, *arguments, **options)
-
-    return counted
+        return not getattr(queue, "unfinished_tasks", 0)
 
 
 def _name_run(isolation: Scope, scope: Scope, run: ReliabilityContext) -> None:
