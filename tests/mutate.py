@@ -33,7 +33,7 @@ SHOWN_LINES = 200
 #: Tests that parse the source, where mutmut has put copies of each function, or that measure memory, in which
 #: it records the calls of a test.
 UNFIT_TESTS = [
-    "--deselect=tests/project/test_guarantees.py::test_only_the_engine_calls_a_nodes_function",
+    "--deselect=tests/project/test_source_rules.py::test_only_the_engine_calls_a_nodes_function",
     "--deselect=tests/adapters/test_guard_resume.py::test_the_memory_of_a_guard_that_is_used_a_thousand_times_is_flat",
 ]
 #: What is measured if no module is named: where the guarantees are decided.

@@ -77,8 +77,8 @@ LONG_PATHS = (
     "tests/demo/test_show.py",
 )
 
-#: Files all of whose tests hold a guarantee or the published surface.
-CORE_PATHS = ("tests/project/test_guarantees.py", "tests/project/test_published_surface.py")
+#: Files all of whose tests run on every Python: the published surface.
+CORE_PATHS = ("tests/project/test_published_surface.py",)
 
 
 def examples(count: int, **options: Any) -> settings:

@@ -235,7 +235,12 @@ def test_sums_by_node() -> None:
     assert tracker.latency_ns == 9_000_000
     tracker.record(NodeUsage("a", 0, 0.0, 0, "n"))
     assert tracker.summary()["a"].model == "n"
-    # A record is the caller's own.
+    # Neither the record that is given nor the one that is returned is the tracker's.
+    usage = NodeUsage("c", 1, 0.0, 0)
+    tracker.record(usage)
+    usage.tokens_used = 999
+    tracker.record(NodeUsage("c", 1, 0.0, 0))
+    assert tracker.summary()["c"].tokens_used == 2
     tracker.summary()["a"].tokens_used = 999
     assert tracker.summary()["a"].tokens_used == 30
 

@@ -422,7 +422,7 @@ def test_links_in_the_site_lead_to_pages_of_the_site(build: Any, tmp_path: Path)
     nav = build.lay_out(tmp_path)
     laid = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert {name for names in nav.values() for name in names} <= laid
-    assert "source/tests/project/test_guarantees.py.md" in laid
+    assert "source/tests/hooks/test_hooks.py.md" in laid
     seen = 0
     for name in laid:
         if name.endswith(".md") and not name.startswith("source/"):

@@ -441,3 +441,20 @@ def test_a_run_that_is_thrown_away_leaves_no_noise() -> None:
     finally:
         sys.unraisablehook = before
     assert complaints == []
+
+
+@pytest.mark.core
+async def test_a_node_that_is_cancelled_after_its_last_await_keeps_its_output() -> None:
+    """G4: a node that was cancelled after its last await has its output committed; then the run is cancelled."""
+    store = AsyncInMemoryStore()
+
+    async def func(state: Num) -> Any:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        return {"n": 7}, 5, 1, "a-model-never-seen-before"
+
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.create_task(quick(store=store, run_id="r").run([node("a", func)], Num()))
+    result = await quick(store=store, run_id="r", resume=True).run([node("a", sleep_forever)], Num())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=7))

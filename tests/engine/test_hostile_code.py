@@ -858,8 +858,7 @@ async def _spin(seconds: float) -> None:
 async def test_cancelled_anywhere_then_resumed(
     twice: bool, store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cancelled mid-node, mid-backoff, mid-commit or mid-hook, once or again and again: what returned is
-    kept.
+    """G4, G5, G6, G9: cancelled at any await, once or again and again, a run keeps all that returned.
 
     The resume calls nothing again that had returned, ends as if nothing had happened, and the budget has it
     all.

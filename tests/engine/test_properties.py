@@ -128,11 +128,12 @@ def foretell(plan: list[Any], own: Any, shared: Any, granted: int) -> Expected:
     raise AssertionError("a plan ends with success")
 
 
+@pytest.mark.core
 @examples(250)
 @given(plan=st.lists(outcomes, max_size=7), own=maps, shared=maps, granted=st.integers(0, 3))
 def test_retry_arithmetic(plan: list[Any], own: Any, shared: Any, granted: int) -> None:
-    """Calls, attempts, classes, delays and status follow from the outcomes and the policies by arithmetic
-    alone.
+    """G3: calls, attempts, classes, delays and status follow from the outcomes and the policies by
+    arithmetic.
 
     One count serves all classes; granted repairs are not in it; the policy is that of the last failure's
     class; the node's own wins over the run's, that over the default; a server's wait is a floor, and too long

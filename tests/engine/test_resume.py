@@ -21,6 +21,7 @@ from stroma import (
     CorruptCheckpoint,
     ExecutionBudget,
     FailureClass,
+    InMemoryStore,
     NodeContract,
     NodeHooks,
     Pipeline,
@@ -1076,3 +1077,46 @@ async def test_many_runs_resume_side_by_side(store: Any) -> None:
     )
     assert [r.final_state for r in results] == [Num(n=i + 2) for i in range(30)]
     assert work.calls == {"a": 30, "b": 60}
+
+
+@pytest.mark.core
+async def test_usage_counts_across_resumes() -> None:
+    """G6: under resume=True the budget remembers what earlier calls spent, in failed and cancelled attempts
+    too."""
+    store = InMemoryStore()
+    inside = asyncio.Event()
+    mode = ["cancel"]
+    calls: list[str] = []
+
+    async def first(state: Num) -> Any:
+        calls.append("first")
+        return state, 10
+
+    async def second(state: Num) -> Any:
+        calls.append(f"second {mode[0]}")
+        run = current_node()
+        run.report_usage(input_tokens=20)
+        if mode[0] == "cancel":
+            inside.set()
+            await asyncio.Event().wait()
+        if mode[0] == "fail":
+            raise ValueError
+        return state
+
+    nodes = [node("first", first), node("second", second)]
+    runner = StromaRunner.quick(store=store, run_id="r", resume=True, policy_map=NEVER).with_budget(tokens=69)
+    task = asyncio.create_task(runner.run(nodes, Num()))
+    await inside.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    mode[0] = "fail"
+    failed = await runner.run(nodes, Num())
+    assert (failed.status, failed.total_tokens) == (RunStatus.PARTIAL, 20)
+    mode[0] = "ok"
+    over = await runner.run(nodes, Num())  # 10 + 20 + 20 + 20
+    assert (over.status, over.total_tokens) == (RunStatus.PARTIAL, 20)
+    assert over.failure is not None
+    assert isinstance(over.failure.exception, BudgetExceeded)
+    assert over.failure.exception.actual == 70
+    assert calls == ["first", "second cancel", "second fail", "second ok"]

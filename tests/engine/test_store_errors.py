@@ -21,6 +21,8 @@ from tests.kit import (
 )
 
 from stroma import (
+    BudgetExceeded,
+    ExecutionBudget,
     NodeHooks,
     RunStatus,
     SQLiteStore,
@@ -167,3 +169,111 @@ async def test_a_store_that_raises_no_exception_has_refused(
     assert result.failure is not None
     assert result.failure.reason == "store"
     assert seen == ["start", "failure", "run end"]
+
+
+@pytest.fixture
+def no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stroma.engine import commit as _commit
+
+    monkeypatch.setattr(_commit, "_STORE_DELAYS", tuple(0 for _ in _commit._STORE_DELAYS))
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("refusals", [1, 2, 3])
+async def test_a_refused_commit_is_tried_again_without_the_node(refusals: int, no_delays: None) -> None:
+    """G5: a store that fails at commit is tried again; the node is not called again and the run completes."""
+    store = GatedJournal()
+    store.gate.set()
+    store.late = [OSError("the disk is full")] * refusals
+    calls: list[int] = []
+    seen: list[str] = []
+
+    async def func(state: Num) -> Any:
+        calls.append(1)
+        return {"n": 7}
+
+    result = await quick(store=store, hooks=record_node_hooks(seen)).run([node("a", func)], Num())
+    assert (result.status, len(calls), store.tries) == (RunStatus.COMPLETED, 1, refusals + 1)
+    assert (len(result.trace), seen) == (1, ["start", "success"])
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("error", [OSError, StoreError, TypeError, TimeoutError])
+async def test_a_store_that_stays_down_stops_the_run(error: type[Exception], no_delays: None) -> None:
+    """G5: a store that stays down makes the attempt a failed event and the run PARTIAL; the node is not
+    called again."""
+    store = GatedJournal(error("the disk is full"))
+    seen: list[str] = []
+    runner = quick(store=store, hooks=record_node_hooks(seen))
+    result = await runner.run([node("a", lambda state: ({"n": 7}, 5)), node("b", same)], Num())
+    (event,) = result.trace
+    assert result.status is RunStatus.PARTIAL
+    assert (event.outcome, event.output_state) == ("failure", None)
+    assert result.failure is not None
+    assert isinstance(result.failure.exception, StoreError)
+    assert "the disk is full" in result.failure.message
+    assert (result.total_tokens, seen) == (5, ["start", "failure"])
+
+
+@pytest.mark.parametrize(("refusals", "status"), [(2, RunStatus.COMPLETED), (99, RunStatus.PARTIAL)])
+async def test_a_simple_store_that_raises_is_tried_again(
+    refusals: int, status: RunStatus, no_delays: None
+) -> None:
+    """G5: a custom sync store that raises at save is tried again, and the node is called once either way."""
+    left = [OSError("no space left on device")] * refusals
+    calls: list[int] = []
+
+    class Refusing:
+        def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
+            if left:
+                raise left.pop()
+
+        def load(self, run_id: str, node_id: str) -> BaseModel | None: ...
+        def delete(self, run_id: str) -> None: ...
+
+    def func(state: Num) -> Any:
+        calls.append(1)
+        return {"n": 7}
+
+    result = await quick(store=Refusing()).run([node("a", func)], Num())
+    assert (result.status, len(calls)) == (status, 1)
+
+
+async def _boom(*_: Any) -> None:
+    raise RuntimeError("hook")
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("spoiler", ["hook", "budget", "store", "later-node"])
+async def test_committed_nodes_are_not_run_again_on_resume(spoiler: str, no_delays: None) -> None:
+    """G5: after a hook, a budget, a store or a later node complained, a resume does not run committed nodes
+    again."""
+    store = GatedJournal()
+    store.gate.set()
+    calls: list[int] = []
+    broken = [True]
+
+    async def first(state: Num) -> Any:
+        calls.append(1)
+        return {"n": 1}, 5
+
+    async def second(state: Num) -> Any:
+        if spoiler == "later-node" and broken:
+            broken.clear()
+            raise BudgetExceeded("tokens", 1, 2, "mine")
+        if spoiler == "store" and broken:
+            broken.clear()
+            store.error = OSError("the disk is full")
+        return {"n": 2}
+
+    spoiled: dict[str, Any] = {}
+    if spoiler == "hook":
+        spoiled["hooks"] = NodeHooks(on_node_start=_boom, on_node_success=_boom, on_node_failure=_boom)
+    if spoiler == "budget":
+        spoiled["budget"] = ExecutionBudget(max_tokens_total=4)
+    nodes = [node("first", first), node("second", second)]
+    await quick_without_retries(store=store, run_id="r", **spoiled).run(nodes, Num())
+    store.error = None
+    result = await quick_without_retries(store=store, run_id="r", resume=True).run(nodes, Num())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=2))
+    assert len(calls) == 1

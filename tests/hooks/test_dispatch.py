@@ -7,16 +7,16 @@ import contextlib
 import itertools
 import logging
 import types
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, get_args
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 import stroma.hooks.dispatch
 from stroma import NodeHooks
-from stroma.hooks import HookError, MapProgress, StepHooks
+from stroma.hooks import HookError, MapProgress
 from stroma.hooks.dispatch import NO_HOOKS, Firing, HookNotAsync, Hooks, HookTimeout
-from stroma.hooks.sets import AnyHooks, HookSets, flatten
+from stroma.hooks.sets import flatten
 from stroma.trace.result import HookFailure
 
 STARTS = (
@@ -90,24 +90,6 @@ async def in_callback(func: Callable[[], None]) -> None:
 
 
 # ---------------------------------------------------------------- sets
-
-
-def test_sets_are_put_together_in_order() -> None:
-    """However it is written, the first one stands first; what comes out can be put together with more."""
-    a, b, c, d = NodeHooks(), NodeHooks(), NodeHooks(), NodeHooks()
-
-    def same(result: Any, *expected: NodeHooks) -> bool:
-        return type(result) is HookSets and [id(one) for one in result] == [id(one) for one in expected]
-
-    assert same(a | b, a, b)
-    assert same(a | [b, c], a, b, c)
-    assert same([a, b] | c, a, b, c)
-    assert same((a, b) | c, a, b, c)
-    assert same(a | b | c, a, b, c)
-    assert same(a | (b | c) | [d, [a]], a, b, c, d, a)
-    assert same((a | b) | (c | d), a, b, c, d)
-    assert StepHooks is NodeHooks
-    assert get_args(AnyHooks) == (NodeHooks, Sequence[NodeHooks])
 
 
 def test_every_set_is_found_in_what_is_given_as_hooks() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import types
 from typing import Any
@@ -24,33 +23,6 @@ from stroma import (
     current_node_or_none,
     execute_step,
 )
-from stroma.hooks.dispatch import Hooks
-
-
-@pytest.mark.core
-async def test_only_sets_that_saw_the_start_see_the_end() -> None:
-    """A set whose own start is not async is not told that the node was cancelled, nor is any set after it."""
-    seen: list[str] = []
-
-    def watch(name: str, **others: Any) -> NodeHooks:
-        async def start(*_: Any) -> None:
-            seen.append(f"{name} start")
-
-        async def cancelled(*_: Any) -> None:
-            seen.append(f"{name} cancelled")
-
-        return NodeHooks(**{"on_node_start": start, "on_node_cancelled": cancelled, **others})
-
-    def not_async(*_: Any) -> Any:
-        return len(_)
-
-    async def func(state: Num) -> Any:
-        raise AssertionError("not reached")
-
-    sets = [watch("first"), watch("second", on_node_start=not_async), watch("third")]
-    with pytest.raises(TypeError, match="on_node_start"):
-        await quick(hooks=sets).run([node("a", func)], Num())
-    assert seen == ["first start", "first cancelled"]
 
 
 async def test_no_hooks_may_be_said_with_none() -> None:
@@ -110,32 +82,6 @@ async def test_a_hook_that_cannot_be_interrupted_by_throwing() -> None:
     ).run([node("a", same)], Num())
     assert result.status is RunStatus.COMPLETED
     assert [type(error.exception).__name__ for error in result.hook_errors] == ["HookTimeout"]
-
-
-def test_a_set_without_hooks_has_none() -> None:
-    """Every hook of a fresh set is None."""
-    names = [field.name for field in dataclasses.fields(NodeHooks) if field.name.startswith("on_")]
-    assert {getattr(NodeHooks(), name) for name in names} == {None}
-
-
-def test_only_hooks_that_are_there_are_asked() -> None:
-    """What no set has is nothing to call, event by event."""
-    hooks = Hooks((), run_id="run", limit_seconds=None, failures=[])
-    findings = {name: getattr(hooks, name) for name in dir(Hooks) if name.startswith("on_")}
-    assert findings
-    assert {value for name, value in findings.items()} == {None}
-
-
-async def test_a_hook_of_a_run_that_is_not_async_is_named_without_a_node() -> None:
-    """A run's hook belongs to no node, and its message names none."""
-    hooks = NodeHooks(on_run_start=lambda *_: None)  # type: ignore[arg-type, return-value]
-    nodes = [node("one", _same)]
-    with pytest.raises(TypeError, match=r"^hook on_run_start is not async: .*; define it with async def$"):
-        await StromaRunner.quick(hooks=hooks).run(nodes, Num())
-
-
-async def _same(state: Num) -> Num:
-    return state
 
 
 @pytest.mark.parametrize("raises", [True, False])

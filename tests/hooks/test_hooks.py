@@ -9,7 +9,6 @@ import gc
 import logging
 import re
 import threading
-import time
 import types
 import warnings
 from collections import Counter
@@ -541,24 +540,6 @@ async def test_order_of_sets(way: Any) -> None:
     ]
 
 
-async def test_cancelled_runs_last_to_first() -> None:
-    """on_node_cancelled is an end: it runs last to first."""
-    log: list[Any] = []
-    a, b = Recorder("a.", log), Recorder("b.", log)
-    waits, started = waiting()
-    task = asyncio.create_task(quick(a, b).run([waits], State()))
-    await cancelled_after(task, started)
-    names = [entry[0] for entry in log]
-    assert names[-4:] == [f"b.{CANCELLED}", f"a.{CANCELLED}", f"b.{RUN_END}", f"a.{RUN_END}"]
-
-
-def test_what_is_no_set_of_hooks_is_refused() -> None:
-    """Hooks that are no NodeHooks are a TypeError at construction that says how to make a set."""
-    for wrong in ([NodeHooks(), lambda: None], 5, [None]):
-        with pytest.raises(TypeError, match=r"NodeHooks|not iterable"):
-            RunConfig(hooks=wrong)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("name", [RUN_START, START, SUCCESS, SKIPPED])
 async def test_each_set_gets_its_own_dict(name: str) -> None:
     """Each set gets its own copy of the dict, nested values too; what it does to that reaches nobody (G7,
@@ -1066,23 +1047,6 @@ async def test_an_exception_in_a_hook_changes_nothing(name: str, suspends: bool,
     assert task.cancelling() == 0
 
 
-async def test_an_exception_in_a_hook_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """An exception in a hook is logged on `stroma` with its traceback, the hook, the node and the run id."""
-    error = RuntimeError("monitoring is down")
-
-    async def on_success(*_: Any) -> None:
-        raise error
-
-    await quick(NodeHooks(on_node_success=on_success)).run([plus], State())
-    (record,) = [r for r in caplog.records if r.exc_info]
-    assert (record.name, record.levelno, record.run_id) == ("stroma", logging.ERROR, "r")
-    assert record.exc_info is not None
-    assert record.exc_info[1] is error
-    assert record.exc_info[2] is not None
-    for part in (SUCCESS, "on_success", "plus", "'r'"):
-        assert part in record.getMessage()
-
-
 async def test_a_cancelled_hook_that_raises(seen: Recorder) -> None:
     """An exception in on_node_cancelled or on_run_end does not keep a cancelled run from being cancelled."""
 
@@ -1366,19 +1330,6 @@ async def test_the_timer_is_armed_only_when_a_hook_suspends(monkeypatch: pytest.
     assert armed == []
     await quick(NodeHooks(on_node_start=suspends, on_node_success=at_once)).run([plus], State())
     assert armed == [5.0]
-
-
-async def test_a_blocking_hook_is_named_in_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    """G8: a hook that blocks the event loop beyond its time limit cannot be interrupted; a warning names
-    it."""
-
-    async def blocks(*_: Any) -> None:
-        time.sleep(0.03)
-
-    result = await quick(NodeHooks(on_node_start=blocks), hook_timeout_ms=5).run([plus], State())
-    assert result.status is RunStatus.COMPLETED
-    warnings = [r for r in caplog.records if r.name == "stroma" and r.levelno >= logging.WARNING]
-    assert any("blocks" in r.getMessage() and START in r.getMessage() for r in warnings)
 
 
 @pytest.mark.parametrize("name", [START, SUCCESS, RUN_START])
@@ -1969,27 +1920,6 @@ async def test_current_node_knows_usage_model_and_budget(monkeypatch: pytest.Mon
         (3500, 500, 0.04, "house"),
         (5_500, 0.95, None),
     ]
-
-
-@pytest.mark.core
-async def test_idempotency_key() -> None:
-    """The idempotency key is the same for all attempts and hooks at one position, and differs between
-    positions."""
-    keys: list[str] = []
-
-    async def look(*_: Any) -> None:
-        here = current_node()
-        keys.append(here.idempotency_key)
-
-    hooks = NodeHooks(look, look, look)
-    await quick(hooks).run([flaky()], State())
-    assert len(keys) == 4
-    assert len(set(keys)) == 1
-    keys.clear()
-    await quick(hooks).run([plus, plus, parallel(plus, plus)], State())
-    assert len(set(keys)) == 5
-    await quick(hooks, run_id="another").run([plus], State())
-    assert len(set(keys)) == 6
 
 
 # ---------------------------------------------------------------------- groups

@@ -3,7 +3,6 @@ test."""
 
 import asyncio
 import contextlib
-import dataclasses
 import io
 import logging
 import textwrap
@@ -21,7 +20,6 @@ from stroma import (
     CheckpointManager,
     ContractRegistry,
     ContractViolation,
-    FailureClass,
     InMemoryStore,
     NodeContract,
     NodeHooks,
@@ -33,8 +31,6 @@ from stroma import (
     execute_step,
 )
 from stroma.hooks import dispatch
-
-THE_THREE = ("on_node_start", "on_node_success", "on_node_failure")
 
 
 class Input(BaseModel):
@@ -268,115 +264,6 @@ async def test_opentelemetry_completed(exporter: InMemorySpanExporter) -> None:
 # ---------------------------------------------------------------------- The three hooks
 
 
-async def test_start_fires_before_the_function_runs() -> None:
-    """`on_node_start` gets (run_id, node_id, input_state_dict) before the node function runs."""
-    seen: list[Any] = []
-
-    async def on_start(*arguments: Any) -> None:
-        seen.append(arguments)
-
-    runner = StromaRunner.quick(hooks=NodeHooks(on_node_start=on_start), run_id="r1")
-
-    @runner.node("double", input=Input, output=Output)
-    async def double(state: Input) -> dict[str, Any]:
-        seen.append("the function")
-        return {"result": 0}
-
-    await runner.run([double], Input(value=5))
-    assert seen == [("r1", "double", {"value": 5}), "the function"]
-
-
-async def test_success_fires_after_validation() -> None:
-    """`on_node_success` gets (run_id, node_id, output_state_dict, tokens_used) of output that passed
-    validation."""
-    seen: list[Any] = []
-
-    async def on_success(*arguments: Any) -> None:
-        seen.append(arguments)
-
-    runner = StromaRunner.quick(hooks=NodeHooks(on_node_success=on_success), run_id="r1")
-
-    @runner.node("loose", input=Input, output=Output)
-    async def loose(state: Input) -> dict[str, Any]:
-        seen.append("the function")
-        return {"result": "10", "unasked": True}
-
-    await runner.run([loose], Input(value=5))
-    assert seen == ["the function", ("r1", "loose", {"result": 10}, 0)]
-
-
-async def test_invalid_output_is_no_success() -> None:
-    """A node that returns without passing validation fires `on_node_failure`, and `on_node_success` never."""
-    seen: list[str] = []
-
-    async def on_success(*_: Any) -> None:
-        seen.append("success")
-
-    async def on_failure(run_id: str, node_id: str, exc: Exception, failure_class: FailureClass) -> None:
-        seen.append(f"{type(exc).__name__} {failure_class}")
-
-    runner = StromaRunner.quick(hooks=NodeHooks(on_node_success=on_success, on_node_failure=on_failure))
-
-    @runner.node("bad", input=Input, output=Output)
-    async def bad(state: Input) -> dict[str, Any]:
-        return {}
-
-    await runner.run([bad], Input(value=5))
-    assert seen == ["ContractViolation TERMINAL"]
-
-
-async def test_failure_gets_the_exception_and_its_class() -> None:
-    """`on_node_failure` gets (run_id, node_id, exc, failure_class) with the very exception, after each
-    attempt."""
-    raised: list[Exception] = []
-    seen: list[Any] = []
-
-    async def on_failure(*arguments: Any) -> None:
-        seen.append(arguments)
-
-    runner = StromaRunner.quick(hooks=NodeHooks(on_node_failure=on_failure), policy_map=ONCE, run_id="r1")
-
-    @runner.node("never", input=Input, output=Output)
-    async def never(state: Input) -> dict[str, Any]:
-        raised.append(ValueError("no"))
-        raise raised[-1]
-
-    result = await runner.run([never], Input(value=5))
-    assert result.status is RunStatus.PARTIAL
-    assert len(raised) == 2
-    assert seen == [("r1", "never", exc, FailureClass.AMBIGUOUS) for exc in raised]
-    assert all(arguments[2] is exc for arguments, exc in zip(seen, raised, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("returned", "tokens"),
-    [
-        pytest.param({"result": 1}, 0, id="a dict"),
-        pytest.param(Output(result=1), 0, id="a model"),
-        pytest.param(({"result": 1}, 7), 7, id="output, tokens"),
-        pytest.param(({"result": 1}, 0), 0, id="output, no tokens"),
-        pytest.param(({"result": 1}, 5, "gpt-4o"), 5, id="output, input tokens, model"),
-        pytest.param(({"result": 1}, 5, 3, "gpt-4o"), 8, id="output, input tokens, output tokens, model"),
-        pytest.param((Output(result=1), 5, 3, "gpt-4o"), 8, id="a model with usage"),
-    ],
-)
-async def test_tokens_used(returned: Any, tokens: int) -> None:
-    """`tokens_used` is input + output tokens, and 0 if the node did not report usage."""
-    seen: list[Any] = []
-
-    async def on_success(run_id: str, node_id: str, output: dict[str, Any], tokens_used: int) -> None:
-        seen.append((output, tokens_used, type(tokens_used)))
-
-    runner = StromaRunner.quick(hooks=NodeHooks(on_node_success=on_success))
-
-    @runner.node("ask", input=Input, output=Output)
-    async def ask(state: Input) -> Any:
-        return returned
-
-    await runner.run([ask], Input(value=5))
-    assert seen == [({"result": 1}, tokens, int)]
-
-
 async def test_tokens_used_are_those_of_this_attempt() -> None:
     """`tokens_used` counts this attempt: neither a failed attempt's tokens nor another node's are in it."""
     seen: list[tuple[str, int]] = []
@@ -407,47 +294,6 @@ async def test_tokens_used_are_those_of_this_attempt() -> None:
 
 
 # ---------------------------------------------------------------------- Design notes
-
-
-def test_all_hooks_are_optional() -> None:
-    """All hooks are optional: None by default, alone or together."""
-    unset = NodeHooks()
-    assert {name: getattr(unset, name) for name in THE_THREE} == dict.fromkeys(THE_THREE)
-    hooks = [field for field in dataclasses.fields(NodeHooks) if field.name.startswith("on_")]
-    assert all(field.default is None for field in hooks)
-    assert RunConfig().hooks == NodeHooks()
-    assert StromaRunner.quick().config.hooks == NodeHooks()
-
-
-@pytest.mark.parametrize("name", THE_THREE)
-async def test_each_hook_works_alone(name: str) -> None:
-    """Each of the three hooks may be set without the others."""
-    calls: list[str] = []
-
-    async def hook(run_id: str, node_id: str, *_: Any) -> None:
-        calls.append(node_id)
-
-    runner = StromaRunner.quick(hooks=NodeHooks(**{name: hook}))
-
-    @runner.node("good", input=Input, output=Input)
-    async def good(state: Input) -> dict[str, Any]:
-        return {"value": 1}
-
-    @runner.node("bad", input=Input, output=Output)
-    async def bad(state: Input) -> dict[str, Any]:
-        return {}
-
-    result = await runner.run([good, bad], Input(value=5))
-    assert result.status is RunStatus.FAILED
-    assert result.hook_errors == []
-    assert (
-        calls
-        == {
-            "on_node_start": ["good", "bad"],
-            "on_node_success": ["good"],
-            "on_node_failure": ["bad"],
-        }[name]
-    )
 
 
 async def test_no_overhead_when_unused(
@@ -502,58 +348,6 @@ def not_async(*_: Any) -> Any:
     return len(_)
 
 
-@pytest.mark.parametrize("name", THE_THREE)
-def test_a_sync_hook_raises_at_call_time_at_the_latest(name: str) -> None:
-    """A function that is certainly sync raises the TypeError when the set is made, before any run."""
-
-    def sync(*_: Any) -> None: ...
-
-    with pytest.raises(TypeError, match=f"^hook {name} is not async: .*sync.*; define it with async def$"):
-        NodeHooks(**{name: sync})
-
-
-@pytest.mark.parametrize("name", THE_THREE)
-def test_construction_accepts_what_may_return_an_awaitable(name: str) -> None:
-    """A callable that may return an awaitable raises at call time if it does not: constructing with it is
-    fine."""
-    hooks = NodeHooks(**{name: not_async})
-    assert RunConfig(hooks=hooks).hooks is hooks
-    assert StromaRunner.quick(hooks=hooks).config.hooks is hooks
-    assert StromaRunner.quick().with_hooks(hooks).config.hooks is hooks
-
-
-@pytest.mark.parametrize("name", THE_THREE)
-async def test_a_sync_hook_raises_at_call_time(name: str) -> None:
-    """A sync hook makes `run()` raise a TypeError that names the hook and the callable, with the trace
-    complete."""
-    called: list[str] = []
-    runner = StromaRunner.quick(hooks=NodeHooks(**{name: not_async}))
-
-    @runner.node("good", input=Input, output=Input)
-    async def good(state: Input) -> dict[str, Any]:
-        called.append("good")
-        return {"value": 1}
-
-    @runner.node("bad", input=Input, output=Output)
-    async def bad(state: Input) -> dict[str, Any]:
-        called.append("bad")
-        return {}
-
-    with pytest.raises(TypeError, match=name) as caught:
-        await runner.run([good, bad], Input(value=5))
-    assert "not_async" in str(caught.value)
-    assert "async" in str(caught.value)
-    assert (
-        called == {"on_node_start": [], "on_node_success": ["good"], "on_node_failure": ["good", "bad"]}[name]
-    )
-    trace_of_run = caught.value.result.trace  # type: ignore[attr-defined]
-    assert [(event.node_id, event.outcome) for event in trace_of_run] == {
-        "on_node_start": [("good", "cancelled")],
-        "on_node_success": [("good", "success")],
-        "on_node_failure": [("good", "success"), ("bad", "failure")],
-    }[name]
-
-
 async def test_a_sync_hook_that_is_never_due_does_not_raise() -> None:
     """A sync hook raises at its call, so a failure hook that is not async is no trouble to a run without
     failures."""
@@ -599,40 +393,6 @@ async def test_hooks_fire_after_trace_recording_and_before_the_result() -> None:
         ("success", ["failure", "success"]),
         "result",
     ]
-
-
-@pytest.mark.parametrize("name", THE_THREE)
-async def test_the_trace_is_complete_even_if_a_hook_raises(name: str) -> None:
-    """A hook that raises costs no trace event, no result and no retry (G8)."""
-    calls: list[str] = []
-
-    async def hook(*_: Any) -> None:
-        raise RuntimeError("the monitoring system is down")
-
-    runner = StromaRunner.quick(hooks=NodeHooks(**{name: hook}), policy_map=ONCE)
-
-    @runner.node("flaky", input=Input, output=Input)
-    async def flaky(state: Input) -> dict[str, Any]:
-        calls.append("flaky")
-        if len(calls) == 1:
-            raise TimeoutError
-        return {"value": 7}
-
-    @runner.node("last", input=Input, output=Output)
-    async def last(state: Input) -> dict[str, Any]:
-        calls.append("last")
-        return {"result": state.value}
-
-    result = await runner.run([flaky, last], Input(value=5))
-    assert result.status is RunStatus.COMPLETED
-    assert result.final_state == Output(result=7)
-    assert calls == ["flaky", "flaky", "last"]
-    assert [(event.node_id, event.attempt, event.outcome) for event in result.trace] == [
-        ("flaky", 1, "failure"),
-        ("flaky", 2, "success"),
-        ("last", 1, "success"),
-    ]
-    assert {error.hook for error in result.hook_errors} == {name}
 
 
 # ---------------------------------------------------------------------- Recap

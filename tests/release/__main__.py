@@ -54,9 +54,9 @@ FRAMEWORKS = ROOT / "tests" / "frameworks"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 #: Extras that are in `all`: their requirements are pinned together.
 TOGETHER = re.findall(r"[\w-]+", PROJECT["optional-dependencies"]["all"][0].partition("[")[2])
-# With the lowest releases: the guarantees, what crosses boundaries, prices, and the store.
+# With the lowest releases: resumes, what crosses boundaries, prices, and the store.
 LOWEST_TESTS = (
-    "tests/project/test_guarantees.py",
+    "tests/engine/test_resume.py",
     "tests/contracts/test_schemas.py",
     "tests/cost/test_prices.py",
     "tests/checkpoint/test_sqlite.py",

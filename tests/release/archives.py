@@ -28,7 +28,7 @@ SDIST = (
     "CHANGELOG.md",
     "pyproject.toml",
     "src/stroma/py.typed",
-    "tests/project/test_guarantees.py",
+    "tests/project/test_published_surface.py",
 )
 
 

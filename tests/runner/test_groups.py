@@ -305,22 +305,6 @@ async def test_the_trace_of_a_group() -> None:
     assert result.total_tokens == 12
 
 
-async def test_a_groups_hooks_stand_around_its_childrens() -> None:
-    """The group's hooks fire around its children's, with tokens 0: each child reports its own."""
-    log = Log()
-    group = parallel(bare("a", giving(({"a": 1}, 7))), parallel(bare("b", giving(({"b": 1}, 5)))))
-    result = await quick(hooks=log.hooks).run([group], Num())
-    assert result.total_tokens == 12
-    name, inner = "parallel(a, parallel(b))", "parallel(b)"
-    assert log.lines[0] == f"start {name}"
-    assert log.lines[-1] == f"success {name} 0"
-    assert sorted(log.lines[1:-1]) == sorted(
-        ["start a", "success a 7", f"start {inner}", "start b", "success b 5", f"success {inner} 0"]
-    )
-    inside = [line for line in log.lines if line.endswith(("b", "b 5", "(b)", "(b) 0")) and name not in line]
-    assert inside == [f"start {inner}", "start b", "success b 5", f"success {inner} 0"]
-
-
 async def test_current_node_in_children() -> None:
     """current_node() in a child is the child's own, of kind "node" or "item"; around it, the group's."""
     seen: list[Any] = []
@@ -353,25 +337,6 @@ async def test_current_node_in_children() -> None:
     await quick().run([map_over("items", a, into="out")], Items(items=[{"n": 1}, {"n": 2}]))
     assert sorted(seen) == [("a", "item", 0, "0"), ("a", "item", 0, "1")]
     assert current_node_or_none() is None
-
-
-@pytest.mark.core
-async def test_idempotency_keys_of_children_differ() -> None:
-    """Each child and each item has an idempotency key of its own, the same for all its attempts."""
-    keys: dict[str, set[str]] = {}
-
-    async def note(state: Num) -> Any:
-        run = current_node()
-        keys.setdefault(f"{run.position} {run.branch}", set()).add(run.idempotency_key)
-        if run.attempt == 1:
-            raise TimeoutError
-        return {"n": 1}
-
-    a = node("a", note)
-    await quick().run([parallel(a, a, parallel(a, a)), a], Num())
-    assert len(keys) == 5
-    assert all(len(result) == 1 for result in keys.values())
-    assert len(set().union(*keys.values())) == 5
 
 
 # ---------------------------------------------------------------------- failing
