@@ -119,7 +119,7 @@ def fill_postgres(url: str, runs: int, attempts: int) -> None:
 def fill_redis(url: str, runs: int, attempts: int) -> None:
     import redis
 
-    from stroma.checkpoint.records import Attempt
+    from stroma.checkpoint.records import AttemptRecord, stored_values
     from stroma.checkpoint.redis.format import pack, pack_step, prefix_of
 
     client = redis.Redis.from_url(url)
@@ -129,7 +129,7 @@ def fill_redis(url: str, runs: int, attempts: int) -> None:
     nodes = {f"{j}:": f"{j + 1} n{j}" for j in range(attempts)}
     tried = {}
     for j in range(attempts):
-        attempt = Attempt(
+        attempt = AttemptRecord(
             position=j,
             started_ns=j,
             branch="",
@@ -146,7 +146,7 @@ def fill_redis(url: str, runs: int, attempts: int) -> None:
             model=None,
             function_ns=1,
         )
-        tried[f"1:{j}:{j}:1:"] = pack(list(attempt))
+        tried[f"1:{j}:{j}:1:"] = pack(list(stored_values(attempt)))
     value = pack([SCHEMA.fingerprint, _sha().hex()], OUTPUT)
     pipe = client.pipeline(transaction=False)
     for i in range(runs):

@@ -21,7 +21,7 @@ from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.entries import Committed, PriorUsage, Waiting
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
-from stroma.checkpoint.records import Attempt
+from stroma.checkpoint.records import AttemptRecord
 from stroma.checkpoint.sqlite import rows as _sqlite_rows
 from stroma.checkpoint.sqlite.file import DatabaseFile, connect
 from stroma.checkpoint.sqlite.rows import SqliteRows
@@ -222,7 +222,9 @@ def row(
     )
 
 
-def attempt(position: int = 0, started: int = 10, branch: str = "", number: int = 1, **facts: Any) -> Attempt:
+def attempt(
+    position: int = 0, started: int = 10, branch: str = "", number: int = 1, **facts: Any
+) -> AttemptRecord:
     """What is kept of row()."""
     inputs: dict[str, Any] = {
         "node_id": "node",
@@ -237,7 +239,7 @@ def attempt(position: int = 0, started: int = 10, branch: str = "", number: int 
         "model": "m",
         "function_ns": 7,
     }
-    return Attempt(position, started, branch, number, **{**inputs, **facts})
+    return AttemptRecord(position, started, branch, number, **{**inputs, **facts})
 
 
 def committed(

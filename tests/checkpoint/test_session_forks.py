@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from stroma.checkpoint.durable.owner import new_owner
 from stroma.checkpoint.durable.rows import Annotation, Opening, Step
 from stroma.checkpoint.entries import PriorUsage
 from stroma.checkpoint.payloads import Payloads
-from stroma.checkpoint.records import Attempt
+from stroma.checkpoint.records import AttemptRecord, stored_values
 
 store = store_fixture()
 
@@ -57,9 +58,8 @@ async def test_a_fork_has_what_was_committed_before(store: Store) -> None:
     steps, attempts = of_fork(store)
     assert sorted(steps) == sorted(one for one in store.rows.steps(1, 1) if one.position < 2)
     assert {(one.position, one.branch) for one in steps} == {(0, ""), (1, "0"), (1, "1"), (1, "")}
-    assert sorted(one._replace(started_ns=0) for one in attempts) == sorted(
-        Attempt(one.position, 0, one.branch, 1, "node", 0, "forked", None, None, None, 0, 0, 0, None)
-        for one in steps
+    assert sorted(stored_values(replace(one, started_ns=0)) for one in attempts) == sorted(
+        stored_values(AttemptRecord(one.position, 0, one.branch, 1, "node", 0, "forked")) for one in steps
     )
     assert sorted(one.started_ns for one in attempts) == [0, 1, 2, 3]
     assert store.table("inputs")[1] == (2, 1, *before["inputs"][0][2:])

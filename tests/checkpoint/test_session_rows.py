@@ -37,7 +37,7 @@ from stroma.checkpoint.durable.rows import Annotation, Fence, Step
 from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.payloads import CODED, PayloadPlace, Payloads
-from stroma.checkpoint.records import Attempt
+from stroma.checkpoint.records import AttemptRecord, stored_values
 from stroma.contracts import NotSerialisable
 from stroma.contracts.schema import schema_of
 from stroma.failures import FailureClass
@@ -213,7 +213,7 @@ async def test_secrets_are_kept_under_a_codec_only(store: Store) -> None:
     ],
 )
 async def test_an_attempt_is_kept_with_all_that_is_told_of_it(
-    store: Store, value: AttemptRow, entry: Attempt
+    store: Store, value: AttemptRow, entry: AttemptRecord
 ) -> None:
     """Costs are whole pico-dollars; text that no store can keep is written out."""
     session = store.open()
@@ -254,8 +254,8 @@ async def test_end_hooks_are_due_with_each_attempt(store: Store) -> None:
     await session.record(row(1, 20, "0", 3), None, None)
     due = store.rows.annotations(1, Annotation.DUE_HOOKS)
     assert [(one.branch, one.node_id, json.loads(one.step.output)) for one in due] == [
-        ("0:10:1:", "node", list(attempt())),
-        ("1:20:3:0", "node", list(attempt(1, 20, "0", 3))),
+        ("0:10:1:", "node", list(stored_values(attempt()))),
+        ("1:20:3:0", "node", list(stored_values(attempt(1, 20, "0", 3)))),
     ]
     assert due == [sealed_row(*one[:3], Step("", "", one.step.output, b"")) for one in due]
     assert len(store.rows.steps(1, 1)) == 1
@@ -357,7 +357,7 @@ async def test_an_attempt_that_waits_is_kept_with_what_for(store: Store, deliver
     due = [
         (one.branch, json.loads(one.step.output)) for one in store.rows.annotations(1, Annotation.DUE_HOOKS)
     ]
-    assert due == ([("2:20:1:0", list(entry))] if deliver else [])
+    assert due == ([("2:20:1:0", list(stored_values(entry)))] if deliver else [])
 
 
 # ---------------------------------------------------------------------- its end

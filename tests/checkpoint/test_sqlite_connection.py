@@ -17,7 +17,7 @@ from stroma.checkpoint.durable.integrity import checksum
 from stroma.checkpoint.durable.operations import Commit
 from stroma.checkpoint.durable.rows import Fence, Opening, Step
 from stroma.checkpoint.durable.worker import Job
-from stroma.checkpoint.records import Attempt
+from stroma.checkpoint.records import AttemptRecord
 from stroma.checkpoint.sqlite import file as sqlite_file
 from stroma.checkpoint.sqlite.connection import SqliteConnection
 from stroma.checkpoint.sqlite.file import DatabaseFile
@@ -409,8 +409,8 @@ def test_a_disk_that_fails_is_not_written_to_any_more(bench: Bench, where: str, 
 # ---------------------------------------------------------------------- commits
 
 
-def attempt(number: int) -> Attempt:
-    return Attempt(number, number, "", 1, "n", 1, "success", None, None, None, 1, 1, 1, None)
+def attempt(number: int) -> AttemptRecord:
+    return AttemptRecord(number, number, "", 1, "n", 1, "success", tokens=1, output_tokens=1, cost_pico=1)
 
 
 STEP = Step("c", "m:M", b"{}", checksum(b"{}"))

@@ -18,7 +18,6 @@ from stroma.checkpoint.durable.operations import Commit
 from stroma.checkpoint.durable.owner import Owner, boot_id, new_owner
 from stroma.checkpoint.durable.rows import (
     Annotation,
-    AttemptSummary,
     Fence,
     Opening,
     RunEnd,
@@ -28,7 +27,7 @@ from stroma.checkpoint.durable.rows import (
     StepRow,
 )
 from stroma.checkpoint.payloads import BLOB
-from stroma.checkpoint.records import Attempt, RunQuery, StoreFacts, Tally
+from stroma.checkpoint.records import AttemptRecord, RunQuery, StoreFacts, Tally
 from stroma.checkpoint.sqlite import rows as _sqlite_rows
 from stroma.checkpoint.sqlite.file import SCHEMA_VERSION, DatabaseFile, connect
 from stroma.checkpoint.sqlite.rows import SqliteRows
@@ -75,7 +74,9 @@ def opening(run_id: str = "r", **facts: Any) -> Opening:
     return Opening(run_id, **{**inputs, **facts})
 
 
-def attempt(position: int = 0, started: int = 10, branch: str = "", number: int = 1, **facts: Any) -> Attempt:
+def attempt(
+    position: int = 0, started: int = 10, branch: str = "", number: int = 1, **facts: Any
+) -> AttemptRecord:
     inputs: dict[str, Any] = {
         "node_id": f"node {position}",
         "duration_ns": 7,
@@ -89,10 +90,12 @@ def attempt(position: int = 0, started: int = 10, branch: str = "", number: int 
         "model": "m",
         "function_ns": 7,
     }
-    return Attempt(position, started, branch, number, **{**inputs, **facts})
+    return AttemptRecord(position, started, branch, number, **{**inputs, **facts})
 
 
-def failed(position: int = 0, started: int = 10, branch: str = "", number: int = 1, **facts: Any) -> Attempt:
+def failed(
+    position: int = 0, started: int = 10, branch: str = "", number: int = 1, **facts: Any
+) -> AttemptRecord:
     events = {"outcome": "failure", "failure_class": "semantic", "message": "no", "reason": "why", **facts}
     return attempt(position, started, branch, number, **events)
 
@@ -302,7 +305,7 @@ def test_an_attempt_is_kept_once(rows: SqliteRows, clock: Clock) -> None:
 def test_what_tells_attempts_apart(rows: SqliteRows, field: str) -> None:
     fence = rows.begin(None, opening())
     rows.commit(fence, attempt(), None)
-    rows.commit(fence, attempt()._replace(**{field: "7" if field == "branch" else 7}), None)
+    rows.commit(fence, replace(attempt(), **{field: "7" if field == "branch" else 7}), None)
     assert len(table(rows, "attempts")) == 2
 
 
@@ -761,14 +764,18 @@ def test_the_history_of_an_execution(rows: SqliteRows) -> None:
     assert list(rows.attempts(1, 1)) == in_order
     assert list(rows.attempts(1, 2)) == list(rows.attempts(2, 1)) == []
     sized = [
-        AttemptSummary(tried, None if instance is None else len(instance.output), 2 if tried is later else 1)
+        replace(
+            tried,
+            output_bytes=None if instance is None else len(instance.output),
+            epoch=2 if tried is later else 1,
+        )
         for tried, instance in in_order
     ]
     assert rows.attempt_page(1, 1, limit=100, after=None) == (sized, None)
     assert rows.attempt_page(1, 1, limit=6, after=None) == (sized, None)
     assert rows.attempt_page(1, 1, limit=5, after=None) == (sized[:5], "1:1:30:2:0")
     for limit in (1, 2, 4):
-        pages, after = list[AttemptSummary](), None
+        pages, after = list[AttemptRecord](), None
         while True:
             page, after = rows.attempt_page(1, 1, limit=limit, after=after)
             assert len(page) <= limit

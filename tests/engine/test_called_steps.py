@@ -522,9 +522,7 @@ def test_steps_are_shown_with_what_is_inside_of_them() -> None:
     children."""
 
     def at(branch: str, started: int) -> AttemptRecord:
-        return AttemptRecord(
-            0, branch, "n", 1, 0, 0.0, "success", None, None, None, 0, 0, 0.0, None, None, started_ns=started
-        )
+        return AttemptRecord(0, started, branch, 1, "n", 0, "success")
 
     order = ["", "z#0", "z#0.0", "z#0.1", "z#0.10", "a#0", "a#0.x#0", "a#1"]
     events = [at(branch, started) for started, branch in enumerate(order)]

@@ -9,6 +9,7 @@ from tests.store_suite.journal import State
 
 from stroma.checkpoint import AttemptRecord, PipelineChanged, RunBusy, RunExists, StoreError
 from stroma.checkpoint.decisions import UNFINISHED
+from stroma.checkpoint.records import PICO
 from stroma.contracts.schema import schema_of
 from stroma.trace.events import AttemptRow
 
@@ -194,15 +195,15 @@ def record_of(entry: ModelAttempt) -> AttemptRecord:
         branch=attempt.branch,
         node_id=attempt.node_id,
         attempt=attempt.attempt,
-        started_ms=attempt.started_ns // 1_000_000,
-        duration_ms=attempt.duration_ns / 1e6,
+        started_ns=attempt.started_ns,
+        duration_ns=attempt.duration_ns,
         outcome=attempt.outcome,
         failure_class=None if failure is None else failure.value,
         message=message,
         reason=reason,
         tokens=usage.tokens,
         output_tokens=usage.output_tokens,
-        cost_usd=usage.cost_usd,
+        cost_pico=round(usage.cost_usd * PICO),
         model=usage.model,
         output=None if output is None or entry.is_discarded else SCHEMA.encode(output),
         error_type=error_type,

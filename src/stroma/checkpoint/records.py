@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Final, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
+from typing import Any, Final, Literal, NamedTuple
 
 from stroma._utils.text import typed
 from stroma.checkpoint.blocked import BlockedMark
 from stroma.failures.errors import BUDGET, PAUSED
 
 __all__ = [
+    "ATTEMPT_COLUMNS",
     "PICO",
-    "Attempt",
     "AttemptMark",
     "AttemptPage",
     "AttemptRecord",
@@ -30,6 +31,7 @@ __all__ = [
     "not_a_mark",
     "parse_attempt_mark",
     "parse_run_mark",
+    "stored_values",
 ]
 
 
@@ -168,45 +170,72 @@ class RunPage(NamedTuple):
 
 @dataclass(slots=True)  # Not frozen: 0.7 us instead of 6 to make one, and a page of a large map makes 10,000.
 class AttemptRecord:
-    """An attempt as a store lists it. Treat it as immutable.
+    """An attempt as a session stores it, and as a store lists it. Treat a listed one as immutable.
+
+    Its start distinguishes it from other attempts of the same number: a resumed run, and a retried group,
+    count from 1. The fields up to ``error_type`` are those that are stored with it, in this order.
 
     Attributes:
-        started_ms, started_ns: since the epoch.
-        duration_ms: for a group, from the first start to the last end of a function inside it.
-        function_ms: time for which its function ran; for a group, any function inside it.
-        output: in stored form; None without a readable commit.
-        output_bytes: size of the stored output; None without a commit.
-        damaged: the store holds something else than was committed: in the row of the attempt if ``outcome``
-            is "DAMAGED", otherwise in its output.
-        epoch: that of its process, as in RunRecord; 0 if unknown.
+        started_ns: since the epoch.
+        duration_ns: for a group, from the first start to the last end of a function inside it.
+        outcome: "DAMAGED" if its row in the store is damaged.
+        function_ns: time for which its function ran; for a group, any function inside it.
         group_id: id of the group around it.
         identity: that of the step of plain code at its position; None in a pipeline.
         error_type: name of the exception's type; None if nothing was raised.
+        epoch: that of its process, as in RunRecord; 0 if unknown.
+        output_bytes: size of the stored output; None without a commit.
+        output: in stored form; None without a readable commit, and in records without outputs.
+        damaged: the store holds something else than was committed: in the row of the attempt, or its output.
     """
 
     position: int
+    started_ns: int
     branch: str
-    node_id: str
     attempt: int
-    started_ms: int
-    duration_ms: float
+    node_id: str
+    duration_ns: int
     outcome: str
-    failure_class: str | None
-    message: str | None
-    reason: str | None
-    tokens: int
-    output_tokens: int
-    cost_usd: float
-    model: str | None
-    output: bytes | None
-    damaged: bool = False
-    output_bytes: int | None = field(default=None, compare=False)
-    started_ns: int = field(default=0, compare=False)
-    epoch: int = field(default=0, compare=False)
-    function_ms: float = field(default=0.0, compare=False)
+    failure_class: str | None = None
+    message: str | None = None
+    reason: str | None = None
+    tokens: int = 0
+    output_tokens: int = 0
+    cost_pico: int = 0
+    model: str | None = None
+    function_ns: int = field(default=0, compare=False)
     group_id: str | None = field(default=None, compare=False)
     identity: str | None = field(default=None, compare=False)
     error_type: str | None = None
+    epoch: int = field(default=0, compare=False)
+    output_bytes: int | None = field(default=None, compare=False)
+    output: bytes | None = None
+    damaged: bool = False
+
+    @property
+    def started_ms(self) -> int:
+        """Its start in milliseconds since the epoch."""
+        return self.started_ns // 1_000_000
+
+    @property
+    def duration_ms(self) -> float:
+        """Its duration, see ``duration_ns``."""
+        return self.duration_ns / 1e6
+
+    @property
+    def function_ms(self) -> float:
+        """Time for which its function ran, see ``function_ns``."""
+        return self.function_ns / 1e6
+
+    @property
+    def cost_usd(self) -> float:
+        """Its cost in US dollars."""
+        return self.cost_pico / PICO
+
+    @property
+    def key(self) -> tuple[int, int, str, int]:
+        """What distinguishes it from all attempts of its process, in the order of the history."""
+        return self.position, self.started_ns, self.branch, self.attempt
 
     @property
     def text(self) -> str | None:
@@ -216,6 +245,12 @@ class AttemptRecord:
     def idempotency_key(self, run_id: str, execution: int) -> str:
         """Return the ``current_node().idempotency_key`` of the attempt."""
         return f"{run_id}:{execution}:{self.identity or self.position}:{self.branch}"
+
+
+#: Names of the fields that are stored, in the order of an AttemptRecord.
+ATTEMPT_COLUMNS: Final = tuple(one.name for one in fields(AttemptRecord))[:18]
+#: Returns the stored fields of an attempt, in this order.
+stored_values: Final[Callable[[AttemptRecord], tuple[Any, ...]]] = attrgetter(*ATTEMPT_COLUMNS)
 
 
 class StoreFacts(NamedTuple):
@@ -278,7 +313,7 @@ def digits_seconds(digits: int) -> float:
     return float(first * 10 ** min(max(0, length - 2), 20)) / 1e9
 
 
-def cause_of(failed: Sequence[Attempt | AttemptRecord]) -> Cause | None:
+def cause_of(failed: Sequence[AttemptRecord]) -> Cause | None:
     """Return the cause among failed attempts, the latest end first.
 
     A failed group ends after the child that failed it, with the child's message: the cause is the child.
@@ -325,6 +360,11 @@ class AttemptMark(NamedTuple):
     def __str__(self) -> str:
         return ":".join(map(str, self))
 
+    @property
+    def key(self) -> tuple[int, int, str, int]:
+        """The key of that attempt."""
+        return self.position, self.started_ns, self.branch, self.attempt
+
 
 def end_of_page(last: AttemptRecord) -> AttemptMark:
     """Return the mark of a page of attempts that ends with this one."""
@@ -338,37 +378,3 @@ def parse_attempt_mark(mark: str) -> AttemptMark:
     if not all(number.isdecimal() and number.isascii() and len(number) < 20 for number in numbers):
         raise not_a_mark(mark)
     return AttemptMark(int(epoch), int(position), int(started), int(attempt), branch)
-
-
-class Attempt(NamedTuple):
-    """One attempt in stored form.
-
-    Its start distinguishes it from other attempts of the same number: a resumed run, and a retried group,
-    count from 1.
-
-    Attributes:
-        function_ns: time for which its function ran; for a group, any function inside it.
-        group_id: id of the group around it.
-        identity: that of the step of plain code at the position (see ``stroma.checkpoint.identity``); None in
-            a pipeline.
-        error_type: name of the exception's type; None if nothing was raised.
-    """
-
-    position: int
-    started_ns: int
-    branch: str
-    attempt: int
-    node_id: str
-    duration_ns: int
-    outcome: str
-    failure_class: str | None
-    message: str | None
-    reason: str | None
-    tokens: int
-    output_tokens: int
-    cost_pico: int
-    model: str | None
-    function_ns: int = 0
-    group_id: str | None = None
-    identity: str | None = None
-    error_type: str | None = None

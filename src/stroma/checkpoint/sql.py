@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from stroma.checkpoint.durable.integrity import parse_attempt
-from stroma.checkpoint.durable.rows import AttemptSummary, RunRow
-from stroma.checkpoint.records import AttemptMark, RunQuery, Tally, parse_run_mark
+from stroma.checkpoint.durable.rows import RunRow
+from stroma.checkpoint.records import AttemptRecord, RunQuery, Tally, end_of_page, parse_run_mark
 
 __all__ = ["Dialect", "attempt_page", "find_runs", "tally"]
 
@@ -101,16 +101,13 @@ def tally(
     ]
 
 
-def attempt_page(rows: list[Any], limit: int) -> tuple[list[AttemptSummary], str | None]:
+def attempt_page(rows: list[Any], limit: int) -> tuple[list[AttemptRecord], str | None]:
     """Return a page of attempts and the ``after`` of the next one.
 
-    ``rows``: (*Attempt, epoch, size); one more than ``limit`` if there is a next page.
+    ``rows``: (*ATTEMPT_COLUMNS, epoch, size); one more than ``limit`` if there is a next page.
     """
-    page = [AttemptSummary(parse_attempt(row[:-2]), row[-1], row[-2]) for row in rows[:limit]]
-    if len(rows) <= limit:
-        return page, None
-    last, epoch = page[-1].attempt, page[-1].epoch
-    return page, str(AttemptMark(epoch, last.position, last.started_ns, last.attempt, last.branch))
+    page = [parse_attempt(row[:-2], *row[-2:]) for row in rows[:limit]]
+    return page, str(end_of_page(page[-1])) if len(rows) > limit else None
 
 
 def _place(run: RunRow) -> tuple[int, int]:

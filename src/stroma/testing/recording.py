@@ -13,7 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from stroma.checkpoint import CheckpointNotFound, Committed
 from stroma.checkpoint.history import History
-from stroma.checkpoint.records import AttemptRecord
+from stroma.checkpoint.records import PICO, AttemptRecord
 from stroma.contracts.schema import Schema
 from stroma.failures.classes import FailureClass
 from stroma.trace.events import FAILED_ITEM
@@ -55,23 +55,23 @@ class RecordedAttempt:
     def as_record(self, position: int) -> AttemptRecord:
         """Return the attempt as a store would list it at a position."""
         return AttemptRecord(
-            position,
-            self.branch,
-            self.node_id,
-            self.attempt,
-            0,
-            self.duration_ms,
-            self.outcome,
-            self.failure_class,
-            self.message,
-            self.reason,
-            self.tokens,
-            self.output_tokens,
-            self.cost_usd,
-            self.model,
-            self.output,
-            output_bytes=None if self.output is None else len(self.output),
+            position=position,
+            started_ns=0,
+            branch=self.branch,
+            attempt=self.attempt,
+            node_id=self.node_id,
+            duration_ns=round(self.duration_ms * 1e6),
+            outcome=self.outcome,
+            failure_class=self.failure_class,
+            message=self.message,
+            reason=self.reason,
+            tokens=self.tokens,
+            output_tokens=self.output_tokens,
+            cost_pico=round(self.cost_usd * PICO),
+            model=self.model,
             error_type=self.error_type,
+            output_bytes=None if self.output is None else len(self.output),
+            output=self.output,
         )
 
     def committed(self) -> Committed:

@@ -8,11 +8,11 @@ from typing import Any, Final, TypeAlias, cast
 
 from stroma.checkpoint.decisions import is_answered
 from stroma.checkpoint.decoding import RecordName, decode_json, decode_number, decode_text
-from stroma.checkpoint.durable.integrity import is_intact, seal, storable_text
+from stroma.checkpoint.durable.integrity import is_intact, parse_attempt, seal, storable_text
 from stroma.checkpoint.durable.rows import Annotation, Rows, RunRow, Step, StepRow
 from stroma.checkpoint.entries import UnknownCall, Waiting, is_effect_note
 from stroma.checkpoint.payloads import UNREADABLE, PayloadPlace, Payloads
-from stroma.checkpoint.records import PICO, Attempt
+from stroma.checkpoint.records import ATTEMPT_COLUMNS, AttemptRecord, stored_values
 from stroma.failures.classes import FailureClass
 from stroma.trace.events import AttemptRow, AttemptUsage, Failed, Outcome
 from stroma.trace.rejected import RejectedOutput, read_rejected
@@ -79,52 +79,53 @@ def name_of(row: StepRow, run_id: str) -> RecordName:
     return RecordName(run_id, Annotation(row.position).name.lower().replace("_", " "), str(row.branch))
 
 
-def due_hooks_key(attempt: Attempt) -> str:
+def due_hooks_key(attempt: AttemptRecord) -> str:
     """Return the key of an attempt's pending end hooks."""
     return f"{attempt.position}:{attempt.started_ns}:{attempt.attempt}:{attempt.branch}"
 
 
-def record_due_hooks(rows: Rows, run_id: str, attempt: Attempt) -> None:
+def record_due_hooks(rows: Rows, run_id: str, attempt: AttemptRecord) -> None:
     """Record that the end hooks of an attempt are pending."""
     # The arguments of its hooks, except the output, which is stored with its commit.
-    step = _NO_STEP._replace(output=json.dumps(attempt).encode())
+    step = _NO_STEP._replace(output=json.dumps(stored_values(attempt)).encode())
     annotate(rows, run_id, Annotation.DUE_HOOKS, due_hooks_key(attempt), attempt.node_id, step)
 
 
 def read_due_hooks(row: StepRow, run_id: str, execution: int, payloads: Payloads) -> AttemptRow:
     """Return the row that :func:`record_due_hooks` stored. Raises CorruptCheckpoint."""
     name = name_of(row, run_id)
-    attempt: Attempt = decode_json(row.step.output, Attempt, name)
+    values = decode_json(row.step.output, list[Any], name)
+    attempt = parse_attempt(values) if len(values) == len(ATTEMPT_COLUMNS) else None
+    if attempt is None or attempt.damaged:
+        raise name.damaged()
     place = PayloadPlace(run_id, execution, "message", attempt.position, attempt.branch)
-    attempt = attempt._replace(message=payloads.open_text(attempt.message, place))
-    usage = AttemptUsage(attempt.tokens, attempt.output_tokens, attempt.cost_pico / PICO, attempt.model)
+    message = payloads.open_text(attempt.message, place)
+    usage = AttemptUsage(attempt.tokens, attempt.output_tokens, attempt.cost_usd, attempt.model)
     failed = None
     if attempt.failure_class is not None:
         if attempt.failure_class not in list(FailureClass):
             raise name.damaged(f"{attempt.failure_class!r:.40} is not a failure class")
         failed = Failed(
-            FailureClass(attempt.failure_class), attempt.message or "", attempt.reason, attempt.error_type
+            FailureClass(attempt.failure_class), message or "", attempt.reason, attempt.error_type
         )
-    elif attempt.message is not None:
-        failed = Failed(
-            FailureClass.RECOVERABLE, attempt.message, attempt.reason
-        )  # The reason of a suspension.
+    elif message is not None:  # The reason of a suspension.
+        failed = Failed(FailureClass.RECOVERABLE, message, attempt.reason)
     return AttemptRow(
-        attempt.node_id,
-        attempt.attempt,
-        attempt.started_ns,
-        attempt.duration_ns,
-        {},
-        None,
-        cast("Outcome", attempt.outcome),
-        failed,
-        usage,
-        attempt.position,
-        attempt.branch,
-        attempt.group_id,
-        None,
-        None,
-        attempt.function_ns,
+        node_id=attempt.node_id,
+        attempt=attempt.attempt,
+        started_ns=attempt.started_ns,
+        duration_ns=attempt.duration_ns,
+        input={},
+        output=None,
+        outcome=cast("Outcome", attempt.outcome),
+        failure=failed,
+        usage=usage,
+        position=attempt.position,
+        branch=attempt.branch,
+        group=attempt.group_id,
+        schemas=None,
+        children=None,
+        function_ns=attempt.function_ns,
     )
 
 
@@ -182,7 +183,7 @@ def read_waiting(row: StepRow, run_id: str, execution: int, payloads: Payloads) 
 
 
 def record_rejected(
-    rows: Rows, run_id: str, execution: int, attempt: Attempt, data: bytes, payloads: Payloads
+    rows: Rows, run_id: str, execution: int, attempt: AttemptRecord, data: bytes, payloads: Payloads
 ) -> None:
     """Store the output of an attempt that broke its contract."""
     key = rejected_key(attempt.position, attempt.branch, attempt.started_ns)

@@ -11,39 +11,45 @@ from stroma.checkpoint.durable.rows import EventRow, Fence, StepRow
 from stroma.checkpoint.entries import Committed, StepCall
 from stroma.checkpoint.events import EventBatch, EventPlace
 from stroma.checkpoint.payloads import BLOB, PayloadPlace, Payloads
-from stroma.checkpoint.records import PICO, Attempt
+from stroma.checkpoint.records import PICO, AttemptRecord
 from stroma.contracts.schema import Snapshot
 from stroma.contracts.snapshots import StoredSnapshot
 from stroma.trace.events import NO_USAGE, AttemptRow
 
-__all__ = ["open_events", "payload_reference", "seal_events", "to_attempt", "to_committed"]
+__all__ = ["open_events", "open_message", "payload_reference", "seal_events", "to_attempt", "to_committed"]
 
 _CHECKSUM_BYTES: Final = 32
 
 
-def to_attempt(row: AttemptRow) -> Attempt:
+def to_attempt(row: AttemptRow) -> AttemptRecord:
     """Return the attempt of a row of the trace, as a store records it."""
     failure, message, reason, error_type = row.failure or (None, None, None, None)
     usage = row.usage or NO_USAGE
-    return Attempt(
-        row.position,
-        row.started_ns,
-        row.branch,
-        row.attempt,
-        row.node_id,
-        row.duration_ns,
-        row.outcome,
-        failure and failure.value,
-        storable_text(message),
-        storable_text(reason),
-        usage.tokens,
-        usage.output_tokens,
-        round(usage.cost_usd * PICO),
-        storable_text(usage.model),
-        row.function_ns,
-        storable_text(row.group),
+    return AttemptRecord(
+        position=row.position,
+        started_ns=row.started_ns,
+        branch=row.branch,
+        attempt=row.attempt,
+        node_id=row.node_id,
+        duration_ns=row.duration_ns,
+        outcome=row.outcome,
+        failure_class=failure and failure.value,
+        message=storable_text(message),
+        reason=storable_text(reason),
+        tokens=usage.tokens,
+        output_tokens=usage.output_tokens,
+        cost_pico=round(usage.cost_usd * PICO),
+        model=storable_text(usage.model),
+        function_ns=row.function_ns,
+        group_id=storable_text(row.group),
         error_type=storable_text(error_type),
     )
+
+
+def open_message(payloads: Payloads, run_id: str, execution: int, attempt: AttemptRecord) -> None:
+    """Replace the stored form of the message of an attempt by the message."""
+    place = PayloadPlace(run_id, execution, "message", attempt.position, attempt.branch)
+    attempt.message = payloads.open_text(attempt.message, place)
 
 
 def to_committed(

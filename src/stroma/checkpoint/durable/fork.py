@@ -31,7 +31,7 @@ from stroma.checkpoint.entries import StepCall
 from stroma.checkpoint.errors import CheckpointNotFound, RunExists
 from stroma.checkpoint.flow_notes import FlowCut, cut_before
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
-from stroma.checkpoint.records import Attempt
+from stroma.checkpoint.records import AttemptRecord
 
 __all__ = ["fork_run"]
 
@@ -92,7 +92,10 @@ def fork_run(
             step = edited._replace(contract=step.contract)
         elif payloads.codec is not None:
             step = _reseal_step(payloads, step, old, new, position, branch)
-        attempt = _forked_attempt(number, position, branch, node_id, identities.get(position))
+        # The number takes the place of its start, to keep the order of commits.
+        attempt = AttemptRecord(
+            position, number, branch, 1, node_id, 0, "forked", identity=identities.get(position)
+        )
         rows.commit(fence, attempt, seal(position, branch, node_id, step))
     if cut is not None:
         _copy_flow(rows, payloads, origin, fence, opening.run_id, before, cut, notes)
@@ -134,14 +137,6 @@ def _copy_flow(
         answer = read_waiting(row, source, origin.execution, payloads)
         if answer.position == position and cut.has_call(answer.branch):
             record_waiting(rows, run_id, fence.execution, answer, payloads)
-
-
-def _forked_attempt(number: int, position: int, branch: str, node_id: str, identity: str | None) -> Attempt:
-    """Return the attempt of a copied commit. ``number`` takes the place of its start, to keep the order of commits."""
-    usage = (0, 0, 0, None)
-    return Attempt(
-        position, number, branch, 1, node_id, 0, "forked", None, None, None, *usage, identity=identity
-    )
 
 
 def _reseal_step(

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Mapping, Sequence
-from operator import itemgetter
 from types import MappingProxyType
 from typing import Any, Final, get_type_hints
 
 from stroma.checkpoint.durable.rows import DAMAGED, Annotation, RunRow, Step, StepRow
 from stroma.checkpoint.errors import CheckpointLost, CorruptCheckpoint
-from stroma.checkpoint.records import Attempt
+from stroma.checkpoint.records import ATTEMPT_COLUMNS, AttemptRecord
 
 __all__ = [
     "checksum",
@@ -66,23 +64,21 @@ def parse_run(
     return row._replace(**{**defaults, "status": DAMAGED, "error": error, "owner": None})
 
 
-def parse_attempt(values: Sequence[Any]) -> Attempt:
-    """Return an attempt. If a value has a type that no store writes, its outcome is DAMAGED, its message says why."""
-    row = Attempt._make(values)
-    # 1 us instead of 8: the page of a large map reads 10,000.
-    if tuple(map(type, row)) in _INTACT_ATTEMPTS:
-        numbers = _attempt_numbers(row)
-        if min(numbers) >= 0 and max(numbers) <= _MAX_INT:
-            return row
-    fields = zip(row._fields, row, _ATTEMPT_TYPES, strict=True)
-    wrong = {name: types for name, value, types in fields if not _is_valid(value, types)}
-    if not wrong:
-        return row
-    defaults: dict[str, Any] = {
-        name: 0 if types is _NUMBER else "" if types is _TEXT else None for name, types in wrong.items()
-    }
-    message = f"its row in the store is damaged: {', '.join(wrong)}"
-    return row._replace(**{**defaults, "outcome": DAMAGED, "failure_class": None, "message": message})
+def parse_attempt(values: Sequence[Any], epoch: int = 0, output_bytes: int | None = None) -> AttemptRecord:
+    """Return an attempt of its stored values. If one has a type that no store writes, its outcome is DAMAGED."""
+    record = AttemptRecord(*values)
+    record.epoch, record.output_bytes = epoch, output_bytes
+    if all(map(isinstance, values, _ATTEMPT_TYPES)) and all(
+        0 <= number <= _MAX_INT for number in values if isinstance(number, int)
+    ):
+        return record
+    columns = zip(ATTEMPT_COLUMNS, values, _ATTEMPT_TYPES, strict=True)
+    wrong = {name: types for name, value, types in columns if not _is_valid(value, types)}
+    for name, types in wrong.items():
+        setattr(record, name, 0 if types is _NUMBER else "" if types is _TEXT else None)
+    record.outcome, record.failure_class, record.damaged = DAMAGED, None, True
+    record.message = f"its row in the store is damaged: {', '.join(wrong)}"
+    return record
 
 
 def require_undamaged(run: RunRow | None) -> RunRow | None:
@@ -106,10 +102,8 @@ _TYPES: Final[dict[Any, tuple[type, ...]]] = {
     float: (int, float),
 }
 _RUN_TYPES: Final = tuple(_TYPES[kind] for kind in get_type_hints(RunRow).values())
-_ATTEMPT_TYPES: Final = tuple(_TYPES[kind] for kind in get_type_hints(Attempt).values())
-#: The types of the values of an attempt in every valid combination, and a function that returns its numbers.
-_INTACT_ATTEMPTS: Final = frozenset(itertools.product(*_ATTEMPT_TYPES))
-_attempt_numbers: Final = itemgetter(*(at for at, types in enumerate(_ATTEMPT_TYPES) if types is _NUMBER))
+_HINTS: Final = get_type_hints(AttemptRecord)
+_ATTEMPT_TYPES: Final = tuple(_TYPES[_HINTS[name]] for name in ATTEMPT_COLUMNS)
 #: Values in place of those that cannot be read; 0 for all others. SQLite sorts texts above all numbers, so in
 #: a list, the newest first, a start that is a text comes before this one.
 _DEFAULTS: Final[dict[str, Any]] = {

@@ -12,7 +12,7 @@ from stroma.checkpoint.durable.integrity import lost_error
 from stroma.checkpoint.durable.owner import Owner
 from stroma.checkpoint.durable.rows import EventRow, Fence, Opening, Rows, RunRow, Step
 from stroma.checkpoint.errors import Fenced, StoreError
-from stroma.checkpoint.records import Attempt
+from stroma.checkpoint.records import AttemptRecord
 
 __all__ = [
     "CellChange",
@@ -31,7 +31,7 @@ class Commit(NamedTuple):
 
     run_id: str
     fence: Fence
-    attempt: Attempt
+    attempt: AttemptRecord
     step: Step | None
 
     def __call__(self, rows: Rows) -> None:

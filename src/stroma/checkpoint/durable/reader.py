@@ -16,7 +16,7 @@ from stroma.checkpoint.durable.annotations import (
     read_waiting,
     rejected_key,
 )
-from stroma.checkpoint.durable.conversion import open_events
+from stroma.checkpoint.durable.conversion import open_events, open_message
 from stroma.checkpoint.durable.integrity import (
     is_intact,
     lost_error,
@@ -25,9 +25,7 @@ from stroma.checkpoint.durable.integrity import (
     verify_step,
 )
 from stroma.checkpoint.durable.rows import (
-    DAMAGED,
     Annotation,
-    AttemptSummary,
     Rows,
     RunExtras,
     RunRow,
@@ -40,7 +38,6 @@ from stroma.checkpoint.events import EventPage, EventPlace
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
 from stroma.checkpoint.records import (
     PICO,
-    Attempt,
     AttemptPage,
     AttemptRecord,
     RunPage,
@@ -165,7 +162,7 @@ class ReadableStore(ABC):
                 return []
             number = run.execution if execution is None else execution
             return [
-                self._attempt_record(run_id, number, attempt, step)
+                self._with_output(run_id, number, attempt, step)
                 for attempt, step in rows.attempts(run.run, number)
             ]
 
@@ -182,10 +179,8 @@ class ReadableStore(ABC):
             if run is None:
                 return AttemptPage([], None)
             number = run.execution if execution is None else execution
-            summaries, following = rows.attempt_page(run.run, number, limit=limit, after=after)
-            return AttemptPage(
-                [self._attempt_summary(run_id, number, summary) for summary in summaries], following
-            )
+            attempts, following = rows.attempt_page(run.run, number, limit=limit, after=after)
+            return AttemptPage(self._with_messages(run_id, number, attempts), following)
 
         return self.read(query, AttemptPage([], None))
 
@@ -203,8 +198,7 @@ class ReadableStore(ABC):
             if run is None:
                 return []
             number = run.execution if execution is None else execution
-            summaries = rows.attempts_at(run.run, number, position, branch)
-            return [self._attempt_summary(run_id, number, summary) for summary in summaries]
+            return self._with_messages(run_id, number, rows.attempts_at(run.run, number, position, branch))
 
         return self.read(query, [])
 
@@ -270,15 +264,6 @@ class ReadableStore(ABC):
         place = PayloadPlace(run_id, number, "output", position, branch)
         return self._payloads.open(row.step.output, place, what)
 
-    def _with_message(self, run_id: str, execution: int, attempt: Attempt) -> Attempt:
-        if attempt.message is None:
-            return attempt
-        place = PayloadPlace(run_id, execution, "message", attempt.position, attempt.branch)
-        return attempt._replace(message=self._payloads.open_text(attempt.message, place))
-
-    def _attempt_summary(self, run_id: str, execution: int, summary: AttemptSummary) -> AttemptRecord:
-        return _record_of(self._with_message(run_id, execution, summary.attempt), summary.size, summary.epoch)
-
     def _run_records(self, rows: Rows, runs: list[RunRow], *, failed: int) -> list[RunRecord]:
         records: list[RunRecord] = []
         for run, extras in zip(runs, rows.run_extras(runs, failed=failed), strict=True):
@@ -286,25 +271,33 @@ class ReadableStore(ABC):
             blocked = self._payloads.open_text(
                 run.blocked, PayloadPlace(run.run_id, run.execution, "blocked")
             )
-            failed_attempts = [self._with_message(run.run_id, run.execution, one) for one in extras.failed]
-            causes = _possible_causes(rows, run, failed_attempts)
+            causes = _possible_causes(
+                rows, run, self._with_messages(run.run_id, run.execution, extras.failed)
+            )
             records.append(_run_record(run._replace(error=error, blocked=blocked), extras, causes))
         return records
 
-    def _attempt_record(
-        self, run_id: str, execution: int, attempt: Attempt, step: Step | None
+    def _with_messages(
+        self, run_id: str, execution: int, attempts: list[AttemptRecord]
+    ) -> list[AttemptRecord]:
+        for one in attempts:
+            open_message(self._payloads, run_id, execution, one)
+        return attempts
+
+    def _with_output(
+        self, run_id: str, execution: int, attempt: AttemptRecord, step: Step | None
     ) -> AttemptRecord:
-        attempt, output, damaged = self._with_message(run_id, execution, attempt), None, False
+        open_message(self._payloads, run_id, execution, attempt)
         if step is not None:
+            attempt.output_bytes = len(step.output)
             what = f"the output of node {attempt.node_id!r} at position {attempt.position} of run {run_id!r}"
             try:
                 verify_step(step, run_id, attempt.position, attempt.node_id, attempt.branch)
                 place = PayloadPlace(run_id, execution, "output", attempt.position, attempt.branch)
-                output = self._payloads.open(step.output, place, what)
+                attempt.output = self._payloads.open(step.output, place, what)
             except CorruptCheckpoint:
-                damaged = True  # The rest of the history is still readable.
-        size = None if step is None else len(step.output)
-        return _record_of(attempt, size, 0, output=output, damaged=damaged)
+                attempt.damaged = True  # The rest of the history is still readable.
+        return attempt
 
     def input_of(self, run_id: str) -> bytes:
         """Return the initial state of a run in stored form (see Schema.decode).
@@ -412,7 +405,7 @@ class ReadableStore(ABC):
         )
 
 
-def _possible_causes(rows: Rows, run: RunRow, failed: list[Attempt]) -> list[Attempt]:
+def _possible_causes(rows: Rows, run: RunRow, failed: list[AttemptRecord]) -> list[AttemptRecord]:
     """Return the failed attempts that may be the cause: of an unfinished run, those without a later success."""
     if run.status not in ("RUNNING", "SUSPENDED"):
         return failed
@@ -420,12 +413,12 @@ def _possible_causes(rows: Rows, run: RunRow, failed: list[Attempt]) -> list[Att
     for one in failed:
         at = one.position, one.branch
         if at not in last_fix:
-            attempts = (summary.attempt for summary in rows.attempts_at(run.run, run.execution, *at))
+            attempts = rows.attempts_at(run.run, run.execution, *at)
             last_fix[at] = max((a.started_ns for a in attempts if a.outcome in _FIXES), default=0)
     return [one for one in failed if one.started_ns > last_fix[one.position, one.branch]]
 
 
-def _run_record(row: RunRow, extras: RunExtras, causes: list[Attempt]) -> RunRecord:
+def _run_record(row: RunRow, extras: RunExtras, causes: list[AttemptRecord]) -> RunRecord:
     holder = row.holder
     return RunRecord(
         row.run_id,
@@ -451,34 +444,4 @@ def _run_record(row: RunRow, extras: RunExtras, causes: list[Attempt]) -> RunRec
         row.expires_ms,
         row.version or None,
         row.mark,
-    )
-
-
-def _record_of(
-    attempt: Attempt, size: int | None, epoch: int, *, output: bytes | None = None, damaged: bool = False
-) -> AttemptRecord:
-    return AttemptRecord(
-        position=attempt.position,
-        branch=attempt.branch,
-        node_id=attempt.node_id,
-        attempt=attempt.attempt,
-        started_ms=attempt.started_ns // 1_000_000,
-        duration_ms=attempt.duration_ns / 1e6,
-        outcome=attempt.outcome,
-        failure_class=attempt.failure_class,
-        message=attempt.message,
-        reason=attempt.reason,
-        tokens=attempt.tokens,
-        output_tokens=attempt.output_tokens,
-        cost_usd=attempt.cost_pico / PICO,
-        model=attempt.model,
-        output=output,
-        damaged=damaged or attempt.outcome == DAMAGED,
-        output_bytes=size,
-        started_ns=attempt.started_ns,
-        epoch=epoch,
-        function_ms=attempt.function_ns / 1e6,
-        group_id=attempt.group_id,
-        identity=attempt.identity,
-        error_type=attempt.error_type,
     )

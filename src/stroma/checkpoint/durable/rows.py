@@ -16,14 +16,13 @@ from stroma.checkpoint.blocked import BlockedMark
 from stroma.checkpoint.durable.owner import Owner, is_gone
 from stroma.checkpoint.events import EventPlace
 from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry, QueueFigures
-from stroma.checkpoint.records import Attempt, RunQuery, StoreFacts, Tally
+from stroma.checkpoint.records import AttemptRecord, RunQuery, StoreFacts, Tally
 
 __all__ = [
     "DAMAGED",
     "FORKED",
     "OF_EXECUTION",
     "Annotation",
-    "AttemptSummary",
     "EventRow",
     "Fence",
     "Opening",
@@ -240,14 +239,6 @@ class RunEnd(NamedTuple):
     updated_ms: int | None = None
 
 
-class AttemptSummary(NamedTuple):
-    """An attempt without its output. ``size``: of the stored output; None without a commit. ``epoch``: see Fence."""
-
-    attempt: Attempt
-    size: int | None
-    epoch: int
-
-
 class EventRow(NamedTuple):
     """A batch of events in stored form.
 
@@ -267,7 +258,7 @@ class RunExtras(NamedTuple):
 
     parent: str | None
     tags: tuple[str, ...]
-    failed: list[Attempt]
+    failed: list[AttemptRecord]
 
 
 class Rows(Protocol):
@@ -323,7 +314,7 @@ class Rows(Protocol):
         """Return True if a missing run was deleted. Known for at least a day."""
         ...
 
-    def commit(self, fence: Fence, attempt: Attempt, step: Step | None) -> bool:
+    def commit(self, fence: Fence, attempt: AttemptRecord, step: Step | None) -> bool:
         """Record an attempt, its usage and its output, count them, and renew the lease.
 
         Returns False if the fence refuses it, also for a run that counts fewer attempts than were
@@ -462,21 +453,21 @@ class Rows(Protocol):
         """Return ids with a prefix of runs with an execution: an equal id first, then the newest."""
         ...
 
-    def attempts(self, run: Any, execution: int) -> Iterable[tuple[Attempt, Step | None]]:
+    def attempts(self, run: Any, execution: int) -> Iterable[tuple[AttemptRecord, Step | None]]:
         """Return attempts with their commits, by process, position and time; a group before its children."""
         ...
 
     def attempt_page(
         self, run: Any, execution: int, *, limit: int, after: str | None
-    ) -> tuple[list[AttemptSummary], str | None]:
-        """Return a page of the attempts, with the stored size of each output instead of the output."""
+    ) -> tuple[list[AttemptRecord], str | None]:
+        """Return a page of the attempts, with the epoch of each, and the stored size of its output."""
         ...
 
-    def attempts_at(self, run: Any, execution: int, position: int, branch: str) -> list[AttemptSummary]:
-        """Return the attempts of one place, without outputs."""
+    def attempts_at(self, run: Any, execution: int, position: int, branch: str) -> list[AttemptRecord]:
+        """Return the attempts of one place, as those of a page."""
         ...
 
-    def failed_since(self, run: Any, execution: int, epoch: int) -> list[Attempt]:
+    def failed_since(self, run: Any, execution: int, epoch: int) -> list[AttemptRecord]:
         """Return the last failed attempts of an execution since an epoch, the earliest end first."""
         ...
 

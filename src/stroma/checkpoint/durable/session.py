@@ -58,7 +58,7 @@ from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import BLOB, LARGE_BYTES, PayloadPlace, Payloads
 from stroma.checkpoint.protocols import Charge
-from stroma.checkpoint.records import Attempt
+from stroma.checkpoint.records import AttemptRecord
 from stroma.contracts.schema import Schema
 from stroma.trace.events import AttemptRow, contract_of
 
@@ -239,19 +239,16 @@ class DurableSession:
         """See Session."""
         self._identities[position] = identity
 
-    def _attempt(self, row: AttemptRow) -> Attempt:
-        attempt = self._attempt_with_identity(row)
-        if self._payloads.codec is None or attempt.message is None:
-            return attempt
-        return attempt._replace(message=self._sealed_message(attempt, attempt.message))
-
-    def _attempt_with_identity(self, row: AttemptRow) -> Attempt:
+    def _attempt(self, row: AttemptRow) -> AttemptRecord:
         attempt = to_attempt(row)
-        return attempt._replace(identity=self._identities.get(row.position)) if self._identities else attempt
+        attempt.identity = self._identities.get(row.position)
+        if self._payloads.codec is not None:
+            self._seal_message(attempt)
+        return attempt
 
-    def _sealed_message(self, attempt: Attempt, message: str) -> str | None:
+    def _seal_message(self, attempt: AttemptRecord) -> None:
         place = self._place("message", self.fence.execution, attempt.position, attempt.branch)
-        return self._payloads.seal_text(storable_text(message), place)
+        attempt.message = self._payloads.seal_text(attempt.message, place)
 
     @property
     def epoch(self) -> int:
@@ -276,7 +273,7 @@ class DurableSession:
         """See Session."""
         self._rejected[position, branch] = (started_ns, data)
 
-    def _rejected_of(self, attempt: Attempt) -> bytes | None:
+    def _rejected_of(self, attempt: AttemptRecord) -> bytes | None:
         """Return the output that broke its contract in an attempt, or None."""
         started_ns, data = self._rejected.get((attempt.position, attempt.branch), (0, None))
         return data if started_ns == attempt.started_ns else None
@@ -482,9 +479,10 @@ class DurableSession:
 
     def suspend(self, row: AttemptRow, waiting: Waiting) -> Awaitable[None]:
         """Store a suspended attempt and its question. Awaited: raises Fenced, or another StoreError."""
-        attempt = self._attempt_with_identity(row)
-        message = self._sealed_message(attempt, waiting.reason)
-        commit = Commit(self.run_id, self.fence, attempt._replace(message=message), None)
+        attempt = to_attempt(row)
+        attempt.identity, attempt.message = self._identities.get(row.position), storable_text(waiting.reason)
+        self._seal_message(attempt)
+        commit = Commit(self.run_id, self.fence, attempt, None)
 
         def write(rows: Rows) -> Waiting:
             rows.find(self.run_id, lock=True)  # Its answer may arrive between the read and the write.

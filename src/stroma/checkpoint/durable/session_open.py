@@ -33,13 +33,12 @@ from stroma.checkpoint.durable.annotations import (
     require_intact,
 )
 from stroma.checkpoint.durable.control import CANCEL, KINDS, PAUSE, forget_requests, request, to_control
-from stroma.checkpoint.durable.conversion import to_committed
+from stroma.checkpoint.durable.conversion import open_message, to_committed
 from stroma.checkpoint.durable.integrity import checksum, lost_error, verify_input
 from stroma.checkpoint.durable.messages import last_number
 from stroma.checkpoint.durable.operations import fence_error
 from stroma.checkpoint.durable.owner import Owner
 from stroma.checkpoint.durable.rows import (
-    DAMAGED,
     OF_EXECUTION,
     Annotation,
     Fence,
@@ -63,7 +62,7 @@ from stroma.checkpoint.entries import (
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
 from stroma.checkpoint.queue import QUEUED
-from stroma.checkpoint.records import PICO, Attempt
+from stroma.checkpoint.records import PICO, AttemptRecord
 from stroma.failures.errors import PAUSED
 from stroma.trace.events import AttemptRow
 
@@ -287,9 +286,11 @@ class RunOpener:
             self._count_deaths(rows, number, first_epoch)
             if request.discard_from is None:
                 failed = rows.failed_since(run.run, run.execution, first_epoch)
-                if any(one.outcome == DAMAGED for one in failed):
+                if any(one.damaged for one in failed):
                     raise RecordName(self._run_id, "list of failed attempts").damaged()
-                tried = _count_failed(map(self._with_message, failed), opened.restored)
+                for one in failed:
+                    open_message(self._payloads, self._run_id, run.execution, one)
+                tried = _count_failed(failed, opened.restored)
                 opened.tried = {at: self._with_rejected(rows, run, at, one) for at, one in tried.items()}
 
     def _claim_to_end(self, rows: Rows, run: RunRow, finished: Finished) -> None:
@@ -319,12 +320,6 @@ class RunOpener:
         if row is None:
             return tried
         return tried._replace(rejected=open_rejected(row, self._run_id, run.execution, self._payloads))
-
-    def _with_message(self, attempt: Attempt) -> Attempt:
-        place = PayloadPlace(
-            self._run_id, self._opened.fence.execution, "message", attempt.position, attempt.branch
-        )
-        return attempt._replace(message=self._payloads.open_text(attempt.message, place))
 
     def _seal_for_next(self, run: RunRow | None) -> Opening:
         """Seal the input again if another process has begun the execution that it was sealed for."""
@@ -418,7 +413,7 @@ def _read_only_fence(run: RunRow) -> Fence:
 
 
 def _count_failed(
-    failed: Iterable[Attempt], restored: Mapping[tuple[int, str], Committed]
+    failed: Iterable[AttemptRecord], restored: Mapping[tuple[int, str], Committed]
 ) -> dict[tuple[int, str], Tried]:
     """Count the failed attempts of what is not committed. ``failed``: in the order of their ends."""
     counts: dict[tuple[int, str], Tried] = {}

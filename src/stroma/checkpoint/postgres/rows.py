@@ -14,7 +14,6 @@ from stroma.checkpoint.durable.integrity import parse_attempt, parse_run, requir
 from stroma.checkpoint.durable.owner import machine_prefix
 from stroma.checkpoint.durable.rows import (
     Annotation,
-    AttemptSummary,
     EventRow,
     Fence,
     Opening,
@@ -30,7 +29,16 @@ from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.postgres import statements as sql
 from stroma.checkpoint.postgres.schema import SCHEMA_VERSION, key
 from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry, QueueFigures
-from stroma.checkpoint.records import Attempt, AttemptMark, RunQuery, StoreFacts, Tally, parse_attempt_mark
+from stroma.checkpoint.records import (
+    ATTEMPT_COLUMNS,
+    AttemptMark,
+    AttemptRecord,
+    RunQuery,
+    StoreFacts,
+    Tally,
+    parse_attempt_mark,
+    stored_values,
+)
 from stroma.checkpoint.sql import Dialect, attempt_page, find_runs, tally
 
 __all__ = ["PostgresRows", "commit_query", "commit_reply"]
@@ -145,7 +153,7 @@ class PostgresRows:
     def was_deleted(self, run: int) -> bool:
         return bool(self._execute("SELECT 1 FROM deleted WHERE run = %s", (run,)).fetchall())
 
-    def commit(self, fence: Fence, attempt: Attempt, step: Step | None) -> bool:
+    def commit(self, fence: Fence, attempt: AttemptRecord, step: Step | None) -> bool:
         is_recorded, attempts = commit_reply(self._execute(*commit_query(fence, attempt, step)))
         if is_recorded:
             self.attempt_counts.append((fence, attempts))
@@ -326,7 +334,7 @@ class PostgresRows:
         numbers = [run.run for run in runs]
         rows = self._execute(sql.EXTRAS, (Annotation.PARENT, numbers)).fetchall()
         extras = {number: (parent, tuple(tags)) for number, parent, tags in rows}
-        failures: dict[int, list[Attempt]] = {}
+        failures: dict[int, list[AttemptRecord]] = {}
         if failed:
             values = (numbers, [run.execution for run in runs], failed)
             for number, *attempt in self._execute(sql.FAILED_ATTEMPTS, values).fetchall():
@@ -345,28 +353,28 @@ class PostgresRows:
         run_ids = [prefix] if exact_match is not None and exact_match.execution else []
         return [*run_ids, *(run_id for (run_id,) in rows)][:limit]
 
-    def attempts(self, run: int, execution: int) -> Iterator[tuple[Attempt, Step | None]]:
+    def attempts(self, run: int, execution: int) -> Iterator[tuple[AttemptRecord, Step | None]]:
         outputs = {
             tuple(row[:5]): Step._make(row[5:])
             for row in self._execute(sql.OUTPUTS, (run, execution)).fetchall()
         }
         for *row, epoch in self._execute(sql.ATTEMPTS, (run, execution)).fetchall():
             attempt = parse_attempt(row)
-            yield attempt, outputs.get((epoch, *attempt[:4]))
+            yield attempt, outputs.get((epoch, *attempt.key))
 
     def attempt_page(
         self, run: int, execution: int, *, limit: int, after: str | None
-    ) -> tuple[list[AttemptSummary], str | None]:
+    ) -> tuple[list[AttemptRecord], str | None]:
         mark = AttemptMark(-1, 0, 0, 0, "") if after is None else parse_attempt_mark(after)
         start = (mark.epoch, mark.position, mark.started_ns, key(mark.branch), mark.attempt)
         rows = self._execute(sql.ATTEMPT_PAGE, (run, execution, *start, limit + 1)).fetchall()
         return attempt_page(rows, limit)
 
-    def attempts_at(self, run: int, execution: int, position: int, branch: str) -> list[AttemptSummary]:
+    def attempts_at(self, run: int, execution: int, position: int, branch: str) -> list[AttemptRecord]:
         rows = self._execute(sql.ATTEMPTS_AT, (run, execution, position, key(branch))).fetchall()
         return attempt_page(rows, len(rows))[0]
 
-    def failed_since(self, run: int, execution: int, epoch: int) -> list[Attempt]:
+    def failed_since(self, run: int, execution: int, epoch: int) -> list[AttemptRecord]:
         rows = self._execute(sql.FAILED_SINCE, (run, execution, epoch)).fetchall()
         return [parse_attempt(row) for row in reversed(rows)]
 
@@ -387,13 +395,15 @@ class PostgresRows:
         return None if row is None else _step_row(row)
 
 
-def commit_query(fence: Fence, attempt: Attempt, step: Step | None) -> tuple[LiteralString, dict[str, Any]]:
+def commit_query(
+    fence: Fence, attempt: AttemptRecord, step: Step | None
+) -> tuple[LiteralString, dict[str, Any]]:
     """Return the statement of a commit, and its values. For its result see :func:`commit_reply`."""
     # The time of a group includes that of its children.
     latency = 0 if attempt.branch else attempt.function_ns
     values = {
         **asdict(fence),
-        **attempt._asdict(),
+        **dict(zip(ATTEMPT_COLUMNS, stored_values(attempt), strict=True)),
         "branch_key": key(attempt.branch),
         "latency_ns": latency,
         "commits": 0 if step is None else 1,

@@ -14,7 +14,6 @@ from stroma.checkpoint.decoding import RecordName, decode_number
 from stroma.checkpoint.durable.integrity import parse_attempt
 from stroma.checkpoint.durable.rows import (
     Annotation,
-    AttemptSummary,
     EventRow,
     RunExtras,
     RunRow,
@@ -25,11 +24,13 @@ from stroma.checkpoint.errors import CheckpointLost, CorruptCheckpoint
 from stroma.checkpoint.events import EventPlace
 from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueFigures
 from stroma.checkpoint.records import (
-    Attempt,
+    ATTEMPT_COLUMNS,
+    AttemptRecord,
     RunQuery,
     StoreFacts,
     Tally,
     duration_digits,
+    end_of_page,
     not_a_mark,
     parse_attempt_mark,
 )
@@ -50,7 +51,6 @@ from stroma.checkpoint.redis.format import (
 )
 from stroma.checkpoint.redis.scripts import IDS, RUNS
 from stroma.checkpoint.redis.server import RedisLink, script_command
-from stroma.checkpoint.sql import attempt_page
 
 __all__ = ["PAGE", "RedisReader", "run_lost_error"]
 
@@ -242,50 +242,46 @@ class RedisReader:
             if isinstance(reply, list | Exception)
         ]
 
-    def attempts(self, run: RedisRun, execution: int) -> Iterator[tuple[Attempt, Step | None]]:
+    def attempts(self, run: RedisRun, execution: int) -> Iterator[tuple[AttemptRecord, Step | None]]:
         attempts, steps = self._get(
             ("HGETALL", f"{run.prefix}attempts:{execution}"), ("HGETALL", f"{run.prefix}steps:{execution}")
         )
         outputs = {place: read_step(value) for place, value in as_hash(steps).items()}
-        for epoch, attempt in _attempts(attempts):
-            step, committed_by = outputs.get(f"{attempt.position}:{attempt.branch}", (None, None))
-            yield attempt, step if committed_by in (None, _attempt_key(epoch, attempt)) else None
+        for one in _attempts(attempts):
+            step, committed_by = outputs.get(f"{one.position}:{one.branch}", (None, None))
+            yield one, step if committed_by in (None, _attempt_key(one)) else None
 
     def attempt_page(
         self, run: RedisRun, execution: int, *, limit: int, after: str | None
-    ) -> tuple[list[AttemptSummary], str | None]:
+    ) -> tuple[list[AttemptRecord], str | None]:
         # A hash has no order, so each page reads all attempts.
-        end = None
-        if after is not None:
-            mark = parse_attempt_mark(after)
-            end = (mark.epoch, (mark.position, mark.started_ns, mark.branch, mark.attempt))
-        (summaries,) = self._summaries([(run, execution)])
-        rest = [one for one in summaries if end is None or (one.epoch, one.attempt[:4]) > end]
-        return attempt_page([(*one.attempt, one.epoch, one.size) for one in rest[: limit + 1]], limit)
+        end = None if after is None else parse_attempt_mark(after)
+        (attempts,) = self._attempts_of([(run, execution)])
+        rest = [one for one in attempts if end is None or (one.epoch, one.key) > (end.epoch, end.key)]
+        return rest[:limit], str(end_of_page(rest[limit - 1])) if len(rest) > limit else None
 
-    def _summaries(self, runs: Sequence[tuple[RedisRun, int]]) -> list[list[AttemptSummary]]:
+    def _attempts_of(self, runs: Sequence[tuple[RedisRun, int]]) -> list[list[AttemptRecord]]:
         """Return the attempts of each execution, in the order of the history, without outputs."""
         replies = self._try(
             *(script_command(run.prefix, "read_attempts", execution) for run, execution in runs)
         )
-        executions: list[list[AttemptSummary]] = []
+        executions: list[list[AttemptRecord]] = []
         for reply in replies:
             # An error: the keys hold another type.
             attempts, heads = ([], []) if isinstance(reply, Exception) else reply
             outputs = {place: read_head(line) for place, line in as_hash(heads).items()}
-            summaries = []
-            for epoch, attempt in _attempts(attempts):
-                size, committed_by = outputs.get(f"{attempt.position}:{attempt.branch}", (None, None))
-                is_own = committed_by in (None, _attempt_key(epoch, attempt))
-                summaries.append(AttemptSummary(attempt, size if is_own else None, epoch))
-            executions.append(summaries)
+            records = _attempts(attempts)
+            for one in records:
+                size, committed_by = outputs.get(f"{one.position}:{one.branch}", (None, None))
+                one.output_bytes = size if committed_by in (None, _attempt_key(one)) else None
+            executions.append(records)
         return executions
 
-    def attempts_at(self, run: RedisRun, execution: int, position: int, branch: str) -> list[AttemptSummary]:
-        (summaries,) = self._summaries([(run, execution)])
-        return [one for one in summaries if (one.attempt.position, one.attempt.branch) == (position, branch)]
+    def attempts_at(self, run: RedisRun, execution: int, position: int, branch: str) -> list[AttemptRecord]:
+        (attempts,) = self._attempts_of([(run, execution)])
+        return [one for one in attempts if (one.position, one.branch) == (position, branch)]
 
-    def failed_since(self, run: RedisRun, execution: int, epoch: int) -> list[Attempt]:
+    def failed_since(self, run: RedisRun, execution: int, epoch: int) -> list[AttemptRecord]:
         # The server lists the last 20.
         (listed,) = self._get(("LRANGE", f"{run.prefix}failed:{execution}", 0, -1))
         name = RecordName(run.run_id, "list of failed attempts")
@@ -294,8 +290,7 @@ class RedisReader:
             return []
         (values,) = self._get(("HMGET", f"{run.prefix}attempts:{execution}", *places))
         fields = [part for at, value in zip(places, values, strict=True) if value for part in (at, value)]
-        failed = [attempt for _, attempt in _attempts(fields)]
-        return sorted(failed, key=lambda attempt: attempt.started_ns + attempt.duration_ns)
+        return sorted(_attempts(fields), key=lambda attempt: attempt.started_ns + attempt.duration_ns)
 
     def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
         # The server cannot sum up attempts: all are read, so the limit is lower.
@@ -306,9 +301,9 @@ class RedisReader:
         count = 0
         for first in range(0, len(rows), _TALLY_PAGE):
             page = rows[first : first + _TALLY_PAGE]
-            summaries = self._summaries([(run.run, run.execution) for run in page])
-            for run, run_attempts in zip(page, summaries, strict=True):
-                for one, size, _ in run_attempts:
+            executions = self._attempts_of([(run.run, run.execution) for run in page])
+            for run, run_attempts in zip(page, executions, strict=True):
+                for one in run_attempts:
                     key = (
                         run.started_ms // bucket_ms,
                         run.pipeline,
@@ -317,7 +312,7 @@ class RedisReader:
                         one.failure_class,
                         duration_digits(one.duration_ns),
                     )
-                    wasted = one.cost_pico if one.outcome != "success" and size is None else 0
+                    wasted = one.cost_pico if one.outcome != "success" and one.output_bytes is None else 0
                     totals = sums.setdefault(key, [0] * 6)
                     for i, number in enumerate((1, one.tokens, one.cost_pico, wasted, one.duration_ns)):
                         totals[i] += number
@@ -373,18 +368,18 @@ def run_lost_error(run_id: str, server: str) -> CheckpointLost:
     )
 
 
-def _attempts(reply: Any) -> list[tuple[int, Attempt]]:
-    """Return (epoch, attempt) in the order of the history. A damaged attempt has only the values from its key."""
-    attempts: list[tuple[int, Attempt]] = []
+def _attempts(reply: Any) -> list[AttemptRecord]:
+    """Return attempts in the order of the history. A damaged one has only the values from its key."""
+    attempts: list[AttemptRecord] = []
     for at, value in as_hash(reply).items():
         epoch, *place, branch = [*at.split(":", 4), *[""] * 5][:5]
         numbers = [int(n) if n.isdecimal() and len(n) < 20 else None for n in (epoch, *place)]
         header = _read_attempt(value)
         if header is None or None in numbers:
             position, started, attempt = numbers[1:]
-            header = [position, started, branch, attempt, *[None] * (len(Attempt._fields) - 4)]
-        attempts.append((numbers[0] or 0, parse_attempt(header)))
-    attempts.sort(key=lambda one: (one[0], one[1][:4]))
+            header = [position, started, branch, attempt, *[None] * (len(ATTEMPT_COLUMNS) - 4)]
+        attempts.append(parse_attempt(header, numbers[0] or 0))
+    attempts.sort(key=lambda one: (one.epoch, one.key))
     return attempts
 
 
@@ -394,12 +389,12 @@ def _read_attempt(value: bytes) -> list[Any] | None:
         header: list[Any] = unpack(value, list, RecordName("", "attempt"))[0]
     except CorruptCheckpoint:
         return None
-    return header if len(header) == len(Attempt._fields) else None
+    return header if len(header) == len(ATTEMPT_COLUMNS) else None
 
 
-def _attempt_key(epoch: int, attempt: Attempt) -> tuple[int, int, int]:
+def _attempt_key(attempt: AttemptRecord) -> tuple[int, int, int]:
     """Return what a commit stores of its attempt, see read_step()."""
-    return epoch, attempt.attempt, attempt.started_ns
+    return attempt.epoch, attempt.attempt, attempt.started_ns
 
 
 def _mark(start: bytes, run_id: bytes) -> str:
@@ -429,7 +424,7 @@ def _read_extras(reply: Any) -> RunExtras:
     annotations, tags, attempts = reply
     parent = next(iter(as_hash(annotations).values()), None)
     parent_id = None if parent is None else annotation_row(Annotation.PARENT, "", parent).node_id
-    nothing = [None] * len(Attempt._fields)
+    nothing = [None] * len(ATTEMPT_COLUMNS)
     failed = [parse_attempt(_read_attempt(attempt) or nothing) for attempt in attempts]
     try:
         return RunExtras(parent_id, decode_tags("", tags), failed)

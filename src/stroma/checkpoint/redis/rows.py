@@ -32,7 +32,7 @@ from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
 from stroma.checkpoint.events import EXPIRY_MS, MAX_BATCHES
 from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.queue import Candidate, QueueEntry
-from stroma.checkpoint.records import Attempt
+from stroma.checkpoint.records import AttemptRecord, stored_values
 from stroma.checkpoint.redis.format import (
     RedisRun,
     annotation_row,
@@ -263,7 +263,7 @@ class RedisRows(RedisReader):
             for identity, position in as_hash(reply).items()
         ]
 
-    def commit(self, fence: Fence, attempt: Attempt, step: Step | None) -> bool:
+    def commit(self, fence: Fence, attempt: AttemptRecord, step: Step | None) -> bool:
         # A refusal raises Fenced in flush(), when the reply is known.
         self._owners[fence.run.run_id] = fence.owner
         self._append(fence, *commit_values(fence, attempt, step))
@@ -466,14 +466,14 @@ class RedisRows(RedisReader):
 # ---------------------------------------------------------------------- commits
 
 
-def commit_command(fence: Fence, attempt: Attempt, step: Step | None) -> tuple[Any, ...]:
+def commit_command(fence: Fence, attempt: AttemptRecord, step: Step | None) -> tuple[Any, ...]:
     """Return the command that records an attempt with its usage and output, and renews the lease."""
     return script_command(fence.run.prefix, *commit_values(fence, attempt, step))
 
 
-def commit_values(fence: Fence, attempt: Attempt, step: Step | None) -> tuple[Any, ...]:
+def commit_values(fence: Fence, attempt: AttemptRecord, step: Step | None) -> tuple[Any, ...]:
     run = fence.run
-    position, started_ns, branch, number, node_id, *_ = attempt
+    position, started_ns, branch, number = attempt.key
     at = f"{fence.epoch}:{position}:{started_ns}:{number}:{branch}"
     place, data = "", b""
     if step is not None:
@@ -482,8 +482,8 @@ def commit_values(fence: Fence, attempt: Attempt, step: Step | None) -> tuple[An
     usage = (attempt.cost_pico, attempt.tokens, 0 if branch else attempt.function_ns)
     fence_values = (run.token, fence.execution, fence.epoch, fence.owner, run.version, _lease_ms(fence))
     failed = "" if attempt.failure_class is None else 1
-    output = (place, node_id, data, attempt.identity or "", position)
-    return ("commit", *fence_values, at, pack(list(attempt)), *usage, failed, *output)
+    output = (place, attempt.node_id, data, attempt.identity or "", position)
+    return ("commit", *fence_values, at, pack(list(stored_values(attempt))), *usage, failed, *output)
 
 
 def is_recorded(run: RedisRun, reply: Any, server: str) -> bool:

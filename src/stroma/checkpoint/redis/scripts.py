@@ -39,7 +39,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from stroma.checkpoint.durable.rows import Annotation
-from stroma.checkpoint.records import Attempt
+from stroma.checkpoint.records import ATTEMPT_COLUMNS
 from stroma.checkpoint.redis.format import EXECUTION_KEYS, RUN_KEYS, annotations_key
 from stroma.checkpoint.redis.script_records import RECORDS
 from stroma.checkpoint.redis.script_sessions import SESSIONS
@@ -61,7 +61,7 @@ def _lua_list(texts: Iterable[str]) -> str:
 _NAMES: Final = f"""
 local RUN_KEYS, EXECUTION_KEYS = {_lua_list(RUN_KEYS)}, {_lua_list(EXECUTION_KEYS)}
 local SAVED, PARENT = '{annotations_key(Annotation.SAVED)}', '{annotations_key(Annotation.PARENT)}'
-local ATTEMPT = {{{", ".join(f"{name} = {at}" for at, name in enumerate(Attempt._fields, start=1))}}}
+local ATTEMPT = {{{", ".join(f"{name} = {at}" for at, name in enumerate(ATTEMPT_COLUMNS, start=1))}}}
 """
 
 _COMMON: Final = r"""

@@ -14,7 +14,6 @@ from stroma.checkpoint.durable.operations import Commit
 from stroma.checkpoint.durable.owner import Owner, boot_id
 from stroma.checkpoint.durable.rows import (
     Annotation,
-    AttemptSummary,
     EventRow,
     Fence,
     Opening,
@@ -35,7 +34,16 @@ from stroma.checkpoint.queue import (
     QueueEntry,
     QueueFigures,
 )
-from stroma.checkpoint.records import Attempt, AttemptMark, RunQuery, StoreFacts, Tally, parse_attempt_mark
+from stroma.checkpoint.records import (
+    ATTEMPT_COLUMNS,
+    AttemptMark,
+    AttemptRecord,
+    RunQuery,
+    StoreFacts,
+    Tally,
+    parse_attempt_mark,
+    stored_values,
+)
 from stroma.checkpoint.sql import Dialect, attempt_page, find_runs, tally
 from stroma.checkpoint.sqlite import statements as sql
 from stroma.checkpoint.sqlite.file import SCHEMA_VERSION
@@ -144,8 +152,8 @@ class SqliteRows:
     def identities(self, run: int, execution: int) -> list[tuple[str, int]]:
         return self.db.execute(sql.IDENTITIES, (run, execution)).fetchall()
 
-    def commit(self, fence: Fence, attempt: Attempt, step: Step | None) -> bool:
-        values = (fence.run, fence.execution, fence.epoch, *attempt)
+    def commit(self, fence: Fence, attempt: AttemptRecord, step: Step | None) -> bool:
+        values = (fence.run, fence.execution, fence.epoch, *stored_values(attempt))
         # Otherwise an earlier call recorded it, with its output and usage, and its acknowledgement was lost.
         is_new = self.db.execute(sql.ATTEMPT, values).rowcount == 1
         if is_new:
@@ -162,7 +170,7 @@ class SqliteRows:
         steps = [_step_values(f, attempt, step) for _, f, attempt, step in commits if step is not None]
         if len({values[:4] for values in steps}) != len(steps):
             return False  # Two outputs for one place count as one commit.
-        attempts = [(f.run, f.execution, f.epoch, *attempt) for _, f, attempt, _ in commits]
+        attempts = [(f.run, f.execution, f.epoch, *stored_values(attempt)) for _, f, attempt, _ in commits]
         if db.executemany(sql.ATTEMPT, attempts).rowcount != count:
             return False
         counts = [self._count_values(now, f, attempt, step) for _, f, attempt, step in commits]
@@ -173,7 +181,7 @@ class SqliteRows:
         return True
 
     def _count_values(
-        self, now_ms: int, fence: Fence, attempt: Attempt, step: Step | None
+        self, now_ms: int, fence: Fence, attempt: AttemptRecord, step: Step | None
     ) -> tuple[Any, ...]:
         place = (fence.run, fence.execution, attempt.position, attempt.branch)
         is_new = step is not None and not self.db.execute(sql.IS_COMMITTED, place).fetchall()
@@ -363,24 +371,24 @@ class SqliteRows:
         run_ids = [prefix] if exact_match is not None and exact_match.execution else []
         return [*run_ids, *(run_id for (run_id,) in rows)][:limit]
 
-    def attempts(self, run: int, execution: int) -> Iterator[tuple[Attempt, Step | None]]:
+    def attempts(self, run: int, execution: int) -> Iterator[tuple[AttemptRecord, Step | None]]:
         for row in self.db.execute(sql.ATTEMPTS, (run, execution)).fetchall():
-            step = row[len(Attempt._fields) :]
-            yield parse_attempt(row[: len(Attempt._fields)]), None if step[2] is None else Step(*step)
+            step = row[len(ATTEMPT_COLUMNS) :]
+            yield parse_attempt(row[: len(ATTEMPT_COLUMNS)]), None if step[2] is None else Step(*step)
 
     def attempt_page(
         self, run: int, execution: int, *, limit: int, after: str | None
-    ) -> tuple[list[AttemptSummary], str | None]:
+    ) -> tuple[list[AttemptRecord], str | None]:
         mark = AttemptMark(-1, 0, 0, 0, "") if after is None else parse_attempt_mark(after)
         start = (mark.epoch, mark.position, mark.started_ns, mark.branch, mark.attempt)
         rows = self.db.execute(sql.ATTEMPT_PAGE, (run, execution, *start, limit + 1)).fetchall()
         return attempt_page(rows, limit)
 
-    def attempts_at(self, run: int, execution: int, position: int, branch: str) -> list[AttemptSummary]:
+    def attempts_at(self, run: int, execution: int, position: int, branch: str) -> list[AttemptRecord]:
         rows = self.db.execute(sql.ATTEMPTS_AT, (run, execution, position, branch)).fetchall()
         return attempt_page(rows, len(rows))[0]
 
-    def failed_since(self, run: int, execution: int, epoch: int) -> list[Attempt]:
+    def failed_since(self, run: int, execution: int, epoch: int) -> list[AttemptRecord]:
         rows = self.db.execute(sql.FAILED_SINCE, (run, execution, epoch)).fetchall()
         return [parse_attempt(row) for row in reversed(rows)]
 
@@ -401,7 +409,7 @@ def _versions_value(versions: Sequence[str]) -> str:
     return "\n".join(["", "", *versions, ""])
 
 
-def _usage(attempt: Attempt) -> tuple[int, int, int]:
+def _usage(attempt: AttemptRecord) -> tuple[int, int, int]:
     """Return the tokens, cost and time that an attempt adds to its run; a group's time includes its children's."""
     return attempt.tokens, attempt.cost_pico, 0 if attempt.branch else attempt.function_ns
 
@@ -410,9 +418,9 @@ def _fence_values(fence: Fence) -> tuple[Any, ...]:
     return fence.run, fence.epoch, fence.owner, fence.acknowledged
 
 
-def _step_values(fence: Fence, attempt: Attempt, step: Step) -> tuple[Any, ...]:
-    position, started_ns, branch, number, node_id = attempt[:5]
-    return (fence.run, fence.execution, position, branch, node_id, fence.epoch, number, started_ns, *step)
+def _step_values(fence: Fence, attempt: AttemptRecord, step: Step) -> tuple[Any, ...]:
+    place = (fence.run, fence.execution, attempt.position, attempt.branch)
+    return (*place, attempt.node_id, fence.epoch, attempt.attempt, attempt.started_ns, *step)
 
 
 def _run_row(row: Any) -> RunRow:
