@@ -1,4 +1,4 @@
-"""Contracts that differ from the annotations of their function."""
+"""Annotations of the functions behind nodes: the source of their contracts, or compared with them."""
 
 # Annotations are strings here, as the names in them may be those of a function.
 from __future__ import annotations
@@ -227,3 +227,76 @@ def test_a_node_needs_a_contract(contract: Any) -> None:
         TypeError, match=r"contract of node 'a' must be a NodeContract, got .*; pass NodeContract"
     ):
         stroma_node("a", contract)
+
+
+async def rate(state: A) -> tuple[B, int]:
+    return B(m=state.n), 7
+
+
+def test_the_annotations_are_the_contract() -> None:
+    """A node without parentheses has its function's name as its id, and the models of its annotations."""
+    runner = StromaRunner.quick()
+
+    @runner.node
+    async def double(state: A) -> A:
+        return A(n=2 * state.n)
+
+    @runner.node(effect=True)
+    def book(state: A, ctx: dict[str, Any]) -> SubA:
+        return SubA(n=state.n, more=ctx["more"])
+
+    result = runner.run_sync(
+        [double, stroma_node("rated")(book), stroma_node(rate)], A(n=2), context={"more": 5}
+    )
+    assert result.final_state == B(m=4)
+    assert [e.node_id for e in result.trace] == ["double", "rated", "rate"]
+    assert result.total_tokens == 7
+    assert runner.registry.get("double").output_schema is A
+    assert (runner.registry.get("book").output_schema, runner.registry.get("book").effect) == (SubA, True)
+
+
+def test_what_is_passed_wins_over_the_annotation() -> None:
+    """A model that is passed is the contract's; the other one comes from the annotation, and both must agree."""
+    runner = StromaRunner.quick()
+    contract = runner.node("narrow", output=SubA)(a_to_a)._stroma_contract  # type: ignore[call-overload]
+    assert (contract.input_schema, contract.output_schema) == (A, SubA)
+    with pytest.raises(TypeError, match="output=B, and its function is annotated with A"):
+        runner.node("wide", output=B)(a_to_a)  # type: ignore[call-overload]
+
+
+async def a_to_a(state: A) -> A:
+    return state
+
+
+@pytest.mark.parametrize(
+    ("func", "says"),
+    [
+        (lambda state: state, "has no name; pass an id to the decorator"),
+        (functools.partial(a_to_a), "has no name; pass an id to the decorator"),
+        (returns_maybe, "node 'returns_maybe' needs output=, or the annotation of a pydantic model"),
+        (takes_union, "node 'takes_union' needs input=, or the annotation of a pydantic model"),
+    ],
+    ids=["lambda", "partial", "maybe", "union"],
+)
+def test_a_node_without_models(func: Any, says: str) -> None:
+    """A function whose annotations name no model of input or output is refused with the parameter to pass."""
+    for decorate in (stroma_node, StromaRunner.quick().node):
+        with pytest.raises(TypeError, match=says):
+            decorate(func)
+
+
+async def test_a_flow_without_parentheses() -> None:
+    """A flow without an id has the name of its function."""
+    runner = StromaRunner.quick()
+
+    @runner.flow
+    async def triage(flow: Flow, state: A) -> A:
+        return await flow.step(stroma_node(a_to_a), state)
+
+    @stroma_flow
+    async def apart(flow: Flow, state: A) -> B:
+        return B(m=state.n)
+
+    assert (await runner.run(triage, A(n=3))).final_state == A(n=3)
+    assert (await runner.run(apart, A(n=3))).final_state == B(m=3)
+    assert (triage.node.node_id, apart.node.node_id) == ("triage", "apart")

@@ -11,7 +11,7 @@ from typing import Any, assert_type
 
 from pydantic import BaseModel
 
-from stroma import ExecutionResult, Flow, FlowFunction, Pipeline, StromaRunner, stroma_flow
+from stroma import ExecutionResult, Flow, FlowFunction, Pipeline, StromaRunner, stroma_flow, stroma_node
 
 
 class Ticket(BaseModel):
@@ -125,4 +125,38 @@ async def wrong_calls(flow: Flow, ticket: Ticket, reply: Reply) -> Reply:
 
 @runner.flow("wrong", input=Ticket, output=Reply)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 async def wrong_output(flow: Flow, ticket: Ticket) -> Label:
+    return Label(topic="")
+
+
+class Response:
+    pass
+
+
+@runner.node
+async def bare(ticket: Ticket) -> Label:
+    return Label(topic=ticket.text)
+
+
+@runner.node("metered", effect=True)
+async def metered(ticket: Ticket) -> tuple[Label, Response]:
+    return Label(topic=ticket.text), Response()
+
+
+@stroma_node
+def metered_plain(ticket: Ticket, ctx: dict[str, Any]) -> tuple[Label, int, int, str]:
+    return Label(topic=ticket.text), 1, 2, "model"
+
+
+@runner.node  # type: ignore[type-var]  # pyright: ignore[reportCallIssue, reportArgumentType]
+async def no_model(ticket: Ticket) -> str:
+    return ticket.text
+
+
+@runner.flow
+async def bare_flow(flow: Flow, ticket: Ticket) -> Label:
+    assert_type(await flow.step(bare, ticket), Label)
+    assert_type(await flow.step(metered, ticket), Label)
+    assert_type(await flow.step(metered_plain, ticket), Label)
+    assert_type(await flow.map(metered, [ticket]), list[Label])
+    await flow.step(bare, Label(topic=""))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
     return Label(topic="")

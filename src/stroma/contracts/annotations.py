@@ -1,4 +1,4 @@
-"""Annotations of the functions behind nodes and flows, compared with their contracts."""
+"""Annotations of the functions behind nodes and flows: source of their contracts, or compared with them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,61 @@ from pydantic import BaseModel
 
 from stroma.contracts.contract import NodeContract
 
-__all__ = ["annotation_of", "check_annotations"]
+__all__ = ["check_annotations", "infer_contract"]
+
+
+def infer_contract(
+    kind: str,
+    node_id: str,
+    func: Any,
+    models: tuple[type[BaseModel] | None, type[BaseModel] | None],
+    scope: types.FrameType | None,
+    **options: Any,
+) -> NodeContract[Any, Any]:
+    """Return the contract of a function: the models that are passed, else those of its annotations.
+
+    Raises TypeError if neither names a model, or if they differ; see :func:`check_annotations`. An output may
+    be annotated as a tuple that begins with the model.
+
+    Args:
+        kind: "node", or "flow" for a function whose state is its second parameter.
+        node_id: id of the contract.
+        func: the function.
+        models: those of input and output; None: as annotated.
+        scope: the frame that decorates, for annotations that are strings.
+        options: other fields of the contract.
+    """
+    name, position = f"{kind} {node_id!r}", int(kind == "flow")
+    bare = inspect.unwrap(func)
+    try:
+        parameters = list(inspect.signature(bare).parameters)
+    except (TypeError, ValueError):  # A builtin has no signature.
+        parameters = []
+    taken = annotation_of(bare, parameters[position], scope) if len(parameters) > position else Any
+    contract: NodeContract[Any, Any] = NodeContract(
+        node_id=node_id,
+        input_schema=_model_of(name, "input", models[0], taken),
+        output_schema=_model_of(name, "output", models[1], _output_of(annotation_of(bare, "return", scope))),
+        **options,
+    )
+    check_annotations(name, func, contract, scope, position)
+    return contract
+
+
+def _model_of(name: str, what: str, passed: Any, annotated: Any) -> type[BaseModel]:
+    model = annotated if passed is None else passed
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        return model
+    if passed is None:
+        raise TypeError(f"{name} needs {what}=, or the annotation of a pydantic model")
+    raise TypeError(f"{name}: {what}= must be a pydantic model, got {passed!r}")
+
+
+def _output_of(annotation: Any) -> Any:
+    """Return the annotation of the output: the first in a tuple, since the others are usage."""
+    if typing.get_origin(annotation) is tuple and typing.get_args(annotation):
+        return typing.get_args(annotation)[0]
+    return annotation
 
 
 def check_annotations(
@@ -37,10 +91,7 @@ def check_annotations(
     if func.__code__.co_argcount > position:
         taken = annotation_of(func, func.__code__.co_varnames[position], scope)
         _compare(name, "input", contract.input_schema, taken)
-    returned = annotation_of(func, "return", scope)
-    if typing.get_origin(returned) is tuple and typing.get_args(returned):
-        returned = typing.get_args(returned)[0]  # The others are usage.
-    _compare(name, "output", contract.output_schema, returned)
+    _compare(name, "output", contract.output_schema, _output_of(annotation_of(func, "return", scope)))
 
 
 def annotation_of(func: Callable[..., Any], name: str, scope: types.FrameType | None) -> Any:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeAlias, Type
 
 from pydantic import BaseModel
 
-from stroma.contracts.annotations import check_annotations
+from stroma.contracts.annotations import check_annotations, infer_contract
 from stroma.contracts.contract import NodeContract, check_id
 
 if TYPE_CHECKING:
@@ -42,6 +42,10 @@ OutputT = TypeVar("OutputT", bound=BaseModel, covariant=True)
 ReturnedT = TypeVar("ReturnedT", covariant=True)
 
 
+#: What the annotated function of a node returns.
+Returned: TypeAlias = BaseModel | tuple[Any, ...] | Coroutine[Any, Any, BaseModel | tuple[Any, ...]]
+
+
 class LooseNode(Protocol, Generic[TakenT, OutputT, ReturnedT]):
     """A node whose function returns a dict or a tuple, for type checkers: its step in a flow returns the contract's output."""
 
@@ -56,6 +60,17 @@ class LooseContextNode(Protocol, Generic[TakenT, OutputT, ReturnedT]):
     @property
     def _stroma_output(self) -> OutputT: ...
     def __call__(self, state: TakenT, context: dict[str, Any], /) -> ReturnedT: ...
+
+
+#: What an annotated function returns beside its output: a response or usage.
+Metered: TypeAlias = tuple[Out, Any] | tuple[Out, int, str] | tuple[Out, int, int, str]
+#: An annotated function that returns its output with usage.
+MeteredNode: TypeAlias = (
+    Callable[[In], Coroutine[Any, Any, Metered[Out]]]
+    | Callable[[In, dict[str, Any]], Coroutine[Any, Any, Metered[Out]]]
+    | Callable[[In], Metered[Out]]
+    | Callable[[In, dict[str, Any]], Metered[Out]]
+)
 
 
 class NodeDecorator(Protocol, Generic[In, Out]):
@@ -93,6 +108,21 @@ class NodeDecorator(Protocol, Generic[In, Out]):
     def __call__(
         self, func: Callable[[In, dict[str, Any]], Loose], /
     ) -> LooseContextNode[In, Out, Loose]: ...
+
+
+#: The functions that a node can have.
+NodeFunction = TypeVar(
+    "NodeFunction",
+    bound="Callable[[Any], Returned] | Callable[[Any, Any], Returned]",
+)
+#: Of a contract: those of the annotations.
+ANNOTATED: Final[Any] = object()
+
+
+class AnnotatedNodeDecorator(Protocol):
+    """Marks a function as a node with the contract that its annotations describe, and returns it."""
+
+    def __call__(self, func: NodeFunction, /) -> NodeFunction: ...
 
 
 #: The schemas of input (None: not validated) and output, and the contract that they are of.
@@ -332,7 +362,33 @@ def find_node(obj: Any) -> Node | Group:
     return node
 
 
-def stroma_node(node_id: str, contract: NodeContract[In, Out]) -> NodeDecorator[In, Out]:
+def mark_annotated(
+    func: Any,
+    node_id: str | None,
+    scope: types.FrameType,
+    models: tuple[type[BaseModel] | None, type[BaseModel] | None] = (None, None),
+    **options: Any,
+) -> Any:
+    """Mark a function as a node with the contract that its annotations describe; see :func:`infer_contract`."""
+    node_id = name_of(func) if node_id is None else node_id
+    return mark(func, node_id, infer_contract("node", node_id, func, models, scope, **options))
+
+
+def name_of(func: Any) -> str:
+    """Return the name of a function: the id of a node or flow without another. Raises TypeError without a name."""
+    name = getattr(func, "__name__", "<lambda>")
+    if name == "<lambda>":
+        raise TypeError(f"{func!r} has no name; pass an id to the decorator")
+    return str(name)
+
+
+@overload
+def stroma_node(func: NodeFunction, /) -> NodeFunction: ...
+@overload
+def stroma_node(node_id: str, contract: NodeContract[In, Out]) -> NodeDecorator[In, Out]: ...
+@overload
+def stroma_node(node_id: str | None = None) -> AnnotatedNodeDecorator: ...
+def stroma_node(node_id: Any = None, contract: Any = ANNOTATED) -> Any:
     """Mark a function as a node with a contract.
 
     The function takes ``(state)`` or ``(state, ctx)`` and returns the output as a dict or a model, or a tuple
@@ -341,18 +397,24 @@ def stroma_node(node_id: str, contract: NodeContract[In, Out]) -> NodeDecorator[
     A plain ``def`` runs in its own daemon thread; a timeout abandons that thread, it cannot stop it.
 
     Args:
-        node_id: id of the node, unique in its pipeline.
-        contract: the classes of its input and output.
+        node_id: id of the node, unique in its pipeline. Default: the name of the function; then ``@stroma_node``
+            needs no parentheses.
+        contract: the classes of its input and output. Default: those of the function's annotations, models or a
+            tuple that begins with one.
 
-    Raises TypeError if the contract is not one, or the function's annotations name other models.
+    Raises TypeError if the contract is not one, or the function's annotations name other models or none.
     """
-    if contract is not None and not isinstance(contract, NodeContract):
+    if callable(node_id):
+        return mark_annotated(node_id, None, sys._getframe(1))
+    if contract not in (None, ANNOTATED) and not isinstance(contract, NodeContract):
         raise TypeError(
             f"the contract of node {node_id!r} must be a NodeContract, got {contract!r}; "
             "pass NodeContract(node_id=..., input_schema=..., output_schema=...)"
         )
 
     def decorate(func: Any) -> Any:
+        if contract is ANNOTATED:
+            return mark_annotated(func, node_id, sys._getframe(1))
         if contract is not None:
             check_annotations(f"node {node_id!r}", func, contract, sys._getframe(1))
         return mark(func, node_id, contract)

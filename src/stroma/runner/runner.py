@@ -8,7 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
-from types import ModuleType, NoneType
+from types import FrameType, ModuleType, NoneType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from pydantic import BaseModel
@@ -24,9 +24,14 @@ from stroma.checkpoint import (
 from stroma.checkpoint.entries import RunRequest
 from stroma.checkpoint.events import EventPlace, parse_cursor
 from stroma.checkpoint.queue import ServedCode
-from stroma.contracts.annotations import check_annotations
-from stroma.contracts.contract import ContractRegistry, NodeContract, Reconcile, Role, check_id
-from stroma.contracts.node import FlowNode, NodeDecorator, mark
+from stroma.contracts.contract import ContractRegistry, Reconcile, Role, check_id
+from stroma.contracts.node import (
+    AnnotatedNodeDecorator,
+    FlowNode,
+    NodeDecorator,
+    NodeFunction,
+    mark_annotated,
+)
 from stroma.cost.budget import ExecutionBudget
 from stroma.cost.fallback import FallbackPolicy
 from stroma.engine.config import RunConfig, default_config
@@ -64,7 +69,7 @@ if TYPE_CHECKING:
     from stroma.runner.drive import DriveOutcome, RunDriver
     from stroma.runner.events import StreamEvent
     from stroma.runner.flows.definition import AnnotatedFlowDecorator, FlowDecorator
-    from stroma.runner.flows.flow import FlowFunction, FlowLimits
+    from stroma.runner.flows.flow import Flow, FlowFunction, FlowLimits
     from stroma.runner.stream import RunStream
     from stroma.runner.submission import EndWaits, RunHandle
     from stroma.runner.submit_options import SubmitOptions
@@ -187,9 +192,12 @@ class StromaRunner:
         """Replace the time limits of nodes: milliseconds or a NodeTimeout by node id."""
         return self._replace(node_timeouts=RunConfig(node_timeouts=node_timeouts).node_timeouts)
 
+    @overload
+    def node(self, func: NodeFunction, /) -> NodeFunction: ...
+    @overload
     def node(
         self,
-        node_id: str,
+        node_id: str | None = None,
         *,
         input: type[In],
         output: type[Out],
@@ -197,42 +205,60 @@ class StromaRunner:
         reconcile: Reconcile[In, Out] | None = None,
         role: Role | None = None,
         place: str | None = None,
-    ) -> NodeDecorator[In, Out]:
+    ) -> NodeDecorator[In, Out]: ...
+    @overload
+    def node(
+        self,
+        node_id: str | None = None,
+        *,
+        effect: bool = False,
+        reconcile: Reconcile[Any, Any] | None = None,
+        role: Role | None = None,
+        place: str | None = None,
+    ) -> AnnotatedNodeDecorator: ...
+    def node(
+        self,
+        node_id: Any = None,
+        *,
+        input: type[BaseModel] | None = None,
+        output: type[BaseModel] | None = None,
+        effect: bool = False,
+        reconcile: Reconcile[Any, Any] | None = None,
+        role: Role | None = None,
+        place: str | None = None,
+    ) -> Any:
         """Mark a function as a node, and register its contract with this runner. Other runners take the node too.
 
-        ``stroma_node`` does the same without a runner, and describes what the function takes and returns.
-        ``effect``, ``reconcile``: for a node that must not be called twice blindly, ``role``: for traces,
-        ``place``: for a node that a worker of a Temporal task queue calls (experimental); see NodeContract.
-        It raises TypeError for a function whose annotations name other models, ValueError if another function
-        has the id.
+        The id is the function's name and the models are those of its annotations, unless they are passed:
+        ``@runner.node`` needs no parentheses. ``stroma_node`` does the same without a runner, and describes
+        what the function takes and returns. ``effect``, ``reconcile``: for a node that must not be called twice
+        blindly, ``role``: for traces, ``place``: for a node that a worker of a Temporal task queue calls
+        (experimental); see NodeContract.
+        It raises TypeError for a function whose annotations name other models or none, ValueError if another
+        function has the id.
         """
-        contract: NodeContract[In, Out] = NodeContract(
-            node_id=node_id,
-            input_schema=input,
-            output_schema=output,
-            effect=effect,
-            reconcile=reconcile,
-            role=role,
-            place=place,
-        )
+        options = {"effect": effect, "reconcile": reconcile, "role": role, "place": place}
 
-        def decorate(func: Any) -> Any:
-            check_annotations(f"node {node_id!r}", func, contract, sys._getframe(1))
-            node = mark(func, node_id, contract)  # Raises TypeError for an object that is not callable.
-            self.registry.decorate(func, contract)
+        def register(func: Any, node_id: str | None, scope: FrameType) -> Any:
+            node = mark_annotated(func, node_id, scope, (input, output), **options)
+            self.registry.decorate(func, node._stroma_contract)
             return node
 
-        return decorate
+        if callable(node_id):
+            return register(node_id, None, sys._getframe(1))
+        return lambda func: register(func, node_id, sys._getframe(1))
 
     @overload
+    def flow(self, body: Callable[[Flow, In], Coroutine[Any, Any, Out]], /) -> FlowFunction[In, Out]: ...
+    @overload
     def flow(
-        self, flow_id: str, *, input: type[In], output: type[Out], **limits: Unpack[FlowLimits]
+        self, flow_id: str | None = None, *, input: type[In], output: type[Out], **limits: Unpack[FlowLimits]
     ) -> FlowDecorator[In, Out]: ...
     @overload
-    def flow(self, flow_id: str, **limits: Unpack[FlowLimits]) -> AnnotatedFlowDecorator: ...
+    def flow(self, flow_id: str | None = None, **limits: Unpack[FlowLimits]) -> AnnotatedFlowDecorator: ...
     def flow(
         self,
-        flow_id: str,
+        flow_id: Any = None,
         *,
         input: type[BaseModel] | None = None,
         output: type[BaseModel] | None = None,
@@ -241,15 +267,17 @@ class StromaRunner:
         """Make a flow of an async function, and register its contract with this runner. See ``stroma_flow``."""
         from stroma.runner.flows.definition import define_flow  # Not loaded by runs without flows.
 
-        def decorate(body: Any) -> Any:
-            flow = define_flow(flow_id, body, (input, output), limits, sys._getframe(1))
+        def register(body: Any, flow_id: str | None, scope: FrameType) -> Any:
+            flow = define_flow(flow_id, body, (input, output), limits, scope)
             contract = flow.node.contract
             assert contract is not None
             self.registry.decorate(body, contract)
-            self._flows[flow_id] = flow
+            self._flows[flow.node.node_id] = flow
             return flow
 
-        return decorate
+        if callable(flow_id):
+            return register(flow_id, None, sys._getframe(1))
+        return lambda body: register(body, flow_id, sys._getframe(1))
 
     # ------------------------------------------------------------------ checking
 

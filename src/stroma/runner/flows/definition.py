@@ -11,8 +11,8 @@ from typing import Any, Generic, TypeVar, Unpack, overload
 
 from pydantic import BaseModel
 
-from stroma.contracts.annotations import annotation_of, check_annotations
-from stroma.contracts.contract import NodeContract
+from stroma.contracts.annotations import infer_contract
+from stroma.contracts.node import name_of
 from stroma.runner.flows.flow import Flow, FlowFunction, FlowLimits
 
 __all__ = ["AnnotatedFlowDecorator", "FlowDecorator", "define_flow", "stroma_flow"]
@@ -22,7 +22,7 @@ Out = TypeVar("Out", bound=BaseModel)
 
 
 def define_flow(
-    flow_id: str,
+    flow_id: str | None,
     body: Any,
     schemas: tuple[type[BaseModel] | None, type[BaseModel] | None],
     limits: FlowLimits,
@@ -30,8 +30,10 @@ def define_flow(
 ) -> FlowFunction[Any, Any]:
     """Return a function as a flow. Raises TypeError for one that cannot be the body of a flow.
 
-    ``schemas``: those of input and output; None: as annotated. ``scope``: the frame that decorates.
+    ``flow_id``: by default the function's name. ``schemas``: of input and output; None: as annotated. ``scope``: the frame that decorates.
     """
+    if flow_id is None:
+        flow_id = name_of(body)
     name = getattr(body, "__qualname__", repr(body))
     if inspect.isasyncgenfunction(body):
         raise TypeError(
@@ -45,23 +47,8 @@ def define_flow(
     parameters = list(inspect.signature(body).parameters)
     if len(parameters) < 2:
         raise TypeError(f"flow {flow_id!r}: {name} must take (flow, state), got ({', '.join(parameters)})")
-    input_model = _class_of(flow_id, "input", schemas[0], annotation_of(body, parameters[1], scope))
-    output_model = _class_of(flow_id, "output", schemas[1], annotation_of(body, "return", scope))
-    contract: NodeContract[Any, Any] = NodeContract(
-        node_id=flow_id, input_schema=input_model, output_schema=output_model
-    )
-    check_annotations(f"flow {flow_id!r}", body, contract, scope, position=1)
+    contract = infer_contract("flow", flow_id, body, schemas, scope)
     return FlowFunction(flow_id, body, contract, **limits)
-
-
-def _class_of(flow_id: str, what: str, passed: Any, annotated: Any) -> type[BaseModel]:
-    if passed is None:
-        if not (isinstance(annotated, type) and issubclass(annotated, BaseModel)):
-            raise TypeError(f"flow {flow_id!r} needs {what}=, or the annotation of a pydantic model")
-        return annotated
-    if not (isinstance(passed, type) and issubclass(passed, BaseModel)):
-        raise TypeError(f"flow {flow_id!r}: {what}= must be a pydantic model, got {passed!r}")
-    return passed
 
 
 class FlowDecorator(typing.Protocol, Generic[In, Out]):
@@ -77,13 +64,15 @@ class AnnotatedFlowDecorator(typing.Protocol):
 
 
 @overload
+def stroma_flow(body: Callable[[Flow, In], Coroutine[Any, Any, Out]], /) -> FlowFunction[In, Out]: ...
+@overload
 def stroma_flow(
-    flow_id: str, *, input: type[In], output: type[Out], **limits: Unpack[FlowLimits]
+    flow_id: str | None = None, *, input: type[In], output: type[Out], **limits: Unpack[FlowLimits]
 ) -> FlowDecorator[In, Out]: ...
 @overload
-def stroma_flow(flow_id: str, **limits: Unpack[FlowLimits]) -> AnnotatedFlowDecorator: ...
+def stroma_flow(flow_id: str | None = None, **limits: Unpack[FlowLimits]) -> AnnotatedFlowDecorator: ...
 def stroma_flow(
-    flow_id: str,
+    flow_id: Any = None,
     *,
     input: type[BaseModel] | None = None,
     output: type[BaseModel] | None = None,
@@ -92,9 +81,12 @@ def stroma_flow(
     """Make a flow of an async function of ``(flow, state)``: a pipeline that decides in plain Python what comes next.
 
     Args:
-        flow_id: name of the flow in stores, metrics and spans.
+        flow_id: name of the flow in stores, metrics and spans. Default: the name of the function; then
+            ``@stroma_flow`` needs no parentheses.
         input: pydantic model of its input. Default: the annotation of ``state``.
         output: pydantic model of its output. Default: the annotation of the returned value.
         limits: see FlowLimits.
     """
+    if callable(flow_id):
+        return define_flow(None, flow_id, (input, output), limits, sys._getframe(1))
     return lambda body: define_flow(flow_id, body, (input, output), limits, sys._getframe(1))

@@ -14,7 +14,7 @@ from uuid import UUID
 from pydantic import BaseModel
 
 from stroma.contracts.contract import NodeContract, check_id
-from stroma.contracts.node import FlowNode, Group, LooseContextNode, LooseNode
+from stroma.contracts.node import FlowNode, Group, LooseContextNode, LooseNode, MeteredNode
 from stroma.runner.flows.calls import call_flow, call_map, call_step
 from stroma.runner.flows.path import INNERMOST, FlowPath
 from stroma.runner.flows.receive import call_receive
@@ -72,7 +72,7 @@ class Flow:
     @overload
     def step(
         self,
-        node: LooseNode[In, Out, Any] | LooseContextNode[In, Out, Any],
+        node: LooseNode[In, Out, Any] | LooseContextNode[In, Out, Any] | MeteredNode[In, Out],
         state: In,
         *,
         key: str | None = None,
@@ -112,7 +112,7 @@ class Flow:
     @overload
     def map(
         self,
-        node: LooseNode[In, Out, Any] | LooseContextNode[In, Out, Any],
+        node: LooseNode[In, Out, Any] | LooseContextNode[In, Out, Any] | MeteredNode[In, Out],
         items: Iterable[In],
         *,
         max_concurrency: int | None = None,
