@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from stroma import (
     FailureClass,
@@ -34,6 +34,46 @@ class Num(BaseModel):
 
 class Text(BaseModel):
     text: str
+
+
+class Note(BaseModel):
+    text: str = ""
+
+
+class Item(BaseModel):
+    n: int
+
+
+class One(BaseModel):
+    a: int = 0
+
+
+class Two(BaseModel):
+    b: int = 0
+
+
+class Three(BaseModel):
+    c: int = 0
+
+
+class Receipt(BaseModel):
+    number: int
+
+
+class Many(BaseModel):
+    items: list[Num]
+
+
+class Words(BaseModel):
+    words: list[str]
+
+
+class Positive(BaseModel):
+    n: int = Field(gt=0)
+
+
+class Loose(BaseModel):
+    anything: Any = None
 
 
 def node(node_id: str, func: Any, input: type[BaseModel] = Num, output: type[BaseModel] = Num) -> Any:
@@ -81,6 +121,26 @@ def open_question(store: Any, run_id: str, **fields: Any) -> str:
     (found,) = [one for one in asked if all(getattr(one, name) == value for name, value in fields.items())]
     question_id: str = found.id
     return question_id
+
+
+async def plus(state: Num) -> Any:
+    """Add one: the function of a node."""
+    return {"n": state.n + 1}
+
+
+async def give_one(state: Any) -> Any:
+    """Return the fields of a ``One``: the function of a node."""
+    return {"a": 1}
+
+
+async def fail(state: BaseModel) -> Any:
+    """Fail as a client without a connection does: the function of a node."""
+    raise ConnectionError("down")
+
+
+async def forever() -> None:
+    """Wait until the task is cancelled."""
+    await asyncio.Event().wait()
 
 
 async def sleep_forever(*_: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import open_question
+from tests.kit import Note, open_question
 from tests.shared_stores import STORES, store_of
 
 from stroma import (
@@ -161,10 +161,6 @@ def test_killed_inside_of_a_guarded_step(way: str, tmp_path: Path) -> None:
     assert len(set.union(*keys.values())) == len(keys)
 
 
-class Text(BaseModel):
-    text: str = ""
-
-
 @pytest.mark.parametrize("kind", STORES)
 async def test_steps_of_a_guard_in_the_nodes_of_a_pipeline(kind: str) -> None:
     """A pipeline whose nodes use a guard is resumed: what the guard has recorded inside is no node of the
@@ -173,7 +169,7 @@ async def test_steps_of_a_guard_in_the_nodes_of_a_pipeline(kind: str) -> None:
     fails = [True]
 
     def node(name: str) -> Any:
-        async def call(state: Text) -> Any:
+        async def call(state: Note) -> Any:
             run = current_run()
             assert run is not None
 
@@ -187,15 +183,15 @@ async def test_steps_of_a_guard_in_the_nodes_of_a_pipeline(kind: str) -> None:
                 raise ValueError("no")
             return {"text": text + step(2)}
 
-        return stroma_node(name, NodeContract(node_id=name, input_schema=Text, output_schema=Text))(call)
+        return stroma_node(name, NodeContract(node_id=name, input_schema=Note, output_schema=Note))(call)
 
     never = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
     with store_of(kind) as store:
         runner = StromaRunner.quick(store=store, run_id="r", resume=True, policy_map=never)
-        assert (await runner.run([node("a"), node("b")], Text())).status is RunStatus.PARTIAL
+        assert (await runner.run([node("a"), node("b")], Note())).status is RunStatus.PARTIAL
         fails[0] = False
-        result = await runner.run([node("a"), node("b")], Text())
-    assert (result.status, result.final_state) == (RunStatus.RESUMED, Text(text="a1a2b1b2"))
+        result = await runner.run([node("a"), node("b")], Note())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Note(text="a1a2b1b2"))
     assert calls == ["a 1", "a 2", "b 1", "b 1", "b 2"]
 
 
@@ -204,7 +200,7 @@ async def test_a_group_that_is_tried_again_calls_guarded_steps_again() -> None:
     remembered."""
     tries = iter([False, True])
 
-    async def part(state: Text) -> Any:
+    async def part(state: Note) -> Any:
         run = current_run()
         assert run is not None
         match = Guard(run).wrap("model", lambda n: f"answer {n}")(1)
@@ -212,11 +208,11 @@ async def test_a_group_that_is_tried_again_calls_guarded_steps_again() -> None:
             raise ValueError("no")
         return {"text": match}
 
-    child = stroma_node("part", NodeContract(node_id="part", input_schema=Text, output_schema=Text))(part)
+    child = stroma_node("part", NodeContract(node_id="part", input_schema=Note, output_schema=Note))(part)
     never = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
     again = {"parallel(part)": {FailureClass.AMBIGUOUS: FailurePolicy(max_retries=1, backoff_seconds=0)}}
     runner = StromaRunner.quick(policy_map=never, node_policies=again)
-    result = await runner.run([parallel(child)], Text())
+    result = await runner.run([parallel(child)], Note())
     assert result.final_state.text == "answer 1"
 
 
@@ -246,7 +242,7 @@ async def test_a_step_in_a_thread_that_knows_nothing_of_its_node() -> None:
     calls: list[int] = []
     fails = [True]
 
-    async def first(state: Text) -> Any:
+    async def first(state: Note) -> Any:
         run = current_run()
         assert run is not None
         step = Guard(run).wrap("model", calls.append)
@@ -255,7 +251,7 @@ async def test_a_step_in_a_thread_that_knows_nothing_of_its_node() -> None:
         await asyncio.to_thread(thread.join)
         return {"text": "first"}
 
-    async def second(state: Text) -> Any:
+    async def second(state: Note) -> Any:
         if fails[0]:
             raise ValueError("no")
         return {"text": f"{state.text} second"}
@@ -263,13 +259,13 @@ async def test_a_step_in_a_thread_that_knows_nothing_of_its_node() -> None:
     never = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
     runner = StromaRunner.quick(run_id="r", resume=True, policy_map=never)
     nodes = [
-        stroma_node(name, NodeContract(node_id=name, input_schema=Text, output_schema=Text))(func)
+        stroma_node(name, NodeContract(node_id=name, input_schema=Note, output_schema=Note))(func)
         for name, func in (("first", first), ("second", second))
     ]
-    assert (await runner.run(nodes, Text())).status is RunStatus.PARTIAL
+    assert (await runner.run(nodes, Note())).status is RunStatus.PARTIAL
     fails[0] = False
-    result = await runner.run(nodes, Text())
-    assert (result.status, result.final_state) == (RunStatus.RESUMED, Text(text="first second"))
+    result = await runner.run(nodes, Note())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Note(text="first second"))
     assert calls == [1]
 
 

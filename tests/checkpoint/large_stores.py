@@ -8,7 +8,7 @@ import sqlite3
 from datetime import timedelta
 from typing import Any
 
-from pydantic import BaseModel
+from tests.kit import Num
 from tests.store_suite.journal import row, settled
 
 from stroma import NodeContract, RunStatus, SQLiteStore, StromaRunner, stroma_node
@@ -16,11 +16,6 @@ from stroma.checkpoint import RunQuery, RunRequest, open_store
 from stroma.checkpoint.durable.integrity import seal
 from stroma.checkpoint.durable.rows import Step
 from stroma.contracts.schema import schema_of
-
-
-class Num(BaseModel):
-    n: int = 0
-
 
 SCHEMA = schema_of(Num)
 OUTPUT = SCHEMA.encode(Num())

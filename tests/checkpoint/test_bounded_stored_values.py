@@ -11,15 +11,12 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from tests.checkpoint.damage import reseal
+from tests.kit import Num
 
 from stroma import CorruptCheckpoint, FailureClass, FailurePolicy, NotSerialisable, SQLiteStore, StromaRunner
 from stroma.contracts.schema import schema_of
 
 NEVER = {kind: FailurePolicy(max_retries=0, backoff_seconds=0) for kind in FailureClass}
-
-
-class State(BaseModel):
-    n: int = 0
 
 
 class Sum(BaseModel):
@@ -29,12 +26,12 @@ class Sum(BaseModel):
 def pipeline(store: Any, *, fails: bool) -> tuple[StromaRunner, list[Any]]:
     runner = StromaRunner.quick(store=store, policy_map=NEVER)
 
-    @runner.node("a", input=State, output=State)
-    async def a(state: State) -> State:
+    @runner.node("a", input=Num, output=Num)
+    async def a(state: Num) -> Num:
         return state
 
-    @runner.node("b", input=State, output=State)
-    async def b(state: State) -> State:
+    @runner.node("b", input=Num, output=Num)
+    async def b(state: Num) -> Num:
         if fails:
             raise ValueError("not yet")
         return state
@@ -48,7 +45,7 @@ async def test_exponents_are_bounded(tmp_path: Path, number: str) -> None:
     path = tmp_path / "runs.db"
     async with SQLiteStore(path) as store:
         runner, nodes = pipeline(store, fails=True)
-        await runner.run(nodes, State(), run_id="r")
+        await runner.run(nodes, Num(), run_id="r")
     stored = b'["stroma/1",{"n":{"$n":"%s"}}]' % number.encode()
     with sqlite3.connect(path) as db:
         db.execute("UPDATE steps SET output = ? WHERE node_id = 'a'", (stored,))
@@ -57,7 +54,7 @@ async def test_exponents_are_bounded(tmp_path: Path, number: str) -> None:
         runner, nodes = pipeline(store, fails=False)
         begin = time.perf_counter()
         with pytest.raises(CorruptCheckpoint, match="a stored Decimal has the exponent"):
-            await runner.run(nodes, State(), run_id="r", resume=True)
+            await runner.run(nodes, Num(), run_id="r", resume=True)
         assert time.perf_counter() - begin < 10
 
 

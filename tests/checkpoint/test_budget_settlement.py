@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from tests.kit import Num
 from tests.servers import environment
 from tests.shared_stores import SHARED, opened, store_of
 
@@ -28,10 +28,6 @@ from stroma import (
 from stroma.limits.shared_budget import read_budget
 
 Dying = Callable[..., list[str]]
-
-
-class State(BaseModel):
-    n: int = 0
 
 
 @pytest.fixture
@@ -127,8 +123,8 @@ def test_another_store_and_the_end_of_the_lease(
 
 
 def node(node_id: str, tokens: int) -> Any:
-    @stroma_node(node_id, NodeContract(node_id=node_id, input_schema=State, output_schema=State))
-    async def call(state: State) -> Any:
+    @stroma_node(node_id, NodeContract(node_id=node_id, input_schema=Num, output_schema=Num))
+    async def call(state: Num) -> Any:
         running = current_node()
         running.report_usage(input_tokens=tokens)
         return {"n": tokens}
@@ -143,7 +139,7 @@ async def test_children_and_two_budgets(kind: str) -> None:
         budgets = [SharedBudget(name, max_tokens=1000, store=store, reserve_tokens=10) for name in ("b", "a")]
         runner = StromaRunner.quick(store=store, shared_budgets=budgets)
         children = [node(f"n{size}", size) for size in (1, 20, 300)]
-        result = await runner.run([parallel(*children), node("last", 7)], State(), run_id="r")
+        result = await runner.run([parallel(*children), node("last", 7)], Num(), run_id="r")
         assert result.status == "COMPLETED", result.failure
         for budget in budgets:
             match = await budget.state()
@@ -157,14 +153,14 @@ async def test_a_damaged_budget_costs_no_output(kind: str) -> None:
     with store_of(kind) as store:
         budget = SharedBudget("team", max_tokens=1000, store=store, reserve_tokens=10)
 
-        @stroma_node("breaks", NodeContract(node_id="breaks", input_schema=State, output_schema=State))
-        async def breaks(state: State) -> Any:
+        @stroma_node("breaks", NodeContract(node_id="breaks", input_schema=Num, output_schema=Num))
+        async def breaks(state: Num) -> Any:
             await store.change_cell(budget.cell, lambda data, now: (b"{", None))
             return {"n": 5}
 
         runner = StromaRunner.quick(store=store, shared_budgets=budget)
-        result = await runner.run([breaks], State(), run_id="r")
-        assert (result.status, result.final_state) == ("COMPLETED", State(n=5))
+        result = await runner.run([breaks], Num(), run_id="r")
+        assert (result.status, result.final_state) == ("COMPLETED", Num(n=5))
         assert store.get_run("r").nodes == 1
 
 
@@ -184,10 +180,10 @@ async def test_a_call_that_goes_on_after_its_lease(tmp_path: Path) -> None:
                 hold[0] = now - 1
             await cells.change_cell(budget.cell, lambda data, now: (json.dumps(state).encode(), None))
             other = StromaRunner.quick(store=store, shared_budgets=budget)
-            await other.run([node("other", 40)], State(), run_id="s")
+            await other.run([node("other", 40)], Num(), run_id="s")
 
         runner = StromaRunner.quick(store=store, shared_budgets=budget, hooks=NodeHooks(on_node_success=late))
-        result = await runner.run([node("call", 300)], State(), run_id="r")
+        result = await runner.run([node("call", 300)], Num(), run_id="r")
         assert result.status == "COMPLETED"
         assert not result.hook_errors
         assert entries

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, Phase, example, given, note, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 from tests.checkpoint.damage import reseal
+from tests.kit import Num
 from tests.shared_stores import SHARED, opened, place
 from tests.store_suite.journal import State, begin, commit, row, settled
 
@@ -429,10 +430,6 @@ def test_records_of_another_shape(shape: Any, data: bytes) -> None:
             return
     with pytest.raises(CorruptCheckpoint, match="the note 'k' of run 'r' is damaged"):
         decode_json(data, shape, RecordName("r", "note", "k"))
-
-
-class Num(BaseModel):
-    n: int = 0
 
 
 class Go(BaseModel):

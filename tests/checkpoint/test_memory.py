@@ -6,14 +6,11 @@ from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
+from tests.kit import Item
 from tests.store_suite.journal import State, begin, row, settled
 
 from stroma import AsyncInMemoryStore, InMemoryStore, SQLiteStore, StromaRunner, current_node, map_over
 from stroma.contracts.schema import schema_of
-
-
-class Number(BaseModel):
-    n: int
 
 
 class Numbers(BaseModel):
@@ -62,8 +59,8 @@ async def test_an_attempt_whose_place_is_committed_again_stays_in_the_history(
     entry = AsyncInMemoryStore() if store == "memory" else SQLiteStore(tmp_path / "runs.db")
     runner, broken = StromaRunner.quick(store=entry), [True]
 
-    @runner.node("half", input=Number, output=Number)
-    async def half(state: Number) -> Number:
+    @runner.node("half", input=Item, output=Item)
+    async def half(state: Item) -> Item:
         if broken and state.n == 2:
             raise PermissionError("not this one")
         return state
@@ -99,12 +96,12 @@ async def test_a_suspension_in_memory_is_a_warning(
     }
     runner = StromaRunner.quick(store=stores[store])
 
-    @runner.node("asks", input=Number, output=Number)
-    async def asks(state: Number) -> Number:
-        return current_node().wait_for(Number, reason="how many?")
+    @runner.node("asks", input=Item, output=Item)
+    async def asks(state: Item) -> Item:
+        return current_node().wait_for(Item, reason="how many?")
 
     for run_id in ("a", "b"):
-        result = await runner.run([asks], Number(n=1), run_id=run_id)
+        result = await runner.run([asks], Item(n=1), run_id=run_id)
         assert result.status == "SUSPENDED"
     texts = [one.getMessage() for one in caplog.records if "in memory" in one.getMessage()]
     expected = "run 'a' is suspended in memory, and is lost when this process ends; pass a durable store, as in store=\"sqlite:///runs.db\""

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, SecretBytes, SecretStr
-from tests.kit import NEVER
+from tests.kit import NEVER, Note
 from tests.store_suite.journal import JournalStoreTests
 
 from stroma import (
@@ -61,10 +61,6 @@ class Zip:
         return zlib.decompress(data)
 
 
-class Text(BaseModel):
-    text: str = ""
-
-
 class Login(BaseModel):
     user: str = ""
     password: SecretStr = SecretStr("")
@@ -72,7 +68,7 @@ class Login(BaseModel):
 
 
 def node(
-    node_id: str, func: Any, input_model: type[BaseModel] = Text, output_model: type[BaseModel] = Text
+    node_id: str, func: Any, input_model: type[BaseModel] = Note, output_model: type[BaseModel] = Note
 ) -> Any:
     contract: NodeContract[Any, Any] = NodeContract(
         node_id=node_id, input_schema=input_model, output_schema=output_model
@@ -85,11 +81,11 @@ def runner(store: Any, **config: Any) -> StromaRunner:
 
 
 def _nodes(calls: list[str], *, fails: bool = False) -> list[Any]:
-    async def first(state: Text) -> Any:
+    async def first(state: Note) -> Any:
         calls.append("first")
         return {"text": "canary " + state.text}
 
-    async def second(state: Text) -> Any:
+    async def second(state: Note) -> Any:
         calls.append("second")
         if fails:
             raise ValueError("not yet")
@@ -125,21 +121,21 @@ async def test_every_payload_goes_through_the_codec(tmp_path: Path) -> None:
     calls: list[str] = []
     async with SQLiteStore(path, codec=codec) as store:
         nodes = _nodes(calls)
-        await runner(store).run(nodes, Text(text="canary in"))
+        await runner(store).run(nodes, Note(text="canary in"))
         await runner(store).signal("r", "canary answer")
-        result = await runner(store, resume=True).run(nodes, Text(text="canary in"))
+        result = await runner(store, resume=True).run(nodes, Note(text="canary in"))
         assert (result.status, result.final_state) == (
             RunStatus.RESUMED,
-            Text(text="canary canary in canary answer"),
+            Note(text="canary canary in canary answer"),
         )
-        await store.save("r", "by hand", Text(text="canary by hand"))
+        await store.save("r", "by hand", Note(text="canary by hand"))
         steps = StromaRunner.quick(store=store, run_id="steps", resume=True)
         for _ in range(2):
             ctx = ReliabilityContext.for_run(steps.config, steps.registry, steps.checkpoint_manager)
             async with ctx:
-                await execute_step("s", nodes[0], Text(text="canary given"), ctx)
+                await execute_step("s", nodes[0], Note(text="canary given"), ctx)
         assert calls == ["first", "second", "second", "first"]
-        assert await store.load_typed("r", "by hand", Text) == Text(text="canary by hand")
+        assert await store.load_typed("r", "by hand", Note) == Note(text="canary by hand")
         assert b"canary in" in store.input_of("r")
     for file in path.parent.iterdir():
         assert b"canary" not in file.read_bytes()
@@ -150,21 +146,21 @@ async def test_keys_are_rotated(tmp_path: Path) -> None:
     so."""
     path = tmp_path / "runs.db"
     async with SQLiteStore(path, codec=AesGcm({"one": ONE}, writes_with="one")) as store:
-        await runner(store).run(_nodes([], fails=True), Text(text="x"))
+        await runner(store).run(_nodes([], fails=True), Note(text="x"))
     both = AesGcm({"one": ONE, "two": TWO}, writes_with="two")
     async with SQLiteStore(path, codec=both) as store:
         assert (
-            await runner(store, resume=True).run(_nodes([]), Text(text="x"))
+            await runner(store, resume=True).run(_nodes([]), Note(text="x"))
         ).status is RunStatus.SUSPENDED
         await runner(store).signal("r", 1)
     async with SQLiteStore(path, codec=AesGcm({"two": TWO}, writes_with="two")) as store:
         with pytest.raises(
             CorruptCheckpoint, match=r"'one', which is not given.*with the codec, and the keys"
         ):
-            await runner(store, resume=True).run(_nodes([]), Text(text="x"))
+            await runner(store, resume=True).run(_nodes([]), Note(text="x"))
     async with SQLiteStore(path) as store:
         with pytest.raises(CorruptCheckpoint, match="open the store with codec="):
-            await runner(store, resume=True).run(_nodes([]), Text(text="x"))
+            await runner(store, resume=True).run(_nodes([]), Note(text="x"))
     async with SQLiteStore(path, codec=AesGcm({"one": TWO}, writes_with="one")) as store:
         with pytest.raises(CorruptCheckpoint, match="cannot be decoded"):
             store.input_of("r")
@@ -175,15 +171,15 @@ async def test_a_plain_store_becomes_an_encrypted_one(tmp_path: Path) -> None:
     through it."""
     path = tmp_path / "runs.db"
     async with SQLiteStore(path) as store:
-        await runner(store).run(_nodes([], fails=True), Text(text="x"))
+        await runner(store).run(_nodes([], fails=True), Note(text="x"))
     async with SQLiteStore(path, codec=Zip(), plain_until_migrated=True) as store:
         calls: list[str] = []
         assert (
-            await runner(store, resume=True).run(_nodes(calls), Text(text="x"))
+            await runner(store, resume=True).run(_nodes(calls), Note(text="x"))
         ).status is RunStatus.SUSPENDED
         assert calls == ["second"]
         with pytest.raises(PipelineChanged):
-            await runner(store, resume=True).run(_nodes(calls), Text(text="y"))
+            await runner(store, resume=True).run(_nodes(calls), Note(text="y"))
 
 
 @pytest.mark.core
@@ -191,15 +187,15 @@ async def test_a_lost_key_does_not_hinder_a_new_beginning(tmp_path: Path) -> Non
     """A run whose input cannot be opened any more can be begun again; what would go on with it is refused."""
     path = tmp_path / "runs.db"
     async with SQLiteStore(path, codec=Zip()) as store:
-        await runner(store).run(_nodes([], fails=True), Text(text="x"))
+        await runner(store).run(_nodes([], fails=True), Note(text="x"))
     async with SQLiteStore(path) as store:
         for way in ("resume", "return"):
             with pytest.raises(CorruptCheckpoint, match="open the store with codec="):
-                await runner(store, if_exists=way).run(_nodes([]), Text(text="x"))
+                await runner(store, if_exists=way).run(_nodes([]), Note(text="x"))
         with pytest.raises(RunExists):
-            await runner(store, if_exists="error").run(_nodes([]), Text(text="x"))
+            await runner(store, if_exists="error").run(_nodes([]), Note(text="x"))
         calls: list[str] = []
-        await runner(store).run(_nodes(calls), Text(text="x"))
+        await runner(store).run(_nodes(calls), Note(text="x"))
         assert calls == ["first", "second"]
 
 
@@ -242,11 +238,11 @@ def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 
 
 def _big(calls: list[str], size: int = 5000) -> list[Any]:
-    async def first(state: Text) -> Any:
+    async def first(state: Note) -> Any:
         calls.append("first")
         return {"text": "x" * size}
 
-    async def second(state: Text) -> Any:
+    async def second(state: Note) -> Any:
         calls.append("second")
         if len(calls) < 3:
             raise ValueError("not yet")
@@ -261,10 +257,10 @@ async def test_large_payloads_stand_in_blobs(tmp_path: Path, blobs: Any) -> None
     calls: list[str] = []
     async with SQLiteStore(tmp_path / "runs.db", blobs=blobs, blob_bytes=1000) as store:
         for run_id in ("r", "s"):
-            await runner(store).run(_big(calls), Text(text="y"), run_id=run_id)
+            await runner(store).run(_big(calls), Note(text="y"), run_id=run_id)
         assert len(list(blobs.names())) == 1
-        result = await runner(store, resume=True).run(_big(calls), Text(text="y"))
-        assert (result.status, result.final_state) == (RunStatus.RESUMED, Text(text="5000"))
+        result = await runner(store, resume=True).run(_big(calls), Note(text="y"))
+        assert (result.status, result.final_state) == (RunStatus.RESUMED, Note(text="5000"))
     assert (tmp_path / "runs.db").stat().st_size < 200_000
 
 
@@ -275,7 +271,7 @@ async def test_a_blob_that_is_gone_is_a_named_error(tmp_path: Path, harm: str) -
     calls: list[str] = []
     folder = tmp_path / "blobs"
     async with SQLiteStore(tmp_path / "runs.db", blobs=folder, blob_bytes=1000) as store:
-        await runner(store).run(_big(calls), Text(text="y"))
+        await runner(store).run(_big(calls), Note(text="y"))
     (file,) = folder.glob("??/*")
     if harm == "missing":
         file.unlink()
@@ -284,9 +280,9 @@ async def test_a_blob_that_is_gone_is_a_named_error(tmp_path: Path, harm: str) -
     value = None if harm == "not given" else folder
     async with SQLiteStore(tmp_path / "runs.db", blobs=value, blob_bytes=1000) as store:
         with pytest.raises(CorruptCheckpoint, match="'first' at position 0 of run 'r' is stored in"):
-            await runner(store, resume=True).run(_big(calls), Text(text="y"))
+            await runner(store, resume=True).run(_big(calls), Note(text="y"))
         if harm == "missing":
-            result = await runner(store).run(_big(calls), Text(text="y"), resume_from="first")
+            result = await runner(store).run(_big(calls), Note(text="y"), resume_from="first")
             assert result.status is RunStatus.RESUMED
 
 
@@ -304,13 +300,13 @@ async def test_a_blob_that_cannot_be_written_loses_nothing(tmp_path: Path) -> No
     calls: list[str] = []
     blobs = Broken(tmp_path / "blobs")
     async with SQLiteStore(tmp_path / "runs.db", blobs=blobs, blob_bytes=1000) as store:
-        result = await runner(store).run(_big(calls), Text(text="y"))
+        result = await runner(store).run(_big(calls), Note(text="y"))
         assert result.status is RunStatus.PARTIAL
         assert result.failure is not None
         assert "no room" in result.failure.message
         assert calls == ["first"]
         blobs.broken = False
-        await runner(store, resume=True).run(_big(calls), Text(text="y"))
+        await runner(store, resume=True).run(_big(calls), Note(text="y"))
         assert len(store.attempts("r")) == 2
 
 
@@ -319,18 +315,18 @@ async def test_blobs_that_cannot_be_read_are_a_named_error(tmp_path: Path) -> No
     calls: list[str] = []
     folder = tmp_path / "blobs"
     async with SQLiteStore(tmp_path / "runs.db", blobs=folder, blob_bytes=1000) as store:
-        await runner(store).run(_big(calls), Text(text="y"))
+        await runner(store).run(_big(calls), Note(text="y"))
     folder.rename(tmp_path / "away")
     folder.write_text("no directory")
     async with SQLiteStore(tmp_path / "runs.db", blobs=folder, blob_bytes=1000) as store:
         with pytest.raises(StoreError, match=r"cannot be read .*fix the blob store") as raised:
-            await runner(store, resume=True).run(_big(calls), Text(text="y"))
+            await runner(store, resume=True).run(_big(calls), Note(text="y"))
         assert not isinstance(raised.value, CorruptCheckpoint)
         with pytest.raises(StoreError, match="cannot be read"):
             store.attempts("r")
         folder.unlink()
         (tmp_path / "away").rename(folder)
-        result = await runner(store, resume=True).run(_big(calls), Text(text="y"))
+        result = await runner(store, resume=True).run(_big(calls), Note(text="y"))
         assert result.status is RunStatus.RESUMED
 
 
@@ -357,12 +353,12 @@ async def test_a_codec_that_fails_is_a_named_error(tmp_path: Path, turn: str) ->
     moody = Moody(turn)
     async with SQLiteStore(tmp_path / "runs.db", codec=moody) as store:
         with pytest.raises(StoreError, match=message):
-            await runner(store).run(_big(calls), Text())
+            await runner(store).run(_big(calls), Note())
         assert calls == []
         moody.turns = ["well", turn]  # The input, and then the output: that is tried again if it may help.
-        await runner(store).run(_big(calls), Text())
+        await runner(store).run(_big(calls), Note())
         assert calls == (["first", "second"] if turn == "raises" else ["first"])
-        await runner(store).run(_big(calls), Text())
+        await runner(store).run(_big(calls), Note())
         moody.turns = [turn]
         with pytest.raises(StoreError, match="cannot be decoded" if turn == "raises" else message):
             store.input_of("r")
@@ -398,31 +394,31 @@ async def _age(store: SQLiteStore, *run_ids: str) -> None:
 async def test_old_runs_are_collected(tmp_path: Path) -> None:
     """gc() deletes runs that ended long ago with all that was kept of them, and no other."""
 
-    async def good(state: Text) -> Any:
+    async def good(state: Note) -> Any:
         return state
 
-    async def bad(state: Text) -> Any:
+    async def bad(state: Note) -> Any:
         raise ValueError
 
     async with SQLiteStore(tmp_path / "runs.db") as store:
         for run_id in ("old", "young"):
-            await runner(store).run([node("a", good)], Text(), run_id=run_id)
-        await runner(store).run([node("a", bad)], Text(), run_id="partial")
+            await runner(store).run([node("a", good)], Note(), run_id=run_id)
+        await runner(store).run([node("a", bad)], Note(), run_id="partial")
         inside = asyncio.Event()
 
-        async def waits(state: Text) -> Any:
+        async def waits(state: Note) -> Any:
             inside.set()
             await asyncio.Event().wait()
 
-        live = asyncio.create_task(runner(store).run([node("a", waits)], Text(), run_id="live"))
+        live = asyncio.create_task(runner(store).run([node("a", waits)], Note(), run_id="live"))
         await inside.wait()
-        await store.save("by hand", "a", Text())
+        await store.save("by hand", "a", Note())
         await _age(store, "old", "partial", "live", "by hand")
         assert await store.gc(keep_for=timedelta(hours=2)) == (1, 0)
         assert {run.run_id for run in store.list_runs()} == {"young", "partial", "live"}
         assert await store.gc(keep_for=timedelta(hours=2), unfinished=True) == (2, 0)
         assert {run.run_id for run in store.list_runs()} == {"young", "live"}
-        assert await store.load_typed("by hand", "a", Text) is None
+        assert await store.load_typed("by hand", "a", Note) is None
         live.cancel()
         await asyncio.gather(live, return_exceptions=True)
 
@@ -433,8 +429,8 @@ async def test_blobs_that_nobody_names_are_collected(tmp_path: Path) -> None:
     calls = ["", ""]
     blobs = DirectoryBlobs(tmp_path / "blobs")
     async with SQLiteStore(tmp_path / "runs.db", blobs=blobs, blob_bytes=1000) as store:
-        await runner(store).run(_big(calls, 5000), Text(), run_id="one")
-        await runner(store).run(_big(calls, 6000), Text(text="z" * 2000), run_id="two")
+        await runner(store).run(_big(calls, 5000), Note(), run_id="one")
+        await runner(store).run(_big(calls, 6000), Note(text="z" * 2000), run_id="two")
         assert len(list(blobs.names())) == 3
         await store.delete("one")
         assert await store.gc(keep_for=timedelta(days=1)) == (0, 0)
@@ -443,9 +439,9 @@ async def test_blobs_that_nobody_names_are_collected(tmp_path: Path) -> None:
         assert await store.gc(keep_for=timedelta(days=1)) == (0, 1)
         assert len(list(blobs.names())) == 2
         again = await runner(store, if_exists="return").run(
-            _big(calls, 6000), Text(text="z" * 2000), run_id="two"
+            _big(calls, 6000), Note(text="z" * 2000), run_id="two"
         )
-        assert again.final_state == Text(text="6000")
+        assert again.final_state == Note(text="6000")
 
 
 async def test_a_blob_that_is_put_while_others_are_collected_stays(tmp_path: Path) -> None:
@@ -464,7 +460,7 @@ async def test_a_blob_that_is_put_while_others_are_collected_stays(tmp_path: Pat
     for file in blobs.path.glob("??/*"):
         os.utime(file, (0, 0))
     async with SQLiteStore(tmp_path / "runs.db", blobs=blobs) as store:
-        await store.save("r", "a", Text())
+        await store.save("r", "a", Note())
         assert await store.gc(keep_for=timedelta(days=1)) == (0, 1)
     assert len(list(blobs.names())) == 1
 

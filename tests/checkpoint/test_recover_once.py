@@ -10,22 +10,18 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from tests.kit import Num
 from tests.servers import environment
 from tests.shared_stores import SHARED, opened, place
 
 from stroma import NodeContract, NodeHooks, Pipeline, RunStatus, StromaRunner, stroma_node
 
 
-class State(BaseModel):
-    n: int = 0
-
-
 def one_node(waits: float) -> Pipeline:
-    @stroma_node("a", NodeContract(node_id="a", input_schema=State, output_schema=State))
-    async def a(state: State) -> Any:
+    @stroma_node("a", NodeContract(node_id="a", input_schema=Num, output_schema=Num))
+    async def a(state: Num) -> Any:
         await asyncio.sleep(waits)
-        return State(n=1)
+        return Num(n=1)
 
     return Pipeline("p", [a])
 
@@ -41,7 +37,7 @@ async def test_what_has_ended_meanwhile_is_left_alone(kind: str) -> None:
 
     with place(kind) as where, opened(kind, where) as store, opened(kind, where) as other:
         first = StromaRunner.quick(store=store)
-        runs = [asyncio.create_task(first.run(one_node(60), State(), run_id=f"r{i}")) for i in range(20)]
+        runs = [asyncio.create_task(first.run(one_node(60), Num(), run_id=f"r{i}")) for i in range(20)]
         while not store.exists() or len(store.list_runs(status="RUNNING")) < 20:
             await asyncio.sleep(0.02)
         await first.shutdown(drain_seconds=0)

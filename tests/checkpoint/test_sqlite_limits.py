@@ -8,16 +8,13 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from tests.kit import Item
 
 from stroma import NodeContract, Pipeline, SQLiteStore, StromaRunner, map_over, stroma_node
 from stroma.checkpoint.durable.owner import new_owner
 from stroma.checkpoint.durable.rows import Annotation
 from stroma.checkpoint.sqlite import rows as _sqlite_rows
 from stroma.checkpoint.sqlite.rows import SqliteRows
-
-
-class Item(BaseModel):
-    n: int
 
 
 class Items(BaseModel):

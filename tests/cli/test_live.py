@@ -9,6 +9,7 @@ import sys
 import pytest
 from pydantic import BaseModel
 from tests.cli.terminal import Emulator, TerminalFile, run_on_terminal
+from tests.kit import Item
 
 from stroma import (
     ExecutionBudget,
@@ -43,10 +44,6 @@ def terminal(monkeypatch):
         return file
 
     return begin
-
-
-class Item(BaseModel):
-    n: int
 
 
 class Items(BaseModel):

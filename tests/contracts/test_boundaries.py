@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ConfigDict, RootModel
-from tests.kit import THRICE, Num, Text, node, record_node_hooks
+from tests.kit import THRICE, Loose, Num, Text, node, record_node_hooks
 
 from stroma import (
     ContractViolation,
@@ -27,10 +27,6 @@ quick = partial(StromaRunner.quick, policy_map=THRICE)
 class Deep(BaseModel):
     items: list[Num]
     table: dict[str, list[int]] = {}
-
-
-class Loose(BaseModel):
-    anything: Any = None
 
 
 def giving(output: Any) -> tuple[Any, list[Any]]:

@@ -42,7 +42,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from tests.kit import Text
+from tests.kit import Item, Text
 from typing_extensions import TypedDict
 
 from stroma import (
@@ -59,10 +59,6 @@ from stroma import (
     stroma_node,
 )
 from stroma.contracts.schema import schema_of
-
-
-class Number(BaseModel):
-    n: int
 
 
 class Anything(BaseModel):
@@ -160,13 +156,13 @@ def maybe(kind: str, output_model: Any, input_model: Any, good: Any, bad: Any) -
 def test_a_field_that_is_not_given_is_an_error() -> None:
     """A required field that the node before does not give can never work; the finding names nodes, field,
     type and mend."""
-    finding = one(node("a", output_model=Text), node("b", Number))
+    finding = one(node("a", output_model=Text), node("b", Item))
     assert (finding.severity, finding.kind, finding.source, finding.target) == ("error", "missing", "a", "b")
     assert (finding.source_at, finding.target_at, finding.path, finding.target_type) == ("0", "1", "n", "int")
     assert finding.message == "'b' needs n (int), and Text has no such field"
-    assert finding.fix == "add it to the output of 'a', or give it a default in Number"
+    assert finding.fix == "add it to the output of 'a', or give it a default in Item"
     assert "'a' -> 'b'" in str(finding)
-    assert not crosses(Text, Number, text="x")
+    assert not crosses(Text, Item, text="x")
 
 
 def test_a_field_with_a_default_need_not_be_given() -> None:
@@ -196,8 +192,8 @@ def test_a_dropped_field_names_who_gave_it_and_who_dropped_it() -> None:
 def test_an_excluded_field_is_not_handed_on() -> None:
     """A field with exclude=True crosses no boundary, so who needs it does not get it."""
     hidden = create_model("Hidden", n=(int, Field(exclude=True)))
-    assert kinds(hidden, Number) == [("error", "missing", "n")]
-    assert not crosses(hidden, Number, n=1)
+    assert kinds(hidden, Item) == [("error", "missing", "n")]
+    assert not crosses(hidden, Item, n=1)
 
 
 def test_a_computed_field_is_handed_on_to_who_has_it() -> None:
@@ -211,8 +207,8 @@ def test_a_computed_field_is_handed_on_to_who_has_it() -> None:
         def n(self) -> int:
             return len(self.text)
 
-    assert kinds(Sized, Number) == []
-    assert crosses(Sized, Number, text="abc")
+    assert kinds(Sized, Item) == []
+    assert crosses(Sized, Item, text="abc")
     assert kinds(Sized, create_model("Closed", __config__={"extra": "forbid"}, text=(str, ...))) == []
 
 
@@ -224,7 +220,7 @@ def test_an_alias_is_found_by_either_name() -> None:
     assert crosses(Text, aliased, text="x")
     assert crosses(create_model("Body", body=(str, ...)), aliased, body="x")
     assert crosses(aliased, Text, body="x")
-    assert kinds(Number, aliased) == [("error", "missing", "text")]
+    assert kinds(Item, aliased) == [("error", "missing", "text")]
 
 
 def test_alias_choices_are_all_looked_up() -> None:
@@ -259,9 +255,9 @@ def test_forbidden_fields_are_an_error() -> None:
 
 def test_what_may_hold_more_may_hold_the_field() -> None:
     """A field that is missed may be among the extra ones of a class that allows them: a warning."""
-    assert kinds(Anything, Number) == [("warning", "missing", "n")]
-    assert crosses(Anything, Number, n=1)
-    assert not crosses(Anything, Number)
+    assert kinds(Anything, Item) == [("warning", "missing", "n")]
+    assert crosses(Anything, Item, n=1)
+    assert not crosses(Anything, Item)
 
 
 def test_the_same_class_on_both_sides_always_fits() -> None:
@@ -522,7 +518,7 @@ def test_nested_models_are_compared_field_by_field() -> None:
         "int",
     )
     maybe("optional", Street, StreetIn, {"name": "a", "number": 1}, {"name": "a"})
-    never("missing", Street, Number, {"name": "a"})
+    never("missing", Street, Item, {"name": "a"})
     fits(Street, Street, {"name": "a"})
 
 
@@ -688,11 +684,11 @@ def test_root_models_are_what_they_hold() -> None:
     assert crosses(numbers, RootModel[list[float]], root=[1])
     assert kinds(numbers, words) == [("error", "type", "[]")]
     assert not crosses(numbers, words, root=[1])
-    assert kinds(numbers, Number) == [("error", "type", "")]
-    assert not crosses(numbers, Number, root=[1])
-    assert kinds(RootModel[dict[str, int]], Number) == [("warning", "missing", "n")]
-    assert kinds(Number, RootModel[dict[str, int]]) == []
-    assert crosses(Number, RootModel[dict[str, int]], n=1)
+    assert kinds(numbers, Item) == [("error", "type", "")]
+    assert not crosses(numbers, Item, root=[1])
+    assert kinds(RootModel[dict[str, int]], Item) == [("warning", "missing", "n")]
+    assert kinds(Item, RootModel[dict[str, int]]) == []
+    assert crosses(Item, RootModel[dict[str, int]], n=1)
 
 
 # ---------------------------------------------------------------------- what cannot be told
@@ -748,24 +744,24 @@ def test_a_validator_of_the_source_is_taken_at_its_word() -> None:
 def test_a_model_validator_cannot_be_told() -> None:
     """A model validator of the target is a warning, and so is a class that validates by code of its own."""
 
-    class Sane(Number):
+    class Sane(Item):
         @model_validator(mode="after")
         def check(self) -> Sane:
             return self
 
-    class Own(Number):
+    class Own(Item):
         @classmethod
         def model_validate(cls, obj: Any, **options: Any) -> Any:
             return super().model_validate(obj, **options)
 
-    class Made(Number):
+    class Made(Item):
         def __init__(self, **fields: Any) -> None:
             super().__init__(**fields)
 
-    class Later(Number):
+    class Later(Item):
         def model_post_init(self, context: Any) -> None: ...
 
-    class Private(Number):
+    class Private(Item):
         _note: str = ""
 
     value = create_model("Given", n=(int, ...))
@@ -778,10 +774,10 @@ def test_a_model_validator_cannot_be_told() -> None:
 @pytest.mark.core
 def test_nothing_is_claimed_about_nodes_without_contract() -> None:
     """A node without contract takes and gives anything; what stands behind it is not looked at."""
-    assert check(node("a", output_model=Text), bare("free"), node("b", Number)) == []
-    assert check(bare("free"), node("b", Number)) == []
+    assert check(node("a", output_model=Text), bare("free"), node("b", Item)) == []
+    assert check(bare("free"), node("b", Item)) == []
     assert (
-        check(node("a", output_model=Text), parallel(node("b", Text, Text), bare("free")), node("c", Number))
+        check(node("a", output_model=Text), parallel(node("b", Text, Text), bare("free")), node("c", Item))
         == []
     )
 
@@ -800,7 +796,7 @@ def test_a_contract_that_cannot_be_read_is_a_warning() -> None:
 def test_each_child_of_parallel_is_checked() -> None:
     """Every child of a group, nested ones too, is checked against the state that all of them are given."""
     result = check(
-        node("a", output_model=Text), parallel(node("b", Text, Text), parallel(node("c", Number, Number)))
+        node("a", output_model=Text), parallel(node("b", Text, Text), parallel(node("c", Item, Item)))
     )
     assert [(f.source, f.target, f.target_at, f.kind) for f in result] == [("a", "c", "1.1.0", "missing")]
 
@@ -811,14 +807,14 @@ def test_the_merged_state_is_checked_by_who_gave_each_field() -> None:
     gave one."""
     both = create_model("Both", text=(list[str], ...), n=(int, ...))
     result = check(
-        node("a"), parallel(node("b", output_model=Text), node("c", output_model=Number)), node("d", both)
+        node("a"), parallel(node("b", output_model=Text), node("c", output_model=Item)), node("d", both)
     )
     assert [(f.source, f.source_at, f.target, f.kind) for f in result] == [("b", "1.0", "d", "type")]
     assert (
         check(
             node("a"),
-            parallel(node("b", output_model=Text), node("c", output_model=Number)),
-            node("d", Number),
+            parallel(node("b", output_model=Text), node("c", output_model=Item)),
+            node("d", Item),
         )
         == []
     )
@@ -850,9 +846,7 @@ def test_map_over_needs_a_list() -> None:
         assert [(f.severity, f.kind) for f in check(node("a", output_model=model_of(annotation)), work)][
             :1
         ] == [("error", kind)]
-    assert [(f.severity, f.kind) for f in check(node("a", output_model=Number), work)] == [
-        ("error", "missing")
-    ]
+    assert [(f.severity, f.kind) for f in check(node("a", output_model=Item), work)] == [("error", "missing")]
     assert [
         (f.severity, f.kind) for f in check(node("a", output_model=model_of(list[str] | None)), work)
     ] == [("warning", "optional")]
@@ -876,7 +870,7 @@ def test_the_items_of_map_over_are_checked_against_the_node() -> None:
         "a",
         "1.0",
     )
-    finding = one(node("a", output_model=model_of(list[Number])), work)
+    finding = one(node("a", output_model=model_of(list[Item])), work)
     assert (finding.kind, finding.path) == ("missing", "x[].text")
     two = map_over("x", node("work", NameYear, Text), into="y")
     assert [(f.severity, f.kind) for f in check(node("a", output_model=model_of(list[str])), two)] == [
@@ -893,8 +887,8 @@ def test_the_items_of_map_over_are_checked_against_the_node() -> None:
 def test_what_map_over_collects_is_checked_further_on() -> None:
     """The other fields are kept, and the outputs become a list of the node's output."""
     value = create_model("Given", x=(list[str], ...), kept=(int, ...))
-    work = map_over("x", node("work", Text, Number), into="y")
-    fine = create_model("Fine", y=(list[Number], ...), kept=(int, ...), x=(list[str], ...))
+    work = map_over("x", node("work", Text, Item), into="y")
+    fine = create_model("Fine", y=(list[Item], ...), kept=(int, ...), x=(list[str], ...))
     assert check(node("a", output_model=value), work, node("b", fine)) == []
     wrong = create_model("Wrong", y=(list[Text], ...), kept=(str, ...))
     result = check(node("a", output_model=value), work, node("b", wrong))
@@ -959,7 +953,7 @@ GROUPED: list[tuple[list[Any], bool]] = [
         [
             parallel(
                 node("a", output_model=Text, returned={"text": "a"}),
-                node("b", output_model=Number, returned={"n": 1}),
+                node("b", output_model=Item, returned={"n": 1}),
             ),
             node("c", create_model("Both", text=(str, ...), n=(int, ...)), Text, {"text": ""}),
         ],
@@ -993,14 +987,14 @@ async def test_groups_do_at_run_time_what_the_checker_says(nodes: list[Any], wor
 
 def test_findings_are_frozen_records() -> None:
     """A finding cannot be changed."""
-    finding = one(node("a", output_model=Text), node("b", Number))
+    finding = one(node("a", output_model=Text), node("b", Item))
     with pytest.raises(FrozenInstanceError):
         finding.path = "m"  # type: ignore[misc]
 
 
 def test_check_takes_pipelines_and_lists_and_refuses_all_else() -> None:
     """runner.check takes what run() takes, and says of what is no node how to make one."""
-    nodes = [node("a", output_model=Text), node("b", Number)]
+    nodes = [node("a", output_model=Text), node("b", Item)]
     runner = StromaRunner.quick()
     assert runner.check(Pipeline("p", nodes)) == runner.check(iter(nodes)) == runner.check(tuple(nodes))
     with pytest.raises(TypeError, match="decorate it"):
@@ -1011,7 +1005,7 @@ def test_check_takes_pipelines_and_lists_and_refuses_all_else() -> None:
 def test_the_registry_wins_over_the_marker() -> None:
     """A node is checked by the contract that it would run under."""
     runner = StromaRunner.quick()
-    nodes = [node("a", output_model=Text), node("b", Number)]
+    nodes = [node("a", output_model=Text), node("b", Item)]
     runner.registry.register(NodeContract(node_id="b", input_schema=Text, output_schema=Text))
     assert runner.check(nodes) == []
 
@@ -1019,9 +1013,9 @@ def test_the_registry_wins_over_the_marker() -> None:
 def test_what_runs_begin_with_is_checked_if_it_is_said() -> None:
     """input_schema= says what runs begin with; without it the first node's input is nobody's concern."""
     runner = StromaRunner.quick()
-    (finding,) = runner.check([node("a", Number)], input_schema=Text)
+    (finding,) = runner.check([node("a", Item)], input_schema=Text)
     assert (finding.source, finding.target, finding.kind) == ("input", "a", "missing")
-    assert runner.check([node("a", Number)]) == []
+    assert runner.check([node("a", Item)]) == []
 
 
 @pytest.mark.core
@@ -1052,13 +1046,13 @@ async def test_warnings_refuse_no_run() -> None:
     ]
     assert [f.severity for f in check(*nodes)] == ["warning"]
     assert (await result_of(*nodes, check=True)).status is RunStatus.COMPLETED
-    wrong = [node("a", output_model=Text, returned={"text": ""}), node("b", Number)]
+    wrong = [node("a", output_model=Text, returned={"text": ""}), node("b", Item)]
     assert (await result_of(*wrong)).status is RunStatus.FAILED
 
 
 async def test_a_pipelines_own_config_may_ask_for_the_check() -> None:
     """check=True in a Pipeline's config counts like that of the runner."""
-    pipeline = Pipeline("p", [node("a", output_model=Text), node("b", Number)], config=RunConfig(check=True))
+    pipeline = Pipeline("p", [node("a", output_model=Text), node("b", Item)], config=RunConfig(check=True))
     with pytest.raises(CheckFailed):
         await StromaRunner.quick().run(pipeline, Anything())
 

@@ -29,7 +29,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 from pydantic_core import core_schema
-from tests.kit import NEVER, Text
+from tests.kit import NEVER, Item, Text
 from typing_extensions import TypedDict
 
 from stroma import (
@@ -132,10 +132,6 @@ class Word(BaseModel):
 Coloured = Annotated[Red | Blue, Field(discriminator="kind")]
 
 
-class Number(BaseModel):
-    n: int
-
-
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True)
     n: int
@@ -196,20 +192,20 @@ class Own:
 
 
 UNFIT: list[tuple[Any, Any, Any]] = [
-    (Number, StrictPoint, {"n": 1}),
-    (set[Frozen], list[Number], [{"n": 1}]),
+    (Item, StrictPoint, {"n": 1}),
+    (set[Frozen], list[Item], [{"n": 1}]),
     (Red, Annotated[Word | Blue, Field(discriminator="kind")], {}),
 ]
 MAYBE: list[tuple[Any, Any, Any, bool]] = [
     (int, Level, 1, True),
     (list[int], Level, [1], True),
-    (Number, Level, {"n": 1}, True),
+    (Item, Level, {"n": 1}, True),
     (Rights, Low, 3, False),
     (Rights, Annotated[int, Field(multiple_of=3)], 3, True),
     (tuple[int, ...], Pairs, (1, 2), True),
     (Hashable, str, "a", True),
     (Collection[int], Hashable, [1], False),
-    (Literal[1, "1", None], Number | None, None, True),
+    (Literal[1, "1", None], Item | None, None, True),
     (Literal["1", "2"], Annotated[int, BeforeValidator(int)], "1", True),
     (int, Filled, 1, True),
     (Text, Filled, {"text": "a"}, True),
@@ -217,7 +213,7 @@ MAYBE: list[tuple[Any, Any, Any, bool]] = [
     (Optionally, WithText, {}, True),
     (Optionally, WithText, {"n": 1}, False),
     (Optionally, Annotated[dict[str, int], Field(min_length=1)], {}, False),
-    (Annotated[dict[str, int], Field(max_length=0)], dict[str, Number], {}, True),
+    (Annotated[dict[str, int], Field(max_length=0)], dict[str, Item], {}, True),
     (Open, WithTags, {"n": 1, "tags": 5}, False),
     (Open, Typed, {"n": 1, "m": "a"}, False),
     (Typed, WithTags, {"n": 1, "tags": 5}, False),
@@ -226,7 +222,7 @@ MAYBE: list[tuple[Any, Any, Any, bool]] = [
 FITS: list[tuple[Any, Any, Any]] = [
     (Red, Coloured, {}),
     (set[Frozen], list[Frozen], [{"n": 1}]),
-    (Annotated[list[int], Field(max_length=0)], list[Number], []),
+    (Annotated[list[int], Field(max_length=0)], list[Item], []),
     (deque[int], deque[int], [1]),
     (Rights, Rights, 3),
 ]

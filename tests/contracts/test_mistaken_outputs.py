@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, RootModel
+from tests.kit import Note
 
 from stroma import (
     ContractViolation,
@@ -23,12 +24,8 @@ from stroma import (
 )
 
 
-class Text(BaseModel):
-    text: str = ""
-
-
 class Texts(BaseModel):
-    items: list[Text] = [Text()]
+    items: list[Note] = [Note()]
     text: str = ""
 
 
@@ -102,14 +99,14 @@ async def test_what_a_function_returned_by_mistake_is_named(func: Any, says: str
     """A coroutine, None, a generator or a tuple of the wrong length as output is named, with what to do
     instead."""
     runner = StromaRunner.quick()
-    contract: NodeContract[Any, Any] = NodeContract(node_id="ask", input_schema=Text, output_schema=Text)
+    contract: NodeContract[Any, Any] = NodeContract(node_id="ask", input_schema=Note, output_schema=Note)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # No "coroutine was never awaited" beside the message.
         if place == "step":
             ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
-            result = await execute_step("ask", func, Text(), ctx, contract=contract)
+            result = await execute_step("ask", func, Note(), ctx, contract=contract)
         else:
-            node = runner.node("ask", input=Text, output=Text)(func)
+            node = runner.node("ask", input=Note, output=Note)(func)
             nodes = {"node": node, "child": parallel(node), "item": map_over("items", node, into="out")}
             result = await runner.run([nodes[place]], Texts())
     assert result.failure is not None
@@ -133,27 +130,27 @@ async def test_outputs_that_a_contract_takes_are_no_mistakes() -> None:
 
     runner = StromaRunner.quick()
 
-    @runner.node("none", input=Text, output=Nothing)
-    async def none(state: Text) -> Any:
+    @runner.node("none", input=Note, output=Nothing)
+    async def none(state: Note) -> Any:
         return None
 
-    @runner.node("five", input=Text, output=Five)
-    async def five(state: Text) -> Any:
+    @runner.node("five", input=Note, output=Five)
+    async def five(state: Note) -> Any:
         return 1, 2, 3, 4, 5
 
     for node in (none, five):
-        assert (await runner.run([node], Text())).status is RunStatus.COMPLETED
+        assert (await runner.run([node], Note())).status is RunStatus.COMPLETED
 
 
 async def test_other_wrong_outputs_are_told_field_by_field() -> None:
     """What is wrong inside an output is still what pydantic says of its fields."""
     runner = StromaRunner.quick()
 
-    @runner.node("ask", input=Text, output=Text)
-    async def ask(state: Text) -> Any:
+    @runner.node("ask", input=Note, output=Note)
+    async def ask(state: Note) -> Any:
         return {"text": None}
 
-    result = await runner.run([ask], Text())
+    result = await runner.run([ask], Note())
     assert result.failure is not None
     assert (
         result.failure.message

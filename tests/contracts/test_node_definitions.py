@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, ValidationError
-from tests.kit import Num, node, quick_without_retries, same
+from pydantic import ValidationError
+from tests.kit import Num, One, give_one, node, quick_without_retries, same
 
 from stroma import (
     ExecutionBudget,
@@ -104,18 +104,10 @@ def test_map_over_wants_names_of_fields(name: str) -> None:
         map_over("items", node("a", same), into=name)
 
 
-class One(BaseModel):
-    a: int = 0
-
-
-async def _one(state: Any) -> Any:
-    return {"a": 1}
-
-
 async def test_a_single_node_is_told_to_stand_in_a_list() -> None:
     """run(node, state) and run(parallel(...), state) say to put it in a list; what is no node is told how to
     be one."""
-    a = node("a", _one, output=One)
+    a = node("a", give_one, output=One)
     for single in (a, parallel(a), map_over("items", a, into="items")):
         with pytest.raises(TypeError, match="in a list"):
             await quick_without_retries().run(single, Num())

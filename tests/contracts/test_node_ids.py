@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from tests.kit import Note, Num
 
 from stroma import (
     AsyncInMemoryStore,
@@ -31,16 +32,8 @@ from stroma import (
 from stroma.adapters.guard import Guard
 
 
-class Text(BaseModel):
-    text: str = ""
-
-
-class Number(BaseModel):
-    n: int = 0
-
-
 class Texts(BaseModel):
-    items: list[Text] = [Text()]
+    items: list[Note] = [Note()]
 
 
 async def give_text(state: Any) -> Any:
@@ -56,15 +49,15 @@ def two_of_one_id(runner: StromaRunner, *, marked: bool = False) -> tuple[Any, A
     node."""
 
     def define(decorator: Any) -> Any:
-        async def again(state: Text) -> Any:
+        async def again(state: Note) -> Any:
             return {"text": "x", "n": 1}
 
         return decorator(again)
 
-    old: Any = runner.node("a", input=Text, output=Text)
+    old: Any = runner.node("a", input=Note, output=Note)
     if marked:
-        old = stroma_node("a", NodeContract(node_id="a", input_schema=Text, output_schema=Text))
-    return define(old), define(runner.node("a", input=Text, output=Number))
+        old = stroma_node("a", NodeContract(node_id="a", input_schema=Note, output_schema=Note))
+    return define(old), define(runner.node("a", input=Note, output=Num))
 
 
 REFUSED = r"again at .* cannot run as node 'a': the id was later assigned to <function .*again at .*>, with another contract"
@@ -94,8 +87,8 @@ async def test_an_old_function_under_a_new_contract_is_refused(place: str, marke
     with pytest.raises(ValueError, match=REFUSED):
         runner.check([second, instance(first)])
     assert runner.check([second]) == []
-    result = await runner.run([second], Text())
-    assert (result.status, result.final_state) == (RunStatus.COMPLETED, Number(n=1))
+    result = await runner.run([second], Note())
+    assert (result.status, result.final_state) == (RunStatus.COMPLETED, Num(n=1))
 
 
 async def test_an_old_step_under_a_new_contract_is_refused() -> None:
@@ -104,30 +97,30 @@ async def test_an_old_step_under_a_new_contract_is_refused() -> None:
     first, second = two_of_one_id(runner)
     ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
     with pytest.raises(ValueError, match=REFUSED):
-        await execute_step("a", first, Text(), ctx)
-    assert (await execute_step("a", second, Text(), ctx)).final_state == Number(n=1)
-    contract: NodeContract[Any, Any] = NodeContract(node_id="a", input_schema=Text, output_schema=Text)
-    assert (await execute_step("a", first, Text(), ctx, contract=contract)).final_state == Text(text="x")
-    assert (await execute_step("b", first, Text(), ctx)).final_state == Text(text="x")
+        await execute_step("a", first, Note(), ctx)
+    assert (await execute_step("a", second, Note(), ctx)).final_state == Num(n=1)
+    contract: NodeContract[Any, Any] = NodeContract(node_id="a", input_schema=Note, output_schema=Note)
+    assert (await execute_step("a", first, Note(), ctx, contract=contract)).final_state == Note(text="x")
+    assert (await execute_step("b", first, Note(), ctx)).final_state == Note(text="x")
 
 
 def test_an_id_belongs_to_one_function() -> None:
     """A second function under the id of another one is a ValueError at decoration, and changes nothing."""
     runner = StromaRunner.quick()
-    runner.node("a", input=Text, output=Text)(give_text)
+    runner.node("a", input=Note, output=Note)(give_text)
     refused = r"^node id 'a' belongs to <function give_text at .*>, and <function {} at .*> cannot have it too; rename one"
-    for output in (Text, Number):
+    for output in (Note, Num):
         with pytest.raises(ValueError, match=refused.format("give_number")):
-            runner.node("a", input=Text, output=output)(give_number)
+            runner.node("a", input=Note, output=output)(give_number)
 
-    async def body(flow: Flow, state: Text) -> Number:
-        return Number()
+    async def body(flow: Flow, state: Note) -> Num:
+        return Num()
 
     with pytest.raises(ValueError, match=refused.format(".*body")):
         runner.flow("a")(body)
-    assert runner.registry.get("a").output_schema is Text
+    assert runner.registry.get("a").output_schema is Note
     assert runner.registry.decorated["a"].owner == repr(give_text)
-    StromaRunner.quick().node("a", input=Text, output=Number)(give_number)
+    StromaRunner.quick().node("a", input=Note, output=Num)(give_number)
 
 
 def test_a_flow_and_a_node_share_the_ids_of_a_runner() -> None:
@@ -135,11 +128,11 @@ def test_a_flow_and_a_node_share_the_ids_of_a_runner() -> None:
     runner = StromaRunner.quick()
 
     @runner.flow("a")
-    async def body(flow: Flow, state: Text) -> Number:
-        return Number()
+    async def body(flow: Flow, state: Note) -> Num:
+        return Num()
 
     with pytest.raises(ValueError, match="node id 'a' belongs to"):
-        runner.node("a", input=Text, output=Text)(give_text)
+        runner.node("a", input=Note, output=Note)(give_text)
 
 
 def test_a_module_that_runs_as_a_program_is_the_module_that_others_import() -> None:
@@ -154,21 +147,21 @@ def test_a_module_that_runs_as_a_program_is_the_module_that_others_import() -> N
         return names["give"]
 
     for module, file in [("__main__", "/a/nodes.py"), ("nodes", "/a/nodes.py"), ("nodes", "<cell 5>")]:
-        runner.node("a", input=Text, output=Text)(define(module, file))
+        runner.node("a", input=Note, output=Note)(define(module, file))
     with pytest.raises(ValueError, match="node id 'a' belongs to"):
-        runner.node("a", input=Text, output=Text)(define("others", "/a/others.py"))
+        runner.node("a", input=Note, output=Note)(define("others", "/a/others.py"))
 
 
 def test_objects_that_are_called_are_known_by_their_class() -> None:
     """Partials are what they call, and instances are of one definition if they are of one class."""
 
     class First:
-        def __call__(self, state: Text) -> Any: ...
+        def __call__(self, state: Note) -> Any: ...
 
     class Second(First): ...
 
     runner = StromaRunner.quick()
-    a, b = runner.node("a", input=Text, output=Text), runner.node("b", input=Text, output=Text)
+    a, b = runner.node("a", input=Note, output=Note), runner.node("b", input=Note, output=Note)
     for func in (partial(give_text), give_text, partial(partial(give_text))):
         a(func)
     for instance in (First(), First()):
@@ -184,36 +177,36 @@ async def test_decorating_again_and_running_the_new_function_is_fine() -> None:
     runner = StromaRunner.quick()
 
     def decorate() -> Any:
-        @runner.node("a", input=Text, output=Text)
-        async def a(state: Text) -> Any:
+        @runner.node("a", input=Note, output=Note)
+        async def a(state: Note) -> Any:
             return {"text": "x"}
 
         return a
 
     old, new = decorate(), decorate()
     for node in (new, old):
-        assert (await runner.run([node], Text())).status is RunStatus.COMPLETED
+        assert (await runner.run([node], Note())).status is RunStatus.COMPLETED
 
 
 async def test_a_contract_that_is_registered_by_hand_still_wins() -> None:
     """``register`` replaces the contract of a node on purpose: no other function has got the id."""
     runner = StromaRunner.quick()
-    node = runner.node("a", input=Text, output=Text)(give_number)
-    runner.registry.register(NodeContract(node_id="a", input_schema=Text, output_schema=Number))
-    assert (await runner.run([node], Text())).final_state == Number(n=1)
+    node = runner.node("a", input=Note, output=Note)(give_number)
+    runner.registry.register(NodeContract(node_id="a", input_schema=Note, output_schema=Num))
+    assert (await runner.run([node], Note())).final_state == Num(n=1)
     registry = ContractRegistry()
-    registry.register(NodeContract(node_id="a", input_schema=Text, output_schema=Number))
-    marked = stroma_node("a", NodeContract(node_id="a", input_schema=Text, output_schema=Text))(give_number)
+    registry.register(NodeContract(node_id="a", input_schema=Note, output_schema=Num))
+    marked = stroma_node("a", NodeContract(node_id="a", input_schema=Note, output_schema=Note))(give_number)
     other = StromaRunner(registry, runner.checkpoint_manager)
-    assert (await other.run([marked], Text())).final_state == Number(n=1)
+    assert (await other.run([marked], Note())).final_state == Num(n=1)
 
 
 async def test_one_function_under_two_ids_and_two_contracts_is_fine() -> None:
     """One function may serve under two ids."""
     runner = StromaRunner.quick()
-    a = runner.node("a", input=Text, output=Text)(give_text)
-    b = runner.node("b", input=Text, output=Text)(give_text)
-    assert (await runner.run([a, b], Text())).status is RunStatus.COMPLETED
+    a = runner.node("a", input=Note, output=Note)(give_text)
+    b = runner.node("b", input=Note, output=Note)(give_text)
+    assert (await runner.run([a, b], Note())).status is RunStatus.COMPLETED
 
 
 # ---------------------------------------------------------------------- ids that nothing has
@@ -228,8 +221,8 @@ def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def extract_node(runner: StromaRunner) -> Any:
-    @runner.node("extract", input=Text, output=Text)
-    async def extract(state: Text) -> Any:
+    @runner.node("extract", input=Note, output=Note)
+    async def extract(state: Note) -> Any:
         return state
 
     return extract
@@ -264,8 +257,8 @@ async def test_an_id_that_no_node_has_is_refused(options: dict[str, Any], says: 
     runner = StromaRunner.quick(**options, hooks=NodeHooks(on_run_start=starts(called)))
     extract = extract_node(runner)
     for call in (
-        lambda: runner.run([extract], Text()),
-        lambda: anext(runner.stream([extract], Text())),
+        lambda: runner.run([extract], Note()),
+        lambda: anext(runner.stream([extract], Note())),
         lambda: runner.serve(Pipeline("pipeline", [extract])),
     ):
         with pytest.raises(ValueError) as caught:
@@ -288,7 +281,7 @@ async def test_a_fork_under_an_unknown_id_leaves_no_run() -> None:
     store = AsyncInMemoryStore()
     runner = StromaRunner.quick(store=store, run_id="old")
     extract = extract_node(runner)
-    await runner.run([extract], Text())
+    await runner.run([extract], Note())
     misspelt = StromaRunner(
         runner.registry, runner.checkpoint_manager, RunConfig(node_timeouts={"extrct": 1})
     )
@@ -304,7 +297,7 @@ async def test_all_unknown_ids_are_named() -> None:
     extract = extract_node(runner)
     config = RunConfig(node_timeouts={"extrct": 10_000, "quite different": 10_000})
     with pytest.raises(ValueError) as caught:
-        await runner.run(Pipeline("p", [extract], config=config), Text())
+        await runner.run(Pipeline("p", [extract], config=config), Note())
     assert str(caught.value).splitlines() == [
         "node_timeouts names 'extrct', which no node of pipeline 'p' has; did you mean 'extract'?",
         "node_timeouts names 'quite different', which no node of pipeline 'p' has; correct the id, or register the contract "
@@ -324,10 +317,10 @@ async def test_ids_that_a_pipeline_or_the_registry_has_are_known() -> None:
         }
     )
     extract = extract_node(runner)
-    runner.node("elsewhere", input=Text, output=Text)(give_text)
+    runner.node("elsewhere", input=Note, output=Note)(give_text)
     Guard(runner).step("tool")(give_number)
-    one = runner.node("one", input=Text, output=Text)(give_number)
-    result = await runner.run([parallel(extract), map_over("items", one, into="out")], Text())
+    one = runner.node("one", input=Note, output=Note)(give_number)
+    result = await runner.run([parallel(extract), map_over("items", one, into="out")], Note())
     assert result.failure is not None  # Of the map, whose items the state does not have.
 
 
@@ -338,13 +331,13 @@ async def test_ids_of_other_pipelines_are_known(caplog: pytest.LogCaptureFixture
         "node_timeouts": {"extract": 10_000, "elsewhere": 10_000, "parallel(x, y)": 10_000}
     }
     contract: NodeContract[Any, Any] = NodeContract(
-        node_id="elsewhere", input_schema=Text, output_schema=Text
+        node_id="elsewhere", input_schema=Note, output_schema=Note
     )
     elsewhere = stroma_node("elsewhere", contract)(give_text)
     runner = StromaRunner.quick(**config)
     extract = extract_node(runner)
     for nodes in ([extract], [elsewhere], [extract]):
-        assert (await runner.run(nodes, Text())).status is RunStatus.COMPLETED
+        assert (await runner.run(nodes, Note())).status is RunStatus.COMPLETED
     (text,) = warnings_in(caplog)
     assert text.startswith("node_timeouts names 'parallel(x, y)', which no node of a run of 'pipeline' has; ")
 
@@ -359,9 +352,9 @@ async def test_limits_that_no_node_uses_are_refused() -> None:
         ValueError,
         match=r"^no node of pipeline 'pipeline' uses any of the limits \('answer_llm', 'other_llm'\); assign them with",
     ):
-        await runner.run([extract], Text())
-    runner.node("answer_llm", input=Text, output=Text)(give_text)
-    assert (await runner.run([extract], Text())).status is RunStatus.COMPLETED
+        await runner.run([extract], Note())
+    runner.node("answer_llm", input=Note, output=Note)(give_text)
+    assert (await runner.run([extract], Note())).status is RunStatus.COMPLETED
 
 
 # ---------------------------------------------------------------------- ids that are known when they are
@@ -369,14 +362,14 @@ async def test_limits_that_no_node_uses_are_refused() -> None:
 
 
 def flow_of(runner: StromaRunner) -> Any:
-    marked = stroma_node("marked", NodeContract(node_id="marked", input_schema=Text, output_schema=Text))
+    marked = stroma_node("marked", NodeContract(node_id="marked", input_schema=Note, output_schema=Note))
     step = marked(give_text)
-    later = stroma_node("later", NodeContract(node_id="later", input_schema=Text, output_schema=Text))(
+    later = stroma_node("later", NodeContract(node_id="later", input_schema=Note, output_schema=Note))(
         give_text
     )
 
-    @runner.flow("flow", input=Text, output=Text)
-    async def flow(flow: Flow, state: Text) -> Text:
+    @runner.flow("flow", input=Note, output=Note)
+    async def flow(flow: Flow, state: Note) -> Note:
         state = await flow.step(step, state)
         return await flow.step(later, state) if state.text == "again" else state
 
@@ -392,10 +385,10 @@ async def test_a_flow_warns_at_its_end_of_ids_that_it_did_not_call(caplog: pytes
         node_timeouts={"flow": 10_000, "marked": 10_000, "markd": 10_000, "registered": 10_000},
         limits={"llm": Limit(requests_per_minute=10)},
     )
-    runner.node("registered", input=Text, output=Text)(give_number)
+    runner.node("registered", input=Note, output=Note)(give_number)
     flow = flow_of(runner)
     for _ in range(2):
-        assert (await runner.run(flow, Text())).status is RunStatus.COMPLETED
+        assert (await runner.run(flow, Note())).status is RunStatus.COMPLETED
     assert warnings_in(caplog) == [
         f"node_timeouts names 'markd', {WARNED} did you mean 'marked'?",
         "no node of a run of 'flow' uses any of the limits ('llm'); assign them with node_limits={node id: name}",
@@ -408,17 +401,17 @@ async def test_a_flow_that_did_not_call_all_again_does_not_warn(caplog: pytest.L
     store = AsyncInMemoryStore()
     failing = StromaRunner.quick(store=store, **config)
 
-    @failing.flow("flow", input=Text, output=Text)
-    async def flow(flow: Flow, state: Text) -> Text:
+    @failing.flow("flow", input=Note, output=Note)
+    async def flow(flow: Flow, state: Note) -> Note:
         raise ValueError("no")
 
-    assert (await failing.run(flow, Text())).status is not RunStatus.COMPLETED
+    assert (await failing.run(flow, Note())).status is not RunStatus.COMPLETED
     runner = StromaRunner.quick(store=store, **config)
     again = flow_of(runner)
-    assert (await runner.run(again, Text(), resume=True)).status is RunStatus.RESUMED
+    assert (await runner.run(again, Note(), resume=True)).status is RunStatus.RESUMED
     caplog.clear()
     for _ in range(2):
-        await runner.run(again, Text(), if_exists="return")
+        await runner.run(again, Note(), if_exists="return")
     assert warnings_in(caplog) == []
 
 

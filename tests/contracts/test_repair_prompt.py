@@ -26,6 +26,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from tests.kit import Note
 from typing_extensions import TypeAliasType, TypedDict
 
 from stroma import (
@@ -545,10 +546,6 @@ def test_what_looks_like_no_secret_stays() -> None:
 # ---------------------------------------------------------------------- in a run
 
 
-class Text(BaseModel):
-    text: str = ""
-
-
 @pytest.mark.core
 async def test_the_next_attempt_finds_it() -> None:
     """contract_retries: the next attempt has the text at current_node().last_failure; the first one has
@@ -556,13 +553,13 @@ async def test_the_next_attempt_finds_it() -> None:
     runner = StromaRunner.quick(contract_retries={"ask": 2})
     messages: list[str | None] = []
 
-    @runner.node("ask", input=Text, output=Bill)
-    async def ask(state: Text) -> Any:
+    @runner.node("ask", input=Note, output=Bill)
+    async def ask(state: Note) -> Any:
         node = current_node()
         messages.append(node.last_failure.as_prompt() if node.last_failure else None)
         return ["no json", {**GOOD, "kind": "bill"}, GOOD][len(messages) - 1]
 
-    result = await runner.run([ask], Text())
+    result = await runner.run([ask], Note())
     assert result.status is RunStatus.COMPLETED
     first, second, third = messages
     assert first is None
@@ -583,7 +580,7 @@ async def test_the_last_one_is_on_the_result() -> None:
     result = await runner.run([ask], Bill.model_validate(GOOD))
     assert result.failure is not None
     assert "- number: Field required. Nothing came there" in (result.failure.as_prompt() or "")
-    result = await runner.run([ask], Text(text="x"))
+    result = await runner.run([ask], Note(text="x"))
     assert result.failure is not None
     assert (result.failure.as_prompt() or "").startswith("The input was not accepted")
     assert "What is expected" in (result.failure.as_prompt() or "")

@@ -31,7 +31,7 @@ from pydantic import (
     model_validator,
 )
 from tests.fixtures import store_fixture
-from tests.kit import Num, node, quick_without_retries, same
+from tests.kit import Loose, Num, node, quick_without_retries, same
 
 from stroma import (
     FailureClass,
@@ -40,11 +40,6 @@ from stroma import (
 from stroma.contracts import NotSerialisable
 from stroma.contracts.schema import schema_of
 from stroma.failures.failure import diagnose
-
-
-class Loose(BaseModel):
-    anything: Any = None
-
 
 TAGGED = [
     {"$f": "nan"},

@@ -8,11 +8,8 @@ from typing import Any
 
 import pytest
 from genai_prices import data_snapshot
-from pydantic import (
-    BaseModel,
-)
 from tests.fixtures import store_fixture
-from tests.kit import TWICE, Num, node, quick, quick_without_retries, record_node_hooks
+from tests.kit import TWICE, Num, One, Two, node, plus, quick, quick_without_retries, record_node_hooks
 
 from stroma import (
     AsyncInMemoryStore,
@@ -136,10 +133,6 @@ def test_small_costs_are_not_lost_beside_a_large_one() -> None:
         assert tracker.total_cost_usd == math.fsum(figures)
 
 
-async def plus(state: Num) -> Any:
-    return {"n": state.n + 1}
-
-
 async def test_prices_are_read_once_and_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """The price data is imported off the event loop, and asked once for each model."""
     requests: list[tuple[str, bool]] = []
@@ -174,14 +167,6 @@ async def test_what_was_refused_for_its_price_is_not_bought_again() -> None:
     assert (await runner.run(nodes, Num())).status is RunStatus.FAILED
     result = await runner.run(nodes, Num(), resume=True)
     assert (result.status, result.final_state, len(calls)) == (RunStatus.RESUMED, Num(n=8), 1)
-
-
-class One(BaseModel):
-    a: int = 0
-
-
-class Two(BaseModel):
-    b: int = 0
 
 
 store = store_fixture("async-memory", "sqlite")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from tests.kit import Note
 
 from stroma import (
     ExecutionBudget,
@@ -30,12 +31,8 @@ _numbers = count()
 UNKNOWN = "a-fine-tune-of-our-own"
 
 
-class Text(BaseModel):
-    text: str = ""
-
-
 class Texts(BaseModel):
-    items: list[Text]
+    items: list[Note]
 
 
 def shared(**options: Any) -> SharedBudget:
@@ -52,8 +49,8 @@ LIMITS: list[Any] = [
 
 
 def ask_node(runner: StromaRunner, calls: list[str], returned: Any = None) -> Any:
-    @runner.node("ask", input=Text, output=Text)
-    async def ask(state: Text) -> Any:
+    @runner.node("ask", input=Note, output=Note)
+    async def ask(state: Note) -> Any:
         calls.append(state.text)
         return returned or ({"text": "kept"}, 5_000_000, 100_000, UNKNOWN)
 
@@ -67,7 +64,7 @@ async def test_an_unknown_model_stops_a_run_under_a_cost_limit(limit: Any) -> No
     calls: list[str] = []
     runner = StromaRunner.quick(**limit())
     ask = ask_node(runner, calls)
-    result = await runner.run([ask, ask], Text())
+    result = await runner.run([ask, ask], Note())
     assert (result.status, len(calls), len(result.trace)) == (RunStatus.FAILED, 1, 1)
     assert result.failure is not None
     assert result.failure.failure_class is FailureClass.TERMINAL
@@ -75,7 +72,7 @@ async def test_an_unknown_model_stops_a_run_under_a_cost_limit(limit: Any) -> No
     assert isinstance(result.failure.exception, UsageError)
     assert UNKNOWN in result.failure.message
     assert 'unknown_model="warn"' in result.failure.message
-    assert result.final_state == Text(text="kept")
+    assert result.final_state == Note(text="kept")
     assert result.unpriced_models == [UNKNOWN]
 
 
@@ -86,7 +83,7 @@ async def test_an_unknown_model_counts_as_nothing_under_a_cost_limit_if_the_conf
     """``unknown_model="warn"`` counts a model without a known price as 0 USD, whatever the limits are."""
     runner = StromaRunner.quick(**limit(), unknown_model="warn")
     ask = ask_node(runner, [])
-    result = await runner.run([ask, ask], Text())
+    result = await runner.run([ask, ask], Note())
     assert (result.status, result.total_cost_usd) == (RunStatus.COMPLETED, 0.0)
 
 
@@ -104,7 +101,7 @@ async def test_an_unknown_model_counts_as_nothing_under_a_cost_limit_if_the_conf
 async def test_an_unknown_model_counts_as_nothing_where_no_cost_limit_is(config: dict[str, Any]) -> None:
     """Without a limit in US dollars on the node, a model without a known price counts as 0 USD."""
     runner = StromaRunner.quick(**config)
-    result = await runner.run([ask_node(runner, [])], Text())
+    result = await runner.run([ask_node(runner, [])], Note())
     assert (result.status, result.unpriced_models) == (RunStatus.COMPLETED, [UNKNOWN])
 
 
@@ -117,12 +114,12 @@ async def test_an_unknown_model_stops_steps_and_groups_under_a_cost_limit(limit:
     ask = ask_node(runner, calls)
     if shape == "step":
         ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
-        result = await execute_step("ask", ask, Text(), ctx)
+        result = await execute_step("ask", ask, Note(), ctx)
     elif shape == "parallel":
-        result = await runner.run([parallel(ask), ask], Text())
+        result = await runner.run([parallel(ask), ask], Note())
     else:
         nodes = [map_over("items", ask, into="out", max_concurrency=1)]
-        result = await runner.run(nodes, Texts(items=[Text(), Text(), Text()]))
+        result = await runner.run(nodes, Texts(items=[Note(), Note(), Note()]))
     assert (result.status, len(calls)) == (RunStatus.FAILED, 1)
     assert result.failure is not None
     assert result.failure.reason == "usage"
@@ -138,8 +135,8 @@ async def test_a_failed_attempt_of_an_unknown_model_is_not_tried_again_under_a_c
         policy_map={FailureClass.RECOVERABLE: FailurePolicy(backoff_seconds=0)},
     )
 
-    @runner.node("ask", input=Text, output=Text)
-    async def ask(state: Text) -> Any:
+    @runner.node("ask", input=Note, output=Note)
+    async def ask(state: Note) -> Any:
         calls.append(1)
         node = current_node()
         node.report_usage(input_tokens=1_000_000, model=UNKNOWN)
@@ -147,7 +144,7 @@ async def test_a_failed_attempt_of_an_unknown_model_is_not_tried_again_under_a_c
             raise TimeoutError("the server hung up")
         return {"text": 7}
 
-    result = await runner.run([ask], Text())
+    result = await runner.run([ask], Note())
     assert (result.status, len(calls)) == (RunStatus.FAILED, 1)
     assert result.failure is not None
     assert isinstance(result.failure.exception, UsageError)
@@ -166,8 +163,8 @@ async def test_tokens_without_a_model_are_refused_under_a_cost_limit(limit: Any,
         returned = ({"text": "kept"}, Usage(100, 20))
     if shape in ("report", "cached"):
 
-        @runner.node("ask", input=Text, output=Text)
-        async def ask(state: Text) -> Any:
+        @runner.node("ask", input=Note, output=Note)
+        async def ask(state: Note) -> Any:
             calls.append(state.text)
             cached = 60 if shape == "cached" else 0
             current_node().report_usage(input_tokens=100, cached_input_tokens=cached)
@@ -177,19 +174,19 @@ async def test_tokens_without_a_model_are_refused_under_a_cost_limit(limit: Any,
     result: Any
     if shape == "step":
         ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
-        result = await execute_step("ask", ask, Text(), ctx)
+        result = await execute_step("ask", ask, Note(), ctx)
     elif shape == "map":
         nodes = [map_over("items", ask, into="out", max_concurrency=1)]
-        result = await runner.run(nodes, Texts(items=[Text(), Text(), Text()]))
+        result = await runner.run(nodes, Texts(items=[Note(), Note(), Note()]))
     elif shape == "flow":
 
-        @runner.flow("twice", input=Text, output=Text)
-        async def twice(flow: Flow, state: Text) -> Text:
+        @runner.flow("twice", input=Note, output=Note)
+        async def twice(flow: Flow, state: Note) -> Note:
             return await flow.step(ask, await flow.step(ask, state))
 
-        result = await runner.run(twice, Text())
+        result = await runner.run(twice, Note())
     else:
-        result = await runner.run([parallel(ask) if shape == "parallel" else ask, ask], Text())
+        result = await runner.run([parallel(ask) if shape == "parallel" else ask, ask], Note())
     assert (result.status, len(calls)) == (RunStatus.FAILED, 1)
     assert result.failure is not None
     assert result.failure.reason == "usage"
@@ -208,7 +205,7 @@ async def test_tokens_without_a_model_count_as_nothing_elsewhere(
     models."""
     runner = StromaRunner.quick(**config)
     ask = ask_node(runner, [], ({"text": "x"}, 100))
-    result = await runner.run([ask, ask], Text())
+    result = await runner.run([ask, ask], Note())
     assert (result.status, result.total_tokens, result.total_cost_usd) == (RunStatus.COMPLETED, 200, 0.0)
     assert result.unpriced_models == ["(no model)"]
     assert sum("without a model" in record.getMessage() for record in caplog.records) == 1
@@ -217,7 +214,7 @@ async def test_tokens_without_a_model_count_as_nothing_elsewhere(
 async def test_unknown_model_error_refuses_tokens_without_a_model_without_any_limit() -> None:
     """``unknown_model="error"`` refuses tokens without a model, whatever the limits are."""
     runner = StromaRunner.quick(unknown_model="error")
-    result = await runner.run([ask_node(runner, [], ({"text": "x"}, 100))], Text())
+    result = await runner.run([ask_node(runner, [], ({"text": "x"}, 100))], Note())
     assert result.status is RunStatus.FAILED
 
 
@@ -226,7 +223,7 @@ async def test_unknown_model_error_refuses_tokens_without_a_model_without_any_li
 async def test_a_cost_that_is_reported_needs_no_model(limit: Any, used: Any) -> None:
     """No tokens, and tokens whose cost is reported, need no model under a limit in US dollars."""
     runner = StromaRunner.quick(**limit())
-    result = await runner.run([ask_node(runner, [], ({"text": "x"}, used))], Text())
+    result = await runner.run([ask_node(runner, [], ({"text": "x"}, used))], Note())
     assert (result.status, result.unpriced_models) == (RunStatus.COMPLETED, [])
 
 
@@ -237,9 +234,9 @@ async def test_a_response_without_usage_stops_a_run_under_any_limit_that_depends
     runner = StromaRunner.quick(**limit())
     response = {"choices": [{"message": {"content": "x"}}], "usage": None, "model": "gpt-4o-mini"}
     ask = ask_node(runner, calls, ({"text": "kept"}, response))
-    result = await runner.run([ask, ask], Text())
+    result = await runner.run([ask, ask], Note())
     assert (result.status, len(calls)) == (RunStatus.FAILED, 1)
-    assert result.final_state == Text(text="kept")
+    assert result.final_state == Note(text="kept")
 
 
 def test_the_default_depends_on_the_limits() -> None:

@@ -12,7 +12,7 @@ import pytest
 from genai_prices import extract_usage
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from tests.kit import Note
 from tests.providers.clients import _openai, ask_openai
 from tests.providers.replies import _CHAT, _CHAT_CHUNKS, _CONTENT, _MESSAGE_EVENTS, REPLIES, Reply, sse
 from tests.providers.server import Server
@@ -326,7 +326,7 @@ async def test_a_response_that_will_not_be_looked_at_is_bad_usage(kind: str) -> 
     with pytest.raises(UsageError, match="carries no usage"):
         usage_from(instance())
     runner, ask = node_of(lambda: ({"text": "kept"}, instance()))
-    result = await runner.run([ask], Text())
+    result = await runner.run([ask], Note())
     assert (result.status, result.failure and result.failure.reason) == (RunStatus.FAILED, "usage")
     assert next(iter(result.trace)).output_state == {"text": "kept"}
 
@@ -334,15 +334,11 @@ async def test_a_response_that_will_not_be_looked_at_is_bad_usage(kind: str) -> 
 # ---------------------------------------------------------------------- in a node
 
 
-class Text(BaseModel):
-    text: str = ""
-
-
 def node_of(returned: Any, **config: Any) -> tuple[StromaRunner, Any]:
     runner = StromaRunner.quick(**config)
 
-    @runner.node("ask", input=Text, output=Text)
-    async def ask(state: Text) -> Any:
+    @runner.node("ask", input=Note, output=Note)
+    async def ask(state: Note) -> Any:
         return returned() if callable(returned) else returned
 
     return runner, ask
@@ -354,7 +350,7 @@ async def test_a_node_returns_its_output_and_the_response(reply: Reply, provider
     """(output, response) counts what the response says, at its price, like the figures by hand."""
     response = await asyncio.to_thread(last, reply, provider)
     runner, ask = node_of(({"text": "hi"}, response))
-    result = await runner.run([ask], Text())
+    result = await runner.run([ask], Note())
     assert result.status is RunStatus.COMPLETED, result.failure
     (event,) = result.trace
     assert (event.usage.tokens, event.usage.output_tokens, event.usage.model) == (
@@ -363,7 +359,7 @@ async def test_a_node_returns_its_output_and_the_response(reply: Reply, provider
         reply.usage.model,
     )
     runner, ask = node_of(({"text": "hi"}, reply.usage))
-    assert (await runner.run([ask], Text())).total_cost_usd == result.total_cost_usd
+    assert (await runner.run([ask], Note())).total_cost_usd == result.total_cost_usd
     assert (result.total_cost_usd > 0) == (reply.usage.model is not None)
 
 
@@ -372,8 +368,8 @@ async def test_the_split_of_the_input_is_in_the_trace() -> None:
     runs."""
     runner = StromaRunner.quick()
 
-    @runner.node("ask", input=Text, output=Text)
-    async def ask(state: Text) -> Any:
+    @runner.node("ask", input=Note, output=Note)
+    async def ask(state: Note) -> Any:
         node = current_node()
         node.report_usage(_CHAT)
         node.report_usage(input_tokens=10, cached_input_tokens=4, cache_write_tokens=5, model="gpt-4o-mini")
@@ -381,7 +377,7 @@ async def test_the_split_of_the_input_is_in_the_trace() -> None:
         assert (node.usage.cached_input_tokens, node.usage.cache_write_tokens) == (1028, 5)
         return {"text": "hi"}, Usage(20, 0, 1, 2)
 
-    (event,) = (await runner.run([ask], Text())).trace
+    (event,) = (await runner.run([ask], Note())).trace
     used = event.usage
     assert (used.input_tokens, used.cached_input_tokens, used.cache_write_tokens) == (1240, 1029, 7)
 
@@ -391,8 +387,8 @@ async def test_a_stream_is_reported_by_its_last_chunk(provider: Server) -> None:
     url = provider.url(sse(*_CHAT_CHUNKS))
     runner = StromaRunner.quick()
 
-    @runner.node("ask", input=Text, output=Text)
-    def ask(state: Text) -> dict[str, Any]:
+    @runner.node("ask", input=Note, output=Note)
+    def ask(state: Note) -> dict[str, Any]:
         node = current_node()
         text = ""
         chunks = (
@@ -414,7 +410,7 @@ async def test_a_stream_is_reported_by_its_last_chunk(provider: Server) -> None:
         node.report_usage(input_tokens=10, cached_input_tokens=10, model="gpt-4o-mini")
         return {"text": text}
 
-    result = await runner.run([ask], Text())
+    result = await runner.run([ask], Note())
     assert result.status is RunStatus.COMPLETED, result.failure
     assert result.total_tokens == 1230 + 782 + 10
     expected = (176 * 0.15 + 1024 * 0.075 + 30 * 0.6) + (228 * 0.3 + 512 * 0.03 + 42 * 2.5) + 10 * 0.075
@@ -426,14 +422,14 @@ async def test_a_node_that_fails_after_its_call_has_paid_for_it() -> None:
     runner = StromaRunner.quick(budget=ExecutionBudget(max_tokens_total=2000))
     calls = []
 
-    @runner.node("ask", input=Text, output=Text)
-    async def ask(state: Text) -> dict[str, Any]:
+    @runner.node("ask", input=Note, output=Note)
+    async def ask(state: Note) -> dict[str, Any]:
         calls.append(1)
         node = current_node()
         node.report_usage(_CHAT)
         raise TimeoutError("late")
 
-    result = await runner.run([ask], Text())
+    result = await runner.run([ask], Note())
     assert (result.status, len(calls), result.total_tokens) == (RunStatus.PARTIAL, 2, 2460)
 
 
@@ -441,7 +437,7 @@ async def test_a_model_said_beside_the_response_is_what_is_priced(monkeypatch: p
     """What a node reports is what it is priced at: a deployment's own name, with a price of its own."""
     monkeypatch.setitem(KNOWN_MODELS, "our-deployment", (1.0, 2.0))
     runner, ask = node_of(({"text": "hi"}, usage_from(_CHAT, model="our-deployment")))
-    result = await runner.run([ask], Text())
+    result = await runner.run([ask], Note())
     # Nobody knows what its cached input costs, so it costs what other input does.
     assert result.total_cost_usd == pytest.approx((1200 * 1.0 + 30 * 2.0) / 1e6)
 
@@ -450,7 +446,7 @@ async def test_a_model_said_beside_the_response_is_what_is_priced(monkeypatch: p
     ("used", "says"),
     [
         ({"answer": "42"}, "node 'ask': a dict carries no usage"),
-        (Text(text="no response"), "node 'ask': a Text carries no usage"),
+        (Note(text="no response"), "node 'ask': a Note carries no usage"),
         ({"usage": {"prompt_tokens": -1}}, "node 'ask': the response has prompt_tokens=-1"),
         (object(), "node 'ask': a object carries no usage"),
         ("10", "node 'ask' reported '10' tokens"),
@@ -465,7 +461,7 @@ async def test_a_response_that_says_nothing_is_bad_usage(used: Any, says: str) -
     """Usage that cannot be counted is TERMINAL, names the node, and keeps the output; nothing is bought
     again."""
     runner, ask = node_of(({"text": "kept"}, used))
-    result = await runner.run([ask], Text())
+    result = await runner.run([ask], Note())
     assert result.status is RunStatus.FAILED
     assert result.failure is not None
     assert isinstance(result.failure.exception, UsageError)
@@ -484,16 +480,16 @@ SILENT: list[Any] = [
 
 
 def by_returning(response: Any, runner: StromaRunner) -> Any:
-    @runner.node("ask", input=Text, output=Text)
-    async def ask(state: Text) -> Any:
+    @runner.node("ask", input=Note, output=Note)
+    async def ask(state: Note) -> Any:
         return {"text": "kept"}, response
 
     return ask
 
 
 def by_reporting(response: Any, runner: StromaRunner) -> Any:
-    @runner.node("ask", input=Text, output=Text)
-    async def ask(state: Text) -> Any:
+    @runner.node("ask", input=Note, output=Note)
+    async def ask(state: Note) -> Any:
         node = current_node()
         node.report_usage(response)
         return {"text": "kept"}
@@ -511,7 +507,7 @@ async def test_a_server_that_leaves_usage_out_stops_no_run_without_a_limit(
     it."""
     runner = StromaRunner.quick(budget=ExecutionBudget(max_latency_ms=600_000))
     ask = how(response, runner)
-    result = await runner.run([ask, ask], Text())
+    result = await runner.run([ask, ask], Note())
     assert (result.status, result.total_tokens) == (RunStatus.COMPLETED, 0), result.failure
     (message,) = [r.getMessage() for r in caplog.records if "counts as 0" in r.getMessage()]
     assert "': node 'ask': a " in message
@@ -532,7 +528,7 @@ async def test_a_limit_that_cannot_be_counted_stops_the_run(how: Any, config: di
     """G6: under a limit of tokens or cost, usage that is not said is bad usage: the next call is not made."""
     runner = StromaRunner.quick(**config)
     ask = how({**_CHAT, "usage": None}, runner)
-    result = await runner.run([ask, ask], Text())
+    result = await runner.run([ask, ask], Note())
     assert result.failure is not None
     assert (result.status, result.failure.reason, len(result.trace)) == (RunStatus.FAILED, "usage", 1)
     assert next(iter(result.trace)).output_state == {"text": "kept"}
@@ -547,14 +543,14 @@ async def test_a_resume_goes_on_behind_a_response_without_usage(how: Any, tmp_pa
     ask = how({"choices": []}, runner)
     called: list[str] = []
 
-    @runner.node("next", input=Text, output=Text)
-    async def after(state: Text) -> Any:
+    @runner.node("next", input=Note, output=Note)
+    async def after(state: Note) -> Any:
         called.append(state.text)
         return {"text": "done"}
 
-    first = await runner.run([ask, after], Text(), run_id="r")
+    first = await runner.run([ask, after], Note(), run_id="r")
     assert (first.status, called) == (RunStatus.FAILED, [])
-    second = await runner.run([ask, after], Text(), run_id="r", resume=True)
+    second = await runner.run([ask, after], Note(), run_id="r", resume=True)
     assert (second.status, called, len(second.trace)) == (RunStatus.RESUMED, ["kept"], 1)
 
 
@@ -564,8 +560,8 @@ async def test_a_node_that_fails_beside_a_silent_response_fails_of_its_own() -> 
     runner = StromaRunner.quick(budget=ExecutionBudget(max_cost_usd=5.0), policy_map=policy)
     attempts: list[int] = []
 
-    @runner.node("ask", input=Text, output=Text)
-    async def ask(state: Text) -> Any:
+    @runner.node("ask", input=Note, output=Note)
+    async def ask(state: Note) -> Any:
         node = current_node()
         attempts.append(node.attempt)
         if node.attempt == 1:
@@ -573,7 +569,7 @@ async def test_a_node_that_fails_beside_a_silent_response_fails_of_its_own() -> 
             raise ConnectionError("gone")
         return {"text": "done"}
 
-    result = await runner.run([ask], Text())
+    result = await runner.run([ask], Note())
     assert (result.status, attempts) == (RunStatus.COMPLETED, [1, 2])
     assert [event.reason for event in result.trace] == ["connection", None]
 
@@ -585,7 +581,7 @@ async def test_a_real_stream_that_was_not_asked_for_usage_is_said(
     answer = sse(_CHAT_CHUNKS[0])
     chunks = await asyncio.to_thread(ask_openai, provider.url(answer), answer)
     runner, ask = node_of(({"text": "kept"}, chunks[-1]))
-    assert (await runner.run([ask], Text())).status is RunStatus.COMPLETED
+    assert (await runner.run([ask], Note())).status is RunStatus.COMPLETED
     assert "include_usage" in caplog.text
 
 
@@ -598,7 +594,7 @@ async def test_a_response_that_names_no_model_is_refused_where_cost_is_limited(
     it."""
     cohere = next(reply for reply in REPLIES if reply.what == "cohere").answer.body
     runner, ask = node_of(({"text": ""}, cohere), budget=ExecutionBudget(max_cost_usd=limit))
-    result = await runner.run([ask], Text())
+    result = await runner.run([ask], Note())
     assert (result.status, result.total_tokens) == (status, 69)
     assert result.unpriced_models == ["(no model)"]
 
@@ -625,7 +621,7 @@ async def test_report_usage_refuses_what_makes_no_sense(
         return {"text": "done"}
 
     runner, ask = node_of(report)
-    result = await runner.run([ask], Text())
+    result = await runner.run([ask], Note())
     assert (result.status, result.total_tokens) == (RunStatus.COMPLETED, 0)
 
 
@@ -646,7 +642,7 @@ async def test_report_usage_counts_before_the_end_of_an_attempt(event: str) -> N
     at_once = dict.fromkeys(FailureClass, FailurePolicy(max_retries=0))
     runner, ask = node_of(ask_it, policy_map=at_once)
     hooks = NodeHooks(on_node_start=report, **ends)
-    result = await runner.with_hooks(hooks).run([ask], Text())
+    result = await runner.with_hooks(hooks).run([ask], Note())
     assert result.total_tokens == 10
     assert [type(one.exception) for one in result.hook_errors] == [UsageError]
     assert "node 'ask' reported usage after attempt 1 was counted" in str(result.hook_errors[0].exception)
@@ -660,7 +656,7 @@ async def test_a_tuple_that_is_no_pair_is_what_it_was(provider: Server) -> None:
         (({"text": ""}, 10, 5, "gpt-4o"), 15, "gpt-4o"),
     ]:
         runner, ask = node_of(returned)
-        (event,) = (await runner.run([ask], Text())).trace
+        (event,) = (await runner.run([ask], Note())).trace
         assert (event.usage.tokens, event.usage.model) == (tokens, model)
 
 
@@ -684,12 +680,12 @@ async def test_what_a_provider_has_charged_is_what_a_call_cost() -> None:
 
     runner = StromaRunner.quick(unknown_model="error", budget=ExecutionBudget(max_cost_usd=1))
 
-    @runner.node("ask", input=Text, output=Text)
-    async def ask(state: Text) -> Any:
+    @runner.node("ask", input=Note, output=Note)
+    async def ask(state: Note) -> Any:
         node = current_node()
         node.report_usage(Usage(10, 5, model="gpt-4o", cost_usd=0.25))
         node.report_usage(Usage(10, 5, cost_usd=0.5))
         return {"text": "hi"}, Usage(1, 1, model="a model that nobody knows", cost_usd=0.0)
 
-    result = await runner.run([ask], Text())
+    result = await runner.run([ask], Note())
     assert (result.status, result.total_tokens, result.total_cost_usd) == (RunStatus.COMPLETED, 32, 0.75)

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, SecretStr
+from tests.kit import Note
 from tests.project.test_language import BANNED_PROSE
 
 import stroma
@@ -271,22 +272,18 @@ def test_messages_name_the_fix(generate: Any) -> None:
 # ---------------------------------------------------------------------- what each says, as users meet it
 
 
-class Text(BaseModel):
-    text: str = ""
-
-
 class Secret(BaseModel):
     text: str = ""
     key: SecretStr = SecretStr("")
 
 
 class Items(BaseModel):
-    items: list[Text] = []
+    items: list[Note] = []
 
 
-def a_node(name: str, returned: Any, schema: type[BaseModel] = Text) -> Any:
-    @stroma_node(name, NodeContract(node_id=name, input_schema=Text, output_schema=schema))
-    async def func(state: Text) -> Any:
+def a_node(name: str, returned: Any, schema: type[BaseModel] = Note) -> Any:
+    @stroma_node(name, NodeContract(node_id=name, input_schema=Note, output_schema=schema))
+    async def func(state: Note) -> Any:
         return returned
 
     return func
@@ -295,7 +292,7 @@ def a_node(name: str, returned: Any, schema: type[BaseModel] = Text) -> Any:
 async def run(nodes: list[Any], state: BaseModel | None = None, **config: Any) -> Any:
     options = {key: config.pop(key) for key in ("resume", "resume_from") if key in config}
     runner = StromaRunner.quick(**config)
-    result = await runner.run(nodes, state if state is not None else Text(), run_id="run-7", **options)
+    result = await runner.run(nodes, state if state is not None else Note(), run_id="run-7", **options)
     result.raise_for_status()
     return result
 
@@ -333,7 +330,7 @@ async def changed(path: Path) -> Any:
 async def other_input(path: Path) -> Any:
     store = SQLiteStore(path / "x.db")
     await run([a_node("read", {})], store=store)
-    await run([a_node("read", {})], Text(text="other"), store=store, resume=True)
+    await run([a_node("read", {})], Note(text="other"), store=store, resume=True)
 
 
 async def no_journal(path: Path) -> Any:
@@ -400,8 +397,8 @@ async def failed_elsewhere(path: Path) -> Any:
     store = SQLiteStore(path / "x.db")
     other: list[asyncio.Task[Any]] = []
 
-    @stroma_node("read", NodeContract(node_id="read", input_schema=Text, output_schema=Text))
-    async def read(state: Text) -> Any:
+    @stroma_node("read", NodeContract(node_id="read", input_schema=Note, output_schema=Note))
+    async def read(state: Note) -> Any:
         if not other:
             other.append(asyncio.create_task(run([read], store=store, if_running="attach")))
             await asyncio.sleep(0.02)
@@ -432,8 +429,8 @@ async def hook_slow(path: Path) -> Any:
 
 
 async def timeout(path: Path) -> Any:
-    @stroma_node("slow", NodeContract(node_id="slow", input_schema=Text, output_schema=Text))
-    async def slow(state: Text) -> dict[str, Any]:
+    @stroma_node("slow", NodeContract(node_id="slow", input_schema=Note, output_schema=Note))
+    async def slow(state: Note) -> dict[str, Any]:
         await asyncio.sleep(5)
         return {}
 
@@ -441,7 +438,7 @@ async def timeout(path: Path) -> Any:
 
 
 async def no_node(path: Path) -> Any:
-    async def plain(state: Text) -> dict[str, Any]:
+    async def plain(state: Note) -> dict[str, Any]:
         return {}
 
     await run([plain])
@@ -464,7 +461,7 @@ async def no_list(path: Path) -> Any:
 
 
 async def empty_id(path: Path) -> Any:
-    NodeContract(node_id="", input_schema=Text, output_schema=Text)
+    NodeContract(node_id="", input_schema=Note, output_schema=Note)
 
 
 async def no_contract(path: Path) -> Any:
@@ -472,7 +469,7 @@ async def no_contract(path: Path) -> Any:
 
 
 async def cannot_work(path: Path) -> Any:
-    needs = stroma_node("needs", NodeContract(node_id="needs", input_schema=Strict, output_schema=Text))(
+    needs = stroma_node("needs", NodeContract(node_id="needs", input_schema=Strict, output_schema=Note))(
         a_function
     )
     await run([a_node("read", {}), needs], check=True)
@@ -521,7 +518,7 @@ async def circuit_open(path: Path) -> Any:
 
 
 async def no_such_tool(path: Path) -> Any:
-    Guard().contracts({"serach": (Text, Text)}, ["search"], "tool")
+    Guard().contracts({"serach": (Note, Note)}, ["search"], "tool")
 
 
 async def ended_from_elsewhere(path: Path) -> Any:
@@ -644,7 +641,7 @@ def test_every_public_error_is_met() -> None:
 async def test_a_corrupt_checkpoint_names_node_and_run(store: str, tmp_path: Path) -> None:
     """A saved state that is not of the schema it is asked for names its node and run."""
     entry: Any = InMemoryStore() if store == "memory" else SQLiteStore(tmp_path / "x.db")
-    await settled(entry.save("run-7", "read", Text(text="x")))
+    await settled(entry.save("run-7", "read", Note(text="x")))
     with pytest.raises(CorruptCheckpoint) as caught:
         await settled(entry.load_typed("run-7", "read", Strict))
     assert "'read'" in str(caught.value)

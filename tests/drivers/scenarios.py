@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import BaseModel, Field
-from tests.kit import NEVER, THRICE, Num, node
+from pydantic import BaseModel
+from tests.kit import NEVER, THRICE, Num, Positive, Words, node
 
 from stroma import (
     ExecutionBudget,
@@ -21,10 +21,6 @@ from stroma import (
     parallel,
 )
 from stroma.cost import KNOWN_MODELS
-
-
-class Positive(BaseModel):
-    n: int = Field(gt=0)
 
 
 class Left(BaseModel):
@@ -143,10 +139,6 @@ def lengths(calls: list[str], *, failing_at: str | None = None) -> Any:
 
 class Word(BaseModel):
     word: str
-
-
-class Words(BaseModel):
-    words: list[str]
 
 
 def measuring(

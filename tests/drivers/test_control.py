@@ -6,9 +6,8 @@ import asyncio
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
 from tests.drivers.conftest import Way
-from tests.kit import NEVER, Num, node, same
+from tests.kit import NEVER, Num, Receipt, node, same
 
 from stroma import (
     ExecutionBudget,
@@ -97,10 +96,6 @@ async def test_a_shared_budget(way: Way) -> None:
         first = await bound.run(Num(), run_id=f"{way.run_id}-1")
         second = await bound.run(Num(), run_id=f"{way.run_id}-2")
     assert (first.status, second.status, gate.calls) == (RunStatus.COMPLETED, RunStatus.PARTIAL, ["a"])
-
-
-class Receipt(BaseModel):
-    number: int
 
 
 @pytest.mark.parametrize("reconciles", [True, False])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel
+from tests.kit import Receipt
 
 from stroma import NotDone, current_node
 
@@ -14,10 +15,6 @@ __all__ = ["Order", "Receipt", "Refused", "Shop"]
 
 class Order(BaseModel):
     cents: int = 100
-
-
-class Receipt(BaseModel):
-    number: int
 
 
 class Refused(Exception):

@@ -4,18 +4,13 @@ import asyncio
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
 from tests.fixtures import store_fixture
-from tests.kit import THRICE, open_question
+from tests.kit import THRICE, Receipt, open_question
 
 from stroma import NotDone, RunStatus, StromaRunner, Suspend, current_node
 from stroma.adapters import Guard
 
 store = store_fixture("async-memory", "sqlite")
-
-
-class Receipt(BaseModel):
-    number: int
 
 
 class Till:

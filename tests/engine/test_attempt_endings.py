@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field, RootModel
 from tests.engine.event_log import Between, Diary, Journal, M, ThrownAway, contract, counted, same, swallow
-from tests.kit import NEVER, ONCE, THRICE, Num, here, node
+from tests.kit import NEVER, ONCE, THRICE, Num, Positive, here, node
 
 from stroma import (
     AsyncInMemoryStore,
@@ -32,11 +32,6 @@ from stroma import (
 )
 from stroma.engine.interceptors import INTERCEPTORS, Interceptor
 from stroma.trace import AttemptUsage
-
-
-class Positive(BaseModel):
-    n: int = Field(gt=0)
-
 
 # ---------------------------------------------------------------- cancellations
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from tests.kit import Note
 from tests.shared_stores import SHARED, STORES, place, store_of
 
 from stroma import (
@@ -43,12 +44,8 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 HELPER = Path(__file__).with_name("called_steps_helper.py")
 
 
-class Text(BaseModel):
-    text: str = ""
-
-
 class Texts(BaseModel):
-    texts: list[Text] = []
+    texts: list[Note] = []
     done: list[Any] = []
 
 
@@ -64,7 +61,7 @@ def store(request: pytest.FixtureRequest) -> Iterator[Any]:
         yield result
 
 
-def node(node_id: str, func: Callable[..., Any], input_model: Any = Text, output_model: Any = Text) -> Any:
+def node(node_id: str, func: Callable[..., Any], input_model: Any = Note, output_model: Any = Note) -> Any:
     return stroma_node(
         node_id, NodeContract(node_id=node_id, input_schema=input_model, output_schema=output_model)
     )(func)
@@ -91,12 +88,12 @@ class World:
         self.dies = asyncio.Event()
 
     def step(self, name: str) -> Any:
-        async def step(state: Text) -> Any:
+        async def step(state: Note) -> Any:
             return await self.call(name, state)
 
         return step
 
-    async def call(self, name: str, state: Text) -> Any:
+    async def call(self, name: str, state: Note) -> Any:
         what = f"{name} {state.text}"
         self.calls.append(what)
         here = current_node()
@@ -111,7 +108,7 @@ class World:
 
     async def ask(self, name: str, text: str, ctx: Any = None) -> str:
         """Call a step; in a node, one of its run."""
-        result = await execute_step(name, self.step(name), Text(text=text), ctx or current_run())
+        result = await execute_step(name, self.step(name), Note(text=text), ctx or current_run())
         assert result.status is RunStatus.COMPLETED, result.failure
         return str(result.final_state.text)
 
@@ -140,22 +137,22 @@ async def test_steps_in_a_node_take_no_position_of_the_pipeline(store: Any, next
     state is right."""
     world = World()
 
-    async def answer(state: Text) -> Text:
+    async def answer(state: Note) -> Note:
         for _ in range(times):
-            state = Text(text=await world.ask("draft", state.text))
+            state = Note(text=await world.ask("draft", state.text))
         return state
 
     nodes = [node("answer", answer), node(next_id, world.step("second")), node("third", world.step("third"))]
 
     async def run() -> Any:
-        return await runner_on(store).run(nodes, Text(text="x"))
+        return await runner_on(store).run(nodes, Note(text="x"))
 
     await world.live(run, "second")
     world.calls.clear()
     result = await world.live(run)
     drafted = "x" + "d" * times
     assert world.calls == [f"second {drafted}", f"third {drafted}s"]
-    assert (result.status, result.final_state) == (RunStatus.RESUMED, Text(text=f"{drafted}st"))
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Note(text=f"{drafted}st"))
 
 
 async def test_a_node_that_died_goes_on_behind_its_last_step(store: Any) -> None:
@@ -163,19 +160,19 @@ async def test_a_node_that_died_goes_on_behind_its_last_step(store: Any) -> None
     are."""
     world = World()
 
-    async def answer(state: Text) -> Text:
+    async def answer(state: Note) -> Note:
         text = await world.ask("draft", state.text)
         text = await world.ask("draft", text)
-        return Text(text=await world.ask("judge", text))
+        return Note(text=await world.ask("judge", text))
 
     async def run() -> Any:
-        return await runner_on(store).run([node("answer", answer)], Text(text="x"))
+        return await runner_on(store).run([node("answer", answer)], Note(text="x"))
 
     await world.live(run, "judge")
     world.calls.clear()
     result = await world.live(run)
     assert world.calls == ["judge xdd"]
-    assert result.final_state == Text(text="xddj")
+    assert result.final_state == Note(text="xddj")
     assert all(len(keys) == 1 for keys in world.keys.values())
 
 
@@ -183,10 +180,10 @@ async def test_steps_in_a_node_are_its_children() -> None:
     """In trace and totals, what a node calls is inside of the node, and its time counts once."""
     world = World()
 
-    async def answer(state: Text) -> Text:
-        return Text(text=await world.ask("draft", state.text))
+    async def answer(state: Note) -> Note:
+        return Note(text=await world.ask("draft", state.text))
 
-    result = await runner_on(None, resume=False).run([node("answer", answer)], Text(text="x"))
+    result = await runner_on(None, resume=False).run([node("answer", answer)], Note(text="x"))
     (event,) = result.trace
     (inner,) = event.children
     assert (inner.node_id, inner.position, inner.branch) == ("draft", 0, "draft#0")
@@ -206,30 +203,30 @@ async def test_side_by_side_steps_are_known_by_their_task(store: Any) -> None:
         return await world.ask("judge", text)
 
     # Every branch makes a first call before one of them waits: that is what tasks are numbered by.
-    async def all_first(state: Text) -> Text:
+    async def all_first(state: Note) -> Note:
         async def one(name: str) -> str:
             await world.ask("begin", name)
             return await branch(name)
 
         return await _gathered(one, state)
 
-    async def _gathered(one: Callable[[str], Any], state: Text) -> Text:
+    async def _gathered(one: Callable[[str], Any], state: Note) -> Note:
         slow.clear()
         outcome = await asyncio.gather(*map(one, "012"))
         if not live["died"]:
             live["died"] = True
             await world.die()
-        return Text(text=" ".join(outcome))
+        return Note(text=" ".join(outcome))
 
     async def run() -> Any:
-        return await runner_on(store).run([node("answer", all_first)], Text(text="x"))
+        return await runner_on(store).run([node("answer", all_first)], Note(text="x"))
 
     await world.live(run)
     world.calls.clear()
     live["first"] = "2"
     result = await world.live(run)
     assert world.calls == []
-    assert result.final_state == Text(text="0fj 1fj 2fj")
+    assert result.final_state == Note(text="0fj 1fj 2fj")
     assert all(len(keys) == 1 for keys in world.keys.values())
     assert len(set.union(*world.keys.values())) == 9
 
@@ -239,24 +236,24 @@ async def test_another_attempt_of_a_node_calls_its_steps_again(store: Any) -> No
     world = World()
     tries = iter([False, True, True])
 
-    async def answer(state: Text) -> Text:
+    async def answer(state: Note) -> Note:
         here = current_node()
         text = await world.ask("draft", f"{state.text}{here.attempt}")
         await world.ask("judge", text)
         if not next(tries):
             raise ValueError("it is no good")
-        return Text(text=await world.ask("polish", text))
+        return Note(text=await world.ask("polish", text))
 
     async def run() -> Any:
         policy = {"answer": {FailureClass.AMBIGUOUS: FailurePolicy(max_retries=1, backoff_seconds=0)}}
-        return await runner_on(store, node_policies=policy).run([node("answer", answer)], Text(text="x"))
+        return await runner_on(store, node_policies=policy).run([node("answer", answer)], Note(text="x"))
 
     await world.live(run, "polish")
     assert world.calls == ["draft x1", "judge x1d", "draft x2", "judge x2d", "polish x2d"]
     world.calls.clear()
     result = await world.live(run)
     assert result.status is RunStatus.RESUMED
-    assert result.final_state in (Text(text="x1dp"), Text(text="x2dp"))
+    assert result.final_state in (Note(text="x1dp"), Note(text="x2dp"))
     assert [call.partition(" ")[0] for call in world.calls] == ["polish"]
 
 
@@ -265,12 +262,12 @@ async def test_a_step_in_a_node_with_another_input_is_refused(store: Any) -> Non
     world = World()
     seen = iter(["a", "b"])
 
-    async def answer(state: Text) -> Text:
+    async def answer(state: Note) -> Note:
         await world.ask("draft", next(seen))
-        return Text(text=await world.ask("judge", state.text))
+        return Note(text=await world.ask("judge", state.text))
 
     async def run() -> Any:
-        return await runner_on(store).run([node("answer", answer)], Text(text="x"))
+        return await runner_on(store).run([node("answer", answer)], Note(text="x"))
 
     await world.live(run, "judge")
     world.calls.clear()
@@ -289,16 +286,16 @@ async def test_steps_in_parts_of_groups_are_found_again(store: Any, way: str) ->
     resume."""
     world = World()
 
-    async def part(state: Text) -> Text:
+    async def part(state: Note) -> Note:
         text = await world.ask("draft", state.text)
-        return Text(text=await world.ask("judge", text))
+        return Note(text=await world.ask("judge", text))
 
     child = node("part", part)
     if way == "parallel":
-        pipeline, state = [parallel(child, node("other", part))], Text(text="0")
+        pipeline, state = [parallel(child, node("other", part))], Note(text="0")
     else:
         into: Any = "done" if way == "map" else Journal()
-        pipeline, state = [map_over("texts", child, into=into)], Texts(texts=[Text(text="0"), Text(text="1")])  # type: ignore[assignment]
+        pipeline, state = [map_over("texts", child, into=into)], Texts(texts=[Note(text="0"), Note(text="1")])  # type: ignore[assignment]
 
     async def run() -> Any:
         return await runner_on(store).run(pipeline, state)
@@ -330,7 +327,7 @@ async def test_a_step_outside_of_the_nodes_of_a_pipeline_is_refused() -> None:
             messages.append(str(error))
 
     runner = runner_on(None, resume=False, hooks=NodeHooks(on_run_start=start))
-    await runner.run([node("first", world.step("first"))], Text(text="x"))
+    await runner.run([node("first", world.step("first"))], Note(text="x"))
     assert world.calls == ["first x"]
     assert messages == [
         "step 'draft' was called in run 'r' of a pipeline, outside of its nodes; call it in a node, or with a separate context"
@@ -368,12 +365,12 @@ async def test_a_step_that_failed_keeps_its_place(store: Any) -> None:
     failed."""
     world = World()
 
-    async def broken(state: Text) -> Any:
+    async def broken(state: Note) -> Any:
         await world.call("a", state)
         raise ValueError("no")
 
     async with context_on(store) as ctx:
-        failed = await execute_step("a", broken, Text(), ctx)
+        failed = await execute_step("a", broken, Note(), ctx)
     assert failed.status is RunStatus.PARTIAL
     again = context_on(store)
     await world.ask("c", "", again)
@@ -386,23 +383,23 @@ async def test_an_answer_is_given_to_the_step_that_asked(store: Any) -> None:
     """The answer to a step of plain code never reaches another one that is called before it."""
     got: list[Any] = []
 
-    async def asks(state: Text) -> Any:
+    async def asks(state: Note) -> Any:
         here = current_node()
-        return {"text": here.wait_for(Text, reason="say something").text}
+        return {"text": here.wait_for(Note, reason="say something").text}
 
-    async def looks(state: Text) -> Any:
+    async def looks(state: Note) -> Any:
         here = current_node()
         got.append(here.signal)
         return {"text": state.text}
 
     ctx = context_on(store)
     async with ctx:
-        assert (await execute_step("asks", asks, Text(), ctx)).status is RunStatus.SUSPENDED
-    await runner_on(store).signal("r", Text(text="yes"))
+        assert (await execute_step("asks", asks, Note(), ctx)).status is RunStatus.SUSPENDED
+    await runner_on(store).signal("r", Note(text="yes"))
     again = context_on(store)
     async with again:
-        await execute_step("looks", looks, Text(), again)
-        result = await execute_step("asks", asks, Text(), again)
+        await execute_step("looks", looks, Note(), again)
+        result = await execute_step("asks", asks, Note(), again)
     assert got == [None]
     assert result.final_state.text == "yes"
 
@@ -425,7 +422,7 @@ async def test_a_group_does_not_mix_two_inputs(store: Any, way: str, inside: boo
 
         return node(name, call, Numbers, Numbers)
 
-    async def item(state: Text) -> Any:
+    async def item(state: Note) -> Any:
         calls.append(f"item {state.text}")
         if state.text.startswith("b") and fails[0]:
             raise ValueError("no")
@@ -436,22 +433,22 @@ async def test_a_group_does_not_mix_two_inputs(store: Any, way: str, inside: boo
     two: Any = Numbers(n=2)
     if way == "map":
         group = map_over("texts", node("item", item), into="done", max_concurrency=1)
-        one, two = (Texts(texts=[Text(text=f"a{n}"), Text(text=f"b{n}")]) for n in (1, 2))
+        one, two = (Texts(texts=[Note(text=f"a{n}"), Note(text=f"b{n}")]) for n in (1, 2))
 
     async def run(value: Any) -> Any:
         if not inside:
             ctx = context_on(store)
-            await ctx.open(Text(), ends=False)
+            await ctx.open(Note(), ends=False)
             return await execute_step("group", group, value, ctx)
         findings: list[Any] = []
 
-        async def outer(state: Text) -> Text:
+        async def outer(state: Note) -> Note:
             findings.append(await execute_step("group", group, value, current_run()))  # type: ignore[arg-type]
             if findings[0].status is not RunStatus.COMPLETED:
                 await world.die()
             return state
 
-        result = await runner_on(store).run([node("outer", outer)], Text())
+        result = await runner_on(store).run([node("outer", outer)], Note())
         if not findings:
             raise result.failure.exception
         return findings[0]
@@ -474,13 +471,13 @@ async def test_the_history_tells_the_keys(store: Any) -> None:
     world = World()
     ctx = context_on(store)
 
-    async def outer(state: Text) -> Any:
+    async def outer(state: Note) -> Any:
         await world.call("outer", state)
         return {"text": await world.ask("inner", "i")}
 
     async with ctx:
         await asyncio.gather(world.ask("a", "1", ctx), world.ask("a", "2", ctx))
-        await execute_step("outer", outer, Text(text="o"), ctx)
+        await execute_step("outer", outer, Note(text="o"), ctx)
     events = {a.idempotency_key("r", 1) for a in store.attempts("r")}
     assert events == set.union(*world.keys.values())
     assert len(events) == 4
@@ -571,7 +568,7 @@ async def test_a_cancelled_run_calls_no_further_step(store: Any, fails: bool) ->
     started, request = asyncio.Event(), asyncio.Event()
     calls: list[str] = []
 
-    async def first(state: Text) -> dict[str, str]:
+    async def first(state: Note) -> dict[str, str]:
         calls.append("first")
         started.set()
         await request.wait()
@@ -579,12 +576,12 @@ async def test_a_cancelled_run_calls_no_further_step(store: Any, fails: bool) ->
             raise ValueError("no")
         return {"text": "first"}
 
-    async def second(state: Text) -> dict[str, str]:
+    async def second(state: Note) -> dict[str, str]:
         calls.append("second")
         return {"text": "second"}
 
     async with ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager) as ctx:
-        under_way = asyncio.ensure_future(execute_step("first", first, Text(), ctx))
+        under_way = asyncio.ensure_future(execute_step("first", first, Note(), ctx))
         await started.wait()
         assert await runner.cancel("r")
         async with asyncio.timeout(20):
@@ -592,7 +589,7 @@ async def test_a_cancelled_run_calls_no_further_step(store: Any, fails: bool) ->
                 await asyncio.sleep(0.001)
         request.set()
         one = await under_way
-        two = await execute_step("second", second, Text(), ctx)
+        two = await execute_step("second", second, Note(), ctx)
     assert one.status is (RunStatus.PARTIAL if fails else RunStatus.COMPLETED)
     assert two.status is RunStatus.CANCELLED
     assert two.failure is not None
@@ -608,12 +605,12 @@ async def test_a_step_that_waits_for_its_retry_when_the_run_is_cancelled() -> No
     async def cancel(*_: Any) -> None:
         assert await runner.cancel("r")
 
-    async def fails(state: Text) -> Text:
+    async def fails(state: Note) -> Note:
         nonlocal calls
         calls += 1
         raise ValueError("no")
 
     runner = StromaRunner.quick(run_id="r", policy_map=RETRIED, hooks=NodeHooks(on_node_retry=cancel))
     async with ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager) as ctx:
-        result = await execute_step("fails", fails, Text(), ctx)
+        result = await execute_step("fails", fails, Note(), ctx)
     assert (result.status, calls) == (RunStatus.PARTIAL, 1)

@@ -16,6 +16,10 @@ from tests.engine.gated_journal import GatedJournal
 from tests.fixtures import store_fixture
 from tests.kit import (
     Num,
+    One,
+    Two,
+    fail,
+    forever,
     node,
     quick,
     quick_without_retries,
@@ -144,10 +148,6 @@ async def test_a_cancelled_attempt_is_no_failure() -> None:
 def context(**config: Any) -> ReliabilityContext:
     runner = quick_without_retries(**config)
     return ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
-
-
-async def fail(state: BaseModel) -> Any:
-    raise ConnectionError("down")
 
 
 @pytest.mark.core
@@ -295,18 +295,6 @@ async def test_a_cancelled_run_is_recorded_as_cancelled(tmp_path: Path) -> None:
     with pytest.raises(asyncio.CancelledError):
         await run
     assert [entry.status for entry in store.list_runs()] == ["CANCELLED"]
-
-
-class One(BaseModel):
-    a: int = 0
-
-
-class Two(BaseModel):
-    b: int = 0
-
-
-async def forever() -> None:
-    await asyncio.Event().wait()
 
 
 store = store_fixture("async-memory", "sqlite")

@@ -13,7 +13,21 @@ from pydantic import (
     create_model,
 )
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, Num, bare, node, quick, quick_without_retries, same, sleep_forever
+from tests.kit import (
+    NEVER,
+    Num,
+    One,
+    Three,
+    Two,
+    bare,
+    fail,
+    give_one,
+    node,
+    quick,
+    quick_without_retries,
+    same,
+    sleep_forever,
+)
 
 from stroma import (
     AsyncInMemoryStore,
@@ -53,10 +67,6 @@ async def test_a_child_of_another_group_is_a_changed_pipeline() -> None:
 
 class Other(BaseModel):
     m: int = 0
-
-
-async def fail(state: BaseModel) -> Any:
-    raise ConnectionError("down")
 
 
 @pytest.mark.core
@@ -121,18 +131,6 @@ async def test_an_output_of_another_kind_is_a_changed_pipeline() -> None:
         await runner.run(changed, Num(), run_id="r", resume=True)
 
 
-class One(BaseModel):
-    a: int = 0
-
-
-class Two(BaseModel):
-    b: int = 0
-
-
-class Three(BaseModel):
-    c: int = 0
-
-
 store = store_fixture("async-memory", "sqlite")
 
 
@@ -141,10 +139,6 @@ async def _state_of(store: Any, run_id: str) -> Any:
     if not isinstance(store, SQLiteStore):
         return None
     return store.get_run(run_id), store.attempts(run_id), store.input_of(run_id)
-
-
-async def _one(state: Any) -> Any:
-    return {"a": 1}
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -238,7 +232,7 @@ async def test_a_child_of_another_group_is_another_pipeline(was: str, store: Any
     async def success(*_: Any) -> None:
         committed.set()
 
-    a = node("a", _one, output=One)
+    a = node("a", give_one, output=One)
     b, c = (node(name, fails, output=Two) for name in "bc")
     after = node("after", fails, One, Two)
     runner = quick_without_retries(store=store, run_id="r", hooks=NodeHooks(on_node_success=success))

@@ -10,7 +10,7 @@ import warnings
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from tests.kit import Num
 
 from stroma import (
     AsyncInMemoryStore,
@@ -49,10 +49,6 @@ HOW = pytest.mark.parametrize(
     ],
     ids=["empty", "given", "constructed", "renamed"],
 )
-
-
-class State(BaseModel):
-    n: int = 0
 
 
 def change(field: str, value: Any) -> None:
@@ -166,7 +162,7 @@ async def test_a_policy_that_is_changed_in_a_run_holds_in_that_run_alone() -> No
     """Of a run whose config said nothing; the run after it goes by the defaults."""
     calls: list[str] = []
 
-    async def node(state: State) -> dict[str, int]:
+    async def node(state: Num) -> dict[str, int]:
         run = current_run()
         assert run is not None
         if not calls:
@@ -176,7 +172,7 @@ async def test_a_policy_that_is_changed_in_a_run_holds_in_that_run_alone() -> No
         raise ValueError("no")
 
     runner = StromaRunner(ContractRegistry(), CheckpointManager(AsyncInMemoryStore()))
-    result = await runner.run([runner.node("n", input=State, output=State)(node)], State())
+    result = await runner.run([runner.node("n", input=Num, output=Num)(node)], Num())
     assert (result.status, len(calls)) == (RunStatus.PARTIAL, 5)
     assert RunConfig().policy_map == EXPECTED["policy_map"]
 
@@ -190,15 +186,15 @@ async def test_hooks_that_are_set_on_a_default_are_called() -> None:
         events.append(run_id)
 
     ours, others = (StromaRunner.quick() for _ in range(2))
-    node = ours.node("n", input=State, output=State)(_same)
+    node = ours.node("n", input=Num, output=Num)(_same)
     assert isinstance(ours.config.hooks, NodeHooks)
     ours.config.hooks.on_run_start = start
-    await others.run([node], State(), run_id="theirs")
-    await ours.run([node], State(), run_id="ours")
+    await others.run([node], Num(), run_id="theirs")
+    await ours.run([node], Num(), run_id="ours")
     assert events == ["ours"]
 
 
-async def _same(state: State) -> State:
+async def _same(state: Num) -> Num:
     return state
 
 

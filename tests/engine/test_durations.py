@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import NEVER, ONCE, Num, here, node
+from tests.kit import NEVER, ONCE, Many, Num, here, node
 
 from stroma import (
     AsyncInMemoryStore,
@@ -28,10 +28,6 @@ from stroma import (
 )
 from stroma.contracts.node import Group
 from stroma.testing import FakeClock
-
-
-class Many(BaseModel):
-    items: list[Num]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, field_validator
 from tests.engine.event_log import Between, Diary, Journal
-from tests.kit import ONCE, Num, here, node
+from tests.kit import ONCE, Many, Num, here, node
 
 from stroma import (
     KNOWN_MODELS,
@@ -62,10 +62,6 @@ class M(BaseModel):
 class Both(BaseModel):
     n: int
     m: int
-
-
-class Many(BaseModel):
-    items: list[Num]
 
 
 class Late(BaseModel):

@@ -11,7 +11,7 @@ from pydantic import (
     BaseModel,
     TypeAdapter,
 )
-from tests.kit import Num, node, quick_without_retries
+from tests.kit import Num, One, node, quick_without_retries
 
 from stroma import ExecutionBudget, FallbackPolicy, StromaRunner
 
@@ -46,10 +46,6 @@ async def test_every_way_to_change_the_context_while_a_fallback_is_due() -> None
         {"a": 1},
         ({}, {"_stroma_model": "small"}),
     ]
-
-
-class One(BaseModel):
-    a: int = 0
 
 
 class User(BaseModel):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import ONCE
+from tests.kit import ONCE, Item
 
 from stroma import (
     FailureClass,
@@ -35,10 +35,6 @@ from stroma import (
 class State(BaseModel):
     n: int = 0
     items: list[int] = [1, 2]
-
-
-class Item(BaseModel):
-    n: int
 
 
 class Made(BaseModel):

@@ -6,9 +6,8 @@ import threading
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
 from tests.fixtures import store_fixture
-from tests.kit import TWICE, Num, node, quick, quick_without_retries
+from tests.kit import TWICE, Num, One, node, quick, quick_without_retries
 
 from stroma import NodeHooks, Pipeline, RunConfig, RunStatus, current_node, parallel
 
@@ -48,10 +47,6 @@ async def test_a_bare_list_goes_by_the_name_in_the_config() -> None:
     await runner.run([node("a", func)], Num())
     await runner.run(Pipeline("returns", [node("a", func)]), Num())
     assert names == ["orders", "orders", "returns", "returns"]
-
-
-class One(BaseModel):
-    a: int = 0
 
 
 store = store_fixture("async-memory", "sqlite")

@@ -4,11 +4,8 @@ import asyncio
 from typing import Any
 
 import pytest
-from pydantic import (
-    BaseModel,
-)
 from tests.fixtures import store_fixture
-from tests.kit import TWICE, Num, node, quick, quick_without_retries
+from tests.kit import TWICE, Num, One, forever, give_one, node, quick, quick_without_retries
 
 from stroma import (
     BudgetExceeded,
@@ -88,19 +85,7 @@ async def test_the_deadline_of_a_nested_run_is_not_that_of_the_outer_one() -> No
 R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
 
 
-class One(BaseModel):
-    a: int = 0
-
-
-async def forever() -> None:
-    await asyncio.Event().wait()
-
-
 store = store_fixture("async-memory", "sqlite")
-
-
-async def _one(state: Any) -> Any:
-    return {"a": 1}
 
 
 async def _unopened() -> None:
@@ -109,7 +94,7 @@ async def _unopened() -> None:
 
 async def _sync_hook() -> None:
     hooks = NodeHooks(on_node_start=lambda *_: len(_))  # type: ignore[arg-type, return-value]
-    await quick_without_retries(hooks=hooks).run([node("i", _one, output=One)], Num())
+    await quick_without_retries(hooks=hooks).run([node("i", give_one, output=One)], Num())
 
 
 async def _deadline() -> None:

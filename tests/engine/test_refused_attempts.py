@@ -6,9 +6,8 @@ import asyncio
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, Field
 from tests.engine.event_log import ThrownAway, counted
-from tests.kit import NEVER, ONCE, Num, node
+from tests.kit import NEVER, ONCE, Num, Positive, node
 
 from stroma import (
     AsyncInMemoryStore,
@@ -22,11 +21,6 @@ from stroma import (
     StromaRunner,
     parallel,
 )
-
-
-class Positive(BaseModel):
-    n: int = Field(gt=0)
-
 
 BAD = {"n": "none"}
 

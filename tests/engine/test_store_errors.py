@@ -11,7 +11,9 @@ from tests.engine.event_log import Between, Journal
 from tests.engine.gated_journal import GatedJournal
 from tests.kit import (
     ONCE,
+    Loose,
     Num,
+    fail,
     node,
     quick,
     quick_without_retries,
@@ -49,10 +51,6 @@ async def test_a_lasting_refusal_of_the_store_is_not_tried_again() -> None:
     assert (result.status, len(calls), store.tries) == (RunStatus.PARTIAL, 1, 1)
     assert result.failure is not None
     assert result.failure.message == "the file is gone"
-
-
-async def fail(state: BaseModel) -> Any:
-    raise ConnectionError("down")
 
 
 @pytest.mark.core
@@ -113,10 +111,6 @@ async def test_a_store_that_cannot_be_opened_is_an_error_of_run(tmp_path: Path) 
     with pytest.raises(StoreError):
         await quick(store=store, hooks=hooks).run([node("a", func)], Num())
     assert events == []
-
-
-class Loose(BaseModel):
-    anything: Any = None
 
 
 async def test_a_run_whose_input_cannot_be_stored_starts_and_ends(tmp_path: Path) -> None:

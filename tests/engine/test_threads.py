@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
+from tests.kit import Num
 
 from stroma import (
     ExecutionBudget,
@@ -28,12 +29,8 @@ from stroma import (
 NEVER = {FailureClass.RECOVERABLE: FailurePolicy(max_retries=0)}
 
 
-class State(BaseModel):
-    n: int = 0
-
-
 class States(BaseModel):
-    items: list[State]
+    items: list[Num]
 
 
 class Gate:
@@ -45,7 +42,7 @@ class Gate:
         self.inside = self.peak = 0
         self.first = threading.Event()
 
-    def __call__(self, state: State) -> State:
+    def __call__(self, state: Num) -> Num:
         with self.lock:
             self.inside += 1
             self.peak = max(self.peak, self.inside)
@@ -57,8 +54,8 @@ class Gate:
 
 
 def gated(runner: StromaRunner, gate: Gate, name: str = "sync") -> Any:
-    @runner.node(name, input=State, output=State)
-    def sync(state: State) -> State:
+    @runner.node(name, input=Num, output=Num)
+    def sync(state: Num) -> Num:
         return gate(state)
 
     return sync
@@ -85,24 +82,24 @@ async def test_at_most_max_threads_plain_nodes_run_at_once(shape: str) -> None:
     runner = StromaRunner.quick(max_threads=3, hooks=opens_at(gate, 9))
     sync = gated(runner, gate)
 
-    @runner.flow("flow", input=State, output=State)
-    async def flow(flow: Flow, state: State) -> State:
+    @runner.flow("flow", input=Num, output=Num)
+    async def flow(flow: Flow, state: Num) -> Num:
         if shape == "flow":
-            await asyncio.gather(*(flow.step(sync, State(n=n)) for n in range(12)))
+            await asyncio.gather(*(flow.step(sync, Num(n=n)) for n in range(12)))
         else:
             await flow.step(sync, state)
         return state
 
     if shape == "parallel":
-        await runner.run([parallel(*(gated(runner, gate, f"sync{n}") for n in range(12)))], State())
+        await runner.run([parallel(*(gated(runner, gate, f"sync{n}") for n in range(12)))], Num())
     elif shape == "map":
-        items = States(items=[State(n=n) for n in range(12)])
+        items = States(items=[Num(n=n) for n in range(12)])
         await runner.run([map_over("items", sync, into="items", max_concurrency=12)], items)
     elif shape == "flow":
-        await runner.run(flow, State())
+        await runner.run(flow, Num())
     else:
         nodes: Any = [sync] if shape == "runs" else flow
-        results = await asyncio.gather(*(runner.run(nodes, State()) for _ in range(12)))
+        results = await asyncio.gather(*(runner.run(nodes, Num()) for _ in range(12)))
         assert {result.status for result in results} == {RunStatus.COMPLETED}
     assert gate.peak == 3
 
@@ -111,7 +108,7 @@ async def test_the_default_is_40_threads() -> None:
     """Without a setting, 40 plain nodes run at once, and the others wait."""
     gate = Gate()
     runner = StromaRunner.quick(hooks=opens_at(gate, 5))
-    result = await runner.run([parallel(*(gated(runner, gate, f"s{n}") for n in range(45)))], State())
+    result = await runner.run([parallel(*(gated(runner, gate, f"s{n}") for n in range(45)))], Num())
     assert (result.status, gate.peak) == (RunStatus.COMPLETED, 40)
 
 
@@ -126,7 +123,7 @@ async def test_the_wait_for_a_thread_is_in_no_time_limit() -> None:
     """The wait for a thread is in no node's duration, timeout or latency budget."""
     gate = Gate()
     runner = StromaRunner.quick(max_threads=1)
-    holder = asyncio.create_task(runner.run([gated(runner, gate)], State()))
+    holder = asyncio.create_task(runner.run([gated(runner, gate)], Num()))
     await asyncio.to_thread(gate.first.wait)
 
     async def open_late(*_: Any) -> None:
@@ -135,8 +132,8 @@ async def test_the_wait_for_a_thread_is_in_no_time_limit() -> None:
 
     config = {"node_timeouts": {"quick": 200}, "budget": ExecutionBudget(max_latency_ms=250)}
     runner.config = runner.config.model_copy(update={**config, "hooks": NodeHooks(on_node_wait=open_late)})
-    quick = runner.node("quick", input=State, output=State)(lambda state: state)
-    result = await runner.run([quick], State())
+    quick = runner.node("quick", input=Num, output=Num)(lambda state: state)
+    result = await runner.run([quick], Num())
     assert result.status is RunStatus.COMPLETED, result.failure
     assert next(iter(result.trace)).duration_ms < 200
     assert [mark.reason for mark in result.trace.marks] == ["max_threads"]
@@ -152,7 +149,7 @@ async def test_an_abandoned_thread_gives_its_place_back(caplog: pytest.LogCaptur
     try:
         for _ in range(3):
             async with asyncio.timeout(30):
-                assert (await runner.run([sync], State())).status is RunStatus.PARTIAL
+                assert (await runner.run([sync], Num())).status is RunStatus.PARTIAL
         assert gate.inside == 3
         warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
         assert sum("'sync' continues in its thread" in text for text in warnings) == 3
@@ -165,9 +162,9 @@ async def test_a_run_that_waits_for_a_thread_can_be_cancelled() -> None:
     gate = Gate()
     runner = StromaRunner.quick(max_threads=1)
     sync = gated(runner, gate)
-    holder = asyncio.create_task(runner.run([sync], State()))
+    holder = asyncio.create_task(runner.run([sync], Num()))
     await asyncio.to_thread(gate.first.wait)
-    waiting = [asyncio.create_task(runner.run([sync], State())) for _ in range(3)]
+    waiting = [asyncio.create_task(runner.run([sync], Num())) for _ in range(3)]
     await asyncio.sleep(0.05)
     waiting[0].cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -181,10 +178,10 @@ async def test_a_run_that_waits_for_a_thread_can_be_cancelled() -> None:
 async def test_plain_nodes_inside_plain_nodes_have_threads_of_their_own(how: str) -> None:
     """A plain node that runs plain nodes does not wait for the place that it takes itself."""
     runner, loop = StromaRunner.quick(max_threads=2), asyncio.get_running_loop()
-    inner = runner.node("inner", input=State, output=State)(lambda state: state)
+    inner = runner.node("inner", input=Num, output=Num)(lambda state: state)
 
-    @runner.node("outer", input=State, output=State)
-    def outer(state: State) -> State:
+    @runner.node("outer", input=Num, output=Num)
+    def outer(state: Num) -> Num:
         if how == "run_sync":
             runner.run_sync([inner, inner], state).raise_for_status()
         else:
@@ -197,5 +194,5 @@ async def test_plain_nodes_inside_plain_nodes_have_threads_of_their_own(how: str
         return state
 
     async with asyncio.timeout(30):
-        results = await asyncio.gather(*(runner.run([outer], State()) for _ in range(8)))
+        results = await asyncio.gather(*(runner.run([outer], Num()) for _ in range(8)))
     assert {result.status for result in results} == {RunStatus.COMPLETED}

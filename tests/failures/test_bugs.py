@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from tests.kit import Note
 
 from stroma import FailureClass, NodeContext, RunStatus, StromaRunner, map_over, parallel
 from stroma.failures import classify
@@ -14,12 +15,8 @@ from stroma.failures.failure import diagnose
 WHERE = NodeContext("node", 1, "run")
 
 
-class Text(BaseModel):
-    text: str = ""
-
-
 class Texts(BaseModel):
-    items: list[Text] = [Text()]
+    items: list[Note] = [Note()]
 
 
 class OutOfDepth(RecursionError):
@@ -57,7 +54,7 @@ async def test_a_bug_is_terminal(error: BaseException, place: str, sync: bool) -
     async def broken_async(state: Any) -> Any:
         return broken(state)
 
-    node = runner.node("broken", input=Text, output=Text)(broken if sync else broken_async)
+    node = runner.node("broken", input=Note, output=Note)(broken if sync else broken_async)
     nodes = {"node": node, "child": parallel(node), "item": map_over("items", node, into="out")}
     result = await runner.run([nodes[place]], Texts())
     assert result.failure is not None

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, field_validator
+from tests.kit import Note
 
 from stroma import (
     NodeHooks,
@@ -22,12 +23,8 @@ from stroma import (
 from stroma.adapters import Guard
 
 
-class Text(BaseModel):
-    text: str = ""
-
-
 class Texts(BaseModel):
-    items: list[Text] = [Text()]
+    items: list[Note] = [Note()]
 
 
 class StopNow(BaseException):
@@ -88,8 +85,8 @@ def test_what_is_no_exception_ends_the_run_and_is_no_failure(
     async def stop_once_async(state: Any) -> Any:
         return stop_once(state)
 
-    kind = Text if place == "item" else Texts
-    stops = runner.node("stops", input=kind, output=Text)(stop_once if sync else stop_once_async)
+    kind = Note if place == "item" else Texts
+    stops = runner.node("stops", input=kind, output=Note)(stop_once if sync else stop_once_async)
     last = {"node": stops, "child": parallel(stops), "item": map_over("items", stops, into="out")}[place]
     with pytest.raises(BaseException) as raised:
         asyncio.run(runner.run([first, last], Texts(), run_id="r"))
@@ -109,12 +106,12 @@ def test_what_is_no_exception_is_recorded_as_an_interruption(name: str, tmp_path
     store = SQLiteStore(tmp_path / "runs.db")
     runner = StromaRunner.quick(store=store)
 
-    @runner.node("stops", input=Text, output=Text)
-    async def stops(state: Text) -> Any:
+    @runner.node("stops", input=Note, output=Note)
+    async def stops(state: Note) -> Any:
         raise RAISED[name]()
 
     with pytest.raises(BaseException, match=r"now|several"):
-        asyncio.run(runner.run([stops], Text(), run_id="r"))
+        asyncio.run(runner.run([stops], Note(), run_id="r"))
     run = store.get_run("r")
     assert run is not None
     assert run.status == "INTERRUPTED"
@@ -126,13 +123,13 @@ async def test_what_is_no_exception_passes_through_steps() -> None:
     seen: list[str] = []
     runner = StromaRunner.quick(hooks=watch(seen))
 
-    async def stops(state: Text) -> Any:
+    async def stops(state: Note) -> Any:
         raise StopNow("now")
 
     ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
     with pytest.raises(StopNow):
         async with ctx:
-            await execute_step("stops", stops, Text(), ctx)
+            await execute_step("stops", stops, Note(), ctx)
     assert seen == ["start", "cancelled", "end INTERRUPTED"]
 
 
@@ -175,7 +172,7 @@ async def test_what_is_no_exception_passes_through_validators_and_classifiers(si
 
     seen: list[str] = []
     runner = StromaRunner.quick(hooks=watch(seen), classifiers=[classifier])
-    argument, instance = (Strict, Text) if side == "input" else (Text, Strict)
+    argument, instance = (Strict, Note) if side == "input" else (Note, Strict)
 
     @runner.node("stops", input=argument, output=instance)
     async def stops(state: Any) -> Any:
@@ -184,7 +181,7 @@ async def test_what_is_no_exception_passes_through_validators_and_classifiers(si
         return {"text": "x"}
 
     with pytest.raises(StopNow):
-        await runner.run([stops], Text(text="x"))
+        await runner.run([stops], Note(text="x"))
     assert seen == ["start"] * (side != "input") + ["cancelled"] * (side != "input") + ["end INTERRUPTED"]
 
 
@@ -202,11 +199,11 @@ async def test_a_panic_of_native_code_in_a_validator_is_a_violation() -> None:
 
     runner = StromaRunner.quick()
 
-    @runner.node("ask", input=Text, output=Strict)
-    async def ask(state: Text) -> Any:
+    @runner.node("ask", input=Note, output=Strict)
+    async def ask(state: Note) -> Any:
         return {"text": "x"}
 
-    result = await runner.run([ask], Text())
+    result = await runner.run([ask], Note())
     assert result.failure is not None
     assert (result.status, result.failure.reason) == (RunStatus.FAILED, "contract")
 
@@ -216,9 +213,9 @@ async def test_a_stray_cancellation_of_a_node_stays_a_failure() -> None:
     other."""
     runner = StromaRunner.quick()
 
-    @runner.node("stray", input=Text, output=Text)
-    async def stray(state: Text) -> Any:
+    @runner.node("stray", input=Note, output=Note)
+    async def stray(state: Note) -> Any:
         raise asyncio.CancelledError
 
-    result = await runner.run([stray], Text())
+    result = await runner.run([stray], Note())
     assert result.status is RunStatus.PARTIAL

@@ -23,7 +23,7 @@ import httpx
 import httpx2
 import openai
 import pytest
-from pydantic import BaseModel
+from tests.kit import Note
 from tests.providers.cases import PROVIDER_CASES, TOO_LONG, A, Case, R, T, by_anthropic, by_openai
 from tests.providers.cases_more import GRPC_CASES, MORE_CASES
 from tests.providers.clients import (
@@ -149,13 +149,9 @@ def test_every_reason_and_class_of_the_statuses_is_held() -> None:
 # ---------------------------------------------------------------------- end to end
 
 
-class Text(BaseModel):
-    text: str = ""
-
-
 def runner_of(**config: Any) -> tuple[StromaRunner, Callable[[Callable[..., Any]], Any]]:
     runner = StromaRunner.quick(**config)
-    return runner, runner.node("ask", input=Text, output=Text)
+    return runner, runner.node("ask", input=Note, output=Note)
 
 
 @pytest.fixture
@@ -180,13 +176,13 @@ async def test_a_run_deals_with_a_providers_error(case: Case, provider: Server, 
     calls = 0
 
     @node
-    async def ask(state: Text) -> dict[str, Any]:
+    async def ask(state: Note) -> dict[str, Any]:
         nonlocal calls
         calls += 1
         await ASK_ASYNC[case.sdk](url, case.answer)
         return {}
 
-    result = await runner.run([ask], Text())
+    result = await runner.run([ask], Note())
     attempts = 2 if case.failure_class is R else 1
     assert calls == attempts == len(delays) + 1
     # Google's async client, where aiohttp is there, asks once more by itself after a lost connection.
@@ -217,12 +213,12 @@ async def test_the_delay_is_at_least_what_the_server_says(
     urls = [provider.url(Answer(429, {"error": {"type": "rate_limit_error"}}, headers))]
 
     @node
-    async def ask(state: Text) -> dict[str, Any]:
+    async def ask(state: Note) -> dict[str, Any]:
         if urls:
             await ASK_ASYNC[sdk](urls.pop())
         return {"text": "done"}
 
-    result = await runner.run([ask], Text())
+    result = await runner.run([ask], Note())
     assert result.status is RunStatus.COMPLETED
     assert delays == [seconds]  # The drawn delay is below 1 s.
     assert [(e.outcome, e.reason) for e in result.trace] == [("failure", "rate_limit"), ("success", None)]
@@ -239,11 +235,11 @@ async def test_a_server_that_asks_for_too_long_stops_the_run(
     url = provider.url(Answer(429, {"error": {"type": "rate_limit_error"}}, {"retry-after": "3600"}))
 
     @node
-    async def ask(state: Text) -> dict[str, Any]:
+    async def ask(state: Note) -> dict[str, Any]:
         await ASK_ASYNC[sdk](url)
         return {}
 
-    result = await runner.run([ask if inside == "alone" else parallel(ask)], Text())
+    result = await runner.run([ask if inside == "alone" else parallel(ask)], Note())
     assert (result.status, provider.calls_of(url), delays) == (RunStatus.PARTIAL, 1, [])
     assert result.failure is not None
     assert (result.failure.reason, result.failure.retry_after_seconds) == ("rate_limit", 3600)
@@ -258,11 +254,11 @@ async def test_max_retry_after_seconds_is_the_users(provider: Server, delays: li
     url = provider.url(Answer(429, {}, {"retry-after": "3600"}))
 
     @node
-    async def ask(state: Text) -> dict[str, Any]:
+    async def ask(state: Note) -> dict[str, Any]:
         await ask_openai_async(url)
         return {}
 
-    result = await runner.run([ask], Text())
+    result = await runner.run([ask], Note())
     assert (result.status, provider.calls_of(url), delays) == (RunStatus.PARTIAL, 2, [3600])
 
 
@@ -281,11 +277,11 @@ async def test_custom_classifiers_come_first(provider: Server, delays: list[floa
     url = provider.url(by_openai(429, "rate_limit_exceeded"))
 
     @node
-    async def ask(state: Text) -> dict[str, Any]:
+    async def ask(state: Note) -> dict[str, Any]:
         await ask_openai_async(url)
         return {}
 
-    result = await runner.run([ask], Text())
+    result = await runner.run([ask], Note())
     assert (result.status, provider.calls_of(url), requests) == (RunStatus.FAILED, 1, ["RateLimitError"])
     (event,) = result.trace
     # What happened is still known; only what it means was the classifier's to say.
@@ -345,11 +341,11 @@ async def test_a_huge_wish_stops_the_run(seconds: str, provider: Server, delays:
     url = provider.url(Answer(429, {}, {"retry-after": seconds}))
 
     @node
-    async def ask(state: Text) -> dict[str, Any]:
+    async def ask(state: Note) -> dict[str, Any]:
         await ask_openai_async(url)
         return {}
 
-    assert ((await runner.run([ask], Text())).status, delays) == (RunStatus.PARTIAL, [])
+    assert ((await runner.run([ask], Note())).status, delays) == (RunStatus.PARTIAL, [])
 
 
 # ---------------------------------------------------------------------- x-should-retry
@@ -549,11 +545,11 @@ async def test_a_run_deals_with_a_grpc_error(
     runner, node = runner_of(policy_map={R: FailurePolicy(max_retries=1), A: FailurePolicy(max_retries=0)})
 
     @node
-    async def ask(state: Text) -> dict[str, Any]:
+    async def ask(state: Note) -> dict[str, Any]:
         await grpc_server.ask_async(what)
         return {}
 
-    result = await runner.run([ask], Text())
+    result = await runner.run([ask], Note())
     assert [(e.failure, e.reason) for e in result.trace] == [(means, reason)] * (2 if means is R else 1)
     assert result.status is (RunStatus.FAILED if means is T else RunStatus.PARTIAL)
 
@@ -701,13 +697,13 @@ async def test_a_taskgroup_in_a_node_waits_as_the_server_says(provider: Server, 
     urls = [provider.url(Answer(429, {}, {"retry-after": "7"}))]
 
     @node
-    async def ask(state: Text) -> dict[str, Any]:
+    async def ask(state: Note) -> dict[str, Any]:
         async with asyncio.TaskGroup() as tasks:
             if urls:
                 tasks.create_task(ask_openai_async(urls.pop()))
         return {"text": "done"}
 
-    result = await runner.run([ask], Text())
+    result = await runner.run([ask], Note())
     assert (result.status, delays) == (RunStatus.COMPLETED, [7])
 
 
@@ -1105,10 +1101,10 @@ async def test_a_node_whose_error_misbehaves_ends_as_any_other(delays: list[floa
             raise RuntimeError("no text")
 
     @node
-    async def ask(state: Text) -> dict[str, Any]:
+    async def ask(state: Note) -> dict[str, Any]:
         raise Silent
 
-    result = await runner.run([ask], Text())
+    result = await runner.run([ask], Note())
     assert result.status is RunStatus.PARTIAL
     assert [(e.failure, e.reason, e.failure_message) for e in result.trace] == [(A, None, "Silent")] * 2
 

@@ -10,16 +10,12 @@ from typing import Any
 from unittest.mock import AsyncMock, MagicMock, create_autospec
 
 import pytest
-from pydantic import BaseModel
+from tests.kit import Note
 
 from stroma import NodeHooks, RunConfig, RunStatus, StromaRunner
 from stroma.telemetry import log_hooks
 
 EVENTS = [field.name for field in fields(NodeHooks) if field.name.startswith("on_")]
-
-
-class Text(BaseModel):
-    text: str = ""
 
 
 class Hooks:
@@ -185,9 +181,9 @@ async def test_a_hook_that_fits_by_name_only_still_runs() -> None:
 
     runner = StromaRunner.quick(hooks=NodeHooks(on_node_start=loose(hook)))
 
-    @runner.node("a", input=Text, output=Text)
-    async def a(state: Text) -> Any:
+    @runner.node("a", input=Note, output=Note)
+    async def a(state: Note) -> Any:
         return state
 
-    result = await runner.run([a], Text(), run_id="r")
+    result = await runner.run([a], Note(), run_id="r")
     assert (result.status, called) == (RunStatus.COMPLETED, ["r"])

@@ -8,7 +8,7 @@ import types
 from typing import Any
 
 import pytest
-from tests.kit import Num, node, quick, quick_without_retries, record_hooks, record_node_hooks, same
+from tests.kit import Num, node, plus, quick, quick_without_retries, record_hooks, record_node_hooks, same
 
 from stroma import (
     CheckpointNotFound,
@@ -113,10 +113,6 @@ async def test_a_hook_of_a_run_that_is_closed(raises: bool, caplog: pytest.LogCa
     assert ("the run goes on" in error.getMessage()) is raises
     assert ("was cut short" in error.getMessage()) is not raises
     assert (error.exc_info is not None) is raises
-
-
-async def plus(state: Num) -> Any:
-    return {"n": state.n + 1}
 
 
 async def test_run_end_fires_when_the_resume_target_has_no_checkpoint() -> None:

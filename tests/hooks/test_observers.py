@@ -9,8 +9,7 @@ import gc
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
-from tests.kit import ONCE
+from tests.kit import ONCE, Num
 
 from stroma import (
     FailureClass,
@@ -29,10 +28,6 @@ from stroma import (
 )
 
 
-class State(BaseModel):
-    n: int = 0
-
-
 def quick(**config: Any) -> StromaRunner:
     return StromaRunner.quick(policy_map=ONCE, **config)
 
@@ -48,14 +43,14 @@ async def test_the_ended_attempt_is_told_by_current_node() -> None:
 
     runner = quick(hooks=NodeHooks(on_node_start=note, on_node_success=note, on_node_failure=note))
 
-    @runner.node("flaky", input=State, output=State)
-    async def flaky(state: State) -> State:
+    @runner.node("flaky", input=Num, output=Num)
+    async def flaky(state: Num) -> Num:
         if current_node().attempt == 1:
             raise ConnectionError("gone")
         await asyncio.sleep(0.002)
         return state
 
-    result = await runner.run([flaky], State())
+    result = await runner.run([flaky], Num())
     assert result.status is RunStatus.COMPLETED
     assert seen == [
         (1, None, None, False),
@@ -88,8 +83,8 @@ async def test_at_end_is_called_once_whichever_way_an_execution_ends(ending: str
     policies = {kind: FailurePolicy(max_retries=1, backoff_seconds=9, jitter=False) for kind in FailureClass}
     runner = quick(hooks=NodeHooks(on_node_start=start, on_node_retry=retry))
 
-    @runner.node("node", input=State, output=State)
-    async def node(state: State) -> State:
+    @runner.node("node", input=Num, output=Num)
+    async def node(state: Num) -> Num:
         if ending == "suspended":
             raise Suspend("may I?")
         if ending in ("cancelled", "closed"):
@@ -102,18 +97,18 @@ async def test_at_end_is_called_once_whichever_way_an_execution_ends(ending: str
     if ending == "backoff":
         runner = runner.with_policy_map(policies)
     if ending in ("cancelled", "backoff"):
-        task = asyncio.create_task(runner.run([node], State()))
+        task = asyncio.create_task(runner.run([node], Num()))
         await waiting.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
     elif ending == "closed":
-        run: Any = runner.run([node], State())
+        run: Any = runner.run([node], Num())
         contextvars.copy_context().run(run.send, None)
         assert waiting.is_set()
         run.close()
     else:
-        await runner.run([node], State())
+        await runner.run([node], Num())
     last = 2 if ending in ("success", "failure") else 1
     assert calls == [f"attempt {last}", "first added"]
 
@@ -129,11 +124,11 @@ async def test_what_at_end_raises_changes_nothing(caplog: pytest.LogCaptureFixtu
 
     runner = quick(hooks=NodeHooks(on_node_start=start))
 
-    @runner.node("node", input=State, output=State)
-    async def node(state: State) -> State:
+    @runner.node("node", input=Num, output=Num)
+    async def node(state: Num) -> Num:
         return state
 
-    result = await runner.run([node], State())
+    result = await runner.run([node], Num())
     assert result.status is RunStatus.COMPLETED
     assert calls == ["called"]
     assert [(e.hook, e.node_id, type(e.exception)) for e in result.hook_errors] == [
@@ -166,12 +161,12 @@ async def test_a_closed_run_tells_its_ends() -> None:
     )
     runner = quick(hooks=hooks)
 
-    @runner.node("node", input=State, output=State)
-    async def node(state: State) -> State:
+    @runner.node("node", input=Num, output=Num)
+    async def node(state: Num) -> Num:
         await asyncio.sleep(9)
         return state
 
-    run: Any = runner.run([node], State(), run_id="r")
+    run: Any = runner.run([node], Num(), run_id="r")
     contextvars.copy_context().run(run.send, None)
     run.close()
     assert seen == [
@@ -203,19 +198,19 @@ async def test_current_run_is_the_run_of_every_hook_and_node() -> None:
         )
     )
 
-    @runner.node("inner", input=State, output=State)
-    async def inner(state: State) -> State:
+    @runner.node("inner", input=Num, output=Num)
+    async def inner(state: Num) -> Num:
         note("inner")
         return state
 
-    @runner.node("outer", input=State, output=State)
-    async def outer(state: State) -> State:
+    @runner.node("outer", input=Num, output=Num)
+    async def outer(state: Num) -> Num:
         note("outer")
         await runner.run([inner], state, run_id="inner")
         note("outer again")
         return state
 
-    await runner.run(Pipeline("p", [outer]), State(), run_id="outer")
+    await runner.run(Pipeline("p", [outer]), Num(), run_id="outer")
     ids = [(what, run and run.run_id, none) for what, run, none in seen]
     assert ids == [
         ("run start", "outer", True),
@@ -238,8 +233,8 @@ async def test_notes_are_those_of_one_execution_and_of_one_run() -> None:
     findings: dict[str, list[Any]] = {"a": [], "b": []}
 
     def make(name: str) -> Any:
-        @runner.node(name, input=State, output=State)
-        async def node(state: State) -> State:
+        @runner.node(name, input=Num, output=Num)
+        async def node(state: Num) -> Num:
             here, run = current_node(), current_run()
             assert run is not None
             findings[name].append(dict(here.notes))
@@ -259,7 +254,7 @@ async def test_notes_are_those_of_one_execution_and_of_one_run() -> None:
         seen.append(run.notes)
 
     runner = runner.with_hooks(NodeHooks(on_run_end=ended))
-    await runner.run([parallel(make("a"), make("b"))], State())
+    await runner.run([parallel(make("a"), make("b"))], Num())
     assert findings == {"a": [{}, {1: "a"}], "b": [{}, {1: "b"}]}
     assert seen == [{"a": True, "b": True}]
 
@@ -283,19 +278,19 @@ async def test_a_trace_context_is_carried_in_and_told_to_a_resumed_run() -> None
     fails = [True]
     runner = StromaRunner.quick(hooks=NodeHooks(on_run_start=start))
 
-    @runner.node("node", input=State, output=State)
-    async def node(state: State) -> State:
+    @runner.node("node", input=Num, output=Num)
+    async def node(state: Num) -> Num:
         if fails:
             raise ValueError("no")
         return state
 
-    await runner.run([node], State(), run_id="a", traceparent=PARENT)
-    await runner.run([node], State(), run_id="a", resume=True)
+    await runner.run([node], Num(), run_id="a", traceparent=PARENT)
+    await runner.run([node], Num(), run_id="a", resume=True)
     own.append(PARENT.replace("b7", "c8"))
-    await runner.run([node], State(), run_id="b", traceparent=PARENT)
-    await runner.run([node], State(), run_id="b", resume=True, traceparent=PARENT)
+    await runner.run([node], Num(), run_id="b", traceparent=PARENT)
+    await runner.run([node], Num(), run_id="b", resume=True, traceparent=PARENT)
     fails.clear()
-    await runner.run([node], State(), run_id="b")  # A restart is another execution.
+    await runner.run([node], Num(), run_id="b")  # A restart is another execution.
     assert seen == [
         (PARENT, None),
         (None, PARENT),
@@ -310,14 +305,14 @@ async def test_a_later_version_of_the_trace_context() -> None:
     """Of a version that is not known yet, the fields that are known count."""
     runner = StromaRunner.quick()
 
-    @runner.node("node", input=State, output=State)
-    async def node(state: State) -> State:
+    @runner.node("node", input=Num, output=Num)
+    async def node(state: Num) -> Num:
         run = current_run()
         assert run is not None
         assert run.traceparent == f"01{PARENT[2:]}-x"
         return state
 
-    result = await runner.run([node], State(), traceparent=f"01{PARENT[2:]}-x")
+    result = await runner.run([node], Num(), traceparent=f"01{PARENT[2:]}-x")
     assert result.status is RunStatus.COMPLETED
 
 
@@ -337,14 +332,14 @@ async def test_what_is_no_trace_context_is_ignored(wrong: str, caplog: pytest.Lo
     """A traceparent comes from whoever called us: a broken one is named in the log, and the run goes on."""
     runner = StromaRunner.quick()
 
-    @runner.node("node", input=State, output=State)
-    async def node(state: State) -> State:
+    @runner.node("node", input=Num, output=Num)
+    async def node(state: Num) -> Num:
         run = current_run()
         assert run is not None
         assert run.traceparent is None
         return state
 
-    result = await runner.run([node], State(), traceparent=wrong)
+    result = await runner.run([node], Num(), traceparent=wrong)
     assert result.status is RunStatus.COMPLETED
     assert "not a W3C trace context" in caplog.text
 
@@ -371,26 +366,24 @@ async def test_plain_code_is_a_run_to_its_hooks() -> None:
     def context() -> ReliabilityContext:
         return ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
 
-    async def good(state: State) -> State:
+    async def good(state: Num) -> Num:
         return state
 
-    async def bad(state: State) -> State:
+    async def bad(state: Num) -> Num:
         raise ValueError("no")
 
     async with context() as ctx:
-        await asyncio.gather(
-            execute_step("a", good, State(n=1), ctx), execute_step("b", good, State(n=2), ctx)
-        )
+        await asyncio.gather(execute_step("a", good, Num(n=1), ctx), execute_step("b", good, Num(n=2), ctx))
     began = ("start", "r", "loop", {"n": 1})
     assert seen == [began, "a", "b", ("end", "r", "COMPLETED", None, 2)]
     seen.clear()
     async with context() as ctx:
-        await execute_step("bad", bad, State(n=1), ctx)
+        await execute_step("bad", bad, Num(n=1), ctx)
     assert seen == [began, "bad", "bad", ("end", "r", "PARTIAL", "ValueError", 2)]
     seen.clear()
     with pytest.raises(KeyError):
         async with context() as ctx:
-            await execute_step("a", good, State(n=1), ctx)
+            await execute_step("a", good, Num(n=1), ctx)
             raise KeyError
     assert seen == [began, "a", ("end", "r", "INTERRUPTED", None, 1)]
     seen.clear()
@@ -413,14 +406,14 @@ async def test_plain_code_that_is_closed_tells_its_end() -> None:
 
     runner = StromaRunner.quick(hooks=NodeHooks(on_run_start=start, on_run_end=end))
 
-    async def step(state: State) -> State:
+    async def step(state: Num) -> Num:
         return state
 
     async def code() -> None:
         async with ReliabilityContext.for_run(
             runner.config, runner.registry, runner.checkpoint_manager
         ) as ctx:
-            await execute_step("a", step, State(), ctx)
+            await execute_step("a", step, Num(), ctx)
             await asyncio.sleep(9)
 
     closed: Any = code()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from tests.kit import Num
 from tests.tiers import examples
 
 from stroma import (
@@ -29,10 +29,6 @@ from stroma import (
 )
 
 _numbers = count()
-
-
-class State(BaseModel):
-    n: int = 0
 
 
 class Step(NamedTuple):
@@ -106,30 +102,30 @@ class Nest:
             self.node_limits[node_id] = str(step.limit)
         inner = [self.build(one) for one in step.inner]
 
-        async def run_inner(state: State) -> None:
+        async def run_inner(state: Num) -> None:
             if step.is_concurrent:
                 results = await asyncio.gather(*(self.runner.run([one], state) for one in inner))
             else:
                 results = [await self.runner.run([one], state) for one in inner]
             assert all(result.status is RunStatus.COMPLETED for result in results), results
 
-        async def call(state: State) -> Any:
+        async def call(state: Num) -> Any:
             await asyncio.sleep(0.001)
             await run_inner(state)
             return state, 1
 
-        def call_sync(state: State) -> Any:
+        def call_sync(state: Num) -> Any:
             for one in inner:
                 result = self.runner.run_sync([one], state)
                 assert result.status is RunStatus.COMPLETED, result
             return state, 1
 
-        func: Callable[[State], Any] = call_sync if step.is_sync else call
-        return StromaRunner.quick().node(node_id, input=State, output=State)(func)
+        func: Callable[[Num], Any] = call_sync if step.is_sync else call
+        return StromaRunner.quick().node(node_id, input=Num, output=Num)(func)
 
     async def run(self) -> list[Any]:
         async with asyncio.timeout(60):
-            return await asyncio.gather(*(self.runner.run([root], State()) for root in self.roots))
+            return await asyncio.gather(*(self.runner.run([root], Num()) for root in self.roots))
 
 
 async def _check(program: tuple[Step, ...], store: Any) -> None:
@@ -194,22 +190,22 @@ async def test_an_inner_call_does_not_wait_for_the_probe_around_it() -> None:
         policy_map={FailureClass.RECOVERABLE: FailurePolicy(max_retries=0)},
     )
 
-    @runner.node("inner", input=State, output=State)
-    async def inner(state: State) -> State:
+    @runner.node("inner", input=Num, output=Num)
+    async def inner(state: Num) -> Num:
         if is_down:
             raise ConnectionError("down")
         return state
 
-    @runner.node("outer", input=State, output=State)
-    async def outer(state: State) -> State:
+    @runner.node("outer", input=Num, output=Num)
+    async def outer(state: Num) -> Num:
         result = await runner.run([inner], state)
         result.raise_for_status()
         return state
 
-    assert (await runner.run([inner], State())).status is RunStatus.PARTIAL
+    assert (await runner.run([inner], Num())).status is RunStatus.PARTIAL
     now, is_down = 1.5, False
     async with asyncio.timeout(30):
-        result = await runner.run([outer], State())
+        result = await runner.run([outer], Num())
     assert result.status is RunStatus.COMPLETED
     assert [mark.kind for mark in result.trace.marks] == ["circuit_half_open"]
 
@@ -225,14 +221,14 @@ async def test_a_call_that_waits_holds_no_other_budget() -> None:
     started, gate = asyncio.Event(), asyncio.Event()
     reserved: list[int] = []
 
-    @runner.node("busy", input=State, output=State)
-    async def busy(state: State) -> Any:
+    @runner.node("busy", input=Num, output=Num)
+    async def busy(state: Num) -> Any:
         started.set()
         await gate.wait()
         return state, 1
 
-    @runner.node("both", input=State, output=State)
-    async def both(state: State) -> Any:
+    @runner.node("both", input=Num, output=Num)
+    async def both(state: Num) -> Any:
         return state, 1
 
     async def look(*_: Any) -> None:
@@ -241,8 +237,8 @@ async def test_a_call_that_waits_holds_no_other_budget() -> None:
         gate.set()
 
     runner = runner.with_hooks(NodeHooks(on_node_wait=look))
-    first = asyncio.create_task(runner.run([busy], State()))
+    first = asyncio.create_task(runner.run([busy], Num()))
     await started.wait()
-    assert (await runner.run([both], State())).status is RunStatus.COMPLETED
+    assert (await runner.run([both], Num())).status is RunStatus.COMPLETED
     assert (await first).status is RunStatus.COMPLETED
     assert reserved == [0]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from tests.kit import Num
 
 from stroma import (
     AsyncInMemoryStore,
@@ -24,20 +25,16 @@ from stroma import (
 )
 
 
-class State(BaseModel):
-    n: int = 0
-
-
 @pytest.mark.parametrize("form", [str, Path, "sqlite:///{}".format])
 def test_a_runner_takes_the_url_or_path_of_a_store(tmp_path: Path, form: Any) -> None:
     file = tmp_path / "runs.db"
     runner = StromaRunner.quick(store=form(str(file)), run_id="r")
 
-    @runner.node("add", input=State, output=State)
-    async def add(state: State) -> State:
-        return State(n=state.n + 1)
+    @runner.node("add", input=Num, output=Num)
+    async def add(state: Num) -> Num:
+        return Num(n=state.n + 1)
 
-    assert runner.run_sync([add], State()).final_state == State(n=1)
+    assert runner.run_sync([add], Num()).final_state == Num(n=1)
     record = SQLiteStore(file).get_run("r")
     assert record is not None
     assert record.status == "COMPLETED"
@@ -135,12 +132,12 @@ def test_what_is_no_set_of_hooks_is_told_when_it_is_given(value: Any) -> None:
             r"config must be a RunConfig, got \{\}; pass RunConfig\(\.\.\.\)",
         ),
         (
-            lambda: StromaRunner.quick().run_sync([], State),  # type: ignore[call-overload]
+            lambda: StromaRunner.quick().run_sync([], Num),  # type: ignore[call-overload]
             TypeError,
-            r"the initial state must be an instance, got the class State; pass State\(\.\.\.\)",
+            r"the initial state must be an instance, got the class Num; pass Num\(\.\.\.\)",
         ),
         (
-            lambda: StromaRunner.quick().node("a", input=State, output=State)(State()),  # type: ignore[call-overload]
+            lambda: StromaRunner.quick().node("a", input=Num, output=Num)(Num()),  # type: ignore[call-overload]
             TypeError,
             "it is not callable",
         ),

@@ -7,9 +7,8 @@ import asyncio
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
 from tests.engine.event_log import Between, Journal, M, contract, counted
-from tests.kit import NEVER, ONCE, THRICE, TWICE, Num, here, node, retry_policies
+from tests.kit import NEVER, ONCE, THRICE, TWICE, Many, Num, here, node, retry_policies
 
 from stroma import (
     AsyncInMemoryStore,
@@ -25,11 +24,6 @@ from stroma import (
     map_over,
     parallel,
 )
-
-
-class Many(BaseModel):
-    items: list[Num]
-
 
 # ---------------------------------------------------------------- groups
 

@@ -14,7 +14,11 @@ from tests.kit import (
     ONCE,
     TWICE,
     Num,
+    One,
+    Three,
+    Two,
     bare,
+    forever,
     node,
     quick,
     quick_without_retries,
@@ -176,24 +180,8 @@ async def test_a_groups_retry_obeys_retry_after(monkeypatch: pytest.MonkeyPatch)
 R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
 
 
-class One(BaseModel):
-    a: int = 0
-
-
-class Two(BaseModel):
-    b: int = 0
-
-
-class Three(BaseModel):
-    c: int = 0
-
-
 def context(config: RunConfig) -> ReliabilityContext:
     return ReliabilityContext.for_run(config, ContractRegistry(), CheckpointManager(AsyncInMemoryStore()))
-
-
-async def forever() -> None:
-    await asyncio.Event().wait()
 
 
 store = store_fixture("async-memory", "sqlite")

@@ -15,6 +15,7 @@ from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.trace import set_span_in_context
 from pydantic import BaseModel, ValidationError
 from tests.fixtures import store_fixture
+from tests.kit import Item
 from tests.telemetry.test_opentelemetry import Seen
 
 from stroma import (
@@ -29,10 +30,6 @@ from stroma import (
 from stroma.adapters import Guard
 from stroma.telemetry import AttributionProcessor
 from stroma.telemetry.attribution import watch
-
-
-class Item(BaseModel):
-    n: int
 
 
 class State(BaseModel):

@@ -14,8 +14,7 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from prometheus_client import CollectorRegistry
-from pydantic import BaseModel
-from tests.kit import ONCE
+from tests.kit import ONCE, Num
 from tests.receivers.broken import BrokenBackend
 
 from stroma import RunStatus, StromaRunner, current_node
@@ -24,17 +23,13 @@ from stroma.telemetry import datadog_hooks, log_hooks, otel_hooks, prometheus_ho
 from stroma.telemetry.observer import AttemptEnd, Observer
 
 
-class State(BaseModel):
-    n: int = 0
-
-
 def quick(hooks: Any) -> StromaRunner:
     return StromaRunner.quick(hooks=hooks, policy_map=ONCE)
 
 
 def flaky(runner: StromaRunner) -> Any:
-    @runner.node("flaky", input=State, output=State)
-    async def node(state: State) -> Any:
+    @runner.node("flaky", input=Num, output=Num)
+    async def node(state: Num) -> Any:
         if current_node().attempt == 1:
             raise ConnectionError("no")
         return state, 10, 5, "gpt-4o-mini"
@@ -59,7 +54,7 @@ async def test_a_server_that_is_down_delays_nothing(mode: Any) -> None:
         runner = quick(hooks)
         started = time.perf_counter()
         for _ in range(20):
-            result = await runner.run([flaky(runner)], State())
+            result = await runner.run([flaky(runner)], Num())
             assert result.status is RunStatus.COMPLETED
             assert result.hook_errors == []
         assert time.perf_counter() - started < 3, "20 runs waited for a backend"
@@ -117,7 +112,7 @@ async def test_errors_are_counted_and_logged_once_per_kind(caplog: pytest.LogCap
     hooks = FailsLater().hooks()
     runner = quick(hooks)
     for _ in range(50):
-        result = await runner.run([flaky(runner)], State())
+        result = await runner.run([flaky(runner)], Num())
         assert result.status is RunStatus.COMPLETED
         assert result.hook_errors == []
     assert await runner.flush() is False
@@ -140,7 +135,7 @@ async def test_clients_that_raise() -> None:
     """A DogStatsD client or a logger that raises on every call changes nothing."""
     hooks = [datadog_hooks(tracer=Raising(), statsd=Raising()), log_hooks(Raising())]  # type: ignore[arg-type]
     runner = quick(hooks)
-    result = await runner.run([flaky(runner)], State())
+    result = await runner.run([flaky(runner)], Num())
     assert result.status is RunStatus.COMPLETED
     assert result.hook_errors == []
     assert all(sum(one.errors.values()) for one in hooks)
@@ -238,7 +233,7 @@ async def test_two_threads_at_once() -> None:
     def work() -> None:
         async def runs() -> None:
             for _ in range(20):
-                await runner.run([node], State())
+                await runner.run([node], Num())
 
         asyncio.run(runs())
 

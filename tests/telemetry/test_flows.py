@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 from opentelemetry import trace
 from prometheus_client import CollectorRegistry
-from pydantic import BaseModel
-from tests.kit import ONCE
+from tests.kit import ONCE, Num
 from tests.receivers.datadog import DatadogAgent, StatsdSocket
 from tests.receivers.sentry import RecordedSentry
 from tests.telemetry.test_opentelemetry import Seen
@@ -37,39 +36,35 @@ from stroma.telemetry import log_hooks, prometheus_hooks, sentry_hooks
 pytest_plugins = ["tests.receivers.fixtures"]
 
 
-class State(BaseModel):
-    n: int = 0
-
-
 def step(name: str, *, failures: int = 0) -> Any:
-    async def call(state: State) -> Any:
+    async def call(state: Num) -> Any:
         await asyncio.sleep(0.001)
         here = current_node()
         if here.attempt <= failures:
             raise ConnectionError("no")
         return state, 10, 5, "gpt-4o-mini"
 
-    return stroma_node(name, NodeContract(node_id=name, input_schema=State, output_schema=State))(call)
+    return stroma_node(name, NodeContract(node_id=name, input_schema=Num, output_schema=Num))(call)
 
 
 first, flaky, bad = step("first"), step("flaky", failures=1), step("bad", failures=9)
 both = parallel(step("left"), step("right"))
 
 
-@stroma_flow("letters", input=State, output=State)
-async def in_turn(flow: Flow, state: State) -> State:
+@stroma_flow("letters", input=Num, output=Num)
+async def in_turn(flow: Flow, state: Num) -> Num:
     """The same as the list of these nodes."""
     await flow.step(both, await flow.step(flaky, await flow.step(first, state)))
     return state
 
 
-@stroma_flow("inside", input=State, output=State)
-async def inside(flow: Flow, state: State) -> State:
+@stroma_flow("inside", input=Num, output=Num)
+async def inside(flow: Flow, state: Num) -> Num:
     return await flow.step(first, state)
 
 
-@stroma_flow("letters", input=State, output=State)
-async def letters(flow: Flow, state: State) -> State:
+@stroma_flow("letters", input=Num, output=Num)
+async def letters(flow: Flow, state: Num) -> Num:
     """Everything that a flow may call, at once and in turn."""
     await asyncio.gather(flow.step(flaky, state), flow.run(inside, state), flow.step(both, state))
     await flow.map(first, [state, state])
@@ -111,8 +106,8 @@ async def test_opentelemetry() -> None:
     """Spans of steps are under the run or their group, metrics have the labels of a list, and nothing stays
     current."""
     flow, of_list = Seen(), Seen()
-    assert (await runner_with(flow.hooks()).run(in_turn, State())).status is RunStatus.COMPLETED
-    await runner_with(of_list.hooks()).run(LIST, State())
+    assert (await runner_with(flow.hooks()).run(in_turn, Num())).status is RunStatus.COMPLETED
+    await runner_with(of_list.hooks()).run(LIST, Num())
     assert flow.tree() == of_list.tree()
     for name in ("executions", "retries"):
         assert flow.points(f"stroma.node.{name}") == of_list.points(f"stroma.node.{name}")
@@ -122,7 +117,7 @@ async def test_opentelemetry() -> None:
         assert flow.points(name).keys() == of_list.points(name).keys()
 
     seen = Seen()
-    assert (await runner_with(seen.hooks()).run(letters, State())).status is RunStatus.COMPLETED
+    assert (await runner_with(seen.hooks()).run(letters, Num())).status is RunStatus.COMPLETED
     assert seen.tree() == SPANS
     assert not trace.get_current_span().get_span_context().is_valid
     assert all(span.end_time is not None for span in seen.spans)
@@ -133,17 +128,17 @@ async def test_spans_of_a_users_own_in_a_step() -> None:
     seen = Seen()
 
     def own(name: str) -> Any:
-        async def call(state: State) -> State:
+        async def call(state: Num) -> Num:
             with seen.user.start_as_current_span(f"in {name}"):
                 await asyncio.sleep(0.001)
             return state
 
-        return stroma_node(name, NodeContract(node_id=name, input_schema=State, output_schema=State))(call)
+        return stroma_node(name, NodeContract(node_id=name, input_schema=Num, output_schema=Num))(call)
 
     nodes = [own(name) for name in "abc"]
 
-    @stroma_flow("own", input=State, output=State)
-    async def body(flow: Flow, state: State) -> State:
+    @stroma_flow("own", input=Num, output=Num)
+    async def body(flow: Flow, state: Num) -> Num:
         await asyncio.gather(*(flow.step(node, state) for node in nodes))
         async with asyncio.TaskGroup() as group:
             for node in nodes:
@@ -151,7 +146,7 @@ async def test_spans_of_a_users_own_in_a_step() -> None:
         with seen.user.start_as_current_span("in the body"):
             return await flow.step(nodes[0], state)
 
-    await runner_with(seen.hooks()).run(body, State())
+    await runner_with(seen.hooks()).run(body, Num())
     under = [one for one in seen.tree() if one[0].startswith("in ")]
     nodes_of = (
         [("in a", "stroma.node a")] * 3 + [("in b", "stroma.node b")] * 2 + [("in c", "stroma.node c")] * 2
@@ -164,7 +159,7 @@ async def test_sentry(sentry: RecordedSentry) -> None:
     """Spans of steps are under the run or their group; a failure that the body caught is no issue, the last
     one is."""
     hooks = sentry_hooks(client=sentry.client)
-    assert (await runner_with(hooks).run(letters, State())).status is RunStatus.COMPLETED
+    assert (await runner_with(hooks).run(letters, Num())).status is RunStatus.COMPLETED
     assert sentry.transport.events == []
     spans = sentry.transport.spans
     ids = {span["span_id"]: span for span in spans}
@@ -191,11 +186,11 @@ async def test_sentry(sentry: RecordedSentry) -> None:
     ]
     assert found == sorted(expected)
 
-    @stroma_flow("fails", input=State, output=State)
-    async def fails(flow: Flow, state: State) -> State:
+    @stroma_flow("fails", input=Num, output=Num)
+    async def fails(flow: Flow, state: Num) -> Num:
         return await flow.step(bad, await flow.step(first, state))
 
-    await runner_with(hooks).run(fails, State())
+    await runner_with(hooks).run(fails, Num())
     (event,) = sentry.transport.events
     assert event["fingerprint"][:4] == ["stroma", "fails", "bad", "RECOVERABLE"]
 
@@ -205,7 +200,7 @@ async def test_prometheus() -> None:
 
     async def series(run: Any) -> dict[Any, float]:
         registry = CollectorRegistry()
-        await runner_with(prometheus_hooks(registry=registry)).run(run, State())
+        await runner_with(prometheus_hooks(registry=registry)).run(run, Num())
         return {
             (sample.name, tuple(sorted(sample.labels.items()))): sample.value
             for metric in registry.collect()
@@ -221,7 +216,7 @@ async def test_logs(caplog: pytest.LogCaptureFixture) -> None:
 
     async def lines(run: Any) -> list[Any]:
         caplog.clear()
-        await runner_with(log_hooks()).run(run, State())
+        await runner_with(log_hooks()).run(run, Num())
         fields = ("node_id", "attempt", "pipeline", "outcome", "failure_class", "tokens", "model")
         records = [record for record in caplog.records if record.name == "stroma.events"]
         return [

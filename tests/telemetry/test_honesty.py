@@ -18,8 +18,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 from prometheus_client import CollectorRegistry, generate_latest
-from pydantic import BaseModel
-from tests.kit import ONCE, retry_policies
+from tests.kit import ONCE, Num, retry_policies
 from tests.receivers.sentry import RecordedSentry
 from tests.telemetry.test_counted_once import Otel, Statsd, Tracer, runner_of, total
 
@@ -45,15 +44,11 @@ from stroma.telemetry import datadog_hooks, log_hooks, otel_hooks, prometheus_ho
 pytest_plugins = ["tests.receivers.fixtures"]
 
 
-class Number(BaseModel):
-    n: int = 0
-
-
 def own_pipeline(hooks: Any, name: str = "own") -> Pipeline:
-    contract: Any = NodeContract(node_id="a", input_schema=Number, output_schema=Number)
+    contract: Any = NodeContract(node_id="a", input_schema=Num, output_schema=Num)
 
     @stroma_node("a", contract)
-    async def a(state: Number) -> Number:
+    async def a(state: Num) -> Num:
         return state
 
     return Pipeline(name, [a], config=RunConfig(hooks=hooks))
@@ -71,7 +66,7 @@ async def test_returned_runs_have_a_counter_of_their_own(tmp_path: Path) -> None
     runner, a, gate = runner_of(hooks, tmp_path / "runs.db")
     gate.set()
     for _ in range(3):
-        await runner.run([a], Number(), run_id="one", if_exists="return")
+        await runner.run([a], Num(), run_id="one", if_exists="return")
     assert total(registry, "stroma_runs_returned_total") == 2
     assert otel.count("stroma.runs.returned") == 2
     assert [value for name, value in statsd.counts if name == "stroma.runs.returned"] == [1, 1]
@@ -96,7 +91,7 @@ async def test_every_exception_of_a_hook_is_counted(place: str) -> None:
     own = NodeHooks(**dict.fromkeys(events, bad))
     runner, a, gate = runner_of([own, *exporters] if place == "before" else [*exporters, own])
     gate.set()
-    result = await runner.run([a], Number())
+    result = await runner.run([a], Num())
     assert len(result.hook_errors) == 6  # Two of them in at_end.
     assert total(registry, "stroma_hook_errors_total") == 6
     assert otel.count("stroma.hook.errors") == 6
@@ -113,11 +108,11 @@ async def test_exceptions_of_hooks_of_plain_steps_are_counted() -> None:
     config = RunConfig(hooks=[prometheus_hooks(registry=registry), NodeHooks(on_node_success=bad)])
     ctx = ReliabilityContext.for_run(config, ContractRegistry(), CheckpointManager(AsyncInMemoryStore()))
 
-    async def step(state: Number) -> Number:
+    async def step(state: Num) -> Num:
         return state
 
     for _ in range(3):
-        await execute_step("s", step, Number(), ctx)
+        await execute_step("s", step, Num(), ctx)
     assert total(registry, "stroma_hook_errors_total") == 3
 
 
@@ -133,8 +128,8 @@ async def test_flush_sends_what_a_pipelines_own_hooks_hold() -> None:
         provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=60_000))
     runner = StromaRunner.quick()
     for _ in range(3):
-        await runner.run(own_pipeline(otel_hooks(tracer=providers[0])), Number())
-    await runner.run(own_pipeline(otel_hooks(tracer=providers[1])), Number())
+        await runner.run(own_pipeline(otel_hooks(tracer=providers[0])), Num())
+    await runner.run(own_pipeline(otel_hooks(tracer=providers[1])), Num())
     assert len(runner._exporters) == 2
     assert await runner.aclose() is True
     assert (len(kept.get_finished_spans()), len(other.get_finished_spans())) == (6, 2)
@@ -153,15 +148,15 @@ async def test_a_resumed_run_links_to_the_trace_of_its_own_system(order: str, tm
     hooks = sets if order == "otel first" else sets[::-1]
     runner = StromaRunner.quick(store=tmp_path / "runs.db", hooks=hooks)
 
-    @runner.node("a", input=Number, output=Number)
-    async def a(state: Number) -> Number:
+    @runner.node("a", input=Num, output=Num)
+    async def a(state: Num) -> Num:
         if fails:
             raise PermissionError
         return state
 
-    await runner.run([a], Number(), run_id="r")
+    await runner.run([a], Num(), run_id="r")
     fails.clear()
-    await runner.run([a], Number(), run_id="r", resume=True)
+    await runner.run([a], Num(), run_id="r", resume=True)
     first, again = [span for span in otel.spans.get_finished_spans() if span.parent is None]
     assert first.context is not None
     assert [link.context.trace_id for link in again.links] == [first.context.trace_id]
@@ -191,7 +186,7 @@ async def test_the_runs_span_is_current_in_its_hooks_and_lines() -> None:
     logger.setLevel("INFO")
     logger.propagate = False
     runner = StromaRunner.quick(hooks=otel.hooks() | log_hooks(logger))
-    await runner.run(own_pipeline(None).nodes, Number())
+    await runner.run(own_pipeline(None).nodes, Num())
     assert trace.get_current_span() is trace.INVALID_SPAN
     (root,) = [span for span in otel.spans.get_finished_spans() if span.parent is None]
     assert root.context is not None
@@ -213,12 +208,12 @@ async def test_a_run_that_is_closed_from_elsewhere_leaves_no_span_behind() -> No
     otel = Otel()
     runner = StromaRunner.quick(hooks=otel.hooks())
 
-    @runner.node("a", input=Number, output=Number)
-    async def a(state: Number) -> Number:
+    @runner.node("a", input=Num, output=Num)
+    async def a(state: Num) -> Num:
         await asyncio.sleep(60)
         return state
 
-    run = runner.run([a], Number())
+    run = runner.run([a], Num())
     task = asyncio.ensure_future(asyncio.sleep(0))
     await task
     run.send(None)
@@ -239,21 +234,21 @@ async def test_restored_nodes_are_counted_and_drop_no_other_event(
     hooks = [otel.hooks(), sentry_hooks(client=sentry.client)]
     runner = StromaRunner.quick(store=tmp_path / "runs.db", hooks=hooks)
 
-    @runner.node("a", input=Number, output=Number)
-    async def a(state: Number) -> Number:
+    @runner.node("a", input=Num, output=Num)
+    async def a(state: Num) -> Num:
         return state
 
-    @runner.node("last", input=Number, output=Number)
-    async def last(state: Number) -> Number:
+    @runner.node("last", input=Num, output=Num)
+    async def last(state: Num) -> Num:
         if fails:
             raise PermissionError
         return state
 
     nodes = [*[a] * 200, last]
-    await runner.run(nodes, Number(), run_id="r")
+    await runner.run(nodes, Num(), run_id="r")
     fails.clear()
     otel.spans.clear()
-    await runner.run(nodes, Number(), run_id="r", resume=True)
+    await runner.run(nodes, Num(), run_id="r", resume=True)
     root = next(span for span in otel.spans.get_finished_spans() if span.parent is None)
     assert root.dropped_events == 0
     assert root.attributes is not None
@@ -268,11 +263,11 @@ async def test_events_of_a_node_with_many_attempts() -> None:
     otel = Otel()
     runner = StromaRunner.quick(hooks=otel.hooks(), policy_map=retry_policies(60))
 
-    @runner.node("a", input=Number, output=Number)
-    async def a(state: Number) -> Number:
+    @runner.node("a", input=Num, output=Num)
+    async def a(state: Num) -> Num:
         raise ConnectionError
 
-    await runner.run([a], Number())
+    await runner.run([a], Num())
     (node, _) = otel.spans.get_finished_spans()
     assert node.dropped_events == 0
     assert node.attributes is not None
@@ -287,13 +282,13 @@ async def test_only_the_last_of_failed_attempts_is_an_error(final: bool) -> None
     otel = Otel()
     runner = StromaRunner.quick(hooks=otel.hooks(attempts="spans"), policy_map=ONCE)
 
-    @runner.node("a", input=Number, output=Number)
-    async def a(state: Number) -> Number:
+    @runner.node("a", input=Num, output=Num)
+    async def a(state: Num) -> Num:
         if final or current_node().attempt == 1:
             raise TimeoutError
         return state
 
-    await runner.run([a], Number())
+    await runner.run([a], Num())
     attempts = [span for span in otel.spans.get_finished_spans() if span.name == "stroma.attempt a"]
     error = StatusCode.ERROR if final else StatusCode.UNSET
     assert [span.status.status_code for span in attempts] == [StatusCode.UNSET, error]
@@ -312,15 +307,15 @@ async def test_waits_are_in_traces(sentry: RecordedSentry) -> None:
     hooks = [otel.hooks(), sentry_hooks(client=sentry.client), NodeHooks(on_node_wait=note_wait)]
     runner = StromaRunner.quick(hooks=hooks, limits={"a": Limit(concurrent=1)})
 
-    @runner.node("a", input=Number, output=Number)
-    async def a(state: Number) -> Number:
+    @runner.node("a", input=Num, output=Num)
+    async def a(state: Num) -> Num:
         entered.set()
         await gate.wait()
         return state
 
-    first = asyncio.ensure_future(runner.run([a], Number()))
+    first = asyncio.ensure_future(runner.run([a], Num()))
     await entered.wait()
-    second = asyncio.ensure_future(runner.run([a], Number()))
+    second = asyncio.ensure_future(runner.run([a], Num()))
     await queued.wait()
     await asyncio.sleep(0.05)
     gate.set()
@@ -349,7 +344,7 @@ async def test_structlog_that_is_configured_later_is_used() -> None:
     )
     try:
         runner = StromaRunner.quick(hooks=hooks)
-        await runner.run(own_pipeline(None).nodes, Number())
+        await runner.run(own_pipeline(None).nodes, Num())
     finally:
         structlog.reset_defaults()
     assert out.getvalue().count("\n") >= 3
@@ -360,11 +355,11 @@ async def test_metrics_that_were_taken_out_of_their_registry() -> None:
     follow."""
     registry = CollectorRegistry()
     old = prometheus_hooks(registry=registry)
-    await StromaRunner.quick(hooks=old).run(own_pipeline(None).nodes, Number())
+    await StromaRunner.quick(hooks=old).run(own_pipeline(None).nodes, Num())
     for collector in list(registry._collector_to_names):
         registry.unregister(collector)
     new = prometheus_hooks(registry=registry)
     for hooks in (old, new):
-        await StromaRunner.quick(hooks=hooks).run(own_pipeline(None).nodes, Number())
+        await StromaRunner.quick(hooks=hooks).run(own_pipeline(None).nodes, Num())
     assert b"stroma_runs_total" in generate_latest(registry)
     assert total(registry, "stroma_runs_total") == 2

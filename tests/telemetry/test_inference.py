@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.trace import NoOpTracerProvider
-from pydantic import BaseModel
+from tests.kit import Num
 from tests.providers.clients import ask_openai_async
 from tests.providers.server import Answer, Server
 from tests.telemetry.test_opentelemetry import Seen, quick
@@ -19,10 +19,6 @@ from stroma.telemetry import otel_hooks
 
 MODEL = "gpt-4o-mini"
 PAID = Usage(100, 20, 40, 10, model=MODEL)
-
-
-class State(BaseModel):
-    n: int = 0
 
 
 @pytest.fixture
@@ -44,8 +40,8 @@ def asking(
     """A node that pays for each attempt, and breaks its contract a number of times."""
     left = [failures]
 
-    @runner.node(id, input=State, output=State)
-    async def ask(state: State) -> Any:
+    @runner.node(id, input=Num, output=Num)
+    async def ask(state: Num) -> Any:
         if instrumented:
             with seen.user.start_as_current_span("chat by the client") as span:
                 span.set_attributes({"gen_ai.usage.input_tokens": 100, "gen_ai.usage.output_tokens": 20})
@@ -59,7 +55,7 @@ def asking(
 async def test_each_attempt_has_one_span_with_its_bill(seen: Seen) -> None:
     """Attempts that failed and were paid have spans too; tokens and cost add up to those of the run, once."""
     runner = quick(seen.hooks(inference="auto"), retries=0, contract_retries={"ask": 2})
-    result = await runner.run([asking(runner, seen, failures=2)], State(), user="u-7")
+    result = await runner.run([asking(runner, seen, failures=2)], Num(), user="u-7")
     spans = calls(seen)
     assert [span.name for span in spans] == [f"chat {MODEL}"] * 3
     assert sum(of(span, "gen_ai.usage.input_tokens") for span in spans) == 300
@@ -103,8 +99,8 @@ async def test_a_call_that_ends_after_its_attempt_is_counted_once(
             span.set_attributes({"gen_ai.usage.input_tokens": 100, "gen_ai.usage.output_tokens": 20})
         span.end()
 
-    @runner.node("ask", input=State, output=State)
-    async def ask(state: State) -> Any:
+    @runner.node("ask", input=Num, output=Num)
+    async def ask(state: Num) -> Any:
         if current_node().attempt == 1:
             about = {"gen_ai.operation.name": "chat"}
             left_open.append(seen.user.start_span("chat by the client", attributes=about))
@@ -113,7 +109,7 @@ async def test_a_call_that_ends_after_its_attempt_is_counted_once(
             end(left_open[0])
         return state, PAID
 
-    result = await runner.run([ask], State())
+    result = await runner.run([ask], Num())
     if late:
         assert len(seen.named(f"chat {MODEL}")) == 1
         end(left_open[0])
@@ -133,7 +129,7 @@ async def test_an_instrumented_client_is_not_counted_twice(seen: Seen) -> None:
         asking(runner, seen, failures=1, instrumented=True, id="with"),
         asking(runner, seen, id="without"),
     )
-    result = await runner.run([nodes], State())
+    result = await runner.run([nodes], Num())
     assert [of(span, "stroma.node.id") for span in calls(seen)] == ["without"]
     reported = [span for span in seen.spans if "gen_ai.usage.input_tokens" in (span.attributes or {})]
     assert (
@@ -173,8 +169,8 @@ async def test_the_bill_is_that_of_the_provider(seen: Seen, provider: Server, in
         urls.append(provider.url(Answer(200, body | {"usage": usage})))
     runner = quick(seen.hooks(inference="auto"), retries=0, contract_retries={"ask": 2})
 
-    @runner.node("ask", input=State, output=State)
-    async def ask(state: State) -> Any:
+    @runner.node("ask", input=Num, output=Num)
+    async def ask(state: Num) -> Any:
         node = current_node()
         with seen.user.start_as_current_span("client") as span:
             reply = await ask_openai_async(urls[node.attempt - 1])
@@ -189,7 +185,7 @@ async def test_the_bill_is_that_of_the_provider(seen: Seen, provider: Server, in
                 )
         return json.loads(reply.choices[0].message.content), usage_from(reply)
 
-    result = await runner.run([ask], State())
+    result = await runner.run([ask], Num())
     assert result.status == "COMPLETED"
     ledger = sum(provider.calls_of(url) * price(*size) for url, size in zip(urls, sizes, strict=True))
     billed = [
@@ -209,8 +205,8 @@ async def test_only_the_instrumented_attempt_counts(seen: Seen) -> None:
     runner = quick(seen.hooks(inference="auto"), retries=0, contract_retries={"ask": 1})
     attempts = [0]
 
-    @runner.node("ask", input=State, output=State)
-    async def ask(state: State) -> Any:
+    @runner.node("ask", input=Num, output=Num)
+    async def ask(state: Num) -> Any:
         attempts[0] += 1
         if attempts[0] == 1:
             with seen.user.start_as_current_span("chat") as span:
@@ -218,7 +214,7 @@ async def test_only_the_instrumented_attempt_counts(seen: Seen) -> None:
             return {"n": "no number"}, PAID
         return state, PAID
 
-    await runner.run([ask], State())
+    await runner.run([ask], Num())
     assert [of(span, "stroma.node.attempt") for span in calls(seen)] == [2]
 
 
@@ -226,8 +222,8 @@ async def test_a_client_in_a_thread_is_seen(seen: Seen) -> None:
     """A span of a client counts wherever in the attempt it is made, in a thread or below another span."""
     runner = quick(seen.hooks(inference="auto"))
 
-    @runner.node("ask", input=State, output=State)
-    def ask(state: State) -> Any:
+    @runner.node("ask", input=Num, output=Num)
+    def ask(state: Num) -> Any:
         with (
             seen.user.start_as_current_span("chain"),
             seen.user.start_as_current_span("chat") as span,
@@ -235,7 +231,7 @@ async def test_a_client_in_a_thread_is_seen(seen: Seen) -> None:
             span.set_attribute("gen_ai.usage.output_tokens", 20)
         return state, PAID
 
-    await runner.run([ask], State())
+    await runner.run([ask], Num())
     assert calls(seen) == []
 
 
@@ -245,14 +241,14 @@ async def test_always_and_never(seen: Seen) -> None:
     for mode, expected in (("always", 1), ("never", 0)):
         mine = Seen()
         runner = quick(mine.hooks(inference=mode))
-        await runner.run([asking(runner, mine, instrumented=True)], State())
+        await runner.run([asking(runner, mine, instrumented=True)], Num())
         assert len(calls(mine)) == expected
 
-    @runner.node("free", input=State, output=State)
-    async def free(state: State) -> State:
+    @runner.node("free", input=Num, output=Num)
+    async def free(state: Num) -> Num:
         return state
 
-    await runner.run([free], State())
+    await runner.run([free], Num())
     assert calls(seen) == []
 
 
@@ -261,13 +257,13 @@ async def test_a_failed_call_that_was_paid(seen: Seen) -> None:
     error."""
     runner = quick(seen.hooks(inference="auto"), retries=0)
 
-    @runner.node("ask", input=State, output=State)
-    async def ask(state: State) -> State:
+    @runner.node("ask", input=Num, output=Num)
+    async def ask(state: Num) -> Num:
         node = current_node()
         node.report_usage(input_tokens=100, output_tokens=20, model=MODEL)
         raise ValueError("no")
 
-    await runner.run([ask], State())
+    await runner.run([ask], Num())
     (span,) = calls(seen)
     assert (of(span, "gen_ai.usage.input_tokens"), of(span, "stroma.outcome")) == (100, "failure")
 
@@ -276,7 +272,7 @@ async def test_a_provider_that_shows_no_spans_of_others(seen: Seen) -> None:
     """Where spans of others cannot be seen, "auto" makes none: a double bill is worse than none."""
     for tracer in (NoOpTracerProvider(), TracerProvider().get_tracer("mine")):
         runner = quick(otel_hooks(tracer=tracer, meter=seen.meter))
-        result = await runner.run([asking(runner, seen)], State())
+        result = await runner.run([asking(runner, seen)], Num())
         assert result.total_tokens == 120
     assert calls(seen) == []
 

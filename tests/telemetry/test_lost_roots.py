@@ -15,17 +15,13 @@ import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
-from pydantic import BaseModel
+from tests.kit import Num
 
 from stroma import RunStatus, SQLiteStore, StromaRunner
 from stroma.telemetry import otel_hooks
 
 #: A root that the caller has around its runs.
 OUTER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-
-
-class State(BaseModel):
-    n: int = 0
 
 
 class LinesExporter(SpanExporter):
@@ -57,19 +53,19 @@ def run(path: pathlib.Path, *, dies: bool, traceparent: str | None) -> Any:
     store = SQLiteStore(path / "runs.db")
     runner = StromaRunner.quick(store=store, hooks=otel_hooks(tracer=provider), resume=True, lease_seconds=1)
 
-    @runner.node("first", input=State, output=State)
-    async def first(state: State) -> State:
+    @runner.node("first", input=Num, output=Num)
+    async def first(state: Num) -> Num:
         return state
 
-    @runner.node("second", input=State, output=State)
-    async def second(state: State) -> State:
+    @runner.node("second", input=Num, output=Num)
+    async def second(state: Num) -> Num:
         if dies:
             os.kill(os.getpid(), signal.SIGKILL)
         return state
 
     async def go() -> Any:
         async with store:
-            return await runner.run([first, second], State(), run_id="r", traceparent=traceparent)
+            return await runner.run([first, second], Num(), run_id="r", traceparent=traceparent)
 
     return asyncio.run(go())
 
@@ -131,16 +127,16 @@ def first(path: pathlib.Path) -> None:
     store = SQLiteStore(path / "runs.db")
     runner = StromaRunner.quick(store=store, hooks=otel_hooks(tracer=provider))
 
-    @runner.node("first", input=State, output=State)
-    async def node(state: State) -> State:
+    @runner.node("first", input=Num, output=Num)
+    async def node(state: Num) -> Num:
         return state
 
-    @runner.node("second", input=State, output=State)
-    async def second(state: State) -> State:
+    @runner.node("second", input=Num, output=Num)
+    async def second(state: Num) -> Num:
         raise NotImplementedError
 
     async def go() -> None:
         async with store:
-            await runner.run([node, second], State(), run_id="r")
+            await runner.run([node, second], Num(), run_id="r")
 
     asyncio.run(go())

@@ -6,25 +6,21 @@ import asyncio
 from typing import Any
 
 import prometheus_client
-from pydantic import BaseModel
+from tests.kit import Num
 
 from stroma import StromaRunner
 from stroma.telemetry import datadog_hooks, otel_hooks, prometheus_hooks
 
 
-class State(BaseModel):
-    n: int = 0
-
-
 async def _run(hooks: Any, count: int = 260) -> None:
     runner = StromaRunner.quick(hooks=hooks, pipeline="p")
 
-    @runner.node("a", input=State, output=State)
-    async def a(state: State) -> Any:
+    @runner.node("a", input=Num, output=Num)
+    async def a(state: Num) -> Any:
         return state, 1, 1, f"gpt-{state.n}-{'x' * 500}"
 
     for n in range(count):
-        await runner.run([a], State(n=n))
+        await runner.run([a], Num(n=n))
 
 
 def _check(models: set[str]) -> None:

@@ -22,7 +22,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcess
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 from pydantic import BaseModel, SecretStr
-from tests.kit import retry_policies
+from tests.kit import Item, retry_policies
 from tests.receivers.otlp import OtlpReceiver
 
 from stroma import (
@@ -52,10 +52,6 @@ class State(BaseModel):
     text: str = "seven letters"
     key: SecretStr = SecretStr("sk-hunter2")
     items: list[int] = [1, 2, 3]
-
-
-class Item(BaseModel):
-    n: int
 
 
 #: The events of a node that fails once.

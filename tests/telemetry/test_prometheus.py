@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
-from pydantic import BaseModel
-from tests.kit import ONCE, TWICE
+from tests.kit import ONCE, TWICE, Num
 from tests.receivers.prometheus import SharedPrometheus, check_metrics
 
 from stroma import (
@@ -32,18 +31,14 @@ from stroma.telemetry.metrics import MetricLabels
 pytest_plugins = ["tests.receivers.fixtures"]
 
 
-class State(BaseModel):
-    n: int = 0
-
-
 def quick(registry: CollectorRegistry, **config: Any) -> StromaRunner:
     config.setdefault("hooks", prometheus_hooks(registry=registry))
     return StromaRunner.quick(policy_map=TWICE, **config)
 
 
 def node(runner: StromaRunner, name: str, *, failures: int = 0, tokens: int = 100) -> Any:
-    @runner.node(name, input=State, output=State)
-    async def call(state: State) -> Any:
+    @runner.node(name, input=Num, output=Num)
+    async def call(state: Num) -> Any:
         if current_node().attempt <= failures:
             current_node().report_usage(input_tokens=tokens, model="gpt-4o-mini")
             raise ConnectionError("no")
@@ -58,9 +53,9 @@ async def test_a_server_answers_with_the_right_numbers(prometheus: SharedPrometh
     registry, pipeline = CollectorRegistry(), f"letters-{uuid.uuid4().hex[:8]}"
     runner = quick(registry, pipeline=pipeline)
     nodes = [node(runner, "draft", failures=1), parallel(node(runner, "a"), node(runner, "b"))]
-    results = [await runner.run(nodes, State()) for _ in range(3)]
+    results = [await runner.run(nodes, Num()) for _ in range(3)]
     failing = quick(registry, pipeline=pipeline)
-    results.append(await failing.run([node(failing, "bad", failures=9)], State()))
+    results.append(await failing.run([node(failing, "bad", failures=9)], Num()))
 
     def of(text: str) -> str:
         return text.replace("$P", f'pipeline="{pipeline}"')
@@ -100,9 +95,9 @@ async def test_the_names_are_good_names() -> None:
     hooks = prometheus_hooks(registry=registry) | NodeHooks(on_node_start=bad)
     runner = quick(registry, budget=ExecutionBudget(max_tokens_total=150), hooks=hooks)
     nodes = [node(runner, "a"), node(runner, "b")]
-    await runner.run(nodes, State(), run_id="r")
+    await runner.run(nodes, Num(), run_id="r")
     resumed = quick(registry, store=runner.checkpoint_manager.store, hooks=hooks)
-    await resumed.run(nodes, State(), run_id="r", resume=True)
+    await resumed.run(nodes, Num(), run_id="r", resume=True)
     page = generate_latest(registry).decode()
     for name in (
         "runs_total",
@@ -120,12 +115,12 @@ async def test_no_run_id_is_a_label() -> None:
     registry = CollectorRegistry()
     runner = quick(registry)
     for n in range(3):
-        await runner.run([node(runner, "bad", failures=9)], State(), run_id=f"run-{n}-of-many")
+        await runner.run([node(runner, "bad", failures=9)], Num(), run_id=f"run-{n}-of-many")
     page = generate_latest(registry).decode()
     assert "of-many" not in page
     assert '"no"' not in page
     series = {line.rpartition(" ")[0] for line in page.splitlines() if not line.startswith("#")}
-    await runner.run([node(runner, "bad", failures=9)], State())
+    await runner.run([node(runner, "bad", failures=9)], Num())
     assert {
         line.rpartition(" ")[0]
         for line in generate_latest(registry).decode().splitlines()
@@ -139,7 +134,7 @@ async def test_sets_share_a_registry() -> None:
     for registry, runs in ((one, 2), (other, 1), (one, 1)):
         runner = quick(registry)
         for _ in range(runs):
-            await runner.run([node(runner, "a")], State())
+            await runner.run([node(runner, "a")], Num())
     labels = {"pipeline": "pipeline", "status": "COMPLETED"}
     assert one.get_sample_value("stroma_runs_total", labels) == 3
     assert other.get_sample_value("stroma_runs_total", labels) == 1
@@ -151,16 +146,16 @@ async def test_the_gauge_comes_down_whichever_way_a_run_ends() -> None:
     registry = CollectorRegistry()
     runner = quick(registry)
 
-    @runner.node("slow", input=State, output=State)
-    async def slow(state: State) -> State:
+    @runner.node("slow", input=Num, output=Num)
+    async def slow(state: Num) -> Num:
         await asyncio.sleep(60)
         return state
 
     def gauge() -> float | None:
         return registry.get_sample_value("stroma_runs_in_progress", {"pipeline": "pipeline"})
 
-    task = asyncio.create_task(runner.run([slow], State()))
-    closed: Any = runner.run([slow], State())
+    task = asyncio.create_task(runner.run([slow], Num()))
+    closed: Any = runner.run([slow], Num())
     closed.send(None)
     await asyncio.sleep(0.01)
     assert gauge() == 2
@@ -178,11 +173,11 @@ async def test_any_text_can_be_a_label() -> None:
     registry = CollectorRegistry()
     runner = quick(registry)
 
-    @runner.node('a"b\n\\ é', input=State, output=State)
-    async def odd(state: State) -> Any:
+    @runner.node('a"b\n\\ é', input=Num, output=Num)
+    async def odd(state: Num) -> Any:
         return state, 1, "model \udcff"
 
-    result = await runner.run([odd], State())
+    result = await runner.run([odd], Num())
     assert result.status is RunStatus.COMPLETED
     assert runner.config.hooks.errors == {}  # type: ignore[union-attr]
     generate_latest(registry).decode()
@@ -244,13 +239,13 @@ async def test_units_reasons_and_caches() -> None:
     registry = CollectorRegistry()
     runner = StromaRunner.quick(hooks=prometheus_hooks(registry=registry), policy_map=ONCE)
 
-    @runner.node("ask", input=State, output=State)
-    async def ask(state: State) -> Any:
+    @runner.node("ask", input=Num, output=Num)
+    async def ask(state: Num) -> Any:
         if current_node().attempt == 1:
             raise ConnectionError
         return state, Usage(100, 5, 60, 20, model="gpt-4o-mini")
 
-    await runner.run([ask], State())
+    await runner.run([ask], Num())
     page = openmetrics.generate_latest(registry).decode()
     assert [line for line in page.splitlines() if line.startswith("# UNIT")] == [
         "# UNIT stroma_run_duration_seconds seconds",

@@ -15,18 +15,13 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 from prometheus_client import CollectorRegistry
-from pydantic import BaseModel
-from tests.kit import ONCE
+from tests.kit import ONCE, Num
 from tests.receivers.sentry import RecordedSentry
 
 from stroma import NodeHooks, RunStatus, SQLiteStore, StromaRunner, current_node
 from stroma.telemetry import otel_hooks, prometheus_hooks, sentry_hooks
 
 pytest_plugins = ["tests.receivers.fixtures"]
-
-
-class State(BaseModel):
-    n: int = 0
 
 
 class Unavailable(ConnectionError):
@@ -43,8 +38,8 @@ def run(path: pathlib.Path, hooks: Any) -> Any:
         store=store, hooks=hooks, policy_map=ONCE, hook_delivery="at_least_once", resume=True
     )
 
-    @runner.node("flaky", input=State, output=State)
-    async def flaky(state: State) -> Any:
+    @runner.node("flaky", input=Num, output=Num)
+    async def flaky(state: Num) -> Any:
         await asyncio.sleep(0.02)
         if current_node().attempt == 1 and state.n:
             raise Unavailable("no")
@@ -52,7 +47,7 @@ def run(path: pathlib.Path, hooks: Any) -> Any:
 
     async def go() -> Any:
         async with store:
-            return await runner.run([flaky], State(n=1 if (path / "fails").exists() else 0), run_id="r")
+            return await runner.run([flaky], Num(n=1 if (path / "fails").exists() else 0), run_id="r")
 
     return asyncio.run(go())
 

@@ -12,7 +12,7 @@ import pytest
 import sentry_sdk
 from pydantic import BaseModel
 from sentry_sdk.integrations.logging import LoggingIntegration
-from tests.kit import NEVER, ONCE
+from tests.kit import NEVER, ONCE, Num
 from tests.receivers.sentry import RecordedSentry
 
 from stroma import Pipeline, StromaRunner, current_node, map_over, parallel
@@ -21,10 +21,6 @@ from stroma.telemetry import sentry_hooks
 pytest_plugins = ["tests.receivers.fixtures"]
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-
-
-class Number(BaseModel):
-    n: int = 0
 
 
 def tree(sentry: RecordedSentry) -> set[tuple[str, str | None, str | None]]:
@@ -48,8 +44,8 @@ async def test_conversation_user_and_tags(mode: str) -> None:
         tagged = StromaRunner.quick(hooks=hooks, policy_map=NEVER, tags=("beta", "eu"))
         both_run = asyncio.Barrier(2)
 
-        @runner.node("ask", input=Number, output=Number)
-        async def ask(state: Number) -> Number:
+        @runner.node("ask", input=Num, output=Num)
+        async def ask(state: Num) -> Num:
             await both_run.wait()
             if mode == "static":
                 with sentry_sdk.start_span(op="gen_ai.chat", name="call"):
@@ -60,8 +56,8 @@ async def test_conversation_user_and_tags(mode: str) -> None:
             raise PermissionError
 
         await asyncio.gather(
-            tagged.run(Pipeline("chat", [ask]), Number(), conversation="thread-17", user="ada"),
-            runner.run(Pipeline("plain", [ask]), Number()),
+            tagged.run(Pipeline("chat", [ask]), Num(), conversation="thread-17", user="ada"),
+            runner.run(Pipeline("plain", [ask]), Num()),
         )
         sentry.client.flush()
         spans, events = sentry.transport.spans, sentry.transport.events
@@ -91,23 +87,23 @@ async def test_spans_of_a_run_in_both_modes(mode: str) -> None:
     with RecordedSentry(trace_lifecycle=mode) as sentry:
         runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client), policy_map=ONCE)
 
-        @runner.node("a", input=Number, output=Number)
-        async def a(state: Number) -> Number:
+        @runner.node("a", input=Num, output=Num)
+        async def a(state: Num) -> Num:
             if current_node().attempt == 1:
                 raise ConnectionError
             return state
 
-        @runner.node("bad", input=Number, output=Number)
-        async def bad(state: Number) -> Number:
+        @runner.node("bad", input=Num, output=Num)
+        async def bad(state: Num) -> Num:
             raise PermissionError
 
-        @runner.node("b", input=Number, output=Number)
-        async def b(state: Number) -> Number:
+        @runner.node("b", input=Num, output=Num)
+        async def b(state: Num) -> Num:
             await asyncio.sleep(0)
             return state
 
         group = parallel(b, b)
-        await runner.run(Pipeline("letters", [a, group, bad]), Number(), traceparent=TRACEPARENT)
+        await runner.run(Pipeline("letters", [a, group, bad]), Num(), traceparent=TRACEPARENT)
         assert tree(sentry) == {
             ("letters", "gen_ai.invoke_agent", None),
             ("a", "function", "letters"),
@@ -136,14 +132,14 @@ async def test_runs_of_streamed_spans_are_traces_of_their_own() -> None:
         scope.set_client(sentry.client)
         runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client))
 
-        @runner.node("a", input=Number, output=Number)
-        async def a(state: Number) -> Number:
+        @runner.node("a", input=Num, output=Num)
+        async def a(state: Num) -> Num:
             return state
 
         for _ in range(2):
-            await runner.run([a], Number())
+            await runner.run([a], Num())
         with sentry_sdk.traces.start_span(name="GET /"):
-            await runner.run([a], Number())
+            await runner.run([a], Num())
         sentry.client.flush()
         runs = [span for span in sentry.transport.spans if span["name"] == "pipeline"]
         assert len({run["trace_id"] for run in runs}) == 3
@@ -158,17 +154,17 @@ async def test_two_clients_each_have_the_issue_and_the_spans() -> None:
         sets = [sentry_hooks(client=sentry.client) for sentry in (one, two)]
         runner = StromaRunner.quick(hooks=sets, policy_map=NEVER)
 
-        @runner.node("bad", input=Number, output=Number)
-        async def bad(state: Number) -> Number:
+        @runner.node("bad", input=Num, output=Num)
+        async def bad(state: Num) -> Num:
             raise PermissionError
 
-        @runner.node("outer", input=Number, output=Number)
-        async def outer(state: Number) -> Number:
+        @runner.node("outer", input=Num, output=Num)
+        async def outer(state: Num) -> Num:
             result = await runner.run(Pipeline("inner", [bad]), state)
             result.raise_for_status()
             return state
 
-        await runner.run(Pipeline("all", [outer]), Number())
+        await runner.run(Pipeline("all", [outer]), Num())
         for sentry in (one, two):
             assert [event["fingerprint"][1:3] for event in sentry.transport.events] == [["inner", "bad"]]
             assert tree(sentry) == {
@@ -186,28 +182,28 @@ async def test_what_a_node_tags_is_its_own(sentry: RecordedSentry) -> None:
     are."""
     runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client), policy_map=NEVER)
 
-    @runner.node("a", input=Number, output=Number)
-    async def a(state: Number) -> Number:
+    @runner.node("a", input=Num, output=Num)
+    async def a(state: Num) -> Num:
         sentry_sdk.set_tag("who", "a")
         await asyncio.sleep(0.01)
         sentry_sdk.add_breadcrumb(message="a was here")
         sentry_sdk.capture_message("from a")
         return state
 
-    @runner.node("b", input=Number, output=Number)
-    async def b(state: Number) -> Number:
+    @runner.node("b", input=Num, output=Num)
+    async def b(state: Num) -> Num:
         sentry_sdk.set_tag("who", "b")
         await asyncio.sleep(0)
         sentry_sdk.capture_message("from b")
         return state
 
-    @runner.node("c", input=Number, output=Number)
-    async def c(state: Number) -> Number:
+    @runner.node("c", input=Num, output=Num)
+    async def c(state: Num) -> Num:
         sentry_sdk.capture_message("from c")
         sentry_sdk.set_tag("who", "c")
         raise PermissionError
 
-    await runner.run([parallel(a, b), c], Number())
+    await runner.run([parallel(a, b), c], Num())
     events = {event.get("message"): event for event in sentry.transport.events}
     assert {message: event["tags"].get("who") for message, event in events.items()} == {
         "from a": "a",
@@ -228,8 +224,8 @@ async def test_an_exception_that_is_raised_further_makes_no_second_issue(
     run was."""
     runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client))
 
-    @runner.node("a", input=Number, output=Number)
-    async def a(state: Number) -> Number:
+    @runner.node("a", input=Num, output=Num)
+    async def a(state: Num) -> Num:
         raise PermissionError("a customer's text")
 
     begin: dict[str, Callable[[Coroutine[Any, Any, Any]], Any]] = {
@@ -239,7 +235,7 @@ async def test_an_exception_that_is_raised_further_makes_no_second_issue(
     }
     with sentry_sdk.new_scope() as scope:
         scope.set_client(sentry.client)
-        result = await begin[how](runner.run([a], Number()))
+        result = await begin[how](runner.run([a], Num()))
         result = result[0] if isinstance(result, list) else result
         try:
             result.raise_for_status()
@@ -294,12 +290,12 @@ async def test_the_engines_lines_are_no_sentry_logs() -> None:
         scope.set_client(sentry.client)
         runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client), policy_map=NEVER)
 
-        @runner.node("a", input=Number, output=Number)
-        async def a(state: Number) -> Number:
+        @runner.node("a", input=Num, output=Num)
+        async def a(state: Num) -> Num:
             logging.getLogger("letters").warning("of the application")
             raise ValueError("IBAN DE89 of a customer")
 
-        await runner.run([a], Number())
+        await runner.run([a], Num())
         sentry.client.flush()
         items = [item for payload in sentry.transport._payloads("log") for item in payload["items"]]
         assert [item["body"] for item in items] == ["of the application"]

@@ -11,7 +11,7 @@ from typing import Any
 import vcr
 from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
-from pydantic import BaseModel
+from tests.kit import Note
 
 from stroma import StromaRunner
 
@@ -32,10 +32,6 @@ ANTHROPIC = {
     "content": [{"type": "text", "text": "Ada"}],
     "usage": {"input_tokens": 3, "output_tokens": 1},
 }
-
-
-class Text(BaseModel):
-    text: str = ""
 
 
 class Provider(BaseHTTPRequestHandler):
@@ -61,24 +57,24 @@ async def test_recorded_responses_of_both_clients_are_replayed(tmp_path: Path) -
     url = f"http://127.0.0.1:{server.server_address[1]}"
     runner = StromaRunner.quick()
 
-    @runner.node("greet", input=Text, output=Text)
-    async def greet(state: Text) -> Any:
+    @runner.node("greet", input=Note, output=Note)
+    async def greet(state: Note) -> Any:
         client = AsyncOpenAI(base_url=f"{url}/v1", api_key="sk-openai", max_retries=0)
         prompt: Any = [{"role": "user", "content": "greet"}]
         response = await client.chat.completions.create(model="gpt-4o", messages=prompt)
-        return Text(text=response.choices[0].message.content or ""), response
+        return Note(text=response.choices[0].message.content or ""), response
 
-    @runner.node("name", input=Text, output=Text)
-    async def name(state: Text) -> Any:
+    @runner.node("name", input=Note, output=Note)
+    async def name(state: Note) -> Any:
         client = AsyncAnthropic(base_url=url, api_key="sk-anthropic", max_retries=0)
         prompt: Any = [{"role": "user", "content": "name"}]
         response = await client.messages.create(model="claude-test", max_tokens=5, messages=prompt)
-        return Text(text=f"{state.text} {response.content[0].text}"), response  # type: ignore[union-attr]
+        return Note(text=f"{state.text} {response.content[0].text}"), response  # type: ignore[union-attr]
 
     async def run(mode: str) -> Any:
         hidden = ["authorization", "x-api-key"]
         with vcr.use_cassette(str(tmp_path / "greet.yaml"), record_mode=mode, filter_headers=hidden):
-            return await runner.run([greet, name], Text())
+            return await runner.run([greet, name], Note())
 
     Thread(target=server.serve_forever, daemon=True).start()
     live = await run("once")
@@ -86,5 +82,5 @@ async def test_recorded_responses_of_both_clients_are_replayed(tmp_path: Path) -
     server.server_close()
     again = await run("none")
     for result in (live, again):
-        assert (result.final_state, result.total_tokens) == (Text(text="Dear Ada"), 11), result.failure
+        assert (result.final_state, result.total_tokens) == (Note(text="Dear Ada"), 11), result.failure
     assert "sk-" not in (tmp_path / "greet.yaml").read_text("utf-8")

@@ -5,6 +5,7 @@ import json
 import pytest
 from pydantic import BaseModel, Field
 from tests.fixtures import store_fixture
+from tests.kit import Item
 from tests.testing.pipelines import Number, add_one, double, make, patient
 
 from stroma import (
@@ -23,10 +24,6 @@ from stroma import (
     stroma_node,
 )
 from stroma.testing import FakeClock, FaultPlan, RecordedRun, pipeline_in, replay, replay_sync
-
-
-class Item(BaseModel):
-    n: int
 
 
 class Order(BaseModel):

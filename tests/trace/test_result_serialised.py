@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from pydantic import BaseModel, TypeAdapter
+from pydantic import TypeAdapter
+from tests.kit import Text
 
 from stroma import ExecutionResult, FailurePolicy, StromaRunner
-
-
-class Text(BaseModel):
-    text: str
 
 
 @pytest.mark.parametrize("kind", [ExecutionResult, ExecutionResult[Text]])

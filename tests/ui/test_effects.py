@@ -6,16 +6,13 @@ import re
 from typing import Any
 
 from pydantic import BaseModel
+from tests.kit import Receipt
 
 from stroma import Pipeline, RunStatus, SQLiteStore, StromaRunner
 
 
 class Bill(BaseModel):
     cents: int = 100
-
-
-class Receipt(BaseModel):
-    number: int
 
 
 def test_a_page_states_how_a_call_ended(store: SQLiteStore, serve: Any) -> None:

@@ -8,17 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from tests.kit import Note
 from tests.ui.browser import Browser
 from tests.ui.conftest import Site
 
 from stroma import SQLiteStore, StromaRunner, current_node
 from stroma.runner.events import StreamEvent
 from stroma.ui.live_text import LiveText
-
-
-class Text(BaseModel):
-    text: str = ""
 
 
 class Writer:
@@ -36,15 +32,15 @@ class Writer:
             async with SQLiteStore(self.url) as store:
                 runner = StromaRunner.quick(store=store, events="store")
 
-                @runner.node("write", input=Text, output=Text)
-                async def node(state: Text) -> Text:
+                @runner.node("write", input=Note, output=Note)
+                async def node(state: Note) -> Note:
                     while (word := await self.steps.get()) != "end":
                         if word == "fail":
                             raise ConnectionError("cut off")
                         current_node().emit(word)
-                    return Text(text="done")
+                    return Note(text="done")
 
-                await runner.run([node], Text(), run_id="r")
+                await runner.run([node], Note(), run_id="r")
 
         self.loop.run_until_complete(write())
 

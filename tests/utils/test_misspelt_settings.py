@@ -7,7 +7,8 @@ import pickle
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
+from tests.kit import Num
 
 from stroma import (
     Breaker,
@@ -21,10 +22,6 @@ from stroma import (
     SharedBudget,
     StromaRunner,
 )
-
-
-class Num(BaseModel):
-    n: int = 0
 
 
 @pytest.mark.parametrize(

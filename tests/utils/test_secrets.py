@@ -22,6 +22,7 @@ from pydantic import (
     SecretStr,
     create_model,
 )
+from tests.kit import Num
 
 from stroma._utils.secrets import (
     MASK,
@@ -293,11 +294,7 @@ class WithSecret(BaseModel):
     key: SecretStr = SecretStr("")
 
 
-class Number(BaseModel):
-    n: int = 0
-
-
-@pytest.mark.parametrize(("inner", "may"), [(Number, False), (WithSecret, True), (Private, True)])
+@pytest.mark.parametrize(("inner", "may"), [(Num, False), (WithSecret, True), (Private, True)])
 @pytest.mark.parametrize("around", [list, dict, tuple, None])
 def test_a_class_may_hold_the_secrets_of_the_classes_inside(inner: Any, may: bool, around: Any) -> None:
     """Models inside of containers count: only a class that cannot hold a secret anywhere is not searched for

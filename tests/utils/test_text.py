@@ -4,7 +4,7 @@ import json
 import logging
 
 import pytest
-from pydantic import BaseModel
+from tests.kit import Num
 
 from stroma import ContractViolation, StromaRunner
 from stroma._utils.secrets import Secrets
@@ -75,25 +75,21 @@ def test_lines_and_tabs_stay_in_texts() -> None:
     assert one_line("a\n\tb\r") == "a\\n\\tb\\r"
 
 
-class Number(BaseModel):
-    n: int = 0
-
-
 async def test_tags_reach_no_prompt_and_no_log(caplog: pytest.LogCaptureFixture) -> None:
     """Text in tag characters stands as escapes in prompts of a broken contract and in log lines."""
     runner = StromaRunner.quick()
 
-    @runner.node("answer", input=Number, output=Number)
-    async def answer(state: Number) -> dict[str, str]:
+    @runner.node("answer", input=Num, output=Num)
+    async def answer(state: Num) -> dict[str, str]:
         return {"n": f"five{TAGS}", f"m{TAGS}": "6"}
 
-    @runner.node("fails", input=Number, output=Number)
-    async def fails(state: Number) -> Number:
+    @runner.node("fails", input=Num, output=Num)
+    async def fails(state: Num) -> Num:
         raise PermissionError(f"no{TAGS}")
 
     with caplog.at_level(logging.DEBUG, "stroma"):
-        violated = (await runner.run([answer], Number())).failure
-        await runner.run([fails], Number())
+        violated = (await runner.run([answer], Num())).failure
+        await runner.run([fails], Num())
     assert violated is not None
     assert isinstance(violated.exception, ContractViolation)
     for text in (violated.exception.as_prompt(), caplog.text, str(Secrets().mask_error(ValueError(TAGS)))):

@@ -21,6 +21,7 @@ from crewai.tools import BaseTool
 from pydantic import BaseModel, PrivateAttr
 from tests.frameworks.contract import ANSWER, City, FrameworkContract, Narrow, Weather, weather
 from tests.frameworks.kit import AT_ONCE, Seen, guard_of, holds, lines_of, result_of, spent
+from tests.kit import Text, Words
 from tests.providers.server import Answer, serving
 
 from stroma import (
@@ -44,14 +45,6 @@ from stroma.adapters import (
 from stroma.adapters.crewai import attach, guard_llm
 
 KINDS = ["kickoff", "kickoff_async"]
-
-
-class Text(BaseModel):
-    text: str
-
-
-class Words(BaseModel):
-    words: list[str]
 
 
 class State(BaseModel):

@@ -19,7 +19,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from pydantic import BaseModel
-from tests.kit import retry_policies
+from tests.kit import Item, retry_policies
 
 from stroma import StromaRunner, Usage, map_over, parallel
 from stroma.adapters import Guard
@@ -45,10 +45,6 @@ PREFIXES = (
 class State(BaseModel):
     n: int = 0
     items: list[int] = [1, 2]
-
-
-class Item(BaseModel):
-    n: int
 
 
 async def produce(provider: TracerProvider) -> None:

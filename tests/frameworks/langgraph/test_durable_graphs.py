@@ -20,7 +20,7 @@ from langgraph.graph.message import add_messages, push_message
 from langgraph.runtime import Runtime
 from langgraph.types import Command, RetryPolicy, Send, interrupt
 from pydantic import BaseModel, JsonValue
-from tests.kit import NEVER, Num
+from tests.kit import NEVER, Item, Num
 
 from stroma import (
     ExecutionBudget,
@@ -399,10 +399,6 @@ async def test_a_node_that_fails_is_retried_as_a_step_is() -> None:
     assert (result.failure.node_id, len(calls)) == ("flaky", 3)
 
 
-class Count(BaseModel):
-    n: int
-
-
 class Logged(BaseModel):
     log: list[str]
 
@@ -417,7 +413,7 @@ async def test_nodes_have_contracts() -> None:
         told.append("" if failure is None else failure.as_prompt())
         return {"log": ["fine"] if failure else "no list"}
 
-    graph = durable(graph_of(log), {"log": {"input": Count, "output": Logged}})
+    graph = durable(graph_of(log), {"log": {"input": Item, "output": Logged}})
     result = await StromaRunner.quick(contract_retries={"log": 1}).run(flow_of(graph, {"n": 1}), Num())
     assert result.output == Answer(value={"n": 1, "log": ["fine"]}), result.failure
     assert told[0] == ""
@@ -612,8 +608,8 @@ async def test_an_answer_that_its_schema_refuses_is_asked_for_again() -> None:
     on replay."""
 
     def ask(state: State) -> Any:
-        first = interrupt("how many?", response_schema=Count)
-        second = interrupt("and now?", response_schema=Count)
+        first = interrupt("how many?", response_schema=Item)
+        second = interrupt("and now?", response_schema=Item)
         return {"n": first.n + second.n}
 
     flow = flow_of(durable(graph_of(ask)), {})

@@ -29,7 +29,7 @@ from pydantic import BaseModel
 from tests.frameworks.contract import ANSWER, EmitsDeltas, FrameworkContract, terminal, weather
 from tests.frameworks.kit import AT_ONCE, Seen, guard_of, holds, lines_of, result_of
 from tests.frameworks.langchain.fakes import Script
-from tests.kit import open_question
+from tests.kit import Text, Words, open_question
 
 from stroma import (
     BudgetExceeded,
@@ -51,14 +51,6 @@ class State(TypedDict, total=False):
     text: str
     words: Annotated[list[str], operator.add]
     total: int
-
-
-class Text(BaseModel):
-    text: str
-
-
-class Words(BaseModel):
-    words: list[str]
 
 
 class Total(BaseModel):

@@ -49,7 +49,7 @@ from openai.types.responses import (
 )
 from openai.types.responses.response_usage import InputTokensDetails, OutputTokensDetails
 from pydantic import BaseModel
-from tests.kit import NEVER, Num
+from tests.kit import NEVER, Num, Text
 
 from stroma import (
     FailurePolicy,
@@ -70,10 +70,6 @@ except ImportError:
     import httpx
 
 set_tracing_disabled(True)
-
-
-class Answer(BaseModel):
-    text: str
 
 
 def says(text: str) -> list[Any]:
@@ -158,9 +154,9 @@ class Fake(Model):
 def flow_of(body: Callable[[Num], Any]) -> Any:
     """Return a flow whose answer is what a body returns."""
 
-    @stroma_flow("f", input=Num, output=Answer)
-    async def f(flow: Flow, state: Num) -> Answer:
-        return Answer(text=str(await body(state)))
+    @stroma_flow("f", input=Num, output=Text)
+    async def f(flow: Flow, state: Num) -> Text:
+        return Text(text=str(await body(state)))
 
     return f
 
@@ -222,7 +218,7 @@ async def test_requests_and_tools_are_steps() -> None:
     world, store = World(), InMemoryStore()
     plain = await Runner.run(World().agent, "go 0")
     result = await run_flow(world.flow(), store=store)
-    assert result.final_state == Answer(text=f"done 18 60 {len(plain.new_items)} writer"), result.failure
+    assert result.final_state == Text(text=f"done 18 60 {len(plain.new_items)} writer"), result.failure
     steps = [one.node_id for one in store.attempts("r") if one.node_id != "f"]
     rounds = 2 * ["triage.model", "triage.double", "triage.half"]
     assert steps == [*rounds, "triage.model", "writer.model", "writer.double", "writer.model"]
@@ -301,7 +297,7 @@ async def test_an_approval_is_a_question_of_the_flow(streamed: bool) -> None:
     await stroma.signal("r", ToolApproval(approved=True, arguments={"cents": 400}), question=first)
     await stroma.signal("r", ToolApproval(approved=False, message="too cheap"), question=second)
     result = await stroma.run(flow_of(body), Num())
-    assert result.final_state == Answer(text="done ['refunded 400', 'too cheap']"), result.failure
+    assert result.final_state == Text(text="done ['refunded 400', 'too cheap']"), result.failure
     assert calls == ["refund 400"]
 
 
@@ -334,7 +330,7 @@ async def test_a_tool_that_is_an_effect_is_asked_about_before_it_is_called_again
         return str((await runner.run(agent, "go")).final_output)
 
     result = await run_flow(flow_of(body))
-    assert result.final_state == Answer(text="done ['500']"), result.failure
+    assert result.final_state == Text(text="done ['500']"), result.failure
     assert list(booked.values()) == [500]
     assert asked == [{"cents": 500}]
 
@@ -375,7 +371,7 @@ async def test_agents_run_in_parallel_and_as_tools_of_others() -> None:
     for question in result.questions:
         await stroma.signal("r", ToolApproval(approved=True), question=question.id)
     result = await stroma.run(flow_of(body), Num())
-    assert result.final_state == Answer(text="done done seen done done seen"), result.failure
+    assert result.final_state == Text(text="done done seen done done seen"), result.failure
     assert calls == 2 * ["look"]
     steps = sorted(one.node_id for one in store.attempts("r") if "." in one.node_id)
     assert steps == [*2 * ["inner.look"], *4 * ["inner.model"], *4 * ["outer.model"]]
@@ -403,7 +399,7 @@ async def test_a_streamed_answer_is_one_step() -> None:
         if event.kind == "node_event":
             emitted.append(event.data)
         if event.result is not None:
-            assert event.result.final_state == Answer(text="['hello world'] hello world 12"), (
+            assert event.result.final_state == Text(text="['hello world'] hello world 12"), (
                 event.result.failure
             )
     assert "".join(emitted) == "hello world"
@@ -441,7 +437,7 @@ async def test_guardrails_run_in_the_body_and_their_judges_are_durable(trips: bo
 
     store = InMemoryStore()
     result = await run_flow(flow_of(body), store=store)
-    assert result.final_state == Answer(text="refused: bad" if trips else "hello"), result.failure
+    assert result.final_state == Text(text="refused: bad" if trips else "hello"), result.failure
     assert {one.node_id for one in store.attempts("r")} >= {"judge.model"}
     await assert_resumable(flow_of(body), Num(), runner=StromaRunner.quick(policy_map=NEVER), processes=False)
 
@@ -492,7 +488,7 @@ async def test_a_session_is_read_and_written_once() -> None:
     )
     sessions.append(SQLiteSession("s"))
     result = await run_flow(flow_of(body))
-    assert result.final_state == Answer(text="answer 1 answer 3"), result.failure
+    assert result.final_state == Text(text="answer 1 answer 3"), result.failure
     assert [item.get("role") for item in await sessions[-1].get_items()] == 2 * ["user", "assistant"]
 
 
@@ -598,7 +594,7 @@ async def test_models_by_name_and_hosted_tools() -> None:
     store = InMemoryStore()
     result = await run_flow(flow_of(body), store=store)
     kinds = ["tool_call_item", "tool_call_item", "tool_call_output_item", "message_output_item"]
-    assert result.final_state == Answer(text=f"done {kinds}"), result.failure
+    assert result.final_state == Text(text=f"done {kinds}"), result.failure
     assert [one.node_id for one in store.attempts("r") if "." in one.node_id] == 2 * ["a.model"]
     in_flow = seen[-1]
     await runner.run(agent, "go", run_config=config)
@@ -642,7 +638,7 @@ async def test_failures_of_tools_go_to_the_model_after_their_retries() -> None:
 
     store, once = InMemoryStore(), FailurePolicy(max_retries=1, backoff_seconds=0)
     result = await run_flow(flow_of(body), store=store, policy_map={**AT_ONCE, "AMBIGUOUS": once})
-    assert result.final_state == Answer(text="done"), result.failure
+    assert result.final_state == Text(text="done"), result.failure
     fine, failed, wrong, late = told
     assert fine == "fine"
     assert failed.startswith("An error occurred while running the tool.")
@@ -781,7 +777,7 @@ async def test_the_provider_gets_the_same_requests_as_without(streamed: bool) ->
         return await ask()
 
     result = await run_flow(flow_of(body))
-    assert result.final_state == Answer(text="done"), result.failure
+    assert result.final_state == Text(text="done"), result.failure
     assert (result.total_tokens, result.unpriced_models) == (4, [])
     assert await ask() == "done"
     assert len(sent) == 4
@@ -836,7 +832,7 @@ async def test_what_the_model_gets_of_a_tool_is_the_same_as_without() -> None:
 
     store = InMemoryStore()
     result = await run_flow(flow_of(body), store=store)
-    assert result.final_state == Answer(text="done"), result.failure
+    assert result.final_state == Text(text="done"), result.failure
     assert "a.shout" in {one.node_id for one in store.attempts("r")}
     await DurableRunner().run(agent, "go")
     assert told[0] == told[1]
@@ -870,5 +866,5 @@ async def test_a_tool_decides_if_a_call_needs_approval() -> None:
     assert calls == [50]
     await stroma.signal("r", ToolApproval(approved=True))
     result = await stroma.run(flow_of(body), Num())
-    assert result.final_state == Answer(text="done ['refunded 50', 'refunded 500']"), result.failure
+    assert result.final_state == Text(text="done ['refunded 50', 'refunded 500']"), result.failure
     assert calls == [50, 500]

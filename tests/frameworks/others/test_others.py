@@ -19,7 +19,6 @@ import strands.models
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionMessage
 from openai.types.chat.chat_completion import Choice
-from pydantic import BaseModel
 from smolagents.models import (
     ChatMessage,
     ChatMessageToolCall,
@@ -28,6 +27,7 @@ from smolagents.models import (
     TokenUsage,
 )
 from tests.frameworks.kit import Seen, guard_of, lines_of, result_of, spent
+from tests.kit import Text
 
 from stroma import BudgetExceeded, ExecutionBudget, Usage, usage_from
 from stroma.adapters import Guard, what_stopped
@@ -150,10 +150,6 @@ def agno_agent(guard: Guard, ledger: Ledger) -> Any:
     return lambda: agent.run("How warm is it?").content
 
 
-class Answer(BaseModel):
-    text: str
-
-
 def instructed(guard: Guard, ledger: Ledger) -> Any:
     @guard.step("model", usage=usage_from)
     def create(*_: Any, **__: Any) -> ChatCompletion:
@@ -174,7 +170,7 @@ def instructed(guard: Guard, ledger: Ledger) -> Any:
 
     asks: Any = instructor.patch(create=create, mode=instructor.Mode.JSON)
     messages = [{"role": "user", "content": "How warm is it?"}]
-    return lambda: asks(response_model=Answer, messages=messages, max_retries=3).text
+    return lambda: asks(response_model=Text, messages=messages, max_retries=3).text
 
 
 MADE = [smol, strands_agent, agno_agent, instructed]

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
 from pydantic_ai import Agent, FunctionToolset
 from pydantic_ai.exceptions import ModelHTTPError
 from pydantic_ai.messages import ModelMessage, ModelResponse, TextPart, ToolCallPart
@@ -20,12 +19,9 @@ from stroma.testing import assert_resumable
 
 pytest.importorskip("stroma.adapters._pydantic_ai_durability", exc_type=ImportError)
 from pydantic_ai.toolsets import DynamicToolset
+from tests.kit import Text
 
 from stroma.adapters.pydantic_ai import StromaDurability, ToolApproval
-
-
-class Answer(BaseModel):
-    text: str
 
 
 class World:
@@ -56,10 +52,10 @@ class World:
     def flow(self, **options: Any) -> Any:
         agent = self.agent(**options)
 
-        @stroma_flow("f", input=Num, output=Answer)
-        async def f(flow: Flow, state: Num) -> Answer:
+        @stroma_flow("f", input=Num, output=Text)
+        async def f(flow: Flow, state: Num) -> Text:
             result = await agent.run(f"go {state.n}")
-            return Answer(text=f"{result.output} {result.usage.total_tokens} {len(result.all_messages())}")
+            return Text(text=f"{result.output} {result.usage.total_tokens} {len(result.all_messages())}")
 
         return f
 
@@ -69,7 +65,7 @@ async def test_requests_and_tools_are_steps() -> None:
     world, store = World(), InMemoryStore()
     result = await StromaRunner.quick(store=store, run_id="r").run(world.flow(), Num())
     assert result.status is RunStatus.COMPLETED, result.failure
-    assert result.final_state == Answer(text="done 48 8")
+    assert result.final_state == Text(text="done 48 8")
     steps = [one.node_id for one in store.attempts("r") if one.node_id != "f"]
     assert steps == 3 * ["a.model", "a.double", "a.double"] + ["a.model"]
     assert result.total_tokens == 48
@@ -110,9 +106,9 @@ async def test_an_approval_is_a_question_of_the_flow() -> None:
         calls.append(f"refund {cents}")
         return f"refunded {cents}"
 
-    @stroma_flow("f", input=Num, output=Answer)
-    async def f(flow: Flow, state: Num) -> Answer:
-        return Answer(text=(await agent.run("go")).output)
+    @stroma_flow("f", input=Num, output=Text)
+    async def f(flow: Flow, state: Num) -> Text:
+        return Text(text=(await agent.run("go")).output)
 
     store = InMemoryStore()
     runner = StromaRunner.quick(store=store, run_id="r", resume=True)
@@ -121,7 +117,7 @@ async def test_an_approval_is_a_question_of_the_flow() -> None:
     assert calls == []
     await runner.signal("r", ToolApproval(approved=True, arguments={"cents": 400}))
     result = await runner.run(f, Num())
-    assert result.final_state == Answer(text="done ['refunded 400']"), result.failure
+    assert result.final_state == Text(text="done ['refunded 400']"), result.failure
     assert calls == ["refund 400"]
 
 
@@ -152,12 +148,12 @@ async def test_a_tool_that_is_an_effect_is_asked_about_before_it_is_called_again
             raise ConnectionResetError("connection reset by peer")
         return cents
 
-    @stroma_flow("f", input=Num, output=Answer)
-    async def f(flow: Flow, state: Num) -> Answer:
-        return Answer(text=(await agent.run("go")).output)
+    @stroma_flow("f", input=Num, output=Text)
+    async def f(flow: Flow, state: Num) -> Text:
+        return Text(text=(await agent.run("go")).output)
 
     result = await StromaRunner.quick(store=InMemoryStore()).run(f, Num())
-    assert result.final_state == Answer(text="done"), result.failure
+    assert result.final_state == Text(text="done"), result.failure
     assert list(booked.values()) == [500]
     assert asked == [{"cents": 500}]
 
@@ -168,13 +164,13 @@ async def test_agents_run_in_parallel_and_inside_tools_of_others() -> None:
     world, store = World(), InMemoryStore()
     inner = world.agent()
 
-    @stroma_flow("f", input=Num, output=Answer)
-    async def f(flow: Flow, state: Num) -> Answer:
+    @stroma_flow("f", input=Num, output=Text)
+    async def f(flow: Flow, state: Num) -> Text:
         results = await asyncio.gather(*(inner.run(f"go {n}") for n in range(3)))
-        return Answer(text=" ".join(one.output for one in results))
+        return Text(text=" ".join(one.output for one in results))
 
     result = await StromaRunner.quick(store=store, run_id="r").run(f, Num())
-    assert result.final_state == Answer(text="done done done"), result.failure
+    assert result.final_state == Text(text="done done done"), result.failure
     assert len(store.attempts("r")) == 31
 
 
@@ -194,17 +190,17 @@ async def test_a_streamed_answer_is_one_step() -> None:
     durable = StromaDurability(event_stream_handler=handle)
     agent = Agent(FunctionModel(stream_function=respond), name="a", capabilities=[durable])
 
-    @stroma_flow("f", input=Num, output=Answer)
-    async def f(flow: Flow, state: Num) -> Answer:
+    @stroma_flow("f", input=Num, output=Text)
+    async def f(flow: Flow, state: Num) -> Text:
         async with agent.run_stream("go") as streamed:
             parts = [part async for part in streamed.stream_text(delta=True)]
-        return Answer(text="".join(parts))
+        return Text(text="".join(parts))
 
     store = InMemoryStore()
     async with StromaRunner.quick(store=store, run_id="r").stream(f, Num()) as stream:
         emitted = [event.data async for event in stream if event.kind == "node_event"]
     result = stream.result
-    assert result.final_state == Answer(text="hello world"), result.failure
+    assert result.final_state == Text(text="hello world"), result.failure
     assert emitted == ["hello ", "world"]
     assert [one.tokens > 0 for one in store.attempts("r") if one.node_id == "a.model"] == [True]
     assert {"part_start", "part_delta"} <= set(seen)
@@ -260,13 +256,13 @@ async def test_toolsets_that_are_made_for_a_run_are_steps_too() -> None:
         calls.append("pure")
         return "pure"
 
-    @stroma_flow("f", input=Num, output=Answer)
-    async def f(flow: Flow, state: Num) -> Answer:
-        return Answer(text=(await agent.run("go")).output)
+    @stroma_flow("f", input=Num, output=Text)
+    async def f(flow: Flow, state: Num) -> Text:
+        return Text(text=(await agent.run("go")).output)
 
     store = InMemoryStore()
     result = await StromaRunner.quick(store=store, run_id="r").run(f, Num())
-    assert result.final_state == Answer(text="done"), result.failure
+    assert result.final_state == Text(text="done"), result.failure
     assert sorted(calls) == ["found", "pure"]
     steps = {one.node_id for one in store.attempts("r")}
     assert {"a.dynamic.tools", "a.found", "a.model"} <= steps
@@ -283,9 +279,9 @@ async def test_a_failed_request_is_retried_as_a_step_is() -> None:
 
     agent = Agent(FunctionModel(respond), name="a", capabilities=[StromaDurability()])
 
-    @stroma_flow("f", input=Num, output=Answer)
-    async def f(flow: Flow, state: Num) -> Answer:
-        return Answer(text=(await agent.run("go")).output)
+    @stroma_flow("f", input=Num, output=Text)
+    async def f(flow: Flow, state: Num) -> Text:
+        return Text(text=(await agent.run("go")).output)
 
     at_once = {"RECOVERABLE": FailurePolicy(max_retries=2, backoff_seconds=0)}
     result = await StromaRunner.quick(policy_map=at_once).run(f, Num())
