@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterator, Sequence
-from typing import Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel
 
-from stroma.contracts.checks.compatibility import Fitter, fit_classes
-from stroma.contracts.checks.effects import find_effects
-from stroma.contracts.checks.finding import CheckFailed, Finding
-from stroma.contracts.checks.flow import (
-    Collision,
-    Crossing,
-    FlowState,
-    Giver,
-    Unreadable,
-    flow_of,
-    holds_no_fields,
-    items_of,
-    record_of_class,
-)
-from stroma.contracts.checks.pairs import Fit, Reason, undecided
-from stroma.contracts.checks.scalars import Kind, Verdict, in_words
+from stroma.contracts.checks.compatibility import Fitter, fit_classes, undecided
+from stroma.contracts.checks.finding import CheckFailed, Finding, Giver
+from stroma.contracts.checks.flow import Crossing, FlowState, flow_of, items_of
+from stroma.contracts.checks.records import record_of_class
+from stroma.contracts.checks.types import LEAVES, LISTS, Fit, Kind, Reason, Verdict, in_words
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import Group, Node
 
 __all__ = ["check_nodes", "raise_errors"]
 
-#: The verdicts on pairs of classes, which pipelines repeat.
+#: The fits of pairs of classes, which pipelines repeat.
 Known = dict[tuple[type[BaseModel], type[BaseModel], bool], Fit]
+
+_FIXES: Final = {
+    "type": "give both the same type, or convert it in {source}",
+    "conversion": "declare it as {given} in the input of {target}, or convert it in {source}",
+    "constraint": "promise the same in the output of {source}, or take more in the input of {target}",
+    "choices": "promise fewer values in the output of {source}, or take all of them in the input of {target}",
+    "optional": "take None in the input of {target}, or promise a value in the output of {source}",
+    "union": "take all of its types in the input of {target}, or promise fewer in the output of {source}",
+    "unknown": "declare what it holds in the output of {source}",
+    "items": "let the input of {target} have one required field, or let it be a RootModel",
+}
 
 
 def check_nodes(
@@ -47,16 +47,14 @@ def check_nodes(
     """
     if initial is not None and not (isinstance(initial, type) and issubclass(initial, BaseModel)):
         raise TypeError(
-            f"input_schema must be a pydantic model class, got {in_words(initial)}; pass the class of the initial state"
+            f"input_schema must be a pydantic model class, got {in_words(initial)}; "
+            "pass the class of the initial state"
         )
     findings: list[Finding] = []
     known: Known = {}
-    for one in flow_of(nodes, registry, initial):
-        if isinstance(one, Crossing):
-            findings += _of_crossing(one, known)
-        else:
-            findings.append(_of_collision(one) if isinstance(one, Collision) else _of_unreadable(one))
-    findings += find_effects(nodes, registry, retried)
+    for step in flow_of(nodes, registry, initial):
+        findings += [step] if isinstance(step, Finding) else _of_crossing(step, known)
+    findings += _of_effects(nodes, registry, retried)
     return list(dict.fromkeys(findings))
 
 
@@ -73,23 +71,8 @@ def raise_errors(nodes: Sequence[Node | Group], registry: ContractRegistry) -> N
 def _of_crossing(crossing: Crossing, known: Known) -> Iterator[Finding]:
     state, node = crossing.state, crossing.node
     if isinstance(node, Group):
-        if node.is_map and not node.has_external_items and state.model is not None:
-            yield from _of_list(crossing, node, state.model)
-        elif node.is_map and state.item is not None and holds_no_fields(state.item):
-            by, to, item = state.giver, crossing.to, str(state.item)
-            yield Finding(
-                "error",
-                "items",
-                by.node_id,
-                to.node_id,
-                by.at,
-                to.at,
-                f"{state.list_at}[].{node.items_field}",
-                item,
-                "list",
-                f"{to.node_id!r} goes over {node.items_field} of each item of {state.list_at}, and those are {item}",
-                f"let the items be models with a list {node.items_field!r}",
-            )
+        if node.is_map and not node.has_external_items:
+            yield from _of_items(crossing, node)
         return
     if crossing.contract is None or (state.model is None and state.item is None):
         return
@@ -98,12 +81,14 @@ def _of_crossing(crossing: Crossing, known: Known) -> Iterator[Finding]:
         fit = _fit(state, wanted, known)
     except Exception as error:  # Classes of the user's take part, in comparisons and the like.
         item = "" if state.model is None else state.model.__name__
-        fit = undecided((), item, wanted.__name__, f"comparing them raised {type(error).__name__}")
-    reasons = [r for r in fit.reasons if not (state.loose and _is_guess(r))]
+        fit = undecided(f"comparing them raised {type(error).__name__}", item, wanted.__name__)
+    reasons = [reason for reason in fit if not (state.loose and _is_guess(reason))]
     for reason in reasons:
         if reason.kind != "undecidable":
             yield _of_reason(crossing, wanted, reason)
-    yield from _undecided(crossing, [reason for reason in reasons if reason.kind == "undecidable"])
+    open_reasons = [reason for reason in reasons if reason.kind == "undecidable"]
+    if open_reasons:
+        yield _of_undecided(crossing, open_reasons)
 
 
 def _fit(state: FlowState, wanted: type[BaseModel], known: Known) -> Fit:
@@ -125,200 +110,171 @@ def _giver_of(state: FlowState, path: tuple[str, ...]) -> Giver:
     return state.origins.get(path[0], state.giver) if path else state.giver
 
 
+def _shown(path: tuple[str, ...], state: FlowState) -> str:
+    parts = (state.list_at, "[]", *path) if state.list_at else path
+    return "".join(part if part.startswith("[") else f".{part}" for part in parts).removeprefix(".")
+
+
 def _of_reason(crossing: Crossing, wanted: type[BaseModel], reason: Reason) -> Finding:
     state, to = crossing.state, crossing.to
-    # What nobody gives is missing in what was made last.
-    absent = reason.kind == "missing" and not reason.source and len(reason.path) == 1
-    by = state.giver if absent else _giver_of(state, reason.path)
-    path = _shown(reason.path, state)
-    message, fix = _message_and_fix(crossing, wanted, reason, by, path)
-    severity: Literal["error", "warning"] = "error" if reason.verdict is Verdict.NEVER else "warning"
-    return Finding(
-        severity,
-        reason.kind,
-        by.node_id,
-        to.node_id,
-        by.at,
-        to.at,
-        path,
-        reason.source,
-        reason.target,
-        message,
-        fix,
+    # A field that no node returns is missing in the latest output.
+    is_absent = reason.kind == "missing" and not reason.source and len(reason.path) == 1
+    by = state.giver if is_absent else _giver_of(state, reason.path)
+    source, target, path = repr(by.node_id), repr(to.node_id), _shown(reason.path, state)
+    if reason.kind == "missing":
+        message = f"{target} needs {path} ({reason.target}), and {reason.what}"
+        fix = f"add it to the output of {source}, or give it a default in {wanted.__name__}"
+        if is_absent:
+            message, fix = _of_absent(state, wanted, reason.path[-1], message, fix)
+    elif reason.kind == "extra":
+        message = f"{source} gives {path or 'its output'} ({reason.source}): {reason.what}"
+        fix = (
+            f"remove it from the output of {source}, add it to {wanted.__name__}, "
+            "or let that ignore extra fields"
+        )
+    else:
+        given, taken = reason.source, reason.target
+        message = f"{source} gives {path or 'its output'} as {given}, {target} takes {taken}: {reason.what}"
+        fix = _FIXES[reason.kind].format(source=source, target=target, given=given)
+    return Finding.between(
+        by,
+        to,
+        severity="error" if reason.verdict is Verdict.NEVER else "warning",
+        kind=reason.kind,
+        path=path,
+        types=(reason.source, reason.target),
+        message=message,
+        fix=fix,
     )
 
 
-def _shown(path: tuple[str, ...], state: FlowState) -> str:
-    parts = (state.list_at, "[]", *path) if state.list_at else path
-    text = ""
-    for part in parts:
-        text += part if part.startswith("[") or not text else f".{part}"
-    return text
-
-
-def _message_and_fix(
-    crossing: Crossing, wanted: type[BaseModel], reason: Reason, by: Giver, path: str
+def _of_absent(
+    state: FlowState, wanted: type[BaseModel], name: str, message: str, fix: str
 ) -> tuple[str, str]:
-    """Return the message of a mismatch and its fix."""
-    source, target = repr(by.node_id), repr(crossing.to.node_id)
-    what = path or "its output"
-    pair = f"{source} gives {what} as {reason.source}, {target} takes {reason.target}: {reason.what}"
-    if reason.kind == "missing":
-        return _missing(crossing, wanted, reason, by, path)
-    if reason.kind == "extra":
-        return (
-            f"{source} gives {what or 'more'} ({reason.source}): {reason.what}",
-            f"take it out of the output of {source}, add it to {wanted.__name__}, or let that ignore what it does not know",
-        )
-    return pair, {
-        "type": f"give both the same type, or convert it in {source}",
-        "conversion": f"declare it as {reason.source} in the input of {target}, or convert it in {source}",
-        "constraint": f"promise the same in the output of {source}, or take more in the input of {target}",
-        "choices": f"promise fewer values in the output of {source}, or take all of them in the input of {target}",
-        "optional": f"take None in the input of {target}, or promise a value in the output of {source}",
-        "union": f"take all of its types in the input of {target}, or promise fewer in the output of {source}",
-        "unknown": f"declare what it holds in the output of {source}",
-        "items": f"let the input of {target} have one required field, or let it be a RootModel",
-    }[reason.kind]
-
-
-def _missing(
-    crossing: Crossing, wanted: type[BaseModel], reason: Reason, by: Giver, path: str
-) -> tuple[str, str]:
-    state, target = crossing.state, repr(crossing.to.node_id)
-    giver, name = repr(by.node_id), reason.path[-1]
-    holder = state.model.__name__ if state.model is not None else "its output"
-    message = f"{target} needs {path} ({reason.target}), and {reason.what}"
-    fix = f"add it to the output of {giver}, or give it a default in {wanted.__name__}"
-    if len(reason.path) > 1 or reason.source:
-        return message, fix
+    """Return message and fix for a missing field: who dropped it, or which one is almost called so."""
+    giver = repr(state.giver.node_id)
     for earlier, model in state.earlier:
         if name in record_of_class(model).fields:
-            message += f"; {earlier.node_id!r} gave it, and {giver} does not hand it on"
+            holder = state.model.__name__ if state.model is not None else "its output"
             return (
-                message,
+                f"{message}; {earlier.node_id!r} gave it, and {giver} does not hand it on",
                 f"add {name!r} to {holder}, the output of {giver}, or give it a default in {wanted.__name__}",
             )
     if state.model is not None and not state.apart:
         near = difflib.get_close_matches(name, record_of_class(state.model).fields, 1, 0.7)
         if near:
-            fix = f"did you mean its {near[0]!r}? Call both the same, or give the one the other's name as an alias"
+            fix = f"did you mean its {near[0]!r}? Use one name for both, or one as an alias of the other"
     return message, fix
 
 
-def _undecided(crossing: Crossing, reasons: list[Reason]) -> Iterator[Finding]:
-    """Yield one finding for all that cannot be decided: it names what to review, and hides no other finding."""
-    if not reasons:
-        return
+def _of_undecided(crossing: Crossing, reasons: list[Reason]) -> Finding:
+    """Return one finding for all that cannot be decided: it names what to review, and hides no other finding."""
     state, to = crossing.state, crossing.to
     by = _giver_of(state, reasons[0].path) if len(reasons) == 1 else state.giver
-    paths = list(dict.fromkeys(_shown(reason.path, state) for reason in reasons))
+    paths = dict.fromkeys(_shown(reason.path, state) for reason in reasons)
     whys = dict.fromkeys(f"{_shown(r.path, state)}: {r.what}" if r.path else r.what for r in reasons)
-    yield Finding(
-        "warning",
-        "undecidable",
-        by.node_id,
-        to.node_id,
-        by.at,
-        to.at,
-        ", ".join(filter(None, paths)),
-        ", ".join(dict.fromkeys(r.source for r in reasons)),
-        ", ".join(dict.fromkeys(r.target for r in reasons)),
-        f"it is not known before the run whether {to.node_id!r} accepts the output of {by.node_id!r}: {'; '.join(whys)}",
-        "see to it with a test that hands on real outputs",
+    types = [
+        ", ".join(dict.fromkeys(words))
+        for words in zip(*((r.source, r.target) for r in reasons), strict=True)
+    ]
+    return Finding.between(
+        by,
+        to,
+        kind="undecidable",
+        path=", ".join(filter(None, paths)),
+        types=(types[0], types[1]),
+        message=f"it is not known before the run whether {to.node_id!r} accepts the output of {by.node_id!r}: "
+        + "; ".join(whys),
+        fix="add a test that passes real outputs on",
     )
 
 
 # ---------------------------------------------------------------------- groups
 
 
-def _of_list(crossing: Crossing, node: Group, model: type[BaseModel]) -> Iterator[Finding]:
-    """Yield the finding for a field of ``map_over`` that is no list."""
-    state, to = crossing.state, crossing.to
-    by = state.origins.get(node.items_field, state.giver)
-    record = record_of_class(model)
-    side = record.fields.get(node.items_field)
-    target = repr(to.node_id)
+def _of_items(crossing: Crossing, node: Group) -> Iterator[Finding]:
+    """Yield the findings about a field of ``map_over`` that is not a list."""
+    state, to, name = crossing.state, crossing.to, node.items_field
+    by = state.origins.get(name, state.giver)
+    source, target = repr(by.node_id), repr(to.node_id)
 
     def finding(
-        severity: Literal["error", "warning"], kind: Kind, type_name: str, what: str, fix: str
+        kind: Kind,
+        given: str,
+        what: str,
+        fix: str,
+        severity: Literal["error", "warning"] = "warning",
+        **at: Any,
     ) -> Finding:
-        return Finding(
-            severity,
-            kind,
-            by.node_id,
-            to.node_id,
-            by.at,
-            to.at,
-            node.items_field,
-            type_name,
-            "list",
-            f"{target} goes over {node.items_field}, and {what}",
-            fix,
-        )
+        message = f"{target} goes over {name}, and {what}"
+        fields: dict[str, Any] = {"path": name, "types": (given, "list"), "message": message} | at
+        return Finding.between(by, to, severity=severity, kind=kind, fix=fix, **fields)
 
+    if state.model is None:
+        if state.item is not None and state.item.unwrapped().kind in LEAVES | LISTS:
+            item, by = str(state.item), state.giver
+            message = f"{target} goes over {name} of each item of {state.list_at}, and those are {item}"
+            fix = f"let the items be models with a list {name!r}"
+            yield finding("items", item, "", fix, "error", path=f"{state.list_at}[].{name}", message=message)
+        return
+    record = record_of_class(state.model)
+    side = record.fields.get(name)
     if side is None and not record.is_open:
-        fix = f"add a list {node.items_field!r} to the output of {by.node_id!r}, or name another field"
-        yield finding("error", "missing", "", f"{model.__name__} has no such field", fix)
+        fix = f"add a list {name!r} to the output of {source}, or name another field"
+        yield finding("missing", "", f"{state.model.__name__} has no such field", fix, "error")
         return
     if side is None:
         if not state.loose:
-            fix = f"declare a list {node.items_field!r} in the output of {by.node_id!r}"
-            what = f"it may be among what {model.__name__} holds beside its fields, or may not"
-            yield finding("warning", "missing", "", what, fix)
-        if record.others is None:
-            return
+            what = f"{state.model.__name__} may have it among its further fields, or may not"
+            yield finding("missing", "", what, f"declare a list {name!r} in the output of {source}")
         side = record.others
-    kind, type_name = side.resolved(), str(side)
-    while kind.kind == "default":
-        kind = kind.to(kind.node["schema"]).resolved()
-    if kind.kind == "nullable":
-        fix = f"promise a list in the output of {by.node_id!r}"
-        yield finding("warning", "optional", type_name, "it may be None", fix)
-        kind = kind.to(kind.node["schema"]).resolved()
-    if kind.kind == "any":
-        if not state.loose:
-            fix = f"declare it as a list in the output of {by.node_id!r}"
-            yield finding("warning", "unknown", type_name, "nothing is known of what it holds", fix)
-    elif items_of(kind) is None:
-        plain = (
-            kind.kind not in ("union", "tagged-union", "chain", "lax-or-strict")
-            and "function" not in kind.kind
+        if side.kind == "any":
+            return
+    given, kind = str(side), side.unwrapped()
+    fix = f"declare it as a list in the output of {source}"
+    without_default = side.resolved()
+    while without_default.kind == "default":
+        without_default = without_default.part("schema").resolved()
+    if without_default.kind == "nullable":
+        yield finding("optional", given, "it may be None", f"promise a list in the output of {source}")
+    if kind.kind == "any" and not state.loose:
+        yield finding("unknown", given, "nothing is known of what it holds", fix)
+    elif kind.kind != "any" and items_of(kind) is None:
+        what = f"{source} gives it as {given}: only a list or a tuple will do"
+        is_several = (
+            kind.kind in ("union", "tagged-union", "chain", "lax-or-strict") or "function" in kind.kind
         )
-        fix = f"declare it as a list in the output of {by.node_id!r}"
-        what = f"{by.node_id!r} gives it as {type_name}: only a list or a tuple will do"
-        yield finding("error" if plain else "warning", "type" if plain else "union", type_name, what, fix)
+        yield finding("union", given, what, fix) if is_several else finding("type", given, what, fix, "error")
 
 
-def _of_unreadable(unreadable: Unreadable) -> Finding:
-    is_output = unreadable.source == unreadable.to
-    name = str(getattr(unreadable.model, "__name__", unreadable.model))
-    return Finding(
-        "warning",
-        "broken",
-        unreadable.source.node_id,
-        unreadable.to.node_id,
-        unreadable.source.at,
-        unreadable.to.at,
-        "",
-        name if is_output else "",
-        "" if is_output else name,
-        f"the {'output' if is_output else 'input'} of {unreadable.to.node_id!r} cannot be read: {unreadable.error}",
-        "correct its class; if that names classes which come later, call model_rebuild() once they are there",
-    )
+# ---------------------------------------------------------------------- effects
 
 
-def _of_collision(collision: Collision) -> Finding:
-    first, second = repr(collision.first.node_id), repr(collision.second.node_id)
-    return Finding(
-        "warning",
-        "collision",
-        collision.first.node_id,
-        collision.second.node_id,
-        collision.first.at,
-        collision.second.at,
-        collision.name,
-        *collision.types,
-        f"{first} and {second} both give {collision.name}; that of {second} wins, since it comes later",
-        f"take it out of the output of one of them, or call the two differently; if {second} is to win, leave it so",
-    )
+def _of_effects(
+    nodes: Sequence[Node | Group],
+    registry: ContractRegistry,
+    retried: Collection[str],
+    prefix: str = "",
+    group: str | None = None,
+) -> Iterator[Finding]:
+    """Yield the warnings about effects. ``retried``: ids with retries of their own; ``group``: one of them around."""
+    for index, node in enumerate(nodes):
+        at = f"{prefix}{index}"
+        if isinstance(node, Group):
+            inner = node.node_id if node.node_id in retried else group
+            yield from _of_effects(node.children, registry, retried, f"{at}.", inner)
+            continue
+        contract = registry.find(node.node_id) or node.contract
+        if contract is None or not contract.effect:
+            continue
+        here, name = Giver(node.node_id, at), repr(node.node_id)
+        if contract.reconcile is None:
+            message = (
+                f"effect {name} has no reconcile: a person decides about each call that may have happened"
+            )
+            fix = "pass reconcile=, a function of (state, idempotency_key) that looks the call up"
+            yield Finding.between(here, here, kind="effect", message=message, fix=fix)
+        if group is not None:
+            message = f"effect {name} is inside {group!r}, which is retried as a whole"
+            fix = f"retry its children instead of {group!r}, or move the effect after it"
+            yield Finding.between(here, here, kind="effect", message=message, fix=fix)

@@ -1,311 +1,633 @@
 """Decide if every value of one class crosses the boundary to another, as :meth:`Schema.convert` does.
 
-Both sides are pydantic's core schemas. What is read off them is which values the source can hold *after*
-validation, and which the target's validator takes. Nothing of the user's is called. There is a reason for
-each place that may refuse; where functions decide, the reason names them.
+Both sides are pydantic's core schemas. The source tells which values it holds *after* validation, the target
+which ones its validator accepts. No user code is called. There is a reason for each place that may refuse;
+where functions decide, the reason names them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Final
+import datetime as dt
+import decimal
+import enum
+import inspect
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Final, cast
 
 from pydantic import BaseModel
+from pydantic_core import SchemaValidator, ValidationError
 
-from stroma.contracts.checks.pairs import (
-    EMPTY,
-    FITS,
-    LISTS,
-    UNKNOWN,
-    Fit,
-    Reason,
-    Side,
-    undecided,
-    verdict_on,
-)
+from stroma.contracts.checks.leaves import choices_of, fit_leaf, fit_lengths, is_odd_enum
 from stroma.contracts.checks.records import (
     Record,
-    by_name,
-    first_word,
-    is_record,
+    Wanted,
+    first_validator,
+    function_name,
+    look_up,
     loses_fields,
     record_of,
     wanted_of,
 )
-from stroma.contracts.checks.scalars import (
+from stroma.contracts.checks.sources import alternatives_of, is_alike, is_harmless, tags_of
+from stroma.contracts.checks.types import (
+    FITS,
     LEAVES,
-    Mismatch,
+    LISTS,
+    SETS,
+    Fit,
+    Side,
     Verdict,
-    choices_of,
-    fit_leaf,
-    holds_other,
-    is_flag,
+    at_most_maybe,
+    in_words,
+    maybe,
+    never,
+    under,
+    verdict_of,
 )
-from stroma.contracts.checks.sources import alternatives_of, is_alike
-from stroma.contracts.checks.targets import Taking
+from stroma.contracts.core_schema import calls_user_code, decodes_text, nodes_of, reachable
 from stroma.contracts.schema import schema_of
 
-__all__ = ["Fitter", "fit_classes"]
+__all__ = ["Fitter", "fit_classes", "undecided"]
+
+#: After so many repeated reasons, each further place of a known pair of types has only one of them.
+_MAX_REPEATED: Final = 100
+_RECORDS: Final = frozenset({"model", "dataclass", "typed-dict"})
+_CONTAINERS: Final = LISTS | {"dict"}
+_TEXTS: Final = (str, bytes, bytearray, enum.Enum)
+_CLASSES: Final[dict[str, type]] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "bytes": bytes,
+    "complex": complex,
+    "list": list,
+    "set": set,
+    "frozenset": frozenset,
+    "tuple": tuple,
+    "dict": dict,
+    "none": type(None),
+    "decimal": decimal.Decimal,
+    "date": dt.date,
+    "datetime": dt.datetime,
+    "time": dt.time,
+    "timedelta": dt.timedelta,
+    "uuid": uuid.UUID,
+}
 
 
 def fit_classes(source: type[BaseModel], target: type[BaseModel], *, apart: bool = False) -> Fit:
-    """Return the verdict on models of one class as input of another. ``apart``: models inside arrive as dicts."""
-    noted = source is target and not apart and schema_of(source).traits.tracks_instances
-    if noted and not loses_fields(Side.of_model(source)):
-        return FITS  # The engine notes what such a class has validated, which crosses to itself unchanged.
+    """Return the fit of models of one class as input of another. ``apart``: models inside arrive as dicts."""
+    is_tracked = source is target and not apart and schema_of(source).traits.tracks_instances
+    if is_tracked and not loses_fields(Side.of_model(source)):
+        return FITS  # The engine passes such an instance to its own class unchanged.
     return Fitter(source, target, apart=apart).fit()
 
 
-_MAX_REPEATED: Final = 100
+def undecided(what: str, source: Side | str, target: Side | str) -> Fit:
+    """Return the fit of types of which it is not known if a value fits."""
+    return maybe("undecidable", what, source, target)
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """The verdict on two types, and where it was made. They are held, so that no others can have their ids."""
-
-    fit: Fit
-    path: tuple[str, ...]
-    source: Side
-    target: Side
+_UNKNOWN_BEFORE: Final = "it is not known before the run"
 
 
-class Fitter(Taking):
+class Fitter:
     """One pair of classes."""
 
     def __init__(
         self, source: type[BaseModel] | None, target: type[BaseModel], *, apart: bool = False
     ) -> None:
-        self.target_class = target
+        self.source_class, self.target_class = source, target
         self.target_schema = schema_of(target)
         self.target = Side.of(target)
         self.apart = apart
-        self.source_class = source
-        self.source = Side(UNKNOWN, EMPTY, {}) if source is None else Side.of(source)
-        #: Classes that cross as instances, in the field that is looked at.
+        #: Classes that cross as instances, in the field that is compared; ``_as_is``: all do.
         self._accepted: frozenset[type] = frozenset()
-        decoded_by_source = frozenset[str]() if source is None else schema_of(source).traits.decoded_fields
+        self._as_is = False
         wanted = self.target_schema.traits.decoded_fields
         #: Text that the source has decoded is not decoded again.
-        self._decoded = bool(wanted) and wanted <= decoded_by_source
+        self._decoded = (
+            bool(wanted) and source is not None and wanted <= schema_of(source).traits.decoded_fields
+        )
         self._open: set[tuple[int, int]] = set()
-        #: What was found of types that hold others, in the order in which that was done.
-        self._known: dict[Any, _Known] = {}
+        #: Fits of types that hold others, with the types, so that no others can have their ids.
+        self._known: dict[Any, tuple[Fit, Side, Side]] = {}
         self._repeated = 0
 
     def fit(self) -> Fit:
-        """Return the verdict on the two classes."""
+        """Return the fit of the two classes."""
         assert self.source_class is not None
-        own = getattr(BaseModel.model_validate, "__func__", None)
-        if getattr(self.target_class.model_validate, "__func__", None) is not own:
-            return undecided(
-                (), self.source, self.target, f"{self.target_class.__name__}.model_validate decides"
-            )
-        if not schema_of(
-            self.source_class
-        ).traits.computed_fields:  # Inside of itself it has nothing to add then.
-            own, its = Side.of_model(self.source_class), Side.of_model(self.target_class)
-            self._open.add((id(own.node), id(its.node)))
-        # What wraps the class are validators that have had their say.
+        if self.target_schema.traits.overrides_validation:
+            what = f"{self.target_class.__name__}.model_validate decides"
+            return undecided(what, self.source_class.__name__, self.target)
+        source, target = Side.of_model(self.source_class), Side.of_model(self.target_class)
+        if not schema_of(self.source_class).traits.computed_fields:  # Inside itself it has none.
+            self._open.add((id(source.node), id(target.node)))
         if schema_of(self.source_class).is_root:
             self._accepted = self._accepts("root")
-            return self.match(Side.of_root(self.source_class), self.target, ())
-        return self._whole(record_of(Side.of_model(self.source_class)))
-
-    def _accepts(self, name: str) -> frozenset[type]:
-        return frozenset() if self.apart else self.target_schema.traits.field_classes.get(name, frozenset())
+            return self.match(source.root(), self.target)
+        return self._whole(record_of(source))
 
     def fit_item(self, item: Side, *, bare: bool = False) -> Fit:
-        """Return the verdict on the items of a list, each of which ``map_over`` passes to the target as its input.
+        """Return the fit of the items of a list, each of which ``map_over`` passes to the target as its input.
 
-        ``bare``: through a group, whose nodes are given an item that is no record as it is.
+        ``bare``: through a group, whose nodes get an item that is no record as it is.
         """
         item = item.resolved()
         alternatives = alternatives_of(item, self._stays_instance)
         if alternatives is not None:
-            return self._each(
-                item, alternatives, self.target, (), lambda one, *_: self.fit_item(one, bare=bare)
-            )
-        if item.kind == "any":
-            return self.match(item, self.target, ())
-        if is_record(item) or item.kind == "dict":
+            return self._each(item, alternatives, self.target, lambda one, _: self.fit_item(one, bare=bare))
+        if item.is_record or item.kind == "dict":
             return self._whole(replace(record_of(item), computed={}))
-        if self.target_schema.is_root:
-            return self.match(item, self.target, ())
+        if item.kind == "any" or self.target_schema.is_root:
+            return self.match(item, self.target)
         required = [n for n, info in self.target_class.model_fields.items() if info.is_required()]
         if len(required) == 1 and not bare:
             return self._whole(Record(str(item), {required[0]: item}))
-        if bare:
-            what = f"an item that is no record reaches the nodes of a group as it is, and {self.target_class.__name__} is no RootModel"
-            return verdict_on(Mismatch(Verdict.NEVER, "items", what), item, self.target, ())
-        what = (
-            f"an item that is no record becomes the value of the only required field, and {self.target_class.__name__} "
-            f"has {len(required) or 'none'}{' of them' if required else ''}"
-        )
-        return verdict_on(Mismatch(Verdict.NEVER, "items", what), item, self.target, ())
+        name = self.target_class.__name__
+        what = f"a group passes an item without fields on as it is, and {name} is not a RootModel"
+        if not bare:
+            what = (
+                "an item without fields becomes the value of the only required field, and "
+                f"{name} has {len(required)} required fields"
+            )
+        return never("items", what, item, self.target)
+
+    def _accepts(self, name: str) -> frozenset[type]:
+        return frozenset() if self.apart else self.target_schema.traits.field_classes.get(name, frozenset())
 
     def _whole(self, record: Record) -> Fit:
-        """Return the verdict on the fields of a record as the input of the target itself."""
+        """Return the fit of the fields of a record as the input of the target itself."""
         wanted = set(self.target_schema.field_names)
         more = {k: v for k, v in record.computed.items() if k in wanted and k not in record.fields}
         return self._through(replace(record, fields={**record.fields, **more}), self.target)
 
     def _through(self, record: Record, target: Side) -> Fit:
+        """Return the fit of the outermost record, through the validators around the target."""
         target = target.resolved()
-        kind = target.kind
-        if kind.startswith("function-"):
-            return self._past_function(target, (), record.name, lambda inner: self._through(record, inner))
-        if kind != "model":
-            return self._record_to(record, target, ())
-        if target.node.get("custom_init"):
-            return undecided((), record.name, target, f"{target}.__init__ decides")
-        first = first_word(target)
-        if first:
-            return undecided((), record.name, target, f"the validator {first} decides")
+        if target.kind.startswith("function-"):
+            return self._past_function(target, record.name, lambda inner: self._through(record, inner))
+        if target.kind != "model":
+            return self._record_to(record, target)
+        deciding = _deciding_code(target)
+        if deciding:
+            return undecided(f"{deciding} decides", record.name, target)
         if target.node.get("root_model"):
-            config = target.node.get("config") or EMPTY
-            return self._through(record, replace(target.to(target.node["schema"]), config=config))
+            return self._through(record, target.root())
         wanted = wanted_of(target)
         if self.source_class is self.target_class:
-            wanted = by_name(wanted)
-        return self._fields(record, wanted, (), outermost=True)
+            wanted = wanted.by_name()
+        return self._fields(record, wanted, outermost=True)
 
     # ------------------------------------------------------------------ any two types
 
-    def match(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
-        """Return the verdict on the values of one type as values of another."""
+    def match(self, source: Side, target: Side) -> Fit:
+        """Return the fit of the values of one type as values of another."""
         source, target = source.resolved(), target.resolved()
         key = id(source.node), id(target.node)
         if key in self._open:  # A type inside itself: it fits if all the rest of it does.
             return FITS
         if source.kind in LEAVES or target.kind in LEAVES:
-            return self._match(source, target, path)
+            return self._match(source, target)
         full = (*key, id(source.config), id(target.config), self._accepted, self._as_is)
         if full in self._known:
-            return self._again(self._known[full], path)
+            fit = self._known[full][0]
+            self._repeated += len(fit)
+            return fit if self._repeated <= _MAX_REPEATED else fit[:1]
         before = len(self._known)
         self._open.add(key)
         try:
-            fit = self._match(source, target, path)
+            fit = self._match(source, target)
         finally:
             self._open.discard(key)
-        if fit.verdict is not Verdict.ALWAYS:
-            # What fits inside of it may do so only if all of it did.
+        if fit:  # What fits inside of it may do so only if all of it did.
             for other in list(self._known)[before:]:
-                if self._known[other].fit.verdict is Verdict.ALWAYS:
+                if not self._known[other][0]:
                     del self._known[other]
-        self._known[full] = _Known(fit, path, source, target)
+        self._known[full] = fit, source, target
         return fit
 
-    def _again(self, known: _Known, path: tuple[str, ...]) -> Fit:
-        """Return an earlier verdict on two types for another place; after enough places, only its first mismatch."""
-        reasons = known.fit.reasons
-        self._repeated += len(reasons)
-        if self._repeated > _MAX_REPEATED:
-            reasons = reasons[:1]
-        start = len(known.path)
-        moved = tuple(replace(reason, path=(*path, *reason.path[start:])) for reason in reasons)
-        return Fit(known.fit.verdict, moved)
-
-    def _match(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
+    def _match(self, source: Side, target: Side) -> Fit:
         if target.kind == "any" or is_alike(source, target):
             return FITS
         alternatives = alternatives_of(source, self._stays_instance)
         if alternatives is not None:
-            return self._each(source, alternatives, target, path)
-        unwrapped = self._unwrap_target(source, target, path)
-        if unwrapped is not None:
-            return unwrapped
-        return self._match_plain(source, target, path)
+            return self._each(source, alternatives, target, self.match)
+        unwrapped = self._unwrap_target(source, target)
+        return self._match_plain(source, target) if unwrapped is None else unwrapped
 
-    def _match_plain(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
+    def _match_plain(self, source: Side, target: Side) -> Fit:
         kind, wanted = source.kind, target.kind
         if kind == "any":
-            what = "nothing is known of what it holds"
-            return Fit(
-                Verdict.MAYBE, (Reason(Verdict.MAYBE, "unknown", path, str(source), str(target), what),)
-            )
+            return maybe("unknown", "nothing is known of what it holds", source, target)
+        if is_odd_enum(source.node) or is_odd_enum(target.node):
+            if kind == wanted and source.node["cls"] is target.node["cls"]:
+                return FITS
+            return undecided("the code of an enum decides", source, target)
         values = choices_of(source.node)
         if values is not None:
-            return self._choices(source, values, target, path)
-        if is_flag(source.node):
-            if wanted == "enum" and source.node["cls"] is target.node["cls"]:
-                return FITS
-            return undecided(path, source, target, "combinations of its members have values of their own")
-        if holds_other(target.node):
-            mismatch = Mismatch(Verdict.MAYBE, "choices", "only the values of its members are taken")
-            return verdict_on(mismatch, source, target, path)
+            return self._try_choices(source, values, target)
         if kind in LEAVES and wanted in LEAVES:
-            return verdict_on(
-                fit_leaf(source.node, source.config, target.node, target.config), source, target, path
+            return fit_leaf(source, target)
+        if kind in _RECORDS:
+            return (
+                self._instance_to(source, target)
+                if self._stays_instance(source)
+                else self._record_to(record_of(source), target)
             )
-        if is_record(source) or kind == "model":
-            return self._record(source, target, path)
         if wanted == "is-instance":
-            return self._instance(source, target, path)
+            return self._to_class(source, target)
         if kind in LISTS and wanted in LISTS:
-            return self._items(source, target, path)
-        if kind == "dict":
-            if wanted == "dict":
-                return self._dict(source, target, path)
-            if is_record(target):
-                return self._record_to(record_of(source), target, path)
-        known = LEAVES | LISTS | {"dict", "model", "dataclass", "typed-dict"}
+            return self._items(source, target)
+        if kind == wanted == "dict":
+            return self._dict(source, target)
+        if kind == "dict" and target.is_record:
+            return self._record_to(record_of(source), target)
+        known = LEAVES | _CONTAINERS | _RECORDS
         if kind in known and wanted in known:
-            return verdict_on(
-                Mismatch(Verdict.NEVER, "type", "no value of the one is a value of the other"),
-                source,
-                target,
-                path,
-            )
-        if kind == "is-instance" and wanted == "str" and isinstance(source.node["cls"], type):
-            cls = source.node["cls"]
-            if not (
-                issubclass(str, cls)
-                or issubclass(cls, str | bytes | bytearray)
-                or hasattr(cls, "__members__")
-            ):
-                return verdict_on(
-                    Mismatch(Verdict.NEVER, "type", f"a {source} is no text"), source, target, path
-                )
-        return undecided(path, source, target, "it is not known before the run")
+            return never("type", "no value of the one is a value of the other", source, target)
+        cls = source.node["cls"] if kind == "is-instance" and wanted == "str" else None
+        if isinstance(cls, type) and not issubclass(str, cls) and not issubclass(cls, _TEXTS):
+            return never("type", f"a {source} is not text", source, target)
+        return undecided(_UNKNOWN_BEFORE, source, target)
 
-    # ------------------------------------------------------------------ what the source can hold
+    # ------------------------------------------------------------------ sources of several types
 
     def _each(
-        self,
-        source: Side,
-        alternatives: list[Side],
-        target: Side,
-        path: tuple[str, ...],
-        match: Callable[[Side, Side, tuple[str, ...]], Fit] | None = None,
+        self, source: Side, alternatives: list[Side], target: Side, match: Callable[[Side, Side], Fit]
     ) -> Fit:
-        match = match or self.match
         if len(alternatives) == 1:
-            return match(alternatives[0], target, path)
-        fits = [match(alternative, target, path) for alternative in alternatives]
-        verdicts = {fit.verdict for fit in fits}
-        if verdicts == {Verdict.ALWAYS}:
-            return FITS
-        if verdicts == {Verdict.NEVER}:
-            return verdict_on(
-                Mismatch(Verdict.NEVER, "type", "none of its types is taken"), source, target, path
-            )
-        reasons: list[Reason] = []
+            return match(alternatives[0], target)
+        fits = [match(alternative, target) for alternative in alternatives]
+        if {verdict_of(fit) for fit in fits} == {Verdict.NEVER}:
+            return never("type", "none of its types is accepted", source, target)
+        reasons = []
         for alternative, fit in zip(alternatives, fits, strict=True):
-            for reason in fit.reasons:
-                kind, what, source_type = reason.kind, reason.what, reason.source
-                if alternative.resolved().kind == "none":
-                    kind, what, source_type = "optional", "it may be None", str(source)
-                elif fit.verdict is Verdict.NEVER and reason.path == path:
-                    kind, source_type = "union", str(source)
-                    what = f"it may be {_article(alternative)}, which is not taken"
-                reasons.append(
-                    replace(reason, verdict=Verdict.MAYBE, kind=kind, what=what, source=source_type)
-                )
-        return Fit(Verdict.MAYBE, tuple(dict.fromkeys(reasons)))
+            text, is_none = str(alternative), choices_of(alternative.resolved().node) == [None]
+            for reason in at_most_maybe(fit):
+                if is_none:
+                    reason = replace(reason, kind="optional", what="it may be None", source=str(source))
+                elif verdict_of(fit) is Verdict.NEVER and not reason.path:
+                    article = "an" if text[:1].lower() in "aeiou" else "a"
+                    what = f"it may be {article} {text}, which is not accepted"
+                    reason = replace(reason, kind="union", what=what, source=str(source))
+                reasons.append(reason)
+        return tuple(dict.fromkeys(reasons))
+
+    def _try_choices(self, source: Side, values: list[Any], target: Side) -> Fit:
+        """Return the fit of a source of a few values, each of which is tried."""
+        nodes = list(nodes_of(target.node))
+        if any((calls_user_code(n) and not is_harmless(n)) or is_odd_enum(n) for n in nodes):
+            return undecided("a validator decides", source, target)
+        schema: Any = target.node
+        if any(node["type"] == "definition-ref" for node in nodes):
+            definitions = [n for n in target.defs.values() if n is not target.node]
+            schema = {"type": "definitions", "schema": target.node, "definitions": definitions}
+        try:
+            validator = SchemaValidator(schema, cast("Any", target.config))
+        except Exception:  # Half of a schema is not always one.
+            return undecided(_UNKNOWN_BEFORE, source, target)
+        refused = []
+        for value in values:
+            try:
+                validator.validate_python(value)
+            except Exception:
+                refused.append(value)
+        if not refused:
+            return FITS
+        if len(refused) == len(values):
+            what = "None is not accepted" if values == [None] else "none of its values is accepted"
+            return never("type", what, source, target)
+        return maybe("choices", f"of its values {_shown(refused)} is not accepted", source, target)
+
+    # ------------------------------------------------------------------ targets that wrap other types
+
+    def _unwrap_target(self, source: Side, target: Side) -> Fit | None:
+        """Return the fit for a target composed of other types; None for any other."""
+        node, kind = target.node, target.kind
+        if kind == "default" and node.get("on_error") == "default":
+            return FITS
+        if kind == "default":
+            return self.match(source, target.part("schema"))
+        if kind == "nullable":
+            values = choices_of(source.node)
+            if values is None or None not in values:
+                return self.match(source, target.part("schema"))
+            others = source.to({"type": "literal", "expected": [v for v in values if v is not None]})
+            return at_most_maybe(self.match(others, target.part("schema"))) if len(values) > 1 else FITS
+        if kind == "union":
+            return self._any_of(source, target)
+        if kind == "tagged-union":
+            return self._tagged(source, target)
+        if kind == "lax-or-strict":
+            return self.match(source, target.part("strict_schema" if target.is_strict else "lax_schema"))
+        if kind == "chain":
+            steps = [self.match(source, target.to(step)) for step in node["steps"]]
+            if verdict_of(steps[0]) is Verdict.NEVER:
+                return steps[0]
+            if all(step["type"] == "is-instance" for step in node["steps"][:-1]):
+                return _all_of(steps)
+            return undecided("it is validated in several steps", source, target)
+        if kind == "json":
+            return self._json(source, target)
+        if kind.startswith("function-"):
+            return self._past_function(target, source, lambda inner: self.match(source, inner))
+        if kind in ("model", "dataclass") and not self._is_instance(source, node["cls"]):
+            deciding = _deciding_code(target)
+            if deciding:
+                return undecided(f"{deciding} decides", source, target)
+            return self.match(source, target.root()) if node.get("root_model") else None
+        return None
+
+    def _json(self, source: Side, target: Side) -> Fit:
+        """Return the fit for a target that decodes JSON text."""
+        if self._decoded:
+            return self.match(source, target.part("schema"))
+        values = choices_of(source.node)
+        if values is not None:
+            return self._try_choices(source, values, target)
+        if source.kind in ("any", "str", "bytes"):
+            return maybe("conversion", "only text that is JSON is accepted", source, target)
+        if source.kind in LEAVES | _CONTAINERS | _RECORDS:
+            return never("type", "only JSON text is accepted", source, target)
+        return undecided(_UNKNOWN_BEFORE, source, target)
+
+    def _past_function(self, target: Side, source: Side | str, go_on: Callable[[Side], Fit]) -> Fit:
+        """Return the fit for a target with a validator function, which is not called."""
+        node, is_after = target.node, target.kind == "function-after"
+        name = function_name(node)
+        inner = target.part("schema").resolved()
+        if decodes_text(node):
+            fit = go_on(inner)
+            if self._decoded or verdict_of(fit) is Verdict.NEVER:
+                return fit
+            return maybe("conversion", "only text that is encoded so is accepted", source, target)
+        if is_after:
+            fit = go_on(inner)
+            is_sure = isinstance(node["function"].get("function"), type) or is_harmless(node)
+            if is_sure or verdict_of(fit) is Verdict.NEVER:
+                return fit
+            if calls_user_code(node):
+                return (*fit, *undecided(f"the validator {name} decides", source, target))
+            return (*fit, *maybe("conversion", f"not every {source} is a {target}", source, target))
+        if target.kind == "function-wrap" and not calls_user_code(node):
+            if inner.kind in LISTS:  # A Sequence: strict in its items alone.
+                return go_on(inner.to({**inner.node, "strict": False}))
+            if inner.kind in ("url", "multi-host-url"):
+                return go_on(inner)
+        return undecided(f"the validator {name} decides", source, target)
+
+    def _any_of(self, source: Side, target: Side) -> Fit:
+        fits = [self.match(source, choice) for choice in target.choices()]
+        if not all(fits):
+            return FITS
+        likely = [fit for fit in fits if verdict_of(fit) is Verdict.MAYBE]
+        if not likely:
+            return never("type", "none of the types accepts it", source, target)
+        if len(likely) == 1:
+            return likely[0]
+        is_undecided = any(reason.kind == "undecidable" for fit in likely for reason in fit)
+        what = "some of its values may be accepted by none of the types"
+        return maybe("undecidable" if is_undecided else "union", what, source, target)
+
+    def _tagged(self, source: Side, target: Side) -> Fit:
+        tags = tags_of(source, target.node["discriminator"]) if source.is_record else None
+        if tags is None:
+            fit = self._any_of(source, target)
+            if verdict_of(fit) is Verdict.NEVER:
+                return fit
+            return undecided("its tag is not known before the run", source, target)
+        # As pydantic itself chooses: a member of an enum may be its value, or may not.
+        choices = target.node["choices"]
+        choose = SchemaValidator({"type": "literal", "expected": list(choices)}).validate_python
+        fits: list[Fit] = []
+        strange: list[Any] = []
+        for tag in tags:
+            try:
+                fits.append(self.match(source, target.to(choices[choose(tag)])))
+            except ValidationError:
+                strange.append(tag)
+        if not strange:
+            return _all_of(fits) if len(set(fits)) == 1 else at_most_maybe(_all_of(fits))
+        what = f"its tag may be {_shown(strange)}, which none of the types has"
+        return (maybe if fits else never)("choices", what, source, target)
+
+    # ------------------------------------------------------------------ lists and dicts
+
+    def _items(self, source: Side, target: Side) -> Fit:
+        if target.is_strict and source.kind != target.kind:
+            return never("type", "strict mode converts nothing", source, target)
+        own, wanted = _span(source), _span(target)
+        merges = target.kind in SETS and source.kind not in SETS  # What is equal becomes one.
+        lengths = fit_lengths(own, wanted, source, target, shrinks=merges)
+        if verdict_of(lengths) is Verdict.NEVER or 0 in (own["max_length"], wanted["max_length"]):
+            return lengths
+        parts, wanted_parts = source.items(), target.items()
+        if target.kind in SETS and wanted_parts[0].resolved().kind in _CONTAINERS | _RECORDS:
+            return undecided("only what can be hashed is accepted", source, target)
+        with self._instances_if(source.kind in SETS):
+            if source.kind == target.kind == "tuple" and len(parts) == len(wanted_parts) > 1:
+                pairs = enumerate(zip(parts, wanted_parts, strict=True))
+                fits = [under(self.match(a, b), f"[{i}]") for i, (a, b) in pairs]
+            else:
+                fits = [under(self.match(a, b), "[]") for a in parts for b in wanted_parts]
+        return _all_of([lengths, *fits])
+
+    def _dict(self, source: Side, target: Side) -> Fit:
+        lengths = fit_lengths(source.node, target.node, source, target)
+        if 0 in (source.node.get("max_length"), target.node.get("max_length")):
+            return lengths
+        with self._instances_if(True):
+            keys = self.match(source.part("keys_schema"), target.part("keys_schema"))
+        values = self.match(source.part("values_schema"), target.part("values_schema"))
+        return _all_of([lengths, under(keys, "[key]"), under(values, "[]")])
+
+    @contextmanager
+    def _instances_if(self, condition: bool) -> Iterator[None]:
+        """Match records as instances if ``condition``: in a set or a key, a dict of their fields is not hashable."""
+        before = self._as_is
+        self._as_is = before or condition
+        try:
+            yield
+        finally:
+            self._as_is = before
+
+    # ------------------------------------------------------------------ instances
+
+    def _stays_instance(self, source: Side) -> bool:
+        """Return True if an instance crosses as the instance that it is."""
+        cls: Any = source.node.get("cls")
+        return source.kind in ("model", "dataclass") and (
+            self._as_is or not self._accepted.isdisjoint(cls.__mro__)
+        )
+
+    def _is_instance(self, source: Side, cls: type) -> bool:
+        return self._stays_instance(source) and issubclass(source.node["cls"], cls)
+
+    def _instance_to(self, source: Side, target: Side) -> Fit:
+        cls = source.node["cls"]
+        if target.kind in ("model", "dataclass", "is-instance") and issubclass(cls, target.node["cls"]):
+            is_renewed = target.own_config.get("revalidate_instances") == "always"
+            if is_renewed and cls is not target.node["cls"] and target.is_record:
+                return self._fields(record_of(source), wanted_of(target))
+            return self._copied(source)
+        is_read = target.kind == "model" and target.own_config.get("from_attributes")
+        # A model can be iterated over, which gives pairs of names and values: pydantic accepts those as a list.
+        is_listed = target.kind in LISTS and hasattr(cls, "__iter__") and not target.is_strict
+        known = LEAVES | _CONTAINERS | _RECORDS | {"is-instance"}
+        if is_read or is_listed or target.kind not in known:
+            return undecided(_UNKNOWN_BEFORE, source, target)
+        what = f"a {cls.__name__} comes as the instance that it is, and is not a {target}"
+        return never("type", what, source, target)
+
+    def _copied(self, source: Side) -> Fit:
+        """Return the fit of an instance that is copied on its way, by its fields if some are excluded."""
+        if self._as_is or not source.is_record or not loses_fields(source):
+            return FITS
+        before, self._accepted = self._accepted, self._accepted | reachable(source.node, source.defs)[1]
+        try:
+            return self._fields(record_of(source), wanted_of(source).by_name())
+        finally:
+            self._accepted = before
+
+    def _to_class(self, source: Side, target: Side) -> Fit:
+        """Return the fit for a target that accepts the instances of a class."""
+        wanted = getattr(target.node["cls"], "__origin__", target.node["cls"])  # typing.Sequence is no class.
+        own = source.node["cls"] if source.kind in ("is-instance", "enum") else _CLASSES.get(source.kind)
+        if not (isinstance(own, type) and isinstance(wanted, type)):
+            return undecided(_UNKNOWN_BEFORE, source, target)
+        try:
+            # An abstract class may promise more than its subclasses keep, such as hashing.
+            if wanted in own.__mro__ or (not inspect.isabstract(own) and issubclass(own, wanted)):
+                return FITS
+            is_related = source.kind == "is-instance" or issubclass(wanted, own)
+        except TypeError:  # A protocol that cannot be asked.
+            is_related = True
+        if is_related:
+            return undecided(_UNKNOWN_BEFORE, source, target)
+        return never("type", f"it is not a {target}", source, target)
+
+    # ------------------------------------------------------------------ records that arrive as dicts
+
+    def _record_to(self, record: Record, target: Side) -> Fit:
+        target = target.resolved()
+        kind, name = target.kind, record.name
+        if kind == "any":
+            return FITS
+        if kind in ("default", "nullable"):
+            return self._record_to(record, target.part("schema"))
+        if target.is_record:
+            deciding = _deciding_code(target)
+            if deciding:
+                return undecided(f"{deciding} decides", name, target)
+            if kind != "typed-dict" and (target.node.get("strict") or target.own_config.get("strict")):
+                what = "strict mode accepts only instances, and it comes as a dict of its fields"
+                # Some versions of pydantic accept a dict for a strict model.
+                return undecided(what, name, target) if kind == "model" else never("type", what, name, target)
+            return self._fields(record, wanted_of(target))
+        if kind == "dict":
+            return self._record_to_dict(record, target)
+        if kind in LEAVES | LISTS and not is_odd_enum(target.node):
+            return never("type", "it comes as a dict of its fields", name, target)
+        if kind == "union":
+            best = min((self._record_to(record, choice) for choice in target.choices()), key=verdict_of)
+            is_never = verdict_of(best) is Verdict.NEVER
+            return never("type", "none of the types accepts it", name, target) if is_never else best
+        return undecided(_UNKNOWN_BEFORE, name, target)
+
+    def _record_to_dict(self, record: Record, target: Side) -> Fit:
+        keys, values = target.part("keys_schema"), target.part("values_schema")
+        names = list(record.fields)
+        certain = [name for name in names if name not in record.optional]
+        fits: list[Fit] = []
+        for name, side in record.fields.items():
+            key = self.match(Side({"type": "literal", "expected": [name]}, {}, {}), keys)
+            fit = (*under(key, "[key]"), *under(self.match(side, values), name))
+            fits.append(fit if name in certain else at_most_maybe(fit))
+        most = None if record.is_open else len(names)
+        span = {"min_length": len(certain), "max_length": most}
+        fits.append(fit_lengths(span, target.node, record.name, target))
+        if record.is_open:
+            key = self.match(Side({"type": "str"}, {}, {}), keys)
+            fit = (*under(key, "[key]"), *under(self.match(record.others, values), "[]"))
+            fits.append(at_most_maybe(fit))
+        return _all_of(fits)
+
+    def _fields(self, record: Record, wanted: Wanted, *, outermost: bool = False) -> Fit:
+        fits: list[Fit] = []
+        used: set[str] = set()
+        for field in wanted.fields:
+            found = look_up(field, record, by_name=self.target_schema.traits.has_validation_aliases)
+            fit = FITS
+            if found is not None:
+                name, is_inside = found
+                used.add(name)
+                side = record.fields[name]
+                if outermost:
+                    self._accepted = self._accepts(name)
+                fit = undecided("its alias is a path into another field", side, field.side)
+                if not is_inside:
+                    fit = self.match(side, field.side)
+                if name in record.optional:
+                    fit = at_most_maybe(fit)
+                    if field.required:
+                        fit += maybe("missing", "it may be missing", side, field.side)
+            elif field.required and record.is_open:
+                what = f"{record.name} may have it among its further fields, or may not"
+                fit = maybe("missing", what, "", field.side)
+            elif field.required:
+                fit = never("missing", f"{record.name} has no such field", "", field.side)
+            elif record.is_open:
+                fit = at_most_maybe(self.match(record.others, field.side))
+            fits.append(under(fit, field.name))
+        fits.append(self._extras(record, wanted, used))
+        if wanted.code:
+            fits.append(undecided(f"{wanted.code} decides", record.name, wanted.name))
+        return _all_of(fits)
+
+    def _extras(self, record: Record, wanted: Wanted, used: set[str]) -> Fit:
+        """Return the fit of the fields that the target does not declare."""
+        more = [name for name in record.fields if name not in used]
+        if wanted.extra == "allow" and wanted.has_typed_extras and (more or record.is_open):
+            return undecided("the type of its further fields decides", record.name, wanted.name)
+        if wanted.extra != "forbid":
+            return FITS
+        what = f"{wanted.name} forbids fields that it does not declare"
+        fits: list[Fit] = []
+        for name in more:
+            build = maybe if name in record.optional else never
+            fits.append(under(build("extra", what, record.fields[name], ""), name))
+        if record.is_open:
+            fits.append(maybe("extra", f"{what}, and {record.name} may hold more", record.name, wanted.name))
+        return _all_of(fits)
 
 
-def _article(side: Side) -> str:
-    text = str(side)
-    return f"{'an' if text[:1].lower() in 'aeiou' else 'a'} {text}"
+def _all_of(fits: list[Fit]) -> Fit:
+    """Return the fit of parts that must all fit: every reason once."""
+    return tuple(dict.fromkeys(reason for fit in fits for reason in fit))
+
+
+def _deciding_code(target: Side) -> str:
+    """Return the name of user code that reads the input of a class before its fields, or ""."""
+    if target.node.get("custom_init"):
+        return f"{target}.__init__"
+    first = first_validator(target)
+    return f"the validator {first}" if first else ""
+
+
+def _shown(values: list[Any]) -> str:
+    return ", ".join(map(in_words, values[:3])) + (", ..." if len(values) > 3 else "")
+
+
+def _span(side: Side) -> dict[str, Any]:
+    """Return the least and the greatest number of items."""
+    node = side.node
+    if side.kind == "tuple" and node.get("variadic_item_index") is None:
+        count = len(node["items_schema"])
+        return {"min_length": count, "max_length": count}
+    least = max(node.get("min_length") or 0, len(node["items_schema"]) - 1 if side.kind == "tuple" else 0)
+    return {"min_length": least, "max_length": node.get("max_length")}

@@ -6,9 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from stroma.contracts.checks.scalars import Kind
+from stroma.contracts.checks.types import Kind
 
-__all__ = ["CheckFailed", "Finding"]
+__all__ = ["CheckFailed", "Finding", "Giver"]
+
+
+@dataclass(frozen=True, slots=True)
+class Giver:
+    """A node or group that returned something. ``at``: its position, and its place in groups: "2", "2.0"."""
+
+    node_id: str
+    at: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +46,24 @@ class Finding:
     target_type: str
     message: str
     fix: str
+
+    @classmethod
+    def between(
+        cls,
+        by: Giver,
+        to: Giver,
+        *,
+        severity: Literal["error", "warning"] = "warning",
+        kind: Kind,
+        path: str = "",
+        types: tuple[str, str] = ("", ""),
+        message: str,
+        fix: str,
+    ) -> Finding:
+        """Return the finding about what one node returns and another takes."""
+        return cls(
+            severity, kind, by.node_id, to.node_id, by.at, to.at, path, types[0], types[1], message, fix
+        )
 
     def __str__(self) -> str:
         where = f"{self.source!r} -> {self.target!r}" + (f", {self.path}" if self.path else "")

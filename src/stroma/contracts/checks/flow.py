@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from stroma.contracts.checks.pairs import LISTS, Side
-from stroma.contracts.checks.records import Record, record_of
-from stroma.contracts.checks.scalars import LEAVES
+from stroma.contracts.checks.finding import Finding, Giver
+from stroma.contracts.checks.records import Record, record_of_class
+from stroma.contracts.checks.types import Side
 from stroma.contracts.contract import ContractRegistry, NodeContract
-from stroma.contracts.core_schema import is_never_dict
 from stroma.contracts.node import Group, Node, first_in
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
 
 __all__ = [
-    "Collision",
     "Crossing",
     "FlowState",
-    "Giver",
-    "Step",
-    "Unreadable",
     "flow_of",
-    "holds_no_fields",
     "items_of",
-    "record_of_class",
 ]
 
 Contract = NodeContract[Any, Any]
@@ -37,14 +30,6 @@ class _Anything(BaseModel):
     """A state of which nothing is known."""
 
     model_config = ConfigDict(extra="allow")
-
-
-@dataclass(frozen=True, slots=True)
-class Giver:
-    """A node or group that gave something. ``at``: its position, and its place in groups: "2", "2.0"."""
-
-    node_id: str
-    at: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,65 +70,57 @@ class Crossing:
     output: type[BaseModel] | None
 
 
-@dataclass(frozen=True, slots=True)
-class Collision:
-    """Two that give the same field of a merged state; the second wins. ``types``: what each of them gives."""
-
-    first: Giver
-    second: Giver
-    name: str
-    types: tuple[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Unreadable:
-    """A class of a contract that cannot be read, as its annotations are not defined, say. Nothing is claimed of it.
-
-    Attributes:
-        source, to: who gives what the class is of, and who takes it; both are the node itself for its output.
-        error: why it cannot be read.
-    """
-
-    source: Giver
-    to: Giver
-    model: Any
-    error: str
-
-
-Step = Crossing | Collision | Unreadable
+#: What is checked, and what is found on the way.
+Step = Crossing | Finding
 
 
 def flow_of(
     nodes: Sequence[Node | Group], registry: ContractRegistry, initial: type[BaseModel] | None = None
 ) -> Iterator[Step]:
-    """Yield every crossing and collision, in the order of the nodes; a group before its children."""
+    """Yield each crossing, and each finding that needs no comparison; a group before its children."""
     start = Giver("input", "input")
     if initial is not None and (error := _unreadable(initial)):
-        yield Unreadable(start, start, initial, error)
+        yield _broken(start, start, initial, error)
         initial = None
     state = FlowState(initial, start, _origins(initial, start))
     yield from _Walk(registry).in_turn(nodes, state, "")
 
 
-def record_of_class(model: type[BaseModel]) -> Record:
-    """Return the fields of a model that enter a group, by name: of a root model the keys of its dict, or "root"."""
-    if not schema_of(model).is_root:
-        return record_of(Side.of_model(model))
-    root = Side.of_root(model).resolved()
-    if is_never_dict(root.node):
-        return Record(model.__name__, {"root": root})
-    if root.kind == "dict":
-        return replace(record_of(root), name=model.__name__)
-    return Record(model.__name__, {}, is_open=True)
-
-
 def _unreadable(model: Any) -> str:
-    """Why a class cannot be read; "" if it can."""
+    """Return why a class cannot be read; "" if it can."""
     try:
         schema_of(model)
     except Exception as error:  # Whatever pydantic, or code of the user's, raises.
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return ""
+
+
+def _broken(by: Giver, to: Giver, model: Any, error: str) -> Finding:
+    """Return the finding about a class that cannot be read; nothing else is claimed of it."""
+    is_output = by == to
+    name = str(getattr(model, "__name__", model))
+    return Finding.between(
+        by,
+        to,
+        kind="broken",
+        types=(name, "") if is_output else ("", name),
+        message=f"the {'output' if is_output else 'input'} of {to.node_id!r} cannot be read: {error}",
+        fix="correct its class; if it names classes that are defined later, call model_rebuild() after them",
+    )
+
+
+def _collision(first: Giver, second: Giver, name: str, types: tuple[str, str]) -> Finding:
+    """Return the finding about two outputs with the same field of a merged state."""
+    one, two = repr(first.node_id), repr(second.node_id)
+    return Finding.between(
+        first,
+        second,
+        kind="collision",
+        path=name,
+        types=types,
+        message=f"{one} and {two} both give {name}; that of {two} wins, since it comes later",
+        fix="remove it from one of the outputs, or use two names; if the later one should win, leave it so",
+    )
 
 
 def _origins(model: type[BaseModel] | None, giver: Giver) -> dict[str, Giver]:
@@ -164,10 +141,10 @@ class _Walk:
             if contract is not None:
                 output = contract.output_schema
                 if error := _unreadable(output):
-                    yield Unreadable(giver, giver, output, error)
+                    yield _broken(giver, giver, output, error)
                     output = None
                 if error := _unreadable(contract.input_schema):
-                    yield Unreadable(state.giver, giver, contract.input_schema, error)
+                    yield _broken(state.giver, giver, contract.input_schema, error)
                     contract = None
             yield Crossing(node, giver, state, contract, output)
             return FlowState(output, giver, _origins(output, giver), loose=output is None)
@@ -202,7 +179,7 @@ class _Walk:
             for name, side in record_of_class(one.model).fields.items():
                 by = one.origins.get(name, one.giver)
                 if name in sides:
-                    yield Collision(origins[name], by, name, (str(sides[name]), str(side)))
+                    yield _collision(origins[name], by, name, (str(sides[name]), str(side)))
                 origins[name], sides[name] = by, side
         model = node.output_class(_Anything, [one.model or UntypedState for one in outputs])
         return FlowState(model, giver, origins, loose=any(one.loose for one in outputs))
@@ -228,13 +205,10 @@ class _Walk:
         )
         output = yield from self.through(child, item_state, f"{giver.at}.0")
         if node.output_field in fields and node.output_field != node.items_field:
-            types = (
-                str(fields[node.output_field]),
-                f"list[{'Any' if output.model is None else output.model.__name__}]",
-            )
-            yield Collision(
-                state.origins.get(node.output_field, state.giver), output.giver, node.output_field, types
-            )
+            made = "Any" if output.model is None else output.model.__name__
+            types = str(fields[node.output_field]), f"list[{made}]"
+            by = state.origins.get(node.output_field, state.giver)
+            yield _collision(by, output.giver, node.output_field, types)
         if not node.output_field:  # What was given goes on as it is.
             return FlowState(state.model, giver, state.origins, loose=state.loose)
         joined = node.output_class(state.model or _Anything, [output.model or UntypedState])
@@ -243,21 +217,11 @@ class _Walk:
         return FlowState(joined, giver, origins, loose=state.loose or state.model is None)
 
 
-def holds_no_fields(side: Side) -> bool:
-    """Return True if no value of a type can have fields or keys."""
-    side = side.resolved()
-    while side.kind in ("default", "nullable"):
-        side = side.to(side.node["schema"]).resolved()
-    return side.kind in LEAVES | LISTS
-
-
 def items_of(side: Side) -> Side | None:
     """Return the item type of a field that ``map_over`` can iterate over; None for no list or several types."""
-    side = side.resolved()
-    while side.kind in ("default", "nullable"):
-        side = side.to(side.node["schema"]).resolved()
+    side = side.unwrapped()
     if side.kind == "list":
-        return side.to(side.node.get("items_schema", {"type": "any"}))
+        return side.part("items_schema")
     if side.kind == "tuple":
         items = side.node["items_schema"]
         return side.to(items[0] if len(items) == 1 else {"type": "union", "choices": items})

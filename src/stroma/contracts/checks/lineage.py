@@ -13,9 +13,9 @@ from stroma._utils.svg import Box, Line, Link, Tone
 from stroma._utils.text import as_mermaid
 from stroma.contracts.checks.check import check_nodes
 from stroma.contracts.checks.finding import Finding
-from stroma.contracts.checks.flow import Crossing, flow_of, record_of_class
-from stroma.contracts.checks.pairs import Side
-from stroma.contracts.checks.records import Record, Wanted, is_record, look_up, record_of, wanted_of
+from stroma.contracts.checks.flow import Crossing, flow_of
+from stroma.contracts.checks.records import Record, Wanted, look_up, record_of, record_of_class, wanted_of
+from stroma.contracts.checks.types import Side
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import schema_of
@@ -223,10 +223,10 @@ class _Maker:
             elif record is None:
                 pass
             else:
-                source_field = look_up(field, record, by_name=schema_of(taken).traits.has_validation_aliases)
-                if source_field is not None:
-                    by = state.origins.get(source_field.name, state.giver)
-                    source = state.list_at or source_field.name
+                found = look_up(field, record, by_name=schema_of(taken).traits.has_validation_aliases)
+                if found is not None:
+                    by = state.origins.get(found[0], state.giver)
+                    source = state.list_at or found[0]
                     self.links.append(Link(by.at, source, at, field.name, tone))
                     lines.append(Line(field.name, str(field.side), tone))
                     continue
@@ -240,7 +240,7 @@ class _Maker:
         state = crossing.state
         if state.item is not None:
             item = state.item.resolved()
-            if is_record(item):
+            if item.is_record:
                 return record_of(item)
             contract = crossing.contract
             fields = {} if contract is None else contract.input_schema.model_fields

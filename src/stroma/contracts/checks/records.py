@@ -4,29 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any
 
-from stroma.contracts.core_schema import nodes_of, reachable
+from pydantic import BaseModel
 
-if TYPE_CHECKING:
-    from stroma.contracts.checks.pairs import Side
+from stroma.contracts.checks.types import UNKNOWN, Side
+from stroma.contracts.core_schema import is_never_dict, nodes_of
+from stroma.contracts.schema import schema_of
 
 __all__ = [
     "Record",
     "Wanted",
     "WantedField",
-    "by_name",
-    "classes_of",
-    "first_word",
-    "is_record",
+    "first_validator",
+    "function_name",
     "look_up",
     "loses_fields",
-    "name_of",
     "record_of",
+    "record_of_class",
     "wanted_of",
 ]
-
-_EMPTY: Final[dict[str, Any]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,24 +31,24 @@ class Record:
     """The fields of a source record that reach the target.
 
     Attributes:
-        fields: by name; what is excluded is not handed on.
+        fields: by name; excluded fields are not passed on.
         optional: fields that need not be there.
-        is_open: there may be more.
-        others: the type of what more there may be, if that is known.
-        computed: computed fields, which only the outermost record hands on, to who has a field of the name.
+        is_open: there may be more fields.
+        others: the type of further fields.
+        computed: computed fields, which only the outermost record passes on, to classes with such a field.
     """
 
     name: str
     fields: Mapping[str, Side]
     optional: frozenset[str] = frozenset()
     is_open: bool = False
-    others: Side | None = None
+    others: Side = field(default_factory=lambda: Side(UNKNOWN, {}, {}))
     computed: Mapping[str, Side] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class WantedField:
-    """A field of the target. ``keys``: by which it is looked up, each a way through dicts, but for its name."""
+    """A field of the target. ``keys``: its aliases, each a path through dicts."""
 
     name: str
     side: Side
@@ -61,105 +58,105 @@ class WantedField:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """The fields that a target takes. ``code``: a user function that runs after them, or ""."""
+    """The fields that a target accepts.
+
+    Attributes:
+        extra: "ignore", "allow" or "forbid".
+        has_typed_extras: the class declares the type of further fields.
+        code: a user function that runs after the fields are set, or "".
+    """
 
     name: str
     fields: tuple[WantedField, ...]
     extra: str
-    extras: Side | None
+    has_typed_extras: bool
     code: str = ""
 
-
-@dataclass(frozen=True, slots=True)
-class SourceField:
-    """The source of the value of a field. ``deeper``: the value is inside that field."""
-
-    name: str
-    side: Side
-    deeper: bool
+    def by_name(self) -> Wanted:
+        """Return the same fields, looked up by name alone: an alias may be the name of another field."""
+        return replace(self, fields=tuple(replace(one, keys=()) for one in self.fields))
 
 
-def is_record(side: Side) -> bool:
-    """Return True for a type with fields that is no root model."""
-    return side.kind in ("dataclass", "typed-dict") or (
-        side.kind == "model" and not side.node.get("root_model")
-    )
-
-
-def _inside(side: Side) -> tuple[Side, dict[str, Any]]:
-    """Return the node that lists the fields, without the validators around it, and the config that applies there."""
-    config = side.node.get("config") or _EMPTY
+def _inside(side: Side) -> Side:
+    """Return the side that lists the fields, without the validators around it, with the config that applies there."""
     if side.kind == "typed-dict":
-        return side, config or side.config
-    inner = side.to(side.node["schema"]).resolved()
+        return replace(side, config=side.own_config or side.config)
+    inner = replace(side, node=side.node["schema"], config=side.own_config).resolved()
     while inner.kind not in ("model-fields", "dataclass-args"):
-        inner = inner.to(inner.node["schema"]).resolved()
-    return inner, config
+        inner = inner.part("schema").resolved()
+    return inner
+
+
+def _fields(node: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    nodes = node["fields"]
+    return list(nodes.items()) if isinstance(nodes, Mapping) else [(item["name"], item) for item in nodes]
+
+
+def _extra_of(inner: Side) -> str:
+    return inner.node.get("extra_behavior") or inner.config.get("extra_fields_behavior") or "ignore"
 
 
 def record_of(side: Side) -> Record:
-    """Return the fields of a value of the source as a dict of them holds it."""
+    """Return the fields of a value of the source, as a dict of them holds it."""
     if side.kind == "dict":
-        others = side.to(side.node.get("values_schema", {"type": "any"}))
-        return Record(str(side), {}, is_open=True, others=others)
-    inner, config = _inside(side)
-    node = inner.node
+        return Record(str(side), {}, is_open=True, others=side.part("values_schema"))
+    inner = _inside(side)
     fields: dict[str, Side] = {}
     optional: set[str] = set()
-    for name, item in _fields(node):
+    for name, item in _fields(inner.node):
         if item.get("serialization_exclude") or item.get("init_only") or item.get("init") is False:
             continue
-        fields[name] = _side(inner, item, config)
-        if side.kind == "typed-dict" and not item.get("required", node.get("total", True)):
+        fields[name] = inner.to(item["schema"])
+        if side.kind == "typed-dict" and not item.get("required", inner.node.get("total", True)):
             optional.add(name)
     computed = {
-        item["property_name"]: _side(inner, {"schema": item["return_schema"]}, config)
-        for item in node.get("computed_fields", ())
+        item["property_name"]: inner.to(item["return_schema"])
+        for item in inner.node.get("computed_fields", ())
     }
-    extra = node.get("extra_behavior") or config.get("extra_fields_behavior")
-    return Record(str(side), fields, frozenset(optional), extra == "allow", _extras(inner, config), computed)
+    is_open = _extra_of(inner) == "allow"
+    return Record(str(side), fields, frozenset(optional), is_open, inner.part("extras_schema"), computed)
+
+
+def record_of_class(model: type[BaseModel]) -> Record:
+    """Return the fields of a model that enter a group, by name: of a root model the keys of its dict, or "root"."""
+    if not schema_of(model).is_root:
+        return record_of(Side.of_model(model))
+    root = Side.of_root(model).resolved()
+    if is_never_dict(root.node):
+        return Record(model.__name__, {"root": root})
+    if root.kind == "dict":
+        return replace(record_of(root), name=model.__name__)
+    return Record(model.__name__, {}, is_open=True)
 
 
 def wanted_of(side: Side) -> Wanted:
     """Return the fields that a record of the target looks up in a dict."""
-    inner, config = _inside(side)
-    node = inner.node
+    inner = _inside(side)
     fields = []
-    for name, item in _fields(node):
+    for name, item in _fields(inner.node):
         if item.get("init") is False:
             continue
         required = item["schema"]["type"] != "default"
         if side.kind == "typed-dict":
-            required = required and bool(item.get("required", node.get("total", True)))
-        fields.append(
-            WantedField(name, _side(inner, item, config), required, _keys(item.get("validation_alias")))
-        )
-    extra = node.get("extra_behavior") or config.get("extra_fields_behavior") or "ignore"
-    return Wanted(str(side), tuple(fields), extra, _extras(inner, config), _last_word(side))
+            required = required and bool(item.get("required", inner.node.get("total", True)))
+        keys = _keys(item.get("validation_alias"))
+        fields.append(WantedField(name, inner.to(item["schema"]), required, keys))
+    has_extras = "extras_schema" in inner.node
+    return Wanted(str(side), tuple(fields), _extra_of(inner), has_extras, _post_init(side))
 
 
-def _extras(inner: Side, config: dict[str, Any]) -> Side | None:
-    """Return the type of extra fields, if the class declares one."""
-    schema = inner.node.get("extras_schema")
-    return None if schema is None else _side(inner, {"schema": schema}, config)
+def _keys(alias: Any) -> tuple[tuple[Any, ...], ...]:
+    if not alias:
+        return ()
+    if isinstance(alias, str):
+        return ((alias,),)
+    return tuple(map(tuple, alias)) if isinstance(alias[0], (list, tuple)) else (tuple(alias),)
 
 
-def name_of(node: dict[str, Any]) -> str:
-    """Return the name of a validator function."""
-    function = node["function"].get("function")
-    return str(getattr(function, "__qualname__", None) or type(function).__name__)
-
-
-def first_word(side: Side) -> str:
-    """Return the user validator that may change the input before its fields are read, or ""."""
-    if side.kind not in ("model", "dataclass") or side.node.get("root_model"):
-        return ""
-    inner = side.to(side.node["schema"]).resolved()
-    while inner.kind not in ("model-fields", "dataclass-args"):
-        if inner.kind != "function-after":
-            return name_of(inner.node)
-        inner = inner.to(inner.node["schema"]).resolved()
-    return ""
+def look_up(wanted: WantedField, record: Record, *, by_name: bool) -> tuple[str, bool] | None:
+    """Return the source field of a value, by alias first and then by name, and True if the value is inside it."""
+    keys = (*wanted.keys, (wanted.name,)) if by_name or not wanted.keys else wanted.keys
+    return next(((key[0], len(key) > 1) for key in keys if key[0] in record.fields), None)
 
 
 def loses_fields(side: Side) -> bool:
@@ -177,54 +174,35 @@ def loses_fields(side: Side) -> bool:
     return False
 
 
-def classes_of(side: Side) -> frozenset[type]:
-    """Return the classes that a value of a type holds, its own included."""
-    return reachable(side.node, side.defs)[1]
+# ---------------------------------------------------------------------- code of the user's
 
 
-def by_name(wanted: Wanted) -> Wanted:
-    """Return the same fields looked up by name alone: an alias may be the name of another field."""
-    return replace(wanted, fields=tuple(replace(field, keys=()) for field in wanted.fields))
+def function_name(node: dict[str, Any]) -> str:
+    """Return the name of a validator function."""
+    function = node["function"].get("function")
+    return str(getattr(function, "__qualname__", None) or type(function).__name__)
 
 
-def _last_word(side: Side) -> str:
-    """Return the user code that runs once all fields are known, or ""."""
-    if not side.node.get("post_init"):
+def first_validator(side: Side) -> str:
+    """Return the user validator that may change the input before its fields are read, or ""."""
+    if side.kind not in ("model", "dataclass") or side.node.get("root_model"):
         return ""
-    cls = side.node["cls"]
-    for name in ("model_post_init", "__post_init__"):
-        for parent in cls.__mro__:
-            function = parent.__dict__.get(name)
-            # pydantic's own fills in private attributes, and calls the user's if there is one.
-            if function is not None and not str(getattr(function, "__module__", "")).startswith("pydantic."):
-                return f"{cls.__name__}.{name}"
+    inner = side.part("schema").resolved()
+    while inner.kind not in ("model-fields", "dataclass-args"):
+        if inner.kind != "function-after":
+            return function_name(inner.node)
+        inner = inner.part("schema").resolved()
     return ""
 
 
-def _fields(node: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    nodes = node["fields"]
-    return list(nodes.items()) if isinstance(nodes, Mapping) else [(item["name"], item) for item in nodes]
-
-
-def _side(inner: Side, item: dict[str, Any], config: dict[str, Any]) -> Side:
-    return type(inner)(item["schema"], config, inner.defs)
-
-
-def _keys(alias: Any) -> tuple[tuple[Any, ...], ...]:
-    if alias is None:
-        return ()
-    if isinstance(alias, str):
-        return ((alias,),)
-    if alias and isinstance(alias[0], (list, tuple)):
-        return tuple(tuple(key) for key in alias)
-    return (tuple(alias),)
-
-
-def look_up(wanted: WantedField, record: Record, *, by_name: bool) -> SourceField | None:
-    """Return the source field of a value as the engine looks it up: by alias first, then by name."""
-    keys = (*wanted.keys, (wanted.name,)) if by_name or not wanted.keys else wanted.keys
-    for key in keys:
-        field_side = record.fields.get(key[0])
-        if field_side is not None:
-            return SourceField(key[0], field_side, len(key) > 1)
-    return None
+def _post_init(side: Side) -> str:
+    """Return the user code that runs once all fields are known, or ""."""
+    if side.node.get("post_init"):
+        cls = side.node["cls"]
+        for name in ("model_post_init", "__post_init__"):
+            for parent in cls.__mro__:
+                module = getattr(parent.__dict__.get(name), "__module__", None)
+                # pydantic's own sets private attributes, and calls the user's if there is one.
+                if module is not None and not module.startswith("pydantic."):
+                    return f"{cls.__name__}.{name}"
+    return ""
