@@ -1048,7 +1048,7 @@ async def test_text_that_no_store_can_keep_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="node id"):
         node(text, func)
     with pytest.raises(ValueError, match="node id"):
-        quick().node(text, input=Num, output=Num)
+        quick().node(text, input=Num, output=Num)(func)
     runner = quick()
     ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
     with pytest.raises(ValueError, match="node id"):
