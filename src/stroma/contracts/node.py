@@ -10,7 +10,7 @@ import types
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, TypeAlias, TypeVar, overload
 
 from pydantic import BaseModel
 
@@ -115,8 +115,6 @@ NodeFunction = TypeVar(
     "NodeFunction",
     bound="Callable[[Any], Returned] | Callable[[Any, Any], Returned]",
 )
-#: Of a contract: those of the annotations.
-ANNOTATED: Final[Any] = object()
 
 
 class AnnotatedNodeDecorator(Protocol):
@@ -388,7 +386,10 @@ def stroma_node(func: NodeFunction, /) -> NodeFunction: ...
 def stroma_node(node_id: str, contract: NodeContract[In, Out]) -> NodeDecorator[In, Out]: ...
 @overload
 def stroma_node(node_id: str | None = None) -> AnnotatedNodeDecorator: ...
-def stroma_node(node_id: Any = None, contract: Any = ANNOTATED) -> Any:
+def stroma_node(
+    node_id: str | Callable[..., Any] | None = None,
+    contract: NodeContract[Any, Any] | Literal["annotated"] | None = "annotated",
+) -> Any:
     """Mark a function as a node with a contract.
 
     The function takes ``(state)`` or ``(state, ctx)`` and returns the output as a dict or a model, or a tuple
@@ -406,18 +407,19 @@ def stroma_node(node_id: Any = None, contract: Any = ANNOTATED) -> Any:
     """
     if callable(node_id):
         return mark_annotated(node_id, None, sys._getframe(1))
-    if contract not in (None, ANNOTATED) and not isinstance(contract, NodeContract):
+    if contract not in (None, "annotated") and not isinstance(contract, NodeContract):
         raise TypeError(
             f"the contract of node {node_id!r} must be a NodeContract, got {contract!r}; "
             "pass NodeContract(node_id=..., input_schema=..., output_schema=...)"
         )
 
     def decorate(func: Any) -> Any:
-        if contract is ANNOTATED:
+        if contract == "annotated":
             return mark_annotated(func, node_id, sys._getframe(1))
+        name = name_of(func) if node_id is None else node_id
         if contract is not None:
-            check_annotations(f"node {node_id!r}", func, contract, sys._getframe(1))
-        return mark(func, node_id, contract)
+            check_annotations(f"node {name!r}", func, contract, sys._getframe(1))
+        return mark(func, name, contract)
 
     return decorate
 

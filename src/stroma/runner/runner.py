@@ -218,7 +218,7 @@ class StromaRunner:
     ) -> AnnotatedNodeDecorator: ...
     def node(
         self,
-        node_id: Any = None,
+        node_id: str | Callable[..., Any] | None = None,
         *,
         input: type[BaseModel] | None = None,
         output: type[BaseModel] | None = None,
@@ -258,7 +258,7 @@ class StromaRunner:
     def flow(self, flow_id: str | None = None, **limits: Unpack[FlowLimits]) -> AnnotatedFlowDecorator: ...
     def flow(
         self,
-        flow_id: Any = None,
+        flow_id: str | Callable[..., Any] | None = None,
         *,
         input: type[BaseModel] | None = None,
         output: type[BaseModel] | None = None,

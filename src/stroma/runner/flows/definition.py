@@ -72,7 +72,7 @@ def stroma_flow(
 @overload
 def stroma_flow(flow_id: str | None = None, **limits: Unpack[FlowLimits]) -> AnnotatedFlowDecorator: ...
 def stroma_flow(
-    flow_id: Any = None,
+    flow_id: str | Callable[..., Any] | None = None,
     *,
     input: type[BaseModel] | None = None,
     output: type[BaseModel] | None = None,
