@@ -403,29 +403,6 @@ async def test_every_shape_of_return(returned: Any, tokens: int, produced: int, 
         assert result.total_cost_usd == pytest.approx(dearer / 1e6)
 
 
-@pytest.mark.parametrize(
-    "returned",
-    [None, [], [1], "text", 5, object(), (), ({"n": 1},), ({"n": 1}, 1, 2, "m", 3), (None, 5), ([1], 5)],
-    ids=lambda value: repr(value).split(" at ")[0],
-)
-async def test_any_other_return_is_a_violation(returned: Any) -> None:
-    """What a node may not return breaks its output contract: FAILED, called once, nothing committed."""
-    calls: list[int] = []
-
-    async def func(state: Num) -> Any:
-        calls.append(1)
-        return returned
-
-    result = await quick().run([node("a", func)], Num(n=3))
-    assert result.status is RunStatus.FAILED
-    assert result.failure is not None
-    assert isinstance(result.failure.exception, ContractViolation)
-    assert result.failure.exception.direction == "output"
-    assert calls == [1]
-    assert result.final_state == Num(n=3)
-    assert [event.output_state for event in result.trace] == [None]
-
-
 @pytest.mark.core
 async def test_usage_of_a_broken_output_counts() -> None:
     """Usage is recorded before output validation: a violation's tokens are in the totals and the event."""
@@ -542,20 +519,6 @@ async def test_sync_nodes_run_in_daemon_threads_with_the_context() -> None:
         assert tone.get() == "warm"
     finally:
         tone.reset(token)
-
-
-@pytest.mark.parametrize(
-    "error", [ValueError("x"), StopIteration("x"), asyncio.CancelledError("x")], ids=repr
-)
-async def test_whatever_a_sync_node_raises_is_its_failure(error: BaseException) -> None:
-    """An exception in a sync node, even one that a future cannot carry, is a failed attempt of that node."""
-
-    def func(state: Num) -> dict[str, Any]:
-        raise error
-
-    result = await quick(policy_map=fast(ambiguous=0)).run([node("a", func)], Num())
-    assert result.status is RunStatus.PARTIAL
-    assert len(result.trace) == 1
 
 
 async def test_not_a_node() -> None:

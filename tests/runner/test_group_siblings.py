@@ -70,30 +70,6 @@ async def test_children_that_wait_are_not_called_after_a_crossed_limit() -> None
     assert (result.status, seen, refused) == (RunStatus.PARTIAL, ["dear"], ["dear"])
 
 
-@pytest.mark.core
-async def test_a_failing_child_ends_its_siblings() -> None:
-    """When a child has failed for good its siblings are cancelled, and the run does not wait for what they
-    await."""
-    finished: list[str] = []
-
-    async def slow(state: Num) -> Any:
-        await asyncio.sleep(1)
-        finished.append("slow")
-        return {"n": 1}
-
-    async def fails(state: Num) -> Any:
-        await asyncio.sleep(0)
-        raise LookupError("no such thing")
-
-    runner = quick(classifiers=[lambda error, context: FailureClass.TERMINAL])
-    result = await runner.run([parallel(node("slow", slow), node("fails", fails))], Num())
-    assert (result.status, finished) == (RunStatus.FAILED, [])
-    assert {event.node_id: event.outcome for event in result.trace.walk() if event.branch} == {
-        "slow": "cancelled",
-        "fails": "failure",
-    }
-
-
 class Other(BaseModel):
     m: int = 0
 

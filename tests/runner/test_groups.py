@@ -3,26 +3,20 @@
 import asyncio
 import gc
 import itertools
-import threading
 from collections import Counter
 from functools import partial
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, RootModel
 from tests.kit import NEVER, ONCE, Num, node
-from tests.tiers import examples
 
 from stroma import (
     AsyncInMemoryStore,
-    BudgetExceeded,
     CheckpointManager,
     ContractRegistry,
     ContractViolation,
     ExecutionBudget,
-    ExecutionResult,
     FailureClass,
     FailurePolicy,
     FallbackPolicy,
@@ -34,7 +28,6 @@ from stroma import (
     RunStatus,
     StromaRunner,
     current_node,
-    current_node_or_none,
     execute_step,
     map_over,
     parallel,
@@ -141,28 +134,6 @@ async def test_outputs_merge_in_argument_order(order: tuple[int, ...]) -> None:
     assert result.final_state.model_dump() == {"shared": 2, "own0": 0, "own1": 1, "own2": 2}
 
 
-@examples(30)
-@given(
-    outputs=st.lists(
-        st.dictionaries(st.sampled_from("abcd"), st.integers(), max_size=4), min_size=1, max_size=5
-    )
-)
-def test_merging_is_dict_update(outputs: list[dict[str, int]]) -> None:
-    """The merged state is what dict.update in argument order makes of the children's outputs."""
-    want: dict[str, int] = {}
-    for output in outputs:
-        want.update(output)
-    group = parallel(*[bare(f"c{i}", giving(output)) for i, output in enumerate(outputs)])
-    result = quick().run_sync([group], Num())
-    assert result.final_state is not None
-    assert result.final_state.model_dump() == want
-    assert asyncio.run(_by_hand(group)) == want
-
-
-async def _by_hand(group: Any) -> Any:
-    return await group(Num())
-
-
 async def test_the_merged_state_is_a_model_for_the_next_node() -> None:
     """The merged state is a model instance that the next node's contract accepts."""
     group = parallel(
@@ -175,51 +146,6 @@ async def test_the_merged_state_is_a_model_for_the_next_node() -> None:
 
     result = await quick().run([group, node("same", same, Both, Both)], Num())
     assert result.final_state == Both(left=1, right=2, both="r")
-
-
-async def test_every_child_gets_its_own_copy() -> None:
-    """Children run over their own copies of the state: what one does to its copy the others do not see."""
-    ready = [asyncio.Event(), asyncio.Event()]
-    seen: list[Any] = []
-
-    async def spoils(state: Items) -> Any:
-        state.items[0].append("spoilt")
-        state.items.append("more")
-        ready[0].set()
-        return {"a": 1}
-
-    async def looks(state: Items) -> Any:
-        await ready[0].wait()
-        seen.append(list(state.items))
-        return {"b": 1}
-
-    given = Items(items=[[1]])
-    for wrap in (bare, lambda i, f: node(i, f, Items, Num)):
-        ready[0].clear()
-        result = await quick().run([parallel(wrap("s", spoils), wrap("l", looks))], given)
-        assert result.status is RunStatus.COMPLETED, result.failure
-    assert seen == [[[1]], [[1]]]
-    assert given.items == [[1]]
-    assert next(iter(result.trace)).input_state["items"] == [[1]]
-
-
-async def test_children_run_side_by_side() -> None:
-    """Children run at the same time: each may wait for the other."""
-    first, second = asyncio.Event(), asyncio.Event()
-
-    async def one(state: Num) -> Any:
-        first.set()
-        await second.wait()
-        return {"one": 1}
-
-    async def two(state: Num) -> Any:
-        second.set()
-        await first.wait()
-        return {"two": 2}
-
-    async with asyncio.timeout(5):
-        result = await quick().run([parallel(bare("one", one), bare("two", two))], Num())
-    assert result.status is RunStatus.COMPLETED
 
 
 async def test_a_child_without_a_contract_passes_unvalidated() -> None:
@@ -305,40 +231,6 @@ async def test_the_trace_of_a_group() -> None:
     assert result.total_tokens == 12
 
 
-async def test_current_node_in_children() -> None:
-    """current_node() in a child is the child's own, of kind "node" or "item"; around it, the group's."""
-    seen: list[Any] = []
-
-    async def note(*_: Any) -> Any:
-        run = current_node()
-        seen.append((run.node_id, run.kind, run.position, run.branch))
-        return {"n": 1}
-
-    a = node("a", note)
-    runner = quick(hooks=NodeHooks(on_node_start=note))
-    await runner.run([a, parallel(a, parallel(a))], Num())
-    assert seen == [
-        ("a", "node", 0, ""),
-        ("a", "node", 0, ""),
-        ("parallel(a, parallel(a))", "group", 1, ""),
-        *[("a", "node", 1, "0")] * 2,
-        ("parallel(a)", "group", 1, "1"),
-        *[("a", "node", 1, "1.0")] * 2,
-    ] or Counter(seen) == Counter(
-        [
-            *[("a", "node", 0, "")] * 2,
-            ("parallel(a, parallel(a))", "group", 1, ""),
-            *[("a", "node", 1, "0")] * 2,
-            ("parallel(a)", "group", 1, "1"),
-            *[("a", "node", 1, "1.0")] * 2,
-        ]
-    )
-    seen.clear()
-    await quick().run([map_over("items", a, into="out")], Items(items=[{"n": 1}, {"n": 2}]))
-    assert sorted(seen) == [("a", "item", 0, "0"), ("a", "item", 0, "1")]
-    assert current_node_or_none() is None
-
-
 # ---------------------------------------------------------------------- failing
 
 
@@ -398,16 +290,6 @@ async def test_the_childs_own_exception_and_class_come_out(error: Exception, dep
     (event,) = result.trace
     assert (event.failure, event.failure_message) == (want, "own")
     assert result.trace.failures() == [event]
-
-
-async def test_a_childs_violation_stops_the_group() -> None:
-    """A child whose output breaks its contract fails the group as FAILED, with the child named in the
-    violation."""
-    result = await quick().run([parallel(node("bad", giving({"left": "x"}), Num, Left))], Num())
-    assert result.status is RunStatus.FAILED
-    assert result.failure is not None
-    assert isinstance(result.failure.exception, ContractViolation)
-    assert result.failure.exception.node_id == "bad"
 
 
 @pytest.mark.core
@@ -594,51 +476,6 @@ async def test_a_child_that_refuses_to_be_cancelled_is_kept() -> None:
 # ---------------------------------------------------------------------- money and time
 
 
-@pytest.mark.core
-async def test_children_in_flight_finish_when_a_limit_is_crossed() -> None:
-    """Children in flight when a limit is crossed finish and commit; nothing new is called; the run is
-    PARTIAL."""
-    store = InMemoryStore()
-    crossed = asyncio.Event()
-    calls: list[str] = []
-
-    async def dear(state: Num) -> Any:
-        calls.append("dear")
-        return {"dear": 1}, 11
-
-    async def slow(state: Num) -> Any:
-        calls.append("slow")
-        await crossed.wait()
-        for _ in range(20):  # Time enough for a cancellation to arrive.
-            await asyncio.sleep(0)
-        return {"slow": 1}, 1
-
-    async def queued(state: Num) -> Any:
-        calls.append("queued")
-        return {"queued": 1}
-
-    async def failure(*_: Any) -> None:
-        crossed.set()
-
-    group = parallel(bare("slow", slow), bare("dear", dear), bare("queued", queued), max_concurrency=2)
-    result = await quick(
-        store=store,
-        run_id="r",
-        budget=ExecutionBudget(max_tokens_total=10),
-        hooks=NodeHooks(on_node_failure=failure),
-    ).run([group, bare("after", queued)], Num())
-    assert result.status is RunStatus.PARTIAL
-    assert result.failure is not None
-    assert isinstance(result.failure.exception, BudgetExceeded)
-    assert result.failure.exception.node_id == "dear"
-    assert sorted(calls) == ["dear", "slow"]
-    assert result.total_tokens == 12
-    assert store.load("r", "dear") is not None
-    assert store.load("r", "slow") is not None
-    (event,) = result.trace
-    assert {c.node_id for c in event.children if c.output_state is not None} == {"dear", "slow"}
-
-
 async def test_a_limit_is_not_overshot_by_retries_in_a_group() -> None:
     """Once a sibling crossed the limit a failed child is not tried again."""
     crossed = asyncio.Event()
@@ -675,24 +512,6 @@ async def test_latency_of_a_group_is_its_own_wall_time(monkeypatch: pytest.Monke
     (event,) = result.trace
     assert 50 <= event.duration_ms < 300
     assert all(child.duration_ms >= 50 for child in event.children)
-
-
-async def test_the_latency_deadline_ends_children_in_flight() -> None:
-    """max_latency_ms is a deadline for the children of a group as well: BudgetExceeded("latency"),
-    PARTIAL."""
-
-    async def hangs(state: Num) -> Any:
-        await asyncio.Event().wait()
-
-    async with asyncio.timeout(5):
-        result = await quick(budget=ExecutionBudget(max_latency_ms=40)).run(
-            [parallel(bare("a", hangs), parallel(bare("b", hangs)))], Num()
-        )
-    assert result.status is RunStatus.PARTIAL
-    assert result.failure is not None
-    assert isinstance(result.failure.exception, BudgetExceeded)
-    assert result.failure.exception.dimension == "latency"
-    assert len(asyncio.all_tasks()) == 1
 
 
 async def test_the_fallback_signal_reaches_children() -> None:
@@ -758,18 +577,6 @@ async def test_waiting_for_a_place_is_in_no_childs_duration() -> None:
     assert result.status is RunStatus.COMPLETED, result.failure
     (event,) = result.trace
     assert all(child.duration_ms < 700 for child in event.children)
-
-
-async def test_sync_children_run_side_by_side() -> None:
-    """Plain def children run in threads of their own, at the same time."""
-    barrier = threading.Barrier(3, timeout=10)
-
-    def waits(state: Any) -> Any:
-        barrier.wait()
-        return {"n": 1}
-
-    result = await quick().run([parallel(*[node(f"c{i}", waits) for i in range(3)])], Num())
-    assert result.status is RunStatus.COMPLETED, result.failure
 
 
 # ---------------------------------------------------------------------- nesting, by hand, checkpoints
@@ -889,22 +696,6 @@ async def test_a_registered_contract_counts_in_a_group() -> None:
     assert result.final_state.model_dump() == {"left": 5, "both": ""}
 
 
-async def test_concurrent_runs_of_one_group_do_not_mix() -> None:
-    """One group object serves many runs at once."""
-
-    async def echo(state: Num) -> Any:
-        await asyncio.sleep(0)
-        return {"n": state.n}
-
-    group = parallel(node("a", echo), parallel(node("b", echo)))
-    runner = quick()
-    results = await asyncio.gather(*[runner.run([group], Num(n=i)) for i in range(100)])
-    for i, result in enumerate(results):
-        assert result.final_state is not None
-        assert result.final_state.model_dump() == {"n": i}
-        assert len(list(result.trace.walk())) == 4
-
-
 # ---------------------------------------------------------------------- map_over
 
 
@@ -963,51 +754,6 @@ async def test_items_are_retried_on_their_own() -> None:
     assert calls == {0: 1, 1: 2, 2: 3}
     (event,) = result.trace
     assert Counter(c.branch for c in event.children) == {"0": 1, "1": 2, "2": 3}
-
-
-@pytest.mark.parametrize("fresh", [False, True], ids=["same-runner", "new-runner"])
-async def test_items_are_resumed_on_their_own(fresh: bool) -> None:
-    """On resume only unfinished items run, and the outputs are still in order."""
-    calls: Counter[int] = Counter()
-    broken = [True]
-    others = asyncio.Event()
-
-    async def work(state: Num) -> Any:
-        calls[state.n] += 1
-        if state.n == 1 and broken:
-            await others.wait()
-            raise ValueError
-        return {"n": state.n + 10}, 1
-
-    async def success(run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
-        done.append(node_id)
-        if done.count("work") == 3:
-            others.set()
-
-    done: list[str] = []
-    store = AsyncInMemoryStore()
-
-    def make() -> StromaRunner:
-        return quick(
-            store=store,
-            run_id="r",
-            resume=True,
-            policy_map=NEVER,
-            hooks=NodeHooks(on_node_success=success),
-        )
-
-    runner = make()
-    nodes = [map_over("items", node("work", work), into="out")]
-    given = Items(items=[{"n": i} for i in range(4)])
-    first = await runner.run(nodes, given)
-    assert first.status is RunStatus.PARTIAL
-    broken.clear()
-    again = await (make() if fresh else runner).run(nodes, given)
-    assert again.status is RunStatus.RESUMED, again.failure
-    assert calls == {0: 1, 1: 2, 2: 1, 3: 1}
-    assert again.final_state is not None
-    assert [item["n"] for item in again.final_state.model_dump()["out"]] == [10, 11, 12, 13]
-    assert again.total_tokens == 1
 
 
 class Word(BaseModel):
@@ -1224,21 +970,6 @@ async def test_a_failing_item_cancels_the_others() -> None:
     assert result.failure is not None
     assert isinstance(result.failure.exception, LookupError)
     assert sorted(ended) == [0, 2]
-
-
-async def test_a_thousand_items() -> None:
-    """A wide map keeps every item's event and output."""
-
-    async def same(state: Num) -> Any:
-        return state
-
-    result: ExecutionResult = await quick().run(
-        [map_over("items", node("same", same), into="out", max_concurrency=50)],
-        Items(items=[{"n": i} for i in range(1000)]),
-    )
-    (event,) = result.trace
-    assert len(event.children) == 1000
-    assert [o["n"] for o in result.final_state.model_dump()["out"]] == list(range(1000))  # type: ignore[union-attr]
 
 
 def test_groups_are_registered_nowhere() -> None:
