@@ -55,15 +55,15 @@ async def model(conversation: Conversation) -> tuple[Any, dict[str, Any]]:
     return json.loads(body["choices"][0]["message"]["content"]), body
 
 
-@runner.node("lookup", input=Order, output=Status)
-async def lookup(order: Order) -> dict[str, str]:
-    return {"status": f"order {order.order} left the warehouse on Monday"}
+@runner.node
+async def lookup(order: Order) -> Status:
+    return Status(status=f"order {order.order} left the warehouse on Monday")
 
 
 TOOLS: dict[str, Any] = {"lookup": lookup}
 
 
-@runner.flow("agent", input=Conversation, output=Conversation)
+@runner.flow
 async def agent(flow: Flow, conversation: Conversation) -> Conversation:
     messages = conversation.messages
     while True:

@@ -19,11 +19,11 @@ from pydantic import BaseModel
 from stroma import (
     JsonLines,
     MapProgress,
-    NodeContract,
     NodeHooks,
     Pipeline,
     SQLiteStore,
     StromaRunner,
+    Usage,
     map_over,
     stroma_node,
 )
@@ -41,12 +41,14 @@ class Nothing(BaseModel):
     pass
 
 
-@stroma_node("judge", NodeContract(node_id="judge", input_schema=Review, output_schema=Verdict))
-async def judge(review: Review) -> tuple[dict[str, bool], int, int, str]:
+@stroma_node
+async def judge(review: Review) -> tuple[Verdict, Usage]:
     await asyncio.sleep(0)  # A model at work.
     if not review.text:
         raise ValueError("there is nothing to judge")
-    return {"positive": "good" in review.text}, 30, 2, "gpt-4o-mini"
+    return Verdict(positive="good" in review.text), Usage(
+        input_tokens=30, output_tokens=2, model="gpt-4o-mini"
+    )
 
 
 async def work(folder: Path) -> None:

@@ -49,7 +49,7 @@ runner = StromaRunner.quick(
 )
 
 
-@runner.node("draft", input=Question, output=Draft)
+@runner.node
 async def draft(question: Question) -> Draft:
     node = current_node()
     written: list[str] = []
@@ -62,7 +62,7 @@ async def draft(question: Question) -> Draft:
     return Draft(text=" ".join(written))
 
 
-@runner.flow("chat", input=Question, output=Answer)
+@runner.flow
 async def chat(flow: Flow, question: Question) -> Answer:
     answer = await flow.step(draft, question)
     decision = await flow.wait_for(Decision, reason="Send this answer?")

@@ -33,12 +33,12 @@ class Letter(BaseModel):
 runner = StromaRunner.quick(store=SQLiteStore(os.environ.get("RUNS", "runs.db")), inline_wait_seconds=0)
 
 
-@runner.node("send", input=Letter, output=Letter)
+@runner.node
 async def send(letter: Letter) -> Letter:
     return Letter(text=f"sent: {letter.text}")
 
 
-@runner.flow("remind", input=Letter, output=Letter)
+@runner.flow
 async def remind(flow: Flow, letter: Letter) -> Letter:
     await flow.sleep(0.5)  # A week, say: no task runs meanwhile.
     return await flow.step(send, letter)

@@ -87,15 +87,15 @@ async def main() -> ExecutionResult:
             net = (invoice.total / Decimal("1.2")).quantize(Decimal("0.01"))
             return {"reference": invoice.reference, "net": net, "vat": invoice.total - net}
 
-        @stroma_node("post", NodeContract(node_id="post", input_schema=Entry, output_schema=Booked))
-        async def post(entry: Entry) -> dict[str, str]:
+        @stroma_node
+        async def post(entry: Entry) -> Booked:
             calls["post"] += 1
             if not ledger_is_up:
                 raise ConnectionError("the ledger does not answer")
             node = current_node()
             # The same key at every attempt, in every process: the ledger can tell a repetition from a second
             # booking.
-            return {"receipt": f"{entry.net} + {entry.vat} booked under the key {node.idempotency_key}"}
+            return Booked(receipt=f"{entry.net} + {entry.vat} booked under the key {node.idempotency_key}")
 
         pipeline = Pipeline("invoices", [extract, split, post])
         async with SQLiteStore(Path(folder) / "runs.db") as store:

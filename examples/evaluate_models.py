@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from stroma import ExecutionResult, NodeContract, Pipeline, SQLiteStore, StromaRunner, map_over, stroma_node
+from stroma import ExecutionResult, Pipeline, SQLiteStore, StromaRunner, map_over, stroma_node
 
 TICKETS = {
     "The invoice is wrong": "billing",
@@ -51,12 +51,12 @@ def large(text: str) -> tuple[str, int]:
 def evaluation(model: str) -> Pipeline:
     answer = {"gpt-4o-mini": small, "gpt-4o": large}[model]
 
-    @stroma_node("classify", NodeContract(node_id="classify", input_schema=Ticket, output_schema=Label))
-    async def classify(ticket: Ticket) -> tuple[dict[str, str], int, int, str]:
+    @stroma_node
+    async def classify(ticket: Ticket) -> tuple[Label, int, int, str]:
         label, tokens = answer(ticket.text)
         # (output, input tokens, output tokens, model): with the response of a real client, (output, response)
         # says the same.
-        return {"label": label}, 40, tokens, model
+        return Label(label=label), 40, tokens, model
 
     return Pipeline("evaluation", [map_over("texts", classify, into="labels", max_concurrency=4)])
 

@@ -42,10 +42,10 @@ async def outline(state: Topic) -> dict[str, object]:
     return {"topic": state.topic, "headings": ["What they eat", "Where they sleep"]}
 
 
-@stroma_node("write", NodeContract(node_id="write", input_schema=Outline, output_schema=Report))
-async def write(state: Outline) -> dict[str, str]:
+@stroma_node
+async def write(state: Outline) -> Report:
     await asyncio.sleep(0.05)
-    return {"text": f"{state.topic}: " + ", ".join(state.headings)}
+    return Report(text=f"{state.topic}: " + ", ".join(state.headings))
 
 
 report = Pipeline("report", [outline, write])

@@ -47,10 +47,10 @@ async def outline(state: Topic) -> dict[str, object]:
     }
 
 
-@stroma_node("answer", NodeContract(node_id="answer", input_schema=Question, output_schema=Answer))
-async def answer(state: Question) -> dict[str, str]:
+@stroma_node
+async def answer(state: Question) -> Answer:
     await asyncio.sleep(0.2)
-    return {"answer": f"{state.question} Nobody knows."}
+    return Answer(answer=f"{state.question} Nobody knows.")
 
 
 pipeline = Pipeline("page", [outline, map_over("questions", answer, into="answers", max_concurrency=2)])

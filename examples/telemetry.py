@@ -18,7 +18,15 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from prometheus_client import CollectorRegistry, generate_latest
 from pydantic import BaseModel
 
-from stroma import AsyncInMemoryStore, FailureClass, FailurePolicy, StromaRunner, current_node, parallel
+from stroma import (
+    AsyncInMemoryStore,
+    FailureClass,
+    FailurePolicy,
+    StromaRunner,
+    Usage,
+    current_node,
+    parallel,
+)
 from stroma.telemetry import log_hooks, otel_hooks, prometheus_hooks
 
 spans, registry = InMemorySpanExporter(), CollectorRegistry()
@@ -40,27 +48,31 @@ class Invoice(BaseModel):
     total: float = 0.0
 
 
-@runner.node("classify", input=Invoice, output=Invoice)
-async def classify(state: Invoice) -> tuple[dict[str, str], int, int, str]:
+@runner.node
+async def classify(state: Invoice) -> tuple[Invoice, Usage]:
     with tracer.start_as_current_span(
         "chat gpt-4o-mini"
     ) as call:  # as the instrumentation of an LLM client does
         if current_node().attempt == 1:
             raise ConnectionError("overloaded, try again")
         call.set_attributes({"gen_ai.usage.input_tokens": 412, "gen_ai.usage.output_tokens": 9})
-    return {"text": state.text, "kind": "supplier"}, 412, 9, "gpt-4o-mini"
+    return Invoice(text=state.text, kind="supplier"), Usage(
+        input_tokens=412, output_tokens=9, model="gpt-4o-mini"
+    )
 
 
 @runner.node("extract", input=Invoice, output=Invoice)
-async def extract(state: Invoice) -> tuple[dict[str, object], int, int, str]:
-    return {"text": state.text, "kind": state.kind or "supplier", "total": 1240.0}, 898, 64, "gpt-4o"
+async def extract(state: Invoice) -> tuple[dict[str, object], Usage]:
+    return {"text": state.text, "kind": state.kind or "supplier", "total": 1240.0}, Usage(
+        input_tokens=898, output_tokens=64, model="gpt-4o"
+    )
 
 
 class Refused(PermissionError):
     status_code = 401  # what clients of HTTP services carry: a failure for good
 
 
-@runner.node("post", input=Invoice, output=Invoice)
+@runner.node
 async def post(state: Invoice) -> Invoice:
     if ledger["key"] == "expired":
         raise Refused("the ledger refuses this key")

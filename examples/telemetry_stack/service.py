@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from prometheus_client import start_http_server
 from pydantic import BaseModel
 
-from stroma import FailureClass, FailurePolicy, StromaRunner, parallel
+from stroma import FailureClass, FailurePolicy, StromaRunner, Usage, parallel
 from stroma.telemetry import log_hooks, otel_hooks, prometheus_hooks
 
 provider = TracerProvider()
@@ -53,19 +53,23 @@ async def call_a_model(name: str) -> None:
         raise ConnectionError(f"{name} is overloaded")
 
 
-@runner.node("tone", input=Letter, output=Tone)
-async def tone(state: Letter) -> tuple[dict[str, str], int, int, str]:
+@runner.node
+async def tone(state: Letter) -> tuple[Tone, Usage]:
     await call_a_model("tone")
-    return {"tone": random.choice(["warm", "cross"])}, 210, 4, "gpt-4o-mini"
+    return Tone(tone=random.choice(["warm", "cross"])), Usage(
+        input_tokens=210, output_tokens=4, model="gpt-4o-mini"
+    )
 
 
-@runner.node("answer", input=Letter, output=Answer)
-async def answer(state: Letter) -> tuple[dict[str, str], int, int, str]:
+@runner.node
+async def answer(state: Letter) -> tuple[Answer, Usage]:
     await call_a_model("answer")
-    return {"answer": f"Thank you for letter {state.number}."}, 480, 90, "gpt-4o"
+    return Answer(answer=f"Thank you for letter {state.number}."), Usage(
+        input_tokens=480, output_tokens=90, model="gpt-4o"
+    )
 
 
-@runner.node("post", input=Reply, output=Reply)
+@runner.node
 async def post(state: Reply) -> Reply:
     if random.random() < 0.05:
         raise PermissionError("the mail room is closed")

@@ -7,7 +7,7 @@ import asyncio
 
 from pydantic import BaseModel
 
-from stroma import FailureClass, FailurePolicy, NodeContract, Pipeline, RunConfig, map_over, stroma_node
+from stroma import FailureClass, FailurePolicy, Pipeline, RunConfig, map_over, stroma_node
 
 
 class Batch(BaseModel):
@@ -30,20 +30,20 @@ class Digest(BaseModel):
     words: int
 
 
-@stroma_node("read", NodeContract(node_id="read", input_schema=Batch, output_schema=Batch))
-async def read(state: Batch) -> dict[str, list[str]]:
-    return {"letters": [letter.strip() for letter in state.letters]}
+@stroma_node
+async def read(state: Batch) -> Batch:
+    return Batch(letters=[letter.strip() for letter in state.letters])
 
 
-@stroma_node("answer", NodeContract(node_id="answer", input_schema=Letter, output_schema=Answer))
-async def answer(state: Letter) -> dict[str, str]:
+@stroma_node
+async def answer(state: Letter) -> Answer:
     await asyncio.sleep(0.05)
-    return {"answer": f"Thank you for: {state.letter}"}
+    return Answer(answer=f"Thank you for: {state.letter}")
 
 
-@stroma_node("digest", NodeContract(node_id="digest", input_schema=Answered, output_schema=Digest))
-async def digest(state: Answered) -> dict[str, int]:
-    return {"words": sum(len(one.answer.split()) for one in state.answers)}
+@stroma_node
+async def digest(state: Answered) -> Digest:
+    return Digest(words=sum(len(one.answer.split()) for one in state.answers))
 
 
 pipeline = Pipeline(
