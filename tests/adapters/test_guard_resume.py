@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import Note, open_question
+from tests.kit import Note
 from tests.shared_stores import STORES, store_of
 
 from stroma import (
@@ -306,58 +306,6 @@ def test_a_run_that_is_resumed_again_and_again_is_not_forgotten() -> None:
         with guard.run("q") as run:
             step()
     assert run.ctx.cost_tracker.prior_tokens == 2 * 249
-
-
-@pytest.mark.parametrize("kind", STORES)
-async def test_what_a_framework_continues_past_is_asked_no_more(kind: str) -> None:
-    """With another input a run continues and has only the questions that are asked again; an answer stays
-    until it is taken."""
-    with store_of(kind) as store:
-
-        def guard() -> Guard:
-            return Guard(StromaRunner.quick(store=store, run_id="r", resume=True))
-
-        def questions() -> dict[str, bool]:
-            return {one.reason: one.payload is not None for one in store.waiting("r")}
-
-        async def answer(reason: str, value: Any) -> None:
-            question = open_question(store, "r", reason=reason)
-            await StromaRunner.quick(store=store).signal("r", value, question=question)
-
-        first = guard()
-        waits = first.wrap("agent", lambda: 1 // 0, control=lambda _: Control("suspended", "may I?"))
-        async with first.begin("q", False) as run:
-            with pytest.raises(ZeroDivisionError):
-                await asyncio.to_thread(waits)
-            for key in ("first", "second"):
-                await run.questions.ask("tool", key, f"{key}?")
-        assert run.result is not None
-        assert run.result.status is RunStatus.SUSPENDED
-        assert questions() == {"may I?": False, "first?": False, "second?": False}
-        await answer("first?", True)
-
-        async with guard().begin("another input", True) as run:
-            assert (run.questions.answers_of_steps, run.questions.answers_to(["first", "second"])) == (
-                [],
-                {"first": True},
-            )
-            for key in ("first", "second"):
-                await run.questions.ask("tool", key, f"{key}?")
-        assert questions() == {"first?": True, "second?": False}
-        await answer("second?", {"n": 1})
-
-        async with guard().begin("a third one", True) as run:
-            answers = run.questions.answers_to(["first", "second"])
-            assert answers == {"first": True, "second": {"n": 1}}
-            run.questions.taken.update(answers)
-            await run.questions.ask("tool", "first", "first?")
-        assert questions() == {"first?": False, "second?": True}
-
-        async with guard().begin("and a fourth", True) as run:
-            assert run.questions.answers_to(["first"]) == {}
-        assert run.result is not None
-        assert run.result.status is RunStatus.RESUMED
-        assert questions() == {"second?": True}
 
 
 @pytest.mark.parametrize("is_wrapped", [False, True])

@@ -1,14 +1,15 @@
-"""One guarded call: its execution by the engine, and its result for the caller."""
+"""Guarded calls: their execution by the engine, their result for the caller, and functions that make them."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextvars import copy_context
-from functools import partial
 from queue import SimpleQueue
 from time import perf_counter_ns
-from typing import Any, Protocol
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
 from pydantic import BaseModel
 
@@ -34,7 +35,7 @@ from stroma.adapters._step import (
 )
 from stroma.checkpoint import CorruptCheckpoint, PipelineChanged, StepCall
 from stroma.contracts.contract import NodeContract
-from stroma.contracts.node import Node, held_by
+from stroma.contracts.node import Node, gives_coroutine, held_by
 from stroma.cost.usage import UsageError
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT
@@ -43,11 +44,10 @@ from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.engine.loop import execute
 from stroma.engine.outcome import GroupStopped, Halt, Place
 from stroma.failures.classes import FailureClass
-from stroma.failures.errors import Suspend
 from stroma.failures.failure import Failure, NodeContext, isinstance_by_type, message_of
 from stroma.hooks.dispatch import HookNotAsync
 
-__all__ = ["Call"]
+__all__ = ["Call", "Kind", "wrapped"]
 
 
 class StepOwner(Protocol):
@@ -173,9 +173,9 @@ class Call:
                     except BaseException as thrown:
                         if not hasattr(source, "throw"):
                             raise
-                        advance = partial(source.throw, thrown)
+                        advance = functools.partial(source.throw, thrown)
                     else:
-                        advance = None if sent is None else partial(source.send, sent)
+                        advance = None if sent is None else functools.partial(source.send, sent)
         except BaseException:
             self._count_unfinished()
             cancel()
@@ -220,9 +220,9 @@ class Call:
                     except BaseException as thrown:
                         if not hasattr(source, "athrow"):
                             raise
-                        advance = partial(source.athrow, thrown)
+                        advance = functools.partial(source.athrow, thrown)
                     else:
-                        advance = None if sent is None else partial(source.asend, sent)
+                        advance = None if sent is None else functools.partial(source.asend, sent)
         except BaseException:
             self._count_unfinished()
             engine.cancel()
@@ -282,7 +282,7 @@ class Call:
             run.note(refusal)
             return refusal
 
-        perform = partial(self._perform, invoke, contract, entry)
+        perform = functools.partial(self._perform, invoke, contract, entry)
         place = Place(
             position,
             branch,
@@ -402,8 +402,8 @@ class Call:
             message = str(control.value) if control.value else message_of(error)
             is_suspended = control.outcome == "suspended"
             kind = FailureClass.RECOVERABLE if is_suspended else FailureClass.TERMINAL
-            if is_suspended and control.asks and not any(halt.suspended for _, halt in inner.halts):
-                raise Suspend(message) from error  # The journal has the question, and then the answer.
+            if is_suspended and not any(halt.suspended for _, halt in inner.halts):
+                ctx.note_suspended(message)
             raise GroupStopped(Halt(_failure(error, kind, where, message), suspended=is_suspended)) from error
         if isinstance(error, (HookNotAsync, PipelineChanged, CorruptCheckpoint, Undeclared)):
             self.raises_own_error = True
@@ -454,3 +454,82 @@ class Call:
 
 def _failure(error: BaseException, kind: FailureClass, where: NodeContext, message: str) -> Failure:
     return Failure(error, kind, where.node_id, where.attempt, message)
+
+
+# ---------------------------------------------------------------------- functions that call others as steps
+
+#: How a callable is called: as a function, a coroutine function, a generator function or an async one.
+Kind: TypeAlias = Literal["call", "acall", "stream", "astream"]
+#: Returns the run that a step belongs to.
+CurrentRun: TypeAlias = Callable[[], StepOwner]
+
+
+def wrapped(
+    current: CurrentRun, step: GuardedStep, func: Callable[..., Any], kind: Kind | None
+) -> Callable[..., Any]:
+    """Return a function that calls another one as a step, as that one is called.
+
+    ``kind`` states how, where inspection cannot tell.
+    """
+    return _WRAPPERS[kind or _kind_of(func)](current, step, func)
+
+
+def _kind_of(func: Callable[..., Any]) -> Kind:
+    while isinstance(func, functools.partial):
+        func = func.func
+    for candidate in (func, getattr(func, "__call__", None)):  # noqa: B004
+        if inspect.isasyncgenfunction(candidate):
+            return "astream"
+        if inspect.isgeneratorfunction(candidate):
+            return "stream"
+    return "acall" if gives_coroutine(func) else "call"
+
+
+def _call(current: CurrentRun, step: GuardedStep, func: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return Call(current(), step, func, args, kwargs).call()
+
+    return call
+
+
+def _acall(current: CurrentRun, step: GuardedStep, func: Callable[..., Any]) -> Callable[..., Any]:
+    async def acall(*args: Any, **kwargs: Any) -> Any:
+        return await Call(current(), step, func, args, kwargs).acall()
+
+    return acall
+
+
+def _stream(current: CurrentRun, step: GuardedStep, func: Callable[..., Any]) -> Callable[..., Any]:
+    def stream(*args: Any, **kwargs: Any) -> Any:
+        return (yield from Call(current(), step, func, args, kwargs).stream())
+
+    return stream
+
+
+def _astream(current: CurrentRun, step: GuardedStep, func: Callable[..., Any]) -> Callable[..., Any]:
+    async def astream(*args: Any, **kwargs: Any) -> Any:
+        # The async form of `yield from`.
+        stream = Call(current(), step, func, args, kwargs).astream()
+        advance: Callable[[], Any] = stream.__anext__
+        while True:
+            try:
+                chunk = await advance()
+            except StopAsyncIteration:
+                return
+            try:
+                advance = functools.partial(stream.asend, (yield chunk))
+            except GeneratorExit:
+                await stream.aclose()
+                raise
+            except BaseException as thrown:
+                advance = functools.partial(stream.athrow, thrown)
+
+    return astream
+
+
+_WRAPPERS: Final[dict[Kind, Callable[[CurrentRun, GuardedStep, Callable[..., Any]], Callable[..., Any]]]] = {
+    "call": _call,
+    "acall": _acall,
+    "stream": _stream,
+    "astream": _astream,
+}

@@ -16,16 +16,15 @@ from pydantic import BaseModel
 
 from stroma.adapters._background_loop import Changes, applied, changes_since, run_in_background
 from stroma.adapters._guarded_call import Call
-from stroma.adapters._outside_usage import OutsideUsage
-from stroma.adapters._questions import Questions
 from stroma.adapters._state_views import given_to
 from stroma.adapters._step import Halts, find_halt
-from stroma.checkpoint import Fenced, StepCall
+from stroma.checkpoint import Fenced, StepCall, StoreError
 from stroma.checkpoint.entries import RunControl
 from stroma.checkpoint.identity import StepCalls
 from stroma.contracts.schema import schema_of
 from stroma.contracts.tagged_json import NotSerialisable
-from stroma.cost.usage import Usage
+from stroma.cost.prices import cost_of
+from stroma.cost.usage import Usage, as_report
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.engine.outcome import Halt
@@ -45,6 +44,53 @@ ACTIVE: ContextVar[tuple[GuardedRun, ...]] = ContextVar("stroma_guarded_runs", d
 
 
 _NO_MORE: Final = object()
+#: The id under which tokens of no step are counted.
+_OUTSIDE: Final = "outside of steps"
+
+
+class _OutsideUsage:
+    """The usage of a run outside of its steps. Frameworks report it from any thread.
+
+    Attributes:
+        loop: that of the run, on which it is stored at once. None: the end of the run stores it.
+    """
+
+    def __init__(self, ctx: ReliabilityContext) -> None:
+        self._ctx = ctx
+        self._lock = threading.Lock()
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def report(self, usage: Usage) -> None:
+        """Count tokens against the budget of the run, and in its totals, and store them for a resume.
+
+        Raises UsageError for tokens without a known price where a cost limit could not count them.
+        """
+        cost = cost_of(as_report(usage))
+        tokens = usage.input_tokens + usage.output_tokens
+        with self._lock:
+            self._ctx.cost_tracker.add(_OUTSIDE, tokens, usage.output_tokens, cost or 0.0, 0, usage.model)
+        if self.loop is not None:
+            with suppress(RuntimeError):  # The loop was closed under it.
+                self.loop.call_soon_threadsafe(self._store)
+        if cost is None and tokens:
+            place = f"run {self._ctx.run_id!r}, outside of its steps,"
+            problem = self._ctx.note_unpriced(_OUTSIDE, place, usage.model)
+            if problem is not None:
+                raise problem
+
+    def _store(self) -> None:
+        self._ctx.note_usage()
+        with suppress(StoreError):  # The next step meets it too.
+            pending = self._ctx.session.flush()
+            if pending is not None:
+                asyncio.ensure_future(pending).add_done_callback(
+                    lambda done: done.cancelled() or done.exception()
+                )
+
+    def check_budget(self) -> None:
+        """Raise BudgetExceeded if what the run has used exceeds its budget. For model calls in no step."""
+        if self._ctx.limits:
+            self._ctx.cost_tracker.check_budget(self._ctx.budget, _OUTSIDE)
 
 
 class RunOwner(Protocol):
@@ -72,8 +118,7 @@ class GuardedRun:
         ends: the run ends; that of the guard itself does not.
         is_continuation: its input is what a framework continues its own checkpoint with, such as an answer;
             under ``resume=True`` it may differ from the input that the run began with.
-        usage: the usage outside of steps, and what a framework has counted that the guard has not.
-        questions: the questions that the framework asks, and no step.
+        usage: the usage outside of steps.
     """
 
     def __init__(self, guard: RunOwner, ctx: ReliabilityContext, input: Any = None, *, ends: bool) -> None:
@@ -82,8 +127,7 @@ class GuardedRun:
         self.ends = ends
         self.ended = False
         self.is_continuation = False
-        self.usage = OutsideUsage(ctx)
-        self.questions = Questions(ctx)
+        self.usage = _OutsideUsage(ctx)
         #: What has stopped the run in a tool, where the framework would tell the model of it and continue.
         self.fatal: Exception | None = None
         self.result: ExecutionResult | None = None
@@ -127,11 +171,6 @@ class GuardedRun:
         # Steps around the failed one fail with the same exception.
         if known is None or known.failure.exception is not halt.failure.exception:
             self._stopping = halt
-
-    @property
-    def unaccounted(self) -> int:
-        """Tokens that a framework has counted in this run, and the guard has not; see :meth:`Guard.compare_usage`."""
-        return self.usage.unaccounted
 
     def report_usage(self, usage: Usage) -> None:
         """Count tokens that were used in this run and in no step: against its budget, and in its totals.

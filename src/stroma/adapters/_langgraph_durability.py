@@ -18,8 +18,14 @@ try:
 except ImportError:  # Releases of it need a newer LangGraph than they say. With those nobody has such a node.
     ToolNode = ()
 
-from stroma.adapters._langgraph_calls import InterruptAnswer
-from stroma.adapters._langgraph_steps import BodyNode, NodeOptions, Options, RecordedNode, RecordedTools
+from stroma.adapters._langgraph_steps import (
+    BodyNode,
+    InterruptAnswer,
+    NodeOptions,
+    Options,
+    RecordedNode,
+    RecordedTools,
+)
 from stroma.adapters._langgraph_values import Classes, classes_in, messages_in
 from stroma.adapters.guard import UnknownNode
 from stroma.runner.flows.body_loop import WITHOUT_THREADS, BodyLoop

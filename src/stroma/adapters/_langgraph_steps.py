@@ -1,31 +1,36 @@
-"""Nodes of LangGraph in a flow: those that are steps, tools among them, and those that are code of the body."""
+"""Nodes of LangGraph in a flow: those that are steps, tools among them, and those that are code of the body.
+
+Of LangGraph's internals they need four keys of a node's config: without them no answer could reach an
+``interrupt()``.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import inspect
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Final, Literal, NamedTuple, TypedDict
 from uuid import uuid4
 
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
 from langchain_core.runnables import Runnable
-from pydantic import BaseModel, JsonValue
-
-from stroma.adapters._langchain_messages import result_of, update
-from stroma.adapters._langchain_usage import counting
-from stroma.adapters._langgraph_calls import (
-    CallEnd,
-    body_flow,
-    config_of_step,
-    invoke,
-    send,
-    until_answered,
-    with_answers,
+from langchain_core.runnables.config import var_child_runnable_config
+from langgraph import errors
+from langgraph._internal._constants import (
+    CONFIG_KEY_CALL,
+    CONFIG_KEY_RUNTIME,
+    CONFIG_KEY_SCRATCHPAD,
+    CONFIG_KEY_SEND,
 )
+from pydantic import BaseModel, JsonValue, RootModel, field_validator
+
+from stroma.adapters._langchain import counting, result_of, update
 from stroma.adapters._langgraph_values import Classes, NotStorable, decode, encode, messages_in
 from stroma.adapters._state_views import violation
 from stroma.adapters.guard import contract_for
@@ -33,8 +38,9 @@ from stroma.contracts.contract import NodeContract
 from stroma.contracts.effects import NotDone, Unknown
 from stroma.contracts.node import stroma_node
 from stroma.engine.execution import current_node
+from stroma.runner.flows.flow import Flow, current_flow
 
-__all__ = ["BodyNode", "NodeOptions", "Options", "RecordedNode", "RecordedTools"]
+__all__ = ["BodyNode", "InterruptAnswer", "NodeOptions", "Options", "RecordedNode", "RecordedTools"]
 
 
 class NodeOptions(TypedDict, total=False):
@@ -100,12 +106,12 @@ class BodyNode(Runnable[Any, Any]):
         raise NotImplementedError  # In a flow graphs are called with astream().
 
     async def ainvoke(self, input: Any, config: Any = None, **_: Any) -> Any:
-        async def call(answers: list[Any]) -> CallEnd:
-            return await invoke(
-                self.inner, input, with_answers(config, answers), lambda: str(body_flow().uuid())
+        async def call(answers: list[Any]) -> _CallEnd:
+            return await _invoke(
+                self.inner, input, _with_answers(config, answers), lambda: str(_body_flow().uuid())
             )
 
-        return await until_answered(call)
+        return await _until_answered(call)
 
 
 class RecordedNode(BodyNode):
@@ -236,17 +242,17 @@ class _NodeStep:
     async def call(self, call_input: NodeInput | ToolInput, state: Any, config: Any) -> Any:
         """Call the node, in the body, and return its update."""
 
-        async def call(answers: list[Any]) -> CallEnd:
-            flow, classes = body_flow(), self._classes
+        async def call(answers: list[Any]) -> _CallEnd:
+            flow, classes = _body_flow(), self._classes
             token = _WORK.set(_Work(state, config, list(answers)))
             try:
                 output = await flow.step(self._node, call_input.model_copy(update={"answers": list(answers)}))
             finally:
                 _WORK.reset(token)
-            send(config, decode(output.parts, classes), decode(output.writes, classes))
-            return CallEnd(decode(output.update, classes), output.questions, output.refused)
+            _send(config, decode(output.parts, classes), decode(output.writes, classes))
+            return _CallEnd(decode(output.update, classes), output.questions, output.refused)
 
-        return await until_answered(call)
+        return await _until_answered(call)
 
     async def _perform(self) -> Any:
         """Call the node, in the step, and return its output in JSON form."""
@@ -261,9 +267,9 @@ class _NodeStep:
             parts.append(self.stored(part, "streams"))
             node.emit(part, "custom")
 
-        config = config_of_step(work.config, work.answers, write, writes)
+        config = _config_of_step(work.config, work.answers, write, writes)
         with counting():
-            end = await invoke(self._inner, state, config, lambda: str(uuid4()))
+            end = await _invoke(self._inner, state, config, lambda: str(uuid4()))
         has_update = not end.questions and end.refused is None
         own = [write for write in writes if not write[0].startswith("__")]  # The others are of interrupt().
         return {
@@ -308,3 +314,147 @@ class _NodeStep:
                 answer = ToolMessage(text, name=call.tool, tool_call_id=call.call_id)
             answer = {_messages_key_of(self._inner): [answer]}
         return {"update": self._returned(answer)}
+
+
+# ---------------------------------------------------------------------- calls of nodes
+
+
+class InterruptAnswer(RootModel[JsonValue]):
+    """Answer to an ``interrupt()``: any JSON data but null."""
+
+    @field_validator("root")
+    @classmethod
+    def _is_answer(cls, value: JsonValue) -> JsonValue:
+        if value is None:
+            raise ValueError("the answer to interrupt() must not be null")
+        return value
+
+
+class _CallEnd(NamedTuple):
+    """The end of a call of a node.
+
+    ``questions``: what it asks in place of an update. ``refused``: why it refuses the last answer.
+    """
+
+    update: Any = None
+    questions: Sequence[Any] = ()
+    refused: str | None = None
+
+
+#: The error of an answer that the schema of an interrupt() refuses: of newer releases.
+_is_invalid_resume: Callable[[BaseException], bool] = getattr(errors, "is_invalid_resume", lambda _: False)
+
+
+def _body_flow() -> Flow:
+    """Return the flow whose body calls a node."""
+    flow = current_flow()
+    assert flow is not None
+    return flow
+
+
+async def _until_answered(call: Callable[[list[Any]], Awaitable[_CallEnd]]) -> Any:
+    """Call a node until it needs no further answer of a person, and return its update."""
+    answers: list[Any] = []
+    reason = ""
+    while True:
+        end = await call(answers)
+        if end.refused is not None:
+            answers.pop()
+            text = f"{reason} (the last answer was refused: {end.refused})"
+        elif end.questions:
+            (question,) = end.questions
+            reason = text = (
+                question if isinstance(question, str) else json.dumps(question, ensure_ascii=False)
+            )
+        else:
+            return end.update
+        answers.append((await _body_flow().wait_for(InterruptAnswer, reason=text)).root)
+
+
+async def _invoke(inner: Any, state: Any, config: Any, make_id: Callable[[], str]) -> _CallEnd:
+    """Call a node. The messages in its update have ids."""
+    token = var_child_runnable_config.set(config)  # interrupt(), stream writers and models find it there.
+    try:
+        update = await inner.ainvoke(state, config)
+    except errors.GraphInterrupt as error:
+        interrupts: Any = error.args[0] if error.args else ()
+        if len(interrupts) != 1:
+            raise NotImplementedError(
+                f"node {inner.name!r} calls a graph that asks {len(interrupts)} questions at once; add that graph as a node"
+            ) from error
+        return _CallEnd(questions=[interrupts[0].value])
+    except errors.ParentCommand as error:  # Of a graph that the node calls.
+        update = dataclasses.replace(error.args[0], graph=None)
+    except Exception as error:
+        if not _is_invalid_resume(error):
+            raise
+        return _CallEnd(refused=str(error))
+    finally:
+        var_child_runnable_config.reset(token)
+    for message in messages_in(update):
+        message.id = message.id or make_id()
+    return _CallEnd(update)
+
+
+def _with_answers(config: Any, answers: list[Any]) -> Any:
+    """Return the config of a node whose interrupts return answers, in the order in which they are called."""
+    pending, configurable = list(answers), config["configurable"]
+
+    def take(consume: bool = False) -> Any:
+        return (pending.pop(0) if consume else pending[0]) if pending else None
+
+    scratchpad = dataclasses.replace(
+        configurable[CONFIG_KEY_SCRATCHPAD],
+        resume=[],
+        get_null_resume=take,
+        interrupt_counter=itertools.count().__next__,
+    )
+    return {**config, "configurable": {**configurable, CONFIG_KEY_SCRATCHPAD: scratchpad}}
+
+
+def _config_of_step(
+    config: Any, answers: list[Any], write: Callable[[Any], object], writes: list[tuple[str, Any]]
+) -> Any:
+    """Return the config of a node in its step. ``write``: takes what it streams; ``writes``: get what it writes itself."""
+
+    def refuse_task(*_: Any, **__: Any) -> Any:
+        node_id = current_node().node_id
+        raise NotImplementedError(
+            f"node {node_id!r} calls a @task; in a flow call its function without @task"
+        )
+
+    config = _with_answers(config, answers)
+    configurable = config["configurable"]
+    configurable[CONFIG_KEY_RUNTIME] = configurable[CONFIG_KEY_RUNTIME].override(stream_writer=write)
+    configurable[CONFIG_KEY_SEND], configurable[CONFIG_KEY_CALL] = writes.extend, refuse_task
+    # The streams of the body hear of a step when it has end.
+    manager = config["callbacks"] = config["callbacks"].copy()
+    streams = [handler for handler in manager.handlers if hasattr(handler, "tap_output_aiter")]
+    for handler in streams:
+        manager.remove_handler(handler)
+    if streams or current_node().ctx.takes_events:
+        manager.add_handler(_STREAMS, inherit=True)
+    return config
+
+
+def _send(config: Any, parts: list[Any], writes: list[Any]) -> None:
+    """Send to the streams of the body, and to the state, what a node has sent in its step."""
+    configurable = config["configurable"]
+    for part in parts:
+        configurable[CONFIG_KEY_RUNTIME].stream_writer(part)
+    configurable[CONFIG_KEY_SEND](writes)
+
+
+class _Streams(BaseCallbackHandler):
+    """Has models stream, so that the counter of a step emits their text."""
+
+    run_inline = True
+
+    def tap_output_aiter(self, run_id: Any, output: Any) -> Any:
+        """Return the output: LangChain takes a handler with this method for one that streams."""
+        return output
+
+    tap_output_iter = tap_output_aiter
+
+
+_STREAMS: Final = _Streams()

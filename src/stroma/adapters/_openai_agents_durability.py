@@ -45,7 +45,6 @@ from stroma.adapters._durable_steps import (
     ask_approval,
     check_options,
 )
-from stroma.adapters._openai_agents_graph import agent_of_tool, reached_agents
 from stroma.adapters._openai_agents_steps import (
     AgentSession,
     DurableModel,
@@ -53,6 +52,8 @@ from stroma.adapters._openai_agents_steps import (
     DurableServer,
     Proxy,
     ToolInvoker,
+    agent_of_tool,
+    reached_agents,
 )
 from stroma.adapters.guard import UnknownNode
 from stroma.runner.flows.flow import current_flow

@@ -1,6 +1,6 @@
 """Models, tools, MCP servers and sessions of the OpenAI Agents SDK whose calls are steps in the body of a flow.
 
-Each stands for one of the SDK's, and does as that one anywhere else. ``run`` is a DurableRun. Imports nothing
+Also the agents that an agent can reach. Each stands for one of the SDK's, and does as that one anywhere else. ``run`` is a DurableRun. Imports nothing
 that patches the SDK.
 """
 
@@ -17,6 +17,7 @@ from typing import Any, Final
 import mcp.types
 import openai
 from agents import (
+    AgentBase,
     FunctionTool,
     ModelBehaviorError,
     ModelResponse,
@@ -41,7 +42,16 @@ from stroma.engine.execution import current_node
 from stroma.runner.flows.body_loop import WITHOUT_THREADS
 from stroma.runner.flows.flow import current_flow
 
-__all__ = ["AgentSession", "DurableModel", "DurableProvider", "DurableServer", "Proxy", "ToolInvoker"]
+__all__ = [
+    "AgentSession",
+    "DurableModel",
+    "DurableProvider",
+    "DurableServer",
+    "Proxy",
+    "ToolInvoker",
+    "agent_of_tool",
+    "reached_agents",
+]
 
 
 class Proxy:
@@ -58,6 +68,31 @@ class Proxy:
     @property  # type: ignore[misc]
     def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return type(self._wrapped)
+
+
+# ---------------------------------------------------------------------- agents
+
+
+def reached_agents(agent: Any) -> tuple[list[Any], bool]:
+    """Return an agent and those it can hand off to or call as tools, each once, and if these are all: a handoff may be a function."""
+    reached, is_complete = [agent], True
+    for each in reached:
+        targets = [target if isinstance(target, AgentBase) else _agent_of(target) for target in each.handoffs]
+        is_complete = is_complete and None not in targets
+        for other in [*targets, *map(agent_of_tool, each.tools)]:
+            if isinstance(other, AgentBase) and not any(other is known for known in reached):
+                reached.append(other)
+    return reached, is_complete
+
+
+def agent_of_tool(tool: Any) -> Any:
+    """Return the agent that a tool calls; None for any other tool."""
+    return getattr(tool, "_agent_instance", None)
+
+
+def _agent_of(handoff: Any) -> Any:
+    reference = getattr(handoff, "_agent_ref", None)  # It is a weak one.
+    return None if reference is None else reference()
 
 
 # ---------------------------------------------------------------------- models

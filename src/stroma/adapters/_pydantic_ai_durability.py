@@ -60,8 +60,7 @@ from stroma.adapters._durable_steps import (
     check_options,
     is_in_step,
 )
-from stroma.adapters._pydantic_ai_deltas import emitting
-from stroma.adapters._pydantic_ai_usage import usage_of
+from stroma.adapters._pydantic_ai_responses import emitting, usage_of
 from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.runner.flows.body_loop import BodyExecutor
 from stroma.runner.flows.flow import Flow, current_flow

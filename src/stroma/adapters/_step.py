@@ -54,12 +54,10 @@ class Control(NamedTuple):
         outcome: "suspended": the step waits for a person; "returned": it ended with ``value``; "passed": it
             ends the run of the framework, as a terminal failure.
         value: the value that it returned, or the reason of the suspension as text.
-        asks: a suspended step asks the question; False where the adapter does, with :meth:`Questions.ask`.
     """
 
     outcome: Literal["suspended", "returned", "passed"]
     value: Any = None
-    asks: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import AsyncGenerator, Sequence
-from typing import Any
+import json
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from typing import Any, Final
 
 from stroma.adapters._releases import import_error, warn_if_untested
 
@@ -19,28 +20,18 @@ try:
     from agent_framework import (
         AgentMiddleware,
         AgentMiddlewareLayer,
-        AgentResponseUpdate,
         ChatMiddleware,
         FunctionMiddleware,
         MiddlewareTermination,
         ResponseStream,
     )
-
-    from stroma.adapters._agent_framework_answers import ask, asked_again, is_continuation, take_answers
-    from stroma.adapters._agent_framework_views import (
-        Rest,
-        answer_of,
-        asked_of,
-        control_of,
-        names_of,
-        result_of,
-        used_by,
-    )
 except ImportError as error:
     raise import_error("agent-framework", error) from error
 
-from stroma.adapters._step import GuardedStep
+from stroma.adapters._state_views import newest_of
+from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for, what_stopped
+from stroma.cost.usage import Usage
 from stroma.engine.execution import current_node, current_node_or_none
 
 warn_if_untested("agent-framework")
@@ -83,7 +74,7 @@ class _Shared:
 
     def check(self, offered: Any) -> None:
         if not self.checked:
-            self.guard.contracts(self.tools, names_of(offered), "tool")
+            self.guard.contracts(self.tools, _names_of(offered), "tool")
             self.checked = True
         self.raise_fatal()
 
@@ -134,15 +125,15 @@ class _OfAgent(AgentMiddleware):
         self._shared = shared
 
     async def process(self, context: Any, call_next: Any) -> None:
-        guard, request = self._shared.guard, asked_of(context.messages)
+        guard, request = self._shared.guard, _asked_of(context.messages)
         call = _AgentCall(context, call_next, self._shared)
         # With a request for approval, or the response to one, it continues where it waited.
-        answered = is_continuation(context.messages or [])
+        answered = _is_continuation(context.messages or [])
         # Its models and tools had their retries: it is called once.
         about: Any = {
             "input_view": lambda *_: request,
-            "output_view": answer_of,
-            "control": control_of,
+            "output_view": _answer_of,
+            "control": _control_of,
             "can_retry": False,
             "role": "agent",
         }
@@ -163,13 +154,13 @@ class _OfChat(ChatMiddleware):
 
     async def process(self, context: Any, call_next: Any) -> None:
         self._shared.check((context.options or {}).get("tools"))
-        guard, request = self._shared.guard, asked_of(context.messages)
-        call = Rest(context, call_next)
+        guard, request = self._shared.guard, _asked_of(context.messages)
+        call = _Rest(context, call_next)
         about: Any = {
             "input_view": lambda *_: request,
-            "output_view": answer_of,
-            "usage": used_by,
-            "control": control_of,
+            "output_view": _answer_of,
+            "usage": _used_by,
+            "control": _control_of,
         }
         if context.stream:
             step = guard.wrap("model", call.parts, collect=call.final, delta=lambda part: part.text, **about)
@@ -188,12 +179,12 @@ class _OfFunction(FunctionMiddleware):
             name,
             shared.tools.get(name),
             lambda *_: context.arguments,
-            result_of,
-            control=control_of,
+            _result_of,
+            control=_control_of,
             role="tool",
         )
         try:
-            context.result = await shared.guard.acall(step, Rest(context, call_next).whole)
+            context.result = await shared.guard.acall(step, _Rest(context, call_next).whole)
         except Exception as error:
             if what_stopped(error) is None:
                 raise
@@ -201,44 +192,150 @@ class _OfFunction(FunctionMiddleware):
             raise MiddlewareTermination(str(error)) from error
 
 
-class _AgentCall(Rest):
+class _Rest:
+    """The rest of a middleware pipeline, as a coroutine function that can be called again, or as a stream."""
+
+    def __init__(self, context: Any, call_next: Any, judge: Callable[[], None] = lambda: None) -> None:
+        self._context, self._next, self._judge = context, call_next, judge
+        #: The whole response, once it is there.
+        self.response: Any = None
+
+    async def whole(self) -> Any:
+        try:
+            await self._next()
+        except Exception:
+            self._judge()  # Raises the cause of the framework's error in its place.
+            raise
+        self._judge()
+        return self._context.result
+
+    async def parts(self) -> AsyncGenerator[Any, None]:
+        stream = await _Rest.whole(self)
+        try:
+            async for part in stream:
+                yield part
+            # This also stores the history of a session.
+            self.response = await stream.get_final_response()
+        except Exception:
+            self._judge()
+            raise
+        self._judge()
+
+    def final(self, _: Any) -> Any:
+        """Return the final response of the stream."""
+        return self.response
+
+
+class _AgentCall(_Rest):
     """The call of an agent."""
 
     def __init__(self, context: Any, call_next: Any, shared: _Shared) -> None:
         super().__init__(context, call_next, shared.raise_fatal)
         self._shared = shared
 
-    def _begin(self) -> bool:
-        """Note the agent on its step; return True if it is inside no other one."""
+    @contextlib.contextmanager
+    def _noted(self) -> Iterator[None]:
+        """Note the agent on its step, and the requests that its response ends with."""
         is_outermost = _shared_above() is None
         current_node().notes[_Shared] = self._shared
-        return is_outermost
-
-    async def _end(self, response: Any, is_outermost: bool) -> None:
-        guard = self._shared.guard
-        if (used := used_by(response)) is not None:
-            guard.compare_usage("Agent Framework", used.input_tokens + used.output_tokens)
+        yield
         # Those of an agent inside are not passed on to anybody.
-        await ask(guard, (getattr(response, "user_input_requests", None) or ()) if is_outermost else ())
+        for request in (getattr(self.response, "user_input_requests", None) or ()) if is_outermost else ():
+            name = getattr(getattr(request, "function_call", None), "name", None) or request.type
+            self._shared.guard.current.ctx.note_suspended(f"approval of {name}")
 
     async def whole(self) -> Any:
-        is_outermost = self._begin()
-        requests = take_answers(self._shared.guard, self._context.messages or [])
-        if requests:  # What is still to be answered is asked again, and nothing is called.
-            response = asked_again(requests)
-        else:
-            response = await super().whole()
-        await self._end(response, is_outermost)
-        return response
+        with self._noted():
+            self.response = await super().whole()
+        return self.response
 
     async def parts(self) -> AsyncGenerator[Any, None]:
-        is_outermost = self._begin()
-        requests = take_answers(self._shared.guard, self._context.messages or [])
-        if requests:
-            self._final = asked_again(requests)
-            yield AgentResponseUpdate(contents=requests, role="assistant")
-        else:
+        with self._noted():
             async with contextlib.aclosing(super().parts()) as parts:
                 async for part in parts:
                     yield part
-        await self._end(self._final, is_outermost)
+
+
+# ---------------------------------------------------------------------- views
+
+
+def _is_continuation(messages: list[Any]) -> bool:
+    """Return True if messages have a request for an approval, or the response to one."""
+    kinds = {content.type for message in messages for content in message.contents}
+    return not kinds.isdisjoint(("function_approval_request", "function_approval_response"))
+
+
+def _control_of(error: BaseException) -> Control | None:
+    """Return the meaning of an exception by which middleware ends a call with a result."""
+    return (
+        Control("returned", getattr(error, "result", None)) if type(error) is MiddlewareTermination else None
+    )
+
+
+def _asked_of(messages: Any) -> dict[str, Any]:
+    """Return the newest message as text, which is the same in each process, and the number of messages."""
+    request = newest_of(messages)
+    newest = request["newest"]
+    if hasattr(newest, "text"):
+        request["newest"] = {"role": str(getattr(newest, "role", "")), "text": newest.text}
+    return request
+
+
+def _answer_of(answer: Any) -> dict[str, Any]:
+    """Return the view of an answer of a model or an agent."""
+    return {"text": getattr(answer, "text", None)}
+
+
+def _result_of(result: Any) -> Any:
+    """Return the result of a tool, parsed if its text is JSON."""
+    text = result
+    if isinstance(result, list) and result and all(hasattr(part, "text") for part in result):
+        text = "".join(part.text or "" for part in result)
+    try:
+        return json.loads(text) if isinstance(text, str) else text
+    except ValueError:
+        return text
+
+
+def _used_by(response: Any) -> Usage | None:
+    """Return the usage of a response, or None."""
+    used = getattr(response, "usage_details", None)
+    if not used:
+        return None
+    input_tokens = used.get("input_token_count") or 0
+    cached, written = _first_count(used, _CACHE_READS), _first_count(used, _CACHE_WRITES)
+    # Anthropic counts what was cached beside the input.
+    if cached + written > input_tokens or any(name.startswith("anthropic.") for name in used):
+        input_tokens += cached + written
+    model = getattr(response, "model", None) or getattr(response, "model_id", None)
+    return Usage(input_tokens, used.get("output_token_count") or 0, cached, written, model)
+
+
+#: The names that clients have for tokens from a cache, and for tokens to it.
+_CACHE_READS: Final = (
+    "cache_read_input_token_count",
+    "anthropic.cache_read_input_tokens",
+    "openai.cached_input_tokens",
+    "prompt/cached_tokens",
+)
+_CACHE_WRITES: Final = (
+    "cache_creation_input_token_count",
+    "anthropic.cache_creation_input_tokens",
+    "openai.cache_write_tokens",
+    "prompt/cache_write_tokens",
+)
+
+
+def _first_count(used: Any, names: tuple[str, ...]) -> int:
+    return next((count for name in names if (count := used.get(name))), 0)
+
+
+def _names_of(tools: Any, seen: tuple[Any, ...] = ()) -> set[str]:
+    """Return the names of tools, and of those of the agents that are tools."""
+    names = {tool.name for tool in tools or () if hasattr(tool, "name")}
+    for tool in tools or ():
+        for cell in getattr(getattr(tool, "func", None), "__closure__", None) or ():
+            agent = getattr(cell, "cell_contents", None)
+            if isinstance(agent, AgentMiddlewareLayer) and agent not in seen:
+                names |= _names_of(getattr(agent, "default_options", {}).get("tools"), (*seen, agent))
+    return names

@@ -1,18 +1,27 @@
-"""Protocols of adapters, and conversion of a state to a dict."""
+"""Protocols of adapters, conversion of a state to a dict, and functions that were marked as nodes."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from pydantic import BaseModel
 
-from stroma.contracts.contract import NodeContract
+from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.schema import schema_of
 from stroma.engine.context import ReliabilityContext
 
-__all__ = ["FrameworkAdapter", "LoopAdapter", "StepInterceptor", "TurnAdapter", "extract_state_dict"]
+__all__ = [
+    "FrameworkAdapter",
+    "LoopAdapter",
+    "StepInterceptor",
+    "TurnAdapter",
+    "extract_state_dict",
+    "marked",
+    "marks_of",
+]
 
 
 @runtime_checkable
@@ -88,3 +97,20 @@ def extract_state_dict(state: Any) -> dict[str, Any]:
     raise TypeError(
         f"{type(state).__name__} is no state: give a dict, a pydantic model, a dataclass or an object with attributes"
     )
+
+
+def marked(*candidates: Any) -> Any:
+    """Return the first function with a marker, or None; partials and wrappers are unwrapped."""
+    waiting = list(candidates)
+    for func in waiting:
+        if getattr(func, "_stroma_node_id", None) is not None:
+            return func
+        if isinstance(func, functools.partial):
+            waiting.extend((func.func, *func.args))
+    return None
+
+
+def marks_of(func: Any, registry: ContractRegistry) -> tuple[str, NodeContract[Any, Any] | None]:
+    """Return the id of a marked function and its contract: the registry's, else its own."""
+    node_id: str = func._stroma_node_id
+    return node_id, registry.find(node_id) or func._stroma_contract

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Final
@@ -20,16 +21,21 @@ from stroma.adapters._releases import import_error, warn_if_untested
 
 try:
     import claude_agent_sdk
-    from claude_agent_sdk import ClaudeAgentOptions, ClaudeSDKClient, ClaudeSDKError, ResultMessage, query
-
-    from stroma.adapters._claude_agent_sdk_views import answer_of, delta_of, result_of, used_by, whole_of
+    from claude_agent_sdk import (
+        ClaudeAgentOptions,
+        ClaudeSDKClient,
+        ClaudeSDKError,
+        ResultMessage,
+        StreamEvent,
+        query,
+    )
 except ImportError as error:
     raise import_error("claude-agent-sdk", error) from error
 
 from stroma.adapters._guarded_run import active_run
 from stroma.adapters._step import emit_text
 from stroma.adapters.guard import Contracts, Guard, what_stopped
-from stroma.cost.usage import Usage
+from stroma.cost.usage import Usage, usage_from
 from stroma.engine.execution import current_node_or_none, current_run
 
 warn_if_untested("claude-agent-sdk")
@@ -60,10 +66,10 @@ def guarded_query(guard: Guard) -> Callable[..., AsyncIterator[Any]]:
     # The program reports what it used itself; what our tools use is beside that.
     about: Any = {
         "input_view": _input_view,
-        "output_view": answer_of,
-        "usage": used_by,
-        "collect": whole_of,
-        "delta": delta_of,
+        "output_view": _answer_of,
+        "usage": _used_by,
+        "collect": _whole_of,
+        "delta": _delta_of,
         "usage_includes_calls": False,
         "role": "agent",
     }
@@ -85,7 +91,7 @@ def guarded_tools(guard: Guard, tools: Sequence[Any], contracts: Contracts | Non
             tool.handler,
             contract=by_name.get(tool.name),
             input_view=lambda a, _: a[0],
-            output_view=result_of,
+            output_view=_result_of,
             role="tool",
         )
         guarded.append(dataclasses.replace(tool, handler=_noting(step)))
@@ -128,7 +134,7 @@ async def _messages(*, options: Any = None, **kwargs: Any) -> Any:
         raise
     finally:
         _FATAL.pop(run.run_id, None)
-    end = whole_of(messages)["end"]
+    end = _whole_of(messages)["end"]
     if end is not None and end.is_error:
         failed = _error_of(end)
         _note_status(failed, messages)
@@ -153,7 +159,7 @@ def _error_of(end: Any) -> Exception:
 
 def _note_status(error: Any, messages: list[Any]) -> None:
     """Add the HTTP status of the failed call of the model to an error, which is classified by it."""
-    end = whole_of(messages)["end"]
+    end = _whole_of(messages)["end"]
     if end is None or not end.is_error:
         return
     status = getattr(end, "api_error_status", None)
@@ -181,14 +187,14 @@ def _count_results(receive: Any) -> Any:
         messages: list[Any] = []
         async for message in receive(self):
             node = current_node_or_none()
-            if node is not None and (text := delta_of(message)):
+            if node is not None and (text := _delta_of(message)):
                 emit_text(node, text)
             run = active_run() if node is None else None
             if run is not None:
                 _raise_fatal(run.ctx.run_id)
             messages.append(message)
             if isinstance(message, ResultMessage):
-                used = _since_last_result(self, message, used_by(whole_of(messages)))
+                used = _since_last_result(self, message, _used_by(_whole_of(messages)))
                 messages.clear()
                 if run is not None and used is not None:
                     run.report_usage(used)
@@ -212,6 +218,58 @@ def _since_last_result(client: Any, end: Any, used: Usage | None) -> Usage | Non
         now, then = getattr(used, name), getattr(before, name) or 0
         changes[name] = now if now is None or now < then else now - then  # Less: another session has begun.
     return dataclasses.replace(used, **changes)
+
+
+# ---------------------------------------------------------------------- views
+
+#: Counts of a model in what the program says about each.
+_COUNTS: Final = ("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheCreationInputTokens")
+
+
+def _whole_of(messages: list[Any]) -> dict[str, Any]:
+    """Return the end of a query and the model that answered."""
+    models = [message.model for message in messages if getattr(message, "model", None)]
+    ends = [message for message in messages if isinstance(message, ResultMessage)]
+    return {"end": ends[-1] if ends else None, "model": models[-1] if models else None}
+
+
+def _used_by(whole: dict[str, Any]) -> Any:
+    """Return the usage of a query: what the program says it cost, and the tokens of all its models where it says these."""
+    end = whole["end"]
+    if end is None:
+        return None
+    cost, by_model = getattr(end, "total_cost_usd", None), getattr(end, "model_usage", None)
+    if not by_model:
+        used = usage_from(end.usage, model=whole["model"]) if end.usage else None
+        return (
+            dataclasses.replace(used or Usage(model=whole["model"]), cost_usd=cost) if used or cost else None
+        )
+    counts = [sum(one.get(name) or 0 for one in by_model.values()) for name in _COUNTS]
+    fresh, output_tokens, cached, written = counts
+    return Usage(
+        fresh + cached + written, output_tokens, cached, written, model=whole["model"], cost_usd=cost
+    )
+
+
+def _delta_of(message: Any) -> str | None:
+    """Return the text of a partial message, with ``include_partial_messages``; not that of a subagent."""
+    if not isinstance(message, StreamEvent) or message.parent_tool_use_id is not None:
+        return None
+    delta = message.event.get("delta") or {}
+    return delta.get("text") if delta.get("type") == "text_delta" else None
+
+
+def _answer_of(whole: dict[str, Any]) -> dict[str, Any]:
+    return {"result": getattr(whole["end"], "result", None)}
+
+
+def _result_of(result: Any) -> Any:
+    parts = result.get("content", ()) if isinstance(result, dict) else ()
+    text = "".join(part.get("text", "") for part in parts)
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 ClaudeSDKClient.receive_messages = _count_results(ClaudeSDKClient.receive_messages)

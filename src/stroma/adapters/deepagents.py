@@ -17,7 +17,7 @@ try:
 except ImportError as error:
     raise import_error("deepagents", error) from error
 
-from stroma.adapters._discovery import marked, marks_of
+from stroma.adapters.base import marked, marks_of
 from stroma.adapters.guard import Guard
 from stroma.checkpoint import AsyncCheckpointStore, CheckpointManager, CheckpointStore
 from stroma.contracts.contract import ContractRegistry, NodeContract

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Final, TypeVar
 
 from stroma.adapters._releases import import_error, warn_if_untested
@@ -22,9 +22,6 @@ try:
     from google.adk.tools.agent_tool import AgentTool
     from google.adk.tools.base_toolset import BaseToolset
     from google.adk.tools.function_tool import FunctionTool
-
-    from stroma.adapters._google_adk_answers import is_continuation
-    from stroma.adapters._google_adk_events import events, live_events, usage_of
 except ImportError as error:
     raise import_error("google-adk", error) from error
 
@@ -32,12 +29,15 @@ from stroma.adapters._delegation import guard_methods, wrap_method
 from stroma.adapters._state_views import arguments_of, newest_of
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import NodeContract
+from stroma.cost.usage import Usage
 
 warn_if_untested("google-adk")
 
 __all__ = ["attach", "each_run"]
 
 T = TypeVar("T")
+#: The calls by which ADK asks a person begin so.
+_ASKS: Final = "adk_request_"
 _REQUEST: Final = "generate_content_async"
 #: Where an agent has its guard.
 _ATTACHED: Final = "_stroma_attached"
@@ -82,14 +82,14 @@ def each_run(runner: T, guard: Guard) -> T:
             message = kwargs.get("new_message")
             renew()
             return guard.aover(
-                lambda: events(target, parts, guard, kwargs),
+                lambda: _events(parts, guard, kwargs),
                 {"message": message},
-                is_continuation=is_continuation(message),
+                is_continuation=_is_continuation(message),
             )
 
         def run_live(**kwargs: Any) -> Any:
             renew()
-            return guard.aover(lambda: live_events(live_parts, guard, kwargs))
+            return guard.aover(lambda: _live_events(live_parts, guard, kwargs))
 
         target.run_async, target.run_live = guard.mark(run_async), run_live
     return runner
@@ -144,7 +144,7 @@ def guard_model(model: Any, guard: Guard, check: Callable[[], None]) -> None:
         kind="astream",
         input_view=lambda args, kwargs: newest_of((args[0] if args else kwargs["llm_request"]).contents),
         output_view=lambda response: {"content": getattr(response, "content", None)},
-        usage=lambda response: usage_of(response, model.model),
+        usage=lambda response: _usage_of(response, model.model),
         collect=_last_response,
         delta=_delta,
     )
@@ -231,3 +231,56 @@ def _guard_tool(tool: Any, guard: Guard, contract: NodeContract[Any, Any] | None
 
 def _name_of(tool: Any) -> str | None:
     return getattr(tool, "name", None) or getattr(tool, "__name__", None)
+
+
+# ---------------------------------------------------------------------- events of runs
+
+
+async def _events(parts: Callable[..., Any], guard: Guard, kwargs: dict[str, Any]) -> AsyncIterator[Any]:
+    """Yield the events of ``run_async()``, and suspend the run with what ADK has asked."""
+    asked: list[Any] = []
+    async with contextlib.aclosing(parts(**kwargs)) as source:
+        async for event in source:
+            asked += [call for call in event.get_function_calls() if (call.name or "").startswith(_ASKS)]
+            yield event
+    for call in asked:
+        original = (call.args or {}).get("originalFunctionCall") or {}
+        is_confirmation = call.name == f"{_ASKS}confirmation" and original.get("name")
+        reason = f"approval of {original['name']}" if is_confirmation else call.name
+        guard.current.ctx.note_suspended(reason)
+
+
+def _is_continuation(message: Any) -> bool:
+    """Return True if a message responds to what ADK has asked, or if there is none."""
+    return message is None or any(
+        part.function_response is not None and (part.function_response.name or "").startswith(_ASKS)
+        for part in message.parts or ()
+    )
+
+
+async def _live_events(parts: Callable[..., Any], guard: Guard, kwargs: dict[str, Any]) -> AsyncIterator[Any]:
+    """Yield the events of ``run_live()``, and count the tokens of each against the budget of the run."""
+    run = guard.current
+    async with contextlib.aclosing(parts(**kwargs)) as source:
+        async for event in source:
+            used = None if event.partial else _usage_of(event, getattr(event, "model_version", None))
+            if used is not None:
+                run.report_usage(used)
+            run.usage.check_budget()
+            yield event
+
+
+def _usage_of(response: Any, model: str | None) -> Usage | None:
+    """Return what a response or an event says about its tokens, or None."""
+    used = getattr(response, "usage_metadata", None)
+    if used is None:
+        return None
+    input_tokens = (used.prompt_token_count or 0) + (getattr(used, "tool_use_prompt_token_count", None) or 0)
+    output_tokens = (used.candidates_token_count or 0) + (getattr(used, "thoughts_token_count", None) or 0)
+    if used.candidates_token_count is None:  # The live mode of older releases: the total alone has them.
+        output_tokens = max(output_tokens, (used.total_token_count or 0) - input_tokens)
+    cached = used.cached_content_token_count or 0
+    written = (
+        getattr(used, "cache_creation_input_tokens", None) or 0
+    )  # Set by the models of Anthropic and litellm.
+    return Usage(max(input_tokens, cached + written), output_tokens, cached, written, model)

@@ -27,11 +27,10 @@ from typing import Any, Final, Literal, ParamSpec, TypeAlias, TypeVar, cast
 
 from pydantic import BaseModel
 
-from stroma.adapters._guarded_call import Call
+from stroma.adapters._guarded_call import Call, Kind, wrapped
 from stroma.adapters._guarded_run import ACTIVE, GuardedRun
 from stroma.adapters._state_views import View, arguments_of, first_argument, violation
 from stroma.adapters._step import Control, GuardedStep, causes
-from stroma.adapters._wrapped import Kind, wrapped
 from stroma.checkpoint.decisions import ENDED
 from stroma.contracts.contract import ContractRegistry, NodeContract, check_id
 from stroma.contracts.node import gives_coroutine
@@ -216,23 +215,6 @@ class Guard:
         if self.inside or self._last is None:
             return self.current.stopped
         return self._last.stopped
-
-    @property
-    def unaccounted(self) -> int:
-        """Tokens that a framework has counted in the current run, else in the last one that ended, and the guard has not.
-
-        0 if all spend was seen. Else a warning named the step: its budget does not hold what is missing.
-        """
-        run = self.current if self.inside or self._last is None else self._last
-        return run.unaccounted
-
-    def compare_usage(self, framework: str, tokens: int) -> None:
-        """Compare a framework's own count of tokens with that of the guard; log a warning if the guard has counted less.
-
-        ``tokens``: inside a step those since its attempt began, elsewhere those of the whole run in this
-        process. The guard may count more: failed attempts, and calls that the framework counts nowhere.
-        """
-        self.current.usage.compare(framework, tokens)
 
     @property
     def last(self) -> GuardedRun | None:

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -24,11 +23,10 @@ except ImportError as error:
     raise import_error("haystack", error) from error
 
 from stroma.adapters._delegation import before, guard_methods, wrap_method
-from stroma.adapters._step import Control, copy_for_retries, count_tokens, mark_published
+from stroma.adapters._step import Control, copy_for_retries, mark_published
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import NodeContract
 from stroma.cost.usage import Usage, UsageError, usage_from
-from stroma.engine.execution import current_node_or_none
 
 warn_if_untested("haystack")
 
@@ -116,31 +114,13 @@ def _around(guard: Guard, bare: Any) -> Any:
         _guard_inside(inputs.get("tools"), guard, "tools")
         return inputs
 
-    def compared(result: Any) -> Any:
-        counted = result.get("token_usage") if isinstance(result, dict) else None  # An agent's.
-        if counted:
-            with contextlib.suppress(UsageError):
-                used = usage_from(counted)
-                guard.compare_usage("Haystack", used.input_tokens + used.output_tokens + _tokens_of_tools())
-        return result
-
     def call(*args: Any, **kwargs: Any) -> Any:
-        return compared(bare(*args, **inputs(kwargs)))
+        return bare(*args, **inputs(kwargs))
 
     async def acall(*args: Any, **kwargs: Any) -> Any:
-        return compared(await bare(*args, **inputs(kwargs)))
+        return await bare(*args, **inputs(kwargs))
 
     return acall if inspect.iscoroutinefunction(bare) else call
-
-
-def _tokens_of_tools() -> int:
-    """Return the tokens inside the current agent that its own figure leaves out: those of all but its generator."""
-    node = current_node_or_none()
-    if node is None:
-        return 0
-    others = [row for row in node.children or () if row.node_id != f"{node.node_id}.chat_generator"]
-    input_tokens, output_tokens = count_tokens(others)
-    return input_tokens + output_tokens
 
 
 def _publishing(callback: Any) -> Any:

@@ -17,8 +17,7 @@ try:
     from langchain.agents.middleware import AgentMiddleware
     from langchain_core.messages import ToolMessage
 
-    from stroma.adapters._langchain_messages import answer_of, asked_of, result_of
-    from stroma.adapters._langchain_usage import counting
+    from stroma.adapters._langchain import answer_of, asked_of, counting, result_of
     from stroma.adapters.langgraph import attach_steps, control
 except ImportError as error:
     raise import_error("langchain", error) from error

@@ -26,24 +26,17 @@ try:
     from langgraph.errors import GraphBubbleUp, GraphInterrupt, GraphRecursionError, ParentCommand
     from langgraph.graph.state import StateGraph
     from langgraph.pregel import Pregel
-
-    from stroma.adapters._langgraph_answers import (
-        answer_of,
-        is_answered,
-        is_continuation,
-        may_be_suspended,
-        note_suspended,
-    )
+    from langgraph.types import Command
 except ImportError as error:
     raise import_error("langgraph", error) from error
 
-from stroma.adapters._discovery import marked, marks_of
-from stroma.adapters._langchain_messages import update
-from stroma.adapters._langchain_usage import acounted, counted, counting
+from stroma.adapters._langchain import acounted, counted, counting, update
 from stroma.adapters._step import Control, copy_for_retries, input_of_attempt
+from stroma.adapters.base import marked, marks_of
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import framework_node as stroma_langgraph_node
+from stroma.engine.execution import current_node_or_none
 from stroma.runner.runner import StromaRunner
 
 warn_if_untested("langgraph")
@@ -129,31 +122,44 @@ def _graph_class(kind: Any, guard: Guard, adapter: LangGraphAdapter | None) -> A
 
     def stream(self: Any, input: Any, config: Any = None, **kwargs: Any) -> Any:
         def parts() -> Any:
-            state = self.get_state(config) if is_answered(guard, input) else None
-            value = input if state is None else answer_of(guard, state)
-            yield from counted(kind.stream(self, value, config, **kwargs))
-            if may_be_suspended(self, guard, kwargs):
-                note_suspended(guard, self.get_state(config))
+            yield from counted(kind.stream(self, input, config, **kwargs))
+            if _may_be_suspended(self, guard, kwargs):
+                _note_suspended(guard, self.get_state(config))
 
-        return guard.over(parts, input, is_continuation=is_continuation(input))
+        return guard.over(parts, input, is_continuation=_is_continuation(input))
 
     def astream(self: Any, input: Any, config: Any = None, **kwargs: Any) -> Any:
         async def parts() -> AsyncIterator[Any]:
-            state = await self.aget_state(config) if is_answered(guard, input) else None
-            value = input if state is None else answer_of(guard, state)
-            async with contextlib.aclosing(acounted(kind.astream(self, value, config, **kwargs))) as stream:
+            async with contextlib.aclosing(acounted(kind.astream(self, input, config, **kwargs))) as stream:
                 async for part in stream:
                     yield part
-            if may_be_suspended(self, guard, kwargs):
-                note_suspended(guard, await self.aget_state(config))
+            if _may_be_suspended(self, guard, kwargs):
+                _note_suspended(guard, await self.aget_state(config))
 
-        return guard.aover(parts, input, is_continuation=is_continuation(input))
+        return guard.aover(parts, input, is_continuation=_is_continuation(input))
 
     calls = {"stream": stream, "astream": astream}
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_stroma_kind": kind}
     own = {"compile": compile} if issubclass(kind, StateGraph) else calls
     subclass = guard.classes[kind, adapter] = type(kind.__name__, (kind,), names | own)
     return subclass
+
+
+def _is_continuation(input: Any) -> bool:
+    return input is None or isinstance(input, Command)
+
+
+def _may_be_suspended(graph: Any, guard: Guard, options: dict[str, Any]) -> bool:
+    """Return True if LangGraph may have ended the call without an interrupt() that a step has seen."""
+    if current_node_or_none() is not None or not graph.checkpointer or guard.current.ctx.suspended:
+        return False
+    own = graph.interrupt_before_nodes or graph.interrupt_after_nodes
+    return bool(own or options.get("interrupt_before") or options.get("interrupt_after"))
+
+
+def _note_suspended(guard: Guard, state: Any) -> None:
+    if state.next:
+        guard.current.ctx.note_suspended(f"before {', '.join(map(repr, state.next))}")
 
 
 class LangGraphAdapter:

@@ -10,29 +10,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+import copy
+import functools
+import json
+import types
+import weakref
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from stroma._utils.lazy import lazy
 from stroma.adapters._releases import import_error, warn_if_untested
 
 try:
-    from agents import FunctionTool, Model, Runner, RunState, Usage
-
-    from stroma.adapters._openai_agents import (
-        GuardedModel,
-        GuardedProvider,
-        ServerContracts,
-        control,
-        guard_model,
-        guard_tool,
-        used_before,
+    from agents import Agent, FunctionTool, Model, ModelProvider, MultiProvider, Runner, RunState
+    from agents import run as agents_run
+    from agents.exceptions import (
+        InputGuardrailTripwireTriggered,
+        OutputGuardrailTripwireTriggered,
+        ToolInputGuardrailTripwireTriggered,
+        ToolOutputGuardrailTripwireTriggered,
     )
-    from stroma.adapters._openai_agents_graph import reached_agents
+    from agents.realtime import RealtimeAgent, RealtimeSession
+    from agents.run_internal import run_loop
+    from agents.tool import maybe_invoke_function_tool_failure_error_function
+
+    from stroma.adapters._openai_agents_steps import reached_agents
 except ImportError as error:
     raise import_error("openai-agents", error) from error
 
+from stroma.adapters._guarded_call import Call
+from stroma.adapters._guarded_run import active_run
+from stroma.adapters._state_views import as_it_is, newest_of
 from stroma.adapters._step import Control, GuardedStep
-from stroma.adapters.guard import Contracts, Guard
+from stroma.adapters.guard import Contracts, Guard, what_stopped
+from stroma.contracts.contract import NodeContract
+from stroma.cost.usage import Usage, usage_from
+from stroma.engine.execution import current_node_or_none
 
 warn_if_untested("openai-agents")
 
@@ -55,6 +68,7 @@ _OF_FLOWS: dict[str, str] = dict.fromkeys(
 __getattr__, __dir__ = lazy(__name__, _OF_FLOWS, "stroma.adapters")
 
 A = TypeVar("A")
+T = TypeVar("T")
 
 
 def attach(agent: A, guard: Guard, contracts: Contracts | None = None) -> A:
@@ -69,6 +83,7 @@ def attach(agent: A, guard: Guard, contracts: Contracts | None = None) -> A:
     tokens of its model count in that run and in no step, and a spent budget ends the session with
     BudgetExceeded.
     """
+    _guard_whole_runs()
     agents, _ = reached_agents(agent)
     tools = {tool.name for each in agents for tool in each.tools if isinstance(tool, FunctionTool)}
     servers = [server for each in agents for server in each.mcp_servers]
@@ -76,13 +91,13 @@ def attach(agent: A, guard: Guard, contracts: Contracts | None = None) -> A:
     by_name = guard.contracts(contracts, listed, "tool")
     for each in agents:
         if isinstance(getattr(each, "model", None), Model):  # A realtime agent has none of its own.
-            each.model = guard_model(each.model, guard)
+            each.model = _guard_model(each.model, guard)
         each.tools = [
-            guard_tool(tool, guard, by_name.get(tool.name)) if isinstance(tool, FunctionTool) else tool
+            _guard_tool(tool, guard, by_name.get(tool.name)) if isinstance(tool, FunctionTool) else tool
             for tool in each.tools
         ]
     if servers:
-        ServerContracts(guard, {name: by_name[name] for name in by_name if name not in tools}, servers)
+        _ServerContracts(guard, {name: by_name[name] for name in by_name if name not in tools}, servers)
     return agent
 
 
@@ -90,6 +105,7 @@ class GuardedRunner:
     """``Runner`` whose calls are runs of a guard, each with the agent as a step around its models and tools."""
 
     def __init__(self, guard: Guard) -> None:
+        _guard_whole_runs()
         self.guard = guard
         self._run = guard.each_call(self._arun_step, _input_view, _is_continuation)
         self._run_sync = guard.each_call(self._run_step, _input_view, _is_continuation)
@@ -104,8 +120,7 @@ class GuardedRunner:
 
     async def _arun_step(self, agent: Any, input: Any, **options: Any) -> Any:
         async def run() -> Any:
-            before = self._begin(agent, input, options)
-            return self._end(await Runner.run(agent, input, **options), before)
+            return _ended(await Runner.run(agent, input, **options))
 
         try:
             with self.guard.current.here():
@@ -115,8 +130,7 @@ class GuardedRunner:
 
     def _run_step(self, agent: Any, input: Any, **options: Any) -> Any:
         def run() -> Any:
-            before = self._begin(agent, input, options)
-            return self._end(Runner.run_sync(agent, input, **options), before)
+            return _ended(Runner.run_sync(agent, input, **options))
 
         try:
             with self.guard.current.here():
@@ -124,21 +138,11 @@ class GuardedRunner:
         except _Interrupted as interrupted:
             return interrupted.result
 
-    def _begin(self, agent: Any, input: Any, options: dict[str, Any]) -> int:
-        """Take the stored answers to what a run waits for; return the tokens that its own figure begins with."""
-        if isinstance(input, RunState):
-            for step_id, answer in self.guard.current.questions.answers_of_steps:
-                if step_id == agent.name:
-                    _decide(input, answer)
-        return used_before(input, options.get("context"))
 
-    def _end(self, result: Any, before: int) -> Any:
-        used = result.context_wrapper.usage
-        if isinstance(used, Usage):
-            self.guard.compare_usage("the OpenAI Agents SDK", used.total_tokens - before)
-        if isinstance(result.interruptions, list) and result.interruptions:
-            raise _Interrupted(result)
-        return result
+def _ended(result: Any) -> Any:
+    if isinstance(result.interruptions, list) and result.interruptions:
+        raise _Interrupted(result)
+    return result
 
 
 class _Interrupted(Exception):
@@ -147,16 +151,6 @@ class _Interrupted(Exception):
     def __init__(self, result: Any) -> None:
         super().__init__("; ".join(f"approval of {item.name}" for item in result.interruptions))
         self.result = result
-
-
-def _decide(state: Any, answer: Any) -> None:
-    """Approve or reject what is pending by an answer: true or false, or one of these by the name of each tool."""
-    for item in state.get_interruptions():
-        decision = answer.get(item.name) if isinstance(answer, dict) else answer
-        if decision is True:
-            state.approve(item)
-        elif decision is False:
-            state.reject(item)
 
 
 def _is_continuation(args: tuple[Any, ...]) -> bool:
@@ -181,4 +175,370 @@ def _step_of(agent: Any, input: Any) -> GuardedStep:
 
 
 def _control(error: BaseException) -> Control | None:
-    return Control("suspended", str(error)) if isinstance(error, _Interrupted) else control(error)
+    return Control("suspended", str(error)) if isinstance(error, _Interrupted) else _control_of(error)
+
+
+# ---------------------------------------------------------------------- models
+
+
+def _twin(original: T, mixin: type[Any], guard: Any) -> T:
+    """Return an object of the original's class whose methods are those of ``mixin``, and which has all attributes in common."""
+    kind = type(original)
+    twins = _TWINS.setdefault(mixin, weakref.WeakKeyDictionary())
+    if kind not in twins:
+        about = {
+            "__slots__": ("_stroma_guard",),
+            "__module__": kind.__module__,
+            "__qualname__": kind.__qualname__,
+        }
+        twins[kind] = types.new_class(kind.__name__, (mixin, kind), {}, lambda body: body.update(about))
+    twin: Any = object.__new__(twins[kind])
+    twin.__dict__ = original.__dict__
+    twin._stroma_guard = guard
+    return cast("T", twin)
+
+
+_TWINS: dict[type[Any], weakref.WeakKeyDictionary[type[Any], type[Any]]] = {}
+
+
+class GuardedModel(Model):
+    """A model whose requests are steps: ``Agent(model=GuardedModel(model, guard))``.
+
+    It is of the class of the model and shares its attributes, private ones too: the SDK sees no difference.
+    """
+
+    _stroma_guard: Guard
+
+    def __new__(cls, model: Any = None, guard: Any = None) -> Any:
+        return object.__new__(cls) if model is None else _twin(model, GuardedModel, guard)
+
+    def __init__(self, model: Model, guard: Guard) -> None:
+        """Do nothing: the attributes are those of the model."""
+
+    def __eq__(self, other: object) -> bool:
+        """Return True for the model itself, and for what guards it: agents are compared by their models."""
+        return getattr(other, "__dict__", None) is self.__dict__
+
+    def __hash__(self) -> int:
+        return id(self.__dict__)
+
+    async def get_response(self, *args: Any, **kwargs: Any) -> Any:
+        """Request a response of the model as the step ``model``."""
+        return await self._stroma_guard.acall(_request(self), super().get_response, *args, **kwargs)
+
+    def stream_response(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        """Stream a response of the model as the step ``model``; it is retried only until its first event."""
+        run, bare = self._stroma_guard.current, super().stream_response
+        step = _request(self, collect=_last_response, delta=_delta)
+        return Call(run, step, bare, args, kwargs).astream()
+
+
+def _request(model: Any, **options: Any) -> GuardedStep:
+    def used(response: Any) -> Usage | None:
+        if getattr(response, "usage", None) is None:
+            return None
+        name = getattr(response, "model", None) or getattr(model, "model", None)
+        return usage_from(response.usage, model=name if isinstance(name, str) else None)
+
+    return GuardedStep(
+        "model",
+        input_view=_request_view,
+        output_view=_response_view,
+        usage=used,
+        control=_control_of,
+        **options,
+    )
+
+
+class GuardedProvider(ModelProvider):
+    """Guards the models that a provider finds by their names: ``RunConfig(model_provider=GuardedProvider(guard))``.
+
+    In a run of a guard there is no need for it.
+    """
+
+    _stroma_guard: Guard
+
+    def __new__(cls, guard: Any = None, provider: Any = None) -> Any:
+        if guard is None:
+            return object.__new__(cls)
+        return _twin(MultiProvider() if provider is None else provider, GuardedProvider, guard)
+
+    def __init__(self, guard: Guard, provider: ModelProvider | None = None) -> None:
+        """Do nothing: the attributes are those of the provider."""
+
+    def get_model(self, model_name: str | None) -> Model:
+        """Return the provider's model of a name, whose requests are steps."""
+        return _guard_model(super().get_model(model_name), self._stroma_guard)
+
+
+def _guard_model(model: Model, guard: Guard) -> Model:
+    return model if isinstance(model, GuardedModel) else GuardedModel(model, guard)
+
+
+def _request_view(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return newest_of(args[1] if len(args) > 1 else kwargs.get("input"))
+
+
+def _response_view(response: Any) -> dict[str, Any]:
+    return {"output": getattr(response, "output", None)}
+
+
+def _last_response(events: list[Any]) -> Any:
+    """Return the last response of a stream, which has the usage."""
+    return next((event.response for event in reversed(events) if hasattr(event, "response")), None)
+
+
+def _delta(event: Any) -> str | None:
+    return event.delta if event.type == "response.output_text.delta" else None
+
+
+def _control_of(error: BaseException) -> Control | None:
+    """Return the meaning of a tripped guardrail: it ends the run of an agent without a retry."""
+    return Control("passed") if isinstance(error, _TRIPWIRES) else None
+
+
+_TRIPWIRES = (
+    InputGuardrailTripwireTriggered,
+    OutputGuardrailTripwireTriggered,
+    ToolInputGuardrailTripwireTriggered,
+    ToolOutputGuardrailTripwireTriggered,
+)
+
+
+# ---------------------------------------------------------------------- tools
+
+
+def _guard_tool(
+    tool: Any,
+    guard: Guard,
+    contract: NodeContract[Any, Any] | None,
+    output_view: Callable[[Any], Any] = as_it_is,
+) -> Any:
+    """Return a tool whose calls are steps."""
+    if guard.has(tool.on_invoke_tool, contract):
+        return tool
+    # A copy that does not turn its errors into messages: what the model sees of them is decided after the
+    # step.
+    bare = copy.copy(tool)
+    bare._failure_error_function, bare._use_default_failure_error_function = None, False
+    return _twin(tool, _GuardedTool, _Invoker(tool, bare, guard, contract, output_view))
+
+
+class _GuardedTool:
+    """A tool whose calls are steps. It shares the attributes of the tool, so that what is changed there later holds here."""
+
+    _stroma_guard: _Invoker
+
+    @property
+    def on_invoke_tool(self) -> Any:
+        try:
+            return self._stroma_guard
+        except AttributeError:  # Made by dataclasses.replace(): it has what it was made with.
+            return self.__dict__["on_invoke_tool"]
+
+    @on_invoke_tool.setter
+    def on_invoke_tool(self, invoke: Any) -> None:
+        self.__dict__["on_invoke_tool"] = invoke
+        invoker = getattr(self, "_stroma_guard", None)
+        if invoker is not None:
+            invoker.replace(invoke)
+
+    def __copy__(self) -> Any:
+        """Return a copy of the tool that is guarded, too."""
+        return self._stroma_guard.again()
+
+    def __eq__(self, other: object) -> bool:
+        """Return True for the tool itself, and for what guards it."""
+        return getattr(other, "__dict__", None) is self.__dict__
+
+
+class _Invoker:
+    """Calls a tool as a step, and then makes of an error what the tool makes of it; what stopped the run comes out."""
+
+    def __init__(
+        self,
+        tool: Any,
+        bare: Any,
+        guard: Guard,
+        contract: NodeContract[Any, Any] | None,
+        output_view: Callable[[Any], Any],
+    ) -> None:
+        self._tool, self._bare, self._guard = tool, bare, guard
+        self._about = guard, contract, output_view
+        guard.mark(self, contract)
+        about: Any = {"input_view": _arguments, "output_view": output_view, "control": _control_of}
+        self._step = GuardedStep(tool.name, contract, role="tool", **about)
+
+    async def __call__(self, context: Any, arguments: str) -> Any:
+        try:
+            return await self._guard.acall(self._step, self._bare.on_invoke_tool, context, arguments)
+        except Exception as error:
+            message = None
+            if what_stopped(error) is None and _control_of(error) is None:
+                message = await maybe_invoke_function_tool_failure_error_function(
+                    function_tool=self._tool, context=context, error=error
+                )
+            if message is None:
+                raise
+            # The SDK notes the error in its trace.
+            note = getattr(self._bare.on_invoke_tool, "_on_handled_error", None)
+            if note is not None:
+                note(self._tool, error, arguments, context)
+            return message
+
+    def replace(self, invoke: Any) -> None:
+        """Call another function in place of the tool's."""
+        self._bare.on_invoke_tool = invoke
+
+    def again(self) -> Any:
+        """Return a copy of the tool, guarded in the same way."""
+        return _guard_tool(copy.copy(self._tool), *self._about)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_tool", "_bare", "__agents_bind_function_tool__"):
+            raise AttributeError(name)
+        return getattr(self._bare.on_invoke_tool, name)
+
+
+def _of_server(result: Any) -> Any:
+    """Return the result of a tool of an MCP server, parsed if its text is JSON."""
+    if isinstance(result, list) and len(result) == 1:
+        result = result[0]
+    text = result.get("text") if isinstance(result, dict) and result.get("type") == "text" else result
+    try:
+        return json.loads(text) if isinstance(text, str) else result
+    except ValueError:
+        return text
+
+
+def _arguments(args: tuple[Any, ...], _: dict[str, Any]) -> Any:
+    try:
+        return json.loads(args[1]) if args[1] else {}
+    except ValueError:
+        return args[1]
+
+
+# ---------------------------------------------------------------------- in runs of a guard
+
+
+@functools.cache
+def _guard_whole_runs() -> None:
+    """Guard all models and tools that the SDK uses in a run of a guard.
+
+    Judges of guardrails, agents as tools, RunConfig(model=), tools of MCP servers, realtime sessions and what
+    was added
+    later: none of them can be reached from the agent that was attached.
+    """
+    bare_model, bare_tools = run_loop.get_model, Agent.get_all_tools
+
+    def get_model(*args: Any, **kwargs: Any) -> Model:
+        model, run = bare_model(*args, **kwargs), active_run()
+        return model if run is None else _guard_model(model, _guard_of(run))
+
+    async def get_all_tools(self: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        tools = await bare_tools(self, *args, **kwargs)
+        attached: list[_ServerContracts] = list(
+            filter(None, (getattr(server, _ATTACHED, None) for server in self.mcp_servers))
+        )
+        run, contracts = active_run(), dict[str, NodeContract[Any, Any]]()
+        for one in attached:
+            contracts |= one.contracts
+            one.check([tool.name for tool in tools], self.mcp_servers)
+        if run is None and not attached:
+            return list(tools)
+        guard = attached[0].guard if attached else _guard_of(run)
+        own = {id(tool) for tool in self.tools}
+        return [
+            _guard_tool(tool, guard, contracts.get(tool.name), as_it_is if id(tool) in own else _of_server)
+            if _is_bare(tool)
+            else tool
+            for tool in tools
+        ]
+
+    bare_event = RealtimeSession.on_event
+
+    @functools.wraps(bare_event)
+    async def on_event(self: Any, event: Any) -> None:
+        await bare_event(self, event)
+        run = active_run()
+        if run is not None and event.type == "usage":
+            name = getattr(self.model, "model", None)
+            run.report_usage(usage_from(event.usage, model=name if isinstance(name, str) else None))
+            run.usage.check_budget()
+
+    run_loop.get_model = get_model
+    for module, name in ((agents_run, "run_single_turn"), (run_loop, "run_single_turn_streamed")):
+        setattr(module, name, _turns_in_agents(getattr(module, name)))
+    Agent.get_all_tools = RealtimeAgent.get_all_tools = get_all_tools
+    RealtimeSession.on_event = on_event
+
+
+def _turns_in_agents(bare_turn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that makes a turn as a step of its agent if the step of another agent is around it.
+
+    So the spend of an agent that was handed to, or is a tool, is in its own steps.
+    """
+
+    @functools.wraps(bare_turn)
+    async def turn(*args: Any, **kwargs: Any) -> Any:
+        node, run = current_node_or_none(), active_run()
+        bound = next((one for one in (*args, *kwargs.values()) if hasattr(one, "public_agent")), None)
+        agent = getattr(bound, "public_agent", None) or kwargs.get("agent")
+        around = None if node is None or run is None or node.ctx is not run.ctx else node.agent
+        if agent is None or around is None or around == agent.name:
+            return await bare_turn(*args, **kwargs)
+        step = GuardedStep(
+            agent.name,
+            input_view=lambda *_: {"agent": agent.name},
+            output_view=_turn_view,
+            control=_control_of,
+            can_retry=False,
+            role="agent",
+        )
+        return await _guard_of(run).acall(step, bare_turn, *args, **kwargs)
+
+    return turn
+
+
+def _turn_view(result: Any) -> dict[str, Any]:
+    """Return the answer of an agent, or the agent that it hands to, as far as a turn has either."""
+    ended = result.next_step
+    next_agent = getattr(ended, "new_agent", None)
+    return {
+        "final_output": getattr(ended, "output", None),
+        "handoff": None if next_agent is None else next_agent.name,
+    }
+
+
+def _guard_of(run: Any) -> Guard:
+    guard: Guard = run.guard
+    return guard
+
+
+def _is_bare(tool: Any) -> bool:
+    return isinstance(tool, FunctionTool) and not isinstance(tool.on_invoke_tool, _Invoker)
+
+
+#: Where a server of MCP tools keeps the contracts that it was attached with. On the server, as agents are
+#: cloned.
+_ATTACHED = "_stroma_contracts"
+
+
+class _ServerContracts:
+    """Contracts of tools that MCP servers have, which are known once the servers are asked."""
+
+    def __init__(
+        self, guard: Guard, contracts: dict[str, NodeContract[Any, Any]], servers: list[Any]
+    ) -> None:
+        self.guard, self.contracts = guard, contracts
+        self._unseen, self._names, self._servers = set(contracts), set[str](), list(servers)
+        for server in servers:
+            setattr(server, _ATTACHED, self)
+
+    def check(self, names: list[str], servers: list[Any]) -> None:
+        """Take the tools of some servers. Raise UnknownNode once all were asked and a contract is of none of them."""
+        self._unseen -= set(names)
+        self._names.update(names)
+        self._servers = [one for one in self._servers if not any(one is server for server in servers)]
+        if self._unseen and not self._servers:
+            self.guard.contracts(self.contracts, self._names, "tool")

@@ -12,28 +12,25 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from stroma._utils.lazy import lazy
 from stroma.adapters._releases import import_error, warn_if_untested
 
 try:
-    from pydantic_ai import Agent, ModelRetry, UserPromptNode, exceptions
+    from pydantic_ai import Agent, ModelRetry, exceptions
     from pydantic_ai.capabilities import AbstractCapability
     from pydantic_ai.models.wrapper import WrapperModel
     from pydantic_ai.tools import DeferredToolRequests
 
-    from stroma.adapters._pydantic_ai_answers import Deferred, ask, stored_results
-    from stroma.adapters._pydantic_ai_deltas import emit_deltas
+    from stroma.adapters._pydantic_ai_responses import emitting, usage_of
 except ImportError as error:
     raise import_error("pydantic-ai", error) from error
 
 from pydantic import BaseModel
 
 from stroma.adapters._guarded_run import active_run
-from stroma.adapters._pydantic_ai_usage import usage_of
 from stroma.adapters._state_views import newest_of, violation
 from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for
@@ -69,6 +66,7 @@ class StromaCapability(AbstractCapability[Any]):
     def __init__(
         self, guard: Guard, *, tools: Contracts | None = None, output: type[BaseModel] | None = None
     ) -> None:
+        _guard_other_agents()
         self.guard = guard
         self._tools = {name: contract_for(name, contract) for name, contract in (tools or {}).items()}
         self._output = None if output is None else contract_for("output", (None, output))
@@ -91,7 +89,14 @@ class StromaCapability(AbstractCapability[Any]):
         )
 
         async def run(_: Any) -> Any:
-            return await self._run(ctx, handler)
+            current_node().notes[_RUN] = ctx.run_id
+            result = await handler()
+            if isinstance(getattr(result, "output", None), DeferredToolRequests):
+                deferred = _Deferred(result)
+                for reason in deferred.reasons:
+                    current_node().ctx.note_suspended(reason)
+                raise deferred
+            return result
 
         try:
             if self.guard.inside:
@@ -99,35 +104,8 @@ class StromaCapability(AbstractCapability[Any]):
                     return await self.guard.acall(step, run, {"prompt": ctx.prompt})
             async with self.guard.begin({"prompt": ctx.prompt}, is_continuation=ctx.prompt is None):
                 return await self.guard.acall(step, run, {"prompt": ctx.prompt})
-        except Deferred as deferred:
+        except _Deferred as deferred:
             return deferred.result
-
-    async def _run(self, ctx: Any, handler: Any) -> Any:
-        """Run an agent in its step, and compare what it has used by its own figure."""
-        node, usage = current_node(), ctx.usage
-        around = node.parent
-        while around is not None and around.notes.get(_USAGE) is not usage:
-            around = around.parent
-        node.notes[_RUN], node.notes[_USAGE], before = ctx.run_id, usage, usage.total_tokens
-        result = await handler()
-        if around is None:  # Else it is a part of the figure of an agent around it.
-            self.guard.compare_usage("Pydantic AI", usage.total_tokens - before)
-        if isinstance(getattr(result, "output", None), DeferredToolRequests):
-            await ask(self.guard, result.output)
-            raise Deferred(result)
-        return result
-
-    async def before_node_run(self, ctx: Any, *, node: Any) -> Any:
-        """Let an agent that continues without results of its deferred tools have the stored answers."""
-        if (
-            isinstance(node, UserPromptNode)
-            and node.user_prompt is None
-            and node.deferred_tool_results is None
-        ):
-            results = stored_results(self.guard, ctx.messages)
-            if results is not None:
-                return dataclasses.replace(node, deferred_tool_results=results)
-        return node
 
     async def before_model_request(self, ctx: Any, request_context: Any) -> Any:
         """Let the model's request be the step ``model``. Raises UnknownNode for a contract of no tool."""
@@ -147,7 +125,12 @@ class StromaCapability(AbstractCapability[Any]):
             current_node().notes[_CALL] = call
             return await handler(args)
 
-        step = GuardedStep(call.tool_name, self._tools.get(call.tool_name), control=control, role="tool")
+        step = GuardedStep(
+            call.tool_name,
+            self._tools.get(call.tool_name),
+            control=lambda error: control(error, call.tool_name),
+            role="tool",
+        )
         return await self.guard.acall(step, execute, args)
 
     async def after_output_process(self, ctx: Any, *, output_context: Any, output: Any) -> Any:
@@ -167,8 +150,23 @@ class StromaCapability(AbstractCapability[Any]):
         self._checked = True
 
 
-#: Keys of an execution's notes: the run of an agent, its usage, and the call of a tool.
-_RUN, _USAGE, _CALL = "pydantic_ai run", "pydantic_ai usage", "pydantic_ai call"
+#: Keys of an execution's notes: the run of an agent, and the call of a tool.
+_RUN, _CALL = "pydantic_ai run", "pydantic_ai call"
+
+
+class _Deferred(Exception):
+    """The run of an agent that waits for approvals, or for results of tools that others run."""
+
+    def __init__(self, result: Any) -> None:
+        approvals, calls = result.output.approvals, result.output.calls
+        self.reasons = [_reason("approval", call.tool_name) for call in approvals]
+        self.reasons += [_reason("result", call.tool_name) for call in calls]
+        super().__init__("; ".join(self.reasons))
+        self.result = result
+
+
+def _reason(kind: Literal["approval", "result"], tool: str) -> str:
+    return f"{kind} of {tool}"
 
 
 class StepModel(WrapperModel):
@@ -188,7 +186,7 @@ class StepModel(WrapperModel):
 
     async def _open(self, *args: Any, **kwargs: Any) -> Any:
         async with self.wrapped.request_stream(*args, **kwargs) as response:
-            emit_deltas(response, current_node())
+            response._event_iterator = emitting(aiter(response), current_node())
             yield response
 
     async def request(self, *args: Any, **kwargs: Any) -> Any:
@@ -199,12 +197,13 @@ class StepModel(WrapperModel):
         return contextlib.asynccontextmanager(stream)(*args, **kwargs)
 
 
-def control(error: BaseException) -> Control | None:
+def control(error: BaseException, tool: str = "a tool") -> Control | None:
     """Return the meaning of an exception that Pydantic AI uses for control flow."""
     if isinstance(error, (exceptions.CallDeferred, exceptions.ApprovalRequired)):
-        return Control("suspended", type(error).__name__, asks=False)
-    if isinstance(error, Deferred):
-        return Control("suspended", str(error), asks=False)
+        is_call = isinstance(error, exceptions.CallDeferred)
+        return Control("suspended", _reason("result" if is_call else "approval", tool))
+    if isinstance(error, _Deferred):
+        return Control("suspended", str(error))
     if isinstance(error, (exceptions.SkipToolExecution, exceptions.SkipModelRequest)):
         return Control("returned", getattr(error, "result", None) or getattr(error, "response", None))
     return Control("passed") if isinstance(error, _TOLD_TO_THE_MODEL) else None
@@ -225,7 +224,8 @@ def _answer(response: Any) -> dict[str, Any]:
     return {"model": response.model_name, "parts": response.parts}
 
 
-def _install() -> None:
+@functools.cache
+def _guard_other_agents() -> None:
     """Guard agents without the capability that run in a run of a guard: those that tools ask, above all."""
     bare = Agent.iter
 
@@ -240,6 +240,3 @@ def _install() -> None:
         return bare(self, *args, **kwargs)
 
     Agent.iter = iter
-
-
-_install()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import re
 import threading
 from collections.abc import Callable
@@ -456,15 +455,6 @@ def test_what_is_added_later_is_guarded() -> None:
     assert [event.node_id for event in seen.results[0].trace.walk()].count("weather") == 2
 
 
-def test_an_llm_that_is_not_guarded_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    """CrewAI's own counters are compared with the guard: tokens that no step has counted are a warning."""
-    llm, guard = Script.of("x"), guard_of()
-    with caplog.at_level(logging.WARNING):
-        run(attach(forecast(llm), guard))
-    assert guard.unaccounted == 10
-    assert any("CrewAI counted 10 tokens" in message for message in caplog.messages)
-
-
 @pytest.mark.parametrize(("contract", "direction"), [((Narrow, Text), "input"), ((City, Weather), "output")])
 def test_a_broken_contract_of_a_tool_ends_the_crew(contract: Any, direction: str) -> None:
     """It is not told to the model and forgotten: no further call of an LLM or a tool is made."""
@@ -527,48 +517,6 @@ def test_a_flow_that_waits_for_feedback_is_suspended(
             answer = asyncio.run(flow.resume_async("yes"))
         assert answer == "sent after yes"
         assert [one.status for one in store.list_runs()] == ["RESUMED"]
-
-
-@holds("control flow")
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_answer_of_stroma_approve_is_the_feedback(
-    kind: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The journal has the question of the method; ``resume()`` without feedback takes the stored answer,
-    once."""
-    monkeypatch.setenv("OPENAI_API_KEY", "none")
-    persistence = SQLiteFlowPersistence(str(tmp_path / "flows.db"))
-
-    @persist(persistence)
-    class Twice(Flow[State]):
-        @start()
-        @human_feedback(message="Is it good?", provider=Later())
-        def write(self) -> Any:
-            return "a draft"
-
-        @listen(write)
-        @human_feedback(message="Send it?", provider=Later())
-        def send(self, value: Any) -> Any:
-            return f"sent after {value.feedback}"
-
-    with SQLiteStore(tmp_path / "runs.db") as store:
-
-        def guarded() -> Guard:
-            return guard_of(store=store, run_id="review", resume=True)
-
-        result = run(attach(Twice(), guarded()), kind)
-        for node, question, answer in (("write", "Is it good?", "yes"), ("send", "Send it?", {"ok": True})):
-            pending = [one for one in store.waiting("review") if one.payload is None]
-            assert [(one.node_id, one.reason) for one in pending] == [(node, question)]
-            assert isinstance(result, HumanFeedbackPending)
-            guard = guarded()
-            assert guard.runner is not None
-            asyncio.run(guard.runner.signal("review", answer, question=pending[0].id))
-            flow = attach(Twice.from_pending(result.context.flow_id, persistence), guard)
-            result = flow.resume() if kind == "kickoff" else asyncio.run(flow.resume_async())
-        assert [one.status for one in store.list_runs()] == ["RESUMED"]
-        assert result.feedback == '{"ok": true}'
-        assert result.output == "sent after yes"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -391,23 +391,6 @@ class Hidden:
         return self._generate(messages, tools)
 
 
-def test_what_only_haystack_has_counted_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    """An agent's own ``token_usage``, where its release has it, is compared: a difference is a warning that
-    names it."""
-    ledger, guard = list[int](), guard_of()
-    agent: Any = Agent(chat_generator=Hidden(ledger), tools=[tool_of("north", ledger)])
-    if "token_usage" not in agent.__haystack_output__._sockets_dict:
-        pytest.skip("agents of this release have no figure of their own")
-    pipeline = Pipeline()
-    pipeline.add_component("agent", agent)
-    answer = run(attach(pipeline, guard), "run", ASKED)["agent"]
-    assert answer["messages"][-1].text == "4 C"
-    # The request inside the tool is seen, and those of the agent are not.
-    assert guard.unaccounted == ledger[0] + ledger[2]
-    expected = f"Haystack counted {ledger[0] + ledger[2] + ledger[1]} tokens in step 'agent'"
-    assert expected in caplog.text
-
-
 def test_a_component_that_is_added_later_is_guarded() -> None:
     """No component is left out in silence: what is added after attach() is a step of the next run."""
     guard = guard_of()

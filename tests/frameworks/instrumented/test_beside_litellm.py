@@ -139,7 +139,6 @@ def test_tokens_are_counted_once_by_the_innermost_step(program: Callable[..., No
     assert result_of(guard).total_tokens == 2 * TOKENS
     counted = [line.strip() for line in lines_of(guard) if line.endswith(f" {TOKENS}")]
     assert counted == [f"model success {TOKENS}"] * 2
-    assert guard.unaccounted == 0
 
 
 def test_a_call_of_another_provider_counts_beside_one_of_litellm() -> None:

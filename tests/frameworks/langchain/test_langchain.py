@@ -388,9 +388,8 @@ def test_fifty_runs_at_once_are_counted_apart() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("answered_by", ["the framework", "stroma approve"])
-def test_an_approval_by_middleware_suspends_and_goes_on(kind: str, answered_by: str, tmp_path: Path) -> None:
-    """HumanInTheLoopMiddleware is SUSPENDED; its decisions come as a Command, or from the journal."""
+def test_an_approval_by_middleware_suspends_and_goes_on(kind: str, tmp_path: Path) -> None:
+    """HumanInTheLoopMiddleware is SUSPENDED; its decisions come as a Command."""
     script, config = Script(answers=[CALL, "done"]), {"configurable": {"thread_id": "1"}}
     decision = {"decisions": [{"type": "approve"}]}
     saver, calls = InMemorySaver(), list[str]()
@@ -411,10 +410,6 @@ def test_an_approval_by_middleware_suspends_and_goes_on(kind: str, answered_by: 
     ask(agent(guards[0]), kind, config)
     assert (result_of(guards[0]).status, calls) == (RunStatus.SUSPENDED, [])
     command: Any = Command(resume=decision)
-    if answered_by == "stroma approve":
-        assert guards[0].runner is not None
-        asyncio.run(guards[0].runner.signal("r", decision))
-        command = None
     graph, result = agent(guards[1]), None
     if kind in ("invoke", "stream"):
         result = graph.invoke(command, config)

@@ -29,7 +29,7 @@ from pydantic import BaseModel
 from tests.frameworks.contract import ANSWER, EmitsDeltas, FrameworkContract, terminal, weather
 from tests.frameworks.kit import AT_ONCE, Seen, guard_of, holds, lines_of, result_of
 from tests.frameworks.langchain.fakes import Script
-from tests.kit import Text, Words, open_question
+from tests.kit import Text, Words
 
 from stroma import (
     BudgetExceeded,
@@ -38,7 +38,6 @@ from stroma import (
     ExecutionBudget,
     NodeContract,
     RunStatus,
-    SQLiteStore,
     StromaRunner,
 )
 from stroma.adapters import FrameworkAdapter, Guard, LangGraphAdapter, stroma_langgraph_node
@@ -685,20 +684,6 @@ def resumable(folder: Path) -> Guard:
     )
 
 
-def questions(folder: Path) -> Any:
-    """What the run waits for, as its journal has it."""
-    with SQLiteStore(folder / "r.db") as store:
-        return store.waiting("r")
-
-
-def approve(guard: Guard, answer: Any, node_id: str | None = None) -> None:
-    """Answer as ``stroma approve`` does."""
-    assert guard.runner is not None
-    store = guard.runner.checkpoint_manager.store
-    question = None if node_id is None else open_question(store, "r", node_id=node_id)
-    asyncio.run(guard.runner.signal("r", answer, question=question))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_graph_goes_on_under_one_run_id(kind: str, tmp_path: Path) -> None:
     """``Command(resume=...)`` and ``invoke(None)`` go on in the same run under ``resume=True``, and its
@@ -727,65 +712,6 @@ def test_a_graph_goes_on_under_one_run_id(kind: str, tmp_path: Path) -> None:
     with pytest.raises(BudgetExceeded) as caught:
         call(graph_of(guards[3]), kind, Command(update={"words": ["b"]}, goto="count"), config)
     assert caught.value.actual == 30
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_answer_of_stroma_approve_resumes_the_graph(kind: str, tmp_path: Path) -> None:
-    """The question is in the journal; ``invoke(None)`` takes the answer that ``stroma approve`` has stored,
-    once."""
-    saver, config = InMemorySaver(), {"configurable": {"thread_id": "1"}}
-
-    def graph_of(guard: Guard) -> Any:
-        return attach(line(asks("which?"), asks("really?")), guard).compile(checkpointer=saver)
-
-    guard = resumable(tmp_path)
-    call(graph_of(guard), kind, {"text": "a"}, config)
-    for step, question, answer in (("split", "which?", "this"), ("count", "really?", "yes")):
-        assert [(one.node_id, one.reason) for one in questions(tmp_path) if one.payload is None] == [
-            (step, question)
-        ]
-        approve(guard, answer)
-        guard = resumable(tmp_path)
-        result = call(graph_of(guard), kind, None, config)
-    assert result["words"] == ["this", "yes"]
-    assert result_of(guard).status is RunStatus.RESUMED
-
-
-def test_a_question_that_the_framework_has_answered_is_asked_no_more(tmp_path: Path) -> None:
-    """What was answered by ``Command(resume=...)`` is no question of the run any more: only the next one
-    is."""
-    saver, config = InMemorySaver(), {"configurable": {"thread_id": "1"}}
-
-    def ask(value: Any) -> Any:
-        builder = attach(line(asks("which?"), asks("really?")), resumable(tmp_path))
-        return builder.compile(checkpointer=saver).invoke(value, config)
-
-    ask({"text": "a"})
-    assert [one.reason for one in questions(tmp_path)] == ["which?"]
-    ask(Command(resume="this"))
-    assert [one.reason for one in questions(tmp_path)] == ["really?"]
-    approve(resumable(tmp_path), "yes")
-    assert ask(None)["words"] == ["this", "yes"]
-
-
-@pytest.mark.parametrize("kind", ["invoke", "ainvoke"])
-def test_several_answers_reach_the_nodes_that_asked(kind: str, tmp_path: Path) -> None:
-    """Nodes side by side wait at the same time; each gets the answer to its own question."""
-    saver, config = InMemorySaver(), {"configurable": {"thread_id": "1"}}
-
-    def graph_of(guard: Guard) -> Any:
-        builder = StateGraph(State)
-        for name in ("a", "b"):
-            builder.add_node(name, asks(f"{name}?"))
-            builder.add_edge(START, name)
-        return attach(builder, guard).compile(checkpointer=saver)
-
-    guard = resumable(tmp_path)
-    call(graph_of(guard), kind, {"text": "a"}, config)
-    for waiting in questions(tmp_path):
-        approve(guard, f"for {waiting.node_id}", waiting.node_id)
-    result = call(graph_of(resumable(tmp_path)), kind, None, config)
-    assert sorted(result["words"]) == ["for a", "for b"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

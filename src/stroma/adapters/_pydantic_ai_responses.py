@@ -1,13 +1,28 @@
-"""The usage that a response of a model says it has, for Pydantic AI."""
+"""Responses of models of Pydantic AI: their usage, and the text of streamed ones."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import AsyncIterator
 from typing import Any
 
-from stroma.cost.usage import Usage, cost_of_call, tier_of
+from pydantic_ai.messages import PartDeltaEvent, PartStartEvent, TextPart, TextPartDelta
 
-__all__ = ["usage_of"]
+from stroma.adapters._step import emit_delta
+from stroma.cost.usage import Usage, cost_of_call, tier_of
+from stroma.engine.execution import NodeExecution
+
+__all__ = ["emitting", "usage_of"]
+
+
+async def emitting(events: AsyncIterator[Any], node: NodeExecution) -> AsyncIterator[Any]:
+    """Yield the events of a streamed response, and emit the text in them on a node."""
+    async for event in events:
+        if isinstance(event, PartStartEvent) and isinstance(event.part, TextPart):
+            emit_delta(node, event.part.content)
+        elif isinstance(event, PartDeltaEvent) and isinstance(event.delta, TextPartDelta):
+            emit_delta(node, event.delta.content_delta)
+        yield event
 
 
 def usage_of(response: Any) -> Any:

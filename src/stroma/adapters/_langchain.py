@@ -1,25 +1,29 @@
-"""Token counts of model calls, for LangGraph, LangChain and Deep Agents."""
+"""Views of LangChain's messages, and token counts of model calls, for LangGraph, LangChain and Deep Agents."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Generator, Iterator
+import json
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.messages import ToolMessage
 from langchain_core.tracers.context import register_configure_hook
+from langgraph.types import Command
 
 from stroma.adapters._guarded_run import GuardedRun, active_run
-from stroma.adapters._langchain_messages import usage_of
+from stroma.adapters._state_views import newest_of
 from stroma.adapters._step import emit_text, mark_published, report_uncounted, streams_inside
 from stroma.cost.prices import cost_of
 from stroma.cost.tracker import CostTracker
+from stroma.cost.usage import Usage, tier_of
 from stroma.engine.execution import NodeExecution, current_node_or_none
 
-__all__ = ["acounted", "counted", "counting"]
+__all__ = ["acounted", "answer_of", "asked_of", "counted", "counting", "result_of", "update"]
 
 _END: Final = object()
 
@@ -74,7 +78,7 @@ class _Counter(BaseCallbackHandler):
         if call is None:
             return
         asked_by = call.asked_by
-        used = usage_of(response)
+        used = _usage_of(response)
         if used is not None and isinstance(asked_by, NodeExecution):
             report_uncounted(asked_by, used)
         elif used is not None:
@@ -145,3 +149,99 @@ async def acounted(parts: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None
             yield first
             async for part in parts:
                 yield part
+
+
+# ---------------------------------------------------------------------- messages
+
+
+def update(result: Any) -> Any:
+    """Return the update of the state by a node; of a state that is no dict, what the node returned."""
+    if isinstance(result, Command):
+        return dict(result._update_as_tuples())
+    if isinstance(result, (list, tuple)) and any(isinstance(part, Command) for part in result):
+        parts = [update(part) for part in result]
+        return {
+            key: value
+            for part in parts
+            for key, value in (part.items() if isinstance(part, dict) else [("__root__", part)])
+        }
+    return {} if result is None else result
+
+
+def asked_of(args: tuple[Any, ...], _: dict[str, Any]) -> dict[str, Any]:
+    """Return the view of a model request."""
+    return newest_of(args[0].messages)
+
+
+def answer_of(answer: Any) -> Any:
+    """Return the view of a model response."""
+    answer = getattr(answer, "model_response", answer)
+    return {
+        "messages": getattr(answer, "result", [answer]),
+        "structured_response": getattr(answer, "structured_response", None),
+    }
+
+
+def result_of(answer: Any) -> Any:
+    """Return the result of a tool, parsed if its message holds JSON."""
+    if not isinstance(answer, ToolMessage):
+        return update(answer)
+    try:
+        return json.loads(answer.content) if isinstance(answer.content, str) else answer.content
+    except ValueError:
+        return answer.content
+
+
+def _usage_of(result: Any) -> Usage | None:
+    """Return the usage in the messages of an ``LLMResult``."""
+    used = [
+        _of_message(choice.message)
+        for prompt in result.generations
+        for choice in prompt
+        if hasattr(choice, "message")
+    ]
+    usages = [usage for usage in used if usage is not None]
+    if not usages:
+        return None
+    return usages[0] if len(usages) == 1 else _sum(usages)
+
+
+def _of_message(message: Any) -> Usage | None:
+    metadata = getattr(message, "usage_metadata", None)
+    if not metadata:
+        return None
+    if metadata.get("total_cost") == 0:  # So LangChain marks an answer from its own cache.
+        return Usage()
+    details = metadata.get("input_token_details") or {}
+    # OpenAI's tiers have names of their own: "flex_cache_read".
+    cached = _sum_counts(details, lambda name: name.endswith("cache_read"))
+    # Anthropic's integration has the kinds of writes, and a sum of 0 beside them.
+    hour = details.get("ephemeral_1h_input_tokens") or 0
+    kinds = (details.get("ephemeral_5m_input_tokens") or 0) + hour
+    written = max(kinds, _sum_counts(details, lambda name: name.endswith("cache_creation")))
+    response = getattr(message, "response_metadata", None) or {}
+    return Usage(
+        max(metadata.get("input_tokens", 0), cached + written),
+        metadata.get("output_tokens", 0),
+        cached,
+        written,
+        response.get("model_name") or response.get("model"),
+        tier_of(response.get("usage"), response),
+        hour,
+    )
+
+
+def _sum_counts(details: dict[str, Any], is_counted: Callable[[str], bool]) -> int:
+    return sum(count or 0 for name, count in details.items() if is_counted(name))
+
+
+def _sum(parts: list[Usage]) -> Usage:
+    return Usage(
+        sum(part.input_tokens for part in parts),
+        sum(part.output_tokens for part in parts),
+        sum(part.cached_input_tokens for part in parts),
+        sum(part.cache_write_tokens for part in parts),
+        next((part.model for part in parts if part.model is not None), None),
+        next((part.tier for part in parts if part.tier is not None), None),
+        sum(part.cache_write_1h_tokens for part in parts),
+    )

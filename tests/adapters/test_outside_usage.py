@@ -16,53 +16,6 @@ from stroma import BudgetExceeded, ExecutionBudget, StromaRunner, Usage, UsageEr
 from stroma.adapters import Guard
 
 
-def test_tokens_that_only_the_framework_has_counted_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    """At the end of a framework's run its own usage figure is compared with ours: a difference is a warning
-    that names it."""
-    guard = Guard()
-
-    @guard.step("model", usage=lambda _: Usage(input_tokens=8, output_tokens=2, model="gpt-4o"))
-    def model() -> str:
-        return "answer"
-
-    @guard.step("inner")
-    def inner(counted: int) -> None:
-        model()
-        guard.compare_usage("Framework", counted)
-
-    @guard.step("agent")
-    def agent(*counted: int, own: int) -> None:
-        for one in counted:
-            inner(one)
-        guard.compare_usage("Framework", own)
-
-    with guard.run() as run, caplog.at_level(logging.WARNING):
-        agent(10, 10, own=20)
-        assert (guard.unaccounted, caplog.messages) == (0, [])
-        agent(10, 10, own=12)  # It has not counted what failed.
-        assert (guard.unaccounted, caplog.messages) == (0, [])
-        agent(15, 10, own=27)  # What the inner agent has named is not named again.
-    assert (run.unaccounted, guard.unaccounted) == (7, 7)
-    assert [message.partition(";")[0].partition(": ")[2] for message in caplog.messages] == [
-        "Framework counted 15 tokens in step 'inner', and the guard 10: 5 tokens count against no budget",
-        "Framework counted 27 tokens in step 'agent', and the guard 20: 2 tokens count against no budget",
-    ]
-    with guard.run():
-        assert guard.unaccounted == 0
-
-
-@pytest.mark.parametrize("counted", [10, 25])
-def test_outside_of_any_step_the_whole_run_is_compared(counted: int) -> None:
-    """A framework whose run is the guard's own is compared with the run."""
-    guard = Guard()
-    model: Any = guard.wrap("model", lambda: "answer", usage=lambda _: Usage(input_tokens=8, output_tokens=2))
-    with guard.run() as run:
-        model()
-        guard.compare_usage("Framework", counted)
-        guard.compare_usage("Framework", counted)
-    assert run.unaccounted == counted - 10
-
-
 def test_usage_outside_of_steps_costs_what_it_costs_in_a_step() -> None:
     """What a cache keeps for an hour has its own price there, too."""
     used = Usage(10_000, 10, cache_write_tokens=9_000, cache_write_1h_tokens=9_000, model="claude-haiku-4-5")
