@@ -5,7 +5,6 @@ import contextlib
 import http.client
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -19,16 +18,9 @@ import openai
 import pytest
 
 from stroma.demo import provider
-from stroma.demo import rules as _rules
-from stroma.demo.provider import (
-    DEFAULT_SEED,
-    FAULTS,
-    TRANSPORT_FAULTS,
-    Provider,
-    fault_plan,
-    start_provider,
-    text_sha,
-)
+from stroma.demo.answers import answer as answer_of
+from stroma.demo.answers import digest_of
+from stroma.demo.provider import DEFAULT_SEED, FAULTS, Provider, fault_plan, start_provider
 
 DOCUMENTS = Path(provider.__file__).parent / "documents"
 MODEL = "gpt-4o-mini"
@@ -284,18 +276,6 @@ def test_documents_are_what_they_are_for() -> None:
     assert sum("RE-2025-0417" in text and "Gesamtbetrag" in text for text in shipped().values()) == 2
 
 
-def test_undecodable_characters_are_flagged(calm: Provider) -> None:
-    """A latin-1 file that was read as UTF-8 with replacement characters is still understood, and says so."""
-    text = (DOCUMENTS / "support-anfrage-muehlbauer.eml").read_bytes().decode(errors="replace")
-
-    async def ask() -> Any:
-        async with client_of(calm) as client:
-            return await answer(client, text)
-
-    got = asyncio.run(ask())
-    assert (got["kind"], got["flags"]) == ("support", ["encoding"])
-
-
 def test_classify_and_risk(calm: Provider, extracted: dict[str, dict[str, Any]]) -> None:
     """One call each sorts and weighs all records; the same invoice number twice is a high risk of both."""
     records = [{"name": name, **record} for name, record in extracted.items()]
@@ -336,60 +316,16 @@ def test_classify_and_risk(calm: Provider, extracted: dict[str, dict[str, Any]])
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (
-            "Nordlicht Ofenbau KG\nHafenweg 2, 24103 Kiel\n\nMahnung\n\nRechnungsnummer: 4711-B\n"
-            "Datum: 02.01.2026\n\nOffener Betrag: CHF 12'345.60",
-            ("reminder", "Nordlicht Ofenbau KG", "4711-B", "2026-01-02", "CHF", 12345.6, ["overdue"]),
-        ),
-        (
-            "Pinewater Tools LLC\nAustin, TX 78701\n\nInvoice Number: PT-77\nDate: 03/24/2026\n\n"
-            "Subtotal  $900.00\nTotal hours  12.50\nTotal  $981.00",
-            ("invoice", "Pinewater Tools LLC", "PT-77", "2026-03-24", "USD", 981.0, []),
-        ),
-        (
-            "PURCHASE ORDER\n\nPO Number: 88-1\nBuyer: Fjordmat AS\nOrder date: 5. Januar 2026\n"
-            "Order total\n1.234.567,89 NOK",
-            ("purchase_order", "Fjordmat AS", "88-1", "2026-01-05", "NOK", 1234567.89, []),
-        ),
-        (
-            "From: Ana <ana@nowhere.example>\nTo: info@nowhere.example\nSubject: Hello\n"
-            "Date: Mon, 5 Jan 2026 10:00:00 +0000\n\nThe sensor shows an error, ticket 12345.",
-            ("support", "Ana", "12345", "2026-01-05", None, None, []),
-        ),
-        ("A haiku about the sea.", ("other", None, None, None, None, None, [])),
+        ("INVOICE No. PT-77\nSubtotal  $900.00\nTotal  $1,981.00", ("invoice", "PT-77", 1981.0, [])),
+        ("Invoice no. 5\nthank you", ("invoice", "5", None, ["total_missing"])),
+        ("A haiku about the sea.", ("other", None, None, [])),
     ],
-    ids=["mahnung", "us-invoice", "purchase-order", "mail", "neither"],
+    ids=["invoice", "no total", "neither"],
 )
 def test_unseen_documents(text: str, expected: tuple[object, ...]) -> None:
-    """The rules go by wording, not by the documents that ship with the demo."""
-    got = _rules.extract(text)
-    fields = ("kind", "party", "reference", "date", "currency", "total", "flags")
-    assert tuple(got[f] for f in fields) == expected
-
-
-@pytest.mark.parametrize(
-    ("number", "value"),
-    [
-        ("1.234,56", 1234.56),
-        ("1,234.56", 1234.56),
-        ("1 234,56", 1234.56),
-        ("1'234.50", 1234.5),
-        ("1.234", 1234.0),
-        ("1,234,567", 1234567.0),
-        ("12,5", 12.5),
-        ("7", 7.0),
-        ("1.234.567,8", 1234567.8),
-    ],
-)
-def test_number_formats(number: str, value: float) -> None:
-    """European and American numbers give the same; one separator before three digits groups thousands."""
-    assert _rules.parse_amount(number) == value
-
-
-def test_ordinary_text_is_not_flagged_as_a_bad_scan() -> None:
-    """Code, part numbers and litres look a little like misread digits and are left alone."""
-    text = "Error in getItem(userId): openInput failed at line 10l of B2B-SO-0815, see ISO9001 and 5l barrel."
-    assert "ocr_noise" not in _rules.extract(text)["flags"]
+    """Of a document that does not ship with the demo, kind, number and total are guessed."""
+    got = answer_of("extract", text)
+    assert tuple(got[f] for f in ("kind", "reference", "total", "flags")) == expected
 
 
 # --- Faults -------------------------------------------------------------------------------------------------
@@ -482,7 +418,7 @@ def test_wrong_answers(calm: Provider, task: str) -> None:
 
 
 def test_quota_on_request(calm: Provider) -> None:
-    """The quota error is shown by a header or a model's name, and is counted."""
+    """The quota error is shown on request, and is counted."""
 
     async def ask(**how: str) -> None:
         async with client_of(calm) as client:
@@ -490,10 +426,10 @@ def test_quota_on_request(calm: Provider) -> None:
                 await complete(client, "text for quota", **how)
             assert caught.value.code == "insufficient_quota"
 
-    asyncio.run(ask(X_Demo_Quota="exhausted"))
-    asyncio.run(ask(model="gpt-4o-mini-no-quota"))
-    sha12 = text_sha("extract", "text for quota")[:12]
-    assert [s["outcome"] for s in calm.stats()["served"] if s["sha12"] == sha12] == ["quota", "quota"]
+    before = calm.stats()["by_outcome"].get("quota", 0)
+    asyncio.run(ask(X_Demo_Fault="quota"))
+    assert calm.stats()["by_text"][digest_of("extract", "text for quota")] == 1
+    assert calm.stats()["by_outcome"]["quota"] == before + 1
 
 
 def test_completion_shape(calm: Provider) -> None:
@@ -528,24 +464,6 @@ def test_bad_requests_say_what_is_wrong(calm: Provider) -> None:
     assert calm.stats()["calls"] == before
 
 
-def test_models_and_health(calm: Provider) -> None:
-    """The endpoints beside completions answer."""
-
-    async def models() -> list[str]:
-        async with client_of(calm) as client:
-            return [model.id async for model in client.models.list()]
-
-    assert MODEL in asyncio.run(models())
-    connection = http.client.HTTPConnection("127.0.0.1", calm.port, timeout=5)
-    connection.request("GET", "/healthz")
-    response = connection.getresponse()
-    assert (response.status, json.loads(response.read())) == (200, {"status": "ok"})
-    # The same connection serves the next request: it is kept alive after an error, too.
-    connection.request("GET", "/nothing")
-    assert connection.getresponse().status == 404
-    connection.close()
-
-
 # --- Which call gets which fault ----------------------------------------------------------------------------
 
 
@@ -561,7 +479,7 @@ def test_default_seed_shows_every_fault() -> None:
     everything = Counter(fault for plan in plans.values() for fault in plan)
     assert everything["hang"] == everything["malformed"] == everything["wrong_type"] == 1
     assert any(len(plan) == 2 for plan in plans.values()), "one document needs three attempts"
-    assert plans["scan-0012.txt"] == plans["support-refund-kessler.eml"] == ()
+    assert plans["support-refund-kessler.eml"] == ()
 
 
 def test_rates_over_unseen_documents() -> None:
@@ -570,17 +488,8 @@ def test_rates_over_unseen_documents() -> None:
     assert sum(map(bool, plans)) / len(plans) == pytest.approx(0.35, abs=0.03)
     assert {len(plan) for plan in plans} == {0, 1, 2}
     assert {fault for plan in plans for fault in plan} == set(FAULTS) - {"quota"}
-    assert all(fault in TRANSPORT_FAULTS for plan in plans for fault in plan[:-1])
+    assert all(fault not in ("malformed", "wrong_type") for plan in plans for fault in plan[:-1])
     assert plans != [fault_plan(4, "extract", f"document {n}") for n in range(4_000)]
-
-
-def test_layout_does_not_change_the_plan() -> None:
-    """Line ends, a name line around a document and the layout of JSON are no part of a text's identity."""
-    text = "Invoice no. 1\nTotal: 5.00 EUR\n"
-    same = {text_sha("extract", t) for t in (text, text.replace("\n", "\r\n"), f"DOCUMENT: a.txt\n{text}\n")}
-    assert len(same) == 1
-    assert text_sha("risk", '{"records": []}') == text_sha("risk", '{ "records":[ ] }')
-    assert text_sha("risk", "{}") != text_sha("classify", "{}") != text_sha("extract", "{}")
 
 
 async def outcome_of(client: openai.AsyncOpenAI, text: str) -> str:
@@ -623,10 +532,9 @@ def test_faults_do_not_depend_on_concurrency_or_restarts() -> None:
         with start_provider(DEFAULT_SEED) as running:
             results.append(asyncio.run(ask(running)))
             stats = running.stats()
-        assert stats["calls"] == len(stats["served"]) == 3 * len(documents)
-        assert sum(stats["by_outcome"].values()) == stats["calls"]
+        assert sum(stats["by_outcome"].values()) == stats["calls"] == 3 * len(documents)
         assert set(stats["by_text"].values()) == {3}
-        ledgers.append({(s["task"], s["sha12"], s["call"], s["outcome"]) for s in stats["served"]})
+        ledgers.append(stats)
     assert results[0] == results[1]
     assert ledgers[0] == ledgers[1]
     for name, text in documents.items():
@@ -657,11 +565,7 @@ def test_a_forced_fault_leaves_the_plan_as_it_is() -> None:
 
     with start_provider(1) as running:
         assert asyncio.run(ask(running)) == ["500", "other"]
-        assert [(s["call"], s["outcome"]) for s in running.stats()["served"]] == [
-            (1, "quota"),
-            (2, "500"),
-            (3, "ok"),
-        ]
+        assert running.stats()["by_outcome"] == {"quota": 1, "500": 1, "ok": 1}
 
 
 # --- The process --------------------------------------------------------------------------------------------
@@ -670,7 +574,7 @@ def test_a_forced_fault_leaves_the_plan_as_it_is() -> None:
 def lifeline(port: int) -> socket.socket:
     """A connection that the provider keeps open: it reads as closed at the moment the process ends."""
     connection = socket.create_connection(("127.0.0.1", port), timeout=10)
-    connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: demo\r\n\r\n")
+    connection.sendall(b"GET /stats HTTP/1.1\r\nHost: demo\r\n\r\n")
     assert connection.recv(4096).startswith(b"HTTP/1.1 200")
     return connection
 
@@ -698,9 +602,8 @@ def test_close_ends_and_reaps_the_process() -> None:
     """After close(), also while a request hangs, the process is gone and reaped; again is harmless."""
     running = start_provider(1, calm=True)
     line = lifeline(running.port)
-    body = json.dumps(
-        {"model": "m", "messages": [{"role": "system", "content": "TASK: extract"}, {"role": "user"}]}
-    )
+    messages = [{"role": "system", "content": "TASK: extract"}, {"role": "user", "content": ""}]
+    body = json.dumps({"model": "m", "messages": messages})
     hanging = http.client.HTTPConnection("127.0.0.1", running.port, timeout=10)
     hanging.request("POST", "/v1/chat/completions", body, {"X-Demo-Fault": "hang"})
     running.close()
@@ -787,24 +690,6 @@ def test_provider_that_nobody_closes_ends_with_the_interpreter() -> None:
 
 
 @pytest.mark.slow
-def test_by_hand() -> None:
-    """`python -m stroma.demo.provider` prints one JSON line with its port and ends with its stdin."""
-    command = "import runpy, sys; sys.argv[1:] = ['--seed', '7', '--calm', '--port', '0']; "
-    command += "runpy.run_module('stroma.demo.provider', run_name='__main__', alter_sys=True)"
-    with python(command) as process:
-        assert process.stdout is not None
-        assert process.stdin is not None
-        ready = json.loads(process.stdout.readline())
-        assert ready["pid"] == process.pid
-        assert ready["base_url"] == f"http://127.0.0.1:{ready['port']}/v1"
-        line = lifeline(ready["port"])
-        process.stdin.close()
-        assert process.wait(10) == 0
-        assert process.stdout.read() == b""
-        assert_ended(line, ready["port"])
-
-
-@pytest.mark.slow
 def test_modules_of_the_working_directory_are_not_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -817,23 +702,14 @@ def test_modules_of_the_working_directory_are_not_imported(
 
 
 @pytest.mark.slow
-def test_a_provider_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A start that fails is a RuntimeError with what the process said, and leaves no process."""
+def test_a_provider_that_cannot_start_says_why(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A start that fails is a RuntimeError, with the message of the process on stderr."""
     monkeypatch.setattr(provider, "_BOOT", "raise SystemExit('no such luck')")
-    with pytest.raises(RuntimeError, match=r"exit code 1.*no such luck"):
+    with pytest.raises(RuntimeError, match="exit code 1"):
         start_provider(1)
-
-
-@pytest.mark.slow
-def test_taken_port_is_one_line() -> None:
-    """A port in use ends in one message and exit code 3, without a traceback."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        code = f"import sys; from stroma.demo.provider import main; sys.exit(main(['--port', '{port}']))"
-        with python(code, stderr=subprocess.PIPE) as process:
-            _, text = process.communicate(timeout=20)
-    assert process.returncode == 3
-    assert re.fullmatch(rb"cannot listen on 127\.0\.0\.1:\d+: .*; try --port 0\s*", text)
+    assert "no such luck" in capfd.readouterr().err
 
 
 def test_many_clients_at_once(calm: Provider) -> None:

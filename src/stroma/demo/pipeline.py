@@ -15,7 +15,6 @@ import asyncio
 import json
 import os
 import re
-import tempfile
 import weakref
 from collections import defaultdict
 from decimal import Decimal
@@ -197,7 +196,7 @@ async def _ask(task: str, instructions: str, text: str) -> Any:
     )
     if answer.usage is not None:
         # At once: the tokens are paid for whatever the answer turns out to be worth.
-        node.report_usage(answer, model=model.removesuffix("-no-quota"))
+        node.report_usage(answer, model=model)
     content = answer.choices[0].message.content or ""
     try:
         return json.loads(content)
@@ -248,8 +247,7 @@ _LINE_AMOUNT = re.compile(r"[£$€]\s?(\d[\d,]*\.\d\d)\s*$", re.MULTILINE)
 def check(state: Extracted) -> Checked:
     """Add up missing totals and find duplicate numbers, without a model."""
     texts = {document.name: document.text for document in state.documents}
-    notes: dict[str, list[str]] = defaultdict(list)
-    bearers: dict[tuple[str, str], list[str]] = defaultdict(list)
+    notes, bearers = defaultdict[str, list[str]](list), defaultdict[tuple[str, str], list[str]](list)
     for record in state.records:
         if record.kind == "invoice" and record.total is None:
             lines = [Decimal(amount.replace(",", "")) for amount in _LINE_AMOUNT.findall(texts[record.name])]
@@ -291,52 +289,30 @@ def report(state: Evaluated) -> Report:
     labels = {label.name: label for label in state.labels}
     risks = {item.name: item for item in state.risks}
     payable: dict[str, Decimal] = defaultdict(Decimal)
-    lines = [
-        "# Incoming documents",
-        "",
-        "| document | what | amount | for | priority | risk |",
-        "|---|---|---|---|---|---|",
-    ]
-    remarks: list[str] = []
+    columns = "| document | what | amount | for | priority | risk |"
+    lines, remarks = ["# Incoming documents", "", columns, "|---|---|---|---|---|---|"], list[str]()
     for record in state.records:
         label, weighed = labels.get(record.name), risks.get(record.name)
         amount = "" if record.total is None else f"{record.currency or ''} {record.total:,.2f}".strip()
-        cells = [
-            record.name,
-            record.summary.replace("|", "/"),
-            amount,
-            label.category if label else "?",
-            label.priority if label else "?",
-            weighed.level if weighed else "?",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        about = (label.category, label.priority) if label else ("?", "?")
+        cells = [record.name, record.summary.replace("|", "/"), amount, *about]
+        lines.append("| " + " | ".join([*cells, weighed.level if weighed else "?"]) + " |")
         if label and label.category == "payable" and record.total is not None:
             payable[record.currency or "?"] += record.total
-        remark_parts = [
-            *state.notes.get(record.name, []),
-            *(weighed.reasons if weighed and weighed.level != "low" else []),
-        ]
-        if remark_parts:
-            remarks.append(f"- **{record.name}**: {'; '.join(remark_parts)}")
+        reasons = weighed.reasons if weighed and weighed.level != "low" else []
+        if found := [*state.notes.get(record.name, []), *reasons]:
+            remarks.append(f"- **{record.name}**: {'; '.join(found)}")
     sums = ", ".join(f"{currency} {total:,.2f}" for currency, total in sorted(payable.items()))
     text = "\n".join(
         [*lines, "", f"Payable: {sums or 'nothing'}", "", "## Look at these first", "", *remarks, ""]
     )
-    _write_whole(Path(state.out).expanduser(), text)
+    path = Path(state.out).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
     high = sorted(name for name, item in risks.items() if item.level == "high")
     return Report(path=state.out, documents=len(state.records), high_risk=high, payable=dict(payable))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 # ---------------------------------------------------------------------- the pipeline

@@ -1,150 +1,218 @@
 """A model provider for the demo: a process that speaks the OpenAI HTTP protocol on 127.0.0.1.
 
-It needs no key and no network, answers from the text it is sent by the rules of `stroma.demo.rules`, and
-misbehaves the way real providers do: rate limits, server errors, hangs, dropped connections, truncated JSON,
-wrong types.
+It needs no key and no network, answers as recorded in `stroma.demo.answers`, and misbehaves the way real
+providers do: rate limits, server errors, hangs, dropped connections, truncated JSON, wrong types.
 
     with start_provider(DEFAULT_SEED) as provider:
         client = openai.AsyncOpenAI(base_url=provider.base_url, api_key="demo", max_retries=0)
 
-By hand: `python -m stroma.demo.provider --seed 7 [--calm] [--port 0]`. One line of JSON with its port says
-that it is ready. It ends when its stdin (if a pipe) is closed or its parent process is gone, so that nothing
-stays behind.
+The first line of the system message is `TASK: extract`, `TASK: classify` or `TASK: risk`. The first user
+message is the document's text (extract) or JSON `{"records": [{"name": ..., <fields of extract>}, ...]}`. Later
+messages, such as a request to fix an earlier answer, change neither the answer nor the faults.
 
-What it expects: the first line of the system message is `TASK: extract`, `TASK: classify` or `TASK: risk`.
-The first user message is the document's text (extract) or JSON `{"records": [{"name": ..., <fields of
-extract>}, ...]}`. Later messages, such as a request to fix an earlier answer, change neither the answer nor
-the faults.
-
-The faults of a text depend on the seed, the task, the text and how often that text was sent; never on the
-time or on the order in which requests arrive. A header forces one: `X-Demo-Fault: 429` (or any other of
-`FAULTS`). The quota error is served only on request: by that header, by `X-Demo-Quota: exhausted`, or to a
-model named `...-no-quota`.
+The faults of a text depend on the seed, the task, the text and how often that text was sent; never on the time
+or on the order in which requests arrive. A header forces one: `X-Demo-Fault: 429` (or any other of `FAULTS`).
 """
 
 from __future__ import annotations
 
-import argparse
+import hashlib
 import http.client
 import json
 import os
 import socket
 import socketserver
-import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from email.message import Message
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Final, Self
+from typing import Any, Final, Self, TypedDict
 
 from stroma._utils.child_process import child_environment
-from stroma.demo.fault_plan import (
-    DEFAULT_SEED,
-    FAULTS,
-    TASKS,
-    TRANSPORT_FAULTS,
-    Ledger,
-    Served,
-    Stats,
-    fault_plan,
-    text_sha,
-)
-from stroma.demo.responses import HTTPError, answer_task, completion, to_error, with_wrong_type
+from stroma.demo.answers import answer, digest_of
 
-__all__ = [
-    "DEFAULT_SEED",
-    "FAULTS",
-    "TASKS",
-    "TRANSPORT_FAULTS",
-    "Provider",
-    "Served",
-    "Stats",
-    "fault_plan",
-    "start_provider",
-    "text_sha",
-]
+__all__ = ["DEFAULT_SEED", "FAULTS", "Provider", "fault_plan", "start_provider"]
 
+# Chosen so that the documents that ship with the demo meet every fault of `FAULTS` but the quota, with one
+# hang, the slow fault, among them. A changed document changes its own faults: `tests/demo/test_provider.py`
+# says when another seed is needed.
+DEFAULT_SEED: Final = 6637
+#: Share of the faults, by kind. A hang costs a client its whole timeout, so it is the rarest.
+_WEIGHTS: Final = {"429": 6, "500": 4, "503": 4, "hang": 2, "drop": 3, "malformed": 3, "wrong_type": 3}
+FAULTS: Final = (*_WEIGHTS, "quota")
+_WRONG_ANSWERS: Final = ("malformed", "wrong_type")
+_FIRST_FAULT_RATE: Final = 0.35
+_SECOND_FAULT_RATE: Final = 0.30  # after a fault without an answer; the third call is always right
+_TASKS: Final = ("extract", "classify", "risk")
 _HOST: Final = "127.0.0.1"
-_MAX_BODY: Final = 32 * 1024 * 1024  # bytes
-_MODELS: Final = ("gpt-4o-mini", "gpt-4o")
 
 
-# --- HTTP ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------- faults
+
+
+def fault_plan(seed: int, task: str, text: str) -> tuple[str, ...]:
+    """Return the faults of the first calls with this task and text, at most two; later calls succeed.
+
+    A wrong answer is always the last fault: the call after it is answered rightly.
+    """
+    return _plan(seed, digest_of(task, text))
+
+
+def _plan(seed: int, digest: str) -> tuple[str, ...]:
+    first, first_kind, second, second_kind, *_ = _draws(seed, digest, "plan")
+    if first >= _FIRST_FAULT_RATE:
+        return ()
+    kind = _pick(first_kind)
+    if kind in _WRONG_ANSWERS or second >= _SECOND_FAULT_RATE:
+        return (kind,)
+    return (kind, _pick(second_kind))
+
+
+def _draws(*key: object) -> list[float]:
+    """Return eight numbers in 0..1 that depend on the key only."""
+    digest = hashlib.sha256("\n".join(map(str, key)).encode()).digest()
+    return [int.from_bytes(digest[i : i + 4], "big") / 2**32 for i in range(0, 32, 4)]
+
+
+def _pick(draw: float) -> str:
+    point = draw * sum(_WEIGHTS.values())
+    for kind, weight in _WEIGHTS.items():
+        point -= weight
+        if point < 0:
+            return kind
+    return next(reversed(_WEIGHTS))
+
+
+class Stats(TypedDict):
+    """Requests served so far: how often each outcome ("ok" and `FAULTS`) and each text, by its digest."""
+
+    calls: int
+    by_outcome: dict[str, int]
+    by_text: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
-class _ChatRequest:
-    model: str
-    messages: tuple[tuple[str, str], ...]  # role, text
-    task: str
-    text: str
+class _Decision:
+    """The provider's decision about one request. ``call``: 1-based, of this text."""
+
+    outcome: str
+    call: int
+    digest: str
+    latency_seconds: float
+    retry_after_ms: int
 
 
-def _text_of(content: object) -> str:
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        return "".join(
-            str(p.get("text", "")) for p in content if isinstance(p, dict) and p.get("type") == "text"
-        )
-    return ""
+@dataclass(slots=True)
+class _Ledger:
+    """Decisions and counts of requests, shared by the threads that serve connections."""
+
+    seed: int
+    calm: bool
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _planned: Counter[str] = field(default_factory=Counter)
+    _calls: Counter[str] = field(default_factory=Counter)
+    _outcomes: Counter[str] = field(default_factory=Counter)
+
+    def decide(self, task: str, text: str, forced: str | None) -> _Decision:
+        digest = digest_of(task, text)
+        with self._lock:
+            self._calls[digest] += 1
+            call, outcome = self._calls[digest], forced
+            if outcome is None:  # Else it leaves the faults that the text has coming as they are.
+                plan, planned = () if self.calm else _plan(self.seed, digest), self._planned[digest]
+                outcome = plan[planned] if planned < len(plan) else "ok"
+                self._planned[digest] += 1
+            # Counted before it is answered: a client that dies in between has bought this answer.
+            self._outcomes[outcome] += 1
+        latency, header, *_ = _draws(self.seed, digest, call, "answer")
+        return _Decision(outcome, call, digest, 0.02 + 0.04 * latency, 1000 if header < 0.5 else 300)
+
+    def stats(self) -> Stats:
+        with self._lock:
+            return {
+                "calls": self._outcomes.total(),
+                "by_outcome": dict(self._outcomes),
+                "by_text": dict(self._calls),
+            }
 
 
-def _parse_request(body: bytes) -> _ChatRequest:
-    try:
-        data = json.loads(body)
-    except ValueError:
-        raise HTTPError(400, "We could not parse the JSON body of your request.") from None
-    if not isinstance(data, dict) or not isinstance(data.get("model"), str) or not data["model"]:
-        raise HTTPError(400, "you must provide a model parameter", param="model")
-    if data.get("stream"):
-        raise HTTPError(400, "the demo provider does not stream; leave out `stream`", param="stream")
-    raw = data.get("messages")
-    if not isinstance(raw, list) or not all(isinstance(m, dict) for m in raw):
-        raise HTTPError(400, "`messages` must be a list of objects", param="messages")
-    messages = tuple((str(m.get("role")), _text_of(m.get("content"))) for m in raw)
-    system = next((text for role, text in messages if role in {"system", "developer"}), "")
-    user = next((text for role, text in messages if role == "user"), None)
-    first_line = system.strip().partition("\n")[0]
-    task = first_line.removeprefix("TASK:").strip().lower() if first_line.startswith("TASK:") else ""
-    if task not in TASKS:
-        raise HTTPError(
-            400,
-            f"the system message must start with one of {', '.join(f'`TASK: {t}`' for t in TASKS)}",
-            param="messages",
-        )
-    if user is None:
-        raise HTTPError(400, "there is no message with the role `user`", param="messages")
-    return _ChatRequest(data["model"], messages, task, user)
+# ---------------------------------------------------------------------- HTTP
 
 
-def _forced_fault(headers: Message, model: str) -> str | None:
-    fault = headers.get("X-Demo-Fault")
-    if fault is not None:
-        if fault not in FAULTS:
-            raise HTTPError(400, f"X-Demo-Fault is {fault!r}; it must be one of {', '.join(FAULTS)}")
-        return fault
-    if headers.get("X-Demo-Quota") == "exhausted" or model.endswith("-no-quota"):
-        return "quota"
-    return None
+class _HTTPError(Exception):
+    """Error response in the format of OpenAI's."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers or {}
+        self.body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
-class _ProviderServer(ThreadingHTTPServer):
+def _error_of(decision: _Decision, model: str) -> _HTTPError:
+    if decision.outcome == "429":
+        wait = decision.retry_after_ms
+        # Both forms are in use; the one in milliseconds is OpenAI's own and the finer.
+        headers = {"retry-after": str(wait // 1000)} if wait >= 1000 else {"retry-after-ms": str(wait)}
+        message = f"Rate limit reached for {model} on requests per min (RPM). Please try again in {wait}ms."
+        return _HTTPError(429, message, "requests", "rate_limit_exceeded", headers)
+    if decision.outcome == "quota":
+        message = "You exceeded your current quota, please check your plan and billing details."
+        return _HTTPError(429, message, "insufficient_quota", "insufficient_quota")
+    if decision.outcome == "503":
+        message = "The engine is currently overloaded, please try again later."
+        return _HTTPError(503, message, "service_unavailable_error")
+    return _HTTPError(500, "The server had an error while processing your request.", "server_error")
+
+
+def _with_wrong_type(task: str, right: dict[str, Any]) -> dict[str, Any]:
+    """Return an answer in which one field has a wrong type."""
+    if task == "extract":
+        return {**right, "total": "twelve hundred"}
+    key, spoilt = ("labels", {"priority": 3}) if task == "classify" else ("risks", {"level": 3})
+    return {key: [{**right[key][0], **spoilt}, *right[key][1:]] if right[key] else "none"}
+
+
+def _tokens(text: str) -> int:
+    return -(-len(text) // 4)
+
+
+def _completion(model: str, messages: list[dict[str, str]], content: str, decision: _Decision) -> Any:
+    # The protocol's own overhead: four tokens a message and three for the reply's start.
+    prompt, produced = sum(_tokens(one["content"]) + 4 for one in messages) + 3, _tokens(content)
+    reason = "length" if decision.outcome == "malformed" else "stop"
+    message = {"role": "assistant", "content": content, "refusal": None}
+    usage = {"prompt_tokens": prompt, "completion_tokens": produced, "total_tokens": prompt + produced}
+    return {
+        "id": f"chatcmpl-demo-{decision.digest[:12]}-{decision.call}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": reason}],
+        "usage": usage,
+    }
+
+
+class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, port: int, ledger: Ledger, hang_seconds: float) -> None:
-        self.ledger = ledger
-        self.hang_seconds = hang_seconds
-        super().__init__((_HOST, port), _Handler)
+    def __init__(self, ledger: _Ledger, hang_seconds: float) -> None:
+        self.ledger, self.hang_seconds = ledger, hang_seconds
+        super().__init__((_HOST, 0), _Handler)
 
     def server_bind(self) -> None:
         # Not HTTPServer's: it looks up the host's full name, which can take seconds without a network.
@@ -153,6 +221,7 @@ class _ProviderServer(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
+    server: _Server
     protocol_version = "HTTP/1.1"
     # One segment for headers and body: two would wait for each other (Nagle and delayed acknowledgements).
     wbufsize = -1
@@ -164,115 +233,78 @@ class _Handler(BaseHTTPRequestHandler):
         except (ConnectionError, TimeoutError):  # the client gave up or was killed, as the demo's does
             self.close_connection = True
 
-    @property
-    def _owner(self) -> _ProviderServer:
-        assert isinstance(self.server, _ProviderServer)
-        return self.server
-
     def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        if path == "/healthz":
-            self._send(200, {"status": "ok"})
-        elif path == "/stats":
-            self._send(200, self._owner.ledger.stats())
-        elif path == "/v1/models":
-            models = [{"id": m, "object": "model", "created": 0, "owned_by": "stroma-demo"} for m in _MODELS]
-            self._send(200, {"object": "list", "data": models})
+        if self.path == "/stats":
+            self._send(200, self.server.ledger.stats())
         else:
-            self._send_error(HTTPError(404, f"Invalid URL (GET {path})"))
+            self._send(404, _HTTPError(404, f"Invalid URL (GET {self.path})").body)
 
     def do_POST(self) -> None:
         try:
-            body = self._read_body()
-            path = self.path.partition("?")[0]
-            if path != "/v1/chat/completions":
-                raise HTTPError(404, f"Invalid URL (POST {path})")
-            self._complete(_parse_request(body))
-        except HTTPError as error:
-            self._send_error(error)
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.path != "/v1/chat/completions":
+                raise _HTTPError(404, f"Invalid URL (POST {self.path})")
+            self._complete(json.loads(body))
+        except _HTTPError as error:
+            self._send(error.status, error.body, error.headers)
+        except (ValueError, LookupError, TypeError) as error:
+            self._send(400, _HTTPError(400, f"the request is not one of the demo's: {error}").body)
 
-    def _read_body(self) -> bytes:
-        try:
-            length = int(self.headers.get("Content-Length", ""))
-        except ValueError:
-            length = -1
-        if not 0 <= length <= _MAX_BODY:
-            self.close_connection = True  # the body stays unread, so nothing after it can be understood
-            raise HTTPError(411 if length < 0 else 413, f"send a Content-Length of at most {_MAX_BODY} bytes")
-        return self.rfile.read(length)
-
-    def _complete(self, request: _ChatRequest) -> None:
-        forced = _forced_fault(self.headers, request.model)
-        try:
-            answer = answer_task(request.task, request.text)
-        except ValueError as error:
-            raise HTTPError(400, str(error), param="messages") from None
-        except Exception as error:  # said in full: a dropped connection would look like one of the faults
-            raise HTTPError(
-                500, f"the demo's rules failed on this text: {error!r}", "server_error"
-            ) from error
-        decision = self._owner.ledger.decide(request.task, request.text, forced)
-        time.sleep(decision.latency)
+    def _complete(self, request: Any) -> None:
+        model, messages, forced = request["model"], request["messages"], self.headers.get("X-Demo-Fault")
+        task = messages[0]["content"].partition("\n")[0].removeprefix("TASK: ")
+        if task not in _TASKS:
+            tasks = ", ".join(f"`TASK: {task}`" for task in _TASKS)
+            raise ValueError(f"the system message must start with one of {tasks}")
+        if forced not in (None, *FAULTS):
+            raise ValueError(f"X-Demo-Fault is {forced!r}; it must be one of {', '.join(FAULTS)}")
+        text = next(message["content"] for message in messages if message["role"] == "user")
+        right = answer(task, text)
+        decision = self.server.ledger.decide(task, text, forced)
+        time.sleep(decision.latency_seconds)
         if decision.outcome == "hang":
-            self._await_client_gone(self._owner.hang_seconds)
-        if decision.outcome in {"hang", "drop"}:
+            self._await_client_gone()
+        if decision.outcome in ("hang", "drop"):
             self.close_connection = True
             return
-        if decision.outcome not in {"ok", "malformed", "wrong_type"}:
-            raise to_error(decision, request.model)
-        if decision.outcome == "wrong_type":
-            answer = with_wrong_type(request.task, answer)
-        content = json.dumps(answer, ensure_ascii=False)
+        if decision.outcome not in ("ok", *_WRONG_ANSWERS):
+            raise _error_of(decision, model)
+        right = _with_wrong_type(task, right) if decision.outcome == "wrong_type" else right
+        content = json.dumps(right, ensure_ascii=False)
         if decision.outcome == "malformed":
             content = content[: max(1, len(content) * 3 // 5)]
-        self._send(
-            200,
-            completion(request.model, request.messages, content, decision),
-            {"openai-processing-ms": str(round(decision.latency * 1000))},
-        )
+        self._send(200, _completion(model, messages, content, decision))
 
-    def _await_client_gone(self, seconds: float) -> None:
-        """Wait until the client disconnects, or for so many seconds."""
-        self.connection.settimeout(seconds)
+    def _await_client_gone(self) -> None:
+        """Wait until the client disconnects, or for some seconds."""
+        self.connection.settimeout(self.server.hang_seconds)
         try:
             self.connection.recv(1, socket.MSG_PEEK)
         except OSError:
             pass
 
-    def _send_error(self, error: HTTPError) -> None:
-        self._send(error.status, error.body, error.headers)
-
-    def _send(self, status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> None:
+    def _send(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
         # Characters that UTF-8 cannot hold (lone surrogates) are sent as JSON escapes.
         payload = json.dumps(body).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(payload)))
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        for name, value in (headers or {}).items():
+        about = {"Content-Type": "application/json", "Content-Length": str(len(payload)), **(headers or {})}
+        for name, value in about.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(payload)
-
-    def version_string(self) -> str:
-        return "stroma-demo"
 
     def log_message(self, format: str, *args: Any) -> None:
         """Print nothing: /stats has the requests."""
 
 
-# --- The process --------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------- the process
 
 
 def _end_with_parent(parent: int) -> None:
-    """Exit when stdin, if a pipe, is closed, or when the parent process has ended."""
+    """Exit when stdin is closed, or when the parent process has ended."""
 
     def watch_stdin() -> None:
-        try:
-            while os.read(0, 1024):
-                pass
-        except OSError:
+        while os.read(0, 1024):
             pass
         # At once: every thread may be in the middle of an answer, and there is nothing to save.
         os._exit(0)
@@ -282,60 +314,26 @@ def _end_with_parent(parent: int) -> None:
             time.sleep(0.25)
         os._exit(0)
 
-    # A terminal is not watched: to read from it in the background would stop the process.
-    try:
-        mode = os.fstat(0).st_mode
-    except OSError:
-        mode = 0
-    if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
-        threading.Thread(target=watch_stdin, daemon=True).start()
+    threading.Thread(target=watch_stdin, daemon=True).start()
     # A pipe's other end may be open in a fork of the parent as well, so its end alone is not enough.
     if os.name == "posix":
         threading.Thread(target=watch_parent, daemon=True).start()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until stdin is closed, the parent has ended, or Ctrl-C. Prints JSON with `port` when ready."""
-    parser = argparse.ArgumentParser(
-        prog="python -m stroma.demo.provider", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument(
-        "--seed", type=int, default=DEFAULT_SEED, help="decides the faults (default: %(default)s)"
-    )
-    parser.add_argument("--calm", action="store_true", help="no faults but those a request asks for")
-    parser.add_argument("--port", type=int, default=0, help="port on 127.0.0.1 (default: a free one)")
-    parser.add_argument(
-        "--hang-seconds", type=float, default=4.0, help="silence of the fault hang (default: 4)"
-    )
-    options = parser.parse_args(argv)
+def main(seed: str, calm: str, hang_seconds: str) -> None:
+    """Serve until stdin is closed or the parent has ended. Prints the port when ready."""
     parent = os.getppid()
-    try:
-        server = _ProviderServer(options.port, Ledger(options.seed, options.calm), options.hang_seconds)
-    except (OSError, OverflowError) as error:
-        print(f"cannot listen on {_HOST}:{options.port}: {error}; try --port 0", file=sys.stderr)
-        return 3
+    server = _Server(_Ledger(int(seed), calm == "True"), float(hang_seconds))
     _end_with_parent(parent)
-    ready = {
-        "port": server.server_port,
-        "base_url": f"http://{_HOST}:{server.server_port}/v1",
-        "pid": os.getpid(),
-    }
-    print(json.dumps(ready), flush=True)
-    try:
-        server.serve_forever(poll_interval=3600)  # nobody calls shutdown(), so there is nothing to poll for
-    except KeyboardInterrupt:
-        pass
-    finally:
-        server.server_close()
-    return 0
+    print(server.server_port, flush=True)
+    server.serve_forever(poll_interval=3600)  # nobody calls shutdown(), so there is nothing to poll for
 
 
 # Isolated mode keeps modules in the user's working directory from taking the place of the standard library's.
 # The folder that this stroma was imported from is then added last, for wherever the parent found it.
 _BOOT: Final = (
-    "import sys; sys.path.append(sys.argv.pop(1)); from stroma.demo.provider import main; sys.exit(main())"
+    "import sys; sys.path.append(sys.argv[1]); from stroma.demo.provider import main; main(*sys.argv[2:])"
 )
-_READY_SECONDS: Final = 15.0
 
 
 class Provider:
@@ -366,9 +364,7 @@ class Provider:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -379,65 +375,28 @@ def start_provider(seed: int = DEFAULT_SEED, *, calm: bool = False, hang_seconds
     stays silent before it drops the connection: let it be more than the client's timeout.
     """
     root = str(Path(__file__).resolve().parents[2])
-    command = [sys.executable, "-I", *(["-B"] if sys.dont_write_bytecode else []), "-c", _BOOT, root]
-    command += ["--seed", str(seed), "--hang-seconds", str(hang_seconds), *(["--calm"] if calm else [])]
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            command,
-            env=child_environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            # Ctrl-C in a terminal reaches the whole group; the provider has to outlive the run it serves.
-            start_new_session=True,
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-c", _BOOT, root, str(seed), str(calm), str(hang_seconds)],
+        env=child_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        # Ctrl-C in a terminal reaches the whole group; the provider has to outlive the run it serves.
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(
+            f"the demo's provider did not start (exit code {process.wait()}); see its message above"
         )
-        try:
-            port = _read_port(process)
-        except BaseException as error:
-            _stop(process, os.getpid())
-            if not isinstance(error, ValueError):
-                raise
-            errors.seek(0)
-            output = errors.read().decode(errors="replace").strip() or "nothing"
-            raise RuntimeError(
-                f"the demo's provider did not start (exit code {process.returncode}); it said: {output}"
-            ) from None
-    return Provider(process, port)
+    return Provider(process, int(line))
 
 
-def _read_port(process: subprocess.Popen[bytes]) -> int:
-    lines: list[bytes] = []
-
-    def read(stream: IO[bytes] | None) -> None:
-        if stream is not None:
-            lines.append(stream.readline())
-
-    reader = threading.Thread(target=read, args=(process.stdout,), daemon=True)
-    reader.start()
-    reader.join(_READY_SECONDS)
-    port = json.loads(lines[0] if lines else b"")["port"]
-    return int(port)
-
-
-def _stop(process: subprocess.Popen[bytes], owner: int, patience: float = 2.0) -> None:
-    """Close the process's stdin, which ends it; terminate, then kill, after `patience` seconds each."""
+def _stop(process: subprocess.Popen[bytes], owner: int) -> None:
     if os.getpid() != owner:
         return
-    if process.stdin is not None:
-        try:
-            process.stdin.close()
-        except OSError:
-            pass
-    for end in (process.terminate, process.kill):
-        try:
-            process.wait(patience)
-            break
-        except subprocess.TimeoutExpired:
-            end()
+    process.kill()  # It has nothing to save.
     process.wait()
-    if process.stdout is not None:
-        process.stdout.close()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()

@@ -25,8 +25,9 @@ from stroma.checkpoint import AttemptRecord
 from stroma.checkpoint.sqlite.store import SQLiteStore
 from stroma.contracts.schema import schema_of
 from stroma.demo.agent import BOOK_VARIABLE
+from stroma.demo.answers import digest_of
 from stroma.demo.pipeline import BASE_URL_VARIABLE, DOCUMENTS, Documents
-from stroma.demo.provider import DEFAULT_SEED, Provider, start_provider, text_sha
+from stroma.demo.provider import DEFAULT_SEED, Provider, start_provider
 
 __all__ = ["main"]
 
@@ -104,7 +105,7 @@ class Demo:
         """Return how often a provider was asked about each document, by its own ledger."""
         ledger = provider.stats()["by_text"]
         return {
-            d.name: ledger.get(text_sha("extract", d.text)[:12], 0) for d in self._documents(run_id).documents
+            d.name: ledger.get(digest_of("extract", d.text), 0) for d in self._documents(run_id).documents
         }
 
 
