@@ -1,4 +1,4 @@
-"""The page about the guarantees: their sentences from the README, what they mean, and the tests that name them."""
+"""The page about the guarantees: their sentences, what they mean, and the tests that name them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+
+#: The guarantees by number.
+SENTENCES = {
+    1: "A node's function sees only input that passed its contract; output that failed its contract is never "
+    "committed or handed on.",
+    2: "Every exception gets exactly one failure class, whatever the exception or a classifier does.",
+    3: "`max_retries=N` is N attempts after the first; TERMINAL is never retried; Retry-After is obeyed.",
+    4: "Paid work is saved: a valid output is committed before a budget, a hook or a cancellation can lose "
+    "it.",
+    5: "A committed node is not executed again in that execution of the run: not after `kill -9`, not on "
+    "resume.",
+    6: "All usage counts, also of failed attempts and earlier processes; past a limit no further call is "
+    "made.",
+    7: "The trace has one event per attempt, and later changes to objects do not reach it ([large "
+    "maps](map.md) trace their first thousands).",
+    8: "A hook cannot change an outcome, re-run a node or lose a result, and delays it by at most its time "
+    "limit.",
+    9: "Every start event has exactly one end event, however the attempt ended.",
+    10: "A run has one owner: a second process is refused, or takes over once the first is gone; stale writes "
+    "are refused.",
+    11: "Data from a store is validated by your own schema; nothing stored is executed or imported.",
+    12: "Unused features cost nothing, and the cost of a node does not grow with the number of nodes.",
+    13: "An [effect](concepts/effects.md) is called again only after a statement that the earlier call did "
+    "not happen.",
+}
 
 #: What each guarantee means for whoever relies on it.
 MEANS = {
@@ -51,14 +76,6 @@ class Held:
     says: str
 
 
-def sentences() -> dict[int, str]:
-    """The guarantees by number, as the README has them, with links that hold on the page."""
-    readme = (ROOT / "README.md").read_text("utf-8").replace("](docs/", "](")
-    return {
-        int(number): said for number, said in re.findall(r"^\| G(\d+) \| (.+?) \|$", readme, re.MULTILINE)
-    }
-
-
 def held() -> dict[int, list[Held]]:
     """The tests by the number that their docstring names."""
     found: dict[int, list[Held]] = defaultdict(list)
@@ -81,7 +98,7 @@ def held() -> dict[int, list[Held]]:
 
 
 def guarantees_page() -> str:
-    said, tests = sentences(), held()
+    tests = held()
     lines = [
         "<!-- Written by docs/generate.py: run `./dev run python docs/generate.py` after a change. -->",
         "",
@@ -95,7 +112,7 @@ def guarantees_page() -> str:
         "[journal store](stores/index.md): SQLite, Postgres or Redis. A store of the simple `save`, `load`,",
         "`delete` protocol does not provide them.",
     ]
-    for number, sentence in said.items():
+    for number, sentence in SENTENCES.items():
         # Where several tests of one file say the same of different things, each is listed.
         lines += ["", f"## G{number}", "", f"**{sentence}**", "", MEANS[number], ""]
         lines += [f"{len(tests[number])} tests:", ""]

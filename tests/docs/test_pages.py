@@ -448,15 +448,24 @@ def test_the_landing_page_shows_a_failure_handled_in_twenty_lines() -> None:
 
 
 def test_the_readme_is_short_and_in_order() -> None:
-    """The README has at most 165 lines: the problem, the demo, two commands, one example, hooks, flows,
-    guarantees, figures."""
+    """The README has at most 175 lines: the problem, the demo, commands, one example, hooks, flows,
+    guarantees, when not to use it, figures."""
     text = (ROOT / "README.md").read_text("utf-8")
-    assert len(text.splitlines()) <= 165
+    assert len(text.splitlines()) <= 175
     first, *headings = re.findall(
         r"^(?:## |!\[)(.+?)(?:\]|$)", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE
     )
     assert "demo" in first
-    assert headings == ["Two commands", "One example", "Hooks", "Flows", "Guarantees", "Measurements"]
+    assert headings == [
+        "Two commands",
+        "One example",
+        "Hooks",
+        "The page of a run",
+        "Flows",
+        "Guarantees",
+        "When not to use it",
+        "Measurements",
+    ]
 
 
 def test_the_nodes_that_call_providers(tmp_path: Path, provider: Server) -> None:
@@ -493,14 +502,11 @@ def test_each_howto_has_a_situation_code_and_limits() -> None:
 
 
 def test_each_guarantee_is_held_by_tests_that_name_it() -> None:
-    """G1 to G13 of the README stand on the page, each with at least three tests."""
+    """G1 to G13 are on the page of guarantees, each with at least three tests."""
     text = (DOCS / "guarantees.md").read_text("utf-8")
-    readme = (ROOT / "README.md").read_text("utf-8").replace("](docs/", "](")
     assert re.findall(r"^## (G\d+)$", text, re.MULTILINE) == [f"G{n}" for n in range(1, 14)]
     for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
         number, _, rest = section.partition("\n")
-        (sentence,) = re.findall(r"^\*\*(.+)\*\*$", rest, re.MULTILINE)
-        assert f"| {number} | {sentence} |" in readme
         named = re.findall(r"\.\./(tests/[\w/]+\.py)#(\w+)\)", rest)
         assert len(named) >= 3, number
         for path, name in named:
