@@ -195,17 +195,23 @@ async def test_the_end_of_a_queue_worker_cancels_no_run(
         server.close()
 
 
-def test_the_page_about_dispatch_with_fastapi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The endpoints of the page are endpoints of a FastAPI application too."""
+@pytest.mark.parametrize(
+    ("page", "last"),
+    [("dispatch-runs", "a report about otters"), ("approval-service", "paid 90 euros to Ada")],
+)
+def test_the_pages_about_services_with_fastapi(
+    page: str, last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The endpoints of the pages are endpoints of a FastAPI application too."""
     monkeypatch.chdir(tmp_path)
-    page = (ROOT / "docs" / "howto" / "dispatch-runs.md").read_text("utf-8")
-    text = page.replace(
+    text = (ROOT / "docs" / "howto" / f"{page}.md").read_text("utf-8")
+    changed = text.replace(
         "from starlette.applications import Starlette", "from fastapi import FastAPI as Starlette"
     )
-    assert text != page
-    printed = [line for _, _, lines in run_python(text, "dispatch_fastapi") for line in lines]
-    assert printed[:2] == ["202 {'status': 'QUEUED'}"] * 2
-    assert "a report about otters" in printed[-1]
+    assert changed != text
+    printed = [line for _, _, lines in run_python(changed, "service_fastapi") for line in lines]
+    assert "'status': 'QUEUED'" in printed[0]
+    assert last in printed[-1]
 
 
 async def note(calls: list[str], run_id: str, node_id: str, input_state: dict[str, Any]) -> None:
