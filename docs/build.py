@@ -36,12 +36,25 @@ BESIDE = {
 #: The first page here is the one of the repository there.
 SAME = {"README.md": "index.md"}
 
+
+def how_to_groups() -> dict[str, list[str]]:
+    """Return the how-to pages by group, as the index of them has both."""
+    groups: dict[str, list[str]] = {}
+    for line in (DOCS / "howto" / "index.md").read_text("utf-8").splitlines():
+        if heading := re.match(r"\| \*\*(.+)\*\* \|", line):
+            pages = groups.setdefault(f"How-to/{heading[1]}", [])
+        elif page := re.match(r"\| \[.+\]\(([\w-]+\.md)\) \|", line):
+            pages.append(f"howto/{page[1]}")
+    return groups
+
+
 #: The order of the pages, by what readers want to do. "A/B" is the group B inside the section A. An entry is a page, or all pages
 #: of a folder that are not named here. A page that does not exist is skipped; a page without a line here is listed under "More".
 NAV: dict[str, list[str]] = {
     "Start": ["index.md", "install.md", "examples.md", "comparison.md"],
     "Tutorial": ["tutorial/"],
-    "How-to": ["howto/index.md", "howto/"],
+    "How-to": ["howto/index.md"],
+    **how_to_groups(),
     "How-to/Operate and test": ["ui.md", "replay.md", "testing.md"],
     "How-to/Move to Stroma": ["migration/index.md", "migration.md", "migration/"],
     "Concepts": [
@@ -81,7 +94,7 @@ NAV: dict[str, list[str]] = {
         "code-of-conduct.md",
         "security.md",
         "architecture.md",
-        "design.md",
+        "ui-style.md",
         "mutation.md",
         "releasing.md",
     ],

@@ -1,4 +1,4 @@
-"""Rules of docs/design.md."""
+"""Rules of docs/ui-style.md."""
 
 from __future__ import annotations
 
@@ -39,6 +39,6 @@ def test_tokens() -> None:
 
 def test_images_of_the_page() -> None:
     """The page about the design has at most four images, each under 120 kB."""
-    images = re.findall(r"\]\((images/[^)]*)\)", (DOCS / "design.md").read_text())
+    images = re.findall(r"\]\((images/[^)]*)\)", (DOCS / "ui-style.md").read_text())
     assert 1 <= len(images) <= 4
     assert all((DOCS / image).stat().st_size < 120_000 for image in images)
