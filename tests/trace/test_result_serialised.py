@@ -6,7 +6,7 @@ import pytest
 from pydantic import TypeAdapter
 from tests.kit import Text
 
-from stroma import ExecutionResult, FailurePolicy, StromaRunner
+from stroma import ExecutionResult, ExecutionTrace, FailurePolicy, RunStatus, StromaRunner
 
 
 @pytest.mark.parametrize("kind", [ExecutionResult, ExecutionResult[Text]])
@@ -45,3 +45,17 @@ async def test_a_result_serialises_without_its_trace(kind: type[ExecutionResult]
         "retry_after_seconds": None,
     }
     assert set(TypeAdapter(kind).json_schema(mode="serialization")["properties"]) == set(good)
+
+
+@pytest.mark.parametrize("status", list(RunStatus))
+def test_ok_is_one_name_for_success(status: RunStatus) -> None:
+    """A result is ok if its run is COMPLETED or RESUMED, and in no other status."""
+    result = ExecutionResult(
+        run_id="r",
+        status=status,
+        trace=ExecutionTrace("r"),
+        final_state=None,
+        total_cost_usd=0.0,
+        total_tokens=0,
+    )
+    assert result.ok == (status.value in ("COMPLETED", "RESUMED"))

@@ -164,10 +164,15 @@ class ExecutionResult(Shown, Generic[StateT]):
         )
 
     @property
+    def ok(self) -> bool:
+        """True if every node has ended well: the status is COMPLETED, or RESUMED after a resume."""
+        return self.status in (RunStatus.COMPLETED, RunStatus.RESUMED)
+
+    @property
     def output(self) -> StateT:
         """The output of the run: its flow's, or its last node's. Raises what stopped it; RuntimeError if it has no output."""
         self.raise_for_status()
-        if self.status not in (RunStatus.COMPLETED, RunStatus.RESUMED) or self.final_state is None:
+        if not self.ok or self.final_state is None:
             raise RuntimeError(f"run {self.run_id!r} is {self.status} and has no output; resume it")
         return self.final_state
 
