@@ -101,7 +101,8 @@ class _Durations:
         recorded["tiers"][self.tier] = [self.tests, round(time.monotonic() - self.began)]
         if self.tier == "all":
             recorded["measured"] = (
-                f"{datetime.date.today()}, Python {platform.python_version()}, {os.cpu_count()} cores of {platform.machine()}"
+                f"{datetime.date.today()}, Python {platform.python_version()}, {os.cpu_count()} cores of "
+                f"{platform.machine()}"
             )
             slowest = sorted(self.files.items(), key=lambda file: -sum(s for _, s in file[1].values()))
             recorded["files"] = {

@@ -1631,7 +1631,10 @@ def test_an_adapter_module_without_its_framework_says_how_to_install_it(module: 
 @pytest.mark.slow
 def test_importing_the_guard_imports_no_framework() -> None:
     """Nothing of a framework is loaded before its adapter is asked for."""
-    code = "import stroma.adapters.guard, sys; print(sorted({'langgraph', 'langchain_core', 'agents'} & set(sys.modules)))"
+    code = (
+        "import stroma.adapters.guard, sys; print(sorted({'langgraph', 'langchain_core', 'agents'} & "
+        "set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

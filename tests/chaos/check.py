@@ -58,8 +58,10 @@ class Figures:
     def line(self, fault: str, strikes: str = "kills") -> str:
         more = "".join(f", {count} {what}" for what, count in self.more.items())
         return (
-            f"{fault}: {self.rounds} rounds, {self.kills} {strikes}, {self.runs} runs, {self.commits} commits, "
-            f"{self.lost} lost, {self.duplicated} duplicated, {self.mixed} mixed, {self.overspent} overspent, "
+            f"{fault}: {self.rounds} rounds, {self.kills} {strikes}, {self.runs} runs, {self.commits} "
+            f"commits, "
+            f"{self.lost} lost, {self.duplicated} duplicated, {self.mixed} mixed, {self.overspent} "
+            f"overspent, "
             f"{self.fenced} fenced, {self.repeated} repeated in flight{more}"
         )
 

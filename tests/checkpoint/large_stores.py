@@ -44,7 +44,10 @@ def fill(url: str, runs: int, attempts: int, *, vacuum: bool = True) -> None:
 # their values for a generated run i and its attempt j (both from 0).
 _RUN_COLUMNS = """pipeline, execution, status, started_ms, updated_ms, tokens, cost_pico, latency_ns, lease_epoch,
     attempt_count, commit_count"""
-_RUN = "'p' || (i % 1000), 1, CASE i % 1000 WHEN 999 THEN 'FAILED' ELSE 'COMPLETED' END, 1000 + i, 1000 + i, 1, 1, 1, 1"
+_RUN = (
+    "'p' || (i % 1000), 1, CASE i % 1000 WHEN 999 THEN 'FAILED' ELSE 'COMPLETED' END, 1000 + i, 1000 + "
+    "i, 1, 1, 1, 1"
+)
 _INPUT_COLUMNS = "run, execution, contract, input, sha256"
 _ATTEMPT_COLUMNS = """run, execution, epoch, position, started_ns, branch, attempt, node_id, duration_ns, outcome, tokens,
     output_tokens, cost_pico, function_ns"""

@@ -95,12 +95,14 @@ REFUSALS = {
     "cancel": ("CANCELLED", "run 'r' was cancelled by {place}; this execution records nothing more"),
     "pause": (
         "SUSPENDED",
-        "run 'r' was paused by {place} while this process did not renew its lease; this execution records nothing more, "
+        "run 'r' was paused by {place} while this process did not renew its lease; this execution records "
+        "nothing more, "
         "resume or unpause the run",
     ),
     "set_budget": (
         "RUNNING",
-        "the budget of run 'r' was changed while this process did not renew its lease; this execution records nothing "
+        "the budget of run 'r' was changed while this process did not renew its lease; this execution "
+        "records nothing "
         "more, resume the run",
     ),
 }

@@ -108,7 +108,8 @@ async def test_a_function_of_another_role_is_refused(server: PostgresServer) -> 
     _execute(
         server,
         "mallory",
-        "CREATE FUNCTION stroma.make_interval(secs bigint) RETURNS interval LANGUAGE sql AS $$ SELECT '1s'::interval $$",
+        "CREATE FUNCTION stroma.make_interval(secs bigint) RETURNS interval LANGUAGE sql AS $$ SELECT "
+        "'1s'::interval $$",
     )
     await _refused(server, "victim", "its function make_interval belongs to mallory")
 
@@ -118,13 +119,15 @@ async def test_a_function_of_another_role_is_refused(server: PostgresServer) -> 
     ("statement", "why"),
     [
         (
-            "CREATE TRIGGER t AFTER INSERT ON stroma.runs FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()",
+            "CREATE TRIGGER t AFTER INSERT ON stroma.runs FOR EACH ROW EXECUTE FUNCTION "
+            "suppress_redundant_updates_trigger()",
             "its table runs has a trigger t",
         ),
         ("CREATE RULE r AS ON INSERT TO stroma.tags DO INSTEAD NOTHING", "its table tags has a rule r"),
         ("CREATE VIEW stroma.more AS SELECT 1", "its view more is no plain table"),
         (
-            "DROP TABLE stroma.cells; CREATE VIEW stroma.cells AS SELECT ''::bytea AS cell_key, ''::bytea AS data "
+            "DROP TABLE stroma.cells; CREATE VIEW stroma.cells AS SELECT ''::bytea AS cell_key, ''::bytea "
+            "AS data "
             "FROM generate_series(1, 1000000000)",
             "its view cells is no plain table",
         ),

@@ -104,6 +104,9 @@ async def test_a_suspension_in_memory_is_a_warning(
         result = await runner.run([asks], Item(n=1), run_id=run_id)
         assert result.status == "SUSPENDED"
     texts = [one.getMessage() for one in caplog.records if "in memory" in one.getMessage()]
-    expected = "run 'a' is suspended in memory, and is lost when this process ends; pass a durable store, as in store=\"sqlite:///runs.db\""
+    expected = (
+        "run 'a' is suspended in memory, and is lost when this process ends; pass a durable store, as "
+        'in store="sqlite:///runs.db"'
+    )
     assert texts == ([] if store == "sqlite" else [expected])
     await runner.aclose()

@@ -27,7 +27,10 @@ _OWNER = textwrap.dedent(
     sys.stdin.readline()
     """
 )
-_LOOK = "import sys; from stroma.checkpoint.durable.owner import Owner, is_gone; print(is_gone(Owner.read(sys.argv[1])))"
+_LOOK = (
+    "import sys; from stroma.checkpoint.durable.owner import Owner, is_gone; "
+    "print(is_gone(Owner.read(sys.argv[1])))"
+)
 
 
 def child() -> tuple[subprocess.Popen[str], Owner]:
@@ -94,7 +97,10 @@ def test_another_users_process_behind_hidepid() -> None:
     process, owner = child()
     with process:
         # Root's process, seen by a user who may not see it.
-        mount = "mount -t proc -o hidepid=2 proc /proc && exec setpriv --reuid 65534 --regid 65534 --clear-groups "
+        mount = (
+            "mount -t proc -o hidepid=2 proc /proc && exec setpriv --reuid 65534 --regid 65534 "
+            "--clear-groups "
+        )
         command = ["unshare", "-m", "sh", "-c", mount + '"$@"', "sh", sys.executable, "-c", _LOOK, str(owner)]
         seen = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=30)
         if seen.returncode:

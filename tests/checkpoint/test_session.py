@@ -72,7 +72,8 @@ def killed(store: Store, session: DurableSession) -> None:
 async def test_a_run_whose_process_died_too_often(store: Store) -> None:
     """Its next session ends it as poison, and so does each one after that until one is forced."""
     error = (
-        "poison: the process died 2 times under this run; see what kills it, then resume it with force_resume=True, "
+        "poison: the process died 2 times under this run; see what kills it, then resume it with "
+        "force_resume=True, "
         "or stroma resume --force"
     )
     request: dict[str, Any] = {"if_exists": "resume", "max_recoveries": 2}
@@ -362,7 +363,8 @@ async def test_another_input_is_refused(store: Store) -> None:
     with pytest.raises(PipelineChanged) as caught:
         store.open(n=1, if_exists="resume")
     assert str(caught.value) == (
-        "run 'r' was started with another input (or State has changed); pass the same input, or use another run id"
+        "run 'r' was started with another input (or State has changed); pass the same input, or use another "
+        "run id"
     )
 
 
@@ -376,7 +378,8 @@ async def test_another_input_is_refused(store: Store) -> None:
         ),
         (
             "position = 1 AND branch = '1'",
-            "the output of node 'node' at position 1 of run 'r' is damaged; resume from the outermost group around it "
+            "the output of node 'node' at position 1 of run 'r' is damaged; resume from the outermost group "
+            "around it "
             "(resume_from='group') to recompute it",
         ),
     ],

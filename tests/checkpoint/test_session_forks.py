@@ -129,7 +129,8 @@ async def test_what_cannot_be_forked(store: Store) -> None:
     with pytest.raises(CheckpointNotFound) as caught:
         forked(store, 4)
     assert str(caught.value) == (
-        "run 'r' has no output at position 3, so it cannot be forked before position 4; fork at an earlier node"
+        "run 'r' has no output at position 3, so it cannot be forked before position 4; fork at an earlier "
+        "node"
     )
     with pytest.raises(RunExists) as exists:
         forked(store, 1, to="r")
@@ -148,7 +149,8 @@ async def test_a_damaged_output_is_not_forked(store: Store) -> None:
     with pytest.raises(CorruptCheckpoint) as caught:
         forked(store, 2)
     assert str(caught.value) == (
-        "the output of node 'node' at position 1 of run 'r' is damaged; resume from the outermost group around it "
+        "the output of node 'node' at position 1 of run 'r' is damaged; resume from the outermost group "
+        "around it "
         "(resume_from='group') to recompute it"
     )
     assert store.rows.find("f") is None

@@ -163,7 +163,8 @@ async def test_what_cannot_be_opened_is_named(store: Store) -> None:
         with pytest.raises(CorruptCheckpoint) as caught:
             await session.committed(position, [""])
         assert str(caught.value) == (
-            f"{what}the output of node 'node' at position {position} of run 'r' was written through a codec; open the store "
+            f"{what}the output of node 'node' at position {position} of run 'r' was written through a "
+            f"codec; open the store "
             "with codec="
         )
 

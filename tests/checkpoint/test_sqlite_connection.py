@@ -283,13 +283,15 @@ def test_an_error_that_undoes_everything(bench: Bench) -> None:
         (
             "COMMIT",
             sqlite3.SQLITE_IOERR_WRITE,
-            "the disk refused a write to {}: it is full, over a quota or a size limit, or failing; free some space or replace the disk, "
+            "the disk refused a write to {}: it is full, over a quota or a size limit, or failing; free "
+            "some space or replace the disk, "
             "then resume",
         ),
         (
             "BEGIN",
             sqlite3.SQLITE_BUSY,
-            "database is locked: another process has held {} for 0 s; end that process (a stopped one keeps its lock), then "
+            "database is locked: another process has held {} for 0 s; end that process (a stopped one keeps "
+            "its lock), then "
             "resume",
         ),
     ],
@@ -390,7 +392,8 @@ def test_a_disk_that_fails_is_not_written_to_any_more(bench: Bench, where: str, 
     bench.waiting = [Job(put("c"), None)]
     jobs, poisoned = bench.apply(*operations)
     why = (
-        f"the disk of {bench.path} failed (said): acknowledged commits are stored, no more are written; check the "
+        f"the disk of {bench.path} failed (said): acknowledged commits are stored, no more are written; "
+        f"check the "
         "disk, then resume in a new process"
     )
     assert len(jobs) == len(operations) + 1

@@ -56,10 +56,17 @@ def read(file: DatabaseFile) -> bool:
 # ---------------------------------------------------------------------- errors in words
 
 FOREIGN = "{} is an SQLite database of another program, not a stroma store; use another path"
-LOCKED = "database is locked: another process has held {} for 1.5 s; end that process (a stopped one keeps its lock), then resume"
-NO_ROOM = "the disk refused a write to {}: it is full, over a quota or a size limit, or failing; free some space or replace the disk, then resume"
+LOCKED = (
+    "database is locked: another process has held {} for 1.5 s; end that process (a stopped one keeps "
+    "its lock), then resume"
+)
+NO_ROOM = (
+    "the disk refused a write to {}: it is full, over a quota or a size limit, or failing; free some "
+    "space or replace the disk, then resume"
+)
 DISK = (
-    "the disk of {} failed (said): acknowledged commits are stored, no more are written; check the disk, then "
+    "the disk of {} failed (said): acknowledged commits are stored, no more are written; check the disk, "
+    "then "
     "resume in a new process"
 )
 PERMISSIONS = "cannot write to {} (said); check its permissions and those of its directory"
@@ -84,7 +91,8 @@ PERMISSIONS = "cannot write to {} (said); check its permissions and those of its
         (error_of(sqlite3.SQLITE_IOERR_NOMEM), NO_ROOM, True),
         (
             error_of(sqlite3.SQLITE_TOOBIG, kind=sqlite3.DataError),
-            "a payload is larger than a row of {} can hold (10**9 bytes); pass blobs= to the store, then resume",
+            "a payload is larger than a row of {} can hold (10**9 bytes); pass blobs= to the store, then "
+            "resume",
             False,
         ),
         (
@@ -94,7 +102,8 @@ PERMISSIONS = "cannot write to {} (said); check its permissions and those of its
         ),
         (
             error_of(sqlite3.SQLITE_CORRUPT, kind=sqlite3.DatabaseError),
-            "{} is damaged (said); restore it from a backup, or recover it with the `.recover` command of the "
+            "{} is damaged (said); restore it from a backup, or recover it with the `.recover` command of "
+            "the "
             "sqlite3 shell",
             False,
         ),
@@ -338,7 +347,8 @@ def test_a_reader_cannot_write(tmp_path: Path) -> None:
     file.open().close()
     text = fails(lambda: _write(file))
     assert str(text) == (
-        f"cannot write to {file.path} (attempt to write a readonly database); check its permissions and those of its "
+        f"cannot write to {file.path} (attempt to write a readonly database); check its permissions and "
+        f"those of its "
         "directory"
     )
 
@@ -442,7 +452,8 @@ def _ours(db: sqlite3.Connection) -> None:
 
 DAMAGED = "{} is damaged: its format is missing; restore it from a backup"
 NEWER = (
-    f"{{}} was written by a newer stroma (its format is {NEXT}, this one reads up to {NOW}); upgrade stroma, or use "
+    f"{{}} was written by a newer stroma (its format is {NEXT}, this one reads up to {NOW}); upgrade "
+    f"stroma, or use "
     "another path"
 )
 

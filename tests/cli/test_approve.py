@@ -71,7 +71,8 @@ def test_a_run_that_waits_is_no_failure(desk, inside):
     done = inside("run", "desk.py:pipeline", '{"n": 1}', "--run-id", "x")
     assert (done.code, done.out) == (7, "")
     assert re.search(
-        r"\nsuspended: run x is waiting for an answer\n  node 'ask' \(at 1\): is this right\?  \(asks for Approval\)\n",
+        r"\nsuspended: run x is waiting for an answer\n  node 'ask' \(at 1\): is this right\?  \(asks for "
+        r"Approval\)\n",
         done.err,
     )
     answer = re.search(r"  answer: stroma (approve .*)\n", done.err)
@@ -257,7 +258,8 @@ def test_an_agent_of_a_framework_is_answered_and_continues_there(stroma, inside,
     done = inside("approve", "asks", "app.py:agent", "true", *db)
     assert (done.code, done.out) == (0, "")
     assert (
-        "node 'agent' (at 0) of run asks is answered; continue it with the framework's own call, under run_id='asks' and "
+        "node 'agent' (at 0) of run asks is answered; continue it with the framework's own call, under "
+        "run_id='asks' and "
         "resume=True" in done.err
     )
     fails(

@@ -219,7 +219,10 @@ def test_a_group_without_a_command(inside, words):
 @pytest.mark.slow
 def test_a_directory_that_is_gone(stroma):
     """A current directory that was deleted under the shell is named."""
-    code = "import os, sys; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone'); from stroma.cli import main; sys.exit(main(['runs']))"
+    code = (
+        "import os, sys; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone'); from stroma.cli import "
+        "main; sys.exit(main(['runs']))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=stroma.home,

@@ -35,7 +35,8 @@ def test_the_prices_of_a_model(inside):
     done = inside("prices", "claude-sonnet-4-5")
     assert (done.code, done.err) == (0, "")
     assert done.out.splitlines() == [
-        f"claude-sonnet-4-5: genai-prices {genai_prices.__version__} (the data that came with it), as claude-sonnet-4-5 of anthropic",
+        f"claude-sonnet-4-5: genai-prices {genai_prices.__version__} (the data that came with it), as "
+        f"claude-sonnet-4-5 of anthropic",
         "PER MILLION TOKENS                   STANDARD   BATCH",
         "input                                      $3    $1.5",
         "input, above 200,000                       $6      $3",

@@ -7,7 +7,8 @@ import pytest
 
 GOOD = '{"start": 1}'
 FAILING = {
-    "SECOND": "current_node().report_usage(input_tokens=7, model='gpt-4o-mini'); raise TimeoutError('too slow')"
+    "SECOND": "current_node().report_usage(input_tokens=7, model='gpt-4o-mini'); raise TimeoutError('too "
+    "slow')"
 }
 #: What a terminal would obey, in every place where a store can hold text.
 EVIL = "\x1b[2J\x1b]0;title\x07\r\x9b31m"
@@ -128,8 +129,8 @@ def test_show_has_rejected_outputs(any_url, stroma, inside, monkeypatch):
     parts = shown.split("rejected output of total at 1, attempt ")
     assert [part[0] for part in parts[1:]] == ["3", "4", "5"]
     assert (
-        '  lines.0.price: Input should be a valid integer, unable to parse string as an integer; got "many <b>"\n'
-        in parts[1]
+        '  lines.0.price: Input should be a valid integer, unable to parse string as an integer; got "many '
+        '<b>"\n' in parts[1]
     )
     assert "  name: Field required\n" in parts[1]
     value = {"lines": [{"price": "many <b>"}], "other": "x"}

@@ -33,7 +33,8 @@ def filled(stroma, inside):
         "--run-id",
         "run-b",
         env={
-            "SECOND": "current_node().report_usage(input_tokens=7, model='gpt-4o-mini'); raise TimeoutError('too slow')",
+            "SECOND": "current_node().report_usage(input_tokens=7, model='gpt-4o-mini'); raise "
+            "TimeoutError('too slow')",
         },
     )
     killed = stroma(
@@ -286,7 +287,10 @@ def test_start_is_light(stroma):
     """--version and --help import neither pydantic nor rich nor asyncio; reading off a terminal does without
     rich."""
     for words_ in (["--version"], ["--help"]):
-        code = f"import sys; from stroma.cli import main; main({words_!r}); print(sorted(sys.modules), file=sys.stderr)"
+        code = (
+            f"import sys; from stroma.cli import main; main({words_!r}); print(sorted(sys.modules), "
+            f"file=sys.stderr)"
+        )
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=stroma.home, capture_output=True, text=True, check=True
         )

@@ -44,7 +44,8 @@ def test_a_run_that_ended(db, stroma, inside, fails):
 def test_following(db, stroma, inside):
     """--follow tells attempts while the run is at work, each once, and ends when the run does."""
     waits = {
-        "SECOND_AWAITS": "asyncio.to_thread(lambda: [time.sleep(0.02) for _ in iter(lambda: pathlib.Path('go').exists(), True)])"
+        "SECOND_AWAITS": "asyncio.to_thread(lambda: [time.sleep(0.02) for _ in iter(lambda: "
+        "pathlib.Path('go').exists(), True)])"
     }
     work = stroma.popen(
         "run", "sums.py:pipeline", GOOD, "--run-id", "x", "-q", env={**waits, "STROMA_DB": db}

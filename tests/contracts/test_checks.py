@@ -1061,7 +1061,8 @@ async def test_a_pipelines_own_config_may_ask_for_the_check() -> None:
 def test_the_checker_is_not_loaded_unless_it_is_used() -> None:
     """A run that does not ask for it imports no checker."""
     code = (
-        "import asyncio, sys\nfrom pydantic import BaseModel\nfrom stroma import NodeContract, StromaRunner, stroma_node\n"
+        "import asyncio, sys\nfrom pydantic import BaseModel\nfrom stroma import NodeContract, "
+        "StromaRunner, stroma_node\n"
         "class A(BaseModel): n: int = 0\n"
         "@stroma_node('a', NodeContract(node_id='a', input_schema=A, output_schema=A))\n"
         "async def a(state): return {}\n"

@@ -60,7 +60,10 @@ def two_of_one_id(runner: StromaRunner, *, marked: bool = False) -> tuple[Any, A
     return define(old), define(runner.node("a", input=Note, output=Num))
 
 
-REFUSED = r"again at .* cannot run as node 'a': the id was later assigned to <function .*again at .*>, with another contract"
+REFUSED = (
+    r"again at .* cannot run as node 'a': the id was later assigned to <function .*again at .*>, with "
+    r"another contract"
+)
 
 
 @pytest.mark.parametrize("marked", [False, True], ids=["by the runner", "by stroma_node"])
@@ -108,7 +111,10 @@ def test_an_id_belongs_to_one_function() -> None:
     """A second function under the id of another one is a ValueError at decoration, and changes nothing."""
     runner = StromaRunner.quick()
     runner.node("a", input=Note, output=Note)(give_text)
-    refused = r"^node id 'a' belongs to <function give_text at .*>, and <function {} at .*> cannot have it too; rename one"
+    refused = (
+        r"^node id 'a' belongs to <function give_text at .*>, and <function {} at .*> cannot have it "
+        r"too; rename one"
+    )
     for output in (Note, Num):
         with pytest.raises(ValueError, match=refused.format("give_number")):
             runner.node("a", input=Note, output=output)(give_number)
@@ -300,7 +306,8 @@ async def test_all_unknown_ids_are_named() -> None:
         await runner.run(Pipeline("p", [extract], config=config), Note())
     assert str(caught.value).splitlines() == [
         "node_timeouts names 'extrct', which no node of pipeline 'p' has; did you mean 'extract'?",
-        "node_timeouts names 'quite different', which no node of pipeline 'p' has; correct the id, or register the contract "
+        "node_timeouts names 'quite different', which no node of pipeline 'p' has; correct the id, or "
+        "register the contract "
         "of that node",
     ]
 
@@ -350,7 +357,8 @@ async def test_limits_that_no_node_uses_are_refused() -> None:
     extract = extract_node(runner)
     with pytest.raises(
         ValueError,
-        match=r"^no node of pipeline 'pipeline' uses any of the limits \('answer_llm', 'other_llm'\); assign them with",
+        match=r"^no node of pipeline 'pipeline' uses any of the limits \('answer_llm', 'other_llm'\); "
+        r"assign them with",
     ):
         await runner.run([extract], Note())
     runner.node("answer_llm", input=Note, output=Note)(give_text)
@@ -391,7 +399,8 @@ async def test_a_flow_warns_at_its_end_of_ids_that_it_did_not_call(caplog: pytes
         assert (await runner.run(flow, Note())).status is RunStatus.COMPLETED
     assert warnings_in(caplog) == [
         f"node_timeouts names 'markd', {WARNED} did you mean 'marked'?",
-        "no node of a run of 'flow' uses any of the limits ('llm'); assign them with node_limits={node id: name}",
+        "no node of a run of 'flow' uses any of the limits ('llm'); assign them with node_limits={node id: "
+        "name}",
     ]
 
 

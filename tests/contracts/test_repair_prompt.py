@@ -105,13 +105,17 @@ def test_it_says_what_is_wrong_what_came_and_what_is_expected() -> None:
     [
         (
             "no json",
-            'the whole: Input should be a JSON object; this is text, and no JSON: Expecting value at character 0. This came: "no json"',
-            '"lines": list of {"what": string, at most 20 characters, "amount": number, at least 0}, at least 1 items',
+            "the whole: Input should be a JSON object; this is text, and no JSON: Expecting value at "
+            'character 0. This came: "no json"',
+            '"lines": list of {"what": string, at most 20 characters, "amount": number, at least 0}, at '
+            "least 1 items",
         ),
         (
             '{"lines',
-            'the whole: Input should be a JSON object; this is text, and no JSON: Unterminated string starting at character 1. This came: "{\\"lines"',
-            '"lines": list of {"what": string, at most 20 characters, "amount": number, at least 0}, at least 1 items',
+            "the whole: Input should be a JSON object; this is text, and no JSON: Unterminated string "
+            'starting at character 1. This came: "{\\"lines"',
+            '"lines": list of {"what": string, at most 20 characters, "amount": number, at least 0}, at '
+            "least 1 items",
         ),
         ([1], "the whole: Input should be a JSON object. This came: [1]", "and no other field"),
         ({**GOOD, "more": "x"}, 'more: There should be no such field. This came: "x"', None),

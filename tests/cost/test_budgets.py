@@ -32,14 +32,16 @@ def spent(cost: float = 0.0, tokens: int = 0, ms: float = 0.0) -> CostTracker:
             "tokens",
             1000,
             1234567890123,
-            "budget exceeded: max_tokens_total limit 1000 tokens, used 1.23456789012e+12 tokens (tokens) at node 'a'; "
+            "budget exceeded: max_tokens_total limit 1000 tokens, used 1.23456789012e+12 tokens (tokens) at "
+            "node 'a'; "
             "raise max_tokens_total, then resume the run",
         ),
         (
             "cost",
             0.5,
             0.75,
-            "budget exceeded: max_cost_usd limit 0.5 USD, used 0.75 USD (cost) at node 'a'; raise max_cost_usd, then resume the run",
+            "budget exceeded: max_cost_usd limit 0.5 USD, used 0.75 USD (cost) at node 'a'; raise "
+            "max_cost_usd, then resume the run",
         ),
         (
             "latency",

@@ -669,7 +669,8 @@ def test_no_sdk_is_imported_to_read_a_response() -> None:
     code = (
         "import sys; from stroma import usage_from\n"
         "print(usage_from({'usage': {'prompt_tokens': 1}}).input_tokens)\n"
-        "print(sorted({'openai', 'anthropic', 'google', 'mistralai', 'cohere', 'genai_prices'} & set(sys.modules)))"
+        "print(sorted({'openai', 'anthropic', 'google', 'mistralai', 'cohere', 'genai_prices'} & "
+        "set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.stdout.split("\n")[:2], done.stderr) == (["1", "[]"], "")

@@ -95,7 +95,8 @@ def test_nothing_finished_is_done_twice(shown: tuple[int, Emulator, Path]) -> No
             " AND s.position >= 0 GROUP BY s.position, s.branch"
         ).fetchall()
         succeeded = db.execute(
-            "SELECT count(*) FROM attempts JOIN runs USING (run) WHERE run_id = 'killed' AND outcome = 'success'"
+            "SELECT count(*) FROM attempts JOIN runs USING (run) WHERE run_id = 'killed' AND outcome = "
+            "'success'"
         ).fetchone()[0]
     documents = sum(1 for _ in DOCUMENTS.iterdir())
     # read, the map and its items, check, the parallel and its two children, report

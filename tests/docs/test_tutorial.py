@@ -20,7 +20,8 @@ def test_a_newcomer_who_follows_the_tutorial_never_meets_an_error(tmp_path: Path
         for chapter in CHAPTERS:
             for block, command, printed, expected in walk(chapter.read_text("utf-8"), chapter.stem, shell):
                 assert same(printed, expected), (
-                    f"{chapter.name}, line {block.line}: {command!r} printed {printed}, the page shows {expected}; "
+                    f"{chapter.name}, line {block.line}: {command!r} printed {printed}, the page shows "
+                    f"{expected}; "
                     "write it anew with: ./dev run python -m tests.docs.blocks docs/tutorial/*.md"
                 )
                 typed += 1

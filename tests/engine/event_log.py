@@ -189,7 +189,10 @@ class Diary(logging.Handler):
         if events != self._seen:
             self.lines += events
         failure = result.failure
-        report = f"result {result.status} {result.final_state!r} {result.total_tokens} tokens {result.total_cost_usd:g} USD"
+        report = (
+            f"result {result.status} {result.final_state!r} {result.total_tokens} tokens "
+            f"{result.total_cost_usd:g} USD"
+        )
         if failure is not None:
             report += f" {type(failure.exception).__name__} {_failed(failure)} {failure.retry_after_seconds}"
             report += f" of {failure.node_id} #{failure.attempt}"

@@ -330,7 +330,8 @@ async def test_a_step_outside_of_the_nodes_of_a_pipeline_is_refused() -> None:
     await runner.run([node("first", world.step("first"))], Note(text="x"))
     assert world.calls == ["first x"]
     assert messages == [
-        "step 'draft' was called in run 'r' of a pipeline, outside of its nodes; call it in a node, or with a separate context"
+        "step 'draft' was called in run 'r' of a pipeline, outside of its nodes; call it in a node, or with "
+        "a separate context"
     ]
 
 

@@ -406,7 +406,8 @@ async def test_the_timeout_of_a_group_is_its_own(clock: FakeClock) -> None:
     assert result.failure is not None
     assert (
         result.failure.message
-        == "node 'parallel(a, x)' did not end within 700 ms; raise node_timeouts['parallel(a, x)'], or make the call shorter"
+        == "node 'parallel(a, x)' did not end within 700 ms; raise node_timeouts['parallel(a, x)'], or make "
+        "the call shorter"
     )
     assert clock.elapsed == pytest.approx(0.7, abs=0.001)
     assert [(e.node_id, e.outcome) for e in result.trace.walk()] == [

@@ -65,8 +65,10 @@ def test_new_records_are_frozen() -> None:
         "TraceEvent",
     }
     names = (
-        "checkpoint.entries contracts.contract contracts.node cost.budget cost.fallback cost.tracker engine.config"
-        " engine.context failures.errors failures.failure failures.policy hooks.dispatch hooks.sets runner.groups"
+        "checkpoint.entries contracts.contract contracts.node cost.budget cost.fallback cost.tracker "
+        "engine.config"
+        " engine.context failures.errors failures.failure failures.policy hooks.dispatch hooks.sets "
+        "runner.groups"
         " runner.pipeline runner.runner runner.steps trace.events trace.result trace.trace"
     )
     modules = [importlib.import_module(f"stroma.{name}") for name in names.split()]

@@ -1118,7 +1118,8 @@ def test_no_sdk_is_imported() -> None:
     code = (
         "import sys; from stroma.failures.providers import read_provider_error as read\n"
         "print(read(ConnectionError()).reason)\n"
-        "print(sorted({'openai', 'anthropic', 'google', 'mistralai', 'cohere', 'httpx', 'httpx2', 'requests', 'aiohttp', 'botocore', 'grpc'} & set(sys.modules)))"
+        "print(sorted({'openai', 'anthropic', 'google', 'mistralai', 'cohere', 'httpx', 'httpx2', "
+        "'requests', 'aiohttp', 'botocore', 'grpc'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.stdout.split("\n")[:2], done.stderr) == (["connection", "[]"], "")

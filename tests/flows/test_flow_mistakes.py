@@ -169,7 +169,8 @@ async def test_wrong_arguments() -> None:
         "flow.step takes one node, got a list of 2",
         "call a single node with flow.step",
         "the items of 'add' must be pydantic models, got int",
-        "flow.map takes one node, got a list of 2; only map_over takes several nodes: use flow.step(map_over(...), state)",
+        "flow.map takes one node, got a list of 2; only map_over takes several nodes: use "
+        "flow.step(map_over(...), state)",
         "flow.wait_for takes a pydantic model",
         "the reason of flow.wait_for must be a string, got None",
         "pass a duration or until=, not both",

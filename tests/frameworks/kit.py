@@ -35,7 +35,8 @@ LINES = {
     "streams": "a stream is not retried after its first part",
     "unknown": "a contract for a node or tool that is not there raises",
     "journal": "a call of the framework is a run in the journal, with its nodes",
-    "killed": "killed inside of a step, a resume calls what was finished inside it again and gives the same answer",
+    "killed": "killed inside of a step, a resume calls what was finished inside it again and gives the same "
+    "answer",
 }
 #: Tokens that pay() reports.
 PAID = 5

@@ -374,7 +374,8 @@ async def test_a_hook_that_is_not_async_is_named(
     with pytest.raises(HookNotAsync) as caught:
         await fired.fire(node_id)
     assert str(caught.value) == (
-        f"hook {event}{where} is not async: {wrong!r} returned int, which cannot be awaited; define it with async def"
+        f"hook {event}{where} is not async: {wrong!r} returned int, which cannot be awaited; define it with "
+        f"async def"
     )
     assert (caught.value.set_index, caught.value.result) == (index, None)
     assert called == (["right"] * index + ["wrong"] if event in STARTS else ["right", "wrong", "right"])
@@ -597,7 +598,10 @@ async def test_a_hook_that_blocks_for_longer_than_its_limit_is_named(
 
     fired = Fired(*[hook] * sets, limit=250.0)
     await fired.fire()
-    text = f"hook on_node_start ({hook!r}) of node 'node' blocked the event loop for 3750000 ms; await in it, or use a thread"
+    text = (
+        f"hook on_node_start ({hook!r}) of node 'node' blocked the event loop for 3750000 ms; await in "
+        f"it, or use a thread"
+    )
     assert lines(caplog) == [(logging.WARNING, text, "run", None)] * (sets if warned else 0)
     assert fired.errors == []
 
@@ -873,7 +877,8 @@ def test_hooks_that_are_told_where_nothing_can_be_awaited(caplog: pytest.LogCapt
     assert lines(caplog)[:2] == [
         (
             logging.WARNING,
-            f"hook on_node_cancelled ({waits!r}) was cut short: run 'run' was closed, not cancelled, so that nothing can "
+            f"hook on_node_cancelled ({waits!r}) was cut short: run 'run' was closed, not cancelled, so "
+            f"that nothing can "
             "be awaited",
             "run",
             None,

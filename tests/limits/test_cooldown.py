@@ -379,8 +379,8 @@ async def test_a_wait_for_the_end_of_a_cooldown_is_bounded() -> None:
         result = await program.run(1)
         assert result.failure is not None
         assert (
-            f"node 'call' waited 2 s at limit '{program.name}', which is closed because the provider asked to wait"
-            in result.failure.message
+            f"node 'call' waited 2 s at limit '{program.name}', which is closed because the provider asked "
+            f"to wait" in result.failure.message
         )
         hurried = Program(
             Limit(concurrent=5), function, policy_map=NO_RETRY, budget=ExecutionBudget(max_latency_ms=500)

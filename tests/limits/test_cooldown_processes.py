@@ -109,7 +109,8 @@ async def test_fifty_workers_wait_once(kind: str) -> None:
     with place(kind) as where:
         beside, seconds_beside, _ = await _program(kind, where, "without")
     print(
-        f"{kind}: with the cooldown {provider.refused} calls refused in {len(cooldowns)} cooldowns, {seconds:.1f} s; without it "
+        f"{kind}: with the cooldown {provider.refused} calls refused in {len(cooldowns)} cooldowns, "
+        f"{seconds:.1f} s; without it "
         f"{beside.refused} refused, {seconds_beside:.1f} s; a perfect client {perfect:.1f} s"
     )
     assert {status for result in results for status in result["statuses"]} == {"COMPLETED"}

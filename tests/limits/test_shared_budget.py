@@ -858,7 +858,10 @@ def test_two_of_one_name(tmp_path: Path) -> None:
     path = tmp_path / "runs.db"
     first = SharedBudget("team", max_cost_usd=1, per="day", store=SQLiteStore(path))
     same = SharedBudget("team", max_cost_usd=1, per="day", store=SQLiteStore(path))
-    says = r"already in use in this process with other limits \(max_cost_usd=1.0, per='day'; here: max_cost_usd=2.0, per='day'\)"
+    says = (
+        r"already in use in this process with other limits \(max_cost_usd=1.0, per='day'; here: "
+        r"max_cost_usd=2.0, per='day'\)"
+    )
     with pytest.raises(ValueError, match=says):
         SharedBudget("team", max_cost_usd=2, per="day", store=SQLiteStore(path))
     with pytest.raises(ValueError, match="already in use"):

@@ -145,7 +145,8 @@ def test_importing_makes_no_validator() -> None:
         "import sys\n"
         "from stroma import NodeContract, RunConfig, StromaRunner\n"
         "StromaRunner.quick()\n"
-        "print(RunConfig.__pydantic_complete__, NodeContract.__pydantic_complete__, 'importlib.metadata' in sys.modules)"
+        "print(RunConfig.__pydantic_complete__, NodeContract.__pydantic_complete__, 'importlib.metadata' in "
+        "sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.stdout.strip(), done.stderr) == ("False False False", "")
@@ -185,8 +186,10 @@ def test_telemetry_packages_do_nothing_unasked(request: pytest.FixtureRequest) -
     thread."""
     code = (
         "import sys, threading\n"
-        "print(sorted({name.partition('.')[0] for name in sys.modules} & {'ddtrace', 'datadog', 'sentry_sdk'}),\n"
-        "      [hook for hook in sys.meta_path if type(hook).__module__.startswith('ddtrace')], threading.active_count())"
+        "print(sorted({name.partition('.')[0] for name in sys.modules} & {'ddtrace', 'datadog', "
+        "'sentry_sdk'}),\n"
+        "      [hook for hook in sys.meta_path if type(hook).__module__.startswith('ddtrace')], "
+        "threading.active_count())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.stdout.strip(), done.stderr) == ("[] [] 1", "")

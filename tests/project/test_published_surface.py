@@ -299,8 +299,10 @@ MODULE_ONLY = {
 #: Names that a module has besides its own, because the published one imported them; and those of the
 #: adapters.
 _BOTH = (
-    "CheckpointManager Classifier ContractRegistry ExecutionBudget ExecutionResult FailureClass FallbackPolicy NodeContext "
-    "NodeContract NodeUsage PolicyMap RunStatus TraceEvent classify default_policy_map estimate_cost_usd resolve_model"
+    "CheckpointManager Classifier ContractRegistry ExecutionBudget ExecutionResult FailureClass "
+    "FallbackPolicy NodeContext "
+    "NodeContract NodeUsage PolicyMap RunStatus TraceEvent classify default_policy_map estimate_cost_usd "
+    "resolve_model"
 )
 ALSO_IN = {
     "failures": "BudgetExceeded ContractViolation",

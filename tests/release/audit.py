@@ -87,7 +87,8 @@ def main() -> int:
     print(f"checked against {len({(one.package, one.id) for one in known})} advisories")
     if importlib.util.find_spec("safety_db") is None:
         print(
-            "no complete advisory data set is installed, so only those of tests/release/advisories.json are checked; "
+            "no complete advisory data set is installed, so only those of tests/release/advisories.json are "
+            "checked; "
             "where api.osv.dev can be reached, run: pip-audit -r requirements.lock"
         )
     return 1 if wrong else 0

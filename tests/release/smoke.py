@@ -231,7 +231,8 @@ def testing() -> None:
             "async def double(state: N) -> dict:\n    return {'n': 2 * state.n}\n"
             "def test_it_resumes():\n    assert_resumable_sync([double], N(n=1))\n"
             "def test_it_keeps_its_contract():\n    assert_contract_holds(double, examples=20)\n"
-            "def test_time(stroma_clock):\n    StromaRunner.quick().run_sync([double], N(n=1)).raise_for_status()\n"
+            "def test_time(stroma_clock):\n    StromaRunner.quick().run_sync([double], "
+            "N(n=1)).raise_for_status()\n"
         )
         output = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", folder],

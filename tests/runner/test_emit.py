@@ -419,7 +419,8 @@ async def test_data_that_is_not_json(caplog: pytest.LogCaptureFixture) -> None:
     texts = [record.message.partition(": ")[2] for record in caplog.records]
     kinds = ["set", "bytes", "float", "dict", "list", "object", "generator"]
     assert texts == [
-        f"node 'a' emitted data that is not JSON, of type {kind}: it is dropped; emit JSON data or a pydantic model"
+        f"node 'a' emitted data that is not JSON, of type {kind}: it is dropped; emit JSON data or a "
+        f"pydantic model"
         for kind in kinds
     ]
 

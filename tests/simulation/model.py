@@ -124,7 +124,8 @@ class _Run:
                 late.append(event)
         for when, who, _, _, epoch, place, *_ in late:
             self.problems.append(
-                f"{who} wrote {place} at {when}, though its commit of {reports[who, epoch]} was undone by then"
+                f"{who} wrote {place} at {when}, though its commit of {reports[who, epoch]} was undone by "
+                f"then"
             )
         return [event for index, event in enumerate(events) if index not in undone], True
 
@@ -166,7 +167,8 @@ class _Run:
         for when, who, what, _, *more in self.events:
             if what == "ack" and self.outputs.get(more[0]) != more[1]:
                 self.problems.append(
-                    f"{who} was acknowledged {more[1]} at {more[0]} at {when}, the journal has {self.outputs.get(more[0])}"
+                    f"{who} was acknowledged {more[1]} at {more[0]} at {when}, the journal has "
+                    f"{self.outputs.get(more[0])}"
                 )
             if what == "returned" and more[0] in _ENDED:
                 last = max(self.outputs, key=lambda place: int(place.partition(":")[0]), default="")

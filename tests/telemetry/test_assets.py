@@ -238,7 +238,10 @@ class TestDatadog:
     @pytest.mark.parametrize(("title", "query"), DATADOG_QUERIES)
     def test_queries_name_what_is_measured(self, title: str, query: dict[str, str]) -> None:
         """Every metric, tag and value in a query is one that is sent, aggregated as its type can be."""
-        form = r"(?P<how>\w+):(?P<name>[\w.]+)\{(?P<filter>[^{}]*)\}( by \{(?P<by>[\w,]+)\})?(?P<count>\.as_count\(\))?"
+        form = (
+            r"(?P<how>\w+):(?P<name>[\w.]+)\{(?P<filter>[^{}]*)\}( by "
+            r"\{(?P<by>[\w,]+)\})?(?P<count>\.as_count\(\))?"
+        )
         result = re.fullmatch(form, query["query"])
         assert result is not None
         kind, tags = DATADOG[result["name"]]

@@ -217,8 +217,10 @@ def test_importing_the_hooks_imports_no_sdk() -> None:
     import sys
 
     program = (
-        "import sys, stroma.telemetry as t; [getattr(t, n) for n in t.__all__ if n != 'AttributionProcessor'];"
-        "print([m for m in ('opentelemetry', 'prometheus_client', 'ddtrace', 'datadog', 'sentry_sdk', 'structlog') if m in sys.modules])"
+        "import sys, stroma.telemetry as t; [getattr(t, n) for n in t.__all__ if n != "
+        "'AttributionProcessor'];"
+        "print([m for m in ('opentelemetry', 'prometheus_client', 'ddtrace', 'datadog', 'sentry_sdk', "
+        "'structlog') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

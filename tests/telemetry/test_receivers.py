@@ -215,7 +215,8 @@ class TestPrometheus:
         """A server of its own scrapes any target and evaluates alert rules."""
         rules = tmp_path / "rules.yml"
         rules.write_text(
-            "groups: [{name: g, rules: [{alert: Busy, expr: stroma_runs_in_progress > 1, labels: {severity: page}}]}]"
+            "groups: [{name: g, rules: [{alert: Busy, expr: stroma_runs_in_progress > 1, labels: {severity: "
+            "page}}]}]"
         )
         registry = CollectorRegistry()
         running = Gauge("stroma_runs_in_progress", "Runs not ended yet.", ["pipeline"], registry=registry)

@@ -85,7 +85,10 @@ def test_the_service_runs(otlp: OtlpReceiver) -> None:
         "METRICS_PORT": str(free_port()),
     }
     path = str(STACK / "service.py")
-    program = f"import random, runpy, sys; random.seed(1); sys.argv[1:] = ['1']; runpy.run_path({path!r}, run_name='__main__')"
+    program = (
+        f"import random, runpy, sys; random.seed(1); sys.argv[1:] = ['1']; runpy.run_path({path!r}, "
+        f"run_name='__main__')"
+    )
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr

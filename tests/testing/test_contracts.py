@@ -228,7 +228,8 @@ def test_the_smallest_input_that_breaks_it_is_shown():
     with pytest.raises(AssertionError) as result:
         assert_contract_holds(adder(bad))
     assert str(result.value) == (
-        "node 'sum' breaks its output contract: Contract violation for 'sum' (output): total: Input should be less than 1000; "
+        "node 'sum' breaks its output contract: Contract violation for 'sum' (output): total: Input should "
+        "be less than 1000; "
         'its input was {"items": [1000], "name": ""}'
     )
     before: BaseException | None = result.value

@@ -51,7 +51,10 @@ def session(pytester, monkeypatch):
 @pytest.mark.slow
 def test_the_plugin_is_light():
     """A session that uses nothing of it imports nothing of Stroma but the plugin, and no pydantic."""
-    code = "import stroma.testing.plugin, sys; print([m for m in sys.modules if m.split('.')[0] in ('stroma', 'pydantic', 'hypothesis')])"
+    code = (
+        "import stroma.testing.plugin, sys; print([m for m in sys.modules if m.split('.')[0] in "
+        "('stroma', 'pydantic', 'hypothesis')])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment()
     )
@@ -69,7 +72,10 @@ def test_the_plugin_is_light():
 @pytest.mark.slow
 def test_the_core_does_not_import_the_test_kit():
     """Running a pipeline loads nothing of stroma.testing, nor pytest."""
-    code = "import sys, stroma, stroma.runner; print([m for m in sys.modules if 'testing' in m or 'pytest' in m])"
+    code = (
+        "import sys, stroma, stroma.runner; print([m for m in sys.modules if 'testing' in m or 'pytest' "
+        "in m])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment()
     )

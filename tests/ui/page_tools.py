@@ -43,7 +43,8 @@ def validate(home: Path, pages: dict[str, str], at: Path) -> list[str]:
     done = subprocess.run(command, cwd=at, capture_output=True, text=True, timeout=300)
     assert done.stdout, done.stderr
     return [
-        f"{names[Path(page['filePath']).stem]}: {one['ruleId']}: {one['message']} ({one['line']}:{one['column']})"
+        f"{names[Path(page['filePath']).stem]}: {one['ruleId']}: {one['message']} "
+        f"({one['line']}:{one['column']})"
         for page in json.loads(done.stdout)
         for one in page["messages"]
     ]

@@ -110,7 +110,8 @@ def test_names_for_readers(site: Site, browser: Browser) -> None:
         assert browser.eval("document.querySelectorAll('main').length") == 1
         unnamed = browser.eval(
             "[...document.querySelectorAll('input:not([type=hidden]), select, button, a')].filter((one) => "
-            "!(one.labels?.length || one.textContent.trim() || one.getAttribute('aria-label'))).map((one) => one.outerHTML)"
+            "!(one.labels?.length || one.textContent.trim() || one.getAttribute('aria-label'))).map((one) "
+            "=> one.outerHTML)"
         )
         assert unnamed == [], path
         assert browser.eval("document.querySelector('h1, [role=search]') !== null"), path
@@ -187,7 +188,8 @@ def test_another_site(site: Site, browser: Browser, store: SQLiteStore, serve: A
     browser.goto(f"{other.url}/static/icon.svg")
     report = browser.eval(
         f"Promise.all([fetch('{site.url}/').then((a) => a.text(), () => 'refused'), "
-        f"fetch('{site.url}/delete', {{method: 'POST', mode: 'no-cors', headers: {{'content-type': 'application/x-www-form-urlencoded'}}, "
+        f"fetch('{site.url}/delete', {{method: 'POST', mode: 'no-cors', headers: {{'content-type': "
+        f"'application/x-www-form-urlencoded'}}, "
         f"body: 'id=bad&key={key}'}}).then(() => 'sent', () => 'refused')])"
     )
     assert report[0] == "refused"
@@ -207,7 +209,8 @@ def test_a_large_run(site: Site, browser: Browser) -> None:
     wide = "[...document.querySelectorAll('.gantt a')].every((one) => one.getBoundingClientRect().width > 0)"
     assert browser.eval(wide)
     browser.eval(
-        "[...document.querySelectorAll('.gantt a')].pop().dispatchEvent(new MouseEvent('click', {bubbles: true, cancelable: true}))"
+        "[...document.querySelectorAll('.gantt a')].pop().dispatchEvent(new MouseEvent('click', {bubbles: "
+        "true, cancelable: true}))"
     )
     heading = "document.querySelector('#panel:not([hidden]) h1')?.textContent ?? ''"
     browser.until(heading, lambda text: text.split() == ["step-999", "attempt", "2"])

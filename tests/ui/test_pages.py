@@ -61,7 +61,8 @@ def test_runs(site: Site) -> None:
     assert "nightly" in bad[1]
     assert bad[2] == "flows"
     assert bad[3].startswith(
-        "total: TERMINAL (contract): ContractViolation: Contract violation for &#39;total&#39; (output): lines.0.price"
+        "total: TERMINAL (contract): ContractViolation: Contract violation for &#39;total&#39; (output): "
+        "lines.0.price"
     )
     assert re.fullmatch(r"\d\.\d\d s", bad[4])
     assert bad[5] == "2"
@@ -555,7 +556,8 @@ def test_resuming(url: str, tmp_path: Path) -> None:
     """The button begins a process of its own that goes on with the run, in the store of the interface."""
     (tmp_path / "flow.py").write_text(
         "import os\nfrom tests.ui.conftest import GOOD, State, node\nfrom stroma import Pipeline\n"
-        "async def stops(state):\n    if not os.path.exists('mended'):\n        raise ValueError('not yet')\n    return {'n': 9}\n"
+        "async def stops(state):\n    if not os.path.exists('mended'):\n        raise ValueError('not "
+        "yet')\n    return {'n': 9}\n"
         "pipeline = Pipeline('p', [GOOD.nodes[0], node('stops', stops)])\n"
     )
     env = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[2]))
@@ -578,7 +580,8 @@ def test_resuming(url: str, tmp_path: Path) -> None:
             site = Site(port, store)
             page = site.get("/run", id="-x").text
             key = re.findall(
-                r'action="/resume"><input type="hidden" name="id" value="-x"><input type="hidden" name="key" value="(\w+)"',
+                r'action="/resume"><input type="hidden" name="id" value="-x"><input type="hidden" '
+                r'name="key" value="(\w+)"',
                 page,
             )[0]
             with urllib.request.urlopen(f"{site.url}/events?id=-x", timeout=60) as events:

@@ -40,7 +40,8 @@ def keys(site: Site, run_id: str = "bad") -> dict[str, str]:
     text = site.get("/run", id=run_id).text
     return dict(
         re.findall(
-            r'action="/(\w+)"><input type="hidden" name="id" value="[^"]*"><input type="hidden" name="key" value="(\w+)"',
+            r'action="/(\w+)"><input type="hidden" name="id" value="[^"]*"><input type="hidden" name="key" '
+            r'value="(\w+)"',
             text,
         )
     )
@@ -294,7 +295,10 @@ def test_a_head_has_a_time_limit(site: Site, monkeypatch: pytest.MonkeyPatch, se
 def test_a_form_has_a_time_limit(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """A form whose body does not arrive is refused, and its connection closed."""
     monkeypatch.setattr("stroma.ui.actions._FORM_SECONDS", 0.2)
-    head = "POST /delete HTTP/1.1\r\nHost: {host}\r\nContent-Length: 50\r\nContent-Type: application/x-www-form-urlencoded\r\n\r\nid="
+    head = (
+        "POST /delete HTTP/1.1\r\nHost: {host}\r\nContent-Length: 50\r\nContent-Type: "
+        "application/x-www-form-urlencoded\r\n\r\nid="
+    )
     with _connect(site, head) as slow:
         assert slow.recv(12) == b"HTTP/1.1 408"
 
@@ -489,10 +493,12 @@ def test_damaged_rows(site: Site, tmp_path: Path) -> None:
     """Rows that hold anything at all harm no other page: what cannot be read is said to be so."""
     with sqlite3.connect(tmp_path / "runs.db") as db:
         db.execute(
-            "UPDATE steps SET output = x'ff00', sha256 = x'00' WHERE run = (SELECT run FROM runs WHERE run_id = 'bad')"
+            "UPDATE steps SET output = x'ff00', sha256 = x'00' WHERE run = (SELECT run FROM runs WHERE "
+            "run_id = 'bad')"
         )
         db.execute(
-            "UPDATE runs SET started_ms = 9223372036854775807, pipeline = char(27, 8238, 0xd800) WHERE run_id = 'bad'"
+            "UPDATE runs SET started_ms = 9223372036854775807, pipeline = char(27, 8238, 0xd800) WHERE "
+            "run_id = 'bad'"
         )
         db.execute("UPDATE attempts SET message = char(0xfffe), model = '' WHERE node_id = 'flaky'")
     db.close()

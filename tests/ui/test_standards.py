@@ -110,13 +110,17 @@ def test_valid(pages: list[str], home: Path, tmp_path: Path) -> None:
 
 def test_they_find_what_is_wrong(home: Path, chromium: Browser, serve: Any, tmp_path: Path) -> None:
     """A page without names, contrast or an end is found: nobody looks at nothing."""
-    wrong = "<!doctype html><html><head><title>x</title></head><body><img src='x'><p id='a' id='a'><div></p></body></html>"
+    wrong = (
+        "<!doctype html><html><head><title>x</title></head><body><img src='x'><p id='a' "
+        "id='a'><div></p></body></html>"
+    )
     assert validate(home, {"wrong": wrong}, tmp_path)
     site: Site = serve(SQLiteStore(tmp_path / "none.db"))
     chromium.goto(site.url)
     chromium.eval((home / "node_modules" / "axe-core" / "axe.min.js").read_text() + "; 0")
     chromium.eval(
-        "document.querySelector('main').innerHTML += '<input><p style=\"color:#aaa;background:#fff\">pale</p>'"
+        "document.querySelector('main').innerHTML += '<input><p "
+        'style="color:#aaa;background:#fff">pale</p>\''
     )
     result = chromium.eval(AXE)
     assert any(one.startswith("label:") for one in result), result

@@ -60,7 +60,8 @@ def test_defaults_that_nobody_validated_are_valid() -> None:
 def test_the_class_of_nodes_without_a_contract_is_found_by_its_name() -> None:
     """What was stored of them can be read by a process that has run none."""
     code = (
-        "import sys; from stroma.checkpoint import resolve_schema; print('stroma.contracts.untyped' in sys.modules)\n"
+        "import sys; from stroma.checkpoint import resolve_schema; print('stroma.contracts.untyped' in "
+        "sys.modules)\n"
         "kept = resolve_schema('stroma.contracts.untyped:UntypedState')\n"
         "from stroma.checkpoint import schema_ref; from stroma.contracts.untyped import UntypedState\n"
         "print(kept is UntypedState, schema_ref(kept))"

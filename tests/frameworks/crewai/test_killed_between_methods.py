@@ -64,7 +64,10 @@ def test_killed_between_methods_it_goes_on_and_pays_for_nothing_twice(
 ) -> None:
     """After SIGKILL at a boundary, a kickoff with the flow's id gives the right answer, in one run, and pays
     for each once."""
-    program = "import sys; from tests.frameworks.crewai.test_killed_between_methods import live; live(*sys.argv[1:])"
+    program = (
+        "import sys; from tests.frameworks.crewai.test_killed_between_methods import live; "
+        "live(*sys.argv[1:])"
+    )
     assert in_two_lives(program, tmp_path, dies_before) == str(list(METHODS))
     assert Ledger(tmp_path).calls == list(METHODS)
     with SQLiteStore(tmp_path / "r.db") as store:

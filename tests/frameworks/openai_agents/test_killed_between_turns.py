@@ -84,7 +84,10 @@ def test_killed_between_turns_it_goes_on_from_its_last_state(dies_before: str, t
 
     What was called behind the state is called again, with the same key.
     """
-    program = "import sys; from tests.frameworks.openai_agents.test_killed_between_turns import live; live(*sys.argv[1:])"
+    program = (
+        "import sys; from tests.frameworks.openai_agents.test_killed_between_turns import live; "
+        "live(*sys.argv[1:])"
+    )
     assert in_two_lives(program, tmp_path, dies_before) == "done"
     calls = [line.partition("|")[0] for line in Ledger(tmp_path).calls]
     again = AGAIN.get(dies_before, [])

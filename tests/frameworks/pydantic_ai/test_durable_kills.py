@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import random
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,11 +11,10 @@ from pydantic_ai import Agent
 from pydantic_ai.messages import ModelMessage, ModelResponse, TextPart, ToolCallPart
 from pydantic_ai.models.function import AgentInfo, DeltaToolCall, DeltaToolCalls, FunctionModel
 from pydantic_ai.usage import RequestUsage
-from tests.frameworks.durable_kit import Bill, ledger_of, run_in_lives
-from tests.kit import Num, retry_policies
-from tests.shared_stores import store_of
+from tests.frameworks.durable_kit import Bill, approve_with, kill_at_random_records
+from tests.kit import Num
 
-from stroma import Flow, InMemoryStore, NotDone, RunStatus, StromaRunner, current_node, stroma_flow
+from stroma import Flow, NotDone, current_node, stroma_flow
 
 pytest.importorskip("stroma.adapters._pydantic_ai_durability", exc_type=ImportError)
 from stroma.adapters.pydantic_ai import StromaDurability, ToolApproval
@@ -43,7 +40,7 @@ class Research(Bill):
 
         @agent.tool_plain
         async def search(what: str) -> str:
-            self.calls.append(f"search {what}")
+            self.pay(f"search {what}")
             return f"found {what}"
 
         @agent.tool_plain(metadata={"stroma": False})
@@ -54,8 +51,7 @@ class Research(Bill):
             requires_approval=True, metadata={"stroma": {"effect": True, "reconcile": self._look}}
         )
         async def charge(cents: int) -> int:
-            self.calls.append(f"charge {cents}")
-            self.charges[current_node().idempotency_key] = cents
+            self.pay(f"charge {cents}", current_node().idempotency_key)
             return cents
 
         @stroma_flow("research", input=Num, output=Report)
@@ -69,7 +65,7 @@ class Research(Bill):
     def _writer(self) -> Agent[None, str]:
         def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
             topic = str(messages[0].parts[0].content)  # type: ignore[union-attr]
-            self.calls.append(f"writer {topic} {len(messages)}")
+            self.pay(f"writer {topic} {len(messages)}")
             parts: list[Any] = [TextPart(f"{topic} written")]
             if len(messages) == 1:
                 parts = [ToolCallPart("look_up", {"topic": topic})]
@@ -79,14 +75,14 @@ class Research(Bill):
 
         @writer.tool_plain
         async def look_up(topic: str) -> str:
-            self.calls.append(f"look up {topic}")
+            self.pay(f"look up {topic}")
             return topic
 
         return writer
 
     async def _stream(self, messages: list[ModelMessage], info: AgentInfo) -> AsyncIterator[Any]:
         step = sum(isinstance(message, ModelResponse) for message in messages)
-        self.calls.append(f"lead {step}")
+        self.pay(f"lead {step}")
         calls: list[tuple[str, str]] = []
         if step < 6:
             calls = [("search", f'{{"what": "{step}{side}"}}') for side in "ab"]
@@ -113,53 +109,11 @@ async def _read(_: Any, events: Any) -> None:
         pass
 
 
-async def _approve(runner: StromaRunner, result: Any) -> None:
-    for question in result.questions:
-        await runner.signal("r", ToolApproval(approved=True), question=question.id)
-
-
-def _runner_on(store: Any) -> StromaRunner:
-    return StromaRunner.quick(
-        store=store,
-        run_id="r",
-        resume=True,
-        max_recoveries=1000,
-        if_running="take_over",
-        policy_map=retry_policies(5),
-    )
-
-
 @pytest.mark.parametrize("kind", ["memory", "sqlite", "redis", "postgres"])
 async def test_a_killed_agent_ends_as_an_undisturbed_one(kind: str) -> None:
     """G5, G13: Killed at random records, the agent has the answer, the messages and the bill that it has
     undisturbed; what was called again was in flight, and the charge is made once."""
-    plain = Research()
-    store = InMemoryStore()
-    undisturbed, _ = await run_in_lives(None, lambda: _runner_on(store), plain.flow(), Num(), _approve)
-    assert plain.repeated() == 0
-    assert len([call for call in plain.calls if call.startswith(("lead", "writer"))]) == 13
-    total = 0
-    if kind == "redis":
-        pytest.importorskip("redis")
-    if kind == "postgres":
-        pytest.importorskip("psycopg")
-    for seed in range(int(os.environ.get("STROMA_PROGRAMS", "6"))):
-        with store_of(kind) as opened:
-            world, chance = Research(), random.Random(f"{kind} {seed}")
-            result, deaths = await run_in_lives(
-                chance,
-                lambda opened=opened: _runner_on(opened),
-                world.flow(),
-                Num(),
-                _approve,  # type: ignore[misc]
-            )
-            assert result.status in (RunStatus.COMPLETED, RunStatus.RESUMED), (seed, result.failure)
-            assert result.final_state == undisturbed.final_state
-            assert list(world.charges.values()) == [500]
-            assert set(world.calls) == set(plain.calls)
-            # Each death repeats at most what was in flight: two searches, or two writers.
-            assert world.repeated() <= 2 * deaths
-            recorded, attempted = ledger_of(opened)
-            assert recorded == attempted >= undisturbed.total_tokens
-            total += deaths
-    assert total
+    driver = {"redis": "redis", "postgres": "psycopg"}.get(kind)
+    if driver is not None:
+        pytest.importorskip(driver)
+    await kill_at_random_records(kind, Research, approve_with(ToolApproval(approved=True)), in_flight=2)

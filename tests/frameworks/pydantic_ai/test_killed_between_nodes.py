@@ -70,7 +70,10 @@ def live(folder: str, dies_before: str) -> None:
 def test_killed_between_nodes_it_goes_on_and_pays_for_nothing_twice(dies_before: str, tmp_path: Path) -> None:
     """After SIGKILL at a boundary, the stored history gives the right answer, in one run, and each call is
     paid for once."""
-    program = "import sys; from tests.frameworks.pydantic_ai.test_killed_between_nodes import live; live(*sys.argv[1:])"
+    program = (
+        "import sys; from tests.frameworks.pydantic_ai.test_killed_between_nodes import live; "
+        "live(*sys.argv[1:])"
+    )
     assert in_two_lives(program, tmp_path, dies_before) == "done"
     assert Ledger(tmp_path).calls == list(CALLS)
     with SQLiteStore(tmp_path / "r.db") as store:

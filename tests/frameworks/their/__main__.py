@@ -58,7 +58,8 @@ SUITES = {
         environment={"NO_DOCKER": "true"},
         known={
             "*::test_error_handler_resumes_after_crash_multiple_nodes": (
-                "one node has to fail before the graph sees that the handler of another has crashed: it failed plain, too, "
+                "one node has to fail before the graph sees that the handler of another has crashed: it "
+                "failed plain, too, "
                 "37 times of 60"
             ),
         },
@@ -69,7 +70,8 @@ SUITES = {
         ("src",),
         known={
             "*::test_failed_approved_agent_tool_start_does_not_reexecute": (
-                "its hook asks if the tool is the very object; a guarded tool is equal to it, and another object"
+                "its hook asks if the tool is the very object; a guarded tool is equal to it, and another "
+                "object"
             ),
         },
     ),
@@ -135,8 +137,10 @@ def main(name: str, checkout: str, *more: str) -> int:
         alone = "FAILS ONLY WITH THE GUARD" if test in again else "failed with the guard, not alone"
         print(f"  {test}: " + (f"known: {known[test]}" if test in known else alone))
     print(
-        f"{name}: {len(plain)} tests, {count(plain)} pass plain and {count(attached)} with the guard; {len(differences)} of "
-        f"those that pass plain fail with the guard, {len(known)} for known reasons and {len(again)} again when they run alone"
+        f"{name}: {len(plain)} tests, {count(plain)} pass plain and {count(attached)} with the guard; "
+        f"{len(differences)} of "
+        f"those that pass plain fail with the guard, {len(known)} for known reasons and {len(again)} again "
+        f"when they run alone"
     )
     return 1 if again else 0
 
