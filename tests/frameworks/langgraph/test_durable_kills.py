@@ -120,7 +120,7 @@ class Research(Bill):
 
     def tidy(self, state: State) -> Any:
         """Remove the plan, by the id that a reducer gave it."""
-        self.calls.append(f"tidy {state['rounds']} {len(state['findings'])}")
+        super().pay(f"tidy {state['rounds']} {len(state['findings'])}")
         return {
             "messages": [RemoveMessage(str(state["messages"][-1].id)), AIMessage(f"round {state['rounds']}")]
         }
