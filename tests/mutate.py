@@ -72,7 +72,7 @@ def copy_tree(target: Path, modules: list[str], pytest_args: list[str]) -> None:
         "source_paths": ["src"],
         "only_mutate": modules,
         "also_copy": sorted({path.name for path in target.iterdir()} - {"src"}),
-        "process_isolation": "forkserver",  # tests leave threads behind, and a process with threads may not fork
+        "process_isolation": "forkserver",  # tests leave threads, and a process with threads may not fork
         "debug": True,  # else the output of a test that fails before the first mutant is lost
         "timeout_multiplier": 10.0,  # a busy machine is no reason to call a mutant noticed
         "pytest_add_cli_args": [*pytest_args, *UNFIT_TESTS, "-p", "no:cacheprovider"],

@@ -46,7 +46,8 @@ KILLED = """
 import asyncio, os, signal, sys
 from stroma import StromaRunner, current_node
 from stroma.adapters import Control, Guard
-db, side, dies = sys.argv[1], os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), sys.argv[3] == "dies"
+db, dies = sys.argv[1], sys.argv[3] == "dies"
+side = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 guard = Guard(StromaRunner.quick(store=db, run_id="r", resume=True, lease_seconds=0.2))
 def called(what):
     os.write(side, f"{what}|{current_node().idempotency_key}\\n".encode())

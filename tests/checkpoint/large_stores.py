@@ -42,18 +42,18 @@ def fill(url: str, runs: int, attempts: int, *, vacuum: bool = True) -> None:
 
 # What SQL of SQLite and PostgreSQL shares: columns, by their names so that a new one does not move them, and
 # their values for a generated run i and its attempt j (both from 0).
-_RUN_COLUMNS = """pipeline, execution, status, started_ms, updated_ms, tokens, cost_pico, latency_ns, lease_epoch,
-    attempt_count, commit_count"""
+_RUN_COLUMNS = """pipeline, execution, status, started_ms, updated_ms, tokens, cost_pico, latency_ns,
+    lease_epoch, attempt_count, commit_count"""
 _RUN = (
     "'p' || (i % 1000), 1, CASE i % 1000 WHEN 999 THEN 'FAILED' ELSE 'COMPLETED' END, 1000 + i, 1000 + "
     "i, 1, 1, 1, 1"
 )
 _INPUT_COLUMNS = "run, execution, contract, input, sha256"
-_ATTEMPT_COLUMNS = """run, execution, epoch, position, started_ns, branch, attempt, node_id, duration_ns, outcome, tokens,
-    output_tokens, cost_pico, function_ns"""
+_ATTEMPT_COLUMNS = """run, execution, epoch, position, started_ns, branch, attempt, node_id, duration_ns,
+    outcome, tokens, output_tokens, cost_pico, function_ns"""
 _ATTEMPT = "i + 1, 1, 1, j, j, '', 1, 'n' || j, 1, 'success', 1, 0, 1, 1"
-_STEP_COLUMNS = """run, execution, position, branch, node_id, epoch, attempt, started_ns, schema_ref, contract, output,
-    sha256"""
+_STEP_COLUMNS = """run, execution, position, branch, node_id, epoch, attempt, started_ns, schema_ref,
+    contract, output, sha256"""
 _STEP = "i + 1, 1, j, '', 'n' || j, 1, 1, j, ''"
 
 
@@ -109,7 +109,8 @@ def fill_postgres(url: str, runs: int, attempts: int) -> None:
         head = f"""'[' || j || ', "", "n' || j || '", "{SCHEMA.fingerprint}", "", null, null]'"""
         db.execute(
             f"""INSERT INTO steps (branch_key, {_STEP_COLUMNS})
-            SELECT '', {_STEP}, %s, %s, sha256(convert_to({head}, 'UTF8') || %s) FROM {numbers}, {both}""".encode(),
+            SELECT '', {_STEP}, %s, %s, sha256(convert_to({head}, 'UTF8') || %s)
+            FROM {numbers}, {both}""".encode(),
             (SCHEMA.fingerprint, OUTPUT, OUTPUT),
         )
 

@@ -27,7 +27,8 @@ PIPELINE = """
         n: int
 
     def node(node_id, func, input=Sum, output=Sum):
-        return stroma_node(node_id, NodeContract(node_id=node_id, input_schema=input, output_schema=output))(func)
+        contract = NodeContract(node_id=node_id, input_schema=input, output_schema=output)
+        return stroma_node(node_id, contract)(func)
 
     def called(name):
         with open("calls", "a") as file:

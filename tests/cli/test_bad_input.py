@@ -18,7 +18,7 @@ FILES = {
     "syntax.py": "x = (1,\ny = 2\n",
     "needs.py": "import surely_not_installed\n",
     "leaves.py": "import sys\nsys.exit('usage: leaves')\n",
-    "notanode.py": "from stroma import Pipeline\n\nasync def f(state): ...\n\npipeline = Pipeline('p', [f])\n",
+    "notanode.py": "from stroma import Pipeline\nasync def f(state): ...\npipeline = Pipeline('p', [f])\n",
     "many.py": """
         from sums import *
         nodes = [first, second]

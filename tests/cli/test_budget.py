@@ -20,7 +20,8 @@ async def ask(state):
     return {"n": state.n + 1}, 10, "cents"
 
 KNOWN_MODELS["cents"] = (10_000.0, 10_000.0)
-team = SharedBudget("team-a", max_cost_usd=0.25, max_tokens=1000, per="month", store="runs.db", reserve_usd=0.1)
+team = SharedBudget("team-a", max_cost_usd=0.25, max_tokens=1000, per="month", store="runs.db",
+                    reserve_usd=0.1)
 pipeline = Pipeline("asks", [ask, ask], config=RunConfig(shared_budgets=team))
 """
 

@@ -29,18 +29,22 @@ FLOW = """
     def node(node_id, taken, given):
         async def func(state):
             raise RuntimeError("called")
-        return stroma_node(node_id, NodeContract(node_id=node_id, input_schema=taken, output_schema=given))(func)
+        contract = NodeContract(node_id=node_id, input_schema=taken, output_schema=given)
+        return stroma_node(node_id, contract)(func)
 
     @stroma_node("split", NodeContract(node_id="split", input_schema=Text, output_schema=Parts))
     async def split(state):
         raise RuntimeError("called")
 
     wrong = Pipeline("wrong", [split, node("result", Result, Text)])
-    fine = Pipeline("fine", [split, map_over("parts", node("shout", Text, Text), into="shouted"), node("end", Parts, Parts)])
-    odd = Pipeline('<b> "odd" & \\u202e', [node('a"]<script>\\n&', Text, Text), parallel(split, node("b", Text, Text))])
+    fine = Pipeline("fine", [split, map_over("parts", node("shout", Text, Text), into="shouted"),
+                             node("end", Parts, Parts)])
+    odd = Pipeline('<b> "odd" & \\u202e', [node('a"]<script>\\n&', Text, Text),
+                                           parallel(split, node("b", Text, Text))])
 
     async def free(state): ...
-    unknown = Pipeline("unknown", [node("a", Text, Text), stroma_node("free", None)(free), node("c", Text, Text)])
+    unknown = Pipeline("unknown", [node("a", Text, Text), stroma_node("free", None)(free),
+                                   node("c", Text, Text)])
 """
 
 

@@ -12,7 +12,8 @@ from stroma.runner import requests
 
 WAITS = """
 from sums import *
-pipeline = Pipeline("sums", list(pipeline.nodes), config=RunConfig(budget=ExecutionBudget(max_tokens_total=100), on_budget="wait"))
+config = RunConfig(budget=ExecutionBudget(max_tokens_total=100), on_budget="wait")
+pipeline = Pipeline("sums", list(pipeline.nodes), config=config)
 """
 
 

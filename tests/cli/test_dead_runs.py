@@ -23,7 +23,8 @@ def test_a_run_that_kept_dying_is_forced(stroma):
                 os.kill(os.getpid(), signal.SIGKILL)
             return {"n": 2}
 
-        pipeline = Pipeline("deadly", [node("deadly", deadly, Count, Sum)], config=RunConfig(max_recoveries=2))
+        pipeline = Pipeline("deadly", [node("deadly", deadly, Count, Sum)],
+                            config=RunConfig(max_recoveries=2))
         """,
     )
     assert stroma("run", "deadly.py:pipeline", GOOD, "--run-id", "x").code == -9

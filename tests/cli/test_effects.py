@@ -15,7 +15,8 @@ SHOP = """
     class Receipt(BaseModel):
         number: int
 
-    @stroma_node("charge", NodeContract(node_id="charge", input_schema=Sum, output_schema=Receipt, effect=True))
+    contract = NodeContract(node_id="charge", input_schema=Sum, output_schema=Receipt, effect=True)
+    @stroma_node("charge", contract)
     async def charge(state):
         with open("charges", "a") as file:
             file.write("charge ")

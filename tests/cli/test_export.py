@@ -25,7 +25,8 @@ FLOWS = """
     async def breaks(state):
         return {"lines": [{"price": "many"}]}, 20, 20, "gpt-4o-mini"
     pipeline = Pipeline("flows", [
-        node("<first>", add_one, Count), node("flaky", flaky), parallel(node("left", left), node("right", left)),
+        node("<first>", add_one, Count), node("flaky", flaky),
+        parallel(node("left", left), node("right", left)),
         node("total", breaks, Sum, Total)], config=RunConfig(policy_map=quick))
 """
 

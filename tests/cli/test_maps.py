@@ -29,7 +29,8 @@ MANY = """
         return {}
 
     pipeline = Pipeline("many", [
-        map_over(JsonLines("in.jsonl"), node("half", half), into=JsonLines("out.jsonl"), on_item_failure="collect"),
+        map_over(JsonLines("in.jsonl"), node("half", half), into=JsonLines("out.jsonl"),
+                 on_item_failure="collect"),
         node("after", after, Nothing, Nothing),
     ])
     """

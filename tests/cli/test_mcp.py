@@ -100,7 +100,8 @@ ODD = """
         v: Any = None
     class Number(BaseModel):
         v: int
-    runner = StromaRunner.quick(keep_rejected="full", policy_map={"AMBIGUOUS": {"max_retries": 3, "backoff_seconds": 0}})
+    policies = {"AMBIGUOUS": {"max_retries": 3, "backoff_seconds": 0}}
+    runner = StromaRunner.quick(keep_rejected="full", policy_map=policies)
     @runner.node("half", input=Value, output=Value)
     async def half(state):
         return {"v": {"half \\ud83d": ["half \\ud83d", float("nan")]}}

@@ -252,7 +252,8 @@ def test_what_cannot_be_forked(stroma, inside, fails):
         """
         from sums import *
         pipeline = Pipeline("group", [first, parallel(second), third])
-        mapped = Pipeline("mapped", [map_over("items", second, into="items"), node("count", lambda s: {"n": 1}, Sum)])
+        mapped = Pipeline("mapped", [map_over("items", second, into="items"),
+                                    node("count", lambda s: {"n": 1}, Sum)])
         """,
     )
     inside("run", "group.py:pipeline", GOOD, "--run-id", "g")

@@ -172,7 +172,8 @@ def test_show_as_a_tree(stroma, inside):
             return {"n": 2}
         leaf = lambda name: node(name, slow)
         inner = parallel(leaf("x"), leaf("y"))
-        pipeline = Pipeline("tree", [node("begin", add_one, Count), parallel(inner, leaf("z")), node("flaky", flaky)],
+        pipeline = Pipeline("tree", [node("begin", add_one, Count), parallel(inner, leaf("z")),
+                                     node("flaky", flaky)],
                             config=RunConfig(policy_map=quick))
     """,
     )
@@ -202,7 +203,8 @@ def test_show_has_the_nodes_of_each_item(stroma, inside):
             counts: list[Count]
         async def more(state):
             return {"n": state.n + 10}
-        pipeline = Pipeline("steps", [map_over("counts", [node("more", more), node("twice", double)], into="done")],
+        pipeline = Pipeline("steps", [map_over("counts", [node("more", more), node("twice", double)],
+                                               into="done")],
                             config=RunConfig(policy_map=quick))
     """,
     )
@@ -244,7 +246,8 @@ def test_timing_shows_how_long_functions_ran_where_a_group_also_waited(stroma, i
             if current_node().attempt == 1:
                 raise TimeoutError("again")
             return {"n": 2}
-        pipeline = Pipeline("waits", [node("begin", add_one, Count), parallel(node("flaky", flaky), node("y", double))],
+        pipeline = Pipeline("waits", [node("begin", add_one, Count),
+                                      parallel(node("flaky", flaky), node("y", double))],
                             config=RunConfig(policy_map=quick))
     """,
     )
@@ -263,7 +266,8 @@ def test_a_narrow_terminal_shows_what_was_asked_for(stroma, inside, monkeypatch)
         "long.py",
         f"""
         from sums import *
-        pipeline = Pipeline("{long}", [node("first", add_one, Count), parallel(node("classify", double), node("risk", last))],
+        pipeline = Pipeline("{long}", [node("first", add_one, Count),
+                                       parallel(node("classify", double), node("risk", last))],
                             config=RunConfig(policy_map=quick))
     """,
     )
@@ -475,7 +479,8 @@ def test_what_a_terminal_would_obey(stroma, inside, monkeypatch, any_url):
             return {{"text": EVIL, "more": {{EVIL: EVIL}}}}, 3, EVIL
         async def fails(state):
             raise ValueError(EVIL)
-        pipeline = Pipeline(EVIL + "p", [node(EVIL + "talks", talks, Text, Text), node("fails", fails, Text, Text)],
+        pipeline = Pipeline(EVIL + "p", [node(EVIL + "talks", talks, Text, Text),
+                                        node("fails", fails, Text, Text)],
                             config=RunConfig(policy_map=quick, tags=(EVIL,)))
     """,
     )

@@ -360,7 +360,8 @@ def test_unknown_price_and_raising_hook_are_noted(stroma, inside):
             return {"n": 1}, 5, "no-such-model-anywhere"
         async def broken(*args):
             raise KeyError("of the hook")
-        pipeline = Pipeline("odd", [node("own", own, Count)], config=RunConfig(hooks=NodeHooks(on_node_start=broken)))
+        pipeline = Pipeline("odd", [node("own", own, Count)],
+                            config=RunConfig(hooks=NodeHooks(on_node_start=broken)))
         """,
     )
     done = inside("run", "odd.py:pipeline", GOOD)
@@ -379,7 +380,8 @@ def test_what_breaks_off_a_run(stroma, fails):
         "bad.py",
         """
         from sums import *
-        pipeline = Pipeline("bad", [first], config=RunConfig(hooks=NodeHooks(on_node_start=lambda *args: None)))
+        pipeline = Pipeline("bad", [first],
+                            config=RunConfig(hooks=NodeHooks(on_node_start=lambda *args: None)))
         """,
     )
     fails(stroma("run", "bad.py:pipeline", GOOD, "-q"), 1, "a hook of the pipeline's config", "not async")

@@ -94,8 +94,8 @@ def test_prometheus(stroma: Any) -> None:
     page = fetch(f"http://127.0.0.1:{port}/metrics").decode()
     assert 'stroma_runs_in_progress{pipeline="sums"} 1.0' in page
     assert (
-        'stroma_node_executions_total{failure_class="",node_id="first",outcome="success",pipeline="sums",reason=""} 1.0'
-        in page
+        'stroma_node_executions_total{failure_class="",node_id="first",outcome="success",'
+        'pipeline="sums",reason=""} 1.0' in page
     )
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)

@@ -74,7 +74,8 @@ def test_a_pipelines_own_provider_counts_once(own: Any, otlp: OtlpReceiver, by: 
         from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
         provider = TracerProvider()
-        provider.add_span_processor(SimpleSpanProcessor(OTLPSpanExporter(endpoint=os.environ["OURS"] + "/v1/traces")))
+        exporter = OTLPSpanExporter(endpoint=os.environ["OURS"] + "/v1/traces")
+        provider.add_span_processor(SimpleSpanProcessor(exporter))
         """,
     )
     env = {

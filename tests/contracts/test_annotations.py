@@ -256,7 +256,7 @@ def test_the_annotations_are_the_contract() -> None:
 
 
 def test_what_is_passed_wins_over_the_annotation() -> None:
-    """A model that is passed is the contract's; the other one comes from the annotation, and both must agree."""
+    """A model that is passed is the contract's; the other one comes from the annotation, and both agree."""
     runner = StromaRunner.quick()
     contract = runner.node("narrow", output=SubA)(a_to_a)._stroma_contract  # type: ignore[call-overload]
     assert (contract.input_schema, contract.output_schema) == (A, SubA)

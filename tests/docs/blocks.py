@@ -1,11 +1,12 @@
-"""The code of a page: its blocks, run as its reader would run them, and what they print against what the page shows.
+"""The blocks of code of a page, run as its reader would run them, and what they print beside what it shows.
 
-Three kinds of blocks run. ```` ```python ```` is executed, all such blocks of a page in one module. A block with a title
-(```` ```python title="hello.py" ````) is a file to save. ```` ```console ```` are lines for a shell, each after ``$ ``, with
-what they print below them; what they share is one shell in one folder. A block without a language right below a ```python
+Three kinds of blocks run. ```` ```python ```` is executed, all such blocks of a page in one module. A block
+with a title (```` ```python title="hello.py" ````) is a file to save. ```` ```console ```` are lines for a
+shell, each after ``$ ``, with what they print below them; what they share is one shell in one folder. A block
+without a language right below a ```python
 block is what that prints.
 
-usage: python -m tests.docs.blocks PAGE...   writes what the blocks print into the pages, where it is not what they show
+usage: python -m tests.docs.blocks PAGE...   writes what the blocks print into the pages, where that differs
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def _below(text: str) -> dict[int, Block]:
 
 
 def shown(text: str) -> dict[int, list[str]]:
-    """What stands in a block of its own right below a ```python block is what that prints, by the line of the latter."""
+    """Blocks right below a ```python block, which are what that prints, by the line of the latter."""
     return {line: block.text.splitlines() for line, block in _below(text).items()}
 
 

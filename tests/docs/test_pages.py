@@ -576,7 +576,8 @@ def test_pictures_say_in_words_what_they_show() -> None:
 
 
 BROKEN = """<html lang="en"><head><link rel="stylesheet" href="https://elsewhere.example/a.css"></head><body><main>
-<h1 id="top">A page</h1><h3>Too deep</h3><img src="a.png"><a href="gone.html">a</a><a href="#gone">b</a><a href="#top">c</a>
+<h1 id="top">A page</h1><h3>Too deep</h3><img src="a.png"><a href="gone.html">a</a>
+<a href="#gone">b</a><a href="#top">c</a>
 <script src="//elsewhere.example/a.js"></script></main></body></html>"""
 
 

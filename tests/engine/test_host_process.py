@@ -10,11 +10,13 @@ import pytest
 GUEST = """
 import asyncio, logging, signal, sys, threading
 met = []
-sys.addaudithook(lambda event, _: met.append(event) if event in ("socket.connect", "socket.getaddrinfo") else None)
+calls = ("socket.connect", "socket.getaddrinfo")
+sys.addaudithook(lambda event, _: met.append(event) if event in calls else None)
 
 def installed():
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
-    hooks = sys.excepthook, sys.unraisablehook, threading.excepthook, asyncio.get_running_loop().get_exception_handler()
+    hooks = sys.excepthook, sys.unraisablehook, threading.excepthook
+    hooks += (asyncio.get_running_loop().get_exception_handler(),)
     return handlers, hooks, list(logging.root.handlers), logging.root.level
 
 async def main():

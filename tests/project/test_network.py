@@ -15,7 +15,10 @@ import asyncio, contextlib, io, socket, sys
 
 asked = []
 EVENTS = {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.sendmsg"}
-sys.addaudithook(lambda event, args: asked.append((event, str(args[1:] or args))) if event in EVENTS else None)
+def hear(event, args):
+    if event in EVENTS:
+        asked.append((event, str(args[1:] or args)))
+sys.addaudithook(hear)
 
 from pydantic import BaseModel
 import stroma
@@ -46,7 +49,8 @@ def main():
     async def run():
         async with SQLiteStore("runs.db") as store:
             runner = StromaRunner.quick(
-                store=store, hooks=log_hooks(), budget=ExecutionBudget(max_cost_usd=1), check=True, unknown_model="warn"
+                store=store, hooks=log_hooks(), budget=ExecutionBudget(max_cost_usd=1), check=True,
+                unknown_model="warn"
             )
             result = await runner.run(flow, Text(), run_id="r1")
             result.raise_for_status()
@@ -59,7 +63,8 @@ def main():
     for command in (
         ["run", "flow.py:flow", "--db", "runs.db"], ["check", "flow.py:flow"], ["graph", "flow.py:flow"],
         ["runs", "--db", "runs.db"], ["show", "r1", "--db", "runs.db"], ["doctor", "--db", "runs.db"],
-        ["export", "r1", "--db", "runs.db", "--format", "html", "-o", "r1.html"], ["prices", "gpt-4o-mini", "claude-haiku-4-5"],
+        ["export", "r1", "--db", "runs.db", "--format", "html", "-o", "r1.html"],
+        ["prices", "gpt-4o-mini", "claude-haiku-4-5"],
         ["gc", "--older-than", "30d", "--db", "runs.db"], ["--version"],
     ):
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):

@@ -309,7 +309,8 @@ ALSO_IN = {
     "trace": "FailureClass",
     "runner": f"{_BOTH} ReliabilityContext",
     "middleware": f"{_BOTH} CostTracker ExecutionTrace RetryBudget",
-    "adapters.base": "FrameworkAdapter LoopAdapter NodeContract StepInterceptor TurnAdapter extract_state_dict",
+    "adapters.base": "FrameworkAdapter LoopAdapter NodeContract StepInterceptor TurnAdapter "
+    "extract_state_dict",
 }
 
 

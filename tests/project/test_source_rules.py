@@ -1,4 +1,4 @@
-"""Rules that the source keeps: what may read stored data, what is pickled, and what calls a node's function."""
+"""Rules of the source: what may read stored data, what is pickled, and what calls a node's function."""
 
 import ast
 import datetime as dt
@@ -104,7 +104,8 @@ import sys
 import concurrent.futures
 import stroma.checkpoint as checkpoint
 before = set(sys.modules)
-for ref in ("antigravity:x", "concurrent.futures:ProcessPoolExecutor", "concurrent.futures.process:X", "stroma:parallel",
+for ref in ("antigravity:x", "concurrent.futures:ProcessPoolExecutor", "concurrent.futures.process:X",
+            "stroma:parallel",
             "os.path:join", "this", "", ":", "a:b:c", "xmlrpc.client:ServerProxy"):
     try:
         checkpoint.resolve_schema(ref)

@@ -76,12 +76,12 @@ class JournalStoreMachine(StoreComparison, RuleBasedStateMachine):
     TestMyStore = MyMachine.TestCase
     ```
 
-    Everything runs on one event loop. After every call, what the store returns for that run is compared with the model,
-    and at the end all of it. ``teardown`` closes the store; extend it to remove the store's data.
+    Everything runs on one event loop. After every call, what the store returns for that run is compared with
+    the model, and at the end all of it. ``teardown`` closes the store; extend it to remove the store's data.
 
     Attributes:
         durable: whether a new store object finds the data of the one before.
-        keeps_history: whether attempts() returns earlier executions, in the order of the processes that wrote them.
+        keeps_history: whether attempts() returns earlier executions, in the order of their processes.
     """
 
     durable = True

@@ -88,7 +88,8 @@ async def main() -> None:
         assert tracer.current_span() is request
         with tracer.trace("afterwards"):
             pass
-        await runner.run([flaky], State(), run_id="t", traceparent=given, conversation="thread-17", user="ada")
+        about = {"conversation": "thread-17", "user": "ada"}
+        await runner.run([flaky], State(), run_id="t", traceparent=given, **about)
         assert tracer.current_span() is request, "of another trace, and what is current here stays so"
     await runner.run([flaky, parallel(thread, bad)], State(), run_id="r", resume=True)
     assert tracer.current_span() is None

@@ -175,12 +175,13 @@ async def test_the_bill_is_that_of_the_provider(seen: Seen, provider: Server, in
         with seen.user.start_as_current_span("client") as span:
             reply = await ask_openai_async(urls[node.attempt - 1])
             if instrumented:
+                details = reply.usage.prompt_tokens_details
                 span.set_attributes(
                     {
                         "gen_ai.request.model": reply.model,
                         "gen_ai.usage.input_tokens": reply.usage.prompt_tokens,
                         "gen_ai.usage.output_tokens": reply.usage.completion_tokens,
-                        "gen_ai.usage.cache_read.input_tokens": reply.usage.prompt_tokens_details.cached_tokens,
+                        "gen_ai.usage.cache_read.input_tokens": details.cached_tokens,
                     }
                 )
         return json.loads(reply.choices[0].message.content), usage_from(reply)

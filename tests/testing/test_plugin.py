@@ -22,12 +22,14 @@ HEAD = """
         n: int = 0
 
     def make(node_id, func):
-        return stroma_node(node_id, NodeContract(node_id=node_id, input_schema=Number, output_schema=Number))(func)
+        contract = NodeContract(node_id=node_id, input_schema=Number, output_schema=Number)
+        return stroma_node(node_id, contract)(func)
 
     async def add_one(state):
         return {"n": state.n + 1}
 
-    patient = StromaRunner.quick(policy_map={"RECOVERABLE": FailurePolicy(max_retries=2, backoff_seconds=60, jitter=False)})
+    slow = FailurePolicy(max_retries=2, backoff_seconds=60, jitter=False)
+    patient = StromaRunner.quick(policy_map={"RECOVERABLE": slow})
 """
 
 

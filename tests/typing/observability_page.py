@@ -1,8 +1,8 @@
 """The nodes of the published examples: a bare `-> dict` or `-> tuple`, hooks without annotations; all
 pass."""
 
-# A bare `dict` lacks its type arguments under strict settings. That is between the user and the checker, and no
-# business of our decorators.
+# A bare `dict` lacks its type arguments under strict settings. That is between the user and the checker, and
+# no business of our decorators.
 # mypy: disable-error-code="type-arg, no-untyped-def"
 # pyright: reportMissingTypeArgument=false, reportMissingParameterType=false
 

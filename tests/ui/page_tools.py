@@ -14,8 +14,10 @@ __all__ = ["AXE", "missing", "page_tools", "validate"]
 
 _HERE = Path(__file__).parent / "tools"
 #: All that a page says of itself at once: what WCAG 2.2 AA asks for, and what axe-core advises beside.
-AXE = """axe.run(document, {resultTypes: ['violations'], runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa', 'best-practice']})
-.then((found) => found.violations.flatMap((one) => one.nodes.map((at) => `${one.id}: ${at.failureSummary} ${at.html.slice(0, 200)}`)))"""
+AXE = """axe.run(document, {resultTypes: ['violations'],
+    runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa', 'best-practice']})
+.then((found) => found.violations.flatMap((one) => one.nodes.map((at) =>
+     `${one.id}: ${at.failureSummary} ${at.html.slice(0, 200)}`)))"""
 
 
 def page_tools() -> Path | None:

@@ -64,7 +64,8 @@ def test_sizes(site: Site, browser: Browser, dark: bool) -> None:
 _CONTRAST = """(() => {
   const parts = (css) => css.match(/[\\d.]+/g).map(Number);
   const light = ([r, g, b]) => {
-    const [x, y, z] = [r, g, b].map((v) => { v /= 255; return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });
+    const [x, y, z] = [r, g, b].map((v) => {
+      v /= 255; return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });
     return 0.2126 * x + 0.7152 * y + 0.0722 * z;
   };
   const behind = (at) => {
@@ -81,10 +82,13 @@ _CONTRAST = """(() => {
     if (!walk.currentNode.data.trim() || !at.checkVisibility() || at.closest("svg, option, .skip")) continue;
     const [a, b] = [light(parts(getComputedStyle(at).color)), light(behind(at))];
     const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    if (ratio < 4.5) low.push(`${ratio.toFixed(2)} ${at.className}: ${walk.currentNode.data.trim().slice(0, 40)}`);
+    if (ratio < 4.5)
+      low.push(`${ratio.toFixed(2)} ${at.className}: ${walk.currentNode.data.trim().slice(0, 40)}`);
   }
   for (const bar of document.querySelectorAll("svg rect")) {
-    const [a, b] = [light(parts(getComputedStyle(bar).fill.startsWith("url") ? getComputedStyle(bar.closest("svg")).color : getComputedStyle(bar).fill)), light(behind(bar.closest("svg")))];
+    const svg = bar.closest("svg"), own = getComputedStyle(bar).fill;
+    const fill = own.startsWith("url") ? getComputedStyle(svg).color : own;
+    const [a, b] = [light(parts(fill)), light(behind(svg))];
     const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
     if (ratio < 3) low.push(`${ratio.toFixed(2)} bar ${bar.getAttribute("class")}`);
   }
