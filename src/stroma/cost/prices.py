@@ -102,21 +102,16 @@ def _flat_price(input_price: float, output_price: float) -> Pricer:
 
 
 class _Listing:
-    """One model in genai-prices' data, and its prices as they were last asked for."""
+    """One model in genai-prices' data."""
 
     def __init__(self, provider: Provider, info: ModelInfo) -> None:
         self.provider = provider
         self.info = info
         self.id = info.id
-        self._rates: dict[Any, tuple[Rates, Pricer]] = {}
-        #: Prices that depend on the date or the time of day are looked up for each call.
-        self._timed = isinstance(info.prices, list)
-        self._timed_tiers = self._timed or any(
-            variant.constraint is not None for variant in info.price_variants or ()
-        )
-        #: The price function of calls of which no more is known than input and output; None if it is not
-        #: always one.
-        self.always = None if self._timed else self.plain()
+        #: By service tier. Prices that depend on the date or the time of day are looked up for each call.
+        self._rates: dict[str | None, Rates] = {}
+        variants = info.price_variants or ()
+        self._is_timed = isinstance(info.prices, list) or any(one.constraint is not None for one in variants)
 
     @property
     def tiers(self) -> list[str]:
@@ -125,46 +120,26 @@ class _Listing:
         return [tier for tier in dict.fromkeys(tiers) if self.rates(tier) != self.rates(None)]
 
     def rates(self, tier: str | None) -> Rates:
-        return self._priced(tier)[0]
-
-    def plain(self) -> Pricer:
-        """Return the price of a call by its input and output tokens alone."""
-        return self._priced(None)[1]
-
-    def _priced(self, tier: str | None) -> tuple[Rates, Pricer]:
-        if tier is None:
-            if not self._timed and (priced := self._rates.get(None)) is not None:
-                return priced
-            prices = self.info.get_prices(datetime.now(UTC))
-            key: Any = id(prices) if self._timed else None  # One of few, which live as long as the data.
-        else:
-            if not self._timed_tiers and (priced := self._rates.get(tier)) is not None:
-                return priced
+        rates = self._rates.get(tier)
+        if rates is None:
             # Who calls it what: OpenAI and Google service_tier, Anthropic speed; all of them have batches.
-            context = {"processing": tier, "service_tier": tier, "speed": tier}
-            prices = self.info.get_prices(datetime.now(UTC), context)
-            key = None if self._timed_tiers else tier
-            if key is None:
-                return _read_rates(prices)
-        priced = self._rates.get(key)
-        if priced is None:
-            self._rates[key] = priced = _read_rates(prices)
-        return priced
+            context = () if tier is None else ({"processing": tier, "service_tier": tier, "speed": tier},)
+            rates = _read_rates(self.info.get_prices(datetime.now(UTC), *context))
+            if not self._is_timed:
+                self._rates[tier] = rates
+        return rates
 
 
-def _read_rates(prices: ModelPrice) -> tuple[Rates, Pricer]:
-    per_request = prices.requests_kcount
-    rates = Rates(
-        _steps(prices.input_mtok) or _flat(0.0),
-        _steps(prices.output_mtok) or _flat(0.0),
-        _steps(prices.cache_read_mtok),
-        _steps(prices.cache_write_mtok),
-        _steps(prices.cache_write_1h_mtok),
-        0.0 if per_request is None else _steps(per_request)[-1][1] / 1000,  # type: ignore[index]  # pyright: ignore[reportOptionalSubscript]
+def _read_rates(prices: ModelPrice) -> Rates:
+    per_request = _steps(prices.requests_kcount)
+    return Rates(
+        input=_steps(prices.input_mtok) or _flat(0.0),
+        output=_steps(prices.output_mtok) or _flat(0.0),
+        cached_input=_steps(prices.cache_read_mtok),
+        cache_write=_steps(prices.cache_write_mtok),
+        cache_write_1h=_steps(prices.cache_write_1h_mtok),
+        request_usd=0.0 if per_request is None else per_request[-1][1] / 1000,
     )
-    if len(rates.input) == len(rates.output) == 1 and not rates.request_usd:
-        return rates, _flat_price(rates.input[0][1], rates.output[0][1])
-    return rates, rates.plain_cost
 
 
 def _steps(price: Any) -> Steps | None:
@@ -238,20 +213,10 @@ def cached_pricer(model: str, detail: Usage | None = None) -> Pricer | Literal["
     if known is not None and detail is None:
         return _flat_price(*known)
     cached = _looked_up.get(model)
-    if cached is None:
-        return "unread"
-    data, listing = cached
     # Whoever has genai-prices refresh itself gets the new prices at once.
-    if data is not _data.get_snapshot():
+    if cached is None or cached[0] is not _data.get_snapshot():
         return "unread"
-    if (
-        detail is None
-        and listing is not None
-        and listing.always is not None
-        and listing.id not in KNOWN_MODELS
-    ):
-        return listing.always  # What almost all are.
-    return _pricer(known, listing, detail)
+    return _pricer(known, cached[1], detail)
 
 
 def find_pricer(model: str, detail: Usage | None = None) -> Pricer | None:
@@ -266,14 +231,12 @@ def _pricer(
     if known is None and listing is not None:
         # An entry is for all names of its model: gpt-4o-2024-11-20 is gpt-4o.
         known = KNOWN_MODELS.get(listing.id)
-    if detail is None:
-        if known is not None:
-            return _flat_price(*known)
-        return None if listing is None else listing.plain()
+    if known is not None and detail is None:
+        return _flat_price(*known)
     if known is None and listing is None:
         return None
-    rates = _overlaid(known, listing, detail.tier)
-    return lambda _input, _output: rates.cost(detail)
+    rates = _overlaid(known, listing, None if detail is None else detail.tier)
+    return rates.plain_cost if detail is None else lambda _input, _output: rates.cost(detail)
 
 
 def _overlaid(known: tuple[float, float] | None, listing: _Listing | None, tier: str | None) -> Rates:
