@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
@@ -28,10 +28,9 @@ __all__ = ["DENY_KEYS", "Content", "ContentMode", "is_text"]
 ContentMode = Literal["none", "redacted"]
 
 _REDACTED: Final = "[redacted]"
-#: What json.dumps() returns for a text, with and without ``ensure_ascii``, without an encoder for each: 0.2
+#: What json.dumps() returns for a text, without an encoder for each: 0.2
 #: us and not 1.3.
 _quoted: Final = json.encoder.encode_basestring_ascii
-_quoted_as_is: Final = json.encoder.encode_basestring
 _DEEPEST: Final = 50
 #: Characters that are written beyond the limit, so that a secret at the end is found as a whole.
 _SLACK: Final = 4096
@@ -91,13 +90,13 @@ class Content:
             state.note_secrets()
         else:
             run.redactor.note_secrets(state)
-        writer = _JsonWriter(self, self.max_bytes + _SLACK)
+        walk = _Walk(self, self.max_bytes + _SLACK)
         try:
-            text = writer.text_of(value, model)
+            text = walk.text_of(value, model)
         except Exception as error:
             # A number of ten thousand digits, say. The span is worth more than its input.
             return f"[unreadable: {type(error).__name__}]"
-        return self.cut(run.redactor.mask(text), has_more=writer.is_full)
+        return self.cut(run.redactor.mask(text), has_more=walk.room < 0)
 
     def _shapes(self, state: Mapping[str, Any]) -> str:
         text = state.shapes if isinstance(state, UnreadState) else None
@@ -147,150 +146,120 @@ class Content:
         return isinstance(name, str) and name in self.denied
 
 
-class _Full(Exception):
-    """No more text is wanted."""
+class _Walk:
+    """Makes JSON data of values, without those of denied names, until there is enough of it.
 
+    ``room``: characters that are still wanted; below 0 there are more than that.
+    """
 
-class _JsonWriter:
-    """Writes values as JSON until there is enough of it."""
-
-    def __init__(self, content: Content, limit: int) -> None:
+    def __init__(self, content: Content, room: int) -> None:
         self._content = content
-        self._parts: list[str] = []
-        self._room = limit
+        self.room = room
         self._has_denied = False
-        self.is_full = False
 
     def text_of(self, value: Any, model: type[BaseModel] | None) -> str:
         """Return the text of a state: of its fields, whose class knows further names of them, or of a plain value."""
-        try:
-            if isinstance(value, Mapping):
-                self._mapping(value, 0, _names_of(model) if model is not None else _NO_NAMES)
-            elif isinstance(value, str):
-                self._any_text(value, 0, self._plain_text)
-            else:
-                self._value(value, 0)
-        except _Full:
-            self.is_full = True
-        return "".join(self._parts)
-
-    def _add(self, text: str) -> None:
-        self._parts.append(text)
-        self._room -= len(text)
-        if self._room < 0:
-            raise _Full
-
-    def _text(self, text: str) -> None:
-        # No more than is wanted of a long one.
-        self._add(_quoted_as_is(text[: self._room + 1]))
-
-    def _plain_text(self, text: str) -> None:
-        self._add(text[: self._room + 1])
+        if isinstance(value, Mapping):
+            return _dump(self._mapping(value, 0, _NO_NAMES if model is None else _names_of(model)))
+        data = self._data(value, 0)
+        return data if isinstance(value, str) else _dump(data)
 
     def _mapping(
-        self, values: Mapping[Any, Any], depth: int, names: Mapping[str, tuple[str, ...]] | None = None
-    ) -> None:
-        between = "{"
+        self, values: Mapping[Any, Any], depth: int, names: Mapping[str, tuple[str, ...]] = _NO_NAMES
+    ) -> dict[str, Any]:
         denied, is_denied = self._content.denied, self._content.is_denied
         # A header: {"name": "authorization", "value": "..."}.
         is_pair = isinstance(values, dict) and any(
             is_denied(values[key]) for key in _NAME_KEYS if key in values
         )
+        shown: dict[str, Any] = {}
         for key, value in values.items():
+            if self.room < 0:
+                break
             name = key if isinstance(key, str) else str(jsonable(key))
-            self._add(between)
-            self._text(name)
-            self._add(": ")
-            if (
-                name in denied
-                or (names and any(other in denied for other in names.get(name, ())))
-                or (is_pair and name in _VALUE_KEYS)
-            ):
-                self._hidden()
+            is_hidden = name in denied or any(other in denied for other in names.get(name, ()))
+            name = self._cut(name)
+            if is_hidden or (is_pair and name in _VALUE_KEYS):
+                shown[name] = self._hidden()
             else:
-                self._value(value, depth + 1)
-            between = ", "
-        self._add("{}" if between == "{" else "}")
+                shown[name] = self._data(value, depth + 1)
+        return shown
 
-    def _list(self, values: Iterable[Any], depth: int) -> None:
+    def _list(self, values: Iterable[Any], depth: int) -> list[Any]:
         if isinstance(values, (list, tuple)) and len(values) == 2 and self._content.is_denied(values[0]):
-            self._add("[")
-            self._value(values[0], depth + 1)
-            self._add(", ")
-            self._hidden()
-            self._add("]")
-            return
-        between = "["
+            return [self._data(values[0], depth + 1), self._hidden()]
+        shown: list[Any] = []
         for value in values:
-            self._add(between)
-            self._value(value, depth + 1)
-            between = ", "
-        self._add("[]" if between == "[" else "]")
+            if self.room < 0:
+                break
+            shown.append(self._data(value, depth + 1))
+        return shown
 
-    def _hidden(self, write: Callable[[str], None] | None = None) -> None:
+    def _hidden(self) -> str:
         self._has_denied = True
-        (write or self._text)(_REDACTED)
+        return self._cut(_REDACTED)
 
-    def _any_text(self, text: str, depth: int, write: Callable[[str], None] | None = None) -> None:
-        """Write a text: one of JSON without the values of denied names, all of it if it cannot be parsed."""
-        write = write or self._text
+    def _cut(self, text: str) -> str:
+        """Return no more of a text than is wanted."""
+        text = text[: max(0, self.room) + 1]
+        self.room -= len(text) + 4  # With quotes and what stands between.
+        return text
+
+    def _text(self, text: str, depth: int) -> str:
+        """Return a text: one of JSON without the values of denied names, none of it if it cannot be parsed."""
         start = text[:1] if text[:1] in _JSON_STARTS else text[:100].lstrip()[:1]
-        if start not in _JSON_STARTS or not self._content.denied.are_in(text[: self._room + 1]):
-            write(text)
-            return
+        if start not in _JSON_STARTS or not self._content.denied.are_in(text[: max(0, self.room) + 1]):
+            return self._cut(text)
         try:
             value = json.loads(text) if len(text) <= _LONGEST_JSON else None
         except (ValueError, RecursionError):
             value = None
         if value is None:
-            self._hidden(write)
-            return
-        inner = _JsonWriter(self._content, self._room)
-        try:
-            inner._value(value, depth + 1)
-        except _Full:
-            pass
+            return self._hidden()
+        inner = _Walk(self._content, self.room)
+        data = inner._data(value, depth + 1)
         self._has_denied = self._has_denied or inner._has_denied
-        write("".join(inner._parts) if inner._has_denied else text)
+        return self._cut(_dump(data) if inner._has_denied else text)
 
-    def _value(self, value: Any, depth: int) -> None:
-        """Write what jsonable() returns, and make no more of it than is written."""
+    def _data(self, value: Any, depth: int) -> Any:
+        """Return what jsonable() returns, and make no more of it than is wanted."""
         kind = type(value)
         if depth > _DEEPEST:
-            self._add('"[too deep]"')
-        elif kind is str:
-            self._any_text(value, depth)
-        elif value is None or kind is bool or kind is int:
-            self._add(json.dumps(value))
-        elif kind is dict or (isinstance(value, Mapping) and not isinstance(value, Enum)):
-            self._mapping(value, depth)
-        elif kind is list or kind is tuple:
-            self._list(value, depth)
-        elif isinstance(value, BaseModel):
-            schema = schema_of(kind)
+            return self._cut("[too deep]")
+        if kind is str:
+            return self._text(value, depth)
+        if value is None or kind is bool or kind is int:
+            self.room -= 6
+            return value
+        if kind is dict or (isinstance(value, Mapping) and not isinstance(value, Enum)):
+            return self._mapping(value, depth)
+        if (
+            kind is list
+            or kind is tuple
+            or (isinstance(value, (set, frozenset)) and len(value) > _MOST_SORTED)
+        ):
+            return self._list(value, depth)
+        if isinstance(value, BaseModel):
             fields = fields_in(value)
-            if schema.is_root:
-                self._value(fields.get("root"), depth)
-            else:
-                self._mapping(fields, depth, _names_of(kind))
-        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-            fields = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)}
-            self._mapping(fields, depth)
-        elif isinstance(value, (bytes, bytearray)):
-            size = _LONGEST_JSON if value[:1] in (b"{", b"[") else self._room
-            self._any_text(bytes(value[: size + 1]).decode("utf-8", "backslashreplace"), depth)
-        elif isinstance(value, (set, frozenset)) and len(value) > _MOST_SORTED:
-            self._list(value, depth)
-        else:
-            plain = jsonable(value)
-            if isinstance(plain, dict):
-                self._mapping(plain, depth)
-            elif isinstance(plain, list):
-                self._list(plain, depth)
-            elif isinstance(plain, str):
-                self._any_text(plain, depth)
-            else:
-                self._add(json.dumps(plain))
+            if schema_of(kind).is_root:
+                return self._data(fields.get("root"), depth)
+            return self._mapping(fields, depth, _names_of(kind))
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return self._mapping(
+                {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)}, depth
+            )
+        if isinstance(value, (bytes, bytearray)):
+            size = _LONGEST_JSON if value[:1] in (b"{", b"[") else max(0, self.room)
+            return self._text(bytes(value[: size + 1]).decode("utf-8", "backslashreplace"), depth)
+        plain = jsonable(value)
+        if isinstance(plain, (dict, list, str)):
+            return self._data(plain, depth)
+        self.room -= 6
+        return plain
+
+
+def _dump(data: Any) -> str:
+    return json.dumps(data, ensure_ascii=False)
 
 
 def fields_in(model: BaseModel) -> Mapping[str, Any]:
