@@ -1,4 +1,4 @@
-"""Wire formats for web pages: a run as server-sent events, as AG-UI, and as a UI message stream of the Vercel AI SDK.
+"""Wire formats for web pages: server-sent events, AG-UI, and UI message streams of the Vercel AI SDK.
 
 Each function takes the events of ``runner.stream`` or ``runner.follow``, and changes nothing of the run. What
 nodes emit as "delta" is text. Each attempt has a text of its own; its failure, or another attempt, discards
@@ -67,7 +67,7 @@ def vercel(events: AsyncIterable[StreamEvent], *, text: TextOf | None = None) ->
 
 
 async def sse(parts: AsyncIterable[StreamEvent | Chunk]) -> AsyncIterator[str]:
-    """Yield messages of a ``text/event-stream`` for events of a run, or for the chunks of :func:`ag_ui` and :func:`vercel`.
+    """Yield messages of a ``text/event-stream`` for events of a run, or chunks of :func:`ag_ui` and the like.
 
     Messages of events have an id, which a browser that reconnects sends as ``Last-Event-ID``; chunks have
     none.

@@ -71,7 +71,7 @@ _lock = threading.Lock()
 
 
 def _loop() -> asyncio.AbstractEventLoop:
-    """Return the background loop of this process; another one for calls from its own thread, to avoid a deadlock."""
+    """Return the background loop of this process; for calls from its own thread another one: no deadlock."""
     global _shared, _pid, _lock
     if (
         _pid != os.getpid()
@@ -131,7 +131,7 @@ def hand_back(
 def start_in_background(
     work: Coroutine[Any, Any, Any], context: contextvars.Context, done: Callable[[asyncio.Task[Any]], None]
 ) -> Callable[[], None]:
-    """Run a coroutine as a task of the background loop; returns what cancels it. ``done`` is called in that thread."""
+    """Run a coroutine as a task of the background loop; return what cancels it. ``done`` is called there."""
     loop = _loop()
     tasks: list[asyncio.Task[Any]] = []
     shared = loop is (_shared and _shared.loop)

@@ -1,4 +1,4 @@
-"""Guarding of objects whose methods call each other, such as an async method that calls a sync one, and that are copied.
+"""Guarding of objects whose methods call each other, and that are copied.
 
 The steps of an object lie in its ``__dict__``, where copies take them along, and its class asks for them at
 each call: a copy's steps call the copy, and an object that is not guarded costs one look-up.
@@ -56,7 +56,7 @@ def guard_methods(
     input_view: View | None = None,
     **about: Any,
 ) -> Any:
-    """Make steps of methods of an object and its later copies, one for nested calls of them; return the object.
+    """Make steps of methods of an object and its copies, one for nested calls of them; return the object.
 
     ``around(bare)``: returns the function to call in place of a function of the class, sync or async like it.
     """
@@ -75,7 +75,7 @@ def guard_methods(
 
 
 def wrap_method(owner: Any, name: str, guard: Guard, wrapper: Callable[[Any], Any]) -> None:
-    """Call ``wrapper(func)`` in place of a method of an object and its later copies, once for nested calls of it.
+    """Call ``wrapper(func)`` in place of a method of an object and its copies, once for nested calls of it.
 
     ``func`` and what the wrapper returns are functions of the object and the arguments, both sync or both
     async. Nothing happens if there is no such method, or it was wrapped before.
@@ -90,7 +90,7 @@ def wrap_method(owner: Any, name: str, guard: Guard, wrapper: Callable[[Any], An
 def within(
     call: Callable[..., Any], context: Callable[..., AbstractContextManager[Any]]
 ) -> Callable[..., Any]:
-    """Return a function, sync or async like another one, that calls it inside of ``context(*args, **kwargs)``."""
+    """Return a function, sync or async like ``call``, that calls it inside ``context(*args, **kwargs)``."""
 
     def inside(*args: Any, **kwargs: Any) -> Any:
         with context(*args, **kwargs):
@@ -135,7 +135,8 @@ def _steps_of(owner: Any, guard: Guard) -> _Steps:
         object.__setattr__(owner, _STEPS, steps)
     elif steps.guard is not guard:
         raise ValueError(
-            f"{owner!r} is already guarded by another guard; attach only one guard, or create the object again"
+            f"{owner!r} is already guarded by another guard; attach only one guard, or create the "
+            "object again"
         )
     return steps
 
@@ -169,7 +170,7 @@ def _with_owner(bare: Any) -> Any:
 
 
 def _ask_object(owner: Any, name: str, bare: Any) -> None:
-    """Make the class of an object, or the object that has a method of its own, ask for the steps at each call."""
+    """Make the class of an object, or an object with a method of its own, ask for the steps at each call."""
     if name in vars(owner):
         if not hasattr(vars(owner)[name], _BARE):
             object.__setattr__(owner, name, _marked(functools.partial(_asking(name, bare), owner), bare))
@@ -195,7 +196,7 @@ def _asking(name: str, bare: Any) -> Any:
 
 
 def _is_inside(owner: Any, name: str) -> bool:
-    """Return True inside a step of an object, or of a call of its method: a method that its subclass calls, for example."""
+    """Return True inside a step of an object, or inside a call of its method, such as by a subclass."""
     node = current_node_or_none()
     if node is not None and node.notes.get(id(owner)) is owner:
         return True

@@ -1,4 +1,4 @@
-"""Steps of agents in a flow: what a framework does is the work of a node, and its result is recorded as JSON data."""
+"""Steps of agents in a flow: a framework's operation is the work of a node, recorded as JSON data."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class OperationResult(BaseModel):
 
 
 class ToolResult(BaseModel):
-    """Result of a tool, as the framework encodes it. ``kind``: "tool_return", or what else it asks of the agent."""
+    """Result of a tool, as the framework encodes it. ``kind``: "tool_return", or another request."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -91,7 +91,8 @@ def check_options(tool: str, options: Any, where: str) -> None:
     unknown = [] if options is False else sorted(set(options) - set(ToolOptions.__annotations__))
     if unknown:
         raise TypeError(
-            f"tool {tool!r} has unknown options {unknown} in {where}; pass {' or '.join(ToolOptions.__annotations__)}, or False"
+            f"tool {tool!r} has unknown options {unknown} in {where}; pass "
+            f"{' or '.join(ToolOptions.__annotations__)}, or False"
         )
 
 
@@ -104,7 +105,7 @@ class AgentSteps:
     async def call(
         self, flow: Flow, node_id: str, state: BaseModel, work: Work, options: ToolOptions | None = None
     ) -> Any:
-        """Perform work as a step, and return its recorded result: of a tool the fields of a ToolResult, as ``work`` returns it.
+        """Perform work as a step and return its recorded result; of a tool, the fields of a ToolResult.
 
         ``state``: what the step is recorded with: the same on replay, which ids and times that the body made
             are not.

@@ -242,7 +242,7 @@ class Call:
             self.chunks.append(chunk)
 
     def _count_unfinished(self) -> None:
-        """Count the usage of a stream that is not read to its end, or fails on the way there. Once, and never raises."""
+        """Count the usage of a stream that fails or is not read to its end. Once, and never raises."""
         step, execution = self.step, self.execution
         if not self.count or step.usage is None or execution is None or self.is_counted:
             return
@@ -266,7 +266,7 @@ class Call:
         return self.step.contract or self.run.ctx.registry.find(self.step.step_id)
 
     async def _execute(self, invoke: Invoke) -> BaseModel | Halt:
-        """Execute the call in the run's context, as a child of the current execution if that is of the same run."""
+        """Execute the call in the run's context, as a child of the current execution if it is of this run."""
         run, step = self.run, self.step
         await run.open(self)
         ctx = run.ctx
@@ -336,7 +336,7 @@ class Call:
         return self._output_of(execution, value, contract)
 
     def _take_stated(self, output: BaseModel) -> None:
-        """Let the caller have the output of an effect that was stated or recorded, in place of what a call returned."""
+        """Let the caller have the output of an effect that was stated or recorded, not a call's result."""
         execution = self.execution
         if execution is None or (execution.effect is not None and execution.effect.is_stated):
             self.value, self.error = held_by(output), None

@@ -155,13 +155,13 @@ class GuardedRun:
 
     @property
     def stopped(self) -> Failure | None:
-        """The failure that stopped the run: a spent budget, its exception, or during the run its last failed step."""
+        """The failure that stopped the run: a spent budget, its exception, or so far its last failed step."""
         if self.result is not None:
             return self.result.failure
         return None if self._stopping is None else self._stopping.failure
 
     def note(self, halt: Halt) -> None:
-        """Record that a step has stopped. A spent budget, or the loss of the run, is the cause of all later stops."""
+        """Record that a step has stopped. A spent budget or a lost run is the cause of all later stops."""
         known = self._stopping
         if halt.suspended or (known is not None and known.spent):
             return

@@ -1,4 +1,4 @@
-"""Views of LangChain's messages, and token counts of model calls, for LangGraph, LangChain and Deep Agents."""
+"""Views of LangChain's messages and token counts of model calls, for LangGraph, LangChain, Deep Agents."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _END: Final = object()
 
 
 class _ModelCall(NamedTuple):
-    """A call of a model: the step or run that makes it, and the texts of other models that the step had emitted before."""
+    """A call of a model: who makes it, and how many texts of other models that step had emitted before."""
 
     asked_by: NodeExecution | GuardedRun
     streamed: int
 
 
 class _Counter(BaseCallbackHandler):
-    """Counts every model call on the innermost step around it, else on the run, and refuses calls beyond the budget.
+    """Counts every model call on the innermost step, else on the run, and refuses calls over budget.
 
     Emits the text of streamed answers there. There is one for the whole process, so that LangChain never adds
     it twice, and it stores nothing but who asked.
@@ -131,7 +131,7 @@ def counting() -> Iterator[None]:
 
 
 def counted(parts: Generator[Any, None, None]) -> Generator[Any, None, None]:
-    """Iterate over a graph's stream and count the model calls that no step makes. LangChain passes the counter on."""
+    """Iterate over a graph's stream and count the model calls that no step makes. LangChain passes it on."""
     with contextlib.closing(parts):
         with counting():
             first = next(parts, _END)

@@ -58,7 +58,8 @@ def durable(graph: G, nodes: Mapping[str, Options] | None = None) -> G:
     target: Any = graph
     if not isinstance(graph, CompiledStateGraph):
         raise TypeError(
-            f"durable() takes a compiled StateGraph, got {type(graph).__name__}; call compile() first, and write what an "
+            f"durable() takes a compiled StateGraph, got {type(graph).__name__}; call compile() "
+            "first, and write what an "
             "@entrypoint does as a flow"
         )
     if hasattr(graph, "_stroma_kind"):
@@ -80,7 +81,8 @@ def durable(graph: G, nodes: Mapping[str, Options] | None = None) -> G:
             return kind.astream(self, input, config, **kwargs)
         if parts.unfit or kwargs.get("interrupt_before") or kwargs.get("interrupt_after"):
             raise ValueError(
-                f"graph {parts.unfit or self.name!r} has a checkpointer, interrupt_before or interrupt_after; in a flow "
+                f"graph {parts.unfit or self.name!r} has a checkpointer, interrupt_before or "
+                "interrupt_after; in a flow "
                 "the journal has its steps: compile it without, and call interrupt() in a node"
             )
         return _in_body(inside.astream(input, merge_configs(self.config, config), **kwargs))
@@ -117,7 +119,7 @@ class _Parts:
         self.unfit: str | None = None
 
     def in_flow(self, graph: Any, prefix: str, path: str) -> Any:
-        """Return a copy of a graph. ``prefix``: of ids; ``path``: the same without the name of the outermost graph."""
+        """Return a copy of a graph. ``prefix``: of ids; ``path``: without the name of the outermost graph."""
         if graph.checkpointer or graph.interrupt_before_nodes or graph.interrupt_after_nodes:
             self.unfit = graph.name
         classes = classes_in(*graph.builder.schemas)

@@ -64,7 +64,7 @@ Options = NodeOptions | Literal[False]
 
 
 class NodeInput(BaseModel):
-    """Input of the step of a node: its state, with the newest message of a conversation in place of all of them.
+    """Input of the step of a node: its state, with the newest message in place of a conversation.
 
     ``digest``: of the whole state. ``answers``: to the interrupts of the node so far.
     """
@@ -178,7 +178,7 @@ def _tool_calls_of(input: Any, messages_key: str) -> list[tuple[Any, Any]]:
 
 
 def _shown(state: Any) -> Any:
-    """Return a state with the number and the newest of its messages: whole, its records would grow as the square."""
+    """Return a state with the number and the newest of its messages: whole ones would grow as the square."""
     if isinstance(state, dict):
         return {key: _shown(item) for key, item in state.items()}
     if (
@@ -230,12 +230,13 @@ class _NodeStep:
         self._node: Any = stroma_node(step_id, contract)(perform)
 
     def stored(self, value: Any, does: str) -> Any:
-        """Return the JSON form of a value. Raises TypeError that names the node and what it ``does`` with it."""
+        """Return the JSON form of a value. Raises TypeError with the node and what it ``does`` with it."""
         try:
             return encode(value)
         except NotStorable as error:
             raise TypeError(
-                f"node {self._id!r} {does} a {error}, which cannot be stored; use JSON data, messages, dataclasses or "
+                f"node {self._id!r} {does} a {error}, which cannot be stored; use JSON data, "
+                "messages, dataclasses or "
                 "pydantic models, or make it no step: durable(graph, {name: False})"
             ) from error
 
@@ -380,7 +381,8 @@ async def _invoke(inner: Any, state: Any, config: Any, make_id: Callable[[], str
         interrupts: Any = error.args[0] if error.args else ()
         if len(interrupts) != 1:
             raise NotImplementedError(
-                f"node {inner.name!r} calls a graph that asks {len(interrupts)} questions at once; add that graph as a node"
+                f"node {inner.name!r} calls a graph that asks {len(interrupts)} questions at once; "
+                "add that graph as a node"
             ) from error
         return _CallEnd(questions=[interrupts[0].value])
     except errors.ParentCommand as error:  # Of a graph that the node calls.
@@ -415,7 +417,7 @@ def _with_answers(config: Any, answers: list[Any]) -> Any:
 def _config_of_step(
     config: Any, answers: list[Any], write: Callable[[Any], object], writes: list[tuple[str, Any]]
 ) -> Any:
-    """Return the config of a node in its step. ``write``: takes what it streams; ``writes``: get what it writes itself."""
+    """Return the config of a node in its step. ``write`` takes what it streams, ``writes`` its own writes."""
 
     def refuse_task(*_: Any, **__: Any) -> Any:
         node_id = current_node().node_id

@@ -1,4 +1,4 @@
-"""Values of LangGraph's state as JSON: what nodes take and return, with messages, commands, models and dataclasses."""
+"""Values of LangGraph's state as JSON, with messages, commands, models and dataclasses."""
 
 from __future__ import annotations
 

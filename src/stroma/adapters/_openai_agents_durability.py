@@ -1,4 +1,4 @@
-"""OpenAI Agents SDK in a flow: each model request and each call of a tool is a step of the flow around the agent.
+"""OpenAI Agents SDK in a flow: each model request and each call of a tool is a step of the flow.
 
 Built on what the SDK lets its caller replace: models and their provider, tools, handoffs, MCP servers, the
 session, hooks, and the runner of agents that are tools and of judges in guardrails. Imports nothing that
@@ -82,7 +82,7 @@ class DurableRunner:
             set_default_agent_runner(cast("Any", _InnerRunner(get_default_agent_runner())))
 
     async def run(self, agent: Agent[Any], input: Any, **options: Any) -> RunResult:
-        """Call ``Runner.run``. Raises UnknownNode for options of no tool, and in a flow TypeError for a RunState."""
+        """Call ``Runner.run``. Raises UnknownNode for options of no tool; in a flow refuses a RunState."""
         if current_flow() is None:
             return await Runner.run(agent, input, **options)
         run = _DurableRun(self, agent, input, options)
@@ -134,7 +134,8 @@ class _DurableRun:
     def __init__(self, runner: DurableRunner, agent: Agent[Any], input: Any, options: dict[str, Any]) -> None:
         if isinstance(input, RunState):
             raise TypeError(
-                "a DurableRunner takes no RunState in a flow, where approvals are questions of the flow; pass the input"
+                "a DurableRunner takes no RunState in a flow, where approvals are questions of the "
+                "flow; pass the input"
             )
         if _RUNNER.get() is not runner:
             _check_names(runner.tools, agent)
@@ -168,7 +169,7 @@ class _DurableRun:
 
     @contextlib.contextmanager
     def _inside(self, input: Any) -> Iterator[dict[str, Any]]:
-        """Have the SDK run agents with this runner. Yields the options for an input, or for a state, which has the others."""
+        """Have the SDK run agents with this runner. Yields the options; a state has some."""
         names = _BESIDE_STATE if isinstance(input, RunState) else self._options
         token = _RUNNER.set(self._runner)
         try:
@@ -201,7 +202,7 @@ class _DurableRun:
     # ------------------------------------------------------------------ agents and what they have
 
     def _copy_of(self, agent: Any) -> Any:
-        """Return the agent with the models, tools, servers and handoffs of this run; the same one each time."""
+        """Return the agent with the models, tools, servers and handoffs of this run; always the same."""
         agent = getattr(agent, _ORIGINAL, agent)
         if id(agent) not in self._copies:
             copied = copy.copy(agent)
@@ -219,7 +220,8 @@ class _DurableRun:
     def _tool_of(self, agent: Any, tool: Any) -> Any:
         if isinstance(tool, _LOCAL) or (isinstance(tool, ShellTool) and tool.executor is not None):
             raise TypeError(
-                f"agent {agent.name!r} has a {type(tool).__name__}, which cannot run in the body of a flow; replace it by a "
+                f"agent {agent.name!r} has a {type(tool).__name__}, which cannot run in the body of "
+                "a flow; replace it by a "
                 "function tool"
             )
         if not isinstance(tool, (FunctionTool, CustomTool)) or agent_of_tool(tool) is not None:
@@ -260,7 +262,7 @@ def _check_names(tools: Mapping[str, object], agent: Any) -> None:
 
 
 async def _needs_approval(tool: Any, context: Any, arguments: Any, call_id: str) -> bool:
-    """Return True if a call needs approval. A tool is asked only about arguments with which it would be called as they are."""
+    """Return True if a call needs approval. A tool is asked only about unchanged arguments."""
     prepared = tool.on_invoke_tool.prepare_arguments(json.dumps(arguments), tool.name)
     if prepared is not None and not prepared.unchanged:
         return True

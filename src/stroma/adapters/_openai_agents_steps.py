@@ -1,7 +1,7 @@
-"""Models, tools, MCP servers and sessions of the OpenAI Agents SDK whose calls are steps in the body of a flow.
+"""Models, tools, MCP servers and sessions of the OpenAI Agents SDK whose calls are steps of a flow.
 
-Also the agents that an agent can reach. Each stands for one of the SDK's, and does as that one anywhere else. ``run`` is a DurableRun. Imports nothing
-that patches the SDK.
+Also the agents that an agent can reach. Each class stands for one of the SDK's, and does as that one
+anywhere else. ``run`` is a DurableRun. Imports nothing that patches the SDK.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Proxy:
 
 
 def reached_agents(agent: Any) -> tuple[list[Any], bool]:
-    """Return an agent and those it can hand off to or call as tools, each once, and if these are all: a handoff may be a function."""
+    """Return an agent and all that it can hand off to or call as tools, and False if some are unknown."""
     reached, is_complete = [agent], True
     for each in reached:
         targets = [target if isinstance(target, AgentBase) else _agent_of(target) for target in each.handoffs]
@@ -174,7 +174,7 @@ def _name_of(model: Any) -> str | None:
 
 
 def _dump(item: Any) -> Any:
-    """Return an item or event as JSON data, with what was set only: the SDK sends no more back to the model."""
+    """Return an item or event as JSON data, with set fields only: the SDK sends no others to the model."""
     return (
         item.model_dump(mode="json", exclude_unset=True, warnings=False)
         if hasattr(item, "model_dump")
@@ -213,7 +213,7 @@ def _is_given(item: Any) -> bool:
 
 
 class ToolInvoker:
-    """Calls a tool as a step. What the model gets of a failure is decided in the body, after the retries of the step."""
+    """Calls a tool as a step. What the model gets of a failure is decided in the body, after the retries."""
 
     def __init__(self, tool: Any, run: Any, node_id: str) -> None:
         self._tool, self._run, self._node_id = tool, run, node_id

@@ -78,7 +78,7 @@ class ToolAnswer(BaseModel):
 
 
 class StromaDurability(BaseDurabilityCapability[Any]):
-    """Makes an agent durable in the body of a flow: ``Agent(..., name="a", capabilities=[StromaDurability()])``.
+    """Makes an agent durable in the body of a flow: ``Agent(..., capabilities=[StromaDurability()])``.
 
     There each model request is the step ``a.model`` and each call of a tool the step ``a.TOOL``, with
     everything that a step has; policies and timeouts go by these ids. Approvals and results of deferred tools
@@ -140,7 +140,7 @@ class StromaDurability(BaseDurabilityCapability[Any]):
         return _StepModel(model) if is_in_step() else None
 
     def _model_stream_event_handler(self) -> Any:
-        """Return what reads a streamed answer in its step: it emits the text, and calls the handler of the user."""
+        """Return what reads a streamed answer in its step: it emits the text and calls the user's handler."""
         handler = super()._model_stream_event_handler()
 
         async def read(ctx: Any, events: AsyncIterable[Any]) -> None:
@@ -153,7 +153,7 @@ class StromaDurability(BaseDurabilityCapability[Any]):
         return read
 
     async def handle_deferred_tool_calls(self, ctx: Any, *, requests: Any) -> DeferredToolResults | None:
-        """Ask for the approvals, and for the results of tools that are called elsewhere, as questions of the flow."""
+        """Ask for approvals, and for results of tools that are called elsewhere, as questions of the flow."""
         flow = current_flow()
         if flow is None:
             return None
@@ -254,7 +254,7 @@ def _name_of(operation: DurableOperationId, params: Any) -> str:
 
 
 def _input_of(operation: DurableOperationId, params: Any) -> BaseModel:
-    """Return what a step is recorded with: the same on replay, which ids and times that the body made are not."""
+    """Return the input of a step: the same on replay, so without ids and times that the body made."""
     if isinstance(params, (ToolsetCallToolParams, DynamicToolsetCallToolParams)):
         arguments = to_jsonable_python(params.tool_args, fallback=repr)
         return (

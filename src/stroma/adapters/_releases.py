@@ -36,24 +36,28 @@ def import_error(extra: str, error: ImportError) -> ImportError:
     installed = _installed(name)
     if installed is None:
         return ImportError(
-            f"{name} is required for its adapter{_NEEDS.get(extra, '')}; install it with: pip install 'stroma-runner[{extra}]'"
+            f"{name} is required for its adapter{_NEEDS.get(extra, '')}; install it with: pip "
+            f"install 'stroma-runner[{extra}]'"
         )
     if _is_tested(extra, installed):
         return ImportError(
-            f"{name} {installed} is installed, and a module that its adapter needs could not be imported: {error}"
+            f"{name} {installed} is installed, and a module that its adapter needs could not be "
+            f"imported: {error}"
         )
     return ImportError(
-        f"{name} {installed} is installed, and its adapter supports {_range(extra)} ({error}); use one of these releases"
+        f"{name} {installed} is installed, and its adapter supports {_range(extra)} ({error}); use "
+        "one of these releases"
     )
 
 
 def warn_if_untested(extra: str) -> None:
-    """Warn of an installed release that the adapter was not tested with: what it guards there is not known."""
+    """Warn of an installed release that the adapter was not tested with."""
     name = RELEASES[extra][0]
     installed = _installed(name)
     if installed is not None and not _is_tested(extra, installed):
         warnings.warn(
-            f"{name} {installed} is installed, and its adapter supports {_range(extra)}: calls may not be guarded; use "
+            f"{name} {installed} is installed, and its adapter supports {_range(extra)}: calls may "
+            "not be guarded; use "
             "one of these releases",
             RuntimeWarning,
             stacklevel=3,

@@ -31,7 +31,7 @@ View = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
 
 def arguments_of(func: Callable[..., Any]) -> View:
-    """Return a view of arguments by the names of a function's parameters, with defaults, without ``self`` and ``cls``."""
+    """Return a view of arguments by the names of parameters, with defaults, without ``self`` and ``cls``."""
     try:
         signature = inspect.signature(func)
     except (TypeError, ValueError):  # Some builtins have none.
@@ -65,7 +65,7 @@ def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def newest_of(messages: Any) -> dict[str, Any]:
-    """Return the newest message of a conversation and their number: whole, its records would grow as the square."""
+    """Return the newest message and their number: whole conversations would grow as the square."""
     if isinstance(messages, (list, tuple)):
         return {"messages": len(messages), "newest": messages[-1] if messages else None}
     return {"messages": 1, "newest": messages}
@@ -109,7 +109,7 @@ def violation(
 
 
 def _validated(model: type[BaseModel], view: Any) -> tuple[bool, Any]:
-    """Return whether a value satisfies a model, and the instance, or else the value as the engine shows it."""
+    """Return True and the instance of a model, or False and the value as the engine shows it."""
     schema = schema_of(model)
     value = view if schema.is_root else _fields(model, view)
     try:

@@ -48,7 +48,7 @@ __all__ = [
 
 
 class Control(NamedTuple):
-    """Meaning of an exception that a framework uses for control flow: it is raised unchanged and never retried.
+    """Meaning of an exception that a framework uses for control flow: it is raised unchanged, never retried.
 
     Attributes:
         outcome: "suspended": the step waits for a person; "returned": it ended with ``value``; "passed": it
@@ -146,13 +146,13 @@ def copy_for_retries(state: Any) -> Any:
 
 
 def input_of_attempt(state: Any, original: Any) -> Any:
-    """Return the state, or for a further attempt a copy of the original, as the first attempt may have changed it."""
+    """Return the state, or for a further attempt a copy of the original, which the first may have changed."""
     node = current_node_or_none()
     return state if node is None or node.attempt == 1 else copy_for_retries(original)
 
 
 def mark_published() -> None:
-    """Mark the current steps: their caller has received a part of the result, so that no attempt follows this one."""
+    """Mark the current steps: their caller has received a part of the result, so none is attempted again."""
     execution = current_node_or_none()
     while execution is not None:
         InnerCalls.of(execution).is_published = True
@@ -187,7 +187,7 @@ _COUNTED_INSIDE: Final = "usage that litellm has counted"
 
 
 def note_counted(usage: Usage) -> None:
-    """Note on the step around the current one that this call of litellm is counted: its framework may report it too."""
+    """Note on the step around the current one that litellm has counted this call, lest its framework does."""
     node = current_node_or_none()
     if node is not None and node.parent is not None:
         counted = node.parent.notes.setdefault(_COUNTED_INSIDE, [])
@@ -195,7 +195,7 @@ def note_counted(usage: Usage) -> None:
 
 
 def report_uncounted(node: NodeExecution, usage: Usage) -> None:
-    """Report what a framework says of one call of a model on its step, unless a step of litellm inside has counted it."""
+    """Report a framework's usage of one model call on its step, unless litellm inside has counted it."""
     try:
         node.notes.get(_COUNTED_INSIDE, []).remove((usage.input_tokens, usage.output_tokens))
     except ValueError:
@@ -203,7 +203,7 @@ def report_uncounted(node: NodeExecution, usage: Usage) -> None:
 
 
 def own_usage(step: GuardedStep, response: Any, execution: NodeExecution) -> Any:
-    """Return the usage in a response of a step that the calls inside have not counted; None if there is none."""
+    """Return the usage in a response of a step that the calls inside have not counted, or None."""
     if response is None or not step.usage_includes_calls:
         return response
     inner_input, inner_output = count_tokens(execution.children or [])
@@ -233,7 +233,7 @@ def streams_inside(node: NodeExecution) -> int:
 
 
 def emit_delta(node: NodeExecution, text: str | None) -> None:
-    """Emit text of a model's streamed answer on its step, unless the step of a model inside it emits the same answer."""
+    """Emit text of a streamed answer on a model's step, unless a model inside it emits the same answer."""
     if not text or (node.framework_role != "agent" and streams_inside(node)):
         return
     if node.parent is not None:
@@ -280,7 +280,7 @@ class Undeclared(TypeError):
 
 
 def stops_caller(step: GuardedStep, error: BaseException) -> bool:
-    """Return True for a BaseException that stops the caller itself, and is not control flow of the framework."""
+    """Return True for a BaseException that stops the caller and is not control flow of the framework."""
     if isinstance(error, (Exception, asyncio.CancelledError)):
         return False
     return step.control is None or step.control(error) is None

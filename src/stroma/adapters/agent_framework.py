@@ -2,7 +2,7 @@
 
 ::
 
-    agent = Agent(client, tools=[weather], middleware=stroma_middleware(Guard(runner), {"weather": (City, Weather)}))
+    agent = Agent(client, tools=[weather], middleware=stroma_middleware(guard, {"weather": (City, Weather)}))
     await agent.run("...")  # a run
 """
 
@@ -67,7 +67,7 @@ class _Shared:
 
     @property
     def inner(self) -> _Shared:
-        """The state of agents inside: contracts may name tools of one of them, and none has to have them all."""
+        """The state of agents inside: contracts may name tools of any of them, and none needs all."""
         inner = _Shared(self.guard, self.tools)
         inner.checked, inner.fatal = True, self.fatal
         return inner

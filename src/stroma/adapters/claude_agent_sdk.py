@@ -205,7 +205,7 @@ def _count_results(receive: Any) -> Any:
 
 
 def _since_last_result(client: Any, end: Any, used: Usage | None) -> Usage | None:
-    """Return the usage since the client's last result. ``usage`` is of one turn, the other figures of the session."""
+    """Return the usage since the client's last result. ``usage`` is of one turn, the rest of the session."""
     if used is None:
         return None
     before = _COUNTED.get(client, Usage())
@@ -234,7 +234,7 @@ def _whole_of(messages: list[Any]) -> dict[str, Any]:
 
 
 def _used_by(whole: dict[str, Any]) -> Any:
-    """Return the usage of a query: what the program says it cost, and the tokens of all its models where it says these."""
+    """Return the usage of a query: its stated cost, and the tokens of its models if stated."""
     end = whole["end"]
     if end is None:
         return None

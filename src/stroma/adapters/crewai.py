@@ -109,7 +109,7 @@ class CrewAIAdapter:
         self.registry, self.guard = registry, Guard(runner)
 
     def wrap(self, flow: Any) -> Any:
-        """Make steps of the marked methods of a flow, whatever it calls them; returns it. ValueError if there is none."""
+        """Make steps of the marked methods of a flow; returns it. Raises ValueError if there is none."""
         if not isinstance(flow, Flow):
             raise TypeError(
                 f"adapter.wrap() needs an instance of a Flow, got {flow!r}; pass adapter.wrap(MyFlow())"
@@ -223,7 +223,7 @@ def _make_run(
     *,
     is_continuation: bool = False,
 ) -> None:
-    """Make each call of a method of a flow or crew a run. One that streams returns at once, and calls it again inside."""
+    """Make each call of a method of a flow or crew a run. A stream returns at once and calls again inside."""
 
     def wrapper(entered: Callable[..., Any]) -> Callable[..., Any]:
         def run(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -317,7 +317,7 @@ def _counted(llm: Any) -> tuple[int, ...]:
 
 
 class _Ledger:
-    """Usage of an LLM that no step has counted yet. The LLM and its shallow copies have one counter for all their calls."""
+    """Usage of an LLM that no step has counted yet. The LLM and its shallow copies share one counter."""
 
     def __init__(self, llm: Any) -> None:
         self._counter = llm._token_usage

@@ -31,7 +31,7 @@ __all__ = ["DeepAgentsAdapter", "stroma_deepagents_node"]
 
 
 class DeepAgentsAdapter:
-    """Guards the marked functions of a deep agent, and counts all that its models use, those of sub-agents too."""
+    """Guards the marked functions of a deep agent, and counts all that its models and sub-agents use."""
 
     def __init__(
         self,

@@ -41,7 +41,7 @@ _METHODS: Final = ("forward", "aforward")
 
 
 def attach(program: T, guard: Guard, contracts: Contracts | None = None) -> T:
-    """Make a step of a program, by the name of its class, and of each predictor in it; changes it and returns it.
+    """Make a step of a program, by the name of its class, and of each predictor in it; returns it changed.
 
     ``contracts``: by the names that ``program.named_predictors()`` gives, or that of the class; input is the
     keyword arguments, output the prediction's fields. Each call of the program, or of a copy of it, is a run,
@@ -96,7 +96,7 @@ class _Tracker(UsageTracker):
             self.users.add_usage(lm, usage_entry)
 
     def __deepcopy__(self, memo: Any) -> _Tracker:
-        """Return a tracker for a thread of DSPy's: it has a copy of the user's, and counts for the same step."""
+        """Return a tracker for a thread of DSPy's: it counts for the same step, with a copy of the user's."""
         copied = copy.copy(self)
         copied.users = copy.deepcopy(self.users, memo)
         return copied

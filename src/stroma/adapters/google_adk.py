@@ -44,7 +44,7 @@ _ATTACHED: Final = "_stroma_attached"
 
 
 def attach(agent: T, guard: Guard, contracts: Contracts | None = None) -> T:
-    """Make steps of the models and function tools of an agent and of all agents inside it; changes them, returns it.
+    """Make steps of the models and function tools of an agent and those inside it; changes and returns it.
 
     ``contracts``: by the names of tools; input is the arguments, output the result. Raises UnknownNode for a
     contract of no tool.
@@ -64,7 +64,7 @@ def attach(agent: T, guard: Guard, contracts: Contracts | None = None) -> T:
 
 
 def each_run(runner: T, guard: Guard) -> T:
-    """Make each ``run_async()``, ``run()`` and ``run_live()`` of a runner a run of the guard; changes it and returns it.
+    """Make each ``run_async()``, ``run()`` and ``run_live()`` of a runner a run; changes it and returns it.
 
     It guards what was added to its agent since :func:`attach`, too. In the live mode tools are steps; the
     model's tokens count in the run and in no step, and a spent budget ends the stream of events.
@@ -116,7 +116,7 @@ def _inside(agent: Any) -> list[Any]:
 
 
 def guard_model(model: Any, guard: Guard, check: Callable[[], None]) -> None:
-    """Make steps of a model's requests, and of its copies'; changes it. ``check`` is called before each of them."""
+    """Make steps of a model's requests, and of its copies'; changes it. ``check`` is called before each."""
 
     def held(step: Any) -> Any:
         async def generate(*args: Any, **kwargs: Any) -> Any:

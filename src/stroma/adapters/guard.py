@@ -11,7 +11,7 @@
         search("...")                      # called as before, in the same thread, with the same result
     run.stopped                            # the Failure that stopped it, or None
 
-A guarded callable has the signature, the return value and the sync-ness of what it wraps: a function, a coroutine
+A guarded callable has the signature, the return value and the kind of what it wraps: a function, a coroutine
 function, a generator function or an async one. Calls inside other guarded calls are their children.
 """
 
@@ -143,7 +143,7 @@ class Guard:
     def over(
         self, start: Callable[[], Iterable[Any]], input: Any = None, *, is_continuation: bool = False
     ) -> Iterator[Any]:
-        """Iterate over the parts of a framework's result as a run; inside a run of this guard, as part of that.
+        """Iterate over the parts of a framework's result as a run, or as part of this guard's current run.
 
         ``is_continuation``: see :class:`GuardedRun`.
         """
@@ -324,12 +324,14 @@ class Guard:
             return False
         if contract is not None and guard is self and getattr(func, _CONTRACT, None) != contract:
             raise ValueError(
-                f"{contract.node_id!r} is already attached to this guard, with another contract or without one; pass all "
+                f"{contract.node_id!r} is already attached to this guard, with another contract or "
+                "without one; pass all "
                 "contracts when you attach it first, or create the object again"
             )
         if guard is not self:
             raise ValueError(
-                f"{func!r} is already guarded by another guard; attach only one guard, or create the object again"
+                f"{func!r} is already guarded by another guard; attach only one guard, or create "
+                "the object again"
             )
         return True
 
@@ -380,7 +382,7 @@ def _check(ctx: ReliabilityContext, name: str, direction: Literal["input", "outp
 
 
 def what_stopped(error: BaseException | None) -> BaseException | None:
-    """Return the error of Stroma (a violated contract, a spent budget ...) behind one of a framework, or None."""
+    """Return the error of Stroma (a violated contract, a spent budget ...) behind a framework's, or None."""
     return next((cause for cause in causes(error) if type(cause).__module__.startswith("stroma.")), None)
 
 
@@ -389,7 +391,7 @@ def contract_for(
     contract: NodeContract[Any, Any] | tuple[type[BaseModel] | None, type[BaseModel] | None],
     **effect: Any,
 ) -> NodeContract[Any, Any]:
-    """Return a contract for a contract or a pair of schemas; None stands for any value. ``effect``: its other fields."""
+    """Return a contract for a contract or a pair of schemas; None is any value. ``effect``: other fields."""
     if isinstance(contract, NodeContract):
         return contract
     input_schema, output_schema = contract

@@ -46,7 +46,8 @@ def attach(pipeline: T, guard: Guard, contracts: Contracts | None = None) -> T:
     target: Any = pipeline
     if not isinstance(pipeline, PipelineBase):
         raise TypeError(
-            f"attach() takes a Pipeline, got {type(pipeline).__name__}; add it to a Pipeline as a component, and attach that"
+            f"attach() takes a Pipeline, got {type(pipeline).__name__}; add it to a Pipeline as a "
+            "component, and attach that"
         )
     by_name = guard.contracts(contracts, target.graph.nodes, "component")
     _guard_components(target, guard, by_name)
@@ -89,7 +90,7 @@ def _guard_component(
 
 
 def _guard_inside(value: Any, guard: Guard, name: str) -> None:
-    """Guard what a component has inside: pipelines, components (an agent's generator) and components as tools."""
+    """Guard what a component has inside: pipelines, components such as an agent's generator, and tools."""
     if isinstance(value, PipelineBase):
         attach(value, guard)
     elif isinstance(value, ComponentTool):

@@ -33,7 +33,7 @@ A = TypeVar("A")
 
 
 class StromaMiddleware(AgentMiddleware[Any, Any]):
-    """Guards an agent: ``create_agent(..., middleware=[StromaMiddleware(guard)])``, the same for ``create_deep_agent``.
+    """Guards an agent: ``create_agent(..., middleware=[StromaMiddleware(guard)])``, or ``create_deep_agent``.
 
     ``tools``: contracts by the names of tools; input is the arguments, output the result (of text that is
     JSON, what it says). A contract of no tool raises UnknownNode at the first model call.
@@ -47,7 +47,7 @@ class StromaMiddleware(AgentMiddleware[Any, Any]):
         self._model = GuardedStep("model", input_view=asked_of, output_view=answer_of, control=control)
 
     def attach(self, agent: A) -> A:
-        """Make each call of the agent a run, and a step of what other middleware does around its model; returns it."""
+        """Make each call of the agent a run, and steps of other middleware around its model; returns it."""
         inside = ("model", "tools")  # What is made steps of in here.
         target: Any = agent
         others = [name for name in target.nodes if not name.startswith("__") and name not in inside]
@@ -65,7 +65,7 @@ class StromaMiddleware(AgentMiddleware[Any, Any]):
         return await self.guard.acall(self._model, _acounted(handler), request)
 
     def wrap_tool_call(self, request: Any, handler: Any) -> Any:
-        """Call a tool as the step of its name. A message of an error is returned as it is, without a retry."""
+        """Call a tool as the step of its name. An error message is returned unchanged, without a retry."""
         try:
             return self.guard.call(self._tool(request), _counted(handler), request)
         except _ToolErrorMessage as error:

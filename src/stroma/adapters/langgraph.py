@@ -72,7 +72,8 @@ def attach(graph: G, guard: Guard, contracts: Contracts | None = None) -> G:
     target: Any = graph
     if "__previous__" in getattr(target, "channels", ()):
         raise ValueError(
-            "an @entrypoint has tasks in place of nodes; guard their functions, below @task: task(guard.wrap(name, func)), "
+            "an @entrypoint has tasks in place of nodes; guard their functions, below @task: "
+            "task(guard.wrap(name, func)), "
             "and call it in `with guard.run():`"
         )
     names = [name for name in target.nodes if not name.startswith("__")]
@@ -87,7 +88,7 @@ def attach_steps(
     steps: dict[str, tuple[str, NodeContract[Any, Any] | None]],
     adapter: LangGraphAdapter | None = None,
 ) -> Any:
-    """Make steps of some nodes, with these ids and contracts; without an ``adapter``, of all that are added later, too."""
+    """Make steps of some nodes, with these ids and contracts; without an ``adapter``, of later ones too."""
     for name, (step_id, contract) in steps.items():
         node = graph.nodes[name]
         inner = node.bound if isinstance(graph, Pregel) else node.runnable
@@ -169,7 +170,7 @@ class LangGraphAdapter:
         self.registry, self.guard = registry, Guard(runner)
 
     def wrap(self, graph: Any) -> Any:
-        """Make the marked nodes steps, whatever the graph calls them; returns it. ValueError if there is none."""
+        """Make the marked nodes steps, under any name; returns it. Raises ValueError if there is none."""
         if not self.attach_marked(graph):
             raise ValueError(
                 "no node of the graph is marked; decorate their functions with @stroma_langgraph_node"
@@ -194,7 +195,7 @@ class LangGraphAdapter:
 
 
 def guarded(inner: Any, guard: Guard, step_id: str, contract: NodeContract[Any, Any] | None) -> Any:
-    """Return the runnable of a node as a step. It stays a Runnable, so that LangGraph passes config and runtime."""
+    """Return the runnable of a node as a step. It stays a Runnable, so that it gets config and runtime."""
 
     def call(state: Any, config: Any, first: Any) -> Any:
         with counting():

@@ -47,7 +47,7 @@ _FUNCTIONS: Final = (
 
 
 def attach(target: T, guard: Guard) -> T:
-    """Make a step ``model`` of each request of the module ``litellm``, or of a ``Router``; changes it and returns it.
+    """Make a step ``model`` of each request of the module ``litellm``, or a ``Router``; returns it changed.
 
     What took a function from the module before (``from litellm import completion``) has the one without a
     guard.
@@ -159,7 +159,7 @@ def _requested(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]
 
 
 def _collected(messages: Any, parts: list[Any]) -> Any:
-    """Return the whole response of a stream, with the usage that its provider reports, or litellm's estimate."""
+    """Return the whole response of a stream, with its provider's usage, or else litellm's estimate."""
     ended = [part.response for part in parts if getattr(part, "response", None) is not None]
     return ended[-1] if ended else litellm.stream_chunk_builder(parts, messages=messages)
 

@@ -45,7 +45,8 @@ def attach(workflow: W, guard: Guard, contracts: Contracts | None = None) -> W:
     by_name = guard.contracts(contracts, [*names, *free], "step")
     if free:
         raise ValueError(
-            f"steps {', '.join(map(repr, sorted(free)))} are free functions, which all workflows of the class share; decorate "
+            f"steps {', '.join(map(repr, sorted(free)))} are free functions, which all workflows of "
+            "the class share; decorate "
             "them with @guard.step(...) below @step"
         )
     for name in names:
@@ -63,7 +64,7 @@ def attach(workflow: W, guard: Guard, contracts: Contracts | None = None) -> W:
 
 
 def _received(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the fields of the event among the arguments of a step: the others are its context and resources."""
+    """Return the fields of the event among a step's arguments: the others are its context and resources."""
     values = (*args, *kwargs.values())
     event = next((value for value in values if isinstance(value, (Event, list))), None)
     return _fields(event)

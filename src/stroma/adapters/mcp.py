@@ -35,7 +35,7 @@ _CONTRACTS: Final = "_stroma_contracts"
 
 
 def attach(session: T, guard: Guard, contracts: Contracts | None = None) -> T:
-    """Make a step of each call of a tool over a session, by the tool's name; changes the session and returns it.
+    """Make a step of each call of a tool over a session, by the tool's name; changes and returns the session.
 
     ``contracts``: by the names of tools; input is the arguments, output the structured content, or else the
     text, parsed if it is JSON. A result that says it is an error is returned as it is. A contract of no tool

@@ -1,4 +1,4 @@
-"""OpenAI Agents SDK: in a flow, agents whose model requests and tools are its steps; elsewhere, guarded agents.
+"""OpenAI Agents SDK: in a flow, agents whose requests and tools are its steps; elsewhere, guarded agents.
 
 ::
 
@@ -72,7 +72,7 @@ T = TypeVar("T")
 
 
 def attach(agent: A, guard: Guard, contracts: Contracts | None = None) -> A:
-    """Make steps of the tools of an agent and of those it hands off to or has as tools, and of the requests of their models.
+    """Make steps of the tools and model requests of an agent, its handoffs, and agents that are its tools.
 
     ``contracts``: by the names of tools; input is the arguments, output the result. The agents are changed in
     place. In a run of a guard all other models and tools that the SDK uses are steps, too: a model that is
@@ -102,7 +102,7 @@ def attach(agent: A, guard: Guard, contracts: Contracts | None = None) -> A:
 
 
 class GuardedRunner:
-    """``Runner`` whose calls are runs of a guard, each with the agent as a step around its models and tools."""
+    """``Runner`` whose calls are runs of a guard, each with the agent as a step around models and tools."""
 
     def __init__(self, guard: Guard) -> None:
         _guard_whole_runs()
@@ -182,7 +182,7 @@ def _control(error: BaseException) -> Control | None:
 
 
 def _twin(original: T, mixin: type[Any], guard: Any) -> T:
-    """Return an object of the original's class whose methods are those of ``mixin``, and which has all attributes in common."""
+    """Return an object of the original's class with the methods of ``mixin`` and the same attributes."""
     kind = type(original)
     twins = _TWINS.setdefault(mixin, weakref.WeakKeyDictionary())
     if kind not in twins:
@@ -251,7 +251,7 @@ def _request(model: Any, **options: Any) -> GuardedStep:
 
 
 class GuardedProvider(ModelProvider):
-    """Guards the models that a provider finds by their names: ``RunConfig(model_provider=GuardedProvider(guard))``.
+    """Guards the models that a provider has by name: ``RunConfig(model_provider=GuardedProvider(guard))``.
 
     In a run of a guard there is no need for it.
     """
@@ -325,7 +325,7 @@ def _guard_tool(
 
 
 class _GuardedTool:
-    """A tool whose calls are steps. It shares the attributes of the tool, so that what is changed there later holds here."""
+    """A tool whose calls are steps. It shares the attributes of the tool, so that later changes hold here."""
 
     _stroma_guard: _Invoker
 
@@ -353,7 +353,7 @@ class _GuardedTool:
 
 
 class _Invoker:
-    """Calls a tool as a step, and then makes of an error what the tool makes of it; what stopped the run comes out."""
+    """Calls a tool as a step, and handles an error as the tool does; raises what stopped the run."""
 
     def __init__(
         self,
@@ -536,7 +536,7 @@ class _ServerContracts:
             setattr(server, _ATTACHED, self)
 
     def check(self, names: list[str], servers: list[Any]) -> None:
-        """Take the tools of some servers. Raise UnknownNode once all were asked and a contract is of none of them."""
+        """Take the tools of some servers. Raises UnknownNode once all were asked and a contract fits none."""
         self._unseen -= set(names)
         self._names.update(names)
         self._servers = [one for one in self._servers if not any(one is server for server in servers)]

@@ -5,7 +5,7 @@
     agent = Agent("openai:gpt-4o", name="a", capabilities=[StromaDurability()])
     await agent.run("...")  # in the body of a flow
 
-    agent = Agent("openai:gpt-4o", capabilities=[StromaCapability(Guard(runner), tools={"search": (Query, Hits)})])
+    agent = Agent("openai:gpt-4o", capabilities=[StromaCapability(guard, tools={"search": (Query, Hits)})])
     await agent.run("...")  # a run: the agent's step, with its model requests and tools inside
 """
 
@@ -134,7 +134,7 @@ class StromaCapability(AbstractCapability[Any]):
         return await self.guard.acall(step, execute, args)
 
     async def after_output_process(self, ctx: Any, *, output_context: Any, output: Any) -> Any:
-        """Return the agent's answer. Raises ModelRetry, which asks the model again, for one that breaks ``output``."""
+        """Return the agent's answer. Raises ModelRetry, which asks again, if it breaks ``output``."""
         if self._output is not None and not ctx.partial_output:
             broken = violation("output", self._output, "output", output)
             if broken is not None:
@@ -170,7 +170,7 @@ def _reason(kind: Literal["approval", "result"], tool: str) -> str:
 
 
 class StepModel(WrapperModel):
-    """A model whose requests are steps: they may be made again, which the handlers around a request may not be."""
+    """A model whose requests are steps: they may be repeated, unlike the handlers around a request."""
 
     def __init__(self, wrapped: Any, guard: Guard) -> None:
         super().__init__(wrapped)

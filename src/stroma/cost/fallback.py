@@ -46,7 +46,7 @@ class FallbackPolicy(NamedArguments):
 def resolve_model(
     declared_model: str | None, tracker: CostTracker, budget: ExecutionBudget, fallbacks: list[FallbackPolicy]
 ) -> str | None:
-    """Return the fallback of the first rule for ``declared_model`` whose share of the limit is spent, else that model.
+    """Return the fallback of the first rule for ``declared_model`` whose share is spent, else that model.
 
     Args:
         declared_model: the model to replace; None stays None.
@@ -70,7 +70,7 @@ def is_reached(rule: FallbackPolicy, tracker: CostTracker, max_cost_usd: float) 
 def fallback_due(
     tracker: CostTracker, budget: ExecutionBudget, fallbacks: Sequence[FallbackPolicy]
 ) -> str | None:
-    """Return the fallback of the highest threshold that is reached, following chains (a to b, b to c), or None."""
+    """Return the fallback of the highest threshold that is reached, following chains, or None."""
     if budget.max_cost_usd is None:
         return None
     due = [rule for rule in fallbacks if is_reached(rule, tracker, budget.max_cost_usd)]
@@ -82,7 +82,7 @@ MODEL_KEY = "_stroma_model"
 
 
 class FallbackView(dict[str, Any]):
-    """The user's context dict with ``MODEL_KEY`` added. Reads and writes go through to it; the added key never does."""
+    """The user's context dict with ``MODEL_KEY`` added. It reads and writes through; the key never does."""
 
     __slots__ = ("_base", "_signal")
 
@@ -92,7 +92,7 @@ class FallbackView(dict[str, Any]):
         self._mirror()
 
     def _mirror(self) -> None:
-        """Store the same items in the dict itself, for C code that calls no method of it, such as json.dumps."""
+        """Store the same items in the dict itself, for C code such as that of json.dumps."""
         super().clear()
         super().update(self.copy())
 

@@ -205,7 +205,7 @@ _MAKERS: Final = ("openai", "anthropic", "google", "mistral", "cohere")
 
 
 def cached_pricer(model: str, detail: Usage | None = None) -> Pricer | Literal["unread"] | None:
-    """Return the price function of a model without any import; "unread" if :func:`find_pricer` was never called for it.
+    """Return the price function of a model without an import; "unread" before :func:`find_pricer` was called.
 
     ``detail`` is the whole usage, where more than input and output makes the price.
     """
@@ -220,7 +220,7 @@ def cached_pricer(model: str, detail: Usage | None = None) -> Pricer | Literal["
 
 
 def find_pricer(model: str, detail: Usage | None = None) -> Pricer | None:
-    """Return the price function of a model, or None if none is known. Slow the first time: call it off the event loop."""
+    """Return the price function of a model, or None. Slow the first time: call it off the event loop."""
     known = KNOWN_MODELS.get(model)
     return _pricer(known, None if known is not None and detail is None else _listing(model), detail)
 
@@ -240,7 +240,7 @@ def _pricer(
 
 
 def _overlaid(known: tuple[float, float] | None, listing: _Listing | None, tier: str | None) -> Rates:
-    """Return the rates of a model with the two numbers of KNOWN_MODELS; the other rates change in proportion."""
+    """Return the rates of a model with the two numbers of KNOWN_MODELS; the others change in proportion."""
     if listing is None:
         assert known is not None
         return Rates(_flat(known[0]), _flat(known[1]))
@@ -266,7 +266,7 @@ def _overlaid(known: tuple[float, float] | None, listing: _Listing | None, tier:
 
 
 def cost_of(report: Report) -> float | None:
-    """Return what a reported call cost in US dollars: what was charged, else by its model's price. None without a price."""
+    """Return the cost of a reported call in US dollars: as charged, else by its model's price, or None."""
     input_tokens, output_tokens, model, detail = report
     if detail is not None and detail.cost_usd is not None:
         return detail.cost_usd
@@ -352,7 +352,7 @@ def model_ids() -> list[str]:
 
 
 def data_state() -> tuple[str, datetime | None]:
-    """Return the version of genai-prices and the time of its last refresh, None for the data it ships with."""
+    """Return the version of genai-prices and the time of its last refresh, None for its own data."""
     import genai_prices
 
     snapshot = _load().get_snapshot()
@@ -360,7 +360,7 @@ def data_state() -> tuple[str, datetime | None]:
 
 
 def update_prices() -> None:
-    """Fetch the prices of today, for this process. Raises RuntimeError, and changes nothing, if that cannot be done.
+    """Fetch the prices of today, for this process. Raises RuntimeError, and changes nothing, on failure.
 
     Nothing else in Stroma does: without it, and without ``genai_prices.UpdatePrices`` of your own, prices are
     those that came with the installed genai-prices.

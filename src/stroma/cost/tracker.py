@@ -15,7 +15,7 @@ __all__ = ["CostTracker", "NodeUsage", "StepUsage"]
 
 @dataclass
 class NodeUsage:
-    """The usage of a node. ``tokens_used`` is input + output; ``cost_usd`` in dollars; ``latency_ms`` wall time."""
+    """The usage of a node. ``tokens_used``: input + output; ``cost_usd`` in dollars; ``latency_ms``: wall."""
 
     node_id: str
     tokens_used: int
@@ -71,7 +71,8 @@ class CostTracker:
             or usage.latency_ms < 0
         ):
             raise UsageError(
-                f"node {usage.node_id!r} reported cost_usd={usage.cost_usd!r}, latency_ms={usage.latency_ms!r}; "
+                f"node {usage.node_id!r} reported cost_usd={usage.cost_usd!r}, "
+                f"latency_ms={usage.latency_ms!r}; "
                 "report finite figures, zero or more"
             )
         self.add(

@@ -18,7 +18,7 @@ NO_MODEL: Final = "(no model)"
 
 
 class UsageError(ValueError):
-    """A node reported usage that cannot be counted: negative, not finite, not a number, or without a known price.
+    """A node reported usage that cannot be counted: negative, not finite, no number, or without a price.
 
     Where: ``result.failure`` of a FAILED run; out of ``CostTracker.record``, ``report_usage`` and
     ``usage_from``.
@@ -55,7 +55,8 @@ def check_usage(node_id: str, *counts: object) -> None:
             continue  # What almost all are.
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MOST_TOKENS:
             raise UsageError(
-                f"node {node_id!r} reported {shown(count)} tokens; report whole numbers of tokens, 0 to {MOST_TOKENS:,}"
+                f"node {node_id!r} reported {shown(count)} tokens; report whole numbers of tokens, "
+                f"0 to {MOST_TOKENS:,}"
             )
 
 
@@ -93,7 +94,8 @@ class Usage:
                 )
         if self.cached_input_tokens + self.cache_write_tokens > self.input_tokens:
             raise UsageError(
-                f"{self.cached_input_tokens} tokens from a cache and {self.cache_write_tokens} to it are more than "
+                f"{self.cached_input_tokens} tokens from a cache and {self.cache_write_tokens} to "
+                "it are more than "
                 f"input_tokens={self.input_tokens}; report the whole input there, which includes them"
             )
         if self.cache_write_1h_tokens > self.cache_write_tokens:
@@ -108,7 +110,8 @@ class Usage:
             raise UsageError(f"cost_usd must be a finite number of dollars, zero or more, got {shown(cost)}")
         if any(value is not None and not isinstance(value, str) for value in (self.model, self.tier)):
             raise UsageError(
-                f"model and tier of a usage must be strings or None, got {shown(self.model)} and {shown(self.tier)}"
+                f"model and tier of a usage must be strings or None, got {shown(self.model)} and "
+                f"{shown(self.tier)}"
             )
 
     @property
@@ -162,7 +165,8 @@ def _read(response: object) -> Usage:
         return _read_events(cast("Sequence[Any]", response))
     if safe_get(response, "type") == "message_start":
         raise UsageError(
-            "message_start has the input tokens but not the output tokens; pass the final message, or a list of all events"
+            "message_start has the input tokens but not the output tokens; pass the final message, "
+            "or a list of all events"
         )
     for level in _levels(response):
         for name in ("usage", "usage_metadata", "usageMetadata", "meta"):
@@ -173,7 +177,8 @@ def _read(response: object) -> Usage:
     if usage is not None:
         return usage
     error = UsageError(
-        f"a {_kind(response)} carries no usage; report figures instead, or for a stream of OpenAI its last chunk, "
+        f"a {_kind(response)} carries no usage; report figures instead, or for a stream of OpenAI "
+        "its last chunk, "
         'which has it if it was asked for with stream_options={"include_usage": True}'
     )
     error.silent = _is_silent(response)
@@ -196,7 +201,7 @@ _NO_RESPONSES: Final = (type(None), bool, int, float, complex, str, bytes)
 
 
 def _levels(response: object) -> Iterator[Any]:
-    """Yield the objects that may hold usage: a response, and the ones that a stream event or batch line wraps."""
+    """Yield the objects that may hold usage: a response, and what a stream event or batch line wraps."""
     inner = safe_get(response, "response")
     yield response
     yield inner  # OpenAI: response.completed; Google: a batch
@@ -215,7 +220,8 @@ def _read_events(events: Sequence[Any]) -> Usage:
     )
     if first is None or any(safe_get(event, "type") == "message_start" for event in events[1:]):
         raise UsageError(
-            f"a {_kind(events)} is no response; report each response by itself with report_usage(), of a stream the "
+            f"a {_kind(events)} is no response; report each response by itself with report_usage(), "
+            "of a stream the "
             "last chunk; a list can only be the events of one stream of Anthropic, from message_start on"
         )
     usages = [safe_get(first, "usage")]
@@ -393,7 +399,8 @@ def _input_output(usage: Any) -> _Figures | None:
         return None
     if input_tokens is None:
         raise UsageError(
-            "the event has the output tokens but not the input tokens; pass the final message, or a list of all events"
+            "the event has the output tokens but not the input tokens; pass the final message, or a "
+            "list of all events"
         )
     cached, written = _count(usage, "cache_read_input_tokens"), _count(usage, "cache_creation_input_tokens")
     if cached is None and written is None:

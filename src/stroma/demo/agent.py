@@ -1,4 +1,4 @@
-"""The agent of ``stroma demo agent``: a loop of a flow around a scripted model, with tools, an approval and a charge.
+"""The agent of ``stroma demo agent``: a flow around a scripted model, with tools, an approval and a charge.
 
 The model and the bank are functions here: no key, no network. The bank writes its book into a file, which
 outlives processes, and then takes its time to answer: long enough to be killed in between.

@@ -1,4 +1,4 @@
-"""Answers of the demo's model: recorded ones about the documents that ship with it, and rough guesses about others."""
+"""Answers of the demo's model: recorded ones about its own documents, rough guesses about others."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _recorded() -> Mapping[str, dict[str, Any]]:
 
 
 def _guess(text: str) -> dict[str, Any]:
-    """Return the record of a document that nobody has read: its kind, number and total, as far as they are plain."""
+    """Return the record of an unknown document: its kind, number and total, if they are plain."""
     if not text.strip():
         nothing = dict.fromkeys(("party", "reference", "date", "currency", "total"))
         return {"kind": "other", **nothing, "summary": "Empty document", "flags": ["empty"]}

@@ -7,11 +7,11 @@ providers do: rate limits, server errors, hangs, dropped connections, truncated 
         client = openai.AsyncOpenAI(base_url=provider.base_url, api_key="demo", max_retries=0)
 
 The first line of the system message is `TASK: extract`, `TASK: classify` or `TASK: risk`. The first user
-message is the document's text (extract) or JSON `{"records": [{"name": ..., <fields of extract>}, ...]}`. Later
-messages, such as a request to fix an earlier answer, change neither the answer nor the faults.
+message is the document's text (extract) or JSON `{"records": [{"name": ..., <fields of extract>}, ...]}`.
+Later messages, such as a request to fix an earlier answer, change neither the answer nor the faults.
 
-The faults of a text depend on the seed, the task, the text and how often that text was sent; never on the time
-or on the order in which requests arrive. A header forces one: `X-Demo-Fault: 429` (or any other of `FAULTS`).
+The faults of a text depend on the seed, the task, the text and how often that text was sent; never on the
+time or on the order in which requests arrive. A header forces one of `FAULTS`: `X-Demo-Fault: 429`.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ BUDGET: Final = "budget"
 
 
 class Suspend(Exception):
-    """Raised by a node that has to wait for a person: the run stops as SUSPENDED and continues once it has the answer.
+    """Raised by a node that waits for a person: the run is SUSPENDED and continues once it has the answer.
 
     Attributes:
         reason: what for, in words.
@@ -79,7 +79,8 @@ class Suspend(Exception):
             raise TypeError(f"the reason of Suspend must be a string, got {shown(reason)}")
         if schema is not None and not (isinstance(schema, type) and issubclass(schema, BaseModel)):
             raise TypeError(
-                f"the schema of Suspend must be a pydantic model, got {shown(schema)}; pass a RootModel for plain values"
+                f"the schema of Suspend must be a pydantic model, got {shown(schema)}; pass a "
+                "RootModel for plain values"
             )
         self.reason = reason
         self.schema = schema
@@ -141,7 +142,7 @@ class PlaceError(ValueError):
 
 
 class WorkerLost(Exception):
-    """The worker of a place did not answer a call: its process died or was stopped, or the call was ended there.
+    """The worker of a place did not answer a call: its process died or was stopped, or the call was ended.
 
     Where: ``result.failure`` of a PARTIAL run.
     Cause: the process of the place died during the call, in each attempt of the node.
@@ -221,8 +222,10 @@ class SharedBudgetExceeded(BudgetExceeded):
             anew = f"{self.resets_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
             way = f"resume the run after {anew}, when it begins anew, or raise {name}"
         return (
-            f"shared budget {self.budget!r} has no room for a call of node {self.node_id!r}: {name}{whose} is "
-            f"{self.limit:.12g}{unit}, {self.actual:.12g} spent, {self.reserved:.12g} reserved by calls in flight, and this "
+            f"shared budget {self.budget!r} has no room for a call of node {self.node_id!r}: "
+            f"{name}{whose} is "
+            f"{self.limit:.12g}{unit}, {self.actual:.12g} spent, {self.reserved:.12g} reserved by "
+            "calls in flight, and this "
             f"one may take {self.requested:.12g}; {way}"
         )
 
@@ -271,7 +274,8 @@ class CircuitOpen(Exception):
 
     def __str__(self) -> str:
         return (
-            f"{self.key} failed too often and is not called for another {self.retry_after:.1f} s; resume the run later, or "
+            f"{self.key} failed too often and is not called for another {self.retry_after:.1f} s; "
+            "resume the run later, or "
             "raise max_wait_seconds of the breaker"
         )
 

@@ -96,7 +96,7 @@ class Failure:
         _put_inner(self, inner)
 
     def as_prompt(self, *, max_chars: int = 2000) -> str | None:
-        """Return the corrections that a model has to make, as a text for it; None for a failure that it cannot fix.
+        """Return the corrections that a model has to make, as text; None for a failure that it cannot fix.
 
         See :meth:`stroma.ContractViolation.as_prompt`.
         """
@@ -118,7 +118,7 @@ def isinstance_by_type(exc: BaseException, kind: type[E]) -> TypeGuard[E]:
 
 
 def ends_run(error: BaseException) -> bool:
-    """Return whether what a validator or a classifier raised is no failure, but the end of this run or process.
+    """Return True if a validator's or classifier's exception is the end of this run or process, no failure.
 
     Neither awaits, so a CancelledError is one of its own. A panic of native code is an error of a validator.
     """
@@ -128,7 +128,7 @@ def ends_run(error: BaseException) -> bool:
 
 
 def message_of(exc: BaseException) -> str:
-    """``str(exc)``, or the type's name where that is empty or raises. Lone surrogates become escapes: it is stored."""
+    """``str(exc)``, or the type's name if that is empty or raises. Lone surrogates become escapes."""
     try:
         text = str(exc)
         if type(text) is not str or not text.isascii():

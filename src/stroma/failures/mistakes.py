@@ -24,7 +24,7 @@ _MAX_KEYS: Final = 20
 
 
 def explain_mistake(failure: Failure, context: Any) -> str:
-    """Return what to add to the message of a failure whose exception the user's own code raised; "" for nothing.
+    """Return what to add to the message of a failure that the user's own code raised; "" for nothing.
 
     ``context``: the object that the node gets as its second argument.
     """
@@ -37,7 +37,7 @@ def explain_mistake(failure: Failure, context: Any) -> str:
 
 
 def is_repeated_mistake(before: Failure | None, failure: Failure) -> bool:
-    """Return True if two attempts failed at the same line of the user's code, with the same TypeError or AttributeError."""
+    """Return True if two attempts failed at one line of user code with one TypeError or AttributeError."""
     if before is None or before is failure or not _may_be_mistake(failure):
         return False
     if type(before.exception) is not type(failure.exception) or before.message != failure.message:

@@ -137,7 +137,7 @@ def follow_up(
     repairs: int,
     draw: Callable[[], float] = random.random,
 ) -> Retry | Stop:
-    """:func:`decide` under the policy that holds for a node or group; what every driver asks. Pure, but for ``draw``.
+    """:func:`decide` under the policy of a node or group; for every driver. Pure, but for ``draw``.
 
     ``own``: what ``node_policies`` says of it. ``repairs``: attempts that were granted so far to repair an
         output; ``repairing``: another one is.

@@ -12,7 +12,7 @@ ClassName = Literal["RECOVERABLE", "TERMINAL"]
 
 
 class ProviderVerdict(NamedTuple):
-    """The meaning of a provider error: a class, a stable reason, and the seconds that the server asks to wait, if any."""
+    """Meaning of a provider error: a class, a stable reason, and the seconds that the server asks to wait."""
 
     failure_class: ClassName
     reason: str

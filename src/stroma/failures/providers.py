@@ -90,7 +90,7 @@ _KEY_PHRASES: Final = ("api_key", "api key", "authentication method", "missing c
 
 
 def _lacks_key(exc: Any) -> bool:
-    """Return True if a client raised an exception since it has no API key: it names one, and has no answer of a server."""
+    """Return True if a client raised an exception for lack of an API key, without an answer of a server."""
     text = exc.args[0] if exc.args else None
     if not isinstance(text, str):
         text = safe_get(exc, "body")  # cohere
@@ -121,7 +121,7 @@ def _worst(group: BaseExceptionGroup[Any], seen: set[int]) -> ProviderVerdict | 
 
 
 def requested_waits(exc: BaseException) -> list[float]:
-    """Return the seconds that providers ask to wait, in an exception or the members of a group; 0 where they do not say.
+    """Return the seconds that providers ask to wait, in an exception or the members of a group; 0 if none.
 
     Without a time, only a rate limit (429) and a provider that is overloaded as a whole (529) count; a 503
     may come from one server of many. A Retry-After of 0 is no time. Never raises.
@@ -220,7 +220,7 @@ def _package(cls: type) -> str:
 
 
 def read_status(exc: BaseException) -> int | None:
-    """Return the HTTP status that an exception carries, or the one its gRPC status stands for; None without one."""
+    """Return the HTTP status of an exception, or the one that its gRPC status stands for, or None."""
     return _status(exc, {_package(cls) for cls in type(exc).__mro__})
 
 
@@ -241,7 +241,7 @@ def _status(exc: BaseException, packages: set[str]) -> int | None:
 
 
 def _call(exc: BaseException, name: str) -> Any:
-    """Return the result of a method without arguments, as gRPC's exceptions have; None if it is missing or raises."""
+    """Return the result of a method without arguments, as of gRPC's exceptions; None if it fails."""
     method = safe_get(exc, name)
     try:
         return method() if callable(method) else None
@@ -271,7 +271,7 @@ def _headers(exc: BaseException, packages: set[str]) -> dict[str, str]:
 
 
 def _pairs(headers: Any) -> dict[str, str]:
-    """Headers by their lower-case names, from a mapping, pairs, or a message of the standard library; {} from all else.
+    """Headers by their lower-case names, from a mapping, pairs, or a message of the standard library; or {}.
 
     A header that came several times is joined by commas, as HTTP has it.
     """
@@ -292,7 +292,7 @@ def _decoded(text: Any) -> str:
 
 
 def _levels(exc: BaseException, packages: set[str]) -> list[Any]:
-    """Return the objects that may hold codes and messages: the exception, and its body from the outside in."""
+    """Return the objects that may hold codes and messages: the exception, and its body from outside in."""
     if "grpc" in packages:
         return [exc, {"message": _call(exc, "details")}]
     if "aiohttp" in packages:
@@ -351,7 +351,7 @@ def _retry_delay(levels: list[Any]) -> float | None:
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
-    """Return the wait that a server asks for: ``retry-after-ms``, or ``retry-after`` in seconds or as an HTTP date.
+    """Return the wait that a server asks for: ``retry-after-ms``, or ``retry-after`` (seconds or a date).
 
     ``headers`` has lower-case names. A date that has passed is no wait. Of several wishes in one header, as a
     server and a proxy before it may have, the longest counts. None if there is no wish, or one that makes no

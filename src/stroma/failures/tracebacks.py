@@ -28,7 +28,7 @@ _LONGEST: Final = 300  # characters of one text
 
 
 class Frame(NamedTuple):
-    """One frame of a traceback. ``line``: 1-based; ``source``: "" where it cannot be read. No values of variables."""
+    """One frame of a traceback, without variables. ``line``: 1-based; ``source``: "" if it cannot be read."""
 
     file: str
     line: int
@@ -52,7 +52,7 @@ class FailureSite(NamedTuple):
 
 
 def frames_of(error: BaseException) -> tuple[list[traceback.FrameSummary], list[traceback.FrameSummary]]:
-    """Return the frames of the user's own code, and those of libraries, without Stroma and the interpreter."""
+    """Return the frames of the user's own code and of libraries, without Stroma and the interpreter."""
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__) if not is_stroma_file(frame.filename)
     ]

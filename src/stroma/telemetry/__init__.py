@@ -4,8 +4,8 @@ They compose with ``|`` among themselves and with hooks of your own::
 
     runner = StromaRunner.quick(hooks=otel_hooks() | prometheus_hooks())
 
-None of them sets a global, sends inputs or outputs unless it is configured to (``content="redacted"``), or can
-change the result of a run. ``await runner.flush()`` sends what is queued.
+None of them sets a global, sends inputs or outputs unless it is configured to (``content="redacted"``), or
+can change the result of a run. ``await runner.flush()`` sends what is queued.
 """
 
 from __future__ import annotations

@@ -30,10 +30,10 @@ _lock = Lock()
 class AttributionProcessor(SpanProcessor):
     """A span processor that stamps every span below ours with its pipeline, run, node, conversation and user.
 
-    It stamps spans of whoever makes them: HTTP clients, LLM instrumentations, frameworks. A span belongs where its parent
-    belongs, but to the node of its task where that is inside of it, since frameworks choose parents of their own; one without a
-    parent of ours, to the node or run of its task. ``otel_hooks`` adds one to the SDK's provider
-    that it sends to; add it yourself to other providers::
+    It stamps spans of whoever makes them: HTTP clients, LLM instrumentations, frameworks. A span belongs
+    where its parent belongs, but to the node of its task where that is inside of it, since frameworks choose
+    parents of their own; one without a parent of ours, to the node or run of its task. ``otel_hooks`` adds
+    one to the SDK's provider that it sends to; add it yourself to other providers::
 
         provider.add_span_processor(AttributionProcessor())
     """
@@ -92,7 +92,7 @@ class AttributionProcessor(SpanProcessor):
             note_end(place[0], place[1], (context.trace_id, context.span_id), has_usage=has_usage)
 
     def force_flush(self, timeout_millis: int = 30000) -> bool:
-        """Return True: it holds no spans. Older releases of the SDK return None, and flush no processor after it."""
+        """Return True: it holds no spans. Older SDKs flush no processor after one that returns None."""
         return True
 
 
@@ -105,7 +105,7 @@ def _nodes_around(node: NodeExecution) -> Iterator[NodeExecution]:
 
 
 def _is_inside(node: NodeExecution, about: Mapping[str, Any]) -> bool:
-    """Return True if a node is the one that a span of the same run is in, or inside of it, or if that is in no node."""
+    """Return True if a node is the one of a span of the same run or inside it, or if the span has none."""
     if about["stroma.run.id"] != node.run_id:
         return False
     node_id = about.get(NODE_ID)

@@ -76,7 +76,7 @@ class Content:
         return cls(mode, DeniedNames(deny_keys), max_bytes)
 
     def state(self, run: ReliabilityContext, state: Mapping[str, Any]) -> str:
-        """Return a state as JSON text, one that is a text as it is: its values, or the types and sizes of its fields.
+        """Return a state as JSON, or a plain text unchanged: its values, or types and sizes of its fields.
 
         It is walked no further than ``max_bytes``, so that a large one costs no more than a small one. "" for
         a guarded call or run without an input or output.
@@ -107,7 +107,8 @@ class Content:
                     fields.items() if len(fields) <= _MOST_FIELDS else islice(fields.items(), _MOST_FIELDS)
                 )
                 # What json.dumps() returns, in a third of its time: both are texts.
-                text = f"{{{', '.join([f'{_quoted(str(name))}: {_shape_text(value)}' for name, value in known])}}}"
+                shapes = [f"{_quoted(str(name))}: {_shape_text(value)}" for name, value in known]
+                text = f"{{{', '.join(shapes)}}}"
             else:
                 text = "" if fields is None else _shape_text(fields)
             if isinstance(state, UnreadState):
@@ -158,7 +159,7 @@ class _Walk:
         self._has_denied = False
 
     def text_of(self, value: Any, model: type[BaseModel] | None) -> str:
-        """Return the text of a state: of its fields, whose class knows further names of them, or of a plain value."""
+        """Return the text of a state: of its fields, whose class knows more names of them, or of a value."""
         if isinstance(value, Mapping):
             return _dump(self._mapping(value, 0, _NO_NAMES if model is None else _names_of(model)))
         data = self._data(value, 0)
@@ -206,7 +207,7 @@ class _Walk:
         return text
 
     def _text(self, text: str, depth: int) -> str:
-        """Return a text: one of JSON without the values of denied names, none of it if it cannot be parsed."""
+        """Return a text; of JSON, without the values of denied names, and nothing if it cannot be parsed."""
         start = text[:1] if text[:1] in _JSON_STARTS else text[:100].lstrip()[:1]
         if start not in _JSON_STARTS or not self._content.denied.are_in(text[: max(0, self.room) + 1]):
             return self._cut(text)

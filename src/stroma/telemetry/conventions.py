@@ -82,7 +82,7 @@ def wants_earlier_names(semconv: Semconv | None) -> bool:
 
 
 def note_run(run: ReliabilityContext) -> None:
-    """Store the attributes of a run for its spans; from its start hooks on, since before its session may not be open."""
+    """Store the attributes of a run for its spans; from its start hooks on, when its session is open."""
     if _ABOUT not in run.notes:
         run.notes[_ATTRIBUTION] = attribution_of(run)
         run.notes[_ABOUT] = about_run(run)
@@ -102,7 +102,7 @@ def about_run(run: ReliabilityContext) -> dict[str, Any]:
 
 
 def attribution_of(run: ReliabilityContext) -> dict[str, Any]:
-    """Return the conversation, user and tags of a run, as far as it has them. Callers must not change the dict."""
+    """Return the conversation, user and tags of a run, if it has them. Callers must not change the dict."""
     stored: dict[str, Any] | None = run.notes.get(_ATTRIBUTION)
     if stored is not None:
         return stored
@@ -125,6 +125,6 @@ def operation_of(node: NodeExecution) -> dict[str, str]:
 
 
 def content_of(direction: Literal["input", "output"], text: str, *, is_text: bool) -> dict[str, str]:
-    """Return the attributes that show a state, as JSON or a plain text, in the backends that read OpenInference."""
+    """Return the attributes that show a state, as JSON or text, in backends that read OpenInference."""
     kind = "text/plain" if is_text else "application/json"
     return {f"{direction}.value": text, f"{direction}.mime_type": kind}

@@ -71,7 +71,7 @@ _NAME_IN_TEXT: Final = re.compile(r"""([\w$-]{1,100})\\*["']\s*[:,]""")
 
 @final
 class DeniedNames:
-    """The names that are, or end with, one of some keys in whole words; "context" does not end with "text"."""
+    """Names that are, or end with, one of some keys in whole words: "context" does not end with "text"."""
 
     __slots__ = ("_known", "_longest", "_patterns", "_tails")
 

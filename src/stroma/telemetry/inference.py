@@ -54,7 +54,7 @@ def note_call(node: NodeExecution, attempt: int, key: object, about: Any) -> Non
 
 
 def note_end(node: NodeExecution, attempt: int, key: object, *, has_usage: bool) -> None:
-    """Note the end of a span of somebody else. Where the last one of an attempt has no usage either, our span is made."""
+    """Note the end of another's span. If the last one of an attempt has no usage either, ours is made."""
     calls = node.notes.get(_OPEN, {})
     calls.pop(key, None)
     if has_usage:
@@ -84,7 +84,7 @@ class InferenceSpans:
         self._providers: dict[str, str | None] = {}
 
     def note_surroundings(self, node: NodeExecution, around: Span) -> None:
-        """Note if a node begins inside the span of a model call, as where a framework instruments its models itself.
+        """Note if a node begins inside the span of a model call, as where a framework instruments its models.
 
         That span then belongs to the node, unless it is inside of another one.
         """
@@ -96,7 +96,7 @@ class InferenceSpans:
             around.set_attribute(NODE_ID, node.node_id)
 
     def are_due(self, node: NodeExecution, *, is_answer: bool) -> bool:
-        """Return True if the present attempt of a node gets a span. ``is_answer``: its output is what its caller gets."""
+        """Return True if the present attempt of a node gets a span. ``is_answer``: its caller gets it."""
         if not node.usage.tokens or self.mode == "never":
             return False
         if self.mode == "always":

@@ -67,7 +67,7 @@ class _Logs(Observer):
         )
 
     def _follow_structlog(self) -> None:
-        """Write to structlog as soon as the application has configured it, which may be after these hooks were made."""
+        """Write to structlog as soon as the application has configured it, maybe later than these hooks."""
         structlog: Any = sys.modules.get("structlog")
         if structlog is not None and structlog.is_configured():
             self._is_default = False

@@ -1,4 +1,4 @@
-"""Metrics of runs and nodes: one table with the name in each system, and what each event adds to which of them.
+"""Metrics of runs and nodes: one table with the name in each system, and what each event adds.
 
 Labels are bounded in number and length: a label with a value for each run fills up the server that stores it.
 """
@@ -215,7 +215,7 @@ _MAX_MODEL_LENGTH: Final = 100
 
 
 class _BoundedLabels:
-    """The values of one label: the first ``max_count`` are used, cut to ``max_length``, further ones are "other"."""
+    """Values of one label: the first ``max_count``, cut to ``max_length``; further ones are "other"."""
 
     def __init__(self, max_count: int = _MAX_VALUES, max_length: int = _MAX_LENGTH) -> None:
         self._known: dict[str, str] = {}
@@ -233,7 +233,7 @@ class _BoundedLabels:
 
 
 class MetricLabels:
-    """The labels that metrics of one destination use: names of pipelines, models, agents, limits and the like."""
+    """Labels of the metrics of one destination: names of pipelines, models, agents, limits and the like."""
 
     def __init__(self) -> None:
         self.pipeline = _BoundedLabels(_MAX_PLACES)

@@ -98,7 +98,7 @@ def is_returned(run: ReliabilityContext) -> bool:
 
 
 class FlowPart(NamedTuple):
-    """A part of a flow, which calls no hooks: a flow or pipeline inside it, or a map. Known from places of steps.
+    """A part of a flow: a flow or pipeline inside it, or a map. It calls no hooks; places of steps tell it.
 
     Attributes:
         branch: the place of its call.
@@ -143,7 +143,7 @@ class Observer:
 
     @property
     def destination(self) -> object:
-        """The destination of the data. Of two exporters in one run with the same one, only the first is called."""
+        """The destination of the data. Of two exporters in one run with the same one, the first is called."""
         return self
 
     def take_settings_of(self, other: Observer) -> None:
@@ -169,7 +169,7 @@ class Observer:
         """Handle the end of a run, whatever its status."""
 
     def attempt_started(self, node: NodeExecution, state: dict[str, Any]) -> None:
-        """Handle an attempt before its function is called. An input that violates its contract has an end without a start."""
+        """Handle an attempt before its function is called. Input that violates its contract has no start."""
 
     def attempt_ended(self, node: NodeExecution, ended: AttemptEnd) -> None:
         """Handle an attempt that is in the trace; ``node.usage`` and ``node.duration_ms`` are final."""
@@ -178,7 +178,7 @@ class Observer:
         """Handle a node that gets no further attempt. Not called for a node without an attempt."""
 
     def part_started(self, run: ReliabilityContext, part: FlowPart, around: Any) -> Any:
-        """Return the note for a part of a flow, inside the note ``around``; None for exporters without spans."""
+        """Return the note for a part of a flow inside the note ``around``; None without spans."""
         return None
 
     def retrying(
@@ -199,13 +199,13 @@ class Observer:
         """Handle a circuit of a host or limit that becomes "open", "half_open" or "closed"."""
 
     def limit_cooled_down(self, run: ReliabilityContext, limit: str, seconds: float) -> None:
-        """Handle a limit that a call of the run has closed for some seconds, since its provider asked to wait."""
+        """Handle a limit that a call of the run has closed for some seconds, as its provider asked."""
 
     def hook_raised(self, run: ReliabilityContext | None, hook: str) -> None:
         """Handle an exception of a hook of any set; ``run`` is None where no run is known."""
 
     def queue_read(self, pipeline: str, figures: QueueReading | None) -> None:
-        """Handle the figures of a queue that a worker of this process has read; None once it reads them no more."""
+        """Handle the figures of a queue that a worker of this process has read; None when it stops."""
 
     def flush(self, timeout_seconds: float) -> bool:
         """Send what is queued, blocking; return True if all of it was sent. Called in a thread."""
@@ -217,7 +217,7 @@ class Observer:
     # ------------------------------------------------------------------ hooks
 
     def around(self, node: NodeExecution) -> Any:
-        """Return the note of this exporter for the nearest group or part of a flow around a node, else for its run, or None.
+        """Return our note for the nearest group or part of a flow around a node, else for its run.
 
         Not the current span: the task of a child may have been created inside the span of its sibling. Only a
         step that code calls through a guard (``node.is_called``) is under the span that is current there, if
@@ -233,7 +233,7 @@ class Observer:
         return of_run if of_run is None or not branch else self._around_place(node.ctx, branch, of_run)
 
     def _around_place(self, run: ReliabilityContext, branch: str, of_run: Any) -> Any:
-        """Return the note for the part of a flow around a place, which is started by its first step, else of the run."""
+        """Return the note for the part of a flow around a place, begun by its first step, else of the run."""
         part = _part_around(branch)
         if part is None:
             return of_run
@@ -244,7 +244,7 @@ class Observer:
         return parts[part.branch][0] or of_run
 
     def ended_parts(self, run: ReliabilityContext) -> list[tuple[Any, int]]:
-        """Return the notes for the parts of a flow whose run ends, the inner ones first, and when their last steps ended.
+        """Return the notes for the parts of a flow that ends, innermost first, and the ends of their steps.
 
         That is in ns since the epoch. A part calls no hook at its end.
         """
@@ -280,11 +280,11 @@ class Observer:
     # ------------------------------------------------------------------ what is current
 
     def enter(self, record: object) -> Token[Any]:
-        """Make a record that of the run around this code, for exporters with the same key; undo it with :meth:`leave`."""
+        """Make a record that of the run here, for exporters with the same key, until :meth:`leave`."""
         return _HERE.set({**_HERE.get(), self._here_key: record})
 
     def here(self) -> Any:
-        """Return the record of the nearest run around this code that an exporter with the same key has entered, or None."""
+        """Return the record of the nearest run that an exporter with this key has entered, or None."""
         return _HERE.get().get(self._here_key)
 
     def leave(self, token: Token[Any]) -> None:
@@ -320,7 +320,7 @@ class Observer:
                 parts[branch][1] = time_ns()
 
     def _safely(self, event: str, call: Callable[..., None], about: Any, *arguments: Any) -> None:
-        """Call a method; count its exceptions, and log one of each kind: a backend that is down fails at every event."""
+        """Call a method; count its exceptions and log one of each kind: a dead backend always fails."""
         try:
             if about is not None:  # A hook that is called directly has no run.
                 call(about, *arguments)
@@ -330,7 +330,8 @@ class Observer:
             if self.errors[kind] == 1:
                 run = about if isinstance(about, ReliabilityContext) else getattr(about, "ctx", None)
                 logger.exception(
-                    "%s: %s raised; the run continues, and further exceptions of this kind are only counted (hooks.errors)",
+                    "%s: %s raised; the run continues, and further exceptions of this kind are only "
+                    "counted (hooks.errors)",
                     self.name,
                     event,
                     exc_info=error if run is None else run.redactor.mask_error(error),
@@ -416,7 +417,7 @@ class ExporterHooks(NodeHooks):
 
     @property
     def queue_reader(self) -> Callable[[str, QueueReading | None], None] | None:
-        """Return the function that a worker calls with figures of its queues, and that never raises; None if they are not shown."""
+        """Return the function that takes figures of a worker's queues and never raises; None without one."""
         if type(self.exporter).queue_read is Observer.queue_read:
             return None
         return partial(self.exporter._safely, "queue_read", self.exporter.queue_read)

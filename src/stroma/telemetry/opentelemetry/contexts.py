@@ -52,7 +52,7 @@ def context_of(traceparent: str) -> Context:
 
 
 def current_below(above: Span) -> Span:
-    """Return the current span, such as a framework's own around a step; ``above`` where that is of another trace."""
+    """Return the current span, such as a framework's own; ``above`` if that is of another trace."""
     current = trace.get_current_span()
     about = current.get_span_context()
     same = about.is_valid and about.trace_id == above.get_span_context().trace_id
@@ -60,7 +60,7 @@ def current_below(above: Span) -> Span:
 
 
 def tracer_of_span(tracer: Tracer, about: SpanContext) -> Tracer | None:
-    """Return a tracer of the SDK whose next root span has the ids of a span that nobody has ended; None for another one."""
+    """Return an SDK tracer whose next root span has the ids of a span that nobody ended; None for others."""
     own: Any = copy(
         getattr(tracer, "_tracer", tracer)
     )  # A tracer of the global provider stands for the SDK's.

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OpenTelemetry"]
 
-#: The histograms of runs and what each calls the pipeline: of release 0.1.0 of the conventions, and before it.
+#: The histograms of runs and what each calls the pipeline: of release 0.1.0 of the conventions, and earlier.
 _RUN_NAMES: Final = (
     ("gen_ai.invoke_agent.duration", "gen_ai.agent.name"),
     ("gen_ai.invoke_workflow.duration", "gen_ai.workflow.name"),
@@ -131,7 +131,7 @@ class OpenTelemetry(MetricsObserver):
         of_run.token = attach(span, run, baggage=self._baggage)
 
     def _start_root(self, run: ReliabilityContext) -> Span:
-        """Start the span of a run: that of a process which died, under its ids and from its start, else a new one."""
+        """Start the span of a run: that of a dead process under its ids and start, else a new one."""
         context, tracer, start_ns = self._outer(run), self._tracer, None
         links = []
         before = run.first_trace(self.system)
@@ -477,7 +477,7 @@ class OpenTelemetry(MetricsObserver):
     def _shown(
         self, direction: Literal["input", "output"], run: ReliabilityContext, state: dict[str, Any]
     ) -> dict[str, str]:
-        """Return the attributes that show a state: as backends read it where it is content, else under our name."""
+        """Return the attributes that show a state: under the backends' names if it is content, else ours."""
         text = self._content.state(run, state)
         if not text:
             return {}
@@ -503,7 +503,7 @@ class OpenTelemetry(MetricsObserver):
         self._inference.can_see = True
 
     def _mark(self, span: Span, run: ReliabilityContext, ended: AttemptEnd) -> None:
-        """Make a span an error, if the end was one. Some backends show each span with an "exception" event as an error."""
+        """Make a span an error if the end was one. Some backends take each "exception" event for an error."""
         if ended.error is None:
             return
         description, kind = self._content.message(run, ended.error), type_name(ended.error)

@@ -71,7 +71,7 @@ def innermost_node(result: ExecutionResult) -> str:
 
 
 def redact_event(event: Any, hint: Any) -> Any:
-    """Return an event from inside a run without what the engine's own log lines say; None for its line about a failed end."""
+    """Return an event of a run without the engine's own log lines; None for its line about a failed end."""
     if getattr((hint or {}).get("log_record"), "run_status", None) is not None:
         return None  # The failure is captured with its stack.
     crumbs = event.get("breadcrumbs")
@@ -86,7 +86,7 @@ def redact_event(event: Any, hint: Any) -> Any:
 
 
 def drop_log_lines(event: Any, _hint: Any) -> Any:
-    """Return None for what Sentry's logging integration makes of a line that says again what is captured here."""
+    """Return None for an event that Sentry's logging integration makes of a line captured here anyway."""
     return None if WRITING.get() else event
 
 

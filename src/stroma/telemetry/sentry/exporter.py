@@ -166,7 +166,7 @@ class Sentry(Observer):
                 of_run.scopes.close()
 
     def _scope_of(self, of_run: RunScope) -> Any:
-        """Return the current scope; where another client's or another context's is, a scope of the run's own client."""
+        """Return the current scope, or one of the run's own client if that is of another client."""
         scope = self._sdk.get_current_scope()
         if self._client is not None and scope.get_client() is not self._client:
             scope = scope.fork()

@@ -22,7 +22,7 @@ class Transactions:
     def start(
         self, scope: Any, name: str, op: str, above: Any, traceparent: str | None, *, is_root: bool = False
     ) -> Any:
-        """Start a span under ``above``, or in the trace of ``traceparent``, and make it current in a scope."""
+        """Start a span under ``above``, or in the trace of ``traceparent``; make it current in a scope."""
         about = {"op": op, "name": name}
         with self._sdk.scope.use_scope(scope):  # A transaction goes by the client of the current one.
             if traceparent is not None:
@@ -61,7 +61,7 @@ class SpanStream:
     def start(
         self, scope: Any, name: str, op: str, above: Any, traceparent: str | None, *, is_root: bool = False
     ) -> Any:
-        """Start a span under ``above``, or in the trace of ``traceparent``, and make it current in a scope."""
+        """Start a span under ``above``, or in the trace of ``traceparent``; make it current in a scope."""
         with self._sdk.scope.use_scope(scope):
             scope.streamed_span = above if traceparent is None else None
             if traceparent is not None:
