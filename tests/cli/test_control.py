@@ -8,7 +8,7 @@ from tests.cli.test_operations import GOOD, at_work
 from tests.store_suite.journal import begin
 
 from stroma import SQLiteStore
-from stroma.runner import requests
+from stroma.runner import stored_runs
 
 WAITS = """
 from sums import *
@@ -52,7 +52,7 @@ def test_a_large_limit_is_printed_in_full(stroma, inside):
 
 def test_an_owner_that_does_not_read_a_pause(stroma, inside, monkeypatch):
     """The command returns, and says that the owner may begin further attempts."""
-    monkeypatch.setattr(requests, "_OWNER_SECONDS", 0.2)
+    monkeypatch.setattr(stored_runs, "_OWNER_SECONDS", 0.2)
     with SQLiteStore(stroma.home / "runs.db") as store:
         session = asyncio.run(begin(store, "x"))
         done = inside("pause", "x", "--db", "runs.db")

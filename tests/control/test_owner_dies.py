@@ -17,7 +17,7 @@ from tests.shared_stores import DURABLE, opened, place
 from tests.store_suite.journal import begin
 
 from stroma import ExecutionResult, StromaRunner
-from stroma.runner import requests
+from stroma.runner import stored_runs
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ async def test_an_owner_that_reads_no_request(
 ) -> None:
     """A request to an owner that renews its lease and reads nothing returns after a while with a warning, and
     holds from the next opening on."""
-    monkeypatch.setattr(requests, "_OWNER_SECONDS", 0.3)
+    monkeypatch.setattr(stored_runs, "_OWNER_SECONDS", 0.3)
     with place(kind) as where, opened(kind, where) as store, opened(kind, where) as other:
         session = await begin(store, lease_seconds=2.0)
         limits = {"tokens": 5} if request_name == "set_budget" else {}

@@ -36,8 +36,7 @@ from stroma import (
 from stroma.engine import interceptors
 from stroma.engine.execution import current_run
 from stroma.engine.interceptors import Interceptor
-from stroma.runner.event_hooks import event_hooks
-from stroma.runner.events import EventHub
+from stroma.runner.events import EventHub, event_hooks
 from stroma.temporal import stroma_worker
 
 pytestmark = pytest.mark.slow
@@ -330,10 +329,10 @@ async def test_what_is_not_available_at_a_place(cluster: Cluster) -> None:
 
     row = await run_once(cluster, ask, policy_map=ONCE)
     assert (row.failure_class, row.reason) == ("TERMINAL", "place")
-    assert "ask in a node without one before it" in row.message
+    assert "ask in another node" in row.message
     row = await run_once(cluster, step, policy_map=ONCE)
     assert row.failure_class == "TERMINAL"
-    assert "call them in a node without a place" in row.message
+    assert "call them in another node" in row.message
 
 
 async def test_states_over_the_limit_of_the_server(cluster: Cluster) -> None:
@@ -374,7 +373,7 @@ async def test_a_worker_of_a_place_without_the_node(cluster: Cluster) -> None:
         result = await cluster.runner.run(pipeline, Num(), run_id=run_id)
     [row] = cluster.store.attempts(run_id)
     assert (result.status, row.failure_class, row.reason) == (RunStatus.PARTIAL, "RECOVERABLE", "worker_lost")
-    assert "start workers of the place with the code of the run" in row.message
+    assert "start it with the code of the run" in row.message
 
 
 async def pass_on(state: Any) -> Any:

@@ -168,7 +168,7 @@ async def test_wrong_arguments() -> None:
         "'f' is a flow; call it with flow.run",
         "flow.step takes one node, got a list of 2",
         "call a single node with flow.step",
-        "the items of 'add' must be pydantic models, got int",
+        "each item of 'add' must be a pydantic model, got int",
         "flow.map takes one node, got a list of 2; only map_over takes several nodes: use "
         "flow.step(map_over(...), state)",
         "flow.wait_for takes a pydantic model",

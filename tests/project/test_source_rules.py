@@ -135,7 +135,7 @@ def test_only_the_engine_calls_a_nodes_function() -> None:
                     findings.add((path.relative_to(SOURCE).as_posix(), outer.name))
     callers = {(module, name) for module, name in findings if module != "engine/attempt.py"}
     assert callers == {
-        ("runner/sequence.py", "check_owners"),  # It names a function.
+        ("runner/pipeline.py", "check_owners"),  # It names a function.
         ("runner/groups.py", "_call_directly"),
         ("engine/deadlines.py", "call_in_time"),  # It puts the interceptors of tests around the call.
         ("hooks/sets.py", "_function_of"),  # It unwraps partials.
@@ -143,7 +143,7 @@ def test_only_the_engine_calls_a_nodes_function() -> None:
         ("contracts/node.py", "call"),
         ("contracts/node.py", "gives_coroutine"),  # It unwraps partials.
         ("contracts/node.py", "find_node"),  # It asks whose function it is.
-        ("runner/code.py", "_parts_of"),  # It reads the code of a flow.
+        ("runner/pipeline.py", "_parts_of"),  # It reads the code of a flow.
         ("engine/placed_calls.py", "call_at_place"),  # It asks the place for the call.
         ("drivers/temporal/worker.py", "stroma_worker"),  # It registers the activity of a place.
         ("drivers/temporal/place.py", "_answer"),  # A place makes the call for the engine.

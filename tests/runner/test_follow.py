@@ -642,7 +642,7 @@ async def test_events_that_are_lost_touch_nothing(
 
         monkeypatch.setattr(DurableSession, "append_events", broken)
     else:
-        monkeypatch.setattr("stroma.runner.event_log._encode", lambda event, number: 1 / 0)
+        monkeypatch.setattr("stroma.runner.follow._encode", lambda event, number: 1 / 0)
     runner = runner_of(one_store)
     work = [node("say", say, output=Text), node("again", lambda s: s, input=Text, output=Text)]
     for number in range(2):

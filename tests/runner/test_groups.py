@@ -866,7 +866,6 @@ async def test_map_over_what_no_class_names_the_fields_of(contract: Any, returne
     entry = returned if isinstance(returned, dict) else {"items": ["a", "b"], "other": "kept"}
     assert {name: getattr(state, name) for name in entry} == entry
     assert state.out == [Word(word="A"), Word(word="B")]
-    assert set(await group(Items(items=["a"]))) == {"items", "other", "out"}
 
 
 async def test_a_list_that_is_not_there_is_told_with_what_is() -> None:
@@ -910,21 +909,6 @@ async def test_map_over_a_group() -> None:
     assert result.status is RunStatus.COMPLETED, result.failure
     assert result.final_state is not None
     assert result.final_state.model_dump()["out"] == [{"left": 1, "both": "", "right": 2}] * 2
-
-
-async def test_map_over_by_hand() -> None:
-    """Called by hand, map_over calls the node once per item and gives the state's fields with the list in
-    it."""
-
-    async def double(state: Num) -> Any:
-        return {"n": state.n * 2}, 5
-
-    group = map_over("items", node("double", double), into="out")
-    assert await group(Items(items=[Num(n=1), Num(n=2)])) == {
-        "items": [Num(n=1), Num(n=2)],
-        "other": "kept",
-        "out": [{"n": 2}, {"n": 4}],
-    }
 
 
 async def test_map_over_keeps_extra_fields() -> None:

@@ -198,31 +198,6 @@ def test_what_is_no_sequence_of_nodes(world: World) -> None:
         map_over("tickets", [world.classify, inner], into="answers")
 
 
-async def test_called_by_hand(world: World) -> None:
-    """Called without a runner, each item goes through the functions in turn, with what their contracts make
-    of it."""
-
-    class Inner(BaseModel):
-        word: str
-
-    class Outer(BaseModel):
-        inner: Inner
-
-    async def wrap(state: Text) -> Outer:
-        return Outer(inner=Inner(word=state.text))
-
-    async def unwrap(state: Outer) -> dict[str, str]:
-        return {"answer": state.inner.word}
-
-    work = map_over(
-        "tickets", [node("w", wrap, Text, Outer), node("u", unwrap, Outer, Answer)], into="answers"
-    )
-    assert await work(Tickets()) == {
-        "tickets": ["a", "b", "c"],
-        "answers": [{"answer": "a"}, {"answer": "b"}, {"answer": "c"}],
-    }
-
-
 async def test_outputs_of_any_kind(store: Any) -> None:
     """Nodes without a contract, and root models, hand on what they return, and the last one may return
     anything."""

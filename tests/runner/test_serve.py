@@ -267,7 +267,7 @@ async def test_a_stored_input_is_not_logged(caplog: pytest.LogCaptureFixture) ->
     async with Serving(_runner(store, pipeline="changed"), pipeline) as serving:
         await serving.until(1)
     (line,) = [r.getMessage() for r in caplog.records if "broken" in r.getMessage()]
-    assert "is not a Strict: text (value_error); restore the schema of the input; trying again in" in line
+    assert "is not a Strict: text (value_error); restore its schema; trying again in" in line
     assert "4711" not in caplog.text
     assert "\n" not in line
 

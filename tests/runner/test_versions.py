@@ -27,8 +27,8 @@ from stroma import (
 from stroma.checkpoint.blocked import BlockedMark, block
 from stroma.checkpoint.queue import ServedCode
 from stroma.checkpoint.records import RunQuery
-from stroma.runner.code import code_of
 from stroma.runner.drive import Blocked, Suspended
+from stroma.runner.pipeline import code_of
 
 store = store_fixture(*STORES)
 
@@ -194,7 +194,7 @@ async def test_a_list_may_have_a_version(store: Any) -> None:
 def test_what_a_version_may_be() -> None:
     """A version is a short text without spaces; accepts= needs one, and is a sequence of versions."""
     for bad in ("", "a b", "a\n", "x" * 101, 2):
-        with pytest.raises(ValueError, match="a version must be a text"):
+        with pytest.raises(ValueError, match="a version must have 1 to 100 printable"):
             Pipeline("p", [], version=bad)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="accepts needs version="):
         Pipeline("p", [], accepts=("1",))

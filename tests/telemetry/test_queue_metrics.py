@@ -14,8 +14,8 @@ from tests.shared_stores import STORES
 from tests.telemetry.test_labels import Systems
 
 from stroma import Pipeline, RunConfig, StromaRunner
-from stroma.runner import queue_watch
-from stroma.runner.code import code_of
+from stroma.runner import worker
+from stroma.runner.pipeline import code_of
 from stroma.runner.worker import WorkerHealth
 
 store = store_fixture(*STORES)
@@ -34,7 +34,7 @@ NAMES = (
 
 @pytest.fixture(autouse=True)
 def read_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queue_watch, "_READ_SECONDS", 0.02)
+    monkeypatch.setattr(worker, "_READ_SECONDS", 0.02)
 
 
 async def until(condition: Any) -> None:

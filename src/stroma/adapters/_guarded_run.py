@@ -33,8 +33,8 @@ from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunCancelled
 from stroma.failures.failure import Failure, text_of
 from stroma.hooks.sets import HookError
+from stroma.runner.pipeline import warn_of_unknown_ids
 from stroma.runner.runner import StromaRunner
-from stroma.runner.sequence import warn_of_unknown_ids
 from stroma.trace.result import ExecutionResult, RunStatus
 
 __all__ = ["ACTIVE", "GuardedRun", "active_run"]

@@ -134,7 +134,7 @@ class Guard:
             update["user"] = check_label(user, "user")
         config = config.model_copy(update=update)
         if config.events == "store":
-            from stroma.runner.event_log import with_event_log  # Not loaded by most runs.
+            from stroma.runner.follow import with_event_log  # Not loaded by most runs.
 
             config = with_event_log(config)
         ctx = ReliabilityContext.for_run(config, self.registry, self.runner.checkpoint_manager)

@@ -42,8 +42,8 @@ from stroma.failures.errors import PlaceError
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.hooks.sets import HookError, flatten
 from stroma.runner.pipeline import Pipeline, nodes_of
-from stroma.runner.requests import limits_of
 from stroma.runner.runner import StromaRunner
+from stroma.runner.stored_runs import limits_of
 from stroma.trace.result import ExecutionResult, RunStatus
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from stroma.checkpoint.records import RunRecord
 from stroma.cli.formatting import id_word
 from stroma.cli.output import err
 from stroma.cli.stores import Database
-from stroma.runner.requests import request
+from stroma.runner.stored_runs import request
 
 __all__ = ["request_of", "take_back_pause"]
 

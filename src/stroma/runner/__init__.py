@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from stroma.failures.policy import PolicyMap, default_policy_map
     from stroma.hooks.sets import NodeHooks, StepHooks
     from stroma.runner.events import StreamEvent
-    from stroma.runner.flows.definition import stroma_flow
-    from stroma.runner.flows.errors import StepFailed
-    from stroma.runner.flows.flow import Flow, FlowFunction
+    from stroma.runner.flows.endings import StepFailed
+    from stroma.runner.flows.flow import Flow, FlowFunction, stroma_flow
     from stroma.runner.groups import map_over, parallel
     from stroma.runner.items import Journal, JsonLines
     from stroma.runner.pipeline import Pipeline
@@ -93,7 +92,7 @@ _HOMES = {
     "RunConfig": "engine.config",
     "RunStatus": "trace.result",
     "RunStream": "runner.stream",
-    "StepFailed": "runner.flows.errors",
+    "StepFailed": "runner.flows.endings",
     "StepHooks": "hooks.sets",
     "StreamEvent": "runner.events",
     "StromaRunner": "runner.runner",
@@ -106,7 +105,7 @@ _HOMES = {
     "map_over": "runner.groups",
     "parallel": "runner.groups",
     "resolve_model": "cost.fallback",
-    "stroma_flow": "runner.flows.definition",
+    "stroma_flow": "runner.flows.flow",
     "stroma_node": "contracts.node",
     "stroma_step": "contracts.node",
 }

@@ -20,7 +20,7 @@ __all__ = ["Incompatibility", "changes_since"]
 
 @dataclass(frozen=True, slots=True)
 class Incompatibility:
-    """A reason that an output of a run cannot be restored. ``at``: its position, and its place in groups: "2", "2.0"."""
+    """A reason that an output cannot be restored. ``at``: its position, and place in groups: "2.0"."""
 
     at: str
     node_id: str
@@ -46,25 +46,22 @@ def changes_since(
         try:
             check_place(ctx, nodes, committed, position, branch)
             _read(ctx, nodes, committed, position, branch)
-        except PipelineChanged as error:
-            changes.append(Incompatibility(at, committed.node_id, str(error)))
         except Exception as error:  # A validator or an upcast may raise anything.
-            why = f"{type(error).__name__}: {describe_error(error)[0]}"
-            changes.append(
-                Incompatibility(
-                    at,
-                    committed.node_id,
-                    f"the output of node {committed.node_id!r} cannot be read back: {why}; "
-                    "restore its schema, add an upcast to the contract, or resume from there to run it again",
+            message = str(error)
+            if not isinstance(error, PipelineChanged):
+                message = (
+                    f"the output of node {committed.node_id!r} cannot be read back: {type(error).__name__}: "
+                    f"{describe_error(error)[0]}; restore its schema, add an upcast to the contract, or resume "
+                    "from there to run it again"
                 )
-            )
+            changes.append(Incompatibility(at, committed.node_id, message))
     return changes
 
 
 def _read(
     ctx: ReliabilityContext, nodes: Sequence[Node | Group], committed: Committed, position: int, branch: str
 ) -> None:
-    """Read an output back as a resume does; raises what prevents it. A group's output is merged from its children's."""
+    """Read an output back as a resume does; raises what prevents it. That of a group is merged."""
     if position >= len(nodes):
         return  # Changes are allowed.
     node = nodes[position]

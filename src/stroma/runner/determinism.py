@@ -1,4 +1,4 @@
-"""Check that a flow depends on nothing but its input and its steps, by replaying a run of it at another time."""
+"""Check that a flow depends only on its input and its steps, by replaying a run of it at another time."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ async def check_flow(
     before, after = _outcome(first), _outcome(second)
     if before != after:
         raise PipelineChanged(
-            f"flow {flow.name!r} ends with {after} when it is replayed, and ended with {before}; a flow may depend only on its "
-            "input, its steps, and flow.now(), flow.random() and flow.uuid()"
+            f"flow {flow.name!r} ends with {after} when it is replayed, and ended with {before}; a flow may "
+            "depend only on its input, its steps, and flow.now(), flow.random() and flow.uuid()"
         )
     return first
 

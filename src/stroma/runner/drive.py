@@ -1,4 +1,4 @@
-"""Drive a stored run: continue it as far as possible. Every dispatcher (a worker, Temporal, a job) calls this."""
+"""Drive a stored run: continue it as far as possible. Every dispatcher calls this: a worker, Temporal."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from stroma._utils.logs import refused_fields
 from stroma.checkpoint import PipelineChanged, RunBusy, RunExists
 from stroma.checkpoint.decisions import UNFINISHED
 from stroma.engine.opening import Dispatch
-from stroma.runner.batch import Batch
 from stroma.runner.flows.suspension import now_ms
+from stroma.runner.live_runs import Batch
 from stroma.runner.pipeline import Pipeline
 from stroma.runner.stored_runs import ServedPipeline, StoredRuns
 from stroma.trace.result import ExecutionResult, Question, RunStatus
@@ -23,50 +23,33 @@ from stroma.trace.result import ExecutionResult, Question, RunStatus
 if TYPE_CHECKING:
     from stroma.checkpoint import RunRecord
 
-__all__ = [
-    "Blocked",
-    "Busy",
-    "DriveOutcome",
-    "Ended",
-    "RunDriver",
-    "Suspended",
-    "Yielded",
-]
+__all__ = ["Blocked", "Busy", "DriveOutcome", "Ended", "RunDriver", "Suspended", "Yielded"]
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The run has ended.
-
-    Attributes:
-        status: COMPLETED, RESUMED, FAILED, PARTIAL or CANCELLED.
-        result: the result, if this call ended the run; None if the run had ended before.
-    """
+    """The run has ended, with a status: COMPLETED, RESUMED, FAILED, PARTIAL or CANCELLED."""
 
     run_id: str
     status: str
+    #: None if the run had ended before this call.
     result: ExecutionResult | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Suspended:
-    """The run is suspended.
-
-    Attributes:
-        until: when the run is due again; None: an answer or a request has to come first.
-        questions: the questions without an answer.
-        result: the result, if this call suspended the run.
-    """
+    """The run is suspended."""
 
     run_id: str
-    until: datetime | None
-    questions: tuple[Question, ...] = ()
+    until: datetime | None  # When the run is due again; None: an answer or a request has to come first.
+    questions: tuple[Question, ...] = ()  # Those without an answer.
+    #: None if the run was suspended before this call.
     result: ExecutionResult | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Yielded:
-    """The run was ended at a step boundary, as INTERRUPTED, and is due at once: its time was over, or a shutdown began."""
+    """The run was INTERRUPTED at a step boundary, by its time limit or a shutdown, and is due at once."""
 
     run_id: str
     result: ExecutionResult | None = field(default=None, repr=False, compare=False)
@@ -74,30 +57,20 @@ class Yielded:
 
 @dataclass(frozen=True, slots=True)
 class Busy:
-    """Another owner has the run.
-
-    Attributes:
-        until: the end of its lease, which it renews while it lives; None if it has no lease, in a store in
-            memory.
-        owner: the process that owns the run, for messages.
-    """
+    """Another owner has the run."""
 
     run_id: str
-    until: datetime | None
-    owner: str
+    until: datetime | None  # The end of its lease, which it renews; None without a lease, in memory.
+    owner: str  # The process that owns the run, for messages.
 
 
 @dataclass(frozen=True, slots=True)
 class Blocked:
-    """The code of this process cannot continue the run, which stays as it was, with a mark of that.
-
-    Attributes:
-        reason: what does not fit.
-        until: before that, workers with this code do not try again; None: no pipeline has its name here.
-    """
+    """The code of this process cannot continue the run, which stays as it was, with a mark of that."""
 
     run_id: str
-    reason: str
+    reason: str  # What does not fit.
+    #: Before that, workers with this code do not try again; None: no pipeline has its name here.
     until: datetime | None = None
 
 
@@ -105,12 +78,7 @@ DriveOutcome = Ended | Suspended | Yielded | Busy | Blocked
 
 
 class RunDriver:
-    """Continues runs of a store.
-
-    Args:
-        batch: a shutdown drains it; then no further run is continued.
-        run: continues one run, given its nodes, input, id and dispatch.
-    """
+    """Continues runs of a store. ``run`` continues one run, given its nodes, input, id and dispatch."""
 
     def __init__(
         self,
@@ -119,13 +87,13 @@ class RunDriver:
         run: Callable[[Pipeline | list[Any], BaseModel, str, Dispatch], Awaitable[ExecutionResult]],
     ) -> None:
         self._stored = stored
-        self._batch = batch
+        self._batch = batch  # A shutdown drains it; then no further run is continued.
         self._run = run
 
     async def drive(
         self, run_id: str, find: Callable[[str], ServedPipeline | None], max_seconds: float | None
     ) -> DriveOutcome:
-        """Continue a run, if it is due; see :meth:`StromaRunner.drive`. ``find``: the nodes for the name of a pipeline."""
+        """Continue a run, if it is due; see :meth:`StromaRunner.drive`. ``find``: nodes by pipeline."""
         while True:
             record = await self._stored.get(run_id)
             outcome = await self._settled(record)
@@ -133,9 +101,8 @@ class RunDriver:
                 return outcome
             served = find(record.pipeline)
             if served is None:
-                return Blocked(
-                    run_id, f"pipeline {record.pipeline!r} is not served here; pass it in pipelines="
-                )
+                reason = f"pipeline {record.pipeline!r} is not served here; pass it in pipelines="
+                return Blocked(run_id, reason)
             outcome = await self.continue_run(run_id, served, Dispatch(now_ms(), max_seconds))
             if outcome is not None:
                 return outcome
@@ -145,7 +112,7 @@ class RunDriver:
     async def continue_run(
         self, run_id: str, served: ServedPipeline, dispatch: Dispatch, data: bytes | None = None
     ) -> DriveOutcome | None:
-        """Continue a run that was due a moment ago. Return None if it is no longer due, and during a shutdown.
+        """Continue a run that was due a moment ago. Return None if it is not, and during a shutdown.
 
         ``data``: its input in stored form, if that has been read.
         """
@@ -160,9 +127,8 @@ class RunDriver:
             return Blocked(run_id, str(error), None if mark is None else _to_time(mark.until_ms))
         if result.status is RunStatus.SUSPENDED:
             outcome = await self._settled(await self._stored.get(run_id), result)
-            return outcome or Suspended(
-                run_id, _to_time(now_ms()), (), result
-            )  # An answer has come meanwhile.
+            # None: an answer has come meanwhile.
+            return outcome or Suspended(run_id, _to_time(now_ms()), (), result)
         if result.status is not RunStatus.INTERRUPTED:
             return Ended(run_id, result.status, result)
         if result.failure is not None:
@@ -184,7 +150,7 @@ class RunDriver:
                 state = served.schema.decode(data)
             if self._batch.draining:
                 raise RunExists(
-                    f"run {run_id!r} is not continued: the runner shuts down; another process may continue it"
+                    f"run {run_id!r} is not continued, as the runner shuts down; another process continues it"
                 )
             return await self._run(served.nodes, state, run_id, dispatch)
         except PipelineChanged as error:
@@ -192,9 +158,10 @@ class RunDriver:
         except ValidationError as error:
             model = served.schema.model.__name__
             changed = PipelineChanged(
-                f"the input of run {run_id!r} is not a {model}: {refused_fields(error)}; restore the schema of the input"
+                f"the input of run {run_id!r} is not a {model}: {refused_fields(error)}; restore its schema"
             )
-        await self._stored.block(run_id, str(changed), served.code, dispatch.claim)
+        store = self._stored.journal("block")
+        await store.block(run_id, str(changed), served.code.name, dispatch.claim, now_ms())
         raise changed
 
     async def _settled(self, record: RunRecord, result: ExecutionResult | None = None) -> DriveOutcome | None:

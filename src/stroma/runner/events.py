@@ -1,4 +1,4 @@
-"""Events of a run, and the hub that numbers them and hands them to readers."""
+"""Events of a run: the hub that numbers them and hands them to readers, and the hooks that publish them."""
 
 from __future__ import annotations
 
@@ -6,18 +6,28 @@ import asyncio
 import json
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Final, Literal, Self
 
-from stroma.engine.execution import NodeExecution
-from stroma.hooks.sets import MapProgress
+from stroma.engine.emitted import attempt_id_of
+from stroma.engine.execution import NodeExecution, current_node
+from stroma.failures.classes import FailureClass
+from stroma.hooks.sets import MapProgress, NodeHooks
 from stroma.trace.events import TraceEvent
 from stroma.trace.plain import jsonable
 from stroma.trace.result import ExecutionResult
 
-__all__ = ["EventHub", "EventKind", "EventReader", "StreamEvent"]
+__all__ = [
+    "EventHub",
+    "EventKind",
+    "EventReader",
+    "StreamEvent",
+    "describe_failure",
+    "describe_result",
+    "event_hooks",
+]
 
 EventKind = Literal[
     "run_start",
@@ -80,7 +90,7 @@ class StreamEvent:
     cursor: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the event as JSON data, without ``event``, ``result`` and fields that are None or empty details."""
+        """Return the event as JSON data, without ``event``, ``result`` and what is None or empty details."""
         data = {name: getattr(self, name) for name in _JSON_FIELDS}
         return {
             name: jsonable(value)
@@ -90,34 +100,19 @@ class StreamEvent:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Return the event of a :meth:`to_dict`; its ``event`` and ``result`` are None. Ignores unknown keys."""
-        fields = {name: data[name] for name in _JSON_FIELDS if name in data}
-        if "progress" in fields:
-            fields["progress"] = MapProgress(**fields["progress"])
-        return cls(**fields)
+        """Return the event of a :meth:`to_dict`, without ``event`` and ``result``. Ignores unknown keys."""
+        known = {name: data[name] for name in _JSON_FIELDS if name in data}
+        if "progress" in known:
+            known["progress"] = MapProgress(**known["progress"])
+        return cls(**known)
 
     def to_sse(self) -> str:
-        """Return a message of a ``text/event-stream``; its event is the kind, its id the cursor, or the number without one."""
+        """Return a message of a ``text/event-stream``: its id is the cursor, or the number without one."""
         data = json.dumps(self.to_dict(), allow_nan=False)
         return f"id: {self.cursor or self.number}\nevent: {self.kind}\ndata: {data}\n\n"
 
 
-_JSON_FIELDS: Final = (
-    "number",
-    "kind",
-    "run_id",
-    "node_id",
-    "position",
-    "branch",
-    "attempt",
-    "attempt_id",
-    "state",
-    "name",
-    "data",
-    "progress",
-    "details",
-    "cursor",
-)
+_JSON_FIELDS: Final = tuple(one.name for one in fields(StreamEvent) if one.name not in ("event", "result"))
 
 
 class EventHub:
@@ -153,7 +148,7 @@ class EventHub:
         self.make_room()
 
     def publish(self, kind: EventKind, run_id: str, node_id: str | None = None, **fields: Any) -> None:
-        """Put an event that must not be lost into every queue. Awaits nothing, so that a cancellation loses none."""
+        """Put an event that must not be lost into every queue. It awaits nothing that could be cancelled."""
         with self.lock:
             if kind == "node_start":
                 self._attempts.add(fields["attempt_id"])
@@ -165,7 +160,7 @@ class EventHub:
                 reader.put(event)
 
     def emit(self, node: NodeExecution, attempt_id: str, name: str, data: Any) -> None:
-        """Put an event of an attempt into every queue, which drops its oldest one if it is full. Never waits."""
+        """Put an event of an attempt into every queue, which drops its oldest if it is full. Never waits."""
         with self.lock:
             if attempt_id not in self._attempts:
                 return
@@ -175,13 +170,12 @@ class EventHub:
                 "node_event",
                 node.run_id,
                 node.node_id,
-                node.position,
-                node.branch,
-                node.attempt,
-                attempt_id,
-                None,
-                name,
-                data,
+                position=node.position,
+                branch=node.branch,
+                attempt=node.attempt,
+                attempt_id=attempt_id,
+                name=name,
+                data=data,
             )
             for reader in self.readers:
                 reader.put_emitted(event)
@@ -239,9 +233,13 @@ class EventReader:
         return self.buffer is not None and len(self._events) > self.buffer
 
     def put(self, event: StreamEvent) -> None:
-        """Add an event. Of the progress of a map only the newest event is pending. The caller holds the lock."""
+        """Add an event. Of the progress of a map only the newest is pending. The caller holds the lock."""
         last = self._events[-1] if self._events else None
-        if last is not None and last.kind == event.kind == "map_progress" and _place(last) == _place(event):
+        if (
+            last is not None
+            and last.kind == event.kind == "map_progress"
+            and (last.position, last.branch) == (event.position, event.branch)
+        ):
             self._events.pop()
         self._events.append(event)
         self.wake()
@@ -304,10 +302,147 @@ class EventReader:
         return events.popleft() if events else None
 
 
-def _place(event: StreamEvent) -> tuple[int | None, str]:
-    return event.position, event.branch
-
-
 def _resolve(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
+
+
+def event_hooks(
+    hub: EventHub, on_end: Callable[[ExecutionResult], None] | None = None, *, with_trace: bool = True
+) -> NodeHooks:
+    """Return hooks that publish the events of one run in a hub, and have what its nodes emit put there.
+
+    They publish no "run_end": ``on_end`` is called with the result as hooks may see it. ``with_trace``: ends
+    of attempts have their event in the trace.
+    """
+    calls = _EventHooks(hub, with_trace)
+
+    async def run_end(run_id: str, result: ExecutionResult) -> None:
+        if on_end is not None:
+            on_end(result)
+
+    return _HubHooks(
+        hub=hub,
+        on_run_start=calls.run_start,
+        on_run_end=run_end,
+        on_node_start=calls.start,
+        on_node_success=calls.success,
+        on_node_failure=calls.failure,
+        on_node_retry=calls.retry,
+        on_node_skipped=calls.skipped,
+        on_node_cancelled=calls.cancelled,
+        on_node_suspended=calls.suspended,
+        on_budget_warning=calls.budget,
+        on_map_progress=calls.progress,
+    )
+
+
+def describe_result(result: ExecutionResult) -> dict[str, Any]:
+    """Return the details of a "run_end": a result as JSON data."""
+    details = {
+        "status": str(result.status),
+        "final_state": None if result.final_state is None else jsonable(result.final_state),
+        "total_tokens": result.total_tokens,
+        "total_cost_usd": result.total_cost_usd,
+        "failed_items": result.failed_items,
+        "suspended": list(result.suspended),
+        "questions": [jsonable(asdict(question)) for question in result.questions],
+    }
+    failure = result.failure
+    if failure is not None:
+        details["failure"] = describe_failure(failure.failure_class, failure.message, failure.reason)
+    return details
+
+
+def describe_failure(failure_class: str, message: str | None, reason: str | None) -> dict[str, Any]:
+    """Return a failure as JSON data."""
+    return {"class": str(failure_class), "message": message, "reason": reason}
+
+
+@dataclass
+class _HubHooks(NodeHooks):
+    hub: EventHub = field(kw_only=True)
+
+    _has_time_limit = False
+
+    def _event_receiver(self) -> EventHub:
+        return self.hub
+
+
+class _EventHooks:
+    def __init__(self, hub: EventHub, with_trace: bool) -> None:
+        self._hub = hub
+        self._with_trace = with_trace
+
+    async def _publish(self, kind: EventKind, run_id: str, node_id: str, **fields: Any) -> None:
+        """Publish an event of the current node, and wait until the readers have room."""
+        self._hub.publish(kind, run_id, node_id, **{**_place(), **fields})
+        await self._hub.wait_for_room()
+
+    def _end(self) -> dict[str, Any]:
+        """Return what an event says about the end of an attempt; nothing where no attempt has ended."""
+        node = current_node()
+        row, redactor = node.ended, node.ctx.redactor
+        if row is None:  # A question of a flow.
+            return {}
+        usage = node.usage
+        details: dict[str, Any] = {"tokens": usage.tokens, "cost_usd": usage.cost_usd}
+        details["duration_ms"] = node.duration_ms
+        if row.failure is not None and row.outcome == "failure":
+            failure_class, message, reason = row.failure[:3]
+            message = redactor.failure_message(message, row)
+            details["failure"] = describe_failure(failure_class, message, reason)
+        end: dict[str, Any] = {"details": details}
+        end["attempt_id"] = None if node.redelivered else attempt_id_of(node)
+        if self._with_trace:
+            event = node.ctx.trace.event_of(row)
+            output = event.output_state
+            end["event"] = replace(
+                event,
+                input_state=redactor.redact_state(event.input_state),
+                output_state=None if output is None else redactor.redact_state(output),
+            )
+        return end
+
+    async def run_start(self, run_id: str, pipeline: str, state: dict[str, Any]) -> None:
+        self._hub.publish("run_start", run_id, state=state, details={"pipeline": pipeline})
+        await self._hub.wait_for_room()
+
+    async def start(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
+        attempt_id = attempt_id_of(current_node())
+        await self._publish("node_start", run_id, node_id, state=state, attempt_id=attempt_id)
+
+    async def success(self, run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
+        await self._publish("node_success", run_id, node_id, state=state, **self._end())
+
+    async def failure(self, run_id: str, node_id: str, error: Exception, kind: FailureClass) -> None:
+        await self._publish("node_failure", run_id, node_id, **self._end())
+
+    async def retry(self, run_id: str, node_id: str, attempt: int, delay: float, kind: FailureClass) -> None:
+        details = {"delay_seconds": delay, "failure_class": kind}
+        await self._publish("node_retry", run_id, node_id, attempt=attempt, details=details)
+
+    async def skipped(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
+        await self._publish("node_skipped", run_id, node_id, state=state)
+
+    async def cancelled(self, run_id: str, node_id: str) -> None:
+        await self._publish("node_cancelled", run_id, node_id, **self._end())
+
+    async def suspended(self, run_id: str, node_id: str, reason: str) -> None:
+        end, question = self._end(), current_node().question
+        details = {"reason": reason, "question": None if question is None else asdict(question)}
+        end["details"] = {**end.get("details", {}), **details}
+        await self._publish("node_suspended", run_id, node_id, **end)
+
+    async def budget(self, run_id: str, dimension: str, used: float, limit: float) -> None:
+        details = {"dimension": dimension, "used": used, "limit": limit}
+        self._hub.publish("budget_warning", run_id, details=details)
+
+    async def progress(self, run_id: str, node_id: str, progress: MapProgress) -> None:
+        place = {**_place(), "attempt": None}
+        self._hub.publish("map_progress", run_id, node_id, progress=progress, **place)
+
+
+def _place() -> dict[str, Any]:
+    node = current_node()
+    return {"position": node.position, "branch": node.branch, "attempt": node.attempt or None}

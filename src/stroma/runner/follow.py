@@ -1,24 +1,143 @@
-"""Following a run from any process: its stored events, and what its record says about its suspensions and its end."""
+"""Stored events of a run: written in the background, and followed from any process."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
-from stroma.checkpoint import CheckpointNotFound, CorruptCheckpoint
+from stroma._utils.logs import get_logger
+from stroma.checkpoint import CheckpointNotFound, CorruptCheckpoint, Session
 from stroma.checkpoint.decisions import UNFINISHED
 from stroma.checkpoint.decoding import RecordName, decode_json
 from stroma.checkpoint.entries import Finished
 from stroma.checkpoint.events import EventPage, EventPlace
 from stroma.checkpoint.records import Cause, RunRecord
-from stroma.runner.events import StreamEvent
+from stroma.checkpoint.sessions import NULL_SESSION
+from stroma.engine.config import RunConfig
+from stroma.engine.execution import NodeExecution, current_run
+from stroma.runner.events import EventHub, EventKind, StreamEvent, describe_failure, event_hooks
+from stroma.runner.pipeline import with_hooks
 from stroma.runner.stored_runs import StoredRuns
 from stroma.trace.redaction import Redact, hide_state
 
-__all__ = ["decode_events", "follow"]
+__all__ = ["decode_events", "follow", "with_event_log"]
+
+logger = get_logger()
+
+#: Between two batches. All runs of a process write at the same time, so that a store can write their batches
+#: together.
+_SECONDS: Final = 0.1
+_MAX_BATCH_SIZE: Final = 500
+#: An event with more bytes is stored without its state and data.
+_MAX_EVENT_BYTES: Final = 1_000_000
+
+
+def with_event_log(config: RunConfig) -> RunConfig:
+    """Return the config for one run that stores its events."""
+    return with_hooks(config, event_hooks(EventLog(), with_trace=False))
+
+
+class EventLog(EventHub):
+    """A hub whose only reader writes to the store of the run. What the store refuses is lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._reader = self.add_reader()
+        self._session: Session = NULL_SESSION
+        self.run_logger: Any = logger
+        self._loop: asyncio.AbstractEventLoop | None = None
+        #: Pending events will be written.
+        self._is_due = False
+        self._writing: asyncio.Future[None] | None = None
+        #: Number of the last event of this run in its store: those that were dropped leave a gap.
+        self._last = 0
+        self._has_warned = False
+
+    def publish(self, kind: EventKind, run_id: str, node_id: str | None = None, **fields: Any) -> None:
+        run = current_run()
+        if self._loop is None and run is not None:
+            self._loop = asyncio.get_running_loop()
+            self._session, self.run_logger = run.session, run.run_logger
+        super().publish(kind, run_id, node_id, **fields)
+        self._wake()
+
+    def emit(self, node: NodeExecution, attempt_id: str, name: str, data: Any) -> None:
+        super().emit(node, attempt_id, name, data)
+        self._wake()
+
+    def _wake(self) -> None:
+        """Have what is pending written soon. Safe to call in any thread."""
+        if not self._is_due and self._loop is not None:
+            self._is_due = True
+            with suppress(RuntimeError):  # The loop was closed, and the run with it.
+                self._loop.call_soon_threadsafe(self._schedule, self._loop)
+
+    def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
+        loop.call_at((math.floor(loop.time() / _SECONDS) + 1) * _SECONDS, self._write)
+
+    def _write(self) -> None:
+        self._is_due = False  # First: an event that comes now is written below, or wakes this again.
+        if self._writing is None or self._writing.done():
+            for _ in range(2):  # All that nodes emitted, without staying here for a thread that floods.
+                self._write_batch()
+        if self._reader.pending:
+            self._wake()
+
+    def flush(self) -> None:
+        """Write all pending events. They reach the store before the end of the run, which is written next."""
+        while self._reader.pending:
+            self._write_batch()
+
+    def _write_batch(self) -> None:
+        try:
+            with self.lock:
+                lines = self._take_lines()
+                # A run that is returned has no new events.
+                if not lines or self._session.finished is not None:
+                    return
+                pending = self._session.append_events(self._last, b"\n".join(lines))
+            if pending is not None:
+                self._writing = asyncio.ensure_future(pending)
+                self._writing.add_done_callback(self._note_end)
+        except Exception as error:
+            self._warn(error)
+
+    def _take_lines(self) -> list[bytes]:
+        lines: list[bytes] = []
+        size = 0
+        while len(lines) < _MAX_BATCH_SIZE and size < _MAX_EVENT_BYTES and (event := self._reader.take()):
+            if event.kind == "events_dropped":
+                self._last += event.details["dropped"]
+            else:
+                self._last += 1
+                lines.append(_encode(event, self._last))
+                size += len(lines[-1])
+        return lines
+
+    def _note_end(self, writing: asyncio.Future[None]) -> None:
+        if not writing.cancelled() and (error := writing.exception()) is not None:
+            self._warn(error)
+
+    def _warn(self, error: BaseException) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            self.run_logger.warning("events are lost, which changes nothing else: %s", error)
+
+
+def _encode(event: StreamEvent, number: int) -> bytes:
+    data = {**event.to_dict(), "number": number}
+    line = json.dumps(data, allow_nan=False).encode()
+    if len(line) > _MAX_EVENT_BYTES:
+        data = {**data, "state": None, "data": None, "details": {"omitted_bytes": len(line)}}
+        line = json.dumps(data, allow_nan=False).encode()
+    return line
+
 
 #: Batches that are read at once: at most 2,500 events.
 _PAGE_SIZE: Final = 5
@@ -49,7 +168,8 @@ async def follow(
         page, events = await reads.next(stored, run_id, bound, place)
         if after.epoch > page.epoch:
             raise CheckpointNotFound(
-                f"run {run_id!r} has no event {str(after)!r}: it was deleted, and started again; follow it without after"
+                f"run {run_id!r} has no event {str(after)!r}: it was deleted, and started again; "
+                "follow it without after"
             )
         bound = page.run, page.execution
         for place, event in events:
@@ -96,16 +216,12 @@ async def _describe_end(stored: StoredRuns, record: RunRecord, redact: Redact | 
         reason, cause = Finished(record.status, record.error).reason, record.cause
         if reason is not None or cause is None:
             cause = Cause("", 0, "", 0, "TERMINAL", reason, record.error)
-        details["failure"] = {
-            "class": cause.failure_class,
-            "message": cause.message,
-            "reason": cause.reason,
-        }
+        details["failure"] = describe_failure(cause.failure_class, cause.message, cause.reason)
     return details
 
 
 class _EventReads:
-    """Reads of the stored events of one store, which the followers of one event loop share: all who are at one place of a run."""
+    """Reads of the events of one store, which followers at one place of a run share in one event loop."""
 
     def __init__(self) -> None:
         self._reads: dict[_Key, _Read] = {}
@@ -115,7 +231,7 @@ class _EventReads:
     async def next(
         self, stored: StoredRuns, run_id: str, bound: _Bound | None, place: EventPlace
     ) -> tuple[EventPage, _Events]:
-        """Return the next events after a place, once there are any, or the run has ended or was suspended after it.
+        """Return the next events after a place, once there are any, or the run has ended or is suspended.
 
         Raises CheckpointNotFound for an unknown run, and if ``bound`` is not its last execution any more.
         """
@@ -134,7 +250,7 @@ class _EventReads:
                 self._forget(key, read)
 
     def _share(self, key: _Key, read: _Read) -> None:
-        """Leave the result of a read for those who are a little behind; not for new followers: the run may be restarted."""
+        """Leave a result for those who are a little behind, and not for new followers after a restart."""
         seconds = 0.0 if key[1] is None else _SHARED_SECONDS
         asyncio.get_running_loop().call_later(seconds, self._forget, key, read)
 
@@ -191,7 +307,7 @@ class _Read:
 def decode_events(
     run_id: str, page: EventPage, place: EventPlace
 ) -> Iterator[tuple[EventPlace, StreamEvent]]:
-    """Yield the events of a page after a place, each with its place. One "events_dropped" stands for those that are missing."""
+    """Yield the events of a page after a place, with "events_dropped" where some are missing."""
     for last, lines in page.batches:
         if last <= place:
             continue
@@ -215,7 +331,4 @@ def _missing(run_id: str, place: EventPlace, last: EventPlace) -> Iterator[tuple
     before = place.number if place.epoch == last.epoch else 0
     if before < last.number:
         details = {"dropped": last.number - before}
-        yield (
-            last,
-            StreamEvent(before + 1, "events_dropped", run_id, details=details, cursor=str(last)),
-        )
+        yield (last, StreamEvent(before + 1, "events_dropped", run_id, details=details, cursor=str(last)))

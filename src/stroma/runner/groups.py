@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Literal, cast
 
@@ -13,15 +12,16 @@ from pydantic import BaseModel
 
 from stroma.checkpoint import inside_of
 from stroma.checkpoint.identity import sequence_id
+from stroma.contracts.copying import isolate
 from stroma.contracts.node import FlowNode, Group, Node, find_node
 from stroma.contracts.schema import Schema, schema_of
+from stroma.contracts.untyped import UntypedState
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.engine.loop import execute, execute_in_turn
 from stroma.engine.merged_models import merged_model, with_list
 from stroma.engine.outcome import GroupStopped, Halt, Place
 from stroma.engine.tasks import gather
-from stroma.failures.errors import ItemFailure
 from stroma.runner.items import (
     FileSource,
     ItemsFunction,
@@ -31,23 +31,15 @@ from stroma.runner.items import (
     LinesFile,
     ListSource,
     Source,
-    values_of,
 )
-from stroma.runner.map import DEFAULT_CONCURRENCY, MapRun
-from stroma.runner.states import (
-    as_state,
-    fields_of_output,
-    fields_of_state,
-    item_output,
-    item_state,
-    items_in,
-)
+from stroma.runner.map import DEFAULT_CONCURRENCY, ChildEnds, MapRun, item_output
+from stroma.runner.pipeline import check_bound
 
 __all__ = ["map_over", "parallel"]
 
 
 def parallel(*nodes: Any, max_concurrency: int | None = None) -> Group:
-    """Run nodes side by side on copies of the same state; their outputs merge in argument order, later ones win.
+    """Run nodes side by side on copies of one state; their outputs merge in argument order, later ones win.
 
     Each child is a full node: contracts, timeout, retries, usage, hooks, a record of its own. The first that
     stops for good cancels its siblings, and the group fails with that child's exception; an effect that is
@@ -61,7 +53,7 @@ def parallel(*nodes: Any, max_concurrency: int | None = None) -> Group:
     """
     if not nodes:
         raise ValueError("parallel() needs at least one node")
-    _check_limit(max_concurrency)
+    check_bound(max_concurrency)
     return ParallelGroup(tuple(_child_of(node) for node in nodes), max_concurrency)
 
 
@@ -73,7 +65,7 @@ def map_over(
     max_concurrency: int | None = None,
     on_item_failure: Literal["stop", "collect"] = "stop",
 ) -> Group:
-    """Run one node, or several in turn, for each of many items; each is retried, recorded and resumed on its own.
+    """Run one node, or several in turn, for each of many items; each item is recorded and resumed on its own.
 
     ``items``: the name of a list field of the state; a file of :class:`JsonLines`; or a function of the state
     that returns an iterable or an async iterable. Every process that resumes the run calls that function
@@ -98,7 +90,7 @@ def map_over(
     Raises TypeError for an argument that is not a node, ValueError for one that is not the name of a field,
     or for an empty sequence of nodes.
     """
-    _check_limit(max_concurrency)
+    check_bound(max_concurrency)
     child = _child_of_map(node)
     _name_of_items(items)
     for field in (items, into):
@@ -124,55 +116,50 @@ class ParallelGroup(Group):
     async def run(
         self, ctx: ReliabilityContext, execution: NodeExecution, value: BaseModel
     ) -> dict[str, Any]:
-        """Execute the children; raise GroupStopped for the first that stopped for good, its siblings awaited."""
-        gate = _gate(self.max_concurrency)
-        stopped: list[Halt] = []
-        suspended: list[Halt] = []
+        """Execute the children; raise GroupStopped for the first that stopped for good."""
+        ends = ChildEnds()
         prefix = f"{execution.branch}." if execution.branch else ""
         inside_step = None if execution.step is None else inside_of(execution.step)
 
         async def run_child(index: int, child: Node | Group) -> BaseModel | None:
-            if stopped:
+            if ends.stopped is not None:
                 return None
             place = Place(execution.position, f"{prefix}{index}", "node", execution, step=inside_step)
             outcome = await execute_in_turn(ctx, (child,), value, place)
             if isinstance(outcome, BaseModel):
                 return outcome
             assert isinstance(outcome, Halt)  # There is no further node.
-            if outcome.suspended:
-                # Its siblings go on, so that only the suspended nodes remain to be run.
-                suspended.append(outcome)
-                return None
-            stopped.append(outcome)
-            # A spent budget cancels no sibling in flight: those are paid for. No further one starts.
-            if not stopped[0].spent:
-                raise GroupStopped(outcome)
+            ends.note(outcome)
             return None
 
-        async def wait_and_run(index: int, child: Node | Group) -> BaseModel | None:
-            async with gate:
-                return await run_child(index, child)
-
-        run = run_child if self.max_concurrency is None else wait_and_run  # 2 us less for each child.
+        run = self._bounded(run_child)
         outputs = await gather([run(index, child) for index, child in enumerate(self.children)])
-        for halt in (*stopped, *suspended):
-            raise GroupStopped(halt)
+        ends.check()
         merged: dict[str, Any] = {}
         for output in cast("list[BaseModel]", outputs):
-            merged.update(fields_of_output(output))
+            merged.update(_fields_of_output(output))
         return merged
 
     async def call_directly(self, state: BaseModel) -> dict[str, Any]:
-        gate = _gate(self.max_concurrency)
-
-        async def call_child(child: Node | Group) -> dict[str, Any]:
-            async with gate:
-                return await _call_directly(child, schema_of(type(state)).copy(state))
-
+        call = self._bounded(lambda child: _call_directly(child, schema_of(type(state)).copy(state)))
         merged: dict[str, Any] = {}
-        for fields in await gather([call_child(child) for child in self.children]):
+        for fields in await gather([call(child) for child in self.children]):
             merged.update(fields)
         return merged
+
+    def _bounded(
+        self, call: Callable[..., Coroutine[Any, Any, Any]]
+    ) -> Callable[..., Coroutine[Any, Any, Any]]:
+        """Return a function that waits while as many children run as may at the same time."""
+        if self.max_concurrency is None:
+            return call  # 2 us less for each child.
+        gate = asyncio.Semaphore(self.max_concurrency)
+
+        async def wait_and_call(*arguments: Any) -> Any:
+            async with gate:
+                return await call(*arguments)
+
+        return wait_and_call
 
     def output_class(
         self, input_class: type[BaseModel], child_classes: Sequence[type[BaseModel]]
@@ -212,15 +199,6 @@ class SequenceGroup(Group):
             value = outcome
         return schema_of(type(value)).values(value)
 
-    async def call_directly(self, state: BaseModel) -> dict[str, Any]:
-        fields: dict[str, Any] = {}
-        for index, child in enumerate(self.children):
-            if index and isinstance(child, Node) and child.contract is not None:
-                state = schema_of(child.contract.input_schema).prepare_input(state)[0]
-            fields = await _call_directly(child, state)
-            state = as_state(fields)
-        return fields
-
     def output_class(
         self, input_class: type[BaseModel], child_classes: Sequence[type[BaseModel]]
     ) -> type[BaseModel]:
@@ -257,7 +235,7 @@ class MapGroup(Group):
     async def run(
         self, ctx: ReliabilityContext, execution: NodeExecution, value: BaseModel
     ) -> dict[str, Any]:
-        state = fields_of_state(value, Schema.values)
+        state = _fields_of_state(value, Schema.values)
         files = self._output_files(state, ctx.run_id)
         for file in files:
             file.check(self._items.find(state) if isinstance(self._items, JsonLines) else None)
@@ -267,24 +245,11 @@ class MapGroup(Group):
             await work.write(*files)
         if work.outputs is None:
             return state
-        return self._add_outputs(
-            state, [work.outputs[index] for index in sorted(work.outputs)], work.failures
-        )
-
-    async def call_directly(self, state: BaseModel) -> dict[str, Any]:
-        if not self.output_field or self.collects_failures:
-            raise TypeError(
-                f"{self.node_id} needs the journal of a run and cannot be called directly; run it with a runner"
-            )
-        gate = _gate(self.max_concurrency)
-        child = self.children[0]
-
-        async def call_item(item: Any) -> dict[str, Any]:
-            async with gate:
-                return await _call_directly(child, item_state(None, child, item))
-
-        outputs = await gather([call_item(item) for item in await values_of(self._source(state))])
-        return {**fields_of_state(state, Schema.fields), self.output_field: outputs}
+        outputs = work.outputs
+        fields = {**state, self.output_field: [item_output(outputs[index]) for index in sorted(outputs)]}
+        if self._failures_field:
+            fields[self._failures_field] = sorted(work.failures, key=attrgetter("index"))
+        return fields
 
     def output_class(
         self, input_class: type[BaseModel], child_classes: Sequence[type[BaseModel]]
@@ -293,24 +258,16 @@ class MapGroup(Group):
             return input_class
         return with_list(self.node_id, input_class, self.output_field, child_classes[0], self._failures_field)
 
-    def _add_outputs(
-        self, state: dict[str, Any], outputs: Sequence[BaseModel], failures: Sequence[ItemFailure]
-    ) -> dict[str, Any]:
-        fields = {**state, self.output_field: [item_output(output) for output in outputs]}
-        if self._failures_field:
-            fields[self._failures_field] = sorted(failures, key=attrgetter("index"))
-        return fields
-
     def _source(self, state: BaseModel) -> Source:
         items = self._items
         if isinstance(items, str):
-            return ListSource(items_in(state, items))
+            return ListSource(_items_in(state, items))
         if isinstance(items, JsonLines):
             return FileSource(items.find(schema_of(type(state)).fields(state)))
         return IterableSource(items(schema_of(type(state)).copy(state)), self.items_field)
 
     def _output_files(self, state: Mapping[str, Any], run_id: str) -> list[LinesFile]:
-        """Return the file of the outputs and, if failures are collected, theirs; none for outputs kept elsewhere."""
+        """Return the files of the outputs and of collected failures; none if they are stored elsewhere."""
         if not isinstance(self._into, JsonLines):
             return []
         path = self._into.find(state)
@@ -320,11 +277,57 @@ class MapGroup(Group):
         return [LinesFile(path, run_id) for path in paths]
 
 
+def _fields_of_output(output: Any) -> dict[str, Any]:
+    """Return the fields that a child adds to the merged state. Raises TypeError if there are none."""
+    value = output.root if isinstance(output, UntypedState) else output
+    if isinstance(value, dict):
+        return _check_names(value)
+    if isinstance(value, BaseModel):
+        return _fields_of_state(value, Schema.values)
+    raise TypeError(
+        f"a child of parallel() returned {type(value).__name__}; only dicts and models can be merged"
+    )
+
+
+def _fields_of_state(state: Any, read: Callable[[Schema, BaseModel], dict[str, Any]]) -> dict[str, Any]:
+    """Return the fields of a state as ``read`` takes them; of a root model, those of its dict or model."""
+    if isinstance(state, UntypedState) and isinstance(state.root, (BaseModel, dict)):
+        state = state.root
+    if isinstance(state, dict):
+        return _check_names(cast("dict[Any, Any]", isolate(state)))
+    schema = schema_of(type(state))
+    fields = read(schema, state)
+    return _check_names(fields["root"]) if schema.is_root and isinstance(fields["root"], dict) else fields
+
+
+def _check_names(fields: dict[Any, Any]) -> dict[str, Any]:
+    """Return a dict as it is; raise TypeError for a key that is no text, which would not be read back."""
+    odd = next((key for key in fields if not isinstance(key, str)), None)
+    if odd is not None:
+        raise TypeError(
+            f"fields of a group must have text as their names, got the key {odd!r}; use text for all keys"
+        )
+    return fields
+
+
+def _items_in(value: BaseModel, field: str) -> list[Any]:
+    """Return the items in the list field of a state. Raises TypeError if there is no list."""
+    fields = _fields_of_state(value, Schema.fields)
+    items = fields.get(field)
+    if not isinstance(items, (list, tuple)):
+        known = ", ".join(map(str, fields)) or "none"
+        raise TypeError(
+            f"map_over needs a list in field {field!r}, got {type(items).__name__}; "
+            f"the state has the fields: {known}"
+        )
+    return list(items)
+
+
 def _child_of(node: Any) -> Node | Group:
     child = find_node(node)
     if isinstance(child, FlowNode):
         raise TypeError(
-            f"flow {child.node_id!r} cannot be in a group; call it in a flow, with flow.run under asyncio.gather()"
+            f"flow {child.node_id!r} cannot be in a group; call it in a flow with flow.run and gather()"
         )
     return child
 
@@ -345,8 +348,8 @@ def _name_of_items(items: Any) -> str:
         return items.name
     if not callable(items):
         raise TypeError(
-            "items must be the name of a list field, JsonLines(path), or a function of the state that returns them, "
-            f"got {items!r}"
+            "items must be the name of a list field, JsonLines(path), or a function of the state that returns"
+            f" them, got {items!r}"
         )
     return str(getattr(items, "__name__", type(items).__name__))
 
@@ -357,16 +360,11 @@ def _check_inside_map(node: Node | Group, *, outputs_in_state: bool) -> None:
         return
     if node.is_map and not (outputs_in_state and node.output_field):
         raise ValueError(
-            f"{node.node_id} cannot be nested in a map: only one of them can leave its outputs out of the state, and not "
-            "the inner one; pass the name of a field as into=, or call it in a node"
+            f"{node.node_id} cannot be nested in a map: only one of them can leave its outputs out of the "
+            "state, and not the inner one; pass the name of a field as into=, or call it in a node"
         )
     for child in node.children:
         _check_inside_map(child, outputs_in_state=outputs_in_state)
-
-
-def _check_limit(limit: int | None) -> None:
-    if limit is not None and (not isinstance(limit, int) or limit < 1):
-        raise ValueError(f"max_concurrency must be at least 1, or None for no bound, got {limit!r}")
 
 
 async def _count_cancellations() -> int:
@@ -376,10 +374,6 @@ async def _count_cancellations() -> int:
         return 0
     await asyncio.sleep(0)
     return task.cancelling()
-
-
-def _gate(limit: int | None) -> asyncio.Semaphore | nullcontext[None]:
-    return nullcontext() if limit is None else asyncio.Semaphore(limit)
 
 
 async def _call_directly(node: Node | Group, state: BaseModel) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from collections.abc import (
     Sized,
 )
 from dataclasses import dataclass
-from typing import IO, Any, Final, Protocol
+from typing import IO, Any, Final
 
 from pydantic_core import from_json, to_json
 
@@ -35,7 +35,6 @@ __all__ = [
     "LinesFile",
     "ListSource",
     "Source",
-    "values_of",
 ]
 
 _PAGE_ITEMS: Final = 200  # that are read, or looked up in the journal, at once
@@ -103,65 +102,39 @@ class Journal:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One item of a map.
-
-    Attributes:
-        checksum: of the item or its source, by which a resume sees that it is the same; None where there is
-            none.
-        error: why there is no value.
-    """
+    """One item of a map."""
 
     index: int
     value: Any
-    checksum: bytes | None = None
-    error: str | None = None
+    checksum: bytes | None = None  # Of the item or its source, by which a resume sees that it is the same.
+    error: str | None = None  # Why there is no value.
 
 
-class Source(Protocol):
-    """The items of one run of a map.
+class Source:
+    """The items of one run of a map."""
 
-    Attributes:
-        total: how many there are; None if unknown.
-        page: how many are read at once, at most; the reader may change it.
-    """
-
-    total: int | None
-    page: int
+    total: int | None = None  # How many there are, if that is known.
+    checksum: bytes | None = None  # Of the source as a whole.
+    page = _PAGE_ITEMS  # How many are read at once, at most; the reader may change it.
 
     async def prepare(self) -> None:
         """Inspect the items before the first of them is read. Raises OSError, TypeError."""
 
     def pages(self) -> AsyncGenerator[Sequence[Item], None]:
         """Yield the items in order, a few at a time."""
-        ...
+        raise NotImplementedError
 
     def describe_change(self, index: int) -> str:
         """Return the problem if an item differs from the recorded one."""
-        ...
+        return f"item {index} differs from the recorded one"
 
 
-async def values_of(source: Source) -> list[Any]:
-    """Return the values of all items, for a map outside of a run. Raises ValueError for an item without one."""
-    await source.prepare()
-    values: list[Any] = []
-    async for page in source.pages():
-        for item in page:
-            if item.error is not None:
-                raise ValueError(item.error)
-            values.append(item.value)
-    return values
-
-
-class ListSource:
+class ListSource(Source):
     """Items of a list in the state."""
 
     def __init__(self, items: Sequence[Any]) -> None:
         self._items = items
-        self.total: int | None = len(items)
-        self.page = _PAGE_ITEMS
-
-    async def prepare(self) -> None:
-        return None
+        self.total = len(items)
 
     async def pages(self) -> AsyncGenerator[Sequence[Item], None]:
         first = 0
@@ -170,11 +143,8 @@ class ListSource:
             yield [Item(first + i, value) for i, value in enumerate(values)]
             first += len(values)
 
-    def describe_change(self, index: int) -> str:
-        return f"item {index} differs from the recorded one"
 
-
-class IterableSource:
+class IterableSource(Source):
     """Items that a function of the state returns; every process that resumes the run calls it again."""
 
     def __init__(self, items: Iterable[Any] | AsyncIterable[Any], name: str) -> None:
@@ -184,19 +154,15 @@ class IterableSource:
             )
         self._items = items
         self._name = name
-        self.total: int | None = len(items) if isinstance(items, Sized) else None
+        self.total = len(items) if isinstance(items, Sized) else None
         self.page = 1
-
-    async def prepare(self) -> None:
-        return None
 
     async def pages(self) -> AsyncGenerator[Sequence[Item], None]:
         page: list[Item] = []
         index = 0
-        values = self._values()
-        async with contextlib.aclosing(values):
+        async with contextlib.aclosing(self._values()) as values:
             async for value in values:
-                page.append(Item(index, value, checksum_of(value)))
+                page.append(Item(index, value, _checksum_of(value)))
                 index += 1
                 if len(page) >= self.page:
                     yield page
@@ -222,7 +188,7 @@ class IterableSource:
         return f"item {index} that {self._name} returns differs from the recorded one"
 
 
-def checksum_of(value: Any) -> bytes | None:
+def _checksum_of(value: Any) -> bytes | None:
     """Return the checksum of an item; None for one that Python describes by its address alone."""
     text = json.dumps(jsonable(value), sort_keys=True)
     if " object at 0x" in text:
@@ -230,18 +196,15 @@ def checksum_of(value: Any) -> bytes | None:
     return b"item " + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest().encode()
 
 
-class FileSource:
+class FileSource(Source):
     """Items of a file of JSON lines. Blank lines are skipped."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self._path = path
-        self.total: int | None = None
-        self.page = _PAGE_ITEMS
-        self._checksum = b""
 
     async def prepare(self) -> None:
         """Count the items, and compute the checksum of the whole file."""
-        self.total, self._checksum = await to_thread(self._scan)
+        self.total, self.checksum = await to_thread(self._scan)
 
     def _scan(self) -> tuple[int, bytes]:
         digest, count = hashlib.sha256(), 0
@@ -255,8 +218,8 @@ class FileSource:
         try:
             if not stat.S_ISREG(os.stat(self._path).st_mode):
                 raise ValueError(
-                    f"cannot read the items of a map from {self._path}: it is not a regular file, so that a process that resumes the "
-                    "run could not read it again; save it to a file"
+                    f"cannot read the items of a map from {self._path}: it is not a regular file, so that a "
+                    "process that resumes the run could not read it again; save it to a file"
                 )
             return open(self._path, "rb")
         except OSError as error:
@@ -280,9 +243,9 @@ class FileSource:
                 yield page
         finally:
             file.close()
-        if b"item of " + digest.hexdigest().encode() != self._checksum:
+        if b"item of " + digest.hexdigest().encode() != self.checksum:
             raise ValueError(
-                f"{self._path} was changed while its items were read; restore the file and resume, or start a new run"
+                f"{self._path} was changed while its items were read; restore it, or start a new run"
             )
 
     def _page(self, lines: Iterator[tuple[int, bytes]], digest: Any, index: int) -> list[Item]:
@@ -302,9 +265,9 @@ class FileSource:
     def _item(self, index: int, number: int, line: bytes) -> Item:
         where = f"line {number} of {self._path}"
         try:
-            return Item(index, from_json(line), self._checksum)
+            return Item(index, from_json(line), self.checksum)
         except ValueError as error:
-            return Item(index, None, self._checksum, f"{where} is not JSON: {error}")
+            return Item(index, None, self.checksum, f"{where} is not JSON: {error}")
 
     def _lines(self, file: IO[bytes]) -> Iterator[bytes]:
         number = 0
@@ -330,7 +293,7 @@ class LinesFile:
         self._file: IO[bytes] | None = None
 
     def check(self, source: pathlib.Path | None) -> None:
-        """Raise OSError or ValueError, before anything is paid for, if the file could not or must not be written."""
+        """Raise OSError or ValueError, before anything is paid for, if the file cannot be written."""
         folder = self._path.parent
         if source is not None and os.path.realpath(source) == str(self._path):
             raise ValueError(f"{self._path} holds the items of the map; pass another path for its outputs")

@@ -1,17 +1,99 @@
-"""The runs of one runner in this process, and the shutdown that ends them."""
+"""The runs of one runner in this process: many runs of one call, and the shutdown that ends them."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from stroma.runner.batch import Batch
+from pydantic import BaseModel
+
+from stroma.checkpoint import RunBusy, RunExists
+from stroma.engine.tasks import gather
 from stroma.runner.run import RunExecution
 from stroma.trace.result import ExecutionResult, RunStatus
 
-__all__ = ["LiveRuns"]
+__all__ = ["Batch", "LiveRuns"]
+
+
+class Batch:
+    """The runs of one call of ``run_many``, ``recover`` or ``serve``."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        #: No further run is to start.
+        self.draining = False
+        self._drained = asyncio.Event()
+
+    def drain(self) -> None:
+        """Start no further run. Called in the event loop of the batch."""
+        self.draining = True
+        self._drained.set()
+
+    async def until_drained(self) -> None:
+        """Return once no further run is to start."""
+        await self._drained.wait()
+
+    async def run_all(self, work: Iterable[Coroutine[Any, Any, None]], max_concurrency: int) -> None:
+        """Await all with bounded concurrency; each is created when there is room for it.
+
+        The first exception, of creating or of running one, cancels the others and is raised.
+        """
+        if max_concurrency < 1:
+            raise ValueError(f"max_concurrency must be at least 1, got {max_concurrency!r}")
+        pending = iter(work)
+
+        async def worker() -> None:
+            while not self.draining and (item := next(pending, None)) is not None:
+                await item
+
+        await gather([worker() for _ in range(max_concurrency)])
+
+    async def run_each(
+        self,
+        run: Callable[..., Coroutine[Any, Any, ExecutionResult]],
+        inputs: Iterable[BaseModel],
+        max_concurrency: int,
+        run_ids: Callable[[int, BaseModel], str] | None,
+        on_result: Callable[[int, ExecutionResult | Exception], None] | None,
+    ) -> list[ExecutionResult | Exception]:
+        """Call ``run(state)``, with ``run_id=`` if there is ``run_ids``, for each input; see ``run_many``."""
+        outcomes: dict[int, ExecutionResult | Exception] = {}
+
+        async def run_one(number: int, state: BaseModel) -> None:
+            options = {} if run_ids is None else {"run_id": run_ids(number, state)}
+            outcomes[number] = await _outcome_of(run(state, **options))
+            if on_result is not None:
+                on_result(number, outcomes[number])
+
+        await self.run_all((run_one(number, state) for number, state in enumerate(inputs)), max_concurrency)
+        return [outcomes[number] for number in sorted(outcomes)]
+
+    async def recover_each(
+        self,
+        resume: Callable[[str], Coroutine[Any, Any, ExecutionResult]],
+        run_ids: Iterable[str],
+        max_concurrency: int,
+    ) -> dict[str, ExecutionResult | Exception]:
+        """Resume each run; return the outcomes by run id, without runs that another process has taken."""
+        outcomes: dict[str, ExecutionResult | Exception] = {}
+
+        async def recover_one(run_id: str) -> None:
+            outcome = await _outcome_of(resume(run_id))
+            if not isinstance(outcome, (RunBusy, RunExists)):
+                outcomes[run_id] = outcome
+
+        await self.run_all((recover_one(run_id) for run_id in run_ids), max_concurrency)
+        return outcomes
+
+
+async def _outcome_of(run: Coroutine[Any, Any, ExecutionResult]) -> ExecutionResult | Exception:
+    """Return the result of a run, or the exception that it raised."""
+    try:
+        return await run
+    except Exception as error:
+        return error
 
 
 class LiveRuns:
@@ -19,27 +101,23 @@ class LiveRuns:
 
     def __init__(self) -> None:
         self.runs: set[RunExecution] = set()
-        self.batches: dict[Batch, None] = {}
+        self.batches: set[Batch] = set()
 
-    async def execute(self, run: RunExecution) -> ExecutionResult:
-        """Execute a run; until its end a shutdown includes it."""
-        self.runs.add(run)
-        try:
-            return await run.run()
-        finally:
-            self.runs.discard(run)
-            if run.ended is not None and not run.ended.done():
-                run.ended.set_result(None)
+    def remove(self, run: RunExecution) -> None:
+        """Remove a run that has ended; until then a shutdown includes it."""
+        self.runs.discard(run)
+        if run.ended is not None and not run.ended.done():
+            run.ended.set_result(None)
 
     @contextmanager
     def batch(self) -> Iterator[Batch]:
         """Open a batch, which starts no further run after a shutdown."""
         batch = Batch()
-        self.batches[batch] = None
+        self.batches.add(batch)
         try:
             yield batch
         finally:
-            self.batches.pop(batch, None)
+            self.batches.discard(batch)
 
     def drain(self, run_id: str) -> None:
         """End a run at its next step boundary, as INTERRUPTED. Called in the event loop of the run."""
@@ -48,7 +126,7 @@ class LiveRuns:
                 _ = run.drain()
 
     def progress(self, run_id: str) -> dict[str, Any]:
-        """Return the last finished step of a run in this process, and its cost so far. May be called in any thread."""
+        """Return the last finished step of a run of this process, and its cost. Safe in any thread."""
         progress: dict[str, Any] = {}
         for run in list(self.runs):
             if run.ctx.run_id == run_id:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from time import perf_counter_ns
+from time import monotonic, perf_counter_ns
 from typing import Any, Final, cast
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
+from stroma._utils.models import LazyModel
 from stroma._utils.text import one_line
 from stroma.checkpoint import Committed, PipelineChanged, StepCall, inside_of
 from stroma.checkpoint.entries import OF_MAP
-from stroma.contracts.contract import ContractViolation
-from stroma.contracts.node import Group, Node
+from stroma.contracts.contract import ContractRegistry, ContractViolation
+from stroma.contracts.node import Group, Node, first_in
 from stroma.contracts.schema import schema_of
+from stroma.contracts.untyped import UntypedState
 from stroma.engine.commit import failed_of, record, settle
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
@@ -28,28 +31,98 @@ from stroma.engine.tasks import TaskPool, raise_if
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import ItemFailure
 from stroma.failures.failure import Failure, text_of
+from stroma.hooks.sets import MapProgress
 from stroma.runner.items import Item, LinesFile, Source
-from stroma.runner.map_progress import ProgressReporter
-from stroma.runner.states import item_state
 from stroma.trace.events import AttemptRow, BoundedRows, Outcome
 
-__all__ = ["DEFAULT_CONCURRENCY", "MapRun", "branches_in"]
+__all__ = ["DEFAULT_CONCURRENCY", "ChildEnds", "MapRun", "branches_in", "item_output"]
 
 #: Items that run at once where their number has no bound and no limit is set.
 DEFAULT_CONCURRENCY: Final = 64
 #: Events in the trace of a map that keeps no outputs, and as many failures after those.
 _MAX_EVENTS: Final = 1000
 _PAGE_ITEMS: Final = 200  # that are looked up in the journal at once
+_PROGRESS_SECONDS: Final = 0.2
+_RATE_SECONDS: Final = 15  # over which the rate of a progress report is measured
+
+
+class ChildEnds:
+    """Children of a group that did not end with an output."""
+
+    def __init__(self) -> None:
+        self.stopped: Halt | None = None
+        self.suspended: Halt | None = None
+
+    def note(self, halt: Halt) -> None:
+        """Take the end of a child. Raises GroupStopped to cancel its siblings, unless they are to go on."""
+        if halt.suspended:  # Its siblings go on, so that only the suspended ones remain to be run.
+            self.suspended = self.suspended or halt
+            return
+        self.stopped = self.stopped or halt
+        # A spent budget cancels no sibling in flight: those are paid for. No further one starts.
+        if not self.stopped.spent:
+            raise GroupStopped(halt)
+
+    def check(self) -> None:
+        """Raise GroupStopped for a child that stopped for good, else for one that is suspended."""
+        for halt in (self.stopped, self.suspended):
+            if halt is not None:
+                raise GroupStopped(halt)
+
+
+class ProgressReporter:
+    """Counts the items of a map that have ended, and calls the progress hooks a few times a second."""
+
+    def __init__(self, ctx: ReliabilityContext, execution: NodeExecution, source: Source) -> None:
+        self._ctx = ctx
+        self._execution = execution
+        self._source = source
+        self._start = self._last_report = monotonic()
+        self._is_reporting = False
+        #: (when, items done in this process) at the last reports.
+        self._marks: deque[tuple[float, int]] = deque([(self._start, 0)])
+        self.done = self.failed = self.restored = 0
+
+    async def count_item(self, *, failed: bool = False, restored: bool = False) -> None:
+        """Count an item that has ended."""
+        self.done += 1
+        self.failed += failed
+        self.restored += restored
+        if not self._is_reporting and monotonic() - self._last_report >= _PROGRESS_SECONDS:
+            await self.report()
+
+    async def report(self, *, ended: bool = False) -> None:
+        """Call the progress hooks."""
+        ctx, node_id, calls = self._ctx, self._execution.node_id, self._ctx.fire.on_map_progress
+        now = self._last_report = monotonic()
+        if calls is None:
+            return
+        self._is_reporting = True
+        try:
+            done_here = self.done - self.restored
+            while len(self._marks) > 1 and now - self._marks[0][0] > _RATE_SECONDS:
+                self._marks.popleft()
+            since, done_before = self._marks[0]
+            self._marks.append((now, done_here))
+            rate = (done_here - done_before) / (now - since) if now > since else 0.0
+            total = self._source.total
+            progress = MapProgress(
+                done=self.done,
+                total=total,
+                failed=self.failed,
+                restored=self.restored,
+                rate=rate,
+                seconds_left=None if total is None or not rate else (total - self.done) / rate,
+                elapsed_seconds=now - self._start,
+                ended=ended,
+            )
+            await ctx.fire.fire("on_map_progress", calls, node_id, lambda: (ctx.run_id, node_id, progress))
+        finally:
+            self._is_reporting = False
 
 
 class MapRun:
-    """One attempt of a map.
-
-    Attributes:
-        outputs: by index; None where they stay in the journal.
-        failures: of the items that failed while the others went on.
-        count: how many items have been read.
-    """
+    """One attempt of a map."""
 
     def __init__(
         self, ctx: ReliabilityContext, execution: NodeExecution, group: Group, source: Source
@@ -63,15 +136,14 @@ class MapRun:
         self._inner_branches = branches_in(self._child)
         self._inside_step = inside_of(execution.step)
         self._pool = TaskPool(group.max_concurrency)
-        self._stopped: Halt | None = None
-        self._suspended: Halt | None = None
+        self._ends = ChildEnds()
         self._progress = ProgressReporter(ctx, execution, source)
         self._may_have_committed = ctx.session.continued or execution.attempt > 1
-        keeps_outputs = bool(group.output_field)
-        self.outputs: dict[int, BaseModel] | None = {} if keeps_outputs else None
-        self.failures: list[ItemFailure] = []
-        self.count = 0
-        if not keeps_outputs:
+        #: By index; None where they stay in the journal.
+        self.outputs: dict[int, BaseModel] | None = {} if group.output_field else None
+        self.failures: list[ItemFailure] = []  # Of the items that failed while the others went on.
+        self.count = 0  # How many items have been read.
+        if self.outputs is None:
             execution.children = BoundedRows(_MAX_EVENTS)
             execution.remembers = False
         if self._may_have_committed and ctx.restored is ctx.session.restored:
@@ -90,33 +162,25 @@ class MapRun:
             await self._check_source()
         await self._progress.report()
         try:
-            await self._run_all()
+            self._pool.start(self._start_items())
+            await self._pool.join()
+            self._ends.check()
+            if self._ctx.interrupt is not None and self.count != self._progress.done:
+                self._ctx.interrupt()
+                await asyncio.Event().wait()  # Until that arrives.
         except Exception:
-            await self._progress.end()
+            await self._progress.report(ended=True)
             raise
-        await self._progress.end()
+        await self._progress.report(ended=True)
         self._ctx.failed_items += self._progress.failed
         if (self.outputs is None or self._progress.failed) and self._execution.step is None:
             # Committed with the group, for a later process that restores it.
             self._execution.step = StepCall(self._progress.failed, OF_MAP + str(self.count).encode())
 
-    async def _run_all(self) -> None:
-        self._pool.start(self._start_items())
-        await self._pool.join()
-        for halt in (self._stopped, self._suspended):
-            if halt is not None:
-                raise GroupStopped(halt)
-        if self._ctx.interrupt is not None and self.count != self._progress.done:
-            self._ctx.interrupt()
-            await asyncio.Event().wait()  # Until that arrives.
-
     # ------------------------------------------------------------------ starting items
 
-    @property
-    def _has_stopped(self) -> bool:
-        return self._stopped is not None or self._ctx.interrupt is not None or self._ctx.holds
-
     async def _start_items(self) -> None:
+        ctx, ends = self._ctx, self._ends
         async with contextlib.aclosing(self._source.pages()) as pages:
             async for page in pages:
                 committed = await self._find_committed(page) if self._may_have_committed else {}
@@ -126,37 +190,33 @@ class MapRun:
                         await self._restore(item, committed[item.index])
                         continue
                     await self._pool.wait_for_room()
-                    if self._has_stopped:
-                        if self._ctx.paused:
-                            self._suspended = self._suspended or paused(self._ctx, self._child.node_id, 1)
+                    if ends.stopped is not None or ctx.interrupt is not None or ctx.holds:
+                        if ctx.paused:
+                            ends.suspended = ends.suspended or paused(ctx, self._child.node_id, 1)
                         return
                     await self._start(item)
                 if self._may_have_committed and self._source.page < _PAGE_ITEMS:
-                    self._source.page = (
-                        min(_PAGE_ITEMS, 2 * self._source.page) if len(committed) == len(page) else 1
-                    )
+                    is_all = len(committed) == len(page)
+                    self._source.page = min(_PAGE_ITEMS, 2 * self._source.page) if is_all else 1
         if not self._may_have_committed or self.outputs is not None:
             return
         if await self._load_committed(range(self.count, self.count + 1)):
             raise self._pipeline_changed(f"there are only {self.count} items where there were more")
 
     async def _start(self, item: Item) -> None:
-        if item.error is None:
+        why = item.error
+        if why is None:
             try:
                 value = item_state(self._ctx.registry, self._child, item.value)
             except Exception as error:  # Code of the contract's class may raise anything.
-                await self._refuse(item, f"{type(error).__name__}: {error}")
+                why = f"{type(error).__name__}: {error}"
+            else:
+                self._pool.start(self._run_item(item, value))
                 return
-            self._pool.start(self._run_item(item, value))
-        else:
-            await self._refuse(item, item.error)
-
-    async def _refuse(self, item: Item, why: str) -> None:
-        """Fail an item that is no valid input, without a call."""
+        # It is not a valid input, and fails without a call.
         raw = {"item": item.index, "value": item.value}
-        violation = ContractViolation(
-            self._child.node_id, "input", raw, [{"type": "item", "loc": (), "msg": why, "input": item.value}]
-        )
+        problem = {"type": "item", "loc": (), "msg": why, "input": item.value}
+        violation = ContractViolation(self._child.node_id, "input", raw, [problem])
         failure = Failure(violation, FailureClass.TERMINAL, self._child.node_id, 0, str(violation))
         await self._handle_halt(item, Halt(self._ctx.redactor.mask_failure(failure, ())))
 
@@ -168,10 +228,12 @@ class MapRun:
     def _call_of(self, item: Item) -> StepCall | None:
         return self._inside_step if item.checksum is None else StepCall(0, item.checksum)
 
-    async def _run_item(self, item: Item, value: BaseModel) -> None:
-        if self._stopped is not None:
+    async def _run_item(self, item: Item, value: BaseModel, *, restored: bool = False) -> None:
+        if self._ends.stopped is not None and not restored:
             return
-        outcome = await self._execute(item, value)
+        execution, branch = self._execution, self._branch(item.index)
+        place = Place(execution.position, branch, "item", execution, step=self._call_of(item))
+        outcome = await execute(self._ctx, self._child, value, place)
         if self.outputs is None:
             self._drop_inside(item.index)
         if isinstance(outcome, Halt):
@@ -182,26 +244,14 @@ class MapRun:
             return
         if self.outputs is not None:
             self.outputs[item.index] = outcome
-        await self._progress.count_item()
-
-    async def _execute(self, item: Item, value: BaseModel) -> BaseModel | Halt:
-        execution = self._execution
-        place = Place(
-            execution.position, self._branch(item.index), "item", execution, step=self._call_of(item)
-        )
-        return await execute(self._ctx, self._child, value, place)
+        await self._progress.count_item(restored=restored)
 
     async def _handle_halt(self, item: Item, halt: Halt) -> None:
-        if halt.suspended:  # Its siblings go on, so that only the suspended items remain to be run.
-            self._suspended = self._suspended or halt
-            return
-        if self._collects_failures and not halt.spent and not halt.partial and not self._ctx.cancelled:
+        is_lasting = halt.suspended or halt.spent or halt.partial or self._ctx.cancelled
+        if self._collects_failures and not is_lasting:
             await self._record_failure(item, halt.failure)
-            return
-        self._stopped = self._stopped or halt
-        # A spent budget cancels no sibling in flight: those are paid for. No further one starts.
-        if not self._stopped.spent:
-            raise GroupStopped(halt)
+        else:
+            self._ends.note(halt)
 
     async def _record_failure(self, item: Item, failure: Failure) -> None:
         """Commit the failure of an item in place of its output, so that a resume does not run it again."""
@@ -231,28 +281,19 @@ class MapRun:
             None,
             0,
         )
-        call = self._call_of(item)
-        schema = schema_of(ItemFailure)
-        record_again = partial(record, ctx, row, schema, item_failure, call)
-        pending = record_again()
+        again = partial(record, ctx, row, schema_of(ItemFailure), item_failure, self._call_of(item))
+        pending = again()
         if pending is not None:
-            problem, cancelled = await settle(ctx, row, pending, record_again)
+            problem, cancelled = await settle(ctx, row, pending, again)
             if problem is not None:
-                store_failure = Failure(
-                    problem,
-                    FailureClass.RECOVERABLE,
-                    self._child.node_id,
-                    failure.attempt,
-                    str(problem),
-                    "store",
-                )
-                self._stopped = self._stopped or Halt(store_failure, partial=True)
-                raise GroupStopped(self._stopped)
+                node_id, kind = self._child.node_id, FailureClass.RECOVERABLE
+                stored = Failure(problem, kind, node_id, failure.attempt, str(problem), "store")
+                self._ends.note(Halt(stored, partial=True))
+                return
             raise_if(cancelled)
         if ctx.delivers:
             ctx.session.delivered(row)
-        # The log of the attempt shows the message; here there is no state by which redact could hide parts of
-        # it.
+        # The log of the attempt shows the message; here is no state by which redact could hide parts of it.
         why = one_line(text_of(failure)) if ctx.config.redact is None else failure.failure_class
         ctx.run_logger.info("item %d of %r failed and is skipped: %s", item.index, execution.node_id, why)
         await self._add_failure(item_failure)
@@ -274,8 +315,7 @@ class MapRun:
         elif self.outputs is None and isinstance(self._child, Node) and ctx.fire.on_node_skipped is None:
             # No hook receives the output, and write() reads it later: checking its contract is enough.
             schema = output_schema(ctx, self._child, None)
-            place = Place(*at, parent=self._execution)
-            check_committed(ctx, self._child, schema, committed, place)
+            check_committed(ctx, self._child, schema, committed, Place(*at, parent=self._execution))
             await self._progress.count_item(restored=True)
         elif item.error is None:
             self._restored[at] = committed
@@ -284,28 +324,20 @@ class MapRun:
                 schema = output_schema(ctx, self._child, value)
                 if committed.contract.partition(":")[0] != schema.fingerprint:  # It is assembled again.
                     await self._load_inside([self._branch(item.index)])
-            outcome = await self._execute(item, value)
-            if isinstance(outcome, Halt):  # A group whose schema has changed is merged again.
-                await self._handle_halt(item, outcome)
-                return
-            if self.outputs is not None:
-                self.outputs[item.index] = outcome
-            await self._progress.count_item(restored=True)
+            # It does not end with an output if it is a group whose schema has changed, which is merged again.
+            await self._run_item(item, value, restored=True)
         if self.outputs is None:
             self._restored.pop(at, None)
             self._drop_inside(item.index)
 
     async def _find_committed(self, page: Sequence[Item]) -> dict[int, Committed]:
-        """Return the committed outputs of a page by index, without those to be run again. Raises PipelineChanged."""
-        ctx, position = self._ctx, self._execution.position
+        """Return the committed outputs of a page, without items that must run. Raises PipelineChanged."""
+        restored, position = self._ctx.restored, self._execution.position
         if self.outputs is None:
             by_index = await self._load_committed([item.index for item in page])
         else:
-            by_index = {
-                item.index: ctx.restored[position, self._branch(item.index)]
-                for item in page
-                if (position, self._branch(item.index)) in ctx.restored
-            }
+            places = {item.index: (position, self._branch(item.index)) for item in page}
+            by_index = {index: restored[at] for index, at in places.items() if at in restored}
         for item in page:
             committed = by_index.get(item.index)
             if committed is None:
@@ -317,7 +349,7 @@ class MapRun:
         return by_index
 
     async def _load_committed(self, indexes: Sequence[int]) -> dict[int, Committed]:
-        """Return the committed outputs of items by index, and restore those of the nodes inside unfinished items."""
+        """Return the committed outputs of items, and restore those of the nodes inside unfinished items."""
         branches = {self._branch(index): index for index in indexes}
         by_branch = await self._read_journal(list(branches))
         await self._load_inside([branch for branch in branches if self._must_run(by_branch.get(branch))])
@@ -351,19 +383,13 @@ class MapRun:
 
     async def _check_source(self) -> None:
         """Raise PipelineChanged, before anything is called, if the source as a whole has changed."""
-        total = self._source.total
-        if total is None or self.outputs is not None:
-            return
-        async with contextlib.aclosing(self._source.pages()) as pages:
-            first: Sequence[Item] = await anext(pages, ())
-        checksum = first[0].checksum if first else None
-        if checksum is None or not checksum.startswith(b"item of "):
+        total, checksum = self._source.total, self._source.checksum
+        if total is None or checksum is None or self.outputs is not None:
             return
         for start in range(0, total, _PAGE_ITEMS):
             committed = await self._load_committed(range(start, min(total, start + _PAGE_ITEMS)))
             if committed:
-                index = min(committed)
-                self._check_same(index, checksum, committed[index])
+                self._check_same(min(committed), checksum, committed[min(committed)])
                 return
 
     def _check_same(self, index: int, checksum: bytes | None, committed: Committed) -> None:
@@ -372,9 +398,8 @@ class MapRun:
             raise self._pipeline_changed(self._source.describe_change(index))
 
     def _pipeline_changed(self, what: str) -> PipelineChanged:
-        return PipelineChanged(
-            f"run {self._ctx.run_id!r} cannot be resumed at {self._execution.node_id!r}: {what}; restore it, or start a new run"
-        )
+        where = f"run {self._ctx.run_id!r} cannot be resumed at {self._execution.node_id!r}"
+        return PipelineChanged(f"{where}: {what}; restore it, or start a new run")
 
     # ------------------------------------------------------------------ outputs
 
@@ -387,7 +412,7 @@ class MapRun:
             for first in range(0, self.count, _PAGE_ITEMS):
                 outputs: list[Any] = []
                 failed: list[Any] = []
-                async for _, value in self._values(range(first, min(self.count, first + _PAGE_ITEMS))):
+                for value in await self._values(range(first, min(self.count, first + _PAGE_ITEMS))):
                     (failed if isinstance(value, ItemFailure) else outputs).append(value)
                 await asyncio.to_thread(file.write, outputs)
                 if failures is not None and failed:
@@ -399,16 +424,16 @@ class MapRun:
                 opened.discard()
             raise
 
-    async def _values(self, indexes: range) -> AsyncIterator[tuple[int, Any]]:
+    async def _values(self, indexes: range) -> list[Any]:
         by_branch = await self._read_journal([self._branch(index) for index in indexes])
-        for index in indexes:
-            committed = by_branch.get(self._branch(index))
-            if committed is None:
-                raise PipelineChanged(
-                    f"item {index} of {self._execution.node_id!r} in run {self._ctx.run_id!r} is no longer in the journal; "
-                    "start a new run"
-                )
-            yield index, value_of(self._ctx.registry, self._child, committed)
+        missing = next((index for index in indexes if self._branch(index) not in by_branch), None)
+        if missing is not None:
+            raise PipelineChanged(
+                f"item {missing} of {self._execution.node_id!r} in run {self._ctx.run_id!r} is no longer in "
+                "the journal; start a new run"
+            )
+        registry, child = self._ctx.registry, self._child
+        return [value_of(registry, child, by_branch[self._branch(index)]) for index in indexes]
 
 
 def branches_in(node: Node | Group) -> list[str]:
@@ -420,3 +445,35 @@ def branches_in(node: Node | Group) -> list[str]:
         for index, child in enumerate(node.children)
         for branch in (str(index), *(f"{index}.{rest}" for rest in branches_in(child)))
     ]
+
+
+def item_output(output: BaseModel) -> Any:
+    """Return the output of an item as an element of the list of outputs."""
+    return output.root if isinstance(output, UntypedState) else schema_of(type(output)).clone(output)
+
+
+def item_state(registry: ContractRegistry, node: Node | Group, item: Any) -> BaseModel:
+    """Return an item as a state that the input contract of its node can validate."""
+    if isinstance(item, BaseModel):
+        return item
+    if isinstance(item, dict):
+        return _open_model(item) if all(isinstance(k, str) for k in item) else UntypedState(item)
+    contract = None
+    node = first_in(node)
+    if isinstance(node, Node):
+        contract = registry.find(node.node_id) or node.contract
+    if contract is not None and not contract.input_schema.__pydantic_root_model__:
+        required = [n for n, info in contract.input_schema.model_fields.items() if info.is_required()]
+        if len(required) == 1:
+            return _open_model({required[0]: item})
+    return UntypedState(item)
+
+
+def _open_model(fields: dict[str, Any]) -> BaseModel:
+    return schema_of(_Item).construct(fields)
+
+
+class _Item(LazyModel):
+    """Fields of an item before its node's contract validates them."""
+
+    model_config = ConfigDict(extra="allow", arbitrary_types_allowed=True)

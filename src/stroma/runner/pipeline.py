@@ -1,24 +1,193 @@
-"""Pipeline: a named sequence of nodes."""
+"""Pipelines: named sequences of nodes, the checks before they run, and the name of their code."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Protocol
+from datetime import datetime, timedelta
+from types import CodeType, FunctionType
+from typing import Any, Final, Literal, Protocol, TypedDict
 
-from stroma.checkpoint.queue import RunLimits
+from stroma._utils.text import did_you_mean
+from stroma.checkpoint.queue import QueueEntry, RunLimits, ServedCode
 from stroma.contracts.contract import ContractRegistry, check_id
-from stroma.contracts.node import Group, Node, find_node, output_class
+from stroma.contracts.node import FlowNode, Group, Node, find_node, marked_nodes, output_class
 from stroma.contracts.schema import Schema, schema_of
-from stroma.engine.config import RunConfig
-from stroma.runner.sequence import find_nodes
+from stroma.engine.config import RunConfig, check_label
+from stroma.engine.context import ReliabilityContext
+from stroma.engine.placed_calls import PlaceCaller, place_error
+from stroma.hooks.sets import NodeHooks, flatten
+from stroma.trace.result import ExecutionResult, RunStatus
+
+__all__ = [
+    "AnyState",
+    "Pipeline",
+    "RunKeywords",
+    "SubmitOptions",
+    "check_bound",
+    "check_owners",
+    "check_places",
+    "code_of",
+    "find_nodes",
+    "find_position",
+    "ids_in",
+    "input_schema_of",
+    "leaves_in",
+    "nodes_of",
+    "override_config",
+    "queue_entry",
+    "refuse_unknown_ids",
+    "to_ms",
+    "warn_of_unknown_ids",
+    "with_hooks",
+]
+
+#: Beginnings of the ids of groups, which have one only when they are made.
+_GROUP_IDS: Final = ("parallel(", "map_over(")
+#: The fields of a config that are keyed by node id.
+_BY_NODE: Final = ("node_policies", "node_timeouts", "contract_retries", "node_limits")
+
+
+def find_nodes(nodes: Iterable[Any]) -> list[Node | Group]:
+    """Return the record of each node of a sequence. Raises TypeError for anything that is not a node."""
+    if type(nodes) is not list and (isinstance(nodes, Group) or not isinstance(nodes, Iterable)):
+        find_node(nodes)  # Raises, with the fix, for an object that is not a node at all.
+        raise TypeError(f"run() takes a sequence of nodes; put {nodes!r} in a list")
+    return [find_node(node) for node in nodes]
+
+
+def find_position(nodes: Sequence[Node | Group], node_id: str, parameter: str) -> int:
+    """Return the first position with a node id. Raises ValueError, naming the parameter, if there is none."""
+    for position, node in enumerate(nodes):
+        if node.node_id == node_id:
+            return position
+    known = ", ".join(repr(node.node_id) for node in nodes) or "none"
+    raise ValueError(f"{parameter}={node_id!r} is not a node of this pipeline; its nodes are {known}")
+
+
+def check_bound(max_concurrency: int | None) -> None:
+    """Raise ValueError for a bound that is neither None nor a whole number from 1 on."""
+    if max_concurrency is not None and (not isinstance(max_concurrency, int) or max_concurrency < 1):
+        raise ValueError(f"max_concurrency must be at least 1, or None for no bound, got {max_concurrency!r}")
+
+
+def ids_in(nodes: Sequence[Node | Group]) -> Iterator[str]:
+    """Yield the id of every node and group, those inside groups too."""
+    for node in nodes:
+        yield node.node_id
+        if isinstance(node, Group):
+            yield from ids_in(node.children)
+
+
+def leaves_in(nodes: Sequence[Node | Group]) -> Iterator[Node]:
+    """Yield every node, those inside groups too."""
+    for node in nodes:
+        if isinstance(node, Group):
+            yield from leaves_in(node.children)
+        else:
+            yield node
+
+
+def check_owners(nodes: Sequence[Node | Group], registry: ContractRegistry) -> None:
+    """Raise ValueError for a node whose id was later assigned to another function with another contract."""
+    decorated = registry.decorated
+    if not decorated:
+        return
+    for node in leaves_in(nodes):
+        contract, latest = node.contract, decorated.get(node.node_id)
+        if latest is None or contract is None or latest.contract is contract:
+            continue
+        if latest.contract is registry.find(node.node_id) and latest.contract != contract:
+            raise ValueError(
+                f"{node.func!r} cannot run as node {node.node_id!r}: the id was later assigned to "
+                f"{latest.owner}, with another contract; rename one of them"
+            )
+
+
+def check_places(
+    nodes: Sequence[Node | Group], registry: ContractRegistry, caller: PlaceCaller | None
+) -> None:
+    """Raise PlaceError for a node with a place that cannot be called in this process."""
+    for node in leaves_in(nodes):
+        contract = registry.find(node.node_id) or node.contract
+        if contract is not None and contract.place is not None:
+            error = place_error(caller, contract)
+            if error is not None:
+                raise error
+
+
+def refuse_unknown_ids(
+    config: RunConfig, nodes: Sequence[Node | Group], registry: ContractRegistry, pipeline: str
+) -> None:
+    """Raise ValueError for ids in a config that nobody knows, and for limits that no node has.
+
+    Known are the ids of the pipeline, of the registry, and of all nodes of this process: other pipelines may
+    share the config. With a flow in it a pipeline may call any node, and groups have no id before they are
+    made: see :func:`warn_of_unknown_ids`.
+    """
+    if not _names_ids(config) or FlowNode in set(map(type, nodes)):
+        return
+    known = registry.known_ids.union(ids_in(nodes))
+    mistakes = list(_mistakes_in(config, known, f"pipeline {pipeline!r}", but=_GROUP_IDS))
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+
+
+def warn_of_unknown_ids(
+    ctx: ReliabilityContext, nodes: Sequence[Node | Group], result: ExecutionResult, warned: set[str]
+) -> None:
+    """Warn once of ids in a config that neither a node of this process nor any call of a complete run has.
+
+    For groups, and for flows and agent frameworks, whose steps are known when they are called. A resumed run
+    has not called all of them. ``warned`` has the warnings of earlier runs.
+    """
+    session = ctx.session
+    if not _names_ids(ctx.config) or result.status is not RunStatus.COMPLETED:
+        return
+    if session.continued or session.finished is not None:
+        return
+    known = ctx.registry.known_ids.union(ids_in(nodes), (event.node_id for event in result.trace.walk()))
+    for mistake in _mistakes_in(ctx.config, known, f"a run of {ctx.pipeline!r}"):
+        if mistake not in warned:
+            warned.add(mistake)
+            ctx.run_logger.warning("%s", mistake)
+
+
+def _names_ids(config: RunConfig) -> bool:
+    # Not any() over _BY_NODE: two calls of it took 4 of the 48 us of a run of one node.
+    by_node = config.node_policies or config.node_timeouts or config.contract_retries or config.node_limits
+    return bool(by_node or config.limits)
+
+
+def _mistakes_in(config: RunConfig, known: set[str], where: str, but: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yield a message for each unknown id in a config, and for limits that none of the known ids has.
+
+    ``but``: beginnings of ids that are not looked at.
+    """
+    named: dict[str, list[str]] = {}
+    for field in _BY_NODE:
+        for node_id in getattr(config, field):
+            if node_id not in known and not node_id.startswith(but):
+                named.setdefault(node_id, []).append(field)
+    in_process = {node.node_id for node in marked_nodes()} if named or config.limits else set[str]()
+    named = {node_id: fields for node_id, fields in named.items() if node_id not in in_process}
+    for node_id, fields in named.items():
+        fix = did_you_mean(node_id, known) or "correct the id, or register the contract of that node"
+        names = " and ".join(filter(None, (", ".join(fields[:-1]), fields[-1])))
+        verb = "names" if len(fields) == 1 else "name"
+        yield f"{names} {verb} {node_id!r}, which no node of {where} has; {fix}"
+    if config.limits and not any(map(config.limit_of, known | in_process)):
+        limits = ", ".join(map(repr, config.limits))
+        fix = "assign them with node_limits={node id: name}"
+        yield f"no node of {where} uses any of the limits ({limits}); {fix}"
+
 
 MAX_VERSION: Final = 100  # characters
 
-__all__ = ["AnyState", "Pipeline", "input_schema_of", "nodes_of", "override_config"]
 
-
-@dataclass(frozen=True, slots=True, init=False)
+@dataclass(frozen=True, init=False)
 class Pipeline:
     """A named sequence of nodes, with an optional configuration.
 
@@ -59,30 +228,23 @@ class Pipeline:
         max_runs: int | None = None,
         max_runs_per_key: int | None = None,
     ) -> None:
-        object.__setattr__(self, "name", check_id(name, "pipeline name"))
-        object.__setattr__(self, "nodes", tuple(nodes))
-        object.__setattr__(self, "config", config)
         for what, number in (("max_runs", max_runs), ("max_runs_per_key", max_runs_per_key)):
             if number is not None and (not isinstance(number, int) or number < 1):
                 raise ValueError(f"{what} must be at least 1, or None for no limit, got {number!r}")
-        object.__setattr__(self, "limits", RunLimits(max_runs, max_runs_per_key))
-        object.__setattr__(self, "versions", _check_versions(version, accepts))
+        vars(self).update(
+            name=check_id(name, "pipeline name"),
+            nodes=tuple(nodes),
+            config=config,
+            limits=RunLimits(max_runs, max_runs_per_key),
+            versions=_check_versions(version, accepts),
+        )
         for node in self.nodes:
             find_node(node)
 
     def with_config(self, config: RunConfig) -> Pipeline:
         """Return the pipeline with another config."""
-        own, accepts = (self.versions[0], self.versions[1:]) if self.versions else (None, ())
-        max_runs, per_key = self.limits
-        return Pipeline(
-            self.name,
-            self.nodes,
-            config=config,
-            version=own,
-            accepts=accepts,
-            max_runs=max_runs,
-            max_runs_per_key=per_key,
-        )
+        accepts, limits = self.versions[1:], self.limits._asdict()
+        return Pipeline(self.name, self.nodes, config=config, version=self.version, accepts=accepts, **limits)
 
     @property
     def version(self) -> str | None:
@@ -100,14 +262,12 @@ def _check_versions(version: str | None, accepts: Sequence[str]) -> tuple[str, .
     if isinstance(accepts, str):
         raise TypeError(f"accepts must be a sequence of versions, got {accepts!r}; pass ({accepts!r},)")
     if version is None and accepts:
-        raise ValueError(
-            "accepts needs version=, which distinguishes new runs from those of earlier versions"
-        )
+        raise ValueError("accepts needs version=, which new runs have in place of earlier versions")
     versions = () if version is None else tuple(dict.fromkeys((version, *accepts)))
     for one in versions:
         if not isinstance(one, str) or not one.isprintable() or " " in one or not 0 < len(one) <= MAX_VERSION:
             raise ValueError(
-                f"a version must be a text of 1 to {MAX_VERSION} printable characters without spaces, got {one!r}"
+                f"a version must have 1 to {MAX_VERSION} printable characters without spaces, got {one!r}"
             )
     return versions
 
@@ -129,20 +289,160 @@ def input_schema_of(nodes: Sequence[Node | Group], registry: ContractRegistry) -
     first = nodes[0] if nodes else None
     if isinstance(first, Group):
         raise TypeError(
-            f"the pipeline starts with {first.node_id!r}; pass the class of its input as input_schema= to resume(), "
-            "recover() or fork(); for submit(), serve() or run_many(recover=True), start the pipeline with a node"
+            f"the pipeline starts with {first.node_id!r}; pass the class of its input as input_schema= to "
+            "resume(), recover() or fork(); submit(), serve() and run_many(recover=True) need a node there"
         )
     contract = None if first is None else registry.find(first.node_id) or first.contract
     return schema_of(output_class(None) if contract is None else contract.input_schema)
 
 
-def override_config(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
-    """Return the config with the overrides that are not None. Raises ValidationError."""
-    changes = {name: value for name, value in overrides.items() if value is not None}
-    run_id = changes.pop("run_id", None)
-    if not changes:
-        return config if run_id is None else config.with_run_id(run_id)
-    if run_id is not None:
-        changes["run_id"] = run_id
-    RunConfig(**changes)  # Validates the overrides.
+class RunKeywords(TypedDict, total=False):
+    """Keywords of :meth:`StromaRunner.run`, which override those fields of the config; None: as configured.
+
+    Attributes:
+        traceparent: the W3C trace context that the run's spans belong to, in place of the caller's current
+            span; an invalid one is ignored.
+    """
+
+    run_id: str | None
+    context: dict[str, Any] | None
+    resume: bool | None
+    resume_from: str | None
+    retry_failed_items: bool | None
+    if_exists: Literal["new", "restart", "resume", "return", "error"] | None
+    if_running: Literal["error", "attach", "take_over"] | None
+    traceparent: str | None
+    conversation: str | None
+    user: str | None
+
+
+def override_config(config: RunConfig, options: RunKeywords) -> RunConfig:
+    """Return the config with the options that are not None. Raises TypeError, ValidationError."""
+    if not options:
+        return config
+    changes: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if unknown := changes.keys() - RunKeywords.__annotations__.keys():
+        raise TypeError(
+            f"run() got an unexpected keyword argument {min(unknown)!r}; see stroma.runner.RunKeywords"
+        )
+    changes.pop("traceparent", None)
+    if changes.keys() <= {"run_id"}:
+        return config.with_run_id(changes["run_id"]) if changes else config
+    RunConfig(**changes)  # Validates the options.
     return config.model_copy(update=changes)
+
+
+def with_hooks(config: RunConfig, hooks: NodeHooks) -> RunConfig:
+    """Return the config with further hooks, which are called first at the end of a node."""
+    return config.model_copy(update={"hooks": [*flatten(config.hooks), hooks]})
+
+
+_NAME_DIGITS: Final = 12
+
+
+def code_of(pipeline: Pipeline) -> ServedCode:
+    """Return the versions that a pipeline serves, and a name that each process with the same code makes.
+
+    The name is made of the version, the ids and schemas of the nodes, and the bodies of flows with the nodes
+    that they name. Code of one name tries a blocked run again after a while, code of another name at once.
+    """
+    digest = hashlib.sha256()
+    for part in _parts_of(nodes_of(pipeline), set()):
+        digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
+    name = digest.hexdigest()[:_NAME_DIGITS]
+    version = pipeline.version
+    return ServedCode(pipeline.versions, name if version is None else f"{version}+{name}")
+
+
+def _parts_of(nodes: Iterable[Node | Group], seen: set[str]) -> Iterator[str]:
+    """Yield what the code of nodes consists of. ``seen``: ids of flows, which may call each other."""
+    for node in nodes:
+        yield node.node_id
+        if isinstance(node, Group):
+            yield from _parts_of(node.children, seen)
+            continue
+        if node.contract is not None:
+            yield schema_of(node.contract.input_schema).fingerprint
+            yield schema_of(node.contract.output_schema).fingerprint
+        if isinstance(node, FlowNode) and node.node_id not in seen:
+            seen.add(node.node_id)
+            flow: Any = node.func
+            code = getattr(flow.body, "__code__", None)
+            if isinstance(code, CodeType):
+                yield from _parts_of_code(code)
+                yield from _parts_of(_named_nodes(flow.body), seen)
+
+
+def _named_nodes(function: FunctionType) -> Iterator[Node | Group]:
+    """Yield the nodes that a function finds by name: in its module, or in the function around it."""
+    cells = function.__closure__ or ()
+    values = [function.__globals__.get(name) for name in function.__code__.co_names]
+    for cell in cells:
+        with contextlib.suppress(ValueError):  # It is empty.
+            values.append(cell.cell_contents)
+    for value in values:
+        is_marked = isinstance(value, (FunctionType, Pipeline)) and hasattr(value, "_stroma_node_id")
+        if is_marked or isinstance(value, Group):
+            yield find_node(value)
+
+
+def _parts_of_code(code: CodeType) -> Iterator[str]:
+    yield code.co_code.hex()
+    yield repr(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _parts_of_code(constant)
+        else:  # The order of a set differs between processes.
+            yield repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)
+
+
+_MAX_PRIORITY: Final = 1_000_000_000  # Every store has such numbers exactly.
+
+
+class SubmitOptions(TypedDict, total=False):
+    """Keywords of :meth:`StromaRunner.submit`.
+
+    Attributes:
+        run_id: id of the run, any text; by default that of the config, else a new one.
+        delay: earliest start: seconds from now, a timedelta, or a datetime with a time zone.
+        priority: runs with a lower number start first; the default is 0.
+        key: runs of one key share the workers fairly with those of other keys, for instance a customer's id.
+        expires: latest start, as ``delay``. A run that no worker has started by then is FAILED with reason
+            "expired".
+    """
+
+    run_id: str | None
+    delay: float | timedelta | datetime | None
+    priority: int
+    key: str | None
+    expires: float | timedelta | datetime | None
+
+
+def to_ms(value: float | timedelta | datetime, now_ms: int, name: str) -> int:
+    """Return a time in ms since the epoch: seconds from now, after a duration, or at a time with a zone.
+
+    Raises ValueError for a negative or infinite number, and for a time without a zone.
+    """
+    if isinstance(value, datetime):
+        if value.tzinfo is None:
+            raise ValueError(f"{name} must have a time zone, got {value!r}; use datetime.now(UTC) + ...")
+        return int(value.timestamp() * 1000)
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(f"{name} must be 0 or more seconds, got {value!r}")
+    return now_ms + round(seconds * 1000)
+
+
+def queue_entry(options: SubmitOptions, now_ms: int) -> QueueEntry:
+    """Return the place in the queue of a run that is submitted now. Raises ValueError."""
+    expires, key, priority = options.get("expires"), options.get("key"), options.get("priority", 0)
+    if not isinstance(priority, int) or abs(priority) > _MAX_PRIORITY:
+        raise ValueError(
+            f"priority must be a whole number from -{_MAX_PRIORITY} to {_MAX_PRIORITY}, got {priority!r}"
+        )
+    return QueueEntry(
+        to_ms(options.get("delay") or 0, now_ms, "delay"),
+        priority,
+        None if key is None else check_label(key, "key"),
+        None if expires is None else to_ms(expires, now_ms, "expires"),
+    )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from pydantic import BaseModel
 
@@ -29,7 +30,7 @@ from stroma.hooks.dispatch import HookNotAsync
 from stroma.hooks.sets import HookError
 from stroma.trace.result import ExecutionResult, RunStatus
 
-__all__ = ["RunExecution"]
+__all__ = ["RunExecution", "set_traceparent"]
 
 #: Levels of the line about an end; of any other status INFO.
 _LEVELS = {RunStatus.FAILED: logging.ERROR, RunStatus.PARTIAL: logging.WARNING}
@@ -37,7 +38,7 @@ _CUT_SHORT = (RunStatus.CANCELLED, RunStatus.INTERRUPTED)
 
 
 class RunExecution:
-    """One call of ``run``. Entered and left by :meth:`run`, which stores how the run ended, whichever way that was."""
+    """One call of ``run``. :meth:`run` stores how the run ended, whichever way that was."""
 
     def __init__(
         self, ctx: ReliabilityContext, nodes: list[Node | Group], initial: BaseModel, start: int | None
@@ -49,14 +50,12 @@ class RunExecution:
         self.continued = False
         self.task = asyncio.current_task()
         self.loop = asyncio.get_running_loop()
-        #: Done when the run has ended; made by :meth:`drain`.
-        self.ended: asyncio.Future[None] | None = None
+        self.ended: asyncio.Future[None] | None = None  # Done when the run has ended; made by drain().
         self._status = RunStatus.INTERRUPTED
         self._failure: Failure | None = None
         self._result: ExecutionResult | None = None
         self._has_started = self._has_ended = False
-        #: The status of a run that :meth:`cancel` has cancelled.
-        self._cancelled_as: RunStatus | None = None
+        self._cancelled_as: RunStatus | None = None  # The status of a run that cancel() has cancelled.
         self._cancelling = 0 if self.task is None else self.task.cancelling()
 
     @property
@@ -66,11 +65,11 @@ class RunExecution:
         return RunStatus.INTERRUPTED if by_dispatcher else RunStatus.CANCELLED
 
     def cancel(self, status: RunStatus = RunStatus.CANCELLED) -> None:
-        """End the run with a status; its caller gets the result and no exception. Safe to call from any thread."""
+        """End the run with a status; its caller gets the result. Safe to call from any thread."""
         self._call_soon(self._cancel, status)
 
     def control(self, control: RunControl) -> None:
-        """Apply requests about the run. Safe to call from any thread: after it no attempt begins that they forbid."""
+        """Apply requests about the run: no attempt begins that they forbid. Safe to call from any thread."""
         self.ctx.accept(control)
         if control.cancel:
             self.cancel()
@@ -105,14 +104,20 @@ class RunExecution:
 
     async def run(self) -> ExecutionResult:
         """Open the run, execute its nodes, and close it."""
-        async with self:
+        try:
             try:
                 await self._open()
                 await self._start()
                 await self._execute()
             except NotSerialisable as error:  # The input, in a store that outlives the process.
                 await self._reject_input(error)
-            await self._absorb_cancellation()
+            if self._cancelled_as is not None:
+                await self._absorb_cancellation()
+        except BaseException as error:
+            if not await self._leave(error):
+                raise
+        else:
+            await self._leave(None)
         # Without a result, the run was cancelled while it was opened, before its start hooks.
         result = self._result or self.ctx.build_result(self._status, self.state, self._failure)
         self._result = self._failure = None  # Exceptions reference this frame: otherwise a reference cycle.
@@ -120,15 +125,10 @@ class RunExecution:
             interceptor.ended(self.ctx, result)
         return result
 
-    async def __aenter__(self) -> None:
-        return None
-
-    async def __aexit__(self, kind: type[object] | None, error: BaseException | None, _: object) -> bool:
-        """Store how the run ended and call its end hooks. Suppresses a cancellation that is the run's result."""
+    async def _leave(self, error: BaseException | None) -> bool:
+        """Store how the run ended, and call its end hooks. Return True if a cancellation is its result."""
         ctx, is_suppressed = self.ctx, False
-        kind = (
-            kind or object
-        )  # Not isinstance(): an exception of a node may raise when asked for its __class__.
+        kind = type(error)  # Not isinstance(): an exception may raise when asked for its __class__.
         if issubclass(kind, asyncio.CancelledError):
             self._status = self._cancelled_as or self._when_cancelled
             if self._cancelled_as is not None and self.task is not None:
@@ -203,8 +203,7 @@ class RunExecution:
         try:
             nodes = self.nodes[first:] if first else self.nodes
             if not (ctx.stops and nodes):
-                cancelling = 0 if self.task is None else self.task.cancelling()
-                place = Place(first, cancelling=cancelling)
+                place = Place(first, cancelling=0 if self.task is None else self.task.cancelling())
                 if FlowNode in set(map(type, nodes)):
                     from stroma.runner.flows.body import run_with_flows
 
@@ -218,42 +217,37 @@ class RunExecution:
         if isinstance(outcome, Stopped):  # A shutdown, or a pause: no further node was to start.
             if ctx.paused:
                 ctx.note_suspended(PAUSED)
-            self._status = self._cancelled_as or (
-                RunStatus.SUSPENDED if ctx.paused else RunStatus.INTERRUPTED
-            )
-        elif isinstance(outcome, Halt) and self._waits_for_budget(outcome):
-            ctx.note_suspended(BUDGET)
-            self._status = self._cancelled_as or RunStatus.SUSPENDED
-        elif (
-            isinstance(outcome, Halt)
-            and outcome.failure.reason == "changed"
-            and ctx.session.continued
-            and not ctx.trace.rows
-        ):
-            await self._give_back(outcome.failure.exception)
+            status = RunStatus.SUSPENDED if ctx.paused else RunStatus.INTERRUPTED
+            self._status = self._cancelled_as or status
         elif isinstance(outcome, Halt):
-            self._failure = None if outcome.suspended else outcome.failure
-            # A dispatcher continues the run once the store is well again; a person reads the error.
-            is_lost = (
-                outcome.failure.reason == "store" and outcome.partial and ctx.dispatch.due_ms is not None
-            )
-            self._status = self._cancelled_as or (RunStatus.INTERRUPTED if is_lost else outcome.status)
+            await self._end_halted(outcome)
         else:
             self._status = RunStatus.RESUMED if self.continued else RunStatus.COMPLETED
 
+    async def _end_halted(self, halt: Halt) -> None:
+        ctx, failure, status = self.ctx, halt.failure, halt.status
+        is_own = halt.spent and not isinstance_by_type(failure.exception, SharedBudgetExceeded)
+        if is_own and status is RunStatus.PARTIAL and ctx.config.on_budget == "wait":
+            # The run is suspended until somebody raises its budget, in place of its end.
+            ctx.note_suspended(BUDGET)
+            status = RunStatus.SUSPENDED
+        elif failure.reason == "changed" and ctx.session.continued and not ctx.trace.rows:
+            await self._give_back(failure.exception)
+        else:
+            self._failure = None if halt.suspended else failure
+            if failure.reason == "store" and halt.partial and ctx.dispatch.due_ms is not None:
+                # A dispatcher continues the run once the store is well again; a person reads the error.
+                status = RunStatus.INTERRUPTED
+        self._status = self._cancelled_as or status
+
     async def _give_back(self, changed: BaseException) -> NoReturn:
-        """Leave the run as it was: this code does not fit it, and has called nothing. Raises PipelineChanged."""
+        """Leave the run as it was: this code does not fit it. Raises PipelineChanged."""
         has_started, self._has_started = self._has_started, False
         result = self.ctx.build_result(RunStatus.INTERRUPTED, self.state) if has_started else None
         raise_if(await self.ctx.give_back(result))
         self.ctx.redactor.note_context()
         text = self.ctx.redactor.mask(str(changed))
         raise changed if text == str(changed) else PipelineChanged(text)
-
-    def _waits_for_budget(self, halt: Halt) -> bool:
-        """Return True if the run is suspended until somebody raises its budget, in place of its end."""
-        is_own = halt.spent and not isinstance_by_type(halt.failure.exception, SharedBudgetExceeded)
-        return self.ctx.config.on_budget == "wait" and is_own and halt.status is RunStatus.PARTIAL
 
     async def _reject_input(self, error: NotSerialisable) -> None:
         """Fail the run for an input that its store cannot store."""
@@ -264,9 +258,8 @@ class RunExecution:
             await self.ctx.announce_start(self.initial)
 
     async def _absorb_cancellation(self) -> None:
-        """Take back a cancellation of :meth:`cancel` that no node raised; the caller's task is left as it was."""
-        if self._cancelled_as is None or self.task is None:
-            return
+        """Take back a cancellation of :meth:`cancel` that no node raised."""
+        assert self.task is not None
         came: asyncio.CancelledError | None = None
         try:
             await asyncio.sleep(0)
@@ -276,7 +269,7 @@ class RunExecution:
             raise_if(came or asyncio.CancelledError())
 
     async def _skip_to(self, start: int) -> None:
-        """Restore the nodes before a resume target: from the journal, else from the checkpoint of the last of them."""
+        """Restore the nodes before a resume target from the journal, else from the last checkpoint."""
         ctx = self.ctx
         loaded = -1
         for position in range(start):
@@ -291,7 +284,7 @@ class RunExecution:
         if saved is None:
             raise CheckpointNotFound(
                 f"run {ctx.run_id!r} has no checkpoint of node {before.node_id!r}, which precedes "
-                f"{self.nodes[start].node_id!r}; run the pipeline from its start, or resume from an earlier node"
+                f"{self.nodes[start].node_id!r}; run the pipeline from its start, or from an earlier node"
             )
         ctx.handover.offer(saved)
 
@@ -305,8 +298,8 @@ class RunExecution:
                 if not completed:
                     break
                 raise PipelineChanged(
-                    f"run {ctx.run_id!r} finished without node {node.node_id!r}, which the pipeline has at position "
-                    f'{position}; continue it with if_exists="resume", or start a new run'
+                    f"run {ctx.run_id!r} finished without node {node.node_id!r}, which the pipeline has at "
+                    f'position {position}; continue it with if_exists="resume", or start a new run'
                 )
         self._status = status
         if completed or status in _CUT_SHORT:
@@ -340,8 +333,21 @@ class RunExecution:
         if ctx.hook_failures and ctx.config.hook_errors == "raise" and status not in _CUT_SHORT:
             first = ctx.hook_failures[0]
             where = "" if first.node_id is None else f" of {first.node_id!r}"
-            raise HookError(
-                f"{len(ctx.hook_failures)} hook calls raised; the first, {first.hook}{where}: {shown(first.exception)}",
-                result,
-            ) from first.exception
+            calls, text = f"{len(ctx.hook_failures)} hook calls raised", shown(first.exception)
+            raise HookError(f"{calls}; the first, {first.hook}{where}: {text}", result) from first.exception
         return result
+
+
+# Any version but ff, with ids that are not all zeros; 00 has no more fields;
+# https://www.w3.org/TR/trace-context/
+_TRACEPARENT: Final = re.compile(
+    r"(?!ff|00.{53}-)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
+)
+
+
+def set_traceparent(ctx: ReliabilityContext, traceparent: str) -> None:
+    """Set the trace context of a run; an invalid one, perhaps from the network, is logged and ignored."""
+    if _TRACEPARENT.fullmatch(traceparent):
+        ctx.traceparent = traceparent
+    else:
+        ctx.run_logger.warning("traceparent %r is not a W3C trace context and is ignored", traceparent[:200])

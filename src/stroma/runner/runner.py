@@ -7,9 +7,9 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property, partial
+from functools import partial
 from types import FrameType, ModuleType, NoneType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast, overload
 
 from pydantic import BaseModel
 
@@ -41,22 +41,25 @@ from stroma.engine.opening import BY_HAND, Dispatch
 from stroma.engine.tasks import has_running_loop
 from stroma.failures.failure import Classifier
 from stroma.hooks.sets import AnyHooks, NodeHooks, distinct, flatten
-from stroma.runner.batch import Batch
-from stroma.runner.code import code_of
 from stroma.runner.flows.suspension import now_ms
-from stroma.runner.live_runs import LiveRuns
-from stroma.runner.pipeline import AnyState, Pipeline, nodes_of, override_config
-from stroma.runner.run import RunExecution
-from stroma.runner.sequence import (
+from stroma.runner.live_runs import Batch, LiveRuns
+from stroma.runner.pipeline import (
+    AnyState,
+    Pipeline,
+    RunKeywords,
     check_owners,
     check_places,
+    code_of,
     find_position,
+    nodes_of,
+    override_config,
+    queue_entry,
     refuse_unknown_ids,
     warn_of_unknown_ids,
+    with_hooks,
 )
-from stroma.runner.stored_runs import ServedPipeline, StoredRuns
-from stroma.runner.submit_options import queue_entry
-from stroma.runner.tracing import set_traceparent
+from stroma.runner.run import RunExecution, set_traceparent
+from stroma.runner.stored_runs import ServedPipeline, StoredRuns, limits_of
 from stroma.trace.result import ExecutionResult
 
 if TYPE_CHECKING:
@@ -68,11 +71,10 @@ if TYPE_CHECKING:
     from stroma.engine.timeouts import NodeTimeout
     from stroma.runner.drive import DriveOutcome, RunDriver
     from stroma.runner.events import StreamEvent
-    from stroma.runner.flows.definition import AnnotatedFlowDecorator, FlowDecorator
-    from stroma.runner.flows.flow import Flow, FlowFunction, FlowLimits
+    from stroma.runner.flows.flow import AnnotatedFlowDecorator, Flow, FlowDecorator, FlowFunction, FlowLimits
+    from stroma.runner.pipeline import SubmitOptions
     from stroma.runner.stream import RunStream
     from stroma.runner.submission import EndWaits, RunHandle
-    from stroma.runner.submit_options import SubmitOptions
     from stroma.runner.worker import WorkerHealth
 
 __all__ = ["StromaRunner", "with_settings_of"]
@@ -80,10 +82,13 @@ __all__ = ["StromaRunner", "with_settings_of"]
 
 In = TypeVar("In", bound=BaseModel)
 Out = TypeVar("Out", bound=BaseModel)
+#: What a run executes; type checkers know the classes of the states of flows only.
+Nodes: TypeAlias = Pipeline | Iterable[Any]
+OtherNodes: TypeAlias = AnyState | Iterable[Any]
 
 
 class StromaRunner:
-    """Runs sequences of nodes under one configuration. Safe to share between tasks, threads and event loops."""
+    """Runs sequences of nodes under one configuration. Tasks, threads and event loops may share it."""
 
     def __init__(
         self,
@@ -97,14 +102,11 @@ class StromaRunner:
         self.checkpoint_manager = checkpoint_manager
         self._own_config = config
         self._live = LiveRuns()
-        #: Calls nodes with a place; None where they cannot be called.
-        self._caller: PlaceCaller | None = None
-        #: The flows of this runner, by id.
-        self._flows: dict[str, Pipeline] = {}
-        #: Warnings of ids in the config that no node has.
-        self.warned: set[str] = set()
-        #: Sets of exporters of pipelines and runs with hooks of their own.
-        self._exporters: list[NodeHooks] = []
+        self._waits: dict[asyncio.AbstractEventLoop, EndWaits] = {}
+        self._caller: PlaceCaller | None = None  # Calls nodes with a place.
+        self._flows: dict[str, Pipeline] = {}  # By id.
+        self.warned: set[str] = set()  # Warnings of ids in the config that no node has.
+        self._exporters: list[NodeHooks] = []  # Of pipelines and runs with hooks of their own.
         self.config = config if config is not None else default_config()
 
     @classmethod
@@ -142,13 +144,14 @@ class StromaRunner:
 
     def _replace(self, **fields: Any) -> StromaRunner:
         # A new config object: the old one may be shared with another runner.
-        changed = self.config.model_copy(update=fields)
+        valid = RunConfig(**fields)
+        changed = self.config.model_copy(update={name: getattr(valid, name) for name in fields})
         changed.__pydantic_fields_set__ = self.config.model_fields_set | fields.keys()
         self.config = self._own_config = changed
         return self
 
     def with_redis(self, redis_url: str, ttl_seconds: int = 3600) -> StromaRunner:
-        """Store checkpoints in Redis. Raises ImportError, with the command that installs it, without the driver."""
+        """Store checkpoints in Redis. Raises ImportError without its driver."""
         from stroma.checkpoint.redis.store import RedisStore
 
         self.checkpoint_manager = CheckpointManager(RedisStore(redis_url, ttl_seconds))
@@ -158,39 +161,37 @@ class StromaRunner:
         self, *, tokens: int | None = None, cost_usd: float | None = None, latency_ms: int | None = None
     ) -> StromaRunner:
         """Limit each run: tokens (input + output), US dollars, milliseconds of attempts."""
-        return self._replace(
-            budget=ExecutionBudget(max_tokens_total=tokens, max_cost_usd=cost_usd, max_latency_ms=latency_ms)
-        )
+        limits = ExecutionBudget(max_tokens_total=tokens, max_cost_usd=cost_usd, max_latency_ms=latency_ms)
+        return self._replace(budget=limits)
 
     def with_model_fallback(self, model: str, *, to: str, at_budget_pct: float = 0.80) -> StromaRunner:
-        """Signal a cheaper model once a share (0 to 1) of the cost limit is spent. Adds to earlier fallbacks."""
-        return self._replace(
-            model_fallbacks=[*self.config.model_fallbacks, FallbackPolicy(model, to, at_budget_pct)]
-        )
+        """Signal a cheaper model once a share (0 to 1) of the cost limit is spent. Earlier fallbacks stay."""
+        added = FallbackPolicy(model, to, at_budget_pct)
+        return self._replace(model_fallbacks=[*self.config.model_fallbacks, added])
 
     def with_classifiers(self, classifiers: list[Classifier]) -> StromaRunner:
         """Replace the classifiers of exceptions."""
-        return self._replace(classifiers=RunConfig(classifiers=classifiers).classifiers)
+        return self._replace(classifiers=classifiers)
 
     def with_hooks(self, hooks: NodeHooks | Sequence[NodeHooks]) -> StromaRunner:
         """Replace the hooks."""
-        return self._replace(hooks=RunConfig(hooks=hooks).hooks)
+        return self._replace(hooks=hooks)
 
     def with_context(self, context: dict[str, Any]) -> StromaRunner:
         """Replace the data that each node receives as ``ctx``."""
-        return self._replace(context=RunConfig(context=context).context)
+        return self._replace(context=context)
 
     def with_policy_map(self, policy_map: Policies) -> StromaRunner:
         """Replace the retry policies by failure class."""
-        return self._replace(policy_map=RunConfig(policy_map=policy_map).policy_map)
+        return self._replace(policy_map=policy_map)
 
     def with_node_policies(self, node_policies: Mapping[str, Policies]) -> StromaRunner:
         """Replace the retry policies of single nodes, by node id."""
-        return self._replace(node_policies=RunConfig(node_policies=node_policies).node_policies)
+        return self._replace(node_policies=node_policies)
 
     def with_node_timeouts(self, node_timeouts: Mapping[str, int | NodeTimeout]) -> StromaRunner:
         """Replace the time limits of nodes: milliseconds or a NodeTimeout by node id."""
-        return self._replace(node_timeouts=RunConfig(node_timeouts=node_timeouts).node_timeouts)
+        return self._replace(node_timeouts=node_timeouts)
 
     @overload
     def node(self, func: NodeFunction, /) -> NodeFunction: ...
@@ -227,13 +228,13 @@ class StromaRunner:
         role: Role | None = None,
         place: str | None = None,
     ) -> Any:
-        """Mark a function as a node, and register its contract with this runner. Other runners take the node too.
+        """Mark a function as a node, and register its contract with this runner. Other runners take it too.
 
         The id is the function's name and the models are those of its annotations, unless they are passed:
         ``@runner.node`` needs no parentheses. ``stroma_node`` does the same without a runner, and describes
-        what the function takes and returns. ``effect``, ``reconcile``: for a node that must not be called twice
-        blindly, ``role``: for traces, ``place``: for a node that a worker of a Temporal task queue calls
-        (experimental); see NodeContract.
+        what the function takes and returns. ``effect``, ``reconcile``: for a node that must not be called
+        twice blindly, ``role``: for traces, ``place``: for a node that a worker of a Temporal task queue
+        calls (experimental); see NodeContract.
         It raises TypeError for a function whose annotations name other models or none, ValueError if another
         function has the id.
         """
@@ -264,8 +265,8 @@ class StromaRunner:
         output: type[BaseModel] | None = None,
         **limits: Unpack[FlowLimits],
     ) -> Any:
-        """Make a flow of an async function, and register its contract with this runner. See ``stroma_flow``."""
-        from stroma.runner.flows.definition import define_flow  # Not loaded by runs without flows.
+        """Make a flow of an async function, and register its contract. See ``stroma_flow``."""
+        from stroma.runner.flows.flow import define_flow  # Not loaded by runs without flows.
 
         def register(body: Any, flow_id: str | None, scope: FrameType) -> Any:
             flow = define_flow(flow_id, body, (input, output), limits, scope)
@@ -281,23 +282,20 @@ class StromaRunner:
 
     # ------------------------------------------------------------------ checking
 
-    def check(
-        self, node_sequence: Pipeline | Iterable[Any], *, input_schema: type[BaseModel] | None = None
-    ) -> list[Finding]:
-        """Check, field by field, that each node's output can satisfy the next node's input. Nothing is called.
+    def check(self, node_sequence: Nodes, *, input_schema: type[BaseModel] | None = None) -> list[Finding]:
+        """Check, field by field, that each node's output can satisfy the next node's input.
 
-        An error can never work; a warning may fail, or cannot be decided. Nodes without a contract accept and
-        return anything. ``input_schema``: the class of the initial state, to be checked too. Raises TypeError
-        for anything that is not a node, ValueError for a function whose id was later assigned to another one
-        with another contract.
+        Nothing is called. An error can never work; a warning may fail, or cannot be decided. Nodes without a
+        contract accept and return anything. ``input_schema``: the class of the initial state, to be checked
+        too. Raises TypeError for anything that is not a node, ValueError for a function whose id was later
+        assigned to another one with another contract.
         """
         from stroma.contracts.checks.check import check_nodes  # Not loaded by runs that check nothing.
 
         nodes = nodes_of(node_sequence)
         check_owners(nodes, self.registry)
-        return check_nodes(
-            nodes, self.registry, input_schema, retried=self._config_of(node_sequence).retried_ids
-        )
+        retried = self._config_of(node_sequence).retried_ids
+        return check_nodes(nodes, self.registry, input_schema, retried=retried)
 
     async def check_deterministic(
         self, flow: FlowFunction[In, Out], initial_state: In
@@ -316,87 +314,36 @@ class StromaRunner:
 
     @overload
     async def run(
-        self,
-        node_sequence: FlowFunction[In, Out],
-        initial_state: In,
-        *,
-        run_id: str | None = None,
-        context: dict[str, Any] | None = None,
-        resume: bool | None = None,
-        resume_from: str | None = None,
-        retry_failed_items: bool | None = None,
-        if_exists: Literal["new", "restart", "resume", "return", "error"] | None = None,
-        if_running: Literal["error", "attach", "take_over"] | None = None,
-        traceparent: str | None = None,
-        conversation: str | None = None,
-        user: str | None = None,
+        self, node_sequence: FlowFunction[In, Out], initial_state: In, **options: Unpack[RunKeywords]
     ) -> ExecutionResult[Out]: ...
     @overload
     async def run(
-        self,
-        node_sequence: AnyState | Iterable[Any],
-        initial_state: BaseModel,
-        *,
-        run_id: str | None = None,
-        context: dict[str, Any] | None = None,
-        resume: bool | None = None,
-        resume_from: str | None = None,
-        retry_failed_items: bool | None = None,
-        if_exists: Literal["new", "restart", "resume", "return", "error"] | None = None,
-        if_running: Literal["error", "attach", "take_over"] | None = None,
-        traceparent: str | None = None,
-        conversation: str | None = None,
-        user: str | None = None,
+        self, node_sequence: OtherNodes, initial_state: BaseModel, **options: Unpack[RunKeywords]
     ) -> ExecutionResult: ...
-    async def run(  # type: ignore[misc]  # pyright: ignore[reportInconsistentOverload]  # AnyState is a Pipeline.
-        self,
-        node_sequence: Pipeline | Iterable[Any],
-        initial_state: BaseModel,
-        *,
-        run_id: str | None = None,
-        context: dict[str, Any] | None = None,
-        resume: bool | None = None,
-        resume_from: str | None = None,
-        retry_failed_items: bool | None = None,
-        if_exists: Literal["new", "restart", "resume", "return", "error"] | None = None,
-        if_running: Literal["error", "attach", "take_over"] | None = None,
-        traceparent: str | None = None,
-        conversation: str | None = None,
-        user: str | None = None,
+    async def run(  # type: ignore[misc]  # pyright: ignore[reportInconsistentOverload]
+        self, node_sequence: Nodes, initial_state: BaseModel, **options: Unpack[RunKeywords]
     ) -> ExecutionResult[Any]:
         """Run nodes one after the other, each on the output of the one before.
 
-        The keywords override the config's fields. ``traceparent`` is a W3C trace context that the run's spans
-        belong to, in place of the caller's current span; an invalid one is ignored. A failure inside the
-        pipeline is a result: FAILED or PARTIAL, with ``result.failure``. Raises TypeError for anything that
-        is not a node and for a hook that is not async, ValueError for an unknown resume target, an id in the
-        config that neither the pipeline nor the registry has, or a function whose id was later assigned to
-        another one with another contract, StoreError (CheckpointNotFound, PipelineChanged ...) if the run
-        cannot start, CheckFailed with ``RunConfig(check=True)``.
+        ``options`` override the config's fields, see :class:`RunKeywords`. A failure inside the pipeline is a
+        result: FAILED or PARTIAL, with ``result.failure``. Raises TypeError for anything that is not a node
+        and for a hook that is not async, ValueError for an unknown resume target, an id in the config that
+        neither the pipeline nor the registry has, or a function whose id was later assigned to another one
+        with another contract, StoreError (CheckpointNotFound, PipelineChanged ...) if the run cannot start,
+        CheckFailed with ``RunConfig(check=True)``.
         """
-        overrides = {
-            "run_id": run_id,
-            "context": context,
-            "resume": resume,
-            "resume_from": resume_from,
-            "retry_failed_items": retry_failed_items,
-            "if_exists": if_exists,
-            "if_running": if_running,
-            "conversation": conversation,
-            "user": user,
-        }
-        return await self._run(node_sequence, initial_state, overrides, traceparent)
+        return await self._run(node_sequence, initial_state, options)
 
     async def _run(
         self,
-        node_sequence: Pipeline | Iterable[Any],
+        node_sequence: Nodes,
         initial_state: BaseModel,
-        overrides: Mapping[str, Any],
-        traceparent: str | None = None,
+        options: RunKeywords,
         dispatch: Dispatch = BY_HAND,
+        watch: NodeHooks | None = None,
     ) -> ExecutionResult:
-        """Implement :meth:`run`. ``dispatch``: how a dispatcher opens the run."""
-        config = override_config(self._config_of(node_sequence), overrides)
+        """Implement :meth:`run`. ``dispatch``: how a dispatcher opens the run; ``watch``: further hooks."""
+        config = override_config(self._config_of(node_sequence), options)
         nodes = nodes_of(node_sequence)
         if isinstance(initial_state, type) and issubclass(initial_state, BaseModel):
             name = initial_state.__name__
@@ -414,19 +361,25 @@ class StromaRunner:
             raise_errors(nodes, self.registry)
         if config.hooks is not self.config.hooks:
             self._note_exporters(config.hooks)
+        if watch is not None:
+            config = with_hooks(config, watch)
         if config.events == "store":
-            from stroma.runner.event_log import with_event_log  # Not loaded by most runs.
+            from stroma.runner.follow import with_event_log  # Not loaded by most runs.
 
             config = with_event_log(config)
         ctx = ReliabilityContext.for_run(config, self.registry, self.checkpoint_manager)
         if isinstance(node_sequence, Pipeline):
-            ctx.pipeline = node_sequence.name
-        ctx.versions = node_sequence.versions if isinstance(node_sequence, Pipeline) else ()
+            ctx.pipeline, ctx.versions = node_sequence.name, node_sequence.versions
         refuse_unknown_ids(config, nodes, self.registry, ctx.pipeline)
-        if traceparent is not None:
+        if traceparent := options.get("traceparent"):
             set_traceparent(ctx, traceparent)
         ctx.dispatch, ctx.caller = dispatch, self._caller
-        result = await self._live.execute(RunExecution(ctx, nodes, initial_state, start))
+        execution = RunExecution(ctx, nodes, initial_state, start)
+        self._live.runs.add(execution)
+        try:
+            result = await execution.run()
+        finally:
+            self._live.remove(execution)
         warn_of_unknown_ids(ctx, nodes, result, self.warned)
         return result
 
@@ -437,7 +390,7 @@ class StromaRunner:
     @overload
     async def resume(
         self,
-        node_sequence: Pipeline | Iterable[Any],
+        node_sequence: Nodes,
         run_id: str,
         *,
         input_schema: type[BaseModel] | None = None,
@@ -445,7 +398,7 @@ class StromaRunner:
     ) -> ExecutionResult: ...
     async def resume(
         self,
-        node_sequence: Pipeline | Iterable[Any],
+        node_sequence: Nodes,
         run_id: str,
         *,
         input_schema: type[BaseModel] | None = None,
@@ -458,20 +411,20 @@ class StromaRunner:
         another process owns the run, StoreError if the store has no journal, TypeError if the pipeline starts
         with a group and ``input_schema`` is missing.
         """
-        nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
-        state = await self._stored.read_input(
-            run_id, self._stored.input_schema(nodes_of(nodes), input_schema)
-        )
-        return await self.run(nodes, state, **{**options, "run_id": run_id, "resume": True})
+        nodes = _listed(node_sequence)
+        schema = self._stored.input_schema(nodes_of(nodes), input_schema)
+        state = await self._stored.read_input(run_id, schema)
+        fixed: RunKeywords = {"run_id": run_id, "resume": True}
+        return await self._run(nodes, state, cast("RunKeywords", options | fixed))
 
     def stream(
         self,
-        node_sequence: Pipeline | Iterable[Any],
+        node_sequence: Nodes,
         initial_state: BaseModel,
         *,
         on_leave: Literal["cancel", "detach"] = "cancel",
         buffer: int = 1000,
-        **options: Any,
+        **options: Unpack[RunKeywords],
     ) -> RunStream:
         """Return the events of :meth:`run` as an async iterator, while they happen; see :class:`RunStream`.
 
@@ -483,28 +436,19 @@ class StromaRunner:
         """
         from stroma.runner.stream import RunStream
 
-        nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
-        config = self._config_of(nodes)
-
-        def begin(watch: NodeHooks) -> Coroutine[Any, Any, ExecutionResult]:
-            watched = config.model_copy(update={"hooks": [*flatten(config.hooks), watch]})
-            watched.__pydantic_fields_set__ = config.model_fields_set | {"hooks"}
-            twin = StromaRunner(self.registry, self.checkpoint_manager, watched)
-            twin._live = self._live  # So that a shutdown of this runner includes its streams.
-            twin.warned, twin._exporters, twin._flows = self.warned, self._exporters, self._flows
-            twin._note_exporters(config.hooks)
-            return twin.run(nodes, initial_state, **options)
-
-        return RunStream(begin, on_leave, buffer)
+        nodes = _listed(node_sequence)
+        return RunStream(
+            lambda watch: self._run(nodes, initial_state, options, watch=watch), on_leave, buffer
+        )
 
     def follow(self, run_id: str, after: str | None = None) -> AsyncIterator[StreamEvent]:
-        """Yield the events of a run of the store, in whatever process it is, until its end; needs ``RunConfig(events="store")``.
+        """Yield the events of a run of the store to its end; needs ``RunConfig(events="store")``.
 
-        ``after``: the cursor of the last event that was seen, in place of the start. The follow goes on over
-        suspensions ("run_suspended" for each) and processes that die, and ends with "run_end". No event comes
-        twice, and none of a process whose run another one has taken over. Ending the iteration changes
-        nothing. All followers in an event loop share the reads of a run, up to 10 a second. A run without
-        stored events has suspensions and an end only.
+        The run may be in any process. ``after``: the cursor of the last event that was seen, in place of the
+        start. The follow goes on over suspensions ("run_suspended" for each) and processes that die, and ends
+        with "run_end". No event comes twice, and none of a process whose run another one has taken over.
+        Ending the iteration changes nothing. All followers in an event loop share the reads of a run, up to
+        10 a second. A run without stored events has suspensions and an end only.
 
         Raises ValueError for a text that is not a cursor; while it is iterated, CheckpointNotFound for an
         unknown run, and for one that is deleted or restarted meanwhile, StoreError.
@@ -525,60 +469,57 @@ class StromaRunner:
 
     @overload
     def run_sync(
-        self, node_sequence: FlowFunction[In, Out], initial_state: In, **options: Any
+        self, node_sequence: FlowFunction[In, Out], initial_state: In, **options: Unpack[RunKeywords]
     ) -> ExecutionResult[Out]: ...
     @overload
     def run_sync(
-        self, node_sequence: AnyState | Iterable[Any], initial_state: BaseModel, **options: Any
+        self, node_sequence: OtherNodes, initial_state: BaseModel, **options: Unpack[RunKeywords]
     ) -> ExecutionResult: ...
-    def run_sync(  # type: ignore[misc]  # pyright: ignore[reportInconsistentOverload]  # AnyState is a Pipeline.
-        self, node_sequence: Pipeline | Iterable[Any], initial_state: BaseModel, **options: Any
+    def run_sync(  # type: ignore[misc]  # pyright: ignore[reportInconsistentOverload]
+        self, node_sequence: Nodes, initial_state: BaseModel, **options: Unpack[RunKeywords]
     ) -> ExecutionResult[Any]:
-        """Call :meth:`run` without an event loop. Raises RuntimeError where one is running: use ``await run()`` there.
+        """Call :meth:`run` without an event loop. Raises RuntimeError where one is running.
 
         At its end the file of an SQLiteStore is whole without its ``-wal`` file, unless another process uses
         it.
         """
         if has_running_loop():
-            raise RuntimeError(
-                "an event loop is already running; use `await runner.run(...)` in place of run_sync(...)"
-            )
-        return asyncio.run(self._run_and_merge(node_sequence, initial_state, options))
+            fix = "use `await runner.run(...)` in place of run_sync(...)"
+            raise RuntimeError(f"an event loop is already running; {fix}")
 
-    async def _run_and_merge(
-        self, node_sequence: Pipeline | Iterable[Any], initial_state: BaseModel, options: dict[str, Any]
-    ) -> ExecutionResult[Any]:
-        try:
-            return await self.run(node_sequence, initial_state, **options)
-        finally:
-            merge_log = getattr(self.checkpoint_manager.store, "merge_log", None)
-            if merge_log is not None:
-                with suppress(StoreError):  # It stays in the -wal file.
-                    await merge_log()
+        async def run_and_merge() -> ExecutionResult[Any]:
+            try:
+                return await self._run(node_sequence, initial_state, options)
+            finally:
+                merge_log = getattr(self.checkpoint_manager.store, "merge_log", None)
+                if merge_log is not None:
+                    with suppress(StoreError):  # It stays in the -wal file.
+                        await merge_log()
+
+        return asyncio.run(run_and_merge())
 
     async def run_many(
         self,
-        node_sequence: Pipeline | Iterable[Any],
+        node_sequence: Nodes,
         inputs: Iterable[BaseModel],
         *,
         max_concurrency: int = 10,
         run_ids: Callable[[int, BaseModel], str] | None = None,
         recover: bool = False,
         on_result: Callable[[int, ExecutionResult | Exception], None] | None = None,
-        **options: Any,
+        **options: Unpack[RunKeywords],
     ) -> list[ExecutionResult | Exception]:
-        """Call :meth:`run` for each input, at most ``max_concurrency`` at once; return outcomes in the order of inputs.
+        """Call :meth:`run` for each input, at most ``max_concurrency`` at once; return the outcomes in order.
 
         An exception of ``run()`` takes the place of its result, and stops no other run. ``inputs`` is read
         only as runs start, so it may be a long iterator. ``run_ids`` returns the id of each run for its
         0-based number and input; ``on_result`` is called with each outcome as it arrives. ``recover``: first
-        resume the interrupted runs of this pipeline (see :meth:`recover`); their outcomes are not returned.
-        It raises TypeError if the pipeline starts with a
-        group: there, call :meth:`recover` before, with ``input_schema``. After a :meth:`shutdown` no further
-        run starts, and only the outcomes of those that did are returned. An exception of ``inputs``,
+        resume the interrupted runs of this pipeline, whose outcomes are not returned; a pipeline that starts
+        with a group needs :meth:`recover` with ``input_schema`` in its place. After a :meth:`shutdown` no
+        further run starts, and only the outcomes of those that did are returned. An exception of ``inputs``,
         ``run_ids`` or ``on_result`` cancels the runs in flight and is raised.
         """
-        nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
+        nodes = _listed(node_sequence)
         run = partial(self.run, nodes, **options)
         with self._live.batch() as batch:
             if recover:
@@ -587,11 +528,11 @@ class StromaRunner:
 
     async def recover(
         self,
-        node_sequence: Pipeline | Iterable[Any],
+        node_sequence: Nodes,
         *,
         max_concurrency: int = 10,
         input_schema: type[BaseModel] | None = None,
-        **options: Any,
+        **options: Unpack[RunKeywords],
     ) -> dict[str, ExecutionResult | Exception]:
         """Resume every run of this pipeline whose process died or shut down; return the outcomes by run id.
 
@@ -599,7 +540,7 @@ class StromaRunner:
         the class of their original inputs; by default the input of the first node. Raises StoreError if the
         store has no journal, TypeError if the pipeline starts with a group and ``input_schema`` is missing.
         """
-        nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
+        nodes = _listed(node_sequence)
         with self._live.batch() as batch:
             return await self._recover(nodes, batch, max_concurrency, input_schema, options)
 
@@ -609,18 +550,15 @@ class StromaRunner:
         batch: Batch,
         max_concurrency: int,
         input_schema: type[BaseModel] | None,
-        options: dict[str, Any],
+        options: RunKeywords,
     ) -> dict[str, ExecutionResult | Exception]:
         name = nodes.name if isinstance(nodes, Pipeline) else self.config.pipeline
         schema = self._stored.input_schema(nodes_of(nodes), input_schema)
         code = code_of(nodes) if isinstance(nodes, Pipeline) else ServedCode()
         served = ServedPipeline(nodes, schema, code=code)
         run_ids = await self._stored.find_interrupted(name, code.versions)
-        resume = self._driver(batch, options).resume
-        dispatch = Dispatch(now_ms())
-        return await batch.recover_each(
-            lambda run_id: resume(run_id, served, dispatch), run_ids, max_concurrency
-        )
+        resume = partial(self._driver(batch, options).resume, served=served, dispatch=Dispatch(now_ms()))
+        return await batch.recover_each(resume, run_ids, max_concurrency)
 
     async def serve(
         self,
@@ -643,8 +581,10 @@ class StromaRunner:
         unknown nodes, TypeError for anything but flows and Pipelines and for one that starts with a group,
         StoreError if the store has no journal or cannot be used.
         """
-        from stroma.runner.queue_watch import readers_of  # Not loaded by runs, like the next.
-        from stroma.runner.worker import RunWorker
+        from stroma.runner.worker import (
+            RunWorker,
+            readers_of,  # Not loaded by runs, like the next.
+        )
 
         served = [one for one in pipelines if isinstance(one, Pipeline)]  # The worker refuses anything else.
         for one in served:
@@ -652,13 +592,13 @@ class StromaRunner:
             check_places(nodes_of(one), self.registry, self._caller)
         with self._live.batch() as batch:
             readers = {one.name: readers_of(self._config_of(one).hooks) for one in served}
-            worker = RunWorker(self._stored, self._driver(batch), batch, self._live, health, readers)
+            worker = RunWorker(self._stored, self._driver(batch, {}), batch, self._live, health, readers)
             await worker.serve(pipelines, max_concurrency, poll_seconds, on_result)
 
     async def drive(
         self, run_id: str, *, pipelines: Sequence[Pipeline] = (), max_seconds: float | None = 900.0
     ) -> DriveOutcome:
-        """Continue a run of the store as far as possible, if it is due. Safe to call at any time and as often as you like.
+        """Continue a run of the store as far as possible, if it is due. Safe to call at any time.
 
         This is what a dispatcher calls: a worker, Temporal, a job of Kubernetes or Celery. The outcome is a
         value:
@@ -681,7 +621,7 @@ class StromaRunner:
             raise ValueError(f"max_seconds must be above 0, got {max_seconds!r}")
         served = self._stored.served([*self._flows.values(), *pipelines])
         with self._live.batch() as batch:
-            return await self._driver(batch).drive(run_id, served.get, max_seconds)
+            return await self._driver(batch, {}).drive(run_id, served.get, max_seconds)
 
     @overload
     async def submit(
@@ -691,7 +631,7 @@ class StromaRunner:
     async def submit(
         self, pipeline: AnyState, initial_state: BaseModel, **options: Unpack[SubmitOptions]
     ) -> RunHandle[BaseModel]: ...
-    async def submit(  # type: ignore[misc]  # pyright: ignore[reportInconsistentOverload]  # AnyState is a Pipeline.
+    async def submit(  # type: ignore[misc]  # pyright: ignore[reportInconsistentOverload]
         self, pipeline: Pipeline, initial_state: BaseModel, **options: Unpack[SubmitOptions]
     ) -> RunHandle[Any]:
         """Create a run with status QUEUED, which a worker starts (see :meth:`serve`), and return its handle.
@@ -708,7 +648,7 @@ class StromaRunner:
         state = served.schema.convert(initial_state)
         version = pipeline.version or ""
         request = RunRequest(run_id, pipeline.name, state, served.schema, tags=config.tags, version=version)
-        await self._stored.submit(request, queue_entry(options, now_ms()))
+        await self._stored.journal("submit").submit(request, queue_entry(options, now_ms()))
         return self.handle(run_id, pipeline)
 
     def handle(self, run_id: str, pipeline: Pipeline | None = None) -> RunHandle[Any]:
@@ -723,35 +663,34 @@ class StromaRunner:
             served = self._stored.served([*self._flows.values()] if pipeline is None else [pipeline])
             record = await self._stored.get(run_id)
             if record.pipeline not in served:
+                name = record.pipeline
                 raise PipelineChanged(
-                    f"run {run_id!r} is of pipeline {record.pipeline!r}, which is not known here; pass it to handle()"
+                    f"run {run_id!r} is of pipeline {name!r}, which is not known here; pass it to handle()"
                 )
             # Without hooks: whoever executes the run calls them.
             reader = StromaRunner(self.registry, self.checkpoint_manager, RunConfig(run_id=run_id))
             nodes, schema, *_ = served[record.pipeline]
             state = await self._stored.read_input(run_id, schema)
-            return await reader._run(nodes, state, {}, dispatch=Dispatch(reads=True))
+            return await reader._run(nodes, state, {}, Dispatch(reads=True))
 
         calls = HandleCalls(read, self.follow, self.send)
-        return RunHandle(run_id, self._stored, self._end_waits, calls)
+        return RunHandle(run_id, self._stored, self._waits_here, calls)
 
-    def _driver(self, batch: Batch, options: Mapping[str, Any] | None = None) -> RunDriver:
+    def _driver(self, batch: Batch, options: RunKeywords) -> RunDriver:
         from stroma.runner.drive import RunDriver  # Not loaded by runs.
-
-        overrides = {**(options or {}), "resume": True, "if_running": "error"}
-        traceparent = overrides.pop("traceparent", None)
 
         async def run(
             nodes: Pipeline | list[Any], state: BaseModel, run_id: str, dispatch: Dispatch
         ) -> ExecutionResult:
-            return await self._run(nodes, state, {**overrides, "run_id": run_id}, traceparent, dispatch)
+            fixed: RunKeywords = {"run_id": run_id, "resume": True, "if_running": "error"}
+            return await self._run(nodes, state, {**options, **fixed}, dispatch)
 
         return RunDriver(self._stored, batch, run)
 
     async def fork(
         self,
         run_id: str,
-        node_sequence: Pipeline | Iterable[Any],
+        node_sequence: Nodes,
         *,
         at: str,
         state: BaseModel | None = None,
@@ -770,35 +709,28 @@ class StromaRunner:
         """
         if state is not None and not isinstance(state, BaseModel):
             raise TypeError(f"the state of a fork must be a pydantic model, not {type(state).__name__}")
-        nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
+        nodes = _listed(node_sequence)
         records = nodes_of(nodes)
         flow = next((one for one in records if isinstance(one, FlowNode)), None)
         call = None if flow is None or at in [one.node_id for one in records] else at
         if call is not None and state is not None:
-            raise ValueError(
-                f"state= replaces the input of a position, and {at!r} is a call of a flow, which makes its inputs"
-            )
+            why = f"{at!r} is a call of a flow, which makes its inputs"
+            raise ValueError(f"state= replaces the input of a position, and {why}")
         before = find_position(records, at if flow is None or call is None else flow.node_id, "at")
         config = self._config_of(nodes)
         refuse_unknown_ids(config, records, self.registry, config.pipeline)  # Before the fork is stored.
         fork_id = new_run_id or fresh_run_id()
-        original = self._stored.input_schema(
-            records, input_schema or (type(state) if state and not before else None)
-        )
+        of_state = type(state) if state and not before else None
+        original = self._stored.input_schema(records, input_schema or of_state)
         await self._stored.fork(run_id, fork_id, records, before, state, call)
         initial = state
         if initial is None or before:
             initial = await self._stored.read_input(fork_id, original)
-        start: dict[str, Any] = {"resume": True} if call is not None else {"resume_from": at}
-        return await self.run(nodes, initial, run_id=fork_id, **start, **options)
+        start: RunKeywords = {"resume": True} if call is not None else {"resume_from": at}
+        return await self._run(nodes, initial, cast("RunKeywords", {**options, **start, "run_id": fork_id}))
 
     async def signal(
-        self,
-        run_id: str,
-        answer: Any,
-        *,
-        question: str | None = None,
-        schema: type[BaseModel] | None = None,
+        self, run_id: str, answer: Any, *, question: str | None = None, schema: type[BaseModel] | None = None
     ) -> None:
         """Store the answer to a question of a suspended run; resuming the run is another step.
 
@@ -812,10 +744,10 @@ class StromaRunner:
         pydantic's ValidationError, CheckpointNotFound, StoreError if the question is not open, ValueError if
         ``question`` is needed.
         """
-        await self._stored.answer(run_id, answer, question=question, schema=schema)
+        await self._stored.answer(run_id, answer, question, schema)
 
     async def send(self, run_id: str, message: Any, *, topic: str = "", id: str | None = None) -> None:
-        """Store a message to a run, which ``flow.receive`` takes. A suspended run is due then, so that a worker continues it.
+        """Store a message to a run, which ``flow.receive`` takes. It makes a suspended run due for workers.
 
         ``message``: a model or JSON data. ``topic``: that of the receiver. ``id``: identifies the message in
         the run; sending it again changes nothing. By default each call sends a message of its own. Messages
@@ -826,14 +758,14 @@ class StromaRunner:
         await self._stored.send(run_id, message, topic, id)
 
     async def cancel(self, run_id: str) -> bool:
-        """End a run as CANCELLED, in whatever process it is. Returns False if it had ended. Raises CheckpointNotFound.
+        """End a run as CANCELLED, in any process. Returns False if it had ended. Raises CheckpointNotFound.
 
         Once this returns, which takes up to a second, no attempt begins; those at work are cancelled. An
         owner that does not read the request within 10 seconds is not waited for, with a warning: its process
         is stopped, or it is plain code without ``async with ctx:``. The request is stored, and holds when the
         run is opened again.
         """
-        return await self._stored.cancel(run_id)
+        return await self._stored.request(run_id, "cancel")
 
     async def pause(self, run_id: str) -> bool:
         """Suspend a run with reason "paused", in whatever process it is, until somebody resumes it.
@@ -844,14 +776,14 @@ class StromaRunner:
         take the pause back. An owner that reads no requests is not waited for, as in :meth:`cancel`. Returns
         False if the run had ended. Raises CheckpointNotFound, StoreError.
         """
-        return await self._stored.pause(run_id)
+        return await self._stored.request(run_id, "pause")
 
     async def unpause(self, run_id: str) -> bool:
-        """Take a pause back, so that a worker continues the run (see :meth:`serve`); :meth:`resume` continues it here.
+        """Take a pause back, so that a worker continues the run; :meth:`resume` continues it here.
 
         Returns False if the run was not paused, or has ended. Raises CheckpointNotFound, StoreError.
         """
-        return await self._stored.unpause(run_id)
+        return await self._stored.request(run_id, "unpause")
 
     async def set_budget(
         self,
@@ -869,7 +801,7 @@ class StromaRunner:
         as in :meth:`cancel`. Returns False if the run is complete. Raises CheckpointNotFound, StoreError,
         ValueError without a limit, pydantic's ValidationError for one that is not valid.
         """
-        return await self._stored.set_budget(run_id, tokens=tokens, cost_usd=cost_usd, latency_ms=latency_ms)
+        return await self._stored.request(run_id, "set_budget", limits_of(tokens, cost_usd, latency_ms))
 
     async def shutdown(self, *, drain_seconds: float = 30.0) -> None:
         """End the runs of this runner in the running event loop after their current node, as INTERRUPTED.
@@ -880,7 +812,7 @@ class StromaRunner:
         await self._live.shut_down(drain_seconds)
 
     async def flush(self, *, timeout_seconds: float = 5.0) -> bool:
-        """Send what the exporters hold: those among the runner's hooks, and among those of pipelines and runs that it has run.
+        """Send what the exporters hold: of the runner's hooks, and of pipelines and runs that it has run.
 
         Return True if all of it was sent in time, and nothing was lost since the last call. Never raises.
         """
@@ -902,11 +834,15 @@ class StromaRunner:
         if exporters:
             self._exporters[:] = distinct((*self._exporters, *exporters))
 
-    @cached_property
-    def _end_waits(self) -> EndWaits:
+    def _waits_here(self) -> EndWaits:
+        """Return the waits for ends of runs in the running event loop."""
         from stroma.runner.submission import EndWaits  # Not loaded by runs.
 
-        return EndWaits(lambda: self._stored)
+        loop = asyncio.get_running_loop()
+        if loop not in self._waits:
+            self._waits = {one: waits for one, waits in self._waits.items() if not one.is_closed()}
+            self._waits[loop] = EndWaits(lambda: self._stored)
+        return self._waits[loop]
 
     @property
     def _stored(self) -> StoredRuns:
@@ -918,8 +854,12 @@ class StromaRunner:
         return self.config
 
 
+def _listed(node_sequence: Nodes) -> Pipeline | list[Any]:
+    return node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
+
+
 def with_settings_of(module: ModuleType, pipeline: Pipeline) -> Pipeline:
-    """Return the pipeline with the settings of the runner of its module, for code that runs it with another runner.
+    """Return the pipeline with the settings of the runner of its module, to run it with another runner.
 
     A pipeline with a config of its own stays as it is, and so does one whose module has no runner with
     settings. Raises LookupError if the module has several.
@@ -932,6 +872,6 @@ def with_settings_of(module: ModuleType, pipeline: Pipeline) -> Pipeline:
     if len(names) > 1:
         raise LookupError(
             f"pipeline {pipeline.name!r} has no config, and {len(names)} runners beside it have settings: "
-            f"{', '.join(names)}; pass one of them: Pipeline({pipeline.name!r}, nodes, config={names[0]}.config)"
+            f"{', '.join(names)}; pass one: Pipeline({pipeline.name!r}, nodes, config={names[0]}.config)"
         )
     return pipeline.with_config(named[names[0]].config)

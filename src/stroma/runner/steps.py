@@ -31,7 +31,7 @@ from stroma.failures.errors import RunCancelled
 from stroma.failures.failure import Failure
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.runner.map import branches_in
-from stroma.runner.sequence import check_owners
+from stroma.runner.pipeline import check_owners
 from stroma.trace.result import ExecutionResult, RunStatus
 
 __all__ = ["ReliabilityContext", "StromaStep", "execute_step"]
@@ -45,7 +45,7 @@ async def execute_step(
     *,
     contract: NodeContract[Any, Any] | None = None,
 ) -> ExecutionResult:
-    """Run one function as a step of a context; the result has the totals and trace of the whole context so far.
+    """Run one function as a step of a context. The result has the totals and trace of the whole context.
 
     ``contract`` takes precedence over the registry's, and that over the function's own. Without any, output
     that fits the input's class is converted to it, and other output is returned as it is. Each call in plain
@@ -127,7 +127,7 @@ async def execute_step(
 def _node_of(
     step_id: str, func: Any, ctx: ReliabilityContext, contract: NodeContract[Any, Any] | None
 ) -> Node | Group:
-    """Return the record of a step's function. Raises ValueError for an id that was later assigned to another one."""
+    """Return the record of a step's function. Raises ValueError if another one has its id."""
     marked = getattr(func, "_stroma_contract", None)
     node = find_node(func) if isinstance(func, Group) else make_node(step_id, func, marked)
     if contract is None and getattr(func, "_stroma_node_id", None) == step_id:
@@ -211,13 +211,13 @@ def _check_input(
         before = "another input"
     where = f" in task {identity.path}" if identity.path else ""
     raise PipelineChanged(
-        f"run {ctx.run_id!r} cannot be resumed: call {identity.number + 1} of step {node.node_id!r}{where} was recorded with "
-        f"{before}, got {_shorten(call.input_key)}; pass the same input, or start a new run"
+        f"run {ctx.run_id!r} cannot be resumed: call {identity.number + 1} of step {node.node_id!r}{where} "
+        f"was recorded with {before}, got {_shorten(call.input_key)}; pass the same input, or start a new run"
     )
 
 
 def _checksums_inside(ctx: ReliabilityContext, position: int, branch: str) -> Iterator[bytes]:
-    """Yield the checksums of inputs recorded inside a group that is a step, without those of steps called there."""
+    """Yield the checksums of inputs recorded inside a group that is a step, without steps called there."""
     prefix = f"{branch}." if branch else ""
     for (at, inner), committed in ctx.restored.items():
         if at != position or not inner.startswith(prefix) or is_called(inner[len(prefix) :]):
@@ -230,7 +230,8 @@ def _checksums_inside(ctx: ReliabilityContext, position: int, branch: str) -> It
 def _cancelled_step(ctx: ReliabilityContext, step_id: str) -> Halt:
     """Return the end of a step whose run was cancelled before its call."""
     error = RunCancelled(
-        f"run {ctx.run_id!r} was cancelled and step {step_id!r} is not called; resume the run, or call the step in another run"
+        f"run {ctx.run_id!r} was cancelled and step {step_id!r} is not called; resume the run, or call the "
+        "step in another run"
     )
     return Halt(Failure(error, FailureClass.TERMINAL, step_id, 1, str(error)))
 

@@ -1,48 +1,179 @@
-"""Runs in a journal store: their inputs, answers and outputs, and the runs that can be recovered or forked."""
+"""Runs in a journal store: inputs, answers, outputs, requests, and runs to recover or to fork."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from uuid import uuid4
 
 from pydantic import BaseModel
 
 from stroma._utils.logs import get_logger
-from stroma.checkpoint import CheckpointManager, CheckpointNotFound, StoreError, Waiting
-from stroma.checkpoint.decisions import UNFINISHED
-from stroma.checkpoint.entries import RunRequest, SentMessage
+from stroma.checkpoint import CheckpointManager, CheckpointNotFound, StoreError, Waiting, resolve_schema
+from stroma.checkpoint.decisions import UNFINISHED, not_waiting
+from stroma.checkpoint.entries import NOT_DONE, SentMessage
 from stroma.checkpoint.events import EventPage, EventPlace
-from stroma.checkpoint.queue import (
-    Candidate,
-    ClaimRequest,
-    QueueEntry,
-    QueueFigures,
-    RunLimits,
-    ServedCode,
-)
+from stroma.checkpoint.queue import RunLimits, ServedCode
 from stroma.contracts.contract import ContractRegistry, check_id
+from stroma.contracts.effects import NotDone, Unknown
 from stroma.contracts.node import Group, Node, find_node, output_class
 from stroma.contracts.schema import Schema, schema_of
 from stroma.contracts.tagged_json import NotSerialisable
+from stroma.cost.budget import ExecutionBudget
 from stroma.engine.config import RunConfig
 from stroma.engine.restore import value_of
-from stroma.runner.code import code_of
-from stroma.runner.flows.suspension import now_ms
-from stroma.runner.pipeline import Pipeline, input_schema_of, nodes_of
-from stroma.runner.requests import limits_of, request
-from stroma.runner.signals import encode_message, match_answer
+from stroma.runner.pipeline import Pipeline, code_of, input_schema_of, nodes_of
 from stroma.trace.result import RunStatus
 
-if TYPE_CHECKING:  # Loaded with a durable store.
+if TYPE_CHECKING:
     from stroma.checkpoint import RunRecord
-    from stroma.checkpoint.durable.news import Listener
 
-__all__ = ["ServedPipeline", "StoredRuns", "no_run"]
+__all__ = ["ServedPipeline", "StoredRuns", "encode_message", "limits_of", "match_answer", "no_run", "request"]
 
 logger = get_logger()
+
+_OWNER_SECONDS: Final = 10.0  # An owner looks for requests twice a second.
+_POLL_SECONDS: Final = (0.01, 0.1)
+#: By method, the statuses of a run whose owner may not have read a request.
+_UNREAD_IN: Final = {
+    "cancel": ("RUNNING", "INTERRUPTED", "SUSPENDED"),
+    "pause": ("RUNNING", "INTERRUPTED", "SUSPENDED"),
+    "set_budget": ("RUNNING",),
+}
+
+
+def limits_of(tokens: int | None, cost_usd: float | None, latency_ms: int | None) -> Mapping[str, float]:
+    """Return limits by field of ExecutionBudget. Raises ValueError, also pydantic's ValidationError."""
+    budget = ExecutionBudget(max_tokens_total=tokens, max_cost_usd=cost_usd, max_latency_ms=latency_ms)
+    limits: dict[str, float] = budget.model_dump(exclude_none=True)
+    if not limits:
+        raise ValueError("no limit is set; pass tokens=, cost_usd= or latency_ms=")
+    return limits
+
+
+async def request(store: Any, run_id: str, method: str, *arguments: Any) -> bool:
+    """Call a method of a store about a run, and wait until the owner of the run has read the request.
+
+    Returns what the method does. A stored request holds, whatever becomes of the owner. An owner that has not
+    read it in 10 seconds is not waited for any longer: its process is stopped, or it is plain code that reads
+    no requests. Raises CheckpointNotFound, StoreError.
+    """
+    done: bool = await getattr(store, method)(run_id, *arguments)
+    loop = asyncio.get_running_loop()
+    late, pause = loop.time() + _OWNER_SECONDS, _POLL_SECONDS[0]
+    while done and await asyncio.to_thread(store.is_request_pending, run_id):
+        if loop.time() > late:
+            logger.warning(
+                "the owner of run %r has not read the request, and may begin further attempts; "
+                "the request is stored, and holds when the run is opened again",
+                run_id,
+            )
+            return done
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, _POLL_SECONDS[1])
+    record = await asyncio.to_thread(store.get_run, run_id) if done and method in _UNREAD_IN else None
+    if record is not None and record.holder is None and record.status in _UNREAD_IN[method]:
+        # The owner stopped instead of reading it, or lost its lease: what the request does to a run without
+        # an owner is done now, and not when somebody opens the run.
+        try:
+            await getattr(store, method)(run_id, *arguments)
+        except CheckpointNotFound:
+            pass
+    return done
+
+
+_MAX_NAMED: Final = 10  # questions in a message
+
+
+def match_answer(
+    questions: Sequence[Waiting],
+    run_id: str,
+    answer: Any,
+    *,
+    question: str | None,
+    schema: type[BaseModel] | None,
+) -> Waiting:
+    """Return the question that an answer is for, with the answer validated and encoded.
+
+    ``questions``: the questions of the run, answered ones too. Raises pydantic's ValidationError, StoreError
+    if no question is open or the class of the answer is not imported, ValueError if the id of the question is
+    needed, or the answer is of another kind.
+    """
+    waiting = _find(questions, run_id, answer, question)
+    if isinstance(answer, (NotDone, Unknown)):
+        if waiting.effect is None:
+            raise ValueError(
+                f"question {waiting.id!r} of run {run_id!r} is not about the call of an effect; answer it"
+            )
+        if isinstance(answer, Unknown):
+            raise ValueError(
+                f"node {waiting.node_id!r} of run {run_id!r} is suspended until its call is known; "
+                "pass its output, or NotDone()"
+            )
+        return waiting._replace(payload=NOT_DONE)
+    expected = schema_of(schema or _class_of(waiting, answer))
+    if isinstance(answer, BaseModel) and waiting.schema_ref:
+        return waiting._replace(payload=expected.encode(expected.convert(answer)))
+    return waiting._replace(payload=expected.encode(expected.validate(answer)))
+
+
+def encode_message(message: Any) -> bytes:
+    """Return a message in stored form. Raises NotSerialisable, TypeError or ValueError if it has none."""
+    if isinstance(message, BaseModel):
+        schema = schema_of(type(message))
+        return schema.encode(schema.convert(message))
+    # The space tells it from a model in stored form.
+    return b" " + json.dumps(message, ensure_ascii=False, allow_nan=False).encode()
+
+
+def _find(questions: Sequence[Waiting], run_id: str, answer: Any, question: str | None) -> Waiting:
+    """Return the question with an id; without an id the one that is open. Raises StoreError, ValueError."""
+    if question is not None:
+        named = next((one for one in questions if one.id == question), None)
+        if named is None:
+            raise not_waiting(run_id, question)
+        return named
+    waiting = [one for one in questions if one.payload is None]
+    if not waiting:
+        raise StoreError(f"run {run_id!r} has no open question; check its status and its attempts")
+    is_statement = isinstance(answer, (NotDone, Unknown))
+    # A statement is about one call: by now the open question may be about another one.
+    taking = [one for one in waiting if one.effect is None and not is_statement]
+    if len(taking) == 1:
+        return taking[0]
+    names = ", ".join(f"{one.id!r} of {one.node_id!r}" for one in (taking or waiting)[:_MAX_NAMED])
+    why = f"has {len(taking)} open questions"
+    if not taking:
+        is_about_effect = any(one.effect for one in waiting)
+        why = (
+            "needs a statement that names its call"
+            if is_about_effect
+            else "is not asked about the call of an effect"
+        )
+    raise ValueError(f"run {run_id!r} {why}; pass question= with the id of one: {names}")
+
+
+def _class_of(waiting: Waiting, answer: Any) -> type[BaseModel]:
+    """Return the class that an answer must satisfy. Raises StoreError if it is not imported."""
+    if not waiting.schema_ref:
+        return output_class(None)
+    if (
+        isinstance(answer, BaseModel)
+        and waiting.schema
+        and schema_of(type(answer)).json_schema == waiting.schema
+    ):
+        return type(answer)  # The class, or the same one by another name of its module.
+    try:
+        return resolve_schema(waiting.schema_ref)
+    except (LookupError, TypeError) as error:
+        raise StoreError(
+            f"question {waiting.id!r} of {waiting.node_id!r} needs a {waiting.schema_ref}: {error}; "
+            "or pass that class as schema="
+        ) from error
+
 
 _MAX_RECOVERED = 1_000_000  # runs of one status
 _MAX_COUNTED = 1_000  # likewise
@@ -68,50 +199,44 @@ class StoredRuns:
 
     def __init__(self, registry: ContractRegistry, manager: CheckpointManager) -> None:
         self._registry = registry
-        self._manager = manager
+        self.store: Any = manager.store
 
-    @property
-    def store(self) -> Any:
-        """The store."""
-        return self._manager.store
+    def journal(self, method: str) -> Any:
+        """Return the store. Raises StoreError if it does not have a method of journal stores."""
+        if not hasattr(self.store, method):
+            kind = type(self.store).__name__
+            raise StoreError(f"{kind} has no journal of runs; use a journal store such as SQLiteStore")
+        return self.store
 
-    def _journal(self, method: str) -> Any:
-        store = self._manager.store
-        if not hasattr(store, method):
-            raise StoreError(
-                f"{type(store).__name__} has no journal of runs; use a journal store such as SQLiteStore"
-            )
-        return store
-
-    def input_schema(self, nodes: list[Node | Group], input_class: type[BaseModel] | None) -> Schema:
-        """Return the schema of the input of a run of these nodes. Raises TypeError if they start with a group."""
+    def input_schema(self, nodes: list[Node | Group], input_class: type[BaseModel] | None = None) -> Schema:
+        """Return the schema of the input of these nodes. Raises TypeError if they start with a group."""
         return input_schema_of(nodes, self._registry) if input_class is None else schema_of(input_class)
 
     async def get(self, run_id: str) -> RunRecord:
         """Return a run. Raises CheckpointNotFound."""
-        record: RunRecord | None = await asyncio.to_thread(self._journal("get_run").get_run, run_id)
+        record: RunRecord | None = await asyncio.to_thread(self.journal("get_run").get_run, run_id)
         if record is None:
             raise no_run(run_id)
         return record
 
     async def read_questions(self, run_id: str) -> list[Waiting]:
         """Return the questions of a run, answered ones too."""
-        waiting: list[Waiting] = await asyncio.to_thread(self._journal("waiting").waiting, run_id)
+        waiting: list[Waiting] = await asyncio.to_thread(self.journal("waiting").waiting, run_id)
         return waiting
 
     def read_events(self, run_id: str, after: EventPlace, limit: int) -> EventPage:
         """Return the next stored events of a run after a place. Blocking. Raises CheckpointNotFound."""
-        store = self._journal("read_events")
+        store = self.journal("read_events")
         page: EventPage | None = store.read_events(run_id, after, limit) if store.exists() else None
         if page is None:
             raise no_run(run_id)
         return page
 
     async def read_final_state(self, record: RunRecord) -> Any:
-        """Return the last output at the top level of a run as plain data, its input before the first one; None if unreadable."""
+        """Return the last output of a run as plain data, else its input; None if it cannot be read."""
         from stroma.checkpoint.history.payload import decode_payload
 
-        store = self._journal("output_of")
+        store = self.journal("output_of")
 
         def read() -> Any:
             try:
@@ -126,7 +251,7 @@ class StoredRuns:
         return await asyncio.to_thread(read)
 
     def served(self, pipelines: Sequence[Any]) -> dict[str, ServedPipeline]:
-        """Return these flows and pipelines by name. Raises ValueError for two of one name, TypeError for anything else."""
+        """Return these flows and pipelines by name. Raises ValueError for two of one name, TypeError."""
         served: dict[str, ServedPipeline] = {}
         for one in pipelines:
             if not isinstance(one, Pipeline):
@@ -136,13 +261,12 @@ class StoredRuns:
                 )
             if one.name in served and served[one.name].nodes is not one:
                 raise ValueError(f"two pipelines have the name {one.name!r}; use distinct names")
-            schema = self.input_schema(nodes_of(one), None)
-            served[one.name] = ServedPipeline(one, schema, one.limits, code_of(one))
+            served[one.name] = ServedPipeline(one, self.input_schema(nodes_of(one)), one.limits, code_of(one))
         return served
 
     async def read_input(self, run_id: str, schema: Schema) -> BaseModel:
         """Return the original input of a run."""
-        data: bytes = await asyncio.to_thread(self._journal("input_of").input_of, run_id)
+        data: bytes = await asyncio.to_thread(self.journal("input_of").input_of, run_id)
         return schema.decode(data)
 
     async def read_map(self, run_id: str, node: Any) -> AsyncIterator[tuple[int, Any]]:
@@ -150,91 +274,42 @@ class StoredRuns:
         group = find_node(node)
         if not isinstance(group, Group) or not group.is_map or group.output_field:
             raise TypeError(
-                f"{group.node_id!r} is not a map whose outputs are in the journal; pass the map_over() with into=Journal() or "
-                "JsonLines(path)"
+                f"{group.node_id!r} is not a map whose outputs are in the journal; pass the map_over() with "
+                "into=Journal() or JsonLines(path)"
             )
-        store = self._journal("map_items")
+        store = self.journal("map_items")
         first = 0
         while page := await asyncio.to_thread(store.map_items, run_id, group.node_id, first, _PAGE_ITEMS):
             for index, committed in page:
                 yield index, value_of(self._registry, group.children[0], committed)
             first += _PAGE_ITEMS
 
+    async def _list(self, pipeline: str, statuses: Sequence[str], limit: int) -> list[RunRecord]:
+        """Return the newest runs of a pipeline of each status."""
+        store = self.journal("list_runs")
+        runs: list[RunRecord] = []
+        for status in statuses if store.exists() else ():  # The first run creates a store.
+            runs += await asyncio.to_thread(store.list_runs, limit=limit, pipeline=pipeline, status=status)
+        return runs
+
     async def find_interrupted(self, pipeline: str, versions: Sequence[str]) -> list[str]:
-        """Return the ids of the runs of a pipeline, of these versions or none, that have no owner and no end."""
+        """Return the ids of runs of a pipeline, of these versions or none, without an owner and an end."""
         if pipeline == RunConfig.model_fields["pipeline"].default:
             logger.warning(
-                "recover() finds runs by the name of their pipeline, and this one has the default name: it recovers the runs "
-                "of other unnamed pipelines too; name it with Pipeline(name, nodes) or RunConfig(pipeline=...)"
+                "recover() finds runs by the name of their pipeline, and this one has the default name: it "
+                "recovers the runs of other unnamed pipelines too; name it with Pipeline(name, nodes) or "
+                "RunConfig(pipeline=...)"
             )
-        store = self._journal("list_runs")
-        run_ids: list[str] = []
-        if not getattr(store, "exists", lambda: True)():  # A store that the first run creates.
-            return run_ids
-        for status in ("RUNNING", RunStatus.INTERRUPTED.value):
-            runs = await asyncio.to_thread(
-                store.list_runs, limit=_MAX_RECOVERED, pipeline=pipeline, status=status
-            )
-            run_ids += [
-                run.run_id
-                for run in runs
-                if run.holder is None and (run.version is None or run.version in versions)
-            ]
-        return run_ids
-
-    async def submit(self, request: RunRequest, entry: QueueEntry) -> bool:
-        """Create a QUEUED run. Return False if it exists already. Raises RunExists for another pipeline or input."""
-        is_new: bool = await self._journal("submit").submit(request, entry)
-        return is_new
-
-    def require_queue(self) -> None:
-        """Raise StoreError if the store has no queue of runs."""
-        self._journal("claim")
-
-    async def claim(self, request: ClaimRequest) -> list[Candidate]:
-        """Claim due runs for a worker."""
-        claimed: list[Candidate] = await self._journal("claim").claim(request)
-        return claimed
-
-    def listen(self, on_news: Callable[[], None]) -> Listener | None:
-        """Call a function, in another thread, when another process has made a run due; None if the store cannot tell."""
-        listen = getattr(self._manager.store, "listen", None)
-        listener: Listener | None = None if listen is None else listen(on_news)
-        return listener
-
-    async def postpone(self, run_id: str, token: str, due_ms: int) -> None:
-        """Give back a claimed run until a time in ms since the epoch."""
-        await self._journal("postpone").postpone(run_id, token, due_ms)
-
-    async def block(self, run_id: str, message: str, code: ServedCode, token: str | None) -> None:
-        """Mark a run as blocked for code that cannot continue it, and give a claim back."""
-        await self._journal("block").block(run_id, message, code.name, token, now_ms())
+        runs = await self._list(pipeline, ("RUNNING", RunStatus.INTERRUPTED.value), _MAX_RECOVERED)
+        return [one.run_id for one in runs if one.holder is None and one.version in (None, *versions)]
 
     async def count_unserved(self, pipeline: str, versions: Sequence[str]) -> dict[str, int]:
-        """Return how many unfinished runs of a pipeline have each version but these, among the newest of each status."""
-        store = self._journal("list_runs")
-        counts: Counter[str] = Counter()
-        if getattr(store, "exists", lambda: True)():
-            for status in ("RUNNING", *UNFINISHED):
-                runs = await asyncio.to_thread(
-                    store.list_runs, limit=_MAX_COUNTED, pipeline=pipeline, status=status
-                )
-                counts.update(run.version for run in runs if run.version not in (None, *versions))
+        """Return how many of the newest unfinished runs of a pipeline have each version but these."""
+        runs = await self._list(pipeline, ("RUNNING", *UNFINISHED), _MAX_COUNTED)
+        counts = Counter(
+            one.version for one in runs if one.version is not None and one.version not in versions
+        )
         return dict(sorted(counts.items()))
-
-    async def statuses(self, run_ids: list[str]) -> dict[str, str]:
-        """Return the statuses of these runs by id, without unknown ones."""
-        statuses: dict[str, str] = await asyncio.to_thread(self._journal("statuses").statuses, run_ids)
-        return statuses
-
-    async def queue_figures(
-        self, served: Mapping[str, ServedPipeline], now_ms: int
-    ) -> dict[str, QueueFigures]:
-        """Return the figures of the queues of these pipelines at a time in ms since the epoch."""
-        read = self._journal("queue_figures").queue_figures
-        code = {name: one.code for name, one in served.items()}
-        figures: dict[str, QueueFigures] = await asyncio.to_thread(read, code, now_ms)
-        return figures
 
     async def fork(
         self,
@@ -264,49 +339,27 @@ class StoredRuns:
                 else schema.convert(state)
             )
             replaced["edited" if position else "state"] = (schema, value)
-        await self._journal("fork").fork(run_id, fork_id, position, call=call, **replaced)
+        await self.journal("fork").fork(run_id, fork_id, position, call=call, **replaced)
 
     async def answer(
-        self,
-        run_id: str,
-        answer: Any,
-        *,
-        question: str | None,
-        schema: type[BaseModel] | None,
+        self, run_id: str, answer: Any, question: str | None, schema: type[BaseModel] | None
     ) -> None:
         """Store the answer to a question; see :meth:`StromaRunner.signal`."""
-        store = self._journal("signal")
+        store = self.journal("signal")
         questions = await self.read_questions(run_id)
         if not questions:
             await self.get(run_id)
-        answered = match_answer(questions, run_id, answer, question=question, schema=schema)
-        await store.signal(run_id, answered)
+        await store.signal(run_id, match_answer(questions, run_id, answer, question=question, schema=schema))
 
     async def send(self, run_id: str, message: Any, topic: str, message_id: str | None) -> None:
         """Store a message to a run; see :meth:`StromaRunner.send`."""
-        store = self._journal("send")
+        store = self.journal("send")
         payload = encode_message(message)
         if topic != "":
             check_id(topic, "topic")
         message_id = uuid4().hex if message_id is None else check_id(message_id, "message id")
         await store.send(run_id, SentMessage(0, topic, message_id, payload))
 
-    async def cancel(self, run_id: str) -> bool:
-        """End a run; see :meth:`StromaRunner.cancel`."""
-        return await request(self._journal("cancel"), run_id, "cancel")
-
-    async def pause(self, run_id: str) -> bool:
-        """Suspend a run; see :meth:`StromaRunner.pause`."""
-        return await request(self._journal("pause"), run_id, "pause")
-
-    async def unpause(self, run_id: str) -> bool:
-        """Take a pause back; see :meth:`StromaRunner.unpause`."""
-        return await request(self._journal("unpause"), run_id, "unpause")
-
-    async def set_budget(
-        self, run_id: str, *, tokens: int | None, cost_usd: float | None, latency_ms: int | None
-    ) -> bool:
-        """Change limits of a run; see :meth:`StromaRunner.set_budget`."""
-        return await request(
-            self._journal("set_budget"), run_id, "set_budget", limits_of(tokens, cost_usd, latency_ms)
-        )
+    async def request(self, run_id: str, method: str, *arguments: Any) -> bool:
+        """Cancel, pause, unpause or change the budget of a run; see :func:`request`."""
+        return await request(self.journal(method), run_id, method, *arguments)

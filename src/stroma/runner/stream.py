@@ -8,8 +8,7 @@ from typing import Any, Literal, Self
 
 from stroma._utils.logs import get_logger
 from stroma.hooks.sets import NodeHooks
-from stroma.runner.event_hooks import describe_result, event_hooks
-from stroma.runner.events import EventHub, EventReader, StreamEvent
+from stroma.runner.events import EventHub, EventReader, StreamEvent, describe_result, event_hooks
 from stroma.trace.result import ExecutionResult
 
 __all__ = ["RunStream"]
@@ -82,7 +81,7 @@ class RunStream:
         await self.aclose()
 
     def tee(self) -> RunStream:
-        """Return a stream of the same run for another reader: of all events before the run starts, else of later ones.
+        """Return a stream of the same run for another reader: of all events, or of those from now on.
 
         The run waits for the slowest reader; ``on_leave`` applies when the last one leaves.
         """
@@ -95,14 +94,14 @@ class RunStream:
 
     @property
     def result(self) -> ExecutionResult:
-        """The return value of ``run()``. Raises RuntimeError before the end, and the exception that ``run()`` raised."""
+        """The return value of ``run()``. Raises RuntimeError before the end, and what ``run()`` raised."""
         self._run.raise_if_failed()
         if self._run.result is None:
             raise RuntimeError("the run has not ended; read the stream to its end first")
         return self._run.result
 
     async def aclose(self) -> None:
-        """Leave the run. With "cancel", its end is committed when this returns. Never raises an exception of the run."""
+        """Leave the run. With "cancel", its end is committed when this returns. Raises nothing of the run."""
         self._closed = True
         task = self._run.leave(self._reader)
         if task is not None and self._run.on_leave == "cancel":
@@ -163,13 +162,13 @@ class _WatchedRun:
     def raise_if_failed(self) -> None:
         if isinstance(self._error, asyncio.CancelledError):
             raise RuntimeError(
-                "the run was cancelled from outside the stream; resume it to continue after its committed nodes"
+                "the run was cancelled from outside the stream; resume it to continue it"
             ) from None
         if self._error is not None:
             raise self._error
 
     def leave(self, reader: EventReader) -> asyncio.Task[ExecutionResult] | None:
-        """Remove a reader. Without another one, apply ``on_leave`` and return the task of a run that has not ended."""
+        """Remove a reader. After the last, apply ``on_leave`` and return the task of an unfinished run."""
         if reader not in self.hub.readers:
             return None
         self.hub.remove_reader(reader)

@@ -34,18 +34,10 @@ class HandleCalls(NamedTuple):
 
 
 class RunHandle(Generic[Out]):
-    """A run in a store, from any process: whoever executes it.
-
-    Attributes:
-        run_id: id of the run.
-    """
+    """A run in a store, from any process: whoever executes it. ``run_id`` is its id."""
 
     def __init__(
-        self,
-        run_id: str,
-        stored: StoredRuns,
-        waits: EndWaits,
-        calls: HandleCalls,
+        self, run_id: str, stored: StoredRuns, waits: Callable[[], EndWaits], calls: HandleCalls
     ) -> None:
         self.run_id = run_id
         self._stored = stored
@@ -61,7 +53,7 @@ class RunHandle(Generic[Out]):
 
     async def cancel(self) -> bool:
         """End the run as CANCELLED; see :meth:`StromaRunner.cancel`."""
-        return await self._stored.cancel(self.run_id)
+        return await self._stored.request(self.run_id, "cancel")
 
     def follow(self, after: str | None = None) -> AsyncIterator[StreamEvent]:
         """Yield the events of the run, over suspensions to its end; see :meth:`StromaRunner.follow`."""
@@ -75,13 +67,12 @@ class RunHandle(Generic[Out]):
         """Wait for the end of the run, over suspensions, and return its result, whatever the end is.
 
         All waits of a runner share one query of the store, twice a second at most. Giving up a wait changes
-        nothing.
-        ``timeout``: seconds. Raises TimeoutError, CheckpointNotFound, StoreError; PipelineChanged if this
-        code does not fit the run.
+        nothing. ``timeout``: seconds. Raises TimeoutError, CheckpointNotFound, StoreError; PipelineChanged if
+        this code does not fit the run.
         """
         async with asyncio.timeout(timeout):
             while True:
-                await self._waits.until_ended(self.run_id)
+                await self._waits().until_ended(self.run_id)
                 try:
                     result = await self._calls.read(self.run_id)
                 except (RunBusy, RunExists):  # Somebody has restarted it meanwhile.
@@ -106,35 +97,21 @@ class RunHandle(Generic[Out]):
 
 
 class EndWaits:
-    """Waits for the ends of runs, in one event loop or several."""
+    """Waits for the ends of runs in one event loop: one query of the store for all of them."""
 
     def __init__(self, stored: Callable[[], StoredRuns]) -> None:
         self._stored = stored
-        self._polls: dict[asyncio.AbstractEventLoop, _Poll] = {}
+        self._waiting: dict[str, set[asyncio.Future[None]]] = {}
+        self._delay = _POLL_SECONDS[0]
+        self._polling: asyncio.Task[None] | None = None
 
     async def until_ended(self, run_id: str) -> None:
         """Return once a run has ended. Raises CheckpointNotFound, StoreError."""
-        loop = asyncio.get_running_loop()
-        poll = self._polls.get(loop)
-        if poll is None or poll.task.done():
-            self._polls = {one: poll for one, poll in self._polls.items() if not one.is_closed()}
-            poll = self._polls[loop] = _Poll(self._stored())
-        await poll.wait(run_id)
-
-
-class _Poll:
-    """Asks a store for the statuses of runs while somebody waits for them."""
-
-    def __init__(self, stored: StoredRuns) -> None:
-        self._stored = stored
-        self._waiting: dict[str, set[asyncio.Future[None]]] = {}
-        self._delay = _POLL_SECONDS[0]
-        self.task = asyncio.ensure_future(self._poll())
-
-    async def wait(self, run_id: str) -> None:
         future = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(run_id, set()).add(future)
         self._delay = _POLL_SECONDS[0]
+        if self._polling is None or self._polling.done():
+            self._polling = asyncio.ensure_future(self._poll())
         try:
             await future
         finally:
@@ -144,11 +121,12 @@ class _Poll:
                 self._waiting.pop(run_id, None)
 
     async def _poll(self) -> None:
-        await asyncio.sleep(0)  # The first wait follows.
+        stored = self._stored()
         while self._waiting:
             run_ids = list(self._waiting)
             try:
-                statuses = await self._stored.statuses(run_ids)
+                read = stored.journal("statuses").statuses
+                statuses: dict[str, str] = await asyncio.to_thread(read, run_ids)
             except Exception as error:
                 for run_id in run_ids:
                     self._settle(run_id, error)
@@ -156,10 +134,7 @@ class _Poll:
             for run_id in run_ids:
                 status = statuses.get(run_id)
                 if status is None:
-                    self._settle(
-                        run_id,
-                        no_run(run_id),
-                    )
+                    self._settle(run_id, no_run(run_id))
                 elif status not in ("RUNNING", *UNFINISHED):
                     self._settle(run_id, None)
             await asyncio.sleep(self._delay)

@@ -8,25 +8,87 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from stroma._utils.logs import get_logger
 from stroma._utils.text import one_line, pluralize
 from stroma.checkpoint import CheckpointNotFound, PipelineChanged, StoreError
-from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueReading
+from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueFigures, QueueReading
 from stroma.engine.opening import Dispatch
-from stroma.runner.batch import Batch
+from stroma.hooks.sets import AnyHooks, distinct, flatten
 from stroma.runner.drive import Blocked, Busy, RunDriver
 from stroma.runner.flows.suspension import now_ms
-from stroma.runner.live_runs import LiveRuns
+from stroma.runner.live_runs import Batch, LiveRuns
 from stroma.runner.pipeline import Pipeline
-from stroma.runner.queue_watch import QueueReader, watch_queues
 from stroma.runner.stored_runs import ServedPipeline, StoredRuns
 from stroma.trace.result import ExecutionResult
 
-__all__ = ["RunWorker", "WorkerHealth"]
+if TYPE_CHECKING:
+    from stroma.runner.stored_runs import ServedPipeline, StoredRuns
+
+__all__ = ["QueueReader", "RunWorker", "WorkerHealth", "readers_of", "watch_queues"]
 
 logger = get_logger()
+
+#: Seconds between two queries, which are cheap: one for each pipeline.
+_READ_SECONDS: Final = 5.0
+
+#: Called with a pipeline and the figures of its queue; with None when nobody knows them any more.
+QueueReader = Callable[[str, QueueReading | None], None]
+
+
+def readers_of(hooks: AnyHooks | None) -> list[QueueReader]:
+    """Return what exporters among these hooks show the figures of a queue with."""
+    readers: list[Any] = [getattr(one, "queue_reader", None) for one in distinct(flatten(hooks))]
+    return [reader for reader in readers if reader is not None]
+
+
+async def watch_queues(
+    stored: StoredRuns,
+    served: Mapping[str, ServedPipeline],
+    readers: Mapping[str, Sequence[QueueReader]],
+    note: Callable[[Sequence[QueueReading]], None] | None,
+) -> None:
+    """Read the figures of these queues every few seconds; return at once without a reader.
+
+    ``note`` is called with the figures of all queues. While the store cannot be read, the last figures hold.
+    """
+    if note is None and not any(readers.values()):
+        return
+    try:
+        while True:
+            try:
+                now = now_ms()
+                code = {name: one.code for name, one in served.items()}
+                read = stored.journal("queue_figures").queue_figures
+                figures: dict[str, QueueFigures] = await asyncio.to_thread(read, code, now)
+            except StoreError as error:
+                logger.debug("the figures of the queue cannot be read: %s", error)
+            else:
+                readings = {name: _reading_of(one, now) for name, one in figures.items()}
+                if note is not None:
+                    note(list(readings.values()))
+                for name, reading in readings.items():
+                    for reader in readers.get(name, ()):
+                        reader(name, reading)
+            await asyncio.sleep(_READ_SECONDS)
+    finally:
+        for name in served:
+            for reader in readers.get(name, ()):
+                reader(name, None)
+
+
+def _reading_of(figures: QueueFigures, now: int) -> QueueReading:
+    def seconds_since(ms: int | None) -> float:
+        return 0.0 if ms is None else max(0, now - ms) / 1000
+
+    return QueueReading(
+        figures.queued,
+        seconds_since(figures.oldest_due_ms),
+        figures.blocked,
+        seconds_since(figures.oldest_blocked_ms),
+    )
+
 
 _CLAIM_SECONDS: Final = 30.0  # A run that was claimed and not opened is free for others after this time.
 _FIRST_DELAY_SECONDS: Final = 5.0  # before a run that could not be resumed is tried again; doubled each time
@@ -37,34 +99,23 @@ Outcome = ExecutionResult | Exception
 
 
 class WorkerHealth:
-    """Condition of a worker. May be read in any thread.
-
-    Attributes:
-        started: set once the store has been read.
-        active: runs in progress.
-        is_draining: no further run is continued.
-        reads_queue: the worker reads the next three from the store, every few seconds.
-        queued: QUEUED runs of its pipelines; None: not read yet.
-        oldest_due_seconds: for how long the oldest due run of its pipelines was due at that time; 0: no run
-            was due.
-        blocked: runs of its pipelines that are blocked.
-        unserved: unfinished runs of its pipelines at its start, by pipeline and by each version that it does
-            not serve.
-    """
+    """Condition of a worker. May be read in any thread."""
 
     #: A store that cannot be read for so long makes the worker unhealthy.
     MAX_FAILING_SECONDS: Final = 60.0
 
     def __init__(self, *, reads_queue: bool = True) -> None:
-        self.started = asyncio.Event()
-        self.active = 0
-        self.is_draining = False
-        self.reads_queue = reads_queue
-        self.queued: int | None = None
-        self.oldest_due_seconds: float | None = None
-        self.blocked: int | None = None
-        #: By time.monotonic(), while the store cannot be read.
-        self.failing_since: float | None = None
+        self.started = asyncio.Event()  # Set once the store has been read.
+        self.active = 0  # Runs in progress.
+        self.is_draining = False  # No further run is continued.
+        self.reads_queue = reads_queue  # The worker reads the next three from the store, every few seconds.
+        self.queued: int | None = None  # QUEUED runs of its pipelines; None: not read yet.
+        self.oldest_due_seconds: float | None = (
+            None  # For how long the oldest due run was due; 0 without one.
+        )
+        self.blocked: int | None = None  # Runs of its pipelines that are blocked.
+        self.failing_since: float | None = None  # By time.monotonic(), while the store cannot be read.
+        #: Unfinished runs at its start, by pipeline and by each version that it does not serve.
         self.unserved: dict[str, dict[str, int]] = {}
 
     def note_queue(self, figures: Sequence[QueueReading]) -> None:
@@ -74,20 +125,14 @@ class WorkerHealth:
 
     @property
     def is_ok(self) -> bool:
-        """True while the worker takes up runs; False before, while it drains, or cannot read the store for a minute."""
+        """True while the worker takes up runs; not before, while it drains, and without its store."""
         failing = 0.0 if self.failing_since is None else time.monotonic() - self.failing_since
         is_failing = failing >= self.MAX_FAILING_SECONDS
         return self.started.is_set() and not self.is_draining and not is_failing
 
 
 class RunWorker:
-    """One call of ``serve``.
-
-    Args:
-        batch: a shutdown drains it.
-        health: the condition of the worker, for others.
-        readers: what shows the figures of the queue of each pipeline.
-    """
+    """One call of ``serve``. ``readers``: what shows the figures of the queue of each pipeline."""
 
     def __init__(
         self,
@@ -100,20 +145,18 @@ class RunWorker:
     ) -> None:
         self._stored = stored
         self._driver = driver
-        self._batch = batch
+        self._batch = batch  # A shutdown drains it.
         self._live = live
-        self._max_concurrency, self._poll_seconds = 0, 0.0
-        self._active: dict[str, asyncio.Task[None]] = {}
-        #: How often each run could not be continued here in succession.
-        self._failures: dict[str, int] = {}
-        self._token = os.urandom(8).hex()
-        self._failed_polls = 0
-        self._news = asyncio.Event()
-        #: By the clock of the event loop: from when on runs without an owner are looked for again.
-        self._next_look_for_lost = 0.0
         self.health = health or WorkerHealth(reads_queue=False)
         self._readers = readers or {}
+        self._max_concurrency, self._poll_seconds = 0, 0.0
         self._on_result: Callable[[str, Outcome], None] | None = None
+        self._active: dict[str, asyncio.Task[None]] = {}
+        self._failures: dict[str, int] = {}  # How often each run could not be continued here in succession.
+        self._failed_polls = 0
+        self._token = os.urandom(8).hex()
+        self._news = asyncio.Event()
+        self._next_look_for_lost = 0.0  # For runs without an owner, by the clock of the event loop.
         # Not the shared generator: a program that seeds it would make all workers choose the same runs.
         self._random = random.Random()
 
@@ -130,10 +173,14 @@ class RunWorker:
         if not 0 < poll_seconds < float("inf"):
             raise ValueError(f"poll_seconds must be above 0, got {poll_seconds!r}")
         self._max_concurrency, self._poll_seconds, self._on_result = max_concurrency, poll_seconds, on_result
-        served = self._check(pipelines)
+        if not pipelines:
+            raise ValueError("serve() needs at least one flow or Pipeline")
+        self._stored.journal("claim")
+        served = self._stored.served(pipelines)
         loop = asyncio.get_running_loop()
         drained = asyncio.ensure_future(self._batch.until_drained())
-        listener = self._stored.listen(partial(_wake, loop, self._news))
+        listen = getattr(self._stored.store, "listen", None)  # Calls when another process has made a run due.
+        listener = None if listen is None else listen(partial(_wake, loop, self._news))
         note = self.health.note_queue if self.health.reads_queue else None
         watching = asyncio.ensure_future(watch_queues(self._stored, served, self._readers, note))
         try:
@@ -157,12 +204,6 @@ class RunWorker:
             self._batch.drain()
             await self._live.interrupt(set(self._active.values()))
 
-    def _check(self, pipelines: Sequence[Pipeline]) -> dict[str, ServedPipeline]:
-        if not pipelines:
-            raise ValueError("serve() needs at least one flow or Pipeline")
-        self._stored.require_queue()
-        return self._stored.served(pipelines)
-
     def _next_poll_seconds(self) -> float:
         """Return a random delay, so that workers that were started together do not ask together."""
         seconds = self._poll_seconds * 2.0 ** min(self._failed_polls, 10)
@@ -185,7 +226,7 @@ class RunWorker:
         try:
             if not self.health.started.is_set():
                 await self._report_unserved(served)
-            claimed = await self._stored.claim(request)
+            claimed: list[Candidate] = await self._stored.store.claim(request)
         except StoreError as error:
             if not (self.health.started.is_set() or error.transient):
                 raise
@@ -212,14 +253,8 @@ class RunWorker:
         for name, one in served.items():
             counts = self.health.unserved[name] = await self._stored.count_unserved(name, one.code.versions)
             for version, count in counts.items():
-                verb = "waits" if count == 1 else "wait"
-                logger.warning(
-                    "%s %s for %s version %s, which is not served here",
-                    pluralize(count, "run"),
-                    verb,
-                    name,
-                    version,
-                )
+                runs = f"{pluralize(count, 'run')} {'waits' if count == 1 else 'wait'}"
+                logger.warning("%s for %s version %s, which is not served here", runs, name, version)
 
     async def _continue(
         self, served: ServedPipeline, claimed: Candidate, before: asyncio.Task[None] | None
@@ -234,10 +269,12 @@ class RunWorker:
             if driven is None or isinstance(driven, Busy):
                 logger.debug("run %s is not continued here: %s", run_id, driven)
                 if self._batch.draining:
-                    await self._stored.postpone(run_id, self._token, 0)
+                    await self._stored.store.postpone(run_id, self._token, 0)
                 return
             if isinstance(driven, Blocked):
-                self._report_blocked(driven)
+                due = 0.0 if driven.until is None else driven.until.timestamp()
+                seconds, reason = max(0.0, due - now_ms() / 1000), one_line(driven.reason)
+                logger.warning("run %s is blocked: %s; trying again in %.0f s", run_id, reason, seconds)
                 outcome = PipelineChanged(driven.reason)
             else:
                 assert driven.result is not None
@@ -252,19 +289,13 @@ class RunWorker:
         if self._on_result is not None:
             self._on_result(run_id, outcome)
 
-    def _report_blocked(self, driven: Blocked) -> None:
-        """Log that a run does not fit the code of this worker. The store has recorded it."""
-        seconds = 0.0 if driven.until is None else max(0.0, driven.until.timestamp() - now_ms() / 1000)
-        reason = one_line(driven.reason)
-        logger.warning("run %s is blocked: %s; trying again in %.0f s", driven.run_id, reason, seconds)
-
     async def _postpone(self, run_id: str, error: Exception) -> None:
         """Give a run back that could not be continued, for a while that grows with each failure."""
         failures = self._failures[run_id] = self._failures.get(run_id, 0) + 1
         seconds = min(_FIRST_DELAY_SECONDS * 2.0 ** (failures - 1), _MAX_DELAY_SECONDS)
         logger.warning("run %s could not be continued: %s; trying again in %.0f s", run_id, error, seconds)
         try:
-            await self._stored.postpone(run_id, self._token, now_ms() + int(1000 * seconds))
+            await self._stored.store.postpone(run_id, self._token, now_ms() + int(1000 * seconds))
         except StoreError as problem:  # The claim expires by itself.
             logger.debug("run %s could not be given back: %s", run_id, problem)
 

@@ -26,8 +26,7 @@ from stroma.failures import providers as classifiers
 from stroma.hooks import dispatch
 from stroma.limits import breaker
 from stroma.runner import map as _map
-from stroma.runner import map_progress
-from stroma.runner.flows import body, calls, driver, journal, output, suspension
+from stroma.runner.flows import body, calls, driver, journal, suspension
 
 __all__ = ["FakeClock"]
 
@@ -150,11 +149,11 @@ class FakeClock:
             self._patch(module, "time", shim)
         self._patch(_sqlite_rows, "_now_ms", lambda: self._time_ns() // 1_000_000)
         of_runs = (_attempt, _deadlines, _engine, _admission, _map, context)
-        for module in (*of_runs, body, calls, journal, output, suspension):
+        for module in (*of_runs, body, calls, journal, suspension):
             self._patch(module, "perf_counter_ns", self._ns)
         for module in (_admission, dispatch):
             self._patch(module, "perf_counter", self._perf_counter)
-        for module in (map_progress, driver, suspension):
+        for module in (_map, driver, suspension):
             self._patch(module, "monotonic", self._monotonic)
         for module in (context, suspension):
             self._patch(module, "time_ns", self._time_ns)

@@ -22,9 +22,8 @@ from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.contracts.contract import ContractRegistry
-from stroma.runner.requests import limits_of
-from stroma.runner.requests import request as make_request
-from stroma.runner.stored_runs import StoredRuns
+from stroma.runner.stored_runs import StoredRuns, limits_of
+from stroma.runner.stored_runs import request as make_request
 
 if TYPE_CHECKING:
     from stroma.ui.security import Keys

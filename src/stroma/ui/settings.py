@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.entries import Waiting
 from stroma.contracts.checks.lineage import Lineage
-from stroma.runner.submit_options import SubmitOptions
+from stroma.runner.pipeline import SubmitOptions
 from stroma.trace.redaction import Redact
 
 __all__ = ["Settings", "Submission"]

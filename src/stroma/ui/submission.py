@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from stroma._utils.text import clean
-from stroma.runner.submit_options import SubmitOptions
+from stroma.runner.pipeline import SubmitOptions
 from stroma.ui.actions import identity_of, no_key, read_fields, to_run
 from stroma.ui.formatting import example_json
 from stroma.ui.rendering import Renderer

@@ -17,7 +17,7 @@ from stroma.cli.requests import request_of
 from stroma.cli.stores import Database, db_option
 from stroma.cli.user_errors import describe_error
 from stroma.limits.shared_budget import BudgetState, read_budget
-from stroma.runner.requests import limits_of
+from stroma.runner.stored_runs import limits_of
 
 __all__ = ["budget"]
 

@@ -32,7 +32,7 @@ from stroma.runner.runner import StromaRunner
 
 if TYPE_CHECKING:
     from stroma.contracts.checks.lineage import Lineage
-    from stroma.runner.submit_options import SubmitOptions
+    from stroma.runner.pipeline import SubmitOptions
     from stroma.ui.settings import Submission
 
 __all__ = ["ui"]

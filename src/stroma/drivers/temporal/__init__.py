@@ -1,4 +1,4 @@
-"""Temporal as a dispatcher: it decides which worker drives a run, and starts another one if that worker is lost.
+"""Temporal as a dispatcher: it decides which worker drives a run, and replaces a lost worker.
 
 :class:`TemporalRunner` submits runs, :func:`stroma_worker` drives them, on any number of machines. The runs
 are in a store that all of them share. Importing this package needs ``temporalio``.

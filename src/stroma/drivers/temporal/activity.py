@@ -88,7 +88,7 @@ class DriveActivity:
         else:
             # Paid steps in flight are committed.
             logger.warning(
-                "run %r ends at its next step boundary: its workflow was terminated or reset, or heartbeats were late",
+                "run %r ends at its next step boundary: its workflow was terminated or reset, or it was late",
                 run_id,
             )
             self._runner._live.drain(run_id)

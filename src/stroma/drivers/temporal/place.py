@@ -1,47 +1,238 @@
-"""The worker of a place: calls the functions of nodes for the owners of runs. It needs no store."""
+"""Nodes with a place: how the owner of a run calls them, and the worker without a store that answers."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from itertools import accumulate
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel
 from temporalio import activity
+from temporalio.client import ActivityFailureError, ActivityHandle, Client
+from temporalio.common import ActivityIDReusePolicy, RetryPolicy
+from temporalio.exceptions import ActivityAlreadyStartedError
+from temporalio.service import RPCError, RPCStatusCode
 
 from stroma._utils.logs import get_logger
+from stroma._utils.text import one_line
 from stroma.checkpoint import CheckpointManager, InMemoryStore
-from stroma.contracts.contract import ContractRegistry, NodeContract, output_violation
-from stroma.contracts.node import Node, marked_nodes, output_class
+from stroma.contracts.contract import ContractRegistry, ContractViolation, NodeContract, output_violation
+from stroma.contracts.node import Node, held_by, marked_nodes, output_class
 from stroma.contracts.schema import describe_error, schema_of
 from stroma.cost.budget import ExecutionBudget
+from stroma.cost.usage import Report, UsageError
 from stroma.drivers.temporal.activity import Pulse
-from stroma.drivers.temporal.wire import CALL, PlaceAnswer, PlaceRequest, SentFailure
+from stroma.drivers.temporal.workflow import UNREACHABLE, workflow_id
 from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
 from stroma.engine.emitted import attempt_id_of
 from stroma.engine.execution import NodeExecution
 from stroma.engine.metering import count_returned
+from stroma.engine.placed_calls import OpenCall
+from stroma.engine.rejected import encode_rejected, violation_of
 from stroma.engine.tasks import CONTINUES, call_in_thread, passes_through
 from stroma.failures.classes import FailureClass
-from stroma.failures.errors import PlaceError, RecordedVerdict, Suspend
-from stroma.failures.failure import isinstance_by_type, type_name
+from stroma.failures.errors import PlaceError, RecordedVerdict, RunFailed, Suspend, WorkerLost
+from stroma.failures.failure import Failure, isinstance_by_type, type_name
 from stroma.failures.mistakes import explain_mistake
 from stroma.failures.providers import requested_waits
 from stroma.failures.refusals import is_refusal
-from stroma.runner.pipeline import Pipeline, nodes_of
+from stroma.runner.pipeline import Pipeline, leaves_in, nodes_of
 from stroma.runner.runner import StromaRunner
-from stroma.runner.sequence import leaves_in
+from stroma.trace.rejected import read_rejected
 
-__all__ = ["CallActivity"]
+__all__ = ["CALL", "CallActivity", "PlaceAnswer", "PlaceRequest", "SentFailure", "TemporalCaller"]
 
+#: Name of the activity.
+CALL: Final = "stroma.call"
+
+
+class SentFailure(BaseModel):
+    """A failure of another process. ``rejected``: the output that broke its contract, as it is stored."""
+
+    message: str
+    type_name: str | None
+    verdict: RecordedVerdict
+    rejected: str | None = None
+
+    def error(self) -> RunFailed:
+        """Return an exception that stands for the one in the other process."""
+        return RunFailed.recorded(self.message, self.type_name, self.verdict)
+
+
+class PlaceRequest(BaseModel):
+    """A call."""
+
+    run_id: str
+    pipeline: str
+    node_id: str
+    kind: Literal["node", "group", "item"]
+    position: int
+    branch: str
+    attempt: int
+    idempotency_key: str
+    state: str  # The input in stored form.
+    model: str | None  # The fallback that is due.
+    remaining: tuple[
+        int | None, float | None, int | None
+    ]  # Of the limits of the run: tokens, US dollars, ms.
+    last_failure: SentFailure | None  # Of the attempt before.
+    takes_events: bool = False  # Emitted events have receivers.
+
+    @classmethod
+    def of(cls, run: NodeExecution, call: OpenCall) -> PlaceRequest:
+        """Return the request for a call."""
+        rest, last = run.remaining_budget, run.last_failure
+        latency_ms = None if rest.latency_ms is None else int(rest.latency_ms)
+        return cls(
+            run_id=run.run_id,
+            pipeline=run.pipeline,
+            node_id=run.node_id,
+            kind=run.kind,
+            position=run.position,
+            branch=run.branch,
+            attempt=run.attempt,
+            idempotency_key=run.idempotency_key,
+            state=call.state.decode(),
+            model=run.ctx.fallback_model(),
+            remaining=(rest.tokens, rest.cost_usd, latency_ms),
+            last_failure=None if last is None else _sent(run, last),
+            takes_events=bool(run.ctx.event_receivers),
+        )
+
+    def failure_before(self, schema: type[BaseModel]) -> Failure | None:
+        """Return the failure of the attempt before. ``schema``: of the node's output."""
+        last = self.last_failure
+        if last is None:
+            return None
+        rejected = None if last.rejected is None else read_rejected(last.rejected)
+        error = last.error() if rejected is None else violation_of(self.node_id, rejected, schema)
+        kind, reason, seconds = last.verdict[:3]
+        return Failure(error, kind, self.node_id, self.attempt - 1, last.message, reason, seconds)
+
+
+def _sent(run: NodeExecution, failure: Failure) -> SentFailure:
+    error, rejected = failure.exception, None
+    if isinstance_by_type(error, ContractViolation):
+        rejected = encode_rejected(error.raw, error, "full", run.ctx.redactor).decode()
+    verdict = RecordedVerdict(failure.failure_class, failure.reason, failure.retry_after_seconds)
+    return SentFailure(
+        message=failure.message, type_name=type_name(error), verdict=verdict, rejected=rejected
+    )
+
+
+class PlaceAnswer(BaseModel):
+    """The end of a call."""
+
+    output: str | None = None  # In stored form; None of a call that failed.
+    is_typed: bool = True  # The output satisfies its contract; otherwise it is plain data.
+    reports: tuple[Report, ...] = ()  # What the call used.
+    usage_error: str | None = None  # What is wrong with its usage.
+    events: tuple[tuple[str, Any], ...] = ()  # Names and data of the newest emitted events.
+    failure: SentFailure | None = None
+
+
+T = TypeVar("T")
 logger = get_logger()
+#: A call may take as long as it likes; a lost worker is noticed by its heartbeats.
+_START_TO_CLOSE: Final = timedelta(days=365)
+#: Type of the failure that temporalio makes of an output over the limit of the server.
+_TOO_LARGE: Final = "PayloadsTooLarge"
+
+
+class TemporalCaller:
+    """Calls functions on workers of other task queues; see PlaceCaller."""
+
+    def __init__(self, client: Client, own_place: str) -> None:
+        self._client = client
+        self.own_place = own_place
+
+    async def call(self, run: NodeExecution, contract: NodeContract[Any, Any], call: OpenCall) -> Any:
+        """See PlaceCaller."""
+        handle: ActivityHandle[Any] = self._client.get_activity_handle(workflow_id(call.id))
+        if not (call.is_sent and contract.effect):  # The server may have forgotten the call of an effect.
+            await self._send(run, contract, call)
+        try:
+            data = await _until_reached(handle.result)
+        except (ActivityFailureError, RPCError) as error:
+            cause = error.__cause__ or error
+            text = (
+                f"the worker of place {contract.place!r} did not answer call {call.id!r} of node "
+                f"{run.node_id!r}: {one_line(str(cause))}"
+            )
+            if getattr(cause, "type", None) == _TOO_LARGE:
+                verdict = RecordedVerdict(FailureClass.TERMINAL, "too_large")
+                raise RunFailed.recorded(text, _TOO_LARGE, verdict) from None
+            raise WorkerLost(text) from error
+        answer = PlaceAnswer.model_validate(data)
+        if answer.reports or answer.usage_error is not None:
+            run.reported = list(answer.reports)
+            run.misreported = None if answer.usage_error is None else UsageError(answer.usage_error)
+        for name, data in answer.events:
+            run.emit(data, name)
+        if answer.failure is not None:
+            raise answer.failure.error()
+        assert answer.output is not None
+        schema = schema_of(contract.output_schema if answer.is_typed else output_class(None))
+        return held_by(schema.decode(answer.output.encode()))
+
+    async def cancel(self, call: OpenCall) -> None:
+        """See PlaceCaller."""
+        handle: ActivityHandle[Any] = self._client.get_activity_handle(workflow_id(call.id))
+        try:
+            await handle.cancel(rpc_timeout=timedelta(seconds=5))
+        except RPCError as error:
+            if error.status != RPCStatusCode.NOT_FOUND:
+                logger.warning("call %r could not be cancelled: %s", call.id, error)
+
+    async def _send(self, run: NodeExecution, contract: NodeContract[Any, Any], call: OpenCall) -> None:
+        """Send a call, unless it was sent before. Raises PlaceError if the server refuses it."""
+        assert contract.place is not None
+        place, request = contract.place, PlaceRequest.of(run, call).model_dump(mode="json")
+
+        start = partial(
+            self._client.start_activity,
+            CALL,
+            request,
+            id=workflow_id(call.id),
+            task_queue=place,
+            start_to_close_timeout=_START_TO_CLOSE,
+            heartbeat_timeout=timedelta(seconds=run.ctx.config.lease_seconds),
+            retry_policy=RetryPolicy(maximum_attempts=1),  # The policies of the run decide.
+            id_reuse_policy=ActivityIDReusePolicy.REJECT_DUPLICATE,
+            summary=run.node_id[:200],
+        )
+        try:
+            await _until_reached(start)
+        except ActivityAlreadyStartedError:
+            pass
+        except RPCError as error:
+            raise PlaceError(
+                f"the Temporal server refused to call node {run.node_id!r} at place {place!r}: "
+                f"{one_line(str(error))}; places need standalone activities, and states below 2 MB"
+            ) from error
+
+
+async def _until_reached(ask: Callable[[], Awaitable[T]]) -> T:
+    """Return the answer of the server, once it can be reached; temporalio logs that it cannot."""
+    while True:
+        try:
+            return await ask()
+        except RPCError as error:
+            # gRPC gives a message that is too large the status of a server that is busy.
+            if error.status not in UNREACHABLE or "larger than max" in error.message:
+                raise
+        await asyncio.sleep(1)
+
+
 _BEAT_SECONDS: Final = 1.0
 #: Emitted events of one call that come back with its answer, of which the server takes 2 MB.
 _MAX_EVENTS: Final = 1000
@@ -59,7 +250,7 @@ class _PlacedRun(ReliabilityContext):
 
     async def open(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError(
-            "a node with a place cannot call steps, nor agents under a guard; call them in a node without a place"
+            "a node with a place cannot call steps, nor agents under a guard; call them in another node"
         )
 
 
@@ -77,18 +268,18 @@ class _Emitted:
     """The newest events that a call has emitted; see EventReceiver."""
 
     def __init__(self) -> None:
-        self.events: deque[tuple[str, Any]] = deque(maxlen=_MAX_EVENTS)
+        self._events: deque[tuple[str, Any]] = deque(maxlen=_MAX_EVENTS)
 
     def emit(self, node: NodeExecution, attempt_id: str, name: str, data: Any) -> None:
-        self.events.append((name, data))
+        self._events.append((name, data))
 
     def flush(self) -> None:
         """Do nothing: the answer takes what is pending."""
 
     def that_fit(self, output: str | None) -> tuple[tuple[str, Any], ...]:
         """Return the newest events that an answer with this output has room for."""
-        room = _MAX_EVENT_CHARACTERS if output is None or len(output) < _MAX_OUTPUT_CHARACTERS else 0
-        events = list(self.events)  # A thread that was given up may still emit.
+        room = _MAX_EVENT_CHARACTERS if len(output or "") < _MAX_OUTPUT_CHARACTERS else 0
+        events = list(self._events)  # A thread that was given up may still emit.
         sizes = accumulate(len(json.dumps(event)) for event in reversed(events))
         count = sum(size <= room for size in sizes)
         return tuple(events[len(events) - count :])
@@ -116,23 +307,20 @@ class CallActivity:
             state = schema_of(node.contract.input_schema).decode(request.state.encode())
         except ValueError as error:
             message = (
-                f"a worker of place {self._place!r} cannot call node {request.node_id!r} of {request.pipeline!r}: "
-                f"{describe_error(error)[0]}; start workers of the place with the code of the run"
+                f"a worker of place {self._place!r} cannot call node {request.node_id!r} of "
+                f"{request.pipeline!r}: {describe_error(error)[0]}; start it with the code of the run"
             )
             logger.warning("%s", message)
             verdict = RecordedVerdict(FailureClass.RECOVERABLE, "worker_lost", is_refusal=True)
-            answer = PlaceAnswer(
-                failure=SentFailure(
-                    message=message, type_name="stroma.failures.errors.WorkerLost", verdict=verdict
-                )
-            )
+            kind = "stroma.failures.errors.WorkerLost"
+            answer = PlaceAnswer(failure=SentFailure(message=message, type_name=kind, verdict=verdict))
         else:
             with _heartbeats():
                 answer = await _answer(request, node, state, config)
         return answer.model_dump(mode="json")
 
     def _find(self, request: PlaceRequest) -> tuple[Node, RunConfig]:
-        """Return a node, of its pipeline or of those that flows may call, and its configuration. Raises ValueError."""
+        """Return a node of its pipeline or of this process, and its configuration. Raises ValueError."""
         served, wanted = self._served.get(request.pipeline), (request.node_id, self._place)
         for nodes in () if served is None else (leaves_in(nodes_of(served.nodes)), marked_nodes()):
             matching = {one for one in nodes if one.contract and (one.node_id, one.contract.place) == wanted}
@@ -184,7 +372,7 @@ async def _answer(request: PlaceRequest, node: Node, state: BaseModel, config: R
 
 
 def _encode(contract: NodeContract[Any, Any], output: Any) -> tuple[str, bool]:
-    """Return an output in stored form, and if it satisfies its contract. The owner of the run refuses one that does not."""
+    """Return an output in stored form, and True if it satisfies its contract."""
     schema = schema_of(contract.output_schema)
     try:
         model, _ = schema.accept_output(output)
@@ -202,7 +390,7 @@ def _judge(run: NodeExecution, error: BaseException) -> SentFailure:
     """Return what an exception means, as it would be judged in the process that owns the run."""
     if isinstance_by_type(error, Suspend):
         error = PlaceError(
-            f"node {run.node_id!r} asks {error.reason!r}, and no answer reaches a place; ask in a node without one before it"
+            f"node {run.node_id!r} asks {error.reason!r}, and no answer reaches a place; ask in another node"
         )
     failure = run.ctx.diagnose(error, run.node_id, run.attempt)
     verdict = RecordedVerdict(

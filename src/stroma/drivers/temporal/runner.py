@@ -11,8 +11,8 @@ from temporalio.client import Client
 from stroma.checkpoint.decisions import ENDED
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.contracts.contract import ContractRegistry
-from stroma.drivers.temporal.dispatch import Dispatcher
 from stroma.drivers.temporal.worker import shared_store
+from stroma.drivers.temporal.workflow import Dispatcher
 from stroma.engine.config import RunConfig
 from stroma.runner.pipeline import Pipeline
 from stroma.runner.runner import StromaRunner
@@ -21,8 +21,8 @@ from stroma.trace.result import ExecutionResult
 if TYPE_CHECKING:
     from typing import Unpack
 
+    from stroma.runner.pipeline import SubmitOptions
     from stroma.runner.submission import RunHandle
-    from stroma.runner.submit_options import SubmitOptions
 
 __all__ = ["TemporalRunner"]
 
@@ -53,7 +53,7 @@ class TemporalRunner:
     async def submit(
         self, pipeline: Pipeline, initial_state: BaseModel, **options: Unpack[SubmitOptions]
     ) -> RunHandle[Any]:
-        """Create a run with status QUEUED, start its workflow, and return its handle; see :meth:`StromaRunner.submit`.
+        """Create a QUEUED run, start its workflow, and return its handle; see :meth:`StromaRunner.submit`.
 
         Once the run is stored it is started, if not from here: workers look for submitted runs without a
         workflow.
@@ -81,7 +81,7 @@ class TemporalRunner:
         return handle
 
     async def resume(self, run_id: str) -> bool:
-        """Continue a run that stopped, failed ones and cancelled ones too; committed nodes are not called again.
+        """Continue a run that stopped, also as failed or cancelled; committed nodes are not called again.
 
         Returns False if it is complete, or has an owner. Raises CheckpointNotFound, StoreError, and RPCError
         if the server cannot be reached: call it again then.

@@ -22,18 +22,14 @@ from stroma.checkpoint import StoreError, open_store
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.queue import QUEUED
-from stroma.checkpoint.records import RunQuery
 from stroma.contracts.contract import ContractRegistry
 from stroma.drivers.temporal.activity import DriveActivity
-from stroma.drivers.temporal.caller import TemporalCaller
-from stroma.drivers.temporal.dispatch import Dispatcher
-from stroma.drivers.temporal.place import CallActivity
-from stroma.drivers.temporal.workflow import PIPELINE_KEY, STATUS_KEY, LeaseSettings, StromaRun
+from stroma.drivers.temporal.place import CallActivity, TemporalCaller
+from stroma.drivers.temporal.workflow import PIPELINE_KEY, STATUS_KEY, Dispatcher, LeaseSettings, StromaRun
 from stroma.engine.config import RunConfig
 from stroma.failures.errors import PlaceError
-from stroma.runner.pipeline import Pipeline, nodes_of
+from stroma.runner.pipeline import Pipeline, check_places, nodes_of
 from stroma.runner.runner import StromaRunner
-from stroma.runner.sequence import check_places
 
 __all__ = ["StromaPlugin", "register_search_attributes", "shared_store", "stroma_worker"]
 
@@ -43,7 +39,7 @@ logger = get_logger()
 #: one.
 REPAIR_SECONDS: float = 30.0
 MIN_AGE_SECONDS: float = 5.0
-_PAGE_RUNS: Final = 500
+_MAX_RUNS: Final = 1_000_000  # of a pipeline
 #: The answer to a heartbeat tells of a cancellation.
 _HEARTBEATS: Final[WorkerConfig] = {
     "max_heartbeat_throttle_interval": timedelta(seconds=1),
@@ -52,11 +48,11 @@ _HEARTBEATS: Final[WorkerConfig] = {
 
 
 def shared_store(store: Any) -> AsyncStates:
-    """Return a store, or open one at a URL or path. Raises StoreError if processes cannot share it, ValueError for a URL."""
+    """Return a store, or open one. Raises StoreError if processes cannot share it, ValueError for a URL."""
     opened = open_store(store) if isinstance(store, (str, os.PathLike)) else store
     if not isinstance(opened, AsyncStates):
         raise StoreError(
-            f"{type(opened).__name__} cannot be shared by processes; use a store such as PostgresStore or RedisStore"
+            f"{type(opened).__name__} cannot be shared by processes; use PostgresStore or RedisStore"
         )
     return opened
 
@@ -97,19 +93,13 @@ class StromaPlugin(SimplePlugin):
             name: self._runner._config_of(one.nodes).lease_seconds for name, one in served.items()
         }
         for name in (name for name, one in served.items() if any(one.limits)):
-            logger.warning(
-                "max_runs and max_runs_per_key of pipeline %r do not apply on Temporal; use its task queues",
-                name,
-            )
+            fix = "do not apply on Temporal; use its task queues"
+            logger.warning("max_runs and max_runs_per_key of pipeline %r %s", name, fix)
         self._activity = DriveActivity(self._runner, list(pipelines), max_seconds)
         #: Queued runs that have a workflow.
         self._started: set[str] = set()
-        super().__init__(
-            "stroma",
-            activities=[self._activity.drive],
-            workflows=[StromaRun],
-            run_context=self._serve,
-        )
+        drive = self._activity.drive
+        super().__init__("stroma", activities=[drive], workflows=[StromaRun], run_context=self._serve)
 
     def configure_worker(self, config: WorkerConfig) -> WorkerConfig:
         """Add what a worker needs, with frequent heartbeats."""
@@ -119,7 +109,7 @@ class StromaPlugin(SimplePlugin):
         return config
 
     def _lease_of(self, pipeline: str) -> float:
-        """Return the lease of the runs of a pipeline in seconds; a run of any other pipeline is blocked at once."""
+        """Return the lease of the runs of a pipeline in seconds; runs of others are blocked at once."""
         return self._leases.get(pipeline, 30.0)
 
     @asynccontextmanager
@@ -136,7 +126,7 @@ class StromaPlugin(SimplePlugin):
                 await self._store.aclose()
 
     async def _repair(self) -> None:
-        """Start the workflows of submitted runs that have none: their submitter died, or knows nothing of Temporal."""
+        """Start workflows of submitted runs without one: their submitter died, or does not use Temporal."""
         while True:
             try:
                 queued = await asyncio.to_thread(self._find_queued)
@@ -149,19 +139,11 @@ class StromaPlugin(SimplePlugin):
             await asyncio.sleep(REPAIR_SECONDS)
 
     def _find_queued(self) -> list[tuple[str, str]]:
-        latest_ms = (time.time() - MIN_AGE_SECONDS) * 1000
+        store, latest_ms = self._store, (time.time() - MIN_AGE_SECONDS) * 1000
         queued: list[tuple[str, str]] = []
-        if not self._store.exists():
-            return queued
-        for pipeline in self._leases:
-            after: str | None = None
-            while True:
-                query = RunQuery(pipeline=pipeline, statuses=(QUEUED,))
-                page = self._store.run_page(query, limit=_PAGE_RUNS, after=after)
-                queued += [(run.run_id, pipeline) for run in page.runs if run.started_ms <= latest_ms]
-                after = page.next
-                if after is None:
-                    break
+        for pipeline in self._leases if store.exists() else ():
+            runs = store.list_runs(limit=_MAX_RUNS, pipeline=pipeline, status=QUEUED)
+            queued += [(run.run_id, pipeline) for run in runs if run.started_ms <= latest_ms]
         return queued
 
 
@@ -178,7 +160,7 @@ def stroma_worker(
     drain_seconds: float = 30.0,
     **options: Any,
 ) -> Worker:
-    """Create a worker that drives runs of flows and pipelines; ``await worker.run()``, or ``async with worker:``.
+    """Create a worker that drives runs of flows and pipelines; then ``await worker.run()``.
 
     Args:
         task_queue: the task queue that drives the runs, also for a worker of a place.
@@ -196,9 +178,8 @@ def stroma_worker(
     anything but flows and Pipelines, StoreError for a store that processes cannot share.
     """
     if place == task_queue:
-        raise PlaceError(
-            f"place {place!r} is the task queue that drives runs: a run would wait for itself; pass another place or task_queue"
-        )
+        why = "is the task queue that drives runs: a run would wait for itself"
+        raise PlaceError(f"place {place!r} {why}; pass another place or task_queue")
     settings: dict[str, Any] = {
         "max_concurrent_activities": max_concurrency,
         "graceful_shutdown_timeout": timedelta(seconds=drain_seconds),
@@ -217,7 +198,7 @@ def stroma_worker(
 
 
 async def register_search_attributes(client: Client) -> None:
-    """Create the search attributes ``StromaPipeline`` and ``StromaStatus`` on the server, once, as an administrator.
+    """Create the search attributes ``StromaPipeline`` and ``StromaStatus`` on the server, once, as its admin.
 
     Runs get them where they are registered, and go without where they are not.
     """

@@ -1,29 +1,92 @@
-"""Flows in the sequence of a run."""
+"""Flows in the sequence of a run, and the commit of their outputs."""
 
 from __future__ import annotations
 
 import asyncio
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from time import perf_counter_ns
 from typing import Any
 
 from pydantic import BaseModel
 
-from stroma.contracts.contract import as_violation
+from stroma.checkpoint import StepCall
+from stroma.contracts.contract import ContractViolation, as_violation, output_violation
 from stroma.contracts.node import FlowNode, Group, Node
-from stroma.contracts.schema import schema_of
+from stroma.contracts.schema import Snapshot, schema_of
+from stroma.engine.commit import failed_of, record, settle
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.loop import execute_in_turn
 from stroma.engine.outcome import STOPPED, Halt, Place, Stopped
 from stroma.engine.restore import restore
-from stroma.failures.failure import ends_run
+from stroma.engine.tasks import raise_if
+from stroma.failures.classes import FailureClass
+from stroma.failures.failure import Failure, ends_run
+from stroma.runner.flows.call import FlowScope
 from stroma.runner.flows.driver import FlowDriver
 from stroma.runner.flows.journal import FlowJournal
-from stroma.runner.flows.output import commit_output
 from stroma.runner.flows.path import INNERMOST, FlowPath
+from stroma.trace.events import AttemptRow
 
-__all__ = ["run_with_flows"]
+__all__ = ["commit_output", "run_with_flows"]
+
+
+async def commit_output(
+    flow: FlowScope, node: FlowNode, snapshot: Snapshot, returned: Any, begin: int, step: StepCall | None
+) -> BaseModel | Halt:
+    """Validate and commit the output of a flow. ``snapshot``: of its input. ``step``: in another flow."""
+    ctx, execution, node_id = flow.ctx, flow.execution, node.node_id
+    contract = ctx.contract_of(node)
+    assert contract is not None  # A flow has one.
+    source, schema = schema_of(contract.input_schema), schema_of(contract.output_schema)
+    try:
+        if isinstance(returned, BaseModel) and not isinstance(returned, schema.model):
+            text = f"flow {node_id!r} must return a {schema.model.__name__}, got {type(returned).__name__}"
+            problem = {"type": "model_type", "loc": (), "msg": text, "input": None}
+            raise ContractViolation(node_id, "output", {}, [problem])
+        model, saved = schema.accept_output(returned)
+    except BaseException as error:
+        if ends_run(error):
+            raise
+        if not isinstance(error, ContractViolation):
+            error = output_violation(node_id, returned, error, schema.model)
+        return Halt(ctx.diagnose(error, node_id, 1))
+    failure = None
+    if not flow.branch:
+        ctx.cost_tracker.latency_ns += execution.busy_ns
+        exceeded = ctx.cost_tracker.exceeded(ctx.budget, node_id) if ctx.limits else None
+        failure = None if exceeded is None else ctx.diagnose(exceeded, node_id, 1)
+    row = AttemptRow(
+        node_id,
+        1,
+        begin + ctx.epoch_ns,
+        perf_counter_ns() - begin,
+        snapshot,
+        saved,
+        "success" if failure is None else "failure",
+        None if failure is None else failed_of(failure),
+        None,
+        flow.position,
+        flow.branch,
+        execution.group,
+        (source, schema, None),
+        None,
+        execution.busy_ns,
+    )
+    again = partial(record, ctx, row, schema, model, step)
+    pending = again()
+    if pending is not None:
+        refused, cancelled = await settle(ctx, row, pending, again)
+        if refused is not None:
+            stored = Failure(refused, FailureClass.RECOVERABLE, node_id, 1, str(refused), "store")
+            return Halt(stored, partial=True)
+        raise_if(cancelled)
+    if ctx.delivers:
+        ctx.session.delivered(row)  # A flow has no hooks of its own.
+    if not flow.branch:
+        ctx.handover.offer(model, saved, schema)
+    return model if failure is None else Halt(failure, output=model, spent=True)
 
 
 async def run_with_flows(
@@ -38,12 +101,9 @@ async def run_with_flows(
         here = place._replace(position=place.position + first)
         node = nodes[first]
         if isinstance(node, FlowNode):
-            restored = await restore(ctx, node, value, here) if ctx.restored else None
-            outcome = (
-                await run_flow(FlowDriver(ctx, journal, node.node_id, here.position), node, value)
-                if restored is None
-                else restored
-            )
+            outcome: Any = await restore(ctx, node, value, here) if ctx.restored else None
+            if outcome is None:
+                outcome = await _run_flow(FlowDriver(ctx, journal, node.node_id, here.position), node, value)
             first += 1
         else:
             end = next((at for at in range(first, len(nodes)) if isinstance(nodes[at], FlowNode)), len(nodes))
@@ -55,7 +115,7 @@ async def run_with_flows(
     return value
 
 
-async def run_flow(driver: FlowDriver, node: FlowNode, value: BaseModel) -> BaseModel | Halt | Stopped:
+async def _run_flow(driver: FlowDriver, node: FlowNode, value: BaseModel) -> BaseModel | Halt | Stopped:
     """Run a flow at a position of the run. Return its committed output, or its end."""
     ctx = driver.ctx
     contract = ctx.contract_of(node)
@@ -68,9 +128,8 @@ async def run_flow(driver: FlowDriver, node: FlowNode, value: BaseModel) -> Base
             raise
         value = ctx.handover.own(value)
         raw = schema_of(type(value)).state(value)
-        return driver.endings.halt(
-            as_violation(node.node_id, "input", raw, error, source.model), node.node_id
-        )
+        violation = as_violation(node.node_id, "input", raw, error, source.model)
+        return driver.endings.halt(violation, node.node_id)
     flow, position = FlowPath(driver, None, node, ""), driver.position
     begin, first_row = perf_counter_ns(), len(ctx.trace.rows)
     outcome: Any = STOPPED
@@ -95,15 +154,11 @@ async def _drive(path: FlowPath, node: FlowNode, state: BaseModel) -> Any:
     body = await driver.run(node.body(path, state))
     if driver.stopping is not None:
         return driver.stopping
-    if body.cancelled():
-        error: BaseException | None = asyncio.CancelledError("the body of the flow cancelled itself")
-    else:
-        error = body.exception()
+    cancelled = asyncio.CancelledError("the body of the flow cancelled itself")
+    error = cancelled if body.cancelled() else body.exception()
     if error is None:
         return body.result()
-    if not isinstance(error, Exception) and not isinstance(
-        error, (asyncio.CancelledError, BaseExceptionGroup)
-    ):
+    if not isinstance(error, (Exception, asyncio.CancelledError, BaseExceptionGroup)):
         raise error
     first = driver.endings.first_to_retry(error)
     if first is not None:

@@ -17,7 +17,7 @@ from asyncio.tasks import _enter_task, _leave_task
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import Context, ContextVar, copy_context
+from contextvars import Context, ContextVar
 from typing import Any, Final, NoReturn
 
 __all__ = ["WITHOUT_THREADS", "BodyExecutor", "BodyLoop"]
@@ -31,7 +31,8 @@ _MAX_CANCELLED: Final = 100  # timers, from which on they are removed once they 
 def refuse(name: str) -> NoReturn:
     """Refuse what a body may not do: it would wait for something that a replay does not have."""
     raise NotImplementedError(
-        f"the body of a flow waits for its steps, timers and answers only, and called {name}() of its event loop; do this in a step"
+        f"the body of a flow waits for its steps, timers and answers only, and called {name}() of its event "
+        "loop; do this in a step"
     )
 
 
@@ -60,21 +61,8 @@ class BodyExecutor(ThreadPoolExecutor):
     """
 
 
-class _Handle(asyncio.Handle):
-    """A handle without the traceback of its origin, which debug mode wants: 0.5 us less of the 10 of a step."""
-
-    __slots__ = ()
-
-    def __init__(
-        self, loop: BodyLoop, callback: Callable[..., object], args: Any, context: Context | None
-    ) -> None:
-        self._loop, self._callback, self._args = loop, callback, args
-        self._context = copy_context() if context is None else context
-        self._cancelled, self._repr, self._source_traceback = False, None, None
-
-
 class _BodyTask(asyncio.Task[Any]):
-    """A task whose hash is its number: a set of tasks, as a TaskGroup has one, is in the same order on replay."""
+    """A task whose hash is its number: a set of tasks, as in a TaskGroup, has one order on replay."""
 
     def __init__(self, number: int, *args: Any, **options: Any) -> None:
         self._number = number
@@ -85,31 +73,22 @@ class _BodyTask(asyncio.Task[Any]):
 
 
 class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class that is made at run time.
-    """An event loop for tasks that wait for each other, for calls of their flow and for its time.
-
-    Attributes:
-        outer: the real event loop.
-        is_halted: nothing runs any more, until it is set to False.
-        tasks: those that have not ended, in the order in which they began.
-    """
+    """An event loop for tasks that wait for each other, for calls of their flow and for its time."""
 
     def __init__(self, outer: asyncio.AbstractEventLoop, read_time: Callable[[], float]) -> None:
-        self.outer = outer
+        self.outer = outer  # The real event loop.
         self._read_time = read_time
         self._ready: deque[Any] = deque()
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._timer_count = self._cancelled_timers = self._task_count = 0
-        #: Async generators that have begun, and those that nothing references any more, in the order of their
-        #: begin.
-        self._generators: weakref.WeakValueDictionary[int, AsyncGenerator[Any, Any]] = (
-            weakref.WeakValueDictionary()
-        )
+        #: Async generators that have begun, and those that nothing references any more, in their order.
+        self._generators = weakref.WeakValueDictionary[int, AsyncGenerator[Any, Any]]()
         self._left: list[AsyncGenerator[Any, Any]] = []
         self._generator_count = 0
         self._outer_hooks = sys.get_asyncgen_hooks()
         self._hooks: tuple[Any, Any] = self._note_generator, self._keep_generator
-        self.tasks: dict[asyncio.Task[Any], None] = {}
-        self.is_halted = False
+        self.tasks: dict[asyncio.Task[Any], None] = {}  # That have not ended, in their order.
+        self.is_halted = False  # While it is True, nothing runs.
 
     def __repr__(self) -> str:
         return "<event loop of a flow's body>"
@@ -117,7 +96,7 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
     # ------------------------------------------------------------------ for the driver
 
     def run_ready(self, task: asyncio.Task[Any] | None) -> None:
-        """Run callbacks until none is ready. Called in ``task`` of the outer loop, which is not the running one meanwhile.
+        """Run callbacks until none is ready. Called in ``task`` of the outer loop.
 
         Raises KeyboardInterrupt and SystemExit of the body, and RuntimeError for a body that does not wait.
         """
@@ -140,16 +119,16 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
                     except (KeyboardInterrupt, SystemExit):
                         raise
                     except BaseException as error:
-                        self.call_exception_handler(
-                            {"message": f"exception in {handle!r}", "exception": error, "handle": handle}
-                        )
+                        details = {"message": f"exception in {handle!r}", "exception": error}
+                        self.call_exception_handler(details | {"handle": handle})
         finally:
             sys.set_asyncgen_hooks(*self._outer_hooks)
             _set_running_loop(outer)
             if task is not None:
                 _enter_task(outer, task)
         raise RuntimeError(
-            "the body of the flow does not wait for a step, a timer or an answer; replace its polling loop by an asyncio.Event"
+            "the body of the flow does not wait for a step, a timer or an answer; "
+            "replace its polling loop by an asyncio.Event"
         )
 
     @property
@@ -167,7 +146,7 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
             self._ready.append(heapq.heappop(self._timers)[2])
 
     def close_generators(self) -> bool:
-        """Have the async generators of the body closed, in the order in which they began. Return False if there are none."""
+        """Have the async generators of the body closed, in their order. Return False if there are none."""
         generators = [*self._left, *(one for one in self._generators.values() if one not in self._left)]
         self._left, self._generators = [], weakref.WeakValueDictionary()
         if generators:
@@ -191,8 +170,7 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
     def _keep_generator(self, generator: AsyncGenerator[Any, Any]) -> None:
         self._left.append(generator)  # Garbage collection is no event: it is closed at the end of the flow.
 
-    # ------------------------------------------------------------------ for tasks, futures, locks, queues and
-    # timeouts
+    # ------------------------------------------------------------------ for tasks, futures, locks, timeouts
 
     def get_debug(self) -> bool:
         return False
@@ -209,7 +187,7 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
     def call_soon(
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.Handle:
-        handle = _Handle(self, callback, args, context)
+        handle = asyncio.Handle(callback, args, self, context)
         self._ready.append(handle)
         return handle
 
@@ -256,17 +234,13 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
     def create_task(
         self, coro: Any, *, name: str | None = None, context: Context | None = None, **options: Any
     ) -> asyncio.Task[Any]:
-        # An eager start would run it before the task that creates it goes on, which a replay does as well: no
-        # matter.
+        # An eager start would run it before the task that creates it goes on, as a replay does: no matter.
         options.pop("eager_start", None)
         number = self._task_count = self._task_count + 1
         task = _BodyTask(number, coro, loop=self, name=name or f"Task-{number}", context=context)
         self.tasks[task] = None
-        task.add_done_callback(self._forget)
+        task.add_done_callback(lambda ended: self.tasks.pop(ended, None))
         return task
-
-    def _forget(self, task: asyncio.Task[Any]) -> None:
-        self.tasks.pop(task, None)
 
     def get_task_factory(self) -> None:
         return None

@@ -23,7 +23,7 @@ from stroma.engine.loop import execute_in_turn
 from stroma.engine.merged_models import spelled_out
 from stroma.engine.outcome import Place
 from stroma.engine.restore import restore
-from stroma.runner.flows.errors import StepFailed
+from stroma.runner.flows.endings import StepFailed
 
 __all__ = ["FlowCall", "FlowScope"]
 
@@ -31,108 +31,71 @@ _WITHOUT_INPUT: Final = StepCall(OF_FLOW, None)
 
 
 class FlowScope:
-    """A flow inside a run, or a part of one: what all of its calls share.
-
-    Attributes:
-        branch: of the flow; "" at the top level of a position.
-        names: of the flows around it, from the outermost inwards, then its own.
-        execution: parent of its steps: it has their clock, and no attempts or hooks.
-        gates: its own bound of concurrency, and those of the flows around it.
-        is_over: its body has returned; it makes no further call.
-    """
-
-    __slots__ = (
-        "branch",
-        "ctx",
-        "execution",
-        "gates",
-        "is_over",
-        "names",
-        "node",
-        "position",
-        "prefix",
-    )
-
-    execution: NodeExecution
+    """A flow inside a run, or a part of one: what all of its calls share."""
 
     def __init__(
         self, ctx: ReliabilityContext, parent: FlowScope | None, node: FlowNode, position: int, branch: str
     ) -> None:
-        self.ctx, self.node, self.position, self.branch = ctx, node, position, branch
+        self.ctx, self.node, self.position = ctx, node, position
+        self.branch = branch  # Of the flow; "" at the top level of a position.
         self.prefix = f"{branch}." if branch else ""
         above: NodeExecution | None = None if parent is None else parent.execution
-        # Without an id: its steps are at the top level of the run, and of no group.
-        self.execution = NodeExecution(ctx, cast("str", None), "group", position, branch, above)
+        # Parent of its steps: it has their clock, and no attempts or hooks. It has no id: its steps are at
+        # the top level of the run, and of no group.
+        self.execution: NodeExecution = NodeExecution(
+            ctx, cast("str", None), "group", position, branch, above
+        )
         self.execution.attempt = 1
         self.execution.remembers = False
-        self.is_over = False
+        self.is_over = False  # Its body has returned; it makes no further call.
+        #: The flows around it, from the outermost inwards, then its own.
         self.names: tuple[str, ...] = (*(() if parent is None else parent.names), node.node_id)
+        #: Its own bound of concurrency, and those of the flows around it.
         self.gates: tuple[asyncio.Semaphore, ...] = () if parent is None else parent.gates
         if node.max_concurrency is not None:
             self.gates = (asyncio.Semaphore(node.max_concurrency), *self.gates)
 
 
 class FlowCall:
-    """One call of a flow, from the await in the body to the delivery of its end.
-
-    Attributes:
-        branch: of its records in the run.
-        input_key: its input in stored form; None if it is neither stored nor compared.
-        future: of the body loop; None once the body has given the call up.
-        context: of the task that awaits it.
-        requested_at: number of the last event when the body awaited it.
-        task: of the real event loop, while the call is at work.
-        is_cancelled: the task was cancelled since the body gave the call up.
-        settles: only find out how the call of an effect ended. A group with an effect inside runs to its end.
-        suspended: why a step waits for a person; None if it does not.
-        end: an output, an answer or a StepFailed; ``outcome`` once it was delivered.
-        question: what it asks a person; None for a step. ``wake_ms``: when it expires, since the epoch; None:
-            never.
-        topic: of the message that it waits for; None for any other call. ``message``: the one that it has
-            taken.
-    """
+    """One call of a flow, from the await in the body to the delivery of its end."""
 
     # Class attributes, and no slots: most calls set few of them, which saves 0.8 us of the 10 of a step.
-    is_cancelled = settles = False
-    requested_at = 0
-    input_key: bytes | None = None
-    future: asyncio.Future[Any] | None = None
-    context: contextvars.Context | None = None
-    task: asyncio.Task[Any] | None = None
-    suspended: str | None = None
-    end: Any = None
-    outcome: Any = None
-    question: Waiting | None = None
-    wake_ms: int | None = None
-    topic: str | None = None
-    message: SentMessage | None = None
+    requested_at = 0  # Number of the last event when the body awaited it.
+    input_key: bytes | None = None  # Its input in stored form; None if it is neither stored nor compared.
+    future: asyncio.Future[Any] | None = None  # Of the body loop; None once the body has given the call up.
+    context: contextvars.Context | None = None  # Of the task that awaits it.
+    task: asyncio.Task[Any] | None = None  # Of the real event loop, while the call is at work.
+    is_cancelled = False  # The task was cancelled since the body gave the call up.
+    settles = False  # Only find out how the call of an effect ended; a group with one runs to its end.
+    suspended: str | None = None  # Why a step waits for a person.
+    end: Any = None  # An output, an answer or a StepFailed,
+    outcome: Any = None  # the same once it was delivered.
+    question: Waiting | None = None  # What it asks a person.
+    wake_ms: int | None = None  # When the wait expires, since the epoch.
+    topic: str | None = None  # Of the message that it waits for,
+    message: SentMessage | None = None  # and the one that it has taken.
 
     def __init__(
         self, scope: FlowScope, identity: str, node: Node | Group, state: BaseModel, is_effect: bool = False
     ) -> None:
         self.scope, self.node, self.state, self.is_effect = scope, node, state, is_effect
-        self.identity, self.branch = identity, scope.prefix + identity
+        self.name(identity)
 
     def name(self, identity: str) -> None:
-        """Give the call another identity."""
+        """Set the identity of the call, and the branch of its records in the run."""
         self.identity, self.branch = identity, self.scope.prefix + identity
 
     def perform(self, cancelling: int = 0, attempt: NodeAttempt | None = None) -> Coroutine[Any, Any, Any]:
         """Return the work of the call, for a task of the real event loop."""
         scope = self.scope
-        step = _WITHOUT_INPUT if self.input_key is None else StepCall(OF_FLOW, self.input_key)
         place = Place(
-            scope.position,
-            self.branch,
-            "node",
-            scope.execution,
-            None,
-            step,
-            cancelling,
-            False,
-            None,
-            False,
-            self.settles,
+            position=scope.position,
+            branch=self.branch,
+            parent=scope.execution,
+            step=_WITHOUT_INPUT if self.input_key is None else StepCall(OF_FLOW, self.input_key),
+            cancelling=cancelling,
+            restores=False,
+            settles=self.settles,
         )
         if scope.gates:
             return self._behind_gates(place, attempt)
@@ -145,7 +108,7 @@ class FlowCall:
             return await execute_in_turn(self.scope.ctx, (self.node,), self.state, place, attempt)
 
     async def restore(self) -> Any:
-        """Return the recorded output after its skip hooks were called; None if it has to be assembled again."""
+        """Return the recorded output, for which skip hooks are called; None if it is assembled again."""
         place = Place(self.scope.position, self.branch)
         return await restore(self.scope.ctx, self.node, self.state, place)
 
@@ -158,12 +121,11 @@ class FlowCall:
         return has_open_intent(self.scope.ctx, self.scope.position, self.branch)
 
     def give_up(self) -> None:
-        """Cancel the work that nobody waits for any more, but for an effect in flight, and a group with an effect inside."""
-        if self.task is not None and not (
-            self.is_effect and (type(self.node) is not Node or is_in_flight(self.task))
-        ):
+        """Cancel the work that nobody waits for, but not an effect in flight, nor a group with an effect."""
+        task = self.task
+        if task is not None and not (self.is_effect and (type(self.node) is not Node or is_in_flight(task))):
             self.is_cancelled = True
-            self.task.cancel()
+            task.cancel()
 
     def take(self) -> Any:
         """Return the outcome for the body, which may change it. Raises StepFailed."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import weakref
 from collections.abc import Coroutine, Iterable
 from time import perf_counter_ns
@@ -15,32 +16,41 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from stroma.checkpoint import StepCall
-from stroma.checkpoint.entries import OF_FLOW
+from stroma.checkpoint import StepCall, StoreError
+from stroma.checkpoint.entries import OF_FLOW, RunRequest
 from stroma.checkpoint.identity import quoted
-from stroma.contracts.contract import as_violation
+from stroma.contracts.contract import NodeContract, as_violation, check_id
 from stroma.contracts.node import FlowNode, Group, Node, find_node
 from stroma.contracts.schema import Snapshot, schema_of
 from stroma.engine.attempt import NodeAttempt
+from stroma.engine.execution import current_node
 from stroma.engine.outcome import Halt
+from stroma.runner.flows.body import commit_output
 from stroma.runner.flows.call import FlowCall
-from stroma.runner.flows.errors import StepFailed
-from stroma.runner.flows.output import commit_output
+from stroma.runner.flows.endings import StepFailed
 from stroma.runner.flows.path import INNERMOST, FlowPath, has_effect
-from stroma.runner.pipeline import Pipeline
+from stroma.runner.flows.suspension import now_ms
+from stroma.runner.pipeline import (
+    Pipeline,
+    SubmitOptions,
+    check_bound,
+    input_schema_of,
+    nodes_of,
+    queue_entry,
+)
 
-__all__ = ["call_flow", "call_map", "call_step"]
+__all__ = ["call_flow", "call_map", "call_step", "call_submit"]
 
 
 class _KnownStep:
     """Facts about a node that all of its calls share. ``state_class``: that of the last input."""
 
-    __slots__ = ("is_effect", "label", "name", "node", "state_class")
-
-    def __init__(self, path: FlowPath, node: Node | Group, state_class: type[BaseModel]) -> None:
-        self.node, self.state_class = node, state_class
+    def __init__(self, path: FlowPath, node: Any, state: Any) -> None:
+        self.node = node = _step_node_of(node, "flow.step")
+        _check_state(f"the input of step {node.node_id!r}", state)
+        self.state_class = type(state)
         self.label, self.name = f"flow.step({node.node_id})", quoted(node.node_id)
-        self.is_effect = has_effect(path.driver.ctx, node)
+        self.is_effect = has_effect(path.ctx, node)
 
 
 def call_step(path: FlowPath, node: Any, state: Any, key: str | None) -> Coroutine[Any, Any, Any]:
@@ -52,33 +62,27 @@ def call_step(path: FlowPath, node: Any, state: Any, key: str | None) -> Corouti
     except TypeError:  # It cannot be hashed.
         known = None
     if known is None or type(state) is not known.state_class:
-        known = _learn_step(path, node, state)
+        known = _KnownStep(path, node, state)
+        with contextlib.suppress(TypeError):
+            path.known[node] = known
     identity = path.identify(known.name, key)
     call = path.prepare(FlowCall(path, identity, known.node, state, known.is_effect))
     coroutine: Any = path.driver.request(call)
     coroutine.__qualname__ = known.label  # Python's warning of a coroutine that is never awaited shows it.
-    return coroutine  # type: ignore[no-any-return]  # The class of coroutines has no such attribute for type checkers.
+    return coroutine  # type: ignore[no-any-return]  # Type checkers know no such attribute of coroutines.
 
 
-def _learn_step(path: FlowPath, node: Any, state: Any) -> _KnownStep:
-    """Check the arguments of a step."""
-    record = _step_node_of(node, "flow.step")
+def _check_state(what: str, state: Any) -> None:
     if not isinstance(state, BaseModel):
-        raise TypeError(
-            f"the input of step {record.node_id!r} must be a pydantic model, got {type(state).__name__}"
-        )
-    known = _KnownStep(path, record, type(state))
-    with contextlib.suppress(TypeError):  # It cannot be hashed.
-        path.known[node] = known
-    return known
+        raise TypeError(f"{what} must be a pydantic model, got {type(state).__name__}")
 
 
 def _step_node_of(node: Any, method: str) -> Node | Group:
     """Return the record of a node. Raises TypeError for a flow, and for several nodes."""
     if isinstance(node, (list, tuple)):
         raise TypeError(
-            f"{method} takes one node, got a {type(node).__name__} of {len(node)}; only map_over takes several nodes: use "
-            "flow.step(map_over(...), state)"
+            f"{method} takes one node, got a {type(node).__name__} of {len(node)}; "
+            "only map_over takes several nodes: use flow.step(map_over(...), state)"
         )
     record = find_node(node)
     if isinstance(record, FlowNode):
@@ -92,14 +96,10 @@ def call_map(
     """Return the coroutine of a map."""
     path.begin_call("flow.map")
     record = _step_node_of(node, "flow.map")
-    if max_concurrency is not None and max_concurrency < 1:
-        raise ValueError(f"max_concurrency must be at least 1, or None for no bound, got {max_concurrency!r}")
+    check_bound(max_concurrency)
     states = list(items)
     for state in states:
-        if not isinstance(state, BaseModel):
-            raise TypeError(
-                f"the items of {record.node_id!r} must be pydantic models, got {type(state).__name__}"
-            )
+        _check_state(f"each item of {record.node_id!r}", state)
     return _map(path, record, states, max_concurrency, path.identify(quoted(record.node_id), key, "*"))
 
 
@@ -109,14 +109,13 @@ async def _map(
     # The items are the steps of a part of the flow, by their indexes.
     items = FlowPath(path.driver, path, _part_of(path), path.prefix + identity)
     items.names = path.names
-    is_effect = has_effect(path.driver.ctx, node)
+    is_effect = has_effect(path.ctx, node)
     gate = contextlib.nullcontext() if limit is None else asyncio.Semaphore(limit)
 
     async def work(index: int, state: BaseModel) -> Any:
         async with gate:
-            return await items.driver.request(
-                items.prepare(FlowCall(items, str(index), node, state, is_effect))
-            )
+            call = items.prepare(FlowCall(items, str(index), node, state, is_effect))
+            return await items.driver.request(call)
 
     loop = path.driver.loop
     tasks = [loop.create_task(work(index, state)) for index, state in enumerate(states)]
@@ -139,23 +138,19 @@ def call_flow(path: FlowPath, flow: Any, state: Any, key: str | None) -> Corouti
     """Return the coroutine of a flow or pipeline inside a flow."""
     path.begin_call("flow.run")
     if not isinstance(flow, Pipeline):
-        raise TypeError(
-            f"flow.run takes a flow or a Pipeline, got {flow!r}; call a single node with flow.step"
-        )
-    if not isinstance(state, BaseModel):
-        raise TypeError(f"the input of {flow.name!r} must be a pydantic model, got {type(state).__name__}")
+        raise TypeError(f"flow.run takes a flow or a Pipeline, got {flow!r}; call a node with flow.step")
+    _check_state(f"the input of {flow.name!r}", state)
     identity, node = path.identify(quoted(flow.name), key), find_flow(flow)
-    return (
-        _run_pipeline(path, flow, state, identity) if node is None else _run_flow(path, node, state, identity)
-    )
+    if node is None:
+        return _run_pipeline(path, flow, state, identity)
+    return _run_flow(path, node, state, identity)
 
 
 async def _run_flow(path: FlowPath, node: FlowNode, state: BaseModel, identity: str) -> Any:
-    driver, ctx = path.driver, path.driver.ctx
+    driver, ctx = path.driver, path.ctx
     contract = ctx.contract_of(node)
     assert contract is not None  # A flow has one.
     call = path.prepare(_FlowEnd(path, identity, node, state))
-    assert isinstance(call, _FlowEnd)
     begin, source = perf_counter_ns(), schema_of(contract.input_schema)
     child = FlowPath(driver, path, node, call.branch)
     try:
@@ -206,8 +201,50 @@ async def _run_pipeline(path: FlowPath, pipeline: Pipeline, state: BaseModel, id
 
 def _part_of(path: FlowPath, name: str | None = None) -> FlowNode:
     """Return the record of a part of a flow that has no contract of its own."""
-    return FlowNode(name or path.node.node_id, _not_called, None, False, True)
+    return FlowNode(name or path.node.node_id, _part_of, None, wants_context=False, is_async=True)
 
 
-def _not_called(*_: Any) -> Any:
-    raise NotImplementedError
+class SubmittedRun(BaseModel):
+    """Output of the step that submits a run."""
+
+    run_id: str
+
+
+def call_submit(
+    path: FlowPath, pipeline: Pipeline, state: BaseModel, options: SubmitOptions
+) -> Coroutine[Any, Any, str]:
+    """Return the coroutine of a submission, which is numbered when it is made."""
+    if not isinstance(pipeline, Pipeline):
+        raise TypeError(f"flow.submit takes a flow or a Pipeline, got {type(pipeline).__name__}")
+    _check_state(f"the input of {pipeline.name!r}", state)
+    path.begin_call("flow.submit")
+    ctx = path.ctx
+    schema = input_schema_of(nodes_of(pipeline), ctx.registry)
+    given_id = options.get("run_id")
+    if given_id is not None:
+        check_id(given_id, "run id")
+    queue_entry(options, 0)  # Checks the keywords.
+
+    async def submit(state: BaseModel) -> SubmittedRun:
+        store: Any = ctx.checkpoint_manager.store
+        if not hasattr(store, "submit"):
+            kind = type(store).__name__
+            raise StoreError(f"{kind} has no queue of runs; use a journal store such as SQLiteStore")
+        # A repeated step has the same key: it finds the run that it has submitted before.
+        key = current_node().idempotency_key.encode("utf-8", "surrogatepass")
+        run_id = given_id or hashlib.sha256(key).hexdigest()[:32]
+        tags = (pipeline.config or ctx.config).tags
+        version = pipeline.version or ""
+        request = RunRequest(run_id, pipeline.name, schema.convert(state), schema, tags=tags, version=version)
+        await store.submit(request, queue_entry(options, now_ms()))
+        return SubmittedRun(run_id=run_id)
+
+    node_id = f"submit {pipeline.name}"
+    contract = NodeContract(node_id=node_id, input_schema=schema.model, output_schema=SubmittedRun)
+    node = Node(node_id, submit, contract, False, True)
+    return _submit(path, node, state, path.identify(quoted(node_id), None))
+
+
+async def _submit(path: FlowPath, node: Node, state: BaseModel, identity: str) -> str:
+    submitted: SubmittedRun = await path.driver.request(path.prepare(FlowCall(path, identity, node, state)))
+    return submitted.run_id

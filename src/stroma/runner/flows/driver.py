@@ -1,4 +1,4 @@
-"""The driver of a flow: makes the calls of its body, and delivers their ends one at a time, in the order of their records.
+"""The driver of a flow: makes the calls of its body, and delivers their ends in the order of their records.
 
 The body runs on a :class:`BodyLoop`, from one event to the next. A call begins once the body waits for it and
 everything that is recorded has been delivered. What ends the flow whatever its body does (a crossed budget, a
@@ -16,21 +16,17 @@ from time import monotonic
 from typing import Any, Final
 
 from stroma.checkpoint import PipelineChanged, StoreError
-from stroma.checkpoint.entries import SentMessage
 from stroma.engine.attempt import NodeAttempt
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT
 from stroma.engine.execution import NodeExecution
-from stroma.engine.outcome import STOPPED, Halt, Stopped
+from stroma.engine.outcome import STOPPED, Halt
 from stroma.engine.tasks import cancel_all, raise_if
-from stroma.failures.failure import Failure
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.runner.flows.body_loop import BodyLoop
 from stroma.runner.flows.call import FlowCall
-from stroma.runner.flows.descriptions import describe, describe_difference, shorten
-from stroma.runner.flows.endings import end_of
-from stroma.runner.flows.errors import FlowClosed, StepFailed
-from stroma.runner.flows.journal import REPLAY_ONLY, Event, FlowJournal, message_of, misfit_of, read_failure
+from stroma.runner.flows.endings import FlowClosed, StepFailed, describe, describe_difference, end_of, shorten
+from stroma.runner.flows.journal import REPLAY_ONLY, Event, FlowJournal, message_of, read_failure
 from stroma.runner.flows.suspension import FlowWaits, now_ms
 
 __all__ = ["FlowDriver"]
@@ -42,47 +38,36 @@ _MAX_TIMER_SECONDS: Final = 3600.0
 
 
 class FlowDriver(FlowWaits):
-    """One flow of a run, with the flows inside it.
-
-    Attributes:
-        closing: the body is being cancelled: further calls raise FlowClosed.
-        has_siblings: steps ran side by side.
-        is_live: everything that is recorded has been delivered.
-        context: the variables with which the body begins.
-        called_at: number of the last event that the body had noticed at its last call.
-        failures: numbers of the events that were failures.
-    """
+    """One flow of a run, with the flows inside it."""
 
     def __init__(self, ctx: ReliabilityContext, journal: FlowJournal, flow_id: str, position: int) -> None:
         self.outer = asyncio.get_running_loop()
         loop = BodyLoop(self.outer, lambda: self.time_ms() / 1000)
         super().__init__(ctx, journal, flow_id, position, loop)
         self._look_for_records()
-        self.closing = self.is_over = self.has_siblings = self.is_live = False
-        self.woken_by = self.called_at = 0
+        self.closing = False  # The body is being cancelled: further calls raise FlowClosed.
+        self.is_over = False
+        self.has_siblings = False  # Steps ran side by side.
+        self.is_live = False  # Everything that is recorded has been delivered.
+        self.called_at = 0  # Number of the last event that the body had noticed at its last call.
+        self.execution: NodeExecution | None = None  # Of the outermost flow.
+        self.context = contextvars.copy_context()  # The variables with which the body begins.
+        self.context.run(CURRENT.set, None)
         self._latest_ms = max(self.records.times.values(), default=0)
-        self.failures: list[int] = []
         self._replay_only = REPLAY_ONLY.get()
         self._main: asyncio.Task[Any] | None = None
         self._task = asyncio.current_task()
         self._cancelling = 0 if self._task is None else self._task.cancelling()
-        #: Of the outermost flow.
-        self.execution: NodeExecution | None = None
-        self.context = contextvars.copy_context()
-        self.context.run(CURRENT.set, None)
-        #: Calls that the body waits for and that have not begun.
+        #: Calls that the body waits for and that have not begun, and those at work.
         self._requested: dict[str, FlowCall] = {}
         self._running: dict[asyncio.Task[Any], FlowCall] = {}
-        #: Branches of the calls in the replay.
-        self._replayed: set[str] = set()
-        self._waker: asyncio.Future[None] | None = None
-        #: Questions that the body gave up in the replay.
-        self._withdrawn: list[FlowCall] = []
+        self._replayed: set[str] = set()  # Branches of the calls in the replay.
+        self._withdrawn: list[FlowCall] = []  # Questions that the body gave up in the replay.
         #: Effects that the body gave up, by node and input, whose outcome it has not taken.
         self._given_up: dict[tuple[str, bytes | None], list[FlowCall]] = {}
 
     def _look_for_records(self) -> None:
-        """Note if calls may have a record of an earlier process, and if their inputs are stored or compared."""
+        """Note if calls may have an earlier record, and if their inputs are stored or compared."""
         records = self.records
         self.is_recorded = bool(records.events or records.loose or records.calls)
         self.needs_input = self.ctx.session.stores_inputs or self.is_recorded
@@ -131,7 +116,7 @@ class FlowDriver(FlowWaits):
         return call.take()
 
     def _give_up(self, call: FlowCall) -> None:
-        """Note that the body waits for a call no more. An effect runs to its end; the end of any other call is of no use."""
+        """Note that the body waits for a call no more. Only an effect runs to its end."""
         call.future = None
         if self.closing:
             return
@@ -152,7 +137,7 @@ class FlowDriver(FlowWaits):
             self._withdraw(call)
 
     def _cancel_work(self, call: FlowCall) -> None:
-        """Cancel the work of a call that nobody waits for, but for an effect that is in flight or whose output is being stored."""
+        """Cancel the work of a call, but not an effect that is in flight or whose output is being stored."""
         if not (call.is_effect and call.branch in self.number_of):
             call.give_up()
 
@@ -162,7 +147,7 @@ class FlowDriver(FlowWaits):
         self._start(call, self.withdraw(question))
 
     def _find_given_up(self, call: FlowCall) -> FlowCall:
-        """Return an effect with the same input that the body gave up and whose outcome it has not taken, else the call."""
+        """Return an effect with the same input that the body gave up and has not taken, else the call."""
         earlier = self._given_up.get(_effect_of(call))
         while earlier:
             first = earlier.pop(0)
@@ -181,7 +166,7 @@ class FlowDriver(FlowWaits):
         task.add_done_callback(self._end)
 
     def _begin_requested(self) -> Coroutine[Any, Any, Any] | None:
-        """Begin the calls that the body waits for. Return the work of one that is alone: it needs no task, which takes 5 us."""
+        """Begin the calls that the body waits for. Return the work of one alone: a task takes 5 us."""
         requested, self._requested = self._requested, {}
         first = next(iter(requested.values()))
         if self.ctx.stops:
@@ -289,26 +274,9 @@ class FlowDriver(FlowWaits):
             self.stop(halt)
         elif call.future is not None or call.is_effect:
             number = self.number(call.branch)
-            call.end = self._failed(call, halt.failure, number)
+            call.end = self.failed(call, halt.failure, number)
             self.journal.note_failure(self.position, number, call.branch, halt.failure, call.input_key)
             self.unstored[number] = call
-
-    def receive(self, call: FlowCall, message: SentMessage) -> None:
-        """Give a message to a call: deliver it once it is recorded."""
-        number, problem = self.number(call.branch), call.problem_of(message)
-        self._take_message(call, message, problem, number)
-        self.journal.note_message(self.position, number, call.branch, message, problem)
-        self.unstored[number] = call
-
-    def _take_message(self, call: FlowCall, message: SentMessage, problem: str | None, number: int) -> None:
-        call.message = message
-        call.end = message if problem is None else self._failed(call, misfit_of(problem), number)
-
-    def _failed(self, call: FlowCall, failure: Failure, number: int) -> StepFailed:
-        error = StepFailed(failure, (*call.scope.names, failure.node_id))
-        error.event, error.__cause__ = number, failure.exception
-        self.failures.append(number)
-        return error
 
     # ------------------------------------------------------------------ events
 
@@ -321,7 +289,7 @@ class FlowDriver(FlowWaits):
             self.stop(self.endings.mistake(str(error), self.flow_id))
 
     def _deliver(self, number: int, what: FlowCall | int) -> None:
-        """Deliver an event to the body: the end of a call, or a time in ms. A call that it has given up is none to it."""
+        """Deliver an event to the body: a time in ms, or the end of a call that it waits for."""
         if self.ctx.limits and self.ctx.budget.max_latency_ms is not None and self.execution is not None:
             # With the next record, for a process that takes over.
             self.journal.note_busy(self.position, self.execution.busy_ns)
@@ -353,7 +321,7 @@ class FlowDriver(FlowWaits):
         return True
 
     def _is_due(self) -> bool:
-        """Return True if timers end now. Not while a question is being opened: it may have its answer already."""
+        """Return True if timers end now. Not while a question is opened: it may have its answer already."""
         due = self.loop.next_time
         if due is None or due * 1000 > now_ms():
             return False
@@ -388,7 +356,7 @@ class FlowDriver(FlowWaits):
                 self._deliver(event.number, event.time_ms if call is None else call)
                 self._compare_suspension()
         self.is_live = self.stopping is None
-        self.records.end_replay()
+        self.records.events, self.records.calls = [], {}
         self._look_for_records()
         self._replayed.clear()
         for call in self._withdrawn:
@@ -417,13 +385,13 @@ class FlowDriver(FlowWaits):
         before = self.journal.input_key_of(self.position, event)
         if before is not None and call.input_key is not None and before != call.input_key:
             return self.stop_as_changed(
-                f"made {describe(call.branch)} with {shorten(before)}, and makes it now with {shorten(call.input_key)} "
-                f"({describe_difference(before, call.input_key)})"
+                f"made {describe(call.branch)} with {shorten(before)}, and makes it now with "
+                f"{shorten(call.input_key)} ({describe_difference(before, call.input_key)})"
             )
         if event.failure is not None:
-            return self._failed(call, read_failure(event.failure), event.number)
+            return self.failed(call, read_failure(event.failure), event.number)
         if event.received is not None:
-            self._take_message(call, message_of(event.received), event.received["problem"], event.number)
+            self.take_message(call, message_of(event.received), event.received["problem"], event.number)
             return call.end
         try:
             outcome = await call.restore()
@@ -448,18 +416,8 @@ class FlowDriver(FlowWaits):
         """True once the body has returned or raised."""
         return self._main is not None and self._main.done()
 
-    def stop(self, end: Halt | Stopped | BaseException) -> None:
-        if self.stopping is None:
-            self.stopping, self.loop.is_halted = end, True
-        self.wake()
-
-    def wake(self) -> None:
-        """Have the driver look at what is to be done."""
-        if self._waker is not None and not self._waker.done():
-            self._waker.set_result(None)
-
     async def run(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Run a body to its end, and return its task; or to ``stopping``, which is an exception that leaves the run, or a Halt."""
+        """Run a body to its end, or to ``stopping``, and return its task. Raises what leaves the run."""
         ctx, stop = self.ctx, partial(self.stop, STOPPED)
         ctx.number_event, ctx.on_hold[stop] = self.number, None
         cancelled: asyncio.CancelledError | None = None
@@ -472,12 +430,15 @@ class FlowDriver(FlowWaits):
             ctx.on_hold.pop(stop, None)
             self.closing = True
             if asyncio._get_running_loop() is self.outer:
-                cancelled = await self._cancel_calls()
+                try:
+                    await cancel_all(list(self._running))
+                except asyncio.CancelledError as error:
+                    cancelled = error.with_traceback(None)
                 self._end_body()
             self.loop.discard()
             self.is_over, ctx.number_event = True, None
         if self.is_finished and not self._main.cancelled():
-            self._main.exception()  # Read also if the run is suspended: asyncio reports one that nobody has read.
+            self._main.exception()  # Also if the run is suspended: asyncio reports one that nobody has read.
         raise_if(cancelled)
         if isinstance(self.stopping, BaseException):
             raise self.stopping
@@ -510,40 +471,33 @@ class FlowDriver(FlowWaits):
             await self._until_woken()  # What is at work is committed first.
 
     async def _until_woken(self, seconds: float = math.inf) -> None:
-        due, self._waker = self.loop.next_time, self.outer.create_future()
+        due, self.waker = self.loop.next_time, self.outer.create_future()
         if due is not None and not self.stored:
             seconds = min(seconds, max(0.0, due - now_ms() / 1000), _MAX_TIMER_SECONDS)
         timer = None if seconds == math.inf else self.outer.call_later(seconds, self.wake)
         try:
-            await self._waker
+            await self.waker
         finally:
-            self._waker = None
+            self.waker = None
             if timer is not None:
                 timer.cancel()
 
     async def _finish_effects(self) -> bool:
-        """See the effects to their end that the body gave up, once it has ended. Return True if nothing is left to do."""
+        """See effects that the body gave up to their end. Return True if nothing is left to do."""
         if self._running:
             await self._until_woken()
             return False
-        unknown = [
-            one
-            for waiting in self._given_up.values()
-            for one in waiting
-            if one.end is None and one.outcome is None and one.is_unknown()
-        ]
+        given_up = [one for waiting in self._given_up.values() for one in waiting]
+        unknown = [one for one in given_up if one.end is None and one.outcome is None and one.is_unknown()]
         if not unknown:
             return True
         for call in unknown:
             if call.suspended is None:
-                self._settle(call)
+                call.settles = call.is_cancelled = True  # It ends as cancelled if it did not happen.
+                self._start(call, call.perform())
         if not self._running:
             await self.settle()
         return False
-
-    def _settle(self, call: FlowCall) -> None:
-        call.settles = call.is_cancelled = True  # It ends as cancelled if it did not happen.
-        self._start(call, call.perform())
 
     def _close(self) -> None:
         """Cancel what a body that has ended left behind, but for effects."""
@@ -579,17 +533,9 @@ class FlowDriver(FlowWaits):
                 task.cancel()
             self._turn(self.woken_by)
         self.ctx.run_logger.warning(
-            "flow %r does not end although it was cancelled; let CancelledError and FlowClosed out of its body",
+            "flow %r does not end although it was cancelled; let CancelledError and FlowClosed pass",
             self.flow_id,
         )
-
-    async def _cancel_calls(self) -> asyncio.CancelledError | None:
-        """Cancel the calls that are at work, and wait for their end. Return the cancellation that came meanwhile."""
-        try:
-            await cancel_all(list(self._running))
-        except asyncio.CancelledError as error:
-            return error.with_traceback(None)
-        return None
 
 
 def _effect_of(call: FlowCall) -> tuple[str, bytes | None]:

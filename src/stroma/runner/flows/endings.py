@@ -1,6 +1,11 @@
-"""Ends of flows: what a body raised, and from which event on a resume does otherwise."""
+"""Ends of flows: the exceptions of a body, and from which event on a resume calls again."""
 
 from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+from urllib.parse import unquote
 
 from stroma._utils.text import one_line
 from stroma.checkpoint import PipelineChanged
@@ -8,10 +13,82 @@ from stroma.contracts.node import Group, Node
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.outcome import Halt
 from stroma.failures.classes import FailureClass
-from stroma.failures.failure import Failure
-from stroma.runner.flows.errors import StepFailed
+from stroma.failures.failure import Failure, text_of
 
-__all__ = ["Endings", "end_of"]
+__all__ = ["Endings", "FlowClosed", "StepFailed", "describe", "describe_difference", "end_of", "shorten"]
+
+
+class StepFailed(Exception):
+    """A step of a flow stopped for good, after its last attempt.
+
+    Attributes:
+        failure: class, reason, message and node id of the last failure: the same live and on replay. Its
+            exception, which is the ``__cause__`` too, is the original one only in the process in which the
+            step failed.
+        path: the flows around the step, from the outermost inwards, then the step: ``("triage", "lookup")``.
+
+    Where: out of ``flow.step``, ``flow.map`` and ``flow.run``, in the body of a flow.
+    Cause: the step failed, and its retry policy grants no further attempt.
+    Fix: catch it to continue without the step; uncaught, it ends the run, and a resume tries the step again.
+    """
+
+    def __init__(self, failure: Failure, path: tuple[str, ...] = ()) -> None:
+        super().__init__(f"step {failure.node_id!r} failed: {text_of(failure)}")
+        self.failure = failure
+        self.path = path
+        #: Number of the event that it is in its flow; 0 for the failure of a flow inside.
+        self.event = 0
+
+    def __reduce__(self) -> Any:
+        return StepFailed, (self.failure, self.path)
+
+
+class FlowClosed(asyncio.CancelledError):
+    """A flow was used while it is suspended or stopped, by a body that goes on although it was cancelled.
+
+    No ``except Exception`` catches it: the body is to end.
+    """
+
+
+def describe(branch: str) -> str:
+    """Return a call as people read it: ``step 'judge' (call 2) of step 'triage' (call 1)``."""
+    return " of ".join(map(_describe_call, reversed(branch.split("."))))
+
+
+def _describe_call(identity: str) -> str:
+    name, mark, number = identity.partition("@")[0].rpartition("#")
+    if not mark:
+        return f"the item at index {number}"
+    if name in ("", "!", "?", "*"):
+        return f"the call with key={unquote(number)!r}"
+    if name == "!wait":
+        return f"flow.wait_for (call {int(number) + 1})"
+    if name == "?receive":
+        return f"flow.receive (call {int(number) + 1})"
+    kind = "map over" if name.startswith("*") else "step"
+    return f"{kind} {unquote(name.lstrip('*'))!r} (call {int(number) + 1})"
+
+
+def shorten(encoded: bytes) -> str:
+    """Return a stored value as text, cut to 200 characters."""
+    text = encoded.decode(errors="replace")
+    return text if len(text) <= 200 else f"{text[:196]} ..."
+
+
+def describe_difference(before: bytes, now: bytes) -> str:
+    """Return the names of the fields in which two stored values differ."""
+    try:
+        one, two = _fields_of(before), _fields_of(now)
+        names = [name for name in {**one, **two} if one.get(name) != two.get(name)]
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return "another value"
+    return f"other values of {', '.join(map(repr, names))}"
+
+
+def _fields_of(encoded: bytes) -> Any:
+    """Return the fields of a stored value, which may be behind the mark of its form."""
+    value = json.loads(encoded)
+    return value[1] if type(value) is list else value
 
 
 class Endings:
@@ -19,25 +96,18 @@ class Endings:
 
     def __init__(self, ctx: ReliabilityContext) -> None:
         self._ctx = ctx
-        #: Exceptions that the body was handling while it made a call, and the number of the last event before
-        #: the first one.
+        #: Exceptions handled by the body when it made a call, and the last event before the first call.
         self._handled: list[tuple[BaseException, int]] = []
 
     def changed(self, message: str, node_id: str) -> Halt:
         """Return the end of a flow whose body does not do what it did before."""
         ctx = self._ctx
         error = PipelineChanged(
-            f"run {ctx.run_id!r} cannot be resumed: {message}. A flow may depend only on its input, its steps, and flow.now(), "
-            "flow.random() and flow.uuid(); restore the code that recorded this, or start a new run"
+            f"run {ctx.run_id!r} cannot be resumed: {message}. A flow may depend only on its input, its "
+            "steps, and flow.now(), flow.random() and flow.uuid(); restore the code that recorded this, or "
+            "start a new run"
         )
         return Halt(Failure(error, FailureClass.TERMINAL, node_id, 1, str(error), "changed"))
-
-    def stuck(self, node_id: str) -> Halt:
-        """Return the end of a flow whose body waits for nothing that can come."""
-        return self.mistake(
-            f"the body of flow {node_id!r} waits, and no step, timer or question of it is open; check its events, locks and queues",
-            node_id,
-        )
 
     def mistake(self, message: str, node_id: str) -> Halt:
         """Return the end of a flow by a mistake in its body."""
@@ -49,17 +119,15 @@ class Endings:
 
     def halt_of(self, error: BaseException, node_id: str) -> Halt:
         """Return the end of a flow whose body raised."""
-        failed = [one for one in leaves_of(error) if isinstance(one, StepFailed)]
+        failed = [one for one in _leaves_of(error) if isinstance(one, StepFailed)]
         if failed:
-            first = min(failed, key=lambda one: one.event)
-            return Halt(first.failure)
+            return Halt(min(failed, key=lambda one: one.event).failure)
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         self._ctx.redactor.note_run()
         halt = self.halt(error, node_id)
-        self._ctx.run_logger.warning(
-            "flow %r raised %s: %s", node_id, type(error).__name__, one_line(halt.failure.message)
-        )
+        message = one_line(halt.failure.message)
+        self._ctx.run_logger.warning("flow %r raised %s: %s", node_id, type(error).__name__, message)
         return halt
 
     def note_handled(self, error: BaseException, number: int) -> None:
@@ -72,7 +140,7 @@ class Endings:
 
         That is the first failure that the exception carries, or the first event after it was raised.
         """
-        carried = carried_by(error)
+        carried = _carried_by(error)
         numbers = [one.event for one in carried if isinstance(one, StepFailed) and one.event]
         numbers += [number + 1 for known, number in self._handled if any(known is one for one in carried)]
         self._handled.clear()  # Their tracebacks reference the frames of the body.
@@ -86,13 +154,13 @@ def end_of(error: BaseException, node: Node | Group) -> Halt | BaseException:
     return error
 
 
-def leaves_of(error: BaseException) -> list[BaseException]:
+def _leaves_of(error: BaseException) -> list[BaseException]:
     if isinstance(error, BaseExceptionGroup):
-        return [leaf for one in error.exceptions for leaf in leaves_of(one)]
+        return [leaf for one in error.exceptions for leaf in _leaves_of(one)]
     return [error]
 
 
-def carried_by(error: BaseException) -> list[BaseException]:
+def _carried_by(error: BaseException) -> list[BaseException]:
     """Return an exception with all that it carries: members, causes and contexts."""
     errors: list[BaseException] = []
     seen: set[int] = set()

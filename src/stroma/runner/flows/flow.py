@@ -1,33 +1,51 @@
-"""The handle of a flow's body, and flows as values."""
+"""The handle of a flow's body, flows as values, and the decorator that makes them."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import random
+import sys
+import typing
 from asyncio.events import _get_running_loop
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
-from functools import partial
-from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack, overload
+from types import FrameType
+from typing import Any, Generic, Literal, TypeAlias, TypedDict, TypeVar, Unpack, overload
 from uuid import UUID
 
 from pydantic import BaseModel
 
+from stroma.contracts.annotations import infer_contract
 from stroma.contracts.contract import NodeContract, check_id
-from stroma.contracts.node import FlowNode, Group, LooseContextNode, LooseNode, MeteredNode
-from stroma.runner.flows.calls import call_flow, call_map, call_step
+from stroma.contracts.node import FlowNode, Group, LooseContextNode, LooseNode, MeteredNode, name_of
+from stroma.runner.flows.calls import call_flow, call_map, call_step, call_submit
 from stroma.runner.flows.path import INNERMOST, FlowPath
-from stroma.runner.flows.receive import call_receive
-from stroma.runner.flows.submit import call_submit
-from stroma.runner.flows.waits import call_sleep, call_wait_for, wake_ms_of
-from stroma.runner.pipeline import AnyState, Pipeline
-from stroma.runner.submit_options import SubmitOptions
+from stroma.runner.flows.waits import call_receive, call_sleep, call_wait_for, wake_ms_of
+from stroma.runner.pipeline import AnyState, Pipeline, SubmitOptions, check_bound
 
-__all__ = ["Flow", "FlowFunction", "current_flow"]
+__all__ = [
+    "AnnotatedFlowDecorator",
+    "Flow",
+    "FlowDecorator",
+    "FlowFunction",
+    "current_flow",
+    "define_flow",
+    "stroma_flow",
+]
 
 In = TypeVar("In", bound=BaseModel)
 Out = TypeVar("Out", bound=BaseModel)
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
+#: A node of ``(state)`` or ``(state, ctx)`` as type checkers see it: async or not.
+StepNode: TypeAlias = (
+    Callable[[In], Coroutine[Any, Any, Out]]
+    | Callable[[In, dict[str, Any]], Coroutine[Any, Any, Out]]
+    | LooseNode[In, Out, Any]
+    | LooseContextNode[In, Out, Any]
+    | MeteredNode[In, Out]
+    | Callable[[In], Out]
+)
 
 
 class Flow:
@@ -47,7 +65,7 @@ class Flow:
 
     @property
     def version(self) -> str | None:
-        """The version of the pipeline with which the run began; None if it had none: ``if flow.version == "1": ...``."""
+        """The version of the pipeline with which the run began; None if it had none."""
         return self._path.driver.ctx.session.version or None
 
     @property
@@ -59,32 +77,12 @@ class Flow:
 
     @overload
     def step(
-        self, node: Callable[[In], Coroutine[Any, Any, Out]], state: In, *, key: str | None = None
-    ) -> Coroutine[Any, Any, Out]: ...
-    @overload
-    def step(
-        self,
-        node: Callable[[In, dict[str, Any]], Coroutine[Any, Any, Out]],
-        state: In,
-        *,
-        key: str | None = None,
-    ) -> Coroutine[Any, Any, Out]: ...
-    @overload
-    def step(
-        self,
-        node: LooseNode[In, Out, Any] | LooseContextNode[In, Out, Any] | MeteredNode[In, Out],
-        state: In,
-        *,
-        key: str | None = None,
-    ) -> Coroutine[Any, Any, Out]: ...
-    @overload
-    def step(
-        self, node: Callable[[In], Out], state: In, *, key: str | None = None
+        self, node: StepNode[In, Out], state: In, *, key: str | None = None
     ) -> Coroutine[Any, Any, Out]: ...
     @overload
     def step(self, node: Group, state: BaseModel, *, key: str | None = None) -> Coroutine[Any, Any, Any]: ...
     def step(self, node: Any, state: Any, *, key: str | None = None) -> Coroutine[Any, Any, Any]:
-        """Run a node on a state and return its output: a full node, with contract, retries, hooks and a commit.
+        """Run a node on a state and return its output. It has its contract, retries, hooks and a commit.
 
         ``key`` names the call, in place of its number in the flow. Raises StepFailed once the node has
         stopped for good.
@@ -94,34 +92,7 @@ class Flow:
     @overload
     def map(
         self,
-        node: Callable[[In], Coroutine[Any, Any, Out]],
-        items: Iterable[In],
-        *,
-        max_concurrency: int | None = None,
-        key: str | None = None,
-    ) -> Coroutine[Any, Any, list[Out]]: ...
-    @overload
-    def map(
-        self,
-        node: Callable[[In, dict[str, Any]], Coroutine[Any, Any, Out]],
-        items: Iterable[In],
-        *,
-        max_concurrency: int | None = None,
-        key: str | None = None,
-    ) -> Coroutine[Any, Any, list[Out]]: ...
-    @overload
-    def map(
-        self,
-        node: LooseNode[In, Out, Any] | LooseContextNode[In, Out, Any] | MeteredNode[In, Out],
-        items: Iterable[In],
-        *,
-        max_concurrency: int | None = None,
-        key: str | None = None,
-    ) -> Coroutine[Any, Any, list[Out]]: ...
-    @overload
-    def map(
-        self,
-        node: Callable[[In], Out],
+        node: StepNode[In, Out],
         items: Iterable[In],
         *,
         max_concurrency: int | None = None,
@@ -156,7 +127,7 @@ class Flow:
         self, flow: AnyState, state: BaseModel, *, key: str | None = None
     ) -> Coroutine[Any, Any, Any]: ...
     def run(self, flow: Any, state: Any, *, key: str | None = None) -> Coroutine[Any, Any, Any]:
-        """Run another flow, or a pipeline, inside this one: under its budget, in its trace. Return the output.
+        """Run another flow, or a pipeline, under the budget and in the trace of this one. Return the output.
 
         Raises StepFailed if it failed.
         """
@@ -197,7 +168,9 @@ class Flow:
         """
         duration = timedelta(seconds=seconds, minutes=minutes, hours=hours, days=days)
         self._path.begin_call("flow.sleep")
-        return call_sleep(self._path, wake_ms_of(duration, until, self._path.driver.time_ms))
+        wake_ms = wake_ms_of(self._path, duration, until)
+        assert wake_ms is not None  # There is a duration.
+        return call_sleep(self._path, wake_ms)
 
     def wait_for(
         self,
@@ -208,17 +181,13 @@ class Flow:
         until: datetime | None = None,
         key: str | None = None,
     ) -> Coroutine[Any, Any, AnswerT]:
-        """Wait for the answer of a person, and return it as an ``answer``; ``runner.signal(run_id, ...)`` sends it.
+        """Wait for the answer of a person, and return it as an ``answer``; ``runner.signal()`` sends it.
 
         The run is suspended as soon as nothing else is left to do. ``timeout`` in seconds, or ``until``:
         raises TimeoutError if no answer came by then. ``key`` identifies the call in place of its number.
         """
         self._path.begin_call("flow.wait_for")
-        wake_ms: int | None = None
-        if timeout is not None or until is not None:
-            duration = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout or 0)
-            wake_ms = wake_ms_of(duration, until, self._path.driver.time_ms)
-        return call_wait_for(self._path, answer, reason, wake_ms, key)
+        return call_wait_for(self._path, answer, reason, wake_ms_of(self._path, timeout, until), key)
 
     def receive(
         self,
@@ -228,19 +197,15 @@ class Flow:
         timeout: float | timedelta | None = None,  # It is durable.
         key: str | None = None,
     ) -> Coroutine[Any, Any, AnswerT]:
-        """Wait for the next message to the run on a topic, and return it as a ``message``; ``runner.send(run_id, ...)`` sends it.
+        """Wait for the next message to the run, and return it as a ``message``; ``runner.send()`` sends it.
 
-        Each message is received once, in the order in which they were sent. The run is suspended as soon as
-        nothing else is left to do. ``timeout`` in seconds: raises TimeoutError if no message came by then.
-        Raises StepFailed for a message that is not a ``message``. ``key`` identifies the call in place of its
-        number.
+        ``topic``: that of the sender. Each message is received once, in the order in which they were sent.
+        The run is suspended as soon as nothing else is left to do. ``timeout`` in seconds: raises
+        TimeoutError if no message came by then. Raises StepFailed for a message that is not a ``message``.
+        ``key`` identifies the call in place of its number.
         """
         self._path.begin_call("flow.receive")
-        wake_ms: int | None = None
-        if timeout is not None:
-            duration = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
-            wake_ms = wake_ms_of(duration, None, self._path.driver.time_ms)
-        return call_receive(self._path, message, topic, wake_ms, key)
+        return call_receive(self._path, message, topic, wake_ms_of(self._path, timeout, None), key)
 
     # ------------------------------------------------------------------ values
 
@@ -286,9 +251,7 @@ class FlowLimits(TypedDict, total=False):
 
 
 class FlowFunction(Pipeline, Generic[TakenT, OutputT]):
-    """A flow: an async function that calls nodes as steps. Run it as a pipeline, or with ``flow.run`` inside another."""
-
-    __slots__ = ("_stroma_contract", "_stroma_node", "_stroma_node_id", "body")
+    """A flow: an async function that calls nodes as steps. It runs as a pipeline, or with ``flow.run``."""
 
     body: Callable[[Flow, TakenT], Coroutine[Any, Any, OutputT]]
     _stroma_node: FlowNode
@@ -300,32 +263,25 @@ class FlowFunction(Pipeline, Generic[TakenT, OutputT]):
         contract: NodeContract[TakenT, OutputT],
         **limits: Unpack[FlowLimits],
     ) -> None:
-        put = partial(object.__setattr__, self)
         check_id(flow_id, "flow id")
-        put("body", body)
+        of_pipeline: Any = {name: value for name, value in limits.items() if name != "max_concurrency"}
+        width = limits.get("max_concurrency")
         node = FlowNode(
             flow_id,
             self,
             contract,
-            False,
-            True,
-            body=lambda run, state: body(Flow(run), state),
-            max_concurrency=limits.get("max_concurrency"),
+            wants_context=False,
+            is_async=True,
+            body=lambda path, state: body(Flow(path), state),
+            max_concurrency=width,
         )
-        put("_stroma_node", node)
-        put("_stroma_node_id", flow_id)
-        put("_stroma_contract", contract)
-        super().__init__(
-            flow_id,
-            (self,),
-            version=limits.get("version"),
-            accepts=limits.get("accepts", ()),
-            max_runs=limits.get("max_runs"),
-            max_runs_per_key=limits.get("max_runs_per_key"),
-        )
+        vars(self).update(body=body, _stroma_node=node, _stroma_node_id=flow_id, _stroma_contract=contract)
+        super().__init__(flow_id, (self,), **of_pipeline)
 
     @property
-    def _takes_any_state(self) -> Literal[False]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+    def _takes_any_state(  # type: ignore[override]
+        self,
+    ) -> Literal[False]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return False
 
     @property
@@ -346,7 +302,8 @@ class FlowFunction(Pipeline, Generic[TakenT, OutputT]):
         """Call the body as a part of another one: its calls are those of that flow."""
         if not isinstance(flow, Flow):
             raise TypeError(
-                f"flow {self.name!r} was called with {type(flow).__name__}; run it with `await runner.run({self.name}, state)`"
+                f"flow {self.name!r} was called with {type(flow).__name__}; "
+                f"run it with `await runner.run({self.name}, state)`"
             )
         return self.body(flow, state)
 
@@ -356,3 +313,73 @@ def current_flow() -> Flow | None:
     reference = INNERMOST.get()
     path = None if reference is None else reference()
     return None if path is None or _get_running_loop() is not path.driver.loop else Flow(path)
+
+
+def define_flow(
+    flow_id: str | None,
+    body: Any,
+    schemas: tuple[type[BaseModel] | None, type[BaseModel] | None],
+    limits: FlowLimits,
+    scope: FrameType,
+) -> FlowFunction[Any, Any]:
+    """Return a function as a flow. Raises TypeError for one that cannot be the body of a flow.
+
+    ``flow_id``: by default the function's name. ``schemas``: of input and output; None: as annotated.
+    ``scope``: the frame that decorates.
+    """
+    if flow_id is None:
+        flow_id = name_of(body)
+    name = getattr(body, "__qualname__", repr(body))
+    if inspect.isasyncgenfunction(body):
+        raise TypeError(
+            f"flow {flow_id!r}: {name} is an async generator; return the output in place of yielding it"
+        )
+    if not inspect.iscoroutinefunction(body):
+        raise TypeError(f"flow {flow_id!r}: {name} must be an `async def` function of (flow, state)")
+    check_bound(limits.get("max_concurrency"))
+    parameters = list(inspect.signature(body).parameters)
+    if len(parameters) < 2:
+        raise TypeError(f"flow {flow_id!r}: {name} must take (flow, state), got ({', '.join(parameters)})")
+    contract = infer_contract("flow", flow_id, body, schemas, scope)
+    return FlowFunction(flow_id, body, contract, **limits)
+
+
+class FlowDecorator(typing.Protocol, Generic[In, Out]):
+    """Makes a flow of an async function of ``(flow, state)``."""
+
+    def __call__(self, body: Callable[[Flow, In], Coroutine[Any, Any, Out]], /) -> FlowFunction[In, Out]: ...
+
+
+class AnnotatedFlowDecorator(typing.Protocol):
+    """Makes a flow of an async function of ``(flow, state)``, with the classes of its annotations."""
+
+    def __call__(self, body: Callable[[Flow, In], Coroutine[Any, Any, Out]], /) -> FlowFunction[In, Out]: ...
+
+
+@overload
+def stroma_flow(body: Callable[[Flow, In], Coroutine[Any, Any, Out]], /) -> FlowFunction[In, Out]: ...
+@overload
+def stroma_flow(
+    flow_id: str | None = None, *, input: type[In], output: type[Out], **limits: Unpack[FlowLimits]
+) -> FlowDecorator[In, Out]: ...
+@overload
+def stroma_flow(flow_id: str | None = None, **limits: Unpack[FlowLimits]) -> AnnotatedFlowDecorator: ...
+def stroma_flow(
+    flow_id: str | Callable[..., Any] | None = None,
+    *,
+    input: type[BaseModel] | None = None,
+    output: type[BaseModel] | None = None,
+    **limits: Unpack[FlowLimits],
+) -> Any:
+    """Make a flow of an async function of ``(flow, state)``: a pipeline that decides in plain Python.
+
+    Args:
+        flow_id: name of the flow in stores, metrics and spans. Default: the name of the function; then
+            ``@stroma_flow`` needs no parentheses.
+        input: pydantic model of its input. Default: the annotation of ``state``.
+        output: pydantic model of its output. Default: the annotation of the returned value.
+        limits: see FlowLimits.
+    """
+    if callable(flow_id):
+        return define_flow(None, flow_id, (input, output), limits, sys._getframe(1))
+    return lambda body: define_flow(flow_id, body, (input, output), limits, sys._getframe(1))

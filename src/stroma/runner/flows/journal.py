@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from itertools import islice
+from heapq import heappop, heappush
 from time import perf_counter_ns
 from typing import Any, Final, NamedTuple, cast
 
 from pydantic import BaseModel
 
-from stroma.checkpoint import Committed
+from stroma.checkpoint import Committed, Session
 from stroma.checkpoint.decoding import RecordName, decode_number
 from stroma.checkpoint.entries import OF_FLOW, SentMessage
 from stroma.checkpoint.flow_notes import FailureNote, MessageNote, decode_flow_note
@@ -32,13 +32,13 @@ from stroma.engine.context import ReliabilityContext
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunFailed
 from stroma.failures.failure import Failure, kind_of
-from stroma.runner.flows.inbox import Inbox
 
 __all__ = [
     "REPLAY_ONLY",
     "Event",
     "FlowJournal",
     "FlowRecords",
+    "Inbox",
     "encode_input",
     "message_of",
     "misfit_of",
@@ -50,47 +50,30 @@ REPLAY_ONLY: Final[ContextVar[bool]] = ContextVar("stroma_replay_only", default=
 
 
 class Event(NamedTuple):
-    """A recorded event.
-
-    Attributes:
-        number: 1-based; events are delivered in this order.
-        branch: of the call that has ended; "" for the end of timers.
-        failure: of a call that failed.
-        time_ms: the time at which timers end, since the epoch.
-        received: the message that a call got.
-    """
+    """A recorded event. Events are delivered in the order of their numbers, which begin at 1."""
 
     number: int
-    branch: str = ""
-    failure: FailureNote | None = None
-    time_ms: int = 0
-    received: MessageNote | None = None
+    branch: str = ""  # Of the call that has ended; "" for the end of timers.
+    failure: FailureNote | None = None  # Of a call that failed.
+    time_ms: int = 0  # The time at which timers end, since the epoch.
+    received: MessageNote | None = None  # The message that a call got.
 
 
 class FlowRecords:
-    """The records of the flow at one position of a run.
-
-    Attributes:
-        events: those to replay, in order.
-        loose: outputs by branch that followed a failure which is retried. The body may make these calls
-            again, or not.
-        calls: identities of the calls that the body must make again, by the branch of their flow and their
-            number.
-        times: the time that the body observed after an event, in ms since the epoch, by the number of the
-            event.
-        discarded: the first and the last number of the events that no longer hold, for each retried failure.
-        last: the highest number of an event.
-        suspended: the last event before the run was suspended, and the branches of the calls that the body
-            waited for then.
-    """
+    """The records of the flow at one position of a run."""
 
     def __init__(self) -> None:
-        self.events: list[Event] = []
+        self.events: list[Event] = []  # To replay, in order.
+        #: Outputs by branch that followed a failure which is retried. The body may make these calls, or not.
         self.loose: dict[str, Committed] = {}
+        #: Identities of the calls that must be made again, by the branch of their flow and their number.
         self.calls: dict[tuple[str, int | None], str] = {}
+        #: The time that the body observed after an event, in ms since the epoch, by the number of the event.
         self.times: dict[int, int] = {}
+        #: First and last number of the events that no longer hold, for each retried failure.
         self.discarded: list[tuple[int, int]] = []
-        self.last = 0
+        self.last = 0  # The highest number of an event.
+        #: The last event before the run was suspended, and the branches that the body waited for then.
         self.suspended: tuple[int, list[str]] | None = None
         self.seed: bytes | None = None
 
@@ -101,13 +84,6 @@ class FlowRecords:
             number = number_of(identity)
             if number is not None:
                 self.calls[flow, number] = identity
-
-    def end_replay(self) -> None:
-        """Forget what was replayed."""
-        self.events, self.calls = [], {}
-
-    def is_discarded(self, number: int) -> bool:
-        return any(first <= number <= last for first, last in self.discarded)
 
 
 def number_of(identity: str) -> int | None:
@@ -169,7 +145,7 @@ class FlowJournal:
             self._add(position, Event(value["event"], rest, failure=value), key)
         elif kind == "m":
             self._add(position, Event(value["event"], rest, received=value), key)
-            self.inbox.note_taken(value["number"])
+            self.inbox.known.add(value["number"])
         elif kind == "e":
             event = Event(decode_number(rest, name), value[0], time_ms=value[1])
             if event.branch:
@@ -191,24 +167,19 @@ class FlowJournal:
         records.last = max(records.last, number)
         if (position, branch) in delivered:  # It was delivered again, under another number.
             return
-        if records.is_discarded(number):
+        if any(first <= number <= last for first, last in records.discarded):
             records.loose[branch] = committed
         else:
             self._add(position, Event(number, branch), None)
 
     def _finish(self, position: int, records: FlowRecords) -> None:
         """Put the events in order, and note the calls that must be made again."""
-        restored = self._ctx.restored
-
-        def is_inside_finished(branch: str) -> bool:
-            return any((position, outer) in restored for outer in islice(with_outer(branch), 1, None))
-
         records.events.sort(key=lambda one: one.number)
         for event in records.events:
             records.add_call(event.branch)
         if not records.discarded:
             for at, branch in (*(self._ctx.tried or ()), *self._ctx.session.waiting):
-                if at == position and is_called(branch) and not is_inside_finished(branch):
+                if at == position and is_called(branch):
                     records.add_call(branch)
 
     def input_key_of(self, position: int, event: Event) -> bytes | None:
@@ -229,7 +200,8 @@ class FlowJournal:
 
     # ------------------------------------------------------------------ writing
 
-    def _note(self, position: int, kind: str, key: object, data: Any, *, number: int | None = None) -> None:
+    def _note(self, position: int, kind: str, key: object, data: Any, number: int | None = None) -> None:
+        """Have a note stored with the next record; None deletes it. ``number``: of the event it is about."""
         name = f"{position}:{kind}:{key}"
         self._ctx.session.note(name, None if data is None else json.dumps(data).encode())
         if number is not None:
@@ -253,7 +225,7 @@ class FlowJournal:
             "retry_after": failure.retry_after_seconds,
             "input_key": None if input_key is None else input_key.decode(),
         }
-        self._note(position, "f", branch, fields, number=number)
+        self._note(position, "f", branch, fields, number)
 
     def note_message(
         self, position: int, number: int, branch: str, message: SentMessage, problem: str | None
@@ -268,7 +240,7 @@ class FlowJournal:
             "problem": problem,
             "at_ms": (perf_counter_ns() + self._ctx.epoch_ns) / 1e6,
         }
-        self._note(position, "m", branch, fields, number=number)
+        self._note(position, "m", branch, fields, number)
 
     def free_message(self, position: int, branch: str, message: SentMessage) -> None:
         """Record that the body had given a call up before it got its message, which another call may take."""
@@ -277,14 +249,14 @@ class FlowJournal:
 
     def note_event(self, position: int, event: Event) -> None:
         """Record an event whose number no commit has."""
-        self._note(position, "e", event.number, [event.branch, event.time_ms], number=event.number)
+        self._note(position, "e", event.number, [event.branch, event.time_ms], event.number)
 
     def note_time(self, position: int, number: int, time_ms: int) -> None:
         """Record the time that a body observed after an event."""
-        self._note(position, "v", number, time_ms, number=number)
+        self._note(position, "v", number, time_ms, number)
 
     def note_wait(self, position: int, branch: str, wake_ms: int, began_ms: float) -> None:
-        """Record when a sleep, or the time limit of a question, ends and began, for those who look at the run."""
+        """Record when a sleep, or a time limit, ends and began, for those who look at the run."""
         recorded = self._ctx.session.notes.get(f"{position}:s:{branch}")
         if recorded is None or json.loads(recorded)[0] != wake_ms:  # Else it is replayed.
             self._note(position, "s", branch, [wake_ms, began_ms])
@@ -304,10 +276,10 @@ class FlowJournal:
 
     def note_suspension(self, position: int, number: int, branches: list[str]) -> None:
         """Record the last event before the run is suspended, and the calls that the body waits for."""
-        self._note(position, "n", "", [number, branches], number=number)
+        self._note(position, "n", "", [number, branches], number)
 
     def note_busy(self, position: int, busy_ns: int) -> None:
-        """Record the function time of a flow so far, beyond that of earlier processes; 0 once its own row has it."""
+        """Record the function time of a flow in this process; 0 once its own row has it."""
         self._note(position, "b", "", self._busy.get(position, 0) + busy_ns or None)
 
     def discard_from(self, position: int, first: int, last: int) -> None:
@@ -360,3 +332,34 @@ def encode_input(ctx: ReliabilityContext, node: Node | Group, state: BaseModel) 
         return schema.encode(state if type(state) is schema.model else schema.convert(state))
     except (NotSerialisable, ValueError):  # The contract refuses it, which the attempt records.
         return None
+
+
+class Inbox:
+    """The messages to one run that were read, and those that its flows have taken."""
+
+    def __init__(self) -> None:
+        self._free: dict[str, list[SentMessage]] = {}
+        self.known: set[int] = set()  # Numbers of the messages that are free here, or that a call has taken.
+        self._last_read = 0
+
+    def has(self, topic: str) -> bool:
+        return bool(self._free.get(topic))
+
+    def take(self, topic: str) -> SentMessage:
+        """Return the first free message of a topic that has one; no other call gets it."""
+        return heappop(self._free[topic])
+
+    def put_back(self, message: SentMessage) -> None:
+        """Free a message that a call has taken."""
+        heappush(self._free.setdefault(message.topic, []), message)
+
+    async def read(self, session: Session) -> None:
+        """Read the messages that have come since the last call. Raises StoreError."""
+        while self._last_read + 1 in self.known:  # They need not be read again.
+            self._last_read += 1
+        messages = session.messages(self._last_read)
+        for message in await messages if isinstance(messages, Awaitable) else messages:
+            self._last_read = message.number
+            if message.number not in self.known:
+                self.known.add(message.number)
+                self.put_back(message)

@@ -7,7 +7,7 @@ import weakref
 from asyncio.events import _get_running_loop
 from contextvars import ContextVar
 from sys import exception
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from stroma.checkpoint.identity import quoted
 from stroma.contracts.node import FlowNode, Group, Node
@@ -15,9 +15,8 @@ from stroma.contracts.schema import schema_of
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT
 from stroma.runner.flows.call import FlowCall, FlowScope
-from stroma.runner.flows.descriptions import describe
 from stroma.runner.flows.driver import FlowDriver
-from stroma.runner.flows.errors import FlowClosed
+from stroma.runner.flows.endings import FlowClosed, describe
 from stroma.runner.flows.journal import encode_input, number_of
 
 __all__ = ["INNERMOST", "FlowPath", "has_effect"]
@@ -27,10 +26,11 @@ __all__ = ["INNERMOST", "FlowPath", "has_effect"]
 INNERMOST: ContextVar[weakref.ref[FlowPath] | None] = ContextVar("stroma_flow", default=None)
 
 
+CallT = TypeVar("CallT", bound=FlowCall)
+
+
 class FlowPath(FlowScope):
     """A flow as its body uses it: it numbers its calls. ``count``: their number so far."""
-
-    __slots__ = ("__weakref__", "count", "driver", "keys", "known", "random_count", "sleep_count")
 
     def __init__(self, driver: FlowDriver, parent: FlowPath | None, node: FlowNode, branch: str) -> None:
         super().__init__(driver.ctx, parent, node, driver.position, branch)
@@ -57,19 +57,17 @@ class FlowPath(FlowScope):
             driver.endings.note_handled(error, driver.woken_by)
 
     def _refuse_call(self, what: str) -> NoReturn:
-        current, driver = CURRENT.get(), self.driver
-        if driver.is_over:
-            raise RuntimeError(
-                f"{what} was called after flow {self.node.node_id!r} had ended; call it in the body of the flow"
-            )
-        if current is not None:
-            raise RuntimeError(
-                f"{what} was called inside node {current.node_id!r}; return the data, and make the call in the flow"
-            )
-        raise RuntimeError(f"{what} was called in another thread or event loop; call it in that of the flow")
+        current = CURRENT.get()
+        if self.driver.is_over:
+            why = f"after flow {self.node.node_id!r} had ended; call it in the body of the flow"
+        elif current is not None:
+            why = f"inside node {current.node_id!r}; return the data, and make the call in the flow"
+        else:
+            why = "in another thread or event loop; call it in that of the flow"
+        raise RuntimeError(f"{what} was called {why}")
 
     def identify(self, name: str, key: str | None, kind: str = "") -> str:
-        """Return the identity of the next call: its number, or its key. Raises ValueError for a key that was used before.
+        """Return the identity of the next call: its number, or its key. Raises ValueError for a used key.
 
         ``name``: as :func:`quoted` returns it.
         """
@@ -78,7 +76,7 @@ class FlowPath(FlowScope):
             identity = f"{kind}#{quoted(key)}"
             if identity in self.keys:
                 raise ValueError(
-                    f"key={key!r} is used by two calls of flow {self.node.node_id!r}; use a different key for each"
+                    f"key={key!r} is used by two calls of flow {self.node.node_id!r}; use another for each"
                 )
             self.keys.add(identity)
             return identity
@@ -93,7 +91,7 @@ class FlowPath(FlowScope):
                 )
         return identity
 
-    def prepare(self, call: FlowCall) -> FlowCall:
+    def prepare(self, call: CallT) -> CallT:
         """Give a call the identity and the input that it is recorded with."""
         driver = self.driver
         if driver.needs_input or call.is_effect:

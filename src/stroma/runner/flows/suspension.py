@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from time import monotonic, perf_counter_ns, time_ns
@@ -15,17 +17,18 @@ from stroma.checkpoint.flow_notes import message_label
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.outcome import STOPPED, Halt, Stopped
 from stroma.engine.questions import announce
+from stroma.engine.tasks import Shield, raise_if
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import Failure
 from stroma.runner.flows.body_loop import BodyLoop
 from stroma.runner.flows.call import FlowCall
-from stroma.runner.flows.endings import Endings
-from stroma.runner.flows.events import FlowEvents
-from stroma.runner.flows.journal import FlowJournal
+from stroma.runner.flows.endings import Endings, StepFailed
+from stroma.runner.flows.journal import FlowJournal, misfit_of
 from stroma.trace.events import MarkKind, TraceMark
 
 __all__ = ["WITHDRAWN", "FlowWaits", "now_ms", "text_of_time"]
+
 
 #: How often a flow that only waits looks for a shutdown, and for answers.
 _POLL_SECONDS: Final = 0.25
@@ -43,36 +46,41 @@ def text_of_time(ms: int) -> str:
     return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="seconds")
 
 
-class FlowWaits(FlowEvents):
-    """The questions, sleeps and waits for messages of a flow, and the suspension of its run when nothing else is left.
+class FlowWaits:
+    """The questions, sleeps and waits for messages of a flow, and its suspension when nothing else is left.
 
-    Attributes:
-        loop: the event loop of the body.
-        calls: by branch those that the body waits for, and effects that it has given up.
-        woken_by: number of the last event that the body noticed.
-        sleeps: reasons of the open sleeps, by branch.
-        receiving: topics of the messages that are not delivered yet. The next one of a topic is taken after
-            that, so that they stay in order if the body gives a call up meanwhile.
-        look_at: when to look for messages, by the monotonic clock; infinity if no call waits for one.
-        stopping: the end of the flow, whatever its body does.
+    An event is the end of a call, or a time in ms. It is numbered when its record is written, and delivered
+    in that order once it is stored.
     """
 
-    woken_by: int
+    woken_by = 0  # Number of the last event that the body noticed.
 
     def __init__(
         self, ctx: ReliabilityContext, journal: FlowJournal, flow_id: str, position: int, loop: BodyLoop
     ) -> None:
-        super().__init__(ctx, journal, flow_id, position)
+        self.ctx, self.journal, self.flow_id, self.position = ctx, journal, flow_id, position
         self.loop = loop
+        self.records = journal.records(position)
         self.endings = Endings(ctx)
+        #: Numbers of the events that are not delivered yet, in order, and by branch those of calls.
+        self.numbers: deque[int] = deque()
+        self.number_of: dict[str, int] = {}
+        #: What the events are, by number.
+        self.stored: dict[int, FlowCall | int] = {}
+        self.unstored: dict[int, FlowCall | int] = {}
+        self.failures: list[int] = []  # Numbers of the events that were failures.
+        #: By branch the calls that the body waits for, and effects that it has given up.
         self.calls: dict[str, FlowCall] = {}
-        self.sleeps: dict[str, str] = {}
+        self.sleeps: dict[str, str] = {}  # Reasons of the open sleeps, by branch.
+        #: Topics of the messages that are not delivered yet. The next one of a topic is taken after that, so
+        #: that they stay in order if the body gives a call up meanwhile.
         self.receiving: set[str] = set()
-        self.look_at = math.inf
-        self.stopping: Halt | Stopped | BaseException | None = None
+        self.look_at = math.inf  # When to look for messages, by the monotonic clock.
+        self.stopping: Halt | Stopped | BaseException | None = None  # The end, whatever the body does.
+        self.waker: asyncio.Future[None] | None = None
 
     def clock_ms(self) -> float:
-        """Return the time in ms since the epoch on the clock of the attempts: waits and steps are shown in their order."""
+        """Return the time in ms since the epoch on the clock of the attempts, with which waits are shown."""
         return (perf_counter_ns() + self.ctx.epoch_ns) / 1e6
 
     def open_branches(self) -> list[str]:
@@ -83,9 +91,64 @@ class FlowWaits(FlowEvents):
         """Take what a call came to: deliver it once it is recorded, or wait, or end the flow."""
         raise NotImplementedError
 
+    def stop(self, end: Halt | Stopped | BaseException) -> None:
+        if self.stopping is None:
+            self.stopping, self.loop.is_halted = end, True
+        self.wake()
+
+    def wake(self) -> None:
+        """Have the driver look at what is to be done."""
+        if self.waker is not None and not self.waker.done():
+            self.waker.set_result(None)
+
     def receive(self, call: FlowCall, message: SentMessage) -> None:
         """Give a message to a call: deliver it once it is recorded."""
-        raise NotImplementedError
+        number, problem = self.number(call.branch), call.problem_of(message)
+        self.take_message(call, message, problem, number)
+        self.journal.note_message(self.position, number, call.branch, message, problem)
+        self.unstored[number] = call
+
+    def take_message(self, call: FlowCall, message: SentMessage, problem: str | None, number: int) -> None:
+        call.message = message
+        call.end = message if problem is None else self.failed(call, misfit_of(problem), number)
+
+    def failed(self, call: FlowCall, failure: Failure, number: int) -> StepFailed:
+        error = StepFailed(failure, (*call.scope.names, failure.node_id))
+        error.event, error.__cause__ = number, failure.exception
+        self.failures.append(number)
+        return error
+
+    def number(self, branch: str) -> int:
+        """Return the number of the event that the end of a call is. Called when its record is written."""
+        number = self.number_of.get(branch)
+        if number is None:
+            number = self.records.last = self.records.last + 1
+            self.numbers.append(number)
+            if branch:
+                self.number_of[branch] = number
+        return number
+
+    async def store_events(self) -> None:
+        events, self.unstored = self.unstored, {}
+        await self.flush()
+        self.stored |= events
+
+    async def flush(self) -> None:
+        """Store what was noted. Ends the flow if the store refuses it."""
+        await self.see_through(self.ctx.session.flush)
+
+    async def see_through(self, write: Callable[[], object]) -> None:
+        shield, problem = Shield(), None
+        try:
+            pending = write()
+            if isinstance(pending, Awaitable):
+                problem = await shield.finish(pending)
+        except Exception as error:
+            problem = error
+        if problem is not None:
+            failure = Failure(problem, FailureClass.RECOVERABLE, self.flow_id, 1, str(problem), "store")
+            self.stop(Halt(failure, partial=True))
+        raise_if(shield.cancellation)
 
     # ------------------------------------------------------------------ questions
 
@@ -106,7 +169,7 @@ class FlowWaits(FlowEvents):
         return None
 
     async def withdraw(self, question: Waiting) -> None:
-        """Have no answer taken any more: the body does not wait for one. An answer that was accepted stays."""
+        """Have no further answer accepted: the body does not wait for one. An accepted answer stays."""
         await self.see_through(partial(self.ctx.session.ask, question._replace(payload=WITHDRAWN)))
 
     async def take_answers(self, *, closing: int | None = None) -> bool:
@@ -161,7 +224,7 @@ class FlowWaits(FlowEvents):
     # ------------------------------------------------------------------ nothing is at work
 
     async def settle(self) -> float | None:
-        """End a wait, or the flow. Return for how many seconds at most it waits in this process; None if it goes on."""
+        """End a wait, or the flow. Return how many seconds it waits in this process; None if it goes on."""
         ctx = self.ctx
         if ctx.stops:
             self.stop(STOPPED)
@@ -183,7 +246,11 @@ class FlowWaits(FlowEvents):
             if not reasons and not of_steps:
                 reasons = list(self.sleeps.values()) or [f"sleeping until {text_of_time(wake_ms)}"]
         elif not reasons and not of_steps:
-            self.stop(self.endings.stuck(self.flow_id))
+            message = (
+                f"the body of flow {self.flow_id!r} waits, and no step, timer or question of it is open; "
+                "check its events, locks and queues"
+            )
+            self.stop(self.endings.mistake(message, self.flow_id))
             return None
         ctx.wake_ms = wake_ms
         self.journal.note_suspension(self.position, self.woken_by, self.open_branches())
