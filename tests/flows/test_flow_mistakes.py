@@ -167,7 +167,7 @@ async def test_wrong_arguments() -> None:
         "the input of step 'add' must be a pydantic model, got dict",
         "'f' is a flow; call it with flow.run",
         "flow.step takes one node, got a list of 2",
-        "call a single node with flow.step",
+        "call a node with flow.step",
         "each item of 'add' must be a pydantic model, got int",
         "flow.map takes one node, got a list of 2; only map_over takes several nodes: use "
         "flow.step(map_over(...), state)",
