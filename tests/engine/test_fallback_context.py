@@ -18,8 +18,8 @@ from stroma import ExecutionBudget, FallbackPolicy, StromaRunner
 
 @pytest.mark.core
 async def test_every_way_to_change_the_context_while_a_fallback_is_due() -> None:
-    """clear, popitem, values and merging work on a context that names a fallback as on the dict that it is a
-    view of."""
+    """A context that names a fallback is written to and merged like the dict that it is a view of, which never
+    gets the fallback."""
     base: dict[str, Any] = {"a": 1, "b": 2}
     seen: list[Any] = []
 
@@ -31,6 +31,10 @@ async def test_every_way_to_change_the_context_while_a_fallback_is_due() -> None
         seen.append(dict(base))
         ctx.clear()
         seen.append((dict(base), dict(ctx)))
+        ctx |= {"d": 4}
+        ctx.update(e=5)
+        ctx["_stroma_model"] = "mine"
+        assert ctx["_stroma_model"] == "mine"
         return state
 
     budget, rules = ExecutionBudget(max_cost_usd=0), [FallbackPolicy("big", "small", 0.0)]
@@ -46,6 +50,7 @@ async def test_every_way_to_change_the_context_while_a_fallback_is_due() -> None
         {"a": 1},
         ({}, {"_stroma_model": "small"}),
     ]
+    assert base == {"d": 4, "e": 5}
 
 
 class User(BaseModel):
