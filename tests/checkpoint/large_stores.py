@@ -67,13 +67,15 @@ def fill_sqlite(url: str, runs: int, attempts: int) -> None:
     numbers = f"WITH RECURSIVE r(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM r WHERE i < {runs - 1})"
     both = f"{numbers}, a(j) AS (SELECT 0 UNION ALL SELECT j + 1 FROM a WHERE j < {attempts - 1})"
     db.execute(
-        f"""{numbers} INSERT INTO runs (run, run_id, {_RUN_COLUMNS})
-        SELECT i + 1, printf('run-%06d', i), {_RUN}, {attempts}, {attempts} FROM r"""
+        f"""{numbers} INSERT INTO runs (run, run_key, run_id, {_RUN_COLUMNS})
+        SELECT i + 1, printf('run-%06d', i), printf('run-%06d', i), {_RUN}, {attempts}, {attempts} FROM r"""
     )
     inputs = (SCHEMA.fingerprint, OUTPUT, _sha())
     db.execute(f"{numbers} INSERT INTO inputs ({_INPUT_COLUMNS}) SELECT i + 1, 1, ?, ?, ? FROM r", inputs)
-    db.execute(f"{both} INSERT INTO attempts ({_ATTEMPT_COLUMNS}) SELECT {_ATTEMPT} FROM r, a")
-    steps = f"{both} INSERT INTO steps ({_STEP_COLUMNS}) SELECT {_STEP}, ?, ?, checksum(j) FROM r, a"
+    db.execute(
+        f"{both} INSERT INTO attempts (branch_key, {_ATTEMPT_COLUMNS}) SELECT '', {_ATTEMPT} FROM r, a"
+    )
+    steps = f"{both} INSERT INTO steps (branch_key, {_STEP_COLUMNS}) SELECT '', {_STEP}, ?, ?, checksum(j) FROM r, a"
     db.execute(steps, inputs[:2])
     db.execute("COMMIT")
     db.close()
@@ -93,7 +95,7 @@ def fill_postgres(url: str, runs: int, attempts: int) -> None:
         name = "'run-' || lpad(i::text, 6, '0')"
         db.execute(
             f"""INSERT INTO runs (run, run_key, run_id, {_RUN_COLUMNS}) OVERRIDING SYSTEM VALUE
-            SELECT i + 1, ({name})::bytea, {name}, {_RUN}, {attempts}, {attempts} FROM {numbers}""".encode()
+            SELECT i + 1, {name}, {name}, {_RUN}, {attempts}, {attempts} FROM {numbers}""".encode()
         )
         db.execute(f"SELECT setval(pg_get_serial_sequence('runs', 'run'), {runs})".encode())
         inputs = (SCHEMA.fingerprint, OUTPUT, _sha())
@@ -118,14 +120,14 @@ def fill_postgres(url: str, runs: int, attempts: int) -> None:
 def fill_redis(url: str, runs: int, attempts: int) -> None:
     import redis
 
-    from stroma.checkpoint.records import AttemptRecord, stored_values
-    from stroma.checkpoint.redis.format import pack, pack_step, prefix_of
+    from stroma.checkpoint.records import AttemptRecord
+    from stroma.checkpoint.redis.format import NodeFacts, pack_attempt, pack_step, prefix_of
 
     client = redis.Redis.from_url(url)
     steps = {
-        f"{j}:": pack_step(Step(SCHEMA.fingerprint, "", OUTPUT, _sha_of(j)), 1, 1, j) for j in range(attempts)
+        f"{j}:": pack_step(f"n{j}", Step(SCHEMA.fingerprint, "", OUTPUT, _sha_of(j))) for j in range(attempts)
     }
-    nodes = {f"{j}:": f"{j + 1} n{j}" for j in range(attempts)}
+    nodes = {f"{j}:": f"{j + 1} {NodeFacts(f'n{j}', 1, 1, j, len(OUTPUT)).pack()}" for j in range(attempts)}
     tried = {}
     for j in range(attempts):
         attempt = AttemptRecord(
@@ -145,8 +147,8 @@ def fill_redis(url: str, runs: int, attempts: int) -> None:
             model=None,
             function_ns=1,
         )
-        tried[f"1:{j}:{j}:1:"] = pack(list(stored_values(attempt)))
-    value = pack([SCHEMA.fingerprint, _sha().hex()], OUTPUT)
+        tried[f"1:{j}:{j}:1:"] = pack_attempt(attempt)
+    value = pack_step("", Step(SCHEMA.fingerprint, "", OUTPUT, _sha()))
     pipe = client.pipeline(transaction=False)
     for i in range(runs):
         name, prefix = run_name(i), prefix_of(run_name(i))
@@ -165,10 +167,10 @@ def fill_redis(url: str, runs: int, attempts: int) -> None:
             "owner": "x",
             "epoch": 1,
             "nodes": attempts,
-            "commits": attempts,
-            "attempts": attempts,
+            "commit_count": attempts,
+            "attempt_count": attempts,
             "identities": 0,
-            "version": attempts + 2,
+            "writes": attempts + 2,
             "order": attempts,
         }
         pipe.hset(f"{prefix}run", mapping=facts)

@@ -14,9 +14,8 @@ from tests.store_suite.helpers import State, begin, commit, finish, settled, sus
 from stroma.checkpoint import CorruptCheckpoint, StoreError
 from stroma.checkpoint.durable import session as session_module
 from stroma.checkpoint.events import MAX_BATCHES, EventPlace, parse_cursor
-from stroma.checkpoint.postgres import rows as postgres_rows
 from stroma.checkpoint.redis import rows as redis_rows
-from stroma.checkpoint.sqlite import rows as sqlite_rows
+from stroma.checkpoint.sql import rows as sql_rows
 
 store = store_fixture(*STORES)
 
@@ -140,8 +139,7 @@ async def test_a_suspended_run_keeps_its_events(store: Any) -> None:
 async def test_the_oldest_events_are_deleted(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run keeps about its newest 1,000 batches, whatever it appends; other runs keep theirs."""
     most = 1000 if "edis" in type(store).__name__ or "Memory" in type(store).__name__ else 50
-    for module in (sqlite_rows, postgres_rows):
-        monkeypatch.setattr(module, "MAX_BATCHES", most)
+    monkeypatch.setattr(sql_rows, "MAX_BATCHES", most)
     monkeypatch.setattr(session_module, "_TRIM_INTERVAL", 10)
     other, session = await begin(store, "other"), await begin(store)
     await append(other, 1)
@@ -159,7 +157,7 @@ async def test_old_events_expire(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
     """Events that are older than a day are deleted, on SQL by whoever begins to append events; the run
     stays."""
     with place(kind) as where, opened(kind, where) as store:
-        for module in (sqlite_rows, postgres_rows, redis_rows):
+        for module in (sql_rows, redis_rows):
             monkeypatch.setattr(module, "EXPIRY_MS", 50)
         await append(await begin(store, "old"), 1)
         await asyncio.sleep(0.1)

@@ -167,8 +167,7 @@ def test_beginnings_of_many_ids(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
             assert few[2] == [run_name(i) for i in range(299, -1, -1)]
             assert few[6] == ["run-000150"]
             with monkeypatch.context() as patch:
-                patch.setattr("stroma.checkpoint.sqlite.rows._MANY", 1)
-                patch.setattr("stroma.checkpoint.postgres.rows._MANY", 1)
+                patch.setattr("stroma.checkpoint.sql.rows._MANY", 1)
                 assert [store.find_run(text, limit=limit) for text, limit in requests] == few
             store.close()
     finally:

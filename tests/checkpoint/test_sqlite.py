@@ -1033,26 +1033,6 @@ class TestFaults:
                 store.list_runs()
         assert path.read_bytes() == before
 
-    async def test_a_newer_file_is_refused(self, path: pathlib.Path) -> None:
-        """A file whose min_reader is beyond this release is not touched; one that is only newer is used."""
-        with SQLiteStore(path) as store:
-            await begin(store)
-        with raw(path) as db:
-            db.execute("UPDATE meta SET v = '999' WHERE k = 'schema_version'")
-        with SQLiteStore(path) as store:
-            await commit(await begin(store, resume=True), 0)
-        with raw(path) as db:
-            db.execute("UPDATE meta SET v = '999' WHERE k = 'min_reader'")
-        with SQLiteStore(path) as store:
-            with pytest.raises(StoreError, match=r"written by a newer stroma .* upgrade stroma"):
-                await begin(store)
-            with pytest.raises(StoreError, match="upgrade stroma"):
-                store.get_run("run")
-        with raw(path) as db:
-            db.execute("UPDATE meta SET v = 'x' WHERE k = 'min_reader'")
-        with SQLiteStore(path) as store, pytest.raises(StoreError, match="is damaged"):
-            await begin(store)
-
     @pytest.mark.parametrize("make", [SQLiteStore, open_store, lambda path: open_store(f"sqlite:///{path}")])
     async def test_a_missing_directory_is_named(self, tmp_path: pathlib.Path, make: Any) -> None:
         """A path in a directory that does not exist is refused when the store is made; once it is there, the

@@ -16,11 +16,12 @@ import pytest
 from tests.shared_stores import subclass_of
 
 from stroma.checkpoint import SQLiteStore, StoreError
+from stroma.checkpoint.sql.tables import SCHEMA_VERSION
 from stroma.checkpoint.sqlite import file as sqlite_file
 from stroma.checkpoint.sqlite.file import Connect, DatabaseFile, connect, is_fatal
 
 #: The format of files, and that of the next release.
-NOW = sqlite_file.SCHEMA_VERSION
+NOW = SCHEMA_VERSION
 NEXT = NOW + 1
 
 
@@ -278,7 +279,6 @@ def test_a_file_is_made_for_its_owner_only(tmp_path: Path) -> None:
     assert [stat.S_IMODE(one.stat().st_mode) for one in sorted(tmp_path.iterdir())] == [0o600] * 3
     assert pragma(db, "application_id") == int.from_bytes(b"Strm", "big") == 0x5374726D
     assert db.execute("SELECT k, v FROM meta ORDER BY k").fetchall() == [
-        ("min_reader", str(NOW)),
         ("schema_version", str(NOW)),
     ]
     result = db.execute(
@@ -297,10 +297,11 @@ def test_a_file_is_made_for_its_owner_only(tmp_path: Path) -> None:
     ]
     assert [name for kind, name in result if kind == "index"] == [
         "called",
+        "events_by_time",
         "failed",
-        "requests",
         "runs_by_block",
         "runs_by_claim",
+        "runs_by_id",
         "runs_by_key",
         "runs_by_pipeline",
         "runs_by_queue",
@@ -310,10 +311,10 @@ def test_a_file_is_made_for_its_owner_only(tmp_path: Path) -> None:
         "tags_by_start",
     ]
     assert not db.in_transaction
-    db.execute("INSERT INTO cells VALUES ('c', x'01')")
+    db.execute("INSERT INTO cells VALUES ('c', 'c', x'01')")
     db.close()
     again = database(path).open()
-    assert again.execute("SELECT * FROM cells").fetchall() == [("c", b"\x01")]
+    assert again.execute("SELECT name, data FROM cells").fetchall() == [("c", b"\x01")]
     again.close()
 
 
@@ -356,7 +357,7 @@ def test_a_reader_cannot_write(tmp_path: Path) -> None:
 def _write(file: DatabaseFile) -> None:
     with file.open_to_read() as db:
         assert db is not None
-        db.execute("INSERT INTO cells VALUES ('c', x'01')")
+        db.execute("INSERT INTO cells VALUES ('c', 'c', x'01')")
 
 
 def test_a_reader_is_closed_at_the_end(tmp_path: Path) -> None:
@@ -437,12 +438,17 @@ def no_facts(db: sqlite3.Connection) -> None:
 
 def no_number(db: sqlite3.Connection) -> None:
     _ours(db)
-    db.execute("INSERT INTO meta VALUES ('min_reader', 'x')")
+    db.execute("INSERT INTO meta VALUES ('schema_version', 'x')")
 
 
 def newer(db: sqlite3.Connection) -> None:
     _ours(db)
-    db.execute(f"INSERT INTO meta VALUES ('min_reader', '{NEXT}'), ('schema_version', '{NEXT}')")
+    db.execute(f"INSERT INTO meta VALUES ('schema_version', '{NEXT}')")
+
+
+def older(db: sqlite3.Connection) -> None:
+    _ours(db)
+    db.execute("INSERT INTO meta VALUES ('schema_version', '3')")
 
 
 def _ours(db: sqlite3.Connection) -> None:
@@ -451,10 +457,8 @@ def _ours(db: sqlite3.Connection) -> None:
 
 
 DAMAGED = "{} is damaged: its format is missing; restore it from a backup"
-NEWER = (
-    f"{{}} was written by a newer stroma (its format is {NEXT}, this one reads up to {NOW}); upgrade "
-    f"stroma, or use "
-    "another path"
+OTHER = (
+    f"{{}} has format %s, and this release has format {NOW}; use the release that wrote it, or another path"
 )
 
 
@@ -465,7 +469,8 @@ NEWER = (
         (other_mark, FOREIGN),
         (no_facts, DAMAGED),
         (no_number, DAMAGED),
-        (newer, NEWER),
+        (newer, OTHER % NEXT),
+        (older, OTHER % 3),
     ],
 )
 def test_a_file_that_is_no_store_of_ours(tmp_path: Path, make: Callable[[Any], None], message: str) -> None:
@@ -544,7 +549,7 @@ def test_two_that_make_a_file_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
     def faster() -> None:
         db = database(path).open()
-        db.execute("INSERT INTO cells VALUES ('c', x'01')")
+        db.execute("INSERT INTO cells VALUES ('c', 'c', x'01')")
         db.close()
 
     monkeypatch.setattr(Meanwhile, "happens", staticmethod(faster))
@@ -552,28 +557,6 @@ def test_two_that_make_a_file_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not db.in_transaction
     assert db.execute("SELECT name FROM cells").fetchall() == [("c",)]
     db.close()
-
-
-#: As if the next release had made two tables, in a format of their own each.
-MIGRATIONS = {
-    NOW - 1: ("CREATE TABLE one (x TEXT) STRICT",),
-    NOW: ("CREATE TABLE two (x TEXT) STRICT", "CREATE INDEX twos ON two (x)"),
-}
-
-
-@pytest.fixture
-def next_release(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sqlite_file, "SCHEMA_VERSION", NEXT)
-    monkeypatch.setattr(sqlite_file, "_MIN_READER", NOW)
-    monkeypatch.setattr(sqlite_file, "_MIGRATIONS", MIGRATIONS)
-
-
-def lowered(path: Path, version: int) -> None:
-    """Make a file that an older release, of this format or the one before, has written."""
-    database(path).open().close()
-    change(path, f"UPDATE meta SET v = '{NOW - 1}'", "INSERT INTO inputs VALUES (1, 1, 'c', x'02', x'03')")
-    if version == NOW:
-        change(path, *MIGRATIONS[NOW - 1], f"UPDATE meta SET v = '{NOW}' WHERE k = 'schema_version'")
 
 
 def change(path: Path, *statements: str) -> None:
@@ -596,70 +579,6 @@ def shape(path: Path) -> Any:
     return names, columns, facts
 
 
-@pytest.mark.usefixtures("next_release")
-@pytest.mark.parametrize("version", [NOW - 1, NOW])
-@pytest.mark.parametrize("by", ["a reader", "a writer"])
-def test_an_older_file_is_brought_up_to_date(tmp_path: Path, version: int, by: str) -> None:
-    """By whoever opens it: it has what a new one has then, and what was in it is there."""
-    path = tmp_path / "runs.db"
-    lowered(path, version)
-    file = database(path)
-    if by == "a writer":
-        file.open().close()
-    else:
-        assert read(file)
-    names, _, facts = shape(path)
-    assert {("table", "one"), ("table", "two"), ("index", "twos")} <= set(names)
-    assert facts == [("min_reader", str(NOW)), ("schema_version", str(NEXT))]
-    db = sqlite3.connect(path)
-    assert db.execute("SELECT * FROM inputs").fetchall() == [(1, 1, "c", b"\x02", b"\x03")]
-    db.close()
-
-
-@pytest.mark.usefixtures("next_release")
-@pytest.mark.parametrize("version", [NOW - 1, NOW])
-def test_two_that_bring_a_file_up_to_date_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
-) -> None:
-    path = tmp_path / "runs.db"
-    lowered(path, version)
-    monkeypatch.setattr(Meanwhile, "happens", staticmethod(lambda: database(path).open().close()))
-    db = database(path, opens=meanwhile).open()
-    assert not db.in_transaction
-    db.close()
-    assert shape(path)[2] == [("min_reader", str(NOW)), ("schema_version", str(NEXT))]
-
-
-@pytest.mark.parametrize("by", ["a reader", "a writer"])
-def test_a_file_of_a_format_that_was_never_released_is_refused(tmp_path: Path, by: str) -> None:
-    """It is neither read nor changed."""
-    path = tmp_path / "runs.db"
-    database(path).open().close()
-    change(path, "UPDATE meta SET v = '3'")
-    before = shape(path)
-    error = fails(database(path).open if by == "a writer" else lambda: read(database(path)))
-    assert str(error) == (f"{path} has format 3, which this release cannot read; use another path")
-    assert not error.transient
-    assert shape(path) == before
-
-
-@pytest.mark.parametrize("version", [str(NOW), str(NEXT), "10"])
-def test_a_newer_file_that_may_be_read_stays_as_it_is(tmp_path: Path, version: str) -> None:
-    """It is read and written, and says what it said."""
-    path = tmp_path / "runs.db"
-    database(path).open().close()
-    change(
-        path,
-        f"UPDATE meta SET v = '{version}' WHERE k = 'schema_version'",
-        "DROP TABLE cells",
-    )
-    database(path).open().close()
-    assert read(database(path))
-    names, _, facts = shape(path)
-    assert facts == [("min_reader", str(NOW)), ("schema_version", version)]
-    assert ("table", "cells") not in names
-
-
 def test_a_file_that_is_up_to_date_is_opened_while_somebody_writes(tmp_path: Path) -> None:
     """By writers and readers, without waiting: nothing needs to be done to it."""
     file = database(tmp_path / "runs.db")
@@ -669,36 +588,6 @@ def test_a_file_that_is_up_to_date_is_opened_while_somebody_writes(tmp_path: Pat
     assert read(file)
     writer.execute("ROLLBACK")
     writer.close()
-
-
-@pytest.mark.usefixtures("next_release")
-def test_facts_of_a_file_are_only_ever_raised(tmp_path: Path) -> None:
-    """A file that needs a newer reader than its format tells keeps to that; numbers are compared as
-    numbers."""
-    path = tmp_path / "runs.db"
-    lowered(path, NOW)
-    change(
-        path,
-        f"UPDATE meta SET v = '{NEXT}' WHERE k = 'min_reader'",
-        "INSERT INTO meta VALUES ('another', '0')",
-    )
-    database(path).open().close()
-    assert shape(path)[2] == [
-        ("another", "0"),
-        ("min_reader", str(NEXT)),
-        ("schema_version", str(NEXT)),
-    ]
-
-
-@pytest.mark.usefixtures("next_release")
-def test_a_failed_step_on_the_way_up_changes_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "runs.db"
-    lowered(path, 5)
-    change(path, "CREATE TABLE two (y TEXT) STRICT")
-    before = shape(path)
-    text = fails(database(path).open)
-    assert str(text) == f"{path}: table two already exists"
-    assert shape(path) == before
 
 
 # ---------------------------------------------------------------------- after somebody died

@@ -33,7 +33,8 @@ from stroma.adapters import Guard
 from stroma.checkpoint.durable import session as session_module
 from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.events import EventBatch, EventPage, EventPlace
-from stroma.checkpoint.sqlite import rows as sqlite_rows
+from stroma.checkpoint.sql import rows as sql_rows
+from stroma.checkpoint.sql import statements
 from stroma.runner import follow as follow_module
 from stroma.runner.follow import decode_events
 
@@ -562,7 +563,7 @@ async def test_an_event_that_is_too_large(one_store: Any) -> None:
 
 async def test_old_events_are_missing_from_the_start(one_store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a long run the oldest events are deleted: a follow begins with their number, and has the rest."""
-    monkeypatch.setattr(sqlite_rows, "MAX_BATCHES", 3)
+    monkeypatch.setattr(sql_rows, "MAX_BATCHES", 3)
     monkeypatch.setattr(session_module, "_TRIM_INTERVAL", 1)
 
     async def slowly(state: Num) -> Text:
@@ -634,7 +635,7 @@ async def test_events_that_are_lost_touch_nothing(
     """A store that takes no events, or cannot seal them, changes nothing about the run, and is logged
     once."""
     if way == "refused":
-        monkeypatch.setattr(sqlite_rows.sql, "APPEND_EVENTS", "INSERT INTO nowhere VALUES (?, ?, ?, ?, ?, ?)")
+        monkeypatch.setattr(statements, "APPEND_EVENTS", "INSERT INTO nowhere VALUES (:run)")
     elif way == "seal":
 
         def broken(*_: Any) -> None:

@@ -131,13 +131,6 @@ class LoggedRows(SqliteRows):
             self._log_kept(fence, attempt, step)
         return entry
 
-    def commit_all(self, commits: Any) -> bool:
-        done = super().commit_all(commits)
-        if done:
-            for _, fence, attempt, step in commits:
-                self._log_kept(fence, attempt, step)
-        return done
-
     def _log_kept(self, fence: Any, attempt: Any, step: Any) -> None:
         place = f"{attempt.position}:{attempt.branch}"
         sha = None if step is None else step.sha256.hex()[:8]

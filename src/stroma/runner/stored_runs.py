@@ -234,7 +234,7 @@ class StoredRuns:
 
     async def read_final_state(self, record: RunRecord) -> Any:
         """Return the last output of a run as plain data, else its input; None if it cannot be read."""
-        from stroma.checkpoint.history.payload import decode_payload
+        from stroma.checkpoint.history.redaction import decode_payload
 
         store = self.journal("output_of")
 

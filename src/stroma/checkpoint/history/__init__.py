@@ -6,7 +6,6 @@ for it.
 
 from stroma.checkpoint.history.attempts import bar_of, in_order, place_of, sum_waste
 from stroma.checkpoint.history.comparison import Change, NodeDiff, changes, compare
-from stroma.checkpoint.history.payload import Payload, too_large
 from stroma.checkpoint.history.reader import (
     FAILED,
     FINISHED,
@@ -16,6 +15,7 @@ from stroma.checkpoint.history.reader import (
     is_interrupted,
     status_of,
 )
+from stroma.checkpoint.history.redaction import Payload, too_large
 from stroma.trace.redaction import Redact
 
 __all__ = [

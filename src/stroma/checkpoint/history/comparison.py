@@ -9,7 +9,7 @@ from difflib import SequenceMatcher
 from typing import Any, Final, Literal, NamedTuple
 
 from stroma.checkpoint.history.attempts import in_order
-from stroma.checkpoint.history.payload import Payload
+from stroma.checkpoint.history.redaction import Payload
 from stroma.checkpoint.records import AttemptRecord
 
 __all__ = ["Change", "NodeDiff", "changes", "compare"]

@@ -22,7 +22,7 @@ __all__ = ["failed_input", "wait_bars"]
 def wait_bars(
     waiting: Iterable[Waiting], notes: Mapping[str, bytes], first_ns: int, until_ms: int
 ) -> list[Bar]:
-    """Return the waits of flows as bars; of a question ``reason`` is the class of its answer, of a message its topic.
+    """Return the waits of flows as bars. ``reason``: the class of the answer, or the topic of the message.
 
     ``until_ms``: the end of those that are open.
     """
@@ -93,7 +93,7 @@ def _sleep_text(wake_ms: int) -> str:
 
 
 def _read(notes: Mapping[str, bytes], key: str) -> Any:
-    """Return the value of a note; None if there is none, or a damaged one: the rest of the run is still shown."""
+    """Return the value of a note; None without one, or for a damaged one: the rest is still shown."""
     data = notes.get(key)
     try:
         return None if data is None else decode_flow_note("", key, key.split(":", 2)[1], data)

@@ -15,8 +15,13 @@ from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
 from stroma.checkpoint.history.attempts import bar_of, in_order
 from stroma.checkpoint.history.flows import failed_input, wait_bars
-from stroma.checkpoint.history.payload import Payload, decode_payload, too_large
-from stroma.checkpoint.history.redaction import MessageRedaction, redact_value
+from stroma.checkpoint.history.redaction import (
+    MessageRedaction,
+    Payload,
+    decode_payload,
+    redact_value,
+    too_large,
+)
 from stroma.checkpoint.history.run_graph import RunGraph
 from stroma.checkpoint.identity import is_called, place_before, with_outer
 from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunPage, RunQuery, RunRecord
@@ -78,7 +83,7 @@ class History:
         return None if record is None else self.redact_run(record)
 
     def page(self, query: RunQuery, limit: int, after: str | None = None) -> RunPage:
-        """Return a page of the runs that match a query; see run_page(). Statuses are those of :func:`status_of`.
+        """Return a page of the runs that match a query; its statuses are those of :func:`status_of`.
 
         Raises ValueError if ``after`` is not from a page.
         """
@@ -214,7 +219,7 @@ class History:
     def _source_of(
         self, run_id: str, attempt: AttemptRecord, sources: Mapping[tuple[int, str, str | None], str]
     ) -> str | None:
-        """Return the branch of the attempt that another has its message of: its own, but for a group. None if unknown."""
+        """Return the branch of the attempt that raised the message of this one; None if it is not known."""
         if attempt.message is None:
             return attempt.branch
         branch = sources[attempt.position, attempt.branch, attempt.message]

@@ -1,24 +1,46 @@
-"""Redaction of the messages of a run that is read from a store."""
+"""States of a store as plain data, and redaction of the messages of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
-from stroma.checkpoint.history.payload import decode_payload
 from stroma.checkpoint.identity import place_before, sequence_id, with_outer
+from stroma.contracts.schema import Schema
 from stroma.trace.plain import jsonable
 from stroma.trace.redaction import HIDDEN, Redact, hidden_values, hide_state, hide_words, without
 
-__all__ = ["MessageRedaction", "redact_value"]
+__all__ = ["MessageRedaction", "Payload", "decode_payload", "redact_value", "too_large"]
 
 _MAX_STATE_BYTES: Final = 1_000_000
 _NO_VALUES: Final[frozenset[str]] = frozenset()
 
 #: The place of a state: (position, branch) of an output; None for the input of the run.
 _Place = tuple[int, str] | None
+
+
+class Payload(NamedTuple):
+    """A state as plain JSON data, or the reason why there is none."""
+
+    value: Any
+    problem: str | None = None
+
+
+def decode_payload(data: bytes, max_bytes: int | None) -> Payload:
+    """Return a state in stored form as plain data, without its content above ``max_bytes``."""
+    if max_bytes is not None and len(data) > max_bytes:
+        return too_large(len(data))
+    try:
+        return Payload(jsonable(Schema.decode_raw(data)))
+    except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
+        return Payload(None, f"it cannot be read back: {type(error).__name__}: {error}")
+
+
+def too_large(size: int) -> Payload:
+    """Return the payload for a state that is too large to show."""
+    return Payload(None, f"it has {size:,} bytes, too large to show here")
 
 
 def redact_value(redact: Redact | None, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Graph of the recorded runs of a flow: each node with its calls and failures, and how often which call followed which."""
+"""Graph of the recorded runs of a flow: its calls and failures, and how often which call followed which."""
 
 from __future__ import annotations
 
@@ -139,25 +139,17 @@ class RunGraph:
 
     def data(self) -> dict[str, Any]:
         """Return plain data, for JSON."""
+        fields = ("path", "kind", "calls", "attempts", "failed")
         return {
             "pipeline": self.name,
             "runs": self.runs,
-            "nodes": [
-                {
-                    "path": list(one.path),
-                    "kind": one.kind,
-                    "calls": one.calls,
-                    "attempts": one.attempts,
-                    "failed": one.failed,
-                }
-                for one in self.nodes.values()
-            ],
+            "nodes": [{name: getattr(one, name) for name in fields} for one in self.nodes.values()],
             "edges": [
-                {"from": list(source), "to": list(target), "count": count}
+                {"from": source, "to": target, "count": count}
                 for (source, target), count in self.edges.items()
             ],
             "ends": [
-                {"from": list(path), "status": status, "count": count}
+                {"from": path, "status": status, "count": count}
                 for (path, status), count in self.ends.items()
             ],
         }
@@ -169,7 +161,7 @@ class RunGraph:
         inside: dict[Path, list[StepNode]] = {}
         for node in self.nodes.values():
             inside.setdefault(node.path[:-1], []).append(node)
-        lines = ["flowchart TD", f'    {START}(["{self._title()}"])']
+        lines = ["flowchart TD", f'    {START}(["{as_mermaid(self._title())}"])']
         failing: list[str] = []
 
         def write(outer: Path, indent: str) -> None:
@@ -198,14 +190,17 @@ class RunGraph:
         return "\n".join(lines) + "\n"
 
     def _title(self) -> str:
-        return as_mermaid(f"{self.name}: {'1 run' if self.runs == 1 else f'{self.runs:,} runs'}")
+        return f"{self.name}: {'1 run' if self.runs == 1 else f'{self.runs:,} runs'}"
 
     def svg(self) -> str:
         """Return the graph as a self-contained SVG image."""
-        title = f"{self.name}: {'1 run' if self.runs == 1 else f'{self.runs:,} runs'}"
+        title = self._title()
         boxes = [ArcBox(START, title, "")]
         names: dict[Path, str] = {(START,): START}
-        for number, path in enumerate(_depth_first(self.nodes)):
+        order = {path: number for number, path in enumerate(self.nodes)}
+        # Each node before those inside it.
+        paths = sorted(order, key=lambda path: [order[path[:size]] for size in range(1, len(path) + 1)])
+        for number, path in enumerate(paths):
             node = self.nodes[path]
             names[path] = str(number)
             is_failing = node.failed > _WARN_RATE * node.attempts
@@ -235,19 +230,6 @@ def _label(entry: OutlineEntry) -> str:
     if entry.kind == "sleep":
         return "sleep" if call is None or call.name else f"sleep {call.number}"
     return entry.label
-
-
-def _depth_first(paths: Iterable[Path]) -> list[Path]:
-    inside: dict[Path, list[Path]] = {}
-    for path in paths:
-        inside.setdefault(path[:-1], []).append(path)
-    ordered: list[Path] = []
-    stack = list(reversed(inside.get((), [])))
-    while stack:
-        path = stack.pop()
-        ordered.append(path)
-        stack += reversed(inside.get(path, []))
-    return ordered
 
 
 class _Family:

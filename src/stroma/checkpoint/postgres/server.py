@@ -73,7 +73,7 @@ def _code(error: BaseException) -> str:
 
 
 def is_misdirected(error: psycopg.Error) -> bool:
-    """Return True if the connection leads to a server that is not the store now; a new connection may be right."""
+    """Return True if the connection leads to a server that is not the store now; a new one may be right."""
     return _code(error).startswith(_MISDIRECTED)
 
 
@@ -128,7 +128,7 @@ class PostgresEndpoint:
 
     @classmethod
     def at(cls, dsn: str, schema: str, patience_seconds: float) -> PostgresEndpoint:
-        """Return the endpoint for a connection string. Raises ValueError, without parts of it: it may have a password."""
+        """Return the endpoint for a connection string. Raises ValueError, without its password."""
         try:
             parameters = {k: str(v) for k, v in conninfo.conninfo_to_dict(dsn).items() if v is not None}
             at = {**_defaults(), **parameters}
@@ -137,7 +137,8 @@ class PostgresEndpoint:
                 raise ValueError
         except (psycopg.Error, ValueError):
             raise ValueError(
-                "the dsn is not a PostgreSQL connection string; use postgresql://user:password@host:5432/dbname, "
+                "the dsn is not a PostgreSQL connection string; use "
+                "postgresql://user:password@host:5432/dbname, "
                 "and percent-encode special characters of a password (@ is %40, / is %2F)"
             ) from None
         full = conninfo.make_conninfo("", **{**_CONNECTING, **parameters})
@@ -163,15 +164,13 @@ class PostgresEndpoint:
             if not tables.is_ours(db, self.schema, self.name, self.safe):
                 db.close()
                 return None
-            if not tables.is_current(db, self.schema):
-                tables.prepare(db, self.schema, self.name, self.safe)
         except BaseException:
             db.close()
             raise
         return db
 
     def receive_news(self) -> Iterator[bool]:
-        """Yield True for each notification that a run may be due, and False every few seconds. Raises psycopg.Error."""
+        """Yield True for each message that a run may be due, False now and then. Raises psycopg.Error."""
         db = self._connect()
         try:
             db.execute(sql.SQL("LISTEN {}").format(sql.Identifier(f"stroma_{self.schema}")))
@@ -243,7 +242,8 @@ class PostgresEndpoint:
             )
         if code == "42501":
             return permanent_error(
-                f"{name} denies permission ({text}); let an administrator create the schema {self.schema} for this user: "
+                f"{name} denies permission ({text}); let an administrator create the schema {self.schema} "
+                "for this user: "
                 f'CREATE SCHEMA "{self.schema}" AUTHORIZATION ...'
             )
         if code.startswith("28") or code == "3D000" or (not code and _REFUSED.search(text)):
@@ -252,8 +252,8 @@ class PostgresEndpoint:
             )
         if is_temporary(error) or not code:
             return StoreError(
-                f"{name} cannot be reached, or closed the connection ({text}); check that it is running and accepts connections, "
-                "then resume"
+                f"{name} cannot be reached, or closed the connection ({text}); check that it is running "
+                "and accepts connections, then resume"
             )
         if code.startswith(("22", "54")):
             return permanent_error(f"{name} cannot store the data: {text}")
@@ -261,7 +261,7 @@ class PostgresEndpoint:
 
 
 def _defaults() -> dict[str, str]:
-    """Return the settings of the environment (PGHOST and so on), otherwise the defaults of the client library."""
+    """Return the settings of the environment (PGHOST and so on), or the defaults of the client library."""
     options = {o.keyword.decode(): o.val.decode() for o in psycopg.pq.Conninfo.get_defaults() if o.val}
     return {k: options[k] for k in ("user", "host", "port", "dbname") if k in options}
 

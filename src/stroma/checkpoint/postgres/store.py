@@ -74,8 +74,8 @@ class PostgresStore(AsyncStates):
 
         if not isinstance(schema, str) or not _SCHEMA.fullmatch(schema):
             raise ValueError(
-                f"schema must be at most 63 letters, digits and underscores, and must not begin with a digit or pg_, "
-                f"got {schema!r}"
+                "schema must be at most 63 letters, digits and underscores, and must not begin with a "
+                f"digit or pg_, got {schema!r}"
             )
         super().__init__(Payloads(codec, blobs, blob_bytes, plain_until_migrated))
         self.schema = schema
@@ -102,7 +102,7 @@ class PostgresStore(AsyncStates):
         return Listener(self._server.receive_news, on_news)
 
     def close(self) -> None:
-        """Write queued operations, then disconnect. Blocks until that is done; the store cannot write afterwards."""
+        """Write queued operations, then disconnect, for good. Blocks until that is done."""
         super().close()
         self._reader.close()
 

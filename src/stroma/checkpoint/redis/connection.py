@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from stroma.checkpoint.durable.operations import CellChange, Commit, apply_changes, fenced_error
+from stroma.checkpoint.durable.batches import ServerConnection, Unreachable
+from stroma.checkpoint.durable.operations import Commit, fenced_error
 from stroma.checkpoint.durable.rows import Rows
 from stroma.checkpoint.durable.worker import Job
 from stroma.checkpoint.errors import StoreError
@@ -38,62 +38,21 @@ def perform(link: RedisLink, ttl_ms: int | None, operation: Callable[[Rows], T])
         except RunChanged as error:
             if time.monotonic() > deadline:
                 raise StoreError(
-                    f"other processes keep changing the same run in {link.server.name}; use one process for each run, "
-                    "then try again"
+                    f"other processes keep changing the same run in {link.server.name}; use one process "
+                    "for each run, then try again"
                 ) from error
         time.sleep(random.uniform(0, pause))
         pause = min(pause * 2, 0.1)
 
 
-class _RedisUnreachable(Exception):
-    """The server does not answer, so the other operations would fail as well."""
-
-    def __init__(self, reason: Exception) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
-class RedisConnection:
+class RedisConnection(ServerConnection):
     """See :class:`stroma.checkpoint.durable.worker.Connection`."""
 
     def __init__(self, server: RedisEndpoint, ttl_ms: int | None) -> None:
-        self.name = server.name
+        super().__init__(server.name, server.explain)
         self._server = server
         self._ttl_ms = ttl_ms
         self._link: RedisLink | None = None
-        #: Identities of the jobs of the batch that are done.
-        self._done: set[int] = set()
-
-    def apply(self, batch: list[Job], more: Callable[[], bool]) -> None:
-        """Perform commits in one round trip, each a transaction; changes of one cell as one transaction; others one by one.
-
-        The operations are concurrent, so any order of them is correct.
-        """
-        more()
-        self._done.clear()
-        try:
-            link = self._open()
-            if len(batch) == 1 and isinstance(batch[0].operation, Commit):
-                self._commit(link, batch)
-                return
-            commits = [job for job in batch if isinstance(job.operation, Commit)]
-            for portion in _portions(commits):
-                self._commit(link, portion)
-            cells: dict[str, list[Job]] = {}
-            for job in batch:
-                if isinstance(job.operation, CellChange):
-                    cells.setdefault(job.operation.name, []).append(job)
-            for changes in cells.values():
-                if len(changes) > 1:
-                    self._change_cell(link, changes)
-            for job in batch:
-                if id(job) not in self._done:
-                    self._perform(link, job)
-        except _RedisUnreachable as error:
-            more()  # Queued operations would fail for the same reason, one after another.
-            for job in batch:
-                if id(job) not in self._done:
-                    job.error = self._explain(error.reason)
 
     def handle(self) -> object:
         return self._link
@@ -108,70 +67,50 @@ class RedisConnection:
             self._link = self._server.link()
         return self._link
 
-    def _commit(self, link: RedisLink, jobs: list[Job]) -> None:
-        sent: list[tuple[Job, Commit]] = []
-        commands = []
-        for job in jobs:
-            assert isinstance(job.operation, Commit)
-            commit: Commit = job.operation
-            command = commit_command(commit.fence, commit.attempt, commit.step)
-            job.error = link.size_error(command)
-            if job.error is None:
-                sent.append((job, commit))
-                commands.append(command)
-            else:
-                self._done.add(id(job))
-        try:
-            replies = link.send(commands, atomic=len(commands) > 1) if commands else []
-        except Exception as error:
-            raise _RedisUnreachable(error) from error
-        for (job, commit), reply in zip(sent, replies, strict=True):
+    def _commit_all(self, jobs: list[tuple[Job, Commit]]) -> None:
+        """Perform commits, each a transaction. One that the fence refuses fails at once."""
+        link = self._open()
+        for portion in _portions(jobs):
+            sent: list[tuple[Job, Commit, tuple[Any, ...]]] = []
+            for job, commit in portion:
+                command = commit_command(commit.fence, commit.attempt, commit.step)
+                if (problem := link.size_error(command)) is not None:
+                    self._settle(job, error=problem)
+                else:
+                    sent.append((job, commit, command))
             try:
-                if isinstance(reply, Exception):
-                    raise reply
-                if not is_recorded(commit.fence.run, reply, self.name):
-                    raise fenced_error(RedisRows(link, None).find(commit.run_id), commit.run_id, commit.fence)
+                replies = link.send([command for *_, command in sent], atomic=len(sent) > 1) if sent else []
             except Exception as error:
-                job.error = self._explain(error)
-            self._done.add(id(job))
+                raise Unreachable(error) from error
+            for (job, commit, _), reply in zip(sent, replies, strict=True):
+                try:
+                    if isinstance(reply, Exception):
+                        raise reply
+                    if not is_recorded(commit.fence.run, reply, self.name):
+                        run = RedisRows(link, None).find(commit.run_id)
+                        raise fenced_error(run, commit.run_id, commit.fence)
+                except Exception as error:
+                    self._settle(job, error=error)
+                else:
+                    self._settle(job)
 
-    def _change_cell(self, link: RedisLink, jobs: list[Job]) -> None:
-        """Perform all changes of one cell, or none: then apply() performs them one by one."""
-        changes = [job.operation for job in jobs if isinstance(job.operation, CellChange)]
+    def _transact(self, operation: Callable[[Rows], Any]) -> Any:
         try:
-            answers = perform(link, self._ttl_ms, lambda rows: apply_changes(rows, changes))
+            return perform(self._open(), self._ttl_ms, operation)
         except Exception as error:
             if self._server.is_temporary(error):
-                raise _RedisUnreachable(error) from error
-            return  # One of them fails: performed one by one, it does not affect the others.
-        for job, answer in zip(jobs, answers, strict=True):
-            job.value = answer
-            self._done.add(id(job))
-
-    def _perform(self, link: RedisLink, job: Job) -> None:
-        try:
-            job.value = perform(link, self._ttl_ms, job.operation)
-        except Exception as error:
-            if self._server.is_temporary(error):
-                raise _RedisUnreachable(error) from error
-            job.error = self._explain(error)
-        self._done.add(id(job))
-
-    def _explain(self, error: Exception) -> StoreError:
-        explained = self._server.explain(error)
-        return copy.copy(explained) if explained is error else explained  # Each task needs its own exception.
+                raise Unreachable(error) from error
+            raise
 
 
-def _portions(jobs: list[Job]) -> list[list[Job]]:
+def _portions(jobs: list[tuple[Job, Commit]]) -> list[list[tuple[Job, Commit]]]:
     """Return commits in portions of one round trip."""
-    portions: list[list[Job]] = []
+    portions: list[list[tuple[Job, Commit]]] = []
     size = _MAX_PORTION_BYTES
-    for job in jobs:
-        assert isinstance(job.operation, Commit)
-        step = job.operation.step
-        size += 0 if step is None else len(step.output)
+    for job, commit in jobs:
+        size += 0 if commit.step is None else len(commit.step.output)
         if size >= _MAX_PORTION_BYTES:
             portions.append([])
             size = 0
-        portions[-1].append(job)
+        portions[-1].append((job, commit))
     return portions

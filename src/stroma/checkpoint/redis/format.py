@@ -1,38 +1,39 @@
-"""Data format of the Redis store."""
+"""Stored forms of the Redis store: the row of a run, and the values of its hashes."""
 
 from __future__ import annotations
 
 import json
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple, get_type_hints
 from urllib.parse import quote
 
 from stroma.checkpoint.decoding import RecordName, decode_json, decode_number
-from stroma.checkpoint.durable.integrity import parse_run
+from stroma.checkpoint.durable.integrity import parse_attempt, parse_run
 from stroma.checkpoint.durable.rows import Annotation, RunRow, Step, StepRow
 from stroma.checkpoint.errors import CorruptCheckpoint
+from stroma.checkpoint.records import ATTEMPT_COLUMNS, AttemptRecord, stored_values
 
 __all__ = [
     "EXECUTION_KEYS",
     "RUN_KEYS",
+    "NodeFacts",
     "RedisRun",
-    "annotation_row",
     "annotations_key",
     "as_hash",
     "as_text",
     "cell_prefix",
     "decode_tags",
-    "from_hex",
     "info_lines",
-    "node_of",
-    "pack",
+    "pack_attempt",
     "pack_step",
     "payloads_of",
     "prefix_of",
-    "read_head",
+    "read_attempts",
+    "read_node",
     "read_run_row",
     "read_step",
     "step_row",
-    "unpack",
 ]
 
 
@@ -52,42 +53,32 @@ RUN_KEYS: Final = (
 EXECUTION_KEYS: Final = ("steps", "nodes", "attempts", "failed", "identities")
 
 _compact: Final = json.JSONEncoder(separators=(",", ":")).encode
+#: The name of a record whose reader reports its damage by its own name.
+_A_RECORD: Final = RecordName("", "record")
 
 
+@dataclass(slots=True, unsafe_hash=True)
 class RedisRun:
-    """The key of a run, with its version when it was read or last written.
+    """The key of a run, with its state when it was read or last written.
 
     Attributes:
-        version: the highest acknowledged version; if the server has a lower one, it has lost writes.
-        parent: False if the run has no annotation PARENT.
-        annotation_version: number of changes of its annotations when it was read; "" for none.
+        token: differs from that of another run of its id, before or after it was deleted.
+        writes: the highest acknowledged number of writes of sessions; a server that has fewer has lost some.
+        has_parent: False if the run has no annotation PARENT.
+        annotated: number of changes of its annotations; "" for none.
     """
 
-    __slots__ = ("annotation_version", "epoch", "parent", "prefix", "run_id", "token", "version")
+    run_id: str
+    token: str
+    epoch: int = field(compare=False)
+    writes: int = field(compare=False)
+    has_parent: bool = field(default=True, compare=False)
+    annotated: str = field(default="", compare=False)
 
-    def __init__(
-        self,
-        run_id: str,
-        token: str,
-        epoch: int,
-        version: int,
-        parent: bool = True,
-        annotation_version: str = "",
-    ) -> None:
-        self.run_id = run_id
-        self.prefix = prefix_of(run_id)
-        self.token = token
-        self.epoch = epoch
-        self.version = version
-        self.parent = parent
-        self.annotation_version = annotation_version
-
-    def __eq__(self, other: object) -> bool:
-        """Return True for a key of the same run: not of another one of its id, before or after it was deleted."""
-        return isinstance(other, RedisRun) and (other.run_id, other.token) == (self.run_id, self.token)
-
-    def __hash__(self) -> int:
-        return hash((self.run_id, self.token))
+    @property
+    def prefix(self) -> str:
+        """The prefix of its keys."""
+        return prefix_of(self.run_id)
 
 
 def prefix_of(run_id: str) -> str:
@@ -101,105 +92,147 @@ def cell_prefix(name: str) -> str:
     return f"stroma:cell:{quote(name, safe='')}"
 
 
-def pack(header: list[Any], *parts: bytes) -> bytes:
-    """Return a line of JSON followed by binary parts."""
-    line = _compact([header, [len(part) for part in parts]])
-    return b"".join((line.encode("ascii"), b"\n", *parts))
+# ---------------------------------------------------------------------- steps
 
 
-def unpack(value: bytes, shape: Any, name: RecordName) -> tuple[Any, list[bytes]]:
-    """Return what :func:`pack` packed, with a header of this shape. Raises CorruptCheckpoint."""
-    line, _, rest = value.partition(b"\n")
-    header, lengths = decode_json(line, tuple[shape, list[int]], name)
-    parts = []
-    for length in lengths:
-        parts.append(rest[:length])
-        rest = rest[length:]
-    if rest or [len(part) for part in parts] != lengths:
-        raise name.damaged("it has another length")
-    return header, parts
+class _StepHead(NamedTuple):
+    """The first line of a stored step. ``key_bytes``: size of its input key, which is after the output."""
 
-
-#: The name of a record whose reader reports its damage by its own name.
-_A_STEP: Final = RecordName("", "step")
-
-
-class StepHeader(NamedTuple):
-    """The first line of a stored step, with the place of its attempt."""
-
+    node_id: str
     contract: str
     schema_ref: str
     sha256: str
     number: int | None
-    has_input_key: bool
-    epoch: int
-    attempt: int
-    started_ns: int
+    key_bytes: int | None
 
 
-def pack_step(step: Step, epoch: int, attempt: int, started_ns: int) -> bytes:
-    """Encode a committed output with the place of its attempt."""
-    contract, schema_ref, output, sha256, number, input_key = step
-    header = [contract, schema_ref, sha256.hex(), number, input_key is not None, epoch, attempt, started_ns]
-    return pack(header, output, input_key or b"")
+def pack_step(node_id: str, step: Step) -> bytes:
+    """Encode a committed output, an annotation, or an input."""
+    contract, schema_ref, output, sha256, number, key = step
+    head = [node_id, contract, schema_ref, sha256.hex(), number, None if key is None else len(key)]
+    return b"".join((_compact(head).encode(), b"\n", output, key or b""))
 
 
-def read_step(value: bytes) -> tuple[Step, tuple[int, int, int] | None]:
-    """Return a Step and (epoch, attempt, start) of its attempt. For damaged data: None, and a wrong checksum."""
+def read_step(value: bytes) -> tuple[str, Step]:
+    """Return what :func:`pack_step` encoded; for damaged data, a step with a wrong checksum."""
+    line, _, data = value.partition(b"\n")
     try:
-        header, (output, input_key) = unpack(value, StepHeader, _A_STEP)
+        node_id, contract, schema_ref, sha256, number, key_bytes = decode_json(line, _StepHead, _A_RECORD)
+        checksum = bytes.fromhex(sha256)
     except (CorruptCheckpoint, ValueError):
-        return Step("", "", value, b""), None
-    step = Step(
-        header.contract,
-        header.schema_ref,
-        output,
-        from_hex(header.sha256),
-        header.number,
-        input_key if header.has_input_key else None,
-    )
-    return step, header[5:]
-
-
-def read_head(line: bytes) -> tuple[int, tuple[int, int, int] | None]:
-    """Return the size of an output, and (epoch, attempt, start) of its attempt, from the first line of a step."""
-    try:
-        header, (size, _) = decode_json(line, tuple[StepHeader, tuple[int, int]], _A_STEP)
-    except CorruptCheckpoint:
-        return 0, None
-    return size, header[5:]
-
-
-def payloads_of(part: bytes, value: bytes) -> list[bytes]:
-    """Return the payloads in a value of a hash of a run. ``part``: which hash."""
-    if part == b"saved":
-        value = value.partition(b"\n")[2]
-    if part in (b"inputs", b"annotations"):
-        try:
-            parts = unpack(value, list, _A_STEP)[1]
-        except CorruptCheckpoint:
-            return []
-        if part == b"inputs" or not parts:
-            return parts
-        value = parts[0]
-    step = read_step(value)[0]
-    return [step.output] if step.input_key is None else [step.output, step.input_key]
+        return "?", Step("", "", value, b"")
+    size = len(data) if key_bytes is None else max(0, len(data) - key_bytes)
+    key = None if key_bytes is None else data[size:]
+    return node_id, Step(contract, schema_ref, data[:size], checksum, number, key)
 
 
 def step_row(run_id: str, place: str, node_id: str, value: bytes) -> StepRow:
     """Decode a row of committed outputs. Raises CorruptCheckpoint for a damaged place."""
     position, _, branch = place.partition(":")
     name = RecordName(run_id, "commit", place)
-    return StepRow(decode_number(position, name), branch, node_id, read_step(value)[0])
+    return StepRow(decode_number(position, name), branch, node_id, read_step(value)[1])
 
 
-def annotation_row(kind: int, branch: str, value: bytes) -> StepRow:
-    """Decode an annotation; a damaged one has a wrong checksum."""
+def payloads_of(part: bytes, value: bytes) -> list[bytes]:
+    """Return the payloads in a value of a hash of a run. ``part``: which hash."""
+    step = read_step(value.partition(b"\n")[2] if part == b"saved" else value)[1]
+    return [step.output] if step.input_key is None else [step.output, step.input_key]
+
+
+class NodeFacts(NamedTuple):
+    """Facts about a commit, which are read without its output. ``size``: of the output."""
+
+    node_id: str
+    epoch: int
+    attempt: int
+    started_ns: int
+    size: int
+
+    def pack(self) -> str:
+        """Return the stored form; the number of the commit precedes it, see :func:`read_node`."""
+        return _compact(self)
+
+
+def read_node(run_id: str, place: str, value: bytes) -> tuple[int, NodeFacts]:
+    """Return the number of a commit, since hashes have no order, and its facts. Raises CorruptCheckpoint."""
+    order, _, facts = value.partition(b" ")
+    name = RecordName(run_id, "commit", place)
+    return decode_number(order, name), decode_json(facts, NodeFacts, name)
+
+
+# ---------------------------------------------------------------------- attempts
+
+
+def pack_attempt(attempt: AttemptRecord) -> str:
+    """Encode an attempt."""
+    return _compact(stored_values(attempt))
+
+
+def read_attempts(items: Iterable[tuple[str, bytes]]) -> list[AttemptRecord]:
+    """Decode attempts by their keys, in the order of the history. A damaged one has the values of its key."""
+    attempts: list[AttemptRecord] = []
+    for at, value in items:
+        epoch, *place, branch = [*at.split(":", 4), *[""] * 5][:5]
+        numbers = [int(n) if n.isdecimal() and len(n) < 20 else None for n in (epoch, *place)]
+        try:
+            values = decode_json(value, list[Any], _A_RECORD)
+        except CorruptCheckpoint:
+            values = []
+        if len(values) != len(ATTEMPT_COLUMNS) or None in numbers:
+            position, started, attempt = numbers[1:]
+            values = [position, started, branch, attempt, *[None] * (len(ATTEMPT_COLUMNS) - 4)]
+        attempts.append(parse_attempt(values, numbers[0] or 0))
+    return sorted(attempts, key=lambda one: (one.epoch, one.key))
+
+
+# ---------------------------------------------------------------------- runs
+
+_RUN_TYPES: Final = get_type_hints(RunRow)
+
+
+def read_run_row(reply: Any, run_id: str) -> RunRow:
+    """Return the row of a run; a damaged one, see parse_run(), if a field is missing or cannot be read.
+
+    Likewise if its key holds another type. Raises any other error in the reply.
+    """
+    if not isinstance(reply, Exception):
+        now_ms, fields, has_parent = reply
+    elif "WRONGTYPE" in f"{type(reply).__name__}: {reply}":
+        now_ms, fields, has_parent = 0, [], 0
+    else:
+        raise reply
+    f = as_hash(fields)
+    values = {name: _field(f.get(name), kind) for name, kind in _RUN_TYPES.items()}
+    token, writes = _field(f.get("token"), str), _field(f.get("writes"), int)
+    others = {} if isinstance(writes, int) and isinstance(token, str) else {"writes": writes, "token": token}
     try:
-        (node_id,), (data,) = unpack(value, tuple[str], _A_STEP)
-    except (CorruptCheckpoint, ValueError):
-        node_id, data = "?", value
-    return StepRow(kind, branch, node_id, read_step(data)[0])
+        decode_tags(run_id, f.get("tags"))
+    except CorruptCheckpoint:
+        others["tags"] = f["tags"]
+    values["run_id"] = run_id if f.get("run_id") == run_id.encode() else f.get("run_id")
+    until, claim_until = _field(f.get("until_ms"), int | None), _field(f.get("claim_until"), int | None)
+    values["left_seconds"] = until
+    if until is None or isinstance(until, int):
+        values["left_seconds"] = -1.0 if until is None else (until - now_ms) / 1000
+    if not isinstance(claim_until, int) or claim_until < now_ms:
+        values["claim"] = None
+    values["version"] = values["version"] or ""
+    annotated = as_text(f.get("annotated", b""))
+    values["run"] = RedisRun(run_id, str(token), values["epoch"], writes, bool(has_parent), annotated)
+    return parse_run([values[name] for name in RunRow._fields], run_id, others)
+
+
+def _field(value: bytes | None, kind: Any) -> Any:
+    """Return the field of a run of a type, or the unchanged value if it is not of that type."""
+    if value is None:
+        return 0 if kind is int else None
+    if kind in (int, int | None):
+        digits = value.removeprefix(b"-")
+        return int(value) if digits.isdigit() and len(digits) < 20 else value
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
 
 
 def decode_tags(run_id: str, data: bytes | None) -> tuple[str, ...]:
@@ -207,121 +240,7 @@ def decode_tags(run_id: str, data: bytes | None) -> tuple[str, ...]:
     return () if data is None else tuple(decode_json(data, list[str], RecordName(run_id, "tags")))
 
 
-def _run_row(reply: list[Any], run_id: str) -> RunRow:
-    """Return the row of a run; a damaged one, see parse_run(), if a field is missing or cannot be read."""
-    now, fields, parent = reply
-    f = as_hash(fields)
-    number: dict[str, Any] = {name: _number(f.get(name, b"0")) for name in _NUMBERS}
-    texts = {name: _text(f.get(name)) for name in ("pipeline", "status", "error", "owner", "token")}
-    others = {name: f.get(name) for name in ("version", "token") if name not in f}
-    others |= {} if isinstance(number["version"], int) else {"version": f["version"]}
-    try:
-        decode_tags(run_id, f.get("tags"))
-    except CorruptCheckpoint:
-        others["tags"] = f["tags"]
-    until = _number(f["until_ms"]) if "until_ms" in f else None
-    values = (
-        RedisRun(
-            run_id,
-            str(texts["token"]),
-            number["epoch"],
-            number["version"],
-            bool(parent),
-            as_text(f.get("annotation_version", b"")),
-        ),
-        run_id if f.get("run_id") == run_id.encode() else f.get("run_id"),
-        texts["pipeline"],
-        number["execution"],
-        texts["status"],
-        texts["error"],
-        number["started_ms"],
-        number["updated_ms"],
-        number["tokens"],
-        number["cost_pico"],
-        number["latency_ns"],
-        texts["owner"],
-        number["epoch"],
-        -1.0 if until is None else (until - now) / 1000 if isinstance(until, int) else until,
-        number["nodes"],
-        number["attempts"],
-        number["commits"],
-        _number(f["wake_ms"]) if "wake_ms" in f else None,
-        _number(f["expires_ms"]) if "expires_ms" in f else None,
-        _signed(f["priority"]) if "priority" in f else None,
-        _text(f.get("queue_key")),
-        _text(f.get("flow_version", b"")),
-        _text(f.get("blocked")),
-        *(_number(f[name]) if name in f else None for name in ("blocked_since", "blocked_until")),
-        _text(f.get("blocked_codes")),
-        _text(f.get("claim")) if _has_time_left(f.get("claim_until"), now) else None,
-    )
-    return parse_run(values, run_id, others)
-
-
-def read_run_row(reply: Any, run_id: str) -> RunRow:
-    """Return the row of a run, a damaged one if its key holds another type. Raises any other error in the reply."""
-    if not isinstance(reply, Exception):
-        return _run_row(reply, run_id)
-    if "WRONGTYPE" not in f"{type(reply).__name__}: {reply}":
-        raise reply
-    values = (
-        RedisRun(run_id, "", 0, 0),
-        run_id,
-        "",
-        0,
-        None,
-        None,
-        *[0] * 5,
-        None,
-        0,
-        -1.0,
-        0,
-        0,
-        0,
-        *[None] * 4,
-        "",
-        *[None] * 5,
-    )
-    return parse_run(values, run_id)
-
-
-def _number(value: bytes) -> Any:
-    """Return a number, or the unchanged value if it is not one."""
-    return int(value) if value.isdigit() and len(value) < 20 else value
-
-
-def _signed(value: bytes) -> Any:
-    """Return a number, which may be negative, or the unchanged value if it is not one."""
-    number = _number(value.removeprefix(b"-"))
-    return value if not isinstance(number, int) else -number if value.startswith(b"-") else number
-
-
-def _has_time_left(until_ms: bytes | None, now_ms: int) -> bool:
-    until = None if until_ms is None else _number(until_ms)
-    return isinstance(until, int) and until >= now_ms
-
-
-def _text(value: bytes | None) -> Any:
-    """Return a text, or the unchanged value if it is not one."""
-    try:
-        return None if value is None else value.decode()
-    except UnicodeDecodeError:
-        return value
-
-
-_NUMBERS: Final = (
-    "epoch",
-    "version",
-    "execution",
-    "started_ms",
-    "updated_ms",
-    "tokens",
-    "cost_pico",
-    "latency_ns",
-    "nodes",
-    "attempts",
-    "commits",
-)
+# ---------------------------------------------------------------------- replies
 
 
 def as_hash(reply: Any) -> dict[str, bytes]:
@@ -337,19 +256,6 @@ def info_lines(info: Any) -> list[str]:
     return as_text(info).splitlines()
 
 
-def node_of(value: bytes) -> str:
-    """Return the node id in a value of ``nodes``."""
-    return as_text(value.partition(b" ")[2])
-
-
 def as_text(value: Any) -> str:
     """Return a reply as text; bytes that are not UTF-8 are escaped."""
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
-
-
-def from_hex(digits: Any) -> bytes:
-    """Decode hexadecimal digits; b"" for anything else."""
-    try:
-        return bytes.fromhex(digits)
-    except (ValueError, TypeError):
-        return b""

@@ -10,8 +10,6 @@ from typing import Any, Final
 from urllib.parse import quote, unquote_to_bytes
 
 from stroma.checkpoint.decisions import MESSAGE_SENT
-from stroma.checkpoint.decoding import RecordName, decode_number
-from stroma.checkpoint.durable.integrity import parse_attempt
 from stroma.checkpoint.durable.rows import (
     Annotation,
     EventRow,
@@ -24,7 +22,6 @@ from stroma.checkpoint.errors import CheckpointLost, CorruptCheckpoint
 from stroma.checkpoint.events import EventPlace
 from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueFigures
 from stroma.checkpoint.records import (
-    ATTEMPT_COLUMNS,
     AttemptRecord,
     RunQuery,
     StoreFacts,
@@ -35,22 +32,21 @@ from stroma.checkpoint.records import (
     parse_attempt_mark,
 )
 from stroma.checkpoint.redis.format import (
+    NodeFacts,
     RedisRun,
-    annotation_row,
+    annotations_key,
     as_hash,
     as_text,
     decode_tags,
-    info_lines,
-    node_of,
     prefix_of,
-    read_head,
+    read_attempts,
+    read_node,
     read_run_row,
     read_step,
     step_row,
-    unpack,
 )
 from stroma.checkpoint.redis.scripts import IDS, RUNS
-from stroma.checkpoint.redis.server import RedisLink, script_command
+from stroma.checkpoint.redis.server import RedisLink, risks, script_command
 
 __all__ = ["PAGE", "RedisReader", "run_lost_error"]
 
@@ -60,8 +56,11 @@ _TALLY_PAGE: Final = 20  # runs whose attempts are read in one round trip
 _MAX_EXAMINED: Final = 2000  # runs that the server examines in one step
 
 
+_FORMAT: Final = 2  # of the stored data
+_MAX_FAILED: Final = 20  # the server lists the last ones
+_PARENT: Final = annotations_key(Annotation.PARENT)
 #: Place of a run in the list of all runs: (start, id).
-_ListPlace = tuple[bytes, bytes]
+_ListPlace = tuple[int, bytes]
 
 
 class RedisReader:
@@ -73,23 +72,77 @@ class RedisReader:
     def runs(
         self, query: RunQuery, *, limit: int, after: str | None, max_filtered: int | None
     ) -> tuple[list[RunRow], str | None]:
-        self._link.send(
-            [script_command("stroma:", "sweep")]
-        )  # A user with read permission only gets an error here, which is ignored.
+        # A user with read permission only gets an error here, which is ignored.
+        self._link.send([script_command("stroma:", "sweep")])
         runs: list[RunRow] = []
-        end: _ListPlace | None = None
-        first = None if after is None else _parse_mark(after)
-        for ids, end in self._matching(b"", query, first, max_filtered):  # noqa: B007
-            rows = {row.run_id: row for row in self._rows([run_id for run_id, _ in ids])}
-            for run_id, start in ids:
-                # The run may have changed since the server examined it.
+        place = None if after is None else _parse_mark(after)
+        examined, size = 0, _MAX_EXAMINED if _has_condition(query) else PAGE
+        while (page := self._newest(place, query, size))[0] is not None:
+            place, candidates = page
+            rows = {row.run_id: row for row in self._rows(self._matching(candidates, query))}
+            examined += size
+            for run_id, start, _ in candidates:
                 row = rows.get(as_text(run_id))
-                if row is None or not _still_matches(row, query):
-                    continue
-                runs.append(row)
+                if row is not None:
+                    runs.append(row)
                 if len(runs) == limit:
-                    return runs, self._next_page(start, run_id)
-        return runs, None if end is None else _mark(*end)
+                    place = (int(start), run_id)
+                    break
+            if len(runs) == limit or (max_filtered is not None and examined >= max_filtered):
+                is_last = place is None or self._newest(place, query, 1)[0] is None
+                return runs, None if place is None or is_last else _mark(*place)
+        return runs, None
+
+    def _newest(
+        self, place: _ListPlace | None, query: RunQuery, limit: int
+    ) -> tuple[_ListPlace | None, list[list[Any]]]:
+        """Examine the newest runs before a place in the list of all runs.
+
+        Returns the place of the last one, or None, and (id, start, fields) of those that may match.
+        """
+        start, before = place or ("+inf", b"")
+        lowest = "-inf" if query.since_ms is None else query.since_ms * 1000
+        conditions = (query.pipeline or "", json.dumps(dict.fromkeys(query.statuses, True)))
+        # The run before which it continues is one of those read.
+        values = (start, lowest, limit + 1, *conditions)
+        ((last, *page),) = self._get(script_command("stroma:", "newest", *values))
+        end = (int(last[1]), last[0]) if last else None
+        page = [one for one in page if int(one[1]) != start or one[0] < before]
+        return None if end == place else end, page
+
+    def _matching(self, page: list[list[Any]], query: RunQuery) -> list[bytes]:
+        """Return the ids of those of these runs that match a query. A damaged run matches no condition."""
+        if not _has_condition(query):
+            return [run_id for run_id, *_ in page]
+        matching = [
+            (run_id, as_text(fields[0])) for run_id, _, fields in page if _matches(run_id, fields, query)
+        ]
+        if (query.failure_class, query.node) == (None, None):
+            return [run_id for run_id, _ in matching]
+        places = [(prefix_of(as_text(run_id)), execution) for run_id, execution in matching]
+        return [
+            run_id
+            for (run_id, _), failed in zip(matching, self._failed(places, _MAX_FAILED), strict=True)
+            if any(
+                query.failure_class in (None, one.failure_class) and query.node in (None, one.node_id)
+                for one in failed
+            )
+        ]
+
+    def _failed(self, runs: Sequence[Sequence[str]], limit: int) -> list[list[AttemptRecord]]:
+        """Return the last failed attempts of executions, (prefix, number), the latest end first."""
+        failed: list[list[AttemptRecord]] = [[] for _ in runs]
+        lists = self._try(*(("LRANGE", f"{prefix}failed:{number}", 0, limit - 1) for prefix, number in runs))
+        listed = [
+            (at, places) for at, places in enumerate(lists) if places and not isinstance(places, Exception)
+        ]
+        replies = self._try(*(("HMGET", "{}attempts:{}".format(*runs[at]), *places) for at, places in listed))
+        for (at, places), values in zip(listed, replies, strict=True):
+            if not isinstance(values, Exception):
+                known = [(as_text(one), value) for one, value in zip(places, values, strict=True) if value]
+                attempts = read_attempts(known)
+                failed[at] = sorted(attempts, key=lambda one: one.started_ns + one.duration_ns, reverse=True)
+        return failed
 
     def candidates(self, pipeline: str, request: ClaimRequest) -> list[Candidate]:
         code = request.code_of(pipeline)
@@ -148,84 +201,29 @@ class RedisReader:
         statuses = zip(run_ids, replies, strict=True)
         return {run_id: as_text(status) for run_id, status in statuses if status is not None}
 
-    def _next_page(self, start: bytes, run_id: bytes) -> str | None:
-        """Return the start of the next page, if older runs exist; the next page applies the filter."""
-        ((examined, *_),) = self._get(
-            script_command("stroma:", "find_runs", start, run_id, "-inf", 1, b"", "")
-        )
-        return _mark(start, run_id) if examined else None
-
-    def _matching(
-        self, prefix: bytes, query: RunQuery, place: _ListPlace | None, max_filtered: int | None
-    ) -> Iterator[tuple[list[tuple[bytes, bytes]], _ListPlace | None]]:
-        """Iterate over pages of (id, start) of runs, the newest first, and the place up to which runs were examined.
-
-        The place is None at the end. The server applies the filter, since a million runs may not match.
-        """
-        filter_json = _filter_json(query)
-        lowest = "-inf" if query.since_ms is None else query.since_ms * 1000
-        # Without a filter all runs match, so few are enough.
-        limit = PAGE if not prefix and not filter_json else _MAX_EXAMINED
-        examined, total = limit, 0
-        while examined >= limit and (max_filtered is None or total < max_filtered):
-            start, before = place or (b"+inf", b"")
-            values = (start, before, lowest, limit, prefix, filter_json)
-            (reply,) = self._get(script_command("stroma:", "find_runs", *values))
-            (examined, *end), flat = reply[:3], reply[3:]
-            ids = list(zip(flat[::2], flat[1::2], strict=True))
-            total += examined
-            place = None if examined < limit or tuple(end) == place else (end[0], end[1])
-            for first in range(0, len(ids), PAGE):
-                has_more = first + PAGE < len(ids)
-                # A page that ends before the last examined run ends at its own last run.
-                yield ids[first : first + PAGE], (_place_of(ids[first + PAGE - 1]) if has_more else place)
-            if not ids:
-                yield [], place
-            if place is None:
-                return
-
     def run_extras(self, runs: list[RunRow], *, failed: int) -> list[RunExtras]:
-        extras: list[RunExtras] = []
-        for first in range(0, len(runs), PAGE):
-            page = runs[first : first + PAGE]
-            replies = self._try(
-                *(script_command(row.run.prefix, "read_extras", row.execution, failed) for row in page)
-            )
-            extras += map(_read_extras, replies)
-        return extras
+        parents = self._try(*(("HVALS", f"{run.run.prefix}{_PARENT}") for run in runs))
+        tags = self._try(*(("HGET", f"{run.run.prefix}run", "tags") for run in runs))
+        places = [(run.run.prefix, str(run.execution)) for run in runs]
+        failures = self._failed(places, failed) if failed else [[] for _ in runs]
+        return [_extras(*one) for one in zip(parents, tags, failures, strict=True)]
 
     def find_run_ids(self, prefix: str, limit: int) -> list[str]:
         start = prefix.encode()
         low, high = b"[" + start, b"(" + start + b"\xff"  # No byte of UTF-8 is as high.
-        (count,) = self._get(("ZLEXCOUNT", IDS, low, high))
-        if count > _MAX_EXAMINED:
-            # A search through all runs finds the newest sooner than sorting so many.
-            return self._newest_with_prefix(start, limit)
-        matches: list[tuple[bool, float, bytes]] = []
+        newest: list[tuple[bool, float, bytes]] = []
         while True:
-            (page,) = self._get(("ZRANGEBYLEX", IDS, low, high, "LIMIT", 0, PAGE))
-            if page:
-                scores = self._get(*(("ZSCORE", RUNS, run_id) for run_id in page))
-                matches += (
-                    (run_id == start, float(score), run_id)
-                    for run_id, score in zip(page, scores, strict=True)
-                    if score is not None
-                )
-                low = b"(" + page[-1]
-            if len(page) < PAGE:
+            (page,) = self._get(("ZRANGEBYLEX", IDS, low, high, "LIMIT", 0, _MAX_EXAMINED))
+            if not page:
                 break
-        matches.sort(reverse=True)
+            (scores,) = self._get(("ZMSCORE", RUNS, *page))
+            known = ((one, score) for one, score in zip(page, scores, strict=True) if score is not None)
+            newest += [(run_id == start, float(score), run_id) for run_id, score in known]
+            low = b"(" + page[-1]
+        newest.sort(reverse=True)
         run_ids: list[str] = []
-        for first in range(0, len(matches), PAGE):
-            run_ids += (row.run_id for row in self._rows([m[2] for m in matches[first : first + PAGE]]))
-            if len(run_ids) >= limit:
-                break
-        return run_ids[:limit]
-
-    def _newest_with_prefix(self, prefix: bytes, limit: int) -> list[str]:
-        run_ids = [row.run_id for row in self._rows([prefix])]  # An equal id comes first.
-        for page, _ in self._matching(prefix, RunQuery(), None, None):
-            run_ids += (row.run_id for row in self._rows([run_id for run_id, _ in page if run_id != prefix]))
+        for first in range(0, len(newest), PAGE):  # Some may have expired.
+            run_ids += (row.run_id for row in self._rows([one for *_, one in newest[first : first + PAGE]]))
             if len(run_ids) >= limit:
                 break
         return run_ids[:limit]
@@ -243,13 +241,14 @@ class RedisReader:
         ]
 
     def attempts(self, run: RedisRun, execution: int) -> Iterator[tuple[AttemptRecord, Step | None]]:
-        attempts, steps = self._get(
-            ("HGETALL", f"{run.prefix}attempts:{execution}"), ("HGETALL", f"{run.prefix}steps:{execution}")
+        attempts, nodes, steps = self._get(
+            *(("HGETALL", f"{run.prefix}{name}:{execution}") for name in ("attempts", "nodes", "steps"))
         )
-        outputs = {place: read_step(value) for place, value in as_hash(steps).items()}
-        for one in _attempts(attempts):
-            step, committed_by = outputs.get(f"{one.position}:{one.branch}", (None, None))
-            yield one, step if committed_by in (None, _attempt_key(one)) else None
+        facts, outputs = _facts(run.run_id, nodes), as_hash(steps)
+        for one in read_attempts(as_hash(attempts).items()):
+            place = f"{one.position}:{one.branch}"
+            is_own = place in outputs and _is_of(one, facts.get(place))
+            yield one, read_step(outputs[place])[1] if is_own else None
 
     def attempt_page(
         self, run: RedisRun, execution: int, *, limit: int, after: str | None
@@ -262,18 +261,18 @@ class RedisReader:
 
     def _attempts_of(self, runs: Sequence[tuple[RedisRun, int]]) -> list[list[AttemptRecord]]:
         """Return the attempts of each execution, in the order of the history, without outputs."""
-        replies = self._try(
-            *(script_command(run.prefix, "read_attempts", execution) for run, execution in runs)
-        )
+        # The commits last: each has its attempt then.
+        attempts = self._try(*(("HGETALL", f"{run.prefix}attempts:{execution}") for run, execution in runs))
+        nodes = self._try(*(("HGETALL", f"{run.prefix}nodes:{execution}") for run, execution in runs))
         executions: list[list[AttemptRecord]] = []
-        for reply in replies:
+        for (run, _), one, commits in zip(runs, attempts, nodes, strict=True):
             # An error: the keys hold another type.
-            attempts, heads = ([], []) if isinstance(reply, Exception) else reply
-            outputs = {place: read_head(line) for place, line in as_hash(heads).items()}
-            records = _attempts(attempts)
-            for one in records:
-                size, committed_by = outputs.get(f"{one.position}:{one.branch}", (None, None))
-                one.output_bytes = size if committed_by in (None, _attempt_key(one)) else None
+            records = [] if isinstance(one, Exception) else read_attempts(as_hash(one).items())
+            facts = {} if isinstance(commits, Exception) else _facts(run.run_id, commits)
+            for record in records:
+                place = f"{record.position}:{record.branch}"
+                if place in facts and _is_of(record, fact := facts[place]):
+                    record.output_bytes = 0 if fact is None else fact.size
             executions.append(records)
         return executions
 
@@ -282,61 +281,45 @@ class RedisReader:
         return [one for one in attempts if (one.position, one.branch) == (position, branch)]
 
     def failed_since(self, run: RedisRun, execution: int, epoch: int) -> list[AttemptRecord]:
-        # The server lists the last 20.
-        (listed,) = self._get(("LRANGE", f"{run.prefix}failed:{execution}", 0, -1))
-        name = RecordName(run.run_id, "list of failed attempts")
-        places = [at for at in listed if decode_number(at.partition(b":")[0], name) >= epoch]
-        if not places:
-            return []
-        (values,) = self._get(("HMGET", f"{run.prefix}attempts:{execution}", *places))
-        fields = [part for at, value in zip(places, values, strict=True) if value for part in (at, value)]
-        return sorted(_attempts(fields), key=lambda attempt: attempt.started_ns + attempt.duration_ns)
+        (failed,) = self._failed([(run.prefix, str(execution))], _MAX_FAILED)
+        return [one for one in reversed(failed) if one.epoch >= epoch]
 
     def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
         # The server cannot sum up attempts: all are read, so the limit is lower.
-        rows, _ = self.runs(
-            RunQuery(since_ms=since_ms), limit=min(runs, _MAX_TALLIED), after=None, max_filtered=None
-        )
-        sums: dict[tuple[int, str, str, str | None, str | None, int], list[int]] = {}
+        limit = min(runs, _MAX_TALLIED)
+        rows, _ = self.runs(RunQuery(since_ms=since_ms), limit=limit, after=None, max_filtered=None)
+        tallies: dict[tuple[Any, ...], Tally] = {}
         count = 0
         for first in range(0, len(rows), _TALLY_PAGE):
             page = rows[first : first + _TALLY_PAGE]
             executions = self._attempts_of([(run.run, run.execution) for run in page])
-            for run, run_attempts in zip(page, executions, strict=True):
-                for one in run_attempts:
-                    key = (
-                        run.started_ms // bucket_ms,
-                        run.pipeline,
-                        one.node_id,
-                        one.model,
-                        one.failure_class,
-                        duration_digits(one.duration_ns),
+            for run, of_run in zip(page, executions, strict=True):
+                for one in of_run:
+                    bucket, digits = run.started_ms // bucket_ms, duration_digits(one.duration_ns)
+                    key = (bucket, run.pipeline, one.node_id, one.model, one.failure_class)
+                    sums = tallies.get((*key, digits), Tally(*key, 0, 0, 0, 0, 0, 0, digits))
+                    is_wasted = one.outcome != "success" and one.output_bytes is None
+                    tallies[*key, digits] = sums._replace(
+                        attempts=sums.attempts + 1,
+                        tokens=sums.tokens + one.tokens,
+                        cost_pico=sums.cost_pico + one.cost_pico,
+                        wasted_pico=sums.wasted_pico + (one.cost_pico if is_wasted else 0),
+                        duration_ns=sums.duration_ns + one.duration_ns,
+                        longest_ns=max(sums.longest_ns, one.duration_ns),
                     )
-                    wasted = one.cost_pico if one.outcome != "success" and one.output_bytes is None else 0
-                    totals = sums.setdefault(key, [0] * 6)
-                    for i, number in enumerate((1, one.tokens, one.cost_pico, wasted, one.duration_ns)):
-                        totals[i] += number
-                    totals[5] = max(totals[5], one.duration_ns)
                     count += 1
                 if count >= attempts:
-                    return [Tally(*key[:5], *totals)._replace(digits=key[5]) for key, totals in sums.items()]
-        return [Tally(*key[:5], *totals)._replace(digits=key[5]) for key, totals in sums.items()]
+                    return list(tallies.values())
+        return list(tallies.values())
 
     def facts(self) -> StoreFacts:
-        (seconds, micros), *sections = self._get(
-            ("TIME",), ("INFO", "server"), ("INFO", "persistence"), ("INFO", "memory")
-        )
-        info = dict(line.split(":", 1) for section in sections for line in info_lines(section) if ":" in line)
-        warnings = []
-        if info.get("aof_enabled") == "0":
-            warnings.append(
-                "appendonly is off: a crash loses data since the last save; set appendonly yes, appendfsync always"
-            )
-        if info.get("maxmemory_policy", "noeviction") != "noeviction":
-            policy = info["maxmemory_policy"]
-            warnings.append(f"maxmemory-policy is {policy}: runs may be evicted; set it to noeviction")
-        clock_ms = int(seconds) * 1000 + int(micros) // 1000
-        return StoreFacts(f"Redis {info.get('redis_version', '?')}", 1, 1, clock_ms, tuple(warnings))
+        settings = self._link.settings()
+        system = f"Redis {settings.get('redis_version', '?')}"
+        return StoreFacts(system, _FORMAT, _FORMAT, self.now_ms(), tuple(risks(settings)))
+
+    def now_ms(self) -> int:
+        ((seconds, micros),) = self._get(("TIME",))
+        return int(seconds) * 1000 + int(micros) // 1000
 
     def step_at(self, run: RedisRun, execution: int, position: int, branch: str) -> StepRow | None:
         place = f"{position}:{branch}"
@@ -344,7 +327,9 @@ class RedisReader:
             ("HGET", f"{run.prefix}nodes:{execution}", place),
             ("HGET", f"{run.prefix}steps:{execution}", place),
         )
-        return None if node is None or step is None else step_row(run.run_id, place, node_of(node), step)
+        if node is None or step is None:
+            return None
+        return step_row(run.run_id, place, read_node(run.run_id, place, node)[1].node_id, step)
 
     def _get(self, *commands: tuple[Any, ...]) -> list[Any]:
         replies = self._try(*commands)
@@ -356,54 +341,38 @@ class RedisReader:
     def _try(self, *commands: tuple[Any, ...]) -> list[Any]:
         """Return the replies to commands. A reply may be an exception."""
         # Not as a transaction, which a server without free memory refuses.
-        return self._link.send(commands)
+        return self._link.send(commands) if commands else []
 
 
 def run_lost_error(run_id: str, server: str) -> CheckpointLost:
     """Return the error for a run whose data the server has lost."""
     return CheckpointLost(
-        f"{server} has lost data of run {run_id!r} that it had acknowledged: it was evicted, flushed, or lost in a crash or "
-        "failover; set appendonly yes, appendfsync always and maxmemory-policy noeviction, then resume the run; "
-        f"if this error is raised again, delete({run_id!r}) and run it from the beginning"
+        f"{server} has lost data of run {run_id!r} that it had acknowledged: it was evicted, flushed, or "
+        "lost in a crash or "
+        "failover; set appendonly yes, appendfsync always and maxmemory-policy noeviction, then resume "
+        f"the run; if this error is raised again, delete({run_id!r}) and run it from the beginning"
     )
 
 
-def _attempts(reply: Any) -> list[AttemptRecord]:
-    """Return attempts in the order of the history. A damaged one has only the values from its key."""
-    attempts: list[AttemptRecord] = []
-    for at, value in as_hash(reply).items():
-        epoch, *place, branch = [*at.split(":", 4), *[""] * 5][:5]
-        numbers = [int(n) if n.isdecimal() and len(n) < 20 else None for n in (epoch, *place)]
-        header = _read_attempt(value)
-        if header is None or None in numbers:
-            position, started, attempt = numbers[1:]
-            header = [position, started, branch, attempt, *[None] * (len(ATTEMPT_COLUMNS) - 4)]
-        attempts.append(parse_attempt(header, numbers[0] or 0))
-    attempts.sort(key=lambda one: (one.epoch, one.key))
-    return attempts
+def _facts(run_id: str, nodes: Any) -> dict[str, NodeFacts | None]:
+    """Return the facts about commits by their places; None in place of damaged ones."""
+    facts: dict[str, NodeFacts | None] = {}
+    for place, value in as_hash(nodes).items():
+        try:
+            facts[place] = read_node(run_id, place, value)[1]
+        except CorruptCheckpoint:
+            facts[place] = None
+    return facts
 
 
-def _read_attempt(value: bytes) -> list[Any] | None:
-    """Return the values of an attempt; None if there are others."""
-    try:
-        header: list[Any] = unpack(value, list, RecordName("", "attempt"))[0]
-    except CorruptCheckpoint:
-        return None
-    return header if len(header) == len(ATTEMPT_COLUMNS) else None
+def _is_of(attempt: AttemptRecord, facts: NodeFacts | None) -> bool:
+    """Return True if an attempt committed the output at its place; also if that is not known."""
+    key = (attempt.epoch, attempt.attempt, attempt.started_ns)
+    return facts is None or key == (facts.epoch, facts.attempt, facts.started_ns)
 
 
-def _attempt_key(attempt: AttemptRecord) -> tuple[int, int, int]:
-    """Return what a commit stores of its attempt, see read_step()."""
-    return attempt.epoch, attempt.attempt, attempt.started_ns
-
-
-def _mark(start: bytes, run_id: bytes) -> str:
-    return f"{as_text(start)}.{quote(run_id, safe='')}"
-
-
-def _place_of(item: tuple[bytes, bytes]) -> _ListPlace:
-    run_id, start = item
-    return start, run_id
+def _mark(start: int, run_id: bytes) -> str:
+    return f"{start}.{quote(run_id, safe='')}"
 
 
 def _parse_mark(mark: str) -> _ListPlace:
@@ -411,41 +380,43 @@ def _parse_mark(mark: str) -> _ListPlace:
     start, _, run_id = mark.partition(".")
     if not (start.isdecimal() and start.isascii() and len(start) < 20 and run_id):
         raise not_a_mark(mark)
-    return start.encode(), unquote_to_bytes(run_id)
+    return int(start), unquote_to_bytes(run_id)
 
 
-def _still_matches(row: RunRow, query: RunQuery) -> bool:
-    return query.pipeline in (None, row.pipeline) and (not query.statuses or row.status in query.statuses)
+def _has_condition(query: RunQuery) -> bool:
+    return bool(
+        query.statuses
+        or query.blocked
+        or query.needs_scan
+        or query.pipeline is not None
+        or query.tag is not None
+    )
 
 
-def _read_extras(reply: Any) -> RunExtras:
-    if isinstance(reply, Exception):
-        return RunExtras(None, (), [])  # The keys hold another type.
-    annotations, tags, attempts = reply
-    parent = next(iter(as_hash(annotations).values()), None)
-    parent_id = None if parent is None else annotation_row(Annotation.PARENT, "", parent).node_id
-    nothing = [None] * len(ATTEMPT_COLUMNS)
-    failed = [parse_attempt(_read_attempt(attempt) or nothing) for attempt in attempts]
+def _matches(run_id: bytes, fields: Sequence[bytes | None], query: RunQuery) -> bool:
+    """Return True if a run matches what the server has not checked, but for its failed attempts."""
+    if not fields or fields[0] is None:
+        return False
+    _, pipeline, _, error, tags, blocked = fields
+    if query.blocked and blocked is None:
+        return False
+    if query.text is not None:
+        part = query.text.encode().lower()  # Of bytes: ASCII letters only.
+        if not any(part in text.lower() for text in (run_id, pipeline or b"", error or b"")):
+            return False
     try:
-        return RunExtras(parent_id, decode_tags("", tags), failed)
+        return query.tag is None or query.tag in decode_tags("", tags)
     except CorruptCheckpoint:
-        return RunExtras(parent_id, (), failed)  # Its row is damaged, see read_run_row().
+        return False
 
 
-def _filter_json(query: RunQuery) -> str:
-    """Return the filter of a query for the script; "" if all runs match."""
-    text = query.text
-    conditions = {
-        "pipeline": query.pipeline,
-        "statuses": dict.fromkeys(query.statuses, True) or None,
-        "tag": query.tag,
-        "blocked": query.blocked or None,
-        "class": query.failure_class,
-        "node": query.node,
-        "text": None if text is None else "".join(ch.lower() if ch.isascii() else ch for ch in text),
-    }
-    conditions = {name: value for name, value in conditions.items() if value is not None}
-    return json.dumps(conditions) if conditions else ""
+def _extras(parent: Any, tags: Any, failed: list[AttemptRecord]) -> RunExtras:
+    """Return the extras of a run from replies, without damaged ones, of which its row tells."""
+    parent_id = read_step(parent[0])[0] if parent and not isinstance(parent, Exception) else None
+    try:
+        return RunExtras(parent_id, decode_tags("", None if isinstance(tags, Exception) else tags), failed)
+    except CorruptCheckpoint:
+        return RunExtras(parent_id, (), failed)
 
 
 def _key(value: bytes) -> str | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple
 
@@ -28,28 +28,26 @@ from stroma.checkpoint.durable.rows import (
     Step,
     StepRow,
 )
-from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
+from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.events import EXPIRY_MS, MAX_BATCHES
 from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.queue import Candidate, QueueEntry
-from stroma.checkpoint.records import AttemptRecord, stored_values
+from stroma.checkpoint.records import AttemptRecord
 from stroma.checkpoint.redis.format import (
+    NodeFacts,
     RedisRun,
-    annotation_row,
     annotations_key,
     as_hash,
     as_text,
     cell_prefix,
-    from_hex,
-    node_of,
-    pack,
+    pack_attempt,
     pack_step,
     payloads_of,
     prefix_of,
+    read_node,
     read_run_row,
     read_step,
     step_row,
-    unpack,
 )
 from stroma.checkpoint.redis.reader import PAGE, RedisReader, run_lost_error
 from stroma.checkpoint.redis.scripts import RUNS, TOMBSTONE_SECONDS
@@ -73,7 +71,7 @@ class _Write(NamedTuple):
 
 
 class RedisRows(RedisReader):
-    """See :class:`stroma.checkpoint.durable.rows.Rows`. The caller calls :meth:`flush` at the end of an operation."""
+    """See :class:`stroma.checkpoint.durable.rows.Rows`. The caller calls :meth:`flush` at the end."""
 
     def __init__(self, link: RedisLink, ttl_ms: int | None) -> None:
         super().__init__(link)
@@ -96,7 +94,7 @@ class RedisRows(RedisReader):
         checks = [
             (prefix_of(run_id), "", "", "")
             if row is None
-            else (row.run.prefix, row.run.token, str(row.run.version), row.run.annotation_version)
+            else (row.run.prefix, row.run.token, str(row.run.writes), row.run.annotated)
             for run_id, row in self._locked.items()
             if run_id not in self._claimed
         ]
@@ -133,9 +131,9 @@ class RedisRows(RedisReader):
             fence = self._claim(opening, RedisRun(opening.run_id, os.urandom(8).hex(), 1, 1), 1)
             read_version: tuple[Any, ...] = ("", "", "", "")
         else:
-            key = RedisRun(opening.run_id, run.run.token, run.epoch + 1, run.run.version + 1)
+            key = RedisRun(opening.run_id, run.run.token, run.epoch + 1, run.run.writes + 1)
             fence, read_version = self._claim(opening, key, run.execution + 1), _version_of(run.run)
-        data = pack([opening.contract, opening.sha256.hex()], opening.input)
+        data = pack_step("", Step(opening.contract, "", opening.input, opening.sha256))
         self._append(
             fence,
             "begin",
@@ -154,7 +152,7 @@ class RedisRows(RedisReader):
         return fence
 
     def take_over(self, run: RunRow, opening: Opening) -> Fence:
-        key = RedisRun(opening.run_id, run.run.token, run.epoch + 1, run.run.version + 1)
+        key = RedisRun(opening.run_id, run.run.token, run.epoch + 1, run.run.writes + 1)
         fence = self._claim(opening, key, run.execution)
         discard = "" if opening.discard_from is None else max(opening.discard_from, 0)
         self._append(
@@ -189,47 +187,36 @@ class RedisRows(RedisReader):
             raise RunChanged
         if value is None:
             raise run_lost_error(run.run_id, self._link.server.name)
-        name = RecordName(run.run_id, "input")
-        (contract, digest), (data, *_) = unpack(value, tuple[str, str], name)
-        return contract, data, from_hex(digest)
+        step = read_step(value)[1]
+        return step.contract, step.output, step.sha256
 
     def steps(
         self, run: RedisRun, execution: int, lazily_loaded: Sequence[tuple[int, str]] = ()
     ) -> list[StepRow]:
-        if lazily_loaded:
-            return self._steps_except(run, execution, lazily_loaded)
-        hashes = (
-            ("HGETALL", f"{run.prefix}nodes:{execution}"),
-            ("HGETALL", f"{run.prefix}steps:{execution}"),
+        read_all = ("HGETALL", f"{run.prefix}steps:{execution}")
+        count = ("HLEN", f"{run.prefix}steps:{execution}")
+        state = ("HMGET", f"{run.prefix}run", "token", "epoch", "writes", "commit_count")
+        nodes_key = f"{run.prefix}nodes:{execution}"
+        before, nodes, steps, after = self._get(
+            state, ("HGETALL", nodes_key), count if lazily_loaded else read_all, state
         )
-        nodes, steps, commits = self._get_unchanged(run, *hashes)
-        nodes, steps = as_hash(nodes), as_hash(steps)
-        if len(steps) != commits or nodes.keys() != steps.keys():
-            raise run_lost_error(run.run_id, self._link.server.name)
-        places = sorted(steps, key=lambda place: _commit_order(run, place, nodes[place]))
-        return [step_row(run.run_id, place, node_of(nodes[place]), steps[place]) for place in places]
-
-    def _steps_except(
-        self, run: RedisRun, execution: int, lazily_loaded: Sequence[tuple[int, str]]
-    ) -> list[StepRow]:
-        nodes, count, commits = self._get_unchanged(
-            run, ("HGETALL", f"{run.prefix}nodes:{execution}"), ("HLEN", f"{run.prefix}steps:{execution}")
-        )
-        nodes = as_hash(nodes)
-        if len(nodes) != commits or count != commits:
+        known = [run.token, str(run.epoch), str(run.writes)]
+        if before != after or [*map(as_text, before[:3])] != known:
+            raise RunChanged
+        nodes, steps = as_hash(nodes), steps if lazily_loaded else as_hash(steps)
+        is_complete = steps == len(nodes) if lazily_loaded else steps.keys() == nodes.keys()
+        if not is_complete or len(nodes) != int(before[3]):
             raise run_lost_error(run.run_id, self._link.server.name)
         prefixes = tuple(f"{position}:{prefix}" for position, prefix in lazily_loaded)
-        places = [place for place in nodes if place.endswith(":") or not place.startswith(prefixes)]
-        places.sort(key=lambda place: _commit_order(run, place, nodes[place]))
-        return self._read_steps(run, execution, places, nodes)
-
-    def _get_unchanged(self, run: RedisRun, *commands: tuple[Any, ...]) -> list[Any]:
-        """Return the replies to commands, and the number of commits. Raises RunChanged if the run changed meanwhile."""
-        state = ("HMGET", f"{run.prefix}run", "token", "epoch", "version", "commits")
-        before, *replies, after = self._get(state, *commands, state)
-        if before != after or [*map(as_text, before[:3])] != [run.token, str(run.epoch), str(run.version)]:
-            raise RunChanged
-        return [*replies, int(before[3])]
+        loaded = {
+            place: read_node(run.run_id, place, value)
+            for place, value in nodes.items()
+            if place.endswith(":") or not place.startswith(prefixes)
+        }
+        places = sorted(loaded, key=lambda place: loaded[place][0])
+        if lazily_loaded:
+            steps = self._outputs(run, execution, places)
+        return [step_row(run.run_id, place, loaded[place][1].node_id, steps[place]) for place in places]
 
     def steps_at(
         self, run: RedisRun, execution: int, position: int, branches: Sequence[str]
@@ -238,23 +225,24 @@ class RedisRows(RedisReader):
         if not places:
             return []
         (values,) = self._get(("HMGET", f"{run.prefix}nodes:{execution}", *places))
-        nodes = {place: value for place, value in zip(places, values, strict=True) if value is not None}
-        return self._read_steps(run, execution, list(nodes), nodes)
+        nodes = {
+            place: read_node(run.run_id, place, value)[1]
+            for place, value in zip(places, values, strict=True)
+            if value is not None
+        }
+        outputs = self._outputs(run, execution, list(nodes))
+        return [step_row(run.run_id, place, nodes[place].node_id, outputs[place]) for place in nodes]
 
-    def _read_steps(
-        self, run: RedisRun, execution: int, places: list[str], nodes: Mapping[str, bytes]
-    ) -> list[StepRow]:
-        steps: list[StepRow] = []
+    def _outputs(self, run: RedisRun, execution: int, places: list[str]) -> dict[str, bytes]:
+        """Return the commits at these places in stored form. Raises CheckpointLost if one is missing."""
+        outputs: dict[str, bytes] = {}
         for first in range(0, len(places), PAGE):
             part = places[first : first + PAGE]
             (values,) = self._get(("HMGET", f"{run.prefix}steps:{execution}", *part))
             if None in values:
                 raise run_lost_error(run.run_id, self._link.server.name)
-            steps += (
-                step_row(run.run_id, place, node_of(nodes[place]), value)
-                for place, value in zip(part, values, strict=True)
-            )
-        return steps
+            outputs.update(zip(part, values, strict=True))
+        return outputs
 
     def identities(self, run: RedisRun, execution: int) -> list[tuple[str, int]]:
         (reply,) = self._get(("HGETALL", f"{run.prefix}identities:{execution}"))
@@ -272,7 +260,7 @@ class RedisRows(RedisReader):
     def finish(self, fence: Fence, end: RunEnd) -> bool:
         run = fence.run
         ttl = self._ttl if end.status in ("COMPLETED", "RESUMED") else ""
-        fields = (run.token, fence.execution, fence.epoch, fence.owner, run.version, end.status)
+        fields = (run.token, fence.execution, fence.epoch, fence.owner, run.writes, end.status)
         text = "" if end.error is None else f"={end.error}"
         times = ("" if end.updated_ms is None else end.updated_ms, "" if end.wake_ms is None else end.wake_ms)
         self._append(fence, "finish", run.run_id, *fields, text, ttl, *times)
@@ -315,7 +303,7 @@ class RedisRows(RedisReader):
         replies = self._link.send(
             [
                 script_command(
-                    f.run.prefix, "renew", f.run.token, f.epoch, f.owner, f.run.version, _lease_ms(f)
+                    f.run.prefix, "renew", f.run.token, f.epoch, f.owner, f.run.writes, _lease_ms(f)
                 )
                 for f in fences
             ]
@@ -323,7 +311,7 @@ class RedisRows(RedisReader):
         renewed: list[Fence] = []
         for fence, reply in zip(fences, replies, strict=True):
             if isinstance(reply, int):  # For any other reply, the next commit raises the error.
-                fence.run.version = max(fence.run.version, reply)
+                fence.run.writes = max(fence.run.writes, reply)
                 renewed.append(fence)
         return renewed
 
@@ -342,15 +330,13 @@ class RedisRows(RedisReader):
 
     def annotate(self, run_id: str, position: int, branch: str, node_id: str, step: Step) -> None:
         if position == Annotation.SAVED:
-            value = pack_step(step, 0, 0, 0)
-            self._write(prefix_of(run_id), "save", branch, value, self._ttl)
+            self._write(prefix_of(run_id), "save", branch, pack_step(node_id, step), self._ttl)
             return
-        value = pack([node_id], pack_step(step, 0, 0, 0))
-        key = annotations_key(position)
+        value, key = pack_step(node_id, step), annotations_key(position)
         self._write(prefix_of(run_id), "annotate", self._owners.get(run_id, ""), key, branch, value)
 
     def annotations(self, run: RedisRun, *kinds: Annotation, branch: str | None = None) -> list[StepRow]:
-        wanted = [kind for kind in kinds if kind != Annotation.PARENT or run.parent]
+        wanted = [kind for kind in kinds if kind != Annotation.PARENT or run.has_parent]
         keys = [f"{run.prefix}{annotations_key(kind)}" for kind in wanted]
         if branch is None:
             replies = self._get(*(("HGETALL", key) for key in keys))
@@ -359,7 +345,7 @@ class RedisRows(RedisReader):
             replies = self._get(*(("HGET", key, branch) for key in keys))
             values = [[] if reply is None else [(branch, reply)] for reply in replies]
         return [
-            annotation_row(kind, branch, value)
+            StepRow(kind, branch, *read_step(value))
             for kind, of_kind in zip(wanted, values, strict=True)
             for branch, value in of_kind
         ]
@@ -376,30 +362,30 @@ class RedisRows(RedisReader):
         return [run for run, exists in zip(runs, replies, strict=True) if exists]
 
     def newest_output(self, run_id: str, node_id: str) -> StepRow | None:
-        (reply,) = self._get(script_command(prefix_of(run_id), "newest", node_id))
-        if isinstance(reply, bytes):
-            raise RecordName(run_id, "commit", as_text(reply)).damaged(
-                "its place in the order is not a number"
-            )
-        now, saved, order, place, value, _ = [*reply, None][:6]
+        prefix = prefix_of(run_id)
+        (seconds, micros), saved, execution = self._get(
+            ("TIME",), ("HGET", f"{prefix}saved", node_id), ("HGET", f"{prefix}run", "execution")
+        )
+        newest, number = (0, ""), as_text(execution)
+        (nodes,) = self._get(("HGETALL", f"{prefix}nodes:{number}"))
+        for place, value in as_hash(nodes).items():
+            order, facts = read_node(run_id, place, value)
+            if facts.node_id == node_id:
+                newest = max(newest, (order, place))
         if saved is not None:
-            head, _, data = saved.partition(b"\n")
-            try:
-                number, until = head.split(b" ")
-                if (not until or int(until) > now) and int(number) > order:
-                    step, header = read_step(data)
-                    if header is None:
-                        raise ValueError("unknown format")
-                    return StepRow(Annotation.SAVED, node_id, node_id, step)
-            except ValueError as error:
-                raise CorruptCheckpoint(
-                    f"the checkpoint of node {node_id!r} in run {run_id!r} cannot be read back: {error}; save it again"
-                ) from error
-        if place is None:
+            head, _, value = saved.partition(b"\n")
+            name = RecordName(run_id, "saved state", node_id)
+            saved_order, _, until = head.partition(b" ")
+            now_ms = int(seconds) * 1000 + int(micros) // 1000
+            has_expired = until != b"" and decode_number(until, name) <= now_ms
+            if not has_expired and decode_number(saved_order, name) > newest[0]:
+                return StepRow(Annotation.SAVED, node_id, node_id, read_step(value)[1])
+        if not newest[0]:
             return None
+        (value,) = self._get(("HGET", f"{prefix}steps:{number}", newest[1]))
         if value is None:
             raise run_lost_error(run_id, self._link.server.name)
-        return step_row(run_id, as_text(place), node_id, value)
+        return step_row(run_id, newest[1], node_id, value)
 
     def delete(self, run_id: str) -> None:
         self._write(prefix_of(run_id), "delete", run_id, TOMBSTONE_SECONDS * 1000)
@@ -428,10 +414,6 @@ class RedisRows(RedisReader):
         self._write(cell_prefix(name), "write_cell", self._cell_numbers[name], os.urandom(8).hex(), data)
 
     # ------------------------------------------------------------------ retention
-
-    def now_ms(self) -> int:
-        ((seconds, micros),) = self._get(("TIME",))
-        return int(seconds) * 1000 + int(micros) // 1000
 
     def expired_run_ids(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
         # States from save() expire by themselves, or have no expiry. Expired runs leave their ids in the
@@ -475,31 +457,32 @@ def commit_values(fence: Fence, attempt: AttemptRecord, step: Step | None) -> tu
     run = fence.run
     position, started_ns, branch, number = attempt.key
     at = f"{fence.epoch}:{position}:{started_ns}:{number}:{branch}"
-    place, data = "", b""
+    output: tuple[Any, ...] = ("", "", b"")
     if step is not None:
-        place, data = f"{position}:{branch}", pack_step(step, fence.epoch, number, started_ns)
+        facts = NodeFacts(attempt.node_id, fence.epoch, number, started_ns, len(step.output))
+        output = (f"{position}:{branch}", facts.pack(), pack_step(attempt.node_id, step))
     # The time of a group includes that of its children.
     usage = (attempt.cost_pico, attempt.tokens, 0 if branch else attempt.function_ns)
-    fence_values = (run.token, fence.execution, fence.epoch, fence.owner, run.version, _lease_ms(fence))
+    fence_values = (run.token, fence.execution, fence.epoch, fence.owner, run.writes, _lease_ms(fence))
     failed = "" if attempt.failure_class is None else 1
-    output = (place, attempt.node_id, data, attempt.identity or "", position)
-    return ("commit", *fence_values, at, pack(list(stored_values(attempt))), *usage, failed, *output)
+    step_of_code = (attempt.identity or "", position)
+    return ("commit", *fence_values, at, pack_attempt(attempt), *usage, failed, *output, *step_of_code)
 
 
 def is_recorded(run: RedisRun, reply: Any, server: str) -> bool:
-    """Return True if a write of a session was executed, False if it was fenced off. Raises CheckpointLost, StoreError."""
+    """Return True if a write was executed, False if it was fenced off. Raises CheckpointLost, StoreError."""
     if reply == b"lost":
         raise run_lost_error(run.run_id, server)
     if isinstance(reply, int):
-        run.version = max(run.version, reply)
+        run.writes = max(run.writes, reply)
         return True
     if reply in (b"fenced", b"deleted"):
         return False
     # Not a reply of the script, for example from a proxy. The run was not taken over, so this is not Fenced.
     # If the write was executed, a repeated one finds it.
     raise StoreError(
-        f"{server} replied to a write of run {run.run_id!r} with an unknown reply {reply!r:.100}; check proxies between this "
-        "process and the server"
+        f"{server} replied to a write of run {run.run_id!r} with an unknown reply {reply!r:.100}; check "
+        "proxies between this process and the server"
     )
 
 
@@ -513,9 +496,4 @@ def _lease_ms(fence: Fence) -> int:
 
 def _version_of(run: RedisRun) -> tuple[Any, ...]:
     """Return the values by which the script checks that a run is unchanged since it was read."""
-    return run.token, run.epoch, run.version, run.annotation_version
-
-
-def _commit_order(run: RedisRun, place: str, node: bytes) -> int:
-    """Return the number of a commit, since hashes have no order. Raises CorruptCheckpoint."""
-    return decode_number(node.partition(b" ")[0], RecordName(run.run_id, "commit", place))
+    return run.token, run.epoch, run.writes, run.annotated

@@ -1,4 +1,4 @@
-"""Lua operations on annotations, saved states, cells, and lists of runs. See :mod:`stroma.checkpoint.redis.scripts`."""
+"""Lua operations on annotations, saved states, cells, and queues of runs. See ``scripts.py``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ function ops.annotate(owner, key, branch, value)
   if owner ~= '' and redis.call('HGET', run, 'owner') ~= owner then return 'changed' end
   local ttl = redis.call('PTTL', run)
   if ttl == -2 then return 0 end
-  redis.call('HINCRBY', run, 'annotation_version', 1)
+  redis.call('HINCRBY', run, 'annotated', 1)
   redis.call('HSET', p .. key, branch, value)
   if ttl >= 0 then redis.call('PEXPIRE', p .. key, ttl) end
   return 0
@@ -23,7 +23,7 @@ function ops.delete_annotations(owner, key, branch)
   local deleted
   if branch then deleted = redis.call('HDEL', p .. key, branch)
   else deleted = redis.call('DEL', p .. key) end
-  if deleted > 0 and redis.call('EXISTS', run) == 1 then redis.call('HINCRBY', run, 'annotation_version', 1) end
+  if deleted > 0 and redis.call('EXISTS', run) == 1 then redis.call('HINCRBY', run, 'annotated', 1) end
   return 0
 end
 
@@ -35,27 +35,9 @@ function ops.save(node, value, ttl)
   if ttl ~= '' then expires = string.format('%.0f', math.floor(us / 1000) + ttl) end
   redis.call('HSET', saved, node, string.format('%.0f ', order) .. expires .. '\n' .. value)
   if ttl == '' then redis.call('PERSIST', saved)
-  elseif remaining == -2 or (remaining >= 0 and remaining < tonumber(ttl)) then redis.call('PEXPIRE', saved, ttl) end
+  elseif remaining == -2 or (remaining >= 0 and remaining < tonumber(ttl)) then redis.call('PEXPIRE', saved,
+      ttl) end
   return 0
-end
-
-function ops.newest(node)
-  local saved = redis.call('HGET', p .. SAVED, node)
-  local order, place, step = 0, false, false
-  local execution = redis.call('HGET', run, 'execution')
-  if execution then
-    local rows = redis.call('HGETALL', p .. 'nodes:' .. execution)
-    for i = 1, #rows, 2 do
-      local space = string.find(rows[i + 1], ' ', 1, true)
-      local number = space and tonumber(string.sub(rows[i + 1], 1, space - 1))
-      if not number then return rows[i] end  -- damaged
-      if string.sub(rows[i + 1], space + 1) == node then
-        if number > order then order, place = number, rows[i] end
-      end
-    end
-    if place then step = redis.call('HGET', p .. 'steps:' .. execution, place) end
-  end
-  return {now_ms(), saved, order, place, step, execution}
 end
 
 function ops.delete(id, tombstone)
@@ -79,7 +61,8 @@ function ops.delete(id, tombstone)
   return 0
 end
 
--- Appends a batch of events. The stream refuses one that is there, and one of an earlier session than the last one.
+-- Appends a batch of events. The stream refuses one that is there, and one of an earlier session than the
+-- last one.
 function ops.append_events(token, execution, id, data, most, ttl)
   local f = redis.call('HMGET', run, 'token', 'execution')
   if f[1] ~= token or f[2] ~= execution then return 0 end
@@ -103,89 +86,26 @@ function ops.write_cell(number, maker, data)
   return 0
 end
 
--- Returns the last failed attempts, the latest first.
-local function failures(prefix, execution, limit)
-  local attempts = {}
-  for _, at in ipairs(redis.call('LRANGE', prefix .. 'failed:' .. execution, 0, limit - 1)) do
-    local attempt = redis.call('HGET', prefix .. 'attempts:' .. execution, at)
-    if attempt then attempts[#attempts + 1] = attempt end
-  end
-  return attempts
-end
-
-function ops.read_extras(execution, limit)
-  return {redis.call('HGETALL', p .. PARENT), redis.call('HGET', run, 'tags'),
-    tonumber(limit) > 0 and failures(p, execution, tonumber(limit)) or {}}
-end
-
--- Returns all attempts of an execution, and the first line of each of its commits, since outputs may be large.
-function ops.read_attempts(execution)
-  local heads, key = {}, p .. 'steps:' .. execution
-  for _, place in ipairs(redis.call('HKEYS', key)) do
-    heads[#heads + 1] = place
-    heads[#heads + 1] = string.sub(string.match(redis.call('HGET', key, place), '^[^\n]*'), 1, 4000)
-  end
-  return {redis.call('HGETALL', p .. 'attempts:' .. execution), heads}
-end
-
--- Returns true if a run matches a filter.
-local function matches(filter, id)
-  local prefix = prefix_of(id)
-  local f = redis.call('HMGET', prefix .. 'run', 'pipeline', 'status', 'tags', 'error', 'execution')
-  if not f[1] or (filter.pipeline and f[1] ~= filter.pipeline) then return false end
-  if filter.statuses and not filter.statuses[f[2]] then return false end
-  if filter.blocked and redis.call('HEXISTS', prefix .. 'run', 'blocked') == 0 then return false end
-  if filter.tag then
-    local tagged = false
-    for _, tag in ipairs(f[3] and cjson.decode(f[3]) or {}) do tagged = tagged or tag == filter.tag end
-    if not tagged then return false end
-  end
-  if filter.text then
-    local contains = false
-    for _, part in ipairs({id, f[1], f[4] or ''}) do
-      contains = contains or string.find(string.lower(part), filter.text, 1, true) ~= nil
-    end
-    if not contains then return false end
-  end
-  if filter.class or filter.node then
-    local failed = false
-    for _, attempt in ipairs(failures(prefix, f[5], 20)) do
-      local header = cjson.decode(string.match(attempt, '^[^\n]*'))[1]
-      failed = failed or ((not filter.node or header[ATTEMPT.node_id] == filter.node)
-        and (not filter.class or header[ATTEMPT.failure_class] == filter.class))
-    end
-    if not failed then return false end
-  end
-  return true
-end
-
-local function surely_matches(filter, id)
-  local succeeded, result = pcall(matches, filter, id)  -- A damaged run does not match.
-  return succeeded and result
-end
-
--- Examines a limited number of runs, the newest first, from a place on. Returns how many it examined, the place of the last
--- one, and (id, start) of those that have the prefix and match the filter. The limit keeps the server responsive.
-function ops.find_runs(from, before, lowest, limit, prefix, filter_json)
-  -- The run before which it continues is one of those read.
-  local count = before ~= '' and limit + 1 or limit
-  local ids = redis.call('ZREVRANGEBYSCORE', RUNS, from, lowest, 'WITHSCORES', 'LIMIT', 0, count)
-  local reply = {#ids / 2, ids[#ids] or '', ids[#ids - 1] or ''}
-  local filter = filter_json ~= '' and cjson.decode(filter_json)
+-- Examines the newest runs from a place on. Returns the (id, start) of the last one, and (id, start, fields
+-- for further conditions) of those of this pipeline and one of these statuses, if there are any.
+function ops.newest(from, lowest, limit, pipeline, statuses)
+  local ids = redis.call('ZREVRANGEBYSCORE', RUNS, from, lowest, 'WITHSCORES', 'LIMIT', 0, limit)
+  local reply, wanted = {{ids[#ids - 1], ids[#ids]}}, cjson.decode(statuses)
   for i = 1, #ids, 2 do
-    local id, start = ids[i], ids[i + 1]
-    if before ~= '' and start == from and id >= before then reply[1] = reply[1] - 1
-    elseif string.sub(id, 1, #prefix) == prefix and (not filter or surely_matches(filter, id)) then
-      reply[#reply + 1] = id
-      reply[#reply + 1] = start
+    local row = prefix_of(ids[i]) .. 'run'
+    local f = redis.pcall('HMGET', row, 'execution', 'pipeline', 'status', 'error', 'tags', 'blocked')
+    if f.err then f = {} end
+    if (pipeline == '' or f[2] == pipeline) and (not next(wanted) or wanted[f[3] or '']) then
+      reply[#reply + 1] = {ids[i], ids[i + 1], f}
     end
   end
   return reply
 end
 
--- Returns (order of submission, id, priority, due, '=' and key or '') of runs of a pipeline that are due and have no claim: the first queued runs of
--- each key, runs that stopped or whose lease is over, and blocked ones that this code has not refused, or long ago. Wakes
--- have the clock of the clients, leases that of the server. Of many blocked runs a part is looked at; where: 0 to 1.
+-- Returns (order of submission, id, priority, due, '=' and key or '') of runs of a pipeline that are due and
+-- have no claim: the first queued runs of each key, runs that stopped or whose lease is over, and blocked
+-- ones that this code has not refused, or long ago. Wakes have the clock of the clients, leases that of the
+-- server. Of many blocked runs a part is looked at; where: 0 to 1.
 function ops.candidates(pipeline, version, now, limit, most, code, where)
   local ms, found, examined = now_ms(), {}, 0
   local place = lane_of(pipeline, version)
@@ -200,8 +120,9 @@ function ops.candidates(pipeline, version, now, limit, most, code, where)
     local count = 0
     for _, id in ipairs(ids) do
       if count >= limit then break end
-      local f = redis.pcall('HMGET', prefix_of(id) .. 'run', 'status', 'until_ms', 'wake_ms', 'pipeline', 'claim_until',
-        'priority', 'queue_key', 'flow_version', 'blocked_until', 'blocked_codes', 'order')
+      local f = redis.pcall('HMGET', prefix_of(id) .. 'run', 'status', 'until_ms', 'wake_ms', 'pipeline',
+          'claim_until',
+        'priority', 'key', 'version', 'blocked_until_ms', 'blocked_codes', 'order')
       local stopped = f[1] == 'SUSPENDED' or f[1] == 'INTERRUPTED' or blocked and f[1] == 'QUEUED'
       if f.err or f[4] ~= pipeline or (f[8] or '') ~= version or blocked and not f[9]
           or not (stopped and (f[3] or blocked) or f[1] == 'RUNNING') then redis.call('ZREM', list, id)
@@ -213,7 +134,8 @@ function ops.candidates(pipeline, version, now, limit, most, code, where)
       end
     end
   end
-  add_due(DUE .. place, redis.call('ZRANGEBYSCORE', DUE .. place, '-inf', math.max(now, ms), 'LIMIT', 0, most))
+  add_due(DUE .. place, redis.call('ZRANGEBYSCORE', DUE .. place, '-inf', math.max(now, ms), 'LIMIT', 0,
+      most))
   local first = math.floor(where * math.max(redis.call('ZCARD', BLOCKED .. place) - most / 2, 0))
   add_due(BLOCKED .. place, redis.call('ZRANGE', BLOCKED .. place, first, first + most / 2), true)
   local keys = redis.call('SMEMBERS', QUEUE_KEYS .. place)
@@ -230,7 +152,8 @@ function ops.candidates(pipeline, version, now, limit, most, code, where)
           local f = redis.pcall('HMGET', prefix_of(id) .. 'run', 'status', 'claim_until')
           if f.err or f[1] ~= 'QUEUED' then redis.call('ZREM', queue, members[at])  -- The run was lost.
           elseif not is_claimed(f[2], ms) then
-            add(id, {priority = members[at + 1], key = key ~= '' and key or nil, order = order}, tonumber(due))
+            add(id, {priority = members[at + 1], key = key ~= '' and key or nil, order = order},
+                tonumber(due))
             taken = taken + 1
           end
         end
@@ -246,14 +169,15 @@ function ops.live_runs(pipeline)
   local keys, ms = {}, now_ms()
   redis.call('ZREMRANGEBYSCORE', LIVE .. pipeline, '-inf', '(' .. ms)
   for _, id in ipairs(redis.call('ZRANGE', LIVE .. pipeline, 0, -1)) do
-    local key = redis.pcall('HGET', prefix_of(id) .. 'run', 'queue_key')
+    local key = redis.pcall('HGET', prefix_of(id) .. 'run', 'key')
     keys[#keys + 1] = type(key) == 'string' and '=' .. key or ''
   end
   return keys
 end
 
--- Returns how many runs of a lane are queued, and the earliest due time, or '', of queued and stopped runs that are due
--- at a time: of each key and priority, the first member of a queue is due first. Then how many are blocked, and since when.
+-- Returns how many runs of a lane are queued, and the earliest due time, or '', of queued and stopped runs
+-- that are due at a time: of each key and priority, the first member of a queue is due first. Then how many
+-- are blocked, and since when.
 function ops.queue_figures(pipeline, version, now, least, most)
   local queued, oldest, examined = 0, nil, 0
   local place = lane_of(pipeline, version)
@@ -278,7 +202,8 @@ function ops.queue_figures(pipeline, version, now, least, most)
     if due then break end
   end
   local first = redis.call('ZRANGE', BLOCKED .. place, 0, 0, 'WITHSCORES')
-  return {queued, oldest and string.format('%.0f', oldest) or '', redis.call('ZCARD', BLOCKED .. place), first[2] or ''}
+  return {queued, oldest and string.format('%.0f', oldest) or '', redis.call('ZCARD', BLOCKED .. place),
+      first[2] or ''}
 end
 
 function ops.sweep()

@@ -1,4 +1,4 @@
-"""Lua operations of sessions: find and open a run, commit, end. See :mod:`stroma.checkpoint.redis.scripts`."""
+"""Lua operations of sessions: find and open a run, commit, end. See ``scripts.py``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ SESSIONS: Final = r"""
 function ops.find(id)
   local f = redis.call('HGETALL', run)
   if #f == 0 then
-    -- All keys of a run expire at the same time: if one remains, or the run is still listed, the others were lost.
-    if redis.call('EXISTS', p .. 'inputs', p .. 'attempts:1', p .. 'nodes:1', p .. 'steps:1') > 0 then return 'lost' end
+    -- All keys of a run expire at once: if one remains, or the run is still listed, the others were lost.
+    local others = redis.call('EXISTS', p .. 'inputs', p .. 'attempts:1', p .. 'nodes:1', p .. 'steps:1')
+    if others > 0 then return 'lost' end
     local listed = redis.call('ZSCORE', RUNS, id) or redis.call('ZSCORE', IDS, id)
     if listed and not redis.call('ZSCORE', ENDED, id) then return 'lost' end
     return false
@@ -29,23 +30,27 @@ local function merge_lists(json, more)
   return cjson.encode(list)
 end
 
-function ops.begin(id, old_token, old_epoch, old_version, old_annotations, owner, token, execution, epoch, pipeline, flow_version, lease, input, tags)
-  local f = redis.call('HMGET', run, 'token', 'epoch', 'version', 'owner', 'annotation_version')
+function ops.begin(id, old_token, old_epoch, old_version, old_annotations, owner, token, execution, epoch,
+    pipeline, flow_version, lease, input, tags)
+  local f = redis.call('HMGET', run, 'token', 'epoch', 'writes', 'owner', 'annotated')
   if f[4] == owner then return tonumber(f[3]) end
   if (f[1] or '') ~= old_token then return 'changed' end
-  if f[1] and (f[2] ~= old_epoch or f[3] ~= old_version or (f[5] or '') ~= old_annotations) then return 'changed' end
+  local is_same = f[2] == old_epoch and f[3] == old_version and (f[5] or '') == old_annotations
+  if f[1] and not is_same then return 'changed' end
   local us = now_us()
   local ms = math.floor(us / 1000)
   local version = (f[3] or 0) + 1
   if f[1] then
     leave_queues(id)
     set_wake(id, '')
-    redis.call('HDEL', run, 'priority', 'queue_key', 'expires_ms')
+    redis.call('HDEL', run, 'priority', 'key', 'expires_ms')
     redis.call('DEL', p .. 'events')
   end
-  redis.call('HSET', run, 'token', token, 'run_id', id, 'pipeline', pipeline, 'flow_version', flow_version, 'execution', execution,
+  redis.call('HSET', run, 'token', token, 'run_id', id, 'pipeline', pipeline, 'version', flow_version,
+    'execution', execution,
     'status', 'RUNNING', 'started_ms', ms, 'updated_ms', ms, 'tokens', 0, 'cost_pico', 0, 'latency_ns', 0,
-    'owner', owner, 'epoch', epoch, 'until_ms', ms + lease, 'nodes', 0, 'commits', 0, 'attempts', 0, 'identities', 0, 'version', version)
+    'owner', owner, 'epoch', epoch, 'until_ms', ms + lease, 'nodes', 0, 'commit_count', 0,
+    'attempt_count', 0, 'identities', 0, 'writes', version)
   redis.call('HDEL', run, 'error', 'tags')
   if tags ~= '' then redis.call('HSET', run, 'tags', tags) end
   if not f[1] then
@@ -65,23 +70,27 @@ function ops.begin(id, old_token, old_epoch, old_version, old_annotations, owner
   return version
 end
 
-function ops.take_over(id, token, old_epoch, old_version, old_annotations, owner, execution, epoch, lease, discard, tags, flow_version)
-  local f = redis.call('HMGET', run, 'token', 'epoch', 'version', 'owner', 'annotation_version', 'status', 'flow_version')
+function ops.take_over(id, token, old_epoch, old_version, old_annotations, owner, execution, epoch, lease,
+    discard, tags, flow_version)
+  local f = redis.call('HMGET', run, 'token', 'epoch', 'writes', 'owner', 'annotated', 'status', 'version')
   if f[4] == owner then return tonumber(f[3]) end
-  if f[1] ~= token or f[2] ~= old_epoch or f[3] ~= old_version or (f[5] or '') ~= old_annotations then return 'changed' end
+  local is_same = f[2] == old_epoch and f[3] == old_version and (f[5] or '') == old_annotations
+  if f[1] ~= token or not is_same then return 'changed' end
   if not is_complete(execution) then return 'lost' end
   local ms = now_ms()
   local version = f[3] + 1
   redis.call('HSET', run, 'status', 'RUNNING', 'owner', owner, 'epoch', epoch, 'until_ms', ms + lease,
-    'updated_ms', ms, 'version', version)
+    'updated_ms', ms, 'writes', version)
   leave_queues(id)
   redis.call('HDEL', run, 'error', 'wake_ms')
   -- A run that was submitted without a version has that of the code which starts it.
-  if f[6] == 'QUEUED' and (f[7] or '') == '' then redis.call('HSET', run, 'flow_version', flow_version) end
+  if f[6] == 'QUEUED' and (f[7] or '') == '' then redis.call('HSET', run, 'version', flow_version) end
   local pipeline = redis.call('HGET', run, 'pipeline') or ''
   redis.call('ZADD', DUE .. lane(), ms + lease, id)
   set_live(id, pipeline, ms + lease)
-  if tags ~= '' then redis.call('HSET', run, 'tags', merge_lists(redis.call('HGET', run, 'tags') or '[]', tags)) end
+  if tags ~= '' then
+    redis.call('HSET', run, 'tags', merge_lists(redis.call('HGET', run, 'tags') or '[]', tags))
+  end
   if discard ~= '' then
     local steps, nodes, commits, top = p .. 'steps:' .. execution, p .. 'nodes:' .. execution, 0, 0
     for _, field in ipairs(redis.call('HKEYS', nodes)) do
@@ -93,7 +102,7 @@ function ops.take_over(id, token, old_epoch, old_version, old_annotations, owner
         if string.match(field, '^%d+:$') then top = top + 1 end
       end
     end
-    redis.call('HSET', run, 'commits', commits, 'nodes', top)
+    redis.call('HSET', run, 'commit_count', commits, 'nodes', top)
   end
   persist(tonumber(execution))
   redis.call('ZADD', RUNS, 'NX', now_us(), id)
@@ -107,10 +116,11 @@ function ops.replace_owner(owner)
   return 0
 end
 
-function ops.commit(token, execution, epoch, owner, acknowledged, lease, at, attempt, cost, tokens, latency, failed, place, node, step, identity, position)
+function ops.commit(token, execution, epoch, owner, acknowledged, lease, at, attempt, cost, tokens, latency,
+    failed, place, node, step, identity, position)
   local attempts = p .. 'attempts:' .. execution
   if redis.call('HGET', run, 'token') == token and redis.call('HEXISTS', attempts, at) == 1 then
-    return tonumber(redis.call('HGET', run, 'version'))
+    return tonumber(redis.call('HGET', run, 'writes'))
   end
   local problem = fence_problem(token, epoch, owner, acknowledged)
   if problem then return problem end
@@ -126,7 +136,7 @@ function ops.commit(token, execution, epoch, owner, acknowledged, lease, at, att
     end
   end
   redis.call('HSET', attempts, at, attempt)
-  redis.call('HINCRBY', run, 'attempts', 1)
+  redis.call('HINCRBY', run, 'attempt_count', 1)
   if identity ~= '' and redis.call('HSET', p .. 'identities:' .. execution, identity, position) == 1 then
     redis.call('HINCRBY', run, 'identities', 1)
   end
@@ -138,14 +148,14 @@ function ops.commit(token, execution, epoch, owner, acknowledged, lease, at, att
     local order = redis.call('HINCRBY', run, 'order', 1)
     redis.call('HSET', p .. 'nodes:' .. execution, place, string.format('%.0f ', order) .. node)
     if redis.call('HSET', p .. 'steps:' .. execution, place, step) == 1 then
-      redis.call('HINCRBY', run, 'commits', 1)
+      redis.call('HINCRBY', run, 'commit_count', 1)
       if string.match(place, '^%d+:$') then redis.call('HINCRBY', run, 'nodes', 1) end
     end
   end
   local ms = now_ms()
   redis.call('HSET', run, 'updated_ms', ms)
   if redis.call('HEXISTS', run, 'until_ms') == 1 then redis.call('HSET', run, 'until_ms', ms + lease) end
-  return redis.call('HINCRBY', run, 'version', 1)
+  return redis.call('HINCRBY', run, 'writes', 1)
 end
 
 function ops.finish(id, token, execution, epoch, owner, acknowledged, status, error, ttl, updated, wake)
@@ -168,7 +178,7 @@ function ops.finish(id, token, execution, epoch, owner, acknowledged, status, er
   else
     set_wake(id, '')
   end
-  local version = redis.call('HINCRBY', run, 'version', 1)
+  local version = redis.call('HINCRBY', run, 'writes', 1)
   if ttl ~= '' then
     redis.call('ZADD', ENDED, ms + ttl, id)
     for _, key in ipairs(keys_of(tonumber(execution))) do redis.call('PEXPIREAT', key, ms + ttl) end
@@ -179,13 +189,13 @@ end
 function ops.renew(token, epoch, owner, acknowledged, lease)
   local problem = fence_problem(token, epoch, owner, acknowledged)
   if problem then return problem end
-  if redis.call('HEXISTS', run, 'until_ms') == 0 then return tonumber(redis.call('HGET', run, 'version')) end
+  if redis.call('HEXISTS', run, 'until_ms') == 0 then return tonumber(redis.call('HGET', run, 'writes')) end
   local ms = now_ms()
   redis.call('HSET', run, 'until_ms', ms + lease)
   local f = redis.call('HMGET', run, 'pipeline', 'run_id')
   redis.call('ZADD', DUE .. lane(), 'XX', ms + lease, f[2] or '')
   set_live(f[2] or '', f[1] or '', ms + lease)
-  return redis.call('HINCRBY', run, 'version', 1)
+  return redis.call('HINCRBY', run, 'writes', 1)
 end
 
 -- Releases an execution that has just begun, until a worker opens it.
@@ -196,17 +206,17 @@ function ops.enqueue(id, owner, due, priority, key, expires)
   redis.call('ZREM', LIVE .. f[2], id)
   redis.call('HSET', run, 'status', 'QUEUED', 'priority', priority)
   redis.call('HDEL', run, 'until_ms')
-  if key ~= '' then redis.call('HSET', run, 'queue_key', string.sub(key, 2)) end
+  if key ~= '' then redis.call('HSET', run, 'key', string.sub(key, 2)) end
   if expires ~= '' then redis.call('HSET', run, 'expires_ms', expires) end
   join_queue(id, due)
-  return redis.call('HINCRBY', run, 'version', 1)
+  return redis.call('HINCRBY', run, 'writes', 1)
 end
 
 -- Returns true if a worker has claimed a run.
 local function is_claimed(claim_until, ms) return (tonumber(claim_until or 0) or 0) >= ms end
 
--- Claims a run for a worker; with a negative time, it gives it back; with the token '', it keeps it from all workers.
--- Returns 0 if it is no longer free.
+-- Claims a run for a worker; with a negative time, it gives it back; with the token '', it keeps it from all
+-- workers. Returns 0 if it is no longer free.
 function ops.claim(id, now, token, claim_ms)
   local ms = now_ms()
   local f = redis.call('HMGET', run, 'status', 'until_ms', 'wake_ms', 'claim', 'claim_until', 'pipeline')
@@ -227,7 +237,8 @@ function ops.block(id, message, since, blocked_until, codes)
   if message then
     leave_queue()
     redis.call('ZREM', DUE .. lane(), id)
-    redis.call('HSET', run, 'blocked', message, 'blocked_since', since, 'blocked_until', blocked_until, 'blocked_codes', codes)
+    redis.call('HSET', run, 'blocked', message, 'blocked_since_ms', since,
+      'blocked_until_ms', blocked_until, 'blocked_codes', codes)
     redis.call('ZADD', BLOCKED .. lane(), since, id)
   elseif unblock(id) then
     local wake = redis.call('HGET', run, 'wake_ms')

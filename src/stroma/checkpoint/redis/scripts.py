@@ -1,35 +1,41 @@
-"""The Lua script that runs in the Redis server. It is one script, so that it is loaded completely or not at all.
+"""The Lua script that runs in the Redis server: one script, which is loaded completely or not at all.
 
 ``EVALSHA sha 1 PREFIX operation arguments...``; every operation is one atomic step. Every operation is
 idempotent: after a lost reply the same command is sent again. Redis does not roll back a failed script, so
 everything that can fail (no memory, a read-only replica, a sum that overflows) fails at the first write. The
-reads and writes of an operation of a store are one step too: `transact` checks that the runs it has read are
-unchanged, and writes nothing if one of them has changed.
+reads and writes of an operation of a store are one step too: ``transact`` checks that the runs it has read
+are unchanged, and writes nothing if one of them has changed.
 
 The keys of a run, under its prefix ``stroma:{<id, percent-encoded>}:``
 
-    run           hash: the row of the run. token distinguishes runs of the same id; version is incremented by
-    every write
-                  of a session, annotation_version by every change of an annotation; commits, attempts and
-                  identities are the numbers of rows that must exist; tx is the last transaction that read it
-                  before it wrote
-    inputs        hash: execution -> input steps:E       hash: "position:branch" -> output nodes:E       hash:
-    "position:branch" -> "order node id", to find the newest output without reading outputs attempts:E
-    hash: "epoch:position:start:attempt:branch" -> attempt identities:E  hash: identity of a step of plain
-    code -> position failed:E      list: the fields in attempts:E of the last failed attempts, the latest
-    first annotations:P hash: branch -> annotation, for each kind of Annotation except states from save()
-    events        stream: "epoch-last" -> a batch of events of the last execution saved         hash: node id
-    -> "order until", a newline, and the state from save() deleted:TOKEN exists for a while after the run was
-    deleted, to distinguish it from a lost run
+    run            hash: the row of the run. Besides the fields of a RunRow: token, which distinguishes runs
+                   of one id; writes and annotated, the numbers of writes of sessions and of changes of
+                   annotations; tx, the last transaction that read it before it wrote
+    inputs         hash: execution -> input
+    steps:E        hash: "position:branch" -> output
+    nodes:E        hash: "position:branch" -> number of the commit, and its NodeFacts
+    attempts:E     hash: "epoch:position:start:attempt:branch" -> attempt
+    failed:E       list: the fields in attempts:E of the last failed attempts, the latest first
+    identities:E   hash: identity of a step of plain code -> position
+    annotations:P  hash: branch -> annotation, for each kind of Annotation except states from save()
+    events         stream: "epoch-last" -> a batch of events of the last execution
+    saved          hash: node id -> "order until", a newline, and the state from save()
+    deleted:TOKEN  exists for a while after the run was deleted, to distinguish it from a lost run
 
-and of all runs: stroma:runs (zset: id by start), stroma:ids (zset: id, for prefixes), stroma:ended (zset: id
-by when its keys expire). A run that is in the first but not in the last one, and has no keys, has lost them.
-stroma:live:<pipeline> (zset: id by the end of its lease or claim). For each lane, which is a pipeline and a
-version: stroma:due:<lane> (zset: id by when a worker may continue it: the end of the lease when it was opened
-or renewed, or wake_ms), stroma:queue:<lane, see queue_of> (zset for each key of queued runs: "due order:id"
-by priority), stroma:queuekeys:<lane> (set: the keys of queued runs), and stroma:blocked:<lane> (zset: id by
-the start of its mark), whose runs are in none of the others. Shared by all runs: a hash stroma:cell:<name,
-percent-encoded> for each cell, with its data, and the number and the maker of its last change.
+Of all runs:
+
+    stroma:runs, stroma:ids    zset: id by start; id, for prefixes
+    stroma:ended               zset: id by when its keys expire. A run without keys that is in the first but
+                               not in this one has lost them
+    stroma:live:<pipeline>     zset: id by the end of its lease or claim
+    stroma:cell:<name, percent-encoded>  hash: data of a cell, number and maker of its last change
+
+Of a lane, which is a pipeline and a version:
+
+    stroma:due:<lane>          zset: id by when a worker may continue it: the end of its lease, or wake_ms
+    stroma:queue:<queue_of()>  zset for each key of queued runs: "due order:id" by priority
+    stroma:queuekeys:<lane>    set: the keys of queued runs
+    stroma:blocked:<lane>      zset: id by the start of its mark; these runs are in none of the others
 """
 
 from __future__ import annotations
@@ -39,7 +45,6 @@ from collections.abc import Iterable
 from typing import Final
 
 from stroma.checkpoint.durable.rows import Annotation
-from stroma.checkpoint.records import ATTEMPT_COLUMNS
 from stroma.checkpoint.redis.format import EXECUTION_KEYS, RUN_KEYS, annotations_key
 from stroma.checkpoint.redis.script_records import RECORDS
 from stroma.checkpoint.redis.script_sessions import SESSIONS
@@ -61,7 +66,6 @@ def _lua_list(texts: Iterable[str]) -> str:
 _NAMES: Final = f"""
 local RUN_KEYS, EXECUTION_KEYS = {_lua_list(RUN_KEYS)}, {_lua_list(EXECUTION_KEYS)}
 local SAVED, PARENT = '{annotations_key(Annotation.SAVED)}', '{annotations_key(Annotation.PARENT)}'
-local ATTEMPT = {{{", ".join(f"{name} = {at}" for at, name in enumerate(ATTEMPT_COLUMNS, start=1))}}}
 """
 
 _COMMON: Final = r"""
@@ -69,7 +73,8 @@ local p, op = KEYS[1], ARGV[1]
 local run = p .. 'run'
 local MAX_EXECUTIONS = 100000  -- a damaged row may have any number
 local RUNS, IDS, ENDED, DUE = 'stroma:runs', 'stroma:ids', 'stroma:ended', 'stroma:due:'
-local LIVE, QUEUE, QUEUE_KEYS, BLOCKED = 'stroma:live:', 'stroma:queue:', 'stroma:queuekeys:', 'stroma:blocked:'
+local LIVE, QUEUE, QUEUE_KEYS, BLOCKED = 'stroma:live:', 'stroma:queue:', 'stroma:queuekeys:',
+    'stroma:blocked:'
 
 local function now_us()
   local t = redis.call('TIME')
@@ -96,9 +101,10 @@ end
 
 -- Returns true if an execution has all rows that its run counts: eviction may remove any key.
 local function is_complete(e)
-  local f = redis.call('HMGET', run, 'commits', 'attempts', 'identities')
+  local f = redis.call('HMGET', run, 'commit_count', 'attempt_count', 'identities')
   local commits, attempts, identities = tonumber(f[1]), tonumber(f[2]), tonumber(f[3] or 0)
-  return redis.call('HLEN', p .. 'steps:' .. e) == commits and redis.call('HLEN', p .. 'nodes:' .. e) == commits
+  return redis.call('HLEN', p .. 'steps:' .. e) == commits and redis.call('HLEN', p .. 'nodes:' .. e) ==
+      commits
     and redis.call('HLEN', p .. 'attempts:' .. e) == attempts
     and redis.call('HLEN', p .. 'identities:' .. e) == identities
     and redis.call('EXISTS', p .. 'inputs') == 1
@@ -106,7 +112,7 @@ end
 
 -- Returns the reason why a session may not write; nil if it may.
 local function fence_problem(token, epoch, owner, acknowledged)
-  local f = redis.call('HMGET', run, 'token', 'epoch', 'owner', 'version')
+  local f = redis.call('HMGET', run, 'token', 'epoch', 'owner', 'writes')
   if not f[1] then return redis.call('EXISTS', p .. 'deleted:' .. token) == 1 and 'deleted' or 'lost' end
   if f[1] ~= token then return 'fenced' end
   if tonumber(f[2]) < tonumber(epoch) then return 'lost' end
@@ -135,7 +141,7 @@ local function lane_of(pipeline, version) return version == '' and pipeline or p
 
 -- Returns the lane of the run.
 local function lane()
-  local f = redis.call('HMGET', run, 'pipeline', 'flow_version')
+  local f = redis.call('HMGET', run, 'pipeline', 'version')
   return lane_of(f[1] or '', f[2] or '')
 end
 
@@ -143,7 +149,7 @@ end
 local function queue_of(lane, key) return QUEUE .. #lane .. ':' .. lane .. ':' .. key end
 
 local function leave_queue()
-  local f = redis.call('HMGET', run, 'queued', 'queue_key')
+  local f = redis.call('HMGET', run, 'queued', 'key')
   if not f[1] then return end
   local key, place = f[2] or '', lane()
   local queue = queue_of(place, key)
@@ -157,7 +163,7 @@ local function report_news() redis.call('PUBLISH', 'stroma:news', '') end
 
 local function join_queue(id, due)
   leave_queue()
-  local f = redis.call('HMGET', run, 'queue_key', 'priority', 'order')
+  local f = redis.call('HMGET', run, 'key', 'priority', 'order')
   local key, member, place = f[1] or '', string.format('%015.0f %018.0f:', due, f[3]) .. id, lane()
   redis.call('ZADD', queue_of(place, key), f[2], member)
   redis.call('HSET', run, 'queued', member, 'wake_ms', due)
@@ -181,7 +187,7 @@ end
 -- Deletes the mark of a blocked run, and returns true if it had one.
 local function unblock(id)
   redis.call('ZREM', BLOCKED .. lane(), id)
-  return redis.call('HDEL', run, 'blocked', 'blocked_since', 'blocked_until', 'blocked_codes') > 0
+  return redis.call('HDEL', run, 'blocked', 'blocked_since_ms', 'blocked_until_ms', 'blocked_codes') > 0
 end
 
 -- Records until when a run has an owner or a claim.
@@ -201,14 +207,14 @@ local ops = {}
 """
 
 _DISPATCH: Final = r"""
--- Performs several operations, none if a run has changed. ARGV: the name of the transaction, the runs that must be unchanged
--- (prefix, token, version, annotation_version), and for each operation its length, prefix, name and values. The replies end with
--- the first refusal, which undoes no operation before it, see Rows. A repeated transaction finds its name and skips the checks;
--- each of its operations finds its earlier changes.
+-- Performs several operations, none if a run has changed. ARGV: the name of the transaction, the runs that
+-- must be unchanged (prefix, token, version, annotation_version), and for each operation its length, prefix,
+-- name and values. The replies end with the first refusal, which undoes no operation before it, see Rows. A
+-- repeated transaction finds its name and skips the checks; each of its operations finds its earlier changes.
 local function transact()
   local tx, checks, at, replies = ARGV[2], cjson.decode(ARGV[3]), 4, {}
   for _, check in ipairs(checks) do
-    local f = redis.call('HMGET', check[1] .. 'run', 'token', 'version', 'annotation_version', 'tx')
+    local f = redis.call('HMGET', check[1] .. 'run', 'token', 'writes', 'annotated', 'tx')
     if f[4] ~= tx and ((f[1] or '') ~= check[2] or (f[2] or '') ~= check[3] or (f[3] or '') ~= check[4]) then
       return 'changed'
     end

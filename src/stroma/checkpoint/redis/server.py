@@ -13,7 +13,7 @@ from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.redis.format import as_hash, as_text, info_lines
 from stroma.checkpoint.redis.scripts import SCRIPT, SHA
 
-__all__ = ["RedisEndpoint", "RedisLink", "script_command"]
+__all__ = ["RedisEndpoint", "RedisLink", "risks", "script_command"]
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ class RedisEndpoint:
         self.no_script: type[Exception] = driver.exceptions.NoScriptError
         self._driver = driver
         self._url = url
-        self._has_checked_settings = False
+        self.has_checked_settings = False
 
     def link(self) -> RedisLink:
         """Return a link with its own connections, which are opened on first use."""
@@ -89,7 +89,7 @@ class RedisEndpoint:
         return client
 
     def receive_news(self) -> Iterator[bool]:
-        """Yield True for each message that a run may be due, and False every few seconds. Raises the driver's errors."""
+        """Yield True for each message that a run may be due, False every few seconds. Raises errors."""
         client = self.client()
         try:
             with client.pubsub(ignore_subscribe_messages=True) as channel:
@@ -102,7 +102,7 @@ class RedisEndpoint:
     # ------------------------------------------------------------------ errors
 
     def retry(self, call: Callable[[], T], before_retry: Callable[[], None]) -> T:
-        """Repeat a call until it has no temporary error. Raises the driver's error after ``patience_seconds``.
+        """Repeat a call until it has no temporary error, for ``patience_seconds``. Raises the driver's error.
 
         The call may have been executed in spite of an error, so it must be idempotent.
         """
@@ -145,8 +145,8 @@ class RedisEndpoint:
             error, "AuthenticationError", "AuthorizationError", "NOAUTH", "NOPERM", "NoPermissionError"
         ):
             explained = permanent_error(
-                f"{name} refused the user of the URL ({text}); correct the user and the password, and allow it the "
-                "keys stroma:*, EVALSHA and SCRIPT LOAD"
+                f"{name} refused the user of the URL ({text}); correct the user and the password, and "
+                "allow it the keys stroma:*, EVALSHA and SCRIPT LOAD"
             )
         elif _mentions(error, "MOVED", "MovedError", "CROSSSLOT", "CrossSlotError", "ClusterDownError"):
             explained = permanent_error(
@@ -172,8 +172,8 @@ class RedisEndpoint:
             )
         elif self.is_temporary(error):
             explained = StoreError(
-                f"cannot reach {name} ({text or type(error).__name__}), tried for {self.patience_seconds:g} s; start the "
-                "server, or correct the URL, then resume"
+                f"cannot reach {name} ({text or type(error).__name__}), tried for "
+                f"{self.patience_seconds:g} s; start the server, or correct the URL, then resume"
             )
         else:
             explained = StoreError(f"{name} refused a command ({text}); fix the cause, then resume")
@@ -182,42 +182,16 @@ class RedisEndpoint:
 
     # ------------------------------------------------------------------ durability
 
-    def check_settings(self, execute: Callable[..., Any]) -> None:
-        """Log a warning, once for each server and process, about settings that may lose data.
-
-        ``execute``: returns the reply to a command.
-        """
-        if self._has_checked_settings:
-            return
-        settings = _read_settings(execute)
+    def check_settings(self, settings: dict[str, str]) -> None:
+        """Log a warning, once for each server and process, about settings that may lose data."""
         limit = settings.get("proto-max-bulk-len", "")
         self.max_value_bytes = int(limit) if limit.isdecimal() else _MAX_VALUE_BYTES
-        for problem in _problems(settings):
+        for problem in risks(settings):
             message = f"{self.name}: {problem}"
             if message not in _warned:
                 _warned.add(message)
                 _log.warning("%s", message)
-        self._has_checked_settings = True
-
-
-def _read_settings(execute: Callable[..., Any]) -> dict[str, str]:
-    """Return the settings of the server that this user may read."""
-    settings: dict[str, str] = {}
-    for section in ("persistence", "memory"):
-        reply = execute("INFO", section)
-        if isinstance(reply, Exception):
-            continue
-        facts = dict(line.split(":", 1) for line in info_lines(reply) if ":" in line)
-        if "aof_enabled" in facts:
-            settings["appendonly"] = "no" if facts["aof_enabled"] == "0" else "yes"
-        if "maxmemory_policy" in facts:
-            settings["maxmemory-policy"] = facts["maxmemory_policy"]
-    for setting in ("appendonly", "appendfsync", "maxmemory-policy", "save", "proto-max-bulk-len"):
-        reply = execute("CONFIG", "GET", setting)
-        if isinstance(reply, Exception):
-            break
-        settings.update((key, as_text(value)) for key, value in as_hash(reply).items())
-    return settings
+        self.has_checked_settings = True
 
 
 def _mentions(error: BaseException, *words: str) -> bool:
@@ -225,13 +199,15 @@ def _mentions(error: BaseException, *words: str) -> bool:
     return any(word in text for word in words)
 
 
-def _problems(settings: dict[str, str]) -> list[str]:
+def risks(settings: dict[str, str]) -> list[str]:
+    """Return the settings of a server that may lose data, each with the fix."""
     problems = []
     policy = settings.get("maxmemory-policy", "noeviction")
     if settings.get("appendonly") == "no":
         lost = "everything since its last snapshot" if settings.get("save", "?") else "everything"
         problems.append(
-            f"appendonly is off: {lost} is lost when the server crashes; set appendonly yes and appendfsync always"
+            f"appendonly is off: {lost} is lost when the server crashes; set appendonly yes and "
+            "appendfsync always"
         )
     elif settings.get("appendfsync") == "everysec":
         problems.append(
@@ -245,8 +221,8 @@ def _problems(settings: dict[str, str]) -> list[str]:
         )
     if policy.startswith("allkeys-"):
         problems.append(
-            f"maxmemory-policy is {policy}: runs may be evicted when memory is short, also those in progress; "
-            "set maxmemory-policy noeviction"
+            f"maxmemory-policy is {policy}: runs may be evicted when memory is short, also those in "
+            "progress; set maxmemory-policy noeviction"
         )
     elif policy.startswith("volatile-"):
         problems.append(
@@ -272,18 +248,20 @@ class RedisLink:
         return self.server.retry(lambda: self._send(commands, atomic), self._disconnect_idle)
 
     def size_error(self, command: tuple[Any, ...]) -> StoreError | None:
-        """Return the error for a command with a value that is too large for the server; None if it can be sent."""
+        """Return the error for a command with a value that is too large for the server, or None."""
         limit = self.server.max_value_bytes
         for value in command:
             if type(value) is bytes and (size := len(value)) > limit:
                 return permanent_error(
-                    f"a payload of {size} bytes is larger than {self.server.name} accepts (proto-max-bulk-len is "
+                    f"a payload of {size} bytes is larger than {self.server.name} accepts "
+                    "(proto-max-bulk-len is "
                     f"{limit}); pass blobs= to the store, or raise that setting, then resume"
                 )
         return None
 
     def _send(self, commands: Sequence[tuple[Any, ...]], atomic: bool) -> list[Any]:
-        self.server.check_settings(self._execute)
+        if not self.server.has_checked_settings:
+            self.server.check_settings(self.settings())
         for command in commands:
             if (problem := self.size_error(command)) is not None:
                 raise problem
@@ -297,6 +275,22 @@ class RedisLink:
             if isinstance(reply, Exception) and self.server.is_temporary(reply):
                 raise reply
         return replies
+
+    def settings(self) -> dict[str, str]:
+        """Return the settings of the server that this user may read, and its version."""
+        settings: dict[str, str] = {}
+        for section in ("server", "persistence", "memory"):
+            reply = self._execute("INFO", section)
+            if not isinstance(reply, Exception):
+                settings |= dict(line.split(":", 1) for line in info_lines(reply) if ":" in line)
+        settings["appendonly"] = "no" if settings.get("aof_enabled") == "0" else "?"
+        settings["maxmemory-policy"] = settings.get("maxmemory_policy", "noeviction")
+        for setting in ("appendonly", "appendfsync", "maxmemory-policy", "save", "proto-max-bulk-len"):
+            reply = self._execute("CONFIG", "GET", setting)
+            if isinstance(reply, Exception):
+                break
+            settings |= {key: as_text(value) for key, value in as_hash(reply).items()}
+        return settings
 
     def _execute(self, *command: Any) -> Any:
         (reply,) = self._send_once([command], False)

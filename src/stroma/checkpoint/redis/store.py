@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
-import weakref
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -75,7 +74,7 @@ class _RedisJournal(DurableStore):
         return Listener(self._server.receive_news, on_news)
 
     def close(self) -> None:
-        """Write queued operations, then disconnect. Blocks until that is done; the store cannot write afterwards."""
+        """Write queued operations, then disconnect, for good. Blocks until that is done."""
         super().close()
         link = self._links.pop(generation(), None)
         if link is not None:
@@ -134,11 +133,9 @@ class SyncRedisStore(_RedisJournal):
     def __init__(self, redis_url: str, ttl_seconds: int | None = 3600, **options: Any) -> None:
         super().__init__(redis_url, ttl_seconds, **options)
         self._calls = _Calls(self)
-        #: Event loops of the sync calls. By generation: a forked child has its own.
-        self._loops: dict[int, asyncio.AbstractEventLoop] = {}
 
     def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
-        """Store a state as the last one of a node. Raises NotSerialisable, ValueError for an id, StoreError."""
+        """Store a state as the last one of a node. Raises NotSerialisable, ValueError, StoreError."""
         self._wait(self._calls.save(run_id, node_id, state))
 
     def load(self, run_id: str, node_id: str) -> BaseModel | None:
@@ -150,31 +147,18 @@ class SyncRedisStore(_RedisJournal):
         self._wait(self._calls.save_typed(run_id, node_id, state, schema))
 
     def load_typed(self, run_id: str, node_id: str, schema: type[BaseModel]) -> BaseModel | None:
-        """Load as an instance of ``schema``, or None. Raises CorruptCheckpoint if it is damaged or not one."""
+        """Load as an instance of ``schema``, or None. Raises CorruptCheckpoint if it is not one."""
         return self._wait(self._calls.load_typed(run_id, node_id, schema))
 
     def delete(self, run_id: str) -> None:
         """Delete all executions and states of a run. A session that has it open is fenced off."""
         self._wait(self._calls.delete(run_id))
 
-    def _wait(self, call: Coroutine[Any, Any, T]) -> T:
-        loop = self._loops.get(generation())
-        if loop is None:
-            fresh = asyncio.new_event_loop()
-            loop = self._loops.setdefault(generation(), fresh)
-            if loop is fresh:
-                threading.Thread(target=_run, args=(loop,), name="stroma-redis-calls", daemon=True).start()
-                weakref.finalize(self, _stop, loop).atexit = False
-            else:
-                fresh.close()
-        return asyncio.run_coroutine_threadsafe(call, loop).result()
-
-    def close(self) -> None:
-        """Write queued operations, then disconnect. Blocks until that is done; the store cannot write afterwards."""
-        super().close()
-        loop = self._loops.pop(generation(), None)
-        if loop is not None:
-            _stop(loop)
+    @staticmethod
+    def _wait(call: Coroutine[Any, Any, T]) -> T:
+        """Run a call in a thread of its own: this one may have an event loop that is running."""
+        with ThreadPoolExecutor(1, "stroma-redis-calls") as thread:
+            return thread.submit(asyncio.run, call).result()
 
 
 class _Calls(_RedisJournal, AsyncStates):
@@ -183,16 +167,6 @@ class _Calls(_RedisJournal, AsyncStates):
     def __init__(self, store: _RedisJournal) -> None:
         # Both share workers and connections, without references to each other.
         vars(self).update(vars(store))
-
-
-def _run(loop: asyncio.AbstractEventLoop) -> None:
-    loop.run_forever()
-    loop.close()
-
-
-def _stop(loop: asyncio.AbstractEventLoop) -> None:
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(loop.stop)
 
 
 def _driver(store: str) -> Any:

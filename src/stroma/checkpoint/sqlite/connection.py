@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import sqlite3
 from collections.abc import Callable
 
-from stroma.checkpoint.durable.operations import Commit
 from stroma.checkpoint.durable.worker import Job, permanent_error
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.sqlite.file import DatabaseFile, is_fatal
@@ -28,7 +26,7 @@ class SqliteConnection:
         FORKS.idle.add(self)
 
     def apply(self, batch: list[Job], more: Callable[[], bool]) -> Callable[[], StoreError] | None:
-        """Perform the batch in one transaction. If an operation fails, repeat it with a savepoint for each operation."""
+        """Perform the batch in one transaction, each operation in a savepoint: one that fails is undone."""
         with FORKS.prevent():
             return self._apply(batch, more)
 
@@ -38,18 +36,18 @@ class SqliteConnection:
         try:
             db = self._open()
             rows = SqliteRows(db)
-            if not self._perform_all(rows, batch, more):
-                file.retry_while_locked(lambda: db.execute("BEGIN IMMEDIATE"))
-                for job in batch:
-                    self._perform(rows, job)
-            attempt_counts = rows.attempt_counts()
+            file.retry_while_locked(lambda: db.execute("BEGIN IMMEDIATE"))
+            done = 0
+            while done < len(batch) or more():
+                self._perform(rows, batch[done])
+                done += 1
             file.retry_while_locked(lambda: db.execute("COMMIT"))
             if rows.merges_log:
                 _merge_log(db)
         except (sqlite3.Error, StoreError) as error:
             failed = error
         else:
-            for fence, attempts in attempt_counts:
+            for fence, attempts in rows.attempt_counts:
                 fence.acknowledge(attempts)
             return None
         more()  # Queued operations would fail for the same reason, one after another.
@@ -76,33 +74,8 @@ class SqliteConnection:
                 except sqlite3.Error:
                     pass  # Acknowledged data is in the WAL, which the next connection reads.
 
-    def _perform_all(self, rows: SqliteRows, batch: list[Job], more: Callable[[], bool]) -> bool:
-        """Perform all operations in a transaction, which stays open. If one fails, roll back and return False."""
-        db = rows.db
-        self._file.retry_while_locked(lambda: db.execute("BEGIN IMMEDIATE"))
-        done = 0
-        while done < len(batch) or more():
-            try:
-                commits = _consecutive_commits(batch, done)
-                if len(commits) > 1:
-                    succeeded = rows.commit_all(commits)
-                    done += len(commits)
-                else:
-                    succeeded = True
-                    batch[done].value = batch[done].operation(rows)
-                    done += 1
-            except Exception as error:
-                if is_fatal(error):
-                    raise
-                succeeded = False
-            if not succeeded:
-                if db.in_transaction:  # After some errors SQLite has rolled back already.
-                    db.execute("ROLLBACK")
-                return False
-        return True
-
     def _perform(self, rows: SqliteRows, job: Job) -> None:
-        db = rows.db
+        db, recorded = rows.db, len(rows.attempt_counts)
         db.execute("SAVEPOINT one")
         try:
             job.value = job.operation(rows)
@@ -110,6 +83,7 @@ class SqliteConnection:
             if is_fatal(error) or not db.in_transaction:  # After some errors SQLite has rolled back already.
                 raise
             db.execute("ROLLBACK TO one")
+            del rows.attempt_counts[recorded:]
             job.error = self._explain(error)
         db.execute("RELEASE one")
 
@@ -142,18 +116,8 @@ class SqliteConnection:
 
 
 def _merge_log(db: sqlite3.Connection) -> None:
-    """Copy what is in the WAL into the database file, as far as no reader needs the old pages. Never waits."""
+    """Copy the WAL into the database file, as far as no reader needs the old pages. Never waits."""
     try:
         db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
     except sqlite3.Error:
         pass  # It stays in the WAL, where every connection finds it.
-
-
-def _consecutive_commits(batch: list[Job], first: int) -> list[Commit]:
-    """Return the consecutive commits from an index on."""
-    commits: list[Commit] = []
-    for job in itertools.islice(batch, first, None):
-        if not isinstance(job.operation, Commit):
-            break
-        commits.append(job.operation)
-    return commits

@@ -105,7 +105,7 @@ class SQLiteStore(AsyncStates):
                 return self._file.retry_while_locked(once)
 
     async def merge_log(self) -> None:
-        """Merge the ``-wal`` file into the database, so that a copy of the database alone has every run. Raises StoreError.
+        """Merge the ``-wal`` file into the database: a copy of that alone has every run. Raises StoreError.
 
         Pages that a reader still needs stay in the ``-wal`` file.
         """
@@ -117,7 +117,7 @@ class SQLiteStore(AsyncStates):
 
 
 def _require_directory(path: str) -> None:
-    """Raise StoreError if the directory of a file does not exist: the first write would, once a node is paid for."""
+    """Raise StoreError without the directory of a file: the first write would, once a node is paid for."""
     directory = os.path.dirname(path)
     try:
         is_missing = not stat.S_ISDIR(os.stat(directory).st_mode)

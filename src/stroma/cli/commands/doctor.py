@@ -60,8 +60,7 @@ def doctor(as_json: bool, db: str | None) -> int:
     """Check the store and its format, the disk, the clock and the packages.
 
     Each line is ok or names the fix; a package that is not installed is missing. Exit code 3 if a check
-    fails. Nothing is changed, except that a store of an older format is upgraded, as by every command that
-    reads it.
+    fails. Nothing is changed.
     """
     findings: list[Diagnosis] = []
     database: Database | None = None

@@ -1,0 +1,1 @@
+"""Tables, statements and rows that the SQLite and the Postgres store share."""

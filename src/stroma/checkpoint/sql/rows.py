@@ -1,0 +1,442 @@
+"""The rows of an SQL store, read and written on one connection."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Final
+
+from stroma.checkpoint.blocked import BlockedMark
+from stroma.checkpoint.decisions import UNFINISHED
+from stroma.checkpoint.durable.integrity import parse_attempt, parse_run, require_undamaged
+from stroma.checkpoint.durable.rows import (
+    Annotation,
+    EventRow,
+    Fence,
+    Opening,
+    RunEnd,
+    RunExtras,
+    RunRow,
+    Step,
+    StepRow,
+    is_free,
+)
+from stroma.checkpoint.events import EXPIRY_MS, MAX_BATCHES, EventPlace
+from stroma.checkpoint.payloads import BLOB
+from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry, QueueFigures
+from stroma.checkpoint.records import (
+    ATTEMPT_COLUMNS,
+    AttemptMark,
+    AttemptRecord,
+    RunQuery,
+    Tally,
+    parse_attempt_mark,
+    stored_values,
+)
+from stroma.checkpoint.sql import statements as sql
+from stroma.checkpoint.sql.search import attempt_page, find_runs, tally
+from stroma.checkpoint.sql.tables import key
+
+__all__ = ["SqlRows", "commit_values"]
+
+#: From so many ids with a prefix on, a search through all runs finds the newest sooner than sorting them.
+_MANY: Final = 5000
+_INDEXED_CHARACTERS: Final = 64  # of an id
+_LAST_CHARACTERS: Final = "\U0010ffff" * (_INDEXED_CHARACTERS + 1)
+_MAX_FAILED: Final = 1000
+
+
+class SqlRows(ABC):
+    """See :class:`stroma.checkpoint.durable.rows.Rows`. The caller begins and ends the transaction."""
+
+    def __init__(self) -> None:
+        #: Fences under which attempts were recorded in this transaction, and the numbers of attempts since.
+        self.attempt_counts: list[tuple[Fence, int]] = []
+
+    # ------------------------------------------------------------------ the database
+
+    @abstractmethod
+    def _execute(self, statement: str, values: dict[str, Any]) -> Any:
+        """Execute a statement of :mod:`stroma.checkpoint.sql.statements`, and return the cursor."""
+
+    @abstractmethod
+    def _execute_each(self, statement: str, values: Sequence[dict[str, Any]]) -> list[list[Any]]:
+        """Execute a statement that returns rows with each of these values, and return the rows of each."""
+
+    @abstractmethod
+    def commit(self, fence: Fence, attempt: AttemptRecord, step: Step | None) -> bool: ...
+
+    def _is_lost(self, owner: str | None, left_seconds: float) -> bool:
+        """Return True if a running run has no owner any more."""
+        return is_free(owner, left_seconds)
+
+    def _run_row(self, values: Sequence[Any]) -> RunRow:
+        return parse_run(values)
+
+    def _machine(self) -> str:
+        """Return the beginning of the owners of runs whose end may be known before their lease ends."""
+        return ""
+
+    def _notify(self) -> None:  # noqa: B027 - SQLite has nothing to notify.
+        """Wake workers that listen."""
+
+    def _all(self, statement: str, **values: Any) -> list[Any]:
+        rows: list[Any] = self._execute(statement, values).fetchall()
+        return rows
+
+    def _one(self, statement: str, **values: Any) -> Any:
+        rows = self._all(statement, **values)
+        return rows[0] if rows else None
+
+    def _run(self, statement: str, **values: Any) -> int:
+        """Execute a statement, and return the number of changed rows."""
+        changed: int = self._execute(statement, values).rowcount
+        return changed
+
+    # ------------------------------------------------------------------ runs
+
+    def find(self, run_id: str, *, lock: bool = False) -> RunRow | None:
+        row = self._one(sql.LOCK if lock else sql.FIND, run_key=key(run_id))
+        run = None if row is None else self._run_row(row)
+        return require_undamaged(run) if lock else run
+
+    def _new_run(self, run_id: str) -> Any:
+        """Create a run without an execution, and return its number."""
+        return self._one(sql.NEW_RUN, run_key=key(run_id), run_id=run_id)[0]
+
+    def begin(self, run: RunRow | None, opening: Opening) -> Fence:
+        number = self._new_run(opening.run_id) if run is None else run.run
+        execution = 1 if run is None else run.execution + 1
+        # Earlier executions stay in the history; their commits are not read any more.
+        self._run(
+            sql.NEW_INPUT,
+            run=number,
+            execution=execution,
+            contract=opening.contract,
+            input=opening.input,
+            sha256=opening.sha256,
+        )
+        fence = self._execute_opening(sql.BEGIN, number, execution, opening)
+        if execution > 1:
+            self._run(sql.UNTAG, run=number)
+            self._run(sql.DISCARD_EVENTS, run=number)
+        self._tag(number, opening)
+        return fence
+
+    def take_over(self, run: RunRow, opening: Opening) -> Fence:
+        if opening.discard_from is not None:
+            first = max(opening.discard_from, 0)
+            discarded = self._run(sql.DISCARD, run=run.run, execution=run.execution, position=first)
+            self._run(sql.COUNT_DISCARDED, run=run.run, discarded=discarded)
+        self._tag(run.run, opening)
+        return self._execute_opening(sql.TAKE_OVER, run.run, run.execution, opening)
+
+    def _execute_opening(self, statement: str, run: Any, execution: int, opening: Opening) -> Fence:
+        epoch, attempts = self._one(
+            statement,
+            run=run,
+            execution=execution,
+            pipeline=opening.pipeline,
+            version=opening.version,
+            owner=opening.owner,
+            lease_ms=int(opening.lease_seconds * 1000),
+        )
+        return Fence(run, execution, epoch, opening.owner, opening.lease_seconds, attempts)
+
+    def _tag(self, run: Any, opening: Opening) -> None:
+        for tag in opening.tags:
+            self._run(sql.TAG, run=run, tag=tag)
+
+    def replace_owner(self, run: RunRow, owner: str) -> Fence:
+        self._run(sql.REPLACE_OWNER, run=run.run, owner=owner)
+        return Fence(run.run, run.execution, run.epoch, owner, 0.0)
+
+    def input(self, run: Any, execution: int) -> tuple[str, bytes, bytes] | None:
+        row: tuple[str, bytes, bytes] | None = self._one(sql.INPUT, run=run, execution=execution)
+        return row
+
+    def steps(self, run: Any, execution: int, lazily_loaded: Sequence[tuple[int, str]] = ()) -> list[StepRow]:
+        statement, values = sql.STEPS, dict[str, Any](run=run, execution=execution)
+        for number, (position, prefix) in enumerate(lazily_loaded):
+            statement += (
+                f" AND NOT (position = :position_{number} AND branch <> ''"
+                f" AND substr(branch, 1, length(CAST(:prefix_{number} AS text))) = :prefix_{number})"
+            )
+            values |= {f"position_{number}": position, f"prefix_{number}": prefix}
+        return _step_rows(self._all(statement, **values))
+
+    def steps_at(self, run: Any, execution: int, position: int, branches: Sequence[str]) -> list[StepRow]:
+        keys = list(map(key, branches))
+        return _step_rows(
+            self._all(sql.STEPS_AT, run=run, execution=execution, position=position, branch_keys=keys)
+        )
+
+    def step_at(self, run: Any, execution: int, position: int, branch: str) -> StepRow | None:
+        row = self._one(sql.STEP_AT, run=run, execution=execution, position=position, branch_key=key(branch))
+        return None if row is None else _step_row(row)
+
+    def is_complete(self, run: RunRow) -> bool:
+        counts = self._one(sql.ROW_COUNTS, run=run.run, execution=run.execution)
+        return tuple(counts) == (1, run.attempt_count, run.commit_count)
+
+    def was_deleted(self, run: Any) -> bool:
+        return bool(self._all(sql.WAS_DELETED, run=run))
+
+    def identities(self, run: Any, execution: int) -> list[tuple[str, int]]:
+        return self._all(sql.IDENTITIES, run=run, execution=execution)
+
+    def finish(self, fence: Fence, end: RunEnd) -> bool:
+        is_unfinished = end.status in UNFINISHED
+        return (
+            self._run(sql.FINISH, **end._asdict(), **_fence_values(fence), is_unfinished=is_unfinished) == 1
+        )
+
+    def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:
+        self._run(sql.WAKE, run=run.run, wake_ms=wake_ms)
+        if wake_ms == 0:
+            self._notify()
+
+    def block(self, run: RunRow, mark: BlockedMark | None) -> None:
+        values = dict.fromkeys(BlockedMark._fields) if mark is None else mark._asdict()
+        if mark is not None:
+            values["codes"] = " ".join(mark.codes)
+        self._run(sql.BLOCK, **values, run=run.run)
+
+    def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
+        return dict(self._all(sql.STATUSES, run_keys=list(map(key, run_ids))))
+
+    def renew(self, fences: list[Fence]) -> list[Fence]:
+        # In the order of their runs, to avoid deadlocks.
+        in_order = sorted(fences, key=lambda fence: fence.run)
+        replies = self._execute_each(sql.RENEW, list(map(_fence_values, in_order)))
+        return [fence for fence, reply in zip(in_order, replies, strict=True) if reply]
+
+    def delete(self, run_id: str) -> None:
+        row = self._one(sql.LOCK_NUMBER, run_key=key(run_id))
+        self._run(sql.FORGET_DELETED)
+        if row is not None:
+            self._run(sql.RECORD_DELETED, run=row[0])
+            for statement in sql.DELETE_RUN:
+                self._run(statement, run=row[0])
+
+    # ------------------------------------------------------------------ queue
+
+    def enqueue(self, fence: Fence, entry: QueueEntry) -> None:
+        self._run(sql.ENQUEUE, **entry._asdict(), run=fence.run)
+        self._notify()
+
+    def candidates(self, pipeline: str, request: ClaimRequest) -> list[Candidate]:
+        code = request.code_of(pipeline)
+        values = {
+            "pipeline": pipeline,
+            "now": request.now_ms,
+            "limit": request.limit,
+            "machine": self._machine(),
+            "versions": list(code.versions),
+            "code": code.name,
+        }
+        candidates = [
+            Candidate(*row) for statement in sql.CANDIDATES for row in self._all(statement, **values)
+        ]
+        if not request.with_lost:
+            return candidates
+        lost = {
+            run: (owner, Candidate(run, run_id, name, priority, 0, queue_key))
+            for run, run_id, name, priority, queue_key, owner, left_seconds in self._all(
+                sql.RUNNING, **values
+            )
+            if self._is_lost(owner, left_seconds)
+        }
+        if lost:
+            chosen = list(lost)[: request.limit]
+            owners = [lost[run][0] for run in chosen]
+            candidates += [lost[run][1] for (run,) in self._all(sql.LOCK_RUNNING, runs=chosen, owners=owners)]
+        return candidates
+
+    def live_runs(self, pipeline: str) -> dict[str | None, int]:
+        live: dict[str | None, int] = {}
+        for queue_key, owner, left_seconds, is_claimed in self._all(sql.LIVE, pipeline=pipeline):
+            if is_claimed or not self._is_lost(owner, left_seconds):
+                live[queue_key] = live.get(queue_key, 0) + 1
+        return live
+
+    def claim(self, candidates: Sequence[Candidate], token: str, seconds: float) -> list[Candidate]:
+        runs = [one.run for one in candidates]
+        self._run(sql.CLAIM, token=token, claim_ms=int(seconds * 1000), runs=runs)
+        return list(candidates)
+
+    def queue_figures(self, pipeline: str, versions: Sequence[str], now_ms: int) -> QueueFigures:
+        row = self._one(sql.QUEUE_FIGURES, pipeline=pipeline, versions=list(versions), now=now_ms)
+        queued, due_ms, blocked, since_ms = row
+        return QueueFigures(int(queued), due_ms, int(blocked), since_ms)
+
+    def inputs_of(self, candidates: Sequence[Candidate]) -> dict[Any, tuple[bytes, bytes]]:
+        rows = self._all(sql.INPUTS, runs=[one.run for one in candidates])
+        return {run: (data, sha256) for run, data, sha256 in rows}
+
+    # ------------------------------------------------------------------ annotations
+
+    def annotate(self, run_id: str, position: int, branch: str, node_id: str, step: Step) -> None:
+        run = self.find(run_id, lock=True)
+        number = self._new_run(run_id) if run is None else run.run
+        attempt = {"execution": 0, "epoch": 0, "attempt": 0, "started_ns": 0, "node_id": node_id}
+        place = {"run": number, "position": position, "branch": branch, "branch_key": key(branch)}
+        self._run(sql.STEP, **place, **attempt, **step._asdict())
+
+    def annotations(self, run: Any, *kinds: Annotation, branch: str | None = None) -> list[StepRow]:
+        return _step_rows(self._all(sql.ANNOTATIONS, **_annotation_values(run, kinds, branch)))
+
+    def delete_annotations(self, run: Any, *kinds: Annotation, branch: str | None = None) -> None:
+        self._run(sql.DELETE_ANNOTATIONS, **_annotation_values(run, kinds, branch))
+
+    def with_requests(self, runs: list[Any]) -> list[Any]:
+        requested = {run for (run,) in self._all(sql.WITH_REQUESTS, runs=runs)}
+        return [run for run in runs if run in requested]
+
+    def newest_output(self, run_id: str, node_id: str) -> StepRow | None:
+        row = self._one(sql.NEWEST_OUTPUT, run_key=key(run_id), node_id=node_id)
+        return None if row is None else _step_row(row)
+
+    # ------------------------------------------------------------------ events
+
+    def append_events(self, batches: Sequence[EventRow]) -> None:
+        for one in batches:
+            epoch, last = one.last
+            place = {"run": one.run, "execution": one.execution, "epoch": epoch, "last": last}
+            self._run(sql.APPEND_EVENTS, **place, data=one.data)
+            if one.trims:
+                self._run(sql.TRIM_EVENTS, run=one.run, most=MAX_BATCHES)
+                self._run(sql.EXPIRE_EVENTS, expiry_ms=EXPIRY_MS)
+
+    def events(self, run: Any, execution: int, after: EventPlace, limit: int) -> list[EventRow]:
+        epoch, last = after
+        rows = self._all(sql.EVENTS, run=run, execution=execution, epoch=epoch, last=last, limit=limit)
+        return [EventRow(run, execution, EventPlace(epoch, last), data) for epoch, last, data in rows]
+
+    # ------------------------------------------------------------------ cells
+
+    def read_cell(self, name: str, *, lock: bool = False) -> tuple[bytes | None, int]:
+        row = self._one(sql.LOCK_CELL if lock else sql.CELL, cell_key=key(name))
+        if row is None and lock:
+            row = self._one(sql.NEW_CELL, cell_key=key(name), name=name, data=b"")
+        if row is None:
+            return None, self.now_ms()
+        data, now_ms = row
+        return bytes(data) or None, now_ms  # A cell without data was created only to lock it.
+
+    def write_cell(self, name: str, data: bytes) -> None:
+        self._run(sql.WRITE_CELL, cell_key=key(name), name=name, data=data)
+
+    # ------------------------------------------------------------------ retention
+
+    def now_ms(self) -> int:
+        return int(self._one(sql.NOW)[0])
+
+    def expired_run_ids(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
+        rows = self._all(sql.EXPIRED, before_ms=before_ms, unfinished=unfinished, limit=limit)
+        return [run_id for (run_id,) in rows]
+
+    def blobs(self) -> Iterator[bytes]:
+        for (payload,) in self._execute(sql.BLOBS, {"blob": BLOB, "length": len(BLOB)}):
+            yield payload
+
+    # ------------------------------------------------------------------ reading
+
+    def runs(
+        self, query: RunQuery, *, limit: int, after: str | None, max_filtered: int | None
+    ) -> tuple[list[RunRow], str | None]:
+        return find_runs(
+            self._parsed_runs, self._all, query, limit=limit, after=after, max_filtered=max_filtered
+        )
+
+    def _parsed_runs(self, statement: str, **values: Any) -> list[RunRow]:
+        return [self._run_row(row) for row in self._all(statement, **values)]
+
+    def run_extras(self, runs: list[RunRow], *, failed: int) -> list[RunExtras]:
+        numbers = [run.run for run in runs]
+        parents = dict(self._all(sql.PARENTS, runs=numbers))
+        tags: dict[Any, list[str]] = {}
+        for run, tag in self._all(sql.TAGS, runs=numbers):
+            tags.setdefault(run, []).append(tag)
+        places = [{"run": run.run, "execution": run.execution, "epoch": 0, "limit": failed} for run in runs]
+        attempts = self._execute_each(sql.FAILED, places) if failed else [[] for _ in runs]
+        return [
+            RunExtras(parents.get(run), tuple(tags.get(run, ())), list(map(parse_attempt, rows)))
+            for run, rows in zip(numbers, attempts, strict=True)
+        ]
+
+    def find_run_ids(self, prefix: str, limit: int) -> list[str]:
+        first = prefix[:_INDEXED_CHARACTERS]
+        places = {"first": first, "last": first + _LAST_CHARACTERS}
+        if self._one(sql.COUNT_WITH_PREFIX, **places, most=_MANY)[0] < _MANY:
+            rows = self._all(sql.BY_PREFIX, **places, prefix=prefix, limit=limit)
+            return [run_id for (run_id,) in rows]
+        exact_match = self.find(prefix)
+        run_ids = [prefix] if exact_match is not None and exact_match.execution else []
+        rows = self._all(sql.NEWEST_WITH_PREFIX, prefix=prefix, limit=limit)
+        return [*run_ids, *(run_id for (run_id,) in rows)][:limit]
+
+    def attempts(self, run: Any, execution: int) -> Iterator[tuple[AttemptRecord, Step | None]]:
+        outputs = {
+            tuple(row[:5]): Step._make(row[5:])
+            for row in self._all(sql.OUTPUTS, run=run, execution=execution)
+        }
+        for *row, epoch in self._all(sql.ATTEMPTS, run=run, execution=execution):
+            attempt = parse_attempt(row)
+            yield attempt, outputs.get((epoch, *attempt.key))
+
+    def attempt_page(
+        self, run: Any, execution: int, *, limit: int, after: str | None
+    ) -> tuple[list[AttemptRecord], str | None]:
+        mark = AttemptMark(-1, 0, 0, 0, "") if after is None else parse_attempt_mark(after)
+        place = {"run": run, "execution": execution, **mark._asdict(), "branch_key": key(mark.branch)}
+        return attempt_page(self._all(sql.ATTEMPT_PAGE, **place, limit=limit + 1), limit)
+
+    def attempts_at(self, run: Any, execution: int, position: int, branch: str) -> list[AttemptRecord]:
+        place = {"run": run, "execution": execution, "position": position, "branch_key": key(branch)}
+        rows = self._all(sql.ATTEMPTS_AT, **place)
+        return attempt_page(rows, len(rows))[0]
+
+    def failed_since(self, run: Any, execution: int, epoch: int) -> list[AttemptRecord]:
+        rows = self._all(sql.FAILED, run=run, execution=execution, epoch=epoch, limit=_MAX_FAILED)
+        return [parse_attempt(row) for row in reversed(rows)]
+
+    def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
+        return tally(self._all, since_ms, bucket_ms, runs, attempts)
+
+
+def _fence_values(fence: Fence) -> dict[str, Any]:
+    return {
+        "run": fence.run,
+        "execution": fence.execution,
+        "epoch": fence.epoch,
+        "owner": fence.owner,
+        "acknowledged": fence.acknowledged,
+        "lease_ms": int(fence.lease_seconds * 1000),
+    }
+
+
+def commit_values(fence: Fence, attempt: AttemptRecord, step: Step | None) -> dict[str, Any]:
+    """Return the values of the statements that record an attempt with its output, and renew the lease."""
+    values = {
+        **_fence_values(fence),
+        **dict(zip(ATTEMPT_COLUMNS, stored_values(attempt), strict=True)),
+        "branch_key": key(attempt.branch),
+        # The time of a group includes that of its children.
+        "latency_ns": 0 if attempt.branch else attempt.function_ns,
+        "commits": 0 if step is None else 1,
+    }
+    return values if step is None else {**values, **step._asdict()}
+
+
+def _annotation_values(run: Any, kinds: Iterable[Annotation], branch: str | None) -> dict[str, Any]:
+    return {"run": run, "kinds": list(map(int, kinds)), "branch_key": None if branch is None else key(branch)}
+
+
+def _step_row(row: Any) -> StepRow:
+    position, branch, node_id, *step = row
+    return StepRow(position, branch, node_id, Step._make(step))
+
+
+def _step_rows(rows: Iterable[Any]) -> list[StepRow]:
+    return list(map(_step_row, rows))
