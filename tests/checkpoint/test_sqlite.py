@@ -33,11 +33,9 @@ from stroma.checkpoint import (
     AsyncInMemoryStore,
     CheckpointLost,
     CheckpointManager,
-    CheckpointNotFound,
     CorruptCheckpoint,
     Fenced,
     JournalStore,
-    PipelineChanged,
     RunRequest,
     StoreError,
     open_store,
@@ -201,83 +199,6 @@ def any_store(request: pytest.FixtureRequest, path: pathlib.Path) -> Iterator[An
 class TestExecutions:
     """Every store agrees with the one in memory about what an execution is."""
 
-    async def test_a_restart_is_a_new_execution(self, any_store: Any) -> None:
-        """Opening a run again begins an execution with its own commits and totals."""
-        first = await begin(any_store)
-        await commit(first, 0, 1, tokens=10, cost=0.5)
-        await settle(first.end("COMPLETED", None))
-        second = await begin(any_store, state=State(text="other"))
-        assert (first.execution, second.execution, second.continued) == (1, 2, False)
-        assert (restored(second), second.prior.tokens) == ({}, 0)
-        third = await begin(any_store, state=State(text="other"), resume=True)
-        assert (third.execution, third.continued, restored(third)) == (2, True, {})
-        assert await any_store.load_typed("run", "node", State) is None
-
-    async def test_a_resume_continues_the_last_execution(self, any_store: Any) -> None:
-        """resume=True finds every commit, of branches too, and what all attempts used, failed ones too."""
-        first = await begin(any_store)
-        await settle(
-            first.record(row(0, tokens=3, cost=0.25, ms=10, failure=FailureClass.AMBIGUOUS), None, None)
-        )
-        await commit(first, 0, 1, tokens=10, cost=0.5, ms=20, attempt=2)
-        await commit(first, 1, 2, "child", branch="0", tokens=7, ms=40)
-        await commit(first, 1, 3, "child", branch="1.2", ms=40)
-        second = await begin(any_store, resume=True)
-        assert (second.execution, second.continued) == (1, True)
-        assert restored(second) == {
-            (0, ""): ("node", State(n=1)),
-            (1, "0"): ("child", State(n=2)),
-            (1, "1.2"): ("child", State(n=3)),
-        }
-        assert {result.contract for result in second.restored.values()} == {SCHEMA.fingerprint}
-        assert (second.prior.tokens, second.prior.cost_usd) == (20, 0.75)
-        assert second.prior.latency_ms == 30  # A child's time is part of its group's.
-
-    async def test_a_resume_of_nothing_begins(self, any_store: Any) -> None:
-        """resume=True on an unknown run id, or one that only has saved states, begins its first execution."""
-        await any_store.save("run", "node", State(n=1))
-        session = await begin(any_store, resume=True)
-        assert (session.execution, session.continued, restored(session)) == (1, False, {})
-        # What was saved by hand belongs to no execution.
-        assert await any_store.load_typed("run", "node", State) == State(n=1)
-
-    async def test_another_input_is_refused(self, any_store: Any) -> None:
-        """A run cannot be resumed with an input that it was not begun with; its commits stay."""
-        session = await begin(any_store, state=State(n=1))
-        await commit(session, 0)
-        with pytest.raises(PipelineChanged, match="another input"):
-            await begin(any_store, state=State(n=2), resume=True)
-        again = await begin(any_store, state=State(n=1), resume=True)
-        assert list(again.restored) == [(0, "")]
-
-    async def test_discard_from_forgets_the_commits_from_there_on(self, any_store: Any) -> None:
-        """discard_from keeps what stands before it, the usage of everything, and takes any input."""
-        session = await begin(any_store)
-        for position in range(4):
-            await commit(session, position, position, f"n{position}", tokens=1)
-        await commit(session, 2, 5, "child", branch="0", tokens=1)
-        await any_store.save("run", "saved", State(n=9))
-        again = await begin(any_store, state=State(n=77), resume=True, discard_from=2)
-        assert list(again.restored) == [(0, ""), (1, "")]
-        assert again.prior.tokens == 5
-        assert await any_store.load_typed("run", "n1", State) == State(n=1)
-        assert await any_store.load_typed("run", "n2", State) is None
-        assert await any_store.load_typed("run", "saved", State) == State(n=9)
-
-    @pytest.mark.core
-    async def test_the_newest_output_of_a_node_is_loaded(self, any_store: Any) -> None:
-        """load and load_typed give the last thing kept for a node id, committed or saved."""
-        session = await begin(any_store)
-        await commit(session, 0, 1)
-        await commit(session, 3, 2)
-        assert await any_store.load("run", "node") == State(n=2)
-        await any_store.save("run", "node", State(n=3))
-        assert await any_store.load_typed("run", "node", State) == State(n=3)
-        await commit(session, 4, 4)
-        assert await any_store.load_typed("run", "node", Other) == Other(n=4)
-        await any_store.delete("run")
-        assert await any_store.load("run", "node") is None
-
     async def test_typed_saving_and_loading(self, any_store: Any) -> None:
         """save_typed keeps an instance of the schema; load_typed refuses what is none, and schemas that are
         none."""
@@ -375,37 +296,6 @@ class TestCommit:
                 SCHEMA.encode(State(n=1)),
             )
 
-    async def test_attempts_of_other_processes_and_group_attempts_are_all_kept(
-        self, store: SQLiteStore
-    ) -> None:
-        """Attempt 1 at one position may happen again, after a resume or in a retried group: each counts."""
-        session = await begin(store)
-        failure = FailureClass.RECOVERABLE
-        await session.record(row(0, tokens=1, failure=failure, message="first"), None, None)
-        await session.record(row(0, tokens=2, failure=failure, branch="0"), None, None)
-        await session.record(row(0, tokens=4, failure=failure, branch="0"), None, None)
-        again = await begin(store, resume=True)
-        await commit(again, 0, 5, tokens=8)
-        assert [(a.branch, a.attempt, a.tokens) for a in store.attempts("run")] == [
-            ("", 1, 1),
-            ("0", 1, 2),
-            ("0", 1, 4),
-            ("", 1, 8),
-        ]
-        assert [a.output is not None for a in store.attempts("run")] == [False, False, False, True]
-        assert (await begin(store, resume=True)).prior.tokens == 15
-
-    async def test_cost_is_the_exact_sum_over_attempts(self, store: SQLiteStore) -> None:
-        """A run's cost is what its attempts cost, without the drift of adding floats."""
-        session = await begin(store)
-        for position in range(10):
-            await commit(session, position, cost=0.1)
-        run = store.get_run("run")
-        assert run is not None
-        assert run.cost_usd == 1.0
-        assert [a.cost_usd for a in store.attempts("run")] == [0.1] * 10
-        assert (await begin(store, resume=True)).prior.cost_usd == 1.0
-
     async def test_if_commit_fails_everybody_in_it_is_told(self, path: pathlib.Path) -> None:
         """A failed COMMIT fails each operation of its transaction with an error of its own, and keeps
         none."""
@@ -499,63 +389,8 @@ class TestCommit:
             await store.save("x", "node", broken)
         assert store.find_run("x") == []
 
-    async def test_any_message_can_be_kept(self, store: SQLiteStore) -> None:
-        """The text of an exception may hold what UTF-8 cannot say; the attempt is kept all the same."""
-        session = await begin(store)
-        await session.record(row(message="bad \ud800 \0 é", failure=FailureClass.TERMINAL), None, None)
-        await session.end("FAILED", "bad \ud800")
-        (entry,) = store.attempts("run")
-        assert (entry.message, entry.failure_class, entry.outcome) == (
-            "bad \\ud800 \\x00 é",
-            "TERMINAL",
-            "failure",
-        )
-        run = store.get_run("run")
-        assert run is not None
-        assert (run.status, run.error) == ("FAILED", "bad \\ud800")
-
 
 class TestFence:
-    @pytest.mark.core
-    async def test_a_stale_session_can_write_nothing(self, path: pathlib.Path) -> None:
-        """Once somebody else has opened the run, record and end of the earlier session raise Fenced."""
-        with SQLiteStore(path) as here, SQLiteStore(path) as there:
-            stale = await begin(here)
-            await commit(stale, 0, 1)
-            owner = await begin(there, resume=True)
-            for pending in (
-                stale.record(row(1, tokens=5), SCHEMA, State(n=666)),
-                stale.record(row(1, tokens=5), None, None),
-                stale.end("COMPLETED", None),
-            ):
-                with pytest.raises(Fenced, match=rf"taken over by process {os.getpid()} on "):
-                    await pending
-            await commit(owner, 1, 2)
-            run = here.get_run("run")
-            assert run is not None
-            assert (run.status, run.tokens, run.nodes) == ("RUNNING", 0, 2)
-            assert await here.load_typed("run", "node", State) == State(n=2)
-            assert not Fenced.transient
-
-    async def test_a_refused_open_fences_nobody(self, store: SQLiteStore) -> None:
-        """Who may not resume a run does not disturb the one who is at work on it."""
-        session = await begin(store)
-        with pytest.raises(PipelineChanged):
-            await begin(store, state=State(n=5), resume=True)
-        await commit(session, 0)
-
-    async def test_a_session_of_a_deleted_run_meets_no_other_run(self, store: SQLiteStore) -> None:
-        """Deleting a run fences its session for good, even if the id, or its row, is used again."""
-        stale = await begin(store)
-        await store.delete("run")
-        with pytest.raises(Fenced, match="was deleted"):
-            await commit(stale, 0)
-        await begin(store)
-        await begin(store, "another")
-        with pytest.raises(Fenced, match="was deleted, and started again by process"):
-            await commit(stale, 0)
-        assert store.attempts("run") == store.attempts("another") == []
-
     async def test_a_replaced_file_fences_the_sessions_of_the_old_one(
         self, store: SQLiteStore, path: pathlib.Path
     ) -> None:
@@ -1243,32 +1078,6 @@ class TestFile:
 
 
 class TestIds:
-    @pytest.mark.parametrize(
-        "ids",
-        [
-            ("a:b", "c"),
-            ("a", "b:c"),
-            ("*", "?"),
-            ("%", "_"),
-            ("line\nbreak", "\ttab"),
-            ("🦜", "é"),
-            ("last", "'; DROP TABLE runs; --"),
-            ("x" * 3000, "y" * 3000),
-            (" ", "\\"),
-        ],
-    )
-    async def test_any_text_is_an_id(self, any_store: Any, ids: tuple[str, str]) -> None:
-        """Runs and nodes may be called anything, and two (run, node) pairs never collide."""
-        run_id, node_id = ids
-        await any_store.save("other", "b", State(n=1))
-        await any_store.save(node_id, run_id, State(n=2))
-        session = await begin(any_store, run_id)
-        await commit(session, 0, 3, node_id)
-        assert restored(await begin(any_store, run_id, resume=True)) == {(0, ""): (node_id, State(n=3))}
-        assert await any_store.load_typed(run_id, node_id, State) == State(n=3)
-        assert await any_store.load_typed(node_id, run_id, State) == State(n=2)
-        assert await any_store.load_typed("other", "b", State) == State(n=1)
-
     @pytest.mark.parametrize("wrong", ["", "a\0b", "\ud800", 5])
     async def test_what_is_no_id_is_refused(self, store: SQLiteStore, wrong: Any) -> None:
         """Empty, NUL, lone surrogates and what is no text are a ValueError everywhere."""
@@ -1289,50 +1098,6 @@ class TestIds:
 
 
 class TestReading:
-    async def test_runs_are_listed_newest_first(self, store: SQLiteStore) -> None:
-        """list_runs gives the last execution of each run, the one begun last first, by pipeline and
-        status."""
-        for name in ("a", "b", "c"):
-            session = await begin(store, name)
-            await commit(session, 0, tokens=5, cost=0.25)
-            await commit(session, 0, branch="0")
-            await session.end("COMPLETED" if name != "b" else "PARTIAL", None if name != "b" else "no luck")
-            await asyncio.sleep(0.002)
-        await store.save("only saved", "node", State())
-        await begin(store, "a", State(n=9))
-        assert [run.run_id for run in store.list_runs()] == ["a", "c", "b"]
-        assert [run.run_id for run in store.list_runs(limit=2)] == ["a", "c"]
-        assert [run.run_id for run in store.list_runs(status="COMPLETED", pipeline="pipeline")] == ["c"]
-        assert store.list_runs(pipeline="other") == []
-        a, _, b = store.list_runs()
-        assert (a.status, a.execution, a.tokens, a.nodes, a.error) == ("RUNNING", 2, 0, 0, None)
-        assert SCHEMA.encode(State(n=9)) == store.input_of("a")
-        assert (b.status, b.tokens, b.cost_usd, b.nodes, b.error) == ("PARTIAL", 5, 0.25, 1, "no luck")
-        assert abs(a.started_ms - time.time() * 1000) < 10_000
-        assert b == store.get_run("b")
-        assert store.get_run("nobody") is None
-        assert store.attempts("nobody") == []
-        with pytest.raises(CheckpointNotFound, match="there is no run 'nobody'"):
-            store.input_of("nobody")
-
-    async def test_attempts_tell_everything(self, store: SQLiteStore) -> None:
-        """Each attempt is listed with its usage, failure and times, in order, for earlier executions too."""
-        session = await begin(store)
-        await session.record(
-            row(0, tokens=4, cost=0.5, ms=7, failure=FailureClass.AMBIGUOUS, message="no"), None, None
-        )
-        await commit(session, 0, 1, attempt=2, tokens=6)
-        first, second = store.attempts("run")
-        assert (first.position, first.branch, first.node_id, first.attempt) == (0, "", "node", 1)
-        assert (first.outcome, first.failure_class, first.text) == ("failure", "AMBIGUOUS", "KeyError: no")
-        assert (first.tokens, first.output_tokens, first.cost_usd, first.model) == (4, 2, 0.5, "model")
-        assert (first.duration_ms, first.output) == (7.0, None)
-        assert first.started_ms >= 1_700_000_000_000
-        assert (second.attempt, second.outcome, second.output) == (2, "success", SCHEMA.encode(State(n=1)))
-        await begin(store, if_exists="restart")
-        assert store.attempts("run") == []
-        assert store.attempts("run", execution=1) == [first, second]
-
     async def test_a_prefix_finds_runs(self, store: SQLiteStore) -> None:
         """find_run takes a prefix literally, prefers a whole id, and knows "last"."""
         for name in ("a", "ab", "aB", "a%c", "a_c", "a\U0010ffffx"):
