@@ -79,8 +79,6 @@ class RedisRows(RedisReader):
         self._writes: list[_Write] = []
         #: Runs that must be unchanged when the writes are executed, by id.
         self._locked: dict[str, RunRow | None] = {}
-        #: Ids of those of them that this operation claims: the claim checks them itself.
-        self._claimed: set[str] = set()
         #: Owners as which this operation writes, by run id.
         self._owners: dict[str, str] = {}
         #: Numbers of the last change of cells when they were read, by name.
@@ -96,7 +94,6 @@ class RedisRows(RedisReader):
             if row is None
             else (row.run.prefix, row.run.token, str(row.run.writes), row.run.annotated)
             for run_id, row in self._locked.items()
-            if run_id not in self._claimed
         ]
         if len(writes) == 1 and not checks:
             (reply,) = self._get(script_command(writes[0].prefix, *writes[0].values))
@@ -127,58 +124,29 @@ class RedisRows(RedisReader):
         return row
 
     def begin(self, run: RunRow | None, opening: Opening) -> Fence:
-        if run is None:
-            fence = self._claim(opening, RedisRun(opening.run_id, os.urandom(8).hex(), 1, 1), 1)
-            read_version: tuple[Any, ...] = ("", "", "", "")
-        else:
-            key = RedisRun(opening.run_id, run.run.token, run.epoch + 1, run.run.writes + 1)
-            fence, read_version = self._claim(opening, key, run.execution + 1), _version_of(run.run)
+        token = os.urandom(8).hex() if run is None else run.run.token
+        fence = self._fence(run, token, 1 if run is None else run.execution + 1, opening)
         data = pack_step("", Step(opening.contract, "", opening.input, opening.sha256))
-        self._append(
-            fence,
-            "begin",
-            opening.run_id,
-            *read_version,
-            opening.owner,
-            fence.run.token,
-            fence.execution,
-            fence.epoch,
-            opening.pipeline,
-            opening.version,
-            _lease_ms(fence),
-            data,
-            _tags(opening),
-        )
+        values = (*_opening_values(fence, opening), token, opening.pipeline, data)
+        self._append(fence, "begin", opening.run_id, *values)
         return fence
 
     def take_over(self, run: RunRow, opening: Opening) -> Fence:
-        key = RedisRun(opening.run_id, run.run.token, run.epoch + 1, run.run.writes + 1)
-        fence = self._claim(opening, key, run.execution)
+        fence = self._fence(run, run.run.token, run.execution, opening)
         discard = "" if opening.discard_from is None else max(opening.discard_from, 0)
-        self._append(
-            fence,
-            "take_over",
-            opening.run_id,
-            *_version_of(run.run),
-            opening.owner,
-            run.execution,
-            fence.epoch,
-            _lease_ms(fence),
-            discard,
-            _tags(opening),
-            opening.version,
-        )
+        self._append(fence, "take_over", opening.run_id, *_opening_values(fence, opening), discard)
         return fence
+
+    def _fence(self, run: RunRow | None, token: str, execution: int, opening: Opening) -> Fence:
+        self._owners[opening.run_id] = opening.owner
+        epoch, writes = (1, 1) if run is None else (run.epoch + 1, run.run.writes + 1)
+        key = RedisRun(opening.run_id, token, epoch, writes)
+        return Fence(key, execution, epoch, opening.owner, opening.lease_seconds)
 
     def replace_owner(self, run: RunRow, owner: str) -> Fence:
         self._owners[run.run_id] = owner
         self._write(run.run.prefix, "replace_owner", owner)
         return Fence(run.run, run.execution, run.epoch, owner, 0.0)
-
-    def _claim(self, opening: Opening, run: RedisRun, execution: int) -> Fence:
-        self._owners[opening.run_id] = opening.owner
-        self._claimed.add(opening.run_id)
-        return Fence(run, execution, run.epoch, opening.owner, opening.lease_seconds)
 
     def input(self, run: RedisRun, execution: int) -> tuple[str, bytes, bytes] | None:
         token = ("HGET", f"{run.prefix}run", "token")
@@ -486,14 +454,10 @@ def is_recorded(run: RedisRun, reply: Any, server: str) -> bool:
     )
 
 
-def _tags(opening: Opening) -> str:
-    return json.dumps(opening.tags) if opening.tags else ""
+def _opening_values(fence: Fence, opening: Opening) -> tuple[Any, ...]:
+    tags = json.dumps(opening.tags) if opening.tags else ""
+    return (opening.owner, fence.execution, fence.epoch, _lease_ms(fence), tags, opening.version)
 
 
 def _lease_ms(fence: Fence) -> int:
     return int(fence.lease_seconds * 1000)
-
-
-def _version_of(run: RedisRun) -> tuple[Any, ...]:
-    """Return the values by which the script checks that a run is unchanged since it was read."""
-    return run.token, run.epoch, run.writes, run.annotated

@@ -30,16 +30,21 @@ local function merge_lists(json, more)
   return cjson.encode(list)
 end
 
-function ops.begin(id, old_token, old_epoch, old_version, old_annotations, owner, token, execution, epoch,
-    pipeline, flow_version, lease, input, tags)
-  local f = redis.call('HMGET', run, 'token', 'epoch', 'writes', 'owner', 'annotated')
-  if f[4] == owner then return tonumber(f[3]) end
-  if (f[1] or '') ~= old_token then return 'changed' end
-  local is_same = f[2] == old_epoch and f[3] == old_version and (f[5] or '') == old_annotations
-  if f[1] and not is_same then return 'changed' end
+-- Lists an open run, whose owner has a lease.
+local function list_open(id, execution, until_ms)
+  persist(tonumber(execution))
+  redis.call('ZADD', IDS, 0, id)
+  redis.call('ZREM', ENDED, id)
+  redis.call('ZADD', DUE .. lane(), until_ms, id)
+  set_live(id, redis.call('HGET', run, 'pipeline') or '', until_ms)
+end
+
+function ops.begin(id, owner, execution, epoch, lease, tags, flow_version, token, pipeline, input)
+  local f = redis.call('HMGET', run, 'token', 'writes', 'owner')
+  if f[3] == owner then return tonumber(f[2]) end
   local us = now_us()
   local ms = math.floor(us / 1000)
-  local version = (f[3] or 0) + 1
+  local version = (f[2] or 0) + 1
   if f[1] then
     leave_queues(id)
     set_wake(id, '')
@@ -60,34 +65,24 @@ function ops.begin(id, old_token, old_epoch, old_version, old_annotations, owner
   end
   for _, name in ipairs(EXECUTION_KEYS) do redis.call('DEL', p .. name .. ':' .. execution) end
   redis.call('HSET', p .. 'inputs', execution, input)
-  persist(tonumber(execution))
   redis.call('ZADD', RUNS, us, id)
-  redis.call('ZADD', IDS, 0, id)
-  redis.call('ZREM', ENDED, id)
-  redis.call('ZADD', DUE .. lane(), ms + lease, id)
-  set_live(id, pipeline, ms + lease)
+  list_open(id, execution, ms + lease)
   sweep(10)
   return version
 end
 
-function ops.take_over(id, token, old_epoch, old_version, old_annotations, owner, execution, epoch, lease,
-    discard, tags, flow_version)
-  local f = redis.call('HMGET', run, 'token', 'epoch', 'writes', 'owner', 'annotated', 'status', 'version')
-  if f[4] == owner then return tonumber(f[3]) end
-  local is_same = f[2] == old_epoch and f[3] == old_version and (f[5] or '') == old_annotations
-  if f[1] ~= token or not is_same then return 'changed' end
+function ops.take_over(id, owner, execution, epoch, lease, tags, flow_version, discard)
+  local f = redis.call('HMGET', run, 'writes', 'owner', 'status', 'version')
+  if f[2] == owner then return tonumber(f[1]) end
   if not is_complete(execution) then return 'lost' end
   local ms = now_ms()
-  local version = f[3] + 1
+  local version = f[1] + 1
   redis.call('HSET', run, 'status', 'RUNNING', 'owner', owner, 'epoch', epoch, 'until_ms', ms + lease,
     'updated_ms', ms, 'writes', version)
   leave_queues(id)
   redis.call('HDEL', run, 'error', 'wake_ms')
   -- A run that was submitted without a version has that of the code which starts it.
-  if f[6] == 'QUEUED' and (f[7] or '') == '' then redis.call('HSET', run, 'version', flow_version) end
-  local pipeline = redis.call('HGET', run, 'pipeline') or ''
-  redis.call('ZADD', DUE .. lane(), ms + lease, id)
-  set_live(id, pipeline, ms + lease)
+  if f[3] == 'QUEUED' and (f[4] or '') == '' then redis.call('HSET', run, 'version', flow_version) end
   if tags ~= '' then
     redis.call('HSET', run, 'tags', merge_lists(redis.call('HGET', run, 'tags') or '[]', tags))
   end
@@ -104,10 +99,8 @@ function ops.take_over(id, token, old_epoch, old_version, old_annotations, owner
     end
     redis.call('HSET', run, 'commit_count', commits, 'nodes', top)
   end
-  persist(tonumber(execution))
   redis.call('ZADD', RUNS, 'NX', now_us(), id)
-  redis.call('ZADD', IDS, 0, id)
-  redis.call('ZREM', ENDED, id)
+  list_open(id, execution, ms + lease)
   return version
 end
 
