@@ -32,6 +32,7 @@ from stroma import (
 from stroma.checkpoint.durable.owner import LIVE_SESSIONS, Owner, is_gone, new_owner
 from stroma.checkpoint.durable.rows import Fence
 from stroma.checkpoint.durable.session import DurableSession
+from stroma.checkpoint.payloads import Payloads
 
 HELPER = Path(__file__).with_name("owner_helper.py")
 
@@ -482,7 +483,7 @@ def test_only_what_is_known_to_be_gone_is_gone() -> None:
 async def test_a_run_has_its_owner_until_its_end_is_kept() -> None:
     """Who looks while the end of a run is being written finds a run at work, and none whose process died."""
     entry: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-    session = DurableSession("x", lambda _: entry, None)  # type: ignore[arg-type]
+    session = DurableSession("x", lambda _: entry, Payloads())
     owner = new_owner(session)
     session.fence, session.finished = Fence(1, 1, 1, str(owner), 30.0), None
     pending = session.end("COMPLETED", None)

@@ -551,7 +551,7 @@ async def test_a_store_that_refuses_once_stores_it_with_the_next_try(tmp_path: P
 
     async def open_run(request: Any) -> Any:
         session = await opened(request)
-        submit = session._submit
+        submit = session._submit_to_store
 
         def refusing(operation: Any) -> Any:
             pending = submit(operation)
@@ -562,7 +562,7 @@ async def test_a_store_that_refuses_once_stores_it_with_the_next_try(tmp_path: P
                 return lost
             return pending
 
-        session._submit = refusing
+        session._submit_to_store = refusing
         return session
 
     store.open_run = open_run  # type: ignore[method-assign]

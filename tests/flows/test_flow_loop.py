@@ -122,7 +122,7 @@ async def test_the_tools_of_asyncio_and_anyio_work_in_a_body(body: Body) -> None
     store = InMemoryStore()
     first = await runner_on(store).run(flow_with(body), Num(n=1))
     assert first.status is RunStatus.COMPLETED, first.failure
-    store._runs["r"].states.pop(0)  # The output of the flow.
+    store._runs["r"].steps.pop(0)  # The output of the flow.
     store._runs["r"].status = "INTERRUPTED"
     world.calls.clear()
     again = await runner_on(store).run(flow_with(body), Num(n=1))

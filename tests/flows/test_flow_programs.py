@@ -171,7 +171,7 @@ def test_a_replay_of_any_prefix_makes_the_calls_of_the_run(monkeypatch: pytest.M
         await world.live_on(store, program)
         calls = list(dict.fromkeys(prefixes.calls))
         run = store._runs["r"]
-        run.states.pop(0, None)
+        run.steps.pop(0, None)
         while prefixes.cut is None or prefixes.cut < len(prefixes.events):
             prefixes.cut = 0 if prefixes.cut is None else prefixes.cut + 1
             run.status = "INTERRUPTED"

@@ -420,7 +420,7 @@ def test_bodies_that_depend_on_the_order_are_replayed(way: str, turns: list[int]
             assert committed <= set(again)
         assert first.status in (RunStatus.COMPLETED, RunStatus.RESUMED), first.failure
         # The whole of it once more, without its output.
-        store._runs["r"].states.pop(0)
+        store._runs["r"].steps.pop(0)
         store._runs["r"].status = "INTERRUPTED"
         calls = len(world.calls)
         second = await world.live(run)

@@ -105,7 +105,7 @@ def test_a_runner_loads_no_more_than_a_run_needs() -> None:
     parts = (
         "checkpoint.durable",
         "checkpoint.history",
-        "checkpoint.memory.records",
+        "checkpoint.memory.store",
         "checkpoint.payloads",
         "checkpoint.postgres",
         "checkpoint.records",

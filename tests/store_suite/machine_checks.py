@@ -120,8 +120,13 @@ class StoreComparison:
 
     def _history(self, execution: ModelExecution) -> list[AttemptRecord]:
         def sort_key(entry: ModelAttempt) -> tuple[Any, ...]:
-            at = (entry.row.position, entry.row.started_ns, entry.row.branch, entry.row.attempt)
-            return (entry.process, *at) if self.keeps_history else at
+            return (
+                entry.process,
+                entry.row.position,
+                entry.row.started_ns,
+                entry.row.branch,
+                entry.row.attempt,
+            )
 
         return [record_of(entry) for entry in sorted(execution.attempts, key=sort_key)]
 

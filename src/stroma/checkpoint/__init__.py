@@ -30,7 +30,6 @@ from stroma.checkpoint.manager import (
     resolve_schema,
     schema_ref,
 )
-from stroma.checkpoint.memory.store import AsyncInMemoryStore, InMemoryStore
 from stroma.checkpoint.protocols import (
     AsyncCheckpointStore,
     CheckpointKey,
@@ -40,6 +39,7 @@ from stroma.checkpoint.protocols import (
 )
 
 if TYPE_CHECKING:
+    from stroma.checkpoint.memory.store import AsyncInMemoryStore, InMemoryStore
     from stroma.checkpoint.postgres.store import PostgresStore
     from stroma.checkpoint.records import AttemptPage, AttemptRecord, Cause, RunPage, RunQuery, RunRecord
     from stroma.checkpoint.redis.store import RedisStore, SyncRedisStore
@@ -89,12 +89,13 @@ __all__ = [
 ]
 
 
-#: Loaded on first use: not every Python has sqlite3, few runs need more than one store, and no run needs the
-#: records.
+#: Loaded on first use: not every Python has sqlite3, and few runs need more than one store.
 _HOMES = {
+    "AsyncInMemoryStore": "memory",
     "AttemptPage": "records",
     "AttemptRecord": "records",
     "Cause": "records",
+    "InMemoryStore": "memory",
     "PostgresStore": "postgres",
     "RedisStore": "redis",
     "RunPage": "records",

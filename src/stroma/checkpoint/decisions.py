@@ -28,7 +28,6 @@ __all__ = [
     "is_answered",
     "is_due",
     "is_old_news",
-    "merge_wake",
     "not_waiting",
     "other_message",
     "takes_no_message",
@@ -57,7 +56,7 @@ class LastExecution(NamedTuple):
     Attributes:
         holder: description of the process that is running it; None if there is none.
         claim: token of the worker that has claimed it; None if there is no claim, or it has expired.
-        wake_ms: see :func:`merge_wake`.
+        wake_ms: see :class:`stroma.checkpoint.durable.rows.RunRow`.
         pipeline, version: as it began; "" without a version.
     """
 
@@ -144,19 +143,6 @@ def is_old_news(wake_ms: int | None, error: str | None, has_read: Callable[[], b
     ``has_read``: returns True if its session has read all messages.
     """
     return (wake_ms == BUDGET_CHANGED and error != BUDGET) or (wake_ms == MESSAGE_SENT and has_read())
-
-
-def merge_wake(earlier: int | None, status: str, wake_ms: int | None) -> int | None:
-    """Return from when on a run is due that stops with a status, in ms since the epoch; None: never by itself.
-
-    Args:
-        earlier: 0 if an answer was stored since the run was opened, or its news. The session may have missed
-            it.
-    """
-    if status not in UNFINISHED:
-        return None
-    known = [ms for ms in (earlier, 0 if status == "INTERRUPTED" else wake_ms) if ms is not None]
-    return min(known, default=None)
 
 
 def decide(

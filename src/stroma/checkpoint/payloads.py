@@ -13,10 +13,12 @@ import pathlib
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 from stroma._utils.logs import get_logger
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
+from stroma.contracts.schema import Schema, Snapshot
 
 __all__ = [
     "LARGE_BYTES",
@@ -26,6 +28,8 @@ __all__ = [
     "FsspecBlobs",
     "PayloadPlace",
     "Payloads",
+    "Stored",
+    "UnencodedState",
     "blob_store",
     "collect",
 ]
@@ -214,6 +218,22 @@ class PayloadPlace(NamedTuple):
 _DIGEST_BYTES: Final = 64
 
 
+@dataclass(frozen=True, slots=True)
+class UnencodedState:
+    """A state in memory, in place of its stored form: not every state has one."""
+
+    schema: Schema = field(compare=False)
+    snapshot: Snapshot
+
+    def encode(self) -> bytes:
+        """Return its stored form. Raises NotSerialisable."""
+        return self.schema.encode(self.schema.restore(self.snapshot))
+
+
+#: A state as a store has it.
+Stored = bytes | UnencodedState
+
+
 class Payloads:
     """Seals payloads before they are stored, and opens stored payloads.
 
@@ -245,8 +265,10 @@ class Payloads:
         #: Payloads are stored unchanged.
         self.plain = codec is None and blobs is None
 
-    def is_plain(self, stored: bytes) -> bool:
+    def is_plain(self, stored: Stored) -> bool:
         """Return True if a stored payload is the payload itself, as this store would store it."""
+        if isinstance(stored, UnencodedState):
+            return True
         return self.plain and not stored.startswith((CODED, BLOB))
 
     def warn_of_size(self, size: int, what: str) -> None:
@@ -260,8 +282,10 @@ class Payloads:
                 f"{size / 1e6:,.0f}",
             )
 
-    async def seal(self, data: bytes, place: PayloadPlace) -> bytes:
+    async def seal(self, data: Any, place: PayloadPlace) -> Any:
         """Return the stored form of a payload. Raises StoreError."""
+        if isinstance(data, UnencodedState):
+            return data
         if len(data) >= _THREAD_BYTES:
             return await asyncio.to_thread(self.seal_now, data, place)
         return self.seal_now(data, place)
@@ -324,12 +348,14 @@ class Payloads:
             raise _not_bytes(codec, "encode", encoded)
         return encoded
 
-    def open(self, stored: bytes, place: PayloadPlace, what: str) -> bytes:
+    def open(self, stored: Stored, place: PayloadPlace, what: str) -> bytes:
         """Return a stored payload of a place.
 
         Raises CorruptCheckpoint, in which ``what`` describes the payload; StoreError if a blob cannot be
-        read.
+        read; NotSerialisable in memory.
         """
+        if isinstance(stored, UnencodedState):
+            return stored.encode()
         if stored.startswith(BLOB):
             stored = self._fetch(stored[len(BLOB) :], what)
         if not stored.startswith(CODED):

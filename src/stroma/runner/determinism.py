@@ -56,7 +56,7 @@ async def check_flow(
 
     first = await run()
     recorded = store._runs[_RUN_ID]
-    recorded.states.pop(0, None)  # The output: the body is to run again.
+    recorded.steps.pop(0, None)  # The output: the body is to run again.
     recorded.status = "INTERRUPTED"
     token = REPLAY_ONLY.set(True)
     try:

@@ -15,7 +15,6 @@ from pydantic import BaseModel
 
 from stroma.checkpoint import (
     AsyncCheckpointStore,
-    AsyncInMemoryStore,
     CheckpointManager,
     CheckpointStore,
     PipelineChanged,
@@ -132,6 +131,8 @@ class StromaRunner:
             **{name: value for name, value in named.items() if value is not None},
         }
         if store is None:
+            from stroma.checkpoint import AsyncInMemoryStore
+
             store = AsyncInMemoryStore()
             store.is_default = True
         elif isinstance(store, (str, os.PathLike)):

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Final, Self
 
 from stroma.checkpoint import cells
 from stroma.checkpoint.durable import worker as _worker
-from stroma.checkpoint.memory import runs as _memory_runs
+from stroma.checkpoint.memory import rows as _memory_rows
 from stroma.checkpoint.sqlite import rows as _sqlite_rows
 from stroma.engine import admission as _admission
 from stroma.engine import attempt as _attempt
@@ -145,7 +145,7 @@ class FakeClock:
 
     def _put_in_place(self) -> None:
         shim = _Time(self)
-        for module in (cells, _memory_runs, classifiers, breaker):
+        for module in (cells, _memory_rows, classifiers, breaker):
             self._patch(module, "time", shim)
         self._patch(_sqlite_rows, "_now_ms", lambda: self._time_ns() // 1_000_000)
         of_runs = (_attempt, _deadlines, _engine, _admission, _map, context)

@@ -248,19 +248,13 @@ def _of_last_process(attempts: list[AttemptRecord]) -> list[AttemptRecord]:
 
 def _contracts(store: Any, run_id: str) -> dict[tuple[int, str], str]:
     """Return the schema fingerprint of each committed output."""
-    if hasattr(store, "read"):
 
-        def query(rows: Any) -> dict[tuple[int, str], str]:
-            attempts = rows.find(run_id)
-            steps = [] if attempts is None else rows.steps(attempts.run, attempts.execution)
-            return {(row.position, row.branch): row.step.contract for row in steps}
+    def query(rows: Any) -> dict[tuple[int, str], str]:
+        run = rows.find(run_id)
+        steps = [] if run is None else rows.steps(run.run, run.execution)
+        return {(row.position, row.branch): row.step.contract for row in steps}
 
-        fingerprints: dict[tuple[int, str], str] = store.read(query, {})
-    else:
-        fingerprints = {}
-        for key, state in store._runs[run_id].newest_states():
-            if not isinstance(key, str):
-                fingerprints[key if isinstance(key, tuple) else (key, "")] = state.contract
+    fingerprints: dict[tuple[int, str], str] = store.read(query, {})
     return {place: contract.partition(":")[0] for place, contract in fingerprints.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any, Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 from stroma.checkpoint.decisions import is_answered
 from stroma.checkpoint.decoding import RecordName, decode_json, decode_number, decode_text
@@ -15,7 +15,9 @@ from stroma.checkpoint.payloads import UNREADABLE, PayloadPlace, Payloads
 from stroma.checkpoint.records import ATTEMPT_COLUMNS, AttemptRecord, stored_values
 from stroma.failures.classes import FailureClass
 from stroma.trace.events import AttemptRow, AttemptUsage, Failed, Outcome
-from stroma.trace.rejected import RejectedOutput, read_rejected
+
+if TYPE_CHECKING:
+    from stroma.trace.rejected import RejectedOutput
 
 __all__ = [
     "Notes",
@@ -31,6 +33,7 @@ __all__ = [
     "read_notes",
     "read_waiting",
     "record_due_hooks",
+    "record_failure_site",
     "record_notes",
     "record_rejected",
     "record_waiting",
@@ -182,6 +185,15 @@ def read_waiting(row: StepRow, run_id: str, execution: int, payloads: Payloads) 
     return waiting._replace(payload=payloads.open(step.output, place, f"the answer for node {row.node_id!r}"))
 
 
+def record_failure_site(
+    rows: Rows, run_id: str, attempt: AttemptRecord, number: int, started_ns: int, data: bytes
+) -> None:
+    """Store where an attempt failed, in place of an earlier failure at the same place."""
+    step = Step(str(started_ns), "", data, b"", number)
+    key = f"{attempt.position}:{attempt.branch}"
+    annotate(rows, run_id, Annotation.FAILURE_SITE, key, attempt.node_id, step)
+
+
 def record_rejected(
     rows: Rows, run_id: str, execution: int, attempt: AttemptRecord, data: bytes, payloads: Payloads
 ) -> None:
@@ -203,6 +215,8 @@ def open_rejected(row: StepRow, run_id: str, execution: int, payloads: Payloads)
 
     Raises CorruptCheckpoint.
     """
+    from stroma.trace.rejected import read_rejected  # Few runs have one.
+
     name = name_of(row, run_id)
     place = PayloadPlace(run_id, execution, "rejected", 0, row.branch)
     text = payloads.open_text(decode_text(row.step.output, name), place) or ""

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from stroma.checkpoint.decisions import check_resubmission
 from stroma.checkpoint.durable.integrity import checksum
-from stroma.checkpoint.durable.rows import Opening, Rows, RunRow
+from stroma.checkpoint.durable.rows import Opening, Rows
+from stroma.checkpoint.durable.session_open import has_same_input
 from stroma.checkpoint.entries import RunRequest
-from stroma.checkpoint.payloads import Payloads
+from stroma.checkpoint.payloads import Payloads, Stored
 from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry, choose
 
 __all__ = ["claim_runs", "submit_run"]
 
 
 def submit_run(
-    rows: Rows,
-    request: RunRequest,
-    opening: Opening,
-    entry: QueueEntry,
-    has_same_input: Callable[[Rows, RunRow], bool],
+    rows: Rows, payloads: Payloads, request: RunRequest, opening: Opening, data: Stored, entry: QueueEntry
 ) -> bool:
     """Create a QUEUED run. Return False if it exists already, with the same pipeline and input. Raises RunExists."""
     run = rows.find(request.run_id, lock=True)
     if run is not None and run.execution:
-        check_resubmission(request, run.pipeline, has_same_input(rows, run), run.execution, run.status)
+        is_same = has_same_input(rows, run, payloads, request, opening, data)
+        check_resubmission(request, run.pipeline, is_same, run.execution, run.status)
         return False
     rows.enqueue(rows.begin(run, opening), entry)
     return True

@@ -10,7 +10,7 @@ from stroma.checkpoint.durable.integrity import checksum, storable_text, verify_
 from stroma.checkpoint.durable.rows import EventRow, Fence, StepRow
 from stroma.checkpoint.entries import Committed, StepCall
 from stroma.checkpoint.events import EventBatch, EventPlace
-from stroma.checkpoint.payloads import BLOB, PayloadPlace, Payloads
+from stroma.checkpoint.payloads import BLOB, PayloadPlace, Payloads, UnencodedState
 from stroma.checkpoint.records import PICO, AttemptRecord
 from stroma.contracts.schema import Snapshot
 from stroma.contracts.snapshots import StoredSnapshot
@@ -73,6 +73,8 @@ def to_committed(
             place = PayloadPlace(run_id, execution, "step input", position, branch)
             input_key = payloads.open(input_key, place, f"the input of the step for {what}")
         call = StepCall(step.number, input_key)
+    if isinstance(step.output, UnencodedState):
+        return Committed(node_id, step.output.snapshot, step.contract, call, step.output.schema)
     place = PayloadPlace(run_id, execution, "output", position, branch)
     output: Snapshot | None = opened.get((place, step.sha256))
     if output is None:

@@ -80,7 +80,7 @@ class EventAppend:
         rows.append_events([self.batch])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Transaction:
     """Any other operation.
 

@@ -9,7 +9,7 @@ import socket
 from typing import Any, Final, NamedTuple
 from weakref import WeakValueDictionary
 
-__all__ = ["LIVE_SESSIONS", "Owner", "boot_id", "is_gone", "machine_prefix", "new_owner"]
+__all__ = ["LIVE_SESSIONS", "Owner", "boot_id", "is_gone", "machine_prefix", "memory_owner", "new_owner"]
 
 #: Prefix of the token of a session that does not record its end.
 _ENDLESS: Final = "-"
@@ -80,6 +80,12 @@ def new_owner(session: object, *, ends: bool = True) -> Owner:
     if ends:
         LIVE_SESSIONS[owner.token] = session
     return owner
+
+
+@functools.cache
+def memory_owner(pid: int, *, ends: bool) -> str:
+    """Return the owner of all runs in the memory of a process, where the session itself says if it lives."""
+    return str(_process(pid)._replace(token="memory" if ends else f"{_ENDLESS}memory"))
 
 
 def is_gone(owner: Owner) -> bool:

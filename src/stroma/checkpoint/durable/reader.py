@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from stroma.checkpoint.decoding import decode_number
 from stroma.checkpoint.durable.annotations import (
@@ -48,8 +48,11 @@ from stroma.checkpoint.records import (
     cause_of,
 )
 from stroma.contracts.contract import check_id
+from stroma.contracts.tagged_json import NotSerialisable
 from stroma.failures.tracebacks import FailureSite, read_failure_site
-from stroma.trace.rejected import RejectedOutput
+
+if TYPE_CHECKING:
+    from stroma.trace.rejected import RejectedOutput
 
 __all__ = ["ReadableStore"]
 
@@ -242,7 +245,7 @@ class ReadableStore(ABC):
     def output_of(
         self, run_id: str, position: int, branch: str = "", *, execution: int | None = None
     ) -> bytes | None:
-        """Return the output committed at a place in stored form (see Schema.decode); None if there is none.
+        """Return the output committed at a place in stored form (see Schema.decode); None if it has none.
 
         Raises CorruptCheckpoint, StoreError.
         """
@@ -262,7 +265,10 @@ class ReadableStore(ABC):
         verify_step(row.step, run_id, position, row.node_id, branch)
         what = f"the output of node {row.node_id!r} at position {position} of run {run_id!r}"
         place = PayloadPlace(run_id, number, "output", position, branch)
-        return self._payloads.open(row.step.output, place, what)
+        try:
+            return self._payloads.open(row.step.output, place, what)
+        except NotSerialisable:
+            return None
 
     def _run_records(self, rows: Rows, runs: list[RunRow], *, failed: int) -> list[RunRecord]:
         records: list[RunRecord] = []
@@ -289,7 +295,6 @@ class ReadableStore(ABC):
     ) -> AttemptRecord:
         open_message(self._payloads, run_id, execution, attempt)
         if step is not None:
-            attempt.output_bytes = len(step.output)
             what = f"the output of node {attempt.node_id!r} at position {attempt.position} of run {run_id!r}"
             try:
                 verify_step(step, run_id, attempt.position, attempt.node_id, attempt.branch)
@@ -297,6 +302,10 @@ class ReadableStore(ABC):
                 attempt.output = self._payloads.open(step.output, place, what)
             except CorruptCheckpoint:
                 attempt.damaged = True  # The rest of the history is still readable.
+            except NotSerialisable:
+                return attempt
+            stored = step.output if isinstance(step.output, bytes) else attempt.output
+            attempt.output_bytes = len(stored or b"")
         return attempt
 
     def input_of(self, run_id: str) -> bytes:

@@ -15,7 +15,7 @@ from stroma.checkpoint.payloads import BLOB, BlobStore, collect
 
 __all__ = ["Collected", "collect_expired"]
 
-_GC_PAGE_SIZE: Final = 500  # expired runs of one query
+_GC_PAGE_SIZE: Final = 5000  # expired runs of one query
 _GC_BATCH_SIZE: Final = 50  # deletions submitted together: other operations wait for them
 
 

@@ -70,9 +70,9 @@ DAMAGED: Final = "DAMAGED"
 
 
 def is_free(owner: str | None, left_seconds: float) -> bool:
-    """Return True if a running run has no owner any more. ``left_seconds``: of its lease."""
+    """Return True if a running run has no owner any more. ``left_seconds``: of its lease; infinite in memory."""
     holder = Owner.read(owner)
-    return holder is None or left_seconds < 0 or is_gone(holder)
+    return holder is None or left_seconds < 0 or (left_seconds < math.inf and is_gone(holder))
 
 
 #: Unlike the monotonic clock of Linux, it also counts while the machine is suspended.
@@ -124,7 +124,8 @@ class RunRow(NamedTuple):
         nodes: positions with a commit in the last execution, except those inside groups.
         attempt_count, commit_count: rows that the last execution must have, counted in the transaction of
             each.
-        wake_ms: see :func:`stroma.checkpoint.decisions.merge_wake`.
+        wake_ms: from when on it is due if it stops unfinished, in ms since the epoch, 0: at once, or its
+            news (BUDGET_CHANGED, MESSAGE_SENT); None: never by itself.
         expires_ms, priority, key: see :class:`stroma.checkpoint.queue.QueueEntry`; None of a run that was not
             submitted, and some stores have 0 for its priority.
         version: that of the pipeline when the execution began; "" without a version.
@@ -186,7 +187,7 @@ class Step(NamedTuple):
 
     contract: str
     schema_ref: str
-    output: bytes
+    output: Any
     sha256: bytes
     number: int | None = None
     input_key: bytes | None = None
@@ -216,8 +217,8 @@ class Opening(NamedTuple):
     owner: str
     lease_seconds: float
     contract: str
-    input: bytes
-    sha256: bytes
+    input: Any
+    sha256: Any
     discard_from: int | None
     tags: tuple[str, ...] = ()
     execution: int = 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Final, cast
+from typing import Any, Final, cast
 
 from pydantic import BaseModel
 
@@ -24,6 +24,7 @@ from stroma.checkpoint.durable.annotations import (
     read_annotations,
     read_waiting,
     record_due_hooks,
+    record_failure_site,
     record_notes,
     record_rejected,
 )
@@ -42,23 +43,22 @@ from stroma.checkpoint.durable.operations import (
 from stroma.checkpoint.durable.owner import LIVE_SESSIONS
 from stroma.checkpoint.durable.references import BlobReferences
 from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, RunEnd, RunRow, Step, StepRow
-from stroma.checkpoint.durable.session_open import RunOpener, finish_execution, record_end
+from stroma.checkpoint.durable.session_open import RunOpener, finish_execution, record_end, release_run
 from stroma.checkpoint.entries import (
+    NO_CONTROL,
     Committed,
-    Finished,
-    PriorUsage,
     RunControl,
     RunRequest,
     SentMessage,
     StepCall,
-    Tried,
     Waiting,
 )
 from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.manager import schema_ref
-from stroma.checkpoint.payloads import BLOB, LARGE_BYTES, PayloadPlace, Payloads
+from stroma.checkpoint.payloads import BLOB, LARGE_BYTES, PayloadPlace, Payloads, Stored
 from stroma.checkpoint.protocols import Charge
 from stroma.checkpoint.records import AttemptRecord
+from stroma.checkpoint.sessions import NullSession
 from stroma.contracts.schema import Schema
 from stroma.trace.events import AttemptRow, contract_of
 
@@ -69,70 +69,28 @@ logger = get_logger()
 _TRIM_INTERVAL: Final = 100  # batches of events of a session between two that delete old ones
 
 
-class DurableSession:
+class DurableSession(NullSession):
     """One execution of a run, owned by this process until it ends, or until another process takes it over.
-
-    Attributes: see :class:`stroma.checkpoint.protocols.Session`.
 
     Args:
         decrypted: payloads that were decrypted before, by place and checksum of the stored form.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_appended",
-        "_completed",
-        "_decrypted",
-        "_deliver",
-        "_failure_sites",
-        "_identities",
-        "_payloads",
-        "_pending_notes",
-        "_read_messages",
-        "_references",
-        "_rejected",
-        "_release",
-        "_submit",
-        "address",
-        "attribution",
-        "charges",
-        "continued",
-        "control",
-        "ended",
-        "execution",
-        "fence",
-        "finished",
-        "lost_start_ms",
-        "notes",
-        "on_control",
-        "places",
-        "prior",
-        "restored",
-        "run_id",
-        "traceparent",
-        "tried",
-        "undelivered",
-        "version",
-        "waiting",
-    )
-
-    stores_inputs: ClassVar[bool] = True
-    attribution: Mapping[str, str]
+    stores_inputs = True
     fence: Fence
-    execution: int
-    continued: bool
-    control: RunControl
-    waiting: dict[tuple[int, str], Waiting]
-    finished: Finished | None
-    lost_start_ms: int | None
-    notes: Mapping[str, bytes]
-    places: Mapping[str, int]
-    prior: PriorUsage
-    restored: Mapping[tuple[int, str], Committed]
-    tried: Mapping[tuple[int, str], Tried]
-    traceparent: str | None
-    undelivered: list[AttemptRow]
-    version: str
+    #: The lease need not be renewed any more.
+    ended = False
+    #: The run as it was opened, if it had completed, nothing is discarded, and nothing was recorded since.
+    completed: RunRow | None = None
+    #: The run as it was, if it is continued; the requests that held; whether commits were discarded.
+    before: RunRow | None = None
+    held = NO_CONTROL
+    discards = False
+    #: Number of the last message that was read; None before the first look.
+    _read_messages: int | None = None
+    #: Number of batches of events.
+    _appended = 0
+    _deliver = False
 
     def __init__(
         self,
@@ -143,54 +101,54 @@ class DurableSession:
         address: str = "",
     ) -> None:
         self.run_id, self.address = run_id, address
+        self._submit_to_store = submit
         self._payloads = payloads
         self._decrypted = decrypted or {}
-        self.on_control: Callable[[RunControl], None] | None = None
-        #: The lease need not be renewed any more.
-        self.ended = False
-        self._submit = submit
         self._failure_sites: dict[tuple[int, str], tuple[int, int, bytes]] = {}
-        #: Outputs that broke their contract, until their attempts are stored: (start of the attempt, stored
-        #: form).
+        #: Outputs that broke their contract, until their attempts are stored: (start, stored form).
         self._rejected: dict[tuple[int, str], tuple[int, bytes]] = {}
         self.charges: dict[tuple[int, str], Charge] = {}
+        self.waiting: dict[tuple[int, str], Waiting] = {}
         #: Notes by kind of annotation and key that no transaction has stored yet.
         self._pending_notes: Notes = {}
-        #: Number of the last message that was read; None before the first look.
-        self._read_messages: int | None = None
-        #: The run as it was opened, if it had completed and nothing was recorded since.
-        self._completed: RunRow | None = None
-        #: What undoes the claim of the run; None before it.
-        self._release: Callable[[Rows], None] | None = None
+        self.undelivered: list[AttemptRow] = []
         #: The identity of the step of plain code at each position.
         self._identities: dict[int, str] = {}
-        self._references = BlobReferences(payloads)
-        #: Number of batches of events.
-        self._appended = 0
+        self._references = None if payloads.blobs is None else BlobReferences(payloads)
 
-    def open(self, request: RunRequest, opening: Opening, plain_input: bytes, rows: Rows) -> DurableSession:
+    def open(self, request: RunRequest, opening: Opening, plain_input: Stored, rows: Rows) -> DurableSession:
         """Open the run. One operation; see :class:`RunOpener`."""
-        opener = RunOpener(self._payloads, request, opening, plain_input, self._decrypted)
-        opened = opener.open(rows)
-        self.fence, self.execution = opened.fence, opened.fence.execution
-        self.finished, self.continued = opened.finished, opened.continued
-        self.restored, self.places, self.tried = opened.restored, opened.places, opened.tried
-        self.prior, self.traceparent, self.attribution = opened.prior, opened.traceparent, opened.attribution
-        self.control, self.version, self.lost_start_ms = opened.control, opened.version, opened.lost_start_ms
-        self.waiting, self.undelivered, self.notes = opened.waiting, opened.undelivered, opened.notes
-        self._identities = {position: identity for identity, position in opened.places.items()}
-        self._completed = opened.completed
-        self._release = opener.release
+        RunOpener(self, self._payloads, request, opening, plain_input, self._decrypted).open(rows)
+        self.execution, self.epoch = self.fence.execution, self.fence.epoch
+        self._identities = {position: identity for identity, position in self.places.items()}
         self._deliver = request.deliver
         self._decrypted = {}
         return self
+
+    def _submit(
+        self,
+        operation: Any,
+        then: Callable[[Any], object] | None = None,
+        in_any_case: Callable[[], object] | None = None,
+    ) -> Awaitable[Any]:
+        """Submit an operation. ``then`` is called with its result once it is stored."""
+        pending = self._submit_to_store(operation)
+        if then is not None or in_any_case is not None:
+            pending.add_done_callback(partial(_settle, then, in_any_case))
+        return pending
+
+    def _post(self, operation: Any) -> asyncio.Future[None] | None:
+        """Submit an operation without waiting for it. If it fails, nobody is told."""
+        pending = self._submit_to_store(operation)
+        pending.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return pending
 
     def _place(self, kind: str, execution: int, position: int = 0, branch: str = "") -> PayloadPlace:
         return PayloadPlace(self.run_id, execution, kind, position, branch)
 
     def record(
         self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
-    ) -> Awaitable[None]:
+    ) -> Awaitable[None] | None:
         """Store one attempt and, with ``output``, its commit: both or nothing.
 
         Raises NotSerialisable at once; awaited: Fenced, or another StoreError. Repeating the call after an
@@ -217,6 +175,7 @@ class DurableSession:
         if data.startswith(BLOB):
             stored = payload_reference(self._payloads, data, place, "a state of the trace")
             content = await asyncio.to_thread(checksum, plain)
+            assert self._references is not None
             self._references.add(row.position, row.branch, content, stored)
         del plain
         if call is not None and call.input_key is not None:
@@ -226,7 +185,7 @@ class DurableSession:
 
     def with_references(self, row: AttemptRow) -> AttemptRow:
         """See Session."""
-        return self._references.replace_in(row)
+        return row if self._references is None else self._references.replace_in(row)
 
     def _commit(self, row: AttemptRow, schema: Schema, data: bytes, call: StepCall | None) -> Awaitable[None]:
         contract, ref = contract_of(row, schema), schema_ref(schema.model)
@@ -250,11 +209,6 @@ class DurableSession:
         place = self._place("message", self.fence.execution, attempt.position, attempt.branch)
         attempt.message = self._payloads.seal_text(attempt.message, place)
 
-    @property
-    def epoch(self) -> int:
-        """Incremented by each session that opens the run."""
-        return self.fence.epoch
-
     def holds_lease(self) -> bool:
         """See Session."""
         return self.fence.holds_lease()
@@ -273,71 +227,52 @@ class DurableSession:
         """See Session."""
         self._rejected[position, branch] = (started_ns, data)
 
-    def _rejected_of(self, attempt: AttemptRecord) -> bytes | None:
-        """Return the output that broke its contract in an attempt, or None."""
-        started_ns, data = self._rejected.get((attempt.position, attempt.branch), (0, None))
-        return data if started_ns == attempt.started_ns else None
-
-    def _forget_rejected(self, place: tuple[int, str], data: bytes, pending: asyncio.Future[Any]) -> None:
-        """Drop a rejected output that a transaction has stored; another is written with the next try."""
-        if pending.cancelled() or pending.exception() is not None:
-            return
-        if self._rejected.get(place, (0, None))[1] is data:
-            del self._rejected[place]
-
-    def _submit_commit(self, commit: Commit) -> Awaitable[None]:
-        attempt, self._completed = commit.attempt, None
-        site = self._failure_sites.pop((attempt.position, attempt.branch), None)
+    def _submit_commit(self, commit: Commit, question: Waiting | None = None) -> Awaitable[Any]:
+        """Commit an attempt together with its annotations and the changes of its cells, in one transaction."""
+        attempt, self.completed = commit.attempt, None
+        place = attempt.position, attempt.branch
+        site = self._failure_sites.pop(place, None)
         if site is not None and site[1] != attempt.started_ns:
             site = None
-        if (
-            not self._deliver
-            and site is None
-            and not self._rejected
-            and not self.charges
-            and not self._pending_notes
-        ):
+        is_alone = question is None and site is None and not self._deliver
+        if is_alone and not (self._rejected or self.charges or self._pending_notes):
             return self._submit(commit)
-
-        def write_site(rows: Rows) -> None:
-            if site is not None:
-                number, started_ns, data = site
-                step = Step(str(started_ns), "", data, b"", number)
-                key = f"{attempt.position}:{attempt.branch}"
-                annotate(rows, self.run_id, Annotation.FAILURE_SITE, key, attempt.node_id, step)
-
-        return self._submit_with(commit, write_site)
-
-    def _submit_with(self, commit: Commit, write: Callable[[Rows], object]) -> asyncio.Future[Any]:
-        """Commit together with its annotations and the changes of its cells, in one transaction."""
-        attempt, self._completed = commit.attempt, None
-        place = attempt.position, attempt.branch
-        charge, rejected = self.charges.get(place), self._rejected_of(attempt)
-        notes = dict(self._pending_notes)
+        rejected = self._rejected.get(place)
+        if rejected is not None and rejected[0] != attempt.started_ns:
+            rejected = None
+        charge, notes = self.charges.get(place), dict(self._pending_notes)
         changes: list[tuple[str, Change[Any]]] = []
         if charge is not None:
             changes = charge.changes(attempt.tokens, attempt.cost_pico, committed=commit.step is not None)
 
-        def operation(rows: Rows) -> list[Any]:
+        def operation(rows: Rows) -> tuple[Waiting | None, list[Any]]:
             commit(rows)
             if self._deliver:
                 record_due_hooks(rows, self.run_id, attempt)
-            write(rows)
+            if site is not None:
+                record_failure_site(rows, self.run_id, attempt, *site)
+            stored = None
+            if question is not None:
+                rows.find(self.run_id, lock=True)  # Its answer may arrive between the read and the write.
+                stored = self._put(question, rows)
             if rejected is not None:
                 execution = self.fence.execution
-                record_rejected(rows, self.run_id, execution, attempt, rejected, self._payloads)
+                record_rejected(rows, self.run_id, execution, attempt, rejected[1], self._payloads)
             self._write_notes(rows, notes)
             # Cells last, to hold their locks briefly: other runs wait for them.
-            return [CellChange(name, change)(rows) for name, change in changes]
+            return stored, [CellChange(name, change)(rows) for name, change in changes]
 
-        pending = self._submit(Transaction(self.run_id, operation))
-        if charge is not None:
-            pending.add_done_callback(partial(_settle_charge, charge))
-        if rejected is not None:
-            pending.add_done_callback(partial(self._forget_rejected, place, rejected))
-        if notes:
-            pending.add_done_callback(partial(self._forget_notes, notes))
-        return pending
+        def then(result: tuple[Waiting | None, list[Any]]) -> None:
+            stored, answers = result
+            if stored is not None:
+                self._know(stored)
+            if charge is not None:
+                charge.settled(answers)
+            if rejected is not None and self._rejected.get(place) is rejected:
+                del self._rejected[place]
+            self._forget_notes(notes)
+
+        return self._submit(Transaction(self.run_id, operation), then)
 
     def append_events(self, last: int, lines: bytes) -> Awaitable[None]:
         """See Session."""
@@ -360,20 +295,10 @@ class DurableSession:
 
     def ask(self, waiting: Waiting) -> Awaitable[Waiting]:
         """See Session. Awaited: raises Fenced, or another StoreError."""
-        return self._know(waiting, self._submit_fenced(partial(self._put, waiting)))
+        return self._submit_fenced(partial(self._put, waiting), self._know)
 
-    def _know(self, waiting: Waiting, pending: asyncio.Future[Any]) -> asyncio.Future[Any]:
-        """Have ``waiting`` hold a question once it is stored."""
-
-        def stored(pending: asyncio.Future[Any]) -> None:
-            if not pending.cancelled() and pending.exception() is None:
-                known = pending.result()
-                self.waiting[waiting.position, waiting.branch] = (
-                    known if isinstance(known, Waiting) else waiting
-                )
-
-        pending.add_done_callback(stored)
-        return pending
+    def _know(self, stored: Waiting) -> None:
+        self.waiting[stored.position, stored.branch] = stored
 
     def _put(self, waiting: Waiting, rows: Rows) -> Waiting:
         run, execution = self.fence.run, self.fence.execution
@@ -404,30 +329,37 @@ class DurableSession:
         self._read_messages = last
         return cast("list[SentMessage]", messages)
 
-    def _submit_fenced(self, do: Callable[[Rows], Any]) -> asyncio.Future[Any]:
+    def _submit_fenced(
+        self, do: Callable[[Rows], Any], then: Callable[[Any], object] | None = None
+    ) -> Awaitable[Any]:
         """Write beside the commits, with the notes, in one transaction that the fence may refuse."""
-        notes, fence = dict(self._pending_notes), self.fence
+        notes = dict(self._pending_notes)
 
         def operation(rows: Rows) -> Any:
-            run = rows.find(self.run_id, lock=True)
-            if run is None or (run.epoch, run.owner) != (fence.epoch, fence.owner):
-                raise fence_error(rows, fence, self.run_id)
+            self._require_fence(rows)
             done = do(rows)
             self._write_notes(rows, notes)
             return done
 
-        pending = self._submit(Transaction(self.run_id, operation))
-        pending.add_done_callback(partial(self._forget_notes, notes))
-        return pending
+        def stored(result: Any) -> None:
+            self._forget_notes(notes)
+            if then is not None:
+                then(result)
+
+        return self._submit(Transaction(self.run_id, operation), stored)
+
+    def _require_fence(self, rows: Rows) -> None:
+        """Raise StoreError if the run was deleted or has another owner: what is written would reach that one."""
+        run = rows.find(self.run_id, lock=True)
+        if run is None or (run.epoch, run.owner) != (self.fence.epoch, self.fence.owner):
+            raise fence_error(rows, self.fence, self.run_id)
 
     def _write_notes(self, rows: Rows, notes: Notes) -> None:
         if notes:
             record_notes(rows, self.fence.run, self.run_id, self.fence.execution, notes, self._payloads)
 
-    def _forget_notes(self, stored: Notes, pending: asyncio.Future[Any]) -> None:
+    def _forget_notes(self, stored: Notes) -> None:
         """Drop notes that a transaction has stored; others are written again with the next one."""
-        if pending.cancelled() or pending.exception() is not None:
-            return
         for key, data in stored.items():
             if self._pending_notes.get(key, b"") is data:
                 del self._pending_notes[key]
@@ -451,44 +383,34 @@ class DurableSession:
     def delivered(self, row: AttemptRow) -> None:
         """Record, without waiting, that end hooks were called. If this is lost, they are called again."""
         run, key = self.fence.run, due_hooks_key(to_attempt(row))
-        pending = self._submit(
+        self._post(
             Transaction(
                 self.run_id, lambda rows: rows.delete_annotations(run, Annotation.DUE_HOOKS, branch=key)
             )
         )
-        pending.add_done_callback(lambda done: done.cancelled() or done.exception())
 
-    def note_traceparent(self, traceparent: str) -> asyncio.Future[None]:
+    def note_traceparent(self, traceparent: str) -> asyncio.Future[None] | None:
         """Store the trace context without waiting. If this is lost, the trace of a resumed run is not linked."""
-        return self._post_fenced(lambda rows: annotate(rows, self.run_id, Annotation.TRACE, "", traceparent))
+        return self._post_annotations({(Annotation.TRACE, ""): traceparent})
 
     def note_attribution(self, ids: Mapping[str, str]) -> None:
         """Store ids of what the run belongs to, without waiting. If this is lost, a resumed run belongs to nothing."""
+        self._post_annotations({(Annotation.ATTRIBUTION, kind): value for kind, value in ids.items()})
 
+    def _post_annotations(self, values: Mapping[tuple[Annotation, str], str]) -> asyncio.Future[None] | None:
         def write(rows: Rows) -> None:
-            for kind, value in ids.items():
-                annotate(rows, self.run_id, Annotation.ATTRIBUTION, kind, value)
+            self._require_fence(rows)
+            for (kind, branch), value in values.items():
+                annotate(rows, self.run_id, kind, branch, value)
 
-        _ = self._post_fenced(write)
-
-    def _post_fenced(self, do: Callable[[Rows], None]) -> asyncio.Future[None]:
-        """Write without waiting, unless the run was deleted or has another owner: what is written would reach it."""
-        pending = self._submit_fenced(do)
-        pending.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return pending
+        return self._post(Transaction(self.run_id, write))
 
     def suspend(self, row: AttemptRow, waiting: Waiting) -> Awaitable[None]:
         """Store a suspended attempt and its question. Awaited: raises Fenced, or another StoreError."""
         attempt = to_attempt(row)
         attempt.identity, attempt.message = self._identities.get(row.position), storable_text(waiting.reason)
         self._seal_message(attempt)
-        commit = Commit(self.run_id, self.fence, attempt, None)
-
-        def write(rows: Rows) -> Waiting:
-            rows.find(self.run_id, lock=True)  # Its answer may arrive between the read and the write.
-            return self._put(waiting, rows)
-
-        return self._know(waiting, self._submit_with(commit, write))
+        return self._submit_commit(Commit(self.run_id, self.fence, attempt, None), waiting)
 
     def read_requests(self, rows: Rows) -> None:
         """Make the requests about the run hold. One operation; the owner knows them before they are acknowledged."""
@@ -510,8 +432,8 @@ class DurableSession:
 
     def release(self, rows: Rows) -> None:
         """Undo the claim of the run. One operation; does nothing without a claim."""
-        if self._release is not None and self.fence.owner:
-            self._release(rows)
+        if hasattr(self, "fence") and self.fence.owner:
+            release_run(rows, self._payloads, self)
         self.abandon()
 
     def abandon(self) -> None:
@@ -522,19 +444,23 @@ class DurableSession:
 
     def end(self, status: str, error: str | None, wake_ms: int | None = None) -> Awaitable[None] | None:
         """Record how the run stopped. Awaited: raises Fenced, or another StoreError."""
+        end = self._to_record(status, error, wake_ms)
+        if end is None:
+            return None
+        self.ended = True
+        # Abandoned only once it is stored: otherwise the run looks like one whose process died.
+        return self._submit(Transaction(self.run_id, partial(self._finish, end)), in_any_case=self.abandon)
+
+    def _to_record(self, status: str, error: str | None, wake_ms: int | None) -> RunEnd | None:
+        """Return the end to record; None for a run that is returned unchanged."""
         if self.finished is not None:
             if not self.fence.owner:
                 return None
             status, error = self.finished.status, self.finished.error
-        self.ended = True
-        end = RunEnd(str(status), storable_text(error), wake_ms)
-        pending = self._submit(Transaction(self.run_id, partial(self._finish, end)))
-        # Only after it is stored: otherwise the run looks like one whose process died.
-        pending.add_done_callback(lambda _: self.abandon())
-        return pending
+        return RunEnd(str(status), storable_text(error), wake_ms)
 
     def _finish(self, end: RunEnd, rows: Rows) -> None:
-        before = self._completed
+        before = self.completed
         if before is None or end.status not in COMPLETE:
             finish_execution(rows, self._payloads, self.fence, self.run_id, end, self._read_messages)
         else:  # A resume without anything to do leaves the run unchanged.
@@ -543,6 +469,12 @@ class DurableSession:
         self._write_notes(rows, self._pending_notes)
 
 
-def _settle_charge(charge: Charge, pending: asyncio.Future[Any]) -> None:
-    if not pending.cancelled() and pending.exception() is None:
-        charge.settled(pending.result())
+def _settle(
+    then: Callable[[Any], object] | None,
+    in_any_case: Callable[[], object] | None,
+    done: asyncio.Future[Any],
+) -> None:
+    if then is not None and not done.cancelled() and done.exception() is None:
+        then(done.result())
+    if in_any_case is not None:
+        in_any_case()

@@ -6,7 +6,7 @@ All of it is one transaction: a request that is refused changes nothing and fenc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from stroma.checkpoint.decisions import (
     COMPLETE,
@@ -57,71 +57,28 @@ from stroma.checkpoint.entries import (
     RunControl,
     RunRequest,
     Tried,
-    Waiting,
 )
 from stroma.checkpoint.errors import StoreError
-from stroma.checkpoint.payloads import PayloadPlace, Payloads
+from stroma.checkpoint.payloads import PayloadPlace, Payloads, Stored
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import PICO, AttemptRecord
 from stroma.failures.errors import PAUSED
-from stroma.trace.events import AttemptRow
 
-__all__ = ["OpenedRun", "RunOpener", "finish_execution", "record_end"]
+if TYPE_CHECKING:
+    from stroma.checkpoint.durable.session import DurableSession
+
+__all__ = ["RunOpener", "finish_execution", "has_same_input", "record_end", "release_run"]
 
 
 #: Returns the annotations of a kind. Raises CorruptCheckpoint for a damaged one.
 _Reader: TypeAlias = Callable[[Annotation], list[StepRow]]
 
 
-class OpenedRun:
-    """An opened execution. Attributes: see :class:`stroma.checkpoint.protocols.Session`.
-
-    Attributes:
-        completed: the run as it was, if it had completed and nothing is discarded.
-    """
-
-    __slots__ = (
-        "attribution",
-        "completed",
-        "continued",
-        "control",
-        "fence",
-        "finished",
-        "lost_start_ms",
-        "notes",
-        "places",
-        "prior",
-        "restored",
-        "traceparent",
-        "tried",
-        "undelivered",
-        "version",
-        "waiting",
-    )
-
-    def __init__(self) -> None:
-        self.attribution: dict[str, str] = {}
-        self.fence = Fence(None, 0, 0, "", 0.0)
-        self.completed: RunRow | None = None
-        self.continued = False
-        self.control = NO_CONTROL
-        self.finished: Finished | None = None
-        self.lost_start_ms: int | None = None
-        self.notes: dict[str, bytes] = {}
-        self.places: dict[str, int] = {}
-        self.prior = PriorUsage()
-        self.restored: Mapping[tuple[int, str], Committed] = {}
-        self.traceparent: str | None = None
-        self.tried: Mapping[tuple[int, str], Tried] = {}
-        self.undelivered: list[AttemptRow] = []
-        self.version = ""
-        self.waiting: dict[tuple[int, str], Waiting] = {}
-
-
 class RunOpener:
     """Opens a run in one transaction.
 
     Args:
+        session: gets what the run has, see :class:`stroma.checkpoint.sessions.Session`.
         opening: what is written for the request; its input is sealed for one execution.
         plain_input: the input before encryption.
         decrypted: payloads that were decrypted before the transaction, by place and checksum.
@@ -129,46 +86,43 @@ class RunOpener:
 
     def __init__(
         self,
+        session: DurableSession,
         payloads: Payloads,
         request: RunRequest,
         opening: Opening,
-        plain_input: bytes,
+        plain_input: Stored,
         decrypted: Mapping[tuple[PayloadPlace, bytes], bytes],
     ) -> None:
+        self._opened = session
         self._payloads = payloads
         self._request = request
         self._opening = opening
         self._plain_input = plain_input
         self._decrypted = decrypted
         self._run_id = request.run_id
-        self._opened = OpenedRun()
-        #: The run as it was, if it is continued.
-        self._before: RunRow | None = None
-        #: The requests that the run is to be cancelled, or is paused.
-        self._held = NO_CONTROL
 
-    def open(self, rows: Rows) -> OpenedRun:
-        """Return the opened run. Raises RunBusy, RunExists, PipelineChanged, CheckpointLost, CorruptCheckpoint."""
+    def open(self, rows: Rows) -> None:
+        """Open the run. Raises RunBusy, RunExists, PipelineChanged, CheckpointLost, CorruptCheckpoint."""
+        opened, request, control = self._opened, self._request, NO_CONTROL
         run = rows.find(self._run_id, lock=True)
         action = decide(
-            self._request,
+            request,
             None if run is None or not run.execution else _last_execution(run),
-            self.has_same_input(rows, run),
+            has_same_input(rows, run, self._payloads, request, self._opening, self._plain_input),
             lambda: _prior_work(rows, run),
         )
         if action != "begin" and run is not None and not rows.is_complete(run):
             raise lost_error(self._run_id, "some of its rows are missing")
-        opened, request, control = self._opened, self._request, NO_CONTROL
         if action == "begin" or run is None:
             opened.fence, opened.version = rows.begin(run, self._seal_for_next(run)), self._opening.version
             if run is not None:
                 rows.delete_annotations(run.run, *OF_EXECUTION)
         else:
-            self._before = run
+            opened.before = run
             read = self._read_annotations(rows, run, is_returned=action == "return")
             if action == "continue":
                 control = to_control([row for kind in KINDS for row in read(kind)], self._run_id)
-                self._held = control._replace(budget={})
+                opened.held = control._replace(budget={})
             self._load(rows, run)
             if action == "return":
                 opened.finished = Finished(run.status, self._error_of(run))
@@ -192,7 +146,6 @@ class RunOpener:
             opened.continued = action == "continue" and opened.finished is None and not is_first
             opened.version = run.version or (self._opening.version if is_first else "")
             self._load_annotations(rows, run, read)
-        return opened
 
     def _read_annotations(self, rows: Rows, run: RunRow, *, is_returned: bool) -> _Reader:
         """Return what finds the annotations of a kind, which are read at once and checked when they are used."""
@@ -205,22 +158,6 @@ class RunOpener:
         for row in rows.annotations(run.run, *kinds):
             by_kind.setdefault(row.position, []).append(row)
         return lambda kind: require_intact(by_kind.get(kind, ()), self._run_id)
-
-    def release(self, rows: Rows) -> None:
-        """Undo the claim: the run stands as it did, or as an INTERRUPTED one if it was begun, or ran. Raises Fenced."""
-        opened, before = self._opened, self._before
-        if opened.finished is not None:  # It was claimed only to be ended.
-            end = RunEnd(opened.finished.status, opened.finished.error)
-            finish_execution(rows, self._payloads, opened.fence, self._run_id, end)
-        elif before is None or before.status == "RUNNING" or self._request.discard_from is not None:
-            record_end(rows, opened.fence, self._run_id, RunEnd("INTERRUPTED"))
-        else:
-            end = RunEnd(before.status, before.error, before.wake_ms, before.updated_ms)
-            record_end(rows, opened.fence, self._run_id, end)
-            if self._held.pause:
-                request(rows, self._run_id, PAUSE)
-        if before is not None and before.mark is not None:
-            rows.block(before, before.mark)
 
     def _load(self, rows: Rows, run: RunRow) -> None:
         """Load usage, steps and commits of the last execution, and resolve what the request discards."""
@@ -238,6 +175,7 @@ class RunOpener:
         if request.retry_failed:
             self._request = request.resolve_discard(commits)
             self._opening = self._opening._replace(discard_from=self._request.discard_from)
+        opened.discards = self._request.discard_from is not None
         opened.restored = self._request.accept_commits(commits)
 
     def _recover(self, rows: Rows, run: RunRow) -> None:
@@ -327,37 +265,15 @@ class RunOpener:
         execution = 1 if run is None else run.execution + 1
         if self._payloads.codec is None or execution == opening.execution:
             return opening
+        assert isinstance(self._plain_input, bytes)
         sealed = self._payloads.seal_now(self._plain_input, PayloadPlace(self._run_id, execution, "input"))
         return opening._replace(input=sealed, sha256=checksum(sealed), execution=execution)
-
-    def has_same_input(self, rows: Rows, run: RunRow | None) -> bool:
-        """Return True if the input is that of the last execution, or if there is nothing to compare it with."""
-        stored = rows.input(run.run, run.execution) if run is not None and run.execution > 0 else None
-        # A run without its input is damaged, which is_complete() reports unless the run begins anew.
-        if run is None or stored is None or stored[2] == self._opening.sha256:
-            return True
-        # Compare decrypted inputs: a codec may produce different bytes for equal input.
-        _, data, sha256 = stored
-        try:
-            verify_input(data, sha256, self._run_id)
-            if self._payloads.is_plain(data):
-                return False
-            place = PayloadPlace(self._run_id, run.execution, "input")
-            what = f"the input of run {self._run_id!r}"
-            return self._payloads.open(data, place, what) == self._plain_input
-        except StoreError:
-            if (
-                self._request.if_exists in ("new", "restart", "error")
-                or self._request.discard_from is not None
-            ):
-                return False  # These do not use the old input, so an unreadable one is no error.
-            raise
 
     def _load_annotations(self, rows: Rows, run: RunRow, read: _Reader) -> None:
         """Take over the annotations of the execution, and delete what the request discards."""
         opened, request = self._opened, self._request
         is_claimed = opened.finished is None
-        if is_claimed and (self._held.cancel or self._held.pause):
+        if is_claimed and (opened.held.cancel or opened.held.pause):
             forget_requests(rows, run.run, CANCEL, PAUSE)  # The caller takes them back.
         opened.attribution = {row.branch: row.node_id for row in read(Annotation.ATTRIBUTION)}
         opened.traceparent = next((row.node_id for row in read(Annotation.TRACE)), None)
@@ -381,6 +297,50 @@ class RunOpener:
                 opened.waiting[waiting.position, waiting.branch] = waiting
 
 
+def has_same_input(
+    rows: Rows,
+    run: RunRow | None,
+    payloads: Payloads,
+    request: RunRequest,
+    opening: Opening,
+    plain_input: Stored,
+) -> bool:
+    """Return True if the input is that of the last execution, or if there is nothing to compare it with."""
+    stored = rows.input(run.run, run.execution) if run is not None and run.execution > 0 else None
+    # A run without its input is damaged, which is_complete() reports unless the run begins anew.
+    if run is None or stored is None or stored[2] == opening.sha256:
+        return True
+    # Compare decrypted inputs: a codec may produce different bytes for equal input.
+    _, data, sha256 = stored
+    try:
+        verify_input(data, sha256, request.run_id)
+        if payloads.is_plain(data):
+            return False
+        place = PayloadPlace(request.run_id, run.execution, "input")
+        return payloads.open(data, place, f"the input of run {request.run_id!r}") == plain_input
+    except StoreError:
+        if request.if_exists in ("new", "restart", "error") or request.discard_from is not None:
+            return False  # These do not use the old input, so an unreadable one is no error.
+        raise
+
+
+def release_run(rows: Rows, payloads: Payloads, session: DurableSession) -> None:
+    """Undo a claim: the run stands as it did, or as an INTERRUPTED one if it was begun, or ran. Raises Fenced."""
+    fence, run_id, before = session.fence, session.run_id, session.before
+    if session.finished is not None:  # It was claimed only to be ended.
+        end = RunEnd(session.finished.status, session.finished.error)
+        finish_execution(rows, payloads, fence, run_id, end)
+    elif before is None or before.status == "RUNNING" or session.discards:
+        record_end(rows, fence, run_id, RunEnd("INTERRUPTED"))
+    else:
+        end = RunEnd(before.status, before.error, before.wake_ms, before.updated_ms)
+        record_end(rows, fence, run_id, end)
+        if session.held.pause:
+            request(rows, run_id, PAUSE)
+    if before is not None and before.mark is not None:
+        rows.block(before, before.mark)
+
+
 def finish_execution(
     rows: Rows, payloads: Payloads, fence: Fence, run_id: str, end: RunEnd, read: int | None = None
 ) -> None:
@@ -392,8 +352,10 @@ def finish_execution(
     is_old = run is not None and is_old_news(
         run.wake_ms, end.error, lambda: read is None or read == last_number(rows, fence.run, run_id)
     )
-    error = payloads.seal_text(end.error, PayloadPlace(run_id, fence.execution, "error"))
-    record_end(rows, fence, run_id, end._replace(error=error))
+    if end.error is not None:
+        error = payloads.seal_text(end.error, PayloadPlace(run_id, fence.execution, "error"))
+        end = end._replace(error=error)
+    record_end(rows, fence, run_id, end)
     if run is not None and is_old:
         rows.wake(run, 0 if end.status == "INTERRUPTED" else end.wake_ms)
 

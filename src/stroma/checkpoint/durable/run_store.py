@@ -1,0 +1,452 @@
+"""Base class of all stores with a journal: what can be done with runs, whatever keeps their rows."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import timedelta
+from functools import partial
+from operator import itemgetter
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from stroma.checkpoint.blocked import block
+from stroma.checkpoint.decisions import BUDGET_CHANGED, COMPLETE, ENDED, UNFINISHED, add_news, not_waiting
+from stroma.checkpoint.durable.annotations import read_annotation, read_waiting, record_waiting, waiting_key
+from stroma.checkpoint.durable.claims import claim_runs, submit_run
+from stroma.checkpoint.durable.control import (
+    CANCEL,
+    PAUSE,
+    forget_requests,
+    read_control,
+    request,
+    request_budget,
+)
+from stroma.checkpoint.durable.conversion import to_committed
+from stroma.checkpoint.durable.fork import fork_run
+from stroma.checkpoint.durable.integrity import checksum, storable_text, verify_step
+from stroma.checkpoint.durable.messages import add_message
+from stroma.checkpoint.durable.news import Listener
+from stroma.checkpoint.durable.operations import Transaction
+from stroma.checkpoint.durable.owner import Owner, new_owner
+from stroma.checkpoint.durable.reader import ReadableStore
+from stroma.checkpoint.durable.retention import Collected, collect_expired
+from stroma.checkpoint.durable.rows import (
+    Annotation,
+    Fence,
+    Opening,
+    Rows,
+    RunEnd,
+    RunRow,
+    Step,
+    StepRow,
+)
+from stroma.checkpoint.durable.session_open import finish_execution
+from stroma.checkpoint.durable.worker import Operation
+from stroma.checkpoint.entries import Committed, RunRequest, SentMessage, Waiting, count_items, map_not_found
+from stroma.checkpoint.manager import schema_ref
+from stroma.checkpoint.payloads import LARGE_BYTES, BlobStore, PayloadPlace, Stored, UnencodedState
+from stroma.checkpoint.queue import (
+    MAX_CLAIM_SECONDS,
+    POSTPONED,
+    Candidate,
+    ClaimRequest,
+    QueueEntry,
+    QueueFigures,
+    ServedCode,
+)
+from stroma.contracts.contract import check_id
+from stroma.contracts.schema import Schema
+from stroma.failures.errors import BUDGET, PAUSED
+
+__all__ = ["RunStore"]
+
+T = TypeVar("T")
+
+
+class RunStore(ReadableStore):
+    """A store of runs. What differs between stores is where the rows are, and who performs the operations."""
+
+    @abstractmethod
+    def _submit(self, operation: Operation) -> Awaitable[Any]:
+        """Perform an operation in a transaction. Awaited: raises StoreError."""
+
+    def _notify_owner(self, run_id: str) -> None:
+        """Have the owner of a run read the requests about it."""
+
+    def _encode_input(self, request: RunRequest) -> Stored:
+        data = self._encode(request.schema, request.initial_state)
+        if isinstance(data, bytes) and len(data) > LARGE_BYTES:
+            self._payloads.warn_of_size(len(data), f"the input of run {request.run_id!r}")
+        return data
+
+    def _encode(self, schema: Schema, state: BaseModel) -> Stored:
+        return schema.encode(state, secrets=self._payloads.codec is not None)
+
+    async def _step(self, schema: Schema, data: Stored, place: PayloadPlace) -> Step:
+        sealed = await self._payloads.seal(data, place)
+        return Step(schema.fingerprint, schema_ref(schema.model), sealed, b"")
+
+    async def _opening(self, request: RunRequest, data: Stored, execution: int, owner: Owner) -> Opening:
+        sealed = await self._payloads.seal(data, PayloadPlace(request.run_id, execution, "input"))
+        return Opening(
+            request.run_id,
+            request.pipeline,
+            str(owner),
+            request.lease_seconds,
+            request.schema.fingerprint,
+            sealed,
+            checksum(sealed),
+            request.discard_from,
+            tuple(dict.fromkeys(request.tags)),
+            execution,
+            request.version,
+        )
+
+    # ------------------------------------------------------------------ queue
+
+    async def submit(self, request: RunRequest, entry: QueueEntry) -> bool:
+        """Create a QUEUED run, which a worker starts. Return False if it exists already, whatever its status.
+
+        Raises ValueError for an illegal run id, NotSerialisable, RunExists for a run with another pipeline or
+        input, StoreError.
+        """
+        check_id(request.run_id, "run id")
+        data = self._encode_input(request)
+        opening = await self._opening(request, data, 1, new_owner(self, ends=False))
+
+        def submit(rows: Rows) -> bool:
+            return submit_run(rows, self._payloads, request, opening, data, entry)
+
+        is_new: bool = await self._submit(Transaction(request.run_id, submit, opening))
+        return is_new
+
+    async def claim(self, request: ClaimRequest) -> list[Candidate]:
+        """Claim due runs for a worker, the first ones first. Raises StoreError."""
+        if not self.exists():
+            return []
+        claimed: list[Candidate] = await self._submit(
+            Transaction(None, lambda rows: claim_runs(rows, self._payloads, request))
+        )
+        return claimed
+
+    def listen(self, on_news: Callable[[], None]) -> Listener | None:
+        """Call a function, in a thread of its own, when another process has made a run due; None if that is not reported."""
+        return None
+
+    async def postpone(self, run_id: str, token: str, due_ms: int) -> None:
+        """Give back a claimed run that could not be continued, and make it due at a later time. Raises StoreError."""
+
+        def postpone(rows: Rows) -> None:
+            run = rows.find(run_id, lock=True)
+            if run is not None and run.claim == token:
+                one = Candidate(run.run, run_id, run.pipeline)
+                if run.status in UNFINISHED:
+                    rows.wake(run, due_ms)
+                    rows.claim([one], token, -1.0)
+                else:  # Its owner is gone, and how often that happened is counted when somebody opens it.
+                    seconds = (due_ms - rows.now_ms()) / 1000
+                    rows.claim([one], POSTPONED, min(seconds, MAX_CLAIM_SECONDS))
+
+        await self._submit(Transaction(run_id, postpone))
+
+    async def block(self, run_id: str, message: str, code: str, token: str | None, now_ms: int) -> None:
+        """Mark a run as blocked for code that cannot continue it, and end the claim with this token.
+
+        Nothing happens if the run has ended, or has an owner or another claim. Raises StoreError.
+        """
+
+        def mark(rows: Rows) -> None:
+            run = rows.find(run_id, lock=True)
+            if run is None or run.holder is not None or run.claim not in (None, token):
+                return
+            if run.status in ("RUNNING", *UNFINISHED):
+                place = PayloadPlace(run_id, run.execution, "blocked")
+                sealed = self._payloads.seal_text(storable_text(message), place) or ""
+                rows.block(run, block(run.mark, sealed, code, now_ms))
+            if run.claim is not None:
+                rows.claim([Candidate(run.run, run_id, run.pipeline)], run.claim, -1.0)
+
+        await self._submit(Transaction(run_id, mark))
+
+    def queue_figures(self, served: Mapping[str, ServedCode], now_ms: int) -> dict[str, QueueFigures]:
+        """Return the figures of the queues of these pipelines at a time. Blocking. Raises StoreError."""
+        nothing = dict.fromkeys(served, QueueFigures(0, None))
+        if not self.exists():
+            return nothing
+        return self.read(
+            lambda rows: {
+                name: rows.queue_figures(name, code.versions, now_ms) for name, code in served.items()
+            },
+            nothing,
+        )
+
+    def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
+        """Return the statuses of these runs by id, without unknown ones. Blocking. Raises StoreError."""
+        return self.read(lambda rows: rows.statuses(run_ids), dict[str, str]()) if self.exists() else {}
+
+    async def cancel(self, run_id: str) -> bool:
+        """Ask the owner of a run to end it; a run without an owner is CANCELLED at once.
+
+        Returns False if the run had ended. Raises CheckpointNotFound, StoreError.
+        """
+        new = str(new_owner(self, ends=False))
+
+        def do(rows: Rows, run: RunRow) -> bool:
+            if run.holder is not None:
+                request(rows, run_id, CANCEL)
+            elif run.status in ENDED:
+                return run.owner == new  # An earlier try, whose answer was lost, has ended it.
+            else:
+                finish_execution(
+                    rows, self._payloads, _fence_off(rows, run, new), run_id, RunEnd("CANCELLED")
+                )
+                if not _records_end(run):
+                    request(rows, run_id, CANCEL)
+            return True
+
+        return await self._request(run_id, do)
+
+    async def pause(self, run_id: str) -> bool:
+        """Ask the owner of a run to begin no further attempt; one without an owner is SUSPENDED at once.
+
+        It stays so until somebody resumes it. Returns False if the run had ended. Raises CheckpointNotFound,
+        StoreError.
+        """
+        new = str(new_owner(self, ends=False))
+
+        def do(rows: Rows, run: RunRow) -> bool:
+            if run.holder is None and run.status not in ("RUNNING", *UNFINISHED):
+                return False
+            request(rows, run_id, PAUSE)
+            if run.holder is None:
+                fence = _fence_off(rows, run, new)
+                finish_execution(rows, self._payloads, fence, run_id, RunEnd("SUSPENDED", PAUSED))
+                rows.wake(run, None)
+            return True
+
+        return await self._request(run_id, do)
+
+    async def unpause(self, run_id: str) -> bool:
+        """Take a pause back: the run is due, so that a worker continues it.
+
+        Returns False if it was not paused, or has ended. Raises CheckpointNotFound, StoreError.
+        """
+
+        def do(rows: Rows, run: RunRow) -> bool:
+            if not read_control(rows, run.run, run_id).pause:
+                return False
+            forget_requests(rows, run.run, PAUSE)
+            if run.holder is None and run.status not in ("RUNNING", *UNFINISHED):
+                return False
+            rows.wake(run)
+            return True
+
+        return await self._request(run_id, do)
+
+    async def reopen(self, run_id: str) -> bool:
+        """Make a run due that stopped: one that failed or was cancelled too. Takes a pause and a cancellation back.
+
+        Returns False if it is complete, or has an owner. Raises CheckpointNotFound, StoreError.
+        """
+        new = str(new_owner(self, ends=False))
+
+        def do(rows: Rows, run: RunRow) -> bool:
+            if run.holder is not None or run.status in COMPLETE:
+                return False
+            forget_requests(rows, run.run, CANCEL, PAUSE)
+            if run.mark is not None:
+                rows.block(run, None)
+            if run.status in UNFINISHED:
+                rows.wake(run)
+            elif run.status != "RUNNING":  # One whose owner died is due as it is.
+                fence = _fence_off(rows, run, new)
+                finish_execution(rows, self._payloads, fence, run_id, RunEnd("INTERRUPTED"))
+            return True
+
+        return await self._request(run_id, do)
+
+    async def set_budget(self, run_id: str, limits: Mapping[str, float]) -> bool:
+        """Change limits of a run, by field of ExecutionBudget; one that waits for it is due at once.
+
+        They hold in the present execution, also for those who resume it. An owner that did not renew its
+        lease loses the run, since it might begin an attempt before it reads them. Returns False if the run is
+        complete. Raises CheckpointNotFound, StoreError.
+        """
+
+        def do(rows: Rows, run: RunRow) -> bool:
+            if run.holder is None and run.status in COMPLETE:
+                return False
+            request_budget(rows, run_id, run.run, limits)
+            place = PayloadPlace(run_id, run.execution, "error")
+            if run.holder is not None:  # It may be about to wait for its budget.
+                rows.wake(run, add_news(run.wake_ms, BUDGET_CHANGED))
+            elif run.status == "RUNNING":
+                owner = Owner.read(run.owner)
+                if owner is not None and owner.records_end and run.left_seconds < 0:
+                    # Still a run of that process, which may have died: the one that takes it over counts
+                    # that.
+                    rows.replace_owner(run, str(owner.fenced_off()))
+            elif self._payloads.open_text(run.error, place) == BUDGET:
+                rows.wake(run)
+            return True
+
+        return await self._request(run_id, do)
+
+    async def _request(self, run_id: str, do: Callable[[Rows, RunRow], bool]) -> bool:
+        """Store a request about a run. Raises CheckpointNotFound, StoreError."""
+        check_id(run_id, "run id")
+
+        def operation(rows: Rows) -> bool:
+            run = rows.find(run_id, lock=True)
+            if run is None or not run.execution:
+                raise self._no_run(run_id)
+            return do(rows, run)
+
+        done: bool = await self._submit(Transaction(run_id, operation))
+        self._notify_owner(run_id)
+        return done
+
+    def is_request_pending(self, run_id: str) -> bool:
+        """Return True while the owner of a run has not read all requests. Blocking. Raises StoreError."""
+
+        def query(rows: Rows) -> bool:
+            run = rows.find(run_id)
+            return run is not None and run.holder is not None and bool(rows.with_requests([run.run]))
+
+        return self.read(query, False)
+
+    async def signal(self, run_id: str, waiting: Waiting) -> None:
+        """Store the answer that a node waits for; ``waiting`` has the payload.
+
+        Raises CheckpointNotFound, StoreError, also if the node is no longer waiting for an answer.
+        """
+        check_id(run_id, "run id")
+        await self._submit(Transaction(run_id, partial(self._answer, run_id, waiting)))
+
+    def _answer(self, run_id: str, waiting: Waiting, rows: Rows) -> None:
+        run = rows.find(run_id, lock=True)
+        if run is None:
+            raise self._no_run(run_id)
+        question = read_annotation(rows, run.run, run_id, Annotation.WAITING, waiting_key(waiting))
+        stored = question and read_waiting(question, run_id, run.execution, self._payloads)
+        if stored is None or stored.id != waiting.id or stored.payload not in (None, waiting.payload):
+            raise not_waiting(run_id, waiting.id)
+        if stored.payload is None:  # An equal answer may be sent twice.
+            answered = stored._replace(payload=waiting.payload)
+            record_waiting(rows, run_id, run.execution, answered, self._payloads)
+            rows.wake(run)
+
+    async def send(self, run_id: str, message: SentMessage) -> None:
+        """Store a message to a run, which is due then if it is suspended; ``message.number`` is 0.
+
+        Nothing happens if the message of this id is stored. Raises CheckpointNotFound, StoreError, also if
+        the run has ended and for another message with this id.
+        """
+
+        def do(rows: Rows, run: RunRow) -> bool:
+            add_message(rows, self._payloads, run, message)
+            return True
+
+        await self._request(run_id, do)
+
+    async def fork(
+        self,
+        run_id: str,
+        new_run_id: str,
+        before: int,
+        *,
+        edited: tuple[Schema, BaseModel] | None = None,
+        state: tuple[Schema, BaseModel] | None = None,
+        call: str | None = None,
+    ) -> None:
+        """Copy what a run committed before a position into a new run.
+
+        ``edited`` replaces the last output, ``state`` the input. ``call``: a call of the flow at that
+        position, by its node id or its place: what the flow got before the end of that call is copied too.
+        Raises CheckpointNotFound, RunExists, StoreError, NotSerialisable.
+        """
+        check_id(run_id, "run id")
+        check_id(new_run_id, "run id")
+        step = None
+        if edited is not None:
+            place = PayloadPlace(new_run_id, 1, "output", before - 1)
+            step = await self._step(edited[0], self._encode(*edited), place)
+        contract, sealed, sha256 = "", b"", b""
+        if state is not None:
+            place = PayloadPlace(new_run_id, 1, "input")
+            contract, sealed = state[0].fingerprint, await self._payloads.seal(self._encode(*state), place)
+            sha256 = checksum(sealed)
+        owner = str(new_owner(self, ends=False))
+        opening = Opening(new_run_id, "", owner, 0.0, contract, sealed, sha256, None)
+
+        def fork(rows: Rows) -> None:
+            fork_run(rows, self._payloads, run_id, opening, before, step, call)
+
+        await self._submit(Transaction(None, fork, opening))
+
+    # ------------------------------------------------------------------ items
+
+    def map_items(self, run_id: str, node_id: str, first: int, count: int) -> list[tuple[int, Committed]]:
+        """Return committed items of a map in the last execution of a run, from index ``first``; [] after the last one.
+
+        Raises CheckpointNotFound if there is no such completed map, CorruptCheckpoint, StoreError.
+        """
+        check_id(run_id, "run id")
+
+        def query(rows: Rows) -> tuple[int, list[StepRow]]:
+            run, output = rows.find(run_id), rows.newest_output(run_id, node_id)
+            if run is None or output is None or output.step.input_key is None:
+                return 0, []
+            position, branch = output.position, output.branch
+            place = PayloadPlace(run_id, run.execution, "step input", position, branch)
+            total = count_items(self._payloads.open(output.step.input_key, place, "the number of items"))
+            prefix = f"{branch}." if branch else ""
+            branches = [f"{prefix}{index}" for index in range(first, min(total, first + count))]
+            return run.execution, list(rows.steps_at(run.run, run.execution, position, branches))
+
+        execution, steps = self.read(query, (0, list[StepRow]()))
+        if not execution:
+            raise map_not_found(run_id, node_id)
+        items: list[tuple[int, Committed]] = []
+        for row in steps:
+            verify_step(row.step, run_id, row.position, row.node_id, row.branch)
+            if isinstance(row.step.output, UnencodedState):
+                committed = to_committed(self._payloads, run_id, execution, row, {})
+            else:
+                place = PayloadPlace(run_id, execution, "output", row.position, row.branch)
+                output = self._payloads.open(row.step.output, place, f"the output of node {row.node_id!r}")
+                committed = Committed(row.node_id, output, row.step.contract)
+            items.append((int(row.branch.rpartition(".")[2]), committed))
+        return sorted(items, key=itemgetter(0))
+
+    # ------------------------------------------------------------------ retention
+
+    async def gc(
+        self, *, keep_for: timedelta, unfinished: bool = False, blobs: BlobStore | None = None
+    ) -> Collected:
+        """Delete the runs that ended longer ago than ``keep_for``, and then the blobs that no run references.
+
+        ``unfinished``: also runs that could be resumed. ``blobs``: the blob store, if the store has none.
+        Runs with an owner and blobs younger than an hour are never deleted. Ages are measured by the clock of
+        the store's server, if it has one; the clock of the blobs must differ by less than an hour. Raises
+        StoreError.
+        """
+        blobs = blobs or self._payloads.blobs
+        return await collect_expired(self.read, self._submit, keep_for, unfinished=unfinished, blobs=blobs)
+
+
+def _records_end(run: RunRow) -> bool:
+    owner = Owner.read(run.owner)
+    return owner is None or owner.records_end
+
+
+def _fence_off(rows: Rows, run: RunRow, owner: str) -> Fence:
+    """Return the fence for the end of a run without an owner. A process that lives, and only lost its lease, loses the run.
+
+    Plain code whose session records no end keeps it: it has no lease to lose, and what it calls is stored.
+    """
+    if _records_end(run):
+        return rows.replace_owner(run, owner)
+    return Fence(run.run, run.execution, run.epoch, run.owner or "", 0.0)

@@ -1,0 +1,668 @@
+"""The rows of a store in memory: objects in dictionaries, and states as snapshots."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, NamedTuple, cast
+
+from stroma.checkpoint.blocked import BlockedMark
+from stroma.checkpoint.decisions import MESSAGE_SENT, UNFINISHED
+from stroma.checkpoint.durable.conversion import to_attempt
+from stroma.checkpoint.durable.integrity import seal
+from stroma.checkpoint.durable.rows import (
+    Annotation,
+    EventRow,
+    Fence,
+    Opening,
+    RunEnd,
+    RunExtras,
+    RunRow,
+    Step,
+    StepRow,
+)
+from stroma.checkpoint.entries import OF_FLOW, StepCall
+from stroma.checkpoint.events import MAX_BATCHES, EventPlace
+from stroma.checkpoint.identity import is_called
+from stroma.checkpoint.manager import schema_ref
+from stroma.checkpoint.payloads import UnencodedState
+from stroma.checkpoint.queue import POSTPONED, QUEUED, Candidate, ClaimRequest, QueueEntry, QueueFigures
+from stroma.checkpoint.records import (
+    AttemptRecord,
+    RunQuery,
+    StoreFacts,
+    Tally,
+    duration_digits,
+    end_of_page,
+    parse_attempt_mark,
+    parse_run_mark,
+)
+from stroma.contracts.schema import Schema, Snapshot
+from stroma.contracts.snapshots import PickledSnapshot
+from stroma.contracts.tagged_json import NotSerialisable
+from stroma.trace.events import AttemptRow, contract_of
+
+__all__ = ["MemoryRows", "MemoryRun"]
+
+_NUMBERS: Final = itertools.count(1)
+_NOT_QUEUED: Final = QueueEntry(0)
+
+Place = tuple[int, str]
+#: A place, or the position alone of one without a branch: a tuple for each node costs 5 % of a node.
+Key = int | Place
+
+
+class _Commit(NamedTuple):
+    """A committed output. ``attempt``: the attempt that committed it; None for a state from ``save()``."""
+
+    row: StepRow
+    attempt: AttemptRow | AttemptRecord | None
+
+
+def _no_session() -> None:
+    return
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class MemoryRun:
+    """One run.
+
+    Attributes:
+        steps: outputs, and at the position of SAVED the states that ``save()`` stored; the newest last. Most
+            are the row of the attempt, whose output is a snapshot.
+        calls: the calls of the outputs that are such rows.
+        log: attempts of the present epoch without a present output.
+        attempts: attempts of earlier epochs, and others, by epoch and key; see :meth:`all_attempts`.
+        number: distinguishes runs of this process that started in the same millisecond.
+        session: weak reference to the session that opened it last, for requests.
+        claim: token of the worker that has claimed it, and until when by the monotonic clock, in seconds.
+        failure_sites: (attempt, start, function that encodes the frames) of the last failure at a place.
+    """
+
+    run_id: str
+    execution: int = 0
+    pipeline: str = ""
+    status: str = "RUNNING"
+    error: str | None = None
+    started_ms: int = 0
+    updated_ms: int = 0
+    number: int = 0
+    owner: str | None = None
+    epoch: int = 0
+    version: str = ""
+    wake_ms: int | None = None
+    queue: QueueEntry = _NOT_QUEUED
+    mark: BlockedMark | None = None
+    claim: tuple[str, float] | None = None
+    tags: tuple[str, ...] = ()
+    input: tuple[str, Any, Any] | None = None
+    steps: dict[Key, AttemptRow | _Commit] = field(default_factory=dict)
+    calls: dict[Key, StepCall] = field(default_factory=dict)
+    log: list[AttemptRow | AttemptRecord] = field(default_factory=list)
+    attempts: dict[tuple[Any, ...], AttemptRow | AttemptRecord] = field(default_factory=dict)
+    identities: dict[str, int] = field(default_factory=dict)
+    annotations: dict[Place, StepRow] = field(default_factory=dict)
+    failure_sites: dict[Place, tuple[int, int, Callable[[], bytes]]] = field(default_factory=dict)
+    events: deque[EventRow] = field(default_factory=lambda: deque(maxlen=MAX_BATCHES))
+    session: Callable[[], Any] = _no_session
+
+    @property
+    def live_claim(self) -> str | None:
+        """The token of the claim; None if there is none, or it has expired."""
+        return self.claim[0] if self.claim is not None and time.monotonic() <= self.claim[1] else None
+
+    @property
+    def is_held(self) -> bool:
+        """Return True if a session that records its end has the run."""
+        session = self.session()
+        return self.status == "RUNNING" and session is not None and session.owns_run
+
+    def commit(self, row: AttemptRow, schema: Schema, output: Any, call: StepCall | None) -> None:
+        """Store the output of an attempt."""
+        key = (row.position, row.branch) if row.branch else row.position
+        if call is not None:
+            self.calls[key] = call
+        elif self.calls:
+            self.calls.pop(key, None)
+        kind, schemas = type(row.output), row.schemas
+        entry: AttemptRow | _Commit = row
+        if not (
+            (kind is tuple or kind is PickledSnapshot or kind is bytes)
+            and schemas is not None
+            and schemas[1] is schema
+        ):  # The snapshot in the row is for display only.
+            state = UnencodedState(schema, schema.snapshot(output))
+            step = Step(contract_of(row, schema), schema_ref(schema.model), state, b"")
+            entry = _Commit(StepRow(row.position, row.branch, row.node_id, step), row)
+        if self.steps.setdefault(key, entry) is not entry:
+            self.replace(key, entry)
+
+    def replace(self, key: Key, entry: AttemptRow | _Commit) -> None:
+        """Store an output as the newest one."""
+        self.drop(key)
+        self.steps[key] = entry
+
+    def drop(self, key: Key) -> None:
+        """Drop an output; the attempt that committed it stays in the history."""
+        before = self.steps.pop(key, None)
+        attempt = before.attempt if isinstance(before, _Commit) else before
+        if attempt is not None:
+            self.log.append(attempt)
+
+    def all_attempts(self) -> dict[tuple[Any, ...], AttemptRow | AttemptRecord]:
+        """Return all attempts by epoch and key. One that was sent twice is one attempt."""
+        attempts = dict(self.attempts)
+        known = set(map(id, attempts.values()))
+        entries = list(self.steps.values())
+        committed_by = (entry.attempt if isinstance(entry, _Commit) else entry for entry in entries)
+        for row in (*self.log, *committed_by):
+            if row is not None and id(row) not in known:
+                key = (self.epoch, row.position, row.started_ns, row.branch, row.attempt)
+                attempts.setdefault(key, row)
+        return attempts
+
+    def end_epoch(self) -> None:
+        """Record the attempts of the present epoch as its attempts."""
+        self.attempts = self.all_attempts()
+        self.log = []
+
+    def committed(self) -> list[Place]:
+        """Return the places with an output of the execution."""
+        places = map(_place_of, list(self.steps))
+        return [place for place in places if place[0] >= 0]
+
+    def steps_at(self, places: Iterable[Place]) -> Iterator[StepRow]:
+        """Yield the outputs of those places that have one."""
+        for place in places:
+            entry = self.steps.get(_key_of(place))
+            if entry is not None:
+                yield self._step_row(place, entry)
+
+    def _step_row(self, place: Place, entry: AttemptRow | _Commit) -> StepRow:
+        if isinstance(entry, _Commit):
+            row, attempt = entry
+        else:
+            assert entry.schemas is not None  # The output of such a row is a snapshot.
+            schema, attempt = entry.schemas[1], entry
+            state = UnencodedState(schema, cast("Snapshot", entry.output))
+            step = Step(contract_of(entry, schema), schema_ref(schema.model), state, b"")
+            row = StepRow(*place, entry.node_id, step)
+        call = _with_input(self.calls.get(_key_of(place)), attempt, place[1])
+        if call is None:
+            return row
+        return row._replace(step=row.step._replace(number=call.number, input_key=call.input_key))
+
+    def failure_site(self, key: str) -> list[StepRow]:
+        """Return the annotation about the last failure at a place. The frames are encoded when they are read."""
+        position, _, branch = key.partition(":")
+        site = self.failure_sites.get((int(position), branch))
+        if site is None:
+            return []
+        attempt, started_ns, encode_frames = site
+        step = Step(str(started_ns), "", encode_frames(), b"", attempt)
+        return [StepRow(Annotation.FAILURE_SITE, key, "", seal(Annotation.FAILURE_SITE, key, "", step))]
+
+    def discard(self, first: int) -> None:
+        """Discard the outputs from a position on."""
+        for key in [_key_of(place) for place in self.committed() if place[0] >= first]:
+            self.drop(key)
+            self.calls.pop(key, None)
+
+
+def _key_of(place: Place) -> Key:
+    return place if place[1] else place[0]
+
+
+def _place_of(key: Key) -> Place:
+    return (key, "") if isinstance(key, int) else key
+
+
+def _with_input(
+    call: StepCall | None, attempt: AttemptRow | AttemptRecord | None, branch: str
+) -> StepCall | None:
+    """Return a call with its input in stored form, which is made here: most are never asked for it."""
+    if call is None and is_called(branch.rpartition(".")[2]):
+        call = StepCall(OF_FLOW, None)  # What other code calls is recorded with its call.
+    if call is None or call.number > OF_FLOW or call.input_key is not None:
+        return call
+    if not isinstance(attempt, AttemptRow) or attempt.schemas is None:
+        return call
+    schema = attempt.schemas[0]
+    try:
+        return call._replace(input_key=schema.encode(schema.restore(attempt.input)))
+    except NotSerialisable:
+        return call
+
+
+class MemoryRows:
+    """See :class:`stroma.checkpoint.durable.rows.Rows`. The key of a run is its MemoryRun."""
+
+    def __init__(self, runs: dict[str, MemoryRun], cells: dict[str, bytes]) -> None:
+        self._runs = runs
+        self._cells = cells
+
+    # ------------------------------------------------------------------ runs
+
+    def find(self, run_id: str, *, lock: bool = False) -> RunRow | None:
+        run = self._runs.get(run_id)
+        return None if run is None else _run_row(run)
+
+    def begin(self, run: RunRow | None, opening: Opening) -> Fence:
+        one = self._existing(opening.run_id)
+        if one.execution or one.steps:
+            one.discard(0)
+            one.attempts, one.log = {}, []
+            one.identities, one.failure_sites, one.tags, one.queue = {}, {}, (), _NOT_QUEUED
+            one.events.clear()
+        one.execution += 1
+        one.pipeline, one.version = opening.pipeline, opening.version
+        one.input = (opening.contract, opening.input, opening.sha256)
+        one.started_ms, one.number = _now_ms(), next(_NUMBERS)
+        return self._claim(one, opening)
+
+    def _existing(self, run_id: str) -> MemoryRun:
+        run = self._runs.get(run_id)
+        if run is None:
+            run = self._runs[run_id] = MemoryRun(run_id)
+        return run
+
+    def take_over(self, run: RunRow, opening: Opening) -> Fence:
+        one: MemoryRun = run.run
+        one.end_epoch()
+        if opening.discard_from is not None:
+            one.discard(max(opening.discard_from, 0))
+        if one.status == QUEUED:
+            one.version = one.version or opening.version
+        return self._claim(one, opening)
+
+    def _claim(self, run: MemoryRun, opening: Opening) -> Fence:
+        if opening.tags:
+            run.tags = tuple(dict.fromkeys((*run.tags, *opening.tags)))
+        run.status, run.error, run.owner, run.updated_ms = "RUNNING", None, opening.owner, _now_ms()
+        run.wake_ms = run.claim = run.mark = None
+        run.epoch += 1
+        attempts = len(run.attempts)
+        return Fence(run, run.execution, run.epoch, opening.owner, math.inf, attempts, math.inf)
+
+    def replace_owner(self, run: RunRow, owner: str) -> Fence:
+        run.run.owner = owner
+        return Fence(run.run, run.execution, run.epoch, owner, 0.0)
+
+    def input(self, run: MemoryRun, execution: int) -> tuple[str, Any, Any] | None:
+        return run.input if execution == run.execution else None
+
+    def steps(
+        self, run: MemoryRun, execution: int, lazily_loaded: Sequence[tuple[int, str]] = ()
+    ) -> list[StepRow]:
+        def is_lazy(at: int, branch: str) -> bool:
+            return any(
+                at == other and branch and branch.startswith(prefix) for other, prefix in lazily_loaded
+            )
+
+        return list(run.steps_at(place for place in run.committed() if not is_lazy(*place)))
+
+    def steps_at(
+        self, run: MemoryRun, execution: int, position: int, branches: Sequence[str]
+    ) -> list[StepRow]:
+        return list(run.steps_at((position, branch) for branch in branches))
+
+    def is_complete(self, run: RunRow) -> bool:
+        return True
+
+    def identities(self, run: MemoryRun, execution: int) -> list[tuple[str, int]]:
+        return list(run.identities.items())
+
+    def was_deleted(self, run: MemoryRun) -> bool:
+        return True
+
+    def commit(self, fence: Fence, attempt: AttemptRecord, step: Step | None) -> bool:
+        run: MemoryRun = fence.run
+        if run.epoch != fence.epoch:
+            return False
+        if (fence.epoch, *attempt.key) not in run.attempts:
+            run.attempts[fence.epoch, *attempt.key] = attempt
+            if attempt.identity is not None:
+                run.identities[attempt.identity] = attempt.position
+            if step is not None:
+                place = attempt.position, attempt.branch
+                run.replace(_key_of(place), _Commit(StepRow(*place, attempt.node_id, step), attempt))
+        return True
+
+    def finish(self, fence: Fence, end: RunEnd) -> bool:
+        run: MemoryRun = fence.run
+        if (run.epoch, run.owner) != (fence.epoch, fence.owner):
+            return False
+        run.status, run.error, run.mark = end.status, end.error, None
+        run.updated_ms = _now_ms() if end.updated_ms is None else end.updated_ms
+        times = [ms for ms in (run.wake_ms, end.wake_ms) if ms is not None]
+        run.wake_ms = min(times, default=None) if end.status in UNFINISHED else None
+        return True
+
+    def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:
+        run.run.wake_ms = wake_ms
+
+    def block(self, run: RunRow, mark: BlockedMark | None) -> None:
+        run.run.mark = mark
+
+    # ------------------------------------------------------------------ queue
+
+    def enqueue(self, fence: Fence, entry: QueueEntry) -> None:
+        run: MemoryRun = fence.run
+        run.status, run.wake_ms, run.queue = QUEUED, entry.due_ms, entry
+
+    def candidates(self, pipeline: str, request: ClaimRequest) -> list[Candidate]:
+        code = request.code_of(pipeline)
+        found: list[Candidate] = []
+        for run in self._of(pipeline, code.versions):
+            is_lost = run.status == "RUNNING" and request.with_lost and not run.is_held
+            is_due = run.status in UNFINISHED and run.wake_ms is not None and run.wake_ms <= request.now_ms
+            mark = run.mark
+            is_kept = mark is not None and mark.until_ms > request.now_ms and code.name in mark.codes
+            if (is_lost or is_due) and not is_kept and run.live_claim is None:
+                due_ms = run.wake_ms or 0
+                found.append(Candidate(run, run.run_id, pipeline, run.queue.priority, due_ms, run.queue.key))
+        return found
+
+    def _of(self, pipeline: str, versions: Sequence[str]) -> list[MemoryRun]:
+        """Return the runs of a pipeline, of these versions or none."""
+        return [
+            run
+            for run in list(self._runs.values())
+            if run.execution and run.pipeline == pipeline and run.version in ("", *versions)
+        ]
+
+    def live_runs(self, pipeline: str) -> dict[str | None, int]:
+        live: dict[str | None, int] = {}
+        for run in list(self._runs.values()):
+            if run.pipeline == pipeline and (run.live_claim not in (None, POSTPONED) or run.is_held):
+                live[run.queue.key] = live.get(run.queue.key, 0) + 1
+        return live
+
+    def claim(self, candidates: Sequence[Candidate], token: str, seconds: float) -> list[Candidate]:
+        for one in candidates:
+            one.run.claim = (token, time.monotonic() + seconds)
+        return list(candidates)
+
+    def queue_figures(self, pipeline: str, versions: Sequence[str], now_ms: int) -> QueueFigures:
+        runs = self._of(pipeline, versions)
+        since = [run.mark.since_ms for run in runs if run.mark is not None]
+        runs = [run for run in runs if run.status in UNFINISHED and run.mark is None]
+        due = [ms for run in runs if MESSAGE_SENT < (ms := run.wake_ms or 0) <= now_ms]
+        queued = sum(run.status == QUEUED for run in runs)
+        return QueueFigures(queued, min(due, default=None), len(since), min(since, default=None))
+
+    def inputs_of(self, candidates: Sequence[Candidate]) -> dict[Any, tuple[bytes, bytes]]:
+        return {}
+
+    def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
+        runs = map(self._runs.get, run_ids)
+        return {run.run_id: run.status for run in runs if run is not None and run.execution}
+
+    def renew(self, fences: list[Fence]) -> list[Fence]:
+        return fences
+
+    # ------------------------------------------------------------------ annotations
+
+    def annotate(self, run_id: str, position: int, branch: str, node_id: str, step: Step) -> None:
+        run, row = self._existing(run_id), StepRow(position, branch, node_id, step)
+        if position == Annotation.SAVED:
+            run.replace((position, branch), _Commit(row, None))
+        else:
+            run.annotations[position, branch] = row
+
+    def annotations(self, run: MemoryRun, *kinds: Annotation, branch: str | None = None) -> list[StepRow]:
+        if branch is not None:
+            if kinds == (Annotation.FAILURE_SITE,):
+                return run.failure_site(branch)
+            found = [run.annotations.get((kind, branch)) for kind in kinds]
+            return [row for row in found if row is not None]
+        rows = [row for (position, _), row in list(run.annotations.items()) if position in kinds]
+        return sorted(rows, key=lambda row: row.branch)
+
+    def delete_annotations(self, run: MemoryRun, *kinds: Annotation, branch: str | None = None) -> None:
+        if branch is not None:
+            for kind in kinds:
+                run.annotations.pop((kind, branch), None)
+        else:
+            for place in [place for place in run.annotations if place[0] in kinds]:
+                del run.annotations[place]
+
+    def with_requests(self, runs: list[MemoryRun]) -> list[MemoryRun]:
+        return [run for run in runs if any(kind == Annotation.REQUEST for kind, _ in list(run.annotations))]
+
+    def newest_output(self, run_id: str, node_id: str) -> StepRow | None:
+        run = self._runs.get(run_id)
+        keys = () if run is None else reversed(list(run.steps))
+        rows = () if run is None else run.steps_at(map(_place_of, keys))
+        return next((row for row in rows if row.node_id == node_id), None)
+
+    def delete(self, run_id: str) -> None:
+        run = self._runs.pop(run_id, None)
+        if run is not None:
+            run.epoch += 1  # Fences off the session that has the run open.
+
+    # ------------------------------------------------------------------ events
+
+    def append_events(self, batches: Sequence[EventRow]) -> None:
+        for one in batches:
+            run: MemoryRun = one.run
+            is_new = not run.events or run.events[-1].last < one.last
+            if is_new and run.execution == one.execution and self._runs.get(run.run_id) is run:
+                run.events.append(one)
+
+    def events(self, run: MemoryRun, execution: int, after: EventPlace, limit: int) -> list[EventRow]:
+        return [one for one in list(run.events) if one.last > after and one.execution == execution][:limit]
+
+    # ------------------------------------------------------------------ cells, retention
+
+    def read_cell(self, name: str, *, lock: bool = False) -> tuple[bytes | None, int]:
+        return self._cells.get(name), _now_ms()
+
+    def write_cell(self, name: str, data: bytes) -> None:
+        self._cells[name] = data
+
+    def now_ms(self) -> int:
+        return _now_ms()
+
+    def expired_run_ids(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
+        ended = ("COMPLETED", "RESUMED", "FAILED", "CANCELLED")
+        runs = [run for run in list(self._runs.values()) if run.updated_ms < before_ms]
+        return [run.run_id for run in runs if unfinished or (run.execution and run.status in ended)][:limit]
+
+    def blobs(self) -> Iterable[bytes]:
+        return ()
+
+    # ------------------------------------------------------------------ reading
+
+    def runs(
+        self, query: RunQuery, *, limit: int, after: str | None, max_filtered: int | None
+    ) -> tuple[list[RunRow], str | None]:
+        end = (math.inf, 0) if after is None else parse_run_mark(after)
+        runs = [
+            run
+            for run in list(self._runs.values())
+            if run.execution and (run.started_ms, run.number) < end and _matches(query, run)
+        ]
+        runs.sort(key=lambda run: (run.started_ms, run.number), reverse=True)
+        page = runs[:limit]
+        following = f"{page[-1].started_ms}.{page[-1].number}" if len(runs) > limit else None
+        return list(map(_run_row, page)), following
+
+    def run_extras(self, runs: list[RunRow], *, failed: int) -> list[RunExtras]:
+        extras: list[RunExtras] = []
+        for one in runs:
+            run: MemoryRun = one.run
+            parent = run.annotations.get((Annotation.PARENT, ""))
+            failures = _failed(run)[:failed] if failed else []
+            extras.append(RunExtras(None if parent is None else parent.node_id, run.tags, failures))
+        return extras
+
+    def find_run_ids(self, prefix: str, limit: int) -> list[str]:
+        found = [run for run in list(self._runs.values()) if run.execution and run.run_id.startswith(prefix)]
+        found.sort(key=lambda run: (run.run_id == prefix, run.started_ms, run.number), reverse=True)
+        return [run.run_id for run in found[:limit]]
+
+    def attempts(self, run: MemoryRun, execution: int) -> Iterator[tuple[AttemptRecord, Step | None]]:
+        for record, place in _records(run, execution):
+            row = None if place is None else next(run.steps_at([place]), None)
+            yield record, None if row is None else row.step
+
+    def attempt_page(
+        self, run: MemoryRun, execution: int, *, limit: int, after: str | None
+    ) -> tuple[list[AttemptRecord], str | None]:
+        end = None if after is None else parse_attempt_mark(after)
+        records = [
+            (record, place)
+            for record, place in _records(run, execution)
+            if end is None or (record.epoch, record.key) > (end.epoch, end.key)
+        ]
+        page = [_with_size(run, record, place) for record, place in records[:limit]]
+        return page, str(end_of_page(page[-1])) if len(records) > limit else None
+
+    def attempts_at(self, run: MemoryRun, execution: int, position: int, branch: str) -> list[AttemptRecord]:
+        return [
+            _with_size(run, record, place)
+            for record, place in _records(run, execution)
+            if (record.position, record.branch) == (position, branch)
+        ]
+
+    def failed_since(self, run: MemoryRun, execution: int, epoch: int) -> list[AttemptRecord]:
+        return [one for one in reversed(_failed(run)) if one.epoch >= epoch]
+
+    def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
+        rows, _ = self.runs(RunQuery(since_ms=since_ms), limit=runs, after=None, max_filtered=None)
+        figures = (
+            (run, record, place is None) for run in rows for record, place in _records(run.run, run.execution)
+        )
+        sums: dict[tuple[Any, ...], Tally] = {}
+        for run, one, is_lost in itertools.islice(figures, attempts):
+            key = (
+                run.started_ms // bucket_ms,
+                run.pipeline,
+                one.node_id,
+                one.model,
+                one.failure_class,
+                duration_digits(one.duration_ns),
+            )
+            sum_ = sums.get(key) or Tally(*key[:5], 0, 0, 0, 0, 0, 0, key[5])
+            wasted = one.cost_pico if one.outcome != "success" and is_lost else 0
+            sums[key] = sum_._replace(
+                attempts=sum_.attempts + 1,
+                tokens=sum_.tokens + one.tokens,
+                cost_pico=sum_.cost_pico + one.cost_pico,
+                wasted_pico=sum_.wasted_pico + wasted,
+                duration_ns=sum_.duration_ns + one.duration_ns,
+                longest_ns=max(sum_.longest_ns, one.duration_ns),
+            )
+        return list(sums.values())
+
+    def facts(self) -> StoreFacts:
+        return StoreFacts("the memory of this process", 1, 1)
+
+    def step_at(self, run: MemoryRun, execution: int, position: int, branch: str) -> StepRow | None:
+        return next(run.steps_at([(position, branch)]), None) if execution == run.execution else None
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _run_row(run: MemoryRun) -> RunRow:
+    records = [record for record, _ in _records(run, run.execution)]
+    ends = [(one.started_ns + one.duration_ns) // 1_000_000 for one in records]
+    places, mark = list(run.committed()), run.mark
+    return RunRow(
+        run=run,
+        run_id=run.run_id,
+        pipeline=run.pipeline,
+        execution=run.execution,
+        status=run.status,
+        error=run.error,
+        started_ms=run.started_ms,
+        updated_ms=max([run.updated_ms, *ends]) if run.status == "RUNNING" else run.updated_ms,
+        tokens=sum(one.tokens for one in records),
+        cost_pico=sum(one.cost_pico for one in records),
+        latency_ns=sum(one.function_ns for one in records if not one.branch),
+        owner=run.owner,
+        epoch=run.epoch,
+        left_seconds=math.inf if run.is_held else -1.0,
+        nodes=sum(not branch for _, branch in places),
+        attempt_count=len(records),
+        commit_count=len(places),
+        wake_ms=run.wake_ms,
+        expires_ms=run.queue.expires_ms,
+        priority=run.queue.priority,
+        key=run.queue.key,
+        version=run.version,
+        blocked=mark and mark.message,
+        blocked_since_ms=mark and mark.since_ms,
+        blocked_until_ms=mark and mark.until_ms,
+        blocked_codes=mark and " ".join(mark.codes),
+        claim=run.live_claim,
+    )
+
+
+def _records(run: MemoryRun, execution: int) -> list[tuple[AttemptRecord, Place | None]]:
+    """Return the attempts of the last execution in the order of the history, each with the place of its output."""
+    if execution != run.execution:
+        return []
+    positions = {position: identity for identity, position in list(run.identities.items())}
+    records: list[tuple[AttemptRecord, Place | None]] = []
+    for key, row in run.all_attempts().items():
+        place = row.position, row.branch
+        entry = run.steps.get(_key_of(place))
+        committed_by = entry.attempt if isinstance(entry, _Commit) else entry
+        if isinstance(row, AttemptRecord):
+            record = replace(row)
+        else:
+            record = to_attempt(row)
+            record.identity = positions.get(row.position)
+        record.epoch = key[0]
+        records.append((record, place if committed_by is row else None))
+    return sorted(records, key=lambda one: (one[0].epoch, one[0].key))
+
+
+def _with_size(run: MemoryRun, record: AttemptRecord, place: Place | None) -> AttemptRecord:
+    for row in () if place is None else run.steps_at([place]):
+        output = row.step.output
+        try:
+            record.output_bytes = len(output.encode() if isinstance(output, UnencodedState) else output)
+        except NotSerialisable:
+            pass
+    return record
+
+
+def _failed(run: MemoryRun) -> list[AttemptRecord]:
+    """Return the failed attempts of the last execution, the latest end first."""
+    failed = [one for one, _ in _records(run, run.execution) if one.failure_class is not None]
+    return sorted(failed, key=lambda one: one.started_ns + one.duration_ns, reverse=True)
+
+
+def _matches(query: RunQuery, run: MemoryRun) -> bool:
+    """Return True if a run matches a query."""
+    if query.pipeline not in (None, run.pipeline) or (query.statuses and run.status not in query.statuses):
+        return False
+    if query.tag is not None and query.tag not in run.tags:
+        return False
+    if query.blocked and run.mark is None:
+        return False
+    if query.since_ms is not None and run.started_ms < query.since_ms:
+        return False
+    if query.text is not None:
+        part = _lower(query.text)
+        if not any(part in _lower(text) for text in (run.run_id, run.pipeline, run.error or "")):
+            return False
+    if query.failure_class is None and query.node is None:
+        return True
+    return any(
+        query.failure_class in (None, one.failure_class) and query.node in (None, one.node_id)
+        for one in _failed(run)
+    )
+
+
+def _lower(text: str) -> str:
+    return "".join(ch.lower() if ch.isascii() else ch for ch in text)
