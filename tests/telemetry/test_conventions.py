@@ -60,23 +60,6 @@ async def test_names_of_the_latest_conventions() -> None:
         assert "gen_ai.conversation.id" not in (span.attributes or {})  # Nobody gave one.
 
 
-async def test_earlier_names_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """semconv="both", or the variable of OpenTelemetry, adds the earlier names; an argument goes before the
-    variable."""
-    for variable, options, both in (
-        ("", {"semconv": "both"}, True),
-        ("http/dup, gen_ai/dup", {}, True),
-        ("gen_ai_latest_experimental", {}, False),
-        ("gen_ai/dup", {"semconv": "latest"}, False),
-    ):
-        monkeypatch.setenv("OTEL_SEMCONV_STABILITY_OPT_IN", variable)
-        seen = Seen()
-        await run_once(seen, **options)
-        assert bool(seen.points("gen_ai.invoke_workflow.duration")) is both
-        assert ("gen_ai.workflow.name" in (seen.span("invoke_workflow sums").attributes or {})) is both
-        assert seen.points("gen_ai.invoke_agent.duration")
-
-
 @pytest.mark.core
 async def test_kinds_and_content_that_backends_show() -> None:
     """Runs, groups and nodes are chains; with content on, input and output stand where backends read them."""
@@ -120,7 +103,7 @@ async def test_without_the_vocabulary() -> None:
 
 def test_unknown_choices_are_refused() -> None:
     """A choice that does not exist is an error where it is made, with those that do."""
-    for wrong in ({"semconv": "old"}, {"vocabulary": "otel"}, {"inference": "on"}):
+    for wrong in ({"vocabulary": "otel"}, {"inference": "on"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             otel_hooks(**wrong)  # type: ignore[arg-type]
 

@@ -620,7 +620,6 @@ class TestContent:
             {"content": "all"},
             {"attempts": "no"},
             {"max_bytes": 0},
-            {"semconv": "old"},
             {"vocabulary": "x"},
             {"inference": "x"},
         ):

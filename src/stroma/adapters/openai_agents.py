@@ -317,39 +317,9 @@ def _guard_tool(
     """Return a tool whose calls are steps."""
     if guard.has(tool.on_invoke_tool, contract):
         return tool
-    # A copy that does not turn its errors into messages: what the model sees of them is decided after the
-    # step.
-    bare = copy.copy(tool)
-    bare._failure_error_function, bare._use_default_failure_error_function = None, False
-    return _twin(tool, _GuardedTool, _Invoker(tool, bare, guard, contract, output_view))
-
-
-class _GuardedTool:
-    """A tool whose calls are steps. It shares the attributes of the tool, so that later changes hold here."""
-
-    _stroma_guard: _Invoker
-
-    @property
-    def on_invoke_tool(self) -> Any:
-        try:
-            return self._stroma_guard
-        except AttributeError:  # Made by dataclasses.replace(): it has what it was made with.
-            return self.__dict__["on_invoke_tool"]
-
-    @on_invoke_tool.setter
-    def on_invoke_tool(self, invoke: Any) -> None:
-        self.__dict__["on_invoke_tool"] = invoke
-        invoker = getattr(self, "_stroma_guard", None)
-        if invoker is not None:
-            invoker.replace(invoke)
-
-    def __copy__(self) -> Any:
-        """Return a copy of the tool that is guarded, too."""
-        return self._stroma_guard.again()
-
-    def __eq__(self, other: object) -> bool:
-        """Return True for the tool itself, and for what guards it."""
-        return getattr(other, "__dict__", None) is self.__dict__
+    guarded = copy.copy(tool)
+    guarded.on_invoke_tool = _Invoker(tool, guard, contract, output_view)
+    return guarded
 
 
 class _Invoker:
@@ -358,13 +328,15 @@ class _Invoker:
     def __init__(
         self,
         tool: Any,
-        bare: Any,
         guard: Guard,
         contract: NodeContract[Any, Any] | None,
         output_view: Callable[[Any], Any],
     ) -> None:
-        self._tool, self._bare, self._guard = tool, bare, guard
-        self._about = guard, contract, output_view
+        self._tool, self._guard = tool, guard
+        # A copy that does not turn its errors into messages: what the model sees of them is decided after the
+        # step.
+        self._bare = copy.copy(tool)
+        self._bare._failure_error_function, self._bare._use_default_failure_error_function = None, False
         guard.mark(self, contract)
         about: Any = {"input_view": _arguments, "output_view": output_view, "control": _control_of}
         self._step = GuardedStep(tool.name, contract, role="tool", **about)
@@ -385,14 +357,6 @@ class _Invoker:
             if note is not None:
                 note(self._tool, error, arguments, context)
             return message
-
-    def replace(self, invoke: Any) -> None:
-        """Call another function in place of the tool's."""
-        self._bare.on_invoke_tool = invoke
-
-    def again(self) -> Any:
-        """Return a copy of the tool, guarded in the same way."""
-        return _guard_tool(copy.copy(self._tool), *self._about)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_tool", "_bare", "__agents_bind_function_tool__"):

@@ -6,7 +6,6 @@ deprecated.
 
 from __future__ import annotations
 
-import os
 from importlib import metadata
 from typing import Any, Final, Literal
 
@@ -19,7 +18,6 @@ __all__ = [
     "OF_RUN",
     "SCHEMA_URL",
     "SCOPE",
-    "Semconv",
     "Vocabulary",
     "about_run",
     "attribution_of",
@@ -27,11 +25,8 @@ __all__ = [
     "note_run",
     "operation_of",
     "version",
-    "wants_earlier_names",
 ]
 
-#: "latest": release 0.1.0 of the generative-AI conventions. "both": also the names that it replaced.
-Semconv = Literal["latest", "both"]
 Vocabulary = Literal["openinference", "none"]
 
 #: Name of our tracer and meter, and the conventions that they follow;
@@ -66,19 +61,6 @@ def version() -> str | None:
         return metadata.version("stroma-runner")
     except metadata.PackageNotFoundError:
         return None
-
-
-def wants_earlier_names(semconv: Semconv | None) -> bool:
-    """Return True for "both", or if nothing is chosen and OTEL_SEMCONV_STABILITY_OPT_IN has "gen_ai/dup".
-
-    Raises ValueError for another choice.
-    """
-    if semconv is None:
-        chosen = os.environ.get("OTEL_SEMCONV_STABILITY_OPT_IN", "").split(",")
-        return "gen_ai/dup" in map(str.strip, chosen)
-    if semconv not in ("latest", "both"):
-        raise ValueError(f'semconv must be "latest", "both" or None, got {semconv!r}')
-    return semconv == "both"
 
 
 def note_run(run: ReliabilityContext) -> None:

@@ -74,13 +74,12 @@ class InferenceSpans:
         can_see: spans of other libraries are seen; without that, "auto" creates none.
     """
 
-    def __init__(self, mode: InferenceMode, vocabulary: Vocabulary, *, earlier_names: bool) -> None:
+    def __init__(self, mode: InferenceMode, vocabulary: Vocabulary) -> None:
         if mode not in ("auto", "always", "never"):
             raise ValueError(f'inference must be "auto", "always" or "never", got {mode!r}')
         self.mode = mode
         self.can_see = False
         self._vocabulary = vocabulary
-        self._earlier_names = earlier_names
         self._providers: dict[str, str | None] = {}
 
     def note_surroundings(self, node: NodeExecution, around: Span) -> None:
@@ -151,8 +150,6 @@ class InferenceSpans:
             "stroma.node.attempt": node.attempt,
             **about_run(node.ctx),
         }
-        if self._earlier_names:
-            about["gen_ai.usage.cache_creation.input_tokens"] = written
         if self._vocabulary == "openinference":
             about |= {
                 "openinference.span.kind": "LLM",

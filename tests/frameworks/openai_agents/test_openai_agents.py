@@ -786,17 +786,13 @@ def test_an_approved_run_goes_on_under_its_run_id(kind: str, tmp_path: Path) -> 
             assert (result_of(guard).status, result_of(guard).total_tokens) == (status, 10)
 
 
-def test_a_guarded_tool_is_the_tool() -> None:
-    """What is changed at the tool holds for the guarded one; copies and replacements are guarded, and compare
-    as before."""
+def test_copies_of_a_guarded_tool_are_guarded() -> None:
+    """Copies and replacements of a guarded tool are guarded, also with another function."""
     plain = tool_of()
     guard = guard_of()
     agent = agent_of(Script(), guard, [plain])
     (guarded,) = agent.tools
-    assert guarded == plain
     assert isinstance(guarded, type(plain))
-    plain.allowed_callers = ["direct"]
-    assert guarded.allowed_callers == ["direct"]
     for other in (copy.copy(guarded), dataclasses.replace(guarded, description="another")):
         assert other is not guarded
         attach(Agent(name="copy", tools=[other]), guard)

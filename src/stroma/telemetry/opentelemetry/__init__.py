@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Literal
 
 from stroma.telemetry.content import DENY_KEYS, Content, ContentMode
-from stroma.telemetry.conventions import Semconv, Vocabulary, wants_earlier_names
+from stroma.telemetry.conventions import Vocabulary
 from stroma.telemetry.inference import InferenceMode, InferenceSpans
 from stroma.telemetry.observer import ExporterHooks, missing
 
@@ -27,7 +27,6 @@ def otel_hooks(
     max_bytes: int = 8192,
     vocabulary: Vocabulary = "openinference",
     inference: InferenceMode = "auto",
-    semconv: Semconv | None = None,
     baggage: bool = False,
 ) -> ExporterHooks:
     """Create hooks that emit spans and metrics.
@@ -53,8 +52,6 @@ def otel_hooks(
             no span inside the attempt reports tokens itself, as those of an instrumented client do; that is
             seen with a provider of the SDK, to which an AttributionProcessor is added. Else, and for "never",
             there is none.
-        semconv: "latest" or "both", see :data:`stroma.telemetry.conventions.Semconv`. None: "both" if
-            OTEL_SEMCONV_STABILITY_OPT_IN has ``gen_ai/dup``, else "latest".
         baggage: pass the ids of run, session and user on to the services that nodes call.
 
     Raises ImportError with the line that installs the extra, ValueError for an unknown choice.
@@ -69,14 +66,12 @@ def otel_hooks(
         raise ValueError(f'attempts must be "events" or "spans", got {attempts!r}')
     if vocabulary not in ("openinference", "none"):
         raise ValueError(f'vocabulary must be "openinference" or "none", got {vocabulary!r}')
-    earlier_names = wants_earlier_names(semconv)
     return OpenTelemetry(
         tracer,
         meter,
         own_spans=attempts == "spans",
         content=Content.make(content, deny_keys, max_bytes),
         vocabulary=vocabulary,
-        inference=InferenceSpans(inference, vocabulary, earlier_names=earlier_names),
-        earlier_names=earlier_names,
+        inference=InferenceSpans(inference, vocabulary),
         baggage=baggage,
     ).hooks()

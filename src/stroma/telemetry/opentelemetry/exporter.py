@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from time import perf_counter, time_ns
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -53,11 +53,6 @@ if TYPE_CHECKING:
 
 __all__ = ["OpenTelemetry"]
 
-#: The histograms of runs and what each calls the pipeline: of release 0.1.0 of the conventions, and earlier.
-_RUN_NAMES: Final = (
-    ("gen_ai.invoke_agent.duration", "gen_ai.agent.name"),
-    ("gen_ai.invoke_workflow.duration", "gen_ai.workflow.name"),
-)
 #: In seconds, as the conventions advise; https://opentelemetry.io/docs/specs/semconv/gen-ai/
 _RUN_BUCKETS: Final = (1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)
 #: Names of labels that are not "stroma." and the label.
@@ -86,7 +81,6 @@ class OpenTelemetry(MetricsObserver):
         content: Content,
         vocabulary: Vocabulary,
         inference: InferenceSpans,
-        earlier_names: bool,
         baggage: bool,
     ) -> None:
         super().__init__()
@@ -103,7 +97,6 @@ class OpenTelemetry(MetricsObserver):
         self._baggage = baggage
         self._watched: Any = None
         self._meter = meter_of(self._providers[1]())
-        self._run_names = _RUN_NAMES if earlier_names else _RUN_NAMES[:1]
         self._make_instruments()
 
     # ------------------------------------------------------------------ runs
@@ -153,7 +146,7 @@ class OpenTelemetry(MetricsObserver):
             start_time=start_ns,
             attributes={
                 "gen_ai.operation.name": "invoke_workflow",
-                **dict.fromkeys([label for _, label in self._run_names], run.pipeline),
+                "gen_ai.agent.name": run.pipeline,
                 "stroma.run.execution": run.execution,
                 **about_run(run),
                 **self._kind_of(None),
@@ -402,23 +395,22 @@ class OpenTelemetry(MetricsObserver):
         #: Figures of the queues that workers of this process serve, by the label of the pipeline.
         self._queues: dict[str, QueueReading] = {}
         self._shows_queues = False
-        self._run_seconds = [
-            (self._histogram(name, RUN_SECONDS, _RUN_BUCKETS), label) for name, label in self._run_names
-        ]
         for metric in METRICS:
-            if (name := metric.otel) is None or metric is RUN_SECONDS:
+            if (name := metric.otel) is None:
                 continue
             if metric.kind == "seconds":
-                self._instruments[name] = self._histogram(name, metric, NODE_BUCKETS)
+                self._instruments[name] = meter.create_histogram(
+                    name,
+                    metric.unit,
+                    metric.text,
+                    explicit_bucket_boundaries_advisory=_RUN_BUCKETS
+                    if metric is RUN_SECONDS
+                    else NODE_BUCKETS,
+                ).record
             elif metric.kind == "active":
                 self._instruments[name] = meter.create_up_down_counter(name, metric.unit, metric.text).add
             else:
                 self._instruments[name] = meter.create_counter(name, metric.unit, metric.text).add
-
-    def _histogram(self, name: str, metric: Metric, buckets: Sequence[float]) -> Callable[..., None]:
-        return self._meter.create_histogram(
-            name, metric.unit, metric.text, explicit_bucket_boundaries_advisory=buckets
-        ).record
 
     def send(self, metric: Metric, value: float, *labels: str) -> None:
         if metric.otel is not None:
@@ -432,11 +424,11 @@ class OpenTelemetry(MetricsObserver):
         return attributes
 
     def send_run_duration(self, pipeline: str, result: ExecutionResult, seconds: float) -> None:
-        outcome, failed = {"stroma.status": result.status.value}, AttemptEnd.finally_(result)
+        about = {"gen_ai.agent.name": pipeline, "stroma.status": result.status.value}
+        failed = AttemptEnd.finally_(result)
         if failed is not None and failed.error is not None:
-            outcome["error.type"] = type_name(failed.error)
-        for record, label in self._run_seconds:
-            record(seconds, {label: pipeline, **outcome})
+            about["error.type"] = type_name(failed.error)
+        self._instruments[str(RUN_SECONDS.otel)](seconds, about)
 
     def queue_read(self, pipeline: str, figures: QueueReading | None) -> None:
         label = self._labels.pipeline(pipeline)
