@@ -67,7 +67,7 @@ def vercel(events: AsyncIterable[StreamEvent], *, text: TextOf | None = None) ->
 
 
 async def sse(parts: AsyncIterable[StreamEvent | Chunk]) -> AsyncIterator[str]:
-    """Yield messages of a ``text/event-stream`` for events of a run, or chunks of :func:`ag_ui` and the like.
+    """Yield messages of a ``text/event-stream`` for events of a run, or for chunks of the other formats.
 
     Messages of events have an id, which a browser that reconnects sends as ``Last-Event-ID``; chunks have
     none.

@@ -14,7 +14,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from stroma.adapters._releases import import_error, warn_if_untested
 
@@ -99,7 +99,8 @@ def _attach(flow: Any, guard: Guard, steps: dict[Any, tuple[str, NodeContract[An
 
 
 def _control(error: BaseException) -> Control | None:
-    return Control("suspended", error.context.message) if isinstance(error, HumanFeedbackPending) else None
+    is_pending = isinstance(error, HumanFeedbackPending)
+    return Control("suspended", cast("Any", error).context.message) if is_pending else None
 
 
 class CrewAIAdapter:

@@ -238,12 +238,12 @@ def _name_of(tool: Any) -> str | None:
 
 async def _events(parts: Callable[..., Any], guard: Guard, kwargs: dict[str, Any]) -> AsyncIterator[Any]:
     """Yield the events of ``run_async()``, and suspend the run with what ADK has asked."""
-    asked: list[Any] = []
+    requests: list[Any] = []
     async with contextlib.aclosing(parts(**kwargs)) as source:
         async for event in source:
-            asked += [call for call in event.get_function_calls() if (call.name or "").startswith(_ASKS)]
+            requests += [call for call in event.get_function_calls() if (call.name or "").startswith(_ASKS)]
             yield event
-    for call in asked:
+    for call in requests:
         original = (call.args or {}).get("originalFunctionCall") or {}
         is_confirmation = call.name == f"{_ASKS}confirmation" and original.get("name")
         reason = f"approval of {original['name']}" if is_confirmation else call.name

@@ -302,8 +302,8 @@ def report(state: Evaluated) -> Report:
         if label and label.category == "payable" and record.total is not None:
             payable[record.currency or "?"] += record.total
         reasons = weighed.reasons if weighed and weighed.level != "low" else []
-        if found := [*state.notes.get(record.name, []), *reasons]:
-            remarks.append(f"- **{record.name}**: {'; '.join(found)}")
+        if parts := [*state.notes.get(record.name, []), *reasons]:
+            remarks.append(f"- **{record.name}**: {'; '.join(parts)}")
     sums = ", ".join(f"{currency} {total:,.2f}" for currency, total in sorted(payable.items()))
     text = "\n".join(
         [*lines, "", f"Payable: {sums or 'nothing'}", "", "## Look at these first", "", *remarks, ""]

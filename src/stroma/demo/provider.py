@@ -109,7 +109,7 @@ class _Decision:
 
 
 @dataclass(slots=True)
-class _Ledger:
+class _RequestLog:
     """Decisions and counts of requests, shared by the threads that serve connections."""
 
     seed: int
@@ -210,7 +210,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, ledger: _Ledger, hang_seconds: float) -> None:
+    def __init__(self, ledger: _RequestLog, hang_seconds: float) -> None:
         self.ledger, self.hang_seconds = ledger, hang_seconds
         super().__init__((_HOST, 0), _Handler)
 
@@ -221,7 +221,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: _Server
+    server: _Server  # pyright: ignore[reportIncompatibleVariableOverride]
     protocol_version = "HTTP/1.1"
     # One segment for headers and body: two would wait for each other (Nagle and delayed acknowledgements).
     wbufsize = -1
@@ -323,7 +323,7 @@ def _end_with_parent(parent: int) -> None:
 def main(seed: str, calm: str, hang_seconds: str) -> None:
     """Serve until stdin is closed or the parent has ended. Prints the port when ready."""
     parent = os.getppid()
-    server = _Server(_Ledger(int(seed), calm == "True"), float(hang_seconds))
+    server = _Server(_RequestLog(int(seed), calm == "True"), float(hang_seconds))
     _end_with_parent(parent)
     print(server.server_port, flush=True)
     server.serve_forever(poll_interval=3600)  # nobody calls shutdown(), so there is nothing to poll for

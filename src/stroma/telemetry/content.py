@@ -90,7 +90,7 @@ class Content:
             state.note_secrets()
         else:
             run.redactor.note_secrets(state)
-        walk = _Walk(self, self.max_bytes + _SLACK)
+        walk = _DataWriter(self, self.max_bytes + _SLACK)
         try:
             text = walk.text_of(value, model)
         except Exception as error:
@@ -147,7 +147,7 @@ class Content:
         return isinstance(name, str) and name in self.denied
 
 
-class _Walk:
+class _DataWriter:
     """Makes JSON data of values, without those of denied names, until there is enough of it.
 
     ``room``: characters that are still wanted; below 0 there are more than that.
@@ -217,7 +217,7 @@ class _Walk:
             value = None
         if value is None:
             return self._hidden()
-        inner = _Walk(self._content, self.room)
+        inner = _DataWriter(self._content, self.room)
         data = inner._data(value, depth + 1)
         self._has_denied = self._has_denied or inner._has_denied
         return self._cut(_dump(data) if inner._has_denied else text)
