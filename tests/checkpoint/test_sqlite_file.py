@@ -297,6 +297,7 @@ def test_a_file_is_made_for_its_owner_only(tmp_path: Path) -> None:
     ]
     assert [name for kind, name in result if kind == "index"] == [
         "called",
+        "deleted_by_time",
         "events_by_time",
         "failed",
         "runs_by_block",

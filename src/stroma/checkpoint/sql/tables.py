@@ -171,6 +171,7 @@ _INDEXES: Final = (
     "CREATE INDEX runs_by_claim ON runs (pipeline, claim_until_ms) WHERE claim_until_ms IS NOT NULL",
     "CREATE INDEX tags_by_start ON tags (tag, started_ms, run)",
     "CREATE INDEX events_by_time ON events (written_ms)",
+    "CREATE INDEX deleted_by_time ON deleted (deleted_ms)",
     "CREATE INDEX failed ON attempts (run, execution, (started_ns + duration_ns)) WHERE failure_class IS "
     "NOT NULL",
     "CREATE INDEX called ON attempts (run, execution, position) WHERE identity IS NOT NULL",
