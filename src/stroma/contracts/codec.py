@@ -13,7 +13,7 @@ import json
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import pydantic_core
 from pydantic import BaseModel, ValidationError
@@ -21,8 +21,9 @@ from pydantic import BaseModel, ValidationError
 from stroma.contracts.copying import classes_in
 from stroma.contracts.core_schema import build_constant_writer, core_schema_of
 from stroma.contracts.tagged_json import NotSerialisable, keeping_secrets, tag, untag
-from stroma.contracts.traits import SchemaTraits
-from stroma.contracts.validators import Validators
+
+if TYPE_CHECKING:
+    from stroma.contracts.schema import Schema
 
 __all__ = ["SchemaCodec", "decode_raw", "describe_error", "has_class_tags"]
 
@@ -41,22 +42,10 @@ _MISSING: Final = object()
 _subclasses_of: Final = operator.methodcaller("__subclasses__")
 
 
-class StateFields(Protocol):
-    """Access to the field values of a model class; see :class:`~stroma.contracts.schema.Schema`."""
-
-    @property
-    def traits(self) -> SchemaTraits: ...
-    @property
-    def validators(self) -> Validators: ...
-    def fields(self, model: BaseModel) -> dict[str, Any]: ...
-    def raw(self, model: BaseModel) -> Any: ...
-    def to_plain(self, value: Any) -> Any: ...
-
-
 class SchemaCodec:
     """Encodes and decodes the instances of one model class."""
 
-    def __init__(self, schema: StateFields) -> None:
+    def __init__(self, schema: Schema) -> None:
         self._schema = schema
         self._traits = schema.traits
         self._validators = schema.validators

@@ -33,9 +33,7 @@ __all__ = [
     "copy_containers",
     "has_record",
     "is_record",
-    "is_small_dict_of_atoms",
     "isolate",
-    "pickle_atoms",
     "pickle_data",
     "renew_dataclass",
     "replace_records",
@@ -79,8 +77,6 @@ _ATOMS: Final = frozenset(
 )
 
 
-#: The largest dict whose entries are examined one by one: for a larger one, a pickle takes no longer.
-_SMALL_DICT: Final = 16
 _CONTAINERS: Final = frozenset({dict, list, tuple, set, frozenset})
 
 
@@ -211,10 +207,6 @@ class _DataPickler(pickle.Pickler):
 
 def pickle_data(value: Any) -> bytes | None:
     """Return a pickle of plain data; None if the value holds anything else, or contains itself."""
-    if type(value) is dict and is_small_dict_of_atoms(
-        value.get("root") if len(value) == 1 and "root" in value else value
-    ):
-        return pickle_atoms(value)
     buffer = io.BytesIO()
     pickler = _DataPickler(buffer, 5)
     # Plain data is a tree. Without the memo of repeated objects, pickling takes half the time.
@@ -229,21 +221,6 @@ def pickle_data(value: Any) -> bytes | None:
 def unpickle_data(data: bytes) -> Any:
     """Return the value of a pickle that :func:`pickle_data` made in this process, as new objects on each call."""
     return pickle.loads(data)
-
-
-def pickle_atoms(value: Mapping[str, Any]) -> bytes:
-    """Return a pickle of a dict whose values are all known to be atoms."""
-    return pickle.dumps(value, 5)
-
-
-def is_small_dict_of_atoms(value: Any) -> bool:
-    """Return True for a small dict of texts to atoms, which a shallow copy isolates."""
-    if type(value) is not dict or len(value) > _SMALL_DICT:
-        return False
-    for name, item in value.items():  # noqa: SIM110 a generator would take twice as long
-        if type(name) is not str or type(item) not in _ATOMS:
-            return False
-    return True
 
 
 # ---------------------------------------------------------------------- records

@@ -23,30 +23,20 @@ from weakref import WeakValueDictionary
 
 from pydantic import BaseModel, ValidationError
 
-from stroma.contracts.codec import SchemaCodec, decode_raw, describe_error
+from stroma.contracts.codec import SchemaCodec, decode_raw, describe_error, has_class_tags
 from stroma.contracts.copying import (
     construct,
     copy_containers,
     has_record,
-    is_small_dict_of_atoms,
     isolate,
-    pickle_atoms,
     pickle_data,
     renew_dataclass,
     replace_records,
     replicate,
     set_extra,
-    unpickle_data,
 )
 from stroma.contracts.fingerprint import fingerprint_of
-from stroma.contracts.snapshots import (
-    PickledSnapshot,
-    SameSnapshot,
-    SchemaSnapshots,
-    Snapshot,
-    StoredSnapshot,
-    as_state_dict,
-)
+from stroma.contracts.snapshots import PickledSnapshot, Snapshot, StoredSnapshot
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.contracts.traits import analyse
 from stroma.contracts.validators import Validators
@@ -54,7 +44,6 @@ from stroma.contracts.validators import Validators
 __all__ = [
     "NotSerialisable",
     "PickledSnapshot",
-    "SameSnapshot",
     "Schema",
     "Snapshot",
     "StoredSnapshot",
@@ -81,17 +70,10 @@ class Schema:
         self.field_names: Final = self.traits.field_names
         self.is_root: Final = self.traits.is_root
         self.is_flat: Final = self.traits.is_flat
+        self.passes_values_unchanged: Final = self.traits.passes_values_unchanged
         self._size = len(self.field_names)
+        self._pick: Final = _picker(self.field_names)
         self.decode: Final = self.codec.decode
-        snapshots = SchemaSnapshots(self)
-        self._flat_values: Final = snapshots.flat_values
-        self.snapshot: Final = snapshots.take
-        self.thaw: Final = snapshots.thaw
-        self.thaw_encoded: Final = snapshots.thaw_encoded
-        self.restore: Final = snapshots.restore
-        #: The class of the last input, and the number of its values if they can be validated as they are,
-        #: else -1.
-        self._last_source: tuple[type[BaseModel] | None, int] = None, -1
         #: Models, by id, that this class validated and that nobody else can change: they cross without
         #: validation.
         self._exclusive: WeakValueDictionary[int, BaseModel] | None = (
@@ -159,10 +141,9 @@ class Schema:
     def state(self, model: BaseModel) -> dict[str, Any]:
         """Return the state as the dict that hooks and the trace show."""
         values = model.__dict__
-        # As in fields(), without two more calls for most nodes.
-        if self.is_flat and len(values) == self._size:
+        if self.is_flat and len(values) == self._size:  # As in fields(), without two more calls.
             return values.copy()
-        return as_state_dict(self.raw(model))
+        return _as_dict(self.raw(model))
 
     @staticmethod
     def to_plain(value: Any) -> Any:
@@ -206,17 +187,14 @@ class Schema:
         return replicate(model, update)
 
     def copy(self, model: BaseModel) -> BaseModel:
-        """Return a deep copy without validation, for nodes without a contract."""
-        if self.traits.is_copied_by_values:
-            if is_small_dict_of_atoms(model.__dict__):
-                return replicate(model)
-            data = pickle_data(model.__dict__)
-            if data is not None:
-                return replicate(model, unpickle_data(data))
-        try:
-            return BaseModel.model_copy(model, deep=True)
-        except Exception:  # Some value cannot be copied.
-            return replicate(model, self.fields(model))
+        """Return a copy like :meth:`clone`, of a model that may be invalid, for nodes without a contract."""
+        if self.traits.must_reconstruct:
+            try:
+                return self.clone(model)
+            except Exception:  # It was not validated, and is invalid.
+                pass
+        values = {**model.__dict__, **(model.__pydantic_extra__ or {})}
+        return replicate(model, {k: copy_containers(v, _copy_record) for k, v in values.items()})
 
     def construct(self, values: dict[str, Any]) -> BaseModel:
         """Return a model with these values, unvalidated; a field without a value is None."""
@@ -291,80 +269,39 @@ class Schema:
         is_decoded = decoded and decoded <= source.traits.decoded_fields
         return self.validators.decoded(raw) if is_decoded else self.validate(raw)
 
+    def takes_unchanged(self, value: BaseModel) -> bool:
+        """Return True if a validated model is an input of this class as it is, and needs a copy at most."""
+        return type(value) is self.model and not (
+            self.traits.must_reconstruct or self.traits.excluded_fields or self.traits.overrides_validation
+        )
+
     def prepare_input(self, value: BaseModel) -> tuple[BaseModel, Snapshot]:
         """Return the validated input of a node from the state before it, and its snapshot."""
-        # convert(), for the states of most nodes. A node mostly receives one class, so the last one is
-        # remembered; and pure validation leaves the dict that it reads unchanged.
-        kind = type(value)
-        source_model, plain_size = self._last_source
-        if kind is not source_model:
-            plain_size = self._remember_source(kind)
+        source = schema_of(type(value))
         values = value.__dict__
-        if len(values) == plain_size:
+        if source.passes_values_unchanged and len(values) == source._size:
+            # convert(), for the states of most nodes. Pure validation leaves the dict that it reads unchanged.
             state = self.validate(values if self.traits.is_pure else values.copy())
         else:
             state = self.convert(value)
-        if self.is_flat:
-            return state, self._flat_values(state.__dict__)
-        return state, self.snapshot(state)
-
-    def _remember_source(self, model: type[BaseModel]) -> int:
-        source = schema_of(model)
-        plain_size = source._size if source.traits.passes_values_unchanged else -1
-        self._last_source = model, plain_size
-        return plain_size
-
-    def is_reusable(self, snapshot: Snapshot) -> bool:
-        """Return True if the next node can be given its input from a snapshot; see :meth:`prepare_input_from`."""
-        return isinstance(snapshot, PickledSnapshot) or (
-            self.traits.can_renew and isinstance(snapshot, bytes) and snapshot.startswith(b"{")
-        )
-
-    def prepare_input_from(
-        self, value: BaseModel, snapshot: PickledSnapshot | bytes, exclusive: bool
-    ) -> tuple[BaseModel, Snapshot, bool]:
-        """Return the input like :meth:`prepare_input`, for less, from a state and its reusable snapshot.
-
-        ``exclusive``: nobody else holds the values of the model, so that the input may take them instead of
-        copies. The last value returned says if it did.
-        """
-        source, took_values = schema_of(type(value)), False
-        is_derived = self.traits.is_deterministic and not self.is_flat and not source.is_root
-        if isinstance(snapshot, PickledSnapshot):
-            state = self._validate_from(source, value, snapshot.open())
-        elif exclusive and self.traits.can_renew and self._can_renew_from(source):
-            state, took_values = self.validate(source._shallow(value)), True
-            is_derived &= self.traits.is_exact_in_json or self.traits.may_hide_floats_in_json
-        else:
-            state, is_derived = self.convert(value if exclusive else source.restore(snapshot)), False
-        return state, SameSnapshot(snapshot) if is_derived else self.snapshot(state), took_values
+        return state, self._pick(state.__dict__) if self.is_flat else self.snapshot(state)
 
     def accept_output(self, output: Any) -> tuple[BaseModel, Snapshot]:
-        """Return a validated output from the value that a node returned, and its snapshot. Raises what validators raise."""
-        traits = self.traits
+        """Return a validated output from what a node returned, and its snapshot. Raises what validators raise."""
         if self.is_flat and self._exclusive is None and type(output) is dict:  # The output of most nodes.
             model = self.validate(output)
-            return model, self._flat_values(model.__dict__)
-        if traits.is_picklable and type(output) is dict and not traits.nested_classes:
-            if traits.is_untyped and is_small_dict_of_atoms(output):
-                model = self.validate(output.copy())  # A shallow copy isolates atoms.
-                return model, PickledSnapshot(pickle_atoms(model.__dict__))
-            model = self.validate(output)
-            snapshot = self.snapshot(model)
-            if type(snapshot) is PickledSnapshot:
-                return self.restore(snapshot), snapshot
-            model = self.detach(model)
+            return model, self._pick(model.__dict__)
         # The fields of a model are validated: it may have been constructed without validation, or changed
         # since.
-        elif isinstance(output, BaseModel) and not traits.is_untyped:
-            model = self.convert(output)
-        else:
-            model = self._admit(output) if traits.needs_isolation else self.validate(output)
+        is_model = isinstance(output, BaseModel) and not self.traits.is_untyped
+        model = self.convert(output) if is_model else self._admit(output)
         self.mark_exclusive(model)
         return model, self.snapshot(model)
 
     def _admit(self, output: Any) -> BaseModel:
-        """Validate an output that is no model. pydantic accepts the instances inside as they are, unvalidated and shared."""
+        """Validate an output that is not a model. pydantic accepts instances inside it, unvalidated and shared."""
+        if not self.traits.needs_isolation:
+            return self.validate(output)
         renew, nested = self.validators.renew, self.traits.nested_classes
         if renew is not None and self._can_renew_from(self):
             return renew(output)
@@ -389,6 +326,73 @@ class Schema:
         """
         model = self.mark_exclusive(self.construct(values))
         return model, self.snapshot(model)
+
+    # ------------------------------------------------------------------ snapshots
+
+    def snapshot(self, model: BaseModel) -> Snapshot:
+        """Return an immutable form of a state; :meth:`thaw` and :meth:`restore` read it."""
+        values, traits = model.__dict__, self.traits
+        if traits.is_flat:
+            try:
+                return self._pick(values)
+            except KeyError:  # Constructed without validation, and without some fields.
+                return self.copy(model)
+        if traits.is_picklable and len(values) == self._size:
+            data = pickle_data(values)
+            if data is not None:
+                return PickledSnapshot(data)
+        try:
+            return self.encode(model)
+        except NotSerialisable:
+            return self.copy(model)
+
+    def thaw(self, snapshot: Snapshot) -> dict[str, Any]:
+        """Return the state of a snapshot as a dict, new on each call.
+
+        Never raises for one in a store: a deleted blob must not make the rest of the trace unreadable.
+        """
+        if isinstance(snapshot, tuple):
+            return dict(zip(self.field_names, snapshot, strict=True))
+        if isinstance(snapshot, BaseModel):
+            return self.state(snapshot)
+        if isinstance(snapshot, dict):
+            copied: dict[str, Any] = isolate(snapshot)
+            return copied
+        if isinstance(snapshot, PickledSnapshot):
+            values = snapshot.open()
+            return _as_dict(values["root"] if self.is_root else values)
+        if isinstance(snapshot, bytes):
+            return self.thaw_encoded(snapshot)
+        try:
+            data = snapshot.load()
+            is_plain = self.is_flat or self.traits.is_picklable
+            return self.state(self.decode(data)) if is_plain else self.thaw_encoded(data)
+        except Exception as error:
+            return {"unavailable": str(error)}
+
+    def thaw_encoded(self, data: bytes) -> dict[str, Any]:
+        """Return the state of an encoded snapshot as a dict."""
+        if has_class_tags(data):
+            try:
+                return self.state(self.decode(data))
+            except Exception:  # A class that refuses its own output must not make the trace unreadable.
+                pass
+        return _as_dict(decode_raw(data))
+
+    def restore(self, snapshot: Snapshot) -> BaseModel:
+        """Return a model equal to the one of which the snapshot was taken."""
+        if isinstance(snapshot, tuple):
+            model = self.validators.rebuild(self.thaw(snapshot))
+            if not self.traits.is_pure:  # Validators may have changed the values.
+                vars(model).update(zip(self.field_names, snapshot, strict=True))
+            return model
+        if isinstance(snapshot, BaseModel):
+            return self.copy(snapshot)
+        if isinstance(snapshot, dict):
+            return self.validators.rebuild(self.thaw(snapshot))
+        if isinstance(snapshot, PickledSnapshot):
+            return self.construct(snapshot.open())
+        return self.decode(snapshot if isinstance(snapshot, bytes) else snapshot.load())
 
     # ------------------------------------------------------------------ stored forms
 
@@ -422,6 +426,18 @@ def schema_of(model: type[BaseModel]) -> Schema:
     return schema
 
 
+def _picker(names: tuple[str, ...]) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
+    """Return a function that makes a tuple of the named values: a ``__dict__`` may hold cached properties too."""
+    if len(names) > 1:
+        return operator.itemgetter(*names)
+    return lambda values: tuple(values[name] for name in names)
+
+
+def _as_dict(raw: Any) -> dict[str, Any]:
+    """Return the fields of a state, or its root value under the name "root"."""
+    return raw if isinstance(raw, dict) else {"root": raw}
+
+
 def _to_plain(value: Any) -> Any:
     return copy_containers(value, _record_to_plain)
 
@@ -430,6 +446,11 @@ def _record_to_plain(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return schema_of(type(value)).raw(value)
     return {f.name: _to_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+
+
+def _copy_record(value: Any) -> Any:
+    """Return a copy of a model or dataclass that may be invalid."""
+    return schema_of(type(value)).copy(value) if isinstance(value, BaseModel) else isolate(value)
 
 
 def _clone_record(value: Any) -> Any:

@@ -76,16 +76,12 @@ class SchemaTraits:
 
     #: Validation calls no user code, and leaves the dict that it reads unchanged.
     is_pure: bool
-    #: Validation is pure and makes equal models of equal field values: no factories, aliases or decoders.
-    is_deterministic: bool
     #: Validation may change or refuse a value that it returned before.
     may_change_on_revalidation: bool
     #: pydantic can validate all models inside again in one call, and loses nothing of them.
     can_renew: bool
     #: A copy must be validated: copied values would share private attributes, or keep what is excluded.
     must_reconstruct: bool
-    #: ``__dict__`` holds all that a copy needs.
-    is_copied_by_values: bool
 
     #: Some values are described by no schema (``Any``): validation passes them on without a copy.
     has_undescribed_values: bool
@@ -201,19 +197,15 @@ def _validation_traits(
         "is_strict": any(map(is_strict, nodes)),
         "revalidates_instances": model.model_config.get("revalidate_instances") == "always",
         "is_pure": is_pure,
-        "is_deterministic": is_pure
-        and not (is_root or has_aliases or decoded or any("default_factory" in node for node in nodes)),
         "may_change_on_revalidation": may_change,
         "can_renew": bool(nested) and is_pure and all(map(is_renewable, nodes)) and not has_surprises,
         "must_reconstruct": must_reconstruct,
-        "is_copied_by_values": not (allows_extra or has_own_code or has_private)
-        and model.model_copy is BaseModel.model_copy,
         "has_undescribed_values": has_undescribed_values,
         "is_picklable": has_undescribed_values
         and is_pure
         and is_plain
         and not (model.model_computed_fields or must_reconstruct or has_private),
-        "tracks_instances": (may_change or bool(nested)) and bool(model.__weakrefoffset__),
+        "tracks_instances": may_change and bool(model.__weakrefoffset__),
         "has_ambiguous_union": has_ambiguous_union,
     }
 

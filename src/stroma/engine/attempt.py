@@ -183,10 +183,8 @@ class NodeAttempt(OpenAttempt):
         try:
             if schema is None:
                 self.state, self.snapshot = self._copy_input()
-            elif handover.snapshot is not None and self.value is handover.model:
-                self.state, self.snapshot = handover.take(schema)
             else:
-                self.state, self.snapshot = schema.prepare_input(self.value)
+                self.state, self.snapshot = handover.take(self.value, schema)
         except BaseException as error:
             # Whatever a validator raises: nothing was awaited, so it is no cancellation.
             if ends_run(error):
@@ -206,11 +204,7 @@ class NodeAttempt(OpenAttempt):
     def _copy_input(self) -> tuple[BaseModel, Snapshot]:
         """Return the input of a node without a contract, or of a group, each child of which copies it for itself."""
         assert self.run.schemas is not None
-        schema, value = self.run.schemas[0], self.value
-        packed = self.ctx.handover.packed(value)
-        if packed is not None and type(self.node) is Node:
-            return schema.restore(packed), packed
-        value = self.ctx.handover.own(value)
+        schema, value = self.run.schemas[0], self.ctx.handover.own(self.value)
         if type(self.node) is not Node:
             snapshot = schema.snapshot(value)
             self.run.taken = value, snapshot
@@ -379,7 +373,7 @@ class NodeAttempt(OpenAttempt):
             # With the commit: a cancellation that comes after it must not have the node called again.
             self._remember_output()
         if not run.branch:
-            ctx.handover.offer(self.model, self.saved, self.plan[1])
+            ctx.handover.offer(self.model, self.saved)
 
     def _remember_output(self) -> None:
         """Keep the output of a group's child for another attempt of the group, which only node_policies can grant."""

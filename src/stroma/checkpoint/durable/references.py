@@ -5,7 +5,7 @@ from __future__ import annotations
 from stroma.checkpoint.durable.integrity import checksum
 from stroma.checkpoint.payloads import Payloads
 from stroma.contracts.schema import Schema, Snapshot
-from stroma.contracts.snapshots import PickledSnapshot, SameSnapshot, StoredSnapshot
+from stroma.contracts.snapshots import PickledSnapshot, StoredSnapshot
 from stroma.trace.events import AttemptRow
 
 __all__ = ["BlobReferences"]
@@ -22,7 +22,7 @@ class BlobReferences:
         #: By position and branch, until the row of the attempt is replaced.
         self._by_place: dict[tuple[int, str], StoredSnapshot] = {}
         #: The snapshot of the last of these outputs, and the reference to it.
-        self._last: tuple[PickledSnapshot | None, StoredSnapshot | None] = (None, None)
+        self._last: tuple[Snapshot | None, StoredSnapshot | None] = (None, None)
 
     def add(self, position: int, branch: str, content: bytes, stored: StoredSnapshot) -> None:
         """Add an output; ``content`` is the checksum of its plain form."""
@@ -37,25 +37,22 @@ class BlobReferences:
         input_snapshot, output = row.input, row.output
         stored_input = self._find_input(schemas[0], input_snapshot)
         if stored_input is not None:
-            is_same = isinstance(input_snapshot, SameSnapshot)
-            input_snapshot = SameSnapshot(stored_input) if is_same else stored_input
+            input_snapshot = stored_input
         if stored_output is not None:
-            if isinstance(output, PickledSnapshot):  # The next node may get this object as its input.
-                self._last = output, stored_output
+            self._last = output, stored_output  # The next node may get this object as its input.
             output = stored_output
         return row._replace(input=input_snapshot, output=output)
 
     def _find_input(self, schema: Schema, snapshot: Snapshot) -> StoredSnapshot | None:
         """Return a reference to a large input, which usually is the previous output; None for any other."""
-        if isinstance(snapshot, SameSnapshot) and snapshot.source is self._last[0]:
+        if snapshot is self._last[0]:
             return self._last[1]
-        source = snapshot.source if isinstance(snapshot, SameSnapshot) else snapshot
-        data = source if isinstance(source, bytes) else None
+        data = snapshot if isinstance(snapshot, bytes) else None
         size = 0
-        if isinstance(source, tuple):
-            size = sum(len(value) for value in source if isinstance(value, (str, bytes)))
-        elif isinstance(source, PickledSnapshot) and source is snapshot:
-            size = source.size
+        if isinstance(snapshot, tuple):
+            size = sum(len(value) for value in snapshot if isinstance(value, (str, bytes)))
+        elif isinstance(snapshot, PickledSnapshot):
+            size = snapshot.size
         if 4 * size >= self._payloads.blob_bytes:  # UTF-8 may be 4 times larger, JSON smaller.
             try:
                 data = schema.encode(schema.restore(snapshot), secrets=self._payloads.codec is not None)

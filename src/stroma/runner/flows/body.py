@@ -85,7 +85,7 @@ async def commit_output(
     if ctx.delivers:
         ctx.session.delivered(row)  # A flow has no hooks of its own.
     if not flow.branch:
-        ctx.handover.offer(model, saved, schema)
+        ctx.handover.offer(model, saved)
     return model if failure is None else Halt(failure, output=model, spent=True)
 
 
