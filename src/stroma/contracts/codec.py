@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import pydantic_core
@@ -35,10 +34,9 @@ _REINSTATED_END: Final = b',"settled"]'
 #: Tags a value that only the class of its field can restore.
 _CLASS_TAG: Final = b'{"$c":'
 #: Python reads no integer of more digits.
-_MAX_DIGITS: Final = 4300
-_DIGITS: Final = b"0123456789"
+_TOO_MANY_DIGITS: Final = b"0" * 4301
+_DIGITS_AS_ZEROS: Final = bytes(b"0"[0] if chr(i) in "0123456789" else b" "[0] for i in range(256))
 _MAX_ERRORS: Final = 5
-_MISSING: Final = object()
 _subclasses_of: Final = operator.methodcaller("__subclasses__")
 
 
@@ -50,7 +48,6 @@ class SchemaCodec:
         self._traits = schema.traits
         self._validators = schema.validators
         self._name = schema.traits.model.__name__
-        self._to_json = schema.traits.model.__pydantic_serializer__.to_json
 
     def encode(self, model: BaseModel) -> bytes:
         """Return the stored form of a model. Raises NotSerialisable, naming the field."""
@@ -91,56 +88,40 @@ class SchemaCodec:
     # ------------------------------------------------------------------ writing
 
     def _write(self, model: BaseModel) -> bytes:
-        if self._is_json_exact(model):
+        if self._traits.is_exact_in_json and self._write_json is not None:
             try:
-                data = self._write_json(model)
-                if _is_readable(data) and not self._has_hidden_floats(model, data):
-                    return data
+                data = self._write_json(model, by_alias=False, warnings="error")
             except pydantic_core.PydanticSerializationError:
                 pass  # Tagged JSON represents it: a lone surrogate, for example, or a value of another type.
+            else:
+                if self._is_readable(data):
+                    return data
         return self._write_tagged(model, _TAGGED_END)
 
-    def _is_json_exact(self, model: BaseModel) -> bool:
-        traits = self._traits
-        return (
-            traits.is_exact_in_json
-            or traits.may_hide_floats_in_json
-            or (traits.is_exact_in_json_if_finite and all(map(_is_finite, model.__dict__.values())))
-        )
-
-    def _write_json(self, model: BaseModel) -> bytes:
-        exact_types = self._traits.exact_types
-        if exact_types is not None and _have_types(model.__dict__, exact_types):
-            return self._to_json(model, by_alias=False)
-        # Checking for warnings takes ten times as long.
-        return self._to_json(model, by_alias=False, warnings="error")
-
     @functools.cached_property
-    def _write_constants(self) -> Callable[..., bytes] | None:
-        """Writes JSON with NaN and Infinity, where pydantic writes null; None if this pydantic cannot."""
-        return build_constant_writer(core_schema_of(self._traits.model))
+    def _write_json(self) -> Callable[..., bytes] | None:
+        """Writes JSON, with NaN and Infinity for such floats; None if this pydantic would write null for them."""
+        model = self._traits.model
+        if self._traits.has_floats:
+            return build_constant_writer(core_schema_of(model))
+        return model.__pydantic_serializer__.to_json
 
-    def _has_hidden_floats(self, model: BaseModel, data: bytes) -> bool:
-        """Return True if a null in written JSON was NaN or an infinite number."""
-        if not self._traits.may_hide_floats_in_json or b"null" not in data:
+    def _is_readable(self, data: bytes) -> bool:
+        """Return False for JSON that may hold a float that JSON cannot represent, or an integer that is too long."""
+        if self._traits.has_floats and (b"NaN" in data or b"Infinity" in data):
             return False
-        write = self._write_constants
-        with_constants = b"NaN" if write is None else write(model, by_alias=False)
-        return b"NaN" in with_constants or b"Infinity" in with_constants
+        return len(data) < len(_TOO_MANY_DIGITS) or _TOO_MANY_DIGITS not in data.translate(_DIGITS_AS_ZEROS)
 
     def _write_tagged(self, model: BaseModel, end: bytes) -> bytes:
         raw = self._schema.raw(model)
         try:
             text = json.dumps(tag(raw, (self._name,), self._schema.to_plain), separators=(",", ":"))
-        except RecursionError:
+        except (RecursionError, ValueError) as error:
+            why = f"{error}; keep it smaller"  # An integer of more digits than Python reads back.
+            if isinstance(error, RecursionError):
+                why = "it contains itself, or is nested too deeply; keep the state a shallow tree"
             field = self._unwritable_field(raw)
-            raise NotSerialisable(
-                f"{field} cannot be serialised: it contains itself, or is nested too deeply; keep the state a shallow tree"
-            ) from None
-        except ValueError as error:  # An integer of more digits than Python reads back.
-            raise NotSerialisable(
-                f"{self._unwritable_field(raw)} cannot be serialised: {error}; keep it smaller"
-            ) from None
+            raise NotSerialisable(f"{field} cannot be serialised: {why}") from None
         return _TAGGED_START + text.encode() + end
 
     def _unwritable_field(self, raw: Any) -> str:
@@ -241,30 +222,3 @@ def describe_error(error: Exception) -> tuple[str, Exception | None]:
     ]
     more = f"; and {len(errors) - _MAX_ERRORS} more" if len(errors) > _MAX_ERRORS else ""
     return "; ".join(lines) + more, None
-
-
-def _is_finite(value: Any) -> bool:
-    return type(value) is not float or math.isfinite(value)
-
-
-def _have_types(values: Mapping[str, Any], exact_types: Iterable[tuple[str, frozenset[type]]]) -> bool:
-    for name, types in exact_types:  # noqa: SIM110 a generator would take twice as long
-        if type(values.get(name, _MISSING)) not in types:
-            return False
-    return True
-
-
-def _is_readable(data: bytes) -> bool:
-    """Return False if a number in JSON has more digits than Python reads.
-
-    Such a number covers a position that is a multiple of the limit, so only the bytes at those positions are
-    read.
-    """
-    for position in range(0, len(data), _MAX_DIGITS) if len(data) >= _MAX_DIGITS else ():
-        if data[position] in _DIGITS:
-            before = data[max(0, position - _MAX_DIGITS) : position]
-            after = data[position : position + _MAX_DIGITS]
-            digits = len(before) - len(before.rstrip(_DIGITS)) + len(after) - len(after.lstrip(_DIGITS))
-            if digits >= _MAX_DIGITS:
-                return False
-    return True

@@ -38,7 +38,7 @@ from stroma.contracts.copying import (
 from stroma.contracts.fingerprint import fingerprint_of
 from stroma.contracts.snapshots import PickledSnapshot, Snapshot, StoredSnapshot
 from stroma.contracts.tagged_json import NotSerialisable
-from stroma.contracts.traits import analyse
+from stroma.contracts.traits import SchemaTraits
 from stroma.contracts.validators import Validators
 
 __all__ = [
@@ -59,7 +59,7 @@ class Schema:
     """One model class, as seen from its boundaries. Created by :func:`schema_of`."""
 
     def __init__(self, model: type[BaseModel]) -> None:
-        self.traits: Final = analyse(model)
+        self.traits: Final = SchemaTraits(model)
         self.validators: Final = Validators(self.traits)
         self.codec: Final = SchemaCodec(self)
         self.model: Final = model
@@ -102,7 +102,7 @@ class Schema:
         if self.is_flat and len(values) == self._size:
             return values.copy()
         out = self._shallow(model)
-        for name in self.traits.deep_fields:
+        for name in self.traits.field_classes:
             if name in out:
                 is_opaque = name in self.traits.opaque_fields
                 out[name] = isolate(out[name]) if is_opaque else _to_plain(out[name])
@@ -162,7 +162,7 @@ class Schema:
             return model
         # Copied, not validated again: a validator that changes values would change them twice.
         values = model.__dict__
-        update = {name: isolate(values[name]) for name in self.traits.deep_fields if name in values}
+        update = {name: isolate(values[name]) for name in self.traits.field_classes if name in values}
         update.update({k: isolate(v) for k, v in (model.__pydantic_extra__ or {}).items()})
         return replicate(model, update)
 
@@ -180,7 +180,7 @@ class Schema:
         values, opaque = model.__dict__, self.traits.opaque_fields
         update = {
             name: isolate(values[name]) if name in opaque else copy_containers(values[name], _clone_record)
-            for name in self.traits.deep_fields
+            for name in self.traits.field_classes
             if name in values
         }
         update.update({k: isolate(v) for k, v in (model.__pydantic_extra__ or {}).items()})
