@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from asyncio import Future
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, Literal, NamedTuple, Self, cast, get_args
@@ -162,6 +161,13 @@ def _at(point: Point, run: NodeExecution) -> Boundary:
     return Boundary(point, run.node_id, run.position, run.branch, run.attempt)
 
 
+#: Methods of a session that do nothing after a simulated death, and those that end what calls them.
+_DROPPED: Final = frozenset(
+    {"append_events", "delivered", "mark_effect", "note", "note_attribution", "note_traceparent"}
+)
+_REFUSED: Final = frozenset({"ask", "flush"})
+
+
 class _MortalSession:
     """Session that stores nothing after the simulated death of its process."""
 
@@ -169,6 +175,10 @@ class _MortalSession:
         self._deaths, self._ctx, self._session = deaths, ctx, session
 
     def __getattr__(self, name: str) -> Any:
+        if name in _DROPPED and self._is_dead:
+            return lambda *_: None
+        if name in _REFUSED and self._is_dead:
+            raise self._deaths.refuse()
         return getattr(self._session, name)
 
     @property
@@ -190,24 +200,6 @@ class _MortalSession:
             raise self._deaths.refuse()
         pending = self._session.record(row, schema, output, call)
         return self._then(pending, row, committed=output is not None)
-
-    def note(self, key: str, data: bytes | None) -> None:
-        if not self._is_dead:
-            self._session.note(key, data)
-
-    def mark_effect(self, node_id: str) -> None:
-        if not self._is_dead:
-            self._session.mark_effect(node_id)
-
-    def flush(self) -> Awaitable[None] | None:
-        if self._is_dead:
-            raise self._deaths.refuse()
-        return self._session.flush()
-
-    def ask(self, waiting: Waiting) -> Waiting | Awaitable[Waiting]:
-        if self._is_dead:
-            raise self._deaths.refuse()
-        return self._session.ask(waiting)
 
     def suspend(self, row: AttemptRow, waiting: Waiting) -> Awaitable[None] | None:
         if self._is_dead:
@@ -232,20 +224,6 @@ class _MortalSession:
             return later(pending)
         reach_commit()
         return None
-
-    def delivered(self, row: AttemptRow) -> None:
-        if not self._is_dead:
-            self._session.delivered(row)
-
-    def note_traceparent(self, traceparent: str) -> Future[None] | None:
-        return None if self._is_dead else self._session.note_traceparent(traceparent)
-
-    def note_attribution(self, ids: Mapping[str, str]) -> None:
-        if not self._is_dead:
-            self._session.note_attribution(ids)
-
-    def append_events(self, last: int, lines: bytes) -> Awaitable[None] | None:
-        return None if self._is_dead else self._session.append_events(last, lines)
 
     def end(self, status: str, error: str | None, wake_ms: int | None = None) -> Awaitable[None] | None:
         if self._is_dead or self._deaths.reach(self._ctx, Boundary("before_end")):

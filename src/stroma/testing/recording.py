@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from stroma.checkpoint import CheckpointNotFound, Committed
 from stroma.checkpoint.history import History
@@ -22,25 +21,38 @@ from stroma.trace.redaction import Redact, hidden_values, hide_words
 
 __all__ = ["RecordedAttempt", "RecordedRun"]
 
-_CLASSES: Final = f"^({'|'.join(FailureClass)})$"
 _SCHEMA: Final = "stroma.recorded-run/1"
 
 
-@dataclass(frozen=True, slots=True)
-class RecordedAttempt:
+def _stored(value: Any) -> bytes:
+    """Return a state in its stored form; its first characters name that form."""
+    if isinstance(value, bytes):
+        return value
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+#: A state in its stored form (UTF-8 JSON), which is part of the JSON of a file.
+Stored = Annotated[bytes, BeforeValidator(_stored), PlainSerializer(json.loads)]
+
+
+class _Recorded(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class RecordedAttempt(_Recorded):
     """A recorded attempt.
 
     Attributes:
-        output: the committed output in its stored form (UTF-8 JSON); None without a commit.
+        output: the committed output; None without a commit.
         contract: fingerprint of the schema that it was committed with.
     """
 
     position: int
-    branch: str
+    branch: str = ""
     node_id: str
     attempt: int
     outcome: str
-    failure_class: Annotated[str | None, Field(pattern=_CLASSES)] = None
+    failure_class: str | None = Field(None, pattern=f"^({'|'.join(FailureClass)})$")
     message: str | None = None
     error_type: str | None = None
     reason: str | None = None
@@ -49,29 +61,27 @@ class RecordedAttempt:
     cost_usd: float = 0.0
     model: str | None = None
     duration_ms: float = 0.0
-    output: bytes | None = None
+    output: Stored | None = None
     contract: str | None = None
+
+    @classmethod
+    def of(cls, one: AttemptRecord, contracts: Mapping[tuple[int, str], str]) -> RecordedAttempt:
+        """Return an attempt as a store lists it; ``contracts``: fingerprints by position and branch."""
+        fields = {name: getattr(one, name) for name in cls.model_fields if name != "contract"}
+        contract = None if one.output is None else contracts.get((one.position, one.branch))
+        return cls(**fields, contract=contract)
 
     def as_record(self, position: int) -> AttemptRecord:
         """Return the attempt as a store would list it at a position."""
+        fields = self.model_dump(exclude={"contract", "cost_usd", "duration_ms", "output", "position"})
         return AttemptRecord(
             position=position,
             started_ns=0,
-            branch=self.branch,
-            attempt=self.attempt,
-            node_id=self.node_id,
             duration_ns=round(self.duration_ms * 1e6),
-            outcome=self.outcome,
-            failure_class=self.failure_class,
-            message=self.message,
-            reason=self.reason,
-            tokens=self.tokens,
-            output_tokens=self.output_tokens,
             cost_pico=round(self.cost_usd * PICO),
-            model=self.model,
-            error_type=self.error_type,
             output_bytes=None if self.output is None else len(self.output),
             output=self.output,
+            **fields,
         )
 
     def committed(self) -> Committed:
@@ -79,11 +89,7 @@ class RecordedAttempt:
         return Committed(self.node_id, self.output, self.contract or "")
 
 
-_ATTEMPT: Final = TypeAdapter(RecordedAttempt)
-
-
-@dataclass(frozen=True, slots=True)
-class RecordedRun:
+class RecordedRun(_Recorded):
     """The latest execution of a run: its input, and the attempts of the latest process at each position.
 
     Attributes:
@@ -92,11 +98,12 @@ class RecordedRun:
         input: input in its stored form (UTF-8 JSON).
     """
 
+    schema_name: Literal["stroma.recorded-run/1"] = Field(_SCHEMA, alias="schema")
     run_id: str
     pipeline: str
     status: str
     error: str | None
-    input: bytes
+    input: Stored
     attempts: tuple[RecordedAttempt, ...]
 
     @classmethod
@@ -111,9 +118,14 @@ class RecordedRun:
         if record is None:
             raise CheckpointNotFound(f"there is no run {run_id!r} in this store; check the id, and the store")
         contracts = _contracts(store, run_id)
-        attempts = [_attempt(attempt, contracts) for attempt in _of_last_process(store.attempts(run_id))]
+        attempts = _of_last_process(store.attempts(run_id))
         run = cls(
-            run_id, record.pipeline, record.status, record.error, store.input_of(run_id), tuple(attempts)
+            run_id=run_id,
+            pipeline=record.pipeline,
+            status=str(record.status),
+            error=record.error,
+            input=store.input_of(run_id),
+            attempts=tuple(RecordedAttempt.of(attempt, contracts) for attempt in attempts),
         )
         return run if redact is None else run.redacted(redact)
 
@@ -122,43 +134,36 @@ class RecordedRun:
         hide = History(None, redact).redact_state  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
         pairs: list[tuple[Any, Any]] = []
 
-        def hidden(data: bytes) -> bytes:
+        def hidden(data: bytes | None) -> bytes | None:
+            if data is None:
+                return None
             raw = jsonable(Schema.decode_raw(data))
             redacted_state = hide(raw)
             pairs.append((raw, redacted_state))
             return data if redacted_state == raw else json.dumps(redacted_state).encode()
 
         redacted_input = hidden(self.input)
-        outputs = [None if one.output is None else hidden(one.output) for one in self.attempts]
+        outputs = [hidden(one.output) for one in self.attempts]
         values = hidden_values(pairs)
 
-        def fields(message: str | None) -> str | None:
+        def masked(message: str | None) -> str | None:
             return None if message is None else hide_words(redact, message, values)
 
         attempts = [
-            replace(one, output=output, message=fields(one.message))
+            one.model_copy(update={"output": output, "message": masked(one.message)})
             for one, output in zip(self.attempts, outputs, strict=True)
         ]
-        return replace(self, input=redacted_input, error=fields(self.error), attempts=tuple(attempts))
+        changed = {"input": redacted_input, "error": masked(self.error), "attempts": tuple(attempts)}
+        return self.model_copy(update=changed)
 
     # ------------------------------------------------------------------ files
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data, schema "stroma.recorded-run/1"."""
-        attempts = []
-        for one in self.attempts:
-            fields = {name: value for name, value in asdict(one).items() if value not in (None, "", 0)}
-            if one.output is not None:
-                fields["output"] = json.loads(one.output)
-            attempts.append({"position": one.position, **fields})
+        data = self.model_dump(mode="json", by_alias=True, exclude={"attempts"})
         return {
-            "schema": _SCHEMA,
-            "run_id": self.run_id,
-            "pipeline": self.pipeline,
-            "status": self.status,
-            "error": self.error,
-            "input": json.loads(self.input),
-            "attempts": attempts,
+            **data,
+            "attempts": [one.model_dump(mode="json", exclude_defaults=True) for one in self.attempts],
         }
 
     @classmethod
@@ -169,20 +174,10 @@ class RecordedRun:
                 f"not a recorded run of this release ({_SCHEMA}); record it again with: stroma record"
             )
         try:
-            attempts = [_attempt_in(one) for one in data["attempts"]]
-            return cls(
-                data["run_id"],
-                data["pipeline"],
-                data["status"],
-                data["error"],
-                _stored(data["input"]),
-                tuple(attempts),
-            )
-        except (KeyError, TypeError, ValidationError) as error:
-            why: object = error
-            if isinstance(error, ValidationError):
-                first = error.errors()[0]
-                why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            return cls.model_validate_json(json.dumps(data))
+        except ValidationError as error:
+            first = error.errors()[0]
+            why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
             raise ValueError(
                 f"recorded run is damaged: {why}; record it again with: stroma record"
             ) from error
@@ -198,41 +193,6 @@ class RecordedRun:
     def save(self, path: str | PathLike[str]) -> None:
         """Write the run to a file."""
         Path(path).write_text(json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def _attempt_in(data: Mapping[str, Any]) -> RecordedAttempt:
-    """Parse an attempt. Raises ValidationError or TypeError."""
-    fields = {"branch": "", **data}
-    output = _stored(fields.pop("output")) if "output" in fields else None
-    # As JSON, since strictly only that is taken for a dataclass.
-    return replace(_ATTEMPT.validate_json(json.dumps(fields), strict=True), output=output)
-
-
-def _stored(value: Any) -> bytes:
-    """Return a state in its stored form; its first characters name that form."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def _attempt(one: AttemptRecord, contracts: Mapping[tuple[int, str], str]) -> RecordedAttempt:
-    contract = None if one.output is None else contracts.get((one.position, one.branch))
-    return RecordedAttempt(
-        one.position,
-        one.branch,
-        one.node_id,
-        one.attempt,
-        one.outcome,
-        one.failure_class,
-        one.message,
-        one.error_type,
-        one.reason,
-        one.tokens,
-        one.output_tokens,
-        one.cost_usd,
-        one.model,
-        one.duration_ms,
-        one.output,
-        contract,
-    )
 
 
 def _of_last_process(attempts: list[AttemptRecord]) -> list[AttemptRecord]:
