@@ -95,7 +95,7 @@ def check_annotations(
 
 
 def annotation_of(func: Callable[..., Any], name: str, scope: types.FrameType | None) -> Any:
-    """Return the annotation of a parameter, or of "return"; Any without one, and for one that cannot be resolved.
+    """Return the annotation of a parameter, or of "return"; Any without one that can be resolved.
 
     ``scope``: the frame that the function was defined in, if it is known.
     """
@@ -114,7 +114,7 @@ def annotation_of(func: Callable[..., Any], name: str, scope: types.FrameType | 
 def _namespaces_of(
     func: Callable[..., Any], scope: types.FrameType | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the global and the local names that the annotations of a function can mean; empty where that is not certain."""
+    """Return the global and local names that annotations of a function can mean; empty if uncertain."""
     names: dict[str, Any] = getattr(func, "__globals__", {})
     outer = func.__qualname__.rpartition(".")[0]
     if not outer:

@@ -100,14 +100,14 @@ class SchemaCodec:
 
     @functools.cached_property
     def _write_json(self) -> Callable[..., bytes] | None:
-        """Writes JSON, with NaN and Infinity for such floats; None if this pydantic would write null for them."""
+        """Writes JSON, with NaN and Infinity; None if this pydantic would write null for them."""
         model = self._traits.model
         if self._traits.has_floats:
             return build_constant_writer(core_schema_of(model))
         return model.__pydantic_serializer__.to_json
 
     def _is_readable(self, data: bytes) -> bool:
-        """Return False for JSON that may hold a float that JSON cannot represent, or an integer that is too long."""
+        """Return False for JSON that may hold NaN, an infinite float, or an integer that is too long."""
         if self._traits.has_floats and (b"NaN" in data or b"Infinity" in data):
             return False
         return len(data) < len(_TOO_MANY_DIGITS) or _TOO_MANY_DIGITS not in data.translate(_DIGITS_AS_ZEROS)
@@ -169,7 +169,8 @@ class SchemaCodec:
                 if kind is not other:
                     return NotSerialisable(
                         f"{self._name}.{name} cannot be serialised: its {kind.__name__} would come back as "
-                        f"{other.__name__}; declare the field with the class it holds, or as a discriminated union"
+                        f"{other.__name__}; declare the field with the class it holds, "
+                        "or as a discriminated union"
                     )
             to_plain = self._schema.to_plain
             if name not in after or tag(value, (name,), to_plain) != tag(after[name], (name,), to_plain):
@@ -198,7 +199,7 @@ class SchemaCodec:
 
 
 def decode_raw(data: bytes) -> Any:
-    """Return stored data as plain values, without a schema. Raises ValueError for data that no codec wrote."""
+    """Return stored data as plain values, without a schema. Raises ValueError for other data."""
     raw = json.loads(data)
     return untag(raw[1]) if data.startswith(_TAGGED_START) else raw
 
@@ -209,7 +210,7 @@ def has_class_tags(data: bytes) -> bool:
 
 
 def describe_error(error: Exception) -> tuple[str, Exception | None]:
-    """Describe in one line why stored data was refused, and return the exception to chain as the cause, if any.
+    """Return why stored data was refused, in one line, and the exception to chain as the cause, if any.
 
     Neither shows the data. The text and the cause of a pydantic error are omitted, because printing one
     formats all of the data first, with up to four bytes for each byte of it.

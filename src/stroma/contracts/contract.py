@@ -65,7 +65,7 @@ def check_id(value: str, what: str) -> str:
 
 
 class NodeContract(StrictModel, Generic[In, Out]):
-    """The contract of a node: input that satisfies ``input_schema`` becomes output that satisfies ``output_schema``.
+    """The contract of a node: the models of its input and its output.
 
     Attributes:
         node_id: id of the node, unique in its pipeline.
@@ -123,7 +123,8 @@ class NodeContract(StrictModel, Generic[In, Out]):
     def _only_effects_reconcile(self) -> Any:
         if self.reconcile is not None and not self.effect:
             raise ValueError(
-                f"node {self.node_id!r} has reconcile= but is no effect; pass effect=True, or remove reconcile="
+                f"node {self.node_id!r} has reconcile= but is not an effect; pass effect=True, "
+                "or remove reconcile="
             )
         return self
 
@@ -166,7 +167,7 @@ class ContractViolation(Exception):
         return type(self), self.args, attributes
 
     def as_prompt(self, *, max_chars: int = 2000) -> str:
-        """Return the errors as a text of at most ``max_chars`` characters for the model that produced the output.
+        """Return the errors as a text for the model that produced the output, of at most ``max_chars``.
 
         It says of each field what is wrong, what came, and what is expected, in a compact form of the schema.
         What the schema declares as a secret (``SecretStr``) is masked.
@@ -215,7 +216,7 @@ RETURN_SHAPES: Final = (
 def output_violation(
     node_id: str, output: Any, error: BaseException, schema: type[BaseModel]
 ) -> ContractViolation:
-    """Return the violation for what a node returned, which names what can only be a mistake in its function."""
+    """Return the violation for an output; it names what can only be a mistake in the function."""
     why = _mistake_in(output)
     if why is None:
         return as_violation(node_id, "output", output, error, schema)
@@ -285,7 +286,7 @@ class Decorated(NamedTuple):
         return cls(contract, repr(func), (str(named.__module__), file, named.__qualname__))
 
     def is_redefined_by(self, other: Decorated) -> bool:
-        """Return True for the same definition once more: in a notebook, by a reload, or of a module that runs as a program."""
+        """Return True for the same definition again: in a notebook, by a reload, or as ``__main__``."""
         module, file, name = self.place
         return name == other.place[2] and (module == other.place[0] or file == other.place[1] != "")
 
@@ -315,7 +316,8 @@ class ContractRegistry:
         earlier = self.decorated.get(node_id)
         if earlier is not None and not earlier.is_redefined_by(latest):
             raise ValueError(
-                f"node id {node_id!r} belongs to {earlier.owner}, and {latest.owner} cannot have it too; rename one of them"
+                f"node id {node_id!r} belongs to {earlier.owner}, and {latest.owner} cannot have it too; "
+                "rename one of them"
             )
         self.decorated[node_id] = latest
         self.register(contract)

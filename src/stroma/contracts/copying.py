@@ -31,7 +31,6 @@ __all__ = [
     "classes_in",
     "construct",
     "copy_containers",
-    "has_record",
     "is_record",
     "isolate",
     "pickle_data",
@@ -129,27 +128,6 @@ def is_record(value: Any) -> bool:
     return isinstance(value, BaseModel) or (dataclasses.is_dataclass(value) and not isinstance(value, type))
 
 
-def has_record(value: Any) -> bool:
-    """Return True if there is a model or a dataclass in a list, tuple or dict, at any depth."""
-    try:
-        return _has_record(value)
-    except RecursionError:  # It contains itself; validation reports that better.
-        return False
-
-
-def _has_record(value: Any) -> bool:
-    for item in value.values() if type(value) is dict else value:
-        kind = type(item)
-        if kind in _ATOMS:
-            continue
-        if kind is dict or kind is list or kind is tuple:
-            if _has_record(item):
-                return True
-        elif is_record(item):
-            return True
-    return False
-
-
 def copy_containers(value: Any, convert: Callable[[Any], Any]) -> Any:
     """Return a copy in new containers, with ``convert`` called on each model and dataclass."""
     kind = type(value)
@@ -167,7 +145,7 @@ def copy_containers(value: Any, convert: Callable[[Any], Any]) -> Any:
 
 
 def replace_records(value: Any, convert: Callable[[Any], Any]) -> Any:
-    """Return a value with ``convert`` called on each model and dataclass; all other leaves stay the same objects."""
+    """Return a value with ``convert`` called on each record; all other leaves stay the same objects."""
     kind = type(value)
     if kind is dict:
         return {k: replace_records(v, convert) for k, v in value.items()}
@@ -219,7 +197,7 @@ def pickle_data(value: Any) -> bytes | None:
 
 
 def unpickle_data(data: bytes) -> Any:
-    """Return the value of a pickle that :func:`pickle_data` made in this process, as new objects on each call."""
+    """Return the value of a pickle of :func:`pickle_data`, as new objects on each call."""
     return pickle.loads(data)
 
 

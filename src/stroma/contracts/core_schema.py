@@ -1,4 +1,4 @@
-"""Core schemas of pydantic: the kinds of values that a class can hold, and validators derived from its schema."""
+"""Core schemas of pydantic: kinds of values that a class can hold, and derived validators."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def field_nodes(core: Any, model: type[BaseModel], name: str) -> Iterator[dict[s
 
 
 def reachable(field: dict[str, Any], defs: Mapping[str, dict[str, Any]]) -> tuple[set[str], frozenset[type]]:
-    """Return the types of all nodes that a value of the field can meet, and the classes among them that have fields."""
+    """Return the types of all nodes that a value of a field can meet, and the classes with fields."""
     kinds: set[str] = set()
     classes: set[type] = set()
     seen: set[str] = set()
@@ -180,12 +180,12 @@ def decodes_text(node: dict[str, Any]) -> bool:
 
 
 def has_callable_discriminator(node: dict[str, Any]) -> bool:
-    """Return True for a union whose class is chosen by user code, which may know instances only and no stored form."""
+    """Return True for a union whose class is chosen by user code, which may know no stored form."""
     return node["type"] == "tagged-union" and callable(node["discriminator"])
 
 
 def calls_user_code(node: dict[str, Any]) -> bool:
-    """Return True for a node that calls a function that is not pydantic's own: it may change a value each time."""
+    """Return True for a node that calls a function of the user's: it may change a value each time."""
     function = _function(node)
     return function is not None and not str(getattr(function, "__module__", None)).startswith("pydantic.")
 
@@ -223,7 +223,7 @@ def build_validator_without(core: Any, is_dropped: Callable[[dict[str, Any]], bo
 
 
 def build_renewing_validator(core: Any) -> SchemaValidator | None:
-    """Return a validator of the same schema that validates the values of each instance again and builds a new one.
+    """Return a validator of the same schema that validates each instance again and builds a new one.
 
     None if this version of pydantic cannot make one.
     """

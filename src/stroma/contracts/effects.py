@@ -1,4 +1,4 @@
-"""Statements on the outcome of an effect: a call that changes the world, and must not be made twice blindly."""
+"""Statements on the outcome of an effect: a call that must not be made twice blindly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class NotDone:
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """Statement that the outcome of a call of an effect is not known yet: the run is suspended until a person decides.
+    """Statement that the outcome of a call of an effect is not known: the run waits for a person.
 
     ``reason``: shown to that person.
     """

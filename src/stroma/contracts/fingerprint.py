@@ -46,7 +46,7 @@ def _text_of(info: FieldInfo) -> str:
 
 
 def _without_words(shape: dict[str, Any]) -> dict[str, Any]:
-    """Return a JSON schema without titles, descriptions and examples, and with numbers as the names of its definitions."""
+    """Return a JSON schema without titles, descriptions and examples, whose definitions have numbers."""
     definitions: dict[str, Any] = shape.get("$defs", {})
     numbers: dict[str, int] = {}
 

@@ -47,7 +47,7 @@ Returned: TypeAlias = BaseModel | tuple[Any, ...] | Coroutine[Any, Any, BaseMode
 
 
 class LooseNode(Protocol, Generic[TakenT, OutputT, ReturnedT]):
-    """A node whose function returns a dict or a tuple, for type checkers: its step in a flow returns the contract's output."""
+    """A node whose function returns a dict or a tuple: for type checkers, its step returns the output."""
 
     @property
     def _stroma_output(self) -> OutputT: ...  # of type checkers only: at run time it is the function
@@ -147,7 +147,7 @@ class Node:
     )
 
     def call(self, state: BaseModel, context: dict[str, Any]) -> Any:
-        """Call the function as it wants to be called. Only the engine does, and a group that is called by hand."""
+        """Call the function with the arguments that it takes. For the engine, and groups called by hand."""
         return self.func(state, context) if self.wants_context else self.func(state)
 
 
@@ -165,7 +165,7 @@ class FlowNode(Node):
 
 
 class Group:
-    """Several executions under one id, recorded as one event; the base of what ``parallel`` and ``map_over`` return.
+    """Several executions under one id, recorded as one event: ``parallel``, ``map_over``.
 
     Attributes:
         children: the nodes and groups inside.
@@ -203,7 +203,7 @@ class Group:
         return self.call_directly(state)
 
     async def run(self, ctx: Any, execution: Any, value: BaseModel) -> dict[str, Any]:
-        """Execute each child in the engine and return the fields of the group's output. Only the engine calls this."""
+        """Execute each child and return the fields of the group's output. Only the engine calls this."""
         raise NotImplementedError
 
     async def call_directly(self, state: BaseModel) -> dict[str, Any]:
@@ -215,7 +215,7 @@ class Group:
         input_class: type[BaseModel],
         class_of: Callable[[Node | Group, type[BaseModel]], type[BaseModel]],
     ) -> list[type[BaseModel]]:
-        """Return the class of each child's output. ``class_of`` returns it for a child and the class of its input."""
+        """Return the class of each child's output; ``class_of``: that of a child for its input's class."""
         classes: list[type[BaseModel]] = []
         for child in self.children:
             classes.append(class_of(child, input_class))
@@ -226,7 +226,7 @@ class Group:
     def output_class(
         self, input_class: type[BaseModel], child_classes: Sequence[type[BaseModel]]
     ) -> type[BaseModel]:
-        """Return the class of the group's output for the classes of its input and of its children's outputs."""
+        """Return the class of the group's output, for the class of its input and its children's outputs."""
         raise NotImplementedError
 
 
@@ -274,18 +274,19 @@ def gives_coroutine(func: Callable[..., Any]) -> bool:
     """Return True if a call returns a coroutine, as far as can be decided without calling."""
     while isinstance(func, functools.partial):
         func = func.func
-    return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(getattr(func, "__call__", None))  # noqa: B004
+    call = getattr(func, "__call__", None)  # noqa: B004
+    return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(call)
 
 
 def make_node(node_id: str, func: Callable[..., Any], contract: NodeContract[Any, Any] | None) -> Node:
-    """Return the record of a function as a node. Raises TypeError if it is not callable, ValueError for an invalid id."""
+    """Return the record of a function as a node. Raises TypeError, or ValueError for an invalid id."""
     if not callable(func):
         raise TypeError(f"{func!r} cannot be a node: it is not callable")
     return Node(check_id(node_id, "node id"), func, contract, takes_context(func), gives_coroutine(func))
 
 
 def mark(func: Any, node_id: str, contract: NodeContract[Any, Any] | None) -> Any:
-    """Mark a function as a node and return it; one that already serves under another id is wrapped, not renamed."""
+    """Mark a function as a node and return it; one that has another id is wrapped, not renamed."""
     node = make_node(node_id, func, contract)
     taken = getattr(func, "_stroma_node_id", node_id) != node_id
     if taken or not _accepts_attributes(func):
@@ -367,13 +368,13 @@ def mark_annotated(
     models: tuple[type[BaseModel] | None, type[BaseModel] | None] = (None, None),
     **options: Any,
 ) -> Any:
-    """Mark a function as a node with the contract that its annotations describe; see :func:`infer_contract`."""
+    """Mark a function as a node with the contract of its annotations; see :func:`infer_contract`."""
     node_id = name_of(func) if node_id is None else node_id
     return mark(func, node_id, infer_contract("node", node_id, func, models, scope, **options))
 
 
 def name_of(func: Any) -> str:
-    """Return the name of a function: the id of a node or flow without another. Raises TypeError without a name."""
+    """Return the name of a function, which is the default id. Raises TypeError without a name."""
     name = getattr(func, "__name__", "<lambda>")
     if name == "<lambda>":
         raise TypeError(f"{func!r} has no name; pass an id to the decorator")
@@ -398,10 +399,10 @@ def stroma_node(
     A plain ``def`` runs in its own daemon thread; a timeout abandons that thread, it cannot stop it.
 
     Args:
-        node_id: id of the node, unique in its pipeline. Default: the name of the function; then ``@stroma_node``
-            needs no parentheses.
-        contract: the classes of its input and output. Default: those of the function's annotations, models or a
-            tuple that begins with one.
+        node_id: id of the node, unique in its pipeline. Default: the name of the function; then
+            ``@stroma_node`` needs no parentheses.
+        contract: the classes of its input and output. Default: those of the function's annotations, models
+            or a tuple that begins with one.
 
     Raises TypeError if the contract is not one, or the function's annotations name other models or none.
     """
@@ -441,7 +442,7 @@ def framework_node(node_id: str, contract: NodeContract[In, Out]) -> NodeDecorat
 
 
 def apart_in(nodes: Sequence[Node | Group]) -> tuple[tuple[int, str], ...]:
-    """Return the places of map items whose outputs do not enter the state: (position, beginning of branches)."""
+    """Return the places of map items whose outputs are not in the state: (position, start of branch)."""
     places: list[tuple[int, str]] = []
     for position, node in enumerate(nodes):
         if isinstance(node, Group):

@@ -120,7 +120,7 @@ def _complaint(error: Mapping[str, Any], declared: DeclaredSecrets, secrets: Sec
 
 
 def _why_text(text: str | bytes) -> str:
-    """Why what came is a text: mostly an answer that the node could not parse, cut short or in a fence of Markdown."""
+    """Return why a text came: mostly an answer that could not be parsed, cut or in a Markdown fence."""
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
@@ -248,7 +248,7 @@ def _follow(loc: tuple[Any, ...], document: dict[str, Any] | None) -> _ErrorLoca
 def _branch(
     part: Any, node: dict[str, Any], branches: list[dict[str, Any]], defs: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """Return the branch of a union that a part of a path names, by its discriminator, its class or its plain type."""
+    """Return the branch of a union that a part of a path names: by tag, class or plain type."""
     if not isinstance(part, str) or len([b for b in branches if b.get("type") != "null"]) < 2:
         return None
     reference = node.get("discriminator", {}).get("mapping", {}).get(part)
@@ -350,7 +350,9 @@ def _object(node: dict[str, Any], defs: Mapping[str, Any], depth: int) -> str:
         return f"object with {', '.join(properties)}"
     needed = node.get("required", ())
     fields = (
-        f"{json.dumps(name, ensure_ascii=False)}{'' if name in needed else '?'}: {_shape(inner, defs, depth - 1)}"
+        json.dumps(name, ensure_ascii=False)
+        + ("" if name in needed else "?")
+        + f": {_shape(inner, defs, depth - 1)}"
         for name, inner in properties.items()
     )
     more = node.get("additionalProperties") is False

@@ -27,7 +27,6 @@ from stroma.contracts.codec import SchemaCodec, decode_raw, describe_error, has_
 from stroma.contracts.copying import (
     construct,
     copy_containers,
-    has_record,
     isolate,
     pickle_data,
     renew_dataclass,
@@ -87,7 +86,7 @@ class Schema:
 
     @functools.cached_property
     def json_schema(self) -> str:
-        """The JSON schema of the model, as text; "" without one, or with one of more than 64 Ki characters."""
+        """The JSON schema of the model, as text; "" without one, or if it has over 65,536 characters."""
         try:
             text = json.dumps(self.model.model_json_schema())
         except Exception:  # Not every type has a JSON schema, and code of the class may raise anything.
@@ -121,7 +120,7 @@ class Schema:
         return self._values_for(self, model, _clone_record)
 
     def _values_for(self, target: Schema, model: BaseModel, renew: Callable[[Any], Any]) -> dict[str, Any]:
-        """Return the field values for another schema: renewed instances of the classes its fields name, else dicts."""
+        """Return the field values for another schema: instances of classes it names, else dicts."""
         out = self._shallow(model)
         accepted = target.traits.field_classes
         for name, declared in self.traits.field_classes.items():
@@ -193,8 +192,12 @@ class Schema:
                 return self.clone(model)
             except Exception:  # It was not validated, and is invalid.
                 pass
-        values = {**model.__dict__, **(model.__pydantic_extra__ or {})}
-        return replicate(model, {k: copy_containers(v, _copy_record) for k, v in values.items()})
+        values, described = model.__dict__, self.traits.field_classes.keys() - self.traits.opaque_fields
+        update = {
+            name: copy_containers(value, _copy_record) if name in described else isolate(value)
+            for name, value in {**values, **(model.__pydantic_extra__ or {})}.items()
+        }
+        return replicate(model, update)
 
     def construct(self, values: dict[str, Any]) -> BaseModel:
         """Return a model with these values, unvalidated; a field without a value is None."""
@@ -205,7 +208,7 @@ class Schema:
         return model
 
     def mark_exclusive(self, model: BaseModel) -> BaseModel:
-        """Record that this class validated the model and that nobody else can change it: it needs no more validation."""
+        """Record that this class validated the model, and that nobody else can change it."""
         if self._exclusive is not None:
             self._exclusive[id(model)] = model
         return model
@@ -243,7 +246,7 @@ class Schema:
         return self._validate_from(source, value, fields)
 
     def _can_renew_from(self, source: Schema) -> bool:
-        """Return True if the models inside instances of another class have the classes that these fields want."""
+        """Return True if models inside another class have the classes that the fields of this class name."""
         if source is not self:
             if source.traits.computed_fields:
                 return False
@@ -280,14 +283,14 @@ class Schema:
         source = schema_of(type(value))
         values = value.__dict__
         if source.passes_values_unchanged and len(values) == source._size:
-            # convert(), for the states of most nodes. Pure validation leaves the dict that it reads unchanged.
+            # convert(), for the states of most nodes. Pure validation does not change the dict.
             state = self.validate(values if self.traits.is_pure else values.copy())
         else:
             state = self.convert(value)
         return state, self._pick(state.__dict__) if self.is_flat else self.snapshot(state)
 
     def accept_output(self, output: Any) -> tuple[BaseModel, Snapshot]:
-        """Return a validated output from what a node returned, and its snapshot. Raises what validators raise."""
+        """Return the validated output of a node, and its snapshot. Raises what validators raise."""
         if self.is_flat and self._exclusive is None and type(output) is dict:  # The output of most nodes.
             model = self.validate(output)
             return model, self._pick(model.__dict__)
@@ -299,13 +302,13 @@ class Schema:
         return model, self.snapshot(model)
 
     def _admit(self, output: Any) -> BaseModel:
-        """Validate an output that is not a model. pydantic accepts instances inside it, unvalidated and shared."""
+        """Validate an output that is not a model, and the instances inside, which pydantic would accept."""
         if not self.traits.needs_isolation:
             return self.validate(output)
         renew, nested = self.validators.renew, self.traits.nested_classes
         if renew is not None and self._can_renew_from(self):
             return renew(output)
-        if not nested or type(output) is not dict or not has_record(output):
+        if not nested or type(output) is not dict:
             return self.detach(self.validate(output))
 
         def renew_nested(value: Any) -> Any:
@@ -427,7 +430,7 @@ def schema_of(model: type[BaseModel]) -> Schema:
 
 
 def _picker(names: tuple[str, ...]) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
-    """Return a function that makes a tuple of the named values: a ``__dict__`` may hold cached properties too."""
+    """Return a function that makes a tuple of the named values; a ``__dict__`` may hold others."""
     if len(names) > 1:
         return operator.itemgetter(*names)
     return lambda values: tuple(values[name] for name in names)
@@ -470,7 +473,7 @@ def _renew_record(value: Any) -> Any:
 def _convert_records(
     value: Any, declared: frozenset[type], accepted: frozenset[type], renew: Callable[[Any], Any]
 ) -> Any:
-    """Return a copy in which models and dataclasses of accepted classes are renewed, and those of others become dicts."""
+    """Return a copy in which records of accepted classes are renewed, and all others become dicts."""
 
     def convert(value: Any) -> Any:
         kinds = type(value).__mro__

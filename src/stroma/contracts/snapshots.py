@@ -24,7 +24,7 @@ __all__ = ["PickledSnapshot", "Snapshot", "StoredSnapshot"]
 
 
 class PickledSnapshot:
-    """Field values of plain data as a pickle: several times faster to take and to open than a copy made in Python."""
+    """Field values of plain data as a pickle: several times faster than a copy made in Python."""
 
     __slots__ = ("_data",)
 

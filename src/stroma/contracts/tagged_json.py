@@ -73,8 +73,8 @@ def tag(value: Any, path: tuple[str, ...], plain: Plain) -> Any:
                 {"$sb": base64.b64encode(secret).decode()} if isinstance(secret, bytes) else {"$ss": secret}
             )
         raise NotSerialisable(
-            f"{'.'.join(path)} cannot be serialised: it is a secret, and a store without a codec stores no secrets; "
-            "keep it in the run's context, or give the store a codec"
+            f"{'.'.join(path)} cannot be serialised: it is a secret, and a store without a codec "
+            "stores no secrets; keep it in the run's context, or give the store a codec"
         )
     if isinstance(value, enum.Enum):
         return {"$c": tag(value.value, path, plain)}
@@ -115,8 +115,8 @@ _MAX_EXPONENT: Final = 10_000
 def _write_decimal(value: decimal.Decimal, path: tuple[str, ...]) -> Any:
     if _is_beyond(value):
         raise NotSerialisable(
-            f"{'.'.join(path)} cannot be serialised: the exponent of a Decimal is at most {_MAX_EXPONENT:,}, got "
-            f"{value.adjusted():,}; store such a number as text"
+            f"{'.'.join(path)} cannot be serialised: the exponent of a Decimal is at most "
+            f"{_MAX_EXPONENT:,}, got {value.adjusted():,}; store such a number as text"
         )
     return {"$n": str(value)}
 
@@ -145,7 +145,7 @@ def _sorted(values: Iterable[Any], path: tuple[str, ...], plain: Plain) -> list[
 
 @functools.cache
 def _textual() -> tuple[type, ...]:
-    """Return the classes that are stored as text. pydantic's URLs take long to import, and few states hold one."""
+    """Return the classes that are stored as text; pydantic's URLs take long to import."""
     from pydantic import AnyUrl, PostgresDsn
 
     return (

@@ -5,6 +5,7 @@ Must not import the schema, codec or snapshot modules, which act on these facts.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Final
 
 from pydantic import BaseModel
@@ -74,9 +75,8 @@ class SchemaTraits:
         #: Field names and aliases must be distinguished by the arguments of each validation.
         self.has_validation_aliases: Final = any("validation_alias" in node for node in nodes)
         #: The class has a ``model_validate`` of its own, which must be called instead of the validator.
-        self.overrides_validation: Final = (
-            getattr(model.model_validate, "__func__", None) is not BaseModel.model_validate.__func__  # type: ignore[attr-defined]
-        )
+        own = inspect.getattr_static(model, "model_validate")
+        self.overrides_validation: Final = own is not BaseModel.__dict__["model_validate"]
         #: Some value is decoded from text (``Json``, ``Base64Str``): the decoder refuses its own output.
         self.has_decoders: Final = any(map(decodes_text, nodes))
         self.decoded_fields: Final = frozenset(
@@ -100,8 +100,8 @@ class SchemaTraits:
         #: A copy must be validated: copied values would share private attributes, or keep what is excluded.
         self.must_reconstruct: Final = has_own_code or any("serialization_exclude" in node for node in nodes)
 
-        #: For each field that needs a recursive copy, the classes that its schema names: a value of one of them
-        #: crosses as an instance.
+        #: For each field that needs a recursive copy, the classes that its schema names: values of these
+        #: classes cross as instances.
         self.field_classes: Final[dict[str, frozenset[type]]] = {}
         #: Those of these fields in which models stay instances, because no schema describes them.
         self.opaque_fields: Final[set[str]] = set()

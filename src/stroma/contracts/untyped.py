@@ -1,4 +1,4 @@
-"""The output of nodes without a contract. Imported by the first that runs: root models of pydantic load slowly."""
+"""The output of nodes without a contract. Imported on demand: root models of pydantic load slowly."""
 
 from __future__ import annotations
 

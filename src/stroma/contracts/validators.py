@@ -71,7 +71,7 @@ class Validators:
 
     @functools.cached_property
     def renew(self) -> ModelValidator | None:
-        """Validates field values and all models inside them in one call; None if this class or pydantic cannot."""
+        """Validates field values and all models inside in one call; None if pydantic cannot."""
         validator = (
             build_renewing_validator(core_schema_of(self._traits.model)) if self._traits.can_renew else None
         )

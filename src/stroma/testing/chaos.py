@@ -77,7 +77,8 @@ class Chaos:
         self._watch: _Watch | None = None
 
     def pytest_report_header(self) -> str:
-        return f"stroma: {self.rounds} more runs of each test of a pipeline, with faults; --stroma-chaos-seed={self.seed}"
+        seed = f"--stroma-chaos-seed={self.seed}"
+        return f"stroma: {self.rounds} more runs of each test of a pipeline, with faults; {seed}"
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Any:
@@ -136,7 +137,8 @@ class Chaos:
             if kind == "again"
             else "was slower than others"
         )
-        return f"run {number + 1}: call {at.number + 1} of node {at.node_id!r} {done} (--stroma-chaos-seed={self.seed})"
+        call = f"call {at.number + 1} of node {at.node_id!r}"
+        return f"run {number + 1}: {call} {done} (--stroma-chaos-seed={self.seed})"
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         sensitive_tests = [

@@ -76,7 +76,7 @@ class Document(BaseModel):
 
 
 class CheckpointStoreTests:
-    """Conformance tests of the simple protocol, sync or async. Inherit, and define a fixture ``store`` with an empty store.
+    """Conformance tests of the simple protocol, sync or async: inherit, and define a fixture ``store``.
 
     Override :meth:`reopened` if the data outlives the object. pytest-asyncio must be in auto mode, or your
     class be marked ``asyncio``.
@@ -87,7 +87,7 @@ class CheckpointStoreTests:
         raise NotImplementedError("define a fixture `store` that returns an empty store")
 
     async def reopened(self, store: Any) -> Any:
-        """Return another store object on the same data, as in another process; None if that is not possible."""
+        """Return another store object on the same data, as in another process; None if impossible."""
         return None
 
     async def test_what_was_saved_is_loaded(self, store: Any) -> None:
@@ -187,7 +187,7 @@ class CheckpointStoreTests:
         assert await settled(other.load("run", "node")) is None
 
     async def test_a_run_goes_on_from_a_checkpoint(self, store: Any) -> None:
-        """A run saves the output of each node, and ``resume_from`` continues with the output of the node before."""
+        """A run saves the output of each node, and ``resume_from`` continues with the one before."""
         contract: NodeContract[State, State] = NodeContract(
             node_id="n", input_schema=State, output_schema=State
         )

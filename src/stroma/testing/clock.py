@@ -183,8 +183,8 @@ class FakeClock:
         selector = getattr(loop, "_selector", None)
         if selector is None or not hasattr(loop, "_run_once"):
             raise RuntimeError(
-                f"FakeClock works with asyncio's own event loops, not with {type(loop).__module__}.{type(loop).__name__}; "
-                "run this test on asyncio.SelectorEventLoop"
+                "FakeClock works with asyncio's own event loops, not with "
+                f"{type(loop).__module__}.{type(loop).__name__}; run this test on asyncio.SelectorEventLoop"
             )
         idle = _Idle(self, selector, loop.run_in_executor)
         self._loops[loop] = idle

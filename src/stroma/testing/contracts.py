@@ -33,7 +33,7 @@ __all__ = ["assert_contract_holds", "inputs_of"]
 def inputs_of(
     model: type[BaseModel], fields: Mapping[str, SearchStrategy[Any]] | None = None
 ) -> SearchStrategy[BaseModel]:
-    """Return a hypothesis strategy for instances of a model, from the schema of all fields, nested models included.
+    """Return a hypothesis strategy for instances of a model, by the annotations of its fields.
 
     ``fields``: strategies for single fields. Raises ImportError without hypothesis, TypeError that names a
     field without a known strategy.
@@ -44,7 +44,8 @@ def inputs_of(
         if error.name != "hypothesis":
             raise
         raise ImportError(
-            'hypothesis is required for assert_contract_holds; install it with: pip install "stroma-runner[testing]"'
+            "hypothesis is required for assert_contract_holds; "
+            'install it with: pip install "stroma-runner[testing]"'
         ) from error
     return instances(model, fields or {})
 
@@ -148,7 +149,10 @@ def _failure_message(node_id: str, state: BaseModel, error: BaseException, messa
     input_json = json.dumps(jsonable(schema_of(type(state)).raw(state)), ensure_ascii=False)
     if isinstance(error, ContractViolation) and error.direction == "output":
         return f"node {node_id!r} breaks its output contract: {message}; its input was {input_json}"
-    return f"node {node_id!r} raises {type(error).__name__} for an input that its contract accepts: {message}; its input was {input_json}"
+    return (
+        f"node {node_id!r} raises {type(error).__name__} for an input that its contract accepts: "
+        f"{message}; its input was {input_json}"
+    )
 
 
 def _without_loop(work: Callable[[], None]) -> None:

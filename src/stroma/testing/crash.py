@@ -241,7 +241,7 @@ class _MortalSession:
 
 
 class crash_at:
-    """Context manager in which the process dies when a run reaches a point; outputs not committed by then are lost.
+    """Context manager in which the process dies when a run reaches a point.
 
     ```python
     with crash_at("after_node", "draft"):
@@ -249,14 +249,14 @@ class crash_at:
     result = await runner.run(pipeline, state, run_id="r", resume=True)
     ```
 
-    ``point`` is one of :data:`POINTS`: "before_node" (its function is about to be called; the intent of an effect is stored),
-    "after_node" (it has returned
-    or raised, and nothing is stored), "after_commit" (the store has the attempt, and no hook was called), "after_hooks",
-    "before_end" and "after_end" (of the run). ``node``, ``attempt`` and ``branch`` select one; the first one by default.
+    ``point`` is one of :data:`POINTS`: "before_node" (its function is about to be called; the intent of an
+    effect is stored), "after_node" (it has returned or raised, and nothing is stored), "after_commit" (the
+    store has the attempt, and no hook was called), "after_hooks", "before_end" and "after_end" (of the run).
+    ``node``, ``attempt`` and ``branch`` select one; the first one by default.
 
-    The death is simulated: the run raises Crashed, which this block catches, and code that runs beside the node is cancelled,
-    so that its ``finally`` blocks run; memory stays as it is. With ``kill=True`` the process gets a SIGKILL: use that in a
-    child process.
+    The death is simulated: the run raises Crashed, which this block catches, and code that runs beside the
+    node is cancelled, so that its ``finally`` blocks run; memory stays as it is. With ``kill=True`` the
+    process gets a SIGKILL: use that in a child process.
 
     Raises AssertionError if no run reaches the point, ValueError for an unknown point.
     """

@@ -74,14 +74,14 @@ class FaultPlan(Interceptor):
         result = await runner.run(pipeline, state)
     ```
 
-    Faults replace a node's function or wrap it; everything else works as usual: contracts, limits, retries, records, hooks.
+    Faults replace a node's function or wrap it; contracts, limits, retries, records and hooks work as usual.
     They reach nodes in groups and maps by their ids, and every item of a map. ``attempt`` is
     1-based: a number, several, or None for all. Plans can be nested.
 
     At its end the plan raises AssertionError if one of its faults never occurred: an id may be misspelt.
 
     Attributes:
-        seed: seed of :meth:`at_random`; the same seed injects the same faults into the same run, whatever runs beside it.
+        seed: seed of :meth:`at_random`; the same seed injects the same faults into the same run.
         injected: the faults that occurred, in order.
     """
 
@@ -96,7 +96,7 @@ class FaultPlan(Interceptor):
     def fail(
         self, node_id: str, error: Raised = Transient, *, attempt: int | Collection[int] | None = 1
     ) -> Self:
-        """Raise instead of calling the node. ``error``: an exception, its class, or a function that returns one."""
+        """Raise instead of calling the node. ``error``: an exception, its class, or a function of it."""
         return self._add(_Fault("fail", node_id, _attempt_set(attempt), error))
 
     def lose(
@@ -165,7 +165,8 @@ class FaultPlan(Interceptor):
         missed = [str(fault) for fault in self._faults if not fault.met]
         if kind is None and missed:
             raise AssertionError(
-                f"planned faults never occurred: {'; '.join(missed)}; check the node ids, and that the run reaches them"
+                f"planned faults never occurred: {'; '.join(missed)}; "
+                "check the node ids, and that the run reaches them"
             )
 
     async def call(self, run: NodeExecution, node: Node | Group, call: Call, state: BaseModel) -> Any:

@@ -50,6 +50,7 @@ def pipeline_in(path: str | PathLike[str], name: str = "pipeline") -> Pipeline:
     pipeline = value() if callable(value) else value
     if not isinstance(pipeline, Pipeline):
         raise TypeError(
-            f"{name!r} in {path} is {type(pipeline).__name__}, not a Pipeline; create one: Pipeline(name, nodes)"
+            f"{name!r} in {path} is {type(pipeline).__name__}, not a Pipeline; "
+            "create one: Pipeline(name, nodes)"
         )
     return with_settings_of(module, pipeline)

@@ -1,4 +1,4 @@
-"""The pytest plugin. Loaded in every session where Stroma is installed, so it imports nothing before it is used."""
+"""The pytest plugin. Every session of pytest loads it, so it imports nothing before it is used."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="Run every test that runs a pipeline N times more, each time with another fault, and say which node is not "
-        "safe to retry.",
+        help="Run every test that runs a pipeline N times more, each time with another fault, and say "
+        "which node is not safe to retry.",
     )
     group.addoption(
         "--stroma-chaos-seed",
@@ -98,7 +98,7 @@ def stroma_faults(request: pytest.FixtureRequest) -> Iterator[FaultPlan]:
     with FaultPlan() as plan:
         yield plan
         if request.node.stash.get(_FAILED, False):
-            plan.forgive()  # The failure of the test is more useful than the list of faults that did not occur.
+            plan.forgive()  # The failure of the test says more.
 
 
 @pytest.fixture
@@ -117,7 +117,8 @@ def stroma_snapshot(request: pytest.FixtureRequest) -> Callable[..., None]:
         text = trace_snapshot(trace, **options)
         if written.setdefault(path, text) != text:
             raise AssertionError(
-                f'this test has two snapshots {path.name}; pass a name for each: stroma_snapshot(result, "name")'
+                f"this test has two snapshots {path.name}; "
+                'pass a name for each: stroma_snapshot(result, "name")'
             )
         compare_with_file(text, path, update=request.config.option.stroma_update_snapshots)
 

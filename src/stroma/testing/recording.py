@@ -131,7 +131,8 @@ class RecordedRun(_Recorded):
 
     def redacted(self, redact: Redact) -> RecordedRun:
         """Return the run without what ``redact`` removes from states."""
-        hide = History(None, redact).redact_state  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        no_store: Any = None
+        hide = History(no_store, redact).redact_state
         pairs: list[tuple[Any, Any]] = []
 
         def hidden(data: bytes | None) -> bytes | None:

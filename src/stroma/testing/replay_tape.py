@@ -111,8 +111,8 @@ class Tape(Interceptor):
         node = self.nodes[position]
         if isinstance(node, Group):
             raise TypeError(
-                f"state= cannot replace the output of {node.node_id!r}: a group's output is built from its children's; "
-                "start at the group, or at a later node"
+                f"state= cannot replace the output of {node.node_id!r}: a group's output is built from its "
+                "children's; start at the group, or at a later node"
             )
         self.edited[position] = state
 

@@ -212,7 +212,8 @@ def _compare_attempts(
     tape: Tape, attempts: list[AttemptRecord], *, edited: bool, redact: Redact | None
 ) -> list[Difference]:
     """Return the differences at places that both runs have."""
-    history = History(None, redact)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    no_store: Any = None
+    history = History(no_store, redact)
 
     def payload(one: AttemptRecord) -> Payload:
         return Payload(history.redact_state(_payload(one).value))

@@ -34,6 +34,9 @@ __all__ = ["Resumability", "assert_resumable", "assert_resumable_sync"]
 Proven = Pipeline | Iterable[Any] | Callable[[ReliabilityContext, Any], Awaitable[BaseModel]]
 
 _COMPLETED: Final = (RunStatus.COMPLETED, RunStatus.RESUMED)
+_NEEDS: Final = (
+    "what a node needs must come with its input or the run's context, not from the memory of the process"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +119,8 @@ def _as_proven(pipeline: Proven) -> Proven:
         return pipeline
     if not isinstance(pipeline, Iterable):
         raise TypeError(
-            f"{pipeline!r} cannot be run; pass a Pipeline, a list of nodes, or an async function of (ctx, state)"
+            f"{pipeline!r} cannot be run; pass a Pipeline, a list of nodes, "
+            "or an async function of (ctx, state)"
         )
     return list(pipeline)
 
@@ -138,15 +142,15 @@ def assert_resumable_sync(pipeline: Proven, state: BaseModel, **options: Any) ->
 
 
 async def _undisturbed_twice(trial: Trial, ignored: tuple[str, ...]) -> ProcessRecord:
-    """Run twice without a disturbance and return the first record. Raises AssertionError if the runs differ."""
+    """Run twice undisturbed and return the first record. Raises AssertionError if the runs differ."""
     names = "undisturbed", "undisturbed-2"
     first, again = [await _undisturbed(trial, run_id) for run_id in names]
     differs = _differences(first, again, ignored) or _map_difference(trial, *names, ignored)
     if differs:
         where = _first_difference(trial, *names, ignored)
         raise AssertionError(
-            f"two undisturbed runs differ{where}: {differs}; give the nodes the same responses each time (a recording, a seed), "
-            "keep nothing outside of states, or name fields that may differ with ignore="
+            f"two undisturbed runs differ{where}: {differs}; give the nodes the same responses each time "
+            "(a recording, a seed), keep nothing outside of states, or pass what may differ as ignore="
         )
     return first
 
@@ -170,8 +174,8 @@ async def _try(
     what = f"not resumable: the process dies {boundary}"
     if not died.died:
         raise AssertionError(
-            f"this run never reached the boundary {str(boundary)!r}, but the undisturbed one did: its path depends on "
-            "something outside of its input; let nodes decide by their input alone"
+            f"this run never reached the boundary {str(boundary)!r}, but the undisturbed one did: its path "
+            "depends on something outside of its input; let nodes decide by their input alone"
         )
     life = await trial.live(run_id, resume=True)
     called = {(b.position, b.branch): b for b in life.boundaries if b.point == "before_node"}
@@ -180,35 +184,29 @@ async def _try(
         raise AssertionError(f"{what}; node {twice[0].node_id!r} had finished, and was called again")
     if life.status == RunStatus.SUSPENDED:
         raise AssertionError(
-            f"{what}; the resumed run is SUSPENDED, as nobody knows if the call of an effect happened; pass reconcile=, and let "
-            "it return the output or NotDone()"
+            f"{what}; the resumed run is SUSPENDED, as nobody knows if the call of an effect happened; "
+            "pass reconcile=, and let it return the output or NotDone()"
         )
     if life.status not in _COMPLETED:
         raise AssertionError(
             f"{what}; the resumed run ends as {life.status or 'a process that died'}"
             + (f", {life.failure}" if life.failure else "")
-            + "; what a node needs must come with its input or the run's context, not from the memory of the process"
+            + f"; {_NEEDS}"
         )
     difference = _describe_changes(changes(undisturbed.state, life.state), ignore)
     item = "" if difference else _map_difference(trial, "undisturbed", run_id, ignore)
     if item:
-        raise AssertionError(
-            f"{what}; an item outside of the state differs: {item}; what a node needs must come with its "
-            "input or the run's context, not from the memory of the process"
-        )
+        raise AssertionError(f"{what}; an item outside of the state differs: {item}; {_NEEDS}")
     if difference:
         where = _first_difference(trial, "undisturbed", run_id, ignore)
-        raise AssertionError(
-            f"{what}; the final state differs{where}: {difference}; what a node needs must come with its input or the "
-            "run's context, not from the memory of the process"
-        )
+        raise AssertionError(f"{what}; the final state differs{where}: {difference}; {_NEEDS}")
     done = _describe_changes(changes(undisturbed.effects, life.effects), ())
     if done:
         again = boundary.node_id if boundary.point == "after_node" else ""
         cause = f": node {again!r} did its work, and was called again" if again else ""
         raise AssertionError(
-            f"{what}; its effects differ{cause}: {done}; pass effect=True and reconcile=, or let the other side drop "
-            "duplicates by current_node().idempotency_key"
+            f"{what}; its effects differ{cause}: {done}; pass effect=True and reconcile=, "
+            "or let the other side drop duplicates by current_node().idempotency_key"
         )
 
 

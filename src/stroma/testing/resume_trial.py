@@ -162,8 +162,8 @@ class Trial:
         if code is None:
             last = f"; its last boundary is: {life.boundaries[-1]}" if life.boundaries else ""
             raise AssertionError(
-                f"a process of this proof did not end within {self.timeout_seconds:g} s{last}; if the pipeline does not "
-                "work in a forked process, pass processes=False"
+                f"a process of this proof did not end within {self.timeout_seconds:g} s{last}; "
+                "if the pipeline does not work in a forked process, pass processes=False"
             )
         life.died = code == -signal.SIGKILL
         if not life.died and not life.status:
@@ -176,7 +176,8 @@ class Trial:
     def _run_child(self, writing: int, run_id: str, resume: bool, die_at: Boundary | None) -> None:
         """Run in a child process, report, and exit without cleanup of the parent."""
         code = 1
-        gc.freeze()  # Or each full collection copies all memory that it shares with the parent: 2 times slower in a large process.
+        # Or each full collection copies all memory that it shares with the parent: twice the time.
+        gc.freeze()
         try:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             if FakeClock._active is not None:

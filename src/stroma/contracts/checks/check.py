@@ -168,7 +168,7 @@ def _of_absent(
 
 
 def _of_undecided(crossing: Crossing, reasons: list[Reason]) -> Finding:
-    """Return one finding for all that cannot be decided: it names what to review, and hides no other finding."""
+    """Return one finding for all that cannot be decided, with the fields and functions."""
     state, to = crossing.state, crossing.to
     by = _giver_of(state, reasons[0].path) if len(reasons) == 1 else state.giver
     paths = dict.fromkeys(_shown(reason.path, state) for reason in reasons)
@@ -183,8 +183,8 @@ def _of_undecided(crossing: Crossing, reasons: list[Reason]) -> Finding:
         kind="undecidable",
         path=", ".join(filter(None, paths)),
         types=(types[0], types[1]),
-        message=f"it is not known before the run whether {to.node_id!r} accepts the output of {by.node_id!r}: "
-        + "; ".join(whys),
+        message=f"it is not known before the run whether {to.node_id!r} accepts the output "
+        f"of {by.node_id!r}: {'; '.join(whys)}",
         fix="add a test that passes real outputs on",
     )
 
@@ -257,7 +257,7 @@ def _of_effects(
     prefix: str = "",
     group: str | None = None,
 ) -> Iterator[Finding]:
-    """Yield the warnings about effects. ``retried``: ids with retries of their own; ``group``: one of them around."""
+    """Yield the warnings about effects. ``group``: the id of a group around them that is retried."""
     for index, node in enumerate(nodes):
         at = f"{prefix}{index}"
         if isinstance(node, Group):

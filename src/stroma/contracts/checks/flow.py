@@ -61,7 +61,7 @@ class FlowState:
 
 @dataclass(frozen=True, slots=True)
 class Crossing:
-    """A state on its way into a node or group. ``contract``: the node's; None if it has none, and for groups."""
+    """A state on its way into a node or group. ``contract``: None without one, and for groups."""
 
     node: Node | Group
     to: Giver
@@ -218,7 +218,7 @@ class _Walk:
 
 
 def items_of(side: Side) -> Side | None:
-    """Return the item type of a field that ``map_over`` can iterate over; None for no list or several types."""
+    """Return the item type of a list or tuple, for ``map_over``; None for any other type."""
     side = side.unwrapped()
     if side.kind == "list":
         return side.part("items_schema")

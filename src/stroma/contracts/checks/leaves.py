@@ -62,7 +62,7 @@ def choices_of(node: dict[str, Any]) -> list[Any] | None:
 
 
 def is_odd_enum(node: dict[str, Any]) -> bool:
-    """Return True for an enum of which only its own code knows the values: flags, ``_missing_``, members of any type."""
+    """Return True for an enum whose code decides: a flag, ``_missing_``, or members of any type."""
     if node["type"] != "enum":
         return False
     plain = (str, bytes, int, float, complex, type(None))
@@ -116,7 +116,7 @@ def _fit_choices(source: Side, target: Side) -> Fit:
 
 
 def _fit_constraints(source: Side, target: Side) -> Fit:
-    """Return the fit of two types of one kind, or of one that the other accepts: by the limits of the target."""
+    """Return the fit of two types of kinds that convert without loss, by the limits of the target."""
     promised, wanted = limits_of(source), limits_of(target)
     fit = FITS
     if target.kind in ("str", "bytes"):

@@ -37,7 +37,7 @@ class Lineage:
         return [box.title for box in self.boxes if not box.parent and box.kind != "input"]
 
     def data(self) -> dict[str, Any]:
-        """Plain data, for JSON. ``at`` is the position, and the place in groups ("2.0"); "input" is what runs begin with."""
+        """Return plain data, for JSON. ``at``: the position, and the place in groups ("2.0"), or "input"."""
         return {
             "pipeline": self.name,
             "nodes": [
@@ -70,7 +70,7 @@ class Lineage:
         return render.svg(self.boxes, self.links, title=self.name)
 
     def drawing(self, rate: Callable[[Box], Box], href: Callable[[Box], str]) -> str:
-        """Return the lineage for a page that has the style. ``rate`` adds figures to a box; ``href``: its address."""
+        """Return the lineage for a page. ``rate`` adds figures to a box; ``href``: its address."""
         return render.svg([rate(box) for box in self.boxes], self.links, title=self.name, href=href)
 
     def mermaid(self) -> str:

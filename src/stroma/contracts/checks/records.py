@@ -1,4 +1,4 @@
-"""Types with fields, on either side of a boundary: models, dataclasses, typed dicts, and dicts of any value."""
+"""Types with fields, on either side of a boundary: models, dataclasses, typed dicts and dicts."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Wanted:
 
 
 def _inside(side: Side) -> Side:
-    """Return the side that lists the fields, without the validators around it, with the config that applies there."""
+    """Return the side that lists the fields, without validators around it, and with its config."""
     if side.kind == "typed-dict":
         return replace(side, config=side.own_config or side.config)
     inner = replace(side, node=side.node["schema"], config=side.own_config).resolved()
@@ -118,7 +118,7 @@ def record_of(side: Side) -> Record:
 
 
 def record_of_class(model: type[BaseModel]) -> Record:
-    """Return the fields of a model that enter a group, by name: of a root model the keys of its dict, or "root"."""
+    """Return the fields of a model that enter a group; of a root model its keys, or "root"."""
     if not schema_of(model).is_root:
         return record_of(Side.of_model(model))
     root = Side.of_root(model).resolved()
@@ -154,13 +154,13 @@ def _keys(alias: Any) -> tuple[tuple[Any, ...], ...]:
 
 
 def look_up(wanted: WantedField, record: Record, *, by_name: bool) -> tuple[str, bool] | None:
-    """Return the source field of a value, by alias first and then by name, and True if the value is inside it."""
+    """Return the source field of a value, by alias or name, and True if the value is inside it."""
     keys = (*wanted.keys, (wanted.name,)) if by_name or not wanted.keys else wanted.keys
     return next(((key[0], len(key) > 1) for key in keys if key[0] in record.fields), None)
 
 
 def loses_fields(side: Side) -> bool:
-    """Return True if a required field of a class, or of one inside it, is excluded, so that no copy can be made."""
+    """Return True if a required field in a class is excluded, so that its instances cannot be copied."""
     seen: set[str] = set()
     todo = [side.node]
     while todo:

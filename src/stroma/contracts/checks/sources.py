@@ -116,7 +116,7 @@ def is_alike(source: Side, target: Side) -> bool:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Return True for two schemas that differ only in pydantic's own functions, which it creates for each class."""
+    """Return True for two schemas that differ only in functions that pydantic creates for each class."""
     if one is other:
         return True
     if isinstance(one, dict) and isinstance(other, dict):

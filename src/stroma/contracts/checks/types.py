@@ -1,4 +1,4 @@
-"""Types as core schemas describe them, in words, and the reasons why the values of one are refused by another."""
+"""Types of core schemas, in words, and the reasons why one refuses the values of another."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ FITS: Final[Fit] = ()
 
 
 def maybe(kind: Kind, what: str, source: Side | str, target: Side | str) -> Fit:
-    """Return the fit of two types of which some values fit and others do not, or of which that is not known."""
+    """Return the fit of two types of which some values may not fit."""
     return (Reason(Verdict.MAYBE, kind, what, str(source), str(target)),)
 
 
