@@ -423,7 +423,9 @@ async def test_a_damaged_file_is_named(store, nodes, tmp_path, name, value):
     data["attempts"][0][name] = value
     path = tmp_path / "run.json"
     path.write_text(json.dumps(data))
-    with pytest.raises(ValueError, match=rf"run\.json: recorded run is damaged: attempts\.0\.{name}: .*; record it again"):
+    with pytest.raises(
+        ValueError, match=rf"run\.json: recorded run is damaged: attempts\.0\.{name}: .*; record it again"
+    ):
         RecordedRun.load(path)
 
 

@@ -12,7 +12,7 @@ import functools
 import json
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final, cast
 
 import pydantic_core
 from pydantic import BaseModel, ValidationError
@@ -20,9 +20,8 @@ from pydantic import BaseModel, ValidationError
 from stroma.contracts.copying import classes_in
 from stroma.contracts.core_schema import build_constant_writer, core_schema_of
 from stroma.contracts.tagged_json import NotSerialisable, keeping_secrets, tag, untag
-
-if TYPE_CHECKING:
-    from stroma.contracts.schema import Schema
+from stroma.contracts.traits import SchemaTraits
+from stroma.contracts.validators import Validators
 
 __all__ = ["SchemaCodec", "decode_raw", "describe_error", "has_class_tags"]
 
@@ -41,13 +40,16 @@ _subclasses_of: Final = operator.methodcaller("__subclasses__")
 
 
 class SchemaCodec:
-    """Encodes and decodes the instances of one model class."""
+    """Encodes and decodes the instances of one model class.
 
-    def __init__(self, schema: Schema) -> None:
+    ``schema``: its Schema, whose module this one must not import.
+    """
+
+    def __init__(self, schema: Any) -> None:
         self._schema = schema
-        self._traits = schema.traits
-        self._validators = schema.validators
-        self._name = schema.traits.model.__name__
+        self._traits: SchemaTraits = schema.traits
+        self._validators: Validators = schema.validators
+        self._name: str = schema.traits.model.__name__
 
     def encode(self, model: BaseModel) -> bytes:
         """Return the stored form of a model. Raises NotSerialisable, naming the field."""

@@ -272,11 +272,15 @@ class Schema:
         is_decoded = decoded and decoded <= source.traits.decoded_fields
         return self.validators.decoded(raw) if is_decoded else self.validate(raw)
 
-    def takes_unchanged(self, value: BaseModel) -> bool:
-        """Return True if a validated model is an input of this class as it is, and needs a copy at most."""
-        return type(value) is self.model and not (
-            self.traits.must_reconstruct or self.traits.excluded_fields or self.traits.overrides_validation
-        )
+    def take_over(self, value: BaseModel) -> BaseModel | None:
+        """Return an input that holds values of a validated model itself; None if this class needs copies."""
+        traits, source = self.traits, schema_of(type(value))
+        if source is self:
+            is_exact = not (traits.must_reconstruct or traits.excluded_fields or traits.overrides_validation)
+            return value if is_exact else None
+        if traits.can_renew and source.traits.can_renew and self._can_renew_from(source):
+            return self.validate(source._shallow(value))
+        return None
 
     def prepare_input(self, value: BaseModel) -> tuple[BaseModel, Snapshot]:
         """Return the validated input of a node from the state before it, and its snapshot."""

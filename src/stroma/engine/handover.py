@@ -15,14 +15,14 @@ __all__ = ["Handover"]
 class Handover:
     """The last output that was committed at the top level.
 
-    A large state is passed on as the object that it is, if the next node takes its class: copies would take
-    twice the time. From then on its snapshot replaces it.
+    The values of a large state are passed on as they are: copies would take twice the time. From then on its
+    snapshot replaces it.
 
     Attributes:
         is_active: outputs go from node to node, and not to plain code between them.
         model: the output itself.
         snapshot: of a large output; None for any other.
-        is_moved: a node has the model as its input, and may change it.
+        is_moved: a node has values of the model in its input, and may change them.
     """
 
     __slots__ = ("is_active", "is_moved", "model", "snapshot")
@@ -46,11 +46,12 @@ class Handover:
         if self.snapshot is None:
             return schema.prepare_input(value)
         value = self.own(value)
-        if value is self.model and schema.takes_unchanged(value):
-            self.is_moved = True
-            schema.mark_shared(value)
-            return value, self.snapshot
-        return schema.prepare_input(value)
+        state = schema.take_over(value) if value is self.model else None
+        if state is None:
+            return schema.prepare_input(value)
+        self.is_moved = True
+        schema.mark_shared(state)
+        return state, self.snapshot if state is value else schema.snapshot(state)
 
     def own(self, state: BaseModel) -> BaseModel:
         """Return a state with values that no node can change."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import datetime as dt
 import decimal
@@ -12,6 +11,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Annotated, Any, Final, NotRequired, Required, Union
 
 import pydantic
@@ -86,7 +86,7 @@ class _StrategyBuilder:
         while (origin := typing.get_origin(annotation)) in (Annotated, NotRequired, Required):
             limits = [*annotation.__metadata__, *limits] if origin is Annotated else limits
             annotation = typing.get_args(annotation)[0]
-        if any(isinstance(item, pydantic.Json) for item in limits):
+        if any(type(item) is pydantic.Json for item in limits):
             return self.of(annotation, path).map(lambda value: json.dumps(value, default=str))
         if hasattr(annotation, "__value__"):  # The alias of a type.
             return self.of(annotation.__value__, path, limits)
@@ -102,12 +102,12 @@ class _StrategyBuilder:
                 return self._once(kind, lambda: self._hints(kind, path, TypeAdapter(kind).validate_python))
             if is_typeddict(kind):
                 return self._once(kind, lambda: self._hints(kind, path, dict))
-            if issubclass(kind, collections.abc.Mapping):
+            if issubclass(kind, Mapping):
                 return self._dict(annotation, path, limits)
-            if issubclass(kind, collections.abc.Iterable) and not issubclass(kind, enum.Enum):
-                made = self._items(kind, annotation, path, limits)
-                if made is not None:
-                    return made
+            if issubclass(kind, Iterable) and not issubclass(kind, enum.Enum):
+                collection = self._items(kind, annotation, path, limits)
+                if collection is not None:
+                    return collection
         return self._leaf(annotation, path, limits)
 
     def model(self, model: type[BaseModel], path: str, overrides: Mapping[str, Strategy]) -> Strategy:
@@ -118,8 +118,8 @@ class _StrategyBuilder:
         for name, info in model.model_fields.items():
             at = path if model.__pydantic_root_model__ else f"{path}.{name}"
             try:
-                given = overrides.get(name)
-                strategy = self.of(info.annotation, at, info.metadata) if given is None else given
+                override = overrides.get(name)
+                strategy = self.of(info.annotation, at, info.metadata) if override is None else override
             except _UnknownTypeError:
                 if info.is_required():
                     raise
@@ -146,11 +146,11 @@ class _StrategyBuilder:
         """Return a strategy for the fields of a dataclass or typed dict."""
         hints = typing.get_type_hints(kind, include_extras=True)
         if dataclasses.is_dataclass(kind):
-            given = {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.init}
+            wanted = {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.init}
             needed = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory}
         else:
-            given, needed = hints, kind.__required_keys__
-        parts = {name: self.of(hint, f"{path}.{name}") for name, hint in given.items()}
+            wanted, needed = hints, kind.__required_keys__
+        parts = {name: self.of(hint, f"{path}.{name}") for name, hint in wanted.items()}
         optional = {name: part for name, part in parts.items() if name not in needed}
         required = {name: part for name, part in parts.items() if name in needed}
         return _valid(st.fixed_dictionaries(required, optional=optional), validate)
@@ -175,7 +175,7 @@ class _StrategyBuilder:
         if not args and kind not in (list, set, frozenset):
             return None
         loops = self._loops
-        is_set = issubclass(kind, collections.abc.Set)
+        is_set = issubclass(kind, AbstractSet)
         inner = self.of(args[0], f"{path}[]") if args else st.integers() if is_set else _json
         least, most = _sizes(limits, _MORE if self._loops == loops else 1)  # keeps trees small
         strategy = st.lists(inner, min_size=least, max_size=most, unique_by=_key if is_set else None)
@@ -199,10 +199,10 @@ class _StrategyBuilder:
 
     def _leaf(self, annotation: Any, path: str, limits: list[Any]) -> Strategy:
         known = _PYDANTIC.get(annotation)
-        given = list(_flattened(limits))
-        low = max(_all(given, "ge") + _all(given, "gt"), default=None)
-        high = min(_all(given, "le") + _all(given, "lt"), default=None)
-        pattern, step = _last(given, "pattern"), _last(given, "multiple_of")
+        constraints = list(_flattened(limits))
+        low = max(_all(constraints, "ge") + _all(constraints, "gt"), default=None)
+        high = min(_all(constraints, "le") + _all(constraints, "lt"), default=None)
+        pattern, step = _last(constraints, "pattern"), _last(constraints, "multiple_of")
         if step is not None:
             least = None if low is None else math.ceil(low / step)
             most = None if high is None else math.floor(high / step)
@@ -212,7 +212,7 @@ class _StrategyBuilder:
         elif annotation is float:
             known = st.floats(low, high, allow_nan=False, allow_infinity=False)
         elif annotation is decimal.Decimal:
-            places, digits = _last(given, "decimal_places") or 2, _last(given, "max_digits") or 20
+            places, digits = _last(constraints, "decimal_places") or 2, _last(constraints, "max_digits") or 20
             largest = decimal.Decimal(10) ** (digits - places) - 1
             low, high = (-largest if low is None else low), (largest if high is None else high)
             known = st.decimals(low, high, allow_nan=False, allow_infinity=False, places=places)
@@ -220,8 +220,8 @@ class _StrategyBuilder:
             known = _PYDANTIC[pydantic.AnyUrl]
         if known is not None:
             return known
-        given = [item for item in given if type(item).__module__ == "annotated_types"]
-        constrained: Any = Annotated[annotation, *given] if given else annotation
+        constraints = [item for item in constraints if type(item).__module__ == "annotated_types"]
+        constrained: Any = Annotated[annotation, *constraints] if constraints else annotation
         strategy: Strategy = st.from_type(constrained)
         try:
             strategy.validate()
@@ -258,8 +258,8 @@ def _flattened(metadata: Iterable[Any]) -> Iterator[Any]:
 
 def _all(limits: Iterable[Any], name: str) -> list[Any]:
     """Return the values of all constraints of a name."""
-    found = [getattr(item, name, None) for item in _flattened(limits)]
-    return [value for value in found if value is not None]
+    values = [getattr(item, name, None) for item in _flattened(limits)]
+    return [value for value in values if value is not None]
 
 
 def _last(limits: Iterable[Any], name: str) -> Any:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
@@ -98,7 +98,6 @@ class RecordedRun(_Recorded):
         input: input in its stored form (UTF-8 JSON).
     """
 
-    schema_name: Literal["stroma.recorded-run/1"] = Field(_SCHEMA, alias="schema")
     run_id: str
     pipeline: str
     status: str
@@ -161,11 +160,8 @@ class RecordedRun(_Recorded):
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data, schema "stroma.recorded-run/1"."""
-        data = self.model_dump(mode="json", by_alias=True, exclude={"attempts"})
-        return {
-            **data,
-            "attempts": [one.model_dump(mode="json", exclude_defaults=True) for one in self.attempts],
-        }
+        attempts = [one.model_dump(mode="json", exclude_defaults=True) for one in self.attempts]
+        return {"schema": _SCHEMA, **self.model_dump(mode="json", exclude={"attempts"}), "attempts": attempts}
 
     @classmethod
     def from_json(cls, data: Any) -> RecordedRun:
@@ -175,7 +171,7 @@ class RecordedRun(_Recorded):
                 f"not a recorded run of this release ({_SCHEMA}); record it again with: stroma record"
             )
         try:
-            return cls.model_validate_json(json.dumps(data))
+            return cls.model_validate_json(json.dumps({k: v for k, v in data.items() if k != "schema"}))
         except ValidationError as error:
             first = error.errors()[0]
             why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -23,7 +23,7 @@ Known = dict[tuple[type[BaseModel], type[BaseModel], bool], Fit]
 
 _FIXES: Final = {
     "type": "give both the same type, or convert it in {source}",
-    "conversion": "declare it as {given} in the input of {target}, or convert it in {source}",
+    "conversion": "declare it as {type} in the input of {target}, or convert it in {source}",
     "constraint": "promise the same in the output of {source}, or take more in the input of {target}",
     "choices": "promise fewer values in the output of {source}, or take all of them in the input of {target}",
     "optional": "take None in the input of {target}, or promise a value in the output of {source}",
@@ -133,9 +133,9 @@ def _of_reason(crossing: Crossing, wanted: type[BaseModel], reason: Reason) -> F
             "or let that ignore extra fields"
         )
     else:
-        given, taken = reason.source, reason.target
-        message = f"{source} gives {path or 'its output'} as {given}, {target} takes {taken}: {reason.what}"
-        fix = _FIXES[reason.kind].format(source=source, target=target, given=given)
+        types = f"{reason.source}, {target} takes {reason.target}"
+        message = f"{source} gives {path or 'its output'} as {types}: {reason.what}"
+        fix = _FIXES[reason.kind].format(source=source, target=target, type=reason.source)
     return Finding.between(
         by,
         to,
@@ -200,14 +200,14 @@ def _of_items(crossing: Crossing, node: Group) -> Iterator[Finding]:
 
     def finding(
         kind: Kind,
-        given: str,
+        type_name: str,
         what: str,
         fix: str,
         severity: Literal["error", "warning"] = "warning",
         **at: Any,
     ) -> Finding:
         message = f"{target} goes over {name}, and {what}"
-        fields: dict[str, Any] = {"path": name, "types": (given, "list"), "message": message} | at
+        fields: dict[str, Any] = {"path": name, "types": (type_name, "list"), "message": message} | at
         return Finding.between(by, to, severity=severity, kind=kind, fix=fix, **fields)
 
     if state.model is None:
@@ -230,21 +230,25 @@ def _of_items(crossing: Crossing, node: Group) -> Iterator[Finding]:
         side = record.others
         if side.kind == "any":
             return
-    given, kind = str(side), side.unwrapped()
+    type_name, kind = str(side), side.unwrapped()
     fix = f"declare it as a list in the output of {source}"
     without_default = side.resolved()
     while without_default.kind == "default":
         without_default = without_default.part("schema").resolved()
     if without_default.kind == "nullable":
-        yield finding("optional", given, "it may be None", f"promise a list in the output of {source}")
+        yield finding("optional", type_name, "it may be None", f"promise a list in the output of {source}")
     if kind.kind == "any" and not state.loose:
-        yield finding("unknown", given, "nothing is known of what it holds", fix)
+        yield finding("unknown", type_name, "nothing is known of what it holds", fix)
     elif kind.kind != "any" and items_of(kind) is None:
-        what = f"{source} gives it as {given}: only a list or a tuple will do"
+        what = f"{source} gives it as {type_name}: only a list or a tuple will do"
         is_several = (
             kind.kind in ("union", "tagged-union", "chain", "lax-or-strict") or "function" in kind.kind
         )
-        yield finding("union", given, what, fix) if is_several else finding("type", given, what, fix, "error")
+        yield (
+            finding("union", type_name, what, fix)
+            if is_several
+            else finding("type", type_name, what, fix, "error")
+        )
 
 
 # ---------------------------------------------------------------------- effects

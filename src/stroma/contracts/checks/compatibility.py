@@ -527,10 +527,10 @@ class Fitter:
         fits: list[Fit] = []
         used: set[str] = set()
         for field in wanted.fields:
-            found = look_up(field, record, by_name=self.target_schema.traits.has_validation_aliases)
+            source_field = look_up(field, record, by_name=self.target_schema.traits.has_validation_aliases)
             fit = FITS
-            if found is not None:
-                name, is_inside = found
+            if source_field is not None:
+                name, is_inside = source_field
                 used.add(name)
                 side = record.fields[name]
                 if outermost:

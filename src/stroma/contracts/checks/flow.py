@@ -205,8 +205,8 @@ class _Walk:
         )
         output = yield from self.through(child, item_state, f"{giver.at}.0")
         if node.output_field in fields and node.output_field != node.items_field:
-            made = "Any" if output.model is None else output.model.__name__
-            types = str(fields[node.output_field]), f"list[{made}]"
+            item_name = "Any" if output.model is None else output.model.__name__
+            types = str(fields[node.output_field]), f"list[{item_name}]"
             by = state.origins.get(node.output_field, state.giver)
             yield _collision(by, output.giver, node.output_field, types)
         if not node.output_field:  # What was given goes on as it is.

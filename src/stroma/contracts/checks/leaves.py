@@ -134,8 +134,7 @@ def _fit_constraints(source: Side, target: Side) -> Fit:
         own = promised.get(name)
         if name in _RANGE or name in _CHANGES or name == "allow_inf_nan" or own == limit:
             continue
-        is_multiple = name == "multiple_of" and isinstance(own, int) and isinstance(limit, int)
-        if is_multiple and own % limit == 0:
+        if name == "multiple_of" and isinstance(own, int) and isinstance(limit, int) and own % limit == 0:
             continue
         return maybe("constraint", f"it may not satisfy {name}={in_words(limit, str)}", source, target)
     return FITS

@@ -223,10 +223,10 @@ class _Maker:
             elif record is None:
                 pass
             else:
-                found = look_up(field, record, by_name=schema_of(taken).traits.has_validation_aliases)
-                if found is not None:
-                    by = state.origins.get(found[0], state.giver)
-                    source = state.list_at or found[0]
+                source_field = look_up(field, record, by_name=schema_of(taken).traits.has_validation_aliases)
+                if source_field is not None:
+                    by = state.origins.get(source_field[0], state.giver)
+                    source = state.list_at or source_field[0]
                     self.links.append(Link(by.at, source, at, field.name, tone))
                     lines.append(Line(field.name, str(field.side), tone))
                     continue
