@@ -13,7 +13,11 @@ __all__ = ["ATTEMPT_TYPES", "SCHEMA_VERSION", "STEP_TYPES", "Types", "key", "tab
 
 SCHEMA_VERSION: Final = 8  # of the tables, in both stores
 
-_TYPES: Final = {int: "bigint", str: "text", bytes: "bytea"}
+_TYPES: Final = {
+    bytes: "bytea",
+    int: "bigint",
+    str: "text",
+}  # Any stands for an output: bytes in these stores.
 _MAX_PLAIN_KEY_BYTES: Final = 64
 
 
@@ -22,9 +26,9 @@ def _types(record: Any, fields: Iterable[str]) -> dict[str, tuple[str, bool]]:
     hints = get_type_hints(record)
     return {
         name: next(
-            (sql, hints[name] is not kind)
+            (sql, hints[name] not in (kind, Any))
             for kind, sql in _TYPES.items()
-            if hints[name] in (kind, kind | None)
+            if hints[name] in (kind, kind | None, Any)
         )
         for name in fields
     }
@@ -86,7 +90,7 @@ def key(text: str) -> str:
 # Identities: only steps of plain code have one; they can be longer than an index entry.
 def tables(types: Types) -> list[str]:
     """Return the statements that create the tables."""
-    number, text, data = (types.names[name] for name in _TYPES.values())
+    data, number, text = (types.names[name] for name in _TYPES.values())
 
     def columns(of: dict[str, tuple[str, bool]]) -> str:
         return ", ".join(
