@@ -111,7 +111,7 @@ def test_what_is_pickled_is_not_guarded_where_it_is_loaded() -> None:
 def test_a_method_of_the_object_itself_is_guarded() -> None:
     """One that a program has put in place of the class's."""
     guard, model = Guard(), Model("a")
-    model.call = lambda text: f"own {text}"  # type: ignore[method-assign]
+    model.call = lambda text: f"own {text}"
     for _ in range(2):
         guard_methods(model, ("call",), guard, "model")
     with guard.run() as run:

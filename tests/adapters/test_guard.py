@@ -251,7 +251,7 @@ def test_the_wrong_arguments_are_the_callers_error() -> None:
 
 def test_what_cannot_be_a_step_is_refused() -> None:
     with pytest.raises(TypeError, match="not callable"):
-        guard_of().wrap("it", 3)  # type: ignore[arg-type]
+        guard_of().wrap("it", 3)
     with pytest.raises(ValueError, match="must not be empty"):
         guard_of().wrap("", plain)
 
@@ -269,7 +269,7 @@ def test_a_plain_function_that_returns_a_coroutine_is_named() -> None:
     with pytest.raises(TypeError, match="markcoroutinefunction"):
         guard_of().wrap("it", hidden)()
     assert len(calls) == 1
-    assert asyncio.run(guard_of().wrap("it", hidden, kind="acall")()) == (1, 2, (), "k", {})  # type: ignore[arg-type]
+    assert asyncio.run(guard_of().wrap("it", hidden, kind="acall")()) == (1, 2, (), "k", {})
 
 
 def test_the_very_object_is_returned() -> None:
@@ -451,7 +451,7 @@ def _made(kind: str, func: Any) -> Any:
 
 
 def _drive(func: Any, *args: Any) -> Any:
-    return asyncio.run(run_it(None, func, *args))  # type: ignore[arg-type]
+    return asyncio.run(run_it(None, func, *args))
 
 
 @dataclasses.dataclass
@@ -726,7 +726,7 @@ def test_exceptions_that_steer_pass_untouched_and_are_not_retried(kind: str, out
             Control(outcome, {"code": "T"} if outcome == "returned" else "an answer")
             if error is steering
             else None
-        )  # type: ignore[arg-type]
+        )
 
     inner = guard.wrap("inner", lambda: flaky.step(), control=control)
     outer = guard.wrap("outer", _made(kind, lambda _: inner()), control=control)
@@ -1337,7 +1337,7 @@ async def test_a_guard_over_a_context_adds_steps_to_it() -> None:
 
 def test_a_hook_that_is_not_async_is_told_and_nothing_is_called_twice() -> None:
     """The one exception of a hook that comes out is no failure for the steps around it to retry."""
-    guard = guard_of(hooks=NodeHooks(on_node_success=lambda *a: None if a[1] == "inner" else _nothing()))  # type: ignore[arg-type]
+    guard = guard_of(hooks=NodeHooks(on_node_success=lambda *a: None if a[1] == "inner" else _nothing()))
     flaky = Flaky()
     inner = guard.wrap("inner", flaky.step)
     with pytest.raises(TypeError, match="on_node_success"):
@@ -1442,7 +1442,7 @@ def test_a_cancellation_that_nobody_asked_for_is_a_failure(kind: str, after: int
 
     async def main() -> None:
         with pytest.raises(asyncio.CancelledError, match="stray"):
-            await run_it(None, step, "x")  # type: ignore[arg-type]
+            await run_it(None, step, "x")
 
     asyncio.run(main())
     assert len(calls) == (1 if after else 2)

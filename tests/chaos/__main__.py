@@ -20,12 +20,7 @@ import time
 from tests.chaos import effects, flows, items, power, queue, restored, rounds, servers, unrest
 from tests.chaos.check import Figures
 
-STRIKES = {
-    "restored": "restores",
-    "powercut": "cuts",
-    "fsync": "failures",
-    **unrest.STRIKES,
-}
+STRIKES = {"restored": "restores", "powercut": "cuts", "fsync": "failures", **unrest.STRIKES}
 PROCESSES = {
     **rounds.FAULTS,
     **flows.FAULTS,

@@ -338,7 +338,7 @@ class _raising:
                 kind = sqlite3.DatabaseError
             report = kind(str(error))
             report.sqlite_errorcode = code
-            report.sqlite_errorname = apsw.mapping_extended_result_codes.get(code, "")  # type: ignore[assignment]
+            report.sqlite_errorname = apsw.mapping_extended_result_codes.get(code, "")
             raise report from error
 
 

@@ -160,8 +160,8 @@ def _hasten() -> None:
     """Shorten, in this process, the times after which a run of a dead process is looked for."""
     from stroma.runner import worker as serving
 
-    serving._CLAIM_SECONDS = 1.0  # type: ignore[misc]
-    serving._FIRST_DELAY_SECONDS = 0.1  # type: ignore[misc]
+    serving._CLAIM_SECONDS = 1.0
+    serving._FIRST_DELAY_SECONDS = 0.1
     with contextlib.suppress(ImportError):
         from stroma.drivers.temporal import worker as plugin
         from stroma.drivers.temporal import workflow

@@ -287,9 +287,7 @@ def stop(place: Place, name: str, number: int, draw: random.Random, _pace: Pace)
         options: dict[str, Any] = {"lease_seconds": lease, "pause": 0.02, "patient": True}
         first = instance.start(runs, seed=f"{name}-first", **options)
         calls = draw.randint(1, 6)
-        instance.wait(
-            until=lambda: sum(line[0] == "call" for line in read_diary(instance.diary)) >= calls,
-        )
+        instance.wait(until=lambda: sum(line[0] == "call" for line in read_diary(instance.diary)) >= calls)
         time.sleep(draw.uniform(0, 0.01))
         instance.poll()
         if first in instance.alive:

@@ -239,7 +239,7 @@ def test_the_disk_that_loses_its_power() -> None:
         return {
             image.get("f")
             for seed in range(200)
-            for _, image in survives(record, [len(record)], random.Random(seed))  # type: ignore[arg-type]
+            for _, image in survives(record, [len(record)], random.Random(seed))
         }
 
     assert images() == {old}

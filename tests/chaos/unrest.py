@@ -74,7 +74,7 @@ def term(place: Place, name: str, number: int, draw: random.Random, pace: Pace) 
             drain = draw.choice((0.0, 10.0))
             pid = instance.start(runs, seed=f"{name}-{turn}", drain=drain, pause=0.03)
             calls = _counted(instance, "call") + 1
-            instance.wait(until=lambda calls=calls: _counted(instance, "call") >= calls)  # type: ignore[misc]
+            instance.wait(until=lambda calls=calls: _counted(instance, "call") >= calls)
             time.sleep(draw.uniform(0, 0.4 * pace.seconds))  # Less than it lasts, on a quick machine too.
             instance.poll()
             if pid in instance.alive:

@@ -204,10 +204,10 @@ class Fuse:
             return leave(permit, outcome)
 
         if self.point is not None:
-            Worker._acknowledge = acknowledging  # type: ignore[method-assign, assignment]
-            DurableSession.record = recording  # type: ignore[method-assign, assignment]
-            Commit.__call__ = writing  # type: ignore[method-assign, assignment]
-            Permit.leave = leaving  # type: ignore[method-assign]
+            Worker._acknowledge = acknowledging
+            DurableSession.record = recording
+            Commit.__call__ = writing
+            Permit.leave = leaving
 
 
 # ---------------------------------------------------------------------- the pipeline

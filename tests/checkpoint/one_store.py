@@ -164,12 +164,7 @@ class Store:
 
     def keep_beside(self, run_id: str = "r") -> None:
         """Something of each kind; two nodes wait, one of them has its answer."""
-        for position in (
-            Annotation.SAVED,
-            Annotation.PARENT,
-            Annotation.TRACE,
-            Annotation.FAILURE_SITE,
-        ):
+        for position in (Annotation.SAVED, Annotation.PARENT, Annotation.TRACE, Annotation.FAILURE_SITE):
             annotate(self.rows, run_id, position, "", f"at {position}")
         annotate(self.rows, run_id, Annotation.REQUEST, "cancel", "at -3")
         record_due_hooks(self.rows, run_id, attempt(1, 50))
@@ -204,21 +199,7 @@ def row(
 ) -> AttemptRow:
     outcome: Any = "success" if failed is None else "failure"
     return AttemptRow(
-        node,
-        number,
-        started,
-        7,
-        (),
-        None,
-        outcome,
-        failed,
-        usage,
-        position,
-        branch,
-        group,
-        None,
-        None,
-        7,
+        node, number, started, 7, (), None, outcome, failed, usage, position, branch, group, None, None, 7
     )
 
 

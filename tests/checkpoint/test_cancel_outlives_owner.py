@@ -123,7 +123,7 @@ async def _request_late_owner(store: Any, other: Any, monkeypatch: pytest.Monkey
         result = await owner
     assert result.failure is not None
     assert isinstance(result.failure.exception, Fenced)
-    place = Owner.read(other.read(lambda rows: rows.find("r").owner, None)).place  # type: ignore[union-attr]
+    place = Owner.read(other.read(lambda rows: rows.find("r").owner, None)).place
     assert str(result.failure.exception) == message.format(place=place)
     assert (first.calls, second.calls) == (1, 0)
     assert other.get_run("r").status == status

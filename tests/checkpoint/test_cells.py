@@ -143,7 +143,7 @@ async def test_a_cell_outlives_its_store(kind: str) -> None:
 
 
 def _machine(base: type[Any], kind: str, count: int) -> Any:
-    class Machine(base):  # type: ignore[misc]
+    class Machine(base):
         def make_store(self) -> Any:
             self.place = None if kind == "memory" else place(kind)
             return opened(kind, "" if self.place is None else self.place.__enter__())

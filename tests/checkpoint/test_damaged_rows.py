@@ -117,10 +117,7 @@ async def test_one_damaged_row(kind: str, column: str, value: Any) -> None:
             assert sorted(paged(store, limit, RunQuery())) == RUNS
             assert set(RUNS) - {"r3"} <= set(paged(store, limit, RunQuery(failure_class="TERMINAL")))
         (shown,) = [run for run in listed if run.run_id == "r3"]
-        is_readable = column == "lease_until_ms" or (kind, column, value)[1:] == (
-            "started_ms",
-            2**63 - 1,
-        )
+        is_readable = column == "lease_until_ms" or (kind, column, value)[1:] == ("started_ms", 2**63 - 1)
         assert (shown.status == DAMAGED) is not is_readable
         assert store.get_run("r1") == others["r1"]
         assert sum(t.attempts for t in store.tally(0, 10**15)) >= 8

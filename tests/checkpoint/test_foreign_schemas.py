@@ -177,16 +177,10 @@ ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"
     ("statements", "why"),
     [
         (
-            (
-                "DROP TABLE meta",
-                f"CREATE VIEW meta AS {ENDLESS} SELECT 'min_reader' AS k, '4' AS v FROM n",
-            ),
+            ("DROP TABLE meta", f"CREATE VIEW meta AS {ENDLESS} SELECT 'min_reader' AS k, '4' AS v FROM n"),
             "has a view 'meta'",
         ),
-        (
-            ("CREATE TRIGGER t AFTER INSERT ON attempts BEGIN DELETE FROM steps; END",),
-            "has a trigger 't'",
-        ),
+        (("CREATE TRIGGER t AFTER INSERT ON attempts BEGIN DELETE FROM steps; END",), "has a trigger 't'"),
         (
             ("DROP TABLE cells", "CREATE TABLE cells (name TEXT PRIMARY KEY, data BLOB)"),
             "table 'cells' that is not a plain",

@@ -78,7 +78,7 @@ async def test_a_run_that_is_reopened(store: Any, end: str) -> None:
     assert await store.reopen("r")
     assert store.get_run("r").due_ms is not None
     outcome = await runner.drive("r", pipelines=[pipeline])
-    assert outcome.status == RunStatus.RESUMED  # type: ignore[union-attr]
+    assert outcome.status == RunStatus.RESUMED
     assert world.calls == ["a 0", "b 1", "b 1"]
     assert not await store.reopen("r")
     with pytest.raises(CheckpointNotFound):

@@ -20,15 +20,7 @@ from typing import Any
 
 import pytest
 from tests.shared_stores import subclass_of
-from tests.store_suite.journal import (
-    JournalStoreTests,
-    State,
-    begin,
-    commit,
-    finish,
-    restored,
-    settled,
-)
+from tests.store_suite.journal import JournalStoreTests, State, begin, commit, finish, restored, settled
 from tests.store_suite.machine import JournalStoreMachine
 from tests.tiers import examples
 
@@ -345,7 +337,7 @@ def test_what_is_done_together() -> None:
     def a_commit(run_id: str) -> Job:
         return Job(
             Commit(run_id, Fence(1, 1, 1, "", 1.0), AttemptRecord(0, 0, "", 1, "n", 0, "success"), None), None
-        )  # type: ignore[arg-type]
+        )
 
     def doing(run_id: str | None) -> Job:
         return Job(Transaction(run_id, lambda rows: None), None)
@@ -477,7 +469,7 @@ async def test_a_commit_whose_answer_is_lost(server: PostgresServer, schema: str
     armed = threading.Event()
 
     def lose(data: bytes) -> bool:
-        return armed.is_set() and not armed.clear()  # type: ignore[func-returns-value]
+        return armed.is_set() and not armed.clear()
 
     with Proxy(server, lose) as proxy, PostgresStore(proxy.dsn, schema=schema) as store:
         session = await begin(store)

@@ -48,7 +48,7 @@ async def test_what_has_ended_meanwhile_is_left_alone(kind: str) -> None:
         outcomes = await asyncio.gather(*(r.recover(one_node(0.01), max_concurrency=3) for r in runners))
         assert ends == dict.fromkeys((f"r{i}" for i in range(20)), 1)
         assert sorted(run_id for outcome in outcomes for run_id in outcome) == sorted(ends)
-        assert {result.status for outcome in outcomes for result in outcome.values()} == {RunStatus.RESUMED}  # type: ignore[union-attr]
+        assert {result.status for outcome in outcomes for result in outcome.values()} == {RunStatus.RESUMED}
 
 
 _DIES = """

@@ -357,11 +357,11 @@ class TestCrash:
                 with pytest.raises(StoreError, match="out of memory; raise maxmemory") as raised:
                     await session.record(attempt, SCHEMA, State(n=2))
                 assert raised.value.transient
-                assert (store.get_run("run").tokens, len(store.attempts("run"))) == (1, 1)  # type: ignore[union-attr]
+                assert (store.get_run("run").tokens, len(store.attempts("run"))) == (1, 1)
                 await store.delete("nobody")
                 server.execute("CONFIG", "SET", "maxmemory", "0")
                 await session.record(attempt, SCHEMA, State(n=2))
-                assert (store.get_run("run").tokens, len(store.attempts("run"))) == (2, 2)  # type: ignore[union-attr]
+                assert (store.get_run("run").tokens, len(store.attempts("run"))) == (2, 2)
 
 
 class TestAmbiguous:
@@ -463,7 +463,7 @@ class TestAmbiguous:
                         await commit(session, position, State(n=position))
                     await finish(session)
                     count = iter(range(1000))
-                    proxy.on_reply = lambda data, count=count, lost=lost: next(count) != lost  # type: ignore[misc]
+                    proxy.on_reply = lambda data, count=count, lost=lost: next(count) != lost
                     await store.fork("run", "new", 3, edited=(SCHEMA, State(n=20)))
                     run = store.get_run("new")
                     assert run is not None
@@ -613,7 +613,7 @@ class TestOwners:
             assert process.stdin is not None
             process.stdin.write("\n")
             process.stdin.flush()
-        messages = [process.stdout.readline().split() for process in both]  # type: ignore[union-attr]
+        messages = [process.stdout.readline().split() for process in both]
         assert sorted(words[0] for words in messages) == ["busy", "mine"]
         (pid,) = [words[1] for words in messages if words[0] == "mine"]
         assert [words[1:3] for words in messages if words[0] == "busy"] == [["process", pid]]
@@ -657,7 +657,7 @@ class TestOwners:
             won = [session for session in got if not isinstance(session, BaseException)]
             assert len(won) == 1
             assert sum(isinstance(error, RunBusy) for error in got) == 7
-            assert (await asyncio.to_thread(stores[0].get_run, "run")).execution == execution  # type: ignore[union-attr]
+            assert (await asyncio.to_thread(stores[0].get_run, "run")).execution == execution
             await commit(won[0], 0, State())
             await finish(won[0])
         await asyncio.gather(*(store.aclose() for store in stores))
@@ -1109,7 +1109,7 @@ class TestPipelines:
         with SyncRedisStore(server.url) as store:
 
             def use() -> None:
-                assert store.save("r", "n", State(n=1)) is None  # type: ignore[func-returns-value]
+                assert store.save("r", "n", State(n=1)) is None
                 assert store.load_typed("r", "n", State) == State(n=1)
                 assert store.load("r", "n") == State(n=1)
                 store.save_typed("r", "m", State(n=2), State)

@@ -69,7 +69,7 @@ async def test_a_store_of_many_attempts(filled: str) -> None:
     """Listing, finding, reading and resuming a run, and beginning another, do not read the whole store."""
     runs, attempts = shape(filled)
     some = runs // 2
-    async with open_store(filled) as store:  # type: ignore[union-attr]
+    async with open_store(filled) as store:
         assert len(measured(store.list_runs)) == 50
         assert [r.run_id for r in measured(lambda: store.list_runs(status="FAILED"))][-1] == run_name(999)
         assert measured(lambda: store.list_runs(status="RUNNING")) == []

@@ -22,13 +22,7 @@ from tests.checkpoint.one_store import (
     stored,
 )
 
-from stroma.checkpoint import (
-    CorruptCheckpoint,
-    PipelineChanged,
-    RunBusy,
-    RunExists,
-    StepCall,
-)
+from stroma.checkpoint import CorruptCheckpoint, PipelineChanged, RunBusy, RunExists, StepCall
 from stroma.checkpoint.durable.annotations import record_due_hooks
 from stroma.checkpoint.durable.integrity import checksum
 from stroma.checkpoint.durable.owner import LIVE_SESSIONS, Owner
@@ -57,7 +51,7 @@ async def test_a_session_of_a_new_run(store: Store) -> None:
         None,
     )
     assert session.fence == Fence(1, 1, 1, session.fence.owner, 30.0)
-    assert LIVE_SESSIONS[Owner.read(session.fence.owner).token] is session  # type: ignore[union-attr]
+    assert LIVE_SESSIONS[Owner.read(session.fence.owner).token] is session
     assert store.table("inputs") == [(1, 1, SCHEMA.fingerprint, stored(0), checksum(stored(0)))]
 
 
@@ -335,7 +329,7 @@ async def test_a_run_that_is_held(store: Store, n: int, what: str) -> None:
     before = store.tables()
     with pytest.raises(RunBusy) as caught:
         store.open(n=n, if_exists="resume", if_running="error")
-    place = Owner.read(session.fence.owner).place  # type: ignore[union-attr]
+    place = Owner.read(session.fence.owner).place
     error = caught.value
     left = f"{error.left_seconds:.1f}"
     assert str(error) == (

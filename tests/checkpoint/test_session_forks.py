@@ -20,11 +20,7 @@ from tests.checkpoint.one_store import (
     stored,
 )
 
-from stroma.checkpoint import (
-    CheckpointNotFound,
-    CorruptCheckpoint,
-    RunExists,
-)
+from stroma.checkpoint import CheckpointNotFound, CorruptCheckpoint, RunExists
 from stroma.checkpoint.durable.fork import fork_run
 from stroma.checkpoint.durable.integrity import checksum
 from stroma.checkpoint.durable.owner import new_owner

@@ -24,14 +24,7 @@ from tests.checkpoint.one_store import (
     stored,
 )
 
-from stroma.checkpoint import (
-    CorruptCheckpoint,
-    Fenced,
-    PipelineChanged,
-    RunExists,
-    StepCall,
-    StoreError,
-)
+from stroma.checkpoint import CorruptCheckpoint, Fenced, PipelineChanged, RunExists, StepCall, StoreError
 from stroma.checkpoint.durable.owner import LIVE_SESSIONS, Owner, boot_id
 from stroma.checkpoint.durable.rows import Annotation, Fence, Step
 from stroma.checkpoint.durable.session import DurableSession
@@ -366,15 +359,12 @@ async def test_an_attempt_that_waits_is_kept_with_what_for(store: Store, deliver
 
 @pytest.mark.parametrize(
     ("status", "error", "entry"),
-    [
-        (RunStatus.COMPLETED, None, ("COMPLETED", None)),
-        ("PARTIAL", "why\0", ("PARTIAL", "why\\x00")),
-    ],
+    [(RunStatus.COMPLETED, None, ("COMPLETED", None)), ("PARTIAL", "why\0", ("PARTIAL", "why\\x00"))],
 )
 async def test_the_end_is_kept(store: Store, status: Any, error: str | None, entry: tuple[str, Any]) -> None:
     """And nobody holds the run any more, once it is."""
     session = store.open()
-    token = Owner.read(session.fence.owner).token  # type: ignore[union-attr]
+    token = Owner.read(session.fence.owner).token
     pending = session.end(status, error)
     assert pending is not None
     assert session.ended
@@ -398,10 +388,10 @@ async def test_a_session_that_is_abandoned_holds_nothing(store: Store) -> None:
     assert not other.ended
     assert store.operations == 0
     assert store.tables() == before
-    assert Owner.read(session.fence.owner).token not in LIVE_SESSIONS  # type: ignore[union-attr]
+    assert Owner.read(session.fence.owner).token not in LIVE_SESSIONS
     if boot_id():  # Where the system says which of its processes are alive.
-        assert store.rows.find("r").holder is None  # type: ignore[union-attr]
-    assert store.rows.find("s").holder is not None  # type: ignore[union-attr]
+        assert store.rows.find("r").holder is None
+    assert store.rows.find("s").holder is not None
 
 
 @pytest.mark.parametrize("deliver", [False, True])
@@ -410,7 +400,7 @@ async def test_who_was_taken_over_keeps_nothing_more(store: Store, deliver: bool
     session = store.open(deliver=deliver)
     other = store.open(if_exists="resume")
     before = store.tables()
-    place = Owner.read(other.fence.owner).place  # type: ignore[union-attr]
+    place = Owner.read(other.fence.owner).place
     session.record_failure_site(0, "", 1, 10, lambda: b"frames")
     for pending in (
         session.record(row(), SCHEMA, State()),

@@ -160,9 +160,9 @@ class Faulty(sqlite3.Connection):
 
     intercept: Any = staticmethod(lambda run, sql: run())
 
-    def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:  # type: ignore[override]
+    def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
         run = lambda: super(Faulty, self).execute(sql, *parameters)  # noqa: E731
-        return self.intercept(run, sql) or run()  # type: ignore[no-any-return]
+        return self.intercept(run, sql) or run()
 
 
 def faulty(intercept: Any) -> Any:
@@ -718,7 +718,7 @@ class TestFaults:
         limit = 40
 
         class Small(sqlite3.Connection):
-            def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:  # type: ignore[override]
+            def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
                 if sql == "BEGIN IMMEDIATE":
                     super().execute(f"PRAGMA max_page_count={limit}")
                 return super().execute(sql, *parameters)
@@ -1034,7 +1034,7 @@ class TestFile:
             assert await pragmas(full) == ("wal", 2, 0, 0)
             assert await pragmas(normal) == ("wal", 1, 0, 0)
         with pytest.raises(ValueError, match='must be "full" or "normal"'):
-            SQLiteStore(tmp_path / "c", synchronous="off")  # type: ignore[arg-type]
+            SQLiteStore(tmp_path / "c", synchronous="off")
 
     async def test_nothing_is_opened_before_it_is_needed(self, path: pathlib.Path) -> None:
         """Making a store, loading from it and reading it make no file; reading says that there is none."""

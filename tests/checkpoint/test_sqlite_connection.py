@@ -199,7 +199,7 @@ def test_the_connection_is_closed(bench: Bench) -> None:
         def close(self) -> None:
             raise error_of(sqlite3.SQLITE_BUSY)
 
-    bench.connection._db = Refuses()  # type: ignore[assignment]
+    bench.connection._db = Refuses()
     bench.connection.close()
     assert bench.connection.handle() is None
 
@@ -221,15 +221,7 @@ def test_an_operation_that_fails_harms_no_other_one(bench: Bench) -> None:
     assert poisoned is None
     assert bench.cells() == ["a", "b", "c"]
     entry, undone = ["SAVEPOINT one", "RELEASE one"], ["SAVEPOINT one", "ROLLBACK TO one", "RELEASE one"]
-    assert bench.statements == [
-        "BEGIN IMMEDIATE",
-        *entry,
-        *undone,
-        *entry,
-        *undone,
-        *entry,
-        "COMMIT",
-    ]
+    assert bench.statements == ["BEGIN IMMEDIATE", *entry, *undone, *entry, *undone, *entry, "COMMIT"]
 
 
 def test_an_error_of_sqlite_is_told_in_words(bench: Bench) -> None:
@@ -375,7 +367,7 @@ def test_a_disk_that_fails_is_not_written_to_any_more(bench: Bench, where: str, 
     fault = error_of(sqlite3.SQLITE_IOERR_FSYNC)
     operations = [put("a"), put("b")]
     if where == "an operation":
-        operations.append(failing(fault))  # type: ignore[arg-type]
+        operations.append(failing(fault))
     else:
         bench.fails[where] = [fault]
     bench.waiting = [Job(put("c"), None)]

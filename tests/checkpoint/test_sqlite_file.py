@@ -34,7 +34,7 @@ def database(
 def error_of(code: int | None, text: str = "said", kind: type[Exception] = sqlite3.OperationalError) -> Any:
     error = kind(text)
     if code is not None:
-        error.sqlite_errorcode = code  # type: ignore[attr-defined]
+        error.sqlite_errorcode = code
     return error
 
 
@@ -139,7 +139,7 @@ def test_each_error_says_what_to_do(tmp_path: Path, error: Exception, message: s
 def test_what_is_in_words_already_stays(tmp_path: Path) -> None:
     """Even if it carries a code of SQLite."""
     report = StoreError("said")
-    report.sqlite_errorcode = sqlite3.SQLITE_FULL  # type: ignore[attr-defined]
+    report.sqlite_errorcode = sqlite3.SQLITE_FULL
     assert database(tmp_path / "runs.db").explain(report) is report
 
 
@@ -278,9 +278,7 @@ def test_a_file_is_made_for_its_owner_only(tmp_path: Path) -> None:
         os.umask(previous)
     assert [stat.S_IMODE(one.stat().st_mode) for one in sorted(tmp_path.iterdir())] == [0o600] * 3
     assert pragma(db, "application_id") == int.from_bytes(b"Strm", "big") == 0x5374726D
-    assert db.execute("SELECT k, v FROM meta ORDER BY k").fetchall() == [
-        ("schema_version", str(NOW)),
-    ]
+    assert db.execute("SELECT k, v FROM meta ORDER BY k").fetchall() == [("schema_version", str(NOW))]
     result = db.execute(
         "SELECT type, name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' ORDER BY 1, 2"
     ).fetchall()
@@ -662,7 +660,7 @@ def test_what_a_store_was_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.chdir(tmp_path)
     codec = Same()
-    store = SQLiteStore(b"runs.db", synchronous="normal", codec=codec, blobs=tmp_path / "blobs", blob_bytes=7)  # type: ignore[arg-type]
+    store = SQLiteStore(b"runs.db", synchronous="normal", codec=codec, blobs=tmp_path / "blobs", blob_bytes=7)
     assert store.path == str(tmp_path / "runs.db")
     assert repr(store) == f"SQLiteStore({store.path!r}, synchronous='normal')"
     assert store._file.synchronous == "normal"

@@ -10,10 +10,7 @@ from typing import Any
 import pytest
 from tests.kit import Num, node, quick
 
-from stroma import (
-    CorruptCheckpoint,
-    SQLiteStore,
-)
+from stroma import CorruptCheckpoint, SQLiteStore
 from stroma.checkpoint import Fenced, RunRequest
 from stroma.contracts.schema import schema_of
 from stroma.cost import KNOWN_MODELS
@@ -57,21 +54,7 @@ async def test_a_refused_operation_leaves_nothing_behind(store: SQLiteStore) -> 
 
     def row(position: int) -> AttemptRow:
         return AttemptRow(
-            "a",
-            1,
-            10**18 + position,
-            5,
-            (0,),
-            (1,),
-            "success",
-            None,
-            None,
-            position,
-            "",
-            None,
-            None,
-            None,
-            5,
+            "a", 1, 10**18 + position, 5, (0,), (1,), "success", None, None, position, "", None, None, None, 5
         )
 
     pending = [(stale if i % 2 else good).record(row(i), schema_of(Num), Num(n=i), None) for i in range(6)]

@@ -43,7 +43,7 @@ async def test_what_stands_beside_a_run_is_at_no_position_of_it(tmp_path: Path) 
         again = await runner.run(nodes, Item(n=0), run_id="long", resume=True)
         forked = await runner.fork("long", nodes, at="step 8")
     assert [len(match) for match in (outputs, set(outputs))] == [16, 12]
-    assert [one.final_state.n for one in (result, again, forked)] == [12, 12, 12]  # type: ignore[union-attr]
+    assert [one.final_state.n for one in (result, again, forked)] == [12, 12, 12]
 
 
 def test_the_positions_of_what_stands_beside_a_run_differ() -> None:

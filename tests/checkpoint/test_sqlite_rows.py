@@ -51,7 +51,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(_sqlite_rows, "_now_ms", lambda: clock.now)
     monkeypatch.setattr(_sqlite_rows, "_clock_ms", lambda: clock.lease)
-    monkeypatch.setattr(_sqlite_rows, "_BOOT", Owner.read(OURS).boot)  # type: ignore[union-attr]
+    monkeypatch.setattr(_sqlite_rows, "_BOOT", Owner.read(OURS).boot)
     return clock
 
 
@@ -165,10 +165,7 @@ def test_the_next_execution_of_a_run(rows: SqliteRows, clock: Clock) -> None:
     assert table(rows, "runs") == [
         (1, "r", "q", 2, "RUNNING", None, 2000, 2000, 0, 0, 0, THEIRS, 2, 901_500, 0, 0, None)
     ]
-    assert table(rows, "inputs") == [
-        (1, 1, "c", INPUT, checksum(INPUT)),
-        (1, 2, "d", OTHER, checksum(OTHER)),
-    ]
+    assert table(rows, "inputs") == [(1, 1, "c", INPUT, checksum(INPUT)), (1, 2, "d", OTHER, checksum(OTHER))]
     assert table(rows, "tags") == [(1, "new", 2000)]
     assert rows.steps(1, 2) == []
     assert [one.position for one in rows.steps(1, 1)] == [0]
@@ -283,7 +280,7 @@ def test_a_commit(rows: SqliteRows, clock: Clock) -> None:
             b"given",
         )
     ]
-    assert rows.find("r").nodes == 1  # type: ignore[union-attr]
+    assert rows.find("r").nodes == 1
 
 
 def test_an_attempt_without_an_output(rows: SqliteRows) -> None:
@@ -378,7 +375,7 @@ def test_leases_are_renewed_each_for_its_time(rows: SqliteRows, clock: Clock) ->
 )
 def test_what_is_left_of_a_lease(rows: SqliteRows, until: int, left: float) -> None:
     """To its last millisecond it has a holder, and not any longer."""
-    owner = str(Owner.read(OURS)._replace(pid=os.getpid() + 1, space=0))  # type: ignore[union-attr]
+    owner = str(Owner.read(OURS)._replace(pid=os.getpid() + 1, space=0))
     fence = rows.begin(None, opening(owner=owner))
     rows.db.execute("UPDATE runs SET lease_until_ms = ?", (until,))
     result = rows.find("r")

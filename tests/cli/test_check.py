@@ -95,14 +95,7 @@ def test_check_as_json(flows, inside):
         data["errors"],
         data["warnings"],
         data["against"],
-    ) == (
-        "stroma.check/1",
-        "wrong",
-        1,
-        1,
-        1,
-        None,
-    )
+    ) == ("stroma.check/1", "wrong", 1, 1, 1, None)
     assert data["findings"][1] == {
         "severity": "error",
         "kind": "missing",

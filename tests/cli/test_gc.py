@@ -33,9 +33,7 @@ def old(stroma, inside):
         "killed",
         "--db",
         "runs.db",
-        env={
-            "SECOND": "os.kill(os.getpid(), signal.SIGKILL)",
-        },
+        env={"SECOND": "os.kill(os.getpid(), signal.SIGKILL)"},
     )
     with sqlite3.connect(stroma.home / "runs.db") as db:
         db.execute("UPDATE runs SET updated_ms = updated_ms - 172800000")

@@ -34,7 +34,7 @@ def filled(stroma, inside):
         "run-b",
         env={
             "SECOND": "current_node().report_usage(input_tokens=7, model='gpt-4o-mini'); raise "
-            "TimeoutError('too slow')",
+            "TimeoutError('too slow')"
         },
     )
     killed = stroma(
@@ -43,9 +43,7 @@ def filled(stroma, inside):
         GOOD,
         "--run-id",
         "other",
-        env={
-            "SECOND": "os.kill(os.getpid(), signal.SIGKILL)",
-        },
+        env={"SECOND": "os.kill(os.getpid(), signal.SIGKILL)"},
     )
     assert (done.code, failed.code, killed.code) == (0, 1, -9)
     return stroma
@@ -56,10 +54,7 @@ def test_runs(filled, inside):
     """The newest run is first; each line has status, nodes, tokens, the cost to the micro-dollar, and the
     error."""
     done = inside("runs")
-    assert (done.code, done.err) == (
-        0,
-        "resume a run without owner: stroma resume RUN FILE.py:NAME\n",
-    )
+    assert (done.code, done.err) == (0, "resume a run without owner: stroma resume RUN FILE.py:NAME\n")
     lines = [re.split(r"  +", line) for line in done.out.splitlines()]
     assert lines[0] == [
         "RUN",

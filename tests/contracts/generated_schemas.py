@@ -68,7 +68,7 @@ class Roomy(BaseModel):
 class Computed(BaseModel):
     width: int
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field
     @property
     def name(self) -> str:
         return str(self.width)
@@ -297,7 +297,7 @@ def pairs(draw: st.DrawFn) -> tuple[Made, Made]:
     differs."""
     if draw(st.integers(0, 9)) == 0:
         one, two = draw(kinds), draw(kinds)
-        first, second = RootModel[one.annotation], RootModel[two.annotation]  # type: ignore[name-defined]
+        first, second = RootModel[one.annotation], RootModel[two.annotation]
         return Made(first, one.values), Made(second, two.values)
     fields = draw(st.dictionaries(st.sampled_from(["a", "b", "c"]), kinds, min_size=1, max_size=3))
     target = dict(fields)

@@ -86,20 +86,20 @@ def test_classes_of_a_function_are_compared() -> None:
 
     with pytest.raises(TypeError, match=r"input=.*<locals>.*|input=A"):
 
-        @runner.node("a", input=A, output=C)  # type: ignore[arg-type]
+        @runner.node("a", input=A, output=C)
         async def differs(state: B) -> C: ...
 
     with pytest.raises(TypeError, match="annotated with C"):
 
-        @runner.node("b", input=A, output=A)  # type: ignore[arg-type]
+        @runner.node("b", input=A, output=A)
         async def also(state: A) -> C: ...
 
 
-async def no_annotation(state): ...  # type: ignore[no-untyped-def]
+async def no_annotation(state): ...
 async def loose(state: Any) -> Any: ...
 async def returns_dict(state: A) -> dict[str, Any]: ...
 async def returns_tuple(state: A) -> tuple[Any, ...]: ...
-async def returns_some_tuple(state: A) -> tuple: ...  # type: ignore[type-arg]
+async def returns_some_tuple(state: A) -> tuple: ...
 async def returns_a_and_usage(state: A) -> tuple[A, int, str]: ...
 async def takes_base(state: BaseModel) -> SubA: ...
 async def takes_sub(state: SubA) -> BaseModel: ...
@@ -108,7 +108,7 @@ async def union_with_dict(state: B | dict[str, Any]) -> B | dict[str, Any]: ...
 async def generic(state: Model) -> Model: ...
 async def protocol(state: HasN) -> None: ...
 async def alias(state: Alias) -> Annotated[A, "x"]: ...
-async def unknown(state: NotThere) -> AlsoNot: ...  # type: ignore[name-defined]  # noqa: F821
+async def unknown(state: NotThere) -> AlsoNot: ...  # noqa: F821
 def awaitable(state: A) -> Awaitable[B]: ...
 async def only_keywords(*, state: B) -> Any: ...
 
@@ -187,7 +187,7 @@ def test_a_class_that_was_defined_again_is_accepted() -> None:
 
     old, State = define(), define()
 
-    async def node(state: State) -> State: ...  # type: ignore[valid-type]
+    async def node(state: State) -> State: ...
 
     StromaRunner.quick().node("a", input=old, output=old)(node)
 
@@ -204,7 +204,7 @@ def test_flows_are_compared_in_the_same_way() -> None:
             TypeError, match=r"^flow 'f' has input=A, and its function is annotated with B; let them agree$"
         ):
 
-            @decorator  # type: ignore[arg-type]
+            @decorator
             async def differs(flow: Flow, state: B) -> Own: ...
 
     @runner.flow("g")
@@ -216,7 +216,7 @@ def test_flows_are_compared_in_the_same_way() -> None:
 def test_functions_of_frameworks_have_annotations_of_their_own() -> None:
     """A framework calls its functions with its own state, which need not be the contract's."""
     contract: NodeContract[Any, Any] = NodeContract(node_id="a", input_schema=A, output_schema=A)
-    node: Any = framework_node("a", contract)(takes_b)  # type: ignore[arg-type]
+    node: Any = framework_node("a", contract)(takes_b)
     assert node._stroma_contract is contract
 
 
@@ -258,10 +258,10 @@ def test_the_annotations_are_the_contract() -> None:
 def test_what_is_passed_wins_over_the_annotation() -> None:
     """A model that is passed is the contract's; the other one comes from the annotation, and both agree."""
     runner = StromaRunner.quick()
-    contract = runner.node("narrow", output=SubA)(a_to_a)._stroma_contract  # type: ignore[call-overload]
+    contract = runner.node("narrow", output=SubA)(a_to_a)._stroma_contract
     assert (contract.input_schema, contract.output_schema) == (A, SubA)
     with pytest.raises(TypeError, match="output=B, and its function is annotated with A"):
-        runner.node("wide", output=B)(a_to_a)  # type: ignore[call-overload]
+        runner.node("wide", output=B)(a_to_a)
 
 
 async def a_to_a(state: A) -> A:

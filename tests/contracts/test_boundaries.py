@@ -42,13 +42,13 @@ def giving(output: Any) -> tuple[Any, list[Any]]:
 
 def _mutated() -> Any:
     model = Deep(items=[Num(n=1)])
-    model.items[0].n = "bad"  # type: ignore[assignment]
+    model.items[0].n = "bad"
     return model
 
 
 def _mutated_top() -> Any:
     model = Deep(items=[Num(n=1)])
-    model.items = "bad"  # type: ignore[assignment]
+    model.items = "bad"
     return model
 
 
@@ -134,7 +134,7 @@ async def test_a_state_changed_between_nodes_is_validated_again() -> None:
         return entries[0]
 
     async def spoil(run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
-        entries[0].n = "bad"  # type: ignore[assignment]
+        entries[0].n = "bad"
 
     func, calls = giving({"n": 2})
     result = await quick(hooks=NodeHooks(on_node_success=spoil)).run(
@@ -190,7 +190,7 @@ def _change(value: Any, seen: set[int]) -> None:
         for name in vars(value):
             object.__setattr__(value, name, "changed")
     elif isinstance(value, Holder):
-        value.inside.append("changed")  # type: ignore[arg-type]
+        value.inside.append("changed")
     elif isinstance(value, dict):
         for part in value.values():
             _change(part, seen)
@@ -255,4 +255,4 @@ async def test_later_changes_do_not_rewrite_history(name: str, as_dict: bool) ->
     assert [event.attempt for event in events] == [1, 1, 2, 1]
     assert [event.input_state for event in events] == [want] * 4
     assert [event.output_state for event in events] == [want, None, want, want]
-    assert schema_of(cls).state(result.final_state) == want  # type: ignore[arg-type]
+    assert schema_of(cls).state(result.final_state) == want

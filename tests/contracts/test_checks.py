@@ -85,7 +85,7 @@ def bare(node_id: str, returned: Any = None) -> Any:
     async def func(state: Any) -> Any:
         return returned
 
-    return stroma_node(node_id, None)(func)  # type: ignore[arg-type]
+    return stroma_node(node_id, None)(func)
 
 
 def check(*nodes: Any) -> list[Finding]:
@@ -119,7 +119,7 @@ def model_of(annotation: Any, **options: Any) -> type[BaseModel]:
     """A class with one field, x."""
     config = options.pop("config", None)
     name = options.pop("name", "Made")
-    return create_model(name, __config__=config, x=(annotation, Field(**options)))  # type: ignore[no-any-return,call-overload]
+    return create_model(name, __config__=config, x=(annotation, Field(**options)))
 
 
 def fits(output_model: Any, input_model: Any, *values: Any) -> None:
@@ -202,7 +202,7 @@ def test_a_computed_field_is_handed_on_to_who_has_it() -> None:
     class Sized(BaseModel):
         text: str
 
-        @computed_field  # type: ignore[prop-decorator]
+        @computed_field
         @property
         def n(self) -> int:
             return len(self.text)
@@ -728,7 +728,7 @@ def test_a_validator_of_the_source_is_taken_at_its_word() -> None:
     def describe(value: int) -> str:
         return str(value)
 
-    def silent(value):  # type: ignore[no-untyped-def]
+    def silent(value):
         return str(value)
 
     assert kinds(model_of(Annotated[int, AfterValidator(describe)]), model_of(str)) == []
@@ -812,9 +812,7 @@ def test_the_merged_state_is_checked_by_who_gave_each_field() -> None:
     assert [(f.source, f.source_at, f.target, f.kind) for f in result] == [("b", "1.0", "d", "type")]
     assert (
         check(
-            node("a"),
-            parallel(node("b", output_model=Text), node("c", output_model=Item)),
-            node("d", Item),
+            node("a"), parallel(node("b", output_model=Text), node("c", output_model=Item)), node("d", Item)
         )
         == []
     )
@@ -989,7 +987,7 @@ def test_findings_are_frozen_records() -> None:
     """A finding cannot be changed."""
     finding = one(node("a", output_model=Text), node("b", Item))
     with pytest.raises(FrozenInstanceError):
-        finding.path = "m"  # type: ignore[misc]
+        finding.path = "m"
 
 
 def test_check_takes_pipelines_and_lists_and_refuses_all_else() -> None:
@@ -1075,8 +1073,8 @@ def test_the_checker_is_not_loaded_unless_it_is_used() -> None:
 
 def test_checking_is_quick() -> None:
     """A pipeline of 200 nodes is checked within a second or two, also where it runs."""
-    wide = create_model("Wide", **{f"f{i}": (list[int] | None, ...) for i in range(10)})  # type: ignore[call-overload]
-    narrow = create_model("Narrow", **{f"f{i}": (list[int], ...) for i in range(10)})  # type: ignore[call-overload]
+    wide = create_model("Wide", **{f"f{i}": (list[int] | None, ...) for i in range(10)})
+    narrow = create_model("Narrow", **{f"f{i}": (list[int], ...) for i in range(10)})
     nodes = [node(f"n{i}", narrow, wide) for i in range(200)]
 
     async def timed() -> float:

@@ -327,7 +327,7 @@ def bare(node_id: str, returned: Any) -> Any:
     async def func(state: Any) -> Any:
         return returned
 
-    return stroma_node(node_id, None)(func)  # type: ignore[arg-type]
+    return stroma_node(node_id, None)(func)
 
 
 Words = RootModel[dict[str, list[str]]]
@@ -429,7 +429,7 @@ def test_a_class_that_cannot_be_read_is_a_box_without_lines(nodes: Any) -> None:
 def test_the_class_of_the_input_must_be_one() -> None:
     """What is no model class is refused as the class of what runs begin with, in words."""
     with pytest.raises(TypeError, match="pass the class of the initial state"):
-        StromaRunner.quick().check([node("a")], input_schema="Text")  # type: ignore[arg-type]
+        StromaRunner.quick().check([node("a")], input_schema="Text")
 
 
 def test_values_that_cannot_be_told_break_no_check() -> None:
@@ -500,7 +500,7 @@ def test_a_computed_field_counts_for_the_outermost_alone() -> None:
     class Computing(BaseModel):
         kids: list[Computing] = []
 
-        @computed_field  # type: ignore[prop-decorator]
+        @computed_field
         @property
         def n(self) -> int:
             return 1
@@ -517,8 +517,8 @@ def test_a_computed_field_counts_for_the_outermost_alone() -> None:
 
 def test_a_long_pipeline_is_checked_once_for_each_pair_of_classes() -> None:
     """A thousand nodes of two classes compare these once, and tell of every place."""
-    wide = create_model("Wide", **{f"f{i}": (list[int] | None, ...) for i in range(5)})  # type: ignore[call-overload]
-    narrow = create_model("Narrow", **{f"f{i}": (list[int], ...) for i in range(5)})  # type: ignore[call-overload]
+    wide = create_model("Wide", **{f"f{i}": (list[int] | None, ...) for i in range(5)})
+    narrow = create_model("Narrow", **{f"f{i}": (list[int], ...) for i in range(5)})
     assert len(check(*(node(f"n{i}", narrow, wide) for i in range(1000)))) == 999 * 5
 
 

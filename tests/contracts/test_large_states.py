@@ -229,7 +229,7 @@ async def test_groups_and_plain_functions_after_a_large_output(one: Any, two: An
         spoil(state)
         return {"right": seen}
 
-    child._stroma_node_id, other._stroma_node_id = "child", "other"  # type: ignore[attr-defined]
+    child._stroma_node_id, other._stroma_node_id = "child", "other"
     whole = plain(start(one))["rows"]
     result = await StromaRunner.quick().run([node("a", first, one, one), parallel(child, other)], start(one))
     assert result.status is RunStatus.COMPLETED, result.failure
@@ -314,7 +314,7 @@ def test_floats_deep_inside_have_a_stored_form(score: float) -> None:
     state = Rows(n=1, rows=[Row(id=1, score=score, tags=["null", "NaN"])])
     data = schema.encode(state)
     json.loads(data, parse_constant=lambda word: pytest.fail(f"not strict JSON: {word}"))
-    back = schema.decode(data).rows[0].score  # type: ignore[attr-defined]
+    back = schema.decode(data).rows[0].score
     assert math.copysign(1, back) == math.copysign(1, score)
     assert back == score or (math.isnan(back) and math.isnan(score))
 

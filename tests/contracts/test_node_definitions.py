@@ -80,7 +80,7 @@ async def test_what_cannot_be_a_node() -> None:
 async def test_what_a_step_may_be_given() -> None:
     """The input of a step is a model: anything else is a TypeError that names the step."""
     with pytest.raises(TypeError, match="'a'"):
-        await execute_step("a", same, {"n": 1}, context())  # type: ignore[arg-type]
+        await execute_step("a", same, {"n": 1}, context())
 
 
 async def test_where_a_node_stands_can_be_printed() -> None:
@@ -117,4 +117,4 @@ async def test_a_single_node_is_told_to_stand_in_a_list() -> None:
 
     for nodes in (plain, [plain]):
         with pytest.raises(TypeError, match="decorate it with @stroma_node"):
-            await quick_without_retries().run(nodes, Num())  # type: ignore[arg-type]
+            await quick_without_retries().run(nodes, Num())

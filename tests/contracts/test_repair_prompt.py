@@ -518,7 +518,7 @@ def test_a_validator_that_quotes_an_unread_text_gives_nothing_away() -> None:
 
 def test_a_dataclass_that_came_is_looked_into() -> None:
     """An object whose own text would say the secret: a dataclass that nobody has validated."""
-    text = prompt_of(schema_with(Plain), {"hidden": Plain(key=S, n="x"), "n": [Plain(key=S)]})  # type: ignore[arg-type]
+    text = prompt_of(schema_with(Plain), {"hidden": Plain(key=S, n="x"), "n": [Plain(key=S)]})
     assert "hunter2" not in text
 
 
@@ -615,10 +615,7 @@ def test_a_violation_of_a_local_schema_can_be_pickled() -> None:
     ("fault", "message"),
     [
         ("wrong_type", "- total: Input should be"),
-        (
-            "malformed",
-            "- the whole: Input should be a JSON object; this is text, and no JSON: ",
-        ),
+        ("malformed", "- the whole: Input should be a JSON object; this is text, and no JSON: "),
     ],
 )
 async def test_the_example_mends_an_answer(

@@ -33,10 +33,7 @@ from pydantic import (
 from tests.fixtures import store_fixture
 from tests.kit import Loose, Num, node, quick_without_retries, same
 
-from stroma import (
-    FailureClass,
-    RunStatus,
-)
+from stroma import FailureClass, RunStatus
 from stroma.contracts import NotSerialisable
 from stroma.contracts.schema import schema_of
 from stroma.failures.failure import diagnose
@@ -77,7 +74,7 @@ CONTAINERS = [
 def test_containers_under_any_come_back_as_they_were(value: Any) -> None:
     """A container under Any comes back as one of its type with contents of theirs."""
     schema = schema_of(Loose)
-    result = schema.decode(schema.encode(Loose(anything=value))).anything  # type: ignore[attr-defined]
+    result = schema.decode(schema.encode(Loose(anything=value))).anything
     assert result == value
     assert type(result) is type(value)
     assert repr(result) == repr(value) or isinstance(value, (set, frozenset))
@@ -269,7 +266,7 @@ class SwappedOptional(BaseModel):
 
 
 ALIASED = [
-    Swapped(x=1, y=2),  # type: ignore[call-arg]
+    Swapped(x=1, y=2),
     SwappedDeep(second="f", first="s", items=[0.5]),
     SwappedChoices.model_validate({"b": b"\xff", "a": b"b"}),
     SwappedOptional.model_validate({"b": 1, "c": 2, "inner": {"x": 3, "y": 4}}),

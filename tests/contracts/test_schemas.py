@@ -150,9 +150,9 @@ def containers(kind: Any, values: st.SearchStrategy[Any]) -> list[tuple[Any, st.
     return [
         (kind, values),
         (kind | None, st.none() | values),
-        (list[kind], st.lists(values, max_size=3)),  # type: ignore[valid-type]
-        (dict[str, kind], st.dictionaries(texts, values, max_size=3)),  # type: ignore[valid-type]
-        (tuple[kind, ...], st.lists(values, max_size=3).map(tuple)),  # type: ignore[valid-type]
+        (list[kind], st.lists(values, max_size=3)),
+        (dict[str, kind], st.dictionaries(texts, values, max_size=3)),
+        (tuple[kind, ...], st.lists(values, max_size=3).map(tuple)),
     ]
 
 
@@ -223,7 +223,7 @@ def test_any_value_comes_back_under_any(value: Any) -> None:
     """Under Any, in extra fields and in a root model every value of the known kinds comes back as it was."""
     check(Loose(value=value))
     check(Rooted(value))
-    check(Open(n=1, extra=value))  # type: ignore[call-arg]
+    check(Open(n=1, extra=value))
 
 
 class Leaf(BaseModel):
@@ -408,7 +408,7 @@ def test_a_subclass_crosses_as_what_it_is(name: str, strict: bool) -> None:
             schema_of(target).accept_output({"value": value})[0],
         ):
             assert type(crossed) is target
-            assert same(crossed.value, value)  # type: ignore[attr-defined]
+            assert same(crossed.value, value)
             assert not shared(crossed, model)
 
 
@@ -474,7 +474,7 @@ def test_a_subclass_in_a_discriminated_union_is_stored() -> None:
     """The mend that the refusal names works."""
 
     class Child(Cat):
-        kind: Literal["child"] = "child"  # type: ignore[assignment]
+        kind: Literal["child"] = "child"
         more: str
 
     check(holder(list[Annotated[Cat | Child, Field(discriminator="kind")]])(value=[Child(lives=1, more="x")]))
@@ -515,15 +515,15 @@ def test_models_inside_are_validated_again() -> None:
     """A model instance inside what a node returned is revalidated from its field values, whatever it is
     in."""
     model = holder(list[Base])
-    broken = [Sub.model_construct(n="no number", more="x")]  # type: ignore[arg-type]
+    broken = [Sub.model_construct(n="no number", more="x")]
     for output in (model.model_construct(value=broken), {"value": broken}):
         with pytest.raises(ValidationError) as raised:
             schema_of(model).accept_output(output)
         assert raised.value.errors()[0]["loc"] == ("value", 0, "n")
-    loose = Sub.model_construct(n="7", more="x")  # type: ignore[arg-type]
+    loose = Sub.model_construct(n="7", more="x")
     given_, _ = schema_of(model).accept_output({"value": [loose]})
-    assert same(given_.value, [Sub(n=7, more="x")])  # type: ignore[attr-defined]
-    point = Point("no number")  # type: ignore[arg-type]
+    assert same(given_.value, [Sub(n=7, more="x")])
+    point = Point("no number")
     with pytest.raises(ValidationError):
         schema_of(holder(Point)).accept_output(holder(Point).model_construct(value=point))
 
@@ -549,7 +549,7 @@ def test_aliased_models_inside_cross_and_come_back() -> None:
     first = Aliased.model_validate({"First-Name": "a", "b": 1})
     for kind, value in ((Always, Always(Word="x")), (Aliased, first)):
         check(holder(kind).model_validate({"value": value}, by_name=True))
-        check(holder(list[kind]).model_validate({"value": [value]}, by_name=True))  # type: ignore[valid-type]
+        check(holder(list[kind]).model_validate({"value": [value]}, by_name=True))
 
 
 @pytest.mark.core
@@ -707,7 +707,7 @@ def test_another_class_gets_the_models_inside_as_they_are() -> None:
     class."""
     given_, _ = schema_of(holder(list[Loud])).accept_output({"value": [{"word": "a"}]})
     taken, _ = schema_of(holder(list[Loud], "Other")).prepare_input(given_)
-    assert taken.value == [Loud.model_construct(word="a!")]  # type: ignore[attr-defined]
+    assert taken.value == [Loud.model_construct(word="a!")]
 
 
 def test_only_what_was_validated_here_is_trusted() -> None:

@@ -207,7 +207,7 @@ async def test_items_may_have_any_keys() -> None:
     odds = Odds(items=[{"cls": 1, "self": 2}])
     result = await quick().run([map_over("items", node("same", same, Odd, Odd), into="out")], odds)
     assert result.final_state is not None
-    assert result.final_state.out == [Odd(cls=1, self=2)]  # type: ignore[attr-defined]
+    assert result.final_state.out == [Odd(cls=1, self=2)]
 
 
 async def test_odd_names_in_a_group_warn_of_nothing() -> None:
@@ -363,5 +363,5 @@ async def test_a_step_whose_input_is_of_another_type_warns_of_nothing() -> None:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = await execute_step("a", gives("a", {"n": 1}, Num), Num.model_construct(n="x"), ctx)  # type: ignore[arg-type]
+        result = await execute_step("a", gives("a", {"n": 1}, Num), Num.model_construct(n="x"), ctx)
     assert result.status is RunStatus.FAILED

@@ -5,12 +5,7 @@ import copy
 from typing import Any
 
 import pytest
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from tests.fixtures import store_fixture
 from tests.kit import NEVER, Num, node, quick, quick_without_retries, record_node_hooks
 
@@ -112,7 +107,7 @@ async def test_every_attempt_of_an_item_gets_a_pristine_input(item: Any) -> None
         (state.root if hasattr(state, "root") else state.x).append("spoilt")
         raise ValueError
 
-    func._stroma_node_id, func._stroma_contract = "a", None  # type: ignore[attr-defined]
+    func._stroma_node_id, func._stroma_contract = "a", None
     value = Nested(items=[item])
     await quick().run([map_over("items", func, into="out")], value)
     assert len(seen) == 3

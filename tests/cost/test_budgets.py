@@ -127,7 +127,7 @@ def test_a_limit_that_is_misspelt_is_refused() -> None:
     """It would be no limit, and who wants none says so."""
     assert ExecutionBudget.unlimited() == ExecutionBudget()
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
-        ExecutionBudget(max_cost=1)  # type: ignore[call-arg]
+        ExecutionBudget(max_cost=1)
 
 
 def test_the_limits_that_are_set_are_listed() -> None:
@@ -204,7 +204,7 @@ def test_a_fresh_tracker_has_spent_nothing() -> None:
         0,
         0,
     )
-    assert [tracker.used(dimension) for dimension in ("tokens", "cost", "latency")] == [0, 0, 0]  # type: ignore[arg-type]
+    assert [tracker.used(dimension) for dimension in ("tokens", "cost", "latency")] == [0, 0, 0]
     assert tracker.summary() == {}
 
 
@@ -213,7 +213,7 @@ def test_what_earlier_processes_spent_counts_for_limits_alone() -> None:
     tracker = spent(0.25, 10, 1.5)
     tracker.prior_tokens, tracker.prior_cost_usd, tracker.prior_latency_ms = 100, 0.5, 20.25
     assert (tracker.total_tokens, tracker.total_cost_usd, tracker.total_latency_ms) == (10, 0.25, 1)
-    assert [tracker.used(dimension) for dimension in ("tokens", "cost", "latency")] == [110, 0.75, 21.75]  # type: ignore[arg-type]
+    assert [tracker.used(dimension) for dimension in ("tokens", "cost", "latency")] == [110, 0.75, 21.75]
     assert tracker.latency_ms == 21.75
 
 
@@ -264,8 +264,8 @@ def test_sums_by_node_are_those_of_the_trace_too() -> None:
 def test_latency_is_kept_to_the_nanosecond() -> None:
     """Also where it is given in fractions of a millisecond."""
     tracker = CostTracker()
-    tracker.record(NodeUsage("a", 0, 0.0, 0.0000016))  # type: ignore[arg-type]
-    tracker.record(NodeUsage("a", 0, 0.0, 1.999998))  # type: ignore[arg-type]
+    tracker.record(NodeUsage("a", 0, 0.0, 0.0000016))
+    tracker.record(NodeUsage("a", 0, 0.0, 1.999998))
     assert (tracker.latency_ns, tracker.total_latency_ms, tracker.latency_ms) == (2_000_000, 2, 2.0)
 
 
@@ -297,7 +297,7 @@ def test_tokens_that_are_refused_are_named(name: str) -> None:
     tracker = CostTracker()
     fields = {"node_id": "a", "tokens_used": 1, "cost_usd": 0.5, "latency_ms": 1, name: -3}
     with pytest.raises(UsageError) as caught:
-        tracker.record(NodeUsage(**fields))  # type: ignore[arg-type]
+        tracker.record(NodeUsage(**fields))
     assert (
         str(caught.value) == "node 'a' reported -3 tokens; report whole numbers of tokens, 0 to 1,000,000,000"
     )

@@ -163,10 +163,7 @@ def test_the_models_that_are_built_in_cost_what_the_data_says() -> None:
     snapshot = data_snapshot.get_snapshot()
     for model, (given_price, made_price) in json.loads(printed.stdout).items():
         prices = snapshot.find_provider_model(model, None, None, None)[1].get_prices(datetime.now(UTC))
-        assert (float(prices.input_mtok), float(prices.output_mtok)) == (
-            given_price,
-            made_price,
-        ), model
+        assert (float(prices.input_mtok), float(prices.output_mtok)) == (given_price, made_price), model
 
 
 @pytest.mark.core
@@ -239,13 +236,7 @@ def steps(draw: st.DrawFn, largest: float = 1000) -> Any:
 
 
 RATES = st.builds(
-    Rates,
-    steps(),
-    steps(),
-    st.none() | steps(),
-    st.none() | steps(),
-    st.none() | steps(),
-    st.floats(0, 1),
+    Rates, steps(), steps(), st.none() | steps(), st.none() | steps(), st.none() | steps(), st.floats(0, 1)
 )
 
 
@@ -317,7 +308,7 @@ def test_a_price_of_the_day_is_looked_up_for_each_call(monkeypatch: pytest.Monke
         today = datetime(2025, 1, 1, tzinfo=UTC)
 
         @classmethod
-        def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+        def now(cls, tz: Any = None) -> datetime:
             return cls.today
 
     monkeypatch.setattr("stroma.cost.prices.datetime", Clock)
@@ -386,7 +377,7 @@ def prices_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Handler]]:
     url = f"http://127.0.0.1:{server.server_address[1]}/data.json"
     monkeypatch.setattr(genai_prices, "UpdatePrices", lambda: real(url=url))
     try:
-        yield server.RequestHandlerClass  # type: ignore[misc]
+        yield server.RequestHandlerClass
     finally:
         data_snapshot.set_custom_snapshot(None)
         server.shutdown()

@@ -343,9 +343,7 @@ def links_of(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "page",
-    sorted({*ALL, *ROOT.glob("*.md")}),
-    ids=lambda p: p.relative_to(ROOT).as_posix(),
+    "page", sorted({*ALL, *ROOT.glob("*.md")}), ids=lambda p: p.relative_to(ROOT).as_posix()
 )
 def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
     """Every relative link leads to a file, and to a heading, a name or a function in it."""
@@ -535,7 +533,7 @@ def test_every_command_is_in_the_reference() -> None:
 
     text = (DOCS / "reference" / "commands.md").read_text("utf-8")
     report = (DOCS / "cli.md").read_text("utf-8")
-    for name in app.list_commands(None):  # type: ignore[arg-type]
+    for name in app.list_commands(None):
         assert f"\n## stroma {name}\n" in text, name
         assert f"| `stroma {name}" in report, name
 

@@ -525,7 +525,7 @@ def wrong_input_of_a_step(world: World) -> Any:
 
     async def body(flow: Flow, state: Num) -> Any:
         try:
-            return await flow.step(add, Text(text="no number"))  # type: ignore[arg-type]
+            return await flow.step(add, Text(text="no number"))
         except StepFailed as error:
             return Num(n=int(error.failure.reason == "contract"))
 
@@ -684,10 +684,7 @@ def two_flows(world: World) -> Any:
     async def body(flow: Flow, state: Num) -> Num:
         return await flow.step(add, state)
 
-    return [
-        stroma_flow("one", input=Num, output=Num)(body),
-        stroma_flow("two", input=Num, output=Num)(body),
-    ]
+    return [stroma_flow("one", input=Num, output=Num)(body), stroma_flow("two", input=Num, output=Num)(body)]
 
 
 def called_part(world: World) -> Any:

@@ -659,8 +659,8 @@ def bare(calls: list[str]) -> Any:
         calls.append("a")
         return {"n": state.n + 5}
 
-    func._stroma_node_id = "a"  # type: ignore[attr-defined]
-    func._stroma_contract = None  # type: ignore[attr-defined]
+    func._stroma_node_id = "a"
+    func._stroma_contract = None
     return func
 
 

@@ -9,15 +9,7 @@ import pytest
 from tests.drivers.conftest import Way
 from tests.kit import NEVER, Num, Receipt, node, same
 
-from stroma import (
-    ExecutionBudget,
-    NodeContract,
-    NotDone,
-    RunStatus,
-    SharedBudget,
-    current_node,
-    stroma_node,
-)
+from stroma import ExecutionBudget, NodeContract, NotDone, RunStatus, SharedBudget, current_node, stroma_node
 
 
 class Gate:

@@ -366,10 +366,7 @@ async def test_a_worker_of_a_place_without_the_node(cluster: Cluster) -> None:
     pipeline = Pipeline("p", [placed("a", pass_on, place, effect=True)])
     other = Pipeline("other", [node("b", pass_on)])
     run_id = fresh_id()
-    async with (
-        stroma_worker(cluster.client, cluster.queue, [other], place=place),
-        cluster.worker(pipeline),
-    ):
+    async with stroma_worker(cluster.client, cluster.queue, [other], place=place), cluster.worker(pipeline):
         result = await cluster.runner.run(pipeline, Num(), run_id=run_id)
     [row] = cluster.store.attempts(run_id)
     assert (result.status, row.failure_class, row.reason) == (RunStatus.PARTIAL, "RECOVERABLE", "worker_lost")

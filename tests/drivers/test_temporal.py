@@ -16,16 +16,7 @@ from tests.flows.steps import World
 from tests.kit import NEVER, Num, Text, node
 from tests.servers_temporal import TemporalServer
 
-from stroma import (
-    Flow,
-    NodeHooks,
-    Pipeline,
-    RunConfig,
-    RunExists,
-    RunStatus,
-    StoreError,
-    stroma_flow,
-)
+from stroma import Flow, NodeHooks, Pipeline, RunConfig, RunExists, RunStatus, StoreError, stroma_flow
 from stroma.drivers.temporal import worker as worker_module
 from stroma.drivers.temporal import workflow as workflow_module
 from stroma.temporal import TemporalRunner, register_search_attributes, stroma_worker

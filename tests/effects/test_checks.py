@@ -5,14 +5,7 @@ from typing import Any
 from tests.effects.shop import Order, Receipt, Shop
 from tests.kit import NEVER, THRICE
 
-from stroma import (
-    NodeContract,
-    Pipeline,
-    StromaRunner,
-    map_over,
-    parallel,
-    stroma_node,
-)
+from stroma import NodeContract, Pipeline, StromaRunner, map_over, parallel, stroma_node
 from stroma.cli import main
 
 

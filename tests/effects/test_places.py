@@ -118,7 +118,7 @@ async def test_a_cancellation_from_outside_does_not_wait(store: Any) -> None:
     asks."""
     runner = StromaRunner.quick(store=store, policy_map=NEVER)
     siblings = Siblings(runner)
-    siblings.answered.set = lambda: None  # type: ignore[method-assign]
+    siblings.answered.set = lambda: None
     nodes = [parallel(siblings.charge, siblings.fail)]
     task = asyncio.create_task(runner.run(nodes, Order(), run_id="r"))
     while not siblings.tries:
@@ -143,9 +143,7 @@ async def test_a_time_limit_of_a_group_cuts_an_effect_off(store: Any) -> None:
         return receipt
 
     runner = StromaRunner.quick(
-        store=store,
-        node_policies={"parallel(charge)": THRICE},
-        node_timeouts={"parallel(charge)": 500},
+        store=store, node_policies={"parallel(charge)": THRICE}, node_timeouts={"parallel(charge)": 500}
     )
     charge = runner.node("charge", input=Order, output=Receipt, effect=True, reconcile=shop.look)(slow)
     result = await runner.run([parallel(charge)], Order(), run_id="r")

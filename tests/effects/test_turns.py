@@ -15,15 +15,7 @@ import pytest
 from pydantic import BaseModel
 from tests.kit import THRICE
 
-from stroma import (
-    NotDone,
-    RunStatus,
-    SQLiteStore,
-    StromaRunner,
-    current_node,
-    current_run,
-    execute_step,
-)
+from stroma import NotDone, RunStatus, SQLiteStore, StromaRunner, current_node, current_run, execute_step
 
 TOOLS = ("refund", "mark", "notify")
 

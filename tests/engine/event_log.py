@@ -31,16 +31,7 @@ from stroma import (
 from stroma.checkpoint.history import in_order
 from stroma.hooks import MapProgress
 
-__all__ = [
-    "Between",
-    "Diary",
-    "Journal",
-    "M",
-    "ThrownAway",
-    "contract",
-    "counted",
-    "same",
-]
+__all__ = ["Between", "Diary", "Journal", "M", "ThrownAway", "contract", "counted", "same"]
 
 #: Of clocks that are set while a test runs.
 _SLACK_NS = 60 * 10**9
@@ -135,7 +126,7 @@ class Diary(logging.Handler):
         logger.setLevel(self._level)
 
     def emit(self, record: logging.LogRecord) -> None:
-        assert record.run_id == "r", "each line says of which run it is"  # type: ignore[attr-defined]
+        assert record.run_id == "r", "each line says of which run it is"
         self.lines.append(f"log {record.levelname}: {_short(record.getMessage())}")
 
     # ------------------------------------------------------------------ hooks

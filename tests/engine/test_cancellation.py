@@ -91,7 +91,7 @@ async def test_a_cancellation_during_a_commit_that_is_refused_comes_out(transien
         await run
     assert calls == ["a"]
     assert await store.load("r", "a") == (Num(n=7) if transient else None)
-    assert store.inner.get_run("r").status == "CANCELLED"  # type: ignore[union-attr]
+    assert store.inner.get_run("r").status == "CANCELLED"
 
 
 @pytest.mark.core
@@ -115,7 +115,7 @@ async def test_a_store_that_never_answers_does_not_hold_a_cancelled_run_for_ever
         with pytest.raises(asyncio.CancelledError):
             await run
     assert store.tries == 1
-    assert store.inner.get_run("r").status == "CANCELLED"  # type: ignore[union-attr]
+    assert store.inner.get_run("r").status == "CANCELLED"
     store.gate.set()
     result = await quick(store=store, run_id="r", resume=True).run([node("a", func)], Num())
     assert (result.status, len(calls)) == (RunStatus.RESUMED, 2)

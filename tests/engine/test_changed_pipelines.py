@@ -7,11 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    create_model,
-)
+from pydantic import BaseModel, ConfigDict, create_model
 from tests.fixtures import store_fixture
 from tests.kit import (
     NEVER,

@@ -335,7 +335,7 @@ def test_generated_ids_are_fresh_in_every_thread(hasty: None) -> None:
     """The first runs of a new runner, begun by several threads at the same moment, have ids of their own."""
     for _ in range(60):
         runner = StromaRunner.quick()
-        results = in_threads(6, lambda i, runner=runner: runner.run_sync([], Num()).run_id)  # type: ignore[misc]
+        results = in_threads(6, lambda i, runner=runner: runner.run_sync([], Num()).run_id)
         assert len(set(results)) == 6
 
 
@@ -343,7 +343,7 @@ def test_taking_an_id_is_atomic(hasty: None) -> None:
     """Of the threads that ask a config for its generated id at the same moment, one gets it."""
     for _ in range(150):
         config = RunConfig()
-        ids = in_threads(4, lambda i, config=config: config.take_run_id())  # type: ignore[misc]
+        ids = in_threads(4, lambda i, config=config: config.take_run_id())
         assert len(set(ids)) == 4
 
 
@@ -478,7 +478,7 @@ def test_a_runner_before_and_after_a_fork(tmp_path: Path) -> None:
 
     def go(run_id: str, **options: Any) -> Any:
         result = runner.run_sync(nodes, Num(), run_id=run_id, **options)
-        return result.status.value, result.final_state.n, result.total_tokens  # type: ignore[union-attr]
+        return result.status.value, result.final_state.n, result.total_tokens
 
     assert go("before") == ("COMPLETED", 3, 6)
     assert _in_child(lambda: [go(f"child {i}") for i in range(5)]) == [("COMPLETED", 3, 6)] * 5
@@ -578,7 +578,7 @@ def test_run_sync_again_and_again(store: Any) -> None:
     nodes = [node("a", _count), parallel(node("b", _count), node("c", _count), max_concurrency=1)]
     before = threading.active_count()
     for i in range(20):
-        assert runner.run_sync(nodes, Num(n=i)).final_state.model_dump() == {"n": i + 2}  # type: ignore[union-attr]
+        assert runner.run_sync(nodes, Num(n=i)).final_state.model_dump() == {"n": i + 2}
     assert threading.active_count() <= before + 2 * isinstance(store, SQLiteStore)
     with pytest.raises(RuntimeError):
         asyncio.get_running_loop()

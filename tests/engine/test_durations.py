@@ -174,7 +174,7 @@ def _bare(clock: FakeClock, node_id: str, ms: float) -> Any:
         clock.advance(ms / 1000)
         return "done"
 
-    func._stroma_node_id = node_id  # type: ignore[attr-defined]
+    func._stroma_node_id = node_id
     return func
 
 

@@ -540,7 +540,7 @@ async def test_not_a_node() -> None:
 async def test_the_initial_state_must_be_a_model() -> None:
     """An initial state that is no pydantic model is a TypeError."""
     with pytest.raises(TypeError, match="pydantic model"):
-        await quick().run([], {"n": 1})  # type: ignore[arg-type]
+        await quick().run([], {"n": 1})
 
 
 # ---------------------------------------------------------------------- failures
@@ -703,7 +703,7 @@ def test_an_abandoned_thread_does_not_hold_up_the_loop() -> None:
 class SlowStore(InMemoryStore):
     """A sync store of the simple protocol whose calls give awaitables that take their time."""
 
-    open_run = None  # type: ignore[assignment]
+    open_run = None
 
     def save(self, run_id: str, node_id: str, state: BaseModel) -> Any:
         async def later() -> None:
@@ -1212,7 +1212,7 @@ async def test_stroma_step_decorates_and_wraps() -> None:
     assert result.final_state == Num(n=8)
     assert ctx.registry.get("double").output_schema is Num
     assert double.__doc__ == "Twice."
-    assert double._stroma_node_id == "double"  # type: ignore[attr-defined]
+    assert double._stroma_node_id == "double"
     assert (await double(Num.model_construct(n="x"))).status is RunStatus.FAILED
 
     async def bad(state: Num) -> Any:
@@ -1221,7 +1221,7 @@ async def test_stroma_step_decorates_and_wraps() -> None:
     contract: NodeContract[Any, Any] = NodeContract(node_id="bad", input_schema=Num, output_schema=Num)
     wrapped = step.wrap("bad", bad, contract=contract)
     assert (await wrapped(Num())).status is RunStatus.FAILED
-    assert wrapped._stroma_contract is contract  # type: ignore[attr-defined]
+    assert wrapped._stroma_contract is contract
     loose = step.wrap("loose", bad)
     assert (await loose(Num())).final_state == {"n": "x"}
 

@@ -65,7 +65,7 @@ class Both(BaseModel):
 
 
 class Late(BaseModel):
-    value: Unknown  # type: ignore[name-defined]  # noqa: F821
+    value: Unknown  # noqa: F821
 
 
 def marked(node_id: str, func: Any) -> Any:
@@ -522,7 +522,7 @@ async def start_is_not_async(diary: Diary) -> None:
     def plain(*_: Any) -> Any:
         return len(_)
 
-    sets = [diary.hooks("1 "), NodeHooks(on_node_start=plain), diary.hooks("3 ")]  # type: ignore[arg-type]
+    sets = [diary.hooks("1 "), NodeHooks(on_node_start=plain), diary.hooks("3 ")]
     await diary.run([giving("a", {"n": 1})], Num(), hooks=sets)
 
 
@@ -534,7 +534,7 @@ async def cancelled_is_not_async(diary: Diary) -> None:
         return len(_)
 
     started = asyncio.Event()
-    sets = [diary.hooks("1 "), NodeHooks(on_node_cancelled=plain)]  # type: ignore[arg-type]
+    sets = [diary.hooks("1 "), NodeHooks(on_node_cancelled=plain)]
     await diary.cut(started, [forever("a", started)], Num(), hooks=sets)
 
 
@@ -545,7 +545,7 @@ async def success_is_not_async(diary: Diary) -> None:
     def plain(*_: Any) -> Any:
         return len(_)
 
-    sets = [diary.hooks("1 "), NodeHooks(on_node_success=plain)]  # type: ignore[arg-type]
+    sets = [diary.hooks("1 "), NodeHooks(on_node_success=plain)]
     await diary.run([giving("a", {"n": 1}), giving("b", {})], Num(), hooks=sets)
 
 
@@ -863,7 +863,7 @@ async def the_only_start_is_not_async(diary: Diary) -> None:
     def plain(*_: Any) -> Any:
         return len(_)
 
-    await diary.run([giving("a", {})], Num(), hooks=NodeHooks(on_node_start=plain))  # type: ignore[arg-type]
+    await diary.run([giving("a", {})], Num(), hooks=NodeHooks(on_node_start=plain))
 
 
 @scenario

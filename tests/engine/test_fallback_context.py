@@ -7,10 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from pydantic import (
-    BaseModel,
-    TypeAdapter,
-)
+from pydantic import BaseModel, TypeAdapter
 from tests.kit import Num, One, node, quick_without_retries
 
 from stroma import ExecutionBudget, FallbackPolicy, StromaRunner

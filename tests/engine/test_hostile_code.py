@@ -1145,7 +1145,7 @@ def test_keyboard_interrupt_in_a_store() -> None:
     """KeyboardInterrupt inside a store's own code comes out of run() and leaves nothing running."""
 
     class Stopping(InMemoryStore):
-        open_run = None  # type: ignore[assignment]  # Only the simple protocol.
+        open_run = None  # Only the simple protocol.
 
         def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
             raise KeyboardInterrupt

@@ -54,7 +54,7 @@ async def test_a_node_that_ends_in_time_leaves_no_timer() -> None:
     with FakeClock() as clock:
         runner = quick(node_timeouts={"a": NodeTimeout(idle_ms=1000)}, policy_map=NEVER)
         result = await runner.run([node("a", func)], Num())
-        timers = [one for one in asyncio.get_running_loop()._scheduled if not one.cancelled()]  # type: ignore[attr-defined]
+        timers = [one for one in asyncio.get_running_loop()._scheduled if not one.cancelled()]
         assert clock.elapsed == pytest.approx(0.9)
     assert (result.status, result.final_state) == (RunStatus.COMPLETED, Num(n=1))
     assert [one for one in timers if "IdleTimer" in repr(one)] == []
@@ -176,7 +176,7 @@ def test_limits_that_are_refused() -> None:
         {"idle_ms": 10**31},
     ):
         with pytest.raises(ValidationError):
-            NodeTimeout(**fields)  # type: ignore[arg-type]
+            NodeTimeout(**fields)
     with pytest.raises(ValidationError, match=r"NodeTimeout has no limit; pass total_ms or idle_ms"):
         RunConfig(node_timeouts={"a": NodeTimeout()})
     limits = {"a": NodeTimeout(total_ms=5), "b": 7}

@@ -93,7 +93,7 @@ async def _unopened() -> None:
 
 
 async def _sync_hook() -> None:
-    hooks = NodeHooks(on_node_start=lambda *_: len(_))  # type: ignore[arg-type, return-value]
+    hooks = NodeHooks(on_node_start=lambda *_: len(_))
     await quick_without_retries(hooks=hooks).run([node("i", give_one, output=One)], Num())
 
 
@@ -107,11 +107,7 @@ async def _deadline() -> None:
     result.raise_for_status()
 
 
-NESTED = [
-    (_unopened, StoreError, A),
-    (_sync_hook, HookNotAsync, A),
-    (_deadline, BudgetExceeded, R),
-]
+NESTED = [(_unopened, StoreError, A), (_sync_hook, HookNotAsync, A), (_deadline, BudgetExceeded, R)]
 
 
 @pytest.mark.parametrize("in_group", [False, True])

@@ -22,14 +22,7 @@ from tests.kit import (
     same,
 )
 
-from stroma import (
-    BudgetExceeded,
-    ExecutionBudget,
-    NodeHooks,
-    RunStatus,
-    SQLiteStore,
-    StoreError,
-)
+from stroma import BudgetExceeded, ExecutionBudget, NodeHooks, RunStatus, SQLiteStore, StoreError
 
 
 @pytest.mark.core
@@ -146,7 +139,7 @@ async def test_a_store_that_raises_no_exception_has_refused(
         def delete(self, run_id: str) -> None: ...
 
     class Later(Refusing):
-        async def save(self, run_id: str, node_id: str, state: BaseModel) -> None:  # type: ignore[override]
+        async def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
             raise kind("no")
 
     async def same(state: Num) -> Any:

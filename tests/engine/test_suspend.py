@@ -264,7 +264,7 @@ async def test_items_wait(store: Any) -> None:
     await runner(store).signal("r", {"approved": False})
     result = await runner(store, resume=True).run(nodes, ITEMS)
     assert result.final_state is not None
-    assert [instance.n for instance in result.final_state.done] == [101, 2, 300]  # type: ignore[attr-defined]
+    assert [instance.n for instance in result.final_state.done] == [101, 2, 300]
 
 
 async def test_a_failure_beats_a_question(store: Any) -> None:
@@ -401,7 +401,7 @@ async def test_what_a_suspension_may_ask_for() -> None:
             pass
 
     async def wrong(state: Num) -> Any:
-        raise Suspend("which?", schema=int)  # type: ignore[arg-type]
+        raise Suspend("which?", schema=int)
 
     async def quiet(state: Num) -> Any:
         raise Quiet

@@ -178,10 +178,7 @@ async def test_a_deadline_stops_the_run_whatever_a_policy_says() -> None:
         await asyncio.Event().wait()
         return state
 
-    runner = StromaRunner.quick(
-        budget=ExecutionBudget(max_latency_ms=50),
-        policy_map=retry_policies(5),
-    )
+    runner = StromaRunner.quick(budget=ExecutionBudget(max_latency_ms=50), policy_map=retry_policies(5))
     result = await runner.run([node("slow", slow)], Num())
     assert (result.status, calls, len(result.trace)) == ("PARTIAL", 1, 1)
 

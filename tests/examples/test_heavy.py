@@ -71,7 +71,7 @@ def test_a_folder_is_embedded_once(tmp_path: Path) -> None:
     )
     assert "left out: empty.md is empty" in first
     assert "3 files, 8 calls" in first  # Two for each file; the empty one is tried twice.
-    assert re.search(r"^  0\.\d\d  (\w+)\.md", first, re.MULTILINE)[1] == "crash"  # type: ignore[index]
+    assert re.search(r"^  0\.\d\d  (\w+)\.md", first, re.MULTILINE)[1] == "crash"
     assert "4 files, 2 calls" in second
 
 

@@ -65,9 +65,9 @@ def test_the_classes_of_failures() -> None:
     assert [(one.name, str(one)) for one in FailureClass] == [
         (word, word) for word in ("RECOVERABLE", "TERMINAL", "AMBIGUOUS")
     ]
-    assert {FailureClass.TERMINAL: 1}["TERMINAL"] == 1  # type: ignore[index]
+    assert {FailureClass.TERMINAL: 1}["TERMINAL"] == 1
     policies = {str(one): FailurePolicy(max_retries=n) for n, one in enumerate(FailureClass)}
-    assert [policy_for(one, None, policies).max_retries for one in FailureClass] == [0, 1, 2]  # type: ignore[arg-type]
+    assert [policy_for(one, None, policies).max_retries for one in FailureClass] == [0, 1, 2]
     assert {hash(one) == hash(str(one)) for one in FailureClass} == {True}
 
 
@@ -197,7 +197,7 @@ def test_a_classifier_that_fails_is_skipped(how: str, caplog: pytest.LogCaptureF
 
     assert diagnose(ValueError(), CONTEXT, [wrong, lambda *_: TERMINAL]).failure_class is TERMINAL
     (record,) = caplog.records
-    assert (record.name, record.levelno, record.run_id) == ("stroma", logging.WARNING, "run")  # type: ignore[attr-defined]
+    assert (record.name, record.levelno, record.run_id) == ("stroma", logging.WARNING, "run")
     assert record.getMessage() == f"classifier {wrong!r} raised for node 'node'; it is skipped"
     assert record.exc_info is not None
     assert record.exc_info[0] in (RuntimeError, ValueError)
@@ -224,7 +224,7 @@ class Speaks(Exception):
     def __str__(self) -> str:
         if isinstance(self.says, BaseException):
             raise self.says
-        return self.says  # type: ignore[no-any-return]
+        return self.says
 
 
 class Rude(BaseException):
@@ -268,7 +268,7 @@ def test_what_an_exception_is_is_told_by_its_type() -> None:
     """A hostile one is not asked."""
 
     class Hostile(ValueError):
-        @property  # type: ignore[misc]
+        @property
         def __class__(self) -> Any:
             raise RuntimeError
 

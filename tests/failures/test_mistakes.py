@@ -39,7 +39,7 @@ def in_thread(state: Any, ctx: dict[str, Any]) -> Any:
 
 
 async def of_state(state: Any, ctx: dict[str, Any]) -> Any:
-    return {"text": 1}["client"]  # type: ignore[index]
+    return {"text": 1}["client"]
 
 
 async def deeper(state: Any, ctx: dict[str, Any]) -> Any:
@@ -102,7 +102,7 @@ def on_none_in_thread(state: Any) -> Any:
 
 
 async def wrong_call(state: Any) -> Any:
-    return on_none_in_thread(state, state)  # type: ignore[call-arg]
+    return on_none_in_thread(state, state)
 
 
 @pytest.mark.parametrize("func", [on_none, on_none_in_thread, wrong_call])

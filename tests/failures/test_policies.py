@@ -8,20 +8,10 @@ import math
 from typing import Any
 
 import pytest
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
 from tests.kit import NEVER, Num, node, quick
 
-from stroma import (
-    FailureClass,
-    FailurePolicy,
-    NodeContext,
-    RunStatus,
-    StromaRunner,
-    Suspend,
-    classify,
-)
+from stroma import FailureClass, FailurePolicy, NodeContext, RunStatus, StromaRunner, Suspend, classify
 from stroma.failures import ItemFailure
 
 
@@ -88,9 +78,9 @@ def test_a_suspension_says_what_it_waits_for() -> None:
     """Its reason is kept as given, and what is no model is named in the refusal."""
     assert Suspend("the boss", schema=Num).reason == "the boss"
     with pytest.raises(TypeError, match=r"^the schema of Suspend must be a pydantic model, got .*int.*"):
-        Suspend("the boss", schema=int)  # type: ignore[arg-type]
+        Suspend("the boss", schema=int)
     with pytest.raises(TypeError, match=r"^the reason of Suspend must be a string, got "):
-        Suspend(None)  # type: ignore[arg-type]
+        Suspend(None)
 
 
 @pytest.mark.core

@@ -245,7 +245,7 @@ async def test_a_server_that_asks_for_too_long_stops_the_run(
     assert (result.failure.reason, result.failure.retry_after_seconds) == ("rate_limit", 3600)
     lines = [r for r in caplog.records if "come back in 3600 s" in r.getMessage()]
     assert lines
-    assert lines[0].run_id == result.run_id  # type: ignore[attr-defined]
+    assert lines[0].run_id == result.run_id
 
 
 async def test_max_retry_after_seconds_is_the_users(provider: Server, delays: list[float]) -> None:
@@ -379,7 +379,7 @@ def test_x_should_retry_is_obeyed(
     """x-should-retry overrules the status both ways, but not an exhausted quota or a wrong key."""
     headers = {"X-Should-Retry": wish, "retry-after": "3"}
     error = error_of(lambda: ASK[sdk](provider.url(Answer(status, {"error": {"type": code}}, headers))))
-    assert read_provider_error(error) == Verdict(*expected, 3)  # type: ignore[arg-type]
+    assert read_provider_error(error) == Verdict(*expected, 3)
 
 
 def test_a_status_that_says_nothing_is_ambiguous(provider: Server) -> None:
@@ -461,7 +461,7 @@ def test_what_a_transport_error_means(
         lambda: client.post(where, timeout=options(url)["timeout"] if isinstance(url, Answer) else None)
     )
     assert type(error).__name__ in raised
-    assert read_provider_error(error) == Verdict(*expected)  # type: ignore[arg-type]
+    assert read_provider_error(error) == Verdict(*expected)
 
 
 @pytest.mark.parametrize("client", HTTPX, ids=lambda module: module.__name__)

@@ -245,7 +245,7 @@ async def test_the_bound_of_a_flow_holds_for_what_it_runs_inside(way: str) -> No
         await call(what)
         at_work.pop()
 
-    world._call = counted  # type: ignore[method-assign]
+    world._call = counted
 
     @stroma_flow("inner", input=Num, output=Num)
     async def inner(flow: Flow, state: Num) -> Num:

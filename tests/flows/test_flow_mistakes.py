@@ -39,7 +39,7 @@ async def test_a_wrong_output_class() -> None:
     """A flow that returns another class than its output is FAILED, and says which it must return."""
 
     async def body(flow: Flow, state: Num) -> Num:
-        return Text(text="x")  # type: ignore[return-value]
+        return Text(text="x")
 
     result = await quick().run(a_flow(body), Num())
     assert result.status is RunStatus.FAILED
@@ -57,7 +57,7 @@ async def test_an_invalid_input() -> None:
     class Needed(BaseModel):
         needed: int
 
-    result = await quick().run(stroma_flow("f", input=Needed, output=Num)(body), Text(text="x"))  # type: ignore[arg-type]
+    result = await quick().run(stroma_flow("f", input=Needed, output=Num)(body), Text(text="x"))
     assert result.status is RunStatus.FAILED
     assert result.failure is not None
     assert "Contract violation for 'f' (input): needed" in result.failure.message
@@ -82,7 +82,7 @@ async def test_a_step_that_is_never_awaited() -> None:
     """Python's warning names the step that was not awaited."""
 
     async def body(flow: Flow, state: Num) -> Num:
-        flow.step(add, state)  # type: ignore[unused-coroutine]
+        flow.step(add, state)
         return state
 
     with pytest.warns(RuntimeWarning, match=r"flow\.step\(add\).* was never awaited"):
@@ -139,15 +139,15 @@ async def test_wrong_arguments() -> None:
 
     async def body(flow: Flow, state: Num) -> Num:
         wrong: list[Any] = [
-            lambda: flow.step(len, state),  # type: ignore[arg-type, call-overload]
+            lambda: flow.step(len, state),
             lambda: flow.step(add, {"n": 1}),
             lambda: flow.step(other, state),
-            lambda: flow.step([add, add], state),  # type: ignore[arg-type, call-overload]
+            lambda: flow.step([add, add], state),
             lambda: flow.run(add, state),
             lambda: flow.map(add, [1]),
-            lambda: flow.map([add, add], [state]),  # type: ignore[arg-type, call-overload]
-            lambda: flow.wait_for(int, reason="x"),  # type: ignore[type-var]
-            lambda: flow.wait_for(Num, reason=None),  # type: ignore[arg-type]
+            lambda: flow.map([add, add], [state]),
+            lambda: flow.wait_for(int, reason="x"),
+            lambda: flow.wait_for(Num, reason=None),
             lambda: flow.sleep(1, until=datetime.now()),
             lambda: flow.sleep(until=datetime.now()),
         ]
@@ -193,7 +193,7 @@ async def test_wrong_definitions() -> None:
     async def short(flow: Flow) -> Num:
         return Num()
 
-    async def bare(flow, state):  # type: ignore[no-untyped-def]
+    async def bare(flow, state):
         return state
 
     async def body(flow: Flow, state: Num) -> Text:
@@ -208,7 +208,7 @@ async def test_wrong_definitions() -> None:
         (body, {"input": Text, "output": Text}, "has input=Text, and its function is annotated with Num"),
     ):
         with pytest.raises(TypeError, match=said):
-            stroma_flow("f", **options)(function)  # type: ignore[call-overload]
+            stroma_flow("f", **options)(function)
 
 
 async def test_a_flow_in_the_place_of_a_node() -> None:
@@ -242,7 +242,7 @@ async def test_a_flow_may_be_called_as_a_part_of_another() -> None:
     inner = a_flow(part)
 
     async def body(flow: Flow, state: Num) -> Num:
-        return await inner(flow, await inner(flow, state))  # type: ignore[no-any-return]
+        return await inner(flow, await inner(flow, state))
 
     result = await quick().run(a_flow(body), Num())
     assert [event.branch for event in result.trace] == ["add#0", "add#1"]

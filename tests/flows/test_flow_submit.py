@@ -109,9 +109,9 @@ async def test_a_submission_that_fails(store: Any) -> None:
         with pytest.raises(ValueError, match="run id"):
             await flow.submit(child, state, run_id="")
         with pytest.raises(TypeError, match="pydantic model"):
-            await flow.submit(child, {"n": 1})  # type: ignore[call-overload]
+            await flow.submit(child, {"n": 1})
         with pytest.raises(TypeError, match="takes a flow or a Pipeline"):
-            await flow.submit(world.step("x"), state)  # type: ignore[call-overload]
+            await flow.submit(world.step("x"), state)
         with pytest.raises(TypeError, match="starts with"):
             await flow.submit(Pipeline("group", [parallel(world.step("a"), world.step("b"))]), state)
         return state

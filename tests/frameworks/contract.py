@@ -25,14 +25,7 @@ from tests.frameworks.kit import (
     tree,
 )
 
-from stroma import (
-    BudgetExceeded,
-    ContractViolation,
-    ExecutionBudget,
-    FailureClass,
-    RunStatus,
-    SQLiteStore,
-)
+from stroma import BudgetExceeded, ContractViolation, ExecutionBudget, FailureClass, RunStatus, SQLiteStore
 from stroma.adapters import Guard, UnknownNode
 from stroma.adapters._step import causes
 

@@ -19,10 +19,7 @@ NAME = os.environ["STROMA_TEST_FRAMEWORK"]
 
 
 #: Its page, and the pages about coming from it.
-PAGES = [
-    *(DOCS / "adapters").glob(f"{NAME}.md"),
-    *sorted((DOCS / "migration").glob(f"from-{NAME}*.md")),
-]
+PAGES = [*(DOCS / "adapters").glob(f"{NAME}.md"), *sorted((DOCS / "migration").glob(f"from-{NAME}*.md"))]
 #: DBOS is no framework with an adapter.
 EXAMPLES = [] if NAME == "dbos" else [ROOT / "examples" / f"adapter_{NAME}.py"]
 

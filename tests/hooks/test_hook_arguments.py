@@ -98,7 +98,7 @@ def lying(*arguments: Any) -> Any:
     return plain(arguments[0])
 
 
-lying.__signature__ = inspect.Signature([])  # type: ignore[attr-defined]
+lying.__signature__ = inspect.Signature([])
 
 RIGHT: dict[str, Any] = {
     "decorated": loose(plain),
@@ -138,7 +138,7 @@ def test_the_arguments_are_those_that_hooks_are_called_with(event: str) -> None:
 def test_a_hook_that_is_set_later_is_refused_by_the_config() -> None:
     """A set of hooks that was changed since it was made is looked at when a config gets it."""
     hooks = NodeHooks()
-    hooks.on_node_start = plain  # type: ignore[assignment]
+    hooks.on_node_start = plain
     for make in (
         lambda: RunConfig(hooks=hooks),
         lambda: RunConfig(hooks=[NodeHooks(), hooks]),

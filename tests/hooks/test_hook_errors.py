@@ -29,12 +29,12 @@ async def test_no_hooks_may_be_said_with_none() -> None:
     """hooks=None means none, alone and composed."""
     seen: list[str] = []
     assert (await StromaRunner.quick(hooks=None).run([node("a", same)], Num())).status is RunStatus.COMPLETED
-    config = RunConfig(hooks=None)  # type: ignore[arg-type]
+    config = RunConfig(hooks=None)
     runner = StromaRunner(
         quick_without_retries().registry, quick_without_retries().checkpoint_manager, config
     )
     assert (await runner.run([node("a", same)], Num())).status is RunStatus.COMPLETED
-    composed = record_hooks(seen) | None  # type: ignore[operator]
+    composed = record_hooks(seen) | None
     await quick_without_retries(hooks=composed).run([node("a", same)], Num())
     assert seen == ["run_start", "start a", "success a", "run_end"]
 
@@ -108,7 +108,7 @@ async def test_a_hook_of_a_run_that_is_closed(raises: bool, caplog: pytest.LogCa
             next(step)
         run.close()
     (error,) = [record for record in caplog.records if "on_node_cancelled" in record.getMessage()]
-    assert error.run_id == "closed"  # type: ignore[attr-defined]
+    assert error.run_id == "closed"
     assert "cancelled" in error.getMessage().split("(", 1)[1]
     assert ("the run goes on" in error.getMessage()) is raises
     assert ("was cut short" in error.getMessage()) is not raises
@@ -207,11 +207,11 @@ async def test_the_error_of_a_sync_hook_has_the_result_of_a_step() -> None:
         return state, 5
 
     runner = quick()
-    config = RunConfig(hooks=NodeHooks(on_node_success=lambda *_: None))  # type: ignore[arg-type,return-value]
+    config = RunConfig(hooks=NodeHooks(on_node_success=lambda *_: None))
     ctx = ReliabilityContext.for_run(config, runner.registry, runner.checkpoint_manager)
     with pytest.raises(TypeError, match="on_node_success") as caught:
         await execute_step("a", same, Num(), ctx)
-    result = caught.value.result  # type: ignore[attr-defined]
+    result = caught.value.result
     assert (result.status, result.total_tokens) == (RunStatus.INTERRUPTED, 5)
     assert [event.outcome for event in result.trace] == ["success"]
 

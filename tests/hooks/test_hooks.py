@@ -162,11 +162,7 @@ def waiting(node_id: str = "waiting") -> tuple[Any, asyncio.Event]:
 
 def quick(*hooks: Any, **config: Any) -> StromaRunner:
     sets = [item.hooks if isinstance(item, Recorder) else item for item in hooks]
-    inputs: dict[str, Any] = {
-        "policy_map": ONCE,
-        "run_id": "r",
-        "hooks": sets[0] if len(sets) == 1 else sets,
-    }
+    inputs: dict[str, Any] = {"policy_map": ONCE, "run_id": "r", "hooks": sets[0] if len(sets) == 1 else sets}
     return StromaRunner.quick(**(inputs | config))
 
 
@@ -742,7 +738,7 @@ async def test_a_def_that_returns_nothing_and_was_set_later_raises_at_its_call()
     """A sync function that nobody checked makes run() raise the TypeError at its call."""
     hooks = NodeHooks()
     runner = quick(hooks)
-    hooks.on_node_start = plain_hook  # type: ignore[assignment]
+    hooks.on_node_start = plain_hook
     with pytest.raises(HookNotAsync, match=f"hook {START} of node 'plus' is not async: .* returned NoneType"):
         await runner.run([plus], State())
 
@@ -825,7 +821,7 @@ async def test_not_async(name: str, hook: Any) -> None:
         await quick(NodeHooks(**{name: hook}), **config).run(nodes, State())
     assert name in str(caught.value)
     assert repr(hook) in str(caught.value)
-    result = caught.value.result  # type: ignore[attr-defined]
+    result = caught.value.result
     assert isinstance(result, ExecutionResult)
     assert result.run_id == "r"
     assert [(e.node_id, e.outcome) for e in result.trace] == {
@@ -853,7 +849,7 @@ async def test_not_async_is_raised_once_all_is_recorded(seen: Recorder) -> None:
 
     with pytest.raises(TypeError) as caught:
         await quick(wrong, store=store).run([n, plus], State())
-    result = caught.value.result  # type: ignore[attr-defined]
+    result = caught.value.result
     assert result.total_tokens == 10
     assert await store.load("r", "n") == State(value=7)
     again = await quick(seen, store=store, resume=True).run([n, plus], State())
@@ -866,7 +862,7 @@ async def test_the_result_on_the_error_has_the_last_committed_state() -> None:
     wrong = NodeHooks(on_node_success=sync_hook)
     with pytest.raises(TypeError) as caught:
         await quick(wrong).run([plus, plus_two], State())
-    result = caught.value.result  # type: ignore[attr-defined]
+    result = caught.value.result
     assert result.status is RunStatus.INTERRUPTED
     assert result.final_state == State(value=1)
 
@@ -1068,7 +1064,7 @@ async def test_a_cancelled_hook_that_is_not_async(seen: Recorder, caplog: pytest
     """A cancelled run raises CancelledError also if its on_node_cancelled is not async; the log says what is
     wrong."""
     waits, started = waiting()
-    wrong = NodeHooks(on_node_cancelled=lambda *_: None)  # type: ignore[arg-type, return-value]
+    wrong = NodeHooks(on_node_cancelled=lambda *_: None)
     task = asyncio.create_task(quick(wrong, seen).run([waits], State()))
     await cancelled_after(task, started)
     seen.assert_paired()

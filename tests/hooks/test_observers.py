@@ -120,7 +120,7 @@ async def test_what_at_end_raises_changes_nothing(caplog: pytest.LogCaptureFixtu
     async def start(*_: Any) -> None:
         node = current_node()
         node.at_end(lambda: calls.append("called"))
-        node.at_end(lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+        node.at_end(lambda: 1 // 0)
 
     runner = quick(hooks=NodeHooks(on_node_start=start))
 

@@ -32,12 +32,7 @@ RESERVE_CENTS = 20
 
 def budget(store: Any, **options: Any) -> SharedBudget:
     return SharedBudget(
-        "team-a",
-        max_cost_usd=10,
-        per="month",
-        store=store,
-        reserve_usd=RESERVE_CENTS / 100,
-        **options,
+        "team-a", max_cost_usd=10, per="month", store=store, reserve_usd=RESERVE_CENTS / 100, **options
     )
 
 

@@ -186,12 +186,12 @@ def test_the_host_is_read_off_the_exception() -> None:
     response = requests.Response()
     response.url = "https://other.example.com/v1"
     assert host_of(requests.HTTPError("no", response=response)) == "other.example.com"
-    assert host_of(urllib.error.HTTPError("http://a.example.com/x", 500, "no", None, None)) == "a.example.com"  # type: ignore[arg-type]
+    assert host_of(urllib.error.HTTPError("http://a.example.com/x", 500, "no", None, None)) == "a.example.com"
     shaped = Wrapper("x")
-    shaped.request_info = SimpleNamespace(real_url=SimpleNamespace(host="b.example.com"))  # type: ignore[attr-defined]
+    shaped.request_info = SimpleNamespace(real_url=SimpleNamespace(host="b.example.com"))
     assert host_of(shaped) == "b.example.com"
     endpoint = Wrapper("x")
-    endpoint.kwargs = {"endpoint_url": "https://bedrock.example.com/"}  # type: ignore[attr-defined]
+    endpoint.kwargs = {"endpoint_url": "https://bedrock.example.com/"}
     assert host_of(endpoint) == "bedrock.example.com"
     for nothing in (ValueError("x"), httpx.ConnectError("no"), Wrapper()):
         assert host_of(nothing) is None
@@ -206,7 +206,7 @@ class Hostile(Exception):
 def test_a_host_that_makes_no_sense(url: Any) -> None:
     """Whatever stands in its place is no host, and no error."""
     error = Wrapper("x")
-    error.url = url  # type: ignore[attr-defined]
+    error.url = url
     assert host_of(error) is None
     assert host_of(Hostile()) is None
 
@@ -474,4 +474,4 @@ def test_copies_of_a_config_share_the_breaker() -> None:
     config = RunConfig(breaker=Breaker())
     assert copy.deepcopy(config).breaker is copy.copy(config).breaker is config.breaker
     with pytest.raises(ValueError, match="breaker"):
-        RunConfig(breaker=True)  # type: ignore[arg-type]
+        RunConfig(breaker=True)

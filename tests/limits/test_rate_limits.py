@@ -609,14 +609,14 @@ def test_a_config_refuses_what_cannot_be() -> None:
     with pytest.raises(ValueError, match=r"node_limits\['call'\] names an unknown limit 'lm'"):
         RunConfig(limits={"llm": limit}, node_limits={"call": "lm"})
     with pytest.raises(ValueError, match=r"limits\['llm'\] must be a Limit, got 5"):
-        RunConfig(limits={"llm": 5})  # type: ignore[dict-item]
+        RunConfig(limits={"llm": 5})
     with pytest.raises(ValueError, match=r'limits must be a dict, got 5; pass {"name": Limit'):
-        RunConfig(limits=5)  # type: ignore[arg-type]
+        RunConfig(limits=5)
     for name in ("", "\0"):
         with pytest.raises(ValueError):
             RunConfig(limits={name: limit})
     with pytest.raises(TypeError, match="cannot store limit 'llm'"):
-        RunConfig(limits={"llm": Limit(concurrent=1, store=5)})  # type: ignore[arg-type]
+        RunConfig(limits={"llm": Limit(concurrent=1, store=5)})
     config = RunConfig(limits={"a:b*é": limit})
     assert copy.deepcopy(config).limits["a:b*é"] is limit
 

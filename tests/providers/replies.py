@@ -170,7 +170,7 @@ _TOOL_EVENTS = [
             **_MESSAGE,
             "content": [],
             "stop_reason": None,
-            "usage": {**_MESSAGE["usage"], "output_tokens": 3, "service_tier": "priority"},  # type: ignore[dict-item]
+            "usage": {**_MESSAGE["usage"], "output_tokens": 3, "service_tier": "priority"},
         },
     },
     {
@@ -207,9 +207,7 @@ _MISTRAL = {
     "object": "chat.completion",
     "created": 1,
     "model": "mistral-small-latest",
-    "choices": [
-        {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "hi"}},
-    ],
+    "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "hi"}}],
     "usage": {"prompt_tokens": 90, "completion_tokens": 11, "total_tokens": 101},
 }
 _MISTRAL_CHUNK = {

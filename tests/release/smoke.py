@@ -58,7 +58,7 @@ async def run(**options: object) -> stroma.ExecutionResult:
     calls: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         async with stroma.SQLiteStore(Path(folder, "runs.db")) as store:
-            runner = stroma.StromaRunner.quick(store=store, **options)  # type: ignore[arg-type]
+            runner = stroma.StromaRunner.quick(store=store, **options)
             nodes = pipeline(calls)
             result = await runner.run(nodes, Text(text="three small words"), run_id="smoke")
             again = await runner.run(nodes, Text(text="three small words"), run_id="smoke", resume=True)

@@ -62,7 +62,7 @@ class Page:
 
     async def read(self, events: AsyncIterator[StreamEvent], limit: int | None = None) -> bool:
         """Apply events, at most ``limit``; return False if there are no more."""
-        async with aclosing(events) as iterator:  # type: ignore[type-var]
+        async with aclosing(events) as iterator:
             async for event in iterator:
                 self.take(event)
                 limit = None if limit is None else limit - 1

@@ -94,7 +94,7 @@ def test_what_is_no_set_of_hooks_is_told_when_it_is_given(value: Any) -> None:
             "milliseconds, got 0.5; pass 500 for 0.5 seconds",
         ),
         (
-            lambda: StromaRunner.quick(node_timeouts={"a": timedelta(seconds=3)}),  # type: ignore[dict-item]
+            lambda: StromaRunner.quick(node_timeouts={"a": timedelta(seconds=3)}),
             ValueError,
             r"milliseconds, got datetime.timedelta\(seconds=3\); pass 3000 for 3 seconds",
         ),
@@ -104,40 +104,40 @@ def test_what_is_no_set_of_hooks_is_told_when_it_is_given(value: Any) -> None:
             r"contract_retries\['a'\] must be at least 0",
         ),
         (
-            lambda: StromaRunner.quick(classifiers=[FailureClass.TERMINAL]),  # type: ignore[list-item]
+            lambda: StromaRunner.quick(classifiers=[FailureClass.TERMINAL]),
             TypeError,
             r"classifiers\[0\] must be callable, got .*; pass a function of \(exception, context\)",
         ),
         (
-            lambda: StromaRunner.quick(classifiers=no_classifier),  # type: ignore[arg-type]
+            lambda: StromaRunner.quick(classifiers=no_classifier),
             TypeError,
             "classifiers must be a list of functions, got <function no_classifier",
         ),
         (
-            lambda: StromaRunner.quick(classifiers=[no_classifier]),  # type: ignore[list-item]
+            lambda: StromaRunner.quick(classifiers=[no_classifier]),
             TypeError,
             r"classifiers\[0\] must not be async, got .*; define it with def",
         ),
-        (lambda: StromaRunner.quick(redact=5), TypeError, "redact must be callable, got 5"),  # type: ignore[arg-type]
-        (lambda: NodeHooks(on_node_start=5), TypeError, "on_node_start must be callable, got 5"),  # type: ignore[arg-type]
-        (lambda: StromaRunner.quick().with_context(5), ValueError, "instance of dict"),  # type: ignore[arg-type]
+        (lambda: StromaRunner.quick(redact=5), TypeError, "redact must be callable, got 5"),
+        (lambda: NodeHooks(on_node_start=5), TypeError, "on_node_start must be callable, got 5"),
+        (lambda: StromaRunner.quick().with_context(5), ValueError, "instance of dict"),
         (
             lambda: FallbackPolicy("a", "b", 80),
             ValueError,
             "at_budget_pct must be a share from 0 to 1, got 80",
         ),
         (
-            lambda: StromaRunner(ContractRegistry(), CheckpointManager(InMemoryStore()), {}),  # type: ignore[arg-type]
+            lambda: StromaRunner(ContractRegistry(), CheckpointManager(InMemoryStore()), {}),
             TypeError,
             r"config must be a RunConfig, got \{\}; pass RunConfig\(\.\.\.\)",
         ),
         (
-            lambda: StromaRunner.quick().run_sync([], Num),  # type: ignore[call-overload]
+            lambda: StromaRunner.quick().run_sync([], Num),
             TypeError,
             r"the initial state must be an instance, got the class Num; pass Num\(\.\.\.\)",
         ),
         (
-            lambda: StromaRunner.quick().node("a", input=Num, output=Num)(Num()),  # type: ignore[call-overload]
+            lambda: StromaRunner.quick().node("a", input=Num, output=Num)(Num()),
             TypeError,
             "it is not callable",
         ),

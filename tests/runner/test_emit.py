@@ -163,7 +163,7 @@ async def test_a_reader_that_stands_still() -> None:
     async with quick(policy_map=NEVER).stream(
         [node("a", func), node("b", func), node("c", func)], Num()
     ) as stream:
-        await asyncio.wait({stream._run._task})  # type: ignore[arg-type]
+        await asyncio.wait({stream._run._task})
         events = [event async for event in stream]
     assert [(event.kind, event.details.get("dropped")) for event in events if event.kind != "node_event"] == [
         ("run_start", None),
@@ -217,9 +217,9 @@ def test_a_hub_takes_events_of_running_attempts_only() -> None:
         reader = hub.add_reader()
         hub.emit(here, "1-2", "delta", "early")
         hub.emit(here, "1-1", "delta", "in time")
-        hub.publish(end, "run", "a", attempt_id="1-1")  # type: ignore[arg-type]
+        hub.publish(end, "run", "a", attempt_id="1-1")
         hub.emit(here, "1-1", "delta", "late")
-        assert [reader.take().data for _ in range(2)] == ["in time", None]  # type: ignore[union-attr]
+        assert [reader.take().data for _ in range(2)] == ["in time", None]
         assert reader.take() is None
 
 

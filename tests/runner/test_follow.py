@@ -225,7 +225,7 @@ async def test_a_suspension_says_what_the_run_waits_for(store: Any) -> None:
 
     await runner.run(ask, Num(n=1), run_id="run")
     page = Page()
-    async with aclosing(runner.follow("run")) as events:  # type: ignore[type-var]
+    async with aclosing(runner.follow("run")) as events:
         async for event in events:
             page.take(event)
             if event.kind == "run_suspended":
@@ -365,7 +365,7 @@ async def test_a_run_that_is_deleted_or_restarted_meanwhile(store: Any, way: str
     run = await started(runner, [node("wait", wait, output=Text)])
     page = Page()
     with pytest.raises(CheckpointNotFound, match="there is no run" if way == "delete" else "restarted"):
-        async with aclosing(runner.follow("run")) as events:  # type: ignore[type-var]
+        async with aclosing(runner.follow("run")) as events:
             async for event in events:
                 page.take(event)
                 if event.kind == "node_event":
@@ -416,7 +416,7 @@ async def test_a_follower_that_stands_still(store: Any) -> None:
     runner = runner_of(store)
     first = await started(runner, talk)
     page = Page()
-    async with aclosing(runner.follow("run")) as events:  # type: ignore[type-var]
+    async with aclosing(runner.follow("run")) as events:
         page.take(await anext(events))
         await first
         assert (await runner.run(talk, Num(n=1), run_id="other")).status == "COMPLETED"
@@ -438,7 +438,7 @@ async def test_a_follower_that_stands_still_holds_one_page(one_store: Any) -> No
 
     runner = runner_of(one_store)
     run = await started(runner, [node("flood", flood, output=Text)])
-    async with aclosing(runner.follow("run")) as events:  # type: ignore[type-var]
+    async with aclosing(runner.follow("run")) as events:
         await anext(events)
         await run
         await asyncio.sleep(1.1)  # Shared reads are forgotten.

@@ -93,10 +93,7 @@ async def test_groups_inside_a_group_that_is_tried_again() -> None:
         counted(calls, "a", {"n": 1}), counted(calls, "b", {"m": 2}, output=M), max_concurrency=1
     )
     outer = parallel(inner, counted(calls, "c", down, down, {"n": 4}), max_concurrency=1)
-    runner = StromaRunner.quick(
-        policy_map=NEVER,
-        node_policies={outer.node_id: TWICE},
-    )
+    runner = StromaRunner.quick(policy_map=NEVER, node_policies={outer.node_id: TWICE})
     result = await runner.run([outer], Num())
     assert result.status is RunStatus.COMPLETED
     assert calls == ["a", "b", "c", "c", "c"]

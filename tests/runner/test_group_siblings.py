@@ -5,9 +5,7 @@ import collections
 from typing import Any
 
 import pytest
-from pydantic import (
-    BaseModel,
-)
+from pydantic import BaseModel
 from tests.fixtures import store_fixture
 from tests.kit import (
     NEVER,

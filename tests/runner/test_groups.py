@@ -67,8 +67,8 @@ def bare(node_id: str, func: Any) -> Any:
     async def marked(state: Any) -> Any:
         return await func(state)
 
-    marked._stroma_node_id = node_id  # type: ignore[attr-defined]
-    marked._stroma_contract = None  # type: ignore[attr-defined]
+    marked._stroma_node_id = node_id
+    marked._stroma_contract = None
     return marked
 
 
@@ -191,9 +191,9 @@ def test_groups_refuse_nonsense_when_they_are_made() -> None:
         map_over("items", giving({}), into="out")
     for bad in (0, -1, 1.5):
         with pytest.raises(ValueError, match="max_concurrency"):
-            parallel(child, max_concurrency=bad)  # type: ignore[arg-type]
+            parallel(child, max_concurrency=bad)
         with pytest.raises(ValueError, match="max_concurrency"):
-            map_over("items", child, into="out", max_concurrency=bad)  # type: ignore[arg-type]
+            map_over("items", child, into="out", max_concurrency=bad)
 
 
 # ---------------------------------------------------------------------- trace and hooks
@@ -258,11 +258,7 @@ async def test_the_first_failing_child_cancels_and_awaits_its_siblings() -> None
     assert cleaned == ["sibling"]
     assert len(asyncio.all_tasks()) == 1
     assert result.status is RunStatus.PARTIAL
-    assert log.lines[3:] == [
-        f"failure fails {A}",
-        "cancelled hangs",
-        f"failure parallel(hangs, fails) {A}",
-    ]
+    assert log.lines[3:] == [f"failure fails {A}", "cancelled hangs", f"failure parallel(hangs, fails) {A}"]
     (event,) = result.trace
     assert [(c.node_id, c.outcome) for c in event.children] == [("fails", "failure"), ("hangs", "cancelled")]
 
@@ -282,7 +278,7 @@ async def test_the_childs_own_exception_and_class_come_out(error: Exception, dep
     result = await quick(
         policy_map=NEVER, classifiers=[lambda e, c: T if isinstance(e, LookupError) else None]
     ).run([group], Num())
-    want = {ValueError: A, TimeoutError: R, LookupError: T}[type(error)]  # type: ignore[index]
+    want = {ValueError: A, TimeoutError: R, LookupError: T}[type(error)]
     assert result.failure is not None
     assert result.failure.exception is error
     assert result.failure.failure_class is want
@@ -733,7 +729,7 @@ async def test_map_over_of_nothing() -> None:
     result = await quick().run([group], Items(items=[]))
     assert result.status is RunStatus.COMPLETED
     assert result.final_state is not None
-    assert result.final_state.out == []  # type: ignore[attr-defined]
+    assert result.final_state.out == []
 
 
 async def test_items_are_retried_on_their_own() -> None:
@@ -857,8 +853,8 @@ async def test_map_over_what_no_class_names_the_fields_of(contract: Any, returne
     marked = (
         None if contract is None else NodeContract(node_id="free", input_schema=Num, output_schema=contract)
     )
-    first = stroma_node("free", marked)(free)  # type: ignore[arg-type]
-    last = stroma_node("end", None)(end)  # type: ignore[arg-type]
+    first = stroma_node("free", marked)(free)
+    last = stroma_node("end", None)(end)
     group = map_over("items", node("shout", shout, Word, Word), into="out")
     result = await quick().run([first, group, last], Num())
     assert result.status is RunStatus.COMPLETED, result.failure
@@ -874,7 +870,7 @@ async def test_a_list_that_is_not_there_is_told_with_what_is() -> None:
     async def free(state: Any) -> Any:
         return {"things": [], "more": 1}
 
-    first = stroma_node("free", None)(free)  # type: ignore[arg-type]
+    first = stroma_node("free", None)(free)
     result = await quick().run([first, map_over("items", node("a", giving({})), into="out")], Num())
     assert result.failure is not None
     assert result.failure.message == (
@@ -891,7 +887,7 @@ async def test_keys_that_are_no_names_are_refused(how: str) -> None:
     async def free(state: Any) -> Any:
         return {"items": [1], 7: "seven"}
 
-    first = stroma_node("free", None)(free)  # type: ignore[arg-type]
+    first = stroma_node("free", None)(free)
     nodes = (
         [parallel(first)]
         if how == "parallel"
@@ -926,7 +922,7 @@ async def test_map_over_keeps_extra_fields() -> None:
         return state
 
     group = map_over("items", node("same", same, One, One), into="out")
-    result = await quick().run([group], Wide(items=[1], raw=b"\x00\xff", more={"k": [1]}))  # type: ignore[call-arg]
+    result = await quick().run([group], Wide(items=[1], raw=b"\x00\xff", more={"k": [1]}))
     assert result.status is RunStatus.COMPLETED, result.failure
     state: Any = result.final_state
     assert (state.raw, state.more, state.out) == (b"\x00\xff", {"k": [1]}, [One(item=1)])

@@ -132,7 +132,7 @@ async def test_a_node_that_swallows_its_cancellation_ends_the_run_all_the_same(s
 
     async def run() -> Any:
         result = await quick(store).run(nodes, Num(), run_id="r")
-        left.append(asyncio.current_task().cancelling())  # type: ignore[union-attr]
+        left.append(asyncio.current_task().cancelling())
         return result
 
     task = asyncio.create_task(run())
@@ -181,9 +181,9 @@ async def test_a_run_whose_loop_was_closed_can_be_cancelled(tmp_path: Path) -> N
             loop.close()
 
         await asyncio.to_thread(leave)
-        assert store.get_run("r").holder is not None  # type: ignore[union-attr]
+        assert store.get_run("r").holder is not None
         assert await quick(store).cancel("r")
-        assert store.get_run("r").status == "CANCELLED"  # type: ignore[union-attr]
+        assert store.get_run("r").status == "CANCELLED"
         entries[0]._log_destroy_pending = False
 
 
@@ -258,8 +258,8 @@ async def test_a_fork_behind_a_group_and_a_node_without_a_contract(store: Any) -
     async def last(state: Any) -> Any:
         return {"n": state.n * 10, "more": str(getattr(state, "more", ""))}
 
-    loose._stroma_node_id = "loose"  # type: ignore[attr-defined]
-    loose._stroma_contract = None  # type: ignore[attr-defined]
+    loose._stroma_node_id = "loose"
+    loose._stroma_contract = None
     contract: NodeContract[Any, Any] = NodeContract(node_id="last", input_schema=Free, output_schema=Free)
     work = Work()
     work.gate.set()
@@ -291,7 +291,7 @@ async def test_what_cannot_be_forked(store: Any) -> None:
     with pytest.raises(RunExists):
         await quick(store).fork("r", work.nodes, at="b", new_run_id="r")
     with pytest.raises(TypeError, match="must be a pydantic model"):
-        await quick(store).fork("r", work.nodes, at="b", state={"n": 1}, new_run_id="stray")  # type: ignore[arg-type]
+        await quick(store).fork("r", work.nodes, at="b", state={"n": 1}, new_run_id="stray")
     assert store.get_run("stray") is None
 
 
@@ -319,7 +319,7 @@ async def test_many_runs(store: Any) -> None:
     events: list[int] = []
     outcomes = await quick(store).run_many(
         nodes,
-        (Num(n=i) if i != 5 else None for i in range(20)),  # type: ignore[misc]
+        (Num(n=i) if i != 5 else None for i in range(20)),
         max_concurrency=4,
         run_ids=lambda number, state: f"run {number}",
         on_result=lambda number, outcome: events.append(number),

@@ -306,7 +306,7 @@ async def test_a_store_that_is_away_is_asked_again(caplog: pytest.LogCaptureFixt
             raise StoreError("the server is away")
         return await claim(request)
 
-    store.claim = failing  # type: ignore[method-assign]
+    store.claim = failing
     world = World()
     sleepy = _sleepy(world)
     with FakeClock() as fake:
@@ -345,7 +345,7 @@ async def test_wrong_arguments(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match="poll_seconds"):
         await runner.serve(one, poll_seconds=0)
     with pytest.raises(TypeError, match="pass a flow or Pipeline"):
-        await runner.serve([a])  # type: ignore[arg-type]
+        await runner.serve([a])
     with pytest.raises(TypeError, match="starts with"):
         await runner.serve(Pipeline("group", [parallel(a, world.step("b"))]))
 

@@ -129,11 +129,7 @@ async def test_groups_and_maps_are_told() -> None:
     events = [event async for event in quick().stream(pipeline, Num())]
     places = [(e.node_id, e.position, e.branch) for e in events if e.kind == "node_success"]
     assert sorted(places[:3], key=str) == [("a", 0, "0"), ("b", 0, "1"), ("parallel(a, b)", 0, "")]
-    assert sorted(places[3:], key=str) == [
-        ("c", 1, "0"),
-        ("c", 1, "1"),
-        ("map_over(<lambda>, c)", 1, ""),
-    ]
+    assert sorted(places[3:], key=str) == [("c", 1, "0"), ("c", 1, "1"), ("map_over(<lambda>, c)", 1, "")]
     progress = [e.progress for e in events if e.progress is not None]
     assert (progress[-1].done, progress[-1].total, progress[-1].ended) == (2, 2, True)
     assert all(e.event.children == [] for e in events if e.event is not None)
@@ -236,7 +232,7 @@ async def test_only_the_newest_progress_is_kept() -> None:
     reader = EventHub().add_reader()
     for one in (event(1), event(2), event(3, position=1), event(4, "node_start"), event(5), event(6)):
         reader.put(one)
-    assert [reader.take().number for _ in range(4)] == [2, 3, 4, 6]  # type: ignore[union-attr]
+    assert [reader.take().number for _ in range(4)] == [2, 3, 4, 6]
     assert reader.take() is None
 
 
@@ -490,7 +486,7 @@ async def test_what_is_refused() -> None:
     """Options that mean nothing are refused where they are written."""
     for options in ({"on_leave": "stay"}, {"buffer": 0}, {"buffer": True}, {"buffer": 1.5}):
         with pytest.raises(ValueError, match=r"on_leave|buffer"):
-            quick().stream([node("a")], Num(), **options)  # type: ignore[arg-type]
+            quick().stream([node("a")], Num(), **options)
 
 
 # ---------------------------------------------------------------------- several readers

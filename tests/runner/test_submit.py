@@ -168,7 +168,7 @@ async def test_wrong_submissions() -> None:
     with pytest.raises(ValidationError):
         await runner.submit(pipeline, Num())
     with pytest.raises(TypeError, match="pass a flow or Pipeline"):
-        await runner.submit([text], Text(text="x"))  # type: ignore[call-overload]
+        await runner.submit([text], Text(text="x"))
     with pytest.raises(TypeError, match="starts with 'parallel"):
         await runner.submit(Pipeline("g", [parallel(text)]), Text(text="x"))
     with pytest.raises(ValueError, match="time zone"):

@@ -14,16 +14,7 @@ from tests.kit import NEVER, Num, node
 from tests.runner.serving import Serving
 from tests.shared_stores import STORES, store_of
 
-from stroma import (
-    Flow,
-    NodeHooks,
-    Pipeline,
-    PipelineChanged,
-    RunStatus,
-    StromaRunner,
-    Suspend,
-    stroma_flow,
-)
+from stroma import Flow, NodeHooks, Pipeline, PipelineChanged, RunStatus, StromaRunner, Suspend, stroma_flow
 from stroma.checkpoint.blocked import BlockedMark, block
 from stroma.checkpoint.queue import ServedCode
 from stroma.checkpoint.records import RunQuery
@@ -188,14 +179,14 @@ async def test_a_list_may_have_a_version(store: Any) -> None:
     await _runner(store).submit(old, Num(), run_id="r")
     assert isinstance(await _runner(store).drive("r", pipelines=[new]), Blocked)
     accepting = Pipeline("p", [world.step("a")], version="2", accepts=("1",))
-    assert (await _runner(store).drive("r", pipelines=[accepting])).status == "COMPLETED"  # type: ignore[union-attr]
+    assert (await _runner(store).drive("r", pipelines=[accepting])).status == "COMPLETED"
 
 
 def test_what_a_version_may_be() -> None:
     """A version is a short text without spaces; accepts= needs one, and is a sequence of versions."""
     for bad in ("", "a b", "a\n", "x" * 101, 2):
         with pytest.raises(ValueError, match="a version must have 1 to 100 printable"):
-            Pipeline("p", [], version=bad)  # type: ignore[arg-type]
+            Pipeline("p", [], version=bad)
     with pytest.raises(ValueError, match="accepts needs version="):
         Pipeline("p", [], accepts=("1",))
     with pytest.raises(TypeError, match=r"pass \('1',\)"):
@@ -324,7 +315,7 @@ async def test_an_open_question_outlives_code_that_does_not_fit(store: Any) -> N
     assert store.waiting(run_id) == waiting
     assert store.get_run(run_id).status == "SUSPENDED"
     ended = await runner.drive(run_id, pipelines=[old])
-    assert ended.result.output == Text(text="yes")  # type: ignore[union-attr]
+    assert ended.result.output == Text(text="yes")
 
 
 @pytest.mark.parametrize("way", ["renamed", "inserted", "waiting", "removed"])
@@ -365,7 +356,7 @@ async def test_a_changed_list_blocks_its_run(store: Any, way: str) -> None:
     assert store.get_run("r").blocked.message == blocked.reason
     assert _stored(store, "r")[1:] == before[1:]
     assert world.calls == calls
-    assert (await runner.drive("r", pipelines=[old])).status == "RESUMED"  # type: ignore[union-attr]
+    assert (await runner.drive("r", pipelines=[old])).status == "RESUMED"
 
 
 async def test_a_death_is_counted_once_however_often_code_does_not_fit(store: Any, clock: Clock) -> None:
@@ -376,7 +367,7 @@ async def test_a_death_is_counted_once_however_often_code_does_not_fit(store: An
     clock.pass_by(hours=2)
     for _ in range(5):
         assert isinstance(await _runner(store, max_recoveries=2).drive("r", pipelines=[new]), Blocked)
-    assert (await _runner(store, max_recoveries=2).drive("r", pipelines=[old])).status == "RESUMED"  # type: ignore[union-attr]
+    assert (await _runner(store, max_recoveries=2).drive("r", pipelines=[old])).status == "RESUMED"
 
 
 async def test_a_queued_run_with_an_input_that_does_not_fit_stays_queued(store: Any) -> None:

@@ -19,13 +19,7 @@ from tests.store_suite.helpers import (
     settled,
 )
 
-from stroma.checkpoint import (
-    CheckpointNotFound,
-    Committed,
-    PipelineChanged,
-    RunExists,
-    StepCall,
-)
+from stroma.checkpoint import CheckpointNotFound, Committed, PipelineChanged, RunExists, StepCall
 from stroma.checkpoint.entries import OF_MAP, RunControl
 from stroma.contracts.schema import schema_of
 from stroma.engine.restore import read_output

@@ -7,10 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from stroma.checkpoint import (
-    RunRequest,
-    Waiting,
-)
+from stroma.checkpoint import RunRequest, Waiting
 from stroma.checkpoint.queue import ClaimRequest, RunLimits
 from stroma.contracts.schema import Schema, schema_of
 from stroma.engine.restore import read_output

@@ -6,17 +6,7 @@ from typing import Any
 
 import pytest
 from tests.store_suite.executions import ExecutionTests
-from tests.store_suite.helpers import (
-    HARD_IDS,
-    State,
-    begin,
-    commit,
-    fail,
-    finish,
-    restored,
-    row,
-    settled,
-)
+from tests.store_suite.helpers import HARD_IDS, State, begin, commit, fail, finish, restored, row, settled
 from tests.store_suite.messages import MessageTests
 from tests.store_suite.ownership import OwnershipTests
 from tests.store_suite.reading import ReadingTests

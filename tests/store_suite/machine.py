@@ -229,8 +229,7 @@ class JournalStoreMachine(StoreComparison, RuleBasedStateMachine):
         commits = self.runs[owner.run_id].last.commits()
         free = [branch for branch in map(str, range(count)) if (position, branch) not in commits]
         self._record(
-            owner,
-            [self._attempt(ModelPlace(position, branch), usage, State(text=branch)) for branch in free],
+            owner, [self._attempt(ModelPlace(position, branch), usage, State(text=branch)) for branch in free]
         )
 
     @rule(
@@ -279,11 +278,7 @@ class JournalStoreMachine(StoreComparison, RuleBasedStateMachine):
             self._assert_raises(Fenced, self._write(stale, *attempt))
         self._compare(stale.run_id)
 
-    @rule(
-        index=_indexes,
-        status=st.sampled_from(ENDS),
-        error=st.sampled_from((None, "why", "é")),
-    )
+    @rule(index=_indexes, status=st.sampled_from(ENDS), error=st.sampled_from((None, "why", "é")))
     def finish(self, index: int, status: str, error: str | None) -> None:
         owner = self._pick_owner(index)
         self._wait_for(self._end(owner.session, status, error))

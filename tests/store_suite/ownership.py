@@ -22,13 +22,7 @@ from tests.store_suite.helpers import (
     suspend_run,
 )
 
-from stroma.checkpoint import (
-    Fenced,
-    PipelineChanged,
-    RunBusy,
-    RunExists,
-    StoreError,
-)
+from stroma.checkpoint import Fenced, PipelineChanged, RunBusy, RunExists, StoreError
 from stroma.checkpoint.entries import Waiting, effect_note
 from stroma.contracts.schema import schema_of
 

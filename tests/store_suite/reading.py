@@ -24,11 +24,7 @@ from tests.store_suite.helpers import (
     settled,
 )
 
-from stroma.checkpoint import (
-    CheckpointNotFound,
-    CorruptCheckpoint,
-    RunQuery,
-)
+from stroma.checkpoint import CheckpointNotFound, CorruptCheckpoint, RunQuery
 from stroma.contracts.schema import schema_of
 from stroma.failures.classes import FailureClass
 from stroma.trace.rejected import Complaint, RejectedOutput

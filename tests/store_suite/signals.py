@@ -312,10 +312,7 @@ class SignalTests:
                     session.abandon()
                 else:
                     await settled(session.end(status, "waits", 0))
-                automatic_requests: list[dict[str, Any]] = [
-                    {"due_ms": 1},
-                    {"if_exists": "attach"},
-                ]
+                automatic_requests: list[dict[str, Any]] = [{"due_ms": 1}, {"if_exists": "attach"}]
                 for automatic in automatic_requests:
                     if status is None or "due_ms" in automatic:
                         try:

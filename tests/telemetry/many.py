@@ -117,7 +117,7 @@ class Systems:
         counted = {f"on_{event}": count(event) for event in ("limit_cooldown", "node_wait")}
         self.sets: list[NodeHooks] = [
             # Ends are called last to first: this one sees the whole list of hook errors.
-            NodeHooks(on_run_end=keep, **counted),  # type: ignore[arg-type]
+            NodeHooks(on_run_end=keep, **counted),
             otel_hooks(tracer=self.tracer, meter=MeterProvider([self.reader]), attempts="spans"),
             NodeHooks(on_node_start=bad, on_node_success=bad, on_node_failure=bad),
             prometheus_hooks(registry=self.registry),

@@ -14,15 +14,7 @@ from opentelemetry.trace import StatusCode
 from pydantic import BaseModel
 from tests.telemetry.test_opentelemetry import Item, Seen, State, quick
 
-from stroma import (
-    NodeHooks,
-    RunStatus,
-    SQLiteStore,
-    StromaRunner,
-    Suspend,
-    current_node,
-    parallel,
-)
+from stroma import NodeHooks, RunStatus, SQLiteStore, StromaRunner, Suspend, current_node, parallel
 
 
 def outcome_of(span: Any) -> tuple[Any, Any]:
@@ -191,7 +183,7 @@ async def test_a_contract_that_cannot_be_read() -> None:
     """A node whose contract is not fully defined has a span that ends, under its group."""
 
     class Half(BaseModel):
-        x: Missing  # type: ignore[name-defined]  # noqa: F821
+        x: Missing  # noqa: F821
 
     seen = Seen()
     runner = quick(seen.hooks(), retries=0)

@@ -18,15 +18,7 @@ from tests.fixtures import store_fixture
 from tests.kit import Item
 from tests.telemetry.test_opentelemetry import Seen
 
-from stroma import (
-    Pipeline,
-    RunConfig,
-    StromaRunner,
-    current_node,
-    current_run,
-    map_over,
-    parallel,
-)
+from stroma import Pipeline, RunConfig, StromaRunner, current_node, current_run, map_over, parallel
 from stroma.adapters import Guard
 from stroma.telemetry import AttributionProcessor
 from stroma.telemetry.attribution import watch
@@ -269,7 +261,7 @@ async def test_a_provider_of_ones_own(seen: Seen) -> None:
     @runner.node("ask", input=State, output=State)
     async def ask(state: State) -> State:
         with other.get_tracer("other").start_as_current_span("call") as span:
-            assert about(span)["stroma.node.id"] == "ask"  # type: ignore[arg-type]
+            assert about(span)["stroma.node.id"] == "ask"
         return state
 
     await runner.run([ask], State())
@@ -364,7 +356,7 @@ async def test_guarded_runs_are_attributed(seen: Seen) -> None:
     assert kinds["invoke_agent librarian"] == "AGENT"
     for wrong in ({"user": ""}, {"conversation": "x" * 201}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            guard.run(**wrong)  # type: ignore[arg-type]
+            guard.run(**wrong)
 
 
 @pytest.mark.core
@@ -372,4 +364,4 @@ def test_illegal_ids_are_refused() -> None:
     """An empty, overlong or non-text id of a conversation or user is refused where it is given."""
     for wrong in ({"user": ""}, {"conversation": "x" * 201}, {"user": 7}):
         with pytest.raises(ValidationError):
-            RunConfig(**wrong)  # type: ignore[arg-type]
+            RunConfig(**wrong)

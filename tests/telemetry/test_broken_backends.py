@@ -133,7 +133,7 @@ async def test_errors_are_counted_and_logged_once_per_kind(caplog: pytest.LogCap
 
 async def test_clients_that_raise() -> None:
     """A DogStatsD client or a logger that raises on every call changes nothing."""
-    hooks = [datadog_hooks(tracer=Raising(), statsd=Raising()), log_hooks(Raising())]  # type: ignore[arg-type]
+    hooks = [datadog_hooks(tracer=Raising(), statsd=Raising()), log_hooks(Raising())]
     runner = quick(hooks)
     result = await runner.run([flaky(runner)], Num())
     assert result.status is RunStatus.COMPLETED
@@ -190,7 +190,7 @@ async def test_flush_keeps_its_limit_whatever_an_exporter_does(caplog: pytest.Lo
             lambda: datadog_hooks(tracer=Raising(), statsd="a:1"),
             "datadog",
             "pip install 'stroma-runner[datadog]'",
-        ),  # type: ignore[arg-type]
+        ),
         (sentry_hooks, "sentry_sdk", "pip install 'stroma-runner[sentry]'"),
     ],
 )

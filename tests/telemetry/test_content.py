@@ -34,7 +34,7 @@ class State(BaseModel):
     text: SecretStr = SecretStr("text-value")
     data: SecretBytes = SecretBytes(b"bytes-value\xff")
     any: Secret[str] = Secret("any-value")
-    inner: Inner = Inner(more=SecretStr("extra-value"))  # type: ignore[call-arg]
+    inner: Inner = Inner(more=SecretStr("extra-value"))
     items: list[Any] = [{"key": (SecretStr("item-value"),)}, Secret(["list-value"])]
 
 
@@ -130,7 +130,7 @@ def exporters(sentry: RecordedSentry, content: Any) -> list[Any]:
     return [
         Otel().hooks(content=content),
         sentry_hooks(client=sentry.client, content=content),
-        datadog_hooks(tracer=Tracer(), content=content),  # type: ignore[arg-type]
+        datadog_hooks(tracer=Tracer(), content=content),
         log_hooks(logger, content=content),
     ]
 

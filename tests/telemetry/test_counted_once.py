@@ -124,7 +124,7 @@ async def test_callers_that_attach_count_no_run_again(
     hooks = [
         prometheus_hooks(registry=registry),
         otel.hooks(),
-        datadog_hooks(tracer=tracer, statsd=statsd),  # type: ignore[arg-type]
+        datadog_hooks(tracer=tracer, statsd=statsd),
         sentry_hooks(client=sentry.client),
         log_hooks(),
     ]
@@ -184,7 +184,7 @@ async def test_two_sets_of_one_exporter_in_a_run_are_one(
     makers: list[Callable[[], Any]] = [
         lambda: prometheus_hooks(registry=registry),
         otel.hooks,
-        lambda: datadog_hooks(tracer=tracer, statsd=statsd),  # type: ignore[arg-type]
+        lambda: datadog_hooks(tracer=tracer, statsd=statsd),
         lambda: sentry_hooks(client=sentry.client),
         log_hooks,
     ]

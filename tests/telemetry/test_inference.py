@@ -126,8 +126,7 @@ async def test_an_instrumented_client_is_not_counted_twice(seen: Seen) -> None:
     ours."""
     runner = quick(seen.hooks(inference="auto"), retries=0, contract_retries={"with": 1})
     nodes = parallel(
-        asking(runner, seen, failures=1, instrumented=True, id="with"),
-        asking(runner, seen, id="without"),
+        asking(runner, seen, failures=1, instrumented=True, id="with"), asking(runner, seen, id="without")
     )
     result = await runner.run([nodes], Num())
     assert [of(span, "stroma.node.id") for span in calls(seen)] == ["without"]
@@ -194,7 +193,7 @@ async def test_the_bill_is_that_of_the_provider(seen: Seen, provider: Server, in
     ]
     assert len(billed) == 3
     tokens = ("input_tokens", "cache_read.input_tokens", "output_tokens")
-    spans = sum(price(*(about.get(f"gen_ai.usage.{name}", 0) for name in tokens)) for about in billed)  # type: ignore[union-attr, misc, arg-type]
+    spans = sum(price(*(about.get(f"gen_ai.usage.{name}", 0) for name in tokens)) for about in billed)
     assert spans == pytest.approx(ledger, abs=1e-9)
     assert result.total_cost_usd == pytest.approx(ledger, abs=1e-9)
     if not instrumented:
@@ -225,10 +224,7 @@ async def test_a_client_in_a_thread_is_seen(seen: Seen) -> None:
 
     @runner.node("ask", input=Num, output=Num)
     def ask(state: Num) -> Any:
-        with (
-            seen.user.start_as_current_span("chain"),
-            seen.user.start_as_current_span("chat") as span,
-        ):
+        with seen.user.start_as_current_span("chain"), seen.user.start_as_current_span("chat") as span:
             span.set_attribute("gen_ai.usage.output_tokens", 20)
         return state, PAID
 
@@ -329,7 +325,7 @@ async def test_a_call_whose_span_gets_its_kind_when_it_ends(seen: Seen) -> None:
     assert run.result is not None
     assert run.result.total_tokens == 102
     assert calls(seen) == []
-    assert of(span, "stroma.node.id") == "model"  # type: ignore[arg-type]
+    assert of(span, "stroma.node.id") == "model"
 
 
 async def test_calls_that_share_the_span_around_them(seen: Seen) -> None:

@@ -35,7 +35,7 @@ class Systems:
         return (
             otel_hooks(tracer=self.tracer, meter=MeterProvider([self.reader]))
             | prometheus_hooks(registry=self.registry)
-            | datadog_hooks(statsd=self)  # type: ignore[arg-type]
+            | datadog_hooks(statsd=self)
         )
 
     def increment(self, name: str, value: float = 1, tags: Any = ()) -> None:
@@ -137,10 +137,7 @@ async def test_all_systems_count_the_same_events() -> None:
     await limited.resume(nodes, "s")
     for names, expected in (
         (("stroma.node.waits", "stroma_node_waits_total", "stroma.node.waits"), {("a", "p"): 1}),
-        (
-            ("stroma.nodes.restored", "stroma_nodes_skipped_total", "stroma.nodes.restored"),
-            {("c", "p"): 1},
-        ),
+        (("stroma.nodes.restored", "stroma_nodes_skipped_total", "stroma.nodes.restored"), {("c", "p"): 1}),
         (
             ("stroma.budget.warnings", "stroma_budget_warnings_total", "stroma.budget.warnings"),
             {("p", "tokens"): 2},  # Of the run, and of its resume.

@@ -71,5 +71,5 @@ def test_datadog(monkeypatch: Any) -> None:
         distribution = gauge = increment
 
     monkeypatch.setenv("DD_TRACE_ENABLED", "false")
-    asyncio.run(_run(datadog_hooks(statsd=Client())))  # type: ignore[arg-type]
+    asyncio.run(_run(datadog_hooks(statsd=Client())))
     _check({tag.partition(":")[2] for tag in sent if tag.startswith("model:")})

@@ -22,11 +22,7 @@ store = store_fixture(*STORES)
 
 NAMES = (
     ("stroma.runs.queued", "stroma_runs_queued", ""),
-    (
-        "stroma.runs.oldest_due",
-        "stroma_runs_oldest_due_seconds",
-        "",
-    ),
+    ("stroma.runs.oldest_due", "stroma_runs_oldest_due_seconds", ""),
     ("stroma.runs.blocked", "stroma_runs_blocked", ""),
     ("stroma.runs.oldest_blocked", "stroma_runs_oldest_blocked_seconds", ""),
 )

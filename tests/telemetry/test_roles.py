@@ -23,10 +23,7 @@ def nodes_of_each_role(runner: StromaRunner) -> list[Any]:
     async def func(state: Number) -> Number:
         return state
 
-    return [
-        runner.node(f"a {role}", input=Number, output=Number, role=role)(func)  # type: ignore[arg-type]
-        for role in ROLES
-    ]
+    return [runner.node(f"a {role}", input=Number, output=Number, role=role)(func) for role in ROLES]
 
 
 @pytest.mark.parametrize("vocabulary", ["openinference", "none"])
@@ -98,7 +95,7 @@ async def test_the_role_of_a_contract_precedes_that_of_the_framework() -> None:
         look_up(Number())
     seen.span("retrieval look up")
     with pytest.raises(ValidationError, match="role"):
-        NodeContract(node_id="a", input_schema=Number, output_schema=Number, role="robot")  # type: ignore[arg-type]
+        NodeContract(node_id="a", input_schema=Number, output_schema=Number, role="robot")
 
 
 async def test_spend_is_counted_by_agent() -> None:

@@ -167,4 +167,4 @@ class TestSteps:
         task.cancel()
         await asyncio.wait([task])
         assert sentry.transport.events == []
-        assert sum(runner.config.hooks[0].errors.values()) == 0  # type: ignore[index, union-attr]
+        assert sum(runner.config.hooks[0].errors.values()) == 0

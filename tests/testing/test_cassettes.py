@@ -69,7 +69,7 @@ async def test_recorded_responses_of_both_clients_are_replayed(tmp_path: Path) -
         client = AsyncAnthropic(base_url=url, api_key="sk-anthropic", max_retries=0)
         prompt: Any = [{"role": "user", "content": "name"}]
         response = await client.messages.create(model="claude-test", max_tokens=5, messages=prompt)
-        return Note(text=f"{state.text} {response.content[0].text}"), response  # type: ignore[union-attr]
+        return Note(text=f"{state.text} {response.content[0].text}"), response
 
     async def run(mode: str) -> Any:
         hidden = ["authorization", "x-api-key"]

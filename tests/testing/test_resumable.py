@@ -31,11 +31,7 @@ class Many(BaseModel):
 @pytest.mark.parametrize("processes", HOW)
 async def test_a_safe_pipeline_passes(processes):
     """Nodes, groups and maps that go by their inputs alone survive a death at every boundary."""
-    nodes = [
-        make("a", add_one),
-        parallel(make("b", add_one), make("c", double)),
-        make("d", add_one),
-    ]
+    nodes = [make("a", add_one), parallel(make("b", add_one), make("c", double)), make("d", add_one)]
     proven = await assert_resumable(Pipeline("safe", nodes), Number(), processes=processes)
     assert proven.killed is processes
     assert {boundary.point for boundary in proven.boundaries} == set(POINTS)

@@ -9,20 +9,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from pydantic import (
-    BaseModel,
-)
+from pydantic import BaseModel
 from tests.kit import Num, node, quick, sleep_forever
 
-from stroma import (
-    FailureClass,
-    FailurePolicy,
-    NodeHooks,
-    RunStatus,
-    StromaRunner,
-    current_node,
-    parallel,
-)
+from stroma import FailureClass, FailurePolicy, NodeHooks, RunStatus, StromaRunner, current_node, parallel
 from stroma.trace import ExecutionTrace, TraceEvent
 
 
@@ -77,7 +67,7 @@ async def test_traces_of_which_one_goes_on() -> None:
 
 
 class Late(BaseModel):
-    value: Unknown  # type: ignore[name-defined]  # noqa: F821
+    value: Unknown  # noqa: F821
 
 
 async def test_the_end_of_a_node_whose_contract_cannot_be_read() -> None:

@@ -6,19 +6,10 @@ import asyncio
 from typing import Any
 
 import pytest
-from pydantic import (
-    BaseModel,
-    RootModel,
-)
+from pydantic import BaseModel, RootModel
 from tests.kit import Num, quick, record_node_hooks
 
-from stroma import (
-    NodeContract,
-    NodeHooks,
-    RunStatus,
-    StromaRunner,
-    stroma_node,
-)
+from stroma import NodeContract, NodeHooks, RunStatus, StromaRunner, stroma_node
 
 
 @pytest.mark.core
@@ -61,7 +52,7 @@ async def test_what_the_end_of_a_run_shows_is_redacted() -> None:
         assert "secret" not in str(shown.failure.exception.errors)
     assert result.final_state == Secretive(name="secret too")
     assert result.trace.events_for("first")[0].input_state == {"name": "secret"}
-    assert "secret" in str(result.failure.exception.raw)  # type: ignore[union-attr, attr-defined]
+    assert "secret" in str(result.failure.exception.raw)
 
 
 class Pair(RootModel[list[int]]):

@@ -381,7 +381,7 @@ def test_so_many_are_kept_and_as_many_failures_more(most: int) -> None:
         rows.append(failed(f"no{n}"))
     every = [name for n in range(10) for name in (f"ok{n}", f"no{n}")]
     entry = every[:most] + [name for name in every[most:] if name.startswith("no")][:most]
-    assert [one[0] for one in rows] == entry  # type: ignore[index]
+    assert [one[0] for one in rows] == entry
     assert rows.left_out is not None
     assert rows.left_out.events == 20 - 2 * most
     assert rows.left_out.failures == 10 - sum(name.startswith("no") for name in entry)
@@ -459,7 +459,7 @@ def test_rows_like_others_have_their_limit_and_sums() -> None:
     """A copy goes on by itself: what it leaves out afterwards the first does not count."""
     rows = sums()
     twin = rows.like([row("other")])
-    assert ([one[0] for one in twin], twin.left_out) == (["other"], LEFT)  # type: ignore[index]
+    assert ([one[0] for one in twin], twin.left_out) == (["other"], LEFT)
     twin.append(row("more", usage=USED))
     twin.append(failed("kept too"))
     twin.append(failed("lost", usage=USED))

@@ -124,7 +124,7 @@ def serve() -> Iterator[Callable[..., Site]]:
         servers.append((server, thread, listening))
         return site
 
-    start.listening = listen  # type: ignore[attr-defined]
+    start.listening = listen
     yield start
     for server, thread, listening in servers:
         server.should_exit = True

@@ -137,7 +137,7 @@ def invoices(dice: random.Random, *, breaks: bool = False, asks: bool = False, h
         _node("total", total, Read, Total),
         _node("book", book, Total, Booking),
     ]
-    config = RunConfig(policy_map={"RECOVERABLE": quick}, budget=ExecutionBudget(max_cost_usd=BUDGET))  # type: ignore[dict-item]
+    config = RunConfig(policy_map={"RECOVERABLE": quick}, budget=ExecutionBudget(max_cost_usd=BUDGET))
     return Pipeline("invoices", nodes, config=config)
 
 
@@ -170,7 +170,7 @@ async def make_map(store: Any, items: int, run_id: str) -> None:
         on_item_failure="collect",
     )
     pipeline = Pipeline("book", [group, _node("bind", bind, Book, Book)])
-    runner = StromaRunner.quick(store=store, policy_map={"RECOVERABLE": quick, "AMBIGUOUS": quick})  # type: ignore[dict-item]
+    runner = StromaRunner.quick(store=store, policy_map={"RECOVERABLE": quick, "AMBIGUOUS": quick})
     await runner.run(pipeline, Book(pages=[Page(text=f"page {n}") for n in range(items)]), run_id=run_id)
 
 
@@ -205,7 +205,7 @@ async def fill(store: SQLiteStore) -> None:
         config = pipeline.config
         assert config is not None
         tags = ("nightly",) if number % 3 else ("backfill", "eu")
-        runner = StromaRunner.quick(store=store, policy_map=config.policy_map, tags=tags)  # type: ignore[arg-type]
+        runner = StromaRunner.quick(store=store, policy_map=config.policy_map, tags=tags)
         await runner.run(pipeline, Invoice(number=f"2026-{number:04}"))
     await make_map(store, 200, "book-200")
     await StromaRunner.quick(store=store, run_id="letter-1", tags=("mail",)).run(letter, Draft())

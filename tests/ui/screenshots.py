@@ -70,7 +70,7 @@ def _serve(
     listening.bind(("127.0.0.1", 0))
     listening.listen(64)
     hosts = [f"127.0.0.1:{listening.getsockname()[1]}"]
-    app = make_app(Settings(store=store, name="runs.db", hosts=hosts, **settings))  # type: ignore[arg-type]
+    app = make_app(Settings(store=store, name="runs.db", hosts=hosts, **settings))
     config = uvicorn.Config(app, log_level="warning", lifespan="off", ws="none", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

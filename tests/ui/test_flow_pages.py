@@ -31,7 +31,7 @@ def test_the_page_of_a_flow(store: SQLiteStore, serve: Any) -> None:
 
     A flow that has not ended has the name of its pipeline.
     """
-    runner = StromaRunner.quick(store=store, run_id="r", policy_map=NEVER)  # type: ignore[arg-type]
+    runner = StromaRunner.quick(store=store, run_id="r", policy_map=NEVER)
     asyncio.run(runner.run(letter, Num()))
     site: Site = serve(store)
     page = site.get("/run", id="r").text
@@ -53,7 +53,7 @@ def test_the_page_of_a_flow(store: SQLiteStore, serve: Any) -> None:
 
 def test_the_steps_of_the_latest_runs(store: SQLiteStore, serve: Any) -> None:
     """The page of a flow has an image of the steps that its runs took; that of a list has none."""
-    runner = StromaRunner.quick(store=store, policy_map=NEVER)  # type: ignore[arg-type]
+    runner = StromaRunner.quick(store=store, policy_map=NEVER)
     for _ in range(2):
         asyncio.run(runner.run(letter, Num()))
     site: Site = serve(store, pipeline="letter", lineage=Lineage("letter", (), ()))
@@ -62,6 +62,6 @@ def test_the_steps_of_the_latest_runs(store: SQLiteStore, serve: Any) -> None:
     assert image.headers["content-type"] == "image/svg+xml"
     assert "6 calls" in {text.text for text in ElementTree.fromstring(image.text).iter() if text.text}
 
-    asyncio.run(StromaRunner.quick(store=store, pipeline="list").run([step], Num()))  # type: ignore[arg-type]
+    asyncio.run(StromaRunner.quick(store=store, pipeline="list").run([step], Num()))
     site = serve(store, pipeline="list", lineage=Lineage("letter", (), ()))
     assert "/steps.svg" not in site.get("/pipeline").text

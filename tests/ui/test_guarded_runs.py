@@ -45,7 +45,7 @@ def test_a_guarded_run_is_shown(store: SQLiteStore, serve: Any, capsys: pytest.C
     """With its nodes inside each other, every attempt, tokens and cost, and the cause of the one that
     failed."""
     quick = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in ("RECOVERABLE", "AMBIGUOUS")}
-    guard = Guard(StromaRunner.quick(store=store, policy_map=quick, pipeline="agents"))  # type: ignore[arg-type]
+    guard = Guard(StromaRunner.quick(store=store, policy_map=quick, pipeline="agents"))
     assert asyncio.run(Framework(guard).run("Oslo")) == 4
     with pytest.raises(LookupError):
         asyncio.run(Framework(guard).run("Nowhere"))

@@ -24,7 +24,7 @@ async def _twice(state: Any) -> Any:
 def make_large_run(store: SQLiteStore) -> None:
     pipeline = Pipeline("flows", [node(f"step-{number}", _twice) for number in range(NODES)])
     again = {"RECOVERABLE": FailurePolicy(max_retries=1, backoff_seconds=0.0)}
-    runner = StromaRunner.quick(store=store, policy_map=again)  # type: ignore[arg-type]
+    runner = StromaRunner.quick(store=store, policy_map=again)
     asyncio.run(runner.run(pipeline, State(text="x"), run_id="large"))
 
 

@@ -23,7 +23,7 @@ async def chat(flow: Flow, state: Num) -> Num:
 
 
 def advance(store: SQLiteStore, run_id: str) -> Any:
-    runner = StromaRunner.quick(store=store, run_id=run_id, resume=True, policy_map=NEVER)  # type: ignore[arg-type]
+    runner = StromaRunner.quick(store=store, run_id=run_id, resume=True, policy_map=NEVER)
     return asyncio.run(runner.run(chat, Num()))
 
 
@@ -44,7 +44,7 @@ def test_a_message_is_sent_from_the_page(store: SQLiteStore, serve: Any) -> None
         assert site.post("/send", {**sent, "message": wrong}).status == 422, wrong
     assert site.post("/send", {**sent, "topic": "\0"}).status == 422
     assert site.ask("GET", "/send").status == 405
-    assert store.get_run("r").due_ms is None  # type: ignore[union-attr]
+    assert store.get_run("r").due_ms is None
     for _ in range(2):  # The second one is the same form.
         answer = site.post("/send", sent)
         assert (answer.status, answer.headers["location"]) == (303, "/run?id=r")

@@ -576,7 +576,7 @@ def test_resuming(url: str, tmp_path: Path) -> None:
     try:
         assert process.stdout is not None
         port = int(process.stdout.readline().strip().rpartition(":")[2].rstrip("/"))
-        with contextlib.closing(open_store(url)) as store:  # type: ignore[type-var]
+        with contextlib.closing(open_store(url)) as store:
             site = Site(port, store)
             page = site.get("/run", id="-x").text
             key = re.findall(
@@ -587,9 +587,9 @@ def test_resuming(url: str, tmp_path: Path) -> None:
             with urllib.request.urlopen(f"{site.url}/events?id=-x", timeout=60) as events:
                 assert site.post("/resume", {"id": "-x", "key": key}).status == 303
                 lines = iter(events.readline, b"")
-                while store.get_run("-x").status != "RESUMED":  # type: ignore[union-attr]
+                while store.get_run("-x").status != "RESUMED":
                     assert next(line for line in lines if line.startswith(b"event:"))
-            assert store.get_run("-x").nodes == 2  # type: ignore[union-attr]
+            assert store.get_run("-x").nodes == 2
     finally:
         process.terminate()
         process.communicate(timeout=60)

@@ -338,7 +338,7 @@ def test_a_token_by_default(tmp_path: Path, own: bool) -> None:
         name, port, token = re.findall(
             r"http://(stroma-[0-9a-f]{16}\.localhost):(\d+)/\?token=(\S+)", printed
         )[0]
-        site = Site(int(port), None)  # type: ignore[arg-type]
+        site = Site(int(port), None)
         assert site.get("/").status == 401
         if own:
             assert (token, printed.count(TOKEN)) == ("...", 0)

@@ -27,22 +27,22 @@ from stroma import (
 @pytest.mark.parametrize(
     ("make", "field", "hint"),
     [
-        (lambda: RunConfig(max_recovery=3), "max_recovery", "did you mean 'max_recoveries'?"),  # type: ignore[call-arg]
-        (lambda: ExecutionBudget(max_cost=1), "max_cost", "did you mean 'max_cost_usd'?"),  # type: ignore[call-arg]
-        (lambda: FailurePolicy(max_retrys=2), "max_retrys", "did you mean 'max_retries'?"),  # type: ignore[call-arg]
-        (lambda: StromaRunner.quick(nod_timeouts={}), "nod_timeouts", "did you mean 'node_timeouts'?"),  # type: ignore[call-arg]
+        (lambda: RunConfig(max_recovery=3), "max_recovery", "did you mean 'max_recoveries'?"),
+        (lambda: ExecutionBudget(max_cost=1), "max_cost", "did you mean 'max_cost_usd'?"),
+        (lambda: FailurePolicy(max_retrys=2), "max_retrys", "did you mean 'max_retries'?"),
+        (lambda: StromaRunner.quick(nod_timeouts={}), "nod_timeouts", "did you mean 'node_timeouts'?"),
         (
-            lambda: NodeContract(node_id="a", input_schema=Num, output_schma=Num),  # type: ignore[call-arg]
+            lambda: NodeContract(node_id="a", input_schema=Num, output_schma=Num),
             "output_schma",
             "did you mean 'output_schema'?",
         ),
         (
-            lambda: RunConfig(budget={"max_latency": 5}),  # type: ignore[arg-type]
+            lambda: RunConfig(budget={"max_latency": 5}),
             "budget.max_latency",
             "did you mean 'max_latency_ms'?",
         ),
         (
-            lambda: ExecutionBudget(zzz=1),  # type: ignore[call-arg]
+            lambda: ExecutionBudget(zzz=1),
             "zzz",
             "the fields are max_tokens_total, max_cost_usd, max_latency_ms",
         ),
@@ -61,12 +61,12 @@ def test_a_misspelt_field_names_the_nearest_one(make: Any, field: str, hint: str
 @pytest.mark.parametrize(
     ("make", "hint"),
     [
-        (lambda: NodeHooks(on_start=None), "on_start.*'on_run_start' or 'on_node_start'"),  # type: ignore[call-arg]
-        (lambda: Limit(request_per_minute=1), "request_per_minute.*'requests_per_minute'"),  # type: ignore[call-arg]
-        (lambda: SharedBudget("a", max_cost=1), "max_cost.*'max_cost_usd'"),  # type: ignore[call-arg]
-        (lambda: Breaker(failures_rate=1), "failures_rate.*'failure_rate'"),  # type: ignore[call-arg]
-        (lambda: FallbackPolicy("a", "b", at_budget=1), "at_budget.*'at_budget_pct'"),  # type: ignore[call-arg]
-        (lambda: Breaker(zzz=1), "zzz.*the fields are failure_rate, .*max_wait_seconds$"),  # type: ignore[call-arg]
+        (lambda: NodeHooks(on_start=None), "on_start.*'on_run_start' or 'on_node_start'"),
+        (lambda: Limit(request_per_minute=1), "request_per_minute.*'requests_per_minute'"),
+        (lambda: SharedBudget("a", max_cost=1), "max_cost.*'max_cost_usd'"),
+        (lambda: Breaker(failures_rate=1), "failures_rate.*'failure_rate'"),
+        (lambda: FallbackPolicy("a", "b", at_budget=1), "at_budget.*'at_budget_pct'"),
+        (lambda: Breaker(zzz=1), "zzz.*the fields are failure_rate, .*max_wait_seconds$"),
     ],
 )
 def test_a_misspelt_argument_names_the_nearest_one(make: Any, hint: str) -> None:
@@ -79,7 +79,7 @@ def test_a_misspelt_argument_names_the_nearest_one(make: Any, hint: str) -> None
 def test_an_unknown_field_without_a_near_one_is_named_alone() -> None:
     """A name like none of a config's many fields is named without a guess."""
     with pytest.raises(ValidationError) as caught:
-        RunConfig(zzz=1)  # type: ignore[call-arg]
+        RunConfig(zzz=1)
     assert [(error["loc"], error["msg"]) for error in caught.value.errors()] == [
         (("zzz",), "Extra inputs are not permitted")
     ]
@@ -98,7 +98,7 @@ def test_subclasses_keep_their_own_fields_and_arguments() -> None:
 
     assert Ours(squad="x").team == "x"
     with pytest.raises(ValidationError, match="Extra inputs"):
-        Ours(tem="x")  # type: ignore[call-arg]
+        Ours(tem="x")
     assert Hooks(file="x").file == "x"
     with pytest.raises(TypeError, match="on_strt"):
         Hooks("x", on_strt=None)

@@ -12,15 +12,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter
 from tests.wire.scenes import REQUEST, SCENES, Scene, chunks_of, mapped, random_scene
 
-from stroma import (
-    FailureClass,
-    FailurePolicy,
-    Flow,
-    InMemoryStore,
-    StreamEvent,
-    StromaRunner,
-    current_node,
-)
+from stroma import FailureClass, FailurePolicy, Flow, InMemoryStore, StreamEvent, StromaRunner, current_node
 from stroma.wire import VERCEL_HEADERS, ag_ui, sse, vercel
 
 AT_ONCE = {

@@ -32,7 +32,7 @@ from stroma.adapters.agent_framework import stroma_middleware
 KINDS = ["run", "stream"]
 
 
-class Script(FunctionInvocationLayer, ChatMiddlewareLayer, BaseChatClient):  # type: ignore[misc]
+class Script(FunctionInvocationLayer, ChatMiddlewareLayer, BaseChatClient):
     """Answers: a text, or (tool name, JSON arguments); what is an exception, it raises."""
 
     def __init__(self, *answers: Any, tokens: int = 10, break_after: int | None = None) -> None:
@@ -372,7 +372,7 @@ def test_cached_tokens_are_counted_as_such(kind: str, usage: Any, expected: Any)
     assert (used.input_tokens, used.cached_input_tokens, used.cache_write_tokens) == expected
 
 
-class Bare(BaseChatClient):  # type: ignore[misc]
+class Bare(BaseChatClient):
     """A client that knows no middleware."""
 
     def _inner_get_response(self, *, messages: Any, stream: bool, options: Any, **_: Any) -> Any:

@@ -35,7 +35,7 @@ def respond(messages: list[Any]) -> Any:
 
 
 def agent(steps: Steps, **options: Any) -> Agent:
-    class Client(FunctionInvocationLayer, ChatMiddlewareLayer, BaseChatClient):  # type: ignore[misc]
+    class Client(FunctionInvocationLayer, ChatMiddlewareLayer, BaseChatClient):
         async def _inner_get_response(
             self, *, messages: Any, stream: bool, options: Any, **kwargs: Any
         ) -> Any:

@@ -91,7 +91,7 @@ class TestClaudeAgentSDK(FrameworkContract):
         (answer,) = answers
         assert isinstance(answer, AssistantMessage)
         (block,) = answer.content
-        return block.text  # type: ignore[union-attr]
+        return block.text
 
     def requests(self, script: Script) -> list[Any]:
         return script.messages
@@ -226,7 +226,7 @@ def test_a_reader_that_has_enough_ends_the_query() -> None:
         messages = guarded_query(guard)(prompt="x", transport=Script("one", "two"))
         async for _ in messages:
             break
-        await messages.aclose()  # type: ignore[attr-defined]
+        await messages.aclose()
 
     asyncio.run(main())
     assert result_of(guard).status is RunStatus.CANCELLED

@@ -563,7 +563,7 @@ def test_code_against_the_published_names_works(kind: str, where: str) -> None:
         return {"words": words.pop(0)}
 
     step = stroma_crewai_step("splitter", SPLIT)
-    decorated = start()(step(split)) if where == "below" else step(start()(split))  # type: ignore[type-var]
+    decorated = start()(step(split)) if where == "below" else step(start()(split))
     kind_of_flow: Any = type("Marked", (Flow[State],), {"split": decorated, "__module__": __name__})
     adapter = CrewAIAdapter(ContractRegistry(), StromaRunner.quick(policy_map=AT_ONCE))
     assert isinstance(adapter, FrameworkAdapter)

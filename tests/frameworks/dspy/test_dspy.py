@@ -18,11 +18,7 @@ from pydantic import BaseModel
 from tests.frameworks.contract import ANSWER, CALL, FrameworkContract, weather
 from tests.frameworks.kit import Seen, guard_of, holds, lines_of, result_of, spent
 
-from stroma import (
-    BudgetExceeded,
-    ExecutionBudget,
-    RunStatus,
-)
+from stroma import BudgetExceeded, ExecutionBudget, RunStatus
 from stroma.adapters import Guard
 from stroma.adapters._step import causes
 from stroma.adapters.dspy import attach

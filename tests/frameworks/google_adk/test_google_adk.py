@@ -495,7 +495,7 @@ def test_a_confirmed_run_goes_on_under_its_run_id(tmp_path: Path) -> None:
         calls.append(city)
         return city
 
-    service = InMemorySessionService()  # type: ignore[no-untyped-call]
+    service = InMemorySessionService()
 
     async def turn(message: Any) -> list[Any]:
         events = runner.run_async(user_id="u", session_id="s", new_message=message)

@@ -96,8 +96,7 @@ class OpenAIAgents(test_openai_agents.TestOpenAIAgents):
 
     def script(self, *answers: Any, break_after: int | None = None) -> Any:
         client: Any = AsyncOpenAI(
-            api_key="none",
-            http_client=httpx.AsyncClient(transport=provider_of(*answers)),  # type: ignore[arg-type, unused-ignore]
+            api_key="none", http_client=httpx.AsyncClient(transport=provider_of(*answers))
         )
         return agents.OpenAIChatCompletionsModel("gpt-4o", client)
 
@@ -115,7 +114,7 @@ class Haystack(test_haystack.TestHaystack):
         )
 
 
-class Client(FunctionInvocationLayer, ChatMiddlewareLayer, ChatTelemetryLayer, BaseChatClient):  # type: ignore[misc]
+class Client(FunctionInvocationLayer, ChatMiddlewareLayer, ChatTelemetryLayer, BaseChatClient):
     """A client with the framework's own layer that makes the spans of calls."""
 
     _next = test_agent_framework.Script._next

@@ -473,7 +473,7 @@ async def test_delta_channels_have_the_same_ids_on_replay() -> None:
 
     def reduce(messages: list[Any], writes: list[Any]) -> Any:
         for write in writes:
-            messages = add_messages(messages, write)  # type: ignore[assignment]
+            messages = add_messages(messages, write)
         return messages
 
     fields: Any = {"messages": Annotated[list[Any], delta.DeltaChannel(reduce)]}

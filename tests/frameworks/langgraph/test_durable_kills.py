@@ -18,12 +18,7 @@ from tests.frameworks.durable_kit import Bill, approve_with, kill_at_random_reco
 from tests.kit import Num
 from typing_extensions import TypedDict
 
-from stroma import (
-    Flow,
-    NotDone,
-    current_node,
-    stroma_flow,
-)
+from stroma import Flow, NotDone, current_node, stroma_flow
 from stroma.adapters.langgraph import InterruptAnswer, durable
 
 

@@ -142,7 +142,7 @@ def test_a_graph_gives_the_same_answer_with_and_without_the_guard(kind: str, whe
     again = graph.with_config({"tags": ["copy"]})
     call(again, kind, {"text": "d"})
     assert lines_of(guard) == ["split success", "count success"]
-    assert len(guard.runner.checkpoint_manager.store.list_runs()) == 2  # type: ignore[union-attr]
+    assert len(guard.runner.checkpoint_manager.store.list_runs()) == 2
 
 
 class Forecast(TypedDict, total=False):

@@ -692,8 +692,8 @@ async def test_what_cannot_run_in_a_body_says_so() -> None:
         return str(result.failure.message)
 
     agent: Agent[Any] = Agent(name="a", model=asking("waits"), tools=[waits])
-    state: Any = RunState(context=None, original_input="go", starting_agent=agent)  # type: ignore[arg-type]
-    computer: Any = ComputerTool(computer=object())  # type: ignore[arg-type]
+    state: Any = RunState(context=None, original_input="go", starting_agent=agent)
+    computer: Any = ComputerTool(computer=object())
     acting: Agent[Any] = Agent(name="a", model=asking("waits"), tools=[computer])
     assert "options of unknown tool 'wait'; known: 'waits'" in await message(
         lambda: DurableRunner(tools={"wait": False}).run(agent, "go")
@@ -705,7 +705,7 @@ async def test_what_cannot_run_in_a_body_says_so() -> None:
     with pytest.raises(
         TypeError, match=r"tool 'waits' has unknown options \['effects'\] in tools; pass effect or reconcile"
     ):
-        DurableRunner(tools={"waits": {"effects": True}})  # type: ignore[typeddict-unknown-key]
+        DurableRunner(tools={"waits": {"effects": True}})
     assert "waits for its steps, timers and answers only, and called" in await message(
         lambda: DurableRunner(tools={"waits": False}).run(agent, "go")
     )

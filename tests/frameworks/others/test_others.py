@@ -68,7 +68,7 @@ def smol(guard: Guard, ledger: Ledger) -> Any:
             return f"{len(city)} C"
 
     tool = Weather()
-    tool.forward = guard.step("weather")(tool.forward)  # type: ignore[method-assign]
+    tool.forward = guard.step("weather")(tool.forward)
     return lambda: smolagents.ToolCallingAgent([tool], Fake(), verbosity_level=0).run("How warm is it?")
 
 

@@ -47,9 +47,7 @@ class Phoenix:
 
     def ask(self, query: str) -> Any:
         request = urllib.request.Request(
-            self.url + "/graphql",
-            json.dumps({"query": query}).encode(),
-            {"content-type": "application/json"},
+            self.url + "/graphql", json.dumps({"query": query}).encode(), {"content-type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=60) as response:
             answer = json.load(response)
@@ -91,11 +89,7 @@ def test_the_tree(phoenix: Phoenix) -> None:
 def test_kinds(phoenix: Phoenix) -> None:
     """Runs, groups and nodes are of kind CHAIN, and model calls LLM; none is UNKNOWN."""
     kinds = Counter((span["name"].partition(" ")[0], span["span_kind"]) for span in phoenix.spans())
-    assert kinds == {
-        ("invoke_workflow", "CHAIN"): 2,
-        ("stroma.node", "CHAIN"): 7,
-        ("chat", "LLM"): 6,
-    }
+    assert kinds == {("invoke_workflow", "CHAIN"): 2, ("stroma.node", "CHAIN"): 7, ("chat", "LLM"): 6}
 
 
 def test_inputs_and_outputs(phoenix: Phoenix) -> None:

@@ -64,7 +64,7 @@ class Research(Bill):
 
     def _writer(self) -> Agent[None, str]:
         def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
-            topic = str(messages[0].parts[0].content)  # type: ignore[union-attr]
+            topic = str(messages[0].parts[0].content)
             self.pay(f"writer {topic} {len(messages)}")
             parts: list[Any] = [TextPart(f"{topic} written")]
             if len(messages) == 1:

@@ -61,7 +61,7 @@ SUITES = {
                 "one node has to fail before the graph sees that the handler of another has crashed: it "
                 "failed plain, too, "
                 "37 times of 60"
-            ),
+            )
         },
     ),
     "openai_agents": Suite(
@@ -72,7 +72,7 @@ SUITES = {
             "*::test_failed_approved_agent_tool_start_does_not_reexecute": (
                 "its hook asks if the tool is the very object; a guarded tool is equal to it, and another "
                 "object"
-            ),
+            )
         },
     ),
 }

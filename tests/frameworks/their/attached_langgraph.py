@@ -32,7 +32,7 @@ def _install() -> None:
         if type(self) is Pregel and "__previous__" not in self.channels:  # An @entrypoint has tasks.
             attach(self, _GUARDS[0])
 
-    StateGraph.compile, Pregel.__init__ = compiled, created  # type: ignore[method-assign]
+    StateGraph.compile, Pregel.__init__ = compiled, created
 
 
 _install()

@@ -46,8 +46,8 @@ def _install() -> None:
 
         return call
 
-    RealtimeSession.__aenter__ = within(RealtimeSession.__aenter__)  # type: ignore[method-assign]
-    RealtimeSession.on_event = within(RealtimeSession.on_event)  # type: ignore[method-assign]
+    RealtimeSession.__aenter__ = within(RealtimeSession.__aenter__)
+    RealtimeSession.on_event = within(RealtimeSession.on_event)
     for name, func in (("run", arun), ("run_sync", sync), ("run_streamed", streamed)):
         setattr(Runner, name, classmethod(func))
 
