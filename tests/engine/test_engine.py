@@ -657,6 +657,7 @@ async def test_a_timeout_names_node_and_limit() -> None:
     assert type(result.failure.exception) is TimeoutError
     assert "'slow'" in result.failure.message
     assert "20 ms" in result.failure.message
+    assert "raise node_timeouts['slow']" in result.failure.message
     assert [e.failure for e in result.trace] == [R, R]
     assert ended == ["cleaned up"] * 2
     assert all(event.duration_ms >= 15 for event in result.trace)

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from tests.kit import NEVER, Num, node, quick, quick_without_retries, retry_policies, sleep_forever
+from tests.kit import Num, node, quick, quick_without_retries, retry_policies, sleep_forever
 
 from stroma import (
     BudgetExceeded,
@@ -44,26 +44,6 @@ async def test_waits_between_attempts_are_in_no_latency(monkeypatch: pytest.Monk
 
 
 @pytest.mark.core
-async def test_a_node_is_cut_off_at_its_timeout() -> None:
-    """A node that takes longer than its timeout is not waited for."""
-    finished: list[str] = []
-
-    async def func(state: Num) -> Any:
-        await asyncio.sleep(1)
-        finished.append("node")
-        return {"n": 1}
-
-    runner = quick(node_timeouts={"a": 20}, policy_map=NEVER)
-    result = await runner.run([node("a", func)], Num())
-    assert (result.status, finished) == (RunStatus.PARTIAL, [])
-    assert result.failure is not None
-    assert (
-        str(result.failure.exception)
-        == "node 'a' did not end within 20 ms; raise node_timeouts['a'], or make the call shorter"
-    )
-
-
-@pytest.mark.core
 async def test_a_group_is_cut_off_at_its_timeout() -> None:
     """A timeout under a group's id ends the children that are in flight."""
     finished: list[str] = []
@@ -96,24 +76,6 @@ async def test_a_node_is_cut_off_when_the_latency_is_spent() -> None:
     assert result.failure is not None
     assert isinstance(result.failure.exception, BudgetExceeded)
     assert result.failure.exception.dimension == "latency"
-
-
-@pytest.mark.core
-async def test_a_hook_is_cut_off_at_its_time_limit() -> None:
-    """A hook that awaits longer than its time limit is not waited for, and is listed."""
-    finished: list[str] = []
-
-    async def hook(*_: Any) -> None:
-        await asyncio.sleep(1)
-        finished.append("hook")
-
-    async def func(state: Num) -> Any:
-        return {"n": 1}
-
-    runner = quick(hooks=NodeHooks(on_node_success=hook), hook_timeout_ms=20)
-    result = await runner.run([node("a", func)], Num())
-    assert (result.status, finished) == (RunStatus.COMPLETED, [])
-    assert [failure.hook for failure in result.hook_errors] == ["on_node_success"]
 
 
 @pytest.mark.core

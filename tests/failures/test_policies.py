@@ -3,75 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import math
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 from tests.kit import NEVER, Num, node, quick
 
-from stroma import FailureClass, FailurePolicy, NodeContext, RunStatus, StromaRunner, Suspend, classify
+from stroma import FailureClass, NodeContext, RunStatus, Suspend, classify
 from stroma.failures import ItemFailure
-
-
-def test_the_defaults_of_a_policy() -> None:
-    """Three retries, drawn from up to a second, at most a minute, and a server may ask for two."""
-    assert FailurePolicy().model_dump() == {
-        "max_retries": 3,
-        "backoff_seconds": 1.0,
-        "multiplier": 1.0,
-        "max_backoff_seconds": 60.0,
-        "jitter": True,
-        "max_retry_after_seconds": 120.0,
-    }
-
-
-@pytest.mark.parametrize(
-    "field",
-    ["max_retries", "backoff_seconds", "multiplier", "max_backoff_seconds", "max_retry_after_seconds"],
-)
-def test_no_figure_of_a_policy_is_negative(field: str) -> None:
-    """A delay or a count below zero is refused when the policy is made; zero is not."""
-    FailurePolicy(**{field: 0})
-    with pytest.raises(ValidationError, match="greater than or equal to 0"):
-        FailurePolicy(**{field: -1})
-
-
-@pytest.mark.parametrize("field", ["backoff_seconds", "multiplier", "max_backoff_seconds"])
-@pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_no_delay_is_endless(field: str, value: float) -> None:
-    """A delay that never ends, or that is no number, is refused when the policy is made."""
-    with pytest.raises(ValidationError):
-        FailurePolicy(**{field: value})
-
-
-def test_a_server_may_be_waited_for_without_end() -> None:
-    """Who says so explicitly waits as long as a server asks."""
-    assert FailurePolicy(max_retry_after_seconds=math.inf).max_retry_after_seconds == math.inf
 
 
 def test_a_failed_item_knows_no_reason_by_itself() -> None:
     """An item's reason is None where nobody knows one, and it counts one attempt."""
     failure = ItemFailure(index=0, node_id="node", failure_class=FailureClass.AMBIGUOUS, message="message")
     assert (failure.reason, failure.attempts) == (None, 1)
-
-
-async def test_a_classifier_that_raises_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    """The log says which classifier it was, and for which node; the next one is asked."""
-
-    def bad_classifier(error: BaseException, context: Any) -> FailureClass | None:
-        raise RuntimeError("the classifier broke")
-
-    async def fail(state: Num) -> Num:
-        raise ValueError("the node broke")
-
-    with caplog.at_level(logging.WARNING, logger="stroma"):
-        result = await StromaRunner.quick(classifiers=[bad_classifier]).run([node("fails", fail)], Num())
-    assert result.status != "COMPLETED"
-    (text, *_) = [record.getMessage() for record in caplog.records if "is skipped" in record.getMessage()]
-    assert "bad_classifier" in text
-    assert "'fails'" in text
 
 
 def test_a_suspension_says_what_it_waits_for() -> None:
@@ -81,15 +25,6 @@ def test_a_suspension_says_what_it_waits_for() -> None:
         Suspend("the boss", schema=int)
     with pytest.raises(TypeError, match=r"^the reason of Suspend must be a string, got "):
         Suspend(None)
-
-
-@pytest.mark.core
-def test_what_a_policy_is_unless_it_says_otherwise() -> None:
-    """A policy's delays do not grow, are drawn, end at 60 s, and a server may ask for up to 120 s."""
-    policy = FailurePolicy()
-    assert (policy.max_retries, policy.backoff_seconds) == (3, 1.0)
-    assert (policy.multiplier, policy.max_backoff_seconds, policy.jitter) == (1.0, 60.0, True)
-    assert policy.max_retry_after_seconds == 120.0
 
 
 R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
