@@ -275,7 +275,7 @@ async def test_not_done_is_for_effects_only(store: Any) -> None:
         with pytest.raises(ValueError, match="about the call of an effect"):
             await runner.signal("r", NotDone(), question=question)
     with pytest.raises(ValidationError, match="effect=True"):
-        runner.node("x", input=Order, output=Order, reconcile=lambda order, key: NotDone())
+        runner.node("x", input=Order, output=Order, reconcile=lambda order, key: NotDone())(ask)
 
 
 async def test_an_intent_that_the_store_refuses_prevents_the_call(store: Any, monkeypatch: Any) -> None:

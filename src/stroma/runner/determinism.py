@@ -36,17 +36,14 @@ async def check_flow(
     Returns the result of the run. Raises PipelineChanged for the first difference.
     """
     store = InMemoryStore()
-    changes: dict[str, Any] = {
+    how = {
         "run_id": _RUN_ID,
         "resume": True,
         "resume_from": None,
         "if_exists": "restart",
         "if_running": "error",
-        "hooks": NodeHooks(),
-        "shared_budgets": (),
-        "inline_wait_seconds": config.inline_wait_seconds,
     }
-    config = config.model_copy(update=changes)
+    config = config.model_copy(update={**how, "hooks": NodeHooks(), "shared_budgets": ()})
 
     async def run() -> ExecutionResult[Any]:
         ctx = ReliabilityContext.for_run(config, registry, CheckpointManager(store))
@@ -97,17 +94,18 @@ def _another_time(flow: FlowFunction[Any, Any]) -> Iterator[None]:
         def utcnow(cls) -> datetime.datetime:
             return real.now(datetime.UTC).replace(tzinfo=None) + _SHIFT
 
-    patches: list[tuple[Any, str, Any]] = [  # Of modules, whose names can be set.
-        (vars(time), "time", lambda: real_time() + seconds),
-        (vars(time), "time_ns", lambda: real_ns() + int(seconds * 1e9)),
-        (vars(datetime), "datetime", Shifted),
+    shifted: list[tuple[Any, Any]] = [
+        (real_time, lambda: real_time() + seconds),
+        (real_ns, lambda: real_ns() + int(seconds * 1e9)),
+        (real, Shifted),
     ]
-    names = getattr(flow.body, "__globals__", {})
-    for name, value in list(names.items()):
-        if value is real:
-            patches.append((names, name, Shifted))
-        elif value is real_time or value is real_ns:
-            patches.append((names, name, patches[0][2] if value is real_time else patches[1][2]))
+    patches: list[tuple[dict[str, Any], str, Any]] = [
+        (names, name, new)
+        for names in (vars(time), vars(datetime), getattr(flow.body, "__globals__", {}))
+        for name, value in names.items()
+        for old, new in shifted
+        if value is old
+    ]
     before = [(names, name, names[name]) for names, name, _ in patches]
     try:
         for names, name, value in patches:

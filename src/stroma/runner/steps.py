@@ -116,9 +116,10 @@ async def execute_step(
             cast("dict[Any, Any]", ctx.restored).pop(at, None)
     if isinstance(outcome, Halt) and isinstance(outcome.failure.exception, Fenced):
         ctx.plain_steps.fenced = outcome.failure
-    if parent is None:
-        _record_outcome(ctx, outcome)
-    result = _build_result(ctx, outcome, input_state)
+    status, state, failure = _end_of(outcome, input_state)
+    if parent is None:  # For the end of the run of plain code.
+        ctx.plain_steps.status, ctx.plain_steps.failure = status, failure
+    result = ctx.build_result(status, state, failure)
     for interceptor in ctx.interceptors:
         interceptor.ended(ctx, result)
     return result
@@ -145,24 +146,16 @@ def _place_of(
     return parent.position, parent.branch_of(identity.text), StepCall(identity.number, _encoded(input_state))
 
 
-def _record_outcome(ctx: ReliabilityContext, outcome: BaseModel | Halt) -> None:
-    """Record the outcome of a step of plain code for the end of its run."""
-    steps = ctx.plain_steps
-    steps.status, steps.failure = RunStatus.COMPLETED, None
-    if isinstance(outcome, Halt):
-        steps.status = _status_of(outcome)
-        steps.failure = None if outcome.suspended else outcome.failure
-
-
-def _build_result(
-    ctx: ReliabilityContext, outcome: BaseModel | Halt, input_state: BaseModel
-) -> ExecutionResult:
+def _end_of(outcome: BaseModel | Halt, input_state: BaseModel) -> tuple[RunStatus, Any, Failure | None]:
+    """Return the status, the state and the failure of a result."""
     if not isinstance(outcome, Halt):
-        return ctx.build_result(RunStatus.COMPLETED, _as_returned(outcome, input_state))
+        return RunStatus.COMPLETED, _as_returned(outcome, input_state), None
     if outcome.suspended:
-        return ctx.build_result(RunStatus.SUSPENDED, input_state)
-    state = outcome.output if outcome.output is not None else input_state
-    return ctx.build_result(_status_of(outcome), _as_returned(state, input_state), outcome.failure)
+        return RunStatus.SUSPENDED, input_state, None
+    is_cancelled = isinstance(outcome.failure.exception, RunCancelled)
+    state = input_state if outcome.output is None else outcome.output
+    status = RunStatus.CANCELLED if is_cancelled else outcome.status
+    return status, _as_returned(state, input_state), outcome.failure
 
 
 async def _restore_inside_item(
@@ -236,10 +229,6 @@ def _cancelled_step(ctx: ReliabilityContext, step_id: str) -> Halt:
     return Halt(Failure(error, FailureClass.TERMINAL, step_id, 1, str(error)))
 
 
-def _status_of(halt: Halt) -> RunStatus:
-    return RunStatus.CANCELLED if isinstance(halt.failure.exception, RunCancelled) else halt.status
-
-
 def _accept(
     reference: weakref.ref[ReliabilityContext], loop: asyncio.AbstractEventLoop, control: RunControl
 ) -> None:
@@ -270,9 +259,9 @@ def _encoded(state: BaseModel) -> bytes | None:
 
 
 def _shorten(encoded: bytes | None) -> str:
-    return (
-        "one without a stored form" if encoded is None else shorten(encoded.decode(), 200, placeholder=" ...")
-    )
+    if encoded is None:
+        return "one without a stored form"
+    return shorten(encoded.decode(), 200, placeholder=" ...")
 
 
 def _as_returned(state: BaseModel, input_state: BaseModel) -> Any:

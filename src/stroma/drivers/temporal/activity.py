@@ -26,16 +26,12 @@ logger = get_logger()
 
 
 class DriveActivity:
-    """Drives runs of some pipelines in one worker.
-
-    Args:
-        max_seconds: slice of a run in one activity.
-    """
+    """Drives runs of some pipelines in one worker."""
 
     def __init__(self, runner: StromaRunner, pipelines: Sequence[Pipeline], max_seconds: float) -> None:
         self._runner = runner
         self._pipelines = pipelines
-        self._max_seconds = max_seconds
+        self._max_seconds = max_seconds  # Slice of a run in one activity.
         self._pulses: dict[str, list[Pulse]] = {}
 
     @activity.defn(name=DRIVE)
@@ -87,10 +83,8 @@ class DriveActivity:
             await self._runner.shutdown(drain_seconds=0.0)  # The graceful time is over.
         else:
             # Paid steps in flight are committed.
-            logger.warning(
-                "run %r ends at its next step boundary: its workflow was terminated or reset, or it was late",
-                run_id,
-            )
+            why = "its workflow was terminated or reset, or it was late"
+            logger.warning("run %r ends at its next step boundary: %s", run_id, why)
             self._runner._live.drain(run_id)
 
     # ------------------------------------------------------------------ heartbeats
@@ -138,8 +132,7 @@ class Pulse:
 
 
 async def _send(details: dict[str, Any]) -> None:
-    # The SDK encodes the details in a task of the running event loop, then hands them to its core, in any
-    # thread.
+    # The SDK encodes the details in a task of the running loop, then hands them to its core, in any thread.
     activity.heartbeat(details)
     await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
 

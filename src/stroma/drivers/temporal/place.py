@@ -286,11 +286,7 @@ class _Emitted:
 
 
 class CallActivity:
-    """Calls the nodes of some pipelines that have a place, in one worker.
-
-    Args:
-        config: as that of the workers that drive runs.
-    """
+    """Calls the nodes of some pipelines that have a place, in one worker, configured as those that drive runs."""
 
     def __init__(self, place: str, pipelines: Sequence[Pipeline], config: RunConfig | None) -> None:
         self._place = place

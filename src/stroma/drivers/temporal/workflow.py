@@ -65,16 +65,11 @@ _LEASE_OF: Final = "stroma.lease_seconds"
 
 
 class Answer(TypedDict):
-    """Outcome of one activity.
-
-    Attributes:
-        status: status of the run; for an ended run its end.
-        until_ms: when the run is due, or free, in ms since the epoch.
-    """
+    """Outcome of one activity."""
 
     outcome: Literal["ended", "suspended", "yielded", "busy", "blocked"]
-    status: str
-    until_ms: NotRequired[int | None]
+    status: str  # Of the run; for an ended run its end.
+    until_ms: NotRequired[int | None]  # When the run is due, or free, since the epoch.
 
 
 @workflow.defn(name=WORKFLOW, sandboxed=False)
@@ -202,15 +197,9 @@ class Dispatcher:
     async def start_first(self, run_id: str, pipeline: str) -> None:
         """Start the workflow of a run that never had one."""
         try:
-            await self._if_reachable(
-                run_id,
-                self._start(
-                    run_id,
-                    pipeline,
-                    id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
-                    id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
-                ),
-            )
+            reuse, conflict = WorkflowIDReusePolicy.REJECT_DUPLICATE, WorkflowIDConflictPolicy.FAIL
+            start = self._start(run_id, pipeline, id_reuse_policy=reuse, id_conflict_policy=conflict)
+            await self._if_reachable(run_id, start)
         except WorkflowAlreadyStartedError:
             pass
 
@@ -243,11 +232,8 @@ class Dispatcher:
         except RPCError as error:
             if error.status not in UNREACHABLE:
                 raise
-            logger.warning(
-                "the Temporal server cannot be reached (%s); run %r is stored, and continues once it can be",
-                error,
-                run_id,
-            )
+            fix = "is stored, and continues once it can be"
+            logger.warning("the Temporal server cannot be reached (%s); run %r %s", error, run_id, fix)
 
     async def _can_search(self) -> bool:
         """Return True if the server has the search attributes of runs; asked once."""
