@@ -44,6 +44,8 @@ class Emulator:
             elif command == "J":
                 del self.lines[self.row][self.column :]
                 del self.lines[self.row + 1 :]
+            elif command == "K":
+                del self.lines[self.row][:]
             elif command == "m":
                 self.style = "" if argument in ("", "0") else self.style + token
             elif command is not None:
@@ -69,13 +71,6 @@ class Emulator:
         self.row, self.column = self.row + 1, 0
         if self.row == len(self.lines):
             self.lines.append([])
-
-    def resize(self, columns: int) -> None:
-        """Reflow the lines, as terminals do."""
-        above = self.lines[: self.row]
-        self.columns = columns
-        flowed = [line[i : i + columns] for line in above for i in range(0, max(1, len(line)), columns)]
-        self.lines, self.row = [*flowed, *self.lines[self.row :]], len(flowed)
 
     @property
     def text(self) -> str:

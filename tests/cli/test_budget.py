@@ -56,7 +56,7 @@ def test_the_state_of_a_budget(spent, inside) -> None:
     assert re.split(r"  +", lines[5].strip()) == ["ask", "$0.200000", "20 tok"]
     assert lines[6].startswith("it resets at ")
 
-    findings = json.loads(inside("budget", "team-a", "--store", "runs.db", "--json").out)
+    findings = json.loads(inside("budget", "team-a", "--db", "runs.db", "--json").out)
     assert re.fullmatch(r"\d{4}-\d\d-01T00:00:00\+00:00", findings.pop("window_start"))
     assert re.fullmatch(r"\d{4}-\d\d-01T00:00:00\+00:00", findings.pop("window_end"))
     assert findings == {

@@ -20,7 +20,7 @@ def test_the_state_of_a_limit(tmp_path: Path, inside) -> None:
     lines = done.out.splitlines()
     assert lines[0] == "llm: 1 call and 0 tok in the last minute, 0 calls in flight"
     assert re.fullmatch(r"it is closed for another (1\d|20)\.\d s: the provider asked to wait", lines[1])
-    state = json.loads(inside("limit", "llm", "--store", path, "--json").out)
+    state = json.loads(inside("limit", "llm", "--db", path, "--json").out)
     assert 10_000 < state.pop("cooldown_ms") <= 20_000
     assert state == {"schema": "stroma.limit/1", "name": "llm", "requests": 1, "tokens": 0, "calls": 0}
 

@@ -1,6 +1,7 @@
 """The live table of a run on a terminal."""
 
 import asyncio
+import io
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 from pydantic import BaseModel
+from rich.console import Console
 from tests.cli.terminal import Emulator, TerminalFile, run_on_terminal
 from tests.kit import Item
 
@@ -22,10 +24,8 @@ from stroma import (
     map_over,
     stroma_node,
 )
-from stroma.cli.live import LiveProgress
-from stroma.cli.live_rows import Row, fold_rows, write_rows
-from stroma.cli.output import cell_width, err
-from stroma.cli.screen import Screen
+from stroma.cli.live import LiveProgress, Row, Screen, fold_rows, rows_table
+from stroma.cli.output import cell_width
 
 
 @pytest.fixture
@@ -106,73 +106,27 @@ def test_a_run_is_a_table_that_folds_into_a_summary(terminal):
 
 
 def test_what_is_printed_meanwhile_stands_above_the_table(terminal):
-    """Whole lines, parts of lines and lines of loggers that hold the stream: nothing is lost, nothing is
-    overwritten."""
+    """Output of nodes and loggers stands above the table in whole lines: nothing is lost or overwritten."""
     terminal = terminal()
-    table = [["one"], ["two"]]
-    screen = Screen(err, lambda columns, rows: table)
+    table = ["one", "two"]
+    screen = Screen(lambda: "\n".join(table))
     holder = sys.stderr
     screen.open()
     print("first line", file=sys.stderr)
     holder.write("a part, ")
     screen.refresh()
-    assert terminal.emulator.text.splitlines() == ["first line", "a part,", "one", "two"]
-    holder.write("and its end\n")
-    table.append(["three"])
+    assert terminal.emulator.text.splitlines() == ["first line", "one", "two"]
+    holder.write("10%\r\x1b[31mand its end\x1b[0m\n")
+    table.append("three")
     screen.say("\na message of a signal\n")
     screen.refresh()
-    assert terminal.emulator.text.splitlines() == [
-        "first line",
-        "a part, and its end",
-        "a message of a signal",
-        "one",
-        "two",
-        "three",
-    ]
+    printed = ["first line", "and its end", "a message of a signal"]
+    assert terminal.emulator.text.splitlines() == [*printed, "one", "two", "three"]
     holder.write("no line end")
     screen.close()
-    assert terminal.emulator.text.splitlines() == [
-        "first line",
-        "a part, and its end",
-        "a message of a signal",
-        "no line end",
-    ]
+    assert terminal.emulator.text.rstrip().splitlines() == [*printed, "no line end"]
     assert "write" not in vars(holder)
     assert screen.say("too late") is False
-
-
-def test_a_narrower_terminal_loses_no_line(terminal, monkeypatch):
-    """After a resize, what the terminal has wrapped of the table is removed, and no line above it."""
-    terminal = terminal()
-    screen = Screen(err, lambda columns, rows: [["x" * min(columns, 70)], ["y"]])
-    screen.open()
-    print("above", file=sys.stderr)
-    monkeypatch.setenv("COLUMNS", "30")
-    terminal.emulator.resize(30)
-    print("below", file=sys.stderr)
-    screen.refresh()
-    assert terminal.emulator.text.splitlines() == ["above", "below", "x" * 29, "y"]
-    screen.close()
-    assert terminal.emulator.text.splitlines() == ["above", "below"]
-
-
-def test_after_control_z_the_table_stands_below_what_the_shell_wrote(terminal):
-    """A run that was stopped with Ctrl-Z and continued overwrites no line of the shell, and draws its table
-    once below them."""
-    terminal = terminal()
-    screen = Screen(err, lambda columns, rows: [["one"], ["two"]])
-    before = signal.getsignal(signal.SIGCONT)
-    screen.open()
-    terminal.emulator.write("[1]+  Stopped    stroma run\n$ fg\n")
-    os.kill(os.getpid(), signal.SIGCONT)  # What the shell sends for fg.
-    screen.refresh()
-    shell = ["one", "two", "[1]+  Stopped    stroma run", "$ fg"]
-    assert terminal.emulator.text.splitlines() == [*shell, "one", "two"]
-    print("above", file=sys.stderr)
-    assert terminal.emulator.text.splitlines() == [*shell, "above", "one", "two"]
-    screen.close()
-    assert terminal.emulator.text.splitlines() == [*shell, "above"]
-    assert signal.getsignal(signal.SIGCONT) == before
 
 
 @pytest.mark.parametrize("columns", [20, 39, 60, 79, 200])
@@ -181,17 +135,19 @@ def test_names_and_failures_of_any_length_fit(columns):
     counted."""
     rows = [Row(f"名前 node {n} " * 50, depth=n % 9) for n in range(30)]
     for n, row in enumerate(rows):
-        row.state, row.why = ("failed", "w\x1b[2J" * 900) if n % 3 else ("ok", "")
+        row.state, row.why = ("failed", "w" * 900) if n % 3 else ("ok", "")
         row.tokens, row.cost_usd, row.first, row.last = 10**9, 12345.678901, 0.0, 10.0**6
     rows[1].progress = MapProgress(5 * 10**9, 10**10, 10**7, 0, 123456.7, 10.0**6, 1.0, False)
     rows[1].state = "running"
     shown, hidden = fold_rows(rows, 10)
-    lines = write_rows(shown, hidden, columns, 5.0, is_utf8=True)
+    console = Console(file=io.StringIO(), width=columns)
+    console.print(rows_table(shown, hidden, columns, 5.0))
+    lines = console.file.getvalue().splitlines()
     assert rows[1] in shown
     assert len(shown) == 9
-    assert all(sum(map(cell_width, line)) <= columns for line in lines)
-    text = "".join(part if isinstance(part, str) else part[0] for part in lines[-1])
-    assert text.startswith("and 21 more")
+    assert len(lines) == 11
+    assert all(cell_width(line) <= columns for line in lines)
+    assert lines[-1].startswith("and 21 more")
 
 
 def test_waits_and_cooldowns_say_what_they_wait_for(terminal):

@@ -351,7 +351,7 @@ def test_show_folds_the_loops_of_a_flow(stroma, inside):
     assert [re.split(r"  +", line)[1] for line in tree[:3]] == ["loop", "├─ again x3", "├─ flaky x3"]
     assert re.match(r"0.again#0 +├─ again x3 +success ", tree[1])
     assert re.match(r"0.flaky#1 +├─ flaky x3 +4 +1 failed +.* 30 ", tree[2])
-    assert tree[2].endswith("3 calls: 2 ok, 1 retried, 1 failed")
+    assert tree[2].endswith("3 calls: 2 ok, 0 retried, 1 failed")
     assert re.match(r"0.flaky#3 +│  └─ flaky +2 +failure .* ValueError: one$", tree[3])
     assert re.match(r"0.!sleep#0 +└─ sleep until \S+ +slept$", tree[4])
     assert len(tree) == 5

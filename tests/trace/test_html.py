@@ -22,11 +22,10 @@ from tests.tiers import examples
 from tests.trace.standalone_pages import check_page
 
 from stroma import FailurePolicy, NodeContract, StromaRunner, current_node, parallel, stroma_node
-from stroma.trace.gantt import idle_ms, places
 from stroma.trace.html import document, fragment, tree
 from stroma.trace.redaction import hidden_values, without
 from stroma.trace.story import Bar, StopCause, Story, fields_named, waits
-from stroma.trace.timeline import Timeline
+from stroma.trace.timeline import Timeline, idle_ms, places
 
 HOSTILE = "<script>alert(1)</script>\"'&amp;]]><!--\x00\x1b[31m\u202e</pre></style>"
 

@@ -79,7 +79,7 @@ def test_many_children_are_cells() -> None:
     text = draw(bars, attempt_prefix="/attempt?id=r")
     cells = re.findall(r'data-cells="(\w+)"', text)[0]
     assert (len(cells), cells[:10]) == (200, "gggrbggbgx")
-    assert "200 items: 197 ok, 1 of them retried, 2 failed, 1 without an attempt" in text
+    assert "200 items: 197 ok, 1 retried, 2 failed, 1 without an attempt" in text
     assert text.count('<div class="row">') == 2
     assert 'data-prefix="0."' in text
     assert len(text) < 12_000
@@ -98,7 +98,7 @@ def test_items_with_nodes_inside_are_cells() -> None:
         bars.append(Bar("rate", f"0.{item}.1", 1, item + 3, 1, "success", tokens=10, cost_usd=0.02))
     text = draw(bars)
     assert re.findall(r'data-cells="(\w+)"', text) == ["gggrgggbgggggggggggg"]
-    assert "20 items: 19 ok, 1 of them retried, 1 failed" in text
+    assert "20 items: 19 ok, 1 retried, 1 failed" in text
     assert "<span>$0.600000</span>" in text
     # The map, its one failed item and the two nodes inside that.
     assert text.count('<span class="fig">') == 5, text

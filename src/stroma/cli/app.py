@@ -18,75 +18,46 @@ from stroma.cli.output import OutputError, err, out
 
 __all__ = ["app", "start"]
 
-#: Command: its import path and its help line, so that the help imports no command.
+#: Help line of each command, so that the help imports none of them.
 _COMMANDS: Final = {
-    "demo": (
-        "stroma.cli.commands.demo:demo",
-        "Run a demo pipeline; needs no key and no network.",
-    ),
-    "run": ("stroma.cli.commands.run:run", "Run a pipeline and print its final state."),
-    "resume": (
-        "stroma.cli.commands.run:resume",
-        "Resume a stopped run without repeating finished nodes.",
-    ),
-    "submit": ("stroma.cli.commands.submit:submit", "Submit a run, which a worker starts."),
-    "worker": (
-        "stroma.cli.commands.worker:worker",
-        "Execute submitted runs and continue stopped ones, until SIGTERM.",
-    ),
-    "drive": ("stroma.cli.commands.submit:drive", "Continue one run as far as possible."),
-    "approve": ("stroma.cli.commands.approve:approve", "Answer a suspended run."),
-    "send": ("stroma.cli.commands.send:send", "Send a message to a run, whose flow receives it."),
-    "pause": ("stroma.cli.commands.pause:pause", "Pause a run until it is resumed."),
-    "cancel": ("stroma.cli.commands.cancel:cancel", "Cancel a run, whichever process runs it."),
-    "check": (
-        "stroma.cli.commands.check:check",
-        "Check that each node's output fits the next node's input.",
-    ),
-    "graph": ("stroma.cli.commands.graph:graph", "Draw which field of a node feeds which other field."),
-    "runs": ("stroma.cli.commands.runs:runs", "List the runs in a store, newest first."),
-    "show": ("stroma.cli.commands.show:show", "Show one run, attempt by attempt."),
-    "diff": ("stroma.cli.commands.diff:diff", "Compare two runs field by field."),
-    "replay": (
-        "stroma.cli.commands.replay:replay",
-        "Replay a recorded run and report changed behaviour.",
-    ),
-    "record": ("stroma.cli.commands.record:record", "Write a recorded run as a regression test or as JSON."),
-    "tail": ("stroma.cli.commands.tail:tail", "Follow runs, one line for each attempt."),
-    "ui": (
-        "stroma.cli.commands.ui:ui",
-        "Serve the web interface on this machine (extra `ui`).",
-    ),
-    "mcp": (
-        "stroma.cli.commands.mcp:mcp",
-        "Serve runs to a coding agent, read-only (extra `mcp`).",
-    ),
-    "export": (
-        "stroma.cli.commands.export:export",
-        "Write a run as JSON, OTLP or one HTML file.",
-    ),
-    "prices": (
-        "stroma.cli.commands.prices:prices",
-        "Show the prices of models and their sources.",
-    ),
-    "budget": (
-        "stroma.cli.commands.budget:budget",
-        "Show a shared budget, or change the budget of a run.",
-    ),
-    "limit": (
-        "stroma.cli.commands.limit:limit",
-        "Show a rate limit: its last minute and its cooldown.",
-    ),
-    "telemetry": (
-        "stroma.cli.commands.telemetry:telemetry",
-        "Write dashboards and alert rules.",
-    ),
-    "gc": ("stroma.cli.commands.gc:gc", "Delete old runs from the store."),
-    "doctor": ("stroma.cli.commands.doctor:doctor", "Check the store, packages, clock and disk."),
-    "completion": (
-        "stroma.cli.commands.completion:completion",
-        "Print a script for shell completion.",
-    ),
+    "demo": "Run a demo pipeline; needs no key and no network.",
+    "run": "Run a pipeline and print its final state.",
+    "resume": "Resume a stopped run without repeating finished nodes.",
+    "submit": "Submit a run, which a worker starts.",
+    "worker": "Execute submitted runs and continue stopped ones, until SIGTERM.",
+    "drive": "Continue one run as far as possible.",
+    "approve": "Answer a suspended run.",
+    "send": "Send a message to a run, whose flow receives it.",
+    "pause": "Pause a run until it is resumed.",
+    "cancel": "Cancel a run, whichever process runs it.",
+    "check": "Check that each node's output fits the next node's input.",
+    "graph": "Draw which field of a node feeds which other field.",
+    "runs": "List the runs in a store, newest first.",
+    "show": "Show one run, attempt by attempt.",
+    "diff": "Compare two runs field by field.",
+    "replay": "Replay a recorded run and report changed behaviour.",
+    "record": "Write a recorded run as a regression test or as JSON.",
+    "tail": "Follow runs, one line for each attempt.",
+    "ui": "Serve the web interface on this machine (extra `ui`).",
+    "mcp": "Serve runs to a coding agent, read-only (extra `mcp`).",
+    "export": "Write a run as JSON, OTLP or one HTML file.",
+    "prices": "Show the prices of models and their sources.",
+    "budget": "Show a shared budget, or change the budget of a run.",
+    "limit": "Show a rate limit: its last minute and its cooldown.",
+    "telemetry": "Write dashboards and alert rules.",
+    "gc": "Delete old runs from the store.",
+    "doctor": "Check the store, packages, clock and disk.",
+    "completion": "Print a script for shell completion.",
+}
+#: Modules that define several commands; any other command has a module of its name.
+_MODULES: Final = {
+    "resume": "run",
+    "drive": "submit",
+    "send": "control",
+    "pause": "control",
+    "cancel": "control",
+    "budget": "limits",
+    "limit": "limits",
 }
 
 
@@ -97,8 +68,8 @@ class _Lazy(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        module, _, name = _COMMANDS[cmd_name][0].partition(":")
-        command = getattr(importlib.import_module(module), name)
+        module = importlib.import_module(f"stroma.cli.commands.{_MODULES.get(cmd_name, cmd_name)}")
+        command = getattr(module, cmd_name)
         assert isinstance(command, click.Command)
         return command
 
@@ -114,7 +85,7 @@ class _Lazy(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+            formatter.write_dl(list(_COMMANDS.items()))
 
 
 def _print_version(ctx: click.Context, _parameter: click.Parameter, is_requested: bool) -> None:
@@ -193,6 +164,12 @@ def _guarded(call: Callable[[], Any]) -> int:
             code=Code.ENVIRONMENT,
         ) from error
     except Exception as error:
+        from stroma.checkpoint.errors import StoreError
+
+        if isinstance(error, StoreError):
+            from stroma.cli.stores import store_problem
+
+            raise store_problem(error) from error
         if is_debugging():
             raise
         raise Problem(

@@ -10,10 +10,11 @@ from typing import IO, Any
 
 import click
 
-from stroma._utils.text import one_line
+from stroma._utils.text import clean, one_line
 from stroma.cli.output import err
+from stroma.failures.tracebacks import frames_of
 
-__all__ = ["Code", "Problem", "command", "is_debugging"]
+__all__ = ["Code", "Problem", "command", "describe_error", "is_debugging", "last_frame"]
 
 
 class Code(IntEnum):
@@ -70,3 +71,28 @@ def _quote(word: str) -> str:
 def is_debugging() -> bool:
     """Return True if errors are shown with their tracebacks."""
     return os.environ.get("STROMA_DEBUG", "") not in ("", "0")
+
+
+def describe_error(error: BaseException) -> str:
+    """Return type and message of an exception; never raises, whatever its ``str()`` does."""
+    name = type(error).__name__
+    try:
+        text = str(error.msg) if isinstance(error, SyntaxError) else str(error)
+    except Exception:
+        return name
+    return clean(f"{name}: {text}" if text else name, 600)
+
+
+def last_frame(error: BaseException, *, of_any: bool = True) -> list[str]:
+    """Return the last frame of user code in a traceback, in the form of Python.
+
+    Without such a frame, the last one outside of stroma; none if ``of_any`` is false.
+    """
+    if isinstance(error, SyntaxError) and error.filename:
+        lines = [f'File "{error.filename}", line {error.lineno}']
+        return [*lines, *([f"  {clean(error.text)}"] if error.text else [])]
+    own, others = frames_of(error)
+    for frame in (own or (others if of_any else []))[-1:]:
+        place = f'File "{frame.filename}", line {frame.lineno}, in {frame.name}'
+        return [place, *([f"  {clean(frame.line)}"] if frame.line else [])]
+    return []

@@ -13,9 +13,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from stroma._utils.text import clean, pluralize
 from stroma.checkpoint.records import RunRecord
-from stroma.cli.errors import Code, Problem, command
+from stroma.cli.errors import Code, Problem, command, describe_error
 from stroma.cli.stores import Database
-from stroma.cli.user_errors import describe_error
 from stroma.contracts.node import Group, Node, find_node
 from stroma.contracts.schema import schema_of
 from stroma.runner.pipeline import Pipeline
@@ -235,8 +234,7 @@ def example(model: type[BaseModel], value: Any = None, wrong: Collection[Any] = 
 def stored_input(database: Database, record: RunRecord, pipeline: Pipeline, target: str) -> BaseModel:
     """Return the stored input of a run as the input model of the first node. Raises Problem."""
     schema = schema_of(input_model(pipeline))
-    with database.explain_errors():
-        data = database.reader.input_of(record.run_id)
+    data = database.reader.input_of(record.run_id)
     why = "it is of another class"
     try:
         state = schema.decode(data)

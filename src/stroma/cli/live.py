@@ -2,38 +2,197 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterable
-from typing import Any, Final
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import IO, Any, Final, NamedTuple, cast
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
 from stroma.cli.formatting import id_word
-from stroma.cli.live_rows import Place, Row, RowWait, bar, fold_rows, write_rows
-from stroma.cli.output import Part, err, fit, wrap
+from stroma.cli.output import Part, err
 from stroma.cli.progress import Progress, failure_message
-from stroma.cli.screen import Screen
 from stroma.cost.budget import ExecutionBudget, limits
 from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import NodeContext, diagnose
 from stroma.hooks.sets import MapProgress, NodeHooks
-from stroma.trace.outline import parse_call
+from stroma.trace.outline import folded_part
 
-__all__ = ["LiveProgress", "has_room"]
+__all__ = ["LiveProgress", "Row", "fold_rows", "rows_table"]
 
-_MIN_COLUMNS: Final = 40
-_MIN_ROWS: Final = 8
+_TICK_SECONDS: Final = 0.2
 _SUMMARY_ROWS: Final = 20  # a longer pipeline is folded
-_Key = tuple[Any, ...]
+_STYLES: Final = {
+    "running": "cyan",
+    "ok": "green",
+    "failed": "bold red",
+    "restored": "blue",
+    "pending": "dim",
+    "waiting": "yellow",
+    "suspended": "yellow",
+    "cancelled": "yellow",
+}
+#: Position and branch of one execution.
+Place = tuple[int, str]
 
 
-def has_room() -> bool:
-    """Return True if stderr is a terminal that is large enough for a live table."""
-    columns, rows = err.size
-    return err.is_live and columns >= _MIN_COLUMNS and rows >= _MIN_ROWS
+class RowWait(NamedTuple):
+    """A wait of one execution. ``until``: on the clock of the table; None if nobody can tell."""
+
+    until: float | None
+    text: str
+
+
+@dataclass(slots=True)
+class Row:
+    """One line of the table: a node, or the calls of one node in a loop, or all items of a map.
+
+    Attributes:
+        running: start of each execution in progress.
+        state: that of the last execution that ended, with its reason in ``why``.
+        retried: executions that needed more than one attempt.
+        retries: attempts after the first, by the reason of the failure before.
+    """
+
+    name: str
+    depth: int = 0
+    progress: MapProgress | None = None
+    attempts: int = 0
+    calls: set[Place] = field(default_factory=set)
+    tokens: int = 0
+    cost_usd: float = 0.0
+    first: float | None = None
+    last: float | None = None
+    state: str = "pending"
+    why: str = ""
+    running: dict[Place, float] = field(default_factory=dict)
+    waiting: dict[Place, RowWait] = field(default_factory=dict)
+    retried: set[Place] = field(default_factory=set)
+    retries: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def is_active(self) -> bool:
+        if self.progress is not None:
+            return not self.progress.ended and self.state in ("running", "pending")
+        return bool(self.running or self.waiting)
+
+    def detail(self, now: float, bar_cells: int) -> list[Part]:
+        """Return the state in words, the most important first."""
+        if self.progress is not None:
+            return self._map_detail(self.progress, now, bar_cells)
+        if self.waiting:
+            return [(_wait_text(list(self.waiting.values()), now), "yellow")]
+        if self.running:
+            many = f", call {len(self.calls):,}" if len(self.calls) > 1 else ""
+            return [(f"running{many}", "cyan")]
+        calls = f"{len(self.calls):,} calls: " if len(self.calls) > 1 else ""
+        retried = f", {len(self.retried):,} retried" if self.retried and self.state == "ok" else ""
+        why = f": {self.why}" if self.why else ""
+        return [calls, (self.state, _STYLES.get(self.state, "")), f"{retried}{why}"]
+
+    def _map_detail(self, progress: MapProgress, now: float, bar_cells: int) -> list[Part]:
+        failed: list[Part] = [(f"{progress.failed:,} failed", "red")] if progress.failed else []
+        if self.state in ("failed", "cancelled", "suspended"):
+            items = f"{progress.done:,}/{progress.total or '?'} items, "
+            return [items, (self.state, _STYLES[self.state]), f": {self.why}" if self.why else ""]
+        if not self.is_active:
+            parts: list[Part] = [f"{pluralize(progress.done, 'item')}: ", *failed, ", " if failed else ""]
+            parts.append((f"{progress.done - progress.failed:,} ok", "green"))
+            if self.retried:
+                parts += [", ", (f"{len(self.retried):,} retried", "yellow")]
+            return [*parts, f", {progress.restored:,} restored" if progress.restored else ""]
+        parts = [f"{progress.done:,}{'' if progress.total is None else f'/{progress.total:,}'}"]
+        if progress.total:
+            parts = [(_bar(progress.done / progress.total, bar_cells), "cyan"), " ", *parts]
+        parts += [" ", *failed] if failed else []
+        if progress.rate:
+            parts.append(f" {progress.rate:,.{0 if progress.rate >= 10 else 1}f}/s")
+        if progress.seconds_left is not None:
+            left = progress.seconds_left
+            parts.append(f" {f'{left:.0f}s' if left < 100 else format_duration(left)} left")
+        if self.waiting:
+            text = _wait_text(list(self.waiting.values()), now)
+            parts += ["  ", (f"{len(self.waiting)} wait: {text}", "yellow")]
+        return parts
+
+    def figures(self, now: float) -> list[str]:
+        """Return the attempts, the time from the first start to the last end or until now, tokens and cost."""
+        end = now if self.is_active or self.last is None else self.last
+        return [
+            f"{self.attempts:,}" if self.attempts else "",
+            "" if self.first is None else format_duration(end - self.first),
+            f"{self.tokens:,}" if self.tokens else "",
+            format_usd(self.cost_usd) if self.cost_usd else "",
+        ]
+
+
+def _wait_text(waits: Sequence[RowWait], now: float) -> str:
+    """Return what these wait for, and how long the first of them still does."""
+    known = [one.until - now for one in waits if one.until is not None]
+    left = f"{max(0.0, min(known)):.1f} s: " if known else ""
+    texts = Counter(one.text for one in waits)
+    return f"{left}{', '.join(text for text, _ in texts.most_common(2))}"
+
+
+def _bar(share: float, cells: int) -> str:
+    done = min(cells, max(0, round(share * cells)))
+    is_utf8 = "utf" in (getattr(sys.stderr, "encoding", None) or "").lower()
+    full, empty = ("█", "░") if is_utf8 else ("#", "-")
+    return full * done + empty * (cells - done)
+
+
+def fold_rows(rows: Sequence[Row], room: int) -> tuple[list[Row], list[Row]]:
+    """Return the rows to show, in order, and those without a line: what runs or failed comes first."""
+    if len(rows) <= room:
+        return list(rows), []
+    ranks = {"failed": 1, "suspended": 1, "cancelled": 2, "ok": 3, "restored": 4, "pending": 5}
+
+    def rank(numbered: tuple[int, Row]) -> tuple[int, int]:
+        number, row = numbered
+        return (0 if row.is_active else ranks.get(row.state, 2), -number if row.state == "ok" else number)
+
+    chosen = {number for number, _ in sorted(enumerate(rows), key=rank)[: max(0, room - 1)]}
+    return (
+        [row for number, row in enumerate(rows) if number in chosen],
+        [row for number, row in enumerate(rows) if number not in chosen],
+    )
+
+
+def rows_table(rows: Sequence[Row], hidden: Sequence[Row], columns: int, now: float) -> Group:
+    """Return a table with a line for each row, none wider than ``columns``, and a line for what is hidden."""
+    table = Table(
+        box=None, pad_edge=False, expand=True, width=columns, header_style="dim", padding=(0, 2, 0, 0)
+    )
+    table.add_column(no_wrap=True, max_width=min(32, columns // 4))
+    table.add_column(no_wrap=True, ratio=1)
+    # A narrow terminal does without some figures: tokens go first, the cost last.
+    shown = [i for i, least in enumerate((52, 44, 60, 30)) if columns >= least]
+    for i in shown:
+        table.add_column(("TRY", "TIME", "TOKENS", "COST")[i], justify="right", no_wrap=True)
+    for row in rows:
+        name = f"{'  ' * min(row.depth, 4)}{clean(row.name, 200)}"
+        figures = row.figures(now)
+        detail = Text.assemble(*row.detail(now, 16 if columns >= 110 else 6))
+        table.add_row(name, detail, *(figures[i] for i in shown))
+    counts = Counter("running" if row.is_active else row.state for row in hidden)
+    text = ", ".join(f"{count:,} {state}" for state, count in counts.most_common())
+    more = [_line((f"and {len(hidden):,} more: {text}", "dim"))] if hidden else []
+    return Group(table, *more)
+
+
+def _line(*parts: Part) -> Text:
+    return Text.assemble(*parts, no_wrap=True, overflow="ellipsis")
 
 
 class LiveProgress(Progress):
@@ -49,11 +208,10 @@ class LiveProgress(Progress):
         #: Limits in cooldown: the end of each.
         self._cooldowns: dict[str, float] = {}
         self._reasons: dict[Place, str] = {}
-        self._rows: dict[_Key, Row] = {(i, ""): Row(name) for i, name in enumerate(nodes)}
+        self._rows: dict[Place, Row] = {(i, ""): Row(name) for i, name in enumerate(nodes)}
         self._maps: set[Place] = set()
         self._lock = threading.RLock()
-        self._is_utf8 = "utf" in (getattr(sys.stderr, "encoding", None) or "").lower()
-        self._screen = Screen(err, self._draw)
+        self._screen = Screen(self._draw)
 
     def hooks(self) -> NodeHooks:
         """Return the set of hooks for the runner."""
@@ -83,8 +241,7 @@ class LiveProgress(Progress):
         self._screen.close()
         with self._lock:
             if self._run_id:
-                for line in self._summary(err.columns):
-                    err.line(*line)
+                self._print_summary()
                 self._run_id = ""
 
     # ------------------------------------------------------------------ hooks
@@ -189,7 +346,7 @@ class LiveProgress(Progress):
         if node.kind == "item" and node.parent is None:  # It is restored, without the map around it.
             above = node.branch.rpartition(".")[0]
             self._maps.add((node.position, above))
-            key = _key_of(node.position, above)
+            key = node.position, _fold_branch(above)
         row = self._rows.get(key)
         if row is None:
             depth = node.branch.count(".") + 1 if node.branch else 0
@@ -205,7 +362,7 @@ class LiveProgress(Progress):
             if row is not None:
                 row.attempts, row.calls = 0, set()
 
-    def _insert(self, key: _Key, row: Row) -> None:
+    def _insert(self, key: Place, row: Row) -> None:
         """Add a row behind the last one of its position and of the group around it."""
         keys = list(self._rows)
         same = [i for i, other in enumerate(keys) if other[0] == key[0]]
@@ -244,73 +401,188 @@ class LiveProgress(Progress):
 
     # ------------------------------------------------------------------ drawing
 
-    def _draw(self, columns: int, rows: int) -> list[list[Part]]:
+    def _draw(self) -> Group:
+        columns, rows = err.size
         now = time.monotonic()
         with self._lock:
-            lines = self._head(columns, now)
-            room = rows - len(lines) - 1  # the header of the columns
-            if room > 0:
-                shown, hidden = fold_rows(list(self._rows.values()), room)
-                lines += write_rows(shown, hidden, columns, now, is_utf8=self._is_utf8)
-        return lines[: max(0, rows)]
+            head = self._head(columns - 1, now)
+            shown, hidden = fold_rows(list(self._rows.values()), max(0, rows - 2 - len(head)))
+            return Group(*head, rows_table(shown, hidden, columns - 1, now))
 
-    def _head(self, columns: int, now: float) -> list[list[Part]]:
+    def _head(self, columns: int, now: float) -> list[Table | Text]:
         run = id_word(self._run_id) if self._run_id.isprintable() else clean(self._run_id)
-        right = f"  {format_duration(now - self._began)}"
-        name = fit((clean(self._pipeline, 60), "bold"), columns // 2)
-        used = len(name if isinstance(name, str) else name[0]) + len(right)
-        lines: list[list[Part]] = [[name, fit(f": run {run}", max(0, columns - used)), (right, "dim")]]
-        lines.append(self._money(columns))
+        title = Table.grid(expand=True, padding=(0, 2, 0, 0), pad_edge=False)
+        title.width = columns
+        title.add_column(no_wrap=True, ratio=1)
+        title.add_column(no_wrap=True, justify="right", style="dim")
+        name = Text.assemble((clean(self._pipeline, max(10, columns // 2)), "bold"), f": run {run}")
+        title.add_row(name, format_duration(now - self._began))
+        lines: list[Table | Text] = [title, self._money()]
         for limit, until in list(self._cooldowns.items()):
             if until <= now:
                 del self._cooldowns[limit]
                 continue
             text = f"limit {limit} in cooldown for {until - now:.1f} s: its provider asked to wait"
-            lines.append([fit((text, "yellow"), columns)])
+            lines.append(_line((text, "yellow")))
         return lines
 
-    def _money(self, columns: int) -> list[Part]:
-        text = f"spent {format_usd(self._spent['cost'])}, {format_tokens(int(self._spent['tokens']))}"
-        parts: list[Part] = [fit(text, columns)]
-        room = columns - len(text)
+    def _money(self) -> Text:
+        parts: list[Part] = [
+            f"spent {format_usd(self._spent['cost'])}, {format_tokens(int(self._spent['tokens']))}"
+        ]
         for dimension, limit in limits(self._budget):
             if dimension == "latency" or not limit:
                 continue
             share = self._spent[dimension] / limit
             of = format_usd(limit) if dimension == "cost" else format_tokens(int(limit))
             style = "red" if share >= 1 else "yellow" if share >= 0.8 else "green"
-            more = f"; {share:.0%} of {of} "
-            if len(more) + 12 <= room:
-                parts += [more, (bar(share, 12, self._is_utf8), style)]
-                room -= len(more) + 12
-        return parts
+            parts += [f"; {share:.0%} of {of} ", (_bar(share, 12), style)]
+        return _line(*parts)
 
-    def _summary(self, columns: int) -> list[list[Part]]:
-        now = time.monotonic()
-        shown, hidden = fold_rows(list(self._rows.values()), _SUMMARY_ROWS)
-        lines = [*self._head(columns, now), *write_rows(shown, hidden, columns, now, is_utf8=self._is_utf8)]
-        retries = [(row, row.retries) for row in self._rows.values() if row.retries]
-        for row, reasons in retries[:_SUMMARY_ROWS]:
-            count = pluralize(reasons.total(), "retry").replace("retrys", "retries")
-            why = ", ".join(f"{reason} {n:,}" for reason, n in Counter(reasons).most_common())
-            lines += wrap([("retried: ", "yellow"), f"{clean(row.name, 60)}: {count} ({why})"], columns, 4)
-        if len(retries) > _SUMMARY_ROWS:
-            lines.append([f"retried: and {pluralize(len(retries) - _SUMMARY_ROWS, 'node')} more"])
-        return lines
+    def _print_summary(self) -> None:
+        now, rows = time.monotonic(), list(self._rows.values())
+        shown, hidden = fold_rows(rows, _SUMMARY_ROWS)
+        self._screen.print(Group(*self._head(err.columns, now), rows_table(shown, hidden, err.columns, now)))
+        retried = [row for row in rows if row.retries]
+        for row in retried[:_SUMMARY_ROWS]:
+            total = row.retries.total()
+            why = ", ".join(f"{reason} {n:,}" for reason, n in row.retries.most_common())
+            count = f"{total:,} {'retry' if total == 1 else 'retries'}"
+            err.wrapped(("retried: ", "yellow"), f"{clean(row.name, 60)}: {count} ({why})")
+        if len(retried) > _SUMMARY_ROWS:
+            err.line(f"retried: and {pluralize(len(retried) - _SUMMARY_ROWS, 'node')} more")
 
 
 def _place(node: NodeExecution) -> Place:
     return node.position, node.branch
 
 
-def _key(node: NodeExecution) -> _Key:
+def _key(node: NodeExecution) -> Place:
     """Return the same key for all calls of one node from the same place of a flow."""
-    return _key_of(node.position, node.branch)
+    above, dot, part = node.branch.rpartition(".")
+    return node.position, _fold_branch(above) + dot + folded_part(part, node.node_id or "")
 
 
-def _key_of(position: int, branch: str) -> _Key:
-    parts: list[str] = []
-    for part in branch.split(".") if branch else ():
-        call = parse_call(part)
-        parts.append(part if call is None or not call.name else f"{call.kind}{call.name}/{call.scope}")
-    return position, ".".join(parts)
+def _fold_branch(branch: str) -> str:
+    return ".".join(map(folded_part, branch.split("."))) if branch else ""
+
+
+class _Console(Console):
+    def show_cursor(self, show: bool = True) -> bool:
+        """Leave the cursor as it is: a process that is killed could not show it again."""
+        return False
+
+
+class Screen:
+    """A drawing at the bottom of the terminal that is drawn again five times a second, all other output above it."""
+
+    def __init__(self, draw: Callable[[], Any]) -> None:
+        self._draw = draw
+        self._console: Console | None = None
+        self._live: Live | None = None
+        self._pid = os.getpid()
+        self._messages: deque[str] = deque()
+        self._partial = ""  # printed without a line end so far
+        self._patched: list[IO[str]] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._tick, name="stroma-screen", daemon=True)
+
+    def open(self) -> None:
+        """Draw from now on. Safe to call twice."""
+        file = sys.stderr
+        if self._live is not None or self._ended.is_set() or file is None:
+            return
+        # The drawing goes to the terminal itself, past the replaced ``write``.
+        names = ("write", "flush", "isatty", "fileno")
+        raw = SimpleNamespace(encoding=file.encoding, **{name: getattr(file, name) for name in names})
+        self._console = _Console(
+            file=cast("IO[str]", raw),
+            color_system=None if os.environ.get("NO_COLOR") else "auto",
+            highlight=False,
+            markup=False,
+            emoji=False,
+        )
+        self._live = Live(
+            get_renderable=self._draw,
+            console=self._console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+            vertical_overflow="crop",
+        )
+        self._capture()
+        self._live.start(refresh=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Remove the drawing; everything that was printed stays. Safe to call twice."""
+        if self._ended.is_set() or self._live is None:
+            self._ended.set()
+            return
+        self._ended.set()
+        self._thread.join(timeout=1)
+        for file in self._patched:
+            with contextlib.suppress(AttributeError):
+                del file.write
+        with contextlib.suppress(OSError, ValueError):  # The terminal is gone.
+            self._print_messages()
+            if self._partial:
+                self.print(Text.from_ansi(self._partial))
+            self._live.stop()
+
+    def say(self, text: str) -> bool:
+        """Print lines soon, and return True; False if nothing is drawn. Safe in a signal handler."""
+        if self._live is None or self._ended.is_set():
+            return False
+        self._messages.append(text.strip("\n"))
+        return True
+
+    def print(self, what: Any) -> None:
+        """Print above the drawing."""
+        if self._console is not None:
+            self._console.print(what, soft_wrap=isinstance(what, Text))
+
+    def refresh(self) -> None:
+        """Draw again. Nothing is drawn while the process is in the background of its terminal."""
+        if self._live is not None and not _is_in_background():
+            self._print_messages()
+            self._live.refresh()
+
+    def _print_messages(self) -> None:
+        while self._messages:
+            self.print(Text(self._messages.popleft()))
+
+    def _tick(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # The terminal is gone.
+            while not self._ended.wait(_TICK_SECONDS):
+                self.refresh()
+
+    def _capture(self) -> None:
+        """Take over ``write`` of stderr, and of stdout on a terminal: loggers have references to those objects."""
+        for file in dict.fromkeys([sys.stderr, sys.__stderr__, sys.stdout, sys.__stdout__]):
+            with contextlib.suppress(AttributeError, TypeError, ValueError):
+                if file is not None and file.isatty():
+                    file.write = self._replacement(file.write)  # type: ignore[method-assign]
+                    self._patched.append(file)
+
+    def _replacement(self, raw: Callable[[str], int]) -> Callable[[str], int]:
+        def write(text: str) -> int:
+            if os.getpid() != self._pid:
+                return raw(text)  # Of a forked child.
+            whole, end, self._partial = (self._partial + text).rpartition("\n")
+            if end:
+                # Of a line that was written over, as progress bars do, what stood there last.
+                lines = [line.rpartition("\r")[2] for line in whole.split("\n")]
+                self.print(Text("\n").join(map(Text.from_ansi, lines)))
+            return len(text)
+
+        return write
+
+
+def _is_in_background() -> bool:
+    """Return True if another process of the terminal has its input, after Ctrl-Z and `bg`."""
+    try:
+        return os.tcgetpgrp(2) != os.getpgrp()
+    except (OSError, AttributeError):  # Standard error is not the terminal that controls this process.
+        return False

@@ -15,8 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
-from stroma.cli.errors import Code, Problem
-from stroma.cli.user_errors import describe_error, last_frame
+from stroma.cli.errors import Code, Problem, describe_error, last_frame
 from stroma.contracts.node import find_node
 from stroma.runner.pipeline import Pipeline
 from stroma.runner.runner import StromaRunner, with_settings_of

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pydantic import BaseModel
 
@@ -25,16 +25,14 @@ from stroma.checkpoint.errors import (
 )
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.records import RunRecord
-from stroma.cli.errors import Code, Problem
+from stroma.cli.errors import Code, Problem, describe_error, last_frame
 from stroma.cli.exporters import FLUSH_SECONDS, Exporters
 from stroma.cli.formatting import id_word
-from stroma.cli.live import LiveProgress, has_room
 from stroma.cli.output import err
 from stroma.cli.progress import Progress, show_warnings
 from stroma.cli.report import RunReport
 from stroma.cli.signals import StopSignals
-from stroma.cli.stores import Database
-from stroma.cli.user_errors import describe_error, last_frame
+from stroma.cli.stores import Database, store_problem
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.schema import schema_of
 from stroma.engine.config import RunConfig
@@ -50,6 +48,10 @@ if TYPE_CHECKING:
     from stroma.cli.options import RunOptions
 
 __all__ = ["Fork", "LocalRun"]
+
+#: Least size of a terminal with a live table.
+_MIN_COLUMNS: Final = 40
+_MIN_ROWS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +139,11 @@ class LocalRun:
 
     def _shown_progress(self) -> Progress:
         """Return a live table on a terminal, else lines."""
-        if not has_room():
+        columns, rows = err.size
+        if not err.is_live or columns < _MIN_COLUMNS or rows < _MIN_ROWS:
             return Progress(quiet=False)
+        from stroma.cli.live import LiveProgress  # It takes rich.
+
         nodes = [node.node_id for node in nodes_of(self.pipeline)]
         return LiveProgress(self.pipeline.name, nodes, self.config.budget)
 
@@ -146,7 +151,7 @@ class LocalRun:
         """Return the record of the run with the usage of other processes only."""
         try:
             record = self.db.get_run(result.run_id)
-        except Problem:  # The run is over; its earlier usage is unknown.
+        except StoreError:  # The run is over; its earlier usage is unknown.
             record = None
         if record is None:
             return self.record
@@ -243,20 +248,20 @@ class LocalRun:
     def _store_problem(self, error: StoreError) -> Problem:
         if isinstance(error, (PipelineChanged, CorruptCheckpoint)):
             rerun = f"or rerun from a node: {self._resume_hint('--from', 'NODE')}"
-            return self.db.problem(error, rerun)
+            return store_problem(error, rerun)
         if isinstance(error, RunBusy):
             return self._busy_problem(error)
         if isinstance(error, RunExists):
-            return self.db.problem(
+            return store_problem(
                 error,
                 f"resume it: {self._resume_hint()}",
                 "or discard what it did: repeat the command with --restart",
                 "or use another id: --run-id ID",
             )
         if isinstance(error, CheckpointNotFound):
-            return self.db.problem(error)
+            return store_problem(error)
         more = () if not self.db.is_default else ("or name another store: --db FILE, or STROMA_DB=FILE",)
-        return self.db.problem(error, *more)
+        return store_problem(error, *more)
 
     def _busy_problem(self, error: RunBusy) -> Problem:
         name = id_word(self.config.run_id)

@@ -12,15 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from stroma._utils.text import clean, format_duration, pluralize
-from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.manager import CheckpointManager
-from stroma.cli.errors import Code, Problem
+from stroma.cli.errors import Code, Problem, describe_error, last_frame
 from stroma.cli.exporters import FLUSH_SECONDS
 from stroma.cli.health import serve_health
 from stroma.cli.progress import timed_line
 from stroma.cli.signals import drain_on_signal
 from stroma.cli.stores import Database
-from stroma.cli.user_errors import describe_error, last_frame
 from stroma.contracts.contract import ContractRegistry
 from stroma.runner.pipeline import Pipeline
 from stroma.runner.runner import StromaRunner
@@ -88,8 +86,6 @@ class LocalWorker:
                     await serving
                 finally:
                     status.cancel()
-        except StoreError as error:
-            raise self.database.problem(error) from error
         except (TypeError, ValueError) as error:
             raise Problem(
                 f"the worker cannot start: {describe_error(error)}", *last_frame(error), code=Code.USAGE

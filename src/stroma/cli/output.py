@@ -16,6 +16,8 @@ import unicodedata
 from collections.abc import Sequence
 from typing import IO, Any, Final
 
+import click
+
 from stroma._utils.text import break_command, visible
 
 __all__ = [
@@ -32,9 +34,8 @@ __all__ = [
     "write_private",
 ]
 
-#: Text, or text with a style of rich's ("bold red").
+#: Text, or text with a style: a colour, "bold", "dim", or several of them ("bold red").
 Part = str | tuple[str, str]
-
 
 #: Of lines for people, on a wider terminal and elsewhere.
 _MAX_COLUMNS: Final = 100
@@ -51,7 +52,6 @@ class Stream:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._console: Any = None
         self._silent: IO[str] | None = None
 
     @property
@@ -117,10 +117,9 @@ class Stream:
 
     def render(self, *parts: Part) -> str:
         """Return one line with its line end, coloured on a terminal."""
-        has_styles = any(isinstance(part, tuple) for part in parts)
-        if has_styles and self.is_terminal and not os.environ.get("NO_COLOR"):
-            return self._coloured(parts)
-        return _plain(parts)
+        if not self.is_terminal or os.environ.get("NO_COLOR"):
+            return "".join(part if isinstance(part, str) else part[0] for part in parts).rstrip(" ") + "\n"
+        return "".join(part if isinstance(part, str) else _styled(*part) for part in parts) + "\n"
 
     @property
     def is_live(self) -> bool:
@@ -150,19 +149,11 @@ class Stream:
             os.dup2(null, self._silent.fileno())  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
             os.close(null)
 
-    def _coloured(self, parts: Sequence[Part]) -> str:
-        try:
-            from rich.console import Console
-            from rich.text import Text
-        except ModuleNotFoundError:
-            return _plain(parts)
-        if self._console is None:
-            self._console = Console(file=self._file, highlight=False, markup=False, emoji=False)
-        # rich must not print: it ends the process if the reader has closed the pipe.
-        with self._console.capture() as capture:
-            self._console.print(Text.assemble(*parts), soft_wrap=True)
-        text: str = capture.get()
-        return text
+
+def _styled(text: str, style: str) -> str:
+    words = style.split()
+    colour = next((word for word in words if word not in ("bold", "dim")), None)
+    return click.style(text, fg=colour, bold="bold" in words or None, dim="dim" in words or None)
 
 
 def write_private(path: str | os.PathLike[str], text: str) -> None:
@@ -241,10 +232,6 @@ def table(
             parts += [(text, style) if style else text, "  "]
             used += cell_width(text) + 2
         stream.line(*parts[:-1])
-
-
-def _plain(parts: Sequence[Part]) -> str:
-    return "".join(part if isinstance(part, str) else part[0] for part in parts).rstrip(" ") + "\n"
 
 
 def cell_width(part: Part) -> int:

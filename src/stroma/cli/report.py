@@ -15,10 +15,10 @@ from stroma._utils.secrets import Secrets
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
 from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.records import describe_wait
-from stroma.cli.errors import Code, is_debugging
+from stroma.cli.errors import Code, is_debugging, last_frame
 from stroma.cli.formatting import id_word
 from stroma.cli.output import Part, emit, err
-from stroma.cli.stores import RunSource
+from stroma.cli.stores import Database
 from stroma.cli.suspended import (
     answer_type,
     approve_hint,
@@ -29,7 +29,6 @@ from stroma.cli.suspended import (
     unanswered,
     waiting_data,
 )
-from stroma.cli.user_errors import last_frame
 from stroma.contracts.schema import schema_of
 from stroma.cost.budget import BudgetExceeded, ExecutionBudget, limits
 from stroma.failures.classes import FailureClass
@@ -63,7 +62,7 @@ class RunReport:
     result: ExecutionResult
     pipeline: str
     target: str
-    db: RunSource
+    db: Database
     stopped_by: str | None
     seconds: float
     budget: ExecutionBudget

@@ -64,9 +64,8 @@ def _commits(
             if is_of_pipeline(row.step.input_key, row.step.number)
         }
 
-    with database.explain_errors():
-        attempts = store.attempts(record.run_id)
-        contracts = store.read(query, dict[tuple[int, str], str]())
+    attempts = store.attempts(record.run_id)
+    contracts = store.read(query, dict[tuple[int, str], str]())
     commits: dict[tuple[int, str], Committed] = {}
     damaged = []
     for attempt in attempts:

@@ -30,8 +30,7 @@ def print_plan(
     as_json: bool,
 ) -> int:
     """Print what a resume would do, without doing it. Return the exit code that it would have, if that is known."""
-    with database.explain_errors():
-        attempts, _ = History(database.reader).attempts(record.run_id, _ALL)
+    attempts, _ = History(database.reader).attempts(record.run_id, _ALL)
     before = _position(attempts, pipeline, start_at)
     restored = _restored(attempts, before)
     called = _called_nodes(attempts, restored, pipeline)

@@ -11,7 +11,7 @@ from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.formatting import format_age, format_local_time, id_word, style_status
 from stroma.cli.output import Part, err, out
-from stroma.cli.stores import RunSource
+from stroma.cli.stores import Database
 from stroma.cli.suspended import (
     answer_type,
     approve_hint,
@@ -78,7 +78,7 @@ def print_head(
         out.fitted((f"{name:<9} ", "dim"), *parts, indent=10)
 
 
-def print_next_steps(database: RunSource, record: RunRecord, waiting: list[Waiting]) -> None:
+def print_next_steps(database: Database, record: RunRecord, waiting: list[Waiting]) -> None:
     """Print the commands that a run needs next."""
     name, target = id_word(record.run_id), "FILE.py:NAME"
     place = f"  (where the pipeline {clean(record.pipeline, 60)!r} is)"

@@ -1,23 +1,23 @@
-"""The table of a run's attempts, with maps and loops folded."""
+"""The attempts of a run as a table, with maps and loops folded, and the outputs that broke their contract below it."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Final, Protocol
+import json
+from collections.abc import Callable, Sequence
+from typing import Final
 
-from stroma._utils.text import clean, format_duration, format_usd, pluralize
-from stroma.checkpoint.history import bar_of, place_of
+from stroma._utils.text import clean, format_duration, pluralize
+from stroma.checkpoint.history import place_of
 from stroma.checkpoint.records import AttemptRecord
 from stroma.cli.output import Part, out, table
-from stroma.trace.gantt import duration
-from stroma.trace.outline import WAITS, OutlineEntry, fold, outline
-from stroma.trace.story import Bar
-from stroma.trace.story import waits as find_waits
+from stroma.trace.outline import duration, fold, outline
+from stroma.trace.rejected import MISSING, RejectedOutput
+from stroma.trace.story import Bar, waits
+from stroma.trace.terminal import Line, lines_of
 
-__all__ = ["print_attempts"]
+__all__ = ["print_all_rejected", "print_attempts"]
 
-_HEADER: Final = (
+_HEADER: Final = [
     "AT",
     "NODE",
     "TRY",
@@ -29,24 +29,11 @@ _HEADER: Final = (
     "COST",
     "MODEL",
     "MESSAGE",
-)
-_STYLES: Final = {"success": "green", "failure": "red"}
+]
 _RIGHT: Final = ("TRY", "BEGAN", "WAITED", "TIME", "FUNCTIONS", "TOKENS", "COST")
-_SHOWN_FAILED: Final = 5  # calls that failed, below the line that folds them
-#: Columns that a narrow terminal does without, in this order.
-_SPARE: Final = (
-    "MODEL",
-    "CLASS",
-    "TOKENS",
-    "AT",
-    "REASON",
-    "TRY",
-    "TIME",
-    "COST",
-    "OUTCOME",
-)
-#: The same with --timing: what was asked for stays longest.
-_TIMING_SPARE: Final = (
+#: Columns that a narrow terminal does without, in this order; with --timing the times stay longest.
+_SPARE: Final = ["MODEL", "CLASS", "TOKENS", "AT", "REASON", "TRY", "TIME", "COST", "OUTCOME"]
+_TIMING_SPARE: Final = [
     "FUNCTIONS",
     "MODEL",
     "CLASS",
@@ -59,169 +46,84 @@ _TIMING_SPARE: Final = (
     "OUTCOME",
     "BEGAN",
     "TIME",
-)
-
-
-class TableView(Protocol):
-    """Options of the table; those of the command have these names."""
-
-    @property
-    def as_tree(self) -> bool: ...
-    @property
-    def unfold(self) -> bool: ...
-    @property
-    def timing(self) -> bool: ...
+]
+_SHOWN_REJECTED: Final = 3  # rejected outputs below the attempts
+_SHOWN_COMPLAINTS: Final = 10  # of each
 
 
 def print_attempts(
-    attempts: list[AttemptRecord],
-    waits: Sequence[Bar],
-    selected: list[AttemptRecord],
-    view: TableView,
+    bars: Sequence[Bar],
+    flow_waits: Sequence[Bar],
+    is_selected: Callable[[Bar], bool] | None,
+    *,
+    as_tree: bool,
+    unfold: bool,
+    timing: bool,
 ) -> None:
-    """Print a line for each selected attempt; repeated calls and the items of a map are one line, unless selected."""
+    """Print a line for each attempt, or those that are selected; repeated calls and the items of a map are one line."""
     out.line()
-    rows = list(_rows(attempts, waits, selected, view))
-    header: list[str] = list(_HEADER)
-    if view.timing:
-        header[6:7] = ["BEGAN", "WAITED", "TIME", "FUNCTIONS"]
-        _add_timing(rows, selected)
-        if not any(row[9] for _, row in rows):  # Functions took the whole time of each attempt.
-            del header[9]
-            for _, row in rows:
-                del row[9]
-    right = frozenset(header.index(name) for name in _RIGHT if name in header)
-    spare = [header.index(name) for name in (_TIMING_SPARE if view.timing else _SPARE) if name in header]
-    table(out, header, [row for _, row in rows], right=right, spare=spare)
-
-
-def _rows(
-    attempts: list[AttemptRecord], waits: Sequence[Bar], selected: list[AttemptRecord], view: TableView
-) -> Iterator[tuple[AttemptRecord | None, list[Part]]]:
-    """Yield a row for each selected attempt, and one for each group, map or flow that has no attempt of its own."""
-    first = min((a.started_ns for a in attempts), default=0)
-    records = {bar_of(a, first).key: a for a in attempts}
-    draws_all = len(selected) == len(attempts)
-    entries = outline((bar_of(a, first) for a in attempts), waits if draws_all and view.as_tree else ())
-    if draws_all and not view.unfold:
+    entries = outline(bars, flow_waits if as_tree and is_selected is None else ())
+    if is_selected is None and not unfold:
         entries = fold(entries, items=True)
-    chosen = {id(a) for a in selected}
-    lines: list[tuple[int, AttemptRecord | None, list[Part]]] = []
-
-    def add(entry: OutlineEntry, depth: int) -> bool:
-        """Add the lines of an entry and return True, unless nothing in it is selected."""
-        start = len(lines)
-        name = clean(entry.label, 60 if entry.kind in WAITS else 40)
-        bars = [bar for bar in entry.bars if bar.key in records and id(records[bar.key]) in chosen]
-        if entry.kind == "fold":
-            lines.append((depth, None, [entry.at, name, *_fold_cells(entry)]))
-            for call in _failed_calls(entry)[:_SHOWN_FAILED]:
-                record = records[call.bars[-1].key]
-                lines.append((depth + 1, record, _cells(record, clean(call.label, 40))))
-            return True
-        if entry.kind in WAITS:
-            lines.append((depth, None, [entry.at, name, "", entry.bars[0].outcome, *_blank(4)]))
-            return True
-        lines.extend((depth, records[bar.key], _cells(records[bar.key], name)) for bar in bars)
-        if not bars:
-            lines.append((depth, None, [entry.at, name, *_blank(2)]))
-        inside = [add(child, depth + 1) for child in entry.entries]
-        if bars or any(inside):
-            return True
-        del lines[start:]
-        return False
-
-    for entry in entries:
-        add(entry, 0)
-    for number, (depth, attempt, row) in enumerate(lines):
-        label = row[1]
-        assert isinstance(label, str)
-        row[1] = (_branches(lines, number) if view.as_tree else "  " * depth) + label
-        yield attempt, row
+    lines = list(lines_of(entries, is_selected or (lambda _bar: True)))
+    header = list(_HEADER)
+    cells = [line.cells() for line in lines]
+    if timing:
+        header[6:7] = ["BEGAN", "WAITED", "TIME", "FUNCTIONS"]
+        _add_timing(lines, cells, bars)
+        if not any(row.get("FUNCTIONS") for row in cells):  # They took the whole time of each attempt.
+            header.remove("FUNCTIONS")
+    rows: list[list[Part]] = []
+    for number, (line, row) in enumerate(zip(lines, cells, strict=True)):
+        row["NODE"] = (_branches(lines, number) if as_tree else "  " * line.depth) + row["NODE"]
+        texts: list[Part] = [row.get(name, "") for name in header]
+        if row.get("OUTCOME"):
+            texts[header.index("OUTCOME")] = (row["OUTCOME"], line.style)
+        rows.append(texts)
+    right = frozenset(header.index(name) for name in _RIGHT if name in header)
+    spare = [header.index(name) for name in (_TIMING_SPARE if timing else _SPARE) if name in header]
+    table(out, header, rows, right=right, spare=spare)
 
 
-def _blank(column: int) -> list[Part]:
-    """Return empty cells from a column on."""
-    return [""] * (len(_HEADER) - column)
-
-
-def _cells(a: AttemptRecord, name: str) -> list[Part]:
-    is_committed = a.output is not None and a.outcome != "success"
-    outcome = (
-        f"{a.outcome}, damaged" if a.damaged else f"{a.outcome}, output stored" if is_committed else a.outcome
-    )
-    return [
-        place_of(a),
-        name,
-        str(a.attempt),
-        (outcome, _STYLES.get(a.outcome, "yellow")),
-        a.failure_class or "",
-        clean(a.reason or "", 20),
-        duration(a.duration_ms, a.function_ms or None),
-        f"{a.tokens:,}" if a.tokens else "",
-        format_usd(a.cost_usd) if a.tokens or a.cost_usd else "",
-        clean(a.model or "", 30),
-        clean(a.text or "", 120),
-    ]
-
-
-def _failed_calls(entry: OutlineEntry) -> list[OutlineEntry]:
-    """Return the calls of a fold that failed."""
-    return [call for call in entry.entries if call.has_failed]
-
-
-def _fold_cells(entry: OutlineEntry) -> list[Part]:
-    """Return the cells of repeated calls: their attempts, what became of them, and the sums."""
-    ended = [call for call in entry.entries if call.bars]
-    failed = len(_failed_calls(entry))
-    ok = sum(call.bars[-1].outcome == "success" for call in ended)
-    retried = sum(call.was_retried for call in ended)
-    others = Counter(
-        call.bars[-1].outcome for call in ended if call.bars[-1].outcome != "success" and not call.has_failed
-    )
-    outcome: Part = (f"{failed:,} failed", "red") if failed else ""
-    if ended and not failed:
-        rest = next(iter(others), "")
-        outcome = (rest, "yellow") if rest else ("success", "green")
-    is_map = ended and ended[0].call is None
-    texts = [f"{ok:,} ok", f"{retried:,} retried", f"{failed:,} failed"]
-    texts += [f"{count:,} {name}" for name, count in others.items()]
-    message = (
-        f"{pluralize(len(entry.entries), 'item' if is_map else 'call')}: {', '.join(texts)}" if ended else ""
-    )
-    spending = entry.all_bars
-    tokens = sum(bar.tokens for bar in spending)
-    cost = sum(bar.cost_usd for bar in spending)
-    took = duration(sum(bar.took_ms for bar in entry.bars), None) if entry.bars else ""
-    tries = f"{len(entry.bars):,}" if len(entry.bars) > len(entry.entries) else ""
-    figures: list[Part] = [took, f"{tokens:,}" if tokens else "", format_usd(cost) if tokens or cost else ""]
-    return [tries, outcome, "", "", *figures, "", message]
-
-
-def _branches(lines: list[tuple[int, AttemptRecord | None, list[Part]]], number: int) -> str:
+def _branches(lines: Sequence[Line], number: int) -> str:
     """Return the tree lines in front of a name."""
-    depth = lines[number][0]
+    depth = lines[number].depth
     branches = []
     for level in range(1, depth + 1):
-        following = next((d for d, *_ in lines[number + 1 :] if d <= level), 0)
-        more = following == level
+        more = next((line.depth for line in lines[number + 1 :] if line.depth <= level), 0) == level
         branches.append(("├─ " if more else "└─ ") if level == depth else ("│  " if more else "   "))
     return "".join(branches)
 
 
-def _add_timing(rows: list[tuple[AttemptRecord | None, list[Part]]], attempts: list[AttemptRecord]) -> None:
-    first = min(a.started_ns for a in attempts)
-    bars = {id(a): bar_of(a, first) for a in attempts}
-    waited = {bar.key: took for bar, _, took in find_waits(bars.values())}
-    for attempt, row in rows:
-        if attempt is None:
-            row[6:7] = ["", "", row[6], ""]
-            continue
-        bar = bars[id(attempt)]
-        wait = waited.get(bar.key)
-        row[6:7] = [
-            f"+{bar.began_ms / 1000:.3f} s",
-            "" if wait is None else format_duration(wait / 1000),
-            format_duration(bar.took_ms / 1000),
-            "" if bar.function_ms is None else format_duration(bar.function_ms / 1000),
-        ]
+def _add_timing(lines: Sequence[Line], cells: Sequence[dict[str, str]], bars: Sequence[Bar]) -> None:
+    waited = {id(bar): took for bar, _, took in waits(bars)}
+    for line, row in zip(lines, cells, strict=True):
+        bar = line.bar
+        if bar is not None:
+            row["BEGAN"] = f"+{bar.began_ms / 1000:.3f} s"
+            row["WAITED"] = format_duration(waited[id(bar)] / 1000) if id(bar) in waited else ""
+            row["TIME"] = duration(bar.took_ms)
+            row["FUNCTIONS"] = "" if bar.function_ms is None else duration(bar.function_ms)
+
+
+def print_all_rejected(outputs: Sequence[tuple[AttemptRecord, RejectedOutput]]) -> None:
+    """Print the last outputs that broke their contract, and how many there are if these are not all."""
+    for attempt, rejected in outputs[-_SHOWN_REJECTED:]:
+        _print_rejected(attempt, rejected)
+    if len(outputs) > _SHOWN_REJECTED:
+        more = f"the last {_SHOWN_REJECTED} of {len(outputs)} rejected outputs; all of them: --rejected"
+        out.line((more, "dim"))
+
+
+def _print_rejected(attempt: AttemptRecord, rejected: RejectedOutput) -> None:
+    """Print the value beside each complaint of the contract."""
+    out.line()
+    node = f"{clean(attempt.node_id, 100)} at {place_of(attempt)}, attempt {attempt.attempt}"
+    out.line((f"rejected output of {node}", "bold"))
+    for one in rejected.complaints[:_SHOWN_COMPLAINTS]:
+        value = rejected.at(one.path)
+        came = "" if value is MISSING else f"; got {clean(json.dumps(value, ensure_ascii=False), 160)}"
+        out.fitted(f"  {clean(one.field, 100)}: ", (clean(one.message, 300), "red"), came)
+    more = rejected.more + max(0, len(rejected.complaints) - _SHOWN_COMPLAINTS)
+    if more:
+        out.line((f"  ... and {pluralize(more, 'complaint')} more", "dim"))

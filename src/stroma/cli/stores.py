@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, TypeVar
 from urllib.parse import unquote
 
 import click
 
 from stroma._utils.text import clean
 from stroma.checkpoint.durable.states import AsyncStates
-from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.errors import CheckpointNotFound, PipelineChanged, RunExists, StoreError
 from stroma.checkpoint.memory.store import AsyncInMemoryStore
 from stroma.checkpoint.records import RunRecord
@@ -27,7 +26,7 @@ from stroma.cli.errors import Code, Problem, command
 from stroma.cli.formatting import format_age
 from stroma.cli.output import err
 
-__all__ = ["Database", "RunSource", "db_option"]
+__all__ = ["Database", "db_option", "store_problem"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -66,6 +65,16 @@ def _is_secret(name: str) -> bool:
     return _SECRET.search(unquote(name)) is not None
 
 
+def store_problem(error: StoreError, *more: str) -> Problem:
+    """Return the Problem for a StoreError."""
+    code = Code.ENVIRONMENT
+    if isinstance(error, CheckpointNotFound):
+        code = Code.NOT_FOUND
+    elif isinstance(error, (PipelineChanged, RunExists)):
+        code = Code.USAGE
+    return Problem(clean(str(error), 1000), *more, code=code)
+
+
 def data_directory() -> Path:
     """Return the data directory of this user, by the conventions of the platform."""
     address = os.environ.get("XDG_DATA_HOME", "")
@@ -82,17 +91,6 @@ class _DefaultStore(SQLiteStore):
     """The store in the data directory, which :meth:`Database.prepare` creates before the first write."""
 
     _needs_directory = False
-
-
-class RunSource(Protocol):
-    """A place where runs are stored: its name, and commands that address it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def is_durable(self) -> bool: ...
-    def command(self, name: str, *arguments: str, options: Sequence[str] = ()) -> str: ...
-    def hint(self, name: str, *arguments: str, options: Sequence[str] = ()) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +197,17 @@ class Database:
         if isinstance(self.store, AsyncStates):
             await self.store.aclose()
 
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await something that uses the store, then disconnect."""
+
+        async def work_and_close() -> T:
+            try:
+                return await work
+            finally:
+                await self.close()
+
+        return asyncio.run(work_and_close())
+
     def prepare(self) -> None:
         """Create the directory of the default store, readable only by its owner."""
         if not self.is_default:
@@ -213,23 +222,6 @@ class Database:
                 "create it, or name another store: --db FILE, or STROMA_DB=FILE",
                 code=Code.ENVIRONMENT,
             ) from error
-
-    @contextmanager
-    def explain_errors(self) -> Iterator[None]:
-        """Turn a StoreError into a Problem with its message."""
-        try:
-            yield
-        except StoreError as error:
-            raise self.problem(error) from error
-
-    def problem(self, error: StoreError, *more: str) -> Problem:
-        """Return the Problem for a StoreError."""
-        code = Code.ENVIRONMENT
-        if isinstance(error, CheckpointNotFound):
-            code = Code.NOT_FOUND
-        elif isinstance(error, (PipelineChanged, RunExists)):
-            code = Code.USAGE
-        return Problem(clean(str(error), 1000), *more, code=code)
 
     # ------------------------------------------------------------------ reading
 
@@ -268,11 +260,10 @@ class Database:
     def read_named(self, read: Callable[[Any, str], T | None], name: str, missing: str) -> T:
         """Return what the store has under a name, of a limit or a budget. Raises Problem, which says what is ``missing``."""
         store = self.reader
-        with self.explain_errors():
-            try:
-                state = None if self.is_empty else read(store, name)
-            except ValueError as error:  # Not a valid name.
-                raise Problem(str(error), code=Code.USAGE) from None
+        try:
+            state = None if self.is_empty else read(store, name)
+        except ValueError as error:  # Not a valid name.
+            raise Problem(str(error), code=Code.USAGE) from None
         if state is None:
             raise Problem(
                 f"{missing} {clean(name, 100)!r} in {self.name}",
@@ -284,12 +275,11 @@ class Database:
     def find(self, run: str) -> RunRecord:
         """Return the run that an id, a prefix of one, or "last" names. Raises Problem."""
         store = self.reader
-        with self.explain_errors():
-            try:
-                run_ids = [] if self.is_empty else store.find_run(run)
-                records = [record for run_id in run_ids if (record := store.get_run(run_id)) is not None]
-            except ValueError as error:  # Not a valid id.
-                raise Problem(str(error), code=Code.USAGE) from None
+        try:
+            run_ids = [] if self.is_empty else store.find_run(run)
+            records = [record for run_id in run_ids if (record := store.get_run(run_id)) is not None]
+        except ValueError as error:  # Not a valid id.
+            raise Problem(str(error), code=Code.USAGE) from None
         if len(records) == 1:
             return records[0]
         if not records:
@@ -316,10 +306,4 @@ class Database:
         """Return the run with exactly this id; None if the store has none."""
         if not isinstance(self.store, AsyncStates) or self._is_missing:
             return None
-        with self.explain_errors():
-            return self.store.get_run(run_id)
-
-    def waiting(self, run_id: str) -> list[Waiting]:
-        """Return answered and pending questions of a run. Raises Problem."""
-        with self.explain_errors():
-            return self.store.waiting(run_id)
+        return self.store.get_run(run_id)

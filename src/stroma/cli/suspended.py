@@ -15,7 +15,7 @@ from stroma.checkpoint.manager import resolve_schema
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.formatting import id_word
 from stroma.cli.inputs import example
-from stroma.cli.stores import RunSource
+from stroma.cli.stores import Database
 
 __all__ = [
     "answer_type",
@@ -98,7 +98,7 @@ def held_text(record: RunRecord) -> list[str]:
     return [f", {record.wait_text}"]
 
 
-def held_hints(db: RunSource, run_id: str, waits_for: Literal["resume", "budget"]) -> list[str]:
+def held_hints(db: Database, run_id: str, waits_for: Literal["resume", "budget"]) -> list[str]:
     """Return the next command for a run that is paused, or waits for its budget."""
     if waits_for == "resume":
         return [f"continue a paused run: {db.hint('resume', id_word(run_id))}"]
@@ -106,7 +106,7 @@ def held_hints(db: RunSource, run_id: str, waits_for: Literal["resume", "budget"
     return [f"raise the budget: {raised}  (or --tokens, --latency-ms)"]
 
 
-def message_hint(db: RunSource, run_id: str, reason: str) -> list[str]:
+def message_hint(db: Database, run_id: str, reason: str) -> list[str]:
     """Return the command that sends a message to a run that waits for one. ``reason``: why it is suspended."""
     if "waiting for a message" not in reason:
         return []
@@ -114,7 +114,7 @@ def message_hint(db: RunSource, run_id: str, reason: str) -> list[str]:
 
 
 def approve_hint(
-    db: RunSource, run_id: str, target: str, waiting: Sequence[Waiting], *, limit: int = 5
+    db: Database, run_id: str, target: str, waiting: Sequence[Waiting], *, limit: int = 5
 ) -> list[str]:
     """Return one command per question that answers it."""
     lines = []

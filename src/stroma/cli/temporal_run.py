@@ -11,7 +11,6 @@ from pydantic import BaseModel
 
 from stroma._utils.text import clean
 from stroma.checkpoint.entries import Waiting
-from stroma.checkpoint.errors import StoreError
 from stroma.cli.errors import Code
 from stroma.cli.formatting import id_word
 from stroma.cli.output import emit, err, out
@@ -53,10 +52,7 @@ class TemporalRun:
         """Submit the run, print the report, and return the exit code. Raises Problem."""
         self.database.prepare()
         started = time.perf_counter()
-        try:
-            result, waiting, stopped_by = self.cluster.run(self._drive())
-        except StoreError as error:
-            raise self.database.problem(error) from error
+        result, waiting, stopped_by = self.cluster.run(self._drive())
         if result is None:
             return self._report_detached(stopped_by)
         report = RunReport(
@@ -95,7 +91,7 @@ class TemporalRun:
             result, stopped_by = (None, None) if self.detach else await self._wait(runner, handle)
             waiting: list[Waiting] = []
             if result is not None and result.status is RunStatus.SUSPENDED:
-                waiting = await asyncio.to_thread(self.database.waiting, result.run_id)
+                waiting = await asyncio.to_thread(self.database.store.waiting, result.run_id)
             return result, waiting, stopped_by
         finally:
             await self.database.close()

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stroma._utils.text import clean, format_duration, pluralize
-from stroma.cli.errors import Code, Problem
+from stroma.cli.errors import Code, Problem, describe_error, last_frame
 from stroma.cli.progress import timed_line
 from stroma.cli.signals import drain_on_signal
 from stroma.cli.stores import Database
 from stroma.cli.temporal import TemporalCluster
-from stroma.cli.user_errors import describe_error, last_frame
 from stroma.runner.pipeline import Pipeline
 
 __all__ = ["TemporalWorker"]

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from stroma._utils.svg import as_xml
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize, visible
-from stroma.trace.gantt import bar_title, select_bars
+from stroma.trace.outline import bar_title, select_bars
 from stroma.trace.rejected import MISSING, Complaint, RejectedOutput
 from stroma.trace.story import Bar, Story, fields_named
 from stroma.trace.timeline import HATCHES, Timeline, legend
@@ -168,14 +168,13 @@ def cause(story: Story) -> str:
     if box is None:
         return ""
     tokens, cost = story.wasted
-    why = f"{box.failure_class}{f' ({box.reason})' if box.reason else ''}"
     fields = "".join(f"<code>{as_xml(path)}</code> " for path in box.fields[:20])
     named = f"<p><b>Field</b> {fields}</p>" if fields else ""
     resume = (
         f"<p><b>Resume with</b> <code>{as_xml(box.resume_command)}</code></p>" if box.resume_command else ""
     )
     return (
-        f'<section class="cause" aria-label="cause"><p><b class="bad">{as_xml(why)}</b> at node <b>{as_xml(clean(box.node_id, 200))}</b> '
+        f'<section class="cause" aria-label="cause"><p><b class="bad">{as_xml(box.why)}</b> at node <b>{as_xml(clean(box.node_id, 200))}</b> '
         f"(at {as_xml(box.at)}, attempt {box.attempt})</p><pre>{as_xml(visible(box.message[:_TEXT]))}</pre>{named}"
         f"<p><b>Spent</b> {format_tokens(story.tokens)}, {format_usd(story.cost_usd)}, including {format_tokens(tokens)}, {format_usd(cost)} on attempts without output</p>{resume}</section>"
     )

@@ -6,21 +6,97 @@ attempts ("2", "2.0", "0.judge#1") as ``checkpoint/identity.py`` writes them; it
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 from urllib.parse import unquote
 
+from stroma._utils.text import clean, format_duration, format_usd
 from stroma.trace.events import RECEIVES, SLEEPS
 from stroma.trace.story import FAILED, Bar
 
-__all__ = ["WAITS", "EntryKind", "OutlineEntry", "PlacedCall", "fold", "outline", "parse_call"]
+__all__ = [
+    "ANSWERS",
+    "MOST",
+    "WAITS",
+    "CallState",
+    "EntryKind",
+    "OutlineEntry",
+    "PlacedCall",
+    "Tone",
+    "bar_title",
+    "cost_text",
+    "count_states",
+    "duration",
+    "fold",
+    "folded_part",
+    "outline",
+    "parse_call",
+    "select_bars",
+    "tone_of",
+]
 
 EntryKind = Literal["node", "map", "sleep", "question", "message", "fold"]
 #: Kinds of the entries of waits.
 WAITS: Final = ("sleep", "question", "message")
 
+#: Attempts that are drawn; of a run with more, the failed ones go first.
+MOST: Final = 2000
+#: Texts of what became of a question, or of a wait for a message.
+ANSWERS: Final = {
+    "open": "waiting for an answer",
+    "answered": "answered",
+    "expired": "no answer in time",
+    "receiving": "waiting",
+    "received": "received",
+    "missed": "none in time",
+}
+Tone = Literal["good", "bad", "warn", "dim"]
+_TONES: Final[dict[str, Tone]] = {
+    "success": "good",
+    "failure": "bad",
+    "collected": "bad",
+    "forked": "dim",
+    "slept": "dim",
+    "answered": "good",
+    "received": "good",
+}
+#: State of a call: it succeeded at once or after a retry, failed, was stopped, or has no attempt.
+CallState = Literal["ok", "retried", "failed", "stopped", "none"]
 _MARK: Final = "#"
+
+
+def tone_of(outcome: str) -> Tone:
+    """Return the colour of an outcome."""
+    return _TONES.get(outcome, "warn")
+
+
+def duration(took_ms: float, function_ms: float | None = None) -> str:
+    """Return how long attempts took, and for how long functions ran in them where that is less: of groups with waits."""
+    took = format_duration(took_ms / 1000)
+    ran = took if function_ms is None or took_ms - function_ms < 1 else format_duration(function_ms / 1000)
+    return took if ran == took else f"{took} (functions {ran})"
+
+
+def bar_title(bar: Bar) -> str:
+    """Return the text of an attempt for a reader without colours."""
+    if bar.outcome in ANSWERS:
+        return f"{clean(bar.node_id, 200)}, {ANSWERS[bar.outcome]}"
+    if bar.outcome in SLEEPS:
+        return clean(bar.node_id, 200)
+    why = f": {bar.failure_class}{f' ({bar.reason})' if bar.reason else ''}" if bar.failure_class else ""
+    message = f": {clean(bar.message, 200)}" if bar.message else ""
+    took = duration(bar.took_ms, bar.function_ms)
+    return f"{clean(bar.node_id, 100)}, attempt {bar.attempt}, {bar.outcome}{why}, {took}{message}"
+
+
+def select_bars(bars: Sequence[Bar]) -> list[Bar]:
+    """Return the bars to draw, at most ``MOST``: those of failures first."""
+    if len(bars) <= MOST:
+        return list(bars)
+    ranked = sorted(range(len(bars)), key=lambda i: (bars[i].outcome == "success", i))[:MOST]
+    return [bars[i] for i in sorted(ranked)]
 
 
 class PlacedCall(NamedTuple):
@@ -47,6 +123,17 @@ def parse_call(part: str) -> PlacedCall | None:
         return None
     kind = name[:1] if name[:1] in ("*", "!", "?") else ""
     return PlacedCall(kind, unquote(name[len(kind) :]), unquote(number.partition("@")[0]), scope)
+
+
+def folded_part(part: str, label: str = "") -> str:
+    """Return the last part of a place without the number of a call: the same for repeated calls of a node.
+
+    ``label``: id of the node; the name in the call by default. Sleeps, questions and waits are not repeated.
+    """
+    call = parse_call(part)
+    if call is None or call.kind in ("!", "?"):
+        return part
+    return f"{call.kind}{label or call.name or call.number}/{call.scope}"
 
 
 @dataclass(slots=True)
@@ -96,6 +183,43 @@ class OutlineEntry:
         return retried or any(entry.was_retried for entry in self.entries)
 
     @property
+    def calls(self) -> list[OutlineEntry]:
+        """The calls that the line stands for."""
+        return self.entries if self.kind == "fold" else [self]
+
+    @property
+    def state(self) -> CallState:
+        """The state of one call."""
+        if not self.bars:
+            return "none"
+        if self.bars[-1].outcome in ("success", "forked"):
+            return "retried" if self.was_retried else "ok"
+        return "failed" if self.has_failed else "stopped"
+
+    @property
+    def counts(self) -> str:
+        """The states of its calls in words; those that were retried are among the ok ones."""
+        return count_states(call.state for call in self.calls)
+
+    @property
+    def tone(self) -> Tone:
+        """The colour of its line: only what failed in the end is red. Of several calls the worst counts."""
+        tones = [tone_of(call.bars[-1].outcome) for call in self.calls if call.bars] or ["dim"]
+        return min(tones, key=("bad", "warn", "good", "dim").index)
+
+    @property
+    def spent(self) -> tuple[int, float]:
+        """Tokens and US dollars of its attempts and of everything inside it."""
+        bars = self.all_bars
+        return sum(bar.tokens for bar in bars), sum(bar.cost_usd for bar in bars)
+
+    @property
+    def took(self) -> str:
+        """How long its attempts took together; "" without one."""
+        ran = sum(bar.took_ms if bar.function_ms is None else bar.function_ms for bar in self.bars)
+        return duration(sum(bar.took_ms for bar in self.bars), ran) if self.bars else ""
+
+    @property
     def is_map(self) -> bool:
         """True for a map, in a list or in a flow."""
         return self.kind == "map" or (self.kind == "node" and self.label.startswith("map_over("))
@@ -122,6 +246,21 @@ class OutlineEntry:
         yield depth, self
         for entry in self.entries:
             yield from entry.walk(depth + 1)
+
+
+def count_states(states: Iterable[CallState]) -> str:
+    """Return the number of calls in each state, in words."""
+    counts = Counter(states)
+    ok = counts["ok"] + counts["retried"]
+    texts = [f"{ok:,} ok", f"{counts['retried']:,} retried", f"{counts['failed']:,} failed"]
+    texts += [f"{counts['stopped']:,} stopped"] if counts["stopped"] else []
+    texts += [f"{counts['none']:,} without an attempt"] if counts["none"] else []
+    return ", ".join(texts)
+
+
+def cost_text(tokens: int, cost_usd: float) -> str:
+    """Return a cost; "" if nothing was used."""
+    return format_usd(cost_usd) if tokens or cost_usd else ""
 
 
 def outline(bars: Iterable[Bar], waits: Iterable[Bar] = ()) -> list[OutlineEntry]:
@@ -196,7 +335,7 @@ def fold(entries: Sequence[OutlineEntry], *, items: bool = False) -> list[Outlin
 
 def _fold(entries: Sequence[OutlineEntry], parent: OutlineEntry | None, items: bool) -> list[OutlineEntry]:
     in_map = parent is not None and (parent.kind == "map" or (items and parent.is_map))
-    folds: dict[tuple[str, str, str], list[OutlineEntry]] = {}
+    folds: dict[str, list[OutlineEntry]] = {}
     for entry in entries:
         folds.setdefault(_fold_key(entry, in_map), []).append(_folded_inside(entry, items))
     folded: list[OutlineEntry] = []
@@ -218,10 +357,7 @@ def _folded_inside(entry: OutlineEntry, items: bool) -> OutlineEntry:
     return OutlineEntry(entry.at, entry.label, entry.kind, entry.bars, inside, entry.call)
 
 
-def _fold_key(entry: OutlineEntry, in_map: bool) -> tuple[str, str, str]:
-    call = entry.call
+def _fold_key(entry: OutlineEntry, in_map: bool) -> str:
     if in_map:
-        return "item", entry.label, ""
-    if call is None or call.kind in ("!", "?"):
-        return "", entry.at, ""  # Itself alone.
-    return f"{call.kind}call", entry.label, call.scope
+        return f"item {entry.label}"
+    return folded_part(entry.at.rpartition(".")[2], entry.label)

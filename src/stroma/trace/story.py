@@ -32,6 +32,7 @@ class Bar:
         function_ms: for how long functions ran, of a group in which there were waits as well; None for all
             others.
         rejected: its output, if that broke its contract.
+        is_damaged: its stored output cannot be read.
     """
 
     node_id: str
@@ -52,6 +53,7 @@ class Bar:
     output_state: Any = None
     function_ms: float | None = None
     rejected: RejectedOutput | None = None
+    is_damaged: bool = False
 
     @property
     def key(self) -> str:
@@ -75,6 +77,11 @@ class StopCause:
     @property
     def fields(self) -> list[str]:
         return fields_named(self.message)
+
+    @property
+    def why(self) -> str:
+        """The class of the failure, and its reason if one is known."""
+        return f"{self.failure_class}{f' ({self.reason})' if self.reason else ''}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,31 +1,115 @@
-"""One run for a terminal, as rich prints it. Imported where rich asks for it, so rich is there."""
+"""One run as lines for terminals: `stroma show` prints them as a table, and rich draws a bar in each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
-from stroma._utils.text import clean, format_duration, format_tokens, format_usd
-from stroma.trace.gantt import duration
-from stroma.trace.outline import WAITS, OutlineEntry, fold, outline
+from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
+from stroma.trace.outline import (
+    WAITS,
+    OutlineEntry,
+    cost_text,
+    duration,
+    fold,
+    outline,
+    tone_of,
+)
 from stroma.trace.story import Bar, Story, waits
 
-__all__ = ["renderable"]
+__all__ = ["STYLES", "Line", "lines_of", "renderable"]
 
 _WIDE: Final = 32
 _MOST: Final = 200
-_STYLES: Final = {
-    "success": "green",
-    "failure": "red",
-    "forked": "dim",
-    "slept": "dim",
-    "answered": "green",
-    "received": "green",
-}
+_SHOWN_FAILED: Final = 5  # calls that failed, below the line that folds them
+#: Style of each tone.
+STYLES: Final = {"good": "green", "bad": "red", "warn": "yellow", "dim": "dim"}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a run: an attempt, repeated calls as one, a wait, or what has no attempt of its own.
+
+    Attributes:
+        bar: the attempt; None for any other line.
+    """
+
+    depth: int
+    entry: OutlineEntry
+    bar: Bar | None = None
+
+    def cells(self) -> dict[str, str]:
+        """Return the texts of the line by column; empty columns are left out."""
+        entry, bar = self.entry, self.bar
+        if bar is not None:
+            damaged = ", damaged" if bar.is_damaged else ""
+            stored = ", output stored" if bar.is_committed and bar.outcome != "success" else ""
+            return {
+                "AT": bar.at,
+                "NODE": clean(entry.label, 40),
+                "TRY": str(bar.attempt),
+                "OUTCOME": f"{bar.outcome}{damaged or stored}",
+                "CLASS": bar.failure_class or "",
+                "REASON": clean(bar.reason or "", 20),
+                "TIME": duration(bar.took_ms, bar.function_ms),
+                "TOKENS": f"{bar.tokens:,}" if bar.tokens else "",
+                "COST": cost_text(bar.tokens, bar.cost_usd),
+                "MODEL": clean(bar.model or "", 30),
+                "MESSAGE": clean(bar.message or "", 120),
+            }
+        cells = {"AT": entry.at, "NODE": clean(entry.label, 60 if entry.kind in WAITS else 40)}
+        if entry.kind in WAITS:
+            cells["OUTCOME"] = entry.bars[0].outcome
+        if entry.kind == "fold":
+            tokens, cost = entry.spent
+            cells["TRY"] = f"{len(entry.bars):,}" if len(entry.bars) > len(entry.entries) else ""
+            cells["OUTCOME"] = _fold_outcome(entry)
+            cells["TIME"] = entry.took
+            cells["TOKENS"] = f"{tokens:,}" if tokens else ""
+            cells["COST"] = cost_text(tokens, cost)
+            what = "call" if entry.call is not None or not entry.bars else "item"
+            cells["MESSAGE"] = f"{pluralize(len(entry.entries), what)}: {entry.counts}" if entry.bars else ""
+        return cells
+
+    @property
+    def style(self) -> str:
+        """The style of its outcome."""
+        return STYLES[self.entry.tone if self.bar is None else tone_of(self.bar.outcome)]
+
+
+def _fold_outcome(entry: OutlineEntry) -> str:
+    """Return what became of repeated calls: how many failed, or else how the first one ended that is not a success."""
+    failed = sum(call.has_failed for call in entry.entries)
+    if failed:
+        return f"{failed:,} failed"
+    ends = [call.bars[-1].outcome for call in entry.entries if call.bars]
+    return next((end for end in ends if end != "success"), "success") if ends else ""
+
+
+def lines_of(
+    entries: Sequence[OutlineEntry], is_selected: Callable[[Bar], bool] = lambda _bar: True
+) -> Iterator[Line]:
+    """Yield the lines of an outline: selected attempts, and what is around them. Folds show their first failures."""
+    for entry in entries:
+        yield from _lines(entry, 0, is_selected)
+
+
+def _lines(entry: OutlineEntry, depth: int, is_selected: Callable[[Bar], bool]) -> list[Line]:
+    if entry.kind == "fold":
+        failed = [call for call in entry.entries if call.has_failed][:_SHOWN_FAILED]
+        return [Line(depth, entry), *(Line(depth + 1, call, call.bars[-1]) for call in failed)]
+    if entry.kind in WAITS:
+        return [Line(depth, entry)]
+    own = [Line(depth, entry, bar) for bar in entry.bars if is_selected(bar)]
+    inside = [line for child in entry.entries for line in _lines(child, depth + 1, is_selected)]
+    if not own and not inside:
+        return []
+    return [*(own or [Line(depth, entry)]), *inside]
 
 
 def renderable(story: Story) -> Any:
-    """Return a panel with the cause, and a table with a bar for every attempt and dots for every wait; repeated calls are folded."""
+    """Return a panel with the cause, and a table with a bar for every attempt and dots for every wait, for rich."""
     from rich.console import Group
     from rich.panel import Panel
     from rich.table import Table
@@ -35,84 +119,44 @@ def renderable(story: Story) -> Any:
         story.status, "yellow"
     )
     tokens, cost = story.wasted
+    spent = f"{format_tokens(story.tokens)}, {format_usd(story.cost_usd)}"
     head = Text.assemble(
         (f"{clean(story.pipeline or 'run', 60)} ", "bold"),
         (story.status, tone),
-        f"  {clean(story.run_id, 60)}  {format_duration(story.seconds)}, {format_tokens(story.tokens)}, {format_usd(story.cost_usd)}",
+        f"  {clean(story.run_id, 60)}  {format_duration(story.seconds)}, {spent}",
         f" (wasted {format_tokens(tokens)}, {format_usd(cost)})" if tokens or cost else "",
     )
     parts: list[Any] = [head]
     box = story.box
     if box is not None:
-        why = f"{box.failure_class}{f' ({box.reason})' if box.reason else ''}"
         message = Text(clean(box.message, 1000))
         if box.fields:
             message.append(f"\nfield {', '.join(clean(path, 100) for path in box.fields[:10])}", "bold")
-        title = Text(f"{why} at node {clean(box.node_id, 60)} (at {box.at}, attempt {box.attempt})")
+        title = Text(f"{box.why} at node {clean(box.node_id, 60)} (at {box.at}, attempt {box.attempt})")
         parts.append(Panel(message, title=title, title_align="left", border_style="red"))
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, right in (
-        ("AT", False),
-        ("NODE", False),
-        ("TRY", True),
-        ("", False),
-        ("TIME", True),
-        ("TOKENS", True),
-        ("COST", True),
-    ):
-        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    columns = ("AT", "NODE", "TRY", "", "TIME", "TOKENS", "COST")
+    for name in columns:
+        table.add_column(
+            name, justify="right" if name in ("TRY", "TIME", "TOKENS", "COST") else "left", no_wrap=True
+        )
     end = max((bar.began_ms + bar.took_ms for bar in [*story.bars, *story.waits]), default=0.0) or 1.0
     paused = {bar.key: (began, took) for bar, began, took in waits(story.bars)}
     shown = 0
-    for depth, entry in (line for top in fold(outline(story.bars, story.waits)) for line in _lines(top, 0)):
+    for line in lines_of(fold(outline(story.bars, story.waits))):
         if shown >= _MOST:
             break
-        name = "  " * depth + clean(entry.label, 60)
-        if entry.kind == "fold" or not entry.bars:
-            if entry.kind == "fold":
-                shown += sum(len(one.bars) for call in entry.entries for _, one in call.walk())
-            _add_fold(table, entry, name, end)
-            continue
-        for bar in entry.bars:
-            shown += entry.kind not in WAITS
-            table.add_row(
-                bar.at,
-                name,
-                str(bar.attempt) if entry.kind == "node" else "",
-                _drawn([bar], paused.get(bar.key), end),
-                duration(bar.took_ms, bar.function_ms),
-                f"{bar.tokens:,}" if bar.tokens else "",
-                format_usd(bar.cost_usd) if bar.tokens or bar.cost_usd else "",
-            )
+        cells, bar = line.cells(), line.bar
+        shown += len(line.entry.all_bars) if line.entry.kind == "fold" else bar is not None
+        cells["NODE"] = "  " * line.depth + cells["NODE"]
+        bars = line.entry.drawn_bars if bar is None else [bar]
+        cells[""] = _drawn(bars, None if bar is None else paused.get(bar.key), end)
+        table.add_row(*(cells.get(name, "") for name in columns))
     parts.append(table)
     left_out = max(0, len(story.bars) - shown) + story.left_out
     if left_out:
         parts.append(Text(f"and {left_out:,} attempts more", "dim"))
     return Group(*parts)
-
-
-def _lines(entry: OutlineEntry, depth: int) -> Iterator[tuple[int, OutlineEntry]]:
-    """Yield the entry and what is inside it, but nothing of what is folded."""
-    yield depth, entry
-    for child in () if entry.kind == "fold" else entry.entries:
-        yield from _lines(child, depth + 1)
-
-
-def _add_fold(table: Any, entry: OutlineEntry, name: str, end: float) -> None:
-    """Add a row for repeated calls, or for what has no attempt of its own."""
-    spending = entry.all_bars if entry.kind == "fold" else []
-    tokens = sum(bar.tokens for bar in spending)
-    took = duration(sum(bar.took_ms for bar in entry.bars), None) if entry.bars else ""
-    cost = sum(bar.cost_usd for bar in spending)
-    table.add_row(
-        entry.at,
-        name,
-        "",
-        _drawn(entry.drawn_bars, None, end),
-        took,
-        f"{tokens:,}" if tokens else "",
-        format_usd(cost) if tokens or cost else "",
-    )
 
 
 def _drawn(bars: Sequence[Bar], pause: tuple[float, float] | None, end: float) -> Any:
@@ -127,5 +171,5 @@ def _drawn(bars: Sequence[Bar], pause: tuple[float, float] | None, end: float) -
             cells[at] = ("·", "dim")
     for bar in bars:
         for at in range(column(bar.began_ms), column(bar.began_ms + bar.took_ms) + 1):
-            cells[at] = ("█", _STYLES.get(bar.outcome, "yellow"))
+            cells[at] = ("█", STYLES[tone_of(bar.outcome)])
     return Text.assemble(*cells)

@@ -6,20 +6,30 @@ percentages, so that nothing is distorted at any width. All text is escaped.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from stroma._utils.svg import as_xml
-from stroma._utils.text import clean, format_duration, format_usd
-from stroma.trace.cells import strip_of
+from stroma._utils.text import clean, format_duration, pluralize
 from stroma.trace.events import SLEEPS
-from stroma.trace.gantt import ANSWERS, bar_title, duration, places
-from stroma.trace.outline import WAITS, OutlineEntry, fold, outline
+from stroma.trace.outline import (
+    ANSWERS,
+    WAITS,
+    CallState,
+    OutlineEntry,
+    bar_title,
+    cost_text,
+    count_states,
+    fold,
+    outline,
+)
 from stroma.trace.story import FAILED, Bar, waits
 
-__all__ = ["HATCHES", "InProgress", "Timeline", "axis_of", "legend"]
+__all__ = ["HATCHES", "InProgress", "Timeline", "axis_of", "idle_ms", "legend", "places"]
 
 #: Patterns of waits, which a page must have once.
 HATCHES: Final = (
@@ -41,14 +51,18 @@ _TALL: Final = 40
 _LEAST: Final = 0.4
 #: How much of the time so far is drawn beside it while a run goes on, and for waits that go on.
 _ROOM: Final = 1.12
-_TONES: Final = {
-    "success": "good",
-    "failure": "bad",
-    "collected": "bad",
-    "forked": "dim",
-    "slept": "dim",
-    "answered": "good",
-    "received": "good",
+#: What is long for a stretch without work, and how it is drawn when folded: parts of the time with work.
+_LONG: Final = 0.1
+_SHORT: Final = 0.03
+#: Columns of a strip and the size of its cells in pixels, up to so many cells.
+_SIZES: Final = ((600, 60, 14), (4000, 100, 10), (1 << 60, 200, 6))
+#: Letter of each state of a cell, and the class of its colour.
+_CELLS: Final[dict[CallState, tuple[str, str]]] = {
+    "ok": ("g", "good"),
+    "retried": ("r", "warn"),
+    "failed": ("b", "bad"),
+    "stopped": ("w", "run"),
+    "none": ("x", "dim"),
 }
 _STEPS_MS: Final = [
     *(n * 10**power for power in range(3) for n in (1, 2, 5)),
@@ -326,7 +340,7 @@ class _Drawing:
         else:
             role = "img"
             label = bar_title(bars[-1]) if len(calls) == 1 and bars else name
-        tone = "run" if progress is not None else _tone(entry)
+        tone = "run" if progress is not None else "" if entry.tone == "good" else entry.tone
         figures = (
             self.ticking(progress)
             if progress is not None
@@ -413,16 +427,6 @@ def _short_place(at: str) -> str:
     return ".".join(part.partition("@")[0] for part in at.split("."))
 
 
-def _tone(entry: OutlineEntry) -> str:
-    """Return the class of a row's colour: only what failed in the end is red. Of repeated calls the failed ones count."""
-    calls = [call for call in (entry.entries if entry.kind == "fold" else [entry]) if call.bars]
-    if not calls:
-        return "dim"
-    tones = [_TONES.get(call.bars[-1].outcome, "warn") for call in calls]
-    tone = min(tones, key=("bad", "warn", "good", "dim").index)
-    return "" if tone == "good" else tone
-
-
 def _figures(entry: OutlineEntry, calls: Sequence[OutlineEntry]) -> str:
     bars = entry.bars
     if entry.kind in ("question", "message"):
@@ -432,17 +436,85 @@ def _figures(entry: OutlineEntry, calls: Sequence[OutlineEntry]) -> str:
         return f'<span class="all">{format_duration(bars[0].took_ms / 1000)}{so_far}</span>'
     if not bars:
         return ""
-    spending = entry.all_bars
-    cost = sum(bar.cost_usd for bar in spending)
-    used = sum(bar.tokens for bar in spending)
     failed = sum(call.has_failed for call in calls)
     tries = f'<span class="bad">{failed:,} failed</span>' if failed and len(calls) > 1 else f"{len(bars):,}"
     if len(bars) == 1:
         tries = ""
-    took = sum(bar.took_ms for bar in bars)
-    ran = sum(bar.took_ms if bar.function_ms is None else bar.function_ms for bar in bars)
-    spent = f"<span>{format_usd(cost)}</span>" if used or cost else "<span></span>"
-    whole = duration(took, ran)
+    whole = entry.took
     short, more, _ = whole.partition(" (")
     title = f' title="{as_xml(whole)}"' if more else ""
-    return f'<span{title}>{short}</span><span class="tr">{tries}</span>{spent}'
+    return f'<span{title}>{short}</span><span class="tr">{tries}</span><span>{cost_text(*entry.spent)}</span>'
+
+
+def strip_of(entry: OutlineEntry, children: Sequence[OutlineEntry], attempt_prefix: str) -> str:
+    """Return a cell for each of these children of an entry. ``attempt_prefix``: address of attempts without the place."""
+    prefix = f"{entry.at}."
+    parts = [child.at.removeprefix(prefix) for child in children]
+    states: list[CallState]
+    if all(part.isdecimal() and len(part) < 7 for part in parts) and children[0].at.startswith(prefix):
+        states = ["none"] * (max(map(int, parts)) + 1)
+        for part, child in zip(parts, children, strict=True):
+            states[int(part)] = child.state
+        where = f'data-prefix="{as_xml(prefix)}"'
+    else:
+        states = [child.state for child in children]
+        where = f'data-places="{as_xml(" ".join(child.at for child in children))}"'
+    columns, size = next((wide, size) for most, wide, size in _SIZES if len(states) <= most)
+    columns = min(columns, len(states))
+    inner = size - (1 if size < 8 else 2)
+    paths: dict[CallState, list[str]] = {}
+    for at, state in enumerate(states):
+        row, column = divmod(at, columns)
+        paths.setdefault(state, []).append(f"M{column * size} {row * size}h{inner}v{inner}h-{inner}z")
+    drawn = "".join(
+        f'<path class="f-{_CELLS[state][1]}" d="{"".join(path)}"/>' for state, path in paths.items()
+    )
+    words = f"{pluralize(len(states), 'item')}: {count_states(states)}"
+    height = math.ceil(len(states) / columns) * size
+    data = {
+        "cells": "".join(_CELLS[state][0] for state in states),
+        "columns": columns,
+        "size": size,
+        "attempt": as_xml(attempt_prefix),
+    }
+    settings = " ".join(f'data-{name}="{value}"' for name, value in data.items())
+    box = f'width="{columns * size}" height="{height}" viewBox="0 0 {columns * size} {height}"'
+    return (
+        f'<div class="strip"><p>{words} <output class="dim"></output></p>'
+        f'<svg class="cells" {box} role="img" aria-label="{words}" {settings} {where}>'
+        f'{drawn}<path class="at" d=""/></svg></div>'
+    )
+
+
+def idle_ms(bars: Iterable[Bar]) -> float:
+    """Return the length of the idle stretches long enough to fold, in milliseconds."""
+    return sum(b - a for a, b in _gaps((bar.began_ms, bar.took_ms) for bar in bars)[0])
+
+
+def _gaps(spans: Iterable[tuple[float, float]]) -> tuple[list[tuple[float, float]], float]:
+    """(from, to) of each long stretch in which nothing ran, and how long something did. ``spans``: (start, duration)."""
+    gaps: list[tuple[float, float]] = []
+    busy = reached = 0.0
+    for began, took in sorted(spans):
+        if began > reached:
+            gaps.append((reached, began))
+        busy += max(0.0, began + took - max(reached, began))
+        reached = max(reached, began + took)
+    return [(a, b) for a, b in gaps if b - a > _LONG * busy], busy
+
+
+def places(spans: Iterable[tuple[float, float]]) -> Callable[[float], float]:
+    """Return a monotonic function from a time to its position once the idle stretches are folded, in the same unit."""
+    gaps, busy = _gaps(spans)
+    short = _SHORT * busy
+    ends = [b for _, b in gaps]
+    saved = [0.0, *itertools.accumulate(b - a - short for a, b in gaps)]
+
+    def place(time: float) -> float:
+        past = bisect.bisect_right(ends, time)
+        if past < len(gaps) and time > gaps[past][0]:  # In the midst of one.
+            a, b = gaps[past]
+            return a - saved[past] + (time - a) / (b - a) * short
+        return time - saved[past]
+
+    return place

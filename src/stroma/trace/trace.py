@@ -295,31 +295,30 @@ def _bar(
         return None if state is None else jsonable(hide_state(redact, state))
 
     at = f"{event.position}.{event.branch}" if event.branch else str(event.position)
-    kind = None if event.failure is None else event.failure.value
     message = event.failure_message
     if message is not None:
         message = typed(event.error_type, hide_words(redact, message, hidden))
     used = event.usage
     waited = event.function_ms is not None and took_ms - event.function_ms >= 1
     return Bar(
-        event.node_id,
-        at,
-        event.attempt,
-        began_ms,
-        took_ms,
-        event.outcome,
-        kind,
-        event.reason,
-        message,
-        used.tokens,
-        used.output_tokens,
-        used.cost_usd,
-        used.model,
-        event.output_state is not None,
-        shown(event.input_state),
-        shown(event.output_state),
-        event.function_ms if waited else None,
-        rejected,
+        node_id=event.node_id,
+        at=at,
+        attempt=event.attempt,
+        began_ms=began_ms,
+        took_ms=took_ms,
+        outcome=event.outcome,
+        failure_class=None if event.failure is None else event.failure.value,
+        reason=event.reason,
+        message=message,
+        tokens=used.tokens,
+        output_tokens=used.output_tokens,
+        cost_usd=used.cost_usd,
+        model=used.model,
+        is_committed=event.output_state is not None,
+        input_state=shown(event.input_state),
+        output_state=shown(event.output_state),
+        function_ms=event.function_ms if waited else None,
+        rejected=rejected,
     )
 
 

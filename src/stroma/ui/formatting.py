@@ -27,8 +27,8 @@ from stroma.checkpoint.history import (
 )
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.cost.prices import find_pricer
-from stroma.trace.gantt import duration
 from stroma.trace.html import tree
+from stroma.trace.outline import duration
 from stroma.ui.components import chip
 
 __all__ = [

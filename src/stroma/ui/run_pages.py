@@ -27,10 +27,9 @@ from stroma.checkpoint.queue import QUEUED, ServedCode
 from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunRecord, end_of_page
 from stroma.failures.tracebacks import FailureSite
 from stroma.telemetry.otlp_json import otlp_spans
-from stroma.trace.gantt import idle_ms
 from stroma.trace.html import cause, document, rejected_output
 from stroma.trace.story import Bar, StopCause, Story, fields_named
-from stroma.trace.timeline import Timeline, legend
+from stroma.trace.timeline import Timeline, idle_ms, legend
 from stroma.ui.actions import can_fork, can_resume, controls_of, may_receive
 from stroma.ui.answers import AnswerForm
 from stroma.ui.formatting import (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from stroma.cli.inputs import parse_as, parse_json
 from stroma.cli.loading import load_object
 from stroma.cli.options import RunOptions
 from stroma.cli.output import emit, err
-from stroma.cli.stores import Database, RunSource, db_option
+from stroma.cli.stores import Database, db_option
 from stroma.cli.suspended import (
     answer_type,
     approve_hint,
@@ -79,15 +78,15 @@ def approve(
     """
     database = Database.from_option(db)
     record = database.find(run_)
-    questions = database.waiting(record.run_id)
+    questions = database.reader.waiting(record.run_id)
     request = _Approval(target, _one_of(answer_text, done, not_done), question)
     one = _find_waiting(database, record, questions, request)
     loaded = load_object(target)
     # What a framework has in place of a pipeline is continued by the framework.
     pipeline = loaded.to_pipeline() if resume or loaded.is_pipeline else None
     answer, model = _parse_answer(database, record, one, loaded.module, request)
-    with database.explain_errors():
-        asyncio.run(_signal(database, record.run_id, answer, one, model))
+    runner = StromaRunner(ContractRegistry(), CheckpointManager(database.store))
+    database.run(runner.signal(record.run_id, answer, question=one.id, schema=model))
     if resume and pipeline is not None:
         err.line(f"{place_text(one)} is answered")
         run_options = RunOptions(as_json=as_json)
@@ -130,7 +129,7 @@ class _Approval:
 
 
 def _parse_answer(
-    database: RunSource, record: RunRecord, one: Waiting, module: ModuleType, request: _Approval
+    database: Database, record: RunRecord, one: Waiting, module: ModuleType, request: _Approval
 ) -> tuple[Any, Any]:
     """Return ANSWER as an instance of the required class, and that class. Raises Problem."""
     answer: Any
@@ -180,7 +179,7 @@ def _framework_hint(run_id: str) -> str:
 
 
 def _report(
-    database: RunSource,
+    database: Database,
     run_id: str,
     target: str | None,
     one: Waiting,
@@ -208,9 +207,7 @@ def _report(
         err.line(f"  still waiting: {place_text(other)}: {question_text(other)}")
 
 
-def _find_waiting(
-    database: RunSource, record: RunRecord, every: list[Waiting], request: _Approval
-) -> Waiting:
+def _find_waiting(database: Database, record: RunRecord, every: list[Waiting], request: _Approval) -> Waiting:
     """Return the question to answer. Raises Problem if there is none, or several."""
     waiting = [] if record.status in _COMPLETE else unanswered(every)
     matching = [one for one in waiting if request.question in (None, one.id)]
@@ -246,11 +243,3 @@ def _find_waiting(
         f"details: {database.hint('show', id_word(record.run_id))}",
         code=Code.NOT_FOUND,
     )
-
-
-async def _signal(database: Database, run_id: str, answer: Any, one: Waiting, model: Any) -> None:
-    runner = StromaRunner(ContractRegistry(), CheckpointManager(database.store))
-    try:
-        await runner.signal(run_id, answer, question=one.id, schema=model)
-    finally:
-        await database.close()

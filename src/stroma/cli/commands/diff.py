@@ -43,14 +43,13 @@ def diff(
     database = Database.from_option(db)
     records = database.find(a), database.find(b)
     history = History(database.reader, load_redact(redact))
-    with database.explain_errors():
-        first, second = map(history.redact_run, records)
-        sides = [
-            history.redact_attempts(record.run_id, database.reader.attempts(record.run_id))
-            for record in (first, second)
-        ]
-        inputs = [history.input_at(record.run_id, 0) for record in (first, second)]
-        nodes = compare(sides[0], sides[1], history.output_of)
+    first, second = map(history.redact_run, records)
+    sides = [
+        history.redact_attempts(record.run_id, database.reader.attempts(record.run_id))
+        for record in (first, second)
+    ]
+    inputs = [history.input_at(record.run_id, 0) for record in (first, second)]
+    nodes = compare(sides[0], sides[1], history.output_of)
     if node is not None:
         nodes = [one for one in nodes if _attempts(one)[0].node_id == node]
         if not nodes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from datetime import timedelta
 from typing import Any
 
@@ -52,18 +51,9 @@ def gc(keep_for: timedelta, unfinished: bool, blobs: str | None, as_json: bool, 
             raise Problem(f"--blobs {blobs}: {error}", code=Code.ENVIRONMENT) from error
     gone = (0, 0)
     if not database.is_empty:
-        with database.explain_errors():
-            gone = asyncio.run(_collect(database, store, options))
+        gone = database.run(store.gc(**options))
     if as_json:
         emit({"schema": "stroma.gc/1", "runs": gone[0], "blobs": gone[1]})
         return
     what = pluralize(gone[0], "run") + (f" and {pluralize(gone[1], 'blob')}" if blobs is not None else "")
     err.line(f"{what} deleted from {database.name}")
-
-
-async def _collect(database: Database, store: Any, options: dict[str, Any]) -> tuple[int, int]:
-    try:
-        runs, blobs = await store.gc(**options)
-    finally:
-        await database.close()
-    return runs, blobs

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import click
 
+from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.history import (
     History,
     changes,
@@ -26,7 +27,7 @@ from stroma.cli.commands.runs import run_data
 from stroma.cli.commands.show import attempt_data
 from stroma.cli.errors import Code, Problem
 from stroma.cli.redaction import load_redact, redact_option
-from stroma.cli.stores import Database, db_option
+from stroma.cli.stores import Database, db_option, store_problem
 from stroma.trace.redaction import Redact
 
 __all__ = ["RunReader", "make_server", "mcp"]
@@ -59,8 +60,7 @@ class RunReader:
         if self._database.is_empty:
             return {"runs": []}
         query = RunQuery(statuses=(status.upper(),) if status else (), pipeline=pipeline)
-        with self._database.explain_errors():
-            records = self._history.runs(query, max(1, min(limit, _MAX_RUNS)))
+        records = self._history.runs(query, max(1, min(limit, _MAX_RUNS)))
         return {"runs": [run_data(record) for record in records]}
 
     def explain_failure(self, run: str = "last") -> dict[str, Any]:
@@ -71,12 +71,11 @@ class RunReader:
         history, record, attempts = self._read(run)
         failed = [one for one in attempts if one.outcome != "success"]
         tokens, cost = sum_waste(attempts)
-        with self._database.explain_errors():
-            rejected = [
-                {"at": place_of(one), "node_id": one.node_id, "attempt": one.attempt, **output.to_json()}
-                for one in failed[-3:]
-                if (output := history.rejected_of(record.run_id, one)) is not None
-            ]
+        rejected = [
+            {"at": place_of(one), "node_id": one.node_id, "attempt": one.attempt, **output.to_json()}
+            for one in failed[-3:]
+            if (output := history.rejected_of(record.run_id, one)) is not None
+        ]
         return {
             "run": run_data(record),
             "status": status_of(record),
@@ -97,10 +96,9 @@ class RunReader:
                 f"run {record.run_id} has no such attempt; its nodes are: {nodes}", code=Code.NOT_FOUND
             )
         one = matching[-1]
-        with self._database.explain_errors():
-            state = history.input_of(record.run_id, one, max_bytes=MAX_ANSWER_BYTES)
-            output = history.output_of(one, max_bytes=MAX_ANSWER_BYTES)
-            rejected = history.rejected_of(record.run_id, one)
+        state = history.input_of(record.run_id, one, max_bytes=MAX_ANSWER_BYTES)
+        output = history.output_of(one, max_bytes=MAX_ANSWER_BYTES)
+        rejected = history.rejected_of(record.run_id, one)
         return attempt_data(record, one) | {
             "input": state.value if state.problem is None else {"problem": state.problem},
             "output": output.value if output.problem is None else {"problem": output.problem},
@@ -111,9 +109,8 @@ class RunReader:
         """Compare two runs: what differs in their input, outputs, outcomes, attempts and models, node by node."""
         history, first, left = self._read(a)
         _, second, right = self._read(b)
-        with self._database.explain_errors():
-            inputs = [history.input_at(record.run_id, 0) for record in (first, second)]
-            nodes = compare(left, right, history.output_of)
+        inputs = [history.input_at(record.run_id, 0) for record in (first, second)]
+        nodes = compare(left, right, history.output_of)
         started = changes(*(one.value if one.problem is None else one.problem for one in inputs))
         return diff_data(first, second, started, nodes, True)
 
@@ -121,9 +118,8 @@ class RunReader:
         """Return a run and its attempts, redacted. Raises Problem."""
         stored = self._database.find(run)
         history, reader = self._history, self._database.reader
-        with self._database.explain_errors():
-            record = history.redact_run(stored)
-            attempts = in_order(history.redact_attempts(record.run_id, reader.attempts(record.run_id)))
+        record = history.redact_run(stored)
+        attempts = in_order(history.redact_attempts(record.run_id, reader.attempts(record.run_id)))
         return history, record, attempts
 
 
@@ -161,8 +157,11 @@ def _with_messages(
     def answer(*args: Any, **kwargs: Any) -> dict[str, Any]:
         try:
             return bound_answer(tool(*args, **kwargs), fix)
-        except Problem as problem:
-            raise tool_error(bound_text("; ".join([problem.message, *problem.more]))) from None
+        except StoreError as error:
+            problem = store_problem(error)
+        except Problem as known:
+            problem = known
+        raise tool_error(bound_text("; ".join([problem.message, *problem.more])))
 
     return answer
 

@@ -16,13 +16,12 @@ from stroma.checkpoint.history import History
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.memory.store import AsyncInMemoryStore
 from stroma.cli.commands.completion import complete_run
-from stroma.cli.errors import Code, Problem
+from stroma.cli.errors import Code, Problem, describe_error, last_frame
 from stroma.cli.formatting import id_word
 from stroma.cli.inputs import parse_as, parse_input
 from stroma.cli.loading import load_pipeline
 from stroma.cli.output import emit, err, out
 from stroma.cli.stores import Database, db_option
-from stroma.cli.user_errors import describe_error, last_frame
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import Group, find_node
 from stroma.contracts.schema import schema_of
@@ -84,8 +83,7 @@ def replay(
 def recorded_run(database: Database, run_: str) -> RecordedRun:
     """Read a recorded run from the store. Raises Problem."""
     record = database.find(run_)
-    with database.explain_errors():
-        return RecordedRun.read(database.reader, record.run_id)
+    return RecordedRun.read(database.reader, record.run_id)
 
 
 def replay_run(recorded: RecordedRun, pipeline: Pipeline, **options: Any) -> Replay:

@@ -11,19 +11,18 @@ from pydantic import BaseModel, ValidationError
 from stroma._utils.text import clean
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.commands.completion import complete_run
-from stroma.cli.errors import Code, Problem
+from stroma.cli.commands.control import take_back_pause
+from stroma.cli.errors import Code, Problem, describe_error
 from stroma.cli.formatting import id_word
 from stroma.cli.inputs import parse_as, parse_input, stored_input
 from stroma.cli.loading import load_pipeline
 from stroma.cli.local_run import Fork, LocalRun
 from stroma.cli.options import RunOptions, run_id_option, run_options
 from stroma.cli.output import err
-from stroma.cli.requests import take_back_pause
 from stroma.cli.resume_plan import print_plan
 from stroma.cli.stores import Database
 from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_options
 from stroma.cli.temporal_run import TemporalRun
-from stroma.cli.user_errors import describe_error
 from stroma.contracts.node import Group, find_node
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.config import RunConfig, new_run_id
@@ -272,8 +271,7 @@ def _fork(run: ResumedRun, options: RunOptions, position: int, input_text: str |
 
 
 def _has_output(database: Database, record: RunRecord, position: int) -> bool:
-    with database.explain_errors():
-        attempts = database.reader.attempts(record.run_id)
+    attempts = database.reader.attempts(record.run_id)
     return any(a.position == position and not a.branch and a.output is not None for a in attempts)
 
 

@@ -18,7 +18,7 @@ from stroma.cli.durations import SPAN
 from stroma.cli.formatting import format_age, format_local_time, style_status, to_iso
 from stroma.cli.output import Part, emit, err, out, table
 from stroma.cli.redaction import load_redact, redact_option
-from stroma.cli.stores import Database, RunSource, db_option
+from stroma.cli.stores import Database, db_option
 from stroma.failures.classes import FailureClass
 from stroma.trace.result import RunStatus
 
@@ -140,12 +140,11 @@ def runs(
     store = database.reader
     records: list[RunRecord] = []
     if not database.is_empty:
-        with database.explain_errors():
-            records = History(store, load_redact(redact)).runs(query, limit)
+        records = History(store, load_redact(redact)).runs(query, limit)
     _print(database, records, query, limit, as_json)
 
 
-def _print(database: RunSource, records: list[RunRecord], query: RunQuery, limit: int, as_json: bool) -> None:
+def _print(database: Database, records: list[RunRecord], query: RunQuery, limit: int, as_json: bool) -> None:
     if as_json:
         emit({"schema": "stroma.runs/1", "runs": [run_data(record) for record in records]})
         return

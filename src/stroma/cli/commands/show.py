@@ -14,6 +14,7 @@ from stroma.checkpoint.history import (
     History,
     Inputs,
     Payload,
+    bar_of,
     in_order,
     place_of,
     sum_waste,
@@ -25,10 +26,9 @@ from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import to_iso
 from stroma.cli.output import emit, err, out
 from stroma.cli.redaction import load_redact, redact_option
-from stroma.cli.rejected_output import print_all_rejected
 from stroma.cli.run_head import FINISHED_WELL, print_head, print_next_steps
-from stroma.cli.run_table import print_attempts
-from stroma.cli.stores import Database, RunSource, db_option
+from stroma.cli.run_table import print_all_rejected, print_attempts
+from stroma.cli.stores import Database, db_option
 from stroma.cli.suspended import (
     unanswered,
     waiting_data,
@@ -69,27 +69,24 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
     database = Database.from_option(db)
     stored = database.find(run_)
     history = History(database.reader, load_redact(redact))
-    with database.explain_errors():
-        record = history.redact_run(stored)
-        attempts = in_order(history.redact_attempts(record.run_id, database.reader.attempts(record.run_id)))
-        waiting = history.waiting(record.run_id)
+    record = history.redact_run(stored)
+    attempts = in_order(history.redact_attempts(record.run_id, database.reader.attempts(record.run_id)))
+    waiting = history.waiting(record.run_id)
     shown = _Shown.select(record, attempts, waiting, view)
-    with database.explain_errors():
-        states = _states(history, record, shown.selected, view)
+    states = _states(history, record, shown.selected, view)
     code = Code.ENVIRONMENT if any(one.damaged for one in attempts) else Code.OK
     if as_json:
         emit(_data(shown, states))
         return code
     if view.wants_input or view.wants_output or view.wants_rejected:
         return _print_states(shown.selected, states, code)
-    with database.explain_errors():
-        waits = history.flow_waits(record, attempts, waiting) if view.as_tree else []
-        failed = sorted(shown.selected, key=lambda one: one.started_ns)
-        outputs = [
-            (one, history.rejected_of(record.run_id, one))
-            for one in failed
-            if one.reason == "contract" or one.outcome == "suspended"
-        ]
+    waits = history.flow_waits(record, attempts, waiting) if view.as_tree else []
+    failed = sorted(shown.selected, key=lambda one: one.started_ns)
+    outputs = [
+        (one, history.rejected_of(record.run_id, one))
+        for one in failed
+        if one.reason == "contract" or one.outcome == "suspended"
+    ]
     _print_run(database, shown, view, waits, [(one, output) for one, output in outputs if output is not None])
     return code
 
@@ -107,6 +104,9 @@ class _View:
     unfold: bool
     timing: bool
 
+    def selects(self, node_id: str, attempt: int) -> bool:
+        return self.node in (None, node_id) and self.attempt in (None, attempt)
+
 
 @dataclass(frozen=True, slots=True)
 class _Shown:
@@ -123,7 +123,7 @@ class _Shown:
     ) -> _Shown:
         """Select attempts. Raises Problem if the options select none."""
         node, attempt = view.node, view.attempt
-        selected = [one for one in attempts if node in (None, one.node_id) and attempt in (None, one.attempt)]
+        selected = [one for one in attempts if view.selects(one.node_id, one.attempt)]
         if not selected and (node is not None or attempt is not None):
             raise _no_such_attempt(attempts, record, node, attempt)
         return cls(record, attempts, waiting, selected)
@@ -147,7 +147,7 @@ def _data(shown: _Shown, states: list[list[_State]]) -> dict[str, Any]:
 
 
 def _print_run(
-    database: RunSource,
+    database: Database,
     shown: _Shown,
     view: _View,
     waits: Sequence[Bar] = (),
@@ -156,7 +156,16 @@ def _print_run(
     record, attempts = shown.record, shown.attempts
     print_head(record, shown.waiting, len(attempts), *sum_waste(attempts))
     if shown.selected or waits:
-        print_attempts(attempts, waits, shown.selected, view)
+        first = min((one.started_ns for one in attempts), default=0)
+        selects_all = view.node is None and view.attempt is None
+        print_attempts(
+            [bar_of(one, first) for one in attempts],
+            waits,
+            None if selects_all else lambda bar: view.selects(bar.node_id, bar.attempt),
+            as_tree=view.as_tree,
+            unfold=view.unfold,
+            timing=view.timing,
+        )
     print_all_rejected(rejected)
     for one in attempts:
         if one.damaged:

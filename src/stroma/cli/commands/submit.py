@@ -11,11 +11,10 @@ from typing import Any, Final
 import click
 
 from stroma._utils.text import clean, format_duration, pluralize
-from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.durations import SPAN
-from stroma.cli.errors import Code, Problem
+from stroma.cli.errors import Code, Problem, describe_error
 from stroma.cli.exporters import FLUSH_SECONDS
 from stroma.cli.formatting import id_word
 from stroma.cli.inputs import parse_input
@@ -25,7 +24,6 @@ from stroma.cli.output import emit, err, out
 from stroma.cli.signals import StopSignals
 from stroma.cli.stores import Database, db_option
 from stroma.cli.temporal import TemporalCluster, temporal_options
-from stroma.cli.user_errors import describe_error
 from stroma.contracts.contract import ContractRegistry
 from stroma.engine.config import RunConfig, new_run_id
 from stroma.runner.drive import Blocked, Busy, DriveOutcome, Ended, Suspended
@@ -96,8 +94,6 @@ def submit(
 
     try:
         status = asyncio.run(store()) if cluster is None else cluster.run(store())
-    except StoreError as error:
-        raise database.problem(error) from error
     except (TypeError, ValueError) as error:
         raise Problem(f"the run cannot be submitted: {describe_error(error)}", code=Code.USAGE) from error
     if as_json:
@@ -149,8 +145,6 @@ def drive(
     try:
         with contextlib.redirect_stdout(sys.stderr):  # Output of nodes goes to stderr.
             outcome = asyncio.run(_drive(database, record.run_id, pipelines, max_seconds))
-    except StoreError as error:
-        raise database.problem(error) from error
     except (TypeError, ValueError) as error:
         raise Problem(f"the run cannot be driven: {describe_error(error)}", code=Code.USAGE) from error
     code, message, data = _describe(outcome)

@@ -96,8 +96,7 @@ def tail(
     watch = _Follower(database, as_json, hide, named=True)
     since = 0
     while True:
-        with database.explain_errors():
-            recent = [] if database.is_empty else store.list_runs(limit=_MAX_RUNS)
+        recent = [] if database.is_empty else store.list_runs(limit=_MAX_RUNS)
         for record in sorted(recent, key=lambda record: record.started_ms):
             # Runs that ended before the first read are printed once, without attempts.
             if since or record is recent[0] or record.status == "RUNNING":
@@ -149,17 +148,16 @@ class _Follower:
     def print_emitted(self, record: RunRecord, *, of_ended: bool = True) -> None:
         """Print new events that nodes emitted; without ``of_ended`` those of attempts in progress only."""
         emitted: list[StreamEvent] = []
-        with self._database.explain_errors():
-            while page := self._database.reader.read_events(record.run_id, self._place, _PAGE_SIZE):
-                for place, event in decode_events(record.run_id, page, self._place):
-                    self._place = place
-                    if event.kind == "node_event":
-                        emitted.append(event)
-                    elif not of_ended and event.kind.startswith("node_"):
-                        at = (event.position, event.branch)
-                        emitted = [one for one in emitted if (one.position, one.branch) != at]
-                if not page.batches:
-                    break
+        while page := self._database.reader.read_events(record.run_id, self._place, _PAGE_SIZE):
+            for place, event in decode_events(record.run_id, page, self._place):
+                self._place = place
+                if event.kind == "node_event":
+                    emitted.append(event)
+                elif not of_ended and event.kind.startswith("node_"):
+                    at = (event.position, event.branch)
+                    emitted = [one for one in emitted if (one.position, one.branch) != at]
+            if not page.batches:
+                break
         for _, same in groupby(emitted, lambda one: (one.attempt_id, one.name, type(one.data) is str)):
             self._print_emitted(record, list(same))
 
@@ -193,8 +191,7 @@ class _Follower:
         if status == "RUNNING" or self._ended.get(run) == status:
             return
         self._ended[run] = status
-        with self._database.explain_errors():
-            record = self._history.redact_run(record)
+        record = self._history.redact_run(record)
         if self._json:
             self._emit({"schema": "stroma.tail/1", "event": "end", "run": run_data(record)})
             return
@@ -209,8 +206,7 @@ class _Follower:
         out.line(*self._name(record), style_status(record.status), spent, why)
 
     def _attempts(self, record: RunRecord) -> list[AttemptRecord]:
-        with self._database.explain_errors():
-            return self._history.attempts(record.run_id, _MAX_ATTEMPTS)[0]
+        return self._history.attempts(record.run_id, _MAX_ATTEMPTS)[0]
 
     def _name(self, record: RunRecord) -> list[Part]:
         return [(f"{short_id(record.run_id)}  ", "bold")] if self._named else []

@@ -1,4 +1,4 @@
-"""`stroma budget`: show a shared budget, or change that of a run."""
+"""`stroma budget` and `stroma limit`: show what calls share in a store, and change the budget of a run."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 import click
 from pydantic import ValidationError
 
-from stroma._utils.text import clean, format_tokens, format_usd, pluralize
+from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
 from stroma.cli.commands.completion import complete_run
+from stroma.cli.errors import describe_error
 from stroma.cli.formatting import format_local_time, id_word
 from stroma.cli.output import emit, err, out, table
-from stroma.cli.requests import request_of
 from stroma.cli.stores import Database, db_option
-from stroma.cli.user_errors import describe_error
+from stroma.limits.rate_limit import read_limit
 from stroma.limits.shared_budget import BudgetState, read_budget
-from stroma.runner.stored_runs import limits_of
+from stroma.runner.stored_runs import limits_of, request
 
-__all__ = ["budget"]
+__all__ = ["budget", "limit"]
 
 
 @click.command()
@@ -28,7 +28,6 @@ __all__ = ["budget"]
 @click.option("--tokens", type=click.IntRange(min=0), metavar="N", help="New token limit of a run.")
 @click.option("--latency-ms", type=click.IntRange(min=0), metavar="MS", help="New time limit of a run.")
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.budget/1".')
-@click.option("--store", metavar="PATH_OR_URL", help="Same as --db.")
 @db_option
 def budget(
     name: str,
@@ -36,7 +35,6 @@ def budget(
     tokens: int | None,
     latency_ms: int | None,
     as_json: bool,
-    store: str | None,
     db: str | None,
 ) -> None:
     """Show a shared budget, or change the budget of a run.
@@ -48,7 +46,7 @@ def budget(
     new limit applies from its next attempt on, in whatever process it is; other limits stay. A run that waits
     for its budget is continued by a worker, or by `stroma resume`.
     """
-    database = Database.from_option(store or db)
+    database = Database.from_option(db)
     if (cost_usd, tokens, latency_ms) != (None, None, None):
         _set_of_run(database, name, _limits(tokens, cost_usd, latency_ms), as_json)
         return
@@ -93,7 +91,7 @@ def _limits(tokens: int | None, cost_usd: float | None, latency_ms: int | None) 
 
 def _set_of_run(database: Database, run: str, limits: Mapping[str, float], as_json: bool) -> None:
     record = database.find(run)
-    is_set = request_of(database, record.run_id, "set_budget", limits)
+    is_set = database.run(request(database.reader, record.run_id, "set_budget", limits))
     after = database.get_run(record.run_id) or record
     if as_json:
         emit(
@@ -134,3 +132,22 @@ def _data(state: BudgetState) -> dict[str, Any]:
 
 def _iso(at: datetime | None) -> str | None:
     return None if at is None else at.isoformat()
+
+
+@click.command()
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.limit/1".')
+@db_option
+def limit(name: str, as_json: bool, db: str | None) -> None:
+    """Show a Limit in a store: the calls and tokens of the last minute, calls in flight, and its cooldown."""
+    database = Database.from_option(db)
+    state = database.read_named(read_limit, name, "no call was made under a limit")
+    if as_json:
+        emit({"schema": "stroma.limit/1", "name": name, **state._asdict()})
+        return
+    minute = f"{pluralize(state.requests, 'call')} and {format_tokens(state.tokens)} in the last minute"
+    out.line((clean(name, 80), "bold"), f": {minute}, {pluralize(state.calls, 'call')} in flight")
+    if state.cooldown_ms is not None:
+        seconds = state.cooldown_ms / 1000
+        rest = f"for another {format_duration(seconds)}" if seconds else "until a call succeeds"
+        out.line(f"it is closed {rest}: the provider asked to wait")

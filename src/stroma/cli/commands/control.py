@@ -1,0 +1,147 @@
+"""`stroma pause`, `stroma cancel` and `stroma send`: requests about a run, in whatever process it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from stroma._utils.text import clean
+from stroma.checkpoint.errors import StoreError
+from stroma.checkpoint.manager import CheckpointManager
+from stroma.checkpoint.records import RunRecord
+from stroma.cli.commands.completion import complete_run
+from stroma.cli.errors import Code, Problem
+from stroma.cli.formatting import id_word
+from stroma.cli.inputs import parse_json
+from stroma.cli.output import emit, err
+from stroma.cli.stores import Database, db_option, store_problem
+from stroma.contracts.contract import ContractRegistry
+from stroma.runner.runner import StromaRunner
+from stroma.runner.stored_runs import request
+
+__all__ = ["cancel", "pause", "send", "take_back_pause"]
+
+
+def take_back_pause(database: Database, record: RunRecord) -> bool:
+    """Take the pause of a run back, so that a worker continues it. Returns False if it is not paused."""
+    if not database.run(request(database.reader, record.run_id, "unpause")):
+        return False
+    err.line(
+        f"run {clean(record.run_id)} is not paused any more; a worker that serves pipeline "
+        f"{clean(record.pipeline, 100)!r} continues it"
+    )
+    err.line(f"or continue it here: {database.hint('resume', id_word(record.run_id), 'FILE.py:NAME')}")
+    return True
+
+
+@click.command()
+@click.argument("run_", metavar="RUN", shell_complete=complete_run)
+@click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.pause/1".')
+@db_option
+def pause(run_: str, as_json: bool, db: str | None) -> None:
+    """Pause a run until it is resumed.
+
+    When this command ends, within about a second, no process starts another attempt of the run. Attempts in
+    flight finish and are stored; then the run is SUSPENDED. Workers do not continue it until `stroma resume
+    RUN` removes the pause. RUN is a run id, a prefix of one, or "last".
+    """
+    database = Database.from_option(db)
+    record = database.find(run_)
+    is_paused = database.run(request(database.reader, record.run_id, "pause"))
+    after = database.get_run(record.run_id) or record
+    outcome = "ended" if not is_paused else "paused" if after.holder is None else "asked"
+    run = f"run {clean(record.run_id)}"
+    if outcome == "ended":
+        message = f"{run} has ended already: it is {after.status}; nothing was changed"
+    elif outcome == "paused":
+        message = f"{run} is {after.status}, paused"
+    elif database.reader.is_request_pending(record.run_id):
+        message = (
+            f"{run} will be paused: {after.holder} has not read the request, and may begin further attempts"
+        )
+    else:
+        message = f"{run} is paused: {after.holder} begins no further attempt; those at work finish"
+    _print(as_json, "stroma.pause/1", after, outcome, after.holder, message)
+    if is_paused and not as_json:
+        err.line(f"continue it: {database.hint('resume', id_word(record.run_id))}")
+
+
+@click.command()
+@click.argument("run_", metavar="RUN", shell_complete=complete_run)
+@click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.cancel/1".')
+@db_option
+def cancel(run_: str, as_json: bool, db: str | None) -> None:
+    """Cancel a run.
+
+    The process that runs it, wherever it is, ends it as CANCELLED within about a second; a run without an
+    owner is CANCELLED at once. Finished nodes are stored, and the run can be resumed. RUN is a run id, a
+    prefix of one, or "last".
+    """
+    database = Database.from_option(db)
+    record = database.find(run_)
+    is_requested = database.run(database.reader.cancel(record.run_id))
+    after = database.get_run(record.run_id) or record
+    owner, run = after.holder or record.holder, f"run {clean(record.run_id)}"
+    if not is_requested:
+        outcome, owner = "ended", None
+        message = f"{run} has ended already: it is {after.status}; nothing was changed"
+    elif after.holder is None and after.status == "CANCELLED":
+        outcome, owner = "cancelled", None
+        message = f"{run} is CANCELLED; it had no owner"
+    else:
+        outcome = "asked"
+        message = (
+            f"{owner or 'its owner'} will cancel {run} within about a second, unless a node blocks it or its code "
+            "reads no requests"
+        )
+    _print(as_json, "stroma.cancel/1", after, outcome, owner, message)
+
+
+def _print(
+    as_json: bool, schema: str, record: RunRecord, outcome: str, holder: str | None, message: str
+) -> None:
+    """Print the outcome of a request: as JSON, or as a message."""
+    if as_json:
+        data: dict[str, Any] = {"run_id": record.run_id, "outcome": outcome, "holder": holder}
+        emit({"schema": schema, **data, "status": record.status})
+    else:
+        err.line(message)
+
+
+@click.command()
+@click.argument("run_", metavar="RUN", shell_complete=complete_run)
+@click.argument("text", metavar="MESSAGE")
+@click.option("--topic", default="", metavar="TEXT", help="Topic that the flow receives it on.")
+@click.option("--id", "message_id", metavar="ID", help="Id of the message; sent again, it changes nothing.")
+@click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.send/1".')
+@db_option
+def send(run_: str, text: str, topic: str, message_id: str | None, as_json: bool, db: str | None) -> None:
+    """Send a message to a run, whose flow receives it.
+
+    RUN is a run id, a prefix of one, or "last". MESSAGE is JSON, @FILE, or - for stdin. `flow.receive` takes
+    the messages of a topic in the order in which they were sent. Workers of its pipeline continue a suspended
+    run; without any, use `stroma resume`.
+    """
+    message, _, source = parse_json(text, "MESSAGE")
+    database = Database.from_option(db)
+    record = database.find(run_)
+    runner = StromaRunner(ContractRegistry(), CheckpointManager(database.store))
+    try:
+        database.run(runner.send(record.run_id, message, topic=topic, id=message_id))
+    except ValueError as error:
+        raise Problem(f"{source} cannot be sent: {error}", code=Code.USAGE) from error
+    except StoreError as error:
+        if error.transient:
+            raise store_problem(error) from error
+        raise Problem(clean(str(error), 1000), code=Code.USAGE) from error
+    if as_json:
+        emit({"schema": "stroma.send/1", "run_id": record.run_id, "topic": topic, "status": record.status})
+        return
+    err.line(f"the message to run {clean(record.run_id)} is stored")
+    if record.status == "SUSPENDED":
+        resume = database.hint("resume", id_word(record.run_id), "FILE.py:NAME")
+        err.line(
+            f"a worker that serves pipeline {clean(record.pipeline, 100)!r} continues the run; "
+            f"or continue it here: {resume}"
+        )
