@@ -30,7 +30,7 @@ from stroma import (
     stroma_node,
 )
 from stroma.ui import Settings, make_app
-from stroma.ui.server import make_config
+from stroma.ui.app import make_config
 
 #: What a page must never take for its own.
 SCRIPT = "<script>window.pwned=1</script><img src=x onerror='window.pwned=1'>\"'&amp;]]>"

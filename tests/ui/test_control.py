@@ -25,8 +25,7 @@ from stroma import (
     current_node,
     stroma_node,
 )
-from stroma.ui.rendering import Renderer
-from stroma.ui.shared_pages import SharedPages
+from stroma.ui.rendering import Renderer, SharedPages
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from tests.ui.conftest import Site
 
 from stroma import SQLiteStore, StromaRunner, current_node
 from stroma.runner.events import StreamEvent
-from stroma.ui.live_text import LiveText
+from stroma.ui.events import LiveText
 
 
 class Writer:

@@ -266,32 +266,6 @@ def _connect(site: Site, sent: str = "") -> socket.socket:
     return opened
 
 
-def test_idle_connections_lock_nobody_out(store: SQLiteStore, serve: Any) -> None:
-    """However many connections send nothing, or half a head, the next request is answered."""
-    site = with_token(store, serve)
-    with contextlib.ExitStack() as opened:
-        idle = [opened.enter_context(_connect(site, "GET / HTTP" if n % 2 else "")) for n in range(400)]
-        for _ in range(3):
-            assert site.ask("GET", "/", authorization=f"Bearer {TOKEN}").status == 200
-        assert idle[0].recv(1) == b""  # The oldest gave way.
-
-
-@pytest.mark.parametrize(
-    "sent", ["", "GET / HTTP/1.1\r\nHost: {host}\r\n", "GET / HTTP/1.1\r\nHost: {host}\r\n\r\nGET / HT"]
-)
-def test_a_head_has_a_time_limit(site: Site, monkeypatch: pytest.MonkeyPatch, sent: str) -> None:
-    """A connection without a complete head is closed, a first or a later one; an open page with events
-    stays."""
-    monkeypatch.setattr("stroma.ui.server._HEAD_SECONDS", 0.2)
-    with _stream(site, "/events") as events, _connect(site, sent) as slow:
-        while slow.recv(65_536):
-            pass
-        events.setblocking(False)
-        assert events.recv(65_536).startswith(b"HTTP/1.1 200")
-        with pytest.raises(BlockingIOError):
-            events.recv(1)
-
-
 def test_a_form_has_a_time_limit(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """A form whose body does not arrive is refused, and its connection closed."""
     monkeypatch.setattr("stroma.ui.actions._FORM_SECONDS", 0.2)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stroma.ui.app import make_app
-    from stroma.ui.server import serve
+    from stroma.ui.app import make_app, serve
     from stroma.ui.settings import Settings
 
 __all__ = ["Settings", "make_app", "serve"]
@@ -14,14 +13,10 @@ __all__ = ["Settings", "make_app", "serve"]
 
 def __getattr__(name: str) -> Any:
     try:
-        if name in ("Settings", "make_app"):
+        if name in __all__:
             from stroma.ui import app
 
             return getattr(app, name)
-        if name == "serve":
-            from stroma.ui.server import serve
-
-            return serve
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in (
             "jinja2",

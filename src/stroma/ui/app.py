@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Mount, Route
@@ -25,9 +29,11 @@ from stroma.ui.security import ASGIApp, Keys, SecurityMiddleware
 from stroma.ui.settings import Settings
 from stroma.ui.submission import SubmitForm
 
-__all__ = ["make_app"]
+__all__ = ["make_app", "make_config", "serve"]
 
-_HERE = Path(__file__).parent
+_HERE: Final = Path(__file__).parent
+_LARGE_PAGE: Final = 50_000  # bytes
+_MAX_REQUESTS: Final = 400  # at once; further ones get 503
 
 
 def make_app(settings: Settings) -> ASGIApp:
@@ -83,7 +89,28 @@ def make_app(settings: Settings) -> ASGIApp:
 
     app = Starlette(
         routes=routes,
+        middleware=[Middleware(GZipMiddleware, minimum_size=_LARGE_PAGE, compresslevel=6)],
         exception_handlers={StoreError: on_store_error, HTTPException: on_http_error, Exception: on_anything},
     )
     hosts = frozenset(host.lower() for host in settings.hosts)
     return SecurityMiddleware(app, keys, hosts, settings.private_host)
+
+
+def make_config(app: Any) -> uvicorn.Config:
+    """Return the configuration of the server."""
+    return uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        date_header=False,
+        timeout_graceful_shutdown=1,
+        limit_concurrency=_MAX_REQUESTS,
+    )
+
+
+def serve(app: Any, listening: socket.socket) -> None:
+    """Serve an application on a listening socket until SIGINT or SIGTERM."""
+    uvicorn.Server(make_config(app)).run(sockets=[listening])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import time
 from collections.abc import Collection, Iterable
@@ -10,9 +9,7 @@ from typing import Any, Final
 from urllib.parse import quote_plus, urlencode
 
 from markupsafe import Markup, escape
-from pydantic import BaseModel
-from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 
 from stroma._utils.svg import as_xml
 from stroma._utils.text import clean, format_usd, visible
@@ -33,7 +30,6 @@ from stroma.ui.components import chip
 
 __all__ = [
     "BLOCKED_FILTER",
-    "accepts_gzip",
     "ago",
     "as_attachment",
     "attempt_address",
@@ -41,9 +37,7 @@ __all__ = [
     "attempt_rows",
     "cause_text",
     "compare_facts",
-    "compress",
     "duration_text",
-    "example_json",
     "json_file",
     "mark_controls",
     "parse_search",
@@ -55,8 +49,6 @@ __all__ = [
     "to_json",
 ]
 
-_LARGE_PAGE: Final = 50_000  # bytes
-_EXAMPLES: Final[dict[Any, Any]] = {str: "", int: 0, float: 0.0, bool: True}
 _FILTERS: Final = ("tag", "node", "class", "pipeline")
 #: A word of a search that finds blocked runs.
 BLOCKED_FILTER: Final = "is:blocked"
@@ -224,30 +216,6 @@ def mark_controls(value: Any) -> Any:
 def to_json(value: Any) -> str:
     """Encode a value as JSON of at most 300 characters, all printable."""
     return clean(json.dumps(value, ensure_ascii=False), 300)
-
-
-def example_json(model: type[BaseModel]) -> str:
-    """Return the beginning of an instance as JSON: an object with the fields that its class requires."""
-    fields = {
-        name: _EXAMPLES.get(info.annotation, None)
-        for name, info in model.model_fields.items()
-        if info.is_required()
-    }
-    return to_json(fields)
-
-
-def accepts_gzip(request: Request) -> bool:
-    """Return True if the client accepts gzip."""
-    accepted = request.headers.get("accept-encoding", "").split(",")
-    return "gzip" in [one.partition(";")[0].strip() for one in accepted]
-
-
-def compress(request: Request, page: Response) -> Response:
-    """Compress a large page if the client accepts gzip."""
-    if not accepts_gzip(request) or len(page.body) < _LARGE_PAGE:
-        return page
-    headers = {"content-encoding": "gzip", "vary": "accept-encoding"}
-    return HTMLResponse(gzip.compress(bytes(page.body), 6, mtime=0), page.status_code, headers)
 
 
 def as_attachment(name: str) -> dict[str, str]:

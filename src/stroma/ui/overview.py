@@ -12,8 +12,7 @@ from stroma._utils.text import clean, format_usd, pluralize
 from stroma.checkpoint.history import status_of
 from stroma.checkpoint.records import PICO, RunRecord, Tally, digits_seconds
 from stroma.trace.html import utc
-from stroma.ui.charts import Part, columns_chart
-from stroma.ui.components import Column, sparkline, stacked, tone_of
+from stroma.ui.components import Column, Part, columns_chart, sparkline, stacked, tone_of
 
 __all__ = ["BUCKETS", "AttemptTotals", "Buckets", "Overview", "runs_chart", "stopped_by"]
 

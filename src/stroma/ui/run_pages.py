@@ -22,13 +22,14 @@ from stroma.checkpoint.history import (
     is_interrupted,
     place_of,
     status_of,
+    story_of,
 )
 from stroma.checkpoint.queue import QUEUED, ServedCode
 from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunRecord, end_of_page
 from stroma.failures.tracebacks import FailureSite
 from stroma.telemetry.otlp_json import otlp_spans
 from stroma.trace.html import cause, document, rejected_output
-from stroma.trace.story import Bar, StopCause, Story, fields_named
+from stroma.trace.story import Bar, Story, fields_named
 from stroma.trace.timeline import Timeline, idle_ms, legend
 from stroma.ui.actions import can_fork, can_resume, controls_of, may_receive
 from stroma.ui.answers import AnswerForm
@@ -38,7 +39,6 @@ from stroma.ui.formatting import (
     attempt_key,
     attempt_rows,
     compare_facts,
-    compress,
     json_file,
     restored_starts,
     split_price,
@@ -107,7 +107,7 @@ class RunPages:
         drawn = Markup(timeline.draw())  # It escapes all text.
         failed = sum(attempt.failure_class is not None for attempt in attempts)
         run_id = record.run_id
-        page_response = self._renderer.page(
+        return self._renderer.page(
             "run.html",
             here="runs",
             record=record,
@@ -145,7 +145,6 @@ class RunPages:
             send_key=self._renderer.keys.form("send", run_id) if may_receive(record, attempts) else "",
             topics=list(dict.fromkeys(bar.reason for bar in waits if bar.outcome == "receiving")),
         )
-        return compress(request, page_response)
 
     def _queued_runs(self, record: RunRecord) -> int:
         """Return the number of queued runs of a run's pipeline and version."""
@@ -220,37 +219,12 @@ class RunPages:
         return timeline, self._story(record, bars)
 
     def _story(self, record: RunRecord, bars: list[Bar]) -> Story:
-        box, why = None, record.cause
-        if why is not None and record.status in FAILED:
-            at = f"{why.position}.{why.branch}" if why.branch else str(why.position)
-            message = why.text or record.error or ""
-            box = StopCause(
-                why.node_id,
-                at,
-                why.attempt,
-                why.failure_class,
-                message,
-                why.reason,
-                self._resume_command(record),
-            )
         facts = [("tags", ", ".join(record.tags))] if record.tags else []
         if record.execution > 1:
             facts.append(("execution", str(record.execution)))
         if record.holder is not None:
             facts.append(("owner", record.holder))
-        seconds = max(0, record.updated_ms - record.started_ms) / 1000
-        return Story(
-            record.run_id,
-            record.pipeline,
-            status_of(record),
-            bars,
-            record.tokens,
-            record.cost_usd,
-            record.started_ms,
-            seconds,
-            box,
-            tuple(facts),
-        )
+        return story_of(record, bars, self._resume_command(record), tuple(facts))
 
     def _resume_command(self, record: RunRecord) -> str:
         if record.status in (*FINISHED, QUEUED):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Final
 
 from pydantic import BaseModel, ValidationError
@@ -12,7 +13,7 @@ from starlette.responses import Response
 from stroma._utils.text import clean
 from stroma.runner.pipeline import SubmitOptions
 from stroma.ui.actions import identity_of, no_key, read_fields, to_run
-from stroma.ui.formatting import example_json
+from stroma.ui.answer_fields import example_of, fields_of
 from stroma.ui.rendering import Renderer
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ class SubmitForm:
 
     def page(self, request: Request) -> Response:
         """Return an empty form."""
-        text = example_json(self._submission().model)
-        return self._page({"key": self._keys.form(*_FORM), "input": text})
+        example = example_of(fields_of(self._submission().model.model_json_schema()))
+        return self._page({"key": self._keys.form(*_FORM), "input": json.dumps(example)})
 
     async def submit(self, request: Request) -> Response:
         """Submit a run, once for a form and its content, and lead to its page; show the form again with its errors."""

@@ -9,11 +9,11 @@ from stroma.checkpoint.history.comparison import Change, NodeDiff, changes, comp
 from stroma.checkpoint.history.reader import (
     FAILED,
     FINISHED,
-    NOT_STOPPED,
     History,
     Inputs,
     is_interrupted,
     status_of,
+    story_of,
 )
 from stroma.checkpoint.history.redaction import Payload, too_large
 from stroma.trace.redaction import Redact
@@ -21,7 +21,6 @@ from stroma.trace.redaction import Redact
 __all__ = [
     "FAILED",
     "FINISHED",
-    "NOT_STOPPED",
     "Change",
     "History",
     "Inputs",
@@ -35,6 +34,7 @@ __all__ = [
     "is_interrupted",
     "place_of",
     "status_of",
+    "story_of",
     "sum_waste",
     "too_large",
 ]

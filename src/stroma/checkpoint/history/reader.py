@@ -29,14 +29,13 @@ from stroma.trace.redaction import HIDDEN, Redact, hide_rejected
 from stroma.trace.rejected import RejectedOutput
 from stroma.trace.story import Bar, StopCause, Story
 
-__all__ = ["FAILED", "FINISHED", "NOT_STOPPED", "History", "Inputs", "is_interrupted", "status_of"]
+__all__ = ["FAILED", "FINISHED", "History", "Inputs", "is_interrupted", "status_of", "story_of"]
 
 #: Statuses of runs that failed, and of runs that completed.
 FAILED: Final = ("FAILED", "PARTIAL")
 FINISHED: Final = ("COMPLETED", "RESUMED")
 #: Statuses of runs that no failure stopped: of one that waits for an answer or a time, those before it were
 #: caught.
-NOT_STOPPED: Final = (*FINISHED, "SUSPENDED")
 
 _MAX_STATE_BYTES: Final = 1_000_000  # of one state in a drawing
 _MAX_STATES_BYTES: Final = 20_000_000  # of all states in a drawing of a run
@@ -334,21 +333,26 @@ class History:
                 elif size is not None:
                     output_value = {"omitted": f"{size:,} bytes"}
             bars.append(bar_of(attempt, first, input_value, output_value, rejected))
-        seconds = max(0, record.updated_ms - record.started_ms) / 1000
-        return Story(
-            record.run_id,
-            record.pipeline,
-            status_of(record),
-            bars,
-            record.tokens,
-            record.cost_usd,
-            record.started_ms,
-            seconds,
-            _cause_box(record, resume_command),
-            facts,
-            1 if has_more else 0,
-            self.flow_waits(record, attempts),
-        )
+        story = story_of(record, bars, resume_command, facts)
+        return replace(story, left_out=1 if has_more else 0, waits=self.flow_waits(record, attempts))
+
+
+def story_of(
+    record: RunRecord, bars: Sequence[Bar], resume_command: str = "", facts: Sequence[tuple[str, str]] = ()
+) -> Story:
+    """Return what a drawing of a run shows, with these attempts."""
+    return Story(
+        run_id=record.run_id,
+        pipeline=record.pipeline,
+        status=status_of(record),
+        bars=bars,
+        tokens=record.tokens,
+        cost_usd=record.cost_usd,
+        began_ms=record.started_ms,
+        seconds=max(0, record.updated_ms - record.started_ms) / 1000,
+        box=_cause_box(record, resume_command),
+        facts=facts,
+    )
 
 
 def _sources_of(attempts: Iterable[AttemptRecord]) -> dict[tuple[int, str, str | None], str]:
@@ -364,7 +368,7 @@ def _sources_of(attempts: Iterable[AttemptRecord]) -> dict[tuple[int, str, str |
 def _cause_box(record: RunRecord, resume_command: str) -> StopCause | None:
     """Return the box of the cause that stopped a run; None if no failure did."""
     cause = record.cause
-    if cause is None or record.status in NOT_STOPPED:
+    if cause is None or record.status not in FAILED:
         return None
     at = f"{cause.position}.{cause.branch}" if cause.branch else str(cause.position)
     message = cause.text or record.error or ""
