@@ -5,7 +5,6 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
-from tests.cli.sarif import problems_of
 
 from stroma.cli.resume_changes import change_lines
 from stroma.runner.compatibility import Incompatibility
@@ -109,44 +108,6 @@ def test_check_as_json(flows, inside):
         "message": "'result' needs total (int), and Parts has no such field",
         "fix": "add it to the output of 'split', or give it a default in Result",
     }
-
-
-def test_check_writes_sarif(flows, inside):
-    """--sarif writes a valid SARIF 2.1.0 log that leads to the file and line of the node's function."""
-    assert inside("check", "flows.py:wrong", "--sarif", "out.sarif").code == 1
-    log = json.loads((flows.home / "out.sarif").read_text())
-    assert problems_of(log) == []
-    (run,) = log["runs"]
-    assert [(r["level"], r["ruleId"]) for r in run["results"]] == [
-        ("warning", "stroma/optional"),
-        ("error", "stroma/missing"),
-    ]
-    place = run["results"][1]["relatedLocations"][0]["physicalLocation"]
-    line = (flows.home / "flows.py").read_text().splitlines()[place["region"]["startLine"] - 1]
-    assert (place["artifactLocation"], line) == (
-        {"uri": "flows.py"},
-        '@stroma_node("split", NodeContract(node_id="split", input_schema=Text, output_schema=Parts))',
-    )
-    assert inside("check", "flows.py:fine", "--sarif", "out.sarif").code == 0
-    assert json.loads((flows.home / "out.sarif").read_text())["runs"][0]["results"] == []
-
-
-def test_sarif_of_all_that_can_be_found(flows, inside):
-    """A log of errors and warnings in groups, with ids and a file that are no plain text, is valid SARIF,
-    too."""
-    (flows.home / "öd d.py").write_text((flows.home / "flows.py").read_text())
-    for name in ("odd", "unknown", "wrong"):
-        inside("check", f"öd d.py:{name}", "--sarif", "out.sarif")
-        log = json.loads((flows.home / "out.sarif").read_text())
-        assert problems_of(log) == []
-    uris = {
-        p["physicalLocation"]["artifactLocation"]["uri"]
-        for r in log["runs"][0]["results"]
-        for p in r["locations"]
-    }
-    assert uris == {"%C3%B6d%20d.py"}
-    log["runs"][0]["results"][0]["level"] = "fatal"
-    assert len(problems_of(log)) == 1
 
 
 def test_bad_calls_of_check(flows, inside, fails):

@@ -132,7 +132,7 @@ def test_ten_thousand_items_are_one_strip() -> None:
     text = draw(bars)
     assert len(text) < 220_000
     assert text.count('<div class="row">') == 10
-    assert "10,000 items: 9,990 ok, 10 failed" in text
+    assert "10,000 items: 9,990 ok, 0 retried, 10 failed" in text
     assert "more that failed" not in text
     bars[1:] = [
         Bar("page", f"0.{item}", 1, item, 1, "failure" if item % 100 == 5 else "success")

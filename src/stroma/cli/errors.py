@@ -12,7 +12,6 @@ import click
 
 from stroma._utils.text import clean, one_line
 from stroma.cli.output import err
-from stroma.failures.tracebacks import frames_of
 
 __all__ = ["Code", "Problem", "command", "describe_error", "is_debugging", "last_frame"]
 
@@ -91,6 +90,8 @@ def last_frame(error: BaseException, *, of_any: bool = True) -> list[str]:
     if isinstance(error, SyntaxError) and error.filename:
         lines = [f'File "{error.filename}", line {error.lineno}']
         return [*lines, *([f"  {clean(error.text)}"] if error.text else [])]
+    from stroma.failures.tracebacks import frames_of  # Few commands fail in user code.
+
     own, others = frames_of(error)
     for frame in (own or (others if of_any else []))[-1:]:
         place = f'File "{frame.filename}", line {frame.lineno}, in {frame.name}'

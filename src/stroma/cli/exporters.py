@@ -152,30 +152,10 @@ class Exporters:
 
     @staticmethod
     def merge(added_sets: Sequence[NodeHooks], own: Sequence[NodeHooks]) -> list[NodeHooks]:
-        """Merge hooks of the command with those of a pipeline: one exporter for each system.
-
-        The pipeline's exporter stays if both have the same destination; otherwise the command's replaces it.
-        """
-        remaining = list(own)
-        added: list[NodeHooks] = []
-        for one in added_sets:
-            ours = _exporter(one)
-            own_exporters = [
-                (other, exporter)
-                for other in remaining
-                if (exporter := _exporter(other)) is not None
-                and ours is not None
-                and exporter.name == ours.name
-            ]
-            if any(
-                ours is not None and exporter.destination == ours.destination for _, exporter in own_exporters
-            ):
-                continue
-            remaining = [
-                other for other in remaining if all(other is not replaced for replaced, _ in own_exporters)
-            ]
-            added.append(one)
-        return [*added, *remaining]
+        """Merge hooks of the command with those of a pipeline: its exporter for a system replaces the pipeline's."""
+        systems = [exporter.name for one in added_sets if (exporter := _exporter(one)) is not None]
+        others = [one for one in own if getattr(_exporter(one), "name", None) not in systems]
+        return [*added_sets, *others]
 
     def close(self) -> None:
         """Close exporters in daemon threads; their data was flushed before."""

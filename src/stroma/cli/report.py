@@ -21,13 +21,11 @@ from stroma.cli.output import Part, emit, err
 from stroma.cli.stores import Database
 from stroma.cli.suspended import (
     answer_type,
-    approve_hint,
-    held_hints,
-    message_hint,
     place_text,
     question_text,
     unanswered,
     waiting_data,
+    waiting_hints,
 )
 from stroma.contracts.schema import schema_of
 from stroma.cost.budget import BudgetExceeded, ExecutionBudget, limits
@@ -229,22 +227,14 @@ class RunReport:
         is_asking = bool(unanswered(self.waiting)) or len(reasons) != 1
         what = "waiting for an answer" if is_asking else describe_wait(reasons[0])
         err.line(("suspended", "yellow"), f": run {clean(run_id)} is {clean(what, 1000)}")
-        if self.waits_for is None:
-            self._print_waiting()
-        elif self.db.is_durable:
-            for line in held_hints(self.db, run_id, self.waits_for):
-                err.line(f"  {line}")
-
-    def _print_waiting(self) -> None:
-        result, waiting = self.result, unanswered(self.waiting)
+        waiting = unanswered(self.waiting)
         for one in waiting:
             err.line(f"  {place_text(one)}: {question_text(one, 1000)}  (asks for {answer_type(one)})")
-        for reason in result.suspended if not waiting and len(result.suspended) > 1 else ():
+        for reason in reasons if not waiting and len(reasons) > 1 else ():
             err.line(f"  {clean(reason, 1000)}")
         if self.db.is_durable:
-            for line in approve_hint(self.db, result.run_id, self.target, waiting):
-                err.line(f"  answer: {line}")
-            for line in message_hint(self.db, result.run_id, "; ".join(result.suspended)):
+            why = "; ".join(reasons)
+            for line in waiting_hints(self.db, run_id, self.target, self.waits_for, waiting, why):
                 err.line(f"  {line}")
 
     def _print_notes(self) -> None:

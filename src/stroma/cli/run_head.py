@@ -14,12 +14,9 @@ from stroma.cli.output import Part, err, out
 from stroma.cli.stores import Database
 from stroma.cli.suspended import (
     answer_type,
-    approve_hint,
-    held_hints,
-    held_text,
-    message_hint,
     place_text,
     question_text,
+    waiting_hints,
 )
 
 __all__ = ["FINISHED_WELL", "print_head", "print_next_steps"]
@@ -36,7 +33,7 @@ def print_head(
     lines: list[tuple[str, list[Part]]] = [
         ("run", [(clean(record.run_id, 4000), "bold"), again]),
         ("pipeline", [clean(record.pipeline)]),
-        ("status", [style_status(status_of(record)), *held_text(record)]),
+        ("status", [style_status(status_of(record)), f", {record.wait_text}" if record.waits_for else ""]),
         ("started", [f"{format_local_time(record.started_ms)}, {format_age(record.started_ms)}"]),
         ("duration", [format_duration(seconds)]),
         (
@@ -45,13 +42,8 @@ def print_head(
         ),
         ("spent", [f"{format_tokens(record.tokens)}, {format_usd(record.cost_usd)}"]),
     ]
-    if attempts is not None:
-        lines.append(
-            (
-                "wasted",
-                [f"{format_tokens(wasted_tokens)}, {format_usd(wasted_cost)} on attempts without output"],
-            )
-        )
+    wasted = f"{format_tokens(wasted_tokens)}, {format_usd(wasted_cost)} on attempts without output"
+    lines.append(("wasted", [wasted]))
     if record.parent is not None:
         lines.insert(1, ("parent", [f"{clean(record.parent, 4000)}, source of this fork"]))
     if record.status == "RUNNING":
@@ -94,18 +86,12 @@ def print_next_steps(database: Database, record: RunRecord, waiting: list[Waitin
         _print_hint(f"or start it here: {database.hint('drive', name, target)}", place)
         err.line(f"or cancel it: {database.hint('cancel', name)}")
         return
-    if record.waits_for is not None:
-        for line in held_hints(database, record.run_id, record.waits_for):
-            err.line(line)
-        _print_hint(f"or continue it here: {database.hint('resume', name, target)}", place)
-        return
-    for line in approve_hint(database, record.run_id, target, waiting):
-        err.line(f"answer: {line}")
-    for line in (
-        message_hint(database, record.run_id, record.error or "") if record.status == "SUSPENDED" else ()
-    ):
+    reason = record.error or "" if record.status == "SUSPENDED" else ""
+    for line in waiting_hints(database, record.run_id, target, record.waits_for, waiting, reason):
         err.line(line)
-    _print_hint(f"{'then ' if waiting else ''}resume with: {database.hint('resume', name, target)}", place)
+    verb = "or continue it here" if record.waits_for is not None else "then " if waiting else ""
+    verb = verb if record.waits_for is not None else f"{verb}resume with"
+    _print_hint(f"{verb}: {database.hint('resume', name, target)}", place)
 
 
 def _print_hint(command: str, place: str) -> None:

@@ -12,7 +12,6 @@ from pydantic import BaseModel
 from stroma._utils.text import clean
 from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.manager import resolve_schema
-from stroma.checkpoint.records import RunRecord
 from stroma.cli.formatting import id_word
 from stroma.cli.inputs import example
 from stroma.cli.stores import Database
@@ -22,12 +21,11 @@ __all__ = [
     "approve_hint",
     "find_schema",
     "held_hints",
-    "held_text",
-    "message_hint",
     "place_text",
     "question_text",
     "unanswered",
     "waiting_data",
+    "waiting_hints",
 ]
 
 
@@ -91,13 +89,6 @@ def find_schema(one: Waiting, module: ModuleType | None = None) -> type[BaseMode
     return None
 
 
-def held_text(record: RunRecord) -> list[str]:
-    """Return what to add to the status of a run that is paused, or waits for its budget."""
-    if record.waits_for is None:
-        return []
-    return [f", {record.wait_text}"]
-
-
 def held_hints(db: Database, run_id: str, waits_for: Literal["resume", "budget"]) -> list[str]:
     """Return the next command for a run that is paused, or waits for its budget."""
     if waits_for == "resume":
@@ -111,6 +102,21 @@ def message_hint(db: Database, run_id: str, reason: str) -> list[str]:
     if "waiting for a message" not in reason:
         return []
     return [f"send a message: {db.hint('send', id_word(run_id), 'MESSAGE')}"]
+
+
+def waiting_hints(
+    db: Database,
+    run_id: str,
+    target: str,
+    waits_for: Literal["resume", "budget"] | None,
+    waiting: Sequence[Waiting],
+    reason: str,
+) -> list[str]:
+    """Return the commands that a suspended run waits for. ``waiting``: its open questions."""
+    if waits_for is not None:
+        return held_hints(db, run_id, waits_for)
+    answers = [f"answer: {line}" for line in approve_hint(db, run_id, target, waiting)]
+    return answers + message_hint(db, run_id, reason)
 
 
 def approve_hint(

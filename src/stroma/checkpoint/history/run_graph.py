@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from stroma._utils.arcs import ArcBox, arc_diagram
 from stroma._utils.text import as_mermaid, format_duration, format_usd
 from stroma.trace.outline import OutlineEntry, outline
 from stroma.trace.story import Bar
@@ -194,6 +193,8 @@ class RunGraph:
 
     def svg(self) -> str:
         """Return the graph as a self-contained SVG image."""
+        from stroma._utils.arcs import ArcBox, arc_diagram  # Few commands draw a graph.
+
         title = self._title()
         boxes = [ArcBox(START, title, "")]
         names: dict[Path, str] = {(START,): START}

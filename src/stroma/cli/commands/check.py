@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import click
@@ -16,7 +15,6 @@ from stroma.cli.formatting import id_word
 from stroma.cli.loading import load_pipeline
 from stroma.cli.output import emit, err, out
 from stroma.cli.resume_changes import change_lines, find_changes
-from stroma.cli.sarif import to_sarif, write_json
 from stroma.cli.stores import Database, db_option
 from stroma.contracts.checks.check import check_nodes
 from stroma.contracts.checks.finding import Finding
@@ -31,15 +29,9 @@ __all__ = ["check"]
 @click.command()
 @click.argument("target", metavar="FILE_OR_MODULE:NAME")
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.check/1".')
-@click.option(
-    "--sarif",
-    metavar="FILE",
-    type=click.Path(dir_okay=False, allow_dash=False, path_type=Path),
-    help="Also write the findings to FILE, as SARIF 2.1.0.",
-)
 @click.option("--against", metavar="RUN", help="Recorded run; report changes that prevent its resume.")
 @db_option
-def check(target: str, as_json: bool, sarif: Path | None, against: str | None, db: str | None) -> int:
+def check(target: str, as_json: bool, against: str | None, db: str | None) -> int:
     """Check that each node's output fits the next node's input. No node is called.
 
     Findings go to stdout. An error always fails at run time, and the exit code is 1; a warning may fail.
@@ -56,8 +48,6 @@ def check(target: str, as_json: bool, sarif: Path | None, against: str | None, d
         database = Database.from_option(db)
         record = database.find(against)
         changes = find_changes(database, record, pipeline, target)
-    if sarif is not None:
-        write_json(sarif, to_sarif(findings, nodes))
     code = Code.FAILED if errors or changes else Code.OK
     if as_json:
         emit(

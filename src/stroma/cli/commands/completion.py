@@ -9,16 +9,11 @@ from typing import Any, Final
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
-from stroma.cli.output import err, out
+from stroma.cli.output import out
 
 __all__ = ["complete_run", "completion"]
 
 _SHELLS: Final = ("bash", "zsh", "fish")
-_WHERE: Final = {
-    "bash": "stroma completion bash > ~/.local/share/bash-completion/completions/stroma",
-    "zsh": "stroma completion zsh > ~/.zfunc/_stroma  (a directory of fpath)",
-    "fish": "stroma completion fish > ~/.config/fish/completions/stroma.fish",
-}
 _MOST: Final = 50
 _PLAIN: Final = re.compile(r"[\w.:@%+,/=-]+")
 
@@ -37,8 +32,6 @@ def completion(shell: str) -> None:
     completion_class = get_completion_class(shell)
     assert completion_class is not None
     out.write(completion_class(root.command, {}, "stroma", "_STROMA_COMPLETE").source() + "\n")
-    if out.is_terminal:
-        err.line("save it in: ", _WHERE[shell])
 
 
 def complete_run(ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, Final
 
 import click
+from pydantic_core import to_json
 
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.history import (
@@ -21,7 +24,6 @@ from stroma.checkpoint.history import (
     sum_waste,
 )
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
-from stroma.cli.bounded_json import MAX_ANSWER_BYTES, bound_answer, bound_text
 from stroma.cli.commands.diff import diff_data
 from stroma.cli.commands.runs import run_data
 from stroma.cli.commands.show import attempt_data
@@ -32,7 +34,10 @@ from stroma.trace.redaction import Redact
 
 __all__ = ["RunReader", "make_server", "mcp"]
 
+#: Of an answer as indented JSON: an agent takes in every token of it.
+MAX_ANSWER_BYTES: Final = 64 * 1024
 _MAX_RUNS: Final = 100
+_HALVES: Final = re.compile("[\ud800-\udfff]")
 _MAX_ATTEMPTS: Final = 200  # of one answer
 
 
@@ -123,6 +128,43 @@ class RunReader:
         return history, record, attempts
 
 
+def bound_answer(answer: dict[str, Any], fix: str) -> dict[str, Any]:
+    """Return an answer that JSON can hold, of at most 64 KiB; of a larger one, the largest values are cut.
+
+    ``cut`` then tells the fix. Lone surrogates, which UTF-8 cannot encode, become U+FFFD.
+    """
+    bounded: dict[str, Any] = {}
+    for most in (MAX_ANSWER_BYTES, 8192, 2048, 512, 128, 32, 8):
+        bounded = {} if most == MAX_ANSWER_BYTES else {"cut": _cut(f"the answer was too large; {fix}", 900)}
+        bounded |= {key: _cut(value, most) for key, value in answer.items()}
+        if len(to_json(bounded, indent=2, fallback=str)) <= MAX_ANSWER_BYTES:
+            break
+    return bounded
+
+
+def _cut(value: Any, most: int, depth: int = 1) -> Any:
+    """Return plain data without texts over ``most`` characters, more than an eighth as many entries, or as many levels."""
+    if isinstance(value, str):
+        text = _HALVES.sub("\ufffd", value)
+        return text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} more characters)"
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    if isinstance(value, int) and value.bit_length() > 8 * most:
+        return f"… (a number of {value.bit_length():,} bits)"
+    if not isinstance(value, (dict, list, tuple)):
+        return value
+    if depth > most:
+        return "…"
+    entries, shown = len(value), max(2, most // 8)
+    more = f"{entries - shown:,} more"
+    if isinstance(value, dict):
+        items = list(value.items())[:shown]
+        cut = {_cut(str(key), most): _cut(inner, most, depth + 1) for key, inner in items}
+        return cut if entries <= shown else {**cut, "omitted": more}
+    parts = [_cut(inner, most, depth + 1) for inner in value[:shown]]
+    return parts if entries <= shown else [*parts, {"omitted": more}]
+
+
 def make_server(reader: RunReader) -> Any:
     """Return the server, which has a tool for each question. Raises ImportError without the extra `mcp`."""
     server_class, tool_error = _load_sdk()
@@ -161,7 +203,7 @@ def _with_messages(
             problem = store_problem(error)
         except Problem as known:
             problem = known
-        raise tool_error(bound_text("; ".join([problem.message, *problem.more])))
+        raise tool_error(_cut("; ".join([problem.message, *problem.more]), MAX_ANSWER_BYTES))
 
     return answer
 
