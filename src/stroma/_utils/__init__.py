@@ -1,1 +1,1 @@
-"""Small helpers: secrets and how they are masked, loggers, lazy names, text, SVG, access to foreign objects."""
+"""Small helpers: masked secrets, loggers, lazy names, text, SVG, access to foreign objects."""

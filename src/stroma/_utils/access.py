@@ -9,7 +9,7 @@ __all__ = ["safe_get"]
 
 
 def safe_get(owner: Any, name: str) -> Any:
-    """Return a key of a mapping or an attribute of any other object; None if it is missing or cannot be read."""
+    """Return a key of a mapping or an attribute of another object; None if it cannot be read."""
     try:
         return owner.get(name) if isinstance(owner, Mapping) else getattr(owner, name, None)
     except (KeyboardInterrupt, SystemExit):

@@ -25,8 +25,10 @@ _STYLE: Final = """
 svg{background:#fff;font-family:system-ui,-apple-system,'Segoe UI',Roboto,sans-serif}
 .box{fill:#eef2ff;stroke:#94a3b8}.failing .box{stroke:#dc2626;stroke-width:2}.end .box{fill:#f8fafc}
 .title{font-size:13px;font-weight:600;fill:#0f172a}.note{font-size:11px;fill:#475569}
-.link{fill:none;stroke:#6366f1}.tip{fill:#6366f1}.count{font-size:11px;fill:#334155;paint-order:stroke;stroke:#fff;stroke-width:3px}
-@media(prefers-color-scheme:dark){svg{background:#0f172a}.box{fill:#312e81;stroke:#64748b}.failing .box{stroke:#f87171}
+.link{fill:none;stroke:#6366f1}.tip{fill:#6366f1}
+.count{font-size:11px;fill:#334155;paint-order:stroke;stroke:#fff;stroke-width:3px}
+@media(prefers-color-scheme:dark){svg{background:#0f172a}.box{fill:#312e81;stroke:#64748b}
+.failing .box{stroke:#f87171}
 .end .box{fill:#1e293b}.title{fill:#f1f5f9}.note{fill:#cbd5e1}.link{stroke:#a5b4fc}.tip{fill:#a5b4fc}
 .count{fill:#e2e8f0;stroke:#0f172a}}
 """
@@ -34,7 +36,7 @@ svg{background:#fff;font-family:system-ui,-apple-system,'Segoe UI',Roboto,sans-s
 
 @dataclass(frozen=True, slots=True)
 class ArcBox:
-    """A box. ``depth``: how far it is indented, under the box that it is part of. ``rates``: figures at its right edge."""
+    """A box. ``depth``: of its indentation below its parent. ``rates``: figures at its right edge."""
 
     id: str
     title: str
@@ -45,7 +47,7 @@ class ArcBox:
 
 
 def arc_diagram(boxes: Sequence[ArcBox], links: Iterable[tuple[str, str, int]], *, title: str) -> str:
-    """Return an image of boxes below each other. ``links``: source, target and count, which is drawn as the width."""
+    """Return an image of boxes in a column. ``links``: source, target and count, drawn as the width."""
     rows = {box.id: number for number, box in enumerate(boxes)}
     links = [link for link in links if link[0] in rows and link[1] in rows]
     spans = [abs(rows[target] - rows[source]) for source, target, _ in links]
@@ -117,14 +119,19 @@ def _box(box: ArcBox, place: _Edges) -> str:
     x, _, top, _ = place
     kind = "failing" if box.is_failing else "step" if box.note else "end"
     middle = top + (18 if box.note else 25)
-    note = f'<text class="note" x="{x + 14:.1f}" y="{top + 33:.1f}">{as_xml(_cut(box.note, _LONGEST_NOTE))}</text>'
+    note = (
+        f'<text class="note" x="{x + 14:.1f}" y="{top + 33:.1f}">'
+        f"{as_xml(_cut(box.note, _LONGEST_NOTE))}</text>"
+    )
     rates = ""
     if box.rates:
         at = f'x="{x + _BOX_WIDTH - 12:.1f}" y="{top + 18:.1f}" text-anchor="end"'
         rates = f'<text class="note" {at}>{as_xml(box.rates)}</text>'
     return (
-        f'<g class="{kind}"><rect class="box" x="{x:.1f}" y="{top:.1f}" width="{_BOX_WIDTH}" height="{_BOX_HEIGHT}" rx="8"/>'
-        f'<text class="title" x="{x + 14:.1f}" y="{middle:.1f}">{as_xml(_cut(box.title, _LONGEST_TITLE))}<title>{as_xml(box.title)}</title></text>'
+        f'<g class="{kind}"><rect class="box" x="{x:.1f}" y="{top:.1f}" width="{_BOX_WIDTH}" '
+        f'height="{_BOX_HEIGHT}" rx="8"/>'
+        f'<text class="title" x="{x + 14:.1f}" y="{middle:.1f}">'
+        f"{as_xml(_cut(box.title, _LONGEST_TITLE))}<title>{as_xml(box.title)}</title></text>"
         f"{note if box.note else ''}{rates}</g>"
     )
 

@@ -27,7 +27,7 @@ _TYPE_NAME: Final = type.__dict__["__name__"].__get__
 
 @final
 class BoundedCopy:
-    """Copies any value as plain JSON data of at most so many bytes. Never raises, whatever the objects in the value do.
+    """Copies any value as plain JSON data of at most so many bytes. Never raises, whatever it holds.
 
     Only the items of builtin containers and the fields of models and dataclasses are read. Any other value,
     also a mapping of another class, is replaced by the name of its type.
@@ -178,7 +178,7 @@ def _size(text: str) -> int:
 
 
 def _items(value: Any) -> Iterable[tuple[Any, Any]]:
-    """Return the items of a mapping, or the fields of a model or a dataclass, except those that are never stored."""
+    """Return the items of a mapping, or the stored fields of a model or a dataclass."""
     if issubclass(type(value), dict):
         return dict.items(value)
     if isinstance(value, BaseModel):
@@ -194,7 +194,7 @@ def _items(value: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def map_texts(value: Any, change: Callable[[list[str]], Sequence[str]]) -> Any:
-    """Return plain JSON data with each text in it, and each key and number, as ``change(texts)`` returns them.
+    """Return plain JSON data with each text, key and number in it replaced by ``change(texts)``.
 
     A number whose text changes becomes the changed text.
     """

@@ -1,4 +1,4 @@
-"""Detection of the distribution `stroma`: another project, whose import name is the same. The distribution of this one is `stroma-runner`.
+"""Detection of the distribution `stroma`, another project with the same import name as `stroma-runner`.
 
 Runs at each first import of the package, so it imports nothing that Python has not loaded by then.
 """
@@ -14,7 +14,7 @@ _PREFIX, _SUFFIX = "stroma-", ".dist-info"
 
 
 def find_other_distribution(folder: str) -> str | None:
-    """Return "stroma VERSION" if that distribution is installed in a folder of packages, else None. Never raises."""
+    """Return "stroma VERSION" if that distribution is in a folder of packages, else None. Never raises."""
     try:
         names = os.listdir(folder or os.curdir)
     except OSError:
@@ -33,7 +33,7 @@ def reinstall_command() -> str:
 
 
 def warn_of_other_distribution(package_file: str) -> None:
-    """Warn if the distribution `stroma` is installed in the folder that contains this package: each overwrites files of the other."""
+    """Warn if the distribution `stroma` is installed beside this package: they overwrite each other."""
     other = find_other_distribution(os.path.dirname(os.path.dirname(package_file)))
     if other is not None:
         warnings.warn(

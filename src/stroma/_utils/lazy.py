@@ -12,7 +12,7 @@ __all__ = ["lazy"]
 def lazy(
     module: str, homes: Mapping[str, str], package: str | None = None
 ) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """Return the ``__getattr__`` and ``__dir__`` of a module. ``homes``: public name -> the module that defines it.
+    """Return the ``__getattr__`` and ``__dir__`` of a module. ``homes``: name -> its defining module.
 
     ``package``: where those modules are; None if the module is a package, and they are in it.
     """

@@ -95,7 +95,7 @@ class _Line:
 
 
 def refused_fields(error: ValidationError) -> str:
-    """Return the places and kinds of the errors, without the refused values and what validators say of them."""
+    """Return the places and kinds of the errors, without refused values and messages of validators."""
     errors = error.errors(include_url=False, include_context=False, include_input=False)
     shown = [
         f"{'.'.join(map(str, one['loc'])) or 'the whole'} ({one['type']})" for one in errors[:_MOST_ERRORS]

@@ -1,4 +1,4 @@
-"""Base classes of settings: models whose validators are built on first use, and names of arguments that are checked."""
+"""Base classes of settings: validators are built on first use, and unknown names refused."""
 
 from __future__ import annotations
 

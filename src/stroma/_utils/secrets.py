@@ -421,7 +421,7 @@ def declared_secrets(schema: type[BaseModel] | None) -> DeclaredSecrets:
 
 
 def _fields(annotation: Any) -> list[tuple[set[str], Any]]:
-    """Return the names and annotations of the fields of a model, dataclass or typed dict; [] for any other annotation."""
+    """Return the names and annotations of the fields of a model, dataclass or typed dict; else []."""
     if not isinstance(annotation, type):
         return []
     if issubclass(annotation, BaseModel):
@@ -467,7 +467,7 @@ class Secrets:
             self.note(value, schema)
 
     def note(self, value: Any, schema: type[BaseModel] | None = None) -> None:
-        """Find and remember the secrets in a value, and what a schema declares as secrets; see :func:`find_secrets`."""
+        """Remember the secrets in a value, and those that a schema declares; see :func:`find_secrets`."""
         known = self._texts
         if known is None:
             return
@@ -500,7 +500,7 @@ class Secrets:
         return self._needles.hide(text, MASK)
 
     def mask_error(self, error: BaseException) -> BaseException:
-        """Return an exception as a log may show it with its traceback: its messages are single lines without secrets.
+        """Return an exception as a log may show it: its messages are single lines without secrets.
 
         That is the exception itself where nothing has to be taken out, else one of the same name, without its
         attributes. Causes, notes and members of groups are treated alike. Never raises.
@@ -539,7 +539,7 @@ class Secrets:
         )
 
     def _stand_in(self, error: BaseException, shown: dict[int, BaseException]) -> BaseException:
-        """Return what is shown in place of an exception, and add it to ``shown``, after the members of a group."""
+        """Return the stand-in of an exception, and add it to ``shown`` after the members of a group."""
         if id(error) not in shown:
             inner = [self._stand_in(one, shown) for one in _group_members(error)]
             text = _group_message(error) if inner else _message(error) or "<exception str() failed>"
@@ -568,7 +568,7 @@ def _group_message(error: BaseException) -> str:
 
 
 def _members(error: BaseException) -> dict[int, BaseException] | None:
-    """Return an exception, its causes and the members of groups, by id; None if they are too many or too deep."""
+    """Return an exception, its causes and members of groups by id; None if too many or too deep."""
     members: dict[int, BaseException] = {}
     stack = [(error, 0)]
     while stack:

@@ -1,4 +1,4 @@
-"""Rows of plain data as SVG that stands by itself: no script, no font, no address. Every word in it is escaped."""
+"""Rows of plain data as SVG that stands by itself: no script, font or address; all text escaped."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ _PLAIN: Final = re.compile(r"[ !#-%(-;=?-~]*")
 
 
 def as_xml(text: str) -> str:
-    """Text as it may stand anywhere in XML, quotes included; what XML cannot say, or a terminal would obey, is U+FFFD.
+    """Return text for any place in XML, quotes included; what XML cannot hold becomes U+FFFD.
 
     What is invisible, or turns the direction of a text, is shown as an escape.
     """
@@ -110,7 +110,8 @@ svg{background:#fff;font-family:system-ui,-apple-system,'Segoe UI',Roboto,sans-s
 .mark.error{fill:#fee2e2}.mark.warning{fill:#fef3c7}
 .legend{font-size:11px;fill:#475569}
 @media(prefers-color-scheme:dark){svg{background:#0f172a}.box{fill:#1e293b;stroke:#475569}.head{fill:#312e81}
-.input .head{fill:#064e3b}.bare .head{fill:#334155}.frame{fill:#172033;stroke:#64748b}.title,.line{fill:#f1f5f9}
+.input .head{fill:#064e3b}.bare .head{fill:#334155}.frame{fill:#172033;stroke:#64748b}
+.title,.line{fill:#f1f5f9}
 .kind,.note,.top,.legend{fill:#cbd5e1}.rule{stroke:#334155}.dot{fill:#1e293b}
 .error .line,.error .note{fill:#fca5a5}.warning .line,.warning .note{fill:#fcd34d}
 .mark.error{fill:#450a0a}.mark.warning{fill:#422006}}
@@ -132,7 +133,7 @@ class _Layout:
 def svg(
     boxes: Sequence[Box], links: Iterable[Link], *, title: str, href: Callable[[Box], str] | None = None
 ) -> str:
-    """Return an image of boxes from left to right, frames around their children, and the links between their lines.
+    """Return an image of boxes from left to right, frames around children, and links between lines.
 
     ``href``: address of a box, for an image inside a page, which has the style; without it the image stands
         by itself.
@@ -292,19 +293,24 @@ def _around(start: tuple[float, float], out: float, y: float, back: float, end: 
 
 def _box(place: _Layout, is_frame: bool, href: Callable[[Box], str] | None) -> str:
     box, x, y, width, height = place.box, place.x, place.y, place.width, place.height
-    title = f'<text class="title" x="{x + _PAD:.1f}" y="{y + 19:.1f}">{as_xml(_cut(box.title, _LONGEST_TITLE))}<title>{as_xml(box.title)}</title></text>'
+    title = (
+        f'<text class="title" x="{x + _PAD:.1f}" y="{y + 19:.1f}">'
+        f"{as_xml(_cut(box.title, _LONGEST_TITLE))}<title>{as_xml(box.title)}</title></text>"
+    )
     if href is not None and box.kind != "input" and not is_frame:
         title = f'<a href="{as_xml(href(box))}">{title}</a>'
     if is_frame:
         return (
-            f'<g class="group"><rect class="frame" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="10"/>'
+            f'<g class="group"><rect class="frame" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" '
+            f'height="{height:.1f}" rx="10"/>'
             f"{title}</g>"
         )
     bare = "" if box.left or box.right else " bare"
     parts = [
         f'<g class="node {as_xml(box.kind)}{bare} {box.mood}" data-at="{as_xml(box.id)}">',
         f'<rect class="box" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="8"/>',
-        f'<path class="head" d="M{x + 0.5:.1f} {y + _HEAD - 8:.1f}v-{_HEAD - 16}q0 -7.5 7.5 -7.5h{width - 16:.1f}q7.5 0 7.5 7.5v{_HEAD - 16}z"/>',
+        f'<path class="head" d="M{x + 0.5:.1f} {y + _HEAD - 8:.1f}v-{_HEAD - 16}q0 -7.5 7.5 '
+        f'-7.5h{width - 16:.1f}q7.5 0 7.5 7.5v{_HEAD - 16}z"/>',
         title,
         f'<text class="at" x="{x + width - _PAD:.1f}" y="{y + 20:.1f}">{as_xml(box.id)}</text>',
         f'<text class="kind" x="{x + _PAD:.1f}" y="{y + 31:.1f}">{as_xml(box.kind)}</text>',
@@ -312,12 +318,14 @@ def _box(place: _Layout, is_frame: bool, href: Callable[[Box], str] | None) -> s
     top = y + _top(box)
     if box.rates:
         parts.append(
-            f'<path class="heat" d="M{x + 1:.1f} {y + _HEAD:.1f}h{max(2.0, box.heat * (width - 2)):.1f}v3H{x + 1:.1f}z"/>'
+            f'<path class="heat" d="M{x + 1:.1f} '
+            f'{y + _HEAD:.1f}h{max(2.0, box.heat * (width - 2)):.1f}v3H{x + 1:.1f}z"/>'
         )
     for number, rate in enumerate(box.rates):
         kind = "rate f" if number == 0 else "rate"
         parts.append(
-            f'<text class="{kind}" x="{x + _PAD:.1f}" y="{y + _HEAD + 19 + number * _RATE:.1f}">{as_xml(rate)}</text>'
+            f'<text class="{kind}" x="{x + _PAD:.1f}" y="{y + _HEAD + 19 + number * _RATE:.1f}">'
+            f"{as_xml(rate)}</text>"
         )
     start = top + (_SECTION if box.left_title or box.right_title else 0)
     middle = x + _PAD + _columns(box)[0] + _PAD / 2 if box.left else x + _PAD / 2
@@ -327,7 +335,8 @@ def _box(place: _Layout, is_frame: bool, href: Callable[[Box], str] | None) -> s
     ):
         if head:
             parts.append(
-                f'<text class="top" x="{at:.1f}" y="{top + 12:.1f}">{as_xml(_cut(head))}<title>{as_xml(head)}</title></text>'
+                f'<text class="top" x="{at:.1f}" y="{top + 12:.1f}">{as_xml(_cut(head))}<title>'
+                f"{as_xml(head)}</title></text>"
             )
         for index, line in enumerate(lines):
             parts.append(
@@ -349,13 +358,15 @@ def _line(line: Line, x: float, y: float, width: float) -> str:
     text = _cut(_line_text(line))
     name, colon, note = text.partition(": ") if line.note else (text, "", "")
     mark = (
-        f'<rect class="mark {as_xml(line.tone)}" x="{x - 4:.1f}" y="{y + 1:.1f}" width="{width + 8:.1f}" height="{_LINE - 2}" rx="4"/>'
+        f'<rect class="mark {as_xml(line.tone)}" x="{x - 4:.1f}" y="{y + 1:.1f}" '
+        f'width="{width + 8:.1f}" height="{_LINE - 2}" rx="4"/>'
         if line.tone
         else ""
     )
     return (
         f'<g class="{as_xml(line.tone)}">{mark}<text class="line" x="{x:.1f}" y="{y + 14:.1f}">{as_xml(name)}'
-        f'<tspan class="note">{as_xml(colon + note)}</tspan><title>{as_xml(_line_text(line))}</title></text></g>'
+        f'<tspan class="note">{as_xml(colon + note)}</tspan><title>{as_xml(_line_text(line))}</title>'
+        "</text></g>"
     )
 
 

@@ -67,7 +67,7 @@ def clean(text: str, limit: int = 300) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str], count: int = 1) -> str:
-    """Return the question that offers the nearest known names, at most ``count`` of them; "" if none is near."""
+    """Return the question that offers at most ``count`` near names; "" if none is near."""
     from difflib import get_close_matches  # 5 ms to import, only after a mistake.
 
     by_lower = {
@@ -83,7 +83,7 @@ def one_line(text: str) -> str:
 
 
 def visible(text: str, keep: str = "\n\t") -> str:
-    """Return text that shows as it is: what is invisible, or turns the direction of text, becomes the escape of JSON.
+    """Return text that shows as it is: what is invisible or turns the direction becomes an escape of JSON.
 
     ``keep``: control characters that stay.
     """
@@ -100,7 +100,7 @@ def _shown_in_columns(match: re.Match[str]) -> str:
 
 
 def _has_shape(ch: str) -> bool:
-    """Return True if a person sees the character: it is no control, mark of direction, tag, or anything unassigned."""
+    """Return True if a person sees the character: not a control, mark of direction, tag or unassigned."""
     category = unicodedata.category(ch)
     if category == "Cn":
         return _GROWING.match(ch) is not None
@@ -108,7 +108,7 @@ def _has_shape(ch: str) -> bool:
 
 
 def typed(kind: str | None, message: str) -> str:
-    """Return an exception's message as people read it: ``Type: message``, or the type alone where it says no more.
+    """Return an exception's message as ``Type: message``, or the type alone where it says no more.
 
     ``kind``: of which the module is not shown; None for what is no exception's.
     """

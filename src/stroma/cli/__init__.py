@@ -25,7 +25,8 @@ def main(argv: Sequence[str] | None = None, *, program: str = "stroma") -> int:
             raise
         # The command comes with the core, what it needs with an extra.
         sys.stderr.write(
-            f"stroma: the command line needs click; install it with: {sys.executable} -m pip install 'stroma-runner[cli]'\n"
+            f"stroma: the command line needs click; install it with: {sys.executable} -m pip install "
+            "'stroma-runner[cli]'\n"
         )
         return 3
     if argv is None:

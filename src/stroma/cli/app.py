@@ -103,8 +103,10 @@ def _print_version(ctx: click.Context, _parameter: click.Parameter, is_requested
 @click.group(
     cls=_Lazy,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Exit codes: 0 ok, 1 the run failed, 2 usage, 3 environment, 4 not found, 5 stopped by the budget, "
-    "6 diff or replay found differences, 7 suspended: a node waits for an answer, 130 interrupted; committed outputs are stored.",
+    epilog="Exit codes: 0 ok, 1 the run failed, 2 usage, 3 environment, 4 not found, 5 stopped by the "
+    "budget, "
+    "6 diff or replay found differences, 7 suspended: a node waits for an answer, 130 interrupted; "
+    "committed outputs are stored.",
 )
 @click.option(
     "--version",

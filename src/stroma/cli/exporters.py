@@ -152,7 +152,7 @@ class Exporters:
 
     @staticmethod
     def merge(added_sets: Sequence[NodeHooks], own: Sequence[NodeHooks]) -> list[NodeHooks]:
-        """Merge hooks of the command with those of a pipeline: its exporter for a system replaces the pipeline's."""
+        """Merge hooks of the command with the pipeline's; the command's exporter for a system wins."""
         systems = [exporter.name for one in added_sets if (exporter := _exporter(one)) is not None]
         others = [one for one in own if getattr(_exporter(one), "name", None) not in systems]
         return [*added_sets, *others]
@@ -177,7 +177,8 @@ class Exporters:
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError as error:
             raise ImportError(
-                "the SDK and its OTLP exporter are required; install them with: pip install 'stroma-runner[otel]'"
+                "the SDK and its OTLP exporter are required; install them with: pip install "
+                "'stroma-runner[otel]'"
             ) from error
         # Without an option the exporters find their endpoints in the environment by themselves.
         base = None if self.otel is None else self.otel.rstrip("/")

@@ -21,7 +21,7 @@ _STYLES: Final = {
 
 
 def id_word(run_id: str) -> str:
-    """Return the name of a run for a command: the first characters of a generated id, any other id in full."""
+    """Return the name of a run for a command: the beginning of a generated id, any other id in full."""
     return short_id(run_id) if run_id.startswith(short_id(run_id)) else run_id
 
 

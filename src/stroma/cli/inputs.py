@@ -63,7 +63,7 @@ def parse_json(argument: str | None, called: str = "INPUT") -> tuple[Any, str, s
 
 
 def parse_input(pipeline: Pipeline, argument: str | None, target: str) -> BaseModel:
-    """Parse INPUT as the initial state. Raises Problem if it is not JSON or breaks the first node's contract."""
+    """Parse INPUT as the initial state. Raises Problem if it does not fit the first node's contract."""
     value, text, source = parse_json(argument)
     model = input_model(pipeline)
     checks = _contracts(pipeline) or [("", Input)]
@@ -243,7 +243,8 @@ def stored_input(database: Database, record: RunRecord, pipeline: Pipeline, targ
     except Exception as error:
         why = describe_error(error)
     raise Problem(
-        f"run {clean(record.run_id)} was not started with a {schema.model.__name__}, the input of the first node of "
+        f"run {clean(record.run_id)} was not started with a {schema.model.__name__}, the input of the "
+        "first node of "
         f"{target}: {why}",
         "pass the pipeline that started the run, or resume it from the program that started it: "
         "runner.run(nodes, state, run_id=..., resume=True)",

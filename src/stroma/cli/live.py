@@ -127,7 +127,7 @@ class Row:
         return parts
 
     def figures(self, now: float) -> list[str]:
-        """Return the attempts, the time from the first start to the last end or until now, tokens and cost."""
+        """Return the attempts, the time from the first start to the last end, tokens and cost."""
         end = now if self.is_active or self.last is None else self.last
         return [
             f"{self.attempts:,}" if self.attempts else "",
@@ -332,7 +332,7 @@ class LiveProgress(Progress):
     # ------------------------------------------------------------------ rows
 
     def _row(self, node: NodeExecution) -> Row:
-        """Return the row of an execution: its own, that of other calls of this node, or that of the map around it."""
+        """Return the row of an execution; calls of one node, and items of one map, share a row."""
         around: NodeExecution | None = node
         while around is not None:
             # Items of a resumed map are restored before its first progress.
@@ -474,7 +474,7 @@ class _Console(Console):
 
 
 class Screen:
-    """A drawing at the bottom of the terminal that is drawn again five times a second, all other output above it."""
+    """A drawing at the bottom of the terminal, redrawn five times a second below all other output."""
 
     def __init__(self, draw: Callable[[], Any]) -> None:
         self._draw = draw
@@ -559,7 +559,7 @@ class Screen:
                 self.refresh()
 
     def _capture(self) -> None:
-        """Take over ``write`` of stderr, and of stdout on a terminal: loggers have references to those objects."""
+        """Take over ``write`` of stderr and stdout on a terminal: loggers hold those objects."""
         for file in dict.fromkeys([sys.stderr, sys.__stderr__, sys.stdout, sys.__stdout__]):
             with contextlib.suppress(AttributeError, TypeError, ValueError):
                 if file is not None and file.isatty():

@@ -27,7 +27,7 @@ _FORM = "name a pipeline as FILE.py:NAME or package.module:NAME"
 
 
 def load_pipeline(target: str) -> Pipeline:
-    """Import a module and return its pipeline, with its settings. Output of the module goes to stderr. Raises Problem."""
+    """Import a module, with its output on stderr, and return its pipeline with settings. Raises Problem."""
     return load_with_module(target)[0]
 
 
@@ -51,7 +51,7 @@ class LoadedObject(NamedTuple):
 
     @property
     def is_pipeline(self) -> bool:
-        """True for a pipeline and for a function, which may return one; False for what a framework has in place of one."""
+        """True for a pipeline and for a function, which may return one."""
         return isinstance(self.value, Pipeline) or _is_factory(self.value)
 
     def to_pipeline(self) -> Pipeline:

@@ -97,7 +97,8 @@ class LocalRun:
         progress = Progress(quiet=True) if quiet else self._shown_progress()
         if self.fork is not None and not quiet:
             err.line(
-                f"run {clean(self.config.run_id)} starts at {clean(self.start_at or '', 100)!r} of {clean(self.fork.parent)}"
+                f"run {clean(self.config.run_id)} starts at {clean(self.start_at or '', 100)!r} of "
+                f"{clean(self.fork.parent)}"
             )
         own = flatten(self.config.hooks)
         exporters = self.options.exporters.hooks(own, quiet=quiet)
@@ -111,7 +112,8 @@ class LocalRun:
             progress.close()
         if result is None:
             raise Problem(
-                f"stopped by {stopped_by or 'the pipeline itself'} before the run started; no node was called",
+                f"stopped by {stopped_by or 'the pipeline itself'} before the run started; no node was "
+                "called",
                 code=Code.INTERRUPTED,
             )
         earlier = self.record if self.start_at is None else None
@@ -180,7 +182,7 @@ class LocalRun:
                 raise self._failure_problem(error, "the run failed") from error
 
     async def _set_budget(self) -> None:
-        """Store limits of the command for a run that is resumed: those of `stroma budget` would hold in their place."""
+        """Store the limits of the command for a resumed run: older ones of `stroma budget` would win."""
         record, options = self.record, self.options
         if record is None or record.holder is not None or self.start_at is not None:
             return

@@ -133,7 +133,10 @@ class LocalWorker:
     def _describe(self) -> str:
         names = ", ".join(repr(clean(one.name, 60)) for one in self.pipelines)
         runs = pluralize(self.max_concurrency, "run")
-        return f"{names} in {self.database.name}, {runs} at once, asking every {format_duration(self.poll_seconds)}"
+        return (
+            f"{names} in {self.database.name}, {runs} at once, asking every "
+            f"{format_duration(self.poll_seconds)}"
+        )
 
     def _progress(self, started: float) -> str:
         counts = ", ".join(f"{number} {status}" for status, number in sorted(self._outcomes.items()))

@@ -75,8 +75,9 @@ class Stream:
     @property
     def size(self) -> tuple[int, int]:
         """Columns and rows of the terminal; COLUMNS and LINES precede what it says itself."""
+        file: Any = self._file
         try:
-            size = os.get_terminal_size(self._file.fileno())  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
+            size = os.get_terminal_size(file.fileno())
         except (OSError, ValueError, AttributeError):
             size = os.terminal_size((0, 0))
         # Not of stdout, as shutil has it, which may be a pipe.
@@ -104,7 +105,7 @@ class Stream:
             self.line(*parts)
 
     def hint(self, text: str) -> None:
-        """Write a line that ends with a command; on a terminal it is broken so that it can still be pasted."""
+        """Write a line that ends with a command, which can still be pasted where a terminal breaks it."""
         if self.is_terminal and len(text) > self.columns:
             words, _, command = text.partition(": ")
             text = f"{words}:\n    {break_command(command, self.columns - 4)}"
@@ -143,10 +144,11 @@ class Stream:
 
     def silence(self) -> None:
         """Discard all further output, also what the interpreter flushes at exit."""
-        self._silent = self._file
+        file: Any = self._file
+        self._silent = file
         with contextlib.suppress(OSError, ValueError, AttributeError):
             null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self._silent.fileno())  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
+            os.dup2(null, file.fileno())
             os.close(null)
 
 
@@ -256,7 +258,7 @@ def fit(part: Part, cells: int) -> Part:
 
 
 def wrap(parts: Sequence[Part], cells: int, indent: int) -> list[list[Part]]:
-    """Return the lines of a text, broken at spaces only unless a word alone is wider; all but the first are indented."""
+    """Return the lines of a text, broken at spaces or in wide words; all but the first are indented."""
     lines: list[list[Part]] = [[]]
     used = 0
     for part in parts:

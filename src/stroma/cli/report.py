@@ -298,7 +298,10 @@ class RunReport:
     def _next_step(self) -> str:
         failure = self.result.failure
         if not self.db.is_durable:
-            return f"{self.db.name} is not durable, so the run cannot be resumed; use a file next time: --db FILE"
+            return (
+                f"{self.db.name} is not durable, so the run cannot be resumed; use a file next time: "
+                "--db FILE"
+            )
         action, exceeded = "it may work later; resume with", self.exceeded
         if self.waits_for is not None:
             action = "or continue it here"

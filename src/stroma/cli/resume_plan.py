@@ -29,7 +29,7 @@ def print_plan(
     start_at: str | None,
     as_json: bool,
 ) -> int:
-    """Print what a resume would do, without doing it. Return the exit code that it would have, if that is known."""
+    """Print what a resume would do, and return the exit code that it would have."""
     attempts, _ = History(database.reader).attempts(record.run_id, _ALL)
     before = _position(attempts, pipeline, start_at)
     restored = _restored(attempts, before)
@@ -66,7 +66,8 @@ def print_plan(
     if record.holder is not None:
         err.line(
             ("busy: ", "yellow"),
-            f"the run is already running in {clean(record.holder)}; wait for it: {database.hint('resume', id_word(record.run_id), target or 'FILE.py:NAME', options=('--attach',))}",
+            f"the run is already running in {clean(record.holder)}; wait for it: ",
+            database.hint("resume", id_word(record.run_id), target or "FILE.py:NAME", options=("--attach",)),
         )
     elif changes:
         err.line("the run cannot be resumed; restore the listed nodes, or resume before them with --from")
@@ -90,7 +91,8 @@ def _print_plan(
     tokens, cost, seconds = _savings(restored)
     _print_nodes(restored)
     out.line(
-        f"saves   {format_duration(seconds)}, {format_tokens(tokens)}, {format_usd(cost)} that are not spent again"
+        f"saves   {format_duration(seconds)}, {format_tokens(tokens)}, {format_usd(cost)} that are not "
+        "spent again"
     )
     what = ", ".join(clean(node_id, 60) for node_id in called[:50]) or "nothing: every node has its output"
     if called and not is_complete:
@@ -102,7 +104,8 @@ def _print_plan(
 
 def _print_nodes(restored: list[AttemptRecord]) -> None:
     out.line(
-        f"kept    {pluralize(sum(not one.branch for one in restored), 'node')}, in groups {sum(bool(one.branch) for one in restored):,}"
+        f"kept    {pluralize(sum(not one.branch for one in restored), 'node')}, in groups "
+        f"{sum(bool(one.branch) for one in restored):,}"
     )
     for one in restored:
         if not one.branch:
@@ -112,7 +115,8 @@ def _print_nodes(restored: list[AttemptRecord]) -> None:
                 else ""
             )
             out.line(
-                f"          {place_of(one):<6} {clean(one.node_id, 60)}  {format_duration(one.duration_ms / 1000)}{used}"
+                f"          {place_of(one):<6} {clean(one.node_id, 60)}  "
+                f"{format_duration(one.duration_ms / 1000)}{used}"
             )
 
 

@@ -1,4 +1,4 @@
-"""The attempts of a run as a table, with maps and loops folded, and the outputs that broke their contract below it."""
+"""The attempts of a run as a table, with maps and loops folded, and rejected outputs below it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def print_attempts(
     unfold: bool,
     timing: bool,
 ) -> None:
-    """Print a line for each attempt, or those that are selected; repeated calls and the items of a map are one line."""
+    """Print a line for each selected attempt; repeated calls and the items of a map are one line."""
     out.line()
     entries = outline(bars, flow_waits if as_tree and is_selected is None else ())
     if is_selected is None and not unfold:

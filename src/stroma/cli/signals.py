@@ -1,4 +1,4 @@
-"""Signal handling: SIGINT ends a run at the next await, SIGTERM after the node in flight. Commits are durable."""
+"""Signal handling: SIGINT ends a run at the next await, SIGTERM after the node in flight."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class StopSignals:
         self._say = say
         self._messages = {
             "SIGINT": "stopping; finished nodes are stored. Repeat the signal to stop at once",
-            "SIGTERM": f"stopping after the node in flight, in {patience} at most; finished nodes are stored. "
-            "Repeat the signal to stop at once",
+            "SIGTERM": f"stopping after the node in flight, in {patience} at most; finished nodes are "
+            "stored. Repeat the signal to stop at once",
             **(messages or {}),
         }
         self._signalled_at = 0.0
@@ -95,8 +95,8 @@ def drain_on_signal(task: asyncio.Task[object], drain: Callable[[], None], secon
     """Install the handlers of a worker: the first signal drains it, within ``seconds``."""
     patience = format_duration(seconds)
     message = (
-        f"draining: runs in progress end after their current step, within {patience}; another worker continues them. "
-        "Repeat the signal to stop at once"
+        f"draining: runs in progress end after their current step, within {patience}; another worker "
+        "continues them. Repeat the signal to stop at once"
     )
     return StopSignals(
         task,

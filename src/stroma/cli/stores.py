@@ -43,7 +43,8 @@ def db_option(func: F) -> F:
         "--db",
         envvar="STROMA_DB",
         metavar="PATH_OR_URL",
-        help="Store: a SQLite file or a URL (postgresql://, redis://).  [env: STROMA_DB; default: runs.db in your data directory]",
+        help="Store: a SQLite file or a URL (postgresql://, redis://).  [env: STROMA_DB; default: "
+        "runs.db in your data directory]",
     )(func)
 
 
@@ -258,7 +259,7 @@ class Database:
         return isinstance(self.store, SQLiteStore) and not os.path.exists(self.store.path)
 
     def read_named(self, read: Callable[[Any, str], T | None], name: str, missing: str) -> T:
-        """Return what the store has under a name, of a limit or a budget. Raises Problem, which says what is ``missing``."""
+        """Return a limit or a budget by its name. Raises Problem, which says what is ``missing``."""
         store = self.reader
         try:
             state = None if self.is_empty else read(store, name)
@@ -297,7 +298,8 @@ class Database:
             for r in records
         ]
         raise Problem(
-            f"{run!r} is a prefix of {len(records)}{' or more' if len(records) >= 20 else ''} run ids; pass more characters",
+            f"{run!r} is a prefix of {len(records)}{' or more' if len(records) >= 20 else ''} run ids; "
+            "pass more characters",
             *lines,
             code=Code.USAGE,
         )

@@ -42,7 +42,7 @@ Schemas = tuple[Schema, Schema, object]
 
 #: One attempt, as atoms, in this order. What most attempts lack (a failure, usage, children) is None.
 class AttemptRow(NamedTuple):
-    """One attempt, as the engine records it: plain fields and snapshots, never objects that a node or hook can change.
+    """One attempt, as the engine records it: plain fields and snapshots, which no user code can change.
 
     Attributes:
         attempt: 1-based.
@@ -122,7 +122,7 @@ class LeftOut:
 
 
 class BoundedRows(list["AttemptRow | TraceEvent"]):
-    """The rows of the items of a map that are too many to be kept: the first ones, and the first failures after those.
+    """The rows of the items of a large map: the first ones, and the first failures after those.
 
     The others are summed up.
     """
@@ -315,6 +315,6 @@ class TraceMark:
 
 
 def contract_of(row: AttemptRow, schema: Schema) -> str:
-    """Return the contract of a stored output: the fingerprint of its schema, and the group that requested it."""
+    """Return the contract of a stored output: fingerprint of its schema, and the group that requested it."""
     kind = FAILED_ITEM if schema.model is ItemFailure else schema.fingerprint
     return kind if row.group is None else f"{kind}:{row.group}"

@@ -1,4 +1,4 @@
-"""One run as HTML: a box with the cause, a Gantt with a bar for every attempt, and every attempt with its states.
+"""One run as HTML: a box with the cause, a timeline, and every attempt with its states.
 
 Rows of plain data come in, text goes out that stands by itself: no script, no font, no address, no style
 attribute, every word escaped. A notebook, the file to attach to a bug report, ``stroma export --format html``
@@ -31,14 +31,23 @@ _DEEPEST: Final = 30
 #: Of the page around the timeline.
 _PAGE_STYLE: Final = """
 & *{box-sizing:border-box}
-&{color:var(--ink);background:var(--bg);font:13px/20px system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;text-align:left}
-& a{color:var(--accent-ink)}summary:focus-visible,& a:focus-visible{outline:2px solid var(--accent);outline-offset:1px}
-h1{font-size:20px;line-height:28px;font-weight:600;margin:4px 0;overflow-wrap:anywhere}h2{font-size:14px;line-height:20px;font-weight:600;margin:24px 0 8px}
-.status{font-size:14px}.facts{display:flex;flex-wrap:wrap;gap:2px var(--s4);margin:var(--s2) 0 var(--s4);color:var(--ink2)}.facts b{font-weight:400;color:var(--ink3)}
-.box{background:var(--card);border:1px solid var(--line);border-radius:10px}.legend{margin:0 0 var(--s2)}.cause p{margin:0}
-.attempt{border-top:1px solid var(--line);padding:6px var(--s4)}.attempt:first-child{border:0}.attempt:target{background:var(--accent-soft)}
-.attempt summary{min-height:24px}.two{display:grid;grid-template-columns:1fr 1fr;gap:var(--s4)}.two>div{min-width:0}
-.rejected{border-collapse:collapse}.rejected th{text-align:left;font-weight:500;color:var(--ink3)}.pad{padding:var(--s4);margin:0}
+&{color:var(--ink);background:var(--bg);
+font:13px/20px system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;text-align:left}
+& a{color:var(--accent-ink)}
+summary:focus-visible,& a:focus-visible{outline:2px solid var(--accent);outline-offset:1px}
+h1{font-size:20px;line-height:28px;font-weight:600;margin:4px 0;overflow-wrap:anywhere}
+h2{font-size:14px;line-height:20px;font-weight:600;margin:24px 0 8px}
+.status{font-size:14px}
+.facts{display:flex;flex-wrap:wrap;gap:2px var(--s4);margin:var(--s2) 0 var(--s4);color:var(--ink2)}
+.facts b{font-weight:400;color:var(--ink3)}
+.box{background:var(--card);border:1px solid var(--line);border-radius:10px}.legend{margin:0 0 var(--s2)}
+.cause p{margin:0}
+.attempt{border-top:1px solid var(--line);padding:6px var(--s4)}.attempt:first-child{border:0}
+.attempt:target{background:var(--accent-soft)}
+.attempt summary{min-height:24px}.two{display:grid;grid-template-columns:1fr 1fr;gap:var(--s4)}
+.two>div{min-width:0}
+.rejected{border-collapse:collapse}.rejected th{text-align:left;font-weight:500;color:var(--ink3)}
+.pad{padding:var(--s4);margin:0}
 .defs{position:absolute;width:0;height:0}body&{margin:0 auto;padding:var(--s4);max-width:1760px}
 @media(max-width:760px){.two{grid-template-columns:1fr}}
 """
@@ -52,7 +61,7 @@ def _style() -> str:
 
 
 def tree(value: Any, broke: Iterable[str] = ()) -> str:
-    """JSON data as a tree that folds, the fields at these paths marked; what is too much to show is counted."""
+    """JSON data as a tree that folds, with the fields at these paths marked; the rest is counted."""
     marks = set(broke)
     room = [_ITEMS]
     return f'<ul class="tree mono">{_branch("", value, "", marks, room, 0)}</ul>'
@@ -124,8 +133,10 @@ def document(story: Story) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="referrer" content="no-referrer">'
-        f"<title>{as_xml(clean(story.pipeline, 80))}: {as_xml(story.status)}</title><style>{_style()}</style></head>"
+        '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="referrer" '
+        'content="no-referrer">'
+        f"<title>{as_xml(clean(story.pipeline, 80))}: {as_xml(story.status)}</title><style>"
+        f"{_style()}</style></head>"
         f'<body class="stroma"><main>{_body(story, states=True)}</main></body></html>\n'
     )
 
@@ -155,9 +166,11 @@ def head(story: Story) -> str:
         else "warn"
     )
     return (
-        f'<h1>{as_xml(clean(story.pipeline or "run", 200))} <span class="status {tone}">{as_xml(story.status)}</span></h1>'
+        f'<h1>{as_xml(clean(story.pipeline or "run", 200))} <span class="status {tone}">'
+        f"{as_xml(story.status)}</span></h1>"
         f'<div class="facts"><span><b>run</b> <code>{as_xml(clean(story.run_id, 400))}</code></span>{began}'
-        f"<span><b>duration</b> {format_duration(story.seconds)}</span><span><b>spent</b> {format_tokens(story.tokens)}, {format_usd(story.cost_usd)}{wasted}</span>"
+        f"<span><b>duration</b> {format_duration(story.seconds)}</span><span><b>spent</b> "
+        f"{format_tokens(story.tokens)}, {format_usd(story.cost_usd)}{wasted}</span>"
         f"<span><b>attempts</b> {len(story.bars) + story.left_out:,}</span>{more}</div>"
     )
 
@@ -174,9 +187,12 @@ def cause(story: Story) -> str:
         f"<p><b>Resume with</b> <code>{as_xml(box.resume_command)}</code></p>" if box.resume_command else ""
     )
     return (
-        f'<section class="cause" aria-label="cause"><p><b class="bad">{as_xml(box.why)}</b> at node <b>{as_xml(clean(box.node_id, 200))}</b> '
-        f"(at {as_xml(box.at)}, attempt {box.attempt})</p><pre>{as_xml(visible(box.message[:_TEXT]))}</pre>{named}"
-        f"<p><b>Spent</b> {format_tokens(story.tokens)}, {format_usd(story.cost_usd)}, including {format_tokens(tokens)}, {format_usd(cost)} on attempts without output</p>{resume}</section>"
+        f'<section class="cause" aria-label="cause"><p><b class="bad">{as_xml(box.why)}</b> at node <b>'
+        f"{as_xml(clean(box.node_id, 200))}</b> "
+        f"(at {as_xml(box.at)}, attempt {box.attempt})</p><pre>"
+        f"{as_xml(visible(box.message[:_TEXT]))}</pre>{named}"
+        f"<p><b>Spent</b> {format_tokens(story.tokens)}, {format_usd(story.cost_usd)}, including "
+        f"{format_tokens(tokens)}, {format_usd(cost)} on attempts without output</p>{resume}</section>"
     )
 
 
@@ -210,7 +226,8 @@ def _attempt(bar: Bar) -> str:
         if value is not None
     )
     return (
-        f'<details class="attempt" id="{bar.key}"><summary><span class="mono dim">{as_xml(bar.at)}</span> {as_xml(bar_title(bar))}'
+        f'<details class="attempt" id="{bar.key}"><summary><span class="mono dim">'
+        f"{as_xml(bar.at)}</span> {as_xml(bar_title(bar))}"
         f" · {format_tokens(bar.tokens)} · {format_usd(bar.cost_usd)}{model}</summary>{message}{rejected}"
         f'<div class="two">{states}</div></details>'
     )

@@ -73,7 +73,7 @@ def tone_of(outcome: str) -> Tone:
 
 
 def duration(took_ms: float, function_ms: float | None = None) -> str:
-    """Return how long attempts took, and for how long functions ran in them where that is less: of groups with waits."""
+    """Return how long attempts took, and how long functions ran in them where that is less."""
     took = format_duration(took_ms / 1000)
     ran = took if function_ms is None or took_ms - function_ms < 1 else format_duration(function_ms / 1000)
     return took if ran == took else f"{took} (functions {ran})"
@@ -116,7 +116,7 @@ class PlacedCall(NamedTuple):
 
 
 def parse_call(part: str) -> PlacedCall | None:
-    """Return the call that the last part of a place identifies; None for a position or the index of a child."""
+    """Return the call in the last part of a place; None for a position or the index of a child."""
     scope, _, text = part.rpartition("/")
     name, mark, number = text.rpartition(_MARK)
     if not mark:
@@ -177,7 +177,7 @@ class OutlineEntry:
 
     @property
     def was_retried(self) -> bool:
-        """True if it took more than one attempt, or anything inside it did. A collected failure is not an attempt."""
+        """True if it, or anything inside it, took more than one attempt. A collected failure is none."""
         attempts = sum(bar.outcome != "collected" for bar in self.bars)
         retried = self.kind != "fold" and attempts > 1
         return retried or any(entry.was_retried for entry in self.entries)
@@ -325,7 +325,7 @@ def _without_attempts(at: str) -> OutlineEntry:
 
 
 def fold(entries: Sequence[OutlineEntry], *, items: bool = False) -> list[OutlineEntry]:
-    """Return an outline with repeated calls folded: of one node, in one flow or task. Folds hold what they fold.
+    """Return an outline with repeated calls of a node in one flow or task folded.
 
     Items of a map of a flow are folded too, and with ``items`` those of a map in a list. Other children of
     groups and waits are not.

@@ -21,7 +21,7 @@ _MOST_ITEMS: Final = 100_000  # of a mapping that is not a dict: it may be endle
 
 
 def jsonable(value: Any, depth: int = 0) -> Any:
-    """Plain JSON data for any state: what JSON cannot say becomes text, never an error; what lies deeper than 100 levels is named."""
+    """Return plain JSON data for any state, never an error: other values become text, level 100 the end."""
     if depth > _DEEPEST:
         return f"<{type(value).__name__}>"
     if value is None or isinstance(value, (bool, str)):

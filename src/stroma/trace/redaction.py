@@ -50,7 +50,7 @@ def hide_state(redact: Redact | None, state: Any) -> Any:
 
 
 def hide_rejected(redact: Redact | None, rejected: RejectedOutput) -> RejectedOutput:
-    """Return a rejected output as ``redact`` lets it be seen; where that raises, a word in place of its value.
+    """Return a rejected output as ``redact`` lets it be seen; a word in its place where that raises.
 
     A text is shown only if ``redact`` hides none of the fields that it names: nobody has parsed it.
     """
@@ -91,7 +91,7 @@ def _may_show(redact: Redact, text: str) -> bool:
 
 
 def hidden_values(states: Iterable[tuple[Any, Any]]) -> frozenset[str]:
-    """Return the texts redacted from states of plain data, passed as (before, after); {""} if they are too many."""
+    """Return the texts redacted from plain states, passed as (before, after); {""} if they are too many."""
     words: set[str] = set().union(*(_values(before) - _values(after) for before, after in states))
     if len(words) > _MOST_WORDS:
         return frozenset([""])

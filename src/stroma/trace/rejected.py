@@ -1,4 +1,4 @@
-"""Outputs that broke their contract, as plain data: for the store, and for whoever looks at the run afterwards.
+"""Outputs that broke their contract, as plain data: for the store, and for who inspects the run.
 
 They are for people. Nodes and hooks find such an output in the exception, ``ContractViolation.raw``.
 """
@@ -16,7 +16,7 @@ _MAX_BYTES: Final = 4 * 1024 * 1024
 
 
 class Complaint(NamedTuple):
-    """A complaint of a contract. ``path``: the keys and indexes that lead to the field; () for the whole output."""
+    """A complaint of a contract. ``path``: keys and indexes of the field; () for the whole output."""
 
     path: tuple[str | int, ...]
     message: str

@@ -170,7 +170,7 @@ class ExecutionResult(Shown, Generic[StateT]):
 
     @property
     def output(self) -> StateT:
-        """The output of the run: its flow's, or its last node's. Raises what stopped it; RuntimeError if it has no output."""
+        """The output of the run. Raises what stopped it; RuntimeError if it has no output."""
         self.raise_for_status()
         if not self.ok or self.final_state is None:
             raise RuntimeError(f"run {self.run_id!r} is {self.status} and has no output; resume it")

@@ -64,7 +64,7 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class StopCause:
-    """The cause that stopped a run. ``fields``: paths that broke a contract. ``resume_command``: "" if it cannot be resumed."""
+    """The cause that stopped a run. ``resume_command``: "" if the run cannot be resumed."""
 
     node_id: str
     at: str
@@ -133,7 +133,7 @@ def without_values(message: str) -> str:
 
 
 def waits(bars: Iterable[Bar]) -> Iterator[tuple[Bar, float, float]]:
-    """Yield each attempt that follows another one, with the start of its wait and how long it was, in milliseconds."""
+    """Yield each further attempt with the start and length of the wait before it, in milliseconds."""
     last: dict[str, Bar] = {}
     for bar in sorted(bars, key=lambda bar: (bar.began_ms, bar.attempt)):
         before = last.get(bar.at)

@@ -79,7 +79,7 @@ class Line:
 
 
 def _fold_outcome(entry: OutlineEntry) -> str:
-    """Return what became of repeated calls: how many failed, or else how the first one ended that is not a success."""
+    """Return the outcome of repeated calls: how many failed, or the first other end than a success."""
     failed = sum(call.has_failed for call in entry.entries)
     if failed:
         return f"{failed:,} failed"
@@ -90,7 +90,7 @@ def _fold_outcome(entry: OutlineEntry) -> str:
 def lines_of(
     entries: Sequence[OutlineEntry], is_selected: Callable[[Bar], bool] = lambda _bar: True
 ) -> Iterator[Line]:
-    """Yield the lines of an outline: selected attempts, and what is around them. Folds show their first failures."""
+    """Yield the lines of an outline: selected attempts in their groups; folds with their first failures."""
     for entry in entries:
         yield from _lines(entry, 0, is_selected)
 
@@ -109,7 +109,7 @@ def _lines(entry: OutlineEntry, depth: int, is_selected: Callable[[Bar], bool]) 
 
 
 def renderable(story: Story) -> Any:
-    """Return a panel with the cause, and a table with a bar for every attempt and dots for every wait, for rich."""
+    """Return for rich a panel with the cause, and a table with bars for attempts and dots for waits."""
     from rich.console import Group
     from rich.panel import Panel
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""Timeline of a run as HTML: a row for every node with a time axis, and a strip of cells for what repeats many times.
+"""Timeline of a run as HTML: a row for every node, and a strip of cells for many repeated calls.
 
 It draws the outline of a run (:mod:`stroma.trace.outline`) for a page: bars are links, positions are
 percentages, so that nothing is distorted at any width. All text is escaped.
@@ -34,8 +34,10 @@ __all__ = ["HATCHES", "InProgress", "Timeline", "axis_of", "idle_ms", "legend", 
 #: Patterns of waits, which a page must have once.
 HATCHES: Final = (
     '<svg class="defs" aria-hidden="true"><defs>'
-    '<pattern id="hatch" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><path class="hatch" d="M0 0V6" stroke-width="2"/></pattern>'
-    '<pattern id="hatch-open" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><path class="hatch-open" d="M0 0V6" stroke-width="2.5"/></pattern>'
+    '<pattern id="hatch" width="6" height="6" patternUnits="userSpaceOnUse" '
+    'patternTransform="rotate(45)"><path class="hatch" d="M0 0V6" stroke-width="2"/></pattern>'
+    '<pattern id="hatch-open" width="6" height="6" patternUnits="userSpaceOnUse" '
+    'patternTransform="rotate(45)"><path class="hatch-open" d="M0 0V6" stroke-width="2.5"/></pattern>'
     "</defs></svg>"
 )
 
@@ -120,7 +122,7 @@ class Timeline:
     pipeline: str = ""
 
     def draw(self) -> str:
-        """Return the timeline as HTML, for the style sheet ``static/design.css`` and with :data:`HATCHES` on the page."""
+        """Return the timeline as HTML, for a page with ``static/design.css`` and :data:`HATCHES`."""
         return _Drawing(self).draw()
 
 
@@ -136,7 +138,7 @@ def legend(drawn: str) -> str:
 
 
 def axis_of(start: float, end: float) -> tuple[float, float, int]:
-    """Return (start, step, number of steps) of a round axis around a span, all in milliseconds: 4 to 10 steps."""
+    """Return (start, step, number of steps) of a round axis around a span in milliseconds: 4 to 10 steps."""
     span = max(end - start, 1.0)
     best = None
     for step in _STEPS_MS:
@@ -233,9 +235,11 @@ class _Drawing:
                 for k, mark in enumerate(marks)
             )
         return (
-            f'<div class="row axis"><span class="name dim">Node</span><svg class="lane" role="img" aria-label="{label}">'
+            '<div class="row axis"><span class="name dim">Node</span><svg class="lane" role="img" '
+            f'aria-label="{label}">'
             f'{ticks}<rect class="pick" x="0" y="0" width="0" height="30"/></svg>'
-            '<span class="fig"><span>Took</span><span class="tr">Attempts</span><span>Cost</span></span></div>'
+            '<span class="fig"><span>Took</span><span class="tr">Attempts</span><span>Cost</span>'
+            "</span></div>"
         )
 
     def entry(self, entry: OutlineEntry) -> str:
@@ -283,8 +287,10 @@ class _Drawing:
         self.rows += 1
         name = clean(progress.label, 200)
         return (
-            f'<div class="row"><span class="name run" title="{as_xml(name)}"><span class="dim mono">{as_xml(progress.at)}</span> '
-            f'{as_xml(clean(progress.label, 60))}</span><svg class="lane" role="img" aria-label="{as_xml(name)}, in progress">'
+            f'<div class="row"><span class="name run" title="{as_xml(name)}"><span class="dim mono">'
+            f"{as_xml(progress.at)}</span> "
+            f'{as_xml(clean(progress.label, 60))}</span><svg class="lane" role="img" '
+            f'aria-label="{as_xml(name)}, in progress">'
             f"{self.running(progress)}</svg>{self.ticking(progress)}</div>"
         )
 
@@ -301,7 +307,8 @@ class _Drawing:
         assert self.it.now_ms is not None
         since = self.it.began_ms + progress.since_ms
         return (
-            f'<span class="fig run"><span data-since="{since:.0f}">{format_duration((self.it.now_ms - progress.since_ms) / 1000)}'
+            f'<span class="fig run"><span data-since="{since:.0f}">'
+            f"{format_duration((self.it.now_ms - progress.since_ms) / 1000)}"
             '</span><span class="tr"></span><span></span></span>'
         )
 
@@ -332,7 +339,8 @@ class _Drawing:
             x = self.x(entry.began_ms)
             width = max(self.x(it.now_ms) - x, _LEAST)
             parts.append(
-                f'<rect class="b-running" x="{x:.2f}%" y="24" width="{width:.2f}%" height="3"><title>in progress</title></rect>'
+                f'<rect class="b-running" x="{x:.2f}%" y="24" width="{width:.2f}%" height="3"><title>'
+                "in progress</title></rect>"
             )
         name = clean(entry.label, 200)
         if is_link:
@@ -348,7 +356,8 @@ class _Drawing:
         )
         return (
             f'<span class="name {"fold " if folds else ""}{tone}" title="{as_xml(name)}">'
-            f'<span class="dim mono">{as_xml(_short_place(entry.at))}</span> {as_xml(clean(entry.label, 60))}</span>'
+            f'<span class="dim mono">{as_xml(_short_place(entry.at))}</span> '
+            f"{as_xml(clean(entry.label, 60))}</span>"
             f'<svg class="lane" role="{role}" aria-label="{as_xml(label)}">{"".join(parts)}</svg>{figures}'
         )
 
@@ -369,7 +378,8 @@ class _Drawing:
             return ""
         return (
             f'<a href="{as_xml(self.it.link(bar))}"><title>{as_xml(bar_title(bar))}</title>'
-            f'<rect class="b-{as_xml(kind)}{on}" x="{box[0]:.2f}%" y="5" width="{box[1]:.2f}%" height="18" rx="3"/></a>'
+            f'<rect class="b-{as_xml(kind)}{on}" x="{box[0]:.2f}%" y="5" width="{box[1]:.2f}%" '
+            'height="18" rx="3"/></a>'
         )
 
     def span_of(self, began: float, ended: float | None) -> tuple[float, float] | None:
@@ -406,7 +416,8 @@ class _Drawing:
                 if columns[start]:
                     kind = "failure" if columns[start] == 2 else "success"
                     parts.append(
-                        f'<rect class="b-{kind}" x="{start / 2.5:.1f}%" y="5" width="{(at - start) / 2.5:.1f}%" height="18"/>'
+                        f'<rect class="b-{kind}" x="{start / 2.5:.1f}%" y="5" '
+                        f'width="{(at - start) / 2.5:.1f}%" height="18"/>'
                     )
                 start = at
         return "".join(parts)
@@ -447,7 +458,7 @@ def _figures(entry: OutlineEntry, calls: Sequence[OutlineEntry]) -> str:
 
 
 def strip_of(entry: OutlineEntry, children: Sequence[OutlineEntry], attempt_prefix: str) -> str:
-    """Return a cell for each of these children of an entry. ``attempt_prefix``: address of attempts without the place."""
+    """Return a cell for each of these children. ``attempt_prefix``: address of attempts without the place."""
     prefix = f"{entry.at}."
     parts = [child.at.removeprefix(prefix) for child in children]
     states: list[CallState]
@@ -492,7 +503,7 @@ def idle_ms(bars: Iterable[Bar]) -> float:
 
 
 def _gaps(spans: Iterable[tuple[float, float]]) -> tuple[list[tuple[float, float]], float]:
-    """(from, to) of each long stretch in which nothing ran, and how long something did. ``spans``: (start, duration)."""
+    """Return (from, to) of each long idle stretch, and the busy time. ``spans``: (start, duration)."""
     gaps: list[tuple[float, float]] = []
     busy = reached = 0.0
     for began, took in sorted(spans):
@@ -504,7 +515,7 @@ def _gaps(spans: Iterable[tuple[float, float]]) -> tuple[list[tuple[float, float
 
 
 def places(spans: Iterable[tuple[float, float]]) -> Callable[[float], float]:
-    """Return a monotonic function from a time to its position once the idle stretches are folded, in the same unit."""
+    """Return a function from a time to its position once the idle stretches are folded."""
     gaps, busy = _gaps(spans)
     short = _SHORT * busy
     ends = [b for _, b in gaps]

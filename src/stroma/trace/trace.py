@@ -40,7 +40,7 @@ __all__ = ["ExecutionTrace"]
 
 
 class ExecutionTrace(Shown):
-    """The events of one run, in the order in which attempts ended; those of a flow in the order of their start.
+    """The events of one run in the order in which attempts ended, in a flow of their start.
 
     ``len`` and iteration see the top level.
     ``marks``: what is no attempt: waits, refusals, changes of circuits.
@@ -71,7 +71,7 @@ class ExecutionTrace(Shown):
         self.rows.append(event)
 
     def sort(self, first: int) -> None:
-        """Put the attempts from index ``first`` on in the order of their start; they were appended at their end."""
+        """Put the attempts from index ``first`` on in the order of their start."""
         self.rows[first:] = sorted(self.rows[first:], key=_started_ns)
 
     def record_rejected(self, position: int, branch: str, started_ns: int, data: bytes) -> None:
@@ -229,7 +229,7 @@ class ExecutionTrace(Shown):
         return _hidden_in(redact, self.walk())
 
     def redacted_message(self, message: str, row: AttemptRow, redact: Redact) -> str:
-        """Return the message of a failed attempt without the texts that ``redact`` removes from the attempt's states.
+        """Return the message of a failed attempt without the texts that ``redact`` removes from its states.
 
         A group has the message of the attempt inside that failed it, and the states of that one count as
         well.
@@ -240,7 +240,7 @@ class ExecutionTrace(Shown):
         return hide_words(redact, message, _hidden_in(redact, events))
 
     def diff(self, other: ExecutionTrace) -> list[str]:
-        """Return the differences of two traces: order, repeats, attempts, states, failures; neither run ids nor times."""
+        """Return the differences of two traces: order, repeats, attempts, states and failures."""
         mine, theirs = _occurrences(self._events), _occurrences(other._events)
         lines = [f"Missing event in other trace: {_name(key)}" for key in mine if key not in theirs]
         lines += [f"Extra event in other trace: {_name(key)}" for key in theirs if key not in mine]

@@ -61,7 +61,7 @@ def can_resume(settings: Settings, record: RunRecord) -> bool:
 
 
 def can_fork(settings: Settings, record: RunRecord, attempt: AttemptRecord) -> bool:
-    """Return True if a page may fork a run at an attempt: one of a node of this pipeline that is no step of a flow."""
+    """Return True if a page may fork a run at an attempt: of a node in the list of this pipeline."""
     names = [] if settings.lineage is None else settings.lineage.top_level
     return (
         settings.resume is not None

@@ -1,4 +1,4 @@
-"""Fields of a form that asks for an answer, made from the JSON schema that is stored with its question. Nothing is imported.
+"""Fields of a form that asks for an answer, made from the JSON schema stored with its question.
 
 Simple properties (texts, numbers, booleans, choices, lists of texts, each of them optional) have a field of
 their own; any other property is written as JSON.
@@ -74,7 +74,7 @@ def fields_of(schema: Mapping[str, Any] | None) -> list[AnswerField]:
 
 
 def parse_fields(fields: list[AnswerField], form: Mapping[str, str]) -> tuple[Any, list[FieldError]]:
-    """Return the answer in a form, and what is wrong with it. An empty field that is not required is left out."""
+    """Return the answer in a form, and its errors. An empty field that is not required is omitted."""
     answer: dict[str, Any] = {}
     errors: list[FieldError] = []
     for field in fields:

@@ -74,7 +74,7 @@ class Answers:
         self._settings, self._keys = renderer.settings, renderer.keys
 
     async def approve(self, request: Request) -> Response:
-        """Store an answer; resume the run if the form says so. An answer that does not fit is shown with its errors."""
+        """Store an answer, and resume the run if asked to. A wrong answer is shown with its errors."""
         record, form = await self._actions.read_form("approve", request)
         try:
             with self._keys.once(identity_of(form)) as is_first:
@@ -138,7 +138,7 @@ class Answers:
     async def _signal(
         self, record: RunRecord, questions: list[Waiting], question: Waiting, answer: Any
     ) -> None:
-        """Store an answer. Raises _Refused for one that does not fit, HTTPException if the question is not open."""
+        """Store an answer. Raises _Refused if it does not fit, HTTPException if the question is not open."""
         schema: type[BaseModel] | None = self._settings.find_schema(question) if question.schema_ref else None
         try:
             stated = match_answer(questions, record.run_id, answer, question=question.id, schema=schema)

@@ -1,4 +1,4 @@
-"""Parts that pages share: icons, status chips, bars in cells, sparklines, charts. They return markup and escape all text."""
+"""Parts that pages share, as markup: icons, status chips, bars in cells, sparklines, charts."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def icon(name: str) -> Markup:
 def chip(status: str, word: str | None = None) -> Markup:
     """Return the chip of a status: an icon and a word, in the colour of its tone."""
     return Markup(
-        f'<span class="chip {tone_of(status)}">{icon(_ICONS.get(status, "dot"))}<b>{as_xml(word or status)}</b></span>'
+        f'<span class="chip {tone_of(status)}">{icon(_ICONS.get(status, "dot"))}<b>'
+        f"{as_xml(word or status)}</b></span>"
     )
 
 
@@ -102,7 +103,7 @@ class Column(NamedTuple):
 
 
 def sparkline(columns: Sequence[Column], label: str, places: int = 50, *, least: float = 4) -> Markup:
-    """Return small columns from left to right, the last at the right edge of ``places`` places; ``least``: their height."""
+    """Return small columns, the last at the right edge of ``places`` places. ``least``: least height."""
     most = max((column.value for column in columns), default=0.0)
     start = places - len(columns)
     drawn = "".join(_column(start + at, column, most, least) for at, column in enumerate(columns))
@@ -117,7 +118,8 @@ def _column(at: int, column: Column, most: float, least: float) -> str:
         return ""
     height = 32.0 if most <= 0 else least + (32 - least) * (column.value / most) ** 0.5
     return (
-        f'<rect class="f-{column.tone}" x="{at * 6 + 1}" y="{32 - height:.1f}" width="4" height="{height:.1f}">'
+        f'<rect class="f-{column.tone}" x="{at * 6 + 1}" y="{32 - height:.1f}" width="4" '
+        f'height="{height:.1f}">'
         f"<title>{as_xml(column.title)}</title></rect>"
     )
 
@@ -130,7 +132,8 @@ def stacked(parts: Iterable[tuple[float, str]], total: float) -> Markup:
         drawn.append(f'<path class="f-{tone}" d="M{x:.1f} 0h{width:.1f}v4h-{width:.1f}z"/>')
         x += width
     return Markup(
-        f'<svg class="meter" viewBox="0 0 100 4" preserveAspectRatio="none" aria-hidden="true">{"".join(drawn)}</svg>'
+        '<svg class="meter" viewBox="0 0 100 4" preserveAspectRatio="none" aria-hidden="true">'
+        f"{''.join(drawn)}</svg>"
     )
 
 
@@ -186,14 +189,16 @@ def columns_chart(
             height = max(1.0, part.value / most * (_BOTTOM - _TOP))
             y -= height
             drawn.append(
-                f'<rect class="c-{part.tone}" x="{at * wide + 0.12 * wide:.2f}%" y="{y:.1f}" width="{0.76 * wide:.2f}%" height="{height:.1f}">'
+                f'<rect class="c-{part.tone}" x="{at * wide + 0.12 * wide:.2f}%" y="{y:.1f}" '
+                f'width="{0.76 * wide:.2f}%" height="{height:.1f}">'
                 f"<title>{as_xml(part.title)}</title></rect>"
             )
     known = [(at, rate) for at, rate in enumerate(rates) if rate is not None]
     for (a, first), (b, second) in itertools.pairwise(known):
         y1, y2 = (_BOTTOM - rate * (_BOTTOM - _TOP) for rate in (first, second))
         drawn.append(
-            f'<line class="rate-line" x1="{(a + 0.5) * wide:.2f}%" y1="{y1:.1f}" x2="{(b + 0.5) * wide:.2f}%" y2="{y2:.1f}"/>'
+            f'<line class="rate-line" x1="{(a + 0.5) * wide:.2f}%" y1="{y1:.1f}" '
+            f'x2="{(b + 0.5) * wide:.2f}%" y2="{y2:.1f}"/>'
         )
     if known:
         drawn.append(f'<text x="100%" y="{_TOP - 4}" text-anchor="end">100 %</text>')

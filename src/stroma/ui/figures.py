@@ -63,7 +63,7 @@ class Figures:
 
 
 def rate_boxes(nodes: Sequence[Figures]) -> Callable[[Box], Box]:
-    """Return a function that adds figures to the box of a node: failing ones and those that take most are marked."""
+    """Return a function that adds figures to the box of a node, and marks failing and expensive ones."""
     by_id = {one.node_id: one for one in nodes}
     seconds, cost = sum(one.seconds for one in nodes), sum(one.cost_usd for one in nodes)
 

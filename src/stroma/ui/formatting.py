@@ -127,7 +127,7 @@ def duration_text(attempt: AttemptRecord) -> str:
 
 
 def attempt_rows(attempts: Iterable[tuple[AttemptRecord, str, str]], restored: Collection[int]) -> Markup:
-    """Return the rows of the table of attempts. ``attempts``: each with the address of its page and its place."""
+    """Return the rows of the table of attempts. ``attempts``: each with its address and place."""
     # Not a template: a page has thousands.
     return Markup("".join(_attempt_row(*one, restored) for one in attempts))
 
@@ -140,16 +140,20 @@ def _attempt_row(attempt: AttemptRecord, address: str, place: str, restored: Col
     message = escape(clean(attempt.text, 160)) if attempt.text else ""
     return (
         f'<tr data-row><td class="mono" data-name="At">{as_xml(clean(place, 80))}</td>'
-        f'<td data-name="Node"><a data-open href="{as_xml(address)}">{as_xml(clean(attempt.node_id, 60))}</a></td>'
-        f'<td class="num" data-name="Try">{attempt.attempt}</td><td data-name="Outcome">{chip(attempt.outcome)}{mark}</td>'
+        f'<td data-name="Node"><a data-open href="{as_xml(address)}">'
+        f"{as_xml(clean(attempt.node_id, 60))}</a></td>"
+        f'<td class="num" data-name="Try">{attempt.attempt}</td><td data-name="Outcome">'
+        f"{chip(attempt.outcome)}{mark}</td>"
         f'<td data-name="Class">{as_xml((attempt.failure_class or "") + reason)}</td>'
-        f'<td class="num" data-name="Took">{duration_text(attempt)}</td><td class="num" data-name="Tokens">{tokens}</td>'
-        f'<td class="num" data-name="Cost">{cost}</td><td data-name="Message" class="cause-cell">{message}</td></tr>\n'
+        f'<td class="num" data-name="Took">{duration_text(attempt)}</td><td class="num" '
+        f'data-name="Tokens">{tokens}</td>'
+        f'<td class="num" data-name="Cost">{cost}</td><td data-name="Message" class="cause-cell">'
+        f"{message}</td></tr>\n"
     )
 
 
 def split_price(attempt: AttemptRecord) -> tuple[str, str]:
-    """Return what the input and the output of an attempt cost, as text; ("", "") unless their plain prices add up to its cost.
+    """Return the cost of input and output as text; ("", "") unless plain prices add up to the cost.
 
     Slow the first time: prices are loaded.
     """
@@ -181,7 +185,7 @@ def compare_facts(before: AttemptRecord, this: AttemptRecord) -> list[Any]:
 
 
 def side_by_side(one: NodeDiff, a: RunRecord, b: RunRecord) -> dict[str, Any]:
-    """Return a node of two runs with its time and cost in each, and the address of its attempt in the first that has it."""
+    """Return a node of two runs with its time and cost in each, and the address of an attempt."""
     first = (one.a or one.b or [])[0]
     address = attempt_address(a if one.a else b, first)
     took, cost = (

@@ -102,7 +102,8 @@ class Pages:
             Column(
                 max(0, record.updated_ms - record.started_ms) / 1000,
                 tone_of(status_of(record)),
-                f"{status_of(record)}, {clean(record.pipeline, 60)}, {format_duration(max(0, record.updated_ms - record.started_ms) / 1000)}",
+                f"{status_of(record)}, {clean(record.pipeline, 60)}, "
+                f"{format_duration(max(0, record.updated_ms - record.started_ms) / 1000)}",
             )
             for record in reversed(records[:_SPARK])
         ]

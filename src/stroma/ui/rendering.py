@@ -50,7 +50,7 @@ def now_ms() -> int:
 
 
 class SharedPages:
-    """Pages that many viewers have open: each is rendered once for a state, and no more often than it costs. Thread-safe."""
+    """Pages with many viewers: each is rendered once for a state of the store. Safe for threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -58,7 +58,7 @@ class SharedPages:
         self._seconds: dict[str | None, float] = {}
 
     def get(self, request: Request, run_id: str | None, render: Callable[[], Response]) -> Response:
-        """Return the page of a request; with the state of an event, the one that was rendered for another viewer.
+        """Return the page of a request; for the state of an event, as rendered for another viewer.
 
         ``run_id``: the run on the page; None for the list of runs.
         """
@@ -83,7 +83,7 @@ class SharedPages:
         return page
 
     def interval(self, run_id: str | None, viewers: int) -> float:
-        """Return the shortest time in seconds between two notifications of so many viewers of a run, or of the list."""
+        """Return the least seconds between two notifications of so many viewers of a run, or of the list."""
         return _SHARE * (self._seconds.get(run_id, 0.0) + viewers * _REQUEST_SECONDS)
 
 

@@ -167,7 +167,7 @@ class RunPages:
         return AttemptPage(listed, str(end_of_page(listed[-1]))), drawn
 
     def _cause_attempt(self, record: RunRecord, attempts: list[AttemptRecord]) -> AttemptRecord | None:
-        """Return the attempt that stopped a run; None if no failure did. ``attempts``: those that were read."""
+        """Return the attempt that stopped a run, or None. ``attempts``: those that were read already."""
         why = record.cause
         if why is None or record.status not in FAILED:
             return None

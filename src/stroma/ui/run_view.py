@@ -1,4 +1,4 @@
-"""Parts of the page of a run beside its attempts: totals, budget, the attempt in progress, links to its trace."""
+"""Parts of the page of a run beside its attempts: totals, budget, progress, links to its trace."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-
 
 
 def read_limits(settings: Settings, record: RunRecord) -> Mapping[str, float]:
-    """Return the limits that hold for a run, by field of ExecutionBudget: those set by request before those of the config.
+    """Return the limits of a run by field of ExecutionBudget; a request overrides the config.
 
     Raises StoreError.
     """
@@ -53,7 +53,7 @@ def read_limits(settings: Settings, record: RunRecord) -> Mapping[str, float]:
 
 
 def trace_link(settings: Settings, run_id: str) -> str | None:
-    """Return the address of a run's trace in the telemetry backend; None without a template or a trace. Raises StoreError."""
+    """Return the address of a run's trace in the telemetry backend, or None. Raises StoreError."""
 
     def query(rows: Rows) -> str:
         run = rows.find(run_id)
@@ -81,7 +81,7 @@ def attempts_by_end(attempts: Sequence[AttemptRecord]) -> list[AttemptRecord]:
 def find_progress(
     record: RunRecord, attempts: Sequence[AttemptRecord], first_ns: int, names: Sequence[str]
 ) -> InProgress | None:
-    """Return the node that is believed to run; None if none does, or if what it is part of is drawn as in progress.
+    """Return the node that is believed to run; None if none does, or its group is drawn as in progress.
 
     Attempts are recorded when they end. ``names``: the nodes of the pipeline; [] if they are not known.
     """
@@ -145,7 +145,8 @@ def totals(record: RunRecord, story: Story, limits: Mapping[str, float], failed:
             seconds,
             ""
             if latency is None
-            else f"{format_duration(record.latency_ms / 1000)} of {format_duration(latency / 1000)} in functions",
+            else f"{format_duration(record.latency_ms / 1000)} of "
+            f"{format_duration(latency / 1000)} in functions",
             record.latency_ms,
             latency,
         ),

@@ -23,7 +23,8 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 #: No foreign or inline content, no frames, no caching.
 HEADERS: Final = {
-    "content-security-policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self'; "
+    "content-security-policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src "
+    "'self'; img-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
@@ -70,7 +71,7 @@ class Keys:
 
     @contextmanager
     def once(self, form: str) -> Iterator[bool]:
-        """Yield True for a form that is sent for the first time, in whichever thread. Remembers the last 10,000.
+        """Yield True for a form that is sent for the first time. Remembers the last 10,000. Thread-safe.
 
         A form whose handler raises may be sent again.
         """
@@ -199,7 +200,8 @@ class SecurityMiddleware:
             there = "/" + quote(scope["path"]).lstrip("/") + (f"?{rest}" if rest else "")
             if host != self._private_host:
                 if self._private_host is not None and host.startswith(_LOOPBACK):
-                    there = f"http://{self._private_host}{there}{'&' if rest else '?'}{urlencode({'token': self._keys.token})}"
+                    token = urlencode({"token": self._keys.token})
+                    there = f"http://{self._private_host}{there}{'&' if rest else '?'}{token}"
                 return 303, "", [(b"location", there.encode())]
             cookie = f"{_COOKIE}={self._keys.cookie}; Path=/; HttpOnly; SameSite=Strict"
             return 303, "", [(b"location", there.encode()), (b"set-cookie", cookie.encode())]
@@ -207,7 +209,8 @@ class SecurityMiddleware:
         if not self._keys.admits(headers.get("authorization", ""), cookies):
             return (
                 401,
-                "open the address that `stroma ui` printed, or sign in with any name and the token as the password",
+                "open the address that `stroma ui` printed, or sign in with any name and the token as "
+                "the password",
                 _CHALLENGE,
             )
         return None

@@ -39,7 +39,7 @@ class SubmitForm:
         return self._page({"key": self._keys.form(*_FORM), "input": json.dumps(example)})
 
     async def submit(self, request: Request) -> Response:
-        """Submit a run, once for a form and its content, and lead to its page; show the form again with its errors."""
+        """Submit a run, once for a form and its content, and lead to its page; or show the errors."""
         form = dict(await read_fields(request))
         if not self._keys.is_form(form.get("key", ""), *_FORM):
             raise no_key()

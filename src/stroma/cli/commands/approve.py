@@ -121,7 +121,7 @@ def _one_of(answer: str | None, done: str | None, not_done: bool) -> _Statement:
 
 @dataclass(frozen=True, slots=True)
 class _Approval:
-    """Arguments of one call: the pipeline, the answer (None: the effect did not happen), and the id of the question."""
+    """Arguments of one call. ``answer``: None for an effect that did not happen."""
 
     target: str
     answer: _Statement
@@ -151,7 +151,8 @@ def _parse_answer(
         model = find_schema(one, module)
         if model is None:
             raise Problem(
-                f"{place_text(one)} of run {clean(record.run_id)} requires {clean(one.schema_ref, 200)}, which {request.target} "
+                f"{place_text(one)} of run {clean(record.run_id)} requires "
+                f"{clean(one.schema_ref, 200)}, which {request.target} "
                 "neither defines nor imports",
                 "pass the pipeline of the run; its module must have that class at its top level",
                 code=Code.NOT_FOUND,
@@ -233,7 +234,8 @@ def _find_waiting(database: Database, record: RunRecord, every: list[Waiting], r
         raise Problem(f"run {name} is answered already", what, code=Code.NOT_FOUND)
     if record.status == "SUSPENDED":
         raise Problem(
-            f"run {name} is suspended without a question: {clean(record.error or 'no reason is recorded', 500)}",
+            f"run {name} is suspended without a question: "
+            f"{clean(record.error or 'no reason is recorded', 500)}",
             f"a run of a pipeline: {database.hint('resume', id_word(record.run_id), request.target)}",
             f"a run of a guard: {_framework_hint(record.run_id)}",
             code=Code.NOT_FOUND,

@@ -92,7 +92,8 @@ def cancel(run_: str, as_json: bool, db: str | None) -> None:
     else:
         outcome = "asked"
         message = (
-            f"{owner or 'its owner'} will cancel {run} within about a second, unless a node blocks it or its code "
+            f"{owner or 'its owner'} will cancel {run} within about a second, unless a node blocks it "
+            "or its code "
             "reads no requests"
         )
     _print(as_json, "stroma.cancel/1", after, outcome, owner, message)

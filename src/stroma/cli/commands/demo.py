@@ -17,7 +17,7 @@ __all__ = ["demo"]
 )
 @click.argument("argv", nargs=-1, type=click.UNPROCESSED)
 def demo(argv: tuple[str, ...]) -> int:
-    """Run the demo: documents and a provider that misbehaves, or `demo agent`: an agent that is killed while it pays."""
+    """Run the demo: documents with an unreliable provider, or `demo agent`, which is killed while it pays."""
     if "agent" not in argv and importlib.util.find_spec("openai") is None:
         raise Problem(
             "the demo calls its provider through the openai client, which is not installed",

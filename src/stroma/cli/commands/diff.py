@@ -167,7 +167,10 @@ def _summary(a: RunRecord, b: RunRecord, started: list[Change], nodes: list[Node
 
 def _figures(attempts: list[AttemptRecord]) -> str:
     tokens, cost = sum(x.tokens for x in attempts), sum(x.cost_usd for x in attempts)
-    return f"{format_duration(sum(x.duration_ms for x in attempts) / 1000)}, {format_tokens(tokens)}, {format_usd(cost)}"
+    return (
+        f"{format_duration(sum(x.duration_ms for x in attempts) / 1000)}, {format_tokens(tokens)}, "
+        f"{format_usd(cost)}"
+    )
 
 
 def _print_changes(differences: list[Change], under: str = "") -> None:

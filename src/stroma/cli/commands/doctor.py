@@ -159,7 +159,10 @@ def _clock(clock_ms: int | None) -> Diagnosis:
         return Diagnosis("clock", "ok", "leases go by a clock of this machine that nobody can set")
     apart = abs(now - clock_ms / 1000)
     if apart > _CLOCK_SECONDS:
-        message = f"this machine's and the server's are {format_duration(apart)} apart: times of attempts and runs do not match"
+        message = (
+            f"this machine's and the server's are {format_duration(apart)} apart: times of attempts "
+            "and runs do not match"
+        )
         return Diagnosis("clock", "note", message, "set both by NTP")
     return Diagnosis("clock", "ok", "this machine's and the server's agree; leases go by the server's")
 

@@ -73,7 +73,8 @@ def prices(models: tuple[str, ...], update: bool, as_json: bool) -> int:
         raise Problem(
             f"no price for {', '.join(clean(model, 80) for model in unknown)}, which would count as $0",
             *([f"near: {command('prices', *near)}"] if near else []),
-            'give it one in your code: stroma.KNOWN_MODELS["..."] = (input, output), US dollars per million tokens',
+            'give it one in your code: stroma.KNOWN_MODELS["..."] = (input, output), US dollars per '
+            "million tokens",
             code=Code.NOT_FOUND,
         )
     return Code.OK

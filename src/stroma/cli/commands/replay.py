@@ -108,7 +108,8 @@ def _state(
     before = find_node(pipeline.nodes[position - 1])
     if isinstance(before, Group):
         raise Problem(
-            f"--input cannot replace the output of {clean(before.node_id, 200)!r}: a group's output is built from its "
+            f"--input cannot replace the output of {clean(before.node_id, 200)!r}: a group's output is "
+            "built from its "
             "children's",
             "start at the group, or at a later node",
             code=Code.USAGE,

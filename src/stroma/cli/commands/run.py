@@ -186,7 +186,7 @@ def _find_position(pipeline: Pipeline, target: str, start_at: str) -> int:
 
 
 def _read_cluster(click_options: dict[str, Any]) -> TemporalCluster | None:
-    """Return the cluster of --temporal; raise UsageError if a local option is passed with it. None without it."""
+    """Return the cluster of --temporal, or None. Raises UsageError for a local option beside it."""
     cluster = TemporalCluster.from_options(click_options)
     if cluster is not None:
         reject_local_options(
@@ -245,7 +245,8 @@ def _fork(run: ResumedRun, options: RunOptions, position: int, input_text: str |
         before = find_node(pipeline.nodes[position - 1])
         if isinstance(before, Group):
             raise Problem(
-                f"--state cannot replace the output of {clean(before.node_id, 200)!r}: a group's output is built "
+                f"--state cannot replace the output of {clean(before.node_id, 200)!r}: a group's "
+                "output is built "
                 "from its children's",
                 "fork at the group, or at a later node",
                 code=Code.USAGE,
@@ -287,7 +288,8 @@ def _warn_other_pipeline(record: RunRecord, pipeline: Pipeline, options: RunOpti
     if record.pipeline != pipeline.name and not options.quiet:
         err.line(
             ("note: ", "yellow"),
-            f"the run was started by the pipeline {clean(record.pipeline, 100)!r}; this one is {clean(pipeline.name, 100)!r}",
+            f"the run was started by the pipeline {clean(record.pipeline, 100)!r}; this one is "
+            f"{clean(pipeline.name, 100)!r}",
         )
 
 

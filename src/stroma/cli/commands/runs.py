@@ -62,7 +62,7 @@ def _blocked_data(mark: BlockedMark, version: str | None) -> dict[str, Any]:
 
 
 def _due_ms(record: RunRecord) -> int | None:
-    """Return when a run became due or will be, in ms since the epoch; None: never by itself, or it is running."""
+    """Return when a run is due, in ms since the epoch; None: never by itself, or it is running."""
     if record.due_ms is None or record.status not in UNFINISHED:
         return None
     return (

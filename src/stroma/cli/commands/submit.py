@@ -1,4 +1,4 @@
-"""`stroma submit` and `stroma drive`: hand a run to the workers of a store, and continue one run in this process."""
+"""`stroma submit` and `stroma drive`: store a run for workers, and continue one run in this process."""
 
 from __future__ import annotations
 

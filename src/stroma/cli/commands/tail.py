@@ -202,7 +202,10 @@ class _Follower:
             out.line(*self._name(record), style_status(status_of(record)), "  owner lost")
             err.line("resume it: ", hint)
             return
-        spent = f"  {format_tokens(record.tokens)}, {format_usd(record.cost_usd)}, {format_duration((record.updated_ms - record.started_ms) / 1000)}"
+        spent = (
+            f"  {format_tokens(record.tokens)}, {format_usd(record.cost_usd)}, "
+            f"{format_duration((record.updated_ms - record.started_ms) / 1000)}"
+        )
         out.line(*self._name(record), style_status(record.status), spent, why)
 
     def _attempts(self, record: RunRecord) -> list[AttemptRecord]:

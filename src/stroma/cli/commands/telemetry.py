@@ -41,7 +41,8 @@ def assets(directory: Path, force: bool, as_json: bool) -> None:
         ]
         if changed and not force:
             raise Problem(
-                f"{', '.join(map(str, changed))} {'is' if len(changed) == 1 else 'are'} there and not what would be written",
+                f"{', '.join(map(str, changed))} {'is' if len(changed) == 1 else 'are'} there and not "
+                "what would be written",
                 "look at the difference, then write over it with --force, or give another directory",
                 code=Code.USAGE,
             )

@@ -57,7 +57,8 @@ _PORT = 8427
     "--token",
     envvar="STROMA_UI_TOKEN",
     metavar="TEXT",
-    help="Access token that clients must send (at least 16 characters).  [env: STROMA_UI_TOKEN; default: a new one]",
+    help="Access token that clients must send (at least 16 characters).  [env: STROMA_UI_TOKEN; "
+    "default: a new one]",
 )
 @click.option(
     "--name",
@@ -127,7 +128,8 @@ def ui(
     if private_host is not None:
         err.line(
             (
-                f"if the browser does not find that: http://{shown_host}:{port}/ with the token as the password",
+                f"if the browser does not find that: http://{shown_host}:{port}/ with the token as the "
+                "password",
                 "dim",
             )
         )
@@ -164,7 +166,7 @@ def _check_token(token: str | None, host: str, loopback: bool) -> str | None:
 
 
 def _with_other_names(hosts: list[str], port: int, loopback: bool) -> list[str]:
-    """Return the hosts that a request may name: also the usual names of this machine, and without the default port."""
+    """Return the accepted hosts, with the usual names of this machine, and without the default port."""
     if loopback:
         hosts = [*hosts, f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}"]
     if port == 80:
