@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from stroma._utils.svg import as_xml
+from stroma._utils.svg import as_xml, cut
 
 __all__ = ["ArcBox", "arc_diagram"]
 
@@ -121,7 +121,7 @@ def _box(box: ArcBox, place: _Edges) -> str:
     middle = top + (18 if box.note else 25)
     note = (
         f'<text class="note" x="{x + 14:.1f}" y="{top + 33:.1f}">'
-        f"{as_xml(_cut(box.note, _LONGEST_NOTE))}</text>"
+        f"{as_xml(cut(box.note, _LONGEST_NOTE))}</text>"
     )
     rates = ""
     if box.rates:
@@ -131,11 +131,6 @@ def _box(box: ArcBox, place: _Edges) -> str:
         f'<g class="{kind}"><rect class="box" x="{x:.1f}" y="{top:.1f}" width="{_BOX_WIDTH}" '
         f'height="{_BOX_HEIGHT}" rx="8"/>'
         f'<text class="title" x="{x + 14:.1f}" y="{middle:.1f}">'
-        f"{as_xml(_cut(box.title, _LONGEST_TITLE))}<title>{as_xml(box.title)}</title></text>"
+        f"{as_xml(cut(box.title, _LONGEST_TITLE))}<title>{as_xml(box.title)}</title></text>"
         f"{note if box.note else ''}{rates}</g>"
     )
-
-
-def _cut(text: str, longest: int) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= longest else text[: longest - 1] + "…"

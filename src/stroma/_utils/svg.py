@@ -10,7 +10,7 @@ from typing import Final, Literal, NamedTuple
 
 from stroma._utils.text import visible
 
-__all__ = ["Box", "Line", "Link", "as_xml", "svg"]
+__all__ = ["Box", "Line", "Link", "as_xml", "cut", "svg"]
 
 Tone = Literal["", "warning", "error", "unknown"]
 
@@ -179,11 +179,11 @@ def _size(box: Box, children: Mapping[str, list[Box]]) -> tuple[float, float]:
     if inside:
         sizes = [_size(child, children) for child in inside]
         width = max(
-            max(w for w, _ in sizes) + 2 * _PAD, len(_cut(box.title, _LONGEST_TITLE)) * _TITLE_CHAR + 2 * _PAD
+            max(w for w, _ in sizes) + 2 * _PAD, len(cut(box.title, _LONGEST_TITLE)) * _TITLE_CHAR + 2 * _PAD
         )
         return width, _FRAME + sum(h for _, h in sizes) + _STACK * (len(sizes) - 1) + _PAD
     left, right = _columns(box)
-    head = len(_cut(box.title, _LONGEST_TITLE)) * _TITLE_CHAR + 2 * _PAD + 30
+    head = len(cut(box.title, _LONGEST_TITLE)) * _TITLE_CHAR + 2 * _PAD + 30
     lines = max(len(box.left), len(box.right))
     titled = _SECTION if box.left_title or box.right_title else 0
     rates = max((len(rate) for rate in box.rates), default=0) * 5.9 + 2 * _PAD
@@ -199,8 +199,8 @@ def _top(box: Box) -> float:
 
 def _columns(box: Box) -> tuple[float, float]:
     def wide(lines: tuple[Line, ...], title: str) -> float:
-        longest = max((len(_cut(_line_text(line))) for line in lines), default=0)
-        return max(longest * _CHAR, len(_cut(title)) * 6.2)
+        longest = max((len(cut(_line_text(line))) for line in lines), default=0)
+        return max(longest * _CHAR, len(cut(title)) * 6.2)
 
     return wide(box.left, box.left_title), wide(box.right, box.right_title)
 
@@ -209,7 +209,8 @@ def _line_text(line: Line) -> str:
     return f"{line.name}: {line.note}" if line.note else line.name
 
 
-def _cut(text: str, longest: int = _LONGEST) -> str:
+def cut(text: str, longest: int = _LONGEST) -> str:
+    """Return text in one line of at most so many characters."""
     text = " ".join(text.split())
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
@@ -295,7 +296,7 @@ def _box(place: _Layout, is_frame: bool, href: Callable[[Box], str] | None) -> s
     box, x, y, width, height = place.box, place.x, place.y, place.width, place.height
     title = (
         f'<text class="title" x="{x + _PAD:.1f}" y="{y + 19:.1f}">'
-        f"{as_xml(_cut(box.title, _LONGEST_TITLE))}<title>{as_xml(box.title)}</title></text>"
+        f"{as_xml(cut(box.title, _LONGEST_TITLE))}<title>{as_xml(box.title)}</title></text>"
     )
     if href is not None and box.kind != "input" and not is_frame:
         title = f'<a href="{as_xml(href(box))}">{title}</a>'
@@ -335,7 +336,7 @@ def _box(place: _Layout, is_frame: bool, href: Callable[[Box], str] | None) -> s
     ):
         if head:
             parts.append(
-                f'<text class="top" x="{at:.1f}" y="{top + 12:.1f}">{as_xml(_cut(head))}<title>'
+                f'<text class="top" x="{at:.1f}" y="{top + 12:.1f}">{as_xml(cut(head))}<title>'
                 f"{as_xml(head)}</title></text>"
             )
         for index, line in enumerate(lines):
@@ -355,7 +356,7 @@ def _box(place: _Layout, is_frame: bool, href: Callable[[Box], str] | None) -> s
 
 
 def _line(line: Line, x: float, y: float, width: float) -> str:
-    text = _cut(_line_text(line))
+    text = cut(_line_text(line))
     name, colon, note = text.partition(": ") if line.note else (text, "", "")
     mark = (
         f'<rect class="mark {as_xml(line.tone)}" x="{x - 4:.1f}" y="{y + 1:.1f}" '

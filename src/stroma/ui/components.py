@@ -16,7 +16,6 @@ from stroma.checkpoint.queue import QUEUED
 
 __all__ = [
     "Column",
-    "Part",
     "chip",
     "columns_chart",
     "icon",
@@ -87,15 +86,11 @@ def chip(status: str, word: str | None = None) -> Markup:
 
 def meter(value: float, most: float, tone: str = "dim") -> Markup:
     """Return a thin bar that is full at ``most``. It repeats a figure that stands beside it."""
-    part = 0.0 if most <= 0 else min(100.0, 100 * value / most)
-    return Markup(
-        f'<svg class="meter" viewBox="0 0 100 4" preserveAspectRatio="none" aria-hidden="true">'
-        f'<path class="f-{tone}" d="M0 0h{part:.1f}v4H0z"/></svg>'
-    )
+    return stacked([(min(value, most), tone)], most)
 
 
 class Column(NamedTuple):
-    """A column of a sparkline."""
+    """A column of a sparkline, or a part of one in a chart. ``tone``: the class of its colour."""
 
     value: float
     tone: str
@@ -137,14 +132,6 @@ def stacked(parts: Iterable[tuple[float, str]], total: float) -> Markup:
     )
 
 
-class Part(NamedTuple):
-    """Part of a column. ``tone``: the class of its colour."""
-
-    value: float
-    tone: str
-    title: str
-
-
 def round_up(value: float) -> float:
     """Return a round number that is at least as large: 1, 2 or 5 times a power of ten."""
     if value <= 0:
@@ -154,7 +141,7 @@ def round_up(value: float) -> float:
 
 
 def columns_chart(
-    columns: Sequence[Sequence[Part]],
+    columns: Sequence[Sequence[Column]],
     labels: Sequence[str],
     label: str,
     *,

@@ -12,7 +12,7 @@ from stroma._utils.text import clean, format_usd, pluralize
 from stroma.checkpoint.history import status_of
 from stroma.checkpoint.records import PICO, RunRecord, Tally, digits_seconds
 from stroma.trace.html import utc
-from stroma.ui.components import Column, Part, columns_chart, sparkline, stacked, tone_of
+from stroma.ui.components import Column, columns_chart, sparkline, stacked, tone_of
 
 __all__ = ["BUCKETS", "AttemptTotals", "Buckets", "Overview", "runs_chart", "stopped_by"]
 
@@ -112,7 +112,7 @@ class Overview:
             kinds = sorted(at, key=lambda kind: _CLASSES.index(kind) if kind in _CLASSES else 9)
             columns.append(
                 [
-                    Part(
+                    Column(
                         at[kind],
                         kind.lower() if kind in _CLASSES else "other",
                         f"{when}: {kind}, {pluralize(at[kind], 'attempt')}",
@@ -130,8 +130,8 @@ class Overview:
             used, wasted = self.costs.get(bucket, (0.0, 0.0))
             columns.append(
                 [
-                    Part(used - wasted, "run", f"{when}: {format_usd(used - wasted)} for outputs"),
-                    Part(wasted, "warn", f"{when}: {format_usd(wasted)} wasted"),
+                    Column(used - wasted, "run", f"{when}: {format_usd(used - wasted)} for outputs"),
+                    Column(wasted, "warn", f"{when}: {format_usd(wasted)} wasted"),
                 ]
             )
         return columns_chart(columns, buckets.labels(), "cost over time, and its wasted part", unit="$")
@@ -161,13 +161,13 @@ def runs_chart(records: Iterable[RunRecord], buckets: Buckets) -> Markup:
         at = counts.setdefault(buckets.of(record.started_ms), {})
         tone = tone_of(status_of(record))
         at[tone] = at.get(tone, 0) + 1
-    columns: list[list[Part]] = []
+    columns: list[list[Column]] = []
     rates: list[float | None] = []
     for bucket, when in buckets.times():
         at = counts.get(bucket, {})
         columns.append(
             [
-                Part(at[tone], tone, f"{when}: {pluralize(at[tone], 'run')} {_TONES[tone]}")
+                Column(at[tone], tone, f"{when}: {pluralize(at[tone], 'run')} {_TONES[tone]}")
                 for tone in _TONES
                 if tone in at
             ]

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from typing import Any, Final, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ from stroma._utils.text import clean, format_duration
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.sqlite.store import SQLiteStore
-from stroma.cli.errors import Code
+from stroma.cli.errors import Code, Problem
 from stroma.cli.output import emit, out
 from stroma.cli.stores import Database, db_option
 
@@ -62,15 +62,14 @@ def doctor(as_json: bool, db: str | None) -> int:
     Each line is ok or names the fix; a package that is not installed is missing. Exit code 3 if a check
     fails. Nothing is changed.
     """
-    findings: list[Diagnosis] = []
-    database: Database | None = None
+    findings = [*_programs()]
     try:
         database = Database.from_option(db)
-    except click.ClickException as error:
-        more = getattr(error, "more", ())
-        findings.append(Diagnosis("store", "wrong", error.message, more[-1] if more else None))
-    for check in (_programs, *([] if database is None else [_store(database), _disk(database)]), _extras):
-        findings += check()
+    except Problem as error:
+        findings.append(Diagnosis("store", "wrong", error.message, error.more[-1] if error.more else None))
+    else:
+        findings += [*_store(database), *_disk(database)]
+    findings += _extras()
     wrong = sum(one.verdict == "wrong" for one in findings)
     if as_json:
         emit({"schema": "stroma.doctor/1", "ok": not wrong, "checks": [one._asdict() for one in findings]})
@@ -99,54 +98,47 @@ def _programs() -> Iterator[Diagnosis]:
         yield Diagnosis("packages", "note", message, reinstall_command())
 
 
-def _store(database: Database) -> Callable[[], Iterator[Diagnosis]]:
-    def check() -> Iterator[Diagnosis]:
-        store = database.store
-        if not isinstance(store, AsyncStates):
-            yield Diagnosis("store", "ok", f"{database.name} is lost when its process ends")
-            return
-        if isinstance(store, SQLiteStore) and not store.exists():
-            directory = os.path.dirname(store.path)
-            if database.is_default or os.access(directory, os.W_OK | os.X_OK):
-                message = f"{database.name} does not exist yet: the first run creates it"
-                yield Diagnosis("store", "ok", message, f"start one: {database.hint('run', 'FILE.py:NAME')}")
-            else:
-                fix = "change its permissions, or name another store: --db FILE"
-                yield Diagnosis("store", "wrong", f"{directory} may not be written to", fix)
-            return
-        began = time.perf_counter()
-        try:
-            facts = store.facts()
-            newest = store.list_runs(limit=1)
-        except StoreError as error:
-            yield Diagnosis("store", "wrong", str(error))
-            return
-        took = time.perf_counter() - began
-        problem = database.find_write_risk()
-        if problem is not None:
-            yield Diagnosis("store", "note", *problem)
-        if facts is None:
-            yield Diagnosis("store", "ok", f"{database.name} answers; the first run creates its tables")
-            return
-        contents = "no runs" if not newest else "has runs"
-        yield Diagnosis(
-            "store", "ok", f"{database.name}: {facts.system}, {contents}, answers in {1000 * took:.0f} ms"
-        )
-        if facts.format > facts.writes:
-            message = (
-                f"{facts.format}, and this release writes {facts.writes}: a newer stroma has used the store"
-            )
-            yield Diagnosis(
-                "format", "note", message, "upgrade stroma here, too: pip install -U stroma-runner"
-            )
+def _store(database: Database) -> Iterator[Diagnosis]:
+    store = database.store
+    if not isinstance(store, AsyncStates):
+        yield Diagnosis("store", "ok", f"{database.name} is lost when its process ends")
+        return
+    if isinstance(store, SQLiteStore) and not store.exists():
+        directory = os.path.dirname(store.path)
+        if database.is_default or os.access(directory, os.W_OK | os.X_OK):
+            message = f"{database.name} does not exist yet: the first run creates it"
+            yield Diagnosis("store", "ok", message, f"start one: {database.hint('run', 'FILE.py:NAME')}")
         else:
-            yield Diagnosis("format", "ok", f"{facts.format}, which this release writes")
-        for warning in facts.warnings:
-            what, _, fix = warning.rpartition("; ")
-            yield Diagnosis("settings", "note", what, fix)
-        yield _clock(facts.clock_ms)
-
-    return check
+            fix = "change its permissions, or name another store: --db FILE"
+            yield Diagnosis("store", "wrong", f"{directory} may not be written to", fix)
+        return
+    began = time.perf_counter()
+    try:
+        facts = store.facts()
+        newest = store.list_runs(limit=1)
+    except StoreError as error:
+        yield Diagnosis("store", "wrong", str(error))
+        return
+    took = time.perf_counter() - began
+    problem = database.find_write_risk()
+    if problem is not None:
+        yield Diagnosis("store", "note", *problem)
+    if facts is None:
+        yield Diagnosis("store", "ok", f"{database.name} answers; the first run creates its tables")
+        return
+    contents = "no runs" if not newest else "has runs"
+    yield Diagnosis(
+        "store", "ok", f"{database.name}: {facts.system}, {contents}, answers in {1000 * took:.0f} ms"
+    )
+    if facts.format > facts.writes:
+        message = f"{facts.format}, and this release writes {facts.writes}: a newer stroma has used the store"
+        yield Diagnosis("format", "note", message, "upgrade stroma here, too: pip install -U stroma-runner")
+    else:
+        yield Diagnosis("format", "ok", f"{facts.format}, which this release writes")
+    for warning in facts.warnings:
+        what, _, fix = warning.rpartition("; ")
+        yield Diagnosis("settings", "note", what, fix)
+    yield _clock(facts.clock_ms)
 
 
 def _clock(clock_ms: int | None) -> Diagnosis:
@@ -167,39 +159,35 @@ def _clock(clock_ms: int | None) -> Diagnosis:
     return Diagnosis("clock", "ok", "this machine's and the server's agree; leases go by the server's")
 
 
-def _disk(database: Database) -> Callable[[], Iterator[Diagnosis]]:
-    def check() -> Iterator[Diagnosis]:
-        store = database.store
-        if not isinstance(store, SQLiteStore):
-            return
-        place = store.path
-        while not os.path.exists(place) and os.path.dirname(place) != place:
-            place = os.path.dirname(place)
-        try:
-            free = shutil.disk_usage(place).free
-        except OSError as error:
-            yield Diagnosis("disk", "wrong", f"{place}: {error.strerror}", "name another store: --db FILE")
-            return
-        message = f"{free / 1e9:.1f} GB free at {place}"
-        if free < _LEAST_FREE:
-            yield Diagnosis(
-                "disk",
-                "wrong",
-                message,
-                "free some space, or delete old runs: "
-                + database.hint("gc", options=("--older-than", "30d")),
-            )
-        else:
-            yield Diagnosis("disk", "ok", message)
-        if os.path.exists(store.path) and not os.access(store.path, os.W_OK):
-            yield Diagnosis(
-                "disk",
-                "wrong",
-                f"{store.path} can be read but not written",
-                "change its permissions, or its owner",
-            )
-
-    return check
+def _disk(database: Database) -> Iterator[Diagnosis]:
+    store = database.store
+    if not isinstance(store, SQLiteStore):
+        return
+    place = store.path
+    while not os.path.exists(place) and os.path.dirname(place) != place:
+        place = os.path.dirname(place)
+    try:
+        free = shutil.disk_usage(place).free
+    except OSError as error:
+        yield Diagnosis("disk", "wrong", f"{place}: {error.strerror}", "name another store: --db FILE")
+        return
+    message = f"{free / 1e9:.1f} GB free at {place}"
+    if free < _LEAST_FREE:
+        yield Diagnosis(
+            "disk",
+            "wrong",
+            message,
+            "free some space, or delete old runs: " + database.hint("gc", options=("--older-than", "30d")),
+        )
+    else:
+        yield Diagnosis("disk", "ok", message)
+    if os.path.exists(store.path) and not os.access(store.path, os.W_OK):
+        yield Diagnosis(
+            "disk",
+            "wrong",
+            f"{store.path} can be read but not written",
+            "change its permissions, or its owner",
+        )
 
 
 def _extras() -> Iterator[Diagnosis]:
