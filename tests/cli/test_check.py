@@ -111,15 +111,9 @@ def test_check_as_json(flows, inside):
 
 
 def test_bad_calls_of_check(flows, inside, fails):
-    """What is not there, or cannot be written, is one message with the mend."""
+    """A missing name or file is one message with the fix."""
     fails(inside("check", "flows.py:nothing"), 4, "nothing", "flows.py:wrong")
     fails(inside("check", "nowhere.py:x"), 4, "nowhere.py")
-    fails(
-        inside("check", "flows.py:wrong", "--sarif", "no/such/dir.sarif"),
-        3,
-        "cannot write",
-        "give the path of a file",
-    )
     fails(inside("check", "flows.py:wrong", "--against", "last", "--db", "none.db"), 4, "none.db")
     fails(inside("graph", "flows.py:split"), 2, "a single node")
     fails(inside("graph", "flows.py:fine", "--format", "png"), 2, "png")
