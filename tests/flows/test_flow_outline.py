@@ -140,7 +140,7 @@ async def test_calls_are_a_tree_with_loops_folded(store: Any, triage: Any) -> No
     story = await asyncio.to_thread(history.story, record)
     waiting = ["  sleep until T", "  question: Send it?"]
     assert lines(fold(outline(story.bars, story.waits))) == [
-        "(not finished)",
+        "flow",
         *(f"  {line}" for line in LINES),
         *waiting,
     ]

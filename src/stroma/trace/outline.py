@@ -263,11 +263,11 @@ def cost_text(tokens: int, cost_usd: float) -> str:
     return format_usd(cost_usd) if tokens or cost_usd else ""
 
 
-def outline(bars: Iterable[Bar], waits: Iterable[Bar] = ()) -> list[OutlineEntry]:
+def outline(bars: Iterable[Bar], waits: Iterable[Bar] = (), pipeline: str = "") -> list[OutlineEntry]:
     """Return the attempts of a run as a tree, nothing folded.
 
     Children of groups come by their index, calls in the order in which they started. ``waits``: those of
-    flows, each as a bar.
+    flows, each as a bar. ``pipeline``: its name, for a flow without an attempt of its own.
     """
     known: dict[str, OutlineEntry] = {}
     for bar in bars:
@@ -292,6 +292,8 @@ def outline(bars: Iterable[Bar], waits: Iterable[Bar] = ()) -> list[OutlineEntry
             entry.bars.sort(key=lambda bar: (bar.began_ms, bar.attempt))
         parent = at.rpartition(".")[0]
         (known[parent].entries if parent else top).append(entry)
+    if len(top) == 1 and top[0].has_steps and not top[0].bars:
+        top[0].label = pipeline or "flow"
     return _sorted(top)
 
 

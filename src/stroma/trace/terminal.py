@@ -143,7 +143,7 @@ def renderable(story: Story) -> Any:
     end = max((bar.began_ms + bar.took_ms for bar in [*story.bars, *story.waits]), default=0.0) or 1.0
     paused = {bar.key: (began, took) for bar, began, took in waits(story.bars)}
     shown = 0
-    for line in lines_of(fold(outline(story.bars, story.waits))):
+    for line in lines_of(fold(outline(story.bars, story.waits, story.pipeline))):
         if shown >= _MOST:
             break
         cells, bar = line.cells(), line.bar

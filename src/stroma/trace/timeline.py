@@ -192,9 +192,7 @@ class _Drawing:
 
     def draw(self) -> str:
         it = self.it
-        entries = fold(outline(it.bars, it.waits))
-        if it.pipeline and len(entries) == 1 and entries[0].has_steps and not entries[0].bars:
-            entries[0].label = it.pipeline
+        entries = fold(outline(it.bars, it.waits, it.pipeline))
         drawn = "".join(map(self.entry, entries))
         progress = it.progress
         if progress is not None and not any(entry.at == progress.at for entry in entries):
