@@ -18,7 +18,7 @@ from tests.shared_stores import SHARED
 from stroma import Flow, Pipeline, RunStatus, StepFailed, parallel, stroma_flow
 from stroma.checkpoint.history import History
 from stroma.checkpoint.identity import StepCalls
-from stroma.trace.outline import OutlineEntry, fold, outline, parse_call
+from stroma.trace.outline import OutlineEntry, fold, folded_part, outline, parse_call
 from stroma.trace.story import Bar
 from stroma.trace.timeline import Timeline
 
@@ -334,3 +334,10 @@ def test_identities_are_read_as_they_are_written() -> None:
         ("", "tool", "0", ""),
     ]
     assert parse_call("12") is None
+
+
+def test_repeated_calls_have_one_key() -> None:
+    """Calls of one node from one place share a line in every drawing; sleeps, questions and children do not."""
+    assert folded_part("judge#0") == folded_part("judge#7") == folded_part("#a%2Fb", "judge")
+    assert folded_part("*page#0") != folded_part("page#0")
+    assert len({folded_part(part) for part in ("!sleep#0", "!sleep#1", "?#0", "?#1", "3", "4")}) == 6
