@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import click
 
@@ -22,9 +22,6 @@ from stroma.hooks.sets import flatten
 from stroma.runner.pipeline import Pipeline
 
 __all__ = ["worker"]
-
-#: Seconds between two status lines.
-_HEALTH_SECONDS: Final = 60.0
 
 
 @click.command()
