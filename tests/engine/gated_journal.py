@@ -9,7 +9,6 @@ from pydantic import BaseModel
 
 from stroma import AsyncInMemoryStore
 from stroma.checkpoint import RunRequest, Session, StepCall
-from stroma.checkpoint.sessions import NullSession
 from stroma.contracts.schema import Schema
 from stroma.trace.events import AttemptRow
 
@@ -30,7 +29,7 @@ class GatedJournal:
     def open_run(self, request: RunRequest) -> Session:
         store, session = self, self.inner.open_run(request)
 
-        class Held(NullSession):
+        class Held(Session):
             execution, continued = session.execution, session.continued
             finished, abandon = session.finished, session.abandon
             restored, prior = session.restored, session.prior

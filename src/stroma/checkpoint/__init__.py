@@ -35,8 +35,8 @@ from stroma.checkpoint.protocols import (
     CheckpointKey,
     CheckpointStore,
     JournalStore,
-    Session,
 )
+from stroma.checkpoint.sessions import Session
 
 if TYPE_CHECKING:
     from stroma.checkpoint.memory.store import AsyncInMemoryStore, InMemoryStore

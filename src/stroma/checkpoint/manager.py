@@ -12,8 +12,8 @@ from pydantic import BaseModel
 
 from stroma.checkpoint.entries import RunRequest
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
-from stroma.checkpoint.protocols import AsyncCheckpointStore, CheckpointStore, Session
-from stroma.checkpoint.sessions import SimpleSession
+from stroma.checkpoint.protocols import AsyncCheckpointStore, CheckpointStore
+from stroma.checkpoint.sessions import Session, SimpleSession
 
 __all__ = ["CheckpointManager", "resolve_schema", "schema_ref"]
 

@@ -8,28 +8,18 @@ runs: committed positions, the usage of each attempt, the owner. Resume, history
 
 from __future__ import annotations
 
-from asyncio import Future
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import BaseModel
 
 from stroma.checkpoint.cells import Change
-from stroma.checkpoint.entries import (
-    Committed,
-    Finished,
-    PriorUsage,
-    RunControl,
-    RunRequest,
-    SentMessage,
-    StepCall,
-    Tried,
-    Waiting,
-)
-from stroma.contracts.schema import Schema
-from stroma.trace.events import AttemptRow
+from stroma.checkpoint.entries import RunRequest
 
-__all__ = ["AsyncCheckpointStore", "Charge", "CheckpointKey", "CheckpointStore", "JournalStore", "Session"]
+if TYPE_CHECKING:
+    from stroma.checkpoint.sessions import Session
+
+__all__ = ["AsyncCheckpointStore", "Charge", "CheckpointKey", "CheckpointStore", "JournalStore"]
 
 
 @runtime_checkable
@@ -69,164 +59,6 @@ class Charge(Protocol):
 
     def settled(self, answers: list[Any]) -> None:
         """Receive the answers of the changes, in their order. Called in the event loop after they are stored."""
-
-
-class Session(Protocol):
-    """One execution of a run, held by this process.
-
-    Attributes:
-        address: identifies the store among all stores: cells of a store with this address change in the
-            transactions of the session's commits. "" without such transactions.
-        stores_inputs: it stores the inputs of calls (``StepCall.given``), so that they must be encoded.
-        epoch: incremented by each session that opens the run; 0 if that is not recorded.
-        charges: what to settle when the attempt in progress at a (position, branch) is recorded; removed by
-            the code that added it. Not read if ``address`` is "".
-        execution: 1 for the first execution of the run id, 2 after a restart, and so on.
-        continued: the session continues an execution that an earlier call started.
-        restored: the committed outputs by (position, branch).
-        places: the position of each step of plain code with a recorded attempt, by its identity.
-        finished: the end of an execution that is returned unchanged, or that must end before a node is
-            called; otherwise None.
-        waiting: approvals that its nodes wait for, or waited for, by (position, branch).
-        notes: what :meth:`note` stored in this execution before, by key.
-        traceparent: trace context recorded by the last process that began a trace of the execution; None
-            before.
-        lost_start_ms: start of the execution, in ms since the epoch, if its last process recorded no end;
-            else None.
-        attribution: ids of what the run belongs to, by "conversation", "user" and "session": those that were
-            noted before, in a fork those of its origin. "session": the first of the runs that were forked
-            from each other.
-        undelivered: attempts of earlier processes whose end hooks may not have been called, the oldest first;
-            without states. Always empty if all attempts are of this process.
-        tried: failed attempts without a later commit, by (position, branch), if the previous process died.
-        control: the requests that hold when it is opened.
-        version: that of the pipeline when the execution began; "" without a version.
-        on_control: called, from any thread, with all requests that hold, before a new one is acknowledged.
-    """
-
-    address: str
-    stores_inputs: bool
-    epoch: int
-    charges: dict[tuple[int, str], Charge]
-    execution: int
-    continued: bool
-    finished: Finished | None
-    restored: Mapping[tuple[int, str], Committed]
-    tried: Mapping[tuple[int, str], Tried]
-    places: Mapping[str, int]
-    prior: PriorUsage
-    waiting: Mapping[tuple[int, str], Waiting]
-    notes: Mapping[str, bytes]
-    traceparent: str | None
-    lost_start_ms: int | None
-    attribution: Mapping[str, str]
-    undelivered: Sequence[AttemptRow]
-    control: RunControl
-    version: str
-    on_control: Callable[[RunControl], None] | None
-
-    def committed(
-        self, position: int, branches: Sequence[str]
-    ) -> Mapping[str, Committed] | Awaitable[Mapping[str, Committed]]:
-        """Return the commits in some branches of a position, including those of this process. Raises StoreError."""
-        ...
-
-    def holds_lease(self) -> bool:
-        """Return False if another process may have taken the run over. May be called from any thread; reads no store."""
-        ...
-
-    def delivered(self, row: AttemptRow) -> None:
-        """Record, without waiting, that the end hooks of an attempt were called. Only called if the request has ``deliver``."""
-
-    def note_call(self, position: int, identity: str) -> None:
-        """Store an identity with each attempt that is recorded at a position, or inside it."""
-
-    def note_traceparent(self, traceparent: str) -> Future[None] | None:
-        """Store, without waiting, the W3C trace context of this execution for processes that resume it.
-
-        Return what ends once it is stored, or cannot be; None if there is nothing to wait for.
-        """
-
-    def note_attribution(self, ids: Mapping[str, str]) -> None:
-        """Store, without waiting, ids of what this execution belongs to, for processes that resume it."""
-
-    def record(
-        self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
-    ) -> Awaitable[None] | None:
-        """Store one attempt and, with ``output``, its commit: both or nothing.
-
-        Returns None if it is done, otherwise an awaitable. The engine always awaits it to its end, even if
-        the run is
-        cancelled: it must end by itself. Raises NotSerialisable at once for an output without a stored form.
-        """
-
-    def with_references(self, row: AttemptRow) -> AttemptRow:
-        """Return a row for the trace, with references in place of the states that the store holds in blobs."""
-        ...
-
-    def record_failure_site(
-        self, position: int, branch: str, attempt: int, started_ns: int, write: Callable[[], bytes]
-    ) -> None:
-        """Store where an attempt failed together with the attempt. ``write``: see :func:`failure_site_writer`."""
-
-    def record_rejected(self, position: int, branch: str, started_ns: int, data: bytes) -> None:
-        """Store an output that broke its contract together with the attempt. ``data``: see :class:`RejectedOutput`."""
-
-    def suspend(self, row: AttemptRow, waiting: Waiting) -> Awaitable[None] | None:
-        """Store an attempt that waits for an approval, and its question: both or nothing. Raises StoreError."""
-
-    def append_events(self, last: int, lines: bytes) -> Awaitable[None] | None:
-        """Store a batch of events beside the commits, up to a number of the session. Not refused if it is fenced off.
-
-        Raises StoreError, at once or awaited; None: it is done. It is stored before an end that is recorded
-        later.
-        """
-
-    def note(self, key: str, data: bytes | None) -> None:
-        """Store data of the driver under a key, "position:..."; None deletes it.
-
-        It is stored together with the next attempt, question or end of the run that is recorded, or by
-        :meth:`flush`. Discarding a position discards its notes, except those of effects
-        (:func:`effect_note`).
-        """
-
-    def mark_effect(self, node_id: str) -> None:
-        """Store with the next note that the run has called an effect of this node. It outlives the execution."""
-
-    def flush(self) -> Awaitable[None] | None:
-        """Store the notes now. Awaited: raises Fenced, or another StoreError."""
-
-    def ask(self, waiting: Waiting) -> Waiting | Awaitable[Waiting]:
-        """Store a question of no node, or how it ended, together with the notes. Raises StoreError.
-
-        Returns what is stored then: an accepted answer to the same question stays.
-        """
-        ...
-
-    def answers(self) -> Mapping[tuple[int, str], Waiting] | Awaitable[Mapping[tuple[int, str], Waiting]]:
-        """Return what ``waiting`` is by now. Raises StoreError."""
-        ...
-
-    def messages(self, after: int) -> list[SentMessage] | Awaitable[list[SentMessage]]:
-        """Return the messages to the run after a number, in their order. Raises StoreError.
-
-        A run that stops as SUSPENDED is due at once if there is a message that this has not returned, once it
-        was called.
-        """
-        ...
-
-    def end(self, status: str, error: str | None, wake_ms: int | None = None) -> Awaitable[None] | None:
-        """Record that the run stopped with a status (see RunStatus) and, unless it completed, an error text.
-
-        ``wake_ms``: when a suspended run is due without an answer, in ms since the epoch. An answer makes it
-        due at once, also one that was stored since the run was opened. An interrupted run is due at once.
-        """
-
-    def give_back(self) -> Awaitable[None] | None:
-        """Release the run, in place of :meth:`end`: it stands as it did when it was opened. Raises StoreError."""
-
-    def abandon(self) -> None:
-        """Release the run when nothing can be awaited any more. Nothing is recorded."""
 
 
 @runtime_checkable

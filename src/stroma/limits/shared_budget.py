@@ -47,7 +47,7 @@ from stroma.limits.gate import (
 from stroma.limits.reservations import report_damage
 
 if TYPE_CHECKING:
-    from stroma.checkpoint.protocols import Session
+    from stroma.checkpoint import Session
     from stroma.failures.failure import Failure
     from stroma.trace.events import AttemptUsage
 

@@ -58,7 +58,7 @@ from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import BLOB, LARGE_BYTES, PayloadPlace, Payloads, Stored
 from stroma.checkpoint.protocols import Charge
 from stroma.checkpoint.records import AttemptRecord
-from stroma.checkpoint.sessions import NullSession
+from stroma.checkpoint.sessions import Session
 from stroma.contracts.schema import Schema
 from stroma.trace.events import AttemptRow, contract_of
 
@@ -69,7 +69,7 @@ logger = get_logger()
 _TRIM_INTERVAL: Final = 100  # batches of events of a session between two that delete old ones
 
 
-class DurableSession(NullSession):
+class DurableSession(Session):
     """One execution of a run, owned by this process until it ends, or until another process takes it over.
 
     Args:
