@@ -29,7 +29,7 @@ class BlockedMark(NamedTuple):
 
 
 def block(earlier: BlockedMark | None, message: str, code: str, now_ms: int) -> BlockedMark:
-    """Return the mark of a run that code could not continue now. Each try doubles the time since the first one."""
+    """Return the mark of a run that code could not continue now. Each try doubles the time."""
     since_ms = now_ms if earlier is None else min(earlier.since_ms, now_ms)
     least, most = _BLOCKED_MS
     until_ms = now_ms + max(least, min(now_ms - since_ms, most))

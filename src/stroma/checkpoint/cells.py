@@ -37,7 +37,7 @@ class CellStore(Protocol):
         ...
 
     def post_cell(self, name: str, change: Change[Any]) -> None:
-        """Change a cell without waiting. May be called from any thread; changes of one caller are applied in order."""
+        """Change a cell without waiting, from any thread; changes of one caller are applied in order."""
 
     def read_cell(self, name: str) -> tuple[bytes | None, int]:
         """Return the data of a cell, or None, and the store's clock in milliseconds.

@@ -1,4 +1,4 @@
-"""Decisions that all journal stores take alike: what to do with an existing run, and with an answer to a question."""
+"""Decisions that all stores take alike: about an existing run, and an answer to a question."""
 
 from __future__ import annotations
 
@@ -98,7 +98,8 @@ class PriorWork(NamedTuple):
             harm.append(f"may call the effect of {', '.join(map(repr, self.effects))} again")
         why = f"; a new execution {' and '.join(harm)}" if harm else ""
         return RunExists(
-            f"run {run_id!r} {'has a recorded effect' if has_ended else 'has not ended'} ({status}){why}; pass resume=True "
+            f"run {run_id!r} {'has a recorded effect' if has_ended else 'has not ended'} ({status}){why}; "
+            "pass resume=True "
             'to continue it, or if_exists="restart" to run it from the start'
         )
 
@@ -118,7 +119,8 @@ def check_resubmission(
         return
     what = "input" if request.pipeline == pipeline else "pipeline"
     raise RunExists(
-        f"run {request.run_id!r} already exists with another {what} (execution {execution}, {status}); use another run id"
+        f"run {request.run_id!r} already exists with another {what} (execution {execution}, {status}); use "
+        "another run id"
     )
 
 
@@ -129,11 +131,14 @@ def has_expired(status: str, expires_ms: int | None, now_ms: int) -> bool:
 
 def expired_error(run_id: str) -> str:
     """Return the error of a run that did not start before its time was over."""
-    return f"expired: run {run_id!r} was not started in time; start more workers, or submit it again with a later expires="
+    return (
+        f"expired: run {run_id!r} was not started in time; start more workers, or submit it again with a "
+        "later expires="
+    )
 
 
 def add_news(wake_ms: int | None, news: int) -> int:
-    """Return from when on a running run is due after news: BUDGET_CHANGED or MESSAGE_SENT. Of several, all count."""
+    """Return from when on a running run is due after news. Of several news, all count."""
     return news if wake_ms in (None, news) else 0
 
 
@@ -159,7 +164,8 @@ def decide(
         what = "" if same_input else " with another input"
         error = RunBusy(
             f"run {request.run_id!r} is already running{what} in {last.holder} (lease expires in "
-            f'{max(last.left_seconds, 0.0):.1f} s); pass if_running="attach" to wait for its result, or use another run id'
+            f'{max(last.left_seconds, 0.0):.1f} s); pass if_running="attach" to wait for its result, or '
+            "use another run id"
         )
         error.holder, error.left_seconds, error.same_input = last.holder, last.left_seconds, same_input
         raise error
@@ -172,12 +178,14 @@ def decide(
     if request.if_exists == "read":
         if last.status in ("RUNNING", "INTERRUPTED", QUEUED):
             raise RunExists(
-                f"run {request.run_id!r} has neither ended nor been suspended, its status is {last.status}; wait for it"
+                f"run {request.run_id!r} has neither ended nor been suspended, its status is "
+                f"{last.status}; wait for it"
             )
         return "return"
     if request.if_exists == "error":
         raise RunExists(
-            f"run {request.run_id!r} already exists (execution {last.execution}, {last.status}); use another run id, or pass "
+            f"run {request.run_id!r} already exists (execution {last.execution}, {last.status}); use "
+            "another run id, or pass "
             'if_exists="resume", "return" or "restart"'
         )
     if request.if_exists == "new":
@@ -189,7 +197,8 @@ def decide(
         return "begin"
     if request.discard_from is None and not (same_input or request.any_input):
         raise PipelineChanged(
-            f"run {request.run_id!r} was started with another input (or {request.schema.model.__name__} has changed); "
+            f"run {request.run_id!r} was started with another input (or {request.schema.model.__name__} "
+            "has changed); "
             "pass the same input, or use another run id"
         )
     finished = last.status in COMPLETE
@@ -206,13 +215,15 @@ def _other_version(request: RunRequest, last: LastExecution) -> PipelineChanged:
     """Return the error for a run whose version the code cannot continue."""
     served = " and ".join(map(repr, request.versions or ())) or "no version"
     return PipelineChanged(
-        f"run {request.run_id!r} started with version {last.version!r} of pipeline {last.pipeline!r}, and this code serves "
-        f"{served}; resume it with code of that version, or pass accepts=({last.version!r},) and keep its steps"
+        f"run {request.run_id!r} started with version {last.version!r} of pipeline {last.pipeline!r}, and "
+        "this code serves "
+        f"{served}; resume it with code of that version, or pass accepts=({last.version!r},) and keep its "
+        "steps"
     )
 
 
 def is_answered(stored: Waiting | None, question: Waiting) -> bool:
-    """Return True if the question that a session stores has an answer in the store: an accepted answer stays."""
+    """Return True if the question that a session stores has an answer: an accepted answer stays."""
     return stored is not None and stored.payload is not None and stored.number == question.number
 
 
@@ -237,6 +248,8 @@ def _permanent(text: str) -> StoreError:
 def not_waiting(run_id: str, question_id: str) -> StoreError:
     """Return the error for an answer to a question that is not open."""
     return _permanent(
-        f"question {question_id!r} of run {run_id!r} is not open: it was already answered, its call has ended, or a later "
-        "question is asked there; see the open questions of the run, then answer one of them or resume the run"
+        f"question {question_id!r} of run {run_id!r} is not open: it was already answered, its call has "
+        "ended, or a later "
+        "question is asked there; see the open questions of the run, then answer one of them or resume the "
+        "run"
     )

@@ -1,4 +1,4 @@
-"""Decoding of stored records: the only place that makes values of what a store holds besides outputs and inputs.
+"""Decoding of stored records: all that a store holds besides outputs and inputs.
 
 Damage can change anything, so everything is checked here: encoding, depth, numbers and types. Whatever is
 wrong is one kind of error, CorruptCheckpoint, which names the record.
@@ -46,7 +46,7 @@ class RecordName(NamedTuple):
 
 
 def decode_json(data: bytes | str, shape: Any, name: RecordName) -> Any:
-    """Return the value of a record: of a JSON type, a NamedTuple, or a TypedDict of such. Raises CorruptCheckpoint."""
+    """Return a record: a JSON type, a NamedTuple, or a TypedDict of them. Raises CorruptCheckpoint."""
     try:
         value = json.loads(data, parse_constant=_refuse_constant)
     except (ValueError, TypeError, RecursionError) as error:

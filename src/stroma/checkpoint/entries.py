@@ -111,7 +111,7 @@ class RunRequest(NamedTuple):
 
     @property
     def is_automatic(self) -> bool:
-        """True if no person asked for this run to go on: a worker, recover(), or one that waits for its result."""
+        """True if no person asked for the run to go on: a worker, recover(), or who waits for its result."""
         return self.due_ms is not None or self.if_exists == "attach"
 
     def is_lazily_loaded(self, position: int, branch: str) -> bool:
@@ -121,7 +121,7 @@ class RunRequest(NamedTuple):
         )
 
     def resolve_discard(self, commits: Mapping[tuple[int, str], Committed]) -> RunRequest:
-        """Return the request with ``discard_from`` set to the position after the first map that ``retry_failed`` retries."""
+        """Return the request with ``discard_from`` after the first map that ``retry_failed`` retries."""
         if not self.retry_failed or self.discard_from is not None:
             return self
         failed = [at for (at, _), commit in commits.items() if commit.failed_items]
@@ -142,7 +142,7 @@ class RunRequest(NamedTuple):
 
 
 def _without_failed(commits: Mapping[tuple[int, str], Committed]) -> dict[tuple[int, str], Committed]:
-    """Return the commits without failed items, the groups around them, and what runs after these in a sequence."""
+    """Return the commits without failed items, groups around them, and what follows these in a sequence."""
     retried = [at for at, commit in commits.items() if commit.failed_items]
     later = {place for at in retried for place in _later_in_sequences(commits, *at)}
 
@@ -174,7 +174,7 @@ def _later_in_sequences(
 
 
 class StepCall(NamedTuple):
-    """Identifies a step of plain code in a resumed run. For a map: its failed items, and the input of each item.
+    """Identity of a step of plain code in a resumed run. For a map: failed items, the input of each item.
 
     Attributes:
         number: 0-based number of the call of its step id; for a map, the number of failed items; for a step
@@ -195,7 +195,7 @@ OF_FLOW: Final = -1
 
 
 def inside_of(call: StepCall | None) -> StepCall | None:
-    """Return the StepCall of the nodes inside a group that is a step: a checksum of the input of that step."""
+    """Return the StepCall of nodes inside a group that is a step: a checksum of the input of the step."""
     key = None if call is None else call.input_key
     if key is None:
         return None
@@ -247,7 +247,7 @@ OF_MAP: Final = b"items "
 
 
 def is_of_pipeline(input_key: bytes | None, number: int | None) -> bool:
-    """Return True if the fields of a StepCall belong to a node of a pipeline: they are empty, or of a map or its items."""
+    """Return True if the fields of a StepCall are of a node of a pipeline: empty, of a map or its items."""
     return number is None or (input_key is not None and input_key.startswith((b"item ", OF_MAP)))
 
 

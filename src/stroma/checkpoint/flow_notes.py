@@ -144,6 +144,7 @@ def cut_before(
                 wanted.append(failure["event"])
     if not wanted:
         raise CheckpointNotFound(
-            f"run {run_id!r} has no end of a call {call!r} at position {position}; see its calls with `stroma show`"
+            f"run {run_id!r} has no end of a call {call!r} at position {position}; see its calls with "
+            "`stroma show`"
         )
     return FlowCut(min(wanted), numbers)

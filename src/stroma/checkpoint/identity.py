@@ -90,7 +90,7 @@ class StepCalls:
         self._counts: Counter[tuple[str, str]] = Counter()
 
     def scope(self) -> Scope:
-        """Return the scope of the running task, and make it the outer scope of tasks that it starts from now on."""
+        """Return the scope of the running task, and make it the outer scope of tasks that it starts."""
         task = asyncio.current_task()
         scope, root = SCOPE.get(), self._root
         if scope is None or scope.of is not self._mark:
@@ -105,7 +105,7 @@ class StepCalls:
         return scope
 
     def next(self, scope: Scope, step_id: str, kind: str = "") -> Identity:
-        """Return the identity of the next call of a step in a scope. ``kind``: a character that sets other calls apart."""
+        """Return the identity of the next call of a step in a scope. ``kind`` sets other calls apart."""
         name = f"{kind}{quoted(step_id)}"
         number = scope.counts[name]
         scope.counts[name] = number + 1
@@ -163,7 +163,7 @@ def sequence_id(node_ids: Iterable[str]) -> str:
 
 
 def place_before(branch: str, group_id: str | None) -> str | None:
-    """Return the branch whose output is the input of a child, if the group around it is a sequence; None for the first."""
+    """Return the branch whose output is the input of a child of a sequence; None for the first child."""
     outer, dot, index = branch.rpartition(".")
     if group_id is None or not group_id.startswith("[") or not index.isdecimal() or int(index) == 0:
         return None

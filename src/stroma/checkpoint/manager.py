@@ -62,7 +62,8 @@ class CheckpointManager:
         state: BaseModel | None = await _await_if_needed(self.store.load(run_id, node_id))
         if state is not None and not isinstance(state, schema):
             raise CorruptCheckpoint(
-                f"the checkpoint of node {node_id!r} in run {run_id!r} is a {type(state).__name__}, not a {schema.__name__}; "
+                f"the checkpoint of node {node_id!r} in run {run_id!r} is a {type(state).__name__}, not a "
+                f"{schema.__name__}; "
                 "restore the schema, or run the node again"
             )
         return state
@@ -72,7 +73,7 @@ class CheckpointManager:
         await _await_if_needed(self.store.delete(run_id))
 
     def open_run(self, request: RunRequest) -> Session | Awaitable[Session]:
-        """Begin or continue an execution. Raises StoreError if that needs a journal and the store has none."""
+        """Begin or continue an execution. Raises StoreError if that needs a journal."""
         # Not isinstance(), which takes microseconds for a protocol.
         open_run: Callable[[RunRequest], Session | Awaitable[Session]] | None = getattr(
             self.store, "open_run", None
@@ -81,12 +82,14 @@ class CheckpointManager:
             return open_run(request)
         if request.deliver:
             raise StoreError(
-                f"{type(self.store).__name__} has no journal, so it has no record of pending hooks; use a journal store "
+                f"{type(self.store).__name__} has no journal, so it has no record of pending hooks; use a "
+                "journal store "
                 'such as SQLiteStore, or hook_delivery="at_most_once"'
             )
         if request.if_exists in ("resume", "return") and request.discard_from is None:
             raise StoreError(
-                f"{type(self.store).__name__} has no journal, so it has no record of where run {request.run_id!r} stopped; "
+                f"{type(self.store).__name__} has no journal, so it has no record of where run "
+                f"{request.run_id!r} stopped; "
                 "use resume_from=, or a journal store such as SQLiteStore"
             )
         return SimpleSession(self.store, request.run_id, request.version)

@@ -55,7 +55,7 @@ _MIN_AGE_SECONDS: Final = 3600.0
 
 @runtime_checkable
 class Codec(Protocol):
-    """Encodes every payload of a store: outputs, inputs, questions, answers, messages, failure messages. Ids and numbers stay plain.
+    """Encodes every payload of a store, messages of failures too. Ids and numbers stay plain.
 
     ``decode`` must read everything that ``encode`` wrote earlier, also with an earlier key: include the name
     of the key. It must raise for data that was changed since. The data to encode begins with a hash of its
@@ -82,7 +82,7 @@ class BlobStore(Protocol):
 
 
 class DirectoryBlobs:
-    """Stores blobs as files in a directory, which is created if it is missing. Only their owner can read them."""
+    """Stores blobs as files in a directory, created if missing. Only their owner can read them."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = pathlib.Path(path).absolute()
@@ -141,7 +141,7 @@ def _write_file(file: pathlib.Path, data: bytes) -> None:
 
 
 def _make_directory(path: pathlib.Path, mode: int = 0o777) -> None:
-    """Create a directory and its parents if missing, and sync each parent. Only the last directory gets the mode."""
+    """Create a directory and its parents if missing, and sync each parent. Only the last gets the mode."""
     if not path.parent.exists():
         _make_directory(path.parent)
     path.mkdir(mode=mode, exist_ok=True)
@@ -157,7 +157,7 @@ def _sync_directory(path: pathlib.Path) -> None:
 
 
 class FsspecBlobs:
-    """Stores blobs at any URL that fsspec supports (``s3://bucket/folder`` ...). Raises ImportError without fsspec."""
+    """Stores blobs at any URL that fsspec supports (``s3://...``). Raises ImportError without fsspec."""
 
     def __init__(self, url: str, **options: Any) -> None:
         try:
@@ -276,7 +276,8 @@ class Payloads:
         if not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "%s has %s MB, which each node copies, validates and stores; store large data in a file or an object store, and "
+                "%s has %s MB, which each node copies, validates and stores; store large data in a file or "
+                "an object store, and "
                 "pass its path on in the state",
                 what,
                 f"{size / 1e6:,.0f}",
@@ -300,7 +301,8 @@ class Payloads:
             self.blobs.put(digest.hex(), data)
         except Exception as error:
             raise StoreError(
-                f"a payload of {len(data)} bytes could not be stored in {self.blobs!r}: {error}; fix the blob store, then resume"
+                f"a payload of {len(data)} bytes could not be stored in {self.blobs!r}: {error}; fix the "
+                "blob store, then resume"
             ) from error
         return BLOB + digest
 
@@ -341,7 +343,8 @@ class Payloads:
             encoded = codec.encode(data)
         except Exception as error:
             raise StoreError(
-                f"the codec {codec!r} could not encode a payload of {len(data)} bytes ({type(error).__name__}: {error}); "
+                f"the codec {codec!r} could not encode a payload of {len(data)} bytes "
+                f"({type(error).__name__}: {error}); "
                 "fix the codec, then resume"
             ) from error
         if not isinstance(encoded, bytes):
@@ -361,7 +364,8 @@ class Payloads:
         if not stored.startswith(CODED):
             if self._must_be_sealed:
                 raise CorruptCheckpoint(
-                    f"{what} was not written by the codec of this store: it is older than the codec, or was replaced; "
+                    f"{what} was not written by the codec of this store: it is older than the codec, or "
+                    "was replaced; "
                     "if it is older, open the store with plain_until_migrated=True"
                 )
             return stored
@@ -375,14 +379,16 @@ class Payloads:
             data = codec.decode(data)
         except Exception as error:
             raise CorruptCheckpoint(
-                f"{what} cannot be decoded ({type(error).__name__}: {error}); open the store with the codec, and the "
+                f"{what} cannot be decoded ({type(error).__name__}: {error}); open the store with the "
+                "codec, and the "
                 "keys, that it was written with"
             ) from error
         if not isinstance(data, bytes):
             raise _not_bytes(codec, "decode", data)
         if not hmac.compare_digest(data[:_DIGEST_BYTES], place.digest()):
             raise CorruptCheckpoint(
-                f"{what} was written for another place, and moved to this one; restore the store from a backup, or "
+                f"{what} was written for another place, and moved to this one; restore the store from a "
+                "backup, or "
                 "start a new run"
             )
         return data[_DIGEST_BYTES:]
@@ -394,7 +400,8 @@ class Payloads:
             data = self.blobs.get(digest.hex())
         except Exception as error:  # It may still exist.
             raise StoreError(
-                f"{what} is stored in blob {digest.hex()}, and {self.blobs!r} cannot be read ({type(error).__name__}: "
+                f"{what} is stored in blob {digest.hex()}, and {self.blobs!r} cannot be read "
+                f"({type(error).__name__}: "
                 f"{error}); fix the blob store, then try again"
             ) from error
         fix = "restore it, or recompute it: resume from that node (resume_from=), or start a new run"

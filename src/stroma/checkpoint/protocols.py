@@ -58,7 +58,7 @@ class Charge(Protocol):
         ...
 
     def settled(self, answers: list[Any]) -> None:
-        """Receive the answers of the changes, in their order. Called in the event loop after they are stored."""
+        """Receive the answers of the changes, in their order, in the event loop after they are stored."""
 
 
 @runtime_checkable

@@ -45,7 +45,7 @@ class QueueEntry(NamedTuple):
 
 
 class QueueFigures(NamedTuple):
-    """The queue of one pipeline at one time: its runs of the versions that are asked for, and those without a version.
+    """The queue of one pipeline at one time: runs of the versions asked for, and without a version.
 
     Attributes:
         queued: QUEUED runs, due or not.
@@ -80,7 +80,7 @@ class QueueReading(NamedTuple):
 
 
 class RunLimits(NamedTuple):
-    """Limits of one pipeline: how many of its runs may have an owner at once, in all processes; None: no limit."""
+    """Limits of one pipeline: how many of its runs may have an owner at once; None: no limit."""
 
     max_runs: int | None = None
     max_runs_per_key: int | None = None

@@ -135,14 +135,14 @@ class RunRecord:
 
     @property
     def waits_for(self) -> Literal["resume", "budget"] | None:
-        """The need of a suspended run that no answer continues: that a pause is taken back, or a larger budget."""
+        """The need of a suspended run that no answer continues: the end of a pause, or a larger budget."""
         if self.status != "SUSPENDED":
             return None
         return "resume" if self.error == PAUSED else "budget" if self.error == BUDGET else None
 
     @property
     def wait_text(self) -> str | None:
-        """The need of a suspended run, for people: "waiting for ...", "sleeping until ..." or "paused"; None for any other."""
+        """The need of a suspended run, for people, such as "waiting for ..."; None for any other."""
         return describe_wait(self.error or "") if self.status == "SUSPENDED" else None
 
 
@@ -302,7 +302,7 @@ class Tally(NamedTuple):
 
 
 def duration_digits(duration_ns: int) -> int:
-    """Return 100 times the number of decimal digits of a duration, plus its first two digits: sums by it have percentiles."""
+    """Return 100 times the number of digits of a duration, plus its first two, to sum up for percentiles."""
     text = str(duration_ns)
     return 100 * len(text) + int(text[:2])
 

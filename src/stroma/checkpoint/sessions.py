@@ -29,7 +29,7 @@ __all__ = ["NULL_SESSION", "Session", "SimpleSession"]
 
 
 class Session:
-    """One execution of a run, held by this process. This one records nothing: stores override what they can do.
+    """One execution of a run, held by this process. Here nothing is recorded: stores override the methods.
 
     Attributes:
         address: identifies the store among all stores: cells of a store with this address change in the
@@ -88,28 +88,29 @@ class Session:
         """Store one attempt and, with ``output``, its commit: both or nothing.
 
         Returns None if it is done, otherwise an awaitable. The engine always awaits it to its end, even if
-        the run is cancelled: it must end by itself. Raises NotSerialisable at once for an output without a stored form.
+        the run is cancelled: it must end by itself. Raises NotSerialisable at once for an output without a
+        stored form.
         """
 
     def with_references(self, row: AttemptRow) -> AttemptRow:
-        """Return a row for the trace, with references in place of the states that the store holds in blobs."""
+        """Return a row for the trace, with references in place of states that the store holds in blobs."""
         return row
 
     def committed(
         self, position: int, branches: Sequence[str]
     ) -> Mapping[str, Committed] | Awaitable[Mapping[str, Committed]]:
-        """Return the commits in some branches of a position, including those of this process. Raises StoreError."""
+        """Return the commits in some branches of a position, also of this process. Raises StoreError."""
         return {}
 
     def suspend(self, row: AttemptRow, waiting: Waiting) -> Awaitable[None] | None:
-        """Store an attempt that waits for an approval, and its question: both or nothing. Raises StoreError."""
+        """Store an attempt that waits for an answer, and its question: both or nothing. Raises StoreError."""
 
     def holds_lease(self) -> bool:
-        """Return False if another process may have taken the run over. May be called from any thread; reads no store."""
+        """Return False if another process may have taken the run over, from any thread, without a store."""
         return True
 
     def delivered(self, row: AttemptRow) -> None:
-        """Record, without waiting, that the end hooks of an attempt were called. Only called if the request has ``deliver``."""
+        """Record, without waiting, that end hooks were called. Only called if the request has ``deliver``."""
 
     def note_call(self, position: int, identity: str) -> None:
         """Store an identity with each attempt that is recorded at a position, or inside it."""
@@ -117,10 +118,10 @@ class Session:
     def record_failure_site(
         self, position: int, branch: str, attempt: int, started_ns: int, write: Callable[[], bytes]
     ) -> None:
-        """Store where an attempt failed together with the attempt. ``write``: see :func:`failure_site_writer`."""
+        """Store where an attempt failed, with the attempt. ``write``: see :func:`failure_site_writer`."""
 
     def record_rejected(self, position: int, branch: str, started_ns: int, data: bytes) -> None:
-        """Store an output that broke its contract together with the attempt. ``data``: see :class:`RejectedOutput`."""
+        """Store an output that broke its contract, with the attempt; see :class:`RejectedOutput`."""
 
     def note_traceparent(self, traceparent: str) -> Future[None] | None:
         """Store, without waiting, the W3C trace context of this execution for processes that resume it.
@@ -132,7 +133,7 @@ class Session:
         """Store, without waiting, ids of what this execution belongs to, for processes that resume it."""
 
     def append_events(self, last: int, lines: bytes) -> Awaitable[None] | None:
-        """Store a batch of events beside the commits, up to a number of the session. Not refused if it is fenced off.
+        """Store a batch of events up to a number of the session. Not refused if it is fenced off.
 
         Raises StoreError, at once or awaited; None: it is done. It is stored before an end that is recorded
         later.
@@ -150,7 +151,7 @@ class Session:
         """
 
     def mark_effect(self, node_id: str) -> None:
-        """Store with the next note that the run has called an effect of this node. It outlives the execution."""
+        """Store with the next note that the run has called an effect of this node, in any execution."""
 
     def flush(self) -> Awaitable[None] | None:
         """Store the notes now. Awaited: raises Fenced, or another StoreError."""
@@ -161,7 +162,8 @@ class Session:
         Returns what is stored then: an accepted answer to the same question stays.
         """
         raise StoreError(
-            f"this store has no journal, so a flow cannot wait for a {waiting.node_id}; use a journal store such as SQLiteStore"
+            f"this store has no journal, so a flow cannot wait for a {waiting.node_id}; use a journal "
+            "store such as SQLiteStore"
         )
 
     def answers(self) -> Mapping[tuple[int, str], Waiting] | Awaitable[Mapping[tuple[int, str], Waiting]]:
@@ -175,7 +177,8 @@ class Session:
         was called.
         """
         raise StoreError(
-            "this store has no journal, so a flow cannot receive messages; use a journal store such as SQLiteStore"
+            "this store has no journal, so a flow cannot receive messages; use a journal store such as "
+            "SQLiteStore"
         )
 
     def end(self, status: str, error: str | None, wake_ms: int | None = None) -> Awaitable[None] | None:
@@ -186,7 +189,7 @@ class Session:
         """
 
     def give_back(self) -> Awaitable[None] | None:
-        """Release the run, in place of :meth:`end`: it stands as it did when it was opened. Raises StoreError."""
+        """Release the run, in place of :meth:`end`: it stands as it did before. Raises StoreError."""
 
     def abandon(self) -> None:
         """Release the run when nothing can be awaited any more. Nothing is recorded."""
@@ -214,12 +217,14 @@ class SimpleSession(Session):
 
     def committed(self, position: int, branches: Sequence[str]) -> Mapping[str, Committed]:
         raise StoreError(
-            f"{type(self._store).__name__} has no journal, so the items of a map cannot be read back; use a journal store "
+            f"{type(self._store).__name__} has no journal, so the items of a map cannot be read back; use "
+            "a journal store "
             "such as SQLiteStore, or pass a field of the state as into="
         )
 
     def suspend(self, row: AttemptRow, waiting: Waiting) -> None:
         raise StoreError(
-            f"{type(self._store).__name__} has no journal, so run {self._run_id!r} cannot wait for an approval; "
+            f"{type(self._store).__name__} has no journal, so run {self._run_id!r} cannot wait for an "
+            "approval; "
             "use a journal store such as SQLiteStore"
         )

@@ -1,4 +1,4 @@
-"""Annotations of a run besides its commits: pending approvals, and end hooks that may not have been called."""
+"""Annotations of a run besides its commits: questions, notes, end hooks that may not have been called."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def annotate(
 def read_annotations(
     rows: Rows, run: Any, run_id: str, *kinds: Annotation, branch: str | None = None
 ) -> list[StepRow]:
-    """Return the annotations of these kinds; branch None: in all branches. Raises CorruptCheckpoint for a damaged one."""
+    """Return the annotations of these kinds; branch None: in all branches. Raises CorruptCheckpoint."""
     return require_intact(rows.annotations(run, *kinds, branch=branch), run_id)
 
 
 def require_intact(annotations: Iterable[StepRow], run_id: str) -> list[StepRow]:
-    """Return annotations that were read. Raises CorruptCheckpoint for a damaged one. All reading goes through here."""
+    """Return annotations that were read. Raises CorruptCheckpoint for a damaged one."""
     annotations = list(annotations)
     for row in annotations:
         if not is_intact(row):
@@ -147,7 +147,7 @@ def record_waiting(rows: Rows, run_id: str, execution: int, waiting: Waiting, pa
 def put_waiting(
     rows: Rows, run: Any, run_id: str, execution: int, waiting: Waiting, payloads: Payloads
 ) -> Waiting:
-    """Store a question, or how it ended, unless it has an accepted answer. Return what is stored then. Raises StoreError."""
+    """Store a question, or how it ended, unless it has an answer. Return what is stored."""
     row = read_annotation(rows, run, run_id, Annotation.WAITING, waiting_key(waiting))
     stored = row and read_waiting(row, run_id, execution, payloads)
     if stored is not None and is_answered(stored, waiting):
@@ -162,7 +162,7 @@ def waiting_key(waiting: Waiting) -> str:
 
 
 def answer_place(run_id: str, execution: int, waiting: Waiting) -> PayloadPlace:
-    """Return the place of an answer. It includes the id of the question, so that the answer fits no other question."""
+    """Return the place of an answer, with the id of its question: the answer fits no other question."""
     return PayloadPlace(run_id, execution, f"answer\0{waiting.id}", waiting.position, waiting.branch)
 
 
@@ -239,7 +239,7 @@ def record_notes(rows: Rows, run: Any, run_id: str, execution: int, notes: Notes
 def read_notes(
     rows: Rows, run: RunRow, annotations: list[StepRow], payloads: Payloads, first: int | None
 ) -> dict[str, bytes]:
-    """Return the notes of an execution by key, and delete those of positions from ``first`` on, except those of effects.
+    """Return the notes of an execution; delete those from position ``first`` on, except of effects.
 
     Raises StoreError.
     """

@@ -16,7 +16,7 @@ __all__ = ["claim_runs", "submit_run"]
 def submit_run(
     rows: Rows, payloads: Payloads, request: RunRequest, opening: Opening, data: Stored, entry: QueueEntry
 ) -> bool:
-    """Create a QUEUED run. Return False if it exists already, with the same pipeline and input. Raises RunExists."""
+    """Create a QUEUED run. Return False if it exists with the same pipeline and input. Raises RunExists."""
     run = rows.find(request.run_id, lock=True)
     if run is not None and run.execution:
         is_same = has_same_input(rows, run, payloads, request, opening, data)

@@ -42,14 +42,14 @@ def request(rows: Rows, run_id: str, key: str, data: bytes = b"") -> None:
 
 
 def request_budget(rows: Rows, run_id: str, run: Any, limits: Mapping[str, float]) -> None:
-    """Store a request for other limits, by field of ExecutionBudget. ``run``: the run's key in the store, which is locked."""
+    """Store a request for other limits, by field of ExecutionBudget, about a locked run."""
     numbers = [_budget_number(row, run_id) for row in _requests(rows, run, run_id)]
     key = f"{_BUDGET} {max(numbers, default=0) + 1:09d}"
     request(rows, run_id, key, json.dumps(dict(limits)).encode())
 
 
 def read_control(rows: Rows, run: Any, run_id: str) -> RunControl:
-    """Return all requests about a run, read or not. ``run``: its key in the store. Raises CorruptCheckpoint."""
+    """Return all requests about a run, read or not. Raises CorruptCheckpoint."""
     return to_control(_requests(rows, run, run_id), run_id)
 
 

@@ -45,7 +45,7 @@ def fork_run(
     edited: Step | None,
     call: str | None = None,
 ) -> None:
-    """Copy what a run committed before a position into a new run, with ``edited`` in place of the last output.
+    """Copy what a run committed before a position into a new run; ``edited`` replaces the last output.
 
     ``call``: copy what the flow at that position got before the end of this call, too. Raises
     CheckpointNotFound, RunExists, CorruptCheckpoint.
@@ -58,7 +58,8 @@ def fork_run(
         (row.position, row.branch) != (before - 1, "") for row in rows.steps(origin.run, origin.execution)
     ):
         raise CheckpointNotFound(
-            f"run {source!r} has no output at position {before - 1}, so it cannot be forked before position {before}; fork at an "
+            f"run {source!r} has no output at position {before - 1}, so it cannot be forked before "
+            f"position {before}; fork at an "
             "earlier node"
         )
     existing = rows.find(opening.run_id, lock=True)

@@ -33,7 +33,8 @@ _MAX_INT: Final = 2**63 - 1
 def lost_error(run_id: str, why: str) -> CheckpointLost:
     """Return the error for a run whose acknowledged data the store has lost."""
     return CheckpointLost(
-        f"run {run_id!r} has lost acknowledged commits: {why}; restore the store from a newer copy and resume, or restart "
+        f"run {run_id!r} has lost acknowledged commits: {why}; restore the store from a newer copy and "
+        "resume, or restart "
         'the run (if_exists="restart")'
     )
 
@@ -41,7 +42,7 @@ def lost_error(run_id: str, why: str) -> CheckpointLost:
 def parse_run(
     values: Sequence[Any], run_id: str | None = None, others: Mapping[str, Any] = MappingProxyType({})
 ) -> RunRow:
-    """Return the row of a run. If a value has a type that no store writes, its status is DAMAGED, its error says why.
+    """Return the row of a run. With a value of a type that no store writes, its status is DAMAGED.
 
     Args:
         run_id: its id, if it is known from elsewhere.
@@ -66,7 +67,7 @@ def parse_run(
 
 
 def parse_attempt(values: Sequence[Any], epoch: int = 0, output_bytes: int | None = None) -> AttemptRecord:
-    """Return an attempt of its stored values. If one has a type that no store writes, its outcome is DAMAGED."""
+    """Return the attempt of stored values. With a type that no store writes, its outcome is DAMAGED."""
     record = AttemptRecord(*values)
     record.epoch, record.output_bytes = epoch, output_bytes
     if all(map(isinstance, values, _ATTEMPT_TYPES)) and all(
@@ -129,7 +130,7 @@ def checksum(data: Any) -> Any:
 
 
 def storable_text(value: str | None) -> str | None:
-    """Return a text that every store accepts: lone surrogates and NULs, as in messages of exceptions, are escaped."""
+    """Return a text that every store accepts: lone surrogates and NULs are escaped."""
     if value is None or (value.isascii() and "\0" not in value):
         return value
     return value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
@@ -167,7 +168,7 @@ def verify_input(data: Any, sha256: Any, run_id: str) -> None:
 
 
 def verify_step(step: Step, run_id: str, position: int, node_id: str, branch: str = "") -> None:
-    """Raise CorruptCheckpoint if an output is not what was committed. The message says how to recompute it."""
+    """Raise CorruptCheckpoint, which says how to recompute it, if an output is not what was committed."""
     if is_intact(StepRow(position, branch, node_id, step)):
         return
     if position == Annotation.SAVED:
@@ -180,6 +181,7 @@ def verify_step(step: Step, run_id: str, position: int, node_id: str, branch: st
         group_name = repr(group) if group and "." not in branch else ""
         target = f"the outermost group around it (resume_from={group_name})"
     raise CorruptCheckpoint(
-        f"the output of node {node_id!r} at position {position} of run {run_id!r} is damaged; resume from {target} "
+        f"the output of node {node_id!r} at position {position} of run {run_id!r} is damaged; resume from "
+        f"{target} "
         "to recompute it"
     )

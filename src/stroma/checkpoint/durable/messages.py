@@ -50,7 +50,7 @@ def add_message(rows: Rows, payloads: Payloads, run: RunRow, message: SentMessag
 
 
 def read_messages(rows: Rows, run: RunRow, after: int, payloads: Payloads) -> tuple[int, list[SentMessage]]:
-    """Return the number of the last message to a run, and the messages after a number in their order. Raises StoreError."""
+    """Return the number of the last message to a run, and the messages after a number. Raises StoreError."""
     last = last_number(rows, run.run, run.run_id)
     if last - after < _MANY:
         numbered = [_read(rows, run.run, run.run_id, _key(number)) for number in range(after + 1, last + 1)]

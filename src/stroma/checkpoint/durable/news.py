@@ -1,4 +1,4 @@
-"""Notifications that runs of a store may be due. They save workers a wait for their next poll, and nothing depends on them."""
+"""Notifications that runs of a store may be due, which save workers a wait for their next poll."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def fence_error(rows: Rows, fence: Fence, run_id: str) -> StoreError:
 
 
 def fenced_error(run: RunRow | None, run_id: str, fence: Fence) -> Fenced:
-    """Return the error for a session that another process fenced off. ``run``: the present row; None if it was deleted."""
+    """Return the error for a session that was fenced off. ``run``: the present row; None: deleted."""
     if run is None:
         return Fenced(
             f"run {run_id!r} is no longer in the store: it was deleted; this execution records nothing more"
@@ -136,15 +136,18 @@ def fenced_error(run: RunRow | None, run_id: str, fence: Fence) -> Fenced:
         return Fenced(f"run {run_id!r} was cancelled by {place}; this execution records nothing more")
     if run.epoch != fence.epoch:
         return Fenced(
-            f"run {run_id!r} was taken over by {place}; this execution records nothing more, see the result of the other one"
+            f"run {run_id!r} was taken over by {place}; this execution records nothing more, see the "
+            "result of the other one"
         )
     # No process has taken it over: a request has replaced the owner.
     if run.status == "SUSPENDED":
         return Fenced(
-            f"run {run_id!r} was paused by {place} while this process did not renew its lease; this execution records "
+            f"run {run_id!r} was paused by {place} while this process did not renew its lease; this "
+            "execution records "
             "nothing more, resume or unpause the run"
         )
     return Fenced(
-        f"the budget of run {run_id!r} was changed while this process did not renew its lease; this execution records "
+        f"the budget of run {run_id!r} was changed while this process did not renew its lease; this "
+        "execution records "
         "nothing more, resume the run"
     )

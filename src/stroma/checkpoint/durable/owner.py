@@ -46,12 +46,12 @@ class Owner(NamedTuple):
 
     @property
     def records_end(self) -> bool:
-        """Return True if the session records its end. Without that it has no end, and no requests are read for it."""
+        """Return True if the session records its end. Otherwise no requests are read for it."""
         return not self.token.startswith(_ENDLESS)
 
     @property
     def may_die(self) -> bool:
-        """Return True if a run without an end means that its process died: it records ends, and is not this process."""
+        """Return True if a run without an end means that its process died, which is not this one."""
         here = _process(os.getpid())
         return self.records_end and self[:5] != here[:5]
 
@@ -61,7 +61,7 @@ class Owner(NamedTuple):
 
     @classmethod
     def read(cls, text: str | None) -> Owner | None:
-        """Parse the text that ``str()`` wrote; return None for any other text, since it comes from a store."""
+        """Parse the text that ``str()`` wrote; return None for any other text."""
         parts = (text or "").split("|")
         try:
             host, boot, space, pid, born, token = parts
@@ -71,7 +71,7 @@ class Owner(NamedTuple):
 
 
 def new_owner(session: object, *, ends: bool = True) -> Owner:
-    """Return a new owner for a session of this process, which is alive until the session is garbage-collected.
+    """Return a new owner for a session of this process, alive until the session is garbage-collected.
 
     ``ends``: the session records its end. Otherwise it is never considered alive in its own process.
     """

@@ -66,7 +66,7 @@ _ALL_RUNS: Final = RunQuery()
 
 
 class ReadableStore(ABC):
-    """A store whose runs can be read. All methods block, may be called from any thread, and raise StoreError."""
+    """A store whose runs can be read. All methods block, work in any thread, and raise StoreError."""
 
     _payloads: Payloads
 
@@ -98,7 +98,7 @@ class ReadableStore(ABC):
         return self.read(read, [])
 
     def run_page(self, query: RunQuery = _ALL_RUNS, *, limit: int = 50, after: str | None = None) -> RunPage:
-        """Return the last executions of the runs that match a query, the newest first, with the cause of failures.
+        """Return the last executions of the runs that match a query, the newest first, with causes.
 
         ``after``: the ``next`` of the previous page. Raises ValueError for any other text, StoreError.
         """
@@ -122,7 +122,7 @@ class ReadableStore(ABC):
         return self.read(query, None)
 
     def read_events(self, run_id: str, after: EventPlace, limit: int) -> EventPage | None:
-        """Return the next stored events of a run after a place, in at most ``limit`` batches; None for an unknown run.
+        """Return at most ``limit`` batches of events of a run after a place; None for an unknown run.
 
         Raises ValueError for an illegal id, StoreError.
         """
@@ -142,7 +142,7 @@ class ReadableStore(ABC):
         return self.read(query, None)
 
     def find_run(self, prefix_or_last: str, *, limit: int = 20) -> list[str]:
-        """Return the ids with a prefix, the newest first; the newest id for "last". A complete id is returned alone.
+        """Return the ids with a prefix, the newest first; for "last" the newest id. A complete id is alone.
 
         Raises StoreError.
         """
@@ -153,7 +153,7 @@ class ReadableStore(ABC):
         return run_ids[:1] if run_ids[:1] == [prefix] else run_ids
 
     def attempts(self, run_id: str, *, execution: int | None = None) -> list[AttemptRecord]:
-        """Return each attempt of an execution (1-based; None: the last), by process, position and time; [] if unknown.
+        """Return each attempt of an execution (None: the last), by process, position and time; [] if unknown.
 
         A group comes before its children. Raises StoreError.
         """
@@ -174,7 +174,7 @@ class ReadableStore(ABC):
     def attempt_page(
         self, run_id: str, *, execution: int | None = None, limit: int = 1000, after: str | None = None
     ) -> AttemptPage:
-        """Return a page of the attempts, without outputs. Raises ValueError if ``after`` is not from a page, StoreError."""
+        """Return a page of the attempts, without outputs. Raises ValueError for any other ``after``."""
         check_id(run_id, "run id")
 
         def query(rows: Rows) -> AttemptPage:
@@ -206,7 +206,7 @@ class ReadableStore(ABC):
         return self.read(query, [])
 
     def failure_site_of(self, run_id: str, position: int, branch: str = "") -> FailureSite | None:
-        """Return where the last failed attempt at a place failed; None if unknown. Raises CorruptCheckpoint, StoreError."""
+        """Return where the last failed attempt at a place failed; None if unknown. Raises StoreError."""
         check_id(run_id, "run id")
 
         def query(rows: Rows) -> StepRow | None:
@@ -225,7 +225,7 @@ class ReadableStore(ABC):
         return site
 
     def rejected_of(self, run_id: str, position: int, branch: str, started_ns: int) -> RejectedOutput | None:
-        """Return the output that broke its contract in an attempt of the last execution; None if there is none.
+        """Return the output that broke its contract in an attempt of the last execution, or None.
 
         Raises CorruptCheckpoint, StoreError.
         """
@@ -347,7 +347,7 @@ class ReadableStore(ABC):
         return self.read(query, [])
 
     def flow_notes(self, run_id: str) -> dict[str, bytes]:
-        """Return what the last execution recorded of its flows besides commits, by key; what is damaged is omitted.
+        """Return the notes of the flows of the last execution, by key, without damaged ones.
 
         Raises StoreError.
         """
@@ -396,7 +396,7 @@ class ReadableStore(ABC):
     def tally(
         self, since_ms: int, bucket_ms: int, *, runs: int = 2000, attempts: int = 200_000
     ) -> list[Tally]:
-        """Return sums over the attempts of runs started since, by time bucket, pipeline, node, model and failure class.
+        """Return sums over attempts of runs started since, by time, pipeline, node, model and failure class.
 
         Reads at most so many runs and attempts, the newest runs first. Raises StoreError.
         """
@@ -415,7 +415,7 @@ class ReadableStore(ABC):
 
 
 def _possible_causes(rows: Rows, run: RunRow, failed: list[AttemptRecord]) -> list[AttemptRecord]:
-    """Return the failed attempts that may be the cause: of an unfinished run, those without a later success."""
+    """Return the failed attempts that may be the cause: in an unfinished run, without a later success."""
     if run.status not in ("RUNNING", "SUSPENDED"):
         return failed
     last_fix: dict[tuple[int, str], int] = {}

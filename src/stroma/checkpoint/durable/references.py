@@ -1,4 +1,4 @@
-"""References of the trace to large states: one that a store keeps in a blob need not stay in memory as well."""
+"""References of the trace to large states, which a store has in blobs."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ DAMAGED: Final = "DAMAGED"
 
 
 def is_free(owner: str | None, left_seconds: float) -> bool:
-    """Return True if a running run has no owner any more. ``left_seconds``: of its lease; infinite in memory."""
+    """Return True if a running run has lost its owner. ``left_seconds``: of its lease; infinite in memory."""
     holder = Owner.read(owner)
     return holder is None or left_seconds < 0 or (left_seconds < math.inf and is_gone(holder))
 
@@ -82,7 +82,7 @@ _MARGIN: Final = 0.1
 
 
 def lease_clock() -> float:
-    """Return the seconds by which this process measures its own leases. It never jumps, whoever sets the time."""
+    """Return the seconds by which this process measures its own leases, which never jump."""
     return time.monotonic() if _LEASE_CLOCK is None else time.clock_gettime(_LEASE_CLOCK)
 
 
@@ -271,7 +271,7 @@ class Rows(Protocol):
 
     # ---- runs
     def find(self, run_id: str, *, lock: bool = False) -> RunRow | None:
-        """Return the row of a run, or None. With ``lock`` no other transaction changes it before this one ends."""
+        """Return a run, or None. With ``lock`` no other transaction changes it before this one ends."""
         ...
 
     def begin(self, run: RunRow | None, opening: Opening) -> Fence:
@@ -304,11 +304,11 @@ class Rows(Protocol):
         ...
 
     def is_complete(self, run: RunRow) -> bool:
-        """Return True if the last execution has its input and all attempts and commits that its run counts."""
+        """Return True if the last execution has its input, and all attempts and commits that are counted."""
         ...
 
     def identities(self, run: Any, execution: int) -> Iterable[tuple[str, int]]:
-        """Return (identity, position) of each step of plain code with an attempt in an execution, or one inside it."""
+        """Return (identity, position) of each step of plain code with an attempt, or one inside it."""
         ...
 
     def was_deleted(self, run: Any) -> bool:
@@ -343,7 +343,7 @@ class Rows(Protocol):
         ...
 
     def candidates(self, pipeline: str, request: ClaimRequest) -> list[Candidate]:
-        """Return runs of a pipeline that are due and have no claim; see :func:`stroma.checkpoint.decisions.is_due`.
+        """Return runs of a pipeline that are due and have no claim; see ``decisions.is_due``.
 
         The first ``limit`` queued runs of each key, and at most ``limit`` of those that stopped, of those
         whose owner is gone, and of those that are blocked for other code, or were for long enough. All are of
@@ -365,7 +365,7 @@ class Rows(Protocol):
         ...
 
     def inputs_of(self, candidates: Sequence[Candidate]) -> dict[Any, tuple[bytes, bytes]]:
-        """Return (input, sha256) of the last executions of these runs, by their keys; {} if input() is as quick."""
+        """Return (input, sha256) of these runs by their keys; {} if input() is as quick."""
         ...
 
     def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
@@ -384,7 +384,7 @@ class Rows(Protocol):
         """
 
     def annotations(self, run: Any, *kinds: Annotation, branch: str | None = None) -> Iterable[StepRow]:
-        """Return the annotations of these kinds in one query, those of a kind by branch; branch None: in all branches."""
+        """Return the annotations of these kinds, by branch; branch None: in all branches."""
         ...
 
     def delete_annotations(self, run: Any, *kinds: Annotation, branch: str | None = None) -> None:
@@ -402,7 +402,7 @@ class Rows(Protocol):
 
     # ---- events
     def append_events(self, batches: Sequence[EventRow]) -> None:
-        """Append batches of events, except those of deleted runs and earlier executions, and those that are there.
+        """Append batches of events, except of deleted runs and earlier executions, and those that are there.
 
         No fence applies. Redis refuses a batch of an earlier session than the last one.
         """
@@ -428,7 +428,7 @@ class Rows(Protocol):
         ...
 
     def expired_run_ids(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
-        """Return ids of runs that ended (with ``unfinished``: all runs) and were last written before a time."""
+        """Return ids of ended runs (``unfinished``: of all runs) that were last written before a time."""
         ...
 
     def blobs(self) -> Iterable[bytes]:
@@ -473,7 +473,7 @@ class Rows(Protocol):
         ...
 
     def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
-        """Return sums over the attempts of runs started since; at most so many runs and attempts, the newest runs first."""
+        """Return sums over attempts of at most so many runs started since, the newest runs first."""
         ...
 
     def facts(self) -> StoreFacts:

@@ -132,11 +132,11 @@ class RunStore(ReadableStore):
         return claimed
 
     def listen(self, on_news: Callable[[], None]) -> Listener | None:
-        """Call a function, in a thread of its own, when another process has made a run due; None if that is not reported."""
+        """Call a function, in another thread, when a run was made due; None if that is not reported."""
         return None
 
     async def postpone(self, run_id: str, token: str, due_ms: int) -> None:
-        """Give back a claimed run that could not be continued, and make it due at a later time. Raises StoreError."""
+        """Give back a claimed run that could not be continued, and make it due later. Raises StoreError."""
 
         def postpone(rows: Rows) -> None:
             run = rows.find(run_id, lock=True)
@@ -246,7 +246,7 @@ class RunStore(ReadableStore):
         return await self._request(run_id, do)
 
     async def reopen(self, run_id: str) -> bool:
-        """Make a run due that stopped: one that failed or was cancelled too. Takes a pause and a cancellation back.
+        """Make a run due that stopped, failed or was cancelled. Takes a pause and a cancellation back.
 
         Returns False if it is complete, or has an owner. Raises CheckpointNotFound, StoreError.
         """
@@ -389,7 +389,7 @@ class RunStore(ReadableStore):
     # ------------------------------------------------------------------ items
 
     def map_items(self, run_id: str, node_id: str, first: int, count: int) -> list[tuple[int, Committed]]:
-        """Return committed items of a map in the last execution of a run, from index ``first``; [] after the last one.
+        """Return committed items of a map in the last execution, from an index on; [] after the last one.
 
         Raises CheckpointNotFound if there is no such completed map, CorruptCheckpoint, StoreError.
         """
@@ -443,7 +443,7 @@ def _records_end(run: RunRow) -> bool:
 
 
 def _fence_off(rows: Rows, run: RunRow, owner: str) -> Fence:
-    """Return the fence for the end of a run without an owner. A process that lives, and only lost its lease, loses the run.
+    """Return the fence for the end of a run without an owner. A process that only lost its lease loses it.
 
     Plain code whose session records no end keeps it: it has no lease to lose, and what it calls is stored.
     """

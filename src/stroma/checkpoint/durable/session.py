@@ -228,7 +228,7 @@ class DurableSession(Session):
         self._rejected[position, branch] = (started_ns, data)
 
     def _submit_commit(self, commit: Commit, question: Waiting | None = None) -> Awaitable[Any]:
-        """Commit an attempt together with its annotations and the changes of its cells, in one transaction."""
+        """Commit an attempt with its annotations and the changes of its cells, in one transaction."""
         attempt, self.completed = commit.attempt, None
         place = attempt.position, attempt.branch
         site = self._failure_sites.pop(place, None)
@@ -349,7 +349,7 @@ class DurableSession(Session):
         return self._submit(Transaction(self.run_id, operation), stored)
 
     def _require_fence(self, rows: Rows) -> None:
-        """Raise StoreError if the run was deleted or has another owner: what is written would reach that one."""
+        """Raise StoreError if the run was deleted or has another owner."""
         run = rows.find(self.run_id, lock=True)
         if run is None or (run.epoch, run.owner) != (self.fence.epoch, self.fence.owner):
             raise fence_error(rows, self.fence, self.run_id)
@@ -390,11 +390,11 @@ class DurableSession(Session):
         )
 
     def note_traceparent(self, traceparent: str) -> asyncio.Future[None] | None:
-        """Store the trace context without waiting. If this is lost, the trace of a resumed run is not linked."""
+        """Store the trace context without waiting. Without it, a resumed run is not linked."""
         return self._post_annotations({(Annotation.TRACE, ""): traceparent})
 
     def note_attribution(self, ids: Mapping[str, str]) -> None:
-        """Store ids of what the run belongs to, without waiting. If this is lost, a resumed run belongs to nothing."""
+        """Store ids of what the run belongs to, without waiting; they may be lost."""
         self._post_annotations({(Annotation.ATTRIBUTION, kind): value for kind, value in ids.items()})
 
     def _post_annotations(self, values: Mapping[tuple[Annotation, str], str]) -> asyncio.Future[None] | None:
@@ -413,7 +413,7 @@ class DurableSession(Session):
         return self._submit_commit(Commit(self.run_id, self.fence, attempt, None), waiting)
 
     def read_requests(self, rows: Rows) -> None:
-        """Make the requests about the run hold. One operation; the owner knows them before they are acknowledged."""
+        """Make the requests about the run hold; the owner knows them before they are acknowledged."""
         notify, run = self.on_control, rows.find(self.run_id, lock=True)
         if notify is None or run is None or (run.epoch, run.owner) != (self.fence.epoch, self.fence.owner):
             return

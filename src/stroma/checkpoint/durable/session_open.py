@@ -148,7 +148,7 @@ class RunOpener:
             self._load_annotations(rows, run, read)
 
     def _read_annotations(self, rows: Rows, run: RunRow, *, is_returned: bool) -> _Reader:
-        """Return what finds the annotations of a kind, which are read at once and checked when they are used."""
+        """Return what finds annotations of a kind: all are read at once, and checked when they are used."""
         kinds = [Annotation.ATTRIBUTION, Annotation.TRACE, Annotation.WAITING]
         if not is_returned:
             kinds += [*KINDS, Annotation.NOTE]
@@ -207,7 +207,8 @@ class RunOpener:
             and (has_died or deaths is not None)
         ):
             error = (
-                f"poison: the process died {number} times under this run; see what kills it, then resume it with "
+                f"poison: the process died {number} times under this run; see what kills it, then resume "
+                "it with "
                 "force_resume=True, or stroma resume --force"
             )
             if has_died:
@@ -325,7 +326,7 @@ def has_same_input(
 
 
 def release_run(rows: Rows, payloads: Payloads, session: DurableSession) -> None:
-    """Undo a claim: the run stands as it did, or as an INTERRUPTED one if it was begun, or ran. Raises Fenced."""
+    """Undo a claim: the run stands as it did; as INTERRUPTED if it was begun, or ran. Raises Fenced."""
     fence, run_id, before = session.fence, session.run_id, session.before
     if session.finished is not None:  # It was claimed only to be ended.
         end = RunEnd(session.finished.status, session.finished.error)
@@ -344,7 +345,7 @@ def release_run(rows: Rows, payloads: Payloads, session: DurableSession) -> None
 def finish_execution(
     rows: Rows, payloads: Payloads, fence: Fence, run_id: str, end: RunEnd, read: int | None = None
 ) -> None:
-    """Record how an execution stopped; its error is sealed here. Raises Fenced, CheckpointLost, CorruptCheckpoint.
+    """Record how an execution stopped; its error is sealed here. Raises StoreError.
 
     ``read``: number of the last message that its session has read; None: it waited for none.
     """

@@ -25,7 +25,7 @@ class AsyncStates(DurableStore):
     """A durable store whose ``save``, ``load`` and ``delete`` are async."""
 
     async def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
-        """Store a state as the last one of a node. Raises NotSerialisable, ValueError for an id, StoreError."""
+        """Store a state as the last one of a node. Raises NotSerialisable, ValueError, StoreError."""
         check_id(run_id, "run id")
         check_id(node_id, "node id")
         schema = schema_of(type(state))
@@ -53,7 +53,8 @@ class AsyncStates(DurableStore):
             model = resolve_schema(step.schema_ref)
         except (LookupError, TypeError) as error:
             raise StoreError(
-                f"{where} is a {step.schema_ref}: {error}; or read it with load_typed(run_id, node_id, schema)"
+                f"{where} is a {step.schema_ref}: {error}; or read it with load_typed(run_id, node_id, "
+                "schema)"
             ) from error
         return _decode(schema_of(model), step.output, where)
 

@@ -115,7 +115,7 @@ class DurableStore(RunStore):
         return session
 
     async def _claim(self, session: DurableSession, claim: Transaction) -> None:
-        """See the claim of a run through. If the task is cancelled meanwhile, nobody takes the session: release the run."""
+        """See the claim of a run through; if the task is cancelled meanwhile, release the run."""
         release = Transaction(session.run_id, session.release)
         claimed = self._submit(claim)
         try:
@@ -161,7 +161,7 @@ class DurableStore(RunStore):
     # ------------------------------------------------------------------ cells
 
     def change_cell(self, name: str, change: Change[T]) -> Awaitable[T]:
-        """Change a cell as one transaction; see CellStore. Raises ValueError for a name; awaited: StoreError."""
+        """Change a cell as one transaction; see CellStore. Raises ValueError; awaited: StoreError."""
         return self._submit(_changing(name, change))
 
     def post_cell(self, name: str, change: Change[Any]) -> None:
@@ -169,7 +169,7 @@ class DurableStore(RunStore):
         self.post(_changing(name, change))
 
     def read_cell(self, name: str) -> tuple[bytes | None, int]:
-        """Return the data of a cell, or None, and the clock of the store in milliseconds. Blocking. Raises StoreError."""
+        """Return the data of a cell, or None, and the clock in milliseconds. Blocking. Raises StoreError."""
         check_id(name, "cell name")
         nothing: tuple[bytes | None, int] = (None, time.time_ns() // 1_000_000)
         return self.read(lambda rows: rows.read_cell(name), nothing) if self.exists() else nothing
@@ -177,7 +177,7 @@ class DurableStore(RunStore):
     # ------------------------------------------------------------------ closing
 
     def close(self) -> None:
-        """Write what is queued, then disconnect. Blocks until that is done; the store cannot write afterwards."""
+        """Write what is queued, then disconnect. Blocks; the store cannot write afterwards."""
         renewer = self._lease_renewers.get(generation())
         if renewer is not None:
             renewer.stop()

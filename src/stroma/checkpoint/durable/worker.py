@@ -29,7 +29,7 @@ _generation = 0
 
 
 def generation() -> int:
-    """Return the number of forks between this process and the first one. Threads of other generations do not exist here."""
+    """Return the number of forks since the first process. Threads of other generations do not exist here."""
     return _generation
 
 
@@ -91,7 +91,7 @@ class Connection(Protocol):
         """
 
     def handle(self) -> object:
-        """Return the object that must not be garbage-collected in a forked child: closing it would affect the parent."""
+        """Return the object that a forked child must not collect: closing it would affect the parent."""
 
     def close(self) -> None: ...
 
@@ -208,7 +208,7 @@ class Worker:
                 pass  # The loop is closed.
 
     def _end(self, create_error: Callable[[], StoreError]) -> None:
-        """Let all operations fail from now on. Sets the error before it empties the queue, so that no job is lost."""
+        """Let all operations fail from now on: first the error is set, then the queue is emptied."""
         if self._ended is None:
             self._ended = create_error
         for job in self._batch:

@@ -197,7 +197,7 @@ class MemoryRun:
         return row._replace(step=row.step._replace(number=call.number, input_key=call.input_key))
 
     def failure_site(self, key: str) -> list[StepRow]:
-        """Return the annotation about the last failure at a place. The frames are encoded when they are read."""
+        """Return the annotation about the last failure at a place. Frames are encoded when they are read."""
         position, _, branch = key.partition(":")
         site = self.failure_sites.get((int(position), branch))
         if site is None:
@@ -607,7 +607,7 @@ def _run_row(run: MemoryRun) -> RunRow:
 
 
 def _records(run: MemoryRun, execution: int) -> list[tuple[AttemptRecord, Place | None]]:
-    """Return the attempts of the last execution in the order of the history, each with the place of its output."""
+    """Return the attempts of the last execution in their order, each with the place of its output."""
     if execution != run.execution:
         return []
     positions = {position: identity for identity, position in list(run.identities.items())}

@@ -34,7 +34,7 @@ class Done(NamedTuple):
 
 
 class MemorySession(DurableSession):
-    """The session of one execution in memory. An attempt is stored as the row of the trace, and never encoded."""
+    """The session of one execution in memory. An attempt is stored as the row of the trace."""
 
     stores_inputs = False
     _run: MemoryRun

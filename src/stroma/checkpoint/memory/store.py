@@ -82,7 +82,8 @@ class _MemoryStore(MemoryCells, RunStore):
         if not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "run %r is suspended in memory, and is lost when this process ends; pass a durable store, as in "
+                "run %r is suspended in memory, and is lost when this process ends; pass a durable store, "
+                "as in "
                 'store="sqlite:///runs.db"',
                 run_id,
                 extra={"run_id": run_id},
@@ -113,7 +114,7 @@ class _MemoryStore(MemoryCells, RunStore):
 
 
 def coerce(state: BaseModel, schema: type[BaseModel]) -> BaseModel:
-    """Return a state as an instance of a schema. Raises TypeError if ``schema`` is no model, ValidationError."""
+    """Return a state as an instance of a schema. Raises TypeError, ValidationError."""
     if not (isinstance(schema, type) and issubclass(schema, BaseModel)):
         raise TypeError("schema must be a BaseModel type")
     return schema_of(schema).convert(state)
@@ -134,7 +135,7 @@ def as_schema(state: BaseModel, schema: type[BaseModel], run_id: str, node_id: s
 
 
 class InMemoryStore(_MemoryStore):
-    """Store in the memory of this process, with sync calls. A state that is not serialisable is stored as a copy."""
+    """Store in the memory of this process, with sync calls. States are stored as copies."""
 
     def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
         self._save(run_id, node_id, state)
