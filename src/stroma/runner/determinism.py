@@ -99,9 +99,10 @@ def _another_time(flow: FlowFunction[Any, Any]) -> Iterator[None]:
         (real_ns, lambda: real_ns() + int(seconds * 1e9)),
         (real, Shifted),
     ]
-    patches: list[tuple[dict[str, Any], str, Any]] = [
+    modules: list[Any] = [vars(time), vars(datetime), getattr(flow.body, "__globals__", {})]
+    patches = [
         (names, name, new)
-        for names in (vars(time), vars(datetime), getattr(flow.body, "__globals__", {}))
+        for names in modules
         for name, value in names.items()
         for old, new in shifted
         if value is old

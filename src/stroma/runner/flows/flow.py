@@ -279,9 +279,7 @@ class FlowFunction(Pipeline, Generic[TakenT, OutputT]):
         super().__init__(flow_id, (self,), **of_pipeline)
 
     @property
-    def _takes_any_state(  # type: ignore[override]
-        self,
-    ) -> Literal[False]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def _takes_any_state(self) -> Literal[False]:  # type: ignore[override]  # pyright: ignore
         return False
 
     @property
