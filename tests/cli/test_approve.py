@@ -242,7 +242,7 @@ GUARDED = """
                 except LookupError:
                     pass
             else:
-                run.ctx.note_suspended("before 'count'")
+                run.ctx.account.note_suspended("before 'count'")
 """
 
 

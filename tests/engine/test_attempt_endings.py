@@ -114,7 +114,7 @@ async def test_once_a_run_is_cancelled_elsewhere_nothing_is_tried_again(
         calls.append("a")
         run = current_run()
         assert run is not None
-        run.cancelled = True
+        run.stopping.is_cancelled = True
         raise ConnectionError("down")
 
     with caplog.at_level("INFO", logger="stroma"):

@@ -11,7 +11,6 @@ import pytest
 from pydantic import BaseModel
 
 from stroma import StromaRunner, parallel
-from stroma.engine import context
 
 
 class State(BaseModel):
@@ -48,7 +47,6 @@ async def test_a_node_that_blocks_is_named_once(
     """A node that never awaits for 1 s, or for its time limit, is named; nodes in threads, and those that
     wait beside it, are not."""
     if not limited:
-        monkeypatch.setattr(context, "BLOCK_NS", 50_000_000)
         monkeypatch.setattr("stroma.engine.events.BLOCK_NS", 50_000_000)
     functions = {"blocks": blocks, "in_thread": in_thread, "waits": waits, "quick": quick}
     runner = StromaRunner.quick(node_timeouts={"blocks": 50} if limited else {})

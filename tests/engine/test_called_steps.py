@@ -37,6 +37,7 @@ from stroma.adapters import RunCancelled
 from stroma.checkpoint import AttemptRecord
 from stroma.checkpoint.history import in_order
 from stroma.checkpoint.identity import StepCalls, child_indexes, is_called
+from stroma.engine.lifecycle import open_run
 
 AT_ONCE = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
 RETRIED = {cls: FailurePolicy(max_retries=3, backoff_seconds=0) for cls in FailureClass}
@@ -439,7 +440,7 @@ async def test_a_group_does_not_mix_two_inputs(store: Any, way: str, inside: boo
     async def run(value: Any) -> Any:
         if not inside:
             ctx = context_on(store)
-            await ctx.open(Note(), ends=False)
+            await open_run(ctx, Note(), ends=False)
             return await execute_step("group", group, value, ctx)
         findings: list[Any] = []
 
@@ -586,7 +587,7 @@ async def test_a_cancelled_run_calls_no_further_step(store: Any, fails: bool) ->
         await started.wait()
         assert await runner.cancel("r")
         async with asyncio.timeout(20):
-            while not ctx.cancelled:
+            while not ctx.stopping.is_cancelled:
                 await asyncio.sleep(0.001)
         request.set()
         one = await under_way

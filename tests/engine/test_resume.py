@@ -38,6 +38,7 @@ from stroma import (
     parallel,
     stroma_node,
 )
+from stroma.engine.lifecycle import open_run
 
 R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
 
@@ -854,7 +855,7 @@ async def test_a_step_input_without_a_stored_form_is_not_compared(store: Any) ->
     contract: NodeContract[Any, Any] = NodeContract(node_id="add", input_schema=Unkept, output_schema=Num)
     for _ in range(2):
         ctx = steps.context()
-        await ctx.open(Num())
+        await open_run(ctx, Num())
         result = await execute_step("add", add, Unkept(n=1, lock=object()), ctx, contract=contract)
         assert result.final_state == Num(n=2)
     assert steps.calls == ["add 1"]

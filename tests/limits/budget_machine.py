@@ -178,8 +178,9 @@ class BudgetMachine(_Machine):
         data, _ = self.store.read_cell("cell") if self.tokens else (None, 0)
         result = ledger.read_account("team", data, self.now)
         if result is not None:
-            assert result.spent == (self.spent(0), self.spent(1))
-            assert result.reserved == (self.reserved(0), self.reserved(1))
+            assert result.spent == [self.spent(0), self.spent(1)]
+            reserved = [result.reserved(dimension, self.now) for dimension in (0, 1)]
+            assert reserved == [self.reserved(0), self.reserved(1)]
             assert {n: took[0] for n, took in result.by_node.items() if took[0]} == {
                 n: self.spent(0, n) for n in NODES if self.spent(0, n)
             }

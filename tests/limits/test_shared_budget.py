@@ -55,11 +55,12 @@ from stroma.limits.budget_state import (
     CallUsage,
     Refusal,
     read_account,
+    renew_calls,
     reserve,
     settle,
     window,
 )
-from stroma.limits.lease_renewal import RENEWER
+from stroma.limits.reservations import RENEWER
 
 
 def node(
@@ -268,7 +269,7 @@ async def test_a_call_that_waited_too_long(store: Any) -> None:
 
 async def _settled(shared: SharedBudget) -> Any:
     """The state once nothing is under way that nobody waits for."""
-    await shared.store.change_cell("other", lambda data, now: (None, None))
+    await shared.store.change_cell("other", renew_calls("other", [], 1))
     return await shared.state()
 
 

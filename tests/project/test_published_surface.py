@@ -65,7 +65,7 @@ from stroma import (
     stroma_step,
 )
 from stroma.checkpoint import CheckpointKey, resolve_schema, schema_ref
-from stroma.engine.config_fields import RunConfigFields
+from stroma.engine.config import RunConfigFields
 
 # One section per module. A class lists its fields (with defaults) and methods; `X = Y` says that X is Y.
 SURFACE = {

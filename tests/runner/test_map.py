@@ -543,7 +543,7 @@ async def test_another_attempt_of_the_map(store: Any, tmp_path: Path, doubler: D
 
     async def told(run_id: str, node_id: str, state: Any, tokens: int) -> None:
         here = current_node()
-        remembered.append(len(here.ctx.done))
+        remembered.append(len(here.ctx.handover.done))
 
     runner = quick(store, node_policies={work.node_id: ONCE}, hooks=NodeHooks(on_node_success=told))
     result = await runner.run([work], State())

@@ -302,7 +302,7 @@ async def test_no_item_that_has_ended_takes_memory(world: World, store: Any) -> 
     held: list[int] = []
 
     async def hook(run_id: str, node_id: str, state: Any) -> None:
-        held.append(len(current_node().ctx.done))
+        held.append(len(current_node().ctx.handover.done))
 
     work = map_over("tickets", world.nodes, into=Journal(), max_concurrency=1)
     runner = quick_without_retries(

@@ -26,7 +26,7 @@ from stroma.checkpoint.durable.worker import Connection, Job, generation
 from stroma.checkpoint.sqlite.connection import SqliteConnection
 from stroma.checkpoint.sqlite.file import _SCHEMA
 from stroma.checkpoint.sqlite.rows import SqliteRows
-from stroma.limits.lease_renewal import ReservationRenewer
+from stroma.limits.reservations import ReservationRenewer
 
 if TYPE_CHECKING:
     from tests.simulation.scheduler import Process

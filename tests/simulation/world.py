@@ -47,7 +47,7 @@ from stroma.checkpoint.sqlite import connection as _sqlite_connection
 from stroma.checkpoint.sqlite import rows as _sqlite_rows
 from stroma.engine.admission import Permit
 from stroma.limits import gate as _gate
-from stroma.limits import lease_renewal as _renewals
+from stroma.limits import reservations as _renewals
 
 __all__ = ["CALL_TOKENS", "FAULTS", "REPAIRS", "World", "simulate"]
 

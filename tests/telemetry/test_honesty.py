@@ -38,7 +38,6 @@ from stroma import (
     execute_step,
     stroma_node,
 )
-from stroma.engine.trace_contexts import join_traces, trace_of, traces_of
 from stroma.telemetry import datadog_hooks, log_hooks, otel_hooks, prometheus_hooks, sentry_hooks
 
 pytest_plugins = ["tests.receivers.fixtures"]
@@ -165,11 +164,19 @@ async def test_a_resumed_run_links_to_the_trace_of_its_own_system(order: str, tm
 def test_trace_contexts_as_one_text() -> None:
     """A text names each system's trace context; a plain one is that of all systems without their own."""
     plain, own = "00-a-b-01", "00-c-d-01"
-    assert traces_of(plain) == {"": plain}
-    both = join_traces({"": plain, "otel": own})
-    assert (trace_of(both, "otel"), trace_of(both, "sentry")) == (own, plain)
-    assert trace_of(join_traces({"otel": own}), "sentry") is None
-    assert (join_traces({}), traces_of(None), trace_of(None, "otel")) == (None, {}, None)
+    run = ReliabilityContext.for_run(RunConfig(), ContractRegistry(), CheckpointManager(AsyncInMemoryStore()))
+    assert (run.all_traces(), run.outer_trace("otel")) == (None, None)
+    run.keep_trace("otel", own)
+    later = ReliabilityContext.for_run(
+        RunConfig(), ContractRegistry(), CheckpointManager(AsyncInMemoryStore())
+    )
+    later.journal.traceparent = run.all_traces()
+    assert (later.outer_trace("otel"), later.outer_trace("sentry")) == (own, None)
+    later.journal.traceparent = plain
+    later.keep_trace("otel", own)
+    both = later.all_traces()
+    run.journal.traceparent = both
+    assert (run.outer_trace("otel"), run.outer_trace("sentry")) == (own, plain)
 
 
 @pytest.mark.core

@@ -12,8 +12,7 @@ import pytest
 from pydantic import BaseModel, SecretStr, ValidationError
 
 from stroma._utils.logs import SafeLogger, get_logger
-from stroma.engine.redaction import Redactor
-from stroma.engine.run_logger import RunLogger
+from stroma.engine.redaction import Redactor, RunLogger
 from stroma.trace.trace import ExecutionTrace
 
 FORGED = "no\nCRITICAL forged\x1b[2J"

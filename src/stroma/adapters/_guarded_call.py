@@ -403,7 +403,7 @@ class Call:
             is_suspended = control.outcome == "suspended"
             kind = FailureClass.RECOVERABLE if is_suspended else FailureClass.TERMINAL
             if is_suspended and not any(halt.suspended for _, halt in inner.halts):
-                ctx.note_suspended(message)
+                ctx.account.note_suspended(message)
             raise GroupStopped(Halt(_failure(error, kind, where, message), suspended=is_suspended)) from error
         if isinstance(error, (HookNotAsync, PipelineChanged, CorruptCheckpoint, Undeclared)):
             self.raises_own_error = True

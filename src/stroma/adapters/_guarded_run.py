@@ -27,6 +27,14 @@ from stroma.cost.prices import cost_of
 from stroma.cost.usage import Usage, as_report
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
+from stroma.engine.lifecycle import (
+    announce_start,
+    call_end_hooks,
+    call_end_hooks_now,
+    end_run,
+    note_usage,
+    open_run,
+)
 from stroma.engine.outcome import Halt
 from stroma.engine.tasks import raise_if
 from stroma.failures.classes import FailureClass
@@ -79,7 +87,7 @@ class _OutsideUsage:
                 raise problem
 
     def _store(self) -> None:
-        self._ctx.note_usage()
+        note_usage(self._ctx)
         with suppress(StoreError):  # The next step meets it too.
             pending = self._ctx.session.flush()
             if pending is not None:
@@ -89,7 +97,7 @@ class _OutsideUsage:
 
     def check_budget(self) -> None:
         """Raise BudgetExceeded if what the run has used exceeds its budget. For model calls in no step."""
-        if self._ctx.limits:
+        if self._ctx.account.limits:
             self._ctx.cost_tracker.check_budget(self._ctx.budget, _OUTSIDE)
 
 
@@ -183,7 +191,7 @@ class GuardedRun:
 
     def cancel(self) -> None:
         """Cancel the run, from any thread: no further step starts, and a running async one is cancelled."""
-        self.cancelling = self.ctx.cancelled = True
+        self.cancelling = self.ctx.stopping.is_cancelled = True
         loop = self._loop
         if loop is not None:
             try:
@@ -199,7 +207,7 @@ class GuardedRun:
         self.ctx.accept(control)
         if control.pause:
             with suppress(RuntimeError):  # The loop was closed under it.
-                loop.call_soon_threadsafe(self.ctx.end_waits)
+                loop.call_soon_threadsafe(self.ctx.stopping.end_waits)
 
     def _cancel_task(self) -> None:
         if not self._has_cancelled_task and not self.ended and self._task is not None:
@@ -293,12 +301,12 @@ class GuardedRun:
         initial = (
             value if isinstance(value, BaseModel) and type(value) is not BaseModel else given_to(value, None)
         )
-        await ctx.open(initial, ends=self.ends, any_input=self.is_continuation)
+        await open_run(ctx, initial, ends=self.ends, any_input=self.is_continuation)
         if self.guard.runner is not None:  # Otherwise the owner of the context handles cancellation.
             self.usage.loop = loop = asyncio.get_running_loop()
             ctx.session.on_control = partial(self._control, loop)
         if self.ends:
-            await ctx.announce_start(initial)
+            await announce_start(ctx, initial)
 
     # ------------------------------------------------------------------ end
 
@@ -311,22 +319,26 @@ class GuardedRun:
         self.ended = True
         self.result = ctx.build_result(status, ctx.last_state, failure)
         self.guard.ended(self)
-        reason = "; ".join(ctx.suspended) if status is RunStatus.SUSPENDED else failure and text_of(failure)
+        reason = (
+            "; ".join(ctx.account.suspended)
+            if status is RunStatus.SUSPENDED
+            else failure and text_of(failure)
+        )
         if isinstance(error, GeneratorExit):  # The code around is being closed: nothing can be awaited.
-            ctx.abandon()
-            ctx.call_end_hooks_now(self.result)
+            ctx.journal.abandon()
+            call_end_hooks_now(ctx, self.result)
             return
         if self.guard.runner is not None:
             warn_of_unknown_ids(ctx, (), self.result, self.guard.runner.warned)
-        cancelled = await ctx.end(status, reason or None)
+        cancelled = await end_run(ctx, status, reason or None)
         self.guard.forget_old(self)
-        await ctx.call_end_hooks(self.result)
+        await call_end_hooks(ctx, self.result)
         if error is None:
             raise_if(cancelled)
-        if error is None and ctx.hook_failures and ctx.config.hook_errors == "raise":
-            first = ctx.hook_failures[0]
+        if error is None and ctx.account.hook_failures and ctx.config.hook_errors == "raise":
+            first = ctx.account.hook_failures[0]
             raise HookError(
-                f"{len(ctx.hook_failures)} hook calls raised; the first: {first.hook}", self.result
+                f"{len(ctx.account.hook_failures)} hook calls raised; the first: {first.hook}", self.result
             ) from first.exception
 
     def _outcome(self, error: BaseException | None) -> tuple[RunStatus, Failure | None]:
@@ -339,7 +351,7 @@ class GuardedRun:
         if error is None:
             if spent and self._stopping is not None:  # The code inside has caught the exception.
                 return RunStatus.PARTIAL, self._stopping.failure
-            if self.ctx.suspended:
+            if self.ctx.account.suspended:
                 return RunStatus.SUSPENDED, None
             return RunStatus.RESUMED if self.ctx.session.continued else RunStatus.COMPLETED, None
         if not isinstance(error, Exception):

@@ -83,7 +83,7 @@ class _Counter(BaseCallbackHandler):
             report_uncounted(asked_by, used)
         elif used is not None:
             asked_by.report_usage(used)
-        elif asked_by.ctx.limits:
+        elif asked_by.ctx.account.limits:
             asked_by.ctx.run_logger.warning(
                 "a model call in %s does not say what it used: it counts as 0 against the budget",
                 f"node {asked_by.node_id!r}" if isinstance(asked_by, NodeExecution) else "no node",
@@ -99,7 +99,7 @@ def _refuse_beyond_budget(asking: NodeExecution | GuardedRun) -> None:
     if isinstance(asking, GuardedRun):
         asking.usage.check_budget()
         return
-    if not ctx.limits:
+    if not ctx.account.limits:
         return
     spent = ctx.cost_tracker
     # What attempts under way have reported is in the totals only when they end.

@@ -434,7 +434,7 @@ def _config_of_step(
     streams = [handler for handler in manager.handlers if hasattr(handler, "tap_output_aiter")]
     for handler in streams:
         manager.remove_handler(handler)
-    if streams or current_node().ctx.takes_events:
+    if streams or current_node().ctx.fire.takes_events:
         manager.add_handler(_STREAMS, inherit=True)
     return config
 

@@ -242,7 +242,7 @@ class _AgentCall(_Rest):
         # Those of an agent inside are not passed on to anybody.
         for request in (getattr(self.response, "user_input_requests", None) or ()) if is_outermost else ():
             name = getattr(getattr(request, "function_call", None), "name", None) or request.type
-            self._shared.guard.current.ctx.note_suspended(f"approval of {name}")
+            self._shared.guard.current.ctx.account.note_suspended(f"approval of {name}")
 
     async def whole(self) -> Any:
         with self._noted():

@@ -236,7 +236,7 @@ def _make_run(
             result = await entered(self, *args, **kwargs)
             _raise_fatal(guard)
             if isinstance(result, HumanFeedbackPending):
-                guard.current.ctx.note_suspended(result.context.message)
+                guard.current.ctx.account.note_suspended(result.context.message)
             return result
 
         bare = inspect.unwrap(entered, stop=lambda func: func is not entered)

@@ -247,7 +247,7 @@ async def _events(parts: Callable[..., Any], guard: Guard, kwargs: dict[str, Any
         original = (call.args or {}).get("originalFunctionCall") or {}
         is_confirmation = call.name == f"{_ASKS}confirmation" and original.get("name")
         reason = f"approval of {original['name']}" if is_confirmation else call.name
-        guard.current.ctx.note_suspended(reason)
+        guard.current.ctx.account.note_suspended(reason)
 
 
 def _is_continuation(message: Any) -> bool:

@@ -152,7 +152,7 @@ def _is_continuation(input: Any) -> bool:
 
 def _may_be_suspended(graph: Any, guard: Guard, options: dict[str, Any]) -> bool:
     """Return True if LangGraph may have ended the call without an interrupt() that a step has seen."""
-    if current_node_or_none() is not None or not graph.checkpointer or guard.current.ctx.suspended:
+    if current_node_or_none() is not None or not graph.checkpointer or guard.current.ctx.account.suspended:
         return False
     own = graph.interrupt_before_nodes or graph.interrupt_after_nodes
     return bool(own or options.get("interrupt_before") or options.get("interrupt_after"))
@@ -160,7 +160,7 @@ def _may_be_suspended(graph: Any, guard: Guard, options: dict[str, Any]) -> bool
 
 def _note_suspended(guard: Guard, state: Any) -> None:
     if state.next:
-        guard.current.ctx.note_suspended(f"before {', '.join(map(repr, state.next))}")
+        guard.current.ctx.account.note_suspended(f"before {', '.join(map(repr, state.next))}")
 
 
 class LangGraphAdapter:

@@ -94,7 +94,7 @@ class StromaCapability(AbstractCapability[Any]):
             if isinstance(getattr(result, "output", None), DeferredToolRequests):
                 deferred = _Deferred(result)
                 for reason in deferred.reasons:
-                    current_node().ctx.note_suspended(reason)
+                    current_node().ctx.account.note_suspended(reason)
                 raise deferred
             return result
 

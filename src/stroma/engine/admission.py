@@ -30,10 +30,9 @@ from stroma.engine.attempt import NodeAttempt
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import RESERVED, leave
 from stroma.engine.execution import NodeExecution
-from stroma.engine.holds import hold, wait_unless_held
-from stroma.engine.outcome import Halt, refuse
-from stroma.engine.tasks import Shield, raise_if
-from stroma.engine.threads import ThreadPlaces, thread_places
+from stroma.engine.outcome import Halt, hold, refuse
+from stroma.engine.parts import wait_unless_held
+from stroma.engine.tasks import Shield, ThreadPlaces, raise_if, thread_places
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import COOLDOWN, CircuitOpen, Wait, WaitedTooLong
 from stroma.failures.failure import Failure
@@ -297,7 +296,7 @@ class Permit:
 def _caller(ctx: ReliabilityContext, run: NodeExecution) -> Caller:
     from stroma.limits.shared_budget import AttemptPlace, caller_of  # Loaded on first use.
 
-    now = perf_counter_ns() + ctx.epoch_ns
+    now = perf_counter_ns() + ctx.journal.epoch_ns
     place = AttemptPlace(run.position, run.branch, run.attempt, now)
     return caller_of(ctx.session, ctx.run_id, ctx.checkpoint_manager.store, place)
 
@@ -312,7 +311,7 @@ async def _collect(ending: Any, due: list[Any]) -> None:
 
 def make(attempt: NodeAttempt) -> Coroutine[Any, Any, BaseModel | Failure | Halt]:
     """Make an attempt, after its admission where there is anything to wait for."""
-    node, contract, gated = attempt.node, attempt.plan[2], attempt.ctx.gated
+    node, contract, gated = attempt.node, attempt.plan[2], attempt.is_gated
     if type(node) is not Node or (node.is_async and not gated):
         return attempt.make()
     needs_thread = not node.is_async and (contract is None or contract.place is None)
@@ -336,10 +335,10 @@ async def _make_in_thread(attempt: NodeAttempt) -> BaseModel | Failure | Halt:
 async def _make_in_turn(attempt: NodeAttempt, *, needs_thread: bool) -> BaseModel | Failure | Halt:
     """Make an attempt between its admission and the settlement of what it took."""
     run, ctx = attempt.run, attempt.ctx
-    permit = await wait_unless_held(ctx, partial(admit, ctx, run, needs_thread=needs_thread))
+    permit = await wait_unless_held(ctx.stopping, partial(admit, ctx, run, needs_thread=needs_thread))
     if isinstance(permit, Exception):
         return refuse(run, permit)
-    if permit is None or ctx.holds:
+    if permit is None or ctx.stopping.holds:
         if permit is not None:
             permit.drop()
         return await hold(ctx, run.node_id, run.attempt)

@@ -34,7 +34,7 @@ def record_failure_site(run: NodeExecution, begin: int, failure: Failure) -> Non
                 run.position,
                 run.branch,
                 run.attempt,
-                begin + run.ctx.epoch_ns,
+                begin + run.ctx.journal.epoch_ns,
                 failure_site_writer(failure.exception),
             )
         except Exception as error:  # Its source, its file name: anything can be odd.
@@ -54,7 +54,7 @@ def record_rejected(
 
         ctx.redactor.note_attempt(snapshot)
         data = encode_rejected(output, violation, keep, ctx.redactor)
-        place = run.position, run.branch, begin + ctx.epoch_ns
+        place = run.position, run.branch, begin + ctx.journal.epoch_ns
         ctx.trace.record_rejected(*place, data)
         ctx.session.record_rejected(*place, data)
     except BaseException as error:  # The output is of any class, and redact is the user's.
@@ -86,10 +86,10 @@ def record(
     try:
         if waiting is not None:
             return ctx.session.suspend(row, waiting)
-        if step is not None and step.number == OF_FLOW and ctx.number_event is not None:
+        if step is not None and step.number == OF_FLOW and ctx.journal.number_event is not None:
             # _replace() takes 1 us of the 10 of a step.
-            step = StepCall(OF_FLOW - ctx.number_event(row.branch), step.input_key, step.identity)
-        return ctx.session.record(row, schema, output, step)
+            step = StepCall(OF_FLOW - ctx.journal.number_event(row.branch), step.input_key, step.identity)
+        return ctx.journal.session.record(row, schema, output, step)
     except BaseException as error:
         return as_store_error(error)
 

@@ -7,6 +7,7 @@ import contextvars
 import math
 from functools import partial
 from time import perf_counter_ns
+from types import CoroutineType
 from typing import Any
 
 from pydantic import BaseModel
@@ -17,6 +18,7 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.engine.interceptors import Call
 from stroma.engine.timeouts import limits_ms
+from stroma.hooks.dispatch import Started
 
 __all__ = ["DeadlineExceeded", "call_in_time"]
 
@@ -84,15 +86,25 @@ async def call_in_time(
         # The children of a group have the deadline themselves, each with an end of its own.
         used = ctx.cost_tracker.used("latency") + run.busy(begin) / 1e6
         remaining = (limit - used) / 1000
-    seconds = min(remaining, own)
-    scope = asyncio.timeout(None if math.isinf(seconds) else max(0.0, seconds))
-    for interceptor in reversed(ctx.interceptors):
+    seconds, loop = min(remaining, own), asyncio.get_running_loop()
+    scope = asyncio.timeout_at(None if math.isinf(seconds) else loop.time() + max(0.0, seconds))
+    awaitable: Any = None
+    for interceptor in reversed(ctx.fire.interceptors):
         call = partial(interceptor.call, run, node, call)
     try:
-        async with scope:
-            if idle_ms is not None:
+        if idle_ms is not None:
+            async with scope:
                 run.idle_timer = IdleTimer(scope, idle_ms / 1000)
-            return await call(state)
+                return await call(state)
+        awaitable = call(state)
+        if type(awaitable) is CoroutineType:
+            # A function that never waits needs no timer: 3 us less of the 20 of a node under a budget.
+            try:
+                awaitable = Started(awaitable, awaitable.send(None))
+            except StopIteration as ended:
+                return ended.value
+        async with scope:
+            return await awaitable
     except TimeoutError:
         if not scope.expired():
             raise
@@ -114,4 +126,8 @@ async def call_in_time(
         if run.idle_timer is not None:
             run.idle_timer.cancel()
             run.idle_timer = None
-        del run, call  # This frame is in the traceback of what is raised: as in NodeAttempt.make().
+        del (
+            run,
+            call,
+            awaitable,
+        )  # This frame is in the traceback of what is raised: as in NodeAttempt.make().

@@ -52,7 +52,7 @@ def diagnose_attempt(
     explained = explain_mistake(failure, ctx.context)
     if explained:
         failure = replace(failure, message=failure.message + ctx.redactor.mask(explained))
-    for interceptor in ctx.interceptors:
+    for interceptor in ctx.fire.interceptors:
         failure = interceptor.diagnosed(run, failure)
     if isinstance_by_type(error, ContractViolation) and _may_repair(ctx, run, failure):
         run.repairing = True

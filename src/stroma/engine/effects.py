@@ -35,9 +35,8 @@ from stroma.contracts.tagged_json import NotSerialisable
 from stroma.engine.commit import store_notes
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, decode_answer
-from stroma.engine.in_flight import begin_flight, end_flight
 from stroma.engine.restore import read_output
-from stroma.engine.tasks import CONTINUES, call_in_thread, passes_through
+from stroma.engine.tasks import CONTINUES, begin_flight, call_in_thread, end_flight, passes_through
 from stroma.engine.timeouts import limits_ms
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import kind_of, message_of
@@ -150,8 +149,8 @@ class Effect:
         if self._intent is not None:
             self._find_others(self._intent)
         self.key = run.key_of(self._place[1])
-        if run.ctx.unknown_ends:
-            self._continue(run.ctx.unknown_ends)
+        if run.ctx.journal.unknown_ends:
+            self._continue(run.ctx.journal.unknown_ends)
 
     def _find_others(self, first: Intent) -> None:
         """Find the calls with other inputs at this place, and the last one with this input."""
@@ -225,7 +224,7 @@ class Effect:
         end_flight(flight)
         if self.is_open and outcome in (None, "cancelled", "suspended"):
             end = UnknownEnd(self._run.node_id, self._digest, self.key, self._snapshot)
-            self._run.ctx.unknown_ends[self._place] = end
+            self._run.ctx.journal.unknown_ends[self._place] = end
 
     def close(self) -> None:
         """Note that the last call did not happen; it is stored with the attempt."""
@@ -265,7 +264,7 @@ class Effect:
     async def _settle_others(self, cancelling: int) -> UnknownOutcome | None:
         """Learn how calls with other inputs at this place ended. Return the question about one of which nobody knows it."""
         for place in self._others:
-            intent, end = _read(self._run, place), self._run.ctx.unknown_ends.get(place)
+            intent, end = _read(self._run, place), self._run.ctx.journal.unknown_ends.get(place)
             if intent is not None and intent.is_open and not intent.has_output:
                 other = copy(self)
                 other._place, other._intent = place, intent
@@ -361,7 +360,7 @@ def _is_call(run: NodeExecution) -> bool:
 def _read(run: NodeExecution, place: NotePlace) -> Intent | None:
     """Return the last call that is noted at a place; None without one, or if it is another node's."""
     key = effect_note(*place)
-    intent = run.ctx.effects.get(key)
+    intent = run.ctx.journal.effects.get(key)
     if intent is None:
         data = run.ctx.session.notes.get(key)
         name = RecordName(run.run_id, "note", key)
@@ -371,7 +370,7 @@ def _read(run: NodeExecution, place: NotePlace) -> Intent | None:
 
 def _write(run: NodeExecution, place: NotePlace, intent: Intent) -> None:
     key = effect_note(*place)
-    run.ctx.effects[key] = intent
+    run.ctx.journal.effects[key] = intent
     run.ctx.session.note(key, json.dumps(intent).encode())
 
 
@@ -384,7 +383,9 @@ def has_open_intent(ctx: ReliabilityContext, position: int, branch: str) -> bool
         for name, data in ctx.session.notes.items()
         if name == key or name.startswith(inside)
     }
-    intents |= {name: one for name, one in ctx.effects.items() if name == key or name.startswith(inside)}
+    intents |= {
+        name: one for name, one in ctx.journal.effects.items() if name == key or name.startswith(inside)
+    }
     return any(one.is_open and not one.has_output for one in intents.values())
 
 

@@ -34,8 +34,8 @@ def attempt_id_of(run: Any) -> str:
     """Return the id of the present attempt: unique in the run, also over the processes that resume it."""
     attempt_id: str | None = run.attempt_id
     if attempt_id is None:
-        run.ctx.attempt_count += 1
-        attempt_id = run.attempt_id = f"{run.ctx.session.epoch}-{run.ctx.attempt_count}"
+        run.ctx.journal.attempt_count += 1
+        attempt_id = run.attempt_id = f"{run.ctx.session.epoch}-{run.ctx.journal.attempt_count}"
     return attempt_id
 
 
@@ -60,7 +60,7 @@ def emit_event(run: Any, data: Any, name: str) -> None:
         if around.idle_timer is not None:
             around.idle_timer.renew()
         around = around.parent
-    if not ctx.event_receivers:
+    if not ctx.fire.receivers:
         return
     try:
         plain = _to_json(data)
@@ -75,7 +75,7 @@ def emit_event(run: Any, data: Any, name: str) -> None:
             f"node {run.node_id!r} emitted data that is not JSON, of type {kind}: it is dropped; emit JSON data or a pydantic model",
         )
         return
-    for receiver in ctx.event_receivers:
+    for receiver in ctx.fire.receivers:
         receiver.emit(run, attempt_id, name, plain)
 
 

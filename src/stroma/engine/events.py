@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Final
 
 from pydantic import BaseModel
 
 from stroma.contracts.schema import Schema
-from stroma.engine.context import BLOCK_NS, ReliabilityContext
+from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
+from stroma.engine.redaction import UnreadState
+from stroma.engine.tasks import TICK_SECONDS
 from stroma.engine.timeouts import limits_ms
-from stroma.engine.unread import UnreadState
 from stroma.failures.failure import Failure
 from stroma.trace.events import AttemptRow
 
 __all__ = [
+    "BLOCK_NS",
+    "MIN_BLOCK_NS",
     "failure_arguments",
     "log_failure",
     "start_arguments",
@@ -25,6 +28,11 @@ __all__ = [
     "warn_of_blocking",
     "warn_of_budget",
 ]
+
+#: A node may keep the event loop for less than this.
+BLOCK_NS: Final = 1_000_000_000
+#: A shorter time is not seen: the loop has its next tick after it.
+MIN_BLOCK_NS: Final = int(2 * TICK_SECONDS * 1e9)
 
 
 def start_arguments(
@@ -93,5 +101,5 @@ async def warn_of_budget(ctx: ReliabilityContext) -> None:
     """Call the ``on_budget_warning`` hooks for each limit that has just been used to 80 %."""
     calls = ctx.fire.on_budget_warning
     assert calls is not None
-    for dimension, used, limit in ctx.due_warnings():
+    for dimension, used, limit in ctx.account.due_warnings(ctx.cost_tracker):
         await ctx.fire.fire("on_budget_warning", calls, None, tuple, (ctx.run_id, dimension, used, limit))

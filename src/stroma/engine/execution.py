@@ -403,7 +403,7 @@ class NodeExecution:
         Safe to call in any thread of the node's function. Never waits, and never raises: other data is
         dropped with a warning. Events are not recorded, and those of an attempt that has ended are dropped.
         """
-        if self.ctx.takes_events:
+        if self.ctx.fire.takes_events:
             emit_event(self, data, name)
 
     def counts_as_zero(self, error: UsageError) -> bool:

@@ -33,8 +33,8 @@ from stroma.engine.attempt import NodeAttempt
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
 from stroma.engine.execution import NodeExecution
-from stroma.engine.holds import hold, wait_unless_held
-from stroma.engine.outcome import STOPPED, Halt, Place, Stopped, halt_of_ended_run, refuse
+from stroma.engine.outcome import STOPPED, Halt, Place, Stopped, halt_of_ended_run, hold, refuse
+from stroma.engine.parts import wait_unless_held
 from stroma.engine.restore import output_schema, restore
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunFailed
@@ -59,7 +59,7 @@ async def execute(
     Halt.
     """
     finished = ctx.session.finished
-    if finished is not None and (place.position, place.branch) not in ctx.restored:
+    if finished is not None and (place.position, place.branch) not in ctx.journal.restored:
         return halt_of_ended_run(ctx, node.node_id, finished)
     token = CURRENT.set(CURRENT.get())
     try:
@@ -78,18 +78,19 @@ async def execute_in_turn(
 ) -> BaseModel | Halt | Stopped:
     """:func:`execute` for nodes in turn, each at the next position and on the output of the one before.
 
-    STOPPED if no further node is to begin (``ctx.stops``). The last node stays the current one: the caller
+    STOPPED if no further node is to begin (``ctx.stopping.is_asked``). The last node stays the current one: the caller
     restores the one before, or ends its task. ``attempt``: the object for the attempts, of a driver that
     makes one call after the other.
     """
     # One coroutine for all nodes of a run, since it costs as much as the loop itself.
     first, branch, kind, parent, contract, step, cancelling, restores, role, is_called, settles = place
+    journal, stopping, account = ctx.journal, ctx.stopping, ctx.account
     task: asyncio.Task[Any] | None = None
     if attempt is None:
         attempt = NodeAttempt(ctx)
     for position, node in enumerate(nodes, first):
         if position != first:
-            if ctx.stops:
+            if stopping.is_asked:
                 return STOPPED
             task = task or asyncio.current_task()
             if task is not None and task.cancelling() != cancelling:
@@ -97,14 +98,14 @@ async def execute_in_turn(
                 # behind.
                 await asyncio.sleep(0)
                 cancelling = task.cancelling()
-        if branch and restores and (position, branch) in ctx.done:
-            value = ctx.done[position, branch]
+        if branch and restores and (position, branch) in ctx.handover.done:
+            value = ctx.handover.done[position, branch]
             continue
-        if ctx.restored and restores:
+        if journal.restored and restores:
             committed = await restore(ctx, node, value, place._replace(position=position))
             if committed is not None:
                 if ctx.step_policies and parent is not None and parent.kind == "group" and parent.remembers:
-                    ctx.done[position, branch] = committed
+                    ctx.handover.done[position, branch] = committed
                 value = committed
                 continue
         run = NodeExecution(
@@ -125,16 +126,16 @@ async def execute_in_turn(
         CURRENT.set(run)
         number = 0  # Not read from the execution, which hooks can change.
         try:
-            if ctx.tried:
+            if journal.tried:
                 number, halt = _count_earlier_attempts(ctx, run, node)
                 if halt is not None:
                     return halt
             while True:
                 number += 1
                 run.attempt = number
-                if ctx.holds:
+                if stopping.holds:
                     return await hold(ctx, run.node_id, number)
-                if ctx.limits:
+                if account.limits:
                     exceeded = _crossed_limit(ctx, run)
                     if exceeded is not None:
                         # Earlier attempts, siblings or processes have spent it: the next call is never made.
@@ -147,7 +148,7 @@ async def execute_in_turn(
                     outcome = _stop(ctx, outcome, decision)
                     break
                 await _wait(ctx, run, outcome, number, decision.delay_seconds)
-                if ctx.cancelled:  # A step of plain code, whose task is the caller's own.
+                if stopping.is_cancelled:  # A step of plain code, whose task is the caller's own.
                     outcome = _stop(ctx, outcome, Stop("the run was cancelled"))
                     break
                 task = task or asyncio.current_task()
@@ -232,7 +233,7 @@ def _count_earlier_attempts(
     ctx: ReliabilityContext, run: NodeExecution, node: Node | Group
 ) -> tuple[int, Halt | None]:
     """Return how many attempts of a node processes that died have made, and its end if no other one follows them."""
-    tried = ctx.tried.pop((run.position, run.branch), None) if ctx.tried else None
+    tried = ctx.journal.tried.pop((run.position, run.branch), None) if ctx.journal.tried else None
     if tried is None or tried.node_id != run.node_id:
         return 0, None
     count = run.attempt = tried.attempts
@@ -281,9 +282,9 @@ def _crossed_limit(ctx: ReliabilityContext, run: NodeExecution) -> BudgetExceede
 def _decide(
     ctx: ReliabilityContext, run: NodeExecution, node: Node | Group, failure: Failure, attempt: int
 ) -> Retry | Stop:
-    if ctx.limits and ctx.cost_tracker.exceeded(ctx.budget, failure.node_id) is not None:
+    if ctx.account.limits and ctx.cost_tracker.exceeded(ctx.budget, failure.node_id) is not None:
         return _SPENT
-    if ctx.cancelled:  # The node turned it into an error of its own.
+    if ctx.stopping.is_cancelled:  # The node turned it into an error of its own.
         return Stop("the run was cancelled")
     if run.is_final:
         return Stop("its caller has a part of the result, or it must not be called twice")
@@ -324,7 +325,7 @@ async def _wait(
     if ctx.run_logger.isEnabledFor(logging.INFO):
         ctx.run_logger.info("node %r: attempt %d follows in %.3f s", run.node_id, attempt + 1, delay)
     if delay:
-        await wait_unless_held(ctx, partial(sleep, delay))
+        await wait_unless_held(ctx.stopping, partial(sleep, delay))
     else:
         await sleep(0)
     run.ended = run.attempt_id = None

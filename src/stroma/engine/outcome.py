@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import Any, Final, NamedTuple, final
 
@@ -14,11 +15,22 @@ from stroma.cost.budget import BudgetExceeded
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import Kind, NodeExecution
 from stroma.failures.classes import FailureClass
-from stroma.failures.errors import RunFailed, WaitedTooLong
+from stroma.failures.errors import PAUSED, RunFailed, Suspend, WaitedTooLong
 from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type
 from stroma.trace.result import RunStatus
 
-__all__ = ["STOPPED", "GroupStopped", "Halt", "Place", "Stopped", "halt_of_ended_run", "refuse"]
+__all__ = [
+    "STOPPED",
+    "GroupStopped",
+    "Halt",
+    "Paused",
+    "Place",
+    "Stopped",
+    "halt_of_ended_run",
+    "hold",
+    "paused",
+    "refuse",
+]
 
 
 @final
@@ -56,6 +68,10 @@ class Stopped:
 
 
 STOPPED: Final = Stopped()
+
+
+class Paused(Suspend):
+    """The suspension of a paused run: it waits for somebody who resumes it, and for no answer."""
 
 
 class GroupStopped(Exception):
@@ -118,3 +134,18 @@ def halt_of_ended_run(ctx: ReliabilityContext, node_id: str, finished: Finished)
     failure = diagnose(error, NodeContext(node_id, 1, ctx.run_id))
     kind = FailureClass.TERMINAL if finished.status == RunStatus.FAILED else FailureClass.RECOVERABLE
     return Halt(replace(failure, failure_class=kind, reason=finished.reason or failure.reason))
+
+
+async def hold(ctx: ReliabilityContext, node_id: str, attempt: int) -> Halt:
+    """Return the end of a node of which no further attempt begins. Never returns in a run that is being cancelled."""
+    if not ctx.stopping.is_paused:
+        await asyncio.get_running_loop().create_future()  # The cancellation of the task is on its way.
+    return paused(ctx, node_id, attempt)
+
+
+def paused(ctx: ReliabilityContext, node_id: str, attempt: int) -> Halt:
+    """Return the end of a node of a paused run."""
+    ctx.account.note_suspended(PAUSED)
+    ctx.run_logger.info("node %r is not called: the run is paused", node_id)
+    failure = Failure(Paused(PAUSED), FailureClass.RECOVERABLE, node_id, attempt, PAUSED)
+    return Halt(failure, suspended=True)

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import json
 import uuid
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 from stroma.checkpoint.decoding import RecordName, decode_json
 from stroma.contracts.contract import NodeContract
@@ -20,7 +20,7 @@ from stroma.contracts.tagged_json import NotSerialisable
 from stroma.engine.execution import NodeExecution
 from stroma.failures.errors import PlaceError
 
-__all__ = ["OpenCall", "PlaceCaller", "call_at_place", "note_call", "open_call", "place_error"]
+__all__ = ["OpenCall", "call_at_place", "note_call", "open_call", "place_error"]
 
 
 class OpenCall(NamedTuple):
@@ -36,29 +36,11 @@ class OpenCall(NamedTuple):
     is_sent: bool
 
 
-class PlaceCaller(Protocol):
-    """Calls the functions of nodes with a place, for the runs of one process.
+def place_error(caller: Any, contract: NodeContract[Any, Any]) -> PlaceError | None:
+    """Return why a node with a place cannot be called in this process; None if it can.
 
-    Attributes:
-        own_place: where runs are driven; no node may have this place.
+    ``caller``: the :class:`stroma.drivers.temporal.caller.TemporalCaller` of the process; None without one.
     """
-
-    own_place: str
-
-    async def call(self, run: NodeExecution, contract: NodeContract[Any, Any], call: OpenCall) -> Any:
-        """Return what the function returns, and note its usage in the execution. A call that was sent is awaited.
-
-        Raises RunFailed for what the function raises, WorkerLost, PlaceError.
-        """
-        ...
-
-    async def cancel(self, call: OpenCall) -> None:
-        """End a call whose result nobody needs. Never raises."""
-        ...
-
-
-def place_error(caller: PlaceCaller | None, contract: NodeContract[Any, Any]) -> PlaceError | None:
-    """Return why a node with a place cannot be called in this process; None if it can."""
     node_id, place = contract.node_id, contract.place
     if caller is None:
         return PlaceError(
@@ -83,7 +65,7 @@ def open_call(
     form.
     """
     schema, key = plan[0], _note_key(run)
-    problem = place_error(run.ctx.caller, contract)
+    problem = place_error(run.ctx.journal.caller, contract)
     if problem is not None:
         raise problem
     assert schema is not None
@@ -114,12 +96,12 @@ async def call_at_place(
     """Return what the function returns. A cancellation ends the call, unless the next owner of the run needs its result."""
     ctx, call, is_over = run.ctx, run.placed_call, True
     try:
-        return await ctx.caller.call(run, contract, call)
+        return await ctx.journal.caller.call(run, contract, call)
     except asyncio.CancelledError:
         # Otherwise this process is shut down.
-        is_over = not ctx.cancelled or (ctx.holds and not ctx.paused)
+        is_over = not ctx.stopping.is_cancelled or (ctx.stopping.holds and not ctx.stopping.is_paused)
         if is_over:
-            await ctx.caller.cancel(call)
+            await ctx.journal.caller.cancel(call)
         raise
     finally:
         if is_over:

@@ -14,8 +14,7 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
 from stroma.engine.effects import UnknownOutcome
 from stroma.engine.execution import NodeExecution
-from stroma.engine.holds import Paused
-from stroma.engine.outcome import Halt, Place
+from stroma.engine.outcome import Halt, Paused, Place
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import Failure, isinstance_by_type
@@ -41,7 +40,7 @@ def find_question(error: BaseException, run: NodeExecution) -> Suspend | None:
     In an exception group all members have to be questions: otherwise something else has failed.
     """
     cause: BaseException | None = error
-    for _ in range(_MAX_CAUSES if run.children or run.ctx.paused else 1):
+    for _ in range(_MAX_CAUSES if run.children or run.ctx.stopping.is_paused else 1):
         if cause is None:
             break
         if isinstance_by_type(cause, Suspend):
@@ -91,7 +90,7 @@ def make_question(
 
 def suspend_again(run: NodeExecution, waiting: Waiting) -> Halt:
     """Return the end of a node whose question is still open: it is not called again."""
-    run.ctx.note_question(waiting)
+    run.ctx.account.note_question(waiting)
     error = Suspend(waiting.reason)
     error.asked_at = run.ctx.run_id, run.position, run.branch
     failure = Failure(error, FailureClass.RECOVERABLE, run.node_id, run.attempt, waiting.reason)

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from stroma.checkpoint import Committed, StepCall
-from stroma.checkpoint.identity import child_indexes, is_called
+from stroma.checkpoint.identity import is_called
 from stroma.contracts.node import Group, Node
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
 from stroma.engine.execution import Kind, NodeExecution
-from stroma.engine.restore import output_schema, raw_output, read_output
-from stroma.engine.unread import UnreadState
+from stroma.engine.redaction import UnreadState
+from stroma.engine.restore import node_at, output_schema, raw_output, read_output
 from stroma.failures.errors import RunFailed
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.trace.events import NO_USAGE, AttemptRow
@@ -26,7 +26,9 @@ async def redeliver(ctx: ReliabilityContext, nodes: Sequence[Node | Group]) -> N
     """Call the end hooks that earlier processes owe, the oldest first. None of it is in the trace or in the totals."""
     identities = {position: identity for identity, position in ctx.session.places.items()}
     for row in ctx.session.undelivered:
-        node, kind = _node_at(nodes, row.position, row.branch)
+        node, group = (None, None) if is_called(row.branch) else node_at(nodes, row.position, row.branch)
+        is_item = group is not None and group.is_map
+        kind: Kind = "group" if isinstance(node, Group) else "item" if is_item else "node"
         run = NodeExecution(ctx, row.node_id, kind, row.position, row.branch)
         run.attempt, run.counted, run.ended, run.redelivered = row.attempt, row.usage or NO_USAGE, row, True
         run.step = StepCall(0, None, identities.get(row.position))
@@ -65,7 +67,7 @@ async def _call_hooks(
 
 
 async def _committed(ctx: ReliabilityContext, row: AttemptRow) -> Committed | None:
-    committed = ctx.restored.get((row.position, row.branch))
+    committed = ctx.journal.restored.get((row.position, row.branch))
     if committed is None and row.branch and row.outcome == "success":  # Those of a map may be read lazily.
         outputs: Any = ctx.session.committed(row.position, [row.branch])
         committed = (await outputs if inspect.isawaitable(outputs) else outputs).get(row.branch)
@@ -95,21 +97,3 @@ def _output(
         return {}
     raw = raw_output(committed)
     return ctx.redactor.redact_state(raw if isinstance(raw, dict) else {"value": raw})
-
-
-def _node_at(nodes: Sequence[Node | Group], position: int, branch: str) -> tuple[Node | Group | None, Kind]:
-    """Return the node at a place, or None if the pipeline has none there any more, and its kind."""
-    children: Sequence[Node | Group] = nodes
-    node: Node | Group | None = None
-    kind: Kind = "node"
-    if is_called(branch):
-        return None, "node"
-    for index in (position, *child_indexes(branch)):
-        each = isinstance(node, Group) and node.is_map
-        place = 0 if each else index
-        if place >= len(children):
-            return None, kind
-        node = children[place]
-        children = node.children if isinstance(node, Group) else ()
-        kind = "group" if isinstance(node, Group) else "item" if each else "node"
-    return node, kind

@@ -19,7 +19,7 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
 from stroma.engine.execution import Kind, NodeExecution
 from stroma.engine.outcome import Place
-from stroma.engine.unread import UnreadState
+from stroma.engine.redaction import UnreadState
 from stroma.failures.errors import ItemFailure
 
 #: Nodes that a message names on each side of a difference.
@@ -29,6 +29,7 @@ __all__ = [
     "check_committed",
     "check_place",
     "check_question",
+    "node_at",
     "output_schema",
     "raw_output",
     "read_output",
@@ -48,7 +49,7 @@ async def restore(
     Raises PipelineChanged, or CorruptCheckpoint if the stored output cannot be read back.
     """
     position, branch, parent, contract = place.position, place.branch, place.parent, place.contract
-    committed = ctx.restored.get((position, branch))
+    committed = ctx.journal.restored.get((position, branch))
     if committed is None or committed.is_failed_item:
         return None
     schema = schema_of(contract.output_schema) if contract is not None else output_schema(ctx, node, value)
@@ -72,7 +73,7 @@ async def restore(
     if not branch:
         ctx.handover.offer(model)
     if isinstance(node, Group):
-        ctx.failed_items += _failed_items(ctx, position, branch)
+        ctx.account.failed_items += _failed_items(ctx, position, branch)
     if ctx.fire.on_node_skipped is not None:
         kind: Kind = "group" if isinstance(node, Group) else place.kind
         run = NodeExecution(ctx, node.node_id, kind, position, branch)
@@ -96,7 +97,7 @@ def _failed_items(ctx: ReliabilityContext, position: int, branch: str) -> int:
     inside = f"{branch}." if branch else ""
     return sum(
         failed
-        for (at, of), failed in ctx.failed_maps.items()
+        for (at, of), failed in ctx.journal.failed_maps.items()
         if at == position and (of == branch or of.startswith(inside))
     )
 
@@ -227,17 +228,30 @@ def check_committed(
         )
 
 
+def node_at(
+    nodes: Sequence[Node | Group], position: int, branch: str
+) -> tuple[Node | Group | None, Group | None]:
+    """Return the node at a place, or None if the pipeline has none there, and the group around it."""
+    children: Sequence[Node | Group] = nodes
+    node: Node | Group | None = None
+    group: Group | None = None
+    for index in (position, *child_indexes(branch)):
+        group = node if isinstance(node, Group) else None
+        at = 0 if group is not None and group.is_map else index
+        if at >= len(children):
+            return None, group
+        node = children[at]
+        children = node.children if isinstance(node, Group) else ()
+    return node, group
+
+
 def check_question(ctx: ReliabilityContext, nodes: Sequence[Node | Group], waiting: Waiting) -> None:
     """Raise PipelineChanged unless the pipeline has the node that asked a question at its place."""
     if ctx.config.allow_changes or is_called(waiting.branch):
         return
-    node = nodes[waiting.position] if waiting.position < len(nodes) else None
-    if isinstance(node, FlowNode):
+    if waiting.position < len(nodes) and isinstance(nodes[waiting.position], FlowNode):
         return  # Its body asks the questions.
-    for index in child_indexes(waiting.branch):
-        children = node.children if isinstance(node, Group) else ()
-        child = 0 if isinstance(node, Group) and node.is_map else index
-        node = children[child] if child < len(children) else None
+    node, _ = node_at(nodes, waiting.position, waiting.branch)
     if node is None or node.node_id != waiting.node_id:
         raise PipelineChanged(
             f"run {ctx.run_id!r} cannot be resumed: at position {waiting.position} it waits for an answer to node "
@@ -268,25 +282,23 @@ def check_place(
             f"{position}, and the pipeline has only {len(nodes)} nodes{_orders(nodes, position, committed.node_id)}; "
             "restore it, or start a new run"
         )
-    node = nodes[position]
-    if not branch and committed.node_id != node.node_id:
+    first = nodes[position]
+    if not branch and committed.node_id != first.node_id:
         raise PipelineChanged(
             f"run {ctx.run_id!r} cannot be resumed: at position {position} it has the output of node "
-            f"{committed.node_id!r}, but the pipeline has {node.node_id!r} there"
+            f"{committed.node_id!r}, but the pipeline has {first.node_id!r} there"
             f"{_orders(nodes, position, committed.node_id)}; restore the order of nodes, or start a new run"
         )
-    group: str | None = None
-    for index in child_indexes(branch):
-        children = node.children if isinstance(node, Group) else ()
-        child = 0 if isinstance(node, Group) and node.is_map else index
-        if child >= len(children):
-            raise PipelineChanged(
-                f"run {ctx.run_id!r} cannot be resumed: it has the output of node {committed.node_id!r} inside "
-                f"position {position}, and {node.node_id!r} has no such child; restore it, or start a new run"
-            )
-        node, group = children[child], node.node_id
+    node, group = node_at(nodes, position, branch)
+    if node is None:
+        around = first.node_id if group is None else group.node_id
+        raise PipelineChanged(
+            f"run {ctx.run_id!r} cannot be resumed: it has the output of node {committed.node_id!r} inside "
+            f"position {position}, and {around!r} has no such child; restore it, or start a new run"
+        )
     if is_called(branch):  # Steps that a node or its hooks call are known when they are called.
         return
     # The schema of a group depends on its input, and is checked when it is restored.
     schema = output_schema(ctx, node, None) if isinstance(node, Node) else None
-    check_committed(ctx, node, schema, committed, Place(position, branch), group)
+    around_id = None if group is None else group.node_id
+    check_committed(ctx, node, schema, committed, Place(position, branch), around_id)

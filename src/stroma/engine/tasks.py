@@ -1,4 +1,4 @@
-"""Threads and cancellation: awaiting things without losing what they did."""
+"""Threads, tasks and cancellation: awaiting things without losing what they did."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import contextvars
 import functools
 import sys
 import threading
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 from stroma.checkpoint import CorruptCheckpoint, PipelineChanged, StoreError
-from stroma.engine.in_flight import give_up, is_given_up
-from stroma.engine.threads import enter_scope
 from stroma.hooks.dispatch import HookNotAsync
 
 __all__ = [
@@ -22,17 +24,133 @@ __all__ = [
     "LoopTicks",
     "Shield",
     "TaskPool",
+    "ThreadPlaces",
     "as_store_error",
+    "begin_flight",
     "call_in_thread",
     "cancel_all",
+    "end_flight",
+    "enter_scope",
     "gather",
+    "give_up",
     "has_running_loop",
     "in_thread",
+    "is_given_up",
+    "is_in_flight",
     "loop_ticks",
     "passes_through",
     "raise_if",
     "retrieve_exception",
+    "thread_places",
 ]
+
+
+class ThreadPlaces:
+    """Places that attempts take in the order of their arrival, in one event loop."""
+
+    def __init__(self) -> None:
+        self._used = 0
+        self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    def take(self, limit: int) -> bool:
+        """Take a place if one is free and nobody waits for it."""
+        if self._queue or self._used >= limit:
+            return False
+        self._used += 1
+        return True
+
+    async def wait(self, limit: int) -> None:
+        """Wait for a place, and take it."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        entry = limit, future
+        self._queue.append(entry)
+        try:
+            await future
+        except BaseException:
+            if future.done() and not future.cancelled():  # It was handed over at the same moment.
+                self._used -= 1
+            else:
+                self._queue.remove(entry)
+            self._hand_over()
+            raise
+
+    def release(self) -> None:
+        """Return a place, and hand it to the first that waits."""
+        self._used -= 1
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        while self._queue and self._used < self._queue[0][0]:
+            _, future = self._queue.popleft()
+            if not future.done():
+                self._used += 1
+                with suppress(RuntimeError):  # The loop was closed under it.
+                    future.set_result(None)
+
+
+class _Scope:
+    """The places outside of all plain nodes, or inside one of them."""
+
+    def __init__(self) -> None:
+        self._places: WeakKeyDictionary[Any, WeakKeyDictionary[asyncio.AbstractEventLoop, ThreadPlaces]]
+        self._places = WeakKeyDictionary()
+
+    def places(self, owner: object) -> ThreadPlaces:
+        loops = self._places.setdefault(owner, WeakKeyDictionary())
+        return loops.setdefault(asyncio.get_running_loop(), ThreadPlaces())
+
+
+_SCOPE: ContextVar[_Scope] = ContextVar("stroma_thread_scope", default=_Scope())  # noqa: B039
+
+
+def thread_places(owner: object) -> ThreadPlaces:
+    """Return the places of a runner's plain nodes in the running event loop. ``owner``: its registry."""
+    return _SCOPE.get().places(owner)
+
+
+def enter_scope() -> None:
+    """Give the code of a plain node places of its own, in its context: it must not wait for the place that it takes."""
+    _SCOPE.set(_Scope())
+
+
+#: Message of the cancellation of a task that is given up. It reaches the tasks that the task awaits.
+_GIVEN_UP: Final = "given up"
+#: Tasks that call an effect, and if they were given up meanwhile.
+_in_flight: Final[dict[asyncio.Task[Any], bool]] = {}
+
+
+def give_up(task: asyncio.Task[Any]) -> None:
+    """Cancel a task, or have it cancelled once the attempt of an effect that it makes has its end."""
+    if task in _in_flight:
+        _in_flight[task] = True
+    else:
+        task.cancel(_GIVEN_UP)
+
+
+def is_given_up(cancelled: asyncio.CancelledError) -> bool:
+    """Return True if a task was given up, so that it gives up those that it has started."""
+    return cancelled.args == (_GIVEN_UP,)
+
+
+def is_in_flight(task: asyncio.Task[Any]) -> bool:
+    """Return True while a task calls an effect."""
+    return task in _in_flight
+
+
+def begin_flight() -> asyncio.Task[Any] | None:
+    """Note that the running task calls an effect. Return the task for :func:`end_flight`; None if it calls one already."""
+    task = asyncio.current_task()
+    if task is None or task in _in_flight:
+        return None
+    _in_flight[task] = False
+    return task
+
+
+def end_flight(task: asyncio.Task[Any] | None) -> None:
+    """Note that the attempt has its end. If the task was given up, its next await raises the cancellation."""
+    if task is not None and _in_flight.pop(task):
+        task.cancel(_GIVEN_UP)
+
 
 #: Warning about a function that was abandoned.
 CONTINUES: Final = "node %r continues in its thread, which cannot be stopped; max_threads no longer counts it"
@@ -279,7 +397,7 @@ class TaskPool:
     async def join(self) -> None:
         """Await all tasks. A cancellation of the caller cancels them, and is raised when they have ended.
 
-        If the caller is given up, so are they (see :func:`stroma.engine.in_flight.give_up`).
+        If the caller is given up, so are they (see :func:`stroma.engine.tasks.give_up`).
         """
         cancelled: asyncio.CancelledError | None = None
         while self._running:

@@ -6,18 +6,17 @@ clock of the store. Money is in whole pico-dollars, so that sums are exact in an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal, NamedTuple, get_args
 
 from stroma.checkpoint.errors import StoreError
 from stroma.limits.reservations import (
+    CellChange,
+    CellState,
     estimate_usage,
     is_live,
-    load_state,
-    pack_state,
-    prune_holds,
     remember_usage,
     renew_leases,
 )
@@ -25,7 +24,7 @@ from stroma.limits.reservations import (
 __all__ = [
     "PERIODS",
     "PICO",
-    "BudgetAccount",
+    "BudgetCell",
     "BudgetTerms",
     "CallRequest",
     "CallUsage",
@@ -46,7 +45,6 @@ __all__ = [
 Per = Literal["minute", "hour", "day", "month"]
 PERIODS: Final = get_args(Per)
 PICO: Final = 10**12
-_FORMAT: Final = 1
 _WARN_AT: Final = 4, 5  # 80 %, in whole numbers
 #: A clock that is set back by less stays in the current window; otherwise that window would start twice.
 _SET_BACK_MS: Final = 3600 * 1000
@@ -136,19 +134,6 @@ class Refusal(NamedTuple):
     waits: bool
 
 
-class BudgetAccount(NamedTuple):
-    """Readable state of a shared budget."""
-
-    per: str | None
-    limits: tuple[int | None, int | None]
-    spent: tuple[int, int]
-    reserved: tuple[int, int]
-    calls: int
-    start_ms: int | None
-    ends_ms: int | None
-    by_node: dict[str, tuple[int, int]]
-
-
 def window(per: str | None, now_ms: int) -> tuple[int, int | None]:
     """Return start and end of the window around a time, in ms since the epoch: calendar units of UTC."""
     if per is None:
@@ -167,57 +152,43 @@ def window(per: str | None, now_ms: int) -> tuple[int, int | None]:
     return int(start.timestamp()) * 1000, int(end.timestamp()) * 1000
 
 
-@dataclass
-class _BudgetCell:
+@dataclass(kw_only=True)
+class BudgetCell(CellState):
+    """The state of a shared budget: pico-dollars and tokens of its window. A reservation is [until, node, cost, tokens, place]."""
+
     per: str | None
     limits: list[int | None]
     start: int
     spent: list[int] = field(default_factory=lambda: [0, 0])
     #: By node id: usage in this window.
     by_node: dict[str, list[int]] = field(default_factory=dict)
-    #: By token: [until, node, cost, tokens, place].
-    holds: dict[str, list[Any]] = field(default_factory=dict)
     #: By dimension and node id: usage of recent calls.
     recent: list[dict[str, list[int]]] = field(default_factory=lambda: [{}, {}])
     warned: list[str] = field(default_factory=list)
 
-    def pack_state(self) -> bytes:
-        return pack_state(vars(self), _FORMAT)
-
-    def reserved(self, dimension: int, now: int, node: str | None = None) -> int:
-        return sum(
-            hold[2 + dimension]
-            for hold in self.holds.values()
-            if is_live(hold, now) and node in (None, hold[1])
-        )
+    def figures(self, hold: list[Any]) -> Iterable[tuple[Hashable, int]]:
+        return (0, hold[2]), (1, hold[3]), ((0, hold[1]), hold[2]), ("calls", 1)
 
     def ends_ms(self) -> int | None:
         return window(self.per, self.start)[1]
 
+    def roll_window(self, now: int) -> None:
+        """Start the next window if the current one has ended."""
+        start = window(self.per, now)[0]
+        if start > self.start:
+            self.start, self.spent, self.by_node, self.warned = start, [0, 0], {}, []
+        elif self.start - now > _SET_BACK_MS:
+            # The clock was far ahead. The usage stays; do not wait for a window in the far future.
+            self.start = start
+
 
 def _label(name: str) -> str:
-    return f"shared budget {name!r}"
+    return f"budget {name!r}"
 
 
-def _read(data: bytes | None, name: str) -> _BudgetCell | None:
-    fields = load_state(data, _label(name), _FORMAT)
-    return None if fields is None else _BudgetCell(**fields)
-
-
-def _roll_window(state: _BudgetCell, now: int) -> None:
-    """Start the next window if the current one has ended."""
-    start = window(state.per, now)[0]
-    if start > state.start:
-        state.start, state.spent, state.by_node, state.warned = start, [0, 0], {}, []
-    elif state.start - now > _SET_BACK_MS:
-        # The clock was far ahead. The usage stays; do not wait for a window in the far future.
-        state.start = start
-
-
-def _open(data: bytes | None, now: int, terms: BudgetTerms) -> _BudgetCell:
-    state = _read(data, terms.name)
+def _open(state: BudgetCell | None, now: int, terms: BudgetTerms) -> BudgetCell:
     if state is None:
-        state = _BudgetCell(terms.per, list(terms.limits), window(terms.per, now)[0])
+        state = BudgetCell(per=terms.per, limits=list(terms.limits), start=window(terms.per, now)[0])
     if state.per != terms.per:
         error = StoreError(
             f"shared budget {terms.name!r} has per={state.per!r} in this store, but per={terms.per!r} here; "
@@ -226,23 +197,23 @@ def _open(data: bytes | None, now: int, terms: BudgetTerms) -> _BudgetCell:
         error.transient = False
         raise error
     state.limits = list(terms.limits)
-    _roll_window(state, now)
-    prune_holds(state.holds, now)
+    state.roll_window(now)
+    state.prune_holds(now)
     return state
 
 
 def reserve(
     terms: BudgetTerms, request: CallRequest
-) -> Callable[[bytes | None, int], tuple[bytes | None, Refusal | UnsettledCalls | tuple[int, int]]]:
+) -> CellChange[BudgetCell, Refusal | UnsettledCalls | tuple[int, int]]:
     """Return a change that reserves what a call may use. It answers the amounts, or why the call may not begin.
 
     UnsettledCalls comes first: the usage of dead processes belongs to the total.
     """
 
-    def change(
-        data: bytes | None, now: int
-    ) -> tuple[bytes | None, Refusal | UnsettledCalls | tuple[int, int]]:
-        state = _open(data, now, terms)
+    def apply(
+        cell: BudgetCell | None, now: int
+    ) -> tuple[BudgetCell | None, Refusal | UnsettledCalls | tuple[int, int]]:
+        state = _open(cell, now, terms)
         if request.token in state.holds:  # Reserved by an earlier try whose answer was lost.
             hold = state.holds[request.token]
             return None, (hold[2], hold[3])
@@ -258,14 +229,14 @@ def reserve(
         if isinstance(answer, Refusal):
             return None, answer
         until = None if request.lease_ms is None else now + request.lease_ms
-        state.holds[request.token] = [until, request.node, *answer, request.place]
-        return state.pack_state(), answer
+        state.put_hold(request.token, [until, request.node, *answer, request.place])
+        return state, answer
 
-    return change
+    return CellChange(BudgetCell, _label(terms.name), apply)
 
 
 def _amounts(
-    state: _BudgetCell, terms: BudgetTerms, request: CallRequest, now: int
+    state: BudgetCell, terms: BudgetTerms, request: CallRequest, now: int
 ) -> tuple[int, int] | Refusal:
     """Return the amounts that a call reserves, or why there is no room for them."""
     amounts = [0, 0]
@@ -288,7 +259,7 @@ def _amounts(
 
 
 def _select_calls(
-    state: _BudgetCell, which: Callable[[list[Any], JournalPlace], bool]
+    state: BudgetCell, which: Callable[[list[Any], JournalPlace], bool]
 ) -> dict[str, tuple[str, JournalPlace]]:
     """Return node and place of the selected calls that are not counted, by token."""
     calls: dict[str, tuple[str, JournalPlace]] = {}
@@ -299,20 +270,23 @@ def _select_calls(
 
 
 def unsettled_calls_of(
-    name: str, data: bytes | None, run: JournalPlace
-) -> dict[str, tuple[str, JournalPlace]]:
-    """Return the calls of a run that are not counted, by token, except those of its current execution and epoch."""
-    state = _read(data, name)
-    if state is None:
-        return {}
-    return _select_calls(
-        state,
-        lambda _, at: at[:2] == run[:2] and (at.execution, at.epoch) != (run.execution, run.epoch),
-    )
+    name: str, run: JournalPlace
+) -> CellChange[BudgetCell, dict[str, tuple[str, JournalPlace]]]:
+    """Return a reader of the calls of a run that are not counted, by token, except those of its current execution and epoch."""
+
+    def apply(state: BudgetCell | None, now: int) -> tuple[None, dict[str, tuple[str, JournalPlace]]]:
+        if state is None:
+            return None, {}
+        return None, _select_calls(
+            state,
+            lambda _, at: at[:2] == run[:2] and (at.execution, at.epoch) != (run.execution, run.epoch),
+        )
+
+    return CellChange(BudgetCell, _label(name), apply)
 
 
 def _bounds(
-    state: _BudgetCell, terms: BudgetTerms, node: str, i: int, now: int
+    state: BudgetCell, terms: BudgetTerms, node: str, i: int, now: int
 ) -> list[tuple[int, int, int, bool]]:
     """Return (limit, spent, reserved, is_node_cap) of each limit of a call."""
     bounds = []
@@ -320,23 +294,23 @@ def _bounds(
     if limit is not None:
         bounds.append((limit, state.spent[i], state.reserved(i, now), False))
     if cap is not None:
-        bounds.append((cap, state.by_node.get(node, [0, 0])[i], state.reserved(i, now, node), True))
+        bounds.append((cap, state.by_node.get(node, [0, 0])[i], state.reserved((0, node), now), True))
     return bounds
 
 
 def settle(
     terms: BudgetTerms, spends: Iterable[CallUsage]
-) -> Callable[[bytes | None, int], tuple[bytes | None, list[tuple[str, int, int]]]]:
+) -> CellChange[BudgetCell, list[tuple[str, int, int]]]:
     """Return a change that counts what calls used in place of their reservations.
 
     It answers (dimension, used, limit) of each limit that has reached 80 %, once in a window.
     """
     spends = list(spends)
 
-    def change(data: bytes | None, now: int) -> tuple[bytes | None, list[tuple[str, int, int]]]:
-        state = _open(data, now, terms)
+    def apply(cell: BudgetCell | None, now: int) -> tuple[BudgetCell, list[tuple[str, int, int]]]:
+        state = _open(cell, now, terms)
         for token, node, took, was_reserved, learns in spends:
-            if state.holds.pop(token, None) is None and was_reserved:
+            if state.pop_hold(token, now) is None and was_reserved:
                 continue
             totals = state.by_node.setdefault(node, [0, 0])
             for i, amount in enumerate(took):
@@ -349,58 +323,46 @@ def settle(
             if limit is not None and name not in state.warned and used * _WARN_AT[1] >= limit * _WARN_AT[0]:
                 state.warned.append(name)
                 due.append((name, used, limit))
-        return state.pack_state(), due
+        return state, due
 
-    return change
+    return CellChange(BudgetCell, _label(terms.name), apply)
 
 
-def release(name: str, tokens: Iterable[str]) -> Callable[[bytes | None, int], tuple[bytes | None, None]]:
+def release(name: str, tokens: Iterable[str]) -> CellChange[BudgetCell, None]:
     """Return a change that releases the reservations of calls that never began."""
     tokens = list(tokens)
 
-    def change(data: bytes | None, now: int) -> tuple[bytes | None, None]:
-        state = _read(data, name)
-        if state is None:
-            return None, None
-        released = [token for token in tokens if state.holds.pop(token, None) is not None]
-        return (state.pack_state() if released else None), None
+    def apply(state: BudgetCell | None, now: int) -> tuple[BudgetCell | None, None]:
+        released = [] if state is None else [state.pop_hold(token, now) for token in tokens]
+        return state if any(released) else None, None
 
-    return change
+    return CellChange(BudgetCell, _label(name), apply)
 
 
-def give_back(name: str, token: str) -> Callable[[bytes | None, int], tuple[bytes | None, None]]:
+def give_back(name: str, token: str) -> CellChange[BudgetCell, None]:
     """Return a change that reduces a reservation to 0. Its call stays in flight, to be settled."""
 
-    def change(data: bytes | None, now: int) -> tuple[bytes | None, None]:
-        state = _read(data, name)
-        if state is None or (hold := state.holds.get(token)) is None:
+    def apply(state: BudgetCell | None, now: int) -> tuple[BudgetCell | None, None]:
+        if state is None or token not in state.holds:
             return None, None
-        hold[2:4] = [0, 0]
-        return state.pack_state(), None
+        state.holds[token][2:4] = [0, 0]
+        state.changed_holds()
+        return state, None
 
-    return change
+    return CellChange(BudgetCell, _label(name), apply)
 
 
-def renew_calls(
-    name: str, tokens: Iterable[str], lease_ms: int
-) -> Callable[[bytes | None, int], tuple[bytes | None, None]]:
+def renew_calls(name: str, tokens: Iterable[str], lease_ms: int) -> CellChange[BudgetCell, None]:
     """Return a change that renews the leases of calls in flight."""
-    return renew_leases(_label(name), _FORMAT, tokens, lease_ms)
+    return renew_leases(BudgetCell, _label(name), tokens, lease_ms)
 
 
-def read_account(name: str, data: bytes | None, now: int) -> BudgetAccount | None:
-    """Return the readable state of a cell at a time; None if there is no such budget."""
-    state = _read(data, name)
-    if state is None:
-        return None
-    _roll_window(state, now)
-    return BudgetAccount(
-        state.per,
-        (state.limits[0], state.limits[1]),
-        (state.spent[0], state.spent[1]),
-        (state.reserved(0, now), state.reserved(1, now)),
-        sum(is_live(hold, now) for hold in state.holds.values()),
-        None if state.per is None else state.start,
-        state.ends_ms(),
-        {node: (took[0], took[1]) for node, took in sorted(state.by_node.items())},
-    )
+def read_account(name: str, data: bytes | None, now: int) -> BudgetCell | None:
+    """Return the state in a cell at a time; None if there is no such budget. Raises StoreError."""
+
+    def apply(state: BudgetCell | None, now: int) -> tuple[None, BudgetCell | None]:
+        if state is not None:
+            state.roll_window(now)
+        return None, state
+
+    return CellChange(BudgetCell, _label(name), apply)(data, now)[1]

@@ -19,8 +19,7 @@ from stroma.cost.budget import LARGEST
 from stroma.cost.usage import shown
 from stroma.failures.errors import COOLDOWN, Wait
 from stroma.limits.budget_state import JournalPlace
-from stroma.limits.lease_renewal import RENEWER
-from stroma.limits.reservations import report_damage
+from stroma.limits.reservations import RENEWER, CellChange, ProcessCells
 
 if TYPE_CHECKING:
     from stroma.failures.failure import Failure
@@ -43,7 +42,7 @@ logger = get_logger()
 OnStoreError = Literal["refuse", "allow"]
 
 #: The store of gates without a store: they share state by name.
-_PROCESS: Final = MemoryCells()
+_PROCESS: Final = ProcessCells()
 if hasattr(os, "register_at_fork"):  # pragma: no branch
     os.register_at_fork(after_in_child=_PROCESS.forget)  # Calls in flight belong to the parent.
 
@@ -148,7 +147,7 @@ class Gate(ABC):
     @property
     def lease_ms(self) -> int | None:
         """Lease of a reservation in milliseconds; None for a store in memory, which ends with its process."""
-        return None if isinstance(self.store, MemoryCells) else int(self.lease_seconds * 1000)
+        return None if isinstance(self.store, (MemoryCells, ProcessCells)) else int(self.lease_seconds * 1000)
 
     @property
     def line(self) -> WaitQueue:
@@ -163,13 +162,15 @@ class Gate(ABC):
             queue = self._queues[loop] = WaitQueue()
         return queue
 
-    def change(self, change: Change[T]) -> Awaitable[T]:
-        return self.store.change_cell(self.cell, report_damage(self.label, change))
+    def change(self, change: CellChange[Any, T]) -> Awaitable[T]:
+        """Change the cell, and return the answer. Raises StoreError."""
+        changed: Awaitable[T] = self.store.change_cell(self.cell, change)
+        return changed
 
-    def post(self, change: Change[Any]) -> None:
+    def post(self, change: CellChange[Any, Any]) -> None:
         """Change the cell without waiting."""
         try:
-            self.store.post_cell(self.cell, report_damage(self.label, change))
+            self.store.post_cell(self.cell, change)
         except Exception as error:
             logger.warning("the end of a call could not be recorded in %s: %s", self.label, error)
 
@@ -246,7 +247,7 @@ class Gate(ABC):
         """Renew the leases of these tokens without waiting. Called from any thread."""
 
 
-def _store_of(store: Any, gate: Gate) -> CellStore:
+def _store_of(store: Any, gate: Gate) -> Any:
     if store is None:
         return _PROCESS
     if isinstance(store, (str, os.PathLike)):
@@ -268,7 +269,7 @@ _DECLARED: Final[weakref.WeakValueDictionary[tuple[str, str], Gate]] = weakref.W
 
 def _declare(gate: Gate) -> None:
     """Register a name. Raises ValueError if a gate in use has the same name and other limits."""
-    at = (gate.cell, f"{id(gate.store)}" if isinstance(gate.store, MemoryCells) else repr(gate.store))
+    at = (gate.cell, f"{id(gate.store)}" if gate.lease_ms is None else repr(gate.store))
     if (existing := _DECLARED.get(at)) is not None and existing._terms != gate._terms:
         del existing
         gc.collect()  # A gate in an unreachable reference cycle is not in use.

@@ -25,7 +25,6 @@ from stroma.limits.gate import (
     positive_int,
     positive_number,
 )
-from stroma.limits.lease_renewal import RENEWER
 from stroma.limits.rate_state import (
     CallReport,
     LimitState,
@@ -39,7 +38,7 @@ from stroma.limits.rate_state import (
     release_call,
     renew_calls,
 )
-from stroma.limits.reservations import report_damage
+from stroma.limits.reservations import RENEWER
 
 if TYPE_CHECKING:
     from stroma.failures.failure import Failure
@@ -169,7 +168,7 @@ class RateGate(Gate):
         seconds = await self.change(release_call(self.name, token, used.tokens, end, learns=learns))
         if seconds is None:
             return []
-        self.store.post_cell(_COOLDOWNS, report_damage("the list of cooldowns", list_cooldown(self.name)))
+        self.store.post_cell(_COOLDOWNS, list_cooldown(self.name))
         return [CooldownBegun(self.name, seconds)]
 
     def abandon(self, node_id: str, token: str, used: AttemptUsage | None) -> None:
@@ -218,10 +217,7 @@ def read_limit(store: Any, name: str) -> LimitState | None:
 
     Blocking. Raises ValueError for an illegal name, StoreError.
     """
-    data, now = store.read_cell(f"{RateGate.kind}:{check_id(name, 'name of a limit')}")
-    read = report_damage(f"limit {name!r}", lambda data, now: read_limit_state(name, data, now))
-    state: LimitState | None = read(data, now)
-    return state
+    return read_limit_state(name, *store.read_cell(f"{RateGate.kind}:{check_id(name, 'name of a limit')}"))
 
 
 def read_cooldowns(store: Any) -> dict[str, int]:
@@ -229,9 +225,7 @@ def read_cooldowns(store: Any) -> dict[str, int]:
 
     Of the 50 limits that have begun a cooldown last. Blocking. Raises StoreError.
     """
-    data, _ = store.read_cell(_COOLDOWNS)
-    read = report_damage("the list of cooldowns", lambda data, _: names_of_cooldowns(data))
-    names: dict[str, int] = read(data, 0)
+    names = names_of_cooldowns(store.read_cell(_COOLDOWNS)[0])
     states = {name: read_limit(store, name) for name in names}
     return {
         name: state.cooldown_ms

@@ -11,17 +11,16 @@ it is refused, the limit closes again. If it ends otherwise, or its lease expire
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from stroma.failures.errors import COOLDOWN, Wait
 from stroma.limits.reservations import (
+    CellChange,
+    CellState,
     estimate_usage,
     is_live,
-    load_state,
-    pack_state,
-    prune_holds,
     remember_usage,
     renew_leases,
 )
@@ -41,7 +40,7 @@ __all__ = [
     "renew_calls",
 ]
 
-_FORMAT: Final = 1
+_LIST: Final = "the list of cooldowns"
 _WINDOW_SECONDS: Final = 61
 _MAX_CLOCK_STEP_MS: Final = 60_000
 #: Cooldown after a refusal that names no time; it doubles with each probe that is refused, up to the maximum.
@@ -107,12 +106,12 @@ class LimitState(NamedTuple):
     cooldown_ms: int | None
 
 
-@dataclass
-class _RateCell:
+@dataclass(kw_only=True)
+class RateCell(CellState):
+    """The state of a rate limit. A reservation is [until, node, second, tokens]."""
+
     #: [second, requests, tokens], the oldest first.
     slots: list[list[int]] = field(default_factory=list)
-    #: By token: [until, node, second, tokens].
-    holds: dict[str, list[Any]] = field(default_factory=dict)
     recent: dict[str, list[int]] = field(default_factory=dict)
     #: End of the cooldown; 0 while the limit is open.
     closed_until: int = 0
@@ -123,8 +122,8 @@ class _RateCell:
     paced_until: int = 0
     next_start: float = 0
 
-    def pack_state(self) -> bytes:
-        return pack_state(vars(self), _FORMAT)
+    def figures(self, hold: list[Any]) -> Iterable[tuple[Hashable, int]]:
+        return (("calls", 1),)
 
     def slot(self, second: int) -> list[int]:
         if not self.slots or self.slots[-1][0] < second:
@@ -180,28 +179,23 @@ def _label(name: str) -> str:
     return f"limit {name!r}"
 
 
-def _read(data: bytes | None, name: str) -> _RateCell | None:
-    fields = load_state(data, _label(name), _FORMAT)
-    return None if fields is None else _RateCell(**fields)
-
-
 def acquire(
     rates: RateLimits, token: str, node: str, declared: int | None, lease_ms: int | None
-) -> Callable[[bytes | None, int], tuple[bytes | None, Wait | TooLarge | Probe | None]]:
+) -> CellChange[RateCell, Wait | TooLarge | Probe | None]:
     """Return a change that admits a call. It answers None or a Probe if the call may begin."""
 
-    def change(data: bytes | None, now: int) -> tuple[bytes | None, Wait | TooLarge | Probe | None]:
-        state = _read(data, rates.name) or _RateCell()
+    def apply(cell: RateCell | None, now: int) -> tuple[RateCell | None, Wait | TooLarge | Probe | None]:
+        state = cell or RateCell()
         if token in state.holds:  # Reserved by an earlier try whose answer was lost.
             return None, Probe() if token == state.probe else None
         state.correct_clock(now)
         state.slots = [slot for slot in state.slots if (slot[0] + _WINDOW_SECONDS) * 1000 > now]
-        prune_holds(state.holds, now)
+        state.prune_holds(now)
         estimate = 0 if rates.tokens is None else estimate_usage(state.recent, node, declared, rates.tokens)
         if rates.tokens is not None and estimate is not None and estimate > rates.tokens:
             # Report it once: smaller calls must not be refused because of earlier ones.
             state.recent.pop(node, None)
-            return state.pack_state(), TooLarge(estimate)
+            return state, TooLarge(estimate)
         if state.closed_until and (cooldown := state.cooldown(now)) is not None:
             return None, cooldown
         needed = estimate or 0
@@ -222,13 +216,13 @@ def acquire(
         if is_probe or rates.tokens is not None or rates.concurrent is not None:
             # The end of all other calls is not reported.
             until = None if lease_ms is None else now + lease_ms
-            state.holds[token] = [until, node, slot[0], needed]
-        return state.pack_state(), Probe() if is_probe else None
+            state.put_hold(token, [until, node, slot[0], needed])
+        return state, Probe() if is_probe else None
 
-    return change
+    return CellChange(RateCell, _label(rates.name), apply)
 
 
-def _wait_for_room(state: _RateCell, rates: RateLimits, tokens: int, now: int) -> Wait | None:
+def _wait_for_room(state: RateCell, rates: RateLimits, tokens: int, now: int) -> Wait | None:
     waits: list[tuple[int, str]] = []
     if state.paced_until > now and state.next_start > now and not state.closed_until:
         reason = "tokens_per_minute" if rates.requests is None else "requests_per_minute"
@@ -244,8 +238,7 @@ def _wait_for_room(state: _RateCell, rates: RateLimits, tokens: int, now: int) -
     if waits:
         ms, reason = max(waits)
         return Wait(reason, ms)
-    in_flight = sum(is_live(hold, now) for hold in state.holds.values())
-    if rates.concurrent is not None and in_flight >= rates.concurrent:
+    if rates.concurrent is not None and state.reserved("calls", now) >= rates.concurrent:
         return Wait("concurrent", None)
     return None
 
@@ -259,19 +252,18 @@ def _distance_ms(rates: RateLimits, tokens: int | None) -> float:
 
 def release_call(
     name: str, token: str, took: int | None, end: CallReport, *, learns: bool
-) -> Callable[[bytes | None, int], tuple[bytes | None, float | None]]:
+) -> CellChange[RateCell, float | None]:
     """Return a change that counts what a call used in place of its reservation, and closes or reopens the limit.
 
     It answers the seconds of the cooldown that the call has begun; None if it has begun none.
     """
 
-    def change(data: bytes | None, now: int) -> tuple[bytes | None, float | None]:
-        state = _read(data, name)
-        hold = None if state is None else state.holds.pop(token, None)
+    def apply(state: RateCell | None, now: int) -> tuple[RateCell | None, float | None]:
+        hold = None if state is None else state.pop_hold(token, now)
         if hold is None and not end.refused:
             return None, None
         if state is None:
-            state = _RateCell()
+            state = RateCell()
         if hold is not None:
             for slot in state.slots:
                 if slot[0] == hold[2]:
@@ -282,58 +274,68 @@ def release_call(
         begins = end.refused and state.close(end.wait_ms, now)
         if hold is not None and end.answered and token == state.probe and state.closed_until <= now:
             state.reopen(now)
-        return state.pack_state(), max(0, state.closed_until - now) / 1000 if begins else None
+        return state, max(0, state.closed_until - now) / 1000 if begins else None
 
-    return change
+    return CellChange(RateCell, _label(name), apply)
 
 
-def end_lease(name: str, token: str) -> Callable[[bytes | None, int], tuple[bytes | None, None]]:
+def end_lease(name: str, token: str) -> CellChange[RateCell, None]:
     """Return a change that no longer counts a call in flight as one, and does not wait for it if it probes."""
 
-    def change(data: bytes | None, now: int) -> tuple[bytes | None, None]:
-        state = _read(data, name)
-        if state is None or (hold := state.holds.get(token)) is None:
+    def apply(state: RateCell | None, now: int) -> tuple[RateCell | None, None]:
+        if state is None or token not in state.holds:
             return None, None
-        hold[0] = now
-        return state.pack_state(), None
+        state.holds[token][0] = now
+        state.changed_holds()
+        return state, None
 
-    return change
+    return CellChange(RateCell, _label(name), apply)
 
 
-def list_cooldown(name: str) -> Callable[[bytes | None, int], tuple[bytes | None, None]]:
-    """Return a change of the cell that lists the limits which have begun a cooldown last, so that they can be found."""
+@dataclass(kw_only=True)
+class CooldownList(CellState):
+    """The limits which have begun a cooldown last, so that they can be found, and when, in milliseconds."""
 
-    def change(data: bytes | None, now: int) -> tuple[bytes | None, None]:
-        names = {one: at for one, at in names_of_cooldowns(data).items() if one != name}
+    names: dict[str, int] = field(default_factory=dict)
+
+
+def list_cooldown(name: str) -> CellChange[CooldownList, None]:
+    """Return a change of the list of cooldowns that adds a limit."""
+
+    def apply(state: CooldownList | None, now: int) -> tuple[CooldownList, None]:
+        names = {} if state is None else {one: at for one, at in state.names.items() if one != name}
         newest = sorted(names.items(), key=lambda item: -item[1])[: _MAX_LISTED - 1]
-        return pack_state({"names": {name: now, **dict(newest)}}, _FORMAT), None
+        return CooldownList(names={name: now, **dict(newest)}), None
 
-    return change
+    return CellChange(CooldownList, _LIST, apply)
 
 
 def names_of_cooldowns(data: bytes | None) -> dict[str, int]:
-    """Return the limits that :func:`list_cooldown` has listed, and when, in milliseconds."""
-    state = load_state(data, "the list of cooldowns", _FORMAT)
-    return {} if state is None else dict(state["names"])
+    """Return the limits that :func:`list_cooldown` has listed, and when, in milliseconds. Raises StoreError."""
+    read: CellChange[CooldownList, dict[str, int]] = CellChange(
+        CooldownList, _LIST, lambda state, now: (None, {} if state is None else dict(state.names))
+    )
+    return read(data, 0)[1]
 
 
 def read_limit_state(name: str, data: bytes | None, now: int) -> LimitState | None:
-    """Return the state of a limit; None if no call was ever made under it."""
-    state = _read(data, name)
-    if state is None:
-        return None
-    state.correct_clock(now)
-    recent = [slot for slot in state.slots if (slot[0] + _WINDOW_SECONDS) * 1000 > now]
-    return LimitState(
-        sum(slot[1] for slot in recent),
-        sum(slot[2] for slot in recent),
-        sum(is_live(hold, now) for hold in state.holds.values()),
-        max(0, state.closed_until - now) if state.closed_until else None,
-    )
+    """Return the state of a limit; None if no call was ever made under it. Raises StoreError."""
+
+    def apply(state: RateCell | None, now: int) -> tuple[None, LimitState | None]:
+        if state is None:
+            return None, None
+        state.correct_clock(now)
+        recent = [slot for slot in state.slots if (slot[0] + _WINDOW_SECONDS) * 1000 > now]
+        return None, LimitState(
+            sum(slot[1] for slot in recent),
+            sum(slot[2] for slot in recent),
+            state.reserved("calls", now),
+            max(0, state.closed_until - now) if state.closed_until else None,
+        )
+
+    return CellChange(RateCell, _label(name), apply)(data, now)[1]
 
 
-def renew_calls(
-    name: str, tokens: Iterable[str], lease_ms: int
-) -> Callable[[bytes | None, int], tuple[bytes | None, None]]:
+def renew_calls(name: str, tokens: Iterable[str], lease_ms: int) -> CellChange[RateCell, None]:
     """Return a change that renews the leases of calls in flight."""
-    return renew_leases(_label(name), _FORMAT, tokens, lease_ms)
+    return renew_leases(RateCell, _label(name), tokens, lease_ms)

@@ -1,27 +1,35 @@
-"""Reservations with leases, and the usage of recent calls: shared by the cells of budgets and rate limits."""
+"""Reservations with leases, and the usage of recent calls: shared by budgets and rate limits."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, TypeVar
+import os
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Generic, Self, TypeVar
 
+from pydantic_core import from_json, to_json
+
+from stroma._utils.logs import get_logger
 from stroma.checkpoint.errors import StoreError
 
 __all__ = [
     "RECENT_CALLS",
+    "RENEWER",
+    "CellChange",
+    "CellState",
+    "ProcessCells",
     "estimate_usage",
     "is_live",
-    "load_state",
-    "pack_state",
-    "prune_holds",
     "remember_usage",
     "renew_leases",
-    "report_damage",
 ]
 
 T = TypeVar("T")
+StateT = TypeVar("StateT", bound="CellState")
 
+_FORMAT: Final = 1
 #: Calls of a node whose usage is stored.
 RECENT_CALLS: Final = 16
 #: Retention of a reservation that is not renewed: a process that was stopped so long may still count its
@@ -29,71 +37,168 @@ RECENT_CALLS: Final = 16
 _HOLD_RETENTION_MS: Final = 7 * 24 * 3600 * 1000
 
 
-def load_state(data: bytes | None, what: str, form: int) -> dict[str, Any] | None:
-    """Return the state in a cell, None for a new cell. Raises StoreError for a later format, anything for damage."""
-    if data is None:
-        return None
-    state: dict[str, Any] = json.loads(data)
-    if int(state.pop("format")) > form:
-        error = StoreError(f"{what} was written by a newer stroma; upgrade stroma, or use another name")
-        error.transient = False
-        raise error
-    return state
+@dataclass(kw_only=True)
+class CellState:
+    """The state in a cell, as plain data."""
+
+    #: By token: [until, node, figures ...]. A reservation without ``until`` has no lease: its process is this
+    #: one.
+    holds: dict[str, list[Any]] = field(default_factory=dict)
+
+    #: Sums of the reservations that count, until one of them expires: no call adds up those of all others.
+    _sums: dict[Hashable, int] | None = field(default=None, init=False)
+    _sums_until: float = field(default=0.0, init=False)
+
+    @classmethod
+    def unpack(cls, data: bytes | None, label: str) -> Self | None:
+        """Return the state in the data of a cell, None for a new cell. Raises StoreError for a later format, anything for damage."""
+        if data is None:
+            return None
+        fields: dict[str, Any] = from_json(data)
+        if int(fields.pop("format")) > _FORMAT:
+            error = StoreError(f"{label} was written by a newer stroma; upgrade stroma, or use another name")
+            error.transient = False
+            raise error
+        return cls(**fields)
+
+    def pack(self) -> bytes:
+        """Return the data of the cell."""
+        fields = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return to_json({"format": _FORMAT, **fields})
+
+    def figures(self, hold: list[Any]) -> Iterable[tuple[Hashable, int]]:
+        """Return what a reservation adds to which sums."""
+        raise NotImplementedError
+
+    def reserved(self, key: Hashable, now: int) -> int:
+        """Return the sum of the reservations that count."""
+        if self._sums is None or now >= self._sums_until:
+            self._sums, self._sums_until = {}, float("inf")
+            for hold in self.holds.values():
+                if is_live(hold, now):
+                    self._add(hold, 1)
+        return self._sums.get(key, 0)
+
+    def put_hold(self, token: str, hold: list[Any]) -> None:
+        """Add a reservation."""
+        self.holds[token] = hold
+        self._add(hold, 1)
+
+    def pop_hold(self, token: str, now: int) -> list[Any] | None:
+        """Remove a reservation, and return it."""
+        hold = self.holds.pop(token, None)
+        if hold is not None and is_live(hold, now) and now < self._sums_until:
+            self._add(hold, -1)
+        return hold
+
+    def _add(self, hold: list[Any], sign: int) -> None:
+        if self._sums is not None:
+            for key, amount in self.figures(hold):
+                self._sums[key] = self._sums.get(key, 0) + sign * amount
+            if hold[0] is not None:
+                self._sums_until = min(self._sums_until, hold[0])
+
+    def changed_holds(self) -> None:
+        """Add all reservations up again: some have changed."""
+        self._sums = None
+
+    def prune_holds(self, now: int) -> None:
+        """Delete reservations that expired longer ago than the retention."""
+        if self._sums is not None and now < self._sums_until:
+            return  # None has expired.
+        expired = [
+            token
+            for token, hold in self.holds.items()
+            if hold[0] is not None and hold[0] + _HOLD_RETENTION_MS <= now
+        ]
+        for token in expired:
+            del self.holds[token]
 
 
-def pack_state(state: Mapping[str, Any], form: int) -> bytes:
-    """Return a state as :func:`load_state` reads it."""
-    return json.dumps({"format": form, **state}, separators=(",", ":")).encode()
+class CellChange(Generic[StateT, T]):
+    """A change of a cell (see stroma.checkpoint.cells), which a store calls with the data of the cell.
 
+    ``apply`` receives the state and the clock, and returns the changed state, or None, with an answer.
+    """
 
-def renew_leases(
-    what: str, form: int, tokens: Iterable[str], lease_ms: int
-) -> Callable[[bytes | None, int], tuple[bytes | None, None]]:
-    """Return a change that renews the leases of calls in flight."""
-    tokens = list(tokens)
+    def __init__(
+        self,
+        kind: type[StateT],
+        label: str,
+        apply: Callable[[StateT | None, int], tuple[StateT | None, T]],
+    ) -> None:
+        self.kind = kind
+        self.label = label
+        self.apply = apply
 
-    def change(data: bytes | None, now: int) -> tuple[bytes | None, None]:
-        state = load_state(data, what, form)
-        if state is None:
-            return None, None
-        for token in tokens:
-            if token in state["holds"]:
-                state["holds"][token][0] = now + lease_ms
-        return pack_state(state, form), None
-
-    return change
-
-
-def report_damage(what: str, change: Callable[[bytes | None, int], T]) -> Callable[[bytes | None, int], T]:
-    """Return a change that raises StoreError for data that it cannot read."""
-
-    def checked(data: bytes | None, now: int) -> T:
+    def __call__(self, data: bytes | None, now: int) -> tuple[bytes | None, T]:
+        """Apply the change to data. Raises StoreError for data that cannot be read."""
         try:
-            return change(data, now)
+            state, answer = self.apply(self.kind.unpack(data, self.label), now)
+            return None if state is None else state.pack(), answer
         except StoreError:
             raise
         except Exception as error:
             damaged = StoreError(
-                f"the data of {what} in the store is damaged; restore the store, or use another name"
+                f"the data of {self.label} in the store is damaged; restore the store, or use another name"
             )
             damaged.transient = False
             raise damaged from error
 
-    return checked
+
+class ProcessCells:
+    """The cells of this process, as states. Thread-safe."""
+
+    address: Final = ""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Delete all cells."""
+        self._states: dict[str, CellState] = {}
+        self._lock = threading.Lock()
+
+    async def change_cell(self, name: str, change: CellChange[Any, T]) -> T:
+        """Change a state. Does not suspend."""
+        return self.post_cell(name, change)
+
+    def post_cell(self, name: str, change: CellChange[Any, T]) -> T:
+        """Change a state, and return the answer."""
+        with self._lock:
+            state, answer = change.apply(self._states.get(name), time.time_ns() // 1_000_000)
+            if state is not None:
+                self._states[name] = state
+        return answer
+
+    def read_cell(self, name: str) -> tuple[bytes | None, int]:
+        """Return a state as the data of a cell, and the clock."""
+        with self._lock:
+            state = self._states.get(name)
+            return None if state is None else state.pack(), time.time_ns() // 1_000_000
+
+
+def renew_leases(
+    kind: type[StateT], label: str, tokens: Iterable[str], lease_ms: int
+) -> CellChange[StateT, None]:
+    """Return a change that renews the leases of calls in flight."""
+    tokens = list(tokens)
+
+    def apply(state: StateT | None, now: int) -> tuple[StateT | None, None]:
+        if state is not None:
+            for token in tokens:
+                if token in state.holds:
+                    state.holds[token][0] = now + lease_ms
+            state.changed_holds()
+        return state, None
+
+    return CellChange(kind, label, apply)
 
 
 def is_live(hold: list[Any], now: int) -> bool:
     """Return True if a reservation counts: its lease is valid, or it has none because its process is this one."""
     until = hold[0]
     return until is None or until > now
-
-
-def prune_holds(holds: dict[str, list[Any]], now: int) -> None:
-    """Delete reservations that expired longer ago than the retention."""
-    for token in [
-        token for token, hold in holds.items() if hold[0] is not None and hold[0] + _HOLD_RETENTION_MS <= now
-    ]:
-        del holds[token]
 
 
 def estimate_usage(
@@ -116,3 +221,85 @@ def estimate_usage(
 def remember_usage(usages: dict[str, list[int]], node: str, took: int) -> None:
     """Add the usage of a call to the recent ones of its node."""
     usages[node] = [*usages.get(node, ())[-RECENT_CALLS + 1 :], took]
+
+
+logger = get_logger()
+
+_RENEWALS_PER_LEASE: Final = 3  # Two may be late or lost.
+_IDLE_SECONDS: Final = 10.0  # The thread ends so long after the last call.
+
+#: Renews the leases of these tokens without waiting.
+Renew = Callable[[list[str]], None]
+
+
+@dataclass(slots=True)
+class _Hold:
+    seconds: float
+    renew: Renew
+    due: float
+
+
+class ReservationRenewer:
+    """Renews the reservations of the calls of this process."""
+
+    def __init__(self) -> None:
+        self._holds: dict[str, _Hold] = {}
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._running = False
+        self._sleeps_until = 0.0
+
+    def add(self, token: str, lease_seconds: float, renew: Renew) -> None:
+        seconds = lease_seconds / _RENEWALS_PER_LEASE
+        due = time.monotonic() + seconds
+        with self._lock:
+            self._holds[token] = _Hold(seconds, renew, due)
+            if not self._running:
+                self._running = True
+                threading.Thread(target=self._work, name="stroma-holds", daemon=True).start()
+            elif due < self._sleeps_until:
+                self._wake.set()
+
+    def remove(self, token: str) -> None:
+        with self._lock:
+            self._holds.pop(token, None)
+
+    def _work(self) -> None:
+        while True:
+            idle = self._renew_due()  # A call of its own, so that the waiting thread references no gate.
+            woken = self._wake.wait(max(0.0, self._sleeps_until - time.monotonic()))
+            if idle and not woken:
+                with self._lock:
+                    if not self._holds:
+                        self._running = False
+                        return
+
+    def _renew_due(self) -> bool:
+        """Renew the leases that are due, and set the time of the next look. Returns True if there are no leases."""
+        now = time.monotonic()
+        due: dict[Renew, list[str]] = {}
+        with self._lock:
+            self._wake.clear()
+            for token, hold in self._holds.items():
+                if hold.due <= now:
+                    hold.due = now + hold.seconds
+                    due.setdefault(hold.renew, []).append(token)
+            self._sleeps_until = min((hold.due for hold in self._holds.values()), default=now + _IDLE_SECONDS)
+            idle = not self._holds
+        for renew, tokens in due.items():
+            try:
+                renew(tokens)
+            except Exception as error:  # The thread must survive: it renews all leases of this process.
+                logger.warning("leases of calls in flight could not be renewed: %s", error)
+        return idle
+
+
+RENEWER = ReservationRenewer()
+
+
+def _after_fork() -> None:
+    RENEWER.__init__()  # type: ignore[misc]  # The leases belong to the parent.
+
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch
+    os.register_at_fork(after_in_child=_after_fork)

@@ -19,7 +19,6 @@ from stroma.failures.errors import SharedBudgetExceeded, Wait
 from stroma.limits.budget_state import (
     PERIODS,
     PICO,
-    BudgetAccount,
     BudgetTerms,
     CallRequest,
     CallUsage,
@@ -44,7 +43,6 @@ from stroma.limits.gate import (
     positive_int,
     positive_number,
 )
-from stroma.limits.reservations import report_damage
 
 if TYPE_CHECKING:
     from stroma.checkpoint import Session
@@ -252,10 +250,7 @@ class SharedBudget(NamedArguments, Gate):
         """
         if token in self._unreserved:
             return None
-        count = report_damage(
-            self.label,
-            settle(self._budget_terms, [CallUsage(token, node_id, took, True, learns or any(took))]),
-        )
+        count = settle(self._budget_terms, [CallUsage(token, node_id, took, True, learns or any(took))])
 
         def change(data: bytes | None, now: int) -> tuple[bytes | None, Any]:
             try:
@@ -279,9 +274,8 @@ class SharedBudget(NamedArguments, Gate):
         place = caller.place
         if place is None or self.lease_ms is None:
             return
-        data, _ = await asyncio.to_thread(self.store.read_cell, self.cell)
-        read = report_damage(self.label, lambda data, _: unsettled_calls_of(self.name, data, place))
-        await self._count_unsettled(read(data, 0), caller.journal)
+        data, now = await asyncio.to_thread(self.store.read_cell, self.cell)
+        await self._count_unsettled(unsettled_calls_of(self.name, place)(data, now)[1], caller.journal)
 
     async def _count_unsettled(self, calls: dict[str, tuple[str, JournalPlace]], journal: Any) -> None:
         spends = await asyncio.to_thread(_read_usages, calls, journal) if calls else []
@@ -326,8 +320,9 @@ class SharedBudget(NamedArguments, Gate):
     def _refusal(self, why: Refusal, node_id: str) -> SharedBudgetExceeded:
         unit = PICO if why.dimension == "cost" else 1
         figures = (why.limit / unit, why.spent / unit, why.reserved / unit, why.requested / unit)
-        ends = None if why.ends_ms is None else datetime.fromtimestamp(why.ends_ms / 1000, UTC)
-        return SharedBudgetExceeded(self.name, why.dimension, *figures, node_id, ends, why.capped)
+        return SharedBudgetExceeded(
+            self.name, why.dimension, *figures, node_id, _utc(why.ends_ms), why.capped
+        )
 
 
 def _read_usages(calls: dict[str, tuple[str, JournalPlace]], journal: Any) -> list[CallUsage]:
@@ -379,29 +374,28 @@ def read_budget(store: Any, name: str) -> BudgetState | None:
     Blocking. Raises ValueError for an illegal name, StoreError.
     """
     data, now = store.read_cell(f"{SharedBudget.kind}:{check_id(name, 'name of a budget')}")
-    read = report_damage(f"budget {name!r}", lambda data, now: read_account(name, data, now))
-    account: BudgetAccount | None = read(data, now)
+    account = read_account(name, data, now)
     if account is None:
         return None
-    cost, tokens = account.limits
-    times = [
-        None if ms is None else datetime.fromtimestamp(ms / 1000, UTC)
-        for ms in (account.start_ms, account.ends_ms)
-    ]
+    (cost, tokens), start_ms = account.limits, None if account.per is None else account.start
     return BudgetState(
-        name,
-        account.per,
-        None if cost is None else _usd(cost),
-        tokens,
-        _usd(account.spent[0]),
-        account.spent[1],
-        _usd(account.reserved[0]),
-        account.reserved[1],
-        account.calls,
-        times[0],
-        times[1],
-        {node: (_usd(took[0]), took[1]) for node, took in account.by_node.items()},
+        name=name,
+        per=account.per,
+        max_cost_usd=None if cost is None else _usd(cost),
+        max_tokens=tokens,
+        spent_usd=_usd(account.spent[0]),
+        spent_tokens=account.spent[1],
+        reserved_usd=_usd(account.reserved(0, now)),
+        reserved_tokens=account.reserved(1, now),
+        calls=account.reserved("calls", now),
+        window_start=_utc(start_ms),
+        window_end=_utc(account.ends_ms()),
+        by_node={node: (_usd(took[0]), took[1]) for node, took in sorted(account.by_node.items())},
     )
+
+
+def _utc(ms: int | None) -> datetime | None:
+    return None if ms is None else datetime.fromtimestamp(ms / 1000, UTC)
 
 
 def _positive_usd(name: str, value: object) -> float:

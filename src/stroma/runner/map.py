@@ -23,9 +23,8 @@ from stroma.contracts.untyped import UntypedState
 from stroma.engine.commit import failed_of, record, settle
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
-from stroma.engine.holds import paused
 from stroma.engine.loop import execute
-from stroma.engine.outcome import GroupStopped, Halt, Place
+from stroma.engine.outcome import GroupStopped, Halt, Place, paused
 from stroma.engine.restore import check_committed, output_schema, read_output, value_of
 from stroma.engine.tasks import TaskPool, raise_if
 from stroma.failures.classes import FailureClass
@@ -146,12 +145,14 @@ class MapRun:
         if self.outputs is None:
             execution.children = BoundedRows(_MAX_EVENTS)
             execution.remembers = False
-        if self._may_have_committed and ctx.restored is ctx.session.restored:
-            ctx.restored = dict(ctx.restored)  # A copy, from which this map removes what it has restored.
+        if self._may_have_committed and ctx.journal.restored is ctx.session.restored:
+            ctx.journal.restored = dict(
+                ctx.journal.restored
+            )  # A copy, from which this map removes what it has restored.
 
     @property
     def _restored(self) -> dict[tuple[int, str], Committed]:
-        return cast("dict[tuple[int, str], Committed]", self._ctx.restored)
+        return cast("dict[tuple[int, str], Committed]", self._ctx.journal.restored)
 
     async def run(self) -> None:
         """Run all items. Raises GroupStopped for the first that stopped for good, its siblings awaited."""
@@ -165,14 +166,14 @@ class MapRun:
             self._pool.start(self._start_items())
             await self._pool.join()
             self._ends.check()
-            if self._ctx.interrupt is not None and self.count != self._progress.done:
-                self._ctx.interrupt()
+            if self._ctx.stopping.interrupt is not None and self.count != self._progress.done:
+                self._ctx.stopping.interrupt()
                 await asyncio.Event().wait()  # Until that arrives.
         except Exception:
             await self._progress.report(ended=True)
             raise
         await self._progress.report(ended=True)
-        self._ctx.failed_items += self._progress.failed
+        self._ctx.account.failed_items += self._progress.failed
         if (self.outputs is None or self._progress.failed) and self._execution.step is None:
             # Committed with the group, for a later process that restores it.
             self._execution.step = StepCall(self._progress.failed, OF_MAP + str(self.count).encode())
@@ -190,8 +191,8 @@ class MapRun:
                         await self._restore(item, committed[item.index])
                         continue
                     await self._pool.wait_for_room()
-                    if ends.stopped is not None or ctx.interrupt is not None or ctx.holds:
-                        if ctx.paused:
+                    if ends.stopped is not None or ctx.stopping.interrupt is not None or ctx.stopping.holds:
+                        if ctx.stopping.is_paused:
                             ends.suspended = ends.suspended or paused(ctx, self._child.node_id, 1)
                         return
                     await self._start(item)
@@ -247,7 +248,7 @@ class MapRun:
         await self._progress.count_item(restored=restored)
 
     async def _handle_halt(self, item: Item, halt: Halt) -> None:
-        is_lasting = halt.suspended or halt.spent or halt.partial or self._ctx.cancelled
+        is_lasting = halt.suspended or halt.spent or halt.partial or self._ctx.stopping.is_cancelled
         if self._collects_failures and not is_lasting:
             await self._record_failure(item, halt.failure)
         else:
@@ -267,7 +268,7 @@ class MapRun:
         row = AttemptRow(
             self._child.node_id,
             failure.attempt + 1,
-            perf_counter_ns() + ctx.epoch_ns,
+            perf_counter_ns() + ctx.journal.epoch_ns,
             0,
             {},
             None,
@@ -291,7 +292,7 @@ class MapRun:
                 self._ends.note(Halt(stored, partial=True))
                 return
             raise_if(cancelled)
-        if ctx.delivers:
+        if ctx.fire.delivers:
             ctx.session.delivered(row)
         # The log of the attempt shows the message; here is no state by which redact could hide parts of it.
         why = one_line(text_of(failure)) if ctx.config.redact is None else failure.failure_class
@@ -332,7 +333,7 @@ class MapRun:
 
     async def _find_committed(self, page: Sequence[Item]) -> dict[int, Committed]:
         """Return the committed outputs of a page, without items that must run. Raises PipelineChanged."""
-        restored, position = self._ctx.restored, self._execution.position
+        restored, position = self._ctx.journal.restored, self._execution.position
         if self.outputs is None:
             by_index = await self._load_committed([item.index for item in page])
         else:
@@ -377,7 +378,7 @@ class MapRun:
         """Forget the outputs of the nodes inside an item that has ended: there may be very many items."""
         for rest in self._inner_branches:
             at = (self._execution.position, f"{self._branch(index)}.{rest}")
-            self._ctx.done.pop(at, None)
+            self._ctx.handover.done.pop(at, None)
             if self._may_have_committed:
                 self._restored.pop(at, None)
 

@@ -17,7 +17,7 @@ from stroma.contracts.node import FlowNode, Group, Node, find_node, marked_nodes
 from stroma.contracts.schema import Schema, schema_of
 from stroma.engine.config import RunConfig, check_label
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.placed_calls import PlaceCaller, place_error
+from stroma.engine.placed_calls import place_error
 from stroma.hooks.sets import NodeHooks, flatten
 from stroma.trace.result import ExecutionResult, RunStatus
 
@@ -106,9 +106,7 @@ def check_owners(nodes: Sequence[Node | Group], registry: ContractRegistry) -> N
             )
 
 
-def check_places(
-    nodes: Sequence[Node | Group], registry: ContractRegistry, caller: PlaceCaller | None
-) -> None:
+def check_places(nodes: Sequence[Node | Group], registry: ContractRegistry, caller: Any) -> None:
     """Raise PlaceError for a node with a place that cannot be called in this process."""
     for node in leaves_in(nodes):
         contract = registry.find(node.node_id) or node.contract

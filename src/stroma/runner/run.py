@@ -18,6 +18,14 @@ from stroma.contracts.tagged_json import NotSerialisable
 from stroma.cost.usage import shown
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
+from stroma.engine.lifecycle import (
+    announce_start,
+    call_end_hooks_now,
+    end_and_announce,
+    end_run,
+    give_back,
+    open_run,
+)
 from stroma.engine.loop import execute_in_turn
 from stroma.engine.outcome import STOPPED, Halt, Place, Stopped
 from stroma.engine.redelivery import redeliver
@@ -61,7 +69,7 @@ class RunExecution:
     @property
     def _when_cancelled(self) -> RunStatus:
         """The status when the caller's task is cancelled: the end of a dispatcher is not that of the run."""
-        by_dispatcher = self.ctx.dispatch.due_ms is not None
+        by_dispatcher = self.ctx.journal.dispatch.due_ms is not None
         return RunStatus.INTERRUPTED if by_dispatcher else RunStatus.CANCELLED
 
     def cancel(self, status: RunStatus = RunStatus.CANCELLED) -> None:
@@ -74,7 +82,7 @@ class RunExecution:
         if control.cancel:
             self.cancel()
         elif control.pause:
-            self._call_soon(self.ctx.end_waits)
+            self._call_soon(self.ctx.stopping.end_waits)
 
     def _call_soon(self, call: Callable[..., None], *arguments: Any) -> None:
         try:
@@ -84,8 +92,8 @@ class RunExecution:
 
     def drain(self) -> asyncio.Future[None]:
         """Start no further node. Returns a future that is done when the run has ended."""
-        self.ctx.stops = True
-        self.ctx.interrupt = lambda: self._cancel(RunStatus.INTERRUPTED)
+        self.ctx.stopping.is_asked = True
+        self.ctx.stopping.interrupt = lambda: self._cancel(RunStatus.INTERRUPTED)
         if self.ended is None:
             self.ended = self.loop.create_future()
         return self.ended
@@ -93,7 +101,7 @@ class RunExecution:
     def _cancel(self, status: RunStatus) -> None:
         if not self._has_ended and self._cancelled_as is None and self.task is not None:
             self._cancelled_as = status
-            self.ctx.cancelled = self.ctx.stops = True
+            self.ctx.stopping.is_cancelled = self.ctx.stopping.is_asked = True
             self.task.cancel()
 
     @property
@@ -121,7 +129,7 @@ class RunExecution:
         # Without a result, the run was cancelled while it was opened, before its start hooks.
         result = self._result or self.ctx.build_result(self._status, self.state, self._failure)
         self._result = self._failure = None  # Exceptions reference this frame: otherwise a reference cycle.
-        for interceptor in self.ctx.interceptors:
+        for interceptor in self.ctx.fire.interceptors:
             interceptor.ended(self.ctx, result)
         return result
 
@@ -134,9 +142,9 @@ class RunExecution:
             if self._cancelled_as is not None and self.task is not None:
                 is_suppressed = self.task.uncancel() <= self._cancelling
         elif issubclass(kind, GeneratorExit):  # The coroutine is being closed: nothing can be awaited.
-            ctx.abandon()
+            ctx.journal.abandon()
             if self._has_started:
-                ctx.call_end_hooks_now(ctx.build_result(self._status, self.state))
+                call_end_hooks_now(ctx, ctx.build_result(self._status, self.state))
             self._has_started = False
         elif type(error) is HookNotAsync:
             error.result = ctx.build_result(self._status, self.state)
@@ -153,7 +161,8 @@ class RunExecution:
     async def _open(self) -> None:
         ctx = self.ctx
         try:
-            session = await ctx.open(
+            session = await open_run(
+                ctx,
                 self.initial,
                 discard_from=self.start,
                 accept=self._check_unchanged,
@@ -163,7 +172,7 @@ class RunExecution:
             # The store may have stored the start of the run already.
             is_cancelled = isinstance(error, asyncio.CancelledError)
             status = self._when_cancelled if is_cancelled else RunStatus.INTERRUPTED
-            await ctx.end(self._cancelled_as or status, None)
+            await end_run(ctx, self._cancelled_as or status, None)
             raise
         self.continued = session.continued or self.start is not None
         if session.continued and session.finished is None:
@@ -183,8 +192,8 @@ class RunExecution:
         self._has_started = True
         ctx.handover.is_active = True
         ctx.session.on_control = self.control
-        await ctx.announce_start(self.initial)
-        if ctx.delivers:
+        await announce_start(ctx, self.initial)
+        if ctx.fire.delivers:
             await redeliver(ctx, self.nodes)
 
     async def _execute(self) -> None:
@@ -198,11 +207,11 @@ class RunExecution:
             await self._skip_to(first)
         outcome: BaseModel | Halt | Stopped = STOPPED
         token = CURRENT.set(CURRENT.get())
-        seconds = ctx.dispatch.max_seconds
+        seconds = ctx.journal.dispatch.max_seconds
         limit = None if seconds is None else self.loop.call_later(seconds, self.drain)
         try:
             nodes = self.nodes[first:] if first else self.nodes
-            if not (ctx.stops and nodes):
+            if not (ctx.stopping.is_asked and nodes):
                 place = Place(first, cancelling=0 if self.task is None else self.task.cancelling())
                 if FlowNode in set(map(type, nodes)):
                     from stroma.runner.flows.body import run_with_flows
@@ -215,9 +224,9 @@ class RunExecution:
             if limit is not None:
                 limit.cancel()
         if isinstance(outcome, Stopped):  # A shutdown, or a pause: no further node was to start.
-            if ctx.paused:
-                ctx.note_suspended(PAUSED)
-            status = RunStatus.SUSPENDED if ctx.paused else RunStatus.INTERRUPTED
+            if ctx.stopping.is_paused:
+                ctx.account.note_suspended(PAUSED)
+            status = RunStatus.SUSPENDED if ctx.stopping.is_paused else RunStatus.INTERRUPTED
             self._status = self._cancelled_as or status
         elif isinstance(outcome, Halt):
             await self._end_halted(outcome)
@@ -229,13 +238,13 @@ class RunExecution:
         is_own = halt.spent and not isinstance_by_type(failure.exception, SharedBudgetExceeded)
         if is_own and status is RunStatus.PARTIAL and ctx.config.on_budget == "wait":
             # The run is suspended until somebody raises its budget, in place of its end.
-            ctx.note_suspended(BUDGET)
+            ctx.account.note_suspended(BUDGET)
             status = RunStatus.SUSPENDED
         elif failure.reason == "changed" and ctx.session.continued and not ctx.trace.rows:
             await self._give_back(failure.exception)
         else:
             self._failure = None if halt.suspended else failure
-            if failure.reason == "store" and halt.partial and ctx.dispatch.due_ms is not None:
+            if failure.reason == "store" and halt.partial and ctx.journal.dispatch.due_ms is not None:
                 # A dispatcher continues the run once the store is well again; a person reads the error.
                 status = RunStatus.INTERRUPTED
         self._status = self._cancelled_as or status
@@ -244,7 +253,7 @@ class RunExecution:
         """Leave the run as it was: this code does not fit it. Raises PipelineChanged."""
         has_started, self._has_started = self._has_started, False
         result = self.ctx.build_result(RunStatus.INTERRUPTED, self.state) if has_started else None
-        raise_if(await self.ctx.give_back(result))
+        raise_if(await give_back(self.ctx, result))
         self.ctx.redactor.note_context()
         text = self.ctx.redactor.mask(str(changed))
         raise changed if text == str(changed) else PipelineChanged(text)
@@ -255,7 +264,7 @@ class RunExecution:
         self._status = RunStatus.FAILED
         if not self._has_started:
             self._has_started = True
-            await self.ctx.announce_start(self.initial)
+            await announce_start(self.ctx, self.initial)
 
     async def _absorb_cancellation(self) -> None:
         """Take back a cancellation of :meth:`cancel` that no node raised."""
@@ -307,11 +316,11 @@ class RunExecution:
         if status is RunStatus.SUSPENDED:
             for waiting in ctx.session.waiting.values():
                 if waiting.payload is None:
-                    ctx.note_question(waiting)
+                    ctx.account.note_question(waiting)
             if finished.error in (PAUSED, BUDGET):
-                ctx.suspended[:] = [finished.error]
-            elif not ctx.suspended:
-                ctx.suspended.append(finished.error or "waiting for an answer")
+                ctx.account.suspended = (finished.error,)
+            elif not ctx.account.suspended:
+                ctx.account.note_suspended(finished.error or "waiting for an answer")
             return
         error = RunFailed(finished.error or f"run {ctx.run_id!r} ended as {status}")
         failure = diagnose(error, NodeContext("run", 1, ctx.run_id))
@@ -322,18 +331,18 @@ class RunExecution:
         """Store the end of the run, call its end hooks and return its result. Raises HookError."""
         ctx, status, failure = self.ctx, self._status, self._failure
         result = ctx.build_result(status, self.state, failure)
-        error = text_of(failure) if failure is not None else "; ".join(ctx.suspended) or None
+        error = text_of(failure) if failure is not None else "; ".join(ctx.account.suspended) or None
         # The process that ran it has logged its end, at the level of it.
         level = logging.INFO if ctx.session.finished is not None else _LEVELS.get(status, logging.INFO)
         if ctx.run_logger.isEnabledFor(level):
             about = {"run_status": status.value}
             ctx.run_logger.log(level, "pipeline %r ended: %s", ctx.pipeline, status, extra=about)
         announced = result if ctx.fire.on_run_end is not None else None
-        raise_if(await ctx.end_and_announce(status, error, announced))
-        if ctx.hook_failures and ctx.config.hook_errors == "raise" and status not in _CUT_SHORT:
-            first = ctx.hook_failures[0]
+        raise_if(await end_and_announce(ctx, status, error, announced))
+        if ctx.account.hook_failures and ctx.config.hook_errors == "raise" and status not in _CUT_SHORT:
+            first = ctx.account.hook_failures[0]
             where = "" if first.node_id is None else f" of {first.node_id!r}"
-            calls, text = f"{len(ctx.hook_failures)} hook calls raised", shown(first.exception)
+            calls, text = f"{len(ctx.account.hook_failures)} hook calls raised", shown(first.exception)
             raise HookError(f"{calls}; the first, {first.hook}{where}: {text}", result) from first.exception
         return result
 
@@ -348,6 +357,6 @@ _TRACEPARENT: Final = re.compile(
 def set_traceparent(ctx: ReliabilityContext, traceparent: str) -> None:
     """Set the trace context of a run; an invalid one, perhaps from the network, is logged and ignored."""
     if _TRACEPARENT.fullmatch(traceparent):
-        ctx.traceparent = traceparent
+        ctx.journal.traceparent = traceparent
     else:
         ctx.run_logger.warning("traceparent %r is not a W3C trace context and is ignored", traceparent[:200])

@@ -36,7 +36,7 @@ from stroma.cost.fallback import FallbackPolicy
 from stroma.engine.config import RunConfig, default_config
 from stroma.engine.config import new_run_id as fresh_run_id
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.opening import BY_HAND, Dispatch
+from stroma.engine.journal import BY_HAND, Dispatch
 from stroma.engine.tasks import has_running_loop
 from stroma.failures.failure import Classifier
 from stroma.hooks.sets import AnyHooks, NodeHooks, distinct, flatten
@@ -65,8 +65,7 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from stroma.contracts.checks.finding import Finding
-    from stroma.engine.config_fields import OtherFields, Policies
-    from stroma.engine.placed_calls import PlaceCaller
+    from stroma.engine.config import OtherFields, Policies
     from stroma.engine.timeouts import NodeTimeout
     from stroma.runner.drive import DriveOutcome, RunDriver
     from stroma.runner.events import StreamEvent
@@ -102,7 +101,7 @@ class StromaRunner:
         self._own_config = config
         self._live = LiveRuns()
         self._waits: dict[asyncio.AbstractEventLoop, EndWaits] = {}
-        self._caller: PlaceCaller | None = None  # Calls nodes with a place.
+        self._caller: Any = None  # Calls nodes with a place.
         self._flows: dict[str, Pipeline] = {}  # By id.
         self.warned: set[str] = set()  # Warnings of ids in the config that no node has.
         self._exporters: list[NodeHooks] = []  # Of pipelines and runs with hooks of their own.
@@ -370,11 +369,11 @@ class StromaRunner:
             config = with_event_log(config)
         ctx = ReliabilityContext.for_run(config, self.registry, self.checkpoint_manager)
         if isinstance(node_sequence, Pipeline):
-            ctx.pipeline, ctx.versions = node_sequence.name, node_sequence.versions
+            ctx.pipeline, ctx.journal.versions = node_sequence.name, node_sequence.versions
         refuse_unknown_ids(config, nodes, self.registry, ctx.pipeline)
         if traceparent := options.get("traceparent"):
             set_traceparent(ctx, traceparent)
-        ctx.dispatch, ctx.caller = dispatch, self._caller
+        ctx.journal.dispatch, ctx.journal.caller = dispatch, self._caller
         execution = RunExecution(ctx, nodes, initial_state, start)
         self._live.runs.add(execution)
         try:

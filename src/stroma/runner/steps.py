@@ -23,6 +23,7 @@ from stroma.contracts.tagged_json import NotSerialisable
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, current_node_or_none
+from stroma.engine.lifecycle import announce_start, open_run
 from stroma.engine.loop import execute
 from stroma.engine.outcome import Halt, Place
 from stroma.engine.redelivery import redeliver
@@ -87,8 +88,8 @@ async def execute_step(
     # Before anything is awaited, so that the identity depends on the order of calls alone.
     scope = calls.scope()
     identity = calls.next(scope, step_id)
-    await ctx.open(input_state, ends=ctx.plain_steps.has_end)
-    if parent is None and (ctx.plain_steps.has_end or ctx.delivers):
+    await open_run(ctx, input_state, ends=ctx.plain_steps.has_end)
+    if parent is None and (ctx.plain_steps.has_end or ctx.fire.delivers):
         await ctx.plain_steps.begin(partial(_start_run, ctx, input_state))
     position, branch, call = _place_of(ctx, parent, identity, input_state)
     restored = await _restore_inside_item(ctx, node, position, branch)
@@ -97,8 +98,8 @@ async def execute_step(
     cancelling = task.cancelling() if task is not None else 0
     try:
         outcome: BaseModel | Halt
-        is_restored = (position, branch) in ctx.restored
-        if ctx.cancelled and not is_restored:
+        is_restored = (position, branch) in ctx.journal.restored
+        if ctx.stopping.is_cancelled and not is_restored:
             outcome = _cancelled_step(ctx, step_id)
         elif ctx.plain_steps.fenced is not None and not is_restored:
             outcome = Halt(replace(ctx.plain_steps.fenced, node_id=step_id), partial=True)
@@ -113,14 +114,14 @@ async def execute_step(
     finally:
         SCOPE.set(scope)  # Steps inside this one have set their own scopes.
         for at in restored:
-            cast("dict[Any, Any]", ctx.restored).pop(at, None)
+            cast("dict[Any, Any]", ctx.journal.restored).pop(at, None)
     if isinstance(outcome, Halt) and isinstance(outcome.failure.exception, Fenced):
         ctx.plain_steps.fenced = outcome.failure
     status, state, failure = _end_of(outcome, input_state)
     if parent is None:  # For the end of the run of plain code.
         ctx.plain_steps.status, ctx.plain_steps.failure = status, failure
     result = ctx.build_result(status, state, failure)
-    for interceptor in ctx.interceptors:
+    for interceptor in ctx.fire.interceptors:
         interceptor.ended(ctx, result)
     return result
 
@@ -165,15 +166,17 @@ async def _restore_inside_item(
 
     Returns their places; the caller removes them afterwards, as there may be very many such items.
     """
-    if not (ctx.apart and branch and ctx.session.continued):
+    if not (ctx.journal.apart and branch and ctx.session.continued):
         return []
-    if not any(position == at and branch.startswith(prefix) for at, prefix in ctx.apart):
+    if not any(position == at and branch.startswith(prefix) for at, prefix in ctx.journal.apart):
         return []
     inside = branches_in(node) if isinstance(node, Group) else []
     pending = ctx.session.committed(position, [branch, *(f"{branch}.{rest}" for rest in inside)])
     committed = pending if isinstance(pending, Mapping) else await pending
-    # The map around this step has replaced ctx.restored by a dict of its own.
-    cast("dict[Any, Any]", ctx.restored).update({(position, at): commit for at, commit in committed.items()})
+    # The map around this step has replaced ctx.journal.restored by a dict of its own.
+    cast("dict[Any, Any]", ctx.journal.restored).update(
+        {(position, at): commit for at, commit in committed.items()}
+    )
     return [(position, at) for at in committed]
 
 
@@ -186,9 +189,9 @@ def _check_input(
     branch: str,
 ) -> None:
     """Raise PipelineChanged if the recorded output of a call is of another input."""
-    if call.input_key is None or not ctx.restored:
+    if call.input_key is None or not ctx.journal.restored:
         return
-    committed = ctx.restored.get((position, branch))
+    committed = ctx.journal.restored.get((position, branch))
     if committed is not None:
         recorded = None if committed.step is None else committed.step.input_key
         if recorded in (None, call.input_key):
@@ -212,7 +215,7 @@ def _check_input(
 def _checksums_inside(ctx: ReliabilityContext, position: int, branch: str) -> Iterator[bytes]:
     """Yield the checksums of inputs recorded inside a group that is a step, without steps called there."""
     prefix = f"{branch}." if branch else ""
-    for (at, inner), committed in ctx.restored.items():
+    for (at, inner), committed in ctx.journal.restored.items():
         if at != position or not inner.startswith(prefix) or is_called(inner[len(prefix) :]):
             continue
         checksum = None if committed.step is None else committed.step.input_key
@@ -234,20 +237,20 @@ def _accept(
 ) -> None:
     ctx = reference()
     if ctx is not None and control.cancel:
-        ctx.cancelled = True  # Its task is the caller's own, and goes on.
+        ctx.stopping.is_cancelled = True  # Its task is the caller's own, and goes on.
     elif ctx is not None:
         ctx.accept(control)
         if control.pause:
             with contextlib.suppress(RuntimeError):  # The loop was closed under it.
-                loop.call_soon_threadsafe(ctx.end_waits)
+                loop.call_soon_threadsafe(ctx.stopping.end_waits)
 
 
 async def _start_run(ctx: ReliabilityContext, initial: BaseModel) -> None:
     if ctx.plain_steps.has_end:
         # A weak reference: otherwise the session and the context are a reference cycle.
         ctx.session.on_control = partial(_accept, weakref.ref(ctx), asyncio.get_running_loop())
-        await ctx.announce_start(initial)
-    if ctx.delivers:
+        await announce_start(ctx, initial)
+    if ctx.fire.delivers:
         await redeliver(ctx, ())
 
 

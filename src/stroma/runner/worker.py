@@ -14,7 +14,7 @@ from stroma._utils.logs import get_logger
 from stroma._utils.text import one_line, pluralize
 from stroma.checkpoint import CheckpointNotFound, PipelineChanged, StoreError
 from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueFigures, QueueReading
-from stroma.engine.opening import Dispatch
+from stroma.engine.journal import Dispatch
 from stroma.hooks.sets import AnyHooks, distinct, flatten
 from stroma.runner.drive import Blocked, Busy, RunDriver
 from stroma.runner.flows.suspension import now_ms

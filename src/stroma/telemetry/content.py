@@ -18,7 +18,7 @@ from stroma._utils.text import visible
 from stroma.contracts.contract import ContractViolation
 from stroma.contracts.schema import schema_of
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.unread import UnreadState
+from stroma.engine.redaction import UnreadState
 from stroma.failures.failure import message_of
 from stroma.telemetry.denied_names import DENY_KEYS, DeniedNames
 from stroma.trace.plain import jsonable

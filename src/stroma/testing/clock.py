@@ -18,13 +18,14 @@ from stroma.checkpoint.memory import rows as _memory_rows
 from stroma.checkpoint.sqlite import rows as _sqlite_rows
 from stroma.engine import admission as _admission
 from stroma.engine import attempt as _attempt
-from stroma.engine import context, tasks
 from stroma.engine import deadlines as _deadlines
+from stroma.engine import journal as _journal
 from stroma.engine import loop as _engine
 from stroma.engine import metering as _usage
+from stroma.engine import tasks
 from stroma.failures import providers as classifiers
 from stroma.hooks import dispatch
-from stroma.limits import breaker
+from stroma.limits import breaker, reservations
 from stroma.runner import map as _map
 from stroma.runner.flows import body, calls, driver, journal, suspension
 
@@ -145,17 +146,17 @@ class FakeClock:
 
     def _put_in_place(self) -> None:
         shim = _Time(self)
-        for module in (cells, _memory_rows, classifiers, breaker):
+        for module in (cells, _memory_rows, classifiers, breaker, reservations):
             self._patch(module, "time", shim)
         self._patch(_sqlite_rows, "_now_ms", lambda: self._time_ns() // 1_000_000)
-        of_runs = (_attempt, _deadlines, _engine, _admission, _map, context)
+        of_runs = (_attempt, _deadlines, _engine, _admission, _journal, _map)
         for module in (*of_runs, body, calls, journal, suspension):
             self._patch(module, "perf_counter_ns", self._ns)
         for module in (_admission, dispatch):
             self._patch(module, "perf_counter", self._perf_counter)
         for module in (_map, driver, suspension):
             self._patch(module, "monotonic", self._monotonic)
-        for module in (context, suspension):
+        for module in (_journal, suspension):
             self._patch(module, "time_ns", self._time_ns)
         self._patch(_engine, "sleep", self._sleep)
         for module in (tasks, _usage):

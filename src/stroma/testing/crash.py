@@ -18,7 +18,7 @@ from stroma.contracts.schema import Schema
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.engine.interceptors import INTERCEPTORS, Call, Interceptor
-from stroma.hooks.dispatch import NO_HOOKS
+from stroma.hooks.dispatch import Hooks
 from stroma.hooks.sets import NodeHooks
 from stroma.trace.events import AttemptRow
 from stroma.trace.result import ExecutionResult
@@ -113,7 +113,13 @@ class Deaths(Interceptor):
             if self._kill:
                 os.kill(os.getpid(), signal.SIGKILL)
             self._dead.add(ctx)
-            ctx.fire = NO_HOOKS
+            ctx.fire = Hooks(
+                (),
+                run_id=ctx.run_id,
+                limit_seconds=None,
+                failures=[],
+                interceptors=ctx.fire.interceptors,
+            )
             ctx.session.abandon()
             return True
         return False

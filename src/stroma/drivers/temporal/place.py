@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import accumulate
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel
 from temporalio import activity
@@ -22,7 +22,7 @@ from temporalio.service import RPCError, RPCStatusCode
 
 from stroma._utils.logs import get_logger
 from stroma._utils.text import one_line
-from stroma.checkpoint import CheckpointManager, InMemoryStore
+from stroma.checkpoint import CheckpointManager, InMemoryStore, RunRequest
 from stroma.contracts.contract import ContractRegistry, ContractViolation, NodeContract, output_violation
 from stroma.contracts.node import Node, held_by, marked_nodes, output_class
 from stroma.contracts.schema import describe_error, schema_of
@@ -35,6 +35,7 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
 from stroma.engine.emitted import attempt_id_of
 from stroma.engine.execution import NodeExecution
+from stroma.engine.journal import RunJournal
 from stroma.engine.metering import count_returned
 from stroma.engine.placed_calls import OpenCall
 from stroma.engine.rejected import encode_rejected, violation_of
@@ -45,6 +46,7 @@ from stroma.failures.failure import Failure, isinstance_by_type, type_name
 from stroma.failures.mistakes import explain_mistake
 from stroma.failures.providers import requested_waits
 from stroma.failures.refusals import is_refusal
+from stroma.hooks.dispatch import Hooks
 from stroma.runner.pipeline import Pipeline, leaves_in, nodes_of
 from stroma.runner.runner import StromaRunner
 from stroma.trace.rejected import read_rejected
@@ -105,7 +107,7 @@ class PlaceRequest(BaseModel):
             model=run.ctx.fallback_model(),
             remaining=(rest.tokens, rest.cost_usd, latency_ms),
             last_failure=None if last is None else _sent(run, last),
-            takes_events=bool(run.ctx.event_receivers),
+            takes_events=bool(run.ctx.fire.receivers),
         )
 
     def failure_before(self, schema: type[BaseModel]) -> Failure | None:
@@ -248,9 +250,11 @@ class _PlacedRun(ReliabilityContext):
     def fallback_model(self) -> str | None:
         return self.model
 
-    async def open(self, *_: Any, **__: Any) -> Any:
+
+class _NoJournal(RunJournal):
+    def start(self, manager: CheckpointManager, request: RunRequest) -> NoReturn:
         raise NotImplementedError(
-            "a node with a place cannot call steps, nor agents under a guard; call them in another node"
+            "a node with a place cannot call steps, nor agents under a guard; call them in a node without a place"
         )
 
 
@@ -331,7 +335,7 @@ async def _answer(request: PlaceRequest, node: Node, state: BaseModel, config: R
     rest = ExecutionBudget(max_tokens_total=tokens, max_cost_usd=cost_usd, max_latency_ms=latency_ms)
     config = config.with_run_id(request.run_id).model_copy(update={"budget": rest})
     ctx = _PlacedRun.for_run(config, ContractRegistry(), CheckpointManager(InMemoryStore()))
-    ctx.pipeline, ctx.model = request.pipeline, request.model
+    ctx.pipeline, ctx.model, ctx.journal = request.pipeline, request.model, _NoJournal()
     run = _PlacedNode(ctx, request.node_id, request.kind, request.position, request.branch)
     contract = node.contract
     assert contract is not None
@@ -339,7 +343,7 @@ async def _answer(request: PlaceRequest, node: Node, state: BaseModel, config: R
     run.last_failure = request.failure_before(contract.output_schema)
     emitted = _Emitted()
     if request.takes_events:
-        ctx.event_receivers, ctx.takes_events = (emitted,), True
+        ctx.fire = Hooks((), run_id=ctx.run_id, limit_seconds=None, failures=[], receivers=(emitted,))
         attempt_id_of(run)
     answer, usage_error = PlaceAnswer(), None
     token = CURRENT.set(run)

@@ -55,12 +55,12 @@ async def commit_output(
     failure = None
     if not flow.branch:
         ctx.cost_tracker.latency_ns += execution.busy_ns
-        exceeded = ctx.cost_tracker.exceeded(ctx.budget, node_id) if ctx.limits else None
+        exceeded = ctx.cost_tracker.exceeded(ctx.budget, node_id) if ctx.account.limits else None
         failure = None if exceeded is None else ctx.diagnose(exceeded, node_id, 1)
     row = AttemptRow(
         node_id,
         1,
-        begin + ctx.epoch_ns,
+        begin + ctx.journal.epoch_ns,
         perf_counter_ns() - begin,
         snapshot,
         saved,
@@ -82,7 +82,7 @@ async def commit_output(
             stored = Failure(refused, FailureClass.RECOVERABLE, node_id, 1, str(refused), "store")
             return Halt(stored, partial=True)
         raise_if(cancelled)
-    if ctx.delivers:
+    if ctx.fire.delivers:
         ctx.session.delivered(row)  # A flow has no hooks of its own.
     if not flow.branch:
         ctx.handover.offer(model, saved)
@@ -96,12 +96,12 @@ async def run_with_flows(
     journal = FlowJournal(ctx)
     first = 0
     while first < len(nodes):
-        if first and ctx.stops:
+        if first and ctx.stopping.is_asked:
             return STOPPED
         here = place._replace(position=place.position + first)
         node = nodes[first]
         if isinstance(node, FlowNode):
-            outcome: Any = await restore(ctx, node, value, here) if ctx.restored else None
+            outcome: Any = await restore(ctx, node, value, here) if ctx.journal.restored else None
             if outcome is None:
                 outcome = await _run_flow(FlowDriver(ctx, journal, node.node_id, here.position), node, value)
             first += 1

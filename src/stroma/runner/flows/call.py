@@ -18,11 +18,11 @@ from stroma.engine.attempt import NodeAttempt
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.effects import has_open_intent
 from stroma.engine.execution import NodeExecution
-from stroma.engine.in_flight import is_in_flight
 from stroma.engine.loop import execute_in_turn
 from stroma.engine.merged_models import spelled_out
 from stroma.engine.outcome import Place
 from stroma.engine.restore import restore
+from stroma.engine.tasks import is_in_flight
 from stroma.runner.flows.endings import StepFailed
 
 __all__ = ["FlowCall", "FlowScope"]

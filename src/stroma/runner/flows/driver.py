@@ -169,7 +169,7 @@ class FlowDriver(FlowWaits):
         """Begin the calls that the body waits for. Return the work of one alone: a task takes 5 us."""
         requested, self._requested = self._requested, {}
         first = next(iter(requested.values()))
-        if self.ctx.stops:
+        if self.ctx.stopping.is_asked:
             self.stop(STOPPED)
         elif self._replay_only:
             self.stop_as_changed(f"makes {describe(first.branch)}, which is not recorded")
@@ -207,7 +207,7 @@ class FlowDriver(FlowWaits):
                 self._deliver(self.number_of.pop(call.branch), call)
                 self.numbers.clear()
                 requested = self._requested
-                if len(requested) != 1 or self.stopping is not None or self.ctx.stops:
+                if len(requested) != 1 or self.stopping is not None or self.ctx.stopping.is_asked:
                     return None
                 (call,) = requested.values()
                 if len(self.calls) != 1 or not self._is_alone(call):
@@ -266,7 +266,7 @@ class FlowDriver(FlowWaits):
             call.suspended = call.question.reason
 
     def _halt(self, call: FlowCall, halt: Halt) -> None:
-        if halt.suspended and not self.ctx.paused:
+        if halt.suspended and not self.ctx.stopping.is_paused:
             call.suspended = halt.failure.message
         elif halt.suspended:
             self.stop(STOPPED)
@@ -290,7 +290,11 @@ class FlowDriver(FlowWaits):
 
     def _deliver(self, number: int, what: FlowCall | int) -> None:
         """Deliver an event to the body: a time in ms, or the end of a call that it waits for."""
-        if self.ctx.limits and self.ctx.budget.max_latency_ms is not None and self.execution is not None:
+        if (
+            self.ctx.account.limits
+            and self.ctx.budget.max_latency_ms is not None
+            and self.execution is not None
+        ):
             # With the next record, for a process that takes over.
             self.journal.note_busy(self.position, self.execution.busy_ns)
         if isinstance(what, int):
@@ -419,7 +423,7 @@ class FlowDriver(FlowWaits):
     async def run(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run a body to its end, or to ``stopping``, and return its task. Raises what leaves the run."""
         ctx, stop = self.ctx, partial(self.stop, STOPPED)
-        ctx.number_event, ctx.on_hold[stop] = self.number, None
+        ctx.journal.number_event, ctx.stopping.waits[stop] = self.number, None
         cancelled: asyncio.CancelledError | None = None
         self._main = self.loop.create_task(work, context=self.context.copy())
         try:
@@ -427,7 +431,7 @@ class FlowDriver(FlowWaits):
             await self._replay()
             await self._run_live()
         finally:
-            ctx.on_hold.pop(stop, None)
+            ctx.stopping.waits.pop(stop, None)
             self.closing = True
             if asyncio._get_running_loop() is self.outer:
                 try:
@@ -436,7 +440,7 @@ class FlowDriver(FlowWaits):
                     cancelled = error.with_traceback(None)
                 self._end_body()
             self.loop.discard()
-            self.is_over, ctx.number_event = True, None
+            self.is_over, ctx.journal.number_event = True, None
         if self.is_finished and not self._main.cancelled():
             self._main.exception()  # Also if the run is suspended: asyncio reports one that nobody has read.
         raise_if(cancelled)

@@ -107,12 +107,14 @@ class FlowJournal:
         session = ctx.session
         if not session.continued:
             return
-        if ctx.restored is session.restored:
-            ctx.restored = dict(ctx.restored)  # A copy, from which flows remove what they have restored.
+        if ctx.journal.restored is session.restored:
+            ctx.journal.restored = dict(
+                ctx.journal.restored
+            )  # A copy, from which flows remove what they have restored.
         delivered: set[tuple[int, str]] = set()
         for key, data in dict(session.notes).items():
             self._read_note(key, data, delivered)
-        for (position, branch), committed in ctx.restored.items():
+        for (position, branch), committed in ctx.journal.restored.items():
             step = committed.step
             if branch and step is not None and step.number < OF_FLOW:
                 self._add_output(position, branch, committed, delivered)
@@ -178,7 +180,7 @@ class FlowJournal:
         for event in records.events:
             records.add_call(event.branch)
         if not records.discarded:
-            for at, branch in (*(self._ctx.tried or ()), *self._ctx.session.waiting):
+            for at, branch in (*(self._ctx.journal.tried or ()), *self._ctx.session.waiting):
                 if at == position and is_called(branch):
                     records.add_call(branch)
 
@@ -187,7 +189,7 @@ class FlowJournal:
         if event.failure is not None:
             text = event.failure["input_key"]
             return None if text is None else text.encode()
-        committed = self._ctx.restored.get((position, event.branch))
+        committed = self._ctx.journal.restored.get((position, event.branch))
         return None if committed is None or committed.step is None else committed.step.input_key
 
     def records(self, position: int) -> FlowRecords:
@@ -196,7 +198,7 @@ class FlowJournal:
 
     def forget_output(self, position: int, branch: str) -> None:
         """Drop an output that was handed out."""
-        cast("dict[tuple[int, str], Committed]", self._ctx.restored).pop((position, branch), None)
+        cast("dict[tuple[int, str], Committed]", self._ctx.journal.restored).pop((position, branch), None)
 
     # ------------------------------------------------------------------ writing
 
@@ -238,7 +240,7 @@ class FlowJournal:
             "id": message.id,
             "payload": message.payload.decode(),
             "problem": problem,
-            "at_ms": (perf_counter_ns() + self._ctx.epoch_ns) / 1e6,
+            "at_ms": (perf_counter_ns() + self._ctx.journal.epoch_ns) / 1e6,
         }
         self._note(position, "m", branch, fields, number)
 

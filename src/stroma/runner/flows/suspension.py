@@ -81,7 +81,7 @@ class FlowWaits:
 
     def clock_ms(self) -> float:
         """Return the time in ms since the epoch on the clock of the attempts, with which waits are shown."""
-        return (perf_counter_ns() + self.ctx.epoch_ns) / 1e6
+        return (perf_counter_ns() + self.ctx.journal.epoch_ns) / 1e6
 
     def open_branches(self) -> list[str]:
         """Return the branches of the calls that the body waits for."""
@@ -226,7 +226,7 @@ class FlowWaits:
     async def settle(self) -> float | None:
         """End a wait, or the flow. Return how many seconds it waits in this process; None if it goes on."""
         ctx = self.ctx
-        if ctx.stops:
+        if ctx.stopping.is_asked:
             self.stop(STOPPED)
             return None
         if await self.take_messages() or self.stopping is not None or await self.take_answers():
@@ -252,11 +252,11 @@ class FlowWaits:
             )
             self.stop(self.endings.mistake(message, self.flow_id))
             return None
-        ctx.wake_ms = wake_ms
+        ctx.journal.wake_ms = wake_ms
         self.journal.note_suspension(self.position, self.woken_by, self.open_branches())
         for question in questions:
-            ctx.note_question(question)
-        ctx.suspended += messages if questions else reasons
+            ctx.account.note_question(question)
+        ctx.account.suspended += tuple(messages if questions else reasons)
         reason = "; ".join([*of_steps, *reasons])
         failure = Failure(Suspend(reason), FailureClass.RECOVERABLE, self.flow_id, 1, reason)
         self.stop(Halt(failure, suspended=True))

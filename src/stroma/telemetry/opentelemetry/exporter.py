@@ -14,7 +14,7 @@ from stroma.checkpoint.queue import QueueReading
 from stroma.contracts.schema import schema_of
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, current_node_or_none
-from stroma.engine.unread import UnreadState
+from stroma.engine.redaction import UnreadState
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import type_name
 from stroma.telemetry.content import Content, is_text

@@ -1,0 +1,328 @@
+"""The beginning and the end of a run: in its store, and for its hooks."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pydantic import BaseModel
+
+from stroma.checkpoint import Committed, RunBusy, RunExists, RunRequest, Session, StoreError
+from stroma.checkpoint.entries import NO_CONTROL, USAGE_NOTE, PriorUsage
+from stroma.checkpoint.sessions import NULL_SESSION
+from stroma.contracts.schema import schema_of
+from stroma.engine.context import ReliabilityContext
+from stroma.engine.current import CURRENT, RUN, leave
+from stroma.engine.redaction import UnreadState
+from stroma.engine.tasks import Shield, raise_if
+from stroma.hooks.dispatch import Calls, Firing, HookNotAsync
+from stroma.trace.result import ExecutionResult, RunStatus
+
+__all__ = [
+    "announce_start",
+    "call_end_hooks",
+    "call_end_hooks_now",
+    "end_and_announce",
+    "end_run",
+    "give_back",
+    "note_usage",
+    "open_run",
+]
+
+Arguments = Callable[[], tuple[Any, ...]]
+
+# ---------------------------------------------------------------------- the store
+
+
+async def open_run(
+    ctx: ReliabilityContext,
+    initial_state: BaseModel,
+    *,
+    discard_from: int | None = None,
+    accept: Callable[[int, str, Committed], None] | None = None,
+    ends: bool = True,
+    apart: tuple[tuple[int, str], ...] = (),
+    any_input: bool = False,
+) -> Session:
+    """Begin the run in the store, once, as the config says; with ``discard_from``, continue up to there.
+
+    ``ends``: :func:`end_run` will be called. ``apart``, ``any_input``: see RunRequest. Raises StoreError
+        (RunBusy, PipelineChanged ...).
+    """
+    journal, config = ctx.journal, ctx.config
+    if journal.session is not NULL_SESSION:
+        return journal.session
+    if not journal.has_begun:
+        if journal.versions is None and ctx.plain_steps.has_end:
+            ctx.plain_steps.at_exit = _end_plain_code
+        journal.apart = apart
+        dispatch, versions = journal.dispatch, journal.versions
+        resumed = config.resume or discard_from is not None
+        request = RunRequest(
+            run_id=ctx.run_id,
+            pipeline=ctx.pipeline,
+            initial_state=initial_state,
+            schema=schema_of(type(initial_state)),
+            if_exists="read" if dispatch.reads else "resume" if resumed else config.if_exists,
+            discard_from=discard_from,
+            accept=accept,
+            if_running=config.if_running,
+            lease_seconds=config.lease_seconds,
+            ends=ends,
+            deliver=ctx.fire.delivers,
+            lazily_loaded=apart,
+            retry_failed=config.retry_failed_items,
+            tags=config.tags,
+            max_recoveries=config.max_recoveries,
+            force=config.force_resume,
+            due_ms=dispatch.due_ms,
+            claim=dispatch.claim,
+            version=versions[0] if versions else "",
+            versions=None if config.allow_changes else versions,
+            any_input=any_input,
+        )
+        session = journal.start(ctx.checkpoint_manager, request)
+        if session is not None:
+            return _begin(ctx, session, carry=discard_from is None)
+    session = await journal.wait()
+    if journal.session is NULL_SESSION:
+        _begin(ctx, session, carry=discard_from is None)
+        if config.shared_budgets and session.epoch > 1:
+            await _settle_earlier(ctx)
+    return journal.session
+
+
+def _begin(ctx: ReliabilityContext, session: Session, *, carry: bool) -> Session:
+    journal = ctx.journal
+    for interceptor in ctx.fire.interceptors:
+        session = interceptor.opened(ctx, session)
+    journal.session = session
+    journal.restored = session.restored
+    if session.control is not NO_CONTROL:
+        ctx.accept(session.control)
+    if session.tried:
+        journal.tried = dict(session.tried)
+    if journal.restored:
+        journal.failed_maps = {
+            at: committed.failed_items
+            for at, committed in journal.restored.items()
+            if committed.step is not None and committed.failed_items
+        }
+    if session.continued:
+        journal.prior_unrecorded = unrecorded = PriorUsage.of_no_attempt(session.notes, ctx.run_id)
+        if carry:
+            # Only a resume that goes on by itself remembers the bill; resume_from starts a new one.
+            spent = ctx.cost_tracker
+            spent.prior_tokens = session.prior.tokens + unrecorded.tokens
+            spent.prior_cost_usd = session.prior.cost_usd + unrecorded.cost_usd
+            spent.prior_latency_ms = session.prior.latency_ms
+    return session
+
+
+async def _settle_earlier(ctx: ReliabilityContext) -> None:
+    """Count in the shared budgets what earlier processes spent on this run and, since they died, did not count."""
+    from stroma.limits.shared_budget import AttemptPlace, caller_of
+
+    session = ctx.session
+    caller = caller_of(session, ctx.run_id, ctx.checkpoint_manager.store, AttemptPlace())
+    if session.finished is not None and caller.place is not None:
+        caller = caller._replace(place=caller.place._replace(epoch=0))  # None of its calls is ours.
+    for budget in ctx.config.budgets:
+        try:
+            await budget.settle_run(caller)
+        except StoreError as error:  # Counted when the lease of a call has expired.
+            ctx.run_logger.warning("%s: calls of earlier processes are not counted: %s", budget.label, error)
+
+
+async def end_run(
+    ctx: ReliabilityContext, status: RunStatus, error: str | None
+) -> asyncio.CancelledError | None:
+    """Record in the store how the run ended, also while it is still being opened there.
+
+    Return the cancellation of the task that came meanwhile. Never raises: the commits are safe, only this
+    line is not.
+    """
+    journal, shield = ctx.journal, Shield()
+    try:
+        session: Session | None = journal.session
+        if session is NULL_SESSION and journal.has_begun:
+            session = await journal.finish(shield)
+        if session is None:
+            return shield.cancellation
+        note_usage(ctx)
+        for receiver in ctx.fire.receivers:
+            receiver.flush()
+        pending = session.end(status.value, error, journal.wake_ms)
+        problem = None if pending is None else await shield.finish(pending)
+        if problem is not None:
+            raise problem
+    except (RunBusy, RunExists):
+        pass  # Another process owns it.
+    except Exception:
+        ctx.run_logger.exception("the end of the run could not be recorded")
+    return shield.cancellation
+
+
+def note_usage(ctx: ReliabilityContext) -> None:
+    """Note the usage that no attempt has, so that a resume counts it. The end of the run stores it, or a flush."""
+    if rows := ctx.cost_tracker._added():
+        before = ctx.journal.prior_unrecorded
+        tokens = before.tokens + sum(row[1] for row in rows)
+        cost_usd = math.fsum([before.cost_usd, *(row[3] for row in rows)])
+        ctx.session.note(USAGE_NOTE, PriorUsage(tokens, cost_usd).as_note())
+
+
+# ---------------------------------------------------------------------- the hooks
+
+
+async def announce_start(ctx: ReliabilityContext, initial: BaseModel) -> None:
+    """Call the hooks of the run's start, and record in the store which trace it belongs to."""
+    calls = ctx.fire.on_run_start
+    if calls is not None:
+        schema, at = schema_of(type(initial)), (ctx.run_id, ctx.pipeline)
+        await _call_run_hooks(
+            ctx,
+            "on_run_start",
+            calls,
+            lambda: (*at, ctx.redactor.redact_state(schema.state(initial))),
+            lambda: (*at, UnreadState(schema, initial, ctx.redactor)),
+        )
+    session = ctx.session
+    if session.finished is not None:
+        return
+    traceparent = ctx.all_traces()
+    if traceparent is not None and session.traceparent != traceparent:
+        noted = session.note_traceparent(traceparent)
+        if noted is not None and session.traceparent is not None:
+            # Before a span is exported: where this process dies, the next one completes its trace and no
+            # earlier one.
+            await asyncio.wait([noted])
+    config, known = ctx.config, session.attribution
+    if config.conversation or config.user:
+        ids = {"conversation": config.conversation, "user": config.user}
+        new = {kind: value for kind, value in ids.items() if value and value != known.get(kind)}
+        if new:
+            session.note_attribution(new)
+
+
+async def end_and_announce(
+    ctx: ReliabilityContext, status: RunStatus, error: str | None, result: ExecutionResult | None
+) -> asyncio.CancelledError | None:
+    """Record in the store how the run ended, and call the hooks. Return the cancellation of the task that came meanwhile.
+
+    Under ``hook_delivery="at_least_once"`` the hooks come first: a process that resumes a run without an end
+    calls them again.
+    """
+    if not ctx.fire.delivers or result is None:
+        cancelled = await end_run(ctx, status, error)
+        if result is not None:
+            await call_end_hooks(ctx, result)
+        return cancelled
+    try:
+        await call_end_hooks(ctx, result)
+    finally:
+        cancelled = await end_run(ctx, status, error)
+    return cancelled
+
+
+async def call_end_hooks(ctx: ReliabilityContext, result: ExecutionResult) -> None:
+    """Call the hooks of the run's end. Raises HookNotAsync, unless the run was cancelled."""
+    calls = ctx.fire.on_run_end
+    if calls is None:
+        return
+    try:
+        await _call_run_hooks(ctx, "on_run_end", calls, *_end_arguments(ctx, result))
+    except HookNotAsync as error:
+        error.result = result
+        if result.status is not RunStatus.CANCELLED:
+            raise
+        ctx.run_logger.warning("%s", error)
+
+
+def call_end_hooks_now(ctx: ReliabilityContext, result: ExecutionResult) -> None:
+    """Call the hooks of the run's end where nothing can be awaited: its coroutine is being closed."""
+    calls = ctx.fire.on_run_end
+    if calls is not None:
+        make, unread = _end_arguments(ctx, result)
+        with _as_current(ctx):
+            Firing(ctx.fire, "on_run_end", calls, None, make, (), unread).finish_now()
+
+
+async def give_back(ctx: ReliabilityContext, result: ExecutionResult | None) -> asyncio.CancelledError | None:
+    """Release the run as it stood when it was opened, since this code cannot continue it.
+
+    No hook of its end is called: only exporters end what they began, with a result. Return the cancellation
+    of the task that came meanwhile.
+    """
+    shield, session = Shield(), ctx.session
+    pending = session.give_back()
+    problem = None if pending is None else await shield.finish(pending)
+    if problem is not None:  # Another process has it, or will when the lease expires.
+        session.abandon()
+        ctx.run_logger.warning("the run could not be given back: %s", problem)
+    calls = tuple(call for call in ctx.fire.on_run_end or () if ctx.fire.unread[call[0]])
+    if calls and result is not None:
+        await _call_run_hooks(ctx, "on_run_end", calls, *_end_arguments(ctx, result))
+    return shield.cancellation
+
+
+def _end_arguments(ctx: ReliabilityContext, result: ExecutionResult) -> tuple[Arguments, Arguments]:
+    """Return what makes the arguments of the end: with states, and without."""
+    run_id, redactor = ctx.run_id, ctx.redactor
+    return lambda: (run_id, redactor.redact_result(result)), lambda: (run_id, redactor.unread_result(result))
+
+
+async def _call_run_hooks(
+    ctx: ReliabilityContext, event: str, calls: Calls, make: Arguments, unread: Arguments
+) -> None:
+    """Call the hooks of one event of a run, with fresh arguments ``make()``. Raises HookNotAsync.
+
+    ``unread()``: the arguments for sets that read no state. No node is the current one.
+    """
+    firing = Firing(ctx.fire, event, calls, None, make, (), unread)
+    with _as_current(ctx):
+        try:
+            if not firing.advance():
+                await firing.finish()
+        except GeneratorExit:
+            with _as_current(ctx):  # The code that closes it has a context of its own.
+                firing.finish_now()
+            raise
+
+
+@contextmanager
+def _as_current(ctx: ReliabilityContext) -> Iterator[None]:
+    """Make this the current run, and no node the current one."""
+    before, node = RUN.set(ctx), CURRENT.set(None)
+    try:
+        yield
+    finally:
+        leave(node)
+        leave(before)
+
+
+async def _end_plain_code(
+    ctx: ReliabilityContext, kind: type[BaseException] | None, error: BaseException | None
+) -> None:
+    """End the run of plain code that called steps in ``async with ctx``."""
+    steps = ctx.plain_steps
+    status = RunStatus.CANCELLED if ctx.stopping.is_cancelled else steps.status or RunStatus.COMPLETED
+    if kind is not None and status is RunStatus.COMPLETED:
+        is_cancelled = issubclass(kind, asyncio.CancelledError)
+        status = RunStatus.CANCELLED if is_cancelled else RunStatus.INTERRUPTED
+    result = ctx.build_result(status, ctx.last_state, steps.failure) if steps.has_begun else None
+    if kind is GeneratorExit:
+        ctx.journal.abandon()
+        if result is not None:
+            call_end_hooks_now(ctx, result)
+        return
+    message = "; ".join(ctx.account.suspended) if status is RunStatus.SUSPENDED else None
+    if error is not None:
+        ctx.redactor.note_run()
+        message = ctx.redactor.error_text(error)
+    cancelled = await end_and_announce(ctx, status, message, result)
+    if error is None:
+        raise_if(cancelled)
