@@ -151,14 +151,21 @@ _TOO_LARGE: Final = "PayloadsTooLarge"
 
 
 class TemporalCaller:
-    """Calls functions on workers of other task queues; see PlaceCaller."""
+    """Calls the functions of nodes with a place on workers of other task queues, for the runs of one process.
+
+    Attributes:
+        own_place: where runs are driven; no node may have this place.
+    """
 
     def __init__(self, client: Client, own_place: str) -> None:
         self._client = client
         self.own_place = own_place
 
     async def call(self, run: NodeExecution, contract: NodeContract[Any, Any], call: OpenCall) -> Any:
-        """See PlaceCaller."""
+        """Return what the function returns, and note its usage in the execution. A call that was sent is awaited.
+
+        Raises RunFailed for what the function raises, WorkerLost, PlaceError.
+        """
         handle: ActivityHandle[Any] = self._client.get_activity_handle(workflow_id(call.id))
         if not (call.is_sent and contract.effect):  # The server may have forgotten the call of an effect.
             await self._send(run, contract, call)
@@ -187,7 +194,7 @@ class TemporalCaller:
         return held_by(schema.decode(answer.output.encode()))
 
     async def cancel(self, call: OpenCall) -> None:
-        """See PlaceCaller."""
+        """End a call whose result nobody needs. Never raises."""
         handle: ActivityHandle[Any] = self._client.get_activity_handle(workflow_id(call.id))
         try:
             await handle.cancel(rpc_timeout=timedelta(seconds=5))
