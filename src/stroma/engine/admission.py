@@ -1,4 +1,4 @@
-"""Admission of attempts: through max_threads, breakers, shared budgets and limits, in this order, and back out of them.
+"""Admission of attempts: through max_threads, breakers, shared budgets and limits, in this order.
 
 An attempt passes all of them or none: while it waits for one it holds nothing of the others, and the calls
 around it return what other calls may wait for. So whoever holds something is at work, and no call waits for
@@ -131,7 +131,7 @@ class Permit:
     # ---- to pass the gates
 
     async def enter(self, first_at: Gate | None = None) -> _Blocked | Exception | None:
-        """Pass all gates. Otherwise return where to wait, or why the attempt may not be made; then it holds nothing.
+        """Pass all gates, or hold nothing and return where to wait, or why the attempt may not be made.
 
         ``first_at``: the gate in whose line this attempt is the first. An attempt that waits for the end of
         other calls makes those around it return what they hold.
@@ -185,7 +185,7 @@ class Permit:
         return None
 
     async def give_back(self) -> bool:
-        """Return what other calls may wait for, although the attempt continues. Return True if there was anything.
+        """Give back what other calls may wait for; the attempt continues. Return True if there was anything.
 
         What the attempt uses is counted at its end all the same.
         """
@@ -222,7 +222,7 @@ class Permit:
     # ----
 
     def drop(self, used: AttemptUsage | None = None) -> None:
-        """Return all reservations where nothing can be awaited; with ``used``, of an attempt that has begun."""
+        """Give back all reservations without waiting; ``used``: of an attempt that has begun."""
         self._uncharge()
         for gate in reversed(self.gates):
             gate.abandon(self.run.node_id, self.token, used)
@@ -242,7 +242,7 @@ class Permit:
             self.probe = False
 
     async def leave(self, outcome: Any) -> asyncio.CancelledError | None:
-        """Settle what the attempt used, by its outcome. Return the cancellation of the task that came meanwhile.
+        """Settle what the attempt used, by its outcome. Return a cancellation that came meanwhile.
 
         ``outcome``: the output, a Failure, or a Halt; None for an attempt that was cancelled. Raises what a
             hook may.
@@ -321,7 +321,7 @@ def make(attempt: NodeAttempt) -> Coroutine[Any, Any, BaseModel | Failure | Halt
 
 
 async def _make_in_thread(attempt: NodeAttempt) -> BaseModel | Failure | Halt:
-    """Make an attempt of a plain node without a permit if a place is free: 40 us less of the 125 of such a node."""
+    """Make a plain node's attempt without a permit if a place is free: 40 us less of its 125."""
     ctx = attempt.ctx
     places = thread_places(ctx.registry)
     if not places.take(ctx.config.max_threads):
@@ -469,14 +469,16 @@ async def _wait_at_circuit(permit: Permit, queued: _Queued, blocked: _Blocked) -
 def _closed_too_long(
     ctx: ReliabilityContext, run: NodeExecution, gate: Gate, wait: Wait
 ) -> WaitedTooLong | None:
-    """Return the refusal of an attempt whose policy does not wait for the end of a cooldown; None if it waits."""
+    """Return the refusal of an attempt whose policy does not wait for a cooldown; None if it waits."""
     policy = policy_for(FailureClass.RECOVERABLE, ctx.step_policies.get(run.node_id), ctx.policy_map)
     seconds = (wait.ms or 0) / 1000
     if seconds <= policy.max_retry_after_seconds:
         return None
     error = WaitedTooLong(
-        f"{gate.label} is closed for another {seconds:.6g} s because the provider asked to wait, and node {run.node_id!r} waits "
-        f"for at most {policy.max_retry_after_seconds:g} s; resume the run after that, or raise max_retry_after_seconds"
+        f"{gate.label} is closed for another {seconds:.6g} s because the provider asked to wait, and node "
+        f"{run.node_id!r} waits "
+        f"for at most {policy.max_retry_after_seconds:g} s; resume the run after that, or raise "
+        "max_retry_after_seconds"
     )
     error.retry_after = seconds
     return error

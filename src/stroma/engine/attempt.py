@@ -1,8 +1,8 @@
-"""One attempt of a node: validate, call, count, commit, announce. The only place that calls a node's function.
+"""One attempt of a node: validate, call, count, commit, announce. Only this calls a node's function.
 
-Between a valid output and its commit, nothing but the commit is awaited. Each end is one row of the trace, and
-one call of an end hook for each start hook, whatever interrupts it. Once ``row`` is set, what is raised goes
-into ``interrupt``: an exception that came out before the end hooks would keep them from being called.
+Between a valid output and its commit, nothing but the commit is awaited. Each end is one row of the trace,
+and one call of an end hook for each start hook, whatever interrupts it. Once ``row`` is set, what is
+raised goes into ``interrupt``: an exception before the end hooks would keep them from being called.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class NodeAttempt:
 
     Attributes:
         is_gated: attempts of the run may wait at a shared budget, a limit or a breaker.
-        value: the state before the node; ``state`` is the node's own copy of it, ``snapshot`` that for the row.
+        value: the state before the node; ``state`` is the node's copy, ``snapshot`` that for the row.
         cancelling: how many cancellations of the task came before.
         begin: when the attempt began, later when its function did, in ns; 0 before that.
         tick: the count of the event loop's ``ticks`` when the function was called.
@@ -151,7 +151,7 @@ class NodeAttempt:
         return self
 
     async def make(self) -> BaseModel | Failure | Halt:
-        """Make the attempt. Return the committed output, a Failure for the policies to decide about, or a Halt."""
+        """Make the attempt. Return the committed output, a Failure for the policies, or a Halt."""
         # What mostly has nothing to wait for is awaited only where it has: 1.2 us less of the 7 of a node
         # with hooks.
         ctx, contract = self.ctx, self.plan[2]
@@ -232,7 +232,7 @@ class NodeAttempt:
     # ------------------------------------------------------------------ validate
 
     def _take_input(self) -> Exception | None:
-        """Validate the state before the node and take a snapshot of it. Return the violation, if there is one."""
+        """Validate the state before the node and take a snapshot. Return the violation, if any."""
         schema, handover = self.plan[0], self.ctx.handover
         try:
             if schema is None:
@@ -256,7 +256,7 @@ class NodeAttempt:
         return as_violation(self.run.node_id, "input", raw, error, None if schema is None else schema.model)
 
     def _copy_input(self) -> tuple[BaseModel, Snapshot]:
-        """Return the input of a node without a contract, or of a group, each child of which copies it for itself."""
+        """Return the input of a node without a contract, or of a group, whose children copy it."""
         assert self.run.schemas is not None
         schema, value = self.run.schemas[0], self.ctx.handover.own(self.value)
         if type(self.node) is not Node:
@@ -320,7 +320,7 @@ class NodeAttempt:
         return mark_attempt(self.run, awaitable) if ctx.fire.takes_events else awaitable
 
     def _stop_clock(self) -> None:
-        """Note how long the function took; for a group, from the start of its first function to the end of its last."""
+        """Note how long the function took; of a group: from its first start to its last end."""
         now = perf_counter_ns()
         run = self.run
         if type(self.node) is not Node:
@@ -370,7 +370,7 @@ class NodeAttempt:
         return None
 
     async def _end_without_output(self, error: BaseException) -> BaseModel | Failure | Halt:
-        """End an attempt whose function raised, or whose output is not valid. An effect ends as somebody states about it."""
+        """End an attempt whose function raised or whose output is invalid; an effect ends as stated."""
         effect: Effect | None = self.run.effect
         question = find_question(error, self.run)
         if question is not None or (isinstance_by_type(error, GroupStopped) and error.halt.suspended):
@@ -430,7 +430,7 @@ class NodeAttempt:
             ctx.handover.offer(self.model, self.saved)
 
     def _remember_output(self) -> None:
-        """Keep the output of a group's child for another attempt of the group, which only node_policies can grant."""
+        """Keep a child's output for another attempt of its group, which only node_policies can grant."""
         run, done = self.run, self.ctx.handover.done
         if run.branch:
             # A step that code calls is called again by another attempt of that code.
@@ -572,7 +572,7 @@ class NodeAttempt:
         pending: Awaitable[None] | Exception,
         again: Callable[[], Awaitable[None] | Exception | None],
     ) -> Exception | None:
-        """See a store call through; a cancellation meanwhile comes out at the end. Return why the store refuses it."""
+        """Finish a store call; a cancellation meanwhile comes out at the end. Return why it is refused."""
         problem, cancelled = await settle(self.ctx, row, pending, again)
         self.interrupt = self.interrupt or cancelled
         return problem
@@ -610,7 +610,7 @@ class NodeAttempt:
     # ------------------------------------------------------------------ interrupted
 
     async def _end_interrupted(self, interrupt: BaseException) -> None:
-        """Give an attempt that is interrupted its end. The one place that knows of coroutines that are closed."""
+        """Give an interrupted attempt its end, also where its coroutine is being closed."""
         if isinstance(interrupt, GeneratorExit):
             self._close_out()
             return
@@ -664,7 +664,7 @@ class NodeAttempt:
         return row
 
     def _close_out(self) -> None:
-        """End where nothing can be awaited: the coroutine around is being closed. Hooks get as far as they come."""
+        """End where nothing can be awaited: the coroutine is being closed. Hooks get as far as they can."""
         if self.row is None:
             if not self.begin:
                 return
@@ -679,7 +679,7 @@ class NodeAttempt:
     # ------------------------------------------------------------------ effects
 
     async def _reopen(self, contract: NodeContract[Any, Any] | None) -> Failure | Halt | None:
-        """Return the end of a node that is not called, and has no attempt: its question is open, or its answer does not fit.
+        """Return the end of a node that is not called: its question is open, or its answer does not fit.
 
         An effect first looks for a statement about the call that the question is about.
         """
@@ -709,7 +709,7 @@ class NodeAttempt:
         return effect
 
     async def _begin_special(self, contract: NodeContract[Any, Any]) -> BaseModel | Failure | Halt | None:
-        """Store that an effect, or a node with a place, is to be called. Return the end of an attempt that must not call it."""
+        """Store that an effect or placed node is to be called. Return the end if it must not be called."""
         run, call = self.run, None
         self.begin = self.begin or perf_counter_ns()
         if contract.place is not None:
@@ -750,7 +750,7 @@ class NodeAttempt:
         return None
 
     async def _end_effect(self, effect: Effect, error: BaseException) -> BaseModel | Failure | Halt | None:
-        """End an attempt whose call may have happened. Return None if it did not: that is an ordinary failure."""
+        """End an attempt whose call may have happened. Return None if it did not: an ordinary failure."""
         if isinstance_by_type(error, GroupStopped):
             error = error.halt.failure.exception
         if effect.is_refused:

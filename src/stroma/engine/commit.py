@@ -82,7 +82,7 @@ def record(
     step: StepCall | None = None,
     waiting: Waiting | None = None,
 ) -> Awaitable[None] | Exception | None:
-    """Begin the store call of an attempt, with what it committed or waits for. Return what is to be settled, if anything."""
+    """Begin the store call of an attempt. Return what is to be settled, if anything."""
     try:
         if waiting is not None:
             return ctx.session.suspend(row, waiting)

@@ -74,7 +74,7 @@ class _GeneratedId(str):
 
 
 def check_label(text: str, what: str) -> str:
-    """Return a text that stores keep as a label. Raises ValueError for an illegal or a long one, TypeError for no text."""
+    """Return a text that stores keep as a label. Raises ValueError or TypeError for another one."""
     if len(check_id(text, what)) > _LONGEST_LABEL:
         raise ValueError(
             f"a {what} must have at most {_LONGEST_LABEL} characters, got {len(text)}: {text[:40]!r}..."
@@ -232,7 +232,7 @@ class RunConfig(StrictModel):
 
     @property
     def budgets(self) -> Sequence[SharedBudget]:
-        """The shared budgets, in an order that is the same for everybody: nobody waits for who waits for them."""
+        """The shared budgets, in one order for every process: no two calls wait for each other."""
         budgets = self.shared_budgets
         return budgets if isinstance(budgets, Sequence) else (budgets,)
 
@@ -256,7 +256,7 @@ class RunConfig(StrictModel):
         }
 
     def take_run_id(self) -> str:
-        """Return the id of the next run: the configured one; or the generated one, once, and then fresh ones."""
+        """Return the id of the next run: the configured one, or a fresh one; a generated id counts once."""
         run_id = self.run_id
         if type(run_id) is not _GeneratedId:
             return run_id
@@ -361,7 +361,8 @@ class RunConfig(StrictModel):
         for node_id, limit in value.items():
             if not isinstance(limit, NodeTimeout) and not 0 < limit <= LARGEST:
                 raise ValueError(
-                    f"node_timeouts[{node_id!r}] must be a positive number of milliseconds up to 10**30, got {shown(limit)}"
+                    f"node_timeouts[{node_id!r}] must be a positive number of milliseconds up to 10**30, "
+                    f"got {shown(limit)}"
                 )
         return value
 
@@ -388,7 +389,7 @@ Policies: TypeAlias = PolicyMap | Mapping[str, FailurePolicy]
 
 
 class OtherFields(TypedDict, total=False):
-    """The keywords of :meth:`stroma.StromaRunner.quick` beside those that it names; RunConfig says what each means."""
+    """The keywords of :meth:`stroma.StromaRunner.quick` that it does not name; see RunConfig."""
 
     run_id: str
     pipeline: str

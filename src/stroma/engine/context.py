@@ -134,14 +134,14 @@ class ReliabilityContext:
             await self.plain_steps.at_exit(self, kind, error)
 
     def place_of(self, identity: str) -> int:
-        """Return the position of a step of plain code: the one it has in the journal, else the next without an entry.
+        """Return the position of a step of plain code: its own in the journal, else the next free one.
 
         Raises RuntimeError in a pipeline, whose nodes have the positions.
         """
         if self.handover.is_active:
             raise RuntimeError(
-                f"step {identity.partition('#')[0]!r} was called in run {self.run_id!r} of a pipeline, outside of its nodes; "
-                "call it in a node, or with a separate context"
+                f"step {identity.partition('#')[0]!r} was called in run {self.run_id!r} of a pipeline, "
+                "outside of its nodes; call it in a node, or with a separate context"
             )
         return self.plain_steps.position_of(identity, self.session)
 
@@ -195,7 +195,7 @@ class ReliabilityContext:
         return next(iter(_traces_of(self.session.traceparent).values()), None)
 
     def first_trace(self, system: str) -> str | None:
-        """Return the trace context that one system, such as "otel", had in the process before in this execution."""
+        """Return a system's trace context ("otel") in the process before in this execution."""
         return _trace_of(self.session.traceparent, system)
 
     def outer_trace(self, system: str) -> str | None:
@@ -203,14 +203,14 @@ class ReliabilityContext:
         return _trace_of(self.traceparent, system)
 
     def keep_trace(self, system: str, traceparent: str) -> None:
-        """Record the trace context of a system for processes that resume the run, or run parts of it; the first one counts.
+        """Record a system's trace context for processes that continue the run; the first one counts.
 
         ``system``: "" is every system that records none of its own.
         """
         self.journal.kept_traces.setdefault(system, traceparent)
 
     def all_traces(self) -> str | None:
-        """Return all trace contexts of the run as one text: the caller's, and in their place those that were recorded."""
+        """Return all trace contexts of the run as one text: recorded ones precede the caller's."""
         if not self.journal.kept_traces:
             return self.traceparent
         traces = _traces_of(self.traceparent) | self.journal.kept_traces
@@ -224,7 +224,7 @@ class ReliabilityContext:
     # ------------------------------------------------------------------ for the engine
 
     def accept(self, control: RunControl) -> None:
-        """Apply requests about the run. Safe to call from any thread: no attempt begins after this has held the run."""
+        """Apply requests about the run. Thread-safe: no attempt begins after this has held the run."""
         if control.budget:
             self.budget = replace_limits(self.budget, control.budget)
             self.account.replace_limits(self.budget)
@@ -244,7 +244,7 @@ class ReliabilityContext:
         return fallback_due(self.cost_tracker, self.budget, self.model_fallbacks)
 
     def node_context(self) -> dict[str, Any]:
-        """Return the ``ctx`` of a node: the user's own dict or, while a fallback is due, a view of it that names the model."""
+        """Return the ``ctx`` of a node: the user's own dict, or a view that names a due fallback model."""
         model = self.fallback_model()
         return self.context if model is None else FallbackView(self.context, model)
 
@@ -254,9 +254,9 @@ class ReliabilityContext:
         return own is not None or any(one.has_limit(dimension, node_id) for one in self.config.budgets)
 
     def note_unpriced(self, node_id: str, place: str, model: str | None) -> UsageError | None:
-        """List a model without a known price, and return the error where a limit could not count it, else warn once.
+        """List a model without a price; return the error if a limit needs the price, else warn once.
 
-        ``model`` is None for tokens that were reported without a model. ``place`` is the subject of the message.
+        ``model``: None for tokens reported without a model. ``place``: the subject of the message.
         """
         account, chosen = self.account, self.config.unknown_model
         name = NO_MODEL if model is None else model
@@ -267,10 +267,13 @@ class ReliabilityContext:
         if not is_refused:
             if not is_listed:
                 if model is None:
-                    text = f"{place} reported tokens without a model: they count as 0 USD; report the model with them"
+                    text = "reported tokens without a model: they count as 0 USD; report the model with them"
                 else:
-                    text = f"{place} used model {model!r}, which has no known price: it counts as 0 USD; add it to KNOWN_MODELS"
-                self.run_logger.warning("%s", text)
+                    text = (
+                        f"used model {model!r}, which has no known price: it counts as 0 USD; add it to "
+                        "KNOWN_MODELS"
+                    )
+                self.run_logger.warning("%s %s", place, text)
             return None
         if model is None:
             return UsageError(

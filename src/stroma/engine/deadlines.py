@@ -110,8 +110,8 @@ async def call_in_time(
             raise
         if run.idle_timer is not None and run.idle_timer.is_over:
             raise TimeoutError(
-                f"node {node_id!r} emitted no event for {idle_ms} ms; raise idle_ms of node_timeouts[{node_id!r}], or emit "
-                "more often"
+                f"node {node_id!r} emitted no event for {idle_ms} ms; raise idle_ms of "
+                f"node_timeouts[{node_id!r}], or emit more often"
             ) from None
         if remaining < own:
             assert limit is not None
@@ -120,7 +120,8 @@ async def call_in_time(
             used = ctx.cost_tracker.used("latency") + busy / 1e6
             raise DeadlineExceeded(ctx, "latency", limit, max(used, limit), node_id) from None
         raise TimeoutError(
-            f"node {node_id!r} did not end within {timeout_ms} ms; raise node_timeouts[{node_id!r}], or make the call shorter"
+            f"node {node_id!r} did not end within {timeout_ms} ms; raise node_timeouts[{node_id!r}], or "
+            "make the call shorter"
         ) from None
     finally:
         if run.idle_timer is not None:

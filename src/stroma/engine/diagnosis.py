@@ -72,7 +72,7 @@ def diagnose_attempt(
 def judge(
     ctx: ReliabilityContext, run: NodeExecution, usage_error: UsageError | None
 ) -> tuple[Failure | None, BaseException | None]:
-    """Return what is wrong with a valid output, usage that cannot be counted or a crossed limit, and what is to be raised.
+    """Return what is wrong beside a valid output (usage, a crossed limit), and what is to be raised.
 
     The latter is a KeyboardInterrupt, say, in a classifier: the output is paid for and committed all the
     same.

@@ -1,4 +1,4 @@
-"""Effects: nodes that change the world, of which no call is repeated unless somebody states that it did not happen.
+"""Effects: nodes that change the world; a call is repeated only if somebody states that it did not happen.
 
 A note of the session (:class:`Intent`) is stored before each call. It stays when the output is committed: a
 committed node is restored, and its intent is not read again. An intent that is open and has no commit is a
@@ -161,7 +161,7 @@ class Effect:
             self._others = [self._first, *(place for place in self._others if place != self._place)]
 
     def _continue(self, ends: dict[NotePlace, UnknownEnd]) -> None:
-        """Take the place of a call with the same input that ended in this process, and of which nobody knows how."""
+        """Take the place of a call with the same input whose end in this process is unknown."""
         mine = self._run.node_id, self._digest
         if ends.pop(self._place, None) is None and self._intent is None and _is_call(self._run):
             place = next((at for at, one in ends.items() if (one.node_id, one.digest) == mine), None)
@@ -175,7 +175,7 @@ class Effect:
         return self._intent is not None and self._intent.is_open
 
     def question(self, place: NotePlace | None = None) -> Waiting | None:
-        """Return what was asked about the last call at a place; None without a question. None: the place of this input."""
+        """Return the question about the last call at a place (None: that of this input), or None."""
         at = place or self._place
         intent, waiting = _read(self._run, at), self._run.ctx.session.waiting.get(at)
         if intent is None or waiting is None or waiting.effect is None:
@@ -188,7 +188,7 @@ class Effect:
         return any(map(self.question, (self._place, *self._others)))
 
     async def begin(self) -> tuple[Exception | None, asyncio.CancelledError | None]:
-        """Store that a call begins. Return why the store refuses it, and True if the task was cancelled meanwhile."""
+        """Store that a call begins. Return why the store refuses it, and a cancellation meanwhile."""
         run, before = self._run, self._intent
         numbers = [one.number for place in (self._place, *self._others) if (one := _read(run, place))]
         call, others = max(numbers, default=0) + 1, () if before is None else before.others
@@ -208,18 +208,19 @@ class Effect:
         self._flight = begin_flight()
 
     def call(self, function: Callable[..., Any], state: BaseModel, context: Any) -> Any:
-        """Call the function. Raises Fenced instead if another process may own the run: this one stood still since its intent."""
+        """Call the function. Raises Fenced instead if another process may own the run by now."""
         run = self._run
         if not run.ctx.session.holds_lease():
             self.is_refused = True
             raise Fenced(
-                f"the lease of run {run.run_id!r} ended before effect {run.node_id!r} was called, and it is not called: this "
+                f"the lease of run {run.run_id!r} ended before effect {run.node_id!r} was called, and it "
+                "is not called: this "
                 "process stood still, or did not reach the store; see who owns the run, or resume it"
             )
         return function(state, context)
 
     def end_attempt(self, outcome: Outcome | None) -> None:
-        """End the flight of the call that the attempt has made, if it has made one. ``outcome``: None without an end."""
+        """End the flight of the attempt's call, if there is one. ``outcome``: None without an end."""
         flight, self._flight = self._flight, None
         end_flight(flight)
         if self.is_open and outcome in (None, "cancelled", "suspended"):
@@ -232,7 +233,7 @@ class Effect:
         self._note(self._intent._replace(is_open=False))
 
     def note_output(self) -> None:
-        """Note that the output of the present attempt is that of the last call; it is stored with the output."""
+        """Note that the present attempt has the output of the last call; it is stored with that."""
         assert self._intent is not None
         place = self._run.position, self._run.branch
         self._note(self._intent._replace(position=place[0], branch=place[1], has_output=True))
@@ -250,7 +251,7 @@ class Effect:
     # ------------------------------------------------------------------ how a call ended
 
     async def learn(self, cancelling: int, *, is_sent: bool = False) -> UnknownOutcome | Stated | None:
-        """Return how earlier calls ended: the question about one of which nobody knows it, or the statement about the last one.
+        """Return how earlier calls ended: a question about an unknown end, or the last call's statement.
 
         None if no call is open. ``is_sent``: the last call is at its place, which has its outcome. Raises
         StoreError.
@@ -262,7 +263,7 @@ class Effect:
         return self.unknown(stated.reason) if isinstance(stated, Unknown) else stated
 
     async def _settle_others(self, cancelling: int) -> UnknownOutcome | None:
-        """Learn how calls with other inputs at this place ended. Return the question about one of which nobody knows it."""
+        """Learn how calls with other inputs at this place ended. Return the question about an unknown end."""
         for place in self._others:
             intent, end = _read(self._run, place), self._run.ctx.journal.unknown_ends.get(place)
             if intent is not None and intent.is_open and not intent.has_output:
@@ -276,7 +277,7 @@ class Effect:
         return None
 
     async def _state_earlier(self, cancelling: int) -> Stated:
-        """Return how a call of an earlier attempt or process ended: by its commit, a person, or ``reconcile``."""
+        """Return how an earlier call ended, as its commit, a person or ``reconcile`` states."""
         run, intent = self._run, self._intent
         assert intent is not None
         committed = await self._find_commit((intent.position, intent.branch))
@@ -287,7 +288,8 @@ class Effect:
             except ValueError as error:
                 why, cause = describe_error(error)
                 raise CorruptCheckpoint(
-                    f"the output of effect {run.node_id!r} of run {run.run_id!r} cannot be read back: {why}; restore its schema, or start a new run"
+                    f"the output of effect {run.node_id!r} of run {run.run_id!r} cannot be read back: "
+                    f"{why}; restore its schema, or start a new run"
                 ) from cause
         question = self.question()
         why = "the process ended, or the attempt was cancelled, during the call"
@@ -300,7 +302,7 @@ class Effect:
         return await self.reconcile(why, cancelling)
 
     async def _find_commit(self, place: NotePlace) -> Committed | None:
-        """Return the committed output of the last call, of another attempt of the code around it. Raises StoreError."""
+        """Return the output that another attempt committed for the last call. Raises StoreError."""
         session, (position, branch) = self._run.ctx.session, place
         if isinstance(session, SimpleSession):
             return None  # It has no journal to look into.
@@ -308,7 +310,7 @@ class Effect:
         return (pending if isinstance(pending, Mapping) else await pending).get(branch)
 
     async def reconcile(self, why: str, cancelling: int) -> Stated:
-        """Call the node's ``reconcile``. Returns Unknown, with ``why``, without one; with what it raised if it raises."""
+        """Call the node's ``reconcile``. Returns Unknown with ``why`` if there is none, or if it raises."""
         run, reconcile = self._run, self._contract.reconcile
         if reconcile is None or self._snapshot is None:
             return Unknown(why)
@@ -349,7 +351,7 @@ def _place_of(first: NotePlace, digest: str) -> NotePlace:
 
 
 def _is_call(run: NodeExecution) -> bool:
-    """Return True if code calls the node, which may call it again elsewhere. A flow finds the calls that its body gave up."""
+    """Return True if plain code calls the node, and may call it again elsewhere."""
     step = run.step
     if step is not None and step.number <= OF_FLOW:
         return False
@@ -399,7 +401,7 @@ def _digest(schema: Schema, snapshot: Snapshot) -> str:
 
 
 def _differ(digest: str, other: str) -> bool:
-    """Return True if two inputs differ. Those of a class that has changed meanwhile cannot be compared: they are one."""
+    """Return True if two inputs differ. Inputs of a class that has changed count as equal."""
     (fingerprint, _, content), (other_fingerprint, _, other_content) = (
         digest.rpartition("-"),
         other.rpartition("-"),

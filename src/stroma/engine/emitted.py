@@ -26,7 +26,7 @@ class EventReceiver(Protocol):
         ...
 
     def flush(self) -> None:
-        """Hand on what is pending, since the end of the run is about to be recorded. Never raises and never waits."""
+        """Hand on what is pending: the run is about to end. Never raises and never waits."""
         ...
 
 
@@ -40,7 +40,7 @@ def attempt_id_of(run: Any) -> str:
 
 
 async def mark_attempt(run: Any, awaitable: Awaitable[Any]) -> Any:
-    """Await a function, with the id of its attempt in its context: what outlives the attempt emits nothing for the next."""
+    """Await a function with its attempt's id in its context: what outlives it emits nothing for the next."""
     token = ATTEMPT.set((run, attempt_id_of(run)))
     try:
         return await awaitable
@@ -50,7 +50,7 @@ async def mark_attempt(run: Any, awaitable: Awaitable[Any]) -> Any:
 
 
 def emit_event(run: Any, data: Any, name: str) -> None:
-    """Renew idle limits, and hand an event to the receivers of the run. Never raises for bad data, and never waits."""
+    """Renew idle limits and hand an event to the run's receivers. Never waits; bad data is dropped."""
     ctx, mark = run.ctx, ATTEMPT.get()
     attempt_id = run.attempt_id if mark is None or mark[0] is not run else mark[1]
     if attempt_id is None or attempt_id != run.attempt_id or run.ended is not None:
@@ -72,7 +72,8 @@ def emit_event(run: Any, data: Any, name: str) -> None:
         ctx.warn_once(
             run.node_id,
             f"emits {kind}",
-            f"node {run.node_id!r} emitted data that is not JSON, of type {kind}: it is dropped; emit JSON data or a pydantic model",
+            f"node {run.node_id!r} emitted data that is not JSON, of type {kind}: it is dropped; emit JSON "
+            "data or a pydantic model",
         )
         return
     for receiver in ctx.fire.receivers:

@@ -86,13 +86,14 @@ def log_failure(ctx: ReliabilityContext, run: NodeExecution, failure: Failure, r
 
 
 def warn_of_blocking(ctx: ReliabilityContext, run: NodeExecution, duration_ns: int) -> None:
-    """Warn once of a node that kept the event loop, from its call to its end, for 1 s or for its whole time limit."""
+    """Warn once of a node that kept the event loop for 1 s, or for its whole time limit."""
     limits = limits_ms(ctx.step_timeouts.get(run.node_id))
     if duration_ns >= BLOCK_NS or any(ms is not None and duration_ns >= ms * 1_000_000 for ms in limits):
         ctx.warn_once(
             run.node_id,
             "blocks",
-            f"node {run.node_id!r} blocked the event loop for {duration_ns / 1e6:,.0f} ms, so that no other task and no time limit "
+            f"node {run.node_id!r} blocked the event loop for {duration_ns / 1e6:,.0f} ms, so that no "
+            "other task and no time limit "
             "could run; await in it, or define it with def instead of async def to run it in a thread",
         )
 

@@ -203,7 +203,8 @@ class NodeExecution:
         return outer.busy_ns + (now - outer.running_since if outer.running else 0)
 
     def __repr__(self) -> str:
-        return f"<{self.kind} {self.node_id!r} of run {self.run_id!r}, position {self.position}, attempt {self.attempt}>"
+        at = f"position {self.position}, attempt {self.attempt}"
+        return f"<{self.kind} {self.node_id!r} of run {self.run_id!r}, {at}>"
 
     @property
     def run_id(self) -> str:
@@ -216,7 +217,7 @@ class NodeExecution:
 
     @property
     def role(self) -> Role | None:
-        """The role in which traces show it: that of its contract, else of its framework; None without either."""
+        """Role in traces: that of its contract, else of its framework, else None."""
         contract = self.ctx.registry.find(self.node_id) if self.schemas is None else self.schemas[2]
         return getattr(contract, "role", None) or self.framework_role
 
@@ -243,7 +244,7 @@ class NodeExecution:
 
     @property
     def function_ms(self) -> float | None:
-        """Time in which functions ran in that attempt: of a group any inside it, of a node its own; None before its end."""
+        """Time in which functions ran in that attempt: of a group any inside it; None before its end."""
         return None if self.ended is None else self.ended.function_ns / 1e6
 
     @property
@@ -253,7 +254,7 @@ class NodeExecution:
 
     @property
     def reason(self) -> str | None:
-        """Stable word for the failure of that attempt, such as "rate_limit"; None without a failure, or a known reason."""
+        """Stable word for the failure of that attempt, such as "rate_limit"; None if there is none."""
         failed = None if self.ended is None else self.ended.failure
         return None if failed is None else failed.reason
 
@@ -289,7 +290,7 @@ class NodeExecution:
 
     @property
     def idempotency_key(self) -> str:
-        """Key that all attempts of this node, or this call of a step, share in this execution of the run, in every process.
+        """Key that all attempts of this node or call share in this execution of the run, in every process.
 
         That of an effect which a node calls is the same in all attempts of that node with the same input.
         """
@@ -359,8 +360,8 @@ class NodeExecution:
         """
         if self.ended is not None:
             raise UsageError(
-                f"node {self.node_id!r} reported usage after attempt {self.attempt} was counted; report it in the node's "
-                "function or in its start hooks"
+                f"node {self.node_id!r} reported usage after attempt {self.attempt} was counted; report it "
+                "in the node's function or in its start hooks"
             )
         if response is not None:
             if input_tokens or output_tokens or cached_input_tokens or cache_write_tokens:
@@ -376,7 +377,8 @@ class NodeExecution:
                 report = (0, 0, model, None)
             if report is None:
                 raise UsageError(
-                    f"node {self.node_id!r} reported {shown(response)}; report a provider's response, or input_tokens="
+                    f"node {self.node_id!r} reported {shown(response)}; report a provider's response, or "
+                    "input_tokens="
                 )
         elif cached_input_tokens or cache_write_tokens or tier is not None:
             report = report_of_figures(
@@ -398,7 +400,7 @@ class NodeExecution:
         self.reported.append(report)
 
     def emit(self, data: Any, name: str = "delta") -> None:
-        """Send an event to the readers of the run: a piece of text, progress, or any other JSON data or pydantic model.
+        """Send an event to the readers of the run: a piece of text, progress, other JSON data or a model.
 
         Safe to call in any thread of the node's function. Never waits, and never raises: other data is
         dropped with a warning. Events are not recorded, and those of an attempt that has ended are dropped.
@@ -407,7 +409,7 @@ class NodeExecution:
             emit_event(self, data, name)
 
     def counts_as_zero(self, error: UsageError) -> bool:
-        """Return True if usage that a response leaves out is 0, with a warning: where no limit depends on it."""
+        """Return True, with a warning, if usage that a response leaves out is 0: no limit depends on it."""
         ctx = self.ctx
         limited = ctx.has_limit("tokens", self.node_id) or ctx.has_limit("cost", self.node_id)
         if not error.silent or limited or ctx.config.unknown_model == "error":
@@ -432,7 +434,7 @@ class NodeExecution:
         return held_by(decode_answer(schema_of(model), answered))
 
     def wait_for(self, schema: type[AnswerT], *, reason: str) -> AnswerT:
-        """Return the answer of a person as a ``schema``. Raises Suspend without one, PipelineChanged if it does not fit."""
+        """Return a person's answer as a ``schema``. Raises Suspend, or PipelineChanged if it does not fit."""
         answered = self.waiting()
         if answered is None or answered.payload is None:
             raise Suspend(reason, schema=schema)
@@ -460,7 +462,7 @@ class NodeExecution:
 
 
 def decode_answer(schema: Schema, answered: Waiting) -> BaseModel:
-    """Return an accepted answer as a model. Raises PipelineChanged for one that no longer fits: the answer stays."""
+    """Return an accepted answer as a model. Raises PipelineChanged if it no longer fits; it stays."""
     assert answered.payload is not None
     try:
         return schema.decode(answered.payload)
@@ -473,7 +475,7 @@ def decode_answer(schema: Schema, answered: Waiting) -> BaseModel:
 
 
 def current_node() -> NodeExecution:
-    """Return the node execution around this code: inside a node's function and its hooks. Elsewhere it raises RuntimeError."""
+    """Return the execution of the node around this code. Raises RuntimeError outside of nodes."""
     node: NodeExecution | None = CURRENT.get()
     if node is None:
         raise RuntimeError(
@@ -484,7 +486,7 @@ def current_node() -> NodeExecution:
 
 
 def current_node_or_none() -> NodeExecution | None:
-    """Return the node execution around this code, None elsewhere: for libraries, whose code also runs outside of nodes."""
+    """Return the execution of the node around this code, or None: for code that also runs elsewhere."""
     node: NodeExecution | None = CURRENT.get()
     return node
 

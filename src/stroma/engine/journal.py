@@ -119,7 +119,7 @@ class RunJournal:
             delay = min(delay * 1.5, longest)
 
     def start(self, manager: CheckpointManager, request: RunRequest) -> Session | None:
-        """Begin to open the run. Return its session if the store has it at once, else :meth:`wait` returns it."""
+        """Begin to open the run. Return its session if it is there at once; else :meth:`wait` does."""
         if request.if_running == "attach":
             opened: Any = self._attach(manager, request)
         else:
@@ -142,7 +142,7 @@ class RunJournal:
             raise
 
     async def finish(self, shield: Shield) -> Session | None:
-        """Return the session of a run that is to end, or None for a run of another process. Raises StoreError."""
+        """Return the session of a run that is to end; None for another process's run. Raises StoreError."""
         assert self._opening is not None
         self._is_over = True
         if self._is_waiting:
@@ -156,7 +156,7 @@ class RunJournal:
         return self._opening.result()
 
     def abandon(self) -> None:
-        """Release the run when nothing can be awaited any more, also once it is opened. Nothing is recorded."""
+        """Release the run where nothing can be awaited, also once it is opened; records nothing."""
         if self.session is not NULL_SESSION:
             self.session.abandon()
         elif self._opening is not None:

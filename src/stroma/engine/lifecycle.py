@@ -123,7 +123,7 @@ def _begin(ctx: ReliabilityContext, session: Session, *, carry: bool) -> Session
 
 
 async def _settle_earlier(ctx: ReliabilityContext) -> None:
-    """Count in the shared budgets what earlier processes spent on this run and, since they died, did not count."""
+    """Count in the shared budgets what dead processes spent on this run and did not count."""
     from stroma.limits.shared_budget import AttemptPlace, caller_of
 
     session = ctx.session
@@ -167,7 +167,7 @@ async def end_run(
 
 
 def note_usage(ctx: ReliabilityContext) -> None:
-    """Note the usage that no attempt has, so that a resume counts it. The end of the run stores it, or a flush."""
+    """Note usage that no attempt has, for a resume. The end of the run stores it, or a flush."""
     if rows := ctx.cost_tracker._added():
         before = ctx.journal.prior_unrecorded
         tokens = before.tokens + sum(row[1] for row in rows)
@@ -211,7 +211,7 @@ async def announce_start(ctx: ReliabilityContext, initial: BaseModel) -> None:
 async def end_and_announce(
     ctx: ReliabilityContext, status: RunStatus, error: str | None, result: ExecutionResult | None
 ) -> asyncio.CancelledError | None:
-    """Record in the store how the run ended, and call the hooks. Return the cancellation of the task that came meanwhile.
+    """Record how the run ended, and call the hooks. Return a cancellation that came meanwhile.
 
     Under ``hook_delivery="at_least_once"`` the hooks come first: a process that resumes a run without an end
     calls them again.

@@ -78,7 +78,7 @@ async def execute_in_turn(
 ) -> BaseModel | Halt | Stopped:
     """:func:`execute` for nodes in turn, each at the next position and on the output of the one before.
 
-    STOPPED if no further node is to begin (``ctx.stopping.is_asked``). The last node stays the current one: the caller
+    STOPPED if no further node is to begin (see Stopping). The last node stays the current one: the caller
     restores the one before, or ends its task. ``attempt``: the object for the attempts, of a driver that
     makes one call after the other.
     """
@@ -232,7 +232,7 @@ async def _without_plan(
 def _count_earlier_attempts(
     ctx: ReliabilityContext, run: NodeExecution, node: Node | Group
 ) -> tuple[int, Halt | None]:
-    """Return how many attempts of a node processes that died have made, and its end if no other one follows them."""
+    """Return how many attempts dead processes have made, and the node's end if no other one follows."""
     tried = ctx.journal.tried.pop((run.position, run.branch), None) if ctx.journal.tried else None
     if tried is None or tried.node_id != run.node_id:
         return 0, None
@@ -256,7 +256,7 @@ def _count_earlier_attempts(
 
 
 def _recorded_exception(ctx: ReliabilityContext, node: Node | Group, tried: Tried) -> Exception:
-    """Return an exception that stands for that of the last attempt; one of a broken contract tells a model what to correct."""
+    """Return an exception that stands for that of the last attempt, such as a broken contract."""
     contract = None if isinstance(node, Group) else ctx.contract_of(node)
     if tried.rejected is None or contract is None:
         return RunFailed.recorded(tried.message, tried.error_type)

@@ -76,7 +76,7 @@ def _make_model(name: str, fields: dict[str, Any], bases: Sequence[type[BaseMode
 
 
 def spelled_out(state: BaseModel) -> BaseModel:
-    """Return the output of a group as a model whose class declares all fields, those of children without a contract too.
+    """Return a group's output as a model whose class declares all fields, also of untyped children.
 
     It takes whatever the group's own class takes. Another state comes back as it is, and so does one with
     names that no field can have.

@@ -18,7 +18,7 @@ __all__ = ["count_returned", "price"]
 
 
 def count_returned(run: NodeExecution, returned: tuple[Any, ...]) -> tuple[Any, UsageError | None]:
-    """Return the output of a tuple without its usage, which is noted on the execution, and what is wrong with that."""
+    """Return a tuple's output, and what is wrong with its usage, which is noted on the execution."""
     model: Any = None
     produced: Any = 0
     if len(returned) == 2:
@@ -52,7 +52,7 @@ def count_returned(run: NodeExecution, returned: tuple[Any, ...]) -> tuple[Any, 
 async def price(
     ctx: ReliabilityContext, run: NodeExecution
 ) -> tuple[asyncio.CancelledError | None, UsageError | None]:
-    """Put a price on what the attempt reported. Return the cancellation of the task that came meanwhile, and what is wrong."""
+    """Put a price on what the attempt reported. Return a cancellation meanwhile, and what is wrong."""
     shield = Shield()
     problem = run.misreported
     if problem is not None:

@@ -137,7 +137,7 @@ def halt_of_ended_run(ctx: ReliabilityContext, node_id: str, finished: Finished)
 
 
 async def hold(ctx: ReliabilityContext, node_id: str, attempt: int) -> Halt:
-    """Return the end of a node of which no further attempt begins. Never returns in a run that is being cancelled."""
+    """Return the end of a node in a paused run. Never returns in a run that is being cancelled."""
     if not ctx.stopping.is_paused:
         await asyncio.get_running_loop().create_future()  # The cancellation of the task is on its way.
     return paused(ctx, node_id, attempt)

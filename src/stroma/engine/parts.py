@@ -92,7 +92,7 @@ class Account:
             self._warned.difference_update(dimension for dimension, _ in self.limits)
 
     def due_warnings(self, spent: CostTracker) -> list[tuple[str, float, float]]:
-        """Return (dimension, used, limit) of each limit that has just been used to 80 %; each once in a run."""
+        """Return (dimension, used, limit) of each limit just used to 80 %; each once in a run."""
         return [
             (dimension, used, limit)
             for dimension, limit in self.limits
@@ -131,7 +131,7 @@ class Stopping:
 
 
 async def wait_unless_held(stopping: Stopping, work: Callable[[], Awaitable[T]]) -> T | None:
-    """Await work that precedes an attempt. None if the run is paused before that or meanwhile: then the work is cancelled."""
+    """Await work that precedes an attempt; a pause cancels the work, and the result is None."""
     if stopping.holds:
         return None
     if asyncio.current_task() is None:

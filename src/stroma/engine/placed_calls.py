@@ -44,14 +44,15 @@ def place_error(caller: Any, contract: NodeContract[Any, Any]) -> PlaceError | N
     node_id, place = contract.node_id, contract.place
     if caller is None:
         return PlaceError(
-            f"node {node_id!r} has place={place!r}, and this process has no Temporal client to call it with; start "
-            f"`stroma worker FILE:NAME --temporal HOST:PORT --place {place}` and a worker without --place, then submit the run "
-            "with `stroma run FILE:NAME --temporal HOST:PORT`"
+            f"node {node_id!r} has place={place!r}, and this process has no Temporal client to call it "
+            "with; start "
+            f"`stroma worker FILE:NAME --temporal HOST:PORT --place {place}` and a worker without --place, "
+            "then submit the run with `stroma run FILE:NAME --temporal HOST:PORT`"
         )
     if place == caller.own_place:
         return PlaceError(
-            f"node {node_id!r} has place={place!r}, which is the task queue that drives its runs: the run would wait for itself; "
-            "pass another place, or another task queue for the runs"
+            f"node {node_id!r} has place={place!r}, which is the task queue that drives its runs: the run "
+            "would wait for itself; pass another place, or another task queue for the runs"
         )
     return None
 
@@ -59,7 +60,7 @@ def place_error(caller: Any, contract: NodeContract[Any, Any]) -> PlaceError | N
 def open_call(
     run: NodeExecution, contract: NodeContract[Any, Any], plan: Plan, snapshot: Snapshot
 ) -> OpenCall:
-    """Return the call of an earlier owner whose end was not recorded, if its input is the same; otherwise a new one.
+    """Return an earlier owner's call without a recorded end, if its input is the same; else a new one.
 
     Raises PlaceError for a place that cannot be called in this process, and for an input without a stored
     form.
@@ -73,7 +74,8 @@ def open_call(
         state = schema.encode(schema.restore(snapshot))
     except NotSerialisable as error:
         raise PlaceError(
-            f"the input of node {run.node_id!r} cannot be sent to its place: {error}; give the node an input that JSON can hold"
+            f"the input of node {run.node_id!r} cannot be sent to its place: {error}; give the node an "
+            "input that JSON can hold"
         ) from error
     # Another attempt in this process is another call.
     noted = cast("dict[str, bytes]", run.ctx.session.notes).pop(key, None)
@@ -85,7 +87,7 @@ def open_call(
 
 
 def note_call(run: NodeExecution, call: OpenCall | None) -> None:
-    """Note that a call is about to be sent, or with None that it is over; stored with the attempt at the latest."""
+    """Note that a call is about to be sent, or (None) over; stored with the attempt at the latest."""
     note = None if call is None else json.dumps([call.id, _digest(call.state)]).encode()
     run.ctx.session.note(_note_key(run), note)
 
@@ -93,7 +95,7 @@ def note_call(run: NodeExecution, call: OpenCall | None) -> None:
 async def call_at_place(
     run: NodeExecution, contract: NodeContract[Any, Any], _state: Any, _context: Any
 ) -> Any:
-    """Return what the function returns. A cancellation ends the call, unless the next owner of the run needs its result."""
+    """Return what the function returns. A cancellation ends the call, unless the next owner needs it."""
     ctx, call, is_over = run.ctx, run.placed_call, True
     try:
         return await ctx.journal.caller.call(run, contract, call)

@@ -35,7 +35,7 @@ _cause, _context, _hides_context, _members = (
 
 
 def find_question(error: BaseException, run: NodeExecution) -> Suspend | None:
-    """Return the question that an exception of a node is, or is raised from: frameworks wrap those of the steps inside.
+    """Return the question that an exception is, or is raised from: frameworks wrap exceptions of steps.
 
     In an exception group all members have to be questions: otherwise something else has failed.
     """
@@ -53,7 +53,7 @@ def find_question(error: BaseException, run: NodeExecution) -> Suspend | None:
 
 
 def question_of(raised: Suspend, run: NodeExecution, reason: str) -> Waiting | None:
-    """Return what a node waits for, from now on; None if a step inside of it waits already, or the run is paused."""
+    """Return what a node waits for from now on; None if a step inside waits, or the run is paused."""
     if _is_recorded(raised, run):
         return None
     raised.asked_at = run.ctx.run_id, run.position, run.branch

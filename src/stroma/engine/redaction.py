@@ -110,13 +110,13 @@ class Redactor:
                 self.note_secrets((row.input_state, row.output_state))
 
     def error_text(self, error: BaseException, snapshot: Any = ()) -> str:
-        """Return an exception as ``Type: message``, without the secrets of the run, its context and a state."""
+        """Return an exception as ``Type: message`` without secrets of the run, its context and a state."""
         self.note_attempt(snapshot)
         self.secrets.note_error(error)
         return self.mask(typed(kind_of(error), message_of(error)))
 
     def mask_error(self, error: BaseException, values: Any = ()) -> BaseException:
-        """Return an exception as a log may show it, without the secrets of the run, its context and some values."""
+        """Return an exception for a log, without secrets of the run, its context and some values."""
         self.note_context()
         self.note_secrets(values)
         self.secrets.note_error(error)
@@ -131,7 +131,7 @@ class Redactor:
         return self.secrets.mask(text)
 
     def mask_failure(self, failure: Failure, snapshot: Any) -> Failure:
-        """Return a failure without the secrets of the run's context and the attempt's input in its message."""
+        """Return a failure whose message lacks the secrets of the run's context and the attempt's input."""
         self.note_attempt(snapshot)
         error = failure.exception
         self.secrets.note_error(error)
@@ -250,7 +250,7 @@ logger.addHandler(logging.NullHandler())
 
 
 class RunLogger(SafeLogger):
-    """Adds the run id to every record and its text, and makes none that no handler would get: a record takes 15 us.
+    """Adds the run id to every record; makes none without a handler: a record takes 15 us.
 
     Attributes:
         redactor: masks the secrets of the run; set by the context of the run.
@@ -262,7 +262,7 @@ class RunLogger(SafeLogger):
         self.redactor = redactor
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
-        """Log a line about the run. The id is an argument: systems group lines by the text before these are filled in."""
+        """Log a line about the run. The id is an argument: systems group lines by their template."""
         if args:
             text = f"run %r: {msg}"
         else:

@@ -46,7 +46,7 @@ def encode_rejected(
 
 
 def violation_of(node_id: str, rejected: RejectedOutput, schema: type[BaseModel]) -> ContractViolation:
-    """Return the violation that a stored output stands for. Its values are those of the store: masked, perhaps cut."""
+    """Return the violation that a stored output stands for, with masked and perhaps cut values."""
     errors: list[dict[str, Any]] = []
     for one in rejected.complaints:
         value = rejected.at(one.path)
@@ -74,7 +74,7 @@ def _masked(whole: RejectedOutput, redactor: Redactor) -> RejectedOutput:
 
 
 def _fitted(whole: RejectedOutput, max_bytes: int) -> RejectedOutput:
-    """Return an output of which at most so many bytes are left; its complaints have a quarter of the smaller limit."""
+    """Return an output cut to so many bytes; complaints have a quarter of the smaller limit."""
     few: list[Complaint] = []
     size = 0
     for one in whole.complaints:

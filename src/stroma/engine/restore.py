@@ -44,7 +44,7 @@ async def restore(
     value: BaseModel,
     place: Place,
 ) -> BaseModel | None:
-    """Return the output that is committed at a place, in place of running its node again; None if there is none.
+    """Return the output that is committed at a place, so that its node does not run again; or None.
 
     Raises PipelineChanged, or CorruptCheckpoint if the stored output cannot be read back.
     """
@@ -67,8 +67,8 @@ async def restore(
             target, parent = parent.node_id, parent.parent
         why, cause = describe_error(error)
         raise CorruptCheckpoint(
-            f"the output of node {node.node_id!r} at position {position} of run {ctx.run_id!r} cannot be read back: "
-            f"{why}; resume from there (resume_from={target!r}) to run it again"
+            f"the output of node {node.node_id!r} at position {position} of run {ctx.run_id!r} cannot be "
+            f"read back: {why}; resume from there (resume_from={target!r}) to run it again"
         ) from cause
     if not branch:
         ctx.handover.offer(model)
@@ -117,7 +117,7 @@ def read_output(schema: Schema, committed: Committed, upcast: Callable[[Any], An
 
 
 def value_of(registry: ContractRegistry, node: Node | Group, committed: Committed) -> Any:
-    """Return an output without the input of its node: as a model, or as plain data of a group; or an ItemFailure.
+    """Return an output without its node's input: a model, plain data of a group, or an ItemFailure.
 
     Raises CorruptCheckpoint.
     """
@@ -135,7 +135,8 @@ def value_of(registry: ContractRegistry, node: Node | Group, committed: Committe
     except ValueError as error:
         why, cause = describe_error(error)
         raise CorruptCheckpoint(
-            f"an output of node {node.node_id!r} cannot be read back: {why}; restore its schema, or start a new run"
+            f"an output of node {node.node_id!r} cannot be read back: {why}; restore its schema, or start "
+            "a new run"
         ) from cause
 
 
@@ -209,22 +210,24 @@ def check_committed(
     where = f"position {place.position}" + (f" ({place.branch})" if place.branch else "")
     if committed.node_id != node.node_id:
         raise PipelineChanged(
-            f"run {ctx.run_id!r} cannot be resumed: at {where} it has the output of node {committed.node_id!r}, but the "
+            f"run {ctx.run_id!r} cannot be resumed: at {where} it has the output of node "
+            f"{committed.node_id!r}, but the "
             f"pipeline has {node.node_id!r} there; restore the order of nodes, or start a new run"
         )
     contract, _, recorded = committed.contract.partition(":")
     if (recorded or None) != group:
         raise PipelineChanged(
-            f"run {ctx.run_id!r} cannot be resumed: the output of node {node.node_id!r} at {where} was made for "
-            f"{recorded!r}, and the pipeline has {group!r} there; restore it, or start a new run"
+            f"run {ctx.run_id!r} cannot be resumed: the output of node {node.node_id!r} at {where} was "
+            f"made for {recorded!r}, and the pipeline has {group!r} there; restore it, or start a new run"
         )
     if committed.is_failed_item:
         return
     if schema is not None and contract != schema.fingerprint and not _tolerated(ctx, node, place.contract):
         raise PipelineChanged(
-            f"run {ctx.run_id!r} cannot be resumed: the output of node {node.node_id!r} at {where} was recorded with another "
-            f"{schema.model.__name__} ({_difference(schema, committed)}); restore it, give the contract an upcast, "
-            "allow_changes=True, or start a new run"
+            f"run {ctx.run_id!r} cannot be resumed: the output of node {node.node_id!r} at {where} was "
+            "recorded with another "
+            f"{schema.model.__name__} ({_difference(schema, committed)}); restore it, give the contract an "
+            "upcast, allow_changes=True, or start a new run"
         )
 
 
@@ -254,14 +257,15 @@ def check_question(ctx: ReliabilityContext, nodes: Sequence[Node | Group], waiti
     node, _ = node_at(nodes, waiting.position, waiting.branch)
     if node is None or node.node_id != waiting.node_id:
         raise PipelineChanged(
-            f"run {ctx.run_id!r} cannot be resumed: at position {waiting.position} it waits for an answer to node "
-            f"{waiting.node_id!r}{_orders(nodes, waiting.position, waiting.node_id)}; restore the order of nodes, or start "
-            "a new run"
+            f"run {ctx.run_id!r} cannot be resumed: at position {waiting.position} it waits for an answer "
+            "to node "
+            f"{waiting.node_id!r}{_orders(nodes, waiting.position, waiting.node_id)}; restore the order of "
+            "nodes, or start a new run"
         )
 
 
 def _orders(nodes: Sequence[Node | Group], position: int, recorded: str) -> str:
-    """Describe the nodes around the first difference: as they are recorded up to there, and as they are now."""
+    """Describe the nodes around the first difference: as recorded, and as they are now."""
     first = max(0, position - _SHOWN_NODES)
     now = [repr(node.node_id) for node in nodes[first : position + _SHOWN_NODES + 1]]
     before = [*now[: position - first], repr(recorded)]
@@ -273,14 +277,15 @@ def _orders(nodes: Sequence[Node | Group], position: int, recorded: str) -> str:
 def check_place(
     ctx: ReliabilityContext, nodes: Sequence[Node | Group], committed: Committed, position: int, branch: str
 ) -> None:
-    """Raise PipelineChanged unless the pipeline has the node of a committed output at its place, with its contract."""
+    """Raise PipelineChanged unless a committed output fits the node and contract at its place."""
     if ctx.config.allow_changes:
         return
     if position >= len(nodes):
         raise PipelineChanged(
-            f"run {ctx.run_id!r} cannot be resumed: it has the output of node {committed.node_id!r} at position "
-            f"{position}, and the pipeline has only {len(nodes)} nodes{_orders(nodes, position, committed.node_id)}; "
-            "restore it, or start a new run"
+            f"run {ctx.run_id!r} cannot be resumed: it has the output of node {committed.node_id!r} at "
+            "position "
+            f"{position}, and the pipeline has only {len(nodes)} "
+            f"nodes{_orders(nodes, position, committed.node_id)}; restore it, or start a new run"
         )
     first = nodes[position]
     if not branch and committed.node_id != first.node_id:

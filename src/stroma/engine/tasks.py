@@ -109,7 +109,7 @@ def thread_places(owner: object) -> ThreadPlaces:
 
 
 def enter_scope() -> None:
-    """Give the code of a plain node places of its own, in its context: it must not wait for the place that it takes."""
+    """Give the code of a plain node separate places: it must not wait for the place that it takes."""
     _SCOPE.set(_Scope())
 
 
@@ -138,7 +138,7 @@ def is_in_flight(task: asyncio.Task[Any]) -> bool:
 
 
 def begin_flight() -> asyncio.Task[Any] | None:
-    """Note that the running task calls an effect. Return the task for :func:`end_flight`; None if it calls one already."""
+    """Note that the running task calls an effect. Return it for :func:`end_flight`; None if it did."""
     task = asyncio.current_task()
     if task is None or task in _in_flight:
         return None
@@ -159,7 +159,7 @@ LAST_SECONDS = 60.0
 
 
 async def in_thread(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """Call in a daemon thread of its own: an abandoned one delays neither the end of the loop nor that of the process."""
+    """Call in a separate daemon thread: an abandoned one delays neither the loop nor the process."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Any] = loop.create_future()
     context = contextvars.copy_context()
@@ -234,7 +234,7 @@ def passes_through(error: BaseException, cancelling: int, *, in_group: bool) -> 
 
 
 class Shield:
-    """Awaits work to its very end, although the running task is cancelled; the caller raises the cancellation afterwards.
+    """Awaits work to its end although the task is cancelled; the caller raises that afterwards.
 
     Attributes:
         cancellation: the first exception by which the task was cancelled meanwhile; None if it was not. Code
@@ -282,7 +282,7 @@ class Shield:
 
 
 def _as_future(work: Awaitable[Any], loop: asyncio.AbstractEventLoop) -> asyncio.Future[Any]:
-    """Return the work as a future. Work that never waits is done at once, without a turn of the loop (Python 3.12)."""
+    """Return the work as a future. From Python 3.12 on, work that never waits is done at once."""
     if asyncio.iscoroutine(work) and sys.version_info >= (3, 12):
         return asyncio.Task(work, loop=loop, eager_start=True)
     return asyncio.ensure_future(work, loop=loop)
@@ -290,8 +290,8 @@ def _as_future(work: Awaitable[Any], loop: asyncio.AbstractEventLoop) -> asyncio
 
 def _timed_out() -> StoreError:
     error = StoreError(
-        f"the store has not answered for {LAST_SECONDS:g} s since the run was cancelled; look after the store, then "
-        "resume the run: that shows whether its last output is stored"
+        f"the store has not answered for {LAST_SECONDS:g} s since the run was cancelled; look after the "
+        "store, then resume the run: that shows whether its last output is stored"
     )
     error.transient = False
     return error
@@ -303,7 +303,7 @@ def _wake(waiter: asyncio.Future[None], _: asyncio.Future[Any]) -> None:
 
 
 def as_store_error(error: BaseException) -> Exception:
-    """Return the exception of a store as an Exception: its own CancelledError or GeneratorExit is a StoreError.
+    """Return a store's exception as an Exception: its CancelledError or GeneratorExit is a StoreError.
 
     Raises KeyboardInterrupt and SystemExit.
     """
@@ -312,7 +312,8 @@ def as_store_error(error: BaseException) -> Exception:
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         raise error
     return StoreError(
-        f"the store cancelled the operation ({type(error).__name__}); resume the run when the store is available"
+        f"the store cancelled the operation ({type(error).__name__}); resume the run when the store is "
+        "available"
     )
 
 
@@ -417,7 +418,7 @@ class TaskPool:
         if error is not None:
             try:
                 raise error
-            finally:  # The traceback references this frame: without this, each failure would be a reference cycle.
+            finally:  # The traceback references this frame: each failure would be a reference cycle.
                 self._errors.clear()
                 del error, cancelled
 
@@ -443,7 +444,7 @@ class TaskPool:
 
 
 async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Cancel tasks in their order, and await their ends; a cancellation of the caller meanwhile is raised after that."""
+    """Cancel tasks in order and await their ends; then raise a cancellation that came meanwhile."""
     pending = set(tasks)
     for task in tasks:
         task.cancel()
@@ -483,7 +484,7 @@ def has_running_loop() -> bool:
 
 
 async def gather(work: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Return the results in order. The first exception cancels the rest and is raised when they have ended."""
+    """Return the results in order. The first exception cancels the rest, then is raised."""
     pool = TaskPool()
     tasks = [asyncio.create_task(coroutine) for coroutine in work]
     for task in tasks:

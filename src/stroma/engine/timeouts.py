@@ -34,5 +34,5 @@ class NodeTimeout(StrictModel):
 
 
 def limits_ms(limit: int | NodeTimeout | None) -> tuple[int | None, int | None]:
-    """Return the total and the idle limit in milliseconds of an entry of ``node_timeouts``; None: no limit."""
+    """Return the total and idle limit in milliseconds of an entry of ``node_timeouts``, or None."""
     return (limit.total_ms, limit.idle_ms) if isinstance(limit, NodeTimeout) else (limit, None)

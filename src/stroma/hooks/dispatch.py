@@ -153,7 +153,7 @@ class Hooks:
         error: BaseException,
         arguments: Any = (),
     ) -> None:
-        """Log what a hook raised without the secrets in its arguments, and add it to the failures of the run."""
+        """Log what a hook raised, without secrets of its arguments, and add it to the run's failures."""
         try:
             shown = error if self.mask is None else self.mask(error, arguments)
             logger.error(
@@ -170,7 +170,7 @@ class Hooks:
             self.count_failure(None, event)
 
     def count_failure(self, run: Any, event: str) -> None:
-        """Have the exporters among the sets count an exception of a hook, where it is raised and whatever follows."""
+        """Have the exporters among the sets count an exception of a hook."""
         for one in self.watchers:
             one.hook_raised(run, event)
 
@@ -241,7 +241,7 @@ class Firing:
         self._came: asyncio.CancelledError | None = None
 
     def advance(self) -> bool:
-        """Call hooks until one waits. Return True if all were called and nothing is to be raised. Safe to call again."""
+        """Call hooks until one waits. Return True if all were called and nothing is to be raised."""
         if self._waiting is not None:
             return False
         task, calls, limits = current_task(), self._calls, self._hooks.limits
@@ -320,7 +320,8 @@ class Firing:
                     continue
                 iterator.close()
                 logger.warning(
-                    "hook %s (%r) was cut short: run %r was closed, not cancelled, so that nothing can be awaited",
+                    "hook %s (%r) was cut short: run %r was closed, not cancelled, so that nothing can be "
+                    "awaited",
                     self._event,
                     hook,
                     self._hooks.run_id,
@@ -358,7 +359,7 @@ class Firing:
             self._hooks.report(self._event, hook, self._node_id, error, self._about)
 
     def _check_time(self, set_index: int, hook: Callable[..., Any]) -> None:
-        """Warn of a hook that ended, and yet took longer than its limit: it never let the event loop interrupt it."""
+        """Warn of a hook that ended late: it never let the event loop interrupt it."""
         limit = self._hooks.limits[set_index]
         if limit is not None and perf_counter() - self._begin > limit:
             logger.warning(
@@ -378,8 +379,8 @@ NO_HOOKS = Hooks((), run_id="", limit_seconds=None, failures=[])
 def _not_async(event: str, hook: object, node_id: str | None, returned: object, index: int) -> HookNotAsync:
     where = f" of node {node_id!r}" if node_id is not None else ""
     error = HookNotAsync(
-        f"hook {event}{where} is not async: {hook!r} returned {type(returned).__name__}, which cannot be awaited; "
-        "define it with async def"
+        f"hook {event}{where} is not async: {hook!r} returned {type(returned).__name__}, which cannot be "
+        "awaited; define it with async def"
     )
     error.set_index = index
     return error

@@ -111,7 +111,7 @@ class NodeHooks(NamedArguments):
         self.check()
 
     def check(self) -> None:
-        """Raise TypeError for a hook that does not take its event's arguments or is not async, where its code tells."""
+        """Raise TypeError for a hook whose code shows other arguments, or that it is not async."""
         for event, arguments in _ARGUMENTS.items():
             hook = getattr(self, event)
             if hook is not None:
@@ -122,10 +122,10 @@ class NodeHooks(NamedArguments):
     _has_time_limit: ClassVar[bool] = True
 
     def hook_raised(self, run: Any, event: str) -> None:
-        """Handle an exception of a hook of any set of the run; ``run`` is its context, or None if it is not known."""
+        """Handle an exception of a hook of any set; ``run``: the context, or None if unknown."""
 
     def _event_receiver(self) -> Any:
-        """Return what receives the events that nodes emit, an EventReceiver of stroma.engine.emitted; None for most sets."""
+        """Return the EventReceiver (stroma.engine.emitted) of this set; None for most sets."""
         return None
 
     def _hook_of(self, event: str) -> Any:
@@ -159,7 +159,7 @@ _ARGUMENTS: Final[dict[str, tuple[str, ...]]] = {
 
 
 def check_arguments(name: str, func: Any, arguments: Sequence[str]) -> None:
-    """Raise TypeError for an object that is not callable with these positional arguments, where its signature tells."""
+    """Raise TypeError for an object whose signature does not take these positional arguments."""
     plain, count = func, len(arguments)
     if type(func) is MethodType:
         plain, count = func.__func__, count + 1
@@ -180,12 +180,13 @@ def check_arguments(name: str, func: Any, arguments: Sequence[str]) -> None:
         signature.bind(*arguments)
     except TypeError:
         raise TypeError(
-            f"{name} is called with ({', '.join(arguments)}), and {func!r} takes {signature}; define it with these parameters"
+            f"{name} is called with ({', '.join(arguments)}), and {func!r} takes {signature}; define it "
+            "with these parameters"
         ) from None
 
 
 def _check_async(event: str, hook: Any) -> None:
-    """Raise TypeError for a ``def`` that returns nothing. Any other callable may return an awaitable: its call shows it."""
+    """Raise TypeError for a ``def`` that returns nothing. The call of any other callable shows it."""
     plain = _function_of(hook)
     if plain is None or plain.__code__.co_flags & _NOT_PLAIN or inspect.iscoroutinefunction(hook):
         return
@@ -218,7 +219,7 @@ def _returns_nothing(code: CodeType) -> bool:
 
 
 def _function_of(func: Any) -> FunctionType | None:
-    """Return the function whose code a call of a callable runs, beneath partials and methods; None if unknown."""
+    """Return the function beneath partials and methods that a call runs; None if unknown."""
     if type(func) not in (FunctionType, MethodType, partial):
         func = getattr(type(func), "__call__", None)  # noqa: B004
     while type(func) is partial:
@@ -279,7 +280,7 @@ def flatten(hooks: NodeHooks | Iterable[NodeHooks] | None) -> tuple[NodeHooks, .
 
 
 def distinct(sets: Sequence[NodeHooks]) -> list[NodeHooks]:
-    """Return the sets of hooks without exporters that feed what an earlier one feeds: each event is counted once."""
+    """Return the sets without exporters to a destination that an earlier one feeds."""
     counted: list[NodeHooks] = []
     fed: list[object] = []
     for one in sets:

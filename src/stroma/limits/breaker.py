@@ -122,7 +122,7 @@ class Breaker(NamedArguments):
 
     @staticmethod
     def verdict(failure: Failure) -> bool | None:
-        """Return True if a failed attempt shows that the provider works, False if it does not, None if unknown."""
+        """Return True if a failed attempt shows that the provider works, False if not, else None."""
         if failure.reason in _PROVIDER_REASONS and failure.failure_class is not FailureClass.TERMINAL:
             return False
         if failure.reason is None or failure.reason in _LOCAL_REASONS:
@@ -155,7 +155,7 @@ class Breaker(NamedArguments):
             return Entry(probe=True, changed=changed)
 
     def leave(self, key: str | None, succeeded: bool | None, *, probe: bool) -> CircuitState | None:
-        """Count a call; None: it says nothing about the provider. Returns the new state of the circuit, if it changed."""
+        """Count a call (None: no verdict on the provider). Return the circuit's new state, if it changed."""
         if key is None:
             return None
         with _lock:
@@ -185,7 +185,7 @@ class Breaker(NamedArguments):
             return "open"
 
     def learn(self, node_id: str, failure: Failure, key: str | None) -> str | None:
-        """Return the circuit that a failed call counts for: that of the host in the exception, otherwise ``key``."""
+        """Return the circuit of a failed call: that of the host in the exception, else ``key``."""
         host = host_of(failure.exception)
         if host is None:
             return key

@@ -101,7 +101,7 @@ class CallRequest(NamedTuple):
 
 
 class UnsettledCalls(NamedTuple):
-    """Answer: calls with an expired lease that are not counted, by token. Read their journal, then ask again."""
+    """Answer: uncounted calls with an expired lease, by token. Read their journal, then ask again."""
 
     calls: dict[str, tuple[str, JournalPlace]]
 
@@ -122,7 +122,7 @@ class CallUsage(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """Answer: the call may not begin. ``waits``: it may once calls in flight have used less than they reserved."""
+    """Answer: the call may not begin. ``waits``: it may once calls in flight have used less."""
 
     dimension: Literal["cost", "tokens"]
     capped: bool
@@ -154,7 +154,7 @@ def window(per: str | None, now_ms: int) -> tuple[int, int | None]:
 
 @dataclass(kw_only=True)
 class BudgetCell(CellState):
-    """The state of a shared budget: pico-dollars and tokens of its window. A reservation is [until, node, cost, tokens, place]."""
+    """The state of a shared budget. A reservation is [until, node, cost, tokens, place]."""
 
     per: str | None
     limits: list[int | None]
@@ -205,7 +205,7 @@ def _open(state: BudgetCell | None, now: int, terms: BudgetTerms) -> BudgetCell:
 def reserve(
     terms: BudgetTerms, request: CallRequest
 ) -> CellChange[BudgetCell, Refusal | UnsettledCalls | tuple[int, int]]:
-    """Return a change that reserves what a call may use. It answers the amounts, or why the call may not begin.
+    """Return a change that reserves what a call may use; its answer: the amounts, or a refusal.
 
     UnsettledCalls comes first: the usage of dead processes belongs to the total.
     """
@@ -272,7 +272,7 @@ def _select_calls(
 def unsettled_calls_of(
     name: str, run: JournalPlace
 ) -> CellChange[BudgetCell, dict[str, tuple[str, JournalPlace]]]:
-    """Return a reader of the calls of a run that are not counted, by token, except those of its current execution and epoch."""
+    """Return a reader of a run's uncounted calls, by token, without those of its current epoch."""
 
     def apply(state: BudgetCell | None, now: int) -> tuple[None, dict[str, tuple[str, JournalPlace]]]:
         if state is None:

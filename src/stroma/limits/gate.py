@@ -1,4 +1,4 @@
-"""Base class of shared budgets and rate limits: gates that an attempt passes before its function is called."""
+"""Base class of shared budgets and rate limits: gates before the call of a function."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class WaitQueue:
         self._answer, self._answered = answer if isinstance(answer, Wait) else None, now
 
     def wait_of_last(self, now: float) -> Wait:
-        """Return the wait of an attempt that joins the line: behind the others, or with them for the end of a cooldown."""
+        """Return the wait of an attempt that joins the line, or that waits with it for a cooldown."""
         wait = self._answer
         if wait is None or wait.reason != COOLDOWN:
             return Wait("in line", None)
@@ -220,7 +220,7 @@ class Gate(ABC):
         """
 
     def charge(self, node_id: str, token: str, took: tuple[int, int], *, learns: bool) -> Change[Any] | None:
-        """Return the change of the cell that counts a call, for the transaction that records its attempt, or None.
+        """Return the change that counts a call, for the transaction that records its attempt; or None.
 
         ``took``: pico-dollars and tokens. The change is idempotent.
         """
@@ -232,11 +232,11 @@ class Gate(ABC):
 
     @abstractmethod
     def abandon(self, node_id: str, token: str, used: AttemptUsage | None) -> None:
-        """Count a call without waiting. ``used`` is None for a call that never began, and may not have been admitted."""
+        """Count a call without waiting. ``used``: None for a call that never began."""
 
     @abstractmethod
     async def give_back(self, token: str) -> None:
-        """Return what a call in flight has reserved, which is counted at its end all the same. Raises StoreError."""
+        """Give back what a call in flight has reserved; its end still counts it. Raises StoreError."""
 
     @abstractmethod
     def too_long(self, wait: Wait, node_id: str) -> Exception:
@@ -256,8 +256,8 @@ def _store_of(store: Any, gate: Gate) -> Any:
         store = open_store(store)
     if not isinstance(store, CellStore):
         raise TypeError(
-            f"{shown(store)} cannot store {gate.label}; pass SQLiteStore, PostgresStore, RedisStore, an in-memory store, or "
-            "the URL of one"
+            f"{shown(store)} cannot store {gate.label}; pass SQLiteStore, PostgresStore, RedisStore, an "
+            "in-memory store, or the URL of one"
         )
     return store
 
@@ -276,8 +276,8 @@ def _declare(gate: Gate) -> None:
     other = _DECLARED.get(at)
     if other is not None and other._terms != gate._terms:
         raise ValueError(
-            f"{gate.label} is already in use in this process with other limits ({_describe_terms(other)}; here: {_describe_terms(gate)}); use "
-            "the same limits for both, or another name for one"
+            f"{gate.label} is already in use in this process with other limits ({_describe_terms(other)}; "
+            f"here: {_describe_terms(gate)}); use the same limits for both, or another name for one"
         )
     if other is None:
         _DECLARED[at] = gate

@@ -102,7 +102,8 @@ class Limit(NamedArguments):
                 raise ValueError("reserve_tokens needs tokens_per_minute; pass both, or neither")
             if self.reserve_tokens > self.tokens_per_minute:
                 raise ValueError(
-                    f"reserve_tokens={self.reserve_tokens} is more than tokens_per_minute={self.tokens_per_minute}, so no call "
+                    f"reserve_tokens={self.reserve_tokens} is more than "
+                    f"tokens_per_minute={self.tokens_per_minute}, so no call "
                     "could be made; raise the limit, or lower reserve_tokens"
                 )
         optional_seconds("max_wait_seconds", self.max_wait_seconds)
@@ -113,7 +114,7 @@ class Limit(NamedArguments):
         return self  # Runs share it, so copies of a config do too.
 
     def named(self, name: str) -> RateGate:
-        """Return the gate of this limit under a name. Raises ValueError if another limit in use has the name."""
+        """Return this limit's gate under a name. Raises ValueError if another limit in use has it."""
         gate = self._gates.get(name)
         if gate is None:
             gate = self._gates.setdefault(name, RateGate(name, self))
@@ -188,13 +189,13 @@ class RateGate(Gate):
     def too_long(self, wait: Wait, node_id: str) -> Exception:
         if wait.reason == COOLDOWN:
             return WaitedTooLong(
-                f"node {node_id!r} waited {self.max_wait_seconds:g} s at {self.label}, which is closed because the provider "
-                "asked to wait; resume the run later, or raise max_wait_seconds"
+                f"node {node_id!r} waited {self.max_wait_seconds:g} s at {self.label}, which is closed "
+                "because the provider asked to wait; resume the run later, or raise max_wait_seconds"
             )
         figure = dict(self._terms).get(wait.reason)
         return WaitedTooLong(
-            f"node {node_id!r} waited {self.max_wait_seconds:g} s at {self.label} for its turn ({wait.reason}={figure}); "
-            "resume the run later, raise the limit, or max_wait_seconds"
+            f"node {node_id!r} waited {self.max_wait_seconds:g} s at {self.label} for its turn "
+            f"({wait.reason}={figure}); resume the run later, raise the limit, or max_wait_seconds"
         )
 
     def _renew(self, tokens: list[str]) -> None:
@@ -221,7 +222,7 @@ def read_limit(store: Any, name: str) -> LimitState | None:
 
 
 def read_cooldowns(store: Any) -> dict[str, int]:
-    """Return the limits in a store that are closed, with the milliseconds that are left; 0 while a call probes.
+    """Return the closed limits in a store, with the milliseconds left; 0 while a call probes.
 
     Of the 50 limits that have begun a cooldown last. Blocking. Raises StoreError.
     """

@@ -151,7 +151,7 @@ class RateCell(CellState):
             self.paced_until = 0
 
     def cooldown(self, now: int) -> Wait | None:
-        """Return the wait for the end of the cooldown; None if the limit is open, or the next call is to probe."""
+        """Return the wait for the end of the cooldown; None if the limit is open or to be probed."""
         if self.closed_until > now:
             return Wait(COOLDOWN, self.closed_until - now)
         hold = self.holds.get(self.probe)
@@ -253,7 +253,7 @@ def _distance_ms(rates: RateLimits, tokens: int | None) -> float:
 def release_call(
     name: str, token: str, took: int | None, end: CallReport, *, learns: bool
 ) -> CellChange[RateCell, float | None]:
-    """Return a change that counts what a call used in place of its reservation, and closes or reopens the limit.
+    """Return a change that counts a call in place of its reservation, and closes or reopens the limit.
 
     It answers the seconds of the cooldown that the call has begun; None if it has begun none.
     """
@@ -280,7 +280,7 @@ def release_call(
 
 
 def end_lease(name: str, token: str) -> CellChange[RateCell, None]:
-    """Return a change that no longer counts a call in flight as one, and does not wait for it if it probes."""
+    """Return a change that no longer counts a call in flight, nor waits for it if it probes."""
 
     def apply(state: RateCell | None, now: int) -> tuple[RateCell | None, None]:
         if state is None or token not in state.holds:
@@ -311,7 +311,7 @@ def list_cooldown(name: str) -> CellChange[CooldownList, None]:
 
 
 def names_of_cooldowns(data: bytes | None) -> dict[str, int]:
-    """Return the limits that :func:`list_cooldown` has listed, and when, in milliseconds. Raises StoreError."""
+    """Return the limits that :func:`list_cooldown` listed, with the times in ms. Raises StoreError."""
     read: CellChange[CooldownList, dict[str, int]] = CellChange(
         CooldownList, _LIST, lambda state, now: (None, {} if state is None else dict(state.names))
     )

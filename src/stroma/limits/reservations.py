@@ -51,7 +51,7 @@ class CellState:
 
     @classmethod
     def unpack(cls, data: bytes | None, label: str) -> Self | None:
-        """Return the state in the data of a cell, None for a new cell. Raises StoreError for a later format, anything for damage."""
+        """Return the state in a cell's data, or None. Raises StoreError for a later format."""
         if data is None:
             return None
         fields: dict[str, Any] = from_json(data)
@@ -196,7 +196,7 @@ def renew_leases(
 
 
 def is_live(hold: list[Any], now: int) -> bool:
-    """Return True if a reservation counts: its lease is valid, or it has none because its process is this one."""
+    """Return True if a reservation counts: its lease is valid, or its process is this one."""
     until = hold[0]
     return until is None or until > now
 
@@ -204,7 +204,7 @@ def is_live(hold: list[Any], now: int) -> bool:
 def estimate_usage(
     usages: Mapping[str, list[int]], node: str, declared: int | None, limit: int
 ) -> int | None:
-    """Return what a call of a node may use: the maximum of the declared and the recent usage; None if unknown.
+    """Return what a call may use: the maximum of declared and recent usage; None if unknown.
 
     One recent call above the limit does not block all later ones: they reserve the limit, unless every recent
     call was above it.
@@ -275,7 +275,7 @@ class ReservationRenewer:
                         return
 
     def _renew_due(self) -> bool:
-        """Renew the leases that are due, and set the time of the next look. Returns True if there are no leases."""
+        """Renew the leases that are due, and plan the next look. Return True if there are no leases."""
         now = time.monotonic()
         due: dict[Renew, list[str]] = {}
         with self._lock:

@@ -84,7 +84,7 @@ class BudgetState:
 
 
 class SharedBudget(NamedArguments, Gate):
-    """A budget that all runs share by its name: in this process, or, with a ``store``, in all processes that use the store.
+    """A budget that runs share by its name: in this process or, with a ``store``, in all that use it.
 
     Before each attempt it reserves the usage that the call may have, and afterwards it counts the actual
     usage. A call that does not fit is not made, and its run ends as PARTIAL, as with the budget of a run. So
@@ -244,7 +244,7 @@ class SharedBudget(NamedArguments, Gate):
     def charge(
         self, node_id: str, token: str, took: tuple[int, int], *, learns: bool
     ) -> Change[list[tuple[str, int, int]] | StoreError] | None:
-        """Return the change that counts what a call used, for the transaction that records its attempt. It is idempotent.
+        """Return the idempotent change that counts a call, for the transaction that records its attempt.
 
         None for a call that was admitted while the store was unavailable: it is counted later.
         """
@@ -326,7 +326,7 @@ class SharedBudget(NamedArguments, Gate):
 
 
 def _read_usages(calls: dict[str, tuple[str, JournalPlace]], journal: Any) -> list[CallUsage]:
-    """Read the usage of calls from a journal; calls that it does not have are skipped. Blocking. Raises StoreError."""
+    """Read the usage of the calls that a journal has. Blocking. Raises StoreError."""
     spends: list[CallUsage] = []
     for token, (node, at) in calls.items():
         attempts = [
@@ -359,7 +359,7 @@ def caller_of(session: Session, run_id: str, journal: Any, at: AttemptPlace) -> 
 
 
 def check_budgets(value: Any) -> tuple[SharedBudget, ...]:
-    """Return the budgets of a run, in the same order in every process. Raises ValueError for any other value."""
+    """Return the budgets of a run, in one order for every process. Raises ValueError for another value."""
     budgets = (value,) if isinstance(value, SharedBudget) else value
     if not isinstance(budgets, Sequence) or not all(isinstance(one, SharedBudget) for one in budgets):
         raise ValueError(f"shared_budgets must be a SharedBudget or a list of them, got {shown(value)}")
@@ -426,7 +426,8 @@ def _estimates_by_node(name: str, value: Any, limit: float | None, check: Any) -
         estimates[node] = check(what, estimate)
         if estimates[node] > limit > 0:
             raise ValueError(
-                f"{what} must be at most the budget of {limit:.12g}, got {shown(estimate)}; no call could be made"
+                f"{what} must be at most the budget of {limit:.12g}, got {shown(estimate)}; no call could "
+                "be made"
             )
     return estimates
 
