@@ -20,6 +20,7 @@ from tests.store_suite.cells import CellStoreTests, count
 from tests.tiers import SLOW_PARAMETERS, examples
 
 from stroma.checkpoint import CellStore, PostgresStore, RedisStore, SQLiteStore
+from stroma.limits.reservations import ProcessCells
 
 
 @pytest.mark.core
@@ -145,7 +146,9 @@ async def test_a_cell_outlives_its_store(kind: str) -> None:
 def _machine(base: type[Any], kind: str, count: int) -> Any:
     class Machine(base):
         def make_store(self) -> Any:
-            self.place = None if kind == "memory" else place(kind)
+            self.place = None if kind in ("memory", "process") else place(kind)
+            if kind == "process":
+                return ProcessCells()
             return opened(kind, "" if self.place is None else self.place.__enter__())
 
         def teardown(self) -> None:
@@ -158,10 +161,12 @@ def _machine(base: type[Any], kind: str, count: int) -> Any:
     return case
 
 
+TestBudgetInProcess = _machine(BudgetMachine, "process", 200)
 TestBudgetInMemory = _machine(BudgetMachine, "memory", 200)
 TestBudgetInSqlite = _machine(BudgetMachine, "sqlite", 15)
 TestBudgetInRedis = _machine(BudgetMachine, "redis", 15)
 TestBudgetInPostgres = _machine(BudgetMachine, "postgres", 8)
+TestRatesInProcess = _machine(RateMachine, "process", 200)
 TestRatesInMemory = _machine(RateMachine, "memory", 200)
 TestRatesInSqlite = _machine(RateMachine, "sqlite", 10)
 TestRatesInRedis = _machine(RateMachine, "redis", 10)

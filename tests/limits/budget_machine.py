@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from stroma.limits import budget_state as ledger
 from stroma.limits import rate_state as rates
+from stroma.limits.reservations import CellChange, ProcessCells
 
 NODES = ("a", "b")
 TERMS = ledger.BudgetTerms("team", "hour", (100, 1000), {"b": 40})
@@ -59,6 +60,11 @@ class _Machine(RuleBasedStateMachine):
         """As the store does it, at our time."""
 
         async def go() -> Any:
+            if isinstance(self.store, ProcessCells):
+                at_our_time = CellChange(
+                    change.kind, change.label, lambda state, _: change.apply(state, self.now)
+                )
+                return await self.store.change_cell("cell", at_our_time)
             return await self.store.change_cell("cell", lambda data, _now: change(data, self.now))
 
         coroutine: Coroutine[Any, Any, Any] = go()
