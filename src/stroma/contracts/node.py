@@ -207,7 +207,7 @@ class Group:
         raise NotImplementedError
 
     async def call_directly(self, state: BaseModel) -> dict[str, Any]:
-        """Call the functions inside without a run and return the fields of the output. Raises TypeError for a map."""
+        """Call the functions without a run and return the fields of the output. TypeError for a map."""
         raise TypeError(f"{self.node_id} cannot be called directly; run it with a runner")
 
     def output_classes(
