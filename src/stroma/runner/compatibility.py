@@ -51,8 +51,8 @@ def changes_since(
             if not isinstance(error, PipelineChanged):
                 message = (
                     f"the output of node {committed.node_id!r} cannot be read back: {type(error).__name__}: "
-                    f"{describe_error(error)[0]}; restore its schema, add an upcast to the contract, or resume "
-                    "from there to run it again"
+                    f"{describe_error(error)[0]}; restore its schema, add an upcast to the contract, or "
+                    "resume from there to run it again"
                 )
             changes.append(Incompatibility(at, committed.node_id, message))
     return changes

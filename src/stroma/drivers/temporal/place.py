@@ -297,7 +297,7 @@ class _Emitted:
 
 
 class CallActivity:
-    """Calls the nodes of some pipelines that have a place, in one worker, configured as those that drive runs."""
+    """Calls the nodes of some pipelines that have a place, in one worker, with the config of their runs."""
 
     def __init__(self, place: str, pipelines: Sequence[Pipeline], config: RunConfig | None) -> None:
         self._place = place
