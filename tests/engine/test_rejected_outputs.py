@@ -597,3 +597,16 @@ def test_what_the_users_classes_raise_is_no_failure_of_its_own() -> None:
     assert one is not None
     assert [(c.path, c.message[:3]) for c in one.complaints] == [((), "odd"), (("a", 3), "mmm")]
     assert one.more == 150
+
+
+async def test_a_store_without_a_journal_keeps_no_rejected_output() -> None:
+    """A store of the simple protocol has no place for a rejected output; the run fails as it would anyway."""
+
+    class Simple:
+        def save(self, run_id: str, node_id: str, state: BaseModel) -> None: ...
+        def load(self, run_id: str, node_id: str) -> BaseModel | None: ...
+        def delete(self, run_id: str) -> None: ...
+
+    broken = node("a", lambda state: {"n": "no"})
+    result = await quick(store=Simple(), keep_rejected="full").run([broken], Num())
+    assert result.status is RunStatus.FAILED
