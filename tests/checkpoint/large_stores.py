@@ -75,7 +75,8 @@ def fill_sqlite(url: str, runs: int, attempts: int) -> None:
     db.execute(
         f"{both} INSERT INTO attempts (branch_key, {_ATTEMPT_COLUMNS}) SELECT '', {_ATTEMPT} FROM r, a"
     )
-    steps = f"{both} INSERT INTO steps (branch_key, {_STEP_COLUMNS}) SELECT '', {_STEP}, ?, ?, checksum(j) FROM r, a"
+    values = f"SELECT '', {_STEP}, ?, ?, checksum(j) FROM r, a"
+    steps = f"{both} INSERT INTO steps (branch_key, {_STEP_COLUMNS}) {values}"
     db.execute(steps, inputs[:2])
     db.execute("COMMIT")
     db.close()

@@ -107,8 +107,8 @@ def step(data: bytes = b"{}", number: int | None = None, input_data: bytes | Non
 
 
 def table(rows: SqliteRows, name: str, order: str = "1, 2, 3") -> list[tuple[Any, ...]]:
-    """Return the rows of a table without index keys; of a run without its place in the queue and its mark, which
-    no test here gives it."""
+    """Return the rows of a table without index keys; a run is without its place in the queue and its mark,
+    which no test here gives it."""
     cursor = rows.db.execute(f"SELECT * FROM {name} ORDER BY {order}")
     keys = ("run_key", "branch_key")
     shown = [at for at, (column, *_) in enumerate(cursor.description) if column not in keys]

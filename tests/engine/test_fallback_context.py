@@ -15,8 +15,8 @@ from stroma import ExecutionBudget, FallbackPolicy, StromaRunner
 
 @pytest.mark.core
 async def test_every_way_to_change_the_context_while_a_fallback_is_due() -> None:
-    """A context that names a fallback is written to and merged like the dict that it is a view of, which never
-    gets the fallback."""
+    """A context that names a fallback is written to and merged like the dict that it is a view of; the dict
+    never gets the fallback."""
     base: dict[str, Any] = {"a": 1, "b": 2}
     seen: list[Any] = []
 

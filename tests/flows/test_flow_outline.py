@@ -337,7 +337,7 @@ def test_identities_are_read_as_they_are_written() -> None:
 
 
 def test_repeated_calls_have_one_key() -> None:
-    """Calls of one node from one place share a line in every drawing; sleeps, questions and children do not."""
+    """Calls of one node from one place share a line in every drawing; sleeps and questions do not."""
     assert folded_part("judge#0") == folded_part("judge#7") == folded_part("#a%2Fb", "judge")
     assert folded_part("*page#0") != folded_part("page#0")
     assert len({folded_part(part) for part in ("!sleep#0", "!sleep#1", "?#0", "?#1", "3", "4")}) == 6
