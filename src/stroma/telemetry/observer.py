@@ -137,7 +137,7 @@ class Observer:
     def __init__(self) -> None:
         #: Count of exceptions in the exporter, by kind.
         self.errors: Counter[str] = Counter()
-        self._has_node_end = type(self).node_ended is not Observer.node_ended
+        self._has_node_end = self._is_overridden("node_ended")
         #: Key in the notes of nodes whose end is watched.
         self._watched_key = object()
 
@@ -252,30 +252,64 @@ class Observer:
         return [(note, ended_ns) for note, ended_ns in reversed(parts.values()) if note is not None]
 
     def hooks(self) -> ExporterHooks:
-        """Return the set of hooks that calls this exporter."""
-        calls = _HookCalls(self)
-
-        def wanted(hook: T, *methods: str) -> T | None:
-            # No hook for methods that are not overridden.
-            return hook if any(getattr(type(self), m) is not getattr(Observer, m) for m in methods) else None
-
+        """Return the set of hooks that calls this exporter; there is none for methods that are not overridden."""
+        ends = self._is_overridden("attempt_ended") or self._has_node_end
+        starts = self._is_overridden("attempt_started") or self._has_node_end
         return ExporterHooks(
-            on_node_start=wanted(calls.on_node_start, "attempt_started", "node_ended"),
-            on_node_success=wanted(calls.on_node_success, "attempt_ended", "node_ended"),
-            on_node_failure=wanted(calls.on_node_failure, "attempt_ended", "node_ended"),
-            on_run_start=wanted(calls.on_run_start, "run_started"),
-            on_run_end=wanted(calls.on_run_end, "run_ended"),
-            on_node_retry=wanted(calls.on_node_retry, "retrying"),
-            on_node_skipped=wanted(calls.on_node_skipped, "skipped"),
-            on_node_cancelled=wanted(calls.on_node_cancelled, "attempt_ended", "node_ended"),
-            on_node_suspended=wanted(calls.on_node_suspended, "attempt_ended", "node_ended"),
-            on_budget_warning=wanted(calls.on_budget_warning, "budget_warning"),
-            on_node_wait=wanted(calls.on_node_wait, "waiting"),
-            on_circuit_change=wanted(calls.on_circuit_change, "circuit_changed"),
-            on_limit_cooldown=wanted(calls.on_limit_cooldown, "limit_cooled_down"),
+            on_node_start=self._node_start if starts else None,
+            on_node_success=self._node_success if ends else None,
+            on_node_failure=self._node_failure if ends else None,
+            on_node_cancelled=self._node_cancelled if ends else None,
+            on_node_suspended=self._node_suspended if ends else None,
+            on_run_start=self._hook("on_run_start", "run_started", current_run, 2),
+            on_run_end=self._hook("on_run_end", "run_ended", current_run, 1),
+            on_node_retry=self._hook("on_node_retry", "retrying", current_node_or_none, 2),
+            on_node_skipped=self._hook("on_node_skipped", "skipped", current_node_or_none, 3),
+            on_budget_warning=self._hook("on_budget_warning", "budget_warning", current_run, 1),
+            on_node_wait=self._hook("on_node_wait", "waiting", current_node_or_none, 2),
+            on_circuit_change=self._hook("on_circuit_change", "circuit_changed", current_run, 1),
+            on_limit_cooldown=self._hook("on_limit_cooldown", "limit_cooled_down", current_run, 1),
             reads_state=False,
             exporter=self,
         )
+
+    def _is_overridden(self, method: str) -> bool:
+        return getattr(type(self), method) is not getattr(Observer, method)
+
+    def _hook(self, event: str, method: str, subject: Callable[[], Any], ids: int) -> Any:
+        """Return a hook that calls a method with the current run or node; its first ``ids`` arguments name that."""
+        if not self._is_overridden(method):
+            return None
+        call = getattr(self, method)
+
+        async def hook(*arguments: Any) -> None:
+            self._safely(event, call, subject(), *arguments[ids:])
+
+        return hook
+
+    async def _node_start(self, _run_id: str, _node_id: str, state: dict[str, Any]) -> None:
+        node = current_node_or_none()
+        if self._has_node_end:
+            self._watch_end(node)
+        self._safely("on_node_start", self.attempt_started, node, state)
+
+    async def _node_success(self, _run_id: str, _node_id: str, output: dict[str, Any], _tokens: int) -> None:
+        self._ended("on_node_success", AttemptEnd("success", output=output))
+
+    async def _node_failure(
+        self, _run_id: str, _node_id: str, exc: Exception, failure_class: FailureClass
+    ) -> None:
+        node = current_node_or_none()
+        reason = None if node is None else node.reason
+        self._ended("on_node_failure", AttemptEnd("failure", exc, failure_class, reason=reason))
+
+    async def _node_cancelled(self, _run_id: str, _node_id: str) -> None:
+        self._ended("on_node_cancelled", AttemptEnd("cancelled"))
+
+    async def _node_suspended(self, _run_id: str, _node_id: str, _reason: str) -> None:
+        node = current_node_or_none()
+        if node is None or node.ended is not None:  # A question of a flow has no attempt.
+            self._ended("on_node_suspended", AttemptEnd("suspended"))
 
     # ------------------------------------------------------------------ what is current
 
@@ -336,73 +370,6 @@ class Observer:
                     event,
                     exc_info=error if run is None else run.redactor.mask_error(error),
                 )
-
-
-class _HookCalls:
-    """The hooks of an exporter: each calls one method of it, which cannot fail the run."""
-
-    def __init__(self, exporter: Observer) -> None:
-        self._exporter = exporter
-
-    async def on_run_start(self, _run_id: str, _pipeline: str, state: dict[str, Any]) -> None:
-        self._exporter._safely("on_run_start", self._exporter.run_started, current_run(), state)
-
-    async def on_run_end(self, _run_id: str, result: ExecutionResult) -> None:
-        self._exporter._safely("on_run_end", self._exporter.run_ended, current_run(), result)
-
-    async def on_node_start(self, _run_id: str, _node_id: str, state: dict[str, Any]) -> None:
-        node = current_node_or_none()
-        if self._exporter._has_node_end:
-            self._exporter._watch_end(node)
-        self._exporter._safely("on_node_start", self._exporter.attempt_started, node, state)
-
-    async def on_node_success(
-        self, _run_id: str, _node_id: str, output: dict[str, Any], _tokens: int
-    ) -> None:
-        self._exporter._ended("on_node_success", AttemptEnd("success", output=output))
-
-    async def on_node_failure(
-        self, _run_id: str, _node_id: str, exc: Exception, failure_class: FailureClass
-    ) -> None:
-        node = current_node_or_none()
-        reason = None if node is None else node.reason
-        self._exporter._ended("on_node_failure", AttemptEnd("failure", exc, failure_class, reason=reason))
-
-    async def on_node_cancelled(self, _run_id: str, _node_id: str) -> None:
-        self._exporter._ended("on_node_cancelled", AttemptEnd("cancelled"))
-
-    async def on_node_suspended(self, _run_id: str, _node_id: str, _reason: str) -> None:
-        node = current_node_or_none()
-        if node is None or node.ended is not None:  # A question of a flow has no attempt.
-            self._exporter._ended("on_node_suspended", AttemptEnd("suspended"))
-
-    async def on_node_retry(
-        self, _run_id: str, _node_id: str, attempt: int, delay: float, failure_class: FailureClass
-    ) -> None:
-        self._exporter._safely(
-            "on_node_retry", self._exporter.retrying, current_node_or_none(), attempt, delay, failure_class
-        )
-
-    async def on_node_skipped(self, _run_id: str, _node_id: str, _output: dict[str, Any]) -> None:
-        self._exporter._safely("on_node_skipped", self._exporter.skipped, current_node_or_none())
-
-    async def on_budget_warning(self, _run_id: str, dimension: str, used: float, limit: float) -> None:
-        self._exporter._safely(
-            "on_budget_warning", self._exporter.budget_warning, current_run(), dimension, used, limit
-        )
-
-    async def on_node_wait(self, _run_id: str, _node_id: str, reason: str, seconds: float) -> None:
-        self._exporter._safely(
-            "on_node_wait", self._exporter.waiting, current_node_or_none(), reason, seconds
-        )
-
-    async def on_circuit_change(self, _run_id: str, key: str, state: str) -> None:
-        self._exporter._safely("on_circuit_change", self._exporter.circuit_changed, current_run(), key, state)
-
-    async def on_limit_cooldown(self, _run_id: str, limit: str, seconds: float) -> None:
-        self._exporter._safely(
-            "on_limit_cooldown", self._exporter.limit_cooled_down, current_run(), limit, seconds
-        )
 
 
 @dataclass
