@@ -231,11 +231,12 @@ async def test_logs(caplog: pytest.LogCaptureFixture) -> None:
 PROGRAM = """
 import asyncio, sys
 from stroma.telemetry import datadog_hooks
-from tests.telemetry.test_flows import State, letters, runner_with
+from tests.kit import Num
+from tests.telemetry.test_flows import letters, runner_with
 
 async def main() -> None:
     runner = runner_with(datadog_hooks(service="letters", statsd=sys.argv[1]))
-    await runner.run(letters, State())
+    await runner.run(letters, Num())
     assert await runner.aclose(timeout_seconds=20)
 
 asyncio.run(main())
