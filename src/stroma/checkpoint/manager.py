@@ -14,8 +14,9 @@ from stroma.checkpoint.entries import RunRequest
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
 from stroma.checkpoint.protocols import AsyncCheckpointStore, CheckpointStore
 from stroma.checkpoint.sessions import Session, SimpleSession
+from stroma.contracts.schema import schema_of
 
-__all__ = ["CheckpointManager", "resolve_schema", "schema_ref"]
+__all__ = ["CheckpointManager", "coerce", "resolve_schema", "schema_ref"]
 
 
 #: What nodes without a contract returned; its module is ours, and need not be loaded yet.
@@ -122,6 +123,13 @@ def resolve_schema(ref: str) -> type[BaseModel]:
     if not (isinstance(schema, type) and issubclass(schema, BaseModel)):
         raise TypeError("resolved schema is not a BaseModel")
     return schema
+
+
+def coerce(state: BaseModel, schema: type[BaseModel]) -> BaseModel:
+    """Return a state as an instance of a schema. Raises TypeError, ValidationError."""
+    if not (isinstance(schema, type) and issubclass(schema, BaseModel)):
+        raise TypeError("schema must be a BaseModel type")
+    return schema_of(schema).convert(state)
 
 
 _schema_ref = schema_ref

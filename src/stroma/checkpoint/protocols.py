@@ -9,17 +9,14 @@ runs: committed positions, the usage of each attempt, the owner. Resume, history
 from __future__ import annotations
 
 from collections.abc import Awaitable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from pydantic import BaseModel
 
-from stroma.checkpoint.cells import Change
 from stroma.checkpoint.entries import RunRequest
+from stroma.checkpoint.sessions import Session
 
-if TYPE_CHECKING:
-    from stroma.checkpoint.sessions import Session
-
-__all__ = ["AsyncCheckpointStore", "Charge", "CheckpointKey", "CheckpointStore", "JournalStore"]
+__all__ = ["AsyncCheckpointStore", "CheckpointKey", "CheckpointStore", "JournalStore"]
 
 
 @runtime_checkable
@@ -45,20 +42,6 @@ class CheckpointKey(NamedTuple):
 
     run_id: str
     node_id: str
-
-
-class Charge(Protocol):
-    """Changes of cells that a session makes in the transaction that records an attempt."""
-
-    def changes(self, tokens: int, cost_pico: int, *, committed: bool) -> list[tuple[str, Change[Any]]]:
-        """Return (cell, change) of each cell, in the order in which they are to be locked.
-
-        ``committed``: the attempt has an output. The changes are idempotent.
-        """
-        ...
-
-    def settled(self, answers: list[Any]) -> None:
-        """Receive the answers of the changes, in their order, in the event loop after they are stored."""
 
 
 @runtime_checkable

@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 from asyncio import Future
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from pydantic import BaseModel
 
+from stroma.checkpoint.cells import Change
 from stroma.checkpoint.entries import (
     NO_CONTROL,
     Committed,
@@ -21,11 +22,24 @@ from stroma.checkpoint.entries import (
     Waiting,
 )
 from stroma.checkpoint.errors import StoreError
-from stroma.checkpoint.protocols import Charge
 from stroma.contracts.schema import Schema
 from stroma.trace.events import AttemptRow
 
-__all__ = ["NULL_SESSION", "Session", "SimpleSession"]
+__all__ = ["NULL_SESSION", "Charge", "Session", "SimpleSession"]
+
+
+class Charge(Protocol):
+    """Changes of cells that a session makes in the transaction that records an attempt."""
+
+    def changes(self, tokens: int, cost_pico: int, *, committed: bool) -> list[tuple[str, Change[Any]]]:
+        """Return (cell, change) of each cell, in the order in which they are to be locked.
+
+        ``committed``: the attempt has an output. The changes are idempotent.
+        """
+        ...
+
+    def settled(self, answers: list[Any]) -> None:
+        """Receive the answers of the changes, in their order, in the event loop after they are stored."""
 
 
 class Session:

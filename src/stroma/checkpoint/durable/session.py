@@ -56,9 +56,8 @@ from stroma.checkpoint.entries import (
 from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import BLOB, LARGE_BYTES, PayloadPlace, Payloads, Stored
-from stroma.checkpoint.protocols import Charge
 from stroma.checkpoint.records import AttemptRecord
-from stroma.checkpoint.sessions import Session
+from stroma.checkpoint.sessions import Charge, Session
 from stroma.contracts.schema import Schema
 from stroma.trace.events import AttemptRow, contract_of
 

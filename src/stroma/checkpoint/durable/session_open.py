@@ -6,7 +6,7 @@ All of it is one transaction: a request that is refused changes nothing and fenc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import Any, TypeAlias
 
 from stroma.checkpoint.decisions import (
     COMPLETE,
@@ -64,9 +64,6 @@ from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import PICO, AttemptRecord
 from stroma.failures.errors import PAUSED
 
-if TYPE_CHECKING:
-    from stroma.checkpoint.durable.session import DurableSession
-
 __all__ = ["RunOpener", "finish_execution", "has_same_input", "record_end", "release_run"]
 
 
@@ -78,7 +75,7 @@ class RunOpener:
     """Opens a run in one transaction.
 
     Args:
-        session: gets what the run has, see :class:`stroma.checkpoint.sessions.Session`.
+        session: the DurableSession, which gets what the run has.
         opening: what is written for the request; its input is sealed for one execution.
         plain_input: the input before encryption.
         decrypted: payloads that were decrypted before the transaction, by place and checksum.
@@ -86,7 +83,7 @@ class RunOpener:
 
     def __init__(
         self,
-        session: DurableSession,
+        session: Any,
         payloads: Payloads,
         request: RunRequest,
         opening: Opening,
@@ -325,7 +322,7 @@ def has_same_input(
         raise
 
 
-def release_run(rows: Rows, payloads: Payloads, session: DurableSession) -> None:
+def release_run(rows: Rows, payloads: Payloads, session: Any) -> None:
     """Undo a claim: the run stands as it did; as INTERRUPTED if it was begun, or ran. Raises Fenced."""
     fence, run_id, before = session.fence, session.run_id, session.before
     if session.finished is not None:  # It was claimed only to be ended.

@@ -12,8 +12,7 @@ from stroma.checkpoint.durable.operations import Transaction
 from stroma.checkpoint.durable.rows import Annotation, Rows, Step, StepRow
 from stroma.checkpoint.durable.store import DurableStore
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
-from stroma.checkpoint.manager import resolve_schema
-from stroma.checkpoint.memory.store import coerce
+from stroma.checkpoint.manager import coerce, resolve_schema
 from stroma.checkpoint.payloads import PayloadPlace
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema, describe_error, schema_of

@@ -15,7 +15,7 @@ from stroma.checkpoint.durable.rows import Annotation, Opening, Rows, Step
 from stroma.checkpoint.durable.run_store import RunStore
 from stroma.checkpoint.entries import RunRequest
 from stroma.checkpoint.errors import CorruptCheckpoint
-from stroma.checkpoint.manager import schema_ref
+from stroma.checkpoint.manager import coerce, schema_ref
 from stroma.checkpoint.memory.rows import MemoryRows, MemoryRun
 from stroma.checkpoint.memory.session import Done, MemorySession
 from stroma.checkpoint.payloads import Payloads, UnencodedState
@@ -111,13 +111,6 @@ class _MemoryStore(MemoryCells, RunStore):
     def delete_now(self, run_id: str) -> None:
         """Delete a run at once; nothing happens if there is none."""
         self._rows.delete(run_id)
-
-
-def coerce(state: BaseModel, schema: type[BaseModel]) -> BaseModel:
-    """Return a state as an instance of a schema. Raises TypeError, ValidationError."""
-    if not (isinstance(schema, type) and issubclass(schema, BaseModel)):
-        raise TypeError("schema must be a BaseModel type")
-    return schema_of(schema).convert(state)
 
 
 def as_schema(state: BaseModel, schema: type[BaseModel], run_id: str, node_id: str) -> BaseModel:
