@@ -252,7 +252,7 @@ class Observer:
         return [(note, ended_ns) for note, ended_ns in reversed(parts.values()) if note is not None]
 
     def hooks(self) -> ExporterHooks:
-        """Return the set of hooks that calls this exporter; there is none for methods that are not overridden."""
+        """Return the set of hooks that calls this exporter, without those of methods that it leaves out."""
         ends = self._is_overridden("attempt_ended") or self._has_node_end
         starts = self._is_overridden("attempt_started") or self._has_node_end
         return ExporterHooks(
@@ -277,7 +277,7 @@ class Observer:
         return getattr(type(self), method) is not getattr(Observer, method)
 
     def _hook(self, event: str, method: str, subject: Callable[[], Any], ids: int) -> Any:
-        """Return a hook that calls a method with the current run or node; its first ``ids`` arguments name that."""
+        """Return a hook that calls a method with the current run or node, which its first ``ids`` arguments name."""
         if not self._is_overridden(method):
             return None
         call = getattr(self, method)
