@@ -277,7 +277,7 @@ class Observer:
         return getattr(type(self), method) is not getattr(Observer, method)
 
     def _hook(self, event: str, method: str, subject: Callable[[], Any], ids: int) -> Any:
-        """Return a hook that calls a method with the current run or node, which its first ``ids`` arguments name."""
+        """Return a hook that calls a method with the current run or node, which ``ids`` arguments name."""
         if not self._is_overridden(method):
             return None
         call = getattr(self, method)
