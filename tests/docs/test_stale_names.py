@@ -32,6 +32,7 @@ FOREIGN = words("""
     failure_error_function field_serializer include_partial_messages increase is_enabled make_asgi_app
     max_interval parallel_a__b_ push_to_gateway retry_if_result set_exc_info stop_after_delay
     stream_gen_ai_spans streamify to_regclass useChat wait_fixed wait_random wait_random_exponential
+    set_threshold
 """)
 
 
