@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from stroma.limits import budget_state as ledger
 from stroma.limits import rate_state as rates
-from stroma.limits.reservations import CellChange, ProcessCells
+from stroma.limits.reservations import ProcessCells, StateChange
 
 NODES = ("a", "b")
 TERMS = ledger.BudgetTerms("team", "hour", (100, 1000), {"b": 40})
@@ -61,7 +61,7 @@ class _Machine(RuleBasedStateMachine):
 
         async def go() -> Any:
             if isinstance(self.store, ProcessCells):
-                at_our_time = CellChange(
+                at_our_time = StateChange(
                     change.kind, change.label, lambda state, _: change.apply(state, self.now)
                 )
                 return await self.store.change_cell("cell", at_our_time)

@@ -13,8 +13,8 @@ from typing import Any, Final, Literal, NamedTuple, get_args
 
 from stroma.checkpoint.errors import StoreError
 from stroma.limits.reservations import (
-    CellChange,
     CellState,
+    StateChange,
     estimate_usage,
     is_live,
     remember_usage,
@@ -204,7 +204,7 @@ def _open(state: BudgetCell | None, now: int, terms: BudgetTerms) -> BudgetCell:
 
 def reserve(
     terms: BudgetTerms, request: CallRequest
-) -> CellChange[BudgetCell, Refusal | UnsettledCalls | tuple[int, int]]:
+) -> StateChange[BudgetCell, Refusal | UnsettledCalls | tuple[int, int]]:
     """Return a change that reserves what a call may use; its answer: the amounts, or a refusal.
 
     UnsettledCalls comes first: the usage of dead processes belongs to the total.
@@ -232,7 +232,7 @@ def reserve(
         state.put_hold(request.token, [until, request.node, *answer, request.place])
         return state, answer
 
-    return CellChange(BudgetCell, _label(terms.name), apply)
+    return StateChange(BudgetCell, _label(terms.name), apply)
 
 
 def _amounts(
@@ -271,7 +271,7 @@ def _select_calls(
 
 def unsettled_calls_of(
     name: str, run: JournalPlace
-) -> CellChange[BudgetCell, dict[str, tuple[str, JournalPlace]]]:
+) -> StateChange[BudgetCell, dict[str, tuple[str, JournalPlace]]]:
     """Return a reader of a run's uncounted calls, by token, without those of its current epoch."""
 
     def apply(state: BudgetCell | None, now: int) -> tuple[None, dict[str, tuple[str, JournalPlace]]]:
@@ -282,7 +282,7 @@ def unsettled_calls_of(
             lambda _, at: at[:2] == run[:2] and (at.execution, at.epoch) != (run.execution, run.epoch),
         )
 
-    return CellChange(BudgetCell, _label(name), apply)
+    return StateChange(BudgetCell, _label(name), apply)
 
 
 def _bounds(
@@ -300,7 +300,7 @@ def _bounds(
 
 def settle(
     terms: BudgetTerms, spends: Iterable[CallUsage]
-) -> CellChange[BudgetCell, list[tuple[str, int, int]]]:
+) -> StateChange[BudgetCell, list[tuple[str, int, int]]]:
     """Return a change that counts what calls used in place of their reservations.
 
     It answers (dimension, used, limit) of each limit that has reached 80 %, once in a window.
@@ -325,10 +325,10 @@ def settle(
                 due.append((name, used, limit))
         return state, due
 
-    return CellChange(BudgetCell, _label(terms.name), apply)
+    return StateChange(BudgetCell, _label(terms.name), apply)
 
 
-def release(name: str, tokens: Iterable[str]) -> CellChange[BudgetCell, None]:
+def release(name: str, tokens: Iterable[str]) -> StateChange[BudgetCell, None]:
     """Return a change that releases the reservations of calls that never began."""
     tokens = list(tokens)
 
@@ -336,10 +336,10 @@ def release(name: str, tokens: Iterable[str]) -> CellChange[BudgetCell, None]:
         released = [] if state is None else [state.pop_hold(token, now) for token in tokens]
         return state if any(released) else None, None
 
-    return CellChange(BudgetCell, _label(name), apply)
+    return StateChange(BudgetCell, _label(name), apply)
 
 
-def give_back(name: str, token: str) -> CellChange[BudgetCell, None]:
+def give_back(name: str, token: str) -> StateChange[BudgetCell, None]:
     """Return a change that reduces a reservation to 0. Its call stays in flight, to be settled."""
 
     def apply(state: BudgetCell | None, now: int) -> tuple[BudgetCell | None, None]:
@@ -349,10 +349,10 @@ def give_back(name: str, token: str) -> CellChange[BudgetCell, None]:
         state.changed_holds()
         return state, None
 
-    return CellChange(BudgetCell, _label(name), apply)
+    return StateChange(BudgetCell, _label(name), apply)
 
 
-def renew_calls(name: str, tokens: Iterable[str], lease_ms: int) -> CellChange[BudgetCell, None]:
+def renew_calls(name: str, tokens: Iterable[str], lease_ms: int) -> StateChange[BudgetCell, None]:
     """Return a change that renews the leases of calls in flight."""
     return renew_leases(BudgetCell, _label(name), tokens, lease_ms)
 
@@ -365,4 +365,4 @@ def read_account(name: str, data: bytes | None, now: int) -> BudgetCell | None:
             state.roll_window(now)
         return None, state
 
-    return CellChange(BudgetCell, _label(name), apply)(data, now)[1]
+    return StateChange(BudgetCell, _label(name), apply)(data, now)[1]

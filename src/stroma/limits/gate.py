@@ -19,7 +19,7 @@ from stroma.cost.budget import LARGEST
 from stroma.cost.usage import shown
 from stroma.failures.errors import COOLDOWN, Wait
 from stroma.limits.budget_state import JournalPlace
-from stroma.limits.reservations import RENEWER, CellChange, ProcessCells
+from stroma.limits.reservations import RENEWER, ProcessCells, StateChange
 
 if TYPE_CHECKING:
     from stroma.failures.failure import Failure
@@ -162,12 +162,12 @@ class Gate(ABC):
             queue = self._queues[loop] = WaitQueue()
         return queue
 
-    def change(self, change: CellChange[Any, T]) -> Awaitable[T]:
+    def change(self, change: StateChange[Any, T]) -> Awaitable[T]:
         """Change the cell, and return the answer. Raises StoreError."""
         changed: Awaitable[T] = self.store.change_cell(self.cell, change)
         return changed
 
-    def post(self, change: CellChange[Any, Any]) -> None:
+    def post(self, change: StateChange[Any, Any]) -> None:
         """Change the cell without waiting."""
         try:
             self.store.post_cell(self.cell, change)

@@ -17,8 +17,8 @@ from typing import Any, Final, NamedTuple
 
 from stroma.failures.errors import COOLDOWN, Wait
 from stroma.limits.reservations import (
-    CellChange,
     CellState,
+    StateChange,
     estimate_usage,
     is_live,
     remember_usage,
@@ -181,7 +181,7 @@ def _label(name: str) -> str:
 
 def acquire(
     rates: RateLimits, token: str, node: str, declared: int | None, lease_ms: int | None
-) -> CellChange[RateCell, Wait | TooLarge | Probe | None]:
+) -> StateChange[RateCell, Wait | TooLarge | Probe | None]:
     """Return a change that admits a call. It answers None or a Probe if the call may begin."""
 
     def apply(cell: RateCell | None, now: int) -> tuple[RateCell | None, Wait | TooLarge | Probe | None]:
@@ -219,7 +219,7 @@ def acquire(
             state.put_hold(token, [until, node, slot[0], needed])
         return state, Probe() if is_probe else None
 
-    return CellChange(RateCell, _label(rates.name), apply)
+    return StateChange(RateCell, _label(rates.name), apply)
 
 
 def _wait_for_room(state: RateCell, rates: RateLimits, tokens: int, now: int) -> Wait | None:
@@ -252,7 +252,7 @@ def _distance_ms(rates: RateLimits, tokens: int | None) -> float:
 
 def release_call(
     name: str, token: str, took: int | None, end: CallReport, *, learns: bool
-) -> CellChange[RateCell, float | None]:
+) -> StateChange[RateCell, float | None]:
     """Return a change that counts a call in place of its reservation, and closes or reopens the limit.
 
     It answers the seconds of the cooldown that the call has begun; None if it has begun none.
@@ -276,10 +276,10 @@ def release_call(
             state.reopen(now)
         return state, max(0, state.closed_until - now) / 1000 if begins else None
 
-    return CellChange(RateCell, _label(name), apply)
+    return StateChange(RateCell, _label(name), apply)
 
 
-def end_lease(name: str, token: str) -> CellChange[RateCell, None]:
+def end_lease(name: str, token: str) -> StateChange[RateCell, None]:
     """Return a change that no longer counts a call in flight, nor waits for it if it probes."""
 
     def apply(state: RateCell | None, now: int) -> tuple[RateCell | None, None]:
@@ -289,7 +289,7 @@ def end_lease(name: str, token: str) -> CellChange[RateCell, None]:
         state.changed_holds()
         return state, None
 
-    return CellChange(RateCell, _label(name), apply)
+    return StateChange(RateCell, _label(name), apply)
 
 
 @dataclass(kw_only=True)
@@ -299,7 +299,7 @@ class CooldownList(CellState):
     names: dict[str, int] = field(default_factory=dict)
 
 
-def list_cooldown(name: str) -> CellChange[CooldownList, None]:
+def list_cooldown(name: str) -> StateChange[CooldownList, None]:
     """Return a change of the list of cooldowns that adds a limit."""
 
     def apply(state: CooldownList | None, now: int) -> tuple[CooldownList, None]:
@@ -307,12 +307,12 @@ def list_cooldown(name: str) -> CellChange[CooldownList, None]:
         newest = sorted(names.items(), key=lambda item: -item[1])[: _MAX_LISTED - 1]
         return CooldownList(names={name: now, **dict(newest)}), None
 
-    return CellChange(CooldownList, _LIST, apply)
+    return StateChange(CooldownList, _LIST, apply)
 
 
 def names_of_cooldowns(data: bytes | None) -> dict[str, int]:
     """Return the limits that :func:`list_cooldown` listed, with the times in ms. Raises StoreError."""
-    read: CellChange[CooldownList, dict[str, int]] = CellChange(
+    read: StateChange[CooldownList, dict[str, int]] = StateChange(
         CooldownList, _LIST, lambda state, now: (None, {} if state is None else dict(state.names))
     )
     return read(data, 0)[1]
@@ -333,9 +333,9 @@ def read_limit_state(name: str, data: bytes | None, now: int) -> LimitState | No
             max(0, state.closed_until - now) if state.closed_until else None,
         )
 
-    return CellChange(RateCell, _label(name), apply)(data, now)[1]
+    return StateChange(RateCell, _label(name), apply)(data, now)[1]
 
 
-def renew_calls(name: str, tokens: Iterable[str], lease_ms: int) -> CellChange[RateCell, None]:
+def renew_calls(name: str, tokens: Iterable[str], lease_ms: int) -> StateChange[RateCell, None]:
     """Return a change that renews the leases of calls in flight."""
     return renew_leases(RateCell, _label(name), tokens, lease_ms)

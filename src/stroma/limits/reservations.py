@@ -17,9 +17,9 @@ from stroma.checkpoint.errors import StoreError
 __all__ = [
     "RECENT_CALLS",
     "RENEWER",
-    "CellChange",
     "CellState",
     "ProcessCells",
+    "StateChange",
     "estimate_usage",
     "is_live",
     "remember_usage",
@@ -115,7 +115,7 @@ class CellState:
             del self.holds[token]
 
 
-class CellChange(Generic[StateT, T]):
+class StateChange(Generic[StateT, T]):
     """A change of a cell (see stroma.checkpoint.cells), which a store calls with the data of the cell.
 
     ``apply`` receives the state and the clock, and returns the changed state, or None, with an answer.
@@ -159,11 +159,11 @@ class ProcessCells:
         self._states: dict[str, CellState] = {}
         self._lock = threading.Lock()
 
-    async def change_cell(self, name: str, change: CellChange[Any, T]) -> T:
+    async def change_cell(self, name: str, change: StateChange[Any, T]) -> T:
         """Change a state. Does not suspend."""
         return self.post_cell(name, change)
 
-    def post_cell(self, name: str, change: CellChange[Any, T]) -> T:
+    def post_cell(self, name: str, change: StateChange[Any, T]) -> T:
         """Change a state, and return the answer."""
         with self._lock:
             state, answer = change.apply(self._states.get(name), time.time_ns() // 1_000_000)
@@ -180,7 +180,7 @@ class ProcessCells:
 
 def renew_leases(
     kind: type[StateT], label: str, tokens: Iterable[str], lease_ms: int
-) -> CellChange[StateT, None]:
+) -> StateChange[StateT, None]:
     """Return a change that renews the leases of calls in flight."""
     tokens = list(tokens)
 
@@ -192,7 +192,7 @@ def renew_leases(
             state.changed_holds()
         return state, None
 
-    return CellChange(kind, label, apply)
+    return StateChange(kind, label, apply)
 
 
 def is_live(hold: list[Any], now: int) -> bool:
