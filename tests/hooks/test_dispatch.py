@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import types
@@ -445,24 +446,73 @@ async def test_a_cancellation_during_a_hook_comes_out_once_all_are_called(
     )
 
 
-@pytest.mark.parametrize("waits", [False, True])
-async def test_a_hook_that_cancels_its_own_task_cancels_what_runs_there(waits: bool) -> None:
-    """A hook that cancels the task it is called in asks for that like any code there: all hooks are called
-    first."""
+@pytest.mark.parametrize("limit", [None, 3600.0])
+@pytest.mark.parametrize("reaction", ["raise", "swallow", "replace", "return"])
+@pytest.mark.parametrize("waits", ["never", "before", "after", "around"])
+async def test_a_hook_that_cancels_its_own_task_changes_nothing(
+    limit: float | None, reaction: str, waits: str
+) -> None:
+    """G8: a hook that cancels the task that it is called in changes nothing: the other hooks are called, and
+    the task goes on."""
     events: list[int] = []
 
     async def hook(*_: Any) -> None:
         events.append(1)
-        if len(events) == 1:
-            running.cancel()
-            if waits:
+        if waits in ("before", "around"):
+            await asyncio.sleep(0)
+        try:
+            running.cancel("of the hook")
+            running.cancel("of the hook")
+            if waits in ("after", "around"):
                 await asyncio.sleep(0)
+            elif reaction != "return":
+                raise asyncio.CancelledError
+        except asyncio.CancelledError:
+            if reaction == "raise":
+                raise
+            if reaction == "replace":
+                raise ValueError("instead") from None
 
-    fired = Fired(hook, hook)
-    running = asyncio.create_task(fired.fire())
-    with pytest.raises(asyncio.CancelledError):
+    fired = Fired(hook, hook, limit=limit)
+
+    async def run() -> str:
+        await fired.fire()
+        for _time in range(3):
+            await asyncio.sleep(0)
+        assert running.cancelling() == 0
+        async with asyncio.timeout(3600):
+            return "went on"
+
+    running = asyncio.create_task(run())
+    assert await running == "went on"
+    assert events == [1, 1]
+    assert all(str(error) == "instead" or type(error) is asyncio.CancelledError for *_, error in fired.errors)
+
+
+async def test_a_hook_that_cancels_its_task_while_that_is_being_cancelled_is_no_second_cancellation() -> None:
+    """G8: in a task that is being cancelled, a hook that cancels it too leaves the first cancellation as it
+    was."""
+
+    async def hook(*_: Any) -> None:
+        running.cancel("of the hook")
+        await asyncio.sleep(0)
+
+    fired = Fired(hook, event="on_node_cancelled")
+
+    async def run() -> None:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            with contextlib.suppress(asyncio.CancelledError):
+                await fired.fire()
+            assert running.cancelling() == 1
+            raise
+
+    running = asyncio.create_task(run())
+    await asyncio.sleep(0)
+    running.cancel("from outside")
+    with pytest.raises(asyncio.CancelledError, match="from outside"):
         await running
-    assert (events, fired.errors) == ([1, 1], [])
 
 
 async def test_a_cancellation_before_is_not_the_hooks() -> None:

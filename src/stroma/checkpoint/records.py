@@ -234,7 +234,7 @@ class AttemptRecord:
 
     @property
     def key(self) -> tuple[int, int, str, int]:
-        """What distinguishes it from all attempts of its process, in the order of the history."""
+        """The key that no other attempt of its process has, in the order of the history."""
         return self.position, self.started_ns, self.branch, self.attempt
 
     @property

@@ -13,7 +13,7 @@ from stroma.cli.output import Part, out, table
 from stroma.trace.outline import duration, fold, outline
 from stroma.trace.rejected import MISSING, RejectedOutput
 from stroma.trace.story import Bar, waits
-from stroma.trace.terminal import Line, lines_of
+from stroma.trace.terminal import RunLine, lines_of
 
 __all__ = ["print_all_rejected", "print_attempts"]
 
@@ -85,7 +85,7 @@ def print_attempts(
     table(out, header, rows, right=right, spare=spare)
 
 
-def _branches(lines: Sequence[Line], number: int) -> str:
+def _branches(lines: Sequence[RunLine], number: int) -> str:
     """Return the tree lines in front of a name."""
     depth = lines[number].depth
     branches = []
@@ -95,7 +95,7 @@ def _branches(lines: Sequence[Line], number: int) -> str:
     return "".join(branches)
 
 
-def _add_timing(lines: Sequence[Line], cells: Sequence[dict[str, str]], bars: Sequence[Bar]) -> None:
+def _add_timing(lines: Sequence[RunLine], cells: Sequence[dict[str, str]], bars: Sequence[Bar]) -> None:
     waited = {id(bar): took for bar, _, took in waits(bars)}
     for line, row in zip(lines, cells, strict=True):
         bar = line.bar

@@ -106,7 +106,7 @@ T = TypeVar("T")
 
 @final
 class Stopping:
-    """What was asked of a run that is under way.
+    """Requests to a run that is under way: to stop, to pause, to cancel.
 
     Attributes:
         is_asked: no further node is to begin.

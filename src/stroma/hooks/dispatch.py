@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import signal
 from asyncio import current_task
 from collections.abc import Callable
 from time import perf_counter
@@ -183,12 +184,11 @@ class Firing:
 
     :meth:`advance` calls hooks until one waits, :meth:`finish` awaits that one and calls the rest, and
     :meth:`finish_now` calls the rest where nothing can be awaited. Most hooks never wait and need no
-    coroutine around
-    them: 0.5 us a call instead of 1.
+    coroutine around them: 0.5 us a call instead of 1.
 
-    What a hook raises is logged and reported, and changes nothing. HookNotAsync and a cancellation of the
-    task, also by a hook, come out of :meth:`finish`
-    once every hook was called, but for an event that is not an end: the sets after a hook that is not async
+    What a hook raises is logged and reported, and changes nothing. A cancellation of the task that a hook asks
+    for is taken back. HookNotAsync and a cancellation from outside come out of :meth:`finish` once every hook
+    was called, but for an event that is not an end: the sets after a hook that is not async
     are not called then. KeyboardInterrupt and SystemExit come out as well, before those. GeneratorExit comes
     out of :meth:`finish` at once: it means that the coroutine around is being closed.
     """
@@ -206,6 +206,7 @@ class Firing:
         "_node_id",
         "_shared",
         "_stopped",
+        "_taken_back",
         "_unread",
         "_waiting",
     )
@@ -239,13 +240,16 @@ class Firing:
         self._begin = 0.0
         #: The last cancellation from outside that reached a hook.
         self._came: asyncio.CancelledError | None = None
+        #: A hook has cancelled the task: its next await may raise, although the cancellation was taken back.
+        self._taken_back = False
 
     def advance(self) -> bool:
-        """Call hooks until one waits. Return True if all were called and nothing is to be raised."""
-        if self._waiting is not None:
+        """Call hooks until one waits. Return True if all were called and nothing is to be raised. Safe to call again."""
+        if self._waiting is not None or self._taken_back:
             return False
         task, calls, limits = current_task(), self._calls, self._hooks.limits
-        while self._index < len(calls):
+        must_absorb = False
+        while self._index < len(calls) and not must_absorb:
             set_index, hook = calls[self._index]
             self._index += 1
             self._before = before = 0 if task is None else task.cancelling()
@@ -262,8 +266,10 @@ class Firing:
                 waiting_for = next(iterator, _OVER)
                 if waiting_for is not _OVER:
                     self._waiting = _Waiting(self, iterator, waiting_for, task)
+                    self.take_back(task, before)
                     return False
             except BaseException as error:
+                must_absorb = self.take_back(task, before)
                 self._handle(error, task)
             else:
                 # Asked here as well, since two more calls take 0.15 us of the 4 of a hook.
@@ -271,14 +277,19 @@ class Firing:
                 if limit is not None and perf_counter() - begin > limit:
                     self._check_time(set_index, hook)
             if task is not None and task.cancelling() > before:
-                self._stopped = self._stopped or asyncio.CancelledError()
-        return self._stopped is None
+                must_absorb = self.take_back(task, before)
+                if not must_absorb:
+                    self._stopped = self._stopped or asyncio.CancelledError()
+        return self._stopped is None and not must_absorb
 
     async def finish(self) -> None:
         """Await the hook that waits, call the rest, and raise what is to come out."""
         task = current_task()
-        while self._waiting is not None:
-            await self._finish_waiting(task)
+        while self._waiting is not None or self._taken_back:
+            if self._waiting is not None:
+                await self._finish_waiting(task)
+            if self._taken_back:
+                await self._absorb()
             if task is not None and task.cancelling() > self._before:
                 self._stopped = self._stopped or self._came or asyncio.CancelledError()
             self._came = None
@@ -294,6 +305,7 @@ class Firing:
     async def _finish_waiting(self, task: asyncio.Task[Any] | None) -> None:
         assert self._waiting is not None
         waiting, self._waiting = self._waiting, None
+        self._taken_back = False  # Its own cancellation reaches it at this await.
         set_index, hook = self._calls[self._index - 1]
         limit = self._hooks.limits[set_index]
         try:
@@ -304,6 +316,25 @@ class Firing:
             self._handle(error, task)
         else:
             self._check_time(set_index, hook)
+
+    async def _absorb(self) -> None:
+        """Let the CancelledError out that Python, up to 3.12, raises at the next await in spite of uncancel()."""
+        self._taken_back = False
+        try:
+            await asyncio.sleep(0)
+        except asyncio.CancelledError as error:
+            if self._before:  # One from before the hook may not have been raised yet.
+                self._stopped = self._stopped or error
+            self._came = self._came or error
+
+    def take_back(self, task: asyncio.Task[Any] | None, before: int) -> bool:
+        """Take back the cancellations that the hook itself has asked for since it was last resumed. Return if there were any."""
+        if task is None or task.cancelling() <= before or _is_interrupted_by_signal():
+            return False
+        while task.cancelling() > before:
+            task.uncancel()
+        self._taken_back = True
+        return True
 
     def note_cancelled(self, error: BaseException, task: asyncio.Task[Any] | None) -> None:
         """Note a cancellation that reaches a waiting hook, which may swallow or replace it."""
@@ -450,11 +481,32 @@ class _Waiting(Started):
         """True once its time limit is over."""
         return self.scope is not None and self.scope.expired()
 
+    def send(self, value: Any) -> Any:
+        before = self._cancelling()
+        try:
+            return super().send(value)
+        finally:
+            self._firing.take_back(self._task, before)
+
     def throw(self, error: Any, *_: Any) -> Any:
         self._firing.note_cancelled(error, self._task)
-        waits_for = super().throw(error)
+        before = self._cancelling()
+        try:
+            waits_for = super().throw(error)
+        finally:
+            self._firing.take_back(self._task, before)
         if self.is_late:  # Its time is up, and it goes on awaiting.
             with contextlib.suppress(BaseException):
                 self.close()
             raise error
         return waits_for
+
+    def _cancelling(self) -> int:
+        return 0 if self._task is None else self._task.cancelling()
+
+
+def _is_interrupted_by_signal() -> bool:
+    """Return True once SIGINT has cancelled the main task of asyncio.run(), which may have been during a hook."""
+    handler = signal.getsignal(signal.SIGINT)
+    runner = getattr(getattr(handler, "func", None), "__self__", None)
+    return isinstance(runner, asyncio.Runner) and bool(getattr(runner, "_interrupt_count", 0))

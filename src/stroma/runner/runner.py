@@ -371,7 +371,7 @@ class StromaRunner:
         if isinstance(node_sequence, Pipeline):
             ctx.pipeline, ctx.journal.versions = node_sequence.name, node_sequence.versions
         refuse_unknown_ids(config, nodes, self.registry, ctx.pipeline)
-        if traceparent := options.get("traceparent"):
+        if (traceparent := options.get("traceparent")) is not None:
             set_traceparent(ctx, traceparent)
         ctx.journal.dispatch, ctx.journal.caller = dispatch, self._caller
         execution = RunExecution(ctx, nodes, initial_state, start)

@@ -204,7 +204,7 @@ class OutlineEntry:
     @property
     def tone(self) -> Tone:
         """The colour of its line: only what failed in the end is red. Of several calls the worst counts."""
-        tones = [tone_of(call.bars[-1].outcome) for call in self.calls if call.bars] or ["dim"]
+        tones: list[Tone] = [tone_of(call.bars[-1].outcome) for call in self.calls if call.bars] or ["dim"]
         return min(tones, key=("bad", "warn", "good", "dim").index)
 
     @property
@@ -215,7 +215,7 @@ class OutlineEntry:
 
     @property
     def took(self) -> str:
-        """How long its attempts took together; "" without one."""
+        """The time that its attempts took together; "" without one."""
         ran = sum(bar.took_ms if bar.function_ms is None else bar.function_ms for bar in self.bars)
         return duration(sum(bar.took_ms for bar in self.bars), ran) if self.bars else ""
 

@@ -18,7 +18,7 @@ from stroma.trace.outline import (
 )
 from stroma.trace.story import Bar, Story, waits
 
-__all__ = ["STYLES", "Line", "lines_of", "renderable"]
+__all__ = ["STYLES", "RunLine", "lines_of", "renderable"]
 
 _WIDE: Final = 32
 _MOST: Final = 200
@@ -28,7 +28,7 @@ STYLES: Final = {"good": "green", "bad": "red", "warn": "yellow", "dim": "dim"}
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class RunLine:
     """One line of a run: an attempt, repeated calls as one, a wait, or what has no attempt of its own.
 
     Attributes:
@@ -89,23 +89,23 @@ def _fold_outcome(entry: OutlineEntry) -> str:
 
 def lines_of(
     entries: Sequence[OutlineEntry], is_selected: Callable[[Bar], bool] = lambda _bar: True
-) -> Iterator[Line]:
+) -> Iterator[RunLine]:
     """Yield the lines of an outline: selected attempts in their groups; folds with their first failures."""
     for entry in entries:
         yield from _lines(entry, 0, is_selected)
 
 
-def _lines(entry: OutlineEntry, depth: int, is_selected: Callable[[Bar], bool]) -> list[Line]:
+def _lines(entry: OutlineEntry, depth: int, is_selected: Callable[[Bar], bool]) -> list[RunLine]:
     if entry.kind == "fold":
         failed = [call for call in entry.entries if call.has_failed][:_SHOWN_FAILED]
-        return [Line(depth, entry), *(Line(depth + 1, call, call.bars[-1]) for call in failed)]
+        return [RunLine(depth, entry), *(RunLine(depth + 1, call, call.bars[-1]) for call in failed)]
     if entry.kind in WAITS:
-        return [Line(depth, entry)]
-    own = [Line(depth, entry, bar) for bar in entry.bars if is_selected(bar)]
+        return [RunLine(depth, entry)]
+    own = [RunLine(depth, entry, bar) for bar in entry.bars if is_selected(bar)]
     inside = [line for child in entry.entries for line in _lines(child, depth + 1, is_selected)]
     if not own and not inside:
         return []
-    return [*(own or [Line(depth, entry)]), *inside]
+    return [*(own or [RunLine(depth, entry)]), *inside]
 
 
 def renderable(story: Story) -> Any:

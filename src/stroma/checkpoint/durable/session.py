@@ -107,10 +107,10 @@ class DurableSession(Session):
         #: Outputs that broke their contract, until their attempts are stored: (start, stored form).
         self._rejected: dict[tuple[int, str], tuple[int, bytes]] = {}
         self.charges: dict[tuple[int, str], Charge] = {}
-        self.waiting: dict[tuple[int, str], Waiting] = {}
+        self.waiting: dict[tuple[int, str], Waiting] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
         #: Notes by kind of annotation and key that no transaction has stored yet.
         self._pending_notes: Notes = {}
-        self.undelivered: list[AttemptRow] = []
+        self.undelivered: list[AttemptRow] = []  # pyright: ignore[reportIncompatibleVariableOverride]
         #: The identity of the step of plain code at each position.
         self._identities: dict[int, str] = {}
         self._references = None if payloads.blobs is None else BlobReferences(payloads)
@@ -137,7 +137,7 @@ class DurableSession(Session):
         return pending
 
     def _post(self, operation: Any) -> asyncio.Future[None] | None:
-        """Submit an operation without waiting for it. If it fails, nobody is told."""
+        """Submit an operation without waiting for it. An error of it is dropped."""
         pending = self._submit_to_store(operation)
         pending.add_done_callback(lambda done: done.cancelled() or done.exception())
         return pending

@@ -356,7 +356,7 @@ class MemoryRows:
 
     def candidates(self, pipeline: str, request: ClaimRequest) -> list[Candidate]:
         code = request.code_of(pipeline)
-        found: list[Candidate] = []
+        candidates: list[Candidate] = []
         for run in self._of(pipeline, code.versions):
             is_lost = run.status == "RUNNING" and request.with_lost and not run.is_held
             is_due = run.status in UNFINISHED and run.wake_ms is not None and run.wake_ms <= request.now_ms
@@ -364,8 +364,10 @@ class MemoryRows:
             is_kept = mark is not None and mark.until_ms > request.now_ms and code.name in mark.codes
             if (is_lost or is_due) and not is_kept and run.live_claim is None:
                 due_ms = run.wake_ms or 0
-                found.append(Candidate(run, run.run_id, pipeline, run.queue.priority, due_ms, run.queue.key))
-        return found
+                candidates.append(
+                    Candidate(run, run.run_id, pipeline, run.queue.priority, due_ms, run.queue.key)
+                )
+        return candidates
 
     def _of(self, pipeline: str, versions: Sequence[str]) -> list[MemoryRun]:
         """Return the runs of a pipeline, of these versions or none."""
@@ -418,8 +420,8 @@ class MemoryRows:
         if branch is not None:
             if kinds == (Annotation.FAILURE_SITE,):
                 return run.failure_site(branch)
-            found = [run.annotations.get((kind, branch)) for kind in kinds]
-            return [row for row in found if row is not None]
+            named = [run.annotations.get((kind, branch)) for kind in kinds]
+            return [row for row in named if row is not None]
         rows = [row for (position, _), row in list(run.annotations.items()) if position in kinds]
         return sorted(rows, key=lambda row: row.branch)
 
@@ -502,9 +504,9 @@ class MemoryRows:
         return extras
 
     def find_run_ids(self, prefix: str, limit: int) -> list[str]:
-        found = [run for run in list(self._runs.values()) if run.execution and run.run_id.startswith(prefix)]
-        found.sort(key=lambda run: (run.run_id == prefix, run.started_ms, run.number), reverse=True)
-        return [run.run_id for run in found[:limit]]
+        runs = [run for run in list(self._runs.values()) if run.execution and run.run_id.startswith(prefix)]
+        runs.sort(key=lambda run: (run.run_id == prefix, run.started_ms, run.number), reverse=True)
+        return [run.run_id for run in runs[:limit]]
 
     def attempts(self, run: MemoryRun, execution: int) -> Iterator[tuple[AttemptRecord, Step | None]]:
         for record, place in _records(run, execution):

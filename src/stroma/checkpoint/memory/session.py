@@ -20,10 +20,10 @@ from stroma.checkpoint.payloads import Payloads, Stored
 from stroma.contracts.schema import Schema
 from stroma.trace.events import AttemptRow
 
-__all__ = ["Done", "MemorySession"]
+__all__ = ["DoneNow", "MemorySession"]
 
 
-class Done(NamedTuple):
+class DoneNow(NamedTuple):
     """The result of an operation that was performed at once. Can be awaited."""
 
     value: Any
@@ -67,11 +67,11 @@ class MemorySession(DurableSession):
         operation: Any,
         then: Callable[[Any], object] | None = None,
         in_any_case: Callable[[], object] | None = None,
-    ) -> Done:
+    ) -> DoneNow:
         value = operation(self._rows)
         if then is not None:
             then(value)
-        return Done(value)
+        return DoneNow(value)
 
     def _post(self, operation: Any) -> None:
         try:

@@ -17,7 +17,7 @@ from stroma.checkpoint.entries import RunRequest
 from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.manager import coerce, schema_ref
 from stroma.checkpoint.memory.rows import MemoryRows, MemoryRun
-from stroma.checkpoint.memory.session import Done, MemorySession
+from stroma.checkpoint.memory.session import DoneNow, MemorySession
 from stroma.checkpoint.payloads import Payloads, UnencodedState
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema, describe_error, schema_of
@@ -47,8 +47,8 @@ class _MemoryStore(MemoryCells, RunStore):
     def read(self, query: Callable[[Rows], T], nothing: T) -> T:
         return query(self._rows)
 
-    def _submit(self, operation: Callable[[Rows], Any]) -> Done:
-        return Done(operation(self._rows))
+    def _submit(self, operation: Callable[[Rows], Any]) -> DoneNow:
+        return DoneNow(operation(self._rows))
 
     def _notify_owner(self, run_id: str) -> None:
         run = self._runs.get(run_id)

@@ -279,7 +279,7 @@ class FlowFunction(Pipeline, Generic[TakenT, OutputT]):
         super().__init__(flow_id, (self,), **of_pipeline)
 
     @property
-    def _takes_any_state(self) -> Literal[False]:  # type: ignore[override]  # pyright: ignore
+    def _takes_any_state(self) -> Literal[False]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
         return False
 
     @property

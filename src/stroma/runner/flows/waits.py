@@ -138,8 +138,8 @@ class _Question(_Wait):
 
     def decode(self, outcome: Any) -> Any:
         assert self.question is not None
-        asked = self.scope.ctx.session.waiting.get((self.scope.position, self.branch), self.question)
-        return decode_answer(self.schema, asked._replace(payload=outcome))
+        question = self.scope.ctx.session.waiting.get((self.scope.position, self.branch), self.question)
+        return decode_answer(self.schema, question._replace(payload=outcome))
 
     def late(self) -> str:
         return f"no answer came in time: {self.label}"
