@@ -1,4 +1,4 @@
-"""Published path of the plain steps, which are in :mod:`stroma.runner.steps`, and of the names that they work with."""
+"""Published path of the plain steps, see :mod:`stroma.runner.steps`, and of their names."""
 
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.contracts.contract import ContractRegistry, NodeContract

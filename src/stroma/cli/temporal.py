@@ -151,7 +151,7 @@ class TemporalCluster:
             why = clean(message[1] if message else str(error).removeprefix("Failed client connect: "), 300)
             raise Problem(
                 f"no Temporal server answers at {self.address}: {why}",
-                "check the address, --tls and the API key; a server for trying things out: temporal server start-dev",
+                "check the address, --tls and the API key; a server for tests: temporal server start-dev",
                 code=Code.ENVIRONMENT,
             ) from error
 

@@ -186,8 +186,8 @@ class Firing:
     :meth:`finish_now` calls the rest where nothing can be awaited. Most hooks never wait and need no
     coroutine around them: 0.5 us a call instead of 1.
 
-    What a hook raises is logged and reported, and changes nothing. A cancellation of the task that a hook asks
-    for is taken back. HookNotAsync and a cancellation from outside come out of :meth:`finish` once every hook
+    What a hook raises is logged and reported, and changes nothing. A cancellation of the task by a hook is
+    taken back. HookNotAsync and a cancellation from outside come out of :meth:`finish` once every hook
     was called, but for an event that is not an end: the sets after a hook that is not async
     are not called then. KeyboardInterrupt and SystemExit come out as well, before those. GeneratorExit comes
     out of :meth:`finish` at once: it means that the coroutine around is being closed.
@@ -244,7 +244,7 @@ class Firing:
         self._taken_back = False
 
     def advance(self) -> bool:
-        """Call hooks until one waits. Return True if all were called and nothing is to be raised. Safe to call again."""
+        """Call hooks until one waits. Return True if all were called and nothing is to be raised."""
         if self._waiting is not None or self._taken_back:
             return False
         task, calls, limits = current_task(), self._calls, self._hooks.limits
@@ -318,7 +318,7 @@ class Firing:
             self._check_time(set_index, hook)
 
     async def _absorb(self) -> None:
-        """Let the CancelledError out that Python, up to 3.12, raises at the next await in spite of uncancel()."""
+        """Absorb the CancelledError that Python, up to 3.12, raises at the next await after uncancel()."""
         self._taken_back = False
         try:
             await asyncio.sleep(0)
@@ -328,7 +328,7 @@ class Firing:
             self._came = self._came or error
 
     def take_back(self, task: asyncio.Task[Any] | None, before: int) -> bool:
-        """Take back the cancellations that the hook itself has asked for since it was last resumed. Return if there were any."""
+        """Take back cancellations by the hook itself since it was last resumed. Return True for any."""
         if task is None or task.cancelling() <= before or _is_interrupted_by_signal():
             return False
         while task.cancelling() > before:
@@ -506,7 +506,7 @@ class _Waiting(Started):
 
 
 def _is_interrupted_by_signal() -> bool:
-    """Return True once SIGINT has cancelled the main task of asyncio.run(), which may have been during a hook."""
+    """Return True once SIGINT has cancelled the main task of asyncio.run(), maybe during a hook."""
     handler = signal.getsignal(signal.SIGINT)
     runner = getattr(getattr(handler, "func", None), "__self__", None)
     return isinstance(runner, asyncio.Runner) and bool(getattr(runner, "_interrupt_count", 0))

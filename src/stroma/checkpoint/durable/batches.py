@@ -39,7 +39,7 @@ class ServerConnection(ABC):
 
     @abstractmethod
     def _commit_all(self, jobs: list[tuple[Job, Commit]]) -> None:
-        """Perform commits in one round trip, and settle them; those that fail may stay pending. Raises Unreachable."""
+        """Perform commits in one round trip. Those that fail may stay pending. Raises Unreachable."""
 
     @abstractmethod
     def _transact(self, operation: Callable[[Rows], Any]) -> Any:
@@ -52,7 +52,7 @@ class ServerConnection(ABC):
     def close(self) -> None: ...
 
     def apply(self, batch: list[Job], more: Callable[[], bool]) -> None:
-        """Perform consecutive commits together, changes of one cell, and events; anything else in a transaction."""
+        """Perform commits, changes of one cell and events together; anything else in a transaction."""
         more()
         self._pending = {id(job): job for job in batch}
         try:
@@ -108,7 +108,7 @@ class ServerConnection(ABC):
 
 
 def stages(batch: list[Job]) -> list[list[Job]]:
-    """Group operations that can be performed together. The order of operations of one run, and of one cell, stays.
+    """Group operations that can be performed together, in the order of each run and of each cell.
 
     A commit may overtake operations of other runs, a change of a cell anything but changes of the same cell,
     and events may overtake everything.

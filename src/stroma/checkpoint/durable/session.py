@@ -107,7 +107,7 @@ class DurableSession(Session):
         #: Outputs that broke their contract, until their attempts are stored: (start, stored form).
         self._rejected: dict[tuple[int, str], tuple[int, bytes]] = {}
         self.charges: dict[tuple[int, str], Charge] = {}
-        self.waiting: dict[tuple[int, str], Waiting] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.waiting: dict[tuple[int, str], Waiting] = {}
         #: Notes by kind of annotation and key that no transaction has stored yet.
         self._pending_notes: Notes = {}
         self.undelivered: list[AttemptRow] = []  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -312,7 +312,7 @@ class DurableSession(Session):
 
         annotations = await self._submit(Transaction(self.run_id, read))
         waiting = [read_waiting(row, self.run_id, execution, self._payloads) for row in annotations]
-        self.waiting = {(one.position, one.branch): one for one in waiting}
+        self.waiting = {(one.position, one.branch): one for one in waiting}  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.waiting
 
     async def messages(self, after: int) -> list[SentMessage]:

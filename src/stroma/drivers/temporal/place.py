@@ -162,7 +162,7 @@ class TemporalCaller:
         self.own_place = own_place
 
     async def call(self, run: NodeExecution, contract: NodeContract[Any, Any], call: OpenCall) -> Any:
-        """Return what the function returns, and note its usage in the execution. A call that was sent is awaited.
+        """Return what the function returns, and record its usage. A call that was sent is awaited.
 
         Raises RunFailed for what the function raises, WorkerLost, PlaceError.
         """
@@ -261,7 +261,7 @@ class _PlacedRun(ReliabilityContext):
 class _NoJournal(RunJournal):
     def start(self, manager: CheckpointManager, request: RunRequest) -> NoReturn:
         raise NotImplementedError(
-            "a node with a place cannot call steps, nor agents under a guard; call them in a node without a place"
+            "a node with a place cannot call steps or agents under a guard; call them in another node"
         )
 
 
