@@ -313,7 +313,7 @@ async def test_a_very_large_state_is_a_warning(
     kind: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first state of a store that is above the limit is named, with the way out; smaller ones are not."""
-    for module in ("session", "store"):
+    for module in ("session", "run_store"):
         monkeypatch.setattr(f"stroma.checkpoint.durable.{module}.LARGE_BYTES", LARGE)
     with place(kind) as where:
         runner = StromaRunner.quick(store=opened(kind, where))

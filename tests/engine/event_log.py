@@ -214,8 +214,10 @@ class Diary(logging.Handler):
             self._check(entry.started_ns, entry.duration_ms * 1e6)
             report = f"row {entry.node_id} {_at(entry.position, entry.branch)} #{entry.attempt}"
             report += f" {entry.outcome} {_ran(entry.duration_ms)} {(entry.output or b'-').decode()}"
-            if entry.failure_class is not None or entry.message is not None:
+            if entry.failure_class is not None:
                 report += f" {entry.failure_class} {_short(str(entry.message))} ({entry.reason})"
+            elif entry.message is not None:
+                report += f" {_short(entry.message)}"
             if entry.tokens or entry.cost_usd:
                 report += f" {entry.tokens} tokens {entry.cost_usd:g} USD"
             self.lines.append(report)

@@ -22,9 +22,6 @@ from stroma.engine.timeouts import NodeTimeout
 from stroma.failures.failure import Classifier
 from stroma.failures.policy import FailurePolicy, PolicyMap, default_policy_map
 from stroma.hooks.sets import AnyHooks, NodeHooks, check_arguments, flatten
-from stroma.limits.breaker import Breaker
-from stroma.limits.rate_limit import Limit
-from stroma.limits.shared_budget import SharedBudget
 
 if TYPE_CHECKING:
     from typing import Unpack
