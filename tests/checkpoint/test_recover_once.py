@@ -54,7 +54,8 @@ async def test_what_has_ended_meanwhile_is_left_alone(kind: str) -> None:
 _DIES = """
 import asyncio, json, os, signal, sys
 from tests.shared_stores import opened
-from tests.checkpoint.test_recover_once import State, one_node
+from tests.checkpoint.test_recover_once import one_node
+from tests.kit import Num
 from stroma import NodeHooks, StromaRunner
 
 async def end(run_id, result):
@@ -67,7 +68,7 @@ async def main():
         options = {"hooks": NodeHooks(on_run_end=end), "hook_delivery": "at_least_once", "lease_seconds": 0.5}
         runner = StromaRunner.quick(store=store, **options)
         if sys.argv[3] == "die":
-            await runner.run(one_node(0), State(), run_id="r")
+            await runner.run(one_node(0), Num(), run_id="r")
         else:
             print(json.dumps({run: str(r.status) for run, r in (await runner.recover(one_node(0))).items()}))
 

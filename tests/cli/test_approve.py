@@ -246,25 +246,14 @@ GUARDED = """
 """
 
 
-def test_an_agent_of_a_framework_is_answered_and_continues_there(stroma, inside, fails):
-    """The target may be an agent or a graph: its question is answered, and the framework's own call continues
-    the run."""
+def test_a_guarded_run_is_answered_in_its_framework(stroma, inside, fails):
+    """A guard stores no question: approve refuses, and names the framework's own call."""
     stroma.file("app.py", GUARDED)
     for how in ("asks", "silent"):
         runpy.run_path(str(stroma.home / "app.py"))["call"](how)
-    db = ("--db", "own.db")
-    resumed = inside("approve", "asks", "app.py:agent", "true", "--resume", *db)
-    fails(resumed, 2, "'agent' in app.py is", "not a pipeline")
-    done = inside("approve", "asks", "app.py:agent", "true", *db)
-    assert (done.code, done.out) == (0, "")
-    assert (
-        "node 'agent' (at 0) of run asks is answered; continue it with the framework's own call, under "
-        "run_id='asks' and "
-        "resume=True" in done.err
-    )
-    fails(
-        inside("approve", "silent", "app.py:agent", "true", *db),
-        4,
-        "run silent is suspended without a question: before 'count'",
-        "continue it with the framework's own call, under run_id='silent' and resume=True",
-    )
+        fails(
+            inside("approve", how, "app.py:agent", "true", "--db", "own.db"),
+            4,
+            f"run {how} is suspended without a question",
+            f"continue it with the framework's own call, under run_id='{how}' and resume=True",
+        )

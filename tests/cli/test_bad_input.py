@@ -92,7 +92,7 @@ def files(stroma):
         ("syntax.py:pipeline", 2, ["SyntaxError", 'syntax.py", line 1']),
         ("needs.py:pipeline", 3, ["needs a module that is not installed", "'surely_not_installed'"]),
         ("leaves.py:pipeline", 2, ["ended the process", "__main__"]),
-        ("notanode.py:pipeline", 2, ["is not a stroma node; decorate it", 'notanode.py", line 5']),
+        ("notanode.py:pipeline", 2, ["is not a stroma node; decorate it", 'notanode.py", line 3']),
     ],
 )
 def test_targets(files, inside, fails, target, code, words):

@@ -57,8 +57,8 @@ def test_what_is_wrong_names_its_mend(stroma, inside, monkeypatch, tmp_path):
     with sqlite3.connect(tmp_path / "x.db") as db:
         db.execute("UPDATE meta SET v = '99' WHERE k = 'schema_version'")
     db.close()
-    newer = checks(inside("doctor", "--json", "--db", "x.db"))["format"]
-    assert (newer["verdict"], "upgrade stroma" in newer["fix"]) == ("note", True)
+    newer = checks(inside("doctor", "--json", "--db", "x.db"))["store"]
+    assert (newer["verdict"], "99" in newer["message"]) == ("wrong", True)
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     done = inside("doctor", "--json", "--db", "x.db")

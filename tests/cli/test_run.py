@@ -218,7 +218,7 @@ def test_a_pipeline_with_its_own_config_has_no_other_settings(stroma, inside, fa
         refused,
         2,
         "has no config, and 2 runners beside it have settings: runner, second_runner",
-        "pass one of them: Pipeline('sums', nodes, config=runner.config)",
+        "pass one: Pipeline('sums', nodes, config=runner.config)",
     )
 
 

@@ -130,11 +130,7 @@ def _store(database: Database) -> Iterator[Diagnosis]:
     yield Diagnosis(
         "store", "ok", f"{database.name}: {facts.system}, {contents}, answers in {1000 * took:.0f} ms"
     )
-    if facts.format > facts.writes:
-        message = f"{facts.format}, and this release writes {facts.writes}: a newer stroma has used the store"
-        yield Diagnosis("format", "note", message, "upgrade stroma here, too: pip install -U stroma-runner")
-    else:
-        yield Diagnosis("format", "ok", f"{facts.format}, which this release writes")
+    yield Diagnosis("format", "ok", f"{facts.format}, which this release writes")
     for warning in facts.warnings:
         what, _, fix = warning.rpartition("; ")
         yield Diagnosis("settings", "note", what, fix)
