@@ -119,11 +119,11 @@ class SchemaCodec:
         try:
             text = json.dumps(tag(raw, (self._name,), self._schema.to_plain), separators=(",", ":"))
         except (RecursionError, ValueError) as error:
-            why = f"{error}; keep it smaller"  # An integer of more digits than Python reads back.
+            why, fix = str(error), "keep it smaller"  # An integer of more digits than Python reads back.
             if isinstance(error, RecursionError):
-                why = "it contains itself, or is nested too deeply; keep the state a shallow tree"
+                why, fix = "it contains itself, or is nested too deeply", "keep the state a shallow tree"
             field = self._unwritable_field(raw)
-            raise NotSerialisable(f"{field} cannot be serialised: {why}") from None
+            raise NotSerialisable(f"{field} cannot be serialised: {why}; {fix}") from None
         return _TAGGED_START + text.encode() + end
 
     def _unwritable_field(self, raw: Any) -> str:
