@@ -52,8 +52,8 @@ async def test_no_budget_no_summing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_no_timers_without_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """G12: without timeouts, and with hooks that do not suspend, no timer is armed but one that notices a
-    blocked event loop."""
+    """G12: without timeouts, with hooks that do not suspend, and for functions that never wait, no timer is
+    armed but one that notices a blocked event loop."""
     loop = asyncio.get_running_loop()
     armed: list[Any] = []
     original = loop.call_at
@@ -71,6 +71,14 @@ async def test_no_timers_without_limits(monkeypatch: pytest.MonkeyPatch) -> None
     assert all(isinstance(callback.__self__, LoopTicks) for callback in armed)
     armed.clear()
     await quick(node_timeouts={"a": 10_000}).run(nodes, Num())
+    assert all(isinstance(callback.__self__, LoopTicks) for callback in armed)
+
+    async def waits(state: Num) -> dict[str, int]:
+        await asyncio.sleep(0)
+        return {"n": state.n}
+
+    armed.clear()
+    await quick(node_timeouts={"a": 10_000}).run([node("a", waits)] * 5, Num())
     assert len([one for one in armed if not isinstance(getattr(one, "__self__", None), LoopTicks)]) == 5
 
 
