@@ -185,6 +185,8 @@ class MemoryRun:
     def _step_row(self, place: Place, entry: AttemptRow | _Commit) -> StepRow:
         if isinstance(entry, _Commit):
             row, attempt = entry
+            if row.step.number is not None:  # A fork's.
+                return row
         else:
             assert entry.schemas is not None  # The output of such a row is a snapshot.
             schema, attempt = entry.schemas[1], entry

@@ -13,7 +13,7 @@ from stroma.checkpoint.durable.conversion import to_attempt
 from stroma.checkpoint.durable.operations import fence_error
 from stroma.checkpoint.durable.rows import Opening, Rows
 from stroma.checkpoint.durable.session import DurableSession
-from stroma.checkpoint.entries import RunRequest, StepCall
+from stroma.checkpoint.entries import RunRequest, StepCall, Waiting
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.memory.rows import MemoryRows, MemoryRun
 from stroma.checkpoint.payloads import Payloads, Stored
@@ -102,6 +102,19 @@ class MemorySession(DurableSession):
         if self._pending_notes:
             self._write_notes(self._rows, self._pending_notes)
             self._pending_notes = {}
+
+    # The engine awaits nothing that is done: no turn of the event loop passes.
+
+    def flush(self) -> None:
+        _ = super().flush()
+
+    def suspend(self, row: AttemptRow, waiting: Waiting) -> None:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+        _ = super().suspend(row, waiting)
+
+    def ask(self, waiting: Waiting) -> Waiting:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+        done: Any = super().ask(waiting)
+        stored: Waiting = done.value
+        return stored
 
     def holds_lease(self) -> bool:
         return True
