@@ -624,9 +624,9 @@ async def test_an_answer_that_its_schema_refuses_is_asked_for_again() -> None:
     assert result.output == Answer(value={"n": 7, "log": []}), result.failure
     assert asked == [
         "how many?",
-        "how many? (the last answer was refused: 1 validation error for Count",
+        "how many? (the last answer was refused: 1 validation error for Item",
         "and now?",
-        "and now? (the last answer was refused: 1 validation error for Count",
+        "and now? (the last answer was refused: 1 validation error for Item",
     ]
 
 
