@@ -778,6 +778,6 @@ def test_the_figures_of_many_runs(rows: SqliteRows, clock: Clock) -> None:
 
 def test_what_the_store_says_of_itself(rows: SqliteRows) -> None:
     now = SCHEMA_VERSION
-    assert rows.facts() == StoreFacts(f"SQLite {sqlite3.sqlite_version}", now, now, None, ())
+    assert rows.facts() == StoreFacts(f"SQLite {sqlite3.sqlite_version}", now, None, ())
     rows.db.execute("UPDATE meta SET v = '5' WHERE k = 'schema_version'")
-    assert rows.facts() == StoreFacts(f"SQLite {sqlite3.sqlite_version}", 5, now, None, ())
+    assert rows.facts() == StoreFacts(f"SQLite {sqlite3.sqlite_version}", 5, None, ())

@@ -258,7 +258,7 @@ class StoreFacts(NamedTuple):
 
     Attributes:
         system: name and version of its software.
-        format: version of the stored data; this release writes ``writes``.
+        format: version of the stored data. A store of another version is refused.
         clock_ms: clock of the store's server, which leases use, in milliseconds since the epoch; None without
             a server.
         warnings: settings that put runs at risk, each with the fix.
@@ -266,7 +266,6 @@ class StoreFacts(NamedTuple):
 
     system: str
     format: int
-    writes: int
     clock_ms: int | None = None
     warnings: tuple[str, ...] = ()
 

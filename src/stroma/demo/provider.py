@@ -343,7 +343,7 @@ class Provider:
         self.port: Final = port
         self.pid: Final = process.pid
         self.base_url: Final = f"http://{_HOST}:{port}/v1"
-        # Also at exit of the interpreter, should nobody have closed it; not in a fork, which is no owner.
+        # Also at exit of the interpreter, should nobody have closed it; not in a fork, which does not own it.
         self._finalizer = weakref.finalize(self, _stop, process, os.getpid())
 
     def stats(self) -> Stats:

@@ -240,7 +240,7 @@ class NodeAttempt:
             else:
                 self.state, self.snapshot = handover.take(self.value, schema)
         except BaseException as error:
-            # Whatever a validator raises: nothing was awaited, so it is no cancellation.
+            # Whatever a validator raises: nothing was awaited, so it is not a cancellation.
             if ends_run(error):
                 raise
             return self._reject_input(error)
@@ -578,7 +578,7 @@ class NodeAttempt:
         return problem
 
     async def _suspend(self, raised: BaseException) -> Failure | Halt:
-        """End as suspended: a person has to answer first. That is no failure."""
+        """End as suspended: a person has to answer first. That is not a failure."""
         ctx, run = self.ctx, self.run
         row = self._make_row("suspended", self.duration)
         waiting: Waiting | None = None

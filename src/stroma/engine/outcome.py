@@ -42,7 +42,7 @@ class Halt(NamedTuple):
         output: the output that was committed by an attempt that took the run over its budget.
         partial: trying again later may help, whatever the failure class is.
         spent: a limit of this run is crossed, and not only one of a run inside the node.
-        suspended: a node waits for a person. ``failure`` is no failure then, and holds the reason.
+        suspended: a node waits for a person. ``failure`` holds the reason then.
     """
 
     failure: Failure

@@ -218,8 +218,8 @@ async def call_in_thread(
 def passes_through(error: BaseException, cancelling: int, *, in_group: bool) -> bool:
     """Return True if the exception must propagate instead of being recorded as a failure of the node.
 
-    Every BaseException that is no Exception must, but for a CancelledError while nobody cancels the node's
-    task.
+    Every BaseException that is not an Exception must, but for a CancelledError while nobody cancels the
+    task of the node.
     """
     kind = type(error)  # isinstance would ask the object for its __class__, which may raise.
     if issubclass(kind, Exception):

@@ -301,7 +301,7 @@ def _fields_of_state(state: Any, read: Callable[[Schema, BaseModel], dict[str, A
 
 
 def _check_names(fields: dict[Any, Any]) -> dict[str, Any]:
-    """Return a dict as it is; raise TypeError for a key that is no text, which would not be read back."""
+    """Return a dict as it is; raise TypeError for a key that is not a text, which would not be read back."""
     odd = next((key for key in fields if not isinstance(key, str)), None)
     if odd is not None:
         raise TypeError(

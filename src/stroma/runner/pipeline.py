@@ -271,7 +271,7 @@ def _check_versions(version: str | None, accepts: Sequence[str]) -> tuple[str, .
 
 
 class AnyState(Protocol):
-    """A pipeline that is no flow: the class of its initial state is not known to type checkers."""
+    """A pipeline that is not a flow: the class of its initial state is not known to type checkers."""
 
     @property
     def _takes_any_state(self) -> Literal[True]: ...

@@ -753,7 +753,7 @@ class StromaRunner:
         the run; sending it again changes nothing. By default each call sends a message of its own. Messages
         of a topic are received in the order in which they were stored; the class of the receiver validates
         them when it takes them. Raises CheckpointNotFound, StoreError if the run has ended or was sent
-        another message with this id, NotSerialisable, TypeError or ValueError for a message that is no JSON.
+        another message with this id, NotSerialisable, TypeError or ValueError for a message that is not JSON.
         """
         await self._stored.send(run_id, message, topic, id)
 

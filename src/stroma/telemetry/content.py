@@ -279,7 +279,7 @@ def fields_in(model: BaseModel) -> Mapping[str, Any]:
 def _value_of(state: Mapping[str, Any]) -> tuple[Any, type[BaseModel] | None]:
     """Return the fields of a state, without a copy of their values, and its class if it is known.
 
-    Of a state that is no record, such as the text that a guarded function returns, the value alone.
+    Of a state that is not a record, such as the text that a guarded function returns, the value alone.
     """
     if not isinstance(state, UnreadState):
         return state, None

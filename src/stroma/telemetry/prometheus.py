@@ -149,7 +149,7 @@ class _Prometheus(MetricsObserver):
 
 def _exemplar() -> dict[str, str] | None:
     """Return the ids of OpenTelemetry's current span if that is sampled, else None."""
-    # Not imported here: where nobody has, there is no span.
+    # Not imported here: without an import elsewhere there are no spans.
     current: Any = getattr(sys.modules.get("opentelemetry.trace"), "get_current_span", None)
     if current is None:
         return None

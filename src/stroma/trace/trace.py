@@ -43,7 +43,7 @@ class ExecutionTrace(Shown):
     """The events of one run in the order in which attempts ended, in a flow of their start.
 
     ``len`` and iteration see the top level.
-    ``marks``: what is no attempt: waits, refusals, changes of circuits.
+    ``marks``: events beside attempts: waits, refusals, changes of circuits.
     """
 
     __slots__ = ("_rejected", "marks", "rows", "run_id")

@@ -565,7 +565,7 @@ class MemoryRows:
         return list(sums.values())
 
     def facts(self) -> StoreFacts:
-        return StoreFacts("the memory of this process", 1, 1)
+        return StoreFacts("the memory of this process", 1)
 
     def step_at(self, run: MemoryRun, execution: int, position: int, branch: str) -> StepRow | None:
         return next(run.steps_at([(position, branch)]), None) if execution == run.execution else None

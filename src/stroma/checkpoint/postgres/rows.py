@@ -12,7 +12,7 @@ from stroma.checkpoint.durable.rows import Fence, RunRow, Step
 from stroma.checkpoint.records import AttemptRecord, StoreFacts
 from stroma.checkpoint.sql import statements as sql
 from stroma.checkpoint.sql.rows import SqlRows, commit_values
-from stroma.checkpoint.sql.tables import SCHEMA_VERSION, key
+from stroma.checkpoint.sql.tables import key
 
 __all__ = ["PostgresRows", "read_commit", "send_commit"]
 
@@ -80,7 +80,7 @@ class PostgresRows(SqlRows):
         warnings = tuple(
             f"{name} is off: a crash of its machine may lose committed data; turn it on" for name in off
         )
-        return StoreFacts(f"PostgreSQL {version}", int(schema_version), SCHEMA_VERSION, clock_ms, warnings)
+        return StoreFacts(f"PostgreSQL {version}", int(schema_version), clock_ms, warnings)
 
 
 def send_commit(

@@ -315,7 +315,7 @@ class RedisReader:
     def facts(self) -> StoreFacts:
         settings = self._link.settings()
         system = f"Redis {settings.get('redis_version', '?')}"
-        return StoreFacts(system, _FORMAT, _FORMAT, self.now_ms(), tuple(risks(settings)))
+        return StoreFacts(system, _FORMAT, self.now_ms(), tuple(risks(settings)))
 
     def now_ms(self) -> int:
         ((seconds, micros),) = self._get(("TIME",))

@@ -15,7 +15,6 @@ from stroma.checkpoint.durable.rows import Fence, RunRow, Step, is_free
 from stroma.checkpoint.records import AttemptRecord, StoreFacts
 from stroma.checkpoint.sql import statements as sql
 from stroma.checkpoint.sql.rows import SqlRows, commit_values
-from stroma.checkpoint.sql.tables import SCHEMA_VERSION
 
 __all__ = ["SqliteRows"]
 
@@ -68,7 +67,7 @@ class SqliteRows(SqlRows):
 
     def facts(self) -> StoreFacts:
         (version,) = self.db.execute("SELECT v FROM meta WHERE k = 'schema_version'").fetchone()
-        return StoreFacts(f"SQLite {sqlite3.sqlite_version}", int(version), SCHEMA_VERSION)
+        return StoreFacts(f"SQLite {sqlite3.sqlite_version}", int(version))
 
     # ------------------------------------------------------------------ leases
     #

@@ -138,7 +138,7 @@ def _parse_answer(
         why = (
             "is an effect: state if its call happened"
             if one.effect is not None
-            else "asks a question, and is no effect"
+            else "asks a question, and is not an effect"
         )
         raise Problem(
             f"{place_text(one)} of run {clean(record.run_id)} {why}",

@@ -168,7 +168,7 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
         self._generators[self._generator_count] = generator
 
     def _keep_generator(self, generator: AsyncGenerator[Any, Any]) -> None:
-        self._left.append(generator)  # Garbage collection is no event: it is closed at the end of the flow.
+        self._left.append(generator)  # Closed at the end of the flow: garbage collection is not an event.
 
     # ------------------------------------------------------------------ for tasks, futures, locks, timeouts
 
