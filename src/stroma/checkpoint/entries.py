@@ -114,12 +114,6 @@ class RunRequest(NamedTuple):
         """True if no person asked for the run to go on: a worker, recover(), or who waits for its result."""
         return self.due_ms is not None or self.if_exists == "attach"
 
-    def is_lazily_loaded(self, position: int, branch: str) -> bool:
-        """Return True if a commit is not restored at the start."""
-        return bool(branch) and any(
-            position == at and branch.startswith(prefix) for at, prefix in self.lazily_loaded
-        )
-
     def resolve_discard(self, commits: Mapping[tuple[int, str], Committed]) -> RunRequest:
         """Return the request with ``discard_from`` after the first map that ``retry_failed`` retries."""
         if not self.retry_failed or self.discard_from is not None:
