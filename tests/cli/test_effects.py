@@ -97,4 +97,4 @@ def test_a_question_is_no_effect(shop, inside, fails):
     """--done and --not-done are refused for a node that asks a question."""
     inside("run", "shop.py:question", '{"n": 1}', "--run-id", "q")
     for options in (["--not-done"], ["--done", '{"n": 1}']):
-        fails(inside("approve", "q", "shop.py:question", *options), 2, "is no effect", "stroma approve q")
+        fails(inside("approve", "q", "shop.py:question", *options), 2, "is not an effect", "stroma approve q")
