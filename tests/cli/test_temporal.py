@@ -76,16 +76,14 @@ def test_a_failed_run_is_resumed(stroma: Any, inside: Any, worker: Any, there: t
     assert stroma.calls() == ["first", "second", "second", "second", "third"]
 
 
-def test_a_detached_run(stroma: Any, inside: Any, worker: Any, there: tuple[str, ...]) -> None:
-    """run --detach and submit print the id of the run, which workers start later; run --attach waits for
-    it."""
-    for words in (("run", "--detach"), ("submit",)):
-        run_id = uuid.uuid4().hex
-        done = inside(words[0], "sums.py:pipeline", GOOD, *there, "--run-id", run_id, *words[1:])
-        assert (done.code, done.out.strip()) == (0, run_id), done
-        with worker():
-            done = inside("run", "sums.py:pipeline", *there, "--run-id", run_id, "--attach")
-        assert (done.code, json.loads(done.out)) == (0, {"n": 4})
+def test_a_submitted_run(stroma: Any, inside: Any, worker: Any, there: tuple[str, ...]) -> None:
+    """submit prints the id of the run, which workers start later; run --attach waits for it."""
+    run_id = uuid.uuid4().hex
+    done = inside("submit", "sums.py:pipeline", GOOD, *there, "--run-id", run_id)
+    assert (done.code, done.out.strip()) == (0, run_id), done
+    with worker():
+        done = inside("run", "sums.py:pipeline", *there, "--run-id", run_id, "--attach")
+    assert (done.code, json.loads(done.out)) == (0, {"n": 4})
 
 
 def test_no_worker_polls(stroma: Any, inside: Any, there: tuple[str, ...]) -> None:
@@ -160,7 +158,7 @@ def test_a_worker_of_a_place(stroma: Any, inside: Any, worker: Any, there: tuple
 def test_what_is_refused(inside: Any, fails: Any, there: tuple[str, ...]) -> None:
     """Options of one process are refused with --temporal; a server that does not answer is one message."""
     words = ("run", "sums.py:pipeline", GOOD, *there)
-    fails(inside(*words, "--drain", "5"), 2, "does not go with --temporal", "--detach")
+    fails(inside(*words, "--drain", "5"), 2, "does not go with --temporal", "SIGTERM")
     fails(inside(*words, "--budget-tokens", "5"), 2, "does not go with --temporal", "stroma budget")
     fails(inside("worker", "sums.py:pipeline", *there, "--poll", "5"), 2, "does not go with --temporal")
     fails(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -335,6 +336,36 @@ async def test_a_delay_is_waited_for(cluster: Cluster) -> None:
         result = await cluster.runner.run(pipeline, Num(), run_id=fresh_id(), delay=1.0)
     assert (result.status, world.calls) == (RunStatus.COMPLETED, ["a 0"])
     assert time.monotonic() - since >= 1.0
+
+
+async def test_priority_and_key_are_those_of_the_workflow(cluster: Cluster) -> None:
+    """priority= and key= become Temporal's priority, 1 to 5, and its fairness key of at most 64 bytes."""
+    pipeline = Pipeline("p", [World().step("a")])
+    for priority, key, expected in (
+        (0, None, (3, "")),
+        (-1, "acme", (2, "acme")),
+        (9, "ü" * 100, (5, hashlib.sha256(("ü" * 100).encode()).hexdigest())),
+    ):
+        handle = await cluster.runner.submit(pipeline, Num(), run_id=fresh_id(), priority=priority, key=key)
+        described = await cluster.client.get_workflow_handle(handle.run_id).describe()
+        stored = described.raw_description.workflow_execution_info.priority
+        assert (stored.priority_key, stored.fairness_key) == expected
+
+
+async def test_exporters_show_the_queue(cluster: Cluster) -> None:
+    """A worker shows exporters how many runs of its pipelines are queued, as one without Temporal does."""
+    readings: list[tuple[str, Any]] = []
+
+    class Exporter(NodeHooks):
+        def queue_reader(self, pipeline: str, reading: Any) -> None:
+            readings.append((pipeline, reading))
+
+    pipeline = Pipeline("p", [World().step("a")])
+    await cluster.local.submit(pipeline, Num(), run_id=fresh_id(), delay=3600)
+    config = RunConfig(hooks=Exporter())
+    async with stroma_worker(cluster.client, cluster.queue, [pipeline], store=cluster.store, config=config):
+        await cluster.until(lambda: readings)
+    assert [(name, reading and reading.queued) for name, reading in readings] == [("p", 1), ("p", None)]
 
 
 async def test_an_unreachable_server(store: Any) -> None:

@@ -13,7 +13,7 @@ from stroma._utils.text import clean
 from stroma.checkpoint.entries import Waiting
 from stroma.cli.errors import Code
 from stroma.cli.formatting import id_word
-from stroma.cli.output import emit, err, out
+from stroma.cli.output import emit, err
 from stroma.cli.progress import timed_lines
 from stroma.cli.report import RunReport
 from stroma.cli.signals import StopSignals
@@ -36,7 +36,7 @@ _QUIET_SECONDS: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class TemporalRun:
-    """One run on Temporal. ``detach``: do not wait for it."""
+    """One run on Temporal."""
 
     target: str
     pipeline: Pipeline
@@ -46,7 +46,6 @@ class TemporalRun:
     database: Database
     options: RunOptions
     resume: bool = False
-    detach: bool = False
 
     def execute(self) -> int:
         """Submit the run, print the report, and return the exit code. Raises Problem."""
@@ -78,8 +77,6 @@ class TemporalRun:
             err.line(f"  or cancel it: {self.database.hint('cancel', id_word(run_id))}")
         if self.options.as_json:
             emit({"schema": "stroma.detached/1", "run_id": run_id, "pipeline": self.pipeline.name})
-        elif self.detach:
-            out.line(run_id)
         return Code.OK
 
     async def _drive(self) -> tuple[ExecutionResult | None, list[Waiting], str | None]:
@@ -88,7 +85,7 @@ class TemporalRun:
             handle = await runner.submit(self.pipeline, self.state, run_id=self.config.run_id)
             if self.resume:
                 await runner.resume(handle.run_id)
-            result, stopped_by = (None, None) if self.detach else await self._wait(runner, handle)
+            result, stopped_by = await self._wait(runner, handle)
             waiting: list[Waiting] = []
             if result is not None and result.status is RunStatus.SUSPENDED:
                 waiting = await asyncio.to_thread(self.database.store.waiting, result.run_id)

@@ -44,7 +44,6 @@ __all__ = ["ResumedRun", "resume", "resume_run", "run"]
     metavar="TAG",
     help="Tag for `stroma runs --tag TAG`; may be repeated.",
 )
-@click.option("--detach", is_flag=True, help="With --temporal: start the run, print its id, and exit.")
 @run_options
 @temporal_options
 def run(
@@ -54,7 +53,6 @@ def run(
     resume: bool,
     restart: bool,
     tags: tuple[str, ...],
-    detach: bool,
     db: str | None,
     **click_options: Any,
 ) -> int:
@@ -73,8 +71,6 @@ def run(
         raise click.UsageError("--resume and --restart exclude each other; pass one")
     cluster = _read_cluster(click_options)
     options = RunOptions.from_click(**click_options)
-    if cluster is None and detach:
-        raise click.UsageError("--detach needs --temporal: a local run ends with this process")
     pipeline = load_pipeline(target)
     config = _add_tags(_configure(pipeline, run_id, options), tags)
     if restart:
@@ -87,8 +83,7 @@ def run(
     else:
         state = parse_input(pipeline, input_text, target)
     if cluster is not None:
-        job = TemporalRun(target, pipeline, config, state, cluster, database, options, resume, detach)
-        return job.execute()
+        return TemporalRun(target, pipeline, config, state, cluster, database, options, resume).execute()
     return LocalRun(target, pipeline, config, state, database, record, None, options).execute()
 
 
@@ -192,7 +187,7 @@ def _read_cluster(click_options: dict[str, Any]) -> TemporalCluster | None:
         reject_local_options(
             "the workers send telemetry: stroma worker", "otel", "prometheus", "sentry", "datadog"
         )
-        reject_local_options("the run outlives this command: see --detach", "drain")
+        reject_local_options("the run outlives this command; SIGTERM leaves it running", "drain")
         reject_local_options("the server reassigns runs of lost workers by itself", "take_over")
         reject_local_options("a run is submitted once: use another run id", "restart")
         reject_local_options(

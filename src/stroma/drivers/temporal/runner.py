@@ -60,8 +60,9 @@ class TemporalRunner:
         """
         handle = await self._local.submit(pipeline, initial_state, **options)
         handle._calls = handle._calls._replace(send=self.send)
-        if await handle.status() not in _FINAL:
-            await self._dispatcher.start(handle.run_id, pipeline.name)
+        record = await self._local._stored.get(handle.run_id)
+        if record.status not in _FINAL:
+            await self._dispatcher.start(record)
         return handle
 
     async def run(
@@ -88,7 +89,7 @@ class TemporalRunner:
         """
         is_due: bool = await self.store.reopen(run_id)
         if is_due:
-            await self._dispatcher.restart(run_id, (await self._local._stored.get(run_id)).pipeline)
+            await self._dispatcher.restart(await self._local._stored.get(run_id))
         return is_due
 
     async def signal(self, run_id: str, answer: Any, **options: Any) -> None:
@@ -129,4 +130,4 @@ class TemporalRunner:
     async def _start(self, run_id: str) -> None:
         record = await asyncio.to_thread(self.store.get_run, run_id)
         if record is not None:
-            await self._dispatcher.start(run_id, record.pipeline)
+            await self._dispatcher.start(record)

@@ -18,7 +18,7 @@ from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import Worker, WorkerConfig
 
 from stroma._utils.logs import get_logger
-from stroma.checkpoint import StoreError, open_store
+from stroma.checkpoint import RunRecord, StoreError, open_store
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.queue import QUEUED
@@ -30,6 +30,7 @@ from stroma.engine.config import RunConfig
 from stroma.failures.errors import PlaceError
 from stroma.runner.pipeline import Pipeline, check_places, nodes_of
 from stroma.runner.runner import StromaRunner
+from stroma.runner.worker import readers_of, watch_queues
 
 __all__ = ["StromaPlugin", "register_search_attributes", "shared_store", "stroma_worker"]
 
@@ -86,13 +87,11 @@ class StromaPlugin(SimplePlugin):
         self._dispatcher = Dispatcher(client, task_queue)
         self._runner = StromaRunner(ContractRegistry(), CheckpointManager(self._store), config)
         self._runner._caller = caller = TemporalCaller(client, task_queue)
-        served = self._runner._stored.served(pipelines)
-        for one in served.values():
+        self._served = self._runner._stored.served(pipelines)
+        self._configs = {name: self._runner._config_of(one.nodes) for name, one in self._served.items()}
+        for one in self._served.values():
             check_places(nodes_of(one.nodes), self._runner.registry, caller)
-        self._leases = {
-            name: self._runner._config_of(one.nodes).lease_seconds for name, one in served.items()
-        }
-        for name in (name for name, one in served.items() if any(one.limits)):
+        for name in (name for name, one in self._served.items() if any(one.limits)):
             fix = "do not apply on Temporal; use its task queues"
             logger.warning("max_runs and max_runs_per_key of pipeline %r %s", name, fix)
         self._activity = DriveActivity(self._runner, list(pipelines), max_seconds)
@@ -110,16 +109,22 @@ class StromaPlugin(SimplePlugin):
 
     def _lease_of(self, pipeline: str) -> float:
         """Return the lease of the runs of a pipeline in seconds; runs of others are blocked at once."""
-        return self._leases.get(pipeline, 30.0)
+        return self._configs[pipeline].lease_seconds if pipeline in self._configs else 30.0
 
     @asynccontextmanager
     async def _serve(self) -> AsyncIterator[None]:
         self._store.lease_listeners.append(self._activity.beat)
-        repairing = asyncio.ensure_future(self._repair())
+        readers = {name: readers_of(config.hooks) for name, config in self._configs.items()}
+        tasks = [
+            asyncio.ensure_future(self._repair()),
+            asyncio.ensure_future(watch_queues(self._runner._stored, self._served, readers, None)),
+        ]
         try:
             yield
         finally:
-            repairing.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
             self._store.lease_listeners.remove(self._activity.beat)
             await self._runner.aclose()
             if self._owns_store:
@@ -130,20 +135,20 @@ class StromaPlugin(SimplePlugin):
         while True:
             try:
                 queued = await asyncio.to_thread(self._find_queued)
-                for run_id, pipeline in queued:
-                    if run_id not in self._started:
-                        await self._dispatcher.start_first(run_id, pipeline)
-                self._started = {run_id for run_id, _ in queued}
+                for record in queued:
+                    if record.run_id not in self._started:
+                        await self._dispatcher.start_first(record)
+                self._started = {record.run_id for record in queued}
             except Exception as error:  # The next look may succeed.
                 logger.warning("runs without a workflow could not be looked for: %s; trying again", error)
             await asyncio.sleep(REPAIR_SECONDS)
 
-    def _find_queued(self) -> list[tuple[str, str]]:
+    def _find_queued(self) -> list[RunRecord]:
         store, latest_ms = self._store, (time.time() - MIN_AGE_SECONDS) * 1000
-        queued: list[tuple[str, str]] = []
-        for pipeline in self._leases if store.exists() else ():
+        queued: list[RunRecord] = []
+        for pipeline in self._served if store.exists() else ():
             runs = store.list_runs(limit=_MAX_RUNS, pipeline=pipeline, status=QUEUED)
-            queued += [(run.run_id, pipeline) for run in runs if run.started_ms <= latest_ms]
+            queued += [run for run in runs if run.started_ms <= latest_ms]
         return queued
 
 

@@ -16,6 +16,7 @@ from temporalio import workflow
 from temporalio.api.operatorservice.v1 import ListSearchAttributesRequest
 from temporalio.client import Client
 from temporalio.common import (
+    Priority,
     RetryPolicy,
     SearchAttributeKey,
     SearchAttributePair,
@@ -28,6 +29,7 @@ from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import Interceptor, WorkflowInterceptorClassInput
 
 from stroma._utils.logs import get_logger
+from stroma.checkpoint import RunRecord
 
 __all__ = [
     "DRIVE",
@@ -174,6 +176,14 @@ def workflow_id(run_id: str) -> str:
     return f"stroma-{hashlib.sha256(run_id.encode()).hexdigest()}"
 
 
+def _priority_of(record: RunRecord) -> Priority:
+    """Return the priority of a submitted run and its key, as Temporal has them: 1 to 5, and 64 bytes."""
+    key = record.key
+    if key is not None and len(key.encode()) > 64:
+        key = hashlib.sha256(key.encode()).hexdigest()
+    return Priority(priority_key=min(max(3 + record.priority, 1), 5), fairness_key=key)
+
+
 class Dispatcher:
     """The workflows of runs on one task queue.
 
@@ -186,20 +196,20 @@ class Dispatcher:
         self._task_queue = task_queue
         self._has_search_attributes: bool | None = None
 
-    async def start(self, run_id: str, pipeline: str) -> None:
+    async def start(self, record: RunRecord) -> None:
         """Start the workflow of a run, unless it is running; one that is running is woken."""
-        await self._if_reachable(run_id, self.restart(run_id, pipeline))
+        await self._if_reachable(record.run_id, self.restart(record))
 
-    async def restart(self, run_id: str, pipeline: str) -> None:
+    async def restart(self, record: RunRecord) -> None:
         """As :meth:`start`, for a run that had ended, which workers do not find. Raises RPCError."""
-        await self._start(run_id, pipeline, start_signal=WAKE)
+        await self._start(record, start_signal=WAKE)
 
-    async def start_first(self, run_id: str, pipeline: str) -> None:
+    async def start_first(self, record: RunRecord) -> None:
         """Start the workflow of a run that never had one."""
         try:
             reuse, conflict = WorkflowIDReusePolicy.REJECT_DUPLICATE, WorkflowIDConflictPolicy.FAIL
-            start = self._start(run_id, pipeline, id_reuse_policy=reuse, id_conflict_policy=conflict)
-            await self._if_reachable(run_id, start)
+            start = self._start(record, id_reuse_policy=reuse, id_conflict_policy=conflict)
+            await self._if_reachable(record.run_id, start)
         except WorkflowAlreadyStartedError:
             pass
 
@@ -212,7 +222,8 @@ class Dispatcher:
             if error.status != RPCStatusCode.NOT_FOUND:
                 raise
 
-    async def _start(self, run_id: str, pipeline: str, **options: Any) -> None:
+    async def _start(self, record: RunRecord, **options: Any) -> None:
+        run_id, pipeline = record.run_id, record.pipeline
         pairs: list[SearchAttributePair[str]] = []
         if await self._can_search():
             pairs = [SearchAttributePair(PIPELINE_KEY, pipeline), SearchAttributePair(STATUS_KEY, "QUEUED")]
@@ -220,6 +231,7 @@ class Dispatcher:
             "id_reuse_policy": WorkflowIDReusePolicy.ALLOW_DUPLICATE,
             "id_conflict_policy": WorkflowIDConflictPolicy.USE_EXISTING,
             "search_attributes": TypedSearchAttributes(pairs),
+            "priority": _priority_of(record),
             **options,
         }
         await self._client.start_workflow(
