@@ -64,7 +64,8 @@ DURATIONS = Path(__file__).with_name("durations.json")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option behind `./dev test --write-durations`."""
+    """Add the option behind `./dev test --write-durations`, and the one that rewrites golden files."""
+    parser.addoption("--update", action="store_true", help="rewrite the golden files of tests")
     parser.addoption(
         "--write-durations", metavar="TIER", help=f"record how long this tier takes in {DURATIONS.name}"
     )

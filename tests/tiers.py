@@ -42,7 +42,6 @@ SLOW_PATHS = (
     "tests/checkpoint/test_postgres.py",
     "tests/checkpoint/test_redis",
     "tests/checkpoint/test_scale.py",
-    "tests/cli/test_budget.py",
     "tests/cli/test_temporal.py",
     "tests/cli/test_gc.py",
     "tests/cli/test_maps.py",

@@ -1,7 +1,10 @@
 """The real command in a process of its own, in an empty directory with an empty home."""
 
+import dataclasses
 import io
 import os
+import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -10,11 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import genai_prices
 import pytest
 from tests.kit import undone_command
 
+from stroma.checkpoint.history import bar_of
 from stroma.cli import main
+from stroma.testing.snapshots import compare_with_file
 
+GOOD = '{"start": 1}'
 PIPELINE = """
     import asyncio, os, pathlib, signal, sys, time
     from pydantic import BaseModel, ConfigDict, Field
@@ -99,6 +106,14 @@ class Shell:
         out, err = process.communicate(input, timeout=60)
         return Done(process.returncode, out, err)
 
+    def python(self, code: str, *words: str) -> Done:
+        """Run code in a process of its own."""
+        command = [sys.executable, "-c", code, *words]
+        done = subprocess.run(
+            command, cwd=self.home, env=self.env, capture_output=True, text=True, check=False, timeout=60
+        )
+        return Done(done.returncode, done.stdout, done.stderr)
+
     def calls(self) -> list[str]:
         """The nodes whose functions were called, in order."""
         path = self.home / "calls"
@@ -143,6 +158,82 @@ def inside(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(stroma.home))
     return call
+
+
+@pytest.fixture
+def ran(inside: Callable[..., Done]) -> Callable[..., Done]:
+    """Run a pipeline without progress, and check the exit code."""
+
+    def run(
+        run_id: str,
+        *words: str,
+        target: str = "sums.py:pipeline",
+        given: str = GOOD,
+        code: int = 0,
+        **env: str,
+    ) -> Done:
+        done = inside("run", target, given, "--run-id", run_id, "-q", *words, env=env)
+        assert done.code == code, done
+        return done
+
+    return run
+
+
+#: What differs between two runs of one test, and what stands for it in a golden file: of the same width.
+VARYING = (
+    (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "2026-01-02 03:04:05"),
+    (r"\d{4}-\d\d-01T00:00:00", "2026-01-02T03:04:05"),
+    (rf"(genai.prices\W+){re.escape(genai_prices.__version__)}", r"\g<1>1.2.3"),
+    (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", "2026-01-02T03:04:05"),
+    (r"(T03:04:05\.)\d+", r"\g<1>678"),
+    (r"\b\d\d:\d\d:\d\d\b", "03:04:05"),
+    (r"\+\d\.\d{3} s", "+0.012 s"),
+    (r"\b\d\.\d\d s\b|\d+\.\d s(?= ago)", "0.01 s"),
+    (r'("\w*seconds": )[\d.e-]+', r"\g<1>0.01"),
+    (r"process \d+ on \S+", "process 1 on host"),
+)
+
+
+@pytest.fixture
+def golden(
+    inside: Callable[..., Done], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """Compare what commands print with golden/NAME.txt: JSON once, text on terminals of 80 and 120 columns.
+
+    Rewrite the files with ``pytest --update``.
+    """
+
+    def bar_without_waits(attempt: Any, first_ns: int) -> Any:
+        return dataclasses.replace(bar_of(attempt, first_ns), function_ms=None)
+
+    # How long functions ran in a group is shown only beside another time, which depends on the machine.
+    for command in ("show", "tail"):
+        monkeypatch.setattr(f"stroma.cli.commands.{command}.bar_of", bar_without_waits)
+
+    def shown(line: str, columns: int | None) -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr("stroma.cli.output.Stream.is_terminal", columns is not None)
+            done = inside(*shlex.split(line), env={"COLUMNS": str(columns or 0), "NO_COLOR": "1"})
+        lines = (done.out + done.err).splitlines()
+        assert columns is None or max(map(len, lines), default=0) <= columns, done
+        code = f"exit code {done.code}\n" if done.code else ""
+        text = done.out + (f"--- stderr\n{done.err}" if done.err else "") + code
+        for pattern, stands_for in VARYING:
+            text = re.sub(pattern, stands_for, text)
+        return "\n".join(one.rstrip() for one in text.splitlines()) + "\n"
+
+    def check(name: str, *lines: str, columns: tuple[int | None, ...] = (80, 120)) -> None:
+        text = ""
+        for line in lines:
+            sizes = (None,) if "json" in line else columns
+            parts = {size: shown(line, size) for size in sizes}
+            for part in dict.fromkeys(parts.values()):
+                at = " and ".join(str(size) for size in sizes if size is not None and parts[size] == part)
+                text += f"$ stroma {line}{f'  # {at} columns' if at else ''}\n{part}\n"
+        path = Path(__file__).parent / "golden" / f"{name}.txt"
+        compare_with_file(text, path, update=request.config.getoption("--update"))
+
+    return check
 
 
 @pytest.fixture

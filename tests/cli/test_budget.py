@@ -1,9 +1,5 @@
 """`stroma budget`, and what `stroma run` says of a shared budget that is spent."""
 
-import json
-import re
-from pathlib import Path
-
 import pytest
 
 PIPELINE = """
@@ -27,57 +23,23 @@ pipeline = Pipeline("asks", [ask, ask], config=RunConfig(shared_budgets=team))
 
 
 @pytest.fixture
-def spent(tmp_path: Path, stroma):
-    """A store with a run that a shared budget stopped at its second node... of the second run."""
-    (tmp_path / "asks.py").write_text(PIPELINE)
-    first = stroma("run", "asks.py:pipeline", '{"n": 1}', "--db", "runs.db", "--run-id", "first")
-    assert first.code == 0, first.err
-    return stroma("run", "asks.py:pipeline", '{"n": 1}', "--db", "runs.db", "--run-id", "second")
+def spent(stroma, ran):
+    """The second run of a store, which a shared budget stopped at its second node."""
+    stroma.file("asks.py", PIPELINE)
+    ran("first", "--db", "runs.db", target="asks.py:pipeline", given='{"n": 1}')
+    return ran("second", "--db", "runs.db", target="asks.py:pipeline", given='{"n": 1}', code=5)
 
 
 def test_a_run_that_a_shared_budget_stops(spent) -> None:
-    """It exits with 5, says what is spent, and offers to go on without raising the run's own budget."""
-    assert spent.code == 5
+    """It exits with 5, says what is spent, and offers to resume without raising the run's own budget."""
     assert "shared budget 'team-a' has no room for a call of node 'ask'" in spent.err
-    assert "when the shared budget has room, resume with" in spent.err
+    assert "when the shared budget has room, resume with: stroma resume second asks.py:pipeline" in spent.err
     assert "--budget-usd" not in spent.err
-    assert "stroma resume second asks.py:pipeline" in spent.err
 
 
-def test_the_state_of_a_budget(spent, inside) -> None:
+def test_the_state_of_a_budget(spent, golden, inside, fails) -> None:
     """A person sees what was spent, what is left and until when; a program sees the same as JSON."""
-    done = inside("budget", "team-a", "--db", "runs.db")
-    assert (done.code, done.err) == (0, "")
-    lines = done.out.splitlines()
-    assert lines[0] == "team-a: per month, 0 calls in flight"
-    assert re.split(r"  +", lines[1].strip()) == ["SPENT", "RESERVED", "LEFT", "LIMIT"]
-    assert re.split(r"  +", lines[2].strip()) == ["$0.200000", "$0.000000", "$0.050000", "$0.250000"]
-    assert re.split(r"  +", lines[3].strip()) == ["20 tok", "0 tok", "980 tok", "1,000 tok"]
-    assert re.split(r"  +", lines[5].strip()) == ["ask", "$0.200000", "20 tok"]
-    assert lines[6].startswith("it resets at ")
-
-    findings = json.loads(inside("budget", "team-a", "--db", "runs.db", "--json").out)
-    assert re.fullmatch(r"\d{4}-\d\d-01T00:00:00\+00:00", findings.pop("window_start"))
-    assert re.fullmatch(r"\d{4}-\d\d-01T00:00:00\+00:00", findings.pop("window_end"))
-    assert findings == {
-        "schema": "stroma.budget/1",
-        "name": "team-a",
-        "per": "month",
-        "limit": {"cost_usd": 0.25, "tokens": 1000},
-        "spent": {"cost_usd": 0.2, "tokens": 20},
-        "reserved": {"cost_usd": 0.0, "tokens": 0},
-        "calls": 0,
-        "nodes": {"ask": {"cost_usd": 0.2, "tokens": 20}},
-    }
-
-
-def test_a_budget_that_is_not_there(spent, inside) -> None:
-    """It is an error that says where was looked, as is a name that can be none."""
-    done = inside("budget", "team-b", "--db", "runs.db")
-    assert (done.code, done.out) == (4, "")
-    assert "no run has spent from a shared budget 'team-b' in runs.db" in done.err
-    done = inside("budget", "", "--db", "runs.db")
-    assert done.code == 2
-    done = inside("budget", "team-a", "--db", "none.db")
-    assert done.code == 4
-    assert "store none.db does not exist" in done.err
+    golden("budget", "budget team-a --db runs.db", "budget team-a --db runs.db --json")
+    fails(inside("budget", "team-b", "--db", "runs.db"), 4, "no run has spent from a shared budget 'team-b'")
+    fails(inside("budget", "", "--db", "runs.db"), 2)
+    fails(inside("budget", "team-a", "--db", "none.db"), 4, "store none.db does not exist")

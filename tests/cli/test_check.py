@@ -54,60 +54,16 @@ def flows(stroma):
 
 
 @pytest.mark.core
-def test_check_lists_errors_and_warnings(flows, inside):
-    """Findings are on stdout with both nodes, the field and the mend; with an error the exit code is 1."""
-    done = inside("check", "flows.py:wrong")
-    assert done.code == 1
-    assert done.out.splitlines() == [
-        "warning  split -> result  kept  (optional)",
-        "         'split' gives kept as str | None, 'result' takes str: it may be None",
-        "         fix: take None in the input of 'result', or promise a value in the output of 'split'",
-        "error    split -> result  total  (missing)",
-        "         'result' needs total (int), and Parts has no such field",
-        "         fix: add it to the output of 'split', or give it a default in Result",
-    ]
-    assert done.err == "wrong: 2 nodes, 1 error, 1 warning\n"
-
-
-def test_check_says_nothing_about_what_is_fine(flows, inside):
-    """Without findings stdout is empty and the exit code 0; no node is called, no store is made."""
-    done = inside("check", "flows.py:fine")
-    assert (done.code, done.out, done.err) == (0, "", "fine: 3 nodes, 0 errors, 0 warnings\n")
-    assert [path.name for path in flows.home.iterdir() if not path.name.startswith("__")] == [
-        "sums.py",
-        "flows.py",
-    ] or {path.name for path in flows.home.iterdir() if not path.name.startswith("__")} == {
-        "sums.py",
-        "flows.py",
-    }
-
-
-def test_check_as_json(flows, inside):
-    """--json prints one object with a schema, the counts and each finding with all that it has."""
-    done = inside("check", "flows.py:wrong", "--json")
-    data = json.loads(done.out)
-    assert (done.code, done.err) == (1, "")
-    assert (
-        data["schema"],
-        data["pipeline"],
-        data["exit_code"],
-        data["errors"],
-        data["warnings"],
-        data["against"],
-    ) == ("stroma.check/1", "wrong", 1, 1, 1, None)
-    assert data["findings"][1] == {
-        "severity": "error",
-        "kind": "missing",
-        "source": "split",
-        "target": "result",
-        "source_at": "0",
-        "target_at": "1",
-        "path": "total",
-        "source_type": "",
-        "target_type": "int",
-        "message": "'result' needs total (int), and Parts has no such field",
-        "fix": "add it to the output of 'split', or give it a default in Result",
-    }
+def test_findings_and_graphs(flows, inside, golden):
+    """check has both nodes, the field and the fix of each finding; graph marks them on fields and edges."""
+    graphs = [f"graph flows.py:{name} --format json" for name in ("wrong", "unknown")]
+    golden(
+        "check", "check flows.py:wrong", "check flows.py:fine", "check flows.py:wrong --json", columns=(None,)
+    )
+    golden("graph", "graph flows.py:fine --format mermaid", *graphs, columns=(None,))
+    odd = inside("graph", "flows.py:odd", "--format", "mermaid").out
+    assert '    n0["a#34;]#60;script#62; #38;<br/>Text → Text"]' in odd
+    assert {path.name for path in flows.home.iterdir()} - {"__pycache__"} == {"sums.py", "flows.py"}
 
 
 def test_bad_calls_of_check(flows, inside, fails):
@@ -122,21 +78,13 @@ def test_bad_calls_of_check(flows, inside, fails):
 # ---------------------------------------------------------------------- against a run
 
 
-def test_against_a_run_that_can_be_resumed(stroma, inside):
-    """--against says that a run with today's nodes and schemas can be resumed."""
-    inside("run", "sums.py:pipeline", '{"start": 1}', "--run-id", "r1", env={"SECOND": "raise ValueError"})
+def test_against_a_run_that_can_be_resumed(stroma, ran, inside, golden):
+    """--against says that a run with today's nodes and schemas can be resumed, and changes nothing."""
+    ran("r1", code=1, SECOND="raise ValueError")
     before = {path: path.read_bytes() for path in stroma.home.rglob("*.db*")}
-    done = inside("check", "sums.py:pipeline", "--against", "last")
-    assert done.code == 0
-    assert done.out.splitlines()[-1] == "ok       run r1 (PARTIAL) can be resumed: all it has committed fits"
-    data = json.loads(inside("check", "sums.py:pipeline", "--against", "r", "--json").out)
-    assert data["against"] == {
-        "run_id": "r1",
-        "pipeline": "sums",
-        "status": "PARTIAL",
-        "resumable": True,
-        "changes": [],
-    }
+    golden(
+        "check-against", "check sums.py:pipeline --against last", "check sums.py:pipeline --against r --json"
+    )
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -157,9 +105,9 @@ def test_against_a_run_that_can_be_resumed(stroma, inside):
         ('Field(alias="start")', "Field(gt=0, alias='begin')", "could be"),
     ],
 )
-def test_against_a_run_of_other_schemas(stroma, inside, old, new, words):
+def test_against_a_run_of_other_schemas(stroma, ran, inside, old, new, words):
     """What changed since the run is told for each output, as a resume would refuse it; the exit code is 1."""
-    inside("run", "sums.py:pipeline", '{"start": 1}', "--run-id", "r1", env={"SECOND": "raise ValueError"})
+    ran("r1", code=1, SECOND="raise ValueError")
     text = (stroma.home / "sums.py").read_text()
     assert old in text
     # Longer in any case: Python takes a file of the same second and size for the one that it has compiled.
@@ -185,9 +133,9 @@ def test_items_of_a_map_that_changed_alike_are_one_line():
     ]
 
 
-def test_against_a_run_with_another_input(stroma, inside):
+def test_against_a_run_with_another_input(stroma, ran, inside):
     """An input that today's first node does not take is a change, too."""
-    inside("run", "sums.py:pipeline", '{"start": 1}', "--run-id", "r1", env={"SECOND": "raise ValueError"})
+    ran("r1", code=1, SECOND="raise ValueError")
     text = (stroma.home / "sums.py").read_text()
     (stroma.home / "sums.py").write_text(
         text.replace("n: int = Field(alias=", "n: str = Field(alias=") + "\n#\n"
@@ -199,65 +147,6 @@ def test_against_a_run_with_another_input(stroma, inside):
 
 
 # ---------------------------------------------------------------------- graph
-
-
-def test_graph_as_json(flows, inside):
-    """--format json has every node with its fields, and which field of which node feeds which."""
-    done = inside("graph", "flows.py:fine", "--format", "json")
-    data = json.loads(done.out)
-    assert (done.code, data["schema"], data["pipeline"]) == (0, "stroma.graph/1", "fine")
-    assert [(n["at"], n["node_id"], n["kind"], n["group"]) for n in data["nodes"]] == [
-        ("input", "input", "input", None),
-        ("0", "split", "node", None),
-        ("1", "map_over(parts, shout) into shouted", "map_over", None),
-        ("1.0", "shout", "node", "1"),
-        ("2", "end", "node", None),
-    ]
-    assert data["nodes"][1]["gives"] == [
-        {"name": "parts", "type": "list[str]", "verdict": "fits"},
-        {"name": "kept", "type": "str | None", "verdict": "fits"},
-    ]
-    assert [(e["from"], e["field"], e["to"], e["feeds"]) for e in data["edges"]] == [
-        ("input", "text", "0", "text"),
-        ("0", "parts", "1.0", "text"),
-        ("0", "parts", "2", "parts"),
-        ("0", "kept", "2", "kept"),
-    ]
-
-
-def test_graph_marks_what_check_finds(flows, inside):
-    """What can never work and what may fail is marked on fields and edges."""
-    data = json.loads(inside("graph", "flows.py:wrong", "--format", "json").out)
-    assert {line["name"]: line["verdict"] for line in data["nodes"][2]["takes"]} == {
-        "parts": "fits",
-        "kept": "warning",
-        "total": "error",
-    }
-    assert [e["verdict"] for e in data["edges"]] == ["fits", "fits", "warning"]
-    unknown = json.loads(inside("graph", "flows.py:unknown", "--format", "json").out)
-    assert [(e["from"], e["to"], e["verdict"]) for e in unknown["edges"]] == [
-        ("input", "0", "fits"),
-        ("0", "1", "unknown"),
-        ("1", "2", "unknown"),
-    ]
-
-
-def test_graph_as_mermaid(flows, inside):
-    """In Mermaid groups are subgraphs, edges are labelled with their fields, and ids stay text."""
-    assert inside("graph", "flows.py:fine", "--format", "mermaid").out.splitlines() == [
-        "flowchart LR",
-        '    ninput["input<br/>Text"]',
-        '    n0["split<br/>Text → Parts"]',
-        '    subgraph n1["map_over(parts, shout) into shouted"]',
-        '        n1_0["shout<br/>Text → Text"]',
-        "    end",
-        '    n2["end<br/>Parts → Parts"]',
-        '    ninput -->|"text"| n0',
-        '    n0 -->|"parts → text"| n1_0',
-        '    n0 -->|"parts, kept"| n2',
-    ]
-    odd = inside("graph", "flows.py:odd", "--format", "mermaid").out
-    assert '    n0["a#34;]#60;script#62; #38;<br/>Text → Text"]' in odd
 
 
 def test_graph_draws_a_file(flows, inside, fails):
@@ -291,10 +180,3 @@ def test_graph_as_svg(flows, inside):
     root = ET.fromstring(inside("graph", "flows.py:odd", "--format", "svg").out)
     texts = ["".join(element.itertext()) for element in root.iter()]
     assert any('a"]<script>' in text for text in texts)
-
-
-def test_nothing_is_left_behind(flows, inside):
-    """Neither command makes the default store, or its directory."""
-    inside("check", "flows.py:fine")
-    inside("graph", "flows.py:fine", "--format", "mermaid")
-    assert not Path(flows.home, ".local").exists()

@@ -40,15 +40,19 @@ def test_a_run_that_kept_dying_is_forced(stroma):
 
 @pytest.mark.slow
 def test_a_run_whose_owner_is_gone_is_interrupted(stroma):
-    """`stroma runs`, `show`, `check` and `resume` say INTERRUPTED of a run whose process died; it is not
-    among the RUNNING."""
+    """A run whose process died is INTERRUPTED for `runs`, `show`, `check` and `resume`, and not RUNNING."""
     env = {"SECOND": "os.kill(os.getpid(), signal.SIGKILL)"}
     assert stroma("run", "sums.py:pipeline", GOOD, "--run-id", "x1", env=env).code == -9
     for request in ((), ("--status", "INTERRUPTED")):
         (run,) = json.loads(stroma("runs", "--json", *request).out)["runs"]
         assert (run["run_id"], run["status"], run["holder"]) == ("x1", "INTERRUPTED", None)
     assert json.loads(stroma("runs", "--json", "--status", "RUNNING").out)["runs"] == []
-    assert "INTERRUPTED" in stroma("show", "x1").out
+    listed = stroma("runs")
+    assert "  owner lost; last record " in listed.out
+    assert listed.err == "resume a run without owner: stroma resume RUN FILE.py:NAME\n"
+    shown = stroma("show", "x1").out
+    assert "INTERRUPTED" in shown
+    assert "owner     lost; last record " in shown
     checked = ("check", "sums.py:pipeline", "--against", "x1")
     assert "run x1 (INTERRUPTED) can be resumed" in stroma(*checked).out
     assert json.loads(stroma(*checked, "--json").out)["against"]["status"] == "INTERRUPTED"

@@ -29,64 +29,13 @@ def fetched(monkeypatch):
     data_snapshot.set_custom_snapshot(None)
 
 
-def test_the_prices_of_a_model(inside):
-    """Each kind of token, each size of call and each way of being served that has a price, and where it is
-    from."""
-    done = inside("prices", "claude-sonnet-4-5")
-    assert (done.code, done.err) == (0, "")
-    assert done.out.splitlines() == [
-        f"claude-sonnet-4-5: genai-prices {genai_prices.__version__} (the data that came with it), as "
-        f"claude-sonnet-4-5 of anthropic",
-        "PER MILLION TOKENS                   STANDARD   BATCH",
-        "input                                      $3    $1.5",
-        "input, above 200,000                       $6      $3",
-        "  from a cache                           $0.3   $0.15",
-        "  from a cache, above 200,000            $0.6    $0.3",
-        "  to a cache                            $3.75  $1.875",
-        "  to a cache, above 200,000              $7.5   $3.75",
-        "  to a cache for 1 h                       $6      $3",
-        "  to a cache for 1 h, above 200,000       $12      $6",
-        "output                                    $15    $7.5",
-        "output, above 200,000                   $22.5  $11.25",
-    ]
-
-
-def test_what_known_models_says_is_named(inside, monkeypatch):
-    """A price of KNOWN_MODELS is said to be one, also of a model that is named by its date, or that has no
-    data."""
-    done = inside("prices", "gpt-4o-2024-11-20", "gpt-4o")
-    first, *_ = done.out.splitlines()
+def test_the_prices_of_a_model(inside, golden, monkeypatch):
+    """Each kind of token, size of call and tier that has a price, and its source, as a table and as JSON."""
+    monkeypatch.setitem(KNOWN_MODELS, "ours", (2.0, 4.5))
+    golden("prices", "prices claude-sonnet-4-5", "prices ours", "prices claude-sonnet-4-5 --json")
+    first = inside("prices", "gpt-4o-2024-11-20").out.splitlines()[0]
     assert first.startswith(
         "gpt-4o-2024-11-20: KNOWN_MODELS['gpt-4o']; the rest in the proportion of genai-prices"
-    )
-    monkeypatch.setitem(KNOWN_MODELS, "ours", (2.0, 4.5))
-    assert inside("prices", "ours").out.splitlines() == [
-        "ours: KNOWN_MODELS['ours']",
-        "PER MILLION TOKENS  STANDARD",
-        "input                     $2",
-        "output                  $4.5",
-    ]
-
-
-def test_prices_as_data(inside):
-    """--json has what the tables have, smallest calls first."""
-    done = inside("prices", "claude-sonnet-4-5", "gpt-4o", "--json")
-    data = json.loads(done.out)
-    assert (data["schema"], data["genai_prices"], data["fetched_at"]) == (
-        "stroma.prices/1",
-        genai_prices.__version__,
-        None,
-    )
-    claude, gpt = data["models"]
-    assert claude["listed_as"] == {"provider": "anthropic", "id": "claude-sonnet-4-5"}
-    assert claude["rates"]["standard"]["input"] == [
-        {"above": 0, "usd_per_million": 3.0},
-        {"above": 200_000, "usd_per_million": 6.0},
-    ]
-    assert claude["rates"]["standard"]["request_usd"] == 0
-    assert (gpt["source"], gpt["rates"]["batch"]["output"]) == (
-        "KNOWN_MODELS",
-        [{"above": 0, "usd_per_million": 5.0}],
     )
 
 

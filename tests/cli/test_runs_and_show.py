@@ -1,4 +1,4 @@
-"""`stroma runs`, `stroma show`, and the command as a whole."""
+"""The command as a whole: its start, imports, pipes and help; runs in progress, blocked and damaged ones."""
 
 import asyncio
 import contextlib
@@ -6,11 +6,10 @@ import json
 import os
 import re
 import sqlite3
-import subprocess
-import sys
 import time
 
 import pytest
+from tests.cli.conftest import GOOD
 from tests.store_suite.journal import State, begin, commit, finish
 
 from stroma import SQLiteStore
@@ -19,101 +18,11 @@ from stroma.checkpoint.history import History
 from stroma.cli import formatting
 from stroma.trace.redaction import HIDDEN
 
-GOOD = '{"start": 1}'
-
-
-@pytest.fixture
-def filled(stroma, inside):
-    """A store with a finished run, a failed one and one whose process was killed."""
-    done = inside("run", "sums.py:pipeline", GOOD, "--run-id", "run-a")
-    failed = inside(
-        "run",
-        "sums.py:pipeline",
-        GOOD,
-        "--run-id",
-        "run-b",
-        env={
-            "SECOND": "current_node().report_usage(input_tokens=7, model='gpt-4o-mini'); raise "
-            "TimeoutError('too slow')"
-        },
-    )
-    killed = stroma(
-        "run",
-        "sums.py:pipeline",
-        GOOD,
-        "--run-id",
-        "other",
-        env={"SECOND": "os.kill(os.getpid(), signal.SIGKILL)"},
-    )
-    assert (done.code, failed.code, killed.code) == (0, 1, -9)
-    return stroma
-
-
-@pytest.mark.slow
-def test_runs(filled, inside):
-    """The newest run is first; each line has status, nodes, tokens, the cost to the micro-dollar, and the
-    error."""
-    done = inside("runs")
-    assert (done.code, done.err) == (0, "resume a run without owner: stroma resume RUN FILE.py:NAME\n")
-    lines = [re.split(r"  +", line) for line in done.out.splitlines()]
-    assert lines[0] == [
-        "RUN",
-        "PIPELINE",
-        "STATUS",
-        "NODES",
-        "TOKENS",
-        "COST",
-        "STARTED",
-        "DURATION",
-        "MESSAGE",
-    ]
-    assert [line[:5] for line in lines[1:]] == [
-        ["other", "sums", "INTERRUPTED", "1", "120"],
-        ["run-b", "sums", "PARTIAL", "1", "134"],
-        ["run-a", "sums", "COMPLETED", "3", "135"],
-    ]
-    assert all(re.fullmatch(r"\$\d\.\d{6}", line[5]) for line in lines[1:])
-    assert lines[1][8].startswith("owner lost; last record ")
-    assert lines[2][8] == "TimeoutError: too slow"
-
-    only = json.loads(inside("runs", "--json", "--status", "partial").out)
-    assert only["schema"] == "stroma.runs/1"
-    (run,) = only["runs"]
-    assert run["run_id"] == "run-b"
-    assert set(run) == {
-        "run_id",
-        "pipeline",
-        "status",
-        "execution",
-        "started",
-        "updated",
-        "due",
-        "seconds",
-        "nodes",
-        "tokens",
-        "cost_usd",
-        "error",
-        "holder",
-        "parent",
-        "tags",
-        "version",
-        "blocked",
-        "cause",
-    }
-    assert [r["run_id"] for r in json.loads(inside("runs", "--json", "--limit", "2").out)["runs"]] == [
-        "other",
-        "run-b",
-    ]
-    assert "no run matches" in inside("runs", "--pipeline", "nobody").err
-
-    # The killed one can be finished.
-    assert inside("resume", "other", "sums.py:pipeline").code == 0
-    assert filled.calls()[-3:] == ["second", "second", "third"]
+MAIN = "import sys; from stroma.cli import main; "
 
 
 def test_blocked_runs(tmp_path, inside):
-    """`runs --blocked` lists the runs that code could not continue; `show` and JSON have the message, since
-    when, and the code."""
+    """`runs --blocked` lists the runs that code could not continue, with the message and the code."""
 
     async def write(store):
         for run_id in ("held", "free"):
@@ -140,10 +49,8 @@ def test_blocked_runs(tmp_path, inside):
         assert History(store, dict).run("held").blocked.message == HIDDEN
 
 
-def test_runs_say_who_is_at_work(tmp_path, inside, monkeypatch):
-    """Of a run in progress, `runs` names the process and host that runs it, for how long, and when it
-    recorded something last."""
-
+def test_runs_name_the_owner(tmp_path, inside, monkeypatch):
+    """`runs` names the process and host of a run in progress, for how long it runs, and its last record."""
     with SQLiteStore(tmp_path / "stroma.db") as store, asyncio.Runner() as loop:
 
         async def work():
@@ -163,78 +70,18 @@ def test_runs_say_who_is_at_work(tmp_path, inside, monkeypatch):
     assert re.fullmatch(rf"run by process {os.getpid()} on \S+ for 12\.0 s; last record .*", line[8])
 
 
-@pytest.mark.slow
-def test_show(filled, inside, fails):
-    """Each attempt has a line, what came to nothing is summed apart, and a run is named by a unique
-    beginning."""
-    done = inside("show", "run-b")
-    assert done.code == 0
-    assert re.search(
-        r"\nstatus +PARTIAL\n(.*\n)*spent +134 tok, \$0\.0000\d\d\nwasted +14 tok, \$0\.00000\d ", done.out
-    )
-    assert re.search(r"\n0 +first +1 +success +\d\.\d\d s +120 +\$0\.0000\d\d +gpt-4o-mini\n", done.out)
-    assert (
-        len(
-            re.findall(
-                r"\n1 +second +[12] +failure +RECOVERABLE +timeout .* TimeoutError: too slow", done.out
-            )
-        )
-        == 2
-    )
-    assert "resume with: stroma resume run-b FILE.py:NAME" in done.err
-
-    data = json.loads(inside("show", "run-b", "--json").out)
-    assert (data["schema"], data["wasted_tokens"], data["run"]["run_id"]) == ("stroma.show/1", 14, "run-b")
-    assert [(a["node_id"], a["attempt"], a["outcome"], a["committed"]) for a in data["attempts"]] == [
-        ("first", 1, "success", True),
-        ("second", 1, "failure", False),
-        ("second", 2, "failure", False),
-    ]
-
+def test_runs_are_named_by_a_unique_prefix(ran, inside, fails):
+    """A run is named by its id, a unique prefix of it, or "last"; an ambiguous prefix lists the runs."""
+    for run_id in ("run-a", "run-b", "other"):
+        ran(run_id)
     assert inside("show", "last").out.startswith("run       other\n")
-    assert "owner     lost; last record " in inside("show", "oth").out
+    assert inside("show", "oth").out.startswith("run       other\n")
     fails(inside("show", "run-"), 2, "is a prefix of 2 run ids", "run-a", "run-b")
     fails(inside("show", "nope"), 4, "no run whose id begins with 'nope'", "stroma runs")
 
 
-def test_a_cost_without_tokens(stroma, inside):
-    """An attempt that is priced per call has its cost in its progress, in its row and its fold, and in its
-    line of tail."""
-    stroma.file(
-        "images.py",
-        """
-        from pydantic import BaseModel
-        from stroma import Flow, NodeContract, Pipeline, Usage, stroma_flow, stroma_node
-
-        class Prompt(BaseModel):
-            text: str
-
-        @stroma_node("draw", NodeContract(node_id="draw", input_schema=Prompt, output_schema=Prompt))
-        async def draw(prompt):
-            if prompt.text == "bad":
-                raise ValueError("no image")
-            return prompt, Usage(model="dall-e-3", cost_usd=0.04)
-
-        @stroma_flow("draws", input=Prompt, output=Prompt)
-        async def draws(flow: Flow, prompt: Prompt) -> Prompt:
-            for _ in range(20):
-                await flow.step(draw, prompt)
-            return prompt
-
-        one, many = Pipeline("one", [draw]), Pipeline("many", [draws])
-    """,
-    )
-    done = inside("run", "images.py:one", '{"text": "a cat"}', "--run-id", "one")
-    assert re.search(r"draw +ok +\d\.\d\d s, 0 tok, \$0\.040000, dall-e-3\n", done.err), done
-    assert re.search(r"\n0 +draw +1 +success .* s +\$0\.040000 +dall-e-3\n", inside("show", "one").out)
-    assert re.search(r"draw  #1  success .* s  0 tok, \$0\.040000\n", inside("tail", "one").out)
-    assert inside("run", "images.py:many", '{"text": "a cat"}', "--run-id", "many", "-q").code == 0
-    shown = inside("show", "many").out
-    assert re.search(r" s +\$0\.800000 +20 calls: 20 ok", shown), shown
-
-
 def test_an_empty_store(stroma, inside, fails):
-    """Before the first run the list is empty and says how to begin; a store that was named must be there."""
+    """Before the first run the list is empty and says how to begin; a store that was named must exist."""
     done = inside("runs")
     assert (done.code, done.out) == (0, "")
     assert "begin one: stroma run FILE.py:NAME" in done.err
@@ -246,21 +93,22 @@ def test_an_empty_store(stroma, inside, fails):
 
 
 @pytest.mark.slow
-def test_a_reader_that_goes_away(filled):
+def test_a_reader_that_goes_away(stroma, ran):
     """`stroma runs | head -1` ends quietly, whenever the reader leaves."""
+    ran("run-a")
     for words_ in (
         ["runs", "--status", "completed"],
         ["show", "run-a"],
         ["--help"],
         ["run", "sums.py:pipeline", GOOD, "-q", "--json"],
     ):
-        process = filled.popen(*words_)
+        process = stroma.popen(*words_)
         process.stdout.close()
         err = process.stderr.read()
         process.stderr.close()
         assert err.replace("printed by a node\n", "") == ""
         assert process.wait(30) in (0, 1 if words_ == ["--help"] else 0)
-    process = filled.popen("run", "sums.py:pipeline", GOOD)
+    process = stroma.popen("run", "sums.py:pipeline", GOOD)
     process.stderr.close()
     assert json.loads(process.stdout.read()) == {"n": 4}
     process.stdout.close()
@@ -269,7 +117,7 @@ def test_a_reader_that_goes_away(filled):
 
 @pytest.mark.slow
 def test_output_that_cannot_be_written(stroma, fails):
-    """A full disk under the output is one message, and the run is kept."""
+    """A full disk under the output is one message, and the run is stored."""
     with open("/dev/full", "w") as full:
         done = stroma("run", "sums.py:pipeline", GOOD, "-q", stdout=full)
     done.out, done.err = "", done.err.replace("printed by a node\n", "")
@@ -277,57 +125,29 @@ def test_output_that_cannot_be_written(stroma, fails):
     assert json.loads(stroma("runs", "--json").out)["runs"][0]["status"] == "COMPLETED"
 
 
-@pytest.mark.slow
-def test_start_is_light(stroma):
-    """--version and --help import neither pydantic nor rich nor asyncio; reading off a terminal does without
-    rich."""
-    for words_ in (["--version"], ["--help"]):
-        code = (
-            f"import sys; from stroma.cli import main; main({words_!r}); print(sorted(sys.modules), "
-            f"file=sys.stderr)"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=stroma.home, capture_output=True, text=True, check=True
-        )
-        assert not set(eval(done.stderr)) & {"pydantic", "rich", "asyncio", "stroma.runner"}
-    code = "import sys; from stroma.cli import main; main(['runs']); print('rich' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=stroma.home,
-        env=stroma.env,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout == "False\n"
-
-
-def test_version_and_help(stroma, inside):
-    """The version is one line, and the help of all and of each command tells the exit codes and the
-    options."""
+def test_version_and_help(inside):
+    """The version is one line, and the help has the exit codes and the options."""
     assert re.fullmatch(r"stroma \d+\.\d+\.\S+\n", inside("--version").out)
-    assert "5\n  stopped by the budget" in inside("-h").out or "5 stopped by the budget" in inside("-h").out
-    assert "7 suspended" in " ".join(inside("-h").out.split())
+    text = " ".join(inside("-h").out.split())
+    assert "5 stopped by the budget" in text
+    assert "7 suspended" in text
     for command in ("run", "resume", "approve", "cancel", "runs", "show"):
         assert "STROMA_DB" in inside(command, "--help").out
 
 
 @pytest.mark.slow
-def test_without_click(stroma):
-    """Installed without its extra, the command says what to install."""
-    code = "import sys; sys.modules['click'] = None; from stroma.cli import main; sys.exit(main(['runs']))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 3
-    assert done.stderr.startswith("stroma: the command line needs click; install it with: ")
-
-
-@pytest.mark.slow
-def test_the_demo_without_its_extra(stroma):
-    """The demo says which extra it lacks."""
-    code = "import sys; sys.modules['openai'] = None; from stroma.cli import main; sys.exit(main(['demo']))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 3
-    assert "pip install 'stroma-runner[demo]'" in done.stderr
+@pytest.mark.parametrize(
+    ("missing", "command", "words"),
+    [
+        ("click", "runs", "stroma: the command line needs click; install it with: "),
+        ("openai", "demo", "pip install 'stroma-runner[demo]'"),
+    ],
+)
+def test_a_missing_extra(stroma, missing, command, words):
+    """Without the packages of its extra a command says what to install."""
+    done = stroma.python(f"import sys; sys.modules[{missing!r}] = None; {MAIN}sys.exit(main([{command!r}]))")
+    assert done.code == 3
+    assert words in done.err
 
 
 @pytest.mark.parametrize(
@@ -355,10 +175,10 @@ def test_clean_text():
     assert formatting.format_local_time(int(time.time() * 1000)).count(":") == 2
 
 
-@pytest.mark.slow
-def test_a_damaged_output_hides_nothing_else(filled, inside):
+def test_a_damaged_output_hides_nothing_else(stroma, ran, inside):
     """What is damaged is named, with 3; the rest of the run is shown all the same."""
-    path = filled.home / ".local/share/stroma/runs.db"
+    ran("run-a")
+    path = stroma.home / ".local/share/stroma/runs.db"
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.execute("UPDATE steps SET output = x'00' WHERE node_id = 'first'")
     done = inside("show", "run-a")
@@ -371,22 +191,19 @@ def test_a_damaged_output_hides_nothing_else(filled, inside):
     assert [attempt["damaged"] for attempt in data["attempts"]] == [True, False, False]
 
 
+ALWAYS = ["rich", "starlette", "uvicorn", "jinja2", "psycopg", "redis", "genai_prices", "openai"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "never"),
     [
-        (["--version"], ["pydantic", "sqlite3", "rich", "asyncio", "stroma.checkpoint"]),
+        (["--version"], ["pydantic", "sqlite3", "rich", "asyncio", "stroma.checkpoint", "stroma.runner"]),
+        (["--help"], ["pydantic", "rich", "asyncio", "stroma.runner"]),
         (
             ["runs", "--failed", "--since", "1h"],
             [
-                "rich",
-                "starlette",
-                "uvicorn",
-                "jinja2",
-                "psycopg",
-                "redis",
-                "genai_prices",
-                "openai",
+                *ALWAYS,
                 "stroma.runner",
                 "stroma.engine.loop",
                 "stroma.cli.commands.run",
@@ -394,30 +211,19 @@ def test_a_damaged_output_hides_nothing_else(filled, inside):
                 "stroma.ui",
             ],
         ),
-        (["show", "run-a"], ["rich", "starlette", "psycopg", "redis", "genai_prices"]),
+        (["show", "run-a"], ALWAYS),
     ],
 )
-def test_what_commands_do_not_load(filled, words, never):
-    """Commands that one calls often load little: what takes long to import, or is another command's, stays
-    away."""
-    code = (
-        "import sys\nfrom stroma.cli import main\n"
-        f"assert main({words!r}) == 0\nprint(*(m for m in {never!r} if m in sys.modules), file=sys.stderr)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=filled.home,
-        env=filled.env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, ""), done
+def test_what_commands_do_not_load(stroma, ran, words, never):
+    """Commands that are called often do not import what takes long, or is another command's."""
+    ran("run-a")
+    loaded = f"print(*(m for m in {never!r} if m in sys.modules), file=sys.stderr)"
+    done = stroma.python(f"{MAIN}assert main({words!r}) == 0; {loaded}")
+    assert (done.code, done.err.splitlines()[-1]) == (0, ""), done
 
 
-def test_every_view_names_the_type(any_url, stroma, inside, monkeypatch):
-    """`show`, `runs`, `tail` and exports of every store show a failure as `Type: message`; --json has both
-    apart."""
+def test_every_view_names_the_type(any_url, stroma, ran, inside, monkeypatch):
+    """All commands show a failure as `Type: message` on every store; --json has both apart."""
     monkeypatch.setenv("STROMA_DB", any_url)
     stroma.file(
         "dates.py",
@@ -433,14 +239,13 @@ def test_every_view_names_the_type(any_url, stroma, inside, monkeypatch):
         pipeline = Pipeline("dates", [node("parse", parse, Count)], config=RunConfig(policy_map=once))
         """,
     )
-    assert inside("run", "dates.py:pipeline", '{"start": 1}', "--run-id", "x", "-q").code == 1
+    ran("x", target="dates.py:pipeline", code=1)
     shown = inside("show", "x").out
     assert "BadDate: bad date" in shown
     assert "ConnectionResetError" in inside("runs").out
     assert "ConnectionResetError: ConnectionResetError" not in shown
-    assert "BadDate: bad date" in inside("tail", "x").out
-    for kind in ("otlp", "html"):
-        assert "BadDate: bad date" in inside("export", "x", "--format", kind).out, kind
+    for line in ("tail x", "export x --format otlp", "export x --format html"):
+        assert "BadDate: bad date" in inside(*line.split()).out, line
     report = json.loads(inside("show", "x", "--json").out)
     first = report["attempts"][0]
     assert (first["error_type"].rpartition(".")[2], first["message"]) == ("BadDate", "bad date")

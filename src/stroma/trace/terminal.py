@@ -1,4 +1,4 @@
-"""One run as lines for terminals: `stroma show` prints them as a table, and rich draws a bar in each."""
+"""One run as lines for terminals: `stroma show` and `tail` print their cells, rich draws a bar in each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stroma.trace.outline import (
 )
 from stroma.trace.story import Bar, Story, waits
 
-__all__ = ["STYLES", "RunLine", "lines_of", "renderable"]
+__all__ = ["STYLES", "RunLine", "cells_of", "lines_of", "renderable"]
 
 _WIDE: Final = 32
 _MOST: Final = 200
@@ -43,21 +43,7 @@ class RunLine:
         """Return the texts of the line by column; empty columns are left out."""
         entry, bar = self.entry, self.bar
         if bar is not None:
-            damaged = ", damaged" if bar.is_damaged else ""
-            stored = ", output stored" if bar.is_committed and bar.outcome != "success" else ""
-            return {
-                "AT": bar.at,
-                "NODE": clean(entry.label, 40),
-                "TRY": str(bar.attempt),
-                "OUTCOME": f"{bar.outcome}{damaged or stored}",
-                "CLASS": bar.failure_class or "",
-                "REASON": clean(bar.reason or "", 20),
-                "TIME": duration(bar.took_ms, bar.function_ms),
-                "TOKENS": f"{bar.tokens:,}" if bar.tokens else "",
-                "COST": cost_text(bar.tokens, bar.cost_usd),
-                "MODEL": clean(bar.model or "", 30),
-                "MESSAGE": clean(bar.message or "", 120),
-            }
+            return cells_of(bar)
         cells = {"AT": entry.at, "NODE": clean(entry.label, 60 if entry.kind in WAITS else 40)}
         if entry.kind in WAITS:
             cells["OUTCOME"] = entry.bars[0].outcome
@@ -76,6 +62,25 @@ class RunLine:
     def style(self) -> str:
         """The style of its outcome."""
         return STYLES[self.entry.tone if self.bar is None else tone_of(self.bar.outcome)]
+
+
+def cells_of(bar: Bar) -> dict[str, str]:
+    """Return the texts of an attempt by column; those that it does not have are empty."""
+    damaged = ", damaged" if bar.is_damaged else ""
+    stored = ", output stored" if bar.is_committed and bar.outcome != "success" else ""
+    return {
+        "AT": bar.at,
+        "NODE": clean(bar.node_id, 40),
+        "TRY": str(bar.attempt),
+        "OUTCOME": f"{bar.outcome}{damaged or stored}",
+        "CLASS": bar.failure_class or "",
+        "REASON": clean(bar.reason or "", 20),
+        "TIME": duration(bar.took_ms, bar.function_ms),
+        "TOKENS": f"{bar.tokens:,}" if bar.tokens else "",
+        "COST": cost_text(bar.tokens, bar.cost_usd),
+        "MODEL": clean(bar.model or "", 30),
+        "MESSAGE": clean(bar.message or "", 120),
+    }
 
 
 def _fold_outcome(entry: OutlineEntry) -> str:

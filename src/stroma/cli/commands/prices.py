@@ -104,7 +104,7 @@ def _steps(steps: Steps) -> list[dict[str, Any]]:
 
 
 def _show(entry: ModelPrices) -> None:
-    out.line((clean(entry.model, 80), "bold"), f": {_source(entry)}")
+    out.fitted((clean(entry.model, 80), "bold"), f": {_source(entry)}")
     sizes = sorted(
         {above for rates in entry.rates.values() for _, steps in kinds(rates) for above, _ in steps}
     )

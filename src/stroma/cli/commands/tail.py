@@ -12,7 +12,7 @@ import click
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, short_id
 from stroma.checkpoint.events import EventPlace
-from stroma.checkpoint.history import History, is_interrupted, place_of, status_of
+from stroma.checkpoint.history import History, bar_of, is_interrupted, status_of
 from stroma.checkpoint.history.redaction import redact_value
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
@@ -25,11 +25,13 @@ from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, db_option
 from stroma.runner.events import StreamEvent
 from stroma.runner.follow import decode_events
+from stroma.trace.outline import tone_of
 from stroma.trace.redaction import Redact
+from stroma.trace.terminal import STYLES, cells_of
 
 __all__ = ["tail"]
 
-_STYLES = {"success": "green", "failure": "red"}
+_COLUMNS = ("CLASS", "REASON", "TIME", "TOKENS", "COST", "MODEL", "MESSAGE")  # after the outcome
 _MAX_RUNS = 200  # runs followed at once
 _MAX_ATTEMPTS = 10_000_000
 _PAGE_SIZE = 100  # batches of events that are read at once
@@ -181,7 +183,7 @@ class _Follower:
         for text in texts:
             place = f"{first.position}.{first.branch}" if first.branch else f"{first.position}"
             node = f"{place:<6} {clean(str(first.node_id), 40)}  #{first.attempt}  "
-            out.line(f"{'':8}  {node}", (clean(name, 20), "cyan"), f"  {clean(text, _MAX_CHARACTERS)}")
+            out.fitted(f"{'':8}  {node}", (clean(name, 20), "cyan"), f"  {clean(text, _MAX_CHARACTERS)}")
 
     def end(self, record: RunRecord) -> None:
         """Print the end of a run, once."""
@@ -200,13 +202,13 @@ class _Follower:
         if gone:
             hint = self._database.hint("resume", id_word(record.run_id), "FILE.py:NAME")
             out.line(*self._name(record), style_status(status_of(record)), "  owner lost")
-            err.line("resume it: ", hint)
+            err.hint(f"resume it: {hint}")
             return
         spent = (
             f"  {format_tokens(record.tokens)}, {format_usd(record.cost_usd)}, "
             f"{format_duration((record.updated_ms - record.started_ms) / 1000)}"
         )
-        out.line(*self._name(record), style_status(record.status), spent, why)
+        out.fitted(*self._name(record), style_status(record.status), spent, why)
 
     def _attempts(self, record: RunRecord) -> list[AttemptRecord]:
         return self._history.attempts(record.run_id, _MAX_ATTEMPTS)[0]
@@ -222,21 +224,12 @@ class _Follower:
             )
             return
         when = time.strftime("%H:%M:%S", time.localtime((one.started_ms + one.duration_ms) / 1000))
-        why = (
-            f"  {one.failure_class}{f' {clean(one.reason, 20)}' if one.reason else ''}"
-            if one.failure_class
-            else ""
-        )
-        used = (
-            f"  {format_tokens(one.tokens)}, {format_usd(one.cost_usd)}" if one.tokens or one.cost_usd else ""
-        )
-        message = f"  {clean(one.text, 200)}" if one.text else ""
-        out.line(
-            *self._name(record),
-            f"{when}  {place_of(one):<6} {clean(one.node_id, 40)}  #{one.attempt}  ",
-            (one.outcome, _STYLES.get(one.outcome, "yellow")),
-            f"{why}  {format_duration(one.duration_ms / 1000)}{used}{message}",
-        )
+        bar = bar_of(one, one.started_ns)
+        cells = cells_of(bar)
+        cells["TOKENS"] += " tok" if cells["TOKENS"] else ""
+        more = "  ".join(cells[name] for name in _COLUMNS if cells[name])
+        place = f"{when}  {cells['AT']:<6} {cells['NODE']}  #{cells['TRY']}  "
+        out.fitted(*self._name(record), place, (cells["OUTCOME"], STYLES[tone_of(bar.outcome)]), f"  {more}")
 
     @staticmethod
     def _emit(data: dict[str, Any]) -> None:
