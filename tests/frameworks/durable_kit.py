@@ -3,29 +3,53 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import itertools
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+from tests.chaos.rounds import Processes
 from tests.flows.program_world import Kills
 from tests.frameworks.kit import answer
 from tests.kit import Num, retry_policies
-from tests.shared_stores import store_of
+from tests.shared_stores import opened, place, store_of
 
 from stroma import RunStatus, SQLiteStore, StromaRunner
 from stroma.engine.interceptors import INTERCEPTORS
 from stroma.testing.crash import Crashed
 
-__all__ = ["Bill", "approve_with", "check", "kill_at_random_records", "live", "run_lives", "undisturbed"]
+__all__ = [
+    "KINDS",
+    "Bill",
+    "approve_with",
+    "check",
+    "kill_at_random_records",
+    "kill_workers",
+    "live",
+    "run_lives",
+    "undisturbed",
+]
 
 ROOT = Path(__file__).parents[2]
 #: The last life in which a process may be killed.
 LAST_DEATH = 12
+#: How many workers serve a store, and how long a dead one owns its run.
+WORKERS, LEASE_SECONDS = 2, 0.5
+KINDS = (
+    "memory",
+    "sqlite",
+    *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("redis", "postgres")),
+)
+#: How many agents each store runs.
+ROUNDS = int(os.environ.get("STROMA_PROGRAMS", "6"))
 Approve = Callable[[StromaRunner, Any], Awaitable[object]]
 
 
@@ -37,13 +61,21 @@ class Bill:
     """
 
     def __init__(self, side: Path | None = None) -> None:
-        self.calls: list[str] = []
-        self.charges: dict[str, int] = {}
         self.side = side
-        if side is not None and side.exists():
-            for line in side.read_text("utf-8").splitlines():
-                what, _, key = line.partition("|")
-                self._note(what, key)
+        self._lines: list[str] = []
+
+    def _noted(self) -> list[tuple[str, str]]:
+        if self.side is not None:  # Others may have written since.
+            self._lines = self.side.read_text("utf-8").splitlines() if self.side.exists() else []
+        return [(what, key) for what, _, key in (line.partition("|") for line in self._lines)]
+
+    @property
+    def calls(self) -> list[str]:
+        return [what for what, _ in self._noted()]
+
+    @property
+    def charges(self) -> dict[str, int]:
+        return {key: 500 for _, key in self._noted() if key}
 
     def flow(self) -> Any:
         """Return the flow that is paid for."""
@@ -51,19 +83,16 @@ class Bill:
 
     def pay(self, what: str, key: str = "") -> None:
         """Note a call, also for other processes; with the key of a charge."""
-        self._note(what, key)
-        if self.side is not None:
-            with self.side.open("a", encoding="utf-8") as file:
-                file.write(f"{what}|{key}\n")
-
-    def _note(self, what: str, key: str) -> None:
-        self.calls.append(what)
-        if key:
-            self.charges[key] = 500
+        if self.side is None:
+            self._lines.append(f"{what}|{key}")
+            return
+        with self.side.open("a", encoding="utf-8") as file:
+            file.write(f"{what}|{key}\n")
 
     def repeated(self) -> int:
         """Return how many calls were made more than once."""
-        return len(self.calls) - len(set(self.calls))
+        calls = self.calls
+        return len(calls) - len(set(calls))
 
 
 def approve_with(answer: Any) -> Approve:
@@ -76,15 +105,8 @@ def approve_with(answer: Any) -> Approve:
     return approve
 
 
-def _runner_on(store: Any) -> StromaRunner:
-    return StromaRunner.quick(
-        store=store,
-        run_id="r",
-        resume=True,
-        max_recoveries=1000,
-        if_running="take_over",
-        policy_map=retry_policies(5),
-    )
+def _runner_on(store: Any, **config: Any) -> StromaRunner:
+    return StromaRunner.quick(store=store, max_recoveries=1000, policy_map=retry_policies(5), **config)
 
 
 async def _run(store: Any, world: Bill, approve: Approve, chance: random.Random | None) -> tuple[Any, int]:
@@ -98,7 +120,7 @@ async def _run(store: Any, world: Bill, approve: Approve, chance: random.Random 
         if kills is not None:
             INTERCEPTORS.insert(0, kills)
         try:
-            runner = _runner_on(store)
+            runner = _runner_on(store, run_id="r", resume=True, if_running="take_over")
             life = asyncio.ensure_future(runner.run(flow, Num()))
             if kills is not None:
                 kills.task = life
@@ -142,7 +164,7 @@ async def kill_at_random_records(
 ) -> None:
     """Kill agents at random records: what is called again was in flight, ``in_flight`` calls at most."""
     plain, total = await undisturbed(make, approve), 0
-    for seed in range(int(os.environ.get("STROMA_PROGRAMS", "6"))):
+    for seed in range(ROUNDS):
         with store_of(kind) as store:
             world = make()
             result, deaths = await _run(store, world, approve, random.Random(f"{kind} {seed}"))
@@ -150,6 +172,50 @@ async def kill_at_random_records(
             assert world.repeated() <= in_flight * deaths
             total += deaths
     assert total
+
+
+def kill_workers(kind: str, make: Callable[[Path | None], Bill], approve: Approve, in_flight: int) -> None:
+    """Have workers serve agents, each of which may kill itself at a random record, and is replaced."""
+    for module in ("anyio._backends._asyncio", "genai_prices.data"):
+        importlib.import_module(module)  # Half of the time of a life, unless its fork has it.
+    assert sum(_serve(kind, make, approve, in_flight, seed) for seed in range(ROUNDS))
+
+
+def _serve(
+    kind: str, make: Callable[[Path | None], Bill], approve: Approve, in_flight: int, seed: int
+) -> int:
+    """Return how many workers an agent has outlived. It starts none of its threads here: forks have none."""
+
+    async def attend() -> None:
+        with opened(kind, where) as store:
+            world, runner = make(bill), _runner_on(store)
+            handle = await runner.submit(world.flow(), Num(), run_id="r")
+            while (result := await handle.until_stopped()).status is RunStatus.SUSPENDED:
+                await approve(runner, result)
+            check(world, result, store, await undisturbed(lambda: make(None), approve))
+
+    async def work(life: int) -> None:
+        if life < LAST_DEATH:
+            INTERCEPTORS.insert(0, Kills(random.Random(f"{kind} {seed} {life}"), kill=True))
+        with opened(kind, where) as store:
+            runner = _runner_on(store, lease_seconds=LEASE_SECONDS)
+            await runner.serve(make(bill).flow(), poll_seconds=0.1)
+
+    with place(kind) as where, tempfile.TemporaryDirectory() as folder:
+        bill = Path(folder, "paid")
+        processes, lives = Processes(where, str(bill), f"{folder}/errors"), itertools.count()
+        client = processes.call(lambda: asyncio.run(attend()))
+        try:
+            while client in processes.alive:
+                while len(processes.alive) <= WORKERS:
+                    life = next(lives)
+                    processes.call(lambda life=life: asyncio.run(work(life)))
+                assert processes.wait(until=lambda: len(processes.alive) <= WORKERS), "it does not end"
+            assert processes.broken == []
+            assert Bill(bill).repeated() <= in_flight * processes.kills
+        finally:
+            processes.end()
+    return processes.kills
 
 
 async def live(

@@ -14,8 +14,17 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.graph.message import add_messages
 from langgraph.types import Command, Send, interrupt
 from pydantic import BaseModel
-from tests.frameworks.durable_kit import Bill, approve_with, kill_at_random_records, live, run_lives
+from tests.frameworks.durable_kit import (
+    KINDS,
+    Bill,
+    approve_with,
+    kill_at_random_records,
+    kill_workers,
+    live,
+    run_lives,
+)
 from tests.kit import Num
+from tests.shared_stores import SHARED
 from typing_extensions import TypedDict
 
 from stroma import Flow, NotDone, current_node, stroma_flow
@@ -139,7 +148,7 @@ class Research(Bill):
 approve = approve_with(InterruptAnswer("yes"))
 
 
-@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+@pytest.mark.parametrize("kind", KINDS)
 async def test_a_killed_graph_ends_as_an_undisturbed_one(kind: str) -> None:
     """G5, G13: Killed at random records, the graph has the state and the bill that it has undisturbed; what
     was called again was in flight, and the charge is made once."""
@@ -158,3 +167,11 @@ def test_graphs_survive_sigkill(seed: int, tmp_path: Path) -> None:
     """G5, G13: The same for processes that are killed with SIGKILL, with another order of sets in each."""
     deaths = run_lives(__name__, "live_on", tmp_path, seed)
     assert int((tmp_path / "answer").read_text("utf-8")) <= 3 * deaths
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("kind", SHARED)
+def test_workers_finish_the_graphs_of_killed_ones(kind: str) -> None:
+    """G5, G13: The same for workers that are killed with SIGKILL: another one takes over."""
+    kill_workers(kind, Research, approve, in_flight=3)

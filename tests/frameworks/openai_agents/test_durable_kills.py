@@ -13,10 +13,19 @@ from agents import Agent, function_tool, set_tracing_disabled
 from pydantic import BaseModel
 from tests.docs.blocks import ROOT, blocks
 from tests.flows.program_world import Kills
-from tests.frameworks.durable_kit import Bill, approve_with, kill_at_random_records, live, run_lives
+from tests.frameworks.durable_kit import (
+    KINDS,
+    Bill,
+    approve_with,
+    kill_at_random_records,
+    kill_workers,
+    live,
+    run_lives,
+)
 from tests.frameworks.kit import answer
 from tests.frameworks.openai_agents.test_durable_agents import Fake, asks, outputs_of, says
 from tests.kit import Num
+from tests.shared_stores import SHARED
 
 from stroma import Flow, NotDone, StromaRunner, current_node, stroma_flow
 from stroma.adapters.openai_agents import DurableRunner, ToolApproval
@@ -104,7 +113,7 @@ approve = approve_with(ToolApproval(approved=True))
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+@pytest.mark.parametrize("kind", KINDS)
 async def test_killed_agents_end_as_undisturbed_ones(kind: str, streamed: bool) -> None:
     """G5, G13: Killed at random records, the agents have the answer, the items and the bill that they have
     undisturbed; what was called again was in flight, and the charge is made once."""
@@ -125,6 +134,14 @@ def test_agents_survive_sigkill(seed: int, tmp_path: Path) -> None:
     """G5, G13: The same for processes that are killed with SIGKILL, over SQLite."""
     deaths = run_lives(__name__, "live_on", tmp_path, seed)
     assert int((tmp_path / "answer").read_text("utf-8")) <= 2 * deaths
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("kind", SHARED)
+def test_workers_finish_the_agents_of_killed_ones(kind: str) -> None:
+    """G5, G13: The same for workers that are killed with SIGKILL: another one takes over."""
+    kill_workers(kind, lambda side: Research(streamed=True, side=side), approve, in_flight=2)
 
 
 def live_of_page(folder: str, seed: str, life: str) -> None:

@@ -1,4 +1,4 @@
-"""A realistic durable agent of Pydantic AI, killed at random records, on each store."""
+"""A realistic durable agent of Pydantic AI, killed at random records: in one process, and by workers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pydantic_ai import Agent
 from pydantic_ai.messages import ModelMessage, ModelResponse, TextPart, ToolCallPart
 from pydantic_ai.models.function import AgentInfo, DeltaToolCall, DeltaToolCalls, FunctionModel
 from pydantic_ai.usage import RequestUsage
-from tests.frameworks.durable_kit import Bill, approve_with, kill_at_random_records
+from tests.frameworks.durable_kit import KINDS, Bill, approve_with, kill_at_random_records, kill_workers
 from tests.kit import Num
+from tests.shared_stores import SHARED
 
 from stroma import Flow, NotDone, current_node, stroma_flow
 
@@ -109,11 +110,19 @@ async def _read(_: Any, events: Any) -> None:
         pass
 
 
-@pytest.mark.parametrize("kind", ["memory", "sqlite", "redis", "postgres"])
+approve = approve_with(ToolApproval(approved=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 async def test_a_killed_agent_ends_as_an_undisturbed_one(kind: str) -> None:
     """G5, G13: Killed at random records, the agent has the answer, the messages and the bill that it has
     undisturbed; what was called again was in flight, and the charge is made once."""
-    driver = {"redis": "redis", "postgres": "psycopg"}.get(kind)
-    if driver is not None:
-        pytest.importorskip(driver)
-    await kill_at_random_records(kind, Research, approve_with(ToolApproval(approved=True)), in_flight=2)
+    await kill_at_random_records(kind, Research, approve, in_flight=2)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("kind", SHARED)
+def test_workers_finish_the_agents_of_killed_ones(kind: str) -> None:
+    """G5, G13: The same for workers that are killed with SIGKILL: another one takes over."""
+    kill_workers(kind, Research, approve, in_flight=2)
