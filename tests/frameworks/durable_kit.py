@@ -64,18 +64,19 @@ class Bill:
         self.side = side
         self._lines: list[str] = []
 
-    def _noted(self) -> list[tuple[str, str]]:
+    def notes(self) -> list[tuple[str, str]]:
+        """Return the calls so far, each with the key of its charge, in the order in which they were made."""
         if self.side is not None:  # Others may have written since.
             self._lines = self.side.read_text("utf-8").splitlines() if self.side.exists() else []
         return [(what, key) for what, _, key in (line.partition("|") for line in self._lines)]
 
     @property
     def calls(self) -> list[str]:
-        return [what for what, _ in self._noted()]
+        return [what for what, _ in self.notes()]
 
     @property
     def charges(self) -> dict[str, int]:
-        return {key: 500 for _, key in self._noted() if key}
+        return {key: 500 for _, key in self.notes() if key}
 
     def flow(self) -> Any:
         """Return the flow that is paid for."""
@@ -152,7 +153,7 @@ def check(world: Bill, result: Any, store: Any, plain: tuple[Bill, Any]) -> None
     """Raise AssertionError unless a killed agent has the answer and the bill of an undisturbed one."""
     assert result.status in (RunStatus.COMPLETED, RunStatus.RESUMED), result.failure
     assert result.final_state == plain[1].final_state
-    assert list(world.charges.values()) == [500]
+    assert len([key for _, key in world.notes() if key]) == 1, "charged twice"
     assert set(world.calls) == set(plain[0].calls)
     recorded = store.get_run("r").tokens
     attempted = sum(one.tokens for one in store.attempts("r"))
