@@ -77,7 +77,7 @@ async def agent(flow: Flow, conversation: Conversation) -> Conversation:
         try:
             answer = (await flow.step(TOOLS[reply.tool], Arguments(**reply.arguments))).status
         except StepFailed as error:
-            answer = error.failure.message
+            answer = error.failure
         print(f"tool:  {answer.splitlines()[0]}")
         messages = [*messages, {"role": "tool", "content": answer}]
 
@@ -124,5 +124,5 @@ if __name__ == "__main__":
     print()
     for event in result.trace:
         print(f"{event.node_id:7s} attempt {event.attempt}: {event.outcome} {event.reason or ''}".rstrip())
-    print(f"{result.status}: {result.failure.message if result.failure else ''}")
+    print(f"{result.status}: {result.failure if result.failure else ''}")
     print(f"{result.total_tokens} tokens, ${result.total_cost_usd:.6f}")

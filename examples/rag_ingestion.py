@@ -90,7 +90,7 @@ async def ingest(folder: Path, database: Path) -> list[Index]:
     # One file that cannot be read is one failed run; the others are none the worse for it.
     for run in runs:
         if run.failure:
-            print(f"  left out: {run.failure.message}")
+            print(f"  left out: {run.failure}")
     made = [run.final_state for run in runs if isinstance(run.final_state, Index)]
     print(f"{len(made)} files, {sum(len(run.trace) for run in runs)} calls")
     return made

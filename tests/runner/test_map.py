@@ -686,7 +686,7 @@ async def test_failures_are_collected(store: Any, tmp_path: Path, doubler: Doubl
             "index": n,
             "node_id": "double",
             "failure_class": "AMBIGUOUS",
-            "message": "no",
+            "message": "ValueError: no",
             "reason": None,
             "attempts": 1,
         }

@@ -410,7 +410,7 @@ async def test_an_item_fails_with_one_of_its_nodes(world: World, store: Any) -> 
         index=1,
         node_id="draft",
         failure_class=failed.failure_class,
-        message="no",
+        message="TimeoutError: no",
         reason=failed.reason,
         attempts=2,
     )

@@ -28,6 +28,7 @@ async def test_a_result_serialises_without_its_trace(kind: type[ExecutionResult]
         "final_state": {"text": "hi"},
         "total_cost_usd": 0.0,
         "total_tokens": 7,
+        "total": {"tokens": 7, "cost_usd": 0.0},
         "failure": None,
         "unpriced_models": ["(no model)"],
         "suspended": [],

@@ -39,7 +39,7 @@ from stroma.engine.outcome import Halt
 from stroma.engine.tasks import raise_if
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunCancelled
-from stroma.failures.failure import Failure, text_of
+from stroma.failures.failure import Failure
 from stroma.hooks.sets import HookError
 from stroma.runner.pipeline import warn_of_unknown_ids
 from stroma.runner.runner import StromaRunner
@@ -320,9 +320,7 @@ class GuardedRun:
         self.result = ctx.build_result(status, ctx.last_state, failure)
         self.guard.ended(self)
         reason = (
-            "; ".join(ctx.account.suspended)
-            if status is RunStatus.SUSPENDED
-            else failure and text_of(failure)
+            "; ".join(ctx.account.suspended) if status is RunStatus.SUSPENDED else failure and str(failure)
         )
         if isinstance(error, GeneratorExit):  # The code around is being closed: nothing can be awaited.
             ctx.journal.abandon()

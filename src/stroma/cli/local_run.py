@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from pydantic import BaseModel
@@ -116,9 +116,6 @@ class LocalRun:
                 "called",
                 code=Code.INTERRUPTED,
             )
-        earlier = self.record if self.start_at is None else None
-        if earlier is not None and config.if_running == "attach":
-            earlier = self._earlier_usage(result)
         report = RunReport(
             result,
             self.pipeline.name,
@@ -127,8 +124,6 @@ class LocalRun:
             stopped_by,
             time.perf_counter() - started,
             config.budget,
-            earlier.tokens if earlier is not None else 0,
-            earlier.cost_usd if earlier is not None else 0.0,
             waiting,
             self.fork.parent
             if self.fork is not None
@@ -148,20 +143,6 @@ class LocalRun:
 
         nodes = [node.node_id for node in nodes_of(self.pipeline)]
         return LiveProgress(self.pipeline.name, nodes, self.config.budget)
-
-    def _earlier_usage(self, result: ExecutionResult) -> RunRecord | None:
-        """Return the record of the run with the usage of other processes only."""
-        try:
-            record = self.db.get_run(result.run_id)
-        except StoreError:  # The run is over; its earlier usage is unknown.
-            record = None
-        if record is None:
-            return self.record
-        return replace(
-            record,
-            tokens=record.tokens - result.total_tokens,
-            cost_usd=max(0.0, round(record.cost_usd - result.total_cost_usd, 12)),
-        )
 
     def _run(
         self, runner: StromaRunner, progress: Progress

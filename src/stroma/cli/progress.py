@@ -17,7 +17,7 @@ from stroma.cli.output import Part, cell_width, err
 from stroma.cost.budget import BudgetExceeded
 from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.failures.classes import FailureClass
-from stroma.failures.failure import Failure, NodeContext, diagnose, kind_of, message_of, text_of
+from stroma.failures.failure import Failure, NodeContext, diagnose, kind_of, message_of
 from stroma.hooks.sets import MapProgress, NodeHooks
 from stroma.trace.result import ExecutionResult
 
@@ -34,7 +34,7 @@ _UNITS = {"tokens": "tokens", "cost": "USD", "latency": "ms"}
 def failure_message(node: NodeExecution | None, failure: Failure) -> str:
     """Return type and recorded message of a failure, without secrets."""
     recorded = None if node is None or node.ended is None else node.ended.failure
-    return text_of(failure) if recorded is None else typed(recorded.error_type, recorded.message)
+    return str(failure) if recorded is None else typed(recorded.error_type, recorded.message)
 
 
 class Progress:

@@ -31,9 +31,9 @@ from stroma.contracts.schema import schema_of
 from stroma.cost.budget import BudgetExceeded, ExecutionBudget, limits
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import BUDGET, PAUSED, SharedBudgetExceeded
-from stroma.failures.failure import Failure, message_of, text_of
+from stroma.failures.failure import Failure, message_of
 from stroma.trace.plain import jsonable
-from stroma.trace.result import ExecutionResult, RunStatus
+from stroma.trace.result import ExecutionResult, RunStatus, Total
 
 __all__ = ["RunReport", "plain_state"]
 
@@ -52,7 +52,6 @@ class RunReport:
     Attributes:
         stopped_by: name of the signal that stopped the run, or None.
         seconds: wall time of the call.
-        earlier_tokens, earlier_cost_usd: usage of earlier processes on this execution.
         waiting: pending questions of a SUSPENDED run.
         parent: id of the run that this one was forked from.
     """
@@ -64,8 +63,6 @@ class RunReport:
     stopped_by: str | None
     seconds: float
     budget: ExecutionBudget
-    earlier_tokens: int = 0
-    earlier_cost_usd: float = 0.0
     waiting: list[Waiting] = field(default_factory=list)
     parent: str | None = None
 
@@ -106,10 +103,7 @@ class RunReport:
             return failure.exception
         if failure.failure_class is FailureClass.TERMINAL:
             return None
-        used = {
-            "tokens": self.result.total_tokens + self.earlier_tokens,
-            "cost": round(self.result.total_cost_usd + self.earlier_cost_usd, 9),
-        }
+        used = {"tokens": self.result.total.tokens, "cost": self.result.total.cost_usd}
         for dimension, limit in limits(self.budget):
             if used.get(dimension, 0) > limit:
                 return BudgetExceeded(dimension, limit, used[dimension], failure.node_id)
@@ -121,6 +115,7 @@ class RunReport:
         """Return the object of ``--json``, schema "stroma.run/1"."""
         result, failure = self.result, self.result.failure
         wasted_tokens, wasted_cost = _wasted_usage(result)
+        earlier = _earlier_usage(result)
         return {
             "schema": "stroma.run/1",
             "run_id": result.run_id,
@@ -133,8 +128,8 @@ class RunReport:
                 "cost_usd": result.total_cost_usd,
                 "wasted_tokens": wasted_tokens,
                 "wasted_cost_usd": wasted_cost,
-                "earlier_tokens": self.earlier_tokens,
-                "earlier_cost_usd": self.earlier_cost_usd,
+                "earlier_tokens": earlier.tokens,
+                "earlier_cost_usd": earlier.cost_usd,
                 "attempts": _count_attempts(result),
                 "failed_items": result.failed_items,
                 "seconds": round(self.seconds, 3),
@@ -192,7 +187,7 @@ class RunReport:
             err.wrapped(
                 head, f"run {clean(result.run_id)} is {result.status}: {self._failed_node(failure)}: {reason}"
             )
-            err.wrapped(f"  why: {clean(text_of(failure), 1000)}")
+            err.wrapped(f"  why: {clean(str(failure), 1000)}")
             states = [(event.input_state, event.output_state) for event in result.trace.walk()]
             shown = Secrets(values=states).mask_error(failure.exception)
             for line in last_frame(shown, of_any=False):
@@ -272,10 +267,9 @@ class RunReport:
         parts = [f"{format_tokens(result.total_tokens)}, {format_usd(result.total_cost_usd)}"]
         if wasted_tokens or wasted_cost:
             parts.append(f"of which wasted {format_tokens(wasted_tokens)}, {format_usd(wasted_cost)}")
-        if self.earlier_tokens or self.earlier_cost_usd:
-            parts.append(
-                f"before that {format_tokens(self.earlier_tokens)}, {format_usd(self.earlier_cost_usd)}"
-            )
+        earlier = _earlier_usage(result)
+        if earlier != Total():
+            parts.append(f"before that {format_tokens(earlier.tokens)}, {format_usd(earlier.cost_usd)}")
         return "; ".join(parts)
 
     def _failed_node(self, failure: Failure) -> str:
@@ -339,6 +333,12 @@ class RunReport:
             elif exceeded.dimension == "cost":
                 options = ("--budget-usd", f"{room:.6g}")
         return command("resume", id_word(self.result.run_id), self.target, options=options)
+
+
+def _earlier_usage(result: ExecutionResult) -> Total:
+    """Return what earlier processes used for the execution."""
+    cost_usd = round(result.total.cost_usd - result.total_cost_usd, 9)
+    return Total(result.total.tokens - result.total_tokens, cost_usd)
 
 
 def _wasted_usage(result: ExecutionResult) -> tuple[int, float]:

@@ -28,7 +28,7 @@ from stroma.failures.failure import Classifier, Failure, NodeContext, diagnose
 from stroma.failures.policy import PolicyMap, RetryBudget
 from stroma.hooks.dispatch import NO_HOOKS, Hooks
 from stroma.hooks.sets import EVENTS, AnyHooks, distinct, flatten
-from stroma.trace.result import ExecutionResult, HookFailure, RunStatus
+from stroma.trace.result import ExecutionResult, HookFailure, RunStatus, Total
 from stroma.trace.trace import ExecutionTrace
 
 __all__ = ["ReliabilityContext"]
@@ -321,6 +321,7 @@ class ReliabilityContext:
             suspended=list(account.suspended),
             failed_items=account.failed_items,
             questions=account.questions,
+            total=Total(int(spent.used("tokens")), spent.used("cost")),
         )
 
 

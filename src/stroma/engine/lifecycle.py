@@ -111,7 +111,7 @@ def _begin(ctx: ReliabilityContext, session: Session, *, carry: bool) -> Session
             for at, committed in journal.restored.items()
             if committed.step is not None and committed.failed_items
         }
-    if session.continued:
+    if session.continued or session.finished is not None:
         journal.prior_unrecorded = unrecorded = PriorUsage.of_no_attempt(session.notes, ctx.run_id)
         if carry:
             # Only a resume that goes on by itself remembers the bill; resume_from starts a new one.

@@ -37,7 +37,7 @@ class ItemFailure(LazyModel):
     Attributes:
         index: which item, 0-based.
         node_id: the node that failed; of an item that is a group or several nodes, the one inside.
-        message: of its last attempt, as in the trace.
+        message: of its last attempt, for people: ``Type: message``.
         reason: a stable word for it, such as "rate_limit"; None if unknown.
         attempts: how many of it were made; 0 for an item that could not be read.
     """

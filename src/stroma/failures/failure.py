@@ -27,7 +27,6 @@ __all__ = [
     "diagnose",
     "isinstance_by_type",
     "kind_of",
-    "text_of",
     "type_name",
 ]
 
@@ -58,7 +57,8 @@ class Failure:
         failure_class: its one class.
         node_id: the node that failed.
         attempt: 1-based.
-        message: ``str(exception)``, or the type's name where that is empty or raises.
+        message: ``str(exception)``, or the type's name where that is empty or raises. ``str(failure)`` is for
+            people, and has the type in front.
         reason: a stable word for what happened, such as "rate_limit" or "contract"; None if unknown.
         retry_after_seconds: the wait a server asked for.
         inner: the failure of the node inside that stopped a group; None for a node.
@@ -94,6 +94,10 @@ class Failure:
         _put_reason(self, reason)
         _put_wait(self, retry_after_seconds)
         _put_inner(self, inner)
+
+    def __str__(self) -> str:
+        """Return the failure as people read it: ``Type: message``."""
+        return typed(kind_of(self.exception), self.message)
 
     def as_prompt(self, *, max_chars: int = 2000) -> str | None:
         """Return the corrections that a model has to make, as text; None for a failure that it cannot fix.
@@ -156,11 +160,6 @@ def kind_of(exc: BaseException) -> str | None:
     """
     name = type_name(exc).rpartition(".")[2]
     return None if name == "RunFailed" else name
-
-
-def text_of(failure: Failure) -> str:
-    """Return a failure as people read it: ``Type: message``."""
-    return typed(kind_of(failure.exception), failure.message)
 
 
 def classify(

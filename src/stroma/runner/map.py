@@ -29,7 +29,7 @@ from stroma.engine.restore import check_committed, output_schema, read_output, v
 from stroma.engine.tasks import TaskPool, raise_if
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import ItemFailure
-from stroma.failures.failure import Failure, text_of
+from stroma.failures.failure import Failure
 from stroma.hooks.sets import MapProgress
 from stroma.runner.items import Item, LinesFile, Source
 from stroma.trace.events import AttemptRow, BoundedRows, Outcome
@@ -261,7 +261,7 @@ class MapRun:
             index=item.index,
             node_id=failed.node_id,
             failure_class=failure.failure_class,
-            message=failure.message,
+            message=str(failure),
             reason=failure.reason,
             attempts=failed.attempt,
         )
@@ -295,7 +295,7 @@ class MapRun:
         if ctx.fire.delivers:
             ctx.session.delivered(row)
         # The log of the attempt shows the message; here is no state by which redact could hide parts of it.
-        why = one_line(text_of(failure)) if ctx.config.redact is None else failure.failure_class
+        why = one_line(str(failure)) if ctx.config.redact is None else failure.failure_class
         ctx.run_logger.info("item %d of %r failed and is skipped: %s", item.index, execution.node_id, why)
         await self._add_failure(item_failure)
 

@@ -33,7 +33,7 @@ from stroma.engine.restore import check_place, check_question, output_schema, re
 from stroma.engine.tasks import raise_if
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import BUDGET, PAUSED, RunFailed, SharedBudgetExceeded
-from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type, text_of
+from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.hooks.sets import HookError
 from stroma.trace.result import ExecutionResult, RunStatus
@@ -331,7 +331,7 @@ class RunExecution:
         """Store the end of the run, call its end hooks and return its result. Raises HookError."""
         ctx, status, failure = self.ctx, self._status, self._failure
         result = ctx.build_result(status, self.state, failure)
-        error = text_of(failure) if failure is not None else "; ".join(ctx.account.suspended) or None
+        error = str(failure) if failure is not None else "; ".join(ctx.account.suspended) or None
         # The process that ran it has logged its end, at the level of it.
         level = logging.INFO if ctx.session.finished is not None else _LEVELS.get(status, logging.INFO)
         if ctx.run_logger.isEnabledFor(level):

@@ -26,7 +26,6 @@ from stroma.checkpoint.sqlite.store import SQLiteStore
 from stroma.contracts.schema import Schema, schema_of
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.interceptors import INTERCEPTORS
-from stroma.failures.failure import text_of
 from stroma.runner.runner import StromaRunner
 from stroma.testing.clock import FakeClock
 from stroma.testing.crash import Boundary, Crashed, Deaths
@@ -130,7 +129,7 @@ class Trial:
             return
         life.status = result.status
         if result.failure is not None:
-            life.failure = f"node {result.failure.node_id!r}: {text_of(result.failure)}"
+            life.failure = f"node {result.failure.node_id!r}: {result.failure}"
         life.state = None if result.final_state is None else _plain(result.final_state)
 
     # ------------------------------------------------------------------ processes

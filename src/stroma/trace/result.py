@@ -26,7 +26,7 @@ else:
     from typing import TypeVar
 
     StateT = TypeVar("StateT")
-__all__ = ["ExecutionResult", "HookFailure", "Question", "RunStatus"]
+__all__ = ["ExecutionResult", "HookFailure", "Question", "RunStatus", "Total"]
 
 
 class RunStatus(StrEnum):
@@ -92,23 +92,33 @@ class Question:
     schema: Mapping[str, Any] | None = field(default=None, hash=False, repr=False)
 
 
+@dataclass(slots=True)
+class Total:
+    """Sum over all processes of an execution: tokens (input + output), and US dollars."""
+
+    tokens: int = 0
+    cost_usd: float = 0.0
+
+
 @dataclass
 class ExecutionResult(Shown, Generic[StateT]):
     """The result of a run.
 
     Pydantic serialises it, and a FastAPI endpoint that is annotated ``-> ExecutionResult[Out]`` returns it,
     as ``run_id``, ``status``, ``final_state`` (an object or null), ``total_cost_usd``, ``total_tokens``,
-    ``failure`` (null, or ``type``, ``message``, ``failure_class``, ``node_id``, ``attempt``, ``reason``,
-    ``retry_after_seconds``), ``unpriced_models``, ``suspended``, ``failed_items`` and ``questions``; without
-    the trace and errors of hooks. The message is the exception's own text.
+    ``total`` (``tokens`` and ``cost_usd``), ``failure`` (null, or ``type``, ``message``, ``failure_class``,
+    ``node_id``, ``attempt``, ``reason``, ``retry_after_seconds``), ``unpriced_models``, ``suspended``,
+    ``failed_items`` and ``questions``; without the trace and errors of hooks. The message is the exception's
+    own text.
 
     Attributes:
         run_id: id of the run.
         status: how the run ended.
         trace: the attempts of the run, in order.
         final_state: the last committed state, else the initial one.
-        total_cost_usd: US dollars, failed attempts included.
-        total_tokens: input + output, failed attempts included.
+        total_cost_usd: US dollars that this call spent, failed attempts included.
+        total_tokens: input + output of this call, failed attempts included.
+        total: the same of the whole execution, with what earlier processes spent before a resume.
         failure: the failure that stopped the run, or None.
         suspended: reasons of a SUSPENDED run; one line per node.
         failed_items: number of failed items of its maps that did not stop the run, see ``on_item_failure``.
@@ -130,6 +140,7 @@ class ExecutionResult(Shown, Generic[StateT]):
     suspended: list[str] = field(default_factory=list)
     failed_items: int = 0
     questions: tuple[Question, ...] = ()
+    total: Total = field(default_factory=Total)
 
     def _story(self, redact: Redact | None = None) -> Story:
         from stroma.trace.story import StopCause

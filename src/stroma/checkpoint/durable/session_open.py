@@ -146,9 +146,9 @@ class RunOpener:
 
     def _read_annotations(self, rows: Rows, run: RunRow, *, is_returned: bool) -> _Reader:
         """Return what finds annotations of a kind: all are read at once, and checked when they are used."""
-        kinds = [Annotation.ATTRIBUTION, Annotation.TRACE, Annotation.WAITING]
+        kinds = [Annotation.ATTRIBUTION, Annotation.TRACE, Annotation.WAITING, Annotation.NOTE]
         if not is_returned:
-            kinds += [*KINDS, Annotation.NOTE]
+            kinds += KINDS
             if self._request.deliver:
                 kinds.append(Annotation.DUE_HOOKS)
         by_kind: dict[int, list[StepRow]] = {}
@@ -281,9 +281,8 @@ class RunOpener:
                 for row in read(Annotation.DUE_HOOKS)
             ]
             opened.undelivered = sorted(due, key=lambda row: row.started_ns)
-        if is_claimed:
-            notes = read(Annotation.NOTE)
-            opened.notes = read_notes(rows, run, notes, self._payloads, request.discard_from)
+        first = request.discard_from if is_claimed else None
+        opened.notes = read_notes(rows, run, read(Annotation.NOTE), self._payloads, first)
         for row in read(Annotation.WAITING):
             waiting = read_waiting(row, self._run_id, run.execution, self._payloads)
             first = request.discard_from

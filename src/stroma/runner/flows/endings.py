@@ -13,7 +13,7 @@ from stroma.contracts.node import Group, Node
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.outcome import Halt
 from stroma.failures.classes import FailureClass
-from stroma.failures.failure import Failure, text_of
+from stroma.failures.failure import Failure
 
 __all__ = ["Endings", "FlowClosed", "StepFailed", "describe", "describe_difference", "end_of", "shorten"]
 
@@ -33,7 +33,7 @@ class StepFailed(Exception):
     """
 
     def __init__(self, failure: Failure, path: tuple[str, ...] = ()) -> None:
-        super().__init__(f"step {failure.node_id!r} failed: {text_of(failure)}")
+        super().__init__(f"step {failure.node_id!r} failed: {failure}")
         self.failure = failure
         self.path = path
         #: Number of the event that it is in its flow; 0 for the failure of a flow inside.
