@@ -57,7 +57,6 @@ class Writing(Flow[State]):
 print(">", attach(Writing(), guard).kickoff())
 assert guard.last is not None
 result = guard.last.result
-assert result is not None
 for event in result.trace:
     inside = ", ".join(f"{child.node_id} {child.outcome}" for child in event.children)
     print(f"> {event.node_id}: {inside}")

@@ -59,7 +59,6 @@ guard, agent = run(1000)
 answer = agent.invoke({"messages": [("user", "go")]})["messages"][-1].content
 assert guard.last is not None
 result = guard.last.result
-assert result is not None
 print(f"> {answer}, {result.total_tokens} tokens")
 for event in result.trace:
     if event.node_id == "research":

@@ -32,6 +32,5 @@ with guard.run() as run:
         pass
 
 assert run.stopped is not None
-assert run.result is not None
 requests = list(run.result.trace.walk())
 print(f"> stopped in {run.stopped.node_id!r} after {len(requests)} requests")

@@ -50,7 +50,6 @@ async def main() -> None:
     workflow = attach(Forecast(), guard)
     async with guard.run() as run:
         print(">", await workflow.run(city="Oslo"))
-    assert run.result is not None
     print(">", ", ".join(f"{event.node_id} {event.outcome}" for event in run.result.trace.walk()))
     print(f"> {run.result.total_tokens} tokens")
 

@@ -49,6 +49,5 @@ print(f"> {agent.run_sync('How warm is it?').output.celsius} degrees")
 
 assert guard.last is not None
 result = guard.last.result
-assert result is not None
 print("> model:", ", ".join(event.outcome for event in result.trace.walk() if event.node_id == "model"))
 print(f"> {result.total_tokens} tokens")

@@ -596,7 +596,6 @@ def test_a_step_that_must_not_be_called_again_is_not() -> None:
     with pytest.raises(TimeoutError), guard.run() as run:
         guard.wrap("pay", flaky.step, can_retry=False)()
     assert flaky.calls == 1
-    assert run.result is not None
     assert run.result.status is RunStatus.PARTIAL
 
 
@@ -653,7 +652,6 @@ def test_retries_do_not_multiply_with_depth() -> None:
     assert run.stopped is not None
     assert isinstance(run.stopped.exception, TimeoutError)
     assert run.stopped.node_id == "inner"
-    assert run.result is not None
     assert run.result.status is RunStatus.PARTIAL
 
 
@@ -687,7 +685,6 @@ def test_a_failure_that_the_framework_handles_stops_nothing() -> None:
     with guard.run() as run:
         assert outer() == "without"
     assert run.stopped is None
-    assert run.result is not None
     assert run.result.status is RunStatus.COMPLETED
 
 
@@ -743,7 +740,6 @@ def test_exceptions_that_steer_pass_untouched_and_are_not_retried(kind: str, out
         (end, "outer"),
         ("run_end",),
     ]
-    assert run.result is not None
     expected = {"suspended": RunStatus.SUSPENDED, "passed": RunStatus.FAILED, "returned": RunStatus.PARTIAL}
     assert run.result.status is expected[outcome]
     assert run.result.suspended == (["an answer"] if outcome == "suspended" else [])
@@ -766,7 +762,6 @@ def test_only_the_innermost_step_books_what_was_used() -> None:
 
     with guard.run() as run:
         agent()
-    assert run.result is not None
     assert run.result.total_tokens == 38
     assert [(event.node_id, event.usage.tokens) for event in run.result.trace.walk()] == [
         ("agent", 8),
@@ -826,7 +821,6 @@ def test_the_budget_is_checked_before_and_after_each_call() -> None:
         agent()
     assert (caught.value.limit, caught.value.actual) == (25, 30)
     assert len(calls) == 3
-    assert run.result is not None
     assert run.result.status is RunStatus.PARTIAL
     assert run.result.total_tokens == 30
     assert run.stopped is not None
@@ -842,7 +836,6 @@ def test_a_budget_that_everybody_swallows_is_told_all_the_same() -> None:
     with guard.run() as run:
         with pytest.raises(BudgetExceeded):
             model()
-    assert run.result is not None
     assert run.result.status is RunStatus.PARTIAL
     assert isinstance(run.stopped and run.stopped.exception, BudgetExceeded)
 
@@ -1245,7 +1238,6 @@ def test_a_run_says_how_it_ended(error: BaseException | None, status: str) -> No
     with contextlib.nullcontext() if error is None else pytest.raises(type(error)), run:
         if error is not None:
             raise error
-    assert run.result is not None
     assert run.result.status == status
     with pytest.raises(RuntimeError, match="used only once"), run:
         pass
@@ -1272,7 +1264,6 @@ def test_a_thread_without_context_belongs_to_the_only_open_run() -> None:
         thread = threading.Thread(target=step)
         thread.start()
         thread.join()
-    assert run.result is not None
     assert run.result.total_tokens == 10
 
 
@@ -1283,7 +1274,6 @@ def test_a_step_after_its_run_is_no_step_of_it() -> None:
     with guard.run() as run:
         context = contextvars.copy_context()
     context.run(step)
-    assert run.result is not None
     assert len(run.result.trace) == 0
     assert len(guard.current.ctx.trace) == 1
 
@@ -1295,8 +1285,6 @@ def test_two_guards_do_not_mix() -> None:
     outer = one.wrap("outer", lambda: inner())
     with one.run() as first, two.run() as second:
         outer()
-    assert first.result is not None
-    assert second.result is not None
     assert [e.node_id for e in first.result.trace.walk()] == ["outer"]
     assert [e.node_id for e in second.result.trace.walk()] == ["inner"]
 
@@ -1380,7 +1368,6 @@ def test_a_thousand_concurrent_calls_are_counted_to_the_token(kind: str) -> None
             run = asyncio.run(main())
     finally:
         sys.setswitchinterval(before)
-    assert run.result is not None
     assert run.result.total_tokens == sum(range(1000)) + 1000
     assert sorted(event.position for event in run.result.trace) == list(range(1000))
     assert all([child.node_id for child in event.children] == ["tool"] for event in run.result.trace)
@@ -1685,3 +1672,11 @@ def test_spans_of_steps_nest(kind: str) -> None:
     assert inner.attributes["stroma.tokens"] == 7
     assert outer.attributes is not None
     assert outer.attributes.get("stroma.tokens", 0) == 0
+
+
+def test_the_result_of_a_run_that_has_not_ended_is_an_error() -> None:
+    """After the block it is there, without a check for None; inside of it the error says so."""
+    guard = Guard()
+    with guard.run(run_id="r-1") as run, pytest.raises(RuntimeError, match="run 'r-1' has not ended"):
+        _ = run.result
+    assert run.result.status is RunStatus.COMPLETED

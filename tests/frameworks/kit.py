@@ -57,7 +57,6 @@ def pay() -> None:
 def result_of(guard: Guard) -> ExecutionResult:
     """What the last run of a guard came to."""
     assert guard.last is not None
-    assert guard.last.result is not None
     return guard.last.result
 
 
@@ -164,6 +163,36 @@ def killed_and_resumed(test: type[Any], folder: Path) -> str:
     it."""
     program = "import sys; from tests.frameworks.kit import live; live(*sys.argv[1:])"
     return in_two_lives(program, folder, "dies", test.__module__, test.__name__)
+
+
+_DETACHED = """
+from stroma.adapters import Guard
+from stroma.adapters._patches import _patches
+{imports}
+assert not _patches, "an import changes the framework"
+first, second = Guard(), Guard()
+for guard in (first, second):
+    {attach}
+patched = dict(_patches)
+first.detach()
+assert _patches == patched, "another guard needs them"
+second.detach()
+second.detach()
+for (owner, name), patch in patched.items():
+    assert getattr(owner, name) is not patch.replacement
+    print(name)
+assert not _patches
+"""
+
+
+def changed_until_detached(imports: str, attach: str) -> list[str]:
+    """Return the functions of a framework that attaching ``guard`` changes until the last one is
+    detached."""
+    program = _DETACHED.format(imports=imports, attach=attach)
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
 
 
 def in_two_lives(program: str, folder: Path, dies: str, *arguments: str) -> str:

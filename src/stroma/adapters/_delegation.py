@@ -54,6 +54,7 @@ def guard_methods(
     around: Callable[[Any], Any] = lambda bare: bare,
     *,
     input_view: View | None = None,
+    messages: View | None = None,
     **about: Any,
 ) -> Any:
     """Make steps of methods of an object and its copies, one for nested calls of them; return the object.
@@ -66,9 +67,13 @@ def guard_methods(
             guard.has(steps.guarded[name], about.get("contract"))
         elif (bare := _function_of(owner, name)) is not None:
             # The object comes first; views do not show it.
-            own = arguments_of(bare)
-            view = own if input_view is None else functools.partial(_view_without_owner, input_view)
-            step = guard.wrap(step_id, _noted(around(bare)), input_view=view, **about)
+            views = {"input_view": input_view, "messages": messages}
+            about |= {
+                view: functools.partial(_view_without_owner, of_arguments)
+                for view, of_arguments in views.items()
+                if of_arguments is not None
+            }
+            step = guard.wrap(step_id, _noted(around(bare)), **{"input_view": arguments_of(bare)} | about)
             steps.guarded[name] = steps.by_name[name] = step
             _ask_object(owner, name, bare)
     return owner

@@ -46,6 +46,7 @@ from stroma.engine.outcome import GroupStopped, Halt, Place
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure, NodeContext, isinstance_by_type, message_of
 from stroma.hooks.dispatch import HookNotAsync
+from stroma.telemetry.messages import note_request
 
 __all__ = ["Call", "Kind", "wrapped"]
 
@@ -315,6 +316,8 @@ class Call:
         execution = CURRENT.get()
         assert execution is not None
         self.execution = execution
+        if self.step.messages is not None:
+            note_request(execution, self._view("messages", self.step.messages, self.args, self.kwargs))
         if self.around is not None:
             note_around(execution, self.around)
         refusal = run.refusal(step_id)
@@ -374,6 +377,8 @@ class Call:
     ) -> Any:
         """Return the output for the engine, with the usage that inner calls have not counted."""
         output = made_by(self._view("output", self.step.output_view, value), contract)
+        if self.step.messages is not None:
+            execution.note_response(value)
         if self.step.usage is None:
             return output
         self.is_counted = True

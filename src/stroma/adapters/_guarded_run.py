@@ -121,7 +121,6 @@ class GuardedRun:
 
     Attributes:
         ctx: the run's context: its id, tracker, trace.
-        result: the result of the run, once it has ended.
         ended: the run has ended.
         ends: the run ends; that of the guard itself does not.
         is_continuation: its input is what a framework continues its own checkpoint with, such as an answer;
@@ -138,7 +137,7 @@ class GuardedRun:
         self.usage = _OutsideUsage(ctx)
         #: What has stopped the run in a tool, where the framework would tell the model of it and continue.
         self.fatal: Exception | None = None
-        self.result: ExecutionResult | None = None
+        self._result: ExecutionResult | None = None
         #: The exceptions and stops of calls that are inside no other one.
         self.halts: Halts = []
         #: The suspensions of effects whose last call may have happened, by step id: none of them is called
@@ -162,10 +161,19 @@ class GuardedRun:
         self._applied = ExitStack()
 
     @property
+    def result(self) -> ExecutionResult:
+        """The result of the run. Raises RuntimeError before its end."""
+        if self._result is None:
+            raise RuntimeError(
+                f"run {self.ctx.run_id!r} has not ended; read its result after the `with` block"
+            )
+        return self._result
+
+    @property
     def stopped(self) -> Failure | None:
         """The failure that stopped the run: a spent budget, its exception, or so far its last failed step."""
-        if self.result is not None:
-            return self.result.failure
+        if self._result is not None:
+            return self._result.failure
         return None if self._stopping is None else self._stopping.failure
 
     def note(self, halt: Halt) -> None:
@@ -317,7 +325,7 @@ class GuardedRun:
             ctx.session.on_control = None
         status, failure = self._outcome(error)
         self.ended = True
-        self.result = ctx.build_result(status, ctx.last_state, failure)
+        self._result = ctx.build_result(status, ctx.last_state, failure)
         self.guard.ended(self)
         reason = (
             "; ".join(ctx.account.suspended) if status is RunStatus.SUSPENDED else failure and str(failure)
@@ -372,6 +380,9 @@ class GuardedRun:
     @contextmanager
     def here(self) -> Iterator[None]:
         """Make the calls inside belong to this run, without a start or an end of it."""
+        if self in ACTIVE.get():
+            yield  # What is current here may be inside the run, such as a framework's own span.
+            return
         token = ACTIVE.set((*ACTIVE.get(), self))
         try:
             with applied(self._changes):

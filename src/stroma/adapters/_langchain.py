@@ -22,6 +22,7 @@ from stroma.cost.prices import cost_of
 from stroma.cost.tracker import CostTracker
 from stroma.cost.usage import Usage, tier_of
 from stroma.engine.execution import NodeExecution, current_node_or_none
+from stroma.telemetry.messages import note_request
 
 __all__ = ["acounted", "answer_of", "asked_of", "counted", "counting", "result_of", "update"]
 
@@ -49,11 +50,14 @@ class _Counter(BaseCallbackHandler):
     def __init__(self) -> None:
         self._calls: dict[UUID, _ModelCall] = {}
 
-    def on_chat_model_start(self, *_: Any, run_id: UUID, **__: Any) -> None:
+    def on_chat_model_start(self, _: Any, messages: Any, *, run_id: UUID, **__: Any) -> None:
         asking = current_node_or_none() or active_run()  # Edges call models too.
         if asking is not None:
             _refuse_beyond_budget(asking)
-            streamed = streams_inside(asking) if isinstance(asking, NodeExecution) else 0
+            streamed = 0
+            if isinstance(asking, NodeExecution):
+                note_request(asking, messages)
+                streamed = streams_inside(asking)
             self._calls[run_id] = _ModelCall(asking, streamed)
 
     on_llm_start = on_chat_model_start
@@ -78,6 +82,8 @@ class _Counter(BaseCallbackHandler):
         if call is None:
             return
         asked_by = call.asked_by
+        if isinstance(asked_by, NodeExecution):
+            asked_by.note_response(response)
         used = _usage_of(response)
         if used is not None and isinstance(asked_by, NodeExecution):
             report_uncounted(asked_by, used)

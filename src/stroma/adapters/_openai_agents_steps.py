@@ -41,6 +41,7 @@ from stroma.contracts.effects import NotDone
 from stroma.engine.execution import current_node
 from stroma.runner.flows.body_loop import WITHOUT_THREADS
 from stroma.runner.flows.flow import current_flow
+from stroma.telemetry.messages import note_request
 
 __all__ = [
     "AgentSession",
@@ -110,6 +111,10 @@ class _Events(openai.BaseModel):
     events: list[ResponseStreamEvent]
 
 
+def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return kwargs["input"] if "input" in kwargs else args[1]
+
+
 class DurableProvider(Proxy):
     """A provider of models whose requests are steps."""
 
@@ -126,6 +131,7 @@ class DurableModel(Proxy):
 
         async def work() -> Any:
             model = self._serving()
+            note_request(current_node(), _input_of(args, kwargs))
             response = await model.get_response(*args, **kwargs)
             current_node().report_usage(response, model=_name_of(model))
             fields = {one.name: getattr(response, one.name) for one in dataclasses.fields(ModelResponse)}
@@ -142,6 +148,7 @@ class DurableModel(Proxy):
 
         async def work() -> Any:
             model, node, events, response = self._serving(), current_node(), list[Any](), None
+            note_request(node, _input_of(args, kwargs))
             async for event in model.stream_response(*args, **kwargs):
                 if event.type == "response.output_text.delta":
                     emit_delta(node, event.delta)
@@ -159,7 +166,7 @@ class DurableModel(Proxy):
         return ModelRetryAdvice(suggested=False, replay_safety="unsafe")
 
     async def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any], work: Any) -> Any:
-        state = _model_call(kwargs["input"] if "input" in kwargs else args[1])
+        state = _model_call(_input_of(args, kwargs))
         return await self._run.step(f"{self._run.asking}.model", state, work)
 
     def _serving(self) -> Any:

@@ -64,6 +64,7 @@ from stroma.adapters._pydantic_ai_responses import emitting, usage_of
 from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.runner.flows.body_loop import BodyExecutor
 from stroma.runner.flows.flow import Flow, current_flow
+from stroma.telemetry.messages import note_request
 
 __all__ = ["StromaDurability", "ToolAnswer", "ToolApproval", "ToolOptions"]
 
@@ -287,16 +288,20 @@ class _StepModel(WrapperModel):
 
     async def request(self, *args: Any, **kwargs: Any) -> Any:
         node, model = _node(), self._serving()
+        note_request(node, args[0] if args else kwargs["messages"])
         response = await model.request(*args, **kwargs)
+        node.note_response(response)
         node.report_usage(usage_of(response))
         return response
 
     @contextlib.asynccontextmanager
     async def request_stream(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any]:
         node, model = _node(), self._serving()
+        note_request(node, args[0] if args else kwargs["messages"])
         async with model.request_stream(*args, **kwargs) as streamed:
             yield streamed
-        node.report_usage(usage_of(streamed.get()))
+        node.note_response(response := streamed.get())
+        node.report_usage(usage_of(response))
 
     def _serving(self) -> Any:
         """Return the model of a fallback that is due, else the wrapped one."""

@@ -68,6 +68,7 @@ class GuardedStep:
         contract: used in place of the one that the runner's registry has for the id.
         input_view: returns what contract, hooks and journal see of the arguments.
         output_view: returns what they see of the result.
+        messages: returns what a step sends to a model, of its arguments; see stroma.telemetry.messages.
         usage: returns the provider's response in a result, or a :class:`stroma.Usage`; None if nothing was
             used.
         control: returns the meaning of an exception of the framework; None for a failure.
@@ -84,6 +85,7 @@ class GuardedStep:
     contract: NodeContract[Any, Any] | None = None
     input_view: View = first_argument
     output_view: Callable[[Any], Any] = as_it_is
+    messages: View | None = None
     usage: Callable[[Any], Any] | None = None
     control: Callable[[BaseException], Control | None] | None = None
     collect: Callable[[list[Any]], Any] | None = None

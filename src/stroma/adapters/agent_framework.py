@@ -9,11 +9,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from typing import Any, Final
 
+from stroma.adapters._patches import patch
 from stroma.adapters._releases import import_error, warn_if_untested
 
 try:
@@ -46,7 +46,7 @@ def stroma_middleware(guard: Guard, tools: Contracts | None = None) -> list[Any]
     JSON, what it says). A contract of no tool raises UnknownNode at the first model request. Agents that run
     inside the agent are guarded with it, as tools (``as_tool``) or called in one.
     """
-    _guard_inner_agents()
+    patch(guard, AgentMiddlewareLayer, "run", _with_inner_agents)
     return _Shared(guard, tools).middleware
 
 
@@ -95,13 +95,9 @@ def _shared_above() -> _Shared | None:
     return None
 
 
-def _guard_inner_agents() -> None:
-    """Let every agent that runs inside a guarded one have its middleware."""
-    bare: Any = AgentMiddlewareLayer.run
-    if hasattr(bare, "_stroma_inner"):
-        return
+def _with_inner_agents(bare: Any) -> Any:
+    """Return the method by which every agent that runs inside a guarded one gets its middleware."""
 
-    @functools.wraps(bare)
     def run(self: Any, *args: Any, middleware: Any = None, **kwargs: Any) -> Any:
         shared = _shared_above()
         own = getattr(self, "middleware", None)
@@ -111,7 +107,7 @@ def _guard_inner_agents() -> None:
             middleware = [*_listed(middleware), *shared.inner.middleware]
         return bare(self, *args, middleware=middleware, **kwargs)
 
-    run.__dict__["_stroma_inner"] = AgentMiddlewareLayer.run = run
+    return run
 
 
 def _listed(middleware: Any) -> list[Any]:
@@ -158,6 +154,7 @@ class _OfChat(ChatMiddleware):
         call = _Rest(context, call_next)
         about: Any = {
             "input_view": lambda *_: request,
+            "messages": lambda *_: context.messages,
             "output_view": _answer_of,
             "usage": _used_by,
             "control": _control_of,

@@ -10,13 +10,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
+from stroma.adapters._patches import patch
 from stroma.adapters._releases import import_error, warn_if_untested
 
 try:
@@ -25,7 +25,9 @@ try:
         ClaudeAgentOptions,
         ClaudeSDKClient,
         ClaudeSDKError,
+        Message,
         ResultMessage,
+        SdkMcpTool,
         StreamEvent,
         query,
     )
@@ -57,16 +59,18 @@ _STATUS: Final = {
 _COUNTED: WeakKeyDictionary[Any, Usage] = WeakKeyDictionary()
 
 
-def guarded_query(guard: Guard) -> Callable[..., AsyncIterator[Any]]:
+def guarded_query(guard: Guard) -> Callable[..., AsyncIterator[Message]]:
     """Return the SDK's ``query`` as a function whose calls are runs with a step ``query``.
 
     What is left of the budget's dollars is its ``max_budget_usd``, where the release has that; tokens are
     known at its end.
     """
+    patch(guard, ClaudeSDKClient, "receive_messages", _count_results)
     # The program reports what it used itself; what our tools use is beside that.
     about: Any = {
         "input_view": _input_view,
         "output_view": _answer_of,
+        "messages": lambda _, kwargs: _input_view((), kwargs)["prompt"],
         "usage": _used_by,
         "collect": _whole_of,
         "delta": _delta_of,
@@ -75,16 +79,19 @@ def guarded_query(guard: Guard) -> Callable[..., AsyncIterator[Any]]:
     }
     step: Any = guard.wrap("query", _messages, **about)
 
-    def run(**options: Any) -> AsyncIterator[Any]:
+    def run(**options: Any) -> AsyncIterator[Message]:
         return guard.aover(lambda: step(**options), _input_view((), options))
 
     return run
 
 
-def guarded_tools(guard: Guard, tools: Sequence[Any], contracts: Contracts | None = None) -> list[Any]:
+def guarded_tools(
+    guard: Guard, tools: Sequence[SdkMcpTool[Any]], contracts: Contracts | None = None
+) -> list[SdkMcpTool[Any]]:
     """Return tools for ``create_sdk_mcp_server`` as steps; input is the arguments, output the parsed text."""
+    patch(guard, ClaudeSDKClient, "receive_messages", _count_results)
     by_name = guard.contracts(contracts, [tool.name for tool in tools], "tool")
-    guarded = []
+    guarded: list[SdkMcpTool[Any]] = []
     for tool in tools:
         step = guard.wrap(
             tool.name,
@@ -182,7 +189,6 @@ def _input_view(_: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
 def _count_results(receive: Any) -> Any:
     """Return the client's ``receive_messages``, which counts its results in the run of a guard around it."""
 
-    @functools.wraps(receive)
     async def receive_messages(self: Any) -> AsyncIterator[Any]:
         messages: list[Any] = []
         async for message in receive(self):
@@ -227,10 +233,11 @@ _COUNTS: Final = ("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheC
 
 
 def _whole_of(messages: list[Any]) -> dict[str, Any]:
-    """Return the end of a query and the model that answered."""
+    """Return the end of a query, its text, and the model that answered."""
     models = [message.model for message in messages if getattr(message, "model", None)]
     ends = [message for message in messages if isinstance(message, ResultMessage)]
-    return {"end": ends[-1] if ends else None, "model": models[-1] if models else None}
+    end = ends[-1] if ends else None
+    return {"end": end, "text": getattr(end, "result", None), "model": models[-1] if models else None}
 
 
 def _used_by(whole: dict[str, Any]) -> Any:
@@ -260,7 +267,7 @@ def _delta_of(message: Any) -> str | None:
 
 
 def _answer_of(whole: dict[str, Any]) -> dict[str, Any]:
-    return {"result": getattr(whole["end"], "result", None)}
+    return {"result": whole["text"]}
 
 
 def _result_of(result: Any) -> Any:
@@ -270,6 +277,3 @@ def _result_of(result: Any) -> Any:
         return json.loads(text)
     except ValueError:
         return text
-
-
-ClaudeSDKClient.receive_messages = _count_results(ClaudeSDKClient.receive_messages)

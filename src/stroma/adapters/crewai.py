@@ -279,7 +279,16 @@ def guard_llm(llm: Any, guard: Guard) -> Any:
 
     names, around = ("call", "acall"), functools.partial(within, context=booking)
     output_view = lambda answer: {"answer": answer}  # noqa: E731
-    guard_methods(llm, names, guard, "llm", around, input_view=_input_view, output_view=output_view)
+    guard_methods(
+        llm,
+        names,
+        guard,
+        "llm",
+        around,
+        input_view=_input_view,
+        output_view=output_view,
+        messages=_messages_of,
+    )
     for name in names:
         wrap_method(llm, name, guard, lambda step: before(step, lambda *_, **__: _raise_fatal(guard)))
     return llm
@@ -355,5 +364,9 @@ class _Ledger:
             report_uncounted(node, Usage(input_tokens, output_tokens, cached, written, llm.model))
 
 
+def _messages_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else kwargs.get("messages")
+
+
 def _input_view(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return newest_of(args[0] if args else kwargs.get("messages"))
+    return newest_of(_messages_of(args, kwargs))

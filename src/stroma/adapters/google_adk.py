@@ -142,13 +142,18 @@ def guard_model(model: Any, guard: Guard, check: Callable[[], None]) -> None:
         guard,
         "model",
         kind="astream",
-        input_view=lambda args, kwargs: newest_of((args[0] if args else kwargs["llm_request"]).contents),
+        input_view=lambda args, kwargs: newest_of(_messages_of(args, kwargs)),
+        messages=_messages_of,
         output_view=lambda response: {"content": getattr(response, "content", None)},
         usage=lambda response: _usage_of(response, model.model),
         collect=_last_response,
         delta=_delta,
     )
     wrap_method(model, _REQUEST, guard, held)
+
+
+def _messages_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return (args[0] if args else kwargs["llm_request"]).contents
 
 
 def _delta(response: Any) -> str | None:

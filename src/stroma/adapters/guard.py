@@ -29,6 +29,7 @@ from pydantic import BaseModel
 
 from stroma.adapters._guarded_call import Call, Kind, wrapped
 from stroma.adapters._guarded_run import ACTIVE, GuardedRun
+from stroma.adapters._patches import restore
 from stroma.adapters._state_views import View, arguments_of, first_argument, violation
 from stroma.adapters._step import Control, GuardedStep, causes
 from stroma.checkpoint.decisions import ENDED
@@ -228,7 +229,7 @@ class Guard:
     def forget_old(self, run: GuardedRun) -> None:
         """Delete the run that ended ``KEPT_RUNS`` ends ago from a store that nobody has asked for."""
         store = None if self.runner is None else self.runner.checkpoint_manager.store
-        if not getattr(store, "is_default", False) or run.result is None or run.result.status not in ENDED:
+        if not getattr(store, "is_default", False) or run.result.status not in ENDED:
             return
         with self._lock:
             with contextlib.suppress(ValueError):
@@ -237,6 +238,14 @@ class Guard:
             old = self._ended.popleft() if len(self._ended) > KEPT_RUNS else None
         if old is not None:
             cast("Any", store).delete_now(old)
+
+    def detach(self) -> None:
+        """Restore the classes of frameworks that were changed for this guard. Safe to call twice.
+
+        Adapters change them where no object can be attached: for agents inside agents, say. A change that
+        another guard needs stays. What was attached itself stays attached, and its calls are steps.
+        """
+        restore(self)
 
     # ------------------------------------------------------------------ steps
 

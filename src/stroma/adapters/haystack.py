@@ -78,9 +78,12 @@ def _guard_component(
     component: Any, guard: Guard, name: str, contract: NodeContract[Any, Any] | None = None
 ) -> None:
     passes = lambda error: Control("passed") if isinstance(error, BreakpointException) else None  # noqa: E731
+    sent = lambda _, kwargs: kwargs.get("messages") or kwargs.get("prompt")  # noqa: E731
     about: Any = {"input_view": lambda _, kwargs: kwargs, "usage": _used, "control": passes}
     around = functools.partial(_around, guard)
-    guard_methods(component, ("run", "run_async"), guard, name, around, contract=contract, **about)
+    guard_methods(
+        component, ("run", "run_async"), guard, name, around, contract=contract, messages=sent, **about
+    )
     for attribute, value in list(vars(component).items()):
         if not attribute.startswith("__"):
             _guard_inside(value, guard, f"{name}.{attribute.removeprefix('_')}")

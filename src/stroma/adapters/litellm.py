@@ -61,19 +61,19 @@ def attach(target: T, guard: Guard) -> T:
 
 def _guarded(bare: Callable[..., Any], guard: Guard) -> Callable[..., Any]:
     about: Any = {"output_view": _answer, "usage": _used, "delta": _delta}
+    sent = lambda args, kwargs: _requested(args, kwargs)[1]  # noqa: E731
 
     def request(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         model, messages = _requested(args, kwargs)
         return {"model": model, **newest_of(messages)}
 
-    whole: Any = guard.wrap("model", bare, input_view=request, **about)
+    whole: Any = guard.wrap("model", bare, input_view=request, messages=sent, **about)
 
     def stream_of(parts: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         _, messages = _requested(args, kwargs)
         collect = functools.partial(_collected, messages)
-        step: Any = guard.wrap(
-            "model", parts, input_view=lambda *_: request(args, kwargs), collect=collect, **about
-        )
+        views: Any = {"input_view": lambda *_: request(args, kwargs), "messages": lambda *_: messages}
+        step: Any = guard.wrap("model", parts, collect=collect, **views, **about)
         return step()
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -10,19 +10,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import functools
+import dataclasses
 import json
 import types
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from stroma._utils.lazy import lazy
+from stroma.adapters._patches import patch
 from stroma.adapters._releases import import_error, warn_if_untested
 
 try:
-    from agents import Agent, FunctionTool, Model, ModelProvider, MultiProvider, Runner, RunState
+    from agents import Agent, FunctionTool, Model, ModelProvider, MultiProvider, Runner, RunResult, RunState
     from agents import run as agents_run
     from agents.exceptions import (
         InputGuardrailTripwireTriggered,
@@ -57,6 +59,7 @@ __all__ = [
     "GuardedModel",
     "GuardedProvider",
     "GuardedRunner",
+    "GuardedStream",
     "ToolApproval",
     "ToolOptions",
     "attach",
@@ -83,7 +86,7 @@ def attach(agent: A, guard: Guard, contracts: Contracts | None = None) -> A:
     tokens of its model count in that run and in no step, and a spent budget ends the session with
     BudgetExceeded.
     """
-    _guard_whole_runs()
+    _guard_whole_runs(guard)
     agents, _ = reached_agents(agent)
     tools = {tool.name for each in agents for tool in each.tools if isinstance(tool, FunctionTool)}
     servers = [server for each in agents for server in each.mcp_servers]
@@ -105,18 +108,24 @@ class GuardedRunner:
     """``Runner`` whose calls are runs of a guard, each with the agent as a step around models and tools."""
 
     def __init__(self, guard: Guard) -> None:
-        _guard_whole_runs()
+        _guard_whole_runs(guard)
         self.guard = guard
         self._run = guard.each_call(self._arun_step, _input_view, _is_continuation)
         self._run_sync = guard.each_call(self._run_step, _input_view, _is_continuation)
 
-    async def run(self, agent: Any, input: Any, **options: Any) -> Any:
+    async def run(self, agent: Agent[Any], input: Any, **options: Any) -> RunResult:
         """Call ``Runner.run`` under this guard."""
-        return await self._run(agent, input, **options)
+        result: RunResult = await self._run(agent, input, **options)
+        return result
 
-    def run_sync(self, agent: Any, input: Any, **options: Any) -> Any:
+    def run_sync(self, agent: Agent[Any], input: Any, **options: Any) -> RunResult:
         """Call ``Runner.run_sync`` under this guard."""
-        return self._run_sync(agent, input, **options)
+        result: RunResult = self._run_sync(agent, input, **options)
+        return result
+
+    def run_streamed(self, agent: Agent[Any], input: Any, **options: Any) -> GuardedStream:
+        """Call ``Runner.run_streamed`` under this guard."""
+        return GuardedStream(self.guard, agent, input, options)
 
     async def _arun_step(self, agent: Any, input: Any, **options: Any) -> Any:
         async def run() -> Any:
@@ -137,6 +146,48 @@ class GuardedRunner:
                 return self.guard.call(_step_of(agent, input), run)
         except _Interrupted as interrupted:
             return interrupted.result
+
+
+class GuardedStream:
+    """The streamed run of an agent: the run of the guard, and its agent's step, last as long as its events.
+
+    Its other attributes are those of the SDK's ``RunResultStreaming``, once the first event was asked for.
+    """
+
+    def __init__(self, guard: Guard, agent: Any, input: Any, options: dict[str, Any]) -> None:
+        self._guard, self._agent, self._input, self._options = guard, agent, input, options
+        self._result: Any = None
+
+    async def stream_events(self) -> AsyncIterator[Any]:
+        """Yield the events of the SDK, in a run of the guard or as part of the one around. Call it once."""
+        if self._result is not None:
+            raise RuntimeError("the events of this stream were read already; call run_streamed() again")
+        step = dataclasses.replace(_step_of(self._agent, self._input), collect=lambda _: self._result)
+        args = (self._agent, self._input)
+        events = self._guard.aover(
+            lambda: Call(self._guard.current, step, self._events, (), {}).astream(),
+            _input_view(args, {}),
+            is_continuation=_is_continuation(args),
+        )
+        with contextlib.suppress(_Interrupted):
+            async with contextlib.aclosing(cast("AsyncGenerator[Any, None]", events)):
+                async for event in events:
+                    yield event
+
+    async def _events(self) -> AsyncIterator[Any]:
+        self._result = result = Runner.run_streamed(self._agent, self._input, **self._options)
+        try:
+            async for event in result.stream_events():
+                yield event
+        finally:
+            if not result.is_complete:
+                result.cancel()
+        _ended(result)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or self._result is None:
+            raise AttributeError(f"a stream has no {name!r} before stream_events() is read")
+        return getattr(self._result, name)
 
 
 def _ended(result: Any) -> Any:
@@ -242,7 +293,8 @@ def _request(model: Any, **options: Any) -> GuardedStep:
 
     return GuardedStep(
         "model",
-        input_view=_request_view,
+        input_view=lambda args, kwargs: newest_of(_input_of(args, kwargs)),
+        messages=_messages_of,
         output_view=_response_view,
         usage=used,
         control=_control_of,
@@ -275,8 +327,17 @@ def _guard_model(model: Model, guard: Guard) -> Model:
     return model if isinstance(model, GuardedModel) else GuardedModel(model, guard)
 
 
-def _request_view(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return newest_of(args[1] if len(args) > 1 else kwargs.get("input"))
+def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[1] if len(args) > 1 else kwargs.get("input")
+
+
+def _messages_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    instructions = args[0] if args else kwargs.get("system_instructions")
+    request = _input_of(args, kwargs)
+    return [
+        {"role": "system", "content": instructions},
+        *([request] if isinstance(request, str) else request),
+    ]
 
 
 def _response_view(response: Any) -> dict[str, Any]:
@@ -385,22 +446,31 @@ def _arguments(args: tuple[Any, ...], _: dict[str, Any]) -> Any:
 # ---------------------------------------------------------------------- in runs of a guard
 
 
-@functools.cache
-def _guard_whole_runs() -> None:
+def _guard_whole_runs(guard: Guard) -> None:
     """Guard all models and tools that the SDK uses in a run of a guard.
 
     Judges of guardrails, agents as tools, RunConfig(model=), tools of MCP servers, realtime sessions and what
-    was added
-    later: none of them can be reached from the agent that was attached.
+    was added later: none of them can be reached from the agent that was attached.
     """
-    bare_model, bare_tools = run_loop.get_model, Agent.get_all_tools
+    patch(guard, run_loop, "get_model", _with_guarded_models)
+    patch(guard, agents_run, "run_single_turn", _turns_in_agents)
+    patch(guard, run_loop, "run_single_turn_streamed", _turns_in_agents)
+    for kind in (Agent, RealtimeAgent):
+        patch(guard, kind, "get_all_tools", _with_guarded_tools)
+    patch(guard, RealtimeSession, "on_event", _with_counted_events)
 
+
+def _with_guarded_models(bare: Callable[..., Any]) -> Callable[..., Any]:
     def get_model(*args: Any, **kwargs: Any) -> Model:
-        model, run = bare_model(*args, **kwargs), active_run()
+        model, run = bare(*args, **kwargs), active_run()
         return model if run is None else _guard_model(model, _guard_of(run))
 
+    return get_model
+
+
+def _with_guarded_tools(bare: Callable[..., Any]) -> Callable[..., Any]:
     async def get_all_tools(self: Any, *args: Any, **kwargs: Any) -> list[Any]:
-        tools = await bare_tools(self, *args, **kwargs)
+        tools = await bare(self, *args, **kwargs)
         attached: list[_ServerContracts] = list(
             filter(None, (getattr(server, _ATTACHED, None) for server in self.mcp_servers))
         )
@@ -419,22 +489,19 @@ def _guard_whole_runs() -> None:
             for tool in tools
         ]
 
-    bare_event = RealtimeSession.on_event
+    return get_all_tools
 
-    @functools.wraps(bare_event)
+
+def _with_counted_events(bare: Callable[..., Any]) -> Callable[..., Any]:
     async def on_event(self: Any, event: Any) -> None:
-        await bare_event(self, event)
+        await bare(self, event)
         run = active_run()
         if run is not None and event.type == "usage":
             name = getattr(self.model, "model", None)
             run.report_usage(usage_from(event.usage, model=name if isinstance(name, str) else None))
             run.usage.check_budget()
 
-    run_loop.get_model = get_model
-    for module, name in ((agents_run, "run_single_turn"), (run_loop, "run_single_turn_streamed")):
-        setattr(module, name, _turns_in_agents(getattr(module, name)))
-    Agent.get_all_tools = RealtimeAgent.get_all_tools = get_all_tools
-    RealtimeSession.on_event = on_event
+    return on_event
 
 
 def _turns_in_agents(bare_turn: Callable[..., Any]) -> Callable[..., Any]:
@@ -443,7 +510,6 @@ def _turns_in_agents(bare_turn: Callable[..., Any]) -> Callable[..., Any]:
     So the spend of an agent that was handed to, or is a tool, is in its own steps.
     """
 
-    @functools.wraps(bare_turn)
     async def turn(*args: Any, **kwargs: Any) -> Any:
         node, run = current_node_or_none(), active_run()
         bound = next((one for one in (*args, *kwargs.values()) if hasattr(one, "public_agent")), None)

@@ -12,10 +12,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from typing import TYPE_CHECKING, Any, Literal
 
 from stroma._utils.lazy import lazy
+from stroma.adapters._patches import patch
 from stroma.adapters._releases import import_error, warn_if_untested
 
 try:
@@ -66,7 +66,7 @@ class StromaCapability(AbstractCapability[Any]):
     def __init__(
         self, guard: Guard, *, tools: Contracts | None = None, output: type[BaseModel] | None = None
     ) -> None:
-        _guard_other_agents()
+        patch(guard, Agent, "iter", _with_capability)
         self.guard = guard
         self._tools = {name: contract_for(name, contract) for name, contract in (tools or {}).items()}
         self._output = None if output is None else contract_for("output", (None, output))
@@ -175,7 +175,8 @@ class StepModel(WrapperModel):
     def __init__(self, wrapped: Any, guard: Guard) -> None:
         super().__init__(wrapped)
         about: dict[str, Any] = {
-            "input_view": _input_view,
+            "input_view": lambda args, kwargs: newest_of(_messages_of(args, kwargs)),
+            "messages": _messages_of,
             "output_view": _answer,
             "usage": usage_of,
             "control": control,
@@ -216,20 +217,17 @@ _TOLD_TO_THE_MODEL = tuple(
 )
 
 
-def _input_view(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return newest_of(args[0] if args else kwargs.get("messages"))
+def _messages_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else kwargs.get("messages")
 
 
 def _answer(response: Any) -> dict[str, Any]:
     return {"model": response.model_name, "parts": response.parts}
 
 
-@functools.cache
-def _guard_other_agents() -> None:
-    """Guard agents without the capability that run in a run of a guard: those that tools ask, above all."""
-    bare = Agent.iter
+def _with_capability(bare: Any) -> Any:
+    """Return the method by which agents in a run of a guard get the capability: those that tools ask, say."""
 
-    @functools.wraps(bare)
     def iter(self: Any, *args: Any, **kwargs: Any) -> Any:
         run: Any = active_run()
         own = kwargs.get("capabilities") or ()
@@ -239,4 +237,4 @@ def _guard_other_agents() -> None:
             kwargs["capabilities"] = [*own, StromaCapability(run.guard)]
         return bare(self, *args, **kwargs)
 
-    Agent.iter = iter
+    return iter

@@ -13,7 +13,7 @@ from stroma.checkpoint.identity import StepCalls, has_input, without_attempts
 from stroma.contracts.node import held_by, output_class
 from stroma.contracts.schema import Schema, Snapshot, describe_error, schema_of
 from stroma.cost.budget import limits
-from stroma.cost.usage import Report, UsageError, check_usage, report_of, report_of_figures, shown
+from stroma.cost.usage import Report, Usage, UsageError, check_usage, report_of, report_of_figures, shown
 from stroma.engine.current import CURRENT, RUN
 from stroma.engine.emitted import emit_event
 from stroma.failures.errors import Suspend
@@ -113,6 +113,8 @@ class NodeExecution:
     idle_timer: Any = None
     #: Id of the present attempt, in a run whose events have receivers; see stroma.engine.emitted.
     attempt_id: str | None = None
+    #: The last response of a provider that was reported, with the attempt that reported it.
+    response: tuple[int, Any] = (0, None)
     _notes: dict[Any, Any] | None = None
     _calls: StepCalls | None = None
 
@@ -366,6 +368,7 @@ class NodeExecution:
         if response is not None:
             if input_tokens or output_tokens or cached_input_tokens or cache_write_tokens:
                 raise UsageError(f"node {self.node_id!r} reported a response and figures; report one of them")
+            self.note_response(response)
             try:
                 report = report_of(self.node_id, response, model=model, tier=tier)
             except UsageError as error:
@@ -398,6 +401,11 @@ class NodeExecution:
         if self.reported is None:
             self.reported = []
         self.reported.append(report)
+
+    def note_response(self, response: object) -> None:
+        """Store a response of this attempt for exporters that show answers; figures alone have none."""
+        if type(response) is not Usage:
+            self.response = self.attempt, response
 
     def emit(self, data: Any, name: str = "delta") -> None:
         """Send an event to the readers of the run: a piece of text, progress, other JSON data or a model.

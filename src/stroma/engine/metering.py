@@ -29,6 +29,7 @@ def count_returned(run: NodeExecution, returned: tuple[Any, ...]) -> tuple[Any, 
             except UsageError as error:
                 return output, None if run.counts_as_zero(error) else error
             if report is not None:
+                run.note_response(used)
                 run.reported = [report] if run.reported is None else [*run.reported, report]
                 return output, None
     elif len(returned) == 3:

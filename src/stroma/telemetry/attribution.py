@@ -45,7 +45,7 @@ class AttributionProcessor(SpanProcessor):
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
         """Stamp a span."""
-        parent = get_current_span(parent_context)
+        parent = _put_inside(span, get_current_span(parent_context))
         of_parent: Any = getattr(parent, "attributes", None) or {}
         node = current_node_or_none()
         is_ours = span.instrumentation_scope is not None and span.instrumentation_scope.name == SCOPE
@@ -94,6 +94,27 @@ class AttributionProcessor(SpanProcessor):
     def force_flush(self, timeout_millis: int = 30000) -> bool:
         """Return True: it holds no spans. Older SDKs flush no processor after one that returns None."""
         return True
+
+
+def _put_inside(span: Span, parent: Any) -> Any:
+    """Return the parent of a span that begins: of OpenInference's, our current span if that is inside it.
+
+    Their instrumentations of LangChain and the OpenAI Agents SDK know their own spans alone, and would put
+    those of a step beside it.
+    """
+    scope, current = span.instrumentation_scope, get_current_span()
+    if (
+        scope is None
+        or not scope.name.startswith("openinference.")
+        or not isinstance(current, Span)
+        or current.instrumentation_scope is None
+        or current.instrumentation_scope.name != SCOPE
+        or current.get_span_context().trace_id != parent.get_span_context().trace_id
+        or (current.start_time or 0) <= (getattr(parent, "start_time", None) or 0)
+    ):
+        return parent
+    span._parent = current.get_span_context()
+    return current
 
 
 def _nodes_around(node: NodeExecution) -> Iterator[NodeExecution]:

@@ -115,6 +115,20 @@ class Content:
                 state.shapes = text
         return text if len(text) <= self.max_bytes and text.isascii() else self.cut(text)
 
+    def messages(self, run: ReliabilityContext, messages: list[dict[str, Any]]) -> str:
+        """Return messages as JSON: of long ones the newest, within ``max_bytes``; "" for none of them."""
+        if self.mode == "none" or not messages:
+            return ""
+        shown = run.redactor.redact_state({"messages": messages}).get("messages")
+        if not isinstance(shown, list):
+            return ""
+        whole = _DataWriter(self, self.max_bytes + _SLACK)._data(shown[::-1], 0)
+        try:
+            masked = json.loads(run.redactor.mask(_dump(whole)))
+        except ValueError:  # A secret was part of the syntax, such as a comma.
+            return ""
+        return _dump(_DataWriter(self, self.max_bytes)._data(masked, 0)[::-1])
+
     def message(self, run: ReliabilityContext, error: BaseException | str) -> str | None:
         """Return the message of an exception; None in mode "none"."""
         if self.mode == "none":

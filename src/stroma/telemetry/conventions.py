@@ -14,6 +14,7 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 
 __all__ = [
+    "LANGCHAIN",
     "NODE_ID",
     "OF_RUN",
     "SCHEMA_URL",
@@ -29,9 +30,10 @@ __all__ = [
 
 Vocabulary = Literal["openinference", "none"]
 
-#: Name of our tracer and meter, and the conventions that they follow;
+#: Name of our tracer and meter, that of OpenInference's for LangChain, and the conventions that ours follow;
 #: https://github.com/open-telemetry/semantic-conventions-genai
 SCOPE: Final = "stroma"
+LANGCHAIN: Final = "openinference.instrumentation.langchain"
 SCHEMA_URL: Final = "https://opentelemetry.io/schemas/gen-ai/0.1.0"
 NODE_ID: Final = "stroma.node.id"
 #: What every span inside a run says of it.

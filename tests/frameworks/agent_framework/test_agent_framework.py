@@ -23,7 +23,7 @@ from agent_framework import (
     tool,
 )
 from tests.frameworks.contract import ANSWER, CALL, City, EmitsDeltas, FrameworkContract, Strict, weather
-from tests.frameworks.kit import Seen, guard_of, holds, lines_of, result_of, spent
+from tests.frameworks.kit import Seen, changed_until_detached, guard_of, holds, lines_of, result_of, spent
 
 from stroma import BudgetExceeded, ContractViolation, ExecutionBudget, RunStatus, SQLiteStore
 from stroma.adapters import Guard
@@ -416,3 +416,11 @@ def test_an_agent_that_waits_for_an_approval_is_suspended(kind: str, tmp_path: P
         script = Script(("delete", '{"path": "a"}'), "done")
         assert asyncio.run(talk(agent_of(script, guard, [delete]), guard)) == "done"
         assert (calls, [one.status for one in store.list_runs()]) == (["a"], ["RESUMED"])
+
+
+def test_detach_restores_the_classes_of_the_framework() -> None:
+    """An import changes none of them; attaching does, until no guard needs it."""
+    changed = changed_until_detached(
+        "from stroma.adapters.agent_framework import stroma_middleware", "stroma_middleware(guard)"
+    )
+    assert changed == ["run"]

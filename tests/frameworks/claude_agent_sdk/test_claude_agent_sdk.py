@@ -25,6 +25,7 @@ from tests.frameworks.contract import FrameworkContract, weather
 from tests.frameworks.kit import (
     PAID,
     Seen,
+    changed_until_detached,
     emitted_by,
     guard_of,
     holds,
@@ -370,3 +371,11 @@ def test_a_budget_stops_the_client(budget: ExecutionBudget) -> None:
     with pytest.raises(BudgetExceeded):
         asyncio.run(_converse(guard, Script(), turns=3))
     assert (result_of(guard).status, result_of(guard).total_tokens) == (RunStatus.PARTIAL, 20)
+
+
+def test_detach_restores_the_classes_of_the_framework() -> None:
+    """An import changes none of them; attaching does, until no guard needs it."""
+    changed = changed_until_detached(
+        "from stroma.adapters.claude_agent_sdk import guarded_query", "guarded_query(guard)"
+    )
+    assert changed == ["receive_messages"]

@@ -6,6 +6,7 @@ is part of.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -156,6 +157,8 @@ NODES = {
     "pydantic_ai": {"forecaster"},
     "claude_agent_sdk": {"query"},
 }
+#: Frameworks whose spans of model calls are around ours.
+AROUND = {"google_adk", "pydantic_ai"}
 #: How often each program calls its model; twice where nothing else is said.
 CALLS = {"claude_agent_sdk": 1, "crewai": 1, "haystack": 1, "langgraph": 1}
 EVERY_WAY = [(name, kind) for name, program in PROGRAMS.items() for kind in program.KINDS]
@@ -269,15 +272,61 @@ def test_every_span_of_an_instrumentation_is_attributed(
     assert {attributes(span).get("stroma.node.id") for span in calls} == NODES.get(name, {"model"})
 
 
-@pytest.mark.parametrize(("name", "kind"), EVERY_WAY)
-def test_each_token_is_on_one_span(name: str, kind: str, instrumented: Instrumented) -> None:
-    """The spans of model calls have the tokens of the run in sum: those of the instrumentation where it
-    reports any, else ours.
+def path_of(span: ReadableSpan, spans: list[ReadableSpan]) -> list[ReadableSpan]:
+    """Return what is around a span, the root first."""
+    by_id = {each.context.span_id: each for each in spans if each.context}
+    around: list[ReadableSpan] = []
+    while span.parent is not None and span.parent.span_id in by_id:
+        span = by_id[span.parent.span_id]
+        around.insert(0, span)
+    return around
 
-    All spans are in one trace."""
+
+@pytest.mark.parametrize("inside", [False, True], ids=["a call", "in a run"])
+@pytest.mark.parametrize(("name", "kind"), EVERY_WAY)
+def test_one_tree_with_each_node_and_token_once(
+    name: str, kind: str, inside: bool, instrumented: Instrumented
+) -> None:
+    """All spans are one trace with one root, each node has one place in it, and the tokens of the run are
+    those of the spans of model calls, inside the node that made each."""
     instrumented.exporter.clear()
     guard = instrumented.guard("bill")
-    assert answer(name, kind, guard) == ANSWER
-    total = result_of(guard).total_tokens
-    assert sum(tokens_on(span) for span in instrumented.spans if is_call(span)) == total > 0
-    assert len({span.context.trace_id for span in instrumented.spans if span.context}) == 1
+    with guard.run() if inside else contextlib.nullcontext():
+        assert answer(name, kind, guard) == ANSWER
+    spans, result = instrumented.spans, result_of(guard)
+    assert sum(tokens_on(span) for span in spans if is_call(span)) == result.total_tokens > 0
+    assert len({span.context.trace_id for span in spans if span.context}) == 1
+    assert len([span for span in spans if not path_of(span, spans)]) == 1
+    nodes = [span for span in spans if "stroma.node.position" in attributes(span)]
+    assert len(nodes) == len(list(result.trace.walk()))
+    calls = [span for span in spans if is_call(span)]
+    assert all(path_of(span, spans)[-1] in nodes for span in calls) or name in AROUND
+    for node in nodes:
+        # What a framework makes of the node itself is around it or inside of it, not beside it.
+        id = attributes(node)["stroma.node.id"]
+        for twin in (span for span in spans if span.name in (id, node.name) and span not in nodes):
+            family = [each for each in nodes if each in path_of(twin, spans) or twin in path_of(each, spans)]
+            assert any(attributes(each)["stroma.node.id"] == id for each in family), twin.name
+
+
+@pytest.mark.parametrize(("name", "kind"), [way for way in EVERY_WAY if way[0] != "dspy"])
+def test_our_spans_of_model_calls_have_their_messages(name: str, kind: str) -> None:
+    """With content, the request and the answer of each call are on its span, and results of tools in the next
+    one."""
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    hooks = otel_hooks(tracer=provider, content="redacted", inference="always")
+    assert answer(name, kind, guard_of(hooks=hooks)) == ANSWER
+    calls = [attributes(span) for span in exporter.get_finished_spans() if span.name.startswith("chat")]
+    requests, answers = (
+        [json.loads(call[f"gen_ai.{way}.messages"]) for call in calls] for way in ("input", "output")
+    )
+    assert {message["role"] for message in requests[0]} == {"user"}
+    (last,) = answers[-1]
+    assert (last["role"], last["finish_reason"]) == ("assistant", "stop")
+    assert "".join(part["content"] for part in last["parts"]).strip() in (ANSWER, "done")
+    if len(calls) == 2:
+        (call,) = answers[0][0]["parts"]
+        assert (call["type"], call["name"], call["arguments"]) == ("tool_call", "weather", {"city": "Oslo"})
+        assert [message["role"] for message in requests[1]] == ["user", "assistant", "tool"]
+        assert "4" in str(requests[1][2]["parts"][0]["response"])

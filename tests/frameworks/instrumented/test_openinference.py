@@ -112,4 +112,4 @@ def test_every_name_is_one_of_theirs(spans: list[dict[str, Any]]) -> None:
     for about in spans:
         for name in ("input.mime_type", "output.mime_type"):
             if name in about:
-                assert OpenInferenceMimeTypeValues(about[name]) is OpenInferenceMimeTypeValues.JSON
+                OpenInferenceMimeTypeValues(about[name])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ from tests.frameworks.contract import (
     Weather,
     weather,
 )
-from tests.frameworks.kit import guard_of, holds, lines_of, result_of
+from tests.frameworks.kit import changed_until_detached, guard_of, holds, lines_of, result_of
 
 from stroma import BudgetExceeded, ContractViolation, ExecutionBudget, RunStatus
 from stroma.adapters import Guard, UnknownNode, what_stopped
@@ -150,24 +150,19 @@ def agent_of(
 
 
 def ask(agent: Agent[Any], kind: str, guard: Guard | None = None) -> Any:
+    runner: Any = Runner if guard is None else GuardedRunner(guard)
+
     async def streamed() -> Any:
-        result = Runner.run_streamed(agent, "hello")
+        result = runner.run_streamed(agent, "hello")
         async for _ in result.stream_events():
             pass
         return result.final_output
 
-    async def guarded() -> Any:
-        if guard is None:
-            return await streamed()
-        async with guard.run():
-            return await streamed()
-
-    runner: Any = Runner if guard is None else GuardedRunner(guard)
     if kind == "run_sync":
         return runner.run_sync(agent, "hello").final_output
-    return (
-        asyncio.run(guarded()) if kind == "streamed" else asyncio.run(runner.run(agent, "hello")).final_output
-    )
+    if kind == "streamed":
+        return asyncio.run(streamed())
+    return asyncio.run(runner.run(agent, "hello")).final_output
 
 
 @holds("sync and async")
@@ -186,17 +181,12 @@ class TestOpenAIAgents(EmitsDeltas, FrameworkContract):
     def call(self, program: Any, kind: str, guard: Any = None) -> Any:
         return ask(program, kind, guard)
 
-    def steps(self, kind: str) -> Sequence[str]:
-        """Return those of a stream without the step of the agent: its run is opened by the test."""
-        return [line.strip() for line in self.STEPS[1:]] if kind == "streamed" else self.STEPS
-
     def stream(self, script: Script, guard: Guard, seen: list[str]) -> None:
         async def main() -> None:
-            async with guard.run():
-                result = Runner.run_streamed(agent_of(script, guard), "hello")
-                async for event in result.stream_events():
-                    if event.type == "raw_response_event" and hasattr(event.data, "delta"):
-                        seen.append(event.data.delta)
+            result = GuardedRunner(guard).run_streamed(agent_of(script, guard), "hello")
+            async for event in result.stream_events():
+                if event.type == "raw_response_event" and hasattr(event.data, "delta"):
+                    seen.append(event.data.delta)
 
         asyncio.run(main())
 
@@ -275,8 +265,7 @@ def test_a_guardrail_that_trips_passes_untouched(kind: str) -> None:
     with pytest.raises(InputGuardrailTripwireTriggered):
         ask(agent_of(Script("x"), guard, input_guardrails=[never]), kind, guard)
     assert len(trips) == 1
-    if kind != "streamed":
-        assert result_of(guard).status is RunStatus.FAILED
+    assert result_of(guard).status is RunStatus.FAILED
 
 
 @holds("control flow")
@@ -415,6 +404,44 @@ def named(ledger: Ledger) -> RunConfig:
     return RunConfig(model_provider=Provider())
 
 
+async def test_a_streamed_run_that_waits_for_an_approval_is_suspended() -> None:
+    """It has the SDK's interruptions, and its state continues as a stream."""
+
+    @function_tool(needs_approval=True)
+    def buy() -> str:
+        """Needs a yes."""
+        return "bought"
+
+    guard = guard_of()
+    agent = agent_of(Script(("buy", "{}"), "done"), guard, [buy])
+    runner = GuardedRunner(guard)
+    waiting = runner.run_streamed(agent, "hello")
+    with pytest.raises(AttributeError, match="before stream_events"):
+        _ = waiting.interruptions
+    assert [event async for event in waiting.stream_events()]
+    assert (result_of(guard).status, result_of(guard).suspended) == (RunStatus.SUSPENDED, ["approval of buy"])
+    state = waiting.to_state()
+    state.approve(waiting.interruptions[0])
+    answered = runner.run_streamed(agent, state)
+    assert [event async for event in answered.stream_events()]
+    assert (answered.final_output, result_of(guard).status) == ("done", RunStatus.COMPLETED)
+    with pytest.raises(RuntimeError, match="read already"):
+        await anext(aiter(answered.stream_events()))
+
+
+async def test_a_stream_that_nobody_reads_to_its_end_stops_the_agent() -> None:
+    """The SDK's run is cancelled, and the guard's with it; what was used so far counts."""
+    guard = guard_of()
+    stream = GuardedRunner(guard).run_streamed(agent_of(Script(CALL, "one two three"), guard), "hello")
+    async with contextlib.aclosing(stream.stream_events()) as events:
+        async for event in events:
+            if event.type == "raw_response_event" and getattr(event.data, "delta", "").strip() == "one":
+                break
+    assert stream.is_complete
+    assert result_of(guard).status is RunStatus.CANCELLED
+    assert result_of(guard).total_tokens >= 10
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_spend_is_that_of_the_provider_s_ledger(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     """Tools, sub-agents, handoffs, judges, MCP tools and models by their names: to the token what the
@@ -422,14 +449,14 @@ def test_all_spend_is_that_of_the_provider_s_ledger(kind: str, caplog: pytest.Lo
     ledger, guard = Ledger(), guard_of()
     agent, config = attach(realistic(ledger), guard), named(ledger)
 
+    runner = GuardedRunner(guard)
+
     async def streamed() -> Any:
-        async with guard.run():
-            result = Runner.run_streamed(agent, "hello", run_config=config)
-            async for _ in result.stream_events():
-                pass
+        result = runner.run_streamed(agent, "hello", run_config=config)
+        async for _ in result.stream_events():
+            pass
         return result
 
-    runner = GuardedRunner(guard)
     if kind == "streamed":
         answer = asyncio.run(streamed())
     elif kind == "run":
@@ -441,8 +468,7 @@ def test_all_spend_is_that_of_the_provider_s_ledger(kind: str, caplog: pytest.Lo
     assert result.total_tokens == ledger.tokens == 3 * 10 + 2 * 3 + 7 + 2 * 20
     assert "counted" not in caplog.text
     steps = [event.node_id for event in result.trace.walk()]
-    agents = set() if kind == "streamed" else {"inner", "judge", "last"}
-    assert set(steps) - {"first"} == {"ask_inner", "model", "remote", "weather"} | agents
+    assert set(steps) - {"first"} == {"ask_inner", "inner", "judge", "last", "model", "remote", "weather"}
     assert steps.count("weather") == 2
 
 
@@ -458,7 +484,6 @@ def test_fifty_runs_at_once_are_counted_apart() -> None:
         )
         async with guard.run() as run:
             await GuardedRunner(guard).run(agent, "hello")
-        assert run.result is not None
         assert run.result.total_tokens == ledger.tokens == 2 * (n + 1)
         total.tokens += ledger.tokens
         return run.result.total_tokens
@@ -820,3 +845,18 @@ def test_agents_with_one_model_compare_as_without_the_guard() -> None:
     copied = copy.deepcopy(one)
     assert ask(copied, "run", guard) == "done"
     assert lines_of(guard) == ["a success", "  model success 10"]
+
+
+def test_detach_restores_the_classes_of_the_framework() -> None:
+    """An import changes none of them; attaching does, until no guard needs it."""
+    changed = changed_until_detached(
+        "from stroma.adapters.openai_agents import GuardedRunner", "GuardedRunner(guard)"
+    )
+    assert changed == [
+        "get_model",
+        "run_single_turn",
+        "run_single_turn_streamed",
+        "get_all_tools",
+        "get_all_tools",
+        "on_event",
+    ]

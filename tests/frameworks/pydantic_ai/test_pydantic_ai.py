@@ -21,7 +21,7 @@ from pydantic_ai.models.test import TestModel
 from pydantic_ai.tools import DeferredToolRequests, DeferredToolResults
 from pydantic_ai.usage import RequestUsage
 from tests.frameworks.contract import EmitsDeltas, FrameworkContract, weather
-from tests.frameworks.kit import guard_of, holds, lines_of, result_of
+from tests.frameworks.kit import changed_until_detached, guard_of, holds, lines_of, result_of
 
 from stroma import KNOWN_MODELS, ExecutionBudget, RunStatus, SQLiteStore, UsageError
 from stroma.adapters import Guard
@@ -387,7 +387,6 @@ def test_fifty_runs_at_once_are_counted_apart() -> None:
         ledger = Ledger()
         async with guard.run() as run:
             await realistic(ledger, StromaCapability(guard)).run("hello")
-        assert run.result is not None
         assert run.result.total_tokens == ledger.tokens == 59
 
     async def main() -> None:
@@ -462,3 +461,11 @@ def test_a_tool_that_requires_approval_suspends_and_goes_on_under_its_run_id(
                 "deferred_tool_results": DeferredToolResults(approvals=approved),
             }
     assert spent == 30 or kind == "run_stream"
+
+
+def test_detach_restores_the_classes_of_the_framework() -> None:
+    """An import changes none of them; attaching does, until no guard needs it."""
+    changed = changed_until_detached(
+        "from stroma.adapters.pydantic_ai import StromaCapability", "StromaCapability(guard)"
+    )
+    assert changed == ["iter"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from contextvars import Token
 from copy import copy
+from math import inf
 from typing import Any, Final
 
 from opentelemetry import context, trace
@@ -13,9 +15,17 @@ from opentelemetry.trace import Span, SpanContext, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from stroma.engine.context import ReliabilityContext
-from stroma.telemetry.conventions import about_run
+from stroma.telemetry.conventions import LANGCHAIN, about_run
 
-__all__ = ["attach", "context_of", "current_below", "detach", "traceparent_of", "tracer_of_span"]
+__all__ = [
+    "attach",
+    "context_of",
+    "current_below",
+    "detach",
+    "is_span_of",
+    "traceparent_of",
+    "tracer_of_span",
+]
 
 _W3C: Final = TraceContextTextMapPropagator()
 
@@ -52,11 +62,27 @@ def context_of(traceparent: str) -> Context:
 
 
 def current_below(above: Span) -> Span:
-    """Return the current span, such as a framework's own; ``above`` if that is of another trace."""
-    current = trace.get_current_span()
-    about = current.get_span_context()
-    same = about.is_valid and about.trace_id == above.get_span_context().trace_id
-    return current if same else above
+    """Return the innermost span here, such as a framework's own, of the trace of ``above``, which is around.
+
+    OpenInference's instrumentation of LangChain makes none of its spans current, and has its own way to ask.
+    """
+    langchain: Any = sys.modules.get(LANGCHAIN)
+    inside = [trace.get_current_span(), None if langchain is None else langchain.get_current_span()]
+    trace_id = above.get_span_context().trace_id
+    around = [span for span in inside if span is not None and span.get_span_context().trace_id == trace_id]
+    return max([*around, above], key=lambda span: getattr(span, "start_time", None) or inf)
+
+
+def is_span_of(span: Span, node_id: str) -> bool:
+    """Return True for the span of a graph's node that LangChain's instrumentation has begun for our node."""
+    scope = getattr(span, "instrumentation_scope", None)
+    about: Any = getattr(span, "attributes", None) or {}
+    return (
+        scope is not None
+        and scope.name == LANGCHAIN
+        and getattr(span, "name", None) == node_id
+        and "stroma.node.kind" not in about  # Of an earlier call in the same node.
+    )
 
 
 def tracer_of_span(tracer: Tracer, about: SpanContext) -> Tracer | None:

@@ -20,6 +20,7 @@ from stroma.failures.failure import type_name
 from stroma.telemetry.content import Content, is_text
 from stroma.telemetry.conventions import Vocabulary, about_run, content_of, note_run, operation_of
 from stroma.telemetry.inference import InferenceSpans
+from stroma.telemetry.messages import messages_of_call
 from stroma.telemetry.metrics import (
     METRICS,
     NODE_BUCKETS,
@@ -41,6 +42,7 @@ from stroma.telemetry.opentelemetry.contexts import (
     context_of,
     current_below,
     detach,
+    is_span_of,
     traceparent_of,
     tracer_of_span,
 )
@@ -253,21 +255,24 @@ class OpenTelemetry(MetricsObserver):
         above = None if around is None else around.span
         if above is not None and node.is_called:
             above = current_below(above)
-        parent = None if above is None else trace.set_span_in_context(above)
-        ctx, operation = node.ctx, operation_of(node)
+        operation = operation_of(node)
+        about = {
+            "stroma.node.id": node.node_id,
+            "stroma.node.kind": node.kind,
+            **operation,
+            **about_run(node.ctx),
+            **place_of(node),
+            **({"stroma.redelivered": True} if node.redelivered else {}),
+        }
+        if above is not None and is_span_of(above, node.node_id):
+            above.set_attributes(about)
+            node.notes[self] = record = NodeSpan(above, is_ours=False)
+            return record
         span = self._tracer.start_span(
             f"{operation.get('gen_ai.operation.name', 'stroma.node')} {node.node_id}",
-            context=parent,
+            context=None if above is None else trace.set_span_in_context(above),
             start_time=start_ns,
-            attributes={
-                "stroma.node.id": node.node_id,
-                "stroma.node.kind": node.kind,
-                **operation,
-                **about_run(ctx),
-                **self._kind_of(node.role),
-                **place_of(node),
-                **({"stroma.redelivered": True} if node.redelivered else {}),
-            },
+            attributes={**about, **self._kind_of(node.role)},
         )
         node.notes[self] = record = NodeSpan(span)
         return record
@@ -380,6 +385,8 @@ class OpenTelemetry(MetricsObserver):
         # A redelivered failure may have been retried since: the end of the run says what was final.
         if ended is not None and not node.redelivered:
             self._mark(span, node.ctx, ended)
+        if not of_node.is_ours:
+            return
         if node.redelivered and node.started_ns is not None:
             span.end(node.started_ns + int((node.duration_ms or 0.0) * 1e6))
         else:
@@ -481,6 +488,10 @@ class OpenTelemetry(MetricsObserver):
         about: dict[str, Any] = {"stroma.outcome": ended.outcome}
         if ended.error is not None:
             about["stroma.failure_class"] = ended.class_name
+        if self._content.mode == "redacted":
+            for direction, messages in zip(("input", "output"), messages_of_call(node), strict=True):
+                if text := self._content.messages(node.ctx, messages):
+                    about[f"gen_ai.{direction}.messages"] = text
         self._inference.emit(self._tracer, node, around, about)
 
     def _watch_spans_of_others(self) -> None:

@@ -66,14 +66,15 @@ class NodeSpan:
         "cost",
         "ended",
         "events",
+        "is_ours",
         "output",
         "span",
         "token",
         "tokens",
     )
 
-    def __init__(self, span: Span) -> None:
-        self.span = span
+    def __init__(self, span: Span, *, is_ours: bool = True) -> None:
+        self.span, self.is_ours = span, is_ours
         self.events = SpanEvents()
         self.output: dict[str, str] = {}
         self.token: Token[Context] | None = None
