@@ -8,7 +8,9 @@ import json
 import os
 import pathlib
 import signal
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -16,9 +18,13 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
 from tests.kit import Num
+from tests.receivers.datadog import DatadogAgent
+from tests.receivers.sentry import RecordedSentry
 
 from stroma import RunStatus, SQLiteStore, StromaRunner
-from stroma.telemetry import otel_hooks
+from stroma.telemetry import ExporterHooks, otel_hooks, sentry_hooks
+
+pytest_plugins = ["tests.receivers.fixtures"]
 
 #: A root that the caller has around its runs.
 OUTER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -50,8 +56,19 @@ class LinesExporter(SpanExporter):
 def run(path: pathlib.Path, *, dies: bool, traceparent: str | None) -> Any:
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(LinesExporter(path / "spans")))
+    return run_with(otel_hooks(tracer=provider), path, dies=dies, traceparent=traceparent)
+
+
+def run_with(
+    hooks: ExporterHooks,
+    path: pathlib.Path,
+    *,
+    dies: bool,
+    traceparent: str | None = None,
+    before_death: Callable[[], Any] = lambda: None,
+) -> Any:
     store = SQLiteStore(path / "runs.db")
-    runner = StromaRunner.quick(store=store, hooks=otel_hooks(tracer=provider), resume=True, lease_seconds=1)
+    runner = StromaRunner.quick(store=store, hooks=hooks, resume=True, lease_seconds=1)
 
     @runner.node("first", input=Num, output=Num)
     async def first(state: Num) -> Num:
@@ -60,12 +77,15 @@ def run(path: pathlib.Path, *, dies: bool, traceparent: str | None) -> Any:
     @runner.node("second", input=Num, output=Num)
     async def second(state: Num) -> Num:
         if dies:
+            before_death()
             os.kill(os.getpid(), signal.SIGKILL)
         return state
 
     async def go() -> Any:
         async with store:
-            return await runner.run([first, second], Num(), run_id="r", traceparent=traceparent)
+            result = await runner.run([first, second], Num(), run_id="r", traceparent=traceparent)
+            assert await runner.flush(timeout_seconds=20)
+            return result
 
     return asyncio.run(go())
 
@@ -96,6 +116,75 @@ def test_a_killed_and_resumed_run_is_one_trace_with_one_root(
     assert root["start"] // 1_000_000 <= first["start"] // 1_000_000
     assert first["end"] < second["start"] <= root["end"]
     assert not trace.get_current_span().get_span_context().is_valid
+
+
+def run_with_sentry(path: pathlib.Path, mode: str, traceparent: str | None, *, dies: bool) -> None:
+    with RecordedSentry(trace_lifecycle=mode) as sentry:
+
+        def write() -> None:
+            sentry.client.flush()
+            with (path / "spans").open("a") as file:
+                file.writelines(json.dumps(span) + "\n" for span in sentry.transport.spans)
+
+        hooks = sentry_hooks(client=sentry.client)
+        run_with(hooks, path, dies=dies, traceparent=traceparent, before_death=write)
+        write()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["static", "stream"])
+@pytest.mark.parametrize("traceparent", [None, OUTER], ids=["alone", "in a trace"])
+def test_it_is_one_trace_in_sentry(tmp_path: pathlib.Path, mode: str, traceparent: str | None) -> None:
+    """The root has the ids of the first process. Of that one's spans Sentry has those that were streamed."""
+    child = os.fork()
+    if child == 0:
+        run_with_sentry(tmp_path, mode, traceparent, dies=True)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    run_with_sentry(tmp_path, mode, traceparent, dies=False)
+    spans = list(map(json.loads, (tmp_path / "spans").read_text().splitlines()))
+    (root,) = [span for span in spans if span["name"] == "pipeline"]
+    nodes = [span for span in spans if span is not root]
+    assert [span["name"] for span in nodes] == (["first", "second"] if mode == "stream" else ["second"])
+    assert {span["parent_span_id"] for span in nodes} == {root["span_id"]}
+    assert len({span["trace_id"] for span in spans}) == 1
+    outer = None if traceparent is None else traceparent.split("-")
+    assert root["parent_span_id"] == (None if outer is None else outer[2])
+    assert outer is None or root["trace_id"] == outer[1]
+    assert "stroma.resumed_from" not in root["data"]
+
+
+@pytest.mark.parametrize("traceparent", [None, OUTER], ids=["alone", "in a trace"])
+def test_it_is_one_trace_in_datadog(
+    datadog_agent: DatadogAgent, tmp_path: pathlib.Path, traceparent: str | None
+) -> None:
+    """The nodes that the first process has sent are under the root that the second one sends."""
+    datadog_agent.clear()
+    program = (
+        "import pathlib, sys; from tests.telemetry.test_lost_roots import run_with; "
+        "from stroma.telemetry import datadog_hooks; from ddtrace.trace import tracer; "
+        "path, dies, traceparent = pathlib.Path(sys.argv[1]), sys.argv[2] == 'dies', sys.argv[3] or None; "
+        "run_with(datadog_hooks(), path, dies=dies, traceparent=traceparent, before_death=tracer.flush)"
+    )
+    for dies in ("dies", ""):
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path), dies, traceparent or ""],
+            env=datadog_agent.environment(DD_TRACE_PARTIAL_FLUSH_MIN_SPANS="1"),
+            cwd=pathlib.Path(__file__).parents[2],
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == (-signal.SIGKILL if dies else 0)
+    spans = [span for trace in datadog_agent.traces(at_least=1) for span in trace]
+    (root,) = [span for span in spans if span["name"] == "stroma.run"]
+    nodes = [span for span in spans if span["name"] == "stroma.node"]
+    assert sorted(span["resource"] for span in nodes) == ["first", "second"]
+    assert {span["parent_id"] for span in nodes} == {root["span_id"]}
+    assert len({span["trace_id"] for span in spans}) == 1
+    assert root["parent_id"] == (0 if traceparent is None else int(traceparent.split("-")[2], 16))
+    assert root["start"] // 1_000_000 <= min(span["start"] for span in nodes) // 1_000_000
+    assert not root.get("span_links")
+    assert "_dd.span_links" not in root["meta"]
 
 
 @pytest.mark.slow

@@ -135,57 +135,6 @@ async def test_a_node_without_a_runner_has_a_role() -> None:
     seen.span("execute_tool pay")
 
 
-#: The type of an observation in Langfuse, by the first attribute of a span that it knows, from its
-#: ObservationTypeMapper.
-LANGFUSE = {
-    "openinference.span.kind": {
-        "CHAIN": "CHAIN",
-        "RETRIEVER": "RETRIEVER",
-        "LLM": "GENERATION",
-        "AGENT": "AGENT",
-        "TOOL": "TOOL",
-    },
-    "gen_ai.operation.name": {
-        "chat": "GENERATION",
-        "text_completion": "GENERATION",
-        "generate_content": "GENERATION",
-        "invoke_agent": "AGENT",
-        "execute_tool": "TOOL",
-    },
-}
-
-
-@pytest.mark.parametrize("vocabulary", ["openinference", "none"])
-async def test_types_of_observations_in_langfuse(vocabulary: Any) -> None:
-    """By its published mapping Langfuse shows agents, tools and model calls by their type, with either
-    vocabulary."""
-    seen = Seen()
-    guard = Guard(StromaRunner.quick(hooks=seen.hooks(vocabulary=vocabulary, inference="auto")))
-    model = guard.wrap("model", lambda: "x", usage=lambda _: Usage(10, 5, model="gpt-4o-mini"))
-    tool = guard.wrap("tool", lambda: "x", role="tool")
-    agent = guard.wrap("agent", lambda: (model(), tool()), role="agent")
-    with guard.run(user="ada"):
-        agent()
-
-    def type_of(attributes: Any) -> str:
-        for name, types in LANGFUSE.items():
-            if attributes.get(name) in types:
-                return types[attributes[name]]
-        return "SPAN"
-
-    found = {span.name: type_of(span.attributes or {}) for span in seen.spans}
-    step = "CHAIN" if vocabulary == "openinference" else "SPAN"
-    assert found == {
-        "invoke_workflow pipeline": step,
-        "invoke_agent agent": "AGENT",
-        "stroma.node model": step,
-        "chat gpt-4o-mini": "GENERATION",
-        "execute_tool tool": "TOOL",
-    }
-    for span in seen.spans:  # Its session and user of a trace.
-        assert {"session.id", "user.id"} <= set(span.attributes or {})
-
-
 async def test_names_of_agents_and_tools_that_sentry_documents() -> None:
     """A span of an agent or tool has the op "gen_ai.{operation}", the name "{operation} {name}" and the name
     as attribute."""

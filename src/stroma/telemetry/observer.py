@@ -232,6 +232,14 @@ class Observer:
         of_run = node.ctx.notes.get(self)
         return of_run if of_run is None or not branch else self._around_place(node.ctx, branch, of_run)
 
+    def lost_root(self, run: ReliabilityContext) -> tuple[str, int] | None:
+        """Return the ids of the root that a killed process of a run could not end, and its start in ns.
+
+        The process that resumes the run writes it, so that what both have sent is one tree.
+        """
+        trace, start_ms = run.first_trace(self.system), run.session.lost_start_ms
+        return None if trace is None or start_ms is None else (trace, start_ms * 1_000_000)
+
     def _around_place(self, run: ReliabilityContext, branch: str, of_run: Any) -> Any:
         """Return the note for the part of a flow around a place, begun by its first step, else of the run."""
         part = _part_around(branch)

@@ -6,6 +6,7 @@ from contextvars import Token
 from typing import TYPE_CHECKING, Any
 
 from ddtrace.propagation.http import HTTPPropagator
+from ddtrace.trace import Context
 
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, current_node_or_none
@@ -26,7 +27,7 @@ from stroma.trace.result import ExecutionResult
 
 if TYPE_CHECKING:
     from datadog.dogstatsd.base import DogStatsd
-    from ddtrace.trace import Context, Span, Tracer
+    from ddtrace.trace import Span, Tracer
 
 __all__ = ["Datadog"]
 
@@ -65,29 +66,41 @@ class Datadog(MetricsObserver):
         if is_returned(run):
             return
         note_run(run)
-        parent = self._outer(run)
-        span = self._tracer.start_span(
-            "stroma.run",
-            child_of=parent or self._tracer.current_trace_context(),
-            service=self._service,
-            resource=run.pipeline,
-            span_type="worker",
-        )
+        span = self._start_root(run)
         of_run = _RunSpan(span)
         span.set_tag("stroma.run.id", run.run_id)
         span.set_tag("stroma.pipeline", run.pipeline)
         span.set_tags({"gen_ai.operation.name": "invoke_workflow", "gen_ai.agent.name": run.pipeline})
         _attribute(span, run)
         self._show(span, "stroma.input", run, state)
-        began = run.first_trace(self.system)
-        first = None if began is None else _context_of(began)
-        if first is not None:
-            span.link_span(first, {"stroma.link": "resumed from"})
         run.keep_trace(self.system, _traceparent_of(span))
         run.notes[self] = of_run
         of_run.here = self.enter(of_run)
         of_run.before = self._tracer.context_provider.active()
         self._tracer.context_provider.activate(span)
+
+    def _start_root(self, run: ReliabilityContext) -> Span:
+        """Start the span of a run: that of a killed process under its ids and start, else a new one."""
+        parent = self._outer(run) or self._tracer.current_trace_context()
+        before, lost = run.first_trace(self.system), self.lost_root(run)
+        first = None if before is None else _context_of(before)
+        if lost is not None and first is not None:
+            same = parent is not None and parent.trace_id == first.trace_id
+            above = parent.span_id if parent is not None and same else None
+            parent = Context(first.trace_id, above, sampling_priority=first.sampling_priority)
+        span = self._tracer.start_span(
+            "stroma.run",
+            child_of=parent,
+            service=self._service,
+            resource=run.pipeline,
+            span_type="worker",
+        )
+        if first is not None and first.span_id is not None:
+            if lost is None:
+                span.link_span(first, {"stroma.link": "resumed from"})
+            else:
+                span.span_id, span.start_ns = first.span_id, lost[1]
+        return span
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
         super().run_ended(run, result)

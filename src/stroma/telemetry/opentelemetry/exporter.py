@@ -129,13 +129,12 @@ class OpenTelemetry(MetricsObserver):
         """Start the span of a run: that of a dead process under its ids and start, else a new one."""
         context, tracer, start_ns = self._outer(run), self._tracer, None
         links = []
-        before = run.first_trace(self.system)
+        before, lost = run.first_trace(self.system), self.lost_root(run)
         if before is not None:
             earlier = trace.get_current_span(context_of(before)).get_span_context()
-            lost_ms = run.session.lost_start_ms
-            its_tracer = None if lost_ms is None else tracer_of_span(tracer, earlier)
-            if its_tracer is not None and lost_ms is not None:
-                tracer, start_ns = its_tracer, lost_ms * 1_000_000
+            its_tracer = None if lost is None else tracer_of_span(tracer, earlier)
+            if its_tracer is not None and lost is not None:
+                tracer, start_ns = its_tracer, lost[1]
                 outer = trace.get_current_span(context).get_span_context()
                 if outer.trace_id != earlier.trace_id:
                     context = Context()
@@ -152,6 +151,7 @@ class OpenTelemetry(MetricsObserver):
                 "stroma.run.execution": run.execution,
                 **about_run(run),
                 **self._kind_of(None),
+                **self._tags_of(run),
             },
         )
 
@@ -472,6 +472,12 @@ class OpenTelemetry(MetricsObserver):
         if self._vocabulary == "none":
             return {}
         return {"openinference.span.kind": "CHAIN" if role is None else role.upper()}
+
+    def _tags_of(self, run: ReliabilityContext) -> dict[str, Any]:
+        """Return the tags of a run under the name that Phoenix and Langfuse read, on its root."""
+        if self._vocabulary == "none" or not run.config.tags:
+            return {}
+        return {"tag.tags": run.config.tags}
 
     def _shown(
         self, direction: Literal["input", "output"], run: ReliabilityContext, state: dict[str, Any]

@@ -120,18 +120,24 @@ class Sentry(Observer):
         isolation = self._isolate(of_run, of_run, of_run.scopes)
         scope = sdk.get_current_scope()
         _name_run(isolation, scope, run)
-        of_run.span = span = spans.start(
-            scope, run.pipeline, "gen_ai.invoke_agent", outer, run.outer_trace(self.system), is_root=True
+        lost = self.lost_root(run)
+        outer_trace = run.outer_trace(self.system)
+        if outer_trace is None and lost is not None and outer is not None:
+            outer_trace = _traceparent_of(outer)
+        of_run.span = span = (
+            spans.start(scope, run.pipeline, "gen_ai.invoke_agent", outer, outer_trace, is_root=True)
+            if lost is None
+            else spans.start_lost(scope, run.pipeline, "gen_ai.invoke_agent", outer_trace, lost)
         )
         spans.put(span, "gen_ai.operation.name", "invoke_agent")
         spans.put(span, "gen_ai.agent.name", run.pipeline)
         spans.put(span, "stroma.run.id", run.run_id)
         self._attribute(span, run)
         began = run.first_trace(self.system)
-        if began is not None:
+        if began is not None and lost is None:
             spans.put(span, "stroma.resumed_from", began)
         if getattr(span, "sampled", False):
-            run.keep_trace(self.system, f"00-{span.trace_id}-{span.span_id}-01")
+            run.keep_trace(self.system, _traceparent_of(span))
             self._show(span, "stroma.input", run, state)
 
     def _run_here(self) -> RunScope | None:
@@ -392,6 +398,10 @@ class Sentry(Observer):
         # What the SDK could not send in time is still in its queue.
         queue = getattr(getattr(getattr(client, "transport", None), "_worker", None), "_queue", None)
         return not getattr(queue, "unfinished_tasks", 0)
+
+
+def _traceparent_of(span: Any) -> str:
+    return f"00-{span.trace_id}-{span.span_id}-01"
 
 
 def _name_run(isolation: Scope, scope: Scope, run: ReliabilityContext) -> None:

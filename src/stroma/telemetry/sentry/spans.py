@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 __all__ = ["SpanStream", "Transactions"]
@@ -32,6 +33,17 @@ class Transactions:
                 span = above.start_child(**about)
             else:
                 span = self._sdk.start_transaction(**about) if is_root else self._sdk.start_span(**about)
+        scope.span = span
+        return span
+
+    def start_lost(self, scope: Any, name: str, op: str, outer: str | None, lost: tuple[str, int]) -> Any:
+        """Start the transaction that a killed process could not end, and make it current in a scope."""
+        _, trace_id, span_id, _ = lost[0].split("-")
+        about = {"trace_id": trace_id, "span_id": span_id, "parent_span_id": _parent_in(outer, trace_id)}
+        with self._sdk.scope.use_scope(scope):
+            span = self._sdk.start_transaction(
+                op=op, name=name, start_timestamp=lost[1] / 1e9, sampled=True, **about
+            )
         scope.span = span
         return span
 
@@ -70,6 +82,14 @@ class SpanStream:
                 scope.set_new_propagation_context()
             return self._sdk.traces.start_span(name=name, attributes={"sentry.op": op})
 
+    def start_lost(self, scope: Any, name: str, op: str, outer: str | None, lost: tuple[str, int]) -> Any:
+        """Start the span that a killed process could not end, and make it current in a scope."""
+        _, trace_id, span_id, _ = lost[0].split("-")
+        span = self.start(scope, name, op, None, lost[0])
+        span._span_id, span._parent_span_id = span_id, _parent_in(outer, trace_id)
+        span._start_timestamp = datetime.fromtimestamp(lost[1] / 1e9, UTC)
+        return span
+
     def put(self, span: Any, name: str, value: Any) -> None:
         """Set an attribute of a span."""
         span.set_attribute(name, value)
@@ -80,6 +100,11 @@ class SpanStream:
         span.set_attribute("sentry.status.message", status)
         with self._sdk.scope.use_scope(scope):
             span.end(ended_s)
+
+
+def _parent_in(outer: str | None, trace_id: str) -> str | None:
+    """Return the id of a span around a trace's root, if it is of that trace."""
+    return outer.split("-")[2] if outer is not None and outer.split("-")[1] == trace_id else None
 
 
 def _sentry_trace(traceparent: str) -> str:
