@@ -201,7 +201,7 @@ def test_first_nodes_without_one_contract(files, inside, fails):
         (["run", "sums.py:pipeline", GOOD, "--run-id", ""], "must not be empty"),
         (["run", "sums.py:pipeline", GOOD, "--resume"], "--resume needs --run-id"),
         (["run", "sums.py:pipeline", GOOD, "--db", "mysql://x"], "--db mysql://x"),
-        (["runs", "--db", "memory://"], "is lost when its process ends"),
+        (["runs", "--db", "memory://"], "is not durable: it is lost when its process ends"),
     ],
 )
 def test_usage(inside, fails, words, report):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stroma.cli.resume_changes import change_lines
+from stroma.cli.resume_plan import change_lines
 from stroma.runner.compatibility import Incompatibility
 
 FLOW = """

@@ -48,9 +48,9 @@ def left(inside):
 
 def test_old_runs_go(old, inside):
     """What ended longer ago is deleted, what could be resumed only if asked for; a younger run stays."""
-    done = inside("gc", "--keep-for", "3d", "--db", "runs.db")
+    done = inside("gc", "--older-than", "3d", "--db", "runs.db")
     assert (done.code, done.out, done.err) == (0, "", "0 runs deleted from runs.db\n")
-    assert inside("gc", "--keep-for", "24h", "--db", "runs.db").err == "1 run deleted from runs.db\n"
+    assert inside("gc", "--older-than", "24h", "--db", "runs.db").err == "1 run deleted from runs.db\n"
     assert left(inside) == {"gave up", "killed", "young"}
     done = inside("gc", "--older-than", "1.5d", "--unfinished", "--json", "--db", "runs.db")
     assert json.loads(done.out) == {"schema": "stroma.gc/1", "runs": 2, "blobs": 0}
@@ -69,7 +69,7 @@ def test_a_run_that_somebody_is_at_work_on_stays(old, inside):
         with sqlite3.connect(old.home / "runs.db") as db:
             db.execute("UPDATE runs SET updated_ms = updated_ms - 172800000 WHERE run_id = 'killed'")
         db.close()
-        done = inside("gc", "--keep-for", "1d", "--unfinished", "--db", "runs.db")
+        done = inside("gc", "--older-than", "1d", "--unfinished", "--db", "runs.db")
         assert done.err == "2 runs deleted from runs.db\n"
         assert left(inside) == {"killed", "young"}
     finally:
@@ -84,7 +84,7 @@ def test_blobs_go_with_their_runs(old, inside):
         path.parent.mkdir(parents=True)
         path.write_text("x")
         os.utime(path, (0, 0))
-    done = inside("gc", "--keep-for", "1d", "--blobs", "blobs", "--db", "runs.db")
+    done = inside("gc", "--older-than", "1d", "--blobs", "blobs", "--db", "runs.db")
     assert done.err == "1 run and 1 blob deleted from runs.db\n"
     assert not blobs.exists()
     assert other.exists()
@@ -92,10 +92,10 @@ def test_blobs_go_with_their_runs(old, inside):
 
 def test_what_cannot_be_meant(old, inside, fails):
     """Without a span, or with one that is none, nothing is deleted; a store that is not there is not made."""
-    fails(inside("gc", "--db", "runs.db"), 2, "--keep-for")
+    fails(inside("gc", "--db", "runs.db"), 2, "--older-than")
     for span in ("30", "-1d", "d", "30 days", "1e9d", "nan", "99999999w"):
-        fails(inside("gc", "--keep-for", span, "--db", "runs.db"), 2, "is not a time span")
-    fails(inside("gc", "--keep-for", "1d", "--db", "none.db"), 4, "store none.db does not exist")
+        fails(inside("gc", "--older-than", span, "--db", "runs.db"), 2, "is not a time span")
+    fails(inside("gc", "--older-than", "1d", "--db", "none.db"), 4, "store none.db does not exist")
     assert not (old.home / "none.db").exists()
     assert left(inside) == {"ended", "gave up", "killed", "young"}
-    assert inside("gc", "--keep-for", "1d").code == 0  # The default store, which nobody has used yet.
+    assert inside("gc", "--older-than", "1d").code == 0  # The default store, which nobody has used yet.

@@ -12,8 +12,8 @@ import pytest
 from tests.cli.test_signals import wait_for
 
 from stroma import AsyncInMemoryStore
-from stroma.cli.local_worker import LocalWorker
 from stroma.cli.stores import Database
+from stroma.cli.workers import LocalWorker
 
 FLOW = """
     import asyncio, pathlib

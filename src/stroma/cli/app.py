@@ -162,8 +162,7 @@ def _guarded(call: Callable[[], Any]) -> int:
         raise
     except OutputError as error:
         raise Problem(
-            f"cannot write the output: {error}; free disk space, or redirect it",
-            code=Code.ENVIRONMENT,
+            f"cannot write the output: {error}; free disk space, or redirect it", code=Code.ENVIRONMENT
         ) from error
     except Exception as error:
         from stroma.checkpoint.errors import StoreError

@@ -1,14 +1,17 @@
-"""Formatting of run ids, times and figures for people."""
+"""Run ids, times and spans: as people read them, and as they type them (30d, 12h, 90s)."""
 
 from __future__ import annotations
 
+import re
 import time
-from datetime import UTC, datetime
-from typing import Final
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+import click
 
 from stroma._utils.text import format_duration, short_id
 
-__all__ = ["format_age", "format_local_time", "id_word", "style_status", "to_iso"]
+__all__ = ["SPAN", "format_age", "format_local_time", "id_word", "style_status", "to_iso"]
 
 _STYLES: Final = {
     "COMPLETED": "green",
@@ -49,3 +52,27 @@ def to_iso(ms: int) -> str | None:
 def style_status(status: str) -> tuple[str, str]:
     """Return a status with its colour."""
     return status, _STYLES.get(status, "yellow")
+
+
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+_LONGEST: Final = 86_400 * 365 * 1000
+
+
+class _Span(click.ParamType[timedelta]):
+    name = "span"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
+        if isinstance(value, timedelta):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", str(value).strip(), re.ASCII)
+        seconds = float(match[1]) * _SECONDS[match[2]] if match else _LONGEST + 1
+        if seconds > _LONGEST:
+            self.fail(
+                f"{value!r} is not a time span; pass a number and one of s, m, h, d and w: 30d, 12h",
+                param,
+                ctx,
+            )
+        return timedelta(seconds=seconds)
+
+
+SPAN: Final = _Span()

@@ -17,9 +17,19 @@ from stroma.cli.errors import Code, Problem, command, describe_error
 from stroma.cli.stores import Database
 from stroma.contracts.node import Group, Node, find_node
 from stroma.contracts.schema import schema_of
+from stroma.contracts.untyped import UntypedState
 from stroma.runner.pipeline import Pipeline
 
-__all__ = ["example", "input_model", "parse_as", "parse_input", "parse_json", "read_input", "stored_input"]
+__all__ = [
+    "example",
+    "find_position",
+    "input_model",
+    "parse_as",
+    "parse_input",
+    "parse_input_at",
+    "parse_json",
+    "stored_input",
+]
 
 
 class Input(BaseModel):
@@ -28,7 +38,7 @@ class Input(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
-def read_input(argument: str | None, called: str = "INPUT") -> tuple[bytes, str]:
+def _read_input(argument: str | None, called: str = "INPUT") -> tuple[bytes, str]:
     """Return the JSON text of an argument and the name of its source. Raises Problem."""
     if argument is None:
         return b"{}", "an empty input, {}"
@@ -52,7 +62,7 @@ def read_input(argument: str | None, called: str = "INPUT") -> tuple[bytes, str]
 
 def parse_json(argument: str | None, called: str = "INPUT") -> tuple[Any, str, str]:
     """Return the JSON data of an argument, its text and the name of its source. Raises Problem."""
-    data, source = read_input(argument, called)
+    data, source = _read_input(argument, called)
     text = _decode(data, source)
     try:
         return json.loads(text), text, source
@@ -95,6 +105,46 @@ def parse_as(
             f"for example: {retry_command(fits)}",
             code=Code.USAGE,
         ) from None
+
+
+def find_position(pipeline: Pipeline, target: str, node_id: str) -> int:
+    """Return the position of the node that --from names. Raises Problem."""
+    ids = [find_node(node).node_id for node in pipeline.nodes]
+    if node_id not in ids:
+        raise Problem(
+            f"--from {node_id!r} is not a node of {target}",
+            f"its nodes are: {', '.join(clean(one, 100) for one in ids)}",
+            code=Code.USAGE,
+        )
+    return ids.index(node_id)
+
+
+def parse_input_at(
+    pipeline: Pipeline,
+    target: str,
+    position: int,
+    argument: str,
+    option: str,
+    retry_command: Callable[[str], str],
+) -> BaseModel:
+    """Parse what replaces the input at a position: of the run, or the output of the node before.
+
+    ``retry_command``: returns the command for a corrected argument. Raises Problem.
+    """
+    if not position:
+        return parse_input(pipeline, argument, target)
+    before, node = (find_node(one) for one in pipeline.nodes[position - 1 : position + 1])
+    if isinstance(before, Group):
+        raise Problem(
+            f"{option} cannot replace the output of {clean(before.node_id, 200)!r}: "
+            "a group's output is built from its children's",
+            "start at the group, or at a later node",
+            code=Code.USAGE,
+        )
+    # It replaces the output of the node before, so it must satisfy that contract.
+    model = UntypedState if before.contract is None else before.contract.output_schema
+    requirement = f"the output of node {clean(before.node_id, 100)!r} for {clean(node.node_id, 100)!r}"
+    return parse_as(model, argument, option, requirement, retry_command)
 
 
 def input_model(pipeline: Pipeline) -> type[BaseModel]:

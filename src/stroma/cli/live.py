@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -195,6 +196,19 @@ def _line(*parts: Part) -> Text:
     return Text.assemble(*parts, no_wrap=True, overflow="ellipsis")
 
 
+def _update(change: Callable[..., None]) -> Any:
+    """Make a hook of a method that changes the table: it gets the current node, and holds the lock."""
+
+    @functools.wraps(change)
+    async def hook(self: LiveProgress, _run_id: str, *event: Any) -> None:
+        node = current_node_or_none()
+        if node is not None:
+            with self._lock:
+                change(self, node, *event)
+
+    return hook
+
+
 class LiveProgress(Progress):
     """Hooks that keep a table of the nodes on the terminal up to date."""
 
@@ -251,80 +265,66 @@ class LiveProgress(Progress):
         self._run_id = run_id
         self._screen.open()
 
-    async def _node_start(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        node = current_node_or_none()
-        if node is None:
-            return
-        with self._lock:
-            row, place, now = self._row(node), _place(node), time.monotonic()
-            row.waiting.pop(place, None)
-            row.running[place] = now
-            row.first = now if row.first is None else row.first
-            row.state, row.why = "running", ""
-            if place not in self._maps:
-                row.attempts += 1
-                row.calls.add(place)
+    @_update
+    def _node_start(self, node: NodeExecution, *_: Any) -> None:
+        row, place, now = self._row(node), _place(node), time.monotonic()
+        row.waiting.pop(place, None)
+        row.running[place] = now
+        row.first = now if row.first is None else row.first
+        row.state, row.why = "running", ""
+        if place not in self._maps:
+            row.attempts += 1
+            row.calls.add(place)
 
-    async def _node_success(self, run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
-        self._end("ok")
+    @_update
+    def _node_success(self, node: NodeExecution, *_: Any) -> None:
+        self._end(node, "ok")
 
-    async def _node_failure(
-        self, run_id: str, node_id: str, exc: Exception, failure_class: FailureClass
-    ) -> None:
-        node = current_node_or_none()
-        if node is None:
-            return
-        failure = diagnose(exc, NodeContext(node_id, node.attempt, run_id))
+    @_update
+    def _node_failure(self, node: NodeExecution, node_id: str, exc: Exception, _class: FailureClass) -> None:
+        failure = diagnose(exc, NodeContext(node_id, node.attempt, self._run_id))
         reason = failure.reason or str(failure.failure_class)
         self._reasons[_place(node)] = reason
-        self._end("failed", f"{reason}, {clean(failure_message(node, failure))}")
+        self._end(node, "failed", f"{reason}, {clean(failure_message(node, failure))}")
 
-    async def _node_retry(
-        self, run_id: str, node_id: str, attempt: int, delay: float, failure_class: FailureClass
+    @_update
+    def _node_retry(
+        self, node: NodeExecution, _id: str, _attempt: int, delay: float, failure_class: FailureClass
     ) -> None:
-        node = current_node_or_none()
-        if node is None:
-            return
-        with self._lock:
-            row, place = self._row(node), _place(node)
-            reason = self._reasons.pop(place, str(failure_class))
-            row.retried.add(place)
-            row.retries[clean(reason, 60)] += 1
-            row.waiting[place] = RowWait(time.monotonic() + delay, f"retry after {clean(reason, 60)}")
+        row, place = self._row(node), _place(node)
+        reason = clean(self._reasons.pop(place, str(failure_class)), 60)
+        row.retried.add(place)
+        row.retries[reason] += 1
+        row.waiting[place] = RowWait(time.monotonic() + delay, f"retry after {reason}")
 
-    async def _node_skipped(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        node = current_node_or_none()
-        if node is not None:
-            with self._lock:
-                row = self._row(node)
-                if row is self._rows.get(_key(node)):
-                    row.calls.add(_place(node))
-                    row.state, row.why = "restored", ""
+    @_update
+    def _node_skipped(self, node: NodeExecution, *_: Any) -> None:
+        row = self._row(node)
+        if row is self._rows.get(_key(node)):
+            row.calls.add(_place(node))
+            row.state, row.why = "restored", ""
 
-    async def _node_cancelled(self, run_id: str, node_id: str) -> None:
-        self._end("cancelled")
+    @_update
+    def _node_cancelled(self, node: NodeExecution, *_: Any) -> None:
+        self._end(node, "cancelled")
 
-    async def _node_suspended(self, run_id: str, node_id: str, reason: str) -> None:
-        self._end("suspended", clean(reason))
+    @_update
+    def _node_suspended(self, node: NodeExecution, _id: str, reason: str) -> None:
+        self._end(node, "suspended", clean(reason))
 
-    async def _map_progress(self, run_id: str, node_id: str, progress: MapProgress) -> None:
-        node = current_node_or_none()
-        if node is None:
-            return
-        with self._lock:
-            self._mark_map(node)
-            row = self._row(node)
-            row.progress = progress
-            now = time.monotonic()
-            row.first = now if row.first is None else row.first
-            row.last = now
+    @_update
+    def _map_progress(self, node: NodeExecution, _id: str, progress: MapProgress) -> None:
+        self._mark_map(node)
+        row = self._row(node)
+        row.progress = progress
+        now = time.monotonic()
+        row.first = now if row.first is None else row.first
+        row.last = now
 
-    async def _node_wait(self, run_id: str, node_id: str, reason: str, seconds: float) -> None:
-        node = current_node_or_none()
-        if node is not None:
-            with self._lock:
-                until = time.monotonic() + seconds if seconds else None
-                self._row(node).waiting[_place(node)] = RowWait(until, f"waits for {clean(reason, 100)}")
+    @_update
+    def _node_wait(self, node: NodeExecution, _id: str, reason: str, seconds: float) -> None:
+        until = time.monotonic() + seconds if seconds else None
+        self._row(node).waiting[_place(node)] = RowWait(until, f"waits for {clean(reason, 100)}")
 
     async def _limit_cooldown(self, run_id: str, limit: str, seconds: float) -> None:
         self._cooldowns[clean(limit, 60)] = time.monotonic() + seconds
@@ -371,33 +371,29 @@ class LiveProgress(Progress):
         items.insert(at, (key, row))
         self._rows = dict(items)
 
-    def _end(self, state: str, why: str = "") -> None:
-        node = current_node_or_none()
-        if node is None:
+    def _end(self, node: NodeExecution, state: str, why: str = "") -> None:
+        row, place = self._row(node), _place(node)
+        row.running.pop(place, None)
+        row.waiting.pop(place, None)
+        row.last = time.monotonic()
+        if row is self._rows.get(_key(node)):
+            row.state, row.why = state, why
+        spent = node.ctx.cost_tracker
+        self._spent = {"tokens": spent.used("tokens"), "cost": spent.used("cost")}
+        if node.kind == "group":  # The sum of its children, which have been counted.
             return
-        with self._lock:
-            row, place, now = self._row(node), _place(node), time.monotonic()
-            row.running.pop(place, None)
-            row.waiting.pop(place, None)
-            row.last = now
-            if row is self._rows.get(_key(node)):
-                row.state, row.why = state, why
-            spent = node.ctx.cost_tracker
-            self._spent = {"tokens": spent.used("tokens"), "cost": spent.used("cost")}
-            if node.kind == "group":  # The sum of its children, which have been counted.
-                return
-            rows = {id(row): row}
-            around = node.parent
-            while around is not None:
-                if around.node_id or _key(around) in self._rows:
-                    above = self._row(around)
-                    rows[id(above)] = above
-                    if not around.node_id:
-                        above.state = "flow"
-                around = around.parent
-            for one in rows.values():
-                one.tokens += node.usage.tokens
-                one.cost_usd += node.usage.cost_usd
+        rows = {id(row): row}
+        around = node.parent
+        while around is not None:
+            if around.node_id or _key(around) in self._rows:
+                above = self._row(around)
+                rows[id(above)] = above
+                if not around.node_id:
+                    above.state = "flow"
+            around = around.parent
+        for one in rows.values():
+            one.tokens += node.usage.tokens
+            one.cost_usd += node.usage.cost_usd
 
     # ------------------------------------------------------------------ drawing
 

@@ -92,9 +92,7 @@ def _split(target: str) -> tuple[str, str]:
         if re.fullmatch(r"[A-Za-z]:[\\/].*", target):  # A drive of Windows.
             return target, ""
         raise Problem(
-            f"{name!r} cannot be a pipeline in {place}: it is not a Python name",
-            _FORM,
-            code=Code.USAGE,
+            f"{name!r} cannot be a pipeline in {place}: it is not a Python name", _FORM, code=Code.USAGE
         )
     return place, name
 

@@ -142,8 +142,7 @@ class Progress:
             self._event(node, node_id, ("start", "cyan"), again)
 
     async def _node_success(self, run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
-        if not self._is_one_of_many(current_node_or_none()):
-            self._event(current_node_or_none(), node_id, ("ok", "green"), *self._usage(), totals=True)
+        self._note_end(node_id, ("ok", "green"))
 
     async def _node_failure(
         self, run_id: str, node_id: str, exc: Exception, failure_class: FailureClass
@@ -153,35 +152,34 @@ class Progress:
             return
         attempt = node.attempt if node is not None else 1
         failure = diagnose(exc, NodeContext(node_id, attempt, run_id))
-        verb = ("BUDGET", "bold red") if isinstance(exc, BudgetExceeded) else ("FAILED", "bold red")
+        verb = "BUDGET" if isinstance(exc, BudgetExceeded) else "FAILED"
         what = f"{failure_class}{f' {failure.reason}' if failure.reason else ''}"
-        self._event(
-            node, node_id, verb, what, *self._usage(), totals=True, why=clean(failure_message(node, failure))
-        )
+        why = clean(failure_message(node, failure))
+        self._event(node, node_id, (verb, "bold red"), what, *self._usage(), totals=True, why=why)
 
     async def _node_retry(
         self, run_id: str, node_id: str, attempt: int, delay: float, failure_class: FailureClass
     ) -> None:
-        if not self._is_one_of_many(current_node_or_none()):
-            self._event(
-                current_node_or_none(),
-                node_id,
-                ("wait", "yellow"),
-                f"{format_duration(delay)}, then attempt {attempt}",
-            )
+        self._note(node_id, ("wait", "yellow"), f"{format_duration(delay)}, then attempt {attempt}")
 
     async def _node_skipped(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        if not self._is_one_of_many(current_node_or_none()):
-            self._event(
-                current_node_or_none(), node_id, ("restored", "blue"), "finished earlier, not called again"
-            )
+        self._note(node_id, ("restored", "blue"), "finished earlier, not called again")
 
     async def _node_cancelled(self, run_id: str, node_id: str) -> None:
-        if not self._is_one_of_many(current_node_or_none()):
-            self._event(current_node_or_none(), node_id, ("cancelled", "yellow"), *self._usage(), totals=True)
+        self._note_end(node_id, ("cancelled", "yellow"))
 
     async def _node_suspended(self, run_id: str, node_id: str, reason: str) -> None:
         self._event(current_node_or_none(), node_id, ("suspended", "yellow"), clean(reason))
+
+    def _note(self, node_id: str, verb: tuple[str, str], text: str) -> None:
+        node = current_node_or_none()
+        if not self._is_one_of_many(node):
+            self._event(node, node_id, verb, text)
+
+    def _note_end(self, node_id: str, verb: tuple[str, str]) -> None:
+        node = current_node_or_none()
+        if not self._is_one_of_many(node):
+            self._event(node, node_id, verb, *self._usage(), totals=True)
 
     def _usage(self) -> list[str]:
         """Return seconds, tokens, dollars and model of the current attempt."""

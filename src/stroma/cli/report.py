@@ -236,10 +236,7 @@ class RunReport:
         result = self.result
         if result.unpriced_models:
             models = ", ".join(clean(model, 60) for model in result.unpriced_models)
-            err.line(
-                ("  note: ", "yellow"),
-                f"no price for {models}, counted as $0; add it to KNOWN_MODELS",
-            )
+            err.line(("  note: ", "yellow"), f"no price for {models}, counted as $0; add it to KNOWN_MODELS")
         if result.failed_items:
             err.line(
                 ("  note: ", "yellow"),

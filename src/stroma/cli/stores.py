@@ -193,6 +193,16 @@ class Database:
         """Return True if other processes can read what this one stores."""
         return isinstance(self.store, AsyncStates)
 
+    def require_durable(self) -> AsyncStates:
+        """Return the store, which other processes can read too. Raises Problem for a store in memory."""
+        if not isinstance(self.store, AsyncStates):
+            raise Problem(
+                f"{self.name} is not durable: it is lost when its process ends",
+                "name a durable store: --db PATH_OR_URL",
+                code=Code.USAGE,
+            )
+        return self.store
+
     async def close(self) -> None:
         """Flush queued writes and disconnect."""
         if isinstance(self.store, AsyncStates):
@@ -229,19 +239,14 @@ class Database:
     @property
     def reader(self) -> AsyncStates:
         """The store for reading. Raises Problem if it does not exist."""
-        if not isinstance(self.store, AsyncStates):
-            raise Problem(
-                f"{self.name} is lost when its process ends",
-                "name a durable store: --db FILE",
-                code=Code.USAGE,
-            )
+        store = self.require_durable()
         if self._is_missing and not self.is_default:
             raise Problem(
                 f"store {self.name} does not exist",
                 f"check --db, or create it: {self.hint('run', 'FILE.py:NAME')}",
                 code=Code.NOT_FOUND,
             )
-        return self.store
+        return store
 
     @property
     def is_empty(self) -> bool:

@@ -186,11 +186,7 @@ def _describe(error: Any) -> str:
 
 
 def as_violation(
-    node_id: str,
-    direction: Direction,
-    raw: Any,
-    error: BaseException,
-    schema: type[BaseModel] | None = None,
+    node_id: str, direction: Direction, raw: Any, error: BaseException, schema: type[BaseModel] | None = None
 ) -> ContractViolation:
     """Return the ContractViolation for an exception that a validator raised."""
     if isinstance(error, ValidationError):

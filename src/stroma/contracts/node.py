@@ -111,10 +111,7 @@ class NodeDecorator(Protocol, Generic[In, Out]):
 
 
 #: The functions that a node can have.
-NodeFunction = TypeVar(
-    "NodeFunction",
-    bound="Callable[[Any], Returned] | Callable[[Any, Any], Returned]",
-)
+NodeFunction = TypeVar("NodeFunction", bound="Callable[[Any], Returned] | Callable[[Any, Any], Returned]")
 
 
 class AnnotatedNodeDecorator(Protocol):

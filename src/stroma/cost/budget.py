@@ -31,12 +31,7 @@ class BudgetExceeded(Exception):
     """
 
     def __init__(
-        self,
-        dimension: Dimension,
-        limit: float,
-        actual: float,
-        node_id: str,
-        is_set_for_run: bool = False,
+        self, dimension: Dimension, limit: float, actual: float, node_id: str, is_set_for_run: bool = False
     ) -> None:
         super().__init__(dimension, limit, actual, node_id)
         self.dimension = dimension

@@ -375,13 +375,7 @@ def _cohere(usage: Any) -> _Figures | None:
     counted = safe_get(usage, "tokens")
     if _count(counted, "input_tokens") is None:
         return None
-    return (
-        _sum(counted, "input_tokens"),
-        _sum(counted, "output_tokens"),
-        _sum(usage, "cached_tokens"),
-        0,
-        0,
-    )
+    return (_sum(counted, "input_tokens"), _sum(counted, "output_tokens"), _sum(usage, "cached_tokens"), 0, 0)
 
 
 def _aws(usage: Any) -> _Figures | None:

@@ -114,11 +114,7 @@ class Deaths(Interceptor):
                 os.kill(os.getpid(), signal.SIGKILL)
             self._dead.add(ctx)
             ctx.fire = Hooks(
-                (),
-                run_id=ctx.run_id,
-                limit_seconds=None,
-                failures=[],
-                interceptors=ctx.fire.interceptors,
+                (), run_id=ctx.run_id, limit_seconds=None, failures=[], interceptors=ctx.fire.interceptors
             )
             ctx.session.abandon()
             return True

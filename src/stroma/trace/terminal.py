@@ -7,15 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
-from stroma.trace.outline import (
-    WAITS,
-    OutlineEntry,
-    cost_text,
-    duration,
-    fold,
-    outline,
-    tone_of,
-)
+from stroma.trace.outline import WAITS, OutlineEntry, cost_text, duration, fold, outline, tone_of
 from stroma.trace.story import Bar, Story, waits
 
 __all__ = ["STYLES", "RunLine", "cells_of", "lines_of", "renderable"]

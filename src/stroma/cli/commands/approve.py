@@ -180,12 +180,7 @@ def _framework_hint(run_id: str) -> str:
 
 
 def _report(
-    database: Database,
-    run_id: str,
-    target: str | None,
-    one: Waiting,
-    remaining: list[Waiting],
-    as_json: bool,
+    database: Database, run_id: str, target: str | None, one: Waiting, remaining: list[Waiting], as_json: bool
 ) -> None:
     """Print what was answered. ``target``: the pipeline to resume; None for a run of a framework."""
     if as_json:

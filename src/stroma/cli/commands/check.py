@@ -14,7 +14,7 @@ from stroma.cli.errors import Code
 from stroma.cli.formatting import id_word
 from stroma.cli.loading import load_pipeline
 from stroma.cli.output import emit, err, out
-from stroma.cli.resume_changes import change_lines, find_changes
+from stroma.cli.resume_plan import change_lines, find_changes
 from stroma.cli.stores import Database, db_option
 from stroma.contracts.checks.check import check_nodes
 from stroma.contracts.checks.finding import Finding

@@ -9,8 +9,8 @@ import click
 
 from stroma._utils.text import pluralize
 from stroma.checkpoint.payloads import blob_store
-from stroma.cli.durations import SPAN
 from stroma.cli.errors import Code, Problem
+from stroma.cli.formatting import SPAN
 from stroma.cli.output import emit, err
 from stroma.cli.stores import Database, db_option
 
@@ -20,7 +20,6 @@ __all__ = ["gc"]
 @click.command()
 @click.option(
     "--older-than",
-    "--keep-for",
     "keep_for",
     required=True,
     type=SPAN,
@@ -29,9 +28,7 @@ __all__ = ["gc"]
 )
 @click.option("--unfinished", is_flag=True, help="Also delete suspended and other resumable runs.")
 @click.option(
-    "--blobs",
-    metavar="PATH_OR_URL",
-    help="Payload storage (blobs=) whose unused blobs are deleted too.",
+    "--blobs", metavar="PATH_OR_URL", help="Payload storage (blobs=) whose unused blobs are deleted too."
 )
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.gc/1".')
 @db_option

@@ -14,15 +14,7 @@ import click
 from pydantic_core import to_json
 
 from stroma.checkpoint.errors import StoreError
-from stroma.checkpoint.history import (
-    History,
-    changes,
-    compare,
-    in_order,
-    place_of,
-    status_of,
-    sum_waste,
-)
+from stroma.checkpoint.history import History, changes, compare, in_order, place_of, status_of, sum_waste
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.cli.commands.diff import diff_data
 from stroma.cli.commands.runs import run_data

@@ -36,10 +36,7 @@ _KINDS: Final = {
 @click.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option(
-    "--update-prices",
-    "update",
-    is_flag=True,
-    help="Fetch current prices first, for this command only.",
+    "--update-prices", "update", is_flag=True, help="Fetch current prices first, for this command only."
 )
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.prices/1".')
 def prices(models: tuple[str, ...], update: bool, as_json: bool) -> int:

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from typing import Any
 
 import click
-from pydantic import BaseModel
 
 from stroma._utils.text import clean, format_tokens, format_usd, pluralize
 from stroma.checkpoint.history import History
@@ -18,14 +17,12 @@ from stroma.checkpoint.memory.store import AsyncInMemoryStore
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.errors import Code, Problem, describe_error, last_frame
 from stroma.cli.formatting import id_word
-from stroma.cli.inputs import parse_as, parse_input
+from stroma.cli.inputs import find_position, parse_input_at
 from stroma.cli.loading import load_pipeline
 from stroma.cli.output import emit, err, out
 from stroma.cli.stores import Database, db_option
 from stroma.contracts.contract import ContractRegistry
-from stroma.contracts.node import Group, find_node
 from stroma.contracts.schema import schema_of
-from stroma.contracts.untyped import UntypedState
 from stroma.engine.config import RunConfig
 from stroma.runner.pipeline import Pipeline
 from stroma.runner.runner import StromaRunner
@@ -61,17 +58,15 @@ def replay(
     database = Database.from_option(db)
     recorded = recorded_run(database, run_)
     pipeline = load_pipeline(target)
-    ids = [find_node(node).node_id for node in pipeline.nodes]
-    if start_at is not None and start_at not in ids:
-        raise Problem(
-            f"--from {start_at!r} is not a node of {target}",
-            f"its nodes are: {', '.join(clean(node_id, 100) for node_id in ids)}",
-            code=Code.USAGE,
-        )
+    position = 0 if start_at is None else find_position(pipeline, target, start_at)
+
+    def retry_command(fits: str) -> str:
+        options = ("--from", start_at or "", "--input", fits)
+        return database.hint("replay", id_word(recorded.run_id), target, options=options)
+
     state = None
     if input_text is not None:
-        position = 0 if start_at is None else ids.index(start_at)
-        state = _state(database, recorded, pipeline, target, position, input_text)
+        state = parse_input_at(pipeline, target, position, input_text, "--input", retry_command)
     outcome = replay_run(recorded, pipeline, start_at=start_at, state=state)
     if as_json:
         emit(_data(outcome, pipeline))
@@ -97,32 +92,6 @@ def replay_run(recorded: RecordedRun, pipeline: Pipeline, **options: Any) -> Rep
             raise Problem(
                 f"the replay failed: {describe_error(error)}", *last_frame(error), code=Code.FAILED
             ) from error
-
-
-def _state(
-    database: Database, recorded: RecordedRun, pipeline: Pipeline, target: str, position: int, input_text: str
-) -> BaseModel:
-    if not position:
-        return parse_input(pipeline, input_text, target)
-    node_id = find_node(pipeline.nodes[position]).node_id
-    before = find_node(pipeline.nodes[position - 1])
-    if isinstance(before, Group):
-        raise Problem(
-            f"--input cannot replace the output of {clean(before.node_id, 200)!r}: a group's output is "
-            "built from its "
-            "children's",
-            "start at the group, or at a later node",
-            code=Code.USAGE,
-        )
-
-    def fits(text: str) -> str:
-        return database.hint(
-            "replay", id_word(recorded.run_id), target, options=("--from", node_id, "--input", text)
-        )
-
-    model = UntypedState if before.contract is None else before.contract.output_schema
-    requirement = f"the output of node {clean(before.node_id, 100)!r} for {clean(node_id, 100)!r}"
-    return parse_as(model, input_text, "--input", requirement, fits)
 
 
 def _print_replay(outcome: Replay, start_at: str | None) -> None:

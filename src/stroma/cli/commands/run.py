@@ -14,7 +14,7 @@ from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.control import take_back_pause
 from stroma.cli.errors import Code, Problem, describe_error
 from stroma.cli.formatting import id_word
-from stroma.cli.inputs import parse_as, parse_input, stored_input
+from stroma.cli.inputs import find_position, parse_input, parse_input_at, stored_input
 from stroma.cli.loading import load_pipeline
 from stroma.cli.local_run import Fork, LocalRun
 from stroma.cli.options import RunOptions, run_id_option, run_options
@@ -23,8 +23,7 @@ from stroma.cli.resume_plan import print_plan
 from stroma.cli.stores import Database
 from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_options
 from stroma.cli.temporal_run import TemporalRun
-from stroma.contracts.node import Group, find_node
-from stroma.contracts.untyped import UntypedState
+from stroma.contracts.node import find_node
 from stroma.engine.config import RunConfig, new_run_id
 from stroma.runner.pipeline import Pipeline
 
@@ -38,11 +37,7 @@ __all__ = ["ResumedRun", "resume", "resume_run", "run"]
 @click.option("--resume", is_flag=True, help="Resume the run of --run-id if it exists, else start it.")
 @click.option("--restart", is_flag=True, help="Start the run of --run-id again, and discard its outputs.")
 @click.option(
-    "--tag",
-    "tags",
-    multiple=True,
-    metavar="TAG",
-    help="Tag for `stroma runs --tag TAG`; may be repeated.",
+    "--tag", "tags", multiple=True, metavar="TAG", help="Tag for `stroma runs --tag TAG`; may be repeated."
 )
 @run_options
 @temporal_options
@@ -93,16 +88,10 @@ def run(
 @click.option("--from", "start_at", metavar="NODE", help="Resume at this node and discard later outputs.")
 @click.option("--fork", is_flag=True, help="With --from: start a new run; this one is not changed.")
 @click.option(
-    "--retry-failed",
-    is_flag=True,
-    help="Rerun failed items of maps, and the nodes after those maps.",
+    "--retry-failed", is_flag=True, help="Rerun failed items of maps, and the nodes after those maps."
 )
 @click.option("--force", is_flag=True, help="Also resume a run that was abandoned after repeated crashes.")
-@click.option(
-    "--state",
-    metavar="JSON",
-    help="With --fork: new input of that node; or @FILE, or -.",
-)
+@click.option("--state", metavar="JSON", help="With --fork: new input of that node; or @FILE, or -.")
 @click.option("--dry-run", is_flag=True, help="Print restored outputs, savings and calls; run nothing.")
 @run_options
 def resume(
@@ -144,7 +133,7 @@ def resume(
             code=Code.USAGE,
         )
     pipeline = load_pipeline(target)
-    position = None if start_at is None else _find_position(pipeline, target, start_at)
+    position = None if start_at is None else find_position(pipeline, target, start_at)
     stored = ResumedRun(database, record, pipeline, target)
     if position is not None and fork and not dry_run:
         return _fork(stored, options, position, state)
@@ -166,18 +155,6 @@ def _check_options(
         raise click.UsageError("--state needs --fork: outputs of an existing run cannot be changed")
     if start_at is not None and options.if_running == "attach":
         raise click.UsageError("--attach and --from exclude each other; pass one")
-
-
-def _find_position(pipeline: Pipeline, target: str, start_at: str) -> int:
-    """Return the position of the node named by --from. Raises Problem."""
-    ids = [find_node(node).node_id for node in pipeline.nodes]
-    if start_at not in ids:
-        raise Problem(
-            f"--from {start_at!r} is not a node of {target}",
-            f"its nodes are: {', '.join(clean(node_id, 100) for node_id in ids)}",
-            code=Code.USAGE,
-        )
-    return ids.index(start_at)
 
 
 def _read_cluster(click_options: dict[str, Any]) -> TemporalCluster | None:
@@ -235,22 +212,10 @@ def _fork(run: ResumedRun, options: RunOptions, position: int, input_text: str |
 
     _warn_other_pipeline(record, pipeline, options)
     edited: BaseModel | None = None
-    if input_text is not None and position:
-        # It replaces the output of the node before, so it must satisfy that contract.
-        before = find_node(pipeline.nodes[position - 1])
-        if isinstance(before, Group):
-            raise Problem(
-                f"--state cannot replace the output of {clean(before.node_id, 200)!r}: a group's "
-                "output is built "
-                "from its children's",
-                "fork at the group, or at a later node",
-                code=Code.USAGE,
-            )
-        model = UntypedState if before.contract is None else before.contract.output_schema
-        requirement = f"the output of node {clean(before.node_id, 100)!r} for {clean(start_at, 100)!r}"
-        edited = parse_as(model, input_text, "--state", requirement, retry_command)
-    if input_text is not None and not position:
-        state = edited = parse_input(pipeline, input_text, target)
+    if input_text is not None:
+        edited = parse_input_at(pipeline, target, position, input_text, "--state", retry_command)
+    if edited is not None and not position:
+        state = edited
     else:
         state = stored_input(database, record, pipeline, target)
     if position and not _has_output(database, record, position - 1):

@@ -14,8 +14,7 @@ from stroma.checkpoint.decisions import MESSAGE_SENT, UNFINISHED
 from stroma.checkpoint.history import FAILED, History, is_interrupted, status_of
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import Cause, RunQuery, RunRecord
-from stroma.cli.durations import SPAN
-from stroma.cli.formatting import format_age, format_local_time, style_status, to_iso
+from stroma.cli.formatting import SPAN, format_age, format_local_time, style_status, to_iso
 from stroma.cli.output import Part, emit, err, out, table
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, db_option

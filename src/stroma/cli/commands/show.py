@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import click
 
-from stroma._utils.text import clean
+from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
 from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.history import (
     History,
@@ -17,26 +18,34 @@ from stroma.checkpoint.history import (
     bar_of,
     in_order,
     place_of,
+    status_of,
     sum_waste,
 )
+from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import run_data
 from stroma.cli.errors import Code, Problem
-from stroma.cli.formatting import to_iso
-from stroma.cli.output import emit, err, out
+from stroma.cli.formatting import format_age, format_local_time, id_word, style_status, to_iso
+from stroma.cli.output import Part, emit, err, out, table
 from stroma.cli.redaction import load_redact, redact_option
-from stroma.cli.run_head import FINISHED_WELL, print_head, print_next_steps
-from stroma.cli.run_table import print_all_rejected, print_attempts
 from stroma.cli.stores import Database, db_option
 from stroma.cli.suspended import (
+    answer_type,
+    place_text,
+    question_text,
     unanswered,
     waiting_data,
+    waiting_hints,
 )
-from stroma.trace.rejected import RejectedOutput
-from stroma.trace.story import Bar
+from stroma.trace.outline import duration, fold, outline
+from stroma.trace.rejected import MISSING, RejectedOutput
+from stroma.trace.story import Bar, waits
+from stroma.trace.terminal import RunLine, lines_of
 
 __all__ = ["attempt_data", "show"]
+
+_FINISHED_WELL: Final = ("COMPLETED", "RESUMED")
 
 
 @click.command()
@@ -72,22 +81,28 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
     record = history.redact_run(stored)
     attempts = in_order(history.redact_attempts(record.run_id, database.reader.attempts(record.run_id)))
     waiting = history.waiting(record.run_id)
-    shown = _Shown.select(record, attempts, waiting, view)
-    states = _states(history, record, shown.selected, view)
+    selected = [one for one in attempts if view.selects(one.node_id, one.attempt)]
+    if not selected and not view.selects_all:
+        raise _no_such_attempt(attempts, record, view)
+    states = _states(history, record, selected, view)
     code = Code.ENVIRONMENT if any(one.damaged for one in attempts) else Code.OK
     if as_json:
-        emit(_data(shown, states))
+        emit(_data(record, attempts, waiting, selected, states))
         return code
     if view.wants_input or view.wants_output or view.wants_rejected:
-        return _print_states(shown.selected, states, code)
-    waits = history.flow_waits(record, attempts, waiting) if view.as_tree else []
-    failed = sorted(shown.selected, key=lambda one: one.started_ns)
-    outputs = [
-        (one, history.rejected_of(record.run_id, one))
-        for one in failed
-        if one.reason == "contract" or one.outcome == "suspended"
-    ]
-    _print_run(database, shown, view, waits, [(one, output) for one, output in outputs if output is not None])
+        return _print_states(selected, states, code)
+    _print_head(record, waiting, len(attempts), *sum_waste(attempts))
+    flow_waits = history.flow_waits(record, attempts, waiting) if view.as_tree else []
+    if selected or flow_waits:
+        first = min((one.started_ns for one in attempts), default=0)
+        _print_attempts([bar_of(one, first) for one in attempts], flow_waits, view)
+    _print_all_rejected(history, record, selected)
+    for one in attempts:
+        if one.damaged:
+            output = f"the output of node {clean(one.node_id, 100)!r} at {place_of(one)}"
+            err.line(("stroma: ", "bold red"), f"{output} is damaged; resume from there to recompute it")
+    if record.status not in _FINISHED_WELL:
+        _print_next_steps(database, record, unanswered(waiting))
     return code
 
 
@@ -104,90 +119,46 @@ class _View:
     unfold: bool
     timing: bool
 
+    @property
+    def selects_all(self) -> bool:
+        return self.node is None and self.attempt is None
+
     def selects(self, node_id: str, attempt: int) -> bool:
         return self.node in (None, node_id) and self.attempt in (None, attempt)
 
 
-@dataclass(frozen=True, slots=True)
-class _Shown:
-    """A run and its attempts. Attributes: ``selected`` are those that the options select."""
-
-    record: RunRecord
-    attempts: list[AttemptRecord]
-    waiting: list[Waiting]
-    selected: list[AttemptRecord]
-
-    @classmethod
-    def select(
-        cls, record: RunRecord, attempts: list[AttemptRecord], waiting: list[Waiting], view: _View
-    ) -> _Shown:
-        """Select attempts. Raises Problem if the options select none."""
-        node, attempt = view.node, view.attempt
-        selected = [one for one in attempts if view.selects(one.node_id, one.attempt)]
-        if not selected and (node is not None or attempt is not None):
-            raise _no_such_attempt(attempts, record, node, attempt)
-        return cls(record, attempts, waiting, selected)
+_State = tuple[str, Payload]
 
 
-def _data(shown: _Shown, states: list[list[_State]]) -> dict[str, Any]:
+def _data(
+    record: RunRecord,
+    attempts: list[AttemptRecord],
+    waiting: list[Waiting],
+    selected: list[AttemptRecord],
+    states: list[list[_State]],
+) -> dict[str, Any]:
     """Return the object of ``--json``."""
-    record = shown.record
-    tokens, cost = sum_waste(shown.attempts)
+    tokens, cost = sum_waste(attempts)
     return {
         "schema": "stroma.show/1",
         "run": run_data(record),
-        "suspended": [waiting_data(one) for one in shown.waiting],
+        "suspended": [waiting_data(one) for one in waiting],
         "wasted_tokens": tokens,
         "wasted_cost_usd": cost,
         "attempts": [
             attempt_data(record, one) | {what: payload.value for what, payload in payloads}
-            for one, payloads in zip(shown.selected, states, strict=True)
+            for one, payloads in zip(selected, states, strict=True)
         ],
     }
 
 
-def _print_run(
-    database: Database,
-    shown: _Shown,
-    view: _View,
-    waits: Sequence[Bar] = (),
-    rejected: Sequence[tuple[AttemptRecord, RejectedOutput]] = (),
-) -> int:
-    record, attempts = shown.record, shown.attempts
-    print_head(record, shown.waiting, len(attempts), *sum_waste(attempts))
-    if shown.selected or waits:
-        first = min((one.started_ns for one in attempts), default=0)
-        selects_all = view.node is None and view.attempt is None
-        print_attempts(
-            [bar_of(one, first) for one in attempts],
-            waits,
-            None if selects_all else lambda bar: view.selects(bar.node_id, bar.attempt),
-            as_tree=view.as_tree,
-            unfold=view.unfold,
-            timing=view.timing,
-        )
-    print_all_rejected(rejected)
-    for one in attempts:
-        if one.damaged:
-            output = f"the output of node {clean(one.node_id, 100)!r} at {place_of(one)}"
-            err.line(("stroma: ", "bold red"), f"{output} is damaged; resume from there to recompute it")
-    if record.status not in FINISHED_WELL:
-        print_next_steps(database, record, unanswered(shown.waiting))
-    return Code.OK
-
-
-def _no_such_attempt(
-    attempts: list[AttemptRecord], record: RunRecord, node: str | None, attempt: int | None
-) -> Problem:
-    of_node = f" of node {node!r}" if node is not None else ""
-    which = f"no attempt {attempt}" if attempt is not None else "no attempt"
+def _no_such_attempt(attempts: list[AttemptRecord], record: RunRecord, view: _View) -> Problem:
+    of_node = f" of node {view.node!r}" if view.node is not None else ""
+    which = f"no attempt {view.attempt}" if view.attempt is not None else "no attempt"
     nodes = ", ".join(dict.fromkeys(clean(one.node_id, 60) for one in attempts[:1000])) or "none"
     return Problem(
         f"run {clean(record.run_id)} has {which}{of_node}", f"its nodes are: {nodes}", code=Code.NOT_FOUND
     )
-
-
-_State = tuple[str, Payload]
 
 
 def _states(
@@ -252,3 +223,182 @@ def attempt_data(record: RunRecord, a: AttemptRecord) -> dict[str, Any]:
         "model": a.model,
         "idempotency_key": a.idempotency_key(record.run_id, record.execution),
     }
+
+
+# ---------------------------------------------------------------------- facts and next commands
+
+
+def _print_head(
+    record: RunRecord, waiting: list[Waiting], attempts: int, wasted_tokens: int, wasted_cost: float
+) -> None:
+    """Print what is known of a run, a line for each fact."""
+    seconds = (record.updated_ms - record.started_ms) / 1000
+    again = f" (execution {record.execution} of this id)" if record.execution > 1 else ""
+    lines: list[tuple[str, list[Part]]] = [
+        ("run", [(clean(record.run_id, 4000), "bold"), again]),
+        ("pipeline", [clean(record.pipeline)]),
+        ("status", [style_status(status_of(record)), f", {record.wait_text}" if record.waits_for else ""]),
+        ("started", [f"{format_local_time(record.started_ms)}, {format_age(record.started_ms)}"]),
+        ("duration", [format_duration(seconds)]),
+        ("nodes", [f"{record.nodes:,} finished, {pluralize(attempts, 'attempt')}"]),
+        ("spent", [f"{format_tokens(record.tokens)}, {format_usd(record.cost_usd)}"]),
+    ]
+    wasted = f"{format_tokens(wasted_tokens)}, {format_usd(wasted_cost)} on attempts without output"
+    lines.append(("wasted", [wasted]))
+    if record.parent is not None:
+        lines.insert(1, ("parent", [f"{clean(record.parent, 4000)}, source of this fork"]))
+    if record.status == "RUNNING":
+        who = clean(record.holder) if record.holder else ("lost", "yellow")
+        lines.append(("owner", [who, f"; last record {format_age(record.updated_ms)}"]))
+    if record.version is not None:
+        lines.insert(2, ("version", [clean(record.version)]))
+    if record.blocked is not None:
+        since = format_age(record.blocked.since_ms)
+        lines.append(("blocked", [(f"since {since}: ", "yellow"), clean(record.blocked.message, 1000)]))
+    if record.status == QUEUED and record.due_ms is not None:
+        lines.append(("due", [format_local_time(record.due_ms)]))
+    for one in waiting if record.status not in _FINISHED_WELL else ():
+        answered = ", answered" if one.payload is not None else ""
+        lines.append(
+            ("waits", [f"{place_text(one)}: {question_text(one)}  (asks for {answer_type(one)}{answered})"])
+        )
+    if record.wait_text is not None:
+        if not waiting and record.waits_for is None:
+            lines.append(("waits", [clean(record.wait_text, 1000)]))
+    elif record.error:
+        lines.append(("error", [(clean(record.error, 1000), "red")]))
+    for name, parts in lines:
+        out.fitted((f"{name:<9} ", "dim"), *parts, indent=10)
+
+
+def _print_next_steps(database: Database, record: RunRecord, waiting: list[Waiting]) -> None:
+    """Print the commands that a run needs next."""
+    name, target = id_word(record.run_id), "FILE.py:NAME"
+    place = f"  (where the pipeline {clean(record.pipeline, 60)!r} is)"
+    if record.holder is not None:
+        _print_hint(
+            f"wait for its result: {database.hint('resume', name, target, options=('--attach',))}", place
+        )
+        err.line(f"or pause it: {database.hint('pause', name)}")
+        err.line(f"or cancel it: {database.hint('cancel', name)}")
+        return
+    if record.status == QUEUED:
+        _print_hint(f"a worker starts it: {database.hint('worker', target)}", place)
+        _print_hint(f"or start it here: {database.hint('drive', name, target)}", place)
+        err.line(f"or cancel it: {database.hint('cancel', name)}")
+        return
+    reason = record.error or "" if record.status == "SUSPENDED" else ""
+    for line in waiting_hints(database, record.run_id, target, record.waits_for, waiting, reason):
+        err.line(line)
+    verb = "or continue it here" if record.waits_for is not None else "then " if waiting else ""
+    verb = verb if record.waits_for is not None else f"{verb}resume with"
+    _print_hint(f"{verb}: {database.hint('resume', name, target)}", place)
+
+
+def _print_hint(command: str, place: str) -> None:
+    """Print a command and where to run it, on a terminal in lines that fit."""
+    if not err.is_terminal or len(command + place) <= err.columns:
+        err.line(command + place)
+        return
+    err.hint(command)
+    err.wrapped(f"    {place.strip()}")
+
+
+# ---------------------------------------------------------------------- attempts
+
+_HEADER = ["AT", "NODE", "TRY", "OUTCOME", "CLASS", "REASON", "TIME", "TOKENS", "COST", "MODEL", "MESSAGE"]
+_RIGHT: Final = ("TRY", "BEGAN", "WAITED", "TIME", "FUNCTIONS", "TOKENS", "COST")
+#: Columns that a narrow terminal does without, in this order; with --timing the times stay longest.
+_SPARE: Final = ["MODEL", "CLASS", "TOKENS", "AT", "REASON", "TRY", "TIME", "COST", "OUTCOME"]
+_TIMING_SPARE: Final = [
+    "FUNCTIONS",
+    "MODEL",
+    "CLASS",
+    "TOKENS",
+    "COST",
+    "AT",
+    "REASON",
+    "TRY",
+    "WAITED",
+    "OUTCOME",
+    "BEGAN",
+    "TIME",
+]
+_SHOWN_REJECTED: Final = 3  # rejected outputs below the attempts
+_SHOWN_COMPLAINTS: Final = 10  # of each
+
+
+def _print_attempts(bars: Sequence[Bar], flow_waits: Sequence[Bar], view: _View) -> None:
+    """Print a line for each selected attempt; repeated calls and the items of a map are one line."""
+    out.line()
+    entries = outline(bars, flow_waits if view.selects_all else ())
+    if view.selects_all and not view.unfold:
+        entries = fold(entries, items=True)
+    lines = list(lines_of(entries, lambda bar: view.selects(bar.node_id, bar.attempt)))
+    header = list(_HEADER)
+    cells = [line.cells() for line in lines]
+    if view.timing:
+        header[6:7] = ["BEGAN", "WAITED", "TIME", "FUNCTIONS"]
+        _add_timing(lines, cells, bars)
+        if not any(row.get("FUNCTIONS") for row in cells):  # They took the whole time of each attempt.
+            header.remove("FUNCTIONS")
+    rows: list[list[Part]] = []
+    for number, (line, row) in enumerate(zip(lines, cells, strict=True)):
+        row["NODE"] = (_branches(lines, number) if view.as_tree else "  " * line.depth) + row["NODE"]
+        texts: list[Part] = [row.get(name, "") for name in header]
+        if row.get("OUTCOME"):
+            texts[header.index("OUTCOME")] = (row["OUTCOME"], line.style)
+        rows.append(texts)
+    right = frozenset(header.index(name) for name in _RIGHT if name in header)
+    spare = [header.index(name) for name in (_TIMING_SPARE if view.timing else _SPARE) if name in header]
+    table(out, header, rows, right=right, spare=spare)
+
+
+def _branches(lines: Sequence[RunLine], number: int) -> str:
+    """Return the tree lines in front of a name."""
+    depth = lines[number].depth
+    branches = []
+    for level in range(1, depth + 1):
+        more = next((line.depth for line in lines[number + 1 :] if line.depth <= level), 0) == level
+        branches.append(("├─ " if more else "└─ ") if level == depth else ("│  " if more else "   "))
+    return "".join(branches)
+
+
+def _add_timing(lines: Sequence[RunLine], cells: Sequence[dict[str, str]], bars: Sequence[Bar]) -> None:
+    waited = {id(bar): took for bar, _, took in waits(bars)}
+    for line, row in zip(lines, cells, strict=True):
+        bar = line.bar
+        if bar is not None:
+            row["BEGAN"] = f"+{bar.began_ms / 1000:.3f} s"
+            row["WAITED"] = format_duration(waited[id(bar)] / 1000) if id(bar) in waited else ""
+            row["TIME"] = duration(bar.took_ms)
+            row["FUNCTIONS"] = "" if bar.function_ms is None else duration(bar.function_ms)
+
+
+def _print_all_rejected(history: History, record: RunRecord, selected: Sequence[AttemptRecord]) -> None:
+    """Print the last outputs that broke their contract, and how many there are if these are not all."""
+    outputs = [
+        (one, rejected)
+        for one in sorted(selected, key=lambda one: one.started_ns)
+        if one.reason == "contract" or one.outcome == "suspended"
+        if (rejected := history.rejected_of(record.run_id, one)) is not None
+    ]
+    for attempt, rejected in outputs[-_SHOWN_REJECTED:]:
+        _print_rejected(attempt, rejected)
+    if len(outputs) > _SHOWN_REJECTED:
+        more = f"the last {_SHOWN_REJECTED} of {len(outputs)} rejected outputs; all of them: --rejected"
+        out.line((more, "dim"))
+
+
+def _print_rejected(attempt: AttemptRecord, rejected: RejectedOutput) -> None:
+    """Print the value beside each complaint of the contract."""
+    out.line()
+    node = f"{clean(attempt.node_id, 100)} at {place_of(attempt)}, attempt {attempt.attempt}"
+    out.line((f"rejected output of {node}", "bold"))
+    for one in rejected.complaints[:_SHOWN_COMPLAINTS]:
+        value = rejected.at(one.path)
+        came = "" if value is MISSING else f"; got {clean(json.dumps(value, ensure_ascii=False), 160)}"
+        out.fitted(f"  {clean(one.field, 100)}: ", (clean(one.message, 300), "red"), came)
+    more = rejected.more + max(0, len(rejected.complaints) - _SHOWN_COMPLAINTS)
+    if more:
+        out.line((f"  ... and {pluralize(more, 'complaint')} more", "dim"))

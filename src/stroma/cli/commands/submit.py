@@ -13,10 +13,9 @@ import click
 from stroma._utils.text import clean, format_duration, pluralize
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.cli.commands.completion import complete_run
-from stroma.cli.durations import SPAN
 from stroma.cli.errors import Code, Problem, describe_error
 from stroma.cli.exporters import FLUSH_SECONDS
-from stroma.cli.formatting import id_word
+from stroma.cli.formatting import SPAN, id_word
 from stroma.cli.inputs import parse_input
 from stroma.cli.loading import load_pipeline
 from stroma.cli.options import run_id_option
@@ -69,7 +68,7 @@ def submit(
     cluster = TemporalCluster.from_options(options)
     pipeline = load_pipeline(target)
     database = Database.from_option(db)
-    _require_durable(database)
+    database.require_durable()
     database.prepare()
     state = parse_input(pipeline, input_text, target)
     config = pipeline.config or RunConfig()
@@ -140,7 +139,7 @@ def drive(
     """
     pipelines = [load_pipeline(target) for target in targets]
     database = Database.from_option(db)
-    _require_durable(database)
+    database.require_durable()
     record = database.find(run_)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # Output of nodes goes to stderr.
@@ -203,8 +202,3 @@ def _describe(outcome: DriveOutcome) -> tuple[Code, str, dict[str, Any]]:
         data = {"outcome": "blocked", "reason": outcome.reason}
         return Code.ENVIRONMENT, f"cannot be continued by this code: {clean(outcome.reason, 1000)}", data
     return Code.INTERRUPTED, "was interrupted at a step boundary, and is due at once", {"outcome": "yielded"}
-
-
-def _require_durable(database: Database) -> None:
-    if not database.is_durable:
-        raise Problem(f"{database.name} is not durable", "name a durable store: --db URL", code=Code.USAGE)

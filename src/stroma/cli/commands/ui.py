@@ -95,7 +95,7 @@ def ui(
     loopback, is_generated = _is_loopback(host), token is None
     token = _check_token(token, host, loopback)
     database = Database.from_option(db)
-    store = _durable_store(database)
+    store = database.require_durable()
     if trace_url is not None and not trace_url.startswith(("http://", "https://")):
         raise Problem("--trace-url must begin with http:// or https://", code=Code.USAGE)
     pipeline, module = (None, None) if target is None else load_with_module(target)
@@ -137,17 +137,6 @@ def ui(
     with contextlib.closing(listening), contextlib.suppress(KeyboardInterrupt):
         serve(make_app(settings), listening)
     return Code.OK
-
-
-def _durable_store(database: Database) -> AsyncStates:
-    """Return the store of a database. Raises Problem for one in memory, which no other process can read."""
-    if not isinstance(database.store, AsyncStates):
-        raise Problem(
-            f"{database.name} is lost when its process ends",
-            "pass a durable store: --db FILE",
-            code=Code.USAGE,
-        )
-    return database.store
 
 
 def _check_token(token: str | None, host: str, loopback: bool) -> str | None:

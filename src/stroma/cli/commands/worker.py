@@ -12,11 +12,10 @@ from stroma.cli.errors import Code, Problem
 from stroma.cli.exporters import Exporters, exporter_options
 from stroma.cli.health import HEALTH_HELP, HealthAddress
 from stroma.cli.loading import load_pipeline
-from stroma.cli.local_worker import LocalWorker
 from stroma.cli.progress import show_warnings
 from stroma.cli.stores import Database, db_option
 from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_options
-from stroma.cli.temporal_worker import TemporalWorker
+from stroma.cli.workers import LocalWorker, TemporalWorker
 from stroma.engine.config import RunConfig
 from stroma.hooks.sets import flatten
 from stroma.runner.pipeline import Pipeline
@@ -87,8 +86,7 @@ def worker(
     if cluster is not None:
         reject_local_options("its server watches the runs", "poll", "health")
     database = Database.from_option(db)
-    if not database.is_durable:
-        raise Problem(f"{database.name} is not durable", "name a durable store: --db URL", code=Code.USAGE)
+    database.require_durable()
     pipelines = [load_pipeline(target) for target in targets]
     names = [pipeline.name for pipeline in pipelines]
     for name in {name for name in names if names.count(name) > 1}:

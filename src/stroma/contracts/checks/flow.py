@@ -16,12 +16,7 @@ from stroma.contracts.node import Group, Node, first_in
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
 
-__all__ = [
-    "Crossing",
-    "FlowState",
-    "flow_of",
-    "items_of",
-]
+__all__ = ["Crossing", "FlowState", "flow_of", "items_of"]
 
 Contract = NodeContract[Any, Any]
 

@@ -1,4 +1,4 @@
-"""Continue due runs of a store in this process, until a signal ends it."""
+"""Drive runs in this process until a signal ends it: due runs of a store, or those that Temporal assigns."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from stroma.cli.health import serve_health
 from stroma.cli.progress import timed_line
 from stroma.cli.signals import drain_on_signal
 from stroma.cli.stores import Database
+from stroma.cli.temporal import TemporalCluster
 from stroma.contracts.contract import ContractRegistry
 from stroma.runner.pipeline import Pipeline
 from stroma.runner.runner import StromaRunner
 from stroma.runner.worker import WorkerHealth
 from stroma.trace.result import ExecutionResult
 
-__all__ = ["LocalWorker"]
+__all__ = ["LocalWorker", "TemporalWorker"]
 
 #: Seconds between two status lines.
 _STATUS_SECONDS: Final = 60.0
@@ -33,7 +34,7 @@ _STATUS_SECONDS: Final = 60.0
 
 @dataclass(slots=True)
 class LocalWorker:
-    """One worker, from its first poll to its end.
+    """One worker of a store.
 
     Attributes:
         health_address: (host, port) of the server for probes; None: without one.
@@ -94,7 +95,7 @@ class LocalWorker:
             waiting.cancel()
             await runner.aclose(timeout_seconds=FLUSH_SECONDS)
             await self.database.close()
-        self._print("drained", f"after {stop.signal}; {self._progress(started)}")
+        _print(self.quiet, "drained", f"after {stop.signal}; {self._progress(started)}")
         return Code.OK
 
     def _read_health(self) -> tuple[bool, dict[str, Any]]:
@@ -120,21 +121,22 @@ class LocalWorker:
 
     async def _report_status(self, ready: str, started: float) -> None:
         await self._health.started.wait()
-        self._print("ready", ready)
+        _print(self.quiet, "ready", ready)
         for name, counts in self._health.unserved.items():
             for version, count in counts.items():
                 verb = "waits" if count == 1 else "wait"
                 served = f"{clean(name, 60)} version {clean(version, 60)}, which is not served here"
-                self._print("note", f"{pluralize(count, 'run')} {verb} for {served}")
+                _print(self.quiet, "note", f"{pluralize(count, 'run')} {verb} for {served}")
         while True:
             await asyncio.sleep(_STATUS_SECONDS)
-            self._print("well" if self._health.is_ok else "waiting for the store", self._progress(started))
+            _print(
+                self.quiet, "well" if self._health.is_ok else "waiting for the store", self._progress(started)
+            )
 
     def _describe(self) -> str:
-        names = ", ".join(repr(clean(one.name, 60)) for one in self.pipelines)
         runs = pluralize(self.max_concurrency, "run")
         return (
-            f"{names} in {self.database.name}, {runs} at once, asking every "
+            f"{_names(self.pipelines)} in {self.database.name}, {runs} at once, asking every "
             f"{format_duration(self.poll_seconds)}"
         )
 
@@ -154,6 +156,85 @@ class LocalWorker:
         text += f", {pluralize(self._health.blocked, 'run')} blocked" if self._health.blocked else ""
         return f"{text}, the oldest due for {format_duration(seconds)}" if seconds else text
 
-    def _print(self, what: str, more: str) -> None:
-        if not self.quiet:
-            timed_line("worker ", (what, "green"), f": {more}")
+
+@dataclass(frozen=True, slots=True)
+class TemporalWorker:
+    """One worker of a Temporal server. ``place``: it calls the nodes with this place, and drives no runs."""
+
+    cluster: TemporalCluster
+    pipelines: Sequence[Pipeline]
+    database: Database
+    max_concurrency: int
+    drain_seconds: float
+    quiet: bool
+    place: str | None = None
+
+    def execute(self) -> int:
+        """Serve until a signal, and return the exit code. Raises Problem."""
+        if self.place is None:
+            self.database.prepare()
+        # Output of nodes goes to stderr.
+        with contextlib.redirect_stdout(sys.stderr):
+            return self.cluster.run(self._serve())
+
+    async def _serve(self) -> int:
+        client = await self.cluster.connect()
+        from stroma.drivers.temporal.worker import stroma_worker
+
+        # Fails at once for a wrong namespace or key, which the worker would retry for ever.
+        await self.cluster.has_workers(client)
+        try:
+            worker = stroma_worker(
+                client,
+                self.cluster.task_queue,
+                self.pipelines,
+                store=self.database.store if self.place is None else None,
+                place=self.place,
+                max_concurrency=self.max_concurrency,
+                drain_seconds=self.drain_seconds,
+            )
+        except (TypeError, ValueError) as error:
+            raise Problem(
+                f"the worker cannot start: {describe_error(error)}", *last_frame(error), code=Code.USAGE
+            ) from error
+        running = asyncio.ensure_future(worker.run())
+        shutdown_requested = asyncio.Event()
+        waiting = asyncio.ensure_future(shutdown_requested.wait())
+        stop = drain_on_signal(waiting, shutdown_requested.set, self.drain_seconds)
+        started = time.monotonic()
+        _print(self.quiet, "ready", self._describe())
+        try:
+            await asyncio.wait([running, waiting], return_when=asyncio.FIRST_COMPLETED)
+            if not running.done():
+                await worker.shutdown()
+            await running
+        except Exception as error:
+            raise Problem(
+                f"the worker of {self.cluster.name} ended: {describe_error(error)}",
+                *last_frame(error),
+                "fix that, then restart it; its runs are waiting",
+                code=Code.ENVIRONMENT,
+            ) from error
+        finally:
+            waiting.cancel()
+            await self.database.close()
+        _print(self.quiet, "drained", f"after {stop.signal}, {format_duration(time.monotonic() - started)}")
+        return Code.OK
+
+    def _describe(self) -> str:
+        names = _names(self.pipelines)
+        if self.place is not None:
+            calls = pluralize(self.max_concurrency, "call")
+            return f"{names} at place {clean(self.place, 100)!r} of {self.cluster.address}, {calls} at once"
+        runs = pluralize(self.max_concurrency, "run")
+        return f"{names} on {self.cluster.name}, in {self.database.name}, {runs} at once"
+
+
+def _names(pipelines: Sequence[Pipeline]) -> str:
+    return ", ".join(repr(clean(one.name, 60)) for one in pipelines)
+
+
+def _print(quiet: bool, what: str, more: str) -> None:
+    """Print a status line of a worker."""
+    if not quiet:
+        timed_line("worker ", (what, "green"), f": {more}")
