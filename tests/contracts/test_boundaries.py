@@ -1,5 +1,6 @@
 """What crosses a boundary is validated, and what a trace holds does not change afterwards."""
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -154,6 +155,27 @@ class Nested(BaseModel):
     child: Num = Num(n=1)
 
 
+class NestedToo(BaseModel):
+    items: list[dict[str, list[int]]]
+    child: Num
+
+
+class Rows(BaseModel):
+    rows: list[Num]
+
+
+class RowsToo(BaseModel):
+    rows: list[Num]
+
+
+class Dicts(BaseModel):
+    rows: list[dict[str, Any]]
+
+
+class DictsToo(BaseModel):
+    rows: list[dict[str, Any]]
+
+
 class Open(BaseModel):
     model_config = ConfigDict(extra="allow")
     n: int = 1
@@ -209,21 +231,27 @@ STATES: dict[str, Any] = {
     "any-model": lambda: Anything(value=[Num(n=5)]),
     "any-object": lambda: Anything(value=Holder()),
     "root": lambda: Rooted([1, [2, {"a": 3}]]),
+    "rows": lambda: Rows(rows=[Num(n=k) for k in range(3)]),
+    "dicts": lambda: Dicts(rows=[{"id": k, "tags": ["a"]} for k in range(3)]),
 }
+#: The class of the second node's output, where that differs from the class of the state.
+OTHERS: dict[str, Any] = {"nested": NestedToo, "rows": RowsToo, "dicts": DictsToo}
 
 
 @pytest.mark.parametrize("name", STATES)
 @pytest.mark.parametrize("as_dict", [False, True], ids=["model", "dict"])
 async def test_later_changes_do_not_rewrite_history(name: str, as_dict: bool) -> None:
-    """G7: events stay as they were, whatever nodes do afterwards to the inputs and outputs that they kept."""
+    """G7: inputs, events and hooks have what was committed, whatever nodes do to what they hold."""
     make = STATES[name]
     cls = type(make())
+    other = OTHERS.get(name, cls)
+    shown: list[Any] = []
     entries: list[Any] = []
     seen: list[Any] = []
 
     async def func(state: Any) -> Any:
         run = current_node()
-        seen.append(schema_of(cls).state(state))
+        seen.append(schema_of(type(state)).state(state))
         entries.append(state)
         output = make()
         if as_dict:
@@ -242,15 +270,20 @@ async def test_later_changes_do_not_rewrite_history(name: str, as_dict: bool) ->
         if run is not None and run.position > 0:
             _change(entries, set())
 
-    hooks = NodeHooks(on_node_start=spoil, on_node_success=spoil, on_node_failure=spoil)
+    async def looks(run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
+        shown.append(copy.deepcopy(state))
+        await spoil(state)
+
+    hooks = NodeHooks(on_node_start=spoil, on_node_success=looks, on_node_failure=spoil)
     initial = make()
     want = schema_of(cls).state(make())
     # Hooks of position 0 leave `kept` alone: the first node's output must still be what it returned.
-    result = await quick(hooks=[hooks, hooks]).run([node("a", func, cls, cls)] * 3, initial)
+    nodes = [node("a", func, cls, cls), node("b", func, cls, other), node("c", func, other, cls)]
+    result = await quick(hooks=[hooks, hooks]).run(nodes, initial)
     _change(entries, set())
     _change(initial, set())
     assert result.status is RunStatus.COMPLETED, result.failure
-    assert seen == [want] * 4
+    assert (seen, shown) == ([want] * 4, [want] * 6)
     events = list(result.trace)
     assert [event.attempt for event in events] == [1, 1, 2, 1]
     assert [event.input_state for event in events] == [want] * 4

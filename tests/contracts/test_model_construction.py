@@ -113,22 +113,6 @@ def test_a_state_that_was_not_validated_is_copied_deeply() -> None:
     assert held == ["a"]
 
 
-@pytest.mark.core
-def test_a_class_that_copies_itself_is_cloned_as_it_is() -> None:
-    """What a class makes of model_copy has no say in what the next node gets."""
-
-    class Stamped(BaseModel):
-        n: int = 0
-        stamp: int = 0
-
-        def model_copy(self, **_: Any) -> Any:
-            return Stamped(stamp=self.stamp + 1)
-
-    model = Stamped(n=1)
-    twin = schema_of(Stamped).clone(model)
-    assert (twin, twin is model) == (model, False)
-
-
 async def test_what_a_child_does_to_its_state_no_sibling_sees() -> None:
     """Children without contracts each have a copy of a flat state, and of what is nested in it."""
     seen: list[int] = []

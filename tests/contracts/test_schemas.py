@@ -686,22 +686,6 @@ def test_a_validated_output_is_the_next_input_as_it_is(name: str) -> None:
         assert not shared(state, committed)
 
 
-@pytest.mark.core
-def test_a_validator_sees_what_a_node_returned_once() -> None:
-    """A dict that a node returned is validated once on its way to a next node of the same class."""
-    for returned, model in (
-        ({"word": "a"}, Loud.model_construct(word="a!")),
-        ({"n": 3}, Doubled.model_construct(n=6)),
-        ({"text": "  a"}, Peeled.model_construct(text=" a")),
-        (SECRETIVE, Secretive(**SECRETIVE)),
-    ):
-        schema = schema_of(type(model))
-        output, _ = schema.accept_output(returned)
-        state, _ = schema.prepare_input(output)
-        assert same(output, model)
-        assert same(state, model)
-
-
 def test_another_class_gets_the_models_inside_as_they_are() -> None:
     """A model inside that was validated already is not validated again on its way to a node of another
     class."""

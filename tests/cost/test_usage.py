@@ -4,6 +4,7 @@ plain data."""
 from __future__ import annotations
 
 import asyncio
+import re
 import types
 from typing import Any
 from unittest.mock import MagicMock
@@ -68,90 +69,69 @@ def test_the_usage_of_plain_data(reply: Reply) -> None:
     assert theirs.reported_value("cache_write_1h_tokens") == ours.cache_write_1h_tokens
 
 
+def used(**figures: Any) -> dict[str, Any]:
+    """Return a response with this usage."""
+    return {"usage": figures}
+
+
 @pytest.mark.parametrize(
     ("response", "expected"),
     [
         # xAI counts reasoning beside completion, DeepSeek has another name for what was cached.
-        ({"usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 40}}, Usage(10, 30)),
-        (
-            {"usage": {"prompt_tokens": 10, "completion_tokens": 5, "prompt_cache_hit_tokens": 8}},
-            Usage(10, 5, 8),
-        ),
+        (used(prompt_tokens=10, completion_tokens=5, total_tokens=40), Usage(10, 30)),
+        (used(prompt_tokens=10, completion_tokens=5, prompt_cache_hit_tokens=8), Usage(10, 5, 8)),
         # Anthropic's names in the format of OpenAI: Haystack and litellm, which has others as well.
         (
-            {
-                "usage": {
-                    "prompt_tokens": 30,
-                    "cache_read_input_tokens": 8,
-                    "cache_creation_input_tokens": 9,
-                    "cache_creation": {"ephemeral_1h_input_tokens": 4},
-                    "service_tier": "standard",
-                }
-            },
+            used(
+                prompt_tokens=30,
+                cache_read_input_tokens=8,
+                cache_creation_input_tokens=9,
+                cache_creation={"ephemeral_1h_input_tokens": 4},
+                service_tier="standard",
+            ),
             Usage(30, 0, 8, 9, tier="standard", cache_write_1h_tokens=4),
         ),
         (
-            {
-                "usage": {
-                    "prompt_tokens": 30,
-                    "cache_creation_input_tokens": 9,
-                    "prompt_tokens_details": {"cached_tokens": 0, "cache_creation_tokens": 9},
-                }
-            },
+            used(
+                prompt_tokens=30,
+                cache_creation_input_tokens=9,
+                prompt_tokens_details={"cached_tokens": 0, "cache_creation_tokens": 9},
+            ),
             Usage(30, 0, 0, 9),
         ),
         (
-            {
-                "usage": {
-                    "prompt_tokens": 30,
-                    "prompt_tokens_details": {
-                        "cache_creation_tokens": 9,
-                        "cache_creation_token_details": {"ephemeral_1h_input_tokens": 4},
-                    },
-                }
-            },
+            used(
+                prompt_tokens=30,
+                prompt_tokens_details={
+                    "cache_creation_tokens": 9,
+                    "cache_creation_token_details": {"ephemeral_1h_input_tokens": 4},
+                },
+            ),
             Usage(30, 0, 0, 9, cache_write_1h_tokens=4),
         ),
         # OpenRouter says what a call cost; with a key of one's own, what its fee is and what the provider
         # bills.
         (
-            {
-                "usage": {
-                    "prompt_tokens": 5,
-                    "cost": 0.0123,
-                    "is_byok": False,
-                    "cost_details": {"upstream_inference_cost": 0.01},
-                }
-            },
+            used(prompt_tokens=5, cost=0.0123, is_byok=False, cost_details={"upstream_inference_cost": 0.01}),
             Usage(5, cost_usd=0.0123),
         ),
         (
-            {
-                "usage": {
-                    "prompt_tokens": 5,
-                    "cost": 0.25,
-                    "is_byok": True,
-                    "cost_details": {"upstream_inference_cost": 0.5},
-                }
-            },
+            used(prompt_tokens=5, cost=0.25, is_byok=True, cost_details={"upstream_inference_cost": 0.5}),
             Usage(5, cost_usd=0.75),
         ),
-        ({"usage": {"prompt_tokens": 5, "cost": 0.25, "is_byok": True}}, Usage(5)),
-        ({"usage": {"prompt_tokens": 5, "cost": 0}}, Usage(5, cost_usd=0)),
-        ({"usage": {"prompt_tokens": 5, "cost": {"total_cost": 1}}}, Usage(5)),
-        ({"usage": {"prompt_tokens": 5, "cost": -1.0}}, Usage(5)),
+        (used(prompt_tokens=5, cost=0.25, is_byok=True), Usage(5)),
+        (used(prompt_tokens=5, cost=0), Usage(5, cost_usd=0)),
+        (used(prompt_tokens=5, cost={"total_cost": 1}), Usage(5)),
+        (used(prompt_tokens=5, cost=-1.0), Usage(5)),
         # A gateway that counts what was cached beside the input.
-        ({"usage": {"prompt_tokens": 10, "prompt_tokens_details": {"cached_tokens": 90}}}, Usage(90, 0, 90)),
-        (
-            {"usage": {"tokens": {"input_tokens": 9.0, "output_tokens": 2.0}, "cached_tokens": 4.0}},
-            Usage(9, 2, 4),
-        ),
+        (used(prompt_tokens=10, prompt_tokens_details={"cached_tokens": 90}), Usage(90, 0, 90)),
+        (used(tokens={"input_tokens": 9.0, "output_tokens": 2.0}, cached_tokens=4.0), Usage(9, 2, 4)),
         ({"meta": {"billed_units": {"input_tokens": 3}}}, Usage(3)),
         (
             {"usage": {"input_tokens": 5, "output_tokens": 1, "service_tier": "batch"}, "model": "m"},
             Usage(5, 1, model="m", tier="batch"),
         ),
-        ({"usage": {"input_tokens": 5, "speed": "fast", "service_tier": "standard"}}, Usage(5, tier="fast")),
+        (used(input_tokens=5, speed="fast", service_tier="standard"), Usage(5, tier="fast")),
         # A line of OpenAI's batch results, a usage by itself, and one of ours.
         (
             {"custom_id": "1", "response": {"status_code": 200, "body": _CHAT}},
@@ -279,34 +259,14 @@ def test_a_usage_makes_sense(figures: dict[str, Any], says: str) -> None:
 
 
 COUNT = st.one_of(st.none(), st.integers(-2, 10**7), st.floats(), st.booleans(), st.text(max_size=3))
-NAMES = st.sampled_from(
-    [
-        "prompt_tokens",
-        "completion_tokens",
-        "total_tokens",
-        "prompt_tokens_details",
-        "input_tokens",
-        "output_tokens",
-        "cache_read_input_tokens",
-        "cache_creation_input_tokens",
-        "promptTokenCount",
-        "candidatesTokenCount",
-        "inputTokens",
-        "billed_units",
-        "cached_tokens",
-        "service_tier",
-        "model",
-        "usage",
-        "response",
-        "delta",
-        "data",
-        "cost",
-        "is_byok",
-        "cost_details",
-        "upstream_inference_cost",
-    ]
-)
-SHAPE = st.recursive(COUNT, lambda inner: st.dictionaries(NAMES, inner, max_size=5), max_leaves=12)
+NAMES = """
+    prompt_tokens completion_tokens total_tokens prompt_tokens_details input_tokens output_tokens
+    cache_read_input_tokens cache_creation_input_tokens promptTokenCount candidatesTokenCount inputTokens
+    billed_units cached_tokens service_tier model usage response delta data cost is_byok cost_details
+    upstream_inference_cost
+"""
+NAME = st.sampled_from(re.findall(r"\w+", NAMES))
+SHAPE = st.recursive(COUNT, lambda inner: st.dictionaries(NAME, inner, max_size=5), max_leaves=12)
 
 
 @given(SHAPE)

@@ -59,13 +59,22 @@ CASES = [*PROVIDER_CASES, *MORE_CASES]
 HERE = NodeContext("ask", 1, "run")
 
 
+def again(reason: str, seconds: float | None = None) -> Verdict:
+    """Return the verdict that another attempt may succeed."""
+    return Verdict("RECOVERABLE", reason, seconds)
+
+
+def lasting(reason: str) -> Verdict:
+    """Return the verdict that every attempt will fail."""
+    return Verdict("TERMINAL", reason)
+
+
 def error_of(call: Callable[[], Any]) -> Exception:
     with pytest.raises(Exception) as caught:
         call()
     return caught.value
 
 
-@pytest.mark.core
 def _without_key(client: str) -> Any:
     """Make a client without a key, and call it where it asks for the key only then."""
     if client == "openai":
@@ -306,7 +315,7 @@ def test_retry_after_in_all_its_forms(
 ) -> None:
     """Seconds, fractions, milliseconds and HTTP dates are read; what makes no sense is no wish."""
     error = error_of(lambda: ASK[sdk](provider.url(Answer(429, {}, headers))))
-    assert read_provider_error(error) == Verdict("RECOVERABLE", "rate_limit", seconds)
+    assert read_provider_error(error) == again("rate_limit", seconds)
 
 
 def test_a_date_without_zone_is_gmt_wherever_the_machine_is(
@@ -352,19 +361,19 @@ async def test_a_huge_wish_stops_the_run(seconds: str, provider: Server, delays:
 
 
 _WISHES = [
-    (500, "", "false", ("TERMINAL", "server_error")),
-    (429, "", "false", ("TERMINAL", "rate_limit")),
-    (400, "", "false", ("TERMINAL", "bad_request")),
-    (418, "", "false", ("TERMINAL", "bad_request")),
-    (400, "", "true", ("RECOVERABLE", "bad_request")),
-    (404, "", "true", ("RECOVERABLE", "not_found")),
-    (418, "", "true", ("RECOVERABLE", "server_error")),
-    (500, "", "true", ("RECOVERABLE", "server_error")),
-    (400, "", "perhaps", ("TERMINAL", "bad_request")),
-    (500, "", "perhaps", ("RECOVERABLE", "server_error")),
+    (500, "", "false", lasting("server_error")),
+    (429, "", "false", lasting("rate_limit")),
+    (400, "", "false", lasting("bad_request")),
+    (418, "", "false", lasting("bad_request")),
+    (400, "", "true", again("bad_request")),
+    (404, "", "true", again("not_found")),
+    (418, "", "true", again("server_error")),
+    (500, "", "true", again("server_error")),
+    (400, "", "perhaps", lasting("bad_request")),
+    (500, "", "perhaps", again("server_error")),
     # No number of tries mends these, whatever the server's frame says.
-    (401, "", "true", ("TERMINAL", "auth")),
-    (429, "insufficient_quota", "true", ("TERMINAL", "quota")),
+    (401, "", "true", lasting("auth")),
+    (429, "insufficient_quota", "true", lasting("quota")),
 ]
 
 
@@ -374,12 +383,12 @@ _WISHES = [
     [(sdk, *row) for row in _WISHES for sdk in ASK if not (row[1] and sdk in ("aiohttp", "botocore"))],
 )
 def test_x_should_retry_is_obeyed(
-    sdk: str, status: int, code: str, wish: str, expected: tuple[str, str], provider: Server
+    sdk: str, status: int, code: str, wish: str, expected: Verdict, provider: Server
 ) -> None:
     """x-should-retry overrules the status both ways, but not an exhausted quota or a wrong key."""
     headers = {"X-Should-Retry": wish, "retry-after": "3"}
     error = error_of(lambda: ASK[sdk](provider.url(Answer(status, {"error": {"type": code}}, headers))))
-    assert read_provider_error(error) == Verdict(*expected, 3)
+    assert read_provider_error(error) == expected._replace(retry_after=3)
 
 
 def test_a_status_that_says_nothing_is_ambiguous(provider: Server) -> None:
@@ -398,36 +407,36 @@ HTTPX = [httpx, httpx2]
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        (Answer(400, {}), ("TERMINAL", "bad_request")),
-        (Answer(401, {}), ("TERMINAL", "auth")),
-        (Answer(403, {}), ("TERMINAL", "permission")),
-        (Answer(404, {}), ("TERMINAL", "not_found")),
-        (Answer(408, {}), ("RECOVERABLE", "timeout")),
-        (Answer(409, {}), ("RECOVERABLE", "conflict")),
-        (Answer(413, {}), ("TERMINAL", "too_large")),
-        (Answer(422, {}), ("TERMINAL", "bad_request")),
-        (Answer(429, {}), ("RECOVERABLE", "rate_limit")),
-        (Answer(429, {}, {"Retry-After": "5"}), ("RECOVERABLE", "rate_limit", 5)),
-        (Answer(500, {}), ("RECOVERABLE", "server_error")),
-        (Answer(503, {}, {"retry-after-ms": "5"}), ("RECOVERABLE", "overloaded", 0.005)),
-        (Answer(599, {}), ("RECOVERABLE", "server_error")),
-        (by_openai(429, "insufficient_quota"), ("TERMINAL", "quota")),
-        (by_openai(400, "context_length_exceeded"), ("TERMINAL", "context_length")),
-        (by_anthropic(400, "invalid_request_error", TOO_LONG), ("TERMINAL", "context_length")),
-        (by_anthropic(500, "overloaded_error"), ("RECOVERABLE", "overloaded")),
-        (Answer(400, "no json"), ("TERMINAL", "bad_request")),
-        (Answer(500, ["a", 1]), ("RECOVERABLE", "server_error")),
-        (Answer(429, {"error": "insufficient_quota"}), ("RECOVERABLE", "rate_limit")),
+        (Answer(400, {}), lasting("bad_request")),
+        (Answer(401, {}), lasting("auth")),
+        (Answer(403, {}), lasting("permission")),
+        (Answer(404, {}), lasting("not_found")),
+        (Answer(408, {}), again("timeout")),
+        (Answer(409, {}), again("conflict")),
+        (Answer(413, {}), lasting("too_large")),
+        (Answer(422, {}), lasting("bad_request")),
+        (Answer(429, {}), again("rate_limit")),
+        (Answer(429, {}, {"Retry-After": "5"}), again("rate_limit", 5)),
+        (Answer(500, {}), again("server_error")),
+        (Answer(503, {}, {"retry-after-ms": "5"}), again("overloaded", 0.005)),
+        (Answer(599, {}), again("server_error")),
+        (by_openai(429, "insufficient_quota"), lasting("quota")),
+        (by_openai(400, "context_length_exceeded"), lasting("context_length")),
+        (by_anthropic(400, "invalid_request_error", TOO_LONG), lasting("context_length")),
+        (by_anthropic(500, "overloaded_error"), again("overloaded")),
+        (Answer(400, "no json"), lasting("bad_request")),
+        (Answer(500, ["a", 1]), again("server_error")),
+        (Answer(429, {"error": "insufficient_quota"}), again("rate_limit")),
     ],
     ids=str,
 )
 def test_what_an_http_status_error_means(
-    client: Any, answer: Answer, expected: tuple[Any, ...], provider: Server
+    client: Any, answer: Answer, expected: Verdict, provider: Server
 ) -> None:
     """A bare HTTP client's status error is read from its response: status, headers and body."""
     error = error_of(lambda: client.post(provider.url(answer)).raise_for_status())
     assert type(error).__name__ == "HTTPStatusError"
-    assert read_provider_error(error) == Verdict(*expected)
+    assert read_provider_error(error) == expected
 
 
 @pytest.mark.parametrize("client", HTTPX, ids=lambda module: module.__name__)
@@ -435,7 +444,7 @@ def test_a_body_that_was_not_read_stays_unread(client: Any, provider: Server) ->
     """The body of a streamed response is not fetched to classify an error; its status decides."""
     with client.stream("POST", provider.url(by_openai(429, "insufficient_quota"))) as response:
         error = error_of(response.raise_for_status)
-        assert read_provider_error(error) == Verdict("RECOVERABLE", "rate_limit")
+        assert read_provider_error(error) == again("rate_limit")
         assert not response.is_stream_consumed
 
 
@@ -443,17 +452,17 @@ def test_a_body_that_was_not_read_stays_unread(client: Any, provider: Server) ->
 @pytest.mark.parametrize(
     ("url", "raised", "expected"),
     [
-        (Answer(fault="refuse"), {"ConnectError"}, ("RECOVERABLE", "connection")),
-        (Answer(fault="drop"), {"ReadError", "RemoteProtocolError"}, ("RECOVERABLE", "connection")),
-        (Answer(body={}, fault="cut"), {"RemoteProtocolError"}, ("RECOVERABLE", "connection")),
-        (Answer(fault="hang"), {"ReadTimeout"}, ("RECOVERABLE", "timeout")),
-        ("ftp://127.0.0.1/", {"UnsupportedProtocol"}, ("TERMINAL", "bad_request")),
-        ("http://127.0.0.1:port/", {"InvalidURL"}, ("TERMINAL", "bad_request")),
+        (Answer(fault="refuse"), {"ConnectError"}, again("connection")),
+        (Answer(fault="drop"), {"ReadError", "RemoteProtocolError"}, again("connection")),
+        (Answer(body={}, fault="cut"), {"RemoteProtocolError"}, again("connection")),
+        (Answer(fault="hang"), {"ReadTimeout"}, again("timeout")),
+        ("ftp://127.0.0.1/", {"UnsupportedProtocol"}, lasting("bad_request")),
+        ("http://127.0.0.1:port/", {"InvalidURL"}, lasting("bad_request")),
     ],
     ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_what_a_transport_error_means(
-    client: Any, url: Answer | str, raised: set[str], expected: tuple[str, str], provider: Server
+    client: Any, url: Answer | str, raised: set[str], expected: Verdict, provider: Server
 ) -> None:
     """Lost connections and read timeouts are RECOVERABLE; an address that cannot be meant so is not."""
     where = url if isinstance(url, str) else provider.url(url)
@@ -461,7 +470,7 @@ def test_what_a_transport_error_means(
         lambda: client.post(where, timeout=options(url)["timeout"] if isinstance(url, Answer) else None)
     )
     assert type(error).__name__ in raised
-    assert read_provider_error(error) == Verdict(*expected)
+    assert read_provider_error(error) == expected
 
 
 @pytest.mark.parametrize("client", HTTPX, ids=lambda module: module.__name__)
@@ -504,9 +513,9 @@ def test_what_botocore_refuses_by_itself(monkeypatch: pytest.MonkeyPatch, provid
     ]
     verdicts = [(type(error).__name__, read_provider_error(error)) for error in findings]
     assert verdicts == [
-        ("NoCredentialsError", Verdict("TERMINAL", "auth")),
-        ("ParamValidationError", Verdict("TERMINAL", "bad_request")),
-        ("NoRegionError", Verdict("TERMINAL", "bad_request")),
+        ("NoCredentialsError", lasting("auth")),
+        ("ParamValidationError", lasting("bad_request")),
+        ("NoRegionError", lasting("bad_request")),
     ]
     assert provider.calls_of(url) == 0
 
@@ -558,11 +567,11 @@ async def test_a_run_deals_with_a_grpc_error(
 @pytest.mark.parametrize(
     ("metadata", "expected"),
     [
-        ({"grpc-retry-pushback-ms": "7000"}, Verdict("RECOVERABLE", "overloaded", 7)),
-        ({"grpc-retry-pushback-ms": "-1"}, Verdict("TERMINAL", "overloaded")),
-        ({"retry-after": "8"}, Verdict("RECOVERABLE", "overloaded", 8)),
+        ({"grpc-retry-pushback-ms": "7000"}, again("overloaded", 7)),
+        ({"grpc-retry-pushback-ms": "-1"}, lasting("overloaded")),
+        ({"retry-after": "8"}, again("overloaded", 8)),
         # What makes no sense is -1 for gRPC's own client.
-        ({"grpc-retry-pushback-ms": "soon"}, Verdict("TERMINAL", "overloaded")),
+        ({"grpc-retry-pushback-ms": "soon"}, lasting("overloaded")),
     ],
     ids=str,
 )
@@ -646,24 +655,15 @@ def group(*errors: Exception) -> ExceptionGroup[Exception]:
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (lambda: group(limited("8")), Verdict("RECOVERABLE", "rate_limit", 8)),
-        (
-            lambda: group(limited("2"), limited("8"), shaped(status_code=503)),
-            Verdict("RECOVERABLE", "rate_limit", 8),
-        ),
-        (lambda: group(limited("8"), shaped(status_code=401)), Verdict("TERMINAL", "auth")),
-        (lambda: group(ValueError("?"), shaped(status_code=401)), Verdict("TERMINAL", "auth")),
+        (lambda: group(limited("8")), again("rate_limit", 8)),
+        (lambda: group(limited("2"), limited("8"), shaped(status_code=503)), again("rate_limit", 8)),
+        (lambda: group(limited("8"), shaped(status_code=401)), lasting("auth")),
+        (lambda: group(ValueError("?"), shaped(status_code=401)), lasting("auth")),
         (lambda: group(limited("8"), ValueError("?")), None),
-        (
-            lambda: group(TimeoutError("late"), ConnectionResetError("gone")),
-            Verdict("RECOVERABLE", "timeout"),
-        ),
-        (
-            lambda: group(group(limited("8")), group(group(limited("9")))),
-            Verdict("RECOVERABLE", "rate_limit", 9),
-        ),
-        (lambda: caused(ValueError("?"), group(limited("8"))), Verdict("RECOVERABLE", "rate_limit", 8)),
-        (lambda: group(caused(ValueError("?"), limited("8"))), Verdict("RECOVERABLE", "rate_limit", 8)),
+        (lambda: group(TimeoutError("late"), ConnectionResetError("gone")), again("timeout")),
+        (lambda: group(group(limited("8")), group(group(limited("9")))), again("rate_limit", 9)),
+        (lambda: caused(ValueError("?"), group(limited("8"))), again("rate_limit", 8)),
+        (lambda: group(caused(ValueError("?"), limited("8"))), again("rate_limit", 8)),
     ],
     ids=range(9),
 )
@@ -744,33 +744,30 @@ SHAPES: list[tuple[Exception, Verdict | None]] = [
     # requests and aiohttp
     (
         shaped(package="requests", response=SimpleNamespace(status_code=429, headers={"Retry-After": "8"})),
-        Verdict("RECOVERABLE", "rate_limit", 8),
+        again("rate_limit", 8),
     ),
-    (shaped("ConnectionError", "requests"), Verdict("RECOVERABLE", "connection")),
-    (shaped("ChunkedEncodingError", "requests"), Verdict("RECOVERABLE", "connection")),
-    (shaped("Timeout", "requests"), Verdict("RECOVERABLE", "timeout")),
-    (shaped("ReadTimeout", "requests"), Verdict("RECOVERABLE", "timeout")),
-    (shaped("ConnectTimeout", "requests"), Verdict("RECOVERABLE", "timeout")),
-    (shaped("MissingSchema", "requests", (ValueError,)), Verdict("TERMINAL", "bad_request")),
-    (shaped("InvalidSchema", "requests", (ValueError,)), Verdict("TERMINAL", "bad_request")),
-    (
-        shaped(package="aiohttp", status=503, headers={"Retry-After": "8"}),
-        Verdict("RECOVERABLE", "overloaded", 8),
-    ),
-    (shaped("ClientConnectionError", "aiohttp"), Verdict("RECOVERABLE", "connection")),
-    (shaped("ClientPayloadError", "aiohttp"), Verdict("RECOVERABLE", "connection")),
-    (shaped("ServerTimeoutError", "aiohttp"), Verdict("RECOVERABLE", "timeout")),
+    (shaped("ConnectionError", "requests"), again("connection")),
+    (shaped("ChunkedEncodingError", "requests"), again("connection")),
+    (shaped("Timeout", "requests"), again("timeout")),
+    (shaped("ReadTimeout", "requests"), again("timeout")),
+    (shaped("ConnectTimeout", "requests"), again("timeout")),
+    (shaped("MissingSchema", "requests", (ValueError,)), lasting("bad_request")),
+    (shaped("InvalidSchema", "requests", (ValueError,)), lasting("bad_request")),
+    (shaped(package="aiohttp", status=503, headers={"Retry-After": "8"}), again("overloaded", 8)),
+    (shaped("ClientConnectionError", "aiohttp"), again("connection")),
+    (shaped("ClientPayloadError", "aiohttp"), again("connection")),
+    (shaped("ServerTimeoutError", "aiohttp"), again("timeout")),
     # urllib3, httpcore
-    (shaped("ReadTimeoutError", "urllib3"), Verdict("RECOVERABLE", "timeout")),
-    (shaped("NetworkError", "httpcore"), Verdict("RECOVERABLE", "connection")),
-    (shaped("RemoteProtocolError", "httpcore2"), Verdict("RECOVERABLE", "connection")),
-    (shaped("LocalProtocolError", "httpcore"), Verdict("TERMINAL", "bad_request")),
+    (shaped("ReadTimeoutError", "urllib3"), again("timeout")),
+    (shaped("NetworkError", "httpcore"), again("connection")),
+    (shaped("RemoteProtocolError", "httpcore2"), again("connection")),
+    (shaped("LocalProtocolError", "httpcore"), lasting("bad_request")),
     # the SDKs, without a cause to ask, and after the answer came
-    (shaped("APIConnectionError", "openai"), Verdict("RECOVERABLE", "connection")),
-    (shaped("APIConnectionError", "anthropic"), Verdict("RECOVERABLE", "connection")),
-    (shaped("APITimeoutError", "openai"), Verdict("RECOVERABLE", "timeout")),
-    (shaped("APITimeoutError", "anthropic"), Verdict("RECOVERABLE", "timeout")),
-    (openai.ContentFilterFinishReasonError(), Verdict("TERMINAL", "content_policy")),
+    (shaped("APIConnectionError", "openai"), again("connection")),
+    (shaped("APIConnectionError", "anthropic"), again("connection")),
+    (shaped("APITimeoutError", "openai"), again("timeout")),
+    (shaped("APITimeoutError", "anthropic"), again("timeout")),
+    (openai.ContentFilterFinishReasonError(), lasting("content_policy")),
     # google
     (
         shaped(
@@ -779,124 +776,103 @@ SHAPES: list[tuple[Exception, Verdict | None]] = [
             status="RESOURCE_EXHAUSTED",
             response=SimpleNamespace(headers={"retry-after": "8"}),
         ),
-        Verdict("RECOVERABLE", "rate_limit", 8),
+        again("rate_limit", 8),
     ),
-    (shaped(package="google", code=http.HTTPStatus.FORBIDDEN), Verdict("TERMINAL", "permission")),
+    (shaped(package="google", code=http.HTTPStatus.FORBIDDEN), lasting("permission")),
     (
         shaped(
             package="google",
             code=400,
             message="The input token count (2) exceeds the maximum number of tokens allowed (1).",
         ),
-        Verdict("TERMINAL", "context_length"),
+        lasting("context_length"),
     ),
     # botocore
     (
         shaped(package="botocore", response=aws(429, "ThrottlingException", retry_after="8")),
-        Verdict("RECOVERABLE", "rate_limit", 8),
+        again("rate_limit", 8),
     ),
-    (
-        shaped(package="botocore", response=aws(400, "ThrottlingException")),
-        Verdict("RECOVERABLE", "rate_limit"),
-    ),
-    (shaped(package="botocore", response=aws(400, "Throttling")), Verdict("RECOVERABLE", "rate_limit")),
-    (
-        shaped(package="botocore", response=aws(400, "TooManyRequestsException")),
-        Verdict("RECOVERABLE", "rate_limit"),
-    ),
-    (
-        shaped(package="botocore", response=aws(400, "ServiceQuotaExceededException")),
-        Verdict("TERMINAL", "quota"),
-    ),
+    (shaped(package="botocore", response=aws(400, "ThrottlingException")), again("rate_limit")),
+    (shaped(package="botocore", response=aws(400, "Throttling")), again("rate_limit")),
+    (shaped(package="botocore", response=aws(400, "TooManyRequestsException")), again("rate_limit")),
+    (shaped(package="botocore", response=aws(400, "ServiceQuotaExceededException")), lasting("quota")),
     (
         shaped(
             package="botocore",
             response=aws(400, "ValidationException", "Input is too long for requested model."),
         ),
-        Verdict("TERMINAL", "context_length"),
+        lasting("context_length"),
     ),
-    (
-        shaped(package="botocore", response=aws(403, "AccessDeniedException")),
-        Verdict("TERMINAL", "permission"),
-    ),
-    (shaped("ConnectionClosedError", "botocore"), Verdict("RECOVERABLE", "connection")),
-    (shaped("ConnectTimeoutError", "botocore"), Verdict("RECOVERABLE", "timeout")),
+    (shaped(package="botocore", response=aws(403, "AccessDeniedException")), lasting("permission")),
+    (shaped("ConnectionClosedError", "botocore"), again("connection")),
+    (shaped("ConnectTimeoutError", "botocore"), again("timeout")),
     (
         shaped("EventStreamError", "botocore", response={"Error": {"Code": "modelTimeoutException"}}),
-        Verdict("RECOVERABLE", "timeout"),
+        again("timeout"),
     ),
-    (shaped("IncompleteReadError", "botocore"), Verdict("RECOVERABLE", "connection")),
-    (shaped("ResponseStreamingError", "botocore"), Verdict("RECOVERABLE", "connection")),
+    (shaped("IncompleteReadError", "botocore"), again("connection")),
+    (shaped("ResponseStreamingError", "botocore"), again("connection")),
     # other clients' exceptions before there is an answer
-    (shaped("NoResponseError", "mistralai"), Verdict("RECOVERABLE", "connection")),
-    (shaped("DefaultCredentialsError", "google"), Verdict("TERMINAL", "auth")),
+    (shaped("NoResponseError", "mistralai"), again("connection")),
+    (shaped("DefaultCredentialsError", "google"), lasting("auth")),
     (shaped(status_code=498), None),
     # grpc
-    (shaped(package="grpc", code=coded("UNAVAILABLE")), Verdict("RECOVERABLE", "overloaded")),
-    (shaped(package="grpc", code=coded("RESOURCE_EXHAUSTED")), Verdict("RECOVERABLE", "rate_limit")),
-    (shaped(package="grpc", code=coded("DEADLINE_EXCEEDED")), Verdict("RECOVERABLE", "timeout")),
-    (shaped(package="grpc", code=coded("INTERNAL")), Verdict("RECOVERABLE", "server_error")),
-    (shaped(package="grpc", code=coded("UNKNOWN")), Verdict("RECOVERABLE", "server_error")),
-    (shaped(package="grpc", code=coded("ABORTED")), Verdict("RECOVERABLE", "conflict")),
-    (shaped(package="grpc", code=coded("INVALID_ARGUMENT")), Verdict("TERMINAL", "bad_request")),
-    (shaped(package="grpc", code=coded("FAILED_PRECONDITION")), Verdict("TERMINAL", "bad_request")),
-    (shaped(package="grpc", code=coded("OUT_OF_RANGE")), Verdict("TERMINAL", "bad_request")),
-    (shaped(package="grpc", code=coded("UNAUTHENTICATED")), Verdict("TERMINAL", "auth")),
-    (shaped(package="grpc", code=coded("PERMISSION_DENIED")), Verdict("TERMINAL", "permission")),
-    (shaped(package="grpc", code=coded("NOT_FOUND")), Verdict("TERMINAL", "not_found")),
-    (shaped(package="grpc", code=coded("UNIMPLEMENTED")), Verdict("TERMINAL", "not_found")),
+    (shaped(package="grpc", code=coded("UNAVAILABLE")), again("overloaded")),
+    (shaped(package="grpc", code=coded("RESOURCE_EXHAUSTED")), again("rate_limit")),
+    (shaped(package="grpc", code=coded("DEADLINE_EXCEEDED")), again("timeout")),
+    (shaped(package="grpc", code=coded("INTERNAL")), again("server_error")),
+    (shaped(package="grpc", code=coded("UNKNOWN")), again("server_error")),
+    (shaped(package="grpc", code=coded("ABORTED")), again("conflict")),
+    (shaped(package="grpc", code=coded("INVALID_ARGUMENT")), lasting("bad_request")),
+    (shaped(package="grpc", code=coded("FAILED_PRECONDITION")), lasting("bad_request")),
+    (shaped(package="grpc", code=coded("OUT_OF_RANGE")), lasting("bad_request")),
+    (shaped(package="grpc", code=coded("UNAUTHENTICATED")), lasting("auth")),
+    (shaped(package="grpc", code=coded("PERMISSION_DENIED")), lasting("permission")),
+    (shaped(package="grpc", code=coded("NOT_FOUND")), lasting("not_found")),
+    (shaped(package="grpc", code=coded("UNIMPLEMENTED")), lasting("not_found")),
     (shaped(package="grpc", code=coded("CANCELLED")), None),
     (shaped(package="grpc", code=lambda: 1 / 0), None),
     # the standard library
-    (ConnectionRefusedError("no"), Verdict("RECOVERABLE", "connection")),
-    (http.client.RemoteDisconnected("no"), Verdict("RECOVERABLE", "connection")),
-    (urllib.error.HTTPError("http://x", 429, "no", MAIL, None), Verdict("RECOVERABLE", "rate_limit", 8)),
+    (ConnectionRefusedError("no"), again("connection")),
+    (http.client.RemoteDisconnected("no"), again("connection")),
+    (urllib.error.HTTPError("http://x", 429, "no", MAIL, None), again("rate_limit", 8)),
     # bodies
-    (shaped(status_code=402), Verdict("TERMINAL", "quota")),
+    (shaped(status_code=402), lasting("quota")),
     (
         shaped(
             status_code=429,
             body={"error": {"details": {"error_code": "linked_organization_spend_limit_reached"}}},
         ),
-        Verdict("TERMINAL", "quota"),
+        lasting("quota"),
     ),
-    (shaped(status_code=429, code="linked_organization_spend_limit_reached"), Verdict("TERMINAL", "quota")),
-    (
-        shaped(status_code=400, body={"message": "over the context window"}),
-        Verdict("TERMINAL", "context_length"),
-    ),
+    (shaped(status_code=429, code="linked_organization_spend_limit_reached"), lasting("quota")),
+    (shaped(status_code=400, body={"message": "over the context window"}), lasting("context_length")),
     (
         shaped(status_code=400, body={"message": "over Azure's Content Management Policy"}),
-        Verdict("TERMINAL", "content_policy"),
+        lasting("content_policy"),
     ),
-    (
-        shaped(status_code=400, body={"message": "against our content policy"}),
-        Verdict("TERMINAL", "content_policy"),
-    ),
-    (shaped(status_code=429, body='{"error": {"code": "insufficient_quota"}}'), Verdict("TERMINAL", "quota")),
-    (
-        shaped(status_code=429, body='[{"error": {"code": "insufficient_quota"}}]'),
-        Verdict("TERMINAL", "quota"),
-    ),
-    (shaped(status_code=429, body="insufficient_quota"), Verdict("RECOVERABLE", "rate_limit")),
-    (shaped(status_code=429, code=["insufficient_quota"]), Verdict("RECOVERABLE", "rate_limit")),
-    (shaped(response=SimpleNamespace(status=503)), Verdict("RECOVERABLE", "overloaded")),
+    (shaped(status_code=400, body={"message": "against our content policy"}), lasting("content_policy")),
+    (shaped(status_code=429, body='{"error": {"code": "insufficient_quota"}}'), lasting("quota")),
+    (shaped(status_code=429, body='[{"error": {"code": "insufficient_quota"}}]'), lasting("quota")),
+    (shaped(status_code=429, body="insufficient_quota"), again("rate_limit")),
+    (shaped(status_code=429, code=["insufficient_quota"]), again("rate_limit")),
+    (shaped(response=SimpleNamespace(status=503)), again("overloaded")),
     # OpenAI's limit of a minute that one request is more than
     (
         shaped(
             status_code=429,
             body={"error": {"code": "rate_limit_exceeded", "message": TOO_LARGE_FOR_A_MINUTE}},
         ),
-        Verdict("TERMINAL", "too_large"),
+        lasting("too_large"),
     ),
     # only a bad request's prose is read
     (
         shaped(status_code=429, body={"message": "tokens beyond your context window per minute"}),
-        Verdict("RECOVERABLE", "rate_limit"),
+        again("rate_limit"),
     ),
     # what is no status hides nothing
-    (shaped("ConnectionError", "requests", status_code=0), Verdict("RECOVERABLE", "connection")),
-    (shaped("ConnectionError", "requests", status_code=True), Verdict("RECOVERABLE", "connection")),
+    (shaped("ConnectionError", "requests", status_code=0), again("connection")),
+    (shaped("ConnectionError", "requests", status_code=True), again("connection")),
     # what looks alike and is not
     (shaped(code=coded("UNAVAILABLE")), None),
     (shaped("Timeout"), None),
@@ -947,14 +923,14 @@ def trap(*names: str, **attributes: Any) -> Exception:
 def test_an_attribute_that_raises_hides_no_other(name: str) -> None:
     """One attribute that raises is one that says nothing; the status is still read."""
     error = trap(name, status_code=429)
-    assert read_provider_error(error) == Verdict("RECOVERABLE", "rate_limit")
+    assert read_provider_error(error) == again("rate_limit")
 
 
 def test_exceptions_whose_attributes_raise() -> None:
     """G2: whatever raises while an exception is looked at, it has one class."""
     names = ("status_code", "status", "response", "headers", "body", "code", "type", "message")
     assert classify(trap(*names), HERE) is A
-    assert read_provider_error(trap("response", status_code=503)) == Verdict("RECOVERABLE", "overloaded")
+    assert read_provider_error(trap("response", status_code=503)) == again("overloaded")
     assert read_provider_error(trap("status_code", response=SimpleNamespace(status_code=401))) == Verdict(
         "TERMINAL", "auth"
     )
@@ -983,7 +959,7 @@ def test_headers_that_raise_are_no_headers() -> None:
             raise RuntimeError("no")
 
     error = shaped(status_code=429, response=SimpleNamespace(headers=Broken()), headers={"retry-after": "2"})
-    assert read_provider_error(error) == Verdict("RECOVERABLE", "rate_limit", 2)
+    assert read_provider_error(error) == again("rate_limit", 2)
 
 
 @pytest.mark.core
@@ -1009,7 +985,7 @@ def test_headers_that_raise_are_no_headers() -> None:
 def test_headers_of_any_shape_are_read(headers: Any) -> None:
     """Pairs, bytes, lists, another case, a header twice: the server's wish is obeyed all the same."""
     error = shaped(response=SimpleNamespace(status_code=429, headers=headers))
-    assert read_provider_error(error) == Verdict("RECOVERABLE", "rate_limit", 8)
+    assert read_provider_error(error) == again("rate_limit", 8)
 
 
 @pytest.mark.parametrize(
@@ -1018,7 +994,7 @@ def test_headers_of_any_shape_are_read(headers: Any) -> None:
 def test_what_is_no_headers_is_passed_over(headers: Any) -> None:
     """What cannot be headers costs the wait, not the class."""
     error = shaped(response=SimpleNamespace(status_code=429, headers=headers))
-    assert read_provider_error(error) == Verdict("RECOVERABLE", "rate_limit")
+    assert read_provider_error(error) == again("rate_limit")
 
 
 class Unsaid:
@@ -1029,8 +1005,8 @@ class Unsaid:
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (shaped(status_code=400, message=Unsaid()), Verdict("TERMINAL", "bad_request")),
-        (shaped(status_code=429, headers={"retry-after": Unsaid()}), Verdict("RECOVERABLE", "rate_limit")),
+        (shaped(status_code=400, message=Unsaid()), lasting("bad_request")),
+        (shaped(status_code=429, headers={"retry-after": Unsaid()}), again("rate_limit")),
         (
             shaped(
                 package="grpc",
@@ -1038,7 +1014,7 @@ class Unsaid:
                 details=lambda: 1 / 0,
                 trailing_metadata=lambda: 1 / 0,
             ),
-            Verdict("RECOVERABLE", "overloaded"),
+            again("overloaded"),
         ),
     ],
     ids=lambda v: "",
@@ -1065,14 +1041,14 @@ def test_what_cannot_be_said_hides_no_status(error: Exception, expected: Verdict
 def test_bodies_that_make_no_sense_say_nothing(body: bytes) -> None:
     """A body that is no JSON, too deep or too large leaves the status to decide."""
     error = shaped(response=SimpleNamespace(status_code=429, _content=body))
-    assert read_provider_error(error) == Verdict("RECOVERABLE", "rate_limit")
+    assert read_provider_error(error) == again("rate_limit")
 
 
 def test_a_large_body_is_not_read() -> None:
     """A body of 64 KiB or more is no error message; it is not parsed."""
     body = json.dumps({"error": {"code": "insufficient_quota", "message": "x" * 65_536}}).encode()
     error = shaped(response=SimpleNamespace(status_code=429, _content=body))
-    assert read_provider_error(error) == Verdict("RECOVERABLE", "rate_limit")
+    assert read_provider_error(error) == again("rate_limit")
 
 
 def test_a_body_is_never_fetched() -> None:
@@ -1085,7 +1061,7 @@ def test_a_body_is_never_fetched() -> None:
         def content(self) -> bytes:
             return b'{"error": {"code": "insufficient_quota"}}'
 
-    assert read_provider_error(shaped(response=Lazy())) == Verdict("RECOVERABLE", "rate_limit")
+    assert read_provider_error(shaped(response=Lazy())) == again("rate_limit")
 
 
 async def test_a_node_whose_error_misbehaves_ends_as_any_other(delays: list[float]) -> None:
