@@ -1,13 +1,9 @@
 """`stroma check` and `stroma graph`."""
 
-import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
-
-from stroma.cli.resume_plan import change_lines
-from stroma.runner.compatibility import Incompatibility
 
 FLOW = """
     from pydantic import BaseModel, Field
@@ -70,80 +66,8 @@ def test_bad_calls_of_check(flows, inside, fails):
     """A missing name or file is one message with the fix."""
     fails(inside("check", "flows.py:nothing"), 4, "nothing", "flows.py:wrong")
     fails(inside("check", "nowhere.py:x"), 4, "nowhere.py")
-    fails(inside("check", "flows.py:wrong", "--against", "last", "--db", "none.db"), 4, "none.db")
     fails(inside("graph", "flows.py:split"), 2, "a single node")
     fails(inside("graph", "flows.py:fine", "--format", "png"), 2, "png")
-
-
-# ---------------------------------------------------------------------- against a run
-
-
-def test_against_a_run_that_can_be_resumed(stroma, ran, inside, golden):
-    """--against says that a run with today's nodes and schemas can be resumed, and changes nothing."""
-    ran("r1", code=1, SECOND="raise ValueError")
-    before = {path: path.read_bytes() for path in stroma.home.rglob("*.db*")}
-    golden(
-        "check-against", "check sums.py:pipeline --against last", "check sums.py:pipeline --against r --json"
-    )
-    assert {path: path.read_bytes() for path in before} == before
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "words"),
-    [
-        (
-            "class Sum(BaseModel):\n    n: int",
-            "class Sum(BaseModel):\n    n: int\n    m: int = 0",
-            "it lacks 'm', which is new",
-        ),
-        (
-            "class Sum(BaseModel):\n    n: int",
-            "class Sum(BaseModel):\n    n: float",
-            "the types, constraints or defaults of its fields have changed",
-        ),
-        ('node("first", add_one, Count)', 'node("begin", add_one, Count)', "the pipeline has 'begin' there"),
-        ('Field(alias="start")', "Field(gt=0, alias='begin')", "could be"),
-    ],
-)
-def test_against_a_run_of_other_schemas(stroma, ran, inside, old, new, words):
-    """What changed since the run is told for each output, as a resume would refuse it; the exit code is 1."""
-    ran("r1", code=1, SECOND="raise ValueError")
-    text = (stroma.home / "sums.py").read_text()
-    assert old in text
-    # Longer in any case: Python takes a file of the same second and size for the one that it has compiled.
-    (stroma.home / "sums.py").write_text(text.replace(old, new) + "\n# changed\n")
-    done = inside("check", "sums.py:pipeline", "--against", "r1")
-    resumed = inside("resume", "r1", "sums.py:pipeline")
-    if words == "could be":  # A constraint that the input keeps, and another alias, change no run.
-        assert (done.code, resumed.code) == (0, 0)
-        return
-    assert (done.code, resumed.code) == (1, 2)
-    assert "changed  run r1 (PARTIAL) cannot be resumed as it is" in done.out
-    assert words in done.out
-    assert words in resumed.err
-
-
-def test_items_of_a_map_that_changed_alike_are_one_line():
-    """A run with a map of a thousand items has a line for each node, and not for each item."""
-    items = [Incompatibility(f"1.{n}", "shout", "its output has changed") for n in range(1000)]
-    lines = change_lines([Incompatibility("0", "split", "it is gone"), *items])
-    assert lines == [
-        "0  split: it is gone",
-        "1.0  shout: its output has changed (and 999 other outputs of this node)",
-    ]
-
-
-def test_against_a_run_with_another_input(stroma, ran, inside):
-    """An input that today's first node does not take is a change, too."""
-    ran("r1", code=1, SECOND="raise ValueError")
-    text = (stroma.home / "sums.py").read_text()
-    (stroma.home / "sums.py").write_text(
-        text.replace("n: int = Field(alias=", "n: str = Field(alias=") + "\n#\n"
-    )
-    done = inside("check", "sums.py:pipeline", "--against", "r1", "--json")
-    (change, *_) = json.loads(done.out)["against"]["changes"]
-    assert (done.code, change["at"]) == (1, "input")
-    assert "was not started with a Count" in change["message"]
 
 
 # ---------------------------------------------------------------------- graph

@@ -123,10 +123,10 @@ def test_a_run_that_waits_for_its_budget(stroma, inside, fails):
     assert "it is RESUMED; nothing was changed" in inside("budget", "x", "--tokens", "1").err
 
 
-def test_a_limit_of_resume_precedes_an_earlier_one(stroma, inside):
+def test_a_limit_of_resume_precedes_an_earlier_one(stroma, inside, ran):
     """``resume --budget-tokens`` holds although ``stroma budget`` had set another limit before."""
     stroma.file("waits.py", WAITS)
-    assert inside("run", "waits.py:pipeline", GOOD, "--run-id", "x", "-q").code == 7
+    ran("x", target="waits.py:pipeline", code=7)
     assert "has a new budget: max_tokens_total 101" in inside("budget", "x", "--tokens", "101").err
     assert inside("resume", "x", "waits.py:pipeline", "-q").code == 7
     done = inside("resume", "x", "waits.py:pipeline", "-q", "--budget-tokens", "100000")

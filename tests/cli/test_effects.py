@@ -83,9 +83,9 @@ def test_an_effect_that_happened(shop, inside, fails):
     assert (shop.home / "charges").read_text() == "charge "
 
 
-def test_an_effect_that_did_not_happen(shop, inside):
+def test_an_effect_that_did_not_happen(shop, inside, ran):
     """approve --not-done has the effect called again."""
-    assert inside("run", "shop.py:pipeline", '{"n": 1}', "--run-id", "x", "-q").code == 7
+    ran("x", target="shop.py:pipeline", given='{"n": 1}', code=7)
     shop.file("well", "")
     assert inside("approve", "x", "shop.py:pipeline", "--not-done", "--question", "0:1").code == 0
     done = inside("resume", "x", "shop.py:pipeline", "-q")

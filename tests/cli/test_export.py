@@ -32,11 +32,11 @@ FLOWS = """
 
 
 @pytest.fixture
-def failed(any_url, stroma, inside, monkeypatch):
+def failed(any_url, stroma, inside, monkeypatch, ran):
     """A run with a retry, a group and a broken contract, in a store of every kind."""
     monkeypatch.setenv("STROMA_DB", any_url)
     stroma.file("flows.py", FLOWS)
-    assert inside("run", "flows.py:pipeline", GOOD, "--run-id", "x", "--tag", "t", "-q").code == 1
+    ran("x", "--tag", "t", target="flows.py:pipeline", code=1)
 
 
 def test_json(failed, inside):
@@ -128,7 +128,7 @@ def test_html(failed, inside, stroma):
 
 
 @pytest.mark.core
-def test_what_a_pipeline_redacts(stroma, inside):
+def test_what_a_pipeline_redacts(stroma, inside, ran):
     """--redact hides in states what the pipeline's config hides; a redact that raises hides all."""
     stroma.file(
         "private.py",
@@ -145,7 +145,7 @@ def test_what_a_pipeline_redacts(stroma, inside):
         other = Pipeline("private", nodes, config=RunConfig(redact=broken))
     """,
     )
-    assert inside("run", "private.py:pipeline", GOOD, "--run-id", "x", "-q").code == 0
+    ran("x", target="private.py:pipeline")
     assert "471147114711" in inside("show", "x", "--output").out
     for target in ("private.py:pipeline", "private.py:other"):
         for words in (
@@ -161,7 +161,7 @@ def test_what_a_pipeline_redacts(stroma, inside):
     assert "hidden" in inside("export", "x", "--format", "html", "--redact", "private.py:pipeline").out
 
 
-def test_messages_are_redacted(stroma, inside):
+def test_messages_are_redacted(stroma, inside, ran):
     """--redact hides in messages what the pipeline's config takes out of states, whatever shows them."""
     stroma.file(
         "private.py",
@@ -176,7 +176,7 @@ def test_messages_are_redacted(stroma, inside):
     """,
     )
     value = '{"start": 471147114711}'
-    assert inside("run", "private.py:pipeline", value, "--run-id", "x", "-q").code == 1
+    ran("x", target="private.py:pipeline", given=value, code=1)
     inside("run", "private.py:pipeline", value, "--run-id", "y", "-q")
     for words in (
         ["show", "x"],

@@ -11,20 +11,11 @@ GOOD = '{"start": 1}'
 
 
 @pytest.fixture
-def old(stroma, inside):
+def old(stroma, inside, ran):
     """A store whose runs were last written two days ago: one has ended, one gave up, one's process was
     killed."""
-    inside("run", "sums.py:pipeline", GOOD, "--run-id", "ended", "--db", "runs.db")
-    inside(
-        "run",
-        "sums.py:pipeline",
-        GOOD,
-        "--run-id",
-        "gave up",
-        "--db",
-        "runs.db",
-        env={"SECOND": "raise TimeoutError"},
-    )
+    ran("ended", "--db", "runs.db")
+    ran("gave up", "--db", "runs.db", code=1, SECOND="raise TimeoutError")
     stroma(
         "run",
         "sums.py:pipeline",
@@ -38,7 +29,7 @@ def old(stroma, inside):
     with sqlite3.connect(stroma.home / "runs.db") as db:
         db.execute("UPDATE runs SET updated_ms = updated_ms - 172800000")
     db.close()
-    inside("run", "sums.py:pipeline", GOOD, "--run-id", "young", "--db", "runs.db")
+    ran("young", "--db", "runs.db")
     return stroma
 
 

@@ -28,11 +28,11 @@ HIDES = """
 
 
 @pytest.fixture
-def ask(stroma, inside, monkeypatch):
+def ask(stroma, inside, monkeypatch, ran):
     """Ask a tool of the server of a store with a good run and a bad one; with ``redact``, by that
     pipeline's."""
     stroma.file("hides.py", HIDES)
-    assert inside("run", "sums.py:pipeline", GOOD, "--run-id", "good", "--db", "r.db", "-q").code == 0
+    ran("good", "--db", "r.db")
     breaks = {"SECOND": "raise ContractViolation('second', 'output', {}, ['no luck'])"}
     assert (
         inside("run", "sums.py:pipeline", GOOD, "--run-id", "bad", "--db", "r.db", "-q", env=breaks).code == 1

@@ -238,10 +238,10 @@ def test_fork(stroma, inside, fails):
     )
 
 
-def test_what_cannot_be_forked(stroma, inside, fails):
+def test_what_cannot_be_forked(stroma, inside, fails, ran):
     """A node before which nothing is kept, and an output that is put together of children's, are refused; no
     run is made."""
-    inside("run", "sums.py:pipeline", GOOD, "--run-id", "x", env={"SECOND": "raise TimeoutError"})
+    ran("x", code=1, SECOND="raise TimeoutError")
     fails(
         inside("resume", "x", "sums.py:pipeline", "--from", "third", "--fork", "-q"),
         4,

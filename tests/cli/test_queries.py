@@ -6,6 +6,9 @@ import re
 import pytest
 from tests.cli.conftest import GOOD
 
+from stroma.cli.resume_plan import _change_lines
+from stroma.runner.compatibility import Incompatibility
+
 SLOW = "current_node().report_usage(input_tokens=7, model='gpt-4o-mini'); raise TimeoutError('too slow')"
 #: What a terminal would obey, in every place where a store can hold text.
 EVIL = "\x1b[2J\x1b]0;title\x07\r\x9b31m"
@@ -84,18 +87,44 @@ def test_runs_are_shown_and_compared(filled, golden, fails, inside):
     fails(inside("tail", "nope"), 4, "no run whose id begins with 'nope'")
 
 
-def test_a_dry_run_calls_nothing(filled, stroma, inside):
-    """--dry-run of a pipeline that has changed names the change, and calls nothing."""
-    before = stroma.calls()
-    assert inside("resume", "b", "sums.py:pipeline", "--dry-run").code == 0
-    changed = "from sums import *\npipeline = Pipeline('sums', [node('other', double), second, third])"
-    stroma.file("changed.py", changed)
-    planned = inside("resume", "b", "changed.py:pipeline", "--dry-run")
-    assert planned.code == 2
-    assert "changed 0  first: " in planned.out
-    assert "the run cannot be resumed; restore" in planned.err
-    assert stroma.calls() == before
-    assert inside("resume", "b", "sums.py:pipeline", "-q").code == 0
+SUM = "class Sum(BaseModel):\n    n: int"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (SUM, f"{SUM}\n    m: int = 0", "it lacks 'm', which is new"),
+        (SUM, SUM.replace("int", "float"), "the types, constraints or defaults of its fields have changed"),
+        ('node("first", add_one, Count)', 'node("begin", add_one, Count)', "the pipeline has 'begin' there"),
+        ("n: int = Field(alias=", "n: str = Field(alias=", "was not started with a Count"),
+        ('Field(alias="start")', "Field(gt=0, alias='begin')", ""),  # It changes no run.
+    ],
+)
+def test_a_dry_run_names_the_changes_that_prevent_a_resume(stroma, ran, inside, old, new, words):
+    """--dry-run names what changed for each output, as a resume would refuse it, and calls nothing."""
+    ran("r1", code=1, SECOND="raise ValueError")
+    before, calls = {path: path.read_bytes() for path in stroma.home.rglob("*.db*")}, stroma.calls()
+    text = (stroma.home / "sums.py").read_text()
+    assert old in text
+    # Longer in any case: Python takes a file of the same second and size for the one that it has compiled.
+    (stroma.home / "sums.py").write_text(text.replace(old, new) + "\n# changed\n")
+    planned = inside("resume", "r1", "sums.py:pipeline", "--dry-run")
+    assert (planned.code, stroma.calls()) == (2 if words else 0, calls)
+    assert {path: path.read_bytes() for path in before} == before
+    assert ("the run cannot be resumed; restore" in planned.err) == bool(words)
+    resumed = inside("resume", "r1", "sums.py:pipeline", "-q")
+    assert resumed.code == planned.code
+    assert words in planned.out
+    assert words in resumed.err
+
+
+def test_items_of_a_map_that_changed_alike_are_one_line():
+    """A run with a map of a thousand items has a line for each node, and not for each item."""
+    items = [Incompatibility(f"1.{n}", "shout", "its output has changed") for n in range(1000)]
+    assert _change_lines([Incompatibility("0", "split", "it is gone"), *items]) == [
+        "0  split: it is gone",
+        "1.0  shout: its output has changed (and 999 other outputs of this node)",
+    ]
 
 
 def test_show_has_rejected_outputs(any_url, stroma, inside, monkeypatch, shows):
@@ -199,8 +228,8 @@ def test_nodes_of_each_item_are_below_it(shows, inside):
         ("more", "node"),
         ("twice", "node"),
     ]
-    checked = inside("check", "case.py:pipeline", "--against", "x")
-    assert checked.code == 0, checked.out
+    planned = inside("resume", "x", "case.py:pipeline", "--dry-run")
+    assert planned.code == 0, planned.out
 
 
 def test_a_map_is_one_line(shows, inside, monkeypatch):

@@ -38,27 +38,19 @@ def test_a_store_on_a_server(url, stroma, inside, fails):
     assert stroma.calls() == ["first", "second", "second", "second", "third"]
 
 
-def test_check_against_a_run_on_a_server(url, stroma, inside, fails):
-    """check --against reads a run of any store: it tells what changed, and a run or store that is not
-    there."""
-    fails(inside("check", "sums.py:pipeline", "--against", "last", "--db", url), 4, "no runs in ")
-    inside(
-        "run", "sums.py:pipeline", GOOD, "--run-id", "x", "--db", url, env={"SECOND": "raise TimeoutError"}
-    )
-    fails(inside("check", "sums.py:pipeline", "--against", "y", "--db", url), 4, "whose id begins with 'y'")
-    done = inside("check", "sums.py:pipeline", "--against", "last", "--db", url)
-    assert done.code == 0
-    assert done.out == "ok       run x (PARTIAL) can be resumed: all it has committed fits\n"
+def test_a_dry_run_on_a_server(url, stroma, ran, inside):
+    """resume --dry-run reads a run of any store, and has what changed since."""
+    ran("x", "--db", url, code=1, SECOND="raise TimeoutError")
     text = (stroma.home / "sums.py").read_text()
     changed = text.replace(
         "class Sum(BaseModel):\n    n: int", "class Sum(BaseModel):\n    n: int\n    m: int = 0"
     )
     (stroma.home / "sums.py").write_text(changed + "\n# changed\n")
-    done = inside("check", "sums.py:pipeline", "--against", "x", "--json", env={"STROMA_DB": url})
-    against = json.loads(done.out)["against"]
-    assert (done.code, against["run_id"], against["resumable"]) == (1, "x", False)
-    assert [(c["at"], c["node_id"]) for c in against["changes"]] == [("0", "first")]
-    assert "it lacks 'm', which is new" in against["changes"][0]["message"]
+    done = inside("resume", "x", "sums.py:pipeline", "--dry-run", "--json", env={"STROMA_DB": url})
+    plan = json.loads(done.out)
+    assert (done.code, plan["run_id"], plan["resumable"]) == (2, "x", False)
+    assert [(c["at"], c["node_id"]) for c in plan["changes"]] == [("0", "first")]
+    assert "it lacks 'm', which is new" in plan["changes"][0]["message"]
     assert stroma.calls() == ["first", "second", "second"]
 
 

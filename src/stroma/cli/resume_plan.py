@@ -19,7 +19,7 @@ from stroma.contracts.node import find_node
 from stroma.runner.compatibility import Incompatibility, changes_since
 from stroma.runner.pipeline import Pipeline
 
-__all__ = ["change_lines", "find_changes", "print_plan"]
+__all__ = ["print_plan"]
 
 _ALL = 10_000_000
 
@@ -41,7 +41,7 @@ def print_plan(
     if pipeline is not None and target is not None:
         changes = [
             change
-            for change in find_changes(database, record, pipeline, target)
+            for change in _find_changes(database, record, pipeline, target)
             if before is None or change.at == "input" or int(change.at.partition(".")[0]) < before
         ]
     code = Code.OK
@@ -101,7 +101,7 @@ def _print_plan(
     if called and not is_complete:
         what = f"{what}, and what follows"
     out.line(f"calls   {what}")
-    for line in change_lines(changes):
+    for line in _change_lines(changes):
         out.line(("changed ", "bold red"), line)
 
 
@@ -170,7 +170,7 @@ def _change(change: Incompatibility) -> dict[str, Any]:
 # ---------------------------------------------------------------------- changes of the pipeline
 
 
-def find_changes(
+def _find_changes(
     database: Database, record: RunRecord, pipeline: Pipeline, target: str
 ) -> list[Incompatibility]:
     """Return the changes that prevent a resume. Reads the store only. Raises Problem."""
@@ -187,7 +187,7 @@ def find_changes(
     return [*changes, *damaged, *stored_run]
 
 
-def change_lines(changes: Sequence[Incompatibility]) -> list[str]:
+def _change_lines(changes: Sequence[Incompatibility]) -> list[str]:
     """Return a line for each node: the outputs of all items of a map have mostly changed alike."""
     by_node: dict[tuple[str, str], list[Incompatibility]] = {}
     for change in changes:
