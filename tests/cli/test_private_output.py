@@ -102,37 +102,6 @@ def test_a_recorded_test_holds_halves_of_characters(
     assert mode(tmp_path / "test_it.py") == mode(tmp_path / "test_it.run.json") == 0o600
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("show", "good", "--json", "--output", "--input"),
-        ("show", "good", "--output"),
-        ("runs", "--json"),
-        ("diff", "good", "bad", "--json"),
-        ("export", "good"),
-        ("export", "bad", "--format", "otlp"),
-        ("export", "good", "--format", "html"),
-        ("show", "good"),
-        ("show", "bad", "--tree"),
-        ("diff", "good", "other"),
-        ("tail", "good"),
-        ("replay", "good", "flow.py:pipeline"),
-    ],
-    ids=" ".join,
-)
-def test_every_output_holds_halves_of_characters(
-    command: Command, capsys: Any, words: tuple[str, ...]
-) -> None:
-    """A lone surrogate in a stored state breaks no command: JSON has its escape, and all output is UTF-8."""
-    assert command("run", "flow.py:pipeline", '{"v": 1}', "--run-id", "other", "-q") == 0
-    capsys.readouterr()
-    assert command(*words) in (0, 6)
-    text = capsys.readouterr().out
-    text.encode()
-    if "--json" in words or (words[0] == "export" and "html" not in words):
-        json.loads(text)
-
-
 @pytest.mark.parametrize("bits", [0o622, 0o602, 0o620])
 def test_a_store_that_others_can_write_is_a_warning(
     command: Command, tmp_path: Path, capsys: Any, bits: int
@@ -146,23 +115,3 @@ def test_a_store_that_others_can_write_is_a_warning(
     assert command("doctor", "--json") == 0
     result = json.loads(capsys.readouterr().out)["checks"]
     assert [one["verdict"] for one in result if "other users" in one["message"]] == ["note"]
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("show", "no\x1b[2Jsuch\nrun"),
-        ("run", "no\x1b[2Jsuch.py:pipeline"),
-        ("run", "flow.py:pipeline", "--input", "no\x1b[2Jsuch.json"),
-        ("diff", "\u202eevil", "good"),
-        ("show", "good", "--node", "x\x1b[2J"),
-        ("no\x1b[2Jsuch",),
-    ],
-)
-def test_arguments_are_cleaned(command: Command, capsys: Any, words: tuple[str, ...]) -> None:
-    """No message repeats an argument in a way that a terminal obeys."""
-    capsys.readouterr()
-    assert command(*words) != 0
-    output = capsys.readouterr()
-    assert "\x1b[2J" not in output.err + output.out
-    assert "\u202e" not in output.err + output.out

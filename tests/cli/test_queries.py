@@ -371,7 +371,7 @@ def test_graph_of_recorded_runs(stroma, ran, inside, fails, golden):
 
 @pytest.mark.core
 def test_what_a_terminal_would_obey(stroma, ran, inside, monkeypatch, any_url):
-    """Control characters in ids, tags, messages, models and states are shown escaped on a terminal."""
+    """Control characters and lone surrogates in ids, messages, models and states are shown escaped."""
     monkeypatch.setenv("STROMA_DB", any_url)
     stroma.file(
         "evil.py",
@@ -381,10 +381,11 @@ def test_what_a_terminal_would_obey(stroma, ran, inside, monkeypatch, any_url):
         class Text(BaseModel):
             text: str = EVIL
             more: dict[str, str] = {{}}
+        HALF = EVIL + "\\ud83d"
         async def talks(state):
-            return {{"text": EVIL, "more": {{EVIL: EVIL}}}}, 3, EVIL
+            return {{"text": HALF, "more": {{HALF: HALF}}}}, 3, EVIL
         async def fails(state):
-            raise ValueError(EVIL)
+            raise ValueError(HALF)
         pipeline = Pipeline(EVIL + "p", [node(EVIL + "talks", talks, Text, Text),
                                         node("fails", fails, Text, Text)],
                             config=RunConfig(policy_map=quick, tags=(EVIL,)))
@@ -398,9 +399,14 @@ def test_what_a_terminal_would_obey(stroma, ran, inside, monkeypatch, any_url):
         resume r evil.py:pipeline --dry-run|export r|export r --format otlp|export r --format html
         runs --search EVIL|runs --tag EVIL|show EVIL|run evil.py:pipeline --run-id thirdEVIL
         resume r evil.py:pipeline|cancel other|runs --tag EVILnone|diff r other --node EVIL|show r --node EVIL
+        show noEVIL|run noEVIL.py:pipeline|run evil.py:pipeline --input noEVIL.json|noEVIL|diff \u202eevil r
+        replay r evil.py:pipeline
     """
     for line in re.split(r"\||\n", lines.strip()):
         done = inside(*(word.replace("EVIL", EVIL) for word in line.split()))
         assert done.code in (0, 1, 2, 4, 6), (line, done)
         for text in (done.out, done.err):
-            assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text), (line, text)
+            assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text), (line, text)
+            text.encode()  # A lone surrogate is escaped too.
+        if done.code in (0, 6) and ("--json" in line or re.fullmatch("export r( --format otlp)?", line)):
+            [json.loads(part) for part in (done.out.splitlines() if "tail" in line else [done.out])]

@@ -106,7 +106,7 @@ def hide_words(redact: Redact | None, text: str, hidden: Iterable[str]) -> str:
     """
     if redact is None:
         return text
-    from stroma.trace.story import without_values  # Fewrunsareshown, sononehastoloadwhatshowsthem.
+    from stroma.trace.story import without_values  # Few runs are shown.
 
     paths = without_values(text)
     if paths != text:
