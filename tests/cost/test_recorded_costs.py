@@ -13,7 +13,6 @@ from tests.kit import TWICE, Num, One, Two, node, plus, quick, quick_without_ret
 from stroma import (
     AsyncInMemoryStore,
     ExecutionBudget,
-    FallbackPolicy,
     NodeHooks,
     ReliabilityContext,
     RunStatus,
@@ -21,8 +20,7 @@ from stroma import (
     execute_step,
     parallel,
 )
-from stroma.cost import KNOWN_MODELS, CostTracker, UsageError, estimate_cost_usd, prices
-from stroma.cost.fallback import fallback_due
+from stroma.cost import KNOWN_MODELS, UsageError, estimate_cost_usd, prices
 
 
 @pytest.mark.core
@@ -64,12 +62,6 @@ async def test_what_each_node_used_is_told_by_the_tracker() -> None:
     assert {n: (u.tokens_used, u.cost_usd) for n, u in looked_at.items()} == {
         n: (u.tokens_used, u.cost_usd) for n, u in summary.items()
     }
-
-
-def test_without_a_cost_limit_no_fallback_is_due() -> None:
-    """A fallback goes by a share of max_cost_usd: without one none is due."""
-    rules = [FallbackPolicy("a", "b", 0.0)]
-    assert fallback_due(CostTracker(), ExecutionBudget(), rules) is None
 
 
 async def test_prices_are_read_once_and_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
