@@ -188,6 +188,4 @@ def _show_usage_error(error: click.UsageError) -> None:
         for line in message.splitlines():
             err.line(line)
         return
-    Problem(
-        message[:1].lower() + message[1:].rstrip("."), f"show the usage: {path} --help", code=Code.USAGE
-    ).show()
+    Problem(message[:1].lower() + message[1:].rstrip("."), f"show the usage: {path} --help").show()

@@ -38,7 +38,7 @@ class Problem(click.ClickException):
     Fix: the last line says it; ``STROMA_DEBUG=1`` shows the traceback.
     """
 
-    def __init__(self, message: str, *more: str, code: Code) -> None:
+    def __init__(self, message: str, *more: str, code: Code = Code.USAGE) -> None:
         super().__init__(message)
         self.more = more
         self.code = code

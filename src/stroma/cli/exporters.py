@@ -146,7 +146,7 @@ class Exporters:
             except Exception as error:
                 where = f"--{name}" if setting is not None else str(variable)
                 raise Problem(
-                    f"{where}: {clean(str(error), 300)}", "correct the value, or remove it", code=Code.USAGE
+                    f"{where}: {clean(str(error), 300)}", "correct the value, or remove it"
                 ) from error
         return sets
 

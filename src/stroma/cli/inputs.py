@@ -44,7 +44,7 @@ def _read_input(argument: str | None, called: str = "INPUT") -> tuple[bytes, str
         return b"{}", "an empty input, {}"
     if argument == "-":
         if sys.stdin is None:
-            raise Problem("cannot read the input from stdin: it is closed", code=Code.USAGE)
+            raise Problem("cannot read the input from stdin: it is closed")
         return sys.stdin.buffer.read(), "stdin"
     if not argument.startswith("@"):
         return os.fsencode(argument), called
@@ -57,7 +57,7 @@ def _read_input(argument: str | None, called: str = "INPUT") -> tuple[bytes, str
         ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise Problem(f"input file {path} cannot be read: {reason}", code=Code.USAGE) from error
+        raise Problem(f"input file {path} cannot be read: {reason}") from error
 
 
 def parse_json(argument: str | None, called: str = "INPUT") -> tuple[Any, str, str]:
@@ -69,7 +69,7 @@ def parse_json(argument: str | None, called: str = "INPUT") -> tuple[Any, str, s
     except json.JSONDecodeError as error:
         raise _not_json(error, text, source, argument, called) from None
     except (ValueError, RecursionError) as error:  # A number of 5,000 digits, or too many brackets.
-        raise Problem(f"{source} is not JSON that can be read: {error}", code=Code.USAGE) from None
+        raise Problem(f"{source} is not JSON that can be read: {error}") from None
 
 
 def parse_input(pipeline: Pipeline, argument: str | None, target: str) -> BaseModel:
@@ -103,7 +103,6 @@ def parse_as(
             f"{source} does not fit {requirement} ({pluralize(len(lines), 'error')})",
             *lines,
             f"for example: {retry_command(fits)}",
-            code=Code.USAGE,
         ) from None
 
 
@@ -114,7 +113,6 @@ def find_position(pipeline: Pipeline, target: str, node_id: str) -> int:
         raise Problem(
             f"--from {node_id!r} is not a node of {target}",
             f"its nodes are: {', '.join(clean(one, 100) for one in ids)}",
-            code=Code.USAGE,
         )
     return ids.index(node_id)
 
@@ -139,7 +137,6 @@ def parse_input_at(
             f"{option} cannot replace the output of {clean(before.node_id, 200)!r}: "
             "a group's output is built from its children's",
             "start at the group, or at a later node",
-            code=Code.USAGE,
         )
     # It replaces the output of the node before, so it must satisfy that contract.
     model = UntypedState if before.contract is None else before.contract.output_schema
@@ -203,7 +200,6 @@ def _decode(data: bytes, source: str) -> str:
         raise Problem(
             f"{source} is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start}",
             "save it as UTF-8",
-            code=Code.USAGE,
         ) from None
 
 
@@ -224,11 +220,7 @@ def _not_json(
         more[0] += "; no INPUT at all means {}" if called == "INPUT" else ""
     else:
         more.append('give JSON in quotes for the shell, such as \'{"key": "value"}\', or @FILE, or -')
-    return Problem(
-        f"{source} is not JSON: {error.msg} (line {error.lineno}, column {error.colno})",
-        *more,
-        code=Code.USAGE,
-    )
+    return Problem(f"{source} is not JSON: {error.msg} (line {error.lineno}, column {error.colno})", *more)
 
 
 def _misfit(
@@ -242,10 +234,7 @@ def _misfit(
     )
     fits = clean(json.dumps(example(model, value, wrong), ensure_ascii=False), 400)
     return Problem(
-        f"{what} ({pluralize(len(lines), 'error')})",
-        *lines,
-        f"for example: {command('run', target, fits)}",
-        code=Code.USAGE,
+        f"{what} ({pluralize(len(lines), 'error')})", *lines, f"for example: {command('run', target, fits)}"
     )
 
 
@@ -298,5 +287,4 @@ def stored_input(database: Database, record: RunRecord, pipeline: Pipeline, targ
         f"{target}: {why}",
         "pass the pipeline that started the run, or resume it from the program that started it: "
         "runner.run(nodes, state, run_id=..., resume=True)",
-        code=Code.USAGE,
     )

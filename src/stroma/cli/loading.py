@@ -38,7 +38,7 @@ def load_with_module(target: str) -> tuple[Pipeline, ModuleType]:
     try:
         return with_settings_of(loaded.module, pipeline), loaded.module
     except LookupError as error:
-        raise Problem(*str(error).split("; ", 1), code=Code.USAGE) from None
+        raise Problem(*str(error).split("; ", 1)) from None
 
 
 class LoadedObject(NamedTuple):
@@ -68,9 +68,7 @@ def load_object(target: str) -> LoadedObject:
     else:
         module = _load_module(place)
     if not name:
-        raise Problem(
-            f"{target!r} names no pipeline", f"{_FORM}; {_list_pipelines(module, place)}", code=Code.USAGE
-        )
+        raise Problem(f"{target!r} names no pipeline", f"{_FORM}; {_list_pipelines(module, place)}")
     value: Any = module
     for part in name.split("."):
         try:
@@ -87,13 +85,11 @@ def _split(target: str) -> tuple[str, str]:
     if not colon:
         return target, ""
     if not place:
-        raise Problem(f"{target!r} names no file or module", _FORM, code=Code.USAGE)
+        raise Problem(f"{target!r} names no file or module", _FORM)
     if name and not all(part.isidentifier() for part in name.split(".")):
         if re.fullmatch(r"[A-Za-z]:[\\/].*", target):  # A drive of Windows.
             return target, ""
-        raise Problem(
-            f"{name!r} cannot be a pipeline in {place}: it is not a Python name", _FORM, code=Code.USAGE
-        )
+        raise Problem(f"{name!r} cannot be a pipeline in {place}: it is not a Python name", _FORM)
     return place, name
 
 
@@ -102,7 +98,7 @@ def _split(target: str) -> tuple[str, str]:
 
 def _load_file(path: Path) -> ModuleType:
     if path.is_dir():
-        raise Problem(f"{path} is a directory", _FORM, code=Code.USAGE)
+        raise Problem(f"{path} is a directory", _FORM)
     if not path.exists():
         raise Problem(f"no file {path}", _suggest_files(path), code=Code.NOT_FOUND)
     path = path.resolve()
@@ -112,7 +108,7 @@ def _load_file(path: Path) -> ModuleType:
         name = f"_stroma_{name}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise Problem(f"{path} is not a Python file", _FORM, code=Code.USAGE)
+        raise Problem(f"{path} is not a Python file", _FORM)
     _add_to_path(str(path.parent))
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -171,7 +167,7 @@ def _load_problem(error: BaseException, what: str) -> Problem:
     where = last_frame(error)
     if isinstance(error, SystemExit):
         fix = "put what runs the program under: if __name__ == '__main__':"
-        return Problem(f"{what} ended the process: {describe_error(error)}", *where, fix, code=Code.USAGE)
+        return Problem(f"{what} ended the process: {describe_error(error)}", *where, fix)
     if isinstance(error, ModuleNotFoundError) and error.name:
         fix = f"install what provides {error.name!r} for this Python: {sys.executable} -m pip install ..."
         return Problem(
@@ -181,7 +177,7 @@ def _load_problem(error: BaseException, what: str) -> Problem:
             code=Code.ENVIRONMENT,
         )
     fix = "fix that line; set STROMA_DEBUG=1 to see the whole traceback"
-    return Problem(f"{what} cannot be loaded: {describe_error(error)}", *where, fix, code=Code.USAGE)
+    return Problem(f"{what} cannot be loaded: {describe_error(error)}", *where, fix)
 
 
 # ---------------------------------------------------------------------- the value
@@ -197,26 +193,18 @@ def _to_pipeline(value: Any, place: str, name: str) -> Pipeline:
             raise Problem(
                 f"{label} is a function that needs arguments ({', '.join(needed)}), not a pipeline",
                 f"add defaults, or make the pipeline at the top level: {name}_pipeline = {name}(...)",
-                code=Code.USAGE,
             )
         returned = _call_user_code(value, f"{name}() in {place}")
         if isinstance(returned, Pipeline):
             return returned
         if inspect.iscoroutine(returned):
             returned.close()
-            raise Problem(
-                f"{label} is an async function",
-                "make it a plain def that returns a Pipeline",
-                code=Code.USAGE,
-            )
+            raise Problem(f"{label} is an async function", "make it a plain def that returns a Pipeline")
         raise Problem(
             f"{name}() in {place} returned {_describe_kind(returned)}, not a pipeline",
             _suggest_pipeline(name, returned),
-            code=Code.USAGE,
         )
-    raise Problem(
-        f"{label} is {_describe_kind(value)}, not a pipeline", _suggest_pipeline(name, value), code=Code.USAGE
-    )
+    raise Problem(f"{label} is {_describe_kind(value)}, not a pipeline", _suggest_pipeline(name, value))
 
 
 def _is_factory(value: Any) -> bool:

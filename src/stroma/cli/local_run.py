@@ -154,7 +154,7 @@ class LocalRun:
             except StoreError as error:
                 raise self._store_problem(error) from error
             except PlaceError as error:
-                raise Problem(f"the run cannot start: {error}", code=Code.USAGE) from error
+                raise Problem(f"the run cannot start: {error}") from error
             except (HookNotAsync, HookError) as error:
                 raise self._failure_problem(error, "a hook of the pipeline's config") from error
             except SystemExit as error:

@@ -26,6 +26,7 @@ __all__ = [
     "Stream",
     "cell_width",
     "emit",
+    "emit_fields",
     "err",
     "fit",
     "out",
@@ -196,6 +197,11 @@ def emit(data: Any) -> None:
     except UnicodeEncodeError:  # JSON can escape what the encoding lacks.
         text = json.dumps(data, indent=2, allow_nan=False)
     out.write(text + "\n")
+
+
+def emit_fields(schema: str, **fields: Any) -> None:
+    """Print one JSON object with the name of its schema on stdout."""
+    emit({"schema": schema, **fields})
 
 
 def table(

@@ -159,9 +159,7 @@ class Database:
             why = str(error)
             if is_secret:  # The message may quote a part of the password.
                 why = "not the address of a store; in a password, write @ as %40, / as %2F and : as %3A"
-            raise Problem(f"--db {clean(masked_address)}: {why}", code=Code.USAGE) from (
-                None if is_secret else error
-            )
+            raise Problem(f"--db {clean(masked_address)}: {why}") from (None if is_secret else error)
         except ImportError as error:
             raise Problem(f"--db {clean(masked_address)}: {error}", code=Code.ENVIRONMENT) from error
         except StoreError as error:
@@ -199,7 +197,6 @@ class Database:
             raise Problem(
                 f"{self.name} is not durable: it is lost when its process ends",
                 "name a durable store: --db PATH_OR_URL",
-                code=Code.USAGE,
             )
         return self.store
 
@@ -269,7 +266,7 @@ class Database:
         try:
             state = None if self.is_empty else read(store, name)
         except ValueError as error:  # Not a valid name.
-            raise Problem(str(error), code=Code.USAGE) from None
+            raise Problem(str(error)) from None
         if state is None:
             raise Problem(
                 f"{missing} {clean(name, 100)!r} in {self.name}",
@@ -285,7 +282,7 @@ class Database:
             run_ids = [] if self.is_empty else store.find_run(run)
             records = [record for run_id in run_ids if (record := store.get_run(run_id)) is not None]
         except ValueError as error:  # Not a valid id.
-            raise Problem(str(error), code=Code.USAGE) from None
+            raise Problem(str(error)) from None
         if len(records) == 1:
             return records[0]
         if not records:
@@ -306,7 +303,6 @@ class Database:
             f"{run!r} is a prefix of {len(records)}{' or more' if len(records) >= 20 else ''} run ids; "
             "pass more characters",
             *lines,
-            code=Code.USAGE,
         )
 
     def get_run(self, run_id: str) -> RunRecord | None:

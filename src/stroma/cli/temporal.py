@@ -136,7 +136,6 @@ class TemporalCluster:
             raise Problem(
                 f"the settings of the Temporal client cannot be read: {clean(str(error), 300)}",
                 "correct the variables TEMPORAL_... or the file that TEMPORAL_CONFIG_FILE names",
-                code=Code.USAGE,
             ) from error
         settings: dict[str, Any] = {**profile.to_client_connect_config(), "target_host": self.address}
         if self.namespace is not None:

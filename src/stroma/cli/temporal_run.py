@@ -13,7 +13,7 @@ from stroma._utils.text import clean
 from stroma.checkpoint.entries import Waiting
 from stroma.cli.errors import Code
 from stroma.cli.formatting import id_word
-from stroma.cli.output import emit, err
+from stroma.cli.output import emit_fields, err
 from stroma.cli.progress import timed_lines
 from stroma.cli.report import RunReport
 from stroma.cli.signals import StopSignals
@@ -76,7 +76,7 @@ class TemporalRun:
             err.line(f"  follow it: {self.database.hint('tail', id_word(run_id))}")
             err.line(f"  or cancel it: {self.database.hint('cancel', id_word(run_id))}")
         if self.options.as_json:
-            emit({"schema": "stroma.detached/1", "run_id": run_id, "pipeline": self.pipeline.name})
+            emit_fields("stroma.detached/1", run_id=run_id, pipeline=self.pipeline.name)
         return Code.OK
 
     async def _drive(self) -> tuple[ExecutionResult | None, list[Waiting], str | None]:

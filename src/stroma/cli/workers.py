@@ -88,9 +88,7 @@ class LocalWorker:
                 finally:
                     status.cancel()
         except (TypeError, ValueError) as error:
-            raise Problem(
-                f"the worker cannot start: {describe_error(error)}", *last_frame(error), code=Code.USAGE
-            ) from error
+            raise Problem(f"the worker cannot start: {describe_error(error)}", *last_frame(error)) from error
         finally:
             waiting.cancel()
             await runner.aclose(timeout_seconds=FLUSH_SECONDS)
@@ -194,9 +192,7 @@ class TemporalWorker:
                 drain_seconds=self.drain_seconds,
             )
         except (TypeError, ValueError) as error:
-            raise Problem(
-                f"the worker cannot start: {describe_error(error)}", *last_frame(error), code=Code.USAGE
-            ) from error
+            raise Problem(f"the worker cannot start: {describe_error(error)}", *last_frame(error)) from error
         running = asyncio.ensure_future(worker.run())
         shutdown_requested = asyncio.Event()
         waiting = asyncio.ensure_future(shutdown_requested.wait())

@@ -19,7 +19,7 @@ from stroma.cli.formatting import id_word
 from stroma.cli.inputs import parse_as, parse_json
 from stroma.cli.loading import load_object
 from stroma.cli.options import RunOptions
-from stroma.cli.output import emit, err
+from stroma.cli.output import emit_fields, err
 from stroma.cli.stores import Database, db_option
 from stroma.cli.suspended import (
     answer_type,
@@ -112,11 +112,7 @@ def _one_of(answer: str | None, done: str | None, not_done: bool) -> _Statement:
     if len(statements) == 1:
         return statements[0]
     what = "no answer" if not statements else "several answers"
-    raise Problem(
-        f"approve got {what}",
-        "pass ANSWER, or for an effect one of --done JSON and --not-done",
-        code=Code.USAGE,
-    )
+    raise Problem(f"approve got {what}", "pass ANSWER, or for an effect one of --done JSON and --not-done")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +139,6 @@ def _parse_answer(
         raise Problem(
             f"{place_text(one)} of run {clean(record.run_id)} {why}",
             *approve_hint(database, record.run_id, request.target, [one]),
-            code=Code.USAGE,
         )
     if text is None:
         return NotDone(), None
@@ -184,14 +179,12 @@ def _report(
 ) -> None:
     """Print what was answered. ``target``: the pipeline to resume; None for a run of a framework."""
     if as_json:
-        emit(
-            {
-                "schema": "stroma.approve/1",
-                "run_id": run_id,
-                "answered": waiting_data(one) | {"answered": True},
-                "suspended": [waiting_data(other) for other in remaining],
-                "resume": None if target is None else database.command("resume", id_word(run_id), target),
-            }
+        emit_fields(
+            "stroma.approve/1",
+            run_id=run_id,
+            answered=waiting_data(one) | {"answered": True},
+            suspended=[waiting_data(other) for other in remaining],
+            resume=None if target is None else database.command("resume", id_word(run_id), target),
         )
         return
     if target is None:

@@ -9,7 +9,7 @@ import click
 from stroma._utils.text import clean, pluralize
 from stroma.cli.errors import Code
 from stroma.cli.loading import load_pipeline
-from stroma.cli.output import emit, err, out
+from stroma.cli.output import emit_fields, err, out
 from stroma.contracts.checks.check import check_nodes
 from stroma.contracts.checks.finding import Finding
 from stroma.contracts.contract import ContractRegistry
@@ -35,15 +35,13 @@ def check(target: str, as_json: bool) -> int:
     errors = sum(finding.severity == "error" for finding in findings)
     code = Code.FAILED if errors else Code.OK
     if as_json:
-        emit(
-            {
-                "schema": "stroma.check/1",
-                "pipeline": pipeline.name,
-                "exit_code": int(code),
-                "errors": errors,
-                "warnings": len(findings) - errors,
-                "findings": [asdict(finding) for finding in findings],
-            }
+        emit_fields(
+            "stroma.check/1",
+            pipeline=pipeline.name,
+            exit_code=int(code),
+            errors=errors,
+            warnings=len(findings) - errors,
+            findings=[asdict(finding) for finding in findings],
         )
         return code
     for finding in findings:

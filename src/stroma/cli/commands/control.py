@@ -11,10 +11,10 @@ from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.commands.completion import complete_run
-from stroma.cli.errors import Code, Problem
+from stroma.cli.errors import Problem
 from stroma.cli.formatting import id_word
 from stroma.cli.inputs import parse_json
-from stroma.cli.output import emit, err
+from stroma.cli.output import emit, emit_fields, err
 from stroma.cli.stores import Database, db_option, store_problem
 from stroma.contracts.contract import ContractRegistry
 from stroma.runner.runner import StromaRunner
@@ -131,13 +131,13 @@ def send(run_: str, text: str, topic: str, message_id: str | None, as_json: bool
     try:
         database.run(runner.send(record.run_id, message, topic=topic, id=message_id))
     except ValueError as error:
-        raise Problem(f"{source} cannot be sent: {error}", code=Code.USAGE) from error
+        raise Problem(f"{source} cannot be sent: {error}") from error
     except StoreError as error:
         if error.transient:
             raise store_problem(error) from error
-        raise Problem(clean(str(error), 1000), code=Code.USAGE) from error
+        raise Problem(clean(str(error), 1000)) from error
     if as_json:
-        emit({"schema": "stroma.send/1", "run_id": record.run_id, "topic": topic, "status": record.status})
+        emit_fields("stroma.send/1", run_id=record.run_id, topic=topic, status=record.status)
         return
     err.line(f"the message to run {clean(record.run_id)} is stored")
     if record.status == "SUSPENDED":

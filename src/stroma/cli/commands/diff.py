@@ -14,7 +14,7 @@ from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import run_data
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import style_status
-from stroma.cli.output import Part, emit, err, out, table
+from stroma.cli.output import Part, emit_fields, err, out, table
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, db_option
 
@@ -65,7 +65,7 @@ def diff(
     )
     same = not started and all(one.same for one in nodes)
     if as_json:
-        emit({"schema": "stroma.diff/1", **diff_data(first, second, started, nodes, only_changed)})
+        emit_fields("stroma.diff/1", **diff_data(first, second, started, nodes, only_changed))
     else:
         _print_diff(first, second, started, nodes, only_changed)
         if same:

@@ -20,7 +20,7 @@ from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.sqlite.store import SQLiteStore
 from stroma.cli.errors import Code, Problem
-from stroma.cli.output import emit, out
+from stroma.cli.output import emit_fields, out
 from stroma.cli.stores import Database, db_option
 
 __all__ = ["doctor"]
@@ -72,7 +72,7 @@ def doctor(as_json: bool, db: str | None) -> int:
     findings += _extras()
     wrong = sum(one.verdict == "wrong" for one in findings)
     if as_json:
-        emit({"schema": "stroma.doctor/1", "ok": not wrong, "checks": [one._asdict() for one in findings]})
+        emit_fields("stroma.doctor/1", ok=not wrong, checks=[one._asdict() for one in findings])
     else:
         for one in findings:
             # Most packages are missing because nobody needs them: one line for each.

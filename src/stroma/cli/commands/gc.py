@@ -11,7 +11,7 @@ from stroma._utils.text import pluralize
 from stroma.checkpoint.payloads import blob_store
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import SPAN
-from stroma.cli.output import emit, err
+from stroma.cli.output import emit_fields, err
 from stroma.cli.stores import Database, db_option
 
 __all__ = ["gc"]
@@ -50,7 +50,7 @@ def gc(keep_for: timedelta, unfinished: bool, blobs: str | None, as_json: bool, 
     if not database.is_empty:
         gone = database.run(store.gc(**options))
     if as_json:
-        emit({"schema": "stroma.gc/1", "runs": gone[0], "blobs": gone[1]})
+        emit_fields("stroma.gc/1", runs=gone[0], blobs=gone[1])
         return
     what = pluralize(gone[0], "run") + (f" and {pluralize(gone[1], 'blob')}" if blobs is not None else "")
     err.line(f"{what} deleted from {database.name}")

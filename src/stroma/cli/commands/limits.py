@@ -13,7 +13,7 @@ from stroma._utils.text import clean, format_duration, format_tokens, format_usd
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.errors import describe_error
 from stroma.cli.formatting import format_local_time, id_word
-from stroma.cli.output import emit, err, out, table
+from stroma.cli.output import emit, emit_fields, err, out, table
 from stroma.cli.stores import Database, db_option
 from stroma.limits.rate_limit import read_limit
 from stroma.limits.shared_budget import BudgetState, read_budget
@@ -94,15 +94,13 @@ def _set_of_run(database: Database, run: str, limits: Mapping[str, float], as_js
     is_set = database.run(request(database.reader, record.run_id, "set_budget", limits))
     after = database.get_run(record.run_id) or record
     if as_json:
-        emit(
-            {
-                "schema": "stroma.budget/1",
-                "run_id": record.run_id,
-                "outcome": "set" if is_set else "ended",
-                "limits": dict(limits),
-                "holder": after.holder,
-                "status": after.status,
-            }
+        emit_fields(
+            "stroma.budget/1",
+            run_id=record.run_id,
+            outcome="set" if is_set else "ended",
+            limits=dict(limits),
+            holder=after.holder,
+            status=after.status,
         )
         return
     name = clean(record.run_id)
@@ -143,7 +141,7 @@ def limit(name: str, as_json: bool, db: str | None) -> None:
     database = Database.from_option(db)
     state = database.read_named(read_limit, name, "no call was made under a limit")
     if as_json:
-        emit({"schema": "stroma.limit/1", "name": name, **state._asdict()})
+        emit_fields("stroma.limit/1", name=name, **state._asdict())
         return
     minute = f"{pluralize(state.requests, 'call')} and {format_tokens(state.tokens)} in the last minute"
     out.line((clean(name, 80), "bold"), f": {minute}, {pluralize(state.calls, 'call')} in flight")

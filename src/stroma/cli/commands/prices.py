@@ -9,7 +9,7 @@ import click
 
 from stroma._utils.text import clean
 from stroma.cli.errors import Code, Problem, command
-from stroma.cli.output import emit, err, out, table
+from stroma.cli.output import emit_fields, err, out, table
 from stroma.cost.prices import (
     KNOWN_MODELS,
     ModelPrices,
@@ -53,13 +53,11 @@ def prices(models: tuple[str, ...], update: bool, as_json: bool) -> int:
     unknown = [model for model, entry in by_model.items() if entry is None]
     if as_json:
         version, fetched_at = data_state()
-        emit(
-            {
-                "schema": "stroma.prices/1",
-                "genai_prices": version,
-                "fetched_at": None if fetched_at is None else fetched_at.isoformat(timespec="seconds"),
-                "models": [_data(model, entry) for model, entry in by_model.items()],
-            }
+        emit_fields(
+            "stroma.prices/1",
+            genai_prices=version,
+            fetched_at=None if fetched_at is None else fetched_at.isoformat(timespec="seconds"),
+            models=[_data(model, entry) for model, entry in by_model.items()],
         )
     else:
         for entry in by_model.values():

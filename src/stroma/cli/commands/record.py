@@ -93,7 +93,7 @@ def record(
     data = path.with_name(f"{path.stem}.run.json")
     for file in (path, data):
         if file.exists() and not force:
-            raise Problem(f"{file} exists already", "pass another name, or --force", code=Code.USAGE)
+            raise Problem(f"{file} exists already", "pass another name, or --force")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         recorded = json.dumps(redacted_run.to_json(), indent=2, ensure_ascii=False) + "\n"

@@ -130,7 +130,6 @@ def resume(
             f"run {clean(record.run_id)} is a run of the pipeline {clean(record.pipeline, 100)!r}; "
             "pass the path of that pipeline",
             database.hint("resume", id_word(record.run_id), "FILE.py:NAME"),
-            code=Code.USAGE,
         )
     pipeline = load_pipeline(target)
     position = None if start_at is None else find_position(pipeline, target, start_at)

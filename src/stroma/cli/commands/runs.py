@@ -15,7 +15,7 @@ from stroma.checkpoint.history import FAILED, History, is_interrupted, status_of
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import Cause, RunQuery, RunRecord
 from stroma.cli.formatting import SPAN, format_age, format_local_time, style_status, to_iso
-from stroma.cli.output import Part, emit, err, out, table
+from stroma.cli.output import Part, emit_fields, err, out, table
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, db_option
 from stroma.failures.classes import FailureClass
@@ -145,7 +145,7 @@ def runs(
 
 def _print(database: Database, records: list[RunRecord], query: RunQuery, limit: int, as_json: bool) -> None:
     if as_json:
-        emit({"schema": "stroma.runs/1", "runs": [run_data(record) for record in records]})
+        emit_fields("stroma.runs/1", runs=[run_data(record) for record in records])
         return
     if not records:
         what = "no runs yet" if query == RunQuery() else "no run matches"

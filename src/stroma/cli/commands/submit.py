@@ -19,7 +19,7 @@ from stroma.cli.formatting import SPAN, id_word
 from stroma.cli.inputs import parse_input
 from stroma.cli.loading import load_pipeline
 from stroma.cli.options import run_id_option
-from stroma.cli.output import emit, err, out
+from stroma.cli.output import emit_fields, err, out
 from stroma.cli.signals import StopSignals
 from stroma.cli.stores import Database, db_option
 from stroma.cli.temporal import TemporalCluster, temporal_options
@@ -94,16 +94,9 @@ def submit(
     try:
         status = asyncio.run(store()) if cluster is None else cluster.run(store())
     except (TypeError, ValueError) as error:
-        raise Problem(f"the run cannot be submitted: {describe_error(error)}", code=Code.USAGE) from error
+        raise Problem(f"the run cannot be submitted: {describe_error(error)}") from error
     if as_json:
-        emit(
-            {
-                "schema": "stroma.submit/1",
-                "run_id": config.run_id,
-                "pipeline": pipeline.name,
-                "status": status,
-            }
-        )
+        emit_fields("stroma.submit/1", run_id=config.run_id, pipeline=pipeline.name, status=status)
         return Code.OK
     out.line(clean(config.run_id))
     if status == "QUEUED":
@@ -145,10 +138,10 @@ def drive(
         with contextlib.redirect_stdout(sys.stderr):  # Output of nodes goes to stderr.
             outcome = asyncio.run(_drive(database, record.run_id, pipelines, max_seconds))
     except (TypeError, ValueError) as error:
-        raise Problem(f"the run cannot be driven: {describe_error(error)}", code=Code.USAGE) from error
+        raise Problem(f"the run cannot be driven: {describe_error(error)}") from error
     code, message, data = _describe(outcome)
     if as_json:
-        emit({"schema": "stroma.drive/1", "run_id": record.run_id, **data})
+        emit_fields("stroma.drive/1", run_id=record.run_id, **data)
     err.line(f"run {clean(record.run_id)} {message}")
     return code
 

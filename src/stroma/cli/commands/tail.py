@@ -81,7 +81,6 @@ def tail(
     if run_ is not None:
         record = database.find(run_)
         watch = _Follower(database, as_json, hide, named=False)
-        watch.print_emitted(record, of_ended=False)
         watch.print(record, lines)
         while follow and record.status == "RUNNING" and not is_interrupted(record):
             time.sleep(interval)
@@ -90,7 +89,6 @@ def tail(
                 err.line("the run was deleted")
                 return Code.NOT_FOUND
             record = current
-            watch.print_emitted(record)
             watch.print(record)
         watch.end(record)
         return Code.OK
@@ -125,18 +123,12 @@ class _Follower:
         self._place = EventPlace(0, 0)
 
     def print(self, record: RunRecord, last: int | None = None) -> None:
-        """Print new attempts; on the first call for a run only the ``last`` ones."""
+        """Print new attempts, after what they emitted; on the first call only the ``last`` attempts."""
         run = (record.run_id, record.execution)
-        state = (record.updated_ms, record.tokens, record.nodes, record.status)
-        if self._states.get(run) == state:
-            return
         first_look = run not in self._printed
-        printed = self._printed.setdefault(run, set())
-        fresh = [one for one in self._attempts(record) if _key(one) not in printed]
-        printed.update(map(_key, fresh))
-        self._states[run] = state
-        # In order of their ends: a group follows its children.
-        fresh.sort(key=lambda one: one.started_ms + one.duration_ms)
+        if not self._named:
+            self._print_emitted(record, of_ended=last is None)
+        fresh = self._read_new(run, record)
         if first_look and last is not None and len(fresh) > last:
             if not self._json:
                 err.line(
@@ -147,7 +139,19 @@ class _Follower:
         for one in fresh:
             self._print(record, one)
 
-    def print_emitted(self, record: RunRecord, *, of_ended: bool = True) -> None:
+    def _read_new(self, run: tuple[str, int], record: RunRecord) -> list[AttemptRecord]:
+        """Return the attempts that were not printed, in order of their ends: a group follows its children."""
+        state = (record.updated_ms, record.tokens, record.nodes, record.status)
+        printed = self._printed.setdefault(run, set())
+        if self._states.get(run) == state:
+            return []
+        attempts, _ = self._history.attempts(record.run_id, _MAX_ATTEMPTS)
+        fresh = [one for one in attempts if _key(one) not in printed]
+        printed.update(map(_key, fresh))
+        self._states[run] = state
+        return sorted(fresh, key=lambda one: one.started_ms + one.duration_ms)
+
+    def _print_emitted(self, record: RunRecord, *, of_ended: bool) -> None:
         """Print new events that nodes emitted; without ``of_ended`` those of attempts in progress only."""
         emitted: list[StreamEvent] = []
         while page := self._database.reader.read_events(record.run_id, self._place, _PAGE_SIZE):
@@ -161,23 +165,16 @@ class _Follower:
             if not page.batches:
                 break
         for _, same in groupby(emitted, lambda one: (one.attempt_id, one.name, type(one.data) is str)):
-            self._print_emitted(record, list(same))
+            self._print_events(record, list(same))
 
-    def _print_emitted(self, record: RunRecord, events: list[StreamEvent]) -> None:
+    def _print_events(self, record: RunRecord, events: list[StreamEvent]) -> None:
         """Print events of one attempt and name: texts in one line."""
         first, name = events[0], str(events[0].name)
         shown = [redact_value(self._redact, {name: event.data}).get(name) for event in events]
         if self._json:
             for event, data in zip(events, shown, strict=True):
                 one = replace(event, data=data).to_dict()
-                self._emit(
-                    {
-                        "schema": "stroma.tail/1",
-                        "event": "node_event",
-                        "run_id": record.run_id,
-                        "node_event": one,
-                    }
-                )
+                self._emit("node_event", run_id=record.run_id, node_event=one)
             return
         texts = ["".join(shown)] if all(type(one) is str for one in shown) else map(json.dumps, shown)
         for text in texts:
@@ -195,7 +192,7 @@ class _Follower:
         self._ended[run] = status
         record = self._history.redact_run(record)
         if self._json:
-            self._emit({"schema": "stroma.tail/1", "event": "end", "run": run_data(record)})
+            self._emit("end", run=run_data(record))
             return
         text = record.wait_text or record.error
         why = f"  {clean(text)}" if text else ""
@@ -210,18 +207,13 @@ class _Follower:
         )
         out.fitted(*self._name(record), style_status(record.status), spent, why)
 
-    def _attempts(self, record: RunRecord) -> list[AttemptRecord]:
-        return self._history.attempts(record.run_id, _MAX_ATTEMPTS)[0]
-
     def _name(self, record: RunRecord) -> list[Part]:
         return [(f"{short_id(record.run_id)}  ", "bold")] if self._named else []
 
     def _print(self, record: RunRecord, one: AttemptRecord) -> None:
         if self._json:
             attempt = attempt_data(record, one)
-            self._emit(
-                {"schema": "stroma.tail/1", "event": "attempt", "run_id": record.run_id, "attempt": attempt}
-            )
+            self._emit("attempt", run_id=record.run_id, attempt=attempt)
             return
         when = time.strftime("%H:%M:%S", time.localtime((one.started_ms + one.duration_ms) / 1000))
         bar = bar_of(one, one.started_ns)
@@ -232,7 +224,8 @@ class _Follower:
         out.fitted(*self._name(record), place, (cells["OUTCOME"], STYLES[tone_of(bar.outcome)]), f"  {more}")
 
     @staticmethod
-    def _emit(data: dict[str, Any]) -> None:
+    def _emit(event: str, **fields: Any) -> None:
+        data = {"schema": "stroma.tail/1", "event": event, **fields}
         out.write(json.dumps(data, allow_nan=False) + "\n")
 
 

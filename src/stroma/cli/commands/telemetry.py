@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from stroma.cli.errors import Code, Problem
-from stroma.cli.output import emit, err, out
+from stroma.cli.output import emit_fields, err, out
 
 __all__ = ["telemetry"]
 
@@ -44,7 +44,6 @@ def assets(directory: Path, force: bool, as_json: bool) -> None:
                 f"{', '.join(map(str, changed))} {'is' if len(changed) == 1 else 'are'} there and not "
                 "what would be written",
                 "look at the difference, then write over it with --force, or give another directory",
-                code=Code.USAGE,
             )
         for name, path in paths.items():
             path.write_bytes(assets_data[name])
@@ -55,7 +54,7 @@ def assets(directory: Path, force: bool, as_json: bool) -> None:
             code=Code.ENVIRONMENT,
         ) from error
     if as_json:
-        emit({"schema": "stroma.assets/1", "paths": [str(path) for path in paths.values()]})
+        emit_fields("stroma.assets/1", paths=[str(path) for path in paths.values()])
         return
     for path in paths.values():
         out.line(str(path))

@@ -97,7 +97,7 @@ def ui(
     database = Database.from_option(db)
     store = database.require_durable()
     if trace_url is not None and not trace_url.startswith(("http://", "https://")):
-        raise Problem("--trace-url must begin with http:// or https://", code=Code.USAGE)
+        raise Problem("--trace-url must begin with http:// or https://")
     pipeline, module = (None, None) if target is None else load_with_module(target)
     config = None if pipeline is None else pipeline.config
     listening = _listen(host, port)
@@ -147,10 +147,9 @@ def _check_token(token: str | None, host: str, loopback: bool) -> str | None:
         raise Problem(
             f"--host {host} can be reached from other machines, and there is no access token",
             "pass a token: STROMA_UI_TOKEN=... stroma ui --host ..., or leave out --host",
-            code=Code.USAGE,
         )
     if token and len(token) < 16:
-        raise Problem("the token must have at least 16 characters", code=Code.USAGE)
+        raise Problem("the token must have at least 16 characters")
     return token
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from stroma._utils.text import clean
-from stroma.cli.errors import Code, Problem
+from stroma.cli.errors import Problem
 from stroma.cli.exporters import Exporters, exporter_options
 from stroma.cli.health import HEALTH_HELP, HealthAddress
 from stroma.cli.loading import load_pipeline
@@ -93,7 +93,6 @@ def worker(
         raise Problem(
             f"{names.count(name)} of these pipelines have the name {clean(name, 100)!r}",
             "use distinct names: Pipeline(name, nodes)",
-            code=Code.USAGE,
         )
     show_warnings(quiet=quiet)
     own = [
