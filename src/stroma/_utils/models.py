@@ -77,8 +77,8 @@ class NamedArguments:
     if not TYPE_CHECKING:  # Checkers have the signature of ``__init__``.
 
         def __new__(cls, *args: Any, **named: Any) -> Self:
-            code = getattr(cls.__init__, "__code__", None)
-            if named and code is not None and not code.co_flags & CO_VARKEYWORDS:
+            code = getattr(cls.__init__, "__code__", None) if named else None
+            if code is not None and not code.co_flags & CO_VARKEYWORDS:
                 known = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
                 for name in named:
                     if name not in known:

@@ -151,15 +151,13 @@ def is_old_news(wake_ms: int | None, error: str | None, has_read: Callable[[], b
 
 
 def decide(
-    request: RunRequest, last: LastExecution | None, same_input: bool, prior_work: Callable[[], PriorWork]
+    request: RunRequest, last: LastExecution, same_input: bool, prior_work: Callable[[], PriorWork]
 ) -> Literal["begin", "continue", "return"]:
     """Return what to do with the last execution. Raises RunBusy, RunExists, PipelineChanged.
 
     Args:
         prior_work: called for a request that begins a new execution only if nothing is lost.
     """
-    if last is None:
-        return "begin"
     if last.holder is not None and request.if_running != "take_over":
         what = "" if same_input else " with another input"
         error = RunBusy(

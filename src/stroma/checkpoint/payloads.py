@@ -218,7 +218,7 @@ class PayloadPlace(NamedTuple):
 _DIGEST_BYTES: Final = 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class UnencodedState:
     """A state in memory, in place of its stored form: not every state has one."""
 

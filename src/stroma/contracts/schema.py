@@ -27,6 +27,7 @@ from stroma.contracts.codec import SchemaCodec, decode_raw, describe_error, has_
 from stroma.contracts.copying import (
     construct,
     copy_containers,
+    is_dict_of_atoms,
     isolate,
     pickle_data,
     renew_dataclass,
@@ -69,8 +70,9 @@ class Schema:
         self.field_names: Final = self.traits.field_names
         self.is_root: Final = self.traits.is_root
         self.is_flat: Final = self.traits.is_flat
-        self.passes_values_unchanged: Final = self.traits.passes_values_unchanged
         self._size = len(self.field_names)
+        #: Of a ``__dict__`` that another class validates as it is; -1 if none does.
+        self._plain_size = self._size if self.traits.passes_values_unchanged else -1
         self._pick: Final = _picker(self.field_names)
         self.decode: Final = self.codec.decode
         #: Models, by id, that this class validated and that nobody else can change: they cross without
@@ -192,6 +194,8 @@ class Schema:
                 return self.clone(model)
             except Exception:  # It was not validated, and is invalid.
                 pass
+        elif is_dict_of_atoms(model.__dict__) and not model.__pydantic_extra__:
+            return replicate(model)
         values, described = model.__dict__, self.traits.field_classes.keys() - self.traits.opaque_fields
         update = {
             name: copy_containers(value, _copy_record) if name in described else isolate(value)
@@ -284,9 +288,8 @@ class Schema:
 
     def prepare_input(self, value: BaseModel) -> tuple[BaseModel, Snapshot]:
         """Return the validated input of a node from the state before it, and its snapshot."""
-        source = schema_of(type(value))
         values = value.__dict__
-        if source.passes_values_unchanged and len(values) == source._size:
+        if len(values) == schema_of(type(value))._plain_size:
             # convert(), for the states of most nodes. Pure validation does not change the dict.
             state = self.validate(values if self.traits.is_pure else values.copy())
         else:
@@ -307,6 +310,8 @@ class Schema:
 
     def _admit(self, output: Any) -> BaseModel:
         """Validate an output that is not a model, and the instances inside, which pydantic would accept."""
+        if self.traits.is_untyped:
+            return self.validate(isolate(output))
         if not self.traits.needs_isolation:
             return self.validate(output)
         renew, nested = self.validators.renew, self.traits.nested_classes

@@ -14,19 +14,19 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from time import perf_counter, perf_counter_ns
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 from pydantic import BaseModel
 
 from stroma.checkpoint.errors import StoreError
+from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import Node
 from stroma.cost.budget import BudgetExceeded, budget_exceeded
-from stroma.engine.attempt import NodeAttempt
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import RESERVED, leave
 from stroma.engine.execution import NodeExecution
@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # Loaded by who makes one: most runs have none.
     from stroma.limits.gate import BudgetWarning, Caller, CooldownBegun, Gate
     from stroma.trace.events import AttemptUsage, MarkKind
 
-__all__ = ["Permit", "make"]
+__all__ = ["Permit", "make_admitted"]
 
 _POLL_SECONDS: Final = (
     0.02,
@@ -309,32 +309,33 @@ async def _collect(ending: Any, due: list[Any]) -> None:
     due.extend(await ending)
 
 
-def make(attempt: NodeAttempt) -> Coroutine[Any, Any, BaseModel | Failure | Halt]:
-    """Make an attempt, after its admission where there is anything to wait for."""
-    node, contract, gated = attempt.node, attempt.plan[2], attempt.is_gated
-    if type(node) is not Node or (node.is_async and not gated):
-        return attempt.make()
+#: Makes the attempt itself.
+Make: TypeAlias = Callable[[], Awaitable[BaseModel | Failure | Halt]]
+
+
+async def make_admitted(
+    run: NodeExecution, node: Node, contract: NodeContract[Any, Any] | None, make: Make
+) -> BaseModel | Failure | Halt:
+    """Make the attempt of a plain function, or in a run with shared limits, once it is admitted."""
+    ctx = run.ctx
     needs_thread = not node.is_async and (contract is None or contract.place is None)
-    if gated:
-        return _make_in_turn(attempt, needs_thread=needs_thread)
-    return _make_in_thread(attempt) if needs_thread else attempt.make()
-
-
-async def _make_in_thread(attempt: NodeAttempt) -> BaseModel | Failure | Halt:
-    """Make a plain node's attempt without a permit if a place is free: 40 us less of its 125."""
-    ctx = attempt.ctx
+    if ctx.config.gated:
+        return await _make_in_turn(run, make, needs_thread=needs_thread)
+    if not needs_thread:
+        return await make()
+    # Without a permit if a place is free: 40 us less of the 125 of a plain node.
     places = thread_places(ctx.registry)
     if not places.take(ctx.config.max_threads):
-        return await _make_in_turn(attempt, needs_thread=True)
+        return await _make_in_turn(run, make, needs_thread=True)
     try:
-        return await attempt.make()
+        return await make()
     finally:
         places.release()
 
 
-async def _make_in_turn(attempt: NodeAttempt, *, needs_thread: bool) -> BaseModel | Failure | Halt:
+async def _make_in_turn(run: NodeExecution, make: Make, *, needs_thread: bool) -> BaseModel | Failure | Halt:
     """Make an attempt between its admission and the settlement of what it took."""
-    run, ctx = attempt.run, attempt.ctx
+    ctx = run.ctx
     permit = await wait_unless_held(ctx.stopping, partial(admit, ctx, run, needs_thread=needs_thread))
     if isinstance(permit, Exception):
         return refuse(run, permit)
@@ -344,7 +345,7 @@ async def _make_in_turn(attempt: NodeAttempt, *, needs_thread: bool) -> BaseMode
         return await hold(ctx, run.node_id, run.attempt)
     token = RESERVED.set((*permit.around, permit))
     try:
-        outcome = await attempt.make()
+        outcome = await make()
     except GeneratorExit:
         permit.drop(run.counted)
         raise

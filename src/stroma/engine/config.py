@@ -53,21 +53,24 @@ def new_run_id() -> str:
 class _GeneratedId(str):
     """An id that names one run. Copies of a config share the mark, so that no two runs take it."""
 
-    def __new__(cls, value: str) -> Self:
-        run_id = super().__new__(cls, value)
-        run_id._fresh_in = os.getpid()
-        return run_id
+    #: Stands for this process: one that is forked from it has ids of its own to take.
+    process = object()
+    fresh_in: object
 
     def __deepcopy__(self, memo: object) -> Self:
         return self  # A deep copy of a config shares the mark too.
 
     def take(self) -> bool:
         """Return True for the first call only. Atomic between threads."""
-        # A process forked since has an id of its own to take.
-        fresh_in: int | None = vars(self).pop("_fresh_in", None)
-        return fresh_in == os.getpid()
+        return vars(self).pop("fresh_in", None) is _GeneratedId.process
 
-    _fresh_in: int
+
+def _after_fork() -> None:
+    _GeneratedId.process = object()
+
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def check_label(text: str, what: str) -> str:
@@ -80,7 +83,9 @@ def check_label(text: str, what: str) -> str:
 
 
 def _generate_id() -> str:
-    return _GeneratedId(new_run_id())
+    run_id = _GeneratedId(os.urandom(16).hex())
+    run_id.fresh_in = _GeneratedId.process
+    return run_id
 
 
 def _check_plain(name: str, func: Any, arguments: Sequence[str]) -> None:

@@ -27,7 +27,7 @@ from stroma.engine.timeouts import NodeTimeout, limits_ms
 from stroma.failures.failure import Classifier, Failure, NodeContext, diagnose
 from stroma.failures.policy import PolicyMap, RetryBudget
 from stroma.hooks.dispatch import NO_HOOKS, Hooks
-from stroma.hooks.sets import EVENTS, AnyHooks, distinct, flatten
+from stroma.hooks.sets import AnyHooks, distinct, flatten
 from stroma.trace.result import ExecutionResult, HookFailure, RunStatus, Total
 from stroma.trace.trace import ExecutionTrace
 
@@ -328,9 +328,12 @@ class ReliabilityContext:
 def _hooks_of(ctx: ReliabilityContext) -> Hooks:
     """Return the hooks of a run by event: those of interceptors first, then the sets of the config."""
     config, interceptors = ctx.config, tuple(INTERCEPTORS)
-    sets = [one for one in flatten(ctx.hooks) if any(map(one.__dict__.get, EVENTS))]
-    sets = [own for one in interceptors if (own := one.begins(ctx)) is not None] + sets
-    renews_idle_limits = any(limits_ms(limit)[1] is not None for limit in ctx.step_timeouts.values())
+    sets = [one for one in flatten(ctx.hooks) if not one.is_empty()]
+    renews_idle_limits = False
+    if ctx.step_timeouts:
+        renews_idle_limits = any(limits_ms(limit)[1] is not None for limit in ctx.step_timeouts.values())
+    if interceptors:
+        sets = [own for one in interceptors if (own := one.begins(ctx)) is not None] + sets
     if not sets and not interceptors and not renews_idle_limits:
         return NO_HOOKS
     failures: list[HookFailure] = []

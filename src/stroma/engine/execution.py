@@ -55,8 +55,8 @@ class NodeExecution:
             around it.
     """
 
-    # Slots for what every node sets; what few nodes need is on the class until it is set, and then in the
-    # __dict__.
+    # Slots for what is set or read of every node; what few nodes need is on the class until it is set, and
+    # then in the __dict__: reading it there takes ten times as long.
     __slots__ = (
         "__dict__",
         "_at_end",
@@ -65,6 +65,7 @@ class NodeExecution:
         "children",
         "counted",
         "ctx",
+        "effect",
         "ended",
         "group",
         "kind",
@@ -105,8 +106,6 @@ class NodeExecution:
     is_called: bool = False
     #: See Place.
     settles: bool = False
-    #: Its calls, an Effect of stroma.engine.effects, once it is known to be one.
-    effect: Any = None
     #: Its call at a place, an OpenCall of stroma.engine.placed_calls.
     placed_call: Any = None
     #: Its timer, an IdleTimer of stroma.engine.deadlines, while its function runs under an idle limit.
@@ -143,14 +142,16 @@ class NodeExecution:
         self.counted: AttemptUsage = NO_USAGE
         #: What reads the snapshots in its rows.
         self.schemas: Schemas | None = None
-        #: Where the children of a group put their events.
-        self.children: list[AttemptRow | TraceEvent] | None = None
         #: Number of this call of its step id, outside of any pipeline.
         self.step: StepCall | None = None
-        #: What was reported and is not counted yet.
-        self.reported: list[Report] | None = None
         #: The row of the attempt that has just ended, while its hooks run.
         self.ended: AttemptRow | None = None
+        #: Its calls, an Effect of stroma.engine.effects, once it is known to be one.
+        self.effect: Any = None
+        #: Where the children of a group put their events.
+        self.children: list[AttemptRow | TraceEvent] | None = None
+        #: What was reported and is not counted yet.
+        self.reported: list[Report] | None = None
         self._at_end: list[Callable[[], None]] | None = None
 
     @property

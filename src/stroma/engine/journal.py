@@ -77,9 +77,9 @@ class RunJournal:
         self.effects: dict[str, Any] = {}
         self.unknown_ends: dict[tuple[int, str], Any] = {}
         self.kept_traces: dict[str, str] = {}
+        self.tried: dict[tuple[int, str], Tried] | None = None
 
     # On the class until a run needs them.
-    tried: dict[tuple[int, str], Tried] | None = None
     prior_unrecorded: PriorUsage = _NOTHING
     failed_maps: Mapping[tuple[int, str], int] = _NO_FAILED_MAPS
     apart: tuple[tuple[int, str], ...] = ()
@@ -124,9 +124,8 @@ class RunJournal:
             opened: Any = self._attach(manager, request)
         else:
             opened = manager.open_run(request)
-        if not inspect.isawaitable(opened):
-            session: Session = opened
-            return session
+        if isinstance(opened, Session):
+            return opened
         self._opening = asyncio.ensure_future(opened)
         return None
 

@@ -56,8 +56,9 @@ async def open_run(
     if journal.session is not NULL_SESSION:
         return journal.session
     if not journal.has_begun:
-        if journal.versions is None and ctx.plain_steps.has_end:
-            ctx.plain_steps.at_exit = _end_plain_code
+        plain = ctx._plain_steps
+        if plain is not None and plain.has_end and journal.versions is None:
+            plain.at_exit = _end_plain_code
         journal.apart = apart
         dispatch, versions = journal.dispatch, journal.versions
         resumed = config.resume or discard_from is not None
@@ -156,8 +157,7 @@ async def end_run(
         for receiver in ctx.fire.receivers:
             receiver.flush()
         pending = session.end(status.value, error, journal.wake_ms)
-        problem = None if pending is None else await shield.finish(pending)
-        if problem is not None:
+        if pending is not None and (problem := await shield.finish(pending)) is not None:
             raise problem
     except (RunBusy, RunExists):
         pass  # Another process owns it.
@@ -168,8 +168,8 @@ async def end_run(
 
 def note_usage(ctx: ReliabilityContext) -> None:
     """Note usage that no attempt has, for a resume. The end of the run stores it, or a flush."""
-    if rows := ctx.cost_tracker._added():
-        before = ctx.journal.prior_unrecorded
+    if ctx.cost_tracker._nodes:
+        rows, before = ctx.cost_tracker._added(), ctx.journal.prior_unrecorded
         tokens = before.tokens + sum(row[1] for row in rows)
         cost_usd = math.fsum([before.cost_usd, *(row[3] for row in rows)])
         ctx.session.note(USAGE_NOTE, PriorUsage(tokens, cost_usd).as_note())
@@ -190,7 +190,7 @@ async def announce_start(ctx: ReliabilityContext, initial: BaseModel) -> None:
             lambda: (*at, ctx.redactor.redact_state(schema.state(initial))),
             lambda: (*at, UnreadState(schema, initial, ctx.redactor)),
         )
-    session = ctx.session
+    session = ctx.journal.session
     if session.finished is not None:
         return
     traceparent = ctx.all_traces()
@@ -211,12 +211,12 @@ async def announce_start(ctx: ReliabilityContext, initial: BaseModel) -> None:
 async def end_and_announce(
     ctx: ReliabilityContext, status: RunStatus, error: str | None, result: ExecutionResult | None
 ) -> asyncio.CancelledError | None:
-    """Record how the run ended, and call the hooks. Return a cancellation that came meanwhile.
+    """Record how the run ended, and call the hooks with the result, if any. Return a cancellation meanwhile.
 
     Under ``hook_delivery="at_least_once"`` the hooks come first: a process that resumes a run without an end
     calls them again.
     """
-    if not ctx.fire.delivers or result is None:
+    if result is None or not ctx.fire.delivers:
         cancelled = await end_run(ctx, status, error)
         if result is not None:
             await call_end_hooks(ctx, result)

@@ -28,7 +28,7 @@ from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import Group, Node, Plan, output_class
 from stroma.contracts.schema import schema_of
 from stroma.cost.budget import BudgetExceeded, budget_exceeded
-from stroma.engine.admission import make
+from stroma.engine.admission import make_admitted
 from stroma.engine.attempt import NodeAttempt
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
@@ -74,20 +74,18 @@ async def execute_in_turn(
     nodes: Sequence[Node | Group],
     value: BaseModel,
     place: Place,
-    attempt: NodeAttempt | None = None,
 ) -> BaseModel | Halt | Stopped:
     """:func:`execute` for nodes in turn, each at the next position and on the output of the one before.
 
     STOPPED if no further node is to begin (see Stopping). The last node stays the current one: the caller
-    restores the one before, or ends its task. ``attempt``: the object for the attempts, of a driver that
-    makes one call after the other.
+    restores the one before, or ends its task.
     """
     # One coroutine for all nodes of a run, since it costs as much as the loop itself.
     first, branch, kind, parent, contract, step, cancelling, restores, role, is_called, settles = place
     journal, stopping, account = ctx.journal, ctx.stopping, ctx.account
     task: asyncio.Task[Any] | None = None
-    if attempt is None:
-        attempt = NodeAttempt(ctx)
+    attempt, is_gated = NodeAttempt(ctx), ctx.config.gated
+    is_special = is_called or settles or role is not None
     for position, node in enumerate(nodes, first):
         if position != first:
             if stopping.is_asked:
@@ -117,12 +115,8 @@ async def execute_in_turn(
             return await _without_plan(ctx, run, node, value, error)
         if step is not None:
             run.step = step
-        if is_called:
-            run.is_called = True
-        if settles:
-            run.settles = True
-        if role is not None:
-            run.framework_role = role
+        if is_special:
+            run.is_called, run.settles, run.framework_role = is_called, settles, role
         CURRENT.set(run)
         number = 0  # Not read from the execution, which hooks can change.
         try:
@@ -140,7 +134,12 @@ async def execute_in_turn(
                     if exceeded is not None:
                         # Earlier attempts, siblings or processes have spent it: the next call is never made.
                         return refuse(run, exceeded)
-                outcome = await make(attempt.prepare(run, node, plan, value, cancelling))
+                if type(node) is not Node or (node.is_async and not is_gated):
+                    outcome = await attempt.make(run, node, plan, value, cancelling)
+                else:
+                    outcome = await make_admitted(
+                        run, node, plan[2], partial(attempt.make, run, node, plan, value, cancelling)
+                    )
                 if type(outcome) is not Failure:
                     break
                 decision = _decide(ctx, run, node, outcome, number)
@@ -222,9 +221,8 @@ async def _without_plan(
     CURRENT.set(run)
     try:
         run.attempt = 1
-        attempt = NodeAttempt(ctx).prepare(run, node, _plan_without_contract(), value, 0)
-        outcome = await attempt.reject(error)
-        return outcome if isinstance(outcome, Halt) else Halt(outcome)
+        outcome = await NodeAttempt(ctx).make(run, node, _plan_without_contract(), value, 0, error)
+        return Halt(outcome) if isinstance(outcome, Failure) else cast("Halt", outcome)
     finally:
         run.close()
 

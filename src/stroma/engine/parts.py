@@ -187,9 +187,8 @@ class Handover:
             self.snapshot = snapshot
 
     def take(self, value: BaseModel, schema: Schema) -> tuple[BaseModel, Snapshot]:
-        """Return the input of the next node, and its snapshot. Raises what validators raise."""
-        if self.snapshot is None:
-            return schema.prepare_input(value)
+        """Return the input of a node after a large output, and its snapshot. Raises what validators raise."""
+        assert self.snapshot is not None
         value = self.own(value)
         state = schema.take_over(value) if value is self.model else None
         if state is None:

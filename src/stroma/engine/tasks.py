@@ -353,13 +353,15 @@ _local: Final = threading.local()
 
 def loop_ticks() -> LoopTicks:
     """Return the ticks of the running event loop."""
+    ticks: LoopTicks | None = getattr(_local, "ticks", None)
+    # Not get_running_loop(), which takes 0.7 us on Python 3.11: a thread runs one loop at a time.
+    if ticks is not None and ticks.loop is not None and ticks.loop.is_running():
+        return ticks
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
         return LoopTicks(None)
-    ticks: LoopTicks | None = getattr(_local, "ticks", None)
-    if ticks is None or ticks.loop is not loop:
-        ticks = _local.ticks = LoopTicks(loop)
+    ticks = _local.ticks = LoopTicks(loop)
     return ticks
 
 

@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 from pydantic import Field
 
 from stroma._utils.models import StrictModel
-from stroma.contracts.copying import replicate
+from stroma.contracts.copying import construct
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure
 
@@ -49,8 +49,11 @@ _DEFAULTS: PolicyMap = {
 
 def default_policy_map() -> PolicyMap:
     """RECOVERABLE 3 retries within 1 s each, TERMINAL none, AMBIGUOUS 1 within 0.5 s. A fresh dict."""
-    # New ones, since a policy can be changed; made in the shortest way, since every run's config has three.
-    return {failure_class: replicate(policy) for failure_class, policy in _DEFAULTS.items()}
+    # New ones, since a policy can be changed.
+    return {
+        failure_class: construct(FailurePolicy, policy.__dict__.copy(), policy.__pydantic_fields_set__.copy())
+        for failure_class, policy in _DEFAULTS.items()
+    }
 
 
 class RetryBudget:

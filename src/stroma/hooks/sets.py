@@ -112,11 +112,16 @@ class NodeHooks(NamedArguments):
 
     def check(self) -> None:
         """Raise TypeError for a hook whose code shows other arguments, or that it is not async."""
-        for event, arguments in _ARGUMENTS.items():
-            hook = getattr(self, event)
-            if hook is not None:
-                check_arguments(event, hook, arguments)
-                _check_async(event, hook)
+        if not self.is_empty():
+            for event, arguments in _ARGUMENTS.items():
+                hook = getattr(self, event)
+                if hook is not None:
+                    check_arguments(event, hook, arguments)
+                    _check_async(event, hook)
+
+    def is_empty(self) -> bool:
+        """Return True for a set without a hook."""
+        return not any(map(self.__dict__.get, EVENTS))
 
     #: False for hooks that make a run wait for its reader.
     _has_time_limit: ClassVar[bool] = True

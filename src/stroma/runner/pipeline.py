@@ -108,7 +108,10 @@ def check_owners(nodes: Sequence[Node | Group], registry: ContractRegistry) -> N
 
 def check_places(nodes: Sequence[Node | Group], registry: ContractRegistry, caller: Any) -> None:
     """Raise PlaceError for a node with a place that cannot be called in this process."""
-    for node in leaves_in(nodes):
+    for node in nodes:
+        if isinstance(node, Group):
+            check_places(node.children, registry, caller)
+            continue
         contract = registry.find(node.node_id) or node.contract
         if contract is not None and contract.place is not None:
             error = place_error(caller, contract)

@@ -56,8 +56,8 @@ class RunExecution:
         self.initial = initial
         self.start = start
         self.continued = False
-        self.task = asyncio.current_task()
         self.loop = asyncio.get_running_loop()
+        self.task = asyncio.current_task(self.loop)
         self.ended: asyncio.Future[None] | None = None  # Done when the run has ended; made by drain().
         self._status = RunStatus.INTERRUPTED
         self._failure: Failure | None = None
@@ -107,15 +107,14 @@ class RunExecution:
     @property
     def state(self) -> BaseModel:
         """The last committed state, else the initial one."""
-        last = self.ctx.last_state
+        last = self.ctx.handover.state()
         return self.initial if last is None else last
 
     async def run(self) -> ExecutionResult:
         """Open the run, execute its nodes, and close it."""
         try:
             try:
-                await self._open()
-                await self._start()
+                await self._begin()
                 await self._execute()
             except NotSerialisable as error:  # The input, in a store that outlives the process.
                 await self._reject_input(error)
@@ -158,7 +157,8 @@ class RunExecution:
                     raise  # Otherwise the first one is on its way out.
         return is_suppressed
 
-    async def _open(self) -> None:
+    async def _begin(self) -> None:
+        """Open the run and call its start hooks, and the end hooks that a crashed process did not call."""
         ctx = self.ctx
         try:
             session = await open_run(
@@ -181,26 +181,22 @@ class RunExecution:
                     check_question(ctx, self.nodes, waiting)
             except PipelineChanged as changed:
                 await self._give_back(changed)
+        self._has_started = ctx.handover.is_active = True
+        session.on_control = self.control
+        await announce_start(ctx, self.initial)
+        if ctx.fire.delivers:
+            await redeliver(ctx, self.nodes)
 
     def _check_unchanged(self, position: int, branch: str, committed: Committed) -> None:
         """Raise PipelineChanged for a changed node, inside groups too, before anything runs."""
         check_place(self.ctx, self.nodes, committed, position, branch)
 
-    async def _start(self) -> None:
-        """Call the start hooks, and the end hooks that a crashed process did not call."""
-        ctx = self.ctx
-        self._has_started = True
-        ctx.handover.is_active = True
-        ctx.session.on_control = self.control
-        await announce_start(ctx, self.initial)
-        if ctx.fire.delivers:
-            await redeliver(ctx, self.nodes)
-
     async def _execute(self) -> None:
         """Execute the nodes that are not committed, or restore the outcome of a run that is returned."""
         ctx = self.ctx
-        if ctx.session.finished is not None:
-            await self._restore_outcome(ctx.session.finished)
+        finished = ctx.journal.session.finished
+        if finished is not None:
+            await self._restore_outcome(finished)
             return
         first = self.start or 0
         if first:
@@ -337,8 +333,9 @@ class RunExecution:
         if ctx.run_logger.isEnabledFor(level):
             about = {"run_status": status.value}
             ctx.run_logger.log(level, "pipeline %r ended: %s", ctx.pipeline, status, extra=about)
-        announced = result if ctx.fire.on_run_end is not None else None
-        raise_if(await end_and_announce(ctx, status, error, announced))
+        has_hooks = ctx.fire.on_run_end is not None
+        ending = end_and_announce(ctx, status, error, result) if has_hooks else end_run(ctx, status, error)
+        raise_if(await ending)
         if ctx.account.hook_failures and ctx.config.hook_errors == "raise" and status not in _CUT_SHORT:
             first = ctx.account.hook_failures[0]
             where = "" if first.node_id is None else f" of {first.node_id!r}"

@@ -125,12 +125,12 @@ class StromaRunner:
         store, ValueError for an unknown URL, StoreError for a file in a directory that does not exist.
         """
         named = {"budget": budget, "policy_map": policy_map, "classifiers": classifiers, "hooks": hooks}
-        fields: dict[str, Any] = {
-            **config,
-            **{name: value for name, value in named.items() if value is not None},
-        }
+        fields: dict[str, Any] = {**config}
+        for name, value in named.items():
+            if value is not None:
+                fields[name] = value
         if store is None:
-            from stroma.checkpoint import AsyncInMemoryStore
+            from stroma.checkpoint.memory.store import AsyncInMemoryStore  # Not loaded by other runners.
 
             store = AsyncInMemoryStore()
             store.is_default = True

@@ -83,9 +83,9 @@ def new_owner(session: object, *, ends: bool = True) -> Owner:
 
 
 @functools.cache
-def memory_owner(pid: int, *, ends: bool) -> str:
-    """Return the owner of all runs in the memory of a process, where the session itself says if it lives."""
-    return str(_process(pid)._replace(token="memory" if ends else f"{_ENDLESS}memory"))
+def memory_owner(*, ends: bool) -> str:
+    """Return the owner of all runs in the memory of this process; their sessions say if they are alive."""
+    return str(_process(os.getpid())._replace(token="memory" if ends else f"{_ENDLESS}memory"))
 
 
 def is_gone(owner: Owner) -> bool:
@@ -152,6 +152,7 @@ def _stat(pid: int) -> list[str]:
 
 def _after_fork() -> None:
     LIVE_SESSIONS.clear()  # They belong to the parent.
+    memory_owner.cache_clear()
 
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch

@@ -119,7 +119,8 @@ class DurableSession(Session):
         """Open the run. One operation; see :class:`RunOpener`."""
         RunOpener(self, self._payloads, request, opening, plain_input, self._decrypted).open(rows)
         self.execution, self.epoch = self.fence.execution, self.fence.epoch
-        self._identities = {position: identity for identity, position in self.places.items()}
+        if self.places:
+            self._identities = {position: identity for identity, position in self.places.items()}
         self._deliver = request.deliver
         self._decrypted = {}
         return self

@@ -102,14 +102,13 @@ class RunOpener:
         """Open the run. Raises RunBusy, RunExists, PipelineChanged, CheckpointLost, CorruptCheckpoint."""
         opened, request, control = self._opened, self._request, NO_CONTROL
         run = rows.find(self._run_id, lock=True)
-        action = decide(
-            request,
-            None if run is None or not run.execution else _last_execution(run),
-            has_same_input(rows, run, self._payloads, request, self._opening, self._plain_input),
-            lambda: _prior_work(rows, run),
-        )
-        if action != "begin" and run is not None and not rows.is_complete(run):
-            raise lost_error(self._run_id, "some of its rows are missing")
+        if run is None or not run.execution:
+            action = "begin"
+        else:
+            same_input = has_same_input(rows, run, self._payloads, request, self._opening, self._plain_input)
+            action = decide(request, _last_execution(run), same_input, lambda: _prior_work(rows, run))
+            if action != "begin" and not rows.is_complete(run):
+                raise lost_error(self._run_id, "some of its rows are missing")
         if action == "begin" or run is None:
             opened.fence, opened.version = rows.begin(run, self._seal_for_next(run)), self._opening.version
             if run is not None:
@@ -401,10 +400,7 @@ def _count_failed(
     return counts
 
 
-def _prior_work(rows: Rows, run: RunRow | None) -> PriorWork:
-    if run is None:
-        return PriorWork(0, 0, 0, ())
-
+def _prior_work(rows: Rows, run: RunRow) -> PriorWork:
     annotations = read_annotations(rows, run.run, run.run_id, Annotation.WAITING, Annotation.EFFECT)
     is_answered = [bool(row.step.output) for row in annotations if row.position == Annotation.WAITING]
     effects = sorted(row.branch for row in annotations if row.position == Annotation.EFFECT)

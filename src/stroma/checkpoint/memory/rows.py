@@ -7,7 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Final, NamedTuple, cast
 
 from stroma.checkpoint.blocked import BlockedMark
@@ -42,7 +42,6 @@ from stroma.checkpoint.records import (
     parse_run_mark,
 )
 from stroma.contracts.schema import Schema, Snapshot
-from stroma.contracts.snapshots import PickledSnapshot
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.trace.events import AttemptRow, contract_of
 
@@ -63,11 +62,6 @@ class _Commit(NamedTuple):
     attempt: AttemptRow | AttemptRecord | None
 
 
-def _no_session() -> None:
-    return
-
-
-@dataclass(slots=True, eq=False, repr=False)
 class MemoryRun:
     """One run.
 
@@ -83,7 +77,6 @@ class MemoryRun:
         failure_sites: (attempt, start, function that encodes the frames) of the last failure at a place.
     """
 
-    run_id: str
     execution: int = 0
     pipeline: str = ""
     status: str = "RUNNING"
@@ -100,15 +93,22 @@ class MemoryRun:
     claim: tuple[str, float] | None = None
     tags: tuple[str, ...] = ()
     input: tuple[str, Any, Any] | None = None
-    steps: dict[Key, AttemptRow | _Commit] = field(default_factory=dict)
-    calls: dict[Key, StepCall] = field(default_factory=dict)
-    log: list[AttemptRow | AttemptRecord] = field(default_factory=list)
-    attempts: dict[tuple[Any, ...], AttemptRow | AttemptRecord] = field(default_factory=dict)
-    identities: dict[str, int] = field(default_factory=dict)
-    annotations: dict[Place, StepRow] = field(default_factory=dict)
-    failure_sites: dict[Place, tuple[int, int, Callable[[], bytes]]] = field(default_factory=dict)
-    events: deque[EventRow] = field(default_factory=lambda: deque(maxlen=MAX_BATCHES))
-    session: Callable[[], Any] = _no_session
+    events: deque[EventRow] | None = None
+    session: Callable[[], Any] | None = None
+
+    def __init__(self, run_id: str) -> None:
+        self.run_id = run_id
+        self.annotations: dict[Place, StepRow] = {}
+        self.steps: dict[Key, AttemptRow | _Commit] = {}
+        self.empty()
+
+    def empty(self) -> None:
+        """Forget what executions have recorded, except for outputs and annotations."""
+        self.calls: dict[Key, StepCall] = {}
+        self.log: list[AttemptRow | AttemptRecord] = []
+        self.attempts: dict[tuple[Any, ...], AttemptRow | AttemptRecord] = {}
+        self.identities: dict[str, int] = {}
+        self.failure_sites: dict[Place, tuple[int, int, Callable[[], bytes]]] = {}
 
     @property
     def live_claim(self) -> str | None:
@@ -118,7 +118,7 @@ class MemoryRun:
     @property
     def is_held(self) -> bool:
         """Return True if a session that records its end has the run."""
-        session = self.session()
+        session = None if self.session is None else self.session()
         return self.status == "RUNNING" and session is not None and session.owns_run
 
     def commit(self, row: AttemptRow, schema: Schema, output: Any, call: StepCall | None) -> None:
@@ -128,13 +128,9 @@ class MemoryRun:
             self.calls[key] = call
         elif self.calls:
             self.calls.pop(key, None)
-        kind, schemas = type(row.output), row.schemas
         entry: AttemptRow | _Commit = row
-        if not (
-            (kind is tuple or kind is PickledSnapshot or kind is bytes)
-            and schemas is not None
-            and schemas[1] is schema
-        ):  # The snapshot in the row is for display only.
+        schemas = row.schemas
+        if schemas is None or schemas[1] is not schema:  # Its snapshot is for display only.
             state = UnencodedState(schema, schema.snapshot(output))
             step = Step(contract_of(row, schema), schema_ref(schema.model), state, b"")
             entry = _Commit(StepRow(row.position, row.branch, row.node_id, step), row)
@@ -255,16 +251,16 @@ class MemoryRows:
 
     def begin(self, run: RunRow | None, opening: Opening) -> Fence:
         one = self._existing(opening.run_id)
-        if one.execution or one.steps:
+        if run is not None:
             one.discard(0)
-            one.attempts, one.log = {}, []
-            one.identities, one.failure_sites, one.tags, one.queue = {}, {}, (), _NOT_QUEUED
-            one.events.clear()
+            one.empty()
+            one.tags, one.queue, one.events = (), _NOT_QUEUED, None
         one.execution += 1
         one.pipeline, one.version = opening.pipeline, opening.version
         one.input = (opening.contract, opening.input, opening.sha256)
-        one.started_ms, one.number = _now_ms(), next(_NUMBERS)
-        return self._claim(one, opening)
+        fence = self._claim(one, opening)
+        one.started_ms, one.number = one.updated_ms, next(_NUMBERS)
+        return fence
 
     def _existing(self, run_id: str) -> MemoryRun:
         run = self._runs.get(run_id)
@@ -338,10 +334,12 @@ class MemoryRows:
         run: MemoryRun = fence.run
         if (run.epoch, run.owner) != (fence.epoch, fence.owner):
             return False
-        run.status, run.error, run.mark = end.status, end.error, None
+        before, run.status, run.error, run.mark = run.wake_ms, end.status, end.error, None
         run.updated_ms = _now_ms() if end.updated_ms is None else end.updated_ms
-        times = [ms for ms in (run.wake_ms, end.wake_ms) if ms is not None]
-        run.wake_ms = min(times, default=None) if end.status in UNFINISHED else None
+        run.wake_ms = None
+        if end.status in UNFINISHED:
+            times = [ms for ms in (before, end.wake_ms) if ms is not None]
+            run.wake_ms = min(times, default=None)
         return True
 
     def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:
@@ -454,12 +452,15 @@ class MemoryRows:
     def append_events(self, batches: Sequence[EventRow]) -> None:
         for one in batches:
             run: MemoryRun = one.run
+            if run.events is None:
+                run.events = deque(maxlen=MAX_BATCHES)
             is_new = not run.events or run.events[-1].last < one.last
             if is_new and run.execution == one.execution and self._runs.get(run.run_id) is run:
                 run.events.append(one)
 
     def events(self, run: MemoryRun, execution: int, after: EventPlace, limit: int) -> list[EventRow]:
-        return [one for one in list(run.events) if one.last > after and one.execution == execution][:limit]
+        events = list(run.events or ())
+        return [one for one in events if one.last > after and one.execution == execution][:limit]
 
     # ------------------------------------------------------------------ cells, retention
 

@@ -46,7 +46,7 @@ class MemorySession(DurableSession):
         self, run_id: str, rows: MemoryRows, payloads: Payloads, on_suspension: Callable[[str], None]
     ) -> None:
         self.run_id, self._payloads, self._rows = run_id, payloads, rows
-        self._rejected, self._pending_notes, self.waiting = {}, {}, {}
+        self._rejected, self._pending_notes, self.waiting, self._identities = {}, {}, {}, {}
         self._on_suspension = on_suspension
 
     def open(self, request: RunRequest, opening: Opening, plain_input: Stored, rows: Rows) -> MemorySession:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -34,11 +33,11 @@ class _MemoryStore(MemoryCells, RunStore):
     #: Nobody has asked for this store: guards delete what ended long ago, so that memory does not grow.
     is_default = False
     _has_warned = False
+    _payloads = Payloads()
 
     def __init__(self) -> None:
         super().__init__()
         self._runs: dict[str, MemoryRun] = {}
-        self._payloads = Payloads()
         self._rows = MemoryRows(self._runs, self._cells)
 
     def _display_name(self) -> str:
@@ -52,18 +51,17 @@ class _MemoryStore(MemoryCells, RunStore):
 
     def _notify_owner(self, run_id: str) -> None:
         run = self._runs.get(run_id)
-        session = None if run is None else run.session()
+        session = None if run is None or run.session is None else run.session()
         if session is not None:
             session.read_requests(self._rows)
 
     def open_run(self, request: RunRequest) -> MemorySession:
         """Begin an execution of a run, or continue its last one; see DurableStore."""
-        session = MemorySession(request.run_id, self._rows, self._payloads, self._warn_of_loss)
-        data = self._encode_input(request)
+        data = self._encode(request.schema, request.initial_state)
         opening = Opening(
             run_id=request.run_id,
             pipeline=request.pipeline,
-            owner=memory_owner(os.getpid(), ends=request.ends),
+            owner=memory_owner(ends=request.ends),
             lease_seconds=request.lease_seconds,
             contract=request.schema.fingerprint,
             input=data,
@@ -72,12 +70,13 @@ class _MemoryStore(MemoryCells, RunStore):
             tags=request.tags,
             version=request.version,
         )
+        session = MemorySession(request.run_id, self._rows, self._payloads, self.warn_of_loss)
         return session.open(request, opening, data, self._rows)
 
     def _encode(self, schema: Schema, state: BaseModel) -> UnencodedState:
         return UnencodedState(schema, schema.snapshot(state))
 
-    def _warn_of_loss(self, run_id: str) -> None:
+    def warn_of_loss(self, run_id: str) -> None:
         """Warn of the first suspended run."""
         if not self._has_warned:
             self._has_warned = True

@@ -14,7 +14,6 @@ from stroma.checkpoint import StepCall, Waiting
 from stroma.checkpoint.entries import OF_FLOW, SentMessage
 from stroma.contracts.node import FlowNode, Group, Node, held_by
 from stroma.contracts.schema import schema_of
-from stroma.engine.attempt import NodeAttempt
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.effects import has_open_intent
 from stroma.engine.execution import NodeExecution
@@ -85,7 +84,7 @@ class FlowCall:
         """Set the identity of the call, and the branch of its records in the run."""
         self.identity, self.branch = identity, self.scope.prefix + identity
 
-    def perform(self, cancelling: int = 0, attempt: NodeAttempt | None = None) -> Coroutine[Any, Any, Any]:
+    def perform(self, cancelling: int = 0) -> Coroutine[Any, Any, Any]:
         """Return the work of the call, for a task of the real event loop."""
         scope = self.scope
         place = Place(
@@ -98,14 +97,14 @@ class FlowCall:
             settles=self.settles,
         )
         if scope.gates:
-            return self._behind_gates(place, attempt)
-        return execute_in_turn(scope.ctx, (self.node,), self.state, place, attempt)
+            return self._behind_gates(place)
+        return execute_in_turn(scope.ctx, (self.node,), self.state, place)
 
-    async def _behind_gates(self, place: Place, attempt: NodeAttempt | None) -> Any:
+    async def _behind_gates(self, place: Place) -> Any:
         async with contextlib.AsyncExitStack() as stack:
             for gate in self.scope.gates:
                 await stack.enter_async_context(gate)
-            return await execute_in_turn(self.scope.ctx, (self.node,), self.state, place, attempt)
+            return await execute_in_turn(self.scope.ctx, (self.node,), self.state, place)
 
     async def restore(self) -> Any:
         """Return the recorded output, for which skip hooks are called; None if it is assembled again."""

@@ -22,7 +22,6 @@ from stroma.checkpoint.identity import quoted
 from stroma.contracts.contract import NodeContract, as_violation, check_id
 from stroma.contracts.node import FlowNode, Group, Node, find_node
 from stroma.contracts.schema import Snapshot, schema_of
-from stroma.engine.attempt import NodeAttempt
 from stroma.engine.execution import current_node
 from stroma.engine.outcome import Halt
 from stroma.runner.flows.body import commit_output
@@ -181,7 +180,7 @@ class _FlowEnd(FlowCall):
     #: The flow, the snapshot of its input, what its body returned and when it began.
     output: tuple[FlowPath, Snapshot, Any, int]
 
-    def perform(self, cancelling: int = 0, attempt: NodeAttempt | None = None) -> Coroutine[Any, Any, Any]:
+    def perform(self, cancelling: int = 0) -> Coroutine[Any, Any, Any]:
         return self._commit()
 
     async def _commit(self) -> BaseModel | Halt:

@@ -16,7 +16,6 @@ from time import monotonic
 from typing import Any, Final
 
 from stroma.checkpoint import PipelineChanged, StoreError
-from stroma.engine.attempt import NodeAttempt
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT
 from stroma.engine.execution import NodeExecution
@@ -192,14 +191,14 @@ class FlowDriver(FlowWaits):
 
     async def _perform_alone(self, call: FlowCall) -> None:
         """Perform calls in this task and deliver their ends, for as long as each is alone."""
-        task, attempt = self._task, NodeAttempt(self.ctx)
+        task = self._task
         try:
             while True:
                 if task is not None and task.cancelling() != self._cancelling:
                     # A cancellation is on its way, and this lets it in; or a node has left one behind.
                     await asyncio.sleep(0)
                     self._cancelling = task.cancelling()
-                outcome = await call.perform(self._cancelling, attempt)
+                outcome = await call.perform(self._cancelling)
                 if type(outcome) is Halt or self.stopping is not None:
                     return self.finish(call, outcome)
                 # Its number is the only one.

@@ -16,7 +16,6 @@ from stroma.contracts.codec import decode_raw
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema, describe_error, schema_of
 from stroma.cost.usage import shown
-from stroma.engine.attempt import NodeAttempt
 from stroma.engine.execution import decode_answer
 from stroma.engine.outcome import Place
 from stroma.engine.questions import make_question
@@ -129,7 +128,7 @@ class _Question(_Wait):
 
     kinds = ("open", "answered", "expired")
 
-    def perform(self, cancelling: int = 0, attempt: NodeAttempt | None = None) -> Coroutine[Any, Any, Any]:
+    def perform(self, cancelling: int = 0) -> Coroutine[Any, Any, Any]:
         return self.driver.open_question(self)
 
     async def restore(self) -> Any:
