@@ -145,7 +145,7 @@ def copy_containers(value: Any, convert: Callable[[Any], Any]) -> Any:
     return convert(value) if is_record(value) else isolate(value)
 
 
-def is_dict_of_atoms(value: dict[Any, Any]) -> bool:
+def is_dict_of_atoms(value: Mapping[Any, Any]) -> bool:
     """Return True for a dict that a shallow copy isolates."""
     return _ATOMS.issuperset(map(type, value)) and _ATOMS.issuperset(map(type, value.values()))
 
