@@ -92,7 +92,7 @@ class Question:
     schema: Mapping[str, Any] | None = field(default=None, hash=False, repr=False)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Total:
     """Sum over all processes of an execution: tokens (input + output), and US dollars."""
 
