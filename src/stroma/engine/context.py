@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, cast
+from typing import Any, Final, Literal, Self, cast
 
 from pydantic import BaseModel
 
@@ -32,6 +32,8 @@ from stroma.trace.result import ExecutionResult, HookFailure, RunStatus, Total
 from stroma.trace.trace import ExecutionTrace
 
 __all__ = ["ReliabilityContext"]
+
+_NOTHING: Final = Total()
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -212,7 +214,7 @@ class ReliabilityContext:
     def all_traces(self) -> str | None:
         """Return all trace contexts of the run as one text: recorded ones precede the caller's."""
         if not self.journal.kept_traces:
-            return self.traceparent
+            return self.journal.traceparent
         traces = _traces_of(self.traceparent) | self.journal.kept_traces
         return ";".join(f"{system}={one}" if system else one for system, one in traces.items())
 
@@ -307,21 +309,24 @@ class ReliabilityContext:
             schema_of(type(final_state)).mark_shared(final_state)
             final_state = spelled_out(final_state)
         spent, account = self.cost_tracker, self.account
-        failures = account.hook_failures
+        failures, tokens, cost_usd = account.hook_failures, spent.total_tokens, spent.total_cost_usd
+        total = _NOTHING
+        if tokens or cost_usd or spent.prior_tokens or spent.prior_cost_usd:
+            total = Total(int(spent.used("tokens")), spent.used("cost"))
         return ExecutionResult(
             run_id=self.run_id,
             status=status,
             final_state=final_state,
             trace=self.trace,
-            total_cost_usd=spent.total_cost_usd,
-            total_tokens=spent.total_tokens,
+            total_cost_usd=cost_usd,
+            total_tokens=tokens,
             failure=failure,
             hook_errors=[] if failures is None else failures,  # Hooks of the run's end may add to it.
             unpriced_models=list(account.unpriced),
             suspended=list(account.suspended),
             failed_items=account.failed_items,
             questions=account.questions,
-            total=Total(int(spent.used("tokens")), spent.used("cost")),
+            total=total,
         )
 
 

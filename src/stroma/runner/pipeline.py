@@ -144,9 +144,9 @@ def warn_of_unknown_ids(
     For groups, and for flows and agent frameworks, whose steps are known when they are called. A resumed run
     has not called all of them. ``warned`` has the warnings of earlier runs.
     """
-    session = ctx.session
     if not _names_ids(ctx.config) or result.status is not RunStatus.COMPLETED:
         return
+    session = ctx.session
     if session.continued or session.finished is not None:
         return
     known = ctx.registry.known_ids.union(ids_in(nodes), (event.node_id for event in result.trace.walk()))

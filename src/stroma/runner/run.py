@@ -148,7 +148,7 @@ class RunExecution:
         elif type(error) is HookNotAsync:
             error.result = ctx.build_result(self._status, self.state)
         self._has_ended = True
-        ctx.session.on_control = None  # Otherwise the session and the run are a reference cycle.
+        ctx.journal.session.on_control = None  # Otherwise the session and the run are a reference cycle.
         if self._has_started or self._failure is not None:
             try:
                 self._result = await self._close()
@@ -329,7 +329,8 @@ class RunExecution:
         result = ctx.build_result(status, self.state, failure)
         error = str(failure) if failure is not None else "; ".join(ctx.account.suspended) or None
         # The process that ran it has logged its end, at the level of it.
-        level = logging.INFO if ctx.session.finished is not None else _LEVELS.get(status, logging.INFO)
+        was_finished = ctx.journal.session.finished is not None
+        level = logging.INFO if was_finished else _LEVELS.get(status, logging.INFO)
         if ctx.run_logger.isEnabledFor(level):
             about = {"run_status": status.value}
             ctx.run_logger.log(level, "pipeline %r ended: %s", ctx.pipeline, status, extra=about)

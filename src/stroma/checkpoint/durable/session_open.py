@@ -110,7 +110,8 @@ class RunOpener:
             if action != "begin" and not rows.is_complete(run):
                 raise lost_error(self._run_id, "some of its rows are missing")
         if action == "begin" or run is None:
-            opened.fence, opened.version = rows.begin(run, self._seal_for_next(run)), self._opening.version
+            opening = self._opening if self._payloads.codec is None else self._seal_for_next(run)
+            opened.fence, opened.version = rows.begin(run, opening), opening.version
             if run is not None:
                 rows.delete_annotations(run.run, *OF_EXECUTION)
         else:
@@ -260,7 +261,7 @@ class RunOpener:
         """Seal the input again if another process has begun the execution that it was sealed for."""
         opening = self._opening
         execution = 1 if run is None else run.execution + 1
-        if self._payloads.codec is None or execution == opening.execution:
+        if execution == opening.execution:
             return opening
         assert isinstance(self._plain_input, bytes)
         sealed = self._payloads.seal_now(self._plain_input, PayloadPlace(self._run_id, execution, "input"))
