@@ -130,7 +130,7 @@ class MemoryRun:
             self.calls.pop(key, None)
         entry: AttemptRow | _Commit = row
         schemas = row.schemas
-        if schemas is None or schemas[1] is not schema:  # Its snapshot is for display only.
+        if schemas is None or schemas[1] is not schema or type(row.output) is dict:  # It is for display only.
             state = UnencodedState(schema, schema.snapshot(output))
             step = Step(contract_of(row, schema), schema_ref(schema.model), state, b"")
             entry = _Commit(StepRow(row.position, row.branch, row.node_id, step), row)
