@@ -77,7 +77,7 @@ async def agent(flow: Flow, conversation: Conversation) -> Conversation:
         try:
             answer = (await flow.step(TOOLS[reply.tool], Arguments(**reply.arguments))).status
         except StepFailed as error:
-            answer = error.failure
+            answer = str(error.failure)
         print(f"tool:  {answer.splitlines()[0]}")
         messages = [*messages, {"role": "tool", "content": answer}]
 

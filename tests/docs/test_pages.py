@@ -478,10 +478,10 @@ def test_the_nodes_that_call_providers(tmp_path: Path, provider: Server) -> None
     page = runpy.run_path(str(tmp_path / "ratings.py"))
     message = {"role": "assistant", "content": '{"stars": 5}'}
     chat = {**_CHAT, "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
-    clients = {
-        "openai": AsyncOpenAI(base_url=provider.url(Answer(body=chat)), api_key="any"),
-        "anthropic": AsyncAnthropic(base_url=provider.url(Answer(body=_MESSAGE)), api_key="any"),
-    }
+    clients = page["Clients"](
+        openai=AsyncOpenAI(base_url=provider.url(Answer(body=chat)), api_key="any"),
+        anthropic=AsyncAnthropic(base_url=provider.url(Answer(body=_MESSAGE)), api_key="any"),
+    )
     nodes, review = [page["rate"], page["reply"]], page["Review"](text="I like it.")
     result = page["runner"].run_sync(nodes, review, context=clients)
     result.raise_for_status()

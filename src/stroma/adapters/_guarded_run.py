@@ -109,7 +109,7 @@ class RunOwner(Protocol):
         open_runs: the runs that have started and not ended.
     """
 
-    runner: StromaRunner | None
+    runner: StromaRunner[Any] | None
     open_runs: list[GuardedRun]
 
     def ended(self, run: GuardedRun) -> None: ...

@@ -106,7 +106,7 @@ def _control(error: BaseException) -> Control | None:
 class CrewAIAdapter:
     """Guards the marked methods of a flow, by the registry's contracts, else their own."""
 
-    def __init__(self, registry: ContractRegistry, runner: StromaRunner | None = None) -> None:
+    def __init__(self, registry: ContractRegistry, runner: StromaRunner[Any] | None = None) -> None:
         self.registry, self.guard = registry, Guard(runner)
 
     def wrap(self, flow: Any) -> Any:

@@ -37,7 +37,7 @@ class DeepAgentsAdapter:
         self,
         registry: ContractRegistry,
         checkpoint_store: CheckpointStore | AsyncCheckpointStore | None = None,
-        runner: StromaRunner | None = None,
+        runner: StromaRunner[Any] | None = None,
     ) -> None:
         self.registry = registry
         runner = StromaRunner.quick() if runner is None else runner

@@ -83,11 +83,11 @@ class Guard:
     has one budget.
     """
 
-    def __init__(self, target: StromaRunner | ReliabilityContext | None = None) -> None:
+    def __init__(self, target: StromaRunner[Any] | ReliabilityContext | None = None) -> None:
         if isinstance(target, ReliabilityContext):
             self.registry: ContractRegistry = target.registry
             self._own: GuardedRun | None = GuardedRun(self, target, ends=False)
-            self.runner: StromaRunner | None = None
+            self.runner: StromaRunner[Any] | None = None
         else:
             self.runner = StromaRunner.quick() if target is None else target
             self.registry, self._own = self.runner.registry, None

@@ -166,7 +166,7 @@ def _note_suspended(guard: Guard, state: Any) -> None:
 class LangGraphAdapter:
     """Guards the marked nodes of a graph, by the registry's contracts, else their own."""
 
-    def __init__(self, registry: ContractRegistry, runner: StromaRunner | None = None) -> None:
+    def __init__(self, registry: ContractRegistry, runner: StromaRunner[Any] | None = None) -> None:
         self.registry, self.guard = registry, Guard(runner)
 
     def wrap(self, graph: Any) -> Any:

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import BaseModel
 
@@ -145,7 +145,7 @@ class LocalRun:
         return LiveProgress(self.pipeline.name, nodes, self.config.budget)
 
     def _run(
-        self, runner: StromaRunner, progress: Progress
+        self, runner: StromaRunner[Any], progress: Progress
     ) -> tuple[ExecutionResult | None, list[Waiting], str | None]:
         # Output of nodes goes to stderr: stdout has the final state only.
         with contextlib.redirect_stdout(sys.stderr):
@@ -174,7 +174,7 @@ class LocalRun:
             await self.db.store.set_budget(record.run_id, limits)
 
     async def _drive(
-        self, runner: StromaRunner, progress: Progress
+        self, runner: StromaRunner[Any], progress: Progress
     ) -> tuple[ExecutionResult | None, list[Waiting], str | None]:
         task = asyncio.current_task()
         assert task is not None

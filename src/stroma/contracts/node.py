@@ -18,9 +18,17 @@ from stroma.contracts.annotations import check_annotations, infer_contract
 from stroma.contracts.contract import NodeContract, check_id
 
 if TYPE_CHECKING:
+    import typing_extensions
+
     from stroma.contracts.schema import Schema
 
+    DepsT = typing_extensions.TypeVar("DepsT", default=dict[str, Any])
+else:
+    #: Class of the context, which nodes receive as ``ctx``.
+    DepsT = TypeVar("DepsT")
+
 __all__ = [
+    "DepsT",
     "FlowNode",
     "Group",
     "Node",
@@ -39,6 +47,7 @@ Out = TypeVar("Out", bound=BaseModel)
 Loose = TypeVar("Loose", bound="Mapping[str, Any] | tuple[Any, ...]")
 TakenT = TypeVar("TakenT", bound=BaseModel, contravariant=True)
 OutputT = TypeVar("OutputT", bound=BaseModel, covariant=True)
+ContextT = TypeVar("ContextT", contravariant=True)
 ReturnedT = TypeVar("ReturnedT", covariant=True)
 
 
@@ -54,12 +63,12 @@ class LooseNode(Protocol, Generic[TakenT, OutputT, ReturnedT]):
     def __call__(self, state: TakenT, /) -> ReturnedT: ...
 
 
-class LooseContextNode(Protocol, Generic[TakenT, OutputT, ReturnedT]):
+class LooseContextNode(Protocol, Generic[TakenT, ContextT, OutputT, ReturnedT]):
     """As LooseNode, of a function that takes ``(state, ctx)``."""
 
     @property
     def _stroma_output(self) -> OutputT: ...
-    def __call__(self, state: TakenT, context: dict[str, Any], /) -> ReturnedT: ...
+    def __call__(self, state: TakenT, context: ContextT, /) -> ReturnedT: ...
 
 
 #: What an annotated function returns beside its output: a response or usage.
@@ -67,17 +76,17 @@ Metered: TypeAlias = tuple[Out, Any] | tuple[Out, int, str] | tuple[Out, int, in
 #: An annotated function that returns its output with usage.
 MeteredNode: TypeAlias = (
     Callable[[In], Coroutine[Any, Any, Metered[Out]]]
-    | Callable[[In, dict[str, Any]], Coroutine[Any, Any, Metered[Out]]]
+    | Callable[[In, Any], Coroutine[Any, Any, Metered[Out]]]
     | Callable[[In], Metered[Out]]
-    | Callable[[In, dict[str, Any]], Metered[Out]]
+    | Callable[[In, Any], Metered[Out]]
 )
 
 
-class NodeDecorator(Protocol, Generic[In, Out]):
+class NodeDecorator(Protocol, Generic[In, Out, DepsT]):
     """Marks a function as a node: async or not, of ``(state)`` or ``(state, ctx)``, and returns it.
 
-    The function takes the input model and returns the output model, a dict, or a tuple with usage (see
-    :func:`stroma_node`); anything else is an error for type checkers.
+    ``DepsT``: the class of ``ctx``. The function takes the input model and returns the output model, a dict,
+    or a tuple with usage (see :func:`stroma_node`); anything else is an error for type checkers.
     """
 
     @overload
@@ -90,34 +99,32 @@ class NodeDecorator(Protocol, Generic[In, Out]):
     ) -> LooseNode[In, Out, Coroutine[Any, Any, Loose]]: ...
     @overload
     def __call__(
-        self, func: Callable[[In, dict[str, Any]], Coroutine[Any, Any, Out]], /
-    ) -> Callable[[In, dict[str, Any]], Coroutine[Any, Any, Out]]: ...
+        self, func: Callable[[In, DepsT], Coroutine[Any, Any, Out]], /
+    ) -> Callable[[In, DepsT], Coroutine[Any, Any, Out]]: ...
     @overload
     def __call__(
-        self, func: Callable[[In, dict[str, Any]], Coroutine[Any, Any, Loose]], /
-    ) -> LooseContextNode[In, Out, Coroutine[Any, Any, Loose]]: ...
+        self, func: Callable[[In, DepsT], Coroutine[Any, Any, Loose]], /
+    ) -> LooseContextNode[In, DepsT, Out, Coroutine[Any, Any, Loose]]: ...
     @overload
     def __call__(self, func: Callable[[In], Out], /) -> Callable[[In], Out]: ...
     @overload
     def __call__(self, func: Callable[[In], Loose], /) -> LooseNode[In, Out, Loose]: ...
     @overload
-    def __call__(
-        self, func: Callable[[In, dict[str, Any]], Out], /
-    ) -> Callable[[In, dict[str, Any]], Out]: ...
+    def __call__(self, func: Callable[[In, DepsT], Out], /) -> Callable[[In, DepsT], Out]: ...
     @overload
-    def __call__(
-        self, func: Callable[[In, dict[str, Any]], Loose], /
-    ) -> LooseContextNode[In, Out, Loose]: ...
+    def __call__(self, func: Callable[[In, DepsT], Loose], /) -> LooseContextNode[In, DepsT, Out, Loose]: ...
 
 
-#: The functions that a node can have.
-NodeFunction = TypeVar("NodeFunction", bound="Callable[[Any], Returned] | Callable[[Any, Any], Returned]")
+ResultT = TypeVar("ResultT", bound=Returned)
 
 
-class AnnotatedNodeDecorator(Protocol):
+class AnnotatedNodeDecorator(Protocol, Generic[DepsT]):
     """Marks a function as a node with the contract that its annotations describe, and returns it."""
 
-    def __call__(self, func: NodeFunction, /) -> NodeFunction: ...
+    @overload
+    def __call__(self, func: Callable[[In], ResultT], /) -> Callable[[In], ResultT]: ...
+    @overload
+    def __call__(self, func: Callable[[In, DepsT], ResultT], /) -> Callable[[In, DepsT], ResultT]: ...
 
 
 #: The schemas of input (None: not validated) and output, and the contract that they are of.
@@ -143,7 +150,7 @@ class Node:
         default_factory=lambda: [None], repr=False
     )
 
-    def call(self, state: BaseModel, context: dict[str, Any]) -> Any:
+    def call(self, state: BaseModel, context: Any) -> Any:
         """Call the function with the arguments that it takes. For the engine, and groups called by hand."""
         return self.func(state, context) if self.wants_context else self.func(state)
 
@@ -379,11 +386,13 @@ def name_of(func: Any) -> str:
 
 
 @overload
-def stroma_node(func: NodeFunction, /) -> NodeFunction: ...
+def stroma_node(func: Callable[[In], ResultT], /) -> Callable[[In], ResultT]: ...
 @overload
-def stroma_node(node_id: str, contract: NodeContract[In, Out]) -> NodeDecorator[In, Out]: ...
+def stroma_node(func: Callable[[In, ContextT], ResultT], /) -> Callable[[In, ContextT], ResultT]: ...
 @overload
-def stroma_node(node_id: str | None = None) -> AnnotatedNodeDecorator: ...
+def stroma_node(node_id: str, contract: NodeContract[In, Out]) -> NodeDecorator[In, Out, Any]: ...
+@overload
+def stroma_node(node_id: str | None = None) -> AnnotatedNodeDecorator[Any]: ...
 def stroma_node(
     node_id: str | Callable[..., Any] | None = None,
     contract: NodeContract[Any, Any] | Literal["annotated"] | None = "annotated",
@@ -425,7 +434,7 @@ def stroma_node(
 stroma_step = stroma_node
 
 
-def framework_node(node_id: str, contract: NodeContract[In, Out]) -> NodeDecorator[In, Out]:
+def framework_node(node_id: str, contract: NodeContract[In, Out]) -> NodeDecorator[In, Out, Any]:
     """Mark a function of an agent framework as a node with a contract, as :func:`stroma_node` does.
 
     Its annotations are not compared with the contract: the framework reads them, and calls it with its own

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, TypeAlias, TypedDict, cast
+from typing import TYPE_CHECKING, Annotated, Any, Final, Generic, Literal, Self, TypeAlias, TypedDict, cast
 
-from pydantic import ConfigDict, Field, InstanceOf, SkipValidation, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, SkipValidation, ValidationInfo, field_validator
 
 from stroma._utils.models import StrictModel
 from stroma.contracts.contract import check_id
 from stroma.contracts.copying import construct, replicate
+from stroma.contracts.node import DepsT
 from stroma.cost.budget import LARGEST, ExecutionBudget
 from stroma.cost.fallback import FallbackPolicy
 from stroma.cost.usage import shown
@@ -196,7 +197,7 @@ class RunConfig(StrictModel):
     node_policies: dict[str, PolicyMap] = Field(default_factory=dict)
     hooks: Annotated[AnyHooks, SkipValidation] = Field(default_factory=NodeHooks)
     classifiers: Annotated[list[Classifier], SkipValidation] = Field(default_factory=list)
-    context: InstanceOf[dict[str, Any]] = Field(default_factory=dict)
+    context: Any = Field(default_factory=dict)
     node_timeouts: dict[str, int | NodeTimeout] = Field(default_factory=dict)
     contract_retries: dict[str, int] = Field(default_factory=dict)
     resume_from: str | None = None
@@ -390,7 +391,7 @@ def default_config() -> RunConfig:
 Policies: TypeAlias = PolicyMap | Mapping[str, FailurePolicy]
 
 
-class OtherFields(TypedDict, total=False):
+class OtherFields(TypedDict, Generic[DepsT], total=False):
     """The keywords of :meth:`stroma.StromaRunner.quick` that it does not name; see RunConfig."""
 
     run_id: str
@@ -400,7 +401,7 @@ class OtherFields(TypedDict, total=False):
     node_limits: dict[str, str]
     breaker: Breaker | None
     node_policies: Mapping[str, Policies]
-    context: dict[str, Any]
+    context: DepsT
     node_timeouts: Mapping[str, int | NodeTimeout]
     contract_retries: dict[str, int]
     resume_from: str | None
@@ -429,7 +430,7 @@ class OtherFields(TypedDict, total=False):
     events: Literal["none", "store"]
 
 
-class RunConfigFields(OtherFields, total=False):
+class RunConfigFields(OtherFields[Any], total=False):
     """The keywords of :class:`stroma.RunConfig`."""
 
     budget: ExecutionBudget

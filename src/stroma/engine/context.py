@@ -62,7 +62,7 @@ class ReliabilityContext:
     step_timeouts: dict[str, int | NodeTimeout]
     model_fallbacks: list[FallbackPolicy]
     hooks: AnyHooks
-    context: dict[str, Any]
+    context: Any
     run_logger: logging.LoggerAdapter[logging.Logger]
     config: RunConfig = field(default_factory=RunConfig, repr=False)
     pipeline: str = field(default="pipeline", repr=False)
@@ -245,10 +245,11 @@ class ReliabilityContext:
             return None
         return fallback_due(self.cost_tracker, self.budget, self.model_fallbacks)
 
-    def node_context(self) -> dict[str, Any]:
-        """Return the ``ctx`` of a node: the user's own dict, or a view that names a due fallback model."""
+    def node_context(self) -> Any:
+        """Return the ``ctx`` of a node: the user's object, or a view of a dict with a due fallback model."""
         model = self.fallback_model()
-        return self.context if model is None else FallbackView(self.context, model)
+        is_dict = isinstance(self.context, dict)
+        return self.context if model is None or not is_dict else FallbackView(self.context, model)
 
     def has_limit(self, dimension: Literal["tokens", "cost"], node_id: str) -> bool:
         """Return whether the run's own budget or a shared one limits what a node may take of a dimension."""

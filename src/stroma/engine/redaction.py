@@ -45,7 +45,7 @@ class Redactor:
     def __init__(
         self,
         redact: Callable[[dict[str, Any]], dict[str, Any]] | None,
-        context: dict[str, Any],
+        context: Any,
         trace: ExecutionTrace,
     ) -> None:
         self._redact = redact
@@ -92,7 +92,7 @@ class Redactor:
 
     def note_context(self) -> None:
         """Remember the secrets of the run's context."""
-        if self._context:
+        if self._context is not None:
             self.note_secrets(self._context)
 
     def note_attempt(self, snapshot: Any) -> None:

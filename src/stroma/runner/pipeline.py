@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from types import CodeType, FunctionType
-from typing import Any, Final, Literal, Protocol, TypedDict
+from typing import Any, Final, Generic, Literal, Protocol, TypedDict
 
 from stroma._utils.text import did_you_mean
 from stroma.checkpoint.queue import QueueEntry, RunLimits, ServedCode
 from stroma.contracts.contract import ContractRegistry, check_id
-from stroma.contracts.node import FlowNode, Group, Node, find_node, marked_nodes, output_class
+from stroma.contracts.node import DepsT, FlowNode, Group, Node, find_node, marked_nodes, output_class
 from stroma.contracts.schema import Schema, schema_of
 from stroma.engine.config import RunConfig, check_label
 from stroma.engine.context import ReliabilityContext
@@ -297,7 +297,7 @@ def input_schema_of(nodes: Sequence[Node | Group], registry: ContractRegistry) -
     return schema_of(output_class(None) if contract is None else contract.input_schema)
 
 
-class RunKeywords(TypedDict, total=False):
+class RunKeywords(TypedDict, Generic[DepsT], total=False):
     """Keywords of :meth:`StromaRunner.run`, which override those fields of the config; None: as configured.
 
     Attributes:
@@ -306,7 +306,7 @@ class RunKeywords(TypedDict, total=False):
     """
 
     run_id: str | None
-    context: dict[str, Any] | None
+    context: DepsT | None
     resume: bool | None
     resume_from: str | None
     retry_failed_items: bool | None
@@ -317,7 +317,7 @@ class RunKeywords(TypedDict, total=False):
     user: str | None
 
 
-def override_config(config: RunConfig, options: RunKeywords) -> RunConfig:
+def override_config(config: RunConfig, options: RunKeywords[Any]) -> RunConfig:
     """Return the config with the options that are not None. Raises TypeError, ValidationError."""
     if not options:
         return config

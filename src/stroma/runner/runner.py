@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mappin
 from contextlib import suppress
 from functools import partial
 from types import FrameType, ModuleType, NoneType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeAlias, TypeVar, cast, overload
 
 from pydantic import BaseModel
 
@@ -26,9 +26,10 @@ from stroma.checkpoint.queue import ServedCode
 from stroma.contracts.contract import ContractRegistry, Reconcile, Role, check_id
 from stroma.contracts.node import (
     AnnotatedNodeDecorator,
+    DepsT,
     FlowNode,
     NodeDecorator,
-    NodeFunction,
+    ResultT,
     mark_annotated,
 )
 from stroma.cost.budget import ExecutionBudget
@@ -85,8 +86,12 @@ Nodes: TypeAlias = Pipeline | Iterable[Any]
 OtherNodes: TypeAlias = AnyState | Iterable[Any]
 
 
-class StromaRunner:
-    """Runs sequences of nodes under one configuration. Tasks, threads and event loops may share it."""
+class StromaRunner(Generic[DepsT]):
+    """Runs sequences of nodes under one configuration. Tasks, threads and event loops may share it.
+
+    ``StromaRunner[Deps]`` tells type checkers the class of the context, which nodes receive as ``ctx``; a
+    plain dict by default.
+    """
 
     def __init__(
         self,
@@ -116,8 +121,8 @@ class StromaRunner:
         policy_map: Policies | None = None,
         classifiers: list[Classifier] | None = None,
         hooks: NodeHooks | Sequence[NodeHooks] | None = None,
-        **config: Unpack[OtherFields],
-    ) -> StromaRunner:
+        **config: Unpack[OtherFields[DepsT]],
+    ) -> StromaRunner[DepsT]:
         """Create a runner, with an in-memory store by default; further keywords are fields of RunConfig.
 
         ``store``: a store, or the URL or path of one, see :func:`stroma.open_store`. Raises pydantic's
@@ -142,7 +147,7 @@ class StromaRunner:
 
     # ------------------------------------------------------------------ builders
 
-    def _replace(self, **fields: Any) -> StromaRunner:
+    def _replace(self, **fields: Any) -> Self:
         # A new config object: the old one may be shared with another runner.
         valid = RunConfig(**fields)
         changed = self.config.model_copy(update={name: getattr(valid, name) for name in fields})
@@ -150,7 +155,7 @@ class StromaRunner:
         self.config = self._own_config = changed
         return self
 
-    def with_redis(self, redis_url: str, ttl_seconds: int = 3600) -> StromaRunner:
+    def with_redis(self, redis_url: str, ttl_seconds: int = 3600) -> Self:
         """Store checkpoints in Redis. Raises ImportError without its driver."""
         from stroma.checkpoint.redis.store import RedisStore
 
@@ -159,42 +164,44 @@ class StromaRunner:
 
     def with_budget(
         self, *, tokens: int | None = None, cost_usd: float | None = None, latency_ms: int | None = None
-    ) -> StromaRunner:
+    ) -> Self:
         """Limit each run: tokens (input + output), US dollars, milliseconds of attempts."""
         limits = ExecutionBudget(max_tokens_total=tokens, max_cost_usd=cost_usd, max_latency_ms=latency_ms)
         return self._replace(budget=limits)
 
-    def with_model_fallback(self, model: str, *, to: str, at_budget_pct: float = 0.80) -> StromaRunner:
+    def with_model_fallback(self, model: str, *, to: str, at_budget_pct: float = 0.80) -> Self:
         """Signal a cheaper model once a share (0 to 1) of the cost limit is spent. Earlier fallbacks stay."""
         added = FallbackPolicy(model, to, at_budget_pct)
         return self._replace(model_fallbacks=[*self.config.model_fallbacks, added])
 
-    def with_classifiers(self, classifiers: list[Classifier]) -> StromaRunner:
+    def with_classifiers(self, classifiers: list[Classifier]) -> Self:
         """Replace the classifiers of exceptions."""
         return self._replace(classifiers=classifiers)
 
-    def with_hooks(self, hooks: NodeHooks | Sequence[NodeHooks]) -> StromaRunner:
+    def with_hooks(self, hooks: NodeHooks | Sequence[NodeHooks]) -> Self:
         """Replace the hooks."""
         return self._replace(hooks=hooks)
 
-    def with_context(self, context: dict[str, Any]) -> StromaRunner:
-        """Replace the data that each node receives as ``ctx``."""
+    def with_context(self, context: DepsT) -> Self:
+        """Replace the object that each node receives as ``ctx``."""
         return self._replace(context=context)
 
-    def with_policy_map(self, policy_map: Policies) -> StromaRunner:
+    def with_policy_map(self, policy_map: Policies) -> Self:
         """Replace the retry policies by failure class."""
         return self._replace(policy_map=policy_map)
 
-    def with_node_policies(self, node_policies: Mapping[str, Policies]) -> StromaRunner:
+    def with_node_policies(self, node_policies: Mapping[str, Policies]) -> Self:
         """Replace the retry policies of single nodes, by node id."""
         return self._replace(node_policies=node_policies)
 
-    def with_node_timeouts(self, node_timeouts: Mapping[str, int | NodeTimeout]) -> StromaRunner:
+    def with_node_timeouts(self, node_timeouts: Mapping[str, int | NodeTimeout]) -> Self:
         """Replace the time limits of nodes: milliseconds or a NodeTimeout by node id."""
         return self._replace(node_timeouts=node_timeouts)
 
     @overload
-    def node(self, func: NodeFunction, /) -> NodeFunction: ...
+    def node(self, func: Callable[[In], ResultT], /) -> Callable[[In], ResultT]: ...
+    @overload
+    def node(self, func: Callable[[In, DepsT], ResultT], /) -> Callable[[In, DepsT], ResultT]: ...
     @overload
     def node(
         self,
@@ -206,7 +213,7 @@ class StromaRunner:
         reconcile: Reconcile[In, Out] | None = None,
         role: Role | None = None,
         place: str | None = None,
-    ) -> NodeDecorator[In, Out]: ...
+    ) -> NodeDecorator[In, Out, DepsT]: ...
     @overload
     def node(
         self,
@@ -216,7 +223,7 @@ class StromaRunner:
         reconcile: Reconcile[Any, Any] | None = None,
         role: Role | None = None,
         place: str | None = None,
-    ) -> AnnotatedNodeDecorator: ...
+    ) -> AnnotatedNodeDecorator[DepsT]: ...
     def node(
         self,
         node_id: str | Callable[..., Any] | None = None,
@@ -314,14 +321,14 @@ class StromaRunner:
 
     @overload
     async def run(
-        self, node_sequence: FlowFunction[In, Out], initial_state: In, **options: Unpack[RunKeywords]
+        self, node_sequence: FlowFunction[In, Out], initial_state: In, **options: Unpack[RunKeywords[DepsT]]
     ) -> ExecutionResult[Out]: ...
     @overload
     async def run(
-        self, node_sequence: OtherNodes, initial_state: BaseModel, **options: Unpack[RunKeywords]
+        self, node_sequence: OtherNodes, initial_state: BaseModel, **options: Unpack[RunKeywords[DepsT]]
     ) -> ExecutionResult: ...
     async def run(  # type: ignore[misc]  # pyright: ignore[reportInconsistentOverload]
-        self, node_sequence: Nodes, initial_state: BaseModel, **options: Unpack[RunKeywords]
+        self, node_sequence: Nodes, initial_state: BaseModel, **options: Unpack[RunKeywords[DepsT]]
     ) -> ExecutionResult[Any]:
         """Run nodes one after the other, each on the output of the one before.
 
@@ -338,7 +345,7 @@ class StromaRunner:
         self,
         node_sequence: Nodes,
         initial_state: BaseModel,
-        options: RunKeywords,
+        options: RunKeywords[Any],
         dispatch: Dispatch = BY_HAND,
         watch: NodeHooks | None = None,
     ) -> ExecutionResult:
@@ -414,8 +421,8 @@ class StromaRunner:
         nodes = _listed(node_sequence)
         schema = self._stored.input_schema(nodes_of(nodes), input_schema)
         state = await self._stored.read_input(run_id, schema)
-        fixed: RunKeywords = {"run_id": run_id, "resume": True}
-        return await self._run(nodes, state, cast("RunKeywords", options | fixed))
+        fixed: RunKeywords[Any] = {"run_id": run_id, "resume": True}
+        return await self._run(nodes, state, cast("RunKeywords[Any]", options | fixed))
 
     def stream(
         self,
@@ -424,7 +431,7 @@ class StromaRunner:
         *,
         on_leave: Literal["cancel", "detach"] = "cancel",
         buffer: int = 1000,
-        **options: Unpack[RunKeywords],
+        **options: Unpack[RunKeywords[DepsT]],
     ) -> RunStream:
         """Return the events of :meth:`run` as an async iterator, while they happen; see :class:`RunStream`.
 
@@ -469,14 +476,14 @@ class StromaRunner:
 
     @overload
     def run_sync(
-        self, node_sequence: FlowFunction[In, Out], initial_state: In, **options: Unpack[RunKeywords]
+        self, node_sequence: FlowFunction[In, Out], initial_state: In, **options: Unpack[RunKeywords[DepsT]]
     ) -> ExecutionResult[Out]: ...
     @overload
     def run_sync(
-        self, node_sequence: OtherNodes, initial_state: BaseModel, **options: Unpack[RunKeywords]
+        self, node_sequence: OtherNodes, initial_state: BaseModel, **options: Unpack[RunKeywords[DepsT]]
     ) -> ExecutionResult: ...
     def run_sync(  # type: ignore[misc]  # pyright: ignore[reportInconsistentOverload]
-        self, node_sequence: Nodes, initial_state: BaseModel, **options: Unpack[RunKeywords]
+        self, node_sequence: Nodes, initial_state: BaseModel, **options: Unpack[RunKeywords[DepsT]]
     ) -> ExecutionResult[Any]:
         """Call :meth:`run` without an event loop. Raises RuntimeError where one is running.
 
@@ -507,7 +514,7 @@ class StromaRunner:
         run_ids: Callable[[int, BaseModel], str] | None = None,
         recover: bool = False,
         on_result: Callable[[int, ExecutionResult | Exception], None] | None = None,
-        **options: Unpack[RunKeywords],
+        **options: Unpack[RunKeywords[DepsT]],
     ) -> list[ExecutionResult | Exception]:
         """Call :meth:`run` for each input, at most ``max_concurrency`` at once; return the outcomes in order.
 
@@ -532,7 +539,7 @@ class StromaRunner:
         *,
         max_concurrency: int = 10,
         input_schema: type[BaseModel] | None = None,
-        **options: Unpack[RunKeywords],
+        **options: Unpack[RunKeywords[DepsT]],
     ) -> dict[str, ExecutionResult | Exception]:
         """Resume every run of this pipeline whose process died or shut down; return the outcomes by run id.
 
@@ -550,7 +557,7 @@ class StromaRunner:
         batch: Batch,
         max_concurrency: int,
         input_schema: type[BaseModel] | None,
-        options: RunKeywords,
+        options: RunKeywords[Any],
     ) -> dict[str, ExecutionResult | Exception]:
         name = nodes.name if isinstance(nodes, Pipeline) else self.config.pipeline
         schema = self._stored.input_schema(nodes_of(nodes), input_schema)
@@ -682,7 +689,7 @@ class StromaRunner:
         async def run(
             nodes: Pipeline | list[Any], state: BaseModel, run_id: str, dispatch: Dispatch
         ) -> ExecutionResult:
-            fixed: RunKeywords = {"run_id": run_id, "resume": True, "if_running": "error"}
+            fixed: RunKeywords[Any] = {"run_id": run_id, "resume": True, "if_running": "error"}
             return await self._run(nodes, state, {**options, **fixed}, dispatch)
 
         return RunDriver(self._stored, batch, run)
@@ -726,8 +733,10 @@ class StromaRunner:
         initial = state
         if initial is None or before:
             initial = await self._stored.read_input(fork_id, original)
-        start: RunKeywords = {"resume": True} if call is not None else {"resume_from": at}
-        return await self._run(nodes, initial, cast("RunKeywords", {**options, **start, "run_id": fork_id}))
+        start: RunKeywords[Any] = {"resume": True} if call is not None else {"resume_from": at}
+        return await self._run(
+            nodes, initial, cast("RunKeywords[Any]", {**options, **start, "run_id": fork_id})
+        )
 
     async def signal(
         self, run_id: str, answer: Any, *, question: str | None = None, schema: type[BaseModel] | None = None

@@ -56,7 +56,7 @@ def assert_contract_holds(
     *,
     fields: Mapping[str, SearchStrategy[Any]] | None = None,
     inputs: SearchStrategy[Any] | None = None,
-    runner: StromaRunner | None = None,
+    runner: StromaRunner[Any] | None = None,
     allow: tuple[type[BaseException], ...] = (),
     seed: int | None = None,
 ) -> None:
@@ -95,7 +95,7 @@ def assert_contract_holds(
     _without_loop(lambda: _try_examples(strategy, holds, examples, seed))
 
 
-def _single_attempt_runner(runner: StromaRunner) -> StromaRunner:
+def _single_attempt_runner(runner: StromaRunner[Any]) -> StromaRunner[Any]:
     """Return a runner with the same contracts and context, without retries, limits and stores."""
     never = FailurePolicy(max_retries=0, backoff_seconds=0.0)
     config = runner.config.model_copy(

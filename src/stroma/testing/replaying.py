@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -79,7 +78,7 @@ async def replay(
     recorded: RecordedRun,
     pipeline: Pipeline | Iterable[Any],
     *,
-    runner: StromaRunner | None = None,
+    runner: StromaRunner[Any] | None = None,
     start_at: str | None = None,
     state: Any = None,
 ) -> Replay:
@@ -144,13 +143,16 @@ def replay_sync(recorded: RecordedRun, pipeline: Pipeline | Iterable[Any], **opt
 
 
 async def _run(
-    pipeline: Pipeline, runner: StromaRunner, configured: Any, tape: Tape, state: BaseModel, *, calls: bool
+    pipeline: Pipeline,
+    runner: StromaRunner[Any],
+    configured: Any,
+    tape: Tape,
+    state: BaseModel,
+    *,
+    calls: bool,
 ) -> tuple[ExecutionResult, AsyncInMemoryStore]:
     """Run a pipeline with the tape; ``configured``: the pipeline or nodes whose config counts."""
     config = runner._config_of(configured)
-    context = config.context
-    with contextlib.suppress(Exception):  # It may hold a client, which cannot be copied.
-        context = copy.deepcopy(context)
     changed: dict[str, Any] = {
         "run_id": new_run_id(),
         "resume": False,
@@ -160,7 +162,6 @@ async def _run(
         "hook_delivery": "at_most_once",
         "shared_budgets": (),
         "check": False,
-        "context": context,
     }
     if not calls:
         changed |= {"limits": {}, "node_limits": {}, "breaker": None, "node_timeouts": {}}

@@ -59,7 +59,7 @@ async def assert_resumable(
     pipeline: Proven,
     state: BaseModel,
     *,
-    runner: StromaRunner | None = None,
+    runner: StromaRunner[Any] | None = None,
     ignore: Collection[str] = (),
     effects: Callable[[], Any] | None = None,
     reset: Callable[[], Any] | None = None,

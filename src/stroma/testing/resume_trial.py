@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import gc
 import inspect
 import json
@@ -55,7 +54,7 @@ class Trial:
 
     proven: Any
     state: BaseModel
-    runner: StromaRunner
+    runner: StromaRunner[Any]
     path: Path
     processes: bool
     effects: Callable[[], Any] | None
@@ -95,16 +94,15 @@ class Trial:
 
     async def _drive(self, store: SQLiteStore, run_id: str, resume: bool, life: ProcessRecord) -> None:
         config = self.runner._config_of(self.proven)
-        try:
-            context = copy.deepcopy(config.context)
-        except Exception:  # It may hold a client, which cannot be copied.
-            context = dict(config.context)
+        context = config.context
+        if isinstance(context, dict):  # Its keys are of one process; its values, such as clients, are shared.
+            context = dict(context)
         changed: dict[str, Any] = {
             "run_id": run_id,
+            "context": context,
             "resume": resume,
             "resume_from": None,
             "if_exists": "restart",
-            "context": context,
             "shared_budgets": (),
         }
         config = config.model_copy(update=changed)

@@ -28,7 +28,7 @@ logger = get_logger()
 class DriveActivity:
     """Drives runs of some pipelines in one worker."""
 
-    def __init__(self, runner: StromaRunner, pipelines: Sequence[Pipeline], max_seconds: float) -> None:
+    def __init__(self, runner: StromaRunner[Any], pipelines: Sequence[Pipeline], max_seconds: float) -> None:
         self._runner = runner
         self._pipelines = pipelines
         self._max_seconds = max_seconds  # Slice of a run in one activity.

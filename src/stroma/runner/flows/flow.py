@@ -40,9 +40,9 @@ AnswerT = TypeVar("AnswerT", bound=BaseModel)
 #: A node of ``(state)`` or ``(state, ctx)`` as type checkers see it: async or not.
 StepNode: TypeAlias = (
     Callable[[In], Coroutine[Any, Any, Out]]
-    | Callable[[In, dict[str, Any]], Coroutine[Any, Any, Out]]
+    | Callable[[In, Any], Coroutine[Any, Any, Out]]
     | LooseNode[In, Out, Any]
-    | LooseContextNode[In, Out, Any]
+    | LooseContextNode[In, Any, Out, Any]
     | MeteredNode[In, Out]
     | Callable[[In], Out]
 )
