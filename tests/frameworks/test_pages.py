@@ -1,8 +1,9 @@
-"""The page and the example of the framework that this environment is for: both run, and print what they
+"""The page and the examples of the framework that this environment is for: they run, and print what they
 say."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 from tests.docs.blocks import ROOT, promised, run_python
 
+from stroma import StromaRunner
+
 DOCS = ROOT / "docs"
 #: What CrewAI prints by itself.
 _DECORATION = re.compile(r"\s*$|[╭│╰]|Flow |.*[🌊✅🔄]")
@@ -20,8 +23,8 @@ NAME = os.environ["STROMA_TEST_FRAMEWORK"]
 
 #: Its page, and the pages about coming from it.
 PAGES = [*(DOCS / "adapters").glob(f"{NAME}.md"), *sorted((DOCS / "migration").glob(f"from-{NAME}*.md"))]
-#: DBOS is no framework with an adapter.
-EXAMPLES = [] if NAME == "dbos" else [ROOT / "examples" / f"adapter_{NAME}.py"]
+RESEARCH = list((ROOT / "examples").glob(f"research_{NAME}.py"))
+EXAMPLES = sorted((ROOT / "examples").glob(f"*_{NAME}.py"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
@@ -31,22 +34,57 @@ def test_the_code_on_the_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
     try:
         ran = list(run_python(page.read_text("utf-8"), NAME))
     except ImportError as error:
-        if "or newer; upgrade it" not in str(error):
-            raise
-        pytest.skip(str(error))
+        skip_if_too_old(str(error))
+        raise
     assert ran
     for _, code, printed in ran:
         assert [line for line in printed if not _DECORATION.match(line)] == promised(code)
 
 
-def test_the_example_runs() -> None:
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_the_example_runs(example: Path) -> None:
     """It needs neither a key nor a network, and ends well."""
-    for example in EXAMPLES:
-        done = subprocess.run(
-            [sys.executable, example], capture_output=True, text=True, check=False, timeout=100, cwd=ROOT
-        )
-        assert done.returncode == 0, done.stderr
-        wanted = re.search(r'Prints:\n\n(.*?)"""', example.read_text("utf-8"), re.DOTALL)
-        assert wanted is not None
-        printed = [line.strip() for line in done.stdout.splitlines() if line.startswith("> ")]
-        assert printed == [line.strip() for line in wanted[1].splitlines() if line.strip()]
+    done = subprocess.run(
+        [sys.executable, example], capture_output=True, text=True, check=False, timeout=100, cwd=ROOT
+    )
+    skip_if_too_old(done.stderr)
+    assert done.returncode == 0, done.stderr
+    wanted = re.search(r'Prints:\n\n(.*?)"""', example.read_text("utf-8"), re.DOTALL)
+    assert wanted is not None
+    printed = [line.strip() for line in done.stdout.splitlines() if line.startswith("> ")]
+    assert printed == [line.strip() for line in wanted[1].splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("example", RESEARCH, ids=lambda path: path.stem)
+async def test_a_worker_finishes_the_research_of_a_killed_one(example: Path, tmp_path: Path) -> None:
+    """A page that follows the run gets its text as it arrives, also from a worker that replaces a killed
+    one."""
+    url = f"sqlite:///{tmp_path / 'research.db'}"
+    command, env = [sys.executable, str(example)], {**os.environ, "RESEARCH_DB": url}
+    asked = subprocess.run(
+        [*command, "ask", "otters"], env=env, capture_output=True, text=True, check=False, timeout=100
+    )
+    skip_if_too_old(asked.stderr)
+    run_id, text, workers = asked.stdout.strip(), "", [subprocess.Popen([*command, "worker"], env=env)]
+    adapter = importlib.import_module(f"stroma.adapters.{NAME}")
+    answer = adapter.InterruptAnswer("yes") if NAME == "langgraph" else adapter.ToolApproval(approved=True)
+    runner = StromaRunner.quick(store=url)
+    try:
+        async for event in runner.follow(run_id):
+            if event.kind == "run_suspended":
+                workers[-1].kill()
+                await runner.signal(run_id, answer)
+                workers.append(subprocess.Popen([*command, "worker"], env=env))
+            elif event.kind == "node_event":
+                text += str(event.data)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    assert (len(workers), text) == (2, "It is published as number 1")
+
+
+def skip_if_too_old(message: str) -> None:
+    """Skip the test if a module needs a newer release than the lowest one."""
+    if "or newer; upgrade it" in message:
+        pytest.skip(message)

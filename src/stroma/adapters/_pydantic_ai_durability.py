@@ -86,9 +86,14 @@ class StromaDurability(BaseDurabilityCapability[Any]):
     are questions of the flow, answered with a ToolApproval or a ToolAnswer. Anywhere else the agent runs as
     it does without. Options of a tool: ToolOptions.
 
-    Keywords: ``models``, further models by the id with which a run selects one; ``event_stream_handler``, a
-    function that receives the events of streamed answers and of tools; ``name``, in place of the agent's.
+    Keywords: ``stream=True``, in a flow each answer is streamed in its step, which emits the text;
+    ``models``, further models by the id with which a run selects one; ``event_stream_handler``, a function
+    that receives the events of streamed answers and of tools; ``name``, in place of the agent's.
     """
+
+    def __init__(self, *, stream: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self._stream = stream
 
     engine_spec: ClassVar[DurabilityEngineSpec] = DurabilityEngineSpec(
         engine_name="Stroma",
@@ -139,6 +144,10 @@ class StromaDurability(BaseDurabilityCapability[Any]):
     def get_wrapper_model(self, model: Any) -> Any:
         """Have the step of a request report its usage."""
         return _StepModel(model) if is_in_step() else None
+
+    @property
+    def has_wrap_run_event_stream(self) -> bool:
+        return super().has_wrap_run_event_stream or (self._stream and self.in_durable_context)
 
     def _model_stream_event_handler(self) -> Any:
         """Return what reads a streamed answer in its step: it emits the text and calls the user's handler."""
