@@ -31,6 +31,7 @@ from stroma import (
     stroma_node,
 )
 from stroma.contracts.contract import NodeContract
+from stroma.engine.current import running_agent
 from stroma.telemetry import log_hooks, prometheus_hooks, sentry_hooks
 
 pytest_plugins = ["tests.receivers.fixtures"]
@@ -73,6 +74,10 @@ async def letters(flow: Flow, state: Num) -> Num:
     except StepFailed:
         pass
     await flow.run(Pipeline("steps", [first]), state)
+    with running_agent("clerk"):
+        await flow.step(first, state)
+        with running_agent("helper"):
+            await flow.step(first, state)
     return await flow.step(first, state)
 
 
@@ -91,6 +96,9 @@ SPANS = sorted(
         ("stroma.node right", GROUP),
         *[(f"invoke_workflow {part}", RUN) for part in ("inside", "steps")],
         ("stroma.map first", RUN),
+        ("invoke_agent clerk", RUN),
+        ("invoke_agent helper", "invoke_agent clerk"),
+        *[("stroma.node first", f"invoke_agent {agent}") for agent in ("clerk", "helper")],
         *[("stroma.node first", part) for part in ("invoke_workflow inside", "invoke_workflow steps")],
         *[("stroma.node first", "stroma.map first")] * 2,
     ],
@@ -176,6 +184,9 @@ async def test_sentry(sentry: RecordedSentry) -> None:
     expected = [
         *[("first", "first")] * 2,
         *[("first", f"invoke_agent {part}") for part in ("inside", "steps")],
+        *[("first", f"invoke_agent {agent}") for agent in ("clerk", "helper")],
+        ("invoke_agent clerk", "letters"),
+        ("invoke_agent helper", "invoke_agent clerk"),
         *[("first", "letters")] * 2,
         *[(f"invoke_agent {part}", "letters") for part in ("inside", "steps")],
         ("flaky", "letters"),
@@ -268,7 +279,9 @@ def test_datadog(datadog_agent: DatadogAgent, statsd: StatsdSocket) -> None:
         [
             ["letters", None],
             *[["first", "first"]] * 2,
-            *[["first", around] for around in ("inside", "letters", "letters", "steps")],
+            *[["first", around] for around in ("clerk", "helper", "inside", "letters", "letters", "steps")],
+            ["clerk", "letters"],
+            ["helper", "clerk"],
             ["inside", "letters"],
             ["steps", "letters"],
             ["flaky", "letters"],

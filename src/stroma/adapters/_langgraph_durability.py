@@ -28,6 +28,7 @@ from stroma.adapters._langgraph_steps import (
 )
 from stroma.adapters._langgraph_values import Classes, classes_in, messages_in
 from stroma.adapters.guard import UnknownNode
+from stroma.engine.current import AGENT, AgentRun, running_agent
 from stroma.runner.flows.body_loop import WITHOUT_THREADS, BodyLoop
 from stroma.runner.flows.flow import current_flow
 
@@ -85,7 +86,8 @@ def durable(graph: G, nodes: Mapping[str, Options] | None = None) -> G:
                 "interrupt_after; in a flow "
                 "the journal has its steps: compile it without, and call interrupt() in a node"
             )
-        return _in_body(inside.astream(input, merge_configs(self.config, config), **kwargs))
+        agent = AgentRun(self.name, AGENT.get()) if self.name != _UNNAMED else AGENT.get()
+        return _in_body(inside.astream(input, merge_configs(self.config, config), **kwargs), agent)
 
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_stroma_in_flow": inside}
     # A class, since LangGraph copies graphs by their attributes.
@@ -94,14 +96,15 @@ def durable(graph: G, nodes: Mapping[str, Options] | None = None) -> G:
     return cast("G", copied)
 
 
-async def _in_body(parts: Any) -> AsyncIterator[Any]:
+async def _in_body(parts: Any, agent: AgentRun | None) -> AsyncIterator[Any]:
     """Iterate over the stream of a graph, whose plain functions (edges, above all) run in the body."""
     loop = cast("BodyLoop", asyncio.get_running_loop())
     async with contextlib.aclosing(parts):
         while True:
             token = WITHOUT_THREADS.set(True)
             try:
-                part = await anext(parts, _END)
+                with running_agent(agent):
+                    part = await anext(parts, _END)
             finally:
                 WITHOUT_THREADS.reset(token)
                 asyncio.set_event_loop(loop.outer)  # LangGraph has set that of the body.

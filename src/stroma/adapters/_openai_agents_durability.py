@@ -56,6 +56,7 @@ from stroma.adapters._openai_agents_steps import (
     reached_agents,
 )
 from stroma.adapters.guard import UnknownNode
+from stroma.engine.current import AGENT, AgentRun, running_agent
 from stroma.runner.flows.flow import current_flow
 
 __all__ = ["DurableRunner", "ToolApproval", "ToolOptions"]
@@ -142,6 +143,7 @@ class _DurableRun:
         self.name = self.asking = agent.name
         self.arguments: dict[str, str] = {}
         self._runner = runner
+        self._agent_run = AgentRun(agent.name, AGENT.get())
         self._copies: dict[int, tuple[Any, Any]] = {}
         self._agent = self._copy_of(agent)
         config = options.get("run_config") or RunConfig()
@@ -173,7 +175,8 @@ class _DurableRun:
         names = _BESIDE_STATE if isinstance(input, RunState) else self._options
         token = _RUNNER.set(self._runner)
         try:
-            yield {name: self._options[name] for name in names if name in self._options}
+            with running_agent(self._agent_run):
+                yield {name: self._options[name] for name in names if name in self._options}
         finally:
             _RUNNER.reset(token)
 

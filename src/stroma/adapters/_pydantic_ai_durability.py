@@ -61,6 +61,7 @@ from stroma.adapters._durable_steps import (
     is_in_step,
 )
 from stroma.adapters._pydantic_ai_responses import emitting, usage_of
+from stroma.engine.current import running_agent
 from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.runner.flows.body_loop import BodyExecutor
 from stroma.runner.flows.flow import Flow, current_flow
@@ -138,7 +139,7 @@ class StromaDurability(BaseDurabilityCapability[Any]):
         """Run the agent; its plain functions that are not tools run in the body."""
         if current_flow() is None:
             return await super().wrap_run(ctx, handler=handler)
-        with Agent.using_thread_executor(_EXECUTOR):
+        with Agent.using_thread_executor(_EXECUTOR), running_agent(self.name):
             return await super().wrap_run(ctx, handler=handler)
 
     def get_wrapper_model(self, model: Any) -> Any:

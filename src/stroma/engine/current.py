@@ -6,10 +6,12 @@ is unknown here.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from contextvars import ContextVar, Token
 from typing import Any
 
-__all__ = ["ATTEMPT", "CURRENT", "RESERVED", "RUN", "leave"]
+__all__ = ["AGENT", "ATTEMPT", "CURRENT", "RESERVED", "RUN", "AgentRun", "leave", "running_agent"]
 
 #: The NodeExecution around this code, or None.
 CURRENT: ContextVar[Any] = ContextVar("stroma_current_node", default=None)
@@ -23,6 +25,30 @@ RUN: ContextVar[Any] = ContextVar("stroma_current_run", default=None)
 
 #: The permits of the attempts around this code, see :class:`stroma.engine.admission.Permit`.
 RESERVED: ContextVar[tuple[Any, ...]] = ContextVar("stroma_reserved", default=())
+
+
+class AgentRun:
+    """A run of an agent in the body of a flow, whose requests and tools are steps.
+
+    ``outer``: the run of the agent that called it.
+    """
+
+    def __init__(self, name: str, outer: AgentRun | None) -> None:
+        self.name, self.outer = name, outer
+
+
+#: The innermost run of an agent around this code, or None.
+AGENT: ContextVar[AgentRun | None] = ContextVar("stroma_agent_run", default=None)
+
+
+@contextlib.contextmanager
+def running_agent(agent: AgentRun | str | None) -> Iterator[None]:
+    """Have the code inside be part of an agent's run; with a name of a new one."""
+    token = AGENT.set(AgentRun(agent, AGENT.get()) if isinstance(agent, str) else agent)
+    try:
+        yield
+    finally:
+        leave(token)
 
 
 def leave(token: Token[Any]) -> None:

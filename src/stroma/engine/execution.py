@@ -14,7 +14,7 @@ from stroma.contracts.node import held_by, output_class
 from stroma.contracts.schema import Schema, Snapshot, describe_error, schema_of
 from stroma.cost.budget import limits
 from stroma.cost.usage import Report, Usage, UsageError, check_usage, report_of, report_of_figures, shown
-from stroma.engine.current import CURRENT, RUN
+from stroma.engine.current import AGENT, CURRENT, RUN
 from stroma.engine.emitted import emit_event
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import Failure
@@ -226,11 +226,14 @@ class NodeExecution:
 
     @property
     def agent(self) -> str | None:
-        """Id of the innermost agent around it, which is itself if it is one; None outside of agents."""
+        """Name of the innermost agent around it, which is itself if it is one; None outside of agents."""
         node: NodeExecution | None = self
         while node is not None and node.role != "agent":
             node = node.parent
-        return None if node is None else node.node_id
+        if node is not None:
+            return node.node_id
+        around = AGENT.get()
+        return None if around is None else around.name
 
     @property
     def outcome(self) -> Outcome | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic, perf_counter, time_ns
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 from urllib.parse import unquote
 
 from stroma._utils.logs import get_logger
@@ -18,6 +18,7 @@ from stroma.checkpoint.identity import is_called
 from stroma.checkpoint.queue import QueueReading
 from stroma.engine import tasks
 from stroma.engine.context import ReliabilityContext
+from stroma.engine.current import AGENT, AgentRun
 from stroma.engine.execution import NodeExecution, current_node_or_none, current_run
 from stroma.failures.classes import FailureClass
 from stroma.hooks.sets import NodeHooks
@@ -98,16 +99,24 @@ def is_returned(run: ReliabilityContext) -> bool:
 
 
 class FlowPart(NamedTuple):
-    """A part of a flow: a flow or pipeline inside it, or a map. It calls no hooks; places of steps tell it.
+    """A part of a flow: a flow or pipeline inside it, a map, or a run of an agent. It calls no hooks.
+
+    Places of steps tell the first two, and the context of a step its agent.
 
     Attributes:
-        branch: the place of its call.
-        name: the flow or pipeline, or the node that a map runs; of a call with a key the key.
+        branch: the place of its call; of an agent the place around its first step.
+        name: the flow or pipeline, or the node that a map runs; of a call with a key the key; the agent.
     """
 
     branch: str
     name: str
-    is_map: bool
+    kind: Literal["flow", "map", "agent"]
+
+    @property
+    def operation(self) -> dict[str, str]:
+        """Names of the conventions; {} for a map."""
+        operation = {"flow": "invoke_workflow", "agent": "invoke_agent"}.get(self.kind)
+        return {"gen_ai.operation.name": operation, "gen_ai.agent.name": self.name} if operation else {}
 
 
 def _part_around(branch: str) -> FlowPart | None:
@@ -118,8 +127,9 @@ def _part_around(branch: str) -> FlowPart | None:
     # "{task}/{kind}{name}#{number or key}", and "@{input}" behind it where that is in the identity.
     call = outer.rpartition(".")[2].rpartition("/")[2].partition("@")[0]
     name, _, number = call.partition("#")
-    is_map = name.startswith("*")
-    return FlowPart(outer, unquote(name.removeprefix("*") or number), is_map)
+    return FlowPart(
+        outer, unquote(name.removeprefix("*") or number), "map" if name.startswith("*") else "flow"
+    )
 
 
 class Observer:
@@ -230,7 +240,12 @@ class Observer:
                 return note
             branch, parent = parent.branch if parent.node_id else branch, parent.parent
         of_run = node.ctx.notes.get(self)
-        return of_run if of_run is None or not branch else self._around_place(node.ctx, branch, of_run)
+        if of_run is None or not branch:
+            return of_run
+        agent = AGENT.get()
+        if agent is not None:
+            return self._around_step(node.ctx, agent, branch, of_run)
+        return self._around_place(node.ctx, branch, of_run)
 
     def lost_root(self, run: ReliabilityContext) -> tuple[str, int] | None:
         """Return the ids of the root that a killed process of a run could not end, and its start in ns.
@@ -245,11 +260,25 @@ class Observer:
         part = _part_around(branch)
         if part is None:
             return of_run
-        parts: dict[str, list[Any]] = run.notes.setdefault((self, "parts"), {})
-        if part.branch not in parts:
-            above = self._around_place(run, part.branch, of_run)
-            parts[part.branch] = [self.part_started(run, part, above), 0]
-        return parts[part.branch][0] or of_run
+        return self._part(run, part.branch, part, partial(self._around_place, run, part.branch, of_run))
+
+    def _around_step(self, run: ReliabilityContext, agent: AgentRun, branch: str, of_run: Any) -> Any:
+        """Return the note for the run of an agent around a step, begun by its first one."""
+        part, outer = FlowPart(branch.rpartition(".")[0], agent.name, "agent"), agent.outer
+        if outer is None:
+            above = partial(self._around_place, run, branch, of_run)
+        else:
+            above = partial(self._around_step, run, outer, branch, of_run)
+        return self._part(run, agent, part, above)
+
+    def _part(
+        self, run: ReliabilityContext, key: str | AgentRun, part: FlowPart, above: Callable[[], Any]
+    ) -> Any:
+        parts: dict[str | AgentRun, list[Any]] = run.notes.setdefault((self, "parts"), {})
+        if key not in parts:
+            around = above()
+            parts[key] = [self.part_started(run, part, around), 0]
+        return parts[key][0] or above()
 
     def ended_parts(self, run: ReliabilityContext) -> list[tuple[Any, int]]:
         """Return the notes for the parts of a flow that ends, innermost first, and the ends of their steps.
@@ -356,10 +385,17 @@ class Observer:
     def _end_node(self, node: NodeExecution) -> None:
         self.node_ended(node)
         parts, branch = node.ctx.notes.get((self, "parts")), node.branch
-        while parts and branch:
+        if not parts:
+            return
+        while branch:
             branch = branch.rpartition(".")[0]
             if branch in parts:
                 parts[branch][1] = time_ns()
+        agent = AGENT.get()
+        while agent is not None:
+            if agent in parts:
+                parts[agent][1] = time_ns()
+            agent = agent.outer
 
     def _safely(self, event: str, call: Callable[..., None], about: Any, *arguments: Any) -> None:
         """Call a method; count its exceptions and log one of each kind: a dead backend always fails."""

@@ -40,6 +40,7 @@ from tests.frameworks.crewai import test_crewai
 from tests.frameworks.dspy import test_dspy
 from tests.frameworks.google_adk import test_google_adk
 from tests.frameworks.haystack import test_haystack
+from tests.frameworks.instrumented.provider import provider_of
 from tests.frameworks.kit import guard_of, result_of
 from tests.frameworks.langchain import test_langchain
 from tests.frameworks.langgraph import test_langgraph
@@ -50,44 +51,6 @@ from stroma.adapters import Guard
 from stroma.telemetry import otel_hooks
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(300)]
-
-
-def completion(answer: Any) -> dict[str, Any]:
-    """Return the response of OpenAI's API to a request: a text, or a call of a tool."""
-    message: dict[str, Any] = {"role": "assistant"}
-    if isinstance(answer, str):
-        message["content"] = answer
-    else:
-        function = {"name": answer[0], "arguments": json.dumps(answer[1])}
-        message["tool_calls"] = [{"index": 0, "id": "call", "type": "function", "function": function}]
-    return {
-        "id": "1",
-        "object": "chat.completion",
-        "created": 0,
-        "model": "gpt-4o",
-        "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
-        "usage": {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10},
-    }
-
-
-def provider_of(*answers: Any) -> httpx.MockTransport:
-    """Answer requests in place of OpenAI's servers, with a stream where one is asked for."""
-    left = list(answers)
-
-    def complete(request: httpx.Request) -> httpx.Response:
-        whole = completion(left.pop(0))
-        if not json.loads(request.content).get("stream"):
-            return httpx.Response(200, json=whole)
-        (choice,) = whole["choices"]
-        part = {"index": 0, "delta": choice["message"], "finish_reason": "stop"}
-        chunk = {**whole, "object": "chat.completion.chunk", "choices": [part]}
-        return httpx.Response(
-            200,
-            text=f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n",
-            headers={"content-type": "text/event-stream"},
-        )
-
-    return httpx.MockTransport(complete)
 
 
 class OpenAIAgents(test_openai_agents.TestOpenAIAgents):

@@ -175,14 +175,13 @@ class Datadog(MetricsObserver):
     def part_started(
         self, run: ReliabilityContext, part: FlowPart, around: _RunSpan | _NodeSpan
     ) -> _NodeSpan:
-        name = "stroma.map" if part.is_map else "stroma.flow"
+        name = f"stroma.{part.kind}"
         span = self._tracer.start_span(
             name, child_of=around.span, service=self._service, resource=part.name, activate=False
         )
         for key, value in (("run.id", run.run_id), ("pipeline", run.pipeline), ("node.branch", part.branch)):
             span.set_tag(f"stroma.{key}", value)
-        if not part.is_map:
-            span.set_tags({"gen_ai.operation.name": "invoke_workflow", "gen_ai.agent.name": part.name})
+        span.set_tags(part.operation)
         _attribute(span, run)
         return _NodeSpan(span)
 

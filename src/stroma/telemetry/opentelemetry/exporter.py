@@ -282,16 +282,16 @@ class OpenTelemetry(MetricsObserver):
     ) -> NodeSpan | None:
         if around.span is None:
             return None
-        flow = {"gen_ai.operation.name": "invoke_workflow", "gen_ai.agent.name": part.name}
+        operation = part.operation or {"stroma.node.id": part.name, "stroma.node.kind": "group"}
         return NodeSpan(
             self._tracer.start_span(
-                f"{'stroma.map' if part.is_map else 'invoke_workflow'} {part.name}",
+                f"{operation.get('gen_ai.operation.name', 'stroma.map')} {part.name}",
                 context=trace.set_span_in_context(around.span),
                 attributes={
                     "stroma.node.branch": part.branch,
-                    **({"stroma.node.id": part.name, "stroma.node.kind": "group"} if part.is_map else flow),
+                    **operation,
                     **about_run(run),
-                    **self._kind_of(None),
+                    **self._kind_of("agent" if part.kind == "agent" else None),
                 },
             )
         )

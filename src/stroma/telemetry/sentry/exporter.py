@@ -293,10 +293,12 @@ class Sentry(Observer):
         of_run: RunScope = run.notes[self]
         of_part, spans = NodeScope(None, scope, of_run), self._spans
         name, op = (
-            (part.name, "function") if part.is_map else (f"invoke_agent {part.name}", "gen_ai.invoke_agent")
+            (part.name, "function")
+            if part.kind == "map"
+            else (f"invoke_agent {part.name}", "gen_ai.invoke_agent")
         )
         of_part.span = span = spans.start(scope, name, op, around.span, None)
-        if not part.is_map:
+        if part.kind != "map":
             spans.put(span, "gen_ai.operation.name", "invoke_agent")
             spans.put(span, "gen_ai.agent.name", part.name)
         spans.put(span, "stroma.node.branch", part.branch)
