@@ -30,49 +30,20 @@ def change(stroma, old, new, name="changed.py"):
     (stroma.home / name).write_text(text.replace(old, new) + "\n# changed\n")
 
 
-def test_unchanged_code_goes_the_same_way(recorded, inside):
-    """No node is called, nothing is printed on stdout, and the exit code is 0."""
-    done = inside("replay", "run-a", "sums.py:pipeline")
-    assert (done.code, done.out) == (0, ""), done
-    assert "run run-a: COMPLETED then, COMPLETED now (135 tok," in done.err
-    assert "the code behaves as it did" in done.err
-    assert recorded.calls() == []
-
-
-def test_code_that_behaves_differently_ends_with_6(recorded, inside):
-    """Each difference is a line on stdout: its kind, its place and what it is."""
+def test_what_is_printed(recorded, golden):
+    """Code that goes the same way ends with 0, other code with 6, and each difference is a line on stdout;
+    --json is one object. No node is called."""
     change(recorded, "class Sum(BaseModel):\n    n: int", "class Sum(BaseModel):\n    n: int = Field(lt=4)")
-    done = inside("replay", "run-a", "changed.py:pipeline")
-    assert done.code == 6, done
-    lines = [line.split(None, 3) for line in done.out.splitlines()]
-    assert ["contract", "1", "second"] in [line[:3] for line in lines]
-    assert "n: Input should be less than 4" in done.out
-    assert recorded.calls() == []
     change(recorded, "max_retries=1", "max_retries=0", "fewer.py")
-    done = inside("replay", "run-a", "fewer.py:pipeline")
-    assert done.code == 6
-    assert "decision  1 second  " in done.out
-    assert "attempts: 2 -> 1" in done.out
-    assert "status    COMPLETED -> PARTIAL" in done.out
-    assert "2 differences" in done.err
-
-
-def test_json(recorded, inside):
-    """One object with a schema, and the exit code all the same."""
-    done = inside("replay", "run-a", "sums.py:pipeline", "--json")
-    data = json.loads(done.out)
-    assert (done.code, data["schema"], data["same"], data["differences"]) == (0, "stroma.replay/1", True, [])
-    assert (data["run_id"], data["then"], data["now"], data["called"]) == (
-        "run-a",
-        "COMPLETED",
-        "COMPLETED",
-        [],
+    golden(
+        "replay",
+        *(
+            f"replay run-a {name}.py:pipeline{json}"
+            for name in ("sums", "changed", "fewer")
+            for json in ("", " --json")
+        ),
     )
-    assert (data["final_state"], data["tokens"]) == ({"n": 4}, 135)
-    change(recorded, "max_retries=1", "max_retries=0")
-    done = inside("replay", "run-a", "changed.py:pipeline", "--json")
-    assert done.code == 6
-    assert [one["kind"] for one in json.loads(done.out)["differences"]] == ["decision", "status"]
+    assert recorded.calls() == []
 
 
 def test_from_a_node_on_nodes_are_called(recorded, inside):

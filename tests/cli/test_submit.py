@@ -16,42 +16,16 @@ DB = ("--db", "runs.db")
 INPUT = '{"start": 3}'
 
 
-def test_a_submitted_run_is_driven(stroma, inside):
-    """`submit` prints the id of a queued run; `drive` executes it, and says how it ended, each time it is
-    called."""
-    done = inside("submit", "sums.py:pipeline", INPUT, "--run-id", "r", "--tag", "nightly", *DB)
-    assert (done.code, done.out) == (0, "r\n")
-    assert "queued for a worker: stroma worker sums.py:pipeline --db runs.db" in done.err
-    shown = inside("show", "r", *DB)
-    assert "status    QUEUED" in shown.out
-    assert "stroma worker FILE.py:NAME --db runs.db" in shown.err
+def test_a_submitted_run_is_driven(stroma, inside, fails, golden):
+    """`submit` prints the id of a queued run, again for the same input; `drive` executes it, and says how it
+    ended, each time it is called."""
+    submit = f"submit sums.py:pipeline '{INPUT}' --run-id r --tag nightly --db runs.db"
+    golden("queued", submit, f"{submit} --json", "show r --db runs.db", columns=(120,))
     assert stroma.calls() == []
-    for calls in (["first", "second", "third"],) * 2:
-        done = inside("drive", "r", "sums.py:pipeline", "--json", *DB)
-        assert (done.code, json.loads(done.out)) == (
-            0,
-            {"schema": "stroma.drive/1", "run_id": "r", "outcome": "ended", "status": "COMPLETED"},
-        )
-        assert "run r has ended: COMPLETED" in done.err
-        assert stroma.calls() == calls
+    drive = "drive r sums.py:pipeline --db runs.db"
+    golden("driven", drive, f"{drive} --json", submit, columns=(120,))
+    assert stroma.calls() == ["first", "second", "third"]
     assert "r " in inside("runs", "--tag", "nightly", *DB).out
-
-
-def test_submitting_again(stroma, inside, fails):
-    """The same submission is the same run; another input is refused with exit code 2."""
-    words = ("submit", "sums.py:pipeline", INPUT, "--run-id", "r", *DB)
-    inside(*words)
-    done = inside(*words, "--json")
-    assert json.loads(done.out) == {
-        "schema": "stroma.submit/1",
-        "run_id": "r",
-        "pipeline": "sums",
-        "status": "QUEUED",
-    }
-    inside("drive", "r", "sums.py:pipeline", *DB)
-    done = inside(*words)
-    assert (done.code, done.out) == (0, "r\n")
-    assert "the run exists already, its status is COMPLETED: stroma show r" in done.err
     fails(inside("submit", "sums.py:pipeline", '{"start": 4}', "--run-id", "r", *DB), 2, "another input")
     fails(inside("submit", "sums.py:pipeline", '{"start": "x"}', *DB), 2, "start")
 

@@ -193,7 +193,7 @@ class RunReport:
             for line in last_frame(shown, of_any=False):
                 err.line(f"  {line}")
             if self.exceeded not in (None, failure.exception):
-                err.line(f"  and: {self.exceeded}")
+                err.wrapped(f"  and: {self.exceeded}")
             if is_debugging():
                 err.write("".join(traceback.format_exception(shown)))
         stored = "; finished nodes are stored" if self.db.is_durable else ""
@@ -224,7 +224,7 @@ class RunReport:
         err.line(("suspended", "yellow"), f": run {clean(run_id)} is {clean(what, 1000)}")
         waiting = unanswered(self.waiting)
         for one in waiting:
-            err.line(f"  {place_text(one)}: {question_text(one, 1000)}  (asks for {answer_type(one)})")
+            err.fitted(f"  {place_text(one)}: {question_text(one, 1000)}  (asks for {answer_type(one)})")
         for reason in reasons if not waiting and len(reasons) > 1 else ():
             err.line(f"  {clean(reason, 1000)}")
         if self.db.is_durable:
@@ -236,7 +236,8 @@ class RunReport:
         result = self.result
         if result.unpriced_models:
             models = ", ".join(clean(model, 60) for model in result.unpriced_models)
-            err.line(("  note: ", "yellow"), f"no price for {models}, counted as $0; add it to KNOWN_MODELS")
+            note: Part = ("  note: ", "yellow")
+            err.fitted(note, f"no price for {models}, counted as $0; add it to KNOWN_MODELS")
         if result.failed_items:
             err.line(
                 ("  note: ", "yellow"),

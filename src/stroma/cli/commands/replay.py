@@ -97,7 +97,8 @@ def replay_run(recorded: RecordedRun, pipeline: Pipeline, **options: Any) -> Rep
 def _print_replay(outcome: Replay, start_at: str | None) -> None:
     for difference in outcome.differences:
         where = f"{difference.at} {clean(difference.node_id, 60)}  " if difference.at else ""
-        out.line((f"{difference.kind:<9}", "yellow"), f" {where}{clean(difference.message, 1000)}")
+        kind = (f"{difference.kind:<9}", "yellow")
+        out.fitted(kind, f" {where}{clean(difference.message, 1000)}", indent=10)
     result, run_id = outcome.result, clean(outcome.recorded.run_id)
     spent = f"{format_tokens(result.total_tokens)}, {format_usd(result.total_cost_usd)}"
     err.line(
