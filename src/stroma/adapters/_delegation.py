@@ -73,7 +73,8 @@ def guard_methods(
                 for view, of_arguments in views.items()
                 if of_arguments is not None
             }
-            step = guard.wrap(step_id, _noted(around(bare)), **{"input_view": arguments_of(bare)} | about)
+            options: dict[str, Any] = {"input_view": arguments_of(bare), **about}
+            step = guard.wrap(step_id, _noted(around(bare)), **options)
             steps.guarded[name] = steps.by_name[name] = step
             _ask_object(owner, name, bare)
     return owner
