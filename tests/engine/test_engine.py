@@ -4,6 +4,7 @@ ids, runs."""
 import asyncio
 import contextvars
 import functools
+import inspect
 import logging
 import math
 import threading
@@ -37,6 +38,7 @@ from stroma import (
     InMemoryStore,
     NodeContext,
     NodeContract,
+    NodeExecution,
     NodeHooks,
     Pipeline,
     ReliabilityContext,
@@ -50,6 +52,7 @@ from stroma import (
     execute_step,
     stroma_node,
 )
+from stroma.engine.execution import RunningNode
 
 R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
 
@@ -1337,3 +1340,21 @@ async def test_a_method_that_was_marked_in_its_class() -> None:
 
     result = await StromaRunner.quick().run([Steps(2).add, Steps(3).add], Num(n=0))
     assert result.final_state == Num(n=5), result.failure
+
+
+#: The names of the page of NodeExecution: what completion shows behind ``current_node().``.
+SHOWN = (
+    "at_end attempt branch ctx duration_ms emit function_ms idempotency_key kind last_failure model "
+    "node_id notes outcome pipeline position question reason redelivered remaining_budget report_usage "
+    "run_id signal started_ns usage wait_for"
+)
+
+
+def test_the_class_that_users_see_has_the_documented_names_only() -> None:
+    """Completion after ``current_node().`` shows the names of the documentation; the engine's own are those
+    of a subclass, which no published function returns by type."""
+    names = {name for name in (*dir(NodeExecution), *NodeExecution.__annotations__) if name[0] != "_"}
+    assert sorted(names) == SHOWN.split()
+    for function in (current_node, current_node_or_none):
+        assert "RunningNode" not in str(inspect.signature(function).return_annotation)
+    assert {"rows", "reported", "is_final"} <= set(dir(RunningNode)) - names

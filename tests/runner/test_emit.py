@@ -18,7 +18,6 @@ from stroma import (
     CheckpointManager,
     ContractRegistry,
     InMemoryStore,
-    NodeExecution,
     NodeHooks,
     ReliabilityContext,
     RunConfig,
@@ -30,6 +29,7 @@ from stroma import (
     map_over,
     parallel,
 )
+from stroma.engine.execution import RunningNode
 from stroma.runner.events import MAX_EMITTED, EventHub
 
 
@@ -182,13 +182,13 @@ async def test_a_reader_that_stands_still() -> None:
     assert numbers == sorted(set(numbers))
 
 
-def started_hub() -> tuple[EventHub, NodeExecution]:
+def started_hub() -> tuple[EventHub, RunningNode]:
     """Return a hub with a running attempt "1-1", and its node."""
     hub = EventHub()
     hub.publish("node_start", "run", "a", attempt_id="1-1")
     manager = CheckpointManager(InMemoryStore())
     context = ReliabilityContext.for_run(RunConfig(), ContractRegistry(), manager)
-    return hub, NodeExecution(context, "a", "node", 0, "")
+    return hub, RunningNode(context, "a", "node", 0, "")
 
 
 async def test_drops_are_counted_each_time() -> None:

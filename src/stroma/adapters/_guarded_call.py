@@ -40,7 +40,7 @@ from stroma.cost.usage import UsageError
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT
 from stroma.engine.effects import UnknownOutcome
-from stroma.engine.execution import NodeExecution, current_node_or_none
+from stroma.engine.execution import RunningNode, running_node
 from stroma.engine.loop import execute
 from stroma.engine.outcome import GroupStopped, Halt, Place
 from stroma.failures.classes import FailureClass
@@ -61,7 +61,7 @@ class StepOwner(Protocol):
     def note(self, halt: Halt) -> None: ...
     async def open(self, first: Call | None = None) -> None: ...
     def place(
-        self, parent: NodeExecution | None, step_id: str, state: BaseModel
+        self, parent: RunningNode | None, step_id: str, state: BaseModel
     ) -> tuple[int, str, StepCall | None]: ...
     def refusal(self, step_id: str) -> Halt | None: ...
 
@@ -103,9 +103,9 @@ class Call:
         self.count = 0
         #: The usage in `chunks`, those of the present attempt, is counted.
         self.is_counted = False
-        self.execution: NodeExecution | None = None
+        self.execution: RunningNode | None = None
         #: The node of another run that makes this call.
-        self.around: NodeExecution | None = None
+        self.around: RunningNode | None = None
 
     # ------------------------------------------------------------------ kinds of callables
 
@@ -271,7 +271,7 @@ class Call:
         run, step = self.run, self.step
         await run.open(self)
         ctx = run.ctx
-        parent = current_node_or_none()
+        parent = running_node()
         if parent is not None and parent.ctx is not ctx:
             self.around, parent = parent, None
         halts = run.halts if parent is None else InnerCalls.of(parent).halts
@@ -372,9 +372,7 @@ class Call:
             return self.chunks
         return {"chunks": self.count} if value is None else value
 
-    def _output_of(
-        self, execution: NodeExecution, value: Any, contract: NodeContract[Any, Any] | None
-    ) -> Any:
+    def _output_of(self, execution: RunningNode, value: Any, contract: NodeContract[Any, Any] | None) -> Any:
         """Return the output for the engine, with the usage that inner calls have not counted."""
         output = made_by(self._view("output", self.step.output_view, value), contract)
         if self.step.messages is not None:
@@ -387,7 +385,7 @@ class Call:
 
     def _handle_error(
         self,
-        execution: NodeExecution,
+        execution: RunningNode,
         inner: InnerCalls,
         error: BaseException,
         contract: NodeContract[Any, Any] | None,

@@ -26,7 +26,7 @@ from stroma.contracts.tagged_json import NotSerialisable
 from stroma.cost.prices import cost_of
 from stroma.cost.usage import Usage, as_report
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import RunningNode
 from stroma.engine.lifecycle import (
     announce_start,
     call_end_hooks,
@@ -262,7 +262,7 @@ class GuardedRun:
         )
 
     def place(
-        self, parent: NodeExecution | None, step_id: str, state: BaseModel
+        self, parent: RunningNode | None, step_id: str, state: BaseModel
     ) -> tuple[int, str, StepCall | None]:
         """Return position and branch of a step for an input, and its identity in plain code."""
         digest = _digest(state)

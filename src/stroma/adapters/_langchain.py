@@ -21,7 +21,7 @@ from stroma.adapters._step import emit_text, mark_published, report_uncounted, s
 from stroma.cost.prices import cost_of
 from stroma.cost.tracker import CostTracker
 from stroma.cost.usage import Usage, tier_of
-from stroma.engine.execution import NodeExecution, current_node_or_none
+from stroma.engine.execution import RunningNode, running_node
 from stroma.telemetry.messages import note_request
 
 __all__ = ["acounted", "answer_of", "asked_of", "counted", "counting", "result_of", "update"]
@@ -32,7 +32,7 @@ _END: Final = object()
 class _ModelCall(NamedTuple):
     """A call of a model: who makes it, and how many texts of other models that step had emitted before."""
 
-    asked_by: NodeExecution | GuardedRun
+    asked_by: RunningNode | GuardedRun
     streamed: int
 
 
@@ -51,11 +51,11 @@ class _Counter(BaseCallbackHandler):
         self._calls: dict[UUID, _ModelCall] = {}
 
     def on_chat_model_start(self, _: Any, messages: Any, *, run_id: UUID, **__: Any) -> None:
-        asking = current_node_or_none() or active_run()  # Edges call models too.
+        asking = running_node() or active_run()  # Edges call models too.
         if asking is not None:
             _refuse_beyond_budget(asking)
             streamed = 0
-            if isinstance(asking, NodeExecution):
+            if isinstance(asking, RunningNode):
                 note_request(asking, messages)
                 streamed = streams_inside(asking)
             self._calls[run_id] = _ModelCall(asking, streamed)
@@ -72,7 +72,7 @@ class _Counter(BaseCallbackHandler):
     def _emit(self, run_id: UUID, text: Any) -> None:
         mark_published()  # Models stream only where somebody listens.
         call = self._calls.get(run_id)
-        if call is None or not text or not isinstance(call.asked_by, NodeExecution):
+        if call is None or not text or not isinstance(call.asked_by, RunningNode):
             return
         if streams_inside(call.asked_by) == call.streamed:  # Else a step of litellm inside has emitted it.
             emit_text(call.asked_by, text)
@@ -82,24 +82,24 @@ class _Counter(BaseCallbackHandler):
         if call is None:
             return
         asked_by = call.asked_by
-        if isinstance(asked_by, NodeExecution):
+        if isinstance(asked_by, RunningNode):
             asked_by.note_response(response)
         used = _usage_of(response)
-        if used is not None and isinstance(asked_by, NodeExecution):
+        if used is not None and isinstance(asked_by, RunningNode):
             report_uncounted(asked_by, used)
         elif used is not None:
             asked_by.report_usage(used)
         elif asked_by.ctx.account.limits:
             asked_by.ctx.run_logger.warning(
                 "a model call in %s does not say what it used: it counts as 0 against the budget",
-                f"node {asked_by.node_id!r}" if isinstance(asked_by, NodeExecution) else "no node",
+                f"node {asked_by.node_id!r}" if isinstance(asked_by, RunningNode) else "no node",
             )
 
     def on_llm_error(self, *_: Any, run_id: UUID, **__: Any) -> None:
         self._calls.pop(run_id, None)
 
 
-def _refuse_beyond_budget(asking: NodeExecution | GuardedRun) -> None:
+def _refuse_beyond_budget(asking: RunningNode | GuardedRun) -> None:
     """Check the budget before each model call, as a node may make many before the engine's own check."""
     ctx = asking.ctx
     if isinstance(asking, GuardedRun):
@@ -113,7 +113,7 @@ def _refuse_beyond_budget(asking: NodeExecution | GuardedRun) -> None:
     ahead.prior_tokens = spent.prior_tokens + spent.total_tokens
     ahead.prior_cost_usd = spent.prior_cost_usd + spent.total_cost_usd
     ahead.prior_latency_ms = spent.latency_ms
-    node: NodeExecution | None = asking
+    node: RunningNode | None = asking
     while node is not None:
         for report in node.reported or ():
             ahead.spend(report[0] + report[1], cost_of(report) or 0.0)

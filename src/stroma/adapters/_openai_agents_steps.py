@@ -131,7 +131,7 @@ class DurableModel(Proxy):
 
         async def work() -> Any:
             model = self._serving()
-            note_request(current_node(), _input_of(args, kwargs))
+            note_request(current_node()._own, _input_of(args, kwargs))
             response = await model.get_response(*args, **kwargs)
             current_node().report_usage(response, model=_name_of(model))
             fields = {one.name: getattr(response, one.name) for one in dataclasses.fields(ModelResponse)}
@@ -147,7 +147,7 @@ class DurableModel(Proxy):
             return
 
         async def work() -> Any:
-            model, node, events, response = self._serving(), current_node(), list[Any](), None
+            model, node, events, response = self._serving(), current_node()._own, list[Any](), None
             note_request(node, _input_of(args, kwargs))
             async for event in model.stream_response(*args, **kwargs):
                 if event.type == "response.output_text.delta":

@@ -62,7 +62,7 @@ from stroma.adapters._durable_steps import (
 )
 from stroma.adapters._pydantic_ai_responses import emitting, usage_of
 from stroma.engine.current import running_agent
-from stroma.engine.execution import NodeExecution, current_node_or_none
+from stroma.engine.execution import RunningNode, running_node
 from stroma.runner.flows.body_loop import BodyExecutor
 from stroma.runner.flows.flow import Flow, current_flow
 from stroma.telemetry.messages import note_request
@@ -319,7 +319,7 @@ class _StepModel(WrapperModel):
         return self.wrapped if fallback is None else infer_model(fallback)
 
 
-def _node() -> NodeExecution:
-    node = current_node_or_none()
+def _node() -> RunningNode:
+    node = running_node()
     assert node is not None  # It is made in a step.
     return node

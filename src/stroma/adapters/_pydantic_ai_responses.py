@@ -10,12 +10,12 @@ from pydantic_ai.messages import PartDeltaEvent, PartStartEvent, TextPart, TextP
 
 from stroma.adapters._step import emit_delta
 from stroma.cost.usage import Usage, cost_of_call, tier_of
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import RunningNode
 
 __all__ = ["emitting", "usage_of"]
 
 
-async def emitting(events: AsyncIterator[Any], node: NodeExecution) -> AsyncIterator[Any]:
+async def emitting(events: AsyncIterator[Any], node: RunningNode) -> AsyncIterator[Any]:
     """Yield the events of a streamed response, and emit the text in them on a node."""
     async for event in events:
         if isinstance(event, PartStartEvent) and isinstance(event.part, TextPart):

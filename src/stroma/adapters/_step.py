@@ -13,7 +13,7 @@ from stroma.checkpoint.identity import StepCalls
 from stroma.contracts.contract import NodeContract, Role
 from stroma.contracts.copying import replace_records
 from stroma.cost.usage import Usage, usage_from
-from stroma.engine.execution import NodeExecution, current_node_or_none
+from stroma.engine.execution import RunningNode, running_node
 from stroma.engine.outcome import Halt
 from stroma.trace.events import AttemptRow, TraceEvent
 
@@ -134,7 +134,7 @@ class InnerCalls:
         self.halts: Halts = []
 
     @classmethod
-    def of(cls, execution: NodeExecution) -> InnerCalls:
+    def of(cls, execution: RunningNode) -> InnerCalls:
         """Return the state for the current attempt of an execution."""
         inner: InnerCalls = execution.notes.setdefault(cls, cls())
         if inner.calls is not execution.calls:  # Each attempt has its own calls.
@@ -149,13 +149,13 @@ def copy_for_retries(state: Any) -> Any:
 
 def input_of_attempt(state: Any, original: Any) -> Any:
     """Return the state, or for a further attempt a copy of the original, which the first may have changed."""
-    node = current_node_or_none()
+    node = running_node()
     return state if node is None or node.attempt == 1 else copy_for_retries(original)
 
 
 def mark_published() -> None:
     """Mark the current steps: their caller has received a part of the result, so none is attempted again."""
-    execution = current_node_or_none()
+    execution = running_node()
     while execution is not None:
         InnerCalls.of(execution).is_published = True
         execution = execution.parent
@@ -190,13 +190,13 @@ _COUNTED_INSIDE: Final = "usage that litellm has counted"
 
 def note_counted(usage: Usage) -> None:
     """Note on the step around the current one that litellm has counted this call, lest its framework does."""
-    node = current_node_or_none()
+    node = running_node()
     if node is not None and node.parent is not None:
         counted = node.parent.notes.setdefault(_COUNTED_INSIDE, [])
         counted.append((usage.input_tokens, usage.output_tokens))
 
 
-def report_uncounted(node: NodeExecution, usage: Usage) -> None:
+def report_uncounted(node: RunningNode, usage: Usage) -> None:
     """Report a framework's usage of one model call on its step, unless litellm inside has counted it."""
     try:
         node.notes.get(_COUNTED_INSIDE, []).remove((usage.input_tokens, usage.output_tokens))
@@ -204,7 +204,7 @@ def report_uncounted(node: NodeExecution, usage: Usage) -> None:
         node.report_usage(usage)
 
 
-def own_usage(step: GuardedStep, response: Any, execution: NodeExecution) -> Any:
+def own_usage(step: GuardedStep, response: Any, execution: RunningNode) -> Any:
     """Return the usage in a response of a step that the calls inside have not counted, or None."""
     if response is None or not step.usage_includes_calls:
         return response
@@ -223,18 +223,18 @@ _STREAMED_INSIDE: Final = "texts that models inside have emitted"
 _AROUND: Final = "node of another run around this one"
 
 
-def note_around(node: NodeExecution, around: NodeExecution) -> None:
+def note_around(node: RunningNode, around: RunningNode) -> None:
     """Note on the outermost step of a run the node of another run that called it: it emits the same text."""
     node.notes[_AROUND] = around
 
 
-def streams_inside(node: NodeExecution) -> int:
+def streams_inside(node: RunningNode) -> int:
     """Return how many texts of streamed answers models directly inside a node have emitted."""
     count: int = node.notes.get(_STREAMED_INSIDE, 0)
     return count
 
 
-def emit_delta(node: NodeExecution, text: str | None) -> None:
+def emit_delta(node: RunningNode, text: str | None) -> None:
     """Emit text of a streamed answer on a model's step, unless a model inside it emits the same answer."""
     if not text or (node.framework_role != "agent" and streams_inside(node)):
         return
@@ -243,7 +243,7 @@ def emit_delta(node: NodeExecution, text: str | None) -> None:
     emit_text(node, text)
 
 
-def emit_text(node: NodeExecution, text: str) -> None:
+def emit_text(node: RunningNode, text: str) -> None:
     """Emit text on a node, and on the nodes of other runs that its run is part of."""
     node.emit(text)
     while node.parent is not None:

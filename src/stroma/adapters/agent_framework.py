@@ -32,7 +32,7 @@ from stroma.adapters._state_views import newest_of
 from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for, what_stopped
 from stroma.cost.usage import Usage
-from stroma.engine.execution import current_node, current_node_or_none
+from stroma.engine.execution import current_node, running_node
 
 warn_if_untested("agent-framework")
 
@@ -86,7 +86,7 @@ class _Shared:
 
 def _shared_above() -> _Shared | None:
     """Return the state of the guarded agent that the code here runs inside of."""
-    node = current_node_or_none()
+    node = running_node()
     while node is not None:
         shared: _Shared | None = node.notes.get(_Shared)
         if shared is not None:

@@ -38,7 +38,7 @@ from stroma.adapters._guarded_run import active_run
 from stroma.adapters._step import emit_text
 from stroma.adapters.guard import Contracts, Guard, what_stopped
 from stroma.cost.usage import Usage, usage_from
-from stroma.engine.execution import current_node_or_none, current_run
+from stroma.engine.execution import current_run, running_node
 
 warn_if_untested("claude-agent-sdk")
 
@@ -192,7 +192,7 @@ def _count_results(receive: Any) -> Any:
     async def receive_messages(self: Any) -> AsyncIterator[Any]:
         messages: list[Any] = []
         async for message in receive(self):
-            node = current_node_or_none()
+            node = running_node()
             if node is not None and (text := _delta_of(message)):
                 emit_text(node, text)
             run = active_run() if node is None else None

@@ -352,7 +352,7 @@ class _Ledger:
 
     def book(self, llm: Any) -> None:
         """Count what is new on the step that is under way; of a failed call, too."""
-        node = current_node()
+        node = current_node()._own
         with self._lock:
             now, before = _counted(llm), self._booked
             self._booked = now

@@ -30,7 +30,7 @@ from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import NodeContract
 from stroma.cost.usage import usage_from
 from stroma.engine.current import CURRENT
-from stroma.engine.execution import current_node, current_node_or_none
+from stroma.engine.execution import current_node, running_node
 
 warn_if_untested("dspy")
 
@@ -85,7 +85,7 @@ class _Tracker(UsageTracker):
         super().__init__()
         #: The step here, and the runs, for the threads that DSPy starts: they get its settings, and no
         #: context.
-        self.context: Changes = [(ACTIVE, ACTIVE.get()), (CURRENT, current_node_or_none())]
+        self.context: Changes = [(ACTIVE, ACTIVE.get()), (CURRENT, running_node())]
         outer = dspy.settings.usage_tracker
         #: The one of the user's, around all steps.
         self.users: Any = outer.users if isinstance(outer, _Tracker) else outer
@@ -130,7 +130,7 @@ class _PublishingStream:
 @contextmanager
 def _booking() -> Iterator[None]:
     """Book what the models inside use on the step here, when it fails, too."""
-    node, tracker = current_node(), _Tracker()
+    node, tracker = current_node()._own, _Tracker()
     try:
         stream = dspy.settings.send_stream
         published = (

@@ -36,7 +36,7 @@ from stroma.adapters.base import marked, marks_of
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import framework_node as stroma_langgraph_node
-from stroma.engine.execution import current_node_or_none
+from stroma.engine.execution import running_node
 from stroma.runner.runner import StromaRunner
 
 warn_if_untested("langgraph")
@@ -152,7 +152,7 @@ def _is_continuation(input: Any) -> bool:
 
 def _may_be_suspended(graph: Any, guard: Guard, options: dict[str, Any]) -> bool:
     """Return True if LangGraph may have ended the call without an interrupt() that a step has seen."""
-    if current_node_or_none() is not None or not graph.checkpointer or guard.current.ctx.account.suspended:
+    if running_node() is not None or not graph.checkpointer or guard.current.ctx.account.suspended:
         return False
     own = graph.interrupt_before_nodes or graph.interrupt_after_nodes
     return bool(own or options.get("interrupt_before") or options.get("interrupt_after"))

@@ -47,7 +47,7 @@ from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, what_stopped
 from stroma.contracts.contract import NodeContract
 from stroma.cost.usage import Usage, usage_from
-from stroma.engine.execution import current_node_or_none
+from stroma.engine.execution import running_node
 
 warn_if_untested("openai-agents")
 
@@ -511,7 +511,7 @@ def _turns_in_agents(bare_turn: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     async def turn(*args: Any, **kwargs: Any) -> Any:
-        node, run = current_node_or_none(), active_run()
+        node, run = running_node(), active_run()
         bound = next((one for one in (*args, *kwargs.values()) if hasattr(one, "public_agent")), None)
         agent = getattr(bound, "public_agent", None) or kwargs.get("agent")
         around = None if node is None or run is None or node.ctx is not run.ctx else node.agent

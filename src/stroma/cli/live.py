@@ -24,7 +24,7 @@ from stroma.cli.formatting import id_word
 from stroma.cli.output import Part, err
 from stroma.cli.progress import Progress, failure_message
 from stroma.cost.budget import ExecutionBudget, limits
-from stroma.engine.execution import NodeExecution, current_node_or_none
+from stroma.engine.execution import RunningNode, running_node
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import NodeContext, diagnose
 from stroma.hooks.sets import MapProgress, NodeHooks
@@ -201,7 +201,7 @@ def _update(change: Callable[..., None]) -> Any:
 
     @functools.wraps(change)
     async def hook(self: LiveProgress, _run_id: str, *event: Any) -> None:
-        node = current_node_or_none()
+        node = running_node()
         if node is not None:
             with self._lock:
                 change(self, node, *event)
@@ -266,7 +266,7 @@ class LiveProgress(Progress):
         self._screen.open()
 
     @_update
-    def _node_start(self, node: NodeExecution, *_: Any) -> None:
+    def _node_start(self, node: RunningNode, *_: Any) -> None:
         row, place, now = self._row(node), _place(node), time.monotonic()
         row.waiting.pop(place, None)
         row.running[place] = now
@@ -277,11 +277,11 @@ class LiveProgress(Progress):
             row.calls.add(place)
 
     @_update
-    def _node_success(self, node: NodeExecution, *_: Any) -> None:
+    def _node_success(self, node: RunningNode, *_: Any) -> None:
         self._end(node, "ok")
 
     @_update
-    def _node_failure(self, node: NodeExecution, node_id: str, exc: Exception, _class: FailureClass) -> None:
+    def _node_failure(self, node: RunningNode, node_id: str, exc: Exception, _class: FailureClass) -> None:
         failure = diagnose(exc, NodeContext(node_id, node.attempt, self._run_id))
         reason = failure.reason or str(failure.failure_class)
         self._reasons[_place(node)] = reason
@@ -289,7 +289,7 @@ class LiveProgress(Progress):
 
     @_update
     def _node_retry(
-        self, node: NodeExecution, _id: str, _attempt: int, delay: float, failure_class: FailureClass
+        self, node: RunningNode, _id: str, _attempt: int, delay: float, failure_class: FailureClass
     ) -> None:
         row, place = self._row(node), _place(node)
         reason = clean(self._reasons.pop(place, str(failure_class)), 60)
@@ -298,22 +298,22 @@ class LiveProgress(Progress):
         row.waiting[place] = RowWait(time.monotonic() + delay, f"retry after {reason}")
 
     @_update
-    def _node_skipped(self, node: NodeExecution, *_: Any) -> None:
+    def _node_skipped(self, node: RunningNode, *_: Any) -> None:
         row = self._row(node)
         if row is self._rows.get(_key(node)):
             row.calls.add(_place(node))
             row.state, row.why = "restored", ""
 
     @_update
-    def _node_cancelled(self, node: NodeExecution, *_: Any) -> None:
+    def _node_cancelled(self, node: RunningNode, *_: Any) -> None:
         self._end(node, "cancelled")
 
     @_update
-    def _node_suspended(self, node: NodeExecution, _id: str, reason: str) -> None:
+    def _node_suspended(self, node: RunningNode, _id: str, reason: str) -> None:
         self._end(node, "suspended", clean(reason))
 
     @_update
-    def _map_progress(self, node: NodeExecution, _id: str, progress: MapProgress) -> None:
+    def _map_progress(self, node: RunningNode, _id: str, progress: MapProgress) -> None:
         self._mark_map(node)
         row = self._row(node)
         row.progress = progress
@@ -322,7 +322,7 @@ class LiveProgress(Progress):
         row.last = now
 
     @_update
-    def _node_wait(self, node: NodeExecution, _id: str, reason: str, seconds: float) -> None:
+    def _node_wait(self, node: RunningNode, _id: str, reason: str, seconds: float) -> None:
         until = time.monotonic() + seconds if seconds else None
         self._row(node).waiting[_place(node)] = RowWait(until, f"waits for {clean(reason, 100)}")
 
@@ -331,9 +331,9 @@ class LiveProgress(Progress):
 
     # ------------------------------------------------------------------ rows
 
-    def _row(self, node: NodeExecution) -> Row:
+    def _row(self, node: RunningNode) -> Row:
         """Return the row of an execution; calls of one node, and items of one map, share a row."""
-        around: NodeExecution | None = node
+        around: RunningNode | None = node
         while around is not None:
             # Items of a resumed map are restored before its first progress.
             # The execution of a flow has no id.
@@ -354,7 +354,7 @@ class LiveProgress(Progress):
             self._insert(key, row)
         return row
 
-    def _mark_map(self, node: NodeExecution) -> None:
+    def _mark_map(self, node: RunningNode) -> None:
         """Count the items of this map in its row."""
         if _place(node) not in self._maps:
             self._maps.add(_place(node))
@@ -371,7 +371,7 @@ class LiveProgress(Progress):
         items.insert(at, (key, row))
         self._rows = dict(items)
 
-    def _end(self, node: NodeExecution, state: str, why: str = "") -> None:
+    def _end(self, node: RunningNode, state: str, why: str = "") -> None:
         row, place = self._row(node), _place(node)
         row.running.pop(place, None)
         row.waiting.pop(place, None)
@@ -449,11 +449,11 @@ class LiveProgress(Progress):
             err.line(f"retried: and {pluralize(len(retried) - _SUMMARY_ROWS, 'node')} more")
 
 
-def _place(node: NodeExecution) -> Place:
+def _place(node: RunningNode) -> Place:
     return node.position, node.branch
 
 
-def _key(node: NodeExecution) -> Place:
+def _key(node: RunningNode) -> Place:
     """Return the same key for all calls of one node from the same place of a flow."""
     above, dot, part = node.branch.rpartition(".")
     return node.position, _fold_branch(above) + dot + folded_part(part, node.node_id or "")

@@ -15,7 +15,7 @@ from stroma.cli.errors import is_debugging
 from stroma.cli.formatting import id_word
 from stroma.cli.output import Part, cell_width, err
 from stroma.cost.budget import BudgetExceeded
-from stroma.engine.execution import NodeExecution, current_node_or_none
+from stroma.engine.execution import RunningNode, running_node
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure, NodeContext, diagnose, kind_of, message_of
 from stroma.hooks.sets import MapProgress, NodeHooks
@@ -31,7 +31,7 @@ _INDENT = 16  # of what continues a line
 _UNITS = {"tokens": "tokens", "cost": "USD", "latency": "ms"}
 
 
-def failure_message(node: NodeExecution | None, failure: Failure) -> str:
+def failure_message(node: RunningNode | None, failure: Failure) -> str:
     """Return type and recorded message of a failure, without secrets."""
     recorded = None if node is None or node.ended is None else node.ended.failure
     return str(failure) if recorded is None else typed(recorded.error_type, recorded.message)
@@ -102,7 +102,7 @@ class Progress:
         timed_lines(("budget: ", "yellow"), f"{used:.6g} of {limit:.6g} {unit} used ({dimension})")
 
     async def _map_progress(self, run_id: str, node_id: str, progress: MapProgress) -> None:
-        node, total = current_node_or_none(), progress.total
+        node, total = running_node(), progress.total
         if node is None or (total is not None and total <= _MAX_ITEM_LINES):
             return
         self._many.setdefault((node.position, node.branch), _MAX_FAILURE_LINES)
@@ -119,7 +119,7 @@ class Progress:
             self._shown_at = now
             self._event(node, node_id, ("items", "cyan"), *details)
 
-    def _is_one_of_many(self, node: NodeExecution | None, *, failed: bool = False) -> bool:
+    def _is_one_of_many(self, node: RunningNode | None, *, failed: bool = False) -> bool:
         """Return True if the node belongs to an item of a map with many items, which print no line."""
         around = None if node is None or not self._many else node.parent
         while around is not None:
@@ -133,7 +133,7 @@ class Progress:
     # ------------------------------------------------------------------ nodes
 
     async def _node_start(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        node = current_node_or_none()
+        node = running_node()
         if node is not None and not self._is_one_of_many(node):
             if node_id.startswith("map_over("):
                 self._maps.add((node.position, node.branch))
@@ -147,7 +147,7 @@ class Progress:
     async def _node_failure(
         self, run_id: str, node_id: str, exc: Exception, failure_class: FailureClass
     ) -> None:
-        node = current_node_or_none()
+        node = running_node()
         if self._is_one_of_many(node, failed=True):
             return
         attempt = node.attempt if node is not None else 1
@@ -169,21 +169,21 @@ class Progress:
         self._note_end(node_id, ("cancelled", "yellow"))
 
     async def _node_suspended(self, run_id: str, node_id: str, reason: str) -> None:
-        self._event(current_node_or_none(), node_id, ("suspended", "yellow"), clean(reason))
+        self._event(running_node(), node_id, ("suspended", "yellow"), clean(reason))
 
     def _note(self, node_id: str, verb: tuple[str, str], text: str) -> None:
-        node = current_node_or_none()
+        node = running_node()
         if not self._is_one_of_many(node):
             self._event(node, node_id, verb, text)
 
     def _note_end(self, node_id: str, verb: tuple[str, str]) -> None:
-        node = current_node_or_none()
+        node = running_node()
         if not self._is_one_of_many(node):
             self._event(node, node_id, verb, *self._usage(), totals=True)
 
     def _usage(self) -> list[str]:
         """Return seconds, tokens, dollars and model of the current attempt."""
-        node = current_node_or_none()
+        node = running_node()
         if node is None:
             return []
         started = self._started.pop((node.position, node.branch), None)
@@ -194,7 +194,7 @@ class Progress:
             used.append(clean(node.usage.model, 40))
         return used
 
-    def _item_index(self, node: NodeExecution) -> str:
+    def _item_index(self, node: RunningNode) -> str:
         """Return "[17]" for item 17 of a map, and for the nodes in it; "" for other nodes."""
         for branch in with_outer(node.branch):
             above, _, index = branch.rpartition(".")
@@ -206,7 +206,7 @@ class Progress:
 
     def _event(
         self,
-        node: NodeExecution | None,
+        node: RunningNode | None,
         node_id: str,
         verb: tuple[str, str],
         *details: str,

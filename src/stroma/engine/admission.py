@@ -29,7 +29,7 @@ from stroma.contracts.node import Node
 from stroma.cost.budget import BudgetExceeded, budget_exceeded
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import RESERVED, leave
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import RunningNode
 from stroma.engine.outcome import Halt, hold, refuse
 from stroma.engine.parts import wait_unless_held
 from stroma.engine.tasks import Shield, ThreadPlaces, raise_if, thread_places
@@ -96,7 +96,7 @@ class Permit:
         "waited",
     )
 
-    def __init__(self, ctx: ReliabilityContext, run: NodeExecution, *, needs_thread: bool) -> None:
+    def __init__(self, ctx: ReliabilityContext, run: RunningNode, *, needs_thread: bool) -> None:
         self.ctx = ctx
         self.run = run
         self.token = ""
@@ -293,7 +293,7 @@ class Permit:
             await _announce_circuit(self.ctx, self.run, key, changed)
 
 
-def _caller(ctx: ReliabilityContext, run: NodeExecution) -> Caller:
+def _caller(ctx: ReliabilityContext, run: RunningNode) -> Caller:
     from stroma.limits.shared_budget import AttemptPlace, caller_of  # Loaded on first use.
 
     now = perf_counter_ns() + ctx.journal.epoch_ns
@@ -314,7 +314,7 @@ Make: TypeAlias = Callable[[], Awaitable[BaseModel | Failure | Halt]]
 
 
 async def make_admitted(
-    run: NodeExecution, node: Node, contract: NodeContract[Any, Any] | None, make: Make
+    run: RunningNode, node: Node, contract: NodeContract[Any, Any] | None, make: Make
 ) -> BaseModel | Failure | Halt:
     """Make the attempt of a plain function, or in a run with shared limits, once it is admitted."""
     ctx = run.ctx
@@ -333,7 +333,7 @@ async def make_admitted(
         places.release()
 
 
-async def _make_in_turn(run: NodeExecution, make: Make, *, needs_thread: bool) -> BaseModel | Failure | Halt:
+async def _make_in_turn(run: RunningNode, make: Make, *, needs_thread: bool) -> BaseModel | Failure | Halt:
     """Make an attempt between its admission and the settlement of what it took."""
     ctx = run.ctx
     permit = await wait_unless_held(ctx.stopping, partial(admit, ctx, run, needs_thread=needs_thread))
@@ -360,7 +360,7 @@ async def _make_in_turn(run: NodeExecution, make: Make, *, needs_thread: bool) -
     return outcome
 
 
-async def admit(ctx: ReliabilityContext, run: NodeExecution, *, needs_thread: bool) -> Permit | Exception:
+async def admit(ctx: ReliabilityContext, run: RunningNode, *, needs_thread: bool) -> Permit | Exception:
     """Wait for an attempt's turn. Return a permit, or why it may not be made.
 
     If it is cancelled, or closed, it holds nothing.
@@ -468,7 +468,7 @@ async def _wait_at_circuit(permit: Permit, queued: _Queued, blocked: _Blocked) -
 
 
 def _closed_too_long(
-    ctx: ReliabilityContext, run: NodeExecution, gate: Gate, wait: Wait
+    ctx: ReliabilityContext, run: RunningNode, gate: Gate, wait: Wait
 ) -> WaitedTooLong | None:
     """Return the refusal of an attempt whose policy does not wait for a cooldown; None if it waits."""
     policy = policy_for(FailureClass.RECOVERABLE, ctx.step_policies.get(run.node_id), ctx.policy_map)
@@ -488,7 +488,7 @@ def _closed_too_long(
 # ---------------------------------------------------------------------- time
 
 
-def _remaining(ctx: ReliabilityContext, run: NodeExecution) -> float | None:
+def _remaining(ctx: ReliabilityContext, run: RunningNode) -> float | None:
     """Return the remaining seconds of the run's latency budget."""
     limit = ctx.budget.max_latency_ms
     if limit is None:
@@ -499,14 +499,14 @@ def _remaining(ctx: ReliabilityContext, run: NodeExecution) -> float | None:
     return max(0.0, (limit - used) / 1000)
 
 
-def _seconds(ctx: ReliabilityContext, run: NodeExecution, at_most: float | None) -> float | None:
+def _seconds(ctx: ReliabilityContext, run: RunningNode, at_most: float | None) -> float | None:
     """Return for how many seconds an attempt may wait; None for ever."""
     bounds = [bound for bound in (_remaining(ctx, run), at_most) if bound is not None]
     return min(bounds, default=None)
 
 
 def _late(
-    ctx: ReliabilityContext, run: NodeExecution, waited: float, at_most: float | None
+    ctx: ReliabilityContext, run: RunningNode, waited: float, at_most: float | None
 ) -> BudgetExceeded | None:
     """Return the error of the latency budget if that has ended the waiting."""
     left, limit = _remaining(ctx, run), ctx.budget.max_latency_ms
@@ -530,7 +530,7 @@ async def _nap(moved: asyncio.Event, seconds: float) -> None:
 # ---------------------------------------------------------------------- hooks and marks
 
 
-def mark(ctx: ReliabilityContext, run: NodeExecution, kind: MarkKind, reason: str, waited_ms: float) -> None:
+def mark(ctx: ReliabilityContext, run: RunningNode, kind: MarkKind, reason: str, waited_ms: float) -> None:
     place = (run.node_id, run.attempt, run.position, run.branch)
     ctx.trace.marks.append(TraceMark(*place, kind, reason, waited_ms, datetime.now(UTC)))
 
@@ -538,7 +538,7 @@ def mark(ctx: ReliabilityContext, run: NodeExecution, kind: MarkKind, reason: st
 class _Queued:
     """The wait of an attempt for its turn, for hooks and the trace."""
 
-    def __init__(self, ctx: ReliabilityContext, run: NodeExecution) -> None:
+    def __init__(self, ctx: ReliabilityContext, run: RunningNode) -> None:
         self._ctx = ctx
         self._run = run
         self._reason = ""
@@ -566,9 +566,7 @@ class _Queued:
             mark(self._ctx, self._run, "wait", reason, (perf_counter() - self._begin) * 1000)
 
 
-async def _announce(
-    ctx: ReliabilityContext, run: NodeExecution, event: BudgetWarning | CooldownBegun
-) -> None:
+async def _announce(ctx: ReliabilityContext, run: RunningNode, event: BudgetWarning | CooldownBegun) -> None:
     node_id: str | None = None
     if event.hook == "on_limit_cooldown":
         node_id, label, seconds = run.node_id, f"limit {event[0]!r}", float(event[1])
@@ -579,9 +577,7 @@ async def _announce(
         await ctx.fire.fire(event.hook, calls, node_id, lambda: (ctx.run_id, *event))
 
 
-async def _announce_circuit(
-    ctx: ReliabilityContext, run: NodeExecution, key: str, state: CircuitState
-) -> None:
+async def _announce_circuit(ctx: ReliabilityContext, run: RunningNode, key: str, state: CircuitState) -> None:
     mark(ctx, run, _MARKS[state], key, 0.0)
     ctx.run_logger.warning("the circuit of %s is %s", key, state.replace("_", "-"))
     calls = ctx.fire.on_circuit_change

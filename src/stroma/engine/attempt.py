@@ -48,7 +48,7 @@ from stroma.engine.events import (
     warn_of_blocking,
     warn_of_budget,
 )
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import RunningNode
 from stroma.engine.metering import count_returned, price
 from stroma.engine.outcome import GroupStopped, Halt
 from stroma.engine.placed_calls import call_at_place, note_call, open_call
@@ -119,7 +119,7 @@ class NodeAttempt:
         "value",
     )
 
-    run: NodeExecution
+    run: RunningNode
     state: BaseModel
     model: BaseModel
     saved: Snapshot
@@ -137,7 +137,7 @@ class NodeAttempt:
 
     async def make(
         self,
-        run: NodeExecution,
+        run: RunningNode,
         node: Node | Group,
         plan: Plan,
         value: BaseModel,

@@ -14,7 +14,7 @@ from stroma.contracts.contract import ContractViolation
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import RunningNode
 from stroma.engine.tasks import Shield, as_store_error
 from stroma.failures.failure import Failure, ends_run, type_name
 from stroma.failures.tracebacks import failure_site_writer
@@ -26,7 +26,7 @@ __all__ = ["failed_of", "record", "record_failure_site", "record_rejected", "ref
 _STORE_DELAYS: Final = (0.02, 0.1, 0.4)
 
 
-def record_failure_site(run: NodeExecution, begin: int, failure: Failure) -> None:
+def record_failure_site(run: RunningNode, begin: int, failure: Failure) -> None:
     """Have the session keep where it failed, beside the attempt."""
     if run.children is None and failure.exception.__traceback__ is not None:
         try:
@@ -42,7 +42,7 @@ def record_failure_site(run: NodeExecution, begin: int, failure: Failure) -> Non
 
 
 def record_rejected(
-    run: NodeExecution, begin: int, snapshot: Snapshot, output: Any, violation: Exception
+    run: RunningNode, begin: int, snapshot: Snapshot, output: Any, violation: Exception
 ) -> None:
     """Have the session and the trace record an output that broke its contract, beside the attempt."""
     ctx = run.ctx
@@ -96,7 +96,7 @@ def record(
 
 async def settle(
     ctx: ReliabilityContext,
-    row: AttemptRow | NodeExecution,
+    row: AttemptRow | RunningNode,
     pending: Awaitable[None] | Exception | None,
     again: Callable[[], Awaitable[None] | Exception | None],
 ) -> tuple[Exception | None, asyncio.CancelledError | None]:
@@ -125,7 +125,7 @@ async def settle(
     return wrapped, shield.cancellation
 
 
-async def store_notes(run: NodeExecution) -> tuple[Exception | None, asyncio.CancelledError | None]:
+async def store_notes(run: RunningNode) -> tuple[Exception | None, asyncio.CancelledError | None]:
     """Store the notes of the session now. Return the same as :func:`settle`."""
 
     def flush() -> Awaitable[None] | Exception | None:

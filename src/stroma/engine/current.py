@@ -13,10 +13,10 @@ from typing import Any
 
 __all__ = ["AGENT", "ATTEMPT", "CURRENT", "RESERVED", "RUN", "AgentRun", "leave", "running_agent"]
 
-#: The NodeExecution around this code, or None.
+#: The RunningNode around this code, or None.
 CURRENT: ContextVar[Any] = ContextVar("stroma_current_node", default=None)
 
-#: The NodeExecution whose function runs here, and the id of its attempt, in a run whose events have
+#: The RunningNode whose function runs here, and the id of its attempt, in a run whose events have
 #: receivers.
 ATTEMPT: ContextVar[tuple[Any, str] | None] = ContextVar("stroma_attempt", default=None)
 

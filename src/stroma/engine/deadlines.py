@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from stroma.contracts.node import Group, Node
 from stroma.cost.budget import BudgetExceeded, is_set_for_run
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import RunningNode
 from stroma.engine.interceptors import Call
 from stroma.engine.timeouts import limits_ms
 from stroma.hooks.dispatch import Started
@@ -69,9 +69,7 @@ class IdleTimer:
             self._scope.reschedule(self._loop.time())
 
 
-async def call_in_time(
-    run: NodeExecution, node: Node | Group, call: Call, state: BaseModel, begin: int
-) -> Any:
+async def call_in_time(run: RunningNode, node: Node | Group, call: Call, state: BaseModel, begin: int) -> Any:
     """Call under the node's time limits and the run's latency deadline, whichever is nearest.
 
     ``begin``: when the call began, in ns. Raises TimeoutError or DeadlineExceeded, besides what the function

@@ -10,7 +10,7 @@ from stroma.contracts.schema import Snapshot
 from stroma.cost.usage import UsageError
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.deadlines import DeadlineExceeded
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import RunningNode
 from stroma.engine.outcome import GroupStopped, Halt
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type
@@ -21,7 +21,7 @@ __all__ = ["diagnose_attempt", "judge"]
 
 def diagnose_attempt(
     ctx: ReliabilityContext,
-    run: NodeExecution,
+    run: RunningNode,
     error: BaseException,
     snapshot: Snapshot,
     *,
@@ -70,7 +70,7 @@ def diagnose_attempt(
 
 
 def judge(
-    ctx: ReliabilityContext, run: NodeExecution, usage_error: UsageError | None
+    ctx: ReliabilityContext, run: RunningNode, usage_error: UsageError | None
 ) -> tuple[Failure | None, BaseException | None]:
     """Return what is wrong beside a valid output (usage, a crossed limit), and what is to be raised.
 
@@ -86,7 +86,7 @@ def judge(
         return diagnose(error, NodeContext(run.node_id, run.attempt, ctx.run_id)), interrupt
 
 
-def _may_repair(ctx: ReliabilityContext, run: NodeExecution, failure: Failure) -> bool:
+def _may_repair(ctx: ReliabilityContext, run: RunningNode, failure: Failure) -> bool:
     """Return True if the config grants another attempt after an output that broke its contract."""
     error = failure.exception
     if getattr(error, "node_id", None) != run.node_id:

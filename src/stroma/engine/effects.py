@@ -34,7 +34,7 @@ from stroma.contracts.schema import Schema, Snapshot, describe_error
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.engine.commit import store_notes
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution, decode_answer
+from stroma.engine.execution import RunningNode, decode_answer
 from stroma.engine.restore import read_output
 from stroma.engine.tasks import CONTINUES, begin_flight, call_in_thread, end_flight, passes_through
 from stroma.engine.timeouts import limits_ms
@@ -134,7 +134,7 @@ class Effect:
     )
 
     def __init__(
-        self, run: NodeExecution, contract: NodeContract[Any, Any], plan: Plan, snapshot: Snapshot
+        self, run: RunningNode, contract: NodeContract[Any, Any], plan: Plan, snapshot: Snapshot
     ) -> None:
         assert plan[0] is not None
         self._run, self._contract, self._schemas = run, contract, (plan[0], plan[1])
@@ -350,7 +350,7 @@ def _place_of(first: NotePlace, digest: str) -> NotePlace:
     return first[0], f"{first[1]}@{digest.rpartition('-')[2]}"
 
 
-def _is_call(run: NodeExecution) -> bool:
+def _is_call(run: RunningNode) -> bool:
     """Return True if plain code calls the node, and may call it again elsewhere."""
     step = run.step
     if step is not None and step.number <= OF_FLOW:
@@ -359,7 +359,7 @@ def _is_call(run: NodeExecution) -> bool:
     return is_of_plain_code or is_called(run.branch.rpartition(".")[2])
 
 
-def _read(run: NodeExecution, place: NotePlace) -> Intent | None:
+def _read(run: RunningNode, place: NotePlace) -> Intent | None:
     """Return the last call that is noted at a place; None without one, or if it is another node's."""
     key = effect_note(*place)
     intent = run.ctx.journal.effects.get(key)
@@ -370,7 +370,7 @@ def _read(run: NodeExecution, place: NotePlace) -> Intent | None:
     return intent if intent is not None and intent.node_id == run.node_id else None
 
 
-def _write(run: NodeExecution, place: NotePlace, intent: Intent) -> None:
+def _write(run: RunningNode, place: NotePlace, intent: Intent) -> None:
     key = effect_note(*place)
     run.ctx.journal.effects[key] = intent
     run.ctx.session.note(key, json.dumps(intent).encode())

@@ -1,6 +1,6 @@
 """Events that nodes emit: their way as JSON data to the receivers of the run.
 
-``run`` is a NodeExecution, which imports this module.
+``run`` is a RunningNode, which imports this module.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from stroma.contracts.schema import Schema
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import RunningNode
 from stroma.engine.redaction import UnreadState
 from stroma.engine.tasks import TICK_SECONDS
 from stroma.engine.timeouts import limits_ms
@@ -36,7 +36,7 @@ MIN_BLOCK_NS: Final = int(2 * TICK_SECONDS * 1e9)
 
 
 def start_arguments(
-    ctx: ReliabilityContext, run: NodeExecution, schema: Schema, state: BaseModel
+    ctx: ReliabilityContext, run: RunningNode, schema: Schema, state: BaseModel
 ) -> tuple[Any, ...]:
     """Return fresh arguments for one set of ``on_node_start`` hooks."""
     values = schema.state(state)
@@ -44,7 +44,7 @@ def start_arguments(
 
 
 def success_arguments(
-    ctx: ReliabilityContext, run: NodeExecution, schema: Schema, model: BaseModel
+    ctx: ReliabilityContext, run: RunningNode, schema: Schema, model: BaseModel
 ) -> tuple[Any, ...]:
     """Return fresh arguments for one set of ``on_node_success`` hooks."""
     values = schema.state(model)
@@ -53,25 +53,25 @@ def success_arguments(
 
 
 def unread_start(
-    ctx: ReliabilityContext, run: NodeExecution, schema: Schema, state: BaseModel
+    ctx: ReliabilityContext, run: RunningNode, schema: Schema, state: BaseModel
 ) -> tuple[Any, ...]:
     """Return the arguments of ``on_node_start`` for sets that read no state."""
     return ctx.run_id, run.node_id, UnreadState(schema, state, ctx.redactor)
 
 
 def unread_success(
-    ctx: ReliabilityContext, run: NodeExecution, schema: Schema, model: BaseModel
+    ctx: ReliabilityContext, run: RunningNode, schema: Schema, model: BaseModel
 ) -> tuple[Any, ...]:
     """Return the arguments of ``on_node_success`` for sets that read no state."""
     return ctx.run_id, run.node_id, UnreadState(schema, model, ctx.redactor), run.counted.tokens
 
 
-def failure_arguments(ctx: ReliabilityContext, run: NodeExecution, failure: Failure) -> tuple[Any, ...]:
+def failure_arguments(ctx: ReliabilityContext, run: RunningNode, failure: Failure) -> tuple[Any, ...]:
     """Return the arguments of ``on_node_failure`` hooks."""
     return ctx.run_id, run.node_id, ctx.redactor.redact_error(failure.exception), failure.failure_class
 
 
-def log_failure(ctx: ReliabilityContext, run: NodeExecution, failure: Failure, row: AttemptRow) -> None:
+def log_failure(ctx: ReliabilityContext, run: RunningNode, failure: Failure, row: AttemptRow) -> None:
     """Log a failed attempt."""
     # Asked first, since redacting the message takes the states around it apart.
     if ctx.run_logger.isEnabledFor(logging.WARNING):
@@ -85,7 +85,7 @@ def log_failure(ctx: ReliabilityContext, run: NodeExecution, failure: Failure, r
         )
 
 
-def warn_of_blocking(ctx: ReliabilityContext, run: NodeExecution, duration_ns: int) -> None:
+def warn_of_blocking(ctx: ReliabilityContext, run: RunningNode, duration_ns: int) -> None:
     """Warn once of a node that kept the event loop for 1 s, or for its whole time limit."""
     limits = limits_ms(ctx.step_timeouts.get(run.node_id))
     if duration_ns >= BLOCK_NS or any(ms is not None and duration_ns >= ms * 1_000_000 for ms in limits):

@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from stroma.contracts.contract import Role
     from stroma.engine.context import ReliabilityContext
 
-__all__ = ["NodeExecution", "RemainingBudget", "current_node", "current_node_or_none", "current_run"]
+__all__ = [
+    "NodeExecution",
+    "RemainingBudget",
+    "RunningNode",
+    "current_node",
+    "current_node_or_none",
+    "current_run",
+    "running_node",
+]
 
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
 Kind = Literal["node", "group", "item"]
@@ -44,6 +52,7 @@ class NodeExecution:
     """The execution of one node at one position; what :func:`current_node` returns.
 
     Attributes:
+        node_id: id of the node.
         kind: "node", "group", or "item" (one element of ``map_over``).
         position: where in the run the node stands, 0-based; ``branch`` tells children of groups apart.
         attempt: 1-based.
@@ -54,6 +63,221 @@ class NodeExecution:
         question: the question that is asked, in ``on_node_suspended``; None in a call for a group or node
             around it.
     """
+
+    __slots__ = ()
+
+    node_id: str
+    kind: Kind
+    position: int
+    branch: str
+    attempt: int
+    ctx: ReliabilityContext
+    last_failure: Failure | None = None
+    redelivered: bool = False
+    question: Question | None = None
+
+    @property
+    def _own(self) -> RunningNode:
+        """The same object, with what only the engine and exporters read."""
+        return cast("RunningNode", self)
+
+    def __repr__(self) -> str:
+        at = f"position {self.position}, attempt {self.attempt}"
+        return f"<{self.kind} {self.node_id!r} of run {self.run_id!r}, {at}>"
+
+    @property
+    def run_id(self) -> str:
+        return self.ctx.run_id
+
+    @property
+    def pipeline(self) -> str:
+        """Label of metrics and spans."""
+        return self.ctx.pipeline
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """Outcome of the attempt whose end hooks run; None before."""
+        return None if self._own.ended is None else self._own.ended.outcome
+
+    @property
+    def duration_ms(self) -> float | None:
+        """Duration of the function in that attempt, without hooks, waits and the store; None before its end.
+
+        Of a group: from the first start of a function inside it to the last end of one.
+        """
+        return None if self._own.ended is None else self._own.ended.duration_ns / 1e6
+
+    @property
+    def function_ms(self) -> float | None:
+        """Time in which functions ran in that attempt: of a group any inside it; None before its end."""
+        return None if self._own.ended is None else self._own.ended.function_ns / 1e6
+
+    @property
+    def started_ns(self) -> int | None:
+        """Start of that attempt's function, in ns since the epoch; None before its end."""
+        return None if self._own.ended is None else self._own.ended.started_ns
+
+    @property
+    def reason(self) -> str | None:
+        """Stable word for the failure of that attempt, such as "rate_limit"; None if there is none."""
+        failed = None if self._own.ended is None else self._own.ended.failure
+        return None if failed is None else failed.reason
+
+    @property
+    def notes(self) -> dict[Any, Any]:
+        """Storage of hooks for this execution and all of its attempts; a span, say."""
+        if self._own._notes is None:
+            self._own._notes = {}
+        return self._own._notes
+
+    def at_end(self, callback: Callable[[], None]) -> None:
+        """Have a plain function called once, in this task, when no attempt of this execution will follow.
+
+        That is after the last end hook, or when a wait between two attempts is cut short. The last one added
+        is called first. What it raises is logged and changes nothing.
+        """
+        if self._own._at_end is None:
+            self._own._at_end = []
+        self._own._at_end.append(callback)
+
+    @property
+    def idempotency_key(self) -> str:
+        """Key that all attempts of this node or call share in this execution of the run, in every process.
+
+        That of an effect which a node calls is the same in all attempts of that node with the same input.
+        """
+        return self._own.key_of(self.branch) if self._own.effect is None else self._own.effect.key
+
+    @property
+    def usage(self) -> AttemptUsage:
+        """Usage of this attempt so far: counted, and reported since. Its price comes when it ends."""
+        if self._own.reported is None:
+            return self._own.counted
+        output_tokens = sum(produced for _, produced, *_ in self._own.reported)
+        tokens = output_tokens + sum(consumed for consumed, *_ in self._own.reported)
+        named = [model for _, _, model, _ in self._own.reported if model is not None]
+        return AttemptUsage(
+            self._own.counted.tokens + tokens,
+            self._own.counted.output_tokens + output_tokens,
+            self._own.counted.cost_usd,
+            named[-1] if named else self._own.counted.model,
+            self._own.counted.cached_input_tokens
+            + sum(d.cached_input_tokens for *_, d in self._own.reported if d),
+            self._own.counted.cache_write_tokens
+            + sum(d.cache_write_tokens for *_, d in self._own.reported if d),
+        )
+
+    @property
+    def model(self) -> str | None:
+        """Model that this attempt reported, else the fallback that is due, else None."""
+        return self.usage.model or self.ctx.fallback_model()
+
+    @property
+    def remaining_budget(self) -> RemainingBudget:
+        """Rest of the run's budget, without a deduction for the reported usage of this attempt."""
+        rest: dict[str, float] = {}
+        for dimension, limit in limits(self.ctx.budget):
+            rest[dimension] = max(0.0, limit - self.ctx.cost_tracker.used(dimension))
+        tokens = rest.get("tokens")
+        return RemainingBudget(None if tokens is None else int(tokens), rest.get("cost"), rest.get("latency"))
+
+    def report_usage(
+        self,
+        response: object = None,
+        /,
+        *,
+        input_tokens: int = 0,
+        output_tokens: int = 0,
+        model: str | None = None,
+        cached_input_tokens: int = 0,
+        cache_write_tokens: int = 0,
+        tier: str | None = None,
+    ) -> None:
+        """Count tokens of this attempt at once, so that they count even if it fails half-way; calls add up.
+
+        Takes the provider's response, or the last chunk of its stream (see :func:`stroma.usage_from`), or
+        figures, of which the tokens of a cache are parts of the input. What the node returns as usage comes
+        on top. Raises UsageError for what cannot be counted, and in end hooks, whose attempt is counted
+        already; a response that leaves its usage out counts as 0 with a warning, or under a limit fails the
+        attempt once its output is kept.
+        """
+        if self._own.ended is not None:
+            raise UsageError(
+                f"node {self.node_id!r} reported usage after attempt {self.attempt} was counted; report it "
+                "in the node's function or in its start hooks"
+            )
+        if response is not None:
+            if input_tokens or output_tokens or cached_input_tokens or cache_write_tokens:
+                raise UsageError(f"node {self.node_id!r} reported a response and figures; report one of them")
+            self._own.note_response(response)
+            try:
+                report = report_of(self.node_id, response, model=model, tier=tier)
+            except UsageError as error:
+                if not error.silent:
+                    raise
+                # The answer is there and paid for: the node has to be able to return it.
+                if not self._own.counts_as_zero(error):
+                    self._own.misreported = error
+                report = (0, 0, model, None)
+            if report is None:
+                raise UsageError(
+                    f"node {self.node_id!r} reported {shown(response)}; report a provider's response, or "
+                    "input_tokens="
+                )
+        elif cached_input_tokens or cache_write_tokens or tier is not None:
+            report = report_of_figures(
+                self.node_id,
+                {
+                    "input_tokens": input_tokens,
+                    "output_tokens": output_tokens,
+                    "cached_input_tokens": cached_input_tokens,
+                    "cache_write_tokens": cache_write_tokens,
+                    "model": model,
+                    "tier": tier,
+                },
+            )
+        else:
+            check_usage(self.node_id, input_tokens, output_tokens)
+            report = (input_tokens, output_tokens, model, None)
+        if self._own.reported is None:
+            self._own.reported = []
+        self._own.reported.append(report)
+
+    def emit(self, data: Any, name: str = "delta") -> None:
+        """Send an event to the readers of the run: a piece of text, progress, other JSON data or a model.
+
+        Safe to call in any thread of the node's function. Never waits, and never raises: other data is
+        dropped with a warning. Events are not recorded, and those of an attempt that has ended are dropped.
+        """
+        if self.ctx.fire.takes_events:
+            emit_event(self._own, data, name)
+
+    @property
+    def signal(self) -> Any:
+        """Answer that this node waited for (see Suspend), as the model that was asked for; None without one.
+
+        Plain JSON data where the model's module is not imported. Use :meth:`wait_for` to avoid this
+        restriction.
+        """
+        answered = self._own.waiting()
+        if answered is None or answered.payload is None:
+            return None
+        try:
+            model = resolve_schema(answered.schema_ref) if answered.schema_ref else output_class(None)
+        except (LookupError, TypeError):
+            model = output_class(None)
+        return held_by(decode_answer(schema_of(model), answered))
+
+    def wait_for(self, schema: type[AnswerT], *, reason: str) -> AnswerT:
+        """Return a person's answer as a ``schema``. Raises Suspend, or PipelineChanged if it does not fit."""
+        answered = self._own.waiting()
+        if answered is None or answered.payload is None:
+            raise Suspend(reason, schema=schema)
+        return cast("AnswerT", decode_answer(schema_of(schema), answered))
+
+
+class RunningNode(NodeExecution):
+    """An execution as the engine, guards and exporters see it, with the state of its present attempt."""
 
     # Slots for what is set or read of every node; what few nodes need is on the class until it is set, and
     # then in the __dict__: reading it there takes ten times as long.
@@ -78,9 +302,6 @@ class NodeExecution:
         "step",
     )
 
-    last_failure: Failure | None = None
-    redelivered: bool = False
-    question: Question | None = None
     #: A group's clock, which runs while the function of any node in it does: the number of those functions,
     #: since when, and ns before; the start of the first one and the end of the last one.
     running: int = 0
@@ -124,11 +345,11 @@ class NodeExecution:
         kind: Kind,
         position: int,
         branch: str,
-        parent: NodeExecution | None = None,
+        parent: RunningNode | None = None,
     ) -> None:
         self.ctx = ctx
         self.node_id = node_id
-        self.kind: Kind = kind
+        self.kind = kind
         self.position = position
         self.branch = branch
         #: Where the engine puts the events of this execution: the trace, or the rows of the group around it.
@@ -205,19 +426,6 @@ class NodeExecution:
             outer = outer.parent
         return outer.busy_ns + (now - outer.running_since if outer.running else 0)
 
-    def __repr__(self) -> str:
-        at = f"position {self.position}, attempt {self.attempt}"
-        return f"<{self.kind} {self.node_id!r} of run {self.run_id!r}, {at}>"
-
-    @property
-    def run_id(self) -> str:
-        return self.ctx.run_id
-
-    @property
-    def pipeline(self) -> str:
-        """Label of metrics and spans."""
-        return self.ctx.pipeline
-
     @property
     def role(self) -> Role | None:
         """Role in traces: that of its contract, else of its framework, else None."""
@@ -227,59 +435,13 @@ class NodeExecution:
     @property
     def agent(self) -> str | None:
         """Name of the innermost agent around it, which is itself if it is one; None outside of agents."""
-        node: NodeExecution | None = self
+        node: RunningNode | None = self
         while node is not None and node.role != "agent":
             node = node.parent
         if node is not None:
             return node.node_id
         around = AGENT.get()
         return None if around is None else around.name
-
-    @property
-    def outcome(self) -> Outcome | None:
-        """Outcome of the attempt whose end hooks run; None before."""
-        return None if self.ended is None else self.ended.outcome
-
-    @property
-    def duration_ms(self) -> float | None:
-        """Duration of the function in that attempt, without hooks, waits and the store; None before its end.
-
-        Of a group: from the first start of a function inside it to the last end of one.
-        """
-        return None if self.ended is None else self.ended.duration_ns / 1e6
-
-    @property
-    def function_ms(self) -> float | None:
-        """Time in which functions ran in that attempt: of a group any inside it; None before its end."""
-        return None if self.ended is None else self.ended.function_ns / 1e6
-
-    @property
-    def started_ns(self) -> int | None:
-        """Start of that attempt's function, in ns since the epoch; None before its end."""
-        return None if self.ended is None else self.ended.started_ns
-
-    @property
-    def reason(self) -> str | None:
-        """Stable word for the failure of that attempt, such as "rate_limit"; None if there is none."""
-        failed = None if self.ended is None else self.ended.failure
-        return None if failed is None else failed.reason
-
-    @property
-    def notes(self) -> dict[Any, Any]:
-        """Storage of hooks for this execution and all of its attempts; a span, say."""
-        if self._notes is None:
-            self._notes = {}
-        return self._notes
-
-    def at_end(self, callback: Callable[[], None]) -> None:
-        """Have a plain function called once, in this task, when no attempt of this execution will follow.
-
-        That is after the last end hook, or when a wait between two attempts is cut short. The last one added
-        is called first. What it raises is logged and changes nothing.
-        """
-        if self._at_end is None:
-            self._at_end = []
-        self._at_end.append(callback)
 
     def close(self) -> None:
         """Call the callbacks of :meth:`at_end`. Never raises."""
@@ -294,14 +456,6 @@ class NodeExecution:
                 )
                 self.ctx.hook_failed("at_end", self.node_id, error)
 
-    @property
-    def idempotency_key(self) -> str:
-        """Key that all attempts of this node or call share in this execution of the run, in every process.
-
-        That of an effect which a node calls is the same in all attempts of that node with the same input.
-        """
-        return self.key_of(self.branch) if self.effect is None else self.effect.key
-
     def key_of(self, branch: str) -> str:
         """Return the idempotency key of a branch of this execution."""
         ctx, outermost = self.ctx, self
@@ -313,112 +467,10 @@ class NodeExecution:
         # Read from its end, it has one meaning whatever the run id holds.
         return f"{ctx.run_id}:{ctx.execution}:{at}:{branch}"
 
-    @property
-    def usage(self) -> AttemptUsage:
-        """Usage of this attempt so far: counted, and reported since. Its price comes when it ends."""
-        if self.reported is None:
-            return self.counted
-        output_tokens = sum(produced for _, produced, *_ in self.reported)
-        tokens = output_tokens + sum(consumed for consumed, *_ in self.reported)
-        named = [model for _, _, model, _ in self.reported if model is not None]
-        return AttemptUsage(
-            self.counted.tokens + tokens,
-            self.counted.output_tokens + output_tokens,
-            self.counted.cost_usd,
-            named[-1] if named else self.counted.model,
-            self.counted.cached_input_tokens + sum(d.cached_input_tokens for *_, d in self.reported if d),
-            self.counted.cache_write_tokens + sum(d.cache_write_tokens for *_, d in self.reported if d),
-        )
-
-    @property
-    def model(self) -> str | None:
-        """Model that this attempt reported, else the fallback that is due, else None."""
-        return self.usage.model or self.ctx.fallback_model()
-
-    @property
-    def remaining_budget(self) -> RemainingBudget:
-        """Rest of the run's budget, without a deduction for the reported usage of this attempt."""
-        rest: dict[str, float] = {}
-        for dimension, limit in limits(self.ctx.budget):
-            rest[dimension] = max(0.0, limit - self.ctx.cost_tracker.used(dimension))
-        tokens = rest.get("tokens")
-        return RemainingBudget(None if tokens is None else int(tokens), rest.get("cost"), rest.get("latency"))
-
-    def report_usage(
-        self,
-        response: object = None,
-        /,
-        *,
-        input_tokens: int = 0,
-        output_tokens: int = 0,
-        model: str | None = None,
-        cached_input_tokens: int = 0,
-        cache_write_tokens: int = 0,
-        tier: str | None = None,
-    ) -> None:
-        """Count tokens of this attempt at once, so that they count even if it fails half-way; calls add up.
-
-        Takes the provider's response, or the last chunk of its stream (see :func:`stroma.usage_from`), or
-        figures, of which the tokens of a cache are parts of the input. What the node returns as usage comes
-        on top. Raises UsageError for what cannot be counted, and in end hooks, whose attempt is counted
-        already; a response that leaves its usage out counts as 0 with a warning, or under a limit fails the
-        attempt once its output is kept.
-        """
-        if self.ended is not None:
-            raise UsageError(
-                f"node {self.node_id!r} reported usage after attempt {self.attempt} was counted; report it "
-                "in the node's function or in its start hooks"
-            )
-        if response is not None:
-            if input_tokens or output_tokens or cached_input_tokens or cache_write_tokens:
-                raise UsageError(f"node {self.node_id!r} reported a response and figures; report one of them")
-            self.note_response(response)
-            try:
-                report = report_of(self.node_id, response, model=model, tier=tier)
-            except UsageError as error:
-                if not error.silent:
-                    raise
-                # The answer is there and paid for: the node has to be able to return it.
-                if not self.counts_as_zero(error):
-                    self.misreported = error
-                report = (0, 0, model, None)
-            if report is None:
-                raise UsageError(
-                    f"node {self.node_id!r} reported {shown(response)}; report a provider's response, or "
-                    "input_tokens="
-                )
-        elif cached_input_tokens or cache_write_tokens or tier is not None:
-            report = report_of_figures(
-                self.node_id,
-                {
-                    "input_tokens": input_tokens,
-                    "output_tokens": output_tokens,
-                    "cached_input_tokens": cached_input_tokens,
-                    "cache_write_tokens": cache_write_tokens,
-                    "model": model,
-                    "tier": tier,
-                },
-            )
-        else:
-            check_usage(self.node_id, input_tokens, output_tokens)
-            report = (input_tokens, output_tokens, model, None)
-        if self.reported is None:
-            self.reported = []
-        self.reported.append(report)
-
     def note_response(self, response: object) -> None:
         """Store a response of this attempt for exporters that show answers; figures alone have none."""
         if type(response) is not Usage:
             self.response = self.attempt, response
-
-    def emit(self, data: Any, name: str = "delta") -> None:
-        """Send an event to the readers of the run: a piece of text, progress, other JSON data or a model.
-
-        Safe to call in any thread of the node's function. Never waits, and never raises: other data is
-        dropped with a warning. Events are not recorded, and those of an attempt that has ended are dropped.
-        """
-        if self.ctx.fire.takes_events:
-            emit_event(self, data, name)
 
     def counts_as_zero(self, error: UsageError) -> bool:
         """Return True, with a warning, if usage that a response leaves out is 0: no limit depends on it."""
@@ -428,29 +480,6 @@ class NodeExecution:
             return False
         ctx.warn_once(self.node_id, "silent", f"{error}. It counts as 0 tokens")
         return True
-
-    @property
-    def signal(self) -> Any:
-        """Answer that this node waited for (see Suspend), as the model that was asked for; None without one.
-
-        Plain JSON data where the model's module is not imported. Use :meth:`wait_for` to avoid this
-        restriction.
-        """
-        answered = self.waiting()
-        if answered is None or answered.payload is None:
-            return None
-        try:
-            model = resolve_schema(answered.schema_ref) if answered.schema_ref else output_class(None)
-        except (LookupError, TypeError):
-            model = output_class(None)
-        return held_by(decode_answer(schema_of(model), answered))
-
-    def wait_for(self, schema: type[AnswerT], *, reason: str) -> AnswerT:
-        """Return a person's answer as a ``schema``. Raises Suspend, or PipelineChanged if it does not fit."""
-        answered = self.waiting()
-        if answered is None or answered.payload is None:
-            raise Suspend(reason, schema=schema)
-        return cast("AnswerT", decode_answer(schema_of(schema), answered))
 
     def waiting(self) -> Waiting | None:
         """Return what this node waits for, or has waited for.
@@ -500,6 +529,12 @@ def current_node() -> NodeExecution:
 def current_node_or_none() -> NodeExecution | None:
     """Return the execution of the node around this code, or None: for code that also runs elsewhere."""
     node: NodeExecution | None = CURRENT.get()
+    return node
+
+
+def running_node() -> RunningNode | None:
+    """Return what :func:`current_node_or_none` does, for guards and exporters."""
+    node: RunningNode | None = CURRENT.get()
     return node
 
 

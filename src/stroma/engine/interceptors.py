@@ -22,7 +22,7 @@ Call = Callable[[BaseModel], Awaitable[Any]]
 class Interceptor:
     """Interceptor around the parts of a run. Each method changes nothing, unless a subclass does.
 
-    ``ctx`` is the ReliabilityContext and ``run`` the NodeExecution; the context imports this module, so it
+    ``ctx`` is the ReliabilityContext and ``run`` the RunningNode; the context imports this module, so it
     cannot name them.
     """
 

@@ -32,7 +32,7 @@ from stroma.engine.admission import make_admitted
 from stroma.engine.attempt import NodeAttempt
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import RunningNode
 from stroma.engine.outcome import STOPPED, Halt, Place, Stopped, halt_of_ended_run, hold, refuse
 from stroma.engine.parts import wait_unless_held
 from stroma.engine.restore import output_schema, restore
@@ -106,7 +106,7 @@ async def execute_in_turn(
                     ctx.handover.done[position, branch] = committed
                 value = committed
                 continue
-        run = NodeExecution(
+        run = RunningNode(
             ctx, node.node_id, kind if type(node) is Node else "group", position, branch, parent
         )
         try:
@@ -173,7 +173,7 @@ async def execute_in_turn(
 
 def _plan_of(
     ctx: ReliabilityContext,
-    run: NodeExecution,
+    run: RunningNode,
     node: Node | Group,
     value: BaseModel,
     contract: NodeContract[Any, Any] | None,
@@ -215,7 +215,7 @@ def _plan_without_contract() -> Plan:
 
 
 async def _without_plan(
-    ctx: ReliabilityContext, run: NodeExecution, node: Node | Group, value: BaseModel, error: Exception
+    ctx: ReliabilityContext, run: RunningNode, node: Node | Group, value: BaseModel, error: Exception
 ) -> Halt:
     """Return the end of a node whose contract cannot be read: a class that is not fully defined, say."""
     CURRENT.set(run)
@@ -228,7 +228,7 @@ async def _without_plan(
 
 
 def _count_earlier_attempts(
-    ctx: ReliabilityContext, run: NodeExecution, node: Node | Group
+    ctx: ReliabilityContext, run: RunningNode, node: Node | Group
 ) -> tuple[int, Halt | None]:
     """Return how many attempts dead processes have made, and the node's end if no other one follows."""
     tried = ctx.journal.tried.pop((run.position, run.branch), None) if ctx.journal.tried else None
@@ -263,7 +263,7 @@ def _recorded_exception(ctx: ReliabilityContext, node: Node | Group, tried: Trie
     return violation_of(tried.node_id, tried.rejected, contract.output_schema)
 
 
-def _crossed_limit(ctx: ReliabilityContext, run: NodeExecution) -> BudgetExceeded | None:
+def _crossed_limit(ctx: ReliabilityContext, run: RunningNode) -> BudgetExceeded | None:
     """Return the limit that is crossed, the present time of the group around the node included."""
     exceeded = ctx.cost_tracker.exceeded(ctx.budget, run.node_id)
     limit = ctx.budget.max_latency_ms
@@ -278,7 +278,7 @@ def _crossed_limit(ctx: ReliabilityContext, run: NodeExecution) -> BudgetExceede
 
 
 def _decide(
-    ctx: ReliabilityContext, run: NodeExecution, node: Node | Group, failure: Failure, attempt: int
+    ctx: ReliabilityContext, run: RunningNode, node: Node | Group, failure: Failure, attempt: int
 ) -> Retry | Stop:
     if ctx.account.limits and ctx.cost_tracker.exceeded(ctx.budget, failure.node_id) is not None:
         return _SPENT
@@ -314,7 +314,7 @@ def _stop(ctx: ReliabilityContext, failure: Failure, decision: Stop) -> Halt:
 
 
 async def _wait(
-    ctx: ReliabilityContext, run: NodeExecution, failure: Failure, attempt: int, delay: float
+    ctx: ReliabilityContext, run: RunningNode, failure: Failure, attempt: int, delay: float
 ) -> None:
     """Wait between a failed attempt and the next one."""
     run.last_failure = failure
@@ -330,7 +330,7 @@ async def _wait(
 
 
 async def _announce_retry(
-    ctx: ReliabilityContext, run: NodeExecution, failure: Failure, attempt: int, delay: float
+    ctx: ReliabilityContext, run: RunningNode, failure: Failure, attempt: int, delay: float
 ) -> None:
     """Call the ``on_node_retry`` hooks; the execution still names the attempt that failed."""
     calls = ctx.fire.on_node_retry

@@ -10,14 +10,14 @@ from stroma.contracts.contract import RETURN_SHAPES
 from stroma.cost.prices import cached_pricer, find_pricer
 from stroma.cost.usage import UsageError, check_usage, report_of, shown
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import RunningNode
 from stroma.engine.tasks import Shield, in_thread
 from stroma.trace.events import AttemptUsage
 
 __all__ = ["count_returned", "price"]
 
 
-def count_returned(run: NodeExecution, returned: tuple[Any, ...]) -> tuple[Any, UsageError | None]:
+def count_returned(run: RunningNode, returned: tuple[Any, ...]) -> tuple[Any, UsageError | None]:
     """Return a tuple's output, and what is wrong with its usage, which is noted on the execution."""
     model: Any = None
     produced: Any = 0
@@ -51,7 +51,7 @@ def count_returned(run: NodeExecution, returned: tuple[Any, ...]) -> tuple[Any, 
 
 
 async def price(
-    ctx: ReliabilityContext, run: NodeExecution
+    ctx: ReliabilityContext, run: RunningNode
 ) -> tuple[asyncio.CancelledError | None, UsageError | None]:
     """Put a price on what the attempt reported. Return a cancellation meanwhile, and what is wrong."""
     shield = Shield()

@@ -13,7 +13,7 @@ from stroma.checkpoint import Finished, StepCall, StoreError
 from stroma.contracts.contract import NodeContract, Role
 from stroma.cost.budget import BudgetExceeded
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import Kind, NodeExecution
+from stroma.engine.execution import Kind, RunningNode
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import PAUSED, RunFailed, Suspend, WaitedTooLong
 from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type
@@ -94,7 +94,7 @@ class Place(NamedTuple):
         contract: precedes the registry, which precedes the marker.
         cancelling: the running task's count of cancellations when the driver began (0 in a task of its own),
             to tell a new one from a node's stray CancelledError.
-        role: its framework_role; is_called: see NodeExecution.
+        role: its framework_role; is_called: see RunningNode.
         restores: return the output that is committed there already; otherwise the function is called all the
             same.
         settles: find out how the call of an effect ended, and do not call it again: nobody waits for it any
@@ -104,7 +104,7 @@ class Place(NamedTuple):
     position: int = 0
     branch: str = ""
     kind: Kind = "node"
-    parent: NodeExecution | None = None
+    parent: RunningNode | None = None
     contract: NodeContract[Any, Any] | None = None
     step: StepCall | None = None
     cancelling: int = 0
@@ -114,7 +114,7 @@ class Place(NamedTuple):
     settles: bool = False
 
 
-def refuse(run: NodeExecution, error: Exception) -> Halt:
+def refuse(run: RunningNode, error: Exception) -> Halt:
     """Return the end of a node whose next attempt may not be made."""
     if run.last_failure is not None and error.__cause__ is None:
         error.__cause__ = run.last_failure.exception

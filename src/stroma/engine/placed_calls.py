@@ -17,7 +17,7 @@ from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import Plan
 from stroma.contracts.schema import Snapshot
 from stroma.contracts.tagged_json import NotSerialisable
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import RunningNode
 from stroma.failures.errors import PlaceError
 
 __all__ = ["OpenCall", "call_at_place", "note_call", "open_call", "place_error"]
@@ -57,9 +57,7 @@ def place_error(caller: Any, contract: NodeContract[Any, Any]) -> PlaceError | N
     return None
 
 
-def open_call(
-    run: NodeExecution, contract: NodeContract[Any, Any], plan: Plan, snapshot: Snapshot
-) -> OpenCall:
+def open_call(run: RunningNode, contract: NodeContract[Any, Any], plan: Plan, snapshot: Snapshot) -> OpenCall:
     """Return an earlier owner's call without a recorded end, if its input is the same; else a new one.
 
     Raises PlaceError for a place that cannot be called in this process, and for an input without a stored
@@ -86,14 +84,14 @@ def open_call(
     return OpenCall(f"{run.idempotency_key}:{uuid.uuid4().hex[:12]}", state, False)
 
 
-def note_call(run: NodeExecution, call: OpenCall | None) -> None:
+def note_call(run: RunningNode, call: OpenCall | None) -> None:
     """Note that a call is about to be sent, or (None) over; stored with the attempt at the latest."""
     note = None if call is None else json.dumps([call.id, _digest(call.state)]).encode()
     run.ctx.session.note(_note_key(run), note)
 
 
 async def call_at_place(
-    run: NodeExecution, contract: NodeContract[Any, Any], _state: Any, _context: Any
+    run: RunningNode, contract: NodeContract[Any, Any], _state: Any, _context: Any
 ) -> Any:
     """Return what the function returns. A cancellation ends the call, unless the next owner needs it."""
     ctx, call, is_over = run.ctx, run.placed_call, True
@@ -110,7 +108,7 @@ async def call_at_place(
             note_call(run, None)
 
 
-def _note_key(run: NodeExecution) -> str:
+def _note_key(run: RunningNode) -> str:
     return f"{run.position}:call:{run.branch}"
 
 

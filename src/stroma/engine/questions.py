@@ -13,7 +13,7 @@ from stroma.contracts.schema import schema_of
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
 from stroma.engine.effects import UnknownOutcome
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import RunningNode
 from stroma.engine.outcome import Halt, Paused, Place
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import Suspend
@@ -34,7 +34,7 @@ _cause, _context, _hides_context, _members = (
 )
 
 
-def find_question(error: BaseException, run: NodeExecution) -> Suspend | None:
+def find_question(error: BaseException, run: RunningNode) -> Suspend | None:
     """Return the question that an exception is, or is raised from: frameworks wrap exceptions of steps.
 
     In an exception group all members have to be questions: otherwise something else has failed.
@@ -52,7 +52,7 @@ def find_question(error: BaseException, run: NodeExecution) -> Suspend | None:
     return None
 
 
-def question_of(raised: Suspend, run: NodeExecution, reason: str) -> Waiting | None:
+def question_of(raised: Suspend, run: RunningNode, reason: str) -> Waiting | None:
     """Return what a node waits for from now on; None if a step inside waits, or the run is paused."""
     if _is_recorded(raised, run):
         return None
@@ -88,7 +88,7 @@ def make_question(
     return Waiting(at.position, at.branch, node_id, reason, ref, None, effect, number, shape)
 
 
-def suspend_again(run: NodeExecution, waiting: Waiting) -> Halt:
+def suspend_again(run: RunningNode, waiting: Waiting) -> Halt:
     """Return the end of a node whose question is still open: it is not called again."""
     run.ctx.account.note_question(waiting)
     error = Suspend(waiting.reason)
@@ -102,7 +102,7 @@ async def announce(ctx: ReliabilityContext, waiting: Waiting) -> None:
     calls = ctx.fire.on_node_suspended
     if calls is None:
         return
-    run = NodeExecution(ctx, waiting.node_id, "node", waiting.position, waiting.branch)
+    run = RunningNode(ctx, waiting.node_id, "node", waiting.position, waiting.branch)
     run.question = waiting.question
     arguments = (ctx.run_id, waiting.node_id, waiting.reason)
     token = CURRENT.set(run)
@@ -113,7 +113,7 @@ async def announce(ctx: ReliabilityContext, waiting: Waiting) -> None:
         leave(token)
 
 
-def _is_recorded(raised: Suspend, run: NodeExecution) -> bool:
+def _is_recorded(raised: Suspend, run: RunningNode) -> bool:
     if raised.asked_at is None:
         return isinstance_by_type(raised, Paused)
     run_id, position, branch = raised.asked_at

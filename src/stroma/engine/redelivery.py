@@ -12,7 +12,7 @@ from stroma.checkpoint.identity import is_called
 from stroma.contracts.node import Group, Node
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
-from stroma.engine.execution import Kind, NodeExecution
+from stroma.engine.execution import Kind, RunningNode
 from stroma.engine.redaction import UnreadState
 from stroma.engine.restore import node_at, output_schema, raw_output, read_output
 from stroma.failures.errors import RunFailed
@@ -29,7 +29,7 @@ async def redeliver(ctx: ReliabilityContext, nodes: Sequence[Node | Group]) -> N
         node, group = (None, None) if is_called(row.branch) else node_at(nodes, row.position, row.branch)
         is_item = group is not None and group.is_map
         kind: Kind = "group" if isinstance(node, Group) else "item" if is_item else "node"
-        run = NodeExecution(ctx, row.node_id, kind, row.position, row.branch)
+        run = RunningNode(ctx, row.node_id, kind, row.position, row.branch)
         run.attempt, run.counted, run.ended, run.redelivered = row.attempt, row.usage or NO_USAGE, row, True
         run.step = StepCall(0, None, identities.get(row.position))
         token = CURRENT.set(run)
@@ -41,7 +41,7 @@ async def redeliver(ctx: ReliabilityContext, nodes: Sequence[Node | Group]) -> N
 
 
 async def _call_hooks(
-    ctx: ReliabilityContext, run: NodeExecution, row: AttemptRow, node: Node | Group | None
+    ctx: ReliabilityContext, run: RunningNode, row: AttemptRow, node: Node | Group | None
 ) -> None:
     event = f"on_node_{row.outcome}"
     calls = getattr(ctx.fire, event, None)

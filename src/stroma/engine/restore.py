@@ -17,7 +17,7 @@ from stroma.contracts.schema import Schema, describe_error, schema_of
 from stroma.contracts.snapshots import StoredSnapshot
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
-from stroma.engine.execution import Kind, NodeExecution
+from stroma.engine.execution import Kind, RunningNode
 from stroma.engine.outcome import Place
 from stroma.engine.redaction import UnreadState
 from stroma.failures.errors import ItemFailure
@@ -76,7 +76,7 @@ async def restore(
         ctx.account.failed_items += _failed_items(ctx, position, branch)
     if ctx.fire.on_node_skipped is not None:
         kind: Kind = "group" if isinstance(node, Group) else place.kind
-        run = NodeExecution(ctx, node.node_id, kind, position, branch)
+        run = RunningNode(ctx, node.node_id, kind, position, branch)
         token = CURRENT.set(run)
         try:
             await ctx.fire.fire(

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Final, Literal, Self
 
 from stroma.engine.emitted import attempt_id_of
-from stroma.engine.execution import NodeExecution, current_node
+from stroma.engine.execution import RunningNode, current_node
 from stroma.failures.classes import FailureClass
 from stroma.hooks.sets import MapProgress, NodeHooks
 from stroma.trace.events import TraceEvent
@@ -159,7 +159,7 @@ class EventHub:
             for reader in self.readers:
                 reader.put(event)
 
-    def emit(self, node: NodeExecution, attempt_id: str, name: str, data: Any) -> None:
+    def emit(self, node: RunningNode, attempt_id: str, name: str, data: Any) -> None:
         """Put an event of an attempt into every queue, which drops its oldest if it is full. Never waits."""
         with self.lock:
             if attempt_id not in self._attempts:
@@ -381,7 +381,7 @@ class _EventHooks:
 
     def _end(self) -> dict[str, Any]:
         """Return what an event says about the end of an attempt; nothing where no attempt has ended."""
-        node = current_node()
+        node = current_node()._own
         row, redactor = node.ended, node.ctx.redactor
         if row is None:  # A question of a flow.
             return {}

@@ -20,7 +20,7 @@ from stroma.checkpoint.events import EventPage, EventPlace
 from stroma.checkpoint.records import Cause, RunRecord
 from stroma.checkpoint.sessions import NULL_SESSION
 from stroma.engine.config import RunConfig
-from stroma.engine.execution import NodeExecution, current_run
+from stroma.engine.execution import RunningNode, current_run
 from stroma.runner.events import EventHub, EventKind, StreamEvent, describe_failure, event_hooks
 from stroma.runner.pipeline import with_hooks
 from stroma.runner.stored_runs import StoredRuns
@@ -67,7 +67,7 @@ class EventLog(EventHub):
         super().publish(kind, run_id, node_id, **fields)
         self._wake()
 
-    def emit(self, node: NodeExecution, attempt_id: str, name: str, data: Any) -> None:
+    def emit(self, node: RunningNode, attempt_id: str, name: str, data: Any) -> None:
         super().emit(node, attempt_id, name, data)
         self._wake()
 

@@ -17,7 +17,7 @@ from stroma.contracts.node import FlowNode, Group, Node, find_node
 from stroma.contracts.schema import Schema, schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import RunningNode
 from stroma.engine.loop import execute, execute_in_turn
 from stroma.engine.merged_models import merged_model, with_list
 from stroma.engine.outcome import GroupStopped, Halt, Place
@@ -113,9 +113,7 @@ class ParallelGroup(Group):
         node_id = f"parallel({', '.join(child.node_id for child in children)})"
         super().__init__(node_id, children, max_concurrency)
 
-    async def run(
-        self, ctx: ReliabilityContext, execution: NodeExecution, value: BaseModel
-    ) -> dict[str, Any]:
+    async def run(self, ctx: ReliabilityContext, execution: RunningNode, value: BaseModel) -> dict[str, Any]:
         """Execute the children; raise GroupStopped for the first that stopped for good."""
         ends = ChildEnds()
         prefix = f"{execution.branch}." if execution.branch else ""
@@ -175,9 +173,7 @@ class SequenceGroup(Group):
     def __init__(self, children: tuple[Node | Group, ...]) -> None:
         super().__init__(sequence_id(child.node_id for child in children), children, None)
 
-    async def run(
-        self, ctx: ReliabilityContext, execution: NodeExecution, value: BaseModel
-    ) -> dict[str, Any]:
+    async def run(self, ctx: ReliabilityContext, execution: RunningNode, value: BaseModel) -> dict[str, Any]:
         """Execute the children; raise GroupStopped for the first that does not end with an output."""
         prefix = f"{execution.branch}." if execution.branch else ""
         inside_step = None if execution.step is None else inside_of(execution.step)
@@ -232,9 +228,7 @@ class MapGroup(Group):
     def _failures_field(self) -> str:
         return f"{self.output_field}_failures" if self.output_field and self.collects_failures else ""
 
-    async def run(
-        self, ctx: ReliabilityContext, execution: NodeExecution, value: BaseModel
-    ) -> dict[str, Any]:
+    async def run(self, ctx: ReliabilityContext, execution: RunningNode, value: BaseModel) -> dict[str, Any]:
         state = _fields_of_state(value, Schema.values)
         files = self._output_files(state, ctx.run_id)
         for file in files:

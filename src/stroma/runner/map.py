@@ -22,7 +22,7 @@ from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.commit import failed_of, record, settle
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import RunningNode
 from stroma.engine.loop import execute
 from stroma.engine.outcome import GroupStopped, Halt, Place, paused
 from stroma.engine.restore import check_committed, output_schema, read_output, value_of
@@ -72,7 +72,7 @@ class ChildEnds:
 class ProgressReporter:
     """Counts the items of a map that have ended, and calls the progress hooks a few times a second."""
 
-    def __init__(self, ctx: ReliabilityContext, execution: NodeExecution, source: Source) -> None:
+    def __init__(self, ctx: ReliabilityContext, execution: RunningNode, source: Source) -> None:
         self._ctx = ctx
         self._execution = execution
         self._source = source
@@ -123,9 +123,7 @@ class ProgressReporter:
 class MapRun:
     """One attempt of a map."""
 
-    def __init__(
-        self, ctx: ReliabilityContext, execution: NodeExecution, group: Group, source: Source
-    ) -> None:
+    def __init__(self, ctx: ReliabilityContext, execution: RunningNode, group: Group, source: Source) -> None:
         self._ctx = ctx
         self._execution = execution
         self._child = group.children[0]

@@ -22,7 +22,7 @@ from stroma.contracts.schema import schema_of
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution, current_node_or_none
+from stroma.engine.execution import RunningNode, running_node
 from stroma.engine.lifecycle import announce_start, open_run
 from stroma.engine.loop import execute
 from stroma.engine.outcome import Halt, Place
@@ -78,7 +78,7 @@ async def execute_step(
             f"the input of step {step_id!r} must be a pydantic model, not {type(input_state).__name__}"
         )
     node = _node_of(step_id, func, ctx, contract)
-    parent = current_node_or_none()
+    parent = running_node()
     if parent is not None and parent.ctx is not ctx:
         parent = None
     if parent is not None:
@@ -138,7 +138,7 @@ def _node_of(
 
 
 def _place_of(
-    ctx: ReliabilityContext, parent: NodeExecution | None, identity: Identity, input_state: BaseModel
+    ctx: ReliabilityContext, parent: RunningNode | None, identity: Identity, input_state: BaseModel
 ) -> tuple[int, str, StepCall]:
     """Return the position, the branch and the record of a call."""
     if parent is None:

@@ -11,7 +11,7 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 from opentelemetry.trace import get_current_span
 
-from stroma.engine.execution import NodeExecution, current_node_or_none, current_run
+from stroma.engine.execution import RunningNode, current_run, running_node
 from stroma.telemetry.conventions import NODE_ID, OF_RUN, SCOPE, about_run
 from stroma.telemetry.inference import note_call, note_end
 
@@ -41,13 +41,13 @@ class AttributionProcessor(SpanProcessor):
     def __init__(self) -> None:
         #: The node and attempt of spans that have not ended; no attempt for a span of ours, which may last
         #: for several.
-        self._open: dict[tuple[int, int], tuple[NodeExecution, int | None]] = {}
+        self._open: dict[tuple[int, int], tuple[RunningNode, int | None]] = {}
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
         """Stamp a span."""
         parent = _put_inside(span, get_current_span(parent_context))
         of_parent: Any = getattr(parent, "attributes", None) or {}
-        node = current_node_or_none()
+        node = running_node()
         is_ours = span.instrumentation_scope is not None and span.instrumentation_scope.name == SCOPE
         if not is_ours:
             if "stroma.run.id" in of_parent:
@@ -117,15 +117,15 @@ def _put_inside(span: Span, parent: Any) -> Any:
     return current
 
 
-def _nodes_around(node: NodeExecution) -> Iterator[NodeExecution]:
+def _nodes_around(node: RunningNode) -> Iterator[RunningNode]:
     """Yield a node and what is around it, the innermost first."""
-    around: NodeExecution | None = node
+    around: RunningNode | None = node
     while around is not None:
         yield around
         around = around.parent
 
 
-def _is_inside(node: NodeExecution, about: Mapping[str, Any]) -> bool:
+def _is_inside(node: RunningNode, about: Mapping[str, Any]) -> bool:
     """Return True if a node is the one of a span of the same run or inside it, or if the span has none."""
     if about["stroma.run.id"] != node.run_id:
         return False

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 from stroma.contracts.contract import Role
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import RunningNode
 
 __all__ = [
     "LANGCHAIN",
@@ -100,7 +100,7 @@ def attribution_of(run: ReliabilityContext) -> dict[str, Any]:
     return attribution
 
 
-def operation_of(node: NodeExecution) -> dict[str, str]:
+def operation_of(node: RunningNode) -> dict[str, str]:
     """Return what the conventions call a node that is an agent, a tool or a retriever; {} for any other."""
     operation, name = _OPERATIONS.get(node.role, (None, None))
     if operation is None:

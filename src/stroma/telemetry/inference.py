@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import RunningNode
 from stroma.telemetry.conventions import NODE_ID, Vocabulary, about_run
 from stroma.trace.events import AttemptUsage
 
@@ -47,13 +47,13 @@ def _is_call(about: Any) -> bool:
     return kind == "LLM" if kind is not None else any(name.startswith("llm.") for name in about)
 
 
-def note_call(node: NodeExecution, attempt: int, key: object, about: Any) -> None:
+def note_call(node: RunningNode, attempt: int, key: object, about: Any) -> None:
     """Note the span of somebody else that begins in an attempt, if it is one of a model call."""
     if _is_call(about):
         node.notes.setdefault(_OPEN, {})[key] = attempt
 
 
-def note_end(node: NodeExecution, attempt: int, key: object, *, has_usage: bool) -> None:
+def note_end(node: RunningNode, attempt: int, key: object, *, has_usage: bool) -> None:
     """Note the end of another's span. If the last one of an attempt has no usage either, ours is made."""
     calls = node.notes.get(_OPEN, {})
     calls.pop(key, None)
@@ -82,7 +82,7 @@ class InferenceSpans:
         self._vocabulary = vocabulary
         self._providers: dict[str, str | None] = {}
 
-    def note_surroundings(self, node: NodeExecution, around: Span) -> None:
+    def note_surroundings(self, node: RunningNode, around: Span) -> None:
         """Note if a node begins inside the span of a model call, as where a framework instruments its models.
 
         That span then belongs to the node, unless it is inside of another one.
@@ -94,7 +94,7 @@ class InferenceSpans:
         if NODE_ID not in about and about.get("stroma.run.id") == node.run_id:
             around.set_attribute(NODE_ID, node.node_id)
 
-    def are_due(self, node: NodeExecution, *, is_answer: bool) -> bool:
+    def are_due(self, node: RunningNode, *, is_answer: bool) -> bool:
         """Return True if the present attempt of a node gets a span. ``is_answer``: its caller gets it."""
         if not node.usage.tokens or self.mode == "never":
             return False
@@ -109,7 +109,7 @@ class InferenceSpans:
                 return False
         return self.can_see and node.attempt not in node.notes.get(_INSTRUMENTED, ())
 
-    def emit(self, tracer: Tracer, node: NodeExecution, around: Context, more: dict[str, Any]) -> None:
+    def emit(self, tracer: Tracer, node: RunningNode, around: Context, more: dict[str, Any]) -> None:
         """Make the span of an attempt that has ended, with ``more`` attributes.
 
         While the span of a model call in it is open, as that of a stream which the node hands on, that is put
@@ -131,7 +131,7 @@ class InferenceSpans:
         else:
             make()
 
-    def _attributes(self, node: NodeExecution, usage: AttemptUsage) -> dict[str, Any]:
+    def _attributes(self, node: RunningNode, usage: AttemptUsage) -> dict[str, Any]:
         model, provider = usage.model, None if usage.model is None else self._provider_of(usage.model)
         cached, written = usage.cached_input_tokens or None, usage.cache_write_tokens or None
         about: dict[str, Any] = {

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from stroma._utils.text import one_line
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import RunningNode
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import type_name
 from stroma.telemetry.content import DENY_KEYS, Content, ContentMode
@@ -131,13 +131,13 @@ class _Logs(Observer):
         else:
             self._write(level, "run ended", fields)
 
-    def attempt_started(self, node: NodeExecution, state: dict[str, Any]) -> None:
+    def attempt_started(self, node: RunningNode, state: dict[str, Any]) -> None:
         if self._is_off(logging.DEBUG):
             return
         fields = {**_of_node(node), "input": self._content.state(node.ctx, state)}
         self._write(logging.DEBUG, "node started", fields)
 
-    def attempt_ended(self, node: NodeExecution, ended: AttemptEnd) -> None:
+    def attempt_ended(self, node: RunningNode, ended: AttemptEnd) -> None:
         level = _LEVELS.get(ended.outcome, logging.INFO)
         if self._is_off(level):
             return
@@ -157,14 +157,14 @@ class _Logs(Observer):
         self._write(level, f"node {ended.outcome}", fields)
 
     def retrying(
-        self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
+        self, node: RunningNode, attempt: int, delay_seconds: float, failure_class: FailureClass
     ) -> None:
         if self._is_off(logging.INFO):
             return
         fields = {**_of_node(node), "attempt": attempt, "delay_s": round(delay_seconds, 3)}
         self._write(logging.INFO, "node retried", {**fields, "failure_class": failure_class.value})
 
-    def skipped(self, node: NodeExecution) -> None:
+    def skipped(self, node: RunningNode) -> None:
         if self._is_off(logging.INFO):
             return
         self._write(logging.INFO, "node restored", _of_node(node))
@@ -175,7 +175,7 @@ class _Logs(Observer):
         fields = {**_of_run(run), "dimension": dimension, "used": used, "limit": limit}
         self._write(logging.WARNING, "budget nearly used up", fields)
 
-    def waiting(self, node: NodeExecution, reason: str, seconds: float) -> None:
+    def waiting(self, node: RunningNode, reason: str, seconds: float) -> None:
         if self._is_off(logging.INFO):
             return
         fields = {**_of_node(node), "reason": reason, "delay_s": round(seconds, 3)}
@@ -262,7 +262,7 @@ def _of_run(run: ReliabilityContext) -> dict[str, Any]:
     return fields
 
 
-def _of_node(node: NodeExecution) -> dict[str, Any]:
+def _of_node(node: RunningNode) -> dict[str, Any]:
     fields = _of_run(node.ctx)
     fields["node_id"], fields["position"] = node.node_id, node.position
     fields["branch"], fields["attempt"] = node.branch, node.attempt

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import RunningNode
 
 __all__ = ["messages_of_call", "note_request"]
 
@@ -56,12 +56,12 @@ _IDS: Final = ("call_id", "tool_call_id", "tool_use_id", "id")
 _MOST_DEPTH: Final = 8
 
 
-def note_request(node: NodeExecution, messages: Any) -> None:
+def note_request(node: RunningNode, messages: Any) -> None:
     """Note the messages that an attempt sends to a model, in whatever form its framework has them."""
     node.notes[_REQUEST] = node.attempt, messages
 
 
-def messages_of_call(node: NodeExecution) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def messages_of_call(node: RunningNode) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the messages of the last request and answer of the present attempt, as far as they are known."""
     requested, response = node.notes.get(_REQUEST, (0, None)), node.response
     request = _messages(requested[1], "user") if requested[0] == node.attempt else []

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from stroma.cost.budget import BudgetExceeded
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import RunningNode
 from stroma.failures.classes import FailureClass
 from stroma.telemetry.observer import AttemptEnd, Observer, is_returned
 from stroma.trace.result import ExecutionResult
@@ -245,7 +245,7 @@ class MetricLabels:
         self.dimension = _BoundedLabels()  # A shared budget has its name in front.
         self._places: dict[tuple[str, str], tuple[str, str]] = {}
 
-    def place(self, node: NodeExecution) -> tuple[str, str]:
+    def place(self, node: RunningNode) -> tuple[str, str]:
         """Return the labels for a node and its pipeline: 1,000 pairs, then the node is "other"."""
         key = node.pipeline[:_MAX_LENGTH], node.node_id[:_MAX_LENGTH]
         labels = self._places.get(key)
@@ -296,7 +296,7 @@ class MetricsObserver(Observer):
             if isinstance(error, BudgetExceeded):
                 self.send(EXCEEDED, 1, pipeline, self._labels.dimension(error.dimension))
 
-    def attempt_ended(self, node: NodeExecution, ended: AttemptEnd) -> None:
+    def attempt_ended(self, node: RunningNode, ended: AttemptEnd) -> None:
         labels, usage = self._labels, node.usage
         place, reason = labels.place(node), labels.reason(ended.reason)
         self.send(EXECUTIONS, 1, *place, ended.outcome, ended.class_name, reason)
@@ -312,15 +312,15 @@ class MetricsObserver(Observer):
                 self.send(CACHED, usage.cache_write_tokens, *of_usage, "write")
 
     def retrying(
-        self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
+        self, node: RunningNode, attempt: int, delay_seconds: float, failure_class: FailureClass
     ) -> None:
         self.send(RETRIES, 1, *self._labels.place(node), failure_class.value)
 
-    def skipped(self, node: NodeExecution) -> None:
+    def skipped(self, node: RunningNode) -> None:
         if not is_returned(node.ctx):
             self.send(RESTORED, 1, *self._labels.place(node))
 
-    def waiting(self, node: NodeExecution, reason: str, seconds: float) -> None:
+    def waiting(self, node: RunningNode, reason: str, seconds: float) -> None:
         self.send(WAITS, 1, *self._labels.place(node))
 
     def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:

@@ -19,7 +19,7 @@ from stroma.checkpoint.queue import QueueReading
 from stroma.engine import tasks
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import AGENT, AgentRun
-from stroma.engine.execution import NodeExecution, current_node_or_none, current_run
+from stroma.engine.execution import RunningNode, current_run, running_node
 from stroma.failures.classes import FailureClass
 from stroma.hooks.sets import NodeHooks
 from stroma.trace.events import Outcome
@@ -77,12 +77,12 @@ class AttemptEnd(NamedTuple):
 CUT_SHORT: Final = AttemptEnd("cancelled")
 
 
-def waits_since(node: NodeExecution, key: object) -> None:
+def waits_since(node: RunningNode, key: object) -> None:
     """Note that an attempt begins to wait, or goes on to wait for another reason."""
     node.notes.setdefault((key, "waits"), perf_counter())
 
 
-def waited_seconds(node: NodeExecution, key: object) -> float:
+def waited_seconds(node: RunningNode, key: object) -> float:
     """Return for how long all attempts of a node have waited, when one of them begins; 0 if none has."""
     notes = node._notes
     if not notes:
@@ -178,13 +178,13 @@ class Observer:
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
         """Handle the end of a run, whatever its status."""
 
-    def attempt_started(self, node: NodeExecution, state: dict[str, Any]) -> None:
+    def attempt_started(self, node: RunningNode, state: dict[str, Any]) -> None:
         """Handle an attempt before its function is called. Input that violates its contract has no start."""
 
-    def attempt_ended(self, node: NodeExecution, ended: AttemptEnd) -> None:
+    def attempt_ended(self, node: RunningNode, ended: AttemptEnd) -> None:
         """Handle an attempt that is in the trace; ``node.usage`` and ``node.duration_ms`` are final."""
 
-    def node_ended(self, node: NodeExecution) -> None:
+    def node_ended(self, node: RunningNode) -> None:
         """Handle a node that gets no further attempt. Not called for a node without an attempt."""
 
     def part_started(self, run: ReliabilityContext, part: FlowPart, around: Any) -> Any:
@@ -192,17 +192,17 @@ class Observer:
         return None
 
     def retrying(
-        self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
+        self, node: RunningNode, attempt: int, delay_seconds: float, failure_class: FailureClass
     ) -> None:
         """Handle a retry, before the wait for attempt number ``attempt``."""
 
-    def skipped(self, node: NodeExecution) -> None:
+    def skipped(self, node: RunningNode) -> None:
         """Handle a node whose output was restored from the journal."""
 
     def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:
         """Handle the use of 80 % of a limit."""
 
-    def waiting(self, node: NodeExecution, reason: str, seconds: float) -> None:
+    def waiting(self, node: RunningNode, reason: str, seconds: float) -> None:
         """Handle an attempt that is queued for a limit; 0 seconds if the time is unknown."""
 
     def circuit_changed(self, run: ReliabilityContext, key: str, state: str) -> None:
@@ -226,7 +226,7 @@ class Observer:
 
     # ------------------------------------------------------------------ hooks
 
-    def around(self, node: NodeExecution) -> Any:
+    def around(self, node: RunningNode) -> Any:
         """Return our note for the nearest group or part of a flow around a node, else for its run.
 
         Not the current span: the task of a child may have been created inside the span of its sibling. Only a
@@ -300,10 +300,10 @@ class Observer:
             on_node_suspended=self._node_suspended if ends else None,
             on_run_start=self._hook("on_run_start", "run_started", current_run, 2),
             on_run_end=self._hook("on_run_end", "run_ended", current_run, 1),
-            on_node_retry=self._hook("on_node_retry", "retrying", current_node_or_none, 2),
-            on_node_skipped=self._hook("on_node_skipped", "skipped", current_node_or_none, 3),
+            on_node_retry=self._hook("on_node_retry", "retrying", running_node, 2),
+            on_node_skipped=self._hook("on_node_skipped", "skipped", running_node, 3),
             on_budget_warning=self._hook("on_budget_warning", "budget_warning", current_run, 1),
-            on_node_wait=self._hook("on_node_wait", "waiting", current_node_or_none, 2),
+            on_node_wait=self._hook("on_node_wait", "waiting", running_node, 2),
             on_circuit_change=self._hook("on_circuit_change", "circuit_changed", current_run, 1),
             on_limit_cooldown=self._hook("on_limit_cooldown", "limit_cooled_down", current_run, 1),
             reads_state=False,
@@ -325,7 +325,7 @@ class Observer:
         return hook
 
     async def _node_start(self, _run_id: str, _node_id: str, state: dict[str, Any]) -> None:
-        node = current_node_or_none()
+        node = running_node()
         if self._has_node_end:
             self._watch_end(node)
         self._safely("on_node_start", self.attempt_started, node, state)
@@ -336,7 +336,7 @@ class Observer:
     async def _node_failure(
         self, _run_id: str, _node_id: str, exc: Exception, failure_class: FailureClass
     ) -> None:
-        node = current_node_or_none()
+        node = running_node()
         reason = None if node is None else node.reason
         self._ended("on_node_failure", AttemptEnd("failure", exc, failure_class, reason=reason))
 
@@ -344,7 +344,7 @@ class Observer:
         self._ended("on_node_cancelled", AttemptEnd("cancelled"))
 
     async def _node_suspended(self, _run_id: str, _node_id: str, _reason: str) -> None:
-        node = current_node_or_none()
+        node = running_node()
         if node is None or node.ended is not None:  # A question of a flow has no attempt.
             self._ended("on_node_suspended", AttemptEnd("suspended"))
 
@@ -367,7 +367,7 @@ class Observer:
         return id(self)
 
     def _ended(self, event: str, ended: AttemptEnd) -> None:
-        node = current_node_or_none()
+        node = running_node()
         # An end without a start: a violated input contract, or a hook call that is redelivered.
         if self._has_node_end:
             self._watch_end(node)
@@ -377,12 +377,12 @@ class Observer:
         if type(self).hook_raised is not Observer.hook_raised:
             self._safely("hook_raised", self.hook_raised, current_run() if run is None else run, hook)
 
-    def _watch_end(self, node: NodeExecution | None) -> None:
+    def _watch_end(self, node: RunningNode | None) -> None:
         if node is not None and self._watched_key not in node.notes:
             node.notes[self._watched_key] = True
             node.at_end(lambda: self._safely("at_end", self._end_node, node))
 
-    def _end_node(self, node: NodeExecution) -> None:
+    def _end_node(self, node: RunningNode) -> None:
         self.node_ended(node)
         parts, branch = node.ctx.notes.get((self, "parts")), node.branch
         if not parts:

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import schema_of
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import RunningNode
 from stroma.engine.interceptors import INTERCEPTORS, Call, Interceptor
 
 __all__ = ["Chaos"]
@@ -39,7 +39,7 @@ class _Watch(Interceptor):
         self._counts: dict[str, int] = {}
         self._at, self._kind, self._seed = at, kind, seed
 
-    async def call(self, run: NodeExecution, node: Node | Group, call: Call, state: BaseModel) -> Any:
+    async def call(self, run: RunningNode, node: Node | Group, call: Call, state: BaseModel) -> Any:
         if type(node) is not Node:
             return await call(state)
         number = self._counts[run.node_id] = self._counts.get(run.node_id, -1) + 1

@@ -16,7 +16,7 @@ from stroma.checkpoint.entries import RunControl
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import Schema
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution, current_node_or_none
+from stroma.engine.execution import RunningNode, running_node
 from stroma.engine.interceptors import INTERCEPTORS, Call, Interceptor
 from stroma.hooks.dispatch import Hooks
 from stroma.hooks.sets import NodeHooks
@@ -131,7 +131,7 @@ class Deaths(Interceptor):
 
     def begins(self, ctx: ReliabilityContext) -> NodeHooks | None:
         async def hook(run_id: str, node_id: str, *_: Any) -> None:
-            run = current_node_or_none()
+            run = running_node()
             if run is not None:
                 self.reach(ctx, _at("after_hooks", run))
 
@@ -140,7 +140,7 @@ class Deaths(Interceptor):
     def opened(self, ctx: ReliabilityContext, session: Session) -> Session:
         return cast("Session", _MortalSession(self, ctx, session))
 
-    async def call(self, run: NodeExecution, node: Node | Group, call: Call, state: BaseModel) -> Any:
+    async def call(self, run: RunningNode, node: Node | Group, call: Call, state: BaseModel) -> Any:
         if self.reach(run.ctx, _at("before_node", run)):
             raise self.refuse()
         try:
@@ -159,7 +159,7 @@ class Deaths(Interceptor):
             raise Crashed(self.life.died)
 
 
-def _at(point: Point, run: NodeExecution) -> Boundary:
+def _at(point: Point, run: RunningNode) -> Boundary:
     return Boundary(point, run.node_id, run.position, run.branch, run.attempt)
 
 

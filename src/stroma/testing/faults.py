@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, NamedTuple, Self
 from pydantic import BaseModel
 
 from stroma.contracts.node import Group, Node
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import RunningNode
 from stroma.engine.interceptors import INTERCEPTORS, Call, Interceptor
 
 __all__ = ["FaultPlan", "Injected", "Transient"]
@@ -54,7 +54,7 @@ class _Fault:
     output: Any = _NONSENSE
     met: bool = False
 
-    def is_due(self, run: NodeExecution) -> bool:
+    def is_due(self, run: RunningNode) -> bool:
         return self.node_id == run.node_id and (self.attempts is None or run.attempt in self.attempts)
 
     def __str__(self) -> str:
@@ -169,7 +169,7 @@ class FaultPlan(Interceptor):
                 "check the node ids, and that the run reaches them"
             )
 
-    async def call(self, run: NodeExecution, node: Node | Group, call: Call, state: BaseModel) -> Any:
+    async def call(self, run: RunningNode, node: Node | Group, call: Call, state: BaseModel) -> Any:
         """Call a node's function; called by the engine in its place."""
         due = [fault for fault in self._faults if fault.is_due(run)]
         for fault in due:
@@ -188,11 +188,11 @@ class FaultPlan(Interceptor):
                 output = _malformed(output, fault.output)
         return output
 
-    def _note(self, fault: _Fault, run: NodeExecution) -> None:
+    def _note(self, fault: _Fault, run: RunningNode) -> None:
         fault.met = True
         self.injected.append(Injected(fault.kind, run.node_id, run.position, run.branch, run.attempt))
 
-    def _leave_to_chance(self, run: NodeExecution) -> None:
+    def _leave_to_chance(self, run: RunningNode) -> None:
         for number, (probability, errors, nodes, attempts) in enumerate(self._chances):
             if run.attempt > attempts or (nodes is not None and run.node_id not in nodes):
                 continue

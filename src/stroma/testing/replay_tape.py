@@ -18,7 +18,7 @@ from stroma.contracts.schema import Schema, schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.cost.budget import BudgetExceeded
 from stroma.cost.usage import UsageError
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import RunningNode
 from stroma.engine.interceptors import Call, Interceptor
 from stroma.engine.restore import read_output
 from stroma.failures.classes import FailureClass
@@ -116,10 +116,10 @@ class Tape(Interceptor):
             )
         self.edited[position] = state
 
-    def _calls(self, run: NodeExecution) -> bool:
+    def _calls(self, run: RunningNode) -> bool:
         return run.position >= self.first_called
 
-    def _at(self, run: NodeExecution) -> list[RecordedAttempt] | None:
+    def _at(self, run: RunningNode) -> list[RecordedAttempt] | None:
         """Return the attempts at a place; None if the recorded run has no such node."""
         then = self.then[run.position]
         if then is None:
@@ -136,7 +136,7 @@ class Tape(Interceptor):
 
     # ------------------------------------------------------------------ as an interceptor
 
-    async def call(self, run: NodeExecution, node: Node | Group, call: Call, state: BaseModel) -> Any:
+    async def call(self, run: RunningNode, node: Node | Group, call: Call, state: BaseModel) -> Any:
         if self._calls(run):
             if type(node) is Node:
                 self.called.append(run.node_id)
@@ -160,7 +160,7 @@ class Tape(Interceptor):
             raise _failure_of(one)
         return Schema.decode_raw(one.output) if isinstance(node, Group) else self._read(run, node, one)
 
-    async def _answer(self, run: NodeExecution, attempts: list[RecordedAttempt] | None) -> RecordedAttempt:
+    async def _answer(self, run: RunningNode, attempts: list[RecordedAttempt] | None) -> RecordedAttempt:
         """Return the recorded result of an attempt. Raises _NoAnswer."""
         if attempts is None:
             self._stop(run, "new", "the run had no such node, so nothing can be handed on")
@@ -190,23 +190,23 @@ class Tape(Interceptor):
             self._stop(run, "contract", "its input broke its contract, and is taken now")
         return one
 
-    def _stop(self, run: NodeExecution, kind: Kind | None, why: str) -> NoReturn:
+    def _stop(self, run: RunningNode, kind: Kind | None, why: str) -> NoReturn:
         place = f"{run.position}.{run.branch}" if run.branch else str(run.position)
         if kind is not None:
             self.differences.append(Difference(kind, place, run.node_id, why))
         self.stopped = self.stopped or f"at {place} {run.node_id}: {why}"
-        around: NodeExecution | None = run
+        around: RunningNode | None = run
         while around is not None:
             self.unanswered.add((around.position, around.branch))
             around = around.parent
         raise _NoAnswer(why)
 
-    def _add_latency(self, run: NodeExecution, attempts: list[RecordedAttempt] | None) -> None:
+    def _add_latency(self, run: RunningNode, attempts: list[RecordedAttempt] | None) -> None:
         """Add the recorded duration, for latency budgets."""
         if attempts and not run.branch and run.attempt <= len(attempts):
             run.ctx.cost_tracker.latency_ns += int(attempts[run.attempt - 1].duration_ms * 1e6)
 
-    def _read(self, run: NodeExecution, node: Node | Group, one: RecordedAttempt) -> Any:
+    def _read(self, run: RunningNode, node: Node | Group, one: RecordedAttempt) -> Any:
         """Decode an output by the current schema. Raises ContractViolation if it does not fit."""
         contract = self.registry.find(node.node_id) or (node.contract if isinstance(node, Node) else None)
         schema = schema_of(UntypedState if contract is None else contract.output_schema)
@@ -220,7 +220,7 @@ class Tape(Interceptor):
             ) from error
         return model.root if isinstance(model, UntypedState) else model
 
-    def diagnosed(self, run: NodeExecution, failure: Failure) -> Failure:
+    def diagnosed(self, run: RunningNode, failure: Failure) -> Failure:
         error = failure.exception
         if isinstance(error, _NoAnswer):
             return replace(failure, failure_class=FailureClass.TERMINAL)

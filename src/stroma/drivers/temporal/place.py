@@ -34,7 +34,7 @@ from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
 from stroma.engine.emitted import attempt_id_of
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import RunningNode
 from stroma.engine.journal import RunJournal
 from stroma.engine.metering import count_returned
 from stroma.engine.placed_calls import OpenCall
@@ -90,7 +90,7 @@ class PlaceRequest(BaseModel):
     takes_events: bool = False  # Emitted events have receivers.
 
     @classmethod
-    def of(cls, run: NodeExecution, call: OpenCall) -> PlaceRequest:
+    def of(cls, run: RunningNode, call: OpenCall) -> PlaceRequest:
         """Return the request for a call."""
         rest, last = run.remaining_budget, run.last_failure
         latency_ms = None if rest.latency_ms is None else int(rest.latency_ms)
@@ -121,7 +121,7 @@ class PlaceRequest(BaseModel):
         return Failure(error, kind, self.node_id, self.attempt - 1, last.message, reason, seconds)
 
 
-def _sent(run: NodeExecution, failure: Failure) -> SentFailure:
+def _sent(run: RunningNode, failure: Failure) -> SentFailure:
     error, rejected = failure.exception, None
     if isinstance_by_type(error, ContractViolation):
         rejected = encode_rejected(error.raw, error, "full", run.ctx.redactor).decode()
@@ -161,7 +161,7 @@ class TemporalCaller:
         self._client = client
         self.own_place = own_place
 
-    async def call(self, run: NodeExecution, contract: NodeContract[Any, Any], call: OpenCall) -> Any:
+    async def call(self, run: RunningNode, contract: NodeContract[Any, Any], call: OpenCall) -> Any:
         """Return what the function returns, and record its usage. A call that was sent is awaited.
 
         Raises RunFailed for what the function raises, WorkerLost, PlaceError.
@@ -202,7 +202,7 @@ class TemporalCaller:
             if error.status != RPCStatusCode.NOT_FOUND:
                 logger.warning("call %r could not be cancelled: %s", call.id, error)
 
-    async def _send(self, run: NodeExecution, contract: NodeContract[Any, Any], call: OpenCall) -> None:
+    async def _send(self, run: RunningNode, contract: NodeContract[Any, Any], call: OpenCall) -> None:
         """Send a call, unless it was sent before. Raises PlaceError if the server refuses it."""
         assert contract.place is not None
         place, request = contract.place, PlaceRequest.of(run, call).model_dump(mode="json")
@@ -265,7 +265,7 @@ class _NoJournal(RunJournal):
         )
 
 
-class _PlacedNode(NodeExecution):
+class _PlacedNode(RunningNode):
     """The current node of a call."""
 
     key = ""
@@ -281,7 +281,7 @@ class _Emitted:
     def __init__(self) -> None:
         self._events: deque[tuple[str, Any]] = deque(maxlen=_MAX_EVENTS)
 
-    def emit(self, node: NodeExecution, attempt_id: str, name: str, data: Any) -> None:
+    def emit(self, node: RunningNode, attempt_id: str, name: str, data: Any) -> None:
         self._events.append((name, data))
 
     def flush(self) -> None:
@@ -393,7 +393,7 @@ def _encode(contract: NodeContract[Any, Any], output: Any) -> tuple[str, bool]:
     return schema.encode(model).decode(), True
 
 
-def _judge(run: NodeExecution, error: BaseException) -> SentFailure:
+def _judge(run: RunningNode, error: BaseException) -> SentFailure:
     """Return what an exception means, as it would be judged in the process that owns the run."""
     if isinstance_by_type(error, Suspend):
         error = PlaceError(

@@ -16,7 +16,7 @@ from stroma.contracts.node import FlowNode, Group, Node, held_by
 from stroma.contracts.schema import schema_of
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.effects import has_open_intent
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import RunningNode
 from stroma.engine.loop import execute_in_turn
 from stroma.engine.merged_models import spelled_out
 from stroma.engine.outcome import Place
@@ -38,12 +38,10 @@ class FlowScope:
         self.ctx, self.node, self.position = ctx, node, position
         self.branch = branch  # Of the flow; "" at the top level of a position.
         self.prefix = f"{branch}." if branch else ""
-        above: NodeExecution | None = None if parent is None else parent.execution
+        above: RunningNode | None = None if parent is None else parent.execution
         # Parent of its steps: it has their clock, and no attempts or hooks. It has no id: its steps are at
         # the top level of the run, and of no group.
-        self.execution: NodeExecution = NodeExecution(
-            ctx, cast("str", None), "group", position, branch, above
-        )
+        self.execution: RunningNode = RunningNode(ctx, cast("str", None), "group", position, branch, above)
         self.execution.attempt = 1
         self.execution.remembers = False
         self.is_over = False  # Its body has returned; it makes no further call.

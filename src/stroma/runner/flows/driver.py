@@ -18,7 +18,7 @@ from typing import Any, Final
 from stroma.checkpoint import PipelineChanged, StoreError
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import RunningNode
 from stroma.engine.outcome import STOPPED, Halt
 from stroma.engine.tasks import cancel_all, raise_if
 from stroma.hooks.dispatch import HookNotAsync
@@ -49,7 +49,7 @@ class FlowDriver(FlowWaits):
         self.has_siblings = False  # Steps ran side by side.
         self.is_live = False  # Everything that is recorded has been delivered.
         self.called_at = 0  # Number of the last event that the body had noticed at its last call.
-        self.execution: NodeExecution | None = None  # Of the outermost flow.
+        self.execution: RunningNode | None = None  # Of the outermost flow.
         self.context = contextvars.copy_context()  # The variables with which the body begins.
         self.context.run(CURRENT.set, None)
         self._latest_ms = max(self.records.times.values(), default=0)

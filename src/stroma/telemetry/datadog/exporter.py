@@ -9,7 +9,7 @@ from ddtrace.propagation.http import HTTPPropagator
 from ddtrace.trace import Context
 
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution, current_node_or_none
+from stroma.engine.execution import RunningNode, running_node
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import type_name
 from stroma.telemetry.content import Content
@@ -124,19 +124,19 @@ class Datadog(MetricsObserver):
             self._tracer.context_provider.activate(of_run.before)
             self.leave(of_run.here)
 
-    def skipped(self, node: NodeExecution) -> None:
+    def skipped(self, node: RunningNode) -> None:
         super().skipped(node)
         of_run: _RunSpan | None = node.ctx.notes.get(self)
         if of_run is not None:
             of_run.restored += 1
 
-    def waiting(self, node: NodeExecution, reason: str, seconds: float) -> None:
+    def waiting(self, node: RunningNode, reason: str, seconds: float) -> None:
         waits_since(node, self)
         super().waiting(node, reason, seconds)
 
     # ------------------------------------------------------------------ nodes
 
-    def attempt_started(self, node: NodeExecution, state: dict[str, Any]) -> None:
+    def attempt_started(self, node: RunningNode, state: dict[str, Any]) -> None:
         if self not in node.notes:
             before = self._tracer.context_provider.active()
             of_node = self._begin(node, activate=True)
@@ -146,7 +146,7 @@ class Datadog(MetricsObserver):
         if waited:
             node.notes[self].span.set_metric("stroma.node.wait_s", waited)
 
-    def _begin(self, node: NodeExecution, *, activate: bool) -> _NodeSpan:
+    def _begin(self, node: RunningNode, *, activate: bool) -> _NodeSpan:
         around = self.around(node)
         above: Any = None if around is None else around.span
         if around is None or node.is_called:
@@ -185,7 +185,7 @@ class Datadog(MetricsObserver):
         _attribute(span, run)
         return _NodeSpan(span)
 
-    def attempt_ended(self, node: NodeExecution, ended: AttemptEnd) -> None:
+    def attempt_ended(self, node: RunningNode, ended: AttemptEnd) -> None:
         usage = node.usage
         of_node = node.notes.get(self)
         if of_node is None:  # Input that broke its contract, or an end that is reported again after a crash.
@@ -200,14 +200,14 @@ class Datadog(MetricsObserver):
         super().attempt_ended(node, ended)
 
     def retrying(
-        self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
+        self, node: RunningNode, attempt: int, delay_seconds: float, failure_class: FailureClass
     ) -> None:
         super().retrying(node, attempt, delay_seconds, failure_class)
         of_node: _NodeSpan | None = node.notes.get(self)
         if of_node is not None:
             of_node.ended = CUT_SHORT
 
-    def node_ended(self, node: NodeExecution) -> None:
+    def node_ended(self, node: RunningNode) -> None:
         of_node: _NodeSpan | None = node.notes.pop(self, None)
         if of_node is None:
             return
@@ -225,7 +225,7 @@ class Datadog(MetricsObserver):
             span.finish((node.started_ns + (node.duration_ms or 0.0) * 1e6) / 1e9)
         else:
             span.finish()
-        if of_node.active and current_node_or_none() is node:
+        if of_node.active and running_node() is node:
             # By itself the tracer makes the run's span active, or nothing, and not what was so for the
             # caller.
             self._tracer.context_provider.activate(of_node.before)

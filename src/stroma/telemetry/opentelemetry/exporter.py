@@ -13,7 +13,7 @@ from opentelemetry.context import Context
 from stroma.checkpoint.queue import QueueReading
 from stroma.contracts.schema import schema_of
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution, current_node_or_none
+from stroma.engine.execution import RunningNode, running_node
 from stroma.engine.redaction import UnreadState
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import type_name
@@ -182,7 +182,7 @@ class OpenTelemetry(MetricsObserver):
             self.leave(of_run.here)
         span.end()
 
-    def skipped(self, node: NodeExecution) -> None:
+    def skipped(self, node: RunningNode) -> None:
         super().skipped(node)
         of_run: RunSpan | None = node.ctx.notes.get(self)
         if of_run is not None and of_run.span is not None:
@@ -214,7 +214,7 @@ class OpenTelemetry(MetricsObserver):
         if of_run is not None and of_run.span is not None:
             of_run.events.add(of_run.span, name, about)
 
-    def waiting(self, node: NodeExecution, reason: str, seconds: float) -> None:
+    def waiting(self, node: RunningNode, reason: str, seconds: float) -> None:
         waits_since(node, self)
         super().waiting(node, reason, seconds)
         # The span of a node begins with its first attempt: before that the wait is seen around it.
@@ -225,7 +225,7 @@ class OpenTelemetry(MetricsObserver):
 
     # ------------------------------------------------------------------ nodes
 
-    def attempt_started(self, node: NodeExecution, state: dict[str, Any]) -> None:
+    def attempt_started(self, node: RunningNode, state: dict[str, Any]) -> None:
         of_node = node.notes.get(self)
         if of_node is None:
             self._inference.note_surroundings(node, trace.get_current_span())
@@ -250,7 +250,7 @@ class OpenTelemetry(MetricsObserver):
             )
             of_node.attempt_token = attach(of_node.attempt, node.ctx, baggage=self._baggage)
 
-    def _begin(self, node: NodeExecution, start_ns: int | None = None) -> NodeSpan:
+    def _begin(self, node: RunningNode, start_ns: int | None = None) -> NodeSpan:
         around = self.around(node)
         above = None if around is None else around.span
         if above is not None and node.is_called:
@@ -296,7 +296,7 @@ class OpenTelemetry(MetricsObserver):
             )
         )
 
-    def attempt_ended(self, node: NodeExecution, ended: AttemptEnd) -> None:
+    def attempt_ended(self, node: RunningNode, ended: AttemptEnd) -> None:
         usage = node.usage
         seconds = (node.duration_ms or 0.0) / 1000
         super().attempt_ended(node, ended)
@@ -340,7 +340,7 @@ class OpenTelemetry(MetricsObserver):
         of_node.attempt_end_ns = time_ns()
 
     def retrying(
-        self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
+        self, node: RunningNode, attempt: int, delay_seconds: float, failure_class: FailureClass
     ) -> None:
         super().retrying(node, attempt, delay_seconds, failure_class)
         of_node = node.notes.get(self)
@@ -357,14 +357,12 @@ class OpenTelemetry(MetricsObserver):
             of_node.attempt.end(of_node.attempt_end_ns)
             of_node.attempt = of_node.attempt_end_ns = None
 
-    def node_ended(self, node: NodeExecution) -> None:
+    def node_ended(self, node: RunningNode) -> None:
         of_node = node.notes.pop(self, None)
         if of_node is None:
             return
         span, ended = of_node.span, of_node.ended
-        if (
-            current_node_or_none() is node
-        ):  # A coroutine that is closed from elsewhere has left its context behind.
+        if running_node() is node:  # A coroutine that is closed from elsewhere has left its context behind.
             detach(of_node.attempt_token)
             detach(of_node.token)
         if of_node.attempt is not None:
@@ -490,7 +488,7 @@ class OpenTelemetry(MetricsObserver):
             return content_of(direction, text, is_text=is_text(state))
         return {f"stroma.{direction}": text}
 
-    def _bill(self, node: NodeExecution, ended: AttemptEnd, around: Context) -> None:
+    def _bill(self, node: RunningNode, ended: AttemptEnd, around: Context) -> None:
         about: dict[str, Any] = {"stroma.outcome": ended.outcome}
         if ended.error is not None:
             about["stroma.failure_class"] = ended.class_name

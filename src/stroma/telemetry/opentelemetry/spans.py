@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from opentelemetry import metrics, trace
 
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import RunningNode
 from stroma.telemetry.conventions import SCHEMA_URL, SCOPE, version
 from stroma.telemetry.observer import AttemptEnd
 
@@ -101,7 +101,7 @@ def meter_of(source: Meter | MeterProvider) -> Meter:
     return source.get_meter(SCOPE, version() or "", SCHEMA_URL)
 
 
-def place_of(node: NodeExecution) -> dict[str, Any]:
+def place_of(node: RunningNode) -> dict[str, Any]:
     """Return the attributes that say where in its run a node stands."""
     return {"stroma.node.position": node.position} | (
         {"stroma.node.branch": node.branch} if node.branch else {}

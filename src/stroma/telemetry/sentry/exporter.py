@@ -11,7 +11,7 @@ import sentry_sdk.scope
 import sentry_sdk.tracing_utils
 
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution, current_node_or_none
+from stroma.engine.execution import RunningNode, running_node
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import type_name
 from stroma.telemetry.content import Content
@@ -194,7 +194,7 @@ class Sentry(Observer):
             self._sdk.get_current_scope().set_client(self._client)
         return isolation
 
-    def _of_run(self, node: NodeExecution) -> RunScope:
+    def _of_run(self, node: RunningNode) -> RunScope:
         """Return the state of a node's run, or of the step in plain code that it is or is inside."""
         of_run: RunScope | None = node.ctx.notes.get(self)
         if of_run is not None:
@@ -215,11 +215,11 @@ class Sentry(Observer):
     def circuit_changed(self, run: ReliabilityContext, key: str, state: str) -> None:
         self._breadcrumb(f"the circuit of {key} is {state}", {})
 
-    def waiting(self, node: NodeExecution, reason: str, seconds: float) -> None:
+    def waiting(self, node: RunningNode, reason: str, seconds: float) -> None:
         waits_since(node, self)
         self._breadcrumb(f"node {node.node_id} waits: {reason}", {}, level="info")
 
-    def skipped(self, node: NodeExecution) -> None:
+    def skipped(self, node: RunningNode) -> None:
         if is_returned(node.ctx):  # There is no scope of a run to write it to.
             return
         of_run: RunScope | None = node.ctx.notes.get(self)
@@ -229,7 +229,7 @@ class Sentry(Observer):
 
     # ------------------------------------------------------------------ nodes
 
-    def attempt_started(self, node: NodeExecution, state: dict[str, Any]) -> None:
+    def attempt_started(self, node: RunningNode, state: dict[str, Any]) -> None:
         of_node: NodeScope | None = node.notes.get(self)
         if of_node is None:
             of_node = self._enter_node(node)
@@ -239,7 +239,7 @@ class Sentry(Observer):
         if waited:
             self._spans.put(of_node.span, "stroma.node.wait_s", waited)
 
-    def _enter_node(self, node: NodeExecution) -> NodeScope:
+    def _enter_node(self, node: RunningNode) -> NodeScope:
         above, entered, of_run = self._span_around(), ExitStack(), self._of_run(node)
         of_node = NodeScope(None, self._sdk.get_current_scope(), of_run)
         isolation = self._isolate(of_run, of_node, entered)
@@ -258,11 +258,11 @@ class Sentry(Observer):
         for name, value in attribution_of(run).items():
             self._spans.put(span, name, list(value) if isinstance(value, tuple) else value)
 
-    def _alone(self, node: NodeExecution) -> bool:
+    def _alone(self, node: RunningNode) -> bool:
         """Return True for a step in plain code, which is reported like a run."""
         return node.parent is None and self not in node.ctx.notes
 
-    def _begin(self, node: NodeExecution, of_node: NodeScope, above: Any, *, ended: bool = False) -> None:
+    def _begin(self, node: RunningNode, of_node: NodeScope, above: Any, *, ended: bool = False) -> None:
         scope, spans = of_node.scope, self._spans
         if self._client is not None:
             scope.set_client(self._client)
@@ -305,7 +305,7 @@ class Sentry(Observer):
         self._attribute(span, run)
         return of_part
 
-    def attempt_ended(self, node: NodeExecution, ended: AttemptEnd) -> None:
+    def attempt_ended(self, node: RunningNode, ended: AttemptEnd) -> None:
         of_node: NodeScope | None = node.notes.get(self)
         if of_node is None:  # Input that broke its contract, or an end that is reported again after a crash.
             of_node = NodeScope(None, self._sdk.get_current_scope().fork(), self._of_run(node))
@@ -326,7 +326,7 @@ class Sentry(Observer):
             notes_of(ended.error).failed.setdefault(of_node.of_run, failed)
 
     def retrying(
-        self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
+        self, node: RunningNode, attempt: int, delay_seconds: float, failure_class: FailureClass
     ) -> None:
         of_node: NodeScope | None = node.notes.get(self)
         error = None if of_node is None or of_node.ended is None else of_node.ended.error
@@ -345,7 +345,7 @@ class Sentry(Observer):
             of_node.ended = CUT_SHORT
         self._breadcrumb(f"node {node.node_id} failed and is tried again", about)
 
-    def node_ended(self, node: NodeExecution) -> None:
+    def node_ended(self, node: RunningNode) -> None:
         of_node: NodeScope | None = node.notes.pop(self, None)
         if of_node is None:
             return
@@ -362,7 +362,7 @@ class Sentry(Observer):
         # Not "cancelled": the SDK streams spans of gen_ai operations, where every status but "ok" is an
         # error.
         spans.end(of_node.span, "internal_error" if outcome == "failure" else "ok", of_node.scope)
-        if of_node.entered is not None and current_node_or_none() is node:
+        if of_node.entered is not None and running_node() is node:
             of_node.entered.close()
 
     # ------------------------------------------------------------------ events
