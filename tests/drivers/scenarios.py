@@ -514,7 +514,7 @@ SCENARIOS: dict[str, Scenario] = {
                     "index": 1,
                     "node_id": "length",
                     "failure_class": FailureClass.AMBIGUOUS,
-                    "message": "bc has no length",
+                    "message": "ValueError: bc has no length",
                     "reason": None,
                     "attempts": 1,
                 }
@@ -583,7 +583,7 @@ SCENARIOS: dict[str, Scenario] = {
                     "index": 1,
                     "node_id": "doubled",
                     "failure_class": FailureClass.AMBIGUOUS,
-                    "message": "bc is too long",
+                    "message": "ValueError: bc is too long",
                     "reason": None,
                     "attempts": 4,
                 }
