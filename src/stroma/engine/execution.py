@@ -151,20 +151,19 @@ class NodeExecution:
     @property
     def usage(self) -> AttemptUsage:
         """Usage of this attempt so far: counted, and reported since. Its price comes when it ends."""
-        if self._own.reported is None:
-            return self._own.counted
-        output_tokens = sum(produced for _, produced, *_ in self._own.reported)
-        tokens = output_tokens + sum(consumed for consumed, *_ in self._own.reported)
-        named = [model for _, _, model, _ in self._own.reported if model is not None]
+        counted, reported = self._own.counted, self._own.reported
+        if reported is None:
+            return counted
+        output_tokens = sum(produced for _, produced, *_ in reported)
+        tokens = output_tokens + sum(consumed for consumed, *_ in reported)
+        named = [model for _, _, model, _ in reported if model is not None]
         return AttemptUsage(
-            self._own.counted.tokens + tokens,
-            self._own.counted.output_tokens + output_tokens,
-            self._own.counted.cost_usd,
-            named[-1] if named else self._own.counted.model,
-            self._own.counted.cached_input_tokens
-            + sum(d.cached_input_tokens for *_, d in self._own.reported if d),
-            self._own.counted.cache_write_tokens
-            + sum(d.cache_write_tokens for *_, d in self._own.reported if d),
+            counted.tokens + tokens,
+            counted.output_tokens + output_tokens,
+            counted.cost_usd,
+            named[-1] if named else counted.model,
+            counted.cached_input_tokens + sum(d.cached_input_tokens for *_, d in reported if d),
+            counted.cache_write_tokens + sum(d.cache_write_tokens for *_, d in reported if d),
         )
 
     @property
