@@ -49,17 +49,6 @@ DESK = """
 """
 
 
-APPROVAL = {
-    "title": "Approval",
-    "type": "object",
-    "required": ["approved"],
-    "properties": {
-        "approved": {"title": "Approved", "type": "boolean"},
-        "by": {"title": "By", "type": "string", "default": "nobody"},
-    },
-}
-
-
 @pytest.fixture
 def desk(stroma):
     stroma.file("desk.py", DESK)
@@ -84,50 +73,14 @@ def test_a_run_that_waits_is_no_failure(desk, inside):
     assert (resumed.code, json.loads(resumed.out)) == (0, {"n": 1003})
 
 
-def test_json(desk, inside):
-    """run, show and approve say as data what waits, and what was answered."""
-    waits = {
-        "question": "1:1",
-        "position": 1,
-        "branch": "",
-        "node_id": "ask",
-        "reason": "is this right?",
-        "schema": "desk:Approval",
-        "json_schema": APPROVAL,
-        "answered": False,
-        "effect": None,
-    }
-    done = inside("run", "desk.py:pipeline", '{"n": 1}', "--run-id", "x", "--json")
-    data = json.loads(done.out)
-    assert (done.code, data["exit_code"], data["status"], data["failure"]) == (7, 7, "SUSPENDED", None)
-    assert data["suspended"] == [waits]
-    assert data["resume"] == "stroma resume x desk.py:pipeline"
-    assert json.loads(inside("show", "x", "--json").out)["suspended"] == [waits]
-    assert json.loads(inside("approve", "x", "desk.py:pipeline", '{"approved": true}', "--json").out) == {
-        "schema": "stroma.approve/1",
-        "run_id": "x",
-        "answered": waits | {"answered": True},
-        "suspended": [],
-        "resume": "stroma resume x desk.py:pipeline",
-    }
-    assert json.loads(inside("show", "x", "--json").out)["suspended"] == [waits | {"answered": True}]
-
-
-def test_show_tells_what_a_run_waits_for(desk, inside):
-    """show lists each node that waits, with the reason, what it asks for, and whether it has its answer."""
-    inside("run", "desk.py:pipeline", '{"n": 1}', "--run-id", "x")
-    done = inside("show", "x")
-    assert "\nwaits     node 'ask' (at 1): is this right?  (asks for Approval)\n" in done.out
-    assert (
-        "answer: stroma approve x FILE.py:NAME ANSWER --question 1:1\nthen resume with: stroma resume x "
-        in done.err
-    )
-    inside("approve", "x", "desk.py:pipeline", '{"approved": true}')
-    done = inside("show", "x")
-    assert "(asks for Approval, answered)\n" in done.out
-    assert done.err.startswith("resume with: stroma resume x ")
-    inside("resume", "x", "desk.py:pipeline")
-    assert "waits" not in inside("show", "x").out
+def test_what_is_told_of_an_answer(desk, golden):
+    """run, show and approve tell each node that waits, with its reason, what it asks for and whether it has
+    its answer, for people and as JSON."""
+    run = """run desk.py:pipeline '{"n": 1}' -q --run-id"""
+    golden("asked", f"{run} y --json", f"{run} x", "show x --json", columns=(120,))
+    approve = """approve x desk.py:pipeline '{"approved": true}' --json"""
+    golden("answered", approve, "show x", "show x --json", "resume x desk.py:pipeline -q", columns=(120,))
+    golden("went-on", "show x", columns=(120,))
 
 
 def test_answers_that_do_not_fit(desk, inside, fails):

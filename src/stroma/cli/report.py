@@ -29,6 +29,7 @@ from stroma.cli.suspended import (
 )
 from stroma.contracts.schema import schema_of
 from stroma.cost.budget import BudgetExceeded, ExecutionBudget, limits
+from stroma.cost.usage import NO_MODEL
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import BUDGET, PAUSED, SharedBudgetExceeded
 from stroma.failures.failure import Failure, message_of
@@ -234,19 +235,21 @@ class RunReport:
 
     def _print_notes(self) -> None:
         result = self.result
-        if result.unpriced_models:
-            models = ", ".join(clean(model, 60) for model in result.unpriced_models)
-            note: Part = ("  note: ", "yellow")
-            err.fitted(note, f"no price for {models}, counted as $0; add it to KNOWN_MODELS")
+        note: Part = ("  note: ", "yellow")
+        unpriced = [clean(model, 60) for model in result.unpriced_models if model != NO_MODEL]
+        if unpriced:
+            err.fitted(note, f"no price for {', '.join(unpriced)}, counted as $0; add it to KNOWN_MODELS")
+        if len(unpriced) < len(result.unpriced_models):
+            err.fitted(note, "tokens without a model count as $0; report the model with them")
         if result.failed_items:
             err.line(
-                ("  note: ", "yellow"),
+                note,
                 f"{pluralize(result.failed_items, 'item')} failed, the others succeeded",
                 *self._rerun_hint(),
             )
         if result.hook_errors:
             err.line(
-                ("  note: ", "yellow"),
+                note,
                 f"{pluralize(len(result.hook_errors), 'hook call')} raised; the run is not affected",
             )
 
