@@ -17,11 +17,12 @@ import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
+from pydantic import BaseModel
 from tests.kit import Num
 from tests.receivers.datadog import DatadogAgent
 from tests.receivers.sentry import RecordedSentry
 
-from stroma import RunStatus, SQLiteStore, StromaRunner
+from stroma import Flow, Pipeline, RunStatus, SQLiteStore, StromaRunner, parallel
 from stroma.telemetry import ExporterHooks, otel_hooks, sentry_hooks
 
 pytest_plugins = ["tests.receivers.fixtures"]
@@ -229,3 +230,73 @@ def first(path: pathlib.Path) -> None:
             await runner.run([node, second], Num(), run_id="r")
 
     asyncio.run(go())
+
+
+class State(BaseModel):
+    n: int = 0
+
+
+def run_flow(path: pathlib.Path, *, dies: bool) -> None:
+    """Run a flow with a flow, a map and a group inside; the process may be killed in its last step."""
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(LinesExporter(path / "spans")))
+    store = SQLiteStore(path / "runs.db")
+    runner = StromaRunner.quick(store=store, hooks=otel_hooks(tracer=provider), resume=True, lease_seconds=1)
+
+    def node(id: str) -> Any:
+        @runner.node(id, input=State, output=State)
+        async def step(state: State) -> State:
+            if dies and id == "slow":
+                await asyncio.sleep(0.5)  # Its sibling ends, and is stored.
+                os.kill(os.getpid(), signal.SIGKILL)
+            return state
+
+        return step
+
+    look_up, each, quick, slow = map(node, ("look_up", "each", "quick", "slow"))
+
+    @runner.flow
+    async def inner(flow: Flow, state: State) -> State:
+        await flow.step(look_up, state)
+        await flow.map(each, [State(n=1), State(n=2)])
+        return state
+
+    @runner.flow
+    async def outer(flow: Flow, state: State) -> State:
+        await flow.run(inner, state)
+        await flow.run(Pipeline("both", [parallel(quick, slow)]), state)
+        return state
+
+    async def go() -> None:
+        async with store:
+            result = await runner.run(outer, State(), run_id="r")
+            assert result.ok, result.failure
+
+    asyncio.run(go())
+
+
+@pytest.mark.slow
+def test_parts_and_groups_of_a_killed_run_are_in_its_tree(tmp_path: pathlib.Path) -> None:
+    """The process that resumes a run writes the spans that the killed one had open, of a flow, a map and a
+    group, around those that it had sent."""
+    child = os.fork()
+    if child == 0:
+        run_flow(tmp_path, dies=True)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    run_flow(tmp_path, dies=False)
+    spans = list(map(json.loads, (tmp_path / "spans").read_text().splitlines()))
+    ids = {span["id"]: span["name"] for span in spans}
+    assert len(ids) == len(spans)
+    assert len({span["trace"] for span in spans}) == 1
+    assert sorted((span["name"], ids.get(span["parent"], str(span["parent"]))) for span in spans) == [
+        ("invoke_workflow both", "invoke_workflow outer"),
+        ("invoke_workflow inner", "invoke_workflow outer"),
+        ("invoke_workflow outer", "None"),
+        ("stroma.map each", "invoke_workflow inner"),
+        ("stroma.node each", "stroma.map each"),
+        ("stroma.node each", "stroma.map each"),
+        ("stroma.node look_up", "invoke_workflow inner"),
+        ("stroma.node parallel(quick, slow)", "invoke_workflow both"),
+        ("stroma.node quick", "stroma.node parallel(quick, slow)"),
+        ("stroma.node slow", "stroma.node parallel(quick, slow)"),
+    ]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tests.ui.browser import Browser
-from tests.ui.conftest import BAD, GOOD, SCRIPT, Site, make_runs
+from tests.ui.conftest import BAD, GOOD, SCRIPT, Site, first, make_runs, node
 from tests.ui.scenes import lineage, make_map
 from tests.ui.test_large_run import make_large_run
 from tests.ui.test_security import attempts_of
@@ -59,6 +59,16 @@ def test_sizes(site: Site, browser: Browser, dark: bool) -> None:
         for path in addresses(site):
             browser.goto(site.url + path)
             assert browser.eval("document.documentElement.scrollWidth") <= width, (path, width)
+
+
+def test_tables_of_the_overview_fit(store: SQLiteStore, serve: Any, browser: Browser) -> None:
+    """At 1,280 pixels no table of the overview has to be scrolled, also with a name that cannot be broken."""
+    name = "fetch_" * 12
+    make_runs(store, (name, Pipeline(name, [node(name, first)])))
+    browser.goto(serve(store).url + "/overview")
+    tables = "[...document.querySelectorAll('.wide')]"
+    assert browser.eval(f"{tables}.length") > 1
+    assert browser.eval(f"{tables}.filter((one) => one.scrollWidth > one.clientWidth).length") == 0
 
 
 _CONTRAST = """(() => {

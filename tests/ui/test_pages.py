@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from pydantic import BaseModel
 from tests.store_suite.journal import State as Kept
 from tests.store_suite.journal import begin, commit
@@ -37,7 +40,9 @@ from stroma import (
     stroma_node,
 )
 from stroma.checkpoint import open_store
+from stroma.telemetry import otel_hooks
 from stroma.ui.figures import _quantile
+from stroma.ui.formatting import to_address
 
 
 def rows(text: str) -> list[list[str]]:
@@ -294,6 +299,16 @@ def test_two_runs(site: Site) -> None:
     assert site.get("/compare", a="good").status == 200
 
 
+def test_differences_only(site: Site) -> None:
+    """The nodes that are the same in two runs can be left out, and shown again."""
+    href = re.search(r'href="([^"]+)">Differences only<', site.get("/compare", a="good", b="bad").text)
+    assert href is not None
+    text = site.ask("GET", html.unescape(href[1])).text
+    assert text.count("the same") == 0
+    assert "only in B" in text
+    assert 'href="/compare?a=good&amp;b=bad">All nodes<' in text
+
+
 def test_what_two_runs_took(site: Site) -> None:
     """Two runs are told apart by time and cost, as a whole and node by node."""
     text = site.get("/compare", a="good", b="bad").text
@@ -343,7 +358,9 @@ def test_the_pipeline(store: SQLiteStore, serve: Any) -> None:
     assert "4 calls" not in text
     assert "2 calls · 50.0% of attempts failed" in text
     assert re.search(r"p50 \d\.\d\d s · p95 \d\.\d\d s · \$0\.\d{6} a call", text)
-    assert '<path class="link failing" data-from="0" data-to="1"' in text
+    # An edge tells of contracts alone: none is red because the node that it leads to fails.
+    assert re.search(r'<path class="link ?" data-from="0" data-to="1"', text)
+    assert "link failing" not in text
     report = rows(text)
     assert [row[:3] for row in report] == [
         ["first", "2", "0.0%"],
@@ -449,8 +466,64 @@ def test_overview(site: Site) -> None:
     assert report[0][:3] == ["flows", "13", "3"]
     assert ["gpt-4o-mini", "9", "1"] in [row[:3] for row in report]
     assert "Slowest nodes" in text
+    links = [html.unescape(link) for link in re.findall(r'<a data-open href="([^"]+)"', text)]
+    assert to_address("/", q="node:flaky") in links
+    assert to_address("/", status="failed", **{"class": "TERMINAL"}) in links
+    for link in links:
+        assert "data-row" in site.ask("GET", link).text, link
     assert site.get("/overview", days=30).status == 200
     assert "No attempt in that time" not in text
+
+
+def test_a_run_is_found_by_its_trace(store: SQLiteStore, serve: Any) -> None:
+    """A search for the id of a trace leads to its run; the trace in the backend is OpenTelemetry's."""
+    provider, kept = TracerProvider(), InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(kept))
+    runner = StromaRunner.quick(store=store, hooks=otel_hooks(tracer=provider))
+    asyncio.run(runner.run(GOOD, State(), run_id="traced"))
+    asyncio.run(StromaRunner.quick(store=store).run(GOOD, State(), run_id="untraced"))
+    trace_id = {span.context.trace_id for span in kept.get_finished_spans() if span.context}.pop()
+    site = serve(store, trace_url="https://traces.example/{trace_id}")
+    answer = site.get("/", q=f"trace:{trace_id:032x}")
+    assert (answer.status, answer.headers["location"]) == (303, "/run?id=traced")
+    location = site.get("/trace", id="traced").headers["location"]
+    assert location == f"https://traces.example/{trace_id:032x}"
+    assert "No run matches" in site.get("/", q=f"trace:{'ab' * 16}").text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies_in", ["first", "second"])
+def test_the_gap_before_a_resume_is_named(dies_in: str, tmp_path: Path, serve: Any) -> None:
+    """The timeline of a killed run begins with its first process, and shows when another one took over."""
+
+    def run(*, dies: bool) -> Any:
+        def step(id: str) -> Any:
+            @stroma_node(id, NodeContract(node_id=id, input_schema=State, output_schema=State))
+            async def call(state: State) -> State:
+                if dies and id == dies_in:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return state
+
+            return call
+
+        async def go() -> Any:
+            async with SQLiteStore(tmp_path / "runs.db") as store:
+                runner = StromaRunner.quick(store=store, resume=True, lease_seconds=1)
+                return await runner.run([step("first"), step("second")], State(), run_id="r")
+
+        return asyncio.run(go())
+
+    child = os.fork()
+    if child == 0:
+        run(dies=True)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert run(dies=False).ok
+    with SQLiteStore(tmp_path / "runs.db") as store:
+        text = serve(store).get("/run", id="r").text
+    (gap,) = re.findall(r'<rect class="b-wait" x="([\d.]+)%"[^>]*><title>resumed by another process', text)
+    assert float(gap) < 5
+    first = re.findall(r'<rect class="b-success" x="([\d.]+)%"', text)[0]
+    assert (float(first) < 5) == (dies_in == "second")
 
 
 def test_restored_nodes(store: SQLiteStore, serve: Any) -> None:

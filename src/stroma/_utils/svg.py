@@ -272,7 +272,7 @@ def _links(links: Iterable[Link], places: Mapping[str, _Layout]) -> tuple[list[s
             back = edges[target.column][0] - 14 - (lane * 7) % 56
             path = _around((x1, y1), out, y, back, (x2, y2))
         words = f"{link.source_line or source.box.title} → {link.target_line or target.box.title}"
-        kind = as_xml(" ".join(filter(None, (link.tone, target.box.mood))))
+        kind = as_xml(link.tone)
         ends_at = f'data-from="{as_xml(link.source)}" data-to="{as_xml(link.target)}"'
         drawn.append(f'<path class="link {kind}" {ends_at} d="{path}"><title>{as_xml(words)}</title></path>')
         drawn += [f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in ((x1, y1), (x2, y2))]

@@ -119,6 +119,10 @@ class FlowPart(NamedTuple):
         return {"gen_ai.operation.name": operation, "gen_ai.agent.name": self.name} if operation else {}
 
 
+def _is_map(place: str) -> bool:
+    return place.rpartition(".")[2].rpartition("/")[2].startswith("*")
+
+
 def _part_around(branch: str) -> FlowPart | None:
     """Return the innermost part of a flow around a place; None for a place in no part."""
     outer = branch.rpartition(".")[0]
@@ -254,6 +258,17 @@ class Observer:
         """
         trace, start_ms = run.first_trace(self.system), run.session.lost_start_ms
         return None if trace is None or start_ms is None else (trace, start_ms * 1_000_000)
+
+    def begin_lost_parts(self, node: RunningNode) -> None:
+        """Begin the parts of a flow around a restored step, if a killed process could not end them."""
+        of_run = node.ctx.notes.get(self)
+        if of_run is None or not node.branch or self.lost_root(node.ctx) is None:
+            return
+        branch = node.branch
+        # Of a child of a group, the parts around the group.
+        while branch.rpartition(".")[2].isdecimal() and not _is_map(branch.rpartition(".")[0]):
+            branch = branch.rpartition(".")[0]
+        self._around_place(node.ctx, branch, of_run)
 
     def _around_place(self, run: ReliabilityContext, branch: str, of_run: Any) -> Any:
         """Return the note for the part of a flow around a place, begun by its first step, else of the run."""

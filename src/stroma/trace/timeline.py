@@ -104,6 +104,7 @@ class Timeline:
         now_ms: the time of this drawing, of a run that goes on; None for others.
         began_ms: start of the first attempt, since the epoch.
         progress: what runs now; None if nothing does.
+        resumes: (from, to) of each stretch after which another process continued the run, in milliseconds.
         open_waits: what attempts at a place wait for, by place.
         pipeline: its name, by which a flow is called that is the whole pipeline and has not ended.
     """
@@ -119,6 +120,7 @@ class Timeline:
     began_ms: int = 0
     progress: InProgress | None = None
     open_waits: Mapping[str, str] = field(default_factory=dict)
+    resumes: Sequence[tuple[float, float]] = ()
     pipeline: str = ""
 
     def draw(self) -> str:
@@ -193,7 +195,7 @@ class _Drawing:
     def draw(self) -> str:
         it = self.it
         entries = fold(outline(it.bars, it.waits, it.pipeline))
-        drawn = "".join(map(self.entry, entries))
+        drawn = self.resumes_row() + "".join(map(self.entry, entries))
         progress = it.progress
         if progress is not None and not any(entry.at == progress.at for entry in entries):
             drawn += self.progress_row(progress)
@@ -280,6 +282,26 @@ class _Drawing:
         if self.it.selected is None:
             return False
         return any(bar is self.it.selected for _, one in entry.walk() for bar in one.bars)
+
+    def resumes_row(self) -> str:
+        """Return the row of the stretches in which no process had the run; "" without any."""
+        resumes = self.it.resumes
+        if not resumes:
+            return ""
+        self.rows += 1
+        parts = [
+            self.rect(
+                "b-wait", began, ended, 9, 10, f"resumed by another process after {_took(ended - began)}"
+            )
+            for began, ended in resumes
+        ]
+        text = "resumed by another process"
+        return (
+            f'<div class="row"><span class="name dim">{text}</span><svg class="lane" role="img" '
+            f'aria-label="{text}">{"".join(parts)}</svg>'
+            f'<span class="fig"><span class="all">after {_took(sum(b - a for a, b in resumes))}</span></span>'
+            "</div>"
+        )
 
     def progress_row(self, progress: InProgress) -> str:
         self.rows += 1
@@ -421,8 +443,12 @@ class _Drawing:
         return "".join(parts)
 
 
+def _took(ms: float) -> str:
+    return format_duration(ms / 1000)
+
+
 def _why_waited(took_ms: float, failed: Bar | None) -> str:
-    text = f"waited {format_duration(took_ms / 1000)}"
+    text = f"waited {_took(took_ms)}"
     if failed is None or failed.failure_class is None:
         return text
     reason = f" ({failed.reason})" if failed.reason else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Collection, Iterable
 from typing import Any, Final
@@ -41,6 +42,7 @@ __all__ = [
     "json_file",
     "mark_controls",
     "parse_search",
+    "quoted",
     "restored_starts",
     "side_by_side",
     "split_price",
@@ -58,7 +60,7 @@ def parse_search(text: str, status: str, kind: str) -> RunQuery:
     """Parse a search: filters such as "tag:nightly node:extract", and words for ids, pipelines and errors."""
     filters: dict[str, Any] = {"failure_class": kind or None}
     rest = []
-    for word in text.split():
+    for word in _words(text):
         name, colon, value = word.partition(":")
         if word == BLOCKED_FILTER:
             filters["blocked"] = True
@@ -70,6 +72,16 @@ def parse_search(text: str, status: str, kind: str) -> RunQuery:
             rest.append(word)
     statuses = FAILED if status == "failed" else (status,) if status else ()
     return RunQuery(statuses=statuses, text=" ".join(rest) or None, **filters)
+
+
+def quoted(name: str) -> str:
+    """Return a name as one word of a search."""
+    return f'"{name}"' if " " in name else name
+
+
+def _words(text: str) -> list[str]:
+    """Return the words of a search; spaces inside quotes, as in node:"read page", are part of a word."""
+    return [word.replace('"', "") for word in re.findall(r'(?:[^\s"]|"[^"]*"?)+', text)]
 
 
 def ago(ms: int) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
 
 from markupsafe import Markup
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 
 from stroma._utils.text import clean, format_duration
 from stroma.checkpoint.history import FAILED, FINISHED, Payload, changes, compare, status_of
@@ -21,7 +22,7 @@ from stroma.ui.figures import RUNS, figures_of, rate_boxes
 from stroma.ui.formatting import cause_text, parse_search, side_by_side, to_address
 from stroma.ui.overview import BUCKETS, Buckets, Overview, runs_chart, stopped_by
 from stroma.ui.rendering import MAX_SHOWN_BYTES, Renderer, now_ms
-from stroma.ui.run_view import is_at_work
+from stroma.ui.run_view import find_by_trace, is_at_work
 from stroma.ui.security import IMAGE_POLICY
 
 __all__ = ["Pages"]
@@ -37,6 +38,7 @@ _MAX_CHARTED: Final = 1000  # runs
 _MAX_HELD: Final = 8  # suspended runs of the overview
 _STATUSES: Final = [QUEUED, "RUNNING", *RunStatus]
 _MAX_TEXT: Final = 4000  # characters of a parameter
+_TRACE_ID: Final = re.compile(r"trace:([0-9a-f]{32})")
 
 
 class Pages:
@@ -59,6 +61,10 @@ class Pages:
             raise HTTPException(400, "unknown status or class")
         if not self._store.exists():
             return self._empty()
+        if trace := _TRACE_ID.fullmatch(text):
+            run_id = find_by_trace(self._settings, trace[1])
+            if run_id is not None:
+                return RedirectResponse(to_address("/run", id=run_id), 303)
         query = parse_search(text, status, kind)
         try:
             page = self._history.page(query, _PAGE_SIZE, after)
@@ -185,6 +191,7 @@ class Pages:
             input=started,
             more=sides[0][1] or sides[1][1],
             nodes=[side_by_side(one, a, b) for one in nodes],
+            only=params.get("only") == "differences",
             seconds=[max(0, record.updated_ms - record.started_ms) / 1000 for record in (a, b)],
         )
 

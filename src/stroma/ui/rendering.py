@@ -23,7 +23,7 @@ from stroma.limits.rate_limit import read_cooldowns
 from stroma.trace.html import utc
 from stroma.trace.timeline import HATCHES
 from stroma.ui.components import chip, icon, meter, tone_of
-from stroma.ui.formatting import ago, duration_text, mark_controls, to_address, to_json
+from stroma.ui.formatting import ago, duration_text, mark_controls, quoted, to_address, to_json
 
 if TYPE_CHECKING:
     from stroma.ui.security import Keys
@@ -117,6 +117,7 @@ class Renderer:
             "ago": ago,
         }
         self._templates.globals |= {
+            "quoted": quoted,
             "to": to_address,
             "store_name": settings.name,
             "pipeline_name": settings.pipeline,

@@ -51,6 +51,7 @@ from stroma.ui.run_view import (
     is_at_work,
     open_waits,
     read_limits,
+    resumes_of,
     totals,
     trace_link,
     window_of,
@@ -189,14 +190,18 @@ class RunPages:
         waits: _Waits,
         cause_attempt: AttemptRecord | None,
     ) -> tuple[Timeline, Story]:
+        is_first = request.query_params.get("after") is None
         first = min((attempt.started_ns for attempt in attempts), default=record.started_ms * 1_000_000)
+        if is_first and record.execution == 1 and min((one.epoch for one in attempts), default=1) > 1:
+            first = (
+                record.started_ms * 1_000_000
+            )  # A process died in its first attempt, of which nothing is stored.
         bars = [bar_of(attempt, first) for attempt in attempts]
         addresses = {id(bar): attempt for bar, attempt in zip(bars, attempts, strict=True)}
         selected = None
         if cause_attempt is not None:
             key = attempt_key(cause_attempt)
             selected = next((bar for bar in bars if attempt_key(addresses[id(bar)]) == key), None)
-        is_first = request.query_params.get("after") is None
         at_work = is_at_work(record) and is_first
         lineage = self._settings.lineage if record.pipeline == self._settings.pipeline else None
         names = [] if lineage is None else lineage.top_level
@@ -210,6 +215,7 @@ class RunPages:
             window=window_of(request.query_params),
             now_ms=time.time() * 1000 - first / 1e6 if at_work else None,
             began_ms=first // 1_000_000,
+            resumes=resumes_of(record, attempts, first) if is_first else [],
             progress=find_progress(record, attempts, first, names) if at_work else None,
             pipeline=record.pipeline,
             open_waits=open_waits(record, attempts, waits.questions)

@@ -25,15 +25,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "attempts_by_end",
+    "find_by_trace",
     "find_progress",
     "is_at_work",
     "open_waits",
     "read_limits",
+    "resumes_of",
     "totals",
     "trace_link",
     "window_of",
 ]
 
+#: Number of runs among which a trace is looked up: no index serves it.
+MOST_TRACES: Final = 1000
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
 
 
@@ -54,16 +58,30 @@ def read_limits(settings: Settings, record: RunRecord) -> Mapping[str, float]:
 
 def trace_link(settings: Settings, run_id: str) -> str | None:
     """Return the address of a run's trace in the telemetry backend, or None. Raises StoreError."""
-
-    def query(rows: Rows) -> str:
-        run = rows.find(run_id)
-        trace = None if run is None else read_annotation(rows, run.run, run_id, Annotation.TRACE)
-        return "" if trace is None else trace.node_id
-
-    match = None if settings.trace_url is None else _TRACEPARENT.fullmatch(settings.store.read(query, ""))
-    if match is None or settings.trace_url is None:
+    if settings.trace_url is None:
+        return None
+    traces = settings.store.read(lambda rows: _traces_of(rows, run_id), "")
+    match = _TRACEPARENT.search(traces.rpartition("otel=")[2])  # Without OpenTelemetry, any system's.
+    if match is None:
         return None
     return settings.trace_url.replace("{trace_id}", match[1]).replace("{span_id}", match[2])
+
+
+def _traces_of(rows: Rows, run_id: str) -> str:
+    """Return the recorded trace contexts of a run, of each system, as one text; "" without any."""
+    run = rows.find(run_id)
+    trace = None if run is None else read_annotation(rows, run.run, run_id, Annotation.TRACE)
+    return "" if trace is None else trace.node_id
+
+
+def find_by_trace(settings: Settings, trace_id: str) -> str | None:
+    """Return the id of the newest run with a trace, of the last thousand, or None. Raises StoreError."""
+    ids = [record.run_id for record in settings.store.list_runs(limit=MOST_TRACES)]
+
+    def query(rows: Rows) -> str:
+        return next((run_id for run_id in ids if f"-{trace_id}-" in _traces_of(rows, run_id)), "")
+
+    return settings.store.read(query, "") or None
 
 
 def is_at_work(record: RunRecord) -> bool:
@@ -101,6 +119,26 @@ def find_progress(
     if names and position >= len(names):
         return None
     return InProgress(str(position), names[position] if names else "next node", since)
+
+
+def resumes_of(
+    record: RunRecord, attempts: Sequence[AttemptRecord], first_ns: int
+) -> list[tuple[float, float]]:
+    """Return the stretches between two processes of a run: the first one died, waited or stopped.
+
+    In ms from ``first_ns`` on. A process that recorded no attempt began with the run.
+    """
+    ordered = sorted((one for one in attempts if one.epoch), key=lambda one: one.started_ns)
+    stretches: list[tuple[float, float]] = []
+    if not ordered:
+        return stretches
+    epoch, ended = 1 if record.execution == 1 else ordered[0].epoch, record.started_ms - first_ns / 1e6
+    for one in ordered:
+        began = (one.started_ns - first_ns) / 1e6
+        if one.epoch > epoch and began > ended:
+            stretches.append((max(0.0, ended), began))
+        epoch, ended = max(epoch, one.epoch), max(ended, began + one.duration_ms)
+    return stretches
 
 
 def open_waits(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextvars import Token
 from copy import copy
+from hashlib import blake2b
 from math import inf
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ __all__ = [
     "detach",
     "is_span_of",
     "traceparent_of",
+    "tracer_at",
     "tracer_of_span",
 ]
 
@@ -86,7 +88,7 @@ def is_span_of(span: Span, node_id: str) -> bool:
 
 
 def tracer_of_span(tracer: Tracer, about: SpanContext) -> Tracer | None:
-    """Return an SDK tracer whose next root span has the ids of a span that nobody ended; None for others."""
+    """Return an SDK tracer whose next span has the ids of another one; None for other tracers."""
     own: Any = copy(
         getattr(tracer, "_tracer", tracer)
     )  # A tracer of the global provider stands for the SDK's.
@@ -94,6 +96,12 @@ def tracer_of_span(tracer: Tracer, about: SpanContext) -> Tracer | None:
         return None
     own.id_generator = _FixedIds(about)
     return own  # type: ignore[no-any-return]
+
+
+def tracer_at(tracer: Tracer, root: SpanContext, place: str) -> Tracer | None:
+    """Return an SDK tracer whose next span has the same id in each process of a run; None for others."""
+    digest = blake2b(f"{root.trace_id}:{root.span_id}:{place}".encode(), digest_size=8).digest()
+    return tracer_of_span(tracer, SpanContext(root.trace_id, int.from_bytes(digest), is_remote=False))
 
 
 class _FixedIds:

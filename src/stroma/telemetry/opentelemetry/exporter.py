@@ -44,9 +44,10 @@ from stroma.telemetry.opentelemetry.contexts import (
     detach,
     is_span_of,
     traceparent_of,
+    tracer_at,
     tracer_of_span,
 )
-from stroma.telemetry.opentelemetry.spans import NodeSpan, RunSpan, meter_of, place_of, tracer_of
+from stroma.telemetry.opentelemetry.spans import NodeSpan, RunSpan, meter_of, place_key, place_of, tracer_of
 from stroma.trace.result import ExecutionResult
 
 if TYPE_CHECKING:
@@ -187,6 +188,7 @@ class OpenTelemetry(MetricsObserver):
         of_run: RunSpan | None = node.ctx.notes.get(self)
         if of_run is not None and of_run.span is not None:
             of_run.restored += 1
+            self.begin_lost_parts(node)
             about = {"stroma.node.id": node.node_id, **place_of(node)}
             of_run.events.add(of_run.span, "stroma.node.skipped", about, _MOST_RESTORED)
 
@@ -268,7 +270,8 @@ class OpenTelemetry(MetricsObserver):
             above.set_attributes(about)
             node.notes[self] = record = NodeSpan(above, is_ours=False)
             return record
-        span = self._tracer.start_span(
+        tracer = self._tracer_at(node.ctx, place_key(node))
+        span = tracer.start_span(
             f"{operation.get('gen_ai.operation.name', 'stroma.node')} {node.node_id}",
             context=None if above is None else trace.set_span_in_context(above),
             start_time=start_ns,
@@ -284,7 +287,7 @@ class OpenTelemetry(MetricsObserver):
             return None
         operation = part.operation or {"stroma.node.id": part.name, "stroma.node.kind": "group"}
         return NodeSpan(
-            self._tracer.start_span(
+            self._tracer_at(run, part.branch).start_span(
                 f"{operation.get('gen_ai.operation.name', 'stroma.map')} {part.name}",
                 context=trace.set_span_in_context(around.span),
                 attributes={
@@ -295,6 +298,17 @@ class OpenTelemetry(MetricsObserver):
                 },
             )
         )
+
+    def _tracer_at(self, run: ReliabilityContext, place: str) -> Tracer:
+        """Return a tracer whose next span has the id of a place in a run.
+
+        If a process is killed, its span of a group or a part is lost, but not those inside: the process that
+        resumes the run gives that place the same id.
+        """
+        of_run: RunSpan | None = run.notes.get(self)
+        if of_run is None or of_run.span is None:
+            return self._tracer
+        return tracer_at(self._tracer, of_run.span.get_span_context(), place) or self._tracer
 
     def attempt_ended(self, node: RunningNode, ended: AttemptEnd) -> None:
         usage = node.usage
