@@ -111,6 +111,8 @@ class FlowPart(NamedTuple):
     branch: str
     name: str
     kind: Literal["flow", "map", "agent"]
+    #: Of a part that a killed process began: the start of the run, as its restored steps have no times.
+    start_ns: int | None = None
 
     @property
     def operation(self) -> dict[str, str]:
@@ -262,20 +264,24 @@ class Observer:
     def begin_lost_parts(self, node: RunningNode) -> None:
         """Begin the parts of a flow around a restored step, if a killed process could not end them."""
         of_run = node.ctx.notes.get(self)
-        if of_run is None or not node.branch or self.lost_root(node.ctx) is None:
+        lost, branch = self.lost_root(node.ctx), node.branch
+        if of_run is None or not branch or lost is None:
             return
-        branch = node.branch
         # Of a child of a group, the parts around the group.
         while branch.rpartition(".")[2].isdecimal() and not _is_map(branch.rpartition(".")[0]):
             branch = branch.rpartition(".")[0]
-        self._around_place(node.ctx, branch, of_run)
+        self._around_place(node.ctx, branch, of_run, lost[1])
 
-    def _around_place(self, run: ReliabilityContext, branch: str, of_run: Any) -> Any:
+    def _around_place(
+        self, run: ReliabilityContext, branch: str, of_run: Any, start_ns: int | None = None
+    ) -> Any:
         """Return the note for the part of a flow around a place, begun by its first step, else of the run."""
         part = _part_around(branch)
         if part is None:
             return of_run
-        return self._part(run, part.branch, part, partial(self._around_place, run, part.branch, of_run))
+        part = part._replace(start_ns=start_ns)
+        above = partial(self._around_place, run, part.branch, of_run, start_ns)
+        return self._part(run, part.branch, part, above)
 
     def _around_step(self, run: ReliabilityContext, agent: AgentRun, branch: str, of_run: Any) -> Any:
         """Return the note for the run of an agent around a step, begun by its first one."""

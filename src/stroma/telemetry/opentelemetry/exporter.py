@@ -286,10 +286,13 @@ class OpenTelemetry(MetricsObserver):
         if around.span is None:
             return None
         operation = part.operation or {"stroma.node.id": part.name, "stroma.node.kind": "group"}
+        # Several runs of an agent may begin at one place.
+        tracer = self._tracer if part.kind == "agent" else self._tracer_at(run, part.branch)
         return NodeSpan(
-            self._tracer_at(run, part.branch).start_span(
+            tracer.start_span(
                 f"{operation.get('gen_ai.operation.name', 'stroma.map')} {part.name}",
                 context=trace.set_span_in_context(around.span),
+                start_time=part.start_ns,
                 attributes={
                     "stroma.node.branch": part.branch,
                     **operation,
