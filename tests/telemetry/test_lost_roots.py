@@ -289,7 +289,9 @@ def test_parts_and_groups_of_a_killed_run_are_in_its_tree(tmp_path: pathlib.Path
     assert len(ids) == len(spans)
     assert len({span["trace"] for span in spans}) == 1
     starts = {span["id"]: span["start"] for span in spans}
-    assert all(starts[span["parent"]] <= span["start"] for span in spans if span["name"] == "stroma.node each")
+    assert all(
+        starts[span["parent"]] <= span["start"] for span in spans if span["name"] == "stroma.node each"
+    )
     assert sorted((span["name"], ids.get(span["parent"], str(span["parent"]))) for span in spans) == [
         ("invoke_workflow both", "invoke_workflow outer"),
         ("invoke_workflow inner", "invoke_workflow outer"),
