@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel
 from temporalio.client import Client
 from tests.servers_postgres import PostgresServer
-from tests.servers_temporal import TemporalServer, wait_until_ready
+from tests.servers_temporal import TemporalServer
 
 from stroma import NodeContract, Pipeline, stroma_node
 from stroma.temporal import TemporalRunner, stroma_worker
@@ -92,7 +92,6 @@ async def measure(server: TemporalServer, store: str, worker: int, runs: int, no
 
 def main(args: argparse.Namespace) -> None:
     server, postgres = TemporalServer(), PostgresServer()
-    wait_until_ready(server.address)
     command = [sys.executable, "-m", "benchmarks.temporal", "--nodes", str(args.nodes), "--work"]
     worker = subprocess.Popen([*command, server.address, postgres.dsn], stdout=subprocess.PIPE)
     try:

@@ -8,8 +8,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
+import pathlib
 import signal
+import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -189,3 +193,38 @@ def undone_command() -> Iterator[None]:
             signal.signal(number, handler)
         logger.handlers[:] = handlers
         sys.path[:] = paths
+
+
+# ---------------------------------------------------------------------- processes
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a process that imports the package from its source, and the tests."""
+    root = pathlib.Path(__file__).parents[1]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(root / "src"), str(root)))}
+
+
+def start_python(*arguments: object, code: str = "") -> subprocess.Popen[str]:
+    """Start Python with these arguments, or with a program before them, whose indentation is removed."""
+    command = [sys.executable, *(["-c", textwrap.dedent(code)] if code else []), *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment(), stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def ended(process: subprocess.Popen[str], *statuses: int, timeout: float = 60) -> str:
+    """Wait for the end of a process, and return what it printed. ``statuses``: expected ones, by default 0.
+
+    That of a process that was killed is -9.
+    """
+    printed, errors = process.communicate(timeout=timeout)
+    assert process.returncode in (statuses or (0,)), errors
+    return printed
+
+
+def read_line(process: subprocess.Popen[str]) -> str:
+    """Return the next line that a process prints, without its end."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise AssertionError(process.communicate(timeout=60)[1])
+    return line.rstrip("\n")

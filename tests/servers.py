@@ -7,7 +7,6 @@ import contextlib
 import fcntl
 import functools
 import importlib.metadata
-import os
 import pathlib
 import shutil
 import signal
@@ -203,9 +202,3 @@ def proxied(server: RedisServer) -> Iterator[Proxy]:
         yield proxy
     finally:
         proxy.close()
-
-
-def environment() -> dict[str, str]:
-    """For child processes that import the package from its source and this module beside it."""
-    root = pathlib.Path(__file__).parents[1]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(root / "src"), str(root)))}

@@ -14,17 +14,17 @@ from tests.store_suite.journal import State, row, settled
 
 from stroma import SQLiteStore
 from stroma.checkpoint import PostgresStore, RedisStore, RunRequest, StepCall
-from stroma.checkpoint.blocked import BlockedMark
 from stroma.checkpoint.durable.annotations import annotate
 from stroma.checkpoint.durable.operations import Transaction
 from stroma.checkpoint.durable.rows import Annotation, Rows, Step
+from stroma.checkpoint.queue import BlockedMark
 from stroma.contracts.schema import schema_of
 from stroma.failures import FailureClass
 from stroma.trace import AttemptUsage
 from stroma.trace.events import Failed
 
-#: Tables and keys that hold no record of a run: versions, what runs share, and numbers of deleted runs.
-OF_NO_RUN = ("meta", "cells", "cell", "deleted")
+#: Tables and keys that hold no record of a run: versions, and what runs share.
+OF_NO_RUN = ("meta", "cells", "cell")
 #: Columns that hold numbers, ids or checksums only, and what only a submitted run has.
 PLAIN = (
     "run_id",

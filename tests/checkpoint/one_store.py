@@ -18,7 +18,7 @@ from stroma.checkpoint.durable.operations import Transaction
 from stroma.checkpoint.durable.owner import new_owner
 from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, RunRow, Step, StepRow
 from stroma.checkpoint.durable.session import DurableSession
-from stroma.checkpoint.entries import Committed, PriorUsage, Waiting
+from stroma.checkpoint.entries import Committed, Waiting
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
 from stroma.checkpoint.records import AttemptRecord
@@ -257,4 +257,3 @@ COMMITS = {
     (1, ""): committed(13),
     (2, ""): committed(14),
 }
-PRIOR = PriorUsage(30, 1.5, 28 / 1e6)

@@ -1,5 +1,5 @@
-"""A process of tests/checkpoint/test_run_ownership.py: `python owner_helper.py STORE_URL SIDE_FILE
-JSON_OPTIONS`.
+"""A process of tests/checkpoint/test_run_ownership.py: `python owner_helper.py KIND PLACE SIDE_FILE
+JSON_OPTIONS`; for the first two see tests/shared_stores.py.
 
 Runs three nodes under one run id. Each call of a node appends "PID node" to the side file. Prints what became
 of it.
@@ -13,8 +13,9 @@ import time
 from typing import Any
 
 from pydantic import BaseModel
+from tests.shared_stores import opened
 
-from stroma import RunBusy, StromaRunner, open_store, stroma_node
+from stroma import RunBusy, StromaRunner, stroma_node
 from stroma.contracts import NodeContract
 
 
@@ -38,12 +39,12 @@ def make(number: int, side: int, waits: dict[str, float]) -> Any:
     return step
 
 
-async def main(url: str, side_file: str, options: str) -> None:
+async def main(kind: str, where: str, side_file: str, options: str) -> None:
     inputs = json.loads(options)
     waits = inputs.pop("waits", {})
     side = os.open(side_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     nodes = [make(number, side, waits) for number in range(3)]
-    async with open_store(url) as store:
+    async with opened(kind, where) as store:
         runner = StromaRunner.quick(store=store, run_id="owned", **inputs)
         print("ready", flush=True)
         if inputs.get("resume") is None and waits.get("wait"):

@@ -4,15 +4,12 @@ else."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.kit import Num
-from tests.servers import environment
+from tests.kit import Num, ended, start_python
 from tests.shared_stores import SHARED, opened, store_of
 
 from stroma import (
@@ -36,10 +33,8 @@ def dying(journal: tuple[str, str], tmp_path: Path) -> Dying:
 
     def run(**wish: Any) -> list[str]:
         wish = {"calls": str(tmp_path / "calls"), **wish}
-        command = [sys.executable, "-m", "tests.checkpoint.dying_helper", *journal, json.dumps(wish)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60)
-        assert done.returncode == (-9 if wish.get("die") else 0), done.stderr
-        return done.stdout.split()
+        process = start_python("-m", "tests.checkpoint.dying_helper", *journal, json.dumps(wish))
+        return ended(process, -9 if wish.get("die") else 0).split()
 
     return run
 

@@ -6,15 +6,13 @@ import asyncio
 import contextlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.checkpoint.dying_helper import State, pipeline
-from tests.servers import environment
+from tests.kit import read_line, start_python
 from tests.shared_stores import opened
 
 from stroma import (
@@ -41,15 +39,12 @@ def test_killed_before_it_knew(journal: tuple[str, str], tmp_path: Path, way: st
     """Whoever goes on with a run that was cancelled finds it CANCELLED and calls nothing, whichever way it
     goes on."""
     wish = {"run_id": "r", "hang": True, "calls": str(tmp_path / "calls"), "options": {"lease_seconds": 60.0}}
-    command = [sys.executable, "-m", "tests.checkpoint.dying_helper", *journal, json.dumps(wish)]
 
     async def outcome() -> Any:
         with opened(*journal) as store:
             runner = StromaRunner.quick(store=store)
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
-            assert process.stdout is not None
-            with process:
-                assert process.stdout.readline() == "calling\n"
+            with start_python("-m", "tests.checkpoint.dying_helper", *journal, json.dumps(wish)) as process:
+                assert read_line(process) == "calling"
                 # Stopped, it looks no more; killed, it never will.
                 process.send_signal(19)
                 assert await store.cancel("r") is True  # As runner.cancel(), which waits for the owner.
@@ -96,14 +91,12 @@ REFUSALS = {
     "pause": (
         "SUSPENDED",
         "run 'r' was paused by {place} while this process did not renew its lease; this execution records "
-        "nothing more, "
-        "resume or unpause the run",
+        "nothing more, resume or unpause the run",
     ),
     "set_budget": (
         "RUNNING",
         "the budget of run 'r' was changed while this process did not renew its lease; this execution "
-        "records nothing "
-        "more, resume the run",
+        "records nothing more, resume the run",
     ),
 }
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from tests.kit import ended, read_line, start_python
 from tests.limits.budget_machine import BudgetMachine, RateMachine
-from tests.servers import environment, proxied, shared_redis
+from tests.servers import proxied, shared_redis
 from tests.servers_postgres import Proxy as PostgresProxy
 from tests.servers_postgres import shared_postgres
 from tests.shared_stores import DURABLE, SHARED, STORES, opened, place, store_of
@@ -69,21 +68,14 @@ _COUNTER = textwrap.dedent(
 def test_processes_change_one_cell(kind: str) -> None:
     """Of 4 processes that change a cell 50 times each, every change builds on the one before."""
     with place(kind) as where:
-        command = [sys.executable, "-c", _COUNTER, kind, where]
-        running = [
-            subprocess.Popen(
-                command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-            for _ in range(4)
-        ]
+        running = [start_python(kind, where, code=_COUNTER) for _ in range(4)]
         for process in running:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
+            assert read_line(process) == "ready"
         for process in running:  # All at once.
             assert process.stdin is not None
             process.stdin.write("\n")
             process.stdin.flush()
-        events = [n for process in running for n in map(int, process.communicate(timeout=90)[0].split())]
+        events = [n for process in running for n in map(int, ended(process, timeout=90).split())]
         assert sorted(events) == list(range(1, 201))
 
 

@@ -33,20 +33,3 @@ class TestSQLiteStore(JournalStoreTests):
     async def other(self, store: Any, tmp_path: Path) -> AsyncIterator[Any]:
         async with SQLiteStore(tmp_path / "runs.db") as other:
             yield other
-
-
-@pytest.mark.parametrize("store", [InMemoryStore(), AsyncInMemoryStore(), SQLiteStore("never-made.db")])
-def test_nothing_is_skipped(store: Any) -> None:
-    """Every store of ours has every call that the suite skips tests for the want of."""
-    for call in (
-        "run_page",
-        "attempt_page",
-        "attempts_at",
-        "output_of",
-        "tally",
-        "failure_site_of",
-        "facts",
-        "find_run",
-        "waiting",
-    ):
-        assert callable(getattr(store, call)), call

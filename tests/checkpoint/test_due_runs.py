@@ -96,7 +96,7 @@ async def test_an_interrupted_run_is_due_at_once(store: Any) -> None:
 
 async def test_a_run_without_its_owner_is_due(store: Any) -> None:
     """A run whose owner is gone is due; in Redis, once its lease has expired."""
-    session = await _open(store, lease_seconds=0.05)
+    session = await _open(store, lease_seconds=1)
     if hasattr(session, "fence"):
         assert await _due(store, 1) == []
     session.abandon()

@@ -158,9 +158,9 @@ async def test_old_events_expire(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
     stays."""
     with place(kind) as where, opened(kind, where) as store:
         for module in (sql_rows, redis_rows):
-            monkeypatch.setattr(module, "EXPIRY_MS", 50)
+            monkeypatch.setattr(module, "EXPIRY_MS", 1000)
         await append(await begin(store, "old"), 1)
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(1.1)
         await append(await begin(store), 1)
         assert read(store, run_id="old") == []
         assert read(store) == ["1-1"]

@@ -126,9 +126,8 @@ async def test_a_function_of_another_role_is_refused(server: PostgresServer) -> 
         ("CREATE RULE r AS ON INSERT TO stroma.tags DO INSTEAD NOTHING", "its table tags has a rule r"),
         ("CREATE VIEW stroma.more AS SELECT 1", "its view more is no plain table"),
         (
-            "DROP TABLE stroma.cells; CREATE VIEW stroma.cells AS SELECT ''::bytea AS cell_key, ''::bytea "
-            "AS data "
-            "FROM generate_series(1, 1000000000)",
+            "DROP TABLE stroma.cells; CREATE VIEW stroma.cells AS SELECT ''::bytea AS cell_key, ''::bytea AS "
+            "data FROM generate_series(1, 1000000000)",
             "its view cells is no plain table",
         ),
         ("GRANT CREATE ON SCHEMA stroma TO PUBLIC", "lets every role create objects in it"),

@@ -110,8 +110,7 @@ async def test_a_store_that_came_back_older(at: tuple[str, str], act: str) -> No
 
 
 async def test_a_store_that_lost_the_run_altogether(at: tuple[str, str]) -> None:
-    """A living run whose store was restored to before it began is CheckpointLost; one that was deleted is
-    Fenced."""
+    """A living run whose store was restored to before it began is CheckpointLost, as one that was deleted."""
     with opened(*at) as store:
         await finish(await begin(store, "other"))
         then = Moment(*at)
@@ -123,7 +122,7 @@ async def test_a_store_that_lost_the_run_altogether(at: tuple[str, str]) -> None
         assert store.get_run("run") is None
         session = await begin(store)
         await settled(store.delete("run"))
-        with pytest.raises(Fenced, match="it was deleted"):
+        with pytest.raises(CheckpointLost, match="was deleted"):
             await commit(session, 0, State())
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import subprocess
-import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, Field, SecretStr
+from tests.kit import ended, start_python
 from tests.shared_stores import SHARED, opened, place
 
 from stroma import (
@@ -298,14 +297,8 @@ def test_payloads_of_a_megabyte_take_no_memory_each(count: int, shape: str, tmp_
     """A run of 1,000 payloads of 1 MB with ``blobs=`` stays under 200 MB, and so does its resume."""
     most = 200 if count == 1000 else 120
     for mode in ("run", "resume"):
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, mode, str(tmp_path), str(count), shape],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=110,
-        )
-        assert int(done.stdout) < most, mode
+        process = start_python(mode, tmp_path, count, shape, code=PROGRAM)
+        assert int(ended(process, timeout=110)) < most, mode
 
 
 @pytest.mark.parametrize("kind", SHARED)

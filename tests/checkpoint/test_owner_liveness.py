@@ -10,7 +10,7 @@ import sys
 import textwrap
 
 import pytest
-from tests.servers import environment
+from tests.kit import environment, read_line, start_python
 
 from stroma.checkpoint.durable import owner as _owner
 from stroma.checkpoint.durable.owner import Owner, is_gone, new_owner
@@ -35,15 +35,8 @@ _LOOK = (
 
 def child() -> tuple[subprocess.Popen[str], Owner]:
     """A process, and the owner that it names itself."""
-    started = subprocess.Popen(
-        [sys.executable, "-c", _OWNER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
-    assert started.stdout is not None
-    owner = Owner.read(started.stdout.readline().strip())
+    started = start_python(code=_OWNER)
+    owner = Owner.read(read_line(started))
     assert owner is not None
     return started, owner
 

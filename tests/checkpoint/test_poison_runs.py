@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field
 from tests.checkpoint.dying_helper import State, pipeline
-from tests.kit import NEVER
-from tests.servers import environment
+from tests.kit import NEVER, ended, start_python
 from tests.shared_stores import SHARED, opened, place
 
 from stroma import (
@@ -43,10 +40,8 @@ def dying(journal: tuple[str, str], tmp_path: Path) -> Dying:
     def run(**wish: Any) -> list[str]:
         wish = {"calls": str(tmp_path / "calls"), **wish}
         wish["options"] = {"lease_seconds": 0.5, **wish.get("options", {})}
-        command = [sys.executable, "-m", "tests.checkpoint.dying_helper", *journal, json.dumps(wish)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60)
-        assert done.returncode in (0, -9), done.stderr
-        return done.stdout.split()
+        process = start_python("-m", "tests.checkpoint.dying_helper", *journal, json.dumps(wish))
+        return ended(process, 0, -9).split()
 
     return run
 
@@ -268,11 +263,4 @@ async def main():
 asyncio.run(main())
 """
     for _ in range(4):
-        done = subprocess.run(
-            [sys.executable, "-c", code, *journal],
-            capture_output=True,
-            text=True,
-            env=environment(),
-            timeout=60,
-        )
-        assert done.stdout.endswith(" n=1\n"), done.stderr
+        assert ended(start_python(*journal, code=code)).endswith(" n=1\n")

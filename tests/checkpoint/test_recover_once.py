@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import sys
 from collections import Counter
 from typing import Any
 
 import pytest
-from tests.kit import Num
-from tests.servers import environment
+from tests.kit import Num, ended, start_python
 from tests.shared_stores import SHARED, opened, place
 
 from stroma import NodeContract, NodeHooks, Pipeline, RunStatus, StromaRunner, stroma_node
@@ -84,10 +81,8 @@ def test_the_end_of_a_run_is_delivered_at_least_once(kind: str) -> None:
     done."""
 
     def process(what: str) -> list[str]:
-        command = [sys.executable, "-c", _DIES, kind, where, what]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60)
-        assert done.returncode == (-9 if what == "die" else 0), done.stderr
-        return done.stdout.splitlines()
+        process = start_python(kind, where, what, code=_DIES)
+        return ended(process, -9 if what == "die" else 0).splitlines()
 
     with place(kind) as where:
         assert process("die") == ["r COMPLETED"]

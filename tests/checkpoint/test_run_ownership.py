@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, Num
+from tests.kit import NEVER, Num, environment
 
-import stroma
 from stroma import (
     Fenced,
     NodeContract,
+    PipelineChanged,
     RunBusy,
     RunExists,
     RunFailed,
@@ -68,8 +68,8 @@ class Process:
 class Machine:
     """A store, and the processes that share it."""
 
-    def __init__(self, url: str, folder: Path) -> None:
-        self.url = url
+    def __init__(self, kind: str, where: str, folder: Path) -> None:
+        self.kind, self.where = kind, where
         self.side = folder / "calls"
         self.processes: list[asyncio.subprocess.Process] = []
 
@@ -77,17 +77,14 @@ class Machine:
         child = await asyncio.create_subprocess_exec(
             sys.executable,
             str(HELPER),
-            self.url,
+            self.kind,
+            self.where,
             str(self.side),
             json.dumps(options),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env={
-                "PYTHONPATH": str(Path(stroma.__file__).parent.parent),
-                "PATH": "",
-                "PYTHONDONTWRITEBYTECODE": "1",
-            },
+            env=environment(),
         )
         self.processes.append(child)
         process = Process(child)
@@ -98,15 +95,26 @@ class Machine:
         """The nodes called, in order."""
         return [line.split()[1] for line in self.side.read_text().splitlines()] if self.side.exists() else []
 
+    async def end(self) -> None:
+        for child in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                child.kill()
+            await child.communicate()
+
 
 @pytest.fixture
 async def machine(tmp_path: Path) -> AsyncIterator[Machine]:
-    instance = Machine(f"sqlite:///{tmp_path / 'runs.db'}", tmp_path)
+    instance = Machine("sqlite", str(tmp_path / "runs.db"), tmp_path)
     yield instance
-    for child in instance.processes:
-        with contextlib.suppress(ProcessLookupError):
-            child.kill()
-        await child.communicate()
+    await instance.end()
+
+
+@pytest.fixture
+async def any_machine(journal: tuple[str, str], tmp_path: Path) -> AsyncIterator[Machine]:
+    """One whose store is of each kind that processes can share."""
+    instance = Machine(*journal, tmp_path)
+    yield instance
+    await instance.end()
 
 
 # ---------------------------------------------------------------------- between processes
@@ -123,18 +131,18 @@ async def test_a_run_has_one_owner(machine: Machine) -> None:
 
 
 @pytest.mark.slow
-async def test_eight_processes_at_once(machine: Machine) -> None:
+async def test_eight_processes_at_once(any_machine: Machine) -> None:
     """G10: of eight processes that start the same run at the same moment one runs it, the others get
     RunBusy."""
     all_of_them = await asyncio.gather(
-        *(machine.start(waits={"wait": 1, "sleep0": 0.5, "sleep1": 0.5}) for _ in range(8))
+        *(any_machine.start(waits={"wait": 1, "sleep0": 0.5, "sleep1": 0.5}) for _ in range(8))
     )
     for process in all_of_them:
         assert process.child.stdin is not None
         process.child.stdin.write(b"go\n")
     outcomes = await asyncio.gather(*(process.outcome() for process in all_of_them))
     assert Counter(outcome.split()[0] for outcome in outcomes) == {"COMPLETED": 1, "busy": 7}
-    assert machine.calls() == ["n0", "n1", "n2"]
+    assert any_machine.calls() == ["n0", "n1", "n2"]
 
 
 @pytest.mark.slow
@@ -180,7 +188,7 @@ async def test_a_stopped_process_loses_its_run(machine: Machine) -> None:
     first.child.send_signal(signal.SIGCONT)
     assert await first.outcome() == "PARTIAL Fenced Count(n=1)"
     assert machine.calls() == ["n0", "n1", "n1", "n2"]
-    with SQLiteStore(machine.url.removeprefix("sqlite:///")) as store:
+    with SQLiteStore(machine.where) as store:
         run = store.get_run("owned")
         assert run is not None
         assert (run.status, run.nodes, run.tokens) == ("RESUMED", 3, 30)
@@ -193,7 +201,7 @@ async def test_a_stopped_process_is_cancelled(machine: Machine) -> None:
     first = await machine.start(waits={"sleep1": 0.3}, lease_seconds=0.5)
     await first.until("in n1")
     first.child.send_signal(signal.SIGSTOP)
-    with SQLiteStore(machine.url.removeprefix("sqlite:///")) as store:
+    with SQLiteStore(machine.where) as store:
         while store.read(lambda rows: rows.find("owned").holder, None) is not None:  # type: ignore[union-attr]
             await asyncio.sleep(0.05)
         assert await store.cancel("owned") is True
@@ -245,7 +253,7 @@ async def test_moved_clocks_change_nothing(machine: Machine, hours: int) -> None
     """A process whose wall clock is an hour wrong takes no run away, and loses none."""
     first = await machine.start(waits={"sleep1": 30})
     await first.until("in n1")
-    async with SQLiteStore(machine.url.removeprefix("sqlite:///")) as store:
+    async with SQLiteStore(machine.where) as store:
         with pytest.MonkeyPatch.context() as patch:
             real = time.time_ns
             patch.setattr(time, "time_ns", lambda: real() + hours * 3_600_000_000_000)
@@ -417,7 +425,7 @@ async def test_a_finished_run_is_returned(store: Any) -> None:
     assert (result.status, result.final_state, len(result.trace)) == (RunStatus.RESUMED, Num(n=3), 0)
     assert store.get_run("owned") == before
     assert calls == ["a", "b", "b", "c"]
-    with pytest.raises(stroma.PipelineChanged, match="finished without node 'd'"):
+    with pytest.raises(PipelineChanged, match="finished without node 'd'"):
         await returning.run([*_nodes(calls), _more("d")], Num())
 
 

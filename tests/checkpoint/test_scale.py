@@ -149,31 +149,6 @@ async def test_a_run_of_ten_thousand_nodes(tmp_path: Path, monkeypatch: pytest.M
         assert store.attempts("long")[-1].node_id == "n9999"
 
 
-@pytest.mark.slow
-def test_beginnings_of_many_ids(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of so many ids with a beginning that sorting them would take long, the same are found: a whole one,
-    then the newest."""
-    server = PostgresServer()
-    try:
-        for url in (f"sqlite:///{tmp_path / 'x.db'}", server.dsn):
-            large_stores.fill(url, 300, 1)
-            store: Any = open_store(url)
-            requests = [
-                (text, limit)
-                for text in ("run-", "run-0001", "run-000150", "run-00015", "x")
-                for limit in (1, 3, 400)
-            ]
-            few = [store.find_run(text, limit=limit) for text, limit in requests]
-            assert few[2] == [run_name(i) for i in range(299, -1, -1)]
-            assert few[6] == ["run-000150"]
-            with monkeypatch.context() as patch:
-                patch.setattr("stroma.checkpoint.sql.rows._MANY", 1)
-                assert [store.find_run(text, limit=limit) for text, limit in requests] == few
-            store.close()
-    finally:
-        server.stop()
-
-
 PAGES = {
     "all": RunQuery(),
     "failed": RunQuery(statuses=("FAILED", "PARTIAL")),

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from tests.checkpoint.one_store import (
-    COMMITS,
     EMPTY,
-    PRIOR,
     SCHEMA,
     State,
     Store,
@@ -19,16 +16,14 @@ from tests.checkpoint.one_store import (
     row,
     sealed_row,
     store_fixture,
-    stored,
 )
 
-from stroma.checkpoint import CorruptCheckpoint, PipelineChanged, RunBusy, RunExists, StepCall
+from stroma.checkpoint import CorruptCheckpoint
 from stroma.checkpoint.durable.annotations import record_due_hooks
-from stroma.checkpoint.durable.integrity import checksum
-from stroma.checkpoint.durable.owner import LIVE_SESSIONS, Owner
-from stroma.checkpoint.durable.rows import Annotation, Fence, RunEnd, Step
+from stroma.checkpoint.durable.owner import Owner
+from stroma.checkpoint.durable.rows import Annotation, Step
 from stroma.checkpoint.durable.session import DurableSession
-from stroma.checkpoint.entries import OF_MAP, Committed, Finished, PriorUsage, Tried, Waiting
+from stroma.checkpoint.entries import Finished, Tried
 from stroma.failures import FailureClass
 from stroma.trace import AttemptUsage
 from stroma.trace.events import Failed
@@ -37,22 +32,6 @@ store = store_fixture()
 
 
 # ---------------------------------------------------------------------- how it begins
-
-
-async def test_a_session_of_a_new_run(store: Store) -> None:
-    """It knows of nothing that was before it."""
-    session = store.open(tags=("t",))
-    assert (session.run_id, session.execution, session.continued, session.ended) == ("r", 1, False, False)
-    assert (session.restored, session.prior, session.waiting) == ({}, PriorUsage(0, 0.0, 0.0), {})
-    assert (session.finished, session.traceparent, session.undelivered, session.on_control) == (
-        None,
-        None,
-        [],
-        None,
-    )
-    assert session.fence == Fence(1, 1, 1, session.fence.owner, 30.0)
-    assert LIVE_SESSIONS[Owner.read(session.fence.owner).token] is session
-    assert store.table("inputs") == [(1, 1, SCHEMA.fingerprint, stored(0), checksum(stored(0)))]
 
 
 def killed(store: Store, session: DurableSession) -> None:
@@ -67,8 +46,7 @@ async def test_a_run_whose_process_died_too_often(store: Store) -> None:
     """Its next session ends it as poison, and so does each one after that until one is forced."""
     error = (
         "poison: the process died 2 times under this run; see what kills it, then resume it with "
-        "force_resume=True, "
-        "or stroma resume --force"
+        "force_resume=True, or stroma resume --force"
     )
     request: dict[str, Any] = {"if_exists": "resume", "max_recoveries": 2}
     for _ in range(2):
@@ -122,37 +100,6 @@ async def test_what_a_process_that_died_had_tried(store: Store) -> None:
     }
 
 
-@pytest.mark.parametrize("if_exists", ["resume", "return", "attach"])
-async def test_a_session_that_goes_on(store: Store, if_exists: Any) -> None:
-    """It knows what was committed, used, waited for, and under which trace."""
-    first = await begin_run(store)
-    store.keep_beside()
-    store.rows.delete_annotations(1, Annotation.REQUEST)
-    history = store.table("attempts")
-    session = store.open(if_exists=if_exists)
-    assert (session.execution, session.continued, session.finished) == (1, True, None)
-    assert session.fence == replace(first.fence, epoch=2, owner=session.fence.owner)
-    assert session.restored == COMMITS
-    assert session.prior == PRIOR
-    assert session.traceparent == "at -5"
-    assert session.waiting == {
-        (0, ""): Waiting(0, "", "first", "why", "m:Q", None),
-        (2, "0"): Waiting(2, "0", "second", "what", "", b"7"),
-    }
-    assert session.undelivered == []  # Nobody asked for them.
-    assert store.annotations() == [
-        (-7, "", "at -7"),
-        (-6, "0:20:1:", "node"),
-        (-6, "1:50:1:", "node"),
-        (-5, "", "at -5"),
-        (-4, "", "at -4"),
-        (-2, "0:", "first"),
-        (-2, "2:0", "second"),
-        (-1, "", "at -1"),
-    ]
-    assert store.table("attempts") == history
-
-
 async def test_end_hooks_that_may_not_have_been_told(store: Store) -> None:
     """A session that delivers has them, the oldest first; a damaged one stops the resume."""
     await begin_run(store)
@@ -185,84 +132,12 @@ async def test_end_hooks_that_may_not_have_been_told(store: Store) -> None:
     assert len(store.rows.annotations(1, Annotation.DUE_HOOKS)) == 3  # Until they were told.
 
 
-async def test_a_session_that_begins_anew(store: Store) -> None:
-    """What was kept for the execution before goes; what was saved, and the run's parent, stay."""
-    await begin_run(store)
-    store.keep_beside()
-    for request in ({}, {"deliver": True}):
-        session = store.open(n=1, if_exists="restart", **request)
-        assert (session.continued, session.finished, session.traceparent) == (False, None, None)
-        assert (session.restored, session.prior, session.waiting, session.undelivered) == (
-            {},
-            PriorUsage(),
-            {},
-            [],
-        )
-        assert store.annotations() == [(-4, "", "at -4"), (-1, "", "at -1")]
-    assert session.execution == 3
-    assert session.fence.epoch == 3
-    assert [one[1] for one in store.table("inputs")] == [1, 2, 3]
-
-
 @pytest.mark.parametrize("if_exists", ["resume", "restart"])
 async def test_a_run_of_which_only_states_were_saved_begins(store: Store, if_exists: Any) -> None:
     store.rows.annotate("r", Annotation.SAVED, "n", "n", EMPTY)
     session = store.open(if_exists=if_exists)
     assert (session.execution, session.continued, session.restored) == (1, False, {})
     assert store.annotations() == [(-1, "n", "n")]
-
-
-@pytest.mark.parametrize("status", ["COMPLETED", "RESUMED"])
-async def test_a_run_that_has_finished_is_returned_as_it_is(store: Store, status: str) -> None:
-    """Nothing of it changes; its session holds nothing and ends nothing."""
-    await begin_run(store)
-    fence = store.rows.find("r")
-    assert fence is not None
-    store.rows.finish(Fence(1, 1, 1, str(fence.owner), 30.0), RunEnd(status, "said"))
-    store.keep_beside()
-    before = store.tables()
-    session = store.open(if_exists="return", deliver=True)
-    assert store.tables() == before
-    assert session.finished == Finished(status, "said")
-    assert session.fence == Fence(1, 1, 1, "", 0.0)
-    assert (session.execution, session.continued) == (1, False)
-    assert session.restored == COMMITS
-    assert session.prior == PRIOR
-    assert session.traceparent == "at -5"
-    assert list(session.waiting) == [(0, ""), (2, "0")]
-    assert session.undelivered == []
-    assert session.end("COMPLETED", None) is None
-    assert not session.ended
-    assert store.tables() == before
-
-
-@pytest.mark.parametrize(
-    ("discard_from", "left", "waits"),
-    [
-        (0, [], []),
-        (1, [(0, "")], [(0, "")]),
-        (2, [(0, ""), (1, "0"), (1, "1"), (1, "")], [(0, "")]),
-        (3, list(COMMITS), [(0, ""), (2, "0")]),
-    ],
-)
-async def test_a_session_that_goes_on_from_an_earlier_position(
-    store: Store, discard_from: int, left: list[Any], waits: list[Any]
-) -> None:
-    """What was committed or waited for from there on is forgotten; what was used counts all the same."""
-    await begin_run(store)
-    store.keep_beside()
-    store.rows.delete_annotations(1, Annotation.REQUEST)
-    # It goes on with another input, and with damage to what is forgotten.
-    store.db.execute("UPDATE steps SET output = x'00' WHERE position >= ? AND position >= 0", (discard_from,))
-    session = store.open(n=7, if_exists="resume", discard_from=discard_from)
-    assert session.restored == {at: COMMITS[at] for at in left}
-    assert session.prior == PRIOR
-    assert session.continued
-    assert list(session.waiting) == waits
-    assert {(one.position, one.branch) for one in store.rows.steps(1, 1)} == set(left)
-    assert [one.branch for one in store.rows.annotations(1, Annotation.WAITING)] == [
-        f"{at}:{branch}" for at, branch in waits
-    ]
 
 
 @pytest.mark.parametrize("branch", ["1:", "x:"])
@@ -280,88 +155,6 @@ async def test_a_damaged_question_stops_a_resume(store: Store, branch: str) -> N
     assert store.tables() == before
 
 
-async def test_commits_that_are_apart_are_not_restored(store: Store) -> None:
-    """They stay where they are, and committed() gives them."""
-    await begin_run(store)
-    session = store.open(if_exists="resume", lazily_loaded=((1, ""),))
-    assert session.restored == {at: COMMITS[at] for at in ((0, ""), (1, ""), (2, ""))}
-    assert await session.committed(1, ["0", "1", "2"]) == {"0": COMMITS[1, "0"], "1": COMMITS[1, "1"]}
-    assert await session.committed(1, ["1"]) == {"1": COMMITS[1, "1"]}
-    assert await session.committed(2, ["0"]) == {}
-
-
-async def test_items_that_failed_are_made_again(store: Store) -> None:
-    """With them goes the group around them, and all that was made of it."""
-    session = store.open()
-    await session.record(row(0), SCHEMA, State(n=1))
-    await session.record(row(1, 20, "0"), SCHEMA, State(n=2))
-    await session.record(row(1, 19), SCHEMA, State(n=3), StepCall(1, OF_MAP + b"2"))
-    await session.record(row(2, 30), SCHEMA, State(n=4))
-    lose(session)
-    seen: list[Any] = []
-    again = store.open(if_exists="resume", retry_failed=True, accept=lambda *report: seen.append(report))
-    assert set(again.restored) == {(0, ""), (1, "0")}
-    assert [report[:2] for report in seen] == [(0, ""), (1, "0")]
-    assert {(one.position, one.branch) for one in store.rows.steps(1, 1)} == {(0, ""), (1, "0"), (1, "")}
-
-
-async def test_who_refuses_what_would_be_restored_changes_nothing(store: Store) -> None:
-    await begin_run(store)
-    store.keep_beside()
-    before = store.tables()
-    seen: list[Any] = []
-
-    def accept(position: int, branch: str, commit: Committed) -> None:
-        seen.append((position, branch, commit))
-        if len(seen) == len(COMMITS):
-            raise PipelineChanged("no")
-
-    with pytest.raises(PipelineChanged):
-        store.open(if_exists="resume", accept=accept)
-    assert {report[:2]: report[2] for report in seen} == COMMITS
-    assert store.tables() == before
-
-
-@pytest.mark.parametrize(("n", "what"), [(0, ""), (1, " with another input")])
-async def test_a_run_that_is_held(store: Store, n: int, what: str) -> None:
-    """The refusal tells who holds it and for how long, and changes nothing."""
-    session = store.open(lease_seconds=3600.0)
-    before = store.tables()
-    with pytest.raises(RunBusy) as caught:
-        store.open(n=n, if_exists="resume", if_running="error")
-    place = Owner.read(session.fence.owner).place
-    error = caught.value
-    left = f"{error.left_seconds:.1f}"
-    assert str(error) == (
-        f"run 'r' is already running{what} in {place} (lease expires in {left} s); "
-        'pass if_running="attach" to wait for its result, or use another run id'
-    )
-    assert error.holder == place
-    assert 0 < error.left_seconds <= 3600.0
-    assert error.same_input is (n == 0)
-    assert store.tables() == before
-
-
-async def test_a_run_that_must_not_be_there(store: Store) -> None:
-    await begin_run(store)
-    with pytest.raises(RunExists) as caught:
-        store.open(if_exists="error")
-    assert str(caught.value) == (
-        "run 'r' already exists (execution 1, RUNNING); use another run id, or pass "
-        'if_exists="resume", "return" or "restart"'
-    )
-
-
-async def test_another_input_is_refused(store: Store) -> None:
-    await begin_run(store)
-    with pytest.raises(PipelineChanged) as caught:
-        store.open(n=1, if_exists="resume")
-    assert str(caught.value) == (
-        "run 'r' was started with another input (or State has changed); pass the same input, or use another "
-        "run id"
-    )
-
-
 @pytest.mark.parametrize(
     ("place", "message"),
     [
@@ -373,8 +166,7 @@ async def test_another_input_is_refused(store: Store) -> None:
         (
             "position = 1 AND branch = '1'",
             "the output of node 'node' at position 1 of run 'r' is damaged; resume from the outermost group "
-            "around it "
-            "(resume_from='group') to recompute it",
+            "around it (resume_from='group') to recompute it",
         ),
     ],
 )

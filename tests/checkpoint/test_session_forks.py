@@ -146,8 +146,7 @@ async def test_a_damaged_output_is_not_forked(store: Store) -> None:
         forked(store, 2)
     assert str(caught.value) == (
         "the output of node 'node' at position 1 of run 'r' is damaged; resume from the outermost group "
-        "around it "
-        "(resume_from='group') to recompute it"
+        "around it (resume_from='group') to recompute it"
     )
     assert store.rows.find("f") is None
     forked(store, 1)

@@ -8,7 +8,6 @@ import json
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, SecretStr
 from tests.checkpoint.one_store import (
     REF,
     SCHEMA,
@@ -24,23 +23,20 @@ from tests.checkpoint.one_store import (
     stored,
 )
 
-from stroma.checkpoint import CorruptCheckpoint, Fenced, PipelineChanged, RunExists, StepCall, StoreError
-from stroma.checkpoint.durable.owner import LIVE_SESSIONS, Owner, boot_id
+from stroma.checkpoint import (
+    CorruptCheckpoint,
+    PipelineChanged,
+    StepCall,
+    StoreError,
+)
+from stroma.checkpoint.durable.owner import LIVE_SESSIONS, Owner
 from stroma.checkpoint.durable.rows import Annotation, Fence, Step
 from stroma.checkpoint.durable.session import DurableSession
-from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.payloads import CODED, PayloadPlace, Payloads
 from stroma.checkpoint.records import AttemptRecord, stored_values
-from stroma.contracts import NotSerialisable
-from stroma.contracts.schema import schema_of
 from stroma.failures import FailureClass
 from stroma.trace import AttemptUsage, RunStatus
 from stroma.trace.events import AttemptRow, Failed
-
-
-class Hidden(BaseModel):
-    key: SecretStr = SecretStr("k")
-
 
 store = store_fixture()
 
@@ -73,31 +69,6 @@ async def test_an_input_that_is_damaged(store: Store) -> None:
     with pytest.raises(CorruptCheckpoint, match="the input of run 'r' is damaged"):
         store.open(payloads=Payloads(codec), if_exists="resume")
     assert codec.opened == 0
-
-
-@pytest.mark.parametrize(
-    ("request_", "continued"),
-    [
-        ({"if_exists": "restart"}, False),
-        ({"if_exists": "resume", "discard_from": 0}, True),
-        ({"if_exists": "resume", "discard_from": 5}, True),
-        ({"if_exists": "error"}, RunExists),
-        ({"if_exists": "resume"}, CorruptCheckpoint),
-        ({"if_exists": "return"}, CorruptCheckpoint),
-        ({"if_exists": "attach"}, CorruptCheckpoint),
-    ],
-)
-async def test_an_input_whose_codec_is_lost(store: Store, request_: dict[str, Any], continued: Any) -> None:
-    """Who does not go on with it need not know it; who does is told that it cannot be read."""
-    lose(store.open(payloads=Payloads(Counting())))
-    if isinstance(continued, bool):
-        assert store.open(**request_).continued is continued
-        return
-    with pytest.raises(continued) as caught:
-        store.open(**request_)
-    if continued is CorruptCheckpoint:
-        text = "the input of run 'r' was written through a codec; open the store with codec="
-        assert str(caught.value) == text
 
 
 async def test_commits_through_a_codec(store: Store) -> None:
@@ -156,19 +127,9 @@ async def test_what_cannot_be_opened_is_named(store: Store) -> None:
         with pytest.raises(CorruptCheckpoint) as caught:
             await session.committed(position, [""])
         assert str(caught.value) == (
-            f"{what}the output of node 'node' at position {position} of run 'r' was written through a "
-            f"codec; open the store "
-            "with codec="
+            f"{what}the output of node 'node' at position {position} of run 'r' was written through a codec; "
+            "open the store with codec="
         )
-
-
-async def test_secrets_are_kept_under_a_codec_only(store: Store) -> None:
-    schema = schema_of(Hidden)
-    with pytest.raises(NotSerialisable):
-        store.open().record(row(0), schema, Hidden(key=SecretStr("s")))
-    session = store.open("s", payloads=Payloads(Counting()))
-    await session.record(row(0), schema, Hidden(key=SecretStr("s")))
-    assert schema.restore((await session.committed(0, [""]))[""].output) == Hidden(key=SecretStr("s"))
 
 
 # ---------------------------------------------------------------------- what it keeps
@@ -307,18 +268,6 @@ async def test_lines_of_source_do_not_stand_beside_what_a_codec_hides(store: Sto
     assert read == []
 
 
-async def test_the_trace_context_is_kept(store: Store) -> None:
-    session = store.open()
-    session.note_traceparent("00-a-b-01")
-    await asyncio.sleep(0)
-    assert store.rows.annotations(1, Annotation.TRACE) == [sealed_row(Annotation.TRACE, "", "00-a-b-01")]
-    session.note_traceparent("00-c-d-01")
-    await asyncio.sleep(0)
-    assert [one.node_id for one in store.rows.annotations(1, Annotation.TRACE)] == ["00-c-d-01"]
-    lose(session)
-    assert store.open(if_exists="resume").traceparent == "00-c-d-01"
-
-
 @pytest.mark.parametrize("fails", [StoreError, asyncio.CancelledError])
 async def test_what_nobody_waits_for_may_fail(store: Store, fails: type[BaseException]) -> None:
     """Without a word of the event loop."""
@@ -333,25 +282,6 @@ async def test_what_nobody_waits_for_may_fail(store: Store, fails: type[BaseExce
     gc.collect()
     assert store.operations == 2
     assert messages == []
-
-
-@pytest.mark.parametrize("deliver", [False, True])
-async def test_an_attempt_that_waits_is_kept_with_what_for(store: Store, deliver: bool) -> None:
-    """The reason is its message, in text that every store can keep; nothing is committed."""
-    session = store.open(deliver=deliver)
-    waiting = Waiting(2, "0", "node", "wh\0y", "m:Q")
-    await session.suspend(row(2, 20, "0"), waiting)
-    entry = attempt(2, 20, "0", message="wh\\x00y")
-    assert list(store.rows.attempts(1, 1)) == [(entry, None)]
-    assert store.rows.annotations(1, Annotation.WAITING) == [
-        sealed_row(
-            Annotation.WAITING, "2:0", "node", Step(json.dumps(["wh\\x00y", None, ""]), "m:Q", b"", b"", 0)
-        )
-    ]
-    due = [
-        (one.branch, json.loads(one.step.output)) for one in store.rows.annotations(1, Annotation.DUE_HOOKS)
-    ]
-    assert due == ([("2:20:1:0", list(stored_values(entry)))] if deliver else [])
 
 
 # ---------------------------------------------------------------------- its end
@@ -375,57 +305,3 @@ async def test_the_end_is_kept(store: Store, status: Any, error: str | None, ent
     result = store.rows.find("r")
     assert result is not None
     assert (result.status, result.error, result.holder) == (*entry, None)
-
-
-async def test_a_session_that_is_abandoned_holds_nothing(store: Store) -> None:
-    """Others go on with the run at once; nothing of it was written."""
-    session = store.open()
-    other = store.open("s")
-    before = store.tables()
-    session.abandon()
-    session.abandon()
-    assert session.ended
-    assert not other.ended
-    assert store.operations == 0
-    assert store.tables() == before
-    assert Owner.read(session.fence.owner).token not in LIVE_SESSIONS
-    if boot_id():  # Where the system says which of its processes are alive.
-        assert store.rows.find("r").holder is None
-    assert store.rows.find("s").holder is not None
-
-
-@pytest.mark.parametrize("deliver", [False, True])
-async def test_who_was_taken_over_keeps_nothing_more(store: Store, deliver: bool) -> None:
-    """Neither an attempt nor what is beside it, nor the end; the refusal says who it was."""
-    session = store.open(deliver=deliver)
-    other = store.open(if_exists="resume")
-    before = store.tables()
-    place = Owner.read(other.fence.owner).place
-    session.record_failure_site(0, "", 1, 10, lambda: b"frames")
-    for pending in (
-        session.record(row(), SCHEMA, State()),
-        session.record(row(), None, None),
-        session.suspend(row(), Waiting(0, "", "node", "why", "")),
-        session.end("COMPLETED", None),
-    ):
-        assert pending is not None
-        with pytest.raises(Fenced) as caught:
-            await pending
-        assert str(caught.value) == (
-            f"run 'r' was taken over by {place}; this execution records nothing more, "
-            "see the result of the other one"
-        )
-    assert store.tables() == before
-
-
-async def test_whose_run_was_deleted_keeps_nothing_more(store: Store) -> None:
-    session = store.open()
-    store.rows.delete("r")
-    for pending in (session.record(row(), None, None), session.end("COMPLETED", None)):
-        assert pending is not None
-        with pytest.raises(Fenced) as caught:
-            await pending
-        assert str(caught.value) == (
-            "run 'r' is no longer in the store: it was deleted; this execution records nothing more"
-        )
-    assert store.table("runs") == []

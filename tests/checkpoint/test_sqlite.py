@@ -22,20 +22,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, Field
-from tests.checkpoint.damage import loose, reseal
+from pydantic import BaseModel
+from tests.checkpoint.damage import reseal
+from tests.kit import ended, start_python
 from tests.shared_stores import subclass_of
 
 import stroma
 from stroma import StromaRunner
 from stroma.checkpoint import (
-    AsyncCheckpointStore,
     AsyncInMemoryStore,
     CheckpointLost,
-    CheckpointManager,
     CorruptCheckpoint,
-    Fenced,
-    JournalStore,
     RunRequest,
     StoreError,
     open_store,
@@ -129,30 +126,9 @@ def raw(path: pathlib.Path) -> contextlib.closing[sqlite3.Connection]:
     return contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=10))
 
 
-def child(code: str, *args: object, **options: Any) -> subprocess.Popen[str]:
+def child(code: str, *args: object) -> subprocess.Popen[str]:
     """A process that runs code with this module's helpers at hand."""
-    prelude = f"""
-        import asyncio, importlib.util, os, sys
-        spec = importlib.util.spec_from_file_location("helpers", {__file__!r})
-        helpers = sys.modules["helpers"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(helpers)
-        from helpers import *
-    """
-    text = textwrap.dedent(prelude) + textwrap.dedent(code)
-    return subprocess.Popen(
-        [sys.executable, "-c", text, *map(str, args)],
-        env={**os.environ, "PYTHONPATH": SRC},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    return out
+    return start_python(*args, code="from tests.checkpoint.test_sqlite import *\n" + textwrap.dedent(code))
 
 
 class Faulty(sqlite3.Connection):
@@ -185,40 +161,6 @@ def path(tmp_path: pathlib.Path) -> pathlib.Path:
 def store(path: pathlib.Path) -> Iterator[SQLiteStore]:
     with SQLiteStore(path) as opened:
         yield opened
-
-
-@pytest.fixture(params=["memory", "sqlite"])
-def any_store(request: pytest.FixtureRequest, path: pathlib.Path) -> Iterator[Any]:
-    if request.param == "memory":
-        yield AsyncInMemoryStore()
-    else:
-        with SQLiteStore(path) as opened:
-            yield opened
-
-
-class TestExecutions:
-    """Every store agrees with the one in memory about what an execution is."""
-
-    async def test_typed_saving_and_loading(self, any_store: Any) -> None:
-        """save_typed keeps an instance of the schema; load_typed refuses what is none, and schemas that are
-        none."""
-        await any_store.save_typed("run", "node", State(n=4), Other)
-        assert await any_store.load("run", "node") == Other(n=4)
-        await any_store.save("run", "node", State(text="x"))
-        with pytest.raises(CorruptCheckpoint):
-            await any_store.load_typed("run", "node", schema_misfit())
-        for wrong in (dict, "State", None):
-            with pytest.raises(TypeError, match="schema must be a BaseModel type"):
-                await any_store.load_typed("run", "node", wrong)
-            with pytest.raises(TypeError, match="schema must be a BaseModel type"):
-                await any_store.save_typed("run", "node", State(), wrong)
-
-
-def schema_misfit() -> type[BaseModel]:
-    class Misfit(BaseModel):
-        text: int
-
-    return Misfit
 
 
 class TestCommit:
@@ -266,117 +208,6 @@ class TestCommit:
             assert await store.load_typed("run 42", "node", State) == State(n=42)
         assert next(commits) < 100
 
-    @pytest.mark.core
-    async def test_an_attempt_is_kept_once_however_often_it_is_sent(self, path: pathlib.Path) -> None:
-        """A commit that succeeded but whose acknowledgement was lost is not counted again when it is
-        repeated."""
-        lose = False
-
-        def intercept(run: Any, sql: str) -> Any:
-            if sql == "COMMIT" and lose:
-                run()
-                raise sqlite_error(sqlite3.SQLITE_PROTOCOL)
-
-        with subclass_of(SQLiteStore, _open_file=staticmethod(faulty(intercept)))(path) as store:
-            session = await begin(store)
-            attempt = row(tokens=10, cost=0.1, ms=5)
-            lose = True
-            with pytest.raises(StoreError) as raised:
-                await session.record(attempt, SCHEMA, State(n=1))
-            assert raised.value.transient
-            lose = False
-            await session.record(attempt, SCHEMA, State(n=1))
-            (entry,) = store.attempts("run")
-            run = store.get_run("run")
-            assert run is not None
-            assert (run.tokens, run.cost_usd, run.nodes, entry.output) == (
-                10,
-                0.1,
-                1,
-                SCHEMA.encode(State(n=1)),
-            )
-
-    async def test_if_commit_fails_everybody_in_it_is_told(self, path: pathlib.Path) -> None:
-        """A failed COMMIT fails each operation of its transaction with an error of its own, and keeps
-        none."""
-        fail = False
-
-        def intercept(run: Any, sql: str) -> None:
-            if sql == "BEGIN IMMEDIATE":
-                time.sleep(0.05)  # Let them gather.
-            if sql == "COMMIT" and fail:
-                raise sqlite_error(sqlite3.SQLITE_FULL)
-
-        with subclass_of(SQLiteStore, _open_file=staticmethod(faulty(intercept)))(path) as store:
-            session = await begin(store)
-            fail = True
-            pending = [session.record(row(i), SCHEMA, State(n=i)) for i in range(20)]
-            errors = await asyncio.gather(*pending, return_exceptions=True)
-            assert all(type(error) is StoreError and "disk is full" in str(error) for error in errors)
-            assert len(set(map(id, errors))) == 20
-            fail = False
-            await commit(session, 5)
-            assert [a.position for a in store.attempts("run")] == [5]
-
-    @pytest.mark.core
-    async def test_one_refused_operation_does_not_harm_its_neighbours(self, store: SQLiteStore) -> None:
-        """Operations share a transaction, but each is kept or refused by itself."""
-        stale = await begin(store, "stale")
-        await begin(store, "stale", if_exists="restart")
-        good = await begin(store, "good")
-        pending = [(stale if i % 2 else good).record(row(i), SCHEMA, State(n=i)) for i in range(20)]
-        errors = await asyncio.gather(*pending, return_exceptions=True)
-        assert [type(error) for error in errors] == [type(None), Fenced] * 10
-        assert [a.position for a in store.attempts("good")] == list(range(0, 20, 2))
-        assert store.attempts("stale") == []
-
-    @pytest.mark.core
-    async def test_repeats_and_replacements_among_many_commits(self, path: pathlib.Path) -> None:
-        """In a batch of commits one may be kept already, another replace an output: each counts as it would
-        alone."""
-        gathered = threading.Event()
-
-        def intercept(run: Any, sql: str) -> None:
-            if sql == "BEGIN IMMEDIATE":
-                gathered.wait(5)  # Until all of them are there.
-
-        gathered.set()
-        with subclass_of(SQLiteStore, _open_file=staticmethod(faulty(intercept)))(path) as store:
-            one, two = await begin(store, "one"), await begin(store, "two")
-            repeated, failed = row(0, tokens=1), row(1, tokens=2, failure=FailureClass.RECOVERABLE)
-            await one.record(repeated, SCHEMA, State(n=1))
-            await one.record(failed, None, None)
-            await commit(two, 0, 1, tokens=1)
-            again = row(0, attempt=2, tokens=10)  # the same position, another attempt
-            for first, strange in (
-                (10, lambda: one.record(repeated, SCHEMA, State(n=1))),
-                (20, lambda: one.record(failed, None, None)),
-                (30, lambda: two.record(again, SCHEMA, State(n=2))),
-            ):
-                gathered.clear()
-                pending = [one.record(row(first + i, tokens=100), SCHEMA, State(n=i)) for i in range(3)]
-                pending.append(strange())
-                pending += [two.record(row(first + i, tokens=100), None, None) for i in range(2)]
-                gathered.set()
-                await asyncio.gather(*pending)
-            tokens = {run.run_id: run.tokens for run in store.list_runs()}
-            assert tokens == {"one": 3 + 900, "two": 1 + 600 + 10}
-            assert restored(await begin(store, "two", resume=True)) == {(0, ""): ("node", State(n=2))}
-            result = restored(await begin(store, "one", resume=True))
-            assert sorted(position for position, _ in result) == [0, 10, 11, 12, 20, 21, 22, 30, 31, 32]
-
-    async def test_cancelling_a_caller_loses_no_commit(self, store: SQLiteStore) -> None:
-        """Whoever awaits a commit may be cancelled at any instant: the output is kept, once."""
-        session = await begin(store)
-        for position in range(30):
-            task = asyncio.ensure_future(commit(session, position, position))
-            await asyncio.sleep(position * 0.00002)
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-        await commit(session, 30)
-        assert [a.position for a in store.attempts("run")] == list(range(31))
-
     async def test_what_cannot_be_kept_is_refused_at_once(self, store: SQLiteStore) -> None:
         """NotSerialisable names the field, out of the call itself, for inputs, outputs and saved states."""
         session = await begin(store)
@@ -400,7 +231,7 @@ class TestFence:
         await commit(stale, 0)
         for file in path.parent.iterdir():
             file.unlink()
-        with pytest.raises(CheckpointLost, match="was not deleted"):
+        with pytest.raises(CheckpointLost, match="no longer in the store"):
             await commit(stale, 1)
         await commit(await begin(store, "new"), 0, 5)
         with pytest.raises(CheckpointLost):
@@ -521,7 +352,7 @@ class TestProcesses:
             asyncio.run(write(unused, "unused after"))
             store.close()
         """
-        finish(child(code, path))
+        ended(child(code, path))
         runs = SQLiteStore(path).list_runs()
         assert {run.run_id: run.nodes for run in runs} == dict.fromkeys(
             ("before", "unused", "child", "parent", "after", "unused after"), 20
@@ -563,7 +394,7 @@ class TestProcesses:
                 thread.join()
             store.close()
         """
-        finish(child(code, path))
+        ended(child(code, path))
         nodes = {run.run_id: run.nodes for run in SQLiteStore(path).list_runs()}
         assert {nodes[f"child-{number}"] for number in range(15)} == {3}
         with raw(path) as db:
@@ -609,7 +440,7 @@ class TestProcesses:
             store = SQLiteStore(sys.argv[1])
             asyncio.run(main())
         """
-        finish(child(code, path))
+        ended(child(code, path))
         assert SQLiteStore(path).find_run("last") == ["run"]
 
     @pytest.mark.slow
@@ -637,7 +468,7 @@ class TestProcesses:
                     assert run.nodes == run.tokens == position + 1, run
             asyncio.run(main())
         """
-        finish(child(code, path))
+        ended(child(code, path))
 
 
 class TestThreads:
@@ -785,22 +616,6 @@ class TestFaults:
         await asyncio.gather(*pending)
         assert len(store.attempts("run")) == 10
 
-    async def test_a_lock_is_not_waited_for_for_ever(self, path: pathlib.Path) -> None:
-        """At the end of its patience the store says that the database is locked, and works once it is
-        free."""
-        with subclass_of(SQLiteStore, _patience_seconds=0.2)(path) as store:
-            session = await begin(store)
-            attempt = row(tokens=1)
-            with raw(path) as db:
-                db.execute("BEGIN IMMEDIATE")
-                with pytest.raises(
-                    StoreError, match=r"database is locked: .* for 0\.2 s; end that process"
-                ) as raised:
-                    await session.record(attempt, SCHEMA, State())
-                assert raised.value.transient
-            await session.record(attempt, SCHEMA, State())
-            assert len(store.attempts("run")) == 1
-
     async def test_a_damaged_output_is_never_handed_out(self, store: SQLiteStore, path: pathlib.Path) -> None:
         """A flipped byte is CorruptCheckpoint that names run, position, node and the way out; and that way
         works."""
@@ -826,48 +641,6 @@ class TestFaults:
         await commit(again, 1, 1, "n1")
         assert await store.load_typed("run", "n1", State) == State(n=1)
 
-    async def test_a_damaged_input_or_saved_state_is_told(
-        self, store: SQLiteStore, path: pathlib.Path
-    ) -> None:
-        """Checksums stand over inputs and saved states too, and data of another type is damage."""
-        await begin(store)
-        await store.save("run", "node", State())
-        assert store.input_of("run") == SCHEMA.encode(State())
-        with loose(path) as db:
-            db.execute("UPDATE inputs SET input = 'text'")
-            db.execute("UPDATE steps SET output = 5")
-        with pytest.raises(CorruptCheckpoint, match="input of run 'run' is damaged"):
-            store.input_of("run")
-        with pytest.raises(CorruptCheckpoint, match="saved state of node 'node' in run 'run' is damaged"):
-            await store.load("run", "node")
-
-    @pytest.mark.parametrize("content", [b"not a database, but long enough to look at" * 50, b"short"])
-    async def test_what_is_no_database_is_refused(self, path: pathlib.Path, content: bytes) -> None:
-        """A file that is not SQLite is left alone; the error names it and what to do."""
-        path.write_bytes(content)
-        with SQLiteStore(path) as store:
-            with pytest.raises(
-                StoreError, match=r"runs\.db is not an SQLite database; use another path"
-            ) as raised:
-                await begin(store)
-            assert not raised.value.transient
-            with pytest.raises(StoreError, match="is not an SQLite database"):
-                store.list_runs()
-        assert path.read_bytes() == content
-        assert len(list(path.parent.iterdir())) == 1
-
-    async def test_a_database_of_another_program_is_refused(self, path: pathlib.Path) -> None:
-        """Somebody else's SQLite file is not changed by a byte."""
-        with raw(path) as db:
-            db.execute("CREATE TABLE meta (k, v)")
-        before = path.read_bytes()
-        with SQLiteStore(path) as store:
-            with pytest.raises(StoreError, match="of another program, not a stroma store"):
-                await begin(store)
-            with pytest.raises(StoreError, match="of another program"):
-                store.list_runs()
-        assert path.read_bytes() == before
-
     @pytest.mark.parametrize("make", [SQLiteStore, open_store, lambda path: open_store(f"sqlite:///{path}")])
     async def test_a_missing_directory_is_named(self, tmp_path: pathlib.Path, make: Any) -> None:
         """A path in a directory that does not exist is refused when the store is made; once it is there, the
@@ -887,31 +660,6 @@ class TestFaults:
         """A path that is a directory is a StoreError that names it."""
         with SQLiteStore(tmp_path) as store, pytest.raises(StoreError, match="cannot open"):
             await begin(store)
-
-    @pytest.mark.parametrize(
-        ("code", "printed"),
-        [
-            (sqlite3.SQLITE_CORRUPT, "is damaged .* restore it from a backup"),
-            (sqlite3.SQLITE_READONLY, "cannot write to"),
-            (sqlite3.SQLITE_IOERR_WRITE, "free some space"),
-            (sqlite3.SQLITE_ERROR, "injected"),
-        ],
-    )
-    async def test_errors_of_sqlite_are_named(self, path: pathlib.Path, code: int, printed: str) -> None:
-        """Whatever SQLite says comes out as a StoreError with the path and what to do, the cause attached."""
-
-        def intercept(run: Any, sql: str) -> None:
-            if sql == "BEGIN IMMEDIATE" and fail:
-                raise sqlite_error(code)
-
-        fail = False
-        with subclass_of(SQLiteStore, _open_file=staticmethod(faulty(intercept)))(path) as store:
-            session = await begin(store)
-            fail = True
-            with pytest.raises(StoreError, match=printed) as raised:
-                await commit(session, 0)
-            assert str(path) in str(raised.value)
-            assert isinstance(raised.value.__cause__, sqlite3.OperationalError)
 
     async def test_an_output_that_is_too_large_for_a_row(self, path: pathlib.Path) -> None:
         """An output beyond SQLite's limit is refused once, with the way out, and nothing else is harmed."""
@@ -958,31 +706,14 @@ class TestFaults:
             await begin(store)
             assert len(store.list_runs()) == 1
 
-    async def test_a_file_that_is_made_meanwhile_is_ours(self, path: pathlib.Path) -> None:
-        """Whoever looks at a file while another process makes it takes it for what it becomes."""
-        looks = itertools.count()
-
-        def intercept(run: Any, sql: str) -> Any:
-            if ("sqlite_master" not in sql and "application_id" not in sql) or next(looks):
-                return None
-            seen = run().fetchone()
-            sqlite_file.DatabaseFile(str(path), "full", sqlite_file.connect, 1.0).open().close()
-            return sqlite3.connect(":memory:").execute("SELECT ?", seen)
-
-        with subclass_of(SQLiteStore, _open_file=staticmethod(faulty(intercept)))(path) as store:
-            await begin(store)
-
     @pytest.mark.slow
     async def test_a_file_whose_maker_died_can_be_read(self, path: pathlib.Path) -> None:
         """What a process leaves behind that is killed while it makes the file hinders no reader, and no
         writer."""
         code = (
-            "import os, sqlite3, sys\n"
-            "db = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
-            "db.execute('PRAGMA cache_size=1')\n"
-            "db.execute('BEGIN')\n"
-            "for i in range(50): db.execute(f'CREATE TABLE t{i} (x)')\n"
-            "os.kill(os.getpid(), 9)\n"
+            "import os, sqlite3, sys\ndb = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
+            "db.execute('PRAGMA cache_size=1')\ndb.execute('BEGIN')\nfor i in range(50): db.execute(f'CREATE "
+            "TABLE t{i} (x)')\nos.kill(os.getpid(), 9)\n"
         )
         subprocess.run([sys.executable, "-c", code, str(path)], check=False)
         assert pathlib.Path(f"{path}-journal").stat().st_size > 0
@@ -1019,22 +750,6 @@ class TestFile:
         finally:
             os.umask(before)
         assert stat.S_IMODE(path.stat().st_mode) == 0o640
-
-    @pytest.mark.core
-    async def test_durability_is_set_as_asked(self, tmp_path: pathlib.Path) -> None:
-        """The default is WAL with synchronous=FULL; "normal" must be asked for, and nothing else exists."""
-
-        async def pragmas(store: SQLiteStore) -> tuple[Any, ...]:
-            names = ("journal_mode", "synchronous", "busy_timeout", "trusted_schema")
-            return await store._submit(
-                lambda rows: tuple(rows.db.execute(f"PRAGMA {n}").fetchone()[0] for n in names)
-            )
-
-        with SQLiteStore(tmp_path / "a") as full, SQLiteStore(tmp_path / "b", synchronous="normal") as normal:
-            assert await pragmas(full) == ("wal", 2, 0, 0)
-            assert await pragmas(normal) == ("wal", 1, 0, 0)
-        with pytest.raises(ValueError, match='must be "full" or "normal"'):
-            SQLiteStore(tmp_path / "c", synchronous="off")
 
     async def test_nothing_is_opened_before_it_is_needed(self, path: pathlib.Path) -> None:
         """Making a store, loading from it and reading it make no file; reading says that there is none."""
@@ -1077,44 +792,7 @@ class TestFile:
             assert await two.load_typed("a", "node", State) == State()
 
 
-class TestIds:
-    @pytest.mark.parametrize("wrong", ["", "a\0b", "\ud800", 5])
-    async def test_what_is_no_id_is_refused(self, store: SQLiteStore, wrong: Any) -> None:
-        """Empty, NUL, lone surrogates and what is no text are a ValueError everywhere."""
-        with pytest.raises(ValueError):
-            store.open_run(RunRequest(wrong, "p", State(), SCHEMA))
-        for call in (
-            lambda: store.save(wrong, "node", State()),
-            lambda: store.save("run", wrong, State()),
-            lambda: store.load("run", wrong),
-            lambda: store.load_typed(wrong, "node", State),
-            lambda: store.delete(wrong),
-        ):
-            with pytest.raises(ValueError):
-                await call()
-        for read in (store.get_run, store.attempts, store.input_of, store.find_run):
-            with pytest.raises(ValueError):
-                read(wrong)
-
-
 class TestReading:
-    async def test_a_prefix_finds_runs(self, store: SQLiteStore) -> None:
-        """find_run takes a prefix literally, prefers a whole id, and knows "last"."""
-        for name in ("a", "ab", "aB", "a%c", "a_c", "a\U0010ffffx"):
-            await begin(store, name)
-            await asyncio.sleep(0.002)
-        assert store.find_run("a") == ["a"]
-        assert store.find_run("ab") == ["ab"]
-        assert store.find_run("a%") == ["a%c"]
-        assert store.find_run("a_") == ["a_c"]
-        assert store.find_run("a\U0010ffff") == ["a\U0010ffffx"]
-        assert store.find_run("%") == store.find_run("b") == []
-        assert store.find_run("last") == ["a\U0010ffffx"]
-        await begin(store, "b1")
-        await begin(store, "b2")
-        assert sorted(store.find_run("b")) == ["b1", "b2"]
-        assert len(store.find_run("b", limit=1)) == 1
-
     async def test_reading_does_not_wait_for_writers(self, store: SQLiteStore) -> None:
         """The command line may read at any time while runs are being written."""
 
@@ -1195,34 +873,6 @@ class TestUrls:
         """What is not understood is a ValueError that names the forms that are."""
         with pytest.raises(ValueError, match=printed):
             open_store(url)
-
-
-async def test_the_store_speaks_both_protocols(store: SQLiteStore) -> None:
-    """CheckpointManager takes it for a journal, and as an async store of the simple protocol."""
-    assert isinstance(store, JournalStore)
-    assert isinstance(store, AsyncCheckpointStore)
-    manager = CheckpointManager(store)
-    await manager.checkpoint("run", "node", State(n=3))
-    assert await manager.resume("run", "node", State) == State(n=3)
-    await manager.clear("run")
-    assert await manager.resume("run", "node", State) is None
-
-
-async def test_states_come_back_as_they_were(store: SQLiteStore) -> None:
-    """What JSON cannot say (bytes, NaN, sets) survives a commit and a resume."""
-
-    class Rich(BaseModel):
-        data: bytes
-        numbers: set[int] = Field(default_factory=lambda: {1, 2})
-        infinite: float = float("inf")
-        nested: dict[str, list[State]] = Field(default_factory=lambda: {"a": [State()]})
-
-    schema, state = schema_of(Rich), Rich(data=b"\xff\0")
-    session = await begin(store, state=state)
-    await session.record(row(), schema, state)
-    again = await begin(store, state=state, resume=True)
-    assert schema.restore(again.restored[0, ""].output) == state
-    assert await store.load_typed("run", "node", Rich) == state
 
 
 def test_a_file_is_made_without_a_descriptor_left_open(path: pathlib.Path) -> None:

@@ -6,13 +6,12 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stroma.checkpoint import Fenced, StoreError
+from stroma.checkpoint import StoreError
 from stroma.checkpoint.durable.integrity import checksum
 from stroma.checkpoint.durable.operations import Commit
 from stroma.checkpoint.durable.rows import Fence, Opening, Step
@@ -278,16 +277,14 @@ def test_an_error_that_undoes_everything(bench: Bench) -> None:
         (
             "COMMIT",
             sqlite3.SQLITE_IOERR_WRITE,
-            "the disk refused a write to {}: it is full, over a quota or a size limit, or failing; free "
-            "some space or replace the disk, "
-            "then resume",
+            "the disk refused a write to {}: it is full, over a quota or a size limit, or failing; free some "
+            "space or replace the disk, then resume",
         ),
         (
             "BEGIN",
             sqlite3.SQLITE_BUSY,
             "database is locked: another process has held {} for 0 s; end that process (a stopped one keeps "
-            "its lock), then "
-            "resume",
+            "its lock), then resume",
         ),
     ],
 )
@@ -374,8 +371,7 @@ def test_a_disk_that_fails_is_not_written_to_any_more(bench: Bench, where: str, 
     jobs, poisoned = bench.apply(*operations)
     why = (
         f"the disk of {bench.path} failed (said): acknowledged commits are stored, no more are written; "
-        f"check the "
-        "disk, then resume in a new process"
+        "check the disk, then resume in a new process"
     )
     assert len(jobs) == len(operations) + 1
     assert [str(job.error) for job in jobs] == [why] * len(jobs)
@@ -431,27 +427,6 @@ def test_commits_share_a_transaction(bench: Bench, fence: Fence) -> None:
     assert seen == [[0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4]]
     assert positions(bench) == list(range(7))
     assert in_transaction(bench) == ["BEGIN IMMEDIATE", "COMMIT"]
-
-
-def test_one_commit_of_many_that_is_fenced(bench: Bench, fence: Fence) -> None:
-    """It alone is refused; the others are kept, once."""
-    stale = replace(fence, epoch=0)
-    commits = [Commit("r", stale if number == 1 else fence, attempt(number), STEP) for number in range(4)]
-    jobs, _ = bench.apply(*commits)
-    assert [type(job.error) for job in jobs] == [type(None), Fenced, type(None), type(None)]
-    assert positions(bench) == [0, 2, 3]
-    assert bench.statements.count("ROLLBACK TO one") == 1
-
-
-def test_a_commit_that_is_repeated_among_others(bench: Bench, fence: Fence) -> None:
-    """Who repeats it is told that all is well; it is counted once."""
-    commit = Commit("r", fence, attempt(0), STEP)
-    jobs, _ = bench.apply(commit, commit, Commit("r", fence, attempt(1), STEP))
-    assert outcomes_of(jobs) == [None, None, None]
-    assert positions(bench) == [0, 1]
-    db = sqlite3.connect(bench.path)
-    assert db.execute("SELECT tokens FROM runs").fetchone() == (2,)
-    db.close()
 
 
 # ---------------------------------------------------------------------- forks

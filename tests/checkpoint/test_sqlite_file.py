@@ -67,8 +67,7 @@ NO_ROOM = (
 )
 DISK = (
     "the disk of {} failed (said): acknowledged commits are stored, no more are written; check the disk, "
-    "then "
-    "resume in a new process"
+    "then resume in a new process"
 )
 PERMISSIONS = "cannot write to {} (said); check its permissions and those of its directory"
 
@@ -104,8 +103,7 @@ PERMISSIONS = "cannot write to {} (said); check its permissions and those of its
         (
             error_of(sqlite3.SQLITE_CORRUPT, kind=sqlite3.DatabaseError),
             "{} is damaged (said); restore it from a backup, or recover it with the `.recover` command of "
-            "the "
-            "sqlite3 shell",
+            "the sqlite3 shell",
             False,
         ),
         (error_of(sqlite3.SQLITE_READONLY), PERMISSIONS, False),
@@ -134,13 +132,6 @@ def test_each_error_says_what_to_do(tmp_path: Path, error: Exception, message: s
     assert str(raised_error) == message.format(path, folder=tmp_path)
     assert type(raised_error) is StoreError
     assert raised_error.transient is transient
-
-
-def test_what_is_in_words_already_stays(tmp_path: Path) -> None:
-    """Even if it carries a code of SQLite."""
-    report = StoreError("said")
-    report.sqlite_errorcode = sqlite3.SQLITE_FULL
-    assert database(tmp_path / "runs.db").explain(report) is report
 
 
 @pytest.mark.parametrize(
@@ -208,22 +199,6 @@ def test_a_lock_is_waited_for_until_the_patience_ends(
     assert len(set(clock.slept)) > 1
 
 
-def test_who_waited_gets_what_the_call_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, answers = (
-        Time(monkeypatch),
-        [error_of(sqlite3.SQLITE_BUSY), error_of(sqlite3.SQLITE_LOCKED), "given"],
-    )
-
-    def call() -> str:
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return str(answer)
-
-    assert database(tmp_path / "runs.db", patience=5.0).retry_while_locked(call) == "given"
-    assert len(clock.slept) == 2
-
-
 @pytest.mark.parametrize(
     "error", [error_of(sqlite3.SQLITE_FULL), error_of(None), error_of(sqlite3.SQLITE_IOERR)]
 )
@@ -239,11 +214,6 @@ def test_nothing_but_a_lock_is_waited_for(
         database(tmp_path / "runs.db", patience=5.0).retry_while_locked(call)
     assert caught.value is error
     assert clock.slept == []
-
-
-def test_a_store_waits_for_fifteen_seconds(tmp_path: Path) -> None:
-    assert SQLiteStore(tmp_path / "runs.db")._file.patience_seconds == 15.0
-    assert subclass_of(SQLiteStore, _patience_seconds=2.5)(tmp_path / "runs.db")._file.patience_seconds == 2.5
 
 
 # ---------------------------------------------------------------------- how it is opened
@@ -279,52 +249,12 @@ def test_a_file_is_made_for_its_owner_only(tmp_path: Path) -> None:
     assert [stat.S_IMODE(one.stat().st_mode) for one in sorted(tmp_path.iterdir())] == [0o600] * 3
     assert pragma(db, "application_id") == int.from_bytes(b"Strm", "big") == 0x5374726D
     assert db.execute("SELECT k, v FROM meta ORDER BY k").fetchall() == [("schema_version", str(NOW))]
-    result = db.execute(
-        "SELECT type, name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' ORDER BY 1, 2"
-    ).fetchall()
-    assert [name for kind, name in result if kind == "table"] == [
-        "attempts",
-        "cells",
-        "deleted",
-        "events",
-        "inputs",
-        "meta",
-        "runs",
-        "steps",
-        "tags",
-    ]
-    assert [name for kind, name in result if kind == "index"] == [
-        "called",
-        "deleted_by_time",
-        "events_by_time",
-        "failed",
-        "runs_by_block",
-        "runs_by_claim",
-        "runs_by_id",
-        "runs_by_key",
-        "runs_by_pipeline",
-        "runs_by_queue",
-        "runs_by_start",
-        "runs_by_status",
-        "runs_by_wake",
-        "tags_by_start",
-    ]
     assert not db.in_transaction
     db.execute("INSERT INTO cells VALUES ('c', 'c', x'01')")
     db.close()
     again = database(path).open()
     assert again.execute("SELECT name, data FROM cells").fetchall() == [("c", b"\x01")]
     again.close()
-
-
-def test_a_file_with_any_characters_in_its_name(tmp_path: Path) -> None:
-    """What means something in a URI is a part of the name."""
-    path = tmp_path / "a b%41?mode=ro#é.db"
-    database(path).open().close()
-    assert read(database(path))
-    beside = ("", "-shm", "-wal")
-    assert {one.name for one in tmp_path.iterdir()} <= {path.name + end for end in beside}
-    assert path.exists()
 
 
 def test_how_a_connection_is_asked_for(tmp_path: Path) -> None:
@@ -348,8 +278,7 @@ def test_a_reader_cannot_write(tmp_path: Path) -> None:
     text = fails(lambda: _write(file))
     assert str(text) == (
         f"cannot write to {file.path} (attempt to write a readonly database); check its permissions and "
-        f"those of its "
-        "directory"
+        "those of its directory"
     )
 
 
@@ -373,29 +302,6 @@ def test_a_reader_is_closed_at_the_end(tmp_path: Path) -> None:
     assert other is not None
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
         other.execute("SELECT 1")
-
-
-def test_there_is_nothing_to_read(tmp_path: Path) -> None:
-    """Nothing is made by looking; an empty file is an empty store."""
-    file = database(tmp_path / "runs.db")
-    error = fails(lambda: read(file))
-    assert (
-        str(error)
-        == f"no such database: {file.path}; check the path, or run a pipeline with this store first"
-    )
-    assert not error.transient
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "runs.db").touch()
-    assert not read(file)
-    assert (tmp_path / "runs.db").stat().st_size == 0
-
-
-def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
-    file = database(tmp_path / "none" / "runs.db")
-    error = fails(file.open)
-    assert str(error) == f"there is no directory {tmp_path / 'none'}; create it, or use another path"
-    assert isinstance(error.__cause__, FileNotFoundError)
-    assert not error.transient
 
 
 def test_what_the_system_refuses_has_its_cause(tmp_path: Path) -> None:
@@ -502,25 +408,6 @@ def test_a_file_that_is_no_database(tmp_path: Path) -> None:
         error = fails(call)
         assert str(error) == f"{path} is not an SQLite database; use another path, or move that file away"
         assert isinstance(error.__cause__, sqlite3.DatabaseError)
-
-
-class NoSharedMemory(sqlite3.Connection):
-    """A connection on a file system that knows no WAL: SQLite answers with the mode that it keeps."""
-
-    def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
-        return super().execute("SELECT 'delete'" if sql.startswith("PRAGMA journal_mode") else sql, *values)
-
-
-def test_a_file_system_without_shared_memory(tmp_path: Path) -> None:
-    def opens(uri: str) -> sqlite3.Connection:
-        return sqlite3.connect(uri, uri=True, isolation_level=None, factory=NoSharedMemory)
-
-    error = fails(database(tmp_path / "runs.db", opens=opens).open)
-    assert (
-        str(error)
-        == f"{tmp_path / 'runs.db'} is on a file system without shared memory; use a path on a local disk"
-    )
-    assert not error.transient
 
 
 # ---------------------------------------------------------------------- others, at the same time
@@ -684,12 +571,6 @@ def test_how_sure_a_commit_may_be(tmp_path: Path, synchronous: Any) -> None:
     with pytest.raises(ValueError) as caught:
         SQLiteStore(tmp_path / "runs.db", synchronous=synchronous)
     assert str(caught.value) == f'synchronous must be "full" or "normal", got {synchronous!r}'
-
-
-def test_the_thread_that_writes_has_a_name(tmp_path: Path) -> None:
-    """Who looks at a stuck process finds it."""
-    with SQLiteStore(tmp_path / "runs.db") as store:
-        assert store._worker()._thread.name == "stroma-sqlite"
 
 
 class Watched(sqlite3.Connection):

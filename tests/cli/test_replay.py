@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from tests.servers import environment
+from tests.kit import environment
 
 GOOD = '{"start": 1}'
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.checkpoint.dying_helper import pipeline
-from tests.servers import environment
+from tests.kit import read_line, start_python
 from tests.shared_stores import DURABLE, opened, place
 from tests.store_suite.journal import begin
 
@@ -27,7 +25,6 @@ def test_killed_before_it_knew(journal: tuple[str, str], tmp_path: Path, way: st
     """recover() and workers find the run SUSPENDED, and call nothing; once the pause is taken back, a worker
     does."""
     wish = {"run_id": "r", "hang": True, "calls": str(tmp_path / "calls"), "options": {"lease_seconds": 1.0}}
-    command = [sys.executable, "-m", "tests.checkpoint.dying_helper", *journal, json.dumps(wish)]
 
     async def serve_once(runner: StromaRunner) -> Any:
         outcomes: list[Any] = []
@@ -43,10 +40,8 @@ def test_killed_before_it_knew(journal: tuple[str, str], tmp_path: Path, way: st
     async def outcome() -> Any:
         with opened(*journal) as store:
             runner = StromaRunner.quick(store=store)
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
-            assert process.stdout is not None
-            with process:
-                assert process.stdout.readline() == "calling\n"
+            with start_python("-m", "tests.checkpoint.dying_helper", *journal, json.dumps(wish)) as process:
+                assert read_line(process) == "calling"
                 # Stopped, it reads no request; killed, it never will.
                 process.send_signal(signal.SIGSTOP)
                 assert await runner.pause("r") is True

@@ -31,13 +31,14 @@ from tests.docs.blocks import (
     shown,
     walk,
 )
+from tests.kit import environment
 from tests.providers.replies import _CHAT, _MESSAGE
 from tests.providers.server import Answer, Server
 from tests.receivers.datadog import DatadogAgent, StatsdSocket
 from tests.receivers.otlp import OtlpReceiver
 from tests.receivers.processes import free_port
 from tests.receivers.sentry import SentryServer
-from tests.servers import environment, shared_redis
+from tests.servers import shared_redis
 from tests.servers_postgres import shared_postgres
 from tests.telemetry import names
 from tests.ui.browser import Browser, find_chromium

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from tests.docs.blocks import blocks
 from tests.docs.test_pages import SERVERS, run_alone
-from tests.servers import environment
+from tests.kit import environment
 from tests.servers_temporal import TemporalServer, temporal_binary
 
 from stroma.cli.app import app

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import Note
+from tests.kit import Note, ended, start_python
 from tests.shared_stores import SHARED, STORES, place, store_of
 
 from stroma import (
@@ -41,7 +38,6 @@ from stroma.engine.lifecycle import open_run
 
 AT_ONCE = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
 RETRIED = {cls: FailurePolicy(max_retries=3, backoff_seconds=0) for cls in FailureClass}
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 HELPER = Path(__file__).with_name("called_steps_helper.py")
 
 
@@ -499,14 +495,11 @@ def test_killed_inside_of_a_step(kind: str, way: str, tmp_path: Path) -> None:
         side = tmp_path / "side"
         ends = []
         for life in range(3):
-            command = [sys.executable, str(HELPER), kind, where, str(side), way, str(life)]
-            done = subprocess.run(
-                command, capture_output=True, text=True, check=False, timeout=180, env=ENVIRONMENT
-            )
-            ends.append(done.returncode)
-            assert done.returncode in (0, -signal.SIGKILL), done.stderr
+            process = start_python(HELPER, kind, where, side, way, life)
+            printed = ended(process, 0, -signal.SIGKILL, timeout=180)
+            ends.append(process.returncode)
         assert ends == [-signal.SIGKILL, -signal.SIGKILL, 0]
-        assert done.stdout.strip() == "0fj 1fj 2fj"
+        assert printed.strip() == "0fj 1fj 2fj"
         lines = side.read_text().splitlines()
         called = [line.partition("|") for line in lines]
         keys: dict[str, set[str]] = {}

@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from tests.fixtures import store_fixture
-from tests.kit import TWICE
+from tests.kit import TWICE, environment
 from tests.limits.budget_helper import CONTRACT, RESERVE_CENTS, State, budget, spend
-from tests.servers import RedisServer, environment
+from tests.servers import RedisServer
 from tests.shared_stores import SHARED, STORES, opened, place, store_of
 
 from stroma import (

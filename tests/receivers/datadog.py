@@ -15,8 +15,8 @@ import sys
 import threading
 from typing import Any, NamedTuple
 
+from tests.kit import environment
 from tests.receivers.processes import Child, answers, fetch, fetch_json, free_port, wait_until
-from tests.servers import environment
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _REQUIREMENTS = pathlib.Path(__file__).with_name("datadog_agent.txt")

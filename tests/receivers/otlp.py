@@ -7,8 +7,8 @@ import subprocess
 import sys
 from typing import Any
 
+from tests.kit import environment
 from tests.receivers.processes import fetch_json
-from tests.servers import environment
 
 
 class OtlpReceiver:

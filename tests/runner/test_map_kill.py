@@ -1,8 +1,6 @@
 """kill -9 at random instants while a map works through many items: each is committed once."""
 
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any
 
 import pytest
 from tests.chaos import items
-from tests.servers import environment
+from tests.kit import ended, start_python
 
 HELPER = Path(__file__).with_name("sequence_kill_helper.py")
 ITEMS = 5000
@@ -45,19 +43,14 @@ def test_killed_in_the_last_node_of_an_item(tmp_path: Path) -> None:
     had ended."""
     side = tmp_path / "side"
 
-    def run() -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(HELPER), str(tmp_path / "runs.db"), str(side)]
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=60, check=False, env=environment()
-        )
+    def run(status: int) -> str:
+        return ended(start_python(HELPER, tmp_path / "runs.db", side), status)
 
-    killed = run()
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run(-signal.SIGKILL)
     before = Counter(side.read_text().splitlines())
     assert before["check 17"] == 1
     assert "classify 29" not in before
-    again = run()
-    assert again.stdout == f"RESUMED {list(range(30))}\n", again.stderr
+    assert run(0) == f"RESUMED {list(range(30))}\n"
     calls = Counter(side.read_text().splitlines())
     assert (calls["classify 17"], calls["draft 17"], calls["check 17"]) == (1, 1, 2)
     # Of the four items in flight, each may have been at one node that was not committed.

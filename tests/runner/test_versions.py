@@ -15,8 +15,7 @@ from tests.runner.serving import Serving
 from tests.shared_stores import STORES, store_of
 
 from stroma import Flow, NodeHooks, Pipeline, PipelineChanged, RunStatus, StromaRunner, Suspend, stroma_flow
-from stroma.checkpoint.blocked import BlockedMark, block
-from stroma.checkpoint.queue import ServedCode
+from stroma.checkpoint.queue import BlockedMark, ServedCode, block
 from stroma.checkpoint.records import RunQuery
 from stroma.runner.drive import Blocked, Suspended
 from stroma.runner.pipeline import code_of

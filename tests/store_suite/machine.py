@@ -25,7 +25,7 @@ from tests.store_suite.machine_model import (
     SessionHandle,
 )
 
-from stroma.checkpoint import Committed, Fenced, PipelineChanged, RunRequest, StoreError
+from stroma.checkpoint import CheckpointLost, Committed, Fenced, PipelineChanged, RunRequest, StoreError
 from stroma.failures.classes import FailureClass
 from stroma.trace.events import AttemptRow
 
@@ -264,18 +264,18 @@ class JournalStoreMachine(StoreComparison, RuleBasedStateMachine):
         elif how == "finish":
             # Only once: later calls of end() do nothing.
             if stale.can_write:
-                self._assert_raises(Fenced, self._end(stale.session, "COMPLETED", None))
+                self._assert_raises((Fenced, CheckpointLost), self._end(stale.session, "COMPLETED", None))
                 stale.can_write = False
         elif how == "again":
             if stale.writes:
                 try:  # The row is stored, and the session is stale: either answer is right.
                     self._wait_for(self._write(stale, *_pick(stale.writes, index)))
-                except Fenced:
+                except (Fenced, CheckpointLost):
                     pass
         else:
             output = State(n=-1) if how == "commit" else None
             attempt = self._attempt(ModelPlace(0), RecordedUsage(7, 0.5, 3), output)
-            self._assert_raises(Fenced, self._write(stale, *attempt))
+            self._assert_raises((Fenced, CheckpointLost), self._write(stale, *attempt))
         self._compare(stale.run_id)
 
     @rule(index=_indexes, status=st.sampled_from(ENDS), error=st.sampled_from((None, "why", "é")))

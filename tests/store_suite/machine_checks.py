@@ -169,9 +169,10 @@ class StoreComparison:
     def _wait_for(self, work: Coroutine[Any, Any, T]) -> T:
         return self.loop.run_until_complete(work)
 
-    def _assert_raises(self, kind: type[StoreError], work: Coroutine[Any, Any, Any]) -> StoreError:
+    def _assert_raises(self, kind: Any, work: Coroutine[Any, Any, Any]) -> StoreError:
         try:
             self._wait_for(work)
         except kind as error:
-            return error
-        raise AssertionError(f"{kind.__name__} was not raised")
+            raised: StoreError = error
+            return raised
+        raise AssertionError(f"{kind} was not raised")

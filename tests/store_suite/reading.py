@@ -102,8 +102,6 @@ class ReadingTests:
 
     async def test_runs_are_asked_for(self, store: Any) -> None:
         """run_page returns the runs that match all filters, newest first, and the same page by page."""
-        if not hasattr(store, "run_page"):
-            pytest.skip("this store lists runs without pages")
         for i in range(9):
             session = await begin(store, f"run-{i}", tags=("all", "é 1", *(["odd"] if i % 2 else [])))
             if i % 3 == 0:
@@ -161,8 +159,6 @@ class ReadingTests:
         self, store: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A page of a partial scan may be short or empty and has a cursor; no run is skipped."""
-        if not hasattr(store, "run_page"):
-            pytest.skip("this store lists runs without pages")
         for i in range(11):
             session = await begin(store, f"run-{i}", tags=("odd",) if i % 2 else ())
             if i % 5 == 0:
@@ -196,8 +192,6 @@ class ReadingTests:
 
     async def test_tags_belong_to_an_execution(self, store: Any) -> None:
         """A restarted run has the new tags; a resumed run has them in addition to its own."""
-        if not hasattr(store, "run_page"):
-            pytest.skip("this store lists runs without pages")
         await finish(await begin(store, tags=("a", "b", "a")), "PARTIAL")
         await finish(await begin(store, if_exists="resume", tags=("c", "b")), "PARTIAL")
         assert store.get_run("run").tags == ("a", "b", "c")
@@ -213,8 +207,6 @@ class ReadingTests:
     async def test_the_cause_of_a_group_is_its_child(self, store: Any) -> None:
         """The cause of a failure is the child whose failure became the group's, at any depth; not a
         sibling's."""
-        if not hasattr(store, "run_page"):
-            pytest.skip("this store lists runs without pages")
         session = await begin(store)
         outer, inner = (
             row(1, "outer", ms=90, failure=FailureClass.TERMINAL, message="why"),
@@ -232,8 +224,6 @@ class ReadingTests:
     async def test_history_page_by_page(self, store: Any) -> None:
         """attempt_page returns the rows of attempts() in pages and without outputs; output_of returns one
         output."""
-        if not hasattr(store, "attempt_page"):
-            pytest.skip("this store tells history as a whole")
         session = await begin(store)
         for i in range(5):
             await fail(session, i, f"n{i}")
@@ -277,8 +267,6 @@ class ReadingTests:
     async def test_attempts_are_summed_up(self, store: Any) -> None:
         """tally() sums the attempts of runs started since a time, by pipeline, node, model, class and
         duration, and their waste."""
-        if not hasattr(store, "tally"):
-            pytest.skip("this store sums nothing up")
         for name in ("one", "two"):
             session = await begin(store, name)
             await fail(session, 0, "n", tokens=4, cost=0.25, ms=7, failure=FailureClass.TERMINAL)
@@ -300,8 +288,6 @@ class ReadingTests:
     async def test_where_attempts_failed(self, store: Any) -> None:
         """failure_site_of returns the site of the last failure at a place; it is removed with the
         execution."""
-        if not hasattr(store, "failure_site_of"):
-            pytest.skip("this store has no tracebacks")
         session = await begin(store)
         for number in (1, 2):
             failed = row(3, "n", branch="1", attempt=number, failure=FailureClass.AMBIGUOUS)
@@ -324,8 +310,6 @@ class ReadingTests:
     async def test_rejected_outputs(self, store: Any) -> None:
         """rejected_of returns the output that broke its contract in each attempt; it is removed with the
         execution."""
-        if not hasattr(store, "rejected_of"):
-            pytest.skip("this store has no rejected outputs")
         session = await begin(store)
         rows = [row(3, "n", branch="1", attempt=n, failure=FailureClass.TERMINAL) for n in (1, 2, 3)]
         for failed in rows[:2]:
@@ -347,8 +331,6 @@ class ReadingTests:
 
     async def test_what_it_says_of_itself(self, store: Any) -> None:
         """facts() names the system, the formats, and the clock of leases."""
-        if not hasattr(store, "facts"):
-            pytest.skip("this store has no facts()")
         await begin(store)
         facts = store.facts()
         assert facts.system

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from tests.servers import environment
+from tests.kit import environment
 
 EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "telemetry.py"
 TREE = """\

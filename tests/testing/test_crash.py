@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 from tests.fixtures import store_fixture
-from tests.servers import environment
+from tests.kit import environment
 from tests.testing.pipelines import Number, counted, patient
 
 from stroma import (

@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from tests.servers import environment
+from tests.kit import environment
 
 pytest_plugins = ["pytester"]
 #: Many processes one after the other, on a machine that may be busy.

@@ -74,8 +74,8 @@ def test_every_page(store: Any, serve: Callable[..., Site]) -> None:
 def test_pages_take_few_round_trips(
     store: Any, serve: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many runs and attempts a page shows, it asks a Redis server at most 16 times for them, for the
-    overview 25, not once for each."""
+    """However many runs and attempts a page shows, it asks a Redis server at most 12 times for them, for the
+    overview 17, not once for each."""
     trips: list[int] = []
     send = RedisLink._send_once
 
@@ -96,4 +96,4 @@ def test_pages_take_few_round_trips(
     ):
         trips.clear()
         assert site.ask("GET", path).status == 200
-        assert len(trips) <= (25 if path == "/overview" else 16), (path, trips)
+        assert len(trips) <= (17 if path == "/overview" else 12), (path, trips)

@@ -18,7 +18,7 @@ from stroma.adapters._background_loop import Changes, applied, changes_since, ru
 from stroma.adapters._guarded_call import Call
 from stroma.adapters._state_views import given_to
 from stroma.adapters._step import Halts, find_halt
-from stroma.checkpoint import Fenced, StepCall, StoreError
+from stroma.checkpoint import CheckpointLost, Fenced, StepCall, StoreError
 from stroma.checkpoint.entries import RunControl
 from stroma.checkpoint.identity import StepCalls
 from stroma.contracts.schema import schema_of
@@ -181,7 +181,7 @@ class GuardedRun:
         known = self._stopping
         if halt.suspended or (known is not None and known.spent):
             return
-        if isinstance(halt.failure.exception, Fenced):
+        if isinstance(halt.failure.exception, Fenced | CheckpointLost):
             self._stopping = halt._replace(spent=True)
             return
         # Steps around the failed one fail with the same exception.
@@ -225,7 +225,7 @@ class GuardedRun:
     def refusal(self, step_id: str) -> Halt | None:
         """Return the stop of a step that would start now, if the run is to end, or is another process's."""
         stopping = self._stopping
-        if stopping is not None and isinstance(stopping.failure.exception, Fenced):
+        if stopping is not None and isinstance(stopping.failure.exception, Fenced | CheckpointLost):
             return stopping
         if not self.cancelling:
             return None

@@ -99,8 +99,7 @@ class PriorWork(NamedTuple):
         why = f"; a new execution {' and '.join(harm)}" if harm else ""
         return RunExists(
             f"run {run_id!r} {'has a recorded effect' if has_ended else 'has not ended'} ({status}){why}; "
-            "pass resume=True "
-            'to continue it, or if_exists="restart" to run it from the start'
+            'pass resume=True to continue it, or if_exists="restart" to run it from the start'
         )
 
 
@@ -182,9 +181,8 @@ def decide(
         return "return"
     if request.if_exists == "error":
         raise RunExists(
-            f"run {request.run_id!r} already exists (execution {last.execution}, {last.status}); use "
-            "another run id, or pass "
-            'if_exists="resume", "return" or "restart"'
+            f"run {request.run_id!r} already exists (execution {last.execution}, {last.status}); use another "
+            'run id, or pass if_exists="resume", "return" or "restart"'
         )
     if request.if_exists == "new":
         lost = prior_work()
@@ -195,9 +193,8 @@ def decide(
         return "begin"
     if request.discard_from is None and not (same_input or request.any_input):
         raise PipelineChanged(
-            f"run {request.run_id!r} was started with another input (or {request.schema.model.__name__} "
-            "has changed); "
-            "pass the same input, or use another run id"
+            f"run {request.run_id!r} was started with another input (or {request.schema.model.__name__} has "
+            "changed); pass the same input, or use another run id"
         )
     finished = last.status in COMPLETE
     if request.if_exists == "attach":  # An owner that died is continued.
@@ -214,9 +211,8 @@ def _other_version(request: RunRequest, last: LastExecution) -> PipelineChanged:
     served = " and ".join(map(repr, request.versions or ())) or "no version"
     return PipelineChanged(
         f"run {request.run_id!r} started with version {last.version!r} of pipeline {last.pipeline!r}, and "
-        "this code serves "
-        f"{served}; resume it with code of that version, or pass accepts=({last.version!r},) and keep its "
-        "steps"
+        f"this code serves {served}; resume it with code of that version, or pass "
+        f"accepts=({last.version!r},) and keep its steps"
     )
 
 
@@ -247,7 +243,6 @@ def not_waiting(run_id: str, question_id: str) -> StoreError:
     """Return the error for an answer to a question that is not open."""
     return _permanent(
         f"question {question_id!r} of run {run_id!r} is not open: it was already answered, its call has "
-        "ended, or a later "
-        "question is asked there; see the open questions of the run, then answer one of them or resume the "
-        "run"
+        "ended, or a later question is asked there; see the open questions of the run, then answer one of "
+        "them or resume the run"
     )

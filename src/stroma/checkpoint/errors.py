@@ -48,12 +48,13 @@ class CorruptCheckpoint(StoreError, TypeError):
 
 
 class CheckpointLost(StoreError):
-    """The store has lost data of a run that it had acknowledged.
+    """The store no longer has data of a run that it had acknowledged.
 
     Where: ``result.failure`` of a PARTIAL run; out of ``run()`` on resume, before anything is called; reading
     a run.
-    Cause: rows of the run are missing, or the store is older than before: it was restored from a copy, failed
-    over to a replica that lagged behind, or its server evicted, expired or lost data.
+    Cause: the run was deleted while it was in progress. Or rows of it are missing, or the store is older than
+    before: it was restored from a copy, failed over to a replica that lagged behind, or its server evicted,
+    expired or lost data.
     Fix: restore the store from a newer copy, or configure the server as the message says, then resume;
     otherwise restart the run (``if_exists="restart"``).
     """
@@ -106,12 +107,11 @@ class RunExists(StoreError):
 
 
 class Fenced(StoreError):
-    """The run has another owner now, or was cancelled or deleted; this process can no longer write to it.
+    """The run has another owner now, or was cancelled; this process can no longer write to it.
 
     Where: ``result.failure`` of a PARTIAL run.
-    Cause: the same run id was opened again while this run was in progress, or the run was deleted. Or it was
-    cancelled or paused while this process could not renew its lease. Or the lease ended before an effect was
-    called.
+    Cause: the same run id was opened again while this run was in progress. Or the run was cancelled or paused
+    while this process could not renew its lease. Or the lease ended before an effect was called.
     Fix: see the result of the new owner, and use a separate id for each run. Resume a cancelled run.
     """
 

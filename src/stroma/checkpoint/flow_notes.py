@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, Literal, NamedTuple, TypedDict
+from typing import Any, Final, NamedTuple
 
 from stroma.checkpoint.decoding import RecordName, decode_json, decode_number
 from stroma.checkpoint.entries import OF_FLOW, StepCall
 from stroma.checkpoint.errors import CheckpointNotFound
 from stroma.checkpoint.identity import with_outer
+from stroma.failures.classes import FailureClass
 
 __all__ = ["FailureNote", "FlowCut", "MessageNote", "cut_before", "decode_flow_note", "message_label"]
 
 
-class FailureNote(TypedDict):
+class FailureNote(NamedTuple):
     """The failure of a call.
 
-    ``event``: the number of the event; ``input_key``: the input in stored form.
+    Attributes:
+        event: the number of the event.
+        input_key: the input in stored form.
     """
 
     event: int
     node: str
-    #: A FailureClass.
-    kind: Literal["RECOVERABLE", "TERMINAL", "AMBIGUOUS"]
+    kind: FailureClass
     message: str
     reason: str | None
     attempt: int
@@ -31,12 +33,14 @@ class FailureNote(TypedDict):
     input_key: str | None
 
 
-class MessageNote(TypedDict):
+class MessageNote(NamedTuple):
     """The message that a call of a flow got.
 
-    ``event``: the number of the event; ``number``: that of the message; ``problem``: why it does not fit the
-        class of the call;
-    ``at_ms``: when the call got it, since the epoch.
+    Attributes:
+        event: the number of the event.
+        number: the number of the message.
+        problem: why it does not fit the class of the call.
+        at_ms: when the call got it, since the epoch.
     """
 
     event: int
@@ -107,7 +111,7 @@ class FlowCut(NamedTuple):
         if kind in ("e", "v"):
             return decode_number(rest, RecordName(run_id, "note", key)) < self.number
         if kind in ("f", "m"):
-            return bool(decode_flow_note(run_id, key, kind, data)["event"] < self.number)
+            return bool(decode_flow_note(run_id, key, kind, data).event < self.number)
         return kind in ("d", "seed")
 
 
@@ -136,12 +140,12 @@ def cut_before(
         if kind == "e" and (branch := decode_flow_note(run_id, key, kind, data)[0]):
             numbers[branch] = decode_number(rest, RecordName(run_id, "note", key))
         elif kind == "m":
-            numbers[rest] = decode_flow_note(run_id, key, kind, data)["event"]
+            numbers[rest] = decode_flow_note(run_id, key, kind, data).event
         elif kind == "f":
             failure = decode_flow_note(run_id, key, kind, data)
-            numbers[rest] = failure["event"]
-            if call in (failure["node"], rest):
-                wanted.append(failure["event"])
+            numbers[rest] = failure.event
+            if call in (failure.node, rest):
+                wanted.append(failure.event)
     if not wanted:
         raise CheckpointNotFound(
             f"run {run_id!r} has no end of a call {call!r} at position {position}; see its calls with "

@@ -64,8 +64,7 @@ class CheckpointManager:
         if state is not None and not isinstance(state, schema):
             raise CorruptCheckpoint(
                 f"the checkpoint of node {node_id!r} in run {run_id!r} is a {type(state).__name__}, not a "
-                f"{schema.__name__}; "
-                "restore the schema, or run the node again"
+                f"{schema.__name__}; restore the schema, or run the node again"
             )
         return state
 
@@ -84,14 +83,12 @@ class CheckpointManager:
         if request.deliver:
             raise StoreError(
                 f"{type(self.store).__name__} has no journal, so it has no record of pending hooks; use a "
-                "journal store "
-                'such as SQLiteStore, or hook_delivery="at_most_once"'
+                'journal store such as SQLiteStore, or hook_delivery="at_most_once"'
             )
         if request.if_exists in ("resume", "return") and request.discard_from is None:
             raise StoreError(
                 f"{type(self.store).__name__} has no journal, so it has no record of where run "
-                f"{request.run_id!r} stopped; "
-                "use resume_from=, or a journal store such as SQLiteStore"
+                f"{request.run_id!r} stopped; use resume_from=, or a journal store such as SQLiteStore"
             )
         return SimpleSession(self.store, request.run_id, request.version)
 

@@ -277,8 +277,7 @@ class Payloads:
             self._has_warned = True
             logger.warning(
                 "%s has %s MB, which each node copies, validates and stores; store large data in a file or "
-                "an object store, and "
-                "pass its path on in the state",
+                "an object store, and pass its path on in the state",
                 what,
                 f"{size / 1e6:,.0f}",
             )
@@ -344,8 +343,7 @@ class Payloads:
         except Exception as error:
             raise StoreError(
                 f"the codec {codec!r} could not encode a payload of {len(data)} bytes "
-                f"({type(error).__name__}: {error}); "
-                "fix the codec, then resume"
+                f"({type(error).__name__}: {error}); fix the codec, then resume"
             ) from error
         if not isinstance(encoded, bytes):
             raise _not_bytes(codec, "encode", encoded)
@@ -364,9 +362,8 @@ class Payloads:
         if not stored.startswith(CODED):
             if self._must_be_sealed:
                 raise CorruptCheckpoint(
-                    f"{what} was not written by the codec of this store: it is older than the codec, or "
-                    "was replaced; "
-                    "if it is older, open the store with plain_until_migrated=True"
+                    f"{what} was not written by the codec of this store: it is older than the codec, or was "
+                    "replaced; if it is older, open the store with plain_until_migrated=True"
                 )
             return stored
         if self.codec is None:
@@ -379,17 +376,15 @@ class Payloads:
             data = codec.decode(data)
         except Exception as error:
             raise CorruptCheckpoint(
-                f"{what} cannot be decoded ({type(error).__name__}: {error}); open the store with the "
-                "codec, and the "
-                "keys, that it was written with"
+                f"{what} cannot be decoded ({type(error).__name__}: {error}); open the store with the codec, "
+                "and the keys, that it was written with"
             ) from error
         if not isinstance(data, bytes):
             raise _not_bytes(codec, "decode", data)
         if not hmac.compare_digest(data[:_DIGEST_BYTES], place.digest()):
             raise CorruptCheckpoint(
                 f"{what} was written for another place, and moved to this one; restore the store from a "
-                "backup, or "
-                "start a new run"
+                "backup, or start a new run"
             )
         return data[_DIGEST_BYTES:]
 
@@ -401,8 +396,7 @@ class Payloads:
         except Exception as error:  # It may still exist.
             raise StoreError(
                 f"{what} is stored in blob {digest.hex()}, and {self.blobs!r} cannot be read "
-                f"({type(error).__name__}: "
-                f"{error}); fix the blob store, then try again"
+                f"({type(error).__name__}: {error}); fix the blob store, then try again"
             ) from error
         fix = "restore it, or recompute it: resume from that node (resume_from=), or start a new run"
         if data is None:

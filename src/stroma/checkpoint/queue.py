@@ -1,4 +1,4 @@
-"""Runs that wait for a worker, and which of them a worker takes up next. All journal stores decide here."""
+"""Runs that wait for a worker or for other code, and which of them a worker takes up next."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ __all__ = [
     "MAX_CLAIM_SECONDS",
     "POSTPONED",
     "QUEUED",
+    "BlockedMark",
     "Candidate",
     "ClaimRequest",
     "QueueEntry",
@@ -16,6 +17,7 @@ __all__ = [
     "QueueReading",
     "RunLimits",
     "ServedCode",
+    "block",
     "choose",
 ]
 
@@ -23,6 +25,9 @@ __all__ = [
 QUEUED: Final = "QUEUED"
 #: Token of a claim that keeps a run from all workers for a while, and holds no place.
 POSTPONED: Final = ""
+#: For how long a run is kept from code that could not continue it, in ms: at least, and at most.
+_BLOCKED_MS: Final = (1_000, 300_000)
+_MAX_CODES: Final = 20  # in one mark
 #: A claim that ends later than this is from before a restart of the machine or a step of its clock, and does
 #: not count.
 MAX_CLAIM_SECONDS: Final = 60
@@ -183,3 +188,30 @@ def choose(
         running[one.pipeline] = running.get(one.pipeline, 0) + 1
         chosen.append(one)
     return chosen
+
+
+class BlockedMark(NamedTuple):
+    """Mark of a run that some code could not continue.
+
+    Attributes:
+        message: what did not fit, the last time.
+        since_ms: when that happened first, in ms since the epoch.
+        until_ms: until then, the run is kept from the code in ``codes``.
+        codes: names of the code that could not continue it, the last one last; see
+            :class:`stroma.checkpoint.queue.ServedCode`.
+    """
+
+    message: str
+    since_ms: int
+    until_ms: int
+    codes: tuple[str, ...]
+
+
+def block(earlier: BlockedMark | None, message: str, code: str, now_ms: int) -> BlockedMark:
+    """Return the mark of a run that code could not continue now. Each try doubles the time."""
+    since_ms = now_ms if earlier is None else min(earlier.since_ms, now_ms)
+    least, most = _BLOCKED_MS
+    until_ms = now_ms + max(least, min(now_ms - since_ms, most))
+    codes = () if earlier is None else earlier.codes
+    codes = (*(one for one in codes if one != code), code)[-_MAX_CODES:]
+    return BlockedMark(message, since_ms, until_ms, codes)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import Any, Final, Literal, NamedTuple
 
 from stroma._utils.text import typed
-from stroma.checkpoint.blocked import BlockedMark
+from stroma.checkpoint.queue import BlockedMark
 from stroma.failures.errors import BUDGET, PAUSED
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "parse_attempt_mark",
     "parse_run_mark",
     "stored_values",
+    "sum_attempts",
 ]
 
 
@@ -298,6 +299,25 @@ class Tally(NamedTuple):
     duration_ns: int
     longest_ns: int
     digits: int = 0
+
+
+def sum_attempts(attempts: Iterable[tuple[int, str, AttemptRecord, bool]], bucket_ms: int) -> list[Tally]:
+    """Return sums over attempts: (start of the run in ms, pipeline, attempt, True with a commit)."""
+    sums: dict[tuple[Any, ...], Tally] = {}
+    for started_ms, pipeline, one, is_committed in attempts:
+        key = (started_ms // bucket_ms, pipeline, one.node_id, one.model, one.failure_class)
+        digits = duration_digits(one.duration_ns)
+        before = sums.get((*key, digits)) or Tally(*key, 0, 0, 0, 0, 0, 0, digits)
+        is_wasted = one.outcome != "success" and not is_committed
+        sums[*key, digits] = before._replace(
+            attempts=before.attempts + 1,
+            tokens=before.tokens + one.tokens,
+            cost_pico=before.cost_pico + one.cost_pico,
+            wasted_pico=before.wasted_pico + (one.cost_pico if is_wasted else 0),
+            duration_ns=before.duration_ns + one.duration_ns,
+            longest_ns=max(before.longest_ns, one.duration_ns),
+        )
+    return list(sums.values())
 
 
 def duration_digits(duration_ns: int) -> int:

@@ -231,14 +231,12 @@ class SimpleSession(Session):
 
     def committed(self, position: int, branches: Sequence[str]) -> Mapping[str, Committed]:
         raise StoreError(
-            f"{type(self._store).__name__} has no journal, so the items of a map cannot be read back; use "
-            "a journal store "
-            "such as SQLiteStore, or pass a field of the state as into="
+            f"{type(self._store).__name__} has no journal, so the items of a map cannot be read back; use a "
+            "journal store such as SQLiteStore, or pass a field of the state as into="
         )
 
     def suspend(self, row: AttemptRow, waiting: Waiting) -> None:
         raise StoreError(
             f"{type(self._store).__name__} has no journal, so run {self._run_id!r} cannot wait for an "
-            "approval; "
-            "use a journal store such as SQLiteStore"
+            "approval; use a journal store such as SQLiteStore"
         )

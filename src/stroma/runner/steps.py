@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
 
-from stroma.checkpoint import Fenced, PipelineChanged, StepCall, inside_of
+from stroma.checkpoint import CheckpointLost, Fenced, PipelineChanged, StepCall, inside_of
 from stroma.checkpoint.entries import INSIDE, RunControl
 from stroma.checkpoint.identity import SCOPE, Identity, StepCalls, is_called
 from stroma.contracts.contract import NodeContract
@@ -115,7 +115,7 @@ async def execute_step(
         SCOPE.set(scope)  # Steps inside this one have set their own scopes.
         for at in restored:
             cast("dict[Any, Any]", ctx.journal.restored).pop(at, None)
-    if isinstance(outcome, Halt) and isinstance(outcome.failure.exception, Fenced):
+    if isinstance(outcome, Halt) and isinstance(outcome.failure.exception, Fenced | CheckpointLost):
         ctx.plain_steps.fenced = outcome.failure
     status, state, failure = _end_of(outcome, input_state)
     if parent is None:  # For the end of the run of plain code.

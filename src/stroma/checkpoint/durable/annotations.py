@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 from stroma.checkpoint.decisions import is_answered
-from stroma.checkpoint.decoding import RecordName, decode_json, decode_number, decode_text
+from stroma.checkpoint.decoding import RecordName, decode_json, decode_number
 from stroma.checkpoint.durable.integrity import is_intact, parse_attempt, seal, storable_text
 from stroma.checkpoint.durable.rows import Annotation, Rows, RunRow, Step, StepRow
 from stroma.checkpoint.entries import UnknownCall, Waiting, is_effect_note
@@ -219,7 +219,7 @@ def open_rejected(row: StepRow, run_id: str, execution: int, payloads: Payloads)
 
     name = name_of(row, run_id)
     place = PayloadPlace(run_id, execution, "rejected", 0, row.branch)
-    text = payloads.open_text(decode_text(row.step.output, name), place) or ""
+    text = payloads.open_text(row.step.output.decode("utf-8", "replace"), place) or ""
     rejected = read_rejected(text)
     if rejected is None and text not in UNREADABLE:
         raise name.damaged()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
-from stroma.checkpoint.durable.operations import CellChange, Commit, EventAppend, Transaction, apply_changes
-from stroma.checkpoint.durable.rows import Rows
+from stroma.checkpoint.durable.operations import CellChange, Commit, EventAppend, Transaction
 from stroma.checkpoint.durable.worker import Job
 from stroma.checkpoint.errors import StoreError
 
@@ -26,10 +25,15 @@ class Unreachable(Exception):
 class ServerConnection(ABC):
     """See :class:`stroma.checkpoint.durable.worker.Connection`.
 
+    Attributes:
+        can_roll_back: an operation that fails undoes all others of its transaction.
+
     Args:
         name: address of the server without the password.
         explain: returns the StoreError for an error of an operation.
     """
+
+    can_roll_back: ClassVar[bool]
 
     def __init__(self, name: str, explain: Callable[[Exception], StoreError]) -> None:
         self.name = name
@@ -42,8 +46,8 @@ class ServerConnection(ABC):
         """Perform commits in one round trip. Those that fail may stay pending. Raises Unreachable."""
 
     @abstractmethod
-    def _transact(self, operation: Callable[[Rows], Any]) -> Any:
-        """Perform an operation as one transaction. Raises Unreachable, and what the operation raises."""
+    def _transact(self, operations: list[Any]) -> list[Any]:
+        """Perform operations as one transaction. Raises Unreachable, and what an operation raises."""
 
     @abstractmethod
     def handle(self) -> object: ...
@@ -52,16 +56,16 @@ class ServerConnection(ABC):
     def close(self) -> None: ...
 
     def apply(self, batch: list[Job], more: Callable[[], bool]) -> None:
-        """Perform commits, changes of one cell and events together; anything else in a transaction."""
+        """Perform operations together where the store can; see :func:`stages`."""
         more()
         self._pending = {id(job): job for job in batch}
         try:
-            for stage in stages(batch):
+            for stage in stages(batch, can_roll_back=self.can_roll_back):
                 operations: list[Any] = [job.operation for job in stage]
                 if isinstance(operations[0], Commit):
                     self._commit_all(list(zip(stage, operations, strict=True)))
-                elif len(stage) > 1:  # Changes of one cell, or events.
-                    self._perform_together(stage, operations)
+                elif len(stage) > 1:
+                    self._perform_together(stage)
                 for job in stage:
                     if id(job) in self._pending:
                         self._perform(job)
@@ -72,17 +76,12 @@ class ServerConnection(ABC):
                 job.error = self._explained(error.reason)
         self._pending = {}
 
-    def _perform_together(self, jobs: list[Job], operations: list[Any]) -> None:
+    def _perform_together(self, jobs: list[Job]) -> None:
         """Perform jobs in one transaction, or none: then they stay pending, and do not affect each other."""
-
-        def do(rows: Rows) -> list[Any]:
-            if isinstance(operations[0], CellChange):
-                return apply_changes(rows, operations)
-            rows.append_events([one.batch for one in operations])
-            return [None] * len(operations)
-
+        # The same order in all processes prevents deadlocks.
+        jobs = sorted(jobs, key=_run_of)
         try:
-            answers = self._transact(do)
+            answers = self._transact([job.operation for job in jobs])
         except Unreachable:
             raise
         except Exception:
@@ -92,7 +91,7 @@ class ServerConnection(ABC):
 
     def _perform(self, job: Job) -> None:
         try:
-            self._settle(job, self._transact(job.operation))
+            self._settle(job, self._transact([job.operation])[0])
         except Unreachable:
             raise
         except Exception as error:
@@ -107,33 +106,44 @@ class ServerConnection(ABC):
         return copy.copy(explained) if explained is error else explained  # Each task needs its own exception.
 
 
-def stages(batch: list[Job]) -> list[list[Job]]:
+def stages(batch: list[Job], *, can_roll_back: bool) -> list[list[Job]]:
     """Group operations that can be performed together, in the order of each run and of each cell.
 
-    A commit may overtake operations of other runs, a change of a cell anything but changes of the same cell,
-    and events may overtake everything.
+    An operation joins an earlier group of its kind, unless one on its run follows that. Only a store that can
+    roll back performs operations on several runs together that read before they write. Events may overtake
+    everything.
     """
-    together: dict[str, list[Job]] = {}  # Events, and the changes of each cell.
     groups: list[list[Job]] = []
-    commits: list[Job] | None = None
-    runs_since: set[str] = set()  # runs of the other operations after the first of these commits
+    joinable: dict[str, int] = {}  # The last group of each kind.
+    last: dict[str, int] = {}  # The last group with each run.
+    last_of_all = -1
     for job in batch:
-        operation = job.operation
-        if isinstance(operation, Commit):
-            if commits is None or operation.run_id in runs_since:
-                commits = []
-                groups.append(commits)
-                runs_since.clear()
-            commits.append(job)
-        elif isinstance(operation, CellChange | EventAppend):
-            name = operation.run_id if isinstance(operation, CellChange) else ""
-            if name not in together:
-                groups.append(together.setdefault(name, []))
-            together[name].append(job)
-        else:
-            groups.append([job])
-            if isinstance(operation, Transaction) and operation.run_id is not None:
-                runs_since.add(operation.run_id)
-            else:
-                commits = None
+        run_id, kind = _run_of(job), _kind(job.operation, can_roll_back)
+        at = joinable.get(kind, -1)
+        if at < 0 or (kind != "events" and at < max(last_of_all, last.get(run_id, -1))):
+            at = len(groups)
+            groups.append([])
+        groups[at].append(job)
+        if kind:
+            joinable[kind] = at
+        last[run_id] = max(at, last.get(run_id, -1))
+        if not run_id:
+            last_of_all = at
     return groups
+
+
+def _run_of(job: Job) -> str:
+    """Return the run that an operation is about, or the cell; "" for several runs."""
+    return getattr(job.operation, "run_id", None) or ""
+
+
+def _kind(operation: Any, can_roll_back: bool) -> str:
+    """Return the kind of operations with which an operation is performed; "" if it is performed alone."""
+    if isinstance(operation, Commit):
+        return "commits"
+    if isinstance(operation, EventAppend):
+        return "events"
+    if isinstance(operation, CellChange):
+        return operation.run_id
+    is_of_run = isinstance(operation, Transaction) and operation.run_id is not None
+    return "transactions" if is_of_run and can_roll_back and not operation.changes_cells else ""

@@ -58,9 +58,8 @@ def fork_run(
         (row.position, row.branch) != (before - 1, "") for row in rows.steps(origin.run, origin.execution)
     ):
         raise CheckpointNotFound(
-            f"run {source!r} has no output at position {before - 1}, so it cannot be forked before "
-            f"position {before}; fork at an "
-            "earlier node"
+            f"run {source!r} has no output at position {before - 1}, so it cannot be forked before position "
+            f"{before}; fork at an earlier node"
         )
     existing = rows.find(opening.run_id, lock=True)
     if existing is not None and existing.execution:

@@ -34,8 +34,7 @@ def lost_error(run_id: str, why: str) -> CheckpointLost:
     """Return the error for a run whose acknowledged data the store has lost."""
     return CheckpointLost(
         f"run {run_id!r} has lost acknowledged commits: {why}; restore the store from a newer copy and "
-        "resume, or restart "
-        'the run (if_exists="restart")'
+        'resume, or restart the run (if_exists="restart")'
     )
 
 
@@ -182,6 +181,5 @@ def verify_step(step: Step, run_id: str, position: int, node_id: str, branch: st
         target = f"the outermost group around it (resume_from={group_name})"
     raise CorruptCheckpoint(
         f"the output of node {node_id!r} at position {position} of run {run_id!r} is damaged; resume from "
-        f"{target} "
-        "to recompute it"
+        f"{target} to recompute it"
     )

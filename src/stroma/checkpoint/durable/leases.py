@@ -5,9 +5,8 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final
 
 from stroma._utils.logs import get_logger
 from stroma.checkpoint.durable.operations import Transaction
@@ -16,7 +15,6 @@ from stroma.checkpoint.durable.session import DurableSession
 
 __all__ = ["LeaseRenewer"]
 
-T = TypeVar("T")
 logger = get_logger()
 
 _RENEWALS: Final = 3  # per lease: two may be late or lost
@@ -24,23 +22,17 @@ _LOOK_SECONDS: Final = 0.5  # between looks for requests, which apply within a s
 _IDLE_SECONDS: Final = 10.0  # The thread ends so long after the last run.
 
 
-class Store(Protocol):
-    """The methods of a store that the renewer calls in its thread."""
-
-    lease_listeners: list[Callable[[str], None]]
-
-    def post(self, operation: Callable[[Rows], T], then: Callable[[T], None] | None = None) -> None: ...
-    def read(self, query: Callable[[Rows], T], nothing: T) -> T: ...
-
-
 class LeaseRenewer:
     """Renews the leases of the runs of this process from a thread, so that a blocked event loop loses none.
 
     It also looks for requests, and calls the listeners of the store. A stopped process renews nothing, and
     leases of collected sessions are not renewed.
+
+    Args:
+        store: the DurableStore.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Any) -> None:
         self._store = weakref.ref(store)
         self._sessions: weakref.WeakSet[DurableSession] = weakref.WeakSet()
         self._lock = threading.Lock()
@@ -105,7 +97,7 @@ class LeaseRenewer:
             self._renewed.put(fences)
             self._wake.set()
 
-    def _call_listeners(self, store: Store, sessions: list[DurableSession]) -> None:
+    def _call_listeners(self, store: Any, sessions: list[DurableSession]) -> None:
         run_ids = {id(session.fence): session.run_id for session in sessions}
         while not self._renewed.empty():
             for fence in self._renewed.get():
@@ -115,7 +107,7 @@ class LeaseRenewer:
                         call(run_id)
 
     @staticmethod
-    def _read_requests(store: Store, sessions: list[DurableSession]) -> None:
+    def _read_requests(store: Any, sessions: list[DurableSession]) -> None:
         if not sessions:
             return
         keys = list({session.fence.run for session in sessions})

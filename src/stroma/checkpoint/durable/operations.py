@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from stroma.checkpoint.cells import Change
 from stroma.checkpoint.durable.integrity import lost_error
 from stroma.checkpoint.durable.owner import Owner
 from stroma.checkpoint.durable.rows import EventRow, Fence, Opening, Rows, RunRow, Step
-from stroma.checkpoint.errors import Fenced, StoreError
+from stroma.checkpoint.errors import CheckpointLost, Fenced, StoreError
 from stroma.checkpoint.records import AttemptRecord
 
 __all__ = [
     "CellChange",
     "Commit",
     "EventAppend",
-    "Submit",
     "Transaction",
     "apply_changes",
     "fence_error",
     "fenced_error",
+    "perform_all",
 ]
 
 
@@ -88,30 +87,34 @@ class Transaction:
         run_id: the only run that it uses; None for several.
         opening: set if it opens a run, which must not be done twice. The name of an owner is unique, so a run
             that has it was opened by an earlier try whose answer was lost; its result is ``result``.
+        changes_cells: it locks cells, for which other runs wait, and is performed alone.
     """
 
     run_id: str | None
     do: Callable[[Rows], Any]
     opening: Opening | None = None
     result: Any = None
+    changes_cells: bool = False
 
     def __call__(self, rows: Rows) -> Any:
         return self.do(rows)
 
 
-class Submit(Protocol):
-    """Submits an operation; the future ends when its transaction is stored."""
-
-    def __call__(self, operation: Any, /) -> asyncio.Future[Any]: ...
+def perform_all(operations: Sequence[Any], rows: Rows) -> list[Any]:
+    """Perform operations in a transaction, and return their results. Changes of cells are of one cell."""
+    if isinstance(operations[0], CellChange):
+        return apply_changes(rows, operations)
+    return [operation(rows) for operation in operations]
 
 
 def fence_error(rows: Rows, fence: Fence, run_id: str) -> StoreError:
     """Return the reason why a session may not write any more."""
     run = rows.find(run_id)
     if run is None:
-        if rows.was_deleted(fence.run):
-            return fenced_error(None, run_id, fence)
-        return lost_error(run_id, "it is no longer in the store, and was not deleted")
+        return CheckpointLost(
+            f"run {run_id!r} is no longer in the store: it was deleted, or the store has lost it; restore "
+            "the store from a newer copy and resume, or run it from the start"
+        )
     if run.run == fence.run and (
         run.epoch < fence.epoch
         or ((run.epoch, run.owner) == (fence.epoch, fence.owner) and run.attempt_count < fence.acknowledged)
@@ -120,12 +123,8 @@ def fence_error(rows: Rows, fence: Fence, run_id: str) -> StoreError:
     return fenced_error(run, run_id, fence)
 
 
-def fenced_error(run: RunRow | None, run_id: str, fence: Fence) -> Fenced:
-    """Return the error for a session that was fenced off. ``run``: the present row; None: deleted."""
-    if run is None:
-        return Fenced(
-            f"run {run_id!r} is no longer in the store: it was deleted; this execution records nothing more"
-        )
+def fenced_error(run: RunRow, run_id: str, fence: Fence) -> Fenced:
+    """Return the error for a session that was fenced off. ``run``: the present row."""
     owner = Owner.read(run.owner)
     place = owner.place if owner else "another process"
     if run.run != fence.run:
@@ -143,11 +142,9 @@ def fenced_error(run: RunRow | None, run_id: str, fence: Fence) -> Fenced:
     if run.status == "SUSPENDED":
         return Fenced(
             f"run {run_id!r} was paused by {place} while this process did not renew its lease; this "
-            "execution records "
-            "nothing more, resume or unpause the run"
+            "execution records nothing more, resume or unpause the run"
         )
     return Fenced(
         f"the budget of run {run_id!r} was changed while this process did not renew its lease; this "
-        "execution records "
-        "nothing more, resume the run"
+        "execution records nothing more, resume the run"
     )

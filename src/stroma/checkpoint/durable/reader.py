@@ -82,6 +82,16 @@ class ReadableStore(ABC):
     def _display_name(self) -> str:
         """Return the name of the store for messages, without a password."""
 
+    def _read_run(self, run_id: str, query: Callable[[Rows, RunRow], T], nothing: T) -> T:
+        """Read something of a run; ``nothing`` of an unknown one. Raises ValueError for an illegal id."""
+        check_id(run_id, "run id")
+
+        def read(rows: Rows) -> T:
+            run = rows.find(run_id)
+            return nothing if run is None else query(rows, run)
+
+        return self.read(read, nothing)
+
     def list_runs(
         self, *, limit: int = 50, pipeline: str | None = None, status: str | None = None
     ) -> list[RunRecord]:
@@ -111,26 +121,23 @@ class ReadableStore(ABC):
 
     def get_run(self, run_id: str) -> RunRecord | None:
         """Return the last execution of a run, or None. Raises ValueError for an illegal id, StoreError."""
-        check_id(run_id, "run id")
 
-        def query(rows: Rows) -> RunRecord | None:
-            run = rows.find(run_id)
-            if run is None or not (run.execution or run.is_damaged):
+        def query(rows: Rows, run: RunRow) -> RunRecord | None:
+            if not (run.execution or run.is_damaged):
                 return None
             return self._run_records(rows, [run], failed=_MAX_FAILED)[0]
 
-        return self.read(query, None)
+        return self._read_run(run_id, query, None)
 
     def read_events(self, run_id: str, after: EventPlace, limit: int) -> EventPage | None:
         """Return at most ``limit`` batches of events of a run after a place; None for an unknown run.
 
         Raises ValueError for an illegal id, StoreError.
         """
-        check_id(run_id, "run id")
 
-        def query(rows: Rows) -> EventPage | None:
-            run = require_undamaged(rows.find(run_id))
-            if run is None or not run.execution:
+        def query(rows: Rows, run: RunRow) -> EventPage | None:
+            require_undamaged(run)
+            if not run.execution:
                 return None
             record = None
             if run.status != "RUNNING":
@@ -139,7 +146,7 @@ class ReadableStore(ABC):
             opened = [open_events(self._payloads, run_id, batch) for batch in batches]
             return EventPage(run.run, run.execution, run.epoch, record, opened)
 
-        return self.read(query, None)
+        return self._read_run(run_id, query, None)
 
     def find_run(self, prefix_or_last: str, *, limit: int = 20) -> list[str]:
         """Return the ids with a prefix, the newest first; for "last" the newest id. A complete id is alone.
@@ -157,35 +164,27 @@ class ReadableStore(ABC):
 
         A group comes before its children. Raises StoreError.
         """
-        check_id(run_id, "run id")
 
-        def query(rows: Rows) -> list[AttemptRecord]:
-            run = rows.find(run_id)
-            if run is None:
-                return []
+        def query(rows: Rows, run: RunRow) -> list[AttemptRecord]:
             number = run.execution if execution is None else execution
             return [
                 self._with_output(run_id, number, attempt, step)
                 for attempt, step in rows.attempts(run.run, number)
             ]
 
-        return self.read(query, [])
+        return self._read_run(run_id, query, [])
 
     def attempt_page(
         self, run_id: str, *, execution: int | None = None, limit: int = 1000, after: str | None = None
     ) -> AttemptPage:
         """Return a page of the attempts, without outputs. Raises ValueError for any other ``after``."""
-        check_id(run_id, "run id")
 
-        def query(rows: Rows) -> AttemptPage:
-            run = rows.find(run_id)
-            if run is None:
-                return AttemptPage([], None)
+        def query(rows: Rows, run: RunRow) -> AttemptPage:
             number = run.execution if execution is None else execution
             attempts, following = rows.attempt_page(run.run, number, limit=limit, after=after)
             return AttemptPage(self._with_messages(run_id, number, attempts), following)
 
-        return self.read(query, AttemptPage([], None))
+        return self._read_run(run_id, query, AttemptPage([], None))
 
     def attempts_at(
         self, run_id: str, position: int, branch: str = "", *, execution: int | None = None
@@ -194,28 +193,20 @@ class ReadableStore(ABC):
 
         Raises StoreError.
         """
-        check_id(run_id, "run id")
 
-        def query(rows: Rows) -> list[AttemptRecord]:
-            run = rows.find(run_id)
-            if run is None:
-                return []
+        def query(rows: Rows, run: RunRow) -> list[AttemptRecord]:
             number = run.execution if execution is None else execution
             return self._with_messages(run_id, number, rows.attempts_at(run.run, number, position, branch))
 
-        return self.read(query, [])
+        return self._read_run(run_id, query, [])
 
     def failure_site_of(self, run_id: str, position: int, branch: str = "") -> FailureSite | None:
         """Return where the last failed attempt at a place failed; None if unknown. Raises StoreError."""
-        check_id(run_id, "run id")
 
-        def query(rows: Rows) -> StepRow | None:
-            run = rows.find(run_id)
-            if run is None:
-                return None
+        def query(rows: Rows, run: RunRow) -> StepRow | None:
             return read_annotation(rows, run.run, run_id, Annotation.FAILURE_SITE, f"{position}:{branch}")
 
-        row = self.read(query, None)
+        row = self._read_run(run_id, query, None)
         if row is None:
             return None
         name, step = name_of(row, run_id), row.step
@@ -229,18 +220,13 @@ class ReadableStore(ABC):
 
         Raises CorruptCheckpoint, StoreError.
         """
-        check_id(run_id, "run id")
         key = rejected_key(position, branch, started_ns)
 
-        def query(rows: Rows) -> tuple[int, StepRow | None]:
-            run = rows.find(run_id)
-            if run is None:
-                return 0, None
-            return run.execution, read_annotation(rows, run.run, run_id, Annotation.REJECTED, key)
+        def query(rows: Rows, run: RunRow) -> RejectedOutput | None:
+            row = read_annotation(rows, run.run, run_id, Annotation.REJECTED, key)
+            return None if row is None else open_rejected(row, run_id, run.execution, self._payloads)
 
-        nothing: tuple[int, StepRow | None] = (0, None)
-        execution, row = self.read(query, nothing)
-        return None if row is None else open_rejected(row, run_id, execution, self._payloads)
+        return self._read_run(run_id, query, None)
 
     def output_of(
         self, run_id: str, position: int, branch: str = "", *, execution: int | None = None
@@ -249,17 +235,7 @@ class ReadableStore(ABC):
 
         Raises CorruptCheckpoint, StoreError.
         """
-        check_id(run_id, "run id")
-
-        def query(rows: Rows) -> tuple[int, StepRow | None]:
-            run = rows.find(run_id)
-            if run is None:
-                return 0, None
-            number = run.execution if execution is None else execution
-            return number, rows.step_at(run.run, number, position, branch)
-
-        nothing: tuple[int, StepRow | None] = (0, None)
-        number, row = self.read(query, nothing)
+        number, row = self._step_at(run_id, position, branch, execution)
         if row is None:
             return None
         verify_step(row.step, run_id, position, row.node_id, branch)
@@ -269,6 +245,18 @@ class ReadableStore(ABC):
             return self._payloads.open(row.step.output, place, what)
         except NotSerialisable:
             return None
+
+    def _step_at(
+        self, run_id: str, position: int, branch: str, execution: int | None = None
+    ) -> tuple[int, StepRow | None]:
+        """Return the number of an execution (None: the last), and its commit at a place."""
+
+        def query(rows: Rows, run: RunRow) -> tuple[int, StepRow | None]:
+            number = run.execution if execution is None else execution
+            return number, next(iter(rows.steps_at(run.run, number, position, [branch])), None)
+
+        nothing: tuple[int, StepRow | None] = (0, None)
+        return self._read_run(run_id, query, nothing)
 
     def _run_records(self, rows: Rows, runs: list[RunRow], *, failed: int) -> list[RunRecord]:
         records: list[RunRecord] = []
@@ -313,14 +301,12 @@ class ReadableStore(ABC):
 
         Raises CheckpointNotFound if there is no such run, CorruptCheckpoint, StoreError.
         """
-        check_id(run_id, "run id")
 
-        def query(rows: Rows) -> tuple[int, tuple[str, bytes, bytes] | None]:
-            run = rows.find(run_id)
-            return (0, None) if run is None else (run.execution, rows.input(run.run, run.execution))
+        def query(rows: Rows, run: RunRow) -> tuple[int, tuple[str, bytes, bytes] | None]:
+            return run.execution, rows.input(run.run, run.execution)
 
         nothing: tuple[int, tuple[str, bytes, bytes] | None] = (0, None)
-        execution, stored = self.read(query, nothing)
+        execution, stored = self._read_run(run_id, query, nothing)
         if stored is None:
             raise lost_error(run_id, "its input is missing") if execution else self._no_run(run_id)
         _, data, sha256 = stored
@@ -333,33 +319,25 @@ class ReadableStore(ABC):
 
         Raises CorruptCheckpoint, StoreError.
         """
-        check_id(run_id, "run id")
 
-        def query(rows: Rows) -> list[Waiting]:
-            run = rows.find(run_id)
-            if run is None:
-                return []
+        def query(rows: Rows, run: RunRow) -> list[Waiting]:
             return [
                 read_waiting(row, run_id, run.execution, self._payloads)
                 for row in read_annotations(rows, run.run, run_id, Annotation.WAITING)
             ]
 
-        return self.read(query, [])
+        return self._read_run(run_id, query, [])
 
     def flow_notes(self, run_id: str) -> dict[str, bytes]:
         """Return the notes of the flows of the last execution, by key, without damaged ones.
 
         Raises StoreError.
         """
-        check_id(run_id, "run id")
 
-        def query(rows: Rows) -> tuple[int, list[StepRow]]:
-            run = rows.find(run_id)
-            return (
-                (0, []) if run is None else (run.execution, list(rows.annotations(run.run, Annotation.NOTE)))
-            )
+        def query(rows: Rows, run: RunRow) -> tuple[int, list[StepRow]]:
+            return run.execution, list(rows.annotations(run.run, Annotation.NOTE))
 
-        execution, notes = self.read(query, (0, list[StepRow]()))
+        execution, notes = self._read_run(run_id, query, (0, list[StepRow]()))
         intact: dict[str, bytes] = {}
         for row in notes:
             if is_intact(row):
@@ -373,18 +351,7 @@ class ReadableStore(ABC):
 
         Raises CorruptCheckpoint, StoreError.
         """
-        check_id(run_id, "run id")
-
-        def query(rows: Rows) -> tuple[int, StepRow | None]:
-            run = rows.find(run_id)
-            return (
-                (0, None)
-                if run is None
-                else (run.execution, rows.step_at(run.run, run.execution, position, branch))
-            )
-
-        nothing: tuple[int, StepRow | None] = (0, None)
-        execution, row = self.read(query, nothing)
+        execution, row = self._step_at(run_id, position, branch)
         if row is None or row.step.number is None or row.step.number > OF_FLOW or row.step.input_key is None:
             return None
         verify_step(row.step, run_id, position, row.node_id, branch)
@@ -430,27 +397,27 @@ def _possible_causes(rows: Rows, run: RunRow, failed: list[AttemptRecord]) -> li
 def _run_record(row: RunRow, extras: RunExtras, causes: list[AttemptRecord]) -> RunRecord:
     holder = row.holder
     return RunRecord(
-        row.run_id,
-        row.pipeline,
-        row.status,
-        row.execution,
-        row.started_ms,
-        row.updated_ms,
-        row.tokens,
-        row.cost_pico / PICO,
-        row.nodes,
-        row.error,
-        None if holder is None else holder.place,
-        extras.parent,
-        row.latency_ns / 1e6,
-        tuple(sorted(extras.tags)),
-        cause_of(causes),
-        len(extras.failed),
-        row.epoch,
-        row.wake_ms,
-        row.priority or 0,
-        row.key,
-        row.expires_ms,
-        row.version or None,
-        row.mark,
+        run_id=row.run_id,
+        pipeline=row.pipeline,
+        status=row.status,
+        execution=row.execution,
+        started_ms=row.started_ms,
+        updated_ms=row.updated_ms,
+        tokens=row.tokens,
+        cost_usd=row.cost_pico / PICO,
+        nodes=row.nodes,
+        error=row.error,
+        holder=None if holder is None else holder.place,
+        parent=extras.parent,
+        latency_ms=row.latency_ns / 1e6,
+        tags=tuple(sorted(extras.tags)),
+        cause=cause_of(causes),
+        failures=len(extras.failed),
+        epoch=row.epoch,
+        due_ms=row.wake_ms,
+        priority=row.priority or 0,
+        key=row.key,
+        expires_ms=row.expires_ms,
+        version=row.version or None,
+        blocked=row.mark,
     )

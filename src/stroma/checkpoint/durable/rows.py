@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Final, NamedTuple, Protocol
 
-from stroma.checkpoint.blocked import BlockedMark
 from stroma.checkpoint.durable.owner import Owner, is_gone
 from stroma.checkpoint.events import EventPlace
-from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry, QueueFigures
+from stroma.checkpoint.queue import BlockedMark, Candidate, ClaimRequest, QueueEntry, QueueFigures
 from stroma.checkpoint.records import AttemptRecord, RunQuery, StoreFacts, Tally
 
 __all__ = [
@@ -304,15 +303,11 @@ class Rows(Protocol):
         ...
 
     def is_complete(self, run: RunRow) -> bool:
-        """Return True if the last execution has its input, and all attempts and commits that are counted."""
+        """Return True if the last execution has all attempts and commits that are counted."""
         ...
 
     def identities(self, run: Any, execution: int) -> Iterable[tuple[str, int]]:
         """Return (identity, position) of each step of plain code with an attempt, or one inside it."""
-        ...
-
-    def was_deleted(self, run: Any) -> bool:
-        """Return True if a missing run was deleted. Known for at least a day."""
         ...
 
     def commit(self, fence: Fence, attempt: AttemptRecord, step: Step | None) -> bool:
@@ -447,7 +442,7 @@ class Rows(Protocol):
         ...
 
     def run_extras(self, runs: list[RunRow], *, failed: int) -> list[RunExtras]:
-        """Return the extras of each of these runs, with at most so many failed attempts."""
+        """Return the extras of each of these runs, with at most so many failed attempts, in Redis 20."""
         ...
 
     def find_run_ids(self, prefix: str, limit: int) -> list[str]:
@@ -468,18 +463,10 @@ class Rows(Protocol):
         """Return the attempts of one place, as those of a page."""
         ...
 
-    def failed_since(self, run: Any, execution: int, epoch: int) -> list[AttemptRecord]:
-        """Return the last failed attempts of an execution since an epoch, the earliest end first."""
-        ...
-
     def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
         """Return sums over attempts of at most so many runs started since, the newest runs first."""
         ...
 
     def facts(self) -> StoreFacts:
         """Return version and settings of the store."""
-        ...
-
-    def step_at(self, run: Any, execution: int, position: int, branch: str) -> StepRow | None:
-        """Return the commit at one place, or None."""
         ...

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from operator import itemgetter
-from typing import Any, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from pydantic import BaseModel
 
-from stroma.checkpoint.blocked import block
-from stroma.checkpoint.decisions import BUDGET_CHANGED, COMPLETE, ENDED, UNFINISHED, add_news, not_waiting
+from stroma.checkpoint.decisions import (
+    BUDGET_CHANGED,
+    COMPLETE,
+    ENDED,
+    UNFINISHED,
+    add_news,
+    check_resubmission,
+    not_waiting,
+)
 from stroma.checkpoint.durable.annotations import read_annotation, read_waiting, record_waiting, waiting_key
-from stroma.checkpoint.durable.claims import claim_runs, submit_run
 from stroma.checkpoint.durable.control import (
     CANCEL,
     PAUSE,
@@ -31,7 +38,6 @@ from stroma.checkpoint.durable.news import Listener
 from stroma.checkpoint.durable.operations import Transaction
 from stroma.checkpoint.durable.owner import Owner, new_owner
 from stroma.checkpoint.durable.reader import ReadableStore
-from stroma.checkpoint.durable.retention import Collected, collect_expired
 from stroma.checkpoint.durable.rows import (
     Annotation,
     Fence,
@@ -42,11 +48,21 @@ from stroma.checkpoint.durable.rows import (
     Step,
     StepRow,
 )
-from stroma.checkpoint.durable.session_open import finish_execution
+from stroma.checkpoint.durable.session_open import finish_execution, has_same_input
 from stroma.checkpoint.durable.worker import Operation
 from stroma.checkpoint.entries import Committed, RunRequest, SentMessage, Waiting, count_items, map_not_found
+from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.manager import schema_ref
-from stroma.checkpoint.payloads import LARGE_BYTES, BlobStore, PayloadPlace, Stored, UnencodedState
+from stroma.checkpoint.payloads import (
+    BLOB,
+    LARGE_BYTES,
+    BlobStore,
+    PayloadPlace,
+    Payloads,
+    Stored,
+    UnencodedState,
+    collect,
+)
 from stroma.checkpoint.queue import (
     MAX_CLAIM_SECONDS,
     POSTPONED,
@@ -55,14 +71,26 @@ from stroma.checkpoint.queue import (
     QueueEntry,
     QueueFigures,
     ServedCode,
+    block,
+    choose,
 )
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema
 from stroma.failures.errors import BUDGET, PAUSED
 
-__all__ = ["RunStore"]
+__all__ = ["Collected", "RunStore"]
 
 T = TypeVar("T")
+
+_GC_PAGE_SIZE: Final = 5000  # expired runs of one query
+_GC_BATCH_SIZE: Final = 50  # deletions submitted together: other operations wait for them
+
+
+class Collected(NamedTuple):
+    """Numbers of runs and blobs that gc() deleted."""
+
+    runs: int
+    blobs: int
 
 
 class RunStore(ReadableStore):
@@ -91,17 +119,17 @@ class RunStore(ReadableStore):
     async def _opening(self, request: RunRequest, data: Stored, execution: int, owner: Owner) -> Opening:
         sealed = await self._payloads.seal(data, PayloadPlace(request.run_id, execution, "input"))
         return Opening(
-            request.run_id,
-            request.pipeline,
-            str(owner),
-            request.lease_seconds,
-            request.schema.fingerprint,
-            sealed,
-            checksum(sealed),
-            request.discard_from,
-            tuple(dict.fromkeys(request.tags)),
-            execution,
-            request.version,
+            run_id=request.run_id,
+            pipeline=request.pipeline,
+            owner=str(owner),
+            lease_seconds=request.lease_seconds,
+            contract=request.schema.fingerprint,
+            input=sealed,
+            sha256=checksum(sealed),
+            discard_from=request.discard_from,
+            tags=tuple(dict.fromkeys(request.tags)),
+            execution=execution,
+            version=request.version,
         )
 
     # ------------------------------------------------------------------ queue
@@ -434,7 +462,31 @@ class RunStore(ReadableStore):
         StoreError.
         """
         blobs = blobs or self._payloads.blobs
-        return await collect_expired(self.read, self._submit, keep_for, unfinished=unfinished, blobs=blobs)
+        now_ms = await asyncio.to_thread(self.read, lambda rows: rows.now_ms(), 0)
+        before = now_ms - int(keep_for.total_seconds() * 1000)
+        deleted = 0
+        while run_ids := await asyncio.to_thread(
+            self.read,
+            lambda rows: rows.expired_run_ids(before, unfinished=unfinished, limit=_GC_PAGE_SIZE),
+            list[str](),
+        ):
+            results: list[bool] = []
+            for first in range(0, len(run_ids), _GC_BATCH_SIZE):
+                # The transaction that deletes a run checks it again.
+                results += await asyncio.gather(
+                    *(
+                        self._submit(Transaction(run_id, partial(_delete_if_free, run_id, before)))
+                        for run_id in run_ids[first : first + _GC_BATCH_SIZE]
+                    )
+                )
+            deleted += sum(results)
+            if not any(results):
+                break  # The remaining runs have owners.
+        swept = 0
+        if blobs is not None:
+            in_use = await asyncio.to_thread(self.read, _referenced_blobs, set[str]())
+            swept = await asyncio.to_thread(collect, blobs, in_use, now_ms / 1000)
+        return Collected(deleted, swept)
 
 
 def _records_end(run: RunRow) -> bool:
@@ -450,3 +502,55 @@ def _fence_off(rows: Rows, run: RunRow, owner: str) -> Fence:
     if _records_end(run):
         return rows.replace_owner(run, owner)
     return Fence(run.run, run.execution, run.epoch, run.owner or "", 0.0)
+
+
+def submit_run(
+    rows: Rows, payloads: Payloads, request: RunRequest, opening: Opening, data: Stored, entry: QueueEntry
+) -> bool:
+    """Create a QUEUED run. Return False if it exists with the same pipeline and input. Raises RunExists."""
+    run = rows.find(request.run_id, lock=True)
+    if run is not None and run.execution:
+        is_same = has_same_input(rows.input(run.run, run.execution), run, payloads, request, opening, data)
+        check_resubmission(request, run.pipeline, is_same, run.execution, run.status)
+        return False
+    rows.enqueue(rows.begin(run, opening), entry)
+    return True
+
+
+def claim_runs(rows: Rows, payloads: Payloads, request: ClaimRequest) -> list[Candidate]:
+    """Claim due runs for a worker, the first ones first; see :func:`stroma.checkpoint.queue.choose`."""
+    limited = [name for name, limits in request.pipelines.items() if any(one is not None for one in limits)]
+    for name in sorted(limited):  # Of two workers that count live runs, one waits for the other.
+        _, _ = rows.read_cell(f"stroma claims of {name}", lock=True)
+    candidates = [one for name in request.pipelines for one in rows.candidates(name, request)]
+    counted = {*limited, *(one.pipeline for one in candidates if one.key is not None)}
+    chosen = choose(candidates, {name: rows.live_runs(name) for name in counted}, request)
+    if not chosen:
+        return []
+    for name in limited:
+        rows.write_cell(f"stroma claims of {name}", request.token.encode())
+    claimed = rows.claim(chosen, request.token, request.seconds)
+    inputs = rows.inputs_of(chosen)
+    if not inputs:
+        return claimed
+    return [one._replace(input=_plain_input(payloads, *inputs[one.run])) for one in claimed]
+
+
+def _plain_input(payloads: Payloads, data: bytes, sha256: bytes) -> bytes | None:
+    """Return an input that needs no decoding; damage is reported when the run is opened."""
+    return data if payloads.is_plain(data) and checksum(data) == sha256 else None
+
+
+def _referenced_blobs(rows: Rows) -> set[str]:
+    return {reference[len(BLOB) :].hex() for reference in rows.blobs()}
+
+
+def _delete_if_free(run_id: str, before_ms: int, rows: Rows) -> bool:
+    try:
+        run = rows.find(run_id, lock=True)
+    except CorruptCheckpoint:
+        return False  # A damaged run may have an owner: it must be deleted by delete().
+    if run is None or run.holder is not None or run.updated_ms >= before_ms:
+        return False
+    rows.delete(run_id)
+    return True

@@ -36,7 +36,6 @@ from stroma.checkpoint.durable.operations import (
     CellChange,
     Commit,
     EventAppend,
-    Submit,
     Transaction,
     fence_error,
 )
@@ -94,7 +93,7 @@ class DurableSession(Session):
     def __init__(
         self,
         run_id: str,
-        submit: Submit,
+        submit: Callable[[Any], asyncio.Future[Any]],
         payloads: Payloads,
         decrypted: Mapping[tuple[PayloadPlace, bytes], bytes] | None = None,
         address: str = "",
@@ -272,7 +271,7 @@ class DurableSession(Session):
                 del self._rejected[place]
             self._forget_notes(notes)
 
-        return self._submit(Transaction(self.run_id, operation), then)
+        return self._submit(Transaction(self.run_id, operation, changes_cells=bool(changes)), then)
 
     def append_events(self, last: int, lines: bytes) -> Awaitable[None]:
         """See Session."""

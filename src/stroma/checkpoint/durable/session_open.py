@@ -6,7 +6,7 @@ All of it is one transaction: a request that is refused changes nothing and fenc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from stroma.checkpoint.decisions import (
     COMPLETE,
@@ -67,6 +67,9 @@ from stroma.failures.errors import PAUSED
 __all__ = ["RunOpener", "finish_execution", "has_same_input", "record_end", "release_run"]
 
 
+#: Contract, input and checksum of an execution; see :meth:`Rows.input`.
+StoredInput: TypeAlias = tuple[str, Any, Any]
+_MAX_FAILED: Final = 1000  # failed attempts that are counted for those that follow the death of a process
 #: Returns the annotations of a kind. Raises CorruptCheckpoint for a damaged one.
 _Reader: TypeAlias = Callable[[Annotation], list[StepRow]]
 
@@ -101,13 +104,20 @@ class RunOpener:
     def open(self, rows: Rows) -> None:
         """Open the run. Raises RunBusy, RunExists, PipelineChanged, CheckpointLost, CorruptCheckpoint."""
         opened, request, control = self._opened, self._request, NO_CONTROL
+        # An earlier try may have been rolled back.
+        opened.finished, opened.completed, opened.lost_start_ms, opened.waiting = None, None, None, {}
         run = rows.find(self._run_id, lock=True)
         if run is None or not run.execution:
             action = "begin"
         else:
-            same_input = has_same_input(rows, run, self._payloads, request, self._opening, self._plain_input)
+            stored = rows.input(run.run, run.execution)
+            same_input = has_same_input(
+                stored, run, self._payloads, request, self._opening, self._plain_input
+            )
             action = decide(request, _last_execution(run), same_input, lambda: _prior_work(rows, run))
-            if action != "begin" and not rows.is_complete(run):
+            # A queued run has its input only.
+            is_queued = not (run.attempt_count or run.commit_count)
+            if action != "begin" and (stored is None or not (is_queued or rows.is_complete(run))):
                 raise lost_error(self._run_id, "some of its rows are missing")
         if action == "begin" or run is None:
             opening = self._opening if self._payloads.codec is None else self._seal_for_next(run)
@@ -204,9 +214,8 @@ class RunOpener:
             and (has_died or deaths is not None)
         ):
             error = (
-                f"poison: the process died {number} times under this run; see what kills it, then resume "
-                "it with "
-                "force_resume=True, or stroma resume --force"
+                f"poison: the process died {number} times under this run; see what kills it, then resume it "
+                "with force_resume=True, or stroma resume --force"
             )
             if has_died:
                 self._claim_to_end(rows, run, Finished("FAILED", error))
@@ -221,7 +230,8 @@ class RunOpener:
         elif has_died:
             self._count_deaths(rows, number, first_epoch)
             if request.discard_from is None:
-                failed = rows.failed_since(run.run, run.execution, first_epoch)
+                (extras,) = rows.run_extras([run], failed=_MAX_FAILED)
+                failed = [one for one in reversed(extras.failed) if one.epoch >= first_epoch]
                 if any(one.damaged for one in failed):
                     raise RecordName(self._run_id, "list of failed attempts").damaged()
                 for one in failed:
@@ -295,17 +305,16 @@ class RunOpener:
 
 
 def has_same_input(
-    rows: Rows,
-    run: RunRow | None,
+    stored: StoredInput | None,
+    run: RunRow,
     payloads: Payloads,
     request: RunRequest,
     opening: Opening,
     plain_input: Stored,
 ) -> bool:
     """Return True if the input is that of the last execution, or if there is nothing to compare it with."""
-    stored = rows.input(run.run, run.execution) if run is not None and run.execution > 0 else None
-    # A run without its input is damaged, which is_complete() reports unless the run begins anew.
-    if run is None or stored is None or stored[2] == opening.sha256:
+    # A run without its input is damaged, which is reported unless the run begins anew.
+    if stored is None or stored[2] == opening.sha256:
         return True
     # Compare decrypted inputs: a codec may produce different bytes for equal input.
     _, data, sha256 = stored
@@ -410,7 +419,13 @@ def _prior_work(rows: Rows, run: RunRow) -> PriorWork:
 
 def _last_execution(run: RunRow) -> LastExecution:
     holder = run.holder
-    place = None if holder is None else holder.place
     return LastExecution(
-        run.execution, run.status, place, run.left_seconds, run.wake_ms, run.claim, run.pipeline, run.version
+        execution=run.execution,
+        status=run.status,
+        holder=None if holder is None else holder.place,
+        left_seconds=run.left_seconds,
+        wake_ms=run.wake_ms,
+        claim=run.claim,
+        pipeline=run.pipeline,
+        version=run.version,
     )

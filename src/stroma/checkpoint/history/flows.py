@@ -11,7 +11,7 @@ from typing import Any
 
 from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.errors import CorruptCheckpoint
-from stroma.checkpoint.flow_notes import decode_flow_note, message_label
+from stroma.checkpoint.flow_notes import FailureNote, decode_flow_note, message_label
 from stroma.checkpoint.identity import is_called
 from stroma.trace.outline import parse_call
 from stroma.trace.story import Bar
@@ -58,7 +58,7 @@ def wait_bars(
             place, outcome, ended_ms = f"{position}:%s:{branch}", "receiving", until_ms
             wake, message = _read(notes, place % "s"), _read(notes, place % "m")
             if message is not None:
-                outcome, ended_ms = "received", message["at_ms"]
+                outcome, ended_ms = "received", message.at_ms
             elif place % "x" in notes:
                 outcome, ended_ms = "missed", began_ms if wake is None else wake[0]
             add(f"{position}.{branch}", message_label(topic), outcome, began_ms, ended_ms, topic)
@@ -75,9 +75,8 @@ def wait_bars(
 
 def failed_input(notes: Mapping[str, bytes], position: int, branch: str) -> bytes | None:
     """Return the input of a call that failed, in stored form; None if there is none."""
-    fields = _read(notes, f"{position}:f:{branch}")
-    text = None if fields is None else fields["input_key"]
-    return None if text is None else text.encode()
+    fields: FailureNote | None = _read(notes, f"{position}:f:{branch}")
+    return None if fields is None or fields.input_key is None else fields.input_key.encode()
 
 
 def _is_wait(branch: str) -> bool:

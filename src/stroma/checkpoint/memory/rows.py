@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final, NamedTuple, cast
 
-from stroma.checkpoint.blocked import BlockedMark
 from stroma.checkpoint.decisions import MESSAGE_SENT, UNFINISHED
 from stroma.checkpoint.durable.conversion import to_attempt
 from stroma.checkpoint.durable.integrity import seal
@@ -30,16 +29,24 @@ from stroma.checkpoint.events import MAX_BATCHES, EventPlace
 from stroma.checkpoint.identity import is_called
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import UnencodedState
-from stroma.checkpoint.queue import POSTPONED, QUEUED, Candidate, ClaimRequest, QueueEntry, QueueFigures
+from stroma.checkpoint.queue import (
+    POSTPONED,
+    QUEUED,
+    BlockedMark,
+    Candidate,
+    ClaimRequest,
+    QueueEntry,
+    QueueFigures,
+)
 from stroma.checkpoint.records import (
     AttemptRecord,
     RunQuery,
     StoreFacts,
     Tally,
-    duration_digits,
     end_of_page,
     parse_attempt_mark,
     parse_run_mark,
+    sum_attempts,
 )
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.contracts.tagged_json import NotSerialisable
@@ -306,16 +313,14 @@ class MemoryRows:
     def steps_at(
         self, run: MemoryRun, execution: int, position: int, branches: Sequence[str]
     ) -> list[StepRow]:
-        return list(run.steps_at((position, branch) for branch in branches))
+        places = [(position, branch) for branch in branches] if execution == run.execution else []
+        return list(run.steps_at(places))
 
     def is_complete(self, run: RunRow) -> bool:
         return True
 
     def identities(self, run: MemoryRun, execution: int) -> list[tuple[str, int]]:
         return list(run.identities.items())
-
-    def was_deleted(self, run: MemoryRun) -> bool:
-        return True
 
     def commit(self, fence: Fence, attempt: AttemptRecord, step: Step | None) -> bool:
         run: MemoryRun = fence.run
@@ -535,41 +540,17 @@ class MemoryRows:
             if (record.position, record.branch) == (position, branch)
         ]
 
-    def failed_since(self, run: MemoryRun, execution: int, epoch: int) -> list[AttemptRecord]:
-        return [one for one in reversed(_failed(run)) if one.epoch >= epoch]
-
     def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
         rows, _ = self.runs(RunQuery(since_ms=since_ms), limit=runs, after=None, max_filtered=None)
         figures = (
-            (run, record, place is None) for run in rows for record, place in _records(run.run, run.execution)
+            (run.started_ms, run.pipeline, record, place is not None)
+            for run in rows
+            for record, place in _records(run.run, run.execution)
         )
-        sums: dict[tuple[Any, ...], Tally] = {}
-        for run, one, is_lost in itertools.islice(figures, attempts):
-            key = (
-                run.started_ms // bucket_ms,
-                run.pipeline,
-                one.node_id,
-                one.model,
-                one.failure_class,
-                duration_digits(one.duration_ns),
-            )
-            sum_ = sums.get(key) or Tally(*key[:5], 0, 0, 0, 0, 0, 0, key[5])
-            wasted = one.cost_pico if one.outcome != "success" and is_lost else 0
-            sums[key] = sum_._replace(
-                attempts=sum_.attempts + 1,
-                tokens=sum_.tokens + one.tokens,
-                cost_pico=sum_.cost_pico + one.cost_pico,
-                wasted_pico=sum_.wasted_pico + wasted,
-                duration_ns=sum_.duration_ns + one.duration_ns,
-                longest_ns=max(sum_.longest_ns, one.duration_ns),
-            )
-        return list(sums.values())
+        return sum_attempts(itertools.islice(figures, attempts), bucket_ms)
 
     def facts(self) -> StoreFacts:
         return StoreFacts("the memory of this process", 1)
-
-    def step_at(self, run: MemoryRun, execution: int, position: int, branch: str) -> StepRow | None:
-        return next(run.steps_at([(position, branch)]), None) if execution == run.execution else None
 
 
 def _now_ms() -> int:

@@ -81,9 +81,8 @@ class _MemoryStore(MemoryCells, RunStore):
         if not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "run %r is suspended in memory, and is lost when this process ends; pass a durable store, "
-                "as in "
-                'store="sqlite:///runs.db"',
+                "run %r is suspended in memory, and is lost when this process ends; pass a durable store, as "
+                'in store="sqlite:///runs.db"',
                 run_id,
                 extra={"run_id": run_id},
             )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import psycopg
 
 from stroma.checkpoint.durable.batches import ServerConnection, Unreachable
-from stroma.checkpoint.durable.operations import Commit, Transaction
+from stroma.checkpoint.durable.operations import Commit, Transaction, perform_all
 from stroma.checkpoint.durable.rows import Rows
 from stroma.checkpoint.durable.worker import Job
 from stroma.checkpoint.errors import StoreError
@@ -30,6 +31,8 @@ class PostgresConnection(ServerConnection):
     If a connection breaks, it is unknown if the operation in progress was executed. It is repeated on the
     next connection: every operation finds in the rows what an earlier try has stored.
     """
+
+    can_roll_back = True
 
     def __init__(self, server: PostgresEndpoint) -> None:
         super().__init__(server.name, server.explain)
@@ -69,8 +72,8 @@ class PostgresConnection(ServerConnection):
                 commit.fence.acknowledge(attempts)
                 self._settle(job)
 
-    def _transact(self, operation: Callable[[Rows], Any]) -> Any:
-        return self._retry(lambda db, is_repeated: _transact(db, operation, is_repeated))
+    def _transact(self, operations: list[Any]) -> list[Any]:
+        return self._retry(lambda db, is_repeated: _transact(db, operations, is_repeated))
 
     # ------------------------------------------------------------------ the connection
 
@@ -128,17 +131,25 @@ def _send(db: Database, commit: Commit) -> psycopg.Cursor[Any]:
     return send_commit(db, commit.fence, commit.attempt, commit.step)
 
 
-def _transact(db: Database, operation: Any, is_repeated: bool) -> Any:
+def _transact(db: Database, operations: list[Any], is_repeated: bool) -> list[Any]:
     rows = PostgresRows(db)
     with db.transaction():
-        opening = operation.opening if isinstance(operation, Transaction) else None
-        if is_repeated and opening is not None:
-            # The name of an owner is unique. A run that has it was opened by the try whose reply was lost,
-            # and the session has its result; opening again would be refused, or begin another execution.
-            run = rows.find(opening.run_id, lock=True)
-            if run is not None and run.owner == opening.owner:
-                return operation.result
-        value = operation(rows)
+        if is_repeated:
+            operations = [partial(_perform_once, operation) for operation in operations]
+        values = perform_all(operations, rows)
     for fence, attempts in rows.attempt_counts:
         fence.acknowledge(attempts)
-    return value
+    return values
+
+
+def _perform_once(operation: Any, rows: Rows) -> Any:
+    """Perform an operation, unless it opens a run which the try whose reply was lost has opened.
+
+    The name of an owner is unique. Opening the run again would be refused, or begin another execution.
+    """
+    opening = operation.opening if isinstance(operation, Transaction) else None
+    if opening is not None:
+        run = rows.find(opening.run_id, lock=True)
+        if run is not None and run.owner == opening.owner:
+            return operation.result
+    return operation(rows)

@@ -19,8 +19,7 @@ __all__ = ["PostgresRows", "read_commit", "send_commit"]
 # Wakes workers that listen; identical notifications of a transaction are sent once.
 _NOTIFY = b"SELECT pg_notify('stroma_' || current_schema(), '')"
 _FACTS = """SELECT current_setting('server_version'), (SELECT v FROM meta WHERE k = 'schema_version'),
-    now_ms(),
-    current_setting('fsync'), current_setting('full_page_writes')"""
+    now_ms(), current_setting('fsync'), current_setting('full_page_writes')"""
 
 
 class PostgresRows(SqlRows):

@@ -243,8 +243,7 @@ class PostgresEndpoint:
         if code == "42501":
             return permanent_error(
                 f"{name} denies permission ({text}); let an administrator create the schema {self.schema} "
-                "for this user: "
-                f'CREATE SCHEMA "{self.schema}" AUTHORIZATION ...'
+                f'for this user: CREATE SCHEMA "{self.schema}" AUTHORIZATION ...'
             )
         if code.startswith("28") or code == "3D000" or (not code and _REFUSED.search(text)):
             return permanent_error(

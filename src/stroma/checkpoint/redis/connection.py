@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from stroma.checkpoint.durable.batches import ServerConnection, Unreachable
-from stroma.checkpoint.durable.operations import Commit, fenced_error
+from stroma.checkpoint.durable.operations import Commit, fence_error, perform_all
 from stroma.checkpoint.durable.rows import Rows
 from stroma.checkpoint.durable.worker import Job
 from stroma.checkpoint.errors import StoreError
@@ -48,6 +49,8 @@ def perform(link: RedisLink, ttl_ms: int | None, operation: Callable[[Rows], T])
 class RedisConnection(ServerConnection):
     """See :class:`stroma.checkpoint.durable.worker.Connection`."""
 
+    can_roll_back = False
+
     def __init__(self, server: RedisEndpoint, ttl_ms: int | None) -> None:
         super().__init__(server.name, server.explain)
         self._server = server
@@ -71,32 +74,25 @@ class RedisConnection(ServerConnection):
         """Perform commits, each a transaction. One that the fence refuses fails at once."""
         link = self._open()
         for portion in _portions(jobs):
-            sent: list[tuple[Job, Commit, tuple[Any, ...]]] = []
-            for job, commit in portion:
-                command = commit_command(commit.fence, commit.attempt, commit.step)
-                if (problem := link.size_error(command)) is not None:
-                    self._settle(job, error=problem)
-                else:
-                    sent.append((job, commit, command))
+            commands = [commit_command(one.fence, one.attempt, one.step) for _, one in portion]
             try:
-                replies = link.send([command for *_, command in sent], atomic=len(sent) > 1) if sent else []
+                replies = link.send(commands, atomic=len(commands) > 1)
             except Exception as error:
                 raise Unreachable(error) from error
-            for (job, commit, _), reply in zip(sent, replies, strict=True):
+            for (job, commit), reply in zip(portion, replies, strict=True):
                 try:
                     if isinstance(reply, Exception):
                         raise reply
                     if not is_recorded(commit.fence.run, reply, self.name):
-                        run = RedisRows(link, None).find(commit.run_id)
-                        raise fenced_error(run, commit.run_id, commit.fence)
+                        raise fence_error(RedisRows(link, None), commit.fence, commit.run_id)
                 except Exception as error:
                     self._settle(job, error=error)
                 else:
                     self._settle(job)
 
-    def _transact(self, operation: Callable[[Rows], Any]) -> Any:
+    def _transact(self, operations: list[Any]) -> list[Any]:
         try:
-            return perform(self._open(), self._ttl_ms, operation)
+            return perform(self._open(), self._ttl_ms, partial(perform_all, operations))
         except Exception as error:
             if self._server.is_temporary(error):
                 raise Unreachable(error) from error

@@ -23,7 +23,6 @@ __all__ = [
     "as_hash",
     "as_text",
     "cell_prefix",
-    "decode_tags",
     "info_lines",
     "pack_attempt",
     "pack_step",
@@ -64,7 +63,6 @@ class RedisRun:
     Attributes:
         token: differs from that of another run of its id, before or after it was deleted.
         writes: the highest acknowledged number of writes of sessions; a server that has fewer has lost some.
-        has_parent: False if the run has no annotation PARENT.
         annotated: number of changes of its annotations; "" for none.
     """
 
@@ -72,8 +70,8 @@ class RedisRun:
     token: str
     epoch: int = field(compare=False)
     writes: int = field(compare=False)
-    has_parent: bool = field(default=True, compare=False)
     annotated: str = field(default="", compare=False)
+    tags: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def prefix(self) -> str:
@@ -196,17 +194,18 @@ def read_run_row(reply: Any, run_id: str) -> RunRow:
     Likewise if its key holds another type. Raises any other error in the reply.
     """
     if not isinstance(reply, Exception):
-        now_ms, fields, has_parent = reply
+        now_ms, fields = reply
     elif "WRONGTYPE" in f"{type(reply).__name__}: {reply}":
-        now_ms, fields, has_parent = 0, [], 0
+        now_ms, fields = 0, []
     else:
         raise reply
     f = as_hash(fields)
     values = {name: _field(f.get(name), kind) for name, kind in _RUN_TYPES.items()}
     token, writes = _field(f.get("token"), str), _field(f.get("writes"), int)
     others = {} if isinstance(writes, int) and isinstance(token, str) else {"writes": writes, "token": token}
+    tags: tuple[str, ...] = ()
     try:
-        decode_tags(run_id, f.get("tags"))
+        tags = tuple(decode_json(f.get("tags", b"[]"), list[str], _A_RECORD))
     except CorruptCheckpoint:
         others["tags"] = f["tags"]
     values["run_id"] = run_id if f.get("run_id") == run_id.encode() else f.get("run_id")
@@ -218,7 +217,7 @@ def read_run_row(reply: Any, run_id: str) -> RunRow:
         values["claim"] = None
     values["version"] = values["version"] or ""
     annotated = as_text(f.get("annotated", b""))
-    values["run"] = RedisRun(run_id, str(token), values["epoch"], writes, bool(has_parent), annotated)
+    values["run"] = RedisRun(run_id, str(token), values["epoch"], writes, annotated, tags)
     return parse_run([values[name] for name in RunRow._fields], run_id, others)
 
 
@@ -233,11 +232,6 @@ def _field(value: bytes | None, kind: Any) -> Any:
         return value.decode()
     except UnicodeDecodeError:
         return value
-
-
-def decode_tags(run_id: str, data: bytes | None) -> tuple[str, ...]:
-    """Return the tags of a run. Raises CorruptCheckpoint."""
-    return () if data is None else tuple(decode_json(data, list[str], RecordName(run_id, "tags")))
 
 
 # ---------------------------------------------------------------------- replies

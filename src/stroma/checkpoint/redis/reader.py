@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections import Counter
@@ -16,7 +17,6 @@ from stroma.checkpoint.durable.rows import (
     RunExtras,
     RunRow,
     Step,
-    StepRow,
 )
 from stroma.checkpoint.errors import CheckpointLost, CorruptCheckpoint
 from stroma.checkpoint.events import EventPlace
@@ -26,10 +26,10 @@ from stroma.checkpoint.records import (
     RunQuery,
     StoreFacts,
     Tally,
-    duration_digits,
     end_of_page,
     not_a_mark,
     parse_attempt_mark,
+    sum_attempts,
 )
 from stroma.checkpoint.redis.format import (
     NodeFacts,
@@ -37,13 +37,11 @@ from stroma.checkpoint.redis.format import (
     annotations_key,
     as_hash,
     as_text,
-    decode_tags,
     prefix_of,
     read_attempts,
     read_node,
     read_run_row,
     read_step,
-    step_row,
 )
 from stroma.checkpoint.redis.scripts import IDS, RUNS
 from stroma.checkpoint.redis.server import RedisLink, risks, script_command
@@ -56,7 +54,7 @@ _TALLY_PAGE: Final = 20  # runs whose attempts are read in one round trip
 _MAX_EXAMINED: Final = 2000  # runs that the server examines in one step
 
 
-_FORMAT: Final = 2  # of the stored data
+_FORMAT: Final = 3  # of the stored data
 _MAX_FAILED: Final = 20  # the server lists the last ones
 _PARENT: Final = annotations_key(Annotation.PARENT)
 #: Place of a run in the list of all runs: (start, id).
@@ -72,60 +70,56 @@ class RedisReader:
     def runs(
         self, query: RunQuery, *, limit: int, after: str | None, max_filtered: int | None
     ) -> tuple[list[RunRow], str | None]:
-        # A user with read permission only gets an error here, which is ignored.
-        self._link.send([script_command("stroma:", "sweep")])
-        runs: list[RunRow] = []
-        place = None if after is None else _parse_mark(after)
-        examined, size = 0, _MAX_EXAMINED if _has_condition(query) else PAGE
-        while (page := self._newest(place, query, size))[0] is not None:
-            place, candidates = page
-            rows = {row.run_id: row for row in self._rows(self._matching(candidates, query))}
+        matching: list[tuple[_ListPlace, RunRow]] = []
+        place, examined = None if after is None else _parse_mark(after), 0
+        size = _MAX_EXAMINED if _has_condition(query) else limit + 1
+        while True:
+            place, page = self._newest(place, query, size)
+            matching += self._matching(page, query)
             examined += size
-            for run_id, start, _ in candidates:
-                row = rows.get(as_text(run_id))
-                if row is not None:
-                    runs.append(row)
-                if len(runs) == limit:
-                    place = (int(start), run_id)
-                    break
-            if len(runs) == limit or (max_filtered is not None and examined >= max_filtered):
-                is_last = place is None or self._newest(place, query, 1)[0] is None
-                return runs, None if place is None or is_last else _mark(*place)
-        return runs, None
+            runs = [run for _, run in matching[:limit]]
+            if len(matching) > limit:
+                return runs, _mark(*matching[limit - 1][0])
+            if place is None:
+                return runs, None
+            if max_filtered is not None and examined >= max_filtered:
+                return runs, _mark(*place)
 
     def _newest(
         self, place: _ListPlace | None, query: RunQuery, limit: int
     ) -> tuple[_ListPlace | None, list[list[Any]]]:
         """Examine the newest runs before a place in the list of all runs.
 
-        Returns the place of the last one, or None, and (id, start, fields) of those that may match.
+        Returns the place of the last one, or None, and (id, start, row) of those that may match.
         """
         start, before = place or ("+inf", b"")
         lowest = "-inf" if query.since_ms is None else query.since_ms * 1000
         conditions = (query.pipeline or "", json.dumps(dict.fromkeys(query.statuses, True)))
-        # The run before which it continues is one of those read.
-        values = (start, lowest, limit + 1, *conditions)
-        ((last, *page),) = self._get(script_command("stroma:", "newest", *values))
+        # The run before which it continues is one of those read. Users who may only read cannot sweep.
+        newest = script_command("stroma:", "newest", start, lowest, limit + 1, *conditions)
+        _, reply = self._try(script_command("stroma:", "sweep"), newest)
+        if isinstance(reply, Exception):
+            raise reply
+        last, *page = reply
         end = (int(last[1]), last[0]) if last else None
         page = [one for one in page if int(one[1]) != start or one[0] < before]
         return None if end == place else end, page
 
-    def _matching(self, page: list[list[Any]], query: RunQuery) -> list[bytes]:
-        """Return the ids of those of these runs that match a query. A damaged run matches no condition."""
+    def _matching(self, page: list[list[Any]], query: RunQuery) -> list[tuple[_ListPlace, RunRow]]:
+        """Return those of these runs that match a query. A damaged run matches no condition."""
+        runs = [((int(start), run_id), read_run_row(row, as_text(run_id))) for run_id, start, row in page]
         if not _has_condition(query):
-            return [run_id for run_id, *_ in page]
-        matching = [
-            (run_id, as_text(fields[0])) for run_id, _, fields in page if _matches(run_id, fields, query)
-        ]
+            return runs
+        runs = [one for one in runs if _matches(one[1], query)]
         if (query.failure_class, query.node) == (None, None):
-            return [run_id for run_id, _ in matching]
-        places = [(prefix_of(as_text(run_id)), execution) for run_id, execution in matching]
+            return runs
+        failures = self._failed([(run.run.prefix, str(run.execution)) for _, run in runs], _MAX_FAILED)
         return [
-            run_id
-            for (run_id, _), failed in zip(matching, self._failed(places, _MAX_FAILED), strict=True)
+            one
+            for one, failed in zip(runs, failures, strict=True)
             if any(
-                query.failure_class in (None, one.failure_class) and query.node in (None, one.node_id)
-                for one in failed
+                query.failure_class in (None, attempt.failure_class) and query.node in (None, attempt.node_id)
+                for attempt in failed
             )
         ]
 
@@ -203,10 +197,14 @@ class RedisReader:
 
     def run_extras(self, runs: list[RunRow], *, failed: int) -> list[RunExtras]:
         parents = self._try(*(("HVALS", f"{run.run.prefix}{_PARENT}") for run in runs))
-        tags = self._try(*(("HGET", f"{run.run.prefix}run", "tags") for run in runs))
         places = [(run.run.prefix, str(run.execution)) for run in runs]
         failures = self._failed(places, failed) if failed else [[] for _ in runs]
-        return [_extras(*one) for one in zip(parents, tags, failures, strict=True)]
+        return [
+            RunExtras(
+                read_step(parent[0])[0] if isinstance(parent, list) and parent else None, run.run.tags, one
+            )
+            for run, parent, one in zip(runs, parents, failures, strict=True)
+        ]
 
     def find_run_ids(self, prefix: str, limit: int) -> list[str]:
         start = prefix.encode()
@@ -280,37 +278,20 @@ class RedisReader:
         (attempts,) = self._attempts_of([(run, execution)])
         return [one for one in attempts if (one.position, one.branch) == (position, branch)]
 
-    def failed_since(self, run: RedisRun, execution: int, epoch: int) -> list[AttemptRecord]:
-        (failed,) = self._failed([(run.prefix, str(execution))], _MAX_FAILED)
-        return [one for one in reversed(failed) if one.epoch >= epoch]
-
     def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
         # The server cannot sum up attempts: all are read, so the limit is lower.
         limit = min(runs, _MAX_TALLIED)
         rows, _ = self.runs(RunQuery(since_ms=since_ms), limit=limit, after=None, max_filtered=None)
-        tallies: dict[tuple[Any, ...], Tally] = {}
-        count = 0
-        for first in range(0, len(rows), _TALLY_PAGE):
-            page = rows[first : first + _TALLY_PAGE]
-            executions = self._attempts_of([(run.run, run.execution) for run in page])
-            for run, of_run in zip(page, executions, strict=True):
-                for one in of_run:
-                    bucket, digits = run.started_ms // bucket_ms, duration_digits(one.duration_ns)
-                    key = (bucket, run.pipeline, one.node_id, one.model, one.failure_class)
-                    sums = tallies.get((*key, digits), Tally(*key, 0, 0, 0, 0, 0, 0, digits))
-                    is_wasted = one.outcome != "success" and one.output_bytes is None
-                    tallies[*key, digits] = sums._replace(
-                        attempts=sums.attempts + 1,
-                        tokens=sums.tokens + one.tokens,
-                        cost_pico=sums.cost_pico + one.cost_pico,
-                        wasted_pico=sums.wasted_pico + (one.cost_pico if is_wasted else 0),
-                        duration_ns=sums.duration_ns + one.duration_ns,
-                        longest_ns=max(sums.longest_ns, one.duration_ns),
-                    )
-                    count += 1
-                if count >= attempts:
-                    return list(tallies.values())
-        return list(tallies.values())
+        pages = (rows[first : first + _TALLY_PAGE] for first in range(0, len(rows), _TALLY_PAGE))
+        figures = (
+            (run.started_ms, run.pipeline, one, one.output_bytes is not None)
+            for page in pages
+            for run, of_run in zip(
+                page, self._attempts_of([(run.run, run.execution) for run in page]), strict=True
+            )
+            for one in of_run
+        )
+        return sum_attempts(itertools.islice(figures, attempts), bucket_ms)
 
     def facts(self) -> StoreFacts:
         settings = self._link.settings()
@@ -320,16 +301,6 @@ class RedisReader:
     def now_ms(self) -> int:
         ((seconds, micros),) = self._get(("TIME",))
         return int(seconds) * 1000 + int(micros) // 1000
-
-    def step_at(self, run: RedisRun, execution: int, position: int, branch: str) -> StepRow | None:
-        place = f"{position}:{branch}"
-        node, step = self._get(
-            ("HGET", f"{run.prefix}nodes:{execution}", place),
-            ("HGET", f"{run.prefix}steps:{execution}", place),
-        )
-        if node is None or step is None:
-            return None
-        return step_row(run.run_id, place, read_node(run.run_id, place, node)[1].node_id, step)
 
     def _get(self, *commands: tuple[Any, ...]) -> list[Any]:
         replies = self._try(*commands)
@@ -347,10 +318,10 @@ class RedisReader:
 def run_lost_error(run_id: str, server: str) -> CheckpointLost:
     """Return the error for a run whose data the server has lost."""
     return CheckpointLost(
-        f"{server} has lost data of run {run_id!r} that it had acknowledged: it was evicted, flushed, or "
-        "lost in a crash or "
-        "failover; set appendonly yes, appendfsync always and maxmemory-policy noeviction, then resume "
-        f"the run; if this error is raised again, delete({run_id!r}) and run it from the beginning"
+        f"{server} has lost data of run {run_id!r} that it had acknowledged: it was deleted, evicted, "
+        "flushed, or lost in a crash or failover; set appendonly yes, appendfsync always and "
+        "maxmemory-policy noeviction, then resume the run; if this error is raised again, "
+        f"delete({run_id!r}) and run it from the beginning"
     )
 
 
@@ -393,30 +364,15 @@ def _has_condition(query: RunQuery) -> bool:
     )
 
 
-def _matches(run_id: bytes, fields: Sequence[bytes | None], query: RunQuery) -> bool:
+def _matches(run: RunRow, query: RunQuery) -> bool:
     """Return True if a run matches what the server has not checked, but for its failed attempts."""
-    if not fields or fields[0] is None:
-        return False
-    _, pipeline, _, error, tags, blocked = fields
-    if query.blocked and blocked is None:
+    if run.is_damaged or (query.blocked and run.blocked is None):
         return False
     if query.text is not None:
         part = query.text.encode().lower()  # Of bytes: ASCII letters only.
-        if not any(part in text.lower() for text in (run_id, pipeline or b"", error or b"")):
+        if not any(part in text.encode().lower() for text in (run.run_id, run.pipeline, run.error or "")):
             return False
-    try:
-        return query.tag is None or query.tag in decode_tags("", tags)
-    except CorruptCheckpoint:
-        return False
-
-
-def _extras(parent: Any, tags: Any, failed: list[AttemptRecord]) -> RunExtras:
-    """Return the extras of a run from replies, without damaged ones, of which its row tells."""
-    parent_id = read_step(parent[0])[0] if parent and not isinstance(parent, Exception) else None
-    try:
-        return RunExtras(parent_id, decode_tags("", None if isinstance(tags, Exception) else tags), failed)
-    except CorruptCheckpoint:
-        return RunExtras(parent_id, (), failed)
+    return query.tag is None or query.tag in run.run.tags
 
 
 def _key(value: bytes) -> str | None:

@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-from stroma.checkpoint.blocked import BlockedMark
 from stroma.checkpoint.decoding import RecordName, decode_number
 from stroma.checkpoint.durable.integrity import require_undamaged
-from stroma.checkpoint.durable.operations import fenced_error
+from stroma.checkpoint.durable.operations import fence_error
 from stroma.checkpoint.durable.rows import (
     Annotation,
     EventRow,
@@ -31,7 +30,7 @@ from stroma.checkpoint.durable.rows import (
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.events import EXPIRY_MS, MAX_BATCHES
 from stroma.checkpoint.payloads import BLOB
-from stroma.checkpoint.queue import Candidate, QueueEntry
+from stroma.checkpoint.queue import BlockedMark, Candidate, QueueEntry
 from stroma.checkpoint.records import AttemptRecord
 from stroma.checkpoint.redis.format import (
     NodeFacts,
@@ -50,7 +49,7 @@ from stroma.checkpoint.redis.format import (
     step_row,
 )
 from stroma.checkpoint.redis.reader import PAGE, RedisReader, run_lost_error
-from stroma.checkpoint.redis.scripts import RUNS, TOMBSTONE_SECONDS
+from stroma.checkpoint.redis.scripts import RUNS
 from stroma.checkpoint.redis.server import RedisLink, script_command
 
 __all__ = ["RedisRows", "RunChanged", "commit_command", "is_recorded"]
@@ -263,10 +262,6 @@ class RedisRows(RedisReader):
     def is_complete(self, run: RunRow) -> bool:
         return True  # steps() and the claim check this, atomically with what they read.
 
-    def was_deleted(self, run: RedisRun) -> bool:
-        (exists,) = self._get(("EXISTS", f"{run.prefix}deleted:{run.token}"))
-        return bool(exists)
-
     def renew(self, fences: list[Fence]) -> list[Fence]:
         replies = self._link.send(
             [
@@ -292,7 +287,7 @@ class RedisRows(RedisReader):
             raise RunChanged
         run_id = fence.run.run_id
         if not is_recorded(fence.run, reply, self._link.server.name):
-            raise fenced_error(self.find(run_id), run_id, fence)
+            raise fence_error(self, fence, run_id)
 
     # ------------------------------------------------------------------ annotations
 
@@ -304,8 +299,7 @@ class RedisRows(RedisReader):
         self._write(prefix_of(run_id), "annotate", self._owners.get(run_id, ""), key, branch, value)
 
     def annotations(self, run: RedisRun, *kinds: Annotation, branch: str | None = None) -> list[StepRow]:
-        wanted = [kind for kind in kinds if kind != Annotation.PARENT or run.has_parent]
-        keys = [f"{run.prefix}{annotations_key(kind)}" for kind in wanted]
+        keys = [f"{run.prefix}{annotations_key(kind)}" for kind in kinds]
         if branch is None:
             replies = self._get(*(("HGETALL", key) for key in keys))
             values = [sorted(as_hash(reply).items()) for reply in replies]
@@ -314,7 +308,7 @@ class RedisRows(RedisReader):
             values = [[] if reply is None else [(branch, reply)] for reply in replies]
         return [
             StepRow(kind, branch, *read_step(value))
-            for kind, of_kind in zip(wanted, values, strict=True)
+            for kind, of_kind in zip(kinds, values, strict=True)
             for branch, value in of_kind
         ]
 
@@ -356,7 +350,7 @@ class RedisRows(RedisReader):
         return step_row(run_id, newest[1], node_id, value)
 
     def delete(self, run_id: str) -> None:
-        self._write(prefix_of(run_id), "delete", run_id, TOMBSTONE_SECONDS * 1000)
+        self._write(prefix_of(run_id), "delete", run_id)
 
     def _write(self, prefix: str, operation: str, *values: Any) -> None:
         def check(reply: Any) -> None:
@@ -444,7 +438,7 @@ def is_recorded(run: RedisRun, reply: Any, server: str) -> bool:
     if isinstance(reply, int):
         run.writes = max(run.writes, reply)
         return True
-    if reply in (b"fenced", b"deleted"):
+    if reply == b"fenced":
         return False
     # Not a reply of the script, for example from a proxy. The run was not taken over, so this is not Fenced.
     # If the write was executed, a repeated one finds it.

@@ -40,15 +40,15 @@ function ops.save(node, value, ttl)
   return 0
 end
 
-function ops.delete(id, tombstone)
-  local f = redis.pcall('HMGET', run, 'token', 'execution', 'pipeline')
+function ops.delete(id)
+  local f = redis.pcall('HMGET', run, 'execution', 'pipeline')
   if f.err then f = {} end
-  local executions = tonumber(f[2] or 0) or 0
+  local executions = tonumber(f[1] or 0) or 0
   if not (executions >= 0 and executions <= MAX_EXECUTIONS) then executions = 0 end
   while redis.call('EXISTS', p .. 'attempts:' .. (executions + 1), p .. 'steps:' .. (executions + 1)) > 0 do
     executions = executions + 1
   end
-  if f[3] then
+  if f[2] then
     leave_queues(id)
     redis.call('ZREM', DUE .. lane(), id)
   end
@@ -57,7 +57,6 @@ function ops.delete(id, tombstone)
   redis.call('ZREM', RUNS, id)
   redis.call('ZREM', IDS, id)
   redis.call('ZREM', ENDED, id)
-  if f[1] then redis.call('SET', p .. 'deleted:' .. f[1], 1, 'PX', tombstone) end
   return 0
 end
 
@@ -86,17 +85,19 @@ function ops.write_cell(number, maker, data)
   return 0
 end
 
--- Examines the newest runs from a place on. Returns the (id, start) of the last one, and (id, start, fields
--- for further conditions) of those of this pipeline and one of these statuses, if there are any.
+-- Examines the newest runs from a place on. Returns the (id, start) of the last one, and (id, start, row) of
+-- those of this pipeline and one of these statuses, if there are any.
 function ops.newest(from, lowest, limit, pipeline, statuses)
   local ids = redis.call('ZREVRANGEBYSCORE', RUNS, from, lowest, 'WITHSCORES', 'LIMIT', 0, limit)
-  local reply, wanted = {{ids[#ids - 1], ids[#ids]}}, cjson.decode(statuses)
+  local reply, wanted, ms = {{ids[#ids - 1], ids[#ids]}}, cjson.decode(statuses), now_ms()
   for i = 1, #ids, 2 do
     local row = prefix_of(ids[i]) .. 'run'
-    local f = redis.pcall('HMGET', row, 'execution', 'pipeline', 'status', 'error', 'tags', 'blocked')
-    if f.err then f = {} end
-    if (pipeline == '' or f[2] == pipeline) and (not next(wanted) or wanted[f[3] or '']) then
-      reply[#reply + 1] = {ids[i], ids[i + 1], f}
+    local f = redis.pcall('HMGET', row, 'pipeline', 'status')
+    if (pipeline == '' or f[1] == pipeline) and (not next(wanted) or wanted[f[2] or '']) then
+      local fields = redis.pcall('HGETALL', row)
+      if fields.err or #fields > 0 then
+        reply[#reply + 1] = {ids[i], ids[i + 1], {ms, fields.err and {} or fields}}
+      end
     end
   end
   return reply

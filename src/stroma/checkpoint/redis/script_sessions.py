@@ -17,7 +17,7 @@ function ops.find(id)
     if listed and not redis.call('ZSCORE', ENDED, id) then return 'lost' end
     return false
   end
-  return {now_ms(), f, redis.call('EXISTS', p .. PARENT)}
+  return {now_ms(), f}
 end
 
 -- Returns a JSON list of texts with the missing texts of another list added.

@@ -20,7 +20,6 @@ The keys of a run, under its prefix ``stroma:{<id, percent-encoded>}:``
     annotations:P  hash: branch -> annotation, for each kind of Annotation except states from save()
     events         stream: "epoch-last" -> a batch of events of the last execution
     saved          hash: node id -> "order until", a newline, and the state from save()
-    deleted:TOKEN  exists for a while after the run was deleted, to distinguish it from a lost run
 
 Of all runs:
 
@@ -49,13 +48,10 @@ from stroma.checkpoint.redis.format import EXECUTION_KEYS, RUN_KEYS, annotations
 from stroma.checkpoint.redis.script_records import RECORDS
 from stroma.checkpoint.redis.script_sessions import SESSIONS
 
-__all__ = ["IDS", "RUNS", "SCRIPT", "SHA", "TOMBSTONE_SECONDS"]
+__all__ = ["IDS", "RUNS", "SCRIPT", "SHA"]
 
 RUNS: Final = "stroma:runs"
 IDS: Final = "stroma:ids"
-
-#: For this time, a session of a deleted run gets the error that it was deleted; after that, that it was lost.
-TOMBSTONE_SECONDS: Final = 24 * 3600
 
 
 def _lua_list(texts: Iterable[str]) -> str:
@@ -65,7 +61,7 @@ def _lua_list(texts: Iterable[str]) -> str:
 # Made from the lists in Python, so that a new kind of record expires and is deleted like all others.
 _NAMES: Final = f"""
 local RUN_KEYS, EXECUTION_KEYS = {_lua_list(RUN_KEYS)}, {_lua_list(EXECUTION_KEYS)}
-local SAVED, PARENT = '{annotations_key(Annotation.SAVED)}', '{annotations_key(Annotation.PARENT)}'
+local SAVED = '{annotations_key(Annotation.SAVED)}'
 """
 
 _COMMON: Final = r"""
@@ -113,7 +109,7 @@ end
 -- Returns the reason why a session may not write; nil if it may.
 local function fence_problem(token, epoch, owner, acknowledged)
   local f = redis.call('HMGET', run, 'token', 'epoch', 'owner', 'writes')
-  if not f[1] then return redis.call('EXISTS', p .. 'deleted:' .. token) == 1 and 'deleted' or 'lost' end
+  if not f[1] then return 'lost' end
   if f[1] ~= token then return 'fenced' end
   if tonumber(f[2]) < tonumber(epoch) then return 'lost' end
   if f[2] ~= epoch or f[3] ~= owner then return 'fenced' end

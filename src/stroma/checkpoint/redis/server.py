@@ -37,8 +37,6 @@ _TEMPORARY: Final = (
     "BUSY Redis",
 )
 _warned: Final[set[str]] = set()
-#: Default of the server's setting proto-max-bulk-len, in bytes.
-_MAX_VALUE_BYTES: Final = 512 * 1024 * 1024
 
 
 class RedisEndpoint:
@@ -47,7 +45,6 @@ class RedisEndpoint:
     Attributes:
         name: its address without the password.
         patience_seconds: how long to retry while it cannot be reached.
-        max_value_bytes: maximum size of a value; the server closes the connection for a larger one.
     """
 
     def __init__(self, driver: Any, url: str, patience_seconds: float) -> None:
@@ -60,7 +57,6 @@ class RedisEndpoint:
             host, port = options.get("host", "localhost"), options.get("port", 6379)
             self.name = f"{scheme}://{host}:{port}/{database}"
         self.patience_seconds = patience_seconds
-        self.max_value_bytes = _MAX_VALUE_BYTES
         self.no_script: type[Exception] = driver.exceptions.NoScriptError
         self._driver = driver
         self._url = url
@@ -184,8 +180,6 @@ class RedisEndpoint:
 
     def check_settings(self, settings: dict[str, str]) -> None:
         """Log a warning, once for each server and process, about settings that may lose data."""
-        limit = settings.get("proto-max-bulk-len", "")
-        self.max_value_bytes = int(limit) if limit.isdecimal() else _MAX_VALUE_BYTES
         for problem in risks(settings):
             message = f"{self.name}: {problem}"
             if message not in _warned:
@@ -247,24 +241,9 @@ class RedisLink:
         """
         return self.server.retry(lambda: self._send(commands, atomic), self._disconnect_idle)
 
-    def size_error(self, command: tuple[Any, ...]) -> StoreError | None:
-        """Return the error for a command with a value that is too large for the server, or None."""
-        limit = self.server.max_value_bytes
-        for value in command:
-            if type(value) is bytes and (size := len(value)) > limit:
-                return permanent_error(
-                    f"a payload of {size} bytes is larger than {self.server.name} accepts "
-                    "(proto-max-bulk-len is "
-                    f"{limit}); pass blobs= to the store, or raise that setting, then resume"
-                )
-        return None
-
     def _send(self, commands: Sequence[tuple[Any, ...]], atomic: bool) -> list[Any]:
         if not self.server.has_checked_settings:
             self.server.check_settings(self.settings())
-        for command in commands:
-            if (problem := self.size_error(command)) is not None:
-                raise problem
         replies = self._send_once(commands, atomic)
         if any(isinstance(reply, self.server.no_script) for reply in replies):
             # The server was restarted. Repeating commands that were executed is safe.
@@ -285,7 +264,7 @@ class RedisLink:
                 settings |= dict(line.split(":", 1) for line in info_lines(reply) if ":" in line)
         settings["appendonly"] = "no" if settings.get("aof_enabled") == "0" else "?"
         settings["maxmemory-policy"] = settings.get("maxmemory_policy", "noeviction")
-        for setting in ("appendonly", "appendfsync", "maxmemory-policy", "save", "proto-max-bulk-len"):
+        for setting in ("appendonly", "appendfsync", "maxmemory-policy", "save"):
             reply = self._execute("CONFIG", "GET", setting)
             if isinstance(reply, Exception):
                 break

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
-from stroma.checkpoint.blocked import BlockedMark
 from stroma.checkpoint.decisions import UNFINISHED
 from stroma.checkpoint.durable.integrity import parse_attempt, parse_run, require_undamaged
 from stroma.checkpoint.durable.rows import (
@@ -23,7 +22,7 @@ from stroma.checkpoint.durable.rows import (
 )
 from stroma.checkpoint.events import EXPIRY_MS, MAX_BATCHES, EventPlace
 from stroma.checkpoint.payloads import BLOB
-from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry, QueueFigures
+from stroma.checkpoint.queue import BlockedMark, Candidate, ClaimRequest, QueueEntry, QueueFigures
 from stroma.checkpoint.records import (
     ATTEMPT_COLUMNS,
     AttemptMark,
@@ -39,11 +38,8 @@ from stroma.checkpoint.sql.tables import key
 
 __all__ = ["SqlRows", "commit_values"]
 
-#: From so many ids with a prefix on, a search through all runs finds the newest sooner than sorting them.
-_MANY: Final = 5000
 _INDEXED_CHARACTERS: Final = 64  # of an id
 _LAST_CHARACTERS: Final = "\U0010ffff" * (_INDEXED_CHARACTERS + 1)
-_MAX_FAILED: Final = 1000
 
 
 class SqlRows(ABC):
@@ -171,25 +167,17 @@ class SqlRows(ABC):
             self._all(sql.STEPS_AT, run=run, execution=execution, position=position, branch_keys=keys)
         )
 
-    def step_at(self, run: Any, execution: int, position: int, branch: str) -> StepRow | None:
-        row = self._one(sql.STEP_AT, run=run, execution=execution, position=position, branch_key=key(branch))
-        return None if row is None else _step_row(row)
-
     def is_complete(self, run: RunRow) -> bool:
         counts = self._one(sql.ROW_COUNTS, run=run.run, execution=run.execution)
-        return tuple(counts) == (1, run.attempt_count, run.commit_count)
-
-    def was_deleted(self, run: Any) -> bool:
-        return bool(self._all(sql.WAS_DELETED, run=run))
+        return tuple(counts) == (run.attempt_count, run.commit_count)
 
     def identities(self, run: Any, execution: int) -> list[tuple[str, int]]:
         return self._all(sql.IDENTITIES, run=run, execution=execution)
 
     def finish(self, fence: Fence, end: RunEnd) -> bool:
         is_unfinished = end.status in UNFINISHED
-        return (
-            self._run(sql.FINISH, **end._asdict(), **_fence_values(fence), is_unfinished=is_unfinished) == 1
-        )
+        values = {**end._asdict(), **_fence_values(fence), "is_unfinished": is_unfinished}
+        return self._run(sql.FINISH, **values) == 1
 
     def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:
         self._run(sql.WAKE, run=run.run, wake_ms=wake_ms)
@@ -213,11 +201,8 @@ class SqlRows(ABC):
 
     def delete(self, run_id: str) -> None:
         row = self._one(sql.LOCK_NUMBER, run_key=key(run_id))
-        self._run(sql.FORGET_DELETED)
-        if row is not None:
-            self._run(sql.RECORD_DELETED, run=row[0])
-            for statement in sql.DELETE_RUN:
-                self._run(statement, run=row[0])
+        for statement in sql.DELETE_RUN if row is not None else ():
+            self._run(statement, run=row[0])
 
     # ------------------------------------------------------------------ queue
 
@@ -358,23 +343,22 @@ class SqlRows(ABC):
         tags: dict[Any, list[str]] = {}
         for run, tag in self._all(sql.TAGS, runs=numbers):
             tags.setdefault(run, []).append(tag)
-        places = [{"run": run.run, "execution": run.execution, "epoch": 0, "limit": failed} for run in runs]
+        places = [{"run": run.run, "execution": run.execution, "limit": failed} for run in runs]
         attempts = self._execute_each(sql.FAILED, places) if failed else [[] for _ in runs]
         return [
-            RunExtras(parents.get(run), tuple(tags.get(run, ())), list(map(parse_attempt, rows)))
+            RunExtras(
+                parents.get(run),
+                tuple(tags.get(run, ())),
+                [parse_attempt(attempt, epoch) for *attempt, epoch in rows],
+            )
             for run, rows in zip(numbers, attempts, strict=True)
         ]
 
     def find_run_ids(self, prefix: str, limit: int) -> list[str]:
         first = prefix[:_INDEXED_CHARACTERS]
         places = {"first": first, "last": first + _LAST_CHARACTERS}
-        if self._one(sql.COUNT_WITH_PREFIX, **places, most=_MANY)[0] < _MANY:
-            rows = self._all(sql.BY_PREFIX, **places, prefix=prefix, limit=limit)
-            return [run_id for (run_id,) in rows]
-        exact_match = self.find(prefix)
-        run_ids = [prefix] if exact_match is not None and exact_match.execution else []
-        rows = self._all(sql.NEWEST_WITH_PREFIX, prefix=prefix, limit=limit)
-        return [*run_ids, *(run_id for (run_id,) in rows)][:limit]
+        rows = self._all(sql.BY_PREFIX, **places, prefix=prefix, limit=limit)
+        return [run_id for (run_id,) in rows]
 
     def attempts(self, run: Any, execution: int) -> Iterator[tuple[AttemptRecord, Step | None]]:
         outputs = {
@@ -396,10 +380,6 @@ class SqlRows(ABC):
         place = {"run": run, "execution": execution, "position": position, "branch_key": key(branch)}
         rows = self._all(sql.ATTEMPTS_AT, **place)
         return attempt_page(rows, len(rows))[0]
-
-    def failed_since(self, run: Any, execution: int, epoch: int) -> list[AttemptRecord]:
-        rows = self._all(sql.FAILED, run=run, execution=execution, epoch=epoch, limit=_MAX_FAILED)
-        return [parse_attempt(row) for row in reversed(rows)]
 
     def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
         return tally(self._all, since_ms, bucket_ms, runs, attempts)

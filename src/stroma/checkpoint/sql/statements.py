@@ -1,8 +1,7 @@
 """SQL statements of the SQLite and the Postgres store.
 
-They are written for PostgreSQL, with named parameters; :func:`for_sqlite` and :func:`for_postgres`
-    translate them.
-now_ms() stands for the time in ms since the epoch, and clock_ms() for the clock of leases.
+They are written for PostgreSQL, with named parameters; :func:`for_sqlite` and :func:`for_postgres` translate
+them. now_ms() stands for the time in ms since the epoch, and clock_ms() for the clock of leases.
 """
 
 from __future__ import annotations
@@ -45,6 +44,7 @@ def for_postgres(statement: str) -> bytes:
 
 
 def _translate(statement: str, rules: Iterable[tuple[str, str]]) -> str:
+    statement = " ".join(statement.split())  # A rule may match across lines.
     for pattern, replacement in rules:
         statement = re.sub(pattern, replacement, statement)
     return statement
@@ -57,8 +57,7 @@ _FREE: Final = f"""(r.claim_until_ms IS NULL
     OR r.claim_until_ms NOT BETWEEN clock_ms() AND clock_ms() + {1000 * MAX_CLAIM_SECONDS})"""
 _LEFT_SECONDS: Final = "coalesce(CAST(r.lease_until_ms - clock_ms() AS double precision) / 1000, -1.0)"
 RUN_COLUMNS: Final = f"""r.run, r.run_id, r.pipeline, r.execution, r.status, r.error, r.started_ms,
-    r.updated_ms,
-    r.tokens, r.cost_pico, r.latency_ns, r.lease_owner, r.lease_epoch, {_LEFT_SECONDS},
+    r.updated_ms, r.tokens, r.cost_pico, r.latency_ns, r.lease_owner, r.lease_epoch, {_LEFT_SECONDS},
     (SELECT count(*) FROM steps s WHERE s.run = r.run AND s.execution = r.execution AND s.position >= 0
     AND s.branch_key = ''), r.attempt_count, r.commit_count, r.wake_ms, r.expires_ms, r.priority, r.queue_key,
     r.version, r.blocked, r.blocked_since_ms, r.blocked_until_ms, r.blocked_codes,
@@ -66,11 +65,9 @@ RUN_COLUMNS: Final = f"""r.run, r.run_id, r.pipeline, r.execution, r.status, r.e
 FIND: Final = f"SELECT {RUN_COLUMNS} FROM runs r WHERE r.run_key = :run_key"
 LOCK: Final = f"{FIND} FOR UPDATE OF r"
 # Two sessions that create a run at the same time: the second one waits for the first.
-NEW_RUN: Final = """INSERT INTO runs (run_key, run_id, pipeline, execution, status, started_ms, updated_ms,
-    tokens,
-    cost_pico, latency_ns, lease_epoch) VALUES (:run_key, :run_id, '', 0, 'RUNNING', now_ms(), now_ms(), 0,
-    0, 0, 0)
-    ON CONFLICT DO NOTHING RETURNING run"""
+NEW_RUN: Final = """INSERT INTO runs (run_key, run_id, pipeline, execution, status, started_ms,
+    updated_ms, tokens, cost_pico, latency_ns, lease_epoch) VALUES (:run_key, :run_id, '', 0,
+    'RUNNING', now_ms(), now_ms(), 0, 0, 0, 0) ON CONFLICT DO NOTHING RETURNING run"""
 _NO_MARK: Final = "blocked = NULL, blocked_since_ms = NULL, blocked_until_ms = NULL, blocked_codes = NULL"
 _OPEN: Final = f"""status = 'RUNNING', error = NULL, updated_ms = now_ms(), lease_owner = :owner,
     lease_until_ms = clock_ms() + :lease_ms, wake_ms = NULL, claim = NULL, claim_until_ms = NULL, {_NO_MARK},
@@ -87,8 +84,7 @@ NEW_INPUT: Final = """INSERT INTO inputs (run, execution, contract, input, sha25
 INPUT: Final = "SELECT contract, input, sha256 FROM inputs WHERE run = :run AND execution = :execution"
 DISCARD: Final = "DELETE FROM steps WHERE run = :run AND execution = :execution AND position >= :position"
 COUNT_DISCARDED: Final = "UPDATE runs SET commit_count = commit_count - :discarded WHERE run = :run"
-ROW_COUNTS: Final = """SELECT (SELECT count(*) FROM inputs WHERE run = :run AND execution = :execution),
-    (SELECT count(*) FROM attempts WHERE run = :run AND execution = :execution),
+ROW_COUNTS: Final = """SELECT (SELECT count(*) FROM attempts WHERE run = :run AND execution = :execution),
     (SELECT count(*) FROM steps WHERE run = :run AND execution = :execution AND position >= 0)"""
 # The fence: rows change only while this session is the last one that opened the run, and the run counts all
 # attempts that were acknowledged to it.
@@ -99,34 +95,23 @@ FINISH: Final = f"""UPDATE runs SET status = :status, error = :error, updated_ms
     now_ms()),
     lease_until_ms = NULL, {_NO_MARK}, wake_ms = CASE WHEN :is_unfinished THEN
     CASE WHEN wake_ms <= :wake_ms THEN wake_ms ELSE coalesce(:wake_ms, wake_ms) END END {FENCE}"""
-RENEW: Final = f"""UPDATE runs SET lease_until_ms = clock_ms() + :lease_ms {FENCE} AND lease_until_ms IS NOT
-    NULL
-    RETURNING run"""
+RENEW: Final = f"""UPDATE runs SET lease_until_ms = clock_ms() + :lease_ms {FENCE} AND lease_until_ms
+    IS NOT NULL RETURNING run"""
 WAKE: Final = "UPDATE runs SET wake_ms = :wake_ms WHERE run = :run"
 BLOCK: Final = """UPDATE runs SET blocked = :message, blocked_since_ms = :since_ms, blocked_until_ms =
-    :until_ms,
-    blocked_codes = :codes WHERE run = :run"""
-TAG: Final = """INSERT INTO tags (run, tag, started_ms) SELECT run, :tag, started_ms FROM runs WHERE run =
-    :run
-    ON CONFLICT DO NOTHING"""
+    :until_ms, blocked_codes = :codes WHERE run = :run"""
+TAG: Final = """INSERT INTO tags (run, tag, started_ms) SELECT run, :tag, started_ms FROM runs WHERE
+    run = :run ON CONFLICT DO NOTHING"""
 UNTAG: Final = "DELETE FROM tags WHERE run = :run"
 STATUSES: Final = "SELECT run_id, status FROM runs WHERE execution > 0 AND run_key = ANY(:run_keys)"
 EXPIRED: Final = """SELECT run_id FROM runs WHERE updated_ms < :before_ms AND (:unfinished OR (execution > 0
     AND status IN ('COMPLETED', 'RESUMED', 'FAILED', 'CANCELLED'))) ORDER BY updated_ms LIMIT :limit"""
 # Locked first: a commit in progress would leave its rows behind.
 LOCK_NUMBER: Final = "SELECT run FROM runs WHERE run_key = :run_key FOR UPDATE"
-# For a day, a session of a deleted run gets the error that it was deleted; after that, that it was lost.
-RECORD_DELETED: Final = "INSERT INTO deleted (run, deleted_ms) VALUES (:run, now_ms()) ON CONFLICT DO NOTHING"
-# Looks at the first ones only: all of them would make each deletion slower than the one before.
-FORGET_DELETED: Final = """DELETE FROM deleted WHERE run IN (SELECT run FROM deleted ORDER BY run LIMIT 20)
-    AND deleted_ms < now_ms() - 24 * 3600 * 1000"""
-WAS_DELETED: Final = "SELECT run FROM deleted WHERE run = :run"
 DISCARD_EVENTS: Final = "DELETE FROM events WHERE run = :run"
-DELETE_RUN: Final = (
-    *(
-        f"DELETE FROM {table} WHERE run = :run"
-        for table in ("events", "tags", "steps", "inputs", "attempts", "runs")
-    ),
+DELETE_RUN: Final = tuple(
+    f"DELETE FROM {table} WHERE run = :run"
+    for table in ("events", "tags", "steps", "inputs", "attempts", "runs")
 )
 
 # ---------------------------------------------------------------------- attempts and steps
@@ -150,11 +135,10 @@ ATTEMPT: Final = f"{_insert('attempts', _NEW_ATTEMPT)} ON CONFLICT DO NOTHING"
 STEP: Final = f"{_insert('steps', _NEW_STEP)} {_REPLACE_STEP}"
 # An output that replaces another one does not count as a commit.
 _COUNT: Final = """UPDATE runs SET updated_ms = now_ms(), lease_until_ms = clock_ms() + :lease_ms,
-    tokens = tokens + :tokens, cost_pico = cost_pico + :cost_pico, latency_ns = latency_ns + :latency_ns,
-    attempt_count = attempt_count + 1, commit_count = commit_count + :commits * CASE WHEN EXISTS (SELECT 1
-    FROM steps
-    WHERE (run, execution, position, branch_key) = (:run, :execution, :position, :branch_key)) THEN 0 ELSE 1
-    END"""
+    tokens = tokens + :tokens, cost_pico = cost_pico + :cost_pico, latency_ns = latency_ns +
+    :latency_ns, attempt_count = attempt_count + 1, commit_count = commit_count + :commits * CASE WHEN
+    EXISTS (SELECT 1 FROM steps WHERE (run, execution, position, branch_key) = (:run, :execution,
+    :position, :branch_key)) THEN 0 ELSE 1 END"""
 COUNT: Final = f"{_COUNT} {FENCE} RETURNING attempt_count"
 ATTEMPT_COUNT: Final = "SELECT attempt_count FROM runs WHERE run = :run"
 
@@ -167,9 +151,8 @@ def _typed(columns: Iterable[str]) -> str:
     )
 
 
-#  For a server, a commit is one statement. It locks the run and checks the fence (the run may be taken over
-#  while
-# this waits for the lock), adds the attempt, and only with a new attempt its usage and output.
+# For a server, a commit is one statement. It locks the run and checks the fence (the run may be taken over
+# while this waits for the lock), adds the attempt, and only with a new attempt its usage and output.
 _RECORD: Final = f"""WITH owned AS (SELECT run FROM runs {FENCE} FOR UPDATE),
     added AS (INSERT INTO attempts ({", ".join(_NEW_ATTEMPT)}) SELECT {_typed(_NEW_ATTEMPT)} FROM owned
     ON CONFLICT DO NOTHING RETURNING run),
@@ -188,8 +171,6 @@ _STEPS: Final = (
     f"SELECT s.position, s.branch, s.node_id, {', '.join(f's.{name}' for name in Step._fields)} FROM steps s"
 )
 STEPS: Final = f"{_STEPS} WHERE run = :run AND execution = :execution AND position >= 0"
-STEP_AT: Final = f"""{_STEPS} WHERE run = :run AND execution = :execution AND position = :position
-    AND branch_key = :branch_key"""
 STEPS_AT: Final = f"""{_STEPS} WHERE run = :run AND execution = :execution AND position = :position
     AND branch_key = ANY(:branch_keys)"""
 ANNOTATIONS: Final = f"""{_STEPS} WHERE run = :run AND execution = 0 AND position = ANY(:kinds)
@@ -225,17 +206,16 @@ ATTEMPT_PAGE: Final = f"""{_WITH_SIZE} AND (epoch, position, started_ns, branch_
     > (:epoch, :position, :started_ns, :branch_key, :attempt) {_IN_ORDER} LIMIT :limit"""
 ATTEMPTS_AT: Final = f"{_WITH_SIZE} AND position = :position AND branch_key = :branch_key {_IN_ORDER}"
 # In the order of the index `failed`.
-FAILED: Final = f"""SELECT {_ATTEMPT} FROM attempts WHERE run = :run AND execution = :execution
-    AND epoch >= :epoch AND failure_class IS NOT NULL ORDER BY (started_ns + duration_ns) DESC LIMIT :limit"""
+FAILED: Final = f"""SELECT {_ATTEMPT}, epoch FROM attempts WHERE run = :run AND execution = :execution
+    AND failure_class IS NOT NULL ORDER BY (started_ns + duration_ns) DESC LIMIT :limit"""
 # Uses the index `called`, which has no rows of pipelines.
 IDENTITIES: Final = """SELECT DISTINCT identity, position FROM attempts
     WHERE run = :run AND execution = :execution AND identity IS NOT NULL"""
 
 # ---------------------------------------------------------------------- queue
 
-ENQUEUE: Final = """UPDATE runs SET status = 'QUEUED', lease_until_ms = NULL, wake_ms = :due_ms, priority =
-    :priority,
-    queue_key = :key, expires_ms = :expires_ms WHERE run = :run"""
+ENQUEUE: Final = """UPDATE runs SET status = 'QUEUED', lease_until_ms = NULL, wake_ms = :due_ms,
+    priority = :priority, queue_key = :key, expires_ms = :expires_ms WHERE run = :run"""
 _CANDIDATE: Final = "SELECT r.run, r.run_id, r.pipeline, r.priority, r.wake_ms, r.queue_key FROM runs r"
 _SERVED: Final = "(r.version = '' OR r.version = ANY(:versions))"
 _BLOCK_OVER: Final = "(r.blocked_until_ms <= :now OR strpos(r.blocked_codes, :code) = 0)"
@@ -244,33 +224,26 @@ _DUE: Final = f"{_SERVED_DUE} AND r.blocked_since_ms IS NULL"
 # Other workers skip the rows that one of them is about to claim.
 _LOCKED: Final = "FOR UPDATE OF r SKIP LOCKED"
 _STOPPED: Final = f"""{_CANDIDATE} INDEXED BY runs_by_wake WHERE {_DUE} AND r.status IN ('SUSPENDED',
-    'INTERRUPTED')
-    ORDER BY r.wake_ms LIMIT :limit {_LOCKED}"""
-_BLOCKED: Final = f"""{_CANDIDATE} INDEXED BY runs_by_block WHERE {_SERVED_DUE} AND r.blocked_since_ms IS
-    NOT NULL
-    AND {_BLOCK_OVER} AND r.status IN ('SUSPENDED', 'INTERRUPTED', 'QUEUED')
-    ORDER BY r.blocked_since_ms LIMIT :limit {_LOCKED}"""
+    'INTERRUPTED') ORDER BY r.wake_ms LIMIT :limit {_LOCKED}"""
+_BLOCKED: Final = f"""{_CANDIDATE} INDEXED BY runs_by_block WHERE {_SERVED_DUE} AND r.blocked_since_ms
+    IS NOT NULL AND {_BLOCK_OVER} AND r.status IN ('SUSPENDED', 'INTERRUPTED', 'QUEUED') ORDER BY
+    r.blocked_since_ms LIMIT :limit {_LOCKED}"""
 # Without keys, the rows come from the index in order.
 _QUEUED: Final = f"""{_CANDIDATE} INDEXED BY runs_by_queue WHERE {_DUE} AND r.status = 'QUEUED' AND
-    r.queue_key IS NULL
-    ORDER BY r.priority, r.wake_ms, r.run LIMIT :limit {_LOCKED}"""
-_QUEUED_BY_KEY: Final = f"""{_CANDIDATE} WHERE {_DUE} AND r.status = 'QUEUED' AND r.run IN (SELECT run FROM (
-    SELECT r.run, row_number() OVER (PARTITION BY r.queue_key ORDER BY r.priority, r.wake_ms, r.run) AS place
-    FROM runs r INDEXED BY runs_by_key WHERE {_DUE} AND r.status = 'QUEUED' AND r.queue_key IS NOT NULL) AS
-    placed
-    WHERE place <= :limit) ORDER BY r.run {_LOCKED}"""
+    r.queue_key IS NULL ORDER BY r.priority, r.wake_ms, r.run LIMIT :limit {_LOCKED}"""
+_QUEUED_BY_KEY: Final = f"""{_CANDIDATE} WHERE {_DUE} AND r.status = 'QUEUED' AND r.run IN (SELECT run
+    FROM ( SELECT r.run, row_number() OVER (PARTITION BY r.queue_key ORDER BY r.priority, r.wake_ms,
+    r.run) AS place FROM runs r INDEXED BY runs_by_key WHERE {_DUE} AND r.status = 'QUEUED' AND
+    r.queue_key IS NOT NULL) AS placed WHERE place <= :limit) ORDER BY r.run {_LOCKED}"""
 CANDIDATES: Final = (_STOPPED, _QUEUED, _QUEUED_BY_KEY, _BLOCKED)
 # Of owners on this machine it is known at once that they are gone; they may be few of very many.
 RUNNING: Final = f"""SELECT r.run, r.run_id, r.pipeline, r.priority, r.queue_key, r.lease_owner,
-    {_LEFT_SECONDS}
-    FROM runs r WHERE r.status = 'RUNNING' AND r.pipeline = :pipeline AND r.execution > 0 AND {_FREE} AND
-    {_SERVED}
-    AND (r.blocked_since_ms IS NULL OR {_BLOCK_OVER}) AND (r.lease_until_ms IS NULL OR r.lease_until_ms <
-    clock_ms()
-    OR substr(r.lease_owner, 1, length(CAST(:machine AS text))) = :machine) ORDER BY r.started_ms"""
-LOCK_RUNNING: Final = f"""SELECT r.run FROM runs r WHERE r.run = ANY(:runs) AND r.status = 'RUNNING' AND
-    {_FREE}
-    AND r.lease_owner = ANY(:owners) ORDER BY r.run {_LOCKED}"""
+    {_LEFT_SECONDS} FROM runs r WHERE r.status = 'RUNNING' AND r.pipeline = :pipeline AND r.execution
+    > 0 AND {_FREE} AND {_SERVED} AND (r.blocked_since_ms IS NULL OR {_BLOCK_OVER}) AND
+    (r.lease_until_ms IS NULL OR r.lease_until_ms < clock_ms() OR substr(r.lease_owner, 1,
+    length(CAST(:machine AS text))) = :machine) ORDER BY r.started_ms"""
+LOCK_RUNNING: Final = f"""SELECT r.run FROM runs r WHERE r.run = ANY(:runs) AND r.status = 'RUNNING'
+    AND {_FREE} AND r.lease_owner = ANY(:owners) ORDER BY r.run {_LOCKED}"""
 _LIVE: Final = (
     f"SELECT r.queue_key, r.lease_owner, {_LEFT_SECONDS}, NOT {_FREE} AND r.claim <> '' FROM runs r"
 )
@@ -288,16 +261,14 @@ _FIGURES: Final = (
 )
 _WAITING: Final = f"r.pipeline = :pipeline AND r.blocked_since_ms IS NULL AND {_SERVED}"
 QUEUE_FIGURES: Final = f"""SELECT sum(queued), min(due_ms), sum(blocked), min(since_ms) FROM (
-    {_FIGURES}, CAST(NULL AS bigint) AS since_ms FROM runs r INDEXED BY runs_by_queue
-    WHERE {_WAITING} AND r.status = 'QUEUED' AND r.queue_key IS NULL
-    UNION ALL {_FIGURES}, NULL FROM runs r INDEXED BY runs_by_key
-    WHERE {_WAITING} AND r.status = 'QUEUED' AND r.queue_key IS NOT NULL
-    UNION ALL SELECT 0, (SELECT r.wake_ms FROM runs r INDEXED BY runs_by_wake
-    WHERE {_WAITING} AND r.status IN ('SUSPENDED', 'INTERRUPTED') AND r.wake_ms <= :now AND r.wake_ms >
-    {MESSAGE_SENT}
-    ORDER BY r.wake_ms LIMIT 1), 0, NULL
-    UNION ALL SELECT 0, NULL, count(*), min(r.blocked_since_ms) FROM runs r INDEXED BY runs_by_block
-    WHERE r.pipeline = :pipeline AND r.blocked_since_ms IS NOT NULL AND {_SERVED}) AS parts"""
+    {_FIGURES}, CAST(NULL AS bigint) AS since_ms FROM runs r INDEXED BY runs_by_queue WHERE {_WAITING}
+    AND r.status = 'QUEUED' AND r.queue_key IS NULL UNION ALL {_FIGURES}, NULL FROM runs r INDEXED BY
+    runs_by_key WHERE {_WAITING} AND r.status = 'QUEUED' AND r.queue_key IS NOT NULL UNION ALL SELECT
+    0, (SELECT r.wake_ms FROM runs r INDEXED BY runs_by_wake WHERE {_WAITING} AND r.status IN
+    ('SUSPENDED', 'INTERRUPTED') AND r.wake_ms <= :now AND r.wake_ms > {MESSAGE_SENT} ORDER BY
+    r.wake_ms LIMIT 1), 0, NULL UNION ALL SELECT 0, NULL, count(*), min(r.blocked_since_ms) FROM runs
+    r INDEXED BY runs_by_block WHERE r.pipeline = :pipeline AND r.blocked_since_ms IS NOT NULL AND
+    {_SERVED}) AS parts"""
 
 # ---------------------------------------------------------------------- events and cells
 
@@ -306,9 +277,8 @@ APPEND_EVENTS: Final = """INSERT INTO events (run, execution, epoch, last, writt
     WHERE run = :run AND execution = :execution ON CONFLICT DO NOTHING"""
 EVENTS: Final = """SELECT epoch, last, data FROM events WHERE run = :run AND (epoch, last) > (:epoch, :last)
     AND execution = :execution ORDER BY epoch, last LIMIT :limit"""
-TRIM_EVENTS: Final = """DELETE FROM events WHERE run = :run AND (epoch, last) <= (SELECT epoch, last FROM
-    events
-    WHERE run = :run ORDER BY epoch DESC, last DESC LIMIT 1 OFFSET :most)"""
+TRIM_EVENTS: Final = """DELETE FROM events WHERE run = :run AND (epoch, last) <= (SELECT epoch, last
+    FROM events WHERE run = :run ORDER BY epoch DESC, last DESC LIMIT 1 OFFSET :most)"""
 # Processes that delete at the same time do not wait for each other.
 EXPIRE_EVENTS: Final = """DELETE FROM events WHERE (run, epoch, last) IN (SELECT run, epoch, last FROM events
     WHERE written_ms < now_ms() - :expiry_ms LIMIT 1000 FOR UPDATE SKIP LOCKED)"""
@@ -326,11 +296,5 @@ NOW: Final = "SELECT now_ms()"
 # Ids with a prefix: a range of the index. LIKE would interpret wildcards.
 _HAS_PREFIX: Final = "substr(run_id, 1, length(CAST(:prefix AS text))) = :prefix"
 _IN_RANGE: Final = "substr(run_id, 1, 64) >= :first AND substr(run_id, 1, 64) < :last"
-COUNT_WITH_PREFIX: Final = (
-    f"SELECT count(*) FROM (SELECT 1 FROM runs WHERE {_IN_RANGE} LIMIT :most) AS counted"
-)
 BY_PREFIX: Final = f"""SELECT run_id FROM runs WHERE execution > 0 AND {_IN_RANGE} AND {_HAS_PREFIX}
     ORDER BY run_id = :prefix DESC, started_ms DESC, run DESC LIMIT :limit"""
-NEWEST_WITH_PREFIX: Final = f"""SELECT run_id FROM runs INDEXED BY runs_by_start WHERE execution > 0 AND
-    {_HAS_PREFIX}
-    AND run_id <> :prefix ORDER BY started_ms DESC, run DESC LIMIT :limit"""

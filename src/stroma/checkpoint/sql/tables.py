@@ -11,13 +11,10 @@ from stroma.checkpoint.records import ATTEMPT_COLUMNS, AttemptRecord
 
 __all__ = ["ATTEMPT_TYPES", "SCHEMA_VERSION", "STEP_TYPES", "Types", "key", "tables"]
 
-SCHEMA_VERSION: Final = 8  # of the tables, in both stores
+SCHEMA_VERSION: Final = 9  # of the tables, in both stores
 
-_TYPES: Final = {
-    bytes: "bytea",
-    int: "bigint",
-    str: "text",
-}  # Any stands for an output: bytes in these stores.
+# Any stands for an output: bytes in these stores.
+_TYPES: Final = {bytes: "bytea", int: "bigint", str: "text"}
 _MAX_PLAIN_KEY_BYTES: Final = 64
 
 
@@ -65,23 +62,15 @@ def key(text: str) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
-#  ``run`` is never used again, so that a session of a deleted run cannot reach the rows of another one. An
-#  index
-#  entry of PostgreSQL holds at most 2.7 kB, and ids have any length: run_key, branch_key and cell_key hold
-#  key() of
-# an id. attempt_count and commit_count: rows that the last execution must have, counted in the transaction of
-# each. Inputs are separate from runs: every commit writes the row of its run, and an input can be large.
-#  Attempts: the start distinguishes attempts of one number; a resumed run, and a retried group, count from 1.
-#  The
-#  order of the key is the order of the history. Steps: one committed output per position and branch.
-#  Annotations of
-#  a run have positions below 0 and execution 0, see durable/rows.py. Ids grow with each commit: the newest
-#  output
-#  of a node has the highest. Cells: shared by all runs. Deleted: runs that were deleted within the last day,
-#  to
-#  distinguish them from lost runs. The lease columns: every opening increments the epoch and writes its owner
-#  and
-# the end of its lease.
+# ``run`` is never used again, so that a session of a deleted run cannot reach the rows of another one. An
+# index entry of PostgreSQL holds at most 2.7 kB, and ids have any length: run_key, branch_key and cell_key
+# hold key() of an id. attempt_count and commit_count: rows that the last execution must have, counted in the
+# transaction of each. Inputs are separate from runs: every commit writes the row of its run, and an input
+# can be large. Attempts: the start distinguishes attempts of one number; a resumed run, and a retried group,
+# count from 1. The order of the key is the order of the history. Steps: one committed output per position
+# and branch. Annotations of a run have positions below 0 and execution 0, see durable/rows.py. Ids grow with
+# each commit: the newest output of a node has the highest. Cells: shared by all runs. The lease columns:
+# every opening increments the epoch and writes its owner and the end of its lease.
 # wake_ms: from when on a worker continues a run that stopped or is queued; every opening deletes it.
 # claim: the worker that is about to open the run, until claim_until_ms by the clock of leases.
 # blocked and the columns after it: the mark of a blocked run; every opening and every end deletes it.
@@ -105,20 +94,18 @@ def tables(types: Types) -> list[str]:
         table("meta", f"k {text} PRIMARY KEY, v {text} NOT NULL"),
         table(
             "runs",
-            f"""{types.run}, run_key {text} NOT NULL UNIQUE, run_id {text} NOT NULL, pipeline {text} NOT NULL,
-            execution {number} NOT NULL, status {text} NOT NULL, error {text},
-            started_ms {number} NOT NULL CHECK (started_ms >= 0), updated_ms {number} NOT NULL,
-            tokens {number} NOT NULL, cost_pico {number} NOT NULL, latency_ns {number} NOT NULL,
-            lease_owner {text}, lease_epoch {number} NOT NULL, lease_until_ms {number},
-            attempt_count {number} NOT NULL DEFAULT 0, commit_count {number} NOT NULL DEFAULT 0, wake_ms
-            {number},
-            priority {number} NOT NULL DEFAULT 0, queue_key {text}, expires_ms {number}, claim {text},
-            claim_until_ms {number}, version {text} NOT NULL DEFAULT '', blocked {text}, blocked_since_ms
-            {number},
-            blocked_until_ms {number}, blocked_codes {text}""",
+            f"""{types.run}, run_key {text} NOT NULL UNIQUE, run_id {text} NOT NULL, pipeline {text}
+                NOT NULL, execution {number} NOT NULL, status {text} NOT NULL, error {text},
+                started_ms {number} NOT NULL CHECK (started_ms >= 0), updated_ms {number} NOT NULL,
+                tokens {number} NOT NULL, cost_pico {number} NOT NULL, latency_ns {number} NOT NULL,
+                lease_owner {text}, lease_epoch {number} NOT NULL, lease_until_ms {number},
+                attempt_count {number} NOT NULL DEFAULT 0, commit_count {number} NOT NULL DEFAULT 0,
+                wake_ms {number}, priority {number} NOT NULL DEFAULT 0, queue_key {text}, expires_ms
+                {number}, claim {text}, claim_until_ms {number}, version {text} NOT NULL DEFAULT '',
+                blocked {text}, blocked_since_ms {number}, blocked_until_ms {number}, blocked_codes
+                {text}""",
             types.rewritten,
         ),
-        table("deleted", f"run {number} PRIMARY KEY, deleted_ms {number} NOT NULL"),
         table(
             "inputs",
             f"""run {number}, execution {number}, contract {text} NOT NULL, input {data} NOT NULL,
@@ -126,11 +113,10 @@ def tables(types: Types) -> list[str]:
         ),
         table(
             "steps",
-            f"""{types.id}, run {number} NOT NULL, execution {number} NOT NULL, position {number} NOT NULL,
-            branch_key {text} NOT NULL, branch {text} NOT NULL, node_id {text} NOT NULL, epoch {number} NOT
-            NULL,
-            attempt {number} NOT NULL, started_ns {number} NOT NULL, {columns(STEP_TYPES)},
-            UNIQUE (run, execution, position, branch_key)""",
+            f"""{types.id}, run {number} NOT NULL, execution {number} NOT NULL, position {number} NOT
+                NULL, branch_key {text} NOT NULL, branch {text} NOT NULL, node_id {text} NOT NULL,
+                epoch {number} NOT NULL, attempt {number} NOT NULL, started_ns {number} NOT NULL,
+                {columns(STEP_TYPES)}, UNIQUE (run, execution, position, branch_key)""",
         ),
         table(
             "attempts",
@@ -146,8 +132,7 @@ def tables(types: Types) -> list[str]:
         table(
             "events",
             f"""run {number}, execution {number} NOT NULL, epoch {number}, last {number}, written_ms
-            {number} NOT NULL,
-            data {data} NOT NULL, PRIMARY KEY (run, epoch, last)""",
+                {number} NOT NULL, data {data} NOT NULL, PRIMARY KEY (run, epoch, last)""",
         ),
         table(
             "tags",
@@ -175,7 +160,6 @@ _INDEXES: Final = (
     "CREATE INDEX runs_by_claim ON runs (pipeline, claim_until_ms) WHERE claim_until_ms IS NOT NULL",
     "CREATE INDEX tags_by_start ON tags (tag, started_ms, run)",
     "CREATE INDEX events_by_time ON events (written_ms)",
-    "CREATE INDEX deleted_by_time ON deleted (deleted_ms)",
     "CREATE INDEX failed ON attempts (run, execution, (started_ns + duration_ns)) WHERE failure_class IS "
     "NOT NULL",
     "CREATE INDEX called ON attempts (run, execution, position) WHERE identity IS NOT NULL",

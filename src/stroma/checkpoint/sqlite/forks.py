@@ -11,14 +11,10 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final, Protocol
+from typing import Any, Final
 from weakref import WeakSet
 
 __all__ = ["FORKS"]
-
-
-class _Closable(Protocol):
-    def close(self) -> None: ...
 
 
 class _Forks:
@@ -29,7 +25,7 @@ class _Forks:
         #: Depth of use by thread.
         self._users: dict[int, int] = {}
         #: Connections that are open while nobody uses them.
-        self.idle: WeakSet[_Closable] = WeakSet()
+        self.idle: WeakSet[Any] = WeakSet()
 
     @contextmanager
     def prevent(self) -> Iterator[None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 import stat
 from collections.abc import Callable
 from typing import Literal, TypeVar
@@ -94,15 +93,7 @@ class SQLiteStore(AsyncStates):
                 finally:
                     db.execute("ROLLBACK")
 
-            try:
-                return self._file.retry_while_locked(once)
-            except sqlite3.OperationalError as error:
-                if "decode to UTF-8" not in str(error):
-                    raise
-                # Replace undecodable text, so that other rows stay readable. Only now: it takes three times
-                # as long.
-                db.text_factory = lambda data: data.decode("utf-8", "replace")
-                return self._file.retry_while_locked(once)
+            return self._file.retry_while_locked(once)
 
     async def merge_log(self) -> None:
         """Merge the ``-wal`` file into the database: a copy of that alone has every run. Raises StoreError.

@@ -9,10 +9,9 @@ from typing import Any, Final, Literal
 import click
 
 from stroma._utils.text import clean, format_duration, format_usd, short_id
-from stroma.checkpoint.blocked import BlockedMark
 from stroma.checkpoint.decisions import MESSAGE_SENT, UNFINISHED
 from stroma.checkpoint.history import FAILED, History, is_interrupted, status_of
-from stroma.checkpoint.queue import QUEUED
+from stroma.checkpoint.queue import QUEUED, BlockedMark
 from stroma.checkpoint.records import Cause, RunQuery, RunRecord
 from stroma.cli.formatting import SPAN, format_age, format_local_time, style_status, to_iso
 from stroma.cli.output import Part, emit_fields, err, out, table

@@ -394,7 +394,7 @@ class FlowDriver(FlowWaits):
         if event.failure is not None:
             return self.failed(call, read_failure(event.failure), event.number)
         if event.received is not None:
-            self.take_message(call, message_of(event.received), event.received["problem"], event.number)
+            self.take_message(call, message_of(event.received), event.received.problem, event.number)
             return call.end
         try:
             outcome = await call.restore()

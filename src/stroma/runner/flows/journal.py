@@ -22,6 +22,7 @@ from pydantic import BaseModel
 
 from stroma.checkpoint import Committed, Session
 from stroma.checkpoint.decoding import RecordName, decode_number
+from stroma.checkpoint.durable.integrity import storable_text
 from stroma.checkpoint.entries import OF_FLOW, SentMessage
 from stroma.checkpoint.flow_notes import FailureNote, MessageNote, decode_flow_note
 from stroma.checkpoint.identity import is_called, with_outer
@@ -144,10 +145,10 @@ class FlowJournal:
             records.times[at] = value
             self._remember(position, at, key)
         elif kind == "f":
-            self._add(position, Event(value["event"], rest, failure=value), key)
+            self._add(position, Event(value.event, rest, failure=value), key)
         elif kind == "m":
-            self._add(position, Event(value["event"], rest, received=value), key)
-            self.inbox.known.add(value["number"])
+            self._add(position, Event(value.event, rest, received=value), key)
+            self.inbox.known.add(value.number)
         elif kind == "e":
             event = Event(decode_number(rest, name), value[0], time_ms=value[1])
             if event.branch:
@@ -187,7 +188,7 @@ class FlowJournal:
     def input_key_of(self, position: int, event: Event) -> bytes | None:
         """Return the input of the call that an event ends, in stored form; None if it is not recorded."""
         if event.failure is not None:
-            text = event.failure["input_key"]
+            text = event.failure.input_key
             return None if text is None else text.encode()
         committed = self._ctx.journal.restored.get((position, event.branch))
         return None if committed is None or committed.step is None else committed.step.input_key
@@ -216,32 +217,32 @@ class FlowJournal:
         self, position: int, number: int, branch: str, failure: Failure, input_key: bytes | None
     ) -> None:
         """Record the failure of a call."""
-        fields: FailureNote = {
-            "event": number,
-            "node": failure.node_id,
-            "kind": failure.failure_class.value,
-            "message": failure.message,
-            "reason": failure.reason,
-            "attempt": failure.attempt,
-            "type": kind_of(failure.exception),
-            "retry_after": failure.retry_after_seconds,
-            "input_key": None if input_key is None else input_key.decode(),
-        }
+        fields = FailureNote(
+            event=number,
+            node=failure.node_id,
+            kind=failure.failure_class,
+            message=storable_text(failure.message) or "",
+            reason=storable_text(failure.reason),
+            attempt=failure.attempt,
+            type=kind_of(failure.exception),
+            retry_after=failure.retry_after_seconds,
+            input_key=None if input_key is None else input_key.decode(),
+        )
         self._note(position, "f", branch, fields, number)
 
     def note_message(
         self, position: int, number: int, branch: str, message: SentMessage, problem: str | None
     ) -> None:
         """Record the message that a call gets, and why it does not fit."""
-        fields: MessageNote = {
-            "event": number,
-            "number": message.number,
-            "topic": message.topic,
-            "id": message.id,
-            "payload": message.payload.decode(),
-            "problem": problem,
-            "at_ms": (perf_counter_ns() + self._ctx.journal.epoch_ns) / 1e6,
-        }
+        fields = MessageNote(
+            event=number,
+            number=message.number,
+            topic=message.topic,
+            id=message.id,
+            payload=message.payload.decode(),
+            problem=storable_text(problem),
+            at_ms=(perf_counter_ns() + self._ctx.journal.epoch_ns) / 1e6,
+        )
         self._note(position, "m", branch, fields, number)
 
     def free_message(self, position: int, branch: str, message: SentMessage) -> None:
@@ -305,19 +306,19 @@ class FlowJournal:
 def read_failure(fields: FailureNote) -> Failure:
     """Return the failure that :meth:`FlowJournal.note_failure` recorded."""
     return Failure(
-        RunFailed.recorded(fields["message"], fields["type"]),
-        FailureClass(fields["kind"]),
-        fields["node"],
-        fields["attempt"],
-        fields["message"],
-        fields["reason"],
-        fields["retry_after"],
+        RunFailed.recorded(fields.message, fields.type),
+        fields.kind,
+        fields.node,
+        fields.attempt,
+        fields.message,
+        fields.reason,
+        fields.retry_after,
     )
 
 
 def message_of(fields: MessageNote) -> SentMessage:
     """Return the message that :meth:`FlowJournal.note_message` recorded."""
-    return SentMessage(fields["number"], fields["topic"], fields["id"], fields["payload"].encode())
+    return SentMessage(fields.number, fields.topic, fields.id, fields.payload.encode())
 
 
 def misfit_of(problem: str) -> Failure:
