@@ -201,8 +201,9 @@ class SqlRows(ABC):
 
     def delete(self, run_id: str) -> None:
         row = self._one(sql.LOCK_NUMBER, run_key=key(run_id))
-        for statement in sql.DELETE_RUN if row is not None else ():
-            self._run(statement, run=row[0])
+        if row is not None:
+            for statement in sql.DELETE_RUN:
+                self._run(statement, run=row[0])
 
     # ------------------------------------------------------------------ queue
 
