@@ -24,7 +24,7 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.types import Command, Send, interrupt
 from research_run import Question, Report, main, publish, was_published
 
-from stroma import Flow, NotDone, current_node
+from stroma import Flow, NotDone, current_node, stroma_flow
 from stroma.adapters.langgraph import InterruptAnswer, durable
 
 
@@ -92,6 +92,7 @@ graph = durable(
 )
 
 
+@stroma_flow("research", input=Question, output=Report)
 async def research(flow: Flow, question: Question) -> Report:
     state = await graph.ainvoke(Research(topic=question.topic, findings=[], receipt="", report=""))
     return Report(text=state["report"] or "refused")

@@ -35,7 +35,7 @@ from openai.types.responses import (
 )
 from research_run import Question, Report, main, publish, was_published
 
-from stroma import Flow, current_node
+from stroma import Flow, current_node, stroma_flow
 from stroma.adapters.openai_agents import DurableRunner, ToolApproval
 
 set_tracing_disabled(True)
@@ -114,6 +114,7 @@ lead: Agent[None] = Agent(name="lead", model=FakeModel(lead_answers), tools=[loo
 agents = DurableRunner(tools={"publish_report": {"effect": True, "reconcile": was_published}})
 
 
+@stroma_flow("research", input=Question, output=Report)
 async def research(flow: Flow, question: Question) -> Report:
     result = agents.run_streamed(lead, question.topic)
     async for _ in result.stream_events():

@@ -34,7 +34,7 @@ from pydantic_ai.messages import (
 from pydantic_ai.models.function import AgentInfo, DeltaToolCall, DeltaToolCalls, FunctionModel
 from research_run import Question, Report, main, publish, was_published
 
-from stroma import Flow, current_node
+from stroma import Flow, current_node, stroma_flow
 from stroma.adapters.pydantic_ai import StromaDurability, ToolApproval
 
 Answer = AsyncIterator[str | DeltaToolCalls]
@@ -91,6 +91,7 @@ async def publish_report(text: str) -> str:
     return publish(text, current_node().idempotency_key)
 
 
+@stroma_flow("research", input=Question, output=Report)
 async def research(flow: Flow, question: Question) -> Report:
     return Report(text=(await lead.run(question.topic)).output)
 

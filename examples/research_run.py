@@ -3,22 +3,20 @@
     python examples/research_pydantic_ai.py               # research_openai_agents.py, research_langgraph.py
     python examples/research_pydantic_ai.py worker        # as many as you like; kill them whenever you like
     python examples/research_pydantic_ai.py ask "Otters"  # submits a question
-    stroma ui sqlite:///research.db                       # shows the text as it arrives, and asks for approval
+    stroma ui --db research.db                            # shows the text as it arrives, and asks for approval
 
-The first line does all of it in one process, in memory. The others share research.db, or the store in RESEARCH_DB.
+The first line does all of it in one process, in memory. The others share research.db, or the store in STROMA_DB.
 """
 
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Coroutine
-from typing import Any
 
 from pydantic import BaseModel
 
-from stroma import Flow, FlowFunction, InMemoryStore, NotDone, StromaRunner
+from stroma import FlowFunction, InMemoryStore, NotDone, StromaRunner
 
-#: The public web: reports by the idempotency keys under which they were published.
+#: The public web, of one process here: reports by the idempotency keys under which they were published.
 PUBLISHED: dict[str, str] = {}
 
 
@@ -40,23 +38,22 @@ def publish(text: str, key: str) -> str:
     return f"published as number {len(PUBLISHED)}"
 
 
-def main(research: Callable[[Flow, Question], Coroutine[Any, Any, Report]], approval: object) -> None:
+def main(research: FlowFunction[Question, Report], approval: object) -> None:
     """Run a flow as the command line says."""
     is_demo = len(sys.argv) == 1
-    store = InMemoryStore() if is_demo else os.environ.get("RESEARCH_DB", "sqlite:///research.db")
+    store = InMemoryStore() if is_demo else os.environ.get("STROMA_DB", "sqlite:///research.db")
     runner = StromaRunner.quick(store=store, events="store", lease_seconds=5)
-    flow = runner.flow("research", input=Question, output=Report)(research)
     if is_demo:
-        asyncio.run(demo(runner, flow, approval))
+        asyncio.run(demo(runner, research, approval))
     elif sys.argv[1] == "worker":
-        asyncio.run(runner.serve(flow, poll_seconds=0.2))
+        asyncio.run(runner.serve(research, poll_seconds=0.2))
     else:
-        print(asyncio.run(runner.submit(flow, Question(topic=sys.argv[2]))).run_id)
+        print(asyncio.run(runner.submit(research, Question(topic=sys.argv[2]))).run_id)
 
 
-async def demo(runner: StromaRunner, flow: FlowFunction[Question, Report], approval: object) -> None:
-    worker = asyncio.create_task(runner.serve(flow, poll_seconds=0.05))
-    run, live = await runner.submit(flow, Question(topic="otters")), ""
+async def demo(runner: StromaRunner, research: FlowFunction[Question, Report], approval: object) -> None:
+    worker = asyncio.create_task(runner.serve(research, poll_seconds=0.05))
+    run, live = await runner.submit(research, Question(topic="otters")), ""
     async for event in run.follow():
         if event.kind == "node_event":
             live += f"{event.data}|"  # A page shows it at once.

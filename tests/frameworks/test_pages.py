@@ -60,7 +60,7 @@ async def test_a_worker_finishes_the_research_of_a_killed_one(example: Path, tmp
     """A page that follows the run gets its text as it arrives, also from a worker that replaces a killed
     one."""
     url = f"sqlite:///{tmp_path / 'research.db'}"
-    command, env = [sys.executable, str(example)], {**os.environ, "RESEARCH_DB": url}
+    command, env = [sys.executable, str(example)], {**os.environ, "STROMA_DB": url}
     asked = subprocess.run(
         [*command, "ask", "otters"], env=env, capture_output=True, text=True, check=False, timeout=100
     )
