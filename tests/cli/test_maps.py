@@ -114,12 +114,12 @@ def test_lines_name_the_item(stroma):
     done = stroma("run", "turns.py:pipeline", '{"nums": [7, 8]}', "--run-id", "t")
     assert done.code == 1, done.err
     group = "map_over(nums, [read, rate])"
-    first = ["[read, rate][0]", "read[0]", "read[0]", "rate[0]", "rate[0]", "[read, rate][0]"]
+    first = ["read[0]", "rate[0]", "[read, rate][0]"]
     second = [name.replace("[0]", "[1]") for name in first]
     assert names(done.err) == ["load", "load", group, *first, *second, group]
     again = stroma("resume", "t", "turns.py:pipeline", env={"WELL": "1"})
     assert again.code == 0, again.err
-    rest = ["[read, rate][0]", "[read, rate][1]", "read[1]", "rate[1]", "rate[1]", "[read, rate][1]"]
+    rest = ["[read, rate][0]", "read[1]", "rate[1]", "[read, rate][1]"]
     assert names(again.err) == ["load", group, *rest, group]
     assert stroma.calls() == ["read-7", "read-8"]
 

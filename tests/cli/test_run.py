@@ -28,10 +28,9 @@ def test_run_prints_the_final_state(stroma):
         ["third", "ok"],
     ]
     assert re.search(
-        r"second +ok +\d\.\d\d s, 15 tok, \$0\.00000\d, gpt-4o-mini\n +run: 135 tok, \$0\.0000\d\d\n",
+        r"second +ok +\d\.\d\d s, 15 tok, \$0\.00000\d, gpt-4o-mini  \| run: 135 tok, \$0\.0000\d\d\n",
         done.err,
     )
-    assert max(map(len, done.err.splitlines())) <= 100
     assert re.search(
         r"done: COMPLETED in .*; 135 tok, \$0\.0000\d\d\ndetails: .* show [0-9a-f]{12}\n$", done.err
     )
@@ -94,8 +93,7 @@ def test_failure_then_resume(stroma):
     breaks = {"SECOND": "raise RuntimeError('no luck\\x1b[2J')"}
     done = stroma("run", "sums.py:pipeline", GOOD, "--db", "my runs.db", env=breaks)
     assert (done.code, done.out) == (1, "")
-    assert re.search(r"second +FAILED +AMBIGUOUS, .*\n +RuntimeError: no luck\\x1b\[2J\n", done.err)
-    assert re.search(r"second +wait +0\.0\d s, then attempt 2\n", done.err)
+    assert re.search(r"second +FAILED +AMBIGUOUS, .*  \| RuntimeError: no luck\\x1b\[2J\n", done.err)
     assert (
         "is PARTIAL: node 'second' (at 1, attempt 2): AMBIGUOUS\n  why: RuntimeError: no luck\\x1b[2J\n"
         in done.err
@@ -288,7 +286,8 @@ def test_groups_and_items(stroma, inside):
         env={"ADD": "raise ContractViolation('x', 'output', {}, [])"},
     )
     assert done.code == 1
-    assert re.search(r"  map_over\(nums, second\) +start\n.*    second\[0\] +start\n", done.err)
+    assert re.search(r"  map_over\(nums, second\) +start\n", done.err)
+    assert not re.search(r"second\[\d+\] +start", done.err)
     assert re.search(r"    second\[10\] +ok ", done.err)
     assert "node 'add' (at 2.0) in parallel(add, also): TERMINAL (contract)" in " ".join(done.err.split())
     shown = inside("show", "last", "--unfold")

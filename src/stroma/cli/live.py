@@ -444,7 +444,7 @@ class LiveProgress(Progress):
             total = row.retries.total()
             why = ", ".join(f"{reason} {n:,}" for reason, n in row.retries.most_common())
             count = f"{total:,} {'retry' if total == 1 else 'retries'}"
-            err.wrapped(("retried: ", "yellow"), f"{clean(row.name, 60)}: {count} ({why})")
+            err.fitted(("retried: ", "yellow"), f"{clean(row.name, 60)}: {count} ({why})")
         if len(retried) > _SUMMARY_ROWS:
             err.line(f"retried: and {pluralize(len(retried) - _SUMMARY_ROWS, 'node')} more")
 

@@ -93,17 +93,13 @@ class Stream:
         """Write one line. Never raises if the reader has closed the pipe."""
         self.write(self.render(*parts))
 
-    def wrapped(self, *parts: Part, indent: int = 4) -> None:
-        """Write a text in lines that fit the terminal, at most 100 columns; it is broken at spaces only."""
+    def fitted(self, *parts: Part, indent: int = 4) -> None:
+        """Write one line; on a terminal, in lines of at most 100 columns, broken at spaces only."""
+        if not self.is_terminal:
+            self.line(*parts)
+            return
         for line in wrap(parts, max(self.columns, 2 * indent), indent):
             self.line(*line)
-
-    def fitted(self, *parts: Part, indent: int = 4) -> None:
-        """Write one line; on a terminal, in lines that fit it."""
-        if self.is_terminal:
-            self.wrapped(*parts, indent=indent)
-        else:
-            self.line(*parts)
 
     def hint(self, text: str) -> None:
         """Write a line that ends with a command, which can still be pasted where a terminal breaks it."""

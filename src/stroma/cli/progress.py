@@ -13,7 +13,7 @@ from stroma._utils.text import clean, format_duration, format_tokens, format_usd
 from stroma.checkpoint.identity import with_outer
 from stroma.cli.errors import is_debugging
 from stroma.cli.formatting import id_word
-from stroma.cli.output import Part, cell_width, err
+from stroma.cli.output import Part, err
 from stroma.cost.budget import BudgetExceeded
 from stroma.engine.execution import RunningNode, running_node
 from stroma.failures.classes import FailureClass
@@ -27,6 +27,7 @@ _NAME_WIDTH = 30
 _MAX_ITEM_LINES = 20  # a larger map prints one line for all items
 _MAX_FAILURE_LINES = 20  # of such a map
 _LINE_SECONDS = 10.0  # between two lines about such a map
+_MIN_WAIT_SECONDS = 1.0  # that have a line
 _INDENT = 16  # of what continues a line
 _UNITS = {"tokens": "tokens", "cost": "USD", "latency": "ms"}
 
@@ -40,7 +41,8 @@ def failure_message(node: RunningNode | None, failure: Failure) -> str:
 class Progress:
     """Hooks that print one line for each start, end, wait and restored output; none when quiet.
 
-    A map with many items prints one line for all of them, and its first failures.
+    Starts of items and waits of less than a second are not printed. A map with many items prints one line
+    for all of them, and its first failures.
 
     Attributes:
         is_started: this process opened the run in the store.
@@ -139,7 +141,8 @@ class Progress:
                 self._maps.add((node.position, node.branch))
             self._started[node.position, node.branch] = time.perf_counter()
             again = f"attempt {node.attempt}" if node.attempt > 1 else ""
-            self._event(node, node_id, ("start", "cyan"), again)
+            if not self._item_index(node):
+                self._event(node, node_id, ("start", "cyan"), again)
 
     async def _node_success(self, run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
         self._note_end(node_id, ("ok", "green"))
@@ -160,7 +163,8 @@ class Progress:
     async def _node_retry(
         self, run_id: str, node_id: str, attempt: int, delay: float, failure_class: FailureClass
     ) -> None:
-        self._note(node_id, ("wait", "yellow"), f"{format_duration(delay)}, then attempt {attempt}")
+        if delay >= _MIN_WAIT_SECONDS:
+            self._note(node_id, ("wait", "yellow"), f"{format_duration(delay)}, then attempt {attempt}")
 
     async def _node_skipped(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
         self._note(node_id, ("restored", "blue"), "finished earlier, not called again")
@@ -239,20 +243,12 @@ def _timed(parts: Sequence[Part]) -> list[Part]:
 
 
 def timed_lines(*parts: Part, more: Sequence[str] = ()) -> None:
-    """Print what fits the terminal on stderr, prefixed by the time of day.
+    """Print a line on stderr, prefixed by the time of day; on a terminal, in lines that fit it.
 
-    ``more``: texts that stand in the line if they fit, and else in lines of their own below it.
+    ``more``: texts at its end.
     """
-    whole = _timed(parts)
-    room = err.columns - sum(map(cell_width, whole))
-    while more and len(more[0]) + 4 <= room:
-        whole.append((f"  | {more[0]}", "dim"))
-        room -= len(more[0]) + 4
-        more = more[1:]
     # Must not raise: with strict hooks that would fail the run.
-    err.wrapped(*whole, indent=_INDENT)
-    for text in more:
-        err.wrapped((" " * _INDENT + text, "dim"), indent=_INDENT)
+    err.fitted(*_timed(parts), *((f"  | {text}", "dim") for text in more), indent=_INDENT)
 
 
 class _LogPrinter(logging.Handler):

@@ -160,7 +160,7 @@ class RunReport:
 
     def _print_success(self) -> None:
         result = self.result
-        err.wrapped(
+        err.fitted(
             ("done", "bold green"),
             f": {result.status} in {format_duration(self.seconds)}; {self._usage_text()}",
         )
@@ -185,20 +185,20 @@ class RunReport:
         else:
             reason = f"{failure.failure_class}{f' ({failure.reason})' if failure.reason else ''}"
             head: Part = ("stroma: ", "bold red")
-            err.wrapped(
+            err.fitted(
                 head, f"run {clean(result.run_id)} is {result.status}: {self._failed_node(failure)}: {reason}"
             )
-            err.wrapped(f"  why: {clean(str(failure), 1000)}")
+            err.fitted(f"  why: {clean(str(failure), 1000)}")
             states = [(event.input_state, event.output_state) for event in result.trace.walk()]
             shown = Secrets(values=states).mask_error(failure.exception)
             for line in last_frame(shown, of_any=False):
                 err.line(f"  {line}")
             if self.exceeded not in (None, failure.exception):
-                err.wrapped(f"  and: {self.exceeded}")
+                err.fitted(f"  and: {self.exceeded}")
             if is_debugging():
                 err.write("".join(traceback.format_exception(shown)))
         stored = "; finished nodes are stored" if self.db.is_durable else ""
-        err.wrapped(f"  spent: {self._usage_text()}{stored}")
+        err.fitted(f"  spent: {self._usage_text()}{stored}")
         self._print_notes()
         err.hint(f"  {self._next_step()}")
         if failure is not None and self.db.is_durable and not self.is_suspended:

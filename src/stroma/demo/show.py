@@ -141,7 +141,7 @@ def main(argv: list[str]) -> int:
     if options.scene == "agent":
         ok = _killed_agent(demo)
         if ok:
-            _look_further(demo, time.monotonic() - started, "ticket")
+            _look_further(demo, time.monotonic() - started, "ticket", _SHOWN_AGENT)
         return 0 if ok else 1
     with start_provider(options.seed) as provider:
         ok = _trouble(demo, provider)
@@ -150,7 +150,7 @@ def main(argv: list[str]) -> int:
         ok = ok and _killed_and_resumed(demo, provider) and _on_a_budget(demo, provider)
     if ok:
         _bill(demo, "inbox")
-        _look_further(demo, time.monotonic() - started, "inbox")
+        _look_further(demo, time.monotonic() - started, "inbox", _SHOWN)
     return 0 if ok else 1
 
 
@@ -273,9 +273,21 @@ def _killed_agent(demo: Demo) -> bool:
     return code == 0 and (booked, requests) == (1, 3)
 
 
-def _look_further(demo: Demo, seconds: float, run_id: str) -> None:
-    demo.title(f"Look further (all of this took {seconds:.0f} s)")
-    demo.print_line(f"""
+_SHOWN: Final = """\
+Failed calls were retried where a retry could help, and wrong answers were sent
+back with their errors. A run that was killed resumed without paying for a
+finished call again. A budget stopped a run, which kept all that it had paid."""
+_SHOWN_AGENT: Final = """\
+An agent waited for an approval without a process. Its process was killed after
+the bank had booked, and the next one did not book again. Every request to the
+model was paid for once."""
+
+
+def _look_further(demo: Demo, seconds: float, run_id: str, shown: str) -> None:
+    demo.title(f"What you have seen, in {seconds:.0f} s")
+    demo.print_line(shown)
+    demo.title("Look further")
+    demo.print_line(f"""\
 export STROMA_DB={shlex.quote(str(demo.db))}
 {demo.program} show {run_id} --timing
 {demo.program} runs

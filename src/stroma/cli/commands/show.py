@@ -301,7 +301,7 @@ def _print_hint(command: str, place: str) -> None:
         err.line(command + place)
         return
     err.hint(command)
-    err.wrapped(f"    {place.strip()}")
+    err.fitted(f"    {place.strip()}")
 
 
 # ---------------------------------------------------------------------- attempts
