@@ -119,7 +119,7 @@ def test_html(failed, inside, stroma):
     assert text.count('<rect class="b-wait') == 1
     assert "<b>Field</b> <code>lines.0.price</code>" in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
-    assert "<code>stroma resume x FILE.py:NAME" in text
+    assert "<code>stroma resume x flows.py:pipeline" in text
     bare = inside("export", "x", "--format", "html", "--no-states").out
     check_page(bare)
     assert "<h2>Attempts</h2>" in bare

@@ -62,7 +62,7 @@ def test_a_run_of_somebody_else(stroma, inside, fails):
         assert listed.err == ""
         shown = inside("show", "x")
         assert re.search(rf"\nowner +process {process.pid} on .*; last record ", shown.out)
-        assert "wait for its result: stroma resume x FILE.py:NAME --attach" in shown.err
+        assert "wait for its result: stroma resume x sums.py:pipeline --attach" in shown.err
         (run,) = json.loads(inside("runs", "--json").out)["runs"]
         assert run["holder"].startswith(f"process {process.pid} on ")
         assert stroma.calls() == ["first", "second"]

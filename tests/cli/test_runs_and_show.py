@@ -10,15 +10,45 @@ import time
 
 import pytest
 from tests.cli.conftest import GOOD
+from tests.kit import NEVER, Num
 from tests.store_suite.journal import State, begin, commit, finish
 
-from stroma import SQLiteStore
+from stroma import SQLiteStore, StromaRunner
 from stroma._utils.text import clean, format_duration
 from stroma.checkpoint.history import History
 from stroma.cli import formatting
+from stroma.cli.loading import note_target
 from stroma.trace.redaction import HIDDEN
 
 MAIN = "import sys; from stroma.cli import main; "
+
+
+@pytest.mark.parametrize(
+    ("target", "offered"),
+    [
+        ("jobs/mail.py:inbox", "jobs/mail.py:inbox"),
+        ("package.mail:inbox", "package.mail:inbox"),
+        ("x.py:p; rm -rf .", "FILE.py:NAME"),
+        ("--db=x:p", "FILE.py:NAME"),
+        ("x.py:p\n", "FILE.py:NAME"),
+    ],
+)
+def test_a_hint_offers_what_named_the_pipeline_last(target, offered, tmp_path, inside):
+    """FILE:NAME of a run is remembered as text: a hint offers it if it can be pasted, and imports nothing."""
+
+    async def write():
+        runner = StromaRunner.quick(store=tmp_path / "runs.db", hooks=note_target(target), policy_map=NEVER)
+
+        @runner.node
+        async def fail(state: Num) -> Num:
+            raise ValueError("no")
+
+        await runner.run([fail], Num(), run_id="r")
+        await runner.checkpoint_manager.store.aclose()
+
+    asyncio.run(write())
+    done = inside("show", "r", "--db", str(tmp_path / "runs.db"))
+    assert f"resume with: stroma resume r {offered} --db" in done.err, done
 
 
 def test_blocked_runs(tmp_path, inside):

@@ -43,7 +43,7 @@ def test_a_message_continues_a_run(chat: Any, inside: Any) -> None:
     done = inside("send", "c", '{"text": "b"}')
     assert (done.code, done.out) == (0, "")
     assert "the message to run c is stored" in done.err
-    assert "or continue it here: stroma resume c FILE.py:NAME" in done.err
+    assert "or continue it here: stroma resume c chat.py:chat" in done.err
     assert inside("resume", "c", "chat.py:chat").code == 7
     assert "waiting for a message on 'more'" in inside("show", "c").out
     tree = inside("show", "c", "--tree").out

@@ -50,7 +50,7 @@ def test_a_run_whose_process_died(stroma, inside):
     done = inside("tail", "x", "--follow")
     assert done.code == 0
     assert done.out.splitlines()[-1] == "INTERRUPTED  owner lost"
-    assert "resume it: stroma resume x FILE.py:NAME" in done.err
+    assert "resume it: stroma resume x sums.py:pipeline" in done.err
 
 
 @pytest.mark.slow

@@ -17,10 +17,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from stroma.cli.errors import Code, Problem, describe_error, last_frame
 from stroma.contracts.node import find_node
+from stroma.engine.execution import current_run
+from stroma.hooks.sets import NodeHooks
 from stroma.runner.pipeline import Pipeline
 from stroma.runner.runner import StromaRunner, with_settings_of
 
-__all__ = ["LoadedObject", "load_object", "load_pipeline", "load_with_module"]
+__all__ = ["LoadedObject", "load_object", "load_pipeline", "load_with_module", "note_target"]
 
 T = TypeVar("T")
 _FORM = "name a pipeline as FILE.py:NAME or package.module:NAME"
@@ -39,6 +41,17 @@ def load_with_module(target: str) -> tuple[Pipeline, ModuleType]:
         return with_settings_of(loaded.module, pipeline), loaded.module
     except LookupError as error:
         raise Problem(*str(error).split("; ", 1)) from None
+
+
+def note_target(target: str) -> NodeHooks:
+    """Return hooks that store with each run what named its pipeline, for the hints of later commands."""
+
+    async def note(run_id: str, pipeline: str, state: dict[str, Any]) -> None:
+        run = current_run()
+        if run is not None and run.session.attribution.get("target") != target:
+            run.session.note_attribution({"target": target})
+
+    return NodeHooks(on_run_start=note)
 
 
 class LoadedObject(NamedTuple):

@@ -28,6 +28,7 @@ from stroma.checkpoint.records import RunRecord
 from stroma.cli.errors import Code, Problem, describe_error, last_frame
 from stroma.cli.exporters import FLUSH_SECONDS, Exporters
 from stroma.cli.formatting import id_word
+from stroma.cli.loading import note_target
 from stroma.cli.output import err
 from stroma.cli.progress import Progress, show_warnings
 from stroma.cli.report import RunReport
@@ -102,7 +103,7 @@ class LocalRun:
             )
         own = flatten(self.config.hooks)
         exporters = self.options.exporters.hooks(own, quiet=quiet)
-        hooks = [*Exporters.merge(exporters, own), progress.hooks()]
+        hooks = [*Exporters.merge(exporters, own), progress.hooks(), note_target(self.target)]
         config = self.config.model_copy(update={"hooks": hooks})
         runner = StromaRunner(ContractRegistry(), CheckpointManager(self.db.store), config)
         started = time.perf_counter()

@@ -65,18 +65,19 @@ def print_plan(
             }
         )
         return code
+    target = target or database.target_of(record)
     _print_plan(restored, called, changes, is_complete=pipeline is not None)
     if record.holder is not None:
         err.line(
             ("busy: ", "yellow"),
             f"the run is already running in {clean(record.holder)}; wait for it: ",
-            database.hint("resume", id_word(record.run_id), target or "FILE.py:NAME", options=("--attach",)),
+            database.hint("resume", id_word(record.run_id), target, options=("--attach",)),
         )
     elif changes:
         err.line("the run cannot be resumed; restore the listed nodes, or resume before them with --from")
     else:
         options = ("--from", start_at) if start_at is not None else ()
-        hint = database.hint("resume", id_word(record.run_id), target or "FILE.py:NAME", options=options)
+        hint = database.hint("resume", id_word(record.run_id), target, options=options)
         err.line(f"nothing was done; resume with: {hint}")
     return code
 

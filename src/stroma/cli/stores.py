@@ -26,8 +26,11 @@ from stroma.cli.errors import Code, Problem, command
 from stroma.cli.formatting import format_age
 from stroma.cli.output import err
 
-__all__ = ["Database", "db_option", "store_problem"]
+__all__ = ["TARGET", "Database", "db_option", "store_problem"]
 
+#: Stands for the pipeline of a run in a hint, where the store does not know it.
+TARGET: Final = "FILE.py:NAME"
+_TARGET: Final = re.compile(r"[\w./][\w./-]*:\w+", re.ASCII)
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 #: Passwords: the part after the first colon of "user:password@host", and options with such names.
@@ -304,6 +307,17 @@ class Database:
             "pass more characters",
             *lines,
         )
+
+    def target_of(self, record: RunRecord) -> str:
+        """Return FILE:NAME of the command that ran a run last, if it can be pasted; else a placeholder.
+
+        The text comes from the store: it is shown, and never imported by itself.
+        """
+        try:
+            target = self.reader.attribution(record.run_id).get("target", "")
+        except StoreError:
+            target = ""
+        return target if _TARGET.fullmatch(target) else TARGET
 
     def get_run(self, run_id: str) -> RunRecord | None:
         """Return the run with exactly this id; None if the store has none."""

@@ -328,6 +328,18 @@ class ReadableStore(ABC):
 
         return self._read_run(run_id, query, [])
 
+    def attribution(self, run_id: str) -> dict[str, str]:
+        """Return what a run belongs to, by kind, such as "user" or "target"; {} if unknown.
+
+        Raises CorruptCheckpoint, StoreError.
+        """
+
+        def query(rows: Rows, run: RunRow) -> dict[str, str]:
+            annotations = read_annotations(rows, run.run, run_id, Annotation.ATTRIBUTION)
+            return {row.branch: row.node_id for row in annotations}
+
+        return self._read_run(run_id, query, {})
+
     def flow_notes(self, run_id: str) -> dict[str, bytes]:
         """Return the notes of the flows of the last execution, by key, without damaged ones.
 

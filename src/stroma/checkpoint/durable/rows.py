@@ -53,7 +53,7 @@ class Annotation(IntEnum):
     NOTE = -9  #: data of the driver of the execution; branch: its key, which begins with a position
     CONTROL = -10  #: a request that an owner has read and that holds; branch: its key
     REJECTED = -11  #: an output that broke its contract; branch: "position:start:branch"
-    ATTRIBUTION = -12  #: what the run belongs to, as node id; branch: "conversation", "user", "session"
+    ATTRIBUTION = -12  #: what the run belongs to, as node id; branch: "user", "session", "target" ...
     EFFECT = -13  #: a node whose effect an execution of the run has called; branch: its id
     MESSAGE = -14  #: a message to the run; branch: its number, see ``messages``
 

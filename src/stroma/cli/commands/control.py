@@ -31,7 +31,8 @@ def take_back_pause(database: Database, record: RunRecord) -> bool:
         f"run {clean(record.run_id)} is not paused any more; a worker that serves pipeline "
         f"{clean(record.pipeline, 100)!r} continues it"
     )
-    err.line(f"or continue it here: {database.hint('resume', id_word(record.run_id), 'FILE.py:NAME')}")
+    target = database.target_of(record)
+    err.line(f"or continue it here: {database.hint('resume', id_word(record.run_id), target)}")
     return True
 
 
@@ -141,7 +142,7 @@ def send(run_: str, text: str, topic: str, message_id: str | None, as_json: bool
         return
     err.line(f"the message to run {clean(record.run_id)} is stored")
     if record.status == "SUSPENDED":
-        resume = database.hint("resume", id_word(record.run_id), "FILE.py:NAME")
+        resume = database.hint("resume", id_word(record.run_id), database.target_of(record))
         err.line(
             f"a worker that serves pipeline {clean(record.pipeline, 100)!r} continues the run; "
             f"or continue it here: {resume}"

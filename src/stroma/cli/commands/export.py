@@ -68,7 +68,7 @@ def _text(history: History, database: Database, record: RunRecord, form: str, st
         hint = (
             ""
             if record.status in FINISHED
-            else database.command("resume", id_word(record.run_id), "FILE.py:NAME")
+            else database.command("resume", id_word(record.run_id), database.target_of(record))
         )
         return document(history.story(record, max_attempts=_DRAWN, states=states, resume_command=hint))
     attempts, _ = history.attempts(record.run_id, _ALL)

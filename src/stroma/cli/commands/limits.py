@@ -110,7 +110,8 @@ def _set_of_run(database: Database, run: str, limits: Mapping[str, float], as_js
     shown = ", ".join(f"{field} {limit:,}" for field, limit in limits.items())
     err.line(f"run {name} has a new budget: {shown}")
     if after.holder is None:
-        err.line(f"continue it: {database.hint('resume', id_word(record.run_id), 'FILE.py:NAME')}")
+        target = database.target_of(record)
+        err.line(f"continue it: {database.hint('resume', id_word(record.run_id), target)}")
 
 
 def _data(state: BudgetState) -> dict[str, Any]:

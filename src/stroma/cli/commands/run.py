@@ -125,11 +125,11 @@ def resume(
     if target is None:
         if take_back_pause(database, record):
             return Code.OK
-        # The store has the name of the pipeline, not the module to import.
+        # The store may remember the path of the pipeline, which is offered and never imported by itself.
         raise Problem(
             f"run {clean(record.run_id)} is a run of the pipeline {clean(record.pipeline, 100)!r}; "
             "pass the path of that pipeline",
-            database.hint("resume", id_word(record.run_id), "FILE.py:NAME"),
+            database.hint("resume", id_word(record.run_id), database.target_of(record)),
         )
     pipeline = load_pipeline(target)
     position = None if start_at is None else find_position(pipeline, target, start_at)

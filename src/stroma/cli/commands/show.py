@@ -29,7 +29,7 @@ from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import format_age, format_local_time, id_word, style_status, to_iso
 from stroma.cli.output import Part, emit, err, out, table
 from stroma.cli.redaction import load_redact, redact_option
-from stroma.cli.stores import Database, db_option
+from stroma.cli.stores import TARGET, Database, db_option
 from stroma.cli.suspended import (
     answer_type,
     place_text,
@@ -273,8 +273,8 @@ def _print_head(
 
 def _print_next_steps(database: Database, record: RunRecord, waiting: list[Waiting]) -> None:
     """Print the commands that a run needs next."""
-    name, target = id_word(record.run_id), "FILE.py:NAME"
-    place = f"  (where the pipeline {clean(record.pipeline, 60)!r} is)"
+    name, target = id_word(record.run_id), database.target_of(record)
+    place = f"  (where the pipeline {clean(record.pipeline, 60)!r} is)" if target == TARGET else ""
     if record.holder is not None:
         _print_hint(
             f"wait for its result: {database.hint('resume', name, target, options=('--attach',))}", place

@@ -197,7 +197,7 @@ class _Follower:
         text = record.wait_text or record.error
         why = f"  {clean(text)}" if text else ""
         if gone:
-            hint = self._database.hint("resume", id_word(record.run_id), "FILE.py:NAME")
+            hint = self._database.hint("resume", id_word(record.run_id), self._database.target_of(record))
             out.line(*self._name(record), style_status(status_of(record)), "  owner lost")
             err.hint(f"resume it: {hint}")
             return

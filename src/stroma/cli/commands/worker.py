@@ -11,7 +11,7 @@ from stroma._utils.text import clean
 from stroma.cli.errors import Problem
 from stroma.cli.exporters import Exporters, exporter_options
 from stroma.cli.health import HEALTH_HELP, HealthAddress
-from stroma.cli.loading import load_pipeline
+from stroma.cli.loading import load_pipeline, note_target
 from stroma.cli.progress import show_warnings
 from stroma.cli.stores import Database, db_option
 from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_options
@@ -99,8 +99,10 @@ def worker(
         one for pipeline in pipelines if pipeline.config is not None for one in flatten(pipeline.config.hooks)
     ]
     hooks = exporters.hooks(own, quiet=quiet)
-    if hooks:
-        pipelines = [_with_hooks(pipeline, hooks) for pipeline in pipelines]
+    pipelines = [
+        _with_hooks(pipeline, [*hooks, note_target(target)])
+        for pipeline, target in zip(pipelines, targets, strict=True)
+    ]
     serving: LocalWorker | TemporalWorker
     if cluster is None:
         serving = LocalWorker(pipelines, database, concurrency or 10, poll, drain, health, quiet)
