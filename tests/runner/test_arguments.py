@@ -120,7 +120,6 @@ def test_what_is_no_set_of_hooks_is_told_when_it_is_given(value: Any) -> None:
         ),
         (lambda: StromaRunner.quick(redact=5), TypeError, "redact must be callable, got 5"),
         (lambda: NodeHooks(on_node_start=5), TypeError, "on_node_start must be callable, got 5"),
-        (lambda: StromaRunner.quick().with_context(5), ValueError, "instance of dict"),
         (
             lambda: FallbackPolicy("a", "b", 80),
             ValueError,

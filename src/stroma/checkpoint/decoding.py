@@ -1,4 +1,4 @@
-"""Decoding of stored records: all that a store holds besides outputs and inputs.
+"""Texts and records of stores: all that a store holds besides outputs and inputs.
 
 Damage can change anything, so everything is checked here: encoding, depth, numbers and types. Whatever is
 wrong is one kind of error, CorruptCheckpoint, which names the record.
@@ -13,7 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from stroma.checkpoint.errors import CorruptCheckpoint
 
-__all__ = ["MAX_INT", "RecordName", "decode_json", "decode_number"]
+__all__ = ["MAX_INT", "RecordName", "decode_json", "decode_number", "storable_text"]
 
 MAX_INT: Final = 2**63 - 1
 
@@ -39,6 +39,13 @@ class RecordName(NamedTuple):
         return CorruptCheckpoint(
             f"{record} is damaged{why}; restore the store from a backup, restart the run, or start a new one"
         )
+
+
+def storable_text(value: str | None) -> str | None:
+    """Return a text that every store accepts: lone surrogates and NULs are escaped."""
+    if value is None or (value.isascii() and "\0" not in value):
+        return value
+    return value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
 
 
 def decode_json(data: bytes | str, shape: Any, name: RecordName) -> Any:

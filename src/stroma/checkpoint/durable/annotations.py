@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 from stroma.checkpoint.decisions import is_answered
-from stroma.checkpoint.decoding import RecordName, decode_json, decode_number
-from stroma.checkpoint.durable.integrity import is_intact, parse_attempt, seal, storable_text
+from stroma.checkpoint.decoding import RecordName, decode_json, decode_number, storable_text
+from stroma.checkpoint.durable.integrity import is_intact, parse_attempt, seal
 from stroma.checkpoint.durable.rows import Annotation, Rows, RunRow, Step, StepRow
 from stroma.checkpoint.entries import UnknownCall, Waiting, is_effect_note
 from stroma.checkpoint.payloads import UNREADABLE, PayloadPlace, Payloads

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Final
 
-from stroma.checkpoint.durable.integrity import checksum, storable_text, verify_step
+from stroma.checkpoint.decoding import storable_text
+from stroma.checkpoint.durable.integrity import checksum, verify_step
 from stroma.checkpoint.durable.rows import EventRow, Fence, StepRow
 from stroma.checkpoint.entries import Committed, StepCall
 from stroma.checkpoint.events import EventBatch, EventPlace

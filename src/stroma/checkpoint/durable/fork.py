@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from stroma.checkpoint.decisions import FORK_DUE_MS
+from stroma.checkpoint.decoding import storable_text
 from stroma.checkpoint.durable.annotations import (
     Notes,
     annotate,
@@ -15,7 +16,7 @@ from stroma.checkpoint.durable.annotations import (
     record_notes,
     record_waiting,
 )
-from stroma.checkpoint.durable.integrity import checksum, require_undamaged, seal, storable_text, verify_step
+from stroma.checkpoint.durable.integrity import checksum, require_undamaged, seal, verify_step
 from stroma.checkpoint.durable.messages import last_number, note_last
 from stroma.checkpoint.durable.rows import (
     FORKED,

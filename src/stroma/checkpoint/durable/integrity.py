@@ -21,7 +21,6 @@ __all__ = [
     "parse_run",
     "require_undamaged",
     "seal",
-    "storable_text",
     "verify_input",
     "verify_step",
 ]
@@ -126,13 +125,6 @@ def _is_valid(value: Any, types: tuple[type, ...]) -> bool:
 def checksum(data: Any) -> Any:
     """Return the SHA-256 digest of data; a state in memory, which nothing can damage, itself."""
     return data if isinstance(data, UnencodedState) else hashlib.sha256(data).digest()
-
-
-def storable_text(value: str | None) -> str | None:
-    """Return a text that every store accepts: lone surrogates and NULs are escaped."""
-    if value is None or (value.isascii() and "\0" not in value):
-        return value
-    return value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
 
 
 def seal(position: int, branch: str, node_id: str, step: Step) -> Step:

@@ -21,6 +21,7 @@ from stroma.checkpoint.decisions import (
     check_resubmission,
     not_waiting,
 )
+from stroma.checkpoint.decoding import storable_text
 from stroma.checkpoint.durable.annotations import read_annotation, read_waiting, record_waiting, waiting_key
 from stroma.checkpoint.durable.control import (
     CANCEL,
@@ -32,7 +33,7 @@ from stroma.checkpoint.durable.control import (
 )
 from stroma.checkpoint.durable.conversion import to_committed
 from stroma.checkpoint.durable.fork import fork_run
-from stroma.checkpoint.durable.integrity import checksum, storable_text, verify_step
+from stroma.checkpoint.durable.integrity import checksum, verify_step
 from stroma.checkpoint.durable.messages import add_message
 from stroma.checkpoint.durable.news import Listener
 from stroma.checkpoint.durable.operations import Transaction

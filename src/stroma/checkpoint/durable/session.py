@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from stroma._utils.logs import get_logger
 from stroma.checkpoint.cells import Change
 from stroma.checkpoint.decisions import COMPLETE
+from stroma.checkpoint.decoding import storable_text
 from stroma.checkpoint.durable.annotations import (
     Notes,
     annotate,
@@ -30,7 +31,7 @@ from stroma.checkpoint.durable.annotations import (
 )
 from stroma.checkpoint.durable.control import accept_requests
 from stroma.checkpoint.durable.conversion import payload_reference, seal_events, to_attempt, to_committed
-from stroma.checkpoint.durable.integrity import checksum, seal, storable_text
+from stroma.checkpoint.durable.integrity import checksum, seal
 from stroma.checkpoint.durable.messages import read_messages
 from stroma.checkpoint.durable.operations import (
     CellChange,

@@ -149,7 +149,7 @@ class _Follower:
         fresh = [one for one in attempts if _key(one) not in printed]
         printed.update(map(_key, fresh))
         self._states[run] = state
-        return sorted(fresh, key=lambda one: one.started_ms + one.duration_ms)
+        return sorted(fresh, key=lambda one: one.started_ns + one.duration_ns)
 
     def _print_emitted(self, record: RunRecord, *, of_ended: bool) -> None:
         """Print new events that nodes emitted; without ``of_ended`` those of attempts in progress only."""

@@ -21,8 +21,7 @@ from typing import Any, Final, NamedTuple, cast
 from pydantic import BaseModel
 
 from stroma.checkpoint import Committed, Session
-from stroma.checkpoint.decoding import RecordName, decode_number
-from stroma.checkpoint.durable.integrity import storable_text
+from stroma.checkpoint.decoding import RecordName, decode_number, storable_text
 from stroma.checkpoint.entries import OF_FLOW, SentMessage
 from stroma.checkpoint.flow_notes import FailureNote, MessageNote, decode_flow_note
 from stroma.checkpoint.identity import is_called, with_outer
