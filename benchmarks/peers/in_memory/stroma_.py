@@ -18,9 +18,11 @@ from stroma import (
 
 
 def versions() -> str:
-    # Ours is installed as stroma-runner, the published library as stroma.
-    name = metadata.packages_distributions()["stroma"][0]
-    return f"{name} {metadata.version(name)}"
+    """Return the distribution that provides ``stroma`` here: ours, or the published library."""
+    try:
+        return f"stroma-runner {metadata.version('stroma-runner')}"
+    except metadata.PackageNotFoundError:
+        return f"stroma {metadata.version('stroma')}"
 
 
 def build(nodes: int) -> Run:
