@@ -69,7 +69,7 @@ def test_a_folder_is_embedded_once(tmp_path: Path) -> None:
     first, second = run("rag_ingestion.py", str(folder), home=tmp_path).split(
         "Again, after one file has changed:"
     )
-    assert "left out: empty.md is empty" in first
+    assert "left out: ValueError: empty.md is empty" in first
     assert "3 files, 8 calls" in first  # Two for each file; the empty one is tried twice.
     assert re.search(r"^  0\.\d\d  (\w+)\.md", first, re.MULTILINE)[1] == "crash"
     assert "4 files, 2 calls" in second
