@@ -69,7 +69,7 @@ REASONS = {
     ),
     "conflict": ("the provider was busy with the same thing", "nothing"),
     "changed": (
-        "the code does other things than the run has recorded, see [versions](howto/resume-after-deploy.md)",
+        "the code does other things than the run has recorded, see [versions](howto/change-a-flow.md)",
         "run the code that recorded it, or let a worker with fitting code take the run",
     ),
     "limit": (

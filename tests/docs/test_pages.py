@@ -58,10 +58,12 @@ FRAMEWORKS = [
     *sorted((DOCS / "migration").glob("from-langgraph*.md")),
     DOCS / "migration" / "from-dbos.md",
 ]
+#: In the environment of the examples: tests/examples.
+FASTAPI = [DOCS / "howto" / "approval-service.md"]
 #: Followed as a whole, by tests/docs/test_tutorial.py.
 TUTORIAL = sorted((DOCS / "tutorial").glob("*.md"))
 ALL = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-PAGES = [page for page in ALL if page not in {*SYSTEMS, *SERVERS, *FRAMEWORKS, *TUTORIAL}]
+PAGES = [page for page in ALL if page not in {*SYSTEMS, *SERVERS, *FRAMEWORKS, *FASTAPI, *TUTORIAL}]
 #: What shows as it is: outputs, and forms of commands with words in place of values.
 SHOWN_ONLY = {"", "diff", "html", "text", "ini", "yaml", "json", "toml"}
 
