@@ -31,6 +31,7 @@ from tests.docs.blocks import (
     shown,
     walk,
 )
+from tests.docs.killed_page import durable_program, kill_in_each_step
 from tests.kit import environment
 from tests.providers.replies import _CHAT, _MESSAGE
 from tests.providers.server import Answer, Server
@@ -90,6 +91,18 @@ def test_the_code_on_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
         with Shell(tmp_path, reader_env()) as shell:
             for block, command, printed, expected in walk(text, page.stem, shell):
                 assert same(printed, expected), f"line {block.line}: {command!r} printed {printed}"
+
+
+def test_the_durable_program_of_any_framework_continues_where_it_was_killed(tmp_path: Path) -> None:
+    """G5: Killed with SIGKILL in one step after the other, and started again, the program on the page about
+    frameworks without a page ends as without kills, and calls no step again that was recorded."""
+    kill_in_each_step(durable_program(DOCS / "adapters" / "any_framework.md"), tmp_path)
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "adapters").glob("*.md")), ids=lambda page: page.stem)
+def test_the_page_of_a_framework_has_a_durable_program(page: Path) -> None:
+    """It is killed and continued in the environment of the framework."""
+    assert durable_program(page)
 
 
 def test_every_page_whose_code_shows_anything_is_run() -> None:

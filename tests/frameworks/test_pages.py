@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from tests.docs.blocks import ROOT, promised, run_python
+from tests.docs.killed_page import durable_program, kill_in_each_step
 
 from stroma import StromaRunner
 
@@ -22,8 +23,9 @@ _DECORATION = re.compile(r"\s*$|[╭│╰]|Flow |.*[🌊✅🔄]")
 NAME = os.environ["STROMA_TEST_FRAMEWORK"]
 
 
-#: Its page, and the pages about coming from it.
-PAGES = [*(DOCS / "adapters").glob(f"{NAME}.md"), *sorted((DOCS / "migration").glob(f"from-{NAME}*.md"))]
+ADAPTERS = list((DOCS / "adapters").glob(f"{NAME}.md"))
+#: And the pages about coming from the framework.
+PAGES = [*ADAPTERS, *sorted((DOCS / "migration").glob(f"from-{NAME}*.md"))]
 RESEARCH = list((ROOT / "examples").glob(f"research_{NAME}.py"))
 EXAMPLES = sorted((ROOT / "examples").glob(f"*_{NAME}.py"))
 
@@ -40,6 +42,14 @@ def test_the_code_on_the_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
     assert ran
     for _, code, printed in ran:
         assert [line for line in printed if not _DECORATION.match(line)] == promised(code)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("page", ADAPTERS, ids=lambda page: page.name)
+def test_the_durable_program_of_the_page_continues_where_it_was_killed(page: Path, tmp_path: Path) -> None:
+    """G5: Killed with SIGKILL in one step after the other, and started again, the program on the page of a
+    framework ends as without kills, and calls no step again that was recorded."""
+    kill_in_each_step(durable_program(page), tmp_path)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
