@@ -23,6 +23,7 @@ from tests.receivers.datadog import DatadogAgent
 from tests.receivers.sentry import RecordedSentry
 
 from stroma import Flow, Pipeline, RunStatus, SQLiteStore, StromaRunner, parallel
+from stroma.engine.current import running_agent
 from stroma.telemetry import ExporterHooks, otel_hooks, sentry_hooks
 
 pytest_plugins = ["tests.receivers.fixtures"]
@@ -43,7 +44,7 @@ class LinesExporter(SpanExporter):
                 assert span.context is not None
                 about = {
                     "name": span.name,
-                    "trace": span.context.trace_id,
+                    "trace_id": span.context.trace_id,
                     "id": span.context.span_id,
                     "parent": span.parent and span.parent.span_id,
                     "start": span.start_time,
@@ -111,7 +112,7 @@ def test_a_killed_and_resumed_run_is_one_trace_with_one_root(
         "invoke_workflow pipeline",
     ]
     assert first["parent"] == second["parent"] == root["id"]
-    assert first["trace"] == second["trace"] == root["trace"]
+    assert first["trace_id"] == second["trace_id"] == root["trace_id"]
     outer = None if traceparent is None else int(traceparent.split("-")[2], 16)
     assert (root["parent"], root["links"]) == (outer, 0)
     assert root["start"] // 1_000_000 <= first["start"] // 1_000_000
@@ -155,27 +156,36 @@ def test_it_is_one_trace_in_sentry(tmp_path: pathlib.Path, mode: str, traceparen
     assert "stroma.resumed_from" not in root["data"]
 
 
+def run_with_datadog(agent: DatadogAgent, code: str, *arguments: str) -> None:
+    """Run code in a process that is killed, and in another one."""
+    program = (
+        "import pathlib, sys; from tests.telemetry.test_lost_roots import run_flow, run_with; "
+        "from stroma.telemetry import datadog_hooks; from ddtrace.trace import tracer; "
+        "dies, path, traceparent = sys.argv[1] == 'dies', pathlib.Path(sys.argv[2]), sys.argv[-1] or None; "
+    )
+    for dies in ("dies", ""):
+        done = subprocess.run(
+            [sys.executable, "-c", program + code, dies, *arguments],
+            env=agent.environment(DD_TRACE_PARTIAL_FLUSH_MIN_SPANS="1"),
+            cwd=pathlib.Path(__file__).parents[2],
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == (-signal.SIGKILL if dies else 0)
+
+
 @pytest.mark.parametrize("traceparent", [None, OUTER], ids=["alone", "in a trace"])
 def test_it_is_one_trace_in_datadog(
     datadog_agent: DatadogAgent, tmp_path: pathlib.Path, traceparent: str | None
 ) -> None:
     """The nodes that the first process has sent are under the root that the second one sends."""
     datadog_agent.clear()
-    program = (
-        "import pathlib, sys; from tests.telemetry.test_lost_roots import run_with; "
-        "from stroma.telemetry import datadog_hooks; from ddtrace.trace import tracer; "
-        "path, dies, traceparent = pathlib.Path(sys.argv[1]), sys.argv[2] == 'dies', sys.argv[3] or None; "
-        "run_with(datadog_hooks(), path, dies=dies, traceparent=traceparent, before_death=tracer.flush)"
+    run_with_datadog(
+        datadog_agent,
+        "run_with(datadog_hooks(), path, dies=dies, traceparent=traceparent, before_death=tracer.flush)",
+        str(tmp_path),
+        traceparent or "",
     )
-    for dies in ("dies", ""):
-        done = subprocess.run(
-            [sys.executable, "-c", program, str(tmp_path), dies, traceparent or ""],
-            env=datadog_agent.environment(DD_TRACE_PARTIAL_FLUSH_MIN_SPANS="1"),
-            cwd=pathlib.Path(__file__).parents[2],
-            check=False,
-            timeout=60,
-        )
-        assert done.returncode == (-signal.SIGKILL if dies else 0)
     spans = [span for trace in datadog_agent.traces(at_least=1) for span in trace]
     (root,) = [span for span in spans if span["name"] == "stroma.run"]
     nodes = [span for span in spans if span["name"] == "stroma.node"]
@@ -236,24 +246,26 @@ class State(BaseModel):
     n: int = 0
 
 
-def run_flow(path: pathlib.Path, *, dies: bool) -> None:
-    """Run a flow with a flow, a map and a group inside; the process may be killed in its last step."""
-    provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(LinesExporter(path / "spans")))
+def run_flow(
+    hooks: ExporterHooks, path: pathlib.Path, *, dies: bool, before_death: Callable[[], Any] = lambda: None
+) -> None:
+    """Run a flow with a flow, a map, agents and a group inside; the process may be killed in its last
+    step."""
     store = SQLiteStore(path / "runs.db")
-    runner = StromaRunner.quick(store=store, hooks=otel_hooks(tracer=provider), resume=True, lease_seconds=1)
+    runner = StromaRunner.quick(store=store, hooks=hooks, resume=True, lease_seconds=1)
 
     def node(id: str) -> Any:
         @runner.node(id, input=State, output=State)
         async def step(state: State) -> State:
             if dies and id == "slow":
                 await asyncio.sleep(0.5)  # Its sibling ends, and is stored.
+                before_death()
                 os.kill(os.getpid(), signal.SIGKILL)
             return state
 
         return step
 
-    look_up, each, quick, slow = map(node, ("look_up", "each", "quick", "slow"))
+    before, look_up, each, quick, slow = map(node, ("before", "look_up", "each", "quick", "slow"))
 
     @runner.flow
     async def inner(flow: Flow, state: State) -> State:
@@ -263,7 +275,11 @@ def run_flow(path: pathlib.Path, *, dies: bool) -> None:
 
     @runner.flow
     async def outer(flow: Flow, state: State) -> State:
+        await flow.step(before, state)
         await flow.run(inner, state)
+        for name in ("clerk", "notary"):
+            with running_agent(name), running_agent("helper"):
+                await flow.step(look_up, state)
         await flow.run(Pipeline("both", [parallel(quick, slow)]), state)
         return state
 
@@ -271,36 +287,111 @@ def run_flow(path: pathlib.Path, *, dies: bool) -> None:
         async with store:
             result = await runner.run(outer, State(), run_id="r")
             assert result.ok, result.failure
+            assert await runner.flush(timeout_seconds=20)
 
     asyncio.run(go())
 
 
-@pytest.mark.slow
-def test_parts_and_groups_of_a_killed_run_are_in_its_tree(tmp_path: pathlib.Path) -> None:
-    """The process that resumes a run writes the spans that the killed one had open, of a flow, a map and a
-    group, around those that it had sent."""
+#: (name, name of the parent) of the spans of the flow, of both processes.
+FLOW = [
+    ("before", "outer"),
+    ("both", "outer"),
+    ("clerk", "outer"),
+    ("each", "each"),
+    ("each", "each"),
+    ("each", "inner"),
+    ("helper", "clerk"),
+    ("helper", "notary"),
+    ("inner", "outer"),
+    ("look_up", "helper"),
+    ("look_up", "helper"),
+    ("look_up", "inner"),
+    ("notary", "outer"),
+    ("outer", ""),
+    ("parallel(quick, slow)", "both"),
+    ("quick", "parallel(quick, slow)"),
+    ("slow", "parallel(quick, slow)"),
+]
+KINDS = ("invoke_agent ", "invoke_workflow ", "stroma.map ", "stroma.node ")
+
+
+def names_of(spans: list[dict[str, Any]], name: str, id: str, parent: str) -> list[tuple[str, str]]:
+    """Return (name, name of the parent) of spans with these keys."""
+
+    def short(text: str) -> str:
+        return text.removeprefix(next((kind for kind in KINDS if text.startswith(kind)), ""))
+
+    names = {span[id]: short(span[name]) for span in spans}
+    assert len(names) == len(spans), "each span is sent once"
+    assert len({span["trace_id"] for span in spans}) == 1
+    return sorted((names[span[id]], names[span[parent]] if span[parent] else "") for span in spans)
+
+
+def killed_and_resumed_flow(run: Callable[[bool], None]) -> None:
+    """Run the flow in a process that is killed, and here."""
     child = os.fork()
     if child == 0:
-        run_flow(tmp_path, dies=True)
+        run(True)
+        os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    run_flow(tmp_path, dies=False)
+    run(False)
+
+
+@pytest.mark.slow
+def test_parts_and_groups_of_a_killed_run_are_in_its_tree(tmp_path: pathlib.Path) -> None:
+    """The process that resumes a run writes the spans that the killed one had open, of a flow, a map, an
+    agent and a group, around those that it had sent, and those of the first three with the times of their
+    steps."""
+
+    def run(dies: bool) -> None:
+        provider = TracerProvider()
+        provider.add_span_processor(SimpleSpanProcessor(LinesExporter(tmp_path / "spans")))
+        run_flow(otel_hooks(tracer=provider), tmp_path, dies=dies)
+
+    killed_and_resumed_flow(run)
     spans = list(map(json.loads, (tmp_path / "spans").read_text().splitlines()))
-    ids = {span["id"]: span["name"] for span in spans}
-    assert len(ids) == len(spans)
-    assert len({span["trace"] for span in spans}) == 1
-    starts = {span["id"]: span["start"] for span in spans}
-    assert all(
-        starts[span["parent"]] <= span["start"] for span in spans if span["name"] == "stroma.node each"
+    assert names_of(spans, "name", "id", "parent") == FLOW
+    by_name = {span["name"]: span for span in spans}
+    for part, steps in (
+        ("invoke_workflow inner", ("stroma.map each", "stroma.node look_up")),
+        ("stroma.map each", ("stroma.node each",)),
+        ("invoke_agent clerk", ("invoke_agent helper",)),
+    ):
+        around = by_name[part]
+        inside = [span for span in spans if span["name"] in steps and span["parent"] == around["id"]]
+        assert abs(around["start"] - min(span["start"] for span in inside)) < 50_000_000, part
+        assert abs(around["end"] - max(span["end"] for span in inside)) < 50_000_000, part
+
+
+@pytest.mark.slow
+def test_parts_of_a_killed_run_are_in_its_tree_in_sentry(tmp_path: pathlib.Path) -> None:
+    """So does the exporter to Sentry, where spans are streamed."""
+
+    def run(dies: bool) -> None:
+        with RecordedSentry(trace_lifecycle="stream") as sentry:
+
+            def write() -> None:
+                sentry.client.flush()
+                with (tmp_path / "spans").open("a") as file:
+                    file.writelines(json.dumps(span) + "\n" for span in sentry.transport.spans)
+
+            run_flow(sentry_hooks(client=sentry.client), tmp_path, dies=dies, before_death=write)
+            write()
+
+    killed_and_resumed_flow(run)
+    spans = list(map(json.loads, (tmp_path / "spans").read_text().splitlines()))
+    assert names_of(spans, "name", "span_id", "parent_span_id") == FLOW
+
+
+def test_parts_of_a_killed_run_are_in_its_tree_in_datadog(
+    datadog_agent: DatadogAgent, tmp_path: pathlib.Path
+) -> None:
+    """So does the exporter to Datadog, where ``ddtrace`` had sent a part of the trace."""
+    datadog_agent.clear()
+    run_with_datadog(
+        datadog_agent,
+        "run_flow(datadog_hooks(), path, dies=dies, before_death=tracer.flush)",
+        str(tmp_path),
     )
-    assert sorted((span["name"], ids.get(span["parent"], str(span["parent"]))) for span in spans) == [
-        ("invoke_workflow both", "invoke_workflow outer"),
-        ("invoke_workflow inner", "invoke_workflow outer"),
-        ("invoke_workflow outer", "None"),
-        ("stroma.map each", "invoke_workflow inner"),
-        ("stroma.node each", "stroma.map each"),
-        ("stroma.node each", "stroma.map each"),
-        ("stroma.node look_up", "invoke_workflow inner"),
-        ("stroma.node parallel(quick, slow)", "invoke_workflow both"),
-        ("stroma.node quick", "stroma.node parallel(quick, slow)"),
-        ("stroma.node slow", "stroma.node parallel(quick, slow)"),
-    ]
+    spans = [span for trace in datadog_agent.traces(at_least=1) for span in trace]
+    assert names_of(spans, "resource", "span_id", "parent_id") == FLOW

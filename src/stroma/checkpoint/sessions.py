@@ -64,6 +64,8 @@ class Session:
             before.
         lost_start_ms: start of the execution, in ms since the epoch, if its last process recorded no end;
             else None.
+        lost_times: start and end in ns since the epoch of attempts that such a process recorded, by
+            (position, branch), if it also recorded a trace context.
         attribution: ids of what the run belongs to, by "conversation", "user" and "session": those that were
             noted before, in a fork those of its origin. "session": the first of the runs that were forked
             from each other.
@@ -90,6 +92,7 @@ class Session:
     notes: Mapping[str, bytes] = {}
     traceparent: str | None = None
     lost_start_ms: int | None = None
+    lost_times: Mapping[tuple[int, str], tuple[int, int]] = {}
     attribution: Mapping[str, str] = {}  # Nothing is put there.
     undelivered: Sequence[AttemptRow] = ()
     control: RunControl = NO_CONTROL

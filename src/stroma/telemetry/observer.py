@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import blake2b
 from time import monotonic, perf_counter, time_ns
 from types import MappingProxyType
 from typing import Any, Final, Literal, NamedTuple, TypeVar
@@ -34,6 +35,8 @@ __all__ = [
     "Observer",
     "is_returned",
     "missing",
+    "place_key",
+    "span_id_at",
     "waited_seconds",
     "waits_since",
 ]
@@ -106,12 +109,15 @@ class FlowPart(NamedTuple):
     Attributes:
         branch: the place of its call; of an agent the place around its first step.
         name: the flow or pipeline, or the node that a map runs; of a call with a key the key; the agent.
+        place: tells it from all others of its run, in each process: the branch; for an agent its first step,
+            and the number of agents around it.
     """
 
     branch: str
     name: str
     kind: Literal["flow", "map", "agent"]
-    #: Of a part that a killed process began: the start of the run, as its restored steps have no times.
+    place: str
+    #: Of a part that a killed process began: the start of its first step that is restored.
     start_ns: int | None = None
 
     @property
@@ -119,6 +125,24 @@ class FlowPart(NamedTuple):
         """Names of the conventions; {} for a map."""
         operation = {"flow": "invoke_workflow", "agent": "invoke_agent"}.get(self.kind)
         return {"gen_ai.operation.name": operation, "gen_ai.agent.name": self.name} if operation else {}
+
+
+def place_key(node: RunningNode) -> str:
+    """Return a text that tells a node from all others of its run; attempts of a node are one place."""
+    key, around = f"{node.position}.{node.branch}:{node.node_id}", node.parent
+    while around is not None:
+        key += f"<{around.position}.{around.branch}#{around.attempt}"
+        around = around.parent
+    return key
+
+
+def span_id_at(trace_id: int | str, root_id: int | str, place: str) -> int:
+    """Return the id of the span at a place of a run, by the ids of the run's span.
+
+    A killed process has sent spans whose group, flow, map or agent it could not end. The process that resumes
+    the run gives these the same ids.
+    """
+    return int.from_bytes(blake2b(f"{trace_id}:{root_id}:{place}".encode(), digest_size=8).digest()) or 1
 
 
 def _is_map(place: str) -> bool:
@@ -133,9 +157,8 @@ def _part_around(branch: str) -> FlowPart | None:
     # "{task}/{kind}{name}#{number or key}", and "@{input}" behind it where that is in the identity.
     call = outer.rpartition(".")[2].rpartition("/")[2].partition("@")[0]
     name, _, number = call.partition("#")
-    return FlowPart(
-        outer, unquote(name.removeprefix("*") or number), "map" if name.startswith("*") else "flow"
-    )
+    kind: Literal["flow", "map"] = "map" if name.startswith("*") else "flow"
+    return FlowPart(outer, unquote(name.removeprefix("*") or number), kind, outer)
 
 
 class Observer:
@@ -248,10 +271,7 @@ class Observer:
         of_run = node.ctx.notes.get(self)
         if of_run is None or not branch:
             return of_run
-        agent = AGENT.get()
-        if agent is not None:
-            return self._around_step(node.ctx, agent, branch, of_run)
-        return self._around_place(node.ctx, branch, of_run)
+        return self._parts_around(node.ctx, branch, of_run)
 
     def lost_root(self, run: ReliabilityContext) -> tuple[str, int] | None:
         """Return the ids of the root that a killed process of a run could not end, and its start in ns.
@@ -267,10 +287,21 @@ class Observer:
         lost, branch = self.lost_root(node.ctx), node.branch
         if of_run is None or not branch or lost is None:
             return
+        began_ns, ended_ns = node.ctx.session.lost_times.get((node.position, branch), (lost[1], 0))
         # Of a child of a group, the parts around the group.
         while branch.rpartition(".")[2].isdecimal() and not _is_map(branch.rpartition(".")[0]):
             branch = branch.rpartition(".")[0]
-        self._around_place(node.ctx, branch, of_run, lost[1])
+        self._parts_around(node.ctx, branch, of_run, began_ns)
+        self._end_parts_around(node.ctx, branch, ended_ns)
+
+    def _parts_around(
+        self, run: ReliabilityContext, branch: str, of_run: Any, start_ns: int | None = None
+    ) -> Any:
+        """Return the note for the innermost part of a flow around the step here, begun by its first step."""
+        agent = AGENT.get()
+        if agent is None:
+            return self._around_place(run, branch, of_run, start_ns)
+        return self._around_step(run, agent, branch, of_run, start_ns)
 
     def _around_place(
         self, run: ReliabilityContext, branch: str, of_run: Any, start_ns: int | None = None
@@ -283,13 +314,19 @@ class Observer:
         above = partial(self._around_place, run, part.branch, of_run, start_ns)
         return self._part(run, part.branch, part, above)
 
-    def _around_step(self, run: ReliabilityContext, agent: AgentRun, branch: str, of_run: Any) -> Any:
+    def _around_step(
+        self, run: ReliabilityContext, agent: AgentRun, branch: str, of_run: Any, start_ns: int | None
+    ) -> Any:
         """Return the note for the run of an agent around a step, begun by its first one."""
-        part, outer = FlowPart(branch.rpartition(".")[0], agent.name, "agent"), agent.outer
-        if outer is None:
-            above = partial(self._around_place, run, branch, of_run)
+        depth, outer = 0, agent.outer
+        while outer is not None:
+            depth, outer = depth + 1, outer.outer
+        place = f"{branch}<{depth}"
+        part = FlowPart(branch.rpartition(".")[0], agent.name, "agent", place, start_ns)
+        if agent.outer is None:
+            above = partial(self._around_place, run, branch, of_run, start_ns)
         else:
-            above = partial(self._around_step, run, outer, branch, of_run)
+            above = partial(self._around_step, run, agent.outer, branch, of_run, start_ns)
         return self._part(run, agent, part, above)
 
     def _part(
@@ -405,18 +442,24 @@ class Observer:
 
     def _end_node(self, node: RunningNode) -> None:
         self.node_ended(node)
-        parts, branch = node.ctx.notes.get((self, "parts")), node.branch
+        self._end_parts_around(node.ctx, node.branch, time_ns())
+
+    def _end_parts_around(self, run: ReliabilityContext, branch: str, ended_ns: int) -> None:
+        """Note the end of a step for the parts of a flow around it; the last one is theirs."""
+        parts: dict[str | AgentRun, list[Any]] = run.notes.get((self, "parts"), {})
         if not parts:
             return
+        around: list[str | AgentRun] = []
         while branch:
             branch = branch.rpartition(".")[0]
-            if branch in parts:
-                parts[branch][1] = time_ns()
+            around.append(branch)
         agent = AGENT.get()
         while agent is not None:
-            if agent in parts:
-                parts[agent][1] = time_ns()
+            around.append(agent)
             agent = agent.outer
+        for key in around:
+            if key in parts:
+                parts[key][1] = max(parts[key][1], ended_ns)
 
     def _safely(self, event: str, call: Callable[..., None], about: Any, *arguments: Any) -> None:
         """Call a method; count its exceptions and log one of each kind: a dead backend always fails."""

@@ -1,11 +1,10 @@
-"""What Phoenix shows of a run: a real server, asked over its API.
+"""What Phoenix shows of an agent: a real server, asked over its API, and pictures of its pages.
 
 ./dev test --framework phoenix
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import urllib.error
 import urllib.request
@@ -15,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.frameworks.backends import TREE, Sent, eventually, free_port, send_run, serving
+from tests.frameworks.backends import (
+    TREE,
+    Endpoint,
+    Sent,
+    eventually,
+    free_port,
+    send_runs,
+    serving,
+    shoot,
+)
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
 
@@ -23,7 +31,7 @@ PROJECT = "seen"
 
 
 class Phoenix:
-    """A server of Phoenix that has received the run."""
+    """A server of Phoenix that has received the runs."""
 
     def __init__(self, url: str, sent: Sent) -> None:
         self.url, self.sent = url, sent
@@ -72,50 +80,58 @@ def phoenix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Phoenix]:
         "PHOENIX_TELEMETRY_ENABLED": "false",
     }
     with serving("phoenix", "serve", home=home, ready=f"{url}/healthz", **settings):
-        sent = asyncio.run(send_run(f"{url}/v1/traces", {}, {"openinference.project.name": PROJECT}))
-        server = Phoenix(url, sent)
+        endpoint = Endpoint(f"{url}/v1/traces", {}, {"openinference.project.name": PROJECT})
+        server = Phoenix(url, send_runs(endpoint, home))
         eventually(lambda: len(server.spans()) == len(TREE))
         yield server
 
 
 def test_the_tree(phoenix: Phoenix) -> None:
-    """Nodes are under their group or run, calls under their node, and the resume is a trace of its own."""
+    """A run that was killed and resumed is one tree, its fork another one; nodes are under their flow, map or
+    group, and calls of models under their node."""
     spans = phoenix.spans()
     names = {span["context"]["span_id"]: span["name"] for span in spans}
     assert sorted(((span["name"], names.get(span["parent_id"])) for span in spans), key=str) == TREE
-    assert len({span["context"]["trace_id"] for span in spans}) == 2
+    assert len({span["context"]["trace_id"] for span in spans}) == 3
 
 
 def test_kinds(phoenix: Phoenix) -> None:
-    """Runs, groups and nodes are of kind CHAIN, and model calls LLM; none is UNKNOWN."""
+    """Runs, flows, maps, groups and nodes are of kind CHAIN, model calls LLM and tools TOOL; none is
+    UNKNOWN."""
     kinds = Counter((span["name"].partition(" ")[0], span["span_kind"]) for span in phoenix.spans())
-    assert kinds == {("invoke_workflow", "CHAIN"): 2, ("stroma.node", "CHAIN"): 7, ("chat", "LLM"): 6}
+    names = Counter(name.partition(" ")[0] for name, _ in TREE)
+    of_name = {"chat": "LLM", "execute_tool": "TOOL"}
+    assert kinds == {(name, of_name.get(name, "CHAIN")): count for name, count in names.items()}
 
 
 def test_inputs_and_outputs(phoenix: Phoenix) -> None:
     """Each run has the state that it began and ended with, as JSON; each node its own."""
     for span in phoenix.spans():
-        if not span["name"].startswith("chat"):
+        if "stroma.node.position" in span["attributes"] or span["parent_id"] is None:
             assert span["attributes"]["input.mime_type"] == "application/json"
             json.loads(span["attributes"]["input.value"])
-    outputs = {
-        span["name"]: json.loads(span["attributes"]["output.value"])
-        for span in phoenix.spans()
-        if "output.value" in span["attributes"]
-    }
-    assert outputs["stroma.node right"] == {"n": 1}
-    resumed = next(span for span in phoenix.spans_named("invoke_workflow") if span["status_code"] != "ERROR")
-    assert json.loads(resumed["attributes"]["output.value"]) == {"n": 42}
+    letter = {"text": "Your order left on Monday.", "version": 2, "is_good": True}
+    for span in phoenix.spans_named("stroma.node send"):
+        assert json.loads(span["attributes"]["output.value"]) == letter
+    outputs = [
+        json.loads(span["attributes"]["output.value"])
+        for span in phoenix.spans_named("invoke_workflow support")
+        if span["status_code"] != "ERROR"
+    ]
+    assert outputs == [letter, letter]
 
 
 def test_errors(phoenix: Phoenix) -> None:
-    """The node that failed for good and its run are errors; attempts that were tried again are none."""
-    errors = sorted(span["name"] for span in phoenix.spans() if span["status_code"] == "ERROR")
-    assert errors == ["invoke_workflow triage", "stroma.node last"]
+    """The node whose key was refused and its run are errors; attempts that were tried again are not, nor is a
+    run that was killed."""
+    errors = {span["name"]: span for span in phoenix.spans() if span["status_code"] == "ERROR"}
+    assert sorted(errors) == ["invoke_workflow support", "stroma.node classify"]
+    assert {span["attributes"]["stroma.run.id"] for span in errors.values()} == {"refused"}
+    assert errors["stroma.node classify"]["status_message"] == "HTTP 401"
 
 
 def test_the_session_and_the_user(phoenix: Phoenix) -> None:
-    """The run and its resume are one session, with the user; every span has them, the client's too."""
+    """The runs are one session, with the user; every span has them, the client's too."""
     for span in phoenix.spans():
         assert span["attributes"]["session.id"] == "thread-17", span["name"]
         assert span["attributes"]["user.id"] == "ada", span["name"]
@@ -123,7 +139,7 @@ def test_the_session_and_the_user(phoenix: Phoenix) -> None:
         "sessions"
     ]
     assert [edge["node"] for edge in sessions["edges"]] == [
-        {"sessionId": "thread-17", "userId": "ada", "numTraces": 2}
+        {"sessionId": "thread-17", "userId": "ada", "numTraces": 3}
     ]
 
 
@@ -139,3 +155,16 @@ def test_the_bill(phoenix: Phoenix) -> None:
     assert found, phoenix.project("tokenCountTotal costSummary { total { cost tokens } }")
     assert found["tokenCountTotal"] == phoenix.sent.tokens
     assert found["costSummary"]["total"]["cost"] == pytest.approx(phoenix.sent.cost_usd, abs=1e-6)
+
+
+def test_pictures(phoenix: Phoenix) -> None:
+    """Pictures of the list of traces, of the run that was killed and of the refused one are made for people
+    to look at."""
+    roots = {
+        span["attributes"]["stroma.run.id"]: span["context"]["trace_id"]
+        for span in phoenix.spans_named("invoke_workflow support")
+    }
+    project = phoenix.url + f"/projects/{phoenix.project('id')['id']}"
+    shoot(f"{project}/spans", "phoenix-list")
+    for run_id, trace_id in roots.items():
+        shoot(f"{project}/traces/{trace_id}", f"phoenix-{run_id}")

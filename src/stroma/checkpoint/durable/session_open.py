@@ -69,6 +69,7 @@ __all__ = ["RunOpener", "finish_execution", "has_same_input", "record_end", "rel
 
 #: Contract, input and checksum of an execution; see :meth:`Rows.input`.
 StoredInput: TypeAlias = tuple[str, Any, Any]
+_MAX_TIMED: Final = 10_000  # attempts of a dead process whose times are read
 _MAX_FAILED: Final = 1000  # failed attempts that are counted for those that follow the death of a process
 #: Returns the annotations of a kind. Raises CorruptCheckpoint for a damaged one.
 _Reader: TypeAlias = Callable[[Annotation], list[StepRow]]
@@ -285,6 +286,12 @@ class RunOpener:
             forget_requests(rows, run.run, CANCEL, PAUSE)  # The caller takes them back.
         opened.attribution = {row.branch: row.node_id for row in read(Annotation.ATTRIBUTION)}
         opened.traceparent = next((row.node_id for row in read(Annotation.TRACE)), None)
+        if opened.traceparent is not None and opened.lost_start_ms is not None:
+            attempts, _ = rows.attempt_page(run.run, run.execution, limit=_MAX_TIMED, after=None)
+            opened.lost_times = {
+                (one.position, one.branch): (one.started_ns, one.started_ns + int(one.duration_ms * 1e6))
+                for one in attempts
+            }
         if is_claimed and opened.continued and request.deliver:
             due = [
                 read_due_hooks(row, self._run_id, run.execution, self._payloads)

@@ -15,6 +15,7 @@ from stroma.checkpoint.entries import OF_FLOW, SentMessage
 from stroma.contracts.node import FlowNode, Group, Node, held_by
 from stroma.contracts.schema import schema_of
 from stroma.engine.context import ReliabilityContext
+from stroma.engine.current import AGENT, running_agent
 from stroma.engine.effects import has_open_intent
 from stroma.engine.execution import RunningNode
 from stroma.engine.loop import execute_in_turn
@@ -107,7 +108,8 @@ class FlowCall:
     async def restore(self) -> Any:
         """Return the recorded output, for which skip hooks are called; None if it is assembled again."""
         place = Place(self.scope.position, self.branch)
-        return await restore(self.scope.ctx, self.node, self.state, place)
+        with running_agent(None if self.context is None else self.context.get(AGENT)):
+            return await restore(self.scope.ctx, self.node, self.state, place)
 
     def problem_of(self, message: SentMessage) -> str | None:
         """Return why a message does not fit the class that the call waits for; None if it does."""

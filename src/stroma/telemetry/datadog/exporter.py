@@ -20,6 +20,8 @@ from stroma.telemetry.observer import (
     AttemptEnd,
     FlowPart,
     is_returned,
+    place_key,
+    span_id_at,
     waited_seconds,
     waits_since,
 )
@@ -129,6 +131,7 @@ class Datadog(MetricsObserver):
         of_run: _RunSpan | None = node.ctx.notes.get(self)
         if of_run is not None:
             of_run.restored += 1
+            self.begin_lost_parts(node)
 
     def waiting(self, node: RunningNode, reason: str, seconds: float) -> None:
         waits_since(node, self)
@@ -160,6 +163,7 @@ class Datadog(MetricsObserver):
             resource=node.node_id,
             activate=activate,
         )
+        self._place(node.ctx, span, place_key(node))
         for name, value in (("run.id", node.run_id), ("pipeline", node.pipeline), ("node.id", node.node_id)):
             span.set_tag(f"stroma.{name}", value)
         span.set_tag("stroma.node.kind", node.kind)
@@ -179,11 +183,20 @@ class Datadog(MetricsObserver):
         span = self._tracer.start_span(
             name, child_of=around.span, service=self._service, resource=part.name, activate=False
         )
+        self._place(run, span, part.place)
+        if part.start_ns is not None:
+            span.start_ns = part.start_ns
         for key, value in (("run.id", run.run_id), ("pipeline", run.pipeline), ("node.branch", part.branch)):
             span.set_tag(f"stroma.{key}", value)
         span.set_tags(part.operation)
         _attribute(span, run)
         return _NodeSpan(span)
+
+    def _place(self, run: ReliabilityContext, span: Span, place: str) -> None:
+        """Give a span the id of its place in a run; see :func:`span_id_at`."""
+        of_run: _RunSpan | None = run.notes.get(self)
+        if of_run is not None:
+            span.span_id = span_id_at(span.trace_id, of_run.span.span_id, place)
 
     def attempt_ended(self, node: RunningNode, ended: AttemptEnd) -> None:
         usage = node.usage

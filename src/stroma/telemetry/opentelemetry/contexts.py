@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from contextvars import Token
 from copy import copy
-from hashlib import blake2b
 from math import inf
 from typing import Any, Final
 
@@ -25,7 +24,6 @@ __all__ = [
     "detach",
     "is_span_of",
     "traceparent_of",
-    "tracer_at",
     "tracer_of_span",
 ]
 
@@ -96,12 +94,6 @@ def tracer_of_span(tracer: Tracer, about: SpanContext) -> Tracer | None:
         return None
     own.id_generator = _FixedIds(about)
     return own  # type: ignore[no-any-return]
-
-
-def tracer_at(tracer: Tracer, root: SpanContext, place: str) -> Tracer | None:
-    """Return an SDK tracer whose next span has the same id in each process of a run; None for others."""
-    digest = blake2b(f"{root.trace_id}:{root.span_id}:{place}".encode(), digest_size=8).digest()
-    return tracer_of_span(tracer, SpanContext(root.trace_id, int.from_bytes(digest), is_remote=False))
 
 
 class _FixedIds:

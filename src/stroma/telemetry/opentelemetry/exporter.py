@@ -34,6 +34,8 @@ from stroma.telemetry.observer import (
     AttemptEnd,
     FlowPart,
     is_returned,
+    place_key,
+    span_id_at,
     waited_seconds,
     waits_since,
 )
@@ -44,10 +46,9 @@ from stroma.telemetry.opentelemetry.contexts import (
     detach,
     is_span_of,
     traceparent_of,
-    tracer_at,
     tracer_of_span,
 )
-from stroma.telemetry.opentelemetry.spans import NodeSpan, RunSpan, meter_of, place_key, place_of, tracer_of
+from stroma.telemetry.opentelemetry.spans import NodeSpan, RunSpan, meter_of, place_of, tracer_of
 from stroma.trace.result import ExecutionResult
 
 if TYPE_CHECKING:
@@ -286,10 +287,8 @@ class OpenTelemetry(MetricsObserver):
         if around.span is None:
             return None
         operation = part.operation or {"stroma.node.id": part.name, "stroma.node.kind": "group"}
-        # Several runs of an agent may begin at one place.
-        tracer = self._tracer if part.kind == "agent" else self._tracer_at(run, part.branch)
         return NodeSpan(
-            tracer.start_span(
+            self._tracer_at(run, part.place).start_span(
                 f"{operation.get('gen_ai.operation.name', 'stroma.map')} {part.name}",
                 context=trace.set_span_in_context(around.span),
                 start_time=part.start_ns,
@@ -303,15 +302,14 @@ class OpenTelemetry(MetricsObserver):
         )
 
     def _tracer_at(self, run: ReliabilityContext, place: str) -> Tracer:
-        """Return a tracer whose next span has the id of a place in a run.
-
-        If a process is killed, its span of a group or a part is lost, but not those inside: the process that
-        resumes the run gives that place the same id.
-        """
+        """Return a tracer whose next span has the id of a place in a run; see :func:`span_id_at`."""
         of_run: RunSpan | None = run.notes.get(self)
         if of_run is None or of_run.span is None:
             return self._tracer
-        return tracer_at(self._tracer, of_run.span.get_span_context(), place) or self._tracer
+        root = of_run.span.get_span_context()
+        span_id = span_id_at(root.trace_id, root.span_id, place)
+        about = trace.SpanContext(root.trace_id, span_id, is_remote=False)
+        return tracer_of_span(self._tracer, about) or self._tracer
 
     def attempt_ended(self, node: RunningNode, ended: AttemptEnd) -> None:
         usage = node.usage

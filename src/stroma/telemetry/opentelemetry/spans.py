@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from opentelemetry.metrics import Meter, MeterProvider
     from opentelemetry.trace import Span, Tracer, TracerProvider
 
-__all__ = ["NodeSpan", "RunSpan", "SpanEvents", "meter_of", "place_key", "place_of", "tracer_of"]
+__all__ = ["NodeSpan", "RunSpan", "SpanEvents", "meter_of", "place_of", "tracer_of"]
 
 
 class RunSpan:
@@ -99,15 +99,6 @@ def meter_of(source: Meter | MeterProvider) -> Meter:
     if isinstance(source, metrics.Meter):
         return source
     return source.get_meter(SCOPE, version() or "", SCHEMA_URL)
-
-
-def place_key(node: RunningNode) -> str:
-    """Return a text that tells a node from all others of its run; attempts of a node are one place."""
-    key, around = f"{node.position}.{node.branch}:{node.node_id}", node.parent
-    while around is not None:
-        key += f"<{around.position}.{around.branch}#{around.attempt}"
-        around = around.parent
-    return key
 
 
 def place_of(node: RunningNode) -> dict[str, Any]:

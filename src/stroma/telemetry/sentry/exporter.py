@@ -22,6 +22,8 @@ from stroma.telemetry.observer import (
     FlowPart,
     Observer,
     is_returned,
+    place_key,
+    span_id_at,
     waited_seconds,
     waits_since,
 )
@@ -225,6 +227,8 @@ class Sentry(Observer):
         of_run: RunScope | None = node.ctx.notes.get(self)
         if of_run is not None:
             of_run.restored += 1
+            if self._spans.is_streamed:
+                self.begin_lost_parts(node)
         self._breadcrumb(f"node {node.node_id} was restored from the journal", {}, level="info")
 
     # ------------------------------------------------------------------ nodes
@@ -276,6 +280,7 @@ class Sentry(Observer):
         kind = operation.get("gen_ai.operation.name")
         name = node.node_id if kind is None else f"{kind} {node.node_id}"
         span = spans.start(scope, name, "function" if kind is None else f"gen_ai.{kind}", above, None)
+        self._place(node.ctx, span, place_key(node))
         for attribute, value in operation.items():
             spans.put(span, attribute, value)
         spans.put(span, "stroma.node.id", node.node_id)
@@ -298,12 +303,20 @@ class Sentry(Observer):
             else (f"invoke_agent {part.name}", "gen_ai.invoke_agent")
         )
         of_part.span = span = spans.start(scope, name, op, around.span, None)
+        self._place(run, span, part.place, part.start_ns)
         if part.kind != "map":
             spans.put(span, "gen_ai.operation.name", "invoke_agent")
             spans.put(span, "gen_ai.agent.name", part.name)
         spans.put(span, "stroma.node.branch", part.branch)
         self._attribute(span, run)
         return of_part
+
+    def _place(self, run: ReliabilityContext, span: Any, place: str, start_ns: int | None = None) -> None:
+        """Give a streamed span the id of its place in a run; see :func:`span_id_at`."""
+        of_run: RunScope | None = run.notes.get(self)
+        root: Any = None if of_run is None else of_run.span
+        if self._spans.is_streamed and getattr(root, "sampled", False):
+            self._spans.move(span, span_id_at(root.trace_id, root.span_id, place), start_ns)
 
     def attempt_ended(self, node: RunningNode, ended: AttemptEnd) -> None:
         of_node: NodeScope | None = node.notes.get(self)

@@ -86,9 +86,15 @@ class SpanStream:
         """Start the span that a killed process could not end, and make it current in a scope."""
         _, trace_id, span_id, _ = lost[0].split("-")
         span = self.start(scope, name, op, None, lost[0])
-        span._span_id, span._parent_span_id = span_id, _parent_in(outer, trace_id)
-        span._start_timestamp = datetime.fromtimestamp(lost[1] / 1e9, UTC)
+        span._parent_span_id = _parent_in(outer, trace_id)
+        self.move(span, int(span_id, 16), lost[1])
         return span
+
+    def move(self, span: Any, span_id: int, start_ns: int | None) -> None:
+        """Set the id of a span, and its start if it began in another process."""
+        span._span_id = f"{span_id:016x}"
+        if start_ns is not None:
+            span._start_timestamp = datetime.fromtimestamp(start_ns / 1e9, UTC)
 
     def put(self, span: Any, name: str, value: Any) -> None:
         """Set an attribute of a span."""
