@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from stroma import NodeContract, StromaRunner, stroma_node
-from stroma.checkpoint.sqlite import SQLiteStore
+from stroma.checkpoint.sqlite.store import SQLiteStore
 
 NODES = 20
 

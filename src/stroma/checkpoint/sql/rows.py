@@ -29,11 +29,12 @@ from stroma.checkpoint.records import (
     AttemptRecord,
     RunQuery,
     Tally,
+    end_of_page,
     parse_attempt_mark,
+    parse_run_mark,
     stored_values,
 )
 from stroma.checkpoint.sql import statements as sql
-from stroma.checkpoint.sql.search import attempt_page, find_runs, tally
 from stroma.checkpoint.sql.tables import key
 
 __all__ = ["SqlRows", "commit_values"]
@@ -331,9 +332,61 @@ class SqlRows(ABC):
     def runs(
         self, query: RunQuery, *, limit: int, after: str | None, max_filtered: int | None
     ) -> tuple[list[RunRow], str | None]:
-        return find_runs(
-            self._parsed_runs, self._all, query, limit=limit, after=after, max_filtered=max_filtered
+        # Each status is a query of its own: only then do the rows come from an index in order.
+        runs: list[RunRow] = []
+        examined_to: tuple[int, int] | None = None
+        for status in query.statuses or (None,):
+            rows, end = self._runs_with_status(query, status, limit + 1, after, max_filtered)
+            runs += rows
+            if end is not None and (examined_to is None or end > examined_to):
+                examined_to = end
+        runs.sort(key=_place, reverse=True)
+        if examined_to is not None:  # Older runs have not been examined for each status.
+            runs = [run for run in runs if _place(run) >= examined_to]
+        if len(runs) > limit:
+            examined_to = _place(runs[limit - 1])
+        return runs[:limit], None if examined_to is None else "{}.{}".format(*examined_to)
+
+    def _runs_with_status(
+        self, query: RunQuery, status: str | None, limit: int, after: str | None, max_filtered: int | None
+    ) -> tuple[list[RunRow], tuple[int, int] | None]:
+        """Return the runs with a status, and the place of the last examined one; None: all were examined."""
+        order = "r" if query.tag is None else "t"
+        values = {"pipeline": query.pipeline, "status": status, "since_ms": query.since_ms, "tag": query.tag}
+        conditions = {
+            "pipeline": "r.pipeline = :pipeline",
+            "status": "r.status = :status",
+            "since_ms": f"{order}.started_ms >= :since_ms",
+            "tag": "r.run = t.run AND t.tag = :tag",
+        }
+        # Execution 0 has only states from save(): it is not a run of a pipeline.
+        # A start below 0, which only damage causes, would have no mark.
+        where = ["r.execution > 0", f"{order}.started_ms >= 0"]
+        where += [condition for name, condition in conditions.items() if values[name] is not None]
+        if query.blocked:
+            where.append("r.blocked_since_ms IS NOT NULL")
+        if after is not None:
+            where.append(f"({order}.started_ms, {order}.run) < (:after_ms, :after_run)")
+            values["after_ms"], values["after_run"] = parse_run_mark(after)
+        # CROSS JOIN: in SQLite, the tags first, in the order of their index.
+        source = "runs r" if query.tag is None else "tags t CROSS JOIN runs r"
+        inner = (
+            f"FROM {source} WHERE {' AND '.join(where)} ORDER BY {order}.started_ms DESC, {order}.run DESC"
         )
+        if not query.needs_scan:
+            return self._parsed_runs(
+                f"SELECT {sql.RUN_COLUMNS} {inner} LIMIT :limit", **values, limit=limit
+            ), None
+        condition, filter_values = _filter(query)
+        bound = "" if max_filtered is None else f" LIMIT {int(max_filtered)}"
+        statement = f"""SELECT {sql.RUN_COLUMNS} FROM (SELECT r.* {inner}{bound}) r WHERE {condition}
+            ORDER BY r.started_ms DESC, r.run DESC LIMIT :limit"""
+        runs = self._parsed_runs(statement, **values, **filter_values, limit=limit)
+        if max_filtered is None or len(runs) == limit:
+            return runs, None
+        last = f"SELECT r.started_ms, r.run {inner} LIMIT 2 OFFSET {int(max_filtered) - 1}"
+        ends = self._all(last, **values)
+        return runs, (ends[0][0], ends[0][1]) if len(ends) == 2 else None
 
     def _parsed_runs(self, statement: str, **values: Any) -> list[RunRow]:
         return [self._run_row(row) for row in self._all(statement, **values)]
@@ -375,15 +428,23 @@ class SqlRows(ABC):
     ) -> tuple[list[AttemptRecord], str | None]:
         mark = AttemptMark(-1, 0, 0, 0, "") if after is None else parse_attempt_mark(after)
         place = {"run": run, "execution": execution, **mark._asdict(), "branch_key": key(mark.branch)}
-        return attempt_page(self._all(sql.ATTEMPT_PAGE, **place, limit=limit + 1), limit)
+        page = _parse_attempts(self._all(sql.ATTEMPT_PAGE, **place, limit=limit + 1))
+        return page[:limit], str(end_of_page(page[limit - 1])) if len(page) > limit else None
 
     def attempts_at(self, run: Any, execution: int, position: int, branch: str) -> list[AttemptRecord]:
         place = {"run": run, "execution": execution, "position": position, "branch_key": key(branch)}
-        rows = self._all(sql.ATTEMPTS_AT, **place)
-        return attempt_page(rows, len(rows))[0]
+        return _parse_attempts(self._all(sql.ATTEMPTS_AT, **place))
 
     def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
-        return tally(self._all, since_ms, bucket_ms, runs, attempts)
+        values = {"bucket_ms": bucket_ms, "since_ms": since_ms, "runs": runs, "attempts": attempts}
+        return [
+            Tally(int(row[0]), *row[1:5], *map(int, row[5:]))
+            for row in self._all(sql.TALLY, **values)
+            # In damaged rows, an invalid number counts as 0; rows with an invalid text are skipped.
+            if isinstance(row[1], str)
+            and isinstance(row[2], str)
+            and all(isinstance(text, str | None) for text in row[3:5])
+        ]
 
 
 def _fence_values(fence: Fence) -> dict[str, Any]:
@@ -421,3 +482,30 @@ def _step_row(row: Any) -> StepRow:
 
 def _step_rows(rows: Iterable[Any]) -> list[StepRow]:
     return list(map(_step_row, rows))
+
+
+def _parse_attempts(rows: Iterable[Any]) -> list[AttemptRecord]:
+    """Return the attempts of rows of (*ATTEMPT_COLUMNS, epoch, size)."""
+    return [parse_attempt(row[:-2], *row[-2:]) for row in rows]
+
+
+def _place(run: RunRow) -> tuple[int, int]:
+    return run.started_ms, run.run
+
+
+def _filter(query: RunQuery) -> tuple[str, dict[str, Any]]:
+    """Return the condition that is checked for each run, with its parameters."""
+    parts, values = [], dict[str, Any]()
+    if query.failure_class is not None or query.node is not None:
+        failed = """SELECT 1 FROM attempts a WHERE a.run = r.run AND a.execution = r.execution
+            AND a.failure_class IS NOT NULL"""
+        for column, value in (("failure_class", query.failure_class), ("node_id", query.node)):
+            if value is not None:
+                failed += f" AND a.{column} = :{column}"
+                values[column] = value
+        parts.append(f"EXISTS ({failed})")
+    if query.text is not None:
+        values["text"] = "".join(ch.lower() if ch.isascii() else ch for ch in query.text)
+        columns = ("r.run_id", "r.pipeline", "coalesce(r.error, '')")
+        parts.append("(" + " OR ".join(f"strpos(lower({column}), :text) > 0" for column in columns) + ")")
+    return " AND ".join(parts), values

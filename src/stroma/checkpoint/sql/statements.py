@@ -212,6 +212,19 @@ FAILED: Final = f"""SELECT {_ATTEMPT}, epoch FROM attempts WHERE run = :run AND 
 IDENTITIES: Final = """SELECT DISTINCT identity, position FROM attempts
     WHERE run = :run AND execution = :execution AND identity IS NOT NULL"""
 
+# The sums are floats, since SQLite fails if a sum of integers overflows.
+TALLY: Final = """SELECT bucket, pipeline, node_id, model, failure_class, count(*), sum(tokens *
+    1.0), sum(cost_pico * 1.0), sum(wasted * 1.0), sum(duration_ns * 1.0), max(duration_ns * 1.0),
+    digits FROM ( SELECT r.started_ms / :bucket_ms AS bucket, r.pipeline, a.node_id, a.model,
+    a.failure_class, a.tokens, a.cost_pico, a.duration_ns, length(CAST(a.duration_ns AS text)) * 100 +
+    CAST(substr(CAST(a.duration_ns AS text), 1, 2) AS integer) AS digits, CASE WHEN a.outcome =
+    'success' OR EXISTS (SELECT 1 FROM steps s WHERE (s.run, s.execution, s.position, s.branch_key) =
+    (a.run, a.execution, a.position, a.branch_key) AND (s.epoch, s.attempt, s.started_ns) = (a.epoch,
+    a.attempt, a.started_ns)) THEN 0 ELSE a.cost_pico END AS wasted FROM (SELECT run, execution,
+    pipeline, started_ms FROM runs WHERE execution > 0 AND started_ms >= :since_ms ORDER BY started_ms
+    DESC, run DESC LIMIT :runs) r JOIN attempts a ON a.run = r.run AND a.execution = r.execution LIMIT
+    :attempts) t GROUP BY bucket, pipeline, node_id, model, failure_class, digits"""
+
 # ---------------------------------------------------------------------- queue
 
 ENQUEUE: Final = """UPDATE runs SET status = 'QUEUED', lease_until_ms = NULL, wake_ms = :due_ms,
