@@ -23,6 +23,7 @@ __all__ = [
     "RunRecord",
     "StoreFacts",
     "Tally",
+    "ascii_lower",
     "cause_of",
     "describe_wait",
     "digits_seconds",
@@ -66,6 +67,15 @@ class RunQuery:
     def needs_scan(self) -> bool:
         """Return True if no index serves the query, so that runs are examined one by one."""
         return (self.failure_class, self.node, self.text) != (None, None, None)
+
+    def matches_failure(self, failed: AttemptRecord) -> bool:
+        """Return True if a failed attempt has this class and node."""
+        return self.failure_class in (None, failed.failure_class) and self.node in (None, failed.node_id)
+
+
+def ascii_lower(text: str) -> str:
+    """Return a text with its ASCII letters in lower case, as the search for a text compares them."""
+    return "".join(ch.lower() if ch.isascii() else ch for ch in text)
 
 
 class Cause(NamedTuple):

@@ -5,8 +5,10 @@ Decisions about them are made in ``session`` and ``session_open``, once for all 
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -15,7 +17,16 @@ from typing import Any, Final, NamedTuple, Protocol
 from stroma.checkpoint.durable.owner import Owner, is_gone
 from stroma.checkpoint.events import EventPlace
 from stroma.checkpoint.queue import BlockedMark, Candidate, ClaimRequest, QueueEntry, QueueFigures
-from stroma.checkpoint.records import AttemptRecord, RunQuery, StoreFacts, Tally
+from stroma.checkpoint.records import (
+    AttemptRecord,
+    RunQuery,
+    StoreFacts,
+    Tally,
+    ascii_lower,
+    end_of_page,
+    parse_attempt_mark,
+    sum_attempts,
+)
 
 __all__ = [
     "DAMAGED",
@@ -29,10 +40,12 @@ __all__ = [
     "RunEnd",
     "RunExtras",
     "RunRow",
+    "ScannedRows",
     "Step",
     "StepRow",
     "is_free",
     "lease_clock",
+    "matches",
 ]
 
 
@@ -207,8 +220,7 @@ class Opening(NamedTuple):
     Attributes:
         discard_from: see RunRequest.
         execution: the execution that ``input`` is sealed for.
-        version: that of the pipeline, "" without one: of an execution that begins, and of one without a
-            version that a worker starts.
+        version: that of the pipeline; "" without one.
     """
 
     run_id: str
@@ -280,7 +292,7 @@ class Rows(Protocol):
     def take_over(self, run: RunRow, opening: Opening) -> Fence:
         """Take over the last execution, without its commits from ``discard_from`` on. Increments the epoch.
 
-        Deletes its mark, as :meth:`finish` does.
+        Adds the tags. Deletes its mark.
         """
         ...
 
@@ -321,8 +333,7 @@ class Rows(Protocol):
     def finish(self, fence: Fence, end: RunEnd) -> bool:
         """Record how an execution stopped, and release the lease. Returns False if fenced off.
 
-        ``wake_ms`` is stored if the run stays unfinished, unless an earlier time was stored since the run was
-        claimed.
+        Deletes its mark.
         """
         ...
 
@@ -470,3 +481,67 @@ class Rows(Protocol):
     def facts(self) -> StoreFacts:
         """Return version and settings of the store."""
         ...
+
+
+def matches(query: RunQuery, run: Any, tags: Sequence[str]) -> bool:
+    """Return True if a run matches a query, except for its attempts. ``run``: has the names of a RunRow."""
+    if query.pipeline not in (None, run.pipeline) or (query.statuses and run.status not in query.statuses):
+        return False
+    if (query.tag is not None and query.tag not in tags) or (query.blocked and run.blocked is None):
+        return False
+    if query.since_ms is not None and run.started_ms < query.since_ms:
+        return False
+    part = ascii_lower(query.text or "")
+    return any(part in ascii_lower(text) for text in (run.run_id, run.pipeline, run.error or ""))
+
+
+_TALLY_PAGE: Final = 20  # runs whose attempts are read together to be summed up
+
+
+class ScannedRows(Rows, Protocol):
+    """The rows of a store without queries: what it cannot find or sum up is read, and filtered here."""
+
+    @abstractmethod
+    def _attempts_of(self, runs: Sequence[tuple[Any, int]]) -> list[list[AttemptRecord]]:
+        """Return the attempts of executions in the order of the history, without outputs.
+
+        ``output_bytes``: set for each commit; 0 until :meth:`_with_sizes`.
+        """
+        ...
+
+    def _with_sizes(self, run: Any, attempts: list[AttemptRecord]) -> list[AttemptRecord]:
+        """Return attempts of a run with the sizes of their outputs."""
+        return attempts
+
+    def attempt_page(
+        self, run: Any, execution: int, *, limit: int, after: str | None
+    ) -> tuple[list[AttemptRecord], str | None]:
+        end = None if after is None else parse_attempt_mark(after)
+        (attempts,) = self._attempts_of([(run, execution)])
+        rest = [one for one in attempts if end is None or (one.epoch, one.key) > (end.epoch, end.key)]
+        page = self._with_sizes(run, rest[:limit])
+        return page, str(end_of_page(page[-1])) if len(rest) > limit else None
+
+    def attempts_at(self, run: Any, execution: int, position: int, branch: str) -> list[AttemptRecord]:
+        (attempts,) = self._attempts_of([(run, execution)])
+        at = [one for one in attempts if (one.position, one.branch) == (position, branch)]
+        return self._with_sizes(run, at)
+
+    def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
+        rows, _ = self.runs(RunQuery(since_ms=since_ms), limit=runs, after=None, max_filtered=None)
+        pages = (rows[first : first + _TALLY_PAGE] for first in range(0, len(rows), _TALLY_PAGE))
+        figures = (
+            (run.started_ms, run.pipeline, one, one.output_bytes is not None)
+            for page in pages
+            for run, of_run in zip(
+                page, self._attempts_of([(run.run, run.execution) for run in page]), strict=True
+            )
+            for one in of_run
+        )
+        return sum_attempts(itertools.islice(figures, attempts), bucket_ms)
+
+    def inputs_of(self, candidates: Sequence[Candidate]) -> dict[Any, tuple[bytes, bytes]]:
+        return {}
+
+    def is_complete(self, run: RunRow) -> bool:
+        return True

@@ -126,7 +126,10 @@ class RunOpener:
             if run is not None:
                 rows.delete_annotations(run.run, *OF_EXECUTION)
         else:
-            opened.before = run
+            opened.before, is_first = run, run.status == QUEUED
+            # A run that was submitted without a version has that of the code which starts it.
+            opened.version = run.version or (self._opening.version if is_first else "")
+            self._opening = self._opening._replace(version=opened.version)
             read = self._read_annotations(rows, run, is_returned=action == "return")
             if action == "continue":
                 control = to_control([row for kind in KINDS for row in read(kind)], self._run_id)
@@ -148,11 +151,9 @@ class RunOpener:
                 if run.status in COMPLETE and self._request.discard_from is None:
                     opened.completed = run
                 opened.control = RunControl(budget=control.budget)
-            is_first = run.status == QUEUED
             if action == "continue" and run.status == "RUNNING":
                 opened.lost_start_ms = run.started_ms
             opened.continued = action == "continue" and opened.finished is None and not is_first
-            opened.version = run.version or (self._opening.version if is_first else "")
             self._load_annotations(rows, run, read)
 
     def _read_annotations(self, rows: Rows, run: RunRow, *, is_returned: bool) -> _Reader:
@@ -250,7 +251,9 @@ class RunOpener:
         opened.finished = finished
         if not self._request.ends:
             end = RunEnd(finished.status, finished.error)
-            finish_execution(rows, self._payloads, opened.fence, self._run_id, end)
+            record_end(
+                rows, opened.fence, self._run_id, _seal_end(self._payloads, opened.fence, self._run_id, end)
+            )
 
     def _count_deaths(self, rows: Rows, number: int, first_epoch: int) -> None:
         step = Step(str(first_epoch), str(self._opened.fence.epoch), b"", b"", number)
@@ -347,7 +350,8 @@ def release_run(rows: Rows, payloads: Payloads, session: Any) -> None:
         record_end(rows, fence, run_id, RunEnd("INTERRUPTED"))
     else:
         end = RunEnd(before.status, before.error, before.wake_ms, before.updated_ms)
-        record_end(rows, fence, run_id, end)
+        now = rows.find(run_id, lock=True)
+        record_end(rows, fence, run_id, end, None if now is None else now.wake_ms)
         if session.held.pause:
             request(rows, run_id, PAUSE)
     if before is not None and before.mark is not None:
@@ -362,21 +366,26 @@ def finish_execution(
     ``read``: number of the last message that its session has read; None: it waited for none.
     """
     run = rows.find(run_id, lock=True) if end.status in UNFINISHED else None
-    is_old = run is not None and is_old_news(
+    is_old = run is None or is_old_news(
         run.wake_ms, end.error, lambda: read is None or read == last_number(rows, fence.run, run_id)
     )
-    if end.error is not None:
-        error = payloads.seal_text(end.error, PayloadPlace(run_id, fence.execution, "error"))
-        end = end._replace(error=error)
-    record_end(rows, fence, run_id, end)
-    if run is not None and is_old:
-        rows.wake(run, 0 if end.status == "INTERRUPTED" else end.wake_ms)
+    news_ms = None if run is None or is_old else run.wake_ms
+    record_end(rows, fence, run_id, _seal_end(payloads, fence, run_id, end), news_ms)
 
 
-def record_end(rows: Rows, fence: Fence, run_id: str, end: RunEnd) -> None:
-    """Record how an execution stopped, with its error in stored form. Raises Fenced, CheckpointLost."""
-    if end.status == "INTERRUPTED":
-        end = end._replace(wake_ms=0)
+def _seal_end(payloads: Payloads, fence: Fence, run_id: str, end: RunEnd) -> RunEnd:
+    place = PayloadPlace(run_id, fence.execution, "error")
+    return end._replace(error=payloads.seal_text(end.error, place))
+
+
+def record_end(rows: Rows, fence: Fence, run_id: str, end: RunEnd, news_ms: int | None = None) -> None:
+    """Record how an execution stopped, with its error in stored form. Raises Fenced, CheckpointLost.
+
+    ``news_ms``: from when on it is due because of what came since it was claimed, such as an answer.
+    """
+    times = [0 if end.status == "INTERRUPTED" else end.wake_ms, news_ms]
+    wake_ms = min((ms for ms in times if ms is not None), default=None)
+    end = end._replace(wake_ms=wake_ms if end.status in UNFINISHED else None)
     if not rows.finish(fence, end):
         raise fence_error(rows, fence, run_id)
     if end.status == "CANCELLED":

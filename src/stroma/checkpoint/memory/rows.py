@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -21,8 +22,10 @@ from stroma.checkpoint.durable.rows import (
     RunEnd,
     RunExtras,
     RunRow,
+    ScannedRows,
     Step,
     StepRow,
+    matches,
 )
 from stroma.checkpoint.entries import OF_FLOW, StepCall
 from stroma.checkpoint.events import MAX_BATCHES, EventPlace
@@ -42,11 +45,7 @@ from stroma.checkpoint.records import (
     AttemptRecord,
     RunQuery,
     StoreFacts,
-    Tally,
-    end_of_page,
-    parse_attempt_mark,
     parse_run_mark,
-    sum_attempts,
 )
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.contracts.tagged_json import NotSerialisable
@@ -116,6 +115,11 @@ class MemoryRun:
         self.attempts: dict[tuple[Any, ...], AttemptRow | AttemptRecord] = {}
         self.identities: dict[str, int] = {}
         self.failure_sites: dict[Place, tuple[int, int, Callable[[], bytes]]] = {}
+
+    @property
+    def blocked(self) -> str | None:
+        """The message of its mark."""
+        return None if self.mark is None else self.mark.message
 
     @property
     def live_claim(self) -> str | None:
@@ -243,7 +247,7 @@ def _with_input(
         return call
 
 
-class MemoryRows:
+class MemoryRows(ScannedRows):
     """See :class:`stroma.checkpoint.durable.rows.Rows`. The key of a run is its MemoryRun."""
 
     def __init__(self, runs: dict[str, MemoryRun], cells: dict[str, bytes]) -> None:
@@ -280,8 +284,7 @@ class MemoryRows:
         one.end_epoch()
         if opening.discard_from is not None:
             one.discard(max(opening.discard_from, 0))
-        if one.status == QUEUED:
-            one.version = one.version or opening.version
+        one.version = opening.version
         return self._claim(one, opening)
 
     def _claim(self, run: MemoryRun, opening: Opening) -> Fence:
@@ -316,9 +319,6 @@ class MemoryRows:
         places = [(position, branch) for branch in branches] if execution == run.execution else []
         return list(run.steps_at(places))
 
-    def is_complete(self, run: RunRow) -> bool:
-        return True
-
     def identities(self, run: MemoryRun, execution: int) -> list[tuple[str, int]]:
         return list(run.identities.items())
 
@@ -339,12 +339,8 @@ class MemoryRows:
         run: MemoryRun = fence.run
         if (run.epoch, run.owner) != (fence.epoch, fence.owner):
             return False
-        before, run.status, run.error, run.mark = run.wake_ms, end.status, end.error, None
+        run.status, run.error, run.wake_ms, run.mark = end.status, end.error, end.wake_ms, None
         run.updated_ms = _now_ms() if end.updated_ms is None else end.updated_ms
-        run.wake_ms = None
-        if end.status in UNFINISHED:
-            times = [ms for ms in (before, end.wake_ms) if ms is not None]
-            run.wake_ms = min(times, default=None)
         return True
 
     def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:
@@ -401,9 +397,6 @@ class MemoryRows:
         due = [ms for run in runs if MESSAGE_SENT < (ms := run.wake_ms or 0) <= now_ms]
         queued = sum(run.status == QUEUED for run in runs)
         return QueueFigures(queued, min(due, default=None), len(since), min(since, default=None))
-
-    def inputs_of(self, candidates: Sequence[Candidate]) -> dict[Any, tuple[bytes, bytes]]:
-        return {}
 
     def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
         runs = map(self._runs.get, run_ids)
@@ -495,7 +488,8 @@ class MemoryRows:
         runs = [
             run
             for run in list(self._runs.values())
-            if run.execution and (run.started_ms, run.number) < end and _matches(query, run)
+            if run.execution and (run.started_ms, run.number) < end and matches(query, run, run.tags)
+            if query.failure_class is query.node is None or any(map(query.matches_failure, _failed(run)))
         ]
         runs.sort(key=lambda run: (run.started_ms, run.number), reverse=True)
         page = runs[:limit]
@@ -517,37 +511,24 @@ class MemoryRows:
         return [run.run_id for run in runs[:limit]]
 
     def attempts(self, run: MemoryRun, execution: int) -> Iterator[tuple[AttemptRecord, Step | None]]:
-        for record, place in _records(run, execution):
-            row = None if place is None else next(run.steps_at([place]), None)
+        for record in _records(run, execution):
+            is_committed, record.output_bytes = record.output_bytes is not None, None
+            row = next(run.steps_at([(record.position, record.branch)]), None) if is_committed else None
             yield record, None if row is None else row.step
 
-    def attempt_page(
-        self, run: MemoryRun, execution: int, *, limit: int, after: str | None
-    ) -> tuple[list[AttemptRecord], str | None]:
-        end = None if after is None else parse_attempt_mark(after)
-        records = [
-            (record, place)
-            for record, place in _records(run, execution)
-            if end is None or (record.epoch, record.key) > (end.epoch, end.key)
-        ]
-        page = [_with_size(run, record, place) for record, place in records[:limit]]
-        return page, str(end_of_page(page[-1])) if len(records) > limit else None
+    def _attempts_of(self, runs: Sequence[tuple[Any, int]]) -> list[list[AttemptRecord]]:
+        return [_records(run, execution) for run, execution in runs]
 
-    def attempts_at(self, run: MemoryRun, execution: int, position: int, branch: str) -> list[AttemptRecord]:
-        return [
-            _with_size(run, record, place)
-            for record, place in _records(run, execution)
-            if (record.position, record.branch) == (position, branch)
-        ]
-
-    def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
-        rows, _ = self.runs(RunQuery(since_ms=since_ms), limit=runs, after=None, max_filtered=None)
-        figures = (
-            (run.started_ms, run.pipeline, record, place is not None)
-            for run in rows
-            for record, place in _records(run.run, run.execution)
-        )
-        return sum_attempts(itertools.islice(figures, attempts), bucket_ms)
+    def _with_sizes(self, run: MemoryRun, attempts: list[AttemptRecord]) -> list[AttemptRecord]:
+        for one in attempts:
+            if one.output_bytes is not None:
+                one.output_bytes = None
+                for row in run.steps_at([(one.position, one.branch)]):
+                    output = row.step.output
+                    with contextlib.suppress(NotSerialisable):
+                        encoded = output.encode() if isinstance(output, UnencodedState) else output
+                        one.output_bytes = len(encoded)
+        return attempts
 
     def facts(self) -> StoreFacts:
         return StoreFacts("the memory of this process", 1)
@@ -558,7 +539,7 @@ def _now_ms() -> int:
 
 
 def _run_row(run: MemoryRun) -> RunRow:
-    records = [record for record, _ in _records(run, run.execution)]
+    records = _records(run, run.execution)
     ends = [(one.started_ns + one.duration_ns) // 1_000_000 for one in records]
     places, mark = list(run.committed()), run.mark
     return RunRow(
@@ -584,7 +565,7 @@ def _run_row(run: MemoryRun) -> RunRow:
         priority=run.queue.priority,
         key=run.queue.key,
         version=run.version,
-        blocked=mark and mark.message,
+        blocked=run.blocked,
         blocked_since_ms=mark and mark.since_ms,
         blocked_until_ms=mark and mark.until_ms,
         blocked_codes=mark and " ".join(mark.codes),
@@ -592,63 +573,27 @@ def _run_row(run: MemoryRun) -> RunRow:
     )
 
 
-def _records(run: MemoryRun, execution: int) -> list[tuple[AttemptRecord, Place | None]]:
-    """Return the attempts of the last execution in their order, each with the place of its output."""
+def _records(run: MemoryRun, execution: int) -> list[AttemptRecord]:
+    """Return the attempts of the last execution in their order; ``output_bytes`` is 0 for each commit."""
     if execution != run.execution:
         return []
     positions = {position: identity for identity, position in list(run.identities.items())}
-    records: list[tuple[AttemptRecord, Place | None]] = []
+    records: list[AttemptRecord] = []
     for key, row in run.all_attempts().items():
-        place = row.position, row.branch
-        entry = run.steps.get(_key_of(place))
-        committed_by = entry.attempt if isinstance(entry, _Commit) else entry
+        entry = run.steps.get(_key_of((row.position, row.branch)))
         if isinstance(row, AttemptRecord):
             record = replace(row)
         else:
             record = to_attempt(row)
             record.identity = positions.get(row.position)
         record.epoch = key[0]
-        records.append((record, place if committed_by is row else None))
-    return sorted(records, key=lambda one: (one[0].epoch, one[0].key))
-
-
-def _with_size(run: MemoryRun, record: AttemptRecord, place: Place | None) -> AttemptRecord:
-    for row in () if place is None else run.steps_at([place]):
-        output = row.step.output
-        try:
-            record.output_bytes = len(output.encode() if isinstance(output, UnencodedState) else output)
-        except NotSerialisable:
-            pass
-    return record
+        if (entry.attempt if isinstance(entry, _Commit) else entry) is row:
+            record.output_bytes = 0
+        records.append(record)
+    return sorted(records, key=lambda one: (one.epoch, one.key))
 
 
 def _failed(run: MemoryRun) -> list[AttemptRecord]:
     """Return the failed attempts of the last execution, the latest end first."""
-    failed = [one for one, _ in _records(run, run.execution) if one.failure_class is not None]
+    failed = [one for one in _records(run, run.execution) if one.failure_class is not None]
     return sorted(failed, key=lambda one: one.started_ns + one.duration_ns, reverse=True)
-
-
-def _matches(query: RunQuery, run: MemoryRun) -> bool:
-    """Return True if a run matches a query."""
-    if query.pipeline not in (None, run.pipeline) or (query.statuses and run.status not in query.statuses):
-        return False
-    if query.tag is not None and query.tag not in run.tags:
-        return False
-    if query.blocked and run.mark is None:
-        return False
-    if query.since_ms is not None and run.started_ms < query.since_ms:
-        return False
-    if query.text is not None:
-        part = _lower(query.text)
-        if not any(part in _lower(text) for text in (run.run_id, run.pipeline, run.error or "")):
-            return False
-    if query.failure_class is None and query.node is None:
-        return True
-    return any(
-        query.failure_class in (None, one.failure_class) and query.node in (None, one.node_id)
-        for one in _failed(run)
-    )
-
-
-def _lower(text: str) -> str:
-    return "".join(ch.lower() if ch.isascii() else ch for ch in text)

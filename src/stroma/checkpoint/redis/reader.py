@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 from collections import Counter
@@ -16,7 +15,9 @@ from stroma.checkpoint.durable.rows import (
     EventRow,
     RunExtras,
     RunRow,
+    ScannedRows,
     Step,
+    matches,
 )
 from stroma.checkpoint.errors import CheckpointLost, CorruptCheckpoint
 from stroma.checkpoint.events import EventPlace
@@ -26,10 +27,7 @@ from stroma.checkpoint.records import (
     RunQuery,
     StoreFacts,
     Tally,
-    end_of_page,
     not_a_mark,
-    parse_attempt_mark,
-    sum_attempts,
 )
 from stroma.checkpoint.redis.format import (
     NodeFacts,
@@ -50,7 +48,6 @@ __all__ = ["PAGE", "RedisReader", "run_lost_error"]
 
 PAGE: Final = 200  # rows of one round trip
 _MAX_TALLIED: Final = 200  # runs whose attempts are summed up
-_TALLY_PAGE: Final = 20  # runs whose attempts are read in one round trip
 _MAX_EXAMINED: Final = 2000  # runs that the server examines in one step
 
 
@@ -61,7 +58,7 @@ _PARENT: Final = annotations_key(Annotation.PARENT)
 _ListPlace = tuple[int, bytes]
 
 
-class RedisReader:
+class RedisReader(ScannedRows):
     """The reading half of :class:`stroma.checkpoint.durable.rows.Rows`."""
 
     def __init__(self, link: RedisLink) -> None:
@@ -110,17 +107,12 @@ class RedisReader:
         runs = [((int(start), run_id), read_run_row(row, as_text(run_id))) for run_id, start, row in page]
         if not _has_condition(query):
             return runs
-        runs = [one for one in runs if _matches(one[1], query)]
+        runs = [one for one in runs if not one[1].is_damaged and matches(query, one[1], one[1].run.tags)]
         if (query.failure_class, query.node) == (None, None):
             return runs
         failures = self._failed([(run.run.prefix, str(run.execution)) for _, run in runs], _MAX_FAILED)
         return [
-            one
-            for one, failed in zip(runs, failures, strict=True)
-            if any(
-                query.failure_class in (None, attempt.failure_class) and query.node in (None, attempt.node_id)
-                for attempt in failed
-            )
+            one for one, failed in zip(runs, failures, strict=True) if any(map(query.matches_failure, failed))
         ]
 
     def _failed(self, runs: Sequence[Sequence[str]], limit: int) -> list[list[AttemptRecord]]:
@@ -182,9 +174,6 @@ class RedisReader:
         places = (EventPlace(*map(int, as_text(name).split("-"))) for name, _ in reply)
         batches = (as_hash(fields).get("data", b"") for _, fields in reply)
         return [EventRow(run, execution, *batch) for batch in zip(places, batches, strict=True)]
-
-    def inputs_of(self, candidates: Sequence[Candidate]) -> dict[Any, tuple[bytes, bytes]]:
-        return {}
 
     def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
         replies = (
@@ -248,15 +237,6 @@ class RedisReader:
             is_own = place in outputs and _is_of(one, facts.get(place))
             yield one, read_step(outputs[place])[1] if is_own else None
 
-    def attempt_page(
-        self, run: RedisRun, execution: int, *, limit: int, after: str | None
-    ) -> tuple[list[AttemptRecord], str | None]:
-        # A hash has no order, so each page reads all attempts.
-        end = None if after is None else parse_attempt_mark(after)
-        (attempts,) = self._attempts_of([(run, execution)])
-        rest = [one for one in attempts if end is None or (one.epoch, one.key) > (end.epoch, end.key)]
-        return rest[:limit], str(end_of_page(rest[limit - 1])) if len(rest) > limit else None
-
     def _attempts_of(self, runs: Sequence[tuple[RedisRun, int]]) -> list[list[AttemptRecord]]:
         """Return the attempts of each execution, in the order of the history, without outputs."""
         # The commits last: each has its attempt then.
@@ -274,24 +254,9 @@ class RedisReader:
             executions.append(records)
         return executions
 
-    def attempts_at(self, run: RedisRun, execution: int, position: int, branch: str) -> list[AttemptRecord]:
-        (attempts,) = self._attempts_of([(run, execution)])
-        return [one for one in attempts if (one.position, one.branch) == (position, branch)]
-
     def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
         # The server cannot sum up attempts: all are read, so the limit is lower.
-        limit = min(runs, _MAX_TALLIED)
-        rows, _ = self.runs(RunQuery(since_ms=since_ms), limit=limit, after=None, max_filtered=None)
-        pages = (rows[first : first + _TALLY_PAGE] for first in range(0, len(rows), _TALLY_PAGE))
-        figures = (
-            (run.started_ms, run.pipeline, one, one.output_bytes is not None)
-            for page in pages
-            for run, of_run in zip(
-                page, self._attempts_of([(run.run, run.execution) for run in page]), strict=True
-            )
-            for one in of_run
-        )
-        return sum_attempts(itertools.islice(figures, attempts), bucket_ms)
+        return super().tally(since_ms, bucket_ms, runs=min(runs, _MAX_TALLIED), attempts=attempts)
 
     def facts(self) -> StoreFacts:
         settings = self._link.settings()
@@ -362,17 +327,6 @@ def _has_condition(query: RunQuery) -> bool:
         or query.pipeline is not None
         or query.tag is not None
     )
-
-
-def _matches(run: RunRow, query: RunQuery) -> bool:
-    """Return True if a run matches what the server has not checked, but for its failed attempts."""
-    if run.is_damaged or (query.blocked and run.blocked is None):
-        return False
-    if query.text is not None:
-        part = query.text.encode().lower()  # Of bytes: ASCII letters only.
-        if not any(part in text.encode().lower() for text in (run.run_id, run.pipeline, run.error or "")):
-            return False
-    return query.tag is None or query.tag in run.run.tags
 
 
 def _key(value: bytes) -> str | None:

@@ -126,14 +126,15 @@ class RedisRows(RedisReader):
         token = os.urandom(8).hex() if run is None else run.run.token
         fence = self._fence(run, token, 1 if run is None else run.execution + 1, opening)
         data = pack_step("", Step(opening.contract, "", opening.input, opening.sha256))
-        values = (*_opening_values(fence, opening), token, opening.pipeline, data)
+        values = (*_opening_values(fence, opening, ()), token, opening.pipeline, data)
         self._append(fence, "begin", opening.run_id, *values)
         return fence
 
     def take_over(self, run: RunRow, opening: Opening) -> Fence:
         fence = self._fence(run, run.run.token, run.execution, opening)
         discard = "" if opening.discard_from is None else max(opening.discard_from, 0)
-        self._append(fence, "take_over", opening.run_id, *_opening_values(fence, opening), discard)
+        values = _opening_values(fence, opening, run.run.tags)
+        self._append(fence, "take_over", opening.run_id, *values, discard)
         return fence
 
     def _fence(self, run: RunRow | None, token: str, execution: int, opening: Opening) -> Fence:
@@ -156,6 +157,8 @@ class RedisRows(RedisReader):
             raise run_lost_error(run.run_id, self._link.server.name)
         step = read_step(value)[1]
         return step.contract, step.output, step.sha256
+
+    # is_complete(): steps() and the claim check this, atomically with what they read.
 
     def steps(
         self, run: RedisRun, execution: int, lazily_loaded: Sequence[tuple[int, str]] = ()
@@ -258,9 +261,6 @@ class RedisRows(RedisReader):
             values = ("claim", one.run_id, now_ms, token, int(seconds * 1000))
             self._writes.append(_Write(prefix_of(one.run_id), values, partial(note, one)))
         return claimed
-
-    def is_complete(self, run: RunRow) -> bool:
-        return True  # steps() and the claim check this, atomically with what they read.
 
     def renew(self, fences: list[Fence]) -> list[Fence]:
         replies = self._link.send(
@@ -448,8 +448,8 @@ def is_recorded(run: RedisRun, reply: Any, server: str) -> bool:
     )
 
 
-def _opening_values(fence: Fence, opening: Opening) -> tuple[Any, ...]:
-    tags = json.dumps(opening.tags) if opening.tags else ""
+def _opening_values(fence: Fence, opening: Opening, tags_before: Sequence[str]) -> tuple[Any, ...]:
+    tags = json.dumps(list(dict.fromkeys((*tags_before, *opening.tags)))) if opening.tags else ""
     return (opening.owner, fence.execution, fence.epoch, _lease_ms(fence), tags, opening.version)
 
 

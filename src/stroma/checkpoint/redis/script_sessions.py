@@ -20,16 +20,6 @@ function ops.find(id)
   return {now_ms(), f}
 end
 
--- Returns a JSON list of texts with the missing texts of another list added.
-local function merge_lists(json, more)
-  local list, has = cjson.decode(json), {}
-  for _, tag in ipairs(list) do has[tag] = true end
-  for _, tag in ipairs(cjson.decode(more)) do
-    if not has[tag] then list[#list + 1] = tag end
-  end
-  return cjson.encode(list)
-end
-
 -- Lists an open run, whose owner has a lease.
 local function list_open(id, execution, until_ms)
   persist(tonumber(execution))
@@ -72,7 +62,7 @@ function ops.begin(id, owner, execution, epoch, lease, tags, flow_version, token
 end
 
 function ops.take_over(id, owner, execution, epoch, lease, tags, flow_version, discard)
-  local f = redis.call('HMGET', run, 'writes', 'owner', 'status', 'version')
+  local f = redis.call('HMGET', run, 'writes', 'owner')
   if f[2] == owner then return tonumber(f[1]) end
   if not is_complete(execution) then return 'lost' end
   local ms = now_ms()
@@ -81,11 +71,8 @@ function ops.take_over(id, owner, execution, epoch, lease, tags, flow_version, d
     'updated_ms', ms, 'writes', version)
   leave_queues(id)
   redis.call('HDEL', run, 'error', 'wake_ms')
-  -- A run that was submitted without a version has that of the code which starts it.
-  if f[3] == 'QUEUED' and (f[4] or '') == '' then redis.call('HSET', run, 'version', flow_version) end
-  if tags ~= '' then
-    redis.call('HSET', run, 'tags', merge_lists(redis.call('HGET', run, 'tags') or '[]', tags))
-  end
+  redis.call('HSET', run, 'version', flow_version)
+  if tags ~= '' then redis.call('HSET', run, 'tags', tags) end
   if discard ~= '' then
     local steps, nodes, commits, top = p .. 'steps:' .. execution, p .. 'nodes:' .. execution, 0, 0
     for _, field in ipairs(redis.call('HKEYS', nodes)) do
@@ -163,14 +150,7 @@ function ops.finish(id, token, execution, epoch, owner, acknowledged, status, er
     redis.call('HDEL', run, 'error')
   end
   redis.call('HDEL', run, 'until_ms')
-  if status == 'SUSPENDED' or status == 'INTERRUPTED' or status == 'QUEUED' then
-    -- An answer that was stored since the run was claimed makes it due.
-    local earlier = redis.call('HGET', run, 'wake_ms')
-    if earlier and (wake == '' or tonumber(earlier) < tonumber(wake)) then wake = earlier end
-    set_wake(id, wake)
-  else
-    set_wake(id, '')
-  end
+  set_wake(id, wake)
   local version = redis.call('HINCRBY', run, 'writes', 1)
   if ttl ~= '' then
     redis.call('ZADD', ENDED, ms + ttl, id)

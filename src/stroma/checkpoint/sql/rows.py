@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
-from stroma.checkpoint.decisions import UNFINISHED
 from stroma.checkpoint.durable.integrity import parse_attempt, parse_run, require_undamaged
 from stroma.checkpoint.durable.rows import (
     Annotation,
@@ -29,6 +28,7 @@ from stroma.checkpoint.records import (
     AttemptRecord,
     RunQuery,
     Tally,
+    ascii_lower,
     end_of_page,
     parse_attempt_mark,
     parse_run_mark,
@@ -176,9 +176,7 @@ class SqlRows(ABC):
         return self._all(sql.IDENTITIES, run=run, execution=execution)
 
     def finish(self, fence: Fence, end: RunEnd) -> bool:
-        is_unfinished = end.status in UNFINISHED
-        values = {**end._asdict(), **_fence_values(fence), "is_unfinished": is_unfinished}
-        return self._run(sql.FINISH, **values) == 1
+        return self._run(sql.FINISH, **end._asdict(), **_fence_values(fence)) == 1
 
     def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:
         self._run(sql.WAKE, run=run.run, wake_ms=wake_ms)
@@ -505,7 +503,7 @@ def _filter(query: RunQuery) -> tuple[str, dict[str, Any]]:
                 values[column] = value
         parts.append(f"EXISTS ({failed})")
     if query.text is not None:
-        values["text"] = "".join(ch.lower() if ch.isascii() else ch for ch in query.text)
+        values["text"] = ascii_lower(query.text)
         columns = ("r.run_id", "r.pipeline", "coalesce(r.error, '')")
         parts.append("(" + " OR ".join(f"strpos(lower({column}), :text) > 0" for column in columns) + ")")
     return " AND ".join(parts), values

@@ -75,9 +75,7 @@ _OPEN: Final = f"""status = 'RUNNING', error = NULL, updated_ms = now_ms(), leas
 BEGIN: Final = f"""UPDATE runs SET execution = :execution, pipeline = :pipeline, version = :version,
     started_ms = now_ms(), tokens = 0, cost_pico = 0, latency_ns = 0, attempt_count = 0, commit_count = 0,
     {_OPEN}"""
-# A run that was submitted without a version has that of the code which starts it.
-TAKE_OVER: Final = f"""UPDATE runs SET
-    version = CASE WHEN status = 'QUEUED' AND version = '' THEN :version ELSE version END, {_OPEN}"""
+TAKE_OVER: Final = f"UPDATE runs SET version = :version, {_OPEN}"
 REPLACE_OWNER: Final = "UPDATE runs SET lease_owner = :owner WHERE run = :run"
 NEW_INPUT: Final = """INSERT INTO inputs (run, execution, contract, input, sha256)
     VALUES (:run, :execution, :contract, :input, :sha256)"""
@@ -90,11 +88,8 @@ ROW_COUNTS: Final = """SELECT (SELECT count(*) FROM attempts WHERE run = :run AN
 # attempts that were acknowledged to it.
 FENCE: Final = """WHERE run = :run AND lease_epoch = :epoch AND lease_owner = :owner
     AND attempt_count >= :acknowledged"""
-# An answer that was stored since the run was claimed makes it due.
-FINISH: Final = f"""UPDATE runs SET status = :status, error = :error, updated_ms = coalesce(:updated_ms,
-    now_ms()),
-    lease_until_ms = NULL, {_NO_MARK}, wake_ms = CASE WHEN :is_unfinished THEN
-    CASE WHEN wake_ms <= :wake_ms THEN wake_ms ELSE coalesce(:wake_ms, wake_ms) END END {FENCE}"""
+FINISH: Final = f"""UPDATE runs SET status = :status, error = :error, wake_ms = :wake_ms,
+    updated_ms = coalesce(:updated_ms, now_ms()), lease_until_ms = NULL, {_NO_MARK} {FENCE}"""
 RENEW: Final = f"""UPDATE runs SET lease_until_ms = clock_ms() + :lease_ms {FENCE} AND lease_until_ms
     IS NOT NULL RETURNING run"""
 WAKE: Final = "UPDATE runs SET wake_ms = :wake_ms WHERE run = :run"
