@@ -88,12 +88,11 @@ class RedisRows(RedisReader):
         writes, self._writes = self._writes, []
         if not writes:
             return
-        checks = [
-            (prefix_of(run_id), "", "", "")
-            if row is None
-            else (row.run.prefix, row.run.token, str(row.run.writes), row.run.annotated)
-            for run_id, row in self._locked.items()
-        ]
+        checks: list[dict[str, str]] = []
+        for run_id, row in self._locked.items():
+            state = ("", "", "") if row is None else (row.run.token, str(row.run.writes), row.run.annotated)
+            names = ("prefix", "token", "writes", "annotated")
+            checks.append(dict(zip(names, (prefix_of(run_id), *state), strict=True)))
         if len(writes) == 1 and not checks:
             (reply,) = self._get(script_command(writes[0].prefix, *writes[0].values))
             replies = [reply]

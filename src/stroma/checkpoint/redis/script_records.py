@@ -41,14 +41,13 @@ function ops.save(node, value, ttl)
 end
 
 function ops.delete(id)
-  local f = redis.pcall('HMGET', run, 'execution', 'pipeline')
-  if f.err then f = {} end
-  local executions = tonumber(f[1] or 0) or 0
+  local f = fields_if_hash(run, 'execution', 'pipeline')
+  local executions = tonumber(f.execution or 0) or 0
   if not (executions >= 0 and executions <= MAX_EXECUTIONS) then executions = 0 end
   while redis.call('EXISTS', p .. 'attempts:' .. (executions + 1), p .. 'steps:' .. (executions + 1)) > 0 do
     executions = executions + 1
   end
-  if f[2] then
+  if f.pipeline then
     leave_queues(id)
     redis.call('ZREM', DUE .. lane(), id)
   end
@@ -63,8 +62,8 @@ end
 -- Appends a batch of events. The stream refuses one that is there, and one of an earlier session than the
 -- last one.
 function ops.append_events(token, execution, id, data, most, ttl)
-  local f = redis.call('HMGET', run, 'token', 'execution')
-  if f[1] ~= token or f[2] ~= execution then return 0 end
+  local f = fields(run, 'token', 'execution')
+  if f.token ~= token or f.execution ~= execution then return 0 end
   local events, left = p .. 'events', redis.call('PTTL', run)
   local reply = redis.pcall('XADD', events, 'MAXLEN', '~', most, id, 'data', data)
   if type(reply) == 'table' and not string.find(reply.err, 'equal or smaller', 1, true) then return reply end
@@ -73,15 +72,15 @@ function ops.append_events(token, execution, id, data, most, ttl)
 end
 
 function ops.read_cell()
-  local f = redis.call('HMGET', p, 'number', 'data')
-  return {now_ms(), f[1] or '', f[2]}
+  local f = fields(p, 'number', 'data')
+  return {now_ms(), f.number or '', f.data}
 end
 
 function ops.write_cell(number, maker, data)
-  local f = redis.call('HMGET', p, 'number', 'maker')
-  if f[2] == maker then return 0 end
-  if (f[1] or '') ~= number then return 'changed' end
-  redis.call('HSET', p, 'data', data, 'maker', maker, 'number', (f[1] or 0) + 1)
+  local f = fields(p, 'number', 'maker')
+  if f.maker == maker then return 0 end
+  if (f.number or '') ~= number then return 'changed' end
+  redis.call('HSET', p, 'data', data, 'maker', maker, 'number', (f.number or 0) + 1)
   return 0
 end
 
@@ -92,12 +91,10 @@ function ops.newest(from, lowest, limit, pipeline, statuses)
   local reply, wanted, ms = {{ids[#ids - 1], ids[#ids]}}, cjson.decode(statuses), now_ms()
   for i = 1, #ids, 2 do
     local row = prefix_of(ids[i]) .. 'run'
-    local f = redis.pcall('HMGET', row, 'pipeline', 'status')
-    if (pipeline == '' or f[1] == pipeline) and (not next(wanted) or wanted[f[2] or '']) then
-      local fields = redis.pcall('HGETALL', row)
-      if fields.err or #fields > 0 then
-        reply[#reply + 1] = {ids[i], ids[i + 1], {ms, fields.err and {} or fields}}
-      end
+    local f = fields_if_hash(row, 'pipeline', 'status')
+    if (pipeline == '' or f.pipeline == pipeline) and (not next(wanted) or wanted[f.status or '']) then
+      local all = redis.pcall('HGETALL', row)
+      if all.err or #all > 0 then reply[#reply + 1] = {ids[i], ids[i + 1], {ms, all.err and {} or all}} end
     end
   end
   return reply
@@ -121,16 +118,17 @@ function ops.candidates(pipeline, version, now, limit, most, code, where)
     local count = 0
     for _, id in ipairs(ids) do
       if count >= limit then break end
-      local f = redis.pcall('HMGET', prefix_of(id) .. 'run', 'status', 'until_ms', 'wake_ms', 'pipeline',
-          'claim_until',
-        'priority', 'key', 'version', 'blocked_until_ms', 'blocked_codes', 'order')
-      local stopped = f[1] == 'SUSPENDED' or f[1] == 'INTERRUPTED' or blocked and f[1] == 'QUEUED'
-      if f.err or f[4] ~= pipeline or (f[8] or '') ~= version or blocked and not f[9]
-          or not (stopped and (f[3] or blocked) or f[1] == 'RUNNING') then redis.call('ZREM', list, id)
-      elseif not is_claimed(f[5], ms) and (stopped and f[3] and tonumber(f[3]) <= now
-          or not stopped and (tonumber(f[2] or 0) or 0) < ms)
-          and (not blocked or tonumber(f[9]) <= now or not string.find(f[10] or '', code, 1, true)) then
-        add(id, {priority = f[6], key = f[7], order = blocked and f[11]}, stopped and f[3] or 0)
+      local f = fields_if_hash(prefix_of(id) .. 'run', 'status', 'until_ms', 'wake_ms', 'pipeline',
+          'claim_until', 'priority', 'key', 'version', 'blocked_until_ms', 'blocked_codes', 'order')
+      local status, wake, blocked_until = f.status, f.wake_ms, f.blocked_until_ms
+      local stopped = status == 'SUSPENDED' or status == 'INTERRUPTED' or blocked and status == 'QUEUED'
+      if f.pipeline ~= pipeline or (f.version or '') ~= version or blocked and not blocked_until
+          or not (stopped and (wake or blocked) or status == 'RUNNING') then redis.call('ZREM', list, id)
+      elseif not is_claimed(f.claim_until, ms) and (stopped and wake and tonumber(wake) <= now
+          or not stopped and (tonumber(f.until_ms or 0) or 0) < ms)
+          and (not blocked or tonumber(blocked_until) <= now
+            or not string.find(f.blocked_codes or '', code, 1, true)) then
+        add(id, {priority = f.priority, key = f.key, order = blocked and f.order}, stopped and wake or 0)
         count = count + 1
       end
     end
@@ -150,9 +148,9 @@ function ops.candidates(pipeline, version, now, limit, most, code, where)
         local due, order, id = string.match(members[at], '^(%d+) (%d+):(.*)$')
         examined = examined + 1
         if due and taken < limit and tonumber(due) <= now then
-          local f = redis.pcall('HMGET', prefix_of(id) .. 'run', 'status', 'claim_until')
-          if f.err or f[1] ~= 'QUEUED' then redis.call('ZREM', queue, members[at])  -- The run was lost.
-          elseif not is_claimed(f[2], ms) then
+          local f = fields_if_hash(prefix_of(id) .. 'run', 'status', 'claim_until')
+          if f.status ~= 'QUEUED' then redis.call('ZREM', queue, members[at])  -- The run was lost.
+          elseif not is_claimed(f.claim_until, ms) then
             add(id, {priority = members[at + 1], key = key ~= '' and key or nil, order = order},
                 tonumber(due))
             taken = taken + 1
@@ -197,8 +195,8 @@ function ops.queue_figures(pipeline, version, now, least, most)
     end
   end
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', DUE .. place, least, now, 'LIMIT', 0, most)) do
-    local f = redis.pcall('HMGET', prefix_of(id) .. 'run', 'status', 'wake_ms')
-    local due = not f.err and (f[1] == 'SUSPENDED' or f[1] == 'INTERRUPTED') and tonumber(f[2])
+    local f = fields_if_hash(prefix_of(id) .. 'run', 'status', 'wake_ms')
+    local due = (f.status == 'SUSPENDED' or f.status == 'INTERRUPTED') and f.wake_ms and tonumber(f.wake_ms)
     if due and (not oldest or due < oldest) then oldest = due end
     if due then break end
   end

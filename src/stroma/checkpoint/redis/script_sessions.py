@@ -8,8 +8,8 @@ __all__ = ["SESSIONS"]
 
 SESSIONS: Final = r"""
 function ops.find(id)
-  local f = redis.call('HGETALL', run)
-  if #f == 0 then
+  local row = redis.call('HGETALL', run)
+  if #row == 0 then
     -- All keys of a run expire at once: if one remains, or the run is still listed, the others were lost.
     local others = redis.call('EXISTS', p .. 'inputs', p .. 'attempts:1', p .. 'nodes:1', p .. 'steps:1')
     if others > 0 then return 'lost' end
@@ -17,7 +17,7 @@ function ops.find(id)
     if listed and not redis.call('ZSCORE', ENDED, id) then return 'lost' end
     return false
   end
-  return {now_ms(), f}
+  return {now_ms(), row}
 end
 
 -- Lists an open run, whose owner has a lease.
@@ -30,12 +30,12 @@ local function list_open(id, execution, until_ms)
 end
 
 function ops.begin(id, owner, execution, epoch, lease, tags, flow_version, token, pipeline, input)
-  local f = redis.call('HMGET', run, 'token', 'writes', 'owner')
-  if f[3] == owner then return tonumber(f[2]) end
+  local f = fields(run, 'token', 'writes', 'owner')
+  if f.owner == owner then return tonumber(f.writes) end
   local us = now_us()
   local ms = math.floor(us / 1000)
-  local version = (f[2] or 0) + 1
-  if f[1] then
+  local writes = (f.writes or 0) + 1
+  if f.token then
     leave_queues(id)
     set_wake(id, '')
     redis.call('HDEL', run, 'priority', 'key', 'expires_ms')
@@ -45,10 +45,10 @@ function ops.begin(id, owner, execution, epoch, lease, tags, flow_version, token
     'execution', execution,
     'status', 'RUNNING', 'started_ms', ms, 'updated_ms', ms, 'tokens', 0, 'cost_pico', 0, 'latency_ns', 0,
     'owner', owner, 'epoch', epoch, 'until_ms', ms + lease, 'nodes', 0, 'commit_count', 0,
-    'attempt_count', 0, 'identities', 0, 'writes', version)
+    'attempt_count', 0, 'identities', 0, 'writes', writes)
   redis.call('HDEL', run, 'error', 'tags')
   if tags ~= '' then redis.call('HSET', run, 'tags', tags) end
-  if not f[1] then
+  if not f.token then
     redis.call('HSET', run, 'order', us)
     -- Keys that eviction left of an earlier run of this id.
     for _, key in ipairs(keys_of(0)) do if key ~= run then redis.call('DEL', key) end end
@@ -58,17 +58,17 @@ function ops.begin(id, owner, execution, epoch, lease, tags, flow_version, token
   redis.call('ZADD', RUNS, us, id)
   list_open(id, execution, ms + lease)
   sweep(10)
-  return version
+  return writes
 end
 
 function ops.take_over(id, owner, execution, epoch, lease, tags, flow_version, discard)
-  local f = redis.call('HMGET', run, 'writes', 'owner')
-  if f[2] == owner then return tonumber(f[1]) end
+  local f = fields(run, 'writes', 'owner')
+  if f.owner == owner then return tonumber(f.writes) end
   if not is_complete(execution) then return 'lost' end
   local ms = now_ms()
-  local version = f[1] + 1
+  local writes = f.writes + 1
   redis.call('HSET', run, 'status', 'RUNNING', 'owner', owner, 'epoch', epoch, 'until_ms', ms + lease,
-    'updated_ms', ms, 'writes', version)
+    'updated_ms', ms, 'writes', writes)
   leave_queues(id)
   redis.call('HDEL', run, 'error', 'wake_ms')
   redis.call('HSET', run, 'version', flow_version)
@@ -88,7 +88,7 @@ function ops.take_over(id, owner, execution, epoch, lease, tags, flow_version, d
   end
   redis.call('ZADD', RUNS, 'NX', now_us(), id)
   list_open(id, execution, ms + lease)
-  return version
+  return writes
 end
 
 function ops.replace_owner(owner)
@@ -105,15 +105,14 @@ function ops.commit(token, execution, epoch, owner, acknowledged, lease, at, att
   local problem = fence_problem(token, epoch, owner, acknowledged)
   if problem then return problem end
   if not is_complete(execution) then return 'lost' end
-  local sums = {{'cost_pico', cost}, {'tokens', tokens}, {'latency_ns', latency}}
-  for i, sum in ipairs(sums) do
-    local reply = sum[2] ~= '0' and redis.pcall('HINCRBY', run, sum[1], sum[2])
+  local added = {}
+  for name, value in pairs({cost_pico = cost, tokens = tokens, latency_ns = latency}) do
+    local reply = value ~= '0' and redis.pcall('HINCRBY', run, name, value)
     if type(reply) == 'table' and reply.err then
-      for j = 1, i - 1 do
-        if sums[j][2] ~= '0' then redis.call('HINCRBY', run, sums[j][1], '-' .. sums[j][2]) end
-      end
+      for before, sum in pairs(added) do redis.call('HINCRBY', run, before, '-' .. sum) end
       return reply
     end
+    if reply then added[name] = value end
   end
   redis.call('HSET', attempts, at, attempt)
   redis.call('HINCRBY', run, 'attempt_count', 1)
@@ -151,12 +150,12 @@ function ops.finish(id, token, execution, epoch, owner, acknowledged, status, er
   end
   redis.call('HDEL', run, 'until_ms')
   set_wake(id, wake)
-  local version = redis.call('HINCRBY', run, 'writes', 1)
+  local writes = redis.call('HINCRBY', run, 'writes', 1)
   if ttl ~= '' then
     redis.call('ZADD', ENDED, ms + ttl, id)
     for _, key in ipairs(keys_of(tonumber(execution))) do redis.call('PEXPIREAT', key, ms + ttl) end
   end
-  return version
+  return writes
 end
 
 function ops.renew(token, epoch, owner, acknowledged, lease)
@@ -165,18 +164,18 @@ function ops.renew(token, epoch, owner, acknowledged, lease)
   if redis.call('HEXISTS', run, 'until_ms') == 0 then return tonumber(redis.call('HGET', run, 'writes')) end
   local ms = now_ms()
   redis.call('HSET', run, 'until_ms', ms + lease)
-  local f = redis.call('HMGET', run, 'pipeline', 'run_id')
-  redis.call('ZADD', DUE .. lane(), 'XX', ms + lease, f[2] or '')
-  set_live(f[2] or '', f[1] or '', ms + lease)
+  local f = fields(run, 'pipeline', 'run_id')
+  redis.call('ZADD', DUE .. lane(), 'XX', ms + lease, f.run_id or '')
+  set_live(f.run_id or '', f.pipeline or '', ms + lease)
   return redis.call('HINCRBY', run, 'writes', 1)
 end
 
 -- Releases an execution that has just begun, until a worker opens it.
 function ops.enqueue(id, owner, due, priority, key, expires)
-  local f = redis.call('HMGET', run, 'owner', 'pipeline')
-  if f[1] ~= owner then return 'changed' end
+  local f = fields(run, 'owner', 'pipeline')
+  if f.owner ~= owner then return 'changed' end
   redis.call('ZREM', DUE .. lane(), id)
-  redis.call('ZREM', LIVE .. f[2], id)
+  redis.call('ZREM', LIVE .. f.pipeline, id)
   redis.call('HSET', run, 'status', 'QUEUED', 'priority', priority)
   redis.call('HDEL', run, 'until_ms')
   if key ~= '' then redis.call('HSET', run, 'key', string.sub(key, 2)) end
@@ -192,14 +191,14 @@ local function is_claimed(claim_until, ms) return (tonumber(claim_until or 0) or
 -- workers. Returns 0 if it is no longer free.
 function ops.claim(id, now, token, claim_ms)
   local ms = now_ms()
-  local f = redis.call('HMGET', run, 'status', 'until_ms', 'wake_ms', 'claim', 'claim_until', 'pipeline')
-  if not f[1] or token ~= '' and is_claimed(f[5], ms) and f[4] ~= token then return 0 end
-  if f[1] == 'RUNNING' then
-    if (tonumber(f[2] or 0) or 0) >= ms then return 0 end
-  elseif not f[3] or tonumber(claim_ms) >= 0 and tonumber(f[3]) > tonumber(now) then return 0 end
+  local f = fields(run, 'status', 'until_ms', 'wake_ms', 'claim', 'claim_until', 'pipeline')
+  if not f.status or token ~= '' and is_claimed(f.claim_until, ms) and f.claim ~= token then return 0 end
+  if f.status == 'RUNNING' then
+    if (tonumber(f.until_ms or 0) or 0) >= ms then return 0 end
+  elseif not f.wake_ms or tonumber(claim_ms) >= 0 and tonumber(f.wake_ms) > tonumber(now) then return 0 end
   redis.call('HSET', run, 'claim', token, 'claim_until', ms + claim_ms)
-  if tonumber(claim_ms) < 0 or token == '' then redis.call('ZREM', LIVE .. f[6], id)
-  else set_live(id, f[6], ms + claim_ms) end
+  if tonumber(claim_ms) < 0 or token == '' then redis.call('ZREM', LIVE .. f.pipeline, id)
+  else set_live(id, f.pipeline, ms + claim_ms) end
   return 1
 end
 

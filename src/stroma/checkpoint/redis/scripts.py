@@ -79,6 +79,21 @@ end
 
 local function now_ms() return math.floor(now_us() / 1000) end
 
+local function named(values, names)
+  local result = {}
+  for i, name in ipairs(names) do result[name] = values[i] end
+  return result
+end
+
+-- Returns fields of a hash by their names, false for missing ones.
+local function fields(key, ...) return named(redis.call('HMGET', key, ...), {...}) end
+
+-- Likewise for a key that may be of another program: without fields if it is not a hash.
+local function fields_if_hash(key, ...)
+  local values = redis.pcall('HMGET', key, ...)
+  return values.err and {} or named(values, {...})
+end
+
 local function keys_of(executions)
   local keys = {}
   for _, name in ipairs(RUN_KEYS) do keys[#keys + 1] = p .. name end
@@ -97,23 +112,20 @@ end
 
 -- Returns true if an execution has all rows that its run counts: eviction may remove any key.
 local function is_complete(e)
-  local f = redis.call('HMGET', run, 'commit_count', 'attempt_count', 'identities')
-  local commits, attempts, identities = tonumber(f[1]), tonumber(f[2]), tonumber(f[3] or 0)
-  return redis.call('HLEN', p .. 'steps:' .. e) == commits and redis.call('HLEN', p .. 'nodes:' .. e) ==
-      commits
-    and redis.call('HLEN', p .. 'attempts:' .. e) == attempts
-    and redis.call('HLEN', p .. 'identities:' .. e) == identities
-    and redis.call('EXISTS', p .. 'inputs') == 1
+  local f = fields(run, 'commit_count', 'attempt_count', 'identities')
+  local function has(name, rows) return redis.call('HLEN', p .. name .. ':' .. e) == tonumber(rows or 0) end
+  return has('steps', f.commit_count) and has('nodes', f.commit_count) and has('attempts', f.attempt_count)
+    and has('identities', f.identities) and redis.call('EXISTS', p .. 'inputs') == 1
 end
 
 -- Returns the reason why a session may not write; nil if it may.
 local function fence_problem(token, epoch, owner, acknowledged)
-  local f = redis.call('HMGET', run, 'token', 'epoch', 'owner', 'writes')
-  if not f[1] then return 'lost' end
-  if f[1] ~= token then return 'fenced' end
-  if tonumber(f[2]) < tonumber(epoch) then return 'lost' end
-  if f[2] ~= epoch or f[3] ~= owner then return 'fenced' end
-  if tonumber(f[4]) < tonumber(acknowledged) then return 'lost' end
+  local f = fields(run, 'token', 'epoch', 'owner', 'writes')
+  if not f.token then return 'lost' end
+  if f.token ~= token then return 'fenced' end
+  if tonumber(f.epoch) < tonumber(epoch) then return 'lost' end
+  if f.epoch ~= epoch or f.owner ~= owner then return 'fenced' end
+  if tonumber(f.writes) < tonumber(acknowledged) then return 'lost' end
   return nil
 end
 
@@ -137,19 +149,19 @@ local function lane_of(pipeline, version) return version == '' and pipeline or p
 
 -- Returns the lane of the run.
 local function lane()
-  local f = redis.call('HMGET', run, 'pipeline', 'version')
-  return lane_of(f[1] or '', f[2] or '')
+  local f = fields(run, 'pipeline', 'version')
+  return lane_of(f.pipeline or '', f.version or '')
 end
 
 -- Returns the key of the queue of a lane for runs of one key; '': for runs without a key.
 local function queue_of(lane, key) return QUEUE .. #lane .. ':' .. lane .. ':' .. key end
 
 local function leave_queue()
-  local f = redis.call('HMGET', run, 'queued', 'key')
-  if not f[1] then return end
-  local key, place = f[2] or '', lane()
+  local f = fields(run, 'queued', 'key')
+  if not f.queued then return end
+  local key, place = f.key or '', lane()
   local queue = queue_of(place, key)
-  redis.call('ZREM', queue, f[1])
+  redis.call('ZREM', queue, f.queued)
   redis.call('HDEL', run, 'queued')
   if key ~= '' and redis.call('EXISTS', queue) == 0 then redis.call('SREM', QUEUE_KEYS .. place, key) end
 end
@@ -159,9 +171,9 @@ local function report_news() redis.call('PUBLISH', 'stroma:news', '') end
 
 local function join_queue(id, due)
   leave_queue()
-  local f = redis.call('HMGET', run, 'key', 'priority', 'order')
-  local key, member, place = f[1] or '', string.format('%015.0f %018.0f:', due, f[3]) .. id, lane()
-  redis.call('ZADD', queue_of(place, key), f[2], member)
+  local f = fields(run, 'key', 'priority', 'order')
+  local key, member, place = f.key or '', string.format('%015.0f %018.0f:', due, f.order) .. id, lane()
+  redis.call('ZADD', queue_of(place, key), f.priority, member)
   redis.call('HSET', run, 'queued', member, 'wake_ms', due)
   if key ~= '' then redis.call('SADD', QUEUE_KEYS .. place, key) end
   report_news()
@@ -204,23 +216,23 @@ local ops = {}
 
 _DISPATCH: Final = r"""
 -- Performs several operations, none if a run has changed. ARGV: the name of the transaction, the runs that
--- must be unchanged (prefix, token, version, annotation_version), and for each operation its length, prefix,
--- name and values. The replies end with the first refusal, which undoes no operation before it, see Rows. A
+-- must be unchanged (prefix, token, writes, annotated), and for each operation its length, prefix, name and
+-- values. The replies end with the first refusal, which undoes no operation before it, see Rows. A
 -- repeated transaction finds its name and skips the checks; each of its operations finds its earlier changes.
 local function transact()
   local tx, checks, at, replies = ARGV[2], cjson.decode(ARGV[3]), 4, {}
   for _, check in ipairs(checks) do
-    local f = redis.call('HMGET', check[1] .. 'run', 'token', 'writes', 'annotated', 'tx')
-    if f[4] ~= tx and ((f[1] or '') ~= check[2] or (f[2] or '') ~= check[3] or (f[3] or '') ~= check[4]) then
-      return 'changed'
-    end
+    local f = fields(check.prefix .. 'run', 'token', 'writes', 'annotated', 'tx')
+    if f.tx ~= tx and ((f.token or '') ~= check.token or (f.writes or '') ~= check.writes
+        or (f.annotated or '') ~= check.annotated) then return 'changed' end
   end
   -- Checks the cells before the first write, since a commit that belongs to a change of a cell comes earlier.
   local step = at
   while step <= #ARGV do
     if ARGV[step + 2] == 'write_cell' then
-      local f = redis.call('HMGET', ARGV[step + 1], 'number', 'maker')
-      if f[2] ~= ARGV[step + 4] and (f[1] or '') ~= ARGV[step + 3] then return 'changed' end
+      local cell, number, maker = ARGV[step + 1], ARGV[step + 3], ARGV[step + 4]
+      local f = fields(cell, 'number', 'maker')
+      if f.maker ~= maker and (f.number or '') ~= number then return 'changed' end
     end
     step = step + ARGV[step] + 1
   end
@@ -235,7 +247,8 @@ local function transact()
     at = last + 1
   end
   for _, check in ipairs(checks) do
-    if redis.call('EXISTS', check[1] .. 'run') == 1 then redis.call('HSET', check[1] .. 'run', 'tx', tx) end
+    local read = check.prefix .. 'run'
+    if redis.call('EXISTS', read) == 1 then redis.call('HSET', read, 'tx', tx) end
   end
   return replies
 end
