@@ -127,13 +127,12 @@ class Store:
         n: int = 0,
         *,
         payloads: Payloads | None = None,
-        opened: dict[tuple[PayloadPlace, bytes], bytes] | None = None,
         **request: Any,
     ) -> DurableSession:
         payloads = payloads or Payloads()
         request.setdefault("if_running", "take_over")  # Not every system says that a process has died.
         question = RunRequest(run_id, "pipeline", State(n=n), SCHEMA, **request)
-        session = DurableSession(run_id, self.submit, payloads, opened)
+        session = DurableSession(run_id, self.submit, payloads)
         sealed = payloads.seal_now(stored(n), PayloadPlace(run_id, 1, "input"))
         opening = Opening(
             run_id,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Final
 
@@ -58,9 +57,10 @@ def to_committed(
     run_id: str,
     execution: int,
     row: StepRow,
-    opened: Mapping[tuple[PayloadPlace, bytes], bytes],
+    *,
+    is_lazy: bool = False,
 ) -> Committed:
-    """Return a commit of a store. ``opened``: payloads that were decrypted before, by place and checksum.
+    """Return a commit of a store. ``is_lazy``: an encrypted output is decrypted when it is needed.
 
     Raises CorruptCheckpoint.
     """
@@ -77,17 +77,18 @@ def to_committed(
     if isinstance(step.output, UnencodedState):
         return Committed(node_id, step.output.snapshot, step.contract, call, step.output.schema)
     place = PayloadPlace(run_id, execution, "output", position, branch)
-    output: Snapshot | None = opened.get((place, step.sha256))
-    if output is None:
-        if step.output.startswith(BLOB) and payloads.blobs is not None:
-            output = payload_reference(payloads, step.output, place, what)
-        else:
-            output = payloads.open(step.output, place, what)
+    output: Snapshot
+    if (is_lazy and payloads.codec is not None) or (
+        step.output.startswith(BLOB) and payloads.blobs is not None
+    ):
+        output = payload_reference(payloads, step.output, place, what)
+    else:
+        output = payloads.open(step.output, place, what)
     return Committed(node_id, output, step.contract, call)
 
 
 def payload_reference(payloads: Payloads, stored: bytes, place: PayloadPlace, what: str) -> StoredSnapshot:
-    """Return a reference to a payload in a blob, which is read when it is needed."""
+    """Return a reference to a payload, which is read and decrypted when it is needed."""
     return StoredSnapshot(partial(payloads.open, stored, place, what))
 
 

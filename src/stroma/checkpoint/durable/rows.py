@@ -219,7 +219,6 @@ class Opening(NamedTuple):
 
     Attributes:
         discard_from: see RunRequest.
-        execution: the execution that ``input`` is sealed for.
         version: that of the pipeline; "" without one.
     """
 
@@ -232,7 +231,6 @@ class Opening(NamedTuple):
     sha256: Any
     discard_from: int | None
     tags: tuple[str, ...] = ()
-    execution: int = 1
     version: str = ""
 
 

@@ -117,8 +117,8 @@ class RunStore(ReadableStore):
         sealed = await self._payloads.seal(data, place)
         return Step(schema.fingerprint, schema_ref(schema.model), sealed, b"")
 
-    async def _opening(self, request: RunRequest, data: Stored, execution: int, owner: Owner) -> Opening:
-        sealed = await self._payloads.seal(data, PayloadPlace(request.run_id, execution, "input"))
+    async def _opening(self, request: RunRequest, data: Stored, owner: Owner) -> Opening:
+        sealed = await self._payloads.seal(data, PayloadPlace(request.run_id, 1, "input"))
         return Opening(
             run_id=request.run_id,
             pipeline=request.pipeline,
@@ -129,7 +129,6 @@ class RunStore(ReadableStore):
             sha256=checksum(sealed),
             discard_from=request.discard_from,
             tags=tuple(dict.fromkeys(request.tags)),
-            execution=execution,
             version=request.version,
         )
 
@@ -143,7 +142,7 @@ class RunStore(ReadableStore):
         """
         check_id(request.run_id, "run id")
         data = self._encode_input(request)
-        opening = await self._opening(request, data, 1, new_owner(self, ends=False))
+        opening = await self._opening(request, data, new_owner(self, ends=False))
 
         def submit(rows: Rows) -> bool:
             return submit_run(rows, self._payloads, request, opening, data, entry)
@@ -442,7 +441,7 @@ class RunStore(ReadableStore):
         for row in steps:
             verify_step(row.step, run_id, row.position, row.node_id, row.branch)
             if isinstance(row.step.output, UnencodedState):
-                committed = to_committed(self._payloads, run_id, execution, row, {})
+                committed = to_committed(self._payloads, run_id, execution, row)
             else:
                 place = PayloadPlace(run_id, execution, "output", row.position, row.branch)
                 output = self._payloads.open(row.step.output, place, f"the output of node {row.node_id!r}")

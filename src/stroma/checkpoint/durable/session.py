@@ -69,11 +69,7 @@ _TRIM_INTERVAL: Final = 100  # batches of events of a session between two that d
 
 
 class DurableSession(Session):
-    """One execution of a run, owned by this process until it ends, or until another process takes it over.
-
-    Args:
-        decrypted: payloads that were decrypted before, by place and checksum of the stored form.
-    """
+    """One execution of a run, owned by this process until it ends, or until another process takes it over."""
 
     stores_inputs = True
     fence: Fence
@@ -96,13 +92,11 @@ class DurableSession(Session):
         run_id: str,
         submit: Callable[[Any], asyncio.Future[Any]],
         payloads: Payloads,
-        decrypted: Mapping[tuple[PayloadPlace, bytes], bytes] | None = None,
         address: str = "",
     ) -> None:
         self.run_id, self.address = run_id, address
         self._submit_to_store = submit
         self._payloads = payloads
-        self._decrypted = decrypted or {}
         self._failure_sites: dict[tuple[int, str], tuple[int, int, bytes]] = {}
         #: Outputs that broke their contract, until their attempts are stored: (start, stored form).
         self._rejected: dict[tuple[int, str], tuple[int, bytes]] = {}
@@ -117,12 +111,11 @@ class DurableSession(Session):
 
     def open(self, request: RunRequest, opening: Opening, plain_input: Stored, rows: Rows) -> DurableSession:
         """Open the run. One operation; see :class:`RunOpener`."""
-        RunOpener(self, self._payloads, request, opening, plain_input, self._decrypted).open(rows)
+        RunOpener(self, self._payloads, request, opening, plain_input).open(rows)
         self.execution, self.epoch = self.fence.execution, self.fence.epoch
         if self.places:
             self._identities = {position: identity for identity, position in self.places.items()}
         self._deliver = request.deliver
-        self._decrypted = {}
         return self
 
     def _submit(
@@ -369,7 +362,7 @@ class DurableSession(Session):
 
     def _to_commits(self, steps: Iterable[StepRow]) -> dict[str, Committed]:
         execution = self.fence.execution
-        return {row.branch: to_committed(self._payloads, self.run_id, execution, row, {}) for row in steps}
+        return {row.branch: to_committed(self._payloads, self.run_id, execution, row) for row in steps}
 
     def delivered(self, row: AttemptRow) -> None:
         """Record, without waiting, that end hooks were called. If this is lost, they are called again."""

@@ -80,9 +80,8 @@ class RunOpener:
 
     Args:
         session: the DurableSession, which gets what the run has.
-        opening: what is written for the request; its input is sealed for one execution.
+        opening: what is written for the request; its input is sealed for the first execution.
         plain_input: the input before encryption.
-        decrypted: payloads that were decrypted before the transaction, by place and checksum.
     """
 
     def __init__(
@@ -92,14 +91,12 @@ class RunOpener:
         request: RunRequest,
         opening: Opening,
         plain_input: Stored,
-        decrypted: Mapping[tuple[PayloadPlace, bytes], bytes],
     ) -> None:
         self._opened = session
         self._payloads = payloads
         self._request = request
         self._opening = opening
         self._plain_input = plain_input
-        self._decrypted = decrypted
         self._run_id = request.run_id
 
     def open(self, rows: Rows) -> None:
@@ -176,7 +173,7 @@ class RunOpener:
             opened.places = dict(rows.identities(run.run, run.execution))
         commits = {
             (row.position, row.branch): to_committed(
-                self._payloads, self._run_id, run.execution, row, self._decrypted
+                self._payloads, self._run_id, run.execution, row, is_lazy=True
             )
             for row in (rows.steps(run.run, run.execution, request.lazily_loaded) if run.commit_count else ())
             if request.discard_from is None or row.position < request.discard_from
@@ -272,14 +269,14 @@ class RunOpener:
         return tried._replace(rejected=open_rejected(row, self._run_id, run.execution, self._payloads))
 
     def _seal_for_next(self, run: RunRow | None) -> Opening:
-        """Seal the input again if another process has begun the execution that it was sealed for."""
+        """Seal the input again if it begins another execution than the first, for which it was sealed."""
         opening = self._opening
         execution = 1 if run is None else run.execution + 1
-        if execution == opening.execution:
+        if execution == 1:
             return opening
         assert isinstance(self._plain_input, bytes)
         sealed = self._payloads.seal_now(self._plain_input, PayloadPlace(self._run_id, execution, "input"))
-        return opening._replace(input=sealed, sha256=checksum(sealed), execution=execution)
+        return opening._replace(input=sealed, sha256=checksum(sealed))
 
     def _load_annotations(self, rows: Rows, run: RunRow, read: _Reader) -> None:
         """Take over the annotations of the execution, and delete what the request discards."""

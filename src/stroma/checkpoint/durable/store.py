@@ -12,21 +12,17 @@ from typing import Any, Self, TypeVar
 
 from stroma._utils.logs import get_logger
 from stroma.checkpoint.cells import Change
-from stroma.checkpoint.durable.integrity import is_intact
 from stroma.checkpoint.durable.leases import LeaseRenewer
 from stroma.checkpoint.durable.operations import CellChange, Transaction
 from stroma.checkpoint.durable.owner import new_owner
 from stroma.checkpoint.durable.rows import (
-    Rows,
-    StepRow,
     lease_clock,
 )
 from stroma.checkpoint.durable.run_store import RunStore
 from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.durable.worker import Connection, Operation, Worker, generation
 from stroma.checkpoint.entries import RunRequest
-from stroma.checkpoint.errors import CorruptCheckpoint
-from stroma.checkpoint.payloads import BLOB, PayloadPlace, Payloads, Stored
+from stroma.checkpoint.payloads import Payloads, Stored
 from stroma.contracts.contract import check_id
 
 __all__ = ["DurableStore"]
@@ -98,11 +94,8 @@ class DurableStore(RunStore):
         return self._open(request, self._encode_input(request))
 
     async def _open(self, request: RunRequest, data: Stored) -> DurableSession:
-        last, opened = 0, dict[tuple[PayloadPlace, bytes], bytes]()
-        if not self._payloads.plain:
-            last, opened = await asyncio.to_thread(self._decrypt_ahead, request)
-        session = DurableSession(request.run_id, self._submit, self._payloads, opened, self.address)
-        opening = await self._opening(request, data, last + 1, new_owner(session, ends=request.ends))
+        session = DurableSession(request.run_id, self._submit, self._payloads, self.address)
+        opening = await self._opening(request, data, new_owner(session, ends=request.ends))
         open_session = partial(session.open, request, opening, data)
         asked_at = lease_clock()
         await self._claim(session, Transaction(request.run_id, open_session, opening, session))
@@ -130,33 +123,6 @@ class DurableStore(RunStore):
                 released.exception()  # Fenced, if another process has taken the run over meanwhile.
             raise cancelled
         claimed.result()
-
-    def _decrypt_ahead(self, request: RunRequest) -> tuple[int, dict[tuple[PayloadPlace, bytes], bytes]]:
-        """Return the last execution of a run and its decrypted outputs.
-
-        Decryption can be slow, so it is done before the transaction that claims the run.
-        """
-
-        def query(rows: Rows) -> tuple[int, list[StepRow]]:
-            run = rows.find(request.run_id)
-            if run is None:
-                return 0, []
-            # Blobs are read when needed: together they may exceed the memory.
-            return run.execution, [
-                row
-                for row in rows.steps(run.run, run.execution, request.lazily_loaded)
-                if not row.step.output.startswith(BLOB) and is_intact(row)
-            ]
-
-        opened: dict[tuple[PayloadPlace, bytes], bytes] = {}
-        execution, commits = self.read(query, (0, list[StepRow]())) if self.exists() else (0, [])
-        for position, branch, _, step in commits:
-            place = PayloadPlace(request.run_id, execution, "output", position, branch)
-            try:
-                opened[place, step.sha256] = self._payloads.open(step.output, place, "")
-            except CorruptCheckpoint:
-                pass  # It is reported when the output is needed.
-        return execution, opened
 
     # ------------------------------------------------------------------ cells
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
@@ -39,7 +39,6 @@ class MemorySession(DurableSession):
     stores_inputs = False
     _run: MemoryRun
     _references = None
-    _decrypted: Mapping[Any, bytes] = {}
     _failure_sites: dict[Any, Any] = {}  # noqa: RUF012  # Nothing is put there.
 
     def __init__(
