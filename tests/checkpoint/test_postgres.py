@@ -428,6 +428,25 @@ async def test_connections_that_the_server_ends(
     assert counted(server, schema, "attempts") == 240
 
 
+async def test_a_connection_that_accepts_no_query(store: PostgresStore) -> None:
+    """A connection that an error has left in the middle of a pipeline, neither closed nor broken, is
+    replaced at the next operation."""
+    connections: list[Any] = []
+
+    def get_stuck(rows: Any) -> None:
+        connections.append(rows.db.pgconn)
+        if len(connections) == 1:
+            connections[0].enter_pipeline_mode()
+            connections[0].send_query_params(b"SELECT 1", None)
+            raise psycopg.OperationalError("sending query failed")
+
+    session = await begin(store)
+    async with asyncio.timeout(10):
+        await store._worker().submit(get_stuck)
+        await commit(session, 0, State(n=1), tokens=1)
+    assert len(set(map(id, connections))) == 2
+
+
 async def test_a_commit_whose_answer_is_lost(server: PostgresServer, schema: str) -> None:
     """The connection breaks after the server has done it and before we hear of it: it is there once."""
     armed = threading.Event()

@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 from urllib.parse import quote
 
 import psycopg
-from psycopg import conninfo, sql
+from psycopg import conninfo, pq, sql
 from psycopg.types.numeric import Int8BinaryDumper, Int8Dumper
 
 from stroma._utils.logs import get_logger
@@ -64,8 +64,13 @@ _warned: set[str] = set()
 
 
 def is_lost(db: psycopg.Connection[Any]) -> bool:
-    """Return True if the connection is lost; the operation in progress may or may not have been executed."""
-    return bool(db.closed or db.broken)
+    """Return True unless the connection is ready for the next operation.
+
+    Also an error in the middle of a pipeline can leave one that accepts no query. The operation in progress
+    may or may not have been executed.
+    """
+    is_idle = db.pgconn.transaction_status == pq.TransactionStatus.IDLE
+    return not is_idle or db.pgconn.pipeline_status != pq.PipelineStatus.OFF
 
 
 def _code(error: BaseException) -> str:
