@@ -344,13 +344,11 @@ async def test_what_is_no_message(store: Any) -> None:
     with pytest.raises(CheckpointNotFound):
         await runner.send("r", {"text": "a"})
     await runner.run(receiver(1), Num())
-    for message, error in (
-        (object(), TypeError),
-        (float("nan"), ValueError),
-        (Holder(value=object()), NotSerialisable),
-    ):
-        with pytest.raises(error):
+    for message in (object(), {1}, float("nan"), Holder(value=object())):
+        with pytest.raises(NotSerialisable):
             await runner.send("r", message)
+    with pytest.raises(NotSerialisable, match="a message must be a model or JSON data"):
+        await runner.send("r", {1})
     for options in ({"topic": "\0"}, {"id": ""}, {"topic": None}, {"id": 5}):
         with pytest.raises(ValueError):
             await runner.send("r", {"text": "a"}, **options)  # type: ignore[arg-type]

@@ -150,6 +150,9 @@ async def test_wrong_arguments() -> None:
             lambda: flow.wait_for(Num, reason=None),
             lambda: flow.sleep(1, until=datetime.now()),
             lambda: flow.sleep(until=datetime.now()),
+            lambda: flow.sleep(days=10_000_000),
+            lambda: flow.receive(Num, timeout=float("nan")),
+            lambda: flow.step(add, state, key=5),  # type: ignore[arg-type]
         ]
         for call in wrong:
             try:
@@ -174,7 +177,10 @@ async def test_wrong_arguments() -> None:
         "flow.wait_for takes a pydantic model",
         "the reason of flow.wait_for must be a string, got None",
         "pass a duration or until=, not both",
-        "until must be an aware datetime",
+        "until must have a time zone",
+        "a wait must be from 0 to 100,000,000,000 seconds, got 864000000000.0",
+        "a wait must be from 0 to 100,000,000,000 seconds, got nan",
+        "key must be a string, got 5",
     ]
     assert len(said) == len(expected)
     for text, part in zip(said, expected, strict=True):

@@ -56,12 +56,13 @@ async def test_an_interrupted_run_is_driven_to_its_end(store: Any) -> None:
     pipeline = Pipeline("p", [world.step("a"), world.step("b")])
     await _interrupt(store, world, pipeline, "b 1")
     ended = await _runner(store).drive("r", pipelines=[pipeline])
-    assert ended == Ended("r", "RESUMED")
+    assert ended == Ended("r", RunStatus.RESUMED)
     assert _result(ended).output == Num(n=2)
     assert world.calls == ["a 0", "b 1", "b 1"]
     again = await _runner(store).drive("r", pipelines=[pipeline])
     assert isinstance(again, Ended)
-    assert (again, again.result) == (Ended("r", "RESUMED"), None)
+    assert (again, again.result) == (Ended("r", RunStatus.RESUMED), None)
+    assert isinstance(again.status, RunStatus)
     assert world.calls == ["a 0", "b 1", "b 1"]
 
 
@@ -74,7 +75,7 @@ async def test_a_failure_is_an_end(store: Any) -> None:
     ended = await _runner(store).drive("r", pipelines=[pipeline])
     failure = _result(ended).failure
     assert failure is not None
-    assert (ended, failure.message) == (Ended("r", "PARTIAL"), "b 1 failed")
+    assert (ended, failure.message) == (Ended("r", RunStatus.PARTIAL), "b 1 failed")
 
 
 async def test_a_suspended_run(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +111,7 @@ async def test_a_paused_run_stays_paused(store: Any) -> None:
     await runner.pause("r")
     assert await runner.drive("r", pipelines=[pipeline]) == Suspended("r", None)
     await runner.unpause("r")
-    assert await runner.drive("r", pipelines=[pipeline]) == Ended("r", "RESUMED")
+    assert await runner.drive("r", pipelines=[pipeline]) == Ended("r", RunStatus.RESUMED)
 
 
 async def test_a_run_with_an_owner_is_busy(store: Any) -> None:
@@ -148,7 +149,7 @@ async def test_a_long_run_yields_at_a_step_boundary(store: Any) -> None:
     outcomes = [await runner.drive("r", pipelines=[pipeline], max_seconds=0.01)]
     while outcomes[-1] == Yielded("r"):
         outcomes.append(await runner.drive("r", pipelines=[pipeline], max_seconds=0.01))
-    assert (outcomes[0], outcomes[-1]) == (Yielded("r"), Ended("r", "RESUMED"))
+    assert (outcomes[0], outcomes[-1]) == (Yielded("r"), Ended("r", RunStatus.RESUMED))
     assert world.calls == ["a 0", "slow 1", "slow 2", "slow 3"]
 
 
@@ -182,7 +183,7 @@ async def test_code_that_does_not_fit_is_blocked(store: Any) -> None:
     assert isinstance(other_input, Blocked)
     record = store.get_run("r")
     assert (record.status, record.holder) == ("INTERRUPTED", None)
-    assert await runner.drive("r", pipelines=[Pipeline("p", [a, b])]) == Ended("r", "RESUMED")
+    assert await runner.drive("r", pipelines=[Pipeline("p", [a, b])]) == Ended("r", RunStatus.RESUMED)
 
 
 async def test_flows_of_the_runner_are_known(store: Any) -> None:
@@ -196,7 +197,7 @@ async def test_flows_of_the_runner_are_known(store: Any) -> None:
 
     await runner.run(ask, Num(), run_id="r")
     await runner.signal("r", Text(text="yes"))
-    assert await runner.drive("r") == Ended("r", "RESUMED")
+    assert await runner.drive("r") == Ended("r", RunStatus.RESUMED)
     twins = [Pipeline("p", []), Pipeline("p", [])]
     with pytest.raises(ValueError, match="two pipelines have the name 'p'"):
         await runner.drive("r", pipelines=twins)
@@ -230,7 +231,7 @@ async def test_a_store_that_fails_leaves_the_run_to_others(
         await _runner(store).drive("r", pipelines=[pipeline])
     monkeypatch.setattr(kind, "record", record)
     assert store.get_run("r").status == "INTERRUPTED"
-    assert await _runner(store).drive("r", pipelines=[pipeline]) == Ended("r", "RESUMED")
+    assert await _runner(store).drive("r", pipelines=[pipeline]) == Ended("r", RunStatus.RESUMED)
 
 
 async def _session_of(store: Any, run_id: str) -> Any:
@@ -255,4 +256,4 @@ async def test_a_cancelled_call_leaves_the_run_to_others(store: Any) -> None:
         await driving
     world.dies_in = None
     assert store.get_run("r").status == "INTERRUPTED"
-    assert await _runner(store).drive("r", pipelines=[pipeline]) == Ended("r", "RESUMED")
+    assert await _runner(store).drive("r", pipelines=[pipeline]) == Ended("r", RunStatus.RESUMED)

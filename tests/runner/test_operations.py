@@ -662,4 +662,7 @@ async def test_what_run_many_is_given_may_raise(store: Any) -> None:
     work.gate.set()
     with pytest.raises(LookupError, match="not so"):
         await runner.run_many(work.nodes, [Num(), Num()], on_result=on_outcome)
+    misspelt: Any = {"contxt": {}}
+    with pytest.raises(TypeError, match=r"run_many\(\) got .* 'contxt'; did you mean 'context'"):
+        await runner.run_many(work.nodes, [Num()], **misspelt)
     assert len(asyncio.all_tasks()) == 1

@@ -106,7 +106,7 @@ async def test_giving_up_a_wait_changes_nothing(store: Any) -> None:
     world = World()
     pipeline = Pipeline("p", [world.step("a")])
     handle = await _runner(store).submit(pipeline, Num())
-    with pytest.raises(TimeoutError):
+    with pytest.raises(TimeoutError, match=f"run '{handle.run_id}' has not ended within 0.05 s"):
         await handle.result(timeout=0.05)
     waits = [asyncio.ensure_future(handle.result(timeout=20)) for _ in range(2)]
     await asyncio.sleep(0.05)
@@ -171,12 +171,23 @@ async def test_wrong_submissions() -> None:
         await runner.submit([text], Text(text="x"))
     with pytest.raises(TypeError, match="starts with 'parallel"):
         await runner.submit(Pipeline("g", [parallel(text)]), Text(text="x"))
-    with pytest.raises(ValueError, match="time zone"):
-        await runner.submit(pipeline, Text(text="x"), delay=datetime(2030, 1, 1))
-    with pytest.raises(ValueError, match="delay must be 0 or more"):
-        await runner.submit(pipeline, Text(text="x"), delay=-1)
-    with pytest.raises(ValueError, match="priority"):
-        await runner.submit(pipeline, Text(text="x"), priority=1 << 40)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"delay": datetime(2030, 1, 1)}, "delay must have a time zone"),
+        ({"delay": -1}, "delay must be from 0"),
+        ({"delay": ""}, "delay must be seconds, a timedelta or a datetime, got ''"),
+        ({"expires": timedelta(days=10_000_000)}, "expires must be from 0"),
+        ({"priority": 1 << 40}, "priority must be"),
+        ({"run_id": ""}, "run id must not be empty"),
+        ({"dealy": 5}, r"submit\(\) got an unexpected keyword argument 'dealy'; did you mean 'delay'"),
+        ({"budget": None}, "'budget'; it is a field of RunConfig"),
+    ]
+    for options, text_of_error in wrong:
+        with pytest.raises((TypeError, ValueError), match=text_of_error):
+            await runner.submit(pipeline, Text(text="x"), **options)
+    states: list[Any] = [{"text": "x"}, Text]
+    for state in states:
+        with pytest.raises(TypeError, match="the initial state must be"):
+            await runner.submit(pipeline, state)
     assert store.list_runs() == []
     with pytest.raises(CheckpointNotFound):
         await runner.handle("r").result(timeout=1)

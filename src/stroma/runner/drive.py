@@ -31,7 +31,7 @@ class Ended:
     """The run has ended, with a status: COMPLETED, RESUMED, FAILED, PARTIAL or CANCELLED."""
 
     run_id: str
-    status: str
+    status: RunStatus
     #: None if the run had ended before this call.
     result: ExecutionResult | None = field(default=None, repr=False, compare=False)
 
@@ -169,7 +169,7 @@ class RunDriver:
         if record.status == "RUNNING":
             return None
         if record.status not in UNFINISHED:
-            return Ended(record.run_id, record.status, result)
+            return Ended(record.run_id, RunStatus(record.status), result)
         if record.due_ms is not None and record.due_ms <= now_ms():
             return None
         until = None if record.due_ms is None else _to_time(record.due_ms)

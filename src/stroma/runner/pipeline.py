@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from types import CodeType, FunctionType
 from typing import Any, Final, Generic, Literal, Protocol, TypedDict
+
+from pydantic import BaseModel
 
 from stroma._utils.text import did_you_mean
 from stroma.checkpoint.queue import QueueEntry, RunLimits, ServedCode
@@ -27,8 +29,10 @@ __all__ = [
     "RunKeywords",
     "SubmitOptions",
     "check_bound",
+    "check_keywords",
     "check_owners",
     "check_places",
+    "check_state",
     "code_of",
     "find_nodes",
     "find_position",
@@ -317,15 +321,32 @@ class RunKeywords(TypedDict, Generic[DepsT], total=False):
     user: str | None
 
 
+def check_keywords(function: str, options: Mapping[str, Any], keywords: type) -> None:
+    """Raise TypeError for a keyword that a function with these ``keywords`` (a TypedDict) does not take."""
+    known = keywords.__annotations__
+    for name in options:
+        if name not in known:
+            fix = did_you_mean(name, known) or f"see stroma.runner.{keywords.__name__}"
+            if name in RunConfig.model_fields:
+                fix = "it is a field of RunConfig"
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}; {fix}")
+
+
+def check_state(what: str, state: Any) -> None:
+    """Raise TypeError for anything but an instance of a pydantic model."""
+    if isinstance(state, type) and issubclass(state, BaseModel):
+        name = state.__name__
+        raise TypeError(f"{what} must be an instance, got the class {name}; pass {name}(...)")
+    if not isinstance(state, BaseModel):
+        raise TypeError(f"{what} must be a pydantic model, got {type(state).__name__}")
+
+
 def override_config(config: RunConfig, options: RunKeywords[Any]) -> RunConfig:
     """Return the config with the options that are not None. Raises TypeError, ValidationError."""
     if not options:
         return config
+    check_keywords("run", options, RunKeywords)
     changes: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    if unknown := changes.keys() - RunKeywords.__annotations__.keys():
-        raise TypeError(
-            f"run() got an unexpected keyword argument {min(unknown)!r}; see stroma.runner.RunKeywords"
-        )
     changes.pop("traceparent", None)
     if changes.keys() <= {"run_id"}:
         return config.with_run_id(changes["run_id"]) if changes else config
@@ -398,6 +419,7 @@ def _parts_of_code(code: CodeType) -> Iterator[str]:
 
 
 _MAX_PRIORITY: Final = 1_000_000_000  # Every store has such numbers exactly.
+_MAX_SECONDS: Final = 100_000_000_000  # 3,168 years: a time that a datetime can have.
 
 
 class SubmitOptions(TypedDict, total=False):
@@ -422,27 +444,31 @@ class SubmitOptions(TypedDict, total=False):
 def to_ms(value: float | timedelta | datetime, now_ms: int, name: str) -> int:
     """Return a time in ms since the epoch: seconds from now, after a duration, or at a time with a zone.
 
-    Raises ValueError for a negative or infinite number, and for a time without a zone.
+    Raises ValueError for a negative or infinite number, a time without a zone, and one after the year 9999.
     """
     if isinstance(value, datetime):
         if value.tzinfo is None:
             raise ValueError(f"{name} must have a time zone, got {value!r}; use datetime.now(UTC) + ...")
-        return int(value.timestamp() * 1000)
+        return round(value.timestamp() * 1000)
     seconds = value.total_seconds() if isinstance(value, timedelta) else value
-    if not 0 <= seconds < float("inf"):
-        raise ValueError(f"{name} must be 0 or more seconds, got {value!r}")
+    if not isinstance(seconds, (int, float)):
+        raise TypeError(f"{name} must be seconds, a timedelta or a datetime, got {value!r}")
+    if not 0 <= seconds < _MAX_SECONDS:
+        raise ValueError(f"{name} must be from 0 to {_MAX_SECONDS:,} seconds, got {value!r}")
     return now_ms + round(seconds * 1000)
 
 
 def queue_entry(options: SubmitOptions, now_ms: int) -> QueueEntry:
-    """Return the place in the queue of a run that is submitted now. Raises ValueError."""
-    expires, key, priority = options.get("expires"), options.get("key"), options.get("priority", 0)
+    """Return the place in the queue of a run that is submitted now. Raises TypeError, ValueError."""
+    check_keywords("submit", options, SubmitOptions)
+    delay, expires = options.get("delay"), options.get("expires")
+    key, priority = options.get("key"), options.get("priority", 0)
     if not isinstance(priority, int) or abs(priority) > _MAX_PRIORITY:
         raise ValueError(
             f"priority must be a whole number from -{_MAX_PRIORITY} to {_MAX_PRIORITY}, got {priority!r}"
         )
     return QueueEntry(
-        to_ms(options.get("delay") or 0, now_ms, "delay"),
+        to_ms(0 if delay is None else delay, now_ms, "delay"),
         priority,
         None if key is None else check_label(key, "key"),
         None if expires is None else to_ms(expires, now_ms, "expires"),

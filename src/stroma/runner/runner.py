@@ -47,8 +47,10 @@ from stroma.runner.pipeline import (
     AnyState,
     Pipeline,
     RunKeywords,
+    check_keywords,
     check_owners,
     check_places,
+    check_state,
     code_of,
     find_position,
     nodes_of,
@@ -352,11 +354,7 @@ class StromaRunner(Generic[DepsT]):
         """Implement :meth:`run`. ``dispatch``: how a dispatcher opens the run; ``watch``: further hooks."""
         config = override_config(self._config_of(node_sequence), options)
         nodes = nodes_of(node_sequence)
-        if isinstance(initial_state, type) and issubclass(initial_state, BaseModel):
-            name = initial_state.__name__
-            raise TypeError(f"the initial state must be an instance, got the class {name}; pass {name}(...)")
-        if not isinstance(initial_state, BaseModel):
-            raise TypeError(f"the initial state must be a pydantic model, not {type(initial_state).__name__}")
+        check_state("the initial state", initial_state)
         check_owners(nodes, self.registry)
         if not dispatch.reads:
             check_places(nodes, self.registry, self._caller)
@@ -526,6 +524,7 @@ class StromaRunner(Generic[DepsT]):
         further run starts, and only the outcomes of those that did are returned. An exception of ``inputs``,
         ``run_ids`` or ``on_result`` cancels the runs in flight and is raised.
         """
+        check_keywords("run_many", options, RunKeywords)
         nodes = _listed(node_sequence)
         run = partial(self.run, nodes, **options)
         with self._live.batch() as batch:
@@ -646,16 +645,18 @@ class StromaRunner(Generic[DepsT]):
         Once this returns, the run is stored. A run of that id with the same pipeline and input gives its
         handle, whatever its status; nothing is restarted. For the keywords see :class:`SubmitOptions`. Raises
         pydantic's ValidationError for an input that breaks the contract, TypeError for anything but a flow or
-        Pipeline, and one that starts with a group, RunExists for a run of that id with another pipeline or
-        input, ValueError for an invalid keyword, StoreError.
+        Pipeline, one that starts with a group, and an unknown keyword, RunExists for a run of that id with
+        another pipeline or input, ValueError for an invalid value, StoreError.
         """
         served = self._stored.served([pipeline])[pipeline.name]
+        check_state("the initial state", initial_state)
+        entry, given_id = queue_entry(options, now_ms()), options.get("run_id")
         config = self._config_of(pipeline)
-        run_id = check_id(options.get("run_id") or config.take_run_id(), "run id")
+        run_id = config.take_run_id() if given_id is None else check_id(given_id, "run id")
         state = served.schema.convert(initial_state)
         version = pipeline.version or ""
         request = RunRequest(run_id, pipeline.name, state, served.schema, tags=config.tags, version=version)
-        await self._stored.journal("submit").submit(request, queue_entry(options, now_ms()))
+        await self._stored.journal("submit").submit(request, entry)
         return self.handle(run_id, pipeline)
 
     def handle(self, run_id: str, pipeline: Pipeline | None = None) -> RunHandle[Any]:
@@ -714,8 +715,8 @@ class StromaRunner(Generic[DepsT]):
         CheckpointNotFound, RunExists, ValueError for an unknown node, TypeError for a state that is not a
         model.
         """
-        if state is not None and not isinstance(state, BaseModel):
-            raise TypeError(f"the state of a fork must be a pydantic model, not {type(state).__name__}")
+        if state is not None:
+            check_state("the state of a fork", state)
         nodes = _listed(node_sequence)
         records = nodes_of(nodes)
         flow = next((one for one in records if isinstance(one, FlowNode)), None)
@@ -762,7 +763,7 @@ class StromaRunner(Generic[DepsT]):
         the run; sending it again changes nothing. By default each call sends a message of its own. Messages
         of a topic are received in the order in which they were stored; the class of the receiver validates
         them when it takes them. Raises CheckpointNotFound, StoreError if the run has ended or was sent
-        another message with this id, NotSerialisable, TypeError or ValueError for a message that is not JSON.
+        another message with this id, NotSerialisable for a message that is not JSON.
         """
         await self._stored.send(run_id, message, topic, id)
 

@@ -32,7 +32,7 @@ from stroma.failures.errors import RunCancelled
 from stroma.failures.failure import Failure
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.runner.map import branches_in
-from stroma.runner.pipeline import check_owners
+from stroma.runner.pipeline import check_owners, check_state
 from stroma.trace.result import ExecutionResult, RunStatus
 
 __all__ = ["ReliabilityContext", "StromaStep", "execute_step"]
@@ -73,10 +73,7 @@ async def execute_step(
     Raises ValueError for a node whose id was later assigned to another function with another contract,
     PipelineChanged for another input, RuntimeError in a pipeline outside of its nodes.
     """
-    if not isinstance(input_state, BaseModel):
-        raise TypeError(
-            f"the input of step {step_id!r} must be a pydantic model, not {type(input_state).__name__}"
-        )
+    check_state(f"the input of step {step_id!r}", input_state)
     node = _node_of(step_id, func, ctx, contract)
     parent = running_node()
     if parent is not None and parent.ctx is not ctx:

@@ -23,6 +23,7 @@ from stroma.contracts.node import Group, Node, find_node, output_class
 from stroma.contracts.schema import Schema, schema_of
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.cost.budget import ExecutionBudget
+from stroma.cost.usage import shown
 from stroma.engine.config import RunConfig
 from stroma.engine.restore import value_of
 from stroma.runner.pipeline import Pipeline, code_of, input_schema_of, nodes_of
@@ -121,12 +122,17 @@ def match_answer(
 
 
 def encode_message(message: Any) -> bytes:
-    """Return a message in stored form. Raises NotSerialisable, TypeError or ValueError if it has none."""
+    """Return a message in stored form. Raises NotSerialisable if it has none."""
     if isinstance(message, BaseModel):
         schema = schema_of(type(message))
         return schema.encode(schema.convert(message))
     # The space tells it from a model in stored form.
-    return b" " + json.dumps(message, ensure_ascii=False, allow_nan=False).encode()
+    try:
+        return b" " + json.dumps(message, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise NotSerialisable(
+            f"a message must be a model or JSON data, got {shown(message)}: {error}"
+        ) from None
 
 
 def _find(questions: Sequence[Waiting], run_id: str, answer: Any, question: str | None) -> Waiting:

@@ -70,15 +70,21 @@ class RunHandle(Generic[Out]):
         nothing. ``timeout``: seconds. Raises TimeoutError, CheckpointNotFound, StoreError; PipelineChanged if
         this code does not fit the run.
         """
-        async with asyncio.timeout(timeout):
-            while True:
-                await self._waits().until_ended(self.run_id)
-                try:
-                    result = await self._calls.read(self.run_id)
-                except (RunBusy, RunExists):  # Somebody has restarted it meanwhile.
-                    continue
-                if result.status is not RunStatus.SUSPENDED:
-                    return result
+        scope = asyncio.timeout(timeout)
+        try:
+            async with scope:
+                while True:
+                    await self._waits().until_ended(self.run_id)
+                    try:
+                        result = await self._calls.read(self.run_id)
+                    except (RunBusy, RunExists):  # Somebody has restarted it meanwhile.
+                        continue
+                    if result.status is not RunStatus.SUSPENDED:
+                        return result
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise TimeoutError(f"run {self.run_id!r} has not ended within {timeout:g} s") from None
 
     async def until_stopped(self) -> ExecutionResult[Out]:
         """Wait until the run has ended or is suspended, and return its result, as ``run()`` does.

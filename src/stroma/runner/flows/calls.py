@@ -33,6 +33,7 @@ from stroma.runner.pipeline import (
     Pipeline,
     SubmitOptions,
     check_bound,
+    check_state,
     input_schema_of,
     nodes_of,
     queue_entry,
@@ -46,7 +47,7 @@ class _KnownStep:
 
     def __init__(self, path: FlowPath, node: Any, state: Any) -> None:
         self.node = node = _step_node_of(node, "flow.step")
-        _check_state(f"the input of step {node.node_id!r}", state)
+        check_state(f"the input of step {node.node_id!r}", state)
         self.state_class = type(state)
         self.label, self.name = f"flow.step({node.node_id})", quoted(node.node_id)
         self.is_effect = has_effect(path.ctx, node)
@@ -71,11 +72,6 @@ def call_step(path: FlowPath, node: Any, state: Any, key: str | None) -> Corouti
     return coroutine  # type: ignore[no-any-return]  # Type checkers know no such attribute of coroutines.
 
 
-def _check_state(what: str, state: Any) -> None:
-    if not isinstance(state, BaseModel):
-        raise TypeError(f"{what} must be a pydantic model, got {type(state).__name__}")
-
-
 def _step_node_of(node: Any, method: str) -> Node | Group:
     """Return the record of a node. Raises TypeError for a flow, and for several nodes."""
     if isinstance(node, (list, tuple)):
@@ -98,7 +94,7 @@ def call_map(
     check_bound(max_concurrency)
     states = list(items)
     for state in states:
-        _check_state(f"each item of {record.node_id!r}", state)
+        check_state(f"each item of {record.node_id!r}", state)
     return _map(path, record, states, max_concurrency, path.identify(quoted(record.node_id), key, "*"))
 
 
@@ -138,7 +134,7 @@ def call_flow(path: FlowPath, flow: Any, state: Any, key: str | None) -> Corouti
     path.begin_call("flow.run")
     if not isinstance(flow, Pipeline):
         raise TypeError(f"flow.run takes a flow or a Pipeline, got {flow!r}; call a node with flow.step")
-    _check_state(f"the input of {flow.name!r}", state)
+    check_state(f"the input of {flow.name!r}", state)
     identity, node = path.identify(quoted(flow.name), key), find_flow(flow)
     if node is None:
         return _run_pipeline(path, flow, state, identity)
@@ -215,7 +211,7 @@ def call_submit(
     """Return the coroutine of a submission, which is numbered when it is made."""
     if not isinstance(pipeline, Pipeline):
         raise TypeError(f"flow.submit takes a flow or a Pipeline, got {type(pipeline).__name__}")
-    _check_state(f"the input of {pipeline.name!r}", state)
+    check_state(f"the input of {pipeline.name!r}", state)
     path.begin_call("flow.submit")
     ctx = path.ctx
     schema = input_schema_of(nodes_of(pipeline), ctx.registry)

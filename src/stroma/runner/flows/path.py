@@ -67,12 +67,15 @@ class FlowPath(FlowScope):
         raise RuntimeError(f"{what} was called {why}")
 
     def identify(self, name: str, key: str | None, kind: str = "") -> str:
-        """Return the identity of the next call: its number, or its key. Raises ValueError for a used key.
+        """Return the identity of the next call: its number, or its key.
 
-        ``name``: as :func:`quoted` returns it.
+        ``name``: as :func:`quoted` returns it. Raises ValueError for a used key, TypeError for one that is
+        not a string.
         """
         driver = self.driver
         if key is not None:
+            if not isinstance(key, str):
+                raise TypeError(f"key must be a string, got {key!r}")
             identity = f"{kind}#{quoted(key)}"
             if identity in self.keys:
                 raise ValueError(

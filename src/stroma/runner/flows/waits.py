@@ -24,6 +24,7 @@ from stroma.runner.flows.driver import FlowDriver
 from stroma.runner.flows.endings import StepFailed, end_of
 from stroma.runner.flows.path import FlowPath
 from stroma.runner.flows.suspension import text_of_time
+from stroma.runner.pipeline import to_ms
 from stroma.trace.events import MarkKind
 
 __all__ = ["call_receive", "call_sleep", "call_wait_for", "wake_ms_of"]
@@ -34,18 +35,18 @@ _NOTHING: Any = None  # The input of a wait.
 
 
 def wake_ms_of(path: FlowPath, duration: float | timedelta | None, until: datetime | None) -> int | None:
-    """Return the end of a wait, in ms since the epoch; None without one. Raises ValueError for two ends."""
-    if not isinstance(duration, timedelta):
-        seconds, duration = duration, timedelta(seconds=duration or 0)
-        if seconds is None and until is None:
-            return None
-    if until is None:
-        return path.driver.time_ms() + max(0, round(duration.total_seconds() * 1000))
-    if duration:
-        raise ValueError("pass a duration or until=, not both")
-    if until.tzinfo is None:
-        raise ValueError(f"until must be an aware datetime, got {until!r}; pass datetime(..., tzinfo=UTC)")
-    return round(until.timestamp() * 1000)
+    """Return the end of a wait, in ms since the epoch; None without one. Raises ValueError for two ends.
+
+    A negative duration is over at once.
+    """
+    if until is not None:
+        if duration:
+            raise ValueError("pass a duration or until=, not both")
+        return to_ms(until, 0, "until")
+    if duration is None:
+        return None
+    seconds = duration.total_seconds() if isinstance(duration, timedelta) else duration
+    return to_ms(0 if seconds < 0 else seconds, path.driver.time_ms(), "a wait")
 
 
 def call_sleep(path: FlowPath, wake_ms: int) -> Coroutine[Any, Any, None]:
