@@ -247,6 +247,15 @@ STYLE = """\
 [data-md-color-scheme="slate"] .md-nav .md-nav__link--active .md-ellipsis { color: #c3cbff }
 .md-typeset pre { overflow-x: auto }
 .md-typeset pre > code { overflow: visible; width: max-content; min-width: 100% }
+/* 110 columns, the length of a line of code, fit a window of 1,280 pixels. Messages in outputs may be longer. */
+@media screen and (min-width: 76.25em) {
+  .md-grid { max-width: 72rem }
+  .md-main .md-sidebar--primary { width: 11rem }
+  .md-main .md-sidebar--secondary { width: 9.5rem }
+  .md-content__inner { margin-inline: .8rem !important }
+  .md-typeset pre > code { font-size: .8em; padding-inline: .7em }
+  .md-typeset :is(.language-console, .language-text) pre > code { white-space: pre-wrap; width: auto }
+}
 .md-typeset .doc-labels code { color: var(--md-default-fg-color); opacity: 1 }
 """
 
@@ -331,6 +340,7 @@ toc.permalink = true
 toc.slugify = {{ object = "pymdownx.slugs.slugify", kwds = {{ case = "lower" }} }}
 pymdownx.highlight.anchor_linenums = true
 pymdownx.highlight.line_spans = "__span"
+pymdownx.highlight.pygments_lang_class = true
 pymdownx.superfences = {{}}
 
 [project.plugins.search]

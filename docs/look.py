@@ -148,6 +148,9 @@ performance.getEntriesByType('resource').map(entry => entry.name)
 """
 
 
+#: The longest line of each block of code that does not fit its column.
+WIDE = """[...document.querySelectorAll(".md-content pre")].filter((block) => block.scrollWidth > block.clientWidth)
+  .map((block) => block.innerText.split("\\n").reduce((a, b) => a.length > b.length ? a : b))"""
 #: Accepted findings of axe-core, each with its reason.
 ACCEPTED = {"landmark-unique": "the theme's list of pages has lists in it, all under one name"}
 
@@ -170,6 +173,8 @@ def browse(site: Path, pictures: Path | None) -> list[str]:
                 for name in SHOWN:
                     browser.goto(f"{url}/{name}")
                     wrong += [f"{name}, {scheme}: {problem}" for problem in opened(browser)]
+                    if not name.startswith("source/"):
+                        wrong += [f"{name}: wider than its column: {line}" for line in browser.eval(WIDE)]
                     if pictures is not None:
                         pictures.mkdir(parents=True, exist_ok=True)
                         browser.screenshot(pictures / f"{name.replace('/', '-')}-{scheme}.png")
