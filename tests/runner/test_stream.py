@@ -451,7 +451,7 @@ async def test_what_run_raises_comes_out() -> None:
     async with runner.stream([slow.node], Num()) as stream:
         await read_until_slow(stream)
         busy = runner.stream([slow.node], Num())
-        with pytest.raises(RunBusy):
+        with pytest.raises(RunBusy, match=r"in process [0-9]+ on [^(]*; pass if_running="):
             await anext(busy)
         with pytest.raises(RunBusy):
             _ = busy.result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Final, Literal, NamedTuple
 
@@ -159,10 +160,11 @@ def decide(
     """
     if last.holder is not None and request.if_running != "take_over":
         what = "" if same_input else " with another input"
+        left = max(last.left_seconds, 0.0)
+        lease = f" (lease expires in {left:.1f} s)" if math.isfinite(left) else ""
         error = RunBusy(
-            f"run {request.run_id!r} is already running{what} in {last.holder} (lease expires in "
-            f'{max(last.left_seconds, 0.0):.1f} s); pass if_running="attach" to wait for its result, or '
-            "use another run id"
+            f"run {request.run_id!r} is already running{what} in {last.holder}{lease}; "
+            'pass if_running="attach" to wait for its result, or use another run id'
         )
         error.holder, error.left_seconds, error.same_input = last.holder, last.left_seconds, same_input
         raise error
