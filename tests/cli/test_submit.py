@@ -1,5 +1,6 @@
 """`stroma submit` and `stroma drive`: a run that a worker or a scheduler executes."""
 
+import contextlib
 import json
 import re
 import signal
@@ -45,10 +46,9 @@ def test_queued_runs_are_listed(stroma, inside):
 
 @pytest.mark.slow
 def test_a_page_submits_a_run(stroma, inside):
-    """`stroma ui` with a pipeline has a form that submits its runs, validated with its first contract."""
-    process = stroma.popen("ui", "sums.py:pipeline", *DB, "--port", "0", "--token", "")
-    try:
-        url = process.stdout.readline().strip()
+    """`stroma ui` with a pipeline has a form that submits its runs, validated with its first contract. The
+    pages of those runs name the pipeline, also where no pipeline was passed."""
+    with pages(stroma, "sums.py:pipeline") as url:
         with urllib.request.urlopen(f"{url}submit", timeout=30) as answer:
             key = re.findall('name="key" value="([^"]*)"', answer.read().decode())[0]
         with pytest.raises(urllib.error.HTTPError) as refused:
@@ -56,14 +56,24 @@ def test_a_page_submits_a_run(stroma, inside):
         assert refused.value.code == 422
         assert "start" in refused.value.read().decode()
         assert "queued" in send(url, key, INPUT).lower()
-    finally:
-        process.terminate()
-        process.communicate(timeout=30)
     ((run_id, status),) = [
         (run["run_id"], run["status"]) for run in json.loads(inside("runs", "--json", *DB).out)["runs"]
     ]
     assert status == "QUEUED"
+    with pages(stroma) as url, urllib.request.urlopen(f"{url}run?id={run_id}", timeout=30) as answer:
+        assert "<code>stroma worker sums.py:pipeline --db runs.db</code>" in answer.read().decode()
     assert inside("drive", run_id, "sums.py:pipeline", *DB).code == 0
+
+
+@contextlib.contextmanager
+def pages(stroma, *target):
+    """Serve the pages of the store, and yield their address."""
+    process = stroma.popen("ui", *target, *DB, "--port", "0", "--token", "")
+    try:
+        yield process.stdout.readline().strip()
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
 
 
 def send(url, key, text):

@@ -114,7 +114,7 @@ def test_an_empty_store(tmp_path: Path, serve: Any) -> None:
     """Before the first run the page shows the one command to begin with, and makes no file."""
     path = tmp_path / "none.db"
     with SQLiteStore(path) as store:
-        site = serve(store, command=lambda *words: f"stroma {' '.join(words)} --db none.db")
+        site = serve(store, command=lambda name, run: f"stroma {name} FILE.py:NAME --db none.db")
         answer = site.get("/")
         assert answer.status == 200
         assert re.findall(r'<pre class="command">(.*)</pre>', answer.text) == [
@@ -361,6 +361,8 @@ def test_the_pipeline(store: SQLiteStore, serve: Any) -> None:
     # An edge tells of contracts alone: none is red because the node that it leads to fails.
     assert re.search(r'<path class="link ?" data-from="0" data-to="1"', text)
     assert "link failing" not in text
+    for link in re.findall(r'<a (?:data-open )?href="(/\?q=[^"]*)"', text):
+        assert "data-row" in site.ask("GET", html.unescape(link)).text, link
     report = rows(text)
     assert [row[:3] for row in report] == [
         ["first", "2", "0.0%"],
@@ -465,8 +467,11 @@ def test_overview(site: Site) -> None:
     assert '<td data-name="Reason">contract</td>' in text
     assert report[0][:3] == ["flows", "13", "3"]
     assert ["gpt-4o-mini", "9", "1"] in [row[:3] for row in report]
-    assert "Slowest nodes" in text
-    links = [html.unescape(link) for link in re.findall(r'<a data-open href="([^"]+)"', text)]
+    slowest = text[text.index("Slowest nodes") :].partition("</table>")[0]
+    of_pipeline = re.escape(to_address("/", q="pipeline:flows"))
+    linked = set(re.findall(rf'data-open href="{of_pipeline}">(\w+)</a>', slowest))
+    assert linked == {"first", "flaky", "left", "right", "total"}
+    links = [html.unescape(link) for link in re.findall(r'<a (?:data-open )?href="(/\?[^"]+)"', text)]
     assert to_address("/", q="node:flaky") in links
     assert to_address("/", status="failed", **{"class": "TERMINAL"}) in links
     for link in links:

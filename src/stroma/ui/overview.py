@@ -24,9 +24,14 @@ _CLASSES: Final = ("TERMINAL", "RECOVERABLE", "AMBIGUOUS")
 
 @dataclass(slots=True)
 class AttemptTotals:
-    """Totals of one pipeline, node or model."""
+    """Totals of one pipeline, node or model.
+
+    Attributes:
+        pipeline: that of its longest attempt.
+    """
 
     name: str
+    pipeline: str = ""
     attempts: int = 0
     failed: int = 0
     tokens: int = 0
@@ -44,7 +49,9 @@ class AttemptTotals:
         self.cost_usd += one.cost_pico / PICO
         self.wasted_usd += one.wasted_pico / PICO
         self.by_digits[one.digits] = self.by_digits.get(one.digits, 0) + one.attempts
-        self.longest = max(self.longest, one.longest_ns / 1e9)
+        longest = one.longest_ns / 1e9
+        if longest >= self.longest:
+            self.longest, self.pipeline = longest, one.pipeline
 
     def quantile(self, part: float) -> float:
         """Return the seconds, to two digits, that this fraction of the attempts does not exceed."""

@@ -19,7 +19,7 @@ from stroma.trace.result import RunStatus
 from stroma.ui.actions import MANY, can_resume
 from stroma.ui.components import Column, sparkline, tone_of
 from stroma.ui.figures import RUNS, figures_of, rate_boxes
-from stroma.ui.formatting import cause_text, parse_search, side_by_side, to_address
+from stroma.ui.formatting import cause_text, parse_search, quoted, side_by_side, to_address
 from stroma.ui.overview import BUCKETS, Buckets, Overview, runs_chart, stopped_by
 from stroma.ui.rendering import MAX_SHOWN_BYTES, Renderer, now_ms
 from stroma.ui.run_view import find_by_trace, is_at_work
@@ -141,7 +141,7 @@ class Pages:
         return {"recent": recent, "filters": filters}
 
     def _empty(self) -> Response:
-        return self._renderer.page("empty.html", command=self._settings.command("run", "FILE.py:NAME"))
+        return self._renderer.page("empty.html", command=self._settings.command("run", None))
 
     def _by_id(self, text: str) -> list[RunRecord]:
         try:
@@ -241,16 +241,22 @@ class Pages:
         name, lineage = self._settings.pipeline, self._settings.lineage
         looked_at, nodes = (0, []) if name is None else figures_of(self._store, name)
         has_steps = name is not None and looked_at > 0 and self._history.run_graph(name, RUNS).has_calls
+        failed = {one.node_id for one in nodes if one.failed}
+
+        def address(node_id: str) -> str:
+            """Return the address of the runs in which a node failed; of all runs for a node that did not."""
+            text = f"node:{quoted(node_id)}" if node_id in failed else f"pipeline:{quoted(name or '')}"
+            return to_address("/", q=text)
+
         drawing = None
         if lineage is not None:
-            drawing = Markup(
-                lineage.drawing(rate_boxes(nodes), lambda box: to_address("/", q=f"node:{box.title}"))
-            )
+            drawing = Markup(lineage.drawing(rate_boxes(nodes), lambda box: address(box.title)))
         return self._renderer.page(
             "pipeline.html",
             here="pipeline",
             drawing=drawing,
             nodes=nodes,
+            address=address,
             looked_at=looked_at,
             has_steps=has_steps,
             slowest=max((one.p95 for one in nodes), default=0),

@@ -123,7 +123,7 @@ class Renderer:
             "pipeline_name": settings.pipeline,
             "cooldowns": self._cooldowns,
             "can_submit": settings.submission is not None,
-            "worker_command": lambda: settings.command("worker", "FILE.py:NAME"),
+            "worker_command": lambda run=None: settings.command("worker", run),
             "chip": chip,
             "icon": icon,
             "meter": meter,

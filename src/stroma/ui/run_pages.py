@@ -235,7 +235,7 @@ class RunPages:
     def _resume_command(self, record: RunRecord) -> str:
         if record.status in (*FINISHED, QUEUED):
             return ""
-        return self._settings.command("resume", record.run_id, "FILE.py:NAME")
+        return self._settings.command("resume", record)
 
     # ------------------------------------------------------------------ one attempt
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.entries import Waiting
+from stroma.checkpoint.records import RunRecord
 from stroma.contracts.checks.lineage import Lineage
 from stroma.runner.pipeline import SubmitOptions
 from stroma.trace.redaction import Redact
@@ -29,6 +30,11 @@ class Submission(NamedTuple):
     submit: Callable[[BaseModel, SubmitOptions], Awaitable[object]]
 
 
+def _command(name: str, run: RunRecord | None) -> str:
+    words = [run.run_id] if run is not None and name == "resume" else []
+    return " ".join(["stroma", name, *words, "FILE.py:NAME"])
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Settings of one web interface.
@@ -43,7 +49,8 @@ class Settings:
         pipeline: name of the pipeline whose runs can be resumed; None if none can.
         resume: resumes a run by its id, in a process of its own.
         submission: how runs of ``pipeline`` are submitted; None if they cannot be.
-        command: returns a command line for the same store: ``command("resume", "RUN")``.
+        command: returns a command line for the same store: ``command("resume", record)``; "worker" and "run"
+            also without a record.
         lineage: the lineage of ``pipeline``.
         budget: limits in the config of ``pipeline``, by field of ExecutionBudget.
         find_schema: returns the class of the answer that a node waits for, if it is imported.
@@ -60,7 +67,7 @@ class Settings:
     pipeline: str | None = None
     resume: Callable[[str], None] | None = None
     submission: Submission | None = None
-    command: Callable[..., str] = field(default=lambda *parts: " ".join(["stroma", *parts]))
+    command: Callable[[str, RunRecord | None], str] = _command
     lineage: Lineage | None = None
     budget: Mapping[str, float] = field(default_factory=dict[str, Any])
     find_schema: Callable[[Waiting], type[BaseModel] | None] = field(default=lambda one: None)

@@ -22,7 +22,13 @@ from stroma.checkpoint.decisions import (
     not_waiting,
 )
 from stroma.checkpoint.decoding import storable_text
-from stroma.checkpoint.durable.annotations import read_annotation, read_waiting, record_waiting, waiting_key
+from stroma.checkpoint.durable.annotations import (
+    annotate,
+    read_annotation,
+    read_waiting,
+    record_waiting,
+    waiting_key,
+)
 from stroma.checkpoint.durable.control import (
     CANCEL,
     PAUSE,
@@ -149,6 +155,15 @@ class RunStore(ReadableStore):
 
         is_new: bool = await self._submit(Transaction(request.run_id, submit, opening))
         return is_new
+
+    async def attribute(self, run_id: str, ids: Mapping[str, str]) -> None:
+        """Store what a run belongs to, by kind, such as "target", without a session. Raises StoreError."""
+
+        def write(rows: Rows) -> None:
+            for kind, value in ids.items():
+                annotate(rows, run_id, Annotation.ATTRIBUTION, kind, value)
+
+        await self._submit(Transaction(run_id, write))
 
     async def claim(self, request: ClaimRequest) -> list[Candidate]:
         """Claim due runs for a worker, the first ones first. Raises StoreError."""

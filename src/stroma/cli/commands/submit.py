@@ -68,7 +68,7 @@ def submit(
     cluster = TemporalCluster.from_options(options)
     pipeline = load_pipeline(target)
     database = Database.from_option(db)
-    database.require_durable()
+    durable = database.require_durable()
     database.prepare()
     state = parse_input(pipeline, input_text, target)
     config = pipeline.config or RunConfig()
@@ -87,6 +87,7 @@ def submit(
                 key=options["key"],
                 **times,
             )
+            await durable.attribute(handle.run_id, {"target": target})  # For the hints of later commands.
             return await handle.status()
         finally:
             await database.close()

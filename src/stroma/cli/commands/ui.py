@@ -18,12 +18,13 @@ from pydantic import BaseModel
 from stroma._utils.child_process import child_command, child_environment
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.manager import CheckpointManager
+from stroma.checkpoint.records import RunRecord
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import id_word
 from stroma.cli.inputs import input_model
 from stroma.cli.loading import load_with_module
 from stroma.cli.output import err, out
-from stroma.cli.stores import Database, db_option
+from stroma.cli.stores import TARGET, Database, db_option
 from stroma.cli.suspended import find_schema
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import Group, find_node
@@ -116,8 +117,8 @@ def ui(
         redact=None if config is None else config.redact,
         pipeline=None if pipeline is None else pipeline.name,
         resume=None if target is None else _resumer(database, target, db),
-        submission=None if pipeline is None else _submission(store, pipeline),
-        command=_hint(database, target),
+        submission=None if pipeline is None or target is None else _submission(store, pipeline, target),
+        command=_hint(database, target, pipeline),
         lineage=None if pipeline is None else _lineage(pipeline),
         budget={} if config is None or config.budget is None else config.budget.model_dump(exclude_none=True),
         find_schema=partial(find_schema, module=module),
@@ -192,14 +193,17 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _hint(database: Database, target: str | None) -> Callable[..., str]:
-    def command(name: str, *arguments: str) -> str:
-        arguments_text = [
-            target if word == "FILE.py:NAME" and target is not None else word for word in arguments
-        ]
-        if name == "resume":
-            arguments_text[0] = id_word(arguments_text[0])
-        return database.hint(name, *arguments_text)
+def _hint(
+    database: Database, target: str | None, pipeline: Pipeline | None
+) -> Callable[[str, RunRecord | None], str]:
+    """Return a function for command lines: with the pipeline of the interface, or what ran a run last."""
+
+    def command(name: str, run: RunRecord | None) -> str:
+        its = target or TARGET
+        if run is not None and (pipeline is None or run.pipeline != pipeline.name):
+            its = database.target_of(run)
+        words = [id_word(run.run_id)] if run is not None and name == "resume" else []
+        return database.hint(name, *words, its)
 
     return command
 
@@ -223,7 +227,7 @@ def _resumer(database: Database, target: str, db: str | None) -> Callable[[str],
     return resume
 
 
-def _submission(store: AsyncStates, pipeline: Pipeline) -> Submission | None:
+def _submission(store: AsyncStates, pipeline: Pipeline, target: str) -> Submission | None:
     """Return how runs of a pipeline are submitted; None if it starts with a group, which no worker serves."""
     from stroma.ui.settings import Submission
 
@@ -232,7 +236,8 @@ def _submission(store: AsyncStates, pipeline: Pipeline) -> Submission | None:
     runner = StromaRunner(ContractRegistry(), CheckpointManager(store))
 
     async def submit(state: BaseModel, options: SubmitOptions) -> None:
-        await runner.submit(pipeline, state, **options)
+        handle = await runner.submit(pipeline, state, **options)
+        await store.attribute(handle.run_id, {"target": target})
 
     return Submission(input_model(pipeline), submit)
 
