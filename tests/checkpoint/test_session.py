@@ -1,183 +1,207 @@
-"""What a session of a durable store knows when it begins to work on a run, and whom it refuses."""
+"""Sessions of a durable store: what they know of a run, whom they refuse, and what a codec hides."""
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import sqlite3
+from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.checkpoint.one_store import (
-    EMPTY,
-    SCHEMA,
-    State,
-    Store,
-    attempt,
-    begin_run,
-    lose,
-    row,
-    sealed_row,
-    store_fixture,
-)
+from tests.store_suite.journal import State, begin, commit, finish, restored, row, settled
 
-from stroma.checkpoint import CorruptCheckpoint
-from stroma.checkpoint.durable.annotations import record_due_hooks
+from stroma import SQLiteStore
+from stroma.checkpoint import CorruptCheckpoint, Fenced, PipelineChanged, StepCall
 from stroma.checkpoint.durable.owner import Owner
-from stroma.checkpoint.durable.rows import Annotation, Step
-from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.entries import Finished, Tried
+from stroma.contracts.schema import schema_of
 from stroma.failures import FailureClass
-from stroma.trace import AttemptUsage
 from stroma.trace.events import Failed
 
-store = store_fixture()
+SCHEMA = schema_of(State)
 
 
-# ---------------------------------------------------------------------- how it begins
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "runs.db"
 
 
-def killed(store: Store, session: DurableSession) -> None:
+@pytest.fixture
+async def store(path: Path) -> AsyncIterator[SQLiteStore]:
+    async with SQLiteStore(path) as store:
+        yield store
+
+
+def change(path: Path, statement: str, *values: Any) -> None:
+    db = sqlite3.connect(path)
+    with db:
+        db.execute(statement, values)
+    db.close()
+
+
+def kill(path: Path, session: Any) -> None:
     """Leave a run as another process does that is killed."""
     owner = Owner.read(session.fence.owner)
     assert owner is not None
-    store.db.execute("UPDATE runs SET lease_owner = ?", (str(owner._replace(pid=owner.pid + 1)),))
-    lose(session)
+    change(path, "UPDATE runs SET lease_owner = ?", str(owner._replace(pid=owner.pid + 1)))
+    session.abandon()
 
 
-async def test_a_run_whose_process_died_too_often(store: Store) -> None:
+# ---------------------------------------------------------------------- deaths of its process
+
+
+async def test_a_run_whose_process_died_too_often(store: SQLiteStore, path: Path) -> None:
     """Its next session ends it as poison, and so does each one after that until one is forced."""
     error = (
         "poison: the process died 2 times under this run; see what kills it, then resume it with "
         "force_resume=True, or stroma resume --force"
     )
-    request: dict[str, Any] = {"if_exists": "resume", "max_recoveries": 2}
+    request: dict[str, Any] = {"if_exists": "resume", "max_recoveries": 2, "if_running": "take_over"}
     for _ in range(2):
-        session = store.open(**request)
+        session = await begin(store, **request)
         assert session.finished is None
-        killed(store, session)
-    poisoned = store.open(**request)
+        kill(path, session)
+    poisoned = await begin(store, **request)
     assert poisoned.finished == Finished("FAILED", error)
-    await poisoned.end("FAILED", error)
-    assert store.open(**request).finished == Finished("FAILED", error)
-    assert store.open(**request, force=True).finished is None
+    await finish(poisoned, "FAILED", error)
+    assert (await begin(store, **request)).finished == Finished("FAILED", error)
+    assert (await begin(store, **request, force=True)).finished is None
 
 
-async def test_deaths_before_an_orderly_end_do_not_count(store: Store) -> None:
-    """A run that a process has ended in order is no poison, however often others died under it before."""
-    request: dict[str, Any] = {"if_exists": "resume", "max_recoveries": 2}
+async def test_deaths_before_an_orderly_end_do_not_count(store: SQLiteStore, path: Path) -> None:
+    """A run that a process has ended in order is not poison, however often others died under it before."""
+    request: dict[str, Any] = {"if_exists": "resume", "max_recoveries": 3, "if_running": "take_over"}
     for _ in range(2):
-        killed(store, store.open(**request | {"max_recoveries": 3}))
-    await store.open(**request | {"max_recoveries": 3}).end("INTERRUPTED", None)
-    assert store.open(**request).finished is None
+        kill(path, await begin(store, **request))
+    await finish(await begin(store, **request), "INTERRUPTED")
+    assert (await begin(store, **request | {"max_recoveries": 2})).finished is None
 
 
-async def test_what_a_process_that_died_had_tried(store: Store) -> None:
+async def test_what_a_process_that_died_had_tried(store: SQLiteStore, path: Path) -> None:
     """After a death a session knows how often each node had failed that is not committed, and how it failed
     last.
 
     What a group's children tried counts until the group itself is tried again.
     """
-    failure = FailureClass.RECOVERABLE
-    session = store.open()
+    session = await begin(store)
+    again = FailureClass.RECOVERABLE
+    repaired = Failed(again, "one", "contract", "KeyError")
     for place in (
-        row(0, 10, failed=Failed(failure, "early", "why", "KeyError")),
-        row(1, 20, failed=Failed(failure, "one", "contract", "KeyError")),
-        row(1, 21, number=2, failed=Failed(FailureClass.AMBIGUOUS, "two", "why", "KeyError")),
-        row(2, 30, "0", node="child", failed=Failed(failure, "child", None, "KeyError")),
-        row(2, 33, node="group", failed=Failed(failure, "group", None, "KeyError")),
-        row(2, 41, "1", node="child", failed=Failed(failure, "again", None, "KeyError")),
-        row(3, 50, "1.0", node="inner", failed=Failed(failure, "inner", None, "KeyError")),
-        row(3, 51, "10", node="other", failed=Failed(failure, "other", None, "KeyError")),
-        row(3, 60, "1", node="group", failed=Failed(failure, "group", None, "KeyError")),
+        row(0, failure=again, message="early"),
+        row(1, failure=again)._replace(failure=repaired),
+        row(1, attempt=2, failure=FailureClass.AMBIGUOUS, message="two"),
+        row(2, "child", branch="0", failure=again, message="child"),
+        row(2, "group", failure=again, message="group"),
+        row(2, "child", branch="1", failure=again, message="again"),
+        row(3, "inner", branch="1.0", failure=again, message="inner"),
+        row(3, "other", branch="10", failure=again, message="other"),
+        row(3, "group", branch="1", failure=again, message="group"),
     ):
-        await session.record(place, None, None)
-    await session.record(row(0, 11, number=2), SCHEMA, State(n=10))
-    killed(store, session)
-    assert store.open(if_exists="resume").tried == {
-        (1, ""): Tried(2, 1, "node", "AMBIGUOUS", "two", "why", "KeyError", 21),
-        (2, ""): Tried(1, 0, "group", "RECOVERABLE", "group", None, "KeyError", 33),
-        (2, "1"): Tried(1, 0, "child", "RECOVERABLE", "again", None, "KeyError", 41),
-        (3, "10"): Tried(1, 0, "other", "RECOVERABLE", "other", None, "KeyError", 51),
-        (3, "1"): Tried(1, 0, "group", "RECOVERABLE", "group", None, "KeyError", 60),
+        await settled(session.record(place, None, None))
+    await commit(session, 0, State(), attempt=2)
+    kill(path, session)
+    tried = (await begin(store, if_exists="resume", if_running="take_over")).tried
+    assert {at: one[:5] for at, one in tried.items()} == {
+        (1, ""): (2, 1, "node", "AMBIGUOUS", "two"),
+        (2, ""): (1, 0, "group", "RECOVERABLE", "group"),
+        (2, "1"): (1, 0, "child", "RECOVERABLE", "again"),
+        (3, "10"): (1, 0, "other", "RECOVERABLE", "other"),
+        (3, "1"): (1, 0, "group", "RECOVERABLE", "group"),
     }
+    assert isinstance(tried[1, ""], Tried)
 
 
-async def test_end_hooks_that_may_not_have_been_told(store: Store) -> None:
-    """A session that delivers has them, the oldest first; a damaged one stops the resume."""
-    await begin_run(store)
-    for number, started in enumerate((70, 50, 90)):
-        record_due_hooks(
-            store.rows,
-            "r",
-            attempt(
-                number,
-                started,
-                "2",
-                3,
-                outcome="failure",
-                failure_class="TERMINAL",
-                message="m",
-                error_type="KeyError",
-            ),
-        )
-    store.rows.annotate("r", Annotation.DUE_HOOKS, "damaged", "node", Step("", "", b"{}", b"wrong"))
-    with pytest.raises(CorruptCheckpoint, match="the due hooks 'damaged' of run 'r' is damaged"):
-        store.open(if_exists="resume", deliver=True)
-    store.rows.delete_annotations(1, Annotation.DUE_HOOKS, branch="damaged")
-    session = store.open(if_exists="resume", deliver=True)
-    failed = Failed(FailureClass.TERMINAL, "m", None, "KeyError")
-    usage = AttemptUsage(5, 3, 0.25, "m")
-    assert session.undelivered == [
-        ("node", 3, started, 7, {}, None, "failure", failed, usage, position, "2", None, None, None, 7)
-        for position, started in ((1, 50), (0, 70), (2, 90))
-    ]
-    assert len(store.rows.annotations(1, Annotation.DUE_HOOKS)) == 3  # Until they were told.
-
-
-@pytest.mark.parametrize("if_exists", ["resume", "restart"])
-async def test_a_run_of_which_only_states_were_saved_begins(store: Store, if_exists: Any) -> None:
-    store.rows.annotate("r", Annotation.SAVED, "n", "n", EMPTY)
-    session = store.open(if_exists=if_exists)
-    assert (session.execution, session.continued, session.restored) == (1, False, {})
-    assert store.annotations() == [(-1, "n", "n")]
-
-
-@pytest.mark.parametrize("branch", ["1:", "x:"])
-async def test_a_damaged_question_stops_a_resume(store: Store, branch: str) -> None:
-    """A question or an answer that is damaged stops the resume of its run, which stays as it is."""
-    await begin_run(store)
-    store.keep_beside()
-    step = (
-        Step("", "", b"7", b"wrong", 1) if branch == "1:" else sealed_row(Annotation.WAITING, "x:", "n").step
-    )
-    store.rows.annotate("r", Annotation.WAITING, branch, "n", step)
-    before = store.tables()
-    with pytest.raises(CorruptCheckpoint, match=f"the waiting '{branch}' of run 'r' is damaged"):
-        store.open(if_exists="resume")
-    assert store.tables() == before
+# ---------------------------------------------------------------------- what it refuses
 
 
 @pytest.mark.parametrize(
-    ("place", "message"),
-    [
-        (
-            "position = 0",
-            "the output of node 'node' at position 0 of run 'r' is damaged; resume from that node "
-            "(resume_from='node') to recompute it",
-        ),
-        (
-            "position = 1 AND branch = '1'",
-            "the output of node 'node' at position 1 of run 'r' is damaged; resume from the outermost group "
-            "around it (resume_from='group') to recompute it",
-        ),
-    ],
+    ("branch", "target"),
+    [("", r"that node \(resume_from='node'\)"), ("1", r"the outermost group around it \(resume_from='g'\)")],
 )
-async def test_a_damaged_commit_is_told_with_its_place(store: Store, place: str, message: str) -> None:
-    """By who goes on, and by who asks for it."""
-    session = await begin_run(store)
-    store.db.execute(f"UPDATE steps SET output = x'00' WHERE {place}")
-    position, branch = store.db.execute(f"SELECT position, branch FROM steps WHERE {place}").fetchone()
-    with pytest.raises(CorruptCheckpoint) as caught:
-        store.open(if_exists="resume")
-    assert str(caught.value) == message
-    with pytest.raises(CorruptCheckpoint) as caught:
-        await session.committed(position, [branch])
-    assert str(caught.value) == message
+async def test_a_damaged_commit_is_named_with_its_place(
+    store: SQLiteStore, path: Path, branch: str, target: str
+) -> None:
+    """A resume, and a session that reads it, names the node, its place and the target of the next resume."""
+    session = await begin(store)
+    attempt = row(1, branch=branch)._replace(group="g" if branch else None)
+    await settled(session.record(attempt, SCHEMA, State(n=1)))
+    change(path, "UPDATE steps SET output = x'00'")
+    text = f"node 'node' at position 1 of run 'run' is damaged; resume from {target} to recompute it"
+    with pytest.raises(CorruptCheckpoint, match=text):
+        await session.committed(1, [branch])
+    session.abandon()
+    with pytest.raises(CorruptCheckpoint, match=text):
+        await begin(store, if_exists="resume")
+
+
+async def test_what_nobody_awaits_may_fail(store: SQLiteStore) -> None:
+    """An error of an operation that nobody awaits is dropped without a message of the event loop."""
+    messages: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: messages.append(context))
+    stale = await begin(store)
+    await begin(store, if_exists="resume", if_running="take_over")
+    pending = stale.note_traceparent("00-a-b-01")
+    stale.delivered(row())
+    await asyncio.wait([pending])
+    assert isinstance(pending.exception(), Fenced)
+    del pending
+    gc.collect()
+    assert messages == []
+
+
+async def test_a_failure_site_is_of_its_attempt(store: SQLiteStore) -> None:
+    """The site of an attempt that is not stored is dropped, and that of another one stays."""
+    session = await begin(store)
+    failed = row(1, branch="0", failure=FailureClass.AMBIGUOUS)
+    for started_ns in (failed.started_ns, failed.started_ns + 1):
+        session.record_failure_site(1, "0", 1, started_ns, lambda: b"[[], []]")
+        attempt = failed if started_ns == failed.started_ns else row(1, branch="0")
+        await settled(session.record(attempt, None, None))
+    site = store.failure_site_of("run", 1, "0")
+    assert site is not None
+    assert site.started_ns == failed.started_ns
+
+
+# ---------------------------------------------------------------------- through a codec
+
+
+class Counting:
+    """A codec that gives other bytes each time; ``opened``: how often it has decoded."""
+
+    def __init__(self) -> None:
+        self.sealed = self.opened = 0
+
+    def encode(self, data: bytes) -> bytes:
+        self.sealed += 1
+        return b"%d|" % self.sealed + data[::-1]
+
+    def decode(self, data: bytes) -> bytes:
+        self.opened += 1
+        return data.partition(b"|")[2][::-1]
+
+
+async def test_a_codec_that_gives_other_bytes_each_time(path: Path) -> None:
+    """An equal input is the same input; a resume decrypts an output when its node is reached."""
+    codec = Counting()
+    async with SQLiteStore(path, codec=codec) as store:
+        session = await begin(store, state=State(n=0))
+        for n, call in enumerate((StepCall(2, b"given"), StepCall(3, None), None)):
+            await settled(session.record(row(n), SCHEMA, State(n=n), call))
+        session.abandon()
+        with pytest.raises(PipelineChanged):
+            await begin(store, state=State(n=1), if_exists="resume")
+        codec.opened = 0
+        again = await begin(store, state=State(n=0), if_exists="resume")
+        assert codec.opened == 2  # The input, and what the first step was given.
+        assert [one.step for one in again.restored.values()] == [
+            StepCall(2, b"given"),
+            StepCall(3, None),
+            None,
+        ]
+        assert restored(again) == {(n, ""): State(n=n) for n in range(3)}
+        assert codec.opened == 5
+    async with SQLiteStore(path) as plain:
+        with pytest.raises(CorruptCheckpoint, match="written through a codec; open the store with codec="):
+            plain.output_of("run", 0)

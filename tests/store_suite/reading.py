@@ -398,6 +398,10 @@ class ReadingTests:
         assert await settled(store.load("run", "a")) == State(n=2)
         assert await settled(store.load_typed("run", "b", State)) == State(n=3)
         assert store.get_run("run") is None
+        session = await begin(store, if_exists="resume")
+        assert (session.execution, session.continued, dict(session.restored)) == (1, False, {})
+        session.abandon()
+        assert await settled(store.load("run", "a")) == State(n=2)
         await settled(store.delete("run"))
         assert await settled(store.load("run", "a")) is None
 

@@ -106,8 +106,8 @@ class Fence:
         run: the key of the run in the store; never reused for another run.
         leased_at: when the last lease that the store has acknowledged was asked for, by :func:`lease_clock`.
             It ends ``lease_seconds`` later at the earliest.
-        acknowledged: attempts of the execution that the store has acknowledged; a run that counts fewer has
-            lost some. Written by the thread that writes to the store, after each transaction.
+        acknowledged: attempts of the execution, of all sessions, as the last acknowledged commit of this one
+            counted them: a run that counts fewer has lost some. Written by the thread of the store.
     """
 
     run: Any

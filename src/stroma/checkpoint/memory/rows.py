@@ -293,8 +293,7 @@ class MemoryRows(ScannedRows):
         run.status, run.error, run.owner, run.updated_ms = "RUNNING", None, opening.owner, _now_ms()
         run.wake_ms = run.claim = run.mark = None
         run.epoch += 1
-        attempts = len(run.attempts)
-        return Fence(run, run.execution, run.epoch, opening.owner, math.inf, attempts, math.inf)
+        return Fence(run, run.execution, run.epoch, opening.owner, math.inf, leased_at=math.inf)
 
     def replace_owner(self, run: RunRow, owner: str) -> Fence:
         run.run.owner = owner

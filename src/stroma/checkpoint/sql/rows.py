@@ -129,7 +129,7 @@ class SqlRows(ABC):
         return self._execute_opening(sql.TAKE_OVER, run.run, run.execution, opening)
 
     def _execute_opening(self, statement: str, run: Any, execution: int, opening: Opening) -> Fence:
-        epoch, attempts = self._one(
+        (epoch,) = self._one(
             statement,
             run=run,
             execution=execution,
@@ -138,7 +138,7 @@ class SqlRows(ABC):
             owner=opening.owner,
             lease_ms=int(opening.lease_seconds * 1000),
         )
-        return Fence(run, execution, epoch, opening.owner, opening.lease_seconds, attempts)
+        return Fence(run, execution, epoch, opening.owner, opening.lease_seconds)
 
     def _tag(self, run: Any, opening: Opening) -> None:
         for tag in opening.tags:

@@ -71,7 +71,7 @@ NEW_RUN: Final = """INSERT INTO runs (run_key, run_id, pipeline, execution, stat
 _NO_MARK: Final = "blocked = NULL, blocked_since_ms = NULL, blocked_until_ms = NULL, blocked_codes = NULL"
 _OPEN: Final = f"""status = 'RUNNING', error = NULL, updated_ms = now_ms(), lease_owner = :owner,
     lease_until_ms = clock_ms() + :lease_ms, wake_ms = NULL, claim = NULL, claim_until_ms = NULL, {_NO_MARK},
-    lease_epoch = lease_epoch + 1 WHERE run = :run RETURNING lease_epoch, attempt_count"""
+    lease_epoch = lease_epoch + 1 WHERE run = :run RETURNING lease_epoch"""
 BEGIN: Final = f"""UPDATE runs SET execution = :execution, pipeline = :pipeline, version = :version,
     started_ms = now_ms(), tokens = 0, cost_pico = 0, latency_ns = 0, attempt_count = 0, commit_count = 0,
     {_OPEN}"""
