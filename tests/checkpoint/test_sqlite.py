@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import inspect
 import itertools
 import os
 import pathlib
@@ -26,6 +25,7 @@ from pydantic import BaseModel
 from tests.checkpoint.damage import reseal
 from tests.kit import ended, start_python
 from tests.shared_stores import subclass_of
+from tests.store_suite.journal import State, begin, row, settled
 
 import stroma
 from stroma import StromaRunner
@@ -41,17 +41,8 @@ from stroma.checkpoint.sqlite import file as sqlite_file
 from stroma.checkpoint.sqlite.store import SQLiteStore
 from stroma.contracts import NotSerialisable
 from stroma.contracts.schema import schema_of
-from stroma.failures import FailureClass
-from stroma.trace import AttemptUsage
-from stroma.trace.events import AttemptRow, Failed
 
-STARTS = itertools.count(1_700_000_000_000_000_000, 1_000_000)
 SRC = str(pathlib.Path(stroma.__file__).parents[1])
-
-
-class State(BaseModel):
-    text: str = "a"
-    n: int = 0
 
 
 class Other(BaseModel):
@@ -66,56 +57,8 @@ class Holds(BaseModel):
 SCHEMA = schema_of(State)
 
 
-def row(
-    position: int = 0,
-    node: str = "node",
-    *,
-    attempt: int = 1,
-    branch: str = "",
-    tokens: int = 0,
-    cost: float = 0.0,
-    ms: int = 0,
-    failure: FailureClass | None = None,
-    message: str | None = None,
-) -> AttemptRow:
-    outcome: Any = "success" if failure is None else "failure"
-    usage = AttemptUsage(tokens, tokens // 2, cost, "model" if tokens else None)
-    failed = None if failure is None else Failed(failure, message or "", None, "KeyError")
-    return AttemptRow(
-        node,
-        attempt,
-        next(STARTS),
-        ms * 1_000_000,
-        (),
-        None,
-        outcome,
-        failed,
-        usage,
-        position,
-        branch,
-        None,
-        None,
-        None,
-        ms * 1_000_000,
-    )
-
-
-async def begin(store: Any, run_id: str = "run", state: BaseModel | None = None, **request: Any) -> Any:
-    state = State() if state is None else state
-    if request.pop("resume", False):
-        request["if_exists"] = "resume"
-    request.setdefault("if_running", "take_over")
-    opened = store.open_run(RunRequest(run_id, "pipeline", state, schema_of(type(state)), **request))
-    return await opened if inspect.isawaitable(opened) else opened
-
-
-async def settle(pending: Any) -> None:
-    if pending is not None:
-        await pending
-
-
 async def commit(session: Any, position: int, n: int = 0, node: str = "node", **facts: Any) -> None:
-    await settle(session.record(row(position, node, **facts), SCHEMA, State(n=n)))
+    await settled(session.record(row(position, node, **facts), SCHEMA, State(n=n)))
 
 
 def restored(session: Any) -> dict[tuple[int, str], tuple[str, BaseModel]]:
@@ -311,7 +254,7 @@ class TestProcesses:
             for run_id in {run_id for run_id, _ in lines}:
                 run = store.get_run(run_id)
                 assert run is not None
-                session = await begin(store, run_id, resume=True)
+                session = await begin(store, run_id, if_exists="resume", if_running="take_over")
                 positions = [position for position, _ in session.restored]
                 assert positions == list(range(len(positions)))
                 assert set(positions) >= {int(p) for r, p in lines if r == run_id}
@@ -628,7 +571,7 @@ class TestFaults:
             r"node 'n1' at position 1 of run 'run' is damaged; resume from that node \(resume_from='n1'\)"
         )
         with pytest.raises(CorruptCheckpoint, match=damaged):
-            await begin(store, resume=True)
+            await begin(store, if_exists="resume", if_running="take_over")
         with pytest.raises(CorruptCheckpoint, match=damaged):
             await store.load_typed("run", "n1", State)
         assert [(a.damaged, a.output is None) for a in store.attempts("run")] == [
@@ -637,7 +580,7 @@ class TestFaults:
             (False, False),
         ]
         await commit(session, 3)  # The refused resume has fenced nobody, and left no statement open.
-        again = await begin(store, resume=True, discard_from=1)
+        again = await begin(store, if_exists="resume", if_running="take_over", discard_from=1)
         await commit(again, 1, 1, "n1")
         assert await store.load_typed("run", "n1", State) == State(n=1)
 
@@ -672,7 +615,7 @@ class TestFaults:
         with subclass_of(SQLiteStore, _open_file=staticmethod(connect))(path) as store:
             session = await begin(store)
             with pytest.raises(StoreError, match="pass blobs= to the store") as raised:
-                await settle(session.record(row(0), SCHEMA, State(text="x" * 60_000)))
+                await settled(session.record(row(0), SCHEMA, State(text="x" * 60_000)))
             assert not raised.value.transient
             await commit(session, 0, 5)
 
@@ -746,7 +689,7 @@ class TestFile:
                 assert modes == {"runs.db": 0o600, "runs.db-wal": 0o600, "runs.db-shm": 0o600}
             path.chmod(0o640)
             with SQLiteStore(path) as store:
-                await begin(store, resume=True)
+                await begin(store, if_exists="resume", if_running="take_over")
         finally:
             os.umask(before)
         assert stat.S_IMODE(path.stat().st_mode) == 0o640
