@@ -1,7 +1,10 @@
 """What Langfuse, Datadog's LLM Observability and Sentry make of our spans, field by field.
 
-Their mappings are part of their servers, which cannot be installed here: the tables below state what they
-have published, as facts. Phoenix and MLflow are asked themselves (tests/frameworks).
+Their mappings are part of their servers, which cannot be installed here. The tables below state what they
+have published, as facts: langfuse/langfuse, packages/shared/src/server/otel, of 22 August 2026; Datadog's
+"Attribute mapping reference" of OpenTelemetry and OpenInference, of October 2026; getsentry/sentry-docs,
+develop-docs/sdk/telemetry/traces/modules/ai-agents.mdx, and getsentry/sentry-conventions, of August 2026.
+Phoenix and MLflow are asked themselves (tests/frameworks).
 """
 
 from __future__ import annotations
@@ -15,19 +18,18 @@ from tests.kit import Num
 from tests.receivers.sentry import RecordedSentry
 from tests.telemetry.test_opentelemetry import Seen
 
-from stroma import Pipeline, StromaRunner
+from stroma import Pipeline, StromaRunner, current_run, execute_step
 from stroma.adapters import Guard
 from stroma.telemetry import sentry_hooks
 
-#: The attributes that Langfuse reads for each field, the first that is there
-#: (packages/shared/src/server/otel of langfuse/langfuse).
+#: The attributes that Langfuse reads for each field, the first that is there.
 LANGFUSE: Final[dict[str, tuple[str, ...]]] = {
     "sessionId": ("langfuse.session.id", "session.id", "gen_ai.conversation.id"),
     "userId": ("langfuse.user.id", "user.id"),
     "model": ("gen_ai.response.model", "gen_ai.request.model", "llm.response.model", "llm.model_name"),
     "input": ("input.value", "gen_ai.input.messages", "gen_ai.tool.call.arguments"),
     "output": ("output.value", "gen_ai.output.messages", "gen_ai.tool.call.result"),
-    "cost": ("gen_ai.usage.cost",),
+    "cost": ("gen_ai.usage.cost", "llm.cost.total"),
     "tags": ("langfuse.trace.tags", "langfuse.tags", "tag.tags"),
 }
 #: The type of an observation, by the first attribute of a span that has a value which it knows.
@@ -47,32 +49,56 @@ LANGFUSE_TYPES: Final = {
         "execute_tool": "TOOL",
     },
 }
-#: What it calls tokens; other names below gen_ai.usage and llm.token_count are kinds of their own.
+#: The same of a span without such a value, by the first attribute that is there.
+LANGFUSE_HINTS: Final = {
+    "gen_ai.tool.name": "TOOL",
+    "gen_ai.request.model": "GENERATION",
+    "gen_ai.response.model": "GENERATION",
+    "llm.model_name": "GENERATION",
+}
+#: What it calls tokens, by the names below gen_ai.usage and llm.token_count; others are kinds of their own.
 LANGFUSE_TOKENS: Final = {
     "input_tokens": "input",
-    "output_tokens": "output",
-    "total_tokens": "total",
     "prompt": "input",
+    "output_tokens": "output",
     "completion": "output",
+    "total": "total",
+    "cache_read.input_tokens": "input_cached_tokens",
+    "prompt_details.cache_read": "input_cached_tokens",
+    "prompt_details.cache_write": "input_cache_creation",
 }
-#: The kind of a span in Datadog's LLM Observability, by gen_ai.operation.name; a workflow for any other.
+#: The kind of a span in Datadog's LLM Observability, by the first attribute that is there; else a workflow.
 DATADOG_KINDS: Final = {
-    "chat": "llm",
-    "text_completion": "llm",
-    "generate_content": "llm",
-    "embeddings": "embedding",
-    "execute_tool": "tool",
-    "invoke_agent": "agent",
-    "create_agent": "agent",
+    "gen_ai.operation.name": {
+        "chat": "llm",
+        "completion": "llm",
+        "text_completion": "llm",
+        "generate_content": "llm",
+        "embeddings": "embedding",
+        "execute_tool": "tool",
+        "invoke_agent": "agent",
+        "create_agent": "agent",
+    },
+    "openinference.span.kind": {
+        "LLM": "llm",
+        "EMBEDDING": "embedding",
+        "TOOL": "tool",
+        "AGENT": "agent",
+        "RETRIEVER": "retrieval",
+    },
 }
 DATADOG: Final[dict[str, tuple[str, ...]]] = {
-    "session_id": ("gen_ai.conversation.id",),
-    "model_name": ("gen_ai.response.model", "gen_ai.request.model"),
-    "model_provider": ("gen_ai.provider.name", "gen_ai.system"),
+    "name": ("gen_ai.tool.name",),
+    "session_id": ("gen_ai.conversation.id", "session.id"),
+    "user_id": ("user.id",),
+    "tags": ("tag.tags",),
+    "model_name": ("gen_ai.response.model", "gen_ai.request.model", "llm.model_name"),
+    "model_provider": ("gen_ai.provider.name", "llm.provider"),
     "input_tokens": ("gen_ai.usage.input_tokens",),
     "output_tokens": ("gen_ai.usage.output_tokens",),
-    "input": ("gen_ai.input.messages",),
-    "output": ("gen_ai.output.messages",),
+    "cache_read_input_tokens": ("llm.token_count.prompt_details.cache_read",),
+    "input": ("gen_ai.input.messages", "gen_ai.tool.call.arguments", "input.value"),
+    "output": ("gen_ai.output.messages", "gen_ai.tool.call.result", "output.value"),
 }
 ANSWER: Final = {
     "model": "gpt-4o-mini",
@@ -107,15 +133,18 @@ def first(about: Mapping[str, Any], names: tuple[str, ...]) -> Any:
 
 def in_langfuse(about: Mapping[str, Any]) -> dict[str, Any]:
     """Return the observation that Langfuse makes of a span."""
-    kinds = (types[about[name]] for name, types in LANGFUSE_TYPES.items() if about.get(name) in types)
+    kinds = [types[about[name]] for name, types in LANGFUSE_TYPES.items() if about.get(name) in types]
+    kinds += [kind for name, kind in LANGFUSE_HINTS.items() if name in about]
     usage: dict[str, Any] = {}
     for name, value in about.items():
         for prefix in ("gen_ai.usage.", "llm.token_count."):
             kind = name.removeprefix(prefix)
             if kind != name and name != "gen_ai.usage.cost":
                 usage[LANGFUSE_TOKENS.get(kind, kind)] = value
+    if "input" in usage:  # Tokens of a cache are counted apart.
+        usage["input"] -= usage.get("input_cached_tokens", 0) + usage.get("input_cache_creation", 0)
     fields = {field: first(about, names) for field, names in LANGFUSE.items()}
-    return {"type": next(kinds, "SPAN"), "usage": usage, **fields}
+    return {"type": [*kinds, "SPAN"][0], "usage": usage, **fields}
 
 
 @pytest.mark.parametrize("vocabulary", ["openinference", "none"])
@@ -134,26 +163,28 @@ def test_observations_in_langfuse(vocabulary: Any) -> None:
         assert (observation["sessionId"], observation["userId"]) == ("thread-17", "ada")
     call = found["chat gpt-4o-mini"]
     assert (call["model"], call["cost"]) == ("gpt-4o-mini", pytest.approx(COST))
-    assert (call["usage"]["input"], call["usage"]["output"]) == (100, 20)
+    whole = {"total": 120} if vocabulary == "openinference" else {}
+    assert call["usage"] == {"input": 60, "input_cached_tokens": 40, "output": 20, **whole}
     assert "how warm?" in call["input"]
     assert "It is 4 C" in call["output"]
     others = [observation for name, observation in found.items() if not name.startswith("chat")]
     assert not any(observation["usage"] or observation["cost"] for observation in others)
     if vocabulary == "openinference":  # Our own names for states and tags are none of its.
-        assert call["usage"]["total"] == 120
         assert json.loads(found["invoke_workflow trip"]["input"]) == {"city": "Oslo"}
         assert found["execute_tool weather"]["output"] == "4 C"
         assert found["invoke_workflow trip"]["tags"] == ("beta", "eu")
 
 
 def test_spans_in_datadogs_llm_observability() -> None:
-    """By OTLP: kinds, the session, and of a model call model, provider, tokens and messages."""
+    """By OTLP: kinds, the session, the user and tags, states, and of a model call model, provider, tokens and
+    messages."""
     sent = spans()
-    kinds = {
-        name: DATADOG_KINDS.get(str(about.get("gen_ai.operation.name")), "workflow")
-        for name, about in sent.items()
-    }
-    assert kinds == {
+
+    def kind_of(about: Mapping[str, Any]) -> str:
+        (name, kinds), *_ = [one for one in DATADOG_KINDS.items() if one[0] in about]
+        return kinds.get(about[name], "workflow")
+
+    assert {name: kind_of(about) for name, about in sent.items()} == {
         "invoke_workflow trip": "workflow",
         "invoke_agent agent": "agent",
         "stroma.node model": "workflow",
@@ -163,10 +194,14 @@ def test_spans_in_datadogs_llm_observability() -> None:
     found = {
         name: {field: first(about, names) for field, names in DATADOG.items()} for name, about in sent.items()
     }
-    assert {span["session_id"] for span in found.values()} == {"thread-17"}
+    assert {(span["session_id"], span["user_id"]) for span in found.values()} == {("thread-17", "ada")}
+    run, tool = found["invoke_workflow trip"], found["execute_tool weather"]
+    assert (json.loads(run["input"]), run["tags"]) == ({"city": "Oslo"}, ("beta", "eu"))
+    assert (tool["name"], tool["output"]) == ("weather", "4 C")
     call = found["chat gpt-4o-mini"]
     assert (call["model_name"], call["model_provider"]) == ("gpt-4o-mini", "openai")
     assert (call["input_tokens"], call["output_tokens"]) == (100, 20)
+    assert call["cache_read_input_tokens"] == 40
     assert json.loads(call["input"]) == [
         {"role": "user", "parts": [{"type": "text", "content": "how warm?"}]}
     ]
@@ -177,7 +212,8 @@ def test_spans_in_datadogs_llm_observability() -> None:
 @pytest.mark.parametrize("mode", ["static", "stream"])
 async def test_spans_in_sentrys_agents_module(mode: str) -> None:
     """The op of an agent, a tool and a run is gen_ai.{operation}, the name of the first two "{operation}
-    {name}", with the name as attribute; a node that is neither has no op of that family."""
+    {name}", with the name as attribute; a node that is neither has no op of that family. A tool has its
+    agent, and agents and tools have their pipeline."""
     with RecordedSentry(trace_lifecycle=mode) as sentry:
         runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client))
 
@@ -188,7 +224,14 @@ async def test_spans_in_sentrys_agents_module(mode: str) -> None:
 
             return step
 
-        nodes = [node("planner", "agent"), node("search", "tool"), node("plain", None)]
+        search: Any = node("search", "tool")
+
+        @runner.node("planner", input=Num, output=Num, role="agent")
+        async def planner(state: Num) -> Num:
+            await execute_step("search", search, state, current_run())
+            return state
+
+        nodes = [planner, node("plain", None)]
         await runner.run(Pipeline("trip", nodes), Num(), conversation="thread-17")
         sentry.client.flush()
         found = {span["name"]: span for span in sentry.transport.spans}
@@ -202,7 +245,9 @@ async def test_spans_in_sentrys_agents_module(mode: str) -> None:
         ("trip", "gen_ai.agent.name", "trip"),
         ("invoke_agent planner", "gen_ai.agent.name", "planner"),
         ("execute_tool search", "gen_ai.tool.name", "search"),
+        ("execute_tool search", "gen_ai.agent.name", "planner"),
     ):
         data = found[name]["data"]
         assert (data[attribute], f"gen_ai.{data['gen_ai.operation.name']}") == (value, found[name]["op"])
+        assert data["gen_ai.pipeline.name"] == "trip"
     assert all(span["data"]["gen_ai.conversation.id"] == "thread-17" for span in found.values())

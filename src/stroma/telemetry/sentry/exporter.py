@@ -133,6 +133,7 @@ class Sentry(Observer):
         )
         spans.put(span, "gen_ai.operation.name", "invoke_agent")
         spans.put(span, "gen_ai.agent.name", run.pipeline)
+        spans.put(span, "gen_ai.pipeline.name", run.pipeline)
         spans.put(span, "stroma.run.id", run.run_id)
         self._attribute(span, run)
         began = run.first_trace(self.system)
@@ -281,6 +282,10 @@ class Sentry(Observer):
         name = node.node_id if kind is None else f"{kind} {node.node_id}"
         span = spans.start(scope, name, "function" if kind is None else f"gen_ai.{kind}", above, None)
         self._place(node.ctx, span, place_key(node))
+        if kind is not None:
+            if node.agent is not None:
+                spans.put(span, "gen_ai.agent.name", node.agent)
+            spans.put(span, "gen_ai.pipeline.name", node.pipeline)
         for attribute, value in operation.items():
             spans.put(span, attribute, value)
         spans.put(span, "stroma.node.id", node.node_id)
@@ -307,6 +312,7 @@ class Sentry(Observer):
         if part.kind != "map":
             spans.put(span, "gen_ai.operation.name", "invoke_agent")
             spans.put(span, "gen_ai.agent.name", part.name)
+            spans.put(span, "gen_ai.pipeline.name", run.pipeline)
         spans.put(span, "stroma.node.branch", part.branch)
         self._attribute(span, run)
         return of_part
