@@ -136,6 +136,18 @@ async def test_a_damaged_commit_is_named_with_its_place(
         await begin(store, if_exists="resume")
 
 
+async def test_a_damaged_output_is_not_forked(store: SQLiteStore, path: Path) -> None:
+    """A fork that would copy a damaged output is refused and leaves nothing; one before it is made."""
+    session = await begin(store)
+    await commit(session, 0, State(n=1))
+    await commit(session, 1, State(n=2))
+    change(path, "UPDATE steps SET output = x'00' WHERE position = 1")
+    with pytest.raises(CorruptCheckpoint, match="position 1 of run 'run' is damaged"):
+        await store.fork("run", "fork", 2)
+    assert store.get_run("fork") is None
+    await store.fork("run", "fork", 1)
+
+
 async def test_what_nobody_awaits_may_fail(store: SQLiteStore) -> None:
     """An error of an operation that nobody awaits is dropped without a message of the event loop."""
     messages: list[Any] = []

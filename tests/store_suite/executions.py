@@ -303,7 +303,25 @@ class ExecutionTests:
         }
         await settled(store.fork("run", "g", 0, state=(schema, State(n=5))))
         assert (await begin(store, "g", State(n=5), if_exists="resume")).continued
-        with pytest.raises(CheckpointNotFound):
-            await settled(store.fork("unknown", "h", 1))
         with pytest.raises(RunExists):
             await settled(store.fork("run", "f", 1))
+
+    async def test_what_can_be_forked(self, store: Any) -> None:
+        """A fork is made of the last execution, before a position after an output, and into an id without a
+        run."""
+        await finish(await begin(store), "FAILED")
+        session = await begin(store, state=State(n=5))
+        await commit(session, 0, State(n=50))
+        await commit(session, 1, State(n=51), branch="0")
+        for run_id in ("saved", "f"):
+            await settled(store.save(run_id, "n", State(n=7)))
+        for source, before in (("unknown", 0), ("saved", 0), ("run", 3)):
+            with pytest.raises(CheckpointNotFound):
+                await settled(store.fork(source, "h", before))
+        with pytest.raises(CheckpointNotFound, match=r"no output at position 1.*fork at an earlier node"):
+            await settled(store.fork("run", "h", 2))  # A group of which only a child is committed.
+        assert store.get_run("h") is None
+        await settled(store.fork("run", "f", 1))
+        assert await settled(store.load("f", "n")) == State(n=7)
+        fork = await begin(store, "f", State(n=5), if_exists="resume")
+        assert (restored(fork), fork.prior.tokens) == ({(0, ""): State(n=50)}, 0)
