@@ -8,10 +8,12 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 from tests.docs.blocks import ROOT, promised, run_python
 from tests.docs.killed_page import durable_program, kill_in_each_step
 
@@ -33,6 +35,7 @@ EXAMPLES = sorted((ROOT / "examples").glob(f"*_{NAME}.py"))
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
 def test_the_code_on_the_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every Python block runs, one after the other, and prints what its comments say."""
+    skip_if_too_old(page.read_text("utf-8"))
     monkeypatch.chdir(tmp_path)  # Of its stores.
     try:
         ran = list(run_python(page.read_text("utf-8"), NAME))
@@ -49,6 +52,7 @@ def test_the_code_on_the_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
 def test_the_durable_program_of_the_page_continues_where_it_was_killed(page: Path, tmp_path: Path) -> None:
     """G5: Killed with SIGKILL in one step after the other, and started again, the program on the page of a
     framework ends as without kills, and calls no step again that was recorded."""
+    skip_if_too_old(page.read_text("utf-8"))
     kill_in_each_step(durable_program(page), tmp_path)
 
 
@@ -103,6 +107,9 @@ async def test_a_worker_finishes_the_research_of_a_killed_one(example: Path, tmp
 
 
 def skip_if_too_old(message: str) -> None:
-    """Skip the test if a module needs a newer release than the lowest one."""
+    """Skip the test if a module, by its error, or a program, by its comment, needs a newer release."""
     if "or newer; upgrade it" in message:
         pytest.skip(message)
+    for package, least in re.findall(r"# Needs (\S+) (\d[\d.]*\d) or newer", message):
+        if Version(version(package)) < Version(least):
+            pytest.skip(f"needs {package} {least}")
