@@ -106,6 +106,8 @@ class StromaDurability(BaseDurabilityCapability[Any]):
             "mcp": "enter-outside-durable",
             "dynamic": "enter-never",
         },
+        # Their tools would run in the body without a record.
+        unsupported_runtime_toolset_kinds=frozenset({"function", "mcp", "dynamic"}),
         tool_config_key=_METADATA,
     )
 

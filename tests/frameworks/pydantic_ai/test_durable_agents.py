@@ -269,6 +269,25 @@ async def test_toolsets_that_are_made_for_a_run_are_steps_too() -> None:
     assert "a.pure" not in steps
 
 
+@pytest.mark.parametrize("kind", ["function", "dynamic"])
+async def test_a_toolset_that_is_added_in_a_run_is_refused(kind: str) -> None:
+    """Its tools would be called without a record: the agent has to have it."""
+    toolset: Any = FunctionToolset(id="added")
+    if kind == "dynamic":
+        toolset = DynamicToolset(lambda _: FunctionToolset(), id="added")
+    agent = World().agent()
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        await agent.run("go", toolsets=[toolset])
+        return state
+
+    result = await StromaRunner.quick().run(f, Num())
+    assert result.failure is not None
+    assert "cannot be added at runtime with Stroma" in result.failure.message
+    assert (await agent.run("go", toolsets=[toolset])).output == "done"
+
+
 async def test_a_failed_request_is_retried_as_a_step_is() -> None:
     """A rate limit of the provider is retried by the policy of the step; a refused request stops the flow
     with its failure."""
