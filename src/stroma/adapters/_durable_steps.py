@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from typing import Any, TypedDict
+from typing import Any, Final, NamedTuple, TypedDict
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 from pydantic_core import to_jsonable_python
 
-from stroma.contracts.contract import NodeContract
+from stroma.contracts.contract import NodeContract, Role
 from stroma.contracts.effects import NotDone, Unknown
 from stroma.contracts.node import stroma_node
 from stroma.runner.flows.flow import Flow, current_flow
@@ -19,6 +19,7 @@ __all__ = [
     "AgentSteps",
     "ModelCall",
     "OtherCall",
+    "Step",
     "ToolApproval",
     "ToolCall",
     "ToolOptions",
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 Work = Callable[[], Awaitable[Any]]
+#: Of an idempotency key: the output of the call, NotDone or Unknown; async or not.
+Reconcile = Callable[[str], Any]
 
 
 class ToolOptions(TypedDict, total=False):
@@ -86,43 +89,67 @@ class ToolResult(BaseModel):
     result: JsonValue = None
 
 
-def check_options(tool: str, options: Any, where: str) -> None:
-    """Raise TypeError for options of a tool that are neither False nor a ToolOptions."""
-    unknown = [] if options is False else sorted(set(options) - set(ToolOptions.__annotations__))
+def check_options(owner: str, options: Any, known: type = ToolOptions) -> None:
+    """Raise TypeError for options that are neither False nor those of the TypedDict ``known``."""
+    names = known.__annotations__
+    unknown = [] if options is False else sorted(set(options) - set(names))
     if unknown:
-        raise TypeError(
-            f"tool {tool!r} has unknown options {unknown} in {where}; pass "
-            f"{' or '.join(ToolOptions.__annotations__)}, or False"
+        raise TypeError(f"{owner} has unknown options {unknown}; pass {' or '.join(names)}, or False")
+
+
+class _Call(NamedTuple):
+    work: Work
+    reconcile: Reconcile | None
+
+
+#: The call that the step around this code makes.
+_AT_WORK: Final[ContextVar[_Call]] = ContextVar("stroma_agent_step")
+
+
+class Step:
+    """A node whose work comes with each call."""
+
+    def __init__(
+        self,
+        node_id: str,
+        schemas: tuple[type[BaseModel], type[BaseModel]],
+        *,
+        role: Role | None = None,
+        effect: bool = False,
+        reconciles: bool = False,
+    ) -> None:
+        contract: NodeContract[Any, Any] = NodeContract(
+            node_id=node_id,
+            input_schema=schemas[0],
+            output_schema=schemas[1],
+            role=role,
+            effect=effect,
+            reconcile=_reconcile if reconciles else None,
         )
+        self._node: Any = stroma_node(node_id, contract)(_perform)
 
-
-class AgentSteps:
-    """The steps of agents. Calls with one id share a node."""
-
-    def __init__(self) -> None:
-        self._nodes: dict[str, Any] = {}
-
-    async def call(
-        self, flow: Flow, node_id: str, state: BaseModel, work: Work, options: ToolOptions | None = None
-    ) -> Any:
-        """Perform work as a step and return its recorded result; of a tool, the fields of a ToolResult.
+    async def call(self, flow: Flow, state: BaseModel, work: Work, reconcile: Reconcile | None = None) -> Any:
+        """Perform work as the step and return its recorded output.
 
         ``state``: what the step is recorded with: the same on replay, which ids and times that the body made
             are not.
         """
-        node = self._nodes.get(node_id)
-        if node is None:
-            node = self._nodes[node_id] = _make_node(node_id, type(state), options or {})
-        token = _AT_WORK.set((work, options or {}))
+        token = _AT_WORK.set(_Call(work, reconcile))
         try:
-            output = await flow.step(node, state)
+            return await flow.step(self._node, state)
         finally:
             _AT_WORK.reset(token)
-        return output.model_dump() if isinstance(output, ToolResult) else output.value
 
 
-#: What the step around this code does, and its options.
-_AT_WORK: ContextVar[tuple[Work, ToolOptions]] = ContextVar("stroma_agent_step")
+async def _perform(_: Any) -> Any:
+    return await _AT_WORK.get().work()
+
+
+async def _reconcile(_: Any, key: str) -> Any:
+    reconcile = _AT_WORK.get().reconcile
+    assert reconcile is not None
+    answer = reconcile(key)
+    return await answer if inspect.isawaitable(answer) else answer
 
 
 def is_in_step() -> bool:
@@ -130,33 +157,44 @@ def is_in_step() -> bool:
     return _AT_WORK.get(None) is not None and current_flow() is None
 
 
+class AgentSteps:
+    """The steps of agents. Calls with one id share a node."""
+
+    def __init__(self) -> None:
+        self._steps: dict[str, Step] = {}
+
+    async def call(
+        self, flow: Flow, node_id: str, state: BaseModel, work: Work, options: ToolOptions | None = None
+    ) -> Any:
+        """Perform work as a step and return its recorded result; of a tool, the fields of a ToolResult."""
+        options = options or {}
+        tool = state if isinstance(state, ToolCall) else None
+        step = self._steps.get(node_id)
+        if step is None:
+            step = self._steps[node_id] = Step(
+                node_id,
+                (type(state), OperationResult if tool is None else ToolResult),
+                role="tool" if type(state) is ToolCall else None,
+                effect=options.get("effect", False),
+                reconciles="reconcile" in options,
+            )
+
+        async def perform() -> Any:
+            result = await work()
+            return {"value": result} if tool is None else result
+
+        async def reconcile(key: str) -> Any:
+            assert tool is not None
+            assert "reconcile" in options
+            answer = options["reconcile"](tool.arguments, key)
+            if inspect.isawaitable(answer):
+                answer = await answer
+            return answer if isinstance(answer, (NotDone, Unknown)) else {"result": to_jsonable_python(answer)}
+
+        output = await step.call(flow, state, perform, reconcile)
+        return output.value if tool is None else output.model_dump()
+
+
 async def ask_approval(flow: Flow, tool: str | None, arguments: str | None) -> ToolApproval:
     """Ask if a tool may be called, as a question of the flow. ``arguments``: as JSON."""
     return await flow.wait_for(ToolApproval, reason=f"approval of {tool}({arguments})")
-
-
-def _make_node(node_id: str, input_schema: type[BaseModel], options: ToolOptions) -> Any:
-    is_tool = issubclass(input_schema, ToolCall)
-    contract: NodeContract[Any, Any] = NodeContract(
-        node_id=node_id,
-        input_schema=input_schema,
-        output_schema=ToolResult if is_tool else OperationResult,
-        role="tool" if input_schema is ToolCall else None,
-        effect=options.get("effect", False),
-        reconcile=_reconcile if "reconcile" in options else None,
-    )
-
-    async def perform(_: Any) -> Any:
-        result = await _AT_WORK.get()[0]()
-        return result if is_tool else {"value": result}
-
-    return stroma_node(node_id, contract)(perform)
-
-
-async def _reconcile(call: ToolCall, key: str) -> Any:
-    options = _AT_WORK.get()[1]
-    assert "reconcile" in options
-    answer = options["reconcile"](call.arguments, key)
-    if inspect.isawaitable(answer):
-        answer = await answer
-    return answer if isinstance(answer, (NotDone, Unknown)) else {"result": to_jsonable_python(answer)}

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import datetime
-import decimal
 import enum
 import json
 import sys
 import typing
-import uuid
 from collections.abc import Iterator
 from typing import Any, Final, TypeAlias, cast
 
 from langchain_core.messages import BaseMessage, messages_from_dict
 from langgraph.types import Command, Send
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel
+
+from stroma.contracts.tagged_json import NotSerialisable, tag, untag
 
 __all__ = ["Classes", "NotStorable", "classes_in", "decode", "encode", "messages_in"]
 
 #: By module and qualified name: "shop.orders:Order".
 Classes: TypeAlias = dict[str, type]
-#: Classes that pydantic converts.
-_KINDS: Final = (
-    datetime.datetime,
-    datetime.date,
-    datetime.time,
-    datetime.timedelta,
-    decimal.Decimal,
-    uuid.UUID,
-)
-_CONVERTERS: Final[dict[str, TypeAdapter[Any]]] = {f"@{kind.__name__}": TypeAdapter(kind) for kind in _KINDS}
 _COLLECTIONS: Final[dict[str, Any]] = {"@tuple": tuple, "@dict": dict, "@set": set, "@frozenset": frozenset}
 
 
@@ -42,15 +30,13 @@ class NotStorable(TypeError):
 def encode(value: Any, place: str = "") -> Any:
     """Return the JSON form of a value. ``place``: where it is, for the error. Raises NotStorable.
 
-    What JSON has no form for is a dict with one key, which begins with "@".
+    What JSON has no form for is a dict with one key, which begins with "@", or with "$" as in tagged JSON.
     """
     kind = type(value)
     if value is None or kind in (bool, int, str):
         return value
-    if kind is float:
-        return value if value - value == 0 else {"@float": str(value)}  # JSON has neither infinity nor NaN.
     if isinstance(value, dict):
-        if all(type(key) is str and not key.startswith("@") for key in value):
+        if all(type(key) is str and not key.startswith(("@", "$")) for key in value):
             return {key: encode(item, f"{place}[{key!r}]") for key, item in value.items()}
         return {"@dict": [[encode(each, place) for each in item] for item in value.items()]}
     if isinstance(value, list) or kind is tuple:
@@ -58,16 +44,14 @@ def encode(value: Any, place: str = "") -> Any:
         return {"@tuple": items} if kind is tuple else items
     if kind in (set, frozenset):  # In an order that the next process has as well.
         return {f"@{kind.__name__}": sorted((encode(item, place) for item in value), key=json.dumps)}
-    if kind in _KINDS:
-        key = f"@{kind.__name__}"
-        return {key: _CONVERTERS[key].dump_python(value, mode="json")}
-    if kind is bytes:
-        return {"@bytes": base64.b64encode(value).decode()}
     if kind is Send:
         return {"@send": [value.node, encode(value.arg, place)]}
     if isinstance(value, enum.Enum):
         return {"@enum": [_name_of(kind), encode(value.value, place)]}
-    fields = {name: encode(item, f"{place}.{name}") for name, item in _fields_of(value, place).items()}
+    own = _fields_of(value)
+    if own is None:
+        return _tagged(value, place)
+    fields = {name: encode(item, f"{place}.{name}") for name, item in own.items()}
     if not (isinstance(value, BaseMessage) and kind.__module__.startswith("langchain_core.")):
         return {"@object": [_name_of(kind), fields]}
     del fields["type"]
@@ -76,13 +60,25 @@ def encode(value: Any, place: str = "") -> Any:
     return {"@message": {"type": value.type, "data": data}}
 
 
-def _fields_of(value: Any, place: str) -> dict[str, Any]:
+def _fields_of(value: Any) -> dict[str, Any] | None:
     kind = type(value)
     if isinstance(value, BaseModel):
         return {name: getattr(value, name) for name in kind.model_fields} | (value.__pydantic_extra__ or {})
     if dataclasses.is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    raise NotStorable(f"{kind.__module__}.{kind.__qualname__}{f' in {place}' if place else ''}")
+    return None
+
+
+def _tagged(value: Any, place: str) -> Any:
+    """Return the tagged JSON of a value that Python's own classes restore."""
+    try:
+        form = tag(value, (), dict)
+    except NotSerialisable:
+        form = {"$c": None}
+    if isinstance(form, dict) and "$c" in form:  # Its class would be lost.
+        kind = type(value)
+        raise NotStorable(f"{kind.__module__}.{kind.__qualname__}{f' in {place}' if place else ''}")
+    return form
 
 
 def _name_of(kind: type) -> str:
@@ -96,17 +92,13 @@ def decode(value: Any, classes: Classes) -> Any:
     if type(value) is not dict:
         return value
     key = next(iter(value), "")
+    if key.startswith("$"):
+        return untag(value)
     if not key.startswith("@"):
         return {name: decode(item, classes) for name, item in value.items()}
     content = value[key]
     if key in _COLLECTIONS:
         return _COLLECTIONS[key](decode(content, classes))
-    if key in _CONVERTERS:
-        return _CONVERTERS[key].validate_python(content)
-    if key == "@bytes":
-        return base64.b64decode(content)
-    if key == "@float":
-        return float(content)
     if key == "@message":
         return messages_from_dict([{"type": content["type"], "data": decode(content["data"], classes)}])[0]
     name, inner = content[0], decode(content[1], classes)

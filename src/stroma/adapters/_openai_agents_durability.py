@@ -77,7 +77,7 @@ class DurableRunner:
     def __init__(self, *, tools: Mapping[str, ToolOptions | Literal[False]] | None = None) -> None:
         self.tools: dict[str, ToolOptions | Literal[False]] = dict(tools or {})
         for name, options in self.tools.items():
-            check_options(name, options, "tools")
+            check_options(f"tool {name!r}", options)
         self.steps = AgentSteps()
         if type(get_default_agent_runner()) is not _InnerRunner:
             set_default_agent_runner(cast("Any", _InnerRunner(get_default_agent_runner())))

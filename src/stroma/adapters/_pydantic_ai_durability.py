@@ -212,7 +212,7 @@ class _Backend(DurableOperationBackend[ToolOptions]):
         options = None if tool is None else (tool.tool_def.metadata or {}).get(_METADATA)
         if options is False:
             return False
-        check_options(tool_name, options or {}, f"metadata[{_METADATA!r}]")
+        check_options(f"metadata[{_METADATA!r}] of tool {tool_name!r}", options or {})
         return cast("ToolOptions", options or {})
 
 

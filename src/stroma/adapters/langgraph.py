@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,8 +20,7 @@ from stroma._utils.lazy import lazy
 from stroma.adapters._releases import import_error, warn_if_untested
 
 try:
-    from langchain_core.runnables import RunnableConfig
-    from langgraph._internal._runnable import RunnableCallable
+    from langchain_core.runnables import RunnableLambda
     from langgraph.errors import GraphBubbleUp, GraphInterrupt, GraphRecursionError, ParentCommand
     from langgraph.graph.state import StateGraph
     from langgraph.pregel import Pregel
@@ -92,9 +90,9 @@ def attach_steps(
     for name, (step_id, contract) in steps.items():
         node = graph.nodes[name]
         inner = node.bound if isinstance(graph, Pregel) else node.runnable
-        if guard.has(getattr(inner, "func", None), contract):
+        if guard.has(inner, contract):
             continue  # It was attached before it was compiled.
-        step = guarded(inner, guard, step_id, contract)
+        step = _GuardedNode(inner, guard, step_id, contract)
         if isinstance(graph, Pregel):
             graph.nodes[name] = node.copy({"bound": step})
         else:
@@ -194,44 +192,37 @@ class LangGraphAdapter:
         return stroma_langgraph_node(node_id, contract)
 
 
-def guarded(inner: Any, guard: Guard, step_id: str, contract: NodeContract[Any, Any] | None) -> Any:
-    """Return the runnable of a node as a step. It stays a Runnable, so that it gets config and runtime."""
+class _GuardedNode(RunnableLambda[Any, Any]):
+    """A node as a step. LangGraph looks for its subgraphs in ``deps``."""
 
-    def call(state: Any, config: Any, first: Any) -> Any:
-        with counting():
-            return inner.invoke(input_of_attempt(state, first), config)
+    def __init__(
+        self, inner: Any, guard: Guard, step_id: str, contract: NodeContract[Any, Any] | None
+    ) -> None:
+        super().__init__(inner.invoke, inner.ainvoke, name=getattr(inner, "name", None) or step_id)
+        options: Any = {
+            "contract": contract,
+            "input_view": lambda args, _: args[2],
+            "output_view": update,
+            "control": control,
+        }
 
-    async def acall(state: Any, config: Any, first: Any) -> Any:
-        with counting():
-            return await inner.ainvoke(input_of_attempt(state, first), config)
+        def call(state: Any, config: Any, first: Any) -> Any:
+            with counting():
+                return inner.invoke(input_of_attempt(state, first), config)
 
-    options: Any = {
-        "contract": contract,
-        "input_view": lambda args, _: args[2],
-        "output_view": update,
-        "control": control,
-    }
-    step, astep = guard.wrap(step_id, call, **options), guard.wrap(step_id, acall, **options)
+        async def acall(state: Any, config: Any, first: Any) -> Any:
+            with counting():
+                return await inner.ainvoke(input_of_attempt(state, first), config)
 
-    def func(state: Any, config: RunnableConfig) -> Any:
-        _ = inner  # LangGraph looks for subgraphs in the variables of this function.
-        return step(state, config, copy_for_retries(state))
+        self.deps = [inner]
+        self._step, self._astep = guard.wrap(step_id, call, **options), guard.wrap(step_id, acall, **options)
+        guard.mark(self, contract)
 
-    async def afunc(state: Any, config: RunnableConfig) -> Any:
-        return await astep(state, config, copy_for_retries(state))
+    def invoke(self, input: Any, config: Any = None, **_: Any) -> Any:
+        return self._step(input, config, copy_for_retries(input))
 
-    guard.mark(func, contract)
-    kind: Any = type(inner)
-    shown = inner.lc_id() if hasattr(inner, "lc_id") else [kind.__module__, kind.__name__]
-    return _callable_class(".".join(shown[:-1]), shown[-1])(
-        func, afunc, name=getattr(inner, "name", None) or step_id, trace=False, recurse=False
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def _callable_class(module: str, name: str) -> type[RunnableCallable]:
-    """Return a class that is shown under the name of another one: drawings of graphs have it."""
-    return type(name, (RunnableCallable,), {"__module__": module})
+    async def ainvoke(self, input: Any, config: Any = None, **_: Any) -> Any:
+        return await self._astep(input, config, copy_for_retries(input))
 
 
 def control(error: BaseException) -> Control | None:

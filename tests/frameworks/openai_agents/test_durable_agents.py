@@ -703,7 +703,7 @@ async def test_what_cannot_run_in_a_body_says_so() -> None:
     )
     assert "takes no RunState in a flow" in await message(lambda: DurableRunner().run(agent, state))
     with pytest.raises(
-        TypeError, match=r"tool 'waits' has unknown options \['effects'\] in tools; pass effect or reconcile"
+        TypeError, match=r"tool 'waits' has unknown options \['effects'\]; pass effect or reconcile"
     ):
         DurableRunner(tools={"waits": {"effects": True}})
     assert "waits for its steps, timers and answers only, and called" in await message(
