@@ -19,7 +19,7 @@ __all__ = [
     "AgentSteps",
     "ModelCall",
     "OtherCall",
-    "Step",
+    "WorkStep",
     "ToolApproval",
     "ToolCall",
     "ToolOptions",
@@ -106,7 +106,7 @@ class _Call(NamedTuple):
 _AT_WORK: Final[ContextVar[_Call]] = ContextVar("stroma_agent_step")
 
 
-class Step:
+class WorkStep:
     """A node whose work comes with each call."""
 
     def __init__(
@@ -161,7 +161,7 @@ class AgentSteps:
     """The steps of agents. Calls with one id share a node."""
 
     def __init__(self) -> None:
-        self._steps: dict[str, Step] = {}
+        self._steps: dict[str, WorkStep] = {}
 
     async def call(
         self, flow: Flow, node_id: str, state: BaseModel, work: Work, options: ToolOptions | None = None
@@ -171,7 +171,7 @@ class AgentSteps:
         tool = state if isinstance(state, ToolCall) else None
         step = self._steps.get(node_id)
         if step is None:
-            step = self._steps[node_id] = Step(
+            step = self._steps[node_id] = WorkStep(
                 node_id,
                 (type(state), OperationResult if tool is None else ToolResult),
                 role="tool" if type(state) is ToolCall else None,
@@ -189,7 +189,8 @@ class AgentSteps:
             answer = options["reconcile"](tool.arguments, key)
             if inspect.isawaitable(answer):
                 answer = await answer
-            return answer if isinstance(answer, (NotDone, Unknown)) else {"result": to_jsonable_python(answer)}
+            is_unmade = isinstance(answer, (NotDone, Unknown))
+            return answer if is_unmade else {"result": to_jsonable_python(answer)}
 
         output = await step.call(flow, state, perform, reconcile)
         return output.value if tool is None else output.model_dump()

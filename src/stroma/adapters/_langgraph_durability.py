@@ -14,7 +14,7 @@ import hashlib
 import inspect
 import itertools
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple, TypedDict, TypeVar, cast
 from uuid import uuid4
 
@@ -39,7 +39,7 @@ except ImportError:  # Releases of it need a newer LangGraph than they say. With
     ToolNode = ()
 from pydantic import BaseModel, JsonValue, RootModel, field_validator
 
-from stroma.adapters._durable_steps import Step, check_options
+from stroma.adapters._durable_steps import WorkStep, check_options
 from stroma.adapters._langchain import counting, result_of, update
 from stroma.adapters._langgraph_values import Classes, NotStorable, classes_in, decode, encode, messages_in
 from stroma.adapters._state_views import violation
@@ -379,7 +379,7 @@ class _NodeStep:
         self._messages_key = messages_key
         #: Of what the node takes and returns; that of the step is of its records.
         self._contract = contract_for(step_id, (options.get("input"), options.get("output")))
-        self._step = Step(
+        self._step = WorkStep(
             step_id,
             (_ToolInput if messages_key else _NodeInput, _CallOutput),
             role="tool" if messages_key else None,
@@ -402,10 +402,10 @@ class _NodeStep:
         """Call the node, in the body, and return its update. ``state``: in JSON form."""
 
         async def call(answers: list[Any]) -> _CallEnd:
-            asked = call_input.model_copy(update={"answers": list(answers)})
-            work = functools.partial(self._perform, state, config, asked.answers)
+            current_input = call_input.model_copy(update={"answers": list(answers)})
+            work = functools.partial(self._perform, state, config, current_input.answers)
             look = functools.partial(self._look, call_input, state)
-            output = await self._step.call(_body_flow(), asked, work, look)
+            output = await self._step.call(_body_flow(), current_input, work, look)
             parts, writes = (decode(sent, self._classes) for sent in (output.parts, output.writes))
             for part in parts:
                 config["configurable"][CONFIG_KEY_RUNTIME].stream_writer(part)
@@ -432,7 +432,7 @@ class _NodeStep:
         own = [write for write in writes if not write[0].startswith("__")]  # The others are of interrupt().
         return {
             "update": self._returned(end.update) if has_update else None,
-            "questions": self.stored(end.questions, "asks"),
+            "questions": self.stored(list(end.questions), "asks"),
             "refused": end.refused,
             "parts": parts,
             "writes": self.stored(own, "writes"),
@@ -480,7 +480,7 @@ class _CallEnd(NamedTuple):
     """
 
     update: Any = None
-    questions: list[Any] = []
+    questions: Sequence[Any] = ()
     refused: str | None = None
 
 
