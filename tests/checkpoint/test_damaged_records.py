@@ -99,7 +99,7 @@ async def fill(store: Any, run_id: str) -> None:
     def control(rows: Rows) -> None:
         annotate(rows, run_id, Annotation.PARENT, "", "parent", Step("", "", b"", b"", 1))
         annotate(rows, run_id, Annotation.DEATHS, "", "deaths", Step("1", str(session.epoch), b"", b"", 1))
-        accept_requests(rows, run_id, session.fence.run)
+        accept_requests(session._records(rows))
 
     await store.set_budget(run_id, {"max_tokens_total": 100})
     await store._submit(Transaction(run_id, control))

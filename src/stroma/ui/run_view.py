@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING, Any, Final
 from markupsafe import Markup
 
 from stroma._utils.text import format_duration, format_usd, pluralize
-from stroma.checkpoint.durable.annotations import read_annotation
-from stroma.checkpoint.durable.control import read_control
-from stroma.checkpoint.durable.rows import Annotation, Rows
 from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.history import place_of
 from stroma.checkpoint.records import AttemptRecord, RunRecord
@@ -46,42 +43,26 @@ def read_limits(settings: Settings, record: RunRecord) -> Mapping[str, float]:
 
     Raises StoreError.
     """
-
-    def query(rows: Rows) -> dict[str, float]:
-        run = rows.find(record.run_id)
-        return {} if run is None else dict(read_control(rows, run.run, record.run_id).budget)
-
-    nothing: dict[str, float] = {}
-    own = settings.budget if record.pipeline == settings.pipeline else nothing
-    return {**own, **settings.store.read(query, nothing)}
+    own: Mapping[str, float] = settings.budget if record.pipeline == settings.pipeline else {}
+    return {**own, **settings.store.control(record.run_id).budget}
 
 
 def trace_link(settings: Settings, run_id: str) -> str | None:
     """Return the address of a run's trace in the telemetry backend, or None. Raises StoreError."""
     if settings.trace_url is None:
         return None
-    traces = settings.store.read(lambda rows: _traces_of(rows, run_id), "")
+    traces = settings.store.traceparents([run_id]).get(run_id, "")
     match = _TRACEPARENT.search(traces.rpartition("otel=")[2])  # Without OpenTelemetry, any system's.
     if match is None:
         return None
     return settings.trace_url.replace("{trace_id}", match[1]).replace("{span_id}", match[2])
 
 
-def _traces_of(rows: Rows, run_id: str) -> str:
-    """Return the recorded trace contexts of a run, of each system, as one text; "" without any."""
-    run = rows.find(run_id)
-    trace = None if run is None else read_annotation(rows, run.run, run_id, Annotation.TRACE)
-    return "" if trace is None else trace.node_id
-
-
 def find_by_trace(settings: Settings, trace_id: str) -> str | None:
     """Return the id of the newest run with a trace, of the last thousand, or None. Raises StoreError."""
     ids = [record.run_id for record in settings.store.list_runs(limit=MOST_TRACES)]
-
-    def query(rows: Rows) -> str:
-        return next((run_id for run_id in ids if f"-{trace_id}-" in _traces_of(rows, run_id)), "")
-
-    return settings.store.read(query, "") or None
+    traces = settings.store.traceparents(ids)
+    return next((run_id for run_id, contexts in traces.items() if f"-{trace_id}-" in contexts), None)
 
 
 def is_at_work(record: RunRecord) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, cast
 
 from stroma.checkpoint.decisions import is_answered
 from stroma.checkpoint.decoding import RecordName, decode_json, decode_number, storable_text
@@ -21,14 +21,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Notes",
+    "RunRecords",
     "annotate",
-    "answer_place",
     "due_hooks_key",
+    "find_rejected",
+    "find_waiting",
     "name_of",
-    "open_rejected",
     "put_waiting",
-    "read_annotation",
-    "read_annotations",
     "read_due_hooks",
     "read_notes",
     "read_waiting",
@@ -37,9 +36,7 @@ __all__ = [
     "record_notes",
     "record_rejected",
     "record_waiting",
-    "rejected_key",
     "require_intact",
-    "waiting_key",
 ]
 
 
@@ -52,15 +49,47 @@ _NO_STEP: Final = Step("", "", b"", b"")
 def annotate(
     rows: Rows, run_id: str, kind: Annotation, branch: str, node_id: str, step: Step = _NO_STEP
 ) -> None:
-    """Write an annotation with its checksum, in place of an existing one."""
+    """Write an annotation of any run with its checksum, in place of an existing one."""
     rows.annotate(run_id, kind, branch, node_id, seal(kind, branch, node_id, step))
 
 
-def read_annotations(
-    rows: Rows, run: Any, run_id: str, *kinds: Annotation, branch: str | None = None
-) -> list[StepRow]:
-    """Return the annotations of these kinds; branch None: in all branches. Raises CorruptCheckpoint."""
-    return require_intact(rows.annotations(run, *kinds, branch=branch), run_id)
+class RunRecords(NamedTuple):
+    """The annotations of one execution of a run, read and written in one transaction.
+
+    Attributes:
+        run: the key of the run in the store.
+    """
+
+    rows: Rows
+    run: Any
+    run_id: str
+    execution: int
+    payloads: Payloads
+
+    @classmethod
+    def of(cls, rows: Rows, run: RunRow, payloads: Payloads) -> RunRecords:
+        """Return those of the last execution of a run."""
+        return cls(rows, run.run, run.run_id, run.execution, payloads)
+
+    def place(self, kind: str, position: int = 0, branch: str = "") -> PayloadPlace:
+        """Return the place of a payload of the execution."""
+        return PayloadPlace(self.run_id, self.execution, kind, position, branch)
+
+    def put(self, kind: Annotation, branch: str, node_id: str, step: Step = _NO_STEP) -> None:
+        """Write an annotation with its checksum, in place of an existing one."""
+        annotate(self.rows, self.run_id, kind, branch, node_id, step)
+
+    def all(self, *kinds: Annotation, branch: str | None = None) -> list[StepRow]:
+        """Return the annotations of these kinds; branch None: in all branches. Raises CorruptCheckpoint."""
+        return require_intact(self.rows.annotations(self.run, *kinds, branch=branch), self.run_id)
+
+    def one(self, kind: Annotation, branch: str = "") -> StepRow | None:
+        """Return one annotation, or None. Raises CorruptCheckpoint if it is damaged."""
+        return next(iter(self.all(kind, branch=branch)), None)
+
+    def delete(self, *kinds: Annotation, branch: str | None = None) -> None:
+        """Delete the annotations of these kinds; branch None: in all branches."""
+        self.rows.delete_annotations(self.run, *kinds, branch=branch)
 
 
 def require_intact(annotations: Iterable[StepRow], run_id: str) -> list[StepRow]:
@@ -70,11 +99,6 @@ def require_intact(annotations: Iterable[StepRow], run_id: str) -> list[StepRow]
         if not is_intact(row):
             raise name_of(row, run_id).damaged()
     return annotations
-
-
-def read_annotation(rows: Rows, run: Any, run_id: str, kind: Annotation, branch: str = "") -> StepRow | None:
-    """Return one annotation, or None. Raises CorruptCheckpoint if it is damaged."""
-    return next(iter(read_annotations(rows, run, run_id, kind, branch=branch)), None)
 
 
 def name_of(row: StepRow, run_id: str) -> RecordName:
@@ -87,22 +111,22 @@ def due_hooks_key(attempt: AttemptRecord) -> str:
     return f"{attempt.position}:{attempt.started_ns}:{attempt.attempt}:{attempt.branch}"
 
 
-def record_due_hooks(rows: Rows, run_id: str, attempt: AttemptRecord) -> None:
+def record_due_hooks(records: RunRecords, attempt: AttemptRecord) -> None:
     """Record that the end hooks of an attempt are pending."""
     # The arguments of its hooks, except the output, which is stored with its commit.
     step = _NO_STEP._replace(output=json.dumps(stored_values(attempt)).encode())
-    annotate(rows, run_id, Annotation.DUE_HOOKS, due_hooks_key(attempt), attempt.node_id, step)
+    records.put(Annotation.DUE_HOOKS, due_hooks_key(attempt), attempt.node_id, step)
 
 
-def read_due_hooks(row: StepRow, run_id: str, execution: int, payloads: Payloads) -> AttemptRow:
+def read_due_hooks(records: RunRecords, row: StepRow) -> AttemptRow:
     """Return the row that :func:`record_due_hooks` stored. Raises CorruptCheckpoint."""
-    name = name_of(row, run_id)
+    name = name_of(row, records.run_id)
     values = decode_json(row.step.output, list[Any], name)
     attempt = parse_attempt(values) if len(values) == len(ATTEMPT_COLUMNS) else None
     if attempt is None or attempt.damaged:
         raise name.damaged()
-    place = PayloadPlace(run_id, execution, "message", attempt.position, attempt.branch)
-    message = payloads.open_text(attempt.message, place)
+    place = records.place("message", attempt.position, attempt.branch)
+    message = records.payloads.open_text(attempt.message, place)
     usage = AttemptUsage(attempt.tokens, attempt.output_tokens, attempt.cost_usd, attempt.model)
     failed = None
     if attempt.failure_class is not None:
@@ -132,46 +156,48 @@ def read_due_hooks(row: StepRow, run_id: str, execution: int, payloads: Payloads
     )
 
 
-def record_waiting(rows: Rows, run_id: str, execution: int, waiting: Waiting, payloads: Payloads) -> None:
+def record_waiting(records: RunRecords, waiting: Waiting) -> None:
     """Store the question that a node waits for, or its answer."""
-    data = b""
+    payloads, data = records.payloads, b""
     if waiting.payload is not None:
-        data = payloads.seal_now(waiting.payload, answer_place(run_id, execution, waiting))
-    place = PayloadPlace(run_id, execution, "question", waiting.position, waiting.branch)
+        data = payloads.seal_now(waiting.payload, _answer_place(records, waiting))
+    place = records.place("question", waiting.position, waiting.branch)
     effect = waiting.effect and waiting.effect._replace(cause=storable_text(waiting.effect.cause) or "")
     question = payloads.seal_text(json.dumps([storable_text(waiting.reason), effect, waiting.schema]), place)
     step = Step(question or "", waiting.schema_ref, data, b"", waiting.number)
-    annotate(rows, run_id, Annotation.WAITING, waiting_key(waiting), waiting.node_id, step)
+    records.put(Annotation.WAITING, _waiting_key(waiting), waiting.node_id, step)
 
 
-def put_waiting(
-    rows: Rows, run: Any, run_id: str, execution: int, waiting: Waiting, payloads: Payloads
-) -> Waiting:
+def put_waiting(records: RunRecords, waiting: Waiting) -> Waiting:
     """Store a question, or how it ended, unless it has an answer. Return what is stored."""
-    row = read_annotation(rows, run, run_id, Annotation.WAITING, waiting_key(waiting))
-    stored = row and read_waiting(row, run_id, execution, payloads)
+    stored = find_waiting(records, waiting)
     if stored is not None and is_answered(stored, waiting):
         return stored
-    record_waiting(rows, run_id, execution, waiting, payloads)
+    record_waiting(records, waiting)
     return waiting
 
 
-def waiting_key(waiting: Waiting) -> str:
-    """Return the branch of the annotation for an approval."""
+def find_waiting(records: RunRecords, waiting: Waiting) -> Waiting | None:
+    """Return what is stored at the place of a question, or None. Raises StoreError."""
+    row = records.one(Annotation.WAITING, _waiting_key(waiting))
+    return None if row is None else read_waiting(records, row)
+
+
+def _waiting_key(waiting: Waiting) -> str:
     return f"{waiting.position}:{waiting.branch}"
 
 
-def answer_place(run_id: str, execution: int, waiting: Waiting) -> PayloadPlace:
+def _answer_place(records: RunRecords, waiting: Waiting) -> PayloadPlace:
     """Return the place of an answer, with the id of its question: the answer fits no other question."""
-    return PayloadPlace(run_id, execution, f"answer\0{waiting.id}", waiting.position, waiting.branch)
+    return records.place(f"answer\0{waiting.id}", waiting.position, waiting.branch)
 
 
-def read_waiting(row: StepRow, run_id: str, execution: int, payloads: Payloads) -> Waiting:
+def read_waiting(records: RunRecords, row: StepRow) -> Waiting:
     """Return the approval that :func:`record_waiting` stored. Raises StoreError."""
     at, _, branch = row.branch.partition(":")
-    name, step = name_of(row, run_id), row.step
+    name, step, payloads = name_of(row, records.run_id), row.step, records.payloads
     position = decode_number(at, name)
-    place = PayloadPlace(run_id, execution, "question", position, branch)
+    place = records.place("question", position, branch)
     question = payloads.open_text(step.contract, place) or ""
     if question in UNREADABLE:  # It is listed, so that people see that there is one.
         reason, unknown, schema = question, None, ""
@@ -181,75 +207,70 @@ def read_waiting(row: StepRow, run_id: str, execution: int, payloads: Payloads) 
     waiting = Waiting(position, branch, row.node_id, reason, step.schema_ref, None, unknown, number, schema)
     if not step.output:
         return waiting
-    place = answer_place(run_id, execution, waiting)
+    place = _answer_place(records, waiting)
     return waiting._replace(payload=payloads.open(step.output, place, f"the answer for node {row.node_id!r}"))
 
 
 def record_failure_site(
-    rows: Rows, run_id: str, attempt: AttemptRecord, number: int, started_ns: int, data: bytes
+    records: RunRecords, attempt: AttemptRecord, number: int, started_ns: int, data: bytes
 ) -> None:
     """Store where an attempt failed, in place of an earlier failure at the same place."""
     step = Step(str(started_ns), "", data, b"", number)
     key = f"{attempt.position}:{attempt.branch}"
-    annotate(rows, run_id, Annotation.FAILURE_SITE, key, attempt.node_id, step)
+    records.put(Annotation.FAILURE_SITE, key, attempt.node_id, step)
 
 
-def record_rejected(
-    rows: Rows, run_id: str, execution: int, attempt: AttemptRecord, data: bytes, payloads: Payloads
-) -> None:
+def record_rejected(records: RunRecords, attempt: AttemptRecord, data: bytes) -> None:
     """Store the output of an attempt that broke its contract."""
-    key = rejected_key(attempt.position, attempt.branch, attempt.started_ns)
+    key = _rejected_key(attempt.position, attempt.branch, attempt.started_ns)
     # As a text: one that cannot be opened later must not hide the attempt.
-    sealed = payloads.seal_text(data.decode(), PayloadPlace(run_id, execution, "rejected", 0, key)) or ""
-    step = _NO_STEP._replace(output=sealed.encode())
-    annotate(rows, run_id, Annotation.REJECTED, key, attempt.node_id, step)
+    sealed = records.payloads.seal_text(data.decode(), records.place("rejected", 0, key)) or ""
+    records.put(Annotation.REJECTED, key, attempt.node_id, _NO_STEP._replace(output=sealed.encode()))
 
 
-def rejected_key(position: int, branch: str, started_ns: int) -> str:
-    """Return the branch of the annotation for a rejected output."""
+def _rejected_key(position: int, branch: str, started_ns: int) -> str:
     return f"{position}:{started_ns}:{branch}"
 
 
-def open_rejected(row: StepRow, run_id: str, execution: int, payloads: Payloads) -> RejectedOutput | None:
-    """Return the rejected output that :func:`record_rejected` stored; None if the codec cannot open it.
+def find_rejected(records: RunRecords, position: int, branch: str, started_ns: int) -> RejectedOutput | None:
+    """Return the rejected output of an attempt; None without one, or if the codec cannot open it.
 
     Raises CorruptCheckpoint.
     """
+    row = records.one(Annotation.REJECTED, _rejected_key(position, branch, started_ns))
+    if row is None:
+        return None
     from stroma.trace.rejected import read_rejected  # Few runs have one.
 
-    name = name_of(row, run_id)
-    place = PayloadPlace(run_id, execution, "rejected", 0, row.branch)
-    text = payloads.open_text(row.step.output.decode("utf-8", "replace"), place) or ""
+    place = records.place("rejected", 0, row.branch)
+    text = records.payloads.open_text(row.step.output.decode("utf-8", "replace"), place) or ""
     rejected = read_rejected(text)
     if rejected is None and text not in UNREADABLE:
-        raise name.damaged()
+        raise name_of(row, records.run_id).damaged()
     return rejected
 
 
-def record_notes(rows: Rows, run: Any, run_id: str, execution: int, notes: Notes, payloads: Payloads) -> None:
+def record_notes(records: RunRecords, notes: Notes) -> None:
     """Store notes; delete those without data."""
     for (kind, key), data in notes.items():
         if data is None:
-            rows.delete_annotations(run, kind, branch=key)
+            records.delete(kind, branch=key)
         else:
-            sealed = payloads.seal_now(data, PayloadPlace(run_id, execution, "note", 0, key))
-            annotate(rows, run_id, kind, key, "note", _NO_STEP._replace(output=sealed))
+            sealed = records.payloads.seal_now(data, records.place("note", 0, key))
+            records.put(kind, key, "note", _NO_STEP._replace(output=sealed))
 
 
-def read_notes(
-    rows: Rows, run: RunRow, annotations: list[StepRow], payloads: Payloads, first: int | None
-) -> dict[str, bytes]:
+def read_notes(records: RunRecords, annotations: list[StepRow], first: int | None) -> dict[str, bytes]:
     """Return the notes of an execution; delete those from position ``first`` on, except of effects.
 
     Raises StoreError.
     """
     notes: dict[str, bytes] = {}
     for row in annotations:
-        key, name = row.branch, name_of(row, run.run_id)
+        key, name = row.branch, name_of(row, records.run_id)
         position = decode_number(key.partition(":")[0], name)
         if first is not None and position >= first and not is_effect_note(key):
-            rows.delete_annotations(run.run, Annotation.NOTE, branch=key)
+            records.delete(Annotation.NOTE, branch=key)
             continue
-        place = PayloadPlace(run.run_id, run.execution, "note", 0, key)
-        notes[key] = payloads.open(row.step.output, place, str(name))
+        notes[key] = records.payloads.open(row.step.output, records.place("note", 0, key), str(name))
     return notes

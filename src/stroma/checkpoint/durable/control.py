@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from stroma.checkpoint.decoding import decode_json, decode_number
-from stroma.checkpoint.durable.annotations import annotate, name_of, read_annotations
-from stroma.checkpoint.durable.rows import Annotation, Rows, Step, StepRow
+from stroma.checkpoint.durable.annotations import RunRecords, name_of
+from stroma.checkpoint.durable.rows import Annotation, Step, StepRow
 from stroma.checkpoint.entries import RunControl
 
 __all__ = [
@@ -36,46 +36,42 @@ BudgetField = Literal["max_tokens_total", "max_cost_usd", "max_latency_ms"]
 KINDS: Final = (Annotation.CONTROL, Annotation.REQUEST)
 
 
-def request(rows: Rows, run_id: str, key: str, data: bytes = b"") -> None:
+def request(records: RunRecords, key: str, data: bytes = b"") -> None:
     """Store a request about an existing run."""
-    annotate(rows, run_id, Annotation.REQUEST, key, key, Step("", "", data, b""))
+    records.put(Annotation.REQUEST, key, key, Step("", "", data, b""))
 
 
-def request_budget(rows: Rows, run_id: str, run: Any, limits: Mapping[str, float]) -> None:
+def request_budget(records: RunRecords, limits: Mapping[str, float]) -> None:
     """Store a request for other limits, by field of ExecutionBudget, about a locked run."""
-    numbers = [_budget_number(row, run_id) for row in _requests(rows, run, run_id)]
+    numbers = [_budget_number(row, records.run_id) for row in records.all(*KINDS)]
     key = f"{_BUDGET} {max(numbers, default=0) + 1:09d}"
-    request(rows, run_id, key, json.dumps(dict(limits)).encode())
+    request(records, key, json.dumps(dict(limits)).encode())
 
 
-def read_control(rows: Rows, run: Any, run_id: str) -> RunControl:
+def read_control(records: RunRecords) -> RunControl:
     """Return all requests about a run, read or not. Raises CorruptCheckpoint."""
-    return to_control(_requests(rows, run, run_id), run_id)
+    return to_control(records.all(*KINDS), records.run_id)
 
 
-def accept_requests(rows: Rows, run_id: str, run: Any) -> RunControl | None:
+def accept_requests(records: RunRecords) -> RunControl | None:
     """Make the requests that nobody has read hold. Return all that hold; None if none was pending.
 
     Raises CorruptCheckpoint.
     """
-    pending = read_annotations(rows, run, run_id, Annotation.REQUEST)
+    pending = records.all(Annotation.REQUEST)
     if not pending:
         return None
-    holding = read_annotations(rows, run, run_id, Annotation.CONTROL)
+    holding = records.all(Annotation.CONTROL)
     for row in pending:
-        rows.delete_annotations(run, Annotation.REQUEST, branch=row.branch)
-        annotate(rows, run_id, Annotation.CONTROL, row.branch, row.branch, row.step)
-    return to_control([*holding, *pending], run_id)
+        records.delete(Annotation.REQUEST, branch=row.branch)
+        records.put(Annotation.CONTROL, row.branch, row.branch, row.step)
+    return to_control([*holding, *pending], records.run_id)
 
 
-def forget_requests(rows: Rows, run: Any, *keys: str) -> None:
+def forget_requests(records: RunRecords, *keys: str) -> None:
     """Delete requests about a run, read or not."""
     for key in keys:
-        rows.delete_annotations(run, *KINDS, branch=key)
-
-
-def _requests(rows: Rows, run: Any, run_id: str) -> list[StepRow]:
-    return read_annotations(rows, run, run_id, *KINDS)
+        records.delete(*KINDS, branch=key)
 
 
 def _budget_number(row: StepRow, run_id: str) -> int:

@@ -9,8 +9,7 @@ from stroma.checkpoint.decisions import FORK_DUE_MS
 from stroma.checkpoint.decoding import storable_text
 from stroma.checkpoint.durable.annotations import (
     Notes,
-    annotate,
-    read_annotations,
+    RunRecords,
     read_notes,
     read_waiting,
     record_notes,
@@ -21,11 +20,9 @@ from stroma.checkpoint.durable.messages import last_number, note_last
 from stroma.checkpoint.durable.rows import (
     FORKED,
     Annotation,
-    Fence,
     Opening,
     Rows,
     RunEnd,
-    RunRow,
     Step,
 )
 from stroma.checkpoint.entries import StepCall
@@ -65,7 +62,8 @@ def fork_run(
     existing = rows.find(opening.run_id, lock=True)
     if existing is not None and existing.execution:
         raise RunExists(f"run {opening.run_id!r} already exists; use another id for the fork")
-    old, new = partial(PayloadPlace, source, origin.execution), partial(PayloadPlace, opening.run_id, 1)
+    recorded = RunRecords.of(rows, origin, payloads)
+    old, new = recorded.place, partial(PayloadPlace, opening.run_id, 1)
     if not opening.sha256:
         contract, data, sha = stored
         if payloads.codec is not None:
@@ -75,9 +73,7 @@ def fork_run(
     steps = list(rows.steps(origin.run, origin.execution))
     cut, notes = None, dict[str, bytes]()
     if call is not None:
-        notes = read_notes(
-            rows, origin, read_annotations(rows, origin.run, source, Annotation.NOTE), payloads, None
-        )
+        notes = read_notes(recorded, recorded.all(Annotation.NOTE), None)
         calls = [(row.branch, row.node_id, _call_of(row.step)) for row in steps if row.position == before]
         cut = cut_before(source, call, before, calls, notes)
     steps = [
@@ -98,13 +94,13 @@ def fork_run(
             position, number, branch, 1, node_id, 0, "forked", identity=identities.get(position)
         )
         rows.commit(fence, attempt, seal(position, branch, node_id, step))
+    copied = RunRecords(rows, fence.run, opening.run_id, fence.execution, payloads)
     if cut is not None:
-        _copy_flow(rows, payloads, origin, fence, opening.run_id, before, cut, notes)
-    annotate(rows, opening.run_id, Annotation.PARENT, "", source, Step("", "", b"", b"", before))
-    annotate(rows, opening.run_id, Annotation.ATTRIBUTION, "session", source)
-    for kind in FORKED:
-        for row in read_annotations(rows, origin.run, source, kind):
-            annotate(rows, opening.run_id, kind, row.branch, row.node_id, row.step)
+        _copy_flow(recorded, copied, before, cut, notes)
+    copied.put(Annotation.PARENT, "", source, Step("", "", b"", b"", before))
+    copied.put(Annotation.ATTRIBUTION, "session", source)
+    for row in recorded.all(*FORKED):
+        copied.put(Annotation(row.position), row.branch, row.node_id, row.step)
     why = f"forked from run {source!r} before " + (f"position {before}" if call is None else f"call {call!r}")
     error = payloads.seal_text(storable_text(why), new("error"))
     rows.finish(fence, RunEnd("INTERRUPTED", error, rows.now_ms() + FORK_DUE_MS))
@@ -115,29 +111,22 @@ def _call_of(step: Step) -> StepCall | None:
 
 
 def _copy_flow(
-    rows: Rows,
-    payloads: Payloads,
-    origin: RunRow,
-    fence: Fence,
-    run_id: str,
-    position: int,
-    cut: FlowCut,
-    notes: Mapping[str, bytes],
+    recorded: RunRecords, copied: RunRecords, position: int, cut: FlowCut, notes: Mapping[str, bytes]
 ) -> None:
     """Copy the notes about the part of a flow, and the answers that it got."""
-    source = origin.run_id
+    source = recorded.run_id
     earlier: Notes = {
         (Annotation.NOTE, key): data
         for key, data in notes.items()
         if key.startswith(f"{position}:") and cut.has_note(source, key, data)
     }
-    record_notes(rows, fence.run, run_id, fence.execution, earlier, payloads)
+    record_notes(copied, earlier)
     # Messages to the fork have other numbers than those that the flow has got.
-    note_last(rows, run_id, last_number(rows, origin.run, source))
-    for row in read_annotations(rows, origin.run, source, Annotation.WAITING):
-        answer = read_waiting(row, source, origin.execution, payloads)
+    note_last(copied, last_number(recorded))
+    for row in recorded.all(Annotation.WAITING):
+        answer = read_waiting(recorded, row)
         if answer.position == position and cut.has_call(answer.branch):
-            record_waiting(rows, run_id, fence.execution, answer, payloads)
+            record_waiting(copied, answer)
 
 
 def _reseal_step(

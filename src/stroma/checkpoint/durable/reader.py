@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from stroma.checkpoint.decoding import decode_number
-from stroma.checkpoint.durable.annotations import (
-    name_of,
-    open_rejected,
-    read_annotation,
-    read_annotations,
-    read_waiting,
-    rejected_key,
-)
+from stroma.checkpoint.durable.annotations import RunRecords, find_rejected, name_of, read_waiting
+from stroma.checkpoint.durable.control import read_control
 from stroma.checkpoint.durable.conversion import open_events, open_message
 from stroma.checkpoint.durable.integrity import (
     is_intact,
@@ -32,7 +26,7 @@ from stroma.checkpoint.durable.rows import (
     Step,
     StepRow,
 )
-from stroma.checkpoint.entries import OF_FLOW, Waiting
+from stroma.checkpoint.entries import NO_CONTROL, OF_FLOW, RunControl, Waiting
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
 from stroma.checkpoint.events import EventPage, EventPlace
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
@@ -204,7 +198,8 @@ class ReadableStore(ABC):
         """Return where the last failed attempt at a place failed; None if unknown. Raises StoreError."""
 
         def query(rows: Rows, run: RunRow) -> StepRow | None:
-            return read_annotation(rows, run.run, run_id, Annotation.FAILURE_SITE, f"{position}:{branch}")
+            records = RunRecords.of(rows, run, self._payloads)
+            return records.one(Annotation.FAILURE_SITE, f"{position}:{branch}")
 
         row = self._read_run(run_id, query, None)
         if row is None:
@@ -220,11 +215,9 @@ class ReadableStore(ABC):
 
         Raises CorruptCheckpoint, StoreError.
         """
-        key = rejected_key(position, branch, started_ns)
 
         def query(rows: Rows, run: RunRow) -> RejectedOutput | None:
-            row = read_annotation(rows, run.run, run_id, Annotation.REJECTED, key)
-            return None if row is None else open_rejected(row, run_id, run.execution, self._payloads)
+            return find_rejected(RunRecords.of(rows, run, self._payloads), position, branch, started_ns)
 
         return self._read_run(run_id, query, None)
 
@@ -321,10 +314,8 @@ class ReadableStore(ABC):
         """
 
         def query(rows: Rows, run: RunRow) -> list[Waiting]:
-            return [
-                read_waiting(row, run_id, run.execution, self._payloads)
-                for row in read_annotations(rows, run.run, run_id, Annotation.WAITING)
-            ]
+            records = RunRecords.of(rows, run, self._payloads)
+            return [read_waiting(records, row) for row in records.all(Annotation.WAITING)]
 
         return self._read_run(run_id, query, [])
 
@@ -335,10 +326,26 @@ class ReadableStore(ABC):
         """
 
         def query(rows: Rows, run: RunRow) -> dict[str, str]:
-            annotations = read_annotations(rows, run.run, run_id, Annotation.ATTRIBUTION)
-            return {row.branch: row.node_id for row in annotations}
+            records = RunRecords.of(rows, run, self._payloads)
+            return {row.branch: row.node_id for row in records.all(Annotation.ATTRIBUTION)}
 
         return self._read_run(run_id, query, {})
+
+    def control(self, run_id: str) -> RunControl:
+        """Return the requests about a run that hold, read by its owner or not. Raises StoreError."""
+        return self._read_run(
+            run_id, lambda rows, run: read_control(RunRecords.of(rows, run, self._payloads)), NO_CONTROL
+        )
+
+    def traceparents(self, run_ids: Sequence[str]) -> dict[str, str]:
+        """Return the recorded trace contexts of runs, of each system in one text. Raises StoreError."""
+
+        def query(rows: Rows) -> dict[str, str]:
+            runs = [run for run_id in run_ids if (run := rows.find(run_id)) is not None]
+            traces = ((run, RunRecords.of(rows, run, self._payloads).one(Annotation.TRACE)) for run in runs)
+            return {run.run_id: trace.node_id for run, trace in traces if trace is not None}
+
+        return self.read(query, dict[str, str]())
 
     def flow_notes(self, run_id: str) -> dict[str, bytes]:
         """Return the notes of the flows of the last execution, by key, without damaged ones.

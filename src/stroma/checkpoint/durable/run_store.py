@@ -23,11 +23,10 @@ from stroma.checkpoint.decisions import (
 )
 from stroma.checkpoint.decoding import storable_text
 from stroma.checkpoint.durable.annotations import (
+    RunRecords,
     annotate,
-    read_annotation,
-    read_waiting,
+    find_waiting,
     record_waiting,
-    waiting_key,
 )
 from stroma.checkpoint.durable.control import (
     CANCEL,
@@ -237,16 +236,15 @@ class RunStore(ReadableStore):
         new = str(new_owner(self, ends=False))
 
         def do(rows: Rows, run: RunRow) -> bool:
+            records = RunRecords.of(rows, run, self._payloads)
             if run.holder is not None:
-                request(rows, run_id, CANCEL)
+                request(records, CANCEL)
             elif run.status in ENDED:
                 return run.owner == new  # An earlier try, whose answer was lost, has ended it.
             else:
-                finish_execution(
-                    rows, self._payloads, _fence_off(rows, run, new), run_id, RunEnd("CANCELLED")
-                )
+                finish_execution(records, _fence_off(rows, run, new), RunEnd("CANCELLED"))
                 if not _records_end(run):
-                    request(rows, run_id, CANCEL)
+                    request(records, CANCEL)
             return True
 
         return await self._request(run_id, do)
@@ -262,10 +260,10 @@ class RunStore(ReadableStore):
         def do(rows: Rows, run: RunRow) -> bool:
             if run.holder is None and run.status not in ("RUNNING", *UNFINISHED):
                 return False
-            request(rows, run_id, PAUSE)
+            records = RunRecords.of(rows, run, self._payloads)
+            request(records, PAUSE)
             if run.holder is None:
-                fence = _fence_off(rows, run, new)
-                finish_execution(rows, self._payloads, fence, run_id, RunEnd("SUSPENDED", PAUSED))
+                finish_execution(records, _fence_off(rows, run, new), RunEnd("SUSPENDED", PAUSED))
                 rows.wake(run, None)
             return True
 
@@ -278,9 +276,10 @@ class RunStore(ReadableStore):
         """
 
         def do(rows: Rows, run: RunRow) -> bool:
-            if not read_control(rows, run.run, run_id).pause:
+            records = RunRecords.of(rows, run, self._payloads)
+            if not read_control(records).pause:
                 return False
-            forget_requests(rows, run.run, PAUSE)
+            forget_requests(records, PAUSE)
             if run.holder is None and run.status not in ("RUNNING", *UNFINISHED):
                 return False
             rows.wake(run)
@@ -298,14 +297,14 @@ class RunStore(ReadableStore):
         def do(rows: Rows, run: RunRow) -> bool:
             if run.holder is not None or run.status in COMPLETE:
                 return False
-            forget_requests(rows, run.run, CANCEL, PAUSE)
+            records = RunRecords.of(rows, run, self._payloads)
+            forget_requests(records, CANCEL, PAUSE)
             if run.mark is not None:
                 rows.block(run, None)
             if run.status in UNFINISHED:
                 rows.wake(run)
             elif run.status != "RUNNING":  # One whose owner died is due as it is.
-                fence = _fence_off(rows, run, new)
-                finish_execution(rows, self._payloads, fence, run_id, RunEnd("INTERRUPTED"))
+                finish_execution(records, _fence_off(rows, run, new), RunEnd("INTERRUPTED"))
             return True
 
         return await self._request(run_id, do)
@@ -321,7 +320,7 @@ class RunStore(ReadableStore):
         def do(rows: Rows, run: RunRow) -> bool:
             if run.holder is None and run.status in COMPLETE:
                 return False
-            request_budget(rows, run_id, run.run, limits)
+            request_budget(RunRecords.of(rows, run, self._payloads), limits)
             place = PayloadPlace(run_id, run.execution, "error")
             if run.holder is not None:  # It may be about to wait for its budget.
                 rows.wake(run, add_news(run.wake_ms, BUDGET_CHANGED))
@@ -372,13 +371,12 @@ class RunStore(ReadableStore):
         run = rows.find(run_id, lock=True)
         if run is None:
             raise self._no_run(run_id)
-        question = read_annotation(rows, run.run, run_id, Annotation.WAITING, waiting_key(waiting))
-        stored = question and read_waiting(question, run_id, run.execution, self._payloads)
+        records = RunRecords.of(rows, run, self._payloads)
+        stored = find_waiting(records, waiting)
         if stored is None or stored.id != waiting.id or stored.payload not in (None, waiting.payload):
             raise not_waiting(run_id, waiting.id)
         if stored.payload is None:  # An equal answer may be sent twice.
-            answered = stored._replace(payload=waiting.payload)
-            record_waiting(rows, run_id, run.execution, answered, self._payloads)
+            record_waiting(records, stored._replace(payload=waiting.payload))
             rows.wake(run)
 
     async def send(self, run_id: str, message: SentMessage) -> None:
@@ -389,7 +387,7 @@ class RunStore(ReadableStore):
         """
 
         def do(rows: Rows, run: RunRow) -> bool:
-            add_message(rows, self._payloads, run, message)
+            add_message(RunRecords.of(rows, run, self._payloads), run, message)
             return True
 
         await self._request(run_id, do)

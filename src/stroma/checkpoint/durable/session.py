@@ -19,10 +19,9 @@ from stroma.checkpoint.decisions import COMPLETE
 from stroma.checkpoint.decoding import storable_text
 from stroma.checkpoint.durable.annotations import (
     Notes,
-    annotate,
+    RunRecords,
     due_hooks_key,
     put_waiting,
-    read_annotations,
     read_waiting,
     record_due_hooks,
     record_failure_site,
@@ -236,18 +235,18 @@ class DurableSession(Session):
 
         def operation(rows: Rows) -> tuple[Waiting | None, list[Any]]:
             commit(rows)
+            records = self._records(rows)
             if self._deliver:
-                record_due_hooks(rows, self.run_id, attempt)
+                record_due_hooks(records, attempt)
             if site is not None:
-                record_failure_site(rows, self.run_id, attempt, *site)
+                record_failure_site(records, attempt, *site)
             stored = None
             if question is not None:
                 rows.find(self.run_id, lock=True)  # Its answer may arrive between the read and the write.
-                stored = self._put(question, rows)
+                stored = put_waiting(records, question)
             if rejected is not None:
-                execution = self.fence.execution
-                record_rejected(rows, self.run_id, execution, attempt, rejected[1], self._payloads)
-            self._write_notes(rows, notes)
+                record_rejected(records, attempt, rejected[1])
+            record_notes(records, notes)
             # Cells last, to hold their locks briefly: other runs wait for them.
             return stored, [CellChange(name, change)(rows) for name, change in changes]
 
@@ -277,27 +276,22 @@ class DurableSession(Session):
 
     def flush(self) -> Awaitable[None] | None:
         """Store the notes now. Awaited: raises Fenced, or another StoreError."""
-        return self._submit_fenced(lambda rows: None) if self._pending_notes else None
+        return self._submit_fenced(lambda records: None) if self._pending_notes else None
 
     def ask(self, waiting: Waiting) -> Awaitable[Waiting]:
         """See Session. Awaited: raises Fenced, or another StoreError."""
-        return self._submit_fenced(partial(self._put, waiting), self._know)
+        return self._submit_fenced(lambda records: put_waiting(records, waiting), self._know)
 
     def _know(self, stored: Waiting) -> None:
         self.waiting[stored.position, stored.branch] = stored
 
-    def _put(self, waiting: Waiting, rows: Rows) -> Waiting:
-        run, execution = self.fence.run, self.fence.execution
-        return put_waiting(rows, run, self.run_id, execution, waiting, self._payloads)
-
     async def answers(self) -> Mapping[tuple[int, str], Waiting]:
-        run, execution = self.fence.run, self.fence.execution
 
-        def read(rows: Rows) -> list[StepRow]:
-            return read_annotations(rows, run, self.run_id, Annotation.WAITING)
+        def read(rows: Rows) -> list[Waiting]:
+            records = self._records(rows)
+            return [read_waiting(records, row) for row in records.all(Annotation.WAITING)]
 
-        annotations = await self._submit(Transaction(self.run_id, read))
-        waiting = [read_waiting(row, self.run_id, execution, self._payloads) for row in annotations]
+        waiting = await self._submit(Transaction(self.run_id, read))
         self.waiting = {(one.position, one.branch): one for one in waiting}  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.waiting
 
@@ -307,22 +301,26 @@ class DurableSession(Session):
             run = rows.find(self.run_id)
             if run is None:
                 raise fence_error(rows, self.fence, self.run_id)
-            return read_messages(rows, run, after, self._payloads)
+            return read_messages(RunRecords.of(rows, run, self._payloads), after)
 
         last, messages = await self._submit(Transaction(self.run_id, read))
         self._read_messages = last
         return cast("list[SentMessage]", messages)
 
+    def _records(self, rows: Rows) -> RunRecords:
+        return RunRecords(rows, self.fence.run, self.run_id, self.fence.execution, self._payloads)
+
     def _submit_fenced(
-        self, do: Callable[[Rows], Any], then: Callable[[Any], object] | None = None
+        self, do: Callable[[RunRecords], Any], then: Callable[[Any], object] | None = None
     ) -> Awaitable[Any]:
         """Write beside the commits, with the notes, in one transaction that the fence may refuse."""
         notes = dict(self._pending_notes)
 
         def operation(rows: Rows) -> Any:
             self._require_fence(rows)
-            done = do(rows)
-            self._write_notes(rows, notes)
+            records = self._records(rows)
+            done = do(records)
+            record_notes(records, notes)
             return done
 
         def stored(result: Any) -> None:
@@ -337,10 +335,6 @@ class DurableSession(Session):
         run = rows.find(self.run_id, lock=True)
         if run is None or (run.epoch, run.owner) != (self.fence.epoch, self.fence.owner):
             raise fence_error(rows, self.fence, self.run_id)
-
-    def _write_notes(self, rows: Rows, notes: Notes) -> None:
-        if notes:
-            record_notes(rows, self.fence.run, self.run_id, self.fence.execution, notes, self._payloads)
 
     def _forget_notes(self, stored: Notes) -> None:
         """Drop notes that a transaction has stored; others are written again with the next one."""
@@ -366,10 +360,10 @@ class DurableSession(Session):
 
     def delivered(self, row: AttemptRow) -> None:
         """Record, without waiting, that end hooks were called. If this is lost, they are called again."""
-        run, key = self.fence.run, due_hooks_key(to_attempt(row))
+        key = due_hooks_key(to_attempt(row))
         self._post(
             Transaction(
-                self.run_id, lambda rows: rows.delete_annotations(run, Annotation.DUE_HOOKS, branch=key)
+                self.run_id, lambda rows: self._records(rows).delete(Annotation.DUE_HOOKS, branch=key)
             )
         )
 
@@ -385,7 +379,7 @@ class DurableSession(Session):
         def write(rows: Rows) -> None:
             self._require_fence(rows)
             for (kind, branch), value in values.items():
-                annotate(rows, self.run_id, kind, branch, value)
+                self._records(rows).put(kind, branch, value)
 
         return self._post(Transaction(self.run_id, write))
 
@@ -402,7 +396,7 @@ class DurableSession(Session):
         if notify is None or run is None or (run.epoch, run.owner) != (self.fence.epoch, self.fence.owner):
             return
         try:
-            control = accept_requests(rows, self.run_id, run.run)
+            control = accept_requests(self._records(rows))
         except CorruptCheckpoint as error:
             # It may be a smaller budget: no further attempt begins, and a resume raises the error.
             logger.warning("%s; the run pauses", error)
@@ -417,7 +411,7 @@ class DurableSession(Session):
     def release(self, rows: Rows) -> None:
         """Undo the claim of the run. One operation; does nothing without a claim."""
         if hasattr(self, "fence") and self.fence.owner:
-            release_run(rows, self._payloads, self)
+            release_run(self._records(rows), self)
         self.abandon()
 
     def abandon(self) -> None:
@@ -444,13 +438,12 @@ class DurableSession(Session):
         return RunEnd(str(status), storable_text(error), wake_ms)
 
     def _finish(self, end: RunEnd, rows: Rows) -> None:
-        before = self.completed
+        before, records = self.completed, self._records(rows)
         if before is None or end.status not in COMPLETE:
-            finish_execution(rows, self._payloads, self.fence, self.run_id, end, self._read_messages)
+            finish_execution(records, self.fence, end, self._read_messages)
         else:  # A resume without anything to do leaves the run unchanged.
-            unchanged = RunEnd(before.status, before.error, updated_ms=before.updated_ms)
-            record_end(rows, self.fence, self.run_id, unchanged)
-        self._write_notes(rows, self._pending_notes)
+            record_end(records, self.fence, RunEnd(before.status, before.error, updated_ms=before.updated_ms))
+        record_notes(records, self._pending_notes)
 
 
 def _settle(

@@ -21,15 +21,12 @@ from stroma.checkpoint.decisions import (
 )
 from stroma.checkpoint.decoding import RecordName, decode_number
 from stroma.checkpoint.durable.annotations import (
-    annotate,
+    RunRecords,
+    find_rejected,
     name_of,
-    open_rejected,
-    read_annotation,
-    read_annotations,
     read_due_hooks,
     read_notes,
     read_waiting,
-    rejected_key,
     require_intact,
 )
 from stroma.checkpoint.durable.control import CANCEL, KINDS, PAUSE, forget_requests, request, to_control
@@ -112,7 +109,12 @@ class RunOpener:
             same_input = has_same_input(
                 stored, run, self._payloads, request, self._opening, self._plain_input
             )
-            action = decide(request, _last_execution(run), same_input, lambda: _prior_work(rows, run))
+            action = decide(
+                request,
+                _last_execution(run),
+                same_input,
+                lambda: _prior_work(RunRecords.of(rows, run, self._payloads), run),
+            )
             # A queued run has its input only.
             is_queued = not (run.attempt_count or run.commit_count)
             if action != "begin" and (stored is None or not (is_queued or rows.is_complete(run))):
@@ -124,6 +126,7 @@ class RunOpener:
                 rows.delete_annotations(run.run, *OF_EXECUTION)
         else:
             opened.before, is_first = run, run.status == QUEUED
+            records = RunRecords.of(rows, run, self._payloads)
             # A run that was submitted without a version has that of the code which starts it.
             opened.version = run.version or (self._opening.version if is_first else "")
             self._opening = self._opening._replace(version=opened.version)
@@ -131,27 +134,27 @@ class RunOpener:
             if action == "continue":
                 control = to_control([row for kind in KINDS for row in read(kind)], self._run_id)
                 opened.held = control._replace(budget={})
-            self._load(rows, run)
+            self._load(records, run)
             if action == "return":
                 opened.finished = Finished(run.status, self._error_of(run))
                 opened.fence = _read_only_fence(run)
             elif control.cancel and run.status not in ENDED:
                 # cancel() was acknowledged, and the owner stopped before it noticed.
-                self._claim_to_end(rows, run, Finished("CANCELLED", None))
+                self._claim_to_end(records, run, Finished("CANCELLED", None))
             elif control.pause and request.is_automatic and run.status in ("RUNNING", *UNFINISHED):
                 # As with a cancel; or its time has come, or its answer. Only a person takes the pause back.
-                self._claim_to_end(rows, run, Finished("SUSPENDED", PAUSED))
+                self._claim_to_end(records, run, Finished("SUSPENDED", PAUSED))
             elif run.expires_ms is not None and has_expired(run.status, run.expires_ms, rows.now_ms()):
-                self._claim_to_end(rows, run, Finished("FAILED", expired_error(self._run_id)))
+                self._claim_to_end(records, run, Finished("FAILED", expired_error(self._run_id)))
             else:
-                self._recover(rows, run)
+                self._recover(records, run)
                 if run.status in COMPLETE and self._request.discard_from is None:
                     opened.completed = run
                 opened.control = RunControl(budget=control.budget)
             if action == "continue" and run.status == "RUNNING":
                 opened.lost_start_ms = run.started_ms
             opened.continued = action == "continue" and opened.finished is None and not is_first
-            self._load_annotations(rows, run, read)
+            self._load_annotations(records, read)
 
     def _read_annotations(self, rows: Rows, run: RunRow, *, is_returned: bool) -> _Reader:
         """Return what finds annotations of a kind: all are read at once, and checked when they are used."""
@@ -165,9 +168,9 @@ class RunOpener:
             by_kind.setdefault(row.position, []).append(row)
         return lambda kind: require_intact(by_kind.get(kind, ()), self._run_id)
 
-    def _load(self, rows: Rows, run: RunRow) -> None:
+    def _load(self, records: RunRecords, run: RunRow) -> None:
         """Load usage, steps and commits of the last execution, and resolve what the request discards."""
-        opened, request = self._opened, self._request
+        opened, request, rows = self._opened, self._request, records.rows
         opened.prior = PriorUsage(run.tokens, run.cost_pico / PICO, run.latency_ns / 1e6)
         if run.attempt_count:  # A queued run has none yet.
             opened.places = dict(rows.identities(run.run, run.execution))
@@ -184,7 +187,7 @@ class RunOpener:
         opened.discards = self._request.discard_from is not None
         opened.restored = self._request.accept_commits(commits)
 
-    def _recover(self, rows: Rows, run: RunRow) -> None:
+    def _recover(self, records: RunRecords, run: RunRow) -> None:
         """Continue the execution, or end it if its process died too often.
 
         A death is a run with status RUNNING whose owner is gone, if that owner would have recorded its end.
@@ -192,13 +195,11 @@ class RunOpener:
         one annotation: their number, the epoch of the first one (contract), and the epoch of the session that
         counted last (schema_ref).
         """
-        opened, request = self._opened, self._request
+        opened, request, rows = self._opened, self._request, records.rows
         owner = Owner.read(run.owner)
         has_died = run.status == "RUNNING" and owner is not None and owner.may_die
         deaths = (
-            read_annotation(rows, run.run, self._run_id, Annotation.DEATHS)
-            if has_died or run.status == "FAILED" or request.force
-            else None
+            records.one(Annotation.DEATHS) if has_died or run.status == "FAILED" or request.force else None
         )
         number, first_epoch = 0, run.epoch
         if deaths is not None:
@@ -217,17 +218,17 @@ class RunOpener:
                 "with force_resume=True, or stroma resume --force"
             )
             if has_died:
-                self._claim_to_end(rows, run, Finished("FAILED", error))
-                self._count_deaths(rows, number, first_epoch)
+                self._claim_to_end(records, run, Finished("FAILED", error))
+                self._count_deaths(records, number, first_epoch)
             else:
                 opened.fence = _read_only_fence(run)
                 opened.finished = Finished("FAILED", self._error_of(run))
             return
         opened.fence = rows.take_over(run, self._opening)
         if request.force:
-            rows.delete_annotations(run.run, Annotation.DEATHS)
+            records.delete(Annotation.DEATHS)
         elif has_died:
-            self._count_deaths(rows, number, first_epoch)
+            self._count_deaths(records, number, first_epoch)
             if request.discard_from is None:
                 (extras,) = rows.run_extras([run], failed=_MAX_FAILED)
                 failed = [one for one in reversed(extras.failed) if one.epoch >= first_epoch]
@@ -236,37 +237,26 @@ class RunOpener:
                 for one in failed:
                     open_message(self._payloads, self._run_id, run.execution, one)
                 tried = _count_failed(failed, opened.restored)
-                opened.tried = {at: self._with_rejected(rows, run, at, one) for at, one in tried.items()}
+                opened.tried = {at: _with_rejected(records, at, one) for at, one in tried.items()}
 
-    def _claim_to_end(self, rows: Rows, run: RunRow, finished: Finished) -> None:
+    def _claim_to_end(self, records: RunRecords, run: RunRow, finished: Finished) -> None:
         """Take the execution over only to end it: in Session.end(), or now if the caller will not call that.
 
         The claim fences off an owner that is only late.
         """
         opened = self._opened
-        opened.fence = rows.take_over(run, self._opening._replace(discard_from=None))
+        opened.fence = records.rows.take_over(run, self._opening._replace(discard_from=None))
         opened.finished = finished
         if not self._request.ends:
             end = RunEnd(finished.status, finished.error)
-            record_end(
-                rows, opened.fence, self._run_id, _seal_end(self._payloads, opened.fence, self._run_id, end)
-            )
+            record_end(records, opened.fence, _seal_end(records, end))
 
-    def _count_deaths(self, rows: Rows, number: int, first_epoch: int) -> None:
+    def _count_deaths(self, records: RunRecords, number: int, first_epoch: int) -> None:
         step = Step(str(first_epoch), str(self._opened.fence.epoch), b"", b"", number)
-        annotate(rows, self._run_id, Annotation.DEATHS, "", "deaths", step)
+        records.put(Annotation.DEATHS, "", "deaths", step)
 
     def _error_of(self, run: RunRow) -> str | None:
         return self._payloads.open_text(run.error, PayloadPlace(self._run_id, run.execution, "error"))
-
-    def _with_rejected(self, rows: Rows, run: RunRow, at: tuple[int, str], tried: Tried) -> Tried:
-        if not tried.is_repaired:
-            return tried
-        key = rejected_key(*at, tried.started_ns)
-        row = read_annotation(rows, run.run, self._run_id, Annotation.REJECTED, key)
-        if row is None:
-            return tried
-        return tried._replace(rejected=open_rejected(row, self._run_id, run.execution, self._payloads))
 
     def _seal_for_next(self, run: RunRow | None) -> Opening:
         """Seal the input again if it begins another execution than the first, for which it was sealed."""
@@ -278,35 +268,34 @@ class RunOpener:
         sealed = self._payloads.seal_now(self._plain_input, PayloadPlace(self._run_id, execution, "input"))
         return opening._replace(input=sealed, sha256=checksum(sealed))
 
-    def _load_annotations(self, rows: Rows, run: RunRow, read: _Reader) -> None:
+    def _load_annotations(self, records: RunRecords, read: _Reader) -> None:
         """Take over the annotations of the execution, and delete what the request discards."""
         opened, request = self._opened, self._request
         is_claimed = opened.finished is None
         if is_claimed and (opened.held.cancel or opened.held.pause):
-            forget_requests(rows, run.run, CANCEL, PAUSE)  # The caller takes them back.
+            forget_requests(records, CANCEL, PAUSE)  # The caller takes them back.
         opened.attribution = {row.branch: row.node_id for row in read(Annotation.ATTRIBUTION)}
         opened.traceparent = next((row.node_id for row in read(Annotation.TRACE)), None)
         if opened.traceparent is not None and opened.lost_start_ms is not None:
-            attempts, _ = rows.attempt_page(run.run, run.execution, limit=_MAX_TIMED, after=None)
+            attempts, _ = records.rows.attempt_page(
+                records.run, records.execution, limit=_MAX_TIMED, after=None
+            )
             opened.lost_times = {
                 (one.position, one.branch): (one.started_ns, one.started_ns + int(one.duration_ms * 1e6))
                 for one in attempts
             }
         if is_claimed and opened.continued and request.deliver:
-            due = [
-                read_due_hooks(row, self._run_id, run.execution, self._payloads)
-                for row in read(Annotation.DUE_HOOKS)
-            ]
+            due = [read_due_hooks(records, row) for row in read(Annotation.DUE_HOOKS)]
             opened.undelivered = sorted(due, key=lambda row: row.started_ns)
         first = request.discard_from if is_claimed else None
-        opened.notes = read_notes(rows, run, read(Annotation.NOTE), self._payloads, first)
+        opened.notes = read_notes(records, read(Annotation.NOTE), first)
         for row in read(Annotation.WAITING):
-            waiting = read_waiting(row, self._run_id, run.execution, self._payloads)
+            waiting = read_waiting(records, row)
             first = request.discard_from
             # Where the caller's own checkpoint goes on, what is still to be answered is asked again.
             is_asked_again = request.any_input and waiting.payload is None and waiting.effect is None
             if is_asked_again or (first is not None and waiting.position >= first):
-                rows.delete_annotations(run.run, Annotation.WAITING, branch=row.branch)
+                records.delete(Annotation.WAITING, branch=row.branch)
             else:
                 opened.waiting[waiting.position, waiting.branch] = waiting
 
@@ -337,45 +326,40 @@ def has_same_input(
         raise
 
 
-def release_run(rows: Rows, payloads: Payloads, session: Any) -> None:
+def release_run(records: RunRecords, session: Any) -> None:
     """Undo a claim: the run stands as it did; as INTERRUPTED if it was begun, or ran. Raises Fenced."""
-    fence, run_id, before = session.fence, session.run_id, session.before
+    fence, before, rows = session.fence, session.before, records.rows
     if session.finished is not None:  # It was claimed only to be ended.
-        end = RunEnd(session.finished.status, session.finished.error)
-        finish_execution(rows, payloads, fence, run_id, end)
+        finish_execution(records, fence, RunEnd(session.finished.status, session.finished.error))
     elif before is None or before.status == "RUNNING" or session.discards:
-        record_end(rows, fence, run_id, RunEnd("INTERRUPTED"))
+        record_end(records, fence, RunEnd("INTERRUPTED"))
     else:
         end = RunEnd(before.status, before.error, before.wake_ms, before.updated_ms)
-        now = rows.find(run_id, lock=True)
-        record_end(rows, fence, run_id, end, None if now is None else now.wake_ms)
+        now = rows.find(records.run_id, lock=True)
+        record_end(records, fence, end, None if now is None else now.wake_ms)
         if session.held.pause:
-            request(rows, run_id, PAUSE)
+            request(records, PAUSE)
     if before is not None and before.mark is not None:
         rows.block(before, before.mark)
 
 
-def finish_execution(
-    rows: Rows, payloads: Payloads, fence: Fence, run_id: str, end: RunEnd, read: int | None = None
-) -> None:
+def finish_execution(records: RunRecords, fence: Fence, end: RunEnd, read: int | None = None) -> None:
     """Record how an execution stopped; its error is sealed here. Raises StoreError.
 
     ``read``: number of the last message that its session has read; None: it waited for none.
     """
-    run = rows.find(run_id, lock=True) if end.status in UNFINISHED else None
+    run = records.rows.find(records.run_id, lock=True) if end.status in UNFINISHED else None
     is_old = run is None or is_old_news(
-        run.wake_ms, end.error, lambda: read is None or read == last_number(rows, fence.run, run_id)
+        run.wake_ms, end.error, lambda: read is None or read == last_number(records)
     )
-    news_ms = None if run is None or is_old else run.wake_ms
-    record_end(rows, fence, run_id, _seal_end(payloads, fence, run_id, end), news_ms)
+    record_end(records, fence, _seal_end(records, end), None if run is None or is_old else run.wake_ms)
 
 
-def _seal_end(payloads: Payloads, fence: Fence, run_id: str, end: RunEnd) -> RunEnd:
-    place = PayloadPlace(run_id, fence.execution, "error")
-    return end._replace(error=payloads.seal_text(end.error, place))
+def _seal_end(records: RunRecords, end: RunEnd) -> RunEnd:
+    return end._replace(error=records.payloads.seal_text(end.error, records.place("error")))
 
 
-def record_end(rows: Rows, fence: Fence, run_id: str, end: RunEnd, news_ms: int | None = None) -> None:
+def record_end(records: RunRecords, fence: Fence, end: RunEnd, news_ms: int | None = None) -> None:
     """Record how an execution stopped, with its error in stored form. Raises Fenced, CheckpointLost.
 
     ``news_ms``: from when on it is due because of what came since it was claimed, such as an answer.
@@ -383,10 +367,10 @@ def record_end(rows: Rows, fence: Fence, run_id: str, end: RunEnd, news_ms: int 
     times = [0 if end.status == "INTERRUPTED" else end.wake_ms, news_ms]
     wake_ms = min((ms for ms in times if ms is not None), default=None)
     end = end._replace(wake_ms=wake_ms if end.status in UNFINISHED else None)
-    if not rows.finish(fence, end):
-        raise fence_error(rows, fence, run_id)
+    if not records.rows.finish(fence, end):
+        raise fence_error(records.rows, fence, records.run_id)
     if end.status == "CANCELLED":
-        forget_requests(rows, fence.run, CANCEL)
+        forget_requests(records, CANCEL)
 
 
 def _read_only_fence(run: RunRow) -> Fence:
@@ -423,8 +407,14 @@ def _count_failed(
     return counts
 
 
-def _prior_work(rows: Rows, run: RunRow) -> PriorWork:
-    annotations = read_annotations(rows, run.run, run.run_id, Annotation.WAITING, Annotation.EFFECT)
+def _with_rejected(records: RunRecords, at: tuple[int, str], tried: Tried) -> Tried:
+    if not tried.is_repaired:
+        return tried
+    return tried._replace(rejected=find_rejected(records, *at, tried.started_ns))
+
+
+def _prior_work(records: RunRecords, run: RunRow) -> PriorWork:
+    annotations = records.all(Annotation.WAITING, Annotation.EFFECT)
     is_answered = [bool(row.step.output) for row in annotations if row.position == Annotation.WAITING]
     effects = sorted(row.branch for row in annotations if row.position == Annotation.EFFECT)
     return PriorWork(run.nodes, is_answered.count(False), is_answered.count(True), tuple(effects))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from stroma.checkpoint.durable.annotations import record_rejected
+from stroma.checkpoint.durable.annotations import record_notes, record_rejected
 from stroma.checkpoint.durable.conversion import to_attempt
 from stroma.checkpoint.durable.operations import fence_error
 from stroma.checkpoint.durable.rows import Opening, Rows
@@ -96,10 +96,9 @@ class MemorySession(DurableSession):
         if self._rejected:
             started_ns, data = self._rejected.pop((row.position, row.branch), (0, b""))
             if started_ns == row.started_ns:
-                place = self.run_id, self.execution
-                record_rejected(self._rows, *place, to_attempt(row), data, self._payloads)
+                record_rejected(self._records(self._rows), to_attempt(row), data)
         if self._pending_notes:
-            self._write_notes(self._rows, self._pending_notes)
+            record_notes(self._records(self._rows), self._pending_notes)
             self._pending_notes = {}
 
     # The engine awaits nothing that is done: no turn of the event loop passes.
