@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from stroma.checkpoint.decoding import decode_number
-from stroma.checkpoint.durable.annotations import RunRecords, find_rejected, name_of, read_waiting
+from stroma.checkpoint.durable.annotations import RunRecords, find_rejected, name_of, read_notes, read_waiting
 from stroma.checkpoint.durable.control import read_control
 from stroma.checkpoint.durable.conversion import open_events, open_message
 from stroma.checkpoint.durable.integrity import (
@@ -86,6 +86,17 @@ class ReadableStore(ABC):
 
         return self.read(read, nothing)
 
+    def _read_records(
+        self, run_id: str, query: Callable[[RunRecords], T], nothing: T, execution: int | None = None
+    ) -> T:
+        """Read something of an execution (None: the last), as :meth:`_read_run` does."""
+
+        def read(rows: Rows, run: RunRow) -> T:
+            records = RunRecords.of(rows, run, self._payloads)
+            return query(records if execution is None else records._replace(execution=execution))
+
+        return self._read_run(run_id, read, nothing)
+
     def list_runs(
         self, *, limit: int = 50, pipeline: str | None = None, status: str | None = None
     ) -> list[RunRecord]:
@@ -159,26 +170,24 @@ class ReadableStore(ABC):
         A group comes before its children. Raises StoreError.
         """
 
-        def query(rows: Rows, run: RunRow) -> list[AttemptRecord]:
-            number = run.execution if execution is None else execution
-            return [
-                self._with_output(run_id, number, attempt, step)
-                for attempt, step in rows.attempts(run.run, number)
-            ]
+        def query(records: RunRecords) -> list[AttemptRecord]:
+            attempts = records.rows.attempts(records.run, records.execution)
+            return [self._with_output(records, attempt, step) for attempt, step in attempts]
 
-        return self._read_run(run_id, query, [])
+        return self._read_records(run_id, query, [], execution)
 
     def attempt_page(
         self, run_id: str, *, execution: int | None = None, limit: int = 1000, after: str | None = None
     ) -> AttemptPage:
         """Return a page of the attempts, without outputs. Raises ValueError for any other ``after``."""
 
-        def query(rows: Rows, run: RunRow) -> AttemptPage:
-            number = run.execution if execution is None else execution
-            attempts, following = rows.attempt_page(run.run, number, limit=limit, after=after)
-            return AttemptPage(self._with_messages(run_id, number, attempts), following)
+        def query(records: RunRecords) -> AttemptPage:
+            attempts, following = records.rows.attempt_page(
+                records.run, records.execution, limit=limit, after=after
+            )
+            return AttemptPage(self._with_messages(records, attempts), following)
 
-        return self._read_run(run_id, query, AttemptPage([], None))
+        return self._read_records(run_id, query, AttemptPage([], None), execution)
 
     def attempts_at(
         self, run_id: str, position: int, branch: str = "", *, execution: int | None = None
@@ -188,20 +197,17 @@ class ReadableStore(ABC):
         Raises StoreError.
         """
 
-        def query(rows: Rows, run: RunRow) -> list[AttemptRecord]:
-            number = run.execution if execution is None else execution
-            return self._with_messages(run_id, number, rows.attempts_at(run.run, number, position, branch))
+        def query(records: RunRecords) -> list[AttemptRecord]:
+            attempts = records.rows.attempts_at(records.run, records.execution, position, branch)
+            return self._with_messages(records, attempts)
 
-        return self._read_run(run_id, query, [])
+        return self._read_records(run_id, query, [], execution)
 
     def failure_site_of(self, run_id: str, position: int, branch: str = "") -> FailureSite | None:
         """Return where the last failed attempt at a place failed; None if unknown. Raises StoreError."""
-
-        def query(rows: Rows, run: RunRow) -> StepRow | None:
-            records = RunRecords.of(rows, run, self._payloads)
-            return records.one(Annotation.FAILURE_SITE, f"{position}:{branch}")
-
-        row = self._read_run(run_id, query, None)
+        row = self._read_records(
+            run_id, lambda records: records.one(Annotation.FAILURE_SITE, f"{position}:{branch}"), None
+        )
         if row is None:
             return None
         name, step = name_of(row, run_id), row.step
@@ -215,11 +221,9 @@ class ReadableStore(ABC):
 
         Raises CorruptCheckpoint, StoreError.
         """
-
-        def query(rows: Rows, run: RunRow) -> RejectedOutput | None:
-            return find_rejected(RunRecords.of(rows, run, self._payloads), position, branch, started_ns)
-
-        return self._read_run(run_id, query, None)
+        return self._read_records(
+            run_id, lambda records: find_rejected(records, position, branch, started_ns), None
+        )
 
     def output_of(
         self, run_id: str, position: int, branch: str = "", *, execution: int | None = None
@@ -244,43 +248,38 @@ class ReadableStore(ABC):
     ) -> tuple[int, StepRow | None]:
         """Return the number of an execution (None: the last), and its commit at a place."""
 
-        def query(rows: Rows, run: RunRow) -> tuple[int, StepRow | None]:
-            number = run.execution if execution is None else execution
-            return number, next(iter(rows.steps_at(run.run, number, position, [branch])), None)
+        def query(records: RunRecords) -> tuple[int, StepRow | None]:
+            steps = records.rows.steps_at(records.run, records.execution, position, [branch])
+            return records.execution, next(iter(steps), None)
 
         nothing: tuple[int, StepRow | None] = (0, None)
-        return self._read_run(run_id, query, nothing)
+        return self._read_records(run_id, query, nothing, execution)
 
     def _run_records(self, rows: Rows, runs: list[RunRow], *, failed: int) -> list[RunRecord]:
         records: list[RunRecord] = []
         for run, extras in zip(runs, rows.run_extras(runs, failed=failed), strict=True):
-            error = self._payloads.open_text(run.error, PayloadPlace(run.run_id, run.execution, "error"))
-            blocked = self._payloads.open_text(
-                run.blocked, PayloadPlace(run.run_id, run.execution, "blocked")
-            )
-            causes = _possible_causes(
-                rows, run, self._with_messages(run.run_id, run.execution, extras.failed)
-            )
+            of_run = RunRecords.of(rows, run, self._payloads)
+            error = self._payloads.open_text(run.error, of_run.place("error"))
+            blocked = self._payloads.open_text(run.blocked, of_run.place("blocked"))
+            causes = _possible_causes(rows, run, self._with_messages(of_run, extras.failed))
             records.append(_run_record(run._replace(error=error, blocked=blocked), extras, causes))
         return records
 
-    def _with_messages(
-        self, run_id: str, execution: int, attempts: list[AttemptRecord]
-    ) -> list[AttemptRecord]:
+    def _with_messages(self, records: RunRecords, attempts: list[AttemptRecord]) -> list[AttemptRecord]:
         for one in attempts:
-            open_message(self._payloads, run_id, execution, one)
+            open_message(self._payloads, records.run_id, records.execution, one)
         return attempts
 
-    def _with_output(
-        self, run_id: str, execution: int, attempt: AttemptRecord, step: Step | None
-    ) -> AttemptRecord:
-        open_message(self._payloads, run_id, execution, attempt)
+    def _with_output(self, records: RunRecords, attempt: AttemptRecord, step: Step | None) -> AttemptRecord:
+        run_id, position, branch = records.run_id, attempt.position, attempt.branch
+        open_message(self._payloads, run_id, records.execution, attempt)
         if step is not None:
-            what = f"the output of node {attempt.node_id!r} at position {attempt.position} of run {run_id!r}"
+            what = f"the output of node {attempt.node_id!r} at position {position} of run {run_id!r}"
             try:
-                verify_step(step, run_id, attempt.position, attempt.node_id, attempt.branch)
-                place = PayloadPlace(run_id, execution, "output", attempt.position, attempt.branch)
-                attempt.output = self._payloads.open(step.output, place, what)
+                verify_step(step, run_id, position, attempt.node_id, branch)
+                attempt.output = self._payloads.open(
+                    step.output, records.place("output", position, branch), what
+                )
             except CorruptCheckpoint:
                 attempt.damaged = True  # The rest of the history is still readable.
             except NotSerialisable:
@@ -294,12 +293,10 @@ class ReadableStore(ABC):
 
         Raises CheckpointNotFound if there is no such run, CorruptCheckpoint, StoreError.
         """
-
-        def query(rows: Rows, run: RunRow) -> tuple[int, tuple[str, bytes, bytes] | None]:
-            return run.execution, rows.input(run.run, run.execution)
-
         nothing: tuple[int, tuple[str, bytes, bytes] | None] = (0, None)
-        execution, stored = self._read_run(run_id, query, nothing)
+        execution, stored = self._read_run(
+            run_id, lambda rows, run: (run.execution, rows.input(run.run, run.execution)), nothing
+        )
         if stored is None:
             raise lost_error(run_id, "its input is missing") if execution else self._no_run(run_id)
         _, data, sha256 = stored
@@ -313,11 +310,10 @@ class ReadableStore(ABC):
         Raises CorruptCheckpoint, StoreError.
         """
 
-        def query(rows: Rows, run: RunRow) -> list[Waiting]:
-            records = RunRecords.of(rows, run, self._payloads)
+        def query(records: RunRecords) -> list[Waiting]:
             return [read_waiting(records, row) for row in records.all(Annotation.WAITING)]
 
-        return self._read_run(run_id, query, [])
+        return self._read_records(run_id, query, [])
 
     def attribution(self, run_id: str) -> dict[str, str]:
         """Return what a run belongs to, by kind, such as "user" or "target"; {} if unknown.
@@ -325,17 +321,14 @@ class ReadableStore(ABC):
         Raises CorruptCheckpoint, StoreError.
         """
 
-        def query(rows: Rows, run: RunRow) -> dict[str, str]:
-            records = RunRecords.of(rows, run, self._payloads)
+        def query(records: RunRecords) -> dict[str, str]:
             return {row.branch: row.node_id for row in records.all(Annotation.ATTRIBUTION)}
 
-        return self._read_run(run_id, query, {})
+        return self._read_records(run_id, query, {})
 
     def control(self, run_id: str) -> RunControl:
         """Return the requests about a run that hold, read by its owner or not. Raises StoreError."""
-        return self._read_run(
-            run_id, lambda rows, run: read_control(RunRecords.of(rows, run, self._payloads)), NO_CONTROL
-        )
+        return self._read_records(run_id, read_control, NO_CONTROL)
 
     def traceparents(self, run_ids: Sequence[str]) -> dict[str, str]:
         """Return the recorded trace contexts of runs, of each system in one text. Raises StoreError."""
@@ -353,17 +346,14 @@ class ReadableStore(ABC):
         Raises StoreError.
         """
 
-        def query(rows: Rows, run: RunRow) -> tuple[int, list[StepRow]]:
-            return run.execution, list(rows.annotations(run.run, Annotation.NOTE))
-
-        execution, notes = self._read_run(run_id, query, (0, list[StepRow]()))
-        intact: dict[str, bytes] = {}
-        for row in notes:
-            if is_intact(row):
-                place = PayloadPlace(run_id, execution, "note", 0, row.branch)
+        def query(records: RunRecords) -> dict[str, bytes]:
+            intact: dict[str, bytes] = {}
+            for row in filter(is_intact, records.rows.annotations(records.run, Annotation.NOTE)):
                 with contextlib.suppress(CorruptCheckpoint):
-                    intact[row.branch] = self._payloads.open(row.step.output, place, f"note {row.branch!r}")
-        return intact
+                    intact.update(read_notes(records, [row], None))
+            return intact
+
+        return self._read_records(run_id, query, {})
 
     def call_input_of(self, run_id: str, position: int, branch: str) -> bytes | None:
         """Return the input of a committed call of a flow in stored form; None if there is none.

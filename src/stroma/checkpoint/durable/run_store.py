@@ -235,14 +235,13 @@ class RunStore(ReadableStore):
         """
         new = str(new_owner(self, ends=False))
 
-        def do(rows: Rows, run: RunRow) -> bool:
-            records = RunRecords.of(rows, run, self._payloads)
+        def do(records: RunRecords, run: RunRow) -> bool:
             if run.holder is not None:
                 request(records, CANCEL)
             elif run.status in ENDED:
                 return run.owner == new  # An earlier try, whose answer was lost, has ended it.
             else:
-                finish_execution(records, _fence_off(rows, run, new), RunEnd("CANCELLED"))
+                finish_execution(records, _fence_off(records.rows, run, new), RunEnd("CANCELLED"))
                 if not _records_end(run):
                     request(records, CANCEL)
             return True
@@ -257,14 +256,13 @@ class RunStore(ReadableStore):
         """
         new = str(new_owner(self, ends=False))
 
-        def do(rows: Rows, run: RunRow) -> bool:
+        def do(records: RunRecords, run: RunRow) -> bool:
             if run.holder is None and run.status not in ("RUNNING", *UNFINISHED):
                 return False
-            records = RunRecords.of(rows, run, self._payloads)
             request(records, PAUSE)
             if run.holder is None:
-                finish_execution(records, _fence_off(rows, run, new), RunEnd("SUSPENDED", PAUSED))
-                rows.wake(run, None)
+                finish_execution(records, _fence_off(records.rows, run, new), RunEnd("SUSPENDED", PAUSED))
+                records.rows.wake(run, None)
             return True
 
         return await self._request(run_id, do)
@@ -275,14 +273,13 @@ class RunStore(ReadableStore):
         Returns False if it was not paused, or has ended. Raises CheckpointNotFound, StoreError.
         """
 
-        def do(rows: Rows, run: RunRow) -> bool:
-            records = RunRecords.of(rows, run, self._payloads)
+        def do(records: RunRecords, run: RunRow) -> bool:
             if not read_control(records).pause:
                 return False
             forget_requests(records, PAUSE)
             if run.holder is None and run.status not in ("RUNNING", *UNFINISHED):
                 return False
-            rows.wake(run)
+            records.rows.wake(run)
             return True
 
         return await self._request(run_id, do)
@@ -294,17 +291,16 @@ class RunStore(ReadableStore):
         """
         new = str(new_owner(self, ends=False))
 
-        def do(rows: Rows, run: RunRow) -> bool:
+        def do(records: RunRecords, run: RunRow) -> bool:
             if run.holder is not None or run.status in COMPLETE:
                 return False
-            records = RunRecords.of(rows, run, self._payloads)
             forget_requests(records, CANCEL, PAUSE)
             if run.mark is not None:
-                rows.block(run, None)
+                records.rows.block(run, None)
             if run.status in UNFINISHED:
-                rows.wake(run)
+                records.rows.wake(run)
             elif run.status != "RUNNING":  # One whose owner died is due as it is.
-                finish_execution(records, _fence_off(rows, run, new), RunEnd("INTERRUPTED"))
+                finish_execution(records, _fence_off(records.rows, run, new), RunEnd("INTERRUPTED"))
             return True
 
         return await self._request(run_id, do)
@@ -317,26 +313,25 @@ class RunStore(ReadableStore):
         complete. Raises CheckpointNotFound, StoreError.
         """
 
-        def do(rows: Rows, run: RunRow) -> bool:
+        def do(records: RunRecords, run: RunRow) -> bool:
             if run.holder is None and run.status in COMPLETE:
                 return False
-            request_budget(RunRecords.of(rows, run, self._payloads), limits)
-            place = PayloadPlace(run_id, run.execution, "error")
+            request_budget(records, limits)
             if run.holder is not None:  # It may be about to wait for its budget.
-                rows.wake(run, add_news(run.wake_ms, BUDGET_CHANGED))
+                records.rows.wake(run, add_news(run.wake_ms, BUDGET_CHANGED))
             elif run.status == "RUNNING":
                 owner = Owner.read(run.owner)
                 if owner is not None and owner.records_end and run.left_seconds < 0:
                     # Still a run of that process, which may have died: the one that takes it over counts
                     # that.
-                    rows.replace_owner(run, str(owner.fenced_off()))
-            elif self._payloads.open_text(run.error, place) == BUDGET:
-                rows.wake(run)
+                    records.rows.replace_owner(run, str(owner.fenced_off()))
+            elif self._payloads.open_text(run.error, records.place("error")) == BUDGET:
+                records.rows.wake(run)
             return True
 
         return await self._request(run_id, do)
 
-    async def _request(self, run_id: str, do: Callable[[Rows, RunRow], bool]) -> bool:
+    async def _request(self, run_id: str, do: Callable[[RunRecords, RunRow], bool]) -> bool:
         """Store a request about a run. Raises CheckpointNotFound, StoreError."""
         check_id(run_id, "run id")
 
@@ -344,7 +339,7 @@ class RunStore(ReadableStore):
             run = rows.find(run_id, lock=True)
             if run is None or not run.execution:
                 raise self._no_run(run_id)
-            return do(rows, run)
+            return do(RunRecords.of(rows, run, self._payloads), run)
 
         done: bool = await self._submit(Transaction(run_id, operation))
         self._notify_owner(run_id)
@@ -386,8 +381,8 @@ class RunStore(ReadableStore):
         the run has ended and for another message with this id.
         """
 
-        def do(rows: Rows, run: RunRow) -> bool:
-            add_message(RunRecords.of(rows, run, self._payloads), run, message)
+        def do(records: RunRecords, run: RunRow) -> bool:
+            add_message(records, run, message)
             return True
 
         await self._request(run_id, do)
