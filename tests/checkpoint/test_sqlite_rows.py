@@ -13,12 +13,7 @@ import pytest
 
 from stroma.checkpoint.durable.integrity import checksum
 from stroma.checkpoint.durable.owner import Owner, boot_id, new_owner
-from stroma.checkpoint.durable.rows import (
-    Annotation,
-    Opening,
-    RunEnd,
-    Step,
-)
+from stroma.checkpoint.durable.rows import Annotation, Opening, RunEnd, Step
 from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.queue import ClaimRequest, RunLimits
 from stroma.checkpoint.records import AttemptRecord

@@ -30,12 +30,7 @@ from stroma.checkpoint.manager import (
     resolve_schema,
     schema_ref,
 )
-from stroma.checkpoint.protocols import (
-    AsyncCheckpointStore,
-    CheckpointKey,
-    CheckpointStore,
-    JournalStore,
-)
+from stroma.checkpoint.protocols import AsyncCheckpointStore, CheckpointKey, CheckpointStore, JournalStore
 from stroma.checkpoint.sessions import Session
 
 if TYPE_CHECKING:

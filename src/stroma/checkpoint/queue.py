@@ -153,9 +153,7 @@ class Candidate(NamedTuple):
 
 
 def choose(
-    candidates: Iterable[Candidate],
-    live: Mapping[str, Mapping[str | None, int]],
-    request: ClaimRequest,
+    candidates: Iterable[Candidate], live: Mapping[str, Mapping[str | None, int]], request: ClaimRequest
 ) -> list[Candidate]:
     """Return the runs to claim, the first one first: by priority, then fair over keys, then by due time.
 

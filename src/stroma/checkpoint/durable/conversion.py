@@ -53,12 +53,7 @@ def open_message(payloads: Payloads, run_id: str, execution: int, attempt: Attem
 
 
 def to_committed(
-    payloads: Payloads,
-    run_id: str,
-    execution: int,
-    row: StepRow,
-    *,
-    is_lazy: bool = False,
+    payloads: Payloads, run_id: str, execution: int, row: StepRow, *, is_lazy: bool = False
 ) -> Committed:
     """Return a commit of a store. ``is_lazy``: an encrypted output is decrypted when it is needed.
 

@@ -17,14 +17,7 @@ from stroma.checkpoint.durable.annotations import (
 )
 from stroma.checkpoint.durable.integrity import checksum, require_undamaged, seal, verify_step
 from stroma.checkpoint.durable.messages import last_number, note_last
-from stroma.checkpoint.durable.rows import (
-    FORKED,
-    Annotation,
-    Opening,
-    Rows,
-    RunEnd,
-    Step,
-)
+from stroma.checkpoint.durable.rows import FORKED, Annotation, Opening, Rows, RunEnd, Step
 from stroma.checkpoint.entries import StepCall
 from stroma.checkpoint.errors import CheckpointNotFound, RunExists
 from stroma.checkpoint.flow_notes import FlowCut, cut_before

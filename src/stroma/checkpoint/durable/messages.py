@@ -8,13 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from stroma.checkpoint.decisions import (
-    ENDED,
-    MESSAGE_SENT,
-    add_news,
-    other_message,
-    takes_no_message,
-)
+from stroma.checkpoint.decisions import ENDED, MESSAGE_SENT, add_news, other_message, takes_no_message
 from stroma.checkpoint.durable.annotations import RunRecords, name_of
 from stroma.checkpoint.durable.rows import Annotation, RunRow, Step, StepRow
 from stroma.checkpoint.entries import SentMessage

@@ -18,14 +18,7 @@ from stroma.checkpoint.durable.integrity import (
     verify_input,
     verify_step,
 )
-from stroma.checkpoint.durable.rows import (
-    Annotation,
-    Rows,
-    RunExtras,
-    RunRow,
-    Step,
-    StepRow,
-)
+from stroma.checkpoint.durable.rows import Annotation, Rows, RunExtras, RunRow, Step, StepRow
 from stroma.checkpoint.entries import NO_CONTROL, OF_FLOW, RunControl, Waiting
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
 from stroma.checkpoint.events import EventPage, EventPlace

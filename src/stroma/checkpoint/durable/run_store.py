@@ -22,12 +22,7 @@ from stroma.checkpoint.decisions import (
     not_waiting,
 )
 from stroma.checkpoint.decoding import storable_text
-from stroma.checkpoint.durable.annotations import (
-    RunRecords,
-    annotate,
-    find_waiting,
-    record_waiting,
-)
+from stroma.checkpoint.durable.annotations import RunRecords, annotate, find_waiting, record_waiting
 from stroma.checkpoint.durable.control import (
     CANCEL,
     PAUSE,
@@ -44,16 +39,7 @@ from stroma.checkpoint.durable.news import Listener
 from stroma.checkpoint.durable.operations import Transaction
 from stroma.checkpoint.durable.owner import Owner, new_owner
 from stroma.checkpoint.durable.reader import ReadableStore
-from stroma.checkpoint.durable.rows import (
-    Annotation,
-    Fence,
-    Opening,
-    Rows,
-    RunEnd,
-    RunRow,
-    Step,
-    StepRow,
-)
+from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, RunEnd, RunRow, Step, StepRow
 from stroma.checkpoint.durable.session_open import finish_execution, has_same_input
 from stroma.checkpoint.durable.worker import Operation
 from stroma.checkpoint.entries import Committed, RunRequest, SentMessage, Waiting, count_items, map_not_found

@@ -32,13 +32,7 @@ from stroma.checkpoint.durable.control import accept_requests
 from stroma.checkpoint.durable.conversion import payload_reference, seal_events, to_attempt, to_committed
 from stroma.checkpoint.durable.integrity import checksum, seal
 from stroma.checkpoint.durable.messages import read_messages
-from stroma.checkpoint.durable.operations import (
-    CellChange,
-    Commit,
-    EventAppend,
-    Transaction,
-    fence_error,
-)
+from stroma.checkpoint.durable.operations import CellChange, Commit, EventAppend, Transaction, fence_error
 from stroma.checkpoint.durable.owner import LIVE_SESSIONS
 from stroma.checkpoint.durable.references import BlobReferences
 from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, RunEnd, RunRow, Step, StepRow
@@ -87,11 +81,7 @@ class DurableSession(Session):
     _deliver = False
 
     def __init__(
-        self,
-        run_id: str,
-        submit: Callable[[Any], asyncio.Future[Any]],
-        payloads: Payloads,
-        address: str = "",
+        self, run_id: str, submit: Callable[[Any], asyncio.Future[Any]], payloads: Payloads, address: str = ""
     ) -> None:
         self.run_id, self.address = run_id, address
         self._submit_to_store = submit
@@ -447,9 +437,7 @@ class DurableSession(Session):
 
 
 def _settle(
-    then: Callable[[Any], object] | None,
-    in_any_case: Callable[[], object] | None,
-    done: asyncio.Future[Any],
+    then: Callable[[Any], object] | None, in_any_case: Callable[[], object] | None, done: asyncio.Future[Any]
 ) -> None:
     if then is not None and not done.cancelled() and done.exception() is None:
         then(done.result())

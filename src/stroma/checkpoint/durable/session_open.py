@@ -82,12 +82,7 @@ class RunOpener:
     """
 
     def __init__(
-        self,
-        session: Any,
-        payloads: Payloads,
-        request: RunRequest,
-        opening: Opening,
-        plain_input: Stored,
+        self, session: Any, payloads: Payloads, request: RunRequest, opening: Opening, plain_input: Stored
     ) -> None:
         self._opened = session
         self._payloads = payloads

@@ -15,9 +15,7 @@ from stroma.checkpoint.cells import Change
 from stroma.checkpoint.durable.leases import LeaseRenewer
 from stroma.checkpoint.durable.operations import CellChange, Transaction
 from stroma.checkpoint.durable.owner import new_owner
-from stroma.checkpoint.durable.rows import (
-    lease_clock,
-)
+from stroma.checkpoint.durable.rows import lease_clock
 from stroma.checkpoint.durable.run_store import RunStore
 from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.durable.worker import Connection, Operation, Worker, generation

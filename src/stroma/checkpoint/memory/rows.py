@@ -41,12 +41,7 @@ from stroma.checkpoint.queue import (
     QueueEntry,
     QueueFigures,
 )
-from stroma.checkpoint.records import (
-    AttemptRecord,
-    RunQuery,
-    StoreFacts,
-    parse_run_mark,
-)
+from stroma.checkpoint.records import AttemptRecord, RunQuery, StoreFacts, parse_run_mark
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.trace.events import AttemptRow, contract_of

@@ -78,9 +78,7 @@ class PostgresConnection(ServerConnection):
     # ------------------------------------------------------------------ the connection
 
     def _retry(
-        self,
-        do: Callable[[Database, bool], T],
-        should_retry: Callable[[psycopg.Error], bool] = is_temporary,
+        self, do: Callable[[Database, bool], T], should_retry: Callable[[psycopg.Error], bool] = is_temporary
     ) -> T:
         """Repeat an operation until it succeeds, fails permanently, or ``patience_seconds`` are over.
 

@@ -10,25 +10,11 @@ from typing import Any, Final
 from urllib.parse import quote, unquote_to_bytes
 
 from stroma.checkpoint.decisions import MESSAGE_SENT
-from stroma.checkpoint.durable.rows import (
-    Annotation,
-    EventRow,
-    RunExtras,
-    RunRow,
-    ScannedRows,
-    Step,
-    matches,
-)
+from stroma.checkpoint.durable.rows import Annotation, EventRow, RunExtras, RunRow, ScannedRows, Step, matches
 from stroma.checkpoint.errors import CheckpointLost, CorruptCheckpoint
 from stroma.checkpoint.events import EventPlace
 from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueFigures
-from stroma.checkpoint.records import (
-    AttemptRecord,
-    RunQuery,
-    StoreFacts,
-    Tally,
-    not_a_mark,
-)
+from stroma.checkpoint.records import AttemptRecord, RunQuery, StoreFacts, Tally, not_a_mark
 from stroma.checkpoint.redis.format import (
     NodeFacts,
     RedisRun,

@@ -17,16 +17,7 @@ from typing import Any, Final, NamedTuple
 from stroma.checkpoint.decoding import RecordName, decode_number
 from stroma.checkpoint.durable.integrity import require_undamaged
 from stroma.checkpoint.durable.operations import fence_error
-from stroma.checkpoint.durable.rows import (
-    Annotation,
-    EventRow,
-    Fence,
-    Opening,
-    RunEnd,
-    RunRow,
-    Step,
-    StepRow,
-)
+from stroma.checkpoint.durable.rows import Annotation, EventRow, Fence, Opening, RunEnd, RunRow, Step, StepRow
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.events import EXPIRY_MS, MAX_BATCHES
 from stroma.checkpoint.payloads import BLOB

@@ -61,7 +61,5 @@ class _Forks:
 FORKS: Final = _Forks()
 if hasattr(os, "register_at_fork"):  # pragma: no branch
     os.register_at_fork(
-        before=FORKS.before,
-        after_in_parent=FORKS.after_in_parent,
-        after_in_child=FORKS.after_in_child,
+        before=FORKS.before, after_in_parent=FORKS.after_in_parent, after_in_child=FORKS.after_in_child
     )
