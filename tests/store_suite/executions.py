@@ -233,17 +233,17 @@ class ExecutionTests:
     async def test_the_items_of_a_map_are_read(self, store: Any) -> None:
         """map_items() returns the committed items of a map, in order, once the map is committed."""
         session = await begin(store)
-        for index in (2, 0, 1, 10):
-            await commit(session, 0, State(n=index), branch=f"1.{index}")
+        for index in (2, 0, 1, 10, 9, 11):
+            await commit(session, 0, State(n=20 - index), branch=f"1.{index}")
         with pytest.raises(CheckpointNotFound, match="has no completed map 'map'"):
             await asyncio.to_thread(store.map_items, "run", "map", 0, 10)
         map_row = row(0, "map", branch="1")
-        await settled(session.record(map_row, schema_of(State), State(), StepCall(0, OF_MAP + b"3")))
-        for first, count, there in ((0, 9, [0, 1, 2]), (1, 1, [1]), (3, 5, [])):
+        await settled(session.record(map_row, schema_of(State), State(), StepCall(0, OF_MAP + b"11")))
+        for first, count, there in ((0, 20, [0, 1, 2, 9, 10]), (1, 1, [1]), (11, 5, [])):
             items = await asyncio.to_thread(store.map_items, "run", "map", first, count)
             assert [index for index, _ in items] == there
             assert [read_output(schema_of(State), resumed, None) for _, resumed in items] == [
-                State(n=index) for index in there
+                State(n=20 - index) for index in there
             ]
 
     async def test_a_fork_has_the_items_of_its_maps(self, store: Any) -> None:

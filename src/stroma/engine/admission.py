@@ -200,7 +200,7 @@ class Permit:
                 self.ctx.run_logger.warning("%s could not take a reservation back: %s", gate.label, error)
         return True
 
-    # ---- as a stroma.checkpoint.protocols.Charge
+    # ---- as a stroma.checkpoint.sessions.Charge
 
     def changes(self, tokens: int, cost_pico: int, *, committed: bool) -> list[tuple[str, Change[Any]]]:
         """Return the changes that the commit of the attempt makes; see Charge."""

@@ -4,7 +4,7 @@ Everything is read through the public reading functions of a journal store. No u
 for it.
 """
 
-from stroma.checkpoint.history.attempts import bar_of, in_order, place_of, sum_waste
+from stroma.checkpoint.history.bars import bar_of, in_order, place_of, sum_waste
 from stroma.checkpoint.history.comparison import Change, NodeDiff, changes, compare
 from stroma.checkpoint.history.reader import (
     FAILED,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from difflib import SequenceMatcher
 from typing import Any, Final, Literal, NamedTuple
 
-from stroma.checkpoint.history.attempts import in_order
+from stroma.checkpoint.history.bars import in_order
 from stroma.checkpoint.history.redaction import Payload
 from stroma.checkpoint.records import AttemptRecord
 

@@ -13,8 +13,7 @@ from typing import Any, Final
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
-from stroma.checkpoint.history.attempts import bar_of, in_order
-from stroma.checkpoint.history.flows import failed_input, wait_bars
+from stroma.checkpoint.history.bars import bar_of, failed_input, in_order, wait_bars
 from stroma.checkpoint.history.redaction import (
     MessageRedaction,
     Payload,

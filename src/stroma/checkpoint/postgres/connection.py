@@ -1,4 +1,4 @@
-"""The writing connection of a Postgres store."""
+"""The connections of a Postgres store: one writes, in the thread of the store; others read, in any thread."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import psycopg
 from stroma.checkpoint.durable.batches import ServerConnection, Unreachable
 from stroma.checkpoint.durable.operations import Commit, Transaction, perform_all
 from stroma.checkpoint.durable.rows import Rows
-from stroma.checkpoint.durable.worker import Job
+from stroma.checkpoint.durable.worker import Job, generation
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.postgres.rows import PostgresRows, read_commit, send_commit
 from stroma.checkpoint.postgres.server import PostgresEndpoint, is_lost, is_misdirected, is_temporary, pause
 
-__all__ = ["PostgresConnection"]
+__all__ = ["PostgresConnection", "PostgresReader"]
 
 T = TypeVar("T")
 Database = psycopg.Connection[Any]
@@ -151,3 +151,58 @@ def _perform_once(operation: Any, rows: Rows) -> Any:
         if run is not None and run.owner == opening.owner:
             return operation.result
     return operation(rows)
+
+
+class PostgresReader:
+    """Reads in any thread. At most one connection stays open between calls."""
+
+    def __init__(self, server: PostgresEndpoint) -> None:
+        self._server = server
+        #: By generation: a forked child does not use the connections of its parent.
+        self._idle: dict[int, list[Database]] = {}
+        self._closed = False
+
+    def read(self, query: Callable[[Rows], T], nothing: T) -> T:
+        """Return the result of a query, or ``nothing`` if there are no tables. Raises StoreError."""
+        deadline = time.monotonic() + self._server.patience_seconds
+        tries = 0
+        while True:
+            idle = self._take_idle()
+            try:
+                db = self._server.connect_to_read() if idle is None else idle
+                return nothing if db is None else self._read_once(db, query)
+            except psycopg.Error as error:
+                if idle is not None:
+                    continue  # An idle connection may be broken or lead to an earlier server: use a new one.
+                if not is_temporary(error) or time.monotonic() > deadline:
+                    raise self._server.explain(error) from error
+            tries += 1
+            pause(tries)
+
+    def close(self) -> None:
+        """Close the idle connection, and keep none from now on. Reading stays possible."""
+        self._closed = True
+        while (db := self._take_idle()) is not None:
+            db.close()
+
+    def _read_once(self, db: Database, query: Callable[[Rows], T]) -> T:
+        try:
+            # A query reads one snapshot.
+            db.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            value = query(PostgresRows(db))
+            db.execute("ROLLBACK")
+        except BaseException:
+            db.close()
+            raise
+        idle = self._idle.setdefault(generation(), [])
+        if idle or self._closed:
+            db.close()
+        else:
+            idle.append(db)
+        return value
+
+    def _take_idle(self) -> Database | None:
+        try:
+            return self._idle.setdefault(generation(), []).pop()
+        except IndexError:
+            return None

@@ -69,7 +69,7 @@ class PostgresStore(AsyncStates):
         plain_until_migrated: bool = False,
     ) -> None:
         _require_driver()
-        from stroma.checkpoint.postgres.reader import PostgresReader
+        from stroma.checkpoint.postgres.connection import PostgresReader
         from stroma.checkpoint.postgres.server import PostgresEndpoint
 
         if not isinstance(schema, str) or not _SCHEMA.fullmatch(schema):
