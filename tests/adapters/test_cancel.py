@@ -29,53 +29,10 @@ def result_of(guard: Guard) -> ExecutionResult:
     return guard.last.result
 
 
-async def request_cancel(store: Any, run_id: str = "x") -> None:
-    assert await store.cancel(run_id)
-
-
 @pytest.mark.slow
-async def test_what_is_awaited_is_cancelled(tmp_path: Path) -> None:
-    """`stroma cancel` ends what an async framework awaits, keeps what is finished, and the caller gets
-    RunCancelled."""
-    async with SQLiteStore(tmp_path / "x.db") as store:
-        guard = Guard(StromaRunner.quick(store=store))
-        waits = asyncio.Event()
-
-        @guard.step("quick")
-        async def quick(n: int) -> int:
-            return n
-
-        @guard.step("hangs")
-        async def hangs() -> None:
-            waits.set()
-            await asyncio.Event().wait()
-
-        async def framework() -> None:
-            async with guard.run(run_id="x"):
-                await quick(1)
-                await hangs()
-
-        task = asyncio.create_task(framework())
-        await waits.wait()
-        await asyncio.to_thread(stroma_cancel, store.path)
-        with pytest.raises(RunCancelled, match="run 'x' was cancelled"):
-            await task
-        assert task.cancelling() == 0
-        assert result_of(guard).status is RunStatus.CANCELLED
-        assert isinstance(guard.stopped and guard.stopped.exception, RunCancelled)
-        record = store.get_run("x")
-        assert record is not None
-        assert (record.status, record.holder) == ("CANCELLED", None)
-        assert [(a.node_id, a.outcome) for a in store.attempts("x")] == [
-            ("quick", "success"),
-            ("hangs", "cancelled"),
-        ]
-
-
-@pytest.mark.slow
-def test_a_plain_function_ends_and_the_next_step_is_refused(tmp_path: Path) -> None:
-    """Sync code is not interrupted: its result is kept, and nothing follows, whatever the framework makes of
-    the refusal."""
+def test_a_step_ends_and_the_next_one_is_refused(tmp_path: Path) -> None:
+    """`stroma cancel` does not interrupt a step: its result is recorded, and nothing follows, whatever the
+    framework makes of the refusal."""
     with SQLiteStore(tmp_path / "x.db") as store:
         guard = Guard(StromaRunner.quick(store=store))
         calls: list[str] = []
@@ -138,37 +95,27 @@ async def test_nothing_is_tried_again() -> None:
     assert result_of(guard).status is RunStatus.CANCELLED
 
 
-@pytest.mark.parametrize("between", [False, True], ids=["in the midst of a part", "between parts"])
-async def test_streams(between: bool) -> None:
-    """A framework that gives parts is ended where it makes one; whoever reads it is not cancelled
-    elsewhere."""
+async def test_a_stream_ends_before_its_next_part() -> None:
+    """A framework that yields parts is ended between two of them, and closed; its reader is not cancelled."""
     store = AsyncInMemoryStore()
     guard = Guard(StromaRunner.quick(store=store, run_id="x"))
-    waits, ended = asyncio.Event(), []
+    ended = []
 
     async def parts() -> AsyncIterator[int]:
         try:
             yield 1
-            waits.set()
-            await asyncio.Event().wait()
+            yield 2
         finally:
             ended.append(True)
 
     async def read() -> None:
         async for part in guard.aover(guard.wrap("parts", parts, kind="astream")):
             assert part == 1
-            if between:
-                await request_cancel(store)
-                await asyncio.sleep(0)
+            guard.open_runs[0].cancel()
 
-    task = asyncio.create_task(read())
-    if not between:
-        await waits.wait()
-        await request_cancel(store)
     with pytest.raises(RunCancelled):
-        await task
+        await read()
     assert ended == [True]
-    assert task.cancelling() == 0
     assert result_of(guard).status is RunStatus.CANCELLED
 
 
@@ -191,10 +138,33 @@ async def test_a_run_that_had_ended_stays_what_it_is() -> None:
     assert not await store.cancel("x")
 
 
-async def test_somebody_else_cancels_too() -> None:
-    """A task that its own caller cancels is cancelled, whoever else has asked for the end of the run."""
-    store = AsyncInMemoryStore()
-    guard = Guard(StromaRunner.quick(store=store))
+async def test_nothing_waits_for_a_further_attempt() -> None:
+    """A step that waits before its next attempt ends at once with its failure, and the run is refused more."""
+    store, waits = AsyncInMemoryStore(), asyncio.Event()
+    policy = {FailureClass.RECOVERABLE: FailurePolicy(max_retries=5, backoff_seconds=3600, jitter=False)}
+    guard = Guard(StromaRunner.quick(store=store, policy_map=policy))
+
+    @guard.step("fails")
+    async def fails() -> None:
+        waits.set()
+        raise ConnectionError("gone")
+
+    async def framework() -> None:
+        async with guard.run(run_id="x"):
+            with pytest.raises(ConnectionError):
+                await fails()
+            await fails()
+
+    task = asyncio.create_task(framework())
+    await waits.wait()
+    assert await store.cancel("x")
+    with pytest.raises(RunCancelled):
+        await task
+
+
+async def test_a_cancelled_task_is_cancelled() -> None:
+    """The end of the task of a run is the end of the run as CANCELLED."""
+    guard = Guard(StromaRunner.quick(store=AsyncInMemoryStore()))
     waits = asyncio.Event()
 
     @guard.step("hangs")
@@ -208,7 +178,6 @@ async def test_somebody_else_cancels_too() -> None:
 
     task = asyncio.create_task(framework())
     await waits.wait()
-    await request_cancel(store)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -148,12 +148,8 @@ class GuardedRun:
         self._opened = False
         self._opening: concurrent.futures.Future[None] | None = None
         self._stopping: Halt | None = None
-        #: The run was cancelled; and the task to cancel then, its loop, and that it was.
+        #: The run was cancelled: no further step starts.
         self.cancelling = False
-        self._task: asyncio.Task[Any] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._has_cancelled_task = False
-        self._cancelling_at_entry = 0
         self._token: Token[tuple[GuardedRun, ...]] | None = None
         #: What hooks have set for the code of the run, its span above all, and what undoes that in the
         #: caller's context.
@@ -198,29 +194,18 @@ class GuardedRun:
     # ------------------------------------------------------------------ cancellation
 
     def cancel(self) -> None:
-        """Cancel the run, from any thread: no further step starts, and a running async one is cancelled."""
+        """Cancel the run, from any thread: no further step starts, and one that is running ends."""
         self.cancelling = self.ctx.stopping.is_cancelled = True
-        loop = self._loop
-        if loop is not None:
-            try:
-                loop.call_soon_threadsafe(self._cancel_task)
-            except RuntimeError:  # The loop was closed under it.
-                pass
 
     def _control(self, loop: asyncio.AbstractEventLoop, control: RunControl) -> None:
         """Apply requests about the run, from any thread."""
         if control.cancel:
             self.cancel()
-            return
-        self.ctx.accept(control)
-        if control.pause:
+        else:
+            self.ctx.accept(control)
+        if control.cancel or control.pause:
             with suppress(RuntimeError):  # The loop was closed under it.
                 loop.call_soon_threadsafe(self.ctx.stopping.end_waits)
-
-    def _cancel_task(self) -> None:
-        if not self._has_cancelled_task and not self.ended and self._task is not None:
-            self._has_cancelled_task = True
-            self._task.cancel()
 
     def refusal(self, step_id: str) -> Halt | None:
         """Return the stop of a step that would start now, if the run is to end, or is another process's."""
@@ -233,33 +218,6 @@ class GuardedRun:
             f"run {self.ctx.run_id!r} was cancelled and {step_id!r} is not called; call it in another run"
         )
         return Halt(Failure(error, FailureClass.TERMINAL, step_id, 1, str(error)), spent=True)
-
-    def _watch(self) -> None:
-        """Let :meth:`cancel` cancel the running task from now on."""
-        task = asyncio.current_task()
-        self._cancelling_at_entry = 0 if task is None else task.cancelling()
-        self._task, self._loop = task, asyncio.get_running_loop()
-
-    async def _take_back_cancellation(self, error: BaseException | None) -> BaseException | None:
-        """Return the exception of the run, with our own cancellation as RunCancelled, and take that back."""
-        task, was_cancelled = self._task, self._has_cancelled_task
-        self._task, self._has_cancelled_task = None, False
-        if not was_cancelled or task is None:
-            return error
-        came: asyncio.CancelledError | None = None
-        if error is None:  # The code inside ended before the cancellation arrived.
-            try:
-                await asyncio.sleep(0)
-            except asyncio.CancelledError as cancelled:
-                came = cancelled.with_traceback(None)
-        if task.uncancel() > self._cancelling_at_entry:  # The caller cancelled it too.
-            return (came or asyncio.CancelledError()) if error is None else error
-        return self._cancelled() if isinstance(error, asyncio.CancelledError) else error
-
-    def _cancelled(self) -> RunCancelled:
-        return RunCancelled(
-            f"run {self.ctx.run_id!r} was cancelled; its finished steps remain: continue in another run"
-        )
 
     def place(
         self, parent: RunningNode | None, step_id: str, state: BaseModel
@@ -427,8 +385,10 @@ class GuardedRun:
             with self.here():
                 source = aiter(start())
             while True:
+                if self.cancelling:
+                    raise RunCancelled(f"run {self.ctx.run_id!r} was cancelled; continue in another run")
                 with self.here():
-                    part = await self._next(source)
+                    part = await anext(source, _NO_MORE)
                 if part is _NO_MORE:
                     return
                 yield part
@@ -441,21 +401,6 @@ class GuardedRun:
         finally:
             self._leave()
             await self.close(raised)
-
-    async def _next(self, source: AsyncIterator[Any]) -> Any:
-        if self.cancelling:
-            raise self._cancelled()
-        self._watch()
-        part: Any = _NO_MORE
-        error: BaseException | None = None
-        try:
-            part = await anext(source, _NO_MORE)
-        except BaseException as raised:
-            error = raised
-        met = await self._take_back_cancellation(error)
-        if met is not None:
-            raise met from (None if met is error else error)
-        return part
 
     def _register(self) -> None:
         if self.ended or self in self.guard.open_runs:
@@ -486,15 +431,11 @@ class GuardedRun:
     async def __aenter__(self) -> Self:
         await self.open()
         self._enter()
-        self._watch()
         return self
 
     async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._leave()
-        met = await self._take_back_cancellation(error)
-        await self.close(met)
-        if met is not error and met is not None:
-            raise met from error
+        await self.close(error)
 
 
 def active_run() -> GuardedRun | None:
