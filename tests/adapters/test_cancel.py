@@ -139,7 +139,7 @@ async def test_a_run_that_had_ended_stays_what_it_is() -> None:
 
 
 async def test_nothing_waits_for_a_further_attempt() -> None:
-    """A step that waits before its next attempt ends at once with its failure, and the run is refused more."""
+    """A step that waits before its next attempt ends at once with its failure."""
     store, waits = AsyncInMemoryStore(), asyncio.Event()
     policy = {FailureClass.RECOVERABLE: FailurePolicy(max_retries=5, backoff_seconds=3600, jitter=False)}
     guard = Guard(StromaRunner.quick(store=store, policy_map=policy))
