@@ -16,7 +16,16 @@ from stroma.contracts.schema import Snapshot
 from stroma.contracts.snapshots import StoredSnapshot
 from stroma.trace.events import NO_USAGE, AttemptRow
 
-__all__ = ["open_events", "open_message", "payload_reference", "seal_events", "to_attempt", "to_committed"]
+__all__ = [
+    "open_events",
+    "open_message",
+    "open_output",
+    "open_step_input",
+    "payload_reference",
+    "seal_events",
+    "to_attempt",
+    "to_committed",
+]
 
 _CHECKSUM_BYTES: Final = 32
 
@@ -61,25 +70,43 @@ def to_committed(
     """
     position, branch, node_id, step = row
     verify_step(step, run_id, position, node_id, branch)
-    what = f"the output of node {node_id!r} at position {position} of run {run_id!r}"
     call = None
     if step.number is not None:
-        input_key = step.input_key
-        if input_key is not None:
-            place = PayloadPlace(run_id, execution, "step input", position, branch)
-            input_key = payloads.open(input_key, place, f"the input of the step for {what}")
-        call = StepCall(step.number, input_key)
+        call = StepCall(step.number, open_step_input(payloads, run_id, execution, row))
     if isinstance(step.output, UnencodedState):
         return Committed(node_id, step.output.snapshot, step.contract, call, step.output.schema)
-    place = PayloadPlace(run_id, execution, "output", position, branch)
     output: Snapshot
-    if (is_lazy and payloads.codec is not None) or (
-        step.output.startswith(BLOB) and payloads.blobs is not None
-    ):
-        output = payload_reference(payloads, step.output, place, what)
+    is_blob = step.output.startswith(BLOB) and payloads.blobs is not None
+    if is_blob or (is_lazy and payloads.codec is not None):
+        place = PayloadPlace(run_id, execution, "output", position, branch)
+        output = payload_reference(payloads, step.output, place, _output_of(run_id, row))
     else:
-        output = payloads.open(step.output, place, what)
+        output = open_output(payloads, run_id, execution, row)
     return Committed(node_id, output, step.contract, call)
+
+
+def open_output(payloads: Payloads, run_id: str, execution: int, row: StepRow) -> bytes:
+    """Return the output of a commit in stored form, decrypted.
+
+    Raises CorruptCheckpoint; StoreError if a blob cannot be read; NotSerialisable in memory.
+    """
+    verify_step(row.step, run_id, row.position, row.node_id, row.branch)
+    place = PayloadPlace(run_id, execution, "output", row.position, row.branch)
+    return payloads.open(row.step.output, place, _output_of(run_id, row))
+
+
+def open_step_input(payloads: Payloads, run_id: str, execution: int, row: StepRow) -> bytes | None:
+    """Return the input of a step, decrypted; None if none is stored. Raises StoreError."""
+    key = row.step.input_key
+    if key is None:
+        return None
+    place = PayloadPlace(run_id, execution, "step input", row.position, row.branch)
+    return payloads.open(key, place, f"the input of the step for {_output_of(run_id, row)}")
+
+
+def _output_of(run_id: str, row: StepRow) -> str:
+    place = "" if row.position < 0 else f" at position {row.position}"  # A state from save() has none.
+    return f"the output of node {row.node_id!r}{place} of run {run_id!r}"
 
 
 def payload_reference(payloads: Payloads, stored: bytes, place: PayloadPlace, what: str) -> StoredSnapshot:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from stroma.checkpoint.decoding import decode_number
 from stroma.checkpoint.durable.annotations import RunRecords, find_rejected, name_of, read_notes, read_waiting
 from stroma.checkpoint.durable.control import read_control
-from stroma.checkpoint.durable.conversion import open_events, open_message
+from stroma.checkpoint.durable.conversion import open_events, open_message, open_output, open_step_input
 from stroma.checkpoint.durable.integrity import (
     is_intact,
     lost_error,
@@ -228,11 +228,8 @@ class ReadableStore(ABC):
         number, row = self._step_at(run_id, position, branch, execution)
         if row is None:
             return None
-        verify_step(row.step, run_id, position, row.node_id, branch)
-        what = f"the output of node {row.node_id!r} at position {position} of run {run_id!r}"
-        place = PayloadPlace(run_id, number, "output", position, branch)
         try:
-            return self._payloads.open(row.step.output, place, what)
+            return open_output(self._payloads, run_id, number, row)
         except NotSerialisable:
             return None
 
@@ -264,15 +261,11 @@ class ReadableStore(ABC):
         return attempts
 
     def _with_output(self, records: RunRecords, attempt: AttemptRecord, step: Step | None) -> AttemptRecord:
-        run_id, position, branch = records.run_id, attempt.position, attempt.branch
-        open_message(self._payloads, run_id, records.execution, attempt)
+        open_message(self._payloads, records.run_id, records.execution, attempt)
         if step is not None:
-            what = f"the output of node {attempt.node_id!r} at position {position} of run {run_id!r}"
+            row = StepRow(attempt.position, attempt.branch, attempt.node_id, step)
             try:
-                verify_step(step, run_id, position, attempt.node_id, branch)
-                attempt.output = self._payloads.open(
-                    step.output, records.place("output", position, branch), what
-                )
+                attempt.output = open_output(self._payloads, records.run_id, records.execution, row)
             except CorruptCheckpoint:
                 attempt.damaged = True  # The rest of the history is still readable.
             except NotSerialisable:
@@ -354,13 +347,10 @@ class ReadableStore(ABC):
         Raises CorruptCheckpoint, StoreError.
         """
         execution, row = self._step_at(run_id, position, branch)
-        if row is None or row.step.number is None or row.step.number > OF_FLOW or row.step.input_key is None:
+        if row is None or row.step.number is None or row.step.number > OF_FLOW:
             return None
         verify_step(row.step, run_id, position, row.node_id, branch)
-        place = PayloadPlace(run_id, execution, "step input", position, branch)
-        return self._payloads.open(
-            row.step.input_key, place, f"the input of call {branch!r} of run {run_id!r}"
-        )
+        return open_step_input(self._payloads, run_id, execution, row)
 
     def tally(
         self, since_ms: int, bucket_ms: int, *, runs: int = 2000, attempts: int = 200_000

@@ -31,9 +31,9 @@ from stroma.checkpoint.durable.control import (
     request,
     request_budget,
 )
-from stroma.checkpoint.durable.conversion import to_committed
+from stroma.checkpoint.durable.conversion import open_step_input, to_committed
 from stroma.checkpoint.durable.fork import fork_run
-from stroma.checkpoint.durable.integrity import checksum, verify_step
+from stroma.checkpoint.durable.integrity import checksum
 from stroma.checkpoint.durable.messages import add_message
 from stroma.checkpoint.durable.news import Listener
 from stroma.checkpoint.durable.operations import Transaction
@@ -52,7 +52,6 @@ from stroma.checkpoint.payloads import (
     PayloadPlace,
     Payloads,
     Stored,
-    UnencodedState,
     collect,
 )
 from stroma.checkpoint.queue import (
@@ -422,8 +421,7 @@ class RunStore(ReadableStore):
             if run is None or output is None or output.step.input_key is None:
                 return 0, []
             position, branch = output.position, output.branch
-            place = PayloadPlace(run_id, run.execution, "step input", position, branch)
-            total = count_items(self._payloads.open(output.step.input_key, place, "the number of items"))
+            total = count_items(open_step_input(self._payloads, run_id, run.execution, output) or b"")
             prefix = f"{branch}." if branch else ""
             branches = [f"{prefix}{index}" for index in range(first, min(total, first + count))]
             return run.execution, list(rows.steps_at(run.run, run.execution, position, branches))
@@ -431,16 +429,10 @@ class RunStore(ReadableStore):
         execution, steps = self.read(query, (0, list[StepRow]()))
         if not execution:
             raise map_not_found(run_id, node_id)
-        items: list[tuple[int, Committed]] = []
-        for row in steps:
-            verify_step(row.step, run_id, row.position, row.node_id, row.branch)
-            if isinstance(row.step.output, UnencodedState):
-                committed = to_committed(self._payloads, run_id, execution, row)
-            else:
-                place = PayloadPlace(run_id, execution, "output", row.position, row.branch)
-                output = self._payloads.open(row.step.output, place, f"the output of node {row.node_id!r}")
-                committed = Committed(row.node_id, output, row.step.contract)
-            items.append((int(row.branch.rpartition(".")[2]), committed))
+        items = [
+            (int(row.branch.rpartition(".")[2]), to_committed(self._payloads, run_id, execution, row))
+            for row in steps
+        ]
         return sorted(items, key=itemgetter(0))
 
     # ------------------------------------------------------------------ retention

@@ -7,7 +7,7 @@ import asyncio
 from pydantic import BaseModel
 
 from stroma.checkpoint.durable.annotations import annotate
-from stroma.checkpoint.durable.integrity import verify_step
+from stroma.checkpoint.durable.conversion import open_output
 from stroma.checkpoint.durable.operations import Transaction
 from stroma.checkpoint.durable.rows import Annotation, Rows, Step, StepRow
 from stroma.checkpoint.durable.store import DurableStore
@@ -85,21 +85,16 @@ class AsyncStates(DurableStore):
 
         def query(rows: Rows) -> tuple[int, StepRow] | None:
             newest = rows.newest_output(run_id, node_id)
-            if (
-                newest is None or newest.position == Annotation.SAVED
-            ):  # A state from save() may have no execution.
-                return None if newest is None else (0, newest)
-            run = rows.find(run_id)
-            return None if run is None else (run.execution, newest)
+            if newest is not None and newest.position == Annotation.SAVED:
+                return 0, newest
+            run = None if newest is None else rows.find(run_id)
+            return None if run is None or newest is None else (run.execution, newest)
 
         newest = await asyncio.to_thread(self.read, query, None)
         if newest is None:
             return None
         execution, row = newest
-        verify_step(row.step, run_id, row.position, node_id, row.branch)
-        what = f"the checkpoint of node {node_id!r} in run {run_id!r}"
-        place = PayloadPlace(run_id, execution, "output", row.position, row.branch)
-        output = await asyncio.to_thread(self._payloads.open, row.step.output, place, what)
+        output = await asyncio.to_thread(open_output, self._payloads, run_id, execution, row)
         return row.step._replace(output=output)
 
 
