@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import sqlite3
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,12 @@ from tests.store_suite.journal import State, begin, commit, finish, restored, ro
 
 from stroma import SQLiteStore
 from stroma.checkpoint import CorruptCheckpoint, Fenced, PipelineChanged, StepCall
+from stroma.checkpoint.durable.annotations import annotate
+from stroma.checkpoint.durable.operations import Transaction
 from stroma.checkpoint.durable.owner import Owner
+from stroma.checkpoint.durable.rows import Annotation, Step
 from stroma.checkpoint.entries import Finished, Tried
+from stroma.checkpoint.sqlite.forks import FORKS
 from stroma.contracts.schema import schema_of
 from stroma.failures import FailureClass
 from stroma.trace.events import Failed
@@ -146,6 +151,38 @@ async def test_a_damaged_output_is_not_forked(store: SQLiteStore, path: Path) ->
         await store.fork("run", "fork", 2)
     assert store.get_run("fork") is None
     await store.fork("run", "fork", 1)
+
+
+@pytest.mark.parametrize("data", [b"[]", b"[null]", b"{}"])
+async def test_due_hooks_of_another_shape(store: SQLiteStore, data: bytes) -> None:
+    """A record of due hooks with a right checksum and another shape stops the resume by name."""
+    session = await begin(store, deliver=True)
+    step = Step("", "", data, b"")
+    await store._submit(
+        Transaction("run", lambda rows: annotate(rows, "run", Annotation.DUE_HOOKS, "0:1:1:", "n", step))
+    )
+    session.abandon()
+    with pytest.raises(CorruptCheckpoint, match="the due hooks '0:1:1:' of run 'run' is damaged"):
+        await begin(store, if_exists="resume", deliver=True)
+
+
+def test_nested_use_delays_a_fork() -> None:
+    """A fork waits for the end of the outermost use of SQLite by another thread."""
+    forks = type(FORKS)()
+
+    def fork() -> None:
+        forks.before()
+        forks.after_in_parent()
+
+    forking = threading.Thread(target=fork)
+    with forks.prevent():
+        with forks.prevent():
+            pass
+        forking.start()
+        forking.join(0.05)
+        assert forking.is_alive()
+    forking.join(10)
+    assert not forking.is_alive()
 
 
 async def test_what_nobody_awaits_may_fail(store: SQLiteStore) -> None:
