@@ -76,21 +76,6 @@ async def test_kinds_and_content_that_backends_show() -> None:
         assert "hunter2" not in str(shown)
 
 
-@pytest.mark.core
-async def test_no_content_by_default() -> None:
-    """Without content there are kinds alone, and names and types of fields under our own names."""
-    seen = Seen()
-    await run_once(seen)
-    for span in seen.spans:
-        shown = dict(span.attributes or {})
-        assert shown["openinference.span.kind"] == "CHAIN"
-        assert not {"input.value", "output.value"} & set(shown)
-        assert (
-            json.loads(shown["stroma.output"]) == {"n": "int", "key": "SecretStr[10]"}
-            or "key" in shown["stroma.output"]
-        )
-
-
 async def test_without_the_vocabulary() -> None:
     """vocabulary="none" leaves all names of OpenInference out, and content under ours."""
     seen = Seen()

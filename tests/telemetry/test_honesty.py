@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,8 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.trace import StatusCode
 from prometheus_client import CollectorRegistry, generate_latest
-from tests.kit import ONCE, Num, retry_policies
+from tests.kit import Num, retry_policies
 from tests.receivers.sentry import RecordedSentry
 from tests.telemetry.test_counted_once import Otel, Statsd, Tracer, runner_of, total
 
@@ -210,25 +208,6 @@ async def test_the_runs_span_is_current_in_its_hooks_and_lines() -> None:
     assert [one.trace_id for one in point.exemplars] == [root.context.trace_id]
 
 
-async def test_a_run_that_is_closed_from_elsewhere_leaves_no_span_behind() -> None:
-    """The context of whoever closes the coroutine of a run is left alone."""
-    otel = Otel()
-    runner = StromaRunner.quick(hooks=otel.hooks())
-
-    @runner.node("a", input=Num, output=Num)
-    async def a(state: Num) -> Num:
-        await asyncio.sleep(60)
-        return state
-
-    run = runner.run([a], Num())
-    task = asyncio.ensure_future(asyncio.sleep(0))
-    await task
-    run.send(None)
-    with trace.use_span(trace.NonRecordingSpan(trace.INVALID_SPAN_CONTEXT)):
-        run.close()
-    assert otel.roots() == 1
-
-
 # ---------------------------------------------------------------------- spans
 
 
@@ -280,26 +259,6 @@ async def test_events_of_a_node_with_many_attempts() -> None:
     assert node.attributes is not None
     assert node.events[-1].name == "exception"
     assert node.attributes["stroma.events.dropped"] == 61 + 60 + 1 - len(node.events)
-
-
-@pytest.mark.core
-@pytest.mark.parametrize("final", [False, True], ids=["succeeds", "fails"])
-async def test_only_the_last_of_failed_attempts_is_an_error(final: bool) -> None:
-    """With attempts="spans", the span of an attempt that is tried again is no error."""
-    otel = Otel()
-    runner = StromaRunner.quick(hooks=otel.hooks(attempts="spans"), policy_map=ONCE)
-
-    @runner.node("a", input=Num, output=Num)
-    async def a(state: Num) -> Num:
-        if final or current_node().attempt == 1:
-            raise TimeoutError
-        return state
-
-    await runner.run([a], Num())
-    attempts = [span for span in otel.spans.get_finished_spans() if span.name == "stroma.attempt a"]
-    error = StatusCode.ERROR if final else StatusCode.UNSET
-    assert [span.status.status_code for span in attempts] == [StatusCode.UNSET, error]
-    assert all(a.end_time <= b.start_time for a, b in pairwise(attempts))  # type: ignore[operator]
 
 
 @pytest.mark.core

@@ -4,7 +4,6 @@ may."""
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import json
 import pathlib
 import re
@@ -439,28 +438,6 @@ class TestEndings:
         )
         assert node_span.attributes["stroma.outcome"] == "cancelled"
 
-    async def test_closed(self, seen: Seen) -> None:
-        """A run whose coroutine is closed from elsewhere ends its spans and gauges, and detaches nobody
-        else's context."""
-        runner = quick(seen.hooks(attempts="spans"))
-
-        @runner.node("node", input=State, output=State)
-        async def node(state: State) -> State:
-            await asyncio.sleep(60)
-            return state
-
-        run: Any = runner.run([node], State())
-        contextvars.copy_context().run(run.send, None)
-        with seen.user.start_as_current_span("mine") as mine:
-            run.close()
-            assert trace.get_current_span() is mine
-        assert sorted(span.name for span in seen.spans) == [
-            "invoke_workflow pipeline",
-            "mine",
-            "stroma.attempt node",
-            "stroma.node node",
-        ]
-
     async def test_a_pause_is_no_error(self, seen: Seen) -> None:
         """A node that waits for a person ends its span without an error; so does the run."""
         runner = quick(seen.hooks())
@@ -688,30 +665,3 @@ async def test_an_attempt_says_what_a_cache_was_used_for(seen: Seen, cached: int
     messages = {name: value for name, value in (event.attributes or {}).items() if "cache" in name}
     expected = {"stroma.cached_input_tokens": cached, "stroma.cache_write_tokens": written}
     assert messages == (expected if cached else {})
-
-
-async def test_an_end_that_is_told_again_has_a_span(seen: Seen, tmp_path: pathlib.Path) -> None:
-    """A success that a process did not live to tell becomes a span of its own on resume, with the times it
-    had."""
-
-    async def die(*_: Any) -> None:
-        raise KeyboardInterrupt  # As good as a death: the hooks have not ended.
-
-    async def go(hooks: Any, **config: Any) -> Any:
-        async with SQLiteStore(tmp_path / "runs.db") as store:
-            runner = quick(hooks, store=store, hook_delivery="at_least_once", **config)
-
-            @runner.node("node", input=Item, output=Item)
-            async def node(state: Item) -> Any:
-                return state, 10, 5, "gpt-4o-mini"
-
-            return await runner.run([node], Item(n=1), run_id="r")
-
-    with pytest.raises(KeyboardInterrupt):
-        await go(NodeHooks(on_node_success=die))
-    assert seen.spans == []
-    await go(seen.hooks(), resume=True)
-    span = seen.span("stroma.node node")
-    assert span.attributes["stroma.outcome"] == "success"
-    assert span.end_time < seen.span("invoke_workflow pipeline").start_time
-    assert seen.total("stroma.tokens") == 15

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import io
 import itertools
 import json
 import re
@@ -17,7 +16,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, SecretStr, field_validator
-from rich.console import Console
 from tests.tiers import examples
 from tests.trace.standalone_pages import check_page
 
@@ -219,20 +217,6 @@ def test_hidden_values_that_begin_alike() -> None:
         == "[redacted] is [redacted]"
     )
     assert without("İ Ada Lovelace İ", ["ada lovelace"]) == "İ [redacted] İ"
-
-
-async def test_in_a_terminal(failed: Any) -> None:
-    """rich prints the cause and a line for each attempt; control characters and markup of others are
-    words."""
-    file = io.StringIO()
-    Console(file=file, width=140, force_terminal=True).print(failed)
-    text = re.sub(r"\x1b\[[\d;]*m", "", file.getvalue())
-    assert "\x1b" not in text
-    assert "\u202e" not in text
-    assert "TERMINAL (contract) at node total (at 2, attempt 1)" in text
-    assert "field lines.0.price" in text
-    assert len(re.findall(r"█", text)) >= 6
-    assert "·" in text
 
 
 words = st.text(max_size=40) | st.sampled_from([HOSTILE, "a: b", "{x}", "javascript:alert(1)"])

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import pickle
 from datetime import UTC, datetime
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from pydantic import BaseModel
@@ -17,8 +17,7 @@ from stroma.contracts.schema import schema_of
 from stroma.failures import ItemFailure
 from stroma.failures.failure import diagnose
 from stroma.trace import AttemptUsage, TraceMark
-from stroma.trace.events import BoundedRows, Failed, LeftOut, MarkKind, Outcome, contract_of
-from stroma.trace.plain import jsonable
+from stroma.trace.events import BoundedRows, Failed, LeftOut, contract_of
 
 
 class Given(BaseModel):
@@ -36,28 +35,6 @@ class Deep(BaseModel):
 # ---------------------------------------------------------------- defaults
 
 
-def test_what_an_event_says_that_was_told_no_more_than_it_must() -> None:
-    """Of an event by hand all is empty that nobody gave, and it succeeded."""
-    one = event()
-    assert (one.failure, one.failure_message, one.outcome, one.reason) == (None, None, "success", None)
-    assert (one.children, one.usage, one.position, one.branch, one.left_out) == (
-        [],
-        AttemptUsage(),
-        0,
-        "",
-        None,
-    )
-    assert event().children is not one.children
-    assert one.step_id == "node"
-
-
-def test_an_attempt_without_usage_used_nothing() -> None:
-    """No tokens, no money, no model; and input is what of all tokens is no output."""
-    assert AttemptUsage() == AttemptUsage(0, 0, 0.0, None, 0, 0)
-    assert type(AttemptUsage().cost_usd) is float
-    assert USED.input_tokens == 5
-
-
 @pytest.mark.parametrize(
     ("failure", "outcome", "then"),
     [
@@ -71,49 +48,6 @@ def test_an_attempt_without_usage_used_nothing() -> None:
 def test_an_event_with_a_failure_is_no_success(failure: Any, outcome: Any, then: str) -> None:
     """Who gives a failure class need not give the outcome; another outcome than success stays."""
     assert event(failure=failure, outcome=outcome).outcome == then
-
-
-def test_the_words_for_the_end_of_a_run() -> None:
-    """They are written to stores and compared as text."""
-    words = ["COMPLETED", "FAILED", "PARTIAL", "RESUMED", "CANCELLED", "SUSPENDED", "INTERRUPTED"]
-    assert [one.name for one in RunStatus] == [str(one) for one in RunStatus] == words
-    assert [jsonable(one) for one in RunStatus] == words
-    ended = [ExecutionResult("run", one, None, ExecutionTrace(), 0.0, 0) for one in RunStatus]
-    assert [result._story().status for result in ended] == words
-
-
-def test_the_words_for_the_end_of_an_attempt_and_for_what_is_none() -> None:
-    """What the public types of an outcome and a mark allow, which stores and the command line write."""
-    assert event().outcome in get_args(Outcome)
-    assert get_args(Outcome) == ("success", "failure", "cancelled", "suspended")
-    assert " ".join(get_args(MarkKind)) == (
-        "wait refused cooldown circuit_open circuit_half_open circuit_closed slept sleeping answered open "
-        "expired received receiving missed"
-    )
-
-
-def test_a_fresh_trace_is_empty() -> None:
-    """It has no run id, nothing in it, and shares nothing with another one."""
-    one = ExecutionTrace()
-    assert (one.run_id, one.rows, one.marks, len(one), list(one), one.to_json()) == ("", [], [], 0, [], "[]")
-    one.append(event())
-    assert (len(one), len(ExecutionTrace())) == (1, 0)
-
-
-def test_a_result_that_was_told_no_more_than_it_must() -> None:
-    """No failure, no failed items, and lists of its own."""
-    one, other = (ExecutionResult("run", RunStatus.COMPLETED, None, ExecutionTrace(), 0.0, 0) for _ in "ab")
-    assert (one.failure, one.hook_errors, one.unpriced_models, one.suspended, one.failed_items) == (
-        None,
-        [],
-        [],
-        [],
-        0,
-    )
-    assert one.hook_errors is not other.hook_errors
-    assert one.unpriced_models is not other.unpriced_models
-    assert one.suspended is not other.suspended
-    one.raise_for_status()
 
 
 def test_a_result_raises_the_very_exception() -> None:
@@ -329,12 +263,6 @@ def test_a_copy_is_equal_and_shares_nothing(looked_at: bool) -> None:
     assert (len(held), len(held.marks)) == (6, 1)
 
 
-def test_a_copied_event_without_an_output_has_none() -> None:
-    """None stays None, and is no empty state."""
-    twin = trace(failed_event(children=[failed_event("in")])).copy()
-    assert list(twin) == [failed_event(children=[failed_event("in")])]
-
-
 def test_a_trace_that_was_pickled_goes_on() -> None:
     """Events, marks and the run id come back; it can be appended to."""
     held = nest()
@@ -345,15 +273,6 @@ def test_a_trace_that_was_pickled_goes_on() -> None:
     back.rows.append(row(given=(3,), made=(4,), schemas=(schema_of(Made), schema_of(Made), None)))
     assert list(back)[-1] == event(input_state={"b": 3}, output_state={"b": 4})
     assert len(held) == 5
-
-
-def test_setting_the_state_of_a_trace_keeps_the_list_it_was_given_apart() -> None:
-    """What is appended afterwards is not appended to the events that it was made of."""
-    events = [event()]
-    back = ExecutionTrace()
-    back.__setstate__(("r", events, []))
-    back.append(event())
-    assert (back.run_id, len(back), len(events)) == ("r", 2, 1)
 
 
 # ---------------------------------------------------------------- what is left out

@@ -12,7 +12,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from tests.store_suite.helpers import due_runs
 from tests.store_suite.journal import State
-from tests.ui.browser import Browser
 from tests.ui.conftest import BAD, GOOD, Site, make_runs
 from tests.ui.test_security import keys
 
@@ -150,22 +149,3 @@ def test_no_buttons_for_runs_that_have_ended(store: SQLiteStore, serve: Any) -> 
     site: Site = serve(store)
     for run_id in ("good", "bad"):
         assert not {"pause", "unpause", "budget", "cancel"} & set(keys(site, run_id))
-
-
-@pytest.mark.slow
-def test_buttons_in_a_browser(store: SQLiteStore, serve: Any, living: Any, chromium: Browser) -> None:
-    """A person raises the budget and pauses the run with the buttons of its page."""
-    site: Site = serve(store)
-    chromium.without_scripts(False)
-    chromium.goto(f"{site.url}/run?id=lives")
-    chromium.eval("document.querySelector('form[action=\"/budget\"] input[name=tokens]').value = '100'")
-    chromium.submit("form[action='/budget'] button")
-    chromium.submit("form[action='/pause'] button")
-    assert chromium.eval("location.pathname + location.search") == "/run?id=lives"
-    result = living()
-    assert (result.status, result.suspended) == ("SUSPENDED", ["paused"])
-    chromium.goto(f"{site.url}/run?id=lives")
-    assert "Paused" in chromium.eval("document.body.innerText")
-    assert chromium.eval("document.querySelector('form[action=\"/unpause\"] button').textContent") == (
-        "Let a worker continue"
-    )

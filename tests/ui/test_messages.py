@@ -6,7 +6,6 @@ import asyncio
 from typing import Any
 
 from tests.kit import NEVER, Num, node, same
-from tests.ui.browser import Browser
 from tests.ui.conftest import GOOD, Site, make_runs
 from tests.ui.test_actions import form_of
 
@@ -64,13 +63,3 @@ def test_a_run_that_takes_no_message(store: SQLiteStore, serve: Any) -> None:
     make_runs(store, ("x", GOOD))
     site: Site = serve(store)
     assert 'action="/send"' not in site.get("/run", id="x").text
-
-
-def test_a_message_in_a_browser(store: SQLiteStore, serve: Any, chromium: Browser) -> None:
-    """In a browser the field sends a message, and leads back to the page of the run."""
-    advance(store, "r")
-    site: Site = serve(store)
-    chromium.goto(f"{site.url}/run?id=r")
-    chromium.eval("document.querySelector('.note form[action=\"/send\"] textarea').value = '{\"n\": 4}'")
-    chromium.submit(".note form[action='/send'] button")
-    assert advance(store, "r").suspended == ["waiting for a message"]

@@ -16,8 +16,7 @@ from tests.servers import RedisServer
 from tests.servers_postgres import shared_postgres
 from tests.ui import test_pages
 from tests.ui.conftest import BAD, GOOD, Site, make_runs
-from tests.ui.test_pages import rows
-from tests.ui.test_security import attempts_of, keys
+from tests.ui.test_security import attempts_of
 
 from stroma.checkpoint import open_store
 from stroma.checkpoint.redis.server import RedisLink
@@ -52,22 +51,6 @@ def store(url: str) -> Iterator[Any]:
     store: Any = open_store(url)
     yield store
     store.close()
-
-
-def test_every_page(store: Any, serve: Callable[..., Site]) -> None:
-    """Every page says of a store on a server what it says of a file, from an empty one on."""
-    site = serve(store, pipeline="flows")
-    assert "No runs yet" in site.get("/").text
-    make_runs(store, ("good", GOOD), ("bad", BAD), tags=("nightly",))
-    bad, good = rows(site.get("/").text)
-    assert (bad[0], good[0]) == ("FAILED", "COMPLETED")
-    addresses = attempts_of(site)
-    pages = [site.ask("GET", address) for address in addresses]
-    assert {page.status for page in pages} == {200}
-    assert "Where it failed" in "".join(page.text for page in pages)
-    assert site.ask("GET", addresses[0].replace("/attempt", "/payload") + "&side=output").status == 200
-    assert site.post("/delete", {"id": "bad", "key": keys(site)["delete"]}).status == 303
-    assert len(rows(site.get("/").text)) == 1
 
 
 @pytest.mark.parametrize("url", ["redis"], indirect=True)

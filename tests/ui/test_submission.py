@@ -9,7 +9,6 @@ import time
 from typing import Any
 
 import pytest
-from tests.ui.browser import Browser
 from tests.ui.conftest import GOOD, SCRIPT, Site, State, make_runs
 from tests.ui.test_actions import form_of
 from tests.ui.test_security import keys
@@ -164,15 +163,3 @@ def test_who_may_submit(store: SQLiteStore, serve: Any, site: Site) -> None:
     for key in ("", "x", keys(site, "one")["delete"], keys(site, "one")["cancel"]):
         assert site.post("/submit", {"key": key, "input": "{}"}).status == 403
     assert queued(store) == ["one"]
-
-
-@pytest.mark.slow
-def test_a_form_in_a_browser(store: SQLiteStore, site: Site, chromium: Browser) -> None:
-    """A person submits a run with the form of the pipeline, and sees that it is queued."""
-    chromium.without_scripts(False)
-    chromium.goto(f"{site.url}/submit")
-    chromium.eval("document.querySelector('textarea[name=input]').value = '{\"n\": 7}'")
-    chromium.submit("form[action='/submit'] button")
-    (run_id,) = queued(store)
-    assert chromium.eval("location.pathname + location.search") == f"/run?id={run_id}"
-    assert "Queued" in chromium.eval("document.querySelector('h1 + .chip').innerText")

@@ -164,8 +164,3 @@ class Shown:
         from stroma.trace.html import fragment
 
         return fragment(self._story())
-
-    def __rich__(self) -> Any:
-        from stroma.trace.terminal import renderable
-
-        return renderable(self._story())

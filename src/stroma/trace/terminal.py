@@ -1,19 +1,17 @@
-"""One run as lines for terminals: `stroma show` and `tail` print their cells, rich draws a bar in each."""
+"""One run as lines of a table: `stroma show` and `tail` print their cells."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
-from stroma.trace.outline import WAITS, OutlineEntry, cost_text, duration, fold, outline, tone_of
-from stroma.trace.story import Bar, Story, waits
+from stroma._utils.text import clean, pluralize
+from stroma.trace.outline import WAITS, OutlineEntry, cost_text, duration, tone_of
+from stroma.trace.story import Bar
 
-__all__ = ["STYLES", "RunLine", "cells_of", "lines_of", "renderable"]
+__all__ = ["STYLES", "RunLine", "cells_of", "lines_of"]
 
-_WIDE: Final = 32
-_MOST: Final = 200
 _SHOWN_FAILED: Final = 5  # calls that failed, below the line that folds them
 #: Style of each tone.
 STYLES: Final = {"good": "green", "bad": "red", "warn": "yellow", "dim": "dim"}
@@ -103,70 +101,3 @@ def _lines(entry: OutlineEntry, depth: int, is_selected: Callable[[Bar], bool]) 
     if not own and not inside:
         return []
     return [*(own or [RunLine(depth, entry)]), *inside]
-
-
-def renderable(story: Story) -> Any:
-    """Return for rich a panel with the cause, and a table with bars for attempts and dots for waits."""
-    from rich.console import Group
-    from rich.panel import Panel
-    from rich.table import Table
-    from rich.text import Text
-
-    tone = {"COMPLETED": "green", "RESUMED": "green", "FAILED": "bold red", "PARTIAL": "red"}.get(
-        story.status, "yellow"
-    )
-    tokens, cost = story.wasted
-    spent = f"{format_tokens(story.tokens)}, {format_usd(story.cost_usd)}"
-    head = Text.assemble(
-        (f"{clean(story.pipeline or 'run', 60)} ", "bold"),
-        (story.status, tone),
-        f"  {clean(story.run_id, 60)}  {format_duration(story.seconds)}, {spent}",
-        f" (wasted {format_tokens(tokens)}, {format_usd(cost)})" if tokens or cost else "",
-    )
-    parts: list[Any] = [head]
-    box = story.box
-    if box is not None:
-        message = Text(clean(box.message, 1000))
-        if box.fields:
-            message.append(f"\nfield {', '.join(clean(path, 100) for path in box.fields[:10])}", "bold")
-        title = Text(f"{box.why} at node {clean(box.node_id, 60)} (at {box.at}, attempt {box.attempt})")
-        parts.append(Panel(message, title=title, title_align="left", border_style="red"))
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    columns = ("AT", "NODE", "TRY", "", "TIME", "TOKENS", "COST")
-    for name in columns:
-        table.add_column(
-            name, justify="right" if name in ("TRY", "TIME", "TOKENS", "COST") else "left", no_wrap=True
-        )
-    end = max((bar.began_ms + bar.took_ms for bar in [*story.bars, *story.waits]), default=0.0) or 1.0
-    paused = {bar.key: (began, took) for bar, began, took in waits(story.bars)}
-    shown = 0
-    for line in lines_of(fold(outline(story.bars, story.waits, story.pipeline))):
-        if shown >= _MOST:
-            break
-        cells, bar = line.cells(), line.bar
-        shown += len(line.entry.all_bars) if line.entry.kind == "fold" else bar is not None
-        cells["NODE"] = "  " * line.depth + cells["NODE"]
-        bars = line.entry.drawn_bars if bar is None else [bar]
-        cells[""] = _drawn(bars, None if bar is None else paused.get(bar.key), end)
-        table.add_row(*(cells.get(name, "") for name in columns))
-    parts.append(table)
-    left_out = max(0, len(story.bars) - shown) + story.left_out
-    if left_out:
-        parts.append(Text(f"and {left_out:,} attempts more", "dim"))
-    return Group(*parts)
-
-
-def _drawn(bars: Sequence[Bar], pause: tuple[float, float] | None, end: float) -> Any:
-    from rich.text import Text
-
-    def column(ms: float) -> int:
-        return min(_WIDE - 1, int(ms / end * _WIDE))
-
-    cells: list[tuple[str, str]] = [(" ", "")] * _WIDE
-    if pause is not None:
-        for at in range(column(pause[0]), column(pause[0] + pause[1]) + 1):
-            cells[at] = ("·", "dim")
-    for bar in bars:
-        for at in range(column(bar.began_ms), column(bar.began_ms + bar.took_ms) + 1):
-            cells[at] = ("█", STYLES[tone_of(bar.outcome)])
-    return Text.assemble(*cells)

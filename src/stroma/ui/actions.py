@@ -171,7 +171,7 @@ class Actions:
             await store.send(record.run_id, message, topic, self._keys.id_of(form["key"], identity_of(form)))
         except StoreError as error:
             raise HTTPException(409, clean(str(error), 1000)) from error
-        except (ValueError, RecursionError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise HTTPException(422, f"the message cannot be sent: {clean(str(error), 300)}") from error
         return to_run(record.run_id)
 
