@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import Any
 
 import pytest
-from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader
-from prometheus_client import CollectorRegistry
 from tests.fixtures import store_fixture
 from tests.limits.budget_helper import State
 from tests.limits.test_cooldown import NAMES, NO_RETRY, Refused, node_of
-from tests.receivers.datadog import StatsdSocket
 from tests.shared_stores import STORES
+from tests.telemetry.test_labels import Systems
 
 from stroma import Limit, StromaRunner
 from stroma.limits.rate_limit import read_cooldowns, read_limit
-from stroma.telemetry import datadog_hooks, log_hooks, otel_hooks, prometheus_hooks
+from stroma.telemetry import log_hooks
 
 pytest_plugins = ["tests.receivers.fixtures"]
 
@@ -38,39 +34,12 @@ async def close_limit(name: str, hooks: Any = None, store: Any = None, seconds: 
     await runner.run([node_of(function)], State(n=1))
 
 
-async def test_prometheus() -> None:
-    """stroma_limit_cooldowns_total counts the cooldowns that calls of a pipeline have begun, by limit."""
-    registry, name = CollectorRegistry(), next(NAMES)
-    await close_limit(name, prometheus_hooks(registry=registry))
-    labels = {"pipeline": "letters", "limit": name}
-    assert registry.get_sample_value("stroma_limit_cooldowns_total", labels) == 1
-
-
-async def test_opentelemetry() -> None:
-    """stroma.limit.cooldowns counts them, by workflow and limit."""
-    reader, name = InMemoryMetricReader(), next(NAMES)
-    await close_limit(name, otel_hooks(meter=MeterProvider([reader])))
-    data: Any = json.loads(reader.get_metrics_data().to_json())
-    metrics = [
-        one for of in data["resource_metrics"] for scope in of["scope_metrics"] for one in scope["metrics"]
-    ]
-    (points,) = [one["data"]["data_points"] for one in metrics if one["name"] == "stroma.limit.cooldowns"]
-    attributes = {"stroma.pipeline": "letters", "stroma.limit": name}
-    assert [(one["attributes"], one["value"]) for one in points] == [(attributes, 1)]
-
-
-async def test_datadog(monkeypatch: pytest.MonkeyPatch) -> None:
-    """stroma.limit.cooldowns counts them, by pipeline and limit."""
-    from ddtrace.trace import tracer
-
-    monkeypatch.setattr(tracer, "enabled", False)
-    name = next(NAMES)
-    with StatsdSocket() as socket:
-        hooks = datadog_hooks(statsd=f"{socket.host}:{socket.port}")
-        await close_limit(name, hooks)
-        await hooks.aclose()
-        lines = [line for line in socket.lines() if "limit.cooldowns" in line]
-    assert lines == [f"stroma.limit.cooldowns:1|c|#pipeline:letters,limit:{name}"]
+async def test_all_systems_count_cooldowns() -> None:
+    """Each system counts the cooldowns that calls of a pipeline have begun, by limit."""
+    systems, name = Systems(), next(NAMES)
+    await close_limit(name, systems.hooks())
+    names = ("stroma.limit.cooldowns", "stroma_limit_cooldowns_total", "stroma.limit.cooldowns")
+    assert systems.counts(*names) == [{tuple(sorted(("letters", name))): 1}] * 3
 
 
 async def test_logs(caplog: pytest.LogCaptureFixture) -> None:

@@ -94,6 +94,28 @@ async def test_names_of_pipelines_and_nodes_are_bounded() -> None:
             assert sum(counted.values()) == (1010 if names[2] else 0)
 
 
+async def test_names_of_models_are_bounded() -> None:
+    """Each metric has at most 200 names of models, then "other", in all systems, and no tokens are lost."""
+    systems = Systems()
+    runner = StromaRunner.quick(hooks=systems.hooks(), pipeline="p")
+
+    async def call(state: Num) -> Any:
+        return state, 1, 1, f"gpt-{state.n}-{'x' * 500}"
+
+    one = node("a", call)
+    for n in range(260):
+        await runner.run([one], Num(n=n))
+    for names in (
+        ("stroma.tokens", "stroma_tokens_total", "stroma.tokens"),
+        ("stroma.cost", "stroma_cost_usd_total", "stroma.cost_usd"),
+    ):
+        for counted in systems.counts(*names):
+            models = {text for labels in counted for text in labels if text.startswith(("gpt-", "other"))}
+            assert len(models) == 201, names
+            assert max(map(len, models)) <= 100
+            assert names[0] != "stroma.tokens" or sum(counted.values()) == 520
+
+
 def test_labels_that_are_in_use_stay() -> None:
     """A name that has had a label keeps it when the bound is reached, so what went up comes down."""
     labels = MetricLabels()

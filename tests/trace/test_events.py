@@ -13,57 +13,6 @@ from pydantic import BaseModel
 from tests.kit import Num, node, quick, sleep_forever
 
 from stroma import FailureClass, FailurePolicy, NodeHooks, RunStatus, StromaRunner, current_node, parallel
-from stroma.trace import ExecutionTrace, TraceEvent
-
-
-@pytest.mark.core
-async def test_diff_sees_children() -> None:
-    """What differs inside a group is a difference, although the group's own states are equal."""
-
-    async def trace(inner: int) -> ExecutionTrace:
-        async def first(state: Num) -> Any:
-            return {"n": inner}
-
-        async def second(state: Num) -> Any:
-            return {"n": 1}
-
-        return (await quick().run([parallel(node("a", first), node("b", second))], Num())).trace
-
-    one, same, other = await trace(1), await trace(1), await trace(2)
-    assert one.diff(same) == []
-    (line,) = one.diff(other)
-    assert line.startswith("Difference for parallel(a, b) attempt 1: children ")
-
-
-@pytest.mark.core
-@pytest.mark.parametrize(("one", "other"), [(1, True), (1, 1.0), (0, False), (None, "None")], ids=repr)
-def test_diff_tells_apart_what_python_takes_for_equal(one: Any, other: Any) -> None:
-    """1, 1.0 and True are equal to Python and not to whoever reads the states."""
-
-    def trace(value: Any) -> ExecutionTrace:
-        outputs = ExecutionTrace()
-        now = datetime(2026, 1, 1, tzinfo=UTC)
-        outputs.append(TraceEvent("a", "r", 1, now, {"value": value}, {}, 0))
-        return outputs
-
-    assert trace(one).diff(trace(one)) == []
-    assert len(trace(one).diff(trace(other))) == 1
-
-
-async def _same(state: Num) -> Num:
-    return state
-
-
-async def trace(*order: str) -> ExecutionTrace:
-    result = await StromaRunner.quick().run([node(name, _same) for name in order], Num())
-    return result.trace
-
-
-async def test_traces_of_which_one_goes_on() -> None:
-    """Another order is told beside what only one of them has."""
-    lines = (await trace("a", "b", "c")).diff(await trace("b", "a"))
-    assert [line.split(":")[0] for line in lines] == ["Missing event in other trace", "Difference for order"]
-    assert "'a'" in lines[1] or "a" in lines[1]
 
 
 class Late(BaseModel):

@@ -52,6 +52,7 @@ def test_events_that_only_one_of_them_has() -> None:
     ("change", "text"),
     [
         ({"given": {"a": 2}}, "input_state {'a': 1} != {'a': 2}"),
+        ({"given": {"a": True}}, "input_state {'a': 1} != {'a': True}"),
         ({"made": {"b": True}}, "output_state {'b': 2} != {'b': True}"),
         ({"made": {"b": 2.0}}, "output_state {'b': 2} != {'b': 2.0}"),
         ({"made": None}, "output_state {'b': 2} != None"),

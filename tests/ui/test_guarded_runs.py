@@ -4,6 +4,7 @@ others."""
 from __future__ import annotations
 
 import asyncio
+import html
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ class Framework:
 
 
 def test_a_guarded_run_is_shown(store: SQLiteStore, serve: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """With its nodes inside each other, every attempt, tokens and cost, and the cause of the one that
-    failed."""
+    """With its nodes inside each other, every attempt, tokens and cost, the cause of the one that failed, and
+    how its program resumes it: no command can."""
     quick = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in ("RECOVERABLE", "AMBIGUOUS")}
     guard = Guard(StromaRunner.quick(store=store, policy_map=quick, pipeline="agents"))
     assert asyncio.run(Framework(guard).run("Oslo")) == 4
@@ -65,7 +66,9 @@ def test_a_guarded_run_is_shown(store: SQLiteStore, serve: Any, capsys: pytest.C
     ]
     assert [row[6] for row in rows(page)] == ["", "", "10", ""]
     assert page.count('<details open><summary class="row">') == 1
-    assert "<b>weather</b>" in site.get("/run", id=failed).text
+    text = html.unescape(site.get("/run", id=failed).text)
+    assert "<b>weather</b>" in text
+    assert f"<b>Resume with</b> <code>run_id='{failed}', resume=True</code>" in text
     assert {site.ask("GET", address).status for address in attempts_of(site, failed)} == {200}
 
     assert stroma_command(["show", done, "--tree", "--db", str(Path(store.path))]) == 0
@@ -76,3 +79,5 @@ def test_a_guarded_run_is_shown(store: SQLiteStore, serve: Any, capsys: pytest.C
         ["└─", "weather"],
     ]
     assert "the provider took too long" in shown
+    assert stroma_command(["show", failed, "--db", str(Path(store.path))]) == 0
+    assert f"continue it with its program, under run_id='{failed}' and resume=True" in capsys.readouterr().err

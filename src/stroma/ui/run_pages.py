@@ -107,7 +107,7 @@ class RunPages:
         timeline, story = self._timeline(request, record, attempts, _Waits(waits, waiting), cause_attempt)
         drawn = Markup(timeline.draw())  # It escapes all text.
         failed = sum(attempt.failure_class is not None for attempt in attempts)
-        run_id = record.run_id
+        run_id, command = record.run_id, self._resume_command(record, attempts)
         return self._renderer.page(
             "run.html",
             here="runs",
@@ -136,7 +136,7 @@ class RunPages:
             approve_key=self._renderer.keys.form("approve", run_id),
             control_keys={action: self._renderer.keys.form(action, run_id) for action in controls_of(record)},
             working=is_at_work(record),
-            command=self._resume_command(record),
+            command=command,
             folded=timeline.fold_idle,
             idle=idle_ms(story.bars) > 0,
             at=after,
@@ -222,19 +222,22 @@ class RunPages:
             if is_first and record.status == "SUSPENDED"
             else {},
         )
-        return timeline, self._story(record, bars)
+        return timeline, self._story(record, bars, self._resume_command(record, attempts))
 
-    def _story(self, record: RunRecord, bars: list[Bar]) -> Story:
+    def _story(self, record: RunRecord, bars: list[Bar], command: str) -> Story:
         facts = [("tags", ", ".join(record.tags))] if record.tags else []
         if record.execution > 1:
             facts.append(("execution", str(record.execution)))
         if record.holder is not None:
             facts.append(("owner", record.holder))
-        return story_of(record, bars, self._resume_command(record), tuple(facts))
+        return story_of(record, bars, command, tuple(facts))
 
-    def _resume_command(self, record: RunRecord) -> str:
+    def _resume_command(self, record: RunRecord, attempts: list[AttemptRecord]) -> str:
+        """Return how to resume a run: a command, or of plain code the keywords for its program."""
         if record.status in (*FINISHED, QUEUED):
             return ""
+        if any(one.identity for one in attempts):
+            return f"run_id={record.run_id!r}, resume=True"
         return self._settings.command("resume", record)
 
     # ------------------------------------------------------------------ one attempt
@@ -333,9 +336,9 @@ class RunPages:
 
     def _export(self, record: RunRecord, form: str) -> Response:
         if form == "html":
-            story = self._history.story(
-                record, max_attempts=_MAX_LISTED, resume_command=self._resume_command(record)
-            )
+            first = self._history.attempt_page(record.run_id, 1, None).attempts
+            command = self._resume_command(record, first)
+            story = self._history.story(record, max_attempts=_MAX_LISTED, resume_command=command)
             text = document(story).encode("utf-8", "replace")
             return Response(text, media_type="text/html", headers=as_attachment("run.html"))
         if form != "otlp":

@@ -102,7 +102,8 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
             output = f"the output of node {clean(one.node_id, 100)!r} at {place_of(one)}"
             err.line(("stroma: ", "bold red"), f"{output} is damaged; resume from there to recompute it")
     if record.status not in _FINISHED_WELL:
-        _print_next_steps(database, record, unanswered(waiting))
+        is_plain_code = any(one.identity for one in attempts)
+        _print_next_steps(database, record, unanswered(waiting), is_plain_code=is_plain_code)
     return code
 
 
@@ -271,8 +272,10 @@ def _print_head(
         out.fitted((f"{name:<9} ", "dim"), *parts, indent=10)
 
 
-def _print_next_steps(database: Database, record: RunRecord, waiting: list[Waiting]) -> None:
-    """Print the commands that a run needs next."""
+def _print_next_steps(
+    database: Database, record: RunRecord, waiting: list[Waiting], *, is_plain_code: bool
+) -> None:
+    """Print the commands that a run needs next; only its program can resume a run of plain code."""
     name, target = id_word(record.run_id), database.target_of(record)
     place = f"  (where the pipeline {clean(record.pipeline, 60)!r} is)" if target == TARGET else ""
     if record.holder is not None:
@@ -290,6 +293,9 @@ def _print_next_steps(database: Database, record: RunRecord, waiting: list[Waiti
     reason = record.error or "" if record.status == "SUSPENDED" else ""
     for line in waiting_hints(database, record.run_id, target, record.waits_for, waiting, reason):
         err.line(line)
+    if is_plain_code:
+        err.line(f"continue it with its program, under run_id={record.run_id!r} and resume=True")
+        return
     verb = "or continue it here" if record.waits_for is not None else "then " if waiting else ""
     verb = verb if record.waits_for is not None else f"{verb}resume with"
     _print_hint(f"{verb}: {database.hint('resume', name, target)}", place)
