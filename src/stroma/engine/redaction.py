@@ -284,9 +284,7 @@ def _has_handler(logger: logging.Logger) -> bool:
     """Return True if a record would meet a handler, or a filter, that does anything."""
     ancestor: logging.Logger | None = logger
     while ancestor is not None:
-        if ancestor.filters:
-            return True
-        if any(type(handler) is not logging.NullHandler for handler in ancestor.handlers):
+        if ancestor.filters or set(map(type, ancestor.handlers)) - {logging.NullHandler}:
             return True
         ancestor = ancestor.parent if ancestor.propagate else None
     return False

@@ -210,32 +210,30 @@ def diagnose(
     )
 
 
+#: Of our own errors and a timeout. The first that fits counts.
+_MEANINGS: Final[tuple[tuple[type[BaseException], tuple[FailureClass, str]], ...]] = (
+    (ContractViolation, (FailureClass.TERMINAL, "contract")),
+    (BudgetExceeded, (FailureClass.RECOVERABLE, "budget")),
+    (UsageError, (FailureClass.TERMINAL, "usage")),
+    (NotSerialisable, (FailureClass.TERMINAL, "not_serialisable")),
+    (TimeoutError, (FailureClass.RECOVERABLE, "timeout")),
+    (LimitError, (FailureClass.TERMINAL, "limit")),
+    (WaitedTooLong, (FailureClass.RECOVERABLE, "limit")),
+    (CircuitOpen, (FailureClass.RECOVERABLE, "circuit_open")),
+    (PlaceError, (FailureClass.TERMINAL, "place")),
+    (WorkerLost, (FailureClass.RECOVERABLE, "worker_lost")),
+)
+
+
 def _built_in(exc: BaseException) -> tuple[FailureClass | None, str | None]:
     # By type, not isinstance: that asks the object for its __class__, which an exception may answer by
     # raising.
     kind = type(exc)
     if _is_bug(exc):
         return FailureClass.TERMINAL, "bug"
-    if issubclass(kind, ContractViolation):
-        return FailureClass.TERMINAL, "contract"
-    if issubclass(kind, BudgetExceeded):
-        return FailureClass.RECOVERABLE, "budget"
-    if issubclass(kind, UsageError):
-        return FailureClass.TERMINAL, "usage"
-    if issubclass(kind, NotSerialisable):
-        return FailureClass.TERMINAL, "not_serialisable"
-    if issubclass(kind, TimeoutError):
-        return FailureClass.RECOVERABLE, "timeout"
-    if issubclass(kind, LimitError):
-        return FailureClass.TERMINAL, "limit"
-    if issubclass(kind, WaitedTooLong):
-        return FailureClass.RECOVERABLE, "limit"
-    if issubclass(kind, CircuitOpen):
-        return FailureClass.RECOVERABLE, "circuit_open"
-    if issubclass(kind, PlaceError):
-        return FailureClass.TERMINAL, "place"
-    if issubclass(kind, WorkerLost):
-        return FailureClass.RECOVERABLE, "worker_lost"
+    for base, meaning in _MEANINGS:
+        if issubclass(kind, base):
+            return meaning
     return None, None
 
 

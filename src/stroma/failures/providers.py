@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import json
 import math
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC
@@ -86,7 +87,7 @@ _SILENT: Final = frozenset(
 
 #: Builtin exceptions that clients raise for want of a key.
 _KEYLESS: Final = frozenset({TypeError, ValueError})
-_KEY_PHRASES: Final = ("api_key", "api key", "authentication method", "missing credentials")
+_KEY_PHRASES: Final = re.compile("api[_ ]key|authentication method|missing credentials", re.IGNORECASE)
 
 
 def _lacks_key(exc: Any) -> bool:
@@ -94,7 +95,7 @@ def _lacks_key(exc: Any) -> bool:
     text = exc.args[0] if exc.args else None
     if not isinstance(text, str):
         text = safe_get(exc, "body")  # cohere
-    if not isinstance(text, str) or not any(phrase in text[:1000].lower() for phrase in _KEY_PHRASES):
+    if not isinstance(text, str) or not _KEY_PHRASES.search(text, 0, 1000):
         return False
     at, module = exc.__traceback__, ""
     while at is not None:
