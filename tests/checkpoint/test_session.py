@@ -141,6 +141,16 @@ async def test_a_damaged_commit_is_named_with_its_place(
         await begin(store, if_exists="resume")
 
 
+async def test_a_damaged_input_is_not_used(store: SQLiteStore, path: Path) -> None:
+    """Neither a reader nor a resume gets an input that is not what was stored."""
+    (await begin(store)).abandon()
+    change(path, "UPDATE inputs SET input = x'7b7d'")
+    with pytest.raises(CorruptCheckpoint, match="the input of run 'run' is damaged"):
+        store.input_of("run")
+    with pytest.raises(CorruptCheckpoint, match="the input of run 'run' is damaged"):
+        await begin(store, if_exists="resume", state=State(n=1))
+
+
 async def test_a_damaged_output_is_not_forked(store: SQLiteStore, path: Path) -> None:
     """A fork that would copy a damaged output is refused and leaves nothing; one before it is made."""
     session = await begin(store)
