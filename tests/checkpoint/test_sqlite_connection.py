@@ -151,18 +151,6 @@ def test_operations_go_in_one_transaction(bench: Bench) -> None:
     assert not bench.opened[-1].in_transaction
 
 
-def test_the_connection_stays_open(bench: Bench) -> None:
-    """From one transaction to the next it is the same."""
-    assert bench.connection.handle() is None
-    bench.apply(put("a"))
-    db = bench.connection.handle()
-    assert db is bench.opened[0]
-    bench.apply(put("b"))
-    assert bench.connection.handle() is db
-    assert len(bench.opened) == 1
-    assert bench.connection.name == str(bench.path)
-
-
 def test_a_file_that_was_replaced_is_opened_anew(bench: Bench) -> None:
     """What goes in afterwards is in the new one; nothing holds the old one any more."""
     bench.apply(put("a"))
@@ -221,19 +209,6 @@ def test_an_operation_that_fails_harms_no_other_one(bench: Bench) -> None:
     assert bench.cells() == ["a", "b", "c"]
     entry, undone = ["SAVEPOINT one", "RELEASE one"], ["SAVEPOINT one", "ROLLBACK TO one", "RELEASE one"]
     assert bench.statements == ["BEGIN IMMEDIATE", *entry, *undone, *entry, *undone, *entry, "COMMIT"]
-
-
-def test_an_error_of_sqlite_is_told_in_words(bench: Bench) -> None:
-    def operation(rows: SqliteRows) -> None:
-        rows.db.execute("SELECT * FROM nowhere")
-
-    jobs, poisoned = bench.apply(operation, put("a"))
-    error = jobs[0].error
-    assert type(error) is StoreError
-    assert str(error) == f"{bench.path}: no such table: nowhere"
-    assert isinstance(error.__cause__, sqlite3.OperationalError)
-    assert jobs[1].error is None
-    assert poisoned is None
 
 
 def test_what_comes_after_one_that_failed_is_done(bench: Bench) -> None:
