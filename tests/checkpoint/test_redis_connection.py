@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import redis
@@ -41,17 +40,6 @@ def link(url: str, patience: float = 0.0) -> RedisLink:
 
 
 class TestLink:
-    def test_a_connection_that_was_closed_while_it_was_idle(self, server: RedisServer) -> None:
-        """It is noticed before the next command is sent, which so needs no patience."""
-        ours = link(server.url)
-        assert ours.send([("SET", "k", "1")]) == [True]
-        for _ in range(3):
-            server.execute("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-            assert ours.send([("INCR", "k")])
-        assert server.execute("GET", "k") == b"4"
-        ours.close()
-        assert ours.send([("GET", "k")]) == [b"4"]
-
     @pytest.mark.core
     def test_what_nobody_asked_for(self, server: RedisServer, proxy: Proxy) -> None:
         """A reply that is left over answers no other command."""
@@ -63,22 +51,6 @@ class TestLink:
         proxy.on_reply = lambda data: True
         for _ in range(3):
             assert ours.send([("GET", "k")]) == [b"mine"]
-
-    @pytest.mark.parametrize("sent", [0, 3, 7])
-    def test_a_peer_that_goes_in_the_middle_of_a_reply(
-        self, server: RedisServer, proxy: Proxy, sent: int
-    ) -> None:
-        """It is asked again, on another connection."""
-        ours = link(proxy.url, 5.0)
-        assert ours.send([("SET", "k", "value")]) == [True]
-
-        def half(data: bytes) -> bytes | bool:
-            proxy.on_reply = lambda data: True
-            proxy.cut = True
-            return data[:sent] if sent else False
-
-        proxy.on_reply = half
-        assert ours.send([("GET", "k"), ("INCR", "n")]) == [b"value", 2]
 
     def test_a_reply_that_comes_too_late(self, server: RedisServer, proxy: Proxy) -> None:
         """What was given up is not read by who asks next."""
@@ -109,17 +81,6 @@ class TestLink:
         assert ours.send([("PING",)]) == [True]
         assert len(tries) == 3
 
-    def test_errors_stand_among_the_replies(self, server: RedisServer) -> None:
-        """One that is refused neither hides the others nor breaks the connection."""
-        ours = link(server.url)
-        assert ours.send([("SET", "k", "text")]) == [True]
-        mine = ours.send([("CLIENT", "ID")])
-        first, wrong, last = ours.send([("GET", "k"), ("INCR", "k"), ("GET", "k")])
-        assert (first, last) == (b"text", b"text")
-        assert isinstance(wrong, redis.exceptions.ResponseError)
-        assert "not an integer" in str(wrong)
-        assert ours.send([("CLIENT", "ID")]) == mine
-
     @pytest.mark.core
     def test_a_transaction(self, server: RedisServer) -> None:
         """All of it at once, or the error that kept it from being done; and the connection goes on."""
@@ -131,29 +92,6 @@ class TestLink:
         with pytest.raises(redis.exceptions.ResponseError, match="unknown command"):
             ours.send([("SET", "k", "b"), ("NONSENSE",)], atomic=True)
         assert ours.send([("GET", "k")]) == [b"a"]
-
-    @pytest.mark.parametrize("size", [0, 1, 32 * 1024 - 1, 32 * 1024, 3_000_000])
-    def test_values_of_any_size(self, server: RedisServer, size: int) -> None:
-        """Bytes, text of any language and numbers arrive as they were given."""
-        ours = link(server.url)
-        value = bytes(range(256)) * (size // 256 + 1)
-        value = value[:size]
-        commands: list[tuple[Any, ...]] = [("SET", "é", value), ("SET", "n", -5), ("GET", "é"), ("GET", "n")]
-        assert ours.send(commands) == [True, True, value, b"-5"]
-
-    def test_options_of_the_url(self, server: RedisServer) -> None:
-        """They are the driver's own: the name of the client, the database, the protocol, a look at its
-        health."""
-        server.execute("ACL", "SETUSER", "named", "reset", "on", ">secret", "~*", "+@all")
-        with proxied(server) as proxy:
-            at = proxy.url.replace("//", "//named:secret@").replace("/0", "/3")
-            for protocol in (2, 3):
-                ours = link(f"{at}?client_name=mine&protocol={protocol}&health_check_interval=1")
-                (info,) = ours.send([("CLIENT", "INFO")])
-                facts = dict(fact.split("=", 1) for fact in info.decode().split())
-                assert (facts["name"], facts["db"], facts["user"]) == ("mine", "3", "named")
-                assert ours.send([("SET", "k", "v"), ("GET", "k")], atomic=True) == [True, b"v"]
-                ours.close()
 
 
 class TestStore:
