@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-import pytest
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from pydantic import BaseModel
+from tests.npm import missing
 
 from stroma import FailureClass, FailurePolicy, Flow, SQLiteStore, StromaRunner, Usage, current_node, parallel
 from stroma.telemetry import otel_hooks
@@ -234,17 +234,19 @@ def die(endpoint: Any, folder: str) -> None:
     asyncio.run(run_support(Endpoint(*endpoint), Path(folder), dies=True))
 
 
-def shoot(url: str, name: str, *, seconds: int = 20) -> None:
+def shoot(url: str, name: str, home: Path) -> None:
     """Take a picture of a page, as users of the backend see it, into ``build/backends``."""
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
     if chromium is None:
-        pytest.skip("there is no Chromium here; name it with CHROMIUM=")
+        missing("there is no Chromium here; name it with CHROMIUM=")
+    assert chromium is not None
     folder = ROOT / "build" / "backends"
     folder.mkdir(parents=True, exist_ok=True)
     picture = folder / f"{name}.png"
     picture.unlink(missing_ok=True)
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1600,2000"]
-    options += [f"--virtual-time-budget={seconds * 1000}", f"--screenshot={picture}"]
+    options += [f"--screenshot={picture}", f"--user-data-dir={home}", "--force-prefers-reduced-motion"]
+    options += ["--virtual-time-budget=60000"]  # A busy machine takes a panel half-way in after 20 s.
     subprocess.run([chromium, *options, url], check=True, capture_output=True, timeout=4 * SHOW)
     assert picture.stat().st_size > 20_000, "the page is empty"
 

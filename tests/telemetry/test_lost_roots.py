@@ -18,11 +18,11 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
 from pydantic import BaseModel
-from tests.kit import Num
+from tests.kit import Num, retry_policies
 from tests.receivers.datadog import DatadogAgent
 from tests.receivers.sentry import RecordedSentry
 
-from stroma import Flow, Pipeline, RunStatus, SQLiteStore, StromaRunner, parallel
+from stroma import Flow, Pipeline, RunStatus, SQLiteStore, StromaRunner, current_node, parallel
 from stroma.engine.current import running_agent
 from stroma.telemetry import ExporterHooks, otel_hooks, sentry_hooks
 
@@ -252,11 +252,16 @@ def run_flow(
     """Run a flow with a flow, a map, agents and a group inside; the process may be killed in its last
     step."""
     store = SQLiteStore(path / "runs.db")
-    runner = StromaRunner.quick(store=store, hooks=hooks, resume=True, lease_seconds=1)
+    runner = StromaRunner.quick(
+        store=store, hooks=hooks, resume=True, lease_seconds=1, policy_map=retry_policies(1)
+    )
 
     def node(id: str) -> Any:
         @runner.node(id, input=State, output=State)
         async def step(state: State) -> State:
+            if id == "each" and current_node().attempt == 1:
+                await asyncio.sleep(0.1)  # The map begins with the first attempt.
+                raise ConnectionError
             if dies and id == "slow":
                 await asyncio.sleep(0.5)  # Its sibling ends, and is stored.
                 before_death()

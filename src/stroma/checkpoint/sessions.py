@@ -64,8 +64,8 @@ class Session:
             before.
         lost_start_ms: start of the execution, in ms since the epoch, if its last process recorded no end;
             else None.
-        lost_times: start and end in ns since the epoch of attempts that such a process recorded, by
-            (position, branch), if it also recorded a trace context.
+        lost_times: start of the first and end of the last attempt that such a process recorded, in ns since
+            the epoch, by (position, branch); {} if it recorded no trace context.
         attribution: ids of what the run belongs to, by "conversation", "user" and "session": those that were
             noted before, in a fork those of its origin. "session": the first of the runs that were forked
             from each other.

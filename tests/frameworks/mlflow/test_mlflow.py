@@ -116,10 +116,10 @@ def test_the_bill(server: Server) -> None:
     assert cost == pytest.approx(server.sent.cost_usd, abs=1e-6)
 
 
-def test_pictures(server: Server) -> None:
+def test_pictures(server: Server, tmp_path: Path) -> None:
     """Pictures of the list of traces, of the run that was killed and of the refused one are made for people
     to look at."""
     traces = f"{server.url}/#/experiments/0/traces"
-    shoot(traces, "mlflow-list")
+    shoot(traces, "mlflow-list", tmp_path)
     for name, trace in zip(("r-1", "fork", "refused"), server.traces(), strict=True):
-        shoot(f"{traces}?selectedEvaluationId={trace.info.trace_id}", f"mlflow-{name}")
+        shoot(f"{traces}?selectedEvaluationId={trace.info.trace_id}", f"mlflow-{name}", tmp_path)

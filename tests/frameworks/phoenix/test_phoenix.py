@@ -157,7 +157,7 @@ def test_the_bill(phoenix: Phoenix) -> None:
     assert found["costSummary"]["total"]["cost"] == pytest.approx(phoenix.sent.cost_usd, abs=1e-6)
 
 
-def test_pictures(phoenix: Phoenix) -> None:
+def test_pictures(phoenix: Phoenix, tmp_path: Path) -> None:
     """Pictures of the list of traces, of the run that was killed and of the refused one are made for people
     to look at."""
     roots = {
@@ -165,6 +165,6 @@ def test_pictures(phoenix: Phoenix) -> None:
         for span in phoenix.spans_named("invoke_workflow support")
     }
     project = phoenix.url + f"/projects/{phoenix.project('id')['id']}"
-    shoot(f"{project}/spans", "phoenix-list")
+    shoot(f"{project}/spans", "phoenix-list", tmp_path)
     for run_id, trace_id in roots.items():
-        shoot(f"{project}/traces/{trace_id}", f"phoenix-{run_id}")
+        shoot(f"{project}/traces/{trace_id}", f"phoenix-{run_id}", tmp_path)

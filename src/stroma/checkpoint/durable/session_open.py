@@ -275,10 +275,12 @@ class RunOpener:
             attempts, _ = records.rows.attempt_page(
                 records.run, records.execution, limit=_MAX_TIMED, after=None
             )
-            opened.lost_times = {
-                (one.position, one.branch): (one.started_ns, one.started_ns + int(one.duration_ms * 1e6))
-                for one in attempts
-            }
+            times: dict[tuple[int, str], tuple[int, int]] = {}
+            for one in attempts:
+                began, ended = times.get((one.position, one.branch), (one.started_ns, 0))
+                ended = max(ended, one.started_ns + int(one.duration_ms * 1e6))
+                times[one.position, one.branch] = min(began, one.started_ns), ended
+            opened.lost_times = times
         if is_claimed and opened.continued and request.deliver:
             due = [read_due_hooks(records, row) for row in read(Annotation.DUE_HOOKS)]
             opened.undelivered = sorted(due, key=lambda row: row.started_ns)
