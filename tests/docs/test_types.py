@@ -22,6 +22,7 @@ UNTYPED = [
     EXAMPLES / "fastapi_service.py",
     EXAMPLES / "rag_ingestion.py",
     *EXAMPLES.glob("research_*.py"),
+    *EXAMPLES.glob("comparison/*_[!s]*.py"),
 ]
 
 
@@ -49,8 +50,10 @@ def lay_out(folder: Path) -> list[Path]:
         if example not in UNTYPED:
             inside = example.relative_to(EXAMPLES)
             # Another name than that of a file of the tutorial.
-            place = f"example_{inside}" if inside.parent == Path() else str(inside)
-            sources[f"examples/{place}"] = example.read_text("utf-8")
+            place = f"examples/example_{inside}" if inside.parent == Path() else f"examples/{inside}"
+            if inside.parent.name == "comparison":
+                place = f"files/{inside.name}"  # They import each other.
+            sources[place] = example.read_text("utf-8")
     for place, text in sources.items():
         path = folder / place
         path.parent.mkdir(parents=True, exist_ok=True)

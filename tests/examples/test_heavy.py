@@ -11,7 +11,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,30 @@ from arq.worker import Worker
 from nbclient import NotebookClient
 from tests.docs.blocks import run_python, shown
 from tests.servers import RedisServer
+from tests.servers_temporal import TemporalServer
 
 from stroma import NodeHooks
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
+SYSTEMS = ("stroma", "pydantic_ai", "langgraph", "dbos", "temporal")
+#: By task of the comparison: the arguments of each start of a program, what all starts print, and the calls.
+STARTS = {"hello": [""], "invoice": ["", ""], "agent": ["", "approve", ""]}
+EXPECTED = {
+    "hello": [
+        "sort 1 failure",
+        "sort 2 success",
+        "reply 1 success",
+        "topic='billing' reply='We look into it: My invoice is wrong'",
+    ],
+    "invoice": ["euros=12 $0.000288"],
+    "agent": ["refund order 17?", "It is refunded."],
+}
+CALLS = {
+    "hello": [],
+    "invoice": ["extract", "extract", "extract"],
+    "agent": ["model", "find_order", "model", "refund", "model"],
+}
 # Whatever asks a host by its name, or any host but this one, gets an error.
 OFFLINE = """
 import socket
@@ -214,6 +233,43 @@ def test_the_page_about_requests_with_fastapi(tmp_path: Path, monkeypatch: pytes
     printed = [line for _, _, lines in run_python(changed, "service_fastapi") for line in lines]
     assert "'status': 'QUEUED'" in printed[0]
     assert "a report about otters" in printed[-1]
+
+
+@pytest.fixture(scope="module")
+def temporal() -> Iterator[str]:
+    server = TemporalServer()
+    yield server.address
+    server.kill()
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("task", EXPECTED)
+def test_programs_of_the_comparison_do_the_same(
+    task: str, system: str, temporal: str, tmp_path: Path
+) -> None:
+    """Each program of a task prints the same, and repeats nothing after a kill."""
+    env = {**os.environ, "TEMPORAL": temporal}
+    printed: list[str] = []
+    for argument in STARTS[task]:
+        is_killed = argument == "approve" or (task == "invoice" and not printed)
+        if is_killed:
+            printed.append("")
+        command = [sys.executable, str(EXAMPLES / "comparison" / f"{task}_{system}.py"), argument]
+        done = subprocess.run(
+            command,
+            env=env | ({"CRASH": "1"} if is_killed else {}),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=100,
+            cwd=tmp_path,
+        )
+        assert (done.returncode == -signal.SIGKILL) == is_killed, done.stderr
+        printed += done.stdout.splitlines()
+    assert [line for line in printed if line] == EXPECTED[task]
+    log = tmp_path / "calls.log"
+    calls = [line.split()[0] for line in log.read_text().splitlines()] if log.exists() else []
+    assert calls == CALLS[task]
 
 
 async def note(calls: list[str], run_id: str, node_id: str, input_state: dict[str, Any]) -> None:
