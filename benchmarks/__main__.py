@@ -1,6 +1,7 @@
 """What Stroma costs beside its peers and the bare work. See the modules that are named here.
 
-./dev bench [--nodes 1,10,100,1000] [--rounds N]    # benchmarks.compare: a table and a chart
+./dev bench [--nodes 1,10,100,1000] [--rounds N]    # benchmarks.compare: a table
+./dev bench --write [--only REGEX]                   # benchmarks.figures: all tables and charts of the docs
 ./dev bench --growth                                 # benchmarks.growth: plots
 ./dev bench --where                                  # benchmarks.where: the time of a node, in one picture
 ./dev bench --gate [--write] [--slower PERCENT]      # benchmarks.gate: nothing got slower
@@ -21,6 +22,7 @@ def main() -> int:
     what.add_argument("--growth", action="store_true")
     what.add_argument("--where", action="store_true")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--only", default="")
     parser.add_argument("--slower", type=float, default=0.0)
     parser.add_argument("--nodes", default="1,10,100,1000")
     parser.add_argument("--rounds", type=int, default=7)
@@ -37,9 +39,14 @@ def main() -> int:
         from benchmarks import where
 
         return where.main()
+    counts = [int(n) for n in given.nodes.split(",")]
+    if given.write:
+        from benchmarks import figures
+
+        return figures.main(counts, given.rounds, given.only)
     from benchmarks import compare
 
-    return compare.main([int(n) for n in given.nodes.split(",")], given.rounds, write=given.write)
+    return compare.main(counts, given.rounds, write=False)
 
 
 if __name__ == "__main__":

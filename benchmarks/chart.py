@@ -42,7 +42,7 @@ def _svg(width: int, height: int, title: str, theme: Theme, parts: Sequence[str]
 
 
 def bars(title: str, rows: Sequence[tuple[str, float, float]], ours: str, theme: Theme) -> str:
-    """(label, microseconds, ratio to the floor), each a bar whose length is the logarithm of the time."""
+    """(label, microseconds, ratio to validation alone), each a bar whose length is the logarithm of the time."""
     width, left, step = 760, 210, 30
     longest = math.log10(max(us for _, us, _ in rows)) - math.log10(0.5)
     parts = [f"<text x='16' y='26' font-size='15' font-weight='600'>{escape(title)}</text>"]
@@ -59,7 +59,7 @@ def bars(title: str, rows: Sequence[tuple[str, float, float]], ours: str, theme:
         ]
     height = 44 + len(rows) * step + 26
     parts.append(
-        f"<text x='{left}' y='{height - 10}' font-size='11'>logarithmic; less is better; x: times the floor</text>"
+        f"<text x='{left}' y='{height - 10}' font-size='11'>logarithmic; less is better; x: times validation alone</text>"
     )
     return _svg(width, height, title, theme, parts)
 

@@ -1,11 +1,11 @@
-"""Stroma beside the floor, the published library and LangGraph: a table, a chart, and the figures as JSON.
+"""Stroma beside validation alone, the published library and LangGraph: a table and a chart.
 
-    ./dev bench [--nodes 1,10,100,1000] [--rounds N] [--write]
+    ./dev bench [--nodes 1,10,100,1000] [--rounds N]
 
 Each library is a process of its own (benchmarks/peers/in_memory), asked in turn, round after round. A sample
-is CPU time between two samples of the floor in the same process; a ratio is the median over the rounds.
-``--write`` keeps the figures in benchmarks/results.json, writes the table into docs/performance.md and draws
-docs/images/bench-light.svg and -dark.svg.
+is CPU time between two samples of validation alone in the same process; a ratio is the median over the rounds.
+``./dev bench --write`` writes the table into docs/performance.md, one column of it into docs/comparison.md and
+the README, and draws docs/images/bench-light.svg and -dark.svg.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ from typing import Any
 from benchmarks import chart
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results.json"
-PAGE = ROOT / "docs" / "performance.md"
 _BEGIN, _END = "<!-- written by ./dev bench --write -->", "<!-- to here -->"
+BASE = "validation alone"
 #: By label: the module, and which Python.
 PEERS = {
-    "floor": ("floor", None),
+    BASE: ("floor", None),
     "written by hand": ("by_hand", None),
     "Stroma": ("stroma_", None),
     "stroma 0.3.2": ("stroma_", "published"),
@@ -57,7 +56,7 @@ class Peer:
         return answer
 
     def sample(self, nodes: int) -> tuple[float, float]:
-        """CPU microseconds per node: its own, and the floor's beside it."""
+        """CPU microseconds per node: its own, and that of validation alone beside it."""
         assert self.process.stdin is not None
         print(json.dumps({"nodes": nodes}), file=self.process.stdin, flush=True)
         answer = self._answer()
@@ -106,7 +105,7 @@ def measure(counts: list[int], rounds: int) -> dict[str, Any]:
             label: {str(n): round(statistics.median(cpu for cpu, _ in pairs), 2) for n, pairs in by.items()}
             for label, by in found.items()
         },
-        "to_the_floor": {
+        "ratio": {
             label: {str(n): round(statistics.median(a / b for a, b in pairs), 2) for n, pairs in by.items()}
             for label, by in found.items()
         },
@@ -114,15 +113,15 @@ def measure(counts: list[int], rounds: int) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    counts = list(results["cpu_us_per_node"]["floor"])
+    counts = list(results["cpu_us_per_node"][BASE])
     lines = [
-        f"| CPU us per node (to the floor) | {' | '.join(f'{int(n):,} nodes' if n != '1' else '1 node' for n in counts)} |",
+        f"| CPU us per node (times validation) | {' | '.join(f'{int(n):,} nodes' if n != '1' else '1 node' for n in counts)} |",
         f"| --- {'| --- ' * len(counts)}|",
     ]
     for label, costs in results["cpu_us_per_node"].items():
         cells = []
         for n in counts:
-            ratio = results["to_the_floor"][label][n]
+            ratio = results["ratio"][label][n]
             cells.append(
                 f"{costs[n]:.3g} ({ratio:.2g}x)" if ratio < 99.5 else f"{costs[n]:,.0f} ({ratio:.0f}x)"
             )
@@ -136,20 +135,43 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def column(results: dict[str, Any], nodes: str) -> list[tuple[str, float, float]]:
+    """Return the label, the microseconds and the ratio of each library in runs of so many nodes."""
+    return [
+        (label, results["cpu_us_per_node"][label][nodes], results["ratio"][label][nodes]) for label in PEERS
+    ]
+
+
+def rewrite(page: str, block: str) -> None:
+    path = ROOT / page
+    before, _, rest = path.read_text("utf-8").partition(_BEGIN)
+    path.write_text(f"{before}{_BEGIN}\n{block}\n{_END}{rest.partition(_END)[2]}", "utf-8")
+
+
 def main(counts: list[int], rounds: int, *, write: bool) -> int:
     results = measure(counts, rounds)
     print(table(results))
-    if write:
-        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-        text = PAGE.read_text()
-        before, _, rest = text.partition(_BEGIN)
-        PAGE.write_text(f"{before}{_BEGIN}\n{table(results)}\n{_END}{rest.partition(_END)[2]}")
-        chosen = "100" if "100" in results["to_the_floor"]["floor"] else str(counts[-1])
-        bars = [
-            (label, results["cpu_us_per_node"][label][chosen], results["to_the_floor"][label][chosen])
-            for label in PEERS
-        ]
-        for name, theme in chart.THEMES.items():
-            path = ROOT / "docs" / "images" / f"bench-{name}.svg"
-            path.write_text(chart.bars(f"CPU time of a node, in a run of {chosen}", bars, "Stroma", theme))
+    if not write:
+        return 0
+    nodes = "100" if 100 in counts else str(counts[-1])
+    rows = column(results, nodes)
+    where = f"{results['date']}, {results['machine']}, Python {results['python']}"
+    rewrite("docs/performance.md", table(results))
+    lines = [
+        f"| {'**Stroma**' if label == 'Stroma' else label} | {us:.3g} | {ratio:.2g} |"
+        for label, us, ratio in rows
+    ]
+    head = "| | microseconds | times validation |\n| --- | --- | --- |\n"
+    rewrite("docs/comparison.md", head + "\n".join(lines) + f"\n\n{where}.")
+    text = ", ".join(f"{label} {us:.3g}" for label, us, _ in rows)
+    image = "docs/images/bench"
+    rewrite(
+        "README.md",
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{image}-dark.svg">'
+        f'<img alt="Microseconds of CPU time of a node: {text}" src="{image}-light.svg"></picture>\n\n'
+        f"CPU time of each node of a run of {nodes}, in memory\n({where}).",
+    )
+    for name, theme in chart.THEMES.items():
+        path = ROOT / "docs" / "images" / f"bench-{name}.svg"
+        path.write_text(chart.bars(f"CPU time of a node, in a run of {nodes}", rows, "Stroma", theme))
     return 0

@@ -385,7 +385,6 @@ async def watched() -> None:
             for into, name, cost in samples:
                 into[name].append(cost)
     base = min(costs["none"])
-    print(f"load {os.getloadavg()[0]:.1f}")
     print(
         "| hooks | us a node | more than none | SDK in a loop | times that | SDK in the nodes | times that |\n"
         "| --- | --- | --- | --- | --- | --- | --- |"
@@ -397,6 +396,7 @@ async def watched() -> None:
             loop, by_nodes = min(in_loop[name]), min(in_nodes[name]) - base
             line += f"{loop:.1f} | {more / loop:.1f} | {by_nodes:.1f} | {more / by_nodes:.1f} |"
         print(line if name in raw else line + " | | | |")
+    sys.stdout.flush()
     os._exit(0)  # No tracer that is told to send nothing may wait for its agent.
 
 

@@ -102,7 +102,6 @@ def main() -> None:
     parser.add_argument("--peer-runs", type=int, default=1000, help="beside DBOS; 0 leaves it out")
     options = parser.parse_args()
     stores = options.stores.split(",")
-    print(f"load {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores, {options.runs:,} runs\n")
     if options.runs:
         print(
             "| runs a second | run_many | submit | worker | worker / run_many | CPU us: run_many | submit | worker | ratio |"
@@ -119,7 +118,6 @@ def main() -> None:
         )
         print("| --- | ---: | ---: | ---: | ---: | ---: |")
         peer(options.peer_runs)
-    print(f"\nload {os.getloadavg()[0]:.1f}")
 
 
 if __name__ == "__main__":

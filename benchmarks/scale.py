@@ -4,8 +4,8 @@
     [--nodes 10000]
 
 A store of a million attempts in each shape (runs x attempts of each), filled with generated rows; beside it a
-run of 10,000 nodes, through the runner. Each line is a process of its own: the seconds of the call alone, and
-by how much it raised the peak of the process's memory. ``$ stroma ...`` lines are whole commands, start of
+run of 10,000 nodes, through the runner. Each figure is a process of its own: the seconds of the call alone.
+stderr has by how much it raised the peak of the process's memory. ``stroma ...`` rows are whole commands, start of
 Python and all: their import takes some 0.3 s and 60 MB.
 """
 
@@ -123,36 +123,39 @@ def main() -> None:
     parser.add_argument("--shapes", default="1000x1000,100000x10")
     parser.add_argument("--nodes", type=int, default=10_000)
     options = parser.parse_args()
-    print("| store | what | seconds | peak over start, MB | found |\n|---|---|---|---|---|")
-
-    def line(store: str, what: str, figures: tuple[float, float, Any]) -> None:
-        seconds, mb, found = figures
-        print(
-            f"| {store} | {what} | {seconds:.3f} | {mb:.0f} | {'' if found is None else found} |", flush=True
-        )
-
+    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
+    columns = [f"{runs:,} runs of {attempts:,}" for runs, attempts in shapes]
     for store in options.stores.split(","):
-        for shape in filter(None, options.shapes.split(",")):
-            runs, attempts = map(int, shape.split("x"))
+        seconds: dict[str, list[str]] = {}
+
+        def add(
+            what: str, figures: tuple[float, float, Any], seconds: dict[str, list[str]] = seconds
+        ) -> None:
+            took, mb, found = figures
+            print(f"{what}: {took:.3f} s, {mb:.0f} MB over the start, {found}", file=sys.stderr, flush=True)
+            seconds.setdefault(what, []).append(f"{took:.3f}")
+
+        for runs, attempts in shapes:
             with address(store) as url:
                 begun = time.perf_counter()
                 fill(url, runs, attempts)
-                print(f"filled {store} {shape} in {time.perf_counter() - begun:.0f} s", file=sys.stderr)
+                print(f"filled {store} in {time.perf_counter() - begun:.0f} s", file=sys.stderr)
                 for what in OPERATIONS:
-                    line(f"{store} {shape}", what, measured(what, url, runs))
-                line(f"{store} {shape}", "`$ stroma runs`", commanded("runs", "--db", url))
-                line(
-                    f"{store} {shape}",
-                    "`$ stroma show RUN`",
-                    commanded("show", run_name(runs // 2), "--db", url),
-                )
+                    add(what, measured(what, url, runs))
+                add("`stroma runs`", commanded("runs", "--db", url))
+                add("`stroma show RUN`", commanded("show", run_name(runs // 2), "--db", url))
+        print(f"| seconds on {store} | {' | '.join(columns)} |\n|{' --- |' * (1 + len(columns))}")
+        for what, cells in seconds.items():
+            print(f"| {what} | {' | '.join(cells)} |")
+        print()
         if options.nodes:
             with address(store) as url:
-                name = f"{store}, {options.nodes:,} nodes"
-                line(name, "run", measured("long", url, options.nodes, STOPS="1"))
-                line(name, "resume at the last node", measured("long", url, options.nodes))
-                line(name, "`$ stroma runs`", commanded("runs", "--db", url))
-                line(name, "`$ stroma show long`", commanded("show", "long", "--db", url))
+                done = measured("long", url, options.nodes, STOPS="1")[0]
+                resumed = measured("long", url, options.nodes)[0]
+            print(
+                f"A run of {options.nodes:,} nodes took {done:.1f} s in {store}, and its resume at the last node "
+                f"{resumed:.1f} s.\n"
+            )
     return None
 
 

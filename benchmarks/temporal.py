@@ -82,9 +82,7 @@ async def measure(server: TemporalServer, store: str, worker: int, runs: int, no
     )
     of_server, of_worker, of_client, wall = (b - a for a, b in zip(before, cpu(), strict=True))
     assert all(result.final_state == State(n=nodes) for result in results)
-    print(
-        f"{runs} runs of {nodes} nodes in {wall:.1f} s; load {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores"
-    )
+    print(f"{runs} runs of {nodes} nodes in {wall:.1f} s\n")
     print("| CPU ms | a run | a step |\n| --- | ---: | ---: |")
     for name, seconds in (("worker", of_worker), ("server", of_server), ("client", of_client)):
         print(f"| {name} | {1000 * seconds / runs:.1f} | {1000 * seconds / runs / nodes:.2f} |")

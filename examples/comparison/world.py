@@ -76,7 +76,7 @@ async def ask_for_euros(text: str, complaint: str | None = None) -> dict[str, An
 def price_of(response: dict[str, Any]) -> float:
     """Return the price of a response in US dollars."""
     usage = response["usage"]
-    return (usage["prompt_tokens"] * 0.15 + usage["completion_tokens"] * 0.6) / 1e6
+    return float(usage["prompt_tokens"] * 0.15 + usage["completion_tokens"] * 0.6) / 1e6
 
 
 async def ask_for_move(messages: list[str]) -> Move:

@@ -554,7 +554,7 @@ def test_contract_retries_ask_again() -> None:
 
 
 def test_every_attempt_of_a_mutating_step_is_traced_as_it_was_given() -> None:
-    """G7: what the step does to its arguments changes no event."""
+    """G7: A step that changes its arguments changes no event."""
     guard = guard_of()
 
     @guard.step("eat")
@@ -771,7 +771,7 @@ def test_only_the_innermost_step_books_what_was_used() -> None:
 
 
 def test_tokens_of_failed_attempts_count() -> None:
-    """G6: what an attempt reported before it failed, and what an invalid answer used, is in the bill."""
+    """G6: The tokens of failed attempts and of invalid answers count."""
     guard = guard_of(contract_retries={"it": 1})
     answers = [{"code": 1}, {"code": "T"}]
     step = guard.wrap(

@@ -240,7 +240,7 @@ OPERATIONS: dict[str, Any] = {
     "list the newest 50": blocking(lambda s, n: s.list_runs()),
     "list 50 of one pipeline": blocking(lambda s, n: s.list_runs(pipeline="p7")),
     "list 50 that failed": blocking(lambda s, n: s.list_runs(status="FAILED")),
-    "list those that run (none)": blocking(lambda s, n: s.list_runs(status="RUNNING")),
+    "list the running ones (none)": blocking(lambda s, n: s.list_runs(status="RUNNING")),
     "a page that failed": blocking(lambda s, n: s.run_page(RunQuery(statuses=("FAILED", "PARTIAL"))).runs),
     "a page of a class (none)": blocking(lambda s, n: s.run_page(RunQuery(failure_class="TERMINAL")).runs),
     "a page with a text (none)": blocking(lambda s, n: s.run_page(RunQuery(text="nowhere")).runs),
@@ -253,8 +253,8 @@ OPERATIONS: dict[str, Any] = {
     "get one": blocking(lambda s, n: [s.get_run(run_name(n // 2))]),
     "its attempts": blocking(lambda s, n: s.attempts(run_name(n // 2))),
     "resume one": resume,
-    "begin one, with a commit": begin,
-    "gc that finds nothing": nothing_expired,
+    "start one, with a commit": begin,
+    "`gc` that finds nothing": nothing_expired,
 }
 
 

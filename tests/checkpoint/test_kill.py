@@ -113,8 +113,7 @@ async def test_g5_killed_on_the_way(tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 async def test_g5_killed_at_random_instants(tmp_path: Path) -> None:
-    """G5: killed with SIGKILL at 50 random instants, a run resumes with every node committed once and none
-    run again."""
+    """G5: A run that is killed with SIGKILL at 50 random instants resumes with every node committed once."""
     # How long a whole run takes here, from "ready" on, sets the range of instants: a little over its half, so
     # that a machine that gets quicker meanwhile still sees most of them before the end.
     async with _child(tmp_path / "measure.db", tmp_path / "measure") as child:

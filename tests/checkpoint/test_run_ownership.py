@@ -122,7 +122,7 @@ async def any_machine(journal: tuple[str, str], tmp_path: Path) -> AsyncIterator
 
 @pytest.mark.slow
 async def test_a_run_has_one_owner(machine: Machine) -> None:
-    """G10: a second process that resumes a run gets RunBusy with the owner's name, and calls nothing."""
+    """G10: A second process that resumes a run gets RunBusy with the name of the owner, and calls nothing."""
     first = await machine.start(waits={"sleep1": 30})
     await first.until("in n1")
     second = await machine.start()
@@ -132,7 +132,7 @@ async def test_a_run_has_one_owner(machine: Machine) -> None:
 
 @pytest.mark.slow
 async def test_eight_processes_at_once(any_machine: Machine) -> None:
-    """G10: of eight processes that start the same run at the same moment one runs it, the others get
+    """G10: Of eight processes that start the same run at once, one executes it, and the others get
     RunBusy."""
     all_of_them = await asyncio.gather(
         *(any_machine.start(waits={"wait": 1, "sleep0": 0.5, "sleep1": 0.5}) for _ in range(8))
@@ -174,8 +174,7 @@ async def test_a_run_whose_process_died_is_free_at_once(machine: Machine) -> Non
 
 @pytest.mark.slow
 async def test_a_stopped_process_loses_its_run(machine: Machine) -> None:
-    """G10: a process that is stopped for longer than its lease is taken over from; what it does later is
-    refused."""
+    """G10: The late writes of a process that was stopped for longer than its lease are refused."""
     first = await machine.start(waits={"sleep1": 0.3}, lease_seconds=0.5)
     await first.until("in n1")
     first.child.send_signal(signal.SIGSTOP)
@@ -449,7 +448,7 @@ async def test_an_existing_run_can_be_refused(store: Any) -> None:
 
 @pytest.mark.core
 async def test_an_owner_that_is_taken_over_from_stops(store: Any) -> None:
-    """G10: a run that is taken over is stopped at its next commit: PARTIAL, with Fenced."""
+    """G10: An owner that was replaced stops at its next commit: PARTIAL, with Fenced."""
     calls: list[str] = []
     gate = asyncio.Event()
     task = await _held(store, calls, gate)

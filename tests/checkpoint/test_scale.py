@@ -95,8 +95,8 @@ async def test_a_store_of_many_attempts(filled: str) -> None:
         assert len(measured(lambda: store.attempts(run_name(some)))) == attempts
         for operation, result in (
             ("resume one", attempts),
-            ("begin one, with a commit", None),
-            ("gc that finds nothing", 0),
+            ("start one, with a commit", None),
+            ("`gc` that finds nothing", 0),
         ):
             started = time.perf_counter()
             assert await large_stores.OPERATIONS[operation](store, runs) == result

@@ -754,7 +754,7 @@ class TestReading:
         assert seen == sorted(seen)
 
     async def test_stored_data_imports_nothing(self, store: SQLiteStore, path: pathlib.Path) -> None:
-        """load looks its class up among imported modules only (G11); load_typed does not need it."""
+        """G11: Loading a state looks its class up among imported modules only."""
         await store.save("run", "node", State(n=1))
         for ref, printed in (
             ("this:Zen", "not imported"),

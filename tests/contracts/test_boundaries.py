@@ -75,7 +75,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 @pytest.mark.parametrize("grouped", [False, True], ids=["alone", "in-a-group"])
 async def test_broken_output_stops_at_its_boundary(name: str, grouped: bool) -> None:
-    """G1: output that failed its contract is never committed, never traced as output, never handed on."""
+    """G1: Output that fails its contract is neither committed, nor traced as an output, nor passed on."""
     func, calls = giving(BROKEN[name])
     after, others = giving({"n": 1})
     store = InMemoryStore()
@@ -101,7 +101,7 @@ async def test_broken_output_stops_at_its_boundary(name: str, grouped: bool) -> 
 )
 @pytest.mark.parametrize("grouped", [False, True], ids=["alone", "in-a-group"])
 async def test_a_function_sees_only_valid_input(state: BaseModel, grouped: bool) -> None:
-    """G1: a node's function is not called on input that fails its input contract."""
+    """G1: A node is not called with input that fails its contract."""
 
     class Needs(BaseModel):
         n: int
@@ -114,8 +114,7 @@ async def test_a_function_sees_only_valid_input(state: BaseModel, grouped: bool)
 
 
 async def test_input_is_of_the_inputs_class() -> None:
-    """G1: a node gets an instance of its own input class, validated, even if the state before is of a
-    subclass."""
+    """G1: A node gets an instance of its own input class, also if the state before it is of a subclass."""
 
     class Sub(Num):
         secret: str = "s"
@@ -127,7 +126,7 @@ async def test_input_is_of_the_inputs_class() -> None:
 
 
 async def test_a_state_changed_between_nodes_is_validated_again() -> None:
-    """G1: what an earlier node does to the object it returned does not reach the next node unvalidated."""
+    """G1: A state that a node changes after it returned it is validated again for the next node."""
     entries: list[Num] = []
 
     async def first(state: Num) -> Num:
@@ -241,7 +240,7 @@ OTHERS: dict[str, Any] = {"nested": NestedToo, "rows": RowsToo, "dicts": DictsTo
 @pytest.mark.parametrize("name", STATES)
 @pytest.mark.parametrize("as_dict", [False, True], ids=["model", "dict"])
 async def test_later_changes_do_not_rewrite_history(name: str, as_dict: bool) -> None:
-    """G7: inputs, events and hooks have what was committed, whatever nodes do to what they hold."""
+    """G7: Events and hooks have the committed input and output, also if nodes change these objects later."""
     make = STATES[name]
     cls = type(make())
     other = OTHERS.get(name, cls)

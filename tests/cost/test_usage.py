@@ -485,7 +485,7 @@ async def test_a_server_that_leaves_usage_out_stops_no_run_without_a_limit(
     ids=str,
 )
 async def test_a_limit_that_cannot_be_counted_stops_the_run(how: Any, config: dict[str, Any]) -> None:
-    """G6: under a limit of tokens or cost, usage that is not said is bad usage: the next call is not made."""
+    """G6: Under a limit of tokens or cost, a response without usage stops the run before the next call."""
     runner = StromaRunner.quick(**config)
     ask = how({**_CHAT, "usage": None}, runner)
     result = await runner.run([ask, ask], Note())

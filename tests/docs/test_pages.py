@@ -517,13 +517,13 @@ def test_each_howto_has_a_situation_code_and_limits() -> None:
 
 
 def test_each_guarantee_is_held_by_tests_that_name_it() -> None:
-    """G1 to G13 are on the page of guarantees, each with at least three tests."""
+    """Each guarantee is on its page, with at least two tests."""
     text = (DOCS / "guarantees.md").read_text("utf-8")
     assert re.findall(r"^## (G\d+)$", text, re.MULTILINE) == [f"G{n}" for n in range(1, 14)]
     for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
         number, _, rest = section.partition("\n")
         named = re.findall(r"\.\./(tests/[\w/]+\.py)#(\w+)\)", rest)
-        assert len(named) >= 3, number
+        assert len(named) >= 2, number
         for path, name in named:
             assert name in anchors(ROOT / path), (path, name)
 

@@ -229,7 +229,7 @@ async def test_given_up_at_each_record(store: Any, tmp_path: Path, monkeypatch: 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_killed_at_each_record(journal: tuple[str, str], tmp_path: Path, place: str) -> None:
-    """G13. A process that is killed at any record of an effect charges each order once, with the one that
+    """G13: A process that is killed at any record of an effect charges each order once, with the one that
     resumes the run."""
     kind, _ = journal
     for reconciles in RECONCILES if kind == "sqlite" else ("looks",):

@@ -47,8 +47,8 @@ def pipeline(
 @pytest.mark.core
 @pytest.mark.parametrize("error", [TimeoutError("no answer"), ConnectionResetError("gone"), KeyError("id")])
 async def test_a_call_that_may_have_happened_is_not_repeated(store: Any, error: Exception) -> None:
-    """G13. A timeout, a lost connection or an AMBIGUOUS failure of an effect suspends the run; no retry calls
-    it again."""
+    """G13: A timeout, a lost connection or an AMBIGUOUS failure suspends the run, and no retry calls the
+    effect again."""
     shop, seen = Shop(after=[error]), []
 
     async def suspended(run_id: str, node_id: str, reason: str) -> None:
@@ -178,7 +178,7 @@ async def test_output_that_breaks_its_contract_does_not_repeat_the_call(store: A
 @pytest.mark.core
 @pytest.mark.parametrize("point", ["before_node", "after_node", "after_commit", "after_hooks"])
 async def test_a_process_that_dies_around_the_call(store: Any, point: Any) -> None:
-    """G13. After a death between intent and commit reconcile is asked, and the charge is made exactly
+    """G13: After a death between intent and commit, `reconcile` is called, and the charge is made exactly
     once."""
     shop = Shop()
     runner, nodes = pipeline(shop, store, shop.look)

@@ -179,8 +179,7 @@ runner.run_sync([charge], Order(text="ada"), run_id="order-7")
 
 @pytest.mark.slow
 def test_a_script_that_starts_again_charges_once(tmp_path: Path) -> None:
-    """G13. A script that dies in the call of an effect and starts again ends with RunExists, and calls
-    nothing."""
+    """G13: A script that dies in the call of an effect and starts again gets RunExists, and calls nothing."""
     script = tmp_path / "shop.py"
     script.write_text(_SCRIPT)
     ends = [

@@ -102,8 +102,8 @@ async def test_the_end_of_a_stale_owner(store: Any, monkeypatch: Any) -> None:
 
 @pytest.mark.slow
 def test_a_process_that_is_stopped_after_the_intent(tmp_path: Path) -> None:
-    """G13. A process that is stopped after its intent, and goes on when another one has ended the run,
-    charges nothing."""
+    """G13: A process that is stopped after its intent charges nothing if another process has ended the run
+    meanwhile."""
     ledger = tmp_path / "ledger"
     ledger.touch()
 

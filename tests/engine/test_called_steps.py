@@ -153,8 +153,7 @@ async def test_steps_in_a_node_take_no_position_of_the_pipeline(store: Any, next
 
 
 async def test_a_node_that_died_goes_on_behind_its_last_step(store: Any) -> None:
-    """G5: Steps that are committed in a node which did not end are not called again on resume; the others
-    are."""
+    """G5: Committed steps of a node that did not end are not called again."""
     world = World()
 
     async def answer(state: Note) -> Note:

@@ -433,7 +433,8 @@ def test_a_run_that_is_thrown_away_leaves_no_noise() -> None:
 
 @pytest.mark.core
 async def test_a_node_that_is_cancelled_after_its_last_await_keeps_its_output() -> None:
-    """G4: a node that was cancelled after its last await has its output committed; the run is cancelled."""
+    """G4: A node that is cancelled after its last await has its output committed, and the run is
+    cancelled."""
     store = AsyncInMemoryStore()
 
     async def func(state: Num) -> Any:

@@ -814,8 +814,8 @@ def _busy_pipeline(calls: Counter[str]) -> list[Any]:
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("kind", MISCHIEF)
 async def test_hooks_change_nothing(kind: str, hook: str, store: Any) -> None:
-    """G8: whatever one hook does, the calls, the outcome, the trace, the totals and the journal are as
-    without it."""
+    """G8: Calls, outcome, trace, totals and journal are the same with and without a hook, whatever it
+    does."""
     budget = ExecutionBudget(max_tokens_total=45)
 
     async def once(hooks: Any, run_id: str) -> Any:
@@ -858,7 +858,8 @@ async def _spin(seconds: float) -> None:
 async def test_cancelled_anywhere_then_resumed(
     twice: bool, store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G4, G5, G6, G9: cancelled at any await, once or again and again, a run keeps all that returned.
+    """G4, G5, G6, G9: A run that is cancelled at any await, once or repeatedly, loses no output that was
+    returned.
 
     The resume calls nothing again that had returned, ends as if nothing had happened, and the budget has it
     all.

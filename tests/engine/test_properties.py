@@ -132,8 +132,7 @@ def foretell(plan: list[Any], own: Any, shared: Any, granted: int) -> Expected:
 @examples(250)
 @given(plan=st.lists(outcomes, max_size=7), own=maps, shared=maps, granted=st.integers(0, 3))
 def test_retry_arithmetic(plan: list[Any], own: Any, shared: Any, granted: int) -> None:
-    """G3: calls, attempts, classes, delays and status follow from the outcomes and the policies by
-    arithmetic.
+    """G3: Calls, classes, delays and the status follow from the outcomes and the policies by arithmetic.
 
     One count serves all classes; granted repairs are not in it; the policy is that of the last failure's
     class; the node's own wins over the run's, that over the default; a server's wait is a floor, and too long
@@ -792,8 +791,8 @@ def _act(plan: Any, name: str, runner: Any, tally: Counter[str]) -> Any:
 def test_hooks_are_ordered_nested_and_paired(
     plan: list[Any], script: list[str], sets: int, cancel_after: int | None, again: bool, regroup: bool
 ) -> None:
-    """G9, whatever fails, hangs, is cancelled, retried, nested or raised by hooks: every start has exactly
-    one end.
+    """G9: Every start has exactly one end under failures, timeouts, cancellations, retries, nesting and hooks
+    that raise.
 
     Starts run first to last and ends last to first over the sets, what is inside a group or a run lies
     between its start and its end, and the hooks of one execution never run two at a time.

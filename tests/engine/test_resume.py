@@ -94,8 +94,7 @@ async def loaded(store: Any, run_id: str, node_id: str, schema: type[BaseModel] 
 @pytest.mark.core
 @pytest.mark.parametrize("broken", ["a", "b", "c", "d"])
 async def test_resume_goes_on_where_the_run_stopped(store: Any, broken: str) -> None:
-    """G5: resume=True continues at the first position without a commit; committed nodes are not called
-    again."""
+    """G5: A resume continues at the first position without a commit, and calls no committed node."""
     work = Work("a", "b", "c", "d")
     work.failing = {broken}
     runner = quick(store)
@@ -203,8 +202,8 @@ async def test_the_budget_remembers_failed_attempts_and_money(store: Any) -> Non
 
 
 async def test_an_over_budget_output_is_restored(store: Any) -> None:
-    """G4, G5: the output of the attempt that crossed a limit was committed: a resume with more money goes on
-    behind it."""
+    """G4, G5: The output that crossed a limit is committed, and a resume with a higher limit continues
+    after it."""
     work = Work("a", "b")
     first = await quick(store, budget=ExecutionBudget(max_tokens_total=5)).run(work.nodes, Num())
     assert first.status is RunStatus.PARTIAL
@@ -706,8 +705,7 @@ async def test_items_resume(store: Any) -> None:
 
 
 async def test_group_usage_counts_once_on_resume(store: Any) -> None:
-    """G6: what children spent counts once against a resume's budget, although the group has an event as
-    well."""
+    """G6: The usage of a group's children counts once after a resume."""
     work = Work("a", "b", "c")
     work.failing = {"c"}
     nodes = [parallel(work.nodes[0], work.nodes[1]), work.nodes[2]]
@@ -1082,8 +1080,8 @@ async def test_many_runs_resume_side_by_side(store: Any) -> None:
 
 @pytest.mark.core
 async def test_usage_counts_across_resumes() -> None:
-    """G6: under resume=True the budget remembers what earlier calls spent, in failed and cancelled attempts
-    too."""
+    """G6: After a resume the budget includes the spend of earlier processes, also in failed and cancelled
+    attempts."""
     store = InMemoryStore()
     inside = asyncio.Event()
     mode = ["cancel"]

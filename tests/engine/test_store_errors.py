@@ -168,7 +168,7 @@ def no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("refusals", [1, 2, 3])
 async def test_a_refused_commit_is_tried_again_without_the_node(refusals: int, no_delays: None) -> None:
-    """G5: a store that fails at commit is tried again; the node is not called again and the run completes."""
+    """G5: A commit that the store refuses is tried again without another call of the node."""
     store = GatedJournal()
     store.gate.set()
     store.late = [OSError("the disk is full")] * refusals

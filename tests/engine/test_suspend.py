@@ -357,8 +357,7 @@ async def test_attaching_to_a_run_that_waits(store: Any) -> None:
 
 
 async def test_answered_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """G11: what the answer is validated with is looked up, never imported; days later, from another store
-    object."""
+    """G11: The class of an answer is looked up and never imported."""
     desk = Desk()
     async with SQLiteStore(tmp_path / "runs.db") as first:
         await runner(first).run(desk.nodes, Num())

@@ -52,8 +52,8 @@ async def test_no_budget_no_summing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_no_timers_without_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """G12: without timeouts, with hooks that do not suspend, and for functions that never wait, no timer is
-    armed but one that notices a blocked event loop."""
+    """G12: Without timeouts and suspending hooks, the only timer is the one that notices a blocked event
+    loop."""
     loop = asyncio.get_running_loop()
     armed: list[Any] = []
     original = loop.call_at
@@ -84,7 +84,7 @@ async def test_no_timers_without_limits(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("kind", ["plain", "watched", "retried", "group"])
 async def test_no_run_waits_for_the_collector(kind: str) -> None:
-    """G12: what a run owned goes with the last reference to it, failures and their tracebacks included."""
+    """G12: Everything that a run owned is freed with the last reference to it, without garbage collection."""
     owned: list[weakref.ref[Any]] = []
 
     async def work(state: Num) -> dict[str, int]:
@@ -135,7 +135,7 @@ def _calls_of_a_run(runner: StromaRunner, nodes: list[Any]) -> int:
 
 @pytest.mark.parametrize("kind", ["plain", "hooks", "budget", "resume", "group"])
 def test_cost_per_node_does_not_grow(kind: str) -> None:
-    """G12: a node costs the same number of calls in a run of 400 nodes as in one of 100."""
+    """G12: A node costs the same number of calls in a run of 400 nodes as in a run of 100."""
     hooks = NodeHooks(on_node_start=_quiet, on_node_success=_quiet)
     config: dict[str, Any] = {
         "plain": {},

@@ -65,7 +65,7 @@ def test_a_senseless_retry_after_breaks_nothing(header: str) -> None:
 
 @pytest.mark.parametrize("error", [LookupError, asyncio.CancelledError], ids=lambda e: e.__name__)
 async def test_a_classifier_that_raises_is_skipped(error: type[BaseException]) -> None:
-    """G2: a classifier that raises an Exception, or a CancelledError of its own, is skipped."""
+    """G2: A classifier that raises is skipped, also if it raises CancelledError."""
 
     def classifier(exc: Exception, context: Any) -> FailureClass | None:
         raise error
@@ -81,8 +81,7 @@ async def test_a_classifier_that_raises_is_skipped(error: type[BaseException]) -
 @pytest.mark.parametrize("kind", [asyncio.CancelledError, GeneratorExit, BaseException, ValueError])
 @pytest.mark.parametrize("where", ["__str__", "status_code", "__cause__"])
 async def test_an_exception_that_raises_anything_is_a_failure(kind: type[BaseException], where: str) -> None:
-    """G2: whatever str() or an attribute of an exception raises, be it no Exception, the node has failed with
-    it."""
+    """G2: An exception whose text or attributes raise is a failure of its node like any other."""
 
     def misbehave(self: object) -> Any:
         raise kind("no")

@@ -216,8 +216,7 @@ async def test_a_run_deals_with_a_providers_error(case: Case, provider: Server, 
 async def test_the_delay_is_at_least_what_the_server_says(
     sdk: str, headers: dict[str, str], seconds: float, provider: Server, delays: list[float]
 ) -> None:
-    """G3: a rate limit with Retry-After is waited for as long as the server asks; the next attempt can
-    succeed."""
+    """G3: The delay before the next attempt is at least the one in Retry-After."""
     runner, node = runner_of()
     urls = [provider.url(Answer(429, {"error": {"type": "rate_limit_error"}}, headers))]
 
@@ -238,7 +237,8 @@ async def test_the_delay_is_at_least_what_the_server_says(
 async def test_a_server_that_asks_for_too_long_stops_the_run(
     sdk: str, inside: str, provider: Server, delays: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G3: beyond max_retry_after_seconds the run stops as PARTIAL and says when to come back."""
+    """G3: A Retry-After beyond `max_retry_after_seconds` ends the run as PARTIAL, with the time of the
+    next attempt."""
     caplog.set_level(logging.INFO, logger="stroma")
     runner, node = runner_of()
     url = provider.url(Answer(429, {"error": {"type": "rate_limit_error"}}, {"retry-after": "3600"}))
@@ -654,7 +654,7 @@ def caused(error: Exception, cause: Exception) -> Exception:
 
 
 def test_chains_that_bite_their_tail_come_to_an_end() -> None:
-    """G2: an exception that is its own cause, or is raised from the group it is in, is looked at once."""
+    """G2: Circular exception chains terminate."""
     lonely = ValueError("?")
     assert read_provider_error(caused(lonely, lonely)) is None
     members = [ValueError(str(number)) for number in range(40)]
@@ -887,7 +887,7 @@ def test_an_attribute_that_raises_hides_no_other(name: str) -> None:
 
 
 def test_exceptions_whose_attributes_raise() -> None:
-    """G2: whatever raises while an exception is looked at, it has one class."""
+    """G2: An exception has exactly one class, whatever its attributes raise."""
     names = ("status_code", "status", "response", "headers", "body", "code", "type", "message")
     assert classify(trap(*names), HERE) is A
     assert read_provider_error(trap("response", status_code=503)) == again("overloaded")

@@ -80,9 +80,8 @@ def check(world: ProgramWorld, store: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["memory", "sqlite", "redis", "postgres"])
 def test_killed_programs_end_as_undisturbed_ones(kind: str) -> None:
-    """G5, G13: A program that is killed at random records, and resumed, calls nothing after its commit, makes
-    no effect twice, forgets none, receives each message once and in order, and has the result that it has
-    undisturbed."""
+    """G5, G13: A flow that is killed at random records calls nothing again that was committed, and ends as
+    without kills."""
     for seed in seeds(15 if kind in ("memory", "sqlite") else 5, 500):
         program = program_of(seed)
 

@@ -232,7 +232,7 @@ class FrameworkContract:
         ids=["in", "out"],
     )
     def test_a_violation_is_caught_at_its_step(self, kind: str, contract: Any, direction: str) -> None:
-        """G1: in each of eleven frameworks a violation ends the run at its step, and bad input reaches no
+        """G1: In each framework a violation ends the run at its step, and invalid input reaches no
         function."""
         calls: list[str] = []
 
@@ -280,8 +280,7 @@ class FrameworkContract:
 
     @holds("retries")
     def test_a_terminal_failure_is_not_retried(self, kind: str) -> None:
-        """G3: in each framework a terminal failure is not retried, whether it stops then or tells its model
-        of the error."""
+        """G3: In each framework a terminal failure is not retried."""
         calls: list[str] = []
 
         @as_weather
@@ -308,7 +307,7 @@ class FrameworkContract:
 
     @holds("budget")
     def test_the_budget_stops_the_program_to_the_token(self, metered: str) -> None:
-        """G6: in each framework the request that crosses the limit is the last one."""
+        """G6: In each framework the request that crosses the limit is the last one."""
         guard = guard_of(budget=ExecutionBudget(max_tokens_total=25))
         program, script = self.endless(guard)
         error = self.stopped(program, metered, guard)

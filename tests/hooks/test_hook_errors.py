@@ -133,8 +133,7 @@ async def test_run_end_fires_when_the_resume_target_has_no_checkpoint() -> None:
 
 @pytest.mark.parametrize("event", ["on_node_start", "on_node_success"])
 async def test_an_interrupt_in_a_hook_leaves_the_sets_paired(event: str) -> None:
-    """G9: KeyboardInterrupt in a hook of one set: every set that saw the start sees one end, and no other
-    does."""
+    """G9: After a KeyboardInterrupt in a hook, every set of hooks that got a start gets one end."""
     seen: list[str] = []
 
     async def interrupt(*_: Any) -> None:

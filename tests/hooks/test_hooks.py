@@ -344,8 +344,8 @@ async def test_run_end_of_a_cancelled_run(seen: Recorder) -> None:
 @pytest.mark.parametrize("stop", [SystemExit, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["node", "child"])
 def test_run_end_of_a_stopped_process(stop: type[BaseException], where: str) -> None:
-    """SystemExit and KeyboardInterrupt in a node pass through; the end hooks fire, the status is INTERRUPTED
-    (G9)."""
+    """G9: SystemExit and KeyboardInterrupt pass through after the end hooks, and the status is
+    INTERRUPTED."""
     seen = Recorder()
 
     @node("stops")
@@ -1078,8 +1078,7 @@ async def test_a_cancelled_hook_that_is_not_async(seen: Recorder, caplog: pytest
 async def test_a_hook_cannot_keep_a_run_from_being_cancelled(
     name: str, reaction: str, seen: Recorder
 ) -> None:
-    """G8: a hook that swallows the cancellation of the run, or turns it into another exception, does not undo
-    it."""
+    """G8: A hook that swallows the cancellation of a run does not undo it."""
     started = asyncio.Event()
 
     async def hook(*_: Any) -> None:
@@ -1122,7 +1121,7 @@ def test_stopping_the_process_from_a_hook(name: str, stop: type[BaseException]) 
 
 @pytest.mark.core
 async def test_a_raising_hook_does_not_rerun_a_node() -> None:
-    """G8: hooks that raise at every event leave the run COMPLETED and each node called once per attempt."""
+    """G8: Hooks that raise at every event leave the run COMPLETED, with one call of the node per attempt."""
     called: list[str] = []
 
     async def hook(*_: Any) -> None:
@@ -1206,7 +1205,7 @@ async def test_hook_errors_raise_with_a_cancelled_run() -> None:
 
 @pytest.mark.parametrize("name", [n for n in ALL if n != CANCELLED])
 async def test_a_hanging_hook_is_abandoned(name: str) -> None:
-    """G8: a hook that awaits for ever delays the run by its time limit, is listed, and changes nothing."""
+    """G8: A hook that never returns delays the run by its time limit, and is listed in `hook_errors`."""
     store = AsyncInMemoryStore()
     nodes, config = scenario(name, store)
     if name == SKIPPED:
@@ -2165,8 +2164,7 @@ async def test_cancelled_while_a_hook_waits(name: str, first: bool, seen: Record
 
 
 async def test_cancelled_in_the_success_hook_keeps_the_work(seen: Recorder) -> None:
-    """G4, G8: cancellation during the success hook loses no output: it is committed and in the final
-    state."""
+    """G4, G8: A cancellation during the success hook loses no output."""
     hook, started = hook_that_waits()
     store = AsyncInMemoryStore()
     runner = quick(seen, NodeHooks(on_node_success=hook), store=store)

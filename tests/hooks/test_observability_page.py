@@ -299,7 +299,7 @@ async def test_tokens_used_are_those_of_this_attempt() -> None:
 async def test_no_overhead_when_unused(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G12: without hooks nothing is fired, and no state is taken apart or redacted for them."""
+    """G12: Without hooks, no state is copied or redacted for them."""
     caplog.set_level(logging.CRITICAL, "stroma")  # A log line of a failure that somebody reads is redacted.
     shown: list[dict[str, Any]] = []
 

@@ -139,7 +139,7 @@ async def test_what_at_end_raises_changes_nothing(caplog: pytest.LogCaptureFixtu
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
 async def test_a_closed_run_tells_its_ends() -> None:
-    """G9: also a coroutine that is closed, so that nothing can be awaited, gives every start an end."""
+    """G9: A run whose coroutine is closed calls the end hook of every start."""
     seen: list[Any] = []
 
     def hook(name: str) -> Any:

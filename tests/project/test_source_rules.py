@@ -26,7 +26,7 @@ SOURCE = Path(stroma.__file__).parent
 
 @pytest.mark.core
 def test_no_module_of_ours_can_execute_data() -> None:
-    """G11: nothing in the package unpickles, evaluates or imports by a name that could come from a store."""
+    """G11: Nothing in the package unpickles, evaluates or imports by a name that could come from a store."""
     forbidden = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "jsonpickle", "runpy"}
     own_names = SOURCE / "_utils" / "lazy.py"  # Loads what packages of ours name in tables of theirs.
     for path in SOURCE.rglob("*.py"):
@@ -97,8 +97,7 @@ def _cold(code: str) -> str:
 
 @pytest.mark.slow
 def test_a_schema_reference_imports_nothing() -> None:
-    """G11: resolving a stored schema reference imports no module, not even through a module that loads
-    lazily."""
+    """G11: Resolving a stored schema reference imports no module."""
     code = """
 import sys
 import concurrent.futures

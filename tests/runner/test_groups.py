@@ -443,7 +443,7 @@ async def test_cancelling_a_group_awaits_its_children() -> None:
 
 
 async def test_a_child_that_refuses_to_be_cancelled_is_kept() -> None:
-    """G4: a sibling that finishes in spite of its cancellation has its output committed; it was paid for."""
+    """G4: The output of a child that finishes despite its cancellation is committed."""
     store = InMemoryStore()
     started = asyncio.Event()
 

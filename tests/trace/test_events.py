@@ -121,7 +121,7 @@ async def test_the_time_of_an_event_is_the_start_of_its_attempt() -> None:
 
 
 async def test_a_trace_that_was_looked_at_is_still_the_runs_own() -> None:
-    """G7, G8: neither redact nor on_run_end changes an event, also if a hook has looked at the trace during
+    """G7, G8: Neither `redact` nor `on_run_end` changes an event, also if a hook has read the trace during
     the run."""
 
     async def look(*_: Any) -> None:

@@ -173,5 +173,6 @@ def test_graphs_survive_sigkill(seed: int, tmp_path: Path) -> None:
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("kind", SHARED)
 def test_workers_finish_the_graphs_of_killed_ones(kind: str) -> None:
-    """G5, G13: The same for workers that are killed with SIGKILL: another one takes over."""
+    """G5, G13: A worker that is killed with SIGKILL is replaced, and no node of a graph that ended is
+    called again."""
     kill_workers(kind, Research, approve, in_flight=3)
