@@ -1,12 +1,12 @@
 """Admission of attempts: through max_threads, breakers, shared budgets and limits, in this order.
 
 An attempt passes all of them or none: while it waits for one it holds nothing of the others, and the calls
-around it return what other calls may wait for. So whoever holds something is at work, and no call waits for
-calls that wait for it.
+around it return what other calls may wait for. So every holder is running, and no two calls wait for each
+other.
 
-Plain functions and runs with one of these come here. Waiting is neither the node's time nor one of its
-retries. Hooks are called when it begins, it is a mark of the trace when it ends, and it ends with the run's
-latency budget.
+Only plain functions and runs with one of these gates come here. Waiting counts neither as time of the node
+nor as a retry. Hooks are called when it starts, the trace gets a mark when it ends, and the latency budget of
+the run limits it.
 """
 
 from __future__ import annotations
@@ -169,8 +169,7 @@ class Permit:
             self.probe = entry.probe
             self.changed = entry.changed or self.changed
         for gate in self.needed:
-            # No attempt overtakes those that wait. But one inside an attempt does: they may wait for that
-            # one.
+            # No attempt overtakes the waiting ones, except one inside an attempt: they may be waiting for it.
             if first_at is None and not self.around and gate.line.waiting:
                 return _Blocked(gate, gate.line.wait_of_last(perf_counter()))
             self.gates.append(gate)
@@ -187,7 +186,7 @@ class Permit:
     async def give_back(self) -> bool:
         """Give back what other calls may wait for; the attempt continues. Return True if there was anything.
 
-        What the attempt uses is counted at its end all the same.
+        The usage of the attempt is still counted at its end.
         """
         if self.is_empty or not (self.gates or self.probe):
             return False

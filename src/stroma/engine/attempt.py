@@ -1,8 +1,8 @@
 """One attempt of a node: validate, call, count, commit, announce. Only this calls a node's function.
 
 Between a valid output and its commit, nothing but the commit is awaited. Each end is one row of the trace,
-and one call of an end hook for each start hook, whatever interrupts it. Once ``row`` is set, what is
-raised goes into ``interrupt``: an exception before the end hooks would keep them from being called.
+and one call of an end hook for each start hook, whatever interrupts it. Once ``row`` is set, exceptions go
+into ``interrupt``: raised before the end hooks, they would keep them from being called.
 """
 
 from __future__ import annotations
@@ -159,8 +159,7 @@ class NodeAttempt:
         self.output = self.usage_error = self.failure = self.row = self.firing = unset
         self.first_unstarted = self.interrupt = unset
         self.is_counted = False
-        # What mostly has nothing to wait for is awaited only where it has: 1.2 us less of the 7 of a node
-        # with hooks.
+        # Calls that rarely suspend are awaited only if they do: 1.2 us less of the 7 of a node with hooks.
         ctx, contract = self.ctx, plan[2]
         problem: BaseException | None = None
         try:
@@ -197,7 +196,7 @@ class NodeAttempt:
 
             if type(self.output) is tuple or run.reported is not None:
                 await self._price()
-            # It is spent, whatever becomes of the output.
+            # The money is spent, even if the output is lost.
             self.is_counted = True
             if run.counted is not NO_USAGE:
                 ctx.cost_tracker.spend(run.counted.tokens, run.counted.cost_usd)
@@ -223,9 +222,9 @@ class NodeAttempt:
             await self._end_interrupted(interrupt)
             raise
         finally:
-            # What the function raised references the frames that it passed, they this attempt, and the
-            # execution its last
-            # failure: otherwise each failed run is a cycle that only the garbage collector frees.
+            # An exception references the frames that it passed, the frames this attempt, and the execution
+            # its last failure. Without this, each failed run is a reference cycle that only garbage
+            # collection frees.
             if run.effect is not None:
                 run.effect.end_attempt(None if self.row is None else self.row.outcome)
             del self.run, run, problem, planless
@@ -244,7 +243,7 @@ class NodeAttempt:
             else:
                 self.state, self.snapshot = handover.take(self.value, schema)
         except BaseException as error:
-            # Whatever a validator raises: nothing was awaited, so it is not a cancellation.
+            # Any exception of a validator: nothing was awaited, so it is not a cancellation.
             if ends_run(error):
                 raise
             return self._reject_input(error)
@@ -294,7 +293,7 @@ class NodeAttempt:
     # ------------------------------------------------------------------ call
 
     def _start_clock(self) -> None:
-        """Note that the function begins; a group notes when those inside it do."""
+        """Record the start of the function; a group records the starts of the functions inside it."""
         ticks = self.ticks
         if not ticks.is_due:
             ticks.start()
@@ -304,7 +303,7 @@ class NodeAttempt:
             self.run.parent.enter(self.begin)
 
     def _call_function(self, state: BaseModel) -> Awaitable[Any]:
-        """Call a function or a group, as its kind wants to be called."""
+        """Call a function or a group in the way of its kind."""
         node, ctx = self.node, self.ctx
         if isinstance(node, Group):
             self.run.start_children()
@@ -324,7 +323,7 @@ class NodeAttempt:
         return mark_attempt(self.run, awaitable) if ctx.fire.takes_events else awaitable
 
     def _stop_clock(self) -> None:
-        """Note how long the function took; of a group: from its first start to its last end."""
+        """Record the duration of the function; for a group, from its first start to its last end."""
         now = perf_counter_ns()
         run = self.run
         if type(self.node) is not Node:
@@ -340,7 +339,7 @@ class NodeAttempt:
     # ------------------------------------------------------------------ count
 
     async def _price(self) -> None:
-        """Take the usage out of the output, and put a price on it and on what was reported."""
+        """Take the usage out of the output, and price it and the reported usage."""
         if type(self.output) is tuple:
             self.output, self.usage_error = count_returned(self.run, self.output)
         if self.run.reported is not None:
@@ -349,7 +348,7 @@ class NodeAttempt:
             self.usage_error = self.usage_error or unpriced
 
     def _accept_output(self) -> Exception | None:
-        """Validate the output and take a snapshot of it. Return what is wrong with it."""
+        """Validate the output and take a snapshot of it. Return the violation, if any."""
         schema = self.plan[1]
         try:
             if type(self.node) is Node:
@@ -374,7 +373,7 @@ class NodeAttempt:
             return await self._suspend(question or error)
         usage_error = self.usage_error
         if usage_error is not None and not usage_error.silent:
-            # It precedes the other failure: another attempt would buy more of it.
+            # It precedes the other failure: another attempt would cost as much again.
             usage_error.__cause__ = error
             error = usage_error
         ended = None if effect is None else await self._end_effect(effect, error)
@@ -494,7 +493,7 @@ class NodeAttempt:
             try:
                 await firing.finish()
             except (asyncio.CancelledError, HookNotAsync):
-                # They come out once every set was called: that must not happen again.
+                # They are raised once every set was called: that must not happen again.
                 if ctx.fire.delivers and self.row is not None:
                     ctx.session.delivered(self.row)
                 raise
@@ -502,7 +501,7 @@ class NodeAttempt:
             ctx.session.delivered(self.row)
 
     async def _announce(self) -> BaseModel | Halt:
-        """Call the hooks of an end with an output, then let out what came up meanwhile."""
+        """Call the hooks of an end with an output, then raise the pending interrupt."""
         ctx = self.ctx
         if self.failure is not None and self.row is not None:
             log_failure(ctx, self.run, self.failure, self.row)
@@ -516,7 +515,7 @@ class NodeAttempt:
         return Halt(self.failure, output=self.model, spent=self.usage_error is None)
 
     def _raise_interrupt(self) -> None:
-        """Raise what was to come out once the attempt has its end."""
+        """Raise the pending interrupt, now that the attempt has its end."""
         if self.interrupt is not None:
             interrupt, self.interrupt = self.interrupt, None
             try:
@@ -566,7 +565,7 @@ class NodeAttempt:
         pending: Awaitable[None] | Exception,
         again: Callable[[], Awaitable[None] | Exception | None],
     ) -> Exception | None:
-        """Finish a store call; a cancellation meanwhile comes out at the end. Return why it is refused."""
+        """Finish a store call, and return the reason of a refusal. A cancellation is raised later."""
         problem, cancelled = await settle(self.ctx, row, pending, again)
         self.interrupt = self.interrupt or cancelled
         return problem
@@ -644,7 +643,7 @@ class NodeAttempt:
         try:
             await self._call_end_hooks()
         except HookNotAsync as error:
-            # The interrupt is on its way out, and must come out as itself.
+            # The interrupt is propagating, and must not be replaced.
             ctx.run_logger.warning("%s", error)
         if stopped is not None:
             raise stopped
@@ -762,7 +761,7 @@ class NodeAttempt:
         return await self._end_as_stated(effect, await effect.reconcile(why, self.cancelling))
 
     async def _end_as_stated(self, effect: Effect, stated: Stated) -> BaseModel | Failure | Halt | None:
-        """End an attempt as somebody states about the last call. Return None if that did not happen."""
+        """End an attempt by a statement about the last call. Return None if that call did not happen."""
         logger, node_id = self.ctx.run_logger, self.run.node_id
         if isinstance(stated, NotDone):
             logger.info("effect %r did not happen: %s", node_id, one_line(stated.reason or "stated"))

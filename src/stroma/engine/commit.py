@@ -1,4 +1,4 @@
-"""Commits: the row of an attempt, and the store call that must not be lost half-way."""
+"""Commits: the row of an attempt, and its store call, which must be finished."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _STORE_DELAYS: Final = (0.02, 0.1, 0.4)
 
 
 def record_failure_site(run: RunningNode, begin: int, failure: Failure) -> None:
-    """Have the session keep where it failed, beside the attempt."""
+    """Record the place of the failure beside the attempt."""
     if run.children is None and failure.exception.__traceback__ is not None:
         try:
             run.ctx.session.record_failure_site(
@@ -44,7 +44,7 @@ def record_failure_site(run: RunningNode, begin: int, failure: Failure) -> None:
 def record_rejected(
     run: RunningNode, begin: int, snapshot: Snapshot, output: Any, violation: Exception
 ) -> None:
-    """Have the session and the trace record an output that broke its contract, beside the attempt."""
+    """Record an output that broke its contract beside the attempt, in the session and the trace."""
     ctx = run.ctx
     keep = ctx.config.keep_rejected
     if keep == "no" or not isinstance(violation, ContractViolation):
@@ -70,7 +70,7 @@ def failed_of(failure: Failure, outcome: Outcome | None = None) -> Failed:
 
 
 def refer(ctx: ReliabilityContext, row: AttemptRow) -> AttemptRow:
-    """Return a row for the trace: with references in place of states that the store keeps apart."""
+    """Return a row for the trace, with references to states that the store has outside of its rows."""
     return ctx.session.with_references(row)
 
 
@@ -100,9 +100,9 @@ async def settle(
     pending: Awaitable[None] | Exception | None,
     again: Callable[[], Awaitable[None] | Exception | None],
 ) -> tuple[Exception | None, asyncio.CancelledError | None]:
-    """See a store call through, and repeat one that the store refuses for a moment.
+    """Finish a store call, and repeat one that the store refuses temporarily.
 
-    Return why the store refuses it in the end, and the cancellation of the task that came meanwhile.
+    Return the reason of a final refusal, and a cancellation of the task in the meantime.
     """
     shield = Shield()
     delays = iter(_STORE_DELAYS)

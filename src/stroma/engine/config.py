@@ -1,4 +1,4 @@
-"""RunConfig: everything that one run is governed by."""
+"""RunConfig: the settings of a run."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def new_run_id() -> str:
 class _GeneratedId(str):
     """An id that names one run. Copies of a config share the mark, so that no two runs take it."""
 
-    #: Stands for this process: one that is forked from it has ids of its own to take.
+    #: Stands for this process: a forked process must generate separate ids.
     process = object()
     fresh_in: object
 

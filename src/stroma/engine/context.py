@@ -219,7 +219,7 @@ class ReliabilityContext:
         return ";".join(f"{system}={one}" if system else one for system, one in traces.items())
 
     def hook_failed(self, hook: str, node_id: str | None, error: BaseException) -> None:
-        """Add what a hook raised to the result, and have the exporters count it."""
+        """Add the exception of a hook to the result, and let the exporters count it."""
         self.account.note_hook_failure(HookFailure(hook, node_id, error))
         self.fire.count_failure(self, hook)
 
@@ -357,7 +357,7 @@ def _hooks_of(ctx: ReliabilityContext) -> Hooks:
 
 
 def _traces_of(text: str | None) -> dict[str, str]:
-    """Return the trace contexts in a text by system; "" is that of every system without one of its own."""
+    """Return the trace contexts in a text by system; "" is for every system without a separate one."""
     if text is None:
         return {}
     pairs = [part.rpartition("=") for part in text.split(";")]

@@ -1,4 +1,4 @@
-"""Calls under a time limit: those of the node, or what is left of the run's budget."""
+"""Calls under a time limit: of the node, or the remaining budget of the run."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class IdleTimer:
 
 
 async def call_in_time(run: RunningNode, node: Node | Group, call: Call, state: BaseModel, begin: int) -> Any:
-    """Call under the node's time limits and the run's latency deadline, whichever is nearest.
+    """Call under the time limits of the node and the latency deadline of the run.
 
     ``begin``: when the call began, in ns. Raises TimeoutError or DeadlineExceeded, besides what the function
         raises.

@@ -1,4 +1,4 @@
-"""Failures of attempts: what an exception means for the node that it came out of."""
+"""Diagnosis of attempts: what an exception means for its node."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Effects: nodes that change the world; a call is repeated only if somebody states that it did not happen.
+"""Effects: nodes with effects outside; a call is repeated only after a statement that it did not happen.
 
 A note of the session (:class:`Intent`) is stored before each call. It stays when the output is committed: a
-committed node is restored, and its intent is not read again. An intent that is open and has no commit is a
-call of which nobody knows if it
-happened: of a process that died, or of an attempt that ended without saying so.
+committed node is restored, and its intent is not read again. An open intent without a commit is a call with
+an unknown outcome: of a process that died, or of an attempt that ended without saying so.
 
 Before an effect is called, its earlier call is settled: the one at the same place, with whatever input, and
 the one with the same input that code in this process has cut off. Inputs are compared by their digests.
@@ -63,7 +62,7 @@ class Intent(NamedTuple):
     Attributes:
         node_id: the node; a pipeline may have another one at this place by now.
         number: 1-based number of the call among all calls at this place.
-        is_open: nobody has stated that it did not happen.
+        is_open: there is no statement that it did not happen.
         has_output: it happened, and its output is committed, unless that was discarded.
         position, branch: of the attempt that made the call, or whose output is that of the call.
         digest: of its input; "" for an input without a stored form.
@@ -81,7 +80,7 @@ class Intent(NamedTuple):
 
 
 class UnknownEnd(NamedTuple):
-    """A call whose attempt has ended in this process, and nobody knows if it happened."""
+    """A call whose attempt has ended in this process, with an unknown outcome."""
 
     node_id: str
     digest: str
@@ -94,7 +93,7 @@ NotePlace: TypeAlias = tuple[int, str]
 
 
 class UnknownOutcome(Suspend):
-    """Suspends a run, since nobody knows if a call of an effect happened."""
+    """Suspends a run, because the outcome of a call of an effect is unknown."""
 
     def __init__(self, unknown: UnknownCall, place: NotePlace, schema: type[BaseModel]) -> None:
         super().__init__(REASON, schema=schema)
@@ -171,7 +170,7 @@ class Effect:
 
     @property
     def is_open(self) -> bool:
-        """True if nobody knows how the last call ended."""
+        """True if the outcome of the last call is unknown."""
         return self._intent is not None and self._intent.is_open
 
     def question(self, place: NotePlace | None = None) -> Waiting | None:
@@ -184,7 +183,7 @@ class Effect:
 
     @property
     def has_question(self) -> bool:
-        """True if somebody was asked how the last call ended, or a call with another input."""
+        """True if a question about the last call, or a call with another input, was asked."""
         return any(map(self.question, (self._place, *self._others)))
 
     async def begin(self) -> tuple[Exception | None, asyncio.CancelledError | None]:
@@ -204,7 +203,7 @@ class Effect:
         return problem, cancelled
 
     def note_begun(self) -> None:
-        """Note that a call is under way; of an earlier owner of the run, where a place makes it."""
+        """Record that a call is in flight; at a place also a call of an earlier owner of the run."""
         self._flight = begin_flight()
 
     def call(self, function: Callable[..., Any], state: BaseModel, context: Any) -> Any:
@@ -251,7 +250,7 @@ class Effect:
     # ------------------------------------------------------------------ how a call ended
 
     async def learn(self, cancelling: int, *, is_sent: bool = False) -> UnknownOutcome | Stated | None:
-        """Return how earlier calls ended: a question about an unknown end, or the last call's statement.
+        """Return a question about an earlier call with an unknown outcome, or the last call's statement.
 
         None if no call is open. ``is_sent``: the last call is at its place, which has its outcome. Raises
         StoreError.
@@ -360,7 +359,7 @@ def _is_call(run: RunningNode) -> bool:
 
 
 def _read(run: RunningNode, place: NotePlace) -> Intent | None:
-    """Return the last call that is noted at a place; None without one, or if it is another node's."""
+    """Return the last call recorded at a place; None without one, or if it belongs to another node."""
     key = effect_note(*place)
     intent = run.ctx.journal.effects.get(key)
     if intent is None:
@@ -377,7 +376,7 @@ def _write(run: RunningNode, place: NotePlace, intent: Intent) -> None:
 
 
 def has_open_intent(ctx: ReliabilityContext, position: int, branch: str) -> bool:
-    """Return True if nobody knows how a call of an effect ended, of one at a branch or inside it."""
+    """Return True if the outcome of a call of an effect is unknown, at a branch or inside it."""
     key = effect_note(position, branch)
     inside = f"{key}.", f"{key}@"
     intents: dict[str, Intent] = {

@@ -40,7 +40,7 @@ def attempt_id_of(run: Any) -> str:
 
 
 async def mark_attempt(run: Any, awaitable: Awaitable[Any]) -> Any:
-    """Await a function with its attempt's id in its context: what outlives it emits nothing for the next."""
+    """Await a function with the id of its attempt in its context, so that code after it emits nothing."""
     token = ATTEMPT.set((run, attempt_id_of(run)))
     try:
         return await awaitable

@@ -29,9 +29,9 @@ __all__ = [
     "warn_of_budget",
 ]
 
-#: A node may keep the event loop for less than this.
+#: A node may block the event loop for less than this.
 BLOCK_NS: Final = 1_000_000_000
-#: A shorter time is not seen: the loop has its next tick after it.
+#: A shorter time is not detected: the loop has its next tick after it.
 MIN_BLOCK_NS: Final = int(2 * TICK_SECONDS * 1e9)
 
 
@@ -86,7 +86,7 @@ def log_failure(ctx: ReliabilityContext, run: RunningNode, failure: Failure, row
 
 
 def warn_of_blocking(ctx: ReliabilityContext, run: RunningNode, duration_ns: int) -> None:
-    """Warn once of a node that kept the event loop for 1 s, or for its whole time limit."""
+    """Warn once of a node that blocked the event loop for 1 s, or for its whole time limit."""
     limits = limits_ms(ctx.step_timeouts.get(run.node_id))
     if duration_ns >= BLOCK_NS or any(ms is not None and duration_ns >= ms * 1_000_000 for ms in limits):
         ctx.warn_once(

@@ -54,7 +54,7 @@ class NodeExecution:
     Attributes:
         node_id: id of the node.
         kind: "node", "group", or "item" (one element of ``map_over``).
-        position: where in the run the node stands, 0-based; ``branch`` tells children of groups apart.
+        position: 0-based place of the node in the run; ``branch`` tells children of groups apart.
         attempt: 1-based.
         last_failure: why the previous attempt failed, or None on the first.
         usage: what this attempt used so far; complete while its end hooks run.
@@ -214,7 +214,7 @@ class NodeExecution:
             except UsageError as error:
                 if not error.silent:
                     raise
-                # The answer is there and paid for: the node has to be able to return it.
+                # The answer is paid for: the node must be able to return it.
                 if not self._own.counts_as_zero(error):
                     self._own.misreported = error
                 report = (0, 0, model, None)
@@ -253,7 +253,7 @@ class NodeExecution:
 
     @property
     def signal(self) -> Any:
-        """Answer that this node waited for (see Suspend), as the model that was asked for; None without one.
+        """Answer to the question of this node (see Suspend), as its model; None without one.
 
         Plain JSON data where the model's module is not imported. Use :meth:`wait_for` to avoid this
         restriction.
@@ -278,8 +278,8 @@ class NodeExecution:
 class RunningNode(NodeExecution):
     """An execution as the engine, guards and exporters see it, with the state of its present attempt."""
 
-    # Slots for what is set or read of every node; what few nodes need is on the class until it is set, and
-    # then in the __dict__: reading it there takes ten times as long.
+    # Slots for attributes of every node. Attributes of few nodes are on the class until they are set, and
+    # then in the __dict__: reading them there takes ten times as long.
     __slots__ = (
         "__dict__",
         "_at_end",
@@ -301,8 +301,8 @@ class RunningNode(NodeExecution):
         "step",
     )
 
-    #: A group's clock, which runs while the function of any node in it does: the number of those functions,
-    #: since when, and ns before; the start of the first one and the end of the last one.
+    #: Clock of a group, which runs while a function inside it runs: the number of running functions, the
+    #: start of the period, and ns before it; the start of the first function and the end of the last one.
     running: int = 0
     running_since: int = 0
     busy_ns: int = 0
@@ -310,16 +310,16 @@ class RunningNode(NodeExecution):
     last_ns: int = 0
     #: The input of a group, which its children may have as well, and the snapshot of it.
     taken: tuple[BaseModel, Snapshot] | None = None
-    #: Its children's outputs are kept for another attempt of it; a map may have too many for that.
+    #: Outputs of its children are stored for another attempt; a map may have too many for that.
     remembers: bool = True
     #: Attempts that were granted to repair an output that broke its contract, and if the next one is.
     repairs: int = 0
     repairing: bool = False
     #: No further attempt may follow a failure, whatever its policy says.
     is_final: bool = False
-    #: What is wrong with a reported response, if the attempt is to fail of it once its output is safe.
+    #: Fault of a reported response, if it fails the attempt once the output is committed.
     misreported: UsageError | None = None
-    #: What it is to the framework that calls it; None for any other node.
+    #: Its role for the framework that calls it; None for any other node.
     framework_role: Role | None = None
     #: Code calls it through a guard, in the context of the caller: the span that is current there is the one
     #: around it.
@@ -461,7 +461,7 @@ class RunningNode(NodeExecution):
         while outermost.parent is not None:
             outermost = outermost.parent
         step = outermost.step
-        # A step of plain code is known by what it is: its position depends on what was recorded before it.
+        # A step of plain code is identified by its call: its position depends on the records before it.
         at = outermost.position if step is None or step.identity is None else step.identity
         # Read from its end, it has one meaning whatever the run id holds.
         return f"{ctx.run_id}:{ctx.execution}:{at}:{branch}"

@@ -1,4 +1,4 @@
-"""Interception points of runs for the test kit. Outside of tests the list is empty and costs nothing."""
+"""Interception points of runs for the test kit. Outside of tests the list is empty."""
 
 from __future__ import annotations
 

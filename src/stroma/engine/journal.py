@@ -1,4 +1,4 @@
-"""A run in its store: how it is opened, what an earlier process has recorded of it, and how it ends."""
+"""A run in its store: its opening, the records of earlier processes, and its end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stroma.engine.tasks import Shield
 
 __all__ = ["BY_HAND", "Dispatch", "RunJournal"]
 
-#: Between looks at a run that another process owns, in seconds: at first, and at most.
+#: Seconds between queries for a run that another process owns: at first, and at most.
 _ATTACH_DELAYS: Final = (0.02, 1.0)
 _NOTHING: Final = PriorUsage()
 _NO_FAILED_MAPS: Final[Mapping[tuple[int, str], int]] = {}
@@ -43,7 +43,7 @@ BY_HAND: Final = Dispatch()
 
 
 class RunJournal:
-    """A run in its store, and what code around it has set for that.
+    """A run in its store, with the settings of the code around it.
 
     Attributes:
         session: the run in its store; NULL_SESSION before it is opened.
@@ -142,7 +142,7 @@ class RunJournal:
             raise
 
     async def finish(self, shield: Shield) -> Session | None:
-        """Return the session of a run that is to end; None for another process's run. Raises StoreError."""
+        """Return the session of a run that will end; None for a run of another process. Raises StoreError."""
         assert self._opening is not None
         self._is_over = True
         if self._is_waiting:

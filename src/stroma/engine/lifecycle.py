@@ -47,7 +47,7 @@ async def open_run(
     apart: tuple[tuple[int, str], ...] = (),
     any_input: bool = False,
 ) -> Session:
-    """Begin the run in the store, once, as the config says; with ``discard_from``, continue up to there.
+    """Start the run in the store, once, by the config; with ``discard_from``, continue up to that place.
 
     ``ends``: :func:`end_run` will be called. ``apart``, ``any_input``: see RunRequest. Raises StoreError
         (RunBusy, PipelineChanged ...).
@@ -115,7 +115,7 @@ def _begin(ctx: ReliabilityContext, session: Session, *, carry: bool) -> Session
     if session.continued or session.finished is not None:
         journal.prior_unrecorded = unrecorded = PriorUsage.of_no_attempt(session.notes, ctx.run_id)
         if carry:
-            # Only a resume that goes on by itself remembers the bill; resume_from starts a new one.
+            # Only a plain resume includes earlier spend; resume_from starts a new count.
             spent = ctx.cost_tracker
             spent.prior_tokens = session.prior.tokens + unrecorded.tokens
             spent.prior_cost_usd = session.prior.cost_usd + unrecorded.cost_usd
@@ -143,8 +143,8 @@ async def end_run(
 ) -> asyncio.CancelledError | None:
     """Record in the store how the run ended, also while it is still being opened there.
 
-    Return the cancellation of the task that came meanwhile. Never raises: the commits are safe, only this
-    line is not.
+    Return a cancellation of the task in the meantime. Never raises: the commits are safe, only this record
+    may be missing.
     """
     journal, shield = ctx.journal, Shield()
     try:
@@ -252,7 +252,7 @@ def call_end_hooks_now(ctx: ReliabilityContext, result: ExecutionResult) -> None
 
 
 async def give_back(ctx: ReliabilityContext, result: ExecutionResult | None) -> asyncio.CancelledError | None:
-    """Release the run as it stood when it was opened, since this code cannot continue it.
+    """Release the run in the state in which it was opened, since this code cannot continue it.
 
     No hook of its end is called: only exporters end what they began, with a result. Return the cancellation
     of the task that came meanwhile.
@@ -270,7 +270,7 @@ async def give_back(ctx: ReliabilityContext, result: ExecutionResult | None) -> 
 
 
 def _end_arguments(ctx: ReliabilityContext, result: ExecutionResult) -> tuple[Arguments, Arguments]:
-    """Return what makes the arguments of the end: with states, and without."""
+    """Return two functions that make the arguments of the end: with states, and without."""
     run_id, redactor = ctx.run_id, ctx.redactor
     return lambda: (run_id, redactor.redact_result(result)), lambda: (run_id, redactor.unread_result(result))
 

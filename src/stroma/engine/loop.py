@@ -77,8 +77,8 @@ async def execute_in_turn(
 ) -> BaseModel | Halt | Stopped:
     """:func:`execute` for nodes in turn, each at the next position and on the output of the one before.
 
-    STOPPED if no further node is to begin (see Stopping). The last node stays the current one: the caller
-    restores the one before, or ends its task.
+    STOPPED if no further node may start (see Stopping). The last node stays the current one: the caller
+    restores the previous one, or ends its task.
     """
     # One coroutine for all nodes of a run, since it costs as much as the loop itself.
     first, branch, kind, parent, contract, step, cancelling, restores, role, is_called, settles = place
@@ -92,8 +92,8 @@ async def execute_in_turn(
                 return STOPPED
             task = task or asyncio.current_task()
             if task is not None and task.cancelling() != cancelling:
-                # Either a cancellation is on its way, and this lets it in; or a node's TaskGroup has left one
-                # behind.
+                # Either a cancellation is pending, and this await raises it; or a TaskGroup of the node has
+                # left one behind.
                 await asyncio.sleep(0)
                 cancelling = task.cancelling()
         if branch and restores and (position, branch) in ctx.handover.done:
@@ -132,7 +132,8 @@ async def execute_in_turn(
                 if account.limits:
                     exceeded = _crossed_limit(ctx, run)
                     if exceeded is not None:
-                        # Earlier attempts, siblings or processes have spent it: the next call is never made.
+                        # Earlier attempts, siblings or processes have used it up: the next call is never
+                        # made.
                         return refuse(run, exceeded)
                 if type(node) is not Node or (node.is_async and not is_gated):
                     outcome = await attempt.make(run, node, plan, value, cancelling)
@@ -217,7 +218,7 @@ def _plan_without_contract() -> Plan:
 async def _without_plan(
     ctx: ReliabilityContext, run: RunningNode, node: Node | Group, value: BaseModel, error: Exception
 ) -> Halt:
-    """Return the end of a node whose contract cannot be read: a class that is not fully defined, say."""
+    """Return the end of a node whose contract cannot be read, as with an incomplete class."""
     CURRENT.set(run)
     try:
         run.attempt = 1

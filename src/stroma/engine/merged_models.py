@@ -26,7 +26,7 @@ def merged_model(name: str, classes: tuple[type[BaseModel], ...]) -> type[BaseMo
     fields: dict[str, Any] = {}
     for cls in classes:
         if _is_open(cls):
-            # It may give any field any value, and later outputs win over earlier ones.
+            # It may give any field any value, and later outputs take precedence.
             fields = dict.fromkeys(fields, (Any, ...))
         if not (cls.__pydantic_root_model__ and _is_open(cls)):
             fields.update(_fields_of(cls))
@@ -34,14 +34,14 @@ def merged_model(name: str, classes: tuple[type[BaseModel], ...]) -> type[BaseMo
 
 
 def _is_open(cls: type[BaseModel]) -> bool:
-    """Return True if it may have any fields: extra ones, or those of the dict that a root model is."""
+    """Return True if the model may have any fields: extra ones, or the keys of a root dict."""
     if cls.__pydantic_root_model__:
         return not is_never_dict(core_schema_of(cls))
     return cls.model_config.get("extra") == "allow"
 
 
 def _fields_of(cls: type[BaseModel]) -> dict[str, Any]:
-    """Return its fields, for create_model(); those that are excluded cross no boundary."""
+    """Return its fields, for create_model(); excluded fields cross no boundary."""
     return {n: (info.annotation, info) for n, info in cls.model_fields.items() if not info.exclude}
 
 
@@ -61,7 +61,7 @@ def _make_model(name: str, fields: dict[str, Any], bases: Sequence[type[BaseMode
     config = ConfigDict(
         arbitrary_types_allowed=True,
         extra="allow" if any(map(_is_open, bases)) else "ignore",
-        # What was taken as an enum's value is read back from a store as one.
+        # A value that was accepted as an enum member is read back from a store as a member.
         use_enum_values=any(cls.model_config.get("use_enum_values", False) for cls in bases),
     )
     with warnings.catch_warnings():
@@ -78,7 +78,7 @@ def _make_model(name: str, fields: dict[str, Any], bases: Sequence[type[BaseMode
 def spelled_out(state: BaseModel) -> BaseModel:
     """Return a group's output as a model whose class declares all fields, also of untyped children.
 
-    It takes whatever the group's own class takes. Another state comes back as it is, and so does one with
+    It accepts what the class of the group accepts. Another state is returned unchanged, and so is one with
     names that no field can have.
     """
     if type(state).__module__ != __name__ or not state.__pydantic_extra__:

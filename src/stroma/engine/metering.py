@@ -18,7 +18,7 @@ __all__ = ["count_returned", "price"]
 
 
 def count_returned(run: RunningNode, returned: tuple[Any, ...]) -> tuple[Any, UsageError | None]:
-    """Return a tuple's output, and what is wrong with its usage, which is noted on the execution."""
+    """Return the output of a tuple and the fault of its usage, which is recorded on the execution."""
     model: Any = None
     produced: Any = 0
     if len(returned) == 2:
@@ -53,7 +53,7 @@ def count_returned(run: RunningNode, returned: tuple[Any, ...]) -> tuple[Any, Us
 async def price(
     ctx: ReliabilityContext, run: RunningNode
 ) -> tuple[asyncio.CancelledError | None, UsageError | None]:
-    """Put a price on what the attempt reported. Return a cancellation meanwhile, and what is wrong."""
+    """Price the reported usage of the attempt. Return a cancellation meanwhile, and the fault."""
     shield = Shield()
     problem = run.misreported
     if problem is not None:

@@ -1,4 +1,4 @@
-"""Ends of executions, and where an execution stands."""
+"""Ends and places of executions."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Halt(NamedTuple):
 
     @property
     def status(self) -> RunStatus:
-        """SUSPENDED if a node waits, FAILED if trying the same again is pointless, else PARTIAL."""
+        """SUSPENDED if a node waits, FAILED if another attempt would fail the same way, else PARTIAL."""
         if self.suspended:
             return RunStatus.SUSPENDED
         terminal = self.failure.failure_class is FailureClass.TERMINAL and not self.partial
@@ -71,7 +71,7 @@ STOPPED: Final = Stopped()
 
 
 class Paused(Suspend):
-    """The suspension of a paused run: it waits for somebody who resumes it, and for no answer."""
+    """The suspension of a paused run: it waits to be resumed, not for an answer."""
 
 
 class GroupStopped(Exception):

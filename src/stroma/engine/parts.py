@@ -72,7 +72,7 @@ class Account:
             self.questions += (waiting.question,)
 
     def note_hook_failure(self, failure: HookFailure) -> None:
-        """Add what a hook raised to the result."""
+        """Add the exception of a hook to the result."""
         if self.hook_failures is None:
             self.hook_failures = []
         self.hook_failures.append(failure)
@@ -125,7 +125,7 @@ class Stopping:
         self.waits: dict[Callable[[], None], None] = {}  # In order.
 
     def end_waits(self) -> None:
-        """End what precedes the next attempts. Called in the event loop of the run, once it is held."""
+        """End the waits before the next attempts. Called in the event loop of the run, once it is held."""
         for end in list(self.waits):
             end()
 
@@ -158,8 +158,8 @@ async def wait_unless_held(stopping: Stopping, work: Callable[[], Awaitable[T]])
 class Handover:
     """The last output that was committed at the top level.
 
-    The values of a large state are passed on as they are: copies would take twice the time. From then on its
-    snapshot replaces it.
+    The values of a large state are passed on without a copy, which would take twice the time. From then on
+    its snapshot replaces it.
 
     Attributes:
         is_active: outputs go from node to node, and not to plain code between them.

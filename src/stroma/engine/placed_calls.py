@@ -1,4 +1,4 @@
-"""Places: nodes whose function a worker elsewhere calls for the owner of the run.
+"""Places: nodes whose function another worker calls for the owner of the run.
 
 The id of a call is stored before the call is sent, and deleted with the record of the attempt. So an owner
 that resumes the run awaits a call in flight, and does not repeat it.
@@ -24,7 +24,7 @@ __all__ = ["OpenCall", "call_at_place", "note_call", "open_call", "place_error"]
 
 
 class OpenCall(NamedTuple):
-    """A call at a place, which is under way or about to be.
+    """A call at a place, in flight or about to start.
 
     Attributes:
         state: the input in stored form.
@@ -85,7 +85,7 @@ def open_call(run: RunningNode, contract: NodeContract[Any, Any], plan: Plan, sn
 
 
 def note_call(run: RunningNode, call: OpenCall | None) -> None:
-    """Note that a call is about to be sent, or (None) over; stored with the attempt at the latest."""
+    """Record that a call will be sent, or (None) is over; stored with the attempt at the latest."""
     note = None if call is None else json.dumps([call.id, _digest(call.state)]).encode()
     run.ctx.session.note(_note_key(run), note)
 

@@ -1,4 +1,4 @@
-"""Questions to a person: what a node waits for, and what a step inside of it has asked."""
+"""Questions to a person, of a node or of a step inside of it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def find_question(error: BaseException, run: RunningNode) -> Suspend | None:
 
 
 def question_of(raised: Suspend, run: RunningNode, reason: str) -> Waiting | None:
-    """Return what a node waits for from now on; None if a step inside waits, or the run is paused."""
+    """Return the question of a node; None if a step inside waits, or the run is paused."""
     if _is_recorded(raised, run):
         return None
     raised.asked_at = run.ctx.run_id, run.position, run.branch
@@ -76,8 +76,7 @@ def make_question(
 ) -> Waiting:
     """Return the question of a call: with the number of the one that is open there, else with a new number.
 
-    A number is used once at a place, also if the run begins anew or goes back: an answer to an earlier
-    question is refused.
+    A number is used once at a place, also if the run restarts: an answer to an earlier question is refused.
     """
     before, call = session.waiting.get((at.position, at.branch)), 0 if effect is None else effect.number
     number = session.epoch

@@ -1,4 +1,4 @@
-"""Redaction of what hooks, log lines and messages of one run show."""
+"""Redaction in hooks, log lines and messages of one run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def notes_of_error(error: BaseException) -> dict[str, Any]:
 
 @final
 class Redactor:
-    """Redacts with the function of the config, if it has one, and keeps secrets of states out of messages."""
+    """Redacts with the function of the config, if there is one, and masks secrets of states in messages."""
 
     __slots__ = ("_context", "_redact", "_secrets", "_trace")
 
@@ -70,7 +70,7 @@ class Redactor:
         redact = self._redact
         if redact is None:
             return state
-        # A value that redact takes out of a state may be part of a message all the same.
+        # A value that redact removes from a state may still appear in a message.
         self.note_secrets(state)
         try:
             redacted = redact(state)
@@ -136,7 +136,7 @@ class Redactor:
         error = failure.exception
         self.secrets.note_error(error)
         if isinstance_by_type(error, ContractViolation) and isinstance(error.schema, type):
-            # A validator of the user's may quote the value of a field that is declared as a secret.
+            # A validator of the user may quote the value of a field that is declared as a secret.
             self.secrets.note(error.raw, error.schema)
         message = self.mask(failure.message)
         return failure if message == failure.message else replace(failure, message=message)

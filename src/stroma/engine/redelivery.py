@@ -81,7 +81,7 @@ def _output(
     committed: Committed | None,
     reads_state: bool,
 ) -> dict[str, Any]:
-    """Return the output that was committed with an attempt, as its hook would have seen it."""
+    """Return the output that was committed with an attempt, in the form for its hook."""
     if committed is None or committed.is_failed_item:
         return {}  # It was discarded since.
     if isinstance(node, Node) and node.node_id == row.node_id:

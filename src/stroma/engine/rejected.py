@@ -1,6 +1,6 @@
 """Outputs that broke their contract, in the form in which they are stored.
 
-Loaded with the first one: a run whose outputs are valid needs nothing of it.
+Loaded with the first one: runs with valid outputs do not need it.
 """
 
 from __future__ import annotations

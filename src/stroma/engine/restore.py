@@ -1,4 +1,4 @@
-"""Committed outputs, in place of running their nodes again."""
+"""Restoring of committed outputs instead of running their nodes again."""
 
 from __future__ import annotations
 
@@ -157,14 +157,14 @@ def _upcast(
 
 
 def _tolerated(ctx: ReliabilityContext, node: Node | Group, contract: NodeContract[Any, Any] | None) -> bool:
-    """Return True if outputs that were recorded with another schema may be read all the same."""
+    """Return True if outputs that were recorded with another schema may be read."""
     if isinstance(node, Group):
         return any(_tolerated(ctx, child, None) for child in node.children)
     return _upcast(ctx, node, contract) is not None
 
 
 def _difference(schema: Schema, committed: Committed) -> str:
-    """Describe how the fields of an output differ from those of the schema that it is to be read with."""
+    """Describe the differences between the fields of an output and of the schema to read it with."""
     raw = raw_output(committed)
     names = set(schema.field_names)
     if not isinstance(raw, dict) or schema.is_root:

@@ -1,4 +1,4 @@
-"""Threads, tasks and cancellation: awaiting things without losing what they did."""
+"""Threads, tasks and cancellation: awaiting work without losing its result."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ThreadPlaces:
         self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     def take(self, limit: int) -> bool:
-        """Take a place if one is free and nobody waits for it."""
+        """Take a place if one is free and no other attempt waits for it."""
         if self._queue or self._used >= limit:
             return False
         self._used += 1
@@ -223,18 +223,17 @@ def passes_through(error: BaseException, cancelling: int, *, in_group: bool) -> 
     """
     kind = type(error)  # isinstance would ask the object for its __class__, which may raise.
     if issubclass(kind, Exception):
-        # Ours only where the engine itself ran inside the call; out of a function they are those of a nested
-        # run.
+        # Ours only if the engine itself ran inside the call; from a function they belong to a nested run.
         return in_group and issubclass(kind, (HookNotAsync, PipelineChanged, CorruptCheckpoint))
     if issubclass(kind, asyncio.CancelledError):
-        # One that the node raised itself, while nobody cancels its task, is a failure like any other.
+        # If the node raised it itself, without a cancellation of its task, it is a failure like any other.
         task = asyncio.current_task()
         return task is None or task.cancelling() > cancelling
     return True
 
 
 class Shield:
-    """Awaits work to its end although the task is cancelled; the caller raises that afterwards.
+    """Awaits work to its end although the task is cancelled; the caller raises the cancellation afterwards.
 
     Attributes:
         cancellation: the first exception by which the task was cancelled meanwhile; None if it was not. Code
@@ -247,7 +246,7 @@ class Shield:
         self.cancellation: asyncio.CancelledError | None = None
 
     async def finish(self, work: Awaitable[Any]) -> Exception | None:
-        """Await to the end, and return what the work raised.
+        """Await to the end, and return the exception of the work.
 
         A task that is cancelled does not wait for ever: work that has not ended after LAST_SECONDS is
         cancelled, and a StoreError returned.
@@ -366,7 +365,7 @@ def loop_ticks() -> LoopTicks:
 
 
 class TaskPool:
-    """Tasks of which the first that raises gives the rest up and is raised by :meth:`join`.
+    """Tasks: the first exception cancels the others and is raised by :meth:`join`.
 
     Not a TaskGroup: up to Python 3.12 that cancels the task around it to wake it, and so can swallow a
     cancellation from outside that comes at the same moment, or leave its own behind.
@@ -471,7 +470,7 @@ def raise_if(cancelled: asyncio.CancelledError | None) -> None:
 
 
 def retrieve_exception(task: asyncio.Task[Any]) -> None:
-    """Look at the exception of a task that ended in a tear-down, so that asyncio does not log it as lost."""
+    """Retrieve the exception of a task that ended in a tear-down, so that asyncio does not log it."""
     if task.done() and not task.cancelled():
         task.exception()
 
