@@ -169,7 +169,7 @@ def main(counts: list[int], rounds: int, *, write: bool) -> int:
         "README.md",
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{image}-dark.svg">'
         f'<img alt="Microseconds of CPU time of a node: {text}" src="{image}-light.svg"></picture>\n\n'
-        f"CPU time of each node of a run of {nodes}, in memory\n({where}).",
+        f"CPU time of each node of a run of {nodes}, in memory ({where}).",
     )
     for name, theme in chart.THEMES.items():
         path = ROOT / "docs" / "images" / f"bench-{name}.svg"

@@ -554,20 +554,6 @@ def test_every_command_is_in_the_reference() -> None:
         assert f"| `stroma {name}" in report, name
 
 
-def test_figures_of_the_comparison_are_those_that_were_measured() -> None:
-    """Each figure of the comparison's measurements stands on the page that tells how it was measured."""
-    text = (DOCS / "comparison.md").read_text("utf-8").partition("## Measurements")[2]
-    measured = (DOCS / "performance.md").read_text("utf-8") + (DOCS / "durability.md").read_text("utf-8")
-    figures = set(
-        re.findall(
-            r"\d+(?:,\d{3})*(?:\.\d+)?", re.sub(r"^\| \*{0,2}[A-Za-z].*?\|", "|", text, flags=re.MULTILINE)
-        )
-    )
-    figures -= {"100", "1.0", "64", "38", "110"}
-    assert len(figures) > 15
-    assert [figure for figure in figures if figure not in measured] == []
-
-
 def test_pictures_say_in_words_what_they_show() -> None:
     """Every picture of a concept is drawn by the script, has a title and a description, and its page an
     alternative text."""

@@ -125,7 +125,7 @@ def check_resubmission(
 
 
 def has_expired(status: str, expires_ms: int | None, now_ms: int) -> bool:
-    """Return True if a queued run must not start any more."""
+    """Return True if a queued run may no longer start."""
     return status == QUEUED and expires_ms is not None and now_ms > expires_ms
 
 

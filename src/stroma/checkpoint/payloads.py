@@ -48,7 +48,7 @@ _NOT_OPENED: Final = "[sealed, and cannot be opened]"
 UNREADABLE: Final = (_NOT_SEALED, _SEALED, _NOT_OPENED)
 _NAME: Final = re.compile(r"[0-9a-f]{64}")
 _THREAD_BYTES: Final = 256 * 1024  # Payloads of this size and above are encoded in a thread.
-LARGE_BYTES: Final = 50_000_000  # a state of which a warning tells
+LARGE_BYTES: Final = 50_000_000  # states above this are logged as a warning
 #: A blob younger than this may belong to a commit in progress.
 _MIN_AGE_SECONDS: Final = 3600.0
 

@@ -209,7 +209,7 @@ class Session:
         """Release the run, in place of :meth:`end`: it stands as it did before. Raises StoreError."""
 
     def abandon(self) -> None:
-        """Release the run when nothing can be awaited any more. Nothing is recorded."""
+        """Release the run when nothing can be awaited. Nothing is recorded."""
 
 
 NULL_SESSION: Final = Session()

@@ -675,7 +675,7 @@ class StromaRunner(Generic[DepsT]):
                 raise PipelineChanged(
                     f"run {run_id!r} is of pipeline {name!r}, which is not known here; pass it to handle()"
                 )
-            # Without hooks: whoever executes the run calls them.
+            # Without hooks: the process that executes the run calls them.
             reader = StromaRunner(self.registry, self.checkpoint_manager, RunConfig(run_id=run_id))
             nodes, schema, *_ = served[record.pipeline]
             state = await self._stored.read_input(run_id, schema)

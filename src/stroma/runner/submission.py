@@ -34,7 +34,7 @@ class HandleCalls(NamedTuple):
 
 
 class RunHandle(Generic[Out]):
-    """A run in a store, from any process: whoever executes it. ``run_id`` is its id."""
+    """A run in a store, seen from any process. ``run_id`` is its id."""
 
     def __init__(
         self, run_id: str, stored: StoredRuns, waits: Callable[[], EndWaits], calls: HandleCalls

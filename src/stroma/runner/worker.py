@@ -33,7 +33,7 @@ logger = get_logger()
 #: Seconds between two queries, which are cheap: one for each pipeline.
 _READ_SECONDS: Final = 5.0
 
-#: Called with a pipeline and the figures of its queue; with None when nobody knows them any more.
+#: Called with a pipeline and the figures of its queue; with None when they are no longer known.
 QueueReader = Callable[[str, QueueReading | None], None]
 
 

@@ -308,7 +308,7 @@ def _value_of(state: Mapping[str, Any]) -> tuple[Any, type[BaseModel] | None]:
 
 
 def is_text(state: Mapping[str, Any]) -> bool:
-    """Return True for a state that is a plain text, which is sent as it is."""
+    """Return True for a state that is a plain text, which is sent unchanged."""
     return isinstance(_value_of(state)[0], str)
 
 

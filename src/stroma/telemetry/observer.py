@@ -81,7 +81,7 @@ CUT_SHORT: Final = AttemptEnd("cancelled")
 
 
 def waits_since(node: RunningNode, key: object) -> None:
-    """Note that an attempt begins to wait, or goes on to wait for another reason."""
+    """Record that an attempt begins to wait, or continues to wait for another reason."""
     node.notes.setdefault((key, "waits"), perf_counter())
 
 

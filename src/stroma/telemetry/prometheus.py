@@ -108,7 +108,7 @@ class _Collectors:
         return add
 
     def show(self, name: str, pipeline: str, value: float | None) -> None:
-        """Set a gauge, or show none for a pipeline any more."""
+        """Set a gauge, or remove the gauge of a pipeline."""
         if value is not None:
             self._by_name[name].labels(pipeline).set(value)
         else:

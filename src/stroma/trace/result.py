@@ -42,7 +42,7 @@ class RunStatus(StrEnum):
 
 
 class _AnyValue:
-    """Metadata of a field whose class pydantic need not know: a value of it passes as it is."""
+    """Metadata of a field whose class pydantic need not know: its values pass unchanged."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
         return core_schema.any_schema()

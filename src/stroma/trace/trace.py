@@ -389,7 +389,7 @@ def _differences(a: TraceEvent, b: TraceEvent) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    # As text, since 1, 1.0 and True are equal to Python and not to whoever reads the states.
+    # As text, since 1, 1.0 and True are equal to Python and not to readers of the states.
     return json.dumps(jsonable(value), sort_keys=True)
 
 

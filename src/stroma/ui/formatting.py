@@ -225,7 +225,7 @@ def state_tree(payload: Payload, invalid_fields: list[str]) -> dict[str, Any]:
 
 
 def mark_controls(value: Any) -> Any:
-    """Return text with what is invisible as escapes, any other value as it is."""
+    """Return text with escapes for invisible characters, and any other value unchanged."""
     return visible(value, "\n\t\r") if type(value) is str else value
 
 

@@ -108,7 +108,7 @@ def perform_all(operations: Sequence[Any], rows: Rows) -> list[Any]:
 
 
 def fence_error(rows: Rows, fence: Fence, run_id: str) -> StoreError:
-    """Return the reason why a session may not write any more."""
+    """Return the reason why a session may no longer write."""
     run = rows.find(run_id)
     if run is None:
         return CheckpointLost(

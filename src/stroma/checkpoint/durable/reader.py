@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 _MAX_FILTERED: Final = 20_000  # runs that one page filters one by one
 _MAX_FAILED: Final = 20  # failed attempts among which the cause is searched
-#: Outcomes after which an earlier failure at the same place is no cause any more.
+#: Outcomes after which an earlier failure at the same place no longer counts as the cause.
 _FIXES: Final = ("success", "suspended")
 _ALL_RUNS: Final = RunQuery()
 

@@ -66,7 +66,7 @@ class DurableSession(Session):
 
     stores_inputs = True
     fence: Fence
-    #: The lease need not be renewed any more.
+    #: The lease is no longer renewed.
     ended = False
     #: The run as it was opened, if it had completed, nothing is discarded, and nothing was recorded since.
     completed: RunRow | None = None

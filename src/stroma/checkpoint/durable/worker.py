@@ -87,7 +87,7 @@ class Connection(Protocol):
         """Perform all operations, together where that is cheaper, and set the result of each job.
 
         The batch begins with one job; ``more()`` adds the jobs that were queued since, and returns True if
-        there were any. Returns a function that creates the error, if nothing can be written any more.
+        there were any. Returns a function that creates the error, if nothing can be written.
         """
 
     def handle(self) -> object:
@@ -105,7 +105,7 @@ class Worker:
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._batch: list[Job] = []
         self._stopping = False
-        # Creates the error if nothing can be written any more. Each caller needs its own exception.
+        # Creates the error if nothing can be written. Each caller needs its own exception.
         self._ended: Callable[[], StoreError] | None = None
         self._thread = threading.Thread(target=self._work, name=thread_name, daemon=True)
 

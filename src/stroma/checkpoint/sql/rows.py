@@ -64,7 +64,7 @@ class SqlRows(ABC):
     def commit(self, fence: Fence, attempt: AttemptRecord, step: Step | None) -> bool: ...
 
     def _is_lost(self, owner: str | None, left_seconds: float) -> bool:
-        """Return True if a running run has no owner any more."""
+        """Return True if a running run no longer has an owner."""
         return is_free(owner, left_seconds)
 
     def _run_row(self, values: Sequence[Any]) -> RunRow:
@@ -104,7 +104,7 @@ class SqlRows(ABC):
     def begin(self, run: RunRow | None, opening: Opening) -> Fence:
         number = self._new_run(opening.run_id) if run is None else run.run
         execution = 1 if run is None else run.execution + 1
-        # Earlier executions stay in the history; their commits are not read any more.
+        # Earlier executions stay in the history; their commits are no longer read.
         self._run(
             sql.NEW_INPUT,
             run=number,

@@ -58,7 +58,7 @@ CALL: Final = "stroma.call"
 
 
 class SentFailure(BaseModel):
-    """A failure of another process. ``rejected``: the output that broke its contract, as it is stored."""
+    """A failure of another process. ``rejected``: the output that broke its contract, in stored form."""
 
     message: str
     type_name: str | None

@@ -233,7 +233,7 @@ class FlowDriver(FlowWaits):
             number = self.number_of.get(call.branch)
             if not call.is_cancelled:  # Not by the body: the process is being stopped.
                 self.stop(asyncio.CancelledError())
-            elif number is not None:  # Its output was committed all the same.
+            elif number is not None:  # Its output was still committed.
                 self.stored[number] = call
             elif call.future is not None:  # The body waits for it again.
                 self._requested[call.branch] = call

@@ -32,7 +32,7 @@ __all__ = ["WITHDRAWN", "FlowWaits", "now_ms", "text_of_time"]
 
 #: How often a flow that only waits looks for a shutdown, and for answers.
 _POLL_SECONDS: Final = 0.25
-#: Payload of a question that no answer is taken for any more. It is no JSON, as answers are.
+#: Payload of a closed question, which takes no answer. Answers are JSON, and this is not.
 WITHDRAWN: Final = b"withdrawn"
 
 

@@ -397,7 +397,7 @@ class Sentry(Observer):
         client = self._client or scope.get_client()
         event, hint = event_of(error, run, failed, self._content, client.options)
         if self._spans.is_streamed and failed.span is not None:
-            scope.streamed_span = failed.span  # It has ended; the event is about it all the same.
+            scope.streamed_span = failed.span  # It has ended, but the event is about it.
         # A nested run, or a retry of the run, may have sent the same exception: that was another failure.
         notes.captured_by.discard(client)
         scopes = self._sdk.scope
