@@ -234,7 +234,7 @@ def budget() -> Picture:
     for number, width in enumerate((150, 170, 140)):
         p.box(x, 60, width, 54, f"call {number + 1}\ncommitted", "good")
         x += width + 4
-    p.box(x, 60, 180, 54, "call 4: over the limit\ncommitted all the same", "kept")
+    p.box(x, 60, 180, 54, "call 4: over the limit\nstill committed", "kept")
     p.box(x + 200, 60, 110, 54, "call 5\nnot made", "gone")
     p.rule(600, 34, 600, 60, "wall")
     p.rule(600, 114, 600, 140, "wall")
@@ -266,7 +266,7 @@ def lease() -> Picture:
     p.box(300, 118, 130, 40, "lease ends", "gone")
     p.box(450, 118, 150, 40, "commit, epoch 2", "kept")
     p.box(640, 118, 140, 40, "Fenced", "bad")
-    p.box(370, 200, 240, 48, "takes it over, goes on\nepoch 2", "good")
+    p.box(370, 200, 240, 48, "takes it over, continues\nepoch 2", "good")
     p.arrow([(185, 76), (185, 116)])
     p.arrow([(525, 200), (525, 160)])
     p.arrow([(365, 158), (365, 224), (368, 224)])
