@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from tests.cli.terminal import run_on_terminal
 
 from stroma.cli import stores
 
@@ -388,3 +389,13 @@ def test_a_driver_that_is_not_installed(inside, fails, monkeypatch):
         "redis://:***@host/0",
         "pip install 'stroma-runner[redis]'",
     )
+
+
+@pytest.mark.slow
+def test_a_message_fits_a_narrow_terminal(stroma):
+    """A message is broken at spaces, and the command that fixes it where a shell takes it in parts."""
+    command = ["stroma", "show", "a_run_that_nobody_has_started", "--db", "the_runs_of_november.db"]
+    code, emulator, _ = run_on_terminal(command, stroma.home, stroma.env, columns=40)
+    assert (code, emulator.wrapped) == (4, 0)
+    assert emulator.text.splitlines()[:2] == ["stroma: store the_runs_of_november.db", "    does not exist"]
+    assert "    stroma run FILE.py:NAME \\" in emulator.text.splitlines()

@@ -45,9 +45,9 @@ class Problem(click.ClickException):
 
     def show(self, file: IO[Any] | None = None) -> None:
         # These quote arguments, file names and messages of stores.
-        err.line(("stroma: ", "bold red"), one_line(self.message))
+        err.fitted(("stroma: ", "bold red"), one_line(self.message))
         for line in self.more:
-            err.line("  ", one_line(line))
+            err.hint(f"  {one_line(line)}")
 
 
 def command(name: str, *arguments: str, options: Sequence[str] = ()) -> str:

@@ -102,9 +102,12 @@ class Stream:
             self.line(*line)
 
     def hint(self, text: str) -> None:
-        """Write a line that ends with a command, which can still be pasted where a terminal breaks it."""
+        """Write a line; a command at its end can still be pasted where a terminal breaks it."""
+        words, colon, command = text.partition(": ")
+        if not colon:
+            self.fitted(text)
+            return
         if self.is_terminal and len(text) > self.columns:
-            words, _, command = text.partition(": ")
             text = f"{words}:\n    {break_command(command, self.columns - 4)}"
         self.write(text + "\n")
 
