@@ -131,7 +131,7 @@ def send(run_: str, text: str, topic: str, message_id: str | None, as_json: bool
     runner = StromaRunner(ContractRegistry(), CheckpointManager(database.store))
     try:
         database.run(runner.send(record.run_id, message, topic=topic, id=message_id))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise Problem(f"{source} cannot be sent: {error}") from error
     except StoreError as error:
         if error.transient:
