@@ -352,18 +352,6 @@ async def test_under_the_callers_transaction(sentry: RecordedSentry) -> None:
     assert sentry.transport.span("good")["parent_span_id"] == run["span_id"]
 
 
-async def test_a_trace_context_is_carried_in(sentry: RecordedSentry) -> None:
-    """run(traceparent=) makes the run part of that trace."""
-    runner = quick(sentry)
-    value = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    await runner.run([node(runner, "good")], State(), traceparent=value)
-    run = sentry.transport.span("pipeline")
-    assert (run["trace_id"], run["parent_span_id"]) == (
-        "0af7651916cd43dd8448eb211c80319c",
-        "b7ad6b7169203331",
-    )
-
-
 async def test_the_global_client_is_the_default() -> None:
     """Without a client the one of sentry_sdk.init() is used; without that, nothing happens."""
     runner = StromaRunner.quick(hooks=sentry_hooks())

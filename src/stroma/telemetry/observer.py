@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from functools import partial
@@ -149,16 +149,22 @@ def _is_map(place: str) -> bool:
     return place.rpartition(".")[2].rpartition("/")[2].startswith("*")
 
 
-def _part_around(branch: str) -> FlowPart | None:
-    """Return the innermost part of a flow around a place; None for a place in no part."""
-    outer = branch.rpartition(".")[0]
-    if not is_called(outer):
-        return None
-    # "{task}/{kind}{name}#{number or key}", and "@{input}" behind it where that is in the identity.
-    call = outer.rpartition(".")[2].rpartition("/")[2].partition("@")[0]
-    name, _, number = call.partition("#")
-    kind: Literal["flow", "map"] = "map" if name.startswith("*") else "flow"
-    return FlowPart(outer, unquote(name.removeprefix("*") or number), kind, outer)
+def _parts_of(branch: str) -> Iterator[tuple[str | AgentRun, FlowPart]]:
+    """Yield the parts of a flow around a step here, the innermost first, by what identifies each."""
+    agents = []
+    agent = AGENT.get()
+    while agent is not None:
+        agents.append(agent)
+        agent = agent.outer
+    for depth, agent in reversed(list(enumerate(reversed(agents)))):
+        yield agent, FlowPart(branch.rpartition(".")[0], agent.name, "agent", f"{branch}<{depth}")
+    while is_called(outer := branch.rpartition(".")[0]):
+        # "{task}/{kind}{name}#{number or key}", and "@{input}" behind it where that is in the identity.
+        call = outer.rpartition(".")[2].rpartition("/")[2].partition("@")[0]
+        name, _, number = call.partition("#")
+        kind: Literal["flow", "map"] = "map" if name.startswith("*") else "flow"
+        yield outer, FlowPart(outer, unquote(name.removeprefix("*") or number), kind, outer)
+        branch = outer
 
 
 class Observer:
@@ -297,46 +303,20 @@ class Observer:
     def _parts_around(
         self, run: ReliabilityContext, branch: str, of_run: Any, start_ns: int | None = None
     ) -> Any:
-        """Return the note for the innermost part of a flow around the step here, begun by its first step."""
-        agent = AGENT.get()
-        if agent is None:
-            return self._around_place(run, branch, of_run, start_ns)
-        return self._around_step(run, agent, branch, of_run, start_ns)
+        """Return the note for the innermost part of a flow around a step here; of the run without any.
 
-    def _around_place(
-        self, run: ReliabilityContext, branch: str, of_run: Any, start_ns: int | None = None
-    ) -> Any:
-        """Return the note for the part of a flow around a place, begun by its first step, else of the run."""
-        part = _part_around(branch)
-        if part is None:
-            return of_run
-        part = part._replace(start_ns=start_ns)
-        above = partial(self._around_place, run, part.branch, of_run, start_ns)
-        return self._part(run, part.branch, part, above)
-
-    def _around_step(
-        self, run: ReliabilityContext, agent: AgentRun, branch: str, of_run: Any, start_ns: int | None
-    ) -> Any:
-        """Return the note for the run of an agent around a step, begun by its first one."""
-        depth, outer = 0, agent.outer
-        while outer is not None:
-            depth, outer = depth + 1, outer.outer
-        place = f"{branch}<{depth}"
-        part = FlowPart(branch.rpartition(".")[0], agent.name, "agent", place, start_ns)
-        if agent.outer is None:
-            above = partial(self._around_place, run, branch, of_run, start_ns)
-        else:
-            above = partial(self._around_step, run, agent.outer, branch, of_run, start_ns)
-        return self._part(run, agent, part, above)
-
-    def _part(
-        self, run: ReliabilityContext, key: str | AgentRun, part: FlowPart, above: Callable[[], Any]
-    ) -> Any:
+        A part is begun by its first step.
+        """
         parts: dict[str | AgentRun, list[Any]] = run.notes.setdefault((self, "parts"), {})
-        if key not in parts:
-            around = above()
-            parts[key] = [self.part_started(run, part, around), 0]
-        return parts[key][0] or above()
+        known = parts.get(AGENT.get() or branch.rpartition(".")[0])
+        if known is not None and known[0] is not None:
+            return known[0]
+        note = of_run
+        for key, part in reversed(list(_parts_of(branch))):
+            if key not in parts:
+                parts[key] = [self.part_started(run, part._replace(start_ns=start_ns), note), 0]
+            note = parts[key][0] or note
+        return note
 
     def ended_parts(self, run: ReliabilityContext) -> list[tuple[Any, int]]:
         """Return the notes for the parts of a flow that ends, innermost first, and the ends of their steps.
@@ -446,19 +426,9 @@ class Observer:
 
     def _end_parts_around(self, run: ReliabilityContext, branch: str, ended_ns: int) -> None:
         """Note the end of a step for the parts of a flow around it; the last one is theirs."""
-        parts: dict[str | AgentRun, list[Any]] = run.notes.get((self, "parts"), {})
-        if not parts:
-            return
-        around: list[str | AgentRun] = []
-        while branch:
-            branch = branch.rpartition(".")[0]
-            around.append(branch)
-        agent = AGENT.get()
-        while agent is not None:
-            around.append(agent)
-            agent = agent.outer
-        for key in around:
-            if key in parts:
+        parts: dict[str | AgentRun, list[Any]] | None = run.notes.get((self, "parts"))
+        for key, _ in _parts_of(branch) if parts else ():
+            if parts and key in parts:
                 parts[key][1] = max(parts[key][1], ended_ns)
 
     def _safely(self, event: str, call: Callable[..., None], about: Any, *arguments: Any) -> None:
