@@ -196,7 +196,9 @@ class _Parts:
     def _bound(self, bound: Any, step_id: str, path: str, classes: Classes) -> Any:
         options = self._options_of(path, {})
         if isinstance(bound, ToolNode):
-            tools = {tool: self._options_of(f"{path}.{tool}", options) for tool in bound.tools_by_name}
+            tools: dict[str, Options] = {
+                tool: self._options_of(f"{path}.{tool}", options) for tool in bound.tools_by_name
+            }
             return _RecordedTools(bound, step_id, tools, classes)
         return _BodyNode(bound) if options is False else _RecordedNode(bound, step_id, options, classes)
 
@@ -457,7 +459,9 @@ class _NodeStep:
     async def _look(self, call: _NodeInput | _ToolInput, stored: Any, key: str) -> Any:
         """Return what ``reconcile`` says of a call."""
         state = decode(stored, self._classes)
-        answer = self._options["reconcile"](self._arguments_of(state) if self._messages_key else state, key)
+        reconcile = self._options.get("reconcile")
+        assert reconcile is not None
+        answer = reconcile(self._arguments_of(state) if self._messages_key else state, key)
         if inspect.isawaitable(answer):
             answer = await answer
         if isinstance(answer, (NotDone, Unknown)):
