@@ -7,9 +7,6 @@ import importlib
 import itertools
 import os
 import random
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -18,7 +15,7 @@ from typing import Any
 import pytest
 from tests.chaos.rounds import Processes
 from tests.flows.program_world import Kills
-from tests.frameworks.kit import answer
+from tests.frameworks.kit import answer, is_killed
 from tests.kit import Num, retry_policies
 from tests.shared_stores import opened, place, store_of
 
@@ -38,7 +35,6 @@ __all__ = [
     "undisturbed",
 ]
 
-ROOT = Path(__file__).parents[2]
 #: The last life in which a process may be killed.
 LAST_DEATH = 12
 #: How many workers serve a store, and how long a dead one owns its run.
@@ -233,20 +229,12 @@ async def live(
     answer(folder, world.repeated())
 
 
-def run_lives(module: str, function: str, folder: Path, seed: int) -> int:
-    """Call a function of a module in one process after the other, until one ends by itself. Return how many
-    were killed.
+def run_lives(live: Callable[..., None], folder: Path, seed: int) -> int:
+    """Call a function in one process after the other, until one ends by itself. Return how many were killed.
 
     Each process has another order of sets.
     """
-    program = f"import sys; from {module} import {function}; {function}(*sys.argv[1:])"
     for life in range(LAST_DEATH + 1):
-        command = [sys.executable, "-W", "ignore", "-c", program, str(folder), str(seed), str(life)]
-        env = {**os.environ, "PYTHONHASHSEED": str(life)}
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=250, cwd=ROOT, env=env
-        )
-        if done.returncode == 0:
+        if not is_killed(live, folder, seed, life, PYTHONHASHSEED=str(life)):
             return life
-        assert done.returncode == -signal.SIGKILL, (seed, life, done.returncode, done.stderr)
     raise AssertionError("the agents do not end")

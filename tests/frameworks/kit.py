@@ -9,13 +9,21 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from stroma import FailureClass, FailurePolicy, NodeHooks, RunStatus, StromaRunner, current_node
+from stroma import (
+    FailureClass,
+    FailurePolicy,
+    NodeHooks,
+    RunStatus,
+    SQLiteStore,
+    StromaRunner,
+    current_node,
+)
 from stroma.adapters import Guard
 from stroma.trace import ExecutionResult
 
@@ -161,8 +169,7 @@ def tree(result: ExecutionResult) -> list[str]:
 def killed_and_resumed(test: type[Any], folder: Path) -> str:
     """What ``nested()`` of a test class returns in a process that goes on where one was killed inside of
     it."""
-    program = "import sys; from tests.frameworks.kit import live; live(*sys.argv[1:])"
-    return in_two_lives(program, folder, "dies", test.__module__, test.__name__)
+    return in_two_lives(live, folder, "dies", test.__module__, test.__name__)
 
 
 _DETACHED = """
@@ -195,15 +202,44 @@ def changed_until_detached(imports: str, attach: str) -> list[str]:
     return done.stdout.split()
 
 
-def in_two_lives(program: str, folder: Path, dies: str, *arguments: str) -> str:
-    """Run a program that is killed in its first life, for which it gets ``dies``; return what :func:`answer`
-    notes in its second."""
-    for life in (dies, ""):
-        command = [sys.executable, "-W", "ignore", "-c", program, *arguments, str(folder), life]
-        root = Path(__file__).parents[2]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250, cwd=root)
-        assert done.returncode == (-signal.SIGKILL if life else 0), (life, done.returncode, done.stderr)
+def is_killed(live: Callable[..., Any], *arguments: Any, **env: str) -> bool:
+    """Call a function of a module in a process of its own. Return True if that was killed, False if it
+    ended."""
+    program = f"import sys; from {live.__module__} import {live.__name__}; {live.__name__}(*sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=250,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, **env},
+    )
+    assert done.returncode in (-signal.SIGKILL, 0), (arguments, done.returncode, done.stderr)
+    return done.returncode != 0
+
+
+def in_two_lives(live: Callable[..., Any], folder: Path, dies: str, *arguments: str) -> str:
+    """Call a function in a process that is killed in its first life, for which it gets ``dies``; return what
+    :func:`answer` notes in its second."""
+    assert is_killed(live, *arguments, folder, dies)
+    assert not is_killed(live, *arguments, folder, "")
     return (folder / "answer").read_text("utf-8")
+
+
+def check_killed(
+    live: Callable[..., Any], folder: Path, dies_before: str, expected: tuple[Any, Sequence[str], int]
+) -> None:
+    """Kill a program before one of its calls, and continue it in another process, in the same run.
+
+    ``expected``: its answer, its calls, and the tokens of the run.
+    """
+    result, calls, tokens = expected
+    assert in_two_lives(live, folder, dies_before) == str(result)
+    assert [line.partition("|")[0] for line in Ledger(folder).calls] == list(calls)
+    with SQLiteStore(folder / "r.db") as store:
+        (run,) = store.list_runs()
+        assert (run.status, run.tokens) == ("RESUMED", tokens)
 
 
 def answer(folder: str | Path, value: Any) -> None:

@@ -10,9 +10,8 @@ from crewai.flow.flow import Flow, listen, start
 from crewai.flow.persistence import persist
 from crewai.flow.persistence.sqlite import SQLiteFlowPersistence
 from pydantic import BaseModel
-from tests.frameworks.kit import PAID, Ledger, answer, die, guard_of, holds, in_two_lives
+from tests.frameworks.kit import PAID, Ledger, answer, check_killed, die, guard_of, holds
 
-from stroma import SQLiteStore
 from stroma.adapters.crewai import attach
 
 METHODS = ("first", "second", "third")
@@ -64,12 +63,4 @@ def test_killed_between_methods_it_goes_on_and_pays_for_nothing_twice(
 ) -> None:
     """After SIGKILL at a boundary, a kickoff with the flow's id gives the right answer, in one run, and pays
     for each once."""
-    program = (
-        "import sys; from tests.frameworks.crewai.test_killed_between_methods import live; "
-        "live(*sys.argv[1:])"
-    )
-    assert in_two_lives(program, tmp_path, dies_before) == str(list(METHODS))
-    assert Ledger(tmp_path).calls == list(METHODS)
-    with SQLiteStore(tmp_path / "r.db") as store:
-        (run,) = store.list_runs()
-        assert (run.status, run.tokens) == ("RESUMED", 3 * PAID)
+    check_killed(live, tmp_path, dies_before, (list(METHODS), METHODS, 3 * PAID))

@@ -165,7 +165,7 @@ def live_on(folder: str, seed: str, life: str) -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_graphs_survive_sigkill(seed: int, tmp_path: Path) -> None:
     """G5, G13: The same for processes that are killed with SIGKILL, with another order of sets in each."""
-    deaths = run_lives(__name__, "live_on", tmp_path, seed)
+    deaths = run_lives(live_on, tmp_path, seed)
     assert int((tmp_path / "answer").read_text("utf-8")) <= 3 * deaths
 
 

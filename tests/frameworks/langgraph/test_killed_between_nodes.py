@@ -11,9 +11,8 @@ from typing import Annotated, Any, TypedDict
 import pytest
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, StateGraph
-from tests.frameworks.kit import PAID, Ledger, answer, die, guard_of, holds, in_two_lives
+from tests.frameworks.kit import PAID, Ledger, answer, check_killed, die, guard_of, holds
 
-from stroma import SQLiteStore
 from stroma.adapters.langgraph import attach
 
 
@@ -89,12 +88,4 @@ def live(folder: str, dies_before: str) -> None:
 def test_killed_between_nodes_it_goes_on_and_pays_for_nothing_twice(dies_before: str, tmp_path: Path) -> None:
     """After SIGKILL at a boundary, ``invoke(None)`` gives the right answer, in one run, and no node is paid
     for twice."""
-    program = (
-        "import sys; from tests.frameworks.langgraph.test_killed_between_nodes import live; "
-        "live(*sys.argv[1:])"
-    )
-    assert in_two_lives(program, tmp_path, dies_before) == str(list(NODES))
-    assert Ledger(tmp_path).calls == list(NODES)
-    with SQLiteStore(tmp_path / "r.db") as store:
-        (run,) = store.list_runs()
-        assert (run.status, run.tokens) == ("RESUMED", 3 * PAID)
+    check_killed(live, tmp_path, dies_before, (list(NODES), NODES, 3 * PAID))

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 from agents import Agent, function_tool, set_tracing_disabled
 from pydantic import BaseModel
-from tests.docs.blocks import ROOT, blocks
-from tests.flows.program_world import Kills
 from tests.frameworks.durable_kit import (
     KINDS,
     Bill,
@@ -22,14 +18,12 @@ from tests.frameworks.durable_kit import (
     live,
     run_lives,
 )
-from tests.frameworks.kit import answer
 from tests.frameworks.openai_agents.test_durable_agents import Fake, asks, outputs_of, says
 from tests.kit import Num
 from tests.shared_stores import SHARED
 
-from stroma import Flow, NotDone, StromaRunner, current_node, stroma_flow
+from stroma import Flow, NotDone, current_node, stroma_flow
 from stroma.adapters.openai_agents import DurableRunner, ToolApproval
-from stroma.engine.interceptors import INTERCEPTORS
 
 set_tracing_disabled(True)
 
@@ -132,7 +126,7 @@ def live_on(folder: str, seed: str, life: str) -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_agents_survive_sigkill(seed: int, tmp_path: Path) -> None:
     """G5, G13: The same for processes that are killed with SIGKILL, over SQLite."""
-    deaths = run_lives(__name__, "live_on", tmp_path, seed)
+    deaths = run_lives(live_on, tmp_path, seed)
     assert int((tmp_path / "answer").read_text("utf-8")) <= 2 * deaths
 
 
@@ -142,40 +136,3 @@ def test_agents_survive_sigkill(seed: int, tmp_path: Path) -> None:
 def test_workers_finish_the_agents_of_killed_ones(kind: str) -> None:
     """G5, G13: The same for workers that are killed with SIGKILL: another one takes over."""
     kill_workers(kind, lambda side: Research(streamed=True, side=side), approve, in_flight=2)
-
-
-def live_of_page(folder: str, seed: str, life: str) -> None:
-    """One life of the flow of the page, in a folder."""
-    os.chdir(folder)
-    ((_, code),) = [block for block in blocks(PAGE.read_text("utf-8")) if "DurableRunner" in block[1]]
-    names: dict[str, Any] = {"__name__": "page"}
-    exec(compile(code.replace("asyncio.run(main())", ""), str(PAGE), "exec"), names)
-    kills = Kills(random.Random(), kill=True)
-    kills.left = int(seed) * (int(life) + 1)
-    INTERCEPTORS.insert(0, kills)
-
-    async def main() -> str:
-        while True:
-            runner = StromaRunner.quick(
-                store="sqlite:///tickets.db",
-                run_id="r",
-                resume=True,
-                if_running="take_over",
-                max_recoveries=1000,
-            )
-            result = await runner.run(names["support"], names["Ticket"](text="a refund, please"))
-            if not result.suspended:
-                return str(result.output.text)
-            await approve(runner, result)
-
-    answer(folder, asyncio.run(main()))
-
-
-PAGE = ROOT / "docs" / "adapters" / "openai_agents.md"
-
-
-@pytest.mark.timeout(300)
-def test_the_example_of_the_page_survives_sigkill(tmp_path: Path) -> None:
-    """The flow that the page shows ends with the answer that it shows, whatever its processes die of."""
-    assert run_lives(__name__, "live_of_page", tmp_path, 3) > 0
-    assert (tmp_path / "answer").read_text("utf-8") in PAGE.read_text("utf-8")

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from agents import Agent, RunState, function_tool, set_tracing_disabled
-from tests.frameworks.kit import PAID, Ledger, answer, die, guard_of, holds, in_two_lives
+from tests.frameworks.kit import PAID, Ledger, answer, check_killed, die, guard_of, holds
 from tests.frameworks.openai_agents.test_openai_agents import Script
 
-from stroma import SQLiteStore, current_node
+from stroma import current_node
 from stroma.adapters.openai_agents import GuardedRunner, attach
 
 set_tracing_disabled(True)
@@ -84,15 +84,7 @@ def test_killed_between_turns_it_goes_on_from_its_last_state(dies_before: str, t
 
     What was called behind the state is called again, with the same key.
     """
-    program = (
-        "import sys; from tests.frameworks.openai_agents.test_killed_between_turns import live; "
-        "live(*sys.argv[1:])"
-    )
-    assert in_two_lives(program, tmp_path, dies_before) == "done"
-    calls = [line.partition("|")[0] for line in Ledger(tmp_path).calls]
-    again = AGAIN.get(dies_before, [])
-    assert sorted(calls) == sorted([*CALLS, *again])
+    again, at = AGAIN.get(dies_before, []), CALLS.index(dies_before)
+    calls = [*CALLS[:at], *again, *CALLS[at:]]
+    check_killed(live, tmp_path, dies_before, ("done", calls, len(calls) * PAID + 3))
     assert len(set(Ledger(tmp_path).calls)) == len(CALLS)
-    with SQLiteStore(tmp_path / "r.db") as store:
-        (run,) = store.list_runs()
-        assert (run.status, run.tokens) == ("RESUMED", len(calls) * PAID + 3)

@@ -12,9 +12,8 @@ from pydantic_ai import Agent, ModelRequestNode
 from pydantic_ai.messages import ModelMessagesTypeAdapter, ModelResponse, TextPart, ToolCallPart
 from pydantic_ai.models.function import FunctionModel
 from pydantic_ai.usage import RequestUsage
-from tests.frameworks.kit import PAID, Ledger, answer, die, guard_of, holds, in_two_lives
+from tests.frameworks.kit import PAID, Ledger, answer, check_killed, die, guard_of, holds
 
-from stroma import SQLiteStore
 from stroma.adapters.pydantic_ai import StromaCapability
 
 #: What the agent does, one call after another: "ask" is a request of its model, "tool" a call of its tool.
@@ -69,12 +68,4 @@ def live(folder: str, dies_before: str) -> None:
 def test_killed_between_nodes_it_goes_on_and_pays_for_nothing_twice(dies_before: str, tmp_path: Path) -> None:
     """After SIGKILL at a boundary, the stored history gives the right answer, in one run, and each call is
     paid for once."""
-    program = (
-        "import sys; from tests.frameworks.pydantic_ai.test_killed_between_nodes import live; "
-        "live(*sys.argv[1:])"
-    )
-    assert in_two_lives(program, tmp_path, dies_before) == "done"
-    assert Ledger(tmp_path).calls == list(CALLS)
-    with SQLiteStore(tmp_path / "r.db") as store:
-        (run,) = store.list_runs()
-        assert (run.status, run.tokens) == ("RESUMED", len(CALLS) * PAID + 3)
+    check_killed(live, tmp_path, dies_before, ("done", CALLS, len(CALLS) * PAID + 3))
