@@ -107,10 +107,10 @@ class Content:
                     fields.items() if len(fields) <= _MOST_FIELDS else islice(fields.items(), _MOST_FIELDS)
                 )
                 # What json.dumps() returns, in a third of its time: both are texts.
-                shapes = [f"{_quoted(str(name))}: {_shape_text(value)}" for name, value in known]
+                shapes = [f"{_quoted(str(name))}: {_quoted(_shape(value))}" for name, value in known]
                 text = f"{{{', '.join(shapes)}}}"
             else:
-                text = "" if fields is None else _shape_text(fields)
+                text = "" if fields is None else _quoted(_shape(fields))
             if isinstance(state, UnreadState):
                 state.shapes = text
         return text if len(text) <= self.max_bytes and text.isascii() else self.cut(text)
@@ -323,16 +323,6 @@ def _names_of(model: type[BaseModel]) -> Mapping[str, tuple[str, ...]]:
         names = {field: (*names_of_field(field, info),) for field, info in model.model_fields.items()}
         aliases = _aliases[model] = {field: known for field, known in names.items() if len(known) > 1}
     return aliases
-
-
-def _shape_text(value: Any) -> str:
-    """Return a shape as JSON text; those of most values need no quoting."""
-    kind = type(value)
-    if kind in _SIZED:
-        return f'"{kind.__name__}[{len(value)}]"'
-    if kind in _UNSIZED:
-        return f'"{kind.__name__}"'
-    return _quoted(_shape(value))
 
 
 def _shape(value: Any) -> str:

@@ -38,7 +38,7 @@ _MAX_CHARTED: Final = 1000  # runs
 _MAX_HELD: Final = 8  # suspended runs of the overview
 _STATUSES: Final = [QUEUED, "RUNNING", *RunStatus]
 _MAX_TEXT: Final = 4000  # characters of a parameter
-_TRACE_ID: Final = re.compile(r"trace:([0-9a-f]{32})")
+_TRACE_ID: Final = re.compile(r"[0-9a-f]{32}")
 
 
 class Pages:
@@ -61,8 +61,8 @@ class Pages:
             raise HTTPException(400, "unknown status or class")
         if not self._store.exists():
             return self._empty()
-        if trace := _TRACE_ID.fullmatch(text):
-            run_id = find_by_trace(self._settings, trace[1])
+        if _TRACE_ID.fullmatch(text):
+            run_id = find_by_trace(self._settings, text)
             if run_id is not None:
                 return RedirectResponse(to_address("/run", id=run_id), 303)
         query = parse_search(text, status, kind)
