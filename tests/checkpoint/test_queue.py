@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tests.shared_stores import STORES, opened, place
 from tests.store_suite.helpers import finish, settled
 from tests.tiers import examples
 
-from stroma import RunExists
+from stroma import PostgresStore, RunExists
 from stroma.checkpoint.entries import RunRequest
 from stroma.checkpoint.queue import (
     Candidate,
@@ -373,3 +374,39 @@ async def test_a_budget_of_a_queued_run_outlives_its_first_owner(store: Any) -> 
         assert session.control.budget == {"max_tokens_total": 5}
         await finish(session, "INTERRUPTED")
         assert await claim(store) == ["r"]
+
+
+async def test_runs_that_are_opened_together(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claimed runs that are opened at once have what is stored of each, also what was stored with that;
+    Postgres reads them together."""
+    statements: list[str] = []
+    if isinstance(store, PostgresStore):
+        from stroma.checkpoint.postgres.rows import PostgresRows
+
+        execute = PostgresRows._execute
+        monkeypatch.setattr(
+            PostgresRows,
+            "_execute",
+            lambda self, text, values: (statements.append(text), execute(self, text, values))[1],
+        )
+    run_ids = [f"r{n}" for n in range(8)]
+    for n, run_id in enumerate(run_ids):
+        await submit(store, run_id, n=n)
+        await settled(store.set_budget(run_id, {"max_tokens_total": n}))
+    assert sorted(await claim(store)) == run_ids
+    gate = threading.Event()
+    if hasattr(store, "post"):
+        store.post(lambda rows: gate.wait(10))  # What comes meanwhile is performed together.
+    statements.clear()
+    operations = [settled(store.attribute("r3", {"target": "here"}))]
+    operations += [open_claimed(store, run_id, n=n) for n, run_id in enumerate(run_ids)]
+    waiting = asyncio.gather(*operations)
+    await asyncio.sleep(0.05)
+    gate.set()
+    _, *sessions = await waiting
+    for n, session in enumerate(sessions):
+        assert session.control.budget == {"max_tokens_total": n}
+        assert session.attribution == ({"target": "here"} if n == 3 else {})
+        await finish(session)
+    if statements:
+        assert len(statements) < 4 * len(run_ids)

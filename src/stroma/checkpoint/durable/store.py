@@ -96,7 +96,9 @@ class DurableStore(RunStore):
         opening = await self._opening(request, data, new_owner(session, ends=request.ends))
         open_session = partial(session.open, request, opening, data)
         asked_at = lease_clock()
-        await self._claim(session, Transaction(request.run_id, open_session, opening, session))
+        continues = request.claim is not None
+        opens = Transaction(request.run_id, open_session, opening, session, continues=continues)
+        await self._claim(session, opens)
         if session.fence.owner:  # A run that is returned unchanged has no lease.
             session.fence.leased_at = asked_at
             renewer = self._lease_renewers.get(generation())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -134,6 +135,11 @@ def _transact(db: Database, operations: list[Any], is_repeated: bool) -> list[An
     with db.transaction():
         if is_repeated:
             operations = [partial(_perform_once, operation) for operation in operations]
+        else:
+            ids = Counter(getattr(one, "run_id", None) for one in operations)
+            # An operation on the same run before it may change what it reads.
+            continued = (one.run_id for one in operations if getattr(one, "continues", False))
+            rows.read_ahead([run_id for run_id in continued if ids[run_id] == 1])
         values = perform_all(operations, rows)
     for fence, attempts in rows.attempt_counts:
         fence.acknowledge(attempts)

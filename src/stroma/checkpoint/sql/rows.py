@@ -37,7 +37,7 @@ from stroma.checkpoint.records import (
 from stroma.checkpoint.sql import statements as sql
 from stroma.checkpoint.sql.tables import key
 
-__all__ = ["SqlRows", "commit_values"]
+__all__ = ["SqlRows", "commit_values", "step_row"]
 
 _INDEXED_CHARACTERS: Final = 64  # of an id
 _LAST_CHARACTERS: Final = "\U0010ffff" * (_INDEXED_CHARACTERS + 1)
@@ -257,7 +257,7 @@ class SqlRows(ABC):
 
     def inputs_of(self, candidates: Sequence[Candidate]) -> dict[Any, tuple[bytes, bytes]]:
         rows = self._all(sql.INPUTS, runs=[one.run for one in candidates])
-        return {run: (data, sha256) for run, data, sha256 in rows}
+        return {run: (data, sha256) for run, data, sha256, _ in rows}
 
     # ------------------------------------------------------------------ annotations
 
@@ -280,7 +280,7 @@ class SqlRows(ABC):
 
     def newest_output(self, run_id: str, node_id: str) -> StepRow | None:
         row = self._one(sql.NEWEST_OUTPUT, run_key=key(run_id), node_id=node_id)
-        return None if row is None else _step_row(row)
+        return None if row is None else step_row(row)
 
     # ------------------------------------------------------------------ events
 
@@ -473,13 +473,14 @@ def _annotation_values(run: Any, kinds: Iterable[Annotation], branch: str | None
     return {"run": run, "kinds": list(map(int, kinds)), "branch_key": None if branch is None else key(branch)}
 
 
-def _step_row(row: Any) -> StepRow:
+def step_row(row: Any) -> StepRow:
+    """Return a commit or an annotation from its columns."""
     position, branch, node_id, *step = row
     return StepRow(position, branch, node_id, Step._make(step))
 
 
 def _step_rows(rows: Iterable[Any]) -> list[StepRow]:
-    return list(map(_step_row, rows))
+    return list(map(step_row, rows))
 
 
 def _parse_attempts(rows: Iterable[Any]) -> list[AttemptRecord]:

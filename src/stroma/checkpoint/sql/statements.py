@@ -64,6 +64,8 @@ RUN_COLUMNS: Final = f"""r.run, r.run_id, r.pipeline, r.execution, r.status, r.e
     CASE WHEN NOT {_FREE} THEN r.claim END"""
 FIND: Final = f"SELECT {RUN_COLUMNS} FROM runs r WHERE r.run_key = :run_key"
 LOCK: Final = f"{FIND} FOR UPDATE OF r"
+LOCK_MANY: Final = f"""SELECT {RUN_COLUMNS} FROM runs r WHERE r.run_key = ANY(:run_keys)
+    ORDER BY r.run_id FOR UPDATE OF r"""
 # Two sessions that create a run at the same time: the second one waits for the first.
 NEW_RUN: Final = """INSERT INTO runs (run_key, run_id, pipeline, execution, status, started_ms,
     updated_ms, tokens, cost_pico, latency_ns, lease_epoch) VALUES (:run_key, :run_id, '', 0,
@@ -170,6 +172,8 @@ STEPS_AT: Final = f"""{_STEPS} WHERE run = :run AND execution = :execution AND p
     AND branch_key = ANY(:branch_keys)"""
 ANNOTATIONS: Final = f"""{_STEPS} WHERE run = :run AND execution = 0 AND position = ANY(:kinds)
     AND branch_key = coalesce(:branch_key, branch_key) ORDER BY branch"""
+ANNOTATIONS_OF_MANY: Final = f"""{_STEPS.replace("SELECT", "SELECT s.run,", 1)} WHERE run = ANY(:runs)
+    AND execution = 0 AND position = ANY(:kinds) ORDER BY branch"""
 DELETE_ANNOTATIONS: Final = """DELETE FROM steps WHERE run = :run AND execution = 0 AND position = ANY(:kinds)
     AND branch_key = coalesce(:branch_key, branch_key)"""
 WITH_REQUESTS: Final = f"""SELECT run FROM steps
@@ -261,7 +265,7 @@ LIVE: Final = f"""{_LIVE} WHERE r.status = 'RUNNING' AND r.pipeline = :pipeline 
 CLAIM: Final = (
     "UPDATE runs SET claim = :token, claim_until_ms = clock_ms() + :claim_ms WHERE run = ANY(:runs)"
 )
-INPUTS: Final = """SELECT r.run, i.input, i.sha256 FROM runs r JOIN inputs i ON i.run = r.run
+INPUTS: Final = """SELECT r.run, i.input, i.sha256, i.contract FROM runs r JOIN inputs i ON i.run = r.run
     AND i.execution = r.execution WHERE r.run = ANY(:runs)"""
 # Each part is one scan of an index.
 _FIGURES: Final = (
