@@ -3,7 +3,6 @@
 ./dev bench [--nodes 1,10,100,1000] [--rounds N]    # benchmarks.compare: a table
 ./dev bench --write [--only REGEX]                   # benchmarks.figures: all tables and charts of the docs
 ./dev bench --growth                                 # benchmarks.growth: plots
-./dev bench --where                                  # benchmarks.where: the time of a node, in one picture
 ./dev bench --gate [--write] [--slower PERCENT]      # benchmarks.gate: nothing got slower
 """
 
@@ -20,7 +19,6 @@ def main() -> int:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--gate", action="store_true")
     what.add_argument("--growth", action="store_true")
-    what.add_argument("--where", action="store_true")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--only", default="")
     parser.add_argument("--slower", type=float, default=0.0)
@@ -35,10 +33,6 @@ def main() -> int:
         from benchmarks import growth
 
         return growth.main(given.rounds)
-    if given.where:
-        from benchmarks import where
-
-        return where.main()
     counts = [int(n) for n in given.nodes.split(",")]
     if given.write:
         from benchmarks import figures

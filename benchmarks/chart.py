@@ -125,25 +125,3 @@ def _short(x: float) -> str:
         if x >= size:
             return f"{x / size:g}{unit}"
     return f"{x:g}"
-
-
-def stack(title: str, parts_of: Sequence[tuple[str, float]], unit: str, theme: Theme) -> str:
-    """One quantity and what it is made of: a bar for each part, placed where the one before it ends."""
-    width, left, step = 760, 330, 26
-    whole = sum(amount for _, amount in parts_of)
-    scale = (width - left - 80) / whole
-    parts, begin = [f"<text x='16' y='26' font-size='15' font-weight='600'>{escape(title)}</text>"], 0.0
-    for number, (label, amount) in enumerate(parts_of):
-        y = 42 + number * step
-        color = theme.lines[number % len(theme.lines)]
-        parts += [
-            f"<text x='{left - 10}' y='{y + 14}' text-anchor='end'>{escape(label)}</text>",
-            f"<rect x='{left + begin * scale:.1f}' y='{y}' width='{max(1.0, amount * scale):.1f}' height='18' rx='2' fill='{color}'/>",
-            f"<text x='{left + (begin + amount) * scale + 6:.1f}' y='{y + 14}'>{amount:.2f}</text>",
-        ]
-        begin += amount
-    height = 42 + len(parts_of) * step + 30
-    parts.append(
-        f"<text x='{left}' y='{height - 10}' font-size='12'>{whole:.1f} {escape(unit)} in all</text>"
-    )
-    return _svg(width, height, title, theme, parts)

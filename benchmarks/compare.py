@@ -158,7 +158,7 @@ def main(counts: list[int], rounds: int, *, write: bool) -> int:
     where = f"{results['date']}, {results['machine']}, Python {results['python']}"
     rewrite("docs/performance.md", table(results))
     lines = [
-        f"| {'**Stroma**' if label == 'Stroma' else label} | {us:.3g} | {ratio:.2g} |"
+        f"| {'**Stroma**' if label == 'Stroma' else label} | {us:.3g} | {ratio:.3g} |"
         for label, us, ratio in rows
     ]
     head = "| | microseconds | times validation |\n| --- | --- | --- |\n"

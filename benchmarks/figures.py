@@ -1,6 +1,6 @@
 """Measure the tables of the documentation again, and write them into its pages.
 
-    ./dev bench --write [--only REGEX]    # only what REGEX finds: compare, growth, where, or a command below
+    ./dev bench --write [--only REGEX]    # only what REGEX finds: compare, growth, or a command
 
 A page names the command of a table in a comment. What the command prints is written below the comment, with
 the machine, the date and the load.
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import compare, growth, where
+from benchmarks import compare, growth
 
 ROOT = Path(__file__).parents[1]
 _BLOCK = re.compile(r"(?<=<!-- written by )python -m ([^\n]+) -->\n.*?(?=<!-- to here -->)", re.DOTALL)
@@ -52,7 +52,6 @@ def main(counts: list[int], rounds: int, only: str) -> int:
     wholes: dict[str, Callable[[], object]] = {
         "compare": lambda: compare.main(counts, rounds, write=True),
         "growth": lambda: growth.main(rounds),
-        "where": where.main,
     }
     for name, measure in wholes.items():
         if re.search(only, name):
