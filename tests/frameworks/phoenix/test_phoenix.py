@@ -165,6 +165,6 @@ def test_pictures(phoenix: Phoenix, tmp_path: Path) -> None:
         for span in phoenix.spans_named("invoke_workflow support")
     }
     project = phoenix.url + f"/projects/{phoenix.project('id')['id']}"
-    shoot(f"{project}/spans", "phoenix-list", tmp_path)
+    shoot(f"{project}/traces", "phoenix-list", tmp_path)
     for run_id, trace_id in roots.items():
         shoot(f"{project}/traces/{trace_id}", f"phoenix-{run_id}", tmp_path)
