@@ -14,8 +14,6 @@ import contextlib
 import copy
 import dataclasses
 import json
-import types
-import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -36,7 +34,7 @@ try:
     from agents.run_internal import run_loop
     from agents.tool import maybe_invoke_function_tool_failure_error_function
 
-    from stroma.adapters._openai_agents_steps import reached_agents
+    from stroma.adapters._openai_agents_steps import Proxy, reached_agents
 except ImportError as error:
     raise import_error("openai-agents", error) from error
 
@@ -71,7 +69,6 @@ _OF_FLOWS: dict[str, str] = dict.fromkeys(
 __getattr__, __dir__ = lazy(__name__, _OF_FLOWS, "stroma.adapters")
 
 A = TypeVar("A")
-T = TypeVar("T")
 
 
 def attach(agent: A, guard: Guard, contracts: Contracts | None = None) -> A:
@@ -232,56 +229,41 @@ def _control(error: BaseException) -> Control | None:
 # ---------------------------------------------------------------------- models
 
 
-def _twin(original: T, mixin: type[Any], guard: Any) -> T:
-    """Return an object of the original's class with the methods of ``mixin`` and the same attributes."""
-    kind = type(original)
-    twins = _TWINS.setdefault(mixin, weakref.WeakKeyDictionary())
-    if kind not in twins:
-        about = {
-            "__slots__": ("_stroma_guard",),
-            "__module__": kind.__module__,
-            "__qualname__": kind.__qualname__,
-        }
-        twins[kind] = types.new_class(kind.__name__, (mixin, kind), {}, lambda body: body.update(about))
-    twin: Any = object.__new__(twins[kind])
-    twin.__dict__ = original.__dict__
-    twin._stroma_guard = guard
-    return cast("T", twin)
+if TYPE_CHECKING:
+
+    class _ModelProxy(Proxy, Model):
+        """What type checkers see of a GuardedModel."""
+
+    class _ProviderProxy(Proxy, ModelProvider):
+        """What type checkers see of a GuardedProvider."""
+else:  # Not a base: what Model and ModelProvider define would hide what is wrapped.
+    _ModelProxy = _ProviderProxy = Proxy
 
 
-_TWINS: dict[type[Any], weakref.WeakKeyDictionary[type[Any], type[Any]]] = {}
-
-
-class GuardedModel(Model):
+class GuardedModel(_ModelProxy):
     """A model whose requests are steps: ``Agent(model=GuardedModel(model, guard))``.
 
-    It is of the class of the model and shares its attributes, private ones too: the SDK sees no difference.
+    It has the class and the attributes of the model, private ones too: the SDK sees no difference.
     """
 
-    _stroma_guard: Guard
-
-    def __new__(cls, model: Any = None, guard: Any = None) -> Any:
-        return object.__new__(cls) if model is None else _twin(model, GuardedModel, guard)
-
     def __init__(self, model: Model, guard: Guard) -> None:
-        """Do nothing: the attributes are those of the model."""
+        super().__init__(model, guard)
 
     def __eq__(self, other: object) -> bool:
         """Return True for the model itself, and for what guards it: agents are compared by their models."""
-        return getattr(other, "__dict__", None) is self.__dict__
+        return (other._wrapped if isinstance(other, GuardedModel) else other) is self._wrapped
 
     def __hash__(self) -> int:
-        return id(self.__dict__)
+        return hash(self._wrapped)
 
     async def get_response(self, *args: Any, **kwargs: Any) -> Any:
         """Request a response of the model as the step ``model``."""
-        return await self._stroma_guard.acall(_request(self), super().get_response, *args, **kwargs)
+        return await self._run.acall(_request(self), self._wrapped.get_response, *args, **kwargs)
 
     def stream_response(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         """Stream a response of the model as the step ``model``; it is retried only until its first event."""
-        run, bare = self._stroma_guard.current, super().stream_response
         step = _request(self, collect=_last_response, delta=_delta)
-        return Call(run, step, bare, args, kwargs).astream()
+        return Call(self._run.current, step, self._wrapped.stream_response, args, kwargs).astream()
 
 
 def _request(model: Any, **options: Any) -> GuardedStep:
@@ -302,28 +284,21 @@ def _request(model: Any, **options: Any) -> GuardedStep:
     )
 
 
-class GuardedProvider(ModelProvider):
+class GuardedProvider(_ProviderProxy):
     """Guards the models that a provider has by name: ``RunConfig(model_provider=GuardedProvider(guard))``.
 
     In a run of a guard there is no need for it.
     """
 
-    _stroma_guard: Guard
-
-    def __new__(cls, guard: Any = None, provider: Any = None) -> Any:
-        if guard is None:
-            return object.__new__(cls)
-        return _twin(MultiProvider() if provider is None else provider, GuardedProvider, guard)
-
     def __init__(self, guard: Guard, provider: ModelProvider | None = None) -> None:
-        """Do nothing: the attributes are those of the provider."""
+        super().__init__(MultiProvider() if provider is None else provider, guard)
 
     def get_model(self, model_name: str | None) -> Model:
         """Return the provider's model of a name, whose requests are steps."""
-        return _guard_model(super().get_model(model_name), self._stroma_guard)
+        return _guard_model(self._wrapped.get_model(model_name), self._run)
 
 
-def _guard_model(model: Model, guard: Guard) -> Model:
+def _guard_model(model: Any, guard: Guard) -> Any:
     return model if isinstance(model, GuardedModel) else GuardedModel(model, guard)
 
 
