@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,7 +15,7 @@ from langchain_core.tracers.context import register_configure_hook
 from langgraph.types import Command
 
 from stroma.adapters._guarded_run import GuardedRun, active_run
-from stroma.adapters._state_views import newest_of
+from stroma.adapters._state_views import newest_of, parse_text
 from stroma.adapters._step import emit_text, mark_published, report_uncounted, streams_inside
 from stroma.cost.prices import cost_of
 from stroma.cost.tracker import CostTracker
@@ -192,10 +191,7 @@ def result_of(answer: Any) -> Any:
     """Return the result of a tool, parsed if its message holds JSON."""
     if not isinstance(answer, ToolMessage):
         return update(answer)
-    try:
-        return json.loads(answer.content) if isinstance(answer.content, str) else answer.content
-    except ValueError:
-        return answer.content
+    return parse_text(answer.content)
 
 
 def _usage_of(result: Any) -> Usage | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal
 
@@ -22,6 +23,7 @@ __all__ = [
     "given_to",
     "made_by",
     "newest_of",
+    "parse_text",
     "violation",
 ]
 
@@ -73,6 +75,14 @@ def newest_of(messages: Any) -> dict[str, Any]:
 
 def as_it_is(value: Any) -> Any:
     return value
+
+
+def parse_text(value: Any) -> Any:
+    """Return the data of a text that is JSON, and any other value as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def given_to(view: Any, contract: NodeContract[Any, Any] | None) -> BaseModel:

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from typing import Any, Final
 
@@ -28,7 +27,7 @@ try:
 except ImportError as error:
     raise import_error("agent-framework", error) from error
 
-from stroma.adapters._state_views import newest_of
+from stroma.adapters._state_views import newest_of, parse_text
 from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for, what_stopped
 from stroma.cost.usage import Usage
@@ -288,10 +287,7 @@ def _result_of(result: Any) -> Any:
     text = result
     if isinstance(result, list) and result and all(hasattr(part, "text") for part in result):
         text = "".join(part.text or "" for part in result)
-    try:
-        return json.loads(text) if isinstance(text, str) else text
-    except ValueError:
-        return text
+    return parse_text(text)
 
 
 def _used_by(response: Any) -> Usage | None:

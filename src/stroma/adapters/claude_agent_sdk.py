@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Final
@@ -35,6 +34,7 @@ except ImportError as error:
     raise import_error("claude-agent-sdk", error) from error
 
 from stroma.adapters._guarded_run import active_run
+from stroma.adapters._state_views import parse_text
 from stroma.adapters._step import emit_text
 from stroma.adapters.guard import Contracts, Guard, what_stopped
 from stroma.cost.usage import Usage, usage_from
@@ -273,7 +273,4 @@ def _answer_of(whole: dict[str, Any]) -> dict[str, Any]:
 def _result_of(result: Any) -> Any:
     parts = result.get("content", ()) if isinstance(result, dict) else ()
     text = "".join(part.get("text", "") for part in parts)
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    return parse_text(text)

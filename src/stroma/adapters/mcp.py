@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
@@ -23,6 +22,7 @@ except ImportError as error:
     raise import_error("mcp", error) from error
 
 from stroma.adapters._delegation import wrap_method
+from stroma.adapters._state_views import parse_text
 from stroma.adapters._step import GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for
 
@@ -86,7 +86,4 @@ def _result(result: Any) -> Any:
     text = "".join(getattr(part, "text", "") for part in getattr(result, "content", ()))
     if getattr(result, "isError", False) or getattr(result, "is_error", False):
         return {"error": text}
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    return parse_text(text)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -40,7 +39,7 @@ except ImportError as error:
 
 from stroma.adapters._guarded_call import Call
 from stroma.adapters._guarded_run import active_run
-from stroma.adapters._state_views import as_it_is, newest_of
+from stroma.adapters._state_views import as_it_is, newest_of, parse_text
 from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, what_stopped
 from stroma.contracts.contract import NodeContract
@@ -404,18 +403,12 @@ def _of_server(result: Any) -> Any:
     """Return the result of a tool of an MCP server, parsed if its text is JSON."""
     if isinstance(result, list) and len(result) == 1:
         result = result[0]
-    text = result.get("text") if isinstance(result, dict) and result.get("type") == "text" else result
-    try:
-        return json.loads(text) if isinstance(text, str) else result
-    except ValueError:
-        return text
+    is_text = isinstance(result, dict) and result.get("type") == "text"
+    return parse_text(result.get("text") if is_text else result)
 
 
 def _arguments(args: tuple[Any, ...], _: dict[str, Any]) -> Any:
-    try:
-        return json.loads(args[1]) if args[1] else {}
-    except ValueError:
-        return args[1]
+    return parse_text(args[1] or "{}")
 
 
 # ---------------------------------------------------------------------- in runs of a guard
