@@ -231,10 +231,10 @@ def _control(error: BaseException) -> Control | None:
 if TYPE_CHECKING:
 
     class _ModelProxy(Proxy, Model):
-        """What type checkers see of a GuardedModel."""
+        """A GuardedModel, for type checkers."""
 
     class _ProviderProxy(Proxy, ModelProvider):
-        """What type checkers see of a GuardedProvider."""
+        """A GuardedProvider, for type checkers."""
 else:  # Not a base: what Model and ModelProvider define would hide what is wrapped.
     _ModelProxy = _ProviderProxy = Proxy
 
