@@ -14,7 +14,7 @@ __all__ = ["LIVE_SESSIONS", "Owner", "boot_id", "is_gone", "machine_prefix", "me
 #: Prefix of the token of a session that does not record its end.
 _ENDLESS: Final = "-"
 
-#: The sessions of this process, by the token of their owner.
+#: The sessions of this process, by the token of their owner. In a forked child, those of the parent as well.
 LIVE_SESSIONS: Final[WeakValueDictionary[str, Any]] = WeakValueDictionary()
 
 
@@ -82,10 +82,14 @@ def new_owner(session: object, *, ends: bool = True) -> Owner:
     return owner
 
 
-@functools.cache
 def memory_owner(*, ends: bool) -> str:
     """Return the owner of all runs in the memory of this process; their sessions say if they are alive."""
-    return str(_process(os.getpid())._replace(token="memory" if ends else f"{_ENDLESS}memory"))
+    return _memory_owner(os.getpid(), ends)
+
+
+@functools.cache
+def _memory_owner(pid: int, ends: bool) -> str:
+    return str(_process(pid)._replace(token="memory" if ends else f"{_ENDLESS}memory"))
 
 
 def is_gone(owner: Owner) -> bool:
@@ -148,12 +152,3 @@ def _stat(pid: int) -> list[str]:
     """Return the fields of a process in /proc, from its state on. Raises OSError."""
     # The name of the program is in parentheses and may contain any character.
     return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-
-
-def _after_fork() -> None:
-    LIVE_SESSIONS.clear()  # They belong to the parent.
-    memory_owner.cache_clear()
-
-
-if hasattr(os, "register_at_fork"):  # pragma: no branch
-    os.register_at_fork(after_in_child=_after_fork)
