@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ from tests.frameworks.durable_kit import (
     approve_with,
     kill_at_random_records,
     kill_workers,
-    live,
-    run_lives,
 )
 from tests.frameworks.openai_agents.test_durable_agents import Fake, asks, outputs_of, says
 from tests.kit import Num
@@ -112,22 +109,6 @@ async def test_killed_agents_end_as_undisturbed_ones(kind: str, streamed: bool) 
     """G5, G13: Killed at random records, the agents have the answer, the items and the bill that they have
     undisturbed; what was called again was in flight, and the charge is made once."""
     await kill_at_random_records(kind, lambda: Research(streamed=streamed), approve, in_flight=2)
-
-
-def live_on(folder: str, seed: str, life: str) -> None:
-    """One life of a process that runs the agents."""
-    asyncio.run(
-        live(lambda side: Research(streamed=int(seed) % 2 == 1, side=side), approve, folder, seed, life)
-    )
-
-
-@pytest.mark.nightly
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", range(6))
-def test_agents_survive_sigkill(seed: int, tmp_path: Path) -> None:
-    """G5, G13: The same for processes that are killed with SIGKILL, over SQLite."""
-    deaths = run_lives(live_on, tmp_path, seed)
-    assert int((tmp_path / "answer").read_text("utf-8")) <= 2 * deaths
 
 
 @pytest.mark.nightly
