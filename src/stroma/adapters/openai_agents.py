@@ -403,8 +403,9 @@ def _of_server(result: Any) -> Any:
     """Return the result of a tool of an MCP server, parsed if its text is JSON."""
     if isinstance(result, list) and len(result) == 1:
         result = result[0]
-    is_text = isinstance(result, dict) and result.get("type") == "text"
-    return parse_text(result.get("text") if is_text else result)
+    if isinstance(result, dict) and result.get("type") == "text":
+        result = result.get("text")
+    return parse_text(result)
 
 
 def _arguments(args: tuple[Any, ...], _: dict[str, Any]) -> Any:
