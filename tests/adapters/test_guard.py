@@ -1552,7 +1552,7 @@ def test_extract_state_dict() -> None:
     for state in (Passenger(name="Ada"), PassengerData("Ada")):
         assert extract_state_dict(state) == {"name": "Ada", "seat": 1}
     for nothing in (3, "text", None, [1], Slots()):
-        with pytest.raises(TypeError, match="is no state"):
+        with pytest.raises(TypeError, match="is not a state"):
             extract_state_dict(nothing)
 
 

@@ -95,8 +95,8 @@ def extract_state_dict(state: Any) -> dict[str, Any]:
     if hasattr(state, "__dict__") and not isinstance(state, type) and not callable(state):
         return {name: value for name, value in vars(state).items() if not name.startswith("_")}
     raise TypeError(
-        f"{type(state).__name__} is no state: give a dict, a pydantic model, a dataclass or an "
-        "object with attributes"
+        f"{type(state).__name__} is not a state; pass a dict, a pydantic model, a dataclass or "
+        "an object with attributes"
     )
 
 
