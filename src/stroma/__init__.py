@@ -102,18 +102,8 @@ _HOMES = {
         "classify",
         "default_policy_map",
     ),
-    "hooks": (
-        "HookError",
-        "MapProgress",
-        "NodeHooks",
-        "StepHooks",
-    ),
-    "limits": (
-        "Breaker",
-        "BudgetState",
-        "Limit",
-        "SharedBudget",
-    ),
+    "hooks": ("HookError", "MapProgress", "NodeHooks", "StepHooks"),
+    "limits": ("Breaker", "BudgetState", "Limit", "SharedBudget"),
     "runner": (
         "Flow",
         "FlowFunction",

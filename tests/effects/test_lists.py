@@ -11,15 +11,7 @@ from tests.effects.shop import Order, Receipt, Refused, Shop
 from tests.fixtures import store_fixture
 from tests.kit import THRICE, open_question
 
-from stroma import (
-    NodeHooks,
-    NotDone,
-    RunStatus,
-    StoreError,
-    StromaRunner,
-    Suspend,
-    Unknown,
-)
+from stroma import NodeHooks, NotDone, RunStatus, StoreError, StromaRunner, Suspend, Unknown
 from stroma.testing import crash_at
 
 store = store_fixture("async-memory", "sqlite", "postgres", "redis")

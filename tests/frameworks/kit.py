@@ -15,15 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from stroma import (
-    FailureClass,
-    FailurePolicy,
-    NodeHooks,
-    RunStatus,
-    SQLiteStore,
-    StromaRunner,
-    current_node,
-)
+from stroma import FailureClass, FailurePolicy, NodeHooks, RunStatus, SQLiteStore, StromaRunner, current_node
 from stroma.adapters import Guard
 from stroma.trace import ExecutionResult
 

@@ -796,10 +796,7 @@ def test_a_clock_that_is_set_back() -> None:
             ({"max_cost_usd": 1, "reserve_usd": bad}, "reserve_usd must be US dollars, more than 0")
             for bad in (0, -1, math.nan, True)
         ),
-        (
-            {"max_cost_usd": 1, "reserve_usd": {"a": 0}},
-            r"reserve_usd\['a'\] must be US dollars, more than 0",
-        ),
+        ({"max_cost_usd": 1, "reserve_usd": {"a": 0}}, r"reserve_usd\['a'\] must be US dollars, more than 0"),
         (
             {"max_cost_usd": 1, "reserve_usd": 2},
             "must be at most the budget of 1, got .*no call could be made",

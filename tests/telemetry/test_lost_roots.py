@@ -394,9 +394,7 @@ def test_parts_of_a_killed_run_are_in_its_tree_in_datadog(
     """So does the exporter to Datadog, where ``ddtrace`` had sent a part of the trace."""
     datadog_agent.clear()
     run_with_datadog(
-        datadog_agent,
-        "run_flow(datadog_hooks(), path, dies=dies, before_death=tracer.flush)",
-        str(tmp_path),
+        datadog_agent, "run_flow(datadog_hooks(), path, dies=dies, before_death=tracer.flush)", str(tmp_path)
     )
     spans = [span for trace in datadog_agent.traces(at_least=1) for span in trace]
     assert names_of(spans, "resource", "span_id", "parent_id") == FLOW

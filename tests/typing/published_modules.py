@@ -46,15 +46,7 @@ from stroma.failures import (
     default_policy_map,
 )
 from stroma.middleware import ReliabilityContext, StromaStep, execute_step
-from stroma.runner import (
-    NodeHooks,
-    RunConfig,
-    StepHooks,
-    StromaRunner,
-    parallel,
-    stroma_node,
-    stroma_step,
-)
+from stroma.runner import NodeHooks, RunConfig, StepHooks, StromaRunner, parallel, stroma_node, stroma_step
 from stroma.trace import ExecutionResult, ExecutionTrace, RunStatus, TraceEvent
 
 __all__ = [

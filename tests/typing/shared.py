@@ -59,9 +59,7 @@ config = RunConfig(
     node_limits={"draft": "llm"},
     breaker=Breaker(failure_rate=0.5),
     hooks=NodeHooks(
-        on_node_wait=on_node_wait,
-        on_circuit_change=on_circuit_change,
-        on_limit_cooldown=on_limit_cooldown,
+        on_node_wait=on_node_wait, on_circuit_change=on_circuit_change, on_limit_cooldown=on_limit_cooldown
     ),
 )
 one = RunConfig(shared_budgets=team)

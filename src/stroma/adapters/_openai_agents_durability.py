@@ -38,13 +38,7 @@ from agents import (
 )
 from agents.run import get_default_agent_runner, set_default_agent_runner
 
-from stroma.adapters._durable_steps import (
-    AgentSteps,
-    ToolApproval,
-    ToolOptions,
-    ask_approval,
-    check_options,
-)
+from stroma.adapters._durable_steps import AgentSteps, ToolApproval, ToolOptions, ask_approval, check_options
 from stroma.adapters._openai_agents_steps import (
     AgentSession,
     DurableModel,

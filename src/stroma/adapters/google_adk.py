@@ -192,10 +192,7 @@ def guard_tools(agents: list[Any], guard: Guard, contracts: Contracts | None) ->
 
 
 def _guard_set(
-    tools: Any,
-    guard: Guard,
-    by_name: dict[str, NodeContract[Any, Any]],
-    listed: dict[int, set[str]],
+    tools: Any, guard: Guard, by_name: dict[str, NodeContract[Any, Any]], listed: dict[int, set[str]]
 ) -> None:
     """Make steps of the tools of a toolset, each time it lists them."""
     list_tools = tools.get_tools

@@ -42,14 +42,7 @@ warn_if_untested("langgraph")
 if TYPE_CHECKING:
     from stroma.adapters._langgraph_durability import InterruptAnswer, NodeOptions, durable
 
-__all__ = [
-    "InterruptAnswer",
-    "LangGraphAdapter",
-    "NodeOptions",
-    "attach",
-    "durable",
-    "stroma_langgraph_node",
-]
+__all__ = ["InterruptAnswer", "LangGraphAdapter", "NodeOptions", "attach", "durable", "stroma_langgraph_node"]
 
 _OF_FLOWS: dict[str, str] = dict.fromkeys(
     ("InterruptAnswer", "NodeOptions", "durable"), "_langgraph_durability"

@@ -249,8 +249,7 @@ class RunReport:
             )
         if result.hook_errors:
             err.line(
-                note,
-                f"{pluralize(len(result.hook_errors), 'hook call')} raised; the run is not affected",
+                note, f"{pluralize(len(result.hook_errors), 'hook call')} raised; the run is not affected"
             )
 
     def _rerun_hint(self) -> list[str]:

@@ -62,11 +62,7 @@ class Demo:
     def start(self, provider: Provider | None, words: Sequence[str]) -> subprocess.Popen[bytes]:
         """Start one ``stroma`` command in a process of its own and show its progress."""
         self.print_line(f"$ {break_command(f'{self.program} {shlex.join(words)}', _COLUMNS - 2)}\n")
-        variables = {
-            BOOK_VARIABLE: str(self.book),
-            "STROMA_DB": str(self.db),
-            "STROMA_PROGRAM": self.program,
-        }
+        variables = {BOOK_VARIABLE: str(self.book), "STROMA_DB": str(self.db), "STROMA_PROGRAM": self.program}
         if provider is not None:
             variables[BASE_URL_VARIABLE] = provider.base_url
         env = child_environment(**variables)

@@ -56,12 +56,7 @@ from stroma.engine.questions import find_question, question_of, suspend_again
 from stroma.engine.tasks import CONTINUES, call_in_thread, loop_ticks, passes_through, raise_if
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import PlaceError, Suspend
-from stroma.failures.failure import (
-    Failure,
-    ends_run,
-    isinstance_by_type,
-    message_of,
-)
+from stroma.failures.failure import Failure, ends_run, isinstance_by_type, message_of
 from stroma.failures.refusals import is_refusal
 from stroma.hooks.dispatch import Calls, Firing, HookNotAsync
 from stroma.trace.events import NO_USAGE, AttemptRow, Outcome

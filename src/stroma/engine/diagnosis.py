@@ -20,12 +20,7 @@ __all__ = ["diagnose_attempt", "judge"]
 
 
 def diagnose_attempt(
-    ctx: ReliabilityContext,
-    run: RunningNode,
-    error: BaseException,
-    snapshot: Snapshot,
-    *,
-    is_of_store: bool,
+    ctx: ReliabilityContext, run: RunningNode, error: BaseException, snapshot: Snapshot, *, is_of_store: bool
 ) -> tuple[Failure, Halt | None]:
     """Return what an exception means, and the Halt if policies do not decide what follows.
 

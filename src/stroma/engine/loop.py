@@ -70,10 +70,7 @@ async def execute(
 
 
 async def execute_in_turn(
-    ctx: ReliabilityContext,
-    nodes: Sequence[Node | Group],
-    value: BaseModel,
-    place: Place,
+    ctx: ReliabilityContext, nodes: Sequence[Node | Group], value: BaseModel, place: Place
 ) -> BaseModel | Halt | Stopped:
     """:func:`execute` for nodes in turn, each at the next position and on the output of the one before.
 

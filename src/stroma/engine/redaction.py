@@ -43,10 +43,7 @@ class Redactor:
     __slots__ = ("_context", "_redact", "_secrets", "_trace")
 
     def __init__(
-        self,
-        redact: Callable[[dict[str, Any]], dict[str, Any]] | None,
-        context: Any,
-        trace: ExecutionTrace,
+        self, redact: Callable[[dict[str, Any]], dict[str, Any]] | None, context: Any, trace: ExecutionTrace
     ) -> None:
         self._redact = redact
         self._context = context

@@ -39,10 +39,7 @@ __all__ = [
 
 
 async def restore(
-    ctx: ReliabilityContext,
-    node: Node | Group,
-    value: BaseModel,
-    place: Place,
+    ctx: ReliabilityContext, node: Node | Group, value: BaseModel, place: Place
 ) -> BaseModel | None:
     """Return the output that is committed at a place, so that its node does not run again; or None.
 

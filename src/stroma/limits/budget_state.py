@@ -278,8 +278,7 @@ def unsettled_calls_of(
         if state is None:
             return None, {}
         return None, _select_calls(
-            state,
-            lambda _, at: at[:2] == run[:2] and (at.execution, at.epoch) != (run.execution, run.epoch),
+            state, lambda _, at: at[:2] == run[:2] and (at.execution, at.epoch) != (run.execution, run.epoch)
         )
 
     return StateChange(BudgetCell, _label(name), apply)

@@ -122,10 +122,7 @@ class StateChange(Generic[StateT, T]):
     """
 
     def __init__(
-        self,
-        kind: type[StateT],
-        label: str,
-        apply: Callable[[StateT | None, int], tuple[StateT | None, T]],
+        self, kind: type[StateT], label: str, apply: Callable[[StateT | None, int], tuple[StateT | None, T]]
     ) -> None:
         self.kind = kind
         self.label = label

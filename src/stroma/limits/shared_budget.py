@@ -162,12 +162,7 @@ class SharedBudget(NamedArguments, Gate):
         self._unreserved: set[str] = set()
         #: Calls of dead processes that are not in their journal.
         self._not_in_journal: set[str] = set()
-        terms = (
-            ("max_cost_usd", cost),
-            ("max_tokens", tokens),
-            ("per", per),
-            ("max_cost_usd_by_node", caps),
-        )
+        terms = (("max_cost_usd", cost), ("max_tokens", tokens), ("per", per), ("max_cost_usd_by_node", caps))
         super().__init__(name, store, terms, lease_seconds, on_store_error)
         limits = (None if cost is None else _pico(cost), tokens)
         self._budget_terms = BudgetTerms(name, per, limits, {node: _pico(cap) for node, cap in caps.items()})

@@ -14,15 +14,7 @@ from starlette.responses import Response
 
 from stroma._utils.svg import as_xml
 from stroma._utils.text import clean, format_usd, visible
-from stroma.checkpoint.history import (
-    FAILED,
-    FINISHED,
-    NodeDiff,
-    Payload,
-    changes,
-    is_interrupted,
-    place_of,
-)
+from stroma.checkpoint.history import FAILED, FINISHED, NodeDiff, Payload, changes, is_interrupted, place_of
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.cost.prices import find_pricer
 from stroma.trace.html import tree

@@ -13,16 +13,7 @@ from typing import Any
 
 import mlflow
 import pytest
-from tests.frameworks.backends import (
-    TREE,
-    Endpoint,
-    Sent,
-    eventually,
-    free_port,
-    send_runs,
-    serving,
-    shoot,
-)
+from tests.frameworks.backends import TREE, Endpoint, Sent, eventually, free_port, send_runs, serving, shoot
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
 

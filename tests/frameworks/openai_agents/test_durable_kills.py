@@ -8,13 +8,7 @@ from typing import Any
 import pytest
 from agents import Agent, function_tool, set_tracing_disabled
 from pydantic import BaseModel
-from tests.frameworks.durable_kit import (
-    KINDS,
-    Bill,
-    approve_with,
-    kill_at_random_records,
-    kill_workers,
-)
+from tests.frameworks.durable_kit import KINDS, Bill, approve_with, kill_at_random_records, kill_workers
 from tests.frameworks.openai_agents.test_durable_agents import Fake, asks, outputs_of, says
 from tests.kit import Num
 from tests.shared_stores import SHARED

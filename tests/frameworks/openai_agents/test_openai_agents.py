@@ -284,10 +284,7 @@ def test_a_tool_that_needs_approval_suspends_and_goes_on() -> None:
     runner = GuardedRunner(guard)
     result = asyncio.run(runner.run(agent, "hello"))
     assert calls == []
-    assert (result_of(guard).status, result_of(guard).suspended) == (
-        RunStatus.SUSPENDED,
-        ["approval of buy"],
-    )
+    assert (result_of(guard).status, result_of(guard).suspended) == (RunStatus.SUSPENDED, ["approval of buy"])
     state = result.to_state()
     state.approve(result.interruptions[0])
     assert asyncio.run(runner.run(agent, state)).final_output == "done"

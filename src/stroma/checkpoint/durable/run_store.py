@@ -45,15 +45,7 @@ from stroma.checkpoint.durable.worker import Operation
 from stroma.checkpoint.entries import Committed, RunRequest, SentMessage, Waiting, count_items, map_not_found
 from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.manager import schema_ref
-from stroma.checkpoint.payloads import (
-    BLOB,
-    LARGE_BYTES,
-    BlobStore,
-    PayloadPlace,
-    Payloads,
-    Stored,
-    collect,
-)
+from stroma.checkpoint.payloads import BLOB, LARGE_BYTES, BlobStore, PayloadPlace, Payloads, Stored, collect
 from stroma.checkpoint.queue import (
     MAX_CLAIM_SECONDS,
     POSTPONED,

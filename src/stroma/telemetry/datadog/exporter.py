@@ -91,11 +91,7 @@ class Datadog(MetricsObserver):
             above = parent.span_id if parent is not None and same else None
             parent = Context(first.trace_id, above, sampling_priority=first.sampling_priority)
         span = self._tracer.start_span(
-            "stroma.run",
-            child_of=parent,
-            service=self._service,
-            resource=run.pipeline,
-            span_type="worker",
+            "stroma.run", child_of=parent, service=self._service, resource=run.pipeline, span_type="worker"
         )
         if first is not None and first.span_id is not None:
             if lost is None:
@@ -157,11 +153,7 @@ class Datadog(MetricsObserver):
             if around is None or (current is not None and current.trace_id == above.trace_id):
                 above = current  # Else not the current span: see Observer.around().
         span = self._tracer.start_span(
-            "stroma.node",
-            child_of=above,
-            service=self._service,
-            resource=node.node_id,
-            activate=activate,
+            "stroma.node", child_of=above, service=self._service, resource=node.node_id, activate=activate
         )
         self._place(node.ctx, span, place_key(node))
         for name, value in (("run.id", node.run_id), ("pipeline", node.pipeline), ("node.id", node.node_id)):

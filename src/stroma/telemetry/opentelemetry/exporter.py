@@ -21,14 +21,7 @@ from stroma.telemetry.content import Content, is_text
 from stroma.telemetry.conventions import Vocabulary, about_run, content_of, note_run, operation_of
 from stroma.telemetry.inference import InferenceSpans
 from stroma.telemetry.messages import messages_of_call
-from stroma.telemetry.metrics import (
-    METRICS,
-    NODE_BUCKETS,
-    QUEUE_GAUGES,
-    RUN_SECONDS,
-    Metric,
-    MetricsObserver,
-)
+from stroma.telemetry.metrics import METRICS, NODE_BUCKETS, QUEUE_GAUGES, RUN_SECONDS, Metric, MetricsObserver
 from stroma.telemetry.observer import (
     CUT_SHORT,
     AttemptEnd,

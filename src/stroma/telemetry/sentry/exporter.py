@@ -335,12 +335,7 @@ class Sentry(Observer):
         if ended.error is not None:
             # A group fails with the exception of its child: it is the child that failed.
             failed = FailedAttempt(
-                node.node_id,
-                ended.class_name,
-                ended.reason,
-                of_node.scope,
-                of_node.isolation,
-                of_node.span,
+                node.node_id, ended.class_name, ended.reason, of_node.scope, of_node.isolation, of_node.span
             )
             notes_of(ended.error).failed.setdefault(of_node.of_run, failed)
 
