@@ -43,6 +43,7 @@ def place(kind: str) -> Iterator[str]:
         server.execute("FLUSHALL")
         yield server.url
     else:
+        assert kind == "postgres", kind
         from tests.servers_postgres import shared_postgres
 
         server = shared_postgres()
@@ -63,6 +64,7 @@ def opened(kind: str, where: str = "") -> Any:
         return RedisStore(where)
     if kind == "sync-redis":
         return SyncRedisStore(where)
+    assert kind == "postgres", kind
     dsn, _, schema = where.partition("|")
     return PostgresStore(dsn, schema=schema)
 

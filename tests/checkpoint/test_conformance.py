@@ -1,4 +1,4 @@
-"""Every store that needs no server, through the public suite for journal stores."""
+"""Every store that needs no server, through the suite for journal stores."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path

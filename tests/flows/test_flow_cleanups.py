@@ -590,9 +590,9 @@ async def test_wide_gathers_store_notes_in_proportion_to_their_steps(
     stored: list[int] = []
     record_notes = session.record_notes
 
-    def count(rows: Any, run: Any, run_id: str, execution: int, notes: Any, payloads: Any) -> None:
+    def count(records: Any, notes: Any) -> None:
         stored.append(len(notes))
-        record_notes(rows, run, run_id, execution, notes, payloads)
+        record_notes(records, notes)
 
     monkeypatch.setattr(session, "record_notes", count)
     world = World()

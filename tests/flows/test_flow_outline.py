@@ -4,12 +4,10 @@ shared store."""
 from __future__ import annotations
 
 import asyncio
-import io
 import re
 from typing import Any
 
 import pytest
-from rich.console import Console
 from tests.fixtures import store_fixture
 from tests.flows.steps import Text, World, runner_on
 from tests.kit import Num
@@ -275,7 +273,7 @@ async def test_waits_and_steps_come_in_the_order_of_their_starts(store: Any) -> 
 
 @pytest.mark.asyncio
 async def test_a_trace_folds_as_the_store_does(triage: Any) -> None:
-    """The trace of a run in this process, as HTML and in a terminal, draws the same tree."""
+    """The trace of a run in this process draws the same tree as HTML."""
     result = await runner_on(None).run(triage, Num())
     html = result.trace.to_html()
     names = re.findall(r'<span class="dim mono">[^<]*</span> ([^<]*)</span><svg', html)
@@ -286,11 +284,6 @@ async def test_a_trace_folds_as_the_store_does(triage: Any) -> None:
     assert any(name.startswith("sleep until ") for name in names)
     folded = re.search(r'<details><summary class="row"><span class="name fold " title="judge x7">', html)
     assert folded is not None
-    file = io.StringIO()
-    Console(file=file, width=160).print(result.trace)
-    assert re.search(r"0\.judge#2 +judge x7 ", file.getvalue())
-    assert "judge#3" not in file.getvalue()
-    assert "more" not in file.getvalue()
 
 
 def test_failures_of_repeated_calls_are_counted() -> None:

@@ -2,6 +2,4 @@
 
 import pytest
 
-pytest.register_assert_rewrite(
-    *(f"{__name__}.{one}" for one in ("cells", "executions", "ownership", "reading", "signals"))
-)
+pytest.register_assert_rewrite(__name__)

@@ -1,9 +1,8 @@
 """Protocols between the engine and the stores.
 
 The simple protocol (``save``, ``load``, ``delete``) stores the last state of each node. A *journal* store
-also stores
-runs: committed positions, the usage of each attempt, the owner. Resume, history and the command line need a
-    journal.
+also stores runs: committed positions, the usage of each attempt, the owner. Resume, history and the command
+line need a journal.
 """
 
 from __future__ import annotations

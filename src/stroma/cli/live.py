@@ -454,7 +454,7 @@ def _place(node: RunningNode) -> Place:
 
 
 def _key(node: RunningNode) -> Place:
-    """Return the same key for all calls of one node from the same place of a flow."""
+    """Return the same key for all calls of one node in one flow and task."""
     above, dot, part = node.branch.rpartition(".")
     return node.position, _fold_branch(above) + dot + folded_part(part, node.node_id or "")
 

@@ -35,6 +35,7 @@ from stroma.cli.report import RunReport
 from stroma.cli.signals import StopSignals
 from stroma.cli.stores import Database, store_problem
 from stroma.contracts.contract import ContractRegistry
+from stroma.contracts.node import FlowNode
 from stroma.contracts.schema import schema_of
 from stroma.engine.config import RunConfig
 from stroma.failures.errors import PlaceError
@@ -231,8 +232,9 @@ class LocalRun:
 
     def _store_problem(self, error: StoreError) -> Problem:
         if isinstance(error, (PipelineChanged, CorruptCheckpoint)):
-            rerun = f"or rerun from a node: {self._resume_hint('--from', 'NODE')}"
-            return store_problem(error, rerun)
+            if any(isinstance(node, FlowNode) for node in nodes_of(self.pipeline)):
+                return store_problem(error, "or serve both versions: version= and accepts= of the flow")
+            return store_problem(error, f"or rerun from a node: {self._resume_hint('--from', 'NODE')}")
         if isinstance(error, RunBusy):
             return self._busy_problem(error)
         if isinstance(error, RunExists):

@@ -251,8 +251,7 @@ StepHooks = NodeHooks
 #: One set of hooks, or several in order.
 AnyHooks = NodeHooks | Sequence[NodeHooks]
 EVENTS = tuple(_ARGUMENTS)
-#: Called last set first, also after a HookNotAsync. ``hook_delivery="at_least_once"`` repeats those of
-#: attempts and runs only.
+#: Called last set first, also after a HookNotAsync. ``hook_delivery="at_least_once"`` repeats these only.
 _ENDS = frozenset(
     {"on_node_success", "on_node_failure", "on_node_cancelled", "on_node_suspended", "on_run_end"}
 )

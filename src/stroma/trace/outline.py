@@ -327,7 +327,7 @@ def _without_attempts(at: str) -> OutlineEntry:
 
 
 def fold(entries: Sequence[OutlineEntry], *, items: bool = False) -> list[OutlineEntry]:
-    """Return an outline with repeated calls of a node in one flow or task folded.
+    """Return an outline with two or more calls of a node in one flow or task folded, adjacent or not.
 
     Items of a map of a flow are folded too, and with ``items`` those of a map in a list. Other children of
     groups and waits are not.

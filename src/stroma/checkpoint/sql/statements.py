@@ -1,7 +1,8 @@
 """SQL statements of the SQLite and the Postgres store.
 
-They are written for PostgreSQL, with named parameters; :func:`for_sqlite` and :func:`for_postgres` translate
-them. now_ms() stands for the time in ms since the epoch, and clock_ms() for the clock of leases.
+They are written for PostgreSQL (RETURNING, ON CONFLICT, partial indexes), with named parameters;
+:func:`for_sqlite` and :func:`for_postgres` translate them. now_ms() stands for the time in ms since the
+epoch, and clock_ms() for the clock of leases.
 """
 
 from __future__ import annotations

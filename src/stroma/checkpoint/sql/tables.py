@@ -11,7 +11,7 @@ from stroma.checkpoint.records import ATTEMPT_COLUMNS, AttemptRecord
 
 __all__ = ["ATTEMPT_TYPES", "SCHEMA_VERSION", "STEP_TYPES", "Types", "key", "tables"]
 
-SCHEMA_VERSION: Final = 9  # of the tables, in both stores
+SCHEMA_VERSION: Final = 9  # of the tables, in every SQL store
 
 # Any stands for an output: bytes in these stores.
 _TYPES: Final = {bytes: "bytea", int: "bigint", str: "text"}

@@ -190,7 +190,8 @@ def _report(
     if target is None:
         hint = _framework_hint(run_id)
     else:
-        hint = f"resume with: {database.hint('resume', id_word(run_id), target)}"
+        resume = database.hint("resume", id_word(run_id), target)
+        hint = f"a worker of its pipeline continues the run; or continue it here: {resume}"
     err.line(f"{place_text(one)} of run {clean(run_id)} is answered; {hint}")
     for other in remaining:
         err.line(f"  still waiting: {place_text(other)}: {question_text(other)}")

@@ -68,8 +68,8 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
 
     RUN is a run id, a prefix of one, or "last". AT is the position in the run; children of groups are
     indented below their group, with their branch. Items of a map, and repeated calls of one node in a flow,
-    are one line with the first failures below it. With --tree, the sleeps and questions of the flow are
-    shown.
+    are one line with the first calls that failed in the end below it. With --tree, the sleeps and questions
+    of the flow are shown.
 
     With --input, --output or --rejected, stdout has one JSON value per attempt; if there are several, a line
     names the attempt of each.

@@ -103,6 +103,8 @@ def submit(
     if status == "QUEUED":
         words = () if cluster is None else cluster.words
         err.line(f"queued for a worker: {database.hint('worker', target, options=words)}")
+        for line in database.other_stores:
+            err.line(f"the run is in {database.name}; {line}")
     else:
         err.line(
             f"the run exists already, its status is {status}: {database.hint('show', id_word(config.run_id))}"
