@@ -2,4 +2,19 @@
 
 import pytest
 
-pytest.register_assert_rewrite(__name__)
+pytest.register_assert_rewrite(
+    *(
+        f"{__name__}.{one}"
+        for one in (
+            "cells",
+            "executions",
+            "helpers",
+            "machine",
+            "machine_checks",
+            "messages",
+            "ownership",
+            "reading",
+            "signals",
+        )
+    )
+)
