@@ -210,3 +210,20 @@ def test_a_guarded_run_is_answered_in_its_framework(stroma, inside, fails):
             f"run {how} is suspended without a question",
             f"continue it with the framework's own call, under run_id='{how}' and resume=True",
         )
+
+
+def test_a_run_that_sleeps_after_its_answer(stroma, inside):
+    """`stroma show` says what a run waits for now, and what was answered."""
+    (stroma.home / "later.py").write_text(
+        "from stroma import Flow, stroma_flow\nfrom pydantic import BaseModel\n\n\nclass Yes(BaseModel):\n"
+        "    ok: bool = True\n\n\n@stroma_flow('later', input=Yes, output=Yes)\n"
+        "async def later(flow: Flow, state: Yes) -> Yes:\n"
+        "    answer = await flow.wait_for(Yes, reason='Send it?')\n    await flow.sleep(hours=3)\n"
+        "    return answer\n"
+    )
+    assert inside("run", "later.py:later", "{}", "--run-id", "s").code == 7
+    assert "waits     node 'later'" in inside("show", "s").out
+    assert inside("approve", "s", "later.py:later", '{"ok": true}').code == 0
+    assert inside("resume", "s", "later.py:later").code == 7
+    shown = inside("show", "s").out
+    assert "answered  node 'later' (at 0.!wait#0): Send it?  (asks for Yes)\nwaits     sleeping until " in shown

@@ -259,12 +259,12 @@ def _print_head(
     if record.status == QUEUED and record.due_ms is not None:
         lines.append(("due", [format_local_time(record.due_ms)]))
     for one in waiting if record.status not in _FINISHED_WELL else ():
-        answered = ", answered" if one.payload is not None else ""
-        lines.append(
-            ("waits", [f"{place_text(one)}: {question_text(one)}  (asks for {answer_type(one)}{answered})"])
-        )
+        kind = "waits" if one.payload is None else "answered"
+        lines.append((kind, [f"{place_text(one)}: {question_text(one)}  (asks for {answer_type(one)})"]))
     if record.wait_text is not None:
-        if not waiting and record.waits_for is None:
+        # The reason of an answered run is its question, unless it sleeps or waits for a message.
+        is_over = record.wait_text != record.error and bool(waiting)
+        if not unanswered(waiting) and not is_over and record.waits_for is None:
             lines.append(("waits", [clean(record.wait_text, 1000)]))
     elif record.error:
         lines.append(("error", [(clean(record.error, 1000), "red")]))
