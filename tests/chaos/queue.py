@@ -19,6 +19,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -460,9 +461,8 @@ def _judge(job: Job, data: dict[str, Any], instance: Processes, stops: dict[str,
             commits = Counter((a.position, a.branch) for a in attempts if a.outcome == "success")
             if {*outputs.values(), *commits.values()} != {1}:
                 figures.duplicated += 1
-                figures.broken.append(
-                    f"I2: run {run_id} has committed {commits}, and has outputs of {outputs}"
-                )
+                history = [replace(one, output=None) for one in attempts]
+                figures.broken.append(f"I2: run {run_id}: commits {commits}, outputs {outputs}, {history}")
         # An owner that lost its run has paid for its last calls all the same: only its commits are refused.
         failed = sum(line[0] == "fail" for line in read_diary(job.diary))
         unrecorded = CALL_TOKENS * (figures.repeated + failed) if instance.stopped or figures.fenced else 0
