@@ -273,8 +273,8 @@ async def a_to_a(state: A) -> A:
     [
         (lambda state: state, "has no name; pass an id to the decorator"),
         (functools.partial(a_to_a), "has no name; pass an id to the decorator"),
-        (returns_maybe, "node 'returns_maybe' needs output=, or the annotation of a pydantic model"),
-        (takes_union, "node 'takes_union' needs input=, or the annotation of a pydantic model"),
+        (returns_maybe, "node 'returns_maybe' has no output model; annotate the return value with one"),
+        (takes_union, "node 'takes_union' has no input model; annotate the parameter with one"),
     ],
     ids=["lambda", "partial", "maybe", "union"],
 )

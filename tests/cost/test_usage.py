@@ -409,7 +409,7 @@ async def test_a_model_said_beside_the_response_is_what_is_priced(monkeypatch: p
         (Note(text="no response"), "node 'ask': a Note carries no usage"),
         ({"usage": {"prompt_tokens": -1}}, "node 'ask': the response has prompt_tokens=-1"),
         (object(), "node 'ask': a object carries no usage"),
-        ("10", "node 'ask' reported '10' tokens"),
+        ("10", "node 'ask' returned '10' in the place of the tokens; return the output, (output, response)"),
         (None, "node 'ask' reported None tokens"),
         (1.5, "node 'ask' reported 1.5 tokens"),
         (True, "node 'ask' reported True tokens"),
@@ -428,6 +428,16 @@ async def test_a_response_that_says_nothing_is_bad_usage(used: Any, says: str) -
     assert result.failure.message.startswith(says)
     (event,) = result.trace
     assert event.output_state == {"text": "kept"}
+
+
+async def test_a_model_before_its_tokens_shows_the_order() -> None:
+    """A tuple with the model in the place of the tokens says what a node may return."""
+    for returned in (({"text": "kept"}, "gpt-4o", 12), ({"text": "kept"}, "gpt-4o", 12, 3)):
+        runner, ask = node_of(returned)
+        failure = (await runner.run([ask], Note())).failure
+        assert failure is not None
+        assert failure.message.startswith("node 'ask' returned 'gpt-4o' in the place of the tokens; return")
+        assert "(output, input_tokens, model)" in failure.message
 
 
 SILENT: list[Any] = [

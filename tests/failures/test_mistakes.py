@@ -15,6 +15,9 @@ from stroma.failures.mistakes import explain_mistake
 PATIENT: Any = {kind: {"max_retries": 6, "backoff_seconds": 0} for kind in ("AMBIGUOUS", "RECOVERABLE")}
 
 
+PASS_IT = "pass context= to run() or to the runner"
+
+
 class Text(BaseModel):
     text: str | None = None
 
@@ -59,7 +62,7 @@ async def test_a_missing_key_of_the_context_is_named(func: Any) -> None:
     assert isinstance(failure.exception, KeyError)
     assert failure.exception.args == ("client",)
     failure, _ = await fail(func)
-    assert failure.message == "'client'; the context has no key 'client', its keys are: none"
+    assert failure.message == "'client'; the context has no key 'client', its keys are: none; " + PASS_IT
 
 
 @pytest.mark.parametrize("func", [of_state, deeper, by_hand])
@@ -88,6 +91,19 @@ async def test_the_keys_beside_a_fallback_model() -> None:
         model_fallbacks=[FallbackPolicy(preferred_model="a", fallback_model="b", at_budget_pct=0.0)],
     )
     assert failure.message.endswith("'client'; the context has no key 'client', its keys are: 'db'")
+
+
+async def attribute(state: Any, ctx: Any) -> Any:
+    return ctx.client
+
+
+async def test_a_context_of_another_class_is_named() -> None:
+    """The message of a context that was not passed, or is a dict, says where to pass it."""
+    failure, _ = await fail(attribute)
+    wrong = "'dict' object has no attribute 'client'; the context is a dict, its keys are: "
+    assert failure.message == f"{wrong}none; {PASS_IT}"
+    failure, _ = await fail(attribute, context={"client": 1})
+    assert failure.message == f"{wrong}'client'; {PASS_IT}"
 
 
 # ---------------------------------------------------------------------- bugs

@@ -209,12 +209,39 @@ async def test_wrong_definitions() -> None:
         (generator, {}, "is an async generator"),
         (plain, {}, "must be an `async def` function"),
         (short, {}, r"must take \(flow, state\), got \(flow\)"),
-        (bare, {}, "needs input=, or the annotation of a pydantic model"),
+        (bare, {}, "has no input model; annotate the parameter with one, or pass input="),
         (body, {"input": Num, "output": Num}, "has output=Num, and its function is annotated with Text"),
         (body, {"input": Text, "output": Text}, "has input=Text, and its function is annotated with Num"),
     ):
         with pytest.raises(TypeError, match=said):
             stroma_flow("f", **options)(function)
+
+
+def test_the_name_of_a_flow() -> None:
+    """A flow is named by the first argument, by ``name=``, or as its function."""
+
+    async def body(flow: Flow, state: Num) -> Num:
+        return state
+
+    for decorate in (stroma_flow, StromaRunner.quick().flow):
+        assert decorate("f")(body).name == decorate(name="f")(body).name == "f"
+        assert decorate(body).name == "body"
+
+
+@pytest.mark.parametrize("call", ["run", "run_sync", "submit"])
+async def test_a_run_inside_of_a_body_names_the_step(call: str) -> None:
+    """A body that starts another run is FAILED with the calls that a resume does not repeat."""
+    runner = quick()
+
+    async def body(flow: Flow, state: Num) -> Num:
+        started = getattr(runner, call)(a_flow(body) if call == "submit" else [add], state)
+        return (await started).output
+
+    result = await runner.run(a_flow(body), Num())
+    assert result.failure is not None
+    assert result.status is RunStatus.FAILED
+    assert f"the body of a flow called runner.{call}()" in result.failure.message
+    assert f"use await flow.{'submit' if call == 'submit' else 'step'}(" in result.failure.message
 
 
 async def test_a_flow_in_the_place_of_a_node() -> None:

@@ -58,7 +58,8 @@ def _model_of(name: str, what: str, passed: Any, annotated: Any) -> type[BaseMod
     if isinstance(model, type) and issubclass(model, BaseModel):
         return model
     if passed is None:
-        raise TypeError(f"{name} needs {what}=, or the annotation of a pydantic model")
+        where = "parameter" if what == "input" else "return value"
+        raise TypeError(f"{name} has no {what} model; annotate the {where} with one, or pass {what}=")
     raise TypeError(f"{name}: {what}= must be a pydantic model, got {passed!r}")
 
 

@@ -21,6 +21,7 @@ _MISTAKES: Final = frozenset({TypeError, AttributeError})
 _RAISES: Final = frozenset({opmap["RAISE_VARARGS"], opmap["RERAISE"]})
 _SUBSCRIPT: Final = re.compile(r"(\w+)\[[^\[\]]*\]")
 _MAX_KEYS: Final = 20
+_PASS_CONTEXT: Final = "pass context= to run() or to the runner"
 
 
 def explain_mistake(failure: Failure, context: Any) -> str:
@@ -31,6 +32,8 @@ def explain_mistake(failure: Failure, context: Any) -> str:
     error = failure.exception
     if type(error) is KeyError:
         return _explain_key(error, context)
+    if type(error) is AttributeError and isinstance(context, dict) and _is_context(error.obj, context):
+        return f"; the context is a dict, {_keys_of(context)}; {_PASS_CONTEXT}"
     if _may_be_mistake(failure) and _own_line(error) is not None:
         return "; this is probably a bug in the node"
     return ""
@@ -77,11 +80,20 @@ def _explain_key(error: BaseException, context: Any) -> str:
         return ""
     match = _SUBSCRIPT.fullmatch(_expression(at))
     value = None if match is None else at.tb_frame.f_locals.get(match[1])
-    if value is not context and type(value) is not FallbackView:
+    if not _is_context(value, context):
         return ""
+    fix = "" if context else f"; {_PASS_CONTEXT}"
+    return f"; the context has no key {_key_text(error.args[0])}, {_keys_of(context)}{fix}"
+
+
+def _is_context(value: Any, context: Any) -> bool:
+    return value is context or type(value) is FallbackView
+
+
+def _keys_of(context: dict[Any, Any]) -> str:
     keys = ", ".join(map(_key_text, itertools.islice(dict.keys(context), _MAX_KEYS))) or "none"
     more = f" and {len(context) - _MAX_KEYS:,} more" if len(context) > _MAX_KEYS else ""
-    return f"; the context has no key {_key_text(error.args[0])}, its keys are: {keys}{more}"
+    return f"its keys are: {keys}{more}"
 
 
 def _key_text(key: Any) -> str:

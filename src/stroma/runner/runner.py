@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mappin
 from contextlib import suppress
 from functools import partial
 from types import FrameType, ModuleType, NoneType
-from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeAlias, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeAlias, TypeVar, cast, overload
 
 from pydantic import BaseModel
 
@@ -41,6 +41,7 @@ from stroma.engine.journal import BY_HAND, Dispatch
 from stroma.engine.tasks import has_running_loop
 from stroma.failures.failure import Classifier
 from stroma.hooks.sets import AnyHooks, NodeHooks, distinct, flatten
+from stroma.runner.flows.body_loop import refuse_in_body
 from stroma.runner.flows.suspension import now_ms
 from stroma.runner.live_runs import Batch, LiveRuns
 from stroma.runner.pipeline import (
@@ -83,6 +84,8 @@ __all__ = ["StromaRunner", "with_settings_of"]
 
 In = TypeVar("In", bound=BaseModel)
 Out = TypeVar("Out", bound=BaseModel)
+#: The calls of a body in place of a run.
+_STEPS: Final = "await flow.step(node, state), or flow.run(flow_or_pipeline, state)"
 #: What a run executes; type checkers know the classes of the states of flows only.
 Nodes: TypeAlias = Pipeline | Iterable[Any]
 OtherNodes: TypeAlias = AnyState | Iterable[Any]
@@ -262,13 +265,13 @@ class StromaRunner(Generic[DepsT]):
     def flow(self, body: Callable[[Flow, In], Coroutine[Any, Any, Out]], /) -> FlowFunction[In, Out]: ...
     @overload
     def flow(
-        self, flow_id: str | None = None, *, input: type[In], output: type[Out], **limits: Unpack[FlowLimits]
+        self, name: str | None = None, *, input: type[In], output: type[Out], **limits: Unpack[FlowLimits]
     ) -> FlowDecorator[In, Out]: ...
     @overload
-    def flow(self, flow_id: str | None = None, **limits: Unpack[FlowLimits]) -> AnnotatedFlowDecorator: ...
+    def flow(self, name: str | None = None, **limits: Unpack[FlowLimits]) -> AnnotatedFlowDecorator: ...
     def flow(
         self,
-        flow_id: str | Callable[..., Any] | None = None,
+        name: str | Callable[..., Any] | None = None,
         *,
         input: type[BaseModel] | None = None,
         output: type[BaseModel] | None = None,
@@ -277,17 +280,17 @@ class StromaRunner(Generic[DepsT]):
         """Make a flow of an async function, and register its contract. See ``stroma_flow``."""
         from stroma.runner.flows.flow import define_flow  # Not loaded by runs without flows.
 
-        def register(body: Any, flow_id: str | None, scope: FrameType) -> Any:
-            flow = define_flow(flow_id, body, (input, output), limits, scope)
+        def register(body: Any, name: str | None, scope: FrameType) -> Any:
+            flow = define_flow(name, body, (input, output), limits, scope)
             contract = flow.node.contract
             assert contract is not None
             self.registry.decorate(body, contract)
             self._flows[flow.node.node_id] = flow
             return flow
 
-        if callable(flow_id):
-            return register(flow_id, None, sys._getframe(1))
-        return lambda body: register(body, flow_id, sys._getframe(1))
+        if callable(name):
+            return register(name, None, sys._getframe(1))
+        return lambda body: register(body, name, sys._getframe(1))
 
     # ------------------------------------------------------------------ checking
 
@@ -352,6 +355,7 @@ class StromaRunner(Generic[DepsT]):
         watch: NodeHooks | None = None,
     ) -> ExecutionResult:
         """Implement :meth:`run`. ``dispatch``: how a dispatcher opens the run; ``watch``: further hooks."""
+        refuse_in_body("runner.run()", _STEPS)
         config = override_config(self._config_of(node_sequence), options)
         nodes = nodes_of(node_sequence)
         check_state("the initial state", initial_state)
@@ -488,6 +492,7 @@ class StromaRunner(Generic[DepsT]):
         At its end the file of an SQLiteStore is whole without its ``-wal`` file, unless another process uses
         it.
         """
+        refuse_in_body("runner.run_sync()", _STEPS)
         if has_running_loop():
             fix = "use `await runner.run(...)` in place of run_sync(...)"
             raise RuntimeError(f"an event loop is already running; {fix}")
@@ -648,6 +653,7 @@ class StromaRunner(Generic[DepsT]):
         Pipeline, one that starts with a group, and an unknown keyword, RunExists for a run of that id with
         another pipeline or input, ValueError for an invalid value, StoreError.
         """
+        refuse_in_body("runner.submit()", "await flow.submit(flow_or_pipeline, state)")
         served = self._stored.served([pipeline])[pipeline.name]
         check_state("the initial state", initial_state)
         entry, given_id = queue_entry(options, now_ms()), options.get("run_id")

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context, ContextVar
 from typing import Any, Final, NoReturn
 
-__all__ = ["WITHOUT_THREADS", "BodyExecutor", "BodyLoop"]
+__all__ = ["WITHOUT_THREADS", "BodyExecutor", "BodyLoop", "refuse_in_body"]
 
 #: Callbacks between two events, after which the body is taken for one that waits in a loop: ``while not x:
 #: await sleep(0)``.
@@ -253,6 +253,14 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         self.outer.call_exception_handler(context)
+
+
+def refuse_in_body(call: str, instead: str) -> None:
+    """Raise NotImplementedError in the body of a flow, where each resume would make this call again."""
+    if type(_get_running_loop()) is BodyLoop:
+        raise NotImplementedError(
+            f"the body of a flow called {call}, which each resume would call again; use {instead}"
+        )
 
 
 async def _close_all(generators: list[AsyncGenerator[Any, Any]]) -> None:

@@ -358,12 +358,12 @@ class AnnotatedFlowDecorator(typing.Protocol):
 def stroma_flow(body: Callable[[Flow, In], Coroutine[Any, Any, Out]], /) -> FlowFunction[In, Out]: ...
 @overload
 def stroma_flow(
-    flow_id: str | None = None, *, input: type[In], output: type[Out], **limits: Unpack[FlowLimits]
+    name: str | None = None, *, input: type[In], output: type[Out], **limits: Unpack[FlowLimits]
 ) -> FlowDecorator[In, Out]: ...
 @overload
-def stroma_flow(flow_id: str | None = None, **limits: Unpack[FlowLimits]) -> AnnotatedFlowDecorator: ...
+def stroma_flow(name: str | None = None, **limits: Unpack[FlowLimits]) -> AnnotatedFlowDecorator: ...
 def stroma_flow(
-    flow_id: str | Callable[..., Any] | None = None,
+    name: str | Callable[..., Any] | None = None,
     *,
     input: type[BaseModel] | None = None,
     output: type[BaseModel] | None = None,
@@ -372,12 +372,12 @@ def stroma_flow(
     """Make a flow of an async function of ``(flow, state)``: a pipeline that decides in plain Python.
 
     Args:
-        flow_id: name of the flow in stores, metrics and spans. Default: the name of the function; then
+        name: name of the flow in stores, metrics and spans. Default: the name of the function; then
             ``@stroma_flow`` needs no parentheses.
         input: pydantic model of its input. Default: the annotation of ``state``.
         output: pydantic model of its output. Default: the annotation of the returned value.
         limits: see FlowLimits.
     """
-    if callable(flow_id):
-        return define_flow(None, flow_id, (input, output), limits, sys._getframe(1))
-    return lambda body: define_flow(flow_id, body, (input, output), limits, sys._getframe(1))
+    if callable(name):
+        return define_flow(None, name, (input, output), limits, sys._getframe(1))
+    return lambda body: define_flow(name, body, (input, output), limits, sys._getframe(1))
