@@ -113,10 +113,13 @@ def foretell(plan: list[Any], own: Any, shared: Any, granted: int) -> Expected:
                 policy.max_retry_after_seconds,
             )
         )
-        before = 0 if mending else calls - 1 - mended
-        mended += mending
+        if mending:
+            mended += 1
+            message.delays.append((0.0, 0.0))
+            continue
+        before = calls - 1 - mended
         message.status = RunStatus.PARTIAL
-        if not mending and before >= retries:
+        if before >= retries:
             return message
         if wait is not None and wait > patience:
             return message
@@ -136,7 +139,7 @@ def test_retry_arithmetic(plan: list[Any], own: Any, shared: Any, granted: int) 
 
     One count serves all classes; granted repairs are not in it; the policy is that of the last failure's
     class; the node's own wins over the run's, that over the default; a server's wait is a floor, and too long
-    a one ends it.
+    a one ends it. A repair begins at once.
     """
     plan = [*plan, (None, None)]
     message = foretell(plan, own, shared, granted)

@@ -531,12 +531,8 @@ def test_a_delay_is_drawn_from_zero_to_the_computed_one() -> None:
         ({"attempt": 5, "repairs": 1}, Stop("gave up after 5 attempts")),
         ({"own": {RECOVERABLE: steady()}}, Retry(2.0)),
         ({"own": {RECOVERABLE: steady(max_retries=0)}}, Stop("gave up after 5 attempts")),
-        ({"own": {RECOVERABLE: steady(max_retries=0)}, "repairing": True}, Retry(2.0)),
-        (
-            {"own": {RECOVERABLE: steady(multiplier=3)}, "repairing": True, "attempt": 9, "repairs": 2},
-            Retry(2.0),
-        ),
-        ({"repairing": True, "attempt": 99}, Retry(1.0)),
+        ({"own": {RECOVERABLE: steady(max_retries=0)}, "repairing": True}, Retry(0.0)),
+        ({"repairing": True, "attempt": 99}, Retry(0.0)),
         ({"group": True}, Stop("gave up after 5 attempts")),
         ({"group": True, "repairing": True}, Stop("gave up after 5 attempts")),
         ({"group": True, "own": {}}, Retry(1.0)),
@@ -544,8 +540,8 @@ def test_a_delay_is_drawn_from_zero_to_the_computed_one() -> None:
     ],
 )
 def test_what_follows_a_failed_attempt(changed: dict[str, Any], decision: Any) -> None:
-    """A group is tried again only if asked; attempts that were granted to mend an output count for nothing,
-    but wait."""
+    """A group is tried again only if asked; attempts that were granted to repair an output are not counted,
+    and begin at once."""
     run = {RECOVERABLE: steady(max_retries=3, backoff_seconds=1.0)}
     requests: dict[str, Any] = {
         "own": None,

@@ -148,8 +148,7 @@ def follow_up(
     if own is None and group:
         # Its children had their retries; a group has its own only if asked.
         return decide(failure, _NO_RETRIES, attempt=attempt, draw=draw)
-    policy = policy_for(failure.failure_class, own, policy_map)
     if repairing:
-        # The attempt was granted, whatever the policy says; it only lends its delay.
-        return decide(failure, policy.model_copy(update={"max_retries": 1}), attempt=1, draw=draw)
+        return Retry(0.0)  # The attempt was granted, and the next request does not repeat this one.
+    policy = policy_for(failure.failure_class, own, policy_map)
     return decide(failure, policy, attempt=attempt - repairs, draw=draw)
