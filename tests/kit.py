@@ -6,7 +6,6 @@ Imports Stroma and pydantic only: the environments of agent frameworks lack the 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import os
 import pathlib
@@ -30,6 +29,7 @@ from stroma import (
     current_node,
     stroma_node,
 )
+from stroma.hooks.sets import EVENTS
 
 
 class Num(BaseModel):
@@ -161,8 +161,7 @@ def record_hooks(seen: list[str]) -> NodeHooks:
 
         return hook
 
-    names = [field.name for field in dataclasses.fields(NodeHooks) if field.name != "on_budget_warning"]
-    return NodeHooks(**{name: recorder(name) for name in names})
+    return NodeHooks(**{name: recorder(name) for name in EVENTS if name != "on_budget_warning"})
 
 
 def record_node_hooks(seen: list[str], name: str = "", **others: Any) -> NodeHooks:

@@ -20,11 +20,16 @@ Store = TypeVar("Store")
 FAST = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 _NUMBERS = itertools.count()
 
+#: A new kind of store is added here, in `place` and in `opened`; see CONTRIBUTING.md for what else it needs.
+ON_SERVERS = ("redis", "postgres")
 LOCAL = ("memory", "async-memory")
-DURABLE = ("sqlite", "redis", "sync-redis", "postgres")
+#: The stores that processes can share. The plain calls of SyncRedisStore are not another store.
+SHARED = ("sqlite", *ON_SERVERS)
+DURABLE = (*SHARED, "sync-redis")
 STORES = (*LOCAL, *DURABLE)
-#: Those that processes can share; the plain calls of SyncRedisStore are no other store.
-SHARED = ("sqlite", "redis", "postgres")
+#: One store of each family, and those of them that need no other process.
+FAMILIES = ("memory", *SHARED)
+IN_PROCESS = ("memory", "sqlite")
 
 
 @contextmanager
@@ -52,21 +57,21 @@ def place(kind: str) -> Iterator[str]:
         server.execute(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
 
 
-def opened(kind: str, where: str = "") -> Any:
+def opened(kind: str, where: str = "", **options: Any) -> Any:
     """The store of a kind at a place."""
     if kind == "memory":
         return InMemoryStore()
     if kind == "async-memory":
         return AsyncInMemoryStore()
     if kind == "sqlite":
-        return SQLiteStore(where)
+        return SQLiteStore(where, **options)
     if kind == "redis":
-        return RedisStore(where)
+        return RedisStore(where, **options)
     if kind == "sync-redis":
-        return SyncRedisStore(where)
+        return SyncRedisStore(where, **options)
     assert kind == "postgres", kind
     dsn, _, schema = where.partition("|")
-    return PostgresStore(dsn, schema=schema)
+    return PostgresStore(dsn, schema=schema, **options)
 
 
 @contextmanager

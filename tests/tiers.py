@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tests.shared_stores import DURABLE, ON_SERVERS
+
 if TYPE_CHECKING:
     from hypothesis import settings
 
@@ -28,13 +30,11 @@ SLOW_FIXTURES = frozenset(
     }
 )
 
-#: Parameters that stand for a server or for other processes.
-SLOW_PARAMETERS = frozenset(
-    {"postgres", "redis", "sync-redis", "temporal", "workers-redis", "workers-postgres", "killed"}
-)
+#: Parameters that stand for a store on a server.
+SERVERS = frozenset(DURABLE) - {"sqlite"}
 
-#: Those that stand for a store on a server.
-SERVERS = frozenset({"postgres", "redis", "sync-redis"})
+#: Parameters that stand for a server or for other processes.
+SLOW_PARAMETERS = frozenset({*SERVERS, "temporal", *(f"workers-{kind}" for kind in ON_SERVERS), "killed"})
 
 #: Folders and files all of whose tests are slow, as prefixes of test ids.
 SLOW_PATHS = (

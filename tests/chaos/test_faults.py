@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from tests.chaos.disk import FailedSync, Name, Sync, Truncate, Write, survives
 from tests.chaos.worker import POINTS
+from tests.shared_stores import ON_SERVERS, SHARED
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,7 +45,7 @@ def test_killed_at_random() -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("store", ["postgres", "redis"])
+@pytest.mark.parametrize("store", ON_SERVERS)
 def test_killed_at_random_on_a_server(store: str) -> None:
     """The same on a server that all processes share."""
     figures = strike("kill", 8, store)
@@ -69,7 +70,7 @@ def test_killed_around_the_calls_of_effects() -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("store", ["postgres", "redis"])
+@pytest.mark.parametrize("store", ON_SERVERS)
 def test_killed_around_the_calls_of_effects_on_a_server(store: str) -> None:
     """G13: the same on a server that all processes share."""
     figures = strike("effect", 6, store)
@@ -78,7 +79,7 @@ def test_killed_around_the_calls_of_effects_on_a_server(store: str) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("store", ["sqlite", "postgres", "redis"])
+@pytest.mark.parametrize("store", SHARED)
 def test_killed_flows(store: str) -> None:
     """I1, I3 and I5: a flow that is killed at any instant ends as one that is not, with each step committed
     once."""
@@ -144,7 +145,7 @@ def test_clocks_that_jump() -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("store", ["sqlite", "postgres", "redis"])
+@pytest.mark.parametrize("store", SHARED)
 def test_cancelled_at_any_await(store: str) -> None:
     """I1 to I4: cancelled at any await and gone on with, a run has each commit once, and no commit runs
     again."""
@@ -183,7 +184,7 @@ def test_connections_that_are_ended() -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("store", ["postgres", "redis"])
+@pytest.mark.parametrize("store", ON_SERVERS)
 def test_a_server_that_is_killed(store: str) -> None:
     """I1 and I3: what a server acknowledged survives its SIGKILL; whoever is at work waits for it to come
     back."""
@@ -201,7 +202,7 @@ def test_killed_before_what_a_call_took_is_settled() -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("store", ["sqlite", "postgres", "redis"])
+@pytest.mark.parametrize("store", SHARED)
 def test_a_store_that_comes_back_older(store: str) -> None:
     """I7: a process whose acknowledged commits are gone is told CheckpointLost; who resumes makes one history
     of the rest."""

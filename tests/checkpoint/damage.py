@@ -16,9 +16,9 @@ from stroma.checkpoint.durable.rows import Step
 
 #: The stores, each with what loses the first output, the first attempt or the input of run "run".
 SQL = {
-    "output": "DELETE FROM {}steps WHERE position = 0 AND execution = 1 AND branch IN ('', '1')",
-    "attempt": "DELETE FROM {}attempts WHERE position = 0",
-    "input": "DELETE FROM {}inputs",
+    "output": "DELETE FROM steps WHERE position = 0 AND execution = 1 AND branch IN ('', '1')",
+    "attempt": "DELETE FROM attempts WHERE position = 0",
+    "input": "DELETE FROM inputs",
 }
 PREFIX = "stroma:{run}:"
 
@@ -27,23 +27,59 @@ def _redis(where: str) -> Any:
     return redis.Redis.from_url(where)
 
 
+class Database:
+    """A connection to a store in SQL, behind its back. Parameters are written ``?``."""
+
+    def __init__(self, kind: str, where: str) -> None:
+        self._is_sqlite = kind == "sqlite"
+        if self._is_sqlite:
+            self._db: Any = sqlite3.connect(where, isolation_level=None)
+        else:
+            assert kind == "postgres", kind
+            dsn, _, schema = where.partition("|")
+            self._db = psycopg.connect(dsn, autocommit=True, options=f"-c search_path={schema}")
+
+    def execute(self, statement: str, *values: Any) -> Any:
+        """Return the cursor of a statement."""
+        return self._db.execute(statement if self._is_sqlite else statement.replace("?", "%s"), values)
+
+    def select(self, statement: str) -> tuple[list[str], list[Any]]:
+        """Return names of columns, and rows."""
+        cursor = self.execute(statement)
+        return [column[0] for column in cursor.description], cursor.fetchall()
+
+    def tables(self) -> list[str]:
+        """Return the names of all tables."""
+        found = self.execute(
+            "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'"
+            if self._is_sqlite
+            else "SELECT tablename FROM pg_tables WHERE schemaname = current_schema()"
+        )
+        return [name for (name,) in found.fetchall()]
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._db.close()
+
+
+def database(kind: str, where: str) -> contextlib.closing[Database]:
+    """Return a connection that a ``with`` statement closes."""
+    return contextlib.closing(Database(kind, where))
+
+
 def lose(kind: str, where: str, what: str) -> None:
     """Delete a row of a run."""
-    if kind == "sqlite":
-        with contextlib.closing(sqlite3.connect(where, isolation_level=None)) as db:
-            assert db.execute(SQL[what].format("")).rowcount == 1
-    elif kind == "postgres":
-        dsn, _, schema = where.partition("|")
-        with psycopg.connect(dsn, autocommit=True) as db:
-            assert db.execute(SQL[what].format(f"{schema}.").encode()).rowcount == 1
-    else:
-        with _redis(where) as client:
-            if what == "input":
-                assert client.delete(f"{PREFIX}inputs") == 1
-                return
-            key = f"{PREFIX}{'steps' if what == 'output' else 'attempts'}:1"
-            field = min(client.hkeys(key))
-            assert client.hdel(key, field) == 1
+    if kind != "redis":
+        with database(kind, where) as db:
+            assert db.execute(SQL[what]).rowcount == 1
+        return
+    with _redis(where) as client:
+        if what == "input":
+            assert client.delete(f"{PREFIX}inputs") == 1
+            return
+        key = f"{PREFIX}{'steps' if what == 'output' else 'attempts'}:1"
+        field = min(client.hkeys(key))
+        assert client.hdel(key, field) == 1
 
 
 class Moment:
@@ -51,53 +87,30 @@ class Moment:
 
     def __init__(self, kind: str, where: str) -> None:
         self._kind, self._where = kind, where
-        if kind == "sqlite":
-            with contextlib.closing(sqlite3.connect(where)) as db:
-                self._rows: Any = {
-                    name: db.execute(f"SELECT * FROM {name}").fetchall() for name in _tables(db)
-                }
-        elif kind == "postgres":
-            dsn, _, schema = where.partition("|")
-            with psycopg.connect(dsn, autocommit=True) as db:
-                names = db.execute(
-                    "SELECT tablename FROM pg_tables WHERE schemaname = %s", (schema,)
-                ).fetchall()
-                for (name,) in names:
-                    db.execute(f"CREATE TABLE {schema}_then_{name} AS TABLE {schema}.{name}".encode())
-                self._rows = [name for (name,) in names]
-        else:
+        if kind == "redis":
             with _redis(where) as client:
-                self._rows = {key: client.dump(key) for key in client.keys("*")}
+                self._rows: Any = {key: client.dump(key) for key in client.keys("*")}
+        else:
+            with database(kind, where) as db:
+                self._rows = {name: db.select(f"SELECT * FROM {name}") for name in db.tables()}
 
     def restore(self) -> None:
-        if self._kind == "sqlite":
-            with contextlib.closing(sqlite3.connect(self._where, isolation_level=None)) as db:
-                db.execute("BEGIN IMMEDIATE")
-                for name, rows in self._rows.items():
-                    db.execute(f"DELETE FROM {name}")
-                    for row in rows:
-                        db.execute(f"INSERT INTO {name} VALUES ({', '.join('?' * len(row))})", row)
-                db.execute("COMMIT")
-        elif self._kind == "postgres":
-            dsn, _, schema = self._where.partition("|")
-            with psycopg.connect(dsn) as db:
-                for name in self._rows:
-                    db.execute(f"DELETE FROM {schema}.{name}".encode())
-                    entry = f"OVERRIDING SYSTEM VALUE SELECT * FROM {schema}_then_{name}"
-                    db.execute(f"INSERT INTO {schema}.{name} {entry}".encode())
-                    db.execute(f"DROP TABLE {schema}_then_{name}".encode())
-        else:
+        """Bring it back."""
+        if self._kind == "redis":
             with _redis(self._where) as client:
                 client.flushall()
                 for key, data in self._rows.items():
                     client.restore(key, 0, data)
-
-
-def _tables(db: sqlite3.Connection) -> list[str]:
-    result = db.execute(
-        "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'"
-    ).fetchall()
-    return [name for (name,) in result]
+            return
+        always = "OVERRIDING SYSTEM VALUE" if self._kind == "postgres" else ""
+        with database(self._kind, self._where) as db:
+            db.execute("BEGIN" if always else "BEGIN IMMEDIATE")
+            for name, (columns, rows) in self._rows.items():
+                db.execute(f"DELETE FROM {name}")
+                for row in rows:
+                    marks = ", ".join("?" * len(columns))
+                    db.execute(f"INSERT INTO {name} ({', '.join(columns)}) {always} VALUES ({marks})", *row)
+            db.execute("COMMIT")
 
 
 @contextlib.contextmanager
@@ -126,4 +139,4 @@ def reseal(db: sqlite3.Connection) -> None:
         db.execute("UPDATE steps SET sha256 = ? WHERE id = ?", (sha256, number))
 
 
-__all__ = ["Moment", "loose", "lose", "reseal"]
+__all__ = ["Database", "Moment", "database", "loose", "lose", "reseal"]

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import sqlite3
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import psycopg
 import redis
+from tests.checkpoint.damage import database
 from tests.store_suite.journal import State, row, settled
 
-from stroma import SQLiteStore
-from stroma.checkpoint import PostgresStore, RedisStore, RunRequest, StepCall
+from stroma.checkpoint import RunRequest, StepCall
 from stroma.checkpoint.durable.annotations import annotate
 from stroma.checkpoint.durable.operations import Transaction
 from stroma.checkpoint.durable.rows import Annotation, Rows, Step
@@ -47,17 +44,6 @@ PLAIN = (
     "blocked_since_ms",
     "blocked_until_ms",
 )
-
-
-def opened(kind: str, where: str, blobs: Path, **options: Any) -> Any:
-    """Return a durable store that keeps large payloads in a directory."""
-    options |= {"blobs": blobs, "blob_bytes": 1000}
-    if kind == "sqlite":
-        return SQLiteStore(where, **options)
-    if kind == "redis":
-        return RedisStore(where, **options)
-    dsn, _, schema = where.partition("|")
-    return PostgresStore(dsn, schema=schema, **options)
 
 
 async def write_every_kind(store: Any, run_id: str, text: str) -> Any:
@@ -136,24 +122,5 @@ def _value(client: Any, key: bytes) -> bytes:
 
 
 def _tables(kind: str, where: str) -> list[tuple[str, list[str], list[Any]]]:
-    if kind == "sqlite":
-        with contextlib.closing(sqlite3.connect(where)) as db:
-            names = [
-                name
-                for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
-                if not name.startswith("sqlite")
-            ]
-            return [(name, *_select(db.execute(f"SELECT * FROM {name}"))) for name in names]
-    dsn, _, schema = where.partition("|")
-    with psycopg.connect(dsn, autocommit=True) as db:
-        names = [
-            name
-            for (name,) in db.execute(
-                "SELECT tablename FROM pg_tables WHERE schemaname = %s", (schema,)
-            ).fetchall()
-        ]
-        return [(name, *_select(db.execute(f"SELECT * FROM {schema}.{name}".encode()))) for name in names]
-
-
-def _select(cursor: Any) -> tuple[list[str], list[Any]]:
-    return [column[0] for column in cursor.description], cursor.fetchall()
+    with database(kind, where) as db:
+        return [(name, *db.select(f"SELECT * FROM {name}")) for name in db.tables()]

@@ -9,6 +9,7 @@ import json
 import re
 import sqlite3
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import redis
 from hypothesis import HealthCheck, Phase, example, given, note, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
-from tests.checkpoint.damage import reseal
+from tests.checkpoint.damage import database, reseal
 from tests.kit import Num
 from tests.shared_stores import SHARED, opened, place
 from tests.store_suite.journal import State, begin, commit, row, settled
@@ -199,60 +200,29 @@ def _keys(where: str) -> Iterator[Record]:
 
 
 def _cells(kind: str, where: str) -> Iterator[Record]:
-    dsn, _, schema = where.partition("|")
-    execute = _sqlite(where) if kind == "sqlite" else _postgres(dsn, schema)
-    mark = "?" if kind == "sqlite" else "%s"
     keys = {"runs": "run", "inputs": "run, execution", "steps": "id", "tags": "run, tag"}
     keys["attempts"] = "run, execution, epoch, position, started_ns, branch, attempt"
     for table, key in keys.items():
-        names, rows = execute(f"SELECT * FROM {table}", ())
+        at = " AND ".join(f"{name} = ?" for name in key.split(", "))
+        with database(kind, where) as db:
+            names, rows = db.select(f"SELECT * FROM {table}")
         for values in rows:
             one = dict(zip(names, values, strict=True))
             if one["run"] != 1:
                 continue
-            at = " AND ".join(f"{name} = {mark}" for name in key.split(", "))
+            row = [one[name] for name in key.split(", ")]
             for name, value in one.items():
                 if name in key or name in ("run", "id", "run_id", "run_key", "branch_key") or value is None:
                     continue
-
-                def write(
-                    new: Any,
-                    table: str = table,
-                    name: str = name,
-                    one: dict[str, Any] = one,
-                    at: str = at,
-                    key: str = key,
-                ) -> None:
-                    # The bytes of a text, which SQLite does not look at.
-                    cast = (
-                        f"CAST({mark} AS TEXT)" if isinstance(one[name], str) and kind == "sqlite" else mark
-                    )
-                    execute(
-                        f"UPDATE {table} SET {name} = {cast} WHERE {at}",
-                        (new, *(one[k] for k in key.split(", "))),
-                    )
-
-                yield Record(table, name, value, write)
+                # The bytes of a text, which SQLite does not look at.
+                cast = "CAST(? AS TEXT)" if isinstance(value, str) and kind == "sqlite" else "?"
+                statement = f"UPDATE {table} SET {name} = {cast} WHERE {at}"
+                yield Record(table, name, value, partial(_write, kind, where, statement, row))
 
 
-def _sqlite(where: str) -> Callable[..., Any]:
-    def execute(statement: str, values: Any) -> Any:
-        with contextlib.closing(sqlite3.connect(where, isolation_level=None)) as db:
-            cursor = db.execute(statement, values)
-            return [column[0] for column in cursor.description or ()], cursor.fetchall()
-
-    return execute
-
-
-def _postgres(dsn: str, schema: str) -> Callable[..., Any]:
-    def execute(statement: str, values: Any) -> Any:
-        with psycopg.connect(dsn, autocommit=True, options=f"-c search_path={schema}") as db:
-            cursor = db.execute(statement.encode(), values)
-            return [
-                column[0] for column in cursor.description or ()
-            ], cursor.fetchall() if cursor.description else []
-
-    return execute
+def _write(kind: str, where: str, statement: str, row: list[Any], new: Any) -> None:
+    with database(kind, where) as db:
+        db.execute(statement, new, *row)
 
 
 REPLACEMENTS = (

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import psycopg
 import pytest
 import redis
-from tests.checkpoint.damage import loose
+from tests.checkpoint.damage import database, loose
 from tests.shared_stores import SHARED, opened, place
 from tests.store_suite.journal import State, begin, commit, fail, finish, settled
 
@@ -75,10 +74,10 @@ def damage(kind: str, where: str, column: str, value: Any) -> None:
             db.execute("PRAGMA ignore_check_constraints = 1")
             db.execute(f"UPDATE runs SET {column} = ? WHERE run_id = 'r3'", (value,))
     elif kind == "postgres":
-        dsn, _, schema = where.partition("|")
-        with psycopg.connect(dsn, autocommit=True) as db:
-            db.execute(f"UPDATE {schema}.runs SET {column} = %s WHERE run_id = 'r3'".encode(), (value,))
+        with database(kind, where) as db:
+            db.execute(f"UPDATE runs SET {column} = ? WHERE run_id = 'r3'", value)
     else:
+        assert kind == "redis", kind
         with redis.Redis.from_url(where) as client:
             if column:
                 client.hset("stroma:{r3}:run", column, value)

@@ -19,13 +19,11 @@ from stroma import (
     FailurePolicy,
     ReliabilityContext,
     RunStatus,
-    SQLiteStore,
     StromaRunner,
     execute_step,
     map_over,
     parallel,
 )
-from stroma.checkpoint import PostgresStore, RedisStore
 from stroma.contracts.snapshots import StoredSnapshot
 from stroma.trace import TraceEvent
 
@@ -94,13 +92,7 @@ class Xor:
 
 
 def open_store(kind: str, where: str, blobs: pathlib.Path, codec: Any = None) -> Any:
-    options: Any = {"blobs": blobs, "blob_bytes": LARGE, "codec": codec}
-    if kind == "sqlite":
-        return SQLiteStore(where, **options)
-    if kind == "redis":
-        return RedisStore(where, **options)
-    dsn, _, schema = where.partition("|")
-    return PostgresStore(dsn, schema=schema, **options)
+    return opened(kind, where, blobs=blobs, blob_bytes=LARGE, codec=codec)
 
 
 @pytest.fixture(params=SHARED)

@@ -10,11 +10,11 @@ import pytest
 from tests.fixtures import store_fixture
 from tests.flows.steps import World
 from tests.kit import NEVER, Num, node
-from tests.shared_stores import opened
+from tests.shared_stores import SHARED, opened
 
 from stroma import CheckpointNotFound, Pipeline, RunStatus, StromaRunner
 
-store = store_fixture("sqlite", "redis", "postgres")
+store = store_fixture(*SHARED)
 
 
 async def test_a_listener_hears_of_each_renewed_lease(store: Any) -> None:

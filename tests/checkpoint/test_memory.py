@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 from tests.kit import Item
+from tests.shared_stores import IN_PROCESS
 from tests.store_suite.journal import State, begin, row, settled
 
 from stroma import AsyncInMemoryStore, InMemoryStore, SQLiteStore, StromaRunner, current_node, map_over
@@ -50,7 +51,7 @@ async def test_a_row_of_another_schema_is_not_read_by_its_own() -> None:
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("store", ["memory", "sqlite"])
+@pytest.mark.parametrize("store", IN_PROCESS)
 async def test_an_attempt_whose_place_is_committed_again_stays_in_the_history(
     store: str, tmp_path: Path
 ) -> None:

@@ -19,10 +19,9 @@ from tests.checkpoint.every_record import (
     annotate_all,
     contents,
     key_kind,
-    opened,
     write_every_kind,
 )
-from tests.shared_stores import SHARED, place, store_of
+from tests.shared_stores import SHARED, opened, place, store_of
 from tests.store_suite.journal import State, begin, commit, finish, row, settled
 
 from stroma.checkpoint.durable.rows import FORKED, OF_EXECUTION, Annotation
@@ -43,6 +42,11 @@ def holding(found: dict[str, bytes]) -> set[str]:
     return {name for name, data in found.items() if MARK.encode() in data}
 
 
+def opened_with_blobs(kind: str, where: str, blobs: Path, **options: Any) -> Any:
+    """Return a durable store that keeps large payloads in a directory."""
+    return opened(kind, where, blobs=blobs, blob_bytes=1000, **options)
+
+
 def age(blobs: Path) -> None:
     """Make all blobs old enough to be collected."""
     for file in blobs.rglob("*"):
@@ -61,7 +65,7 @@ async def test_nothing_remains_of_a_run(at: tuple[str, str], way: str, tmp_path:
     if way == "ttl" and kind != "redis":
         return  # Only Redis has an expiry.
     options = {"ttl_seconds": 1 if way == "ttl" else None} if kind == "redis" else {}
-    async with opened(kind, where, tmp_path, **options) as store:
+    async with opened_with_blobs(kind, where, tmp_path, **options) as store:
         session = await write_every_kind(store, "r", MARK)
         found = contents(kind, where, tmp_path)
         every = {name for name in found if is_of_run(name) and name.partition(".")[2] not in PLAIN}
@@ -100,7 +104,7 @@ async def test_a_restart_has_nothing_of_the_execution_before(at: tuple[str, str]
     """A restart keeps the records that belong to the run; no annotation of the execution before reaches
     it."""
     kind, where = at
-    async with opened(kind, where, tmp_path) as store:
+    async with opened_with_blobs(kind, where, tmp_path) as store:
         await finish(await write_every_kind(store, "r", MARK), "INTERRUPTED")
         session = await begin(store, "r", if_exists="restart")
         assert_has_nothing(session)
@@ -115,7 +119,7 @@ async def test_a_new_run_of_the_id_has_nothing_of_the_old_one(
 ) -> None:
     """A new run with the id of a deleted run has none of its records."""
     kind, where = at
-    async with opened(kind, where, tmp_path) as store:
+    async with opened_with_blobs(kind, where, tmp_path) as store:
         session = await write_every_kind(store, "r", MARK)
         await finish(session)
         time.sleep(0.002)
@@ -135,7 +139,7 @@ async def test_a_new_run_of_the_id_has_nothing_of_the_old_one(
 async def test_a_fork_has_only_what_it_copies(at: tuple[str, str], tmp_path: Path) -> None:
     """A fork gets the input and commits before its position, what the run belongs to, and no other record."""
     kind, where = at
-    async with opened(kind, where, tmp_path) as store:
+    async with opened_with_blobs(kind, where, tmp_path) as store:
         session = await write_every_kind(store, "r", MARK)
         await commit(session, 0, State(text="public"))
         await finish(session)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.fixtures import store_fixture
 from tests.kit import Num
-from tests.shared_stores import STORES, opened, place
+from tests.shared_stores import ON_SERVERS, STORES, opened, place
 from tests.store_suite.helpers import finish, settled
 from tests.tiers import examples
 
@@ -303,7 +303,7 @@ def test_what_is_chosen(
         assert all(one.key is not None and running[one.key] >= per_key for one in left)
 
 
-@pytest.mark.parametrize("kind", ["redis", "postgres"])
+@pytest.mark.parametrize("kind", ON_SERVERS)
 async def test_listeners_learn_of_due_runs(kind: str) -> None:
     """Another process that listens learns at once of a submitted run, and of one that was made due; without,
     it polls."""

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from tests.fixtures import store_fixture
 from tests.kit import NEVER, Num, environment
+from tests.shared_stores import IN_PROCESS
 
 from stroma import (
     Fenced,
@@ -284,7 +285,7 @@ def _runner(store: Any, **config: Any) -> StromaRunner:
     return StromaRunner.quick(store=store, policy_map=NEVER, **config)
 
 
-store = store_fixture("async-memory", "sqlite")
+store = store_fixture(*IN_PROCESS)
 
 
 async def _held(store: Any, calls: list[str], gate: asyncio.Event, **config: Any) -> asyncio.Task[Any]:

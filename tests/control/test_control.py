@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 from tests.fixtures import store_fixture
 from tests.kit import node
-from tests.shared_stores import DURABLE, opened, place
+from tests.shared_stores import DURABLE, FAMILIES, opened, place
 from tests.store_suite.helpers import due_runs
 
 from stroma import (
@@ -35,7 +35,7 @@ from stroma.engine.context import ReliabilityContext
 from stroma.failures import FailurePolicy
 from stroma.runner.steps import execute_step
 
-store = store_fixture("memory", "sqlite", "redis", "postgres")
+store = store_fixture(*FAMILIES)
 
 
 class Num(BaseModel):

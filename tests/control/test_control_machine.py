@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from tests.control.control_machine import ControlMachine
+from tests.shared_stores import FAMILIES, IN_PROCESS, ON_SERVERS
 
 
 def _check(kind: str, runs: int, examples: int, steps: int) -> None:
@@ -24,7 +25,7 @@ def _check(kind: str, runs: int, examples: int, steps: int) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+@pytest.mark.parametrize("kind", IN_PROCESS)
 def test_a_few_runs(kind: str) -> None:
     """G5, G6. No attempt begins after an acknowledged pause or cancel, and nothing committed is bought
     again."""
@@ -32,7 +33,7 @@ def test_a_few_runs(kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["redis", "postgres"])
+@pytest.mark.parametrize("kind", ON_SERVERS)
 def test_a_few_runs_on_servers(kind: str) -> None:
     """The same holds over stores of servers."""
     _check(kind, runs=4, examples=4, steps=8)
@@ -40,7 +41,7 @@ def test_a_few_runs_on_servers(kind: str) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kind", ["memory", "sqlite", "redis", "postgres"])
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_two_hundred_runs(kind: str) -> None:
     """The same holds for 200 concurrent runs."""
     _check(kind, runs=100, examples=10, steps=20)

@@ -10,11 +10,12 @@ import pytest
 from tests.effects.shop import Order, Receipt, Refused, Shop
 from tests.fixtures import store_fixture
 from tests.kit import NEVER
+from tests.shared_stores import FAMILIES
 
 from stroma import Flow, FlowFunction, NotDone, RunStatus, StepFailed, StromaRunner, Unknown
 
 pytestmark = pytest.mark.asyncio
-store = store_fixture("async-memory", "sqlite", "postgres", "redis")
+store = store_fixture(*FAMILIES)
 
 
 class SlowShop(Shop):

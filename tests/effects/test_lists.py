@@ -10,11 +10,12 @@ from pydantic import ValidationError
 from tests.effects.shop import Order, Receipt, Refused, Shop
 from tests.fixtures import store_fixture
 from tests.kit import THRICE, open_question
+from tests.shared_stores import FAMILIES
 
 from stroma import NodeHooks, NotDone, RunStatus, StoreError, StromaRunner, Suspend, Unknown
 from stroma.testing import crash_at
 
-store = store_fixture("async-memory", "sqlite", "postgres", "redis")
+store = store_fixture(*FAMILIES)
 
 
 def pipeline(

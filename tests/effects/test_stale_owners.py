@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 from tests.effects.shop import Order, Receipt, Shop
 from tests.fixtures import store_fixture
+from tests.shared_stores import SHARED
 
 from stroma import Fenced, NotDone, RunStatus, SQLiteStore, StromaRunner, current_node
 from stroma.checkpoint.durable import rows
 from stroma.checkpoint.sqlite.connection import SqliteConnection
 from stroma.engine.effects import Effect
 
-store = store_fixture("sqlite", "postgres", "redis")
+store = store_fixture(*SHARED)
 
 
 @pytest.mark.core

@@ -28,6 +28,7 @@ from tests.kit import (
     same,
     sleep_forever,
 )
+from tests.shared_stores import IN_PROCESS
 
 from stroma import (
     AsyncInMemoryStore,
@@ -297,7 +298,7 @@ async def test_a_cancelled_run_is_recorded_as_cancelled(tmp_path: Path) -> None:
     assert [entry.status for entry in store.list_runs()] == ["CANCELLED"]
 
 
-store = store_fixture("async-memory", "sqlite")
+store = store_fixture(*IN_PROCESS)
 
 
 @pytest.mark.core

@@ -13,13 +13,13 @@ import pytest
 from tests.engine.awaits import Awaits
 from tests.fixtures import store_fixture
 from tests.kit import Num, node, quick
-from tests.shared_stores import opened
+from tests.shared_stores import FAMILIES, opened
 
 from stroma import NodeContract, ReliabilityContext, SQLiteStore, execute_step
 from stroma.checkpoint import RunRequest
 from stroma.contracts.schema import schema_of
 
-store = store_fixture("memory", "sqlite", "redis", "postgres")
+store = store_fixture(*FAMILIES)
 #: More awaits than any of the runs here makes.
 MANY = 200
 

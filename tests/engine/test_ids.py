@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from tests.fixtures import store_fixture
 from tests.kit import TWICE, Num, One, node, quick, quick_without_retries
+from tests.shared_stores import IN_PROCESS
 
 from stroma import NodeHooks, Pipeline, RunConfig, RunStatus, current_node, parallel
 
@@ -49,7 +50,7 @@ async def test_a_bare_list_goes_by_the_name_in_the_config() -> None:
     assert names == ["orders", "orders", "returns", "returns"]
 
 
-store = store_fixture("async-memory", "sqlite")
+store = store_fixture(*IN_PROCESS)
 
 
 async def test_idempotency_keys_never_collide(store: Any) -> None:

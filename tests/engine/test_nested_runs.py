@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from tests.fixtures import store_fixture
 from tests.kit import TWICE, Num, One, forever, give_one, node, quick, quick_without_retries
+from tests.shared_stores import IN_PROCESS
 
 from stroma import (
     BudgetExceeded,
@@ -85,7 +86,7 @@ async def test_the_deadline_of_a_nested_run_is_not_that_of_the_outer_one() -> No
 R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
 
 
-store = store_fixture("async-memory", "sqlite")
+store = store_fixture(*IN_PROCESS)
 
 
 async def _unopened() -> None:

@@ -13,6 +13,7 @@ import pytest
 from tests.engine.awaits import Awaits
 from tests.fixtures import store_fixture
 from tests.kit import Num, node, quick
+from tests.shared_stores import IN_PROCESS
 
 from stroma import (
     ExecutionBudget,
@@ -26,7 +27,7 @@ from stroma import (
     parallel,
 )
 
-store = store_fixture("memory", "sqlite")
+store = store_fixture(*IN_PROCESS)
 #: More awaits than any of the runs here makes.
 MANY = 500
 

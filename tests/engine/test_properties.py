@@ -40,6 +40,7 @@ from stroma import (
     map_over,
     parallel,
 )
+from stroma.hooks.sets import EVENTS
 
 R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
 
@@ -615,7 +616,6 @@ def test_a_changed_order_is_one_line(history: list[TraceEvent], where: int) -> N
 # ---------------------------------------------------------------------- hooks
 
 STARTS, ENDS = ("on_node_start",), ("on_node_success", "on_node_failure", "on_node_cancelled")
-HOOKS = ("on_run_start", *STARTS, *ENDS, "on_node_retry", "on_budget_warning", "on_run_end")
 #: What one call of a node does: how it ends, how often it suspends before.
 deeds = st.tuples(
     st.sampled_from(["ok", "ok", "ok", "fail", "terminal", "violate", "stray", "nested", "thread"]),
@@ -649,7 +649,7 @@ class Watch:
 
     def hooks(self) -> list[NodeHooks]:
         return [
-            NodeHooks(**{event: self._hook(event, index) for event in HOOKS}) for index in range(self.sets)
+            NodeHooks(**{event: self._hook(event, index) for event in EVENTS}) for index in range(self.sets)
         ]
 
     def _hook(self, event: str, index: int) -> Callable[..., Awaitable[None]]:
@@ -704,8 +704,8 @@ class Watch:
             ]
             open_ = False
             for event, _, indexes in rounds:
-                if event == "on_budget_warning":
-                    assert indexes == order
+                if event in ("on_budget_warning", "on_map_progress"):  # Of the run, and repeated.
+                    assert indexes == order * (len(indexes) // self.sets)
                     continue
                 assert indexes == (reverse if event in (*ENDS, "on_run_end") else order), (place, rounds)
                 if event in ("on_run_start", *STARTS):

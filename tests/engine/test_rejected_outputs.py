@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field, SecretStr
 from tests.fixtures import store_fixture
 from tests.kit import Num, Text, node, quick
+from tests.shared_stores import FAMILIES
 
 from stroma import NodeHooks, RunConfig, RunStatus, SQLiteStore, current_node_or_none
 from stroma._utils.bounded_copy import BoundedCopy
@@ -22,7 +23,7 @@ from stroma.checkpoint.history import History
 from stroma.engine.rejected import encode_rejected
 from stroma.trace.rejected import MISSING, RecentOutputs, RejectedOutput, read_rejected
 
-store = store_fixture("async-memory", "sqlite", "postgres", "redis")
+store = store_fixture(*FAMILIES)
 LIMIT = 64 * 1024
 
 

@@ -8,6 +8,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 from tests.fixtures import store_fixture
 from tests.kit import NEVER, THRICE, Num, node
+from tests.shared_stores import IN_PROCESS
 
 from stroma import (
     AsyncInMemoryStore,
@@ -39,7 +40,7 @@ class Approval(BaseModel):
     by: str = "nobody"
 
 
-store = store_fixture("async-memory", "sqlite")
+store = store_fixture(*IN_PROCESS)
 
 
 def runner(store: Any, **config: Any) -> StromaRunner:

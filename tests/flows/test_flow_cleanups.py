@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.flows.steps import World, runner_on
 from tests.kit import Num
-from tests.shared_stores import store_of
+from tests.shared_stores import IN_PROCESS, store_of
 
 from stroma import (
     Flow,
@@ -60,7 +60,7 @@ class Provider:
         return Num(n=self.charges[key]) if key in self.charges else NotDone()
 
 
-@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+@pytest.mark.parametrize("kind", IN_PROCESS)
 @pytest.mark.parametrize("way", ["step", "flow", "pipeline", "map", "more", "fewer"])
 async def test_an_effect_of_a_cleanup_is_made_for_each_input(kind: str, way: str) -> None:
     """G13. A ``finally`` that makes an effect with another input, once the failure is retried, gets that
@@ -107,7 +107,7 @@ async def test_an_effect_of_a_cleanup_is_made_for_each_input(kind: str, way: str
     assert sorted(provider.charges.values()) == sorted({*first, *second})
 
 
-@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+@pytest.mark.parametrize("kind", IN_PROCESS)
 @pytest.mark.parametrize("way", ["step", "map", "flow", "pipeline", "sleep", "question"])
 async def test_a_fallback_that_is_under_way_when_the_flow_ends_need_not_come_again(
     kind: str, way: str
@@ -203,7 +203,7 @@ async def _give_up(call: Any) -> None:
 
 
 @pytest.mark.core  # Python 3.12 and newer cancel in the task of the body.
-@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+@pytest.mark.parametrize("kind", IN_PROCESS)
 @pytest.mark.parametrize("way", ["step", "map", "flow", "question", "sleep", "late"])
 @pytest.mark.parametrize("ends", ["step", "body"])
 async def test_a_cleanup_that_gives_up_on_a_call_need_not_come_again(kind: str, way: str, ends: str) -> None:
@@ -257,7 +257,7 @@ async def test_a_cleanup_that_gives_up_on_a_call_need_not_come_again(kind: str, 
             assert result.status is RunStatus.RESUMED, result.failure
 
 
-@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+@pytest.mark.parametrize("kind", IN_PROCESS)
 async def test_a_fallback_that_gave_up_on_a_step_need_not_come_again(kind: str) -> None:
     """A branch gives up on a step after its sibling has failed, and is under way when that ends the flow."""
     world = World()
@@ -290,7 +290,7 @@ async def test_a_fallback_that_gave_up_on_a_step_need_not_come_again(kind: str) 
     assert result.status is RunStatus.RESUMED, result.failure
 
 
-@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+@pytest.mark.parametrize("kind", IN_PROCESS)
 @pytest.mark.parametrize("ends", ["step", "body"])
 async def test_a_map_of_a_cleanup_that_failed_need_not_come_again(kind: str, ends: str) -> None:
     """What a clean-up's map committed before one of its items failed is not taken for the map that comes in
@@ -348,7 +348,7 @@ async def test_the_loser_of_a_race_is_not_called_again(awaits: bool) -> None:
     assert (result.status, result.final_state, world.calls) == (RunStatus.RESUMED, Num(n=3), ["send 2"])
 
 
-@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+@pytest.mark.parametrize("kind", IN_PROCESS)
 @pytest.mark.parametrize("way", ["step", "flow", "pipeline", "nested", "failed"])
 async def test_a_cleanup_may_be_finished_by_another_process(kind: str, way: str) -> None:
     """G5: The process dies in a clean-up, the next one finishes it: a resume makes what the failure

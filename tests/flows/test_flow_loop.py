@@ -16,11 +16,12 @@ import pytest
 from tests.fixtures import store_fixture
 from tests.flows.steps import Text, World, runner_on
 from tests.kit import Num, node, quick_without_retries
+from tests.shared_stores import IN_PROCESS
 
 from stroma import Flow, InMemoryStore, RunStatus, SQLiteStore, stroma_flow
 
 Body = Callable[[Flow, Num], Coroutine[Any, Any, Num]]
-store = store_fixture("memory", "sqlite")
+store = store_fixture(*IN_PROCESS)
 world = World()
 add = world.step("add")
 

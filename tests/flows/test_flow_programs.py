@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from tests.flows.program_world import Kills, ProgramWorld, runner_of
 from tests.flows.programs import Life, Program, Value, flow_of, program_of
-from tests.shared_stores import SHARED, opened, place, store_of
+from tests.shared_stores import FAMILIES, IN_PROCESS, SHARED, opened, place, store_of
 
 from stroma import InMemoryStore
 from stroma.engine.interceptors import INTERCEPTORS
@@ -78,11 +78,11 @@ def check(world: ProgramWorld, store: Any) -> None:
     assert store.get_run("r").tokens == sum(at.tokens for at in attempts)
 
 
-@pytest.mark.parametrize("kind", ["memory", "sqlite", "redis", "postgres"])
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_killed_programs_end_as_undisturbed_ones(kind: str) -> None:
     """G5, G13: A flow that is killed at random records calls nothing again that was committed, and ends as
     without kills."""
-    for seed in seeds(15 if kind in ("memory", "sqlite") else 5, 500):
+    for seed in seeds(15 if kind in IN_PROCESS else 5, 500):
         program = program_of(seed)
 
         async def trial(program: Program = program, seed: int = seed) -> None:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, JsonValue
 from tests.fixtures import store_fixture
 from tests.flows.steps import Text, World, runner_on
 from tests.kit import NEVER, Num, node, quick
-from tests.shared_stores import STORES
+from tests.shared_stores import IN_PROCESS, STORES
 
 from stroma import (
     ExecutionBudget,
@@ -513,7 +513,7 @@ class Data(BaseModel):
     fields: JsonValue = None
 
 
-@pytest.mark.parametrize("store", ["memory", "sqlite"], indirect=True)
+@pytest.mark.parametrize("store", IN_PROCESS, indirect=True)
 async def test_a_changed_input_of_any_data_names_its_field(store: Any) -> None:
     """Fields without a type of their own are stored in another form, and the message names them all the
     same."""
@@ -534,7 +534,7 @@ async def test_a_changed_input_of_any_data_names_its_field(store: Any) -> None:
         await runner_on(store).run(f, Num())
 
 
-@pytest.mark.parametrize("store", ["memory", "sqlite"], indirect=True)
+@pytest.mark.parametrize("store", IN_PROCESS, indirect=True)
 @pytest.mark.parametrize("way", ["flow", "pipeline", "map", "timeout", "error", "error inside"])
 async def test_a_refused_resume_records_nothing_of_what_it_did_not_call(store: Any, way: str) -> None:
     """A changed body that is refused leaves the run as it was: with the code restored, it is resumed."""

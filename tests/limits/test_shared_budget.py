@@ -23,7 +23,7 @@ from tests.fixtures import store_fixture
 from tests.kit import TWICE, environment
 from tests.limits.budget_helper import CONTRACT, RESERVE_CENTS, State, budget, spend
 from tests.servers import RedisServer
-from tests.shared_stores import SHARED, STORES, opened, place, store_of
+from tests.shared_stores import IN_PROCESS, SHARED, STORES, opened, place, store_of
 
 from stroma import (
     AsyncInMemoryStore,
@@ -929,7 +929,7 @@ DAMAGED = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+@pytest.mark.parametrize("kind", IN_PROCESS)
 @pytest.mark.parametrize("data", DAMAGED)
 async def test_a_damaged_account(data: bytes, kind: str) -> None:
     """Nothing is called under an account that cannot be read, whatever stands there, and the failure says

@@ -24,6 +24,7 @@ from tests.kit import (
     record_node_hooks,
     same,
 )
+from tests.shared_stores import IN_PROCESS
 
 from stroma import (
     AsyncInMemoryStore,
@@ -158,7 +159,7 @@ def context(config: RunConfig) -> ReliabilityContext:
     return ReliabilityContext.for_run(config, ContractRegistry(), CheckpointManager(AsyncInMemoryStore()))
 
 
-store = store_fixture("async-memory", "sqlite")
+store = store_fixture(*IN_PROCESS)
 
 
 @pytest.mark.parametrize("depth", [1, 2])

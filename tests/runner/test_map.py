@@ -16,6 +16,7 @@ import pytest
 from pydantic import BaseModel, RootModel
 from tests.fixtures import store_fixture
 from tests.kit import NEVER, ONCE, TWICE
+from tests.shared_stores import IN_PROCESS
 
 from stroma import (
     AsyncInMemoryStore,
@@ -94,7 +95,7 @@ def doubler() -> Doubler:
     return Doubler()
 
 
-store = store_fixture("async-memory", "sqlite")
+store = store_fixture(*IN_PROCESS)
 
 
 def quick(store: Any, **config: Any) -> StromaRunner:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tests.chaos import items
 from tests.kit import ended, start_python
+from tests.shared_stores import ON_SERVERS
 
 HELPER = Path(__file__).with_name("sequence_kill_helper.py")
 ITEMS = 5000
@@ -59,7 +60,7 @@ def test_killed_in_the_last_node_of_an_item(tmp_path: Path) -> None:
     assert (len(calls), max(calls.values())) == (90, 2)
 
 
-@pytest.mark.parametrize("server", ["postgres", "redis"])
+@pytest.mark.parametrize("server", ON_SERVERS)
 def test_killed_on_a_server(server: str, tmp_path: Path) -> None:
     """The same on a server, with fewer items."""
     from tests.chaos.servers import served

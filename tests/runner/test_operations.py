@@ -8,6 +8,7 @@ import pytest
 from pydantic import BaseModel
 from tests.fixtures import store_fixture
 from tests.kit import NEVER, THRICE, Num
+from tests.shared_stores import IN_PROCESS
 
 from stroma import (
     CheckpointNotFound,
@@ -29,7 +30,7 @@ from stroma import (
 from stroma.checkpoint import RunRequest
 from stroma.contracts.schema import schema_of
 
-store = store_fixture("async-memory", "sqlite")
+store = store_fixture(*IN_PROCESS)
 
 
 class Work:

@@ -13,6 +13,7 @@ import pytest
 from pydantic import BaseModel, RootModel
 from tests.fixtures import store_fixture
 from tests.kit import NEVER, ONCE, Text, bare, node, open_question, quick_without_retries, record_hooks
+from tests.shared_stores import IN_PROCESS
 
 from stroma import (
     CheckpointManager,
@@ -102,7 +103,7 @@ def world() -> World:
     return World()
 
 
-store = store_fixture("async-memory", "sqlite")
+store = store_fixture(*IN_PROCESS)
 
 
 def answers(result: Any) -> list[str]:

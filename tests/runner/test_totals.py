@@ -6,10 +6,11 @@ from typing import Any
 
 from tests.fixtures import store_fixture
 from tests.kit import NEVER, Num
+from tests.shared_stores import FAMILIES
 
 from stroma import RunStatus, StromaRunner, Usage
 
-store = store_fixture("async-memory", "sqlite", "redis", "postgres")
+store = store_fixture(*FAMILIES)
 
 
 async def test_total_has_what_earlier_processes_spent(store: Any) -> None:

@@ -12,7 +12,7 @@ from tests.fixtures import store_fixture
 from tests.flows.steps import Clock, Text, World
 from tests.kit import NEVER, Num, node
 from tests.runner.serving import Serving
-from tests.shared_stores import STORES, store_of
+from tests.shared_stores import ON_SERVERS, STORES, store_of
 
 from stroma import Flow, NodeHooks, Pipeline, PipelineChanged, RunStatus, StromaRunner, Suspend, stroma_flow
 from stroma.checkpoint.queue import BlockedMark, ServedCode, block
@@ -391,7 +391,7 @@ async def test_a_queued_run_with_an_input_that_does_not_fit_stays_queued(store: 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("directions", ["forwards", "backwards"])
-@pytest.mark.parametrize("kind", ["redis", "postgres"])
+@pytest.mark.parametrize("kind", ON_SERVERS)
 async def test_two_hundred_runs_outlive_a_deploy(kind: str, directions: str) -> None:
     """Of 200 sleeping and waiting runs, workers of two versions of the code end all, whichever is deployed
     first."""

@@ -16,6 +16,7 @@ from opentelemetry.trace import set_span_in_context
 from pydantic import BaseModel, ValidationError
 from tests.fixtures import store_fixture
 from tests.kit import Item
+from tests.shared_stores import FAMILIES
 from tests.telemetry.test_opentelemetry import Seen
 
 from stroma import Pipeline, RunConfig, StromaRunner, current_node, current_run, map_over, parallel
@@ -29,7 +30,7 @@ class State(BaseModel):
     items: list[Item] = [Item(n=1), Item(n=2), Item(n=3)]
 
 
-store = store_fixture("memory", "sqlite", "postgres", "redis")
+store = store_fixture(*FAMILIES)
 
 
 @pytest.fixture
