@@ -1,4 +1,5 @@
-"""A provider on loopback: it gives one answer at each address, or a fault of the transport."""
+"""A provider on loopback: at each address it gives one answer, or some in turn, or a fault of the
+transport."""
 
 from __future__ import annotations
 
@@ -39,18 +40,19 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.answers: dict[str, Answer] = {}
+        self.answers: dict[str, tuple[Answer, ...]] = {}
         self.calls: Counter[str] = Counter()
         self.closing = threading.Event()
 
-    def url(self, answer: Answer) -> str:
-        """An address that gives this answer to every request."""
+    def url(self, answer: Answer, *more: Answer) -> str:
+        """An address that gives these answers one after the other, and the last one to every further
+        request."""
         if answer.fault == "refuse":
             with socket.socket() as closed:
                 closed.bind(("127.0.0.1", 0))
                 return f"http://127.0.0.1:{closed.getsockname()[1]}"
         name = f"a{len(self.answers)}"
-        self.answers[name] = answer
+        self.answers[name] = (answer, *more)
         return f"http://127.0.0.1:{self.server_address[1]}/{name}"
 
     def calls_of(self, url: str) -> int:
@@ -66,7 +68,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         name = self.path.split("/")[1]
         self.server.calls[name] += 1
-        answer = self.server.answers[name]
+        answers = self.server.answers[name]
+        answer = answers[min(self.server.calls[name], len(answers)) - 1]
         self.rfile.read(int(self.headers.get("content-length", 0)))
         if answer.fault == "hang":
             self.server.closing.wait(20 * READ_TIMEOUT)

@@ -12,7 +12,7 @@ usage: ./dev release-check [--only EXTRA ...] [--no-installs]
 - the wheel is installed without extras and with each extra in turn, in a clean environment, from pinned
   requirements with hashes (tests/release/newest.txt; of agent frameworks those of their tests), and
   tests/release/smoke.py runs there;
-- `pip install` of the wheel into a new environment, as a user does it, and then the README's first example;
+- `pip install` of the wheel into a new environment by a user, and then the first example of the docs;
 - with the lowest releases that pyproject.toml allows (tests/release/lowest.txt), a selection of the tests
   passes.
 
@@ -170,10 +170,12 @@ class Environments:
         return [done.stderr.strip()[-2000:]] if done.returncode else []
 
     def readme(self) -> tuple[list[str], float]:
-        """What is wrong with `pip install` of the wheel and the README's first example after it, and how many
+        """What is wrong with `pip install` of the wheel and then the first example of the docs, and how many
         seconds both took."""
         example = next(
-            block for block in of_page((ROOT / "README.md").read_text("utf-8")) if block.language == "python"
+            block
+            for block in of_page((ROOT / "docs" / "index.md").read_text("utf-8"))
+            if block.language == "python"
         )
         folder = self.folder / "readme"
         home = folder / "environment"
@@ -277,7 +279,9 @@ def main(argv: list[str]) -> int:
         for extra in [] if options.no_installs else options.only or [*extras, *others]:
             if extra == "readme":
                 wrong, seconds = environments.readme()
-                report.tell(f"installed with pip: the README's first example, after {seconds:.1f} s", wrong)
+                report.tell(
+                    f"installed with pip: the first example of the docs, after {seconds:.1f} s", wrong
+                )
             elif extra == "lowest":
                 report.tell("the tests with the lowest releases", environments.lowest())
             else:
