@@ -158,25 +158,31 @@ def is_in_step() -> bool:
 
 
 class AgentSteps:
-    """The steps of agents. Calls with one id share a node."""
+    """The steps of agents. Calls with one id and the same options share a node."""
 
     def __init__(self) -> None:
-        self._steps: dict[str, WorkStep] = {}
+        self._steps: dict[tuple[object, ...], WorkStep] = {}
 
     async def call(
         self, flow: Flow, node_id: str, state: BaseModel, work: Work, options: ToolOptions | None = None
     ) -> Any:
-        """Perform work as a step and return its recorded result; of a tool, the fields of a ToolResult."""
-        options = options or {}
+        """Perform work as a step and return its recorded result; of a tool, the fields of a ToolResult.
+
+        ``options``: of a call of a tool; its other operations, such as a check of its arguments, have none.
+        """
         tool = state if isinstance(state, ToolCall) else None
-        step = self._steps.get(node_id)
+        options = {} if tool is None or options is None else options
+        is_effect, reconciles = options.get("effect", False), "reconcile" in options
+        # Toolsets may have tools of the same name, each with options of its own.
+        key = (node_id, type(state), is_effect, reconciles)
+        step = self._steps.get(key)
         if step is None:
-            step = self._steps[node_id] = WorkStep(
+            step = self._steps[key] = WorkStep(
                 node_id,
                 (type(state), OperationResult if tool is None else ToolResult),
                 role="tool" if type(state) is ToolCall else None,
-                effect=options.get("effect", False),
-                reconciles="reconcile" in options,
+                effect=is_effect,
+                reconciles=reconciles,
             )
 
         async def perform() -> Any:

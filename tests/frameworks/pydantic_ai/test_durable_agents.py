@@ -7,18 +7,19 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from pydantic_ai import Agent, FunctionToolset
+from pydantic_ai import Agent, FunctionToolset, RunContext
 from pydantic_ai.exceptions import ModelHTTPError
 from pydantic_ai.messages import ModelMessage, ModelResponse, TextPart, ToolCallPart
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.usage import RequestUsage
-from tests.kit import NEVER, Num
+from tests.kit import NEVER, Num, retry_policies
 
 from stroma import FailurePolicy, Flow, InMemoryStore, NotDone, RunStatus, StromaRunner, stroma_flow
 from stroma.testing import assert_resumable
 
 pytest.importorskip("stroma.adapters._pydantic_ai_durability", exc_type=ImportError)
-from pydantic_ai.toolsets import DynamicToolset
+from pydantic_ai.exceptions import RunCancelled
+from pydantic_ai.toolsets import DynamicToolset, PreparedToolset, WrapperToolset
 from tests.kit import Text
 
 from stroma.adapters.pydantic_ai import StromaDurability, ToolApproval
@@ -156,6 +157,106 @@ async def test_a_tool_that_is_an_effect_is_asked_about_before_it_is_called_again
     assert result.final_state == Text(text="done"), result.failure
     assert list(booked.values()) == [500]
     assert asked == [{"cents": 500}]
+
+
+async def _lose(c: int) -> str:
+    raise ConnectionResetError("connection reset by peer")
+
+
+async def _double(c: int) -> str:
+    return str(2 * c)
+
+
+def _calls_all(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+    """Call each tool once, one after the other, then end."""
+    returned = sum(part.part_kind == "tool-return" for message in messages for part in message.parts)
+    names = [tool.name for tool in info.function_tools]
+    part: Any = TextPart("done") if returned == len(names) else ToolCallPart(names[returned], {"c": 1})
+    return ModelResponse(parts=[part])
+
+
+def _asking(*toolsets: Any) -> Any:
+    """Return a flow whose agent calls each tool of the toolsets once."""
+    agent = Agent(
+        FunctionModel(_calls_all), name="a", toolsets=list(toolsets), capabilities=[StromaDurability()]
+    )
+
+    @stroma_flow("f", input=Num, output=Text)
+    async def f(flow: Flow, state: Num) -> Text:
+        try:
+            return Text(text=(await agent.run("go")).output)
+        except RunCancelled:
+            return Text(text="cancelled")
+
+    return f
+
+
+async def test_options_belong_to_a_tool_of_one_toolset() -> None:
+    """G13: An effect with the name of a tool of another toolset is not called twice."""
+    toolsets = FunctionToolset(id="safe"), FunctionToolset(id="paid").with_metadata(stroma={"effect": True})
+    toolsets[0].add_function(_double, takes_ctx=False, name="charge")
+    toolsets[1].wrapped.add_function(_lose, takes_ctx=False, name="charge")
+    store = InMemoryStore()
+    runner = StromaRunner.quick(store=store, run_id="r", policy_map=retry_policies(2))
+    result = await runner.run(_asking(toolsets[0].prefixed("x"), toolsets[1].prefixed("y")), Num())
+    assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["effect"]), result.failure
+    assert [one.node_id for one in store.attempts("r")].count("a.charge") == 2
+
+
+async def test_the_check_of_the_arguments_of_an_effect_is_not_an_effect() -> None:
+    """A failed check of arguments is retried, also if its tool must not be called twice blindly."""
+    errors = [ConnectionResetError("connection reset by peer")]
+    toolset: Any = FunctionToolset(id="paid")
+
+    async def check(ctx: Any, c: int) -> None:
+        if errors:
+            raise errors.pop()
+
+    effect = {"stroma": {"effect": True}}
+    toolset.add_function(_double, takes_ctx=False, args_validator=check, metadata=effect)
+    result = await StromaRunner.quick(policy_map=retry_policies(2)).run(_asking(toolset), Num())
+    assert result.final_state == Text(text="done"), result.failure
+    assert errors == []
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tools: tools.prefixed("p"),
+        lambda tools: tools.filtered(lambda ctx, tool: True),
+        lambda tools: tools.approval_required(lambda ctx, tool, arguments: False),
+        lambda tools: tools.renamed({"twice": "_double"}),
+        lambda tools: PreparedToolset(tools, lambda ctx, tools: tools),
+        WrapperToolset,
+    ],
+)
+async def test_tools_of_wrapped_toolsets_are_steps(wrap: Any) -> None:
+    """G5: A tool of a wrapped toolset is a step, which has its own name whatever the model calls it."""
+    toolset: Any = FunctionToolset(id="inner")
+    toolset.add_function(_double, takes_ctx=False)
+    store = InMemoryStore()
+    result = await StromaRunner.quick(store=store, run_id="r").run(_asking(wrap(toolset)), Num())
+    assert result.final_state == Text(text="done"), result.failure
+    assert [one.node_id for one in store.attempts("r")] == ["f", "a.model", "a._double", "a.model"]
+
+
+async def test_a_tool_that_is_not_a_step_may_cancel_the_agent() -> None:
+    """ctx.cancel() cancels the agent, on replay as well; in a step it is refused."""
+
+    async def stop(ctx: RunContext[None], c: int) -> str:
+        ctx.cancel()
+        return "stopped"
+
+    pure: Any = FunctionToolset(id="pure")
+    pure.add_function(stop, metadata={"stroma": False})
+    runner = StromaRunner.quick(policy_map=NEVER)
+    await assert_resumable(_asking(pure), Num(), runner=runner, processes=False)
+    assert (await runner.run(_asking(pure), Num())).final_state == Text(text="cancelled")
+    step: Any = FunctionToolset(id="step")
+    step.add_function(stop)
+    result = await runner.run(_asking(step), Num())
+    assert result.failure is not None
+    assert "cancel` is not supported inside a durable step" in result.failure.message
 
 
 async def test_agents_run_in_parallel_and_inside_tools_of_others() -> None:
