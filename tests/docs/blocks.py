@@ -28,7 +28,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Block", "Shell", "Wrong", "blocks", "of_page", "promised", "run_python", "same", "shown", "walk"]
+__all__ = [
+    "Block",
+    "Shell",
+    "Wrong",
+    "blocks",
+    "of_page",
+    "promised",
+    "run_lines",
+    "run_python",
+    "same",
+    "shown",
+    "walk",
+]
 
 ROOT = Path(__file__).parents[2]
 _SECONDS = 100.0  # of one command, on a slow machine too
@@ -215,6 +227,14 @@ def walk(text: str, name: str, shell: Shell) -> Iterator[tuple[Block, str, list[
                 if code and after != "echo $?" and expected[-1:] != ["Killed"]:
                     raise Wrong(f"{name}, line {block.line}: {command!r} ended with {code}: {printed}")
                 yield block, command, printed, expected
+
+
+def run_lines(text: str, name: str, folder: Path, env: Mapping[str, str]) -> None:
+    """Save the files of a page and run its shell lines. Raises Wrong if they print something else."""
+    with Shell(folder, env) as shell:
+        for block, command, printed, expected in walk(text, name, shell):
+            if not same(printed, expected):
+                raise Wrong(f"{name}, line {block.line}: {command!r} printed {printed}")
 
 
 def reader_env() -> dict[str, str]:

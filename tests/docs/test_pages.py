@@ -26,10 +26,10 @@ from tests.docs.blocks import (
     of_page,
     promised,
     reader_env,
+    run_lines,
     run_python,
     same,
     shown,
-    walk,
 )
 from tests.docs.killed_page import durable_program, kill_in_each_step
 from tests.kit import environment
@@ -60,7 +60,7 @@ FRAMEWORKS = [
     DOCS / "migration" / "from-dbos.md",
 ]
 #: In the environment of the examples: tests/examples.
-FASTAPI = [DOCS / "howto" / "approval-service.md"]
+FASTAPI = [DOCS / "howto" / "approval-service.md", DOCS / "howto" / "start-from-a-request.md"]
 #: Followed as a whole, by tests/docs/test_tutorial.py.
 TUTORIAL = sorted((DOCS / "tutorial").glob("*.md"))
 #: Beside a provider of models.
@@ -91,13 +91,6 @@ def test_the_code_on_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
     assert ran >= {"migration": 9, "providers": 1, "prices": 7}.get(page.stem, 0)
     if any(block.language == "console" for block in of_page(text)):
         run_lines(text, page.stem, tmp_path, reader_env())
-
-
-def run_lines(text: str, name: str, folder: Path, env: Mapping[str, str]) -> None:
-    """Save the files of a page, run its shell lines, and compare what they print."""
-    with Shell(folder, env) as shell:
-        for block, command, printed, expected in walk(text, name, shell):
-            assert same(printed, expected), f"line {block.line}: {command!r} printed {printed}"
 
 
 def test_the_readme_runs_beside_a_provider(tmp_path: Path, provider: Server) -> None:

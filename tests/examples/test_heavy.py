@@ -24,7 +24,8 @@ from arq import create_pool
 from arq.connections import RedisSettings
 from arq.worker import Worker
 from nbclient import NotebookClient
-from tests.docs.blocks import run_python, shown
+from tests.docs.blocks import reader_env, run_lines, run_python, shown
+from tests.providers.server import Answer, serving
 from tests.servers import RedisServer
 from tests.servers_temporal import TemporalServer
 
@@ -222,17 +223,24 @@ def test_the_page_about_fastapi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert list(printed.values()) == [*shown(text).values()]
 
 
-def test_the_page_about_requests_with_fastapi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The endpoints of the page are endpoints of a FastAPI application too."""
-    monkeypatch.chdir(tmp_path)
+def test_the_page_about_requests(tmp_path: Path) -> None:
+    """The service with a worker in its process streams the answer of a provider, and does what the page
+    shows."""
+    chunk = {
+        "id": "c1",
+        "object": "chat.completion.chunk",
+        "created": 1,
+        "model": "gpt-4o-mini",
+        "choices": [],
+    }
+    parts = [{"index": 0, "delta": {"content": text}, "finish_reason": None} for text in ("Be", "cause.")]
+    usage = {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11}
+    chunks = [*({**chunk, "choices": [part]} for part in parts), {**chunk, "usage": usage}]
     text = (ROOT / "docs" / "howto" / "start-from-a-request.md").read_text("utf-8")
-    changed = text.replace(
-        "from starlette.applications import Starlette", "from fastapi import FastAPI as Starlette"
-    )
-    assert changed != text
-    printed = [line for _, _, lines in run_python(changed, "service_fastapi") for line in lines]
-    assert "'status': 'QUEUED'" in printed[0]
-    assert "a report about otters" in printed[-1]
+    with serving() as provider:
+        url = provider.url(Answer(body="".join(f"data: {json.dumps(one)}\n\n" for one in chunks)))
+        env = reader_env() | {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": "any"}
+        run_lines(text, "start-from-a-request", tmp_path, env)
 
 
 @pytest.fixture(scope="module")
