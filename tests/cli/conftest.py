@@ -190,7 +190,7 @@ VARYING = (
     (r"\+\d\.\d{3} s", "+0.012 s"),
     (r"\b\d\.\d\d s\b|\d+\.\d s(?= ago)", "0.01 s"),
     (r'("\w*seconds": )[\d.e-]+', r"\g<1>0.01"),
-    (r"process \d+ on \S+", "process 1 on host"),
+    (r"process \d+ on [^\s\",]+", "process 1 on host"),
 )
 
 

@@ -5,6 +5,7 @@ import re
 import shlex
 
 import pytest
+from tests.cli.test_signals import wait_for
 
 SHOP = """
     import os
@@ -98,3 +99,102 @@ def test_a_question_is_no_effect(shop, inside, fails):
     inside("run", "shop.py:question", '{"n": 1}', "--run-id", "q")
     for options in (["--not-done"], ["--done", '{"n": 1}']):
         fails(inside("approve", "q", "shop.py:question", *options), 2, "is not an effect", "stroma approve q")
+
+
+IN_FLIGHT = (
+    SHOP
+    + """
+    import asyncio
+
+    async def look(state, key):
+        return {"number": 7} if os.path.exists("well") else NotDone()
+
+    slow = NodeContract(
+        node_id="pay", input_schema=Sum, output_schema=Receipt, effect=True, reconcile=look
+    )
+    @stroma_node("pay", slow)
+    async def pay(state):
+        print("paying", flush=True)
+        await asyncio.Event().wait()
+
+    payment = Pipeline("payment", [pay])
+
+    runner = StromaRunner(ContractRegistry(), CheckpointManager(InMemoryStore()))
+    @runner.flow("calls", input=Sum, output=Sum)
+    async def calls(flow, state):
+        for n in range(2):
+            state = await flow.step(node("add", add), state)
+        await flow.step(pay, state)
+        return state
+
+    async def add(state):
+        return {"n": state.n + 1}
+"""
+)
+
+
+@pytest.fixture
+def paying(shop):
+    """Starts a pipeline whose payment never ends; returns its process and the line of show about it."""
+    shop.file("pay.py", IN_FLIGHT)
+    processes = []
+
+    def start(target):
+        words = ("run", target, '{"n": 1}', "--run-id", "p", "-q", "--db", "p.db")
+        processes.append(process := shop.popen(*words))
+        wait_for(process, "paying")
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def facts(inside, run_id="p", db="p.db"):
+    """The lines of show above the attempts, by their label."""
+    lines = inside("show", run_id, "--db", db).out.partition("\n\n")[0].splitlines()
+    return {line[:10].strip(): line[10:] for line in lines}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["pay.py:payment", "pay.py:calls"])
+def test_a_call_in_flight_is_shown(shop, inside, paying, target):
+    """show says since when an effect is in flight, and until when its owner has the run."""
+    process = paying(target)
+    shown = facts(inside)
+    at = r"0\.\S+" if "calls" in target else "0"
+    call = rf"pay \(at {at}\): call 1 since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d, idempotency key p:1:0:\S*"
+    assert re.fullmatch(call, shown["in flight"])
+    place = rf"process {process.pid} on \S+"
+    assert re.fullmatch(rf"{place}, lease until [\d :-]{{19}}; last record .* ago", shown["owner"])
+    assert "deaths" not in shown
+    if "calls" in target:
+        assert shown["nodes"] == "2 calls done so far, 2 attempts"
+        assert "2 calls" in inside("runs", "--db", "p.db").out
+    process.kill()
+    process.wait()
+    shown = facts(inside)
+    gone = "its process is gone, and nobody knows if it happened until the run is resumed"
+    assert re.fullmatch(rf"{call}; {gone} and reconcile or a person states it", shown["unknown"])
+    assert re.match(rf"{place} is gone; last record", shown["owner"])
+    assert shown["deaths"] == "a process died under the run 1 time"
+    shop.file("well", "")
+    assert inside("resume", "p", target, "-q", "--db", "p.db").code == 0
+    shown = facts(inside)
+    assert re.fullmatch(rf"pay \(at {at}\): call 1 happened, as reconcile stated", shown["stated"])
+    assert "unknown" not in shown
+    assert shown["deaths"] == "a process died under the run 1 time"
+    data = json.loads(inside("show", "p", "--json", "--db", "p.db").out)
+    assert data["deaths"] == 1
+    assert [one["state"] for one in data["effects"]] == ["happened"]
+    assert data["effects"][0]["statement"] == {"number": 1, "happened": True, "source": "reconcile"}
+
+
+def test_what_a_person_stated_is_shown(shop, inside, ran):
+    """show says that a person stated of a call that it did not happen."""
+    ran("x", target="shop.py:pipeline", given='{"n": 1}', code=7)
+    shop.file("well", "")
+    inside("approve", "x", "shop.py:pipeline", "--not-done", "--question", "0:1")
+    assert inside("resume", "x", "shop.py:pipeline", "-q").code == 0
+    assert "stated    charge (at 0): call 1 did not happen, as a person stated\n" in inside("show", "x").out

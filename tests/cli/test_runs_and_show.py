@@ -10,6 +10,7 @@ import time
 
 import pytest
 from tests.cli.conftest import GOOD
+from tests.cli.test_signals import wait_for
 from tests.kit import NEVER, Num
 from tests.store_suite.journal import State, begin, commit, finish
 
@@ -280,3 +281,32 @@ def test_every_view_names_the_type(any_url, stroma, ran, inside, monkeypatch):
     first = report["attempts"][0]
     assert (first["error_type"].rpartition(".")[2], first["message"]) == ("BadDate", "bad date")
     assert report["run"]["cause"]["error_type"] == "ConnectionResetError"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sums.py:pipeline", "seen.py:pipeline"])
+def test_a_node_in_flight_is_shown(stroma, inside, target):
+    """show names the next node of a list, and with stored events the nodes that have started."""
+    stroma.file(
+        "seen.py",
+        """
+        from sums import *
+        pipeline = Pipeline("seen", [first, second, third], config=RunConfig(events="store"))
+        """,
+    )
+    process = stroma.popen(
+        "run", target, '{"start": 1}', "--run-id", "x", env={"SECOND_AWAITS": "asyncio.sleep(60)"}
+    )
+    wait_for(process, "second                          start")
+    try:
+        expected = r"in flight second \(at 1\): attempt 1\n"
+        if target == "sums.py:pipeline":
+            expected = r"in flight next node \(at 1\), since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\n"
+        deadline = time.monotonic() + 10  # Events are written in the background.
+        while not re.search(expected, shown := inside("show", "x").out):
+            assert time.monotonic() < deadline, shown
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.communicate()
+    assert "in flight" not in inside("show", "x").out

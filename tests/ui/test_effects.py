@@ -54,3 +54,20 @@ def test_a_page_states_how_a_call_ended(store: SQLiteStore, serve: Any) -> None:
     assert (result.final_state, len(calls)) == (Receipt(number=7), 2)
     result = asyncio.run(runner.run(pipeline, Bill(), run_id="no", resume=True))
     assert (result.status, len(calls)) == (RunStatus.SUSPENDED, 3)
+
+
+def test_a_page_shows_the_call_in_flight(store: SQLiteStore, serve: Any) -> None:
+    """The page of a run says since when a call of an effect is in flight, and until when the lease lives."""
+    site, pages = serve(store), list[str]()
+    runner = StromaRunner.quick(store=store)
+
+    @runner.node("<charge>", input=Bill, output=Receipt, effect=True)
+    async def charge(bill: Bill) -> Receipt:
+        pages.append((await asyncio.to_thread(site.get, "/run", id="x")).text)
+        return Receipt(number=1)
+
+    asyncio.run(runner.run(Pipeline("shop", [charge]), Bill(), run_id="x"))
+    call = r"<b>Effect in flight</b> &lt;charge&gt; \(at 0\): call 1 since [^,]+, idempotency key x:1:0:<"
+    assert re.search(call, pages[0])
+    assert re.search(r"<b>Owner</b> process \d+ on [^,]+, lease until <time", pages[0])
+    assert "in flight" not in site.get("/run", id="x").text

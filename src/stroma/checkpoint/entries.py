@@ -32,10 +32,12 @@ __all__ = [
     "Finished",
     "IfExists",
     "IfRunning",
+    "Intent",
     "PriorUsage",
     "RunControl",
     "RunRequest",
     "SentMessage",
+    "Statement",
     "StepCall",
     "Tried",
     "UnknownCall",
@@ -367,6 +369,48 @@ def _to_canonical(payload: bytes) -> str:
 
 #: ``Waiting.payload`` of a call of an effect that did not happen; no output has this form.
 NOT_DONE: Final = b"not done"
+
+
+class Statement(NamedTuple):
+    """A statement of a person or of ``reconcile`` about a call of an effect. ``number``: of the call."""
+
+    number: int
+    happened: bool
+    source: Literal["reconcile", "person"]
+
+
+class Intent(NamedTuple):
+    """The last call of an effect with one input at one place.
+
+    Attributes:
+        node_id: the node; a pipeline may have another one at this place by now.
+        number: 1-based number of the call among all calls at this place.
+        is_open: there is no statement that it did not happen.
+        has_output: it happened, and its output is committed, unless that was discarded.
+        position, branch: of the attempt that made the call, or whose output is that of the call.
+        digest: of its input; "" for an input without a stored form.
+        others: digests of the other inputs at this place, if this was the first.
+        key: its idempotency key.
+        started_ms: when it began, since the epoch.
+        statement: the last one about a call with this input at this place.
+    """
+
+    node_id: str
+    number: int
+    is_open: bool
+    position: int
+    branch: str
+    digest: str
+    has_output: bool = False
+    others: tuple[str, ...] = ()
+    key: str = ""
+    started_ms: int = 0
+    statement: Statement | None = None
+
+    @property
+    def is_unknown(self) -> bool:
+        """True while the call is in flight, and after that until its outcome is known."""
+        return self.is_open and not self.has_output
 
 
 def effect_note(position: int, branch: str) -> str:

@@ -18,6 +18,7 @@ __all__ = [
     "AttemptPage",
     "AttemptRecord",
     "Cause",
+    "OwnerFacts",
     "RunPage",
     "RunQuery",
     "RunRecord",
@@ -108,7 +109,8 @@ class RunRecord:
         holder: description of its owner; None without an owner, also if its process died.
         started_ms, updated_ms: milliseconds since the epoch.
         tokens, cost_usd: sums over all attempts of the last execution.
-        nodes: number of committed positions, without those inside groups.
+        nodes: number of committed positions, without those inside groups and flows.
+        commits: number of all commits: a flow in progress has none of its own, but those of its calls.
         latency_ms: time for which functions of its attempts ran; concurrent children of a group count once.
         tags: sorted.
         cause: None if no attempt of the last execution failed. Not set by list_runs().
@@ -143,6 +145,7 @@ class RunRecord:
     expires_ms: int | None = field(default=None, compare=False)
     version: str | None = field(default=None, compare=False)
     blocked: BlockedMark | None = field(default=None, compare=False)
+    commits: int = field(default=0, compare=False)
 
     @property
     def waits_for(self) -> Literal["resume", "budget"] | None:
@@ -279,6 +282,22 @@ class StoreFacts(NamedTuple):
     format: int
     clock_ms: int | None = None
     warnings: tuple[str, ...] = ()
+
+
+class OwnerFacts(NamedTuple):
+    """Facts about the last owner of a run.
+
+    Attributes:
+        place: its name for messages; None if it is not known.
+        is_gone: the run is recorded as running, and this process has died or lost it.
+        lease_until_ms: when its lease ends unless it is renewed, since the epoch; None if it is gone.
+        deaths: how often a process died under the run, this one included.
+    """
+
+    place: str | None = None
+    is_gone: bool = False
+    lease_until_ms: int | None = None
+    deaths: int = 0
 
 
 class AttemptPage(NamedTuple):

@@ -760,7 +760,7 @@ class NodeAttempt:
         logger, node_id = self.ctx.run_logger, self.run.node_id
         if isinstance(stated, NotDone):
             logger.info("effect %r did not happen: %s", node_id, one_line(stated.reason or "stated"))
-            effect.close()
+            effect.close(is_stated=True)
             return None
         if isinstance(stated, Unknown):
             return await self._suspend_unknown(effect.unknown(stated.reason))

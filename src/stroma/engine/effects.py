@@ -16,14 +16,23 @@ import json
 from collections.abc import Callable, Mapping
 from copy import copy
 from inspect import iscoroutinefunction
-from typing import Any, Final, NamedTuple, TypeAlias, final
+from time import perf_counter_ns
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, final
 
 from pydantic import BaseModel
 
 from stroma._utils.text import typed
 from stroma.checkpoint import Committed, CorruptCheckpoint, Fenced
 from stroma.checkpoint.decoding import RecordName, decode_json
-from stroma.checkpoint.entries import NOT_DONE, OF_FLOW, UnknownCall, Waiting, effect_note
+from stroma.checkpoint.entries import (
+    NOT_DONE,
+    OF_FLOW,
+    Intent,
+    Statement,
+    UnknownCall,
+    Waiting,
+    effect_note,
+)
 from stroma.checkpoint.identity import is_called, without_attempts
 from stroma.checkpoint.sessions import SimpleSession
 from stroma.contracts.contract import NodeContract
@@ -54,29 +63,6 @@ class Done(NamedTuple):
 
 
 Stated: TypeAlias = Done | NotDone | Unknown
-
-
-class Intent(NamedTuple):
-    """The last call of an effect with one input at one place.
-
-    Attributes:
-        node_id: the node; a pipeline may have another one at this place by now.
-        number: 1-based number of the call among all calls at this place.
-        is_open: there is no statement that it did not happen.
-        has_output: it happened, and its output is committed, unless that was discarded.
-        position, branch: of the attempt that made the call, or whose output is that of the call.
-        digest: of its input; "" for an input without a stored form.
-        others: digests of the other inputs at this place, if this was the first.
-    """
-
-    node_id: str
-    number: int
-    is_open: bool
-    position: int
-    branch: str
-    digest: str
-    has_output: bool = False
-    others: tuple[str, ...] = ()
 
 
 class UnknownEnd(NamedTuple):
@@ -126,6 +112,7 @@ class Effect:
         "_run",
         "_schemas",
         "_snapshot",
+        "_source",
         "earlier",
         "is_refused",
         "is_stated",
@@ -141,6 +128,8 @@ class Effect:
         self._digest = _digest(plan[0], snapshot)
         self.is_stated = self.is_refused = False
         self._flight: asyncio.Task[Any] | None = None
+        #: Who made the last statement; None if the output was found in the journal.
+        self._source: Literal["reconcile", "person"] | None = None
         self.earlier: UnknownOutcome | Stated | None = None
         #: The place of the first input, and those of inputs other than this one.
         self._first, self._others = (run.position, without_attempts(run.branch)), list[NotePlace]()
@@ -191,7 +180,20 @@ class Effect:
         run, before = self._run, self._intent
         numbers = [one.number for place in (self._place, *self._others) if (one := _read(run, place))]
         call, others = max(numbers, default=0) + 1, () if before is None else before.others
-        self._note(Intent(run.node_id, call, True, run.position, run.branch, self._digest, False, others))
+        self._note(
+            Intent(
+                run.node_id,
+                call,
+                True,
+                run.position,
+                run.branch,
+                self._digest,
+                others=others,
+                key=self.key,
+                started_ms=(perf_counter_ns() + run.ctx.journal.epoch_ns) // 1_000_000,
+                statement=None if before is None else before.statement,
+            )
+        )
         if self._place != self._first:
             self._note_with_first()
         run.ctx.session.mark_effect(run.node_id)
@@ -226,16 +228,28 @@ class Effect:
             end = UnknownEnd(self._run.node_id, self._digest, self.key, self._snapshot)
             self._run.ctx.journal.unknown_ends[self._place] = end
 
-    def close(self) -> None:
+    def close(self, *, is_stated: bool = False) -> None:
         """Note that the last call did not happen; it is stored with the attempt."""
         assert self._intent is not None
-        self._note(self._intent._replace(is_open=False))
+        statement = self._state(False) if is_stated else self._intent.statement
+        self._note(self._intent._replace(is_open=False, statement=statement))
 
     def note_output(self) -> None:
         """Note that the present attempt has the output of the last call; it is stored with that."""
         assert self._intent is not None
-        place = self._run.position, self._run.branch
-        self._note(self._intent._replace(position=place[0], branch=place[1], has_output=True))
+        statement = self._state(True) if self.is_stated else self._intent.statement
+        self._note(
+            self._intent._replace(
+                position=self._run.position, branch=self._run.branch, has_output=True, statement=statement
+            )
+        )
+
+    def _state(self, happened: bool) -> Statement | None:
+        """Return the statement about the last call, with who made it; the journal makes none."""
+        assert self._intent is not None
+        if self._source is None:
+            return self._intent.statement
+        return Statement(self._intent.number, happened, self._source)
 
     def _note(self, intent: Intent) -> None:
         self._intent = intent
@@ -265,7 +279,7 @@ class Effect:
         """Learn how calls with other inputs at this place ended. Return the question about an unknown end."""
         for place in self._others:
             intent, end = _read(self._run, place), self._run.ctx.journal.unknown_ends.get(place)
-            if intent is not None and intent.is_open and not intent.has_output:
+            if intent is not None and intent.is_unknown:
                 other = copy(self)
                 other._place, other._intent = place, intent
                 other.key = self._run.key_of(place[1]) if end is None else end.key
@@ -294,6 +308,7 @@ class Effect:
         why = "the process ended, or the attempt was cancelled, during the call"
         if question is not None and question.effect is not None:
             why = question.effect.cause
+            self._source = None if question.payload is None else "person"
             if question.payload == NOT_DONE:
                 return NotDone()
             if question.payload is not None:
@@ -310,7 +325,7 @@ class Effect:
 
     async def reconcile(self, why: str, cancelling: int) -> Stated:
         """Call the node's ``reconcile``. Returns Unknown with ``why`` if there is none, or if it raises."""
-        run, reconcile = self._run, self._contract.reconcile
+        run, reconcile, self._source = self._run, self._contract.reconcile, "reconcile"
         if reconcile is None or self._snapshot is None:
             return Unknown(why)
         state = self._schemas[0].restore(self._snapshot)
@@ -387,7 +402,7 @@ def has_open_intent(ctx: ReliabilityContext, position: int, branch: str) -> bool
     intents |= {
         name: one for name, one in ctx.journal.effects.items() if name == key or name.startswith(inside)
     }
-    return any(one.is_open and not one.has_output for one in intents.values())
+    return any(one.is_unknown for one in intents.values())
 
 
 def _digest(schema: Schema, snapshot: Snapshot) -> str:

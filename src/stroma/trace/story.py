@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from stroma.trace.rejected import RejectedOutput
 
-__all__ = ["FAILED", "Bar", "StopCause", "Story", "fields_named", "waits", "without_values"]
+__all__ = ["FAILED", "Bar", "InProgress", "StopCause", "Story", "fields_named", "waits", "without_values"]
 
 #: Outcomes of attempts that failed: an item of a map that failed for good is collected.
 FAILED: Final = ("failure", "collected")
@@ -60,6 +60,20 @@ class Bar:
         """Names it among the attempts of its run; safe in an address."""
         digest = hashlib.sha256(f"{self.at}\0{self.attempt}\0{self.began_ms}".encode())
         return f"a{digest.hexdigest()[:12]}"
+
+
+@dataclass(frozen=True, slots=True)
+class InProgress:
+    """An attempt that is believed to run: nothing of it is recorded before it ends.
+
+    Attributes:
+        at: its place; "" if it is not known.
+        since_ms: end of what was recorded last, from the first attempt on.
+    """
+
+    at: str
+    label: str
+    since_ms: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,9 +27,9 @@ from stroma.trace.outline import (
     fold,
     outline,
 )
-from stroma.trace.story import FAILED, Bar, waits
+from stroma.trace.story import FAILED, Bar, InProgress, waits
 
-__all__ = ["HATCHES", "InProgress", "Timeline", "axis_of", "idle_ms", "legend", "places"]
+__all__ = ["HATCHES", "Timeline", "axis_of", "idle_ms", "legend", "places"]
 
 #: Patterns of waits, which a page must have once.
 HATCHES: Final = (
@@ -73,20 +73,6 @@ _STEPS_MS: Final = [
     *(3_600_000 * n for n in (1, 2, 3, 6, 12)),
     *(86_400_000 * n for n in (1, 2, 5, 10, 30, 100, 365, 1000, 5000)),
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class InProgress:
-    """An attempt that is believed to run: nothing of it is recorded before it ends.
-
-    Attributes:
-        at: its place; "" if it is not known.
-        since_ms: end of what was recorded last, from the first attempt on.
-    """
-
-    at: str
-    label: str
-    since_ms: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from stroma._utils.text import clean, format_duration
-from stroma.checkpoint.history import FAILED, FINISHED, Payload, changes, compare, status_of
+from stroma.checkpoint.history import FAILED, FINISHED, Payload, changes, compare, is_at_work, status_of
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.failures.classes import FailureClass
@@ -22,7 +22,7 @@ from stroma.ui.figures import RUNS, figures_of, rate_boxes
 from stroma.ui.formatting import cause_text, parse_search, quoted, side_by_side, to_address
 from stroma.ui.overview import BUCKETS, Buckets, Overview, runs_chart, stopped_by
 from stroma.ui.rendering import MAX_SHOWN_BYTES, Renderer, now_ms
-from stroma.ui.run_view import find_by_trace, is_at_work
+from stroma.ui.run_view import find_by_trace
 from stroma.ui.security import IMAGE_POLICY
 
 __all__ = ["Pages"]

@@ -18,7 +18,10 @@ from stroma.checkpoint.history import (
     FINISHED,
     Payload,
     bar_of,
+    describe_effects,
+    find_progress,
     in_order,
+    is_at_work,
     is_interrupted,
     place_of,
     status_of,
@@ -28,7 +31,7 @@ from stroma.checkpoint.queue import QUEUED, ServedCode
 from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunRecord, end_of_page
 from stroma.failures.tracebacks import FailureSite
 from stroma.telemetry.otlp_json import otlp_spans
-from stroma.trace.html import cause, document, rejected_output
+from stroma.trace.html import cause, document, rejected_output, utc
 from stroma.trace.story import Bar, Story, fields_named
 from stroma.trace.timeline import Timeline, idle_ms, legend
 from stroma.ui.actions import can_fork, can_resume, controls_of, may_receive
@@ -47,8 +50,6 @@ from stroma.ui.formatting import (
 )
 from stroma.ui.rendering import MAX_SHOWN_BYTES, Renderer
 from stroma.ui.run_view import (
-    find_progress,
-    is_at_work,
     open_waits,
     read_limits,
     resumes_of,
@@ -101,19 +102,23 @@ class RunPages:
             listed = in_order([*listed, cause_attempt])
             rest = [one for one in rest if attempt_key(one) != attempt_key(cause_attempt)]
         attempts = [*listed, *rest]
-        waiting = [one for one in self._history.waiting(record.run_id) if one.payload is None]
+        questions = self._history.waiting(record.run_id)
+        waiting = [one for one in questions if one.payload is None]
         limits = read_limits(self._settings, record)
         waits = self._history.flow_waits(record, attempts, waiting) if after is None else []
         timeline, story = self._timeline(request, record, attempts, _Waits(waits, waiting), cause_attempt)
         drawn = Markup(timeline.draw())  # It escapes all text.
         failed = sum(attempt.failure_class is not None for attempt in attempts)
         run_id, command = record.run_id, self._resume_command(record, attempts)
+        calls = self._store.effect_calls(run_id)
         return self._renderer.page(
             "run.html",
             here="runs",
             record=record,
             status=status_of(record),
             gone=is_interrupted(record),
+            owner=self._store.owner_of(run_id),
+            effects=list(describe_effects(record, calls, questions, utc)),
             totals=totals(record, story, limits, failed),
             limits=limits,
             cause=Markup(cause(story)),

@@ -11,20 +11,16 @@ from markupsafe import Markup
 
 from stroma._utils.text import format_duration, format_usd, pluralize
 from stroma.checkpoint.entries import Waiting
-from stroma.checkpoint.history import place_of
+from stroma.checkpoint.history import attempts_by_end, is_at_work, place_of
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.trace.story import Story
-from stroma.trace.timeline import InProgress
 from stroma.ui.components import meter
 
 if TYPE_CHECKING:
     from stroma.ui.settings import Settings
 
 __all__ = [
-    "attempts_by_end",
     "find_by_trace",
-    "find_progress",
-    "is_at_work",
     "open_waits",
     "read_limits",
     "resumes_of",
@@ -63,43 +59,6 @@ def find_by_trace(settings: Settings, trace_id: str) -> str | None:
     ids = [record.run_id for record in settings.store.list_runs(limit=MOST_TRACES)]
     traces = settings.store.traceparents(ids)
     return next((run_id for run_id, contexts in traces.items() if f"-{trace_id}-" in contexts), None)
-
-
-def is_at_work(record: RunRecord) -> bool:
-    """Return True if a process has the run open."""
-    return record.status == "RUNNING" and record.holder is not None
-
-
-def attempts_by_end(attempts: Sequence[AttemptRecord]) -> list[AttemptRecord]:
-    """Return the attempts of nodes of the pipeline itself, the latest end last."""
-    return sorted(
-        (one for one in attempts if not one.branch), key=lambda one: one.started_ns / 1e6 + one.duration_ms
-    )
-
-
-def find_progress(
-    record: RunRecord, attempts: Sequence[AttemptRecord], first_ns: int, names: Sequence[str]
-) -> InProgress | None:
-    """Return the node that is believed to run; None if none does, or its group is drawn as in progress.
-
-    Attempts are recorded when they end. ``names``: the nodes of the pipeline; [] if they are not known.
-    """
-    if not is_at_work(record):
-        return None
-    ended = attempts_by_end(attempts)
-    known = {one.position for one in ended}
-    if any(one.branch and one.position not in known for one in attempts):
-        return None
-    if not ended:
-        return InProgress("0", names[0] if names else "first node", record.started_ms - first_ns / 1e6)
-    last = ended[-1]
-    since = (last.started_ns - first_ns) / 1e6 + last.duration_ms
-    if last.outcome not in ("success", "forked"):
-        return InProgress(place_of(last), last.node_id, since)
-    position = last.position + 1
-    if names and position >= len(names):
-        return None
-    return InProgress(str(position), names[position] if names else "next node", since)
 
 
 def resumes_of(
@@ -157,6 +116,7 @@ def totals(record: RunRecord, story: Story, limits: Mapping[str, float], failed:
         seconds = Markup('<span data-since="{}">{}</span>').format(
             record.started_ms, format_duration(max(0.0, time.time() - record.started_ms / 1000))
         )
+    done, what = (record.nodes, "node") if record.nodes else (record.commits, "call")
     retried = "" if not failed else f"{failed:,} failed"
     return [
         _card(
@@ -186,7 +146,7 @@ def totals(record: RunRecord, story: Story, limits: Mapping[str, float], failed:
         _card(
             "Attempts",
             f"{len(story.bars) + story.left_out:,}",
-            retried or (f"{pluralize(record.nodes, 'node')} committed" if record.nodes else ""),
+            retried or (f"{pluralize(done, what)} committed" if done else ""),
         ),
         _card(
             "Wasted",

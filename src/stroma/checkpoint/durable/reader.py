@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from stroma.checkpoint.decoding import decode_number
+from stroma.checkpoint.decoding import decode_json, decode_number
 from stroma.checkpoint.durable.annotations import RunRecords, find_rejected, name_of, read_notes, read_waiting
 from stroma.checkpoint.durable.control import read_control
 from stroma.checkpoint.durable.conversion import open_events, open_message, open_output, open_step_input
@@ -18,8 +19,9 @@ from stroma.checkpoint.durable.integrity import (
     verify_input,
     verify_step,
 )
+from stroma.checkpoint.durable.owner import Owner
 from stroma.checkpoint.durable.rows import Annotation, Rows, RunExtras, RunRow, Step, StepRow
-from stroma.checkpoint.entries import NO_CONTROL, OF_FLOW, RunControl, Waiting
+from stroma.checkpoint.entries import NO_CONTROL, OF_FLOW, Intent, RunControl, Waiting, is_effect_note
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
 from stroma.checkpoint.events import EventPage, EventPlace
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
@@ -27,6 +29,7 @@ from stroma.checkpoint.records import (
     PICO,
     AttemptPage,
     AttemptRecord,
+    OwnerFacts,
     RunPage,
     RunQuery,
     RunRecord,
@@ -312,6 +315,46 @@ class ReadableStore(ABC):
 
         return self._read_records(run_id, query, {})
 
+    def owner_of(self, run_id: str) -> OwnerFacts:
+        """Return facts about the last owner of a run. Raises StoreError."""
+
+        def query(records: RunRecords) -> OwnerFacts:
+            run = records.rows.find(run_id)
+            owner = None if run is None else Owner.read(run.owner)
+            if run is None or owner is None:
+                return OwnerFacts()
+            row = records.one(Annotation.DEATHS)
+            deaths = 0 if row is None else row.step.number or 0
+            if run.status != "RUNNING":
+                return OwnerFacts(owner.place, deaths=deaths)
+            if run.holder is None:
+                return OwnerFacts(owner.place, True, deaths=deaths + owner.may_die)
+            return OwnerFacts(
+                owner.place, False, time.time_ns() // 1_000_000 + int(run.left_seconds * 1000), deaths
+            )
+
+        return self._read_records(run_id, query, OwnerFacts())
+
+    def effect_calls(self, run_id: str) -> dict[tuple[int, str], Intent]:
+        """Return the last calls of the effects of the last execution by position and branch.
+
+        Without damaged records. Raises StoreError.
+        """
+
+        def query(records: RunRecords) -> dict[tuple[int, str], Intent]:
+            calls: dict[tuple[int, str], Intent] = {}
+            if not records.rows.annotations(records.run, Annotation.EFFECT):
+                return calls
+            notes = records.rows.annotations(records.run, Annotation.NOTE)
+            for row in (one for one in notes if is_effect_note(str(one.branch)) and is_intact(one)):
+                with contextlib.suppress(CorruptCheckpoint):
+                    for key, data in read_notes(records, [row], None).items():
+                        position, _, branch = key.split(":", 2)
+                        calls[int(position), branch] = decode_json(data, Intent, name_of(row, run_id))
+            return calls
+
+        return self._read_records(run_id, query, {})
+
     def control(self, run_id: str) -> RunControl:
         """Return the requests about a run that hold, read by its owner or not. Raises StoreError."""
         return self._read_records(run_id, read_control, NO_CONTROL)
@@ -412,4 +455,5 @@ def _run_record(row: RunRow, extras: RunExtras, causes: list[AttemptRecord]) -> 
         expires_ms=row.expires_ms,
         version=row.version or None,
         blocked=row.mark,
+        commits=row.commit_count,
     )

@@ -4,8 +4,17 @@ Everything is read through the public reading functions of a journal store. No u
 for it.
 """
 
-from stroma.checkpoint.history.bars import bar_of, in_order, place_of, sum_waste
+from stroma.checkpoint.history.bars import (
+    attempts_by_end,
+    bar_of,
+    find_progress,
+    in_order,
+    is_at_work,
+    place_of,
+    sum_waste,
+)
 from stroma.checkpoint.history.comparison import Change, NodeDiff, changes, compare
+from stroma.checkpoint.history.effects import describe_effects, effect_state
 from stroma.checkpoint.history.reader import (
     FAILED,
     FINISHED,
@@ -27,10 +36,15 @@ __all__ = [
     "NodeDiff",
     "Payload",
     "Redact",
+    "attempts_by_end",
     "bar_of",
     "changes",
     "compare",
+    "describe_effects",
+    "effect_state",
+    "find_progress",
     "in_order",
+    "is_at_work",
     "is_interrupted",
     "place_of",
     "status_of",

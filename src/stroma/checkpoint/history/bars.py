@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,12 +14,22 @@ from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.flow_notes import FailureNote, decode_flow_note, message_label
 from stroma.checkpoint.identity import is_called
-from stroma.checkpoint.records import AttemptRecord
+from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.trace.outline import parse_call
 from stroma.trace.rejected import RejectedOutput
-from stroma.trace.story import Bar
+from stroma.trace.story import Bar, InProgress
 
-__all__ = ["bar_of", "failed_input", "in_order", "place_of", "sum_waste", "wait_bars"]
+__all__ = [
+    "attempts_by_end",
+    "bar_of",
+    "failed_input",
+    "find_progress",
+    "in_order",
+    "is_at_work",
+    "place_of",
+    "sum_waste",
+    "wait_bars",
+]
 
 
 def place_of(attempt: AttemptRecord) -> str:
@@ -176,3 +186,40 @@ def _read(notes: Mapping[str, bytes], key: str) -> Any:
         return None if data is None else decode_flow_note("", key, key.split(":", 2)[1], data)
     except (CorruptCheckpoint, LookupError):
         return None
+
+
+def is_at_work(record: RunRecord) -> bool:
+    """Return True if a process has the run open."""
+    return record.status == "RUNNING" and record.holder is not None
+
+
+def attempts_by_end(attempts: Sequence[AttemptRecord]) -> list[AttemptRecord]:
+    """Return the attempts of nodes of the pipeline itself, the latest end last."""
+    return sorted(
+        (one for one in attempts if not one.branch), key=lambda one: one.started_ns / 1e6 + one.duration_ms
+    )
+
+
+def find_progress(
+    record: RunRecord, attempts: Sequence[AttemptRecord], first_ns: int, names: Sequence[str]
+) -> InProgress | None:
+    """Return the node that is believed to run; None if none does, or its group is drawn as in progress.
+
+    Attempts are recorded when they end. ``names``: the nodes of the pipeline; [] if they are not known.
+    """
+    if not is_at_work(record):
+        return None
+    ended = attempts_by_end(attempts)
+    known = {one.position for one in ended}
+    if any(one.branch and one.position not in known for one in attempts):
+        return None
+    if not ended:
+        return InProgress("0", names[0] if names else "first node", record.started_ms - first_ns / 1e6)
+    last = ended[-1]
+    since = (last.started_ns - first_ns) / 1e6 + last.duration_ms
+    if last.outcome not in ("success", "forked"):
+        return InProgress(place_of(last), last.node_id, since)
+    position = last.position + 1
+    if names and position >= len(names):
+        return None
+    return InProgress(str(position), names[position] if names else "next node", since)

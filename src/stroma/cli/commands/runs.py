@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 
 import click
 
-from stroma._utils.text import clean, format_duration, format_usd, short_id
+from stroma._utils.text import clean, format_duration, format_usd, pluralize, short_id
 from stroma.checkpoint.decisions import MESSAGE_SENT, UNFINISHED
 from stroma.checkpoint.history import FAILED, History, is_interrupted, status_of
 from stroma.checkpoint.queue import QUEUED, BlockedMark
@@ -20,7 +20,7 @@ from stroma.cli.stores import Database, db_option
 from stroma.failures.classes import FailureClass
 from stroma.trace.result import RunStatus
 
-__all__ = ["run_data", "runs"]
+__all__ = ["done_text", "run_data", "runs"]
 
 _STATUSES: Final = [QUEUED, "RUNNING", *RunStatus]
 
@@ -37,6 +37,7 @@ def run_data(record: RunRecord) -> dict[str, Any]:
         "due": None if (due_ms := _due_ms(record)) is None else to_iso(due_ms),
         "seconds": max(0, record.updated_ms - record.started_ms) / 1000,
         "nodes": record.nodes,
+        "commits": record.commits,
         "tokens": record.tokens,
         "cost_usd": record.cost_usd,
         "error": record.error,
@@ -47,6 +48,15 @@ def run_data(record: RunRecord) -> dict[str, Any]:
         "blocked": None if record.blocked is None else _blocked_data(record.blocked, record.version),
         "cause": None if record.cause is None else cause_data(record.cause),
     }
+
+
+def done_text(record: RunRecord) -> str:
+    """Return the number of finished positions of a run in words, and of the calls inside them so far."""
+    inside = max(0, record.commits - record.nodes)
+    if not inside:
+        return f"{record.nodes:,} finished"
+    calls = pluralize(inside, "call")
+    return f"{record.nodes:,} finished, {calls} inside" if record.nodes else f"{calls} done so far"
 
 
 def _blocked_data(mark: BlockedMark, version: str | None) -> dict[str, Any]:
@@ -126,8 +136,9 @@ def runs(
 ) -> None:
     """List the runs in a store, newest first.
 
-    NODES counts finished positions. A run whose process died is INTERRUPTED until it is resumed. A blocked
-    run is as it was before some code tried to continue it, and could not: code that fits continues it.
+    NODES counts finished positions; while the first one is a flow or group in progress, the calls done in it.
+    A run whose process died is INTERRUPTED until it is resumed. A blocked run is as it was before some code
+    tried to continue it, and could not: code that fits continues it.
     """
     if failed and statuses:
         raise click.UsageError("--failed is short for --status FAILED --status PARTIAL; pass one of them")
@@ -187,7 +198,7 @@ def _row(record: RunRecord) -> list[Part]:
         short_id(record.run_id),
         clean(record.pipeline, 30),
         style_status(status_of(record)),
-        f"{record.nodes:,}",
+        f"{record.nodes:,}" if record.nodes or not record.commits else f"{record.commits:,} calls",
         f"{record.tokens:,}",
         format_usd(record.cost_usd),
         format_local_time(record.started_ms),

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import click
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
+from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.entries import Waiting
+from stroma.checkpoint.events import EventPlace
 from stroma.checkpoint.history import (
     History,
     Inputs,
     Payload,
     bar_of,
+    describe_effects,
+    effect_state,
+    find_progress,
     in_order,
+    is_at_work,
     place_of,
     status_of,
     sum_waste,
 )
 from stroma.checkpoint.queue import QUEUED
-from stroma.checkpoint.records import AttemptRecord, RunRecord
+from stroma.checkpoint.records import AttemptRecord, OwnerFacts, RunRecord
 from stroma.cli.commands.completion import complete_run
-from stroma.cli.commands.runs import run_data
+from stroma.cli.commands.runs import done_text, run_data
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import format_age, format_local_time, id_word, style_status, to_iso
 from stroma.cli.output import Part, emit, err, out, table
@@ -38,6 +44,7 @@ from stroma.cli.suspended import (
     waiting_data,
     waiting_hints,
 )
+from stroma.runner.follow import decode_events
 from stroma.trace.outline import duration, fold, outline
 from stroma.trace.rejected import MISSING, RejectedOutput
 from stroma.trace.story import Bar, waits
@@ -45,6 +52,7 @@ from stroma.trace.terminal import RunLine, lines_of
 
 __all__ = ["attempt_data", "show"]
 
+_EVENT_PAGE_SIZE: Final = 100  # batches
 _FINISHED_WELL: Final = ("COMPLETED", "RESUMED")
 
 
@@ -87,11 +95,20 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
     states = _states(history, record, selected, view)
     code = Code.ENVIRONMENT if any(one.damaged for one in attempts) else Code.OK
     if as_json:
-        emit(_data(record, attempts, waiting, selected, states))
+        emit(
+            {
+                "schema": "stroma.show/1",
+                "run": run_data(record),
+                **_progress_data(database.reader, record),
+                **_data(record, attempts, waiting, selected, states),
+            }
+        )
         return code
     if view.wants_input or view.wants_output or view.wants_rejected:
         return _print_states(selected, states, code)
-    _print_head(record, waiting, len(attempts), *sum_waste(attempts))
+    _print_head(record, database.reader.owner_of(record.run_id), waiting, attempts)
+    for label, text in _describe_progress(database, record, attempts, waiting):
+        _print_fact(label, [text])
     flow_waits = history.flow_waits(record, attempts, waiting) if view.as_tree else []
     if selected or flow_waits:
         first = min((one.started_ns for one in attempts), default=0)
@@ -138,17 +155,38 @@ def _data(
     selected: list[AttemptRecord],
     states: list[list[_State]],
 ) -> dict[str, Any]:
-    """Return the object of ``--json``."""
+    """Return the attempts and their sums for ``--json``."""
     tokens, cost = sum_waste(attempts)
     return {
-        "schema": "stroma.show/1",
-        "run": run_data(record),
         "suspended": [waiting_data(one) for one in waiting],
         "wasted_tokens": tokens,
         "wasted_cost_usd": cost,
         "attempts": [
             attempt_data(record, one) | {what: payload.value for what, payload in payloads}
             for one, payloads in zip(selected, states, strict=True)
+        ],
+    }
+
+
+def _progress_data(store: AsyncStates, record: RunRecord) -> dict[str, Any]:
+    """Return the owner of a run and the last calls of its effects for ``--json``."""
+    owner = store.owner_of(record.run_id)
+    lease_until = None if owner.lease_until_ms is None else to_iso(owner.lease_until_ms)
+    return {
+        "owner": {"place": owner.place, "is_gone": owner.is_gone, "lease_until": lease_until},
+        "deaths": owner.deaths,
+        "effects": [
+            {
+                "position": position,
+                "branch": branch,
+                "node_id": call.node_id,
+                "call": call.number,
+                "idempotency_key": call.key,
+                "started": to_iso(call.started_ms),
+                "state": effect_state(record, call),
+                "statement": None if call.statement is None else call.statement._asdict(),
+            }
+            for (position, branch), call in store.effect_calls(record.run_id).items()
         ],
     }
 
@@ -229,10 +267,56 @@ def attempt_data(record: RunRecord, a: AttemptRecord) -> dict[str, Any]:
 # ---------------------------------------------------------------------- facts and next commands
 
 
+def _print_fact(name: str, parts: Sequence[Part]) -> None:
+    out.fitted((f"{name:<9} ", "dim"), *parts, indent=10)
+
+
+def _describe_progress(
+    database: Database, record: RunRecord, attempts: list[AttemptRecord], waiting: list[Waiting]
+) -> Iterator[tuple[str, str]]:
+    """Yield (label, text) of what is in flight, and of calls of effects: attempts are stored at their end."""
+    calls = database.reader.effect_calls(record.run_id)
+    yield from describe_effects(record, calls, waiting, format_local_time)
+    if not is_at_work(record):
+        return
+    effects = {_place(*place) for place, call in calls.items() if call.is_unknown}
+    started = _started_nodes(database.reader, record)
+    for place, text in started.items():
+        if place not in effects:
+            yield "in flight", text
+    if not started and not effects:  # Without stored events, only the next node of a list is known.
+        first = min((one.started_ns for one in attempts), default=record.started_ms * 1_000_000)
+        progress = find_progress(record, attempts, first, ())
+        if progress is not None:
+            since = format_local_time(first // 1_000_000 + int(progress.since_ms))
+            yield "in flight", f"{clean(progress.label, 100)} (at {progress.at}), since {since}"
+
+
+def _place(position: int | None, branch: str) -> str:
+    return f"{position}.{branch}" if branch else str(position)
+
+
+def _started_nodes(store: AsyncStates, record: RunRecord) -> dict[str, str]:
+    """Return the nodes that the owner has started and not ended, by place, if it stores its events."""
+    started: dict[str, str] = {}
+    last = EventPlace(record.epoch, 0)
+    while (page := store.read_events(record.run_id, last, _EVENT_PAGE_SIZE)) and page.batches:
+        for _, event in decode_events(record.run_id, page, last):
+            at = _place(event.position, event.branch)
+            if event.kind == "node_start":
+                node = f"{clean(str(event.node_id), 100)} (at {clean(at, 200)})"
+                started[at] = f"{node}: attempt {event.attempt}"
+            elif event.kind.startswith("node_") and event.kind not in ("node_event", "node_retry"):
+                started.pop(at, None)
+        last = page.batches[-1].last
+    return started
+
+
 def _print_head(
-    record: RunRecord, waiting: list[Waiting], attempts: int, wasted_tokens: int, wasted_cost: float
+    record: RunRecord, owner: OwnerFacts, waiting: list[Waiting], attempts: list[AttemptRecord]
 ) -> None:
     """Print what is known of a run, a line for each fact."""
+    wasted_tokens, wasted_cost = sum_waste(attempts)
     seconds = (record.updated_ms - record.started_ms) / 1000
     again = f" (execution {record.execution} of this id)" if record.execution > 1 else ""
     lines: list[tuple[str, list[Part]]] = [
@@ -241,7 +325,7 @@ def _print_head(
         ("status", [style_status(status_of(record)), f", {record.wait_text}" if record.waits_for else ""]),
         ("started", [f"{format_local_time(record.started_ms)}, {format_age(record.started_ms)}"]),
         ("duration", [format_duration(seconds)]),
-        ("nodes", [f"{record.nodes:,} finished, {pluralize(attempts, 'attempt')}"]),
+        ("nodes", [f"{done_text(record)}, {pluralize(len(attempts), 'attempt')}"]),
         ("spent", [f"{format_tokens(record.tokens)}, {format_usd(record.cost_usd)}"]),
     ]
     wasted = f"{format_tokens(wasted_tokens)}, {format_usd(wasted_cost)} on attempts without output"
@@ -249,8 +333,14 @@ def _print_head(
     if record.parent is not None:
         lines.insert(1, ("parent", [f"{clean(record.parent, 4000)}, source of this fork"]))
     if record.status == "RUNNING":
-        who = clean(record.holder) if record.holder else ("lost", "yellow")
-        lines.append(("owner", [who, f"; last record {format_age(record.updated_ms)}"]))
+        who: list[Part] = [clean(owner.place or "unknown", 200)]
+        if record.holder is None:
+            who.append((" is gone", "yellow"))
+        elif owner.lease_until_ms is not None:
+            who.append(f", lease until {format_local_time(owner.lease_until_ms)}")
+        lines.append(("owner", [*who, f"; last record {format_age(record.updated_ms)}"]))
+    if owner.deaths:
+        lines.append(("deaths", [f"a process died under the run {pluralize(owner.deaths, 'time')}"]))
     if record.version is not None:
         lines.insert(2, ("version", [clean(record.version)]))
     if record.blocked is not None:
@@ -269,7 +359,7 @@ def _print_head(
     elif record.error:
         lines.append(("error", [(clean(record.error, 1000), "red")]))
     for name, parts in lines:
-        out.fitted((f"{name:<9} ", "dim"), *parts, indent=10)
+        _print_fact(name, parts)
 
 
 def _print_next_steps(
