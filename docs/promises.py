@@ -37,19 +37,19 @@ SENTENCES = {
 
 #: What each guarantee means for whoever relies on it.
 MEANS = {
-    1: "The failure is at the node that returned the bad value, and names the field. The value is stored with the failure for debugging. "
-    "No node gets it as input, and no hook or exporter as an output. The exception has it: a failure hook that reads `exc.raw` "
-    "sees it (through `redact`), and so does the next attempt of the node in `last_failure`. This holds at every boundary: from node to node, into and out of groups, for single steps, "
-    "for values from a store, and inside agent frameworks.",
+    1: "The node that returned the bad value fails, and the failure names the field. This holds at every boundary: from node to node, "
+    "into and out of groups, for single steps, for values from a store, and inside agent frameworks. The bad value itself is stored with "
+    "the failure for debugging. Only two readers see it: failure hooks in `exc.raw` (through `redact`), and the next attempt of the node "
+    "in `last_failure`.",
     2: "So you can write a policy for every case. This includes exceptions whose `str()` raises, classifiers that raise, and exception "
     "groups with several members.",
-    3: "A position gets at most N + 1 calls, for all classes of failures together. A delay is at least the wait that the server asks for, "
-    "in a header or in the body.",
+    3: "All classes of failures share the N retries of a position. A delay is at least the wait that the server asks for, in a "
+    "header or in the body.",
     4: "The commit follows directly after the validation of the output. Budgets, hooks, cancellations and shutdowns take effect after it.",
-    5: "Holds on a journal store. Only the node that was in flight when the process died may run twice, and its effect with it: use "
-    "`current_node().idempotency_key` for that. A new execution of the same run id runs everything again.",
-    6: "Holds across processes on a journal store, else in one process. The call that crosses a limit is made, since its price is known "
-    "only afterwards; the next one is not. The usage of a call in flight when a process is killed cannot be known.",
+    5: "Holds on a journal store. Only a node that was in flight when the process died may run twice. If it changes something outside, "
+    "pass `current_node().idempotency_key` on. A new execution of the same run id runs everything again.",
+    6: "Holds across processes on a journal store, else in one process. The price of a call is known only afterwards, so the call that "
+    "crosses a limit is made, and the next one is not. The usage of a call in flight when a process is killed cannot be known.",
     7: "An event is a snapshot with the input and output at that time, and with usage, class and duration. The trace of a "
     "[map into a file](map.md) has the first thousands of items, and counts the rest.",
     8: "Hooks are awaited under a time limit (`hook_timeout_ms`), outside of the node's error handling. A hook that blocks the event "
@@ -61,8 +61,8 @@ MEANS = {
     "imported.",
     12: "Without hooks no state is prepared for them, and without a budget nothing is added up. A node costs the same in a pipeline of "
     "5,000 as in one of 100: see the [figures](performance.md).",
-    13: "Holds for nodes with `effect=True`, across processes on a journal store, else in one process. The confirmation comes from the "
-    "node's `reconcile` or from a person. A refused request, or a connection that could not be made, counts as one too. A new execution "
+    13: "Holds for nodes with `effect=True`, across processes on a journal store, else in one process. The statement comes from the "
+    "node's `reconcile` or from a person. A request that the server refused, or that never reached it, did not happen. A new execution "
     "is a new effect.",
 }
 
@@ -198,9 +198,9 @@ def guarantees_page() -> str:
         "",
         "# Guarantees",
         "",
-        "This page lists what Stroma guarantees, with the limits of each guarantee and tests of it, for anyone",
-        "who relies on it. Most tests run on every store. [Durable runs](durability.md#figures) has the results",
-        "of thousands of runs with `kill -9`, power cuts, full disks and lost connections.",
+        "This page is for anyone who relies on Stroma. It lists the guarantees, with their limits and some of",
+        "their tests. Most tests run on every store. [Durable runs](durability.md#figures) has the results of",
+        "thousands of runs with `kill -9`, power cuts, full disks and lost connections.",
         "",
         "A guarantee holds for one *execution* of a run. Across processes, G4, G5, G6, G10 and G13 need a",
         "[journal store](stores/index.md): SQLite, Postgres or Redis. A store of the simple `save`, `load`,",
