@@ -1,4 +1,4 @@
-"""Decisions that all stores take alike: about an existing run, and an answer to a question."""
+"""Decisions that are the same in all stores: about an existing run, and about an answer to a question."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class PriorWork(NamedTuple):
     effects: tuple[str, ...]
 
     def refusal(self, run_id: str, status: str) -> RunExists:
-        """Return the error for a run that must not begin anew unasked."""
+        """Return the error for a run that starts again only on request."""
         counts = (
             (self.nodes, "committed node"),
             (self.questions, "open question"),
@@ -138,12 +138,12 @@ def expired_error(run_id: str) -> str:
 
 
 def add_news(wake_ms: int | None, news: int) -> int:
-    """Return from when on a running run is due after news. Of several news, all count."""
+    """Return the due time of a running run after a change. If several changed it, all count."""
     return news if wake_ms in (None, news) else 0
 
 
 def is_old_news(wake_ms: int | None, error: str | None, has_read: Callable[[], bool]) -> bool:
-    """Return True if what came while a run ran does not make it due now that it stops.
+    """Return True if a run that stops is not due because of changes during the run.
 
     ``has_read``: returns True if its session has read all messages.
     """

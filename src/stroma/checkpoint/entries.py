@@ -1,4 +1,4 @@
-"""Entries of the journal: what a run is opened with, and what the store has of it."""
+"""Entries of the journal: requests to open a run, and the records of a run."""
 
 from __future__ import annotations
 
@@ -77,13 +77,13 @@ class RunRequest(NamedTuple):
             there may be very many; committed() returns them in portions.
         retry_failed: discard the failed items of maps and what was computed from them, see ItemFailure.
         max_recoveries: end a run as FAILED once its process died so often; None: never.
-        force: continue it all the same, and count deaths from 0.
+        force: continue it in spite of that, and count deaths from 0.
         due_ms: raise RunExists for a run that is not due at this time, see
             :func:`stroma.checkpoint.decisions.is_due`.
         claim: token of the claim of the worker that opens it; see
             :class:`stroma.checkpoint.queue.ClaimRequest`.
-        any_input: continue the run although its input is another one: the caller's own checkpoint has what it
-            began with.
+        any_input: continue the run even if its input differs: the caller's own checkpoint has the first
+            input.
         version: that of the pipeline, for a run that begins; "" without one.
         versions: the versions of runs that the code can continue, besides runs without one. None: it
             continues any run.
@@ -113,7 +113,7 @@ class RunRequest(NamedTuple):
 
     @property
     def is_automatic(self) -> bool:
-        """True if no person asked for the run to go on: a worker, recover(), or who waits for its result."""
+        """True if no person asked to continue the run: a worker, recover(), or a wait for its result."""
         return self.due_ms is not None or self.if_exists == "attach"
 
     def resolve_discard(self, commits: Mapping[tuple[int, str], Committed]) -> RunRequest:
@@ -295,7 +295,7 @@ class UnknownCall(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """A question of a node or a flow: what it waits for.
+    """A question of a node or a flow.
 
     Attributes:
         reason: the text of the question; "effect" if it is how a call of an effect ended.
@@ -470,11 +470,11 @@ class Tried(NamedTuple):
 
 
 class RunControl(NamedTuple):
-    """Requests about a run that hold, from any process.
+    """Requests that apply to a run, from any process.
 
     Attributes:
         cancel: it is to end as CANCELLED.
-        pause: no further attempt begins, until somebody resumes the run.
+        pause: no further attempt starts until the run is resumed.
         budget: limits in place of those of its config, by field of ExecutionBudget.
     """
 

@@ -85,7 +85,7 @@ def decode_flow_note(run_id: str, key: str, kind: str, data: bytes) -> Any:
 
 
 def message_label(topic: str) -> str:
-    """Return what a wait for a message is called where runs are shown."""
+    """Return the label of a wait for a message."""
     return f"message on {topic!r}" if topic else "message"
 
 

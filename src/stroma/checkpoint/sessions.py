@@ -143,7 +143,7 @@ class Session:
     def note_traceparent(self, traceparent: str) -> Future[None] | None:
         """Store, without waiting, the W3C trace context of this execution for processes that resume it.
 
-        Return what ends once it is stored, or cannot be; None if there is nothing to wait for.
+        Return an awaitable that ends once it is stored, or cannot be; None if there is nothing to wait for.
         """
 
     def note_attribution(self, ids: Mapping[str, str]) -> None:
@@ -162,9 +162,8 @@ class Session:
     def note(self, key: str, data: bytes | None) -> None:
         """Store data of the driver under a key, "position:..."; None deletes it.
 
-        It is stored together with the next attempt, question or end of the run that is recorded, or by
-        :meth:`flush`. Discarding a position discards its notes, except those of effects
-        (:func:`effect_note`).
+        It is stored with the next recorded attempt, question or end of the run, or by :meth:`flush`.
+        Discarding a position discards its notes, except those of effects (:func:`effect_note`).
         """
 
     def mark_effect(self, node_id: str) -> None:
@@ -184,7 +183,7 @@ class Session:
         )
 
     def answers(self) -> Mapping[tuple[int, str], Waiting] | Awaitable[Mapping[tuple[int, str], Waiting]]:
-        """Return what ``waiting`` is by now. Raises StoreError."""
+        """Return the present value of ``waiting``. Raises StoreError."""
         return self.waiting
 
     def messages(self, after: int) -> list[SentMessage] | Awaitable[list[SentMessage]]:
@@ -206,7 +205,7 @@ class Session:
         """
 
     def give_back(self) -> Awaitable[None] | None:
-        """Release the run, in place of :meth:`end`: it stands as it did before. Raises StoreError."""
+        """Release the run, in place of :meth:`end`: it is as before. Raises StoreError."""
 
     def abandon(self) -> None:
         """Release the run when nothing can be awaited. Nothing is recorded."""

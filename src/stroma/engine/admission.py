@@ -1,8 +1,8 @@
 """Admission of attempts: through max_threads, breakers, shared budgets and limits, in this order.
 
 An attempt passes all of them or none: while it waits for one it holds nothing of the others, and the calls
-around it return what other calls may wait for. So every holder is running, and no two calls wait for each
-other.
+around it return their reservations. So every call that holds something is running, and no two calls wait for
+each other.
 
 Only plain functions and runs with one of these gates come here. Waiting counts neither as time of the node
 nor as a retry. Hooks are called when it starts, the trace gets a mark when it ends, and the latency budget of
@@ -184,7 +184,7 @@ class Permit:
         return None
 
     async def give_back(self) -> bool:
-        """Give back what other calls may wait for; the attempt continues. Return True if there was anything.
+        """Give back reservations and places; the attempt continues. Return True if there was anything.
 
         The usage of the attempt is still counted at its end.
         """
@@ -333,7 +333,7 @@ async def make_admitted(
 
 
 async def _make_in_turn(run: RunningNode, make: Make, *, needs_thread: bool) -> BaseModel | Failure | Halt:
-    """Make an attempt between its admission and the settlement of what it took."""
+    """Make an attempt between its admission and its settlement."""
     ctx = run.ctx
     permit = await wait_unless_held(ctx.stopping, partial(admit, ctx, run, needs_thread=needs_thread))
     if isinstance(permit, Exception):
@@ -499,7 +499,7 @@ def _remaining(ctx: ReliabilityContext, run: RunningNode) -> float | None:
 
 
 def _seconds(ctx: ReliabilityContext, run: RunningNode, at_most: float | None) -> float | None:
-    """Return for how many seconds an attempt may wait; None for ever."""
+    """Return how many seconds an attempt may wait; None without a limit."""
     bounds = [bound for bound in (_remaining(ctx, run), at_most) if bound is not None]
     return min(bounds, default=None)
 

@@ -245,7 +245,7 @@ class NodeAttempt:
         return None
 
     def _reject_input(self, error: BaseException) -> Exception:
-        """Return the violation that an input has come to."""
+        """Return the violation of an input."""
         self.begin = perf_counter_ns()
         value = self.ctx.handover.own(self.value)
         raw = schema_of(type(value)).state(value) if isinstance(value, BaseModel) else {"value": value}
@@ -298,7 +298,7 @@ class NodeAttempt:
             self.run.parent.enter(self.begin)
 
     def _call_function(self, state: BaseModel) -> Awaitable[Any]:
-        """Call a function or a group in the way of its kind."""
+        """Call a function or a group."""
         node, ctx = self.node, self.ctx
         if isinstance(node, Group):
             self.run.start_children()
@@ -404,7 +404,7 @@ class NodeAttempt:
         return problem
 
     def _end_with_output(self, row: AttemptRow) -> None:
-        """Append the row of a committed output. From here on it is safe."""
+        """Append the row of a committed output, which can no longer be lost."""
         ctx, run = self.ctx, self.run
         self.row = run.ended = row
         run.rows.append(row)
@@ -598,7 +598,7 @@ class NodeAttempt:
     # ------------------------------------------------------------------ interrupted
 
     async def _end_interrupted(self, interrupt: BaseException) -> None:
-        """Give an interrupted attempt its end, also where its coroutine is being closed."""
+        """Record the end of an interrupted attempt, also if its coroutine is being closed."""
         if isinstance(interrupt, GeneratorExit):
             self._close_out()
             return
@@ -612,7 +612,9 @@ class NodeAttempt:
                 raise  # Otherwise the first one is on its way out.
 
     async def _abandon(self) -> None:
-        """End without a verdict: cancelled, or the process is asked to stop. The usage so far is counted.
+        """End without a verdict: the attempt was cancelled, or the process is stopping.
+
+        The usage so far is counted.
 
         Does nothing if the attempt has an end, or has not begun.
         """
@@ -652,7 +654,10 @@ class NodeAttempt:
         return row
 
     def _close_out(self) -> None:
-        """End where nothing can be awaited: the coroutine is being closed. Hooks get as far as they can."""
+        """End where nothing can be awaited: the coroutine is being closed.
+
+        Hooks run until they first suspend.
+        """
         if self.row is None:
             if not self.begin:
                 return

@@ -82,7 +82,7 @@ def record(
     step: StepCall | None = None,
     waiting: Waiting | None = None,
 ) -> Awaitable[None] | Exception | None:
-    """Begin the store call of an attempt. Return what is to be settled, if anything."""
+    """Start the store call of an attempt. Return the awaitable to settle, if any."""
     try:
         if waiting is not None:
             return ctx.session.suspend(row, waiting)

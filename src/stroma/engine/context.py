@@ -42,11 +42,11 @@ class ReliabilityContext:
 
     Attributes:
         journal: the run in its store.
-        stopping: what was asked of the run from elsewhere.
-        account: its limits, and what its result reports beside the trace and the totals.
+        stopping: requests to the run from elsewhere.
+        account: its limits, and the other contents of its result besides trace and totals.
         fire: its hooks by event.
         handover: the state on its way from one node to the next.
-        redactor: hides what hooks, log lines and messages must not show.
+        redactor: redacts states and messages for hooks and log lines.
     """
 
     run_id: str
@@ -226,7 +226,7 @@ class ReliabilityContext:
     # ------------------------------------------------------------------ for the engine
 
     def accept(self, control: RunControl) -> None:
-        """Apply requests about the run. Thread-safe: no attempt begins after this has held the run."""
+        """Apply requests about the run. Thread-safe: after a pause or cancel, no attempt starts."""
         if control.budget:
             self.budget = replace_limits(self.budget, control.budget)
             self.account.replace_limits(self.budget)
@@ -252,7 +252,7 @@ class ReliabilityContext:
         return self.context if model is None or not is_dict else FallbackView(self.context, model)
 
     def has_limit(self, dimension: Literal["tokens", "cost"], node_id: str) -> bool:
-        """Return whether the run's own budget or a shared one limits what a node may take of a dimension."""
+        """Return True if the run's own budget or a shared one limits a node in a dimension."""
         own = self.budget.max_tokens_total if dimension == "tokens" else self.budget.max_cost_usd
         return own is not None or any(one.has_limit(dimension, node_id) for one in self.config.budgets)
 
@@ -290,7 +290,7 @@ class ReliabilityContext:
         )
 
     def diagnose(self, error: BaseException, node_id: str, attempt: int, snapshot: Any = ()) -> Failure:
-        """Return what an exception means, without the secrets of the run, its context and a state."""
+        """Return the failure of an exception, without the secrets of the run, its context and a state."""
         if self.classifiers:  # The log must not show a secret in what one raises.
             self.redactor.note_attempt(snapshot)
         where = NodeContext(node_id, attempt, self.run_id)
@@ -298,7 +298,7 @@ class ReliabilityContext:
         return self.redactor.mask_failure(failure, snapshot)
 
     def warn_once(self, node_id: str, what: str, text: str) -> None:
-        """Log a warning once, and not for each attempt and item of a node."""
+        """Log a warning once, not for each attempt and item of a node."""
         if self.account.is_first_warning((node_id, what)):
             self.run_logger.warning("%s", text)
 

@@ -52,7 +52,7 @@ def running_agent(agent: AgentRun | str | None) -> Iterator[None]:
 
 
 def leave(token: Token[Any]) -> None:
-    """Set a variable to what it was before: the current node, at the end of its execution. Never raises."""
+    """Restore a variable, such as the current node at the end of its execution. Never raises."""
     try:
         token.var.reset(token)
     except ValueError:

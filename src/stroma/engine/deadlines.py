@@ -24,7 +24,7 @@ __all__ = ["DeadlineExceeded", "call_in_time"]
 
 
 class DeadlineExceeded(BudgetExceeded):
-    """The latency budget ran out under the function in flight."""
+    """The latency budget was used up while a function was running."""
 
     def __init__(
         self, ctx: ReliabilityContext, dimension: Any, limit: float, used: float, node_id: str
@@ -37,7 +37,7 @@ class DeadlineExceeded(BudgetExceeded):
 
 
 class IdleTimer:
-    """Ends a scope once it was not renewed for some time."""
+    """Ends a scope that was not renewed for some time."""
 
     def __init__(self, scope: asyncio.Timeout, seconds: float) -> None:
         self._scope = scope
@@ -48,7 +48,7 @@ class IdleTimer:
         self._wait()
 
     def renew(self) -> None:
-        """Let the time begin again. Safe to call in any thread, and cheap: the timer itself is not moved."""
+        """Restart the time. Safe to call in any thread, and cheap: the timer itself is not moved."""
         self._renewed_at = self._loop.time()
 
     def cancel(self) -> None:

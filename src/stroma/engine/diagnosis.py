@@ -1,4 +1,4 @@
-"""Diagnosis of attempts: what an exception means for its node."""
+"""Diagnosis of attempts: from an exception to a failure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["diagnose_attempt", "judge"]
 def diagnose_attempt(
     ctx: ReliabilityContext, run: RunningNode, error: BaseException, snapshot: Snapshot, *, is_of_store: bool
 ) -> tuple[Failure, Halt | None]:
-    """Return what an exception means, and the Halt if policies do not decide what follows.
+    """Return the failure of an exception, and the Halt if policies do not decide what follows.
 
     ``is_of_store``: the store refused the commit of an output.
     """
@@ -67,10 +67,9 @@ def diagnose_attempt(
 def judge(
     ctx: ReliabilityContext, run: RunningNode, usage_error: UsageError | None
 ) -> tuple[Failure | None, BaseException | None]:
-    """Return what is wrong beside a valid output (usage, a crossed limit), and what is to be raised.
+    """Return the failure beside a valid output (usage, a crossed limit), and the exception to raise.
 
-    The latter is a KeyboardInterrupt, say, in a classifier: the output is paid for and committed all the
-    same.
+    The latter is a KeyboardInterrupt in a classifier, for example: the output is committed in spite of it.
     """
     error = usage_error or ctx.cost_tracker.exceeded(ctx.budget, run.node_id)
     if error is None:

@@ -2,10 +2,10 @@
 
 A note of the session (:class:`Intent`) is stored before each call. It stays when the output is committed: a
 committed node is restored, and its intent is not read again. An open intent without a commit is a call with
-an unknown outcome: of a process that died, or of an attempt that ended without saying so.
+an unknown outcome: its process died, or its attempt ended without an outcome.
 
-Before an effect is called, its earlier call is settled: the one at the same place, with whatever input, and
-the one with the same input that code in this process has cut off. Inputs are compared by their digests.
+Before an effect is called, earlier calls are settled: the one at the same place, with any input, and the one
+with the same input that code in this process has cut off. Inputs are compared by their digests.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class UnknownOutcome(Suspend):
 class Effect:
     """The calls of an effect with one input at one place of a run.
 
-    If the code around it has cut a call off, or calls the effect again before anybody has stated how the call
-    ended, the next call with the same input is about that one: it has its place and its key.
+    If code has cut a call off, or calls the effect again before the outcome is stated, the next call with the
+    same input settles the first one: it has the same place and key.
 
     Attributes:
         key: its idempotency key.
@@ -221,7 +221,10 @@ class Effect:
         return function(state, context)
 
     def end_attempt(self, outcome: Outcome | None) -> None:
-        """End the flight of the attempt's call, if there is one. ``outcome``: None without an end."""
+        """Record that the attempt's call is no longer in flight, if there is one.
+
+        ``outcome``: None without an end.
+        """
         flight, self._flight = self._flight, None
         end_flight(flight)
         if self.is_open and outcome in (None, "cancelled", "suspended"):
@@ -276,7 +279,10 @@ class Effect:
         return self.unknown(stated.reason) if isinstance(stated, Unknown) else stated
 
     async def _settle_others(self, cancelling: int) -> UnknownOutcome | None:
-        """Learn how calls with other inputs at this place ended. Return the question about an unknown end."""
+        """Find out how calls with other inputs at this place ended.
+
+        Return the question about an unknown outcome.
+        """
         for place in self._others:
             intent, end = _read(self._run, place), self._run.ctx.journal.unknown_ends.get(place)
             if intent is not None and intent.is_unknown:

@@ -1,4 +1,4 @@
-"""Events that nodes emit: their way as JSON data to the receivers of the run.
+"""Events that nodes emit, passed as JSON data to the receivers of the run.
 
 ``run`` is a RunningNode, which imports this module.
 """
@@ -26,7 +26,7 @@ class EventReceiver(Protocol):
         ...
 
     def flush(self) -> None:
-        """Hand on what is pending: the run is about to end. Never raises and never waits."""
+        """Pass on pending events: the run is about to end. Never raises and never waits."""
         ...
 
 

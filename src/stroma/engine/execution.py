@@ -1,4 +1,4 @@
-"""The execution of a node, as the running code sees it, and the run around it."""
+"""The execution of a node, as its running code sees it, and the run around it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Kind = Literal["node", "group", "item"]
 
 @dataclass(frozen=True, slots=True)
 class RemainingBudget:
-    """Rest of each limit, in its unit; None where there is no limit. Never below 0."""
+    """Remainder of each limit, in its unit; None without a limit. Never below 0."""
 
     tokens: int | None
     cost_usd: float | None
@@ -131,10 +131,10 @@ class NodeExecution:
         return self._own._notes
 
     def at_end(self, callback: Callable[[], None]) -> None:
-        """Have a plain function called once, in this task, when no attempt of this execution will follow.
+        """Register a plain function, to be called once when no attempt of this execution will follow.
 
         That is after the last end hook, or when a wait between two attempts is cut short. The last one added
-        is called first. What it raises is logged and changes nothing.
+        is called first. Its exceptions are logged and change nothing.
         """
         if self._own._at_end is None:
             self._own._at_end = []
@@ -144,7 +144,8 @@ class NodeExecution:
     def idempotency_key(self) -> str:
         """Key that all attempts of this node or call share in this execution of the run, in every process.
 
-        That of an effect which a node calls is the same in all attempts of that node with the same input.
+        If a node calls an effect, the effect's key is the same in all attempts of the node with the same
+        input.
         """
         return self._own.key_of(self.branch) if self._own.effect is None else self._own.effect.key
 
@@ -195,10 +196,10 @@ class NodeExecution:
         """Count tokens of this attempt at once, so that they count even if it fails half-way; calls add up.
 
         Takes the provider's response, or the last chunk of its stream (see :func:`stroma.usage_from`), or
-        figures, of which the tokens of a cache are parts of the input. What the node returns as usage comes
-        on top. Raises UsageError for what cannot be counted, and in end hooks, whose attempt is counted
-        already; a response that leaves its usage out counts as 0 with a warning, or under a limit fails the
-        attempt once its output is kept.
+        figures, of which the tokens of a cache are parts of the input. Usage that the node returns is added.
+        Raises UsageError for usage that cannot be counted, and in end hooks, whose attempt is already
+        counted. A response without usage counts as 0 with a warning; under a limit it fails the attempt after
+        its output is stored.
         """
         if self._own.ended is not None:
             raise UsageError(
@@ -481,9 +482,9 @@ class RunningNode(NodeExecution):
         return True
 
     def waiting(self) -> Waiting | None:
-        """Return what this node waits for, or has waited for.
+        """Return the question of this node, open or answered.
 
-        A step with the same input in another attempt of the nodes around it has asked the same.
+        A step with the same input in another attempt of the nodes around it has the same question.
         """
         waiting, branch = self.ctx.session.waiting, self.branch
         own = waiting.get((self.position, branch))
@@ -496,7 +497,7 @@ class RunningNode(NodeExecution):
         return None if own is None or own.effect is not None else own
 
     def take_reported(self) -> list[Report]:
-        """Return what was reported and is not counted yet, and forget it."""
+        """Return the reported usage that is not counted yet, and forget it."""
         reported, self.reported = self.reported or [], None
         return reported
 

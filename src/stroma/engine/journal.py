@@ -22,7 +22,7 @@ _NO_FAILED_MAPS: Final[Mapping[tuple[int, str], int]] = {}
 
 
 class Dispatch(NamedTuple):
-    """Conditions under which a dispatcher, and not a person, opens a run.
+    """Conditions under which a dispatcher opens a run.
 
     Attributes:
         due_ms: raise RunExists for a run that is not due at this time, in ms since the epoch. A store that
@@ -60,11 +60,10 @@ class RunJournal:
         number_event: returns the number of the event that the output at a branch is to the body of a flow;
             None outside of flows.
         traceparent: the W3C trace context of the caller.
-        kept_traces: trace contexts for processes that resume the run, by the system that made them: of each
-            system the first one that is recorded.
+        kept_traces: trace contexts for processes that resume the run, by system: the first one that each
+            system recorded.
         effects: the last calls of effects in this process, by the keys of their notes.
-        unknown_ends: calls that ended in this process and of which nobody knows how, by the place of their
-            notes.
+        unknown_ends: calls that ended in this process with an unknown outcome, by the place of their notes.
         attempt_count: the attempts whose events have an id.
         epoch_ns: turns perf_counter_ns into nanoseconds since the epoch: a step of the wall clock changes no
             order in the run.
@@ -131,7 +130,7 @@ class RunJournal:
         return None
 
     async def wait(self) -> Session:
-        """Return the session. Raises StoreError; then the next call begins anew."""
+        """Return the session. Raises StoreError; then the next call opens it again."""
         assert self._opening is not None
         try:
             # Steps that begin at the same time wait for one opening, which the cancellation of one of them

@@ -124,7 +124,7 @@ def _begin(ctx: ReliabilityContext, session: Session, *, carry: bool) -> Session
 
 
 async def _settle_earlier(ctx: ReliabilityContext) -> None:
-    """Count in the shared budgets what dead processes spent on this run and did not count."""
+    """Count in the shared budgets the usage of dead processes on this run that is not counted yet."""
     from stroma.limits.shared_budget import AttemptPlace, caller_of
 
     session = ctx.session
@@ -254,8 +254,8 @@ def call_end_hooks_now(ctx: ReliabilityContext, result: ExecutionResult) -> None
 async def give_back(ctx: ReliabilityContext, result: ExecutionResult | None) -> asyncio.CancelledError | None:
     """Release the run in the state in which it was opened, since this code cannot continue it.
 
-    No hook of its end is called: only exporters end what they began, with a result. Return the cancellation
-    of the task that came meanwhile.
+    No hook of its end is called; only exporters end their spans, with a result. Return the cancellation of
+    the task that came meanwhile.
     """
     shield, session = Shield(), ctx.session
     pending = session.give_back()
@@ -280,7 +280,7 @@ async def _call_run_hooks(
 ) -> None:
     """Call the hooks of one event of a run, with fresh arguments ``make()``. Raises HookNotAsync.
 
-    ``unread()``: the arguments for sets that read no state. No node is the current one.
+    ``unread()``: the arguments for sets that read no state. There is no current node.
     """
     firing = Firing(ctx.fire, event, calls, None, make, (), unread)
     with _as_current(ctx):
@@ -295,7 +295,7 @@ async def _call_run_hooks(
 
 @contextmanager
 def _as_current(ctx: ReliabilityContext) -> Iterator[None]:
-    """Make this the current run, and no node the current one."""
+    """Make this the current run, without a current node."""
     before, node = RUN.set(ctx), CURRENT.set(None)
     try:
         yield

@@ -54,9 +54,8 @@ async def execute(
 ) -> BaseModel | Halt:
     """Run a node at one position until it is committed or has stopped for good.
 
-    The output is committed when this returns it. Cancellation, KeyboardInterrupt, SystemExit and HookNotAsync
-    come out as exceptions, StoreError if the journal's entry for this position does not fit; all else is a
-    Halt.
+    The output is committed when this returns it. Raises cancellations, KeyboardInterrupt, SystemExit and
+    HookNotAsync, and StoreError if the journal's entry for this position does not fit; all else is a Halt.
     """
     finished = ctx.session.finished
     if finished is not None and (place.position, place.branch) not in ctx.journal.restored:
@@ -228,7 +227,7 @@ async def _without_plan(
 def _count_earlier_attempts(
     ctx: ReliabilityContext, run: RunningNode, node: Node | Group
 ) -> tuple[int, Halt | None]:
-    """Return how many attempts dead processes have made, and the node's end if no other one follows."""
+    """Return how many attempts dead processes made, and the node's end if no further attempt follows."""
     tried = ctx.journal.tried.pop((run.position, run.branch), None) if ctx.journal.tried else None
     if tried is None or tried.node_id != run.node_id:
         return 0, None
@@ -252,7 +251,7 @@ def _count_earlier_attempts(
 
 
 def _recorded_exception(ctx: ReliabilityContext, node: Node | Group, tried: Tried) -> Exception:
-    """Return an exception that stands for that of the last attempt, such as a broken contract."""
+    """Return an exception in place of the last attempt's own, such as a broken contract."""
     contract = None if isinstance(node, Group) else ctx.contract_of(node)
     if tried.rejected is None or contract is None:
         return RunFailed.recorded(tried.message, tried.error_type)
@@ -262,7 +261,7 @@ def _recorded_exception(ctx: ReliabilityContext, node: Node | Group, tried: Trie
 
 
 def _crossed_limit(ctx: ReliabilityContext, run: RunningNode) -> BudgetExceeded | None:
-    """Return the limit that is crossed, the present time of the group around the node included."""
+    """Return the limit that is crossed, including the time of the group around the node so far."""
     exceeded = ctx.cost_tracker.exceeded(ctx.budget, run.node_id)
     limit = ctx.budget.max_latency_ms
     if exceeded is None and limit is not None and run.parent is not None:

@@ -18,7 +18,7 @@ __all__ = ["count_returned", "price"]
 
 
 def count_returned(run: RunningNode, returned: tuple[Any, ...]) -> tuple[Any, UsageError | None]:
-    """Return the output of a tuple and the fault of its usage, which is recorded on the execution."""
+    """Return the output of a tuple, and the error of its usage, which is recorded on the execution."""
     model: Any = None
     produced: Any = 0
     if len(returned) == 2:
@@ -56,7 +56,7 @@ def count_returned(run: RunningNode, returned: tuple[Any, ...]) -> tuple[Any, Us
 async def price(
     ctx: ReliabilityContext, run: RunningNode
 ) -> tuple[asyncio.CancelledError | None, UsageError | None]:
-    """Price the reported usage of the attempt. Return a cancellation meanwhile, and the fault."""
+    """Price the reported usage of the attempt. Return a cancellation meanwhile, and the error."""
     shield = Shield()
     problem = run.misreported
     if problem is not None:

@@ -75,7 +75,7 @@ class Paused(Suspend):
 
 
 class GroupStopped(Exception):
-    """Something inside stopped for good: a child of a group, or a step that the guard of an adapter called.
+    """A child of a group, or a step that the guard of an adapter called, stopped for good.
 
     The execution around it fails with the inner exception and class.
     """
@@ -95,10 +95,8 @@ class Place(NamedTuple):
         cancelling: the running task's count of cancellations when the driver began (0 in a task of its own),
             to tell a new one from a node's stray CancelledError.
         role: its framework_role; is_called: see RunningNode.
-        restores: return the output that is committed there already; otherwise the function is called all the
-            same.
-        settles: find out how the call of an effect ended, and do not call it again: nobody waits for it any
-            more.
+        restores: return the output that is committed there already; otherwise the function is called anyway.
+        settles: find out how the call of an effect ended, and do not call it again: no code waits for it.
     """
 
     position: int = 0

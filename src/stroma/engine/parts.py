@@ -34,7 +34,7 @@ class Account:
         hook_failures: exceptions of hooks; the hooks of the run add to this list. None: no hook can fail.
         suspended: reasons for which nodes of the run are suspended.
         questions: open questions.
-        failed_items: items of maps that failed while the others went on.
+        failed_items: items of maps that failed while the others continued.
         notes: storage of hooks; None until one asks for it.
     """
 
@@ -78,7 +78,7 @@ class Account:
         self.hook_failures.append(failure)
 
     def is_first_warning(self, about: str | tuple[str, str]) -> bool:
-        """Return True the first time that something is to be warned of."""
+        """Return True for the first warning of this kind."""
         if self._warned is None:
             self._warned = set()
         is_first = about not in self._warned
@@ -86,7 +86,7 @@ class Account:
         return is_first
 
     def replace_limits(self, budget: ExecutionBudget) -> None:
-        """Apply another budget. Its limits have warnings of their own at 80 %."""
+        """Apply another budget, with separate warnings at 80 % of its limits."""
         self.limits = limits(budget)
         if self._warned is not None:
             self._warned.difference_update(dimension for dimension, _ in self.limits)
@@ -106,11 +106,11 @@ T = TypeVar("T")
 
 @final
 class Stopping:
-    """Requests to a run that is under way: to stop, to pause, to cancel.
+    """Requests to a run in progress: stop, pause, cancel.
 
     Attributes:
         is_asked: no further node is to begin.
-        is_cancelled: cancelled from elsewhere: nothing is tried again.
+        is_cancelled: cancelled from elsewhere: nothing is retried.
         holds: no further attempt is to begin: the run is paused, or is being cancelled. Set in any thread.
         is_paused: the run is paused.
         interrupt: ends the run once a shutdown has asked that nothing new is begun; None before.
@@ -223,8 +223,8 @@ class PlainSteps:
         at_exit: ends the run there; None before it is opened.
         status: outcome of the last step.
         failure: failure of the last step.
-        fenced: the failure of a step that found that another process owns the run, or has ended it; no other
-            step is called.
+        fenced: the failure of a step because another process owns the run, or has ended it; no other step is
+            called.
     """
 
     __slots__ = (

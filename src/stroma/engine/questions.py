@@ -35,9 +35,9 @@ _cause, _context, _hides_context, _members = (
 
 
 def find_question(error: BaseException, run: RunningNode) -> Suspend | None:
-    """Return the question that an exception is, or is raised from: frameworks wrap exceptions of steps.
+    """Return the question that an exception is, or was raised from: frameworks wrap exceptions of steps.
 
-    In an exception group all members have to be questions: otherwise something else has failed.
+    In an exception group all members must be questions; otherwise something else has failed.
     """
     cause: BaseException | None = error
     for _ in range(_MAX_CAUSES if run.children or run.ctx.stopping.is_paused else 1):

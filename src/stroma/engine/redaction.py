@@ -31,7 +31,7 @@ _PLAIN_LEAVES: Final = frozenset({str, int, float, bool, type(None)})
 
 
 def notes_of_error(error: BaseException) -> dict[str, Any]:
-    """Return what exporters have noted of an exception; a redacted copy of it has the same notes."""
+    """Return the notes of exporters on an exception; a redacted copy of it has the same notes."""
     notes: dict[str, Any] = error.__dict__.setdefault("_stroma_notes", {})
     return notes
 
@@ -152,7 +152,7 @@ class Redactor:
         return one_line(typed(kind_of(failure.exception), self.failure_message(failure.message, row)))
 
     def redact_error(self, error: BaseException) -> BaseException:
-        """Return an exception as hooks may see it: a violation carries the state that broke the contract."""
+        """Return an exception as hooks may see it: a violation has the state that broke the contract."""
         if self._redact is None or not isinstance_by_type(error, ContractViolation):
             return error
         try:
@@ -212,7 +212,7 @@ class UnreadState(dict[str, Any]):
     Attributes:
         model: the state itself, which nobody may change; only while the hook runs.
         schema: of that model.
-        shapes: what an exporter has written of the types and sizes of its fields, for the others.
+        shapes: types and sizes of its fields as one exporter wrote them, for the others.
     """
 
     __slots__ = ("_has_noted", "_redactor", "_shown", "model", "schema", "shapes")
@@ -236,7 +236,7 @@ class UnreadState(dict[str, Any]):
         return self._shown
 
     def note_secrets(self) -> None:
-        """Remember the secrets in the state, to mask them in what is sent of the run; done once."""
+        """Remember the secrets in the state, once, to mask them in exported data of the run."""
         if not self._has_noted:
             self._has_noted = True
             self._redactor.note_secrets(self.model)

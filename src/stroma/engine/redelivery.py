@@ -23,7 +23,7 @@ __all__ = ["redeliver"]
 
 
 async def redeliver(ctx: ReliabilityContext, nodes: Sequence[Node | Group]) -> None:
-    """Call the end hooks that earlier processes owe, oldest first; they add nothing to trace and totals."""
+    """Call the pending end hooks of earlier processes, oldest first; they add nothing to trace and totals."""
     identities = {position: identity for identity, position in ctx.session.places.items()}
     for row in ctx.session.undelivered:
         node, group = (None, None) if is_called(row.branch) else node_at(nodes, row.position, row.branch)

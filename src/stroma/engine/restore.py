@@ -90,7 +90,7 @@ async def restore(
 
 
 def _failed_items(ctx: ReliabilityContext, position: int, branch: str) -> int:
-    """Return how many items failed of a group that is restored, those of maps inside it too."""
+    """Return how many items of a restored group failed, including maps inside it."""
     inside = f"{branch}." if branch else ""
     return sum(
         failed

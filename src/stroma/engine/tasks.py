@@ -128,7 +128,7 @@ def give_up(task: asyncio.Task[Any]) -> None:
 
 
 def is_given_up(cancelled: asyncio.CancelledError) -> bool:
-    """Return True if a task was given up, so that it gives up those that it has started."""
+    """Return True if a task was given up; then it gives up the tasks that it has started."""
     return cancelled.args == (_GIVEN_UP,)
 
 
@@ -192,7 +192,7 @@ async def in_thread(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 async def call_in_thread(
     func: Callable[..., Any], args: tuple[Any, ...], abandoned: Callable[[], None]
 ) -> Any:
-    """Call in a thread, and await in this task what an awaitable that it returns comes to.
+    """Call in a thread; if it returns an awaitable, await that in this task.
 
     ``abandoned`` is called if the caller is cancelled while the thread runs: a thread cannot be stopped.
     """
@@ -218,8 +218,8 @@ async def call_in_thread(
 def passes_through(error: BaseException, cancelling: int, *, in_group: bool) -> bool:
     """Return True if the exception must propagate instead of being recorded as a failure of the node.
 
-    Every BaseException that is not an Exception must, but for a CancelledError while nobody cancels the
-    task of the node.
+    Every BaseException that is not an Exception must, except a CancelledError while the task of the node is
+    not being cancelled.
     """
     kind = type(error)  # isinstance would ask the object for its __class__, which may raise.
     if issubclass(kind, Exception):
@@ -237,7 +237,7 @@ class Shield:
 
     Attributes:
         cancellation: the first exception by which the task was cancelled meanwhile; None if it was not. Code
-            around the run knows it by its arguments, so no other one may come out in its place.
+            around the run recognises it by its arguments, so this exception itself must be raised.
     """
 
     __slots__ = ("cancellation",)
@@ -248,8 +248,8 @@ class Shield:
     async def finish(self, work: Awaitable[Any]) -> Exception | None:
         """Await to the end, and return the exception of the work.
 
-        A task that is cancelled does not wait for ever: work that has not ended after LAST_SECONDS is
-        cancelled, and a StoreError returned.
+        A cancelled task waits for LAST_SECONDS at most: then the work is cancelled, and a StoreError
+        returned.
         """
         loop = asyncio.get_running_loop()
         future = _as_future(work, loop)

@@ -582,10 +582,11 @@ class StromaRunner(Generic[DepsT]):
         """Continue the runs of these flows and pipelines that are due, until :meth:`shutdown`.
 
         Due are submitted runs, runs whose process died or shut down, suspended runs whose sleep or timeout is
-        over, and those whose answer has come. Any number of processes may serve one store: each run is continued by one of
-        them, at most ``max_concurrency`` at once in this one. The store is asked every ``poll_seconds``,
-        varied by half of it. ``on_result`` is called with the id and the outcome of each run; ``health`` says
-        meanwhile how the call is doing. A run that cannot be resumed is logged and tried again later.
+        over, and runs with a new answer. Any number of processes may serve one store: each run is continued
+        by one of them, at most ``max_concurrency`` at once in this one. The store is queried every
+        ``poll_seconds``, varied by half of it. ``on_result`` is called with the id and the outcome of each
+        run; ``health`` has the condition of the worker. A run that cannot be resumed is logged and tried
+        again later.
         Cancelling the call ends its runs as INTERRUPTED.
 
         Raises ValueError for two pipelines of one name, for invalid numbers and for a config with ids of

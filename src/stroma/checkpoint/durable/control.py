@@ -1,7 +1,7 @@
 """Requests about a run from any process: cancel, pause, change the budget.
 
-A request is stored as an annotation of its own, so that none overwrites another. The owner, or whoever opens
-the run next, moves it to those that hold: a request that is no longer pending was read.
+Each request is a separate annotation, so that none overwrites another. The owner, or the process that opens
+the run next, applies it: a request that is no longer pending was read.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def read_control(records: RunRecords) -> RunControl:
 
 
 def accept_requests(records: RunRecords) -> RunControl | None:
-    """Make the requests that nobody has read hold. Return all that hold; None if none was pending.
+    """Apply the pending requests. Return all that apply; None if none was pending.
 
     Raises CorruptCheckpoint.
     """

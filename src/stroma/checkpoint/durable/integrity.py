@@ -128,12 +128,15 @@ def checksum(data: Any) -> Any:
 
 
 def seal(position: int, branch: str, node_id: str, step: Step) -> Step:
-    """Return a step with the checksum of all that is stored with it, and of its place."""
+    """Return a step with a checksum of its stored data and its place."""
     return step._replace(sha256=_checksum_of(StepRow(position, branch, node_id, step)))
 
 
 def is_intact(row: StepRow) -> bool:
-    """Return True if a row is what was stored. Its values may have any type if the store was damaged."""
+    """Return True if a row is unchanged since it was stored.
+
+    Its values may have any type if the store was damaged.
+    """
     try:
         return _checksum_of(row) == row.step.sha256
     except (TypeError, ValueError):  # A value has a type that no store writes.
@@ -153,13 +156,13 @@ def _checksum_of(row: StepRow) -> bytes:
 
 
 def verify_input(data: Any, sha256: Any, run_id: str) -> None:
-    """Raise CorruptCheckpoint if an input is not what was stored."""
+    """Raise CorruptCheckpoint if an input is not the one that was stored."""
     if not isinstance(data, bytes | UnencodedState) or checksum(data) != sha256:
         raise CorruptCheckpoint(f"the input of run {run_id!r} is damaged; start a new run with its input")
 
 
 def verify_step(step: Step, run_id: str, position: int, node_id: str, branch: str = "") -> None:
-    """Raise CorruptCheckpoint, which says how to recompute it, if an output is not what was committed."""
+    """Raise CorruptCheckpoint, with the way to recompute it, if an output is not the committed one."""
     if is_intact(StepRow(position, branch, node_id, step)):
         return
     if position == Annotation.SAVED:

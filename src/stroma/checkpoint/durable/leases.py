@@ -23,7 +23,7 @@ _IDLE_SECONDS: Final = 10.0  # The thread ends so long after the last run.
 
 
 class LeaseRenewer:
-    """Renews the leases of the runs of this process from a thread, so that a blocked event loop loses none.
+    """Renews the leases of the runs of this process in a thread, so that a blocked event loop loses none.
 
     It also looks for requests, and calls the listeners of the store. A stopped process renews nothing, and
     leases of collected sessions are not renewed.

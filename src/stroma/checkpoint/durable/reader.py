@@ -305,7 +305,7 @@ class ReadableStore(ABC):
         return self._read_records(run_id, query, [])
 
     def attribution(self, run_id: str) -> dict[str, str]:
-        """Return what a run belongs to, by kind, such as "user" or "target"; {} if unknown.
+        """Return the ids that a run belongs to, by kind, such as "user" or "target"; {} if unknown.
 
         Raises CorruptCheckpoint, StoreError.
         """
@@ -356,7 +356,7 @@ class ReadableStore(ABC):
         return self._read_records(run_id, query, {})
 
     def control(self, run_id: str) -> RunControl:
-        """Return the requests about a run that hold, read by its owner or not. Raises StoreError."""
+        """Return the requests that apply to a run, read by its owner or not. Raises StoreError."""
         return self._read_records(run_id, read_control, NO_CONTROL)
 
     def traceparents(self, run_ids: Sequence[str]) -> dict[str, str]:

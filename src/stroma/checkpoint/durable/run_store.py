@@ -1,4 +1,4 @@
-"""Base class of all stores with a journal: what can be done with runs, whatever keeps their rows."""
+"""Base class of all stores with a journal: the operations on runs."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Collected(NamedTuple):
 
 
 class RunStore(ReadableStore):
-    """A store of runs. What differs between stores is where the rows are, and who performs the operations."""
+    """A store of runs. Stores differ in the place of the rows, and in the thread that performs operations."""
 
     @abstractmethod
     def _submit(self, operation: Operation) -> Awaitable[Any]:
@@ -133,7 +133,10 @@ class RunStore(ReadableStore):
         return is_new
 
     async def attribute(self, run_id: str, ids: Mapping[str, str]) -> None:
-        """Store what a run belongs to, by kind, such as "target", without a session. Raises StoreError."""
+        """Store the ids that a run belongs to, by kind, such as "target", without a session.
+
+        Raises StoreError.
+        """
 
         def write(rows: Rows) -> None:
             for kind, value in ids.items():
@@ -228,7 +231,7 @@ class RunStore(ReadableStore):
     async def pause(self, run_id: str) -> bool:
         """Ask the owner of a run to begin no further attempt; one without an owner is SUSPENDED at once.
 
-        It stays so until somebody resumes it. Returns False if the run had ended. Raises CheckpointNotFound,
+        It stays so until it is resumed. Returns False if the run had ended. Raises CheckpointNotFound,
         StoreError.
         """
         new = str(new_owner(self, ends=False))
@@ -245,7 +248,7 @@ class RunStore(ReadableStore):
         return await self._request(run_id, do)
 
     async def unpause(self, run_id: str) -> bool:
-        """Take a pause back: the run is due, so that a worker continues it.
+        """End a pause: the run is due, so that a worker continues it.
 
         Returns False if it was not paused, or has ended. Raises CheckpointNotFound, StoreError.
         """
@@ -262,7 +265,7 @@ class RunStore(ReadableStore):
         return await self._request(run_id, do)
 
     async def reopen(self, run_id: str) -> bool:
-        """Make a run due that stopped, failed or was cancelled. Takes a pause and a cancellation back.
+        """Make a run due that stopped, failed or was cancelled. Undoes a pause and a cancellation.
 
         Returns False if it is complete, or has an owner. Raises CheckpointNotFound, StoreError.
         """
@@ -285,9 +288,9 @@ class RunStore(ReadableStore):
     async def set_budget(self, run_id: str, limits: Mapping[str, float]) -> bool:
         """Change limits of a run, by field of ExecutionBudget; one that waits for it is due at once.
 
-        They hold in the present execution, also for those who resume it. An owner that did not renew its
-        lease loses the run, since it might begin an attempt before it reads them. Returns False if the run is
-        complete. Raises CheckpointNotFound, StoreError.
+        They apply to the current execution, in every process. An owner that did not renew its lease loses the
+        run, since it might start an attempt before it reads them. Returns False if the run is complete.
+        Raises CheckpointNotFound, StoreError.
         """
 
         def do(records: RunRecords, run: RunRow) -> bool:
@@ -473,9 +476,10 @@ def _records_end(run: RunRow) -> bool:
 
 
 def _fence_off(rows: Rows, run: RunRow, owner: str) -> Fence:
-    """Return the fence for the end of a run without an owner. A process that only lost its lease loses it.
+    """Return the fence for the end of a run without an owner.
 
-    Plain code whose session records no end keeps it: it has no lease to lose, and what it calls is stored.
+    A process that only lost its lease loses the run too. Plain code whose session records no end keeps it: it
+    has no lease, and its outputs are stored.
     """
     if _records_end(run):
         return rows.replace_owner(run, owner)

@@ -381,7 +381,7 @@ class DurableSession(Session):
         return self._submit_commit(Commit(self.run_id, self.fence, attempt, None), waiting)
 
     def read_requests(self, rows: Rows) -> None:
-        """Make the requests about the run hold; the owner knows them before they are acknowledged."""
+        """Apply the requests about the run; the owner knows them before they are acknowledged."""
         notify, run = self.on_control, rows.find(self.run_id, lock=True)
         if notify is None or run is None or (run.epoch, run.owner) != (self.fence.epoch, self.fence.owner):
             return

@@ -152,7 +152,7 @@ class RunOpener:
             self._load_annotations(records, read)
 
     def _read_annotations(self, rows: Rows, run: RunRow, *, is_returned: bool) -> _Reader:
-        """Return what finds annotations of a kind: all are read at once, and checked when they are used."""
+        """Return a function that finds annotations of a kind: all are read at once, and checked on use."""
         kinds = [Annotation.ATTRIBUTION, Annotation.TRACE, Annotation.WAITING, Annotation.NOTE]
         if not is_returned:
             kinds += KINDS
@@ -185,7 +185,7 @@ class RunOpener:
     def _recover(self, records: RunRecords, run: RunRow) -> None:
         """Continue the execution, or end it if its process died too often.
 
-        A death is a run with status RUNNING whose owner is gone, if that owner would have recorded its end.
+        A death is a run with status RUNNING whose owner has died, if that owner records its end.
         It is counted when the run is taken over, so that it costs no write before. Consecutive deaths share
         one annotation: their number, the epoch of the first one (contract), and the epoch of the session that
         counted last (schema_ref).
@@ -237,7 +237,7 @@ class RunOpener:
     def _claim_to_end(self, records: RunRecords, run: RunRow, finished: Finished) -> None:
         """Take the execution over only to end it: in Session.end(), or now if the caller will not call that.
 
-        The claim fences off an owner that is only late.
+        The claim fences off an owner that is only slow.
         """
         opened = self._opened
         opened.fence = records.rows.take_over(run, self._opening._replace(discard_from=None))
@@ -305,7 +305,7 @@ def has_same_input(
     opening: Opening,
     plain_input: Stored,
 ) -> bool:
-    """Return True if the input is that of the last execution, or if there is nothing to compare it with."""
+    """Return True if the input equals the input of the last execution, or if none is recorded."""
     # A run without its input is damaged, which is reported unless the run begins anew.
     if stored is None or stored[2] == opening.sha256:
         return True
@@ -324,7 +324,7 @@ def has_same_input(
 
 
 def release_run(records: RunRecords, session: Any) -> None:
-    """Undo a claim: the run stands as it did; as INTERRUPTED if it was begun, or ran. Raises Fenced."""
+    """Undo a claim: the run is as before, or INTERRUPTED if it had started. Raises Fenced."""
     fence, before, rows = session.fence, session.before, records.rows
     if session.finished is not None:  # It was claimed only to be ended.
         finish_execution(records, fence, RunEnd(session.finished.status, session.finished.error))

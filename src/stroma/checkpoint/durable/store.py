@@ -108,7 +108,7 @@ class DurableStore(RunStore):
         return session
 
     async def _claim(self, session: DurableSession, claim: Transaction) -> None:
-        """See the claim of a run through; if the task is cancelled meanwhile, release the run."""
+        """Finish the claim of a run; if the task is cancelled meanwhile, release the run."""
         release = Transaction(session.run_id, session.release)
         claimed = self._submit(claim)
         try:

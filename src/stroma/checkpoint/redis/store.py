@@ -156,7 +156,7 @@ class SyncRedisStore(_RedisJournal):
 
     @staticmethod
     def _wait(call: Coroutine[Any, Any, T]) -> T:
-        """Run a call in a thread of its own: this one may have an event loop that is running."""
+        """Run a call in a separate thread: this one may have a running event loop."""
         with ThreadPoolExecutor(1, "stroma-redis-calls") as thread:
             return thread.submit(asyncio.run, call).result()
 

@@ -1,8 +1,8 @@
 """Forks of a process with open SQLite connections.
 
-SQLite's locks are those of the process, and its book of them is in memory: a child that inherits it waits for
-locks that nobody holds, or trusts in locks that it does not have. So no connection is open, and none is in
-use, while a process forks.
+SQLite's locks belong to the process, and its table of locks is in memory: a child that inherits it waits for
+locks that no process holds, or relies on locks that it does not have. So no connection is open, and none is
+in use, while a process forks.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ class SQLiteStore(AsyncStates):
 
 
 def _require_directory(path: str) -> None:
-    """Raise StoreError without the directory of a file: the first write would, once a node is paid for."""
+    """Raise StoreError if the directory of a file is missing."""
     directory = os.path.dirname(path)
     try:
         is_missing = not stat.S_ISDIR(os.stat(directory).st_mode)
