@@ -138,14 +138,17 @@ def test_what_waits_for_nothing(desk, inside, fails):
     inside("run", "desk.py:pipeline", '{"n": 1}', "--run-id", "x")
     yes = '{"approved": true}'
     inside("approve", "x", "desk.py:pipeline", yes)
-    fails(inside("approve", "x", "desk.py:pipeline", yes), 4, "is answered already", "stroma resume x")
+    done = inside("approve", "x", "desk.py:pipeline", '{"by": "nobody", "approved": true}')
+    assert (done.code, "node 'ask' (at 1) of run x is answered so already" in done.err) == (0, True)
+    no = inside("approve", "x", "desk.py:pipeline", '{"approved": false}')
+    present = """answered already, with {"approved": true, "by": "nobody"}; an accepted answer stays"""
+    fails(no, 4, "node 'ask' (at 1)", present, "stroma show x")
     inside("resume", "x", "desk.py:pipeline")
-    fails(
-        inside("approve", "x", "desk.py:pipeline", yes),
-        4,
-        "is not waiting for an answer: it is RESUMED",
-        "stroma show x",
-    )
+    done = inside("approve", "x", "desk.py:pipeline", yes)
+    assert (done.code, "is answered so already; the run is RESUMED" in done.err) == (0, True)
+    inside("run", "sums.py:pipeline", '{"start": 1}', "--run-id", "y")
+    is_done = "is not waiting for an answer: it is COMPLETED"
+    fails(inside("approve", "y", "desk.py:pipeline", yes), 4, is_done, "stroma show y")
 
 
 @pytest.mark.slow

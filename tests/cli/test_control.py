@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import re
+import signal
 
 import pytest
 from tests.cli.test_operations import GOOD, at_work
@@ -65,8 +67,7 @@ def test_a_pause_is_taken_back(stroma, inside, fails):
     assert inside("pause", "x").err.startswith("run x is SUSPENDED, paused")
     done = inside("resume", "x")
     assert done.code == 0
-    assert "run x is not paused any more; a worker that serves pipeline 'sums' continues it" in done.err
-    fails(inside("resume", "x"), 2, "pass the path of that pipeline")
+    assert "run x is due: a worker that serves pipeline 'sums' continues it" in done.err
     assert inside("pause", "x").code == 0
     done = inside("resume", "x", "sums.py:pipeline", "-q")
     assert done.code == 0, done.err
@@ -103,3 +104,32 @@ def test_a_limit_of_resume_precedes_an_earlier_one(stroma, inside, ran):
     assert inside("resume", "x", "waits.py:pipeline", "-q").code == 7
     done = inside("resume", "x", "waits.py:pipeline", "-q", "--budget-tokens", "100000")
     assert done.code == 0, done.err
+
+
+@pytest.mark.slow
+def test_stopped_runs_are_handed_to_workers(stroma, inside, fails, ran):
+    """``resume`` without a pipeline makes a run due that failed, gave up or was cancelled."""
+    for run_id, status in (("f", "FAILED"), ("p", "PARTIAL"), ("c", "CANCELLED")):
+        second = {"FAILED": "raise NotImplementedError", "PARTIAL": "raise TimeoutError"}.get(status)
+        if second is not None:
+            ran(run_id, code=1, SECOND=second)
+        else:
+            with at_work(stroma, {"SECOND_AWAITS": "asyncio.sleep(60)"}, "--run-id", run_id) as process:
+                assert inside("cancel", run_id).code == 0
+                process.communicate(timeout=30)
+        assert json.loads(inside("show", run_id, "--json").out)["run"]["status"] == status
+        fails(inside("resume", run_id, "--force"), 2, "pass FILE_OR_MODULE:NAME")
+        done = inside("resume", run_id)
+        assert done.code == 0
+        assert f"run {run_id} is due: a worker that serves pipeline 'sums' continues it" in done.err
+        assert f"or continue it here: stroma resume {run_id} sums.py:pipeline" in done.err
+    worker = stroma.popen("worker", "sums.py:pipeline", "--poll", "0.05")
+    ended = set()
+    for line in worker.stderr:
+        ended |= set(re.findall(r"run (\w): (?:COMPLETED|RESUMED)", line))
+        if len(ended) == 3:
+            break
+    worker.send_signal(signal.SIGTERM)
+    worker.communicate(timeout=30)
+    assert ended == {"f", "p", "c"}
+    fails(inside("resume", "f"), 2, "has ended: it is ", "stroma show f")

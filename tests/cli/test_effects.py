@@ -84,11 +84,15 @@ def test_an_effect_that_happened(shop, inside, fails):
     assert (shop.home / "charges").read_text() == "charge "
 
 
-def test_an_effect_that_did_not_happen(shop, inside, ran):
+def test_an_effect_that_did_not_happen(shop, inside, ran, fails):
     """approve --not-done has the effect called again."""
     ran("x", target="shop.py:pipeline", given='{"n": 1}', code=7)
     shop.file("well", "")
-    assert inside("approve", "x", "shop.py:pipeline", "--not-done", "--question", "0:1").code == 0
+    for words in (["is answered;"], ["is answered so already;"]):
+        done = inside("approve", "x", "shop.py:pipeline", "--not-done", "--question", "0:1")
+        assert (done.code, all(word in done.err for word in words)) == (0, True), done
+    other = ("approve", "x", "shop.py:pipeline", "--done", '{"number": 1}', "--question", "0:1")
+    fails(inside(*other), 4, "is answered already, with --not-done")
     done = inside("resume", "x", "shop.py:pipeline", "-q")
     assert (done.code, json.loads(done.out)) == (0, {"number": 1})
     assert (shop.home / "charges").read_text() == "charge charge "

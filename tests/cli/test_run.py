@@ -222,7 +222,7 @@ def test_resume_says_what_it_cannot(stroma, inside, fails):
     """Resuming names what is missing: the target (never imported from the store), the run, the pipeline that
     fits."""
     inside("run", "sums.py:pipeline", GOOD, "--run-id", "x")
-    fails(inside("resume", "x"), 2, "a run of the pipeline 'sums'", "stroma resume x sums.py:pipeline")
+    fails(inside("resume", "x"), 2, "run x has ended: it is COMPLETED", "stroma show x")
     fails(inside("resume", "z", "sums.py:pipeline"), 4, "no run whose id begins with 'z'")
     stroma.file(
         "other.py",

@@ -11,6 +11,7 @@ import urllib.request
 from datetime import datetime, timedelta
 
 import pytest
+from tests.cli.conftest import GOOD
 from tests.cli.test_worker import FLOW
 
 DB = ("--db", "runs.db")
@@ -132,3 +133,21 @@ def test_a_signal_yields(stroma):
     assert "was interrupted at a step boundary" in err
     assert stroma("drive", "r", "sums.py:pipeline", *DB).code == 0
     assert stroma.calls() == ["first", "second", "third"]
+
+
+@pytest.mark.parametrize(("store", "warned"), [("own.db", True), ("here.db", False), ("memory://", False)])
+def test_another_store_in_the_file_is_named(stroma, inside, store, warned):
+    """A command warns if the runner in FILE has another durable store than the command."""
+    stroma.file(
+        "own.py",
+        f"""
+        from sums import *
+        runner = StromaRunner.quick(store={store!r})
+        pipeline = Pipeline("sums", [first, second, third])
+        """,
+    )
+    for command in (["run", "-q"], ["submit"]):
+        done = inside(command[0], "own.py:pipeline", GOOD, *command[1:], "--db", "here.db")
+        assert done.code == 0
+        text = f"warning: 'runner' in own has the store sqlite:{stroma.home / 'own.db'}, and this command"
+        assert (text in " ".join(done.err.split())) == warned, done

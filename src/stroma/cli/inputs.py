@@ -15,13 +15,13 @@ from stroma._utils.text import clean, pluralize
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.errors import Code, Problem, command, describe_error
 from stroma.cli.stores import Database
+from stroma.contracts.examples import NoExampleError, example_for
 from stroma.contracts.node import Group, Node, find_node
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.runner.pipeline import Pipeline
 
 __all__ = [
-    "example",
     "find_position",
     "input_model",
     "parse_as",
@@ -98,11 +98,10 @@ def parse_as(
         return _validate(model, text)
     except Exception as error:
         lines, wrong = _errors(error)
-        fits = clean(json.dumps(example(model, value, wrong), ensure_ascii=False), 400)
         raise Problem(
             f"{source} does not fit {requirement} ({pluralize(len(lines), 'error')})",
             *lines,
-            f"for example: {retry_command(fits)}",
+            *_example_hint(model, value, wrong, retry_command),
         ) from None
 
 
@@ -232,10 +231,8 @@ def _misfit(
         if node_id
         else f"{source} is no JSON object"
     )
-    fits = clean(json.dumps(example(model, value, wrong), ensure_ascii=False), 400)
-    return Problem(
-        f"{what} ({pluralize(len(lines), 'error')})", *lines, f"for example: {command('run', target, fits)}"
-    )
+    hint = _example_hint(model, value, wrong, lambda fits: command("run", target, fits))
+    return Problem(f"{what} ({pluralize(len(lines), 'error')})", *lines, *hint)
 
 
 def _errors(error: Exception) -> tuple[list[str], set[Any]]:
@@ -253,21 +250,29 @@ def _error_line(path: str, message: str) -> str:
     return clean(f"{path}: {message}" if path else message)
 
 
-_PLACEHOLDERS: dict[Any, Any] = {str: "...", int: 0, float: 0.0, bool: False, list: [], dict: {}}
+def _corrected(model: type[BaseModel], value: Any, wrong: Collection[Any]) -> Any:
+    """Return ``value`` with an example of each field that is missing or wrong. Raises NoExampleError."""
+    example = example_for(model)
+    if not (isinstance(value, dict) and isinstance(example, dict)):
+        return example
+    corrected = {name: one for name, one in value.items() if name not in wrong}
+    missing = {name: one for name, one in example.items() if name not in corrected}
+    try:
+        schema_of(model).validator.validate_python(corrected | missing, by_alias=True, by_name=True)
+    except Exception:  # A validator may raise any exception.
+        return example
+    return corrected | missing
 
 
-def example(model: type[BaseModel], value: Any = None, wrong: Collection[Any] = ()) -> Any:
-    """Return ``value`` with a placeholder for each field that is missing or wrong."""
-    if model.__pydantic_root_model__:
-        return "..."
-    data: dict[str, Any] = dict(value) if isinstance(value, dict) else {}
-    for name, info in model.model_fields.items():
-        alias = info.validation_alias if isinstance(info.validation_alias, str) else name
-        missing = info.is_required() and alias not in data and name not in data
-        if missing or name in wrong or alias in wrong:
-            kind = getattr(info.annotation, "__origin__", info.annotation)
-            data[name if name in data else alias] = _PLACEHOLDERS.get(kind, "...")
-    return data
+def _example_hint(
+    model: type[BaseModel], value: Any, wrong: Collection[Any], retry_command: Callable[[str], str]
+) -> list[str]:
+    """Return the line with a command whose argument fits; [] if none is known."""
+    try:
+        fits = clean(json.dumps(_corrected(model, value, wrong), ensure_ascii=False), 400)
+    except NoExampleError:
+        return []
+    return [f"for example: {retry_command(fits)}"]
 
 
 def stored_input(database: Database, record: RunRecord, pipeline: Pipeline, target: str) -> BaseModel:

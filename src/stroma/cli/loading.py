@@ -16,6 +16,8 @@ from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 from stroma.cli.errors import Code, Problem, describe_error, last_frame
+from stroma.cli.output import err
+from stroma.cli.stores import Database
 from stroma.contracts.node import find_node
 from stroma.engine.execution import current_run
 from stroma.hooks.sets import NodeHooks
@@ -28,19 +30,36 @@ T = TypeVar("T")
 _FORM = "name a pipeline as FILE.py:NAME or package.module:NAME"
 
 
-def load_pipeline(target: str) -> Pipeline:
-    """Import a module, with its output on stderr, and return its pipeline with settings. Raises Problem."""
-    return load_with_module(target)[0]
+def load_pipeline(target: str, database: Database | None = None) -> Pipeline:
+    """Import a module, with its output on stderr, and return its pipeline with settings. Raises Problem.
+
+    ``database``: the store of the command; a warning names a runner of the module that has another one.
+    """
+    return load_with_module(target, database)[0]
 
 
-def load_with_module(target: str) -> tuple[Pipeline, ModuleType]:
+def load_with_module(target: str, database: Database | None = None) -> tuple[Pipeline, ModuleType]:
     """Return the pipeline and its module, as :func:`load_pipeline` does. Raises Problem."""
     loaded = load_object(target)
     pipeline = loaded.to_pipeline()
+    if database is not None:
+        _warn_of_other_stores(loaded.module, database)
     try:
         return with_settings_of(loaded.module, pipeline), loaded.module
     except LookupError as error:
         raise Problem(*str(error).split("; ", 1)) from None
+
+
+def _warn_of_other_stores(module: ModuleType, database: Database) -> None:
+    for name, value in vars(module).items():
+        if isinstance(value, StromaRunner):
+            other = database.describe_other(value.checkpoint_manager.store)
+            if other is not None:
+                err.line(
+                    ("warning: ", "yellow"),
+                    f"{name!r} in {module.__name__} has the store {other}, and this command uses "
+                    f"{database.name}; to use that one, pass --db",
+                )
 
 
 def note_target(target: str) -> NodeHooks:

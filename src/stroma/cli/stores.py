@@ -17,6 +17,7 @@ import click
 
 from stroma._utils.text import clean
 from stroma.checkpoint.durable.states import AsyncStates
+from stroma.checkpoint.durable.store import DurableStore
 from stroma.checkpoint.errors import CheckpointNotFound, PipelineChanged, RunExists, StoreError
 from stroma.checkpoint.memory.store import AsyncInMemoryStore
 from stroma.checkpoint.records import RunRecord
@@ -202,6 +203,13 @@ class Database:
                 "name a durable store: --db PATH_OR_URL",
             )
         return self.store
+
+    def describe_other(self, store: object) -> str | None:
+        """Return the address of a durable store of a program if it is not this one; else None."""
+        address = getattr(store, "address", None)
+        if not isinstance(store, DurableStore) or address == getattr(self.store, "address", None):
+            return None
+        return clean(str(address), 200)
 
     async def close(self) -> None:
         """Flush queued writes and disconnect."""

@@ -13,8 +13,8 @@ from stroma._utils.text import clean
 from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.manager import resolve_schema
 from stroma.cli.formatting import id_word
-from stroma.cli.inputs import example
 from stroma.cli.stores import Database
+from stroma.contracts.examples import NoExampleError, example_of
 
 __all__ = [
     "answer_type",
@@ -119,14 +119,22 @@ def waiting_hints(
     return answers + message_hint(db, run_id, reason)
 
 
+def _example_answer(one: Waiting) -> str:
+    """Return an answer that the schema of a question allows, as JSON; ANSWER if none is known."""
+    schema = one.answer_schema()
+    try:
+        return "ANSWER" if schema is None else json.dumps(example_of(schema), ensure_ascii=False)
+    except NoExampleError:
+        return "ANSWER"
+
+
 def approve_hint(
     db: Database, run_id: str, target: str, waiting: Sequence[Waiting], *, limit: int = 5
 ) -> list[str]:
     """Return one command per question that answers it."""
     lines = []
     for one in waiting[:limit]:
-        model = find_schema(one) if one.schema_ref else None
-        answer = "ANSWER" if model is None else json.dumps(example(model), ensure_ascii=False)
+        answer = _example_answer(one)
         options = ("--question", one.id)
         if one.effect is None:
             lines.append(db.hint("approve", id_word(run_id), target, answer, options=options))

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from typing import Any, Final, Literal, NamedTuple
 
 from stroma._utils.text import clean
+from stroma.contracts.examples import NoExampleError, example_of
 
-__all__ = ["PREFIX", "AnswerField", "FieldError", "example_of", "fields_of", "parse_fields"]
+__all__ = ["PREFIX", "AnswerField", "FieldError", "example_text", "fields_of", "parse_fields"]
 
 #: Beginning of the names of these fields in a form.
 PREFIX: Final = "field:"
@@ -90,14 +91,12 @@ def parse_fields(fields: list[AnswerField], form: Mapping[str, str]) -> tuple[An
     return (answer.get("") if is_value else answer), errors
 
 
-def example_of(fields: list[AnswerField]) -> Any:
-    """Return the beginning of an answer: an object with the properties that are required."""
-    examples = {
-        field.name: _EXAMPLES.get(field.choices[0][0] if field.choices else field.input)
-        for field in fields
-        if field.is_required
-    }
-    return examples.get("") if [field.name for field in fields] == [""] else examples
+def example_text(schema: Mapping[str, Any] | None) -> str:
+    """Return the beginning of an answer as JSON: a value that the schema allows; "" if none is known."""
+    try:
+        return "true" if schema is None else json.dumps(example_of(schema))
+    except NoExampleError:
+        return ""
 
 
 def _empty(field: AnswerField) -> Any:
@@ -131,8 +130,6 @@ def _parse(field: AnswerField, text: str) -> Any:
 
 
 _NAMES: Final = {"integer": "whole number", "number": "number"}
-#: By the input, and for booleans by the first choice.
-_EXAMPLES: Final[dict[str, Any]] = {"text": "", "integer": 0, "number": 0, "lines": [], "true": True}
 
 
 def _field(

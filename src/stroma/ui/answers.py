@@ -18,7 +18,7 @@ from stroma.checkpoint.records import RunRecord
 from stroma.contracts.effects import NotDone
 from stroma.runner.stored_runs import match_answer
 from stroma.ui.actions import Actions, can_resume, identity_of, read_json, to_run
-from stroma.ui.answer_fields import AnswerField, FieldError, example_of, fields_of, parse_fields
+from stroma.ui.answer_fields import AnswerField, FieldError, example_text, fields_of, parse_fields
 from stroma.ui.rendering import Renderer
 
 __all__ = ["AnswerForm", "Answers"]
@@ -44,8 +44,7 @@ class AnswerForm:
         self.fields: list[AnswerField] = fields_of(question.answer_schema())
         self.errors = errors or []
         self.values = form or {f"field:{field.name}": field.value for field in self.fields}
-        example = example_of(self.fields) if question.schema_ref else True
-        self.text = json.dumps(example) if form is None or "answer" not in form else form["answer"]
+        self.text = example_text(question.answer_schema()) if form is None else form.get("answer", "")
 
     def errors_of(self, name: str) -> list[str]:
         """Return what is wrong with a field."""

@@ -11,9 +11,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from stroma._utils.text import clean
+from stroma.contracts.examples import NoExampleError, example_for
 from stroma.runner.pipeline import SubmitOptions
 from stroma.ui.actions import identity_of, no_key, read_fields, to_run
-from stroma.ui.answer_fields import example_of, fields_of
 from stroma.ui.rendering import Renderer
 
 if TYPE_CHECKING:
@@ -35,8 +35,11 @@ class SubmitForm:
 
     def page(self, request: Request) -> Response:
         """Return an empty form."""
-        example = example_of(fields_of(self._submission().model.model_json_schema()))
-        return self._page({"key": self._keys.form(*_FORM), "input": json.dumps(example)})
+        try:
+            example = json.dumps(example_for(self._submission().model))
+        except NoExampleError:
+            example = "{}"
+        return self._page({"key": self._keys.form(*_FORM), "input": example})
 
     async def submit(self, request: Request) -> Response:
         """Submit a run, once for a form and its content, and lead to its page; or show the errors."""

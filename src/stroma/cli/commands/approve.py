@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -9,7 +10,8 @@ from typing import Any, NamedTuple
 import click
 
 from stroma._utils.text import clean, pluralize
-from stroma.checkpoint.entries import Waiting
+from stroma.checkpoint.entries import NOT_DONE, Waiting
+from stroma.checkpoint.history.redaction import decode_payload
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.commands.completion import complete_run
@@ -33,6 +35,7 @@ from stroma.cli.suspended import (
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.effects import NotDone
 from stroma.runner.runner import StromaRunner
+from stroma.runner.stored_runs import match_answer
 
 __all__ = ["approve"]
 
@@ -85,16 +88,37 @@ def approve(
     # What a framework has in place of a pipeline is continued by the framework.
     pipeline = loaded.to_pipeline() if resume or loaded.is_pipeline else None
     answer, model = _parse_answer(database, record, one, loaded.module, request)
+    if one.payload is not None and not _is_same(questions, record, one, (answer, model)):
+        raise Problem(
+            f"{place_text(one)} of run {clean(record.run_id)} is answered already, with {_answer_text(one)}; "
+            "an accepted answer stays",
+            f"details: {database.hint('show', id_word(record.run_id))}",
+            code=Code.NOT_FOUND,
+        )
     runner = StromaRunner(ContractRegistry(), CheckpointManager(database.store))
     database.run(runner.signal(record.run_id, answer, question=one.id, schema=model))
     if resume and pipeline is not None:
-        err.line(f"{place_text(one)} is answered")
+        err.line(f"{place_text(one)} is answered{'' if one.payload is None else ' so already'}")
         run_options = RunOptions(as_json=as_json)
         return resume_run(ResumedRun(Database.from_option(db), record, pipeline, target), run_options)
     remaining = unanswered([other for other in questions if other.id != one.id])
     resumable = None if pipeline is None else target
-    _report(database, record.run_id, resumable, one, remaining, as_json)
+    _report(database, record, resumable, one, remaining, as_json)
     return Code.OK
+
+
+def _is_same(questions: list[Waiting], record: RunRecord, one: Waiting, answer: tuple[Any, Any]) -> bool:
+    """Return True if a question has this answer already."""
+    again = match_answer(questions, record.run_id, answer[0], question=one.id, schema=answer[1])
+    return again.payload == one.payload
+
+
+def _answer_text(one: Waiting) -> str:
+    """Return the answer that a question has."""
+    if one.payload == NOT_DONE:
+        return "--not-done"
+    value, problem = decode_payload(one.payload or b"", None)
+    return "another answer" if problem is not None else clean(json.dumps(value, ensure_ascii=False), 300)
 
 
 class _Statement(NamedTuple):
@@ -175,9 +199,15 @@ def _framework_hint(run_id: str) -> str:
 
 
 def _report(
-    database: Database, run_id: str, target: str | None, one: Waiting, remaining: list[Waiting], as_json: bool
+    database: Database,
+    record: RunRecord,
+    target: str | None,
+    one: Waiting,
+    remaining: list[Waiting],
+    as_json: bool,
 ) -> None:
     """Print what was answered. ``target``: the pipeline to resume; None for a run of a framework."""
+    run_id = record.run_id
     if as_json:
         emit_fields(
             "stroma.approve/1",
@@ -187,12 +217,15 @@ def _report(
             resume=None if target is None else database.command("resume", id_word(run_id), target),
         )
         return
-    if target is None:
+    if record.status in _COMPLETE:
+        hint = f"the run is {record.status}"
+    elif target is None:
         hint = _framework_hint(run_id)
     else:
         resume = database.hint("resume", id_word(run_id), target)
         hint = f"a worker of its pipeline continues the run; or continue it here: {resume}"
-    err.line(f"{place_text(one)} of run {clean(run_id)} is answered; {hint}")
+    already = "" if one.payload is None else " so already"
+    err.line(f"{place_text(one)} of run {clean(run_id)} is answered{already}; {hint}")
     for other in remaining:
         err.line(f"  still waiting: {place_text(other)}: {question_text(other)}")
 
@@ -200,7 +233,9 @@ def _report(
 def _find_waiting(database: Database, record: RunRecord, every: list[Waiting], request: _Approval) -> Waiting:
     """Return the question to answer. Raises Problem if there is none, or several."""
     waiting = [] if record.status in _COMPLETE else unanswered(every)
-    matching = [one for one in waiting if request.question in (None, one.id)]
+    # An answered question may be named, or be the only one: the same answer again is fine.
+    known = every if request.question is not None or not waiting else waiting
+    matching = [one for one in known if request.question in (None, one.id)]
     # What is stated about an effect is about one call: by now the question may be about another one.
     if len(matching) == 1 and (request.question is not None or matching[0].effect is None):
         return matching[0]
@@ -218,9 +253,6 @@ def _find_waiting(database: Database, record: RunRecord, every: list[Waiting], r
             *[f"answer: {line}" for line in approve_hint(database, record.run_id, request.target, waiting)],
             code=Code.USAGE if request.question is None else Code.NOT_FOUND,
         )
-    if every and record.status not in _COMPLETE:
-        what = f"resume with: {database.hint('resume', id_word(record.run_id), request.target)}"
-        raise Problem(f"run {name} is answered already", what, code=Code.NOT_FOUND)
     if record.status == "SUSPENDED":
         raise Problem(
             f"run {name} is suspended without a question: "

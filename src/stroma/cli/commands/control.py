@@ -7,8 +7,11 @@ from typing import Any
 import click
 
 from stroma._utils.text import clean
+from stroma.checkpoint.durable.states import AsyncStates
+from stroma.checkpoint.entries import Finished
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.manager import CheckpointManager
+from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.errors import Problem
@@ -16,24 +19,42 @@ from stroma.cli.formatting import id_word
 from stroma.cli.inputs import parse_json
 from stroma.cli.output import emit, emit_fields, err
 from stroma.cli.stores import Database, db_option, store_problem
+from stroma.cli.suspended import unanswered, waiting_hints
 from stroma.contracts.contract import ContractRegistry
 from stroma.runner.runner import StromaRunner
 from stroma.runner.stored_runs import request
 
-__all__ = ["cancel", "pause", "send", "take_back_pause"]
+__all__ = ["cancel", "hand_to_workers", "pause", "send"]
 
 
-def take_back_pause(database: Database, record: RunRecord) -> bool:
-    """Take the pause of a run back, so that a worker continues it. Returns False if it is not paused."""
-    if not database.run(request(database.reader, record.run_id, "unpause")):
-        return False
-    err.line(
-        f"run {clean(record.run_id)} is not paused any more; a worker that serves pipeline "
-        f"{clean(record.pipeline, 100)!r} continues it"
-    )
-    target = database.target_of(record)
-    err.line(f"or continue it here: {database.hint('resume', id_word(record.run_id), target)}")
-    return True
+def hand_to_workers(database: Database, record: RunRecord) -> None:
+    """Make a stopped run due for workers. Raises Problem for one that waits, is at work or is complete."""
+    name, target, store = id_word(record.run_id), database.target_of(record), database.reader
+    here = f"continue it here: {database.hint('resume', name, target)}"
+    run = f"run {clean(record.run_id)}"
+    if Finished(record.status, record.error).reason == "poison":
+        forced = database.hint("resume", name, target, options=("--force",))
+        raise Problem(f"{run} was abandoned: {clean(record.error or '', 500)}", forced)
+    if record.status == QUEUED:
+        raise Problem(f"{run} is queued: a worker starts it", database.hint("worker", target))
+    if record.status == "SUSPENDED" and record.waits_for != "resume":
+        open_questions = unanswered(store.waiting(record.run_id))
+        hints = waiting_hints(
+            database, record.run_id, target, record.waits_for, open_questions, record.error or ""
+        )
+        raise Problem(f"{run} is {clean(record.wait_text or '', 500)}", *hints, f"or {here}")
+    if not database.run(_make_due(store, record.run_id)):
+        record = database.get_run(record.run_id) or record
+        what = (
+            f"is running in {clean(record.holder)}" if record.holder else f"has ended: it is {record.status}"
+        )
+        raise Problem(f"{run} {what}", f"details: {database.hint('show', name)}")
+    err.line(f"{run} is due: a worker that serves pipeline {clean(record.pipeline, 100)!r} continues it")
+    err.line(f"or {here}")
+
+
+async def _make_due(store: AsyncStates, run_id: str) -> bool:
+    return await request(store, run_id, "unpause") or await store.reopen(run_id)
 
 
 @click.command()

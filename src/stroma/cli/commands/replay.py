@@ -57,7 +57,7 @@ def replay(
     """
     database = Database.from_option(db)
     recorded = recorded_run(database, run_)
-    pipeline = load_pipeline(target)
+    pipeline = load_pipeline(target, database)
     position = 0 if start_at is None else find_position(pipeline, target, start_at)
 
     def retry_command(fits: str) -> str:

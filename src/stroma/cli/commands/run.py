@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from stroma._utils.text import clean
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.commands.completion import complete_run
-from stroma.cli.commands.control import take_back_pause
+from stroma.cli.commands.control import hand_to_workers
 from stroma.cli.errors import Code, Problem, describe_error
 from stroma.cli.formatting import id_word
 from stroma.cli.inputs import find_position, parse_input, parse_input_at, stored_input
@@ -66,11 +66,11 @@ def run(
         raise click.UsageError("--resume and --restart exclude each other; pass one")
     cluster = _read_cluster(click_options)
     options = RunOptions.from_click(**click_options)
-    pipeline = load_pipeline(target)
+    database = Database.from_option(db)
+    pipeline = load_pipeline(target, database)
     config = _add_tags(_configure(pipeline, run_id, options), tags)
     if restart:
         config = config.model_copy(update={"if_exists": "restart", "resume": False})
-    database = Database.from_option(db)
     is_attached = cluster is not None and options.if_running == "attach"
     record = database.get_run(config.run_id) if resume or is_attached else None
     if record is not None and input_text is None:
@@ -108,8 +108,8 @@ def resume(
 ) -> int:
     """Resume a stopped run without repeating finished nodes.
 
-    RUN is a run id, a prefix of one, or "last". The input is the original one. A pause is taken back; without
-    FILE_OR_MODULE:NAME a worker continues the run.
+    RUN is a run id, a prefix of one, or "last". The input is the original one. Without FILE_OR_MODULE:NAME,
+    a worker continues the run: a pause is taken back, and a run that failed, was cancelled or stopped is due.
 
     Without --from, --budget-usd and --budget-tokens set the limit of the run, for each process that continues
     it. It replaces the config's until `stroma budget` or another resume changes it.
@@ -123,15 +123,12 @@ def resume(
             raise click.UsageError("--dry-run with --from needs the pipeline")
         return print_plan(database, record, None, None, None, options.as_json)
     if target is None:
-        if take_back_pause(database, record):
-            return Code.OK
-        # The store may remember the path of the pipeline, which is offered and never imported by itself.
-        raise Problem(
-            f"run {clean(record.run_id)} is a run of the pipeline {clean(record.pipeline, 100)!r}; "
-            "pass the path of that pipeline",
-            database.hint("resume", id_word(record.run_id), database.target_of(record)),
-        )
-    pipeline = load_pipeline(target)
+        limits = (options.budget_usd, options.budget_tokens)
+        if start_at is not None or retry_failed or force or limits != (None, None):
+            raise click.UsageError("these options need the pipeline: pass FILE_OR_MODULE:NAME")
+        hand_to_workers(database, record)
+        return Code.OK
+    pipeline = load_pipeline(target, database)
     position = None if start_at is None else find_position(pipeline, target, start_at)
     stored = ResumedRun(database, record, pipeline, target)
     if position is not None and fork and not dry_run:

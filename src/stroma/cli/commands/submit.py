@@ -66,8 +66,8 @@ def submit(
     nothing. With --temporal, its server chooses the worker.
     """
     cluster = TemporalCluster.from_options(options)
-    pipeline = load_pipeline(target)
     database = Database.from_option(db)
+    pipeline = load_pipeline(target, database)
     durable = database.require_durable()
     database.prepare()
     state = parse_input(pipeline, input_text, target)
@@ -133,8 +133,8 @@ def drive(
     completed; 1: it has failed; 7: it is suspended; 130: it was interrupted and is due at once; 3: another
     process owns it, or this code does not fit it.
     """
-    pipelines = [load_pipeline(target) for target in targets]
     database = Database.from_option(db)
+    pipelines = [load_pipeline(target, database) for target in targets]
     database.require_durable()
     record = database.find(run_)
     try:

@@ -99,7 +99,7 @@ def ui(
     store = database.require_durable()
     if trace_url is not None and not trace_url.startswith(("http://", "https://")):
         raise Problem("--trace-url must begin with http:// or https://")
-    pipeline, module = (None, None) if target is None else load_with_module(target)
+    pipeline, module = (None, None) if target is None else load_with_module(target, database)
     config = None if pipeline is None else pipeline.config
     listening = _listen(host, port)
     port = listening.getsockname()[1]

@@ -87,7 +87,7 @@ def worker(
         reject_local_options("its server watches the runs", "poll", "health")
     database = Database.from_option(db)
     database.require_durable()
-    pipelines = [load_pipeline(target) for target in targets]
+    pipelines = [load_pipeline(target, database) for target in targets]
     names = [pipeline.name for pipeline in pipelines]
     for name in {name for name in names if names.count(name) > 1}:
         raise Problem(

@@ -1,0 +1,112 @@
+"""Examples of JSON schemas: what they hold, and that the schema allows them."""
+
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, RootModel, create_model
+
+from stroma.contracts.examples import NoExampleError, example_for, example_of
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+class Inner(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    n: int = Field(alias="number", gt=3)
+    texts: list[Annotated[str, Field(min_length=2, max_length=3)]] = Field(min_length=2)
+
+
+class Tree(BaseModel):
+    left: "Tree | None"
+    items: list["Tree"]
+
+
+LEAVES: list[Any] = [
+    str,
+    int,
+    float,
+    bool,
+    Any,
+    date,
+    datetime,
+    time,
+    timedelta,
+    Decimal,
+    UUID,
+    bytes,
+    Colour,
+    Inner,
+    Tree,
+    Literal["yes", 3],
+    dict[str, int],
+    tuple[int, str],
+    Annotated[int, Field(ge=-7, le=-3)],
+    Annotated[int, Field(gt=10, multiple_of=7)],
+    Annotated[float, Field(gt=0.1, lt=0.2)],
+    Annotated[str, Field(min_length=5)],
+    Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")],
+    Annotated[str, Field(pattern=r"^[A-Z]+$", min_length=2)],
+]
+KINDS = st.recursive(
+    st.sampled_from(LEAVES),
+    lambda inner: st.one_of(
+        inner.map(lambda one: list[one]),
+        inner.map(lambda one: Annotated[list[one], Field(min_length=2)]),
+        inner.map(lambda one: dict[str, one]),
+        inner.map(lambda one: one | None),
+        st.tuples(inner, inner).map(lambda two: tuple[two]),
+    ),
+    max_leaves=4,
+)
+ALIASES = st.sampled_from([None, "other", "with space", AliasChoices("a", "b")])
+
+
+@given(st.lists(st.tuples(KINDS, ALIASES, st.booleans()), max_size=5))
+@settings(max_examples=200, deadline=None)
+def test_an_example_fits_its_schema(fields: list[tuple[Any, Any, bool]]) -> None:
+    """The model of a JSON schema accepts the example of the schema, whatever its fields and aliases."""
+    declared: dict[str, Any] = {
+        f"f{number}": (
+            kind,
+            Field(default=None) if optional else Field(validation_alias=unique(alias, number)),
+        )
+        for number, (kind, alias, optional) in enumerate(fields)
+    }
+    model = create_model("Model", __config__=ConfigDict(extra="forbid"), **declared)
+    model.model_validate(example_of(model.model_json_schema()))
+
+
+def unique(alias: Any, number: int) -> Any:
+    if isinstance(alias, AliasChoices):
+        return AliasChoices(*(f"{one}{number}" for one in alias.choices))
+    return alias and f"{alias}{number}"
+
+
+def test_what_an_example_holds() -> None:
+    """An example has the required properties by their aliases, and the first of several choices."""
+    assert example_for(Inner) == {"number": 4, "texts": ["...", "..."]}
+    assert example_for(Tree) == {"left": None, "items": []}
+    assert example_for(RootModel[list[int]]) == []
+
+
+class Impossible(BaseModel):
+    text: str = Field(pattern="^x{7}$")
+
+
+class Odd(BaseModel):
+    call: "type[Any]"
+
+
+@pytest.mark.parametrize("model", [Impossible, Odd])
+def test_a_model_without_a_known_example(model: type[BaseModel]) -> None:
+    """Where no example is known, NoExampleError is raised rather than a wrong one returned."""
+    with pytest.raises(NoExampleError):
+        example_for(model)
