@@ -15,6 +15,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 from pydantic import BaseModel, Field
@@ -81,7 +82,9 @@ class Loose(BaseModel):
 
 
 def node(node_id: str, func: Any, input: type[BaseModel] = Num, output: type[BaseModel] = Num) -> Any:
-    """Return a function as a node with a contract."""
+    """Return a function as a node with a contract. Functions of this module are shared, and not marked."""
+    if isinstance(func, FunctionType) and func.__module__ == __name__:
+        func = FunctionType(func.__code__, func.__globals__, func.__name__)
     return stroma_node(node_id, NodeContract(node_id=node_id, input_schema=input, output_schema=output))(func)
 
 
