@@ -276,7 +276,7 @@ def errors_page() -> str:
         "# Errors",
         "",
         "This page lists every error with its cause and its fix, for anyone who has just met one. A failure inside a pipeline is a",
-        "result, not an exception. `result.status` is FAILED (a retry would fail again) or PARTIAL (it may work later).",
+        "result, not an exception. `result.status` is FAILED (a retry would fail again) or PARTIAL (a resume may succeed).",
         "`result.failure` has the exception with its class, reason, node and attempt, and `result.raise_for_status()` raises it.",
         "Every failed attempt is an event of `result.trace`. `run()` raises only for wrong arguments, for a run that cannot start,",
         "and for a hook that is not async. In messages, `{name}` is a placeholder for a value.",

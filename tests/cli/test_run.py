@@ -363,3 +363,16 @@ def test_colours_only_on_a_terminal(stroma):
         assert process.wait(30) == 0
         assert (b"\x1b[1m" in seen) is coloured
         assert b'"n": 4' in seen
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        ("TypeError('not code')", "see why it failed, fix what is wrong, then resume with: stroma resume x "),
+        ("TimeoutError()", "it may work later; resume with: stroma resume x "),
+        ("NotImplementedError()", "a retry will not help: fix the cause, then resume with: stroma resume x "),
+    ],
+)
+def test_the_hint_after_a_failure_fits_its_class(ran, error, hint):
+    """Only a RECOVERABLE failure is said to go away by itself; an AMBIGUOUS one may be a mistake."""
+    assert hint in ran("x", code=1, SECOND=f"raise {error}").err

@@ -18,6 +18,7 @@ from stroma.checkpoint.history import History
 from stroma.checkpoint.identity import StepCalls
 from stroma.trace.outline import OutlineEntry, fold, folded_part, outline, parse_call
 from stroma.trace.story import Bar
+from stroma.trace.terminal import lines_of
 from stroma.trace.timeline import Timeline
 
 store = store_fixture(*SHARED)
@@ -334,3 +335,18 @@ def test_repeated_calls_have_one_key() -> None:
     assert folded_part("judge#0") == folded_part("judge#7") == folded_part("#a%2Fb", "judge")
     assert folded_part("*page#0") != folded_part("page#0")
     assert len({folded_part(part) for part in ("!sleep#0", "!sleep#1", "?#0", "?#1", "3", "4")}) == 6
+
+
+def test_failures_inside_of_folded_calls_are_shown() -> None:
+    """Folded calls of a Pipeline, which have no attempts of their own, name those whose last node failed."""
+    bars = [
+        Bar(f"n{node}", f"0.run#{call}.{node}", 1, 2 * call + node, 1, "success")
+        for call in range(3)
+        for node in range(2)
+    ]
+    bars[3] = Bar("n1", "0.run#1.1", 1, 3, 1, "failure", "TERMINAL")
+    cells = [line.cells() for line in lines_of(fold(outline(bars)))]
+    (folded,) = [one for one in cells if "x3" in one["NODE"]]
+    assert folded["OUTCOME"] == "1 failed"
+    assert folded["MESSAGE"] == "3 calls: 1 failed"
+    assert [one["AT"] for one in cells if one.get("CLASS")] == ["0.run#1.1"]

@@ -11,8 +11,10 @@ import click
 
 from stroma._utils.text import format_duration, short_id
 
-__all__ = ["SPAN", "format_age", "format_local_time", "id_word", "style_status", "to_iso"]
+__all__ = ["SPAN", "format_age", "format_local_time", "id_word", "localize", "style_status", "to_iso"]
 
+#: As reasons of suspensions have it.
+_UTC_TIME: Final = re.compile(r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", re.ASCII)
 _STYLES: Final = {
     "COMPLETED": "green",
     "RESUMED": "green",
@@ -39,6 +41,13 @@ def format_local_time(ms: int) -> str:
         return datetime.fromtimestamp(ms / 1000).strftime("%Y-%m-%d %H:%M:%S")
     except (ValueError, OverflowError, OSError):
         return "?"
+
+
+def localize(text: str) -> str:
+    """Return a text with each time in UTC replaced by that in the local time zone."""
+    return _UTC_TIME.sub(
+        lambda time: format_local_time(int(datetime.fromisoformat(time[0]).timestamp() * 1000)), text
+    )
 
 
 def to_iso(ms: int) -> str | None:

@@ -6,7 +6,6 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -16,7 +15,7 @@ from stroma._utils.text import clean, format_duration, format_tokens, format_usd
 from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.records import describe_wait
 from stroma.cli.errors import Code, is_debugging, last_frame
-from stroma.cli.formatting import id_word
+from stroma.cli.formatting import format_local_time, id_word, localize
 from stroma.cli.output import Part, emit, err
 from stroma.cli.stores import Database
 from stroma.cli.suspended import (
@@ -221,7 +220,7 @@ class RunReport:
         run_id = self.result.run_id
         reasons = self.result.suspended
         is_asking = bool(unanswered(self.waiting)) or len(reasons) != 1
-        what = "waiting for an answer" if is_asking else describe_wait(reasons[0])
+        what = "waiting for an answer" if is_asking else localize(describe_wait(reasons[0]))
         err.line(("suspended", "yellow"), f": run {clean(run_id)} is {clean(what, 1000)}")
         waiting = unanswered(self.waiting)
         for one in waiting:
@@ -318,8 +317,10 @@ class RunReport:
         elif failure.failure_class is FailureClass.TERMINAL:
             action = "a retry will not help: fix the cause, then resume with"
         elif failure.retry_after_seconds is not None:
-            when = datetime.fromtimestamp(time.time() + failure.retry_after_seconds).strftime("%H:%M:%S")
+            when = format_local_time(int(1000 * (time.time() + failure.retry_after_seconds)))
             action = f"the server asks to wait until {when}; then resume with"
+        elif failure.failure_class is FailureClass.AMBIGUOUS:  # Often a mistake in the code.
+            action = "see why it failed, fix what is wrong, then resume with"
         return f"{action}: {self._resume_command(self.db.hint)}"
 
     def _resume_command(self, command: Callable[..., str]) -> str:

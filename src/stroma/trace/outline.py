@@ -172,8 +172,16 @@ class OutlineEntry:
 
     @property
     def has_failed(self) -> bool:
-        """True if its last attempt failed, or its failure was collected."""
-        return bool(self.bars) and self.bars[-1].outcome in FAILED
+        """True if its last attempt failed or its failure was collected; see :attr:`last_failure`."""
+        return self.last_failure is not None
+
+    @property
+    def last_failure(self) -> Bar | None:
+        """The attempt that failed it in the end; of a Pipeline in a flow, that of its last node."""
+        if self.bars:
+            return self.bars[-1] if self.bars[-1].outcome in FAILED else None
+        calls = [one for one in self.entries if one.kind not in WAITS]
+        return max(calls, key=lambda one: one.ended_ms).last_failure if calls else None
 
     @property
     def was_retried(self) -> bool:
@@ -191,7 +199,7 @@ class OutlineEntry:
     def state(self) -> CallState:
         """The state of one call."""
         if not self.bars:
-            return "none"
+            return "failed" if self.has_failed else "none"
         if self.bars[-1].outcome in ("success", "forked"):
             return "retried" if self.was_retried else "ok"
         return "failed" if self.has_failed else "stopped"
@@ -204,7 +212,8 @@ class OutlineEntry:
     @property
     def tone(self) -> Tone:
         """The colour of its line: only what failed in the end is red. Of several calls the worst counts."""
-        tones: list[Tone] = [tone_of(call.bars[-1].outcome) for call in self.calls if call.bars] or ["dim"]
+        last = [call.bars[-1] if call.bars else call.last_failure for call in self.calls]
+        tones: list[Tone] = [tone_of(bar.outcome) for bar in last if bar is not None] or ["dim"]
         return min(tones, key=("bad", "warn", "good", "dim").index)
 
     @property

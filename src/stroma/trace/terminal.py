@@ -45,7 +45,9 @@ class RunLine:
             cells["TOKENS"] = f"{tokens:,}" if tokens else ""
             cells["COST"] = cost_text(tokens, cost)
             what = "call" if entry.call is not None or not entry.bars else "item"
-            cells["MESSAGE"] = f"{pluralize(len(entry.entries), what)}: {entry.counts}" if entry.bars else ""
+            # Calls without attempts of their own may be in progress: only their failures are certain.
+            counts = entry.counts if entry.bars else cells["OUTCOME"]
+            cells["MESSAGE"] = f"{pluralize(len(entry.entries), what)}: {counts}" if counts else ""
         return cells
 
     @property
@@ -92,8 +94,8 @@ def lines_of(
 
 def _lines(entry: OutlineEntry, depth: int, is_selected: Callable[[Bar], bool]) -> list[RunLine]:
     if entry.kind == "fold":
-        failed = [call for call in entry.entries if call.has_failed][:_SHOWN_FAILED]
-        return [RunLine(depth, entry), *(RunLine(depth + 1, call, call.bars[-1]) for call in failed)]
+        failed = [(call, bar) for call in entry.entries if (bar := call.last_failure) is not None]
+        return [RunLine(depth, entry), *(RunLine(depth + 1, *one) for one in failed[:_SHOWN_FAILED])]
     if entry.kind in WAITS:
         return [RunLine(depth, entry)]
     own = [RunLine(depth, entry, bar) for bar in entry.bars if is_selected(bar)]

@@ -15,7 +15,7 @@ from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.errors import Problem
-from stroma.cli.formatting import id_word
+from stroma.cli.formatting import id_word, localize
 from stroma.cli.inputs import parse_json
 from stroma.cli.output import emit, emit_fields, err
 from stroma.cli.stores import Database, db_option, store_problem
@@ -42,7 +42,7 @@ def hand_to_workers(database: Database, record: RunRecord) -> None:
         hints = waiting_hints(
             database, record.run_id, target, record.waits_for, open_questions, record.error or ""
         )
-        raise Problem(f"{run} is {clean(record.wait_text or '', 500)}", *hints, f"or {here}")
+        raise Problem(f"{run} is {clean(localize(record.wait_text or ''), 500)}", *hints, f"or {here}")
     if not database.run(_make_due(store, record.run_id)):
         record = database.get_run(record.run_id) or record
         what = (

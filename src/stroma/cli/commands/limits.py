@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.errors import describe_error
-from stroma.cli.formatting import format_local_time, id_word
+from stroma.cli.formatting import format_local_time, id_word, to_iso
 from stroma.cli.output import emit, emit_fields, err, out, table
 from stroma.cli.stores import Database, db_option
 from stroma.limits.rate_limit import read_limit
@@ -130,7 +130,7 @@ def _data(state: BudgetState) -> dict[str, Any]:
 
 
 def _iso(at: datetime | None) -> str | None:
-    return None if at is None else at.isoformat()
+    return None if at is None else to_iso(int(at.timestamp() * 1000))
 
 
 @click.command()

@@ -13,7 +13,7 @@ from stroma.checkpoint.decisions import MESSAGE_SENT, UNFINISHED
 from stroma.checkpoint.history import FAILED, History, is_interrupted, status_of
 from stroma.checkpoint.queue import QUEUED, BlockedMark
 from stroma.checkpoint.records import Cause, RunQuery, RunRecord
-from stroma.cli.formatting import SPAN, format_age, format_local_time, style_status, to_iso
+from stroma.cli.formatting import SPAN, format_age, format_local_time, localize, style_status, to_iso
 from stroma.cli.output import Part, emit_fields, err, out, table
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, db_option
@@ -186,7 +186,7 @@ def _print(database: Database, records: list[RunRecord], query: RunQuery, limit:
 
 
 def _row(record: RunRecord) -> list[Part]:
-    error = clean(record.wait_text or record.error or "", 80)
+    error = clean(localize(record.wait_text or record.error or ""), 80)
     if record.status == "RUNNING":
         who = f"run by {clean(record.holder, 80)} for {_elapsed(record)}" if record.holder else "owner lost"
         error = f"{who}; last record {format_age(record.updated_ms)}"

@@ -32,7 +32,7 @@ from stroma.checkpoint.records import AttemptRecord, OwnerFacts, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import done_text, run_data
 from stroma.cli.errors import Code, Problem
-from stroma.cli.formatting import format_age, format_local_time, id_word, style_status, to_iso
+from stroma.cli.formatting import format_age, format_local_time, id_word, localize, style_status, to_iso
 from stroma.cli.output import Part, emit, err, out, table
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import TARGET, Database, db_option
@@ -355,7 +355,7 @@ def _print_head(
         # The reason of an answered run is its question, unless it sleeps or waits for a message.
         is_over = record.wait_text != record.error and bool(waiting)
         if not unanswered(waiting) and not is_over and record.waits_for is None:
-            lines.append(("waits", [clean(record.wait_text, 1000)]))
+            lines.append(("waits", [clean(localize(record.wait_text), 1000)]))
     elif record.error:
         lines.append(("error", [(clean(record.error, 1000), "red")]))
     for name, parts in lines:
@@ -440,7 +440,8 @@ def _print_attempts(bars: Sequence[Bar], flow_waits: Sequence[Bar], view: _View)
             header.remove("FUNCTIONS")
     rows: list[list[Part]] = []
     for number, (line, row) in enumerate(zip(lines, cells, strict=True)):
-        row["NODE"] = (_branches(lines, number) if view.as_tree else "  " * line.depth) + row["NODE"]
+        before = _branches(lines, number) if view.as_tree else "  " * line.depth
+        row["NODE"] = before + localize(row["NODE"])
         texts: list[Part] = [row.get(name, "") for name in header]
         if row.get("OUTCOME"):
             texts[header.index("OUTCOME")] = (row["OUTCOME"], line.style)

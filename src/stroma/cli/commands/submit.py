@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 import click
@@ -15,7 +15,7 @@ from stroma.checkpoint.manager import CheckpointManager
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.errors import Code, Problem, describe_error
 from stroma.cli.exporters import FLUSH_SECONDS
-from stroma.cli.formatting import SPAN, id_word
+from stroma.cli.formatting import SPAN, format_local_time, id_word, to_iso
 from stroma.cli.inputs import parse_input
 from stroma.cli.loading import load_pipeline
 from stroma.cli.options import run_id_option
@@ -176,23 +176,31 @@ async def _drive(
         await database.close()
 
 
+def _ms(at: datetime) -> int:
+    return int(1000 * at.timestamp())
+
+
 def _describe(outcome: DriveOutcome) -> tuple[Code, str, dict[str, Any]]:
     """Return the exit code of an outcome, its message, and its fields as JSON."""
     if isinstance(outcome, Ended):
         code = Code.FAILED if outcome.status in _FAILED else Code.OK
         return code, f"has ended: {outcome.status}", {"outcome": "ended", "status": outcome.status}
     if isinstance(outcome, Suspended):
-        until = None if outcome.until is None else outcome.until.isoformat()
+        until = outcome.until and format_local_time(_ms(outcome.until))
         questions = f", {pluralize(len(outcome.questions), 'question')} open" if outcome.questions else ""
         data = {
             "outcome": "suspended",
-            "until": until,
+            "until": outcome.until and to_iso(_ms(outcome.until)),
             "questions": [one.reason for one in outcome.questions],
         }
         return Code.SUSPENDED, f"is suspended{f' until {until}' if until else ''}{questions}", data
     if isinstance(outcome, Busy):
-        until = None if outcome.until is None else outcome.until.isoformat()
-        data = {"outcome": "busy", "until": until, "owner": outcome.owner}
+        until = outcome.until and format_local_time(_ms(outcome.until))
+        data = {
+            "outcome": "busy",
+            "until": outcome.until and to_iso(_ms(outcome.until)),
+            "owner": outcome.owner,
+        }
         return Code.ENVIRONMENT, f"is owned by {clean(outcome.owner)}, at least until {until}", data
     if isinstance(outcome, Blocked):
         data = {"outcome": "blocked", "reason": outcome.reason}

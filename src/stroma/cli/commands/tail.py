@@ -19,7 +19,7 @@ from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import run_data
 from stroma.cli.commands.show import attempt_data
 from stroma.cli.errors import Code
-from stroma.cli.formatting import id_word, style_status
+from stroma.cli.formatting import id_word, localize, style_status
 from stroma.cli.output import Part, err, out
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, db_option
@@ -194,7 +194,7 @@ class _Follower:
         if self._json:
             self._emit("end", run=run_data(record))
             return
-        text = record.wait_text or record.error
+        text = localize(record.wait_text or record.error or "")
         why = f"  {clean(text)}" if text else ""
         if gone:
             hint = self._database.hint("resume", id_word(record.run_id), self._database.target_of(record))
