@@ -126,7 +126,7 @@ EXAMPLES: dict[int, tuple[str, ...]] = {
         "test_a_child_that_refuses_to_be_cancelled_is_kept",
     ),
     5: (
-        "test_g5_killed_at_random_instants",
+        "test_killed_at_random",
         "test_resume_goes_on_where_the_run_stopped",
         "test_a_refused_commit_is_tried_again_without_the_node",
         "test_a_node_that_died_goes_on_behind_its_last_step",
@@ -162,6 +162,7 @@ EXAMPLES: dict[int, tuple[str, ...]] = {
         "test_eight_processes_at_once",
         "test_a_stopped_process_loses_its_run",
         "test_an_owner_that_is_taken_over_from_stops",
+        "test_operators_of_one_run",
     ),
     11: (
         "test_stored_data_imports_nothing",

@@ -53,7 +53,6 @@ SLOW_PATHS = (
     "tests/frameworks/",
     "tests/docs/test_generated_pages.py",
     "tests/docs/test_pages.py",
-    "tests/checkpoint/test_kill.py",
     "tests/runner/test_map_kill.py",
     "tests/project/test_package.py",
     "tests/docs/test_temporal_page.py",
