@@ -37,7 +37,10 @@ Alias = A
 async def takes_b(state: B) -> dict[str, Any]: ...
 async def returns_b(state: A) -> B: ...
 async def returns_usage(state: A) -> tuple[B, int]: ...
+async def returns_nothing(state: A): ...  # type: ignore[no-untyped-def]
 async def returns_maybe(state: A) -> B | None: ...
+async def takes_text(state: str) -> A: ...
+async def returns_list(state: A) -> list[B]: ...
 async def takes_union(state: B | HasOther, ctx: dict[str, Any]) -> A: ...
 async def takes_quoted(state: "Annotated[B, 1]") -> Any: ...  # noqa: UP037
 def plain(state: B) -> A: ...
@@ -273,10 +276,16 @@ async def a_to_a(state: A) -> A:
     [
         (lambda state: state, "has no name; pass an id to the decorator"),
         (functools.partial(a_to_a), "has no name; pass an id to the decorator"),
-        (returns_maybe, "node 'returns_maybe' has no output model; annotate the return value with one"),
-        (takes_union, "node 'takes_union' has no input model; annotate the parameter with one"),
+        (returns_nothing, "node 'returns_nothing' has no output model; annotate the return value with one"),
+        (returns_maybe, r"annotated with .*B \| None as output, which is not a pydantic model; annotate the"),
+        (
+            takes_union,
+            r"is annotated with .* as input, which is not a pydantic model; annotate the parameter",
+        ),
+        (takes_text, "'takes_text' is annotated with str as input, which is not a pydantic model"),
+        (returns_list, r"annotated with list\[.*B\] as output, which is not a pydantic model"),
     ],
-    ids=["lambda", "partial", "maybe", "union"],
+    ids=["lambda", "partial", "none", "maybe", "union", "text", "list"],
 )
 def test_a_node_without_models(func: Any, says: str) -> None:
     """A function whose annotations name no model of input or output is refused with the parameter to pass."""

@@ -59,7 +59,10 @@ def _model_of(name: str, what: str, passed: Any, annotated: Any) -> type[BaseMod
         return model
     if passed is None:
         where = "parameter" if what == "input" else "return value"
-        raise TypeError(f"{name} has no {what} model; annotate the {where} with one, or pass {what}=")
+        problem = f"has no {what} model"
+        if annotated is not Any:
+            problem = f"is annotated with {_shown(annotated)} as {what}, which is not a pydantic model"
+        raise TypeError(f"{name} {problem}; annotate the {where} with one, or pass {what}=")
     raise TypeError(f"{name}: {what}= must be a pydantic model, got {passed!r}")
 
 
@@ -137,11 +140,14 @@ def _inside(scope: types.FrameType) -> str:
 def _compare(name: str, side: str, model: type[BaseModel], annotation: Any) -> None:
     if _may_be(annotation, model):
         return
-    shown = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    passed = model.__name__
+    shown, passed = _shown(annotation), model.__name__
     if shown == passed:
         shown, passed = f"{annotation.__module__}.{shown}", f"{model.__module__}.{passed}"
     raise TypeError(f"{name} has {side}={passed}, and its function is annotated with {shown}; let them agree")
+
+
+def _shown(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
 def _may_be(annotation: Any, model: type[BaseModel]) -> bool:
