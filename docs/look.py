@@ -228,7 +228,7 @@ def found_by_searching(browser: Any, page: str) -> list[str]:
     browser.until("document.activeElement.shadowRoot !== null")
     browser.write("email once")
     try:
-        browser.until("document.activeElement.shadowRoot.textContent.includes('Send an email once')")
+        browser.until("document.activeElement.shadowRoot.textContent.includes('send an email once')")
     except AssertionError:
         return ["the search does not find a page by its words"]
     return []
