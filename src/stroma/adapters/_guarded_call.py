@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextvars import copy_context
 from queue import SimpleQueue
 from time import perf_counter_ns
-from typing import Any, Final, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import BaseModel
 
@@ -18,7 +18,6 @@ from stroma.adapters._state_views import given_to, made_by
 from stroma.adapters._step import (
     CallTask,
     GuardedStep,
-    Halts,
     InnerCalls,
     Invoke,
     Undeclared,
@@ -33,11 +32,10 @@ from stroma.adapters._step import (
     own_usage,
     stops_caller,
 )
-from stroma.checkpoint import CorruptCheckpoint, PipelineChanged, StepCall
+from stroma.checkpoint import CorruptCheckpoint, PipelineChanged
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import Node, gives_coroutine, held_by
 from stroma.cost.usage import UsageError
-from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT
 from stroma.engine.effects import UnknownOutcome
 from stroma.engine.execution import RunningNode, running_node
@@ -48,22 +46,10 @@ from stroma.failures.failure import Failure, NodeContext, isinstance_by_type, me
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.telemetry.messages import note_request
 
+if TYPE_CHECKING:
+    from stroma.adapters._guarded_run import GuardedRun
+
 __all__ = ["Call", "Kind", "wrapped"]
-
-
-class StepOwner(Protocol):
-    """The parts of a run that its calls use."""
-
-    ctx: ReliabilityContext
-    halts: Halts
-    unknown_effects: dict[str, Halt]
-
-    def note(self, halt: Halt) -> None: ...
-    async def open(self, first: Call | None = None) -> None: ...
-    def place(
-        self, parent: RunningNode | None, step_id: str, state: BaseModel
-    ) -> tuple[int, str, StepCall | None]: ...
-    def refusal(self, step_id: str) -> Halt | None: ...
 
 
 class Call:
@@ -87,7 +73,7 @@ class Call:
 
     def __init__(
         self,
-        run: StepOwner,
+        run: GuardedRun,
         step: GuardedStep,
         func: Callable[..., Any],
         args: tuple[Any, ...],
@@ -463,18 +449,45 @@ def _failure(error: BaseException, kind: FailureClass, where: NodeContext, messa
 
 #: How a callable is called: as a function, a coroutine function, a generator function or an async one.
 Kind: TypeAlias = Literal["call", "acall", "stream", "astream"]
-#: Returns the run that a step belongs to.
-CurrentRun: TypeAlias = Callable[[], StepOwner]
 
 
 def wrapped(
-    current: CurrentRun, step: GuardedStep, func: Callable[..., Any], kind: Kind | None
+    current: Callable[[], GuardedRun], step: GuardedStep, func: Callable[..., Any], kind: Kind | None
 ) -> Callable[..., Any]:
-    """Return a function that calls another one as a step, as that one is called.
+    """Return a function that calls another one as a step of the current run, as that one is called.
 
     ``kind`` states how, where inspection cannot tell.
     """
-    return _WRAPPERS[kind or _kind_of(func)](current, step, func)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return Call(current(), step, func, args, kwargs).call()
+
+    async def acall(*args: Any, **kwargs: Any) -> Any:
+        return await Call(current(), step, func, args, kwargs).acall()
+
+    def stream(*args: Any, **kwargs: Any) -> Any:
+        return (yield from Call(current(), step, func, args, kwargs).stream())
+
+    async def astream(*args: Any, **kwargs: Any) -> Any:
+        # The async form of `yield from`.
+        parts = Call(current(), step, func, args, kwargs).astream()
+        advance: Callable[[], Any] = parts.__anext__
+        while True:
+            try:
+                chunk = await advance()
+            except StopAsyncIteration:
+                return
+            try:
+                advance = functools.partial(parts.asend, (yield chunk))
+            except GeneratorExit:
+                await parts.aclose()
+                raise
+            except BaseException as thrown:
+                advance = functools.partial(parts.athrow, thrown)
+
+    wrappers: dict[Kind, Callable[..., Any]]
+    wrappers = {"call": call, "acall": acall, "stream": stream, "astream": astream}
+    return wrappers[kind or _kind_of(func)]
 
 
 def _kind_of(func: Callable[..., Any]) -> Kind:
@@ -486,53 +499,3 @@ def _kind_of(func: Callable[..., Any]) -> Kind:
         if inspect.isgeneratorfunction(candidate):
             return "stream"
     return "acall" if gives_coroutine(func) else "call"
-
-
-def _call(current: CurrentRun, step: GuardedStep, func: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return Call(current(), step, func, args, kwargs).call()
-
-    return call
-
-
-def _acall(current: CurrentRun, step: GuardedStep, func: Callable[..., Any]) -> Callable[..., Any]:
-    async def acall(*args: Any, **kwargs: Any) -> Any:
-        return await Call(current(), step, func, args, kwargs).acall()
-
-    return acall
-
-
-def _stream(current: CurrentRun, step: GuardedStep, func: Callable[..., Any]) -> Callable[..., Any]:
-    def stream(*args: Any, **kwargs: Any) -> Any:
-        return (yield from Call(current(), step, func, args, kwargs).stream())
-
-    return stream
-
-
-def _astream(current: CurrentRun, step: GuardedStep, func: Callable[..., Any]) -> Callable[..., Any]:
-    async def astream(*args: Any, **kwargs: Any) -> Any:
-        # The async form of `yield from`.
-        stream = Call(current(), step, func, args, kwargs).astream()
-        advance: Callable[[], Any] = stream.__anext__
-        while True:
-            try:
-                chunk = await advance()
-            except StopAsyncIteration:
-                return
-            try:
-                advance = functools.partial(stream.asend, (yield chunk))
-            except GeneratorExit:
-                await stream.aclose()
-                raise
-            except BaseException as thrown:
-                advance = functools.partial(stream.athrow, thrown)
-
-    return astream
-
-
-_WRAPPERS: Final[dict[Kind, Callable[[CurrentRun, GuardedStep, Callable[..., Any]], Callable[..., Any]]]] = {
-    "call": _call,
-    "acall": _acall,
-    "stream": _stream,
-    "astream": _astream,
-}

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, I
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar, Token, copy_context
 from functools import partial
-from typing import Any, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from pydantic import BaseModel
 
@@ -42,8 +42,10 @@ from stroma.failures.errors import RunCancelled
 from stroma.failures.failure import Failure
 from stroma.hooks.sets import HookError
 from stroma.runner.pipeline import warn_of_unknown_ids
-from stroma.runner.runner import StromaRunner
 from stroma.trace.result import ExecutionResult, RunStatus
+
+if TYPE_CHECKING:
+    from stroma.adapters.guard import Guard
 
 __all__ = ["ACTIVE", "GuardedRun", "active_run"]
 
@@ -101,21 +103,6 @@ class _OutsideUsage:
             self._ctx.cost_tracker.check_budget(self._ctx.budget, _OUTSIDE)
 
 
-class RunOwner(Protocol):
-    """The parts of a guard that its runs use.
-
-    Attributes:
-        runner: None if the guard has the context of another run.
-        open_runs: the runs that have started and not ended.
-    """
-
-    runner: StromaRunner[Any] | None
-    open_runs: list[GuardedRun]
-
-    def ended(self, run: GuardedRun) -> None: ...
-    def forget_old(self, run: GuardedRun) -> None: ...
-
-
 class GuardedRun:
     """One run of a guard. Use it once, as a context manager: ``with`` or ``async with``.
 
@@ -128,7 +115,7 @@ class GuardedRun:
         usage: the usage outside of steps.
     """
 
-    def __init__(self, guard: RunOwner, ctx: ReliabilityContext, input: Any = None, *, ends: bool) -> None:
+    def __init__(self, guard: Guard, ctx: ReliabilityContext, input: Any = None, *, ends: bool) -> None:
         self.guard = guard
         self.ctx = ctx
         self.ends = ends

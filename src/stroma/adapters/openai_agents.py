@@ -432,7 +432,7 @@ def _guard_whole_runs(guard: Guard) -> None:
 def _with_guarded_models(bare: Callable[..., Any]) -> Callable[..., Any]:
     def get_model(*args: Any, **kwargs: Any) -> Model:
         model, run = bare(*args, **kwargs), active_run()
-        return model if run is None else _guard_model(model, _guard_of(run))
+        return model if run is None else _guard_model(model, run.guard)
 
     return get_model
 
@@ -447,9 +447,9 @@ def _with_guarded_tools(bare: Callable[..., Any]) -> Callable[..., Any]:
         for one in attached:
             contracts |= one.contracts
             one.check([tool.name for tool in tools], self.mcp_servers)
-        if run is None and not attached:
+        guard: Guard | None = attached[0].guard if attached else getattr(run, "guard", None)
+        if guard is None:
             return list(tools)
-        guard = attached[0].guard if attached else _guard_of(run)
         own = {id(tool) for tool in self.tools}
         return [
             _guard_tool(tool, guard, contracts.get(tool.name), as_it_is if id(tool) in own else _of_server)
@@ -483,8 +483,9 @@ def _turns_in_agents(bare_turn: Callable[..., Any]) -> Callable[..., Any]:
         node, run = running_node(), active_run()
         bound = next((one for one in (*args, *kwargs.values()) if hasattr(one, "public_agent")), None)
         agent = getattr(bound, "public_agent", None) or kwargs.get("agent")
-        around = None if node is None or run is None or node.ctx is not run.ctx else node.agent
-        if agent is None or around is None or around == agent.name:
+        if agent is None or node is None or run is None or node.ctx is not run.ctx:
+            return await bare_turn(*args, **kwargs)
+        if node.agent in (None, agent.name):
             return await bare_turn(*args, **kwargs)
         step = GuardedStep(
             agent.name,
@@ -494,7 +495,7 @@ def _turns_in_agents(bare_turn: Callable[..., Any]) -> Callable[..., Any]:
             can_retry=False,
             role="agent",
         )
-        return await _guard_of(run).acall(step, bare_turn, *args, **kwargs)
+        return await run.guard.acall(step, bare_turn, *args, **kwargs)
 
     return turn
 
@@ -507,11 +508,6 @@ def _turn_view(result: Any) -> dict[str, Any]:
         "final_output": getattr(ended, "output", None),
         "handoff": None if next_agent is None else next_agent.name,
     }
-
-
-def _guard_of(run: Any) -> Guard:
-    guard: Guard = run.guard
-    return guard
 
 
 def _is_bare(tool: Any) -> bool:
