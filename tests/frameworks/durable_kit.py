@@ -187,9 +187,13 @@ def _serve(
         with opened(kind, where) as store:
             world, runner = make(bill), _runner_on(store)
             handle = await runner.submit(world.flow(), Num(), run_id="r")
+            owners = 2  # Who submits the run, and who runs it.
             while (result := await handle.until_stopped()).status is RunStatus.SUSPENDED:
+                owners += 1
                 await approve(runner, result)
             check(world, result, store, await undisturbed(lambda: make(None), approve))
+            # A living worker loses its lease too, where the machine is too busy for it to be renewed.
+            assert world.repeated() <= in_flight * (store.get_run("r").epoch - owners)
 
     async def work(life: int) -> None:
         if life < LAST_DEATH:
@@ -209,7 +213,6 @@ def _serve(
                     processes.call(lambda life=life: asyncio.run(work(life)))
                 assert processes.wait(until=lambda: len(processes.alive) <= WORKERS), "it does not end"
             assert processes.broken == []
-            assert Bill(bill).repeated() <= in_flight * processes.kills
         finally:
             processes.end()
     return processes.kills
