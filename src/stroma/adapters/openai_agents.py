@@ -14,14 +14,14 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from stroma._utils.lazy import lazy
 from stroma.adapters._patches import patch
 from stroma.adapters._releases import import_error, warn_if_untested
 
 try:
-    from agents import Agent, FunctionTool, Model, ModelProvider, MultiProvider, Runner, RunResult, RunState
+    from agents import Agent, FunctionTool, Model, Runner, RunResult, RunState
     from agents import run as agents_run
     from agents.exceptions import (
         InputGuardrailTripwireTriggered,
@@ -54,7 +54,6 @@ if TYPE_CHECKING:
 __all__ = [
     "DurableRunner",
     "GuardedModel",
-    "GuardedProvider",
     "GuardedRunner",
     "GuardedStream",
     "ToolApproval",
@@ -76,7 +75,7 @@ def attach(agent: A, guard: Guard, contracts: Contracts | None = None) -> A:
     ``contracts``: by the names of tools; input is the arguments, output the result. The agents are changed in
     place. In a run of a guard all other models and tools that the SDK uses are steps, too: a model that is
     only named, one of ``RunConfig(model=)``, judges of guardrails, tools of MCP servers. Raises UnknownNode
-    for a contract of no tool; of an agent with MCP servers when these have listed their tools.
+    for a contract of no tool; if one agent has all MCP servers, a run does when they have listed their tools.
 
     A realtime agent is attached in the same way. Enter its session inside ``async with guard.run():``: the
     tokens of its model count in that run and in no step, and a spent budget ends the session with
@@ -95,8 +94,9 @@ def attach(agent: A, guard: Guard, contracts: Contracts | None = None) -> A:
             _guard_tool(tool, guard, by_name.get(tool.name)) if isinstance(tool, FunctionTool) else tool
             for tool in each.tools
         ]
-    if servers:
-        _ServerContracts(guard, {name: by_name[name] for name in by_name if name not in tools}, servers)
+    remote = {name: contract for name, contract in by_name.items() if name not in tools}
+    for server in servers:
+        setattr(server, _ATTACHED, _ServerContracts(guard, remote, servers))
     return agent
 
 
@@ -232,11 +232,8 @@ if TYPE_CHECKING:
 
     class _ModelProxy(Proxy, Model):
         """A GuardedModel, for type checkers."""
-
-    class _ProviderProxy(Proxy, ModelProvider):
-        """A GuardedProvider, for type checkers."""
-else:  # Not a base: what Model and ModelProvider define would hide what is wrapped.
-    _ModelProxy = _ProviderProxy = Proxy
+else:  # Not a base: what Model defines would hide what is wrapped.
+    _ModelProxy = Proxy
 
 
 class GuardedModel(_ModelProxy):
@@ -281,20 +278,6 @@ def _request(model: Any, **options: Any) -> GuardedStep:
         control=_control_of,
         **options,
     )
-
-
-class GuardedProvider(_ProviderProxy):
-    """Guards the models that a provider has by name: ``RunConfig(model_provider=GuardedProvider(guard))``.
-
-    In a run of a guard there is no need for it.
-    """
-
-    def __init__(self, guard: Guard, provider: ModelProvider | None = None) -> None:
-        super().__init__(MultiProvider() if provider is None else provider, guard)
-
-    def get_model(self, model_name: str | None) -> Model:
-        """Return the provider's model of a name, whose requests are steps."""
-        return _guard_model(self._wrapped.get_model(model_name), self._run)
 
 
 def _guard_model(model: Any, guard: Guard) -> Any:
@@ -519,21 +502,14 @@ def _is_bare(tool: Any) -> bool:
 _ATTACHED = "_stroma_contracts"
 
 
-class _ServerContracts:
+class _ServerContracts(NamedTuple):
     """Contracts of tools that MCP servers have, which are known once the servers are asked."""
 
-    def __init__(
-        self, guard: Guard, contracts: dict[str, NodeContract[Any, Any]], servers: list[Any]
-    ) -> None:
-        self.guard, self.contracts = guard, contracts
-        self._unseen, self._names, self._servers = set(contracts), set[str](), list(servers)
-        for server in servers:
-            setattr(server, _ATTACHED, self)
+    guard: Guard
+    contracts: dict[str, NodeContract[Any, Any]]
+    servers: list[Any]
 
     def check(self, names: list[str], servers: list[Any]) -> None:
-        """Take the tools of some servers. Raises UnknownNode once all were asked and a contract fits none."""
-        self._unseen -= set(names)
-        self._names.update(names)
-        self._servers = [one for one in self._servers if not any(one is server for server in servers)]
-        if self._unseen and not self._servers:
-            self.guard.contracts(self.contracts, self._names, "tool")
+        """Raise UnknownNode for a contract of no tool, if the tools are those of all servers."""
+        if all(any(one is server for server in servers) for one in self.servers):
+            self.guard.contracts(self.contracts, names, "tool")

@@ -58,7 +58,7 @@ from tests.frameworks.kit import changed_until_detached, guard_of, holds, lines_
 
 from stroma import BudgetExceeded, ContractViolation, ExecutionBudget, RunStatus
 from stroma.adapters import Guard, UnknownNode, what_stopped
-from stroma.adapters.openai_agents import GuardedModel, GuardedProvider, GuardedRunner, attach
+from stroma.adapters.openai_agents import GuardedModel, GuardedRunner, attach
 
 try:  # What the client of this release takes.
     import httpx2 as httpx
@@ -307,9 +307,6 @@ def test_a_model_that_is_only_named_is_guarded_by_its_provider() -> None:
     )
     assert result.final_output == "done"
     assert lines_of(guard) == ["named success", "  model success 10"]
-    guarded = GuardedProvider(guard, Provider()).get_model("mine")
-    assert isinstance(guarded, GuardedModel)
-    assert guarded.asked is script.asked  # type: ignore[attr-defined]
 
 
 # ---------------------------------------------------------------------- no unseen spend
@@ -754,11 +751,8 @@ def test_a_provider_is_closed_as_without_the_guard() -> None:
         async def aclose(self) -> None:
             closed.append(self)
 
-    provider = Provider()
-    guarded = GuardedProvider(guard, provider)
-    assert isinstance(guarded, Provider)
     agent = agent_of(Script("done", "done"), guard)
-    asyncio.run(GuardedRunner(guard).run(agent, "?", run_config=RunConfig(model_provider=guarded)))
+    asyncio.run(GuardedRunner(guard).run(agent, "?", run_config=RunConfig(model_provider=Provider())))
     asyncio.run(GuardedRunner(guard).run(agent, "?"))
     assert closed == []
 
