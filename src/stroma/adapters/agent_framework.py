@@ -56,9 +56,6 @@ class _Shared:
         self.guard = guard
         self.tools = {name: contract_for(name, contract) for name, contract in (tools or {}).items()}
         self.checked = not self.tools
-        #: What stopped a run inside a tool, by the run: the framework tells the model of it, and would
-        #: continue.
-        self.fatal: dict[str, BaseException] = {}
 
     @property
     def middleware(self) -> list[Any]:
@@ -68,7 +65,7 @@ class _Shared:
     def inner(self) -> _Shared:
         """The state of agents inside: contracts may name tools of any of them, and none needs all."""
         inner = _Shared(self.guard, self.tools)
-        inner.checked, inner.fatal = True, self.fatal
+        inner.checked = True
         return inner
 
     def check(self, offered: Any) -> None:
@@ -78,7 +75,8 @@ class _Shared:
         self.raise_fatal()
 
     def raise_fatal(self) -> None:
-        fatal = self.fatal.pop(self.guard.current.ctx.run_id, None)
+        run = self.guard.current
+        fatal, run.fatal = run.fatal, None
         if fatal is not None:
             raise fatal
 
@@ -184,7 +182,7 @@ class _OfFunction(FunctionMiddleware):
         except Exception as error:
             if what_stopped(error) is None:
                 raise
-            shared.fatal[shared.guard.current.ctx.run_id] = error
+            shared.guard.current.fatal = error
             raise MiddlewareTermination(str(error)) from error
 
 
