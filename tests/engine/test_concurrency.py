@@ -24,8 +24,10 @@ from stroma import (
     ContractRegistry,
     ExecutionBudget,
     ExecutionResult,
+    InMemoryStore,
     NodeContract,
     NodeHooks,
+    RunBusy,
     RunConfig,
     RunStatus,
     SQLiteStore,
@@ -35,6 +37,9 @@ from stroma import (
     map_over,
     parallel,
 )
+from stroma.checkpoint import RunRequest
+from stroma.checkpoint.queue import ClaimRequest, QueueEntry, RunLimits
+from stroma.contracts.schema import schema_of
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -339,12 +344,29 @@ def test_generated_ids_are_fresh_in_every_thread(hasty: None) -> None:
         assert len(set(results)) == 6
 
 
-def test_taking_an_id_is_atomic(hasty: None) -> None:
-    """Of the threads that ask a config for its generated id at the same moment, one gets it."""
+def test_threads_that_share_a_run_in_memory(hasty: None) -> None:
+    """G10: Of the threads that open a run of one store in memory at the same moment, or claim it, one gets
+    it."""
+    request = RunRequest("r", "pipeline", Num(), schema_of(Num), if_exists="resume")
+
+    def open_it(store: Any) -> Any:
+        try:
+            return store.open_run(request)
+        except RunBusy:
+            return None
+
+    def claim_it(store: Any, i: int) -> list[Any]:
+        claim = ClaimRequest(f"worker {i}", 30.0, 1, 1, {"pipeline": RunLimits()})
+        claimed: list[Any] = asyncio.run(store.claim(claim))
+        return claimed
+
     for _ in range(150):
-        config = RunConfig()
-        ids = in_threads(4, lambda i, config=config: config.take_run_id())
-        assert len(set(ids)) == 4
+        store = InMemoryStore()
+        assert sum(one is not None for one in in_threads(4, lambda _, store=store: open_it(store))) == 1
+    for _ in range(100):
+        store = InMemoryStore()
+        asyncio.run(store.submit(request, QueueEntry(0)))
+        assert sum(map(len, in_threads(4, lambda i, store=store: claim_it(store, i)))) == 1
 
 
 # ---------------------------------------------------------------------- nested runs

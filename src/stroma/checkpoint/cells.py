@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from stroma.contracts.contract import check_id
 
-__all__ = ["CellStore", "Change", "MemoryCells"]
+__all__ = ["CellStore", "Change", "MemoryCells", "memory_lock"]
 
 T = TypeVar("T")
 
@@ -47,13 +47,18 @@ class CellStore(Protocol):
         ...
 
 
-# One lock for all: it is held for microseconds.
-_lock = threading.Lock()
+# One lock for all stores in memory: it is held for microseconds.
+_lock = threading.RLock()
+
+
+def memory_lock() -> threading.RLock:
+    """Return the lock under which stores in memory change: their runs may be shared by threads."""
+    return _lock
 
 
 def _after_fork() -> None:
     global _lock
-    _lock = threading.Lock()  # The parent may have held it.
+    _lock = threading.RLock()  # The parent may have held it.
 
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch
@@ -84,7 +89,7 @@ class MemoryCells:
 
     def _change(self, name: str, change: Change[T]) -> T:
         check_id(name, "cell name")
-        with _lock:
+        with memory_lock():
             data, answer = change(self._cells.get(name), time.time_ns() // 1_000_000)
             if data is not None:
                 self._cells[name] = data

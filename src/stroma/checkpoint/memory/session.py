@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
+from stroma.checkpoint.cells import memory_lock
 from stroma.checkpoint.durable.annotations import record_notes, record_rejected
 from stroma.checkpoint.durable.conversion import to_attempt
 from stroma.checkpoint.durable.operations import fence_error
@@ -67,14 +68,15 @@ class MemorySession(DurableSession):
         then: Callable[[Any], object] | None = None,
         in_any_case: Callable[[], object] | None = None,
     ) -> DoneNow:
-        value = operation(self._rows)
-        if then is not None:
-            then(value)
+        with memory_lock():
+            value = operation(self._rows)
+            if then is not None:
+                then(value)
         return DoneNow(value)
 
     def _post(self, operation: Any) -> None:
         try:
-            operation(self._rows)
+            _ = self._submit(operation)
         except StoreError:
             pass  # It is fenced off.
 
@@ -86,20 +88,21 @@ class MemorySession(DurableSession):
         self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
     ) -> None:
         run = self._run
-        if run.epoch != self.epoch:
-            raise fence_error(self._rows, self.fence, self.run_id)
-        self.completed = None
-        if output is None or schema is None:
-            run.log.append(row)
-        else:
-            run.commit(row, schema, output, call)
-        if self._rejected:
-            started_ns, data = self._rejected.pop((row.position, row.branch), (0, b""))
-            if started_ns == row.started_ns:
-                record_rejected(self._records(self._rows), to_attempt(row), data)
-        if self._pending_notes:
-            record_notes(self._records(self._rows), self._pending_notes)
-            self._pending_notes = {}
+        with memory_lock():
+            if run.epoch != self.epoch:
+                raise fence_error(self._rows, self.fence, self.run_id)
+            self.completed = None
+            if output is None or schema is None:
+                run.log.append(row)
+            else:
+                run.commit(row, schema, output, call)
+            if self._rejected:
+                started_ns, data = self._rejected.pop((row.position, row.branch), (0, b""))
+                if started_ns == row.started_ns:
+                    record_rejected(self._records(self._rows), to_attempt(row), data)
+            if self._pending_notes:
+                record_notes(self._records(self._rows), self._pending_notes)
+                self._pending_notes = {}
 
     # The engine awaits nothing that is done: no turn of the event loop passes.
 
@@ -138,7 +141,8 @@ class MemorySession(DurableSession):
         end = self._to_record(status, error, wake_ms)
         if end is not None:
             try:
-                self._finish(end, self._rows)
+                with memory_lock():
+                    self._finish(end, self._rows)
             finally:
                 self.abandon()
             if end.status == "SUSPENDED":

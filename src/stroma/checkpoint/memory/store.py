@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from stroma._utils.logs import get_logger
-from stroma.checkpoint.cells import MemoryCells
+from stroma.checkpoint.cells import MemoryCells, memory_lock
 from stroma.checkpoint.durable.owner import memory_owner
 from stroma.checkpoint.durable.rows import Annotation, Opening, Rows, Step
 from stroma.checkpoint.durable.run_store import RunStore
@@ -28,7 +28,7 @@ logger = get_logger()
 
 
 class _MemoryStore(MemoryCells, RunStore):
-    """Base class of the sync and the async store. All calls are atomic: nothing here awaits."""
+    """Base class of the sync and the async store. All calls are atomic, also those of several threads."""
 
     #: Nobody has asked for this store: guards delete what ended long ago, so that memory does not grow.
     is_default = False
@@ -47,13 +47,15 @@ class _MemoryStore(MemoryCells, RunStore):
         return query(self._rows)
 
     def _submit(self, operation: Callable[[Rows], Any]) -> DoneNow:
-        return DoneNow(operation(self._rows))
+        with memory_lock():
+            return DoneNow(operation(self._rows))
 
     def _notify_owner(self, run_id: str) -> None:
         run = self._runs.get(run_id)
         session = None if run is None or run.session is None else run.session()
         if session is not None:
-            session.read_requests(self._rows)
+            with memory_lock():
+                session.read_requests(self._rows)
 
     def open_run(self, request: RunRequest) -> MemorySession:
         """Begin an execution of a run, or continue its last one; see DurableStore."""
@@ -71,7 +73,8 @@ class _MemoryStore(MemoryCells, RunStore):
             version=request.version,
         )
         session = MemorySession(request.run_id, self._rows, self._payloads, self.warn_of_loss)
-        return session.open(request, opening, data, self._rows)
+        with memory_lock():
+            return session.open(request, opening, data, self._rows)
 
     def _encode(self, schema: Schema, state: BaseModel) -> UnencodedState:
         return UnencodedState(schema, schema.snapshot(state))
@@ -93,7 +96,8 @@ class _MemoryStore(MemoryCells, RunStore):
         check_id(run_id, "run id")
         schema = schema_of(type(state))
         step = Step(schema.fingerprint, schema_ref(schema.model), self._encode(schema, state), b"")
-        self._rows.annotate(run_id, Annotation.SAVED, check_id(node_id, "node id"), node_id, step)
+        with memory_lock():
+            self._rows.annotate(run_id, Annotation.SAVED, check_id(node_id, "node id"), node_id, step)
 
     def _load(self, run_id: str, node_id: str) -> BaseModel | None:
         newest = self._rows.newest_output(run_id, node_id)
@@ -108,7 +112,8 @@ class _MemoryStore(MemoryCells, RunStore):
 
     def delete_now(self, run_id: str) -> None:
         """Delete a run at once; nothing happens if there is none."""
-        self._rows.delete(run_id)
+        with memory_lock():
+            self._rows.delete(run_id)
 
 
 def as_schema(state: BaseModel, schema: type[BaseModel], run_id: str, node_id: str) -> BaseModel:
@@ -143,7 +148,7 @@ class InMemoryStore(_MemoryStore):
         return self._load_typed(run_id, node_id, schema)
 
     def delete(self, run_id: str) -> None:
-        self._rows.delete(run_id)
+        self.delete_now(run_id)
 
 
 class AsyncInMemoryStore(_MemoryStore):
@@ -164,4 +169,4 @@ class AsyncInMemoryStore(_MemoryStore):
         return self._load_typed(run_id, node_id, schema)
 
     async def delete(self, run_id: str) -> None:
-        self._rows.delete(run_id)
+        self.delete_now(run_id)
