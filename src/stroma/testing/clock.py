@@ -19,6 +19,7 @@ from stroma.checkpoint.sqlite import rows as _sqlite_rows
 from stroma.engine import admission as _admission
 from stroma.engine import attempt as _attempt
 from stroma.engine import deadlines as _deadlines
+from stroma.engine import effects as _effects
 from stroma.engine import journal as _journal
 from stroma.engine import loop as _engine
 from stroma.engine import metering as _usage
@@ -149,7 +150,7 @@ class FakeClock:
         for module in (cells, _memory_rows, classifiers, breaker, reservations):
             self._patch(module, "time", shim)
         self._patch(_sqlite_rows, "_now_ms", lambda: self._time_ns() // 1_000_000)
-        of_runs = (_attempt, _deadlines, _engine, _admission, _journal, _map)
+        of_runs = (_attempt, _deadlines, _effects, _engine, _admission, _journal, _map)
         for module in (*of_runs, body, calls, journal, suspension):
             self._patch(module, "perf_counter_ns", self._ns)
         for module in (_admission, dispatch):
