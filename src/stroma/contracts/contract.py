@@ -169,8 +169,8 @@ class ContractViolation(Exception):
     def as_prompt(self, *, max_chars: int = 2000) -> str:
         """Return the errors as a text for the model that produced the output, of at most ``max_chars``.
 
-        It says of each field what is wrong, what came, and what is expected, in a compact form of the schema.
-        What the schema declares as a secret (``SecretStr``) is masked.
+        For each field it has the error, the received value and the expected type, in a compact form of the
+        schema. Secrets of the schema (``SecretStr``) are masked.
         """
         from stroma.contracts.repair_prompt import repair_prompt
 

@@ -41,8 +41,8 @@ class NotSerialisable(TypeError):
     Where: ``result.failure`` of a FAILED run whose input or output cannot be stored.
     Cause: a secret, an open file, a client, a value that contains itself, or a class that its field does not
     declare.
-    Fix: keep it out of the state, hand it over in the run's context, or declare the field with the class it
-    holds.
+    Fix: keep it out of the state, pass it in the run's context, or declare the field with the class of its
+    value.
     """
 
 

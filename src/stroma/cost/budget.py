@@ -75,7 +75,7 @@ class ExecutionBudget(StrictModel):
         max_cost_usd: cost of all attempts in US dollars.
         max_latency_ms: time that the attempts take, in milliseconds.
 
-    Raises pydantic's ValidationError for a limit that it does not know: one that is misspelt would be none.
+    Raises pydantic's ValidationError for an unknown limit, which may be misspelt.
     """
 
     max_tokens_total: int | None = Field(default=None, ge=0, le=LARGEST)

@@ -1,4 +1,4 @@
-"""Model hints: which model a node should use, and when a cheaper one is due."""
+"""Model hints: the model that a node should use, and the point from which a cheaper one is due."""
 
 from __future__ import annotations
 

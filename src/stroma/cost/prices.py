@@ -45,13 +45,13 @@ _ANY_SIZE: Final = -1
 
 
 class Rates(NamedTuple):
-    """The prices of one model, by kind of token. None: that kind has no price of its own.
+    """The prices of one model, by kind of token. None: that kind has no separate price.
 
     Attributes:
         cached_input: of input that was read from a cache; without one it costs what other input does.
         cache_write: of input that was written to a cache; likewise.
         cache_write_1h: of what is kept there for an hour; without one it costs what other writes do.
-        request_usd: US dollars for each call, whatever its size.
+        request_usd: US dollars for each call, of any size.
     """
 
     input: Steps
@@ -304,7 +304,7 @@ def estimate_cost_usd(
 
 
 class ModelPrices(NamedTuple):
-    """Which prices are used for a model, and where they are from.
+    """The prices that are used for a model, and their source.
 
     Attributes:
         source: "KNOWN_MODELS" or "genai-prices".
@@ -323,7 +323,7 @@ class ModelPrices(NamedTuple):
 
 
 def prices_of(model: str) -> ModelPrices | None:
-    """Return the current prices of a model; None if none are known."""
+    """Return the current prices of a model; None if they are not known."""
     listing = _listing(model)
     known = KNOWN_MODELS.get(model)
     if known is None and listing is not None:
@@ -362,8 +362,8 @@ def data_state() -> tuple[str, datetime | None]:
 def update_prices() -> None:
     """Fetch the prices of today, for this process. Raises RuntimeError, and changes nothing, on failure.
 
-    Nothing else in Stroma does: without it, and without ``genai_prices.UpdatePrices`` of your own, prices are
-    those that came with the installed genai-prices.
+    Nothing else in Stroma fetches prices. Without it, and without your own ``genai_prices.UpdatePrices``, the
+    prices are those of the installed genai-prices.
     """
     import genai_prices
 

@@ -18,12 +18,12 @@ NO_MODEL: Final = "(no model)"
 
 
 class UsageError(ValueError):
-    """A node reported usage that cannot be counted: negative, not finite, no number, or without a price.
+    """A node reported usage that cannot be counted: negative, not finite, not a number, or without a price.
 
     Where: ``result.failure`` of a FAILED run; out of ``CostTracker.record``, ``report_usage`` and
     ``usage_from``.
-    Cause: the figures or the response a node returned beside its output; or tokens without a model, or of a
-    model without a known price, under a cost limit or ``unknown_model="error"``.
+    Cause: the numbers or the response that a node returned beside its output; or tokens without a model, or
+    of a model without a known price, under a cost limit or ``unknown_model="error"``.
     Fix: report whole numbers of tokens, zero or more, and the model with them; add the model to
     ``KNOWN_MODELS``. The output is stored.
     """
@@ -65,15 +65,15 @@ class Usage:
     """The tokens that one call of a model used.
 
     Attributes:
-        input_tokens: all that went in, what was read from or written to a cache included.
-        output_tokens: all that came out, reasoning included.
+        input_tokens: all input tokens, including those read from or written to a cache.
+        output_tokens: all output tokens, including reasoning.
         cached_input_tokens: the part of the input that was read from the provider's cache.
         cache_write_tokens: the part of the input that was written to it.
         model: as the provider names it; None if the response does not say.
-        tier: "batch", "flex", "priority" ...: how the call was served, where that has a price of its own.
+        tier: service tier with separate prices: "batch", "flex", "priority" ...
         cache_write_1h_tokens: the part of ``cache_write_tokens`` that is kept for an hour, which costs more.
-        cost_usd: what the call cost, in dollars, where its provider says so; None: it follows from the
-            model's prices.
+        cost_usd: cost of the call in US dollars, if the provider reports it; None: computed from the model's
+            prices.
     """
 
     input_tokens: int = 0

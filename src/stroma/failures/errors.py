@@ -35,11 +35,11 @@ class ItemFailure(LazyModel):
     """An item of a map that failed for good without stopping the map.
 
     Attributes:
-        index: which item, 0-based.
-        node_id: the node that failed; of an item that is a group or several nodes, the one inside.
+        index: 0-based index of the item.
+        node_id: the node that failed; if an item is a group or several nodes, the node inside.
         message: of its last attempt, for people: ``Type: message``.
         reason: a stable word for it, such as "rate_limit"; None if unknown.
-        attempts: how many of it were made; 0 for an item that could not be read.
+        attempts: number of attempts; 0 for an item that could not be read.
     """
 
     index: int
@@ -59,11 +59,11 @@ class Suspend(Exception):
     """Raised by a node that waits for a person: the run is SUSPENDED and continues once it has the answer.
 
     Attributes:
-        reason: what for, in words.
-        schema: what the answer must satisfy; None if any JSON value will do.
+        reason: the text of the question.
+        schema: class of the answer; None for any JSON value.
 
-    Where: out of a node's function, never out of ``run()``: it is no failure.
-    Cause: the node needs a decision that is not made yet.
+    Where: out of a node's function, never out of ``run()``: it is not a failure.
+    Cause: the node needs a decision by a person.
     Fix: ``await runner.signal(run_id, answer, question=id)``, with an id of ``result.questions``; then run
     with ``resume=True``; the node finds the answer at ``current_node().signal``.
     """
@@ -104,11 +104,11 @@ class RecordedVerdict(NamedTuple):
 
 
 class RunFailed(Exception):
-    """Stands for a failure in another process: of a run that it executed, or of a node with a place.
+    """A failure in another process: of a run that it executed, or of a node with a place.
 
     Where: ``result.failure`` of a run that was waited for (``if_running="attach"``), or of a node with a
     place.
-    Cause: the run or the node failed in that process; the message is the one there.
+    Cause: the run or the node failed in that process; the message is the original one.
     Fix: look at its attempts in the store (``stroma show``), then continue the run with ``resume=True``.
     """
 
@@ -159,7 +159,7 @@ COOLDOWN: Final = "cooldown"
 
 
 class Wait(NamedTuple):
-    """A call may not begin yet.
+    """A call may not start yet.
 
     Attributes:
         ms: the earliest time to ask again; None if unknown.
@@ -177,14 +177,13 @@ class SharedBudgetExceeded(BudgetExceeded):
     Attributes:
         budget: its name.
         dimension: "cost" (USD) or "tokens".
-        limit, actual: what may be and was spent in this window, of the node alone where it has a limit of its
-            own.
-        reserved: what calls in flight may spend besides, in all processes.
-        requested: what the call that was refused may take.
+        limit, actual: the limit and the spending of this window; for a node with a separate limit, its own.
+        reserved: amount that calls in flight have reserved, in all processes.
+        requested: amount that the refused call may use.
         resets_at: when the window ends, in UTC; None for a budget without ``per=``.
 
     Where: ``result.failure`` of a PARTIAL run; the node was not called.
-    Cause: runs that share the budget, in any process, have spent it, or their calls in flight may.
+    Cause: runs that share the budget, in any process, have spent it, or have reserved the rest.
     Fix: run with ``resume=True`` once the next window has started, or raise the limit that the message names.
     """
 
@@ -241,7 +240,7 @@ class LimitError(Exception):
 
 
 class WaitedTooLong(Exception):
-    """An attempt waited for its turn longer than it may, or would have to.
+    """An attempt waited for its turn too long, or would have to.
 
     Attributes:
         retry_after: seconds until the limit opens again; None if unknown.
@@ -256,15 +255,16 @@ class WaitedTooLong(Exception):
 
 
 class CircuitOpen(Exception):
-    """A provider fails so often that it is not called for a while.
+    """A provider fails so often that it is not called for some time.
 
     Attributes:
         key: the provider's host, or the limit of the node.
         retry_after: seconds until it is tried again.
 
     Where: ``result.failure`` of a PARTIAL run; the node was not called.
-    Cause: too many of the last calls failed, and ``Breaker.max_wait_seconds`` is shorter than what is left.
-    Fix: see what the provider says of itself, then run with ``resume=True``.
+    Cause: too many of the last calls failed, and ``Breaker.max_wait_seconds`` is shorter than the remaining
+    time.
+    Fix: check the provider's status page, then run with ``resume=True``.
     """
 
     def __init__(self, key: str, retry_after: float) -> None:
@@ -281,7 +281,7 @@ class CircuitOpen(Exception):
 
 
 class RunCancelled(Exception):
-    """A guarded run, or one of steps of plain code, was cancelled from elsewhere: no further step starts.
+    """A guarded run, or plain code with steps, was cancelled from elsewhere: no further step starts.
 
     Where: out of a framework's call, of a guarded step, or of ``with guard.run()``; ``guard.stopped`` has it
     too. In ``result.failure`` of a step of plain code.

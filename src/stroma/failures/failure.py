@@ -53,14 +53,14 @@ class Failure:
     """One failed attempt.
 
     Attributes:
-        exception: what the node raised, or what stopped it.
+        exception: the exception that the node raised, or that stopped it.
         failure_class: its one class.
         node_id: the node that failed.
         attempt: 1-based.
         message: ``str(exception)``, or the type's name where that is empty or raises. ``str(failure)`` is for
             people, and has the type in front.
-        reason: a stable word for what happened, such as "rate_limit" or "contract"; None if unknown.
-        retry_after_seconds: the wait a server asked for.
+        reason: a stable word for the cause, such as "rate_limit" or "contract"; None if unknown.
+        retry_after_seconds: the wait that a server asked for.
         inner: the failure of the node inside that stopped a group; None for a node.
     """
 
@@ -100,7 +100,7 @@ class Failure:
         return typed(kind_of(self.exception), self.message)
 
     def as_prompt(self, *, max_chars: int = 2000) -> str | None:
-        """Return the corrections that a model has to make, as text; None for a failure that it cannot fix.
+        """Return the corrections for the model as text; None for a failure that a model cannot fix.
 
         See :meth:`stroma.ContractViolation.as_prompt`.
         """

@@ -104,8 +104,8 @@ def decide(
 ) -> Retry | Stop:
     """Return the decision on a failed attempt: Retry or Stop. Pure, but for ``draw`` (uniform in 0..1).
 
-    ``attempt`` is 1-based: attempt n was the (n-1)-th retry, so one count serves all classes. Attempts that
-    were granted on top (to repair an output) are not in it.
+    ``attempt`` is 1-based: attempt n was the (n-1)-th retry, so one count serves all classes. Additional
+    attempts (to repair an output) are not in it.
     """
     if failure.failure_class is FailureClass.TERMINAL:
         return Stop("a terminal failure is not retried")

@@ -27,7 +27,7 @@ _OVER: Final = object()
 
 
 class HookNotAsync(TypeError):
-    """A hook is not async. ``result`` is what the run had come to.
+    """A hook is not async. ``result`` is the result of the run.
 
     Where: out of ``run()``, at the first call of the hook.
     Cause: the hook returned something that cannot be awaited.
@@ -43,7 +43,7 @@ class HookTimeout(Exception):
 
     Where: in ``result.hook_errors`` and the log; with ``hook_errors="raise"`` the cause of a HookError.
     Cause: one call of a hook took longer than ``hook_timeout_ms``.
-    Fix: hand slow work to a queue or a separate task, or raise ``hook_timeout_ms``.
+    Fix: move slow work to a queue or a separate task, or raise ``hook_timeout_ms``.
     """
 
 

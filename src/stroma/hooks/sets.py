@@ -32,14 +32,14 @@ class MapProgress:
     """Progress of a map.
 
     Attributes:
-        done: items that have ended, the failed and the restored ones among them.
-        total: how many there are; None as long as nobody knows.
-        failed: those that failed while the others go on (``on_item_failure="collect"``).
-        restored: those that an earlier process did.
-        rate: items per second that this process does, over the last seconds.
+        done: items that have ended, including failed and restored ones.
+        total: number of items; None while it is not known.
+        failed: items that failed while the map continues (``on_item_failure="collect"``).
+        restored: items that an earlier process finished.
+        rate: items per second of this process, over the last seconds.
         seconds_left: None if unknown.
-        elapsed_seconds: since this process began with the map.
-        ended: whether this is the last word of this map.
+        elapsed_seconds: since this process started with the map.
+        ended: True in the last report of this map.
     """
 
     done: int
@@ -60,8 +60,9 @@ class NodeHooks(NamedArguments):
     not take the arguments below. Any other callable that returns no awaitable raises the TypeError out of
     ``run()`` at its call.
 
-    Compose sets with ``a | b`` or a list: starts run first to last, ends last to first. While a hook runs,
-    everything else about its node (position, attempt, model, cost ...) is at :func:`stroma.current_node`.
+    Combine sets with ``a | b`` or a list: start hooks run first to last, end hooks last to first. While a
+    hook runs, everything else about its node (position, attempt, model, cost ...) is at
+    :func:`stroma.current_node`.
 
     Attributes:
         on_node_start: (run id, node id, state) before each attempt.

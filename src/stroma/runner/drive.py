@@ -66,7 +66,7 @@ class Busy:
 
 @dataclass(frozen=True, slots=True)
 class Blocked:
-    """The code of this process cannot continue the run, which stays as it was, with a mark of that."""
+    """The code of this process cannot continue the run, which stays as it was and is marked as blocked."""
 
     run_id: str
     reason: str  # What does not fit.

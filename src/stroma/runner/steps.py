@@ -50,11 +50,11 @@ async def execute_step(
 
     ``contract`` takes precedence over the registry's, and that over the function's own. Without any, output
     that fits the input's class is converted to it, and other output is returned as it is. Each call in plain
-    code is a position of its own; in a node of the same run, with ``current_run()`` as the context, it is a
-    child of that node: no node of the pipeline takes its place, nor it theirs. ``async with ctx:`` around the
-    steps leases the run, stores how it ended, and calls the hooks of its start and end. A ``cancel()`` of
-    that run lets the current step finish, without another attempt; the next one is not called, and its result
-    is CANCELLED with a RunCancelled. In new code, write a flow: it resumes with its own decisions.
+    code has its own position; in a node of the same run, with ``current_run()`` as the context, it is a child
+    of that node: no node of the pipeline takes its place, nor it theirs. ``async with ctx:`` around the steps
+    leases the run, stores how it ended, and calls the hooks of its start and end. A ``cancel()`` of that run
+    lets the current step finish, without another attempt; the next one is not called, and its result is
+    CANCELLED with a RunCancelled. In new code, write a flow: it resumes with its own decisions.
 
     Under ``resume=True`` a call returns the output that is recorded for it, without calling the function:
 

@@ -81,8 +81,8 @@ class AttemptUsage:
 
     Attributes:
         cached_input_tokens: the part of the input that was read from the provider's cache.
-        cache_write_tokens: the part of the input that was written to it. Stores keep neither of the two, but
-            the price.
+        cache_write_tokens: the part of the input that was written to it. Stores save the price, and neither
+            of these two.
     """
 
     tokens: int = 0
@@ -105,7 +105,7 @@ Figures = tuple[str, int, int, float, int, str | None]
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """The events inside a group or node that are counted and not kept.
+    """The events inside a group or node that are only counted.
 
     Attributes:
         events: how many attempts, those inside groups too.
@@ -234,9 +234,9 @@ class TraceEvent:
         usage: what the attempt used.
         position: where in the run the node stands, 0-based.
         branch: "" at the top level; "0", "1", "0.1" for children of groups and items of a map.
-        function_ms: for how long its function ran, waits between attempts apart; of a group any function
-            inside it. None of an event that somebody else made.
-        left_out: the events that are counted, not kept: of a map whose items or outputs are not in the state.
+        function_ms: time for which its function ran, without waits between attempts; for a group, any
+            function inside it. None if the event was not made by the engine.
+        left_out: events that are only counted: of a map whose items or outputs are not in the state.
     """
 
     node_id: str

@@ -64,7 +64,7 @@ def _failure_as_dict(failure: Failure | None) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, slots=True)
 class HookFailure:
-    """One exception that a hook raised. It changed nothing of the run."""
+    """One exception that a hook raised. It did not change the run."""
 
     hook: str
     node_id: str | None
@@ -76,8 +76,8 @@ class Question:
     """A question that a suspended run asks.
 
     Attributes:
-        id: identifies the question in its run, for ``runner.signal(run_id, answer, question=id)``. It is made
-            of the call that asks, and never of the text or the class of the answer: a reworded question has
+        id: identifies the question in its run, for ``runner.signal(run_id, answer, question=id)``. It
+            identifies the call that asks, not the text or the class of the answer: a reworded question has
             the same id.
         reason: the text of the question; "effect" if it is how a call of an effect ended.
         kind: "approval", or "effect" for a question that takes the output of a call, or NotDone().
@@ -118,7 +118,7 @@ class ExecutionResult(Shown, Generic[StateT]):
         final_state: the last committed state, else the initial one.
         total_cost_usd: US dollars that this call spent, failed attempts included.
         total_tokens: input + output of this call, failed attempts included.
-        total: the same of the whole execution, with what earlier processes spent before a resume.
+        total: the same for the whole execution, including earlier processes before a resume.
         failure: the failure that stopped the run, or None.
         suspended: reasons of a SUSPENDED run; one line per node.
         failed_items: number of failed items of its maps that did not stop the run, see ``on_item_failure``.

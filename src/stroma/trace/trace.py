@@ -1,8 +1,7 @@
 """The history of a run in memory: one event per attempt, and the result that carries it.
 
-The engine appends flat rows (see :class:`AttemptRow`); a :class:`TraceEvent` is built when somebody looks.
-States in a row are snapshots, so nothing that nodes or hooks do to their objects afterwards can rewrite
-history.
+The engine appends flat rows (see :class:`AttemptRow`); a :class:`TraceEvent` is built when it is read.
+States in a row are snapshots, so later changes to the objects of nodes or hooks do not change it.
 """
 
 from __future__ import annotations

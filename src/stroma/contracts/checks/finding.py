@@ -77,7 +77,8 @@ class CheckFailed(ValueError):
         findings: all errors, each a Finding with its fix.
 
     Where: out of ``run()`` with ``RunConfig(check=True)``, before the store is opened and anything is called.
-    Cause: a node's output lacks a field that the next node needs, or gives it as a type that it never takes.
+    Cause: a node's output lacks a field that the next node needs, or returns it as a type that the next node
+    never accepts.
     Fix: do what each finding says; ``runner.check(nodes)`` and ``stroma check`` give the same list, with the
     warnings.
     """

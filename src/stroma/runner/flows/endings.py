@@ -44,9 +44,9 @@ class StepFailed(Exception):
 
 
 class FlowClosed(asyncio.CancelledError):
-    """A flow was used while it is suspended or stopped, by a body that goes on although it was cancelled.
+    """A flow was used while it is suspended or stopped, by a body that continues after its cancellation.
 
-    No ``except Exception`` catches it: the body is to end.
+    No ``except Exception`` catches it: the body must end.
     """
 
 

@@ -110,7 +110,7 @@ class Flow:
     def map(
         self, node: Any, items: Iterable[Any], *, max_concurrency: int | None = None, key: str | None = None
     ) -> Coroutine[Any, Any, list[Any]]:
-        """Run a node on each of many items, each a step of its own, and return the outputs in order.
+        """Run a node on each item, as separate steps, and return the outputs in order.
 
         The first item that stops for good cancels the others, and its StepFailed is raised.
         """
@@ -142,7 +142,7 @@ class Flow:
         self, flow: AnyState, state: BaseModel, **options: Unpack[SubmitOptions]
     ) -> Coroutine[Any, Any, str]: ...
     def submit(self, flow: Any, state: Any, **options: Unpack[SubmitOptions]) -> Coroutine[Any, Any, str]:
-        """Submit a run of its own, which a worker starts, and return its id.
+        """Submit a separate run, which a worker starts, and return its id.
 
         A recorded step: it submits one run, also if the process dies meanwhile. For the keywords see
         :meth:`StromaRunner.submit`; without ``run_id`` the id is made of this call's idempotency key. The
@@ -162,7 +162,7 @@ class Flow:
         days: float = 0,
         until: datetime | None = None,
     ) -> Coroutine[Any, Any, None]:
-        """Wait for a time. It is durable: the process may exit meanwhile, and the wait does not begin again.
+        """Wait for a time. It is durable: the process may exit meanwhile, and the wait does not start again.
 
         ``until``: an aware datetime, in place of a duration. See ``RunConfig(inline_wait_seconds=...)``.
         """
@@ -183,7 +183,7 @@ class Flow:
     ) -> Coroutine[Any, Any, AnswerT]:
         """Wait for the answer of a person, and return it as an ``answer``; ``runner.signal()`` sends it.
 
-        The run is suspended as soon as nothing else is left to do. ``timeout`` in seconds, or ``until``:
+        The run is suspended once no step is running. ``timeout`` in seconds, or ``until``:
         raises TimeoutError if no answer came by then. ``key`` identifies the call in place of its number.
         """
         self._path.begin_call("flow.wait_for")
@@ -200,7 +200,7 @@ class Flow:
         """Wait for the next message to the run, and return it as a ``message``; ``runner.send()`` sends it.
 
         ``topic``: that of the sender. Each message is received once, in the order in which they were sent.
-        The run is suspended as soon as nothing else is left to do. ``timeout`` in seconds: raises
+        The run is suspended once no step is running. ``timeout`` in seconds: raises
         TimeoutError if no message came by then. Raises StepFailed for a message that is not a ``message``.
         ``key`` identifies the call in place of its number.
         """
