@@ -170,7 +170,7 @@ def read_docstring(text: str) -> tuple[str, dict[str, str]]:
     summary = " ".join(text.split("\n\n")[0].split())
     parts: dict[str, str] = {}
     for name in PARTS:
-        match = re.search(rf"^{name}: (.*(?:\n(?!\w+: |\n).*)*)", text, re.MULTILINE)
+        match = re.search(rf"^{name}: (.*(?:\n(?![A-Z]\w+: |\n).*)*)", text, re.MULTILINE)
         if match:
             parts[name] = " ".join(match[1].split())
     return summary.replace("``", "`"), {name: part.replace("``", "`") for name, part in parts.items()}

@@ -191,7 +191,8 @@ def test_every_public_error_is_on_the_page(generate: Any) -> None:
         home = "stroma" if name in stroma.__all__ else generate.public(cls.__module__)
         assert f"`{home}.{name}`" in section[1]
         for part in generate.PARTS:
-            assert re.search(rf"^- \*\*{part}\.\*\* \S.{{20,}}", section[1], re.MULTILINE), (name, part)
+            # A whole sentence: nothing is cut off.
+            assert re.search(rf"^- \*\*{part}\.\*\* \S.{{20,}}\.$", section[1], re.MULTILINE), (name, part)
         row = re.search(rf"^\| \[{name}\]\(#{name.lower()}\) \| (.*?) \| ", text, re.MULTILINE)
         assert row is not None
         assert row[1] == ", ".join(f"`{base.__name__}`" for base in cls.__bases__)
