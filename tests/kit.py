@@ -155,6 +155,14 @@ async def sleep_forever(*_: Any) -> Any:
     await asyncio.sleep(30)
 
 
+class SimpleStore:
+    """A store of the simple protocol, which stores nothing."""
+
+    def save(self, run_id: str, node_id: str, state: BaseModel) -> None: ...
+    def load(self, run_id: str, node_id: str) -> BaseModel | None: ...
+    def delete(self, run_id: str) -> None: ...
+
+
 def record_hooks(seen: list[str]) -> NodeHooks:
     """Return hooks that append each event to ``seen``, with the id of its node."""
 

@@ -29,13 +29,13 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 from pydantic_core import core_schema
+from tests.contracts.test_checks import Anything, node
 from tests.kit import NEVER, Item, Text
 from typing_extensions import TypedDict
 
 from stroma import (
     ContractRegistry,
     Finding,
-    NodeContract,
     RunStatus,
     StromaRunner,
     map_over,
@@ -44,26 +44,6 @@ from stroma import (
 )
 from stroma.contracts.checks.lineage import lineage_of
 from stroma.contracts.node import find_node
-
-
-class Anything(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-
-def node(
-    node_id: str,
-    input_model: type[BaseModel] = Anything,
-    output_model: type[BaseModel] = Anything,
-    returned: Any = None,
-) -> Any:
-    contract: NodeContract[Any, Any] = NodeContract(
-        node_id=node_id, input_schema=input_model, output_schema=output_model
-    )
-
-    async def func(state: Any) -> Any:
-        return returned
-
-    return stroma_node(node_id, contract)(func)
 
 
 def model_of(annotation: Any, **options: Any) -> type[BaseModel]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import ONCE, Item
+from tests.kit import ONCE, Item, SimpleStore
 
 from stroma import (
     FailureClass,
@@ -39,14 +39,6 @@ class State(BaseModel):
 
 class Made(BaseModel):
     n: int
-
-
-class Simple:
-    """A store of the simple protocol."""
-
-    def save(self, run_id: str, node_id: str, state: BaseModel) -> None: ...
-    def load(self, run_id: str, node_id: str) -> BaseModel | None: ...
-    def delete(self, run_id: str) -> None: ...
 
 
 Told = tuple[str, str, str, int, bool, Any]
@@ -213,7 +205,7 @@ async def test_suspended_and_cancelled_attempts_are_owed_too(tmp_path: pathlib.P
 async def test_a_store_without_a_journal_cannot_promise_it() -> None:
     """A store of the simple protocol is refused with what to do; the in-memory stores live as long as the
     process."""
-    for store, refused in ((Simple(), True), (InMemoryStore(), False)):
+    for store, refused in ((SimpleStore(), True), (InMemoryStore(), False)):
         runner = StromaRunner.quick(
             store=store, hooks=NodeHooks(on_node_start=None), hook_delivery="at_least_once"
         )

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field, SecretStr
 from tests.fixtures import store_fixture
-from tests.kit import Num, Text, node, quick
+from tests.kit import Num, SimpleStore, Text, node, quick
 from tests.shared_stores import FAMILIES
 
 from stroma import NodeHooks, RunConfig, RunStatus, SQLiteStore, current_node_or_none
@@ -603,11 +603,6 @@ def test_what_the_users_classes_raise_is_no_failure_of_its_own() -> None:
 async def test_a_store_without_a_journal_keeps_no_rejected_output() -> None:
     """A store of the simple protocol has no place for a rejected output; the run fails as it would anyway."""
 
-    class Simple:
-        def save(self, run_id: str, node_id: str, state: BaseModel) -> None: ...
-        def load(self, run_id: str, node_id: str) -> BaseModel | None: ...
-        def delete(self, run_id: str) -> None: ...
-
     broken = node("a", lambda state: {"n": "no"})
-    result = await quick(store=Simple(), keep_rejected="full").run([broken], Num())
+    result = await quick(store=SimpleStore(), keep_rejected="full").run([broken], Num())
     assert result.status is RunStatus.FAILED

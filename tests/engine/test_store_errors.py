@@ -13,6 +13,7 @@ from tests.kit import (
     ONCE,
     Loose,
     Num,
+    SimpleStore,
     fail,
     node,
     quick,
@@ -69,12 +70,7 @@ async def test_a_failed_attempt_that_cannot_be_kept_ends_the_run() -> None:
 async def test_what_a_store_without_a_journal_cannot_do() -> None:
     """fork, recover, signal and cancel say which kind of store they need."""
 
-    class Simple:
-        def save(self, run_id: str, node_id: str, state: BaseModel) -> None: ...
-        def load(self, run_id: str, node_id: str) -> BaseModel | None: ...
-        def delete(self, run_id: str) -> None: ...
-
-    runner = quick_without_retries(store=Simple())
+    runner = quick_without_retries(store=SimpleStore())
     calls = [
         lambda: runner.fork("r", [node("a", same)], at="a"),
         lambda: runner.recover([node("a", same)]),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, THRICE, Num, node
+from tests.kit import NEVER, THRICE, Num, SimpleStore, node
 from tests.shared_stores import IN_PROCESS
 
 from stroma import (
@@ -380,12 +380,7 @@ async def test_a_store_without_a_journal_cannot_wait() -> None:
     """A store of the simple protocol cannot keep what a node waits for: the run stops as PARTIAL and says
     so."""
 
-    class Simple:
-        def save(self, run_id: str, node_id: str, state: BaseModel) -> None: ...
-        def load(self, run_id: str, node_id: str) -> BaseModel | None: ...
-        def delete(self, run_id: str) -> None: ...
-
-    result = await StromaRunner.quick(store=Simple()).run(Desk().nodes, Num())
+    result = await StromaRunner.quick(store=SimpleStore()).run(Desk().nodes, Num())
     assert result.status is RunStatus.PARTIAL
     assert result.failure is not None
     assert "has no journal" in result.failure.message

@@ -44,24 +44,6 @@ async def test_waits_between_attempts_are_in_no_latency(monkeypatch: pytest.Monk
 
 
 @pytest.mark.core
-async def test_a_group_is_cut_off_at_its_timeout() -> None:
-    """A timeout under a group's id ends the children that are in flight."""
-    finished: list[str] = []
-
-    def child(name: str, seconds: float) -> Any:
-        async def func(state: Num) -> Any:
-            await asyncio.sleep(seconds)
-            finished.append(name)
-            return {"n": 1}
-
-        return node(name, func)
-
-    group = parallel(child("quick", 0), child("slow", 1))
-    result = await quick(node_timeouts={"parallel(quick, slow)": 50}).run([group], Num())
-    assert (result.status, finished) == (RunStatus.PARTIAL, ["quick"])
-
-
-@pytest.mark.core
 async def test_a_node_is_cut_off_when_the_latency_is_spent() -> None:
     """The latency budget is a deadline for the function in flight, which then fails for the budget."""
     finished: list[str] = []

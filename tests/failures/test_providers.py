@@ -1024,27 +1024,6 @@ def test_a_body_is_never_fetched() -> None:
     assert read_provider_error(shaped(response=Lazy())) == again("rate_limit")
 
 
-async def test_a_node_whose_error_misbehaves_ends_as_any_other(delays: list[float]) -> None:
-    """G2: end to end, an exception whose attributes and text raise is one AMBIGUOUS failure per attempt."""
-    runner, node = runner_of()
-
-    class Silent(Exception):
-        @property
-        def status_code(self) -> int:
-            raise RuntimeError("no status")
-
-        def __str__(self) -> str:
-            raise RuntimeError("no text")
-
-    @node
-    async def ask(state: Note) -> dict[str, Any]:
-        raise Silent
-
-    result = await runner.run([ask], Note())
-    assert result.status is RunStatus.PARTIAL
-    assert [(e.failure, e.reason, e.failure_message) for e in result.trace] == [(A, None, "Silent")] * 2
-
-
 @pytest.mark.slow
 def test_no_sdk_is_imported() -> None:
     """Reading an exception imports no SDK and no HTTP client."""

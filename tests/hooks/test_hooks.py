@@ -1943,27 +1943,6 @@ async def test_group_hooks_fire_around_its_children(seen: Recorder) -> None:
     seen.assert_paired()
 
 
-async def test_a_failing_child_cancels_its_siblings(seen: Recorder) -> None:
-    """The first child that stops for good: its siblings get on_node_cancelled, the group its exception and
-    class."""
-    waits, started = waiting()
-
-    @node("fails", output=Text)
-    async def fails(state: State) -> Any:
-        await started.wait()
-        return {"text": 5}
-
-    result = await quick(seen).run([parallel(waits, fails)], State())
-    assert result.status is RunStatus.FAILED
-    assert seen.of(CANCELLED) == [("r", "waiting")]
-    (_, child, exc, cls), (_, group, group_exc, group_cls) = seen.of(FAILURE)
-    assert (child, group) == ("fails", "parallel(waiting, fails)")
-    assert group_exc is exc
-    assert (cls, group_cls) == (FailureClass.TERMINAL, FailureClass.TERMINAL)
-    assert [name for name in seen.names if name != START] == [RUN_START, FAILURE, CANCELLED, FAILURE, RUN_END]
-    seen.assert_paired()
-
-
 def test_a_child_that_stops_the_process_at_once() -> None:
     """SystemExit in the first child before its siblings began leaves no coroutine that was never awaited."""
     seen = Recorder()

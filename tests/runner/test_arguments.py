@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
-from tests.kit import Num
+from tests.kit import Num, SimpleStore
 
 from stroma import (
     AsyncInMemoryStore,
@@ -66,12 +65,7 @@ def test_what_is_no_store_is_told_when_it_is_given(value: Any, text: str) -> Non
 
 
 def test_every_store_is_one() -> None:
-    class Simple:
-        def save(self, run_id: str, node_id: str, state: BaseModel) -> None: ...
-        def load(self, run_id: str, node_id: str) -> BaseModel | None: ...
-        def delete(self, run_id: str) -> None: ...
-
-    for store in (InMemoryStore(), AsyncInMemoryStore(), open_store("memory://"), Simple()):
+    for store in (InMemoryStore(), AsyncInMemoryStore(), open_store("memory://"), SimpleStore()):
         assert CheckpointManager(store).store is store
 
 

@@ -12,9 +12,8 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, ONCE, Num, Text, node
+from tests.kit import NEVER, ONCE, Num, SimpleStore, Text, node
 from tests.runner.page import Page
 from tests.shared_stores import STORES
 
@@ -396,12 +395,7 @@ async def test_a_cursor_of_a_run_that_was_deleted(store: Any) -> None:
 async def test_a_store_without_a_journal() -> None:
     """Following says that a journal is needed; a run that should store its events warns, and runs."""
 
-    class Simple:
-        def save(self, run_id: str, node_id: str, state: BaseModel) -> None: ...
-        def load(self, run_id: str, node_id: str) -> BaseModel | None: ...
-        def delete(self, run_id: str) -> None: ...
-
-    runner = runner_of(Simple())
+    runner = runner_of(SimpleStore())
     assert (await runner.run(talk, Num(n=1), run_id="run")).status == "COMPLETED"
     with pytest.raises(StoreError, match="has no journal of runs"):
         await collect(runner.follow("run"))

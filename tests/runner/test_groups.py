@@ -377,6 +377,7 @@ async def test_retried_children_begin_anew() -> None:
     assert len(calls) == 4
 
 
+@pytest.mark.core
 async def test_a_timeout_under_the_groups_id_bounds_it_all() -> None:
     """A node timeout under the group's id bounds the whole group, cancels its children and names the
     group."""

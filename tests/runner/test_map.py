@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, RootModel
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, ONCE, TWICE
+from tests.kit import NEVER, ONCE, TWICE, SimpleStore
 from tests.shared_stores import IN_PROCESS
 
 from stroma import (
@@ -986,15 +986,10 @@ async def test_stores_and_runs_without_items(tmp_path: Path, doubler: Doubler) -
     """Outputs that cannot be read back are told before anything is called; so are maps that are not in the
     journal."""
 
-    class Simple:
-        def save(self, *_: Any) -> None: ...
-        def load(self, *_: Any) -> None: ...
-        def delete(self, *_: Any) -> None: ...
-
     out = JsonLines(tmp_path / "out")
-    result = await quick(Simple()).run([map_over("nums", doubler.node, into=out)], State(nums=[1]))
+    result = await quick(SimpleStore()).run([map_over("nums", doubler.node, into=out)], State(nums=[1]))
     assert result.failure is not None
-    assert "Simple has no journal, so the items of a map cannot be read back" in result.failure.message
+    assert "SimpleStore has no journal, so the items of a map cannot be read back" in result.failure.message
     assert doubler.calls == {}
     runner = quick(AsyncInMemoryStore())
     entry = map_over("nums", doubler.node, into=Journal())

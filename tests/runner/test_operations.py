@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, THRICE, Num
+from tests.kit import NEVER, THRICE, Num, SimpleStore
 from tests.shared_stores import IN_PROCESS
 
 from stroma import (
@@ -451,13 +451,8 @@ async def test_the_advice_about_a_group_at_the_beginning_works(store: Any) -> No
 
 
 async def test_what_keeps_no_journal_resumes_nothing_by_its_id() -> None:
-    class Simple:
-        async def save(self, *_: Any) -> None: ...
-        async def load(self, *_: Any) -> None: ...
-        async def delete(self, *_: Any) -> None: ...
-
     with pytest.raises(StoreError, match="has no journal of runs"):
-        await quick(Simple()).resume(Work().nodes, "r")
+        await quick(SimpleStore()).resume(Work().nodes, "r")
 
 
 async def test_the_first_start_of_all_recovers_nothing(tmp_path: Path) -> None:

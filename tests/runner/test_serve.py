@@ -11,7 +11,7 @@ import pytest
 from pydantic import field_validator
 from tests.fixtures import store_fixture
 from tests.flows.steps import Clock, Text, World
-from tests.kit import NEVER, Num, node
+from tests.kit import NEVER, Num, SimpleStore, node
 from tests.runner.serving import Serving
 from tests.shared_stores import STORES, place, store_of
 from tests.shared_stores import opened as open_kind
@@ -349,13 +349,8 @@ async def test_wrong_arguments(tmp_path: Any) -> None:
     with pytest.raises(TypeError, match="starts with"):
         await runner.serve(Pipeline("group", [parallel(a, world.step("b"))]))
 
-    class Simple:
-        async def save(self, *_: Any) -> None: ...
-        async def load(self, *_: Any) -> None: ...
-        async def delete(self, *_: Any) -> None: ...
-
     with pytest.raises(StoreError, match="no journal"):
-        await _runner(Simple()).serve(one)
+        await _runner(SimpleStore()).serve(one)
     broken = tmp_path / "runs.db"
     broken.write_text("no database, but text that is long enough to be read as the header of one" * 20)
     with pytest.raises(StoreError):
