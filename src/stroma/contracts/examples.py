@@ -106,7 +106,7 @@ class _Examples:
 
 
 def _text(schema: Mapping[str, Any]) -> str:
-    text: str = _FORMATS.get(schema.get("format", ""), "." * max(schema.get("minLength", 3), 1))
+    text: str = _FORMATS.get(schema.get("format", "")) or "." * max(schema.get("minLength", 3), 1)
     text = text[: schema.get("maxLength")]
     if "pattern" in schema or len(text) < schema.get("minLength", 0):
         raise NoExampleError("no text with this pattern is known")
