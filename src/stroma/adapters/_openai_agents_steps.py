@@ -68,7 +68,7 @@ class Proxy:
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return type(self._wrapped)
+        return self._wrapped.__class__
 
 
 # ---------------------------------------------------------------------- agents

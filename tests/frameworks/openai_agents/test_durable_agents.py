@@ -61,7 +61,8 @@ from stroma import (
     current_node,
     stroma_flow,
 )
-from stroma.adapters.openai_agents import DurableRunner, ToolApproval
+from stroma.adapters import Guard
+from stroma.adapters.openai_agents import DurableRunner, ToolApproval, attach
 from stroma.testing import assert_resumable
 
 try:  # What the client of this release takes.
@@ -342,6 +343,26 @@ def asking(tool: str, **arguments: Any) -> Fake:
             says(f"done {outputs_of(items)[-1]}") if outputs_of(items) else asks((tool, arguments, "c"))
         )
     )
+
+
+async def test_a_guarded_agent_is_durable_in_a_flow() -> None:
+    """An agent that scripts run under a guard has the same steps in a flow as one without."""
+
+    @function_tool
+    async def look() -> str:
+        return "seen"
+
+    agent = attach(Agent(name="a", model=asking("look"), tools=[look]), guard := Guard())
+
+    async def body(state: Num) -> str:
+        return str((await DurableRunner().run(agent, "go")).final_output)
+
+    store = InMemoryStore()
+    result = await StromaRunner.quick(store=store, run_id="r").run(flow_of(body), Num())
+    guard.detach()
+    assert result.final_state == Text(text="done seen"), result.failure
+    steps = [(one.node_id, one.tokens) for one in store.attempts("r") if "." in one.node_id]
+    assert steps == [("a.model", 12), ("a.look", 0), ("a.model", 12)]
 
 
 async def test_agents_run_in_parallel_and_as_tools_of_others() -> None:
