@@ -177,7 +177,7 @@ class StromaDurability(BaseDurabilityCapability[Any]):
         return DeferredToolResults(calls=dict(calls), approvals=dict(approvals))
 
 
-_EXECUTOR: Final = BodyExecutor(thread_name_prefix="stroma-pydantic-ai")
+_EXECUTOR: Final = BodyExecutor()
 
 
 async def _ask_approval(flow: Flow, call: Any) -> tuple[str, ToolApproved | ToolDenied]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -161,6 +163,10 @@ async def test_a_tool_that_is_an_effect_is_asked_about_before_it_is_called_again
 
 async def _lose(c: int) -> str:
     raise ConnectionResetError("connection reset by peer")
+
+
+def _plain(c: int) -> str:
+    return threading.current_thread().name
 
 
 async def _double(c: int) -> str:
@@ -387,6 +393,24 @@ async def test_a_toolset_that_is_added_in_a_run_is_refused(kind: str) -> None:
     assert result.failure is not None
     assert "cannot be added at runtime with Stroma" in result.failure.message
     assert (await agent.run("go", toolsets=[toolset])).output == "done"
+
+
+def test_plain_functions_run_in_a_process_that_was_forked() -> None:
+    """An agent whose plain functions have run in threads runs in a fork, which has none of these threads."""
+    toolset: Any = FunctionToolset([_plain], id="plain")
+    flow = _asking(toolset)
+
+    def run() -> Any:
+        return asyncio.run(asyncio.wait_for(StromaRunner.quick().run(flow, Num()), 20)).final_state
+
+    assert run() == Text(text="done")
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(0 if run() == Text(text="done") else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 async def test_a_failed_request_is_retried_as_a_step_is() -> None:

@@ -16,8 +16,9 @@ from asyncio.events import _get_running_loop, _set_running_loop
 from asyncio.tasks import _enter_task, _leave_task
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextvars import Context, ContextVar
+from functools import partial
 from typing import Any, Final, NoReturn
 
 __all__ = ["WITHOUT_THREADS", "BodyExecutor", "BodyLoop", "refuse_in_body"]
@@ -54,11 +55,16 @@ _Refusing: Any = type(
 WITHOUT_THREADS: ContextVar[bool] = ContextVar("stroma_without_threads", default=False)
 
 
-class BodyExecutor(ThreadPoolExecutor):
+class BodyExecutor(Executor):
     """An executor whose functions run at once in the body of a flow, and in threads anywhere else.
 
-    For a framework that runs plain functions in an executor which the caller may choose.
+    For a framework that runs plain functions in an executor which the caller may choose. The threads are
+    those of the running event loop: a forked process would not have threads of this one.
     """
+
+    def submit(self, func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Return a future of the running event loop, for its ``run_in_executor()``."""
+        return asyncio.get_running_loop().run_in_executor(None, partial(func, *args, **kwargs))
 
 
 class _BodyTask(asyncio.Task[Any]):
