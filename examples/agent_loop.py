@@ -4,7 +4,7 @@
 
 Needs neither a key nor a network: a scripted provider answers on this machine. Its first reply is a rate
 limit, its second one asks for a tool with arguments that are wrong, and with the loop as it stands here it
-would go on for ever.
+would never end.
 """
 
 import asyncio
@@ -83,7 +83,7 @@ async def agent(flow: Flow, conversation: Conversation) -> Conversation:
 
 
 class Provider(BaseHTTPRequestHandler):
-    """The scripted model: 600 tokens a turn, and the next tool call whatever it is told."""
+    """The scripted model: 600 tokens a turn, and the next tool call, for any input."""
 
     turns = 0
 

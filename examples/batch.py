@@ -43,7 +43,7 @@ class Nothing(BaseModel):
 
 @stroma_node
 async def judge(review: Review) -> tuple[Verdict, Usage]:
-    await asyncio.sleep(0)  # A model at work.
+    await asyncio.sleep(0)  # A model that takes its time.
     if not review.text:
         raise ValueError("there is nothing to judge")
     return Verdict(positive="good" in review.text), Usage(

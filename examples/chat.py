@@ -54,7 +54,7 @@ async def draft(question: Question) -> Draft:
     node = current_node()
     written: list[str] = []
     for word in f"You asked: {question.text} Here is what I know about it.".split():
-        await asyncio.sleep(float(os.environ.get("CHAT_PAUSE", "0.15")))  # A model at work.
+        await asyncio.sleep(float(os.environ.get("CHAT_PAUSE", "0.15")))  # A model that takes its time.
         if node.attempt == 1 and len(written) == 4:
             raise ConnectionError("the model closed the connection")
         node.emit(f"{word} ")

@@ -74,7 +74,7 @@ async def main() -> ExecutionResult:
                     {"role": "system", "content": "TASK: extract"},
                     {"role": "user", "content": mail.text},
                 ],
-                # The first call is told to wait, the second one gets an answer whose total is no number.
+                # The first call is refused for a moment, the second one gets an answer whose total is not a number.
                 extra_headers={1: {"X-Demo-Fault": "429"}, 2: {"X-Demo-Fault": "wrong_type"}}.get(
                     node.attempt, {}
                 ),

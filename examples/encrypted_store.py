@@ -32,7 +32,7 @@ class AesGcm:
 
     def encode(self, data: bytes) -> bytes:
         name, nonce = self.writes_with.encode(), os.urandom(NONCE)
-        # The key's name is authenticated too: nobody can swap it unseen.
+        # The key's name is authenticated too, so a swapped name is detected.
         return name + b"\0" + nonce + self.ciphers[self.writes_with].encrypt(nonce, data, name)
 
     def decode(self, data: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""A FastAPI service that streams a run, and gives the same run to whoever asks again.
+"""A FastAPI service that streams a run, and returns the same run to a repeated request.
 
     pip install stroma-runner fastapi uvicorn
     python examples/fastapi_service.py
@@ -38,7 +38,7 @@ class Report(BaseModel):
 
 @stroma_node("outline", NodeContract(node_id="outline", input_schema=Topic, output_schema=Outline))
 async def outline(state: Topic) -> dict[str, object]:
-    await asyncio.sleep(0.05)  # A model at work.
+    await asyncio.sleep(0.05)  # A model that takes its time.
     return {"topic": state.topic, "headings": ["What they eat", "Where they sleep"]}
 
 
@@ -58,7 +58,7 @@ def service(database: Path) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        # A deploy: nodes in flight end and are committed, no other begins; the next process goes on with
+        # A deploy: nodes in flight end and are committed, and no other starts; the next process continues
         # their runs.
         await runner.shutdown(drain_seconds=10)
         await store.aclose()
@@ -77,7 +77,7 @@ def service(database: Path) -> FastAPI:
             raise HTTPException(409, str(error)) from error
 
         async def messages() -> AsyncIterator[str]:
-            # A client that leaves cancels this generator, and with it the run; what it committed is kept.
+            # A client that leaves cancels this generator, and with it the run; its commits stay.
             async with run:
                 yield first.to_sse()
                 async for event in events:

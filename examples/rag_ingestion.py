@@ -1,7 +1,7 @@
 """A folder of documents into a searchable index: each file is embedded once, and later only what has changed.
 
-    pip install stroma-runner wordllama python examples/rag_ingestion.py            # this project's own
-    documents, or a folder of yours as an argument
+    pip install stroma-runner wordllama
+    python examples/rag_ingestion.py     # the documents of this project, or a folder as an argument
 
 Needs neither a key nor a network: the embedding model (16 MB) ships in the wheel of wordllama.
 """

@@ -45,7 +45,7 @@ def read(answer: str) -> Any:
     try:
         return json.loads(answer)
     except ValueError:
-        return answer  # What is no JSON breaks the contract as well, and the model is shown it.
+        return answer  # Text that is not JSON breaks the contract, and the model gets the error.
 
 
 async def main(fault: str = "wrong_type") -> ExecutionResult:

@@ -5,8 +5,8 @@
 
 Then open http://127.0.0.1:8000, or watch with: curl -N 'http://127.0.0.1:8000/runs?topic=otters'
 
-Close the page in the middle and the run is cancelled: what it had committed is kept in runs.db, and the same
-id with ``resume=True`` goes on from there. With ``on_leave="detach"`` it would go on without its reader.
+Close the page in the middle and the run is cancelled: its commits stay in runs.db, and the same id with
+``resume=True`` continues there. With ``on_leave="detach"`` it would continue without its reader.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ class Answer(BaseModel):
 
 @stroma_node("outline", NodeContract(node_id="outline", input_schema=Topic, output_schema=Outline))
 async def outline(state: Topic) -> dict[str, object]:
-    await asyncio.sleep(0.2)  # A model at work.
+    await asyncio.sleep(0.2)  # A model that takes its time.
     return {
         "topic": state.topic,
         "questions": [f"What do {state.topic} do at {hour}?" for hour in range(8, 18)],

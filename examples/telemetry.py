@@ -3,7 +3,7 @@
     pip install 'stroma-runner[otel,prometheus]'
     python examples/telemetry.py
 
-A model is overloaded once and answers the second time; the ledger refuses the key until somebody corrects it,
+A model is overloaded once and answers the second time; the ledger refuses the key until it is corrected,
 so the first process fails and the second resumes its run. To send the same to a real system, give the
 provider an OTLP exporter in a BatchSpanProcessor, and serve the registry with
 prometheus_client.start_http_server(9464).

