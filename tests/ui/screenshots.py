@@ -93,7 +93,6 @@ def shoot(browser: Browser, url: str, empty_url: str, directory: Path, only: str
         "items": "/run?id=book-10000",
         "attempt": f"/attempt?id={known.failed}&at=3",
         "retried": f"/attempt?id={known.failed}&at=2",
-        "compare": f"/compare?a={known.asking}&b={known.failed}",
         "queued": "/run?id=queued-1",
         "submit": "/submit",
         "overview": "/overview?days=7",

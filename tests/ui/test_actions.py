@@ -229,7 +229,6 @@ def test_any_number_is_an_answer_or_a_clear_refusal(store: SQLiteStore, serve: A
         for path in [
             "/",
             "/overview",
-            "/compare?a=x&b=effect",
             f"/run?id={run_id}",
             *attempts_of(site, run_id),
         ]:
@@ -264,7 +263,6 @@ def test_any_number_is_a_limit_or_a_clear_refusal(store: SQLiteStore, serve: Any
         f"/payload?id=good&at={number}.{number}&side=input",
         f"/overview?days={number}",
         f"/?q=tag:{number}",
-        f"/compare?a={number}&b=good",
     ):
         assert site.ask("GET", quote(path, safe="/?&=:")).status in (200, 400, 404), path
 

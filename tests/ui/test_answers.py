@@ -13,7 +13,7 @@ from tests.ui.conftest import GOOD, Site, make_runs, node
 from tests.ui.test_actions import answered, form_of, json_form_of
 
 from stroma import Pipeline, SQLiteStore, current_node
-from stroma.ui.answer_fields import PREFIX, fields_of, parse_fields
+from stroma.ui.answer_fields import PREFIX, example_text, fields_of, parse_fields
 
 
 class Colour(Enum):
@@ -128,6 +128,22 @@ def test_a_strange_schema_is_written_as_json(schema: Any) -> None:
     """A stored schema that pydantic did not write raises nothing: what is not understood is a field for
     JSON."""
     assert {field.input for field in fields_of(schema)} <= {"json"}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": [1], "required": 3},
+        {"type": "array", "items": [1], "$defs": 3, "minItems": "x"},
+        {"type": "array", "minItems": 1_000_000_000},
+        {"type": "object", "required": ["a"], "properties": {"a": {"type": "string", "minLength": 10**9}}},
+        {"enum": 7},
+        {"anyOf": 7},
+    ],
+)
+def test_a_strange_schema_has_no_example(schema: Any) -> None:
+    """A stored schema that nobody can answer neither raises nor takes memory: the form begins empty."""
+    assert example_text(schema) == ""
 
 
 def test_an_answer_by_fields(store: SQLiteStore, serve: Any) -> None:

@@ -33,7 +33,6 @@ def addresses(site: Site) -> list[str]:
         "/run?id=bad",
         "/run?id=good",
         *attempts_of(site),
-        "/compare?a=good&b=bad",
         "/overview",
         "/pipeline",
         "/run?id=nope",

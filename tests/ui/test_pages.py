@@ -287,38 +287,6 @@ def test_downloads(site: Site) -> None:
         assert answer.headers["content-disposition"].startswith("attachment")
 
 
-def test_two_runs(site: Site) -> None:
-    """Two runs are told apart node by node."""
-    text = site.get("/compare", a="good", b="bad").text
-    assert "only in B" in text
-    assert text.count("the same") == 5
-    only_in_b = re.search(r'<a class="plain" href="([^"]+)">(?:(?!</a>).)*only in B', text, re.DOTALL)
-    assert only_in_b is not None, "there is nothing to open, so its attempt is a click away"
-    assert "id=bad" in only_in_b[1]
-    assert site.ask("GET", html.unescape(only_in_b[1])).status == 200
-    assert site.get("/compare", a="good").status == 200
-
-
-def test_differences_only(site: Site) -> None:
-    """The nodes that are the same in two runs can be left out, and shown again."""
-    href = re.search(r'href="([^"]+)">Differences only<', site.get("/compare", a="good", b="bad").text)
-    assert href is not None
-    text = site.ask("GET", html.unescape(href[1])).text
-    assert text.count("the same") == 0
-    assert "only in B" in text
-    assert 'href="/compare?a=good&amp;b=bad">All nodes<' in text
-
-
-def test_what_two_runs_took(site: Site) -> None:
-    """Two runs are told apart by time and cost, as a whole and node by node."""
-    text = site.get("/compare", a="good", b="bad").text
-    (good, bad) = rows(text)
-    assert all(re.fullmatch(r"\d\.\d\d s", row[4]) for row in (good, bad))
-    report = re.findall(r'<span class="dim figures">([^<]*)</span>', text)
-    assert len(report) == 5
-    assert re.fullmatch(r"\d\.\d\d s → \d\.\d\d s, \$0\.000030 → \$0\.000030", report[0])
-
-
 def test_idle_time(store: SQLiteStore, serve: Any) -> None:
     """A run that waited long has a link that folds the time in which nothing ran, and one that shows it
     again."""

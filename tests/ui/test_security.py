@@ -26,7 +26,7 @@ from tests.ui.conftest import BAD, GOOD, SCRIPT, Site, State, make_runs, node
 from stroma import NodeContract, Pipeline, SQLiteStore, StromaRunner, Suspend, stroma_node
 from stroma.ui.events import Events
 
-PAGES = ("/", "/overview", "/run?id=bad", "/compare?a=good&b=bad", "/pipeline")
+PAGES = ("/", "/overview", "/run?id=bad", "/pipeline")
 
 
 def attempts_of(site: Site, run_id: str = "bad") -> list[str]:
@@ -396,7 +396,6 @@ def test_scripts_are_words(site: Site) -> None:
         site.get("/", q=f"tag:{SCRIPT} node:{SCRIPT}"),
         site.get("/run", id=run_id),
         site.get("/run", id=SCRIPT),
-        site.get("/compare", a=run_id, b="bad"),
         site.get("/", status=SCRIPT),
         site.get("/", after=SCRIPT),
         *(site.ask("GET", address) for address in attempts_of(site, run_id)),
@@ -432,7 +431,7 @@ def test_fifty_megabytes(store: SQLiteStore, serve: Any) -> None:
     )
     asyncio.run(StromaRunner.quick(store=store).run(pipeline, Big(), run_id="big"))
     site = serve(store)
-    for path in ("/", "/run?id=big", "/compare?a=big&b=big", *attempts_of(site, "big")):
+    for path in ("/", "/run?id=big", *attempts_of(site, "big")):
         answer = site.ask("GET", path)
         assert answer.status == 200
         assert len(answer.body) < 100_000
@@ -508,7 +507,6 @@ def test_what_is_asked_wrongly(site: Site) -> None:
         "/?after=9.9.9",
         "/run?id=bad&after=x",
         "/?status=x",
-        "/compare?a=bad&b=nope",
         "/static/../app.py",
         "/static/%2e%2e/app.py",
         "/static/",
@@ -568,7 +566,6 @@ def test_messages_are_redacted(store: SQLiteStore, serve: Any) -> None:
         "/?status=failed",
         "/run?id=bad",
         *attempts_of(site, "bad"),
-        "/compare?a=bad&b=good",
         "/run?id=waits",
         *(f"/export?id=bad&format={form}" for form in ("html", "otlp")),
     ]

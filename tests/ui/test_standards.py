@@ -56,8 +56,6 @@ def pages(tmp_path: Path, serve: Any) -> list[str]:
         "/submit",
         *attempts_of(site),
         *attempts_of(site, SCRIPT),
-        "/compare?a=good&b=bad",
-        "/compare?a=good",
         "/overview",
         "/overview?days=1",
         "/pipeline",

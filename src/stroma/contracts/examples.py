@@ -12,6 +12,8 @@ from stroma.contracts.schema import schema_of
 
 __all__ = ["NoExampleError", "example_for", "example_of"]
 
+#: Characters of a text, and items of a list.
+_MAX_SIZE: Final = 100
 _DEFINITIONS: Final = "#/$defs/"
 _FORMATS: Final = {
     "date": "2026-01-01",
@@ -31,7 +33,12 @@ class NoExampleError(ValueError):
 def example_of(schema: Mapping[str, Any]) -> Any:
     """Return the smallest value for a JSON schema: required properties only. Raises NoExampleError."""
     definitions = schema.get("$defs")
-    return _Examples(definitions if isinstance(definitions, Mapping) else {}).of(schema)
+    try:
+        return _Examples(definitions if isinstance(definitions, Mapping) else {}).of(schema)
+    except NoExampleError:
+        raise
+    except Exception as error:  # A stored schema may be anything.
+        raise NoExampleError(f"the schema cannot be read: {error}") from error
 
 
 def example_for(model: type[BaseModel]) -> Any:
@@ -97,6 +104,8 @@ class _Examples:
         raise NoExampleError("no choice of the schema has an example")
 
     def _list(self, schema: Mapping[str, Any]) -> list[Any]:
+        if schema.get("minItems", 0) > _MAX_SIZE:
+            raise NoExampleError("an example would be too long")
         items = [self.of(item) for item in schema.get("prefixItems") or ()]
         return items + [self.of(schema.get("items")) for _ in range(schema.get("minItems", 0) - len(items))]
 
@@ -106,6 +115,8 @@ class _Examples:
 
 
 def _text(schema: Mapping[str, Any]) -> str:
+    if schema.get("minLength", 0) > _MAX_SIZE:
+        raise NoExampleError("an example would be too long")
     text: str = _FORMATS.get(schema.get("format", "")) or "." * max(schema.get("minLength", 3), 1)
     text = text[: schema.get("maxLength")]
     if "pattern" in schema or len(text) < schema.get("minLength", 0):

@@ -52,7 +52,6 @@ def make_app(settings: Settings) -> ASGIApp:
         Route("/run", run_pages.run),
         Route("/attempt", run_pages.attempt),
         Route("/payload", run_pages.payload),
-        Route("/compare", pages.compare),
         Route("/overview", pages.overview),
         Route("/pipeline", pages.pipeline),
         Route("/lineage.svg", pages.lineage),

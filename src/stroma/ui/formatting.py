@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from stroma._utils.svg import as_xml
 from stroma._utils.text import clean, format_usd, visible
-from stroma.checkpoint.history import FAILED, FINISHED, NodeDiff, Payload, changes, is_interrupted, place_of
+from stroma.checkpoint.history import FAILED, FINISHED, Payload, changes, is_interrupted, place_of
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.cost.prices import find_pricer
 from stroma.trace.html import tree
@@ -36,7 +36,6 @@ __all__ = [
     "parse_search",
     "quoted",
     "restored_starts",
-    "side_by_side",
     "split_price",
     "state_tree",
     "to_address",
@@ -186,24 +185,6 @@ def compare_facts(before: AttemptRecord, this: AttemptRecord) -> list[Any]:
         for one in (before, this)
     ]
     return changes(facts[0], facts[1])
-
-
-def side_by_side(one: NodeDiff, a: RunRecord, b: RunRecord) -> dict[str, Any]:
-    """Return a node of two runs with its time and cost in each, and the address of an attempt."""
-    first = (one.a or one.b or [])[0]
-    address = attempt_address(a if one.a else b, first)
-    took, cost = (
-        [None if side is None else sum(getattr(x, name) for x in side) for side in (one.a, one.b)]
-        for name in ("duration_ms", "cost_usd")
-    )
-    return {
-        "it": one,
-        "node": first,
-        "place": place_of(first),
-        "took": took,
-        "cost": cost,
-        "address": address,
-    }
 
 
 def state_tree(payload: Payload, invalid_fields: list[str]) -> dict[str, Any]:

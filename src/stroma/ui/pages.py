@@ -1,4 +1,4 @@
-"""Pages of all runs: the list, a comparison of two, the overview, and the pipeline."""
+"""Pages of all runs: the list, the overview, and the pipeline."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from stroma._utils.text import clean, format_duration
-from stroma.checkpoint.history import FAILED, FINISHED, Payload, changes, compare, is_at_work, status_of
+from stroma.checkpoint.history import FAILED, FINISHED, is_at_work, status_of
 from stroma.checkpoint.queue import QUEUED
-from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
+from stroma.checkpoint.records import RunQuery, RunRecord
 from stroma.failures.classes import FailureClass
 from stroma.trace.result import RunStatus
 from stroma.ui.actions import MANY, can_resume
 from stroma.ui.components import Column, sparkline, tone_of
 from stroma.ui.figures import RUNS, figures_of, rate_boxes
-from stroma.ui.formatting import cause_text, parse_search, quoted, side_by_side, to_address
+from stroma.ui.formatting import cause_text, parse_search, quoted, to_address
 from stroma.ui.overview import BUCKETS, Buckets, Overview, runs_chart, stopped_by
-from stroma.ui.rendering import MAX_SHOWN_BYTES, Renderer, now_ms
+from stroma.ui.rendering import Renderer, now_ms
 from stroma.ui.run_view import find_by_trace
 from stroma.ui.security import IMAGE_POLICY
 
@@ -31,7 +31,6 @@ _PAGE_SIZE: Final = 50
 #: Runs that the totals and filters of the list count.
 _RECENT: Final = 200
 _SPARK: Final = 50
-_MAX_COMPARED: Final = 2000  # attempts of each run
 _SPANS: Final = (1, 7, 30)  # days
 _MAX_SUMMED: Final = 200_000  # attempts
 _MAX_CHARTED: Final = 1000  # runs
@@ -162,38 +161,7 @@ class Pages:
             "can_resume": can_resume(self._settings, record),
         }
 
-    # ------------------------------------------------------------------ two runs, and the pipeline
-
-    def compare(self, request: Request) -> Response:
-        params = request.query_params
-        if not params.get("b"):
-            return self._renderer.page("compare.html", a=self._renderer.find_record(request, "a"), b=None)
-        a, b = self._renderer.find_record(request, "a"), self._renderer.find_record(request, "b")
-        sides = [self._history.attempts(record.run_id, _MAX_COMPARED) for record in (a, b)]
-        owners = {
-            id(attempt): record
-            for (attempts, _), record in zip(sides, (a, b), strict=True)
-            for attempt in attempts
-        }
-
-        def read(attempt: AttemptRecord) -> Payload:
-            return self._renderer.read_output(owners[id(attempt)], attempt)
-
-        nodes = compare(sides[0][0], sides[1][0], read)
-        inputs = [self._history.input_at(record.run_id, 0, max_bytes=MAX_SHOWN_BYTES) for record in (a, b)]
-        started = changes(
-            *(payload.value if payload.problem is None else payload.problem for payload in inputs)
-        )
-        return self._renderer.page(
-            "compare.html",
-            a=a,
-            b=b,
-            input=started,
-            more=sides[0][1] or sides[1][1],
-            nodes=[side_by_side(one, a, b) for one in nodes],
-            only=params.get("only") == "differences",
-            seconds=[max(0, record.updated_ms - record.started_ms) / 1000 for record in (a, b)],
-        )
+    # ------------------------------------------------------------------ overview and pipeline
 
     def overview(self, request: Request) -> Response:
         text = request.query_params.get("days", "7")
