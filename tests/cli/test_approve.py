@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from stroma import StromaRunner
+
 DESK = """
     import asyncio, sys
     from pydantic import BaseModel
@@ -130,6 +132,20 @@ def test_several_nodes_that_wait(desk, inside, fails):
     assert inside("resume", "x", "desk.py:both", "-q").code == 7
     assert inside("approve", "x", "desk.py:both", yes, "--question", "0.1:1").code == 0
     assert inside("resume", "x", "desk.py:both", "-q").code == 0
+
+
+def test_a_question_that_somebody_else_answers_meanwhile(desk, inside, fails, monkeypatch):
+    """Of two commands at once with different answers, the later one names the answer that was accepted."""
+    inside("run", "desk.py:pipeline", '{"n": 1}', "--run-id", "x")
+    signal = StromaRunner.signal
+
+    async def signal_second(runner, run_id, answer, **options):
+        await signal(runner, run_id, {"approved": True}, **options)
+        await signal(runner, run_id, answer, **options)
+
+    monkeypatch.setattr(StromaRunner, "signal", signal_second)
+    no = inside("approve", "x", "desk.py:pipeline", '{"approved": false}')
+    fails(no, 4, """answered already, with {"approved": true, "by": "nobody"}; an accepted answer stays""")
 
 
 def test_what_waits_for_nothing(desk, inside, fails):

@@ -368,7 +368,7 @@ def test_runs_whose_owner_is_gone(store: SQLiteStore, serve: Any) -> None:
     events = {row[1]: row for row in rows(site.get("/").text)}
     assert (events["here"][0], events["gone"][0]) == ("RUNNING", "INTERRUPTED")
     assert events["gone"][3] == "owner lost"
-    assert "its lease has expired" in site.get("/run", id="gone").text
+    assert "The owner of this run is gone" in site.get("/run", id="gone").text
     assert "<b>Owner</b>" in site.get("/run", id="here").text
     assert "/delete" not in site.get("/run", id="here").text
     assert here is not None

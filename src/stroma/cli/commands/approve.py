@@ -11,6 +11,7 @@ import click
 
 from stroma._utils.text import clean, pluralize
 from stroma.checkpoint.entries import NOT_DONE, Waiting
+from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.history.redaction import decode_payload
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.records import RunRecord
@@ -89,14 +90,17 @@ def approve(
     pipeline = loaded.to_pipeline() if resume or loaded.is_pipeline else None
     answer, model = _parse_answer(database, record, one, loaded.module, request)
     if one.payload is not None and not _is_same(questions, record, one, (answer, model)):
-        raise Problem(
-            f"{place_text(one)} of run {clean(record.run_id)} is answered already, with {_answer_text(one)}; "
-            "an accepted answer stays",
-            f"details: {database.hint('show', id_word(record.run_id))}",
-            code=Code.NOT_FOUND,
-        )
+        raise _other_answer(database, record, one)
     runner = StromaRunner(ContractRegistry(), CheckpointManager(database.store))
-    database.run(runner.signal(record.run_id, answer, question=one.id, schema=model))
+    try:
+        database.run(runner.signal(record.run_id, answer, question=one.id, schema=model))
+    except StoreError as error:
+        if error.transient:
+            raise
+        now = next((each for each in database.reader.waiting(record.run_id) if each.id == one.id), None)
+        if now is None or now.payload is None:
+            raise
+        raise _other_answer(database, record, now) from error  # Somebody was faster.
     if resume and pipeline is not None:
         err.line(f"{place_text(one)} is answered{'' if one.payload is None else ' so already'}")
         run_options = RunOptions(as_json=as_json)
@@ -105,6 +109,16 @@ def approve(
     resumable = None if pipeline is None else target
     _report(database, record, resumable, one, remaining, as_json)
     return Code.OK
+
+
+def _other_answer(database: Database, record: RunRecord, one: Waiting) -> Problem:
+    """Return the problem of an answer to a question that has another one."""
+    return Problem(
+        f"{place_text(one)} of run {clean(record.run_id)} is answered already, with {_answer_text(one)}; "
+        "an accepted answer stays",
+        f"details: {database.hint('show', id_word(record.run_id))}",
+        code=Code.NOT_FOUND,
+    )
 
 
 def _is_same(questions: list[Waiting], record: RunRecord, one: Waiting, answer: tuple[Any, Any]) -> bool:
