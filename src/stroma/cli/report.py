@@ -20,7 +20,7 @@ from stroma.cli.output import Part, emit, err
 from stroma.cli.stores import Database
 from stroma.cli.suspended import (
     answer_type,
-    place_text,
+    node_text,
     question_text,
     unanswered,
     waiting_data,
@@ -32,6 +32,7 @@ from stroma.cost.usage import NO_MODEL
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import BUDGET, PAUSED, SharedBudgetExceeded
 from stroma.failures.failure import Failure, message_of
+from stroma.trace.outline import place_text
 from stroma.trace.plain import jsonable
 from stroma.trace.result import ExecutionResult, RunStatus, Total
 
@@ -224,7 +225,7 @@ class RunReport:
         err.line(("suspended", "yellow"), f": run {clean(run_id)} is {clean(what, 1000)}")
         waiting = unanswered(self.waiting)
         for one in waiting:
-            err.fitted(f"  {place_text(one)}: {question_text(one, 1000)}  (asks for {answer_type(one)})")
+            err.fitted(f"  {node_text(one)}: {question_text(one, 1000)}  (asks for {answer_type(one)})")
         for reason in reasons if not waiting and len(reasons) > 1 else ():
             err.line(f"  {clean(reason, 1000)}")
         if self.db.is_durable:
@@ -282,7 +283,7 @@ class RunReport:
             groups.insert(0, f" in {clean(event.node_id, 100)}")
             # The first child that failed cancelled its siblings; its last attempt counts.
             event = [child for child in children if child.branch == children[0].branch][-1]
-        at = f"{event.position}.{event.branch}" if event.branch else str(event.position)
+        at = place_text(event.position, event.branch)
         attempt = f", attempt {event.attempt}" if event.attempt > 1 else ""
         return f"node {clean(event.node_id, 100)!r} (at {at}{attempt}){''.join(groups)}"
 

@@ -222,7 +222,7 @@ def _commits(
     damaged = []
     for attempt in attempts:
         place = attempt.position, attempt.branch
-        at = f"{attempt.position}.{attempt.branch}" if attempt.branch else str(attempt.position)
+        at = place_of(attempt)
         if attempt.damaged:
             what = "its output is damaged; resume from there to run it again"
             damaged.append(Incompatibility(at, attempt.node_id, what))

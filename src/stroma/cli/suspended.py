@@ -15,13 +15,14 @@ from stroma.checkpoint.manager import resolve_schema
 from stroma.cli.formatting import id_word
 from stroma.cli.stores import Database
 from stroma.contracts.examples import NoExampleError, example_of
+from stroma.trace.outline import place_text
 
 __all__ = [
     "answer_type",
     "approve_hint",
     "find_schema",
     "held_hints",
-    "place_text",
+    "node_text",
     "question_text",
     "unanswered",
     "waiting_data",
@@ -49,10 +50,9 @@ def waiting_data(one: Waiting) -> dict[str, Any]:
     }
 
 
-def place_text(one: Waiting) -> str:
+def node_text(one: Waiting) -> str:
     """Describe the waiting node and its position in the run."""
-    at = f"{one.position}.{one.branch}" if one.branch else str(one.position)
-    return f"node {clean(one.node_id, 100)!r} (at {at})"
+    return f"node {clean(one.node_id, 100)!r} (at {place_text(one.position, one.branch)})"
 
 
 def question_text(one: Waiting, limit: int = 500) -> str:

@@ -33,6 +33,7 @@ from stroma.trace.events import (
     TraceMark,
     figures_of,
 )
+from stroma.trace.outline import place_text
 from stroma.trace.plain import jsonable
 
 __all__ = ["ExecutionTrace"]
@@ -217,7 +218,7 @@ class ExecutionTrace(Shown):
             if mark.kind in (*SLEEPS, *QUESTIONS, *RECEIVES):
                 began_ms = mark.at_utc.timestamp() * 1000 - mark.waited_ms - first_ns / 1e6
                 label = f"question: {mark.reason}" if mark.kind in QUESTIONS else mark.reason
-                at = f"{mark.position}.{mark.branch}"
+                at = place_text(mark.position, mark.branch)
                 bars.append(Bar(label, at, 1, max(0.0, began_ms), mark.waited_ms, mark.kind))
         return tuple(bars)
 
@@ -293,7 +294,7 @@ def _bar(
     def shown(state: dict[str, Any] | None) -> Any:
         return None if state is None else jsonable(hide_state(redact, state))
 
-    at = f"{event.position}.{event.branch}" if event.branch else str(event.position)
+    at = place_text(event.position, event.branch)
     message = event.failure_message
     if message is not None:
         message = typed(event.error_type, hide_words(redact, message, hidden))

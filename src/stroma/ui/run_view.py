@@ -13,6 +13,7 @@ from stroma._utils.text import format_duration, format_usd, pluralize
 from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.history import attempts_by_end, is_at_work, place_of
 from stroma.checkpoint.records import AttemptRecord, RunRecord
+from stroma.trace.outline import place_text
 from stroma.trace.story import Story
 from stroma.ui.components import meter
 
@@ -87,7 +88,7 @@ def open_waits(
     """Return what attempts of a suspended run wait for, by place."""
     texts = {}
     for one in waiting:
-        at = f"{one.position}.{one.branch}" if one.branch else str(one.position)
+        at = place_text(one.position, one.branch)
         what = "an answer" if one.effect is None else "word of how its call ended"
         texts[at] = f"suspended: waits for {what}"
     ended = attempts_by_end(attempts)

@@ -323,8 +323,8 @@ class ReadableStore(ABC):
             owner = None if run is None else Owner.read(run.owner)
             if run is None or owner is None:
                 return OwnerFacts()
-            row = records.one(Annotation.DEATHS)
-            deaths = 0 if row is None else row.step.number or 0
+            rows = records.rows.annotations(records.run, Annotation.DEATHS)
+            deaths = sum(row.step.number or 0 for row in rows if is_intact(row))
             if run.status != "RUNNING":
                 return OwnerFacts(owner.place, deaths=deaths)
             if run.holder is None:

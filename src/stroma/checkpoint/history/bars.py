@@ -15,7 +15,7 @@ from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.flow_notes import FailureNote, decode_flow_note, message_label
 from stroma.checkpoint.identity import is_called
 from stroma.checkpoint.records import AttemptRecord, RunRecord
-from stroma.trace.outline import parse_call
+from stroma.trace.outline import parse_call, place_text
 from stroma.trace.rejected import RejectedOutput
 from stroma.trace.story import Bar, InProgress
 
@@ -34,7 +34,7 @@ __all__ = [
 
 def place_of(attempt: AttemptRecord) -> str:
     """Return the place of an attempt in its run: "2", or "2.0" for a child of a group."""
-    return f"{attempt.position}.{attempt.branch}" if attempt.branch else str(attempt.position)
+    return place_text(attempt.position, attempt.branch)
 
 
 def in_order(attempts: Iterable[AttemptRecord]) -> list[AttemptRecord]:

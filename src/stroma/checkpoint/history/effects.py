@@ -8,6 +8,7 @@ from stroma._utils.text import clean
 from stroma.checkpoint.entries import Intent, Waiting
 from stroma.checkpoint.history.reader import is_interrupted
 from stroma.checkpoint.records import RunRecord
+from stroma.trace.outline import place_text
 
 __all__ = ["describe_effects", "effect_state"]
 
@@ -31,7 +32,7 @@ def describe_effects(
     """
     questions = {(one.position, one.branch, one.call_number) for one in waiting}
     for (position, branch), call in calls.items():
-        effect = f"{clean(call.node_id, 100)} (at {position}{branch and f'.{clean(branch, 100)}'})"
+        effect = f"{clean(call.node_id, 100)} (at {clean(place_text(position, branch), 200)})"
         about = f"call {call.number} since {when(call.started_ms)}, idempotency key {clean(call.key, 200)}"
         state = effect_state(record, call)
         if state == "in_flight":

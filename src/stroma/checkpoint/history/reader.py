@@ -24,6 +24,7 @@ from stroma.checkpoint.history.redaction import (
 from stroma.checkpoint.history.run_graph import RunGraph
 from stroma.checkpoint.identity import is_called, place_before, with_outer
 from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunPage, RunQuery, RunRecord
+from stroma.trace.outline import place_text
 from stroma.trace.redaction import HIDDEN, Redact, hide_rejected
 from stroma.trace.rejected import RejectedOutput
 from stroma.trace.story import Bar, StopCause, Story
@@ -369,7 +370,7 @@ def _cause_box(record: RunRecord, resume_command: str) -> StopCause | None:
     cause = record.cause
     if cause is None or record.status not in FAILED:
         return None
-    at = f"{cause.position}.{cause.branch}" if cause.branch else str(cause.position)
+    at = place_text(cause.position, cause.branch)
     message = cause.text or record.error or ""
     return StopCause(
         cause.node_id, at, cause.attempt, cause.failure_class, message, cause.reason, resume_command

@@ -28,7 +28,7 @@ from stroma.cli.suspended import (
     answer_type,
     approve_hint,
     find_schema,
-    place_text,
+    node_text,
     question_text,
     unanswered,
     waiting_data,
@@ -102,7 +102,7 @@ def approve(
             raise
         raise _other_answer(database, record, now) from error  # Somebody was faster.
     if resume and pipeline is not None:
-        err.line(f"{place_text(one)} is answered{'' if one.payload is None else ' so already'}")
+        err.line(f"{node_text(one)} is answered{'' if one.payload is None else ' so already'}")
         run_options = RunOptions(as_json=as_json)
         return resume_run(ResumedRun(Database.from_option(db), record, pipeline, target), run_options)
     remaining = unanswered([other for other in questions if other.id != one.id])
@@ -114,7 +114,7 @@ def approve(
 def _other_answer(database: Database, record: RunRecord, one: Waiting) -> Problem:
     """Return the problem of an answer to a question that has another one."""
     return Problem(
-        f"{place_text(one)} of run {clean(record.run_id)} is answered already, with {_answer_text(one)}; "
+        f"{node_text(one)} of run {clean(record.run_id)} is answered already, with {_answer_text(one)}; "
         "an accepted answer stays",
         f"details: {database.hint('show', id_word(record.run_id))}",
         code=Code.NOT_FOUND,
@@ -175,7 +175,7 @@ def _parse_answer(
             else "asks a question, and is not an effect"
         )
         raise Problem(
-            f"{place_text(one)} of run {clean(record.run_id)} {why}",
+            f"{node_text(one)} of run {clean(record.run_id)} {why}",
             *approve_hint(database, record.run_id, request.target, [one]),
         )
     if text is None:
@@ -184,7 +184,7 @@ def _parse_answer(
         model = find_schema(one, module)
         if model is None:
             raise Problem(
-                f"{place_text(one)} of run {clean(record.run_id)} requires "
+                f"{node_text(one)} of run {clean(record.run_id)} requires "
                 f"{clean(one.schema_ref, 200)}, which {request.target} "
                 "neither defines nor imports",
                 "pass the pipeline of the run; its module must have that class at its top level",
@@ -200,7 +200,7 @@ def _parse_answer(
             model,
             text,
             option or "ANSWER",
-            f"what {place_text(one)} asks for, {answer_type(one)}",
+            f"what {node_text(one)} asks for, {answer_type(one)}",
             retry_command,
         )
     else:
@@ -239,9 +239,9 @@ def _report(
         resume = database.hint("resume", id_word(run_id), target)
         hint = f"a worker of its pipeline continues the run; or continue it here: {resume}"
     already = "" if one.payload is None else " so already"
-    err.line(f"{place_text(one)} of run {clean(run_id)} is answered{already}; {hint}")
+    err.line(f"{node_text(one)} of run {clean(run_id)} is answered{already}; {hint}")
     for other in remaining:
-        err.line(f"  still waiting: {place_text(other)}: {question_text(other)}")
+        err.line(f"  still waiting: {node_text(other)}: {question_text(other)}")
 
 
 def _find_waiting(database: Database, record: RunRecord, every: list[Waiting], request: _Approval) -> Waiting:
@@ -260,10 +260,7 @@ def _find_waiting(database: Database, record: RunRecord, every: list[Waiting], r
             problem = f"run {name} has {pluralize(len(waiting), 'open question')}; pass --question"
         raise Problem(
             problem,
-            *[
-                f"{place_text(one)}: {question_text(one)}, asks for {answer_type(one)}"
-                for one in waiting[:20]
-            ],
+            *[f"{node_text(one)}: {question_text(one)}, asks for {answer_type(one)}" for one in waiting[:20]],
             *[f"answer: {line}" for line in approve_hint(database, record.run_id, request.target, waiting)],
             code=Code.USAGE if request.question is None else Code.NOT_FOUND,
         )

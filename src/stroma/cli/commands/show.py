@@ -38,14 +38,14 @@ from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import TARGET, Database, db_option
 from stroma.cli.suspended import (
     answer_type,
-    place_text,
+    node_text,
     question_text,
     unanswered,
     waiting_data,
     waiting_hints,
 )
 from stroma.runner.follow import decode_events
-from stroma.trace.outline import duration, fold, outline
+from stroma.trace.outline import duration, fold, outline, place_text
 from stroma.trace.rejected import MISSING, RejectedOutput
 from stroma.trace.story import Bar, waits
 from stroma.trace.terminal import RunLine, lines_of
@@ -279,7 +279,7 @@ def _describe_progress(
     yield from describe_effects(record, calls, waiting, format_local_time)
     if not is_at_work(record):
         return
-    effects = {_place(*place) for place, call in calls.items() if call.is_unknown}
+    effects = {place_text(*place) for place, call in calls.items() if call.is_unknown}
     started = _started_nodes(database.reader, record)
     for place, text in started.items():
         if place not in effects:
@@ -292,17 +292,13 @@ def _describe_progress(
             yield "in flight", f"{clean(progress.label, 100)} (at {progress.at}), since {since}"
 
 
-def _place(position: int | None, branch: str) -> str:
-    return f"{position}.{branch}" if branch else str(position)
-
-
 def _started_nodes(store: AsyncStates, record: RunRecord) -> dict[str, str]:
     """Return the nodes that the owner has started and not ended, by place, if it stores its events."""
     started: dict[str, str] = {}
     last = EventPlace(record.epoch, 0)
     while (page := store.read_events(record.run_id, last, _EVENT_PAGE_SIZE)) and page.batches:
         for _, event in decode_events(record.run_id, page, last):
-            at = _place(event.position, event.branch)
+            at = place_text(event.position, event.branch)
             if event.kind == "node_start":
                 node = f"{clean(str(event.node_id), 100)} (at {clean(at, 200)})"
                 started[at] = f"{node}: attempt {event.attempt}"
@@ -350,7 +346,7 @@ def _print_head(
         lines.append(("due", [format_local_time(record.due_ms)]))
     for one in waiting if record.status not in _FINISHED_WELL else ():
         kind = "waits" if one.payload is None else "answered"
-        lines.append((kind, [f"{place_text(one)}: {question_text(one)}  (asks for {answer_type(one)})"]))
+        lines.append((kind, [f"{node_text(one)}: {question_text(one)}  (asks for {answer_type(one)})"]))
     if record.wait_text is not None:
         # The reason of an answered run is its question, unless it sleeps or waits for a message.
         is_over = record.wait_text != record.error and bool(waiting)

@@ -25,7 +25,7 @@ from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, db_option
 from stroma.runner.events import StreamEvent
 from stroma.runner.follow import decode_events
-from stroma.trace.outline import tone_of
+from stroma.trace.outline import place_text, tone_of
 from stroma.trace.redaction import Redact
 from stroma.trace.terminal import STYLES, cells_of
 
@@ -178,7 +178,7 @@ class _Follower:
             return
         texts = ["".join(shown)] if all(type(one) is str for one in shown) else map(json.dumps, shown)
         for text in texts:
-            place = f"{first.position}.{first.branch}" if first.branch else f"{first.position}"
+            place = place_text(first.position, first.branch)
             node = f"{place:<6} {clean(str(first.node_id), 40)}  #{first.attempt}  "
             out.fitted(f"{'':8}  {node}", (clean(name, 20), "cyan"), f"  {clean(text, _MAX_CHARACTERS)}")
 
