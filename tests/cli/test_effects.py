@@ -195,10 +195,14 @@ def test_a_call_in_flight_is_shown(shop, inside, paying, target):
     assert data["effects"][0]["statement"] == {"number": 1, "happened": True, "source": "reconcile"}
 
 
-def test_what_a_person_stated_is_shown(shop, inside, ran):
-    """show says that a person stated of a call that it did not happen."""
-    ran("x", target="shop.py:pipeline", given='{"n": 1}', code=7)
+def test_what_a_person_stated_is_shown(any_url, shop, inside, ran):
+    """show says that a person stated of a call that it did not happen, from every store."""
+    db = ("--db", any_url)
+    ran("x", *db, target="shop.py:pipeline", given='{"n": 1}', code=7)
     shop.file("well", "")
-    inside("approve", "x", "shop.py:pipeline", "--not-done", "--question", "0:1")
-    assert inside("resume", "x", "shop.py:pipeline", "-q").code == 0
-    assert "stated    charge (at 0): call 1 did not happen, as a person stated\n" in inside("show", "x").out
+    assert inside("approve", "x", "shop.py:pipeline", "--not-done", "--question", "0:1", *db).code == 0
+    assert inside("resume", "x", "shop.py:pipeline", "-q", *db).code == 0
+    shown = inside("show", "x", *db).out
+    assert "stated    charge (at 0): call 1 did not happen, as a person stated\n" in shown
+    (effect,) = json.loads(inside("show", "x", "--json", *db).out)["effects"]
+    assert (effect["call"], effect["state"], effect["idempotency_key"]) == (2, "happened", "x:1:0:")

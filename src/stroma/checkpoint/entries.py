@@ -35,6 +35,7 @@ __all__ = [
     "Intent",
     "PriorUsage",
     "RunControl",
+    "RunFacts",
     "RunRequest",
     "SentMessage",
     "Statement",
@@ -411,6 +412,24 @@ class Intent(NamedTuple):
     def is_unknown(self) -> bool:
         """True while the call is in flight, and after that until its outcome is known."""
         return self.is_open and not self.has_output
+
+
+class RunFacts(NamedTuple):
+    """Facts about a run beside its record.
+
+    Attributes:
+        owner: name of its last owner for messages; None if it is not known.
+        is_lost: the run is recorded as running, and its owner has died or lost it.
+        lease_until_ms: when the owner's lease ends unless it is renewed, since the epoch; None without one.
+        deaths: how often a process died under the run, a lost owner included.
+        effects: the last calls of its effects, by position and branch; without damaged ones.
+    """
+
+    owner: str | None = None
+    is_lost: bool = False
+    lease_until_ms: int | None = None
+    deaths: int = 0
+    effects: Mapping[tuple[int, str], Intent] = {}
 
 
 def effect_note(position: int, branch: str) -> str:

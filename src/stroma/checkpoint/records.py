@@ -18,7 +18,6 @@ __all__ = [
     "AttemptPage",
     "AttemptRecord",
     "Cause",
-    "OwnerFacts",
     "RunPage",
     "RunQuery",
     "RunRecord",
@@ -282,22 +281,6 @@ class StoreFacts(NamedTuple):
     format: int
     clock_ms: int | None = None
     warnings: tuple[str, ...] = ()
-
-
-class OwnerFacts(NamedTuple):
-    """Facts about the last owner of a run.
-
-    Attributes:
-        place: its name for messages; None if it is not known.
-        is_gone: the run is recorded as running, and this process has died or lost it.
-        lease_until_ms: when its lease ends unless it is renewed, since the epoch; None if it is gone.
-        deaths: how often a process died under the run, this one included.
-    """
-
-    place: str | None = None
-    is_gone: bool = False
-    lease_until_ms: int | None = None
-    deaths: int = 0
 
 
 class AttemptPage(NamedTuple):

@@ -110,15 +110,15 @@ class RunPages:
         drawn = Markup(timeline.draw())  # It escapes all text.
         failed = sum(attempt.failure_class is not None for attempt in attempts)
         run_id, command = record.run_id, self._resume_command(record, attempts)
-        calls = self._store.effect_calls(run_id)
+        facts = self._store.facts_of(run_id)
         return self._renderer.page(
             "run.html",
             here="runs",
             record=record,
             status=status_of(record),
             gone=is_interrupted(record),
-            owner=self._store.owner_of(run_id),
-            effects=list(describe_effects(record, calls, questions, utc)),
+            facts=facts,
+            effects=list(describe_effects(record, facts.effects, questions, utc)),
             totals=totals(record, story, limits, failed),
             limits=limits,
             cause=Markup(cause(story)),

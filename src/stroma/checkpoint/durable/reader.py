@@ -21,7 +21,15 @@ from stroma.checkpoint.durable.integrity import (
 )
 from stroma.checkpoint.durable.owner import Owner
 from stroma.checkpoint.durable.rows import Annotation, Rows, RunExtras, RunRow, Step, StepRow
-from stroma.checkpoint.entries import NO_CONTROL, OF_FLOW, Intent, RunControl, Waiting, is_effect_note
+from stroma.checkpoint.entries import (
+    NO_CONTROL,
+    OF_FLOW,
+    Intent,
+    RunControl,
+    RunFacts,
+    Waiting,
+    is_effect_note,
+)
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
 from stroma.checkpoint.events import EventPage, EventPlace
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
@@ -29,7 +37,6 @@ from stroma.checkpoint.records import (
     PICO,
     AttemptPage,
     AttemptRecord,
-    OwnerFacts,
     RunPage,
     RunQuery,
     RunRecord,
@@ -315,45 +322,31 @@ class ReadableStore(ABC):
 
         return self._read_records(run_id, query, {})
 
-    def owner_of(self, run_id: str) -> OwnerFacts:
-        """Return facts about the last owner of a run. Raises StoreError."""
+    def facts_of(self, run_id: str) -> RunFacts:
+        """Return facts about the last execution of a run beside its record. Raises StoreError."""
 
-        def query(records: RunRecords) -> OwnerFacts:
-            run = records.rows.find(run_id)
-            owner = None if run is None else Owner.read(run.owner)
-            if run is None or owner is None:
-                return OwnerFacts()
-            rows = records.rows.annotations(records.run, Annotation.DEATHS)
-            deaths = sum(row.step.number or 0 for row in rows if is_intact(row))
-            if run.status != "RUNNING":
-                return OwnerFacts(owner.place, deaths=deaths)
-            if run.holder is None:
-                return OwnerFacts(owner.place, True, deaths=deaths + owner.may_die)
-            return OwnerFacts(
-                owner.place, False, time.time_ns() // 1_000_000 + int(run.left_seconds * 1000), deaths
+        def query(rows: Rows, run: RunRow) -> RunFacts:
+            records = RunRecords.of(rows, run, self._payloads)
+            owner = Owner.read(run.owner)
+            annotations = rows.annotations(run.run, Annotation.DEATHS, Annotation.EFFECT)
+            deaths = sum(
+                row.step.number or 0
+                for row in annotations
+                if row.position == Annotation.DEATHS and is_intact(row)
             )
+            has_effects = any(row.position == Annotation.EFFECT for row in annotations)
+            facts = RunFacts(
+                None if owner is None else owner.place,
+                deaths=deaths,
+                effects=_effect_calls(records) if has_effects else {},
+            )
+            if run.status != "RUNNING" or owner is None:
+                return facts
+            if run.holder is None:
+                return facts._replace(is_lost=True, deaths=deaths + owner.may_die)
+            return facts._replace(lease_until_ms=int(1000 * (time.time() + run.left_seconds)))
 
-        return self._read_records(run_id, query, OwnerFacts())
-
-    def effect_calls(self, run_id: str) -> dict[tuple[int, str], Intent]:
-        """Return the last calls of the effects of the last execution by position and branch.
-
-        Without damaged records. Raises StoreError.
-        """
-
-        def query(records: RunRecords) -> dict[tuple[int, str], Intent]:
-            calls: dict[tuple[int, str], Intent] = {}
-            if not records.rows.annotations(records.run, Annotation.EFFECT):
-                return calls
-            notes = records.rows.annotations(records.run, Annotation.NOTE)
-            for row in (one for one in notes if is_effect_note(str(one.branch)) and is_intact(one)):
-                with contextlib.suppress(CorruptCheckpoint):
-                    for key, data in read_notes(records, [row], None).items():
-                        position, _, branch = key.split(":", 2)
-                        calls[int(position), branch] = decode_json(data, Intent, name_of(row, run_id))
-            return calls
-
-        return self._read_records(run_id, query, {})
+        return self._read_run(run_id, query, RunFacts())
 
     def control(self, run_id: str) -> RunControl:
         """Return the requests that apply to a run, read by its owner or not. Raises StoreError."""
@@ -414,6 +407,18 @@ class ReadableStore(ABC):
         return CheckpointNotFound(
             f"there is no run {run_id!r} in {self._display_name()}; check the id and the store"
         )
+
+
+def _effect_calls(records: RunRecords) -> dict[tuple[int, str], Intent]:
+    """Return the last calls of the effects of an execution, without damaged records."""
+    calls: dict[tuple[int, str], Intent] = {}
+    for row in records.rows.annotations(records.run, Annotation.NOTE):
+        if is_effect_note(str(row.branch)) and is_intact(row):
+            with contextlib.suppress(CorruptCheckpoint):
+                for key, data in read_notes(records, [row], None).items():
+                    position, _, branch = key.split(":", 2)
+                    calls[int(position), branch] = decode_json(data, Intent, name_of(row, records.run_id))
+    return calls
 
 
 def _possible_causes(rows: Rows, run: RunRow, failed: list[AttemptRecord]) -> list[AttemptRecord]:

@@ -11,7 +11,7 @@ import click
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
 from stroma.checkpoint.durable.states import AsyncStates
-from stroma.checkpoint.entries import Waiting
+from stroma.checkpoint.entries import RunFacts, Waiting
 from stroma.checkpoint.events import EventPlace
 from stroma.checkpoint.history import (
     History,
@@ -28,7 +28,7 @@ from stroma.checkpoint.history import (
     sum_waste,
 )
 from stroma.checkpoint.queue import QUEUED
-from stroma.checkpoint.records import AttemptRecord, OwnerFacts, RunRecord
+from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import done_text, run_data
 from stroma.cli.errors import Code, Problem
@@ -99,15 +99,16 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
             {
                 "schema": "stroma.show/1",
                 "run": run_data(record),
-                **_progress_data(database.reader, record),
+                **_facts_data(database.reader, record),
                 **_data(record, attempts, waiting, selected, states),
             }
         )
         return code
     if view.wants_input or view.wants_output or view.wants_rejected:
         return _print_states(selected, states, code)
-    _print_head(record, database.reader.owner_of(record.run_id), waiting, attempts)
-    for label, text in _describe_progress(database, record, attempts, waiting):
+    facts = database.reader.facts_of(record.run_id)
+    _print_head(record, facts, waiting, attempts)
+    for label, text in _describe_progress(database, record, facts, attempts, waiting):
         _print_fact(label, [text])
     flow_waits = history.flow_waits(record, attempts, waiting) if view.as_tree else []
     if selected or flow_waits:
@@ -168,13 +169,13 @@ def _data(
     }
 
 
-def _progress_data(store: AsyncStates, record: RunRecord) -> dict[str, Any]:
+def _facts_data(store: AsyncStates, record: RunRecord) -> dict[str, Any]:
     """Return the owner of a run and the last calls of its effects for ``--json``."""
-    owner = store.owner_of(record.run_id)
-    lease_until = None if owner.lease_until_ms is None else to_iso(owner.lease_until_ms)
+    facts = store.facts_of(record.run_id)
+    lease_until = None if facts.lease_until_ms is None else to_iso(facts.lease_until_ms)
     return {
-        "owner": {"place": owner.place, "is_gone": owner.is_gone, "lease_until": lease_until},
-        "deaths": owner.deaths,
+        "owner": {"place": facts.owner, "is_gone": facts.is_lost, "lease_until": lease_until},
+        "deaths": facts.deaths,
         "effects": [
             {
                 "position": position,
@@ -186,7 +187,7 @@ def _progress_data(store: AsyncStates, record: RunRecord) -> dict[str, Any]:
                 "state": effect_state(record, call),
                 "statement": None if call.statement is None else call.statement._asdict(),
             }
-            for (position, branch), call in store.effect_calls(record.run_id).items()
+            for (position, branch), call in facts.effects.items()
         ],
     }
 
@@ -272,14 +273,17 @@ def _print_fact(name: str, parts: Sequence[Part]) -> None:
 
 
 def _describe_progress(
-    database: Database, record: RunRecord, attempts: list[AttemptRecord], waiting: list[Waiting]
+    database: Database,
+    record: RunRecord,
+    facts: RunFacts,
+    attempts: list[AttemptRecord],
+    waiting: list[Waiting],
 ) -> Iterator[tuple[str, str]]:
     """Yield (label, text) of what is in flight, and of calls of effects: attempts are stored at their end."""
-    calls = database.reader.effect_calls(record.run_id)
-    yield from describe_effects(record, calls, waiting, format_local_time)
+    yield from describe_effects(record, facts.effects, waiting, format_local_time)
     if not is_at_work(record):
         return
-    effects = {place_text(*place) for place, call in calls.items() if call.is_unknown}
+    effects = {place_text(*place) for place, call in facts.effects.items() if call.is_unknown}
     started = _started_nodes(database.reader, record)
     for place, text in started.items():
         if place not in effects:
@@ -309,7 +313,7 @@ def _started_nodes(store: AsyncStates, record: RunRecord) -> dict[str, str]:
 
 
 def _print_head(
-    record: RunRecord, owner: OwnerFacts, waiting: list[Waiting], attempts: list[AttemptRecord]
+    record: RunRecord, facts: RunFacts, waiting: list[Waiting], attempts: list[AttemptRecord]
 ) -> None:
     """Print what is known of a run, a line for each fact."""
     wasted_tokens, wasted_cost = sum_waste(attempts)
@@ -329,14 +333,14 @@ def _print_head(
     if record.parent is not None:
         lines.insert(1, ("parent", [f"{clean(record.parent, 4000)}, source of this fork"]))
     if record.status == "RUNNING":
-        who: list[Part] = [clean(owner.place or "unknown", 200)]
+        who: list[Part] = [clean(facts.owner or "unknown", 200)]
         if record.holder is None:
             who.append((" is gone", "yellow"))
-        elif owner.lease_until_ms is not None:
-            who.append(f", lease until {format_local_time(owner.lease_until_ms)}")
+        elif facts.lease_until_ms is not None:
+            who.append(f", lease until {format_local_time(facts.lease_until_ms)}")
         lines.append(("owner", [*who, f"; last record {format_age(record.updated_ms)}"]))
-    if owner.deaths:
-        lines.append(("deaths", [f"a process died under the run {pluralize(owner.deaths, 'time')}"]))
+    if facts.deaths:
+        lines.append(("deaths", [f"a process died under the run {pluralize(facts.deaths, 'time')}"]))
     if record.version is not None:
         lines.insert(2, ("version", [clean(record.version)]))
     if record.blocked is not None:
