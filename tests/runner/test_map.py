@@ -4,6 +4,7 @@ resuming."""
 import asyncio
 import gc
 import json
+import math
 import os
 import re
 import tracemalloc
@@ -185,6 +186,24 @@ async def test_from_a_function_into_the_journal(store: Any, doubler: Doubler, ki
     assert closed == ([True] if kind == "async" else [])
     findings = [pair async for pair in runner.map_outputs("run", work)]
     assert findings == [(n, Made(twice=2 * n)) for n in range(450)]
+
+
+class Measured(BaseModel):
+    value: float
+    more: list[float] = [math.inf]
+
+
+async def test_lines_have_floats_that_json_lacks_as_strings(store: Any, tmp_path: Path) -> None:
+    """NaN and infinities of a model are strings in the file of outputs, not null."""
+    runner = quick(store)
+
+    @runner.node("measure", input=Num, output=Measured)
+    async def measure(state: Num) -> Measured:
+        return Measured(value=math.nan)
+
+    work = map_over(JsonLines(write(tmp_path / "in", range(1))), measure, into=JsonLines(tmp_path / "out"))
+    assert (await runner.run([work], State())).status is RunStatus.COMPLETED
+    assert read(tmp_path / "out") == [{"value": "NaN", "more": ["Infinity"]}]
 
 
 async def test_outputs_without_a_contract(store: Any, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from collections.abc import (
 from dataclasses import dataclass
 from typing import IO, Any, Final
 
+from pydantic import BaseModel
 from pydantic_core import from_json, to_json
 
 from stroma.trace.plain import jsonable
@@ -281,6 +282,12 @@ class FileSource(Source):
         return f"{self._path} has changed since item {index} was recorded"
 
 
+def _line_of(value: Any) -> bytes:
+    """Return an output as a line of JSON, with NaN and infinities as strings: a model would write null."""
+    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    return to_json(plain, inf_nan_mode="strings") + b"\n"
+
+
 class LinesFile:
     """A file of JSON lines that is written under a temporary name and then moved to its path."""
 
@@ -321,7 +328,7 @@ class LinesFile:
     def write(self, values: Sequence[Any]) -> None:
         """Append one line for each value."""
         assert self._file is not None
-        self._file.write(b"".join(to_json(value, inf_nan_mode="strings") + b"\n" for value in values))
+        self._file.write(b"".join(map(_line_of, values)))
 
     def publish(self) -> None:
         """Move the file to its path, durably."""
