@@ -34,8 +34,6 @@ __all__ = ["FAILED", "FINISHED", "History", "Inputs", "is_interrupted", "status_
 #: Statuses of runs that failed, and of runs that completed.
 FAILED: Final = ("FAILED", "PARTIAL")
 FINISHED: Final = ("COMPLETED", "RESUMED")
-#: Statuses of runs that no failure stopped: of one that waits for an answer or a time, those before it were
-#: caught.
 
 _MAX_STATE_BYTES: Final = 1_000_000  # of one state in a drawing
 _MAX_STATES_BYTES: Final = 20_000_000  # of all states in a drawing of a run
