@@ -573,6 +573,30 @@ def test_every_command_is_in_the_reference() -> None:
         assert f"| `stroma {name}" in report, name
 
 
+def test_pages_quote_commands_and_options_that_exist() -> None:
+    """Each `stroma COMMAND --option` on a page or in a message of the package is one of the command line."""
+    import click
+
+    from stroma.cli.app import app
+
+    context, seen, wrong = click.Context(app), 0, []
+    sources = [*(ROOT / "src").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
+    for path in [*ALL, ROOT / "examples" / "README.md", *sources]:
+        for name, rest in re.findall(
+            r"(?<![\w./@-])stroma ([a-z][\w-]*)([^`\n|&;]*)", path.read_text("utf-8")
+        ):
+            command = app.get_command(context, name)
+            if command is None:  # Prose.
+                continue
+            seen += 1
+            inner = getattr(command, "commands", {}).values()
+            known = {one for each in (app, command, *inner) for param in each.params for one in param.opts}
+            options = set(re.findall(r"(?<![\w'\"{])--[a-z][\w-]*", rest)) - known - {"--help"}
+            wrong += [f"{path.name}: stroma {name} {one}" for one in options]
+    assert wrong == []
+    assert seen > 300
+
+
 def test_pictures_say_in_words_what_they_show() -> None:
     """Every picture of a concept is drawn by the script, has a title and a description, and its page an
     alternative text."""
