@@ -148,15 +148,13 @@ def test_one_form_starts_one_run(store: SQLiteStore, serve: Any) -> None:
     assert len(site.resumed) == 2
     resume = form_of(site.get("/run", id="bad").text, "resume")
     assert send_often(sites, "/resume", resume) == {"/run?id=bad"}
-    many = {"key": form_key(site.get("/").text), "run": "bad"}
-    assert send_often(sites, "/resume-many", many) == {"/"}
     approve = json_form_of(site.get("/run", id="x").text)
     answer = {**approve, "answer": '{"approved": true, "note": "yes"}', "resume": "yes"}
     assert send_often(sites, "/approve", answer) == {"/run?id=x"}
-    assert site.resumed[2:] == ["bad", "bad", "x"]
+    assert site.resumed[2:] == ["bad", "x"]
     # A form of a newer page acts again.
     assert site.post("/resume", form_of(site.get("/run", id="bad").text, "resume")).status == 303
-    assert site.resumed[5:] == ["bad"]
+    assert site.resumed[4:] == ["bad"]
 
 
 def test_a_form_that_failed_can_be_sent_again(store: SQLiteStore, serve: Any) -> None:
@@ -267,37 +265,6 @@ def test_any_number_is_a_limit_or_a_clear_refusal(store: SQLiteStore, serve: Any
         assert site.ask("GET", quote(path, safe="/?&=:")).status in (200, 400, 404), path
 
 
-def test_several_runs(store: SQLiteStore, serve: Any) -> None:
-    """The list resumes the selected runs, with a key of its own, and skips those that cannot be resumed."""
-    make_runs(store, ("good", GOOD), ("bad", BAD), ("worse", BAD), ("other", Pipeline("other", BAD.nodes)))
-    site: Site = serve(store, pipeline="flows")
-    text = site.get("/").text
-    assert re.findall(r'name="run" value="([^"]*)"', text) == ["worse", "bad"]
-    key = form_key(text)
-    body = f"key={key}&run=bad&run=worse&run=good&run=other&run=bad&run=nope"
-    about = {"content_type": "application/x-www-form-urlencoded", "origin": site.url}
-    for wrong in ("", "x", keys(site)["resume"]):
-        assert site.ask("POST", "/resume-many", body.replace(key, wrong).encode(), **about).status == 403
-    assert (
-        site.ask("POST", "/resume-many", body.encode(), content_type="text/plain", origin=site.url).status
-        == 415
-    )
-    assert (
-        site.ask("POST", "/resume-many", body.encode(), **{**about, "origin": "http://evil.example"}).status
-        == 403
-    )
-    assert site.resumed == []
-    assert site.ask("POST", "/resume-many", body.encode(), **about).status == 303
-    assert site.resumed == ["bad", "worse"]
-    assert 'name="run"' not in serve(store, resume=None).get("/").text
-
-
-def form_key(text: str) -> str:
-    return re.findall(r'action="/resume-many" id="many"><input type="hidden" name="key" value="(\w+)"', text)[
-        0
-    ]
-
-
 def test_the_trace_in_the_backend(store: SQLiteStore, serve: Any) -> None:
     """With an address of traces, a run that has one leads there; without one there is no link."""
     from tests.store_suite.journal import State as Kept
@@ -380,10 +347,3 @@ def test_every_action_in_a_browser(a_store: Any, serve: Any, chromium: Browser) 
     chromium.submit("form[action='/fork'] button")
     forked = chromium.eval("new URLSearchParams(location.search).get('id')")
     assert a_store.get_run(forked).parent == "bad"
-
-    chromium.goto(f"{site.url}/")
-    assert chromium.eval("document.getElementById('resume-many').disabled")
-    chromium.eval("document.getElementById('all').click()")
-    assert "Resume" in chromium.eval("document.getElementById('resume-many').innerText")
-    chromium.submit("#resume-many")
-    assert {"bad", "worse"} <= set(site.resumed[3:])

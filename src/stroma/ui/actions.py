@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from stroma.ui.settings import Settings
 
 __all__ = [
-    "MANY",
     "Actions",
     "can_fork",
     "can_resume",
@@ -44,9 +43,6 @@ __all__ = [
 
 _MAX_FORM_BYTES: Final = 100_000
 _FORM_SECONDS: Final = 10.0  # for a form to arrive
-#: Action and subject of the form that resumes several runs.
-MANY: Final = ("resume-many", "")
-_MAX_MANY: Final = 50  # one page of runs
 
 
 def can_resume(settings: Settings, record: RunRecord) -> bool:
@@ -101,20 +97,6 @@ class Actions:
             if is_first:
                 await to_thread.run_sync(resume, record.run_id)
         return to_run(record.run_id)
-
-    async def resume_many(self, request: Request) -> Response:
-        """Resume the selected runs that can be resumed; others are skipped."""
-        form = await read_fields(request)
-        if not self._keys.is_form(dict(form).get("key", ""), *MANY):
-            raise no_key()
-        resume = self._settings.resume
-        run_ids = list(dict.fromkeys(value for name, value in form if name == "run"))[:_MAX_MANY]
-        with self._keys.once(identity_of(form)) as is_first:
-            for run_id in run_ids if is_first else []:
-                record = await self._get_run(run_id)
-                if resume is not None and record is not None and can_resume(self._settings, record):
-                    await to_thread.run_sync(resume, run_id)
-        return RedirectResponse("/", 303)
 
     async def fork(self, request: Request) -> Response:
         """Start a new run with what a run has committed before a position."""

@@ -61,7 +61,6 @@ def make_app(settings: Settings) -> ASGIApp:
         Route("/submit", submit_form.page),
         Route("/submit", submit_form.submit, methods=["POST"]),
         Route("/resume", actions.resume, methods=["POST"]),
-        Route("/resume-many", actions.resume_many, methods=["POST"]),
         Route("/fork", actions.fork, methods=["POST"]),
         Route("/approve", answers.approve, methods=["POST"]),
         Route("/delete", actions.delete, methods=["POST"]),

@@ -16,7 +16,6 @@ from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import RunQuery, RunRecord
 from stroma.failures.classes import FailureClass
 from stroma.trace.result import RunStatus
-from stroma.ui.actions import MANY, can_resume
 from stroma.ui.components import Column, sparkline, tone_of
 from stroma.ui.figures import RUNS, figures_of, rate_boxes
 from stroma.ui.formatting import cause_text, parse_search, quoted, to_address
@@ -90,8 +89,6 @@ class Pages:
             looked=not records and page.next,
             longest=max((row["seconds"] for row in rows), default=0),
             dearest=max((row["record"].cost_usd for row in rows), default=0),
-            can_resume_many=any(row["can_resume"] for row in rows),
-            many_key=self._renderer.keys.form(*MANY),
             **self._recent(),
         )
 
@@ -158,7 +155,6 @@ class Pages:
             "failures": f"{record.failures}+" if record.failures >= 20 else str(record.failures or ""),
             "why": cause_text(record),
             "running": is_at_work(record),
-            "can_resume": can_resume(self._settings, record),
         }
 
     # ------------------------------------------------------------------ overview and pipeline

@@ -287,21 +287,7 @@
     view.addEventListener("pointerleave", () => image.classList.remove("dimmed"));
   }
 
-  // ---------------------------------------------------------------- several runs at once
-
-  const count = () => {
-    const button = document.getElementById("resume-many");
-    if (!button) return;
-    const chosen = $$('input[name="run"]:checked').length;
-    button.disabled = !chosen;
-    $("span", button).textContent = chosen ? `Resume ${chosen} selected` : "Resume selected";
-  };
-  document.addEventListener("change", (event) => {
-    if (event.target.id === "all") for (const one of $$('input[name="run"]')) one.checked = event.target.checked;
-    count();
-  });
   for (const one of $$("[data-script]")) one.hidden = false;
-  count();
 
   // ---------------------------------------------------------------- live
 
@@ -346,7 +332,6 @@
       document.title = page.title;
       mark();
       tick();
-      count();
       for (const one of $$("[data-script]")) one.hidden = false;
     } finally {
       // At most once a second, however often the store changes.
