@@ -8,8 +8,6 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
-SERVERS = ("postgres", "redis")
-
 
 @contextlib.contextmanager
 def served(store: str) -> Iterator[tuple[str, Any]]:
