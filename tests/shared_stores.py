@@ -20,7 +20,7 @@ Store = TypeVar("Store")
 FAST = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 _NUMBERS = itertools.count()
 
-#: A new kind of store is added here, in `place` and in `opened`; docs/architecture.md says what else it needs.
+#: A new kind of store is added here, in `place` and in `opened`; docs/architecture.md has all places.
 ON_SERVERS = ("redis", "postgres")
 LOCAL = ("memory", "async-memory")
 #: The stores that processes can share. The plain calls of SyncRedisStore are not another store.
