@@ -12,8 +12,8 @@ runner = StromaRunner.quick(
 )
 
 
-@runner.node("extract", input=Mail, output=Invoice)
-async def extract(mail: Mail) -> tuple[object, object]:
+@runner.node
+async def extract(mail: Mail) -> tuple[Invoice, object]:
     failed = current_node().last_failure
     response = await ask_for_euros(mail.text, failed.as_prompt() if failed else None)
     return response["answer"], response
