@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -340,8 +341,8 @@ class ReadableStore(ABC):
                 deaths=deaths,
                 effects=_effect_calls(records) if has_effects else {},
             )
-            if run.status != "RUNNING" or owner is None:
-                return facts
+            if run.status != "RUNNING" or owner is None or math.isinf(run.left_seconds):
+                return facts  # In memory, there are no leases.
             if run.holder is None:
                 return facts._replace(is_lost=True, deaths=deaths + owner.may_die)
             return facts._replace(lease_until_ms=int(1000 * (time.time() + run.left_seconds)))
