@@ -208,12 +208,27 @@ class _Backend(DurableOperationBackend[ToolOptions]):
     def config_for_tool(
         self, operation: DurableOperation[Any, Any, Any], *, tool: Any, tool_name: str
     ) -> ToolOptions | Literal[False]:
-        """Return the options of a tool; False if it is not a step. Raises TypeError for unknown ones."""
+        """Return the options of a tool; False if it is not a step.
+
+        Raises TypeError for unknown ones, and for an effect whose errors go to the model.
+        """
         options = None if tool is None else (tool.tool_def.metadata or {}).get(_METADATA)
         if options is False:
             return False
         check_options(f"metadata[{_METADATA!r}] of tool {tool_name!r}", options or {})
+        if options and options.get("effect") and _gives_errors_to_model(tool.toolset):
+            raise TypeError(
+                f"tool {tool_name!r} is an effect, and the model may call it again after a lost "
+                'connection; pass tool_error_behavior="error" to its MCPToolset'
+            )
         return cast("ToolOptions", options or {})
+
+
+def _gives_errors_to_model(toolset: Any) -> bool:
+    """Return True for a toolset that makes an answer to the model of every error, as MCP ones may."""
+    while hasattr(toolset, "wrapped"):
+        toolset = toolset.wrapped
+    return getattr(toolset, "tool_error_behavior", "error") != "error"
 
 
 class _Step:

@@ -225,6 +225,21 @@ async def test_the_check_of_the_arguments_of_an_effect_is_not_an_effect() -> Non
     assert errors == []
 
 
+async def test_an_effect_whose_errors_go_to_the_model_is_refused() -> None:
+    """G13: The model would call it again after a lost connection, whatever became of the call."""
+
+    class Remote(FunctionToolset[None]):  # As MCPToolset, which needs a server.
+        tool_error_behavior = "retry"
+
+    toolset: Any = Remote(id="bank")
+    toolset.add_function(_double, takes_ctx=False)
+    runner = StromaRunner.quick(policy_map=NEVER)
+    assert (await runner.run(_asking(toolset), Num())).status is RunStatus.COMPLETED
+    result = await runner.run(_asking(toolset.prefixed("p").with_metadata(stroma={"effect": True})), Num())
+    assert result.failure is not None
+    assert 'pass tool_error_behavior="error" to its MCPToolset' in result.failure.message
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
