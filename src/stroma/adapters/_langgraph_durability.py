@@ -102,8 +102,8 @@ def durable(graph: G, nodes: Mapping[str, Options] | None = None) -> G:
         graph: of ``StateGraph.compile()``, ``create_agent`` and the like.
         nodes: options by the ids without the name of the graph. False: no step, but code of the body.
 
-    Raises TypeError for another object and unknown options, UnknownNode for an id that the graph does not
-    have.
+    Raises TypeError for another object, unknown options, and an effect whose ToolNode handles its errors;
+    UnknownNode for an id that the graph does not have.
     """
     target: Any = graph
     if not isinstance(graph, CompiledStateGraph):
@@ -199,6 +199,13 @@ class _Parts:
             tools: dict[str, Options] = {
                 tool: self._options_of(f"{path}.{tool}", options) for tool in bound.tools_by_name
             }
+            if _gives_errors_to_model(bound):
+                for tool, own in tools.items():
+                    if own and own.get("effect"):
+                        raise TypeError(
+                            f"tool {tool!r} is an effect, and the model may call it again after a lost "
+                            "connection; create its ToolNode without handle_tool_errors"
+                        )
             return _RecordedTools(bound, step_id, tools, classes)
         return _BodyNode(bound) if options is False else _RecordedNode(bound, step_id, options, classes)
 
@@ -212,6 +219,13 @@ class _Parts:
                 known = ", ".join(map(repr, sorted(self._known))) or "none"
                 raise UnknownNode(f"options of unknown node {path!r}; known: {known}")
             check_options(f"node {path!r}", options, NodeOptions)
+
+
+def _gives_errors_to_model(node: Any) -> bool:
+    """Return True for a ToolNode that makes an answer to the model of errors that a tool raises."""
+    default = inspect.signature(ToolNode.__init__).parameters["handle_tool_errors"].default
+    handles = node._handle_tool_errors
+    return bool(handles) and (handles is True or handles is not default)
 
 
 def _with_same_ids(channel: Any) -> Any:

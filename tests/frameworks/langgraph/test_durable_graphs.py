@@ -732,7 +732,7 @@ class Shop:
         ]
         return {"messages": [AIMessage("", tool_calls=calls)]}
 
-    def graph(self, nodes: Any = None) -> Any:
+    def graph(self, nodes: Any = None, *, handle_tool_errors: bool = False) -> Any:
         prebuilt = pytest.importorskip("langgraph.prebuilt", exc_type=ImportError)
 
         @tool
@@ -747,7 +747,7 @@ class Shop:
 
         builder = StateGraph(MessagesState)
         builder.add_node("model", self.answer)
-        builder.add_node("tools", prebuilt.ToolNode([price], handle_tool_errors=False))
+        builder.add_node("tools", prebuilt.ToolNode([price], handle_tool_errors=handle_tool_errors))
         builder.add_edge(START, "model")
         builder.add_conditional_edges("model", prebuilt.tools_condition)
         builder.add_edge("tools", "model")
@@ -778,6 +778,14 @@ async def test_a_tool_that_is_an_effect_is_asked_about() -> None:
     value = await run(flow_of(graph, {"messages": [("user", "hi")]}))
     assert value["messages"][-1] == "done ['4', '99']"
     assert shop.asked == [{"item": "tea"}]
+
+
+@pytest.mark.parametrize("node", ["tools", "tools.price"])
+async def test_an_effect_whose_errors_go_to_the_model_is_refused(node: str) -> None:
+    """G13: The model would call it again after a lost connection, whatever became of the call."""
+    Shop().graph(handle_tool_errors=True)
+    with pytest.raises(TypeError, match="create its ToolNode without handle_tool_errors"):
+        Shop().graph({node: {"effect": True}}, handle_tool_errors=True)
 
 
 async def test_tools_ask_for_themselves() -> None:
