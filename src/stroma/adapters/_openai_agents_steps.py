@@ -332,12 +332,16 @@ class DurableServer(Proxy):
         if current_flow() is None:
             return await self._wrapped.call_tool(tool_name, arguments, *args, **kwargs)
 
+        options = self._run.options_of(tool_name) or {}
+
         async def work() -> Any:
             result = await self._wrapped.call_tool(tool_name, arguments, *args, **kwargs)
-            return {"result": _RESULT.dump_python(result, **_AS_SENT)}
+            answer = _RESULT.dump_python(result, **_AS_SENT)
+            if answer.get("isError") and options.get("effect"):  # The model would call it again.
+                raise RuntimeError(f"tool {tool_name!r} answered with an error: {answer['content']}")
+            return {"result": answer}
 
         state = ToolCall(tool=tool_name, arguments=arguments or {})
-        options = self._run.options_of(tool_name) or None
         recorded = await self._run.step(f"{self._agent}.{tool_name}", state, work, options)
         return _RESULT.validate_python(recorded["result"])
 

@@ -34,7 +34,7 @@ from agents import (
     set_tracing_disabled,
 )
 from agents.mcp import MCPServer
-from mcp.types import CallToolResult, TextContent
+from mcp.types import CallToolResult
 from mcp.types import Tool as MCPTool
 from openai.types.responses import (
     Response,
@@ -520,6 +520,7 @@ class Server(MCPServer):
         super().__init__(**options)
         self.cache_tools_list = True
         self.calls: list[str] = []
+        self.errs = False  # Calls are answered with an error.
 
     @property
     def name(self) -> str:
@@ -541,9 +542,10 @@ class Server(MCPServer):
     async def call_tool(self, tool_name: str, arguments: Any, meta: Any = None) -> CallToolResult:
         await asyncio.sleep(0.001)
         self.calls.append(tool_name)
-        if self.calls.count(tool_name) == 1:
+        if self.calls.count(tool_name) == 1 and not self.errs:
             raise ConnectionResetError("connection reset by peer")
-        return CallToolResult(content=[TextContent(type="text", text="content")])
+        answer = {"content": [{"type": "text", "text": "content"}], "isError": self.errs}
+        return CallToolResult.model_validate(answer)
 
     async def list_prompts(self) -> Any:
         raise NotImplementedError
@@ -571,6 +573,21 @@ async def test_tools_of_mcp_servers_are_steps() -> None:
     assert "content" in result.final_state.text
     assert server.calls == ["list", "read", "read"]
     assert {one.node_id for one in store.attempts("r")} >= {"a.files.tools", "a.read"}
+
+
+@pytest.mark.parametrize("errs", [False, True])
+async def test_an_effect_of_an_mcp_server_is_not_called_again_by_the_model(errs: bool) -> None:
+    """G13: Neither a lost connection nor an error that the server answers with goes to the model."""
+    server = Server()
+    server.errs = errs
+    agent: Agent[Any] = Agent(name="a", model=asking("read"), mcp_servers=[server])
+
+    async def body(state: Num) -> str:
+        return str((await DurableRunner(tools={"read": {"effect": True}}).run(agent, "go")).final_output)
+
+    result = await StromaRunner.quick(policy_map=AT_ONCE).run(flow_of(body), Num())
+    assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["effect"]), result.failure
+    assert server.calls == ["list", "read"]
 
 
 AT_ONCE = {"RECOVERABLE": FailurePolicy(max_retries=2, backoff_seconds=0)}
