@@ -216,7 +216,7 @@ class _Backend(DurableOperationBackend[ToolOptions]):
         if options is False:
             return False
         check_options(f"metadata[{_METADATA!r}] of tool {tool_name!r}", options or {})
-        if options and options.get("effect") and _gives_errors_to_model(tool.toolset):
+        if tool is not None and options and options.get("effect") and _gives_errors_to_model(tool.toolset):
             raise TypeError(
                 f"tool {tool_name!r} is an effect, and the model may call it again after a lost "
                 'connection; pass tool_error_behavior="error" to its MCPToolset'
