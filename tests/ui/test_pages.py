@@ -670,7 +670,8 @@ def test_the_page_of_a_run_reads_its_attempts_once(
         asyncio.run(make_map(store, items, f"map-{items}"))
         requests.clear()
         text = site.get("/run", id=f"map-{items}").text
-        of_run[items] = [name for name in requests if not name.startswith("_")]
+        # The thread that renews leases looks for requests when it likes.
+        of_run[items] = [name for name in requests if not name.startswith("_") and name != "with_requests"]
         assert text.count("<tr data-row>") in (5, 6)  # The attempt that stopped a run is always there.
         assert f"{items} items" in text
     assert of_run[40].count("attempt_page") == 1
