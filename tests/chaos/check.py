@@ -86,9 +86,10 @@ def check(
         if kind == "end" and rest[1] == "Fenced":
             figures.fenced += 1
     store = open_store(url)
+    often = [pid for pid, number in Counter([*killed, *stopped]).items() if number > 1]
     try:
         for run_id in runs:
-            struck = [set(map(str, pids)) for pids in (killed, stopped, restless, refused)]
+            struck = [set(map(str, pids)) for pids in (killed, stopped, [*restless, *often], refused)]
             _Run(figures, run_id, lines[run_id], *struck, spends=budget is not None).check(store)
         if budget is not None:
             check_spent(figures, budget, store, runs)
@@ -131,10 +132,10 @@ class _Run:
         self.run_id = run_id
         self.killed = killed
         #: One that was refused as too late stood still as well: a busy machine can do what SIGSTOP does.
-        self.stopped = stopped | {
-            rest[0] for kind, _, outcome, *rest in lines if kind == "end" and outcome == "Fenced"
-        }
-        self.restless = restless
+        late = [rest[0] for kind, _, outcome, *rest in lines if kind == "end" and outcome == "Fenced"]
+        self.stopped = stopped | set(late)
+        #: Those that may have lost the run more than once.
+        self.restless = restless | {pid for pid, number in Counter(late).items() if number > 1}
         #: Hooks hear of a failure also where it cannot be written down any more, or nobody may.
         self.unwritten = self.stopped | refused
         self.calls: dict[str, list[tuple[str, str]]] = defaultdict(list)  # place: (token, pid)

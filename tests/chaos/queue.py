@@ -35,6 +35,7 @@ from stroma import (
     ContractRegistry,
     FailureClass,
     FailurePolicy,
+    Fenced,
     Pipeline,
     RunConfig,
     StoreError,
@@ -115,8 +116,10 @@ async def work(job: Job, seed: str, point: str | None, nth: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
     def ended(run_id: str, outcome: Any) -> None:
-        if isinstance(outcome, Exception):
-            diary.write("end", run_id, "-", type(outcome).__name__, str(os.getpid()), "-")
+        # A run whose owner was too late ends with an error, or with a result that has it.
+        error = outcome.failure and outcome.failure.exception if hasattr(outcome, "failure") else outcome
+        if error is outcome or isinstance(error, Fenced):
+            diary.write("end", run_id, "-", type(error).__name__, str(os.getpid()), "-")
 
     opened: Any = open_store(job.url)
     async with opened as store:
