@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shlex
 import signal
 import time
 import urllib.error
@@ -30,6 +31,39 @@ def test_a_submitted_run_is_driven(stroma, inside, fails, golden):
     assert "r " in inside("runs", "--tag", "nightly", *DB).out
     fails(inside("submit", "sums.py:pipeline", '{"start": 4}', "--run-id", "r", *DB), 2, "another input")
     fails(inside("submit", "sums.py:pipeline", '{"start": "x"}', *DB), 2, "start")
+
+
+def test_a_wrong_input_names_the_same_command(stroma, inside, fails):
+    """Input that does not fit is answered with the same command and options, with an input that fits; a key
+    that the class does not have is not in it, and a password is not."""
+    stroma.file(
+        "orders.py",
+        """
+        from pydantic import BaseModel
+        from stroma import *
+
+        class Order(BaseModel):
+            customer: str
+            amount: int = 1
+
+        runner = StromaRunner.quick()
+
+        @runner.flow("order")
+        async def order(flow: Flow, state: Order) -> Order:
+            return state
+        """,
+    )
+    wrong = '{"custmer": "x", "amount": 2}'
+    done = inside("submit", "orders.py:order", wrong, "--priority", "2", *DB)
+    fails(done, 2, "INPUT does not fit the input of the flow, 'order'")
+    hint = done.err.split("for example: ")[1].strip()
+    assert hint.startswith("""stroma submit orders.py:order '{"amount": 2, "customer": """), hint
+    assert hint.endswith("--priority 2 --db runs.db")
+    assert "custmer" not in hint
+    assert inside(*shlex.split(hint)[1:]).code == 0
+    done = inside("submit", "orders.py:order", "--db", "postgresql://me:secret@host/db")
+    fails(done, 2, "for example: stroma submit orders.py:order '{", "(with the same --db)")
+    assert "secret" not in done.err
 
 
 def test_queued_runs_are_listed(stroma, inside):
@@ -151,3 +185,24 @@ def test_another_store_in_the_file_is_named(stroma, inside, store, warned):
         assert done.code == 0
         text = f"warning: 'runner' in own has the store sqlite:{stroma.home / 'own.db'}, and this command"
         assert (text in " ".join(done.err.split())) == warned, done
+
+
+def test_the_default_store_beside_that_of_the_file_is_refused(stroma, inside, fails):
+    """Without --db and STROMA_DB, `submit` and `worker` refuse FILE whose runner has a store: the run would
+    be in one store and the worker at another. The message has the command with that store."""
+    stroma.file(
+        "own.py",
+        """
+        from sums import *
+        runner = StromaRunner.quick(store="own.db")
+        pipeline = Pipeline("sums", [first, second, third])
+        """,
+    )
+    own = str(stroma.home / "own.db")
+    for words in (["submit", "own.py:pipeline", GOOD], ["worker", "own.py:pipeline"]):
+        done = inside(*words)
+        fails(done, 2, "'runner' in own has the store sqlite:", "runs.db by default")
+        hint = done.err.split("pass the store: ")[1]
+        assert shlex.split(hint) == ["stroma", words[0], "--db", own, *words[1:]]
+    assert inside("submit", "own.py:pipeline", GOOD, env={"STROMA_DB": own}).code == 0
+    assert inside("run", "own.py:pipeline", GOOD, "-q").code == 0

@@ -6,14 +6,27 @@ import os
 import shlex
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import IO, Any
+from typing import IO, Any, Final
 
 import click
 
 from stroma._utils.text import clean, one_line
 from stroma.cli.output import err
 
-__all__ = ["Code", "Problem", "command", "describe_error", "is_debugging", "last_frame"]
+__all__ = [
+    "WORDS",
+    "Code",
+    "Problem",
+    "command",
+    "command_line",
+    "describe_error",
+    "is_debugging",
+    "last_frame",
+]
+
+
+#: Key of the words of the command line in the metadata of click's context.
+WORDS: Final = "stroma.words"
 
 
 class Code(IntEnum):
@@ -52,12 +65,17 @@ class Problem(click.ClickException):
 
 def command(name: str, *arguments: str, options: Sequence[str] = ()) -> str:
     """Return a stroma command line that can be pasted into a shell."""
-    context = click.get_current_context(silent=True)
-    program = context.find_root().info_name if context is not None else None
     parts = [name, *arguments, *options]
     if any(word.startswith("-") and word != "-" for word in arguments):
         parts = [name, *options, "--", *arguments]
-    return " ".join([program or "stroma", *map(_quote, parts)])
+    return command_line(parts)
+
+
+def command_line(words: Sequence[str]) -> str:
+    """Return a stroma command line of these words, quoted for a shell."""
+    context = click.get_current_context(silent=True)
+    program = context.find_root().info_name if context is not None else None
+    return " ".join([program or "stroma", *map(_quote, words)])
 
 
 def _quote(word: str) -> str:

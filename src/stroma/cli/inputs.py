@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+import click
+from pydantic import AliasChoices, AliasPath, BaseModel, ConfigDict, ValidationError, create_model
 
 from stroma._utils.text import clean, pluralize
 from stroma.checkpoint.records import RunRecord
-from stroma.cli.errors import Code, Problem, command, describe_error
-from stroma.cli.stores import Database
+from stroma.cli.errors import WORDS, Code, Problem, command_line, describe_error
+from stroma.cli.stores import Database, mask_passwords
 from stroma.contracts.examples import NoExampleError, example_for
-from stroma.contracts.node import Group, Node, find_node
+from stroma.contracts.node import FlowNode, Group, Node, find_node
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.runner.pipeline import Pipeline
@@ -72,7 +73,7 @@ def parse_json(argument: str | None, called: str = "INPUT") -> tuple[Any, str, s
         raise Problem(f"{source} is not JSON that can be read: {error}") from None
 
 
-def parse_input(pipeline: Pipeline, argument: str | None, target: str) -> BaseModel:
+def parse_input(pipeline: Pipeline, argument: str | None) -> BaseModel:
     """Parse INPUT as the initial state. Raises Problem if it does not fit the first node's contract."""
     value, text, source = parse_json(argument)
     model = input_model(pipeline)
@@ -81,28 +82,24 @@ def parse_input(pipeline: Pipeline, argument: str | None, target: str) -> BaseMo
         try:
             _validate(contract, text)
         except Exception as error:
-            raise _misfit(error, contract, node_id, value, source, target) from None
+            what = f"{source} is no JSON object"
+            if node_id:
+                kind = "input of the flow" if _is_flow(pipeline) else "contract of the first node"
+                what = f"{source} does not fit the {kind}, {node_id!r}"
+            raise _misfit(error, contract, what, value, argument) from None
     return _validate(model, text)
 
 
-def parse_as(
-    model: type[BaseModel], argument: str, called: str, requirement: str, retry_command: Callable[[str], str]
-) -> BaseModel:
+def parse_as(model: type[BaseModel], argument: str, called: str, requirement: str) -> BaseModel:
     """Parse an argument as an instance of a model. Raises Problem.
 
-    ``requirement``: description of what it must satisfy. ``retry_command``: returns the command for a
-        corrected argument.
+    ``requirement``: description of what it must satisfy.
     """
     value, text, source = parse_json(argument, called)
     try:
         return _validate(model, text)
     except Exception as error:
-        lines, wrong = _errors(error)
-        raise Problem(
-            f"{source} does not fit {requirement} ({pluralize(len(lines), 'error')})",
-            *lines,
-            *_example_hint(model, value, wrong, retry_command),
-        ) from None
+        raise _misfit(error, model, f"{source} does not fit {requirement}", value, argument) from None
 
 
 def find_position(pipeline: Pipeline, target: str, node_id: str) -> int:
@@ -116,20 +113,13 @@ def find_position(pipeline: Pipeline, target: str, node_id: str) -> int:
     return ids.index(node_id)
 
 
-def parse_input_at(
-    pipeline: Pipeline,
-    target: str,
-    position: int,
-    argument: str,
-    option: str,
-    retry_command: Callable[[str], str],
-) -> BaseModel:
+def parse_input_at(pipeline: Pipeline, position: int, argument: str, option: str) -> BaseModel:
     """Parse what replaces the input at a position: of the run, or the output of the node before.
 
-    ``retry_command``: returns the command for a corrected argument. Raises Problem.
+    Raises Problem.
     """
     if not position:
-        return parse_input(pipeline, argument, target)
+        return parse_input(pipeline, argument)
     before, node = (find_node(one) for one in pipeline.nodes[position - 1 : position + 1])
     if isinstance(before, Group):
         raise Problem(
@@ -140,7 +130,7 @@ def parse_input_at(
     # It replaces the output of the node before, so it must satisfy that contract.
     model = UntypedState if before.contract is None else before.contract.output_schema
     requirement = f"the output of node {clean(before.node_id, 100)!r} for {clean(node.node_id, 100)!r}"
-    return parse_as(model, argument, option, requirement, retry_command)
+    return parse_as(model, argument, option, requirement)
 
 
 def input_model(pipeline: Pipeline) -> type[BaseModel]:
@@ -152,6 +142,10 @@ def input_model(pipeline: Pipeline) -> type[BaseModel]:
     contracts = {model for _, model in _contracts(pipeline)}
     whole = bool(pipeline.nodes) and _all_declared(find_node(pipeline.nodes[0]))
     return contracts.pop() if whole and len(contracts) == 1 else Input
+
+
+def _is_flow(pipeline: Pipeline) -> bool:
+    return isinstance(find_node(pipeline.nodes[0]), FlowNode)
 
 
 def _contracts(pipeline: Pipeline) -> list[tuple[str, type[BaseModel]]]:
@@ -222,16 +216,9 @@ def _not_json(
     return Problem(f"{source} is not JSON: {error.msg} (line {error.lineno}, column {error.colno})", *more)
 
 
-def _misfit(
-    error: Exception, model: type[BaseModel], node_id: str, value: Any, source: str, target: str
-) -> Problem:
+def _misfit(error: Exception, model: type[BaseModel], what: str, value: Any, argument: str | None) -> Problem:
     lines, wrong = _errors(error)
-    what = (
-        f"{source} does not fit the contract of the first node, {node_id!r}"
-        if node_id
-        else f"{source} is no JSON object"
-    )
-    hint = _example_hint(model, value, wrong, lambda fits: command("run", target, fits))
+    hint = _example_hint(model, value, wrong, argument)
     return Problem(f"{what} ({pluralize(len(lines), 'error')})", *lines, *hint)
 
 
@@ -255,7 +242,10 @@ def _corrected(model: type[BaseModel], value: Any, wrong: Collection[Any]) -> An
     example = example_for(model)
     if not (isinstance(value, dict) and isinstance(example, dict)):
         return example
-    corrected = {name: one for name, one in value.items() if name not in wrong}
+    known = None if model.model_config.get("extra") == "allow" else _field_names(model)
+    corrected = {
+        name: one for name, one in value.items() if name not in wrong and (known is None or name in known)
+    }
     missing = {name: one for name, one in example.items() if name not in corrected}
     try:
         schema_of(model).validator.validate_python(corrected | missing, by_alias=True, by_name=True)
@@ -264,15 +254,46 @@ def _corrected(model: type[BaseModel], value: Any, wrong: Collection[Any]) -> An
     return corrected | missing
 
 
+def _field_names(model: type[BaseModel]) -> set[Any]:
+    """Return the keys that a model reads at its top level."""
+    names: set[Any] = set(model.model_fields)
+    for field in model.model_fields.values():
+        alias = field.validation_alias
+        choices = alias.choices if isinstance(alias, AliasChoices) else [alias]
+        names |= {one.path[0] if isinstance(one, AliasPath) else one for one in choices}
+    return names
+
+
 def _example_hint(
-    model: type[BaseModel], value: Any, wrong: Collection[Any], retry_command: Callable[[str], str]
+    model: type[BaseModel], value: Any, wrong: Collection[Any], argument: str | None
 ) -> list[str]:
-    """Return the line with a command whose argument fits; [] if none is known."""
+    """Return the line with the same command and an argument that fits; [] if none is known."""
     try:
         fits = clean(json.dumps(_corrected(model, value, wrong), ensure_ascii=False), 400)
     except NoExampleError:
         return []
-    return [f"for example: {retry_command(fits)}"]
+    return [f"for example: {_corrected_command(argument, fits)}"]
+
+
+def _corrected_command(argument: str | None, fits: str) -> str:
+    """Return the current command line with ``fits`` in place of an argument, None: added at its end.
+
+    A --db with a password is omitted.
+    """
+    context = click.get_current_context()
+    address = context.params.get("db")
+    words: list[str] = list(context.meta[WORDS])
+    note = ""
+    if address and mask_passwords(address) != address:
+        shown = [word for word in words if word not in ("--db", address, f"--db={address}")]
+        note = "  (with the same --db)" if shown != words else ""
+        words = shown
+    if argument is None:
+        words.append(fits)
+    else:
+        at = max(i for i, word in enumerate(words) if word == argument or word.endswith(f"={argument}"))
+        words[at] = words[at].removesuffix(argument) + fits
+    return command_line(words) + note
 
 
 def stored_input(database: Database, record: RunRecord, pipeline: Pipeline, target: str) -> BaseModel:

@@ -15,7 +15,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
-from stroma.cli.errors import Code, Problem, describe_error, last_frame
+import click
+
+from stroma.cli.errors import WORDS, Code, Problem, command_line, describe_error, last_frame
 from stroma.cli.output import err
 from stroma.cli.stores import Database
 from stroma.contracts.node import find_node
@@ -30,36 +32,41 @@ T = TypeVar("T")
 _FORM = "name a pipeline as FILE.py:NAME or package.module:NAME"
 
 
-def load_pipeline(target: str, database: Database | None = None) -> Pipeline:
+def load_pipeline(target: str, database: Database | None = None, *, refuse_default: bool = False) -> Pipeline:
     """Import a module, with its output on stderr, and return its pipeline with settings. Raises Problem.
 
     ``database``: the store of the command; a warning names a runner of the module that has another one.
+    ``refuse_default``: that is a Problem if no store was passed to the command.
     """
-    return load_with_module(target, database)[0]
+    return load_with_module(target, database, refuse_default=refuse_default)[0]
 
 
-def load_with_module(target: str, database: Database | None = None) -> tuple[Pipeline, ModuleType]:
+def load_with_module(
+    target: str, database: Database | None = None, *, refuse_default: bool = False
+) -> tuple[Pipeline, ModuleType]:
     """Return the pipeline and its module, as :func:`load_pipeline` does. Raises Problem."""
     loaded = load_object(target)
     pipeline = loaded.to_pipeline()
     if database is not None:
-        _warn_of_other_stores(loaded.module, database)
+        _report_other_stores(loaded.module, database, refuse_default=refuse_default)
     try:
         return with_settings_of(loaded.module, pipeline), loaded.module
     except LookupError as error:
         raise Problem(*str(error).split("; ", 1)) from None
 
 
-def _warn_of_other_stores(module: ModuleType, database: Database) -> None:
+def _report_other_stores(module: ModuleType, database: Database, *, refuse_default: bool) -> None:
     for name, value in vars(module).items():
-        if isinstance(value, StromaRunner):
-            other = database.describe_other(value.checkpoint_manager.store)
-            if other is not None:
-                err.line(
-                    ("warning: ", "yellow"),
-                    f"{name!r} in {module.__name__} has the store {other}, and this command uses "
-                    f"{database.name}; to use that one, pass --db",
-                )
+        other = isinstance(value, StromaRunner) and database.describe_other(value.checkpoint_manager.store)
+        if not other:
+            continue
+        what = f"{name!r} in {module.__name__} has the store {other}, and this command uses {database.name}"
+        if refuse_default and database.is_default:
+            command, *words = click.get_current_context().meta[WORDS]
+            address = other.removeprefix("sqlite:").partition("#")[0]
+            line = command_line([command, "--db", address, *words])
+            raise Problem(f"{what} by default", f"pass the store: {line}")
+        err.line(("warning: ", "yellow"), f"{what}; to use that one, pass --db")
 
 
 def note_target(target: str) -> NodeHooks:

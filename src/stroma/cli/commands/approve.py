@@ -190,19 +190,8 @@ def _parse_answer(
                 "pass the pipeline of the run; its module must have that class at its top level",
                 code=Code.NOT_FOUND,
             )
-
-        def retry_command(fits: str) -> str:
-            words = (request.target, *(() if option else (fits,)))
-            options = ("--question", one.id, *((option, fits) if option else ()))
-            return database.hint("approve", id_word(record.run_id), *words, options=options)
-
-        answer = parse_as(
-            model,
-            text,
-            option or "ANSWER",
-            f"what {node_text(one)} asks for, {answer_type(one)}",
-            retry_command,
-        )
+        requirement = f"what {node_text(one)} asks for, {answer_type(one)}"
+        answer = parse_as(model, text, option or "ANSWER", requirement)
     else:
         model, answer = None, parse_json(text, option or "ANSWER")[0]
     return answer, model

@@ -16,7 +16,6 @@ from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.memory.store import AsyncInMemoryStore
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.errors import Code, Problem, describe_error, last_frame
-from stroma.cli.formatting import id_word
 from stroma.cli.inputs import find_position, parse_input_at
 from stroma.cli.loading import load_pipeline
 from stroma.cli.output import emit, err, out
@@ -59,14 +58,9 @@ def replay(
     recorded = recorded_run(database, run_)
     pipeline = load_pipeline(target, database)
     position = 0 if start_at is None else find_position(pipeline, target, start_at)
-
-    def retry_command(fits: str) -> str:
-        options = ("--from", start_at or "", "--input", fits)
-        return database.hint("replay", id_word(recorded.run_id), target, options=options)
-
     state = None
     if input_text is not None:
-        state = parse_input_at(pipeline, target, position, input_text, "--input", retry_command)
+        state = parse_input_at(pipeline, position, input_text, "--input")
     outcome = replay_run(recorded, pipeline, start_at=start_at, state=state)
     if as_json:
         emit(_data(outcome, pipeline))

@@ -13,7 +13,6 @@ from stroma.checkpoint.records import RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.control import hand_to_workers
 from stroma.cli.errors import Code, Problem, describe_error
-from stroma.cli.formatting import id_word
 from stroma.cli.inputs import find_position, parse_input, parse_input_at, stored_input
 from stroma.cli.loading import load_pipeline
 from stroma.cli.local_run import Fork, LocalRun
@@ -76,7 +75,7 @@ def run(
     if record is not None and input_text is None:
         state = stored_input(database, record, pipeline, target)
     else:
-        state = parse_input(pipeline, input_text, target)
+        state = parse_input(pipeline, input_text)
     if cluster is not None:
         return TemporalRun(target, pipeline, config, state, cluster, database, options, resume).execute()
     return LocalRun(target, pipeline, config, state, database, record, None, options).execute()
@@ -84,7 +83,7 @@ def run(
 
 @click.command()
 @click.argument("run_", metavar="RUN", shell_complete=complete_run)
-@click.argument("target", metavar="FILE_OR_MODULE:NAME", required=False)
+@click.argument("target", metavar="[FILE_OR_MODULE:NAME]", required=False)
 @click.option("--from", "start_at", metavar="NODE", help="Resume at this node and discard later outputs.")
 @click.option("--fork", is_flag=True, help="With --from: start a new run; this one is not changed.")
 @click.option(
@@ -202,14 +201,10 @@ def _fork(run: ResumedRun, options: RunOptions, position: int, input_text: str |
     database, record, pipeline, target = run
     start_at = find_node(pipeline.nodes[position]).node_id
 
-    def retry_command(fits: str) -> str:
-        options_text = ("--from", start_at, "--fork", "--state", fits)
-        return database.hint("resume", id_word(record.run_id), target, options=options_text)
-
     _warn_other_pipeline(record, pipeline, options)
     edited: BaseModel | None = None
     if input_text is not None:
-        edited = parse_input_at(pipeline, target, position, input_text, "--state", retry_command)
+        edited = parse_input_at(pipeline, position, input_text, "--state")
     if edited is not None and not position:
         state = edited
     else:

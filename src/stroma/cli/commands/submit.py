@@ -67,10 +67,10 @@ def submit(
     """
     cluster = TemporalCluster.from_options(options)
     database = Database.from_option(db)
-    pipeline = load_pipeline(target, database)
+    pipeline = load_pipeline(target, database, refuse_default=True)
     durable = database.require_durable()
     database.prepare()
-    state = parse_input(pipeline, input_text, target)
+    state = parse_input(pipeline, input_text)
     config = pipeline.config or RunConfig()
     config = config.model_copy(update={"tags": (*config.tags, *tags), "run_id": run_id or new_run_id()})
     local = StromaRunner(ContractRegistry(), CheckpointManager(database.store), config)

@@ -64,7 +64,7 @@ def worker(
     db: str | None,
     **options: Any,
 ) -> int:
-    """Continue runs that stopped, until SIGTERM.
+    """Execute submitted runs and continue stopped ones, until SIGTERM.
 
     Each NAME is what `stroma run` takes, with the same settings. The worker continues runs in the store of
     --db whose process died or shut down, suspended runs whose sleep or timeout is over, and those whose
@@ -87,7 +87,7 @@ def worker(
         reject_local_options("its server watches the runs", "poll", "health")
     database = Database.from_option(db)
     database.require_durable()
-    pipelines = [load_pipeline(target, database) for target in targets]
+    pipelines = [load_pipeline(target, database, refuse_default=place is None) for target in targets]
     names = [pipeline.name for pipeline in pipelines]
     for name in {name for name in names if names.count(name) > 1}:
         raise Problem(
