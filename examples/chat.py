@@ -11,7 +11,6 @@ right. The model here is a function that loses its connection in its first attem
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator
 from typing import Any
 
 from pydantic import BaseModel
@@ -20,8 +19,8 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from stroma import CheckpointNotFound, FailurePolicy, Flow, StreamEvent, StromaRunner, current_node
-from stroma.wire import sse
+from stroma import FailurePolicy, Flow, StromaRunner, current_node
+from stroma.wire import SSE_HEADERS, sse
 
 
 class Question(BaseModel):
@@ -82,6 +81,12 @@ PAGE = """<!doctype html><title>Chat</title>
     if (event.kind === "node_success" || event.kind === "node_skipped") texts[call] = event.state.text;
     $("answer").textContent = Object.values(texts).join(" ");
   };
+  const put = async (path, data) => {
+    const headers = { "Content-Type": "application/json" };
+    const response = await fetch(path, { method: "PUT", headers, body: JSON.stringify(data) });
+    if (!response.ok) $("end").textContent = `Not accepted: ${response.status}`;
+    return response.ok;
+  };
   const follow = (run) => {
     const source = new EventSource(`/chats/${run}/events`);
     for (const kind of ["node_start", "node_event", "node_failure", "node_cancelled", "node_success", "node_skipped"])
@@ -91,20 +96,22 @@ PAGE = """<!doctype html><title>Chat</title>
       $("ask").hidden = !question;
       $("send").onclick = () => {
         $("ask").hidden = true;
-        fetch(`/chats/${run}/decision`, { method: "PUT", body: JSON.stringify({ question: question.id, send: true }) });
+        put(`/chats/${run}/decision`, { question: question.id, send: true });
       };
     });
     source.addEventListener("run_end", (message) => {
       $("ask").hidden = true;
-      $("end").textContent = JSON.parse(message.data).details.status === "FAILED" ? "It failed." : "It was sent.";
+      const { status, final_state, failure } = JSON.parse(message.data).details;
+      const done = ["COMPLETED", "RESUMED"].includes(status);
+      $("end").textContent = !done ? `${status}: ${failure?.message ?? "it was not sent"}`
+        : final_state.was_sent ? "It was sent." : "It was not sent.";
       source.close();
     });
   };
   document.querySelector("form").onsubmit = async (submit) => {
     submit.preventDefault();
     const run = location.hash = crypto.randomUUID();
-    await fetch(`/chats/${run}`, { method: "PUT", body: JSON.stringify({ text: submit.target.text.value }) });
-    follow(run);
+    if (await put(`/chats/${run}`, { text: submit.target.text.value })) follow(run);
   };
   if (location.hash) follow(location.hash.slice(1));
 </script>"""
@@ -127,17 +134,9 @@ async def decide(request: Request) -> JSONResponse:
     return JSONResponse({}, 202)
 
 
-async def follow(run: str, after: str | None) -> AsyncIterator[StreamEvent]:
-    try:
-        async for event in runner.follow(run, after=after):
-            yield event
-    except CheckpointNotFound:
-        return
-
-
 async def events(request: Request) -> Response:
-    run, after = request.path_params["run"], request.headers.get("Last-Event-ID")
-    return StreamingResponse(sse(follow(run, after)), media_type="text/event-stream")
+    stream = runner.follow(request.path_params["run"], after=request.headers.get("Last-Event-ID"))
+    return StreamingResponse(sse(stream), headers=SSE_HEADERS)
 
 
 app = Starlette(

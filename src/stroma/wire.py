@@ -7,28 +7,31 @@ it.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias
 
+from stroma.checkpoint import CheckpointNotFound
 from stroma.runner.events import StreamEvent
 
-__all__ = ["VERCEL_HEADERS", "ag_ui", "sse", "vercel"]
+__all__ = ["SSE_HEADERS", "VERCEL_HEADERS", "ag_ui", "sse", "vercel"]
 
 Chunk: TypeAlias = dict[str, Any]
 #: Returns the text in the output of a "node_success" or "node_skipped"; None for a node whose output is no
 #: text for users.
 TextOf: TypeAlias = Callable[[StreamEvent], str | None]
 
-#: Headers of a response with the chunks of :func:`vercel`.
-VERCEL_HEADERS: Final = {
+#: Headers of a response with :func:`sse`: no cache and no proxy holds it back.
+SSE_HEADERS: Final = {
     "content-type": "text/event-stream",
-    "cache-control": "no-cache",
+    "cache-control": "no-store",
     "x-accel-buffering": "no",
-    "x-vercel-ai-ui-message-stream": "v1",
 }
+#: Headers of a response with the chunks of :func:`vercel`.
+VERCEL_HEADERS: Final = {**SSE_HEADERS, "x-vercel-ai-ui-message-stream": "v1"}
 _WITH_OUTPUT: Final = ("node_success", "node_skipped")
 _ENDS: Final = (*_WITH_OUTPUT, "node_failure", "node_cancelled", "node_suspended")
 _COMPLETED: Final = ("COMPLETED", "RESUMED")
@@ -66,19 +69,47 @@ def vercel(events: AsyncIterable[StreamEvent], *, text: TextOf | None = None) ->
     return _mapped(events, _Vercel(text))
 
 
-async def sse(parts: AsyncIterable[StreamEvent | Chunk]) -> AsyncIterator[str]:
+async def sse(parts: AsyncIterable[StreamEvent | Chunk], *, ping_seconds: float = 15) -> AsyncIterator[str]:
     """Yield messages of a ``text/event-stream`` for events of a run, or for chunks of the other formats.
 
     Messages of events have an id, which a browser that reconnects sends as ``Last-Event-ID``; chunks have
-    none.
+    none. Send it with :data:`SSE_HEADERS`. A comment after ``ping_seconds`` without a message keeps proxies
+    from closing the connection. The stream ends if the run that it follows is deleted or restarted.
     """
-    async for part in parts:
-        if isinstance(part, StreamEvent):
-            yield part.to_sse()
-            continue
-        yield f"data: {json.dumps(part, allow_nan=False)}\n\n"
-        if part["type"] in ("finish", "abort"):
-            yield "data: [DONE]\n\n"
+    pending: asyncio.Queue[StreamEvent | Chunk | None] = asyncio.Queue()
+
+    async def read() -> None:
+        # In one task: the iterator may have a timeout around its yields.
+        async for part in parts:
+            pending.put_nowait(part)
+            await pending.join()
+
+    reading = asyncio.create_task(read())
+    reading.add_done_callback(lambda _: pending.put_nowait(None))
+    try:
+        while True:
+            try:
+                async with asyncio.timeout(ping_seconds):
+                    part = await pending.get()
+            except TimeoutError:
+                yield ": ping\n\n"
+                continue
+            if part is None:
+                break
+            if isinstance(part, StreamEvent):
+                yield part.to_sse()
+            else:
+                yield f"data: {json.dumps(part, allow_nan=False)}\n\n"
+                if part["type"] in ("finish", "abort"):
+                    yield "data: [DONE]\n\n"
+            pending.task_done()
+        try:
+            await reading
+        except CheckpointNotFound:
+            return
+    finally:
+        reading.cancel()
+        await asyncio.wait({reading})
 
 
 async def _mapped(events: AsyncIterable[StreamEvent], mapper: _Mapper) -> AsyncIterator[Chunk]:

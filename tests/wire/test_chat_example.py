@@ -1,4 +1,4 @@
-"""examples/chat.py in Chromium: its web server and its worker are processes of their own."""
+"""examples/chat.py and the page of the docs in Chromium; web servers and workers are separate processes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.docs.blocks import of_page
 from tests.ui.browser import Browser, find_chromium
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "chat.py"
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "chat.py"
 TEXT = "You asked: why is the sky blue? Here is what I know about it."
 
 
@@ -36,10 +38,10 @@ class Processes:
         database = f"sqlite:///{folder / 'chat.db'}"
         self.env = {**os.environ, "CHAT_DB": database, "CHAT_PORT": str(self.port), "CHAT_PAUSE": "0.25"}
         self.started: list[subprocess.Popen[bytes]] = []
-        self.start()
+        self.folder = folder
 
     def start(self, *words: str) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen([sys.executable, str(EXAMPLE), *words], env=self.env)
+        process = subprocess.Popen([sys.executable, *words], env=self.env, cwd=self.folder)
         self.started.append(process)
         return process
 
@@ -72,8 +74,9 @@ def test_a_chat_over_reloads_a_retry_a_dead_worker_and_an_approval(
     """The answer streams, a reload in mid-sentence shows it again, a failed attempt and a killed worker
     discard their half, the approval is clicked, and the end is seen."""
     shown = "document.getElementById('answer').textContent.trim()"
+    processes.start(str(EXAMPLE))
     url = processes.wait_for_server()
-    worker = processes.start("worker")
+    worker = processes.start(str(EXAMPLE), "worker")
     browser.goto(url)
     browser.eval("document.querySelector('form button').click()")
     browser.until(shown, lambda text: text == "You asked: why is")  # The half of the first attempt.
@@ -84,8 +87,8 @@ def test_a_chat_over_reloads_a_retry_a_dead_worker_and_an_approval(
     browser.goto(address)
     browser.until(shown, lambda text: text.startswith("You asked: why is the"))
     os.kill(worker.pid, signal.SIGKILL)
-    processes.start("worker")
-    browser.until(shown, lambda text: text == "You")
+    processes.start(str(EXAMPLE), "worker")
+    browser.until(shown, lambda text: len(text) < len("You asked: why is the"))
     seen: list[str] = []
 
     def is_whole(text: str) -> bool:
@@ -98,3 +101,40 @@ def test_a_chat_over_reloads_a_retry_a_dead_worker_and_an_approval(
     browser.eval("document.getElementById('send').click()")
     browser.until("document.getElementById('end').textContent", lambda text: text == "It was sent.")
     assert browser.eval(shown) == TEXT
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_the_page_of_the_docs_shows_answers_and_failures(processes: Processes, browser: Browser) -> None:
+    """docs/howto/stream-to-a-page.md: an answer, also after a reload; why a run failed; a request that is
+    refused; and an address without a run."""
+    fail = '    if "fail" in question.text:\n        raise PermissionError("no words")\n    words ='
+    text = (ROOT / "docs" / "howto" / "stream-to-a-page.md").read_text("utf-8").replace("    words =", fail)
+    for block in of_page(text):
+        if block.title:
+            (processes.folder / block.title).write_text(block.text, "utf-8")
+    processes.start("-m", "uvicorn", "web:app", "--port", str(processes.port))
+    processes.start("-m", "stroma", "worker", "answers.py:answer", "--db", "answers.db")
+    shown, note = (f"document.getElementById('{id}').textContent" for id in ("answer", "note"))
+    url = processes.wait_for_server()
+
+    def ask(text: str) -> None:
+        browser.eval(f"document.querySelector('input').value = {text!r}")
+        browser.eval("document.querySelector('button').click()")
+
+    browser.goto(url)
+    ask("why?")
+    browser.until(shown, lambda text: text == "You asked: why?")
+    address = browser.eval("location.href")
+    browser.goto("about:blank")
+    browser.goto(address)
+    browser.until(shown, lambda text: text == "You asked: why?")
+    ask("fail")
+    browser.until(note, lambda text: text == "PARTIAL: no words")
+    assert browser.eval(shown) == ""
+    browser.eval("crypto.randomUUID = () => location.hash.slice(1)")
+    ask("another question with the same id")
+    browser.until(note, lambda text: text.startswith("Not accepted: 409"))
+    browser.goto("about:blank")
+    browser.goto(f"{url}#gone")
+    browser.until(note, lambda text: text.startswith("No connection"))

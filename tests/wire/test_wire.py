@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import pytest
@@ -12,8 +14,17 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter
 from tests.wire.scenes import REQUEST, SCENES, Scene, chunks_of, mapped, random_scene
 
-from stroma import FailureClass, FailurePolicy, Flow, InMemoryStore, StreamEvent, StromaRunner, current_node
-from stroma.wire import VERCEL_HEADERS, ag_ui, sse, vercel
+from stroma import (
+    CheckpointNotFound,
+    FailureClass,
+    FailurePolicy,
+    Flow,
+    InMemoryStore,
+    StreamEvent,
+    StromaRunner,
+    current_node,
+)
+from stroma.wire import SSE_HEADERS, VERCEL_HEADERS, ag_ui, sse, vercel
 
 AT_ONCE = {
     FailureClass.RECOVERABLE: FailurePolicy(max_retries=2, backoff_seconds=0),
@@ -114,7 +125,8 @@ async def test_a_stream_of_server_sent_events() -> None:
     vercel = [part async for part in sse(mapped("vercel", SCENES["streamed"]))]
     assert vercel[0] == 'data: {"type": "start", "messageId": "r1"}\n\n'
     assert vercel[-1] == "data: [DONE]\n\n"
-    assert VERCEL_HEADERS["x-vercel-ai-ui-message-stream"] == "v1"
+    assert VERCEL_HEADERS == {**SSE_HEADERS, "x-vercel-ai-ui-message-stream": "v1"}
+    assert (SSE_HEADERS["cache-control"], SSE_HEADERS["x-accel-buffering"]) == ("no-store", "no")
     ag_ui = [part async for part in sse(mapped("ag_ui", SCENES["streamed"]))]
     assert json.loads(ag_ui[-1].removeprefix("data: "))["type"] == "RUN_FINISHED"
 
@@ -122,6 +134,60 @@ async def test_a_stream_of_server_sent_events() -> None:
         yield SCENES["streamed"].events[0]
 
     assert [part async for part in sse(events())] == [SCENES["streamed"].events[0].to_sse()]
+
+
+async def test_a_silent_stream_has_comments_and_loses_nothing() -> None:
+    """A comment comes for each period without a message, so that no proxy closes the connection."""
+    (first, second, *_) = SCENES["streamed"].events
+    go_on = asyncio.Event()
+
+    async def events() -> AsyncIterator[StreamEvent]:
+        async with asyncio.timeout(60):  # Of one task, over the yields.
+            yield first
+            await go_on.wait()
+            yield second
+
+    messages = sse(events(), ping_seconds=0.001)
+    received = [await anext(messages) for _ in range(4)]
+    assert received == [first.to_sse(), *[": ping\n\n"] * 3]
+    go_on.set()
+    rest = [message async for message in messages if message != ": ping\n\n"]
+    assert rest == [second.to_sse()]
+
+
+async def test_a_reader_who_leaves_ends_the_iterator() -> None:
+    """Leaving in the silence cancels what is read; nothing is read before the reader asks for it."""
+    first = SCENES["streamed"].events[0]
+    steps: list[str] = []
+
+    async def events() -> AsyncIterator[StreamEvent]:
+        try:
+            yield first
+            steps.append("asked again")
+            await asyncio.Event().wait()
+        finally:
+            steps.append("ended")
+
+    messages = sse(events(), ping_seconds=0.001)
+    await anext(messages)
+    await asyncio.sleep(0)
+    assert steps == []
+    assert await anext(messages) == ": ping\n\n"
+    assert isinstance(messages, AsyncGenerator)
+    await messages.aclose()
+    assert steps == ["asked again", "ended"]
+
+
+async def test_the_stream_of_a_deleted_run_ends() -> None:
+    """The browser connects again, and the endpoint answers with a status; other errors are raised."""
+
+    async def failing(error: Exception) -> AsyncIterator[StreamEvent]:
+        yield SCENES["streamed"].events[0]
+        raise error
+
+    assert len([message async for message in sse(failing(CheckpointNotFound("gone")))]) == 1
+    with pytest.raises(ValueError, match="other"):
+        _ = [message async for message in sse(failing(ValueError("other")))]
 
 
 async def test_the_rest_of_a_run_is_not_read_after_its_end() -> None:
