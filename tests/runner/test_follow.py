@@ -19,6 +19,7 @@ from tests.shared_stores import STORES
 
 from stroma import (
     CheckpointNotFound,
+    FailureClass,
     Flow,
     InMemoryStore,
     NodeHooks,
@@ -31,11 +32,13 @@ from stroma import (
 from stroma.adapters import Guard
 from stroma.checkpoint.durable import session as session_module
 from stroma.checkpoint.durable.session import DurableSession
+from stroma.checkpoint.entries import RunRequest
 from stroma.checkpoint.events import EventBatch, EventPage, EventPlace
 from stroma.checkpoint.sql import rows as sql_rows
 from stroma.checkpoint.sql import statements
 from stroma.runner import follow as follow_module
 from stroma.runner.follow import decode_events
+from stroma.wire import ag_ui, vercel
 
 store = store_fixture(*STORES)
 one_store = store_fixture("sqlite")
@@ -676,6 +679,46 @@ async def test_hidden_data_is_not_stored(one_store: Any) -> None:
     found = [json.dumps(event.to_dict()) for event in await collect(runner.follow("run"))]
     assert not [one for one in found if "word1" in one]
     assert sum("hidden" in one for one in found) == len(WORDS) + 2
+
+
+async def test_redact_holds_for_the_message_at_the_end(
+    one_store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values that ``redact`` removes from states are removed from the failure of "run_end" as well: in a
+    stream, a follow, the stream of a run of another runner, and the parts of a chat that are made of them."""
+    attached = asyncio.Event()
+
+    def hide(state: dict[str, Any]) -> dict[str, Any]:
+        return {key: "***" if key == "text" else value for key, value in state.items()}
+
+    async def fail(state: Text) -> Text:
+        await attached.wait()
+        raise ValueError(f"no mailbox {state.text}")
+
+    runner, other = [
+        runner_of(one_store, redact=hide, classifiers=[lambda error, _: FailureClass.TERMINAL])
+        for _ in range(2)
+    ]
+    work, state = [node("fail", fail, input=Text, output=Text)], Text(text="ada@example.org")
+    streamed = asyncio.create_task(collect(runner.stream(work, state, run_id="run")))
+    await until(lambda: one_store.exists() and one_store.get_run("run") is not None)
+    manager = other.checkpoint_manager
+    open_run = manager.open_run
+
+    def watched(request: RunRequest) -> Any:
+        if request.if_exists == "attach":
+            attached.set()
+        return open_run(request)
+
+    monkeypatch.setattr(manager, "open_run", watched)
+    attaching = asyncio.create_task(collect(other.stream(work, state, run_id="run", if_running="attach")))
+    ends = [(await one)[-1] for one in (streamed, attaching)] + (await collect(runner.follow("run")))[-1:]
+    messages = [one.details["failure"]["message"] for one in ends]
+    assert messages == ["no mailbox [redacted]", "[redacted]", "no mailbox [redacted]"]
+    for protocol in (vercel, ag_ui):
+        for one in (runner.stream(work, state), runner.follow("run")):
+            parts = [json.dumps(part) async for part in protocol(one)]
+            assert not [part for part in parts if "ada@" in part]
 
 
 async def test_events_of_threads_are_stored(one_store: Any) -> None:

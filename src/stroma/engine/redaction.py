@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -17,7 +18,7 @@ from stroma.contracts.schema import schema_of
 from stroma.contracts.snapshots import PickledSnapshot
 from stroma.failures.failure import Failure, isinstance_by_type, kind_of, message_of
 from stroma.trace.events import AttemptRow
-from stroma.trace.redaction import HIDDEN, hide_rejected
+from stroma.trace.redaction import HIDDEN, hide_rejected, hide_words
 from stroma.trace.result import ExecutionResult
 from stroma.trace.trace import ExecutionTrace
 
@@ -146,6 +147,16 @@ class Redactor:
             return self._trace.redacted_message(message, row, self._redact)
         except Exception:  # A class of the user's that cannot be shown.
             return HIDDEN
+
+    def run_failure(self, failure: Failure) -> Failure:
+        """Return the failure of the run without what ``redact`` removes from the states of its attempts."""
+        if self._redact is None:
+            return failure
+        message = HIDDEN  # Of a returned run: its states are not in the trace.
+        if self._trace.rows:
+            with suppress(Exception):  # A class of the user's that cannot be shown.
+                message = hide_words(self._redact, failure.message, self._trace._hidden(self._redact))
+        return replace(failure, message=message)
 
     def log_text(self, failure: Failure, row: AttemptRow) -> str:
         """Return a failed attempt as a log line shows it: ``Type: message``, in one line."""

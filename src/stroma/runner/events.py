@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Final, Literal, Self
 
 from stroma.engine.emitted import attempt_id_of
-from stroma.engine.execution import RunningNode, current_node
+from stroma.engine.execution import RunningNode, current_node, current_run
 from stroma.failures.classes import FailureClass
 from stroma.hooks.sets import MapProgress, NodeHooks
 from stroma.trace.events import TraceEvent
@@ -312,14 +312,16 @@ def event_hooks(
 ) -> NodeHooks:
     """Return hooks that publish the events of one run in a hub, and have what its nodes emit put there.
 
-    They publish no "run_end": ``on_end`` is called with the result as hooks may see it. ``with_trace``: ends
-    of attempts have their event in the trace.
+    They publish no "run_end": ``on_end`` is called with the result as readers may see it. ``with_trace``:
+    ends of attempts have their event in the trace.
     """
     calls = _EventHooks(hub, with_trace)
 
     async def run_end(run_id: str, result: ExecutionResult) -> None:
-        if on_end is not None:
-            on_end(result)
+        run = current_run()
+        if on_end is not None and run is not None:
+            failure = result.failure
+            on_end(result if failure is None else replace(result, failure=run.redactor.run_failure(failure)))
 
     return _HubHooks(
         hub=hub,

@@ -17,6 +17,7 @@ from stroma.checkpoint.decisions import UNFINISHED
 from stroma.checkpoint.decoding import RecordName, decode_json
 from stroma.checkpoint.entries import Finished
 from stroma.checkpoint.events import EventPage, EventPlace
+from stroma.checkpoint.history import History
 from stroma.checkpoint.records import Cause, RunRecord
 from stroma.checkpoint.sessions import NULL_SESSION
 from stroma.engine.config import RunConfig
@@ -213,7 +214,9 @@ async def _describe_end(stored: StoredRuns, record: RunRecord, redact: Redact | 
         "questions": [],
     }
     if record.status in _FAILED:
-        reason, cause = Finished(record.status, record.error).reason, record.cause
+        reason = Finished(record.status, record.error).reason
+        record = await asyncio.to_thread(History(stored.store, redact).redact_run, record)
+        cause = record.cause
         if reason is not None or cause is None:
             cause = Cause("", 0, "", 0, "TERMINAL", reason, record.error)
         details["failure"] = describe_failure(cause.failure_class, cause.message, cause.reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 from stroma._utils.logs import get_logger
@@ -153,7 +154,8 @@ class _WatchedRun:
         if not self.hub.readers and self._error is not None:
             logger.warning("the run of a stream without a reader raised: %r", self._error)
         if self.result is not None and self._end is None:
-            self._note_end(self.result)  # Cancelled while it was opened, without a call of a hook.
+            # Cancelled while it was opened, without a call of a hook: nothing has redacted its input.
+            self._note_end(replace(self.result, final_state=None))
         if self._end is not None:
             run_id, details = self._end
             self.hub.publish("run_end", run_id, result=self.result, details=details)
