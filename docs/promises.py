@@ -20,7 +20,7 @@ SENTENCES = {
     "it.",
     5: "A committed node is not executed again in that execution of the run: not after `kill -9`, not on "
     "resume.",
-    6: "All usage counts, also of failed attempts and earlier processes; past a limit no further call is "
+    6: "All reported usage counts, also of failed attempts and earlier processes; past a limit no further call is "
     "made.",
     7: "The trace has one event per attempt, and later changes to objects do not reach it ([large "
     "maps](map.md) trace their first thousands).",

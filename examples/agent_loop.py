@@ -51,8 +51,12 @@ runner = StromaRunner.quick(budget=ExecutionBudget(max_tokens_total=3_000))
 async def model(conversation: Conversation) -> tuple[Any, dict[str, Any]]:
     request = urllib.request.Request(url, json.dumps(conversation.messages).encode())
     body = await asyncio.to_thread(lambda: json.load(urllib.request.urlopen(request, timeout=10)))
+    answer = body["choices"][0]["message"]["content"]
     # The response beside the output, so that its tokens are counted and priced.
-    return json.loads(body["choices"][0]["message"]["content"]), body
+    try:
+        return json.loads(answer), body
+    except ValueError:
+        return answer, body  # Not JSON: the contract refuses it.
 
 
 @runner.node

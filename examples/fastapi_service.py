@@ -5,7 +5,8 @@
     curl -N -X PUT http://127.0.0.1:8000/reports/otters     # in another terminal, as often as you like
 
 The id in the address is the run's id, so a client that lost its connection repeats its request and gets the
-rest: what is committed is not paid for again. Without a terminal to spare: python examples/fastapi_service.py
+rest: what is committed is not paid for again. The run ends with its connection: for runs that continue without
+their reader see docs/howto/start-from-a-request.md. Without a terminal to spare: python examples/fastapi_service.py
 --once
 """
 
@@ -20,7 +21,8 @@ from fastapi import FastAPI, HTTPException
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
-from stroma import NodeContract, Pipeline, RunBusy, SQLiteStore, StromaRunner, stroma_node
+from stroma import Pipeline, RunBusy, SQLiteStore, StreamEvent, StromaRunner, stroma_node
+from stroma.wire import SSE_HEADERS, sse
 
 
 class Topic(BaseModel):
@@ -36,10 +38,10 @@ class Report(BaseModel):
     text: str
 
 
-@stroma_node("outline", NodeContract(node_id="outline", input_schema=Topic, output_schema=Outline))
-async def outline(state: Topic) -> dict[str, object]:
+@stroma_node
+async def outline(state: Topic) -> Outline:
     await asyncio.sleep(0.05)  # A model that takes its time.
-    return {"topic": state.topic, "headings": ["What they eat", "Where they sleep"]}
+    return Outline(topic=state.topic, headings=["What they eat", "Where they sleep"])
 
 
 @stroma_node
@@ -76,16 +78,14 @@ def service(database: Path) -> FastAPI:
         except RunBusy as error:
             raise HTTPException(409, str(error)) from error
 
-        async def messages() -> AsyncIterator[str]:
+        async def parts() -> AsyncIterator[StreamEvent]:
             # A client that leaves cancels this generator, and with it the run; its commits stay.
             async with run:
-                yield first.to_sse()
+                yield first
                 async for event in events:
-                    yield event.to_sse()
+                    yield event
 
-        return StreamingResponse(
-            messages(), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
-        )
+        return StreamingResponse(sse(parts()), headers=SSE_HEADERS)
 
     return app
 

@@ -142,9 +142,11 @@ def normal(line: str) -> str:
 
 def same(printed: Sequence[str], expected: Sequence[str]) -> bool:
     """Whether these lines are those, but for empty ones and what differs from run to run; ``...`` stands for
-    any lines."""
+    any lines, and ``…`` for any rest of a line."""
     pattern = "".join(
-        "(?:.*\n)*?" if line.strip() == "..." else re.escape(normal(line)) + "\n" for line in expected if line
+        "(?:.*\n)*?" if line.strip() == "..." else re.escape(normal(line)).replace("…", ".*") + "\n"
+        for line in expected
+        if line
     )
     return re.fullmatch(pattern, "".join(normal(line) + "\n" for line in printed if line)) is not None
 
