@@ -50,7 +50,7 @@ from stroma.failures.errors import Suspend
 from stroma.failures.failure import kind_of, message_of
 from stroma.trace.events import Outcome
 
-__all__ = ["REASON", "Effect", "Stated", "UnknownOutcome", "has_open_intent"]
+__all__ = ["REASON", "Effect", "Stated", "UnknownOutcome", "has_open_intent", "settle_failed_groups"]
 
 #: Reason of a suspension.
 REASON: Final = "effect"
@@ -139,6 +139,8 @@ class Effect:
         self.key = run.key_of(self._place[1])
         if run.ctx.journal.unknown_ends:
             self._continue(run.ctx.journal.unknown_ends)
+        if run.ctx.journal.failed_groups and self._intent is None:
+            self._take_over()
 
     def _find_others(self, first: Intent) -> None:
         """Find the calls with other inputs at this place, and the last one with this input."""
@@ -156,6 +158,20 @@ class Effect:
             if place is not None:
                 self._first = self._place = place
                 self.key, self._intent = ends.pop(place).key, _read(self._run, place)
+
+    def _take_over(self) -> None:
+        """Take the place of a call with the same input in a group that the body of a flow has seen fail."""
+        run, journal, own = self._run, self._run.ctx.journal, self._first
+        for place, one in _intents(run.ctx, run.position).items():
+            if not one.is_open or (one.node_id, one.digest) != (run.node_id, self._digest):
+                continue
+            holder = journal.taken_over.get(place, _holder_of(one))
+            if holder == own or any(_is_inside(holder, group) for group in journal.failed_groups):
+                journal.taken_over[place] = own
+                journal.unknown_ends.pop(place, None)
+                self._first = self._place = place
+                self._intent, self.key = one, one.key
+                return
 
     @property
     def is_open(self) -> bool:
@@ -256,13 +272,13 @@ class Effect:
 
     def _note(self, intent: Intent) -> None:
         self._intent = intent
-        _write(self._run, self._place, intent)
+        _write(self._run.ctx, self._place, intent)
 
     def _note_with_first(self) -> None:
         """Note this input with the first one at the place, where later attempts look for it."""
         first = _read(self._run, self._first)
         if first is not None and self._digest not in first.others:
-            _write(self._run, self._first, first._replace(others=(*first.others, self._digest)))
+            _write(self._run.ctx, self._first, first._replace(others=(*first.others, self._digest)))
 
     # ------------------------------------------------------------------ how a call ended
 
@@ -390,25 +406,56 @@ def _read(run: RunningNode, place: NotePlace) -> Intent | None:
     return intent if intent is not None and intent.node_id == run.node_id else None
 
 
-def _write(run: RunningNode, place: NotePlace, intent: Intent) -> None:
+def _write(ctx: ReliabilityContext, place: NotePlace, intent: Intent) -> None:
     key = effect_note(*place)
-    run.ctx.journal.effects[key] = intent
-    run.ctx.session.note(key, json.dumps(intent).encode())
+    ctx.journal.effects[key] = intent
+    ctx.session.note(key, json.dumps(intent).encode())
+
+
+def settle_failed_groups(ctx: ReliabilityContext, position: int) -> list[tuple[NotePlace, Intent]]:
+    """Note what persons stated of effects in failed groups whose outcome no call took; return the others.
+
+    The body of a flow has seen these groups fail.
+    """
+    journal, unknown = ctx.journal, list[tuple[NotePlace, Intent]]()
+    for place, one in _intents(ctx, position).items() if journal.failed_groups else ():
+        holder = journal.taken_over.get(place, _holder_of(one))
+        if one.is_unknown and any(_is_inside(holder, group) for group in journal.failed_groups):
+            waiting = ctx.session.waiting.get(place)
+            if waiting is None or waiting.call_number != one.number or waiting.payload is None:
+                unknown.append((place, one))
+                continue
+            happened = waiting.payload != NOT_DONE
+            statement = Statement(one.number, happened, "person")
+            _write(ctx, place, one._replace(is_open=happened, has_output=happened, statement=statement))
+    return unknown
+
+
+def _intents(ctx: ReliabilityContext, position: int) -> dict[NotePlace, Intent]:
+    """Return the last calls of effects at a position, by the places of their notes."""
+    prefix, known = effect_note(position, ""), ctx.journal.effects
+    intents: dict[NotePlace, Intent] = {}
+    for name in {**ctx.session.notes, **known}:
+        if name.startswith(prefix):
+            record = RecordName(ctx.run_id, "note", name)
+            one = known.get(name) or decode_json(ctx.session.notes[name], Intent, record)
+            intents[position, name.removeprefix(prefix)] = one
+    return intents
+
+
+def _holder_of(intent: Intent) -> NotePlace:
+    """Return the place of the attempt that made a call, or has its output."""
+    return intent.position, without_attempts(intent.branch)
+
+
+def _is_inside(place: NotePlace, group: NotePlace) -> bool:
+    return place[0] == group[0] and (place[1] == group[1] or place[1].startswith(f"{group[1]}."))
 
 
 def has_open_intent(ctx: ReliabilityContext, position: int, branch: str) -> bool:
     """Return True if the outcome of a call of an effect is unknown, at a branch or inside it."""
-    key = effect_note(position, branch)
-    inside = f"{key}.", f"{key}@"
-    intents: dict[str, Intent] = {
-        name: decode_json(data, Intent, RecordName(ctx.run_id, "note", name))
-        for name, data in ctx.session.notes.items()
-        if name == key or name.startswith(inside)
-    }
-    intents |= {
-        name: one for name, one in ctx.journal.effects.items() if name == key or name.startswith(inside)
-    }
-    return any(one.is_unknown for one in intents.values())
+    intents = _intents(ctx, position).values()
+    return any(one.is_unknown and _is_inside(_holder_of(one), (position, branch)) for one in intents)
 
 
 def _digest(schema: Schema, snapshot: Snapshot) -> str:

@@ -16,6 +16,7 @@ from time import monotonic
 from typing import Any, Final
 
 from stroma.checkpoint import PipelineChanged, StoreError
+from stroma.contracts.node import Node
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT
 from stroma.engine.execution import RunningNode
@@ -303,6 +304,8 @@ class FlowDriver(FlowWaits):
         else:
             self.calls.pop(what.branch, None)
             what.suspended, what.outcome, future = None, what.end, what.future
+            if type(what.end) is StepFailed and what.is_effect and type(what.node) is not Node:
+                self.ctx.journal.failed_groups.add((self.position, what.branch))
             if what.topic is not None:
                 self.receiving.discard(what.topic)
                 self.look_at = 0.0
@@ -493,7 +496,7 @@ class FlowDriver(FlowWaits):
         given_up = [one for waiting in self._given_up.values() for one in waiting]
         unknown = [one for one in given_up if one.end is None and one.outcome is None and one.is_unknown()]
         if not unknown:
-            return True
+            return not await self.ask_about_effects()
         for call in unknown:
             if call.suspended is None:
                 call.settles = call.is_cancelled = True  # It ends as cancelled if it did not happen.

@@ -12,11 +12,13 @@ from time import monotonic, perf_counter_ns, time_ns
 from typing import Any, Final
 
 from stroma.checkpoint import StoreError, Waiting
-from stroma.checkpoint.entries import SentMessage
+from stroma.checkpoint.entries import SentMessage, UnknownCall
 from stroma.checkpoint.flow_notes import message_label
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.outcome import STOPPED, Halt, Stopped
-from stroma.engine.questions import announce
+from stroma.engine.effects import REASON as EFFECT
+from stroma.engine.effects import settle_failed_groups
+from stroma.engine.outcome import STOPPED, Halt, Place, Stopped
+from stroma.engine.questions import announce, make_question
 from stroma.engine.tasks import Shield, raise_if
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import Suspend
@@ -253,14 +255,38 @@ class FlowWaits:
             self.stop(self.endings.mistake(message, self.flow_id))
             return None
         ctx.journal.wake_ms = wake_ms
-        self.journal.note_suspension(self.position, self.woken_by, self.open_branches())
         for question in questions:
             ctx.account.note_question(question)
         ctx.account.suspended += tuple(messages if questions else reasons)
-        reason = "; ".join([*of_steps, *reasons])
+        self._suspend("; ".join([*of_steps, *reasons]))
+        return None
+
+    def _suspend(self, reason: str) -> None:
+        self.journal.note_suspension(self.position, self.woken_by, self.open_branches())
         failure = Failure(Suspend(reason), FailureClass.RECOVERABLE, self.flow_id, 1, reason)
         self.stop(Halt(failure, suspended=True))
-        return None
+
+    async def ask_about_effects(self) -> bool:
+        """Suspend a flow that ends while nobody knows how effects in its failed groups ended.
+
+        Return False if there are none.
+        """
+        ctx, session = self.ctx, self.ctx.session
+        unknown = settle_failed_groups(ctx, self.position)
+        for place, call in unknown:
+            known = session.waiting.get(place)
+            contract = ctx.registry.find(call.node_id)
+            about = UnknownCall(call.key, call.number, "its group failed, and the flow has ended")
+            schema = None if contract is None else contract.output_schema
+            question = make_question(session, Place(*place), call.node_id, EFFECT, schema, about)
+            if known is None or known.number != question.number:
+                await self.see_through(partial(session.ask, question))
+                if self.stopping is None:
+                    await announce(ctx, question)
+            ctx.account.note_question(question)
+        if unknown and self.stopping is None:
+            self._suspend(EFFECT)
+        return bool(unknown)
 
     def mark(self, kind: MarkKind, branch: str, reason: str, began_ms: float) -> None:
         """Show a wait in the trace."""

@@ -1,0 +1,161 @@
+"""Effects in groups and maps that the body of a flow sees fail: the next calls take what they came to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from tests.effects.shop import Order, Receipt, Shop
+from tests.fixtures import store_fixture
+from tests.kit import NEVER, Num
+from tests.shared_stores import FAMILIES
+
+from stroma import (
+    Flow,
+    FlowFunction,
+    Journal,
+    NotDone,
+    RunStatus,
+    StepFailed,
+    StromaRunner,
+    Unknown,
+    map_over,
+    parallel,
+)
+from stroma.testing import assert_resumable
+
+pytestmark = pytest.mark.asyncio
+store = store_fixture(*FAMILIES)
+
+
+class Store(Shop):
+    """A shop with a warehouse that is busy at first, and where a charge may take for ever."""
+
+    def __init__(self, *, failures: int = 1, hangs: bool = False, **charges: Any) -> None:
+        super().__init__(**charges)
+        self.failures, self.hangs = failures, hangs
+
+    async def charge(self, order: Order) -> dict[str, Any]:
+        receipt = await super().charge(order)
+        if self.hangs:
+            await asyncio.Event().wait()
+        return receipt
+
+    async def reserve(self, order: Order) -> dict[str, Any]:
+        if self.failures:
+            self.failures -= 1
+            raise ValueError("the warehouse is busy")
+        return {"n": 1}
+
+
+def shop_flow(
+    shop: Store,
+    store: Any,
+    reconcile: Callable[..., Any] | None,
+    *,
+    tries: int = 3,
+    further: int = 0,
+    in_map: bool = False,
+) -> tuple[StromaRunner, FlowFunction[Order, Num]]:
+    """A flow that tries a group with a charge again, and then charges ``further`` times. Returns its tries."""
+    runner = StromaRunner.quick(store=store, policy_map=NEVER)
+    charge = runner.node("charge", input=Order, output=Receipt, effect=True, reconcile=reconcile)(shop.charge)
+    reserve = runner.node("reserve", input=Order, output=Num)(shop.reserve)
+    group: Any = parallel(charge, reserve)
+    if in_map:
+        group = map_over(lambda order: [order], charge, into=Journal())
+    if shop.hangs:
+        runner = runner.with_node_timeouts({group.node_id: 50})
+
+    @runner.flow("buy", input=Order, output=Num)
+    async def buy(flow: Flow, order: Order) -> Num:
+        n = 0
+        while n < tries:
+            n += 1
+            try:
+                await flow.step(group, order)
+                break
+            except StepFailed:
+                pass
+        for _ in range(further):
+            await flow.step(charge, order)
+        return Num(n=n)
+
+    return runner, buy
+
+
+async def test_a_charge_that_was_made_is_not_repeated(store: Any) -> None:
+    """G13. A charge whose sibling failed is that of the next call of the group; a call after that is another
+    charge."""
+    shop = Store(failures=2)
+    runner, buy = shop_flow(shop, store, shop.look, further=1)
+    result = await runner.run(buy, Order(), run_id="r")
+    assert (result.status, result.output) == (RunStatus.COMPLETED, Num(n=3))
+    assert len(shop.charges) == len(set(shop.charges)) == 2
+    shop = Store()
+    runner, buy = shop_flow(shop, store, shop.look, tries=1, further=2)
+    await runner.run(buy, Order(), run_id="s")
+    assert len(shop.charges) == 2, "the first further call has the charge of the group"
+
+
+@pytest.mark.parametrize("in_map", [False, True])
+async def test_a_charge_that_a_time_limit_cut_off_is_looked_for(store: Any, in_map: bool) -> None:
+    """G13. The next call of a group or map whose time limit cut a charge off asks the provider first."""
+    shop = Store(failures=0, hangs=True)
+    runner, buy = shop_flow(shop, store, shop.look, in_map=in_map)
+    result = await runner.run(buy, Order(), run_id="r")
+    assert (result.status, result.output) == (RunStatus.COMPLETED, Num(n=2)), result.failure
+    assert shop.asked == shop.charges
+    assert len(shop.charges) == 1
+
+
+async def test_a_charge_that_did_not_happen_is_made(store: Any) -> None:
+    """A charge that was stated not to have happened is made by the next call of the group."""
+    shop = Store(before=[ConnectionResetError("lost")])
+    runner, buy = shop_flow(shop, store, lambda order, key: NotDone())
+    result = await runner.run(buy, Order(), run_id="r")
+    assert (result.status, len(shop.charges)) == (RunStatus.COMPLETED, 1), result.failure
+
+
+@pytest.mark.parametrize("happened", [True, False])
+@pytest.mark.parametrize("tries", [1, 3])
+async def test_an_unknown_charge_is_asked_about(store: Any, tries: int, happened: bool) -> None:
+    """G13. A flow does not complete while nobody knows if a charge in a failed group happened, whether its
+    body tries again or ends; a person states it, and no more than that charge is made."""
+    shop = Store(after=[ConnectionResetError("lost")])
+    runner, buy = shop_flow(shop, store, lambda order, key: Unknown(), tries=tries)
+    result = await runner.run(buy, Order(), run_id="r")
+    assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["effect"])
+    (question,) = result.questions
+    await runner.signal("r", Receipt(number=1) if happened else NotDone(), question=question.id)
+    result = await runner.run(buy, Order(), run_id="r", resume=True)
+    assert (result.status, result.output) == (RunStatus.RESUMED, Num(n=min(tries, 2))), result.failure
+    assert len(shop.charges) == (1 if happened or tries == 1 else 2)
+
+
+async def test_a_charge_cut_off_in_the_last_try_is_asked_about(store: Any) -> None:
+    """G13. A charge that the time limit of a group cut off suspends a flow whose body makes no further call."""
+    shop = Store(failures=0, hangs=True)
+    runner, buy = shop_flow(shop, store, None, tries=1)
+    result = await runner.run(buy, Order(), run_id="r")
+    assert (result.status, [one.node_id for one in result.questions]) == (RunStatus.SUSPENDED, ["charge"])
+    again = await runner.run(buy, Order(), run_id="r", resume=True)
+    assert (again.status, again.questions) == (RunStatus.SUSPENDED, result.questions)
+    await runner.signal("r", Receipt(number=1), question=result.questions[0].id)
+    assert (await runner.run(buy, Order(), run_id="r", resume=True)).status is RunStatus.RESUMED
+    assert len(shop.charges) == 1
+
+
+async def test_a_death_at_each_boundary() -> None:
+    """G13. Wherever the process dies, a group that fails once charges once."""
+    shop = Store()
+
+    def reset() -> None:
+        shop.charges, shop.failures = [], 1
+
+    _, buy = shop_flow(shop, None, shop.look)
+    await assert_resumable(
+        buy, Order(), effects=lambda: len(shop.charges), processes=False, reset=reset, ignore=["n"]
+    )
