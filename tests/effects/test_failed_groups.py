@@ -59,7 +59,7 @@ def shop_flow(
     further: int = 0,
     in_map: bool = False,
 ) -> tuple[StromaRunner, FlowFunction[Order, Num]]:
-    """A flow that tries a group with a charge again, and then charges ``further`` times. Returns its tries."""
+    """Return a flow that tries a group with a charge again, then charges ``further`` times."""
     runner = StromaRunner.quick(store=store, policy_map=NEVER)
     charge = runner.node("charge", input=Order, output=Receipt, effect=True, reconcile=reconcile)(shop.charge)
     reserve = runner.node("reserve", input=Order, output=Num)(shop.reserve)
@@ -136,7 +136,7 @@ async def test_an_unknown_charge_is_asked_about(store: Any, tries: int, happened
 
 
 async def test_a_charge_cut_off_in_the_last_try_is_asked_about(store: Any) -> None:
-    """G13. A charge that the time limit of a group cut off suspends a flow whose body makes no further call."""
+    """G13. A charge that the time limit of a group cut off suspends a flow whose body makes no other call."""
     shop = Store(failures=0, hangs=True)
     runner, buy = shop_flow(shop, store, None, tries=1)
     result = await runner.run(buy, Order(), run_id="r")

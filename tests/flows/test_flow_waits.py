@@ -12,7 +12,7 @@ from tests.flows.steps import Clock, Text, World, runner_on
 from tests.kit import Num
 from tests.shared_stores import STORES
 
-from stroma import Flow, RunStatus, StoreError, stroma_flow
+from stroma import Flow, NodeContract, RunStatus, StoreError, current_node, stroma_flow, stroma_node
 
 store = store_fixture(*STORES)
 
@@ -264,3 +264,36 @@ async def test_a_question_that_a_failure_cancelled_is_asked_again(store: Any) ->
     await runner_on(store).signal("r", Text(text="yes"))
     result = await runner_on(store).run(f, Num())
     assert (result.status, result.final_state) == (RunStatus.RESUMED, Text(text="yes"))
+
+
+@pytest.mark.parametrize("again", [False, True])
+async def test_a_step_that_asks_is_given_up(store: Any, clock: Clock, again: bool) -> None:
+    """If the body cancels a step that asks, the question is closed: an answer to it is refused, and the run
+    completes without an open question, also where another process resumes it."""
+
+    @stroma_node("ask", NodeContract(node_id="ask", input_schema=Num, output_schema=Num))
+    async def ask(state: Num) -> Num:
+        current_node().wait_for(Text, reason="Send it?")
+        return state
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        asking = asyncio.create_task(flow.step(ask, state))
+        await flow.sleep(hours=1)
+        asking.cancel()
+        if again:
+            await flow.sleep(hours=1)
+        return state
+
+    result = await runner_on(store).run(f, Num())
+    assert result.suspended == ["Send it?"]
+    (question,) = result.questions
+    clock.pass_by(minutes=61)
+    result = await runner_on(store).run(f, Num())
+    if again:
+        assert (result.status, result.questions) == (RunStatus.SUSPENDED, ())
+    with pytest.raises(StoreError, match="is not open"):
+        await runner_on(store).signal("r", Text(text="yes"), question=question.id)
+    clock.pass_by(minutes=61)
+    result = await runner_on(store).run(f, Num())
+    assert (result.status, result.questions, result.suspended) == (RunStatus.RESUMED, (), [])

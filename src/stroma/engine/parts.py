@@ -71,6 +71,14 @@ class Account:
             self.suspended += (waiting.reason,)
             self.questions += (waiting.question,)
 
+    def forget_question(self, waiting: Waiting) -> None:
+        """Remove a question that was closed from the result."""
+        if any(one.id == waiting.id for one in self.questions):
+            self.questions = tuple([one for one in self.questions if one.id != waiting.id])
+            reasons = list(self.suspended)
+            reasons.remove(waiting.reason)
+            self.suspended = tuple(reasons)
+
     def note_hook_failure(self, failure: HookFailure) -> None:
         """Add the exception of a hook to the result."""
         if self.hook_failures is None:

@@ -129,6 +129,7 @@ class FlowDriver(FlowWaits):
         elif call.question is None or not has_begun:
             self.calls.pop(call.branch, None)
             self._cancel_work(call)
+            self._withdraw_asked(call)
         elif not self.is_live:
             self.calls.pop(call.branch, None)
             self._withdrawn.append(call)
@@ -145,6 +146,26 @@ class FlowDriver(FlowWaits):
         question, call.question = call.question, None
         assert question is not None
         self._start(call, self.withdraw(question))
+
+    def _withdraw_asked(self, call: FlowCall) -> None:
+        """Withdraw the questions that nodes inside a call have asked: the body gave the call up."""
+        inside = f"{call.branch}."
+        asked = [
+            one
+            for one in self.ctx.session.waiting.values()
+            if one.position == self.position
+            and (one.branch == call.branch or one.branch.startswith(inside))
+            and one.effect is None
+            and one.payload is None
+        ]
+        if not asked or self.stopping is not None:
+            return
+        if not self.is_live:
+            self._withdrawn.append(call)
+        elif call.task is None:
+            for question in asked:
+                self.ctx.account.forget_question(question)
+            self._start(call, self.withdraw(*asked))
 
     def _find_given_up(self, call: FlowCall) -> FlowCall:
         """Return an effect with the same input that the body gave up and has not taken, else the call."""
@@ -240,6 +261,8 @@ class FlowDriver(FlowWaits):
                 self._requested[call.branch] = call
             elif call.settles:  # It did not happen.
                 self._given_up[_effect_of(call)].remove(call)
+            elif not call.is_effect:
+                self._withdraw_asked(call)
             call.is_cancelled = False
         elif (error := task.exception()) is not None:
             self.stop(end_of(error, call.node))
@@ -268,6 +291,8 @@ class FlowDriver(FlowWaits):
     def _halt(self, call: FlowCall, halt: Halt) -> None:
         if halt.suspended and not self.ctx.stopping.is_paused:
             call.suspended = halt.failure.message
+            if call.future is None and not call.is_effect:
+                self._withdraw_asked(call)
         elif halt.suspended:
             self.stop(STOPPED)
         elif halt.spent or halt.partial:
@@ -366,6 +391,9 @@ class FlowDriver(FlowWaits):
         self._look_for_records()
         self._replayed.clear()
         for call in self._withdrawn:
+            if call.question is None:
+                self._withdraw_asked(call)
+                continue
             known = self.ctx.session.waiting.get((self.position, call.branch))
             if known is not None and known.payload is None:
                 self._withdraw(call)
@@ -519,6 +547,8 @@ class FlowDriver(FlowWaits):
                 self._withdraw(call)
             else:
                 self._cancel_work(call)
+                if call.question is None and not call.is_effect:
+                    self._withdraw_asked(call)
         if self.loop.tasks:
             self.ctx.run_logger.warning(
                 "flow %r ended while %d of its tasks were under way; they are cancelled: await them",

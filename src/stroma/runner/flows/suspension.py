@@ -170,9 +170,10 @@ class FlowWaits:
             await announce(self.ctx, question)
         return None
 
-    async def withdraw(self, question: Waiting) -> None:
+    async def withdraw(self, *questions: Waiting) -> None:
         """Have no further answer accepted: the body does not wait for one. An accepted answer stays."""
-        await self.see_through(partial(self.ctx.session.ask, question._replace(payload=WITHDRAWN)))
+        for question in questions:
+            await self.see_through(partial(self.ctx.session.ask, question._replace(payload=WITHDRAWN)))
 
     async def take_answers(self, *, closing: int | None = None) -> bool:
         """Deliver the answers of open questions. Return True if there is one.
