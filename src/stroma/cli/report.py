@@ -32,7 +32,7 @@ from stroma.cost.usage import NO_MODEL
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import BUDGET, PAUSED, SharedBudgetExceeded
 from stroma.failures.failure import Failure, message_of
-from stroma.trace.outline import place_text
+from stroma.trace.events import place_text
 from stroma.trace.plain import jsonable
 from stroma.trace.result import ExecutionResult, RunStatus, Total
 

@@ -15,7 +15,7 @@ from stroma.checkpoint.manager import resolve_schema
 from stroma.cli.formatting import id_word
 from stroma.cli.stores import Database
 from stroma.contracts.examples import NoExampleError, example_of
-from stroma.trace.outline import place_text
+from stroma.trace.events import place_text
 
 __all__ = [
     "answer_type",

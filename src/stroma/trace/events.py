@@ -21,6 +21,7 @@ __all__ = [
     "Outcome",
     "TraceEvent",
     "TraceMark",
+    "place_text",
 ]
 
 
@@ -318,3 +319,8 @@ def contract_of(row: AttemptRow, schema: Schema) -> str:
     """Return the contract of a stored output: fingerprint of its schema, and the group that requested it."""
     kind = FAILED_ITEM if schema.model is ItemFailure else schema.fingerprint
     return kind if row.group is None else f"{kind}:{row.group}"
+
+
+def place_text(position: int | None, branch: str) -> str:
+    """Return the place of an attempt in its run: "2", or "2.0" for a child of a group."""
+    return f"{position}.{branch}" if branch else str(position)

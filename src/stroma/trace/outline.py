@@ -33,7 +33,6 @@ __all__ = [
     "folded_part",
     "outline",
     "parse_call",
-    "place_text",
     "select_bars",
     "tone_of",
 ]
@@ -98,11 +97,6 @@ def select_bars(bars: Sequence[Bar]) -> list[Bar]:
         return list(bars)
     ranked = sorted(range(len(bars)), key=lambda i: (bars[i].outcome == "success", i))[:MOST]
     return [bars[i] for i in sorted(ranked)]
-
-
-def place_text(position: int | None, branch: str) -> str:
-    """Return the place of an attempt in its run: "2", or "2.0" for a child of a group."""
-    return f"{position}.{branch}" if branch else str(position)
 
 
 class PlacedCall(NamedTuple):

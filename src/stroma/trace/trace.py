@@ -32,8 +32,8 @@ from stroma.trace.events import (
     TraceEvent,
     TraceMark,
     figures_of,
+    place_text,
 )
-from stroma.trace.outline import place_text
 from stroma.trace.plain import jsonable
 
 __all__ = ["ExecutionTrace"]

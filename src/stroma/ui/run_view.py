@@ -13,7 +13,7 @@ from stroma._utils.text import format_duration, format_usd, pluralize
 from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.history import attempts_by_end, is_at_work, place_of
 from stroma.checkpoint.records import AttemptRecord, RunRecord
-from stroma.trace.outline import place_text
+from stroma.trace.events import place_text
 from stroma.trace.story import Story
 from stroma.ui.components import meter
 

@@ -15,7 +15,8 @@ from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.flow_notes import FailureNote, decode_flow_note, message_label
 from stroma.checkpoint.identity import is_called
 from stroma.checkpoint.records import AttemptRecord, RunRecord
-from stroma.trace.outline import parse_call, place_text
+from stroma.trace.events import place_text
+from stroma.trace.outline import parse_call
 from stroma.trace.rejected import RejectedOutput
 from stroma.trace.story import Bar, InProgress
 

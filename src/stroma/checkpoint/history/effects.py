@@ -8,7 +8,7 @@ from stroma._utils.text import clean
 from stroma.checkpoint.entries import Intent, Waiting
 from stroma.checkpoint.history.reader import is_interrupted
 from stroma.checkpoint.records import RunRecord
-from stroma.trace.outline import place_text
+from stroma.trace.events import place_text
 
 __all__ = ["describe_effects", "effect_state"]
 

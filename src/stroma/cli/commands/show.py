@@ -45,7 +45,8 @@ from stroma.cli.suspended import (
     waiting_hints,
 )
 from stroma.runner.follow import decode_events
-from stroma.trace.outline import duration, fold, outline, place_text
+from stroma.trace.events import place_text
+from stroma.trace.outline import duration, fold, outline
 from stroma.trace.rejected import MISSING, RejectedOutput
 from stroma.trace.story import Bar, waits
 from stroma.trace.terminal import RunLine, lines_of

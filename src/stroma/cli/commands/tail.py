@@ -25,7 +25,8 @@ from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, db_option
 from stroma.runner.events import StreamEvent
 from stroma.runner.follow import decode_events
-from stroma.trace.outline import place_text, tone_of
+from stroma.trace.events import place_text
+from stroma.trace.outline import tone_of
 from stroma.trace.redaction import Redact
 from stroma.trace.terminal import STYLES, cells_of
 
