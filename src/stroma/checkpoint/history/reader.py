@@ -24,7 +24,7 @@ from stroma.checkpoint.history.redaction import (
 from stroma.checkpoint.history.run_graph import RunGraph
 from stroma.checkpoint.identity import is_called, place_before, with_outer
 from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunPage, RunQuery, RunRecord
-from stroma.trace.outline import place_text
+from stroma.trace.events import place_text
 from stroma.trace.redaction import HIDDEN, Redact, hide_rejected
 from stroma.trace.rejected import RejectedOutput
 from stroma.trace.story import Bar, StopCause, Story
