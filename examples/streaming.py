@@ -19,6 +19,7 @@ from starlette.responses import HTMLResponse, StreamingResponse
 from starlette.routing import Route
 
 from stroma import NodeContract, Pipeline, SQLiteStore, StromaRunner, map_over, stroma_node
+from stroma.wire import SSE_HEADERS, sse
 
 
 class Topic(BaseModel):
@@ -75,12 +76,10 @@ async def runs(request: Request) -> StreamingResponse:
     async def messages() -> AsyncIterator[str]:
         # A reader that leaves cancels this generator; leaving the stream then ends the run.
         async with runner.stream(pipeline, topic) as stream:
-            async for event in stream:
-                yield event.to_sse()
+            async for message in sse(stream):
+                yield message
 
-    return StreamingResponse(
-        messages(), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
-    )
+    return StreamingResponse(messages(), headers=SSE_HEADERS)
 
 
 app = Starlette(routes=[Route("/", page), Route("/runs", runs)])
