@@ -70,6 +70,40 @@ def test_bad_calls_of_check(flows, inside, fails):
     fails(inside("graph", "flows.py:fine", "--format", "png"), 2, "png")
 
 
+def test_effects_in_a_flow_are_checked(stroma, inside):
+    """check warns of an effect without reconcile that a flow calls, also in a flow that this flow calls."""
+    stroma.file(
+        "pay.py",
+        """
+        from pydantic import BaseModel
+        from stroma import *
+
+        class Order(BaseModel):
+            n: int = 0
+
+        runner = StromaRunner.quick()
+
+        @runner.node("charge", effect=True)
+        async def charge(state: Order) -> Order:
+            return state
+
+        @runner.flow("inner")
+        async def inner(flow: Flow, state: Order) -> Order:
+            await flow.step(charge, state)
+            return await flow.run(inner, state)
+
+        @runner.flow("outer")
+        async def outer(flow: Flow, state: Order) -> Order:
+            return await flow.run(inner, state)
+        """,
+    )
+    for name in ("inner", "outer"):
+        done = inside("check", f"pay.py:{name}")
+        assert done.code == 0
+        assert "effect 'charge' has no reconcile" in done.out
+        assert f"{name}: 1 node, 0 errors, 1 warning" in done.err
+
+
 # ---------------------------------------------------------------------- graph
 
 

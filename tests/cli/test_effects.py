@@ -84,6 +84,16 @@ def test_an_effect_that_happened(shop, inside, fails):
     assert (shop.home / "charges").read_text() == "charge "
 
 
+def test_an_answer_in_the_place_of_the_pipeline(shop, inside, fails):
+    """approve without FILE:NAME says that the answer is in its place, and has the right command."""
+    assert inside("run", "shop.py:question", '{"n": 1}', "--run-id", "x", "-q").code == 7
+    done = inside("approve", "x", '{"n": 5}')
+    fails(done, 2, """FILE_OR_MODULE:NAME is missing: {"n": 5} is in its place""")
+    hint = done.err.split("before the answer: ")[1]
+    assert shlex.split(hint) == ["stroma", "approve", "x", "shop.py:question", '{"n": 5}']
+    assert inside(*shlex.split(hint)[1:]).code == 0
+
+
 def test_an_effect_that_did_not_happen(shop, inside, ran, fails):
     """approve --not-done has the effect called again."""
     ran("x", target="shop.py:pipeline", given='{"n": 1}', code=7)

@@ -1,6 +1,7 @@
 """`stroma worker --db`: continues due runs of a store, until a signal."""
 
 import json
+import re
 import signal
 import socket
 import time
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 from tests.cli.test_signals import wait_for
+from tests.kit import Num
 
-from stroma import AsyncInMemoryStore
+from stroma import AsyncInMemoryStore, Flow, StromaRunner
 from stroma.cli.stores import Database
 from stroma.cli.workers import LocalWorker
 
@@ -81,7 +83,7 @@ def test_a_worker_process(shell: Any) -> None:
     worker = shell.popen("worker", *TARGETS, "--db", "x.db", "--poll", "0.1", "--health", "0")
     try:
         ready = wait_for(worker, "worker ready: ")
-        assert "'ask', 'nap' in x.db, 10 runs at once, asking every 0.10 s, http://127.0.0.1:" in ready
+        assert "'ask', 'nap' in x.db, 10 runs at once, polling every 0.1 s, http://127.0.0.1:" in ready
         url = ready.rpartition(", ")[2].strip()
         status, health = _read(url)
         assert (status, health["status"], health["schema"]) == (200, "ok", "stroma.health/1")
@@ -93,6 +95,8 @@ def test_a_worker_process(shell: Any) -> None:
         wait_for(worker, "run n: RESUMED")
         assert shell("approve", "a", TARGETS[0], '{"add": 5}', "--db", "x.db").code == 0
         wait_for(worker, "run a: RESUMED")
+        assert shell("submit", TARGETS[0], "{}", "--run-id", "asks", "--db", "x.db").code == 0
+        wait_for(worker, "run asks: SUSPENDED, waiting for an answer: Go on?")
         # A run in progress ends after its step; the worker starts nothing more.
         _suspend(shell, TARGETS[1], '{"n": 10}', "held")
         while "add-10" not in shell.calls():
@@ -104,12 +108,40 @@ def test_a_worker_process(shell: Any) -> None:
         (shell.home / "go").touch()
         _, err = worker.communicate(timeout=30)
         assert worker.returncode == 0, err
-        assert "worker drained: after SIGTERM; 3 runs continued" in err
+        assert "worker drained: after SIGTERM; 4 runs continued" in err
         assert "Traceback" not in err
     finally:
         worker.kill()
         worker.communicate()
-    assert sorted(shell.calls()) == sorted(["add-0", "add-1", "add-7", "add-10"])
+    assert sorted(shell.calls()) == sorted(["add-0", "add-0", "add-1", "add-7", "add-10"])
+
+
+@pytest.mark.core
+async def test_the_line_of_a_suspended_run_has_the_reason(capsys: Any) -> None:
+    """A worker says why a run is suspended: a sleep, a question, a message, or the outcome of an effect."""
+    runner = StromaRunner.quick()
+
+    @runner.node("charge", effect=True)
+    async def charge(state: Num) -> Num:
+        raise TimeoutError
+
+    @runner.flow("nap")
+    async def nap(flow: Flow, state: Num) -> Num:
+        await flow.sleep(3600)
+        return state
+
+    @runner.flow("ask")
+    async def ask(flow: Flow, state: Num) -> Num:
+        return await flow.wait_for(Num, reason="Go on?")
+
+    worker = LocalWorker([], Database.from_option("memory://"), 1, 1.0, 1.0, None, quiet=False)
+    for nodes in (nap, ask, [charge]):
+        worker._report("r", await runner.run(nodes, Num()))
+    sleeping, asking, paying = capsys.readouterr().err.splitlines()
+    assert re.search(r"run r: SUSPENDED, sleeping until 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d$", sleeping)
+    assert asking.endswith("run r: SUSPENDED, waiting for an answer: Go on?")
+    why = "the outcome of effect 'charge' is unknown: state it with `stroma approve`"
+    assert paying.endswith(f"run r: SUSPENDED, {why}")
 
 
 VERSIONS = """

@@ -544,6 +544,8 @@ async def test_the_initial_state_must_be_a_model() -> None:
     """An initial state that is no pydantic model is a TypeError."""
     with pytest.raises(TypeError, match="pydantic model"):
         await quick().run([], {"n": 1})
+    with pytest.raises(TypeError, match=r"^the initial state must be a pydantic model, got dict; pass Num\("):
+        await quick().run([node("a", raising()[0])], {"n": 1})
 
 
 # ---------------------------------------------------------------------- failures

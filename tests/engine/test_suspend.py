@@ -139,9 +139,11 @@ async def test_nothing_waits(store: Any) -> None:
         await runner(store).signal("r", {"approved": True})
     (question,) = store.waiting("r")
     await runner(store).signal("r", {"approved": True}, question=question.id)
-    for answer, question_id in (({"approved": False}, question.id), ({"approved": True}, "1:9")):
-        with pytest.raises(StoreError, match=f"question '{question_id}' of run 'r' is not open"):
-            await runner(store).signal("r", answer, question=question_id)
+    with pytest.raises(StoreError, match=f"'{question.id}' of run 'r' is not open: it has another answer"):
+        await runner(store).signal("r", {"approved": False}, question=question.id)
+    for unknown in ("1:9", "7:1", "nonsense"):
+        with pytest.raises(StoreError, match=f"run 'r' has no question '{unknown}'"):
+            await runner(store).signal("r", {"approved": True}, question=unknown)
 
 
 async def test_of_two_answers_one_counts(store: Any) -> None:

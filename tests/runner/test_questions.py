@@ -193,7 +193,9 @@ async def test_a_later_question_at_the_same_place_is_another_one(store: Any) -> 
     await ask(resume=False, if_exists="restart")
     assert len(set(ids)) == 4
     for stale in ids[:-1]:
-        with pytest.raises(StoreError, match="is not open"):
+        with pytest.raises(
+            StoreError, match=f"{stale!r} of run 'r' is not open: {ids[-1]!r} was asked there"
+        ):
             await runner_on(store).signal("r", True, question=stale)
     assert [one.payload for one in store.waiting("r")] == [None]
 

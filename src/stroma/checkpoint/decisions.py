@@ -241,10 +241,20 @@ def _permanent(text: str) -> StoreError:
     return error
 
 
-def not_waiting(run_id: str, question_id: str) -> StoreError:
-    """Return the error for an answer to a question that is not open."""
+def not_waiting(run_id: str, question_id: str, stored: Waiting | None) -> StoreError:
+    """Return the error for an answer to a question that is not open. ``stored``: the one at its place."""
+    number = question_id.rpartition(":")[2]
+    if stored is not None and stored.id == question_id:
+        return _permanent(
+            f"question {question_id!r} of run {run_id!r} is not open: it has another answer, and an accepted "
+            "answer stays; resume the run"
+        )
+    if stored is not None and number.isdecimal() and int(number) < stored.number:
+        return _permanent(
+            f"question {question_id!r} of run {run_id!r} is not open: {stored.id!r} was asked there later; "
+            "answer that one, or resume the run"
+        )
     return _permanent(
-        f"question {question_id!r} of run {run_id!r} is not open: it was already answered, its call has "
-        "ended, or a later question is asked there; see the open questions of the run, then answer one of "
-        "them or resume the run"
+        f"run {run_id!r} has no question {question_id!r}: its last execution did not ask it; pass an id from "
+        "result.questions"
     )

@@ -13,8 +13,10 @@ from typing import Any, Final
 
 from stroma._utils.text import clean, format_duration, pluralize
 from stroma.checkpoint.manager import CheckpointManager
+from stroma.checkpoint.records import describe_wait
 from stroma.cli.errors import Code, Problem, describe_error, last_frame
 from stroma.cli.exporters import FLUSH_SECONDS
+from stroma.cli.formatting import localize
 from stroma.cli.health import serve_health
 from stroma.cli.progress import timed_line
 from stroma.cli.signals import drain_on_signal
@@ -111,11 +113,13 @@ class LocalWorker:
         }
 
     def _report(self, run_id: str, outcome: ExecutionResult | Exception) -> None:
-        failed = isinstance(outcome, Exception)
-        status = "not continued" if isinstance(outcome, Exception) else str(outcome.status)
+        if isinstance(outcome, Exception):
+            self._outcomes["not continued"] += 1  # The log has the exception.
+            return
+        status = str(outcome.status)
         self._outcomes[status] += 1
-        if not self.quiet and not failed:  # The log has the exception.
-            timed_line("run ", clean(run_id), f": {status}")
+        if not self.quiet:
+            timed_line("run ", clean(run_id), f": {status}{_describe_suspension(outcome)}")
 
     async def _report_status(self, ready: str, started: float) -> None:
         await self._health.started.wait()
@@ -134,8 +138,8 @@ class LocalWorker:
     def _describe(self) -> str:
         runs = pluralize(self.max_concurrency, "run")
         return (
-            f"{_names(self.pipelines)} in {self.database.name}, {runs} at once, asking every "
-            f"{format_duration(self.poll_seconds)}"
+            f"{_names(self.pipelines)} in {self.database.name}, {runs} at once, polling every "
+            f"{self.poll_seconds:g} s"
         )
 
     def _progress(self, started: float) -> str:
@@ -224,6 +228,17 @@ class TemporalWorker:
             return f"{names} at place {clean(self.place, 100)!r} of {self.cluster.address}, {calls} at once"
         runs = pluralize(self.max_concurrency, "run")
         return f"{names} on {self.cluster.name}, in {self.database.name}, {runs} at once"
+
+
+def _describe_suspension(result: ExecutionResult) -> str:
+    """Return the reasons of a suspended run after a comma; "" for any other run."""
+    effects = [one for one in result.questions if one.kind == "effect"]
+    reasons = [describe_wait(one) for one in result.suspended if not effects or one != "effect"]
+    reasons += [
+        f"the outcome of effect {clean(one.node_id, 100)!r} is unknown: state it with `stroma approve`"
+        for one in effects
+    ]
+    return "".join(f", {localize(clean(one, 300))}" for one in reasons)
 
 
 def _names(pipelines: Sequence[Pipeline]) -> str:

@@ -43,6 +43,7 @@ __all__ = [
     "override_config",
     "queue_entry",
     "refuse_unknown_ids",
+    "steps_of",
     "to_ms",
     "warn_of_unknown_ids",
     "with_hooks",
@@ -332,13 +333,15 @@ def check_keywords(function: str, options: Mapping[str, Any], keywords: type) ->
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}; {fix}")
 
 
-def check_state(what: str, state: Any) -> None:
-    """Raise TypeError for anything but an instance of a pydantic model."""
+def check_state(what: str, state: Any, node: Node | Group | None = None) -> None:
+    """Raise TypeError for anything but an instance of a pydantic model. ``node``: receives the state."""
     if isinstance(state, type) and issubclass(state, BaseModel):
         name = state.__name__
         raise TypeError(f"{what} must be an instance, got the class {name}; pass {name}(...)")
     if not isinstance(state, BaseModel):
-        raise TypeError(f"{what} must be a pydantic model, got {type(state).__name__}")
+        contract = node.contract if isinstance(node, Node) else None
+        fix = "" if contract is None else f"; pass {contract.input_schema.__name__}(...)"
+        raise TypeError(f"{what} must be a pydantic model, got {type(state).__name__}{fix}")
 
 
 def override_config(config: RunConfig, options: RunKeywords[Any]) -> RunConfig:
@@ -393,6 +396,22 @@ def _parts_of(nodes: Iterable[Node | Group], seen: set[str]) -> Iterator[str]:
             if isinstance(code, CodeType):
                 yield from _parts_of_code(code)
                 yield from _parts_of(_named_nodes(flow.body), seen)
+
+
+def steps_of(nodes: Iterable[Node | Group]) -> list[Node | Group]:
+    """Return the nodes that the bodies of flows among ``nodes`` name, and the flows which those call."""
+    found: dict[Node | Group, None] = {}
+    remaining = list(nodes)
+    while remaining:
+        node = remaining.pop(0)
+        if isinstance(node, Group):
+            remaining += node.children
+        flow: Any = node.func if isinstance(node, FlowNode) else None
+        if isinstance(getattr(flow, "body", None), FunctionType):
+            new = [one for one in _named_nodes(flow.body) if one not in found]
+            found.update(dict.fromkeys(new))
+            remaining += new
+    return list(found)
 
 
 def _named_nodes(function: FunctionType) -> Iterator[Node | Group]:

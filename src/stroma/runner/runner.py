@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeAlias,
 
 from pydantic import BaseModel
 
+from stroma._utils.logs import get_logger
 from stroma.checkpoint import (
     AsyncCheckpointStore,
     CheckpointManager,
@@ -58,6 +59,7 @@ from stroma.runner.pipeline import (
     override_config,
     queue_entry,
     refuse_unknown_ids,
+    steps_of,
     warn_of_unknown_ids,
     with_hooks,
 )
@@ -90,6 +92,10 @@ _STEPS: Final = "await flow.step(node, state), or flow.run(flow_or_pipeline, sta
 Nodes: TypeAlias = Pipeline | Iterable[Any]
 OtherNodes: TypeAlias = AnyState | Iterable[Any]
 
+#: Logged once for a submission to a runner without a store.
+_MEMORY: Final = "is only in the memory of this process, which must serve it; pass store= to keep it"
+logger = get_logger()
+
 
 class StromaRunner(Generic[DepsT]):
     """Runs sequences of nodes under one configuration. Tasks, threads and event loops may share it.
@@ -113,7 +119,7 @@ class StromaRunner(Generic[DepsT]):
         self._waits: dict[asyncio.AbstractEventLoop, EndWaits] = {}
         self._caller: Any = None  # Calls nodes with a place.
         self._flows: dict[str, Pipeline] = {}  # By id.
-        self.warned: set[str] = set()  # Warnings of ids in the config that no node has.
+        self.warned: set[str] = set()  # Warnings that were logged.
         self._exporters: list[NodeHooks] = []  # Of pipelines and runs with hooks of their own.
         self.config = config if config is not None else default_config()
 
@@ -307,7 +313,7 @@ class StromaRunner(Generic[DepsT]):
         nodes = nodes_of(node_sequence)
         check_owners(nodes, self.registry)
         retried = self._config_of(node_sequence).retried_ids
-        return check_nodes(nodes, self.registry, input_schema, retried=retried)
+        return check_nodes(nodes, self.registry, input_schema, retried=retried, steps=steps_of(nodes))
 
     async def check_deterministic(
         self, flow: FlowFunction[In, Out], initial_state: In
@@ -358,7 +364,7 @@ class StromaRunner(Generic[DepsT]):
         refuse_in_body("runner.run()", _STEPS)
         config = override_config(self._config_of(node_sequence), options)
         nodes = nodes_of(node_sequence)
-        check_state("the initial state", initial_state)
+        check_state("the initial state", initial_state, nodes[0] if nodes else None)
         check_owners(nodes, self.registry)
         if not dispatch.reads:
             check_places(nodes, self.registry, self._caller)
@@ -656,7 +662,7 @@ class StromaRunner(Generic[DepsT]):
         """
         refuse_in_body("runner.submit()", "await flow.submit(flow_or_pipeline, state)")
         served = self._stored.served([pipeline])[pipeline.name]
-        check_state("the initial state", initial_state)
+        check_state("the initial state", initial_state, next(iter(nodes_of(pipeline)), None))
         entry, given_id = queue_entry(options, now_ms()), options.get("run_id")
         config = self._config_of(pipeline)
         run_id = config.take_run_id() if given_id is None else check_id(given_id, "run id")
@@ -664,6 +670,9 @@ class StromaRunner(Generic[DepsT]):
         version = pipeline.version or ""
         request = RunRequest(run_id, pipeline.name, state, served.schema, tags=config.tags, version=version)
         await self._stored.journal("submit").submit(request, entry)
+        if getattr(self.checkpoint_manager.store, "is_default", False) and _MEMORY not in self.warned:
+            self.warned.add(_MEMORY)
+            logger.warning("run %r %s", run_id, _MEMORY)
         return self.handle(run_id, pipeline)
 
     def handle(self, run_id: str, pipeline: Pipeline | None = None) -> RunHandle[Any]:

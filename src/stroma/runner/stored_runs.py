@@ -140,7 +140,9 @@ def _find(questions: Sequence[Waiting], run_id: str, answer: Any, question: str 
     if question is not None:
         named = next((one for one in questions if one.id == question), None)
         if named is None:
-            raise not_waiting(run_id, question)
+            place = question.rpartition(":")[0]
+            at_place = (one for one in questions if one.id.rpartition(":")[0] == place)
+            raise not_waiting(run_id, question, next(at_place, None))
         return named
     waiting = [one for one in questions if one.payload is None]
     if not waiting:

@@ -349,7 +349,7 @@ class RunStore(ReadableStore):
         records = RunRecords.of(rows, run, self._payloads)
         stored = find_waiting(records, waiting)
         if stored is None or stored.id != waiting.id or stored.payload not in (None, waiting.payload):
-            raise not_waiting(run_id, waiting.id)
+            raise not_waiting(run_id, waiting.id, stored)
         if stored.payload is None:  # An equal answer may be sent twice.
             record_waiting(records, stored._replace(payload=waiting.payload))
             rows.wake(run)

@@ -83,6 +83,13 @@ def approve(
     database = Database.from_option(db)
     record = database.find(run_)
     questions = database.reader.waiting(record.run_id)
+    if answer_text is None and done is None and not not_done and _is_json(target):
+        words = (id_word(record.run_id), database.target_of(record), target)
+        options = () if question is None else ("--question", question)
+        raise Problem(
+            f"FILE_OR_MODULE:NAME is missing: {clean(target, 200)} is in its place",
+            f"pass the pipeline before the answer: {database.hint('approve', *words, options=options)}",
+        )
     request = _Approval(target, _one_of(answer_text, done, not_done), question)
     one = _find_waiting(database, record, questions, request)
     loaded = load_object(target)
@@ -133,6 +140,14 @@ def _answer_text(one: Waiting) -> str:
         return "--not-done"
     value, problem = decode_payload(one.payload or b"", None)
     return "another answer" if problem is not None else clean(json.dumps(value, ensure_ascii=False), 300)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 class _Statement(NamedTuple):

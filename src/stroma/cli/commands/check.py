@@ -14,6 +14,7 @@ from stroma.contracts.checks.check import check_nodes
 from stroma.contracts.checks.finding import Finding
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import find_node
+from stroma.runner.pipeline import steps_of
 
 __all__ = ["check"]
 
@@ -31,7 +32,7 @@ def check(target: str, as_json: bool) -> int:
     nodes = [find_node(node) for node in pipeline.nodes]
     registry = ContractRegistry()
     retried = () if pipeline.config is None else pipeline.config.retried_ids
-    findings = check_nodes(nodes, registry, retried=retried)
+    findings = check_nodes(nodes, registry, retried=retried, steps=steps_of(nodes))
     errors = sum(finding.severity == "error" for finding in findings)
     code = Code.FAILED if errors else Code.OK
     if as_json:

@@ -39,11 +39,13 @@ def check_nodes(
     initial: type[BaseModel] | None = None,
     *,
     retried: Collection[str] = (),
+    steps: Sequence[Node | Group] = (),
 ) -> list[Finding]:
     """Return every finding, in the order of the nodes. Nothing is claimed of a node without a contract.
 
     ``initial``: the class of the initial state; without it, that is not checked. ``retried``: ids that the
-    config grants retries of their own. Raises TypeError for anything else.
+    config grants retries of their own. ``steps``: nodes that flows call, of which the effects are checked.
+    Raises TypeError for anything else.
     """
     if initial is not None and not (isinstance(initial, type) and issubclass(initial, BaseModel)):
         raise TypeError(
@@ -55,6 +57,7 @@ def check_nodes(
     for step in flow_of(nodes, registry, initial):
         findings += [step] if isinstance(step, Finding) else _of_crossing(step, known)
     findings += _of_effects(nodes, registry, retried)
+    findings += _of_effects(steps, registry, retried, prefix="step ")
     return list(dict.fromkeys(findings))
 
 

@@ -47,7 +47,7 @@ class _KnownStep:
 
     def __init__(self, path: FlowPath, node: Any, state: Any) -> None:
         self.node = node = _step_node_of(node, "flow.step")
-        check_state(f"the input of step {node.node_id!r}", state)
+        check_state(f"the input of step {node.node_id!r}", state, node)
         self.state_class = type(state)
         self.label, self.name = f"flow.step({node.node_id})", quoted(node.node_id)
         self.is_effect = has_effect(path.ctx, node)
