@@ -67,7 +67,7 @@ def test_a_run_that_waits_is_no_failure(desk, inside):
         done.err,
     )
     answer = re.search(r"  answer: stroma (approve .*)\n", done.err)
-    go_on = re.search(r"  then resume with: stroma (resume .*)\n", done.err)
+    go_on = re.search(r"continues the run; or continue it here: stroma (resume .*)\n", done.err)
     assert answer is not None
     assert go_on is not None
     assert inside(*shlex.split(answer[1])).code == 0

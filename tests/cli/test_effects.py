@@ -44,7 +44,9 @@ def test_a_recorded_effect_is_not_started_again(shop, inside, fails):
     shop.file("well", "")
     words = ("run", "shop.py:pipeline", '{"n": 1}', "--run-id", "x", "-q")
     assert inside(*words).code == 0
-    fails(inside(*words), 2, "has a recorded effect (COMPLETED)", "'charge' again", "--restart")
+    done = inside(*words)
+    fails(done, 2, "has a recorded effect (COMPLETED)", "'charge' again", "--restart")
+    assert "resume=True" not in done.err
     assert (shop.home / "charges").read_text() == "charge "
     assert inside(*words, "--resume").code == 0
     assert (shop.home / "charges").read_text() == "charge "

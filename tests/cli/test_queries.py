@@ -77,7 +77,7 @@ def test_runs_are_shown_and_compared(filled, golden, fails, inside):
     )
     golden("tail", "tail b", "tail b --lines 1", "tail", "tail b --json")
     golden("diff", "diff a b", "diff a b --only-changed", "diff a c --json --only-changed", "diff a a")
-    plans = ("resume b --dry-run", "resume b sums.py:pipeline --dry-run")
+    plans = ("resume b --dry-run", "resume b sums.py:pipeline --dry-run", "resume a --dry-run")
     golden("plan", *plans, "resume a sums.py:pipeline --from third --dry-run --json")
     assert inside("diff", "a", "b", "--node", "first").code == 0
     fails(inside("diff", "a", "b", "--node", "nope"), 4, "neither run has a node 'nope'")

@@ -315,7 +315,7 @@ async def test_a_run_that_is_refused_goes_on_later(tmp_path: Path) -> None:
         assert (result.failure.failure_class, result.failure.reason) == (FailureClass.RECOVERABLE, "budget")
         message = str(result.failure.exception)
         assert (
-            "shared budget 'team' has no room for a call of node 'second': max_cost_usd is 1 USD, 0.6 spent"
+            "shared budget 'team' has no room for a call of node 'second': max_cost_usd is $1, $0.6 spent"
             in message
         )
         assert "UTC, when it begins anew, or raise max_cost_usd" in message
@@ -439,7 +439,7 @@ async def test_limits_of_single_nodes() -> None:
     results = [await runner.run([dear], State()) for _ in range(4)]
     assert [str(result.status) for result in results] == ["COMPLETED"] * 2 + ["PARTIAL"] * 2
     assert (len(calls), len(others)) == (2, 4)
-    assert "max_cost_usd_by_node of node 'dear' is 0.25 USD, 0.2 spent" in results[-1].failure.message  # type: ignore[union-attr]
+    assert "max_cost_usd_by_node of node 'dear' is $0.25, $0.2 spent" in results[-1].failure.message  # type: ignore[union-attr]
 
 
 async def test_only_the_nodes_that_are_named() -> None:
@@ -591,7 +591,7 @@ async def test_tokens() -> None:
     result = await runner.run([call, call, call], State())
     assert (result.status, len(calls)) == (RunStatus.PARTIAL, 2)
     assert result.failure is not None
-    assert "max_tokens is 25 tokens, 20 spent" in result.failure.message
+    assert "max_tokens is 25 tokens, 20 tokens spent" in result.failure.message
 
 
 async def test_a_budget_of_nothing() -> None:

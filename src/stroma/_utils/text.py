@@ -121,6 +121,14 @@ def format_usd(usd: float) -> str:
     return f"${usd:,.6f}"
 
 
+def format_amount(value: float, unit: str) -> str:
+    """Format an amount exactly: "$0.00003" for the unit "USD", else "10 tokens"."""
+    if unit != "USD":
+        return f"{value:.12g} {unit}"
+    text = f"{value:.12g}"
+    return "$" + (f"{value:.15f}".rstrip("0") if "e-" in text else text)
+
+
 def format_tokens(tokens: int) -> str:
     """Format a number of tokens."""
     return f"{tokens:,} tok"

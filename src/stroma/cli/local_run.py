@@ -239,7 +239,8 @@ class LocalRun:
             return self._busy_problem(error)
         if isinstance(error, RunExists):
             return store_problem(
-                error,
+                # The advice of the message is for a program.
+                RunExists(str(error).partition("; pass resume=True")[0]),
                 f"resume it: {self._resume_hint()}",
                 "or discard what it did: repeat the command with --restart",
                 "or use another id: --run-id ID",

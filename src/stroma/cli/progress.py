@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from stroma._utils.text import clean, format_duration, format_tokens, format_usd, typed
+from stroma._utils.text import clean, format_amount, format_duration, format_tokens, format_usd, typed
 from stroma.checkpoint.identity import with_outer
 from stroma.cli.errors import is_debugging
 from stroma.cli.formatting import id_word
@@ -101,7 +101,8 @@ class Progress:
 
     async def _budget_warning(self, run_id: str, dimension: str, used: float, limit: float) -> None:
         unit = _UNITS.get(dimension, "")
-        timed_lines(("budget: ", "yellow"), f"{used:.6g} of {limit:.6g} {unit} used ({dimension})")
+        amounts = f"{format_amount(used, unit)} of {format_amount(limit, unit)}"
+        timed_lines(("budget: ", "yellow"), f"{amounts} used ({dimension})")
 
     async def _map_progress(self, run_id: str, node_id: str, progress: MapProgress) -> None:
         node, total = running_node(), progress.total

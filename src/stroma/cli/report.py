@@ -19,6 +19,7 @@ from stroma.cli.formatting import format_local_time, id_word, localize
 from stroma.cli.output import Part, emit, err
 from stroma.cli.stores import Database
 from stroma.cli.suspended import (
+    WORKER_CONTINUES,
     answer_type,
     node_text,
     question_text,
@@ -301,9 +302,7 @@ class RunReport:
             action = "or continue it here"
         elif self.is_suspended:
             action = (
-                "a worker continues it when it is due, or resume with"
-                if self.is_asleep
-                else "then resume with"
+                "a worker continues it when it is due, or resume with" if self.is_asleep else WORKER_CONTINUES
             )
         elif failure is None:
             action = "resume with"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
+from stroma.checkpoint.decisions import COMPLETE
 from stroma.checkpoint.entries import Committed, is_of_pipeline
 from stroma.checkpoint.history import History, place_of, status_of
 from stroma.checkpoint.records import AttemptRecord, RunRecord
@@ -75,6 +76,8 @@ def print_plan(
         )
     elif changes:
         err.line("the run cannot be resumed; restore the listed nodes, or resume before them with --from")
+    elif record.status in COMPLETE and start_at is None:
+        err.line(f"the run is {record.status}; a resume would call nothing")
     else:
         options = ("--from", start_at) if start_at is not None else ()
         hint = database.hint("resume", id_word(record.run_id), target, options=options)
@@ -107,10 +110,9 @@ def _print_plan(
 
 
 def _print_nodes(restored: list[AttemptRecord]) -> None:
-    out.line(
-        f"kept    {pluralize(sum(not one.branch for one in restored), 'node')}, in groups "
-        f"{sum(bool(one.branch) for one in restored):,}"
-    )
+    inside = sum(bool(one.branch) for one in restored)
+    groups = f", in groups {inside:,}" if inside else ""
+    out.line(f"kept    {pluralize(len(restored) - inside, 'node')}{groups}")
     for one in restored:
         if not one.branch:
             used = (

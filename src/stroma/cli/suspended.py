@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel
 
@@ -18,6 +18,7 @@ from stroma.contracts.examples import NoExampleError, example_of
 from stroma.trace.events import place_text
 
 __all__ = [
+    "WORKER_CONTINUES",
     "answer_type",
     "approve_hint",
     "find_schema",
@@ -28,6 +29,10 @@ __all__ = [
     "waiting_data",
     "waiting_hints",
 ]
+
+
+#: Goes before the command that resumes a run with open questions.
+WORKER_CONTINUES: Final = "then a worker of its pipeline continues the run; or continue it here"
 
 
 def unanswered(waiting: Sequence[Waiting]) -> list[Waiting]:

@@ -8,6 +8,7 @@ from typing import Final, Literal
 from pydantic import Field, PrivateAttr
 
 from stroma._utils.models import StrictModel
+from stroma._utils.text import format_amount
 
 __all__ = ["BudgetExceeded", "ExecutionBudget"]
 
@@ -50,16 +51,17 @@ class BudgetExceeded(Exception):
                 f"`stroma budget RUN --{option}`"
             )
         return (
-            f"budget exceeded: {name} limit {self.limit:.12g}{unit}, used {self.actual:.12g}{unit} "
+            f"budget exceeded: {name} limit {format_amount(self.limit, unit)}, used "
+            f"{format_amount(self.actual, unit)} "
             f"({self.dimension}) at node {self.node_id!r}; {way}, then resume the run"
         )
 
 
 #: By dimension: the field of ExecutionBudget, the unit, and the parameter of ``set_budget``.
 _UNITS: Final[dict[str, tuple[str, str, str]]] = {
-    "tokens": ("max_tokens_total", " tokens", "tokens"),
-    "cost": ("max_cost_usd", " USD", "cost_usd"),
-    "latency": ("max_latency_ms", " ms", "latency_ms"),
+    "tokens": ("max_tokens_total", "tokens", "tokens"),
+    "cost": ("max_cost_usd", "USD", "cost_usd"),
+    "latency": ("max_latency_ms", "ms", "latency_ms"),
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple
 from pydantic import BaseModel
 
 from stroma._utils.models import LazyModel
+from stroma._utils.text import format_amount
 from stroma.cost.budget import BudgetExceeded, Dimension
 from stroma.cost.usage import shown
 from stroma.failures.classes import FailureClass
@@ -150,7 +151,7 @@ class WorkerLost(Exception):
     """
 
 
-_UNITS: Final = {"cost": " USD", "tokens": " tokens", "latency": " ms"}
+_UNITS: Final = {"cost": "USD", "tokens": "tokens", "latency": "ms"}
 _NAMES: Final = {"cost": "max_cost_usd", "tokens": "max_tokens", "latency": "max_latency_ms"}
 
 
@@ -223,9 +224,9 @@ class SharedBudgetExceeded(BudgetExceeded):
         return (
             f"shared budget {self.budget!r} has no room for a call of node {self.node_id!r}: "
             f"{name}{whose} is "
-            f"{self.limit:.12g}{unit}, {self.actual:.12g} spent, {self.reserved:.12g} reserved by "
-            "calls in flight, and this "
-            f"one may take {self.requested:.12g}; {way}"
+            f"{format_amount(self.limit, unit)}, {format_amount(self.actual, unit)} spent, "
+            f"{format_amount(self.reserved, unit)} reserved by calls in flight, and this one may take "
+            f"{format_amount(self.requested, unit)}; {way}"
         )
 
 

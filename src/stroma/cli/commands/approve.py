@@ -25,6 +25,7 @@ from stroma.cli.options import RunOptions
 from stroma.cli.output import emit_fields, err
 from stroma.cli.stores import Database, db_option
 from stroma.cli.suspended import (
+    WORKER_CONTINUES,
     answer_type,
     approve_hint,
     find_schema,
@@ -241,7 +242,7 @@ def _report(
         hint = _framework_hint(run_id)
     else:
         resume = database.hint("resume", id_word(run_id), target)
-        hint = f"a worker of its pipeline continues the run; or continue it here: {resume}"
+        hint = f"{WORKER_CONTINUES.removeprefix('then ')}: {resume}"
     already = "" if one.payload is None else " so already"
     err.line(f"{node_text(one)} of run {clean(run_id)} is answered{already}; {hint}")
     for other in remaining:

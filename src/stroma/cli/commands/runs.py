@@ -182,13 +182,13 @@ def _print(database: Database, records: list[RunRecord], query: RunQuery, limit:
     if any(map(is_interrupted, records)):
         err.line("resume a run without owner: ", database.hint("resume", "RUN", "FILE.py:NAME"))
     if len(records) == limit:
-        err.line(("the newest ", "dim"), (f"{limit} runs; more with --limit", "dim"))
+        err.line(("the newest ", "dim"), (f"{pluralize(limit, 'run')}; more with --limit", "dim"))
 
 
 def _row(record: RunRecord) -> list[Part]:
     error = clean(localize(record.wait_text or record.error or ""), 80)
     if record.status == "RUNNING":
-        who = f"run by {clean(record.holder, 80)} for {_elapsed(record)}" if record.holder else "owner lost"
+        who = f"run by {clean(record.holder, 80)}" if record.holder else "owner lost"
         error = f"{who}; last record {format_age(record.updated_ms)}"
     elif record.blocked is not None:
         error = f"blocked for {_blocked_for(record.blocked)}: {clean(record.blocked.message, 80)}"
@@ -198,7 +198,7 @@ def _row(record: RunRecord) -> list[Part]:
         short_id(record.run_id),
         clean(record.pipeline, 30),
         style_status(status_of(record)),
-        f"{record.nodes:,}" if record.nodes or not record.commits else f"{record.commits:,} calls",
+        f"{record.nodes:,}" if record.nodes or not record.commits else pluralize(record.commits, "call"),
         f"{record.tokens:,}",
         format_usd(record.cost_usd),
         format_local_time(record.started_ms),

@@ -37,6 +37,7 @@ from stroma.cli.output import Part, emit, err, out, table
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import TARGET, Database, db_option
 from stroma.cli.suspended import (
+    WORKER_CONTINUES,
     answer_type,
     node_text,
     question_text,
@@ -387,8 +388,11 @@ def _print_next_steps(
     if is_plain_code:
         err.line(f"continue it with its program, under run_id={record.run_id!r} and resume=True")
         return
-    verb = "or continue it here" if record.waits_for is not None else "then " if waiting else ""
-    verb = verb if record.waits_for is not None else f"{verb}resume with"
+    verb = "resume with"
+    if record.waits_for is not None:
+        verb = "or continue it here"
+    elif record.status == "SUSPENDED" and waiting:
+        verb = WORKER_CONTINUES if unanswered(waiting) else WORKER_CONTINUES.removeprefix("then ")
     _print_hint(f"{verb}: {database.hint('resume', name, target)}", place)
 
 

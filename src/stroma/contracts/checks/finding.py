@@ -28,8 +28,8 @@ class Finding:
         kind: a word for what is wrong; docs/checks.md has all of them.
         source, target: the ids of the node that gives and of the one that takes; "input" is what the run
             begins with.
-        source_at, target_at: where they stand: the position, and the place in groups ("2", "2.0"); "step 0" of
-            a step that a flow names.
+        source_at, target_at: where they stand: the position, and the place in groups ("2", "2.0"); "step 0"
+            of a step that a flow names.
         path: the field, as the target calls it: "address.street", "items[].price"; "" for the whole.
         source_type, target_type: both types in words; "" where there is none.
         message: what is wrong.
