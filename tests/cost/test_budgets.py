@@ -40,7 +40,7 @@ def spent(cost: float = 0.0, tokens: int = 0, ms: float = 0.0) -> CostTracker:
             "cost",
             0.5,
             0.75,
-            "budget exceeded: max_cost_usd limit 0.5 USD, used 0.75 USD (cost) at node 'a'; raise "
+            "budget exceeded: max_cost_usd limit $0.5, used $0.75 (cost) at node 'a'; raise "
             "max_cost_usd, then resume the run",
         ),
         (
