@@ -591,7 +591,7 @@ async def test_tokens() -> None:
     result = await runner.run([call, call, call], State())
     assert (result.status, len(calls)) == (RunStatus.PARTIAL, 2)
     assert result.failure is not None
-    assert "max_tokens is 25 tokens, 20 tokens spent" in result.failure.message
+    assert "max_tokens is 25 tokens, 20 spent" in result.failure.message
 
 
 async def test_a_budget_of_nothing() -> None:

@@ -143,6 +143,7 @@ def test_only_the_engine_calls_a_nodes_function() -> None:
         ("contracts/node.py", "gives_coroutine"),  # It unwraps partials.
         ("contracts/node.py", "find_node"),  # It asks whose function it is.
         ("runner/pipeline.py", "_parts_of"),  # It reads the code of a flow.
+        ("runner/pipeline.py", "steps_of"),  # So does this.
         ("engine/placed_calls.py", "call_at_place"),  # It asks the place for the call.
         ("drivers/temporal/worker.py", "stroma_worker"),  # It registers the activity of a place.
         ("drivers/temporal/place.py", "_answer"),  # A place makes the call for the engine.

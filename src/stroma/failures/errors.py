@@ -221,12 +221,14 @@ class SharedBudgetExceeded(BudgetExceeded):
         else:
             anew = f"{self.resets_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
             way = f"resume the run after {anew}, when it begins anew, or raise {name}"
+        spent, reserved, requested = (
+            format_amount(one, unit).removesuffix(f" {unit}")
+            for one in (self.actual, self.reserved, self.requested)
+        )
         return (
             f"shared budget {self.budget!r} has no room for a call of node {self.node_id!r}: "
-            f"{name}{whose} is "
-            f"{format_amount(self.limit, unit)}, {format_amount(self.actual, unit)} spent, "
-            f"{format_amount(self.reserved, unit)} reserved by calls in flight, and this one may take "
-            f"{format_amount(self.requested, unit)}; {way}"
+            f"{name}{whose} is {format_amount(self.limit, unit)}, {spent} spent, {reserved} reserved by "
+            f"calls in flight, and this one may take {requested}; {way}"
         )
 
 

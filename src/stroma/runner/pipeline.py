@@ -400,7 +400,7 @@ def _parts_of(nodes: Iterable[Node | Group], seen: set[str]) -> Iterator[str]:
 
 def steps_of(nodes: Iterable[Node | Group]) -> list[Node | Group]:
     """Return the nodes that the bodies of flows among ``nodes`` name, and the flows which those call."""
-    found: dict[Node | Group, None] = {}
+    steps: dict[Node | Group, None] = {}
     remaining = list(nodes)
     while remaining:
         node = remaining.pop(0)
@@ -408,10 +408,10 @@ def steps_of(nodes: Iterable[Node | Group]) -> list[Node | Group]:
             remaining += node.children
         flow: Any = node.func if isinstance(node, FlowNode) else None
         if isinstance(getattr(flow, "body", None), FunctionType):
-            new = [one for one in _named_nodes(flow.body) if one not in found]
-            found.update(dict.fromkeys(new))
+            new = [one for one in _named_nodes(flow.body) if one not in steps]
+            steps.update(dict.fromkeys(new))
             remaining += new
-    return list(found)
+    return list(steps)
 
 
 def _named_nodes(function: FunctionType) -> Iterator[Node | Group]:
