@@ -150,7 +150,7 @@ class FlowDriver(FlowWaits):
     def _withdraw_asked(self, call: FlowCall) -> None:
         """Withdraw the questions that nodes inside a call have asked: the body gave the call up."""
         inside = f"{call.branch}."
-        asked = [
+        questions = [
             one
             for one in self.ctx.session.waiting.values()
             if one.position == self.position
@@ -158,14 +158,14 @@ class FlowDriver(FlowWaits):
             and one.effect is None
             and one.payload is None
         ]
-        if not asked or self.stopping is not None:
+        if not questions or self.stopping is not None:
             return
         if not self.is_live:
             self._withdrawn.append(call)
         elif call.task is None:
-            for question in asked:
+            for question in questions:
                 self.ctx.account.forget_question(question)
-            self._start(call, self.withdraw(*asked))
+            self._start(call, self.withdraw(*questions))
 
     def _find_given_up(self, call: FlowCall) -> FlowCall:
         """Return an effect with the same input that the body gave up and has not taken, else the call."""
