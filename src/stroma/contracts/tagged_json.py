@@ -79,11 +79,11 @@ def tag(value: Any, path: tuple[str, ...], plain: Plain) -> Any:
     if isinstance(value, enum.Enum):
         return {"$c": tag(value.value, path, plain)}
     if isinstance(value, collections.deque):
-        return {"$c": tag(list(value), path, plain)}
+        return {"$q": [tag(list(value), path, plain), value.maxlen]}
     if isinstance(value, BaseModel) or dataclasses.is_dataclass(value):
         return {"$c": tag(plain(value), path, plain)}
     if isinstance(value, re.Pattern):
-        return {"$c": tag(value.pattern, path, plain)}  # A text, or bytes.
+        return {"$r": [tag(value.pattern, path, plain), value.flags & ~re.DEBUG]}  # A text, or bytes.
     if isinstance(value, _textual()):
         return {"$c": str(value)}
     base: Any
@@ -193,6 +193,8 @@ _READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "$d": lambda v: {untag(k): untag(x) for k, x in v},
     "$t": lambda v: tuple(untag(x) for x in v),
     "$s": lambda v: {untag(x) for x in v},
+    "$q": lambda v: collections.deque(untag(v[0]), v[1]),
+    "$r": lambda v: re.compile(untag(v[0]), v[1]),
     "$fs": lambda v: frozenset(untag(x) for x in v),
 }
 
