@@ -26,6 +26,7 @@ from pydantic import (
     HttpUrl,
     IPvAnyNetwork,
     PostgresDsn,
+    PrivateAttr,
     RedisDsn,
     create_model,
     model_validator,
@@ -164,6 +165,46 @@ async def test_dataclasses_that_do_more_than_hold_fields() -> None:
 
 class Text(str):
     pass
+
+
+class Patch(BaseModel):
+    name: str | None = None
+    email: str | None = None
+    note: str = Field("none", exclude=True)
+    _seen: bool = PrivateAttr(False)
+
+
+async def test_only_values_of_fields_pass() -> None:
+    """Between neighbours of one class, private attributes and excluded fields return to their defaults, and
+    ``model_fields_set`` has all fields."""
+    seen: list[Any] = []
+
+    async def write(state: Num) -> Patch:
+        patch = Patch(name="Ada", note="urgent")
+        patch._seen = True
+        return patch
+
+    async def read(state: Patch) -> Patch:
+        seen.append((state.name, state.model_fields_set >= {"name", "email"}, state.note, state._seen))
+        if len(seen) == 1:
+            raise ConnectionError
+        return state
+
+    runner = quick_without_retries(run_id="run")
+    nodes = [node("write", write, output=Patch), node("read", read, input=Patch, output=Patch)]
+    await runner.run(nodes, Num())
+    await runner.run(nodes, Num(), resume=True)
+    assert seen == [("Ada", True, "none", False)] * 2
+
+
+@pytest.mark.parametrize("kind", [collections.deque[int], Any])
+def test_a_deque_comes_back_with_its_bound(kind: Any) -> None:
+    """The ``maxlen`` of a deque crosses each boundary, and comes back from a store."""
+    schema = schema_of(create_model("Window", value=(kind, ...)))
+    model = schema.model.model_validate({"value": collections.deque([1, 2], maxlen=2)})
+    models: list[Any] = [schema.convert(model), schema.restore(schema.snapshot(model))]
+    models.append(schema.decode(schema.encode(model)))
+    assert [(one.value, one.value.maxlen) for one in models] == [(collections.deque([1, 2]), 2)] * 3
 
 
 def test_what_only_a_declared_class_restores_is_refused_under_any() -> None:
