@@ -31,11 +31,13 @@ from stroma import (
     parallel,
     stroma_flow,
 )
+from stroma.checkpoint.durable.leases import LeaseRenewer
 from stroma.engine.context import ReliabilityContext
 from stroma.failures import FailurePolicy
 from stroma.runner.steps import execute_step
 
 store = store_fixture(*FAMILIES)
+one_store = store_fixture("sqlite")
 
 
 class Num(BaseModel):
@@ -350,6 +352,23 @@ async def test_no_attempt_begins_after_a_cancel_has_returned(store: Any) -> None
     assert result.status == "CANCELLED"
     assert max(begun) <= returned
     assert record_of(gate).status == "CANCELLED"
+
+
+async def test_a_cancel_of_a_run_that_completes_first(
+    one_store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cancel() returns False if the run completed before its owner read the request."""
+    monkeypatch.setattr(LeaseRenewer, "_read_requests", lambda *_: None)
+    gate = gate_of(one_store)
+    gate.close("last")
+    run = asyncio.create_task(gate.runner.run(Pipeline("one", [gate.node("last")]), Num(), run_id="r"))
+    await gate.reached["last"].wait()
+    cancelling = asyncio.create_task(gate.runner.cancel("r"))
+    while not one_store.is_request_pending("r"):
+        await asyncio.sleep(0.001)
+    gate.open()
+    assert (await run).status == "COMPLETED"
+    assert await cancelling is False
 
 
 # ---------------------------------------------------------------------- budgets

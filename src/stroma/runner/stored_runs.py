@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from stroma._utils.logs import get_logger
 from stroma.checkpoint import CheckpointManager, CheckpointNotFound, StoreError, Waiting, resolve_schema
-from stroma.checkpoint.decisions import UNFINISHED, not_waiting
+from stroma.checkpoint.decisions import COMPLETE, UNFINISHED, not_waiting
 from stroma.checkpoint.entries import NOT_DONE, SentMessage
 from stroma.checkpoint.events import EventPage, EventPlace
 from stroma.checkpoint.queue import RunLimits, ServedCode
@@ -58,9 +58,10 @@ def limits_of(tokens: int | None, cost_usd: float | None, latency_ms: int | None
 async def request(store: Any, run_id: str, method: str, *arguments: Any) -> bool:
     """Call a method of a store about a run, and wait until the owner of the run has read the request.
 
-    Returns what the method does. A stored request holds, whatever becomes of the owner. An owner that has not
-    read it in 10 seconds is not waited for any longer: its process is stopped, or it is plain code that reads
-    no requests. Raises CheckpointNotFound, StoreError.
+    Returns what the method does; False for a cancel of a run that completed meanwhile. A stored request
+    holds, whatever becomes of the owner. An owner that has not read it in 10 seconds is not waited for any
+    longer: its process is stopped, or it is plain code that reads no requests. Raises CheckpointNotFound,
+    StoreError.
     """
     done: bool = await getattr(store, method)(run_id, *arguments)
     loop = asyncio.get_running_loop()
@@ -83,7 +84,8 @@ async def request(store: Any, run_id: str, method: str, *arguments: Any) -> bool
             await getattr(store, method)(run_id, *arguments)
         except CheckpointNotFound:
             pass
-    return done
+    has_ended = record is not None and record.holder is None and record.status in COMPLETE
+    return done and not (has_ended and method == "cancel")
 
 
 _MAX_NAMED: Final = 10  # questions in a message
