@@ -26,6 +26,7 @@ from stroma import (
     ExecutionBudget,
     Flow,
     InMemoryStore,
+    ItemFailure,
     NodeContract,
     NodeHooks,
     Pipeline,
@@ -33,9 +34,12 @@ from stroma import (
     RunStatus,
     SQLiteStore,
     StepFailed,
+    StromaRunner,
     current_node,
     current_run,
     execute_step,
+    map_over,
+    parallel,
     stroma_flow,
     stroma_node,
 )
@@ -932,3 +936,54 @@ async def test_a_change_before_an_open_wait_is_found(store: Any, change: str) ->
     assert world.calls == ["add 0"]
     is_changed = False
     assert (await run()).status is RunStatus.SUSPENDED
+
+
+class Page(BaseModel):
+    n: int
+
+
+class Sizes(BaseModel):
+    pages: list[Page] = []
+    sizes: list[Page] = []
+    sizes_failures: list[ItemFailure] = []
+
+
+@pytest.mark.parametrize("way", ["alone", "in a group", "in a flow"])
+async def test_failed_items_of_restored_maps_are_counted(store: Any, way: str) -> None:
+    """Failed items of a map that a flow calls are counted in each result: at the suspension, after the
+    resume, of the returned run, of a fork, and at the end of a follow."""
+
+    async def size(page: Page) -> Page:
+        if page.n == 2:
+            raise ValueError("no such page")
+        return page
+
+    sizes = map_over(
+        "pages", node("size", size, input=Page, output=Page), into="sizes", on_item_failure="collect"
+    )
+    called: Any = sizes if way == "alone" else parallel(sizes)
+
+    @stroma_flow("inner", input=Sizes, output=Sizes)
+    async def inner(flow: Flow, state: Sizes) -> Any:
+        await flow.step(called, state)
+        return state
+
+    @stroma_flow("outer", input=Sizes, output=Sizes)
+    async def outer(flow: Flow, state: Sizes) -> Any:
+        await (flow.run(inner, state) if way == "in a flow" else flow.step(called, state))
+        await flow.wait_for(Num, reason="go on?")
+        return await flow.step(last, state)
+
+    last = node("last", lambda state: state, input=Sizes, output=Sizes)
+    runner, pages = StromaRunner.quick(store=store, policy_map=NEVER), Sizes(pages=[Page(n=2), Page(n=3)])
+    first = await runner.run(outer, pages, run_id="run")
+    assert (first.status, first.failed_items) == (RunStatus.SUSPENDED, 1)
+    await runner.signal("run", Num())
+    results = [
+        await runner.run(outer, pages, run_id="run", resume=True),
+        await runner.run(outer, pages, run_id="run", if_exists="return"),
+        await runner.fork("run", outer, at="last", new_run_id="fork"),
+    ]
+    assert [(one.status, one.failed_items) for one in results] == [(RunStatus.RESUMED, 1)] * 3
+    ends = [event async for event in runner.follow("run")]
+    assert ends[-1].details["failed_items"] == 1

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from pydantic import BaseModel
 
-from stroma.checkpoint.decoding import RecordName, decode_json
+from stroma.checkpoint.decoding import RecordName, decode_json, decode_number
 from stroma.checkpoint.errors import CheckpointNotFound
 from stroma.checkpoint.identity import place_before, with_outer
 from stroma.contracts.codec import decode_raw
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from stroma.trace.rejected import RejectedOutput
 
 __all__ = [
+    "ALL_FAILED_ITEMS",
+    "FAILED_ITEMS",
     "INSIDE",
     "NOT_DONE",
     "NO_CONTROL",
@@ -45,10 +47,12 @@ __all__ = [
     "Waiting",
     "count_items",
     "effect_note",
+    "failed_items_note",
     "inside_of",
     "is_effect_note",
     "is_of_pipeline",
     "map_not_found",
+    "noted_failed_items",
 ]
 
 IfExists = Literal["new", "restart", "resume", "return", "error", "attach", "read"]
@@ -437,6 +441,31 @@ def effect_note(position: int, branch: str) -> str:
     return f"{position}:effect:{branch}"
 
 
+#: Kind of the notes about failed items.
+FAILED_ITEMS: Final = "failed"
+
+
+def failed_items_note(position: int, branch: str) -> str:
+    """Return the key of the note about the failed items of a map inside a flow or step.
+
+    The commit of any other map has their number.
+    """
+    return f"{position}:{FAILED_ITEMS}:{branch}"
+
+
+def noted_failed_items(notes: Mapping[str, bytes], run_id: str) -> dict[tuple[int, str], int]:
+    """Return how many items of maps failed, from the notes of a session. Raises CorruptCheckpoint."""
+    failed: dict[tuple[int, str], int] = {}
+    for key, data in notes.items():
+        position, kind, branch = [*key.split(":", 2), "", ""][:3]
+        if kind == FAILED_ITEMS:
+            name = RecordName(run_id, "note", key)
+            failed[decode_number(position, name), branch] = decode_number(data, name)
+    return failed
+
+
+#: Key of the note about the failed items of a whole execution, which its end stores.
+ALL_FAILED_ITEMS: Final = "0:all_failed:"
 #: Key of the note about the usage of an execution that no attempt has.
 USAGE_NOTE: Final = "0:u:"
 

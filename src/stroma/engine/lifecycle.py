@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from stroma.checkpoint import Committed, RunBusy, RunExists, RunRequest, Session, StoreError
-from stroma.checkpoint.entries import NO_CONTROL, USAGE_NOTE, PriorUsage
+from stroma.checkpoint.entries import ALL_FAILED_ITEMS, NO_CONTROL, USAGE_NOTE, PriorUsage, noted_failed_items
 from stroma.checkpoint.sessions import NULL_SESSION
 from stroma.contracts.schema import schema_of
 from stroma.engine.context import ReliabilityContext
@@ -111,7 +111,7 @@ def _begin(ctx: ReliabilityContext, session: Session, *, carry: bool) -> Session
             at: committed.failed_items
             for at, committed in journal.restored.items()
             if committed.step is not None and committed.failed_items
-        }
+        } | noted_failed_items(session.notes, ctx.run_id)
     if session.continued or session.finished is not None:
         journal.prior_unrecorded = unrecorded = PriorUsage.of_no_attempt(session.notes, ctx.run_id)
         if carry:
@@ -154,6 +154,9 @@ async def end_run(
         if session is None:
             return shield.cancellation
         note_usage(ctx)
+        failed_items = ctx.account.failed_items
+        if failed_items or ALL_FAILED_ITEMS in session.notes:
+            session.note(ALL_FAILED_ITEMS, str(failed_items).encode())
         for receiver in ctx.fire.receivers:
             receiver.flush()
         pending = session.end(status.value, error, journal.wake_ms)

@@ -69,7 +69,7 @@ async def restore(
         ) from cause
     if not branch:
         ctx.handover.offer(model)
-    if isinstance(node, Group):
+    if isinstance(node, Group) or not branch:  # The calls of a flow inside a flow are restored one by one.
         ctx.account.failed_items += _failed_items(ctx, position, branch)
     if ctx.fire.on_node_skipped is not None:
         kind: Kind = "group" if isinstance(node, Group) else place.kind
@@ -90,7 +90,7 @@ async def restore(
 
 
 def _failed_items(ctx: ReliabilityContext, position: int, branch: str) -> int:
-    """Return how many items of a restored group failed, including maps inside it."""
+    """Return how many items of maps at and inside a restored place failed."""
     inside = f"{branch}." if branch else ""
     return sum(
         failed

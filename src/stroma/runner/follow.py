@@ -210,6 +210,7 @@ async def _describe_end(stored: StoredRuns, record: RunRecord, redact: Redact | 
         "final_state": hide_state(redact, await stored.read_final_state(record)),
         "total_tokens": record.tokens,
         "total_cost_usd": record.cost_usd,
+        "failed_items": await stored.count_failed_items(record.run_id),
         "suspended": [],
         "questions": [],
     }

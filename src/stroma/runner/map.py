@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from stroma._utils.models import LazyModel
 from stroma._utils.text import one_line
 from stroma.checkpoint import Committed, PipelineChanged, StepCall, inside_of
-from stroma.checkpoint.entries import OF_MAP
+from stroma.checkpoint.entries import OF_MAP, failed_items_note
 from stroma.contracts.contract import ContractRegistry, ContractViolation
 from stroma.contracts.node import Group, Node, first_in
 from stroma.contracts.schema import schema_of
@@ -34,7 +34,7 @@ from stroma.hooks.sets import MapProgress
 from stroma.runner.items import Item, LinesFile, Source
 from stroma.trace.events import AttemptRow, BoundedRows, Outcome
 
-__all__ = ["DEFAULT_CONCURRENCY", "ChildEnds", "MapRun", "branches_in", "item_output"]
+__all__ = ["DEFAULT_CONCURRENCY", "ChildEnds", "MapRun", "branches_in", "is_apart", "item_output"]
 
 #: Items that run at once where their number has no bound and no limit is set.
 DEFAULT_CONCURRENCY: Final = 64
@@ -120,6 +120,11 @@ class ProgressReporter:
             self._is_reporting = False
 
 
+def is_apart(ctx: ReliabilityContext, position: int, branch: str) -> bool:
+    """Return True for a place inside an item of a map that restores its items a few at a time."""
+    return any(position == at and branch.startswith(prefix) for at, prefix in ctx.journal.apart)
+
+
 class MapRun:
     """One attempt of a map."""
 
@@ -172,9 +177,15 @@ class MapRun:
             raise
         await self._progress.report(ended=True)
         self._ctx.account.failed_items += self._progress.failed
-        if (self.outputs is None or self._progress.failed) and self._execution.step is None:
-            # Committed with the group, for a later process that restores it.
-            self._execution.step = StepCall(self._progress.failed, OF_MAP + str(self.count).encode())
+        failed, execution, session = self._progress.failed, self._execution, self._ctx.session
+        # Both are for a later process that restores the map.
+        if execution.step is None:
+            if self.outputs is None or failed:
+                execution.step = StepCall(failed, OF_MAP + str(self.count).encode())
+            return
+        key = failed_items_note(execution.position, execution.branch)
+        if (failed or key in session.notes) and not is_apart(self._ctx, execution.position, execution.branch):
+            session.note(key, str(failed).encode())
 
     # ------------------------------------------------------------------ starting items
 

@@ -31,7 +31,7 @@ from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunCancelled
 from stroma.failures.failure import Failure
 from stroma.hooks.dispatch import HookNotAsync
-from stroma.runner.map import branches_in
+from stroma.runner.map import branches_in, is_apart
 from stroma.runner.pipeline import check_owners, check_state
 from stroma.trace.result import ExecutionResult, RunStatus
 
@@ -163,9 +163,7 @@ async def _restore_inside_item(
 
     Returns their places; the caller removes them afterwards, as there may be very many such items.
     """
-    if not (ctx.journal.apart and branch and ctx.session.continued):
-        return []
-    if not any(position == at and branch.startswith(prefix) for at, prefix in ctx.journal.apart):
+    if not (ctx.session.continued and is_apart(ctx, position, branch)):
         return []
     inside = branches_in(node) if isinstance(node, Group) else []
     pending = ctx.session.committed(position, [branch, *(f"{branch}.{rest}" for rest in inside)])

@@ -14,7 +14,8 @@ from pydantic import BaseModel
 from stroma._utils.logs import get_logger
 from stroma.checkpoint import CheckpointManager, CheckpointNotFound, StoreError, Waiting, resolve_schema
 from stroma.checkpoint.decisions import COMPLETE, UNFINISHED, not_waiting
-from stroma.checkpoint.entries import NOT_DONE, SentMessage
+from stroma.checkpoint.decoding import RecordName, decode_number
+from stroma.checkpoint.entries import ALL_FAILED_ITEMS, NOT_DONE, SentMessage
 from stroma.checkpoint.events import EventPage, EventPlace
 from stroma.checkpoint.queue import RunLimits, ServedCode
 from stroma.contracts.contract import ContractRegistry, check_id
@@ -259,6 +260,11 @@ class StoredRuns:
             return None if data is None else decode_payload(data, None).value
 
         return await asyncio.to_thread(read)
+
+    async def count_failed_items(self, run_id: str) -> int:
+        """Return how many items of the maps of a run that has ended failed."""
+        notes = await asyncio.to_thread(self.journal("flow_notes").flow_notes, run_id)
+        return decode_number(notes.get(ALL_FAILED_ITEMS, b"0"), RecordName(run_id, "note", ALL_FAILED_ITEMS))
 
     def served(self, pipelines: Sequence[Any]) -> dict[str, ServedPipeline]:
         """Return these flows and pipelines by name. Raises ValueError for two of one name, TypeError."""
