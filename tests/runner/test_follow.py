@@ -713,8 +713,15 @@ async def test_redact_holds_for_the_message_at_the_end(
     ends = [(await one)[-1] for one in (streamed, attaching)] + (await collect(runner.follow("run")))[-1:]
     messages = [one.details["failure"]["message"] for one in ends]
     assert messages == ["no mailbox [redacted]", "[redacted]", "no mailbox [redacted]"]
+
+    @runner.flow
+    async def ask(flow: Flow, state: Num) -> Num:
+        found = await flow.step(node("find", lambda _: Text(text="ada@example.org"), output=Text), state)
+        raise ValueError(f"no mailbox {found.text}")
+
+    await runner.run(ask, Num(), run_id="flow")
     for protocol in (vercel, ag_ui):
-        for one in (runner.stream(work, state), runner.follow("run")):
+        for one in (runner.stream(work, state), runner.follow("run"), runner.follow("flow")):
             parts = [json.dumps(part) async for part in protocol(one)]
             assert not [part for part in parts if "ada@" in part]
 

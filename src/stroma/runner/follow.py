@@ -25,7 +25,7 @@ from stroma.engine.execution import RunningNode, current_run
 from stroma.runner.events import EventHub, EventKind, StreamEvent, describe_failure, event_hooks
 from stroma.runner.pipeline import with_hooks
 from stroma.runner.stored_runs import StoredRuns
-from stroma.trace.redaction import Redact, hide_state
+from stroma.trace.redaction import HIDDEN, Redact, hide_state
 
 __all__ = ["decode_events", "follow", "with_event_log"]
 
@@ -219,7 +219,9 @@ async def _describe_end(stored: StoredRuns, record: RunRecord, redact: Redact | 
         record = await asyncio.to_thread(History(stored.store, redact).redact_run, record)
         cause = record.cause
         if reason is not None or cause is None:
-            cause = Cause("", 0, "", 0, "TERMINAL", reason, record.error)
+            # A flow may have raised it, with values of any of its calls.
+            message = record.error if redact is None or reason is not None else HIDDEN
+            cause = Cause("", 0, "", 0, "TERMINAL", reason, message)
         details["failure"] = describe_failure(cause.failure_class, cause.message, cause.reason)
     return details
 
