@@ -3,10 +3,8 @@
 import base64
 import hashlib
 import json
-import urllib.request
 
 import pytest
-from tests.receivers.otlp import OtlpReceiver
 from tests.trace.standalone_pages import check_page
 
 GOOD = '{"start": 1}'
@@ -56,46 +54,6 @@ def test_json(failed, inside):
     bare = json.loads(inside("export", "x", "--no-states").out)
     assert bare["input"] is None
     assert "output" not in bare["attempts"][0]
-
-
-@pytest.mark.slow
-def test_otlp(failed, inside):
-    """A receiver of OTLP over HTTP takes it: the run's span, under it nodes, their attempts and the children
-    of groups."""
-    body = inside("export", "x", "--format", "otlp").out.encode()
-    with OtlpReceiver() as receiver:
-        post = urllib.request.Request(f"{receiver.url}/v1/traces", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(post, timeout=20) as answer:
-            assert answer.status == 200
-        spans = receiver.spans(at_least=14)
-    assert len(spans) == 14
-    assert len({span["trace_id"] for span in spans}) == 1
-    by_id = {span["span_id"]: span for span in spans}
-    assert len(by_id) == 14
-    run = next(span for span in spans if not span["parent_span_id"])
-    assert run["name"] == "invoke_workflow flows"
-    assert run["status"] == "ERROR"
-    assert run["attributes"]["stroma.run.id"] == "x"
-    assert run["attributes"]["stroma.tags"] == ["t"]
-    parents = {
-        span["name"]: by_id[span["parent_span_id"]]["name"] for span in spans if span["parent_span_id"]
-    }
-    assert parents["stroma.node left"] == "stroma.node parallel(left, right)"
-    assert parents["stroma.node flaky"] == "invoke_workflow flows"
-    assert parents["stroma.attempt flaky"] == "stroma.node flaky"
-    attempts = [span for span in spans if span["name"] == "stroma.attempt flaky"]
-    assert sorted((s["attributes"]["stroma.node.attempt"], s["status"]) for s in attempts) == [
-        (1, "UNSET"),
-        (2, "UNSET"),
-    ]
-    assert {s["attributes"].get("stroma.failure_class") for s in attempts} == {"RECOVERABLE", None}
-    for span in spans:
-        around = by_id.get(span["parent_span_id"])
-        assert span["start"] <= span["end"]
-        if around is not None and around is not run:
-            assert around["start"] <= span["start"]
-            assert span["end"] <= around["end"]
-    assert inside("export", "x", "--format", "otlp").out.encode() == body
 
 
 def test_html(failed, inside, stroma):
@@ -188,7 +146,6 @@ def test_messages_are_redacted(stroma, inside, ran):
         ["tail", "x", "--json"],
         ["export", "x", "--no-states"],
         ["export", "x", "--format", "html", "--no-states"],
-        ["export", "x", "--format", "otlp"],
         ["diff", "x", "y", "--json"],
     ):
         assert "47114712" in inside(*words).out, words

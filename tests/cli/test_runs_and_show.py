@@ -275,7 +275,7 @@ def test_every_view_names_the_type(any_url, stroma, ran, inside, monkeypatch):
     assert "BadDate: bad date" in shown
     assert "ConnectionResetError" in inside("runs").out
     assert "ConnectionResetError: ConnectionResetError" not in shown
-    for line in ("tail x", "export x --format otlp", "export x --format html"):
+    for line in ("tail x", "export x --format html"):
         assert "BadDate: bad date" in inside(*line.split()).out, line
     report = json.loads(inside("show", "x", "--json").out)
     first = report["attempts"][0]

@@ -235,7 +235,6 @@ def test_any_number_is_an_answer_or_a_clear_refusal(store: SQLiteStore, serve: A
                 path
             )
         assert site.get("/export", id=run_id, format="html").status == 200
-        assert site.get("/export", id=run_id, format="otlp").status == 200
 
 
 @pytest.mark.parametrize(

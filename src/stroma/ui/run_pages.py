@@ -30,7 +30,6 @@ from stroma.checkpoint.history import (
 from stroma.checkpoint.queue import QUEUED, ServedCode
 from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunRecord, end_of_page
 from stroma.failures.tracebacks import FailureSite
-from stroma.telemetry.otlp_json import otlp_spans
 from stroma.trace.html import cause, document, rejected_output, utc
 from stroma.trace.story import Bar, Story, fields_named
 from stroma.trace.timeline import Timeline, idle_ms, legend
@@ -65,7 +64,6 @@ __all__ = ["RunPages"]
 _MAX_LISTED: Final = 2000
 _LISTED_OF_MORE: Final = 500
 _MAX_DRAWN: Final = 12_000
-_MAX_EXPORTED: Final = 100_000
 _MAX_TEXT: Final = 4000  # characters of a message
 
 
@@ -334,19 +332,13 @@ class RunPages:
             return json_file(payload.value, f"{side}-{this.position}.json")
 
     def export(self, request: Request) -> Response:
-        """Return the run as an HTML or OTLP file."""
+        """Return the run as an HTML file."""
+        if request.query_params.get("format", "") != "html":
+            raise HTTPException(404, "format must be html")
         record = self._renderer.find_record(request)
         with self._large:
-            return self._export(record, request.query_params.get("format", ""))
-
-    def _export(self, record: RunRecord, form: str) -> Response:
-        if form == "html":
             first = self._history.attempt_page(record.run_id, 1, None).attempts
             command = self._resume_command(record, first)
             story = self._history.story(record, max_attempts=_MAX_LISTED, resume_command=command)
             text = document(story).encode("utf-8", "replace")
-            return Response(text, media_type="text/html", headers=as_attachment("run.html"))
-        if form != "otlp":
-            raise HTTPException(404, "format must be html or otlp")
-        attempts, _ = self._history.attempts(record.run_id, _MAX_EXPORTED)
-        return json_file(otlp_spans(record, attempts), "run-otlp.json")
+        return Response(text, media_type="text/html", headers=as_attachment("run.html"))

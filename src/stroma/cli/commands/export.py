@@ -17,7 +17,6 @@ from stroma.cli.formatting import id_word
 from stroma.cli.output import out, write_private
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, db_option
-from stroma.telemetry.otlp_json import otlp_spans
 from stroma.trace.html import document
 
 __all__ = ["export"]
@@ -31,20 +30,17 @@ _DRAWN = 5000
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["json", "otlp", "html"]),
+    type=click.Choice(["json", "html"]),
     default="json",
     show_default=True,
-    help="json: schema stroma.export/1; otlp: body for /v1/traces; html: a page.",
+    help="json: schema stroma.export/1; html: a page.",
 )
 @click.option("-o", "--output", "path", metavar="FILE", help="File to write instead of stdout.")
-@click.option("--states/--no-states", default=True, help="Include inputs and outputs (json and html).")
+@click.option("--states/--no-states", default=True, help="Include inputs and outputs.")
 @redact_option
 @db_option
 def export(run_: str, form: str, path: str | None, states: bool, redact: str | None, db: str | None) -> int:
-    """Write one run as JSON, OTLP or HTML.
-
-    otlp has no inputs and outputs, but the messages of failures.
-    """
+    """Write one run as JSON or HTML."""
     database = Database.from_option(db)
     record = database.find(run_)
     history = History(database.reader, load_redact(redact))
@@ -72,16 +68,13 @@ def _text(history: History, database: Database, record: RunRecord, form: str, st
         )
         return document(history.story(record, max_attempts=_DRAWN, states=states, resume_command=hint))
     attempts, _ = history.attempts(record.run_id, _ALL)
-    if form == "otlp":
-        data: Any = otlp_spans(record, attempts)
-    else:
-        data = {
-            "schema": "stroma.export/1",
-            "run": run_data(record),
-            "input": _state(history.input_at(record.run_id, 0)) if states else None,
-            "attempts": [_attempt(history, record, one, states) for one in attempts],
-        }
-    return json.dumps(data, allow_nan=False, indent=2 if form == "json" else None) + "\n"
+    data = {
+        "schema": "stroma.export/1",
+        "run": run_data(record),
+        "input": _state(history.input_at(record.run_id, 0)) if states else None,
+        "attempts": [_attempt(history, record, one, states) for one in attempts],
+    }
+    return json.dumps(data, allow_nan=False, indent=2) + "\n"
 
 
 def _attempt(history: History, record: RunRecord, one: AttemptRecord, states: bool) -> dict[str, Any]:
