@@ -16,7 +16,7 @@ from tests.store_suite.helpers import finish, settled
 from tests.tiers import examples
 
 from stroma import PostgresStore, RunExists
-from stroma.checkpoint.entries import RunRequest
+from stroma.checkpoint.entries import RunRequest, SentMessage
 from stroma.checkpoint.queue import (
     Candidate,
     ClaimRequest,
@@ -250,6 +250,35 @@ async def test_control_of_a_queued_run(store: Any) -> None:
     assert await claim(store) == []
     assert await store.unpause("s")
     assert await claim(store) == ["s"]
+
+
+@pytest.mark.parametrize("take_back", ["unpause", "reopen"])
+async def test_a_queued_run_whose_pause_ends_is_queued_as_before(store: Any, take_back: str) -> None:
+    """A queued run that was paused, even twice, has its due time, priority, key and latest start again once
+    the pause is taken back; a message in between changes none of them."""
+    place = {"due_ms": NOW + 5, "priority": 3, "key": "k", "expires_ms": NOW + 9}
+    await submit(store, "later", **place)
+    await submit(store, "urgent", due_ms=NOW + 5, priority=-1)
+    for _ in range(2):
+        assert await store.pause("later")
+    await store.send("later", SentMessage(0, "", "m", b"1"))
+    assert store.get_run("later").status == "SUSPENDED"
+    assert await getattr(store, take_back)("later")
+    record = store.get_run("later")
+    assert (record.status, record.due_ms, record.priority) == ("QUEUED", NOW + 5, 3)
+    assert (record.key, record.expires_ms) == ("k", NOW + 9)
+    assert await claim(store, now_ms=NOW + 4) == []
+    assert await claim(store, now_ms=NOW + 5) == ["urgent", "later"]
+
+
+async def test_a_queued_run_expires_after_its_pause(store: Any) -> None:
+    """A queued run whose latest start passes during a pause is FAILED as expired once the pause ends."""
+    await submit(store, "r", expires_ms=NOW // 2)
+    await store.pause("r")
+    await store.unpause("r")
+    assert await claim(store) == ["r"]
+    session = await open_claimed(store, "r")
+    assert (session.finished.status, session.finished.reason) == ("FAILED", "expired")
 
 
 async def test_many_workers_claim_each_run_once(store: Any) -> None:

@@ -808,6 +808,7 @@ class StromaRunner(Generic[DepsT]):
     async def unpause(self, run_id: str) -> bool:
         """Take a pause back, so that a worker continues the run; :meth:`resume` continues it here.
 
+        A run that was paused before it started is queued again, with its due time and its latest start.
         Returns False if the run was not paused, or has ended. Raises CheckpointNotFound, StoreError.
         """
         return await self._stored.request(run_id, "unpause")

@@ -12,8 +12,9 @@ from typing import Final, Literal
 
 from stroma.checkpoint.decoding import decode_json, decode_number
 from stroma.checkpoint.durable.annotations import RunRecords, name_of
-from stroma.checkpoint.durable.rows import Annotation, Step, StepRow
+from stroma.checkpoint.durable.rows import Annotation, RunRow, Step, StepRow
 from stroma.checkpoint.entries import RunControl
+from stroma.checkpoint.queue import QUEUED
 
 __all__ = [
     "CANCEL",
@@ -21,9 +22,11 @@ __all__ = [
     "PAUSE",
     "accept_requests",
     "forget_requests",
+    "paused_due_ms",
     "read_control",
     "request",
     "request_budget",
+    "request_pause",
     "to_control",
 ]
 
@@ -36,9 +39,19 @@ BudgetField = Literal["max_tokens_total", "max_cost_usd", "max_latency_ms"]
 KINDS: Final = (Annotation.CONTROL, Annotation.REQUEST)
 
 
-def request(records: RunRecords, key: str, data: bytes = b"") -> None:
+def request(records: RunRecords, key: str, data: bytes = b"", number: int | None = None) -> None:
     """Store a request about an existing run."""
-    records.put(Annotation.REQUEST, key, key, Step("", "", data, b""))
+    records.put(Annotation.REQUEST, key, key, Step("", "", data, b"", number))
+
+
+def request_pause(records: RunRecords, run: RunRow) -> None:
+    """Store a request for a pause. The one of a queued run has its due time as its number."""
+    request(records, PAUSE, number=run.wake_ms if run.status == QUEUED else paused_due_ms(records))
+
+
+def paused_due_ms(records: RunRecords) -> int | None:
+    """Return the due time of a run that was paused before it started, in ms since the epoch."""
+    return next((row.step.number for row in records.all(*KINDS, branch=PAUSE)), None)
 
 
 def request_budget(records: RunRecords, limits: Mapping[str, float]) -> None:

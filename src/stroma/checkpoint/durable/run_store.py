@@ -27,9 +27,11 @@ from stroma.checkpoint.durable.control import (
     CANCEL,
     PAUSE,
     forget_requests,
+    paused_due_ms,
     read_control,
     request,
     request_budget,
+    request_pause,
 )
 from stroma.checkpoint.durable.conversion import open_step_input, to_committed
 from stroma.checkpoint.durable.fork import fork_run
@@ -239,7 +241,7 @@ class RunStore(ReadableStore):
         def do(records: RunRecords, run: RunRow) -> bool:
             if run.holder is None and run.status not in ("RUNNING", *UNFINISHED):
                 return False
-            request(records, PAUSE)
+            request_pause(records, run)
             if run.holder is None:
                 finish_execution(records, _fence_off(records.rows, run, new), RunEnd("SUSPENDED", PAUSED))
                 records.rows.wake(run, None)
@@ -250,22 +252,25 @@ class RunStore(ReadableStore):
     async def unpause(self, run_id: str) -> bool:
         """End a pause: the run is due, so that a worker continues it.
 
-        Returns False if it was not paused, or has ended. Raises CheckpointNotFound, StoreError.
+        A run that had not started is queued again, as it was. Returns False if it was not paused, or has
+        ended. Raises CheckpointNotFound, StoreError.
         """
+        new = str(new_owner(self, ends=False))
 
         def do(records: RunRecords, run: RunRow) -> bool:
             if not read_control(records).pause:
                 return False
+            due_ms = paused_due_ms(records)
             forget_requests(records, PAUSE)
             if run.holder is None and run.status not in ("RUNNING", *UNFINISHED):
                 return False
-            records.rows.wake(run)
+            _end_pause(records.rows, run, due_ms, new)
             return True
 
         return await self._request(run_id, do)
 
     async def reopen(self, run_id: str) -> bool:
-        """Make a run due that stopped, failed or was cancelled. Undoes a pause and a cancellation.
+        """Make a run due that stopped, failed or was cancelled, and take a pause back as unpause() does.
 
         Returns False if it is complete, or has an owner. Raises CheckpointNotFound, StoreError.
         """
@@ -274,11 +279,12 @@ class RunStore(ReadableStore):
         def do(records: RunRecords, run: RunRow) -> bool:
             if run.holder is not None or run.status in COMPLETE:
                 return False
+            due_ms = paused_due_ms(records)
             forget_requests(records, CANCEL, PAUSE)
             if run.mark is not None:
                 records.rows.block(run, None)
             if run.status in UNFINISHED:
-                records.rows.wake(run)
+                _end_pause(records.rows, run, due_ms, new)
             elif run.status != "RUNNING":  # One whose owner died is due as it is.
                 finish_execution(records, _fence_off(records.rows, run, new), RunEnd("INTERRUPTED"))
             return True
@@ -484,6 +490,15 @@ def _fence_off(rows: Rows, run: RunRow, owner: str) -> Fence:
     if _records_end(run):
         return rows.replace_owner(run, owner)
     return Fence(run.run, run.execution, run.epoch, run.owner or "", 0.0)
+
+
+def _end_pause(rows: Rows, run: RunRow, due_ms: int | None, owner: str) -> None:
+    """Make a run due; one that was paused before it started is queued again, as it was."""
+    if due_ms is None or run.holder is not None:
+        rows.wake(run)
+    else:
+        entry = QueueEntry(due_ms, run.priority or 0, run.key, run.expires_ms)
+        rows.enqueue(_fence_off(rows, run, owner), entry)
 
 
 def submit_run(

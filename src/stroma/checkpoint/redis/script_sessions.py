@@ -170,7 +170,7 @@ function ops.renew(token, epoch, owner, acknowledged, lease)
   return redis.call('HINCRBY', run, 'writes', 1)
 end
 
--- Releases an execution that has just begun, until a worker opens it.
+-- Releases an execution that has not started, until a worker opens it.
 function ops.enqueue(id, owner, due, priority, key, expires)
   local f = fields(run, 'owner', 'pipeline')
   if f.owner ~= owner then return 'changed' end
