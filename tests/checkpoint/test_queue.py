@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import threading
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from tests.shared_stores import ON_SERVERS, STORES, opened, place
 from tests.store_suite.helpers import finish, settled
 from tests.tiers import examples
 
-from stroma import PostgresStore, RunExists
+from stroma import PostgresStore, RunExists, SQLiteStore
 from stroma.checkpoint.entries import RunRequest, SentMessage
 from stroma.checkpoint.queue import (
     Candidate,
@@ -166,6 +169,17 @@ async def test_keys_share_the_workers(store: Any) -> None:
     assert await claim(store, 3) == ["b1", "a2", "a3"]
 
 
+async def test_finished_runs_of_a_key_do_not_count(store: Any) -> None:
+    """Of keys without live runs, the run that is due first starts first; a live run of its key delays it."""
+    for number in range(3):
+        await submit(store, f"a{number}", key="a", due_ms=NOW - 9)
+    await submit(store, "b0", key="b")
+    assert await claim(store, 1) == ["a0"]
+    await finish(await open_claimed(store, "a0"))
+    assert await claim(store, 1) == ["a1"]
+    assert await claim(store) == ["b0", "a2"]
+
+
 async def test_limits_of_runs(store: Any) -> None:
     """At most max_runs runs of a pipeline, and max_runs_per_key of a key, have an owner or a claim; others
     wait."""
@@ -178,6 +192,59 @@ async def test_limits_of_runs(store: Any) -> None:
     assert await claim(store, p=limits) == []
     await finish(session)
     assert await claim(store, p=limits) == ["b1"]
+
+
+@pytest.mark.parametrize("how", ["suspended", "lost", "blocked"])
+async def test_runs_that_stopped_are_picked_as_queued_ones(store: Any, how: str) -> None:
+    """Among runs that are due again, priority comes first, and those of a key at its limit do not delay
+    another key, even if they are due for longer."""
+    runs = [(f"a{number}", 0, "a") for number in range(4)]
+    runs += [("b0", 0, "b"), ("plain", 1, None), ("urgent", -1, None)]
+    for run_id, priority, key in runs:
+        await submit(store, run_id, priority=priority, key=key)
+    await submit(store, "last", pipeline="q")
+    await claim(store, p=RunLimits(), q=RunLimits())
+    lease_seconds = 0.1 if how == "lost" else 30.0
+    sessions = [await open_claimed(store, run_id, lease_seconds=lease_seconds) for run_id, _, _ in runs]
+    sessions.append(await open_claimed(store, "last", pipeline="q", lease_seconds=lease_seconds))
+    for due_ms, session in enumerate(sessions, NOW - len(sessions)):
+        if how == "lost":
+            session.abandon()
+            continue
+        await settled(session.end("SUSPENDED", None, due_ms))
+        if how == "blocked":
+            await store.block(session.run_id, "changed", "code", None, due_ms)
+    del session, sessions
+    later, limits = NOW + 1_000_000, RunLimits(max_runs_per_key=1)
+    async with asyncio.timeout(10):
+        while not await claim(store, now_ms=later, q=RunLimits()):  # Its lease ends last.
+            await asyncio.sleep(0.01)
+    assert await claim(store, 1, now_ms=later, p=limits) == ["urgent"]
+    assert await claim(store, 2, now_ms=later, p=limits) == ["a0", "b0"]
+    assert await claim(store, 1, now_ms=later, p=limits) == ["plain"]
+    assert await claim(store, now_ms=later) == ["a1", "a2", "a3"]
+
+
+async def test_a_claim_reads_no_suspended_run_that_is_not_due(tmp_path: Path) -> None:
+    """In SQLite, the suspended runs that are not due are behind the end of the index that a claim reads."""
+    async with SQLiteStore(tmp_path / "runs.db") as store:
+        await submit(store, "r")
+        texts: list[str] = []
+
+        def read(rows: Any) -> None:
+            rows.db.set_trace_callback(texts.append)
+            rows.candidates("p", ClaimRequest("t", 30.0, 10, NOW, {"p": RunLimits()}))
+
+        store.read(read, None)
+    with closing(sqlite3.connect(tmp_path / "runs.db")) as db:
+        plans = [
+            [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {text}")]
+            for text in texts
+            if "runs_by_wake" in text
+        ]
+    searched = [line for plan in plans for line in plan if "runs_by_wake" in line]
+    assert len(plans) == 2
+    assert all("(pipeline=? AND wake_ms<?)" in line for line in searched)
 
 
 async def test_owners_that_are_gone_hold_no_place(store: Any) -> None:

@@ -158,7 +158,7 @@ def choose(
     """Return the runs to claim, the first one first: by priority, then fair over keys, then by due time.
 
     The rank of a run within its priority is the number of live runs of its key and of earlier runs of its key
-    among the candidates, so that a key with many runs does not delay the first one of another key.
+    among the candidates, so that a key with live runs does not delay the first run of another key.
     ``candidates``: in the order in which they were submitted, where their times are equal. ``live``: runs
     with an owner or a claim, by pipeline and key.
     """

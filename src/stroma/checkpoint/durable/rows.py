@@ -343,16 +343,16 @@ class Rows(Protocol):
 
     # ---- queue
     def enqueue(self, fence: Fence, entry: QueueEntry) -> None:
-        """Release an execution that has just begun as QUEUED, until a worker opens it."""
+        """Release an execution that has not started as QUEUED, until a worker opens it."""
         ...
 
     def candidates(self, pipeline: str, request: ClaimRequest) -> list[Candidate]:
         """Return runs of a pipeline that are due and have no claim; see ``decisions.is_due``.
 
-        The first ``limit`` queued runs of each key, and at most ``limit`` of those that stopped, of those
-        whose owner is gone, and of those that are blocked for other code, or were for long enough. All are of
-        a version that the code serves. No other transaction returns them before this one ends, or claim()
-        does not claim them.
+        The first ``limit`` runs of each key, by priority and due time: of those that are queued, of those
+        that stopped, of those whose owner is gone, and of those that are blocked for other code, or were for
+        long enough. All are of a version that the code serves. No other transaction returns them before this
+        one ends, or claim() does not claim them.
         """
         ...
 

@@ -101,9 +101,9 @@ function ops.newest(from, lowest, limit, pipeline, statuses)
 end
 
 -- Returns (order of submission, id, priority, due, '=' and key or '') of runs of a pipeline that are due and
--- have no claim: the first queued runs of each key, runs that stopped or whose lease is over, and blocked
--- ones that this code has not refused, or long ago. Wakes have the clock of the clients, leases that of the
--- server. Of many blocked runs a part is looked at; where: 0 to 1.
+-- have no claim, the first ones of each key: queued runs, runs that stopped or whose lease is over, and
+-- blocked ones that this code has not refused, or long ago. Wakes have the clock of the clients, leases that
+-- of the server. Of very many stopped and blocked runs a part is looked at; where: 0 to 1.
 function ops.candidates(pipeline, version, now, limit, most, code, where)
   local ms, found, examined = now_ms(), {}, 0
   local place = lane_of(pipeline, version)
@@ -115,9 +115,8 @@ function ops.candidates(pipeline, version, now, limit, most, code, where)
   end
   -- Adds those of these runs that are due. Runs that are in the list no more are removed from it.
   local function add_due(list, ids, blocked)
-    local count = 0
-    for _, id in ipairs(ids) do
-      if count >= limit then break end
+    local due, taken = {}, {}
+    for at, id in ipairs(ids) do
       local f = fields_if_hash(prefix_of(id) .. 'run', 'status', 'until_ms', 'wake_ms', 'pipeline',
           'claim_until', 'priority', 'key', 'version', 'blocked_until_ms', 'blocked_codes', 'order')
       local status, wake, blocked_until = f.status, f.wake_ms, f.blocked_until_ms
@@ -128,13 +127,30 @@ function ops.candidates(pipeline, version, now, limit, most, code, where)
           or not stopped and (tonumber(f.until_ms or 0) or 0) < ms)
           and (not blocked or tonumber(blocked_until) <= now
             or not string.find(f.blocked_codes or '', code, 1, true)) then
-        add(id, {priority = f.priority, key = f.key, order = blocked and f.order}, stopped and wake or 0)
-        count = count + 1
+        due[#due + 1] = {id = id, priority = tonumber(f.priority or 0) or 0, key = f.key,
+            order = blocked and f.order, due = stopped and tonumber(wake) or 0, at = at}
       end
     end
+    table.sort(due, function(a, b)
+      if a.priority ~= b.priority then return a.priority < b.priority end
+      if a.due ~= b.due then return a.due < b.due end
+      return a.at < b.at
+    end)
+    for _, one in ipairs(due) do
+      local key = one.key or ''
+      taken[key] = (taken[key] or 0) + 1
+      if taken[key] <= limit then add(one.id, one, one.due) end
+    end
   end
-  add_due(DUE .. place, redis.call('ZRANGEBYSCORE', DUE .. place, '-inf', math.max(now, ms), 'LIMIT', 0,
-      most))
+  -- Of many, those that are due for longest, and others from a random place on.
+  local part, until_ms = most / 4, math.max(now, ms)
+  local function due_from(first)
+    return redis.call('ZRANGEBYSCORE', DUE .. place, '-inf', until_ms, 'LIMIT', first, part)
+  end
+  local ids, count = due_from(0), redis.call('ZCOUNT', DUE .. place, '-inf', until_ms)
+  local second = part + (count > 2 * part and math.floor(where * (count - part)) or 0)
+  for _, id in ipairs(due_from(second)) do ids[#ids + 1] = id end
+  add_due(DUE .. place, ids)
   local first = math.floor(where * math.max(redis.call('ZCARD', BLOCKED .. place) - most / 2, 0))
   add_due(BLOCKED .. place, redis.call('ZRANGE', BLOCKED .. place, first, first + most / 2), true)
   local keys = redis.call('SMEMBERS', QUEUE_KEYS .. place)

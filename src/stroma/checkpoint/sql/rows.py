@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
@@ -233,7 +234,11 @@ class SqlRows(ABC):
             if self._is_lost(owner, left_seconds)
         }
         if lost:
-            chosen = list(lost)[: request.limit]
+            taken, chosen = Counter[str | None](), list[Any]()
+            for run, (_, one) in lost.items():
+                taken[one.key] += 1
+                if taken[one.key] <= request.limit:
+                    chosen.append(run)
             owners = [lost[run][0] for run in chosen]
             candidates += [lost[run][1] for (run,) in self._all(sql.LOCK_RUNNING, runs=chosen, owners=owners)]
         return candidates

@@ -22,6 +22,7 @@ _SERVER_CLOCK: Final = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
 _FOR_SQLITE: Final = (
     (r"\b(now_ms|clock_ms)\(\)", r":\1"),
     (r"= ANY\((:\w+)\)", r"IN (SELECT value FROM json_each(\1))"),
+    (r"= ANY \(ARRAY(\(.*\))\)", r"IN \1"),
     (r"\bstrpos\(", "instr("),
     (r"\bFOR UPDATE( OF r)?( SKIP LOCKED)?", ""),
 )
@@ -236,25 +237,38 @@ _SERVED_DUE: Final = f"r.pipeline = :pipeline AND r.wake_ms <= :now AND {_SERVED
 _DUE: Final = f"{_SERVED_DUE} AND r.blocked_since_ms IS NULL"
 # Other workers skip the rows that one of them is about to claim.
 _LOCKED: Final = "FOR UPDATE OF r SKIP LOCKED"
-_STOPPED: Final = f"""{_CANDIDATE} INDEXED BY runs_by_wake WHERE {_DUE} AND r.status IN ('SUSPENDED',
-    'INTERRUPTED') ORDER BY r.wake_ms LIMIT :limit {_LOCKED}"""
-_BLOCKED: Final = f"""{_CANDIDATE} INDEXED BY runs_by_block WHERE {_SERVED_DUE} AND r.blocked_since_ms
-    IS NOT NULL AND {_BLOCK_OVER} AND r.status IN ('SUSPENDED', 'INTERRUPTED', 'QUEUED') ORDER BY
-    r.blocked_since_ms LIMIT :limit {_LOCKED}"""
-# Without keys, the rows come from the index in order.
-_QUEUED: Final = f"""{_CANDIDATE} INDEXED BY runs_by_queue WHERE {_DUE} AND r.status = 'QUEUED' AND
-    r.queue_key IS NULL ORDER BY r.priority, r.wake_ms, r.run LIMIT :limit {_LOCKED}"""
-_QUEUED_BY_KEY: Final = f"""{_CANDIDATE} WHERE {_DUE} AND r.status = 'QUEUED' AND r.run IN (SELECT run
-    FROM ( SELECT r.run, row_number() OVER (PARTITION BY r.queue_key ORDER BY r.priority, r.wake_ms,
-    r.run) AS place FROM runs r INDEXED BY runs_by_key WHERE {_DUE} AND r.status = 'QUEUED' AND
-    r.queue_key IS NOT NULL) AS placed WHERE place <= :limit) ORDER BY r.run {_LOCKED}"""
-CANDIDATES: Final = (_STOPPED, _QUEUED, _QUEUED_BY_KEY, _BLOCKED)
+
+
+def _first_of_each_key(index: str, condition: str) -> tuple[str, str]:
+    """Return the queries of the first runs without a key, and of the first ones of each key."""
+    order = "r.priority, r.wake_ms, r.run"
+    return (
+        f"""{_CANDIDATE} INDEXED BY {index} WHERE {condition} AND r.queue_key IS NULL ORDER BY {order}
+            LIMIT :limit {_LOCKED}""",
+        # An array is made once. A server without statistics would join the subquery row by row.
+        f"""{_CANDIDATE} WHERE {condition} AND r.run = ANY (ARRAY(SELECT run FROM (SELECT r.run, row_number()
+            OVER (PARTITION BY r.queue_key ORDER BY {order}) AS place FROM runs r INDEXED BY {index} WHERE
+            {condition} AND r.queue_key IS NOT NULL) AS placed WHERE place <= :limit)) ORDER BY r.run
+            {_LOCKED}""",
+    )
+
+
+_QUEUED: Final = f"{_DUE} AND r.status = 'QUEUED'"
+_STOPPED: Final = f"{_DUE} AND r.status IN ('SUSPENDED', 'INTERRUPTED')"
+_BLOCKED: Final = f"""{_SERVED_DUE} AND r.blocked_since_ms IS NOT NULL AND {_BLOCK_OVER}
+    AND r.status IN ('SUSPENDED', 'INTERRUPTED', 'QUEUED')"""
+CANDIDATES: Final = (
+    *_first_of_each_key("runs_by_wake", _STOPPED),
+    _first_of_each_key("runs_by_queue", _QUEUED)[0],  # The rows come from the index in order.
+    _first_of_each_key("runs_by_key", _QUEUED)[1],
+    *_first_of_each_key("runs_by_block", _BLOCKED),
+)
 # Of owners on this machine it is known at once that they are gone; they may be few of very many.
 RUNNING: Final = f"""SELECT r.run, r.run_id, r.pipeline, r.priority, r.queue_key, r.lease_owner,
     {_LEFT_SECONDS} FROM runs r WHERE r.status = 'RUNNING' AND r.pipeline = :pipeline AND r.execution
     > 0 AND {_FREE} AND {_SERVED} AND (r.blocked_since_ms IS NULL OR {_BLOCK_OVER}) AND
     (r.lease_until_ms IS NULL OR r.lease_until_ms < clock_ms() OR substr(r.lease_owner, 1,
-    length(CAST(:machine AS text))) = :machine) ORDER BY r.started_ms"""
+    length(CAST(:machine AS text))) = :machine) ORDER BY r.priority, r.started_ms"""
 LOCK_RUNNING: Final = f"""SELECT r.run FROM runs r WHERE r.run = ANY(:runs) AND r.status = 'RUNNING'
     AND {_FREE} AND r.lease_owner = ANY(:owners) ORDER BY r.run {_LOCKED}"""
 _LIVE: Final = (
