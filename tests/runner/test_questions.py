@@ -238,6 +238,16 @@ async def test_a_timeout_after_an_answer_changes_nothing(store: Any, clock: Cloc
     assert (result.status, result.final_state) == (RunStatus.RESUMED, Names(names=["Grace"]))
 
 
+async def test_an_answer_is_accepted_until_a_process_records_the_timeout(store: Any, clock: Clock) -> None:
+    """An answer that comes after the time of its question is used if no process has looked in between."""
+    flow = asking_flow("", timeout=timedelta(days=7))
+    await runner_on(store).run(flow, Num())
+    clock.pass_by(days=8)
+    await runner_on(store).signal("r", Approval(by="Grace"))
+    result = await runner_on(store).run(flow, Num())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Names(names=["Grace"]))
+
+
 @pytest.mark.core
 async def test_an_answer_wins_over_the_end_of_its_question(
     store: Any, monkeypatch: pytest.MonkeyPatch
