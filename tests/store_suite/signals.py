@@ -59,7 +59,7 @@ class SignalTests:
         await finish(session, "SUSPENDED", "may I?")
         assert store.waiting("run") == [question]
         assert [a.tokens for a in store.attempts("run")] == [0, 3]
-        with pytest.raises(StoreError, match="is not open"):
+        with pytest.raises(StoreError, match="has no question"):
             await settled(store.signal("run", question._replace(position=0, payload=b"1")))
         for _ in range(2):  # repeating an answer changes nothing
             await settled(store.signal("run", question._replace(payload=b'{"yes":"\xc3\xa9"}')))
@@ -79,7 +79,7 @@ class SignalTests:
         await finish(earlier, "SUSPENDED")
         assert dict((await begin(store, if_exists="restart")).waiting) == {}
         assert store.waiting("run") == []
-        with pytest.raises(StoreError, match="is not open"):
+        with pytest.raises(StoreError, match="has no question"):
             await settled(store.signal("run", question._replace(payload=b"1")))
         assert store.waiting("run") == []
 
@@ -103,7 +103,7 @@ class SignalTests:
         (stored,) = store.waiting("run")
         assert (stored.reason, stored.effect[:2]) == ("effect", call[:2])
         assert "no answer" in stored.effect.cause
-        with pytest.raises(StoreError, match="is not open"):
+        with pytest.raises(StoreError, match="has no question"):
             await settled(store.signal("run", question._replace(number=1, payload=NOT_DONE)))
         await settled(store.signal("run", stored._replace(payload=NOT_DONE)))
         again = await begin(store, if_exists="resume")
