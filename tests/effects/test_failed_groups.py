@@ -67,7 +67,7 @@ def shop_flow(
     if in_map:
         group = map_over(lambda order: [order], charge, into=Journal())
     if shop.hangs:
-        runner = runner.with_node_timeouts({group.node_id: 50})
+        runner = runner.with_node_timeouts({group.node_id: 500})
 
     @runner.flow("buy", input=Order, output=Num)
     async def buy(flow: Flow, order: Order) -> Num:
