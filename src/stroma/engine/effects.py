@@ -162,8 +162,13 @@ class Effect:
     def _take_over(self) -> None:
         """Take the place of a call with the same input in a group that the body of a flow has seen fail."""
         run, journal, own = self._run, self._run.ctx.journal, self._first
-        for place, one in _intents(run.ctx, run.position).items():
-            if not one.is_open or (one.node_id, one.digest) != (run.node_id, self._digest):
+        if not journal.effect_places:
+            for place, known in _intents(run.ctx, run.position).items():
+                key = run.position, known.node_id, known.digest
+                journal.effect_places.setdefault(key, []).append(place)
+        for place in journal.effect_places.get((run.position, run.node_id, self._digest), ()):
+            one = _read(run, place)
+            if one is None or not one.is_open:
                 continue
             holder = journal.taken_over.get(place, _holder_of(one))
             if holder == own or any(_is_inside(holder, group) for group in journal.failed_groups):
@@ -437,8 +442,8 @@ def _intents(ctx: ReliabilityContext, position: int) -> dict[NotePlace, Intent]:
     intents: dict[NotePlace, Intent] = {}
     for name in {**ctx.session.notes, **known}:
         if name.startswith(prefix):
-            record = RecordName(ctx.run_id, "note", name)
-            one = known.get(name) or decode_json(ctx.session.notes[name], Intent, record)
+            data = ctx.session.notes.get(name, b"")
+            one = known.get(name) or decode_json(data, Intent, RecordName(ctx.run_id, "note", name))
             intents[position, name.removeprefix(prefix)] = one
     return intents
 

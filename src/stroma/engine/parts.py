@@ -75,9 +75,8 @@ class Account:
         """Remove a question that was closed from the result."""
         if any(one.id == waiting.id for one in self.questions):
             self.questions = tuple([one for one in self.questions if one.id != waiting.id])
-            reasons = list(self.suspended)
-            reasons.remove(waiting.reason)
-            self.suspended = tuple(reasons)
+            at = self.suspended.index(waiting.reason)
+            self.suspended = self.suspended[:at] + self.suspended[at + 1 :]
 
     def note_hook_failure(self, failure: HookFailure) -> None:
         """Add the exception of a hook to the result."""

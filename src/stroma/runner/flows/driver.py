@@ -331,6 +331,7 @@ class FlowDriver(FlowWaits):
             what.suspended, what.outcome, future = None, what.end, what.future
             if type(what.end) is StepFailed and what.is_effect and type(what.node) is not Node:
                 self.ctx.journal.failed_groups.add((self.position, what.branch))
+                self.ctx.journal.effect_places.clear()
             if what.topic is not None:
                 self.receiving.discard(what.topic)
                 self.look_at = 0.0

@@ -15,8 +15,7 @@ from stroma.checkpoint import StoreError, Waiting
 from stroma.checkpoint.entries import SentMessage, UnknownCall
 from stroma.checkpoint.flow_notes import message_label
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.effects import REASON as EFFECT
-from stroma.engine.effects import settle_failed_groups
+from stroma.engine.effects import REASON, settle_failed_groups
 from stroma.engine.outcome import STOPPED, Halt, Place, Stopped
 from stroma.engine.questions import announce, make_question
 from stroma.engine.tasks import Shield, raise_if
@@ -268,10 +267,7 @@ class FlowWaits:
         self.stop(Halt(failure, suspended=True))
 
     async def ask_about_effects(self) -> bool:
-        """Suspend a flow that ends while nobody knows how effects in its failed groups ended.
-
-        Return False if there are none.
-        """
+        """Suspend a flow that ends while outcomes in its failed groups are unknown; False without any."""
         ctx, session = self.ctx, self.ctx.session
         unknown = settle_failed_groups(ctx, self.position)
         for place, call in unknown:
@@ -279,14 +275,14 @@ class FlowWaits:
             contract = ctx.registry.find(call.node_id)
             about = UnknownCall(call.key, call.number, "its group failed, and the flow has ended")
             schema = None if contract is None else contract.output_schema
-            question = make_question(session, Place(*place), call.node_id, EFFECT, schema, about)
+            question = make_question(session, Place(*place), call.node_id, REASON, schema, about)
             if known is None or known.number != question.number:
                 await self.see_through(partial(session.ask, question))
                 if self.stopping is None:
                     await announce(ctx, question)
             ctx.account.note_question(question)
         if unknown and self.stopping is None:
-            self._suspend(EFFECT)
+            self._suspend(REASON)
         return bool(unknown)
 
     def mark(self, kind: MarkKind, branch: str, reason: str, began_ms: float) -> None:
