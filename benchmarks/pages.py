@@ -33,10 +33,11 @@ from tests.ui.test_large_run import make_large_run
 
 from stroma import Pipeline, SQLiteStore, StromaRunner
 from stroma.checkpoint.history import History
-from stroma.ui.app import Settings, make_app
+from stroma.ui.app import make_app
 from stroma.ui.rendering import Renderer
 from stroma.ui.run_pages import RunPages
 from stroma.ui.security import Keys
+from stroma.ui.settings import Settings
 
 ROUNDS = 15
 VIEWERS = 50

@@ -46,7 +46,7 @@ BUILT_IN = (
     "ValueError",
 )
 #: Part of a package, but not of what a pipeline's author meets.
-NOT_SHOWN = ("demo/provider.py", "demo/answers.py")
+NOT_SHOWN = ("demo/provider.py", "demo/provider.py")
 
 #: What each `reason` of a failure means, and what to do.
 REASONS = {

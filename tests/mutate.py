@@ -53,7 +53,7 @@ CORE = (
     "trace/result",
     "trace/trace",
     "checkpoint/durable/session",
-    "checkpoint/sqlite/rows",
+    "checkpoint/sqlite/connection",
     "checkpoint/sqlite/file",
 )
 

@@ -28,8 +28,8 @@ from stroma import (
 )
 from stroma.adapters import Guard
 from stroma.checkpoint import Fenced
-from stroma.checkpoint.durable.leases import LeaseRenewer
 from stroma.checkpoint.durable.owner import Owner
+from stroma.checkpoint.durable.store import LeaseRenewer
 from stroma.failures.errors import RunCancelled
 
 

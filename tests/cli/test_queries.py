@@ -6,8 +6,7 @@ import re
 import pytest
 from tests.cli.conftest import GOOD
 
-from stroma.cli.resume_plan import _change_lines
-from stroma.runner.compatibility import Incompatibility
+from stroma.cli.resume_plan import Incompatibility, _change_lines
 
 SLOW = "current_node().report_usage(input_tokens=7, model='gpt-4o-mini'); raise TimeoutError('too slow')"
 #: What a terminal would obey, in every place where a store can hold text.

@@ -15,11 +15,11 @@ from tests.kit import NEVER, Num
 from tests.store_suite.journal import State, begin, commit, finish
 
 from stroma import SQLiteStore, StromaRunner
+from stroma._utils.hiding import HIDDEN
 from stroma._utils.text import clean, format_duration
 from stroma.checkpoint.history import History
 from stroma.cli import formatting
 from stroma.cli.loading import note_target
-from stroma.trace.redaction import HIDDEN
 
 MAIN = "import sys; from stroma.cli import main; "
 

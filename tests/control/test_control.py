@@ -31,7 +31,7 @@ from stroma import (
     parallel,
     stroma_flow,
 )
-from stroma.checkpoint.durable.leases import LeaseRenewer
+from stroma.checkpoint.durable.store import LeaseRenewer
 from stroma.engine.context import ReliabilityContext
 from stroma.failures import FailurePolicy
 from stroma.runner.steps import execute_step

@@ -18,9 +18,8 @@ import openai
 import pytest
 
 from stroma.demo import provider
-from stroma.demo.answers import answer as answer_of
-from stroma.demo.answers import digest_of
-from stroma.demo.provider import DEFAULT_SEED, FAULTS, Provider, fault_plan, start_provider
+from stroma.demo.provider import DEFAULT_SEED, FAULTS, Provider, digest_of, fault_plan, start_provider
+from stroma.demo.provider import answer as answer_of
 
 DOCUMENTS = Path(provider.__file__).parent / "documents"
 MODEL = "gpt-4o-mini"

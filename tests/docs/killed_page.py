@@ -16,7 +16,7 @@ __all__ = ["durable_program", "kill_in_each_step"]
 #: function has returned, and nothing is stored.
 _MORTAL = """
 import runpy, sys
-from stroma.engine.interceptors import INTERCEPTORS
+from stroma.engine.context import INTERCEPTORS
 from stroma.testing.crash import Boundary, Deaths
 
 def note(what, of):

@@ -33,9 +33,9 @@ from stroma import (
     stroma_flow,
     stroma_node,
 )
-from stroma.engine import interceptors
+from stroma.engine import context as interceptors
+from stroma.engine.context import Interceptor
 from stroma.engine.execution import current_run
-from stroma.engine.interceptors import Interceptor
 from stroma.runner.events import EventHub, event_hooks
 from stroma.temporal import stroma_worker
 

@@ -30,7 +30,7 @@ from stroma import (
     execute_step,
     parallel,
 )
-from stroma.engine.interceptors import INTERCEPTORS, Interceptor
+from stroma.engine.context import INTERCEPTORS, Interceptor
 from stroma.trace import AttemptUsage
 
 # ---------------------------------------------------------------- cancellations

@@ -37,7 +37,7 @@ from stroma import (
     parallel,
 )
 from stroma.contracts import NotSerialisable
-from stroma.engine.interceptors import INTERCEPTORS, Interceptor
+from stroma.engine.context import INTERCEPTORS, Interceptor
 
 #: The same objects for all: runs share a limit by its name.
 LIMITS = {"told": Limit(concurrent=5)}

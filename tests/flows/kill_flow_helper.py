@@ -12,7 +12,7 @@ from tests.flows.program_world import Kills, ProgramWorld
 from tests.flows.programs import program_of
 from tests.shared_stores import opened
 
-from stroma.engine.interceptors import INTERCEPTORS
+from stroma.engine.context import INTERCEPTORS
 
 
 async def main(kind: str, where: str, side: str, seed: str, life: str) -> None:

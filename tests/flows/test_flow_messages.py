@@ -25,7 +25,7 @@ from stroma import (
     StromaRunner,
     stroma_flow,
 )
-from stroma.checkpoint.memory.session import MemorySession
+from stroma.checkpoint.memory.store import MemorySession
 
 store = store_fixture(*STORES)
 

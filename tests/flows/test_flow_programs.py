@@ -19,7 +19,7 @@ from tests.flows.programs import Life, Program, Value, flow_of, program_of
 from tests.shared_stores import FAMILIES, IN_PROCESS, SHARED, opened, place, store_of
 
 from stroma import InMemoryStore
-from stroma.engine.interceptors import INTERCEPTORS
+from stroma.engine.context import INTERCEPTORS
 from stroma.engine.outcome import STOPPED
 from stroma.runner.flows.driver import FlowDriver
 from stroma.runner.flows.journal import FlowJournal

@@ -20,7 +20,7 @@ from tests.kit import Num, retry_policies
 from tests.shared_stores import opened, place, store_of
 
 from stroma import RunStatus, SQLiteStore, StromaRunner
-from stroma.engine.interceptors import INTERCEPTORS
+from stroma.engine.context import INTERCEPTORS
 from stroma.testing.crash import Crashed
 
 __all__ = [

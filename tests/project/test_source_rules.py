@@ -17,9 +17,8 @@ from tests.kit import Num, node
 
 import stroma
 from stroma import FailureClass, ReliabilityContext, RunConfig, StromaRunner, execute_step, map_over, parallel
-from stroma.contracts.copying import pickle_data
+from stroma.contracts.copying import PickledSnapshot, pickle_data
 from stroma.contracts.schema import schema_of
-from stroma.contracts.snapshots import PickledSnapshot
 
 SOURCE = Path(stroma.__file__).parent
 

@@ -10,9 +10,9 @@ from tests.kit import Text
 
 from stroma import ContractRegistry, NodeContract, RunConfig, map_over, parallel, stroma_node
 from stroma.checkpoint import Committed
+from stroma.cli.resume_plan import Incompatibility, changes_since
 from stroma.contracts.node import find_node
 from stroma.contracts.schema import schema_of
-from stroma.runner.compatibility import Incompatibility, changes_since
 
 Longer = create_model("Text", text=(str, ...), n=(int, 0))
 

@@ -16,16 +16,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from stroma.checkpoint import StoreError
-from stroma.checkpoint.durable.leases import _LOOK_SECONDS, LeaseRenewer, _renew
 from stroma.checkpoint.durable.operations import Transaction, fenced_error
 from stroma.checkpoint.durable.owner import Owner
 from stroma.checkpoint.durable.rows import Annotation, Fence, Rows, RunRow, StepRow
 from stroma.checkpoint.durable.session import DurableSession
-from stroma.checkpoint.durable.store import DurableStore
+from stroma.checkpoint.durable.store import _LOOK_SECONDS, DurableStore, LeaseRenewer, _renew
 from stroma.checkpoint.durable.worker import Connection, Job, generation
-from stroma.checkpoint.sqlite.connection import SqliteConnection
+from stroma.checkpoint.sqlite.connection import SqliteConnection, SqliteRows
 from stroma.checkpoint.sqlite.file import _SCHEMA
-from stroma.checkpoint.sqlite.rows import SqliteRows
 from stroma.limits.reservations import ReservationRenewer
 
 if TYPE_CHECKING:

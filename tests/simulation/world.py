@@ -44,7 +44,7 @@ from stroma.checkpoint.durable import rows as _rows
 from stroma.checkpoint.durable import store as _durable
 from stroma.checkpoint.durable.owner import LIVE_SESSIONS, Owner
 from stroma.checkpoint.sqlite import connection as _sqlite_connection
-from stroma.checkpoint.sqlite import rows as _sqlite_rows
+from stroma.checkpoint.sqlite import connection as _sqlite_rows
 from stroma.engine.admission import Permit
 from stroma.limits import gate as _gate
 from stroma.limits import reservations as _renewals

@@ -12,7 +12,7 @@ from tests.kit import ONCE
 
 from stroma import RunStatus, StromaRunner, Usage, current_node
 from stroma.telemetry import DENY_KEYS, log_hooks
-from stroma.telemetry.denied_names import DeniedNames
+from stroma.telemetry.content import DeniedNames
 
 
 class State(BaseModel):

@@ -20,8 +20,9 @@ from tests.tiers import examples
 from tests.trace.standalone_pages import check_page
 
 from stroma import FailurePolicy, NodeContract, StromaRunner, current_node, parallel, stroma_node
+from stroma._utils.hiding import without
 from stroma.trace.html import document, fragment, tree
-from stroma.trace.redaction import hidden_values, without
+from stroma.trace.redaction import hidden_values
 from stroma.trace.story import Bar, StopCause, Story, fields_named, waits
 from stroma.trace.timeline import Timeline, idle_ms, places
 

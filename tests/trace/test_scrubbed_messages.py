@@ -28,10 +28,11 @@ from stroma import (
     current_node_or_none,
     map_over,
 )
+from stroma._utils.hiding import without
 from stroma.cli import main as stroma_command
 from stroma.telemetry import log_hooks
-from stroma.telemetry.denied_names import DeniedNames
-from stroma.trace.redaction import hidden_values, without
+from stroma.telemetry.content import DeniedNames
+from stroma.trace.redaction import hidden_values
 
 SECRET = "sk-live/abc+def 123456"
 NEVER = {kind: FailurePolicy(max_retries=0, backoff_seconds=0) for kind in FailureClass}

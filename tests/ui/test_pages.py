@@ -41,8 +41,8 @@ from stroma import (
 )
 from stroma.checkpoint import open_store
 from stroma.telemetry import otel_hooks
-from stroma.ui.figures import _quantile
 from stroma.ui.formatting import to_address
+from stroma.ui.pages import _quantile
 
 
 def rows(text: str) -> list[list[str]]:

@@ -12,8 +12,8 @@ from tests.ui.conftest import GOOD, Site, make_runs, node
 from tests.ui.test_pages import rows
 
 from stroma import FailurePolicy, Pipeline, SQLiteStore, Suspend, current_node
-from stroma.trace.story import Bar
-from stroma.trace.timeline import InProgress, Timeline, axis_of
+from stroma.trace.story import Bar, InProgress
+from stroma.trace.timeline import Timeline, axis_of
 
 
 def draw(bars: list[Bar], **settings: Any) -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["safe_get"]
-
 
 def safe_get(owner: Any, name: str) -> Any:
     """Return a key of a mapping or an attribute of another object; None if it cannot be read."""

@@ -15,8 +15,6 @@ from uuid import UUID
 
 from pydantic import BaseModel, Secret, SecretBytes, SecretStr
 
-__all__ = ["BoundedCopy", "map_texts"]
-
 _DEEPEST: Final = 50
 _LARGEST_INT: Final = 10_000  # bits; json writes no more than 4,300 digits
 _AS_TEXT: Final = (date, time, timedelta, Decimal, UUID, PurePath, complex)

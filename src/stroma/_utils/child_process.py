@@ -6,8 +6,6 @@ import os
 import sys
 from typing import Final
 
-__all__ = ["child_command", "child_environment"]
-
 #: Environment variables that admit to a process of ours, which its children have no use for.
 _TOKENS: Final = ("STROMA_UI_TOKEN",)
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 import warnings
 
-__all__ = ["find_other_distribution", "reinstall_command", "warn_of_other_distribution"]
-
 _PREFIX, _SUFFIX = "stroma-", ".dist-info"
 
 

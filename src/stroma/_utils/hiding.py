@@ -8,8 +8,6 @@ from collections.abc import Iterable, Iterator
 from typing import Final, final
 from urllib.parse import quote, quote_plus
 
-__all__ = ["HIDDEN", "Needles", "forms_of", "without"]
-
 #: Stands in place of what is hidden.
 HIDDEN: Final = "[redacted]"
 SHORTEST: Final = 4  # characters; shorter values would be found in half of all words

@@ -6,8 +6,6 @@ import importlib
 import sys
 from collections.abc import Callable, Mapping
 
-__all__ = ["lazy"]
-
 
 def lazy(
     module: str, homes: Mapping[str, str], package: str | None = None

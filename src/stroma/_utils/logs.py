@@ -12,8 +12,6 @@ from pydantic_core import ValidationError
 from stroma._utils.secrets import Secrets
 from stroma._utils.text import one_line
 
-__all__ = ["SafeLogger", "get_logger", "refused_fields"]
-
 _NO_SECRETS: Final = Secrets()
 _MOST_ERRORS: Final = 5  # of one model
 

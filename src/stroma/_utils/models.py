@@ -11,8 +11,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from stroma._utils.text import did_you_mean
 
-__all__ = ["LazyModel", "NamedArguments", "StrictModel"]
-
 _build_lock = threading.RLock()
 
 

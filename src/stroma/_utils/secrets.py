@@ -40,16 +40,6 @@ from pydantic import AliasChoices, AliasPath, BaseModel, Secret, SecretBytes, Se
 from stroma._utils.hiding import Needles, forms_of
 from stroma._utils.text import one_line
 
-__all__ = [
-    "MASK",
-    "DeclaredSecrets",
-    "Secrets",
-    "declared_secrets",
-    "find_secrets",
-    "may_hold_secrets",
-    "names_of_field",
-]
-
 MASK: Final = "**********"
 #: Stands for every text once a value could not be searched.
 UNSEARCHED: Final = f"{MASK} (a value of the run is too large or too deep to be searched for secrets)"

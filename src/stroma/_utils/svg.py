@@ -10,8 +10,6 @@ from typing import Final, Literal, NamedTuple
 
 from stroma._utils.text import visible
 
-__all__ = ["Box", "Line", "Link", "as_xml", "cut", "svg"]
-
 Tone = Literal["", "warning", "error", "unknown"]
 
 

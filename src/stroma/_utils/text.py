@@ -8,21 +8,6 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Final
 
-__all__ = [
-    "as_mermaid",
-    "break_command",
-    "clean",
-    "did_you_mean",
-    "format_duration",
-    "format_tokens",
-    "format_usd",
-    "one_line",
-    "pluralize",
-    "short_id",
-    "typed",
-    "visible",
-]
-
 #: Characters to look at: all but ASCII, letters and digits, and the letters that have no shape.
 _ODD: Final = re.compile("[^\\w\x20-\x7e]|[\u115f\u1160\u3164\uffa0]")
 #: Of no shape, although Unicode calls them marks, letters or symbols: fillers, joiners of graphemes, blank

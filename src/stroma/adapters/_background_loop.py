@@ -15,16 +15,6 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, TypeAlias, TypeVar
 
-__all__ = [
-    "Changes",
-    "Turn",
-    "applied",
-    "changes_since",
-    "hand_back",
-    "run_in_background",
-    "start_in_background",
-]
-
 T = TypeVar("T")
 #: Context variables with the values that they were set to.
 Changes: TypeAlias = Sequence[tuple[contextvars.ContextVar[Any], Any]]

@@ -18,8 +18,6 @@ from stroma.adapters._state_views import View, arguments_of
 from stroma.adapters.guard import Guard
 from stroma.engine.execution import current_node, running_node
 
-__all__ = ["before", "guard_methods", "within", "wrap_method"]
-
 #: Where an object has its steps, and a method of a class what it stands for.
 _STEPS: Final = "_stroma_steps"
 _BARE: Final = "_stroma_bare"

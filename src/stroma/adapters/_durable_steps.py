@@ -10,23 +10,9 @@ from typing import Any, Final, NamedTuple, TypedDict
 from pydantic import BaseModel, ConfigDict, JsonValue
 from pydantic_core import to_jsonable_python
 
-from stroma.contracts.contract import NodeContract, Role
-from stroma.contracts.effects import NotDone, Unknown
+from stroma.contracts.contract import NodeContract, NotDone, Role, Unknown
 from stroma.contracts.node import stroma_node
 from stroma.runner.flows.flow import Flow, current_flow
-
-__all__ = [
-    "AgentSteps",
-    "ModelCall",
-    "OtherCall",
-    "ToolApproval",
-    "ToolCall",
-    "ToolOptions",
-    "WorkStep",
-    "ask_approval",
-    "check_options",
-    "is_in_step",
-]
 
 Work = Callable[[], Awaitable[Any]]
 #: Of an idempotency key: the output of the call, NotDone or Unknown; async or not.

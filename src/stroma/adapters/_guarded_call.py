@@ -49,8 +49,6 @@ from stroma.telemetry.messages import note_request
 if TYPE_CHECKING:
     from stroma.adapters._guarded_run import GuardedRun
 
-__all__ = ["Call", "Kind", "wrapped"]
-
 
 class Call:
     """One call of a guarded callable. Create it and use one of the four methods, once."""

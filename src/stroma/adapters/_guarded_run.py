@@ -47,8 +47,6 @@ from stroma.trace.result import ExecutionResult, RunStatus
 if TYPE_CHECKING:
     from stroma.adapters.guard import Guard
 
-__all__ = ["ACTIVE", "GuardedRun", "active_run"]
-
 #: The current runs of guards, the innermost last.
 ACTIVE: ContextVar[tuple[GuardedRun, ...]] = ContextVar("stroma_guarded_runs", default=())
 

@@ -23,8 +23,6 @@ from stroma.cost.usage import Usage, tier_of
 from stroma.engine.execution import RunningNode, running_node
 from stroma.telemetry.messages import note_request
 
-__all__ = ["acounted", "answer_of", "asked_of", "counted", "counting", "result_of", "update"]
-
 _END: Final = object()
 
 

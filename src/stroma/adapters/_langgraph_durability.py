@@ -44,13 +44,11 @@ from stroma.adapters._langchain import counting, result_of, update
 from stroma.adapters._langgraph_values import Classes, NotStorable, classes_in, decode, encode, messages_in
 from stroma.adapters._state_views import violation
 from stroma.adapters.guard import UnknownNode, contract_for
-from stroma.contracts.effects import NotDone, Unknown
+from stroma.contracts.contract import NotDone, Unknown
 from stroma.engine.current import AGENT, AgentRun, running_agent
 from stroma.engine.execution import current_node
 from stroma.runner.flows.body_loop import WITHOUT_THREADS, BodyLoop
 from stroma.runner.flows.flow import Flow, current_flow
-
-__all__ = ["InterruptAnswer", "NodeOptions", "durable"]
 
 G = TypeVar("G")
 _END: Final = object()

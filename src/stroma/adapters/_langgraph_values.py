@@ -16,8 +16,6 @@ from pydantic import BaseModel
 
 from stroma.contracts.tagged_json import NotSerialisable, tag, untag
 
-__all__ = ["Classes", "NotStorable", "classes_in", "decode", "encode", "messages_in"]
-
 #: By module and qualified name: "shop.orders:Order".
 Classes: TypeAlias = dict[str, type]
 _COLLECTIONS: Final[dict[str, Any]] = {"@tuple": tuple, "@dict": dict, "@set": set, "@frozenset": frozenset}

@@ -38,7 +38,7 @@ from agents import (
 )
 from agents.run import get_default_agent_runner, set_default_agent_runner
 
-from stroma.adapters._durable_steps import AgentSteps, ToolApproval, ToolOptions, ask_approval, check_options
+from stroma.adapters._durable_steps import AgentSteps, ToolOptions, ask_approval, check_options
 from stroma.adapters._openai_agents_steps import (
     AgentSession,
     DurableModel,
@@ -52,8 +52,6 @@ from stroma.adapters._openai_agents_steps import (
 from stroma.adapters.guard import UnknownNode
 from stroma.engine.current import AGENT, AgentRun, running_agent
 from stroma.runner.flows.flow import current_flow
-
-__all__ = ["DurableRunner", "ToolApproval", "ToolOptions"]
 
 
 class DurableRunner:

@@ -37,22 +37,11 @@ from pydantic_core import to_jsonable_python
 
 from stroma.adapters._durable_steps import ModelCall, OtherCall, ToolCall
 from stroma.adapters._step import emit_delta
-from stroma.contracts.effects import NotDone
+from stroma.contracts.contract import NotDone
 from stroma.engine.execution import current_node
 from stroma.runner.flows.body_loop import WITHOUT_THREADS
 from stroma.runner.flows.flow import current_flow
 from stroma.telemetry.messages import note_request
-
-__all__ = [
-    "AgentSession",
-    "DurableModel",
-    "DurableProvider",
-    "DurableServer",
-    "Proxy",
-    "ToolInvoker",
-    "agent_of_tool",
-    "reached_agents",
-]
 
 
 class Proxy:

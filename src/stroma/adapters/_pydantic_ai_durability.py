@@ -53,7 +53,6 @@ from stroma.adapters._durable_steps import (
     AgentSteps,
     ModelCall,
     OtherCall,
-    ToolApproval,
     ToolCall,
     ToolOptions,
     ask_approval,
@@ -66,8 +65,6 @@ from stroma.engine.execution import RunningNode, running_node
 from stroma.runner.flows.body_loop import BodyExecutor
 from stroma.runner.flows.flow import Flow, current_flow
 from stroma.telemetry.messages import note_request
-
-__all__ = ["StromaDurability", "ToolAnswer", "ToolApproval", "ToolOptions"]
 
 #: Key of a tool's metadata.
 _METADATA: Final = "stroma"

@@ -7,8 +7,6 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
-__all__ = ["RELEASES", "import_error", "warn_if_untested"]
-
 #: By extra: the distribution, its lowest release, and the one below which it has to be. pyproject.toml has
 #: the same.
 RELEASES: Final = {

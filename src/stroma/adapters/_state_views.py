@@ -15,18 +15,6 @@ from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.trace.plain import jsonable
 
-__all__ = [
-    "View",
-    "arguments_of",
-    "as_it_is",
-    "first_argument",
-    "given_to",
-    "made_by",
-    "newest_of",
-    "parse_text",
-    "violation",
-]
-
 _DEEPEST: Final = 20
 #: What is to be seen of a call's positional and keyword arguments.
 View = Callable[[tuple[Any, ...], dict[str, Any]], Any]

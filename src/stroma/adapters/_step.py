@@ -17,35 +17,6 @@ from stroma.engine.execution import RunningNode, running_node
 from stroma.engine.outcome import Halt
 from stroma.trace.events import AttemptRow, TraceEvent
 
-__all__ = [
-    "CallTask",
-    "Control",
-    "GuardedStep",
-    "Halts",
-    "InnerCalls",
-    "Invoke",
-    "Undeclared",
-    "aclose_stream",
-    "causes",
-    "close_stream",
-    "copy_for_retries",
-    "count_tokens",
-    "current_task",
-    "emit_delta",
-    "emit_text",
-    "find_halt",
-    "input_of_attempt",
-    "is_cancelled",
-    "mark_published",
-    "not_awaitable",
-    "note_around",
-    "note_counted",
-    "own_usage",
-    "report_uncounted",
-    "stops_caller",
-    "streams_inside",
-]
-
 
 class Control(NamedTuple):
     """Meaning of an exception that a framework uses for control flow: it is raised unchanged, never retried.

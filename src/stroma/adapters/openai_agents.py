@@ -49,7 +49,8 @@ from stroma.engine.execution import running_node
 warn_if_untested("openai-agents")
 
 if TYPE_CHECKING:
-    from stroma.adapters._openai_agents_durability import DurableRunner, ToolApproval, ToolOptions
+    from stroma.adapters._durable_steps import ToolApproval, ToolOptions
+    from stroma.adapters._openai_agents_durability import DurableRunner
 
 __all__ = [
     "DurableRunner",
@@ -61,9 +62,11 @@ __all__ = [
     "attach",
 ]
 
-_OF_FLOWS: dict[str, str] = dict.fromkeys(
-    ("DurableRunner", "ToolApproval", "ToolOptions"), "_openai_agents_durability"
-)
+_OF_FLOWS = {
+    "DurableRunner": "_openai_agents_durability",
+    "ToolApproval": "_durable_steps",
+    "ToolOptions": "_durable_steps",
+}
 __getattr__, __dir__ = lazy(__name__, _OF_FLOWS, "stroma.adapters")
 
 A = TypeVar("A")

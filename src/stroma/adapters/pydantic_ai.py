@@ -39,17 +39,18 @@ from stroma.engine.execution import current_node, running_node
 warn_if_untested("pydantic-ai")
 
 if TYPE_CHECKING:
-    from stroma.adapters._pydantic_ai_durability import (
-        StromaDurability,
-        ToolAnswer,
-        ToolApproval,
-        ToolOptions,
-    )
+    from stroma.adapters._durable_steps import ToolApproval, ToolOptions
+    from stroma.adapters._pydantic_ai_durability import StromaDurability, ToolAnswer
 
 __all__ = ["StromaCapability", "StromaDurability", "ToolAnswer", "ToolApproval", "ToolOptions"]
 
 #: They need a newer release than guarded agents.
-_OF_FLOWS = dict.fromkeys(__all__[1:], "_pydantic_ai_durability")
+_OF_FLOWS = {
+    "StromaDurability": "_pydantic_ai_durability",
+    "ToolAnswer": "_pydantic_ai_durability",
+    "ToolApproval": "_durable_steps",
+    "ToolOptions": "_durable_steps",
+}
 __getattr__, __dir__ = lazy(__name__, _OF_FLOWS, "stroma.adapters")
 
 

@@ -24,13 +24,16 @@ from stroma.checkpoint.errors import (
     StoreError,
 )
 from stroma.checkpoint.manager import (
+    AsyncCheckpointStore,
+    CheckpointKey,
     CheckpointManager,
+    CheckpointStore,
+    JournalStore,
     _resolve_schema,
     _schema_ref,
     resolve_schema,
     schema_ref,
 )
-from stroma.checkpoint.protocols import AsyncCheckpointStore, CheckpointKey, CheckpointStore, JournalStore
 from stroma.checkpoint.sessions import Session
 
 if TYPE_CHECKING:

@@ -14,8 +14,6 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from stroma.contracts.contract import check_id
 
-__all__ = ["CellStore", "Change", "MemoryCells", "memory_lock"]
-
 T = TypeVar("T")
 
 #: A change of a cell. Called with its data (None for a new cell) and the store's clock in milliseconds since

@@ -12,28 +12,6 @@ from stroma.checkpoint.errors import PipelineChanged, RunBusy, RunExists, StoreE
 from stroma.checkpoint.queue import QUEUED
 from stroma.failures.errors import BUDGET
 
-__all__ = [
-    "BUDGET_CHANGED",
-    "COMPLETE",
-    "ENDED",
-    "FORK_DUE_MS",
-    "MESSAGE_SENT",
-    "UNFINISHED",
-    "LastExecution",
-    "PriorWork",
-    "add_news",
-    "check_resubmission",
-    "decide",
-    "expired_error",
-    "has_expired",
-    "is_answered",
-    "is_due",
-    "is_old_news",
-    "not_waiting",
-    "other_message",
-    "takes_no_message",
-]
-
 #: Statuses of completed executions, of those that cancel() cannot change any more, and of those after which a
 #: new execution may follow unasked.
 COMPLETE: Final = ("COMPLETED", "RESUMED")

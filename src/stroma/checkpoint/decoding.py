@@ -13,8 +13,6 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from stroma.checkpoint.errors import CorruptCheckpoint
 
-__all__ = ["MAX_INT", "RecordName", "decode_json", "decode_number", "storable_text"]
-
 MAX_INT: Final = 2**63 - 1
 
 

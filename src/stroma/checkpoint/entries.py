@@ -13,47 +13,14 @@ from stroma.checkpoint.decoding import RecordName, decode_json, decode_number
 from stroma.checkpoint.errors import CheckpointNotFound
 from stroma.checkpoint.identity import place_before, with_outer
 from stroma.contracts.codec import decode_raw
-from stroma.contracts.schema import Schema, Snapshot
+from stroma.contracts.copying import Snapshot
+from stroma.contracts.schema import Schema
 from stroma.failures.classes import FailureClass
 from stroma.trace.events import FAILED_ITEM
 from stroma.trace.result import Question
 
 if TYPE_CHECKING:
     from stroma.trace.rejected import RejectedOutput
-
-__all__ = [
-    "ALL_FAILED_ITEMS",
-    "FAILED_ITEMS",
-    "INSIDE",
-    "NOT_DONE",
-    "NO_CONTROL",
-    "OF_FLOW",
-    "OF_MAP",
-    "USAGE_NOTE",
-    "Committed",
-    "Finished",
-    "IfExists",
-    "IfRunning",
-    "Intent",
-    "PriorUsage",
-    "RunControl",
-    "RunFacts",
-    "RunRequest",
-    "SentMessage",
-    "Statement",
-    "StepCall",
-    "Tried",
-    "UnknownCall",
-    "Waiting",
-    "count_items",
-    "effect_note",
-    "failed_items_note",
-    "inside_of",
-    "is_effect_note",
-    "is_of_pipeline",
-    "map_not_found",
-    "noted_failed_items",
-]
 
 IfExists = Literal["new", "restart", "resume", "return", "error", "attach", "read"]
 IfRunning = Literal["error", "attach", "take_over"]

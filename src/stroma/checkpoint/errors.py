@@ -2,17 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "CheckpointLost",
-    "CheckpointNotFound",
-    "CorruptCheckpoint",
-    "Fenced",
-    "PipelineChanged",
-    "RunBusy",
-    "RunExists",
-    "StoreError",
-]
-
 
 class StoreError(Exception):
     """An operation of a store failed. Base class of the errors of stores.

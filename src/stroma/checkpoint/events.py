@@ -9,8 +9,6 @@ from stroma.checkpoint.decoding import MAX_INT
 if TYPE_CHECKING:
     from stroma.checkpoint.records import RunRecord
 
-__all__ = ["EXPIRY_MS", "MAX_BATCHES", "EventBatch", "EventPage", "EventPlace", "parse_cursor"]
-
 #: Batches of a run that stay at least; older ones are deleted now and then.
 MAX_BATCHES: Final = 1000
 #: Batches older than this are deleted now and then.

@@ -11,8 +11,6 @@ from stroma.checkpoint.errors import CheckpointNotFound
 from stroma.checkpoint.identity import with_outer
 from stroma.failures.classes import FailureClass
 
-__all__ = ["FailureNote", "FlowCut", "MessageNote", "cut_before", "decode_flow_note", "message_label"]
-
 
 class FailureNote(NamedTuple):
     """The failure of a call.

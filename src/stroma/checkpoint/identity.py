@@ -24,21 +24,6 @@ from functools import lru_cache
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
-__all__ = [
-    "SCOPE",
-    "Identity",
-    "Scope",
-    "StepCalls",
-    "child_indexes",
-    "has_input",
-    "is_called",
-    "place_before",
-    "quoted",
-    "sequence_id",
-    "with_outer",
-    "without_attempts",
-]
-
 _MARK: Final = "#"  # in each identity, and nowhere else in a branch
 
 

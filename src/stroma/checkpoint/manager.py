@@ -6,17 +6,46 @@ import inspect
 import os
 import sys
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import BaseModel
 
 from stroma.checkpoint.entries import RunRequest
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
-from stroma.checkpoint.protocols import AsyncCheckpointStore, CheckpointStore
 from stroma.checkpoint.sessions import Session, SimpleSession
 from stroma.contracts.schema import schema_of
 
-__all__ = ["CheckpointManager", "coerce", "resolve_schema", "schema_ref"]
+
+@runtime_checkable
+class CheckpointStore(Protocol):
+    """Store of the last state of each node of each run."""
+
+    def save(self, run_id: str, node_id: str, state: BaseModel) -> None: ...
+    def load(self, run_id: str, node_id: str) -> BaseModel | None: ...
+    def delete(self, run_id: str) -> None: ...
+
+
+@runtime_checkable
+class AsyncCheckpointStore(Protocol):
+    """Store of the last state of each node of each run, with async calls."""
+
+    async def save(self, run_id: str, node_id: str, state: BaseModel) -> None: ...
+    async def load(self, run_id: str, node_id: str) -> BaseModel | None: ...
+    async def delete(self, run_id: str) -> None: ...
+
+
+class CheckpointKey(NamedTuple):
+    """Key of a checkpoint."""
+
+    run_id: str
+    node_id: str
+
+
+@runtime_checkable
+class JournalStore(Protocol):
+    """Store of runs. Awaitable results are awaited."""
+
+    def open_run(self, request: RunRequest) -> Session | Awaitable[Session]: ...
 
 
 #: What nodes without a contract returned; its module is ours, and need not be loaded yet.

@@ -18,21 +18,8 @@ from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 from stroma._utils.logs import get_logger
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
-from stroma.contracts.schema import Schema, Snapshot
-
-__all__ = [
-    "LARGE_BYTES",
-    "BlobStore",
-    "Codec",
-    "DirectoryBlobs",
-    "FsspecBlobs",
-    "PayloadPlace",
-    "Payloads",
-    "Stored",
-    "UnencodedState",
-    "blob_store",
-    "collect",
-]
+from stroma.contracts.copying import Snapshot
+from stroma.contracts.schema import Schema
 
 logger = get_logger()
 

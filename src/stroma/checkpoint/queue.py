@@ -5,22 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
-__all__ = [
-    "MAX_CLAIM_SECONDS",
-    "POSTPONED",
-    "QUEUED",
-    "BlockedMark",
-    "Candidate",
-    "ClaimRequest",
-    "QueueEntry",
-    "QueueFigures",
-    "QueueReading",
-    "RunLimits",
-    "ServedCode",
-    "block",
-    "choose",
-]
-
 #: The status of a submitted run that has not started yet.
 QUEUED: Final = "QUEUED"
 #: Token of a claim that keeps a run from all workers for a while, and holds no place.

@@ -11,32 +11,6 @@ from stroma._utils.text import typed
 from stroma.checkpoint.queue import BlockedMark
 from stroma.failures.errors import BUDGET, PAUSED
 
-__all__ = [
-    "ATTEMPT_COLUMNS",
-    "PICO",
-    "AttemptMark",
-    "AttemptPage",
-    "AttemptRecord",
-    "Cause",
-    "RunPage",
-    "RunQuery",
-    "RunRecord",
-    "StoreFacts",
-    "Tally",
-    "ascii_lower",
-    "cause_of",
-    "describe_wait",
-    "digits_seconds",
-    "duration_digits",
-    "end_of_page",
-    "not_a_mark",
-    "parse_attempt_mark",
-    "parse_run_mark",
-    "stored_values",
-    "sum_attempts",
-]
-
-
 PICO: Final = 10**12  # Costs are stored in whole pico-dollars: sums are exact in any order.
 
 

@@ -25,8 +25,6 @@ from stroma.checkpoint.errors import StoreError
 from stroma.contracts.schema import Schema
 from stroma.trace.events import AttemptRow
 
-__all__ = ["NULL_SESSION", "Charge", "Session", "SimpleSession"]
-
 
 class Charge(Protocol):
     """Changes of cells that a session makes in the transaction that records an attempt."""

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from stroma.checkpoint.postgres.store import PostgresStore
     from stroma.checkpoint.redis.store import RedisStore
 
-__all__ = ["open_store"]
-
 _FORMS = (
     "sqlite:///relative.db, sqlite:////absolute.db, a path, postgresql://user@host/db, redis://host/0, "
     "or memory://"

@@ -16,8 +16,6 @@ import click
 from stroma.cli.errors import WORDS, Code, Problem, is_debugging
 from stroma.cli.output import OutputError, err, out
 
-__all__ = ["app", "start"]
-
 #: Help line of each command, so that the help imports none of them.
 _COMMANDS: Final = {
     "demo": "Run a demo pipeline; needs no key and no network.",

@@ -13,18 +13,6 @@ import click
 from stroma._utils.text import clean, one_line
 from stroma.cli.output import err
 
-__all__ = [
-    "WORDS",
-    "Code",
-    "Problem",
-    "command",
-    "command_line",
-    "describe_error",
-    "is_debugging",
-    "last_frame",
-]
-
-
 #: Key of the words of the command line in the metadata of click's context.
 WORDS: Final = "stroma.words"
 

@@ -19,8 +19,6 @@ from stroma.hooks.sets import NodeHooks
 if TYPE_CHECKING:
     from stroma.telemetry.observer import ExporterHooks, Observer
 
-__all__ = ["FLUSH_SECONDS", "Exporters", "exporter_options"]
-
 F = TypeVar("F", bound=Callable[..., Any])
 FLUSH_SECONDS: Final = 5.0
 #: Environment variables that enable an exporter without an option.

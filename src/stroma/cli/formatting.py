@@ -11,8 +11,6 @@ import click
 
 from stroma._utils.text import format_duration, short_id
 
-__all__ = ["SPAN", "format_age", "format_local_time", "id_word", "localize", "style_status", "to_iso"]
-
 #: As reasons of suspensions have it.
 _UTC_TIME: Final = re.compile(r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", re.ASCII)
 _STYLES: Final = {

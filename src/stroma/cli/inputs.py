@@ -22,16 +22,6 @@ from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.runner.pipeline import Pipeline
 
-__all__ = [
-    "find_position",
-    "input_model",
-    "parse_as",
-    "parse_input",
-    "parse_input_at",
-    "parse_json",
-    "stored_input",
-]
-
 
 class Input(BaseModel):
     """Input of a pipeline whose first node has no contract, or whose first nodes have several."""

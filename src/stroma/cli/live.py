@@ -30,8 +30,6 @@ from stroma.failures.failure import NodeContext, diagnose
 from stroma.hooks.sets import MapProgress, NodeHooks
 from stroma.trace.outline import folded_part
 
-__all__ = ["LiveProgress", "Row", "fold_rows", "rows_table"]
-
 _TICK_SECONDS: Final = 0.2
 _SUMMARY_ROWS: Final = 20  # a longer pipeline is folded
 _STYLES: Final = {

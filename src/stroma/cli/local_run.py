@@ -49,8 +49,6 @@ from stroma.trace.result import ExecutionResult, RunStatus
 if TYPE_CHECKING:
     from stroma.cli.options import RunOptions
 
-__all__ = ["Fork", "LocalRun"]
-
 #: Least size of a terminal with a live table.
 _MIN_COLUMNS: Final = 40
 _MIN_ROWS: Final = 8

@@ -13,8 +13,6 @@ from stroma.cli.exporters import Exporters, exporter_options
 from stroma.cli.stores import db_option
 from stroma.contracts.contract import check_id
 
-__all__ = ["RunOptions", "run_id_option", "run_options"]
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 

@@ -20,21 +20,6 @@ import click
 
 from stroma._utils.text import break_command, visible
 
-__all__ = [
-    "OutputError",
-    "Part",
-    "Stream",
-    "cell_width",
-    "emit",
-    "emit_fields",
-    "err",
-    "fit",
-    "out",
-    "table",
-    "wrap",
-    "write_private",
-]
-
 #: Text, or text with a style: a colour, "bold", "dim", or several of them ("bold red").
 Part = str | tuple[str, str]
 

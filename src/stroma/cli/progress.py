@@ -21,8 +21,6 @@ from stroma.failures.failure import Failure, NodeContext, diagnose, kind_of, mes
 from stroma.hooks.sets import MapProgress, NodeHooks
 from stroma.trace.result import ExecutionResult
 
-__all__ = ["Progress", "failure_message", "show_warnings", "timed_line", "timed_lines"]
-
 _NAME_WIDTH = 30
 _MAX_ITEM_LINES = 20  # a larger map prints one line for all items
 _MAX_FAILURE_LINES = 20  # of such a map

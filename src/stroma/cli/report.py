@@ -37,8 +37,6 @@ from stroma.trace.events import place_text
 from stroma.trace.plain import jsonable
 from stroma.trace.result import ExecutionResult, RunStatus, Total
 
-__all__ = ["RunReport", "plain_state"]
-
 _COMPLETE = (RunStatus.COMPLETED, RunStatus.RESUMED)
 
 

@@ -14,8 +14,6 @@ from typing import Final
 from stroma._utils.text import format_duration
 from stroma.cli.errors import Code
 
-__all__ = ["StopSignals", "drain_on_signal"]
-
 #: Seconds within which a second signal counts as the first: a terminal and a parent both send one.
 _ECHO: Final = 0.5
 

@@ -27,8 +27,6 @@ from stroma.cli.errors import Code, Problem, command
 from stroma.cli.formatting import format_age
 from stroma.cli.output import err
 
-__all__ = ["TARGET", "Database", "db_option", "store_problem"]
-
 #: Stands for the pipeline of a run in a hint, where the store does not know it.
 TARGET: Final = "FILE.py:NAME"
 _TARGET: Final = re.compile(r"[\w./][\w./-]*:\w+", re.ASCII)

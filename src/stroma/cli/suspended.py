@@ -17,20 +17,6 @@ from stroma.cli.stores import Database
 from stroma.contracts.examples import NoExampleError, example_of
 from stroma.trace.events import place_text
 
-__all__ = [
-    "WORKER_CONTINUES",
-    "answer_type",
-    "approve_hint",
-    "find_schema",
-    "held_hints",
-    "node_text",
-    "question_text",
-    "unanswered",
-    "waiting_data",
-    "waiting_hints",
-]
-
-
 #: Goes before the command that resumes a run with open questions.
 WORKER_CONTINUES: Final = "then a worker of its pipeline continues the run; or continue it here"
 

@@ -5,16 +5,17 @@ from typing import TYPE_CHECKING
 from stroma._utils.lazy import lazy
 
 if TYPE_CHECKING:
-    from stroma.contracts.checks.finding import CheckFailed, Finding
+    from stroma.contracts.checks.types import CheckFailed, Finding
     from stroma.contracts.contract import (
         BoundaryValidator,
         ContractRegistry,
         ContractViolation,
         NodeContract,
+        NotDone,
         StepContract,
         StepViolation,
+        Unknown,
     )
-    from stroma.contracts.effects import NotDone, Unknown
     from stroma.contracts.node import stroma_node, stroma_step
     from stroma.contracts.tagged_json import NotSerialisable
 
@@ -36,16 +37,16 @@ __all__ = [
 
 _HOMES = {
     "BoundaryValidator": "contracts.contract",
-    "CheckFailed": "contracts.checks.finding",
+    "CheckFailed": "contracts.checks.types",
     "ContractRegistry": "contracts.contract",
     "ContractViolation": "contracts.contract",
-    "Finding": "contracts.checks.finding",
+    "Finding": "contracts.checks.types",
     "NodeContract": "contracts.contract",
-    "NotDone": "contracts.effects",
+    "NotDone": "contracts.contract",
     "NotSerialisable": "contracts.tagged_json",
     "StepContract": "contracts.contract",
     "StepViolation": "contracts.contract",
-    "Unknown": "contracts.effects",
+    "Unknown": "contracts.contract",
     "stroma_node": "contracts.node",
     "stroma_step": "contracts.node",
 }

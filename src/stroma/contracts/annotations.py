@@ -12,8 +12,6 @@ from pydantic import BaseModel
 
 from stroma.contracts.contract import NodeContract
 
-__all__ = ["check_annotations", "infer_contract"]
-
 
 def infer_contract(
     kind: str,

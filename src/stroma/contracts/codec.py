@@ -20,10 +20,7 @@ from pydantic import BaseModel, ValidationError
 from stroma.contracts.copying import classes_in
 from stroma.contracts.core_schema import build_constant_writer, core_schema_of
 from stroma.contracts.tagged_json import NotSerialisable, keeping_secrets, tag, untag
-from stroma.contracts.traits import SchemaTraits
-from stroma.contracts.validators import Validators
-
-__all__ = ["SchemaCodec", "decode_raw", "describe_error", "has_class_tags"]
+from stroma.contracts.traits import SchemaTraits, Validators
 
 #: Starts a stored value in tagged encoding; a plain JSON object never does.
 _TAGGED_START: Final = b'["stroma/1",'

@@ -1,8 +1,9 @@
-"""Contracts: the pydantic models that a node's input and output must satisfy."""
+"""Contracts: the pydantic models that a node's input and output must satisfy; statements on effects."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, TypeAlias, TypeVar
@@ -10,22 +11,28 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, Type
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from stroma._utils.models import StrictModel
-from stroma.contracts.effects import NotDone, Unknown
 from stroma.contracts.schema import schema_of
 
-__all__ = [
-    "RETURN_SHAPES",
-    "BoundaryValidator",
-    "ContractRegistry",
-    "ContractViolation",
-    "NodeContract",
-    "Reconcile",
-    "Role",
-    "StepContract",
-    "StepViolation",
-    "check_id",
-    "output_violation",
-]
+
+@dataclass(frozen=True, slots=True)
+class NotDone:
+    """Statement that a call of an effect did not happen and no longer can: the effect may be called again.
+
+    ``reason``: for the log.
+    """
+
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """Statement that the outcome of a call of an effect is not known: the run waits for a person.
+
+    ``reason``: shown to that person.
+    """
+
+    reason: str = ""
+
 
 In = TypeVar("In", bound=BaseModel)
 Out = TypeVar("Out", bound=BaseModel)

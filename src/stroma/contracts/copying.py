@@ -1,4 +1,4 @@
-"""Copies of values of any schema: models built without validation, deep copies, and pickles of plain data.
+"""Copies of values of any schema: models built without validation, deep copies, pickles, snapshots.
 
 Must not import the schema module: all that depends on the class of a model is passed in.
 """
@@ -26,21 +26,7 @@ from stroma.contracts.core_schema import may_change_on_revalidation, nodes_of
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
-
-__all__ = [
-    "classes_in",
-    "construct",
-    "copy_containers",
-    "is_dict_of_atoms",
-    "is_record",
-    "isolate",
-    "pickle_data",
-    "renew_dataclass",
-    "replace_records",
-    "replicate",
-    "set_extra",
-    "unpickle_data",
-]
+from dataclasses import dataclass
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -265,3 +251,42 @@ def _adapter(kind: Any) -> TypeAdapter[Any] | None:
     )
     # A class with forward references that cannot be resolved here does not describe its fields.
     return None if may_change or not adapter.pydantic_complete else adapter
+
+
+class PickledSnapshot:
+    """Field values of plain data as a pickle: several times faster than a copy made in Python."""
+
+    __slots__ = ("_data",)
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    @property
+    def size(self) -> int:
+        """The approximate size in bytes."""
+        return len(self._data)
+
+    def open(self) -> dict[str, Any]:
+        """Return the field values, as new objects on each call."""
+        values: dict[str, Any] = unpickle_data(self._data)
+        return values
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PickledSnapshot):
+            return NotImplemented
+        # Equal values may have different pickles.
+        return self._data == other._data or self.open() == other.open()
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSnapshot:
+    """A reference to a state that a store holds in encoded form.
+
+    Attributes:
+        load: reads the encoded state. May block. Raises StoreError.
+    """
+
+    load: Callable[[], bytes]
+
+
+Snapshot = tuple[Any, ...] | bytes | PickledSnapshot | StoredSnapshot | BaseModel | dict[str, Any]

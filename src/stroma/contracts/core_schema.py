@@ -9,30 +9,6 @@ from typing import Any, Final
 from pydantic import BaseModel, EncodedBytes, EncodedStr
 from pydantic_core import SchemaSerializer, SchemaValidator
 
-__all__ = [
-    "CLOSED",
-    "FLAT_LEAVES",
-    "JSON_LEAVES",
-    "MODELS",
-    "build_constant_writer",
-    "build_renewing_validator",
-    "build_validator_without",
-    "builds_instances",
-    "calls_user_code",
-    "core_schema_of",
-    "decodes_text",
-    "field_nodes",
-    "has_ambiguous_choices",
-    "has_callable_discriminator",
-    "is_exact_in_json",
-    "is_never_dict",
-    "is_renewable",
-    "is_strict",
-    "may_change_on_revalidation",
-    "nodes_of",
-    "reachable",
-]
-
 JSON_LEAVES: Final = frozenset({"str", "int", "bool", "none", "literal"})
 FLAT_LEAVES: Final = JSON_LEAVES | {
     "float",

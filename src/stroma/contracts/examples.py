@@ -10,8 +10,6 @@ from pydantic import BaseModel
 
 from stroma.contracts.schema import schema_of
 
-__all__ = ["NoExampleError", "example_for", "example_of"]
-
 #: Characters of a text, and items of a list.
 _MAX_SIZE: Final = 100
 _DEFINITIONS: Final = "#/$defs/"

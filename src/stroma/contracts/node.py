@@ -27,21 +27,6 @@ else:
     #: Class of the context, which nodes receive as ``ctx``.
     DepsT = TypeVar("DepsT")
 
-__all__ = [
-    "DepsT",
-    "FlowNode",
-    "Group",
-    "Node",
-    "NodeDecorator",
-    "find_node",
-    "framework_node",
-    "make_node",
-    "mark",
-    "marked_nodes",
-    "stroma_node",
-    "stroma_step",
-]
-
 In = TypeVar("In", bound=BaseModel)
 Out = TypeVar("Out", bound=BaseModel)
 Loose = TypeVar("Loose", bound="Mapping[str, Any] | tuple[Any, ...]")

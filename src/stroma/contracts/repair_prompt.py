@@ -16,8 +16,6 @@ from stroma._utils.bounded_copy import BoundedCopy, map_texts
 from stroma._utils.secrets import MASK, DeclaredSecrets, Secrets, declared_secrets
 from stroma._utils.text import one_line
 
-__all__ = ["complaints", "repair_prompt"]
-
 _VALUE: Final = 200  # characters of one value that came
 _READ: Final = 4000  # bytes of it that are read
 _MESSAGE: Final = 300

@@ -27,8 +27,6 @@ from typing import Any, Final
 
 from pydantic import BaseModel, SecretBytes, SecretStr
 
-__all__ = ["NotSerialisable", "keeping_secrets", "tag", "untag"]
-
 #: True while secrets may be written, because the result goes through a codec.
 _KEEPS_SECRETS: ContextVar[bool] = ContextVar("stroma_keeps_secrets", default=False)
 

@@ -6,8 +6,6 @@ from typing import Any
 
 from pydantic import RootModel
 
-__all__ = ["UntypedState"]
-
 
 class UntypedState(RootModel[Any]):
     """The output of a node without a contract, as it was returned."""

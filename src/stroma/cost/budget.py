@@ -10,9 +10,6 @@ from pydantic import Field, PrivateAttr
 from stroma._utils.models import StrictModel
 from stroma._utils.text import format_amount
 
-__all__ = ["BudgetExceeded", "ExecutionBudget"]
-
-
 Dimension = Literal["tokens", "cost", "latency"]
 
 

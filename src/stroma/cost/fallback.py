@@ -10,8 +10,6 @@ from stroma._utils.models import NamedArguments
 from stroma.cost.budget import ExecutionBudget
 from stroma.cost.tracker import CostTracker
 
-__all__ = ["MODEL_KEY", "FallbackPolicy", "FallbackView", "ModelHint", "resolve_model"]
-
 
 @dataclass
 class ModelHint:

@@ -14,16 +14,6 @@ if TYPE_CHECKING:
     from genai_prices.data_snapshot import DataSnapshot
     from genai_prices.types import ModelInfo, ModelPrice, Provider
 
-__all__ = [
-    "KNOWN_MODELS",
-    "ModelPrices",
-    "Rates",
-    "cost_of",
-    "estimate_cost_usd",
-    "prices_of",
-    "update_prices",
-]
-
 #: USD per million (input, output) tokens. What stands here wins over the data of ``genai-prices``; add your
 #: own models, or correct a price. List prices of the vendors' pages, November 2026 data of genai-prices. What
 #: ships here is flat in the data too: a model that costs more for large calls (claude-sonnet-4-5) would lose

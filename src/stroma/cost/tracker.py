@@ -10,8 +10,6 @@ from typing import Any
 from stroma.cost.budget import BudgetExceeded, Dimension, ExecutionBudget, budget_exceeded
 from stroma.cost.usage import UsageError, check_usage
 
-__all__ = ["CostTracker", "NodeUsage", "StepUsage"]
-
 
 @dataclass
 class NodeUsage:

@@ -9,8 +9,6 @@ from typing import Any, Final, TypeAlias, cast
 
 from stroma._utils.access import safe_get
 
-__all__ = ["Usage", "UsageError", "usage_from"]
-
 #: Tokens of one report. Beyond it neither floats nor the integers of a store can count the costs.
 MOST_TOKENS: Final = 10**9
 #: Entry of ``unpriced_models`` for tokens that were reported without a model.
@@ -420,6 +418,7 @@ Report: TypeAlias = tuple[int, int, str | None, Usage | None]
 
 
 def as_report(usage: Usage) -> Report:
+    """Return a usage in the form in which it is counted."""
     return usage.input_tokens, usage.output_tokens, usage.model, None if usage.is_plain else usage
 
 

@@ -14,12 +14,10 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 
-from stroma.contracts.effects import NotDone
+from stroma.contracts.contract import NotDone
 from stroma.engine.execution import current_node
 from stroma.runner.flows.flow import Flow
 from stroma.runner.runner import StromaRunner
-
-__all__ = ["BOOK_VARIABLE", "bookings", "support"]
 
 #: Environment variable with the file of the bank's book.
 BOOK_VARIABLE: Final = "STROMA_DEMO_BOOK"

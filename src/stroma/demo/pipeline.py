@@ -41,8 +41,6 @@ from stroma import (
 from stroma._utils.logs import get_logger
 from stroma.demo.provider import Provider, start_provider
 
-__all__ = ["BASE_URL_VARIABLE", "DOCUMENTS", "Documents", "Extraction", "Folder", "pipeline"]
-
 #: The documents that ship with the demo.
 DOCUMENTS = Path(__file__).parent / "documents"
 #: Names a provider that is already running, so that it can outlive a pipeline that is killed.

@@ -25,11 +25,8 @@ from stroma.checkpoint import AttemptRecord
 from stroma.checkpoint.sqlite.store import SQLiteStore
 from stroma.contracts.schema import schema_of
 from stroma.demo.agent import BOOK_VARIABLE
-from stroma.demo.answers import digest_of
 from stroma.demo.pipeline import BASE_URL_VARIABLE, DOCUMENTS, Documents
-from stroma.demo.provider import DEFAULT_SEED, Provider, start_provider
-
-__all__ = ["main"]
+from stroma.demo.provider import DEFAULT_SEED, Provider, digest_of, start_provider
 
 _TARGET = "stroma.demo.pipeline:pipeline"
 _AGENT = "stroma.demo.agent:support"

@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING
 from stroma._utils.lazy import lazy
 
 if TYPE_CHECKING:
-    from stroma.engine.config import RunConfig
+    from stroma.engine.config import NodeTimeout, RunConfig
     from stroma.engine.context import ReliabilityContext
     from stroma.engine.execution import NodeExecution, current_node, current_node_or_none, current_run
-    from stroma.engine.timeouts import NodeTimeout
 
 __all__ = [
     "NodeExecution",
@@ -22,7 +21,7 @@ __all__ = [
 
 _HOMES = {
     "NodeExecution": "engine.execution",
-    "NodeTimeout": "engine.timeouts",
+    "NodeTimeout": "engine.config",
     "ReliabilityContext": "engine.context",
     "RunConfig": "engine.config",
     "current_node": "engine.execution",

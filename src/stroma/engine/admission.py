@@ -46,8 +46,6 @@ if TYPE_CHECKING:  # Loaded by who makes one: most runs have none.
     from stroma.limits.gate import BudgetWarning, Caller, CooldownBegun, Gate
     from stroma.trace.events import AttemptUsage, MarkKind
 
-__all__ = ["Permit", "make_admitted"]
-
 _POLL_SECONDS: Final = (
     0.02,
     0.5,
@@ -381,7 +379,7 @@ async def admit(ctx: ReliabilityContext, run: RunningNode, *, needs_thread: bool
             ctx.session.charges[run.position, run.branch] = permit
         return permit
     permit.drop()
-    mark(ctx, run, "refused", str(answer), 0.0)
+    _mark(ctx, run, "refused", str(answer), 0.0)
     return answer
 
 
@@ -529,7 +527,7 @@ async def _nap(moved: asyncio.Event, seconds: float) -> None:
 # ---------------------------------------------------------------------- hooks and marks
 
 
-def mark(ctx: ReliabilityContext, run: RunningNode, kind: MarkKind, reason: str, waited_ms: float) -> None:
+def _mark(ctx: ReliabilityContext, run: RunningNode, kind: MarkKind, reason: str, waited_ms: float) -> None:
     place = (run.node_id, run.attempt, run.position, run.branch)
     ctx.trace.marks.append(TraceMark(*place, kind, reason, waited_ms, datetime.now(UTC)))
 
@@ -562,14 +560,14 @@ class _Queued:
     def end(self) -> None:
         if self._reason:
             self._reason, reason = "", self._reason
-            mark(self._ctx, self._run, "wait", reason, (perf_counter() - self._begin) * 1000)
+            _mark(self._ctx, self._run, "wait", reason, (perf_counter() - self._begin) * 1000)
 
 
 async def _announce(ctx: ReliabilityContext, run: RunningNode, event: BudgetWarning | CooldownBegun) -> None:
     node_id: str | None = None
     if event.hook == "on_limit_cooldown":
         node_id, label, seconds = run.node_id, f"limit {event[0]!r}", float(event[1])
-        mark(ctx, run, "cooldown", label, 0.0)
+        _mark(ctx, run, "cooldown", label, 0.0)
         ctx.run_logger.warning("%s is closed for %.3g s because the provider asked to wait", label, seconds)
     calls: Calls | None = getattr(ctx.fire, event.hook)
     if calls is not None:
@@ -577,7 +575,7 @@ async def _announce(ctx: ReliabilityContext, run: RunningNode, event: BudgetWarn
 
 
 async def _announce_circuit(ctx: ReliabilityContext, run: RunningNode, key: str, state: CircuitState) -> None:
-    mark(ctx, run, _MARKS[state], key, 0.0)
+    _mark(ctx, run, _MARKS[state], key, 0.0)
     ctx.run_logger.warning("the circuit of %s is %s", key, state.replace("_", "-"))
     calls = ctx.fire.on_circuit_change
     if calls is not None:

@@ -17,10 +17,10 @@ from pydantic import BaseModel
 
 from stroma._utils.text import one_line
 from stroma.checkpoint import Fenced, PipelineChanged, StoreError, Waiting
-from stroma.contracts.contract import NodeContract, as_violation, output_violation
-from stroma.contracts.effects import NotDone, Unknown
+from stroma.contracts.contract import NodeContract, NotDone, Unknown, as_violation, output_violation
+from stroma.contracts.copying import Snapshot
 from stroma.contracts.node import Group, Node, Plan
-from stroma.contracts.schema import Snapshot, schema_of
+from stroma.contracts.schema import schema_of
 from stroma.cost.usage import UsageError
 from stroma.engine.commit import (
     failed_of,
@@ -60,8 +60,6 @@ from stroma.failures.failure import Failure, ends_run, isinstance_by_type, messa
 from stroma.failures.refusals import is_refusal
 from stroma.hooks.dispatch import Calls, Firing, HookNotAsync
 from stroma.trace.events import NO_USAGE, AttemptRow, Outcome
-
-__all__ = ["NodeAttempt"]
 
 _row_of: Final = AttemptRow._make
 

@@ -1,4 +1,4 @@
-"""RunConfig: the settings of a run."""
+"""RunConfig: the settings of a run, time limits of nodes among them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from stroma.contracts.node import DepsT
 from stroma.cost.budget import LARGEST, ExecutionBudget
 from stroma.cost.fallback import FallbackPolicy
 from stroma.cost.usage import shown
-from stroma.engine.timeouts import NodeTimeout
 from stroma.failures.failure import Classifier
 from stroma.failures.policy import FailurePolicy, PolicyMap, default_policy_map
 from stroma.hooks.sets import AnyHooks, NodeHooks, check_arguments, flatten
@@ -32,16 +31,34 @@ if TYPE_CHECKING:
     from stroma.limits.shared_budget import SharedBudget
 else:  # Loaded by who makes one: pydantic leaves them to the validators below.
     Breaker = Limit = SharedBudget = Any
+from pydantic import model_validator
 
-__all__ = [
-    "OtherFields",
-    "Policies",
-    "RunConfig",
-    "RunConfigFields",
-    "check_label",
-    "default_config",
-    "new_run_id",
-]
+
+class NodeTimeout(StrictModel):
+    """The time limits of a node, or of a group, for an entry of ``node_timeouts``; at least one of them.
+
+    Attributes:
+        total_ms: limit in milliseconds of the function as a whole; a plain number is the same.
+        idle_ms: limit in milliseconds of the time without an event. Each ``current_node().emit(...)`` renews
+            it; that of a group is renewed by every node inside.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    total_ms: int | None = Field(default=None, gt=0, le=LARGEST)
+    idle_ms: int | None = Field(default=None, gt=0, le=LARGEST)
+
+    @model_validator(mode="after")
+    def _has_a_limit(self) -> Self:
+        if self.total_ms is None and self.idle_ms is None:
+            raise ValueError("NodeTimeout has no limit; pass total_ms or idle_ms")
+        return self
+
+
+def limits_ms(limit: int | NodeTimeout | None) -> tuple[int | None, int | None]:
+    """Return the total and idle limit in milliseconds of an entry of ``node_timeouts``, or None."""
+    return (limit.total_ms, limit.idle_ms) if isinstance(limit, NodeTimeout) else (limit, None)
+
 
 _LONGEST_LABEL: Final = 200  # An index holds them.
 

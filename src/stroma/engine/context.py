@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, cast
 
 from pydantic import BaseModel
 
@@ -17,13 +18,11 @@ from stroma.cost.budget import ExecutionBudget, replace_limits
 from stroma.cost.fallback import FallbackPolicy, FallbackView, fallback_due
 from stroma.cost.tracker import CostTracker
 from stroma.cost.usage import NO_MODEL, UsageError
-from stroma.engine.config import RunConfig
-from stroma.engine.interceptors import INTERCEPTORS
+from stroma.engine.config import NodeTimeout, RunConfig, limits_ms
 from stroma.engine.journal import RunJournal
 from stroma.engine.merged_models import spelled_out
 from stroma.engine.parts import Account, Handover, PlainSteps, Stopping
 from stroma.engine.redaction import Redactor, RunLogger
-from stroma.engine.timeouts import NodeTimeout, limits_ms
 from stroma.failures.failure import Classifier, Failure, NodeContext, diagnose
 from stroma.failures.policy import PolicyMap, RetryBudget
 from stroma.hooks.dispatch import NO_HOOKS, Hooks
@@ -31,7 +30,49 @@ from stroma.hooks.sets import AnyHooks, distinct, flatten
 from stroma.trace.result import ExecutionResult, HookFailure, RunStatus, Total
 from stroma.trace.trace import ExecutionTrace
 
-__all__ = ["ReliabilityContext"]
+if TYPE_CHECKING:
+    from stroma.checkpoint import Session
+    from stroma.contracts.node import Group, Node
+    from stroma.failures.failure import Failure
+    from stroma.hooks.sets import NodeHooks
+    from stroma.trace.result import ExecutionResult
+
+Call = Callable[[BaseModel], Awaitable[Any]]
+
+
+class Interceptor:
+    """Interceptor around the parts of a run. Each method changes nothing, unless a subclass does.
+
+    ``ctx`` is the ReliabilityContext and ``run`` the RunningNode; the context imports this module, so it
+    cannot name them.
+    """
+
+    def begins(self, ctx: Any) -> NodeHooks | None:
+        """Return hooks for a run, or plain code with steps, that begins; they begin first and end last."""
+        return None
+
+    def opened(self, ctx: Any, session: Session) -> Session:
+        """Return the session of a run that was opened in its store, or one to use in place of it."""
+        return session
+
+    async def call(self, run: Any, node: Node | Group, call: Call, state: BaseModel) -> Any:
+        """Call a node's function by ``call``, or something in place of it; within its timeout."""
+        return await call(state)
+
+    def diagnosed(self, run: Any, failure: Failure) -> Failure:
+        """Return the failure of an attempt, or one to use in place of it."""
+        return failure
+
+    def ended(self, ctx: Any, result: ExecutionResult) -> None:
+        """Inspect the result of a run, or of a step of plain code, before it is returned.
+
+        An exception comes out of ``run()``, or ``execute_step()``.
+        """
+
+
+#: Interceptors of each run that begins; the first one is outermost.
+INTERCEPTORS: list[Interceptor] = []
+
 
 _NOTHING: Final = Total()
 

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextvars import ContextVar, Token
 from typing import Any
 
-__all__ = ["AGENT", "ATTEMPT", "CURRENT", "RESERVED", "RUN", "AgentRun", "leave", "running_agent"]
-
 #: The RunningNode around this code, or None.
 CURRENT: ContextVar[Any] = ContextVar("stroma_current_node", default=None)
 

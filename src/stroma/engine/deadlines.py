@@ -14,13 +14,10 @@ from pydantic import BaseModel
 
 from stroma.contracts.node import Group, Node
 from stroma.cost.budget import BudgetExceeded, is_set_for_run
-from stroma.engine.context import ReliabilityContext
+from stroma.engine.config import limits_ms
+from stroma.engine.context import Call, ReliabilityContext
 from stroma.engine.execution import RunningNode
-from stroma.engine.interceptors import Call
-from stroma.engine.timeouts import limits_ms
 from stroma.hooks.dispatch import Started
-
-__all__ = ["DeadlineExceeded", "call_in_time"]
 
 
 class DeadlineExceeded(BudgetExceeded):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from stroma.checkpoint import PipelineChanged, StoreError
 from stroma.contracts.contract import ContractViolation
-from stroma.contracts.schema import Snapshot
+from stroma.contracts.copying import Snapshot
 from stroma.cost.usage import UsageError
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.deadlines import DeadlineExceeded
@@ -15,8 +15,6 @@ from stroma.engine.outcome import GroupStopped, Halt
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type
 from stroma.failures.mistakes import explain_mistake
-
-__all__ = ["diagnose_attempt", "judge"]
 
 
 def diagnose_attempt(

@@ -35,22 +35,21 @@ from stroma.checkpoint.entries import (
 )
 from stroma.checkpoint.identity import is_called, without_attempts
 from stroma.checkpoint.sessions import SimpleSession
-from stroma.contracts.contract import NodeContract
-from stroma.contracts.effects import NotDone, Unknown
+from stroma.contracts.codec import describe_error
+from stroma.contracts.contract import NodeContract, NotDone, Unknown
+from stroma.contracts.copying import Snapshot
 from stroma.contracts.node import Plan
-from stroma.contracts.schema import Schema, Snapshot, describe_error
+from stroma.contracts.schema import Schema
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.engine.commit import store_notes
+from stroma.engine.config import limits_ms
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import RunningNode, decode_answer
 from stroma.engine.restore import read_output
 from stroma.engine.tasks import CONTINUES, begin_flight, call_in_thread, end_flight, passes_through
-from stroma.engine.timeouts import limits_ms
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import kind_of, message_of
 from stroma.trace.events import Outcome
-
-__all__ = ["REASON", "Effect", "Stated", "UnknownOutcome", "has_open_intent", "settle_failed_groups"]
 
 #: Reason of a suspension.
 REASON: Final = "effect"

@@ -15,8 +15,6 @@ from stroma.contracts.schema import schema_of
 from stroma.engine.current import ATTEMPT, leave
 from stroma.trace.plain import jsonable
 
-__all__ = ["EventReceiver", "attempt_id_of", "emit_event", "mark_attempt"]
-
 
 class EventReceiver(Protocol):
     """Receives what the nodes of a run emit."""

@@ -8,26 +8,13 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 from stroma.contracts.schema import Schema
+from stroma.engine.config import limits_ms
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import RunningNode
 from stroma.engine.redaction import UnreadState
 from stroma.engine.tasks import TICK_SECONDS
-from stroma.engine.timeouts import limits_ms
 from stroma.failures.failure import Failure
 from stroma.trace.events import AttemptRow
-
-__all__ = [
-    "BLOCK_NS",
-    "MIN_BLOCK_NS",
-    "failure_arguments",
-    "log_failure",
-    "start_arguments",
-    "success_arguments",
-    "unread_start",
-    "unread_success",
-    "warn_of_blocking",
-    "warn_of_budget",
-]
 
 #: A node may block the event loop for less than this.
 BLOCK_NS: Final = 1_000_000_000

@@ -10,8 +10,10 @@ from pydantic import BaseModel
 
 from stroma.checkpoint import PipelineChanged, StepCall, Waiting, resolve_schema
 from stroma.checkpoint.identity import StepCalls, has_input, without_attempts
+from stroma.contracts.codec import describe_error
+from stroma.contracts.copying import Snapshot
 from stroma.contracts.node import held_by, output_class
-from stroma.contracts.schema import Schema, Snapshot, describe_error, schema_of
+from stroma.contracts.schema import Schema, schema_of
 from stroma.cost.budget import limits
 from stroma.cost.usage import Report, Usage, UsageError, check_usage, report_of, report_of_figures, shown
 from stroma.engine.current import AGENT, CURRENT, RUN
@@ -24,16 +26,6 @@ from stroma.trace.result import Question
 if TYPE_CHECKING:
     from stroma.contracts.contract import Role
     from stroma.engine.context import ReliabilityContext
-
-__all__ = [
-    "NodeExecution",
-    "RemainingBudget",
-    "RunningNode",
-    "current_node",
-    "current_node_or_none",
-    "current_run",
-    "running_node",
-]
 
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
 Kind = Literal["node", "group", "item"]

@@ -13,8 +13,6 @@ from stroma.checkpoint.entries import PriorUsage, Tried
 from stroma.checkpoint.sessions import NULL_SESSION
 from stroma.engine.tasks import Shield
 
-__all__ = ["BY_HAND", "Dispatch", "RunJournal"]
-
 #: Seconds between queries for a run that another process owns: at first, and at most.
 _ATTACH_DELAYS: Final = (0.02, 1.0)
 _NOTHING: Final = PriorUsage()

@@ -21,17 +21,6 @@ from stroma.engine.tasks import Shield, raise_if
 from stroma.hooks.dispatch import Calls, Firing, HookNotAsync
 from stroma.trace.result import ExecutionResult, RunStatus
 
-__all__ = [
-    "announce_start",
-    "call_end_hooks",
-    "call_end_hooks_now",
-    "end_and_announce",
-    "end_run",
-    "give_back",
-    "note_usage",
-    "open_run",
-]
-
 Arguments = Callable[[], tuple[Any, ...]]
 
 # ---------------------------------------------------------------------- the store

@@ -43,8 +43,6 @@ from stroma.failures.mistakes import is_repeated_mistake
 from stroma.failures.policy import Retry, Stop, follow_up
 from stroma.trace.events import NO_USAGE
 
-__all__ = ["execute", "execute_in_turn"]
-
 _SPENT: Final = Stop("the budget is spent")
 sleep = asyncio.sleep
 
@@ -255,7 +253,7 @@ def _recorded_exception(ctx: ReliabilityContext, node: Node | Group, tried: Trie
     contract = None if isinstance(node, Group) else ctx.contract_of(node)
     if tried.rejected is None or contract is None:
         return RunFailed.recorded(tried.message, tried.error_type)
-    from stroma.engine.rejected import violation_of
+    from stroma.engine.commit import violation_of
 
     return violation_of(tried.node_id, tried.rejected, contract.output_schema)
 

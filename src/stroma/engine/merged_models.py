@@ -14,8 +14,6 @@ from stroma.contracts.core_schema import core_schema_of, is_never_dict
 from stroma.contracts.node import output_class
 from stroma.failures.errors import ItemFailure
 
-__all__ = ["merged_model", "spelled_out", "with_list"]
-
 #: More fields than that stay extra ones: a class of so many takes long to make.
 _MAX_FIELDS: Final = 1000
 

@@ -14,8 +14,6 @@ from stroma.engine.execution import RunningNode
 from stroma.engine.tasks import Shield, in_thread
 from stroma.trace.events import AttemptUsage
 
-__all__ = ["count_returned", "price"]
-
 
 def count_returned(run: RunningNode, returned: tuple[Any, ...]) -> tuple[Any, UsageError | None]:
     """Return the output of a tuple, and the error of its usage, which is recorded on the execution."""

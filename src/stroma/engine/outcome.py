@@ -19,19 +19,6 @@ from stroma.failures.errors import PAUSED, RunFailed, Suspend, WaitedTooLong
 from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type
 from stroma.trace.result import RunStatus
 
-__all__ = [
-    "STOPPED",
-    "GroupStopped",
-    "Halt",
-    "Paused",
-    "Place",
-    "Stopped",
-    "halt_of_ended_run",
-    "hold",
-    "paused",
-    "refuse",
-]
-
 
 @final
 class Halt(NamedTuple):

@@ -10,7 +10,8 @@ from pydantic import BaseModel
 
 from stroma.checkpoint import Session, Waiting
 from stroma.checkpoint.identity import StepCalls
-from stroma.contracts.schema import PickledSnapshot, Schema, Snapshot, schema_of
+from stroma.contracts.copying import PickledSnapshot, Snapshot
+from stroma.contracts.schema import Schema, schema_of
 from stroma.cost.budget import ExecutionBudget, limits
 from stroma.failures.failure import Failure
 from stroma.trace.result import HookFailure, Question, RunStatus
@@ -18,8 +19,6 @@ from stroma.trace.result import HookFailure, Question, RunStatus
 if TYPE_CHECKING:
     from stroma.cost.budget import Dimension
     from stroma.cost.tracker import CostTracker
-
-__all__ = ["Account", "Handover", "PlainSteps", "Stopping", "wait_unless_held"]
 
 _WARN_AT: Final = 0.8
 

@@ -14,13 +14,11 @@ from typing import Any, NamedTuple, cast
 
 from stroma.checkpoint.decoding import RecordName, decode_json
 from stroma.contracts.contract import NodeContract
+from stroma.contracts.copying import Snapshot
 from stroma.contracts.node import Plan
-from stroma.contracts.schema import Snapshot
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.engine.execution import RunningNode
 from stroma.failures.errors import PlaceError
-
-__all__ = ["OpenCall", "call_at_place", "note_call", "open_call", "place_error"]
 
 
 class OpenCall(NamedTuple):

@@ -19,8 +19,6 @@ from stroma.failures.classes import FailureClass
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import Failure, isinstance_by_type
 
-__all__ = ["announce", "find_question", "make_question", "question_of", "suspend_again"]
-
 _MAX_CAUSES: Final = 20
 #: Attributes as the base class has them: those of another class may raise anything.
 _cause, _context, _hides_context, _members = (

@@ -10,23 +10,22 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from pydantic import BaseModel
 
+from stroma._utils.hiding import HIDDEN
 from stroma._utils.logs import SafeLogger
 from stroma._utils.secrets import Secrets
 from stroma._utils.text import one_line, typed
 from stroma.contracts.contract import ContractViolation
+from stroma.contracts.copying import PickledSnapshot
 from stroma.contracts.schema import schema_of
-from stroma.contracts.snapshots import PickledSnapshot
 from stroma.failures.failure import Failure, isinstance_by_type, kind_of, message_of
 from stroma.trace.events import AttemptRow
-from stroma.trace.redaction import HIDDEN, hide_rejected, hide_words
+from stroma.trace.redaction import hide_rejected, hide_words
 from stroma.trace.result import ExecutionResult
 from stroma.trace.trace import ExecutionTrace
 
 if TYPE_CHECKING:
     from stroma.contracts.schema import Schema
     from stroma.trace.rejected import RejectedOutput
-
-__all__ = ["Redactor", "RunLogger", "UnreadState", "notes_of_error"]
 
 _PLAIN_LEAVES: Final = frozenset({str, int, float, bool, type(None)})
 

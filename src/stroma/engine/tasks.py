@@ -17,33 +17,6 @@ from weakref import WeakKeyDictionary
 from stroma.checkpoint import CorruptCheckpoint, PipelineChanged, StoreError
 from stroma.hooks.dispatch import HookNotAsync
 
-__all__ = [
-    "CONTINUES",
-    "LAST_SECONDS",
-    "TICK_SECONDS",
-    "LoopTicks",
-    "Shield",
-    "TaskPool",
-    "ThreadPlaces",
-    "as_store_error",
-    "begin_flight",
-    "call_in_thread",
-    "cancel_all",
-    "end_flight",
-    "enter_scope",
-    "gather",
-    "give_up",
-    "has_running_loop",
-    "in_thread",
-    "is_given_up",
-    "is_in_flight",
-    "loop_ticks",
-    "passes_through",
-    "raise_if",
-    "retrieve_exception",
-    "thread_places",
-]
-
 
 class ThreadPlaces:
     """Places that attempts take in the order of their arrival, in one event loop."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-__all__ = ["FailureClass"]
-
 
 class FailureClass(StrEnum):
     """The meaning of a failure for retries."""

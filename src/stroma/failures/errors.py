@@ -13,24 +13,6 @@ from stroma.cost.budget import BudgetExceeded, Dimension
 from stroma.cost.usage import shown
 from stroma.failures.classes import FailureClass
 
-__all__ = [
-    "BUDGET",
-    "PAUSED",
-    "CircuitOpen",
-    "ItemFailure",
-    "LimitError",
-    "PlaceError",
-    "RecordedVerdict",
-    "RunCancelled",
-    "RunFailed",
-    "SharedBudgetExceeded",
-    "Suspend",
-    "Wait",
-    "WaitedTooLong",
-    "WorkerLost",
-    "verdict_of",
-]
-
 
 class ItemFailure(LazyModel):
     """An item of a map that failed for good without stopping the map.

@@ -18,19 +18,6 @@ from stroma.failures.classes import FailureClass
 from stroma.failures.errors import CircuitOpen, LimitError, PlaceError, WaitedTooLong, WorkerLost, verdict_of
 from stroma.failures.providers import read_provider_error
 
-__all__ = [
-    "Classifier",
-    "Failure",
-    "NodeContext",
-    "StepContext",
-    "classify",
-    "diagnose",
-    "isinstance_by_type",
-    "kind_of",
-    "type_name",
-]
-
-
 logger = get_logger()
 
 

@@ -15,8 +15,6 @@ from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure
 from stroma.failures.tracebacks import is_library_file, is_stroma_file
 
-__all__ = ["explain_mistake", "is_repeated_mistake"]
-
 _MISTAKES: Final = frozenset({TypeError, AttributeError})
 _RAISES: Final = frozenset({opmap["RAISE_VARARGS"], opmap["RERAISE"]})
 _SUBSCRIPT: Final = re.compile(r"(\w+)\[[^\[\]]*\]")

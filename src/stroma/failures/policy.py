@@ -13,8 +13,6 @@ from stroma.contracts.copying import construct
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure
 
-__all__ = ["FailurePolicy", "PolicyMap", "Retry", "RetryBudget", "Stop", "decide", "default_policy_map"]
-
 
 class FailurePolicy(StrictModel):
     """The number and delays of the retries of a node.

@@ -38,8 +38,6 @@ from stroma.failures.provider_verdicts import (
     ProviderVerdict,
 )
 
-__all__ = ["read_provider_error", "read_status", "requested_waits", "retry_after_seconds"]
-
 
 def read_provider_error(exc: BaseException) -> ProviderVerdict | None:
     """Return the verdict on an exception, or on the one it was raised from; None if its shape is unknown.

@@ -10,8 +10,6 @@ from stroma._utils.access import safe_get
 from stroma.failures.errors import PlaceError, verdict_of
 from stroma.failures.providers import read_status
 
-__all__ = ["is_refusal"]
-
 #: 4xx statuses after which the request may have been carried out, or may still be.
 _OPEN_STATUSES: Final = frozenset({408, 409, 425, 499})
 #: Exceptions of clients before a connection is made, by the name of a class and the packages that it may come

@@ -12,16 +12,6 @@ from collections.abc import Callable, Sequence
 from types import CodeType
 from typing import Any, Final, NamedTuple
 
-__all__ = [
-    "FailureSite",
-    "Frame",
-    "failure_site_writer",
-    "frames_of",
-    "is_library_file",
-    "is_stroma_file",
-    "read_failure_site",
-]
-
 _OURS: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _MOST: Final = 20  # frames of each kind that are kept, the innermost ones
 _LONGEST: Final = 300  # characters of one text

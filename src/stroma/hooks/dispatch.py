@@ -16,8 +16,6 @@ from stroma._utils.logs import get_logger
 from stroma.hooks.sets import _ENDS, EVENTS, NodeHooks
 from stroma.trace.result import ExecutionResult, HookFailure
 
-__all__ = ["NO_HOOKS", "Calls", "Firing", "HookNotAsync", "HookTimeout", "Hooks", "Started"]
-
 logger = get_logger()
 
 #: The callables of one event, each with the index of its set, in the order in which they are called.
@@ -59,7 +57,7 @@ class Hooks:
         delivers: the store records which end hooks are due; the ends of attempts are prepared also where no
             set has a hook for them.
         takes_events: something looks at what nodes emit, besides the receivers of the sets.
-        interceptors: those of tests around the run, see stroma.engine.interceptors.
+        interceptors: those of tests around the run, see stroma.engine.context.
         receivers: receivers of what nodes emit, see stroma.engine.emitted.
     """
 

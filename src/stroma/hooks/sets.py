@@ -14,18 +14,6 @@ from stroma._utils.models import NamedArguments
 from stroma.failures.classes import FailureClass
 from stroma.trace.result import ExecutionResult
 
-__all__ = [
-    "AnyHooks",
-    "HookError",
-    "HookSets",
-    "MapProgress",
-    "NodeHooks",
-    "StepHooks",
-    "check_arguments",
-    "distinct",
-    "flatten",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class MapProgress:

@@ -18,8 +18,6 @@ from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure
 from stroma.limits.gate import optional_seconds, positive_int, positive_number
 
-__all__ = ["Breaker", "CircuitState", "Entry", "check_breaker", "host_of"]
-
 CircuitState = Literal["closed", "open", "half_open"]
 
 #: Reasons of failures of a provider. A rate limit (429) is none: limits= and Retry-After are for those.

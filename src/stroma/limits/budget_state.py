@@ -21,27 +21,6 @@ from stroma.limits.reservations import (
     renew_leases,
 )
 
-__all__ = [
-    "PERIODS",
-    "PICO",
-    "BudgetCell",
-    "BudgetTerms",
-    "CallRequest",
-    "CallUsage",
-    "JournalPlace",
-    "Per",
-    "Refusal",
-    "UnsettledCalls",
-    "give_back",
-    "read_account",
-    "release",
-    "renew_calls",
-    "reserve",
-    "settle",
-    "unsettled_calls_of",
-    "window",
-]
-
 Per = Literal["minute", "hour", "day", "month"]
 PERIODS: Final = get_args(Per)
 PICO: Final = 10**12

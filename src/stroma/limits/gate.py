@@ -25,17 +25,6 @@ if TYPE_CHECKING:
     from stroma.failures.failure import Failure
     from stroma.trace.events import AttemptUsage
 
-__all__ = [
-    "BudgetWarning",
-    "Caller",
-    "CooldownBegun",
-    "Gate",
-    "OnStoreError",
-    "optional_seconds",
-    "positive_int",
-    "positive_number",
-]
-
 T = TypeVar("T")
 logger = get_logger()
 

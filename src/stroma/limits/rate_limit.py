@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from stroma.failures.failure import Failure
     from stroma.trace.events import AttemptUsage
 
-__all__ = ["Limit", "RateGate", "check_limits", "read_cooldowns", "read_limit"]
-
 #: Cell that lists the limits which have begun a cooldown last.
 _COOLDOWNS: Final = "cooldowns"
 

@@ -25,21 +25,6 @@ from stroma.limits.reservations import (
     renew_leases,
 )
 
-__all__ = [
-    "CallReport",
-    "LimitState",
-    "Probe",
-    "RateLimits",
-    "TooLarge",
-    "acquire",
-    "end_lease",
-    "list_cooldown",
-    "names_of_cooldowns",
-    "read_limit_state",
-    "release_call",
-    "renew_calls",
-]
-
 _LIST: Final = "the list of cooldowns"
 _WINDOW_SECONDS: Final = 61
 _MAX_CLOCK_STEP_MS: Final = 60_000

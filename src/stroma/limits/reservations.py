@@ -14,18 +14,6 @@ from pydantic_core import from_json, to_json
 from stroma._utils.logs import get_logger
 from stroma.checkpoint.errors import StoreError
 
-__all__ = [
-    "RECENT_CALLS",
-    "RENEWER",
-    "CellState",
-    "ProcessCells",
-    "StateChange",
-    "estimate_usage",
-    "is_live",
-    "remember_usage",
-    "renew_leases",
-]
-
 T = TypeVar("T")
 StateT = TypeVar("StateT", bound="CellState")
 

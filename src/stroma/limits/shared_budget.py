@@ -49,8 +49,6 @@ if TYPE_CHECKING:
     from stroma.failures.failure import Failure
     from stroma.trace.events import AttemptUsage
 
-__all__ = ["AttemptPlace", "BudgetState", "SharedBudget", "caller_of", "check_budgets", "read_budget"]
-
 logger = get_logger()
 
 _MIN_LEASE_SECONDS = 0.1

@@ -21,8 +21,6 @@ from stroma.runner.flows.journal import REPLAY_ONLY
 from stroma.runner.run import RunExecution
 from stroma.trace.result import ExecutionResult
 
-__all__ = ["check_flow"]
-
 _RUN_ID: Final = "check"
 #: By how much the clock of a replay differs: in its minute, hour, day and weekday.
 _SHIFT: Final = datetime.timedelta(days=1, hours=5, minutes=7, seconds=11)

@@ -23,8 +23,6 @@ from stroma.trace.result import ExecutionResult, Question, RunStatus
 if TYPE_CHECKING:
     from stroma.checkpoint import RunRecord
 
-__all__ = ["Blocked", "Busy", "DriveOutcome", "Ended", "RunDriver", "Suspended", "Yielded"]
-
 
 @dataclass(frozen=True, slots=True)
 class Ended:

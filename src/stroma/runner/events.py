@@ -19,16 +19,6 @@ from stroma.trace.events import TraceEvent
 from stroma.trace.plain import jsonable
 from stroma.trace.result import ExecutionResult
 
-__all__ = [
-    "EventHub",
-    "EventKind",
-    "EventReader",
-    "StreamEvent",
-    "describe_failure",
-    "describe_result",
-    "event_hooks",
-]
-
 EventKind = Literal[
     "run_start",
     "node_start",

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
+from stroma._utils.hiding import HIDDEN
 from stroma._utils.logs import get_logger
 from stroma.checkpoint import CheckpointNotFound, CorruptCheckpoint, Session
 from stroma.checkpoint.decisions import UNFINISHED
@@ -25,9 +26,7 @@ from stroma.engine.execution import RunningNode, current_run
 from stroma.runner.events import EventHub, EventKind, StreamEvent, describe_failure, event_hooks
 from stroma.runner.pipeline import with_hooks
 from stroma.runner.stored_runs import StoredRuns
-from stroma.trace.redaction import HIDDEN, Redact, hide_state
-
-__all__ = ["decode_events", "follow", "with_event_log"]
+from stroma.trace.redaction import Redact, hide_state
 
 logger = get_logger()
 

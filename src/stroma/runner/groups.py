@@ -35,8 +35,6 @@ from stroma.runner.items import (
 from stroma.runner.map import DEFAULT_CONCURRENCY, ChildEnds, MapRun, item_output
 from stroma.runner.pipeline import check_bound
 
-__all__ = ["map_over", "parallel"]
-
 
 def parallel(*nodes: Any, max_concurrency: int | None = None) -> Group:
     """Run nodes side by side on copies of one state; their outputs merge in argument order, later ones win.

@@ -27,17 +27,6 @@ from pydantic_core import from_json, to_json
 
 from stroma.trace.plain import jsonable
 
-__all__ = [
-    "FileSource",
-    "Item",
-    "IterableSource",
-    "Journal",
-    "JsonLines",
-    "LinesFile",
-    "ListSource",
-    "Source",
-]
-
 _PAGE_ITEMS: Final = 200  # that are read, or looked up in the journal, at once
 _PAGE_BYTES: Final = 4 * 1024 * 1024
 _MAX_LINE_BYTES: Final = 64 * 1024 * 1024

@@ -14,8 +14,6 @@ from stroma.engine.tasks import gather
 from stroma.runner.run import RunExecution
 from stroma.trace.result import ExecutionResult, RunStatus
 
-__all__ = ["Batch", "LiveRuns"]
-
 
 class Batch:
     """The runs of one call of ``run_many``, ``recover`` or ``serve``."""

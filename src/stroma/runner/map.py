@@ -34,8 +34,6 @@ from stroma.hooks.sets import MapProgress
 from stroma.runner.items import Item, LinesFile, Source
 from stroma.trace.events import AttemptRow, BoundedRows, Outcome
 
-__all__ = ["DEFAULT_CONCURRENCY", "ChildEnds", "MapRun", "branches_in", "is_apart", "item_output"]
-
 #: Items that run at once where their number has no bound and no limit is set.
 DEFAULT_CONCURRENCY: Final = 64
 #: Events in the trace of a map that keeps no outputs, and as many failures after those.

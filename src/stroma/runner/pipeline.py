@@ -23,32 +23,6 @@ from stroma.engine.placed_calls import place_error
 from stroma.hooks.sets import NodeHooks, flatten
 from stroma.trace.result import ExecutionResult, RunStatus
 
-__all__ = [
-    "AnyState",
-    "Pipeline",
-    "RunKeywords",
-    "SubmitOptions",
-    "check_bound",
-    "check_keywords",
-    "check_owners",
-    "check_places",
-    "check_state",
-    "code_of",
-    "find_nodes",
-    "find_position",
-    "ids_in",
-    "input_schema_of",
-    "leaves_in",
-    "nodes_of",
-    "override_config",
-    "queue_entry",
-    "refuse_unknown_ids",
-    "steps_of",
-    "to_ms",
-    "warn_of_unknown_ids",
-    "with_hooks",
-]
-
 #: Beginnings of the ids of groups, which have one only when they are made.
 _GROUP_IDS: Final = ("parallel(", "map_over(")
 #: The fields of a config that are keyed by node id.

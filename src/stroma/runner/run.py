@@ -28,8 +28,7 @@ from stroma.engine.lifecycle import (
 )
 from stroma.engine.loop import execute_in_turn
 from stroma.engine.outcome import STOPPED, Halt, Place, Stopped
-from stroma.engine.redelivery import redeliver
-from stroma.engine.restore import check_place, check_question, output_schema, restore
+from stroma.engine.restore import check_place, check_question, output_schema, redeliver, restore
 from stroma.engine.tasks import raise_if
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import BUDGET, PAUSED, RunFailed, SharedBudgetExceeded
@@ -37,8 +36,6 @@ from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_b
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.hooks.sets import HookError
 from stroma.trace.result import ExecutionResult, RunStatus
-
-__all__ = ["RunExecution", "set_traceparent"]
 
 #: Levels of the line about an end; of any other status INFO.
 _LEVELS = {RunStatus.FAILED: logging.ERROR, RunStatus.PARTIAL: logging.WARNING}

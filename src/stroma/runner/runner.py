@@ -70,9 +70,8 @@ from stroma.trace.result import ExecutionResult
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from stroma.contracts.checks.finding import Finding
-    from stroma.engine.config import OtherFields, Policies
-    from stroma.engine.timeouts import NodeTimeout
+    from stroma.contracts.checks.types import Finding
+    from stroma.engine.config import NodeTimeout, OtherFields, Policies
     from stroma.runner.drive import DriveOutcome, RunDriver
     from stroma.runner.events import StreamEvent
     from stroma.runner.flows.flow import AnnotatedFlowDecorator, Flow, FlowDecorator, FlowFunction, FlowLimits
@@ -80,8 +79,6 @@ if TYPE_CHECKING:
     from stroma.runner.stream import RunStream
     from stroma.runner.submission import EndWaits, RunHandle
     from stroma.runner.worker import WorkerHealth
-
-__all__ = ["StromaRunner", "with_settings_of"]
 
 
 In = TypeVar("In", bound=BaseModel)

@@ -26,7 +26,7 @@ from stroma.engine.execution import RunningNode, running_node
 from stroma.engine.lifecycle import announce_start, open_run
 from stroma.engine.loop import execute
 from stroma.engine.outcome import Halt, Place
-from stroma.engine.redelivery import redeliver
+from stroma.engine.restore import redeliver
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunCancelled
 from stroma.failures.failure import Failure
@@ -34,8 +34,6 @@ from stroma.hooks.dispatch import HookNotAsync
 from stroma.runner.map import branches_in, is_apart
 from stroma.runner.pipeline import check_owners, check_state
 from stroma.trace.result import ExecutionResult, RunStatus
-
-__all__ = ["ReliabilityContext", "StromaStep", "execute_step"]
 
 
 async def execute_step(

@@ -18,8 +18,7 @@ from stroma.checkpoint.decoding import RecordName, decode_number
 from stroma.checkpoint.entries import ALL_FAILED_ITEMS, NOT_DONE, SentMessage
 from stroma.checkpoint.events import EventPage, EventPlace
 from stroma.checkpoint.queue import RunLimits, ServedCode
-from stroma.contracts.contract import ContractRegistry, check_id
-from stroma.contracts.effects import NotDone, Unknown
+from stroma.contracts.contract import ContractRegistry, NotDone, Unknown, check_id
 from stroma.contracts.node import Group, Node, find_node, output_class
 from stroma.contracts.schema import Schema, schema_of
 from stroma.contracts.tagged_json import NotSerialisable
@@ -32,8 +31,6 @@ from stroma.trace.result import RunStatus
 
 if TYPE_CHECKING:
     from stroma.checkpoint import RunRecord
-
-__all__ = ["ServedPipeline", "StoredRuns", "encode_message", "limits_of", "match_answer", "no_run", "request"]
 
 logger = get_logger()
 

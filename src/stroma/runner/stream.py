@@ -12,8 +12,6 @@ from stroma.hooks.sets import NodeHooks
 from stroma.runner.events import EventHub, EventReader, StreamEvent, describe_result, event_hooks
 from stroma.trace.result import ExecutionResult
 
-__all__ = ["RunStream"]
-
 logger = get_logger()
 
 OnLeave = Literal["cancel", "detach"]

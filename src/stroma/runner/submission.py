@@ -17,8 +17,6 @@ from stroma.runner.flows.suspension import now_ms
 from stroma.runner.stored_runs import StoredRuns, no_run
 from stroma.trace.result import ExecutionResult, RunStatus
 
-__all__ = ["EndWaits", "HandleCalls", "RunHandle"]
-
 Out = TypeVar("Out", bound=BaseModel)
 
 #: Between looks at the runs that somebody waits for, in seconds: at first, and at most.

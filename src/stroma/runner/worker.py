@@ -26,8 +26,6 @@ from stroma.trace.result import ExecutionResult
 if TYPE_CHECKING:
     from stroma.runner.stored_runs import ServedPipeline, StoredRuns
 
-__all__ = ["QueueReader", "RunWorker", "WorkerHealth", "readers_of", "watch_queues"]
-
 logger = get_logger()
 
 #: Seconds between two queries, which are cheap: one for each pipeline.

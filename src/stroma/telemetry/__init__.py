@@ -16,8 +16,8 @@ from stroma._utils.lazy import lazy
 
 if TYPE_CHECKING:
     from stroma.telemetry.attribution import AttributionProcessor
+    from stroma.telemetry.content import DENY_KEYS
     from stroma.telemetry.datadog import datadog_hooks
-    from stroma.telemetry.denied_names import DENY_KEYS
     from stroma.telemetry.logs import log_hooks
     from stroma.telemetry.observer import ExporterHooks
     from stroma.telemetry.opentelemetry import otel_hooks
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AttributionProcessor": "attribution",
-    "DENY_KEYS": "denied_names",
+    "DENY_KEYS": "content",
     "ExporterHooks": "observer",
     "datadog_hooks": "datadog",
     "log_hooks": "logs",

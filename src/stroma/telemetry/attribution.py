@@ -15,8 +15,6 @@ from stroma.engine.execution import RunningNode, current_run, running_node
 from stroma.telemetry.conventions import NODE_ID, OF_RUN, SCOPE, about_run
 from stroma.telemetry.inference import note_call, note_end
 
-__all__ = ["AttributionProcessor", "watch"]
-
 _COPIED: Final = (*OF_RUN, NODE_ID)
 #: Prefixes of attributes with the tokens of a call: OpenTelemetry's and OpenInference's.
 _USAGE: Final = ("gen_ai.usage.", "llm.token_count.")

@@ -13,21 +13,6 @@ from stroma.contracts.contract import Role
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import RunningNode
 
-__all__ = [
-    "LANGCHAIN",
-    "NODE_ID",
-    "OF_RUN",
-    "SCHEMA_URL",
-    "SCOPE",
-    "Vocabulary",
-    "about_run",
-    "attribution_of",
-    "content_of",
-    "note_run",
-    "operation_of",
-    "version",
-]
-
 Vocabulary = Literal["openinference", "none"]
 
 #: Name of our tracer and meter, that of OpenInference's for LangChain, and the conventions that ours follow;

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.trace import Span, Tracer
 
-__all__ = ["InferenceMode", "InferenceSpans", "note_call", "note_end"]
-
 InferenceMode = Literal["auto", "always", "never"]
 
 #: Key in the notes of a node: the id of the span of a model call of somebody else around it, which reports

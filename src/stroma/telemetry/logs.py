@@ -20,8 +20,6 @@ from stroma.telemetry.conventions import attribution_of, note_run
 from stroma.telemetry.observer import WRITING, AttemptEnd, ExporterHooks, Observer, is_returned
 from stroma.trace.result import ExecutionResult
 
-__all__ = ["log_hooks"]
-
 _NEEDS_QUOTES: Final = re.compile(r"""[\s="]""")
 _quoted: Final = json.encoder.encode_basestring
 _IS_PLAIN: Final = re.compile(r"[\w.:/+-]+", re.ASCII).fullmatch

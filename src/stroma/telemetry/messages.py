@@ -13,8 +13,6 @@ from typing import Any, Final
 
 from stroma.engine.execution import RunningNode
 
-__all__ = ["messages_of_call", "note_request"]
-
 #: Key in the notes of a node: the last request to a model, with the attempt that made it.
 _REQUEST: Final = "request to a model"
 _ROLES: Final = {

@@ -15,17 +15,6 @@ from stroma.failures.classes import FailureClass
 from stroma.telemetry.observer import AttemptEnd, Observer, is_returned
 from stroma.trace.result import ExecutionResult
 
-__all__ = [
-    "METRICS",
-    "NODE_BUCKETS",
-    "OTHER",
-    "QUEUE_GAUGES",
-    "RUN_SECONDS",
-    "Metric",
-    "MetricLabels",
-    "MetricsObserver",
-]
-
 #: Seconds, from a fast function to minutes of a slow model.
 NODE_BUCKETS: Final = tuple(0.01 * 2**n for n in range(16))
 

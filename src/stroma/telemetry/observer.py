@@ -26,21 +26,6 @@ from stroma.hooks.sets import NodeHooks
 from stroma.trace.events import Outcome
 from stroma.trace.result import ExecutionResult, RunStatus
 
-__all__ = [
-    "CUT_SHORT",
-    "WRITING",
-    "AttemptEnd",
-    "ExporterHooks",
-    "FlowPart",
-    "Observer",
-    "is_returned",
-    "missing",
-    "place_key",
-    "span_id_at",
-    "waited_seconds",
-    "waits_since",
-]
-
 #: Left for closing, however long sending took.
 _CLOSING_SECONDS: Final = 0.1
 #: True while log_hooks writes, so that an exporter of logs can skip events that its hooks have received.

@@ -26,8 +26,6 @@ from stroma.telemetry.observer import ExporterHooks, missing
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
-__all__ = ["prometheus_hooks"]
-
 # In seconds.
 _RUN_BUCKETS: Final = (0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)
 #: Parts of names, by OpenTelemetry's units.

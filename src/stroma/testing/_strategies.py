@@ -23,8 +23,6 @@ from typing_extensions import is_typeddict
 
 from stroma.contracts.core_schema import core_schema_of
 
-__all__ = ["instances"]
-
 Strategy = st.SearchStrategy[Any]
 #: Items beyond the minimum, where a type has no maximum.
 _MORE: Final = 4

@@ -14,10 +14,8 @@ from pydantic import BaseModel
 
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import schema_of
+from stroma.engine.context import INTERCEPTORS, Call, Interceptor
 from stroma.engine.execution import RunningNode
-from stroma.engine.interceptors import INTERCEPTORS, Call, Interceptor
-
-__all__ = ["Chaos"]
 
 #: Faults. "again": the output is lost and the node is called again, as after a crash between its end and its
 #: commit. "slow": other nodes run first.

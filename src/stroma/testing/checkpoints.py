@@ -15,8 +15,6 @@ from stroma.contracts.node import stroma_node
 from stroma.runner.runner import StromaRunner
 from stroma.trace.result import RunStatus
 
-__all__ = ["CheckpointStoreTests"]
-
 #: Ids that are hard to distinguish, to quote or to order.
 HARD_IDS = (
     "a",

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Final, Self
 from stroma.checkpoint import cells
 from stroma.checkpoint.durable import worker as _worker
 from stroma.checkpoint.memory import rows as _memory_rows
-from stroma.checkpoint.sqlite import rows as _sqlite_rows
+from stroma.checkpoint.sqlite import connection as _sqlite_rows
 from stroma.engine import admission as _admission
 from stroma.engine import attempt as _attempt
 from stroma.engine import deadlines as _deadlines
@@ -29,8 +29,6 @@ from stroma.hooks import dispatch
 from stroma.limits import breaker, reservations
 from stroma.runner import map as _map
 from stroma.runner.flows import body, calls, driver, journal, suspension
-
-__all__ = ["FakeClock"]
 
 #: Tolerance for sums of the same seconds in another order.
 _ROUNDING: Final = 1e-6

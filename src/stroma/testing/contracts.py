@@ -27,8 +27,6 @@ from stroma.trace.plain import jsonable
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
-__all__ = ["assert_contract_holds", "inputs_of"]
-
 
 def inputs_of(
     model: type[BaseModel], fields: Mapping[str, SearchStrategy[Any]] | None = None

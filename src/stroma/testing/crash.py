@@ -15,15 +15,12 @@ from stroma.checkpoint import Fenced, Session, StepCall, Waiting
 from stroma.checkpoint.entries import RunControl
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import Schema
-from stroma.engine.context import ReliabilityContext
+from stroma.engine.context import INTERCEPTORS, Call, Interceptor, ReliabilityContext
 from stroma.engine.execution import RunningNode, running_node
-from stroma.engine.interceptors import INTERCEPTORS, Call, Interceptor
 from stroma.hooks.dispatch import Hooks
 from stroma.hooks.sets import NodeHooks
 from stroma.trace.events import AttemptRow
 from stroma.trace.result import ExecutionResult
-
-__all__ = ["POINTS", "Boundary", "Crashed", "Deaths", "Point", "crash_at"]
 
 Point = Literal["before_node", "after_node", "after_commit", "after_hooks", "before_end", "after_end"]
 POINTS: Final[tuple[Point, ...]] = get_args(Point)

@@ -12,10 +12,8 @@ from typing import Any, Final, Literal, NamedTuple, Self
 from pydantic import BaseModel
 
 from stroma.contracts.node import Group, Node
+from stroma.engine.context import INTERCEPTORS, Call, Interceptor
 from stroma.engine.execution import RunningNode
-from stroma.engine.interceptors import INTERCEPTORS, Call, Interceptor
-
-__all__ = ["FaultPlan", "Injected", "Transient"]
 
 Kind = Literal["fail", "lose", "delay", "malform"]
 #: Output of a model that ignores its instructions.

@@ -10,8 +10,6 @@ from pathlib import Path
 from stroma.runner.pipeline import Pipeline
 from stroma.runner.runner import with_settings_of
 
-__all__ = ["pipeline_in"]
-
 
 def pipeline_in(path: str | PathLike[str], name: str = "pipeline") -> Pipeline:
     """Return the Pipeline of that name in a Python file, or the result of the function of that name.

@@ -19,8 +19,6 @@ from stroma.trace.events import FAILED_ITEM
 from stroma.trace.plain import jsonable
 from stroma.trace.redaction import Redact, hidden_values, hide_words
 
-__all__ = ["RecordedAttempt", "RecordedRun"]
-
 _SCHEMA: Final = "stroma.recorded-run/1"
 
 

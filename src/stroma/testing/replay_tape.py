@@ -18,8 +18,8 @@ from stroma.contracts.schema import Schema, schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.cost.budget import BudgetExceeded
 from stroma.cost.usage import UsageError
+from stroma.engine.context import Call, Interceptor
 from stroma.engine.execution import RunningNode
-from stroma.engine.interceptors import Call, Interceptor
 from stroma.engine.restore import read_output
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import Suspend
@@ -27,8 +27,6 @@ from stroma.failures.failure import Failure, NodeContext, diagnose
 from stroma.testing.recording import RecordedAttempt, RecordedRun, is_failed_item
 from stroma.trace.events import AttemptUsage
 from stroma.trace.result import RunStatus
-
-__all__ = ["ENDED", "Difference", "Kind", "Tape", "settled_status"]
 
 Kind = Literal["input", "missing", "new", "contract", "schema", "decision", "output", "status"]
 #: Longer than any wait that ends.

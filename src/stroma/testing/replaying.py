@@ -19,7 +19,7 @@ from stroma.contracts.node import Group, Node, find_node
 from stroma.contracts.schema import Schema, schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.config import new_run_id
-from stroma.engine.interceptors import INTERCEPTORS
+from stroma.engine.context import INTERCEPTORS
 from stroma.engine.tasks import has_running_loop
 from stroma.hooks.sets import NodeHooks
 from stroma.runner.pipeline import Pipeline
@@ -31,8 +31,6 @@ from stroma.trace.plain import jsonable
 from stroma.trace.redaction import Redact
 from stroma.trace.result import ExecutionResult, RunStatus
 from stroma.trace.story import without_values
-
-__all__ = ["Replay", "replay", "replay_sync"]
 
 #: Changed fields of one output that a message lists.
 _MAX_CHANGES: Final = 5

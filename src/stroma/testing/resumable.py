@@ -28,8 +28,6 @@ from stroma.testing.resume_trial import ProcessRecord, Trial
 from stroma.trace.plain import jsonable
 from stroma.trace.result import RunStatus
 
-__all__ = ["Resumability", "assert_resumable", "assert_resumable_sync"]
-
 #: Code under test: a pipeline, its nodes, or plain code with steps.
 Proven = Pipeline | Iterable[Any] | Callable[[ReliabilityContext, Any], Awaitable[BaseModel]]
 

@@ -23,16 +23,13 @@ from pydantic import BaseModel
 from stroma.checkpoint import CheckpointManager
 from stroma.checkpoint.sqlite.store import SQLiteStore
 from stroma.contracts.schema import Schema, schema_of
-from stroma.engine.context import ReliabilityContext
-from stroma.engine.interceptors import INTERCEPTORS
+from stroma.engine.context import INTERCEPTORS, ReliabilityContext
 from stroma.runner.runner import StromaRunner
 from stroma.testing.clock import FakeClock
 from stroma.testing.crash import Boundary, Crashed, Deaths
 from stroma.testing.faults import FaultPlan
 from stroma.trace.plain import jsonable
 from stroma.trace.result import RunStatus
-
-__all__ = ["ProcessRecord", "Trial"]
 
 
 @dataclass(slots=True)

@@ -14,8 +14,6 @@ from stroma.trace.plain import jsonable
 from stroma.trace.result import ExecutionResult
 from stroma.trace.trace import ExecutionTrace
 
-__all__ = ["compare_with_file", "trace_snapshot"]
-
 
 def trace_snapshot(
     trace: ExecutionTrace | ExecutionResult, *, states: bool = True, hide: Collection[str] = ()

@@ -7,23 +7,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, Literal, NamedTuple
 
-from stroma.contracts.schema import Schema, Snapshot
+from stroma.contracts.copying import Snapshot
+from stroma.contracts.schema import Schema
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import ItemFailure
-
-__all__ = [
-    "QUESTIONS",
-    "RECEIVES",
-    "SLEEPS",
-    "AttemptUsage",
-    "Failed",
-    "MarkKind",
-    "Outcome",
-    "TraceEvent",
-    "TraceMark",
-    "place_text",
-]
-
 
 Outcome = Literal["success", "failure", "cancelled", "suspended"]
 

@@ -23,8 +23,6 @@ from stroma.trace.rejected import MISSING, Complaint, RejectedOutput
 from stroma.trace.story import Bar, Story, fields_named
 from stroma.trace.timeline import HATCHES, Timeline, legend
 
-__all__ = ["cause", "document", "fragment", "head", "rejected_output", "tree", "utc"]
-
 _ITEMS: Final = 400  # of one payload
 _TEXT: Final = 2000  # characters of one text in it
 _DEEPEST: Final = 30

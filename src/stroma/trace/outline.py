@@ -16,27 +16,6 @@ from stroma._utils.text import clean, format_duration, format_usd
 from stroma.trace.events import RECEIVES, SLEEPS
 from stroma.trace.story import FAILED, Bar
 
-__all__ = [
-    "ANSWERS",
-    "MOST",
-    "WAITS",
-    "CallState",
-    "EntryKind",
-    "OutlineEntry",
-    "PlacedCall",
-    "Tone",
-    "bar_title",
-    "cost_text",
-    "count_states",
-    "duration",
-    "fold",
-    "folded_part",
-    "outline",
-    "parse_call",
-    "select_bars",
-    "tone_of",
-]
-
 EntryKind = Literal["node", "map", "sleep", "question", "message", "fold"]
 #: Kinds of the entries of waits.
 WAITS: Final = ("sleep", "question", "message")

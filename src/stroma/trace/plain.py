@@ -13,9 +13,6 @@ from typing import Any, Final
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
-__all__ = []
-
-
 _DEEPEST: Final = 100
 _MOST_ITEMS: Final = 100_000  # of a mapping that is not a dict: it may be endless
 

@@ -15,17 +15,6 @@ if TYPE_CHECKING:
     from stroma.trace.rejected import RejectedOutput
     from stroma.trace.story import Story
 
-__all__ = [
-    "HIDDEN",
-    "Redact",
-    "Shown",
-    "hidden_values",
-    "hide_rejected",
-    "hide_state",
-    "hide_words",
-    "without",
-]
-
 Redact = Callable[[dict[str, Any]], dict[str, Any]]
 
 _MOST_WORDS: Final = (

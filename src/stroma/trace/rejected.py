@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 from typing import Any, Final, NamedTuple, final
 
-__all__ = ["MISSING", "Complaint", "RecentOutputs", "RejectedOutput", "read_rejected"]
-
 #: Stands for a value that an output does not have.
 MISSING: Final[Any] = object()
 _MAX_BYTES: Final = 4 * 1024 * 1024

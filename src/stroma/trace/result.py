@@ -26,7 +26,6 @@ else:
     from typing import TypeVar
 
     StateT = TypeVar("StateT")
-__all__ = ["ExecutionResult", "HookFailure", "Question", "RunStatus", "Total"]
 
 
 class RunStatus(StrEnum):

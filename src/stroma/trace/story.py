@@ -10,8 +10,6 @@ from typing import Any, Final
 
 from stroma.trace.rejected import RejectedOutput
 
-__all__ = ["FAILED", "Bar", "InProgress", "StopCause", "Story", "fields_named", "waits", "without_values"]
-
 #: Outcomes of attempts that failed: an item of a map that failed for good is collected.
 FAILED: Final = ("failure", "collected")
 

@@ -10,8 +10,6 @@ from stroma._utils.text import clean, pluralize
 from stroma.trace.outline import WAITS, OutlineEntry, cost_text, duration, tone_of
 from stroma.trace.story import Bar
 
-__all__ = ["STYLES", "RunLine", "cells_of", "lines_of"]
-
 _SHOWN_FAILED: Final = 5  # calls that failed, below the line that folds them
 #: Style of each tone.
 STYLES: Final = {"good": "green", "bad": "red", "warn": "yellow", "dim": "dim"}

@@ -29,8 +29,6 @@ from stroma.trace.outline import (
 )
 from stroma.trace.story import FAILED, Bar, InProgress, waits
 
-__all__ = ["HATCHES", "Timeline", "axis_of", "idle_ms", "legend", "places"]
-
 #: Patterns of waits, which a page must have once.
 HATCHES: Final = (
     '<svg class="defs" aria-hidden="true"><defs>'

@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
 
 from stroma._utils.text import typed
-from stroma.contracts.copying import isolate
-from stroma.contracts.schema import Schema, Snapshot
+from stroma.contracts.copying import Snapshot, isolate
+from stroma.contracts.schema import Schema
 from stroma.trace.redaction import Redact, Shown, hidden_values, hide_rejected, hide_state, hide_words
 
 if TYPE_CHECKING:
@@ -35,8 +35,6 @@ from stroma.trace.events import (
     place_text,
 )
 from stroma.trace.plain import jsonable
-
-__all__ = ["ExecutionTrace"]
 
 
 class ExecutionTrace(Shown):

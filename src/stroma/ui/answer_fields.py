@@ -13,8 +13,6 @@ from typing import Any, Final, Literal, NamedTuple
 from stroma._utils.text import clean
 from stroma.contracts.examples import NoExampleError, example_of
 
-__all__ = ["PREFIX", "AnswerField", "FieldError", "example_text", "fields_of", "parse_fields"]
-
 #: Beginning of the names of these fields in a form.
 PREFIX: Final = "field:"
 _MAX_FIELDS: Final = 100

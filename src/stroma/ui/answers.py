@@ -15,13 +15,11 @@ from stroma._utils.text import clean
 from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.records import RunRecord
-from stroma.contracts.effects import NotDone
+from stroma.contracts.contract import NotDone
 from stroma.runner.stored_runs import match_answer
 from stroma.ui.actions import Actions, can_resume, identity_of, read_json, to_run
 from stroma.ui.answer_fields import AnswerField, FieldError, example_text, fields_of, parse_fields
 from stroma.ui.rendering import Renderer
-
-__all__ = ["AnswerForm", "Answers"]
 
 _MAX_ERRORS: Final = 20
 

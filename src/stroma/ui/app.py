@@ -19,7 +19,7 @@ from starlette.staticfiles import StaticFiles
 from stroma._utils.text import clean
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.history import History
-from stroma.ui.actions import Actions
+from stroma.ui.actions import Actions, SubmitForm
 from stroma.ui.answers import Answers
 from stroma.ui.events import Events
 from stroma.ui.pages import Pages
@@ -27,9 +27,6 @@ from stroma.ui.rendering import Renderer
 from stroma.ui.run_pages import RunPages
 from stroma.ui.security import ASGIApp, Keys, SecurityMiddleware
 from stroma.ui.settings import Settings
-from stroma.ui.submission import SubmitForm
-
-__all__ = ["make_app", "make_config", "serve"]
 
 _HERE: Final = Path(__file__).parent
 _LARGE_PAGE: Final = 50_000  # bytes

@@ -14,8 +14,6 @@ from stroma._utils.svg import as_xml
 from stroma.checkpoint.history import FAILED, FINISHED
 from stroma.checkpoint.queue import QUEUED
 
-__all__ = ["Column", "chip", "columns_chart", "icon", "meter", "round_up", "sparkline", "stacked", "tone_of"]
-
 #: Icon of each status of a run, outcome of an attempt and class of a failure; "dot" for any other word.
 _ICONS: Final = {
     "COMPLETED": "check",

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from stroma.ui.rendering import SharedPages
     from stroma.ui.settings import Settings
 
-__all__ = ["Events", "LiveText"]
-
 logger = get_logger()
 
 #: The end of a text that is shown, in characters.

@@ -21,27 +21,6 @@ from stroma.trace.html import tree
 from stroma.trace.outline import duration
 from stroma.ui.components import chip
 
-__all__ = [
-    "BLOCKED_FILTER",
-    "ago",
-    "as_attachment",
-    "attempt_address",
-    "attempt_key",
-    "attempt_rows",
-    "cause_text",
-    "compare_facts",
-    "duration_text",
-    "json_file",
-    "mark_controls",
-    "parse_search",
-    "quoted",
-    "restored_starts",
-    "split_price",
-    "state_tree",
-    "to_address",
-    "to_json",
-]
-
 _FILTERS: Final = ("tag", "node", "class", "pipeline")
 #: A word of a search that finds blocked runs.
 BLOCKED_FILTER: Final = "is:blocked"

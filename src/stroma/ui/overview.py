@@ -14,8 +14,6 @@ from stroma.checkpoint.records import PICO, RunRecord, Tally, digits_seconds
 from stroma.trace.html import utc
 from stroma.ui.components import Column, columns_chart, sparkline, stacked, tone_of
 
-__all__ = ["BUCKETS", "AttemptTotals", "Buckets", "Overview", "runs_chart", "stopped_by"]
-
 #: Number of time buckets of the chart.
 BUCKETS: Final = 24
 _MAX_ROWS: Final = 10

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from stroma.ui.security import Keys
     from stroma.ui.settings import Settings
 
-__all__ = ["MAX_SHOWN_BYTES", "Renderer", "SharedPages", "now_ms"]
-
 #: Larger payloads are not shown, only downloadable.
 MAX_SHOWN_BYTES: Final = 1_000_000
 #: The state that an event named, as an open page sends it back when it asks for itself again.

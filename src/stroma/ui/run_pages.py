@@ -57,8 +57,6 @@ from stroma.ui.run_view import (
     window_of,
 )
 
-__all__ = ["RunPages"]
-
 #: Maximum number of attempts in the table of a run's page, those listed of a run with more, and those in the
 #: timeline.
 _MAX_LISTED: Final = 2000

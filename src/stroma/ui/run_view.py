@@ -20,16 +20,6 @@ from stroma.ui.components import meter
 if TYPE_CHECKING:
     from stroma.ui.settings import Settings
 
-__all__ = [
-    "find_by_trace",
-    "open_waits",
-    "read_limits",
-    "resumes_of",
-    "totals",
-    "trace_link",
-    "window_of",
-]
-
 #: Number of runs among which a trace is looked up: no index serves it.
 MOST_TRACES: Final = 1000
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")

@@ -15,8 +15,6 @@ from stroma.contracts.checks.lineage import Lineage
 from stroma.runner.pipeline import SubmitOptions
 from stroma.trace.redaction import Redact
 
-__all__ = ["Settings", "Submission"]
-
 
 class Submission(NamedTuple):
     """Settings of the form that submits runs of the pipeline.

@@ -19,26 +19,6 @@ from stroma.trace.events import AttemptRow, AttemptUsage, Failed, Outcome
 if TYPE_CHECKING:
     from stroma.trace.rejected import RejectedOutput
 
-__all__ = [
-    "Notes",
-    "RunRecords",
-    "annotate",
-    "due_hooks_key",
-    "find_rejected",
-    "find_waiting",
-    "name_of",
-    "put_waiting",
-    "read_due_hooks",
-    "read_notes",
-    "read_waiting",
-    "record_due_hooks",
-    "record_failure_site",
-    "record_notes",
-    "record_rejected",
-    "record_waiting",
-    "require_intact",
-]
-
 
 #: Data by the kind of annotation, NOTE or EFFECT, and its key; None deletes it.
 Notes: TypeAlias = dict[tuple[Annotation, str], bytes | None]

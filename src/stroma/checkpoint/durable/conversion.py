@@ -12,20 +12,8 @@ from stroma.checkpoint.entries import Committed, StepCall
 from stroma.checkpoint.events import EventBatch, EventPlace
 from stroma.checkpoint.payloads import BLOB, PayloadPlace, Payloads, UnencodedState
 from stroma.checkpoint.records import PICO, AttemptRecord
-from stroma.contracts.schema import Snapshot
-from stroma.contracts.snapshots import StoredSnapshot
+from stroma.contracts.copying import Snapshot, StoredSnapshot
 from stroma.trace.events import NO_USAGE, AttemptRow
-
-__all__ = [
-    "open_events",
-    "open_message",
-    "open_output",
-    "open_step_input",
-    "payload_reference",
-    "seal_events",
-    "to_attempt",
-    "to_committed",
-]
 
 _CHECKSUM_BYTES: Final = 32
 

@@ -15,16 +15,14 @@ from stroma.checkpoint.durable.annotations import (
     record_notes,
     record_waiting,
 )
+from stroma.checkpoint.durable.control import last_number, note_last
 from stroma.checkpoint.durable.integrity import checksum, require_undamaged, seal, verify_step
-from stroma.checkpoint.durable.messages import last_number, note_last
 from stroma.checkpoint.durable.rows import FORKED, Annotation, Opening, Rows, RunEnd, Step
 from stroma.checkpoint.entries import StepCall
 from stroma.checkpoint.errors import CheckpointNotFound, RunExists
 from stroma.checkpoint.flow_notes import FlowCut, cut_before
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
 from stroma.checkpoint.records import AttemptRecord
-
-__all__ = ["fork_run"]
 
 
 def fork_run(

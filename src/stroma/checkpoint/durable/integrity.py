@@ -13,19 +13,6 @@ from stroma.checkpoint.errors import CheckpointLost, CorruptCheckpoint
 from stroma.checkpoint.payloads import UnencodedState
 from stroma.checkpoint.records import ATTEMPT_COLUMNS, AttemptRecord
 
-__all__ = [
-    "checksum",
-    "is_intact",
-    "lost_error",
-    "parse_attempt",
-    "parse_run",
-    "require_undamaged",
-    "seal",
-    "verify_input",
-    "verify_step",
-]
-
-
 _MAX_INT: Final = 2**63 - 1
 
 

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 
 from stroma._utils.logs import get_logger
 
-__all__ = ["Listener"]
-
 logger = get_logger()
 
 _RETRY_SECONDS = 5.0

@@ -9,8 +9,6 @@ import socket
 from typing import Any, Final, NamedTuple
 from weakref import WeakValueDictionary
 
-__all__ = ["LIVE_SESSIONS", "Owner", "boot_id", "is_gone", "machine_prefix", "memory_owner", "new_owner"]
-
 #: Prefix of the token of a session that does not record its end.
 _ENDLESS: Final = "-"
 

@@ -52,8 +52,6 @@ from stroma.failures.tracebacks import FailureSite, read_failure_site
 if TYPE_CHECKING:
     from stroma.trace.rejected import RejectedOutput
 
-__all__ = ["ReadableStore"]
-
 T = TypeVar("T")
 
 _MAX_FILTERED: Final = 20_000  # runs that one page filters one by one

@@ -28,26 +28,6 @@ from stroma.checkpoint.records import (
     sum_attempts,
 )
 
-__all__ = [
-    "DAMAGED",
-    "FORKED",
-    "OF_EXECUTION",
-    "Annotation",
-    "EventRow",
-    "Fence",
-    "Opening",
-    "Rows",
-    "RunEnd",
-    "RunExtras",
-    "RunRow",
-    "ScannedRows",
-    "Step",
-    "StepRow",
-    "is_free",
-    "lease_clock",
-    "matches",
-]
-
 
 class Annotation(IntEnum):
     """Positions, below those of commits, of what a store records of a run besides its commits.

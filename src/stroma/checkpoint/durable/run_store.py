@@ -26,6 +26,7 @@ from stroma.checkpoint.durable.annotations import RunRecords, annotate, find_wai
 from stroma.checkpoint.durable.control import (
     CANCEL,
     PAUSE,
+    add_message,
     forget_requests,
     paused_due_ms,
     read_control,
@@ -36,7 +37,6 @@ from stroma.checkpoint.durable.control import (
 from stroma.checkpoint.durable.conversion import open_step_input, to_committed
 from stroma.checkpoint.durable.fork import fork_run
 from stroma.checkpoint.durable.integrity import checksum
-from stroma.checkpoint.durable.messages import add_message
 from stroma.checkpoint.durable.news import Listener
 from stroma.checkpoint.durable.operations import Transaction
 from stroma.checkpoint.durable.owner import Owner, new_owner
@@ -62,8 +62,6 @@ from stroma.checkpoint.queue import (
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema
 from stroma.failures.errors import BUDGET, PAUSED
-
-__all__ = ["Collected", "RunStore"]
 
 T = TypeVar("T")
 

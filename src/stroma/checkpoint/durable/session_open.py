@@ -29,10 +29,17 @@ from stroma.checkpoint.durable.annotations import (
     read_waiting,
     require_intact,
 )
-from stroma.checkpoint.durable.control import CANCEL, KINDS, PAUSE, forget_requests, request, to_control
+from stroma.checkpoint.durable.control import (
+    CANCEL,
+    KINDS,
+    PAUSE,
+    forget_requests,
+    last_number,
+    request,
+    to_control,
+)
 from stroma.checkpoint.durable.conversion import open_message, to_committed
 from stroma.checkpoint.durable.integrity import checksum, lost_error, verify_input
-from stroma.checkpoint.durable.messages import last_number
 from stroma.checkpoint.durable.operations import fence_error
 from stroma.checkpoint.durable.owner import Owner
 from stroma.checkpoint.durable.rows import (
@@ -60,9 +67,6 @@ from stroma.checkpoint.payloads import PayloadPlace, Payloads, Stored
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import PICO, AttemptRecord
 from stroma.failures.errors import PAUSED
-
-__all__ = ["RunOpener", "finish_execution", "has_same_input", "record_end", "release_run"]
-
 
 #: Contract, input and checksum of an execution; see :meth:`Rows.input`.
 StoredInput: TypeAlias = tuple[str, Any, Any]

@@ -14,10 +14,9 @@ from stroma.checkpoint.durable.store import DurableStore
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
 from stroma.checkpoint.manager import coerce, resolve_schema
 from stroma.checkpoint.payloads import PayloadPlace
+from stroma.contracts.codec import describe_error
 from stroma.contracts.contract import check_id
-from stroma.contracts.schema import Schema, describe_error, schema_of
-
-__all__ = ["AsyncStates"]
+from stroma.contracts.schema import Schema, schema_of
 
 
 class AsyncStates(DurableStore):

@@ -16,8 +16,6 @@ from typing import Any, Final, Protocol, TypeVar
 
 from stroma.checkpoint.errors import StoreError
 
-__all__ = ["Connection", "Job", "Operation", "Worker", "generation", "permanent_error"]
-
 T = TypeVar("T")
 
 #: An operation, called with the rows of the connection.

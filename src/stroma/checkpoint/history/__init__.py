@@ -14,12 +14,13 @@ from stroma.checkpoint.history.bars import (
     sum_waste,
 )
 from stroma.checkpoint.history.comparison import Change, NodeDiff, changes, compare
-from stroma.checkpoint.history.effects import describe_effects, effect_state
 from stroma.checkpoint.history.reader import (
     FAILED,
     FINISHED,
     History,
     Inputs,
+    describe_effects,
+    effect_state,
     is_interrupted,
     status_of,
     story_of,

@@ -20,18 +20,6 @@ from stroma.trace.outline import parse_call
 from stroma.trace.rejected import RejectedOutput
 from stroma.trace.story import Bar, InProgress
 
-__all__ = [
-    "attempts_by_end",
-    "bar_of",
-    "failed_input",
-    "find_progress",
-    "in_order",
-    "is_at_work",
-    "place_of",
-    "sum_waste",
-    "wait_bars",
-]
-
 
 def place_of(attempt: AttemptRecord) -> str:
     """Return the place of an attempt in its run: "2", or "2.0" for a child of a group."""

@@ -12,8 +12,6 @@ from stroma.checkpoint.history.bars import in_order
 from stroma.checkpoint.history.redaction import Payload
 from stroma.checkpoint.records import AttemptRecord
 
-__all__ = ["Change", "NodeDiff", "changes", "compare"]
-
 _MAX_CHANGES: Final = 1000
 
 

@@ -6,12 +6,14 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from stroma._utils.hiding import HIDDEN
+from stroma._utils.text import clean
 from stroma.checkpoint.durable.states import AsyncStates
-from stroma.checkpoint.entries import Waiting
+from stroma.checkpoint.entries import Intent, Waiting
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
 from stroma.checkpoint.history.bars import bar_of, failed_input, in_order, wait_bars
 from stroma.checkpoint.history.redaction import (
@@ -25,11 +27,9 @@ from stroma.checkpoint.history.run_graph import RunGraph
 from stroma.checkpoint.identity import is_called, place_before, with_outer
 from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunPage, RunQuery, RunRecord
 from stroma.trace.events import place_text
-from stroma.trace.redaction import HIDDEN, Redact, hide_rejected
+from stroma.trace.redaction import Redact, hide_rejected
 from stroma.trace.rejected import RejectedOutput
 from stroma.trace.story import Bar, StopCause, Story
-
-__all__ = ["FAILED", "FINISHED", "History", "Inputs", "is_interrupted", "status_of", "story_of"]
 
 #: Statuses of runs that failed, and of runs that completed.
 FAILED: Final = ("FAILED", "PARTIAL")
@@ -440,3 +440,41 @@ class Inputs:
             attempts = self._history.store.attempts_at(self._run_id, position, branch)
             self._groups[place] = attempts[-1].group_id if attempts else None
         return self._groups[place]
+
+
+def effect_state(record: RunRecord, call: Intent) -> str:
+    """Return "in_flight" or "unknown" for a call without an outcome, else "happened" or "not_done"."""
+    if call.is_unknown:
+        return "in_flight" if record.status == "RUNNING" and not is_interrupted(record) else "unknown"
+    return "happened" if call.has_output else "not_done"
+
+
+def describe_effects(
+    record: RunRecord,
+    calls: Mapping[tuple[int, str], Intent],
+    waiting: Iterable[Waiting],
+    when: Callable[[int], str],
+) -> Iterator[tuple[str, str]]:
+    """Yield (label, text) of each call in flight or without an outcome, and of each statement about a call.
+
+    Without calls that a question is about. ``when``: formats milliseconds since the epoch.
+    """
+    questions = {(one.position, one.branch, one.call_number) for one in waiting}
+    for (position, branch), call in calls.items():
+        effect = f"{clean(call.node_id, 100)} (at {clean(place_text(position, branch), 200)})"
+        about = f"call {call.number} since {when(call.started_ms)}, idempotency key {clean(call.key, 200)}"
+        state = effect_state(record, call)
+        if state == "in_flight":
+            yield "in flight", f"{effect}: {about}"
+        elif state == "unknown" and (position, branch, call.number) not in questions:
+            gone = "its process is gone" if is_interrupted(record) else "it was cut off"
+            yield (
+                "unknown",
+                f"{effect}: {about}; {gone}, and nobody knows if it happened until the run is resumed and "
+                "reconcile or a person states it",
+            )
+        stated = call.statement
+        if stated is not None:
+            what = "happened" if stated.happened else "did not happen"
+            source = "reconcile" if stated.source == "reconcile" else "a person"
+            yield "stated", f"{effect}: call {stated.number} {what}, as {source} stated"

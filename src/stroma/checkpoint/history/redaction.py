@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
+from stroma._utils.hiding import HIDDEN, without
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
 from stroma.checkpoint.identity import place_before, sequence_id, with_outer
 from stroma.contracts.schema import Schema
 from stroma.trace.plain import jsonable
-from stroma.trace.redaction import HIDDEN, Redact, hidden_values, hide_state, hide_words, without
-
-__all__ = ["MessageRedaction", "Payload", "decode_payload", "redact_value", "too_large"]
+from stroma.trace.redaction import Redact, hidden_values, hide_state, hide_words
 
 _MAX_STATE_BYTES: Final = 1_000_000
 _NO_VALUES: Final[frozenset[str]] = frozenset()

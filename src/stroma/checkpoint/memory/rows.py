@@ -42,11 +42,10 @@ from stroma.checkpoint.queue import (
     QueueFigures,
 )
 from stroma.checkpoint.records import AttemptRecord, RunQuery, StoreFacts, parse_run_mark
-from stroma.contracts.schema import Schema, Snapshot
+from stroma.contracts.copying import Snapshot
+from stroma.contracts.schema import Schema
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.trace.events import AttemptRow, contract_of
-
-__all__ = ["MemoryRows", "MemoryRun"]
 
 _NUMBERS: Final = itertools.count(1)
 _NOT_QUEUED: Final = QueueEntry(0)

@@ -16,8 +16,6 @@ from stroma.checkpoint.payloads import BlobStore, Codec, Payloads
 if TYPE_CHECKING:
     from stroma.checkpoint.postgres.connection import PostgresConnection
 
-__all__ = ["PostgresStore"]
-
 T = TypeVar("T")
 
 _SCHEMA: Final = re.compile(r"(?!pg_)[A-Za-z_][A-Za-z0-9_]{0,62}")

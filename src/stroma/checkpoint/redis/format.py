@@ -14,27 +14,6 @@ from stroma.checkpoint.durable.rows import Annotation, RunRow, Step, StepRow
 from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.records import ATTEMPT_COLUMNS, AttemptRecord, stored_values
 
-__all__ = [
-    "EXECUTION_KEYS",
-    "RUN_KEYS",
-    "NodeFacts",
-    "RedisRun",
-    "annotations_key",
-    "as_hash",
-    "as_text",
-    "cell_prefix",
-    "info_lines",
-    "pack_attempt",
-    "pack_step",
-    "payloads_of",
-    "prefix_of",
-    "read_attempts",
-    "read_node",
-    "read_run_row",
-    "read_step",
-    "step_row",
-]
-
 
 def annotations_key(kind: int) -> str:
     """Return the key of the annotations of one kind, after the prefix of a run."""

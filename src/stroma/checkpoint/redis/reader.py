@@ -30,8 +30,6 @@ from stroma.checkpoint.redis.format import (
 from stroma.checkpoint.redis.scripts import IDS, RUNS
 from stroma.checkpoint.redis.server import RedisLink, risks, script_command
 
-__all__ = ["PAGE", "RedisReader", "run_lost_error"]
-
 PAGE: Final = 200  # rows of one round trip
 _MAX_TALLIED: Final = 200  # runs whose attempts are summed up
 _MAX_EXAMINED: Final = 2000  # runs that the server examines in one step

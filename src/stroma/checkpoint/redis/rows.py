@@ -43,8 +43,6 @@ from stroma.checkpoint.redis.reader import PAGE, RedisReader, run_lost_error
 from stroma.checkpoint.redis.scripts import RUNS
 from stroma.checkpoint.redis.server import RedisLink, script_command
 
-__all__ = ["RedisRows", "RunChanged", "commit_command", "is_recorded"]
-
 _ENDED: Final = ("COMPLETED", "RESUMED", "FAILED", "CANCELLED")
 
 
@@ -214,7 +212,7 @@ class RedisRows(RedisReader):
     def commit(self, fence: Fence, attempt: AttemptRecord, step: Step | None) -> bool:
         # A refusal raises Fenced in flush(), when the reply is known.
         self._owners[fence.run.run_id] = fence.owner
-        self._append(fence, *commit_values(fence, attempt, step))
+        self._append(fence, *_commit_values(fence, attempt, step))
         return True
 
     def finish(self, fence: Fence, end: RunEnd) -> bool:
@@ -402,10 +400,10 @@ class RedisRows(RedisReader):
 
 def commit_command(fence: Fence, attempt: AttemptRecord, step: Step | None) -> tuple[Any, ...]:
     """Return the command that records an attempt with its usage and output, and renews the lease."""
-    return script_command(fence.run.prefix, *commit_values(fence, attempt, step))
+    return script_command(fence.run.prefix, *_commit_values(fence, attempt, step))
 
 
-def commit_values(fence: Fence, attempt: AttemptRecord, step: Step | None) -> tuple[Any, ...]:
+def _commit_values(fence: Fence, attempt: AttemptRecord, step: Step | None) -> tuple[Any, ...]:
     run = fence.run
     position, started_ns, branch, number = attempt.key
     at = f"{fence.epoch}:{position}:{started_ns}:{number}:{branch}"

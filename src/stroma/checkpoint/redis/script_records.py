@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["RECORDS"]
-
 RECORDS: Final = r"""
 -- With an owner, annotations change only while it owns the run.
 function ops.annotate(owner, key, branch, value)

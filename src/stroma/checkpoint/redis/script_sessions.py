@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["SESSIONS"]
-
 SESSIONS: Final = r"""
 function ops.find(id)
   local row = redis.call('HGETALL', run)

@@ -48,8 +48,6 @@ from stroma.checkpoint.redis.format import EXECUTION_KEYS, RUN_KEYS, annotations
 from stroma.checkpoint.redis.script_records import RECORDS
 from stroma.checkpoint.redis.script_sessions import SESSIONS
 
-__all__ = ["IDS", "RUNS", "SCRIPT", "SHA"]
-
 RUNS: Final = "stroma:runs"
 IDS: Final = "stroma:ids"
 

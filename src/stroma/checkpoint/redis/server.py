@@ -13,8 +13,6 @@ from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.redis.format import as_hash, as_text, info_lines
 from stroma.checkpoint.redis.scripts import SCRIPT, SHA
 
-__all__ = ["RedisEndpoint", "RedisLink", "risks", "script_command"]
-
 T = TypeVar("T")
 
 _log = get_logger()

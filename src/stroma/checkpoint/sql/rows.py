@@ -38,8 +38,6 @@ from stroma.checkpoint.records import (
 from stroma.checkpoint.sql import statements as sql
 from stroma.checkpoint.sql.tables import key
 
-__all__ = ["SqlRows", "commit_values", "step_row"]
-
 _INDEXED_CHARACTERS: Final = 64  # of an id
 _LAST_CHARACTERS: Final = "\U0010ffff" * (_INDEXED_CHARACTERS + 1)
 

@@ -9,8 +9,6 @@ from typing import Any, Final, NamedTuple, get_type_hints
 from stroma.checkpoint.durable.rows import Step
 from stroma.checkpoint.records import ATTEMPT_COLUMNS, AttemptRecord
 
-__all__ = ["ATTEMPT_TYPES", "SCHEMA_VERSION", "STEP_TYPES", "Types", "key", "tables"]
-
 SCHEMA_VERSION: Final = 9  # of the tables, in every SQL store
 
 # Any stands for an output: bytes in these stores.

@@ -1,4 +1,4 @@
-"""The database file of an SQLiteStore: creation, opening, validation, and error messages."""
+"""The database file of an SQLiteStore: creation, opening, validation, forks, and error messages."""
 
 from __future__ import annotations
 
@@ -10,15 +10,63 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
+from weakref import WeakSet
 
 from stroma.checkpoint.durable.worker import permanent_error
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.sql.tables import SCHEMA_VERSION, Types, tables
-from stroma.checkpoint.sqlite.forks import FORKS
 
-__all__ = ["Connect", "DatabaseFile", "connect", "is_fatal"]
+
+class _Forks:
+    """Lets a process fork only while no thread uses SQLite."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        #: Depth of use by thread.
+        self._users: dict[int, int] = {}
+        #: Connections that are open while nobody uses them.
+        self.idle: WeakSet[Any] = WeakSet()
+
+    @contextmanager
+    def prevent(self) -> Iterator[None]:
+        """Delay forks of this process until the end of the block."""
+        thread = threading.get_ident()
+        with self._changed:
+            self._users[thread] = self._users.get(thread, 0) + 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                depth = self._users.pop(thread, 1) - 1  # A child that was forked inside has no users.
+                if depth:
+                    self._users[thread] = depth
+                else:
+                    self._changed.notify_all()
+
+    def before(self) -> None:
+        thread = threading.get_ident()
+        self._changed.acquire()
+        while self._users.keys() - {thread}:
+            self._changed.wait()
+        for connection in list(self.idle):
+            connection.close()  # The next operation opens the file again.
+
+    def after_in_parent(self) -> None:
+        self._changed.release()
+
+    def after_in_child(self) -> None:
+        self.__init__()  # type: ignore[misc]
+
+
+FORKS: Final = _Forks()
+if hasattr(os, "register_at_fork"):  # pragma: no branch
+    os.register_at_fork(
+        before=FORKS.before, after_in_parent=FORKS.after_in_parent, after_in_child=FORKS.after_in_child
+    )
+
 
 T = TypeVar("T")
 

@@ -11,11 +11,8 @@ from stroma.checkpoint.durable.rows import Rows
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.durable.worker import permanent_error
 from stroma.checkpoint.payloads import BlobStore, Codec, Payloads
-from stroma.checkpoint.sqlite.connection import SqliteConnection
+from stroma.checkpoint.sqlite.connection import SqliteConnection, SqliteRows
 from stroma.checkpoint.sqlite.file import Connect, DatabaseFile, connect
-from stroma.checkpoint.sqlite.rows import SqliteRows
-
-__all__ = ["SQLiteStore"]
 
 T = TypeVar("T")
 

@@ -34,12 +34,9 @@ from stroma.cli.suspended import (
     unanswered,
     waiting_data,
 )
-from stroma.contracts.contract import ContractRegistry
-from stroma.contracts.effects import NotDone
+from stroma.contracts.contract import ContractRegistry, NotDone
 from stroma.runner.runner import StromaRunner
 from stroma.runner.stored_runs import match_answer
-
-__all__ = ["approve"]
 
 _COMPLETE = ("COMPLETED", "RESUMED")
 

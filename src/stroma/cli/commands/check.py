@@ -11,12 +11,10 @@ from stroma.cli.errors import Code
 from stroma.cli.loading import load_pipeline
 from stroma.cli.output import emit_fields, err, out
 from stroma.contracts.checks.check import check_nodes
-from stroma.contracts.checks.finding import Finding
+from stroma.contracts.checks.types import Finding
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import find_node
 from stroma.runner.pipeline import steps_of
-
-__all__ = ["check"]
 
 
 @click.command()

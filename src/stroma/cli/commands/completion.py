@@ -11,8 +11,6 @@ from click.shell_completion import CompletionItem, get_completion_class
 
 from stroma.cli.output import out
 
-__all__ = ["complete_run", "completion"]
-
 _SHELLS: Final = ("bash", "zsh", "fish")
 _MOST: Final = 50
 _PLAIN: Final = re.compile(r"[\w.:@%+,/=-]+")

@@ -24,8 +24,6 @@ from stroma.contracts.contract import ContractRegistry
 from stroma.runner.runner import StromaRunner
 from stroma.runner.stored_runs import request
 
-__all__ = ["cancel", "hand_to_workers", "pause", "send"]
-
 
 def hand_to_workers(database: Database, record: RunRecord) -> None:
     """Make a stopped run due for workers. Raises Problem for one that waits, is at work or is complete."""

@@ -9,8 +9,6 @@ import click
 
 from stroma.cli.errors import Code, Problem
 
-__all__ = ["demo"]
-
 
 @click.command(
     add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}

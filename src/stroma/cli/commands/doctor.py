@@ -23,8 +23,6 @@ from stroma.cli.errors import Code, Problem
 from stroma.cli.output import emit_fields, out
 from stroma.cli.stores import Database, db_option
 
-__all__ = ["doctor"]
-
 #: Extra: its purpose, and the modules that it installs.
 _EXTRAS: Final = {
     "redis": ("runs in Redis", ("redis",)),

@@ -14,12 +14,10 @@ from stroma.cli.commands.runs import run_data
 from stroma.cli.commands.show import attempt_data
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import id_word
+from stroma.cli.loading import load_redact, redact_option
 from stroma.cli.output import out, write_private
-from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, db_option
 from stroma.trace.html import document
-
-__all__ = ["export"]
 
 _ALL = 10_000_000
 _DRAWN = 5000

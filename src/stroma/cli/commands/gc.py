@@ -14,8 +14,6 @@ from stroma.cli.formatting import SPAN
 from stroma.cli.output import emit_fields, err
 from stroma.cli.stores import Database, db_option
 
-__all__ = ["gc"]
-
 
 @click.command()
 @click.option(

@@ -18,8 +18,6 @@ from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import find_node
 from stroma.runner.pipeline import Pipeline
 
-__all__ = ["graph"]
-
 
 @click.command()
 @click.argument("target", metavar="FILE_OR_MODULE:NAME")

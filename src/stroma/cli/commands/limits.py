@@ -19,8 +19,6 @@ from stroma.limits.rate_limit import read_limit
 from stroma.limits.shared_budget import BudgetState, read_budget
 from stroma.runner.stored_runs import limits_of, request
 
-__all__ = ["budget", "limit"]
-
 
 @click.command()
 @click.argument("name", metavar="NAME_OR_RUN", shell_complete=complete_run)

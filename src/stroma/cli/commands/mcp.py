@@ -20,11 +20,9 @@ from stroma.cli.commands.diff import diff_data
 from stroma.cli.commands.runs import run_data
 from stroma.cli.commands.show import attempt_data
 from stroma.cli.errors import Code, Problem
-from stroma.cli.redaction import load_redact, redact_option
+from stroma.cli.loading import load_redact, redact_option
 from stroma.cli.stores import Database, db_option, store_problem
 from stroma.trace.redaction import Redact
-
-__all__ = ["RunReader", "make_server", "mcp"]
 
 #: Of an answer as indented JSON: an agent takes in every token of it.
 MAX_ANSWER_BYTES: Final = 64 * 1024

@@ -22,8 +22,6 @@ from stroma.cost.prices import (
     update_prices,
 )
 
-__all__ = ["prices"]
-
 _KINDS: Final = {
     "input": "input",
     "cached_input": "  from a cache",

@@ -30,8 +30,6 @@ from stroma.testing.replaying import Replay
 from stroma.testing.replaying import replay as run_again
 from stroma.trace.plain import jsonable
 
-__all__ = ["recorded_run", "replay", "replay_run"]
-
 
 @click.command()
 @click.argument("run_", metavar="RUN", shell_complete=complete_run)

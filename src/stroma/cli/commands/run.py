@@ -20,13 +20,10 @@ from stroma.cli.options import RunOptions, run_id_option, run_options
 from stroma.cli.output import err
 from stroma.cli.resume_plan import print_plan
 from stroma.cli.stores import Database
-from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_options
-from stroma.cli.temporal_run import TemporalRun
+from stroma.cli.temporal import TemporalCluster, TemporalRun, reject_local_options, temporal_options
 from stroma.contracts.node import find_node
 from stroma.engine.config import RunConfig, new_run_id
 from stroma.runner.pipeline import Pipeline
-
-__all__ = ["ResumedRun", "resume", "resume_run", "run"]
 
 
 @click.command()

@@ -33,8 +33,8 @@ from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import done_text, run_data
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import format_age, format_local_time, id_word, localize, style_status, to_iso
+from stroma.cli.loading import load_redact, redact_option
 from stroma.cli.output import Part, emit, err, out, table
-from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import TARGET, Database, db_option
 from stroma.cli.suspended import (
     WORKER_CONTINUES,
@@ -51,8 +51,6 @@ from stroma.trace.outline import duration, fold, outline
 from stroma.trace.rejected import MISSING, RejectedOutput
 from stroma.trace.story import Bar, waits
 from stroma.trace.terminal import RunLine, lines_of
-
-__all__ = ["attempt_data", "show"]
 
 _EVENT_PAGE_SIZE: Final = 100  # batches
 _FINISHED_WELL: Final = ("COMPLETED", "RESUMED")

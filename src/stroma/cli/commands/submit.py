@@ -29,8 +29,6 @@ from stroma.runner.drive import Blocked, Busy, DriveOutcome, Ended, Suspended
 from stroma.runner.pipeline import Pipeline
 from stroma.runner.runner import StromaRunner
 
-__all__ = ["drive", "submit"]
-
 _FAILED: Final = ("FAILED", "PARTIAL", "CANCELLED")
 _DRAIN_SECONDS: Final = 30.0
 

@@ -20,8 +20,8 @@ from stroma.cli.commands.runs import run_data
 from stroma.cli.commands.show import attempt_data
 from stroma.cli.errors import Code
 from stroma.cli.formatting import id_word, localize, style_status
+from stroma.cli.loading import load_redact, redact_option
 from stroma.cli.output import Part, err, out
-from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, db_option
 from stroma.runner.events import StreamEvent
 from stroma.runner.follow import decode_events
@@ -29,8 +29,6 @@ from stroma.trace.events import place_text
 from stroma.trace.outline import tone_of
 from stroma.trace.redaction import Redact
 from stroma.trace.terminal import STYLES, cells_of
-
-__all__ = ["tail"]
 
 _COLUMNS = ("CLASS", "REASON", "TIME", "TOKENS", "COST", "MODEL", "MESSAGE")  # after the outcome
 _MAX_RUNS = 200  # runs followed at once

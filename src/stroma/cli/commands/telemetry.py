@@ -10,8 +10,6 @@ import click
 from stroma.cli.errors import Code, Problem
 from stroma.cli.output import emit_fields, err, out
 
-__all__ = ["telemetry"]
-
 
 @click.group()
 def telemetry() -> None:

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from stroma.runner.pipeline import SubmitOptions
     from stroma.ui.settings import Submission
 
-__all__ = ["ui"]
-
 _PORT = 8427
 
 

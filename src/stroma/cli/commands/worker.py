@@ -10,17 +10,14 @@ import click
 from stroma._utils.text import clean
 from stroma.cli.errors import Problem
 from stroma.cli.exporters import Exporters, exporter_options
-from stroma.cli.health import HEALTH_HELP, HealthAddress
 from stroma.cli.loading import load_pipeline, note_target
 from stroma.cli.progress import show_warnings
 from stroma.cli.stores import Database, db_option
 from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_options
-from stroma.cli.workers import LocalWorker, TemporalWorker
+from stroma.cli.workers import HEALTH_HELP, HealthAddress, LocalWorker, TemporalWorker
 from stroma.engine.config import RunConfig
 from stroma.hooks.sets import flatten
 from stroma.runner.pipeline import Pipeline
-
-__all__ = ["worker"]
 
 
 @click.command()

@@ -9,14 +9,22 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel
 
 from stroma.contracts.checks.compatibility import Fitter, fit_classes, undecided
-from stroma.contracts.checks.finding import CheckFailed, Finding, Giver
 from stroma.contracts.checks.flow import Crossing, FlowState, flow_of, items_of
 from stroma.contracts.checks.records import record_of_class
-from stroma.contracts.checks.types import LEAVES, LISTS, Fit, Kind, Reason, Verdict, in_words
+from stroma.contracts.checks.types import (
+    LEAVES,
+    LISTS,
+    CheckFailed,
+    Finding,
+    Fit,
+    Giver,
+    Kind,
+    Reason,
+    Verdict,
+    in_words,
+)
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import Group, Node
-
-__all__ = ["check_nodes", "raise_errors"]
 
 #: The fits of pairs of classes, which pipelines repeat.
 Known = dict[tuple[type[BaseModel], type[BaseModel], bool], Fit]

@@ -46,8 +46,6 @@ from stroma.contracts.checks.types import (
 from stroma.contracts.core_schema import calls_user_code, decodes_text, nodes_of, reachable
 from stroma.contracts.schema import schema_of
 
-__all__ = ["Fitter", "fit_classes", "undecided"]
-
 #: After so many repeated reasons, each further place of a known pair of types has only one of them.
 _MAX_REPEATED: Final = 100
 _RECORDS: Final = frozenset({"model", "dataclass", "typed-dict"})

@@ -8,15 +8,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from stroma.contracts.checks.finding import Finding, Giver
 from stroma.contracts.checks.records import Record, record_of_class
-from stroma.contracts.checks.types import Side
+from stroma.contracts.checks.types import Finding, Giver, Side
 from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import Group, Node, first_in
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
-
-__all__ = ["Crossing", "FlowState", "flow_of", "items_of"]
 
 Contract = NodeContract[Any, Any]
 

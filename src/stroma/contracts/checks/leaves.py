@@ -21,8 +21,6 @@ from stroma.contracts.checks.types import (
     verdict_of,
 )
 
-__all__ = ["choices_of", "fit_leaf", "fit_lengths", "is_odd_enum"]
-
 _TIMES: Final = frozenset({"date", "datetime", "time", "timedelta"})
 _FROM_TEXT: Final = _TIMES | LEAVES - {"str", "bytes", "none", "literal", "enum"}
 _NUMBERS: Final = frozenset({"int", "float", "decimal", "bool", "complex"})

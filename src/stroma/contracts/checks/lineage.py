@@ -12,15 +12,12 @@ from stroma._utils import svg as render
 from stroma._utils.svg import Box, Line, Link, Tone
 from stroma._utils.text import as_mermaid
 from stroma.contracts.checks.check import check_nodes
-from stroma.contracts.checks.finding import Finding
 from stroma.contracts.checks.flow import Crossing, flow_of
 from stroma.contracts.checks.records import Record, Wanted, look_up, record_of, record_of_class, wanted_of
-from stroma.contracts.checks.types import Side
+from stroma.contracts.checks.types import Finding, Side
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import schema_of
-
-__all__ = ["Lineage", "lineage_of"]
 
 
 @dataclass(frozen=True, slots=True)

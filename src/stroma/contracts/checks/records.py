@@ -12,19 +12,6 @@ from stroma.contracts.checks.types import UNKNOWN, Side
 from stroma.contracts.core_schema import is_never_dict, nodes_of
 from stroma.contracts.schema import schema_of
 
-__all__ = [
-    "Record",
-    "Wanted",
-    "WantedField",
-    "first_validator",
-    "function_name",
-    "look_up",
-    "loses_fields",
-    "record_of",
-    "record_of_class",
-    "wanted_of",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Record:

@@ -15,8 +15,6 @@ from stroma.contracts.checks.records import record_of
 from stroma.contracts.checks.types import LISTS, UNKNOWN, Side
 from stroma.contracts.core_schema import builds_instances, calls_user_code, decodes_text, nodes_of
 
-__all__ = ["alternatives_of", "is_alike", "is_harmless", "tags_of"]
-
 _PLAIN: Final = {"int": int, "str": str, "bool": bool, "float": float}
 #: Records cross in ways of their own, and a default was never validated.
 _NEVER_ALIKE: Final = frozenset({"model", "dataclass", "definition-ref", "default"})

@@ -20,8 +20,6 @@ from stroma.runner.drive import Blocked, Busy, DriveOutcome, Ended, Suspended
 from stroma.runner.pipeline import Pipeline
 from stroma.runner.runner import StromaRunner
 
-__all__ = ["DriveActivity", "Pulse"]
-
 logger = get_logger()
 
 

@@ -23,13 +23,15 @@ from temporalio.service import RPCError, RPCStatusCode
 from stroma._utils.logs import get_logger
 from stroma._utils.text import one_line
 from stroma.checkpoint import CheckpointManager, InMemoryStore, RunRequest
+from stroma.contracts.codec import describe_error
 from stroma.contracts.contract import ContractRegistry, ContractViolation, NodeContract, output_violation
 from stroma.contracts.node import Node, held_by, marked_nodes, output_class
-from stroma.contracts.schema import describe_error, schema_of
+from stroma.contracts.schema import schema_of
 from stroma.cost.budget import ExecutionBudget
 from stroma.cost.usage import Report, UsageError
 from stroma.drivers.temporal.activity import Pulse
 from stroma.drivers.temporal.workflow import UNREACHABLE, workflow_id
+from stroma.engine.commit import encode_rejected, violation_of
 from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
@@ -38,7 +40,6 @@ from stroma.engine.execution import RunningNode
 from stroma.engine.journal import RunJournal
 from stroma.engine.metering import count_returned
 from stroma.engine.placed_calls import OpenCall
-from stroma.engine.rejected import encode_rejected, violation_of
 from stroma.engine.tasks import CONTINUES, call_in_thread, passes_through
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import PlaceError, RecordedVerdict, RunFailed, Suspend, WorkerLost
@@ -50,8 +51,6 @@ from stroma.hooks.dispatch import Hooks
 from stroma.runner.pipeline import Pipeline, leaves_in, nodes_of
 from stroma.runner.runner import StromaRunner
 from stroma.trace.rejected import read_rejected
-
-__all__ = ["CALL", "CallActivity", "PlaceAnswer", "PlaceRequest", "SentFailure", "TemporalCaller"]
 
 #: Name of the activity.
 CALL: Final = "stroma.call"

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from stroma.runner.pipeline import SubmitOptions
     from stroma.runner.submission import RunHandle
 
-__all__ = ["TemporalRunner"]
-
 _FINAL: Final = (*ENDED, "PARTIAL")
 
 

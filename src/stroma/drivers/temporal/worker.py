@@ -32,8 +32,6 @@ from stroma.runner.pipeline import Pipeline, check_places, nodes_of
 from stroma.runner.runner import StromaRunner
 from stroma.runner.worker import readers_of, watch_queues
 
-__all__ = ["StromaPlugin", "register_search_attributes", "shared_store", "stroma_worker"]
-
 logger = get_logger()
 
 #: Between looks for submitted runs without a workflow, whose submitter died, and the age from which a run is

@@ -31,20 +31,6 @@ from temporalio.worker import Interceptor, WorkflowInterceptorClassInput
 from stroma._utils.logs import get_logger
 from stroma.checkpoint import RunRecord
 
-__all__ = [
-    "DRIVE",
-    "PIPELINE_KEY",
-    "STATUS_KEY",
-    "UNREACHABLE",
-    "WAKE",
-    "WORKFLOW",
-    "Answer",
-    "Dispatcher",
-    "LeaseSettings",
-    "StromaRun",
-    "workflow_id",
-]
-
 WORKFLOW: Final = "stroma.run"
 DRIVE: Final = "stroma.drive"
 WAKE: Final = "wake"

@@ -13,8 +13,9 @@ from pydantic import BaseModel
 
 from stroma.checkpoint import StepCall
 from stroma.contracts.contract import ContractViolation, as_violation, output_violation
+from stroma.contracts.copying import Snapshot
 from stroma.contracts.node import FlowNode, Group, Node
-from stroma.contracts.schema import Snapshot, schema_of
+from stroma.contracts.schema import schema_of
 from stroma.engine.commit import failed_of, record, settle
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.loop import execute_in_turn
@@ -28,8 +29,6 @@ from stroma.runner.flows.driver import FlowDriver
 from stroma.runner.flows.journal import FlowJournal
 from stroma.runner.flows.path import INNERMOST, FlowPath
 from stroma.trace.events import AttemptRow
-
-__all__ = ["commit_output", "run_with_flows"]
 
 
 async def commit_output(

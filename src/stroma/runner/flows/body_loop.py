@@ -21,8 +21,6 @@ from contextvars import Context, ContextVar
 from functools import partial
 from typing import Any, Final, NoReturn
 
-__all__ = ["WITHOUT_THREADS", "BodyExecutor", "BodyLoop", "refuse_in_body"]
-
 #: Callbacks between two events, after which the body is taken for one that waits in a loop: ``while not x:
 #: await sleep(0)``.
 _MAX_CALLBACKS: Final = 1_000_000

@@ -25,8 +25,6 @@ from stroma.engine.restore import restore
 from stroma.engine.tasks import is_in_flight
 from stroma.runner.flows.endings import StepFailed
 
-__all__ = ["FlowCall", "FlowScope"]
-
 _WITHOUT_INPUT: Final = StepCall(OF_FLOW, None)
 
 

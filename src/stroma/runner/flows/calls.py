@@ -20,8 +20,9 @@ from stroma.checkpoint import StepCall, StoreError
 from stroma.checkpoint.entries import OF_FLOW, RunRequest
 from stroma.checkpoint.identity import quoted
 from stroma.contracts.contract import NodeContract, as_violation, check_id
+from stroma.contracts.copying import Snapshot
 from stroma.contracts.node import FlowNode, Group, Node, find_node
-from stroma.contracts.schema import Snapshot, schema_of
+from stroma.contracts.schema import schema_of
 from stroma.engine.execution import current_node
 from stroma.engine.outcome import Halt
 from stroma.runner.flows.body import commit_output
@@ -38,8 +39,6 @@ from stroma.runner.pipeline import (
     nodes_of,
     queue_entry,
 )
-
-__all__ = ["call_flow", "call_map", "call_step", "call_submit"]
 
 
 class _KnownStep:

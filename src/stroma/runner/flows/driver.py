@@ -29,8 +29,6 @@ from stroma.runner.flows.endings import FlowClosed, StepFailed, describe, descri
 from stroma.runner.flows.journal import REPLAY_ONLY, Event, FlowJournal, message_of, read_failure
 from stroma.runner.flows.suspension import FlowWaits, now_ms
 
-__all__ = ["FlowDriver"]
-
 #: How often a body that does not end is cancelled.
 _MAX_CANCELLATIONS: Final = 100
 #: An event loop may not take longer timers than a day.

@@ -15,8 +15,6 @@ from stroma.engine.outcome import Halt
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure
 
-__all__ = ["Endings", "FlowClosed", "StepFailed", "describe", "describe_difference", "end_of", "shorten"]
-
 
 class StepFailed(Exception):
     """A step of a flow stopped for good, after its last attempt.

@@ -24,16 +24,6 @@ from stroma.runner.flows.path import INNERMOST, FlowPath
 from stroma.runner.flows.waits import call_receive, call_sleep, call_wait_for, wake_ms_of
 from stroma.runner.pipeline import AnyState, Pipeline, SubmitOptions, check_bound
 
-__all__ = [
-    "AnnotatedFlowDecorator",
-    "Flow",
-    "FlowDecorator",
-    "FlowFunction",
-    "current_flow",
-    "define_flow",
-    "stroma_flow",
-]
-
 In = TypeVar("In", bound=BaseModel)
 Out = TypeVar("Out", bound=BaseModel)
 AnswerT = TypeVar("AnswerT", bound=BaseModel)

@@ -33,18 +33,6 @@ from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunFailed
 from stroma.failures.failure import Failure, kind_of
 
-__all__ = [
-    "REPLAY_ONLY",
-    "Event",
-    "FlowJournal",
-    "FlowRecords",
-    "Inbox",
-    "encode_input",
-    "message_of",
-    "misfit_of",
-    "read_failure",
-]
-
 #: Set while ``check_deterministic`` replays: a call without a record is a change.
 REPLAY_ONLY: Final[ContextVar[bool]] = ContextVar("stroma_replay_only", default=False)
 

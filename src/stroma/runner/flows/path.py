@@ -19,8 +19,6 @@ from stroma.runner.flows.driver import FlowDriver
 from stroma.runner.flows.endings import FlowClosed, describe
 from stroma.runner.flows.journal import encode_input, number_of
 
-__all__ = ["INNERMOST", "FlowPath", "has_effect"]
-
 #: The innermost flow around the code of a body, and around what it has begun. Weak: tasks of the body
 #: reference it.
 INNERMOST: ContextVar[weakref.ref[FlowPath] | None] = ContextVar("stroma_flow", default=None)

@@ -28,9 +28,6 @@ from stroma.runner.flows.endings import Endings, StepFailed
 from stroma.runner.flows.journal import FlowJournal, misfit_of
 from stroma.trace.events import MarkKind, TraceMark
 
-__all__ = ["WITHDRAWN", "FlowWaits", "now_ms", "text_of_time"]
-
-
 #: How often a flow that only waits looks for a shutdown, and for answers.
 _POLL_SECONDS: Final = 0.25
 #: Payload of a closed question, which takes no answer. Answers are JSON, and this is not.

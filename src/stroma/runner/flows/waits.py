@@ -12,9 +12,9 @@ from pydantic import BaseModel
 from stroma.checkpoint import PipelineChanged
 from stroma.checkpoint.entries import SentMessage
 from stroma.checkpoint.flow_notes import message_label
-from stroma.contracts.codec import decode_raw
+from stroma.contracts.codec import decode_raw, describe_error
 from stroma.contracts.contract import check_id
-from stroma.contracts.schema import Schema, describe_error, schema_of
+from stroma.contracts.schema import Schema, schema_of
 from stroma.cost.usage import shown
 from stroma.engine.execution import decode_answer
 from stroma.engine.outcome import Place
@@ -26,8 +26,6 @@ from stroma.runner.flows.path import FlowPath
 from stroma.runner.flows.suspension import text_of_time
 from stroma.runner.pipeline import to_ms
 from stroma.trace.events import MarkKind
-
-__all__ = ["call_receive", "call_sleep", "call_wait_for", "wake_ms_of"]
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 

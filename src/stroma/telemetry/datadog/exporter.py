@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from datadog.dogstatsd.base import DogStatsd
     from ddtrace.trace import Span, Tracer
 
-__all__ = ["Datadog"]
-
 
 class Datadog(MetricsObserver):
     """The hooks of :func:`stroma.telemetry.datadog_hooks`."""

@@ -32,23 +32,25 @@ from stroma.telemetry.observer import (
     waited_seconds,
     waits_since,
 )
-from stroma.telemetry.opentelemetry.contexts import (
+from stroma.telemetry.opentelemetry.spans import (
+    NodeSpan,
+    RunSpan,
     attach,
     context_of,
     current_below,
     detach,
     is_span_of,
+    meter_of,
+    place_of,
     traceparent_of,
+    tracer_of,
     tracer_of_span,
 )
-from stroma.telemetry.opentelemetry.spans import NodeSpan, RunSpan, meter_of, place_of, tracer_of
 from stroma.trace.result import ExecutionResult
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import Meter, MeterProvider
     from opentelemetry.trace import Span, Tracer, TracerProvider
-
-__all__ = ["OpenTelemetry"]
 
 #: In seconds, as the conventions advise; https://opentelemetry.io/docs/specs/semconv/gen-ai/
 _RUN_BUCKETS: Final = (1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)

@@ -1,21 +1,87 @@
-"""Events of failures, and what is removed from the events of others."""
+"""Events of failures, the scopes of runs and nodes, and what is removed from the events of others."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakSet
 
 from sentry_sdk import get_client
 from sentry_sdk.utils import event_from_exception
 
 from stroma.engine.context import ReliabilityContext
+from stroma.engine.redaction import notes_of_error
 from stroma.failures.failure import type_name
 from stroma.telemetry.content import Content
-from stroma.telemetry.observer import WRITING
-from stroma.telemetry.sentry.scopes import FailedAttempt
+from stroma.telemetry.observer import WRITING, AttemptEnd
 from stroma.trace.result import ExecutionResult
 
-__all__ = ["drop_captured", "drop_log_lines", "event_of", "innermost_node", "redact_event"]
+if TYPE_CHECKING:
+    from sentry_sdk import Scope
+    from sentry_sdk.client import BaseClient
+
+
+class ErrorNotes:
+    """Notes on an exception, on the exception itself: it is gone with it, and redacted copies share it."""
+
+    __slots__ = ("captured_by", "captured_in", "failed")
+
+    def __init__(self) -> None:
+        #: The failed attempt that it ended, by run; the innermost node of each.
+        self.failed: WeakKeyDictionary[RunScope, FailedAttempt] = WeakKeyDictionary()
+        #: The runs inside of which it was captured, and the clients that have sent it.
+        self.captured_in: WeakSet[RunScope] = WeakSet()
+        self.captured_by: WeakSet[BaseClient] = WeakSet()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ErrorNotes, ()  # A copy of the exception, in another process say, is another one.
+
+
+def notes_of(error: BaseException) -> ErrorNotes:
+    """Return the notes on an exception; new ones for an exception that has none."""
+    notes: ErrorNotes = notes_of_error(error).setdefault("sentry", ErrorNotes())
+    return notes
+
+
+class RunScope:
+    """State of a run, or of a step in plain code, until its end."""
+
+    __slots__ = ("__weakref__", "isolation", "outer", "restored", "scopes", "span")
+
+    def __init__(self, outer: RunScope | None) -> None:
+        #: The run around this one.
+        self.outer = outer
+        #: The isolation scope that the run has entered.
+        self.scopes = ExitStack()
+        self.isolation: Scope | None = None
+        self.span: Any = None
+        self.restored = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FailedAttempt:
+    """A failed attempt that may turn out to be final; without its exception, which refers to this."""
+
+    node_id: str
+    class_name: str
+    reason: str | None
+    scope: Scope
+    isolation: Scope | None = None
+    span: Any = None
+
+
+class NodeScope:
+    """The span and scope of a node, and what its end needs."""
+
+    __slots__ = ("ended", "entered", "isolation", "of_run", "scope", "span")
+
+    def __init__(self, span: Any, scope: Scope, of_run: RunScope) -> None:
+        self.span, self.scope, self.of_run = span, scope, of_run
+        self.isolation: Scope | None = None
+        self.entered: ExitStack | None = None
+        self.ended: AttemptEnd | None = None
 
 
 def event_of(

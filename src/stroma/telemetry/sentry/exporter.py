@@ -28,21 +28,22 @@ from stroma.telemetry.observer import (
     waits_since,
 )
 from stroma.telemetry.sentry.events import (
+    FailedAttempt,
+    NodeScope,
+    RunScope,
     drop_captured,
     drop_log_lines,
     event_of,
     innermost_node,
+    notes_of,
     redact_event,
 )
-from stroma.telemetry.sentry.scopes import FailedAttempt, NodeScope, RunScope, notes_of
 from stroma.telemetry.sentry.spans import SpanStream, Transactions
 from stroma.trace.result import ExecutionResult, RunStatus
 
 if TYPE_CHECKING:
     from sentry_sdk import Scope
     from sentry_sdk.client import BaseClient
-
-__all__ = ["Sentry"]
 
 _STATUS: Final = {
     RunStatus.FAILED: "internal_error",

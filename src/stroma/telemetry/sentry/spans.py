@@ -5,8 +5,6 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-__all__ = ["SpanStream", "Transactions"]
-
 
 class Transactions:
     """Spans of transactions, as the SDK has them by default."""
