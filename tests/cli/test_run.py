@@ -154,11 +154,12 @@ def test_settings_of_the_runner_beside_a_pipeline(stroma, inside, name):
     assert stroma.calls() == ["first", "second"]
 
 
-def test_a_pipeline_with_its_own_config_has_no_other_settings(stroma, inside, fails):
-    """Its config replaces the settings of the runner; without one, several runners with settings are
-    refused."""
+def test_a_pipeline_with_its_own_config_has_the_settings_of_the_runner_too(stroma, inside, fails):
+    """Settings of the runner beside it win, as in Python. Several runners with settings are refused, unless
+    the pipeline has a config."""
     stroma.file("settings.py", SETTINGS)
-    assert inside("run", "settings.py:generous", GOOD).code == 0
+    assert inside("run", "settings.py:generous", GOOD).code == 5
+    assert json.loads(inside("runs", "--json").out)["runs"][0]["tags"] == ["generous"]
     stroma.file("several.py", SETTINGS + '    second_runner = StromaRunner.quick(tags=("x",))\n')
     assert inside("run", "several.py:generous", GOOD).code == 0
     refused = inside("run", "several.py:pipeline", GOOD)

@@ -1069,7 +1069,7 @@ async def test_any_sequence_will_do() -> None:
 
 
 async def test_the_pipelines_name_and_config() -> None:
-    """A Pipeline names the run for hooks; its config counts where the runner has none of its own."""
+    """A Pipeline names the run for hooks; its config counts field by field where the runner was given none."""
     names: list[str] = []
 
     async def begin(run_id: str, pipeline: str, state: dict[str, Any]) -> None:
@@ -1085,6 +1085,25 @@ async def test_the_pipelines_name_and_config() -> None:
     await StromaRunner.quick(hooks=hooks, run_id="own").run(pipeline.nodes, Num())
     await StromaRunner.quick(hooks=hooks, run_id="own", pipeline="named").run(pipeline.nodes, Num())
     assert names[2:] == ["pipeline own", "named own"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"context": {"a": 1}}, {"tags": ("x",)}, {"inline_wait_seconds": 5}, {"hook_errors": "raise"}]
+)
+async def test_a_setting_of_the_runner_leaves_the_limits_of_the_pipeline(settings: dict[str, Any]) -> None:
+    """A runner with other settings applies a pipeline's budget; its own budget wins."""
+    func, calls = raising()
+
+    async def costly(state: Num) -> tuple[dict[str, int], int]:
+        return await func(state), 100
+
+    nodes = [node(name, costly) for name in "abc"]
+    pipeline = Pipeline("p", nodes, config=RunConfig(budget=ExecutionBudget(max_tokens_total=50)))
+    runner = StromaRunner.quick(**settings)
+    assert (await runner.run(pipeline, Num())).status is RunStatus.PARTIAL
+    assert len(calls) == 1
+    runner.with_budget(tokens=250)
+    assert (await runner.run(pipeline, Num())).total_tokens == 300
 
 
 async def test_builders_do_not_touch_a_shared_config() -> None:

@@ -246,6 +246,11 @@ class RunConfig(StrictModel):
         # Names of failure classes are taken where an attribute has the classes themselves.
         def __init__(self, **fields: Unpack[RunConfigFields]) -> None: ...
 
+    def with_settings_of(self, other: RunConfig) -> RunConfig:
+        """Return the config with the fields that another one was given, which win."""
+        given = other.model_fields_set
+        return self.model_copy(update={name: getattr(other, name) for name in given}) if given else self
+
     def with_run_id(self, run_id: str) -> RunConfig:
         """Return the same config for a run of that id. Raises ValueError for an illegal id."""
         return self.model_copy(update={"run_id": check_id(run_id, "run id")})

@@ -178,8 +178,8 @@ class Pipeline:
         name: name of the pipeline in stores, metrics and spans.
         nodes: the nodes, groups and pipelines, in order.
         limits: ``max_runs`` and ``max_runs_per_key``.
-        config: settings of its runs, for commands and for runners that have no settings. None: commands use
-            those of the only StromaRunner with settings in the pipeline's file.
+        config: settings of its runs. Each field that the runner was given has the runner's value. For commands
+            that is the only StromaRunner with settings in the pipeline's file.
         versions: the versions of runs that it continues, its own first; () without a version.
 
     Args:

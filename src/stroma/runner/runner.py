@@ -111,7 +111,6 @@ class StromaRunner(Generic[DepsT]):
             raise TypeError(f"config must be a RunConfig, got {config!r}; pass RunConfig(...)")
         self.registry = registry
         self.checkpoint_manager = checkpoint_manager
-        self._own_config = config
         self._live = LiveRuns()
         self._waits: dict[asyncio.AbstractEventLoop, EndWaits] = {}
         self._caller: Any = None  # Calls nodes with a place.
@@ -160,7 +159,7 @@ class StromaRunner(Generic[DepsT]):
         valid = RunConfig(**fields)
         changed = self.config.model_copy(update={name: getattr(valid, name) for name in fields})
         changed.__pydantic_fields_set__ = self.config.model_fields_set | fields.keys()
-        self.config = self._own_config = changed
+        self.config = changed
         return self
 
     def with_redis(self, redis_url: str, ttl_seconds: int = 3600) -> Self:
@@ -874,9 +873,8 @@ class StromaRunner(Generic[DepsT]):
         return StoredRuns(self.registry, self.checkpoint_manager)
 
     def _config_of(self, nodes: Any) -> RunConfig:
-        if isinstance(nodes, Pipeline) and nodes.config is not None and self._own_config is None:
-            return nodes.config
-        return self.config
+        is_configured = isinstance(nodes, Pipeline) and nodes.config is not None
+        return nodes.config.with_settings_of(self.config) if is_configured else self.config
 
 
 def _listed(node_sequence: Nodes) -> Pipeline | list[Any]:
@@ -884,19 +882,19 @@ def _listed(node_sequence: Nodes) -> Pipeline | list[Any]:
 
 
 def with_settings_of(module: ModuleType, pipeline: Pipeline) -> Pipeline:
-    """Return the pipeline with the settings of the runner of its module, to run it with another runner.
+    """Return the pipeline with the settings that the runner of its module gives it, to run it with another.
 
-    A pipeline with a config of its own stays as it is, and so does one whose module has no runner with
-    settings. Raises LookupError if the module has several.
+    A pipeline whose module has no runner with settings stays as it is. Raises LookupError if the module has
+    several and the pipeline has no config.
     """
     named = {name: value for name, value in vars(module).items() if isinstance(value, StromaRunner)}
-    runners = {id(runner): name for name, runner in named.items() if runner._own_config is not None}
-    if pipeline.config is not None or not runners:
-        return pipeline
+    runners = {id(runner): name for name, runner in named.items() if runner.config.model_fields_set}
     names = list(runners.values())
+    if not names or (len(names) > 1 and pipeline.config is not None):
+        return pipeline
     if len(names) > 1:
         raise LookupError(
             f"pipeline {pipeline.name!r} has no config, and {len(names)} runners beside it have settings: "
             f"{', '.join(names)}; pass one: Pipeline({pipeline.name!r}, nodes, config={names[0]}.config)"
         )
-    return pipeline.with_config(named[names[0]].config)
+    return pipeline.with_config(named[names[0]]._config_of(pipeline))
