@@ -35,7 +35,6 @@ TOPICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "runner.stream",
             "runner.events",
             "engine.config",
-            "engine.timeouts",
             "contracts.node",
             "engine.execution",
             "runner.steps",
@@ -45,7 +44,7 @@ TOPICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "contracts": (
         "Contracts and checks",
         "Contracts of nodes, and the checker that compares them before a run.",
-        ("contracts.contract", "contracts.effects", "contracts.tagged_json", "contracts.checks"),
+        ("contracts.contract", "contracts.tagged_json", "contracts.checks"),
     ),
     "failures": ("Failures and policies", "Failure classes, retry policies and errors.", ("failures",)),
     "cost": (

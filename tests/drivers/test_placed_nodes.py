@@ -33,6 +33,7 @@ from stroma import (
     stroma_flow,
     stroma_node,
 )
+from stroma.checkpoint.identity import idempotency_key
 from stroma.engine import context as interceptors
 from stroma.engine.context import Interceptor
 from stroma.engine.execution import current_run
@@ -103,7 +104,7 @@ async def test_a_node_with_a_place(cluster: Cluster) -> None:
     async with workers(cluster, pipeline, unknown_model="warn", **config):
         result = await cluster.runner.run(pipeline, Num(n=1), run_id=run_id)
     assert (result.status, result.output) == (RunStatus.COMPLETED, Num(n=110))
-    assert seen == [(run_id, "p", "b", 1, 1, "node"), (f"{run_id}:1:1:", 1000, "yes")]
+    assert seen == [(run_id, "p", "b", 1, 1, "node"), (idempotency_key(run_id, 1, 1, ""), 1000, "yes")]
     assert ends == [("a", {"n": 10}, 0), ("b", {"n": 11}, 15), ("c", {"n": 110}, 0)]
     [row] = [one for one in cluster.store.attempts(run_id) if one.node_id == "b"]
     assert (row.tokens, row.model, row.cost_usd) == (15, "a-model-of-ours", 0.5)

@@ -1069,7 +1069,7 @@ async def test_any_sequence_will_do() -> None:
 
 
 async def test_the_pipelines_name_and_config() -> None:
-    """A Pipeline names the run for hooks; its config counts field by field where the runner was given none."""
+    """A Pipeline names the run for hooks; its config counts where the runner was given no such setting."""
     names: list[str] = []
 
     async def begin(run_id: str, pipeline: str, state: dict[str, Any]) -> None:
@@ -1088,7 +1088,8 @@ async def test_the_pipelines_name_and_config() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"context": {"a": 1}}, {"tags": ("x",)}, {"inline_wait_seconds": 5}, {"hook_errors": "raise"}]
+    "settings",
+    [{}, {"context": {"a": 1}}, {"tags": ("x",)}, {"inline_wait_seconds": 5}, {"hook_errors": "raise"}],
 )
 async def test_a_setting_of_the_runner_leaves_the_limits_of_the_pipeline(settings: dict[str, Any]) -> None:
     """A runner with other settings applies a pipeline's budget; its own budget wins."""

@@ -1,6 +1,7 @@
 """Names of pipelines, run ids and idempotency keys."""
 
 import copy
+import re
 import sys
 import threading
 from typing import Any
@@ -54,8 +55,8 @@ store = store_fixture(*IN_PROCESS)
 
 
 async def test_idempotency_keys_never_collide(store: Any) -> None:
-    """Every execution, run, position and child has an idempotency key of its own, whatever the run's id looks
-    like."""
+    """Every execution, run, position and child has an idempotency key of its own, of 32 digits and letters,
+    whatever the run's id looks like."""
     keys: list[str] = []
 
     async def note(state: Any) -> Any:
@@ -76,6 +77,7 @@ async def test_idempotency_keys_never_collide(store: Any) -> None:
         "pay:",
         ":",
         "1",
+        "bestellung-ü€\n" * 100,
     ]
     for run_id in ids:
         for _ in range(3):
@@ -83,6 +85,7 @@ async def test_idempotency_keys_never_collide(store: Any) -> None:
             assert result.status is RunStatus.COMPLETED
     assert len(keys) == len(ids) * 9
     assert len(set(keys)) == len(keys)
+    assert all(re.fullmatch("[0-9a-f]{32}", key) for key in keys)
 
 
 async def test_an_idempotency_key_stays_on_retry_and_resume(store: Any) -> None:

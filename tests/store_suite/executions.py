@@ -21,6 +21,7 @@ from tests.store_suite.helpers import (
 
 from stroma.checkpoint import CheckpointNotFound, Committed, PipelineChanged, RunExists, StepCall
 from stroma.checkpoint.entries import OF_MAP, RunControl
+from stroma.checkpoint.identity import idempotency_key
 from stroma.contracts.schema import schema_of
 from stroma.engine.restore import read_output
 from stroma.failures.classes import FailureClass
@@ -167,7 +168,7 @@ class ExecutionTests:
         await commit(session, 3, State(), branch="0")
         await settled(session.record(row(2), None, None))
         assert {a.position: a.identity for a in store.attempts("run")} == {4: "a#0", 2: "1/a#0", 3: "b#0@77"}
-        assert store.attempts("run")[1].idempotency_key("run", 1) == "run:1:b#0@77:0"
+        assert store.attempts("run")[1].idempotency_key("run", 1) == idempotency_key("run", 1, "b#0@77", "0")
         await finish(session, "PARTIAL")
         again = await begin(store, if_exists="resume")
         assert dict(again.places) == {"a#0": 4, "1/a#0": 2, "b#0@77": 3}

@@ -178,7 +178,7 @@ def test_attempts(site: Site) -> None:
     assert re.search(r'outcome</span>: <span class="was">(&#34;|&quot;)failure.* → .*success', changes)
     cards = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)<", second))
     assert (cards["Tokens in"], cards["Tokens out"]) == ("10", "5")
-    assert "<code>bad:1:1:</code>" in second
+    assert "<code>ac206920fefdaa7bba8463ac6a19e7ae</code>" in second
     assert '<span class="key">n</span>: 2' in second
     total = by_title["total, attempt 1"]
     assert "<code>lines.0.price</code>" in total

@@ -14,6 +14,7 @@ which are digits.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import re
 import weakref
@@ -25,6 +26,15 @@ from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
 _MARK: Final = "#"  # in each identity, and nowhere else in a branch
+
+
+def idempotency_key(run_id: str, execution: int, at: int | str, branch: str) -> str:
+    """Return the key of a call: 32 digits and letters, which any header, URL and provider takes.
+
+    ``at``: the position, or the identity of a step that plain code calls.
+    """
+    call = f"{run_id}:{execution}:{at}:{branch}"  # Read from its end, it has one meaning.
+    return hashlib.sha256(call.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 class Identity(NamedTuple):

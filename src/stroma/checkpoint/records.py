@@ -8,6 +8,7 @@ from operator import attrgetter
 from typing import Any, Final, Literal, NamedTuple
 
 from stroma._utils.text import typed
+from stroma.checkpoint.identity import idempotency_key
 from stroma.checkpoint.queue import BlockedMark
 from stroma.failures.errors import BUDGET, PAUSED
 
@@ -231,7 +232,7 @@ class AttemptRecord:
 
     def idempotency_key(self, run_id: str, execution: int) -> str:
         """Return the ``current_node().idempotency_key`` of the attempt."""
-        return f"{run_id}:{execution}:{self.identity or self.position}:{self.branch}"
+        return idempotency_key(run_id, execution, self.identity or self.position, self.branch)
 
 
 #: Names of the fields that are stored, in the order of an AttemptRecord.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from pydantic import BaseModel
 
 from stroma.checkpoint import PipelineChanged, StepCall, Waiting, resolve_schema
-from stroma.checkpoint.identity import StepCalls, has_input, without_attempts
+from stroma.checkpoint.identity import StepCalls, has_input, idempotency_key, without_attempts
 from stroma.contracts.codec import describe_error
 from stroma.contracts.copying import Snapshot
 from stroma.contracts.node import held_by, output_class
@@ -136,8 +136,9 @@ class NodeExecution:
     def idempotency_key(self) -> str:
         """Key that all attempts of this node or call share in this execution of the run, in every process.
 
-        If a node calls an effect, the effect's key is the same in all attempts of the node with the same
-        input.
+        It has 32 digits and letters, so any header, URL and provider takes it. If a node calls an effect, the
+        effect's key is the same in all attempts of the node with the same input. Two stores with a run of one
+        id have the same keys.
         """
         return self._own.key_of(self.branch) if self._own.effect is None else self._own.effect.key
 
@@ -456,8 +457,7 @@ class RunningNode(NodeExecution):
         step = outermost.step
         # A step of plain code is identified by its call: its position depends on the records before it.
         at = outermost.position if step is None or step.identity is None else step.identity
-        # Read from its end, it has one meaning whatever the run id holds.
-        return f"{ctx.run_id}:{ctx.execution}:{at}:{branch}"
+        return idempotency_key(ctx.run_id, ctx.execution, at, branch)
 
     def note_response(self, response: object) -> None:
         """Store a response of this attempt for exporters that show answers; figures alone have none."""

@@ -178,7 +178,7 @@ class Pipeline:
         name: name of the pipeline in stores, metrics and spans.
         nodes: the nodes, groups and pipelines, in order.
         limits: ``max_runs`` and ``max_runs_per_key``.
-        config: settings of its runs. Each field that the runner was given has the runner's value. For commands
+        config: settings of its runs. A field that the runner was given has the runner's value. For commands
             that is the only StromaRunner with settings in the pipeline's file.
         versions: the versions of runs that it continues, its own first; () without a version.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import weakref
 from collections.abc import Coroutine, Iterable
 from time import perf_counter_ns
@@ -225,8 +224,7 @@ def call_submit(
             kind = type(store).__name__
             raise StoreError(f"{kind} has no queue of runs; use a journal store such as SQLiteStore")
         # A repeated step has the same key: it finds the run that it has submitted before.
-        key = current_node().idempotency_key.encode("utf-8", "surrogatepass")
-        run_id = given_id or hashlib.sha256(key).hexdigest()[:32]
+        run_id = given_id or current_node().idempotency_key
         tags = (pipeline.config or ctx.config).tags
         version = pipeline.version or ""
         request = RunRequest(run_id, pipeline.name, schema.convert(state), schema, tags=tags, version=version)
