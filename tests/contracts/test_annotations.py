@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional, Protocol, TypeVar, Union
 import pytest
 from pydantic import BaseModel
 
-from stroma import Flow, NodeContract, StromaRunner, stroma_flow, stroma_node
+from stroma import Flow, NodeContract, NotDone, StromaRunner, Unknown, stroma_flow, stroma_node
 from stroma.contracts.node import framework_node
 
 
@@ -256,6 +256,42 @@ def test_the_annotations_are_the_contract() -> None:
     assert result.total_tokens == 7
     assert runner.registry.get("double").output_schema is A
     assert (runner.registry.get("book").output_schema, runner.registry.get("book").effect) == (SubA, True)
+
+
+def test_a_node_without_a_runner_takes_the_parameters_of_one_with_it() -> None:
+    """``stroma_node`` takes models and the other fields of a contract, as ``runner.node`` does."""
+
+    async def look_up(state: A, key: str) -> B | NotDone | Unknown: ...
+
+    @stroma_node("pay", input=A, output=B, effect=True, reconcile=look_up, role="tool")
+    async def pay(state: Any) -> Any: ...
+
+    assert pay._stroma_contract == NodeContract(
+        node_id="pay", input_schema=A, output_schema=B, effect=True, reconcile=look_up, role="tool"
+    )
+    undecided: Any = stroma_node
+    contract = NodeContract(node_id="pay", input_schema=A, output_schema=B)
+    with pytest.raises(TypeError, match="node 'pay' has a contract and other parameters; pass them to"):
+        undecided("pay", contract, effect=True)
+
+
+def test_a_reconcile_that_cannot_be_called_is_refused() -> None:
+    """Its parameters, and the models of its annotations, are those of the effect."""
+
+    async def of_others(state: B, key: str) -> B: ...
+    async def returns_other(state: A, key: str) -> A | NotDone: ...
+    async def pay(state: A) -> B: ...
+
+    async def takes_one(state: A) -> B: ...
+
+    wrongs: list[tuple[Any, str]] = [
+        (of_others, "reconcile of node 'pay' has input=A, and its function is annotated with B"),
+        (returns_other, "reconcile of node 'pay' has output=B, and its function"),
+        (takes_one, "reconcile of node 'pay' must take the state and the idempotency key, got"),
+    ]
+    for wrong, says in wrongs:
+        with pytest.raises((TypeError, ValueError), match=says):
+            stroma_node(effect=True, reconcile=wrong)(pay)
 
 
 def test_what_is_passed_wins_over_the_annotation() -> None:

@@ -193,6 +193,16 @@ async def marked_explicitly(state: Query) -> Hits:
     return Hits(urls=[state.text])
 
 
+@stroma_node("search", input=Query, output=Hits)
+async def marked_by_models(state: Query) -> dict[str, Any]:
+    return {"urls": [state.text]}
+
+
+@stroma_node(role="tool")
+async def marked_by_annotations(state: Query) -> tuple[Hits, int]:
+    return Hits(urls=[state.text]), 5
+
+
 class Client:
     async def search(self, state: Query) -> Hits:
         return Hits(urls=[state.text])

@@ -63,6 +63,11 @@ def wrong_input_sync_dict(state: Other) -> dict[str, Any]:
     return {"urls": []}
 
 
+@stroma_node("search", input=Query, output=Hits)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
+async def wrong_input_by_models(state: Other) -> Hits:
+    return Hits(urls=[])
+
+
 @stroma_node("search", contract)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
 async def wrong_input_marked(state: Other) -> Hits:
     return Hits(urls=[])

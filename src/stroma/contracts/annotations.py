@@ -10,7 +10,7 @@ from typing import Any, Union
 
 from pydantic import BaseModel
 
-from stroma.contracts.contract import NodeContract
+from stroma.contracts.contract import NodeContract, NotDone, Unknown
 
 
 def infer_contract(
@@ -74,7 +74,7 @@ def _output_of(annotation: Any) -> Any:
 def check_annotations(
     name: str, func: Any, contract: NodeContract[Any, Any], scope: types.FrameType | None, position: int = 0
 ) -> None:
-    """Raise TypeError if a function is annotated with another model than its contract has.
+    """Raise TypeError if a function, or its ``reconcile``, is annotated with another model than its contract.
 
     Accept whatever is not certainly wrong: no annotation, one that cannot be resolved, one that is not a
     model, a base or a subclass of the model, a union with one of these.
@@ -86,6 +86,14 @@ def check_annotations(
         scope: the frame that decorates, for annotations that are strings.
         position: that of the state among the parameters, from 0.
     """
+    if contract.reconcile is not None:
+        _compare_function(f"reconcile of {name}", contract.reconcile, contract, scope, 0)
+    _compare_function(name, func, contract, scope, position)
+
+
+def _compare_function(
+    name: str, func: Any, contract: NodeContract[Any, Any], scope: types.FrameType | None, position: int
+) -> None:
     if type(func) is types.MethodType:
         func, position = func.__func__, position + 1
     if type(func) is not types.FunctionType or {"__wrapped__", "__signature__"} & vars(func).keys():
@@ -151,8 +159,9 @@ def _shown(annotation: Any) -> str:
 def _may_be(annotation: Any, model: type[BaseModel]) -> bool:
     """Return False if an annotation certainly means other models."""
     if typing.get_origin(annotation) in (Union, types.UnionType):
-        members = [one for one in typing.get_args(annotation) if one is not type(None)]
-        return any(_may_be(one, model) for one in members)
+        others = (types.NoneType, NotDone, Unknown)
+        members = [one for one in typing.get_args(annotation) if one not in others]
+        return not members or any(_may_be(one, model) for one in members)
     if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
         return True
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -133,7 +134,22 @@ class NodeContract(StrictModel, Generic[In, Out]):
                 f"node {self.node_id!r} has reconcile= but is not an effect; pass effect=True, "
                 "or remove reconcile="
             )
+        if self.reconcile is not None and not _takes_two(self.reconcile):
+            raise ValueError(
+                f"reconcile of node {self.node_id!r} must take the state and the idempotency key, got "
+                f"{inspect.signature(self.reconcile)}; define it as (state, idempotency_key)"
+            )
         return self
+
+
+def _takes_two(func: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(func).bind(None, "")
+    except TypeError:
+        return False
+    except ValueError:  # A builtin has no signature.
+        pass
+    return True
 
 
 class ContractViolation(Exception):

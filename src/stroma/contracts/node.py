@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, TypeAl
 from pydantic import BaseModel
 
 from stroma.contracts.annotations import check_annotations, infer_contract
-from stroma.contracts.contract import NodeContract, check_id
+from stroma.contracts.contract import NodeContract, Reconcile, Role, check_id
 
 if TYPE_CHECKING:
     import typing_extensions
@@ -377,10 +377,35 @@ def stroma_node(func: Callable[[In, ContextT], ResultT], /) -> Callable[[In, Con
 @overload
 def stroma_node(node_id: str, contract: NodeContract[In, Out]) -> NodeDecorator[In, Out, Any]: ...
 @overload
-def stroma_node(node_id: str | None = None) -> AnnotatedNodeDecorator[Any]: ...
+def stroma_node(
+    node_id: str | None = None,
+    *,
+    input: type[In],
+    output: type[Out],
+    effect: bool = False,
+    reconcile: Reconcile[In, Out] | None = None,
+    role: Role | None = None,
+    place: str | None = None,
+) -> NodeDecorator[In, Out, Any]: ...
+@overload
+def stroma_node(
+    node_id: str | None = None,
+    *,
+    effect: bool = False,
+    reconcile: Reconcile[Any, Any] | None = None,
+    role: Role | None = None,
+    place: str | None = None,
+) -> AnnotatedNodeDecorator[Any]: ...
 def stroma_node(
     node_id: str | Callable[..., Any] | None = None,
     contract: NodeContract[Any, Any] | Literal["annotated"] | None = "annotated",
+    *,
+    input: type[BaseModel] | None = None,
+    output: type[BaseModel] | None = None,
+    effect: bool = False,
+    reconcile: Reconcile[Any, Any] | None = None,
+    role: Role | None = None,
+    place: str | None = None,
 ) -> Any:
     """Mark a function as a node with a contract.
 
@@ -392,13 +417,22 @@ def stroma_node(
     Args:
         node_id: id of the node, unique in its pipeline. Default: the name of the function; then
             ``@stroma_node`` needs no parentheses.
-        contract: the classes of its input and output. Default: those of the function's annotations, models
-            or a tuple that begins with one.
+        contract: the whole contract, in place of the parameters below.
+        input: model of the input. Default: that of the function's annotation.
+        output: model of the output. Default: that of the annotation, or of the tuple that begins with one.
+        effect: see NodeContract.
+        reconcile: see NodeContract.
+        role: see NodeContract.
+        place: see NodeContract.
 
     Raises TypeError if the contract is not one, or the function's annotations name other models or none.
     """
+    models = input, output
+    options = {"effect": effect, "reconcile": reconcile, "role": role, "place": place}
     if callable(node_id):
         return mark_annotated(node_id, None, sys._getframe(1))
+    if contract != "annotated" and any((*models, *options.values())):
+        raise TypeError(f"node {node_id!r} has a contract and other parameters; pass them to NodeContract")
     if contract not in (None, "annotated") and not isinstance(contract, NodeContract):
         raise TypeError(
             f"the contract of node {node_id!r} must be a NodeContract, got {contract!r}; "
@@ -407,7 +441,7 @@ def stroma_node(
 
     def decorate(func: Any) -> Any:
         if contract == "annotated":
-            return mark_annotated(func, node_id, sys._getframe(1))
+            return mark_annotated(func, node_id, sys._getframe(1), models, **options)
         name = name_of(func) if node_id is None else node_id
         if contract is not None:
             check_annotations(f"node {name!r}", func, contract, sys._getframe(1))

@@ -873,8 +873,9 @@ class StromaRunner(Generic[DepsT]):
         return StoredRuns(self.registry, self.checkpoint_manager)
 
     def _config_of(self, nodes: Any) -> RunConfig:
-        is_configured = isinstance(nodes, Pipeline) and nodes.config is not None
-        return nodes.config.with_settings_of(self.config) if is_configured else self.config
+        if isinstance(nodes, Pipeline) and nodes.config is not None:
+            return nodes.config.with_settings_of(self.config)
+        return self.config
 
 
 def _listed(node_sequence: Nodes) -> Pipeline | list[Any]:
