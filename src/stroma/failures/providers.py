@@ -234,12 +234,19 @@ def _status(exc: BaseException, packages: set[str]) -> int | None:
         value = safe_get(owner, name)
         if isinstance(value, int) and 100 <= value <= 599:
             return int(value)
-    if "grpc" in packages:
-        return GRPC.get(str(safe_get(_call(exc, "code"), "name")))
+    return GRPC.get(grpc_status(exc) or "")
+
+
+def grpc_status(exc: BaseException) -> str | None:
+    """Return the name of a gRPC status, also of one that Google's clients have wrapped, or None."""
+    for candidate in (exc, safe_get(exc, "response")):
+        if any(_package(cls) == "grpc" for cls in type(candidate).__mro__):
+            name = safe_get(_call(candidate, "code"), "name")
+            return name if isinstance(name, str) else None
     return None
 
 
-def _call(exc: BaseException, name: str) -> Any:
+def _call(exc: Any, name: str) -> Any:
     """Return the result of a method without arguments, as of gRPC's exceptions; None if it fails."""
     method = safe_get(exc, name)
     try:

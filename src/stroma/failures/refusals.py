@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import errno
 import socket
 from typing import Any, Final, cast
 
 from stroma._utils.access import safe_get
 from stroma.failures.errors import PlaceError, verdict_of
-from stroma.failures.providers import read_status
+from stroma.failures.providers import grpc_status, read_status
 
 #: 4xx statuses after which the request may have been carried out, or may still be.
 _OPEN_STATUSES: Final = frozenset({408, 409, 425, 499})
-#: Exceptions of clients before a connection is made, by the name of a class and the packages that it may come
-#: from.
+#: Statuses of gRPC that no client and no proxy has for a call which the server carried out.
+_GRPC_REFUSALS: Final = frozenset(
+    {"INVALID_ARGUMENT", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNIMPLEMENTED"}
+)
+#: HTTP clients. Their class decides, and not the error of the socket below: a connection that was used can
+#: end with "no route to host" too.
+_CLIENTS: Final = frozenset(
+    {"aiohttp", "botocore", "httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib", "urllib3"}
+)
+#: Their exceptions before a connection is made. None of aiohttp and urllib: they follow redirects, and their
+#: exceptions do not say which request failed.
 _UNCONNECTED: Final = frozenset(
     {
-        "ClientConnectorError",
         "ConnectError",
         "ConnectTimeout",
         "ConnectTimeoutError",
@@ -29,12 +36,7 @@ _UNCONNECTED: Final = frozenset(
         "UnsupportedProtocol",
     }
 )
-_CLIENTS: Final = frozenset(
-    {"aiohttp", "botocore", "httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3"}
-)
-_UNREACHABLE: Final = frozenset(
-    {errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN}
-)
+_SILENT_CLIENTS: Final = frozenset({"aiohttp", "urllib"})
 #: Of ``smtplib``: the server has answered that it did not accept the mail.
 _MAIL_REFUSED: Final = frozenset(
     {
@@ -85,26 +87,45 @@ def _read(exc: BaseException) -> bool | None:
         return known is None or known.is_refusal
     if issubclass(kind, BaseExceptionGroup):
         return all(is_refusal(member) for member in cast("BaseExceptionGroup[Any]", exc).exceptions)
-    status = _status(exc)
-    if status is not None:
-        return 400 <= status < 500 and status not in _OPEN_STATUSES
     names = {
         (cls.__module__.partition(".")[0], cls.__name__) for cls in kind.__mro__ if cls is not BaseException
     }
-    if any(package in _CLIENTS and name in _UNCONNECTED for package, name in names):
-        return True
+    packages = {package for package, _ in names}
+    code = grpc_status(exc)
+    if code is not None:
+        return code in _GRPC_REFUSALS
+    status = _status(exc)
+    if status is not None:
+        return 400 <= status < 500 and status not in _OPEN_STATUSES and not _may_be_redirected(exc, packages)
+    if packages & _CLIENTS:
+        return _is_unconnected(exc, names) and not _may_be_redirected(exc, packages)
     if any(package == "smtplib" and name in _MAIL_REFUSED for package, name in names):
         return True
     if issubclass(kind, (ConnectionRefusedError, socket.gaierror)):
         return True
-    if issubclass(kind, OSError) and safe_get(exc, "errno") in _UNREACHABLE:
-        return True
-    # requests wraps the error of urllib3, and that the one of the connection, as urllib does.
-    if any(package in ("requests", "urllib", "urllib3") for package, _ in names):
-        inner = safe_get(exc, "reason") or next(iter(exc.args), None)
-        if isinstance(inner, BaseException):
-            return _read(inner)
     return None
+
+
+def _is_unconnected(exc: BaseException, names: set[tuple[str, str]]) -> bool:
+    """Return True if an exception of an HTTP client says that it made no connection."""
+    if any(package in _CLIENTS and name in _UNCONNECTED for package, name in names):
+        return True
+    if ("requests", "ConnectionError") not in names:
+        return False
+    # It has the exception of urllib3, and that has the reason.
+    return type(safe_get(next(iter(exc.args), None), "reason")).__name__ in _UNCONNECTED
+
+
+def _may_be_redirected(exc: BaseException, packages: set[str]) -> bool:
+    """Return True if the failed request may not be the first one, which the server carried out.
+
+    A client that follows the redirect of a POST sends a GET, but for a 307 or 308, with which the server
+    has done nothing.
+    """
+    for known in (safe_get(exc, "history"), safe_get(safe_get(exc, "response"), "history")):
+        if known is not None:
+            return len(known) > 0
+    return bool(packages & _SILENT_CLIENTS) or safe_get(safe_get(exc, "request"), "method") in ("GET", "HEAD")
 
 
 def _status(exc: BaseException) -> int | None:
