@@ -35,6 +35,7 @@ from stroma import (
     ContractViolation,
     Failure,
     FailureClass,
+    FailurePolicy,
     NodeContract,
     RunStatus,
     StromaRunner,
@@ -571,6 +572,28 @@ async def test_the_next_attempt_finds_it() -> None:
     assert third is not None
     assert 'This came: "no json"' in second
     assert '- kind: "invoice" | "credit"' in third
+
+
+async def test_a_rate_limit_does_not_lose_a_correction() -> None:
+    """The attempt after a rate limit still has the correction that the model has not obeyed."""
+    patient = {"RECOVERABLE": FailurePolicy(max_retries=3, backoff_seconds=0)}
+    runner = StromaRunner.quick(contract_retries={"ask": 1}, policy_map=patient)
+    messages: list[str | None] = []
+
+    @runner.node("ask", input=Note, output=Bill)
+    async def ask(state: Note) -> Any:
+        node = current_node()
+        messages.append(node.last_failure.as_prompt() if node.last_failure else None)
+        if node.attempt == 1:
+            return "no json"
+        if node.attempt < 4:
+            raise TimeoutError("429")
+        return GOOD
+
+    assert (await runner.run([ask], Note())).status is RunStatus.COMPLETED
+    assert messages[0] is None
+    assert len(set(messages[1:])) == 1
+    assert 'This came: "no json"' in (messages[3] or "")
 
 
 async def test_the_last_one_is_on_the_result() -> None:

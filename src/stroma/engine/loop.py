@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, partial
 from time import perf_counter_ns
 from typing import Any, Final, cast
@@ -24,7 +25,7 @@ from typing import Any, Final, cast
 from pydantic import BaseModel
 
 from stroma.checkpoint.entries import Tried
-from stroma.contracts.contract import NodeContract
+from stroma.contracts.contract import ContractViolation, NodeContract
 from stroma.contracts.node import Group, Node, Plan, output_class
 from stroma.contracts.schema import schema_of
 from stroma.cost.budget import BudgetExceeded, budget_exceeded
@@ -312,6 +313,11 @@ async def _wait(
     ctx: ReliabilityContext, run: RunningNode, failure: Failure, attempt: int, delay: float
 ) -> None:
     """Wait between a failed attempt and the next one."""
+    before = run.last_failure
+    if before is not None:  # A correction holds until the model has answered it.
+        error = before.exception
+        broken = error if isinstance_by_type(error, ContractViolation) else before.earlier
+        failure = replace(failure, earlier=broken)
     run.last_failure = failure
     run.counted = NO_USAGE
     await _announce_retry(ctx, run, failure, attempt + 1, delay)

@@ -49,6 +49,7 @@ class Failure:
         reason: a stable word for the cause, such as "rate_limit" or "contract"; None if unknown.
         retry_after_seconds: the wait that a server asked for.
         inner: the failure of the node inside that stopped a group; None for a node.
+        earlier: the newest output of an earlier attempt that broke its contract, for ``as_prompt()``.
     """
 
     exception: BaseException
@@ -59,19 +60,20 @@ class Failure:
     reason: str | None = None
     retry_after_seconds: float | None = None
     inner: Failure | None = field(default=None, repr=False, compare=False)
+    earlier: ContractViolation | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         """Return the failure as people read it: ``Type: message``."""
         return typed(kind_of(self.exception), self.message)
 
     def as_prompt(self, *, max_chars: int = 2000) -> str | None:
-        """Return the corrections for the model as text; None for a failure that a model cannot fix.
+        """Return the corrections for the model as text; None if no output of this node broke its contract.
 
-        See :meth:`stroma.ContractViolation.as_prompt`.
+        They are those of the newest such output: a rate limit in between does not lose them. See
+        :meth:`stroma.ContractViolation.as_prompt`.
         """
-        if isinstance_by_type(self.exception, ContractViolation):
-            return self.exception.as_prompt(max_chars=max_chars)
-        return None
+        newest = self.exception if isinstance_by_type(self.exception, ContractViolation) else self.earlier
+        return None if newest is None else newest.as_prompt(max_chars=max_chars)
 
 
 E = TypeVar("E", bound=BaseException)
