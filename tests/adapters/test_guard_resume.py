@@ -222,7 +222,7 @@ def test_calls_with_other_inputs_never_share_a_key(tmp_path: Path) -> None:
     one."""
     keys: list[str] = []
 
-    def model(n: int) -> int:
+    def model(n: int, text: str) -> int:
         here = current_node()
         keys.append(here.idempotency_key)
         return n
@@ -231,7 +231,7 @@ def test_calls_with_other_inputs_never_share_a_key(tmp_path: Path) -> None:
         guard = Guard(StromaRunner.quick(store=str(tmp_path / "r.db"), run_id="r", resume=True))
         step = guard.wrap("model", model)
         with guard.run("q"):
-            assert [step(n) for n in inputs] == list(inputs)
+            assert [step(n, f"<Job object at 0x7f01> {n}") for n in inputs] == list(inputs)
     first, second, third, once_more, twice = keys
     assert once_more == first
     assert len({first, second, third, twice}) == 4

@@ -108,6 +108,27 @@ async def test_a_follow_has_the_events_of_a_stream(store: Any) -> None:
     assert StreamEvent.from_dict(json.loads(json.dumps(followed[3].to_dict()))) == followed[3]
 
 
+async def test_a_follow_has_text_with_a_lone_surrogate(store: Any) -> None:
+    """A cut emoji in emitted text and in an output loses no event."""
+
+    async def cut(state: Num) -> Text:
+        current_node().emit("cut \ud83d")
+        return Text(text="\ud83d")
+
+    runner = runner_of(store)
+    await runner.run([node("cut", cut, output=Text)], Num(), run_id="run")
+    events = await collect(runner.follow("run"))
+    assert [event.kind for event in events] == [
+        "run_start",
+        "node_start",
+        "node_event",
+        "node_success",
+        "run_end",
+    ]
+    assert events[2].data == "cut \ud83d"
+    assert events[3].state == {"text": "\ud83d"}
+
+
 async def test_a_follow_continues_after_any_event(store: Any) -> None:
     """From the cursor of each event on, exactly the later ones come, and after the end none."""
     runner = runner_of(store)

@@ -206,6 +206,24 @@ async def test_lines_have_floats_that_json_lacks_as_strings(store: Any, tmp_path
     assert read(tmp_path / "out") == [{"value": "NaN", "more": ["Infinity"]}]
 
 
+@pytest.mark.parametrize(("value", "written"), [(b"\xff", "\\xff"), ("cut \ud83d", "cut \ud83d")], ids=type)
+async def test_lines_have_what_utf_8_lacks_as_escapes(value: Any, written: str, tmp_path: Path) -> None:
+    """Bytes that are not UTF-8, and lone surrogates, do not keep the file of paid outputs from its end."""
+    runner = quick(AsyncInMemoryStore())
+
+    class Anything(BaseModel):
+        value: Any
+
+    @runner.node("cut", input=Num, output=Anything)
+    async def cut(state: Num) -> Anything:
+        return Anything(value=value)
+
+    work = map_over(JsonLines(write(tmp_path / "in", range(1))), cut, into=JsonLines(tmp_path / "out"))
+    result = await runner.run([work], State())
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert read(tmp_path / "out") == [{"value": written}]
+
+
 async def test_outputs_without_a_contract(store: Any, tmp_path: Path) -> None:
     """Outputs of a node without a contract are written and read as they were returned."""
 
@@ -462,8 +480,9 @@ async def test_a_file_that_changes_while_it_is_read(tmp_path: Path, doubler: Dou
 
 @pytest.mark.core
 async def test_a_source_that_gives_something_else_is_refused(store: Any, doubler: Doubler) -> None:
-    """A function that gives another item, or fewer of them, than those that are done is PipelineChanged."""
-    inputs = [{"n": n} for n in range(20)]
+    """A function that gives another item, or fewer of them, than those that are done is PipelineChanged,
+    whatever the text of its items says."""
+    inputs = [{"n": n, "text": f"<Job object at 0x7f01> {n}"} for n in range(20)]
 
     def gives(state: State) -> Any:
         return iter(inputs)
@@ -477,10 +496,10 @@ async def test_a_source_that_gives_something_else_is_refused(store: Any, doubler
     with pytest.raises(PipelineChanged, match="item 3 that gives returns differs from the recorded one"):
         await runner.run([work], State(), resume=True)
     inputs[3:] = []
-    inputs += [{"n": 3}]
+    inputs += [{"n": 3, "text": "<Job object at 0x7f01> 3"}]
     with pytest.raises(PipelineChanged, match="there are only 4 items where there were more"):
         await runner.run([work], State(), resume=True)
-    inputs[:] = [{"n": n} for n in range(25)]
+    inputs[:] = [{"n": n, "text": f"<Job object at 0x7f01> {n}"} for n in range(25)]
     result = await runner.run([work], State(), resume=True)
     assert result.status is RunStatus.RESUMED, result.failure
     assert len([1 async for _ in runner.map_outputs("run", work)]) == 25

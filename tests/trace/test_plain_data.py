@@ -66,6 +66,9 @@ class Plain:
         return "a plain thing"
 
 
+class Unnamed: ...
+
+
 class Broken:
     def __repr__(self) -> str:
         raise RuntimeError("no repr")
@@ -113,11 +116,16 @@ NAN, INFINITE = float("nan"), float("inf")
         (Plain(), "a plain thing"),
         (Broken(), "<Broken>"),
         (Record, repr(Record)),
+        (
+            [Unnamed(), "a <Job object at 0x7f01>"],
+            [f"<{__name__}.Unnamed object>", "a <Job object at 0x7f01>"],
+        ),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_any_value_is_plain_data(value: Any, written: Any) -> None:
-    """What JSON can say it says, as a plain type of Python's; all else is text, and nothing is an error."""
+    """What JSON can say it says, as a plain type of Python's; all else is text without addresses,
+    and nothing is an error."""
     if isinstance(value, dict):
         written = {"a": "nan", "1": 2, "None": 3, "[1, 'nan']": 4, "2.5": 5, "word": 6}
     instance = jsonable(value)

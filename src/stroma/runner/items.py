@@ -178,11 +178,8 @@ class IterableSource(Source):
         return f"item {index} that {self._name} returns differs from the recorded one"
 
 
-def _checksum_of(value: Any) -> bytes | None:
-    """Return the checksum of an item; None for one that Python describes by its address alone."""
+def _checksum_of(value: Any) -> bytes:
     text = json.dumps(jsonable(value), sort_keys=True)
-    if " object at 0x" in text:
-        return None
     return b"item " + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest().encode()
 
 
@@ -273,8 +270,12 @@ class FileSource(Source):
 
 def _line_of(value: Any) -> bytes:
     """Return an output as a line of JSON, with NaN and infinities as strings: a model would write null."""
-    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-    return to_json(plain, inf_nan_mode="strings") + b"\n"
+    try:
+        plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+        line = to_json(plain, inf_nan_mode="strings")
+    except ValueError:  # Bytes that are not UTF-8, say. The escapes of lone surrogates are those of JSON.
+        line = json.dumps(jsonable(value), ensure_ascii=False).encode("utf-8", "backslashreplace")
+    return line + b"\n"
 
 
 class LinesFile:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from enum import Enum
@@ -15,10 +16,14 @@ from pydantic_core import to_jsonable_python
 
 _DEEPEST: Final = 100
 _MOST_ITEMS: Final = 100_000  # of a mapping that is not a dict: it may be endless
+_ADDRESS: Final = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def jsonable(value: Any, depth: int = 0) -> Any:
-    """Return plain JSON data for any state, never an error: other values become text, level 100 the end."""
+    """Return plain JSON data for any state, never an error: other values become text, level 100 the end.
+
+    The text of an object has no address, so it is the same in every process.
+    """
     if depth > _DEEPEST:
         return f"<{type(value).__name__}>"
     if value is None or isinstance(value, (bool, str)):
@@ -50,6 +55,6 @@ def jsonable(value: Any, depth: int = 0) -> Any:
         return to_jsonable_python(value)
     except Exception:
         try:
-            return repr(value)
+            return _ADDRESS.sub("", repr(value))
         except Exception:
             return f"<{type(value).__name__}>"
