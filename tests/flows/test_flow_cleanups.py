@@ -317,6 +317,8 @@ async def test_a_map_of_a_cleanup_that_failed_need_not_come_again(kind: str, end
         assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
         world.failing.clear()
         is_failing = False
+        if ends == "step":  # The clean-up is tried again, and the flow ends with the failure before it.
+            assert (await runner_on(store).run(f, Num())).failure.node_id == "pay"
         for _ in range(2):
             result = await runner_on(store).run(f, Num())
             assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=3)), result.failure

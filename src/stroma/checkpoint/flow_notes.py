@@ -50,14 +50,14 @@ class MessageNote(NamedTuple):
     at_ms: float
 
 
-#: By kind: the function time of a flow ("b"), discarded events ("d"), an event ("e": branch, time), a failure
-#: ("f"), a message ("m"), calls for which the run is suspended ("n"), the topic and the start of a wait for a
-#: message ("r"), the end and the start of a wait ("s"), the time that a body observed ("v"), when a question
-#: was asked ("w") and that a wait expired ("x").
+#: By kind: the function time of a flow ("b"), discarded events ("d"), an event ("e": branch, time, branch of
+#: the discarded output that the call took), a failure ("f"), a message ("m"), calls for which the run is
+#: suspended ("n"), the topic and the start of a wait for a message ("r"), the end and the start of a wait
+#: ("s"), the time that a body observed ("v"), when a question was asked ("w") and that a wait expired ("x").
 _SHAPES: Final[dict[str, Any]] = {
     "b": int,
     "d": list[tuple[int, int]],
-    "e": tuple[str, int],
+    "e": tuple[str, int, str],
     "f": FailureNote,
     "m": MessageNote,
     "n": tuple[int, list[str]],

@@ -10,7 +10,7 @@ from typing import Any, Final, cast
 
 from pydantic import BaseModel
 
-from stroma.checkpoint import StepCall, Waiting
+from stroma.checkpoint import Committed, StepCall, Waiting
 from stroma.checkpoint.entries import OF_FLOW, SentMessage
 from stroma.contracts.node import FlowNode, Group, Node, held_by
 from stroma.contracts.schema import schema_of
@@ -24,6 +24,7 @@ from stroma.engine.outcome import Place
 from stroma.engine.restore import restore
 from stroma.engine.tasks import is_in_flight
 from stroma.runner.flows.endings import StepFailed
+from stroma.runner.flows.journal import FlowRecords
 
 _WITHOUT_INPUT: Final = StepCall(OF_FLOW, None)
 
@@ -58,6 +59,8 @@ class FlowCall:
     # Class attributes, and no slots: most calls set few of them, which saves 0.8 us of the 10 of a step.
     requested_at = 0  # Number of the last event when the body awaited it.
     input_key: bytes | None = None  # Its input in stored form; None if it is neither stored nor compared.
+    source = ""  # The branch of the discarded output that it took.
+    takes_outputs = True  # A discarded output of the same node and input is its own.
     future: asyncio.Future[Any] | None = None  # Of the body loop; None once the body has given the call up.
     context: contextvars.Context | None = None  # Of the task that awaits it.
     task: asyncio.Task[Any] | None = None  # Of the real event loop, while the call is at work.
@@ -105,9 +108,22 @@ class FlowCall:
 
     async def restore(self) -> Any:
         """Return the recorded output, for which skip hooks are called; None if it is assembled again."""
-        place = Place(self.scope.position, self.branch)
+        place = Place(self.scope.position, self.source or self.branch)
         with running_agent(None if self.context is None else self.context.get(AGENT)):
             return await restore(self.scope.ctx, self.node, self.state, place)
+
+    def is_other_than(self, output: Committed) -> bool:
+        """Return True if a loose output at the call's place belongs to another call.
+
+        It is found by its input, by any call; by this one alone if the input has no stored form.
+        """
+        return output.step is not None and output.step.input_key is not None
+
+    def take_output(self, records: FlowRecords) -> str:
+        """Return the branch of a loose output that the call takes, in place of its work; "" without one."""
+        if not self.takes_outputs:
+            return ""
+        return records.take_output(self.node.node_id, self.input_key, self.branch)
 
     def problem_of(self, message: SentMessage) -> str | None:
         """Return why a message does not fit the class that the call waits for; None if it does."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from stroma.checkpoint import StepCall, StoreError
+from stroma.checkpoint import Committed, StepCall, StoreError
 from stroma.checkpoint.entries import OF_FLOW, RunRequest
 from stroma.checkpoint.identity import quoted
 from stroma.contracts.contract import NodeContract, as_violation, check_id
@@ -27,6 +27,7 @@ from stroma.engine.outcome import Halt
 from stroma.runner.flows.body import commit_output
 from stroma.runner.flows.call import FlowCall
 from stroma.runner.flows.endings import StepFailed
+from stroma.runner.flows.journal import FlowRecords
 from stroma.runner.flows.path import INNERMOST, FlowPath, has_effect
 from stroma.runner.flows.suspension import now_ms
 from stroma.runner.pipeline import (
@@ -174,6 +175,14 @@ class _FlowEnd(FlowCall):
     #: The flow, the snapshot of its input, what its body returned and when it began.
     output: tuple[FlowPath, Snapshot, Any, int]
 
+    def is_other_than(self, output: Committed) -> bool:
+        # The calls of its body are found again at their places.
+        before = None if output.step is None else output.step.input_key
+        return before is not None and self.input_key is not None and before != self.input_key
+
+    def take_output(self, records: FlowRecords) -> str:
+        return self.branch if self.branch in records.loose else ""
+
     def perform(self, cancelling: int = 0) -> Coroutine[Any, Any, Any]:
         return self._commit()
 
@@ -234,9 +243,12 @@ def call_submit(
     node_id = f"submit {pipeline.name}"
     contract = NodeContract(node_id=node_id, input_schema=schema.model, output_schema=SubmittedRun)
     node = Node(node_id, submit, contract, False, True)
-    return _submit(path, node, state, path.identify(quoted(node_id), None))
+    call = FlowCall(path, path.identify(quoted(node_id), None), node, state)
+    # The run of a given id is found by its id, whatever its options are.
+    call.takes_outputs = given_id is None
+    return _submit(path, path.prepare(call))
 
 
-async def _submit(path: FlowPath, node: Node, state: BaseModel, identity: str) -> str:
-    submitted: SubmittedRun = await path.driver.request(path.prepare(FlowCall(path, identity, node, state)))
+async def _submit(path: FlowPath, call: FlowCall) -> str:
+    submitted: SubmittedRun = await path.driver.request(call)
     return submitted.run_id

@@ -125,6 +125,8 @@ class FlowDriver(FlowWaits):
             self._given_up.setdefault(_effect_of(call), []).append(call)
             self._cancel_work(call)
         elif call.question is None or not has_begun:
+            if call.source:
+                self.records.put_back(call.source)
             self.calls.pop(call.branch, None)
             self._cancel_work(call)
             self._withdraw_asked(call)
@@ -238,11 +240,12 @@ class FlowDriver(FlowWaits):
             CURRENT.set(None)
 
     async def _restore_or_perform(self, call: FlowCall) -> Any:
-        if call.branch in self.records.loose:
+        call.source = call.take_output(self.records)
+        if call.source:
             outcome = await call.restore()
-            self.journal.forget_output(self.position, call.branch)
             if outcome is not None:
                 return outcome
+            call.source = ""
         return await call.perform()
 
     def _end(self, task: asyncio.Task[Any]) -> None:
@@ -281,7 +284,7 @@ class FlowDriver(FlowWaits):
             self._halt(call, outcome)
         elif outcome is not None:
             call.end, number = outcome, self.number(call.branch)
-            self.journal.note_event(self.position, Event(number, call.branch))
+            self.journal.note_event(self.position, Event(number, call.branch, source=call.source))
             self.unstored[number] = call
         elif call.question is not None:
             call.suspended = call.question.reason
@@ -382,6 +385,8 @@ class FlowDriver(FlowWaits):
                 self.stop_as_changed(f"does not make {describe(event.branch)}, which is recorded")
             elif event.received is not None:  # The process died before it has freed the message.
                 self.journal.free_message(self.position, event.branch, message_of(event.received))
+            elif event.source:  # The body gave the call up before it received this output.
+                self.records.put_back(event.source)
             if self.stopping is None and (call is not None or not event.branch):
                 self._deliver(event.number, event.time_ms if call is None else call)
                 self._compare_suspension()
@@ -427,6 +432,7 @@ class FlowDriver(FlowWaits):
             self.take_message(call, message_of(event.received), event.received.problem, event.number)
             return call.end
         try:
+            call.source = event.source
             outcome = await call.restore()
             if outcome is None:
                 # A group whose schema has changed is assembled again, of children that are restored.

@@ -136,11 +136,11 @@ class Endings:
     def first_to_retry(self, error: BaseException) -> int | None:
         """Return the number of the first event that a resume must not repeat; None if it repeats all.
 
-        That is the first failure that the exception carries, or the first event after it was raised.
+        That is the first failure that ended the flow, or the first event after an exception that did.
         """
-        carried = _carried_by(error)
-        numbers = [one.event for one in carried if isinstance(one, StepFailed) and one.event]
-        numbers += [number + 1 for known, number in self._handled if any(known is one for one in carried)]
+        reasons = _reasons_of(error)
+        numbers = [one.event for one in reasons if isinstance(one, StepFailed) and one.event]
+        numbers += [number + 1 for known, number in self._handled if any(known is one for one in reasons)]
         self._handled.clear()  # Their tracebacks reference the frames of the body.
         return min(numbers, default=None)
 
@@ -158,18 +158,24 @@ def _leaves_of(error: BaseException) -> list[BaseException]:
     return [error]
 
 
-def _carried_by(error: BaseException) -> list[BaseException]:
-    """Return an exception with all that it carries: members, causes and contexts."""
+def _reasons_of(error: BaseException) -> list[BaseException]:
+    """Return the exceptions that ended a flow: one with its members, causes and contexts.
+
+    A failed step in the context of another one is not among them: the body has answered it, as with a
+    fallback whose step failed.
+    """
     errors: list[BaseException] = []
     seen: set[int] = set()
-    stack: list[BaseException | None] = [error]
+    stack: list[tuple[BaseException | None, bool]] = [(error, False)]
     while stack:
-        one = stack.pop()
+        one, is_context = stack.pop()
         if one is None or id(one) in seen:
             continue
         seen.add(id(one))
-        errors.append(one)
-        stack += [one.__cause__, one.__context__]
+        is_step = isinstance(one, StepFailed)
+        if not (is_step and is_context):
+            errors.append(one)
+        stack += [(one.__context__, is_step or is_context), (one.__cause__, is_context)]
         if isinstance(one, BaseExceptionGroup):
-            stack += one.exceptions
+            stack += [(inner, is_context) for inner in one.exceptions]
     return errors

@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple, cast
 
 from pydantic import BaseModel
 
-from stroma.checkpoint import Committed, Session
+from stroma.checkpoint import Committed, Session, StepCall
 from stroma.checkpoint.decoding import RecordName, decode_number, storable_text
 from stroma.checkpoint.entries import OF_FLOW, SentMessage
 from stroma.checkpoint.flow_notes import FailureNote, MessageNote, decode_flow_note
@@ -45,6 +45,7 @@ class Event(NamedTuple):
     failure: FailureNote | None = None  # Of a call that failed.
     time_ms: int = 0  # The time at which timers end, since the epoch.
     received: MessageNote | None = None  # The message that a call got.
+    source: str = ""  # The branch of the discarded output that a call took.
 
 
 class FlowRecords:
@@ -52,8 +53,10 @@ class FlowRecords:
 
     def __init__(self) -> None:
         self.events: list[Event] = []  # To replay, in order.
-        #: Outputs by branch that followed a failure which is retried. The body may make these calls, or not.
+        #: Outputs by branch that followed a failure which is retried, and those that no call has taken, by
+        #: node and input.
         self.loose: dict[str, Committed] = {}
+        self._untaken: dict[tuple[str, bytes | None], list[str]] = {}
         #: Identities of the calls that must be made again, by the branch of their flow and their number.
         self.calls: dict[tuple[str, int | None], str] = {}
         #: The time that the body observed after an event, in ms since the epoch, by the number of the event.
@@ -65,6 +68,31 @@ class FlowRecords:
         self.suspended: tuple[int, list[str]] | None = None
         self.seed: bytes | None = None
 
+    def free_outputs(self, taken: set[str]) -> None:
+        """Free the loose outputs that no recorded event has, in the order in which they were committed."""
+        self.loose = dict(sorted(self.loose.items(), key=lambda item: -_step_of(item[1]).number))
+        for branch in self.loose:
+            if branch not in taken:
+                self._untaken.setdefault(self._key_of(branch), []).append(branch)
+
+    def take_output(self, node_id: str, input_key: bytes | None, branch: str) -> str:
+        """Return the branch of a free output for a call, which no other call gets; "" without one.
+
+        An input without a stored form equals no other one: only the call at the same place has its output.
+        """
+        key = (node_id, input_key) if input_key is not None else (branch, None)
+        free = self._untaken.get(key)
+        return free.pop(0) if free else ""
+
+    def put_back(self, branch: str) -> None:
+        """Free an output that a call has taken, and that the body has not received."""
+        self._untaken.setdefault(self._key_of(branch), []).insert(0, branch)
+
+    def _key_of(self, branch: str) -> tuple[str, bytes | None]:
+        output = self.loose[branch]
+        input_key = _step_of(output).input_key
+        return (output.node_id, input_key) if input_key is not None else (branch, None)
+
     def add_call(self, branch: str) -> None:
         """Note a call, and those of the flows around it, as calls that have to be made again."""
         for outer in with_outer(branch):
@@ -72,6 +100,11 @@ class FlowRecords:
             number = number_of(identity)
             if number is not None:
                 self.calls[flow, number] = identity
+
+
+def _step_of(output: Committed) -> StepCall:
+    assert output.step is not None  # A flow has it.
+    return output.step
 
 
 def number_of(identity: str) -> int | None:
@@ -99,18 +132,17 @@ class FlowJournal:
             ctx.journal.restored = dict(
                 ctx.journal.restored
             )  # A copy, from which flows remove what they have restored.
-        delivered: set[tuple[int, str]] = set()
         for key, data in dict(session.notes).items():
-            self._read_note(key, data, delivered)
+            self._read_note(key, data)
         for (position, branch), committed in ctx.journal.restored.items():
             step = committed.step
             if branch and step is not None and step.number < OF_FLOW:
-                self._add_output(position, branch, committed, delivered)
+                self._add_output(position, branch, committed)
         for position, records in self._flows.items():
             self._finish(position, records)
         ctx.cost_tracker.prior_latency_ms += sum(self._busy.values()) / 1e6
 
-    def _read_note(self, key: str, data: bytes, delivered: set[tuple[int, str]]) -> None:
+    def _read_note(self, key: str, data: bytes) -> None:
         run_id = self._ctx.run_id
         number, kind, rest = [*key.split(":", 2), "", ""][:3]
         name = RecordName(run_id, "note", key)
@@ -137,10 +169,8 @@ class FlowJournal:
             self._add(position, Event(value.event, rest, received=value), key)
             self.inbox.known.add(value.number)
         elif kind == "e":
-            event = Event(decode_number(rest, name), value[0], time_ms=value[1])
-            if event.branch:
-                delivered.add((position, event.branch))
-            self._add(position, event, key)
+            branch, time_ms, source = value
+            self._add(position, Event(decode_number(rest, name), branch, time_ms=time_ms, source=source), key)
 
     def _add(self, position: int, event: Event, key: str | None) -> None:
         records = self.records(position)
@@ -149,14 +179,9 @@ class FlowJournal:
         if key is not None:
             self._remember(position, event.number, key)
 
-    def _add_output(
-        self, position: int, branch: str, committed: Committed, delivered: set[tuple[int, str]]
-    ) -> None:
-        assert committed.step is not None
-        records, number = self.records(position), OF_FLOW - committed.step.number
+    def _add_output(self, position: int, branch: str, committed: Committed) -> None:
+        records, number = self.records(position), OF_FLOW - _step_of(committed).number
         records.last = max(records.last, number)
-        if (position, branch) in delivered:  # It was delivered again, under another number.
-            return
         if any(first <= number <= last for first, last in records.discarded):
             records.loose[branch] = committed
         else:
@@ -165,6 +190,7 @@ class FlowJournal:
     def _finish(self, position: int, records: FlowRecords) -> None:
         """Put the events in order, and note the calls that must be made again."""
         records.events.sort(key=lambda one: one.number)
+        records.free_outputs({event.source for event in records.events})
         for event in records.events:
             records.add_call(event.branch)
         if not records.discarded:
@@ -177,7 +203,7 @@ class FlowJournal:
         if event.failure is not None:
             text = event.failure.input_key
             return None if text is None else text.encode()
-        committed = self._ctx.journal.restored.get((position, event.branch))
+        committed = self._ctx.journal.restored.get((position, event.source or event.branch))
         return None if committed is None or committed.step is None else committed.step.input_key
 
     def records(self, position: int) -> FlowRecords:
@@ -239,7 +265,8 @@ class FlowJournal:
 
     def note_event(self, position: int, event: Event) -> None:
         """Record an event whose number no commit has."""
-        self._note(position, "e", event.number, [event.branch, event.time_ms], event.number)
+        data = [event.branch, event.time_ms, event.source]
+        self._note(position, "e", event.number, data, event.number)
 
     def note_time(self, position: int, number: int, time_ms: int) -> None:
         """Record the time that a body observed after an event."""

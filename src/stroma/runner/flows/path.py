@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import weakref
 from asyncio.events import _get_running_loop
 from contextvars import ContextVar
@@ -17,7 +16,7 @@ from stroma.engine.current import CURRENT
 from stroma.runner.flows.call import FlowCall, FlowScope
 from stroma.runner.flows.driver import FlowDriver
 from stroma.runner.flows.endings import FlowClosed, describe
-from stroma.runner.flows.journal import encode_input, number_of
+from stroma.runner.flows.journal import encode_input
 
 #: The innermost flow around the code of a body, and around what it has begun. Weak: tasks of the body
 #: reference it.
@@ -104,13 +103,11 @@ class FlowPath(FlowScope):
         return call
 
     def _find_identity(self, call: FlowCall) -> None:
-        records = self.driver.records
-        call.name(records.calls.get((self.branch, number_of(call.identity)), call.identity))
-        earlier = records.loose.get(call.branch)
-        before = None if earlier is None or earlier.step is None else earlier.step.input_key
-        if before is not None and call.input_key is not None and before != call.input_key:
-            # Another idempotency key: what was done under the first one was done for the other input.
-            call.name(f"{call.identity}@{hashlib.sha256(call.input_key).hexdigest()[:16]}")
+        """Give a call another place, and so another idempotency key, if a loose output has its place."""
+        identity, number, loose = call.identity, 1, self.driver.records.loose
+        while (output := loose.get(call.branch)) is not None and call.is_other_than(output):
+            number += 1
+            call.name(f"{identity}@{number}")
 
 
 def has_effect(ctx: ReliabilityContext, node: Node | Group) -> bool:
