@@ -100,6 +100,11 @@ async def results() -> None:
     assert_type(result, ExecutionResult[Reply])
     assert_type(result.output, Reply)
     assert_type(runner.run_sync(triage, Ticket(text="")).output, Reply)
+    assert_type((await runner.handle("r-1", triage).result()).output, Reply)
+    tickets = [Ticket(text="a")]
+    many = await runner.run_many(triage, tickets, run_ids=lambda number, ticket: f"{number}-{ticket.text}")
+    assert_type(many, list[ExecutionResult[Reply] | Exception])
+    assert_type(await runner.run_many([label], tickets), list[ExecutionResult | Exception])
     listed: ExecutionResult = await runner.run([label], Ticket(text=""))
     assert_type(listed.final_state, BaseModel | None)
 
@@ -117,6 +122,7 @@ async def wrong_calls(flow: Flow, ticket: Ticket, reply: Reply) -> Reply:
     flow.step(label, ticket)  # type: ignore[unused-coroutine]  # pyright: ignore[reportUnusedCoroutine]
     await flow.run(inner, reply)  # type: ignore[misc]  # pyright: ignore[reportArgumentType, reportCallIssue]
     await runner.run(triage, reply)  # type: ignore[misc]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    await runner.run_many(triage, [reply])  # type: ignore[misc]  # pyright: ignore[reportArgumentType, reportCallIssue]
     runner.run_sync(triage, reply)  # type: ignore[misc]  # pyright: ignore[reportArgumentType, reportCallIssue]
     await flow.run(Pipeline("p", [label]), ticket)
     await runner.run(Pipeline("p", [label]), ticket)

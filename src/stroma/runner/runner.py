@@ -510,17 +510,41 @@ class StromaRunner(Generic[DepsT]):
 
         return asyncio.run(run_and_merge())
 
+    @overload
     async def run_many(
         self,
-        node_sequence: Nodes,
-        inputs: Iterable[BaseModel],
+        node_sequence: FlowFunction[In, Out],
+        inputs: Iterable[In],
         *,
         max_concurrency: int = 10,
-        run_ids: Callable[[int, BaseModel], str] | None = None,
+        run_ids: Callable[[int, In], str] | None = None,
+        recover: bool = False,
+        on_result: Callable[[int, ExecutionResult[Out] | Exception], None] | None = None,
+        **options: Unpack[RunKeywords[DepsT]],
+    ) -> list[ExecutionResult[Out] | Exception]: ...
+    @overload
+    async def run_many(
+        self,
+        node_sequence: OtherNodes,
+        inputs: Iterable[In],
+        *,
+        max_concurrency: int = 10,
+        run_ids: Callable[[int, In], str] | None = None,
         recover: bool = False,
         on_result: Callable[[int, ExecutionResult | Exception], None] | None = None,
         **options: Unpack[RunKeywords[DepsT]],
-    ) -> list[ExecutionResult | Exception]:
+    ) -> list[ExecutionResult | Exception]: ...
+    async def run_many(  # type: ignore[misc]  # pyright: ignore[reportInconsistentOverload]
+        self,
+        node_sequence: Nodes,
+        inputs: Iterable[Any],
+        *,
+        max_concurrency: int = 10,
+        run_ids: Callable[[int, Any], str] | None = None,
+        recover: bool = False,
+        on_result: Callable[[int, Any], None] | None = None,
+        **options: Unpack[RunKeywords[DepsT]],
+    ) -> list[Any]:
         """Call :meth:`run` for each input, at most ``max_concurrency`` at once; return the outcomes in order.
 
         An exception of ``run()`` takes the place of its result, and stops no other run. ``inputs`` is read
@@ -671,6 +695,10 @@ class StromaRunner(Generic[DepsT]):
             logger.warning("run %r %s", run_id, _MEMORY)
         return self.handle(run_id, pipeline)
 
+    @overload
+    def handle(self, run_id: str, pipeline: FlowFunction[Any, Out]) -> RunHandle[Out]: ...
+    @overload
+    def handle(self, run_id: str, pipeline: Pipeline | None = None) -> RunHandle[Any]: ...
     def handle(self, run_id: str, pipeline: Pipeline | None = None) -> RunHandle[Any]:
         """Return the handle of a run of any origin.
 
