@@ -350,7 +350,7 @@ def adapters() -> Iterator[Name]:
         )
         for name in ast.literal_eval(listed):
             home = f"stroma.adapters.{path.stem}"
-            public = "stroma.adapters" if package._HOMES.get(name) == path.stem else home
+            public = "stroma.adapters" if name in package._HOMES.get(path.stem, ()) else home
             says = ast.get_docstring(found[name]) or "" if name in found else ""
             yield Name(name, public, f"{home}.{name}", first_sentence(says.split("\n\n")[0]))
 
@@ -372,7 +372,7 @@ def names(module: str) -> Iterator[Name]:
         value: Any = getattr(found, name)
         own = inspect.isclass(value) or inspect.isfunction(value)
         where = value.__module__ if own and value.__module__.startswith("stroma") else home
-        public = "stroma" if name in stroma._HOME_OF else home
+        public = "stroma" if name in stroma.__all__ else home
         says = (inspect.getdoc(value) or "").split("\n\n")[0] if own else ""
         yield Name(name, public, f"{where}.{name}", first_sentence(says))
 
@@ -384,8 +384,9 @@ def defined_in(module: str) -> list[str]:
     room = importlib.import_module(f"stroma.{module.partition('.')[0]}")
     return [
         name
-        for name, where in room._HOMES.items()
-        if name in stroma._HOME_OF and (where == module or where.startswith(f"{module}."))
+        for where, names in room._HOMES.items()
+        for name in names
+        if name in stroma.__all__ and (where == module or where.startswith(f"{module}."))
     ]
 
 

@@ -130,7 +130,6 @@ _HOMES = {
         "TraceMark",
     ),
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "KNOWN_MODELS",
@@ -235,4 +234,4 @@ __all__ = [
 ]
 
 warn_of_other_distribution(__file__)
-__getattr__, __dir__ = lazy(__name__, _HOME_OF)
+__getattr__, __dir__ = lazy(__name__, _HOMES)

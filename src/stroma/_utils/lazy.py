@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 
 
 def lazy(
-    module: str, homes: Mapping[str, str], package: str | None = None
+    module: str, names_of: Mapping[str, tuple[str, ...]], package: str | None = None
 ) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """Return the ``__getattr__`` and ``__dir__`` of a module. ``homes``: name -> its defining module.
+    """Return the ``__getattr__`` and ``__dir__`` of a module. ``names_of``: names by their defining module.
 
     ``package``: where those modules are; None if the module is a package, and they are in it.
     """
+    homes = {name: home for home, names in names_of.items() for name in names}
 
     def load(name: str) -> object:
         home = homes.get(name)
@@ -24,7 +25,7 @@ def lazy(
         setattr(sys.modules[module], name, value)
         return value
 
-    def names() -> list[str]:
+    def known() -> list[str]:
         return sorted({*vars(sys.modules[module]), *homes})
 
-    return load, names
+    return load, known

@@ -27,23 +27,11 @@ if TYPE_CHECKING:
     from stroma.failures.errors import RunCancelled
 
 _HOMES = {
-    "Control": "guard",
-    "CrewAIAdapter": "crewai",
-    "DeepAgentsAdapter": "deepagents",
-    "FrameworkAdapter": "base",
-    "Guard": "guard",
-    "GuardedRun": "guard",
-    "LangGraphAdapter": "langgraph",
-    "LoopAdapter": "base",
-    "RunCancelled": "guard",
-    "StepInterceptor": "base",
-    "TurnAdapter": "base",
-    "UnknownNode": "guard",
-    "extract_state_dict": "base",
-    "stroma_crewai_step": "crewai",
-    "stroma_deepagents_node": "deepagents",
-    "stroma_langgraph_node": "langgraph",
-    "what_stopped": "guard",
+    "base": ("extract_state_dict", "FrameworkAdapter", "LoopAdapter", "StepInterceptor", "TurnAdapter"),
+    "crewai": ("CrewAIAdapter", "stroma_crewai_step"),
+    "deepagents": ("DeepAgentsAdapter", "stroma_deepagents_node"),
+    "guard": ("Control", "Guard", "GuardedRun", "RunCancelled", "UnknownNode", "what_stopped"),
+    "langgraph": ("LangGraphAdapter", "stroma_langgraph_node"),
 }
 
 __all__ = [

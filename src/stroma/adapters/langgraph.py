@@ -44,9 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["InterruptAnswer", "LangGraphAdapter", "NodeOptions", "attach", "durable", "stroma_langgraph_node"]
 
-_OF_FLOWS: dict[str, str] = dict.fromkeys(
-    ("InterruptAnswer", "NodeOptions", "durable"), "_langgraph_durability"
-)
+_OF_FLOWS = {"_langgraph_durability": ("durable", "InterruptAnswer", "NodeOptions")}
 __getattr__, __dir__ = lazy(__name__, _OF_FLOWS, "stroma.adapters")
 
 G = TypeVar("G")

@@ -63,9 +63,8 @@ __all__ = [
 ]
 
 _OF_FLOWS = {
-    "DurableRunner": "_openai_agents_durability",
-    "ToolApproval": "_durable_steps",
-    "ToolOptions": "_durable_steps",
+    "_durable_steps": ("ToolApproval", "ToolOptions"),
+    "_openai_agents_durability": ("DurableRunner",),
 }
 __getattr__, __dir__ = lazy(__name__, _OF_FLOWS, "stroma.adapters")
 

@@ -46,10 +46,8 @@ __all__ = ["StromaCapability", "StromaDurability", "ToolAnswer", "ToolApproval",
 
 #: They need a newer release than guarded agents.
 _OF_FLOWS = {
-    "StromaDurability": "_pydantic_ai_durability",
-    "ToolAnswer": "_pydantic_ai_durability",
-    "ToolApproval": "_durable_steps",
-    "ToolOptions": "_durable_steps",
+    "_durable_steps": ("ToolApproval", "ToolOptions"),
+    "_pydantic_ai_durability": ("StromaDurability", "ToolAnswer"),
 }
 __getattr__, __dir__ = lazy(__name__, _OF_FLOWS, "stroma.adapters")
 

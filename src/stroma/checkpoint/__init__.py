@@ -89,19 +89,12 @@ __all__ = [
 
 #: Loaded on first use: not every Python has sqlite3, and few runs need more than one store.
 _HOMES = {
-    "AsyncInMemoryStore": "memory.store",
-    "AttemptPage": "records",
-    "AttemptRecord": "records",
-    "Cause": "records",
-    "InMemoryStore": "memory.store",
-    "PostgresStore": "postgres.store",
-    "RedisStore": "redis.store",
-    "RunPage": "records",
-    "RunQuery": "records",
-    "RunRecord": "records",
-    "SQLiteStore": "sqlite.store",
-    "SyncRedisStore": "redis.store",
-    "open_store": "urls",
+    "memory.store": ("AsyncInMemoryStore", "InMemoryStore"),
+    "postgres.store": ("PostgresStore",),
+    "records": ("AttemptPage", "AttemptRecord", "Cause", "RunPage", "RunQuery", "RunRecord"),
+    "redis.store": ("RedisStore", "SyncRedisStore"),
+    "sqlite.store": ("SQLiteStore",),
+    "urls": ("open_store",),
 }
 
 __getattr__, __dir__ = lazy(__name__, _HOMES)

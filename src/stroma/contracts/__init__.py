@@ -36,19 +36,19 @@ __all__ = [
 ]
 
 _HOMES = {
-    "BoundaryValidator": "contracts.contract",
-    "CheckFailed": "contracts.checks.types",
-    "ContractRegistry": "contracts.contract",
-    "ContractViolation": "contracts.contract",
-    "Finding": "contracts.checks.types",
-    "NodeContract": "contracts.contract",
-    "NotDone": "contracts.contract",
-    "NotSerialisable": "contracts.tagged_json",
-    "StepContract": "contracts.contract",
-    "StepViolation": "contracts.contract",
-    "Unknown": "contracts.contract",
-    "stroma_node": "contracts.node",
-    "stroma_step": "contracts.node",
+    "contracts.checks.types": ("CheckFailed", "Finding"),
+    "contracts.contract": (
+        "BoundaryValidator",
+        "ContractRegistry",
+        "ContractViolation",
+        "NodeContract",
+        "NotDone",
+        "StepContract",
+        "StepViolation",
+        "Unknown",
+    ),
+    "contracts.node": ("stroma_node", "stroma_step"),
+    "contracts.tagged_json": ("NotSerialisable",),
 }
 
 __getattr__, __dir__ = lazy(__name__, _HOMES, "stroma")

@@ -29,20 +29,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "BudgetExceeded": "cost.budget",
-    "CostTracker": "cost.tracker",
-    "ExecutionBudget": "cost.budget",
-    "FallbackPolicy": "cost.fallback",
-    "KNOWN_MODELS": "cost.prices",
-    "ModelHint": "cost.fallback",
-    "NodeUsage": "cost.tracker",
-    "StepUsage": "cost.tracker",
-    "Usage": "cost.usage",
-    "UsageError": "cost.usage",
-    "estimate_cost_usd": "cost.prices",
-    "resolve_model": "cost.fallback",
-    "update_prices": "cost.prices",
-    "usage_from": "cost.usage",
+    "cost.budget": ("BudgetExceeded", "ExecutionBudget"),
+    "cost.fallback": ("FallbackPolicy", "ModelHint", "resolve_model"),
+    "cost.prices": ("estimate_cost_usd", "KNOWN_MODELS", "update_prices"),
+    "cost.tracker": ("CostTracker", "NodeUsage", "StepUsage"),
+    "cost.usage": ("Usage", "usage_from", "UsageError"),
 }
 
 __getattr__, __dir__ = lazy(__name__, _HOMES, "stroma")

@@ -20,13 +20,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "NodeExecution": "engine.execution",
-    "NodeTimeout": "engine.config",
-    "ReliabilityContext": "engine.context",
-    "RunConfig": "engine.config",
-    "current_node": "engine.execution",
-    "current_node_or_none": "engine.execution",
-    "current_run": "engine.execution",
+    "engine.config": ("NodeTimeout", "RunConfig"),
+    "engine.context": ("ReliabilityContext",),
+    "engine.execution": ("current_node", "current_node_or_none", "current_run", "NodeExecution"),
 }
 
 __getattr__, __dir__ = lazy(__name__, _HOMES, "stroma")

@@ -47,27 +47,22 @@ __all__ = [
 ]
 
 _HOMES = {
-    "BudgetExceeded": "cost.budget",
-    "CircuitOpen": "failures.errors",
-    "Classifier": "failures.failure",
-    "ContractViolation": "contracts.contract",
-    "Failure": "failures.failure",
-    "FailureClass": "failures.classes",
-    "FailurePolicy": "failures.policy",
-    "ItemFailure": "failures.errors",
-    "LimitError": "failures.errors",
-    "NodeContext": "failures.failure",
-    "PlaceError": "failures.errors",
-    "PolicyMap": "failures.policy",
-    "RetryBudget": "failures.policy",
-    "RunFailed": "failures.errors",
-    "SharedBudgetExceeded": "failures.errors",
-    "StepContext": "failures.failure",
-    "Suspend": "failures.errors",
-    "WaitedTooLong": "failures.errors",
-    "WorkerLost": "failures.errors",
-    "classify": "failures.failure",
-    "default_policy_map": "failures.policy",
+    "contracts.contract": ("ContractViolation",),
+    "cost.budget": ("BudgetExceeded",),
+    "failures.classes": ("FailureClass",),
+    "failures.errors": (
+        "CircuitOpen",
+        "ItemFailure",
+        "LimitError",
+        "PlaceError",
+        "RunFailed",
+        "SharedBudgetExceeded",
+        "Suspend",
+        "WaitedTooLong",
+        "WorkerLost",
+    ),
+    "failures.failure": ("Classifier", "classify", "Failure", "NodeContext", "StepContext"),
+    "failures.policy": ("default_policy_map", "FailurePolicy", "PolicyMap", "RetryBudget"),
 }
 
 __getattr__, __dir__ = lazy(__name__, _HOMES, "stroma")

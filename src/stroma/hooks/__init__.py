@@ -9,11 +9,6 @@ if TYPE_CHECKING:
 
 __all__ = ["HookError", "MapProgress", "NodeHooks", "StepHooks"]
 
-_HOMES = {
-    "HookError": "hooks.sets",
-    "MapProgress": "hooks.sets",
-    "NodeHooks": "hooks.sets",
-    "StepHooks": "hooks.sets",
-}
+_HOMES = {"hooks.sets": ("HookError", "MapProgress", "NodeHooks", "StepHooks")}
 
 __getattr__, __dir__ = lazy(__name__, _HOMES, "stroma")

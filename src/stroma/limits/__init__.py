@@ -12,10 +12,9 @@ if TYPE_CHECKING:
 __all__ = ["Breaker", "BudgetState", "Limit", "SharedBudget"]
 
 _HOMES = {
-    "Breaker": "limits.breaker",
-    "BudgetState": "limits.shared_budget",
-    "Limit": "limits.rate_limit",
-    "SharedBudget": "limits.shared_budget",
+    "limits.breaker": ("Breaker",),
+    "limits.rate_limit": ("Limit",),
+    "limits.shared_budget": ("BudgetState", "SharedBudget"),
 }
 
 __getattr__, __dir__ = lazy(__name__, _HOMES, "stroma")

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from stroma.telemetry.sentry import sentry_hooks
 
 _HOMES = {
-    "AttributionProcessor": "attribution",
-    "DENY_KEYS": "content",
-    "ExporterHooks": "observer",
-    "datadog_hooks": "datadog",
-    "log_hooks": "logs",
-    "otel_hooks": "opentelemetry",
-    "prometheus_hooks": "prometheus",
-    "sentry_hooks": "sentry",
+    "attribution": ("AttributionProcessor",),
+    "content": ("DENY_KEYS",),
+    "datadog": ("datadog_hooks",),
+    "logs": ("log_hooks",),
+    "observer": ("ExporterHooks",),
+    "opentelemetry": ("otel_hooks",),
+    "prometheus": ("prometheus_hooks",),
+    "sentry": ("sentry_hooks",),
 }
 
 __all__ = [

@@ -36,7 +36,6 @@ _HOMES = {
     "resumable": ("Resumability", "assert_resumable", "assert_resumable_sync"),
     "snapshots": ("trace_snapshot",),
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "POINTS",
@@ -61,4 +60,4 @@ __all__ = [
     "trace_snapshot",
 ]
 
-__getattr__, __dir__ = lazy(__name__, _HOME_OF)
+__getattr__, __dir__ = lazy(__name__, _HOMES)

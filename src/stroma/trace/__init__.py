@@ -22,14 +22,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AttemptUsage": "trace.events",
-    "ExecutionResult": "trace.result",
-    "ExecutionTrace": "trace.trace",
-    "FailureClass": "failures.classes",
-    "Question": "trace.result",
-    "RunStatus": "trace.result",
-    "TraceEvent": "trace.events",
-    "TraceMark": "trace.events",
+    "failures.classes": ("FailureClass",),
+    "trace.events": ("AttemptUsage", "TraceEvent", "TraceMark"),
+    "trace.result": ("ExecutionResult", "Question", "RunStatus"),
+    "trace.trace": ("ExecutionTrace",),
 }
 
 __getattr__, __dir__ = lazy(__name__, _HOMES, "stroma")
