@@ -6,6 +6,7 @@ import asyncio
 import sqlite3
 import threading
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tests.shared_stores import ON_SERVERS, STORES, opened, place
 from tests.store_suite.helpers import finish, settled
 from tests.tiers import examples
 
-from stroma import PostgresStore, RunExists, SQLiteStore
+from stroma import CheckpointNotFound, PostgresStore, RunExists, SQLiteStore
 from stroma.checkpoint.entries import RunRequest, SentMessage
 from stroma.checkpoint.queue import (
     Candidate,
@@ -143,6 +144,69 @@ async def test_a_run_that_is_given_back(store: Any) -> None:
     await store.postpone("r", "t", NOW + 10)
     assert await claim(store) == []
     assert await claim(store, now_ms=NOW + 10) == ["r"]
+
+
+async def test_a_run_that_is_given_back_as_it_was(store: Any) -> None:
+    """A worker that drains gives a claimed run back with its due time, so that the age of the queue is
+    right."""
+    await submit(store, "r")
+    await claim(store)
+    await store.postpone("r", "t", None)
+    assert store.get_run("r").due_ms == NOW
+    assert store.queue_figures({"p": ServedCode()}, NOW + 5) == {"p": QueueFigures(1, NOW)}
+    assert await claim(store) == ["r"]
+
+
+async def test_a_delayed_run_that_is_resumed_is_due_now(store: Any) -> None:
+    """A queued run that somebody resumes is due from now on; one that was due before keeps its place."""
+    await submit(store, "delayed")
+    await submit(store, "due", due_ms=1000)
+    assert await store.reopen("delayed")
+    assert await store.reopen("due")
+    assert 1000 < store.get_run("delayed").due_ms < NOW
+    assert store.get_run("due").due_ms == 1000
+
+
+@pytest.mark.parametrize("how", ["cancel", "pause"])
+async def test_a_claimed_run_that_somebody_stops_holds_no_place(store: Any, how: str) -> None:
+    """A queued run that is cancelled or paused after its claim makes room for the next run at once."""
+    await submit(store, "a")
+    await submit(store, "b")
+    one = RunLimits(max_runs=1)
+    assert await claim(store, p=one) == ["a"]
+    assert await getattr(store, how)("a")
+    assert await claim(store, p=one) == ["b"]
+
+
+async def test_a_restarted_run_has_no_place_in_the_queue(store: Any) -> None:
+    """A run that starts anew outside of the queue has neither the priority nor the key of its submission."""
+    await submit(store, "r", priority=3, key="k", expires_ms=NOW + 9)
+    await finish(await settled(store.open_run(request_of("r", if_exists="restart"))))
+    record = store.get_run("r")
+    assert (record.priority, record.key, record.expires_ms) == (0, None, None)
+
+
+async def test_a_blocked_run_stays_blocked_after_its_pause(store: Any) -> None:
+    """A queued run that was paused and blocked is kept from the code that blocked it when its pause ends."""
+    await submit(store, "r")
+    assert await store.pause("r")
+    await store.block("r", "changed", "code", None, NOW)
+    assert await store.unpause("r")
+    served = {"p": ServedCode((), "code")}
+    request = ClaimRequest("t", 30.0, 10, NOW, {"p": RunLimits()}, code=served)
+    assert await store.claim(request) == []
+    assert store.queue_figures(served, NOW)["p"].blocked == 1
+    assert await claim(store, now_ms=NOW + 1_000_000) == ["r"]
+
+
+async def test_a_request_about_an_unknown_run_leaves_nothing(store: Any) -> None:
+    """A request about a run that does not exist stores nothing that a later gc() counts."""
+    for refused in (store.cancel("r"), store.pause("r"), store.reopen("r"), store.set_budget("r", {})):
+        with pytest.raises(CheckpointNotFound):
+            await refused
+    await store.postpone("r", "t", None)
+    await store.block("r", "changed", "code", None, NOW)
+    assert (await store.gc(keep_for=timedelta(-1), unfinished=True)).runs == 0
 
 
 async def test_the_order_of_claims(store: Any) -> None:
@@ -281,6 +345,47 @@ async def test_an_expired_run_fails(store: Any) -> None:
     assert store.get_run("r").status == "FAILED"
 
 
+@pytest.mark.parametrize("key", [None, "tenant"])
+async def test_delayed_runs_do_not_keep_a_due_one_from_workers(
+    store: Any, key: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is due starts, however many runs of its queue are delayed; these start in their time."""
+    monkeypatch.setattr("stroma.checkpoint.redis.reader._MAX_EXAMINED", 20)
+    later = [(f"later{number}", NOW + 10 * number + 10) for number in range(120)]
+    await asyncio.gather(
+        *(submit(store, run_id, due_ms=due_ms, priority=-1, key=key) for run_id, due_ms in later)
+    )
+    await submit(store, "now", priority=1)
+    assert store.queue_figures({"p": ServedCode()}, NOW) == {"p": QueueFigures(121, NOW)}
+    assert await claim(store) == ["now"]
+    assert await claim(store, now_ms=NOW + 25) == ["later0", "later1"]
+    assert store.queue_figures({"p": ServedCode()}, NOW + 35) == {"p": QueueFigures(121, NOW)}
+    await store.cancel("later2")
+    assert await claim(store, now_ms=NOW + 45) == ["later3"]
+
+
+async def test_an_expired_run_is_claimed_beside_the_limits(store: Any) -> None:
+    """A due run past its latest start is claimed although its pipeline is at max_runs and the worker has no
+    room; no other run is."""
+    await submit(store, "running", key="k")
+    await submit(store, "waits", key="k", expires_ms=NOW * 2)
+    await submit(store, "late", key="k", expires_ms=2)
+    await submit(store, "later", due_ms=NOW + 5, expires_ms=2)
+    await submit(store, "paused", expires_ms=2)
+    await store.pause("paused")
+    limits = RunLimits(max_runs=1, max_runs_per_key=1)
+    owner = await settled(store.open_run(request_of("running", if_exists="resume")))
+    assert await claim(store, p=limits) == ["late"]
+    await store.postpone("late", "t", None)
+    assert await claim(store, 0, p=limits) == ["late"]
+    assert await claim(store, 0, now_ms=NOW + 5, p=limits) == ["later"]
+    session = await open_claimed(store, "late")
+    assert session.finished.reason == "expired"
+    await finish(session, "FAILED", session.finished.error)
+    assert await claim(store, 0, p=limits) == []
+    await finish(owner)
+
+
 async def test_the_figures_of_a_queue(store: Any) -> None:
     """The figures of a pipeline's queue are its QUEUED runs, and the earliest time of queued and sleeping
     runs that are due."""
@@ -332,7 +437,8 @@ async def test_a_queued_run_whose_pause_ends_is_queued_as_before(store: Any, tak
     assert store.get_run("later").status == "SUSPENDED"
     assert await getattr(store, take_back)("later")
     record = store.get_run("later")
-    assert (record.status, record.due_ms, record.priority) == ("QUEUED", NOW + 5, 3)
+    assert (record.status, record.error) == ("QUEUED", None)
+    assert (record.due_ms, record.priority) == (NOW + 5, 3)
     assert (record.key, record.expires_ms) == ("k", NOW + 9)
     assert await claim(store, now_ms=NOW + 4) == []
     assert await claim(store, now_ms=NOW + 5) == ["urgent", "later"]

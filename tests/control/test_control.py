@@ -541,6 +541,42 @@ async def test_a_run_waits_for_its_budget(store: Any, kind: str) -> None:
     assert outcomes[1].total_tokens == 16
 
 
+@pytest.mark.parametrize("when", ["stopped", "running"])
+async def test_a_raise_continues_a_run_that_also_waits_for_a_person(store: Any, when: str) -> None:
+    """With on_budget="wait", a raise makes the run due although it also waits for an answer: the branch that
+    the budget stopped goes on, and nothing is bought again."""
+    gate = gate_of(store, budget=ExecutionBudget(max_tokens_total=5), on_budget="wait", inline_wait_seconds=0)
+    gate.close("pay")
+    pay, write = gate.node("pay", tokens=8), gate.node("write")
+
+    @gate.runner.node
+    async def ask(state: Num) -> Num:
+        return current_node().wait_for(Num, reason="ok?")
+
+    @gate.runner.flow("f", input=Num, output=Num)
+    async def f(flow: Any, state: Num) -> Num:
+        async def report() -> Num:
+            return await flow.step(write, await flow.step(pay, state))
+
+        await asyncio.gather(flow.step(ask, state), report())
+        return state
+
+    run = asyncio.create_task(gate.runner.run(f, Num(), run_id="r"))
+    await gate.reached["pay"].wait()
+    if when == "running":
+        assert await gate.runner.set_budget("r", tokens=50)
+    gate.open()
+    result = await run
+    if when == "stopped":
+        assert sorted(result.suspended) == ["budget", "ok?"]
+        assert await gate.runner.set_budget("r", tokens=50)
+    assert await due_runs(store, 1 << 60, "f") == ["r"]
+    outcome: Any = await gate.runner.drive("r")
+    assert [one.reason for one in outcome.questions] == ["ok?"]
+    assert gate.calls == ["pay", "write"]
+    assert await due_runs(store, 1 << 60, "f") == []
+
+
 async def test_a_raise_while_the_run_stops_is_not_lost(store: Any) -> None:
     """A raise that comes between the crossed limit and the end of the run makes the run due."""
     ended = asyncio.Event()

@@ -128,6 +128,30 @@ async def test_a_submitter_that_dies_before_the_workflow_starts(
     assert world.calls == ["a 1"]
 
 
+async def test_a_run_that_is_resumed_or_submitted_again_without_temporal(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker starts another workflow for a failed run that was only reopened in the store, and for a deleted
+    run id that is submitted again."""
+    monkeypatch.setattr(worker_module, "REPAIR_SECONDS", 0.1)
+    monkeypatch.setattr(worker_module, "MIN_AGE_SECONDS", 0.0)
+    monkeypatch.setattr(worker_module, "MAX_CLAIM_SECONDS", 0.1)
+    world, run_id = World(), fresh_id()
+    world.failing.add("a")
+    pipeline = Pipeline("p", [world.step("a")])
+    async with cluster.worker(pipeline):
+        assert (await cluster.runner.run(pipeline, Num(), run_id=run_id)).status is RunStatus.PARTIAL
+        await cluster.client.get_workflow_handle(run_id).result()
+        world.failing.clear()
+        assert await cluster.store.reopen(run_id)
+        result = await cluster.local.handle(run_id, pipeline).result(timeout=60)
+        assert result.status is RunStatus.RESUMED
+        await cluster.store.delete(run_id)
+        handle = await cluster.local.submit(pipeline, Num(n=5), run_id=run_id)
+        assert (await handle.result(timeout=60)).status is RunStatus.COMPLETED
+    assert world.calls == ["a 0", "a 0", "a 5"]
+
+
 async def test_a_lost_wake_signal(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer that only the store knows of is found by the re-check."""
     monkeypatch.setattr(workflow_module, "RECHECK_SECONDS", 0.3)

@@ -15,6 +15,7 @@ from tests.kit import NEVER, Num, node
 from tests.shared_stores import STORES
 
 from stroma import (
+    ExecutionBudget,
     Flow,
     NodeHooks,
     NotDone,
@@ -65,6 +66,38 @@ class Heard:
     @property
     def questions(self) -> list[Question]:
         return [question for _, _, question in self.calls if question is not None]
+
+
+@pytest.mark.parametrize("why", ["budget", "paused"])
+async def test_the_open_questions_of_a_run_that_stops_for_another_reason(store: Any, why: str) -> None:
+    """A flow that stops for its budget or a pause returns all of its open questions, with their ids."""
+    reached, opened = asyncio.Event(), asyncio.Event()
+    budget = ExecutionBudget(max_tokens_total=1)
+    runner = runner_on(store, on_budget="wait", budget=budget, inline_wait_seconds=0, resume=False)
+
+    async def pay(state: Num) -> Num:
+        reached.set()
+        await opened.wait()
+        current_node().report_usage(input_tokens=0 if why == "paused" else 9)
+        return state
+
+    paid = node("pay", pay)
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        await asyncio.gather(flow.wait_for(Approval, reason="hm?"), flow.step(paid, state))
+        return state
+
+    run = asyncio.ensure_future(runner.run(f, Num()))
+    await asyncio.wait_for(reached.wait(), 20)
+    if why == "paused":
+        await runner.pause("r")
+    opened.set()
+    result = await run
+    assert (result.status, result.suspended) == (RunStatus.SUSPENDED, [why])
+    assert [one.reason for one in result.questions] == ["hm?"]
+    outcome: Any = await runner.drive("r")
+    assert outcome.questions == tuple(result.questions)
 
 
 def asking(node_id: str, answer: type[BaseModel] = Approval, reason: str = "may I?") -> Any:

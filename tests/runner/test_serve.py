@@ -28,7 +28,7 @@ from stroma import (
     stroma_flow,
 )
 from stroma.checkpoint.entries import RunRequest
-from stroma.checkpoint.queue import Candidate, ClaimRequest
+from stroma.checkpoint.queue import Candidate, ClaimRequest, ServedCode
 from stroma.contracts.schema import schema_of
 from stroma.testing import FakeClock
 
@@ -205,6 +205,33 @@ async def test_a_shutdown_drains(store: Any, clock: Clock) -> None:
         await serving.until(1 if "r100" in taken else 2)
     assert world.calls.count("add 1") == 2
     assert world.calls.count("add 101") == 1
+
+
+async def test_a_worker_that_drains_gives_claimed_runs_back_as_they_were(store: Any) -> None:
+    """A run that a worker has claimed when it begins to drain has the same due time afterwards: the age of
+    the queue counts from it."""
+    runner = StromaRunner.quick(store=store)
+    pipeline = Pipeline("p", [World().step("a")])
+    handle = await runner.submit(pipeline, Num(), run_id="r")
+    due_ms = store.get_run("r").due_ms
+    claim = store.claim
+
+    async def claim_then_drain(request: Any) -> Any:
+        claimed = await claim(request)
+        draining.append(asyncio.ensure_future(runner.shutdown(drain_seconds=0)))
+        await asyncio.sleep(0)
+        return claimed
+
+    draining: list[Any] = []
+    store.claim = claim_then_drain
+    try:
+        await runner.serve(pipeline, poll_seconds=0.02)
+    finally:
+        del store.claim
+    await asyncio.gather(*draining)
+    assert (await handle.status(), store.get_run("r").due_ms) == ("QUEUED", due_ms)
+    assert due_ms is not None
+    assert store.queue_figures({"p": ServedCode()}, due_ms)["p"].oldest_due_ms == due_ms
 
 
 async def test_a_cancelled_worker_interrupts_its_runs(store: Any, clock: Clock) -> None:

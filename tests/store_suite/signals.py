@@ -417,16 +417,22 @@ class SignalTests:
         assert await settled(store.set_budget("run", {"max_cost_usd": 9.0})) is False
         assert (await begin(store, if_exists="restart")).control.budget == {}
 
-    async def test_a_budget_that_was_set_makes_no_other_wait_due(self, store: Any) -> None:
-        """A run whose budget was set while it ran, and that then waits for a person, is due with the answer
-        alone."""
-        question = await suspend_run(store, "asks")
+    async def test_a_budget_that_was_set_makes_a_suspended_run_due_once(self, store: Any) -> None:
+        """After its budget was set, a suspended run is due once, whatever it waits for, unless paused."""
+        await suspend_run(store, "asks")
         session = await begin(store, "asks", if_exists="resume")
         assert await settled(store.set_budget("asks", {"max_cost_usd": 1.0})) is True
-        await finish(session, "SUSPENDED", "ok?")
+        for _ in range(2):
+            await finish(session, "SUSPENDED", "ok?")
+            assert await due_runs(store, 1) == ["asks"]
+            session = await begin(store, "asks", if_exists="resume")
+            await finish(session, "SUSPENDED", "ok?")
+            assert await due_runs(store, 1 << 60) == []
+            assert await settled(store.set_budget("asks", {"max_cost_usd": 2.0})) is True
+            assert await due_runs(store, 1) == ["asks"]
+            session = await begin(store, "asks", if_exists="resume")
+            assert await settled(store.set_budget("asks", {"max_cost_usd": 3.0})) is True
+        await finish(session, "INTERRUPTED")
+        assert await settled(store.pause("asks")) is True
+        assert await settled(store.set_budget("asks", {"max_cost_usd": 4.0})) is True
         assert await due_runs(store, 1 << 60) == []
-        session = await begin(store, "asks", if_exists="resume")
-        await settled(store.signal("asks", question._replace(payload=b"1")))
-        assert await settled(store.set_budget("asks", {"max_cost_usd": 2.0})) is True
-        await finish(session, "SUSPENDED", "ok?")
-        assert await due_runs(store, 1) == ["asks"]

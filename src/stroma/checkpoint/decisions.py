@@ -10,7 +10,6 @@ from stroma._utils.text import pluralize
 from stroma.checkpoint.entries import RunRequest, Waiting
 from stroma.checkpoint.errors import PipelineChanged, RunBusy, RunExists, StoreError
 from stroma.checkpoint.queue import QUEUED
-from stroma.failures.errors import BUDGET
 
 #: Statuses of completed executions, of those that cancel() cannot change any more, and of those after which a
 #: new execution may follow unasked.
@@ -19,12 +18,9 @@ ENDED: Final = (*COMPLETE, "FAILED", "CANCELLED")
 _GIVEN_UP: Final = (*ENDED, "PARTIAL")
 #: Statuses of executions without an owner and an end, which may have a time from which they are due.
 UNFINISHED: Final = ("SUSPENDED", "INTERRUPTED", QUEUED)
-#: In place of 0, from when on a run is due whose budget was changed while it ran: only if it waits for its
-#: budget in the end.
-BUDGET_CHANGED: Final = 1
-#: Likewise, from when on a run is due that was sent a message while it ran: only if its session has not read
-#: it.
-MESSAGE_SENT: Final = 2
+#: In place of 0, from when on a run is due that was sent a message while it ran: only if its session has not
+#: read it.
+MESSAGE_SENT: Final = 1
 #: A fork that its process does not open in this time is due.
 FORK_DUE_MS: Final = 60_000
 
@@ -113,19 +109,6 @@ def expired_error(run_id: str) -> str:
         f"expired: run {run_id!r} was not started in time; start more workers, or submit it again with a "
         "later expires="
     )
-
-
-def add_news(wake_ms: int | None, news: int) -> int:
-    """Return the due time of a running run after a change. If several changed it, all count."""
-    return news if wake_ms in (None, news) else 0
-
-
-def is_old_news(wake_ms: int | None, error: str | None, has_read: Callable[[], bool]) -> bool:
-    """Return True if a run that stops is not due because of changes during the run.
-
-    ``has_read``: returns True if its session has read all messages.
-    """
-    return (wake_ms == BUDGET_CHANGED and error != BUDGET) or (wake_ms == MESSAGE_SENT and has_read())
 
 
 def decide(

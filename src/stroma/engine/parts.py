@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final, TypeVar, final
 
 from pydantic import BaseModel
@@ -69,6 +69,14 @@ class Account:
         if all(one.id != waiting.id for one in self.questions):
             self.suspended += (waiting.reason,)
             self.questions += (waiting.question,)
+
+    def note_open_questions(self, all_waiting: Iterable[Waiting]) -> None:
+        """Add the questions without an answer, also those that did not stop the run, to the result."""
+        reasons = self.suspended
+        for waiting in all_waiting:
+            if waiting.payload is None:
+                self.note_question(waiting)
+        self.suspended = reasons or self.suspended
 
     def forget_question(self, waiting: Waiting) -> None:
         """Remove a question that was closed from the result."""

@@ -307,9 +307,7 @@ class RunExecution:
         if completed or status in _CUT_SHORT:
             return
         if status is RunStatus.SUSPENDED:
-            for waiting in ctx.session.waiting.values():
-                if waiting.payload is None:
-                    ctx.account.note_question(waiting)
+            ctx.account.note_open_questions(ctx.session.waiting.values())
             if finished.error in (PAUSED, BUDGET):
                 ctx.account.suspended = (finished.error,)
             elif not ctx.account.suspended:
@@ -323,6 +321,8 @@ class RunExecution:
     async def _close(self) -> ExecutionResult:
         """Store the end of the run, call its end hooks and return its result. Raises HookError."""
         ctx, status, failure = self.ctx, self._status, self._failure
+        if status is RunStatus.SUSPENDED:
+            ctx.account.note_open_questions(ctx.session.waiting.values())
         result = ctx.build_result(status, self.state, failure)
         error = str(failure) if failure is not None else "; ".join(ctx.account.suspended) or None
         # The process that ran it has logged its end, at the level of it.

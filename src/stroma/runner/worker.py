@@ -188,8 +188,9 @@ class RunWorker:
                 news = asyncio.ensure_future(self._news.wait())
                 waits: set[asyncio.Future[Any]] = {drained}
                 waits |= set(self._active.values()) if has_more else {news}
-                timeout = None if has_more else self._next_poll_seconds()
-                await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(
+                    waits, timeout=self._next_poll_seconds(), return_when=asyncio.FIRST_COMPLETED
+                )
                 news.cancel()
             self.health.is_draining = True
             while self._active:
@@ -210,13 +211,14 @@ class RunWorker:
         return seconds * self._random.uniform(0.5, 1.5)
 
     async def _take_up(self, served: dict[str, ServedPipeline]) -> bool:
-        """Claim due runs while there is room, and continue them. Return True if there may be more."""
-        free = self._max_concurrency - len(self._active)
-        if free < 1:
-            return True
+        """Claim due runs while there is room, and continue them. Return True if there may be more.
+
+        Without room it claims only expired runs, which end at once.
+        """
+        free = max(0, self._max_concurrency - len(self._active))
         limits = {name: one.limits for name, one in served.items()}
         now = asyncio.get_running_loop().time()
-        with_lost = now >= self._next_look_for_lost
+        with_lost = free > 0 and now >= self._next_look_for_lost
         if with_lost:
             self._next_look_for_lost = now + self._poll_seconds / 2
         code = {name: one.code for name, one in served.items()}
@@ -267,7 +269,7 @@ class RunWorker:
             if driven is None or isinstance(driven, Busy):
                 logger.debug("run %s is not continued here: %s", run_id, driven)
                 if self._batch.draining:
-                    await self._stored.store.postpone(run_id, self._token, 0)
+                    await self._stored.store.postpone(run_id, self._token, None)
                 return
             if isinstance(driven, Blocked):
                 due = 0.0 if driven.until is None else driven.until.timestamp()

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Final, Literal
 
-from stroma.checkpoint.decisions import ENDED, MESSAGE_SENT, add_news, other_message, takes_no_message
+from stroma.checkpoint.decisions import ENDED, MESSAGE_SENT, other_message, takes_no_message
 from stroma.checkpoint.decoding import decode_json, decode_number
 from stroma.checkpoint.durable.annotations import RunRecords, name_of
 from stroma.checkpoint.durable.rows import Annotation, RunRow, Step, StepRow
@@ -119,8 +119,8 @@ def add_message(records: RunRecords, run: RunRow, message: SentMessage) -> None:
     note_last(records, number)
     if run.status == "SUSPENDED":
         records.rows.wake(run)
-    elif run.status == "RUNNING":
-        records.rows.wake(run, add_news(run.wake_ms, MESSAGE_SENT))
+    elif run.status == "RUNNING" and run.wake_ms is None:
+        records.rows.wake(run, MESSAGE_SENT)
 
 
 def read_messages(records: RunRecords, after: int) -> tuple[int, list[SentMessage]]:

@@ -117,7 +117,7 @@ class RunRow(NamedTuple):
         attempt_count, commit_count: rows that the last execution must have, counted in the transaction of
             each.
         wake_ms: from when on it is due if it stops unfinished, in ms since the epoch, 0: at once, or its
-            news (BUDGET_CHANGED, MESSAGE_SENT); None: never by itself.
+            news (MESSAGE_SENT); None: never by itself.
         expires_ms, priority, key: see :class:`stroma.checkpoint.queue.QueueEntry`; None of a run that was not
             submitted, and some stores have 0 for its priority.
         version: that of the pipeline when the execution began; "" without a version.
@@ -329,10 +329,10 @@ class Rows(Protocol):
     def candidates(self, pipeline: str, request: ClaimRequest) -> list[Candidate]:
         """Return runs of a pipeline that are due and have no claim; see ``decisions.is_due``.
 
-        The first ``limit`` runs of each key, by priority and due time: of those that are queued, of those
-        that stopped, of those whose owner is gone, and of those that are blocked for other code, or were for
-        long enough. All are of a version that the code serves. No other transaction returns them before this
-        one ends, or claim() does not claim them.
+        Some expired ones, and the first ``limit`` runs of each key, by priority and due time: of those that
+        are queued, of those that stopped, of those whose owner is gone, and of those that are blocked for
+        other code, or were for long enough. All are of a version that the code serves. No other transaction
+        returns them before this one ends, or claim() does not claim them.
         """
         ...
 

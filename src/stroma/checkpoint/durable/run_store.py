@@ -13,11 +13,9 @@ from typing import Any, Final, NamedTuple, TypeVar
 from pydantic import BaseModel
 
 from stroma.checkpoint.decisions import (
-    BUDGET_CHANGED,
     COMPLETE,
     ENDED,
     UNFINISHED,
-    add_news,
     check_resubmission,
     not_waiting,
 )
@@ -51,6 +49,7 @@ from stroma.checkpoint.payloads import BLOB, LARGE_BYTES, BlobStore, PayloadPlac
 from stroma.checkpoint.queue import (
     MAX_CLAIM_SECONDS,
     POSTPONED,
+    QUEUED,
     Candidate,
     ClaimRequest,
     QueueEntry,
@@ -61,7 +60,7 @@ from stroma.checkpoint.queue import (
 )
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema
-from stroma.failures.errors import BUDGET, PAUSED
+from stroma.failures.errors import PAUSED
 
 T = TypeVar("T")
 
@@ -157,15 +156,19 @@ class RunStore(ReadableStore):
         """Call a function, in another thread, when a run was made due; None if that is not reported."""
         return None
 
-    async def postpone(self, run_id: str, token: str, due_ms: int) -> None:
-        """Give back a claimed run that could not be continued, and make it due later. Raises StoreError."""
+    async def postpone(self, run_id: str, token: str, due_ms: int | None) -> None:
+        """Give back a claimed run that was not continued, and make it due later; None: as it was.
+
+        Raises StoreError.
+        """
 
         def postpone(rows: Rows) -> None:
             run = rows.find(run_id, lock=True)
             if run is not None and run.claim == token:
                 one = Candidate(run.run, run_id, run.pipeline)
-                if run.status in UNFINISHED:
-                    rows.wake(run, due_ms)
+                if due_ms is None or run.status in UNFINISHED:
+                    if due_ms is not None:
+                        rows.wake(run, due_ms)
                     rows.claim([one], token, -1.0)
                 else:  # Its owner is gone, and how often that happened is counted when somebody opens it.
                     seconds = (due_ms - rows.now_ms()) / 1000
@@ -176,19 +179,19 @@ class RunStore(ReadableStore):
     async def block(self, run_id: str, message: str, code: str, token: str | None, now_ms: int) -> None:
         """Mark a run as blocked for code that cannot continue it, and end the claim with this token.
 
-        Nothing happens if the run has ended, or has an owner or another claim. Raises StoreError.
+        Nothing happens if the run has ended, or has an owner. Raises StoreError.
         """
 
         def mark(rows: Rows) -> None:
             run = rows.find(run_id, lock=True)
-            if run is None or run.holder is not None or run.claim not in (None, token):
+            if run is None or run.holder is not None:
                 return
             if run.status in ("RUNNING", *UNFINISHED):
                 place = PayloadPlace(run_id, run.execution, "blocked")
                 sealed = self._payloads.seal_text(storable_text(message), place) or ""
                 rows.block(run, block(run.mark, sealed, code, now_ms))
-            if run.claim is not None:
-                rows.claim([Candidate(run.run, run_id, run.pipeline)], run.claim, -1.0)
+            if run.claim is not None and run.claim == token:
+                rows.claim([Candidate(run.run, run_id, run.pipeline)], token, -1.0)
 
         await self._submit(Transaction(run_id, mark))
 
@@ -290,7 +293,7 @@ class RunStore(ReadableStore):
         return await self._request(run_id, do)
 
     async def set_budget(self, run_id: str, limits: Mapping[str, float]) -> bool:
-        """Change limits of a run, by field of ExecutionBudget; one that waits for it is due at once.
+        """Change limits of a run, by field of ExecutionBudget; a suspended one is due at once.
 
         They apply to the current execution, in every process. An owner that did not renew its lease loses the
         run, since it might start an attempt before it reads them. Returns False if the run is complete.
@@ -301,16 +304,16 @@ class RunStore(ReadableStore):
             if run.holder is None and run.status in COMPLETE:
                 return False
             request_budget(records, limits)
-            if run.holder is not None:  # It may be about to wait for its budget.
-                records.rows.wake(run, add_news(run.wake_ms, BUDGET_CHANGED))
+            if run.holder is not None or run.status == "SUSPENDED":
+                # Any of its branches may wait for the budget, or be about to; a replay too many is free.
+                if not read_control(records).pause:
+                    records.rows.wake(run)
             elif run.status == "RUNNING":
                 owner = Owner.read(run.owner)
                 if owner is not None and owner.records_end and run.left_seconds < 0:
                     # Still a run of that process, which may have died: the one that takes it over counts
                     # that.
                     records.rows.replace_owner(run, str(owner.fenced_off()))
-            elif self._payloads.open_text(run.error, records.place("error")) == BUDGET:
-                records.rows.wake(run)
             return True
 
         return await self._request(run_id, do)
@@ -492,7 +495,9 @@ def _fence_off(rows: Rows, run: RunRow, owner: str) -> Fence:
 
 def _end_pause(rows: Rows, run: RunRow, due_ms: int | None, owner: str) -> None:
     """Make a run due; one that was paused before it started is queued again, as it was."""
-    if due_ms is None or run.holder is not None:
+    if run.status == QUEUED:
+        rows.wake(run, min(run.wake_ms or 0, rows.now_ms()))
+    elif due_ms is None or run.holder is not None:
         rows.wake(run)
     else:
         entry = QueueEntry(due_ms, run.priority or 0, run.key, run.expires_ms)

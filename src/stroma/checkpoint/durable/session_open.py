@@ -11,13 +11,13 @@ from typing import Any, Final, TypeAlias
 from stroma.checkpoint.decisions import (
     COMPLETE,
     ENDED,
+    MESSAGE_SENT,
     UNFINISHED,
     LastExecution,
     PriorWork,
     decide,
     expired_error,
     has_expired,
-    is_old_news,
 )
 from stroma.checkpoint.decoding import RecordName, decode_number
 from stroma.checkpoint.durable.annotations import (
@@ -350,10 +350,10 @@ def finish_execution(records: RunRecords, fence: Fence, end: RunEnd, read: int |
     ``read``: number of the last message that its session has read; None: it waited for none.
     """
     run = records.rows.find(records.run_id, lock=True) if end.status in UNFINISHED else None
-    is_old = run is None or is_old_news(
-        run.wake_ms, end.error, lambda: read is None or read == last_number(records)
-    )
-    record_end(records, fence, _seal_end(records, end), None if run is None or is_old else run.wake_ms)
+    news_ms = None if run is None else run.wake_ms
+    if news_ms == MESSAGE_SENT and (read is None or read == last_number(records)):
+        news_ms = None
+    record_end(records, fence, _seal_end(records, end), news_ms)
 
 
 def _seal_end(records: RunRecords, end: RunEnd) -> RunEnd:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final, NamedTuple, cast
 
-from stroma.checkpoint.decisions import MESSAGE_SENT, UNFINISHED
+from stroma.checkpoint.decisions import MESSAGE_SENT, UNFINISHED, has_expired
 from stroma.checkpoint.durable.conversion import to_attempt
 from stroma.checkpoint.durable.integrity import seal
 from stroma.checkpoint.durable.rows import (
@@ -332,7 +332,8 @@ class MemoryRows(ScannedRows):
         run: MemoryRun = fence.run
         if (run.epoch, run.owner) != (fence.epoch, fence.owner):
             return False
-        run.status, run.error, run.wake_ms, run.mark = end.status, end.error, end.wake_ms, None
+        run.status, run.error, run.wake_ms = end.status, end.error, end.wake_ms
+        run.claim = run.mark = None
         run.updated_ms = _now_ms() if end.updated_ms is None else end.updated_ms
         return True
 
@@ -346,7 +347,7 @@ class MemoryRows(ScannedRows):
 
     def enqueue(self, fence: Fence, entry: QueueEntry) -> None:
         run: MemoryRun = fence.run
-        run.status, run.wake_ms, run.queue = QUEUED, entry.due_ms, entry
+        run.status, run.error, run.wake_ms, run.queue = QUEUED, None, entry.due_ms, entry
 
     def candidates(self, pipeline: str, request: ClaimRequest) -> list[Candidate]:
         code = request.code_of(pipeline)
@@ -357,9 +358,17 @@ class MemoryRows(ScannedRows):
             mark = run.mark
             is_kept = mark is not None and mark.until_ms > request.now_ms and code.name in mark.codes
             if (is_lost or is_due) and not is_kept and run.live_claim is None:
-                due_ms = run.wake_ms or 0
+                place, is_over = run.queue, has_expired(run.status, run.queue.expires_ms, _now_ms())
                 candidates.append(
-                    Candidate(run, run.run_id, pipeline, run.queue.priority, due_ms, run.queue.key)
+                    Candidate(
+                        run,
+                        run.run_id,
+                        pipeline,
+                        place.priority,
+                        run.wake_ms or 0,
+                        place.key,
+                        has_expired=is_over and mark is None,
+                    )
                 )
         return candidates
 

@@ -113,6 +113,11 @@ class PostgresRows(SqlRows):
             return int(run.run)
         return self._created.pop(run_id)
 
+    def delete_unused(self) -> None:
+        """Delete the rows that were created to lock runs which were not begun."""
+        for number in self._created.values():
+            self._run(sql.DELETE_RUN[-1], run=number)
+
     def commit(self, fence: Fence, attempt: AttemptRecord, step: Step | None) -> bool:
         is_recorded, attempts = read_commit(send_commit(self.db, fence, attempt, step))
         if is_recorded:
@@ -263,6 +268,7 @@ def _transact(db: Database, operations: list[Any], is_repeated: bool) -> list[An
             continued = (one.run_id for one in operations if getattr(one, "continues", False))
             rows.read_ahead([run_id for run_id in continued if ids[run_id] == 1])
         values = perform_all(operations, rows)
+        rows.delete_unused()
     for fence, attempts in rows.attempt_counts:
         fence.acknowledge(attempts)
     return values

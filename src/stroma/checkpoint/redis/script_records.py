@@ -98,18 +98,34 @@ function ops.newest(from, lowest, limit, pipeline, statuses)
   return reply
 end
 
--- Returns (order of submission, id, priority, due, '=' and key or '') of runs of a pipeline that are due and
--- have no claim, the first ones of each key: queued runs, runs that stopped or whose lease is over, and
--- blocked ones that this code has not refused, or long ago. Wakes have the clock of the clients, leases that
--- of the server. Of very many stopped and blocked runs a part is looked at; where: 0 to 1.
+-- Returns (order of submission, id, priority, due, '=' and key or '', 1 or 0) of runs of a pipeline that are
+-- due and have no claim, the first ones of each key: queued runs, runs that stopped or whose lease is over,
+-- and blocked ones that this code has not refused, or long ago. 1: a queued run past its latest start. Wakes
+-- have the clock of the clients, leases and latest starts that of the server. Of very many stopped runs,
+-- blocked runs and keys, a part is looked at; where: 0 to 1.
 function ops.candidates(pipeline, version, now, limit, most, code, where)
   local ms, found, examined = now_ms(), {}, 0
   local place = lane_of(pipeline, version)
   now, limit, most = tonumber(now), tonumber(limit), tonumber(most)
-  local function add(id, f, due)
-    for _, value in ipairs({f.order or '0', id, f.priority or 0, due, f.key and '=' .. f.key or ''}) do
+  local function add(id, f, due, expired)
+    local key = f.key and '=' .. f.key or ''
+    for _, value in ipairs({f.order or '0', id, f.priority or 0, due, key, expired or 0}) do
       found[#found + 1] = value
     end
+  end
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', EXPIRES .. place, '-inf', '(' .. ms, 'LIMIT', 0, 100)) do
+    local f = fields_if_hash(prefix_of(id) .. 'run', 'status', 'wake_ms', 'claim_until', 'priority', 'key',
+        'order')
+    if f.status ~= 'QUEUED' then redis.call('ZREM', EXPIRES .. place, id)
+    elseif not is_claimed(f.claim_until, ms) and tonumber(f.wake_ms or 0) <= now then
+      add(id, f, tonumber(f.wake_ms), 1)
+    end
+  end
+  if limit == 0 then return found end
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', LATER .. place, '-inf', now, 'LIMIT', 0, most)) do
+    redis.call('ZREM', LATER .. place, id)
+    local f = fields_if_hash(prefix_of(id) .. 'run', 'status', 'wake_ms', 'priority', 'key', 'order')
+    if f.status == 'QUEUED' then join_due(place, id, f) end
   end
   -- Adds those of these runs that are due. Runs that are in the list no more are removed from it.
   local function add_due(list, ids, blocked)
@@ -152,8 +168,8 @@ function ops.candidates(pipeline, version, now, limit, most, code, where)
   local first = math.floor(where * math.max(redis.call('ZCARD', BLOCKED .. place) - most / 2, 0))
   add_due(BLOCKED .. place, redis.call('ZRANGE', BLOCKED .. place, first, first + most / 2), true)
   local keys = redis.call('SMEMBERS', QUEUE_KEYS .. place)
-  keys[#keys + 1] = ''
-  for _, key in ipairs(keys) do
+  for number = 0, #keys do
+    local key = number == 0 and '' or keys[(number + math.floor(where * #keys)) % #keys + 1]
     local queue, first, taken = queue_of(place, key), 0, 0
     while taken < limit and examined < most do
       local members = redis.call('ZRANGE', queue, first, first + 99, 'WITHSCORES')
@@ -208,6 +224,9 @@ function ops.queue_figures(pipeline, version, now, least, most)
       above, examined = '(' .. first[2], examined + 1
     end
   end
+  queued = queued + redis.call('ZCARD', LATER .. place)
+  local later = redis.call('ZRANGEBYSCORE', LATER .. place, '-inf', now, 'WITHSCORES', 'LIMIT', 0, 1)
+  if later[2] and (not oldest or tonumber(later[2]) < oldest) then oldest = tonumber(later[2]) end
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', DUE .. place, least, now, 'LIMIT', 0, most)) do
     local f = fields_if_hash(prefix_of(id) .. 'run', 'status', 'wake_ms')
     local due = (f.status == 'SUSPENDED' or f.status == 'INTERRUPTED') and f.wake_ms and tonumber(f.wake_ms)

@@ -175,10 +175,10 @@ function ops.enqueue(id, owner, due, priority, key, expires)
   redis.call('ZREM', DUE .. lane(), id)
   redis.call('ZREM', LIVE .. f.pipeline, id)
   redis.call('HSET', run, 'status', 'QUEUED', 'priority', priority)
-  redis.call('HDEL', run, 'until_ms')
+  redis.call('HDEL', run, 'until_ms', 'error')
   if key ~= '' then redis.call('HSET', run, 'key', string.sub(key, 2)) end
   if expires ~= '' then redis.call('HSET', run, 'expires_ms', expires) end
-  join_queue(id, due)
+  set_wake(id, due)
   return redis.call('HINCRBY', run, 'writes', 1)
 end
 
@@ -205,7 +205,7 @@ function ops.block(id, message, since, blocked_until, codes)
   local status = redis.call('HGET', run, 'status')
   if not status then return 0 end
   if message then
-    leave_queue()
+    leave_queue(id)
     redis.call('ZREM', DUE .. lane(), id)
     redis.call('HSET', run, 'blocked', message, 'blocked_since_ms', since,
       'blocked_until_ms', blocked_until, 'blocked_codes', codes)

@@ -32,8 +32,10 @@ Of all runs:
 Of a lane, which is a pipeline and a version:
 
     stroma:due:<lane>          zset: id by when a worker may continue it: the end of its lease, or wake_ms
-    stroma:queue:<queue_of()>  zset for each key of queued runs: "due order:id" by priority
-    stroma:queuekeys:<lane>    set: the keys of queued runs
+    stroma:later:<lane>        zset: id of a queued run by its due time, until it is due
+    stroma:queue:<queue_of()>  zset for each key of queued runs that are due: "due order:id" by priority
+    stroma:queuekeys:<lane>    set: the keys of queued runs that are due
+    stroma:expires:<lane>      zset: id of a queued run by its latest start
     stroma:blocked:<lane>      zset: id by the start of its mark; these runs are in none of the others
 """
 
@@ -69,6 +71,7 @@ local MAX_EXECUTIONS = 100000  -- a damaged row may have any number
 local RUNS, IDS, ENDED, DUE = 'stroma:runs', 'stroma:ids', 'stroma:ended', 'stroma:due:'
 local LIVE, QUEUE, QUEUE_KEYS, BLOCKED = 'stroma:live:', 'stroma:queue:', 'stroma:queuekeys:',
     'stroma:blocked:'
+local LATER, EXPIRES = 'stroma:later:', 'stroma:expires:'
 
 local function now_us()
   local t = redis.call('TIME')
@@ -154,10 +157,12 @@ end
 -- Returns the key of the queue of a lane for runs of one key; '': for runs without a key.
 local function queue_of(lane, key) return QUEUE .. #lane .. ':' .. lane .. ':' .. key end
 
-local function leave_queue()
-  local f = fields(run, 'queued', 'key')
+local function leave_queue(id)
+  local f, place = fields(run, 'queued', 'key'), lane()
+  redis.call('ZREM', LATER .. place, id)
+  redis.call('ZREM', EXPIRES .. place, id)
   if not f.queued then return end
-  local key, place = f.key or '', lane()
+  local key = f.key or ''
   local queue = queue_of(place, key)
   redis.call('ZREM', queue, f.queued)
   redis.call('HDEL', run, 'queued')
@@ -167,13 +172,20 @@ end
 -- Wakes workers that listen.
 local function report_news() redis.call('PUBLISH', 'stroma:news', '') end
 
-local function join_queue(id, due)
-  leave_queue()
-  local f = fields(run, 'key', 'priority', 'order')
-  local key, member, place = f.key or '', string.format('%015.0f %018.0f:', due, f.order) .. id, lane()
+-- Adds a run that is due to the queue of its key.
+local function join_due(place, id, f)
+  local key, member = f.key or '', string.format('%015.0f %018.0f:', f.wake_ms, f.order) .. id
   redis.call('ZADD', queue_of(place, key), f.priority, member)
-  redis.call('HSET', run, 'queued', member, 'wake_ms', due)
+  redis.call('HSET', prefix_of(id) .. 'run', 'queued', member)
   if key ~= '' then redis.call('SADD', QUEUE_KEYS .. place, key) end
+end
+
+local function join_queue(id, due)
+  leave_queue(id)
+  redis.call('HSET', run, 'wake_ms', due)
+  local f, place = fields(run, 'key', 'priority', 'order', 'wake_ms', 'expires_ms'), lane()
+  if f.expires_ms then redis.call('ZADD', EXPIRES .. place, f.expires_ms, id) end
+  if tonumber(due) > now_ms() then redis.call('ZADD', LATER .. place, due, id) else join_due(place, id, f) end
   report_news()
 end
 
@@ -203,7 +215,7 @@ end
 
 -- Ends the claim of a run, its place in the queue, and its mark.
 local function leave_queues(id)
-  leave_queue()
+  leave_queue(id)
   unblock(id)
   redis.call('HDEL', run, 'claim', 'claim_until')
   redis.call('ZREM', LIVE .. (redis.call('HGET', run, 'pipeline') or ''), id)

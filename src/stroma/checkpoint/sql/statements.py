@@ -78,7 +78,7 @@ _OPEN: Final = f"""status = 'RUNNING', error = NULL, updated_ms = now_ms(), leas
     lease_epoch = lease_epoch + 1 WHERE run = :run RETURNING lease_epoch"""
 BEGIN: Final = f"""UPDATE runs SET execution = :execution, pipeline = :pipeline, version = :version,
     started_ms = now_ms(), tokens = 0, cost_pico = 0, latency_ns = 0, attempt_count = 0, commit_count = 0,
-    {_OPEN}"""
+    priority = 0, queue_key = NULL, expires_ms = NULL, {_OPEN}"""
 TAKE_OVER: Final = f"UPDATE runs SET version = :version, {_OPEN}"
 REPLACE_OWNER: Final = "UPDATE runs SET lease_owner = :owner WHERE run = :run"
 NEW_INPUT: Final = """INSERT INTO inputs (run, execution, contract, input, sha256)
@@ -93,7 +93,8 @@ ROW_COUNTS: Final = """SELECT (SELECT count(*) FROM attempts WHERE run = :run AN
 FENCE: Final = """WHERE run = :run AND lease_epoch = :epoch AND lease_owner = :owner
     AND attempt_count >= :acknowledged"""
 FINISH: Final = f"""UPDATE runs SET status = :status, error = :error, wake_ms = :wake_ms,
-    updated_ms = coalesce(:updated_ms, now_ms()), lease_until_ms = NULL, {_NO_MARK} {FENCE}"""
+    updated_ms = coalesce(:updated_ms, now_ms()), lease_until_ms = NULL, claim = NULL, claim_until_ms = NULL,
+    {_NO_MARK} {FENCE}"""
 RENEW: Final = f"""UPDATE runs SET lease_until_ms = clock_ms() + :lease_ms {FENCE} AND lease_until_ms
     IS NOT NULL RETURNING run"""
 WAKE: Final = "UPDATE runs SET wake_ms = :wake_ms WHERE run = :run"
@@ -228,7 +229,7 @@ TALLY: Final = """SELECT bucket, pipeline, node_id, model, failure_class, count(
 
 # ---------------------------------------------------------------------- queue
 
-ENQUEUE: Final = """UPDATE runs SET status = 'QUEUED', lease_until_ms = NULL, wake_ms = :due_ms,
+ENQUEUE: Final = """UPDATE runs SET status = 'QUEUED', error = NULL, lease_until_ms = NULL, wake_ms = :due_ms,
     priority = :priority, queue_key = :key, expires_ms = :expires_ms WHERE run = :run"""
 _CANDIDATE: Final = "SELECT r.run, r.run_id, r.pipeline, r.priority, r.wake_ms, r.queue_key FROM runs r"
 _SERVED: Final = "(r.version = '' OR r.version = ANY(:versions))"
@@ -263,6 +264,8 @@ CANDIDATES: Final = (
     _first_of_each_key("runs_by_key", _QUEUED)[1],
     *_first_of_each_key("runs_by_block", _BLOCKED),
 )
+OVERDUE: Final = f"""{_CANDIDATE} INDEXED BY runs_by_expiry WHERE {_QUEUED} AND r.expires_ms < now_ms()
+    ORDER BY r.expires_ms LIMIT 100 {_LOCKED}"""
 # Of owners on this machine it is known at once that they are gone; they may be few of very many.
 RUNNING: Final = f"""SELECT r.run, r.run_id, r.pipeline, r.priority, r.queue_key, r.lease_owner,
     {_LEFT_SECONDS} FROM runs r WHERE r.status = 'RUNNING' AND r.pipeline = :pipeline AND r.execution

@@ -18,10 +18,10 @@ from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import Worker, WorkerConfig
 
 from stroma._utils.logs import get_logger
-from stroma.checkpoint import RunRecord, StoreError, open_store
+from stroma.checkpoint import StoreError, open_store
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.manager import CheckpointManager
-from stroma.checkpoint.queue import QUEUED
+from stroma.checkpoint.queue import MAX_CLAIM_SECONDS, ClaimRequest, RunLimits
 from stroma.contracts.contract import ContractRegistry
 from stroma.drivers.temporal.activity import DriveActivity
 from stroma.drivers.temporal.place import CallActivity, TemporalCaller
@@ -34,11 +34,10 @@ from stroma.runner.worker import readers_of, watch_queues
 
 logger = get_logger()
 
-#: Between looks for submitted runs without a workflow, whose submitter died, and the age from which a run is
-#: one.
+#: Between looks for due runs that may have no workflow, and for how long a run must have been due.
 REPAIR_SECONDS: float = 30.0
 MIN_AGE_SECONDS: float = 5.0
-_MAX_RUNS: Final = 1_000_000  # of a pipeline
+_PAGE: Final = 1000  # runs of one claim
 #: The answer to a heartbeat tells of a cancellation.
 _HEARTBEATS: Final[WorkerConfig] = {
     "max_heartbeat_throttle_interval": timedelta(seconds=1),
@@ -93,8 +92,6 @@ class StromaPlugin(SimplePlugin):
             fix = "do not apply on Temporal; use its task queues"
             logger.warning("max_runs and max_runs_per_key of pipeline %r %s", name, fix)
         self._activity = DriveActivity(self._runner, list(pipelines), max_seconds)
-        #: Queued runs that have a workflow.
-        self._started: set[str] = set()
         drive = self._activity.drive
         super().__init__("stroma", activities=[drive], workflows=[StromaRun], run_context=self._serve)
 
@@ -129,25 +126,23 @@ class StromaPlugin(SimplePlugin):
                 await self._store.aclose()
 
     async def _repair(self) -> None:
-        """Start workflows of submitted runs without one: their submitter died, or does not use Temporal."""
+        """Start workflows of due runs without an owner, which may have been submitted or resumed elsewhere.
+
+        A claim is only a mark that keeps the run from the next looks of all workers for a while.
+        """
+        token, store = os.urandom(8).hex(), self._runner._stored.store
+        pipelines = dict.fromkeys(self._served, RunLimits())
+        code = {name: one.code for name, one in self._served.items()}
         while True:
             try:
-                queued = await asyncio.to_thread(self._find_queued)
-                for record in queued:
-                    if record.run_id not in self._started:
-                        await self._dispatcher.start_first(record)
-                self._started = {record.run_id for record in queued}
-            except Exception as error:  # The next look may succeed.
-                logger.warning("runs without a workflow could not be looked for: %s; trying again", error)
+                now_ms = int((time.time() - MIN_AGE_SECONDS) * 1000)
+                request = ClaimRequest(token, MAX_CLAIM_SECONDS, _PAGE, now_ms, pipelines, code=code)
+                while due := await store.claim(request):
+                    for run in due:
+                        await self._dispatcher.start_unless_running(run)
+            except Exception as error:  # A later look may succeed.
+                logger.warning("runs without a workflow could not be started: %s; trying again", error)
             await asyncio.sleep(REPAIR_SECONDS)
-
-    def _find_queued(self) -> list[RunRecord]:
-        store, latest_ms = self._store, (time.time() - MIN_AGE_SECONDS) * 1000
-        queued: list[RunRecord] = []
-        for pipeline in self._served if store.exists() else ():
-            runs = store.list_runs(limit=_MAX_RUNS, pipeline=pipeline, status=QUEUED)
-            queued += [run for run in runs if run.started_ms <= latest_ms]
-        return queued
 
 
 def stroma_worker(

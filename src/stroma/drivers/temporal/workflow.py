@@ -24,12 +24,13 @@ from temporalio.common import (
     WorkflowIDConflictPolicy,
     WorkflowIDReusePolicy,
 )
-from temporalio.exceptions import ActivityError, WorkflowAlreadyStartedError
+from temporalio.exceptions import ActivityError
 from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import Interceptor, WorkflowInterceptorClassInput
 
 from stroma._utils.logs import get_logger
 from stroma.checkpoint import RunRecord
+from stroma.checkpoint.queue import Candidate
 
 WORKFLOW: Final = "stroma.run"
 DRIVE: Final = "stroma.drive"
@@ -162,7 +163,7 @@ def workflow_id(run_id: str) -> str:
     return f"stroma-{hashlib.sha256(run_id.encode()).hexdigest()}"
 
 
-def _priority_of(record: RunRecord) -> Priority:
+def _priority_of(record: RunRecord | Candidate) -> Priority:
     """Return the priority of a submitted run and its key, as Temporal has them: 1 to 5, and 64 bytes."""
     key = record.key
     if key is not None and len(key.encode()) > 64:
@@ -187,17 +188,12 @@ class Dispatcher:
         await self._if_reachable(record.run_id, self.restart(record))
 
     async def restart(self, record: RunRecord) -> None:
-        """As :meth:`start`, for a run that had ended, which workers do not find. Raises RPCError."""
+        """As :meth:`start`, for a run that had ended. Raises RPCError."""
         await self._start(record, start_signal=WAKE)
 
-    async def start_first(self, record: RunRecord) -> None:
-        """Start the workflow of a run that never had one."""
-        try:
-            reuse, conflict = WorkflowIDReusePolicy.REJECT_DUPLICATE, WorkflowIDConflictPolicy.FAIL
-            start = self._start(record, id_reuse_policy=reuse, id_conflict_policy=conflict)
-            await self._if_reachable(record.run_id, start)
-        except WorkflowAlreadyStartedError:
-            pass
+    async def start_unless_running(self, run: Candidate) -> None:
+        """Start the workflow of a due run, unless it is running. Raises RPCError."""
+        await self._start(run)
 
     async def wake(self, run_id: str) -> None:
         """Let the workflow of a run look at the store; no-op without one."""
@@ -208,7 +204,7 @@ class Dispatcher:
             if error.status != RPCStatusCode.NOT_FOUND:
                 raise
 
-    async def _start(self, record: RunRecord, **options: Any) -> None:
+    async def _start(self, record: RunRecord | Candidate, **options: Any) -> None:
         run_id, pipeline = record.run_id, record.pipeline
         pairs: list[SearchAttributePair[str]] = []
         if await self._can_search():
