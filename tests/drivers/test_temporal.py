@@ -131,7 +131,7 @@ async def test_a_submitter_that_dies_before_the_workflow_starts(
 async def test_a_run_that_is_resumed_or_submitted_again_without_temporal(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker starts another workflow for a failed run that was only reopened in the store, and for a deleted
+    """A worker starts another workflow for a failed run that was only resumed in the store, and for a deleted
     run id that is submitted again."""
     monkeypatch.setattr(worker_module, "REPAIR_SECONDS", 0.1)
     monkeypatch.setattr(worker_module, "MIN_AGE_SECONDS", 0.0)

@@ -219,7 +219,7 @@ class SqlRows(ABC):
             "versions": list(code.versions),
             "code": code.name,
         }
-        candidates = [Candidate(*row, has_expired=True) for row in self._all(sql.OVERDUE, **values)]
+        candidates = [Candidate(*row)._replace(has_expired=True) for row in self._all(sql.OVERDUE, **values)]
         if not request.limit:
             return candidates
         for statement in sql.CANDIDATES:
