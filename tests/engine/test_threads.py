@@ -119,6 +119,33 @@ def test_max_threads_is_at_least_one(value: Any) -> None:
         RunConfig(max_threads=value)
 
 
+@pytest.mark.core
+async def test_a_cancellation_while_a_thread_becomes_free() -> None:
+    """A plain node that waits for a thread is cancelled also at the moment when one becomes free, and the
+    next one gets it."""
+    gate = Gate()
+    runs: list[asyncio.Task[Any]] = []
+
+    async def on_node_success(run_id: str, *_: Any) -> None:
+        if run_id == "first":
+            runs[1].cancel()
+
+    async def on_node_wait(*arguments: Any) -> None:
+        if len(runs) == 3 and runs[2].get_name() == arguments[0]:
+            gate.opened.set()
+
+    hooks = NodeHooks(on_node_success=on_node_success, on_node_wait=on_node_wait)
+    runner = StromaRunner.quick(max_threads=1, hooks=hooks)
+    work = gated(runner, gate)
+    for name in ("first", "second", "third"):
+        runs.append(asyncio.create_task(runner.run([work], Num(), run_id=name), name=name))
+        if name == "first":
+            await asyncio.to_thread(gate.first.wait)
+    ended = await asyncio.wait_for(asyncio.gather(*runs, return_exceptions=True), 30)
+    assert isinstance(ended[1], asyncio.CancelledError), ended[1]
+    assert [ended[0].status, ended[2].status] == [RunStatus.COMPLETED] * 2
+
+
 async def test_the_wait_for_a_thread_is_in_no_time_limit() -> None:
     """The wait for a thread is in no node's duration, timeout or latency budget."""
     gate = Gate()

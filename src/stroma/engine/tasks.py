@@ -42,7 +42,7 @@ class ThreadPlaces:
         except BaseException:
             if future.done() and not future.cancelled():  # It was handed over at the same moment.
                 self._used -= 1
-            else:
+            elif entry in self._queue:  # Otherwise a release has passed over it.
                 self._queue.remove(entry)
             self._hand_over()
             raise
