@@ -770,6 +770,37 @@ def test_only_the_innermost_step_books_what_was_used() -> None:
     ]
 
 
+@pytest.mark.core
+@pytest.mark.parametrize(
+    "used",
+    [
+        Usage(1000, 100, model="my-model", cost_usd=0.5),
+        Usage(100_000, 100, cached_input_tokens=99_000, model="claude-haiku-4-5"),
+        Usage(99_000, 100, cache_write_tokens=9_000, cache_write_1h_tokens=9_000, model="claude-haiku-4-5"),
+        Usage(100_000, 100, model="claude-haiku-4-5", tier="batch"),
+    ],
+)
+def test_a_total_costs_the_same_with_a_counted_call_inside(used: Usage) -> None:
+    """A step that reports a total keeps its reported cost, its cache and its tier, less what steps inside
+    have counted."""
+
+    def cost(inner: Usage | None) -> float:
+        guard = guard_of()
+        tool = guard.wrap("tool", lambda: "text", usage=lambda _: inner)
+
+        @guard.step("agent", usage=lambda total: total)
+        def agent() -> Usage:
+            tool()
+            return used
+
+        with guard.run() as run:
+            agent()
+        assert run.result.total_tokens == used.input_tokens + used.output_tokens
+        return run.result.total_cost_usd
+
+    assert cost(Usage(1, 1, model="claude-haiku-4-5")) == pytest.approx(cost(None), abs=1e-5)
+
+
 def test_tokens_of_failed_attempts_count() -> None:
     """G6: The tokens of failed attempts and of invalid answers count."""
     guard = guard_of(contract_retries={"it": 1})

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.kit import Num
+from tests.kit import NEVER, Num
 from tests.tiers import examples
 
 from stroma import (
@@ -26,6 +28,8 @@ from stroma import (
     SharedBudget,
     SQLiteStore,
     StromaRunner,
+    current_run,
+    execute_step,
 )
 
 _numbers = count()
@@ -242,3 +246,56 @@ async def test_a_call_that_waits_holds_no_other_budget() -> None:
     assert (await runner.run([both], Num())).status is RunStatus.COMPLETED
     assert (await first).status is RunStatus.COMPLETED
     assert reserved == [0]
+
+
+def nested_runner(error: Exception, **config: Any) -> tuple[StromaRunner, Any]:
+    """Return a runner, and a node that calls a step that calls one which raises."""
+    runner = StromaRunner.quick(policy_map=NEVER, **config)
+
+    @runner.node("model", input=Num, output=Num)
+    async def model(state: Num) -> Num:
+        raise error
+
+    async def call(step_id: str, step: Any, state: Num) -> Num:
+        run = current_run()
+        assert run is not None
+        result = await execute_step(step_id, step, state, run)
+        result.raise_for_status()
+        return state
+
+    tool = runner.node("tool", input=Num, output=Num)(partial(call, "model", model))
+    return runner, runner.node("agent", input=Num, output=Num)(partial(call, "tool", tool))
+
+
+@pytest.mark.core
+async def test_a_failure_inside_counts_once_in_its_circuit() -> None:
+    """A failed call of a provider is one call in its circuit, however many steps are around it."""
+    breaker = Breaker(min_calls=3, max_wait_seconds=0)
+    down = httpx.ConnectError("down", request=httpx.Request("POST", "https://model.test"))
+    runner, agent = nested_runner(down, breaker=breaker)
+    states = []
+    for _ in range(3):
+        await runner.run([agent], Num())
+        states.append(breaker.states()["model.test"])
+    assert states == ["closed", "closed", "open"]
+
+
+@pytest.mark.core
+async def test_a_refusal_inside_closes_the_limit_of_its_own_step() -> None:
+    """A 429 closes the limit of the step that got it, and not those of the steps around it."""
+    closed = []
+
+    async def on_limit_cooldown(_run_id: str, limit: str, _seconds: float) -> None:
+        closed.append(limit)
+
+    reply = httpx.Response(429, headers={"retry-after": "60"})
+    limited = httpx.HTTPStatusError("", request=httpx.Request("POST", "https://model.test"), response=reply)
+    names = {name: f"{name}-{next(_numbers)}" for name in ("model", "tool", "agent")}
+    runner, agent = nested_runner(
+        limited,
+        limits={name: Limit(concurrent=5) for name in names.values()},
+        node_limits=names,
+        hooks=NodeHooks(on_limit_cooldown=on_limit_cooldown),
+    )
+    await runner.run([agent], Num())
+    assert closed == [names["model"]]

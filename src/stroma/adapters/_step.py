@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from stroma.adapters._state_views import View, as_it_is, first_argument
@@ -15,7 +15,8 @@ from stroma.contracts.copying import replace_records
 from stroma.cost.usage import Usage, usage_from
 from stroma.engine.execution import RunningNode, running_node
 from stroma.engine.outcome import Halt
-from stroma.trace.events import AttemptRow, TraceEvent
+from stroma.failures.failure import causes
+from stroma.trace.events import AttemptRow, AttemptUsage, TraceEvent
 
 
 class Control(NamedTuple):
@@ -65,21 +66,6 @@ class GuardedStep:
     usage_includes_calls: bool = True
     role: Role | None = None
     plan: list[Any] = field(default_factory=lambda: [None], repr=False)
-
-
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an exception, its causes and contexts, and the exceptions in a group."""
-    seen: set[int] = set()
-    pending = [error]
-    while pending:
-        cause = pending.pop(0)
-        if cause is None or id(cause) in seen:
-            continue
-        seen.add(id(cause))
-        yield cause
-        pending += [cause.__cause__, cause.__context__]
-        if isinstance(cause, BaseExceptionGroup):
-            pending += cause.exceptions
 
 
 #: Makes the call and returns its result, or the exception that it raised.
@@ -140,19 +126,13 @@ def find_halt(error: BaseException | None, halts: Halts) -> Halt | None:
     return next((by_id[id(cause)] for cause in causes(error) if id(cause) in by_id), None)
 
 
-def count_tokens(rows: Sequence[AttemptRow | TraceEvent]) -> tuple[int, int]:
-    """Return the input and output tokens of the executions inside."""
-    input_tokens = output_tokens = 0
+def usages_of(rows: Sequence[AttemptRow | TraceEvent]) -> Iterator[AttemptUsage]:
+    """Yield the usages of executions and of those inside of them."""
     for row in rows:
-        usage = row.usage
-        if usage is not None:
-            input_tokens += usage.tokens - usage.output_tokens
-            output_tokens += usage.output_tokens
+        if row.usage is not None:
+            yield row.usage
         if row.children:
-            inner_input, inner_output = count_tokens(row.children)
-            input_tokens += inner_input
-            output_tokens += inner_output
-    return input_tokens, output_tokens
+            yield from usages_of(row.children)
 
 
 #: Key of an execution's note: the usage that litellm's steps inside it have counted.
@@ -179,13 +159,29 @@ def own_usage(step: GuardedStep, response: Any, execution: RunningNode) -> Any:
     """Return the usage in a response of a step that the calls inside have not counted, or None."""
     if response is None or not step.usage_includes_calls:
         return response
-    inner_input, inner_output = count_tokens(execution.children or [])
-    if not (inner_input or inner_output):
+    inside = list(usages_of(execution.children or ()))
+    if not inside:
         return response
     used = response if isinstance(response, Usage) else usage_from(response)
-    own_input = max(0, used.input_tokens - inner_input)
-    own_output = max(0, used.output_tokens - inner_output)
-    return Usage(own_input, own_output, model=used.model) if own_input or own_output else None
+    input_tokens = max(0, used.input_tokens - sum(one.input_tokens for one in inside))
+    output_tokens = max(0, used.output_tokens - sum(one.output_tokens for one in inside))
+    cached = min(input_tokens, max(0, used.cached_input_tokens - sum(u.cached_input_tokens for u in inside)))
+    written = max(0, used.cache_write_tokens - sum(one.cache_write_tokens for one in inside))
+    written = min(input_tokens - cached, written)
+    cost = used.cost_usd
+    if cost is not None:
+        cost = max(0.0, cost - sum(one.cost_usd for one in inside))
+    if not (input_tokens or output_tokens or cost):
+        return None
+    return replace(
+        used,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        cached_input_tokens=cached,
+        cache_write_tokens=written,
+        cache_write_1h_tokens=min(written, used.cache_write_1h_tokens),
+        cost_usd=cost,
+    )
 
 
 #: Keys of an execution's notes: how many texts the models directly inside it have emitted, and the node of

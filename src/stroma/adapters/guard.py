@@ -31,7 +31,7 @@ from stroma.adapters._guarded_call import Call, Kind, wrapped
 from stroma.adapters._guarded_run import ACTIVE, GuardedRun
 from stroma.adapters._patches import restore
 from stroma.adapters._state_views import View, arguments_of, first_argument, violation
-from stroma.adapters._step import Control, GuardedStep, causes
+from stroma.adapters._step import Control, GuardedStep
 from stroma.checkpoint.decisions import ENDED
 from stroma.contracts.contract import ContractRegistry, NodeContract, check_id
 from stroma.contracts.node import gives_coroutine
@@ -39,7 +39,7 @@ from stroma.contracts.untyped import UntypedState
 from stroma.engine.config import check_label
 from stroma.engine.context import ReliabilityContext
 from stroma.failures.errors import RunCancelled
-from stroma.failures.failure import Failure
+from stroma.failures.failure import Failure, causes
 from stroma.runner.runner import StromaRunner
 
 __all__ = [

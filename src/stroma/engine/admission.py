@@ -248,6 +248,8 @@ class Permit:
         failure: Failure | None = (
             outcome if isinstance(outcome, Failure) else getattr(outcome, "failure", None)
         )
+        if failure is not None and not run.raised_itself(failure.exception):
+            failure = None  # The execution inside that raised it has reported it.
         done = isinstance(outcome, BaseModel) or getattr(outcome, "output", None) is not None
         due: list[BudgetWarning | CooldownBegun] = []
         self._uncharge()

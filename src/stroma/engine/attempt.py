@@ -52,7 +52,7 @@ from stroma.engine.execution import RunningNode
 from stroma.engine.metering import count_returned, price
 from stroma.engine.outcome import GroupStopped, Halt
 from stroma.engine.placed_calls import call_at_place, note_call, open_call
-from stroma.engine.questions import find_question, question_of, suspend_again
+from stroma.engine.questions import asks_itself, find_question, question_of, suspend_again
 from stroma.engine.tasks import CONTINUES, call_in_thread, loop_ticks, passes_through, raise_if
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import PlaceError, Suspend
@@ -361,7 +361,7 @@ class NodeAttempt:
         effect: Effect | None = self.run.effect
         question = find_question(error, self.run)
         if question is not None or (isinstance_by_type(error, GroupStopped) and error.halt.suspended):
-            if effect is not None:
+            if effect is not None and asks_itself(question or error, self.run):
                 effect.close()  # It asks a person before it changes anything.
             return await self._suspend(question or error)
         usage_error = self.usage_error
@@ -751,7 +751,7 @@ class NodeAttempt:
             return await self._fail(error, is_of_store=True)
         if isinstance_by_type(error, Fenced):
             return None  # Another process owns the run, and asks. The intent stays open.
-        if is_refusal(error):
+        if self.run.raised_itself(error) and is_refusal(error):
             effect.close()
             return None
         why = one_line(self.ctx.redactor.error_text(error, self.snapshot))

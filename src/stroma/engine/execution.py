@@ -19,7 +19,7 @@ from stroma.cost.usage import Report, Usage, UsageError, check_usage, report_of,
 from stroma.engine.current import AGENT, CURRENT, RUN
 from stroma.engine.emitted import emit_event
 from stroma.failures.errors import Suspend
-from stroma.failures.failure import Failure
+from stroma.failures.failure import Failure, causes
 from stroma.trace.events import NO_USAGE, AttemptRow, AttemptUsage, Outcome, Schemas, TraceEvent
 from stroma.trace.result import Question
 
@@ -326,6 +326,8 @@ class RunningNode(NodeExecution):
     idle_timer: Any = None
     #: Id of the present attempt, in a run whose events have receivers; see stroma.engine.emitted.
     attempt_id: str | None = None
+    #: Number of an attempt, and the exceptions that executions inside of it ended with.
+    raised_inside: tuple[int, list[BaseException]] | None = None
     #: The last response of a provider that was reported, with the attempt that reported it.
     response: tuple[int, Any] = (0, None)
     _notes: dict[Any, Any] | None = None
@@ -393,6 +395,21 @@ class RunningNode(NodeExecution):
         # Another attempt calls its steps again, and does not restore what the one before recorded.
         called = f"{'-'.join(map(str, attempts))}:{identity}" if attempts else identity
         return f"{self.branch}.{called}" if self.branch else called
+
+    def note_raised(self, error: BaseException) -> None:
+        """Record the exception that an execution inside of the present attempt ended with."""
+        if self.raised_inside is None or self.raised_inside[0] != self.attempt:
+            self.raised_inside = self.attempt, []
+        self.raised_inside[1].append(error)
+
+    def raised_itself(self, error: BaseException) -> bool:
+        """Return False if an execution inside of the present attempt ended with an exception.
+
+        Also if it ended with the cause of the exception, or one that was being handled.
+        """
+        attempt, inner = self.raised_inside or (0, [])
+        known = set(map(id, inner)) if attempt == self.attempt else set()
+        return not known or not any(id(cause) in known for cause in causes(error))
 
     def enter(self, now: int) -> None:
         """Note that a function inside this group begins."""

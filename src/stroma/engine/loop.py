@@ -59,12 +59,23 @@ async def execute(
     finished = ctx.session.finished
     if finished is not None and (place.position, place.branch) not in ctx.journal.restored:
         return halt_of_ended_run(ctx, node.node_id, finished)
-    token = CURRENT.set(CURRENT.get())
+    around = CURRENT.get()
+    token = CURRENT.set(around)
     try:
         # STOPPED would be for a further node. No local variable has the outcome: see execute_in_turn().
-        return cast("BaseModel | Halt", await execute_in_turn(ctx, (node,), value, place))
+        return cast("BaseModel | Halt", note_end(around, await execute_in_turn(ctx, (node,), value, place)))
     finally:
         leave(token)
+
+
+def note_end(around: RunningNode | None, outcome: Any) -> Any:
+    """Record the exception of a halted execution or run in the node around it, and return the outcome.
+
+    A group ends with the exception of a child anyway, and a map can have many.
+    """
+    if around is not None and around.kind != "group" and type(outcome) is Halt:
+        around.note_raised(outcome.failure.exception)
+    return outcome
 
 
 async def execute_in_turn(
@@ -152,6 +163,8 @@ async def execute_in_turn(
         finally:
             if run._at_end is not None:
                 run.close()
+            if run.raised_inside is not None:
+                run.raised_inside = None
             # The traceback of a failure references this frame: nothing in it may reference the failure (a
             # cycle on 3.12).
             del run

@@ -50,6 +50,13 @@ def find_question(error: BaseException, run: RunningNode) -> Suspend | None:
     return None
 
 
+def asks_itself(error: BaseException, run: RunningNode) -> bool:
+    """Return True if an attempt asks the question that ends it, and not an execution inside of it."""
+    if isinstance_by_type(error, Suspend):
+        return error.asked_at is None and not isinstance_by_type(error, Paused)
+    return run.raised_itself(error)
+
+
 def question_of(raised: Suspend, run: RunningNode, reason: str) -> Waiting | None:
     """Return the question of a node; None if a step inside waits, or the run is paused."""
     if _is_recorded(raised, run):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from asyncio import CancelledError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeGuard, TypeVar, cast, final
 
@@ -204,6 +204,24 @@ def _built_in(exc: BaseException) -> tuple[FailureClass | None, str | None]:
 _members: Final[Callable[[BaseException], tuple[BaseException, ...]]] = cast(
     "Any", BaseExceptionGroup
 ).exceptions.__get__
+_cause, _context = (cast("Any", vars(BaseException)[name]).__get__ for name in ("__cause__", "__context__"))
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception, its causes and contexts, and the exceptions in a group."""
+    seen: set[int] = set()
+    pending = [error]
+    while pending:
+        cause = pending.pop(0)
+        if cause is None or id(cause) in seen:
+            continue
+        seen.add(id(cause))
+        yield cause
+        pending += [_cause(cause), _context(cause)]
+        if issubclass(type(cause), BaseExceptionGroup):
+            pending += _members(cause)
+
+
 #: Exceptions that only a mistake in the program causes, so that another attempt fails as this one did.
 _BUGS: Final = (NameError, ImportError, SyntaxError, NotImplementedError, RecursionError)
 

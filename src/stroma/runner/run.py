@@ -26,7 +26,7 @@ from stroma.engine.lifecycle import (
     give_back,
     open_run,
 )
-from stroma.engine.loop import execute_in_turn
+from stroma.engine.loop import execute_in_turn, note_end
 from stroma.engine.outcome import STOPPED, Halt, Place, Stopped
 from stroma.engine.restore import check_place, check_question, output_schema, redeliver, restore
 from stroma.engine.tasks import raise_if
@@ -222,7 +222,7 @@ class RunExecution:
             status = RunStatus.SUSPENDED if ctx.stopping.is_paused else RunStatus.INTERRUPTED
             self._status = self._cancelled_as or status
         elif isinstance(outcome, Halt):
-            await self._end_halted(outcome)
+            await self._end_halted(note_end(CURRENT.get(), outcome))
         else:
             self._status = RunStatus.RESUMED if self.continued else RunStatus.COMPLETED
 

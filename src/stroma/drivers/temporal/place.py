@@ -398,13 +398,13 @@ def _judge(run: RunningNode, error: BaseException) -> SentFailure:
         error = PlaceError(
             f"node {run.node_id!r} asks {error.reason!r}, and no answer reaches a place; ask in another node"
         )
-    failure = run.ctx.diagnose(error, run.node_id, run.attempt)
+    is_own, failure = run.raised_itself(error), run.ctx.diagnose(error, run.node_id, run.attempt)
     verdict = RecordedVerdict(
         failure.failure_class,
         failure.reason,
         failure.retry_after_seconds,
-        is_refusal(error),
-        tuple(requested_waits(error)),
+        is_own and is_refusal(error),
+        tuple(requested_waits(error)) if is_own else (),
     )
     message = failure.message + run.ctx.redactor.mask(explain_mistake(failure, run.ctx.context))
     return SentFailure(message=message, type_name=type_name(error), verdict=verdict)
