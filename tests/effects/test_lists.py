@@ -13,6 +13,7 @@ from tests.kit import THRICE, open_question
 from tests.shared_stores import FAMILIES
 
 from stroma import NodeHooks, NotDone, RunStatus, StoreError, StromaRunner, Suspend, Unknown
+from stroma.engine import attempt
 from stroma.testing import crash_at
 
 store = store_fixture(*FAMILIES)
@@ -286,3 +287,31 @@ async def test_an_intent_that_the_store_refuses_prevents_the_call(store: Any, mo
     assert (result.status, shop.calls) == (RunStatus.PARTIAL, 0)
     result = await runner.run(nodes, Order(), run_id="r", resume=True)
     assert (result.status, shop.calls) == (RunStatus.RESUMED, 1)
+
+
+async def test_a_charge_whose_commit_is_refused_stays_unknown(store: Any, monkeypatch: Any) -> None:
+    """G13: A call whose output the store refuses is shown as unknown, and no call with another input is made
+    before it is settled."""
+    shop, cents = Shop(), [100, 200]
+    runner = StromaRunner.quick(store=store, policy_map=THRICE)
+
+    @runner.node("before", input=Order, output=Order)
+    async def before(order: Order) -> Order:
+        return Order(cents=cents.pop(0))
+
+    nodes = [before, runner.node("charge", input=Order, output=Receipt, effect=True)(shop.charge)]
+    record = attempt.record
+
+    def refuse(ctx: Any, row: Any, schema: Any = None, output: Any = None, *more: Any) -> Any:
+        if output is not None and row.node_id == "charge":
+            return StoreError("disk full")
+        return record(ctx, row, schema, output, *more)
+
+    monkeypatch.setattr("stroma.engine.commit._STORE_DELAYS", ())
+    with monkeypatch.context() as patched:
+        patched.setattr(attempt, "record", refuse)
+        assert (await runner.run(nodes, Order(), run_id="r")).status is RunStatus.PARTIAL
+    (effect,) = store.facts_of("r").effects.values()
+    assert effect.is_unknown
+    result = await runner.run(nodes, Order(), run_id="r", resume_from="before", if_exists="resume")
+    assert (result.status, result.suspended, shop.calls) == (RunStatus.SUSPENDED, ["effect"], 1)

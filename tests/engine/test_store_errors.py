@@ -23,7 +23,15 @@ from tests.kit import (
     same,
 )
 
-from stroma import BudgetExceeded, ExecutionBudget, NodeHooks, RunStatus, SQLiteStore, StoreError
+from stroma import (
+    BudgetExceeded,
+    ExecutionBudget,
+    ExecutionResult,
+    NodeHooks,
+    RunStatus,
+    SQLiteStore,
+    StoreError,
+)
 
 
 @pytest.mark.core
@@ -260,3 +268,54 @@ async def test_committed_nodes_are_not_run_again_on_resume(spoiler: str, no_dela
     result = await quick_without_retries(store=store, run_id="r", resume=True).run(nodes, Num())
     assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=2))
     assert len(calls) == 1
+
+
+async def _pay_five_times(store: Any) -> tuple[list[ExecutionResult], int]:
+    """Run and resume a node that uses 5 tokens, under a budget of 12. Return the results, and the calls."""
+    calls: list[int] = []
+
+    async def func(state: Num) -> Any:
+        calls.append(1)
+        return state, 5
+
+    budget = ExecutionBudget(max_tokens_total=12)
+    runner = quick_without_retries(store=store, run_id="r", resume=True, budget=budget)
+    return [await runner.run([node("a", func)], Num()) for _ in range(5)], len(calls)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("refuses_rows", [False, True])
+async def test_usage_of_an_output_that_the_store_refuses_counts(refuses_rows: bool, no_delays: None) -> None:
+    """G6: The usage of an attempt whose output the store refuses counts in each resume, until the budget
+    stops the run."""
+
+    def between(session: Any) -> Any:
+        def record(row: Any, schema: Any, output: Any, step: Any) -> Any:
+            if output is not None or refuses_rows:
+                raise StoreError("AccessDenied")
+            return session.record(row, schema, output, step)
+
+        return Between(session, record=record)
+
+    results, calls = await _pay_five_times(Journal(between))
+    assert ({one.status for one in results}, calls) == ({RunStatus.PARTIAL}, 3)
+    assert results[-1].total.tokens == 15
+
+
+async def test_an_output_that_was_stored_after_all_counts_once(tmp_path: Path, no_delays: None) -> None:
+    """G6: A commit that the store made and answered with an error counts once, and its output is restored."""
+
+    class Unsure(SQLiteStore):
+        async def open_run(self, request: Any) -> Any:
+            session = await super().open_run(request)
+
+            async def record(row: Any, schema: Any, output: Any, step: Any) -> None:
+                await session.record(row, schema, output, step)
+                if output is not None:
+                    raise StoreError("the connection was lost")
+
+            return Between(session, record=record)
+
+    results, calls = await _pay_five_times(Unsure(tmp_path / "runs.db"))
+    assert ([one.status for one in results], calls) == ([RunStatus.PARTIAL, *[RunStatus.RESUMED] * 4], 1)
+    assert results[-1].total.tokens == 5

@@ -399,6 +399,8 @@ class NodeAttempt:
         problem = await self._settle(row, pending, again)
         if problem is None:
             self._end_with_output(refer(self.ctx, row))
+        elif self.run.effect is not None:
+            self.run.effect.note_refused()
         return problem
 
     def _end_with_output(self, row: AttemptRow) -> None:
@@ -526,14 +528,14 @@ class NodeAttempt:
         row = refer(ctx, row)
         self._end(row)
         self._set_hooks(ctx.fire.on_node_failure, failure_arguments, (ctx, run, failure))
-        if halt is None or failure.reason != "store":
+        if halt is None or failure.reason != "store" or self.is_counted:
             try:
                 problem = await self._save(row)
             except GeneratorExit:
                 raise
             except BaseException as interrupt:  # KeyboardInterrupt in a store.
                 problem, self.interrupt = None, interrupt
-            if problem is not None:
+            if problem is not None and halt is None:
                 stored = Failure(
                     problem, FailureClass.RECOVERABLE, run.node_id, run.attempt, str(problem), "store"
                 )
@@ -546,11 +548,18 @@ class NodeAttempt:
         return failure if halt is None else halt
 
     async def _save(self, row: AttemptRow) -> Exception | None:
-        """Record an end without an output. Return why the store refuses it."""
+        """Record an end without an output. Return why the store refuses it.
+
+        Of an output that the store has refused, this records the usage. If the store has stored it after
+        all, the row has the same key, and changes nothing.
+        """
         pending = record(self.ctx, row)
         if pending is None:
             return None
-        return await self._settle(row, pending, partial(record, self.ctx, row))
+        problem = await self._settle(row, pending, partial(record, self.ctx, row))
+        if problem is not None and row.usage is not None:
+            self.ctx.journal.note_unrecorded(row.usage)
+        return problem
 
     async def _settle(
         self,

@@ -267,6 +267,11 @@ class Effect:
             )
         )
 
+    def note_refused(self) -> None:
+        """Note that the store has refused the output of the last call."""
+        assert self._intent is not None
+        self._note(self._intent._replace(has_output=False))
+
     def _state(self, happened: bool) -> Statement | None:
         """Return the statement about the last call, with who made it; the journal makes none."""
         assert self._intent is not None

@@ -12,6 +12,7 @@ from stroma.checkpoint import CheckpointManager, Committed, RunBusy, RunRequest,
 from stroma.checkpoint.entries import PriorUsage, Tried
 from stroma.checkpoint.sessions import NULL_SESSION
 from stroma.engine.tasks import Shield
+from stroma.trace.events import AttemptUsage
 
 #: Seconds between queries for a run that another process owns: at first, and at most.
 _ATTACH_DELAYS: Final = (0.02, 1.0)
@@ -47,7 +48,8 @@ class RunJournal:
         session: the run in its store; NULL_SESSION before it is opened.
         restored: committed outputs by position and branch. Flows and maps replace it by a dict of their own.
         tried: attempts of processes that died, until their node runs again.
-        prior_unrecorded: usage of earlier processes that no attempt has.
+        prior_unrecorded: usage of earlier processes that no attempt has; unrecorded: that of attempts of this
+            process which the store refuses.
         failed_maps: of committed maps, how many items failed.
         apart: see RunRequest.
         dispatch: how a dispatcher opens the run.
@@ -85,6 +87,7 @@ class RunJournal:
 
     # On the class until a run needs them.
     prior_unrecorded: PriorUsage = _NOTHING
+    unrecorded: PriorUsage = _NOTHING
     failed_maps: Mapping[tuple[int, str], int] = _NO_FAILED_MAPS
     apart: tuple[tuple[int, str], ...] = ()
     dispatch: Dispatch = BY_HAND
@@ -99,6 +102,11 @@ class RunJournal:
     _opening: asyncio.Future[Session] | None = None
     _is_waiting: bool = False
     _is_over: bool = False
+
+    def note_unrecorded(self, usage: AttemptUsage) -> None:
+        """Note the usage of an attempt that the store refuses; the end of the run stores it."""
+        before = self.unrecorded
+        self.unrecorded = PriorUsage(before.tokens + usage.tokens, before.cost_usd + usage.cost_usd)
 
     @property
     def has_begun(self) -> bool:

@@ -160,10 +160,10 @@ async def end_run(
 
 def note_usage(ctx: ReliabilityContext) -> None:
     """Note usage that no attempt has, for a resume. The end of the run stores it, or a flush."""
-    if ctx.cost_tracker._nodes:
-        rows, before = ctx.cost_tracker._added(), ctx.journal.prior_unrecorded
-        tokens = before.tokens + sum(row[1] for row in rows)
-        cost_usd = math.fsum([before.cost_usd, *(row[3] for row in rows)])
+    rows, before, lost = ctx.cost_tracker._added(), ctx.journal.prior_unrecorded, ctx.journal.unrecorded
+    if rows or lost.tokens or lost.cost_usd:
+        tokens = before.tokens + lost.tokens + sum(row[1] for row in rows)
+        cost_usd = math.fsum([before.cost_usd, lost.cost_usd, *(row[3] for row in rows)])
         ctx.session.note(USAGE_NOTE, PriorUsage(tokens, cost_usd).as_note())
 
 
