@@ -1,4 +1,5 @@
-"""Effects in groups and maps that the body of a flow sees fail: the next calls take what they came to."""
+"""Effects in groups, maps and nodes that the body of a flow sees fail: the next calls take what they came
+to."""
 
 from __future__ import annotations
 
@@ -21,6 +22,8 @@ from stroma import (
     StepFailed,
     StromaRunner,
     Unknown,
+    current_run,
+    execute_step,
     map_over,
     parallel,
 )
@@ -58,17 +61,25 @@ def shop_flow(
     *,
     tries: int = 3,
     further: int = 0,
-    in_map: bool = False,
+    within: str = "group",
 ) -> tuple[StromaRunner, FlowFunction[Order, Num]]:
-    """Return a flow that tries a group with a charge again, then charges ``further`` times."""
+    """Return a flow that tries a group, map or node with a charge again, then charges ``further`` times."""
     runner = StromaRunner.quick(store=store, policy_map=NEVER)
     charge = runner.node("charge", input=Order, output=Receipt, effect=True, reconcile=reconcile)(shop.charge)
     reserve = runner.node("reserve", input=Order, output=Num)(shop.reserve)
     group: Any = parallel(charge, reserve)
-    if in_map:
+    if within == "map":
         group = map_over(lambda order: [order], charge, into=Journal())
+    elif within == "node":
+
+        @runner.node("agent", input=Order, output=Num)
+        async def agent(order: Order) -> Any:
+            (await execute_step("charge", charge, order, current_run())).raise_for_status()
+            return await shop.reserve(order)
+
+        group = agent
     if shop.hangs:
-        runner = runner.with_node_timeouts({group.node_id: 500})
+        runner = runner.with_node_timeouts({getattr(group, "node_id", "agent"): 500})
 
     @runner.flow("buy", input=Order, output=Num)
     async def buy(flow: Flow, order: Order) -> Num:
@@ -87,25 +98,27 @@ def shop_flow(
     return runner, buy
 
 
-async def test_a_charge_that_was_made_is_not_repeated(store: Any) -> None:
-    """G13. A charge whose sibling failed is that of the next call of the group; a call after that is another
-    charge."""
+@pytest.mark.parametrize("within", ["group", "node"])
+async def test_a_charge_that_was_made_is_not_repeated(store: Any, within: str) -> None:
+    """G13. A charge whose sibling failed, or the node that made it, is that of the next call of the group or
+    node; a call after that is another charge."""
     shop = Store(failures=2)
-    runner, buy = shop_flow(shop, store, shop.look, further=1)
+    runner, buy = shop_flow(shop, store, shop.look, further=1, within=within)
     result = await runner.run(buy, Order(), run_id="r")
     assert (result.status, result.output) == (RunStatus.COMPLETED, Num(n=3))
     assert len(shop.charges) == len(set(shop.charges)) == 2
     shop = Store()
-    runner, buy = shop_flow(shop, store, shop.look, tries=1, further=2)
+    runner, buy = shop_flow(shop, store, shop.look, tries=1, further=2, within=within)
     await runner.run(buy, Order(), run_id="s")
     assert len(shop.charges) == 2, "the first further call has the charge of the group"
 
 
-@pytest.mark.parametrize("in_map", [False, True])
-async def test_a_charge_that_a_time_limit_cut_off_is_looked_for(store: Any, in_map: bool) -> None:
-    """G13. The next call of a group or map whose time limit cut a charge off asks the provider first."""
+@pytest.mark.parametrize("within", ["group", "map", "node"])
+async def test_a_charge_that_a_time_limit_cut_off_is_looked_for(store: Any, within: str) -> None:
+    """G13. The next call of a group, map or node whose time limit cut a charge off asks the provider
+    first."""
     shop = Store(failures=0, hangs=True)
-    runner, buy = shop_flow(shop, store, shop.look, in_map=in_map)
+    runner, buy = shop_flow(shop, store, shop.look, within=within)
     result = await runner.run(buy, Order(), run_id="r")
     assert (result.status, result.output) == (RunStatus.COMPLETED, Num(n=2)), result.failure
     assert shop.asked == shop.charges
@@ -136,10 +149,12 @@ async def test_an_unknown_charge_is_asked_about(store: Any, tries: int, happened
     assert len(shop.charges) == (1 if happened or tries == 1 else 2)
 
 
-async def test_a_charge_cut_off_in_the_last_try_is_asked_about(store: Any) -> None:
-    """G13. A charge that the time limit of a group cut off suspends a flow whose body makes no other call."""
+@pytest.mark.parametrize("within", ["group", "node"])
+async def test_a_charge_cut_off_in_the_last_try_is_asked_about(store: Any, within: str) -> None:
+    """G13. A charge that the time limit of a group or node cut off suspends a flow whose body makes no other
+    call."""
     shop = Store(failures=0, hangs=True)
-    runner, buy = shop_flow(shop, store, None, tries=1)
+    runner, buy = shop_flow(shop, store, None, tries=1, within=within)
     result = await runner.run(buy, Order(), run_id="r")
     assert (result.status, [one.node_id for one in result.questions]) == (RunStatus.SUSPENDED, ["charge"])
     again = await runner.run(buy, Order(), run_id="r", resume=True)
@@ -149,14 +164,15 @@ async def test_a_charge_cut_off_in_the_last_try_is_asked_about(store: Any) -> No
     assert len(shop.charges) == 1
 
 
-async def test_a_death_at_each_boundary() -> None:
-    """G13. Wherever the process dies, a group that fails once charges once."""
+@pytest.mark.parametrize("within", ["group", "node"])
+async def test_a_death_at_each_boundary(within: str) -> None:
+    """G13. Wherever the process dies, a group or node that fails once charges once."""
     shop = Store()
 
     def reset() -> None:
         shop.charges, shop.failures = [], 1
 
-    _, buy = shop_flow(shop, None, shop.look)
+    _, buy = shop_flow(shop, None, shop.look, within=within)
     await assert_resumable(
         buy, Order(), effects=lambda: len(shop.charges), processes=False, reset=reset, ignore=["n"]
     )

@@ -12,7 +12,18 @@ from tests.fixtures import store_fixture
 from tests.kit import NEVER
 from tests.shared_stores import FAMILIES
 
-from stroma import Flow, FlowFunction, NotDone, RunStatus, StepFailed, StromaRunner, Unknown
+from stroma import (
+    Flow,
+    FlowFunction,
+    NotDone,
+    RunStatus,
+    StepFailed,
+    StromaRunner,
+    Unknown,
+    current_run,
+    execute_step,
+    parallel,
+)
 
 pytestmark = pytest.mark.asyncio
 store = store_fixture(*FAMILIES)
@@ -142,3 +153,49 @@ async def test_after_a_death_it_is_found_out_first(store: Any, stated: str, call
         result = await runner.run(buy, Order(), run_id="r", resume=True)
     assert result.status is RunStatus.RESUMED
     assert len(shop.charges) == (2 if stated == "not done" and calls == 2 else 1)
+
+
+@pytest.mark.parametrize("way", ["call", "gather", "group"])
+async def test_an_effect_inside_a_step_runs_to_its_end(store: Any, way: str) -> None:
+    """G13. The body of a flow that gives up a step does not cut off an effect which a node inside it calls;
+    the next call of the effect takes the outcome."""
+    shop = SlowShop()
+    runner = StromaRunner.quick(store=store, policy_map=NEVER)
+    charge = runner.node("charge", input=Order, output=Receipt, effect=True)(shop.charge)
+
+    async def charge_once(order: Order) -> Any:
+        return (await execute_step("charge", charge, order, current_run())).output
+
+    @runner.node("agent", input=Order, output=Receipt)
+    async def agent(order: Order) -> Any:
+        if way == "gather":
+            async with asyncio.TaskGroup() as group:
+                task = group.create_task(charge_once(order))
+            return task.result()
+        return await charge_once(order)
+
+    @runner.node("hurry", input=Order, output=Order)
+    async def hurry(order: Order) -> Order:
+        await shop.charged.wait()
+        return order
+
+    @runner.node("answer", input=Order, output=Order)
+    async def answer(order: Order) -> Order:
+        shop.answers.set()
+        return order
+
+    step: Any = parallel(agent) if way == "group" else agent
+
+    @runner.flow("buy", input=Order, output=Receipt)
+    async def buy(flow: Flow, order: Order) -> Receipt:
+        first = asyncio.create_task(flow.step(step, order))
+        await flow.step(hurry, order)
+        first.cancel()
+        again = asyncio.create_task(flow.step(agent, order))
+        await flow.step(answer, order)
+        return await again
+
+    result = await runner.run(buy, Order(), run_id="r")
+    assert (result.status, len(shop.charges)) == (RunStatus.COMPLETED, 1), result.failure
+    assert result.output.number == 1
+    assert [event.outcome for event in result.trace.walk() if event.node_id == "charge"] == ["success"] * 2

@@ -11,7 +11,18 @@ from tests.flows.steps import World, runner_on
 from tests.kit import Num, node
 from tests.shared_stores import FAMILIES
 
-from stroma import Flow, FlowFunction, NodeContract, Pipeline, RunStatus, StepFailed, stroma_flow, stroma_node
+from stroma import (
+    Flow,
+    FlowFunction,
+    NodeContract,
+    Pipeline,
+    RunStatus,
+    StepFailed,
+    current_run,
+    execute_step,
+    stroma_flow,
+    stroma_node,
+)
 
 pytestmark = pytest.mark.asyncio
 store = store_fixture(*FAMILIES)
@@ -25,11 +36,18 @@ class Shop(World):
     def __init__(self, does: str) -> None:
         super().__init__()
         self.does, self.submitted = does, Pipeline("mails", [node("mail", self._mail)])
-        contract = NodeContract(node_id="pay", input_schema=Num, output_schema=Num, effect=does == "effect")
+        is_effect = does in ("effect", "inside")
+        contract = NodeContract(node_id="pay", input_schema=Num, output_schema=Num, effect=is_effect)
         self.pay = stroma_node("pay", contract)(self._pay)
+        self.agent = node("agent", self._agent)
 
     async def _mail(self, state: Num) -> Num:
         return state
+
+    async def _agent(self, state: Num) -> Num:
+        receipt = await execute_step("pay", self.pay, state, current_run())
+        await self._call("agent")
+        return Num(n=receipt.final_state.n)
 
     async def _pay(self, state: Num) -> Num:
         await self._call(f"pay {state.n}")
@@ -39,6 +57,8 @@ class Shop(World):
         """Return what happened: the number of the payment, or the id of the submitted run."""
         if self.does == "submit":
             return await flow.submit(self.submitted, state)
+        if self.does == "inside":
+            return str((await flow.step(self.agent, state)).n)
         return str((await flow.step(self.pay, state)).n)
 
     def paid(self) -> list[str]:
@@ -146,6 +166,16 @@ async def test_a_branch_that_had_ended_is_not_made_again(store: Any, does: str) 
     for _ in range(2):
         result = await runner_on(store).run(side_by_side(shop), Num())
         assert (result.status, shop.count(store)) == (RunStatus.RESUMED, 1)
+
+
+async def test_an_effect_in_a_node_that_failed_is_not_made_again(store: Any) -> None:
+    """G13. An effect that a failed node has called is not called again by another call of that node."""
+    shop = Shop("inside")
+    shop.failing = {"reserve", "agent"}
+    assert (await runner_on(store).run(side_by_side(shop), Num())).status is RunStatus.PARTIAL
+    shop.failing = set()
+    result = await runner_on(store).run(side_by_side(shop), Num())
+    assert (result.status, shop.count(store), shop.calls.count("agent")) == (RunStatus.RESUMED, 1, 2)
 
 
 async def test_equal_calls_take_their_outcomes_in_order(store: Any) -> None:

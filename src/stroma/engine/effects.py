@@ -5,7 +5,8 @@ committed node is restored, and its intent is not read again. An open intent wit
 an unknown outcome: its process died, or its attempt ended without an outcome.
 
 Before an effect is called, earlier calls are settled: the one at the same place, with any input, and the one
-with the same input that code in this process has cut off. Inputs are compared by their digests.
+with the same input that code in this process has cut off, or whose outcome the body of a flow has not
+received. Inputs are compared by their digests.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from stroma.checkpoint.entries import (
     Waiting,
     effect_note,
 )
-from stroma.checkpoint.identity import is_called, without_attempts
+from stroma.checkpoint.identity import is_called, with_outer, without_attempts
 from stroma.checkpoint.sessions import SimpleSession
 from stroma.contracts.codec import describe_error
 from stroma.contracts.contract import NodeContract, NotDone, Unknown
@@ -75,6 +76,29 @@ class UnknownEnd(NamedTuple):
 
 #: Position and branch of the note about a call.
 NotePlace: TypeAlias = tuple[int, str]
+
+
+class Flight:
+    """A call of an effect that is being made, from its intent to the end of its attempt.
+
+    Attributes:
+        place: of the attempt.
+        is_sent: the function may have been called.
+        ended: the attempt has its end.
+    """
+
+    def __init__(self, place: NotePlace) -> None:
+        self.place, self.is_sent = place, False
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._task: asyncio.Task[Any] | None = None
+
+    def send(self) -> None:
+        """Have a task that is given up cancelled only after this call."""
+        self.is_sent, self._task = True, begin_flight()
+
+    def end(self) -> None:
+        end_flight(self._task)
+        self.ended.set_result(None)
 
 
 class UnknownOutcome(Suspend):
@@ -126,7 +150,7 @@ class Effect:
         self._snapshot: Snapshot | None = snapshot
         self._digest = _digest(plan[0], snapshot)
         self.is_stated = self.is_refused = False
-        self._flight: asyncio.Task[Any] | None = None
+        self._flight: Flight | None = None
         #: Who made the last statement; None if the output was found in the journal.
         self._source: Literal["reconcile", "person"] | None = None
         self.earlier: UnknownOutcome | Stated | None = None
@@ -138,7 +162,7 @@ class Effect:
         self.key = run.key_of(self._place[1])
         if run.ctx.journal.unknown_ends:
             self._continue(run.ctx.journal.unknown_ends)
-        if run.ctx.journal.failed_groups and self._intent is None:
+        if run.position in run.ctx.journal.body_calls and not self.is_open:
             self._take_over()
 
     def _find_others(self, first: Intent) -> None:
@@ -159,18 +183,19 @@ class Effect:
                 self.key, self._intent = ends.pop(place).key, _read(self._run, place)
 
     def _take_over(self) -> None:
-        """Take the place of a call with the same input in a group that the body of a flow has seen fail."""
+        """Take the place of a call with the same input whose outcome the flow's body has not received."""
         run, journal, own = self._run, self._run.ctx.journal, self._first
-        if not journal.effect_places:
-            for place, known in _intents(run.ctx, run.position).items():
-                key = run.position, known.node_id, known.digest
-                journal.effect_places.setdefault(key, []).append(place)
-        for place in journal.effect_places.get((run.position, run.node_id, self._digest), ()):
+        places, calls = _places_of_calls(run, self._digest), journal.body_calls[run.position]
+        for place in list(places):
             one = _read(run, place)
             if one is None or not one.is_open:
+                del places[place]
                 continue
             holder = journal.taken_over.get(place, _holder_of(one))
-            if holder == own or any(_is_inside(holder, group) for group in journal.failed_groups):
+            is_received = None if holder == own else _is_received(calls, one, holder)
+            if is_received:
+                del places[place]  # No further call looks at it: there may be many with one input.
+            elif is_received is None:
                 journal.taken_over[place] = own
                 journal.unknown_ends.pop(place, None)
                 self._first = self._place = place
@@ -217,6 +242,7 @@ class Effect:
         if self._place != self._first:
             self._note_with_first()
         run.ctx.session.mark_effect(run.node_id)
+        self._take_off()
         problem, cancelled = await store_notes(run)
         if problem is None and not cancelled:
             self.note_begun()
@@ -226,7 +252,13 @@ class Effect:
 
     def note_begun(self) -> None:
         """Record that a call is in flight; at a place also a call of an earlier owner of the run."""
-        self._flight = begin_flight()
+        (self._flight or self._take_off()).send()
+
+    def _take_off(self) -> Flight:
+        run = self._run
+        flight = self._flight = Flight((run.position, without_attempts(run.branch)))
+        run.ctx.journal.flights[self._place] = flight
+        return flight
 
     def call(self, function: Callable[..., Any], state: BaseModel, context: Any) -> Any:
         """Call the function. Raises Fenced instead if another process may own the run by now."""
@@ -246,7 +278,9 @@ class Effect:
         ``outcome``: None without an end.
         """
         flight, self._flight = self._flight, None
-        end_flight(flight)
+        if flight is not None:
+            del self._run.ctx.journal.flights[self._place]
+            flight.end()
         if self.is_open and outcome in (None, "cancelled", "suspended"):
             end = UnknownEnd(self._run.node_id, self._digest, self.key, self._snapshot)
             self._run.ctx.journal.unknown_ends[self._place] = end
@@ -294,9 +328,13 @@ class Effect:
     async def learn(self, cancelling: int, *, is_sent: bool = False) -> UnknownOutcome | Stated | None:
         """Return a question about an earlier call with an unknown outcome, or the last call's statement.
 
-        None if no call is open. ``is_sent``: the last call is at its place, which has its outcome. Raises
-        StoreError.
+        None if no call is open. A call that is being made is awaited first. ``is_sent``: the last call is at
+        its place, which has its outcome. Raises StoreError.
         """
+        while (flight := self._run.ctx.journal.flights.get(self._place)) is not None:
+            await asyncio.wait([flight.ended])
+            self._run.ctx.journal.unknown_ends.pop(self._place, None)
+            self._intent = _read(self._run, self._place)
         question = await self._settle_others(cancelling)
         if question is not None or not self.is_open or is_sent:
             return question
@@ -419,17 +457,45 @@ def _write(ctx: ReliabilityContext, place: NotePlace, intent: Intent) -> None:
     key = effect_note(*place)
     ctx.journal.effects[key] = intent
     ctx.session.note(key, json.dumps(intent).encode())
+    places = ctx.journal.effect_places.get(place[0])
+    if places is not None:
+        places.setdefault((intent.node_id, intent.digest), {})[place] = None
 
 
-def settle_failed_groups(ctx: ReliabilityContext, position: int) -> list[tuple[NotePlace, Intent]]:
-    """Note what persons stated of effects in failed groups whose outcome no call took; return the others.
+def _places_of_calls(run: RunningNode, digest: str) -> dict[NotePlace, None]:
+    """Return the places of the calls of a node with an input in the flow at its position, in their order."""
+    by_place = run.ctx.journal.effect_places
+    if run.position not in by_place:
+        by_call = by_place[run.position] = {}
+        intents = _intents(run.ctx, run.position).items()
+        for place, one in sorted(intents, key=lambda item: item[1].started_ms):
+            by_call.setdefault((one.node_id, one.digest), {})[place] = None
+    return by_place[run.position].setdefault((run.node_id, digest), {})
 
-    The body of a flow has seen these groups fail.
+
+def _is_received(calls: Mapping[str, bool], intent: Intent, holder: NotePlace) -> bool | None:
+    """Return True if the body of a flow has received what a call came to, False if it awaits that.
+
+    None: neither, and the outcome is for the next call with the same input. ``calls``: of the body, see
+    RunJournal. ``holder``: the place that has the call.
     """
-    journal, unknown = ctx.journal, list[tuple[NotePlace, Intent]]()
-    for place, one in _intents(ctx, position).items() if journal.failed_groups else ():
-        holder = journal.taken_over.get(place, _holder_of(one))
-        if one.is_unknown and any(_is_inside(holder, group) for group in journal.failed_groups):
+    known = [calls[branch] for branch in with_outer(holder[1]) if branch in calls]
+    if False in known:
+        return False
+    return True if known and not intent.is_unknown else None
+
+
+def flight_inside(ctx: ReliabilityContext, position: int, branch: str) -> Flight | None:
+    """Return a call of an effect in flight at a branch or inside it."""
+    flights = ctx.journal.flights.values()
+    return next((one for one in flights if one.is_sent and _is_inside(one.place, (position, branch))), None)
+
+
+def settle_left_calls(ctx: ReliabilityContext, position: int) -> list[tuple[NotePlace, Intent]]:
+    """Note what persons stated of calls in a flow whose outcome is unknown; return the others."""
+    unknown = list[tuple[NotePlace, Intent]]()
+    for place, one in _intents(ctx, position).items():
+        if one.is_unknown:
             waiting = ctx.session.waiting.get(place)
             if waiting is None or waiting.call_number != one.number or waiting.payload is None:
                 unknown.append((place, one))
@@ -461,10 +527,12 @@ def _is_inside(place: NotePlace, group: NotePlace) -> bool:
     return place[0] == group[0] and (place[1] == group[1] or place[1].startswith(f"{group[1]}."))
 
 
-def has_open_intent(ctx: ReliabilityContext, position: int, branch: str) -> bool:
-    """Return True if the outcome of a call of an effect is unknown, at a branch or inside it."""
-    intents = _intents(ctx, position).values()
-    return any(one.is_unknown and _is_inside(_holder_of(one), (position, branch)) for one in intents)
+def is_unknown(ctx: ReliabilityContext, position: int, branch: str) -> bool:
+    """Return True if the outcome of the effect that was called at a branch is unknown."""
+    return any(
+        one.is_unknown and ctx.journal.taken_over.get(place, _holder_of(one)) == (position, branch)
+        for place, one in _intents(ctx, position).items()
+    )
 
 
 def _digest(schema: Schema, snapshot: Snapshot) -> str:

@@ -64,10 +64,11 @@ class RunJournal:
             system recorded.
         effects: the last calls of effects in this process, by the keys of their notes.
         unknown_ends: calls that ended in this process with an unknown outcome, by the place of their notes.
-        failed_groups: places of groups with effects that the body of a flow has seen fail: the next calls of
-            these effects take what they came to.
-        effect_places, taken_over: places of the notes of effects by position, node and digest, since the last
-            of these failures; and by the place of a note, the place of the call that takes its effect.
+        flights: calls of effects that this process makes now, by the place of their notes.
+        body_calls: by the position of a flow and the branch, the calls that its body awaits (False), and
+            those whose output it has received (True).
+        effect_places, taken_over: by position, the places of the notes of effects by node and digest; and by
+            the place of a note, the place of the call that takes its effect.
         attempt_count: the attempts whose events have an id.
         epoch_ns: turns perf_counter_ns into nanoseconds since the epoch: a step of the wall clock changes no
             order in the run.
@@ -79,8 +80,9 @@ class RunJournal:
         self.epoch_ns = time_ns() - perf_counter_ns()
         self.effects: dict[str, Any] = {}
         self.unknown_ends: dict[tuple[int, str], Any] = {}
-        self.failed_groups: set[tuple[int, str]] = set()
-        self.effect_places: dict[tuple[int, str, str], list[tuple[int, str]]] = {}
+        self.flights: dict[tuple[int, str], Any] = {}
+        self.body_calls: dict[int, dict[str, bool]] = {}
+        self.effect_places: dict[int, dict[tuple[str, str], dict[tuple[int, str], None]]] = {}
         self.taken_over: dict[tuple[int, str], tuple[int, str]] = {}
         self.kept_traces: dict[str, str] = {}
         self.tried: dict[tuple[int, str], Tried] | None = None

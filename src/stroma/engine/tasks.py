@@ -105,11 +105,6 @@ def is_given_up(cancelled: asyncio.CancelledError) -> bool:
     return cancelled.args == (_GIVEN_UP,)
 
 
-def is_in_flight(task: asyncio.Task[Any]) -> bool:
-    """Return True while a task calls an effect."""
-    return task in _in_flight
-
-
 def begin_flight() -> asyncio.Task[Any] | None:
     """Note that the running task calls an effect. Return it for :func:`end_flight`; None if it did."""
     task = asyncio.current_task()

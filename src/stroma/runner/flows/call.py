@@ -16,13 +16,13 @@ from stroma.contracts.node import FlowNode, Group, Node, held_by
 from stroma.contracts.schema import schema_of
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import AGENT, running_agent
-from stroma.engine.effects import has_open_intent
+from stroma.engine.effects import flight_inside, is_unknown
 from stroma.engine.execution import RunningNode
 from stroma.engine.loop import execute_in_turn
 from stroma.engine.merged_models import spelled_out
 from stroma.engine.outcome import Place
 from stroma.engine.restore import restore
-from stroma.engine.tasks import is_in_flight
+from stroma.engine.tasks import give_up
 from stroma.runner.flows.endings import StepFailed
 from stroma.runner.flows.journal import FlowRecords
 
@@ -65,7 +65,7 @@ class FlowCall:
     context: contextvars.Context | None = None  # Of the task that awaits it.
     task: asyncio.Task[Any] | None = None  # Of the real event loop, while the call is at work.
     is_cancelled = False  # The task was cancelled since the body gave the call up.
-    settles = False  # Only find out how the call of an effect ended; a group with one runs to its end.
+    settles = False  # Only find out how the call of an effect ended.
     suspended: str | None = None  # Why a step waits for a person.
     end: Any = None  # An output, an answer or a StepFailed,
     outcome: Any = None  # the same once it was delivered.
@@ -74,10 +74,8 @@ class FlowCall:
     topic: str | None = None  # Of the message that it waits for,
     message: SentMessage | None = None  # and the one that it has taken.
 
-    def __init__(
-        self, scope: FlowScope, identity: str, node: Node | Group, state: BaseModel, is_effect: bool = False
-    ) -> None:
-        self.scope, self.node, self.state, self.is_effect = scope, node, state, is_effect
+    def __init__(self, scope: FlowScope, identity: str, node: Node | Group, state: BaseModel) -> None:
+        self.scope, self.node, self.state = scope, node, state
         self.name(identity)
 
     def name(self, identity: str) -> None:
@@ -129,16 +127,23 @@ class FlowCall:
         """Return why a message does not fit the class that the call waits for; None if it does."""
         raise NotImplementedError
 
+    def is_effect(self) -> bool:
+        """Return True for a call of one effect, whose ``reconcile`` can be called without the call."""
+        contract = None if isinstance(self.node, Group) else self.scope.ctx.contract_of(self.node)
+        return contract is not None and contract.effect
+
     def is_unknown(self) -> bool:
-        """Return True if nobody knows how the call of an effect ended, or of one inside a group."""
-        return has_open_intent(self.scope.ctx, self.scope.position, self.branch)
+        """Return True if nobody knows how the call of an effect ended."""
+        return is_unknown(self.scope.ctx, self.scope.position, self.branch)
 
     def give_up(self) -> None:
-        """Cancel the work that nobody waits for, but not an effect in flight, nor a group with an effect."""
-        task = self.task
-        if task is not None and not (self.is_effect and (type(self.node) is not Node or is_in_flight(task))):
+        """Cancel the work that nobody waits for, once no effect inside it is in flight."""
+        flight = flight_inside(self.scope.ctx, self.scope.position, self.branch)
+        if self.task is not None and flight is not None:
+            flight.ended.add_done_callback(lambda _: self.give_up())
+        elif self.task is not None:
             self.is_cancelled = True
-            task.cancel()
+            give_up(self.task)
 
     def take(self) -> Any:
         """Return the outcome for the body, which may change it. Raises StepFailed."""

@@ -28,7 +28,7 @@ from stroma.runner.flows.body import commit_output
 from stroma.runner.flows.call import FlowCall
 from stroma.runner.flows.endings import StepFailed
 from stroma.runner.flows.journal import FlowRecords
-from stroma.runner.flows.path import INNERMOST, FlowPath, has_effect
+from stroma.runner.flows.path import INNERMOST, FlowPath
 from stroma.runner.flows.suspension import now_ms
 from stroma.runner.pipeline import (
     Pipeline,
@@ -49,7 +49,6 @@ class _KnownStep:
         check_state(f"the input of step {node.node_id!r}", state, node)
         self.state_class = type(state)
         self.label, self.name = f"flow.step({node.node_id})", quoted(node.node_id)
-        self.is_effect = has_effect(path.ctx, node)
 
 
 def call_step(path: FlowPath, node: Any, state: Any, key: str | None) -> Coroutine[Any, Any, Any]:
@@ -65,7 +64,7 @@ def call_step(path: FlowPath, node: Any, state: Any, key: str | None) -> Corouti
         with contextlib.suppress(TypeError):
             path.known[node] = known
     identity = path.identify(known.name, key)
-    call = path.prepare(FlowCall(path, identity, known.node, state, known.is_effect))
+    call = path.prepare(FlowCall(path, identity, known.node, state))
     coroutine: Any = path.driver.request(call)
     coroutine.__qualname__ = known.label  # Python's warning of a coroutine that is never awaited shows it.
     return coroutine  # type: ignore[no-any-return]  # Type checkers know no such attribute of coroutines.
@@ -103,12 +102,11 @@ async def _map(
     # The items are the steps of a part of the flow, by their indexes.
     items = FlowPath(path.driver, path, _part_of(path), path.prefix + identity)
     items.names = path.names
-    is_effect = has_effect(path.ctx, node)
     gate = contextlib.nullcontext() if limit is None else asyncio.Semaphore(limit)
 
     async def work(index: int, state: BaseModel) -> Any:
         async with gate:
-            call = items.prepare(FlowCall(items, str(index), node, state, is_effect))
+            call = items.prepare(FlowCall(items, str(index), node, state))
             return await items.driver.request(call)
 
     loop = path.driver.loop

@@ -16,7 +16,7 @@ from time import monotonic
 from typing import Any, Final
 
 from stroma.checkpoint import PipelineChanged, StoreError
-from stroma.contracts.node import Node
+from stroma.contracts.node import FlowNode
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT
 from stroma.engine.execution import RunningNode
@@ -61,8 +61,10 @@ class FlowDriver(FlowWaits):
         self._running: dict[asyncio.Task[Any], FlowCall] = {}
         self._replayed: set[str] = set()  # Branches of the calls in the replay.
         self._withdrawn: list[FlowCall] = []  # Questions that the body gave up in the replay.
-        #: Effects that the body gave up, by node and input, whose outcome it has not taken.
-        self._given_up: dict[tuple[str, bytes | None], list[FlowCall]] = {}
+        #: Effects that the body gave up; a next call with the same input takes the outcome.
+        self._given_up: list[FlowCall] = []
+        #: See RunJournal.
+        self._body_calls = ctx.journal.body_calls[position] = {}
 
     def _look_for_records(self) -> None:
         """Note if calls may have an earlier record, and if their inputs are stored or compared."""
@@ -90,16 +92,13 @@ class FlowDriver(FlowWaits):
         if self.stopping is not None:
             await self.loop.create_future()
         call.requested_at = self.woken_by
-        if call.is_effect:
-            call = self._find_given_up(call)
-            if call.outcome is not None:
-                return call.take()
-            call.settles = False
         self.calls[call.branch] = call
         if call.topic is not None:
             self.look_at = 0.0
-        elif call.end is None and call.task is None and call.suspended is None:
+        else:
             self._requested[call.branch] = call
+        if type(call.node) is not FlowNode:  # Code of a body calls no effects.
+            self._body_calls[call.branch] = False
         if not self.is_live:
             self._replayed.add(call.branch)
         future = call.future = asyncio.Future(loop=self.loop)
@@ -107,28 +106,32 @@ class FlowDriver(FlowWaits):
         try:
             call.outcome = await future
         except asyncio.CancelledError:
-            if future.done() and not future.cancelled():
-                call.outcome = future.result()
             self._give_up(call)
             raise
+        if type(call.outcome) is StepFailed:
+            self._body_calls.pop(call.branch, None)
+        elif call.branch in self._body_calls:
+            self._body_calls[call.branch] = True
+            if call.source:
+                self._body_calls[call.source] = True
         return call.take()
 
     def _give_up(self, call: FlowCall) -> None:
         """Note that the body waits for a call no more. Only an effect runs to its end."""
         call.future = None
+        self._body_calls.pop(call.branch, None)
         if self.closing:
             return
         self._requested.pop(call.branch, None)
         # Calls begin before the next event: live and on replay, this one has begun if there was one since.
         has_begun = call.requested_at != self.woken_by
-        if call.is_effect and (has_begun or call.outcome is not None):
-            self._given_up.setdefault(_effect_of(call), []).append(call)
-            self._cancel_work(call)
-        elif call.question is None or not has_begun:
+        if call.question is None or not has_begun:
             if call.source:
                 self.records.put_back(call.source)
+            if call.is_effect():
+                self._given_up.append(call)
             self.calls.pop(call.branch, None)
-            self._cancel_work(call)
+            call.give_up()
             self._withdraw_asked(call)
         elif not self.is_live:
             self.calls.pop(call.branch, None)
@@ -136,11 +139,6 @@ class FlowDriver(FlowWaits):
         elif call.task is None:
             self.calls.pop(call.branch, None)
             self._withdraw(call)
-
-    def _cancel_work(self, call: FlowCall) -> None:
-        """Cancel the work of a call, but not an effect that is in flight or whose output is being stored."""
-        if not (call.is_effect and call.branch in self.number_of):
-            call.give_up()
 
     def _withdraw(self, call: FlowCall) -> None:
         question, call.question = call.question, None
@@ -166,15 +164,6 @@ class FlowDriver(FlowWaits):
             for question in questions:
                 self.ctx.account.forget_question(question)
             self._start(call, self.withdraw(*questions))
-
-    def _find_given_up(self, call: FlowCall) -> FlowCall:
-        """Return an effect with the same input that the body gave up and has not taken, else the call."""
-        earlier = self._given_up.get(_effect_of(call))
-        while earlier:
-            first = earlier.pop(0)
-            if type(first.outcome) is not StepFailed:  # It was refused: another call may be made.
-                return first
-        return call
 
     # ------------------------------------------------------------------ calls, in the real event loop
 
@@ -258,11 +247,9 @@ class FlowDriver(FlowWaits):
                 self.stop(asyncio.CancelledError())
             elif number is not None:  # Its output was still committed.
                 self.stored[number] = call
-            elif call.future is not None:  # The body waits for it again.
-                self._requested[call.branch] = call
             elif call.settles:  # It did not happen.
-                self._given_up[_effect_of(call)].remove(call)
-            elif not call.is_effect:
+                self._given_up.remove(call)
+            else:
                 self._withdraw_asked(call)
             call.is_cancelled = False
         elif (error := task.exception()) is not None:
@@ -282,7 +269,7 @@ class FlowDriver(FlowWaits):
             self._withdraw(call)
         elif type(outcome) is Halt:
             self._halt(call, outcome)
-        elif outcome is not None:
+        elif outcome is not None and (call.future is not None or not call.source):
             call.end, number = outcome, self.number(call.branch)
             self.journal.note_event(self.position, Event(number, call.branch, source=call.source))
             self.unstored[number] = call
@@ -292,13 +279,13 @@ class FlowDriver(FlowWaits):
     def _halt(self, call: FlowCall, halt: Halt) -> None:
         if halt.suspended and not self.ctx.stopping.is_paused:
             call.suspended = halt.failure.message
-            if call.future is None and not call.is_effect:
+            if call.future is None:
                 self._withdraw_asked(call)
         elif halt.suspended:
             self.stop(STOPPED)
         elif halt.spent or halt.partial:
             self.stop(halt)
-        elif call.future is not None or call.is_effect:
+        elif call.future is not None:
             number = self.number(call.branch)
             call.end = self.failed(call, halt.failure, number)
             self.journal.note_failure(self.position, number, call.branch, halt.failure, call.input_key)
@@ -330,9 +317,6 @@ class FlowDriver(FlowWaits):
         else:
             self.calls.pop(what.branch, None)
             what.suspended, what.outcome, future = None, what.end, what.future
-            if type(what.end) is StepFailed and what.is_effect and type(what.node) is not Node:
-                self.ctx.journal.failed_groups.add((self.position, what.branch))
-                self.ctx.journal.effect_places.clear()
             if what.topic is not None:
                 self.receiving.discard(what.topic)
                 self.look_at = 0.0
@@ -526,10 +510,10 @@ class FlowDriver(FlowWaits):
         if self._running:
             await self._until_woken()
             return False
-        given_up = [one for waiting in self._given_up.values() for one in waiting]
-        unknown = [one for one in given_up if one.end is None and one.outcome is None and one.is_unknown()]
+        unknown = [one for one in self._given_up if one.is_unknown()]
         if not unknown:
             return not await self.ask_about_effects()
+        self.calls = {one.branch: one for one in unknown}
         for call in unknown:
             if call.suspended is None:
                 call.settles = call.is_cancelled = True  # It ends as cancelled if it did not happen.
@@ -544,15 +528,16 @@ class FlowDriver(FlowWaits):
         calls, self.calls, self._requested = self.calls, {}, {}
         for call in [one for one in calls.values() if one.future is not None]:
             call.future = None
-            if call.is_effect:
-                self._given_up.setdefault(_effect_of(call), []).append(call)
+            self._body_calls.pop(call.branch, None)
+            if call.is_effect():
+                self._given_up.append(call)
             if call.question is not None and not self.is_live:
                 self._withdrawn.append(call)
             elif call.question is not None and call.suspended is not None:
                 self._withdraw(call)
             else:
-                self._cancel_work(call)
-                if call.question is None and not call.is_effect:
+                call.give_up()
+                if call.question is None:
                     self._withdraw_asked(call)
         if self.loop.tasks:
             self.ctx.run_logger.warning(
@@ -560,7 +545,6 @@ class FlowDriver(FlowWaits):
                 self.flow_id,
                 len(self.loop.tasks),
             )
-        self.calls = {one.branch: one for waiting in self._given_up.values() for one in waiting}
         self._end_body()
 
     def _end_body(self) -> None:
@@ -577,7 +561,3 @@ class FlowDriver(FlowWaits):
             "flow %r does not end although it was cancelled; let CancelledError and FlowClosed pass",
             self.flow_id,
         )
-
-
-def _effect_of(call: FlowCall) -> tuple[str, bytes | None]:
-    return call.node.node_id, call.input_key

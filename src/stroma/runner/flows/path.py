@@ -9,9 +9,8 @@ from sys import exception
 from typing import Any, NoReturn, TypeVar
 
 from stroma.checkpoint.identity import quoted
-from stroma.contracts.node import FlowNode, Group, Node
+from stroma.contracts.node import FlowNode
 from stroma.contracts.schema import schema_of
-from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT
 from stroma.runner.flows.call import FlowCall, FlowScope
 from stroma.runner.flows.driver import FlowDriver
@@ -94,7 +93,7 @@ class FlowPath(FlowScope):
     def prepare(self, call: CallT) -> CallT:
         """Give a call the identity and the input that it is recorded with."""
         driver = self.driver
-        if driver.needs_input or call.is_effect:
+        if driver.needs_input:
             call.input_key = encode_input(driver.ctx, call.node, call.state)
         if driver.is_recorded:
             self._find_identity(call)
@@ -108,11 +107,3 @@ class FlowPath(FlowScope):
         while (output := loose.get(call.branch)) is not None and call.is_other_than(output):
             number += 1
             call.name(f"{identity}@{number}")
-
-
-def has_effect(ctx: ReliabilityContext, node: Node | Group) -> bool:
-    """Return True for an effect, and for a group with one inside."""
-    if isinstance(node, Group):
-        return any(has_effect(ctx, child) for child in node.children)
-    contract = ctx.contract_of(node)
-    return contract is not None and contract.effect

@@ -15,7 +15,7 @@ from stroma.checkpoint import StoreError, Waiting
 from stroma.checkpoint.entries import SentMessage, UnknownCall
 from stroma.checkpoint.flow_notes import message_label
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.effects import REASON, settle_failed_groups
+from stroma.engine.effects import REASON, settle_left_calls
 from stroma.engine.outcome import STOPPED, Halt, Place, Stopped
 from stroma.engine.questions import announce, make_question
 from stroma.engine.tasks import Shield, raise_if
@@ -67,7 +67,7 @@ class FlowWaits:
         self.stored: dict[int, FlowCall | int] = {}
         self.unstored: dict[int, FlowCall | int] = {}
         self.failures: list[int] = []  # Numbers of the events that were failures.
-        #: By branch the calls that the body waits for, and effects that it has given up.
+        #: By branch the calls that the body waits for, and after its end effects that it has given up.
         self.calls: dict[str, FlowCall] = {}
         self.sleeps: dict[str, str] = {}  # Reasons of the open sleeps, by branch.
         #: Topics of the messages that are not delivered yet. The next one of a topic is taken after that, so
@@ -264,13 +264,13 @@ class FlowWaits:
         self.stop(Halt(failure, suspended=True))
 
     async def ask_about_effects(self) -> bool:
-        """Suspend a flow that ends while outcomes in its failed groups are unknown; False without any."""
+        """Suspend a flow that ends while outcomes of effects are unknown; False without any."""
         ctx, session = self.ctx, self.ctx.session
-        unknown = settle_failed_groups(ctx, self.position)
+        unknown = settle_left_calls(ctx, self.position)
         for place, call in unknown:
             known = session.waiting.get(place)
             contract = ctx.registry.find(call.node_id)
-            about = UnknownCall(call.key, call.number, "its group failed, and the flow has ended")
+            about = UnknownCall(call.key, call.number, "no call took its outcome, and the flow has ended")
             schema = None if contract is None else contract.output_schema
             question = make_question(session, Place(*place), call.node_id, REASON, schema, about)
             if known is None or known.number != question.number:
