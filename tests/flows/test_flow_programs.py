@@ -79,8 +79,8 @@ def check(world: ProgramWorld, store: Any) -> None:
     made = Counter(at for at, _ in world.ledger.values())
     assert {at: count for at, count in made.items() if count > 1} == {}
     assert set(world.life.paid) - set(made) == set()
-    # A call that takes the outcome of one that the body gave up has an attempt, too.
-    assert world.charged - {at.branch for at in done if at.node_id in ("pay", "wire")} == set()
+    # A call that takes the outcome of one that the body gave up has an attempt of its own.
+    assert len(world.charged) <= len([at for at in done if at.node_id in ("pay", "wire")])
     received = world.life.received.items()
     assert {topic: texts for topic, texts in received if texts != list(map(str, range(len(texts))))} == {}
     assert store.get_run("r").tokens == sum(at.tokens for at in attempts)

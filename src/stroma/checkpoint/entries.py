@@ -147,8 +147,9 @@ class StepCall(NamedTuple):
     Attributes:
         number: 0-based number of the call of its step id; for a map, the number of failed items; for a step
             of a flow see :data:`OF_FLOW`.
-        input_key: identifies the input: its stored form; None if it has none and so cannot be compared. For a
-            node inside a group that is a step: a checksum of the group's input.
+        input_key: identifies the input: its stored form, or a digest if it has secrets; None if it has
+            neither and so cannot be compared. For a node inside a group that is a step: a checksum of the
+            group's input.
         identity: see ``stroma.checkpoint.identity``; stored with the attempts of the step.
     """
 
@@ -360,7 +361,7 @@ class Intent(NamedTuple):
         is_open: there is no statement that it did not happen.
         has_output: it happened, and its output is committed, unless that was discarded.
         position, branch: of the attempt that made the call, or whose output is that of the call.
-        digest: of its input; "" for an input without a stored form.
+        digest: of its input; see ``_digest`` of stroma.engine.effects.
         others: digests of the other inputs at this place, if this was the first.
         key: its idempotency key.
         started_ms: when it began, since the epoch.

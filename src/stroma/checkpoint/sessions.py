@@ -47,6 +47,7 @@ class Session:
         address: identifies the store among all stores: cells of a store with this address change in the
             transactions of the session's commits. "" without such transactions.
         stores_inputs: it stores the inputs of calls (``StepCall.given``), so that they must be encoded.
+        stores_secrets: it encrypts what it stores.
         epoch: incremented by each session that opens the run; 0 if that is not recorded.
         charges: what to settle when the attempt in progress at a (position, branch) is recorded; removed by
             the code that added it. Not read if ``address`` is "".
@@ -77,6 +78,7 @@ class Session:
 
     address: str = ""
     stores_inputs: bool = False
+    stores_secrets: bool = False
     epoch: int = 0
     charges: dict[tuple[int, str], Charge] = {}  # noqa: RUF012  # Nothing is put there without an address.
     tried: Mapping[tuple[int, str], Tried] = {}

@@ -13,11 +13,13 @@ else can change.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import operator
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -473,10 +475,44 @@ class Schema:
         """
         return self.codec.encode_with_secrets(model) if secrets else self.codec.encode(model)
 
+    def input_key(self, model: BaseModel, *, is_sealed: bool) -> bytes | None:
+        """Return what an input is compared by: its stored form, or a digest if it has secrets.
+
+        None for one without a stored form. ``is_sealed``: the store encrypts the digest. Otherwise it has a
+        key of this process, and other processes cannot compare it: a short secret could be guessed.
+        """
+        with contextlib.suppress(NotSerialisable):
+            return self.encode(model)
+        try:
+            data = self.encode(model, secrets=True)
+        except NotSerialisable:
+            return None
+        digest, owner = hashlib.sha256(data if is_sealed else _PROCESS_KEY + data), _PROCESS
+        return b"%s%s %s" % (_SECRET, b"sealed" if is_sealed else owner, digest.hexdigest().encode())
+
     @staticmethod
     def decode_raw(data: bytes) -> Any:
         """Return an encoded model as plain values, without a schema. Raises ValueError for other data."""
         return decode_raw(data)
+
+
+#: Prefix of the digests of inputs with secrets; no stored form begins with it. The name of the process in
+#: them, and its key.
+_SECRET: Final = b"secret "
+_PROCESS: Final = os.urandom(8).hex().encode()
+_PROCESS_KEY: Final = os.urandom(32)
+
+
+def has_secrets(input_key: bytes) -> bool:
+    """Return True for a digest in place of the stored form of an input."""
+    return input_key.startswith(_SECRET)
+
+
+def comparable(input_key: bytes | None) -> bytes | None:
+    """Return what an input is compared by; None if another process made it and it cannot be compared."""
+    if input_key is None or not has_secrets(input_key):
+        return input_key
+    return input_key if input_key.split()[1] in (b"sealed", _PROCESS) else None
 
 
 def schema_of(model: type[BaseModel]) -> Schema:

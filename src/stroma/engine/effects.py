@@ -19,6 +19,7 @@ from copy import copy
 from inspect import iscoroutinefunction
 from time import perf_counter_ns
 from typing import Any, Final, Literal, NamedTuple, TypeAlias, final
+from uuid import uuid4
 
 from pydantic import BaseModel
 
@@ -40,8 +41,7 @@ from stroma.contracts.codec import describe_error
 from stroma.contracts.contract import NodeContract, NotDone, Unknown
 from stroma.contracts.copying import Snapshot
 from stroma.contracts.node import Plan
-from stroma.contracts.schema import Schema
-from stroma.contracts.tagged_json import NotSerialisable
+from stroma.contracts.schema import Schema, has_secrets
 from stroma.engine.commit import store_notes
 from stroma.engine.config import limits_ms
 from stroma.engine.context import ReliabilityContext
@@ -148,7 +148,7 @@ class Effect:
         assert plan[0] is not None
         self._run, self._contract, self._schemas = run, contract, (plan[0], plan[1])
         self._snapshot: Snapshot | None = snapshot
-        self._digest = _digest(plan[0], snapshot)
+        self._digest = _digest(run.ctx, plan[0], snapshot)
         self.is_stated = self.is_refused = False
         self._flight: Flight | None = None
         #: Who made the last statement; None if the output was found in the journal.
@@ -167,11 +167,13 @@ class Effect:
 
     def _find_others(self, first: Intent) -> None:
         """Find the calls with other inputs at this place, and the last one with this input."""
-        self._others = [_place_of(self._first, other) for other in first.others]
+        position, branch = self._first
+        places = {digest: (position, f"{branch}@{n}") for n, digest in enumerate(first.others, 2)}
         if _differ(first.digest, self._digest):
-            self._place = _place_of(self._first, self._digest)
+            self._place = places.pop(self._digest, (position, f"{branch}@{len(places) + 2}"))
             self._intent = _read(self._run, self._place)
-            self._others = [self._first, *(place for place in self._others if place != self._place)]
+            self._others.append(self._first)
+        self._others += places.values()
 
     def _continue(self, ends: dict[NotePlace, UnknownEnd]) -> None:
         """Take the place of a call with the same input whose end in this process is unknown."""
@@ -428,11 +430,6 @@ class Effect:
         return UnknownOutcome(call, self._place, self._schemas[1].model)
 
 
-def _place_of(first: NotePlace, digest: str) -> NotePlace:
-    """Return the place of calls with another input than the first one."""
-    return first[0], f"{first[1]}@{digest.rpartition('-')[2]}"
-
-
 def _is_call(run: RunningNode) -> bool:
     """Return True if plain code calls the node, and may call it again elsewhere."""
     step = run.step
@@ -535,17 +532,20 @@ def is_unknown(ctx: ReliabilityContext, position: int, branch: str) -> bool:
     )
 
 
-def _digest(schema: Schema, snapshot: Snapshot) -> str:
-    """Return a digest of an input: of its schema and of its stored form; "" without a stored form."""
-    try:
-        data = schema.encode(schema.restore(snapshot))
-    except NotSerialisable:
-        return ""
-    return f"{schema.fingerprint}-{hashlib.sha256(data).hexdigest()[:32]}"
+def _digest(ctx: ReliabilityContext, schema: Schema, snapshot: Snapshot) -> str:
+    """Return a digest of an input: of its schema and of its stored form.
+
+    Two digests before "-" differ if the inputs cannot be compared.
+    """
+    data = schema.input_key(schema.restore(snapshot), is_sealed=ctx.session.stores_secrets)
+    if data is None:
+        return f"{uuid4().hex}-"
+    process = data.split()[1].decode() if has_secrets(data) else ""
+    return f"{schema.fingerprint}{process}-{hashlib.sha256(data).hexdigest()[:32]}"
 
 
 def _differ(digest: str, other: str) -> bool:
-    """Return True if two inputs differ. Inputs of a class that has changed count as equal."""
+    """Return True if two inputs differ. At one place, inputs that cannot be compared count as equal."""
     (fingerprint, _, content), (other_fingerprint, _, other_content) = (
         digest.rpartition("-"),
         other.rpartition("-"),

@@ -135,7 +135,7 @@ class DurableSession(Session):
     ) -> None:
         self.run_id, self.address = run_id, address
         self._submit_to_store = submit
-        self._payloads = payloads
+        self._payloads, self.stores_secrets = payloads, payloads.codec is not None
         self._failure_sites: dict[tuple[int, str], tuple[int, int, bytes]] = {}
         #: Outputs that broke their contract, until their attempts are stored: (start, stored form).
         self._rejected: dict[tuple[int, str], tuple[int, bytes]] = {}

@@ -26,6 +26,7 @@ from stroma.checkpoint.history.redaction import (
 from stroma.checkpoint.history.run_graph import RunGraph
 from stroma.checkpoint.identity import is_called, place_before, with_outer
 from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunPage, RunQuery, RunRecord
+from stroma.contracts.schema import has_secrets
 from stroma.trace.events import place_text
 from stroma.trace.redaction import Redact, hide_rejected
 from stroma.trace.rejected import RejectedOutput
@@ -271,7 +272,7 @@ class History:
             return Payload(None, str(error))
         if data is None:
             data = failed_input(self.store.flow_notes(run_id), position, branch)
-        return None if data is None else self._decode(data)
+        return None if data is None or has_secrets(data) else self._decode(data)
 
     def rejected_of(self, run_id: str, attempt: AttemptRecord) -> RejectedOutput | None:
         """Return the output that broke its contract in an attempt; None if none is stored.

@@ -235,10 +235,7 @@ def _with_input(
     if not isinstance(attempt, AttemptRow) or attempt.schemas is None:
         return call
     schema = attempt.schemas[0]
-    try:
-        return call._replace(input_key=schema.encode(schema.restore(attempt.input)))
-    except NotSerialisable:
-        return call
+    return call._replace(input_key=schema.input_key(schema.restore(attempt.input), is_sealed=False))
 
 
 class MemoryRows(ScannedRows):

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from stroma.checkpoint import Committed, StepCall, Waiting
 from stroma.checkpoint.entries import OF_FLOW, SentMessage
 from stroma.contracts.node import FlowNode, Group, Node, held_by
-from stroma.contracts.schema import schema_of
+from stroma.contracts.schema import comparable, schema_of
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import AGENT, running_agent
 from stroma.engine.effects import flight_inside, is_unknown
@@ -113,9 +113,9 @@ class FlowCall:
     def is_other_than(self, output: Committed) -> bool:
         """Return True if a loose output at the call's place belongs to another call.
 
-        It is found by its input, by any call; by this one alone if the input has no stored form.
+        It is found by its input, by any call; by this one alone if the input cannot be compared.
         """
-        return output.step is not None and output.step.input_key is not None
+        return output.step is not None and comparable(output.step.input_key) is not None
 
     def take_output(self, records: FlowRecords) -> str:
         """Return the branch of a loose output that the call takes, in place of its work; "" without one."""

@@ -21,7 +21,7 @@ from stroma.checkpoint.identity import quoted
 from stroma.contracts.contract import NodeContract, as_violation, check_id
 from stroma.contracts.copying import Snapshot
 from stroma.contracts.node import FlowNode, Group, Node, find_node
-from stroma.contracts.schema import schema_of
+from stroma.contracts.schema import comparable, schema_of
 from stroma.engine.execution import current_node
 from stroma.engine.outcome import Halt
 from stroma.runner.flows.body import commit_output
@@ -175,7 +175,7 @@ class _FlowEnd(FlowCall):
 
     def is_other_than(self, output: Committed) -> bool:
         # The calls of its body are found again at their places.
-        before = None if output.step is None else output.step.input_key
+        before = None if output.step is None else comparable(output.step.input_key)
         return before is not None and self.input_key is not None and before != self.input_key
 
     def take_output(self, records: FlowRecords) -> str:

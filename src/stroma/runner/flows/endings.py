@@ -10,6 +10,7 @@ from urllib.parse import unquote
 from stroma._utils.text import one_line
 from stroma.checkpoint import PipelineChanged
 from stroma.contracts.node import Group, Node
+from stroma.contracts.schema import has_secrets
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.outcome import Halt
 from stroma.failures.classes import FailureClass
@@ -68,7 +69,9 @@ def _describe_call(identity: str) -> str:
 
 
 def shorten(encoded: bytes) -> str:
-    """Return a stored value as text, cut to 200 characters."""
+    """Return the input of a call as text, cut to 200 characters."""
+    if has_secrets(encoded):
+        return "an input with secrets"
     text = encoded.decode(errors="replace")
     return text if len(text) <= 200 else f"{text[:196]} ..."
 

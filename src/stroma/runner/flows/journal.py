@@ -26,8 +26,7 @@ from stroma.checkpoint.entries import OF_FLOW, SentMessage
 from stroma.checkpoint.flow_notes import FailureNote, MessageNote, decode_flow_note
 from stroma.checkpoint.identity import is_called, with_outer
 from stroma.contracts.node import Group, Node
-from stroma.contracts.schema import schema_of
-from stroma.contracts.tagged_json import NotSerialisable
+from stroma.contracts.schema import comparable, schema_of
 from stroma.engine.context import ReliabilityContext
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunFailed
@@ -78,11 +77,12 @@ class FlowRecords:
     def take_output(self, node_id: str, input_key: bytes | None, branch: str) -> str:
         """Return the branch of a free output for a call, which no other call gets; "" without one.
 
-        An input without a stored form equals no other one: only the call at the same place has its output.
+        An input that cannot be compared equals no other one: only the call at the same place has its output.
         """
-        key = (node_id, input_key) if input_key is not None else (branch, None)
-        free = self._untaken.get(key)
-        return free.pop(0) if free else ""
+        for key in ((node_id, input_key), (branch, None)):
+            if free := self._untaken.get(key):
+                return free.pop(0)
+        return ""
 
     def put_back(self, branch: str) -> None:
         """Free an output that a call has taken, and that the body has not received."""
@@ -90,7 +90,7 @@ class FlowRecords:
 
     def _key_of(self, branch: str) -> tuple[str, bytes | None]:
         output = self.loose[branch]
-        input_key = _step_of(output).input_key
+        input_key = comparable(_step_of(output).input_key)
         return (output.node_id, input_key) if input_key is not None else (branch, None)
 
     def add_call(self, branch: str) -> None:
@@ -202,9 +202,9 @@ class FlowJournal:
         """Return the input of the call that an event ends, in stored form; None if it is not recorded."""
         if event.failure is not None:
             text = event.failure.input_key
-            return None if text is None else text.encode()
+            return None if text is None else comparable(text.encode())
         committed = self._ctx.journal.restored.get((position, event.source or event.branch))
-        return None if committed is None or committed.step is None else committed.step.input_key
+        return None if committed is None or committed.step is None else comparable(committed.step.input_key)
 
     def records(self, position: int) -> FlowRecords:
         """Return the records of the flow at a position."""
@@ -346,8 +346,9 @@ def encode_input(ctx: ReliabilityContext, node: Node | Group, state: BaseModel) 
     contract = None if isinstance(node, Group) else ctx.contract_of(node)
     schema = schema_of(type(state) if contract is None else contract.input_schema)
     try:
-        return schema.encode(state if type(state) is schema.model else schema.convert(state))
-    except (NotSerialisable, ValueError):  # The contract refuses it, which the attempt records.
+        model = state if type(state) is schema.model else schema.convert(state)
+        return schema.input_key(model, is_sealed=ctx.session.stores_secrets)
+    except ValueError:  # The contract refuses it, which the attempt records.
         return None
 
 

@@ -1,0 +1,162 @@
+"""Inputs with secrets, and inputs without a stored form: which calls are the same."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ConfigDict, SecretStr
+from tests.flows.steps import runner_on
+from tests.kit import Num
+from tests.shared_stores import opened, place
+
+from stroma import (
+    Flow,
+    FlowFunction,
+    PipelineChanged,
+    RunStatus,
+    SQLiteStore,
+    stroma_flow,
+    stroma_node,
+)
+from stroma.contracts import schema
+
+pytestmark = pytest.mark.asyncio
+
+
+class Card(BaseModel):
+    order: int
+    pan: SecretStr
+
+
+class Client:
+    """A value without a stored form."""
+
+
+class Order(BaseModel):
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    order: int
+    client: Client
+
+
+class Codec:
+    def encode(self, data: bytes) -> bytes:
+        return bytes(byte ^ 90 for byte in data)
+
+    decode = encode
+
+
+@pytest.fixture(params=["memory", "sqlite", "codec"])
+def store(request: pytest.FixtureRequest) -> Iterator[Any]:
+    if request.param == "memory":
+        yield opened("memory")
+        return
+    codec = Codec() if request.param == "codec" else None
+    with place("sqlite") as where, opened("sqlite", where, codec=codec) as instance:
+        yield instance
+
+
+def input_of(order: int, *, is_secret: bool = True) -> Card | Order:
+    return Card(order=order, pan=SecretStr("4111")) if is_secret else Order(order=order, client=Client())
+
+
+class Shop:
+    """A shop whose first charge takes a while, unless the process ``dies`` in it."""
+
+    def __init__(self) -> None:
+        self.charges: list[int] = []
+        self.charged, self.dies = asyncio.Event(), False
+
+    async def charge(self, state: Any) -> Num:
+        self.charges.append(state.order)
+        if len(self.charges) == 1:
+            self.charged.set()
+            await (asyncio.Event().wait() if self.dies else asyncio.sleep(0.05))
+        return Num(n=state.order)
+
+    def flow(self, orders: list[int], *, is_secret: bool = True) -> FlowFunction[Num, Num]:
+        """Return a flow that gives up the first charge, and makes the others."""
+        taken = Card if is_secret else Order
+        charge = stroma_node("charge", input=taken, output=Num, effect=True)(self.charge)
+
+        @stroma_node("hurry", input=Num, output=Num)
+        async def hurry(state: Num) -> Num:
+            await self.charged.wait()
+            return state
+
+        @stroma_flow("f", input=Num, output=Num)
+        async def f(flow: Flow, state: Num) -> Num:
+            first = asyncio.create_task(flow.step(charge, input_of(orders[0], is_secret=is_secret)))
+            await flow.step(hurry, state)
+            first.cancel()
+            receipts = [await flow.step(charge, input_of(n, is_secret=is_secret)) for n in orders[1:]]
+            return receipts[-1]
+
+        return f
+
+
+@pytest.mark.parametrize("is_secret", [True, False])
+async def test_two_effects_are_told_apart(store: Any, is_secret: bool) -> None:
+    """G13. An effect does not take the outcome of another one because both inputs have a secret, or a value
+    without a stored form."""
+    shop = Shop()
+    result = await runner_on(store).run(shop.flow([1, 2], is_secret=is_secret), Num())
+    assert (result.status, result.output, shop.charges) == (RunStatus.COMPLETED, Num(n=2), [1, 2])
+
+
+async def test_an_effect_is_known_by_its_secret(store: Any) -> None:
+    """G13. An effect that was given up is found again by an input with the same secret."""
+    shop = Shop()
+    result = await runner_on(store).run(shop.flow([1, 1]), Num())
+    assert (result.status, result.output, shop.charges) == (RunStatus.COMPLETED, Num(n=1), [1])
+
+
+async def test_a_codec_lets_another_process_find_it(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G13. A process that takes over knows an effect by its secret, if the store has a codec: it asks before
+    the next call with that input."""
+    shop = Shop()
+    shop.dies = True
+    run = asyncio.create_task(runner_on(store).run(shop.flow([1, 1]), Num()))
+    await shop.charged.wait()
+    run.cancel()
+    await asyncio.wait([run])
+    monkeypatch.setattr(schema, "_PROCESS", b"another")
+    result = await runner_on(store).run(shop.flow([1, 1]), Num())
+    assert result.status is RunStatus.SUSPENDED
+    assert shop.charges == ([1] if has_codec(store) else [1, 1])
+
+
+def has_codec(store: Any) -> bool:
+    payloads = getattr(store, "_payloads", None)
+    return payloads is not None and payloads.codec is not None
+
+
+@pytest.mark.parametrize("is_same_process", [True, False])
+async def test_a_step_with_another_secret_is_a_change(
+    store: Any, monkeypatch: pytest.MonkeyPatch, is_same_process: bool
+) -> None:
+    """A resume whose step has another secret is refused, and its message does not show the secret. Without a
+    codec, another process cannot compare secrets."""
+    pan = "4111"
+    check = stroma_node("check", input=Card, output=Num)(lambda state: Num(n=state.order))
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        one = await flow.step(check, Card(order=1, pan=SecretStr(pan)))
+        await flow.wait_for(Num, reason="Go on?")
+        return one
+
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.SUSPENDED
+    if not is_same_process:
+        monkeypatch.setattr(schema, "_PROCESS", b"another")
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.SUSPENDED
+    pan = "4222"
+    if isinstance(store, SQLiteStore) and not is_same_process and not has_codec(store):
+        assert (await runner_on(store).run(f, Num())).status is RunStatus.SUSPENDED
+        return
+    with pytest.raises(PipelineChanged, match="with an input with secrets") as caught:
+        await runner_on(store).run(f, Num())
+    assert "4222" not in str(caught.value)
