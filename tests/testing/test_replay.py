@@ -392,9 +392,9 @@ async def test_redaction_of_messages(store):
         raise ValueError(f"cannot write to {state.name[:14]}..., {state.name!r}")
 
     first, last = make("first", keep, Letter, Letter), make("last", refuse, Letter, Letter)
-    recorded = await record(store, [first, last], Letter())
-    text = json.dumps(recorded.redacted(redact).to_json())
+    recorded = await record(store, [first, last], Letter(), redact=redact)
     assert "Ada" in json.dumps(recorded.to_json())
+    text = json.dumps(recorded.redacted(redact).to_json())
     assert "Ada" not in text
     assert (
         text.count("cannot write to [redacted]..., '[redacted]'") == 4

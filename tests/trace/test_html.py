@@ -22,7 +22,7 @@ from tests.trace.standalone_pages import check_page
 from stroma import FailurePolicy, NodeContract, StromaRunner, current_node, parallel, stroma_node
 from stroma._utils.hiding import without
 from stroma.trace.html import document, fragment, tree
-from stroma.trace.redaction import hidden_values
+from stroma.trace.redaction import forms_to_hide
 from stroma.trace.story import Bar, StopCause, Story, fields_named, waits
 from stroma.trace.timeline import Timeline, idle_ms, places
 
@@ -194,7 +194,7 @@ _SECRET = 'Zoë\'s "key" p@ss/w\\ord\nof 2'
 def test_other_forms_of_what_is_hidden(form: Any) -> None:
     """A hidden value stands in no message as something writes it down: in other case, quoted, in a URL, in
     base64, in hex."""
-    hidden = hidden_values([({"key": _SECRET, "n": 1}, {"key": "***", "n": 1})])
+    hidden = forms_to_hide([_SECRET])
     message = form(_SECRET)
     left = without(f"the server at n=1 says {message}: no", hidden)
     assert left.startswith("the server at n=1 says ")

@@ -282,7 +282,6 @@ def test_what_redact_leaves_may_stand_in_messages() -> None:
         failure=Failed(FailureClass.TERMINAL, "sesame visible", None, "OSError"),
     )
     (drawn,) = trace(one)._story(without_key).bars
-    assert trace(one).redacted_message("sesame visible", one, without_key) == "[redacted] visible"
     assert drawn.message == "OSError: [redacted] visible"
     assert drawn.input_state == {"key": "***", "name": "visible"}
 
@@ -302,18 +301,6 @@ def test_redact_is_asked_of_states_and_messages_alone() -> None:
         "OSError: hidden",
     )
     assert [state for state in requests if state not in ({"a": "long enough"}, {"message": "it broke"})] == []
-
-
-def test_what_a_failed_attempt_said_is_told_without_what_its_states_hide() -> None:
-    """The values of the attempt's own states are taken out, input and output; those of others may stand."""
-    one = failed(given={"key": "sesame"}, made={"key": "poppy"}, children=[row("in", given={"key": "opium"})])
-    assert (
-        trace(one).redacted_message("noisy sesame poppy opium", one, without_key)
-        == "quiet [redacted] [redacted] opium"
-    )
-    other = failed(given={"key": "sesame"})
-    assert trace(other).redacted_message("noisy sesame", other, without_key) == "quiet [redacted]"
-    assert one.children == [row("in", given={"key": "opium"})]
 
 
 # ---------------------------------------------------------------- the picture of a result

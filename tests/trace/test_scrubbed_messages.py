@@ -32,7 +32,7 @@ from stroma._utils.hiding import without
 from stroma.cli import main as stroma_command
 from stroma.telemetry import log_hooks
 from stroma.telemetry.content import DeniedNames
-from stroma.trace.redaction import hidden_values
+from stroma.trace.redaction import forms_to_hide
 
 SECRET = "sk-live/abc+def 123456"
 NEVER = {kind: FailurePolicy(max_retries=0, backoff_seconds=0) for kind in FailureClass}
@@ -360,10 +360,10 @@ def test_hiding_takes_bounded_time(text: str, values: list[str]) -> None:
 def test_many_hidden_values_hide_the_message() -> None:
     """Where more values are hidden than can be looked for, the whole message is."""
     values = [f"v{i:06d}" for i in range(20_000)]
-    hidden = hidden_values([({"x": values}, {"x": []})])
+    hidden = forms_to_hide(values)
     assert len(hidden) == 1
     assert without("v000001 failed", hidden) == "[redacted]"
-    few = hidden_values([({"x": values[:100]}, {"x": []})])
+    few = forms_to_hide(values[:100])
     assert without("v000001 failed, v999999 did not", few) == "[redacted] failed, v999999 did not"
 
 

@@ -10,7 +10,7 @@ from urllib.parse import quote, quote_plus
 
 #: Stands in place of what is hidden.
 HIDDEN: Final = "[redacted]"
-SHORTEST: Final = 4  # characters; shorter values would be found in half of all words
+_SHORTEST: Final = 4  # characters; shorter values would be found in half of all words: only whole ones count
 _ENCODED: Final = 10_000  # characters; longer values stand in no URL, and in no message as a whole
 _URL_SAFE: Final = str.maketrans("+/", "-_")
 _TELLING: Final = 12  # characters of a longer value that tell what it is; messages cut values off
@@ -63,6 +63,8 @@ class Needles:
 
 def forms_of(word: str) -> set[str]:
     """Return the forms of a text in messages: escaped, in a URL, in base64 at any offset, in hex."""
+    if len(word) < _SHORTEST:
+        return {word}
     if word.isascii() and word.isalnum():
         return _encodings(word, {word})
     import html
@@ -96,7 +98,7 @@ def _encodings(word: str, forms: set[str]) -> set[str]:
         coded = base64.b64encode(bytes(before) + data).decode()
         own = coded[(0, 2, 3)[before] : (len(data) + before) * 8 // 6]
         forms |= {own, own.translate(_URL_SAFE)}
-    return {form for form in forms if len(form) >= SHORTEST}
+    return {form for form in forms if len(form) >= _SHORTEST}
 
 
 def _by_start(values: Iterable[str]) -> _Starts:
@@ -116,6 +118,8 @@ def _places(text: str, by_start: _Starts, room: list[int]) -> list[tuple[int, in
     for length, starts in by_start.items():
         for at, start in _starts(text, length, starts, room):
             end = at + length
+            if length < _SHORTEST and (text[at - 1 : at].isalnum() or text[end : end + 1].isalnum()):
+                continue  # A short value inside of a word.
             for value in starts[start]:
                 end = max(end, at + _common(text, at, value, length, room))
                 if room[0] < 0:

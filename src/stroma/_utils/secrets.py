@@ -497,7 +497,7 @@ class Secrets:
         """
         members = _members(error)
         if members is None:
-            return _renamed(
+            return stand_in_of(
                 error, f"{one_line(self.mask(_message(error) or ''))} (too many causes to be shown)"
             )
         if all(self._may_be_shown(one) for one in members.values()):
@@ -533,7 +533,7 @@ class Secrets:
         if id(error) not in shown:
             inner = [self._stand_in(one, shown) for one in _group_members(error)]
             text = _group_message(error) if inner else _message(error) or "<exception str() failed>"
-            stand_in = shown[id(error)] = _renamed(error, one_line(self.mask(text)), inner)
+            stand_in = shown[id(error)] = stand_in_of(error, one_line(self.mask(text)), inner)
             for note in _notes(error):
                 stand_in.add_note(one_line(self.mask(note)))
         return shown[id(error)]
@@ -574,7 +574,7 @@ def _members(error: BaseException) -> dict[int, BaseException] | None:
     return members
 
 
-def _renamed(error: BaseException, message: str, members: Iterable[BaseException] = ()) -> BaseException:
+def stand_in_of(error: BaseException, message: str, members: Iterable[BaseException] = ()) -> BaseException:
     """Return an exception of the same name, message and traceback."""
     kind = type(error)
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}

@@ -37,6 +37,7 @@ from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import Node, gives_coroutine, held_by
 from stroma.cost.usage import UsageError
 from stroma.engine.current import CURRENT
+from stroma.engine.diagnosis import states_around
 from stroma.engine.effects import UnknownOutcome
 from stroma.engine.execution import RunningNode, running_node
 from stroma.engine.loop import execute
@@ -389,6 +390,9 @@ class Call:
             message = str(control.value) if control.value else message_of(error)
             is_suspended = control.outcome == "suspended"
             kind = FailureClass.RECOVERABLE if is_suspended else FailureClass.TERMINAL
+            if is_suspended:
+                states = states_around(execution, execution.given)
+                message = ctx.redactor.redact_question(message, states)
             if is_suspended and not any(halt.suspended for _, halt in inner.halts):
                 ctx.account.note_suspended(message)
             raise GroupStopped(Halt(_failure(error, kind, where, message), suspended=is_suspended)) from error

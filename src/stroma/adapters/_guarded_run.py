@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar, Token, copy_context
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -315,6 +316,7 @@ class GuardedRun:
                 return halt.status, recorded.failure
             return halt.status, halt.failure
         failure = self.ctx.diagnose(error, "run", 1)
+        failure = replace(failure, message=self.ctx.redactor.redact_foreign(failure.message))
         terminal = failure.failure_class is FailureClass.TERMINAL
         return RunStatus.FAILED if terminal else RunStatus.PARTIAL, failure
 

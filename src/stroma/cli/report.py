@@ -32,7 +32,7 @@ from stroma.cost.budget import BudgetExceeded, ExecutionBudget, limits
 from stroma.cost.usage import NO_MODEL
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import BUDGET, PAUSED, SharedBudgetExceeded
-from stroma.failures.failure import Failure, message_of
+from stroma.failures.failure import Failure
 from stroma.trace.events import place_text
 from stroma.trace.plain import jsonable
 from stroma.trace.result import ExecutionResult, RunStatus, Total
@@ -364,6 +364,6 @@ def _failure_data(failure: Failure) -> dict[str, Any]:
         "class": failure.failure_class.value,
         "reason": failure.reason,
         "exception": type(failure.exception).__name__,
-        "message": message_of(failure.exception),
+        "message": failure.message,
         "retry_after_seconds": failure.retry_after_seconds,
     }

@@ -34,7 +34,7 @@ from stroma.engine.commit import (
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT
 from stroma.engine.deadlines import call_in_time
-from stroma.engine.diagnosis import diagnose_attempt, judge
+from stroma.engine.diagnosis import diagnose_attempt, judge, states_around
 from stroma.engine.effects import Effect, Stated, UnknownOutcome
 from stroma.engine.emitted import mark_attempt
 from stroma.engine.events import (
@@ -301,6 +301,8 @@ class NodeAttempt:
         if isinstance(node, Group):
             self.run.start_children()
             return node.run(ctx, self.run, state)
+        if ctx.redactor.is_on:
+            self.run.given = self.snapshot
         context, effect = ctx.node_context() if node.wants_context else ctx.context, self.run.effect
         contract, call, is_async = self.plan[2], node.call, node.is_async
         if contract is not None and contract.place is not None:
@@ -499,7 +501,7 @@ class NodeAttempt:
         """Call the hooks of an end with an output, then raise the pending interrupt."""
         ctx = self.ctx
         if self.failure is not None and self.row is not None:
-            log_failure(ctx, self.run, self.failure, self.row)
+            log_failure(ctx, self.run, self.failure)
         if self.firing is not None:
             await self._call_end_hooks()
         if ctx.account.limits and ctx.fire.on_budget_warning is not None:
@@ -540,7 +542,7 @@ class NodeAttempt:
                     problem, FailureClass.RECOVERABLE, run.node_id, run.attempt, str(problem), "store"
                 )
                 halt = Halt(stored, partial=True)
-        log_failure(ctx, run, failure, row)
+        log_failure(ctx, run, failure)
         await self._call_end_hooks()
         if ctx.account.limits and ctx.fire.on_budget_warning is not None:
             await warn_of_budget(ctx)
@@ -580,6 +582,8 @@ class NodeAttempt:
         if isinstance_by_type(raised, Suspend):
             ctx.redactor.note_secrets(self.snapshot)
             reason = ctx.redactor.mask(message_of(raised))
+            if not isinstance_by_type(raised, UnknownOutcome):
+                reason = ctx.redactor.redact_question(reason, states_around(run, self.snapshot))
             waiting = question_of(raised, run, reason)
         else:  # A group; its children have recorded what they wait for.
             assert isinstance_by_type(raised, GroupStopped)
@@ -763,15 +767,21 @@ class NodeAttempt:
         if self.run.raised_itself(error) and is_refusal(error):
             effect.close()
             return None
-        why = one_line(self.ctx.redactor.error_text(error, self.snapshot))
+        around = states_around(self.run, self.snapshot)
+        why = one_line(self.ctx.redactor.error_text(error, self.snapshot, around))
         self.ctx.run_logger.warning("nobody knows if effect %r happened: %s", self.run.node_id, why)
         return await self._end_as_stated(effect, await effect.reconcile(why, self.cancelling))
+
+    def _shown(self, message: str) -> str:
+        """Return a message about the attempt as others may see it."""
+        return self.ctx.redactor.redact_message(message, states_around(self.run, self.snapshot))
 
     async def _end_as_stated(self, effect: Effect, stated: Stated) -> BaseModel | Failure | Halt | None:
         """End an attempt by a statement about the last call. Return None if that call did not happen."""
         logger, node_id = self.ctx.run_logger, self.run.node_id
         if isinstance(stated, NotDone):
-            logger.info("effect %r did not happen: %s", node_id, one_line(stated.reason or "stated"))
+            why = self._shown(stated.reason) if stated.reason else "stated"
+            logger.info("effect %r did not happen: %s", node_id, one_line(why))
             effect.close(is_stated=True)
             return None
         if isinstance(stated, Unknown):
@@ -790,5 +800,6 @@ class NodeAttempt:
     async def _suspend_unknown(self, question: UnknownOutcome) -> Failure | Halt:
         """End as suspended until a person has stated what happened."""
         self.ctx.redactor.note_attempt(self.snapshot)
-        question.unknown = question.unknown._replace(cause=self.ctx.redactor.mask(question.unknown.cause))
+        cause = self._shown(self.ctx.redactor.mask(question.unknown.cause))
+        question.unknown = question.unknown._replace(cause=cause)
         return await self._suspend(question)

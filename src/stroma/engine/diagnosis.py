@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from stroma.checkpoint import PipelineChanged, StoreError
 from stroma.contracts.contract import ContractViolation
@@ -15,6 +17,7 @@ from stroma.engine.outcome import GroupStopped, Halt
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type
 from stroma.failures.mistakes import explain_mistake
+from stroma.trace.trace import states_of, thaw
 
 
 def diagnose_attempt(
@@ -26,6 +29,8 @@ def diagnose_attempt(
     """
     if isinstance_by_type(error, GroupStopped):
         inner = ctx.redactor.mask_failure(error.halt.failure, snapshot)
+        if run.kind != "group":  # Code has made the message, and not an attempt.
+            inner = _redacted(run, snapshot, inner)
         failure = Failure(
             inner.exception,
             inner.failure_class,
@@ -45,6 +50,7 @@ def diagnose_attempt(
     explained = explain_mistake(failure, ctx.context)
     if explained:
         failure = replace(failure, message=failure.message + ctx.redactor.mask(explained))
+    failure = _redacted(run, snapshot, failure)
     for interceptor in ctx.fire.interceptors:
         failure = interceptor.diagnosed(run, failure)
     if isinstance_by_type(error, ContractViolation) and _may_repair(ctx, run, failure):
@@ -60,6 +66,24 @@ def diagnose_attempt(
         failure = Failure(error, FailureClass.RECOVERABLE, run.node_id, run.attempt, failure.message, "store")
         return failure, Halt(failure, partial=True)
     return failure, None
+
+
+def _redacted(run: RunningNode, snapshot: Snapshot, failure: Failure) -> Failure:
+    message = run.ctx.redactor.redact_message(failure.message, states_around(run, snapshot))
+    return failure if message == failure.message else replace(failure, message=message)
+
+
+def states_around(run: RunningNode, snapshot: Snapshot) -> Iterator[dict[str, Any]]:
+    """Yield the states that an attempt may quote: its input, and those of the attempts inside it.
+
+    Also those of the nodes whose code calls it: a step may be a function inside a function.
+    """
+    node: RunningNode | None = run
+    while node is not None:
+        given = snapshot if node is run else node.given
+        yield thaw(node.schemas and node.schemas[0], given) or {}
+        yield from states_of(node.children or ())
+        node = None if node.parent is None or node.parent.kind == "group" else node.parent
 
 
 def judge(

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 
+from stroma._utils.text import one_line
 from stroma.contracts.schema import Schema
 from stroma.engine.config import limits_ms
 from stroma.engine.context import ReliabilityContext
@@ -14,7 +15,6 @@ from stroma.engine.execution import RunningNode
 from stroma.engine.redaction import UnreadState
 from stroma.engine.tasks import TICK_SECONDS
 from stroma.failures.failure import Failure
-from stroma.trace.events import AttemptRow
 
 #: A node may block the event loop for less than this.
 BLOCK_NS: Final = 1_000_000_000
@@ -58,9 +58,8 @@ def failure_arguments(ctx: ReliabilityContext, run: RunningNode, failure: Failur
     return ctx.run_id, run.node_id, ctx.redactor.redact_error(failure.exception), failure.failure_class
 
 
-def log_failure(ctx: ReliabilityContext, run: RunningNode, failure: Failure, row: AttemptRow) -> None:
+def log_failure(ctx: ReliabilityContext, run: RunningNode, failure: Failure) -> None:
     """Log a failed attempt."""
-    # Asked first, since redacting the message takes the states around it apart.
     if ctx.run_logger.isEnabledFor(logging.WARNING):
         ctx.run_logger.warning(
             "node %r%s failed at attempt %d (%s): %s",
@@ -68,7 +67,7 @@ def log_failure(ctx: ReliabilityContext, run: RunningNode, failure: Failure, row
             f" [{run.branch}]" if run.branch else "",
             run.attempt,
             failure.failure_class,
-            ctx.redactor.log_text(failure, row),
+            one_line(str(failure)),
         )
 
 

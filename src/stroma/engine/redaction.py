@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, final
 
 from pydantic import BaseModel
 
-from stroma._utils.hiding import HIDDEN
+from stroma._utils.hiding import HIDDEN, without
 from stroma._utils.logs import SafeLogger
-from stroma._utils.secrets import Secrets
-from stroma._utils.text import one_line, typed
+from stroma._utils.secrets import Secrets, stand_in_of
+from stroma._utils.text import typed
+from stroma.checkpoint import StoreError
 from stroma.contracts.contract import ContractViolation
 from stroma.contracts.copying import PickledSnapshot
 from stroma.contracts.schema import schema_of
 from stroma.failures.failure import Failure, isinstance_by_type, kind_of, message_of
 from stroma.trace.events import AttemptRow
-from stroma.trace.redaction import hide_rejected, hide_words
+from stroma.trace.redaction import (
+    MAX_WORDS,
+    forms_to_hide,
+    hide_rejected,
+    hide_state,
+    hide_words,
+    removed_values,
+)
 from stroma.trace.result import ExecutionResult
 from stroma.trace.trace import ExecutionTrace
 
@@ -38,9 +45,12 @@ def notes_of_error(error: BaseException) -> dict[str, Any]:
 
 @final
 class Redactor:
-    """Redacts with the function of the config, if there is one, and masks secrets of states in messages."""
+    """Redacts with the function of the config, if there is one, and masks secrets of states in messages.
 
-    __slots__ = ("_context", "_redact", "_secrets", "_trace")
+    A message is redacted once, where it is made; whatever stores, logs or exports it has it in this form.
+    """
+
+    __slots__ = ("_context", "_redact", "_secrets", "_seen", "_trace")
 
     def __init__(
         self, redact: Callable[[dict[str, Any]], dict[str, Any]] | None, context: Any, trace: ExecutionTrace
@@ -49,6 +59,8 @@ class Redactor:
         self._context = context
         self._trace = trace
         self._secrets: Secrets | None = None  # Most runs meet none.
+        #: Values that are removed from the states that bodies of flows have seen.
+        self._seen: set[str] = set()
 
     @property
     def secrets(self) -> Secrets:
@@ -64,22 +76,52 @@ class Redactor:
 
     def redact_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return a state as hooks may see it."""
-        redact = self._redact
-        if redact is None:
+        if self._redact is None:
             return state
         # A value that redact removes from a state may still appear in a message.
         self.note_secrets(state)
+        shown: dict[str, Any] = hide_state(self._redact, state)
+        return shown
+
+    def redact_message(self, text: str, states: Iterable[Any] = (), *, of_flow: bool = False) -> str:
+        """Return a message without the values that ``redact`` removes from the states that it may quote.
+
+        ``of_flow``: the body of a flow made it, which may quote all that it has seen.
+        """
+        if self._redact is None:
+            return text
         try:
-            redacted = redact(state)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:
-            return {"redacted": f"redact raised {type(error).__name__}"}
-        return (
-            redacted
-            if isinstance(redacted, dict)
-            else {"redacted": f"redact returned {type(redacted).__name__}, not a dict"}
-        )
+            return hide_words(self._redact, text, self._hidden(states, of_flow))
+        except Exception:  # A class of the user's that cannot be shown.
+            return HIDDEN
+
+    def redact_question(self, text: str, states: Iterable[Any] = (), *, of_flow: bool = False) -> str:
+        """Return the text of a question, in which ``redact`` can change what it does not raise for.
+
+        A person has to read it: unlike a message, it is not hidden as a whole.
+        """
+        if self._redact is None:
+            return text
+        try:
+            text = without(text, self._hidden(states, of_flow))
+        except Exception:  # As above.
+            return HIDDEN
+        shown = hide_state(self._redact, {"message": text}).get("message")
+        return shown if isinstance(shown, str) else text
+
+    def redact_foreign(self, text: str) -> str:
+        """Return the message of code around steps, which may quote anything: nothing of it is shown."""
+        return text if self._redact is None else HIDDEN
+
+    def _hidden(self, states: Iterable[Any], of_flow: bool) -> frozenset[str]:
+        assert self._redact is not None
+        words = removed_values(self._redact, states)
+        return forms_to_hide(words | self._seen if of_flow else words)
+
+    def note_seen(self, state: BaseModel) -> None:
+        """Remember what ``redact`` removes from a state that the body of a flow sees."""
+        if self._redact is not None and len(self._seen) <= MAX_WORDS:
+            self._seen |= removed_values(self._redact, [schema_of(type(state)).state(state)])
 
     def note_secrets(self, state: Any) -> None:
         """Remember the secrets in a state, to mask them in messages."""
@@ -106,14 +148,26 @@ class Redactor:
             else:
                 self.note_secrets((row.input_state, row.output_state))
 
-    def error_text(self, error: BaseException, snapshot: Any = ()) -> str:
-        """Return an exception as ``Type: message`` without secrets of the run, its context and a state."""
+    def error_text(
+        self, error: BaseException, snapshot: Any = (), states: Iterable[Any] | None = None
+    ) -> str:
+        """Return an exception as ``Type: message`` without secrets of the run, its context and a state.
+
+        ``states``: those that it may quote; None if it may quote any.
+        """
         self.note_attempt(snapshot)
         self.secrets.note_error(error)
-        return self.mask(typed(kind_of(error), message_of(error)))
+        message = self.mask(message_of(error))
+        message = self.redact_foreign(message) if states is None else self.redact_message(message, states)
+        return typed(kind_of(error), message)
 
     def mask_error(self, error: BaseException, values: Any = ()) -> BaseException:
-        """Return an exception for a log, without secrets of the run, its context and some values."""
+        """Return an exception of the user's code for a log, without secrets of the run and some values.
+
+        With a ``redact`` nothing of the message is shown: it may quote any state, and any other message.
+        """
+        if self._redact is not None and not isinstance_by_type(error, StoreError):
+            return stand_in_of(error, HIDDEN)
         self.note_context()
         self.note_secrets(values)
         self.secrets.note_error(error)
@@ -137,29 +191,6 @@ class Redactor:
             self.secrets.note(error.raw, error.schema)
         message = self.mask(failure.message)
         return failure if message == failure.message else replace(failure, message=message)
-
-    def failure_message(self, message: str, row: AttemptRow) -> str:
-        """Return the message of a failed attempt without what ``redact`` removes from its states."""
-        if self._redact is None:
-            return message
-        try:
-            return self._trace.redacted_message(message, row, self._redact)
-        except Exception:  # A class of the user's that cannot be shown.
-            return HIDDEN
-
-    def run_failure(self, failure: Failure) -> Failure:
-        """Return the failure of the run without what ``redact`` removes from the states of its attempts."""
-        if self._redact is None:
-            return failure
-        message = HIDDEN  # Of a returned run: its states are not in the trace.
-        if self._trace.rows:
-            with suppress(Exception):  # A class of the user's that cannot be shown.
-                message = hide_words(self._redact, failure.message, self._trace._hidden(self._redact))
-        return replace(failure, message=message)
-
-    def log_text(self, failure: Failure, row: AttemptRow) -> str:
-        """Return a failed attempt as a log line shows it: ``Type: message``, in one line."""
-        return one_line(typed(kind_of(failure.exception), self.failure_message(failure.message, row)))
 
     def redact_error(self, error: BaseException) -> BaseException:
         """Return an exception as hooks may see it: a violation has the state that broke the contract."""

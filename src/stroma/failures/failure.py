@@ -44,8 +44,9 @@ class Failure:
         failure_class: its one class.
         node_id: the node that failed.
         attempt: 1-based.
-        message: ``str(exception)``, or the type's name where that is empty or raises. ``str(failure)`` is for
-            people, and has the type in front.
+        message: ``str(exception)``, or the type's name where that is empty or raises; without secrets, and
+            without the values that ``RunConfig.redact`` removes from states. Journals, logs, traces and
+            exporters have this message. ``str(failure)`` is for people, and has the type in front.
         reason: a stable word for the cause, such as "rate_limit" or "contract"; None if unknown.
         retry_after_seconds: the wait that a server asked for.
         inner: the failure of the node inside that stopped a group; None for a node.

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Final, Literal, Self
 
 from stroma.engine.emitted import attempt_id_of
-from stroma.engine.execution import RunningNode, current_node, current_run
+from stroma.engine.execution import RunningNode, current_node
 from stroma.failures.classes import FailureClass
 from stroma.hooks.sets import MapProgress, NodeHooks
 from stroma.trace.events import TraceEvent
@@ -308,10 +308,8 @@ def event_hooks(
     calls = _EventHooks(hub, with_trace)
 
     async def run_end(run_id: str, result: ExecutionResult) -> None:
-        run = current_run()
-        if on_end is not None and run is not None:
-            failure = result.failure
-            on_end(result if failure is None else replace(result, failure=run.redactor.run_failure(failure)))
+        if on_end is not None:
+            on_end(result)
 
     return _HubHooks(
         hub=hub,
@@ -382,7 +380,6 @@ class _EventHooks:
         details["duration_ms"] = node.duration_ms
         if row.failure is not None and row.outcome == "failure":
             failure_class, message, reason = row.failure[:3]
-            message = redactor.failure_message(message, row)
             details["failure"] = describe_failure(failure_class, message, reason)
         end: dict[str, Any] = {"details": details}
         end["attempt_id"] = None if node.redelivered else attempt_id_of(node)

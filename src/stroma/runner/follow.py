@@ -11,13 +11,11 @@ from dataclasses import asdict
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
-from stroma._utils.hiding import HIDDEN
 from stroma._utils.logs import get_logger
 from stroma.checkpoint import CheckpointNotFound, Session
 from stroma.checkpoint.decisions import UNFINISHED
 from stroma.checkpoint.entries import Finished
 from stroma.checkpoint.events import EventPage, EventPlace
-from stroma.checkpoint.history import History
 from stroma.checkpoint.records import Cause, RunRecord
 from stroma.checkpoint.sessions import NULL_SESSION
 from stroma.engine.config import RunConfig
@@ -214,12 +212,9 @@ async def _describe_end(stored: StoredRuns, record: RunRecord, redact: Redact | 
     }
     if record.status in _FAILED:
         reason = Finished(record.status, record.error).reason
-        record = await asyncio.to_thread(History(stored.store, redact).redact_run, record)
         cause = record.cause
         if reason is not None or cause is None:
-            # A flow may have raised it, with values of any of its calls.
-            message = record.error if redact is None or reason is not None else HIDDEN
-            cause = Cause("", 0, "", 0, "TERMINAL", reason, message)
+            cause = Cause("", 0, "", 0, "TERMINAL", reason, record.error)
         details["failure"] = describe_failure(cause.failure_class, cause.message, cause.reason)
     return details
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from time import monotonic, perf_counter_ns
 from typing import Any, Final, cast
@@ -226,7 +227,9 @@ class MapRun:
         problem = {"type": "item", "loc": (), "msg": why, "input": item.value}
         violation = ContractViolation(self._child.node_id, "input", raw, [problem])
         failure = Failure(violation, FailureClass.TERMINAL, self._child.node_id, 0, str(violation))
-        await self._handle_halt(item, Halt(self._ctx.redactor.mask_failure(failure, ())))
+        failure = self._ctx.redactor.mask_failure(failure, ())
+        message = self._ctx.redactor.redact_message(failure.message)
+        await self._handle_halt(item, Halt(replace(failure, message=message)))
 
     # ------------------------------------------------------------------ items
 
@@ -301,9 +304,9 @@ class MapRun:
             raise_if(cancelled)
         if ctx.fire.delivers:
             ctx.session.delivered(row)
-        # The log of the attempt shows the message; here is no state by which redact could hide parts of it.
-        why = one_line(str(failure)) if ctx.config.redact is None else failure.failure_class
-        ctx.run_logger.info("item %d of %r failed and is skipped: %s", item.index, execution.node_id, why)
+        ctx.run_logger.info(
+            "item %d of %r failed and is skipped: %s", item.index, execution.node_id, one_line(str(failure))
+        )
         await self._add_failure(item_failure)
 
     async def _add_failure(self, item_failure: ItemFailure, *, restored: bool = False) -> None:

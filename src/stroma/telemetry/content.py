@@ -16,11 +16,9 @@ from pydantic import BaseModel
 
 from stroma._utils.secrets import names_of_field
 from stroma._utils.text import visible
-from stroma.contracts.contract import ContractViolation
 from stroma.contracts.schema import schema_of
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.redaction import UnreadState
-from stroma.failures.failure import message_of
 from stroma.trace.plain import jsonable
 
 #: Names whose values are never sent: those that end with the words of one of these (`openai_api_key`,
@@ -240,19 +238,12 @@ class Content:
             return ""
         return _dump(_DataWriter(self, self.max_bytes)._data(masked, 0)[::-1])
 
-    def message(self, run: ReliabilityContext, error: BaseException | str) -> str | None:
-        """Return the message of an exception; None in mode "none"."""
-        if self.mode == "none":
+    def message(self, text: str | None) -> str | None:
+        """Return the message of a failure, which was redacted when it was recorded; None in mode "none"."""
+        if self.mode == "none" or text is None:
             return None
-        run.redactor.note_context()
-        if isinstance(error, ContractViolation) and isinstance(error.raw, dict):
-            run.redactor.note_secrets(error.raw)  # Of an input that nobody was shown.
-        text = error if isinstance(error, str) else message_of(error)
         room = self.max_bytes + _SLACK
-        has_more = len(text) > room
-        text = run.redactor.mask(text[:room])
-        shown = run.redactor.redact_state({"message": text}).get("message")
-        return self.cut(visible(shown) if isinstance(shown, str) else _REDACTED, has_more=has_more)
+        return self.cut(visible(text[:room]), has_more=len(text) > room)
 
     def cut(self, text: str, *, has_more: bool = False) -> str:
         """Return at most ``max_bytes`` of a text, with a mark that says how long it was.

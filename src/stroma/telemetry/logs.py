@@ -197,7 +197,7 @@ class _Logs(Observer):
             "error_type": type_name(ended.error),
             "reason": ended.reason,
         }
-        message = self._content.message(run, ended.error)
+        message = self._content.message(ended.message)
         return fields if message is None else {**fields, "error_message": message}
 
 

@@ -47,6 +47,7 @@ class AttemptEnd(NamedTuple):
     failure_class: FailureClass | None = None
     output: dict[str, Any] | None = None
     reason: str | None = None
+    message: str | None = None  # As the journal has it.
 
     @property
     def class_name(self) -> str:
@@ -58,7 +59,9 @@ class AttemptEnd(NamedTuple):
         failed = result.failure
         if failed is None or result.status not in (RunStatus.FAILED, RunStatus.PARTIAL):
             return None
-        return cls("failure", failed.exception, failed.failure_class, reason=failed.reason)
+        return cls(
+            "failure", failed.exception, failed.failure_class, reason=failed.reason, message=failed.message
+        )
 
 
 #: The end of a node whose retry does not follow: its last failure was not final.
@@ -360,8 +363,12 @@ class Observer:
         self, _run_id: str, _node_id: str, exc: Exception, failure_class: FailureClass
     ) -> None:
         node = running_node()
-        reason = None if node is None else node.reason
-        self._ended("on_node_failure", AttemptEnd("failure", exc, failure_class, reason=reason))
+        row = None if node is None else node.ended
+        _, message, reason, _ = (
+            (None, None, None, None) if row is None or row.failure is None else row.failure
+        )
+        ended = AttemptEnd("failure", exc, failure_class, reason=reason, message=message)
+        self._ended("on_node_failure", ended)
 
     async def _node_cancelled(self, _run_id: str, _node_id: str) -> None:
         self._ended("on_node_cancelled", AttemptEnd("cancelled"))

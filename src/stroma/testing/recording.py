@@ -11,13 +11,13 @@ from typing import Annotated, Any, Final
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from stroma.checkpoint import CheckpointNotFound, Committed
-from stroma.checkpoint.history import History
+from stroma.checkpoint.history.redaction import redact_value
 from stroma.checkpoint.records import PICO, AttemptRecord
 from stroma.contracts.schema import Schema
 from stroma.failures.classes import FailureClass
 from stroma.trace.events import FAILED_ITEM
 from stroma.trace.plain import jsonable
-from stroma.trace.redaction import Redact, hidden_values, hide_words
+from stroma.trace.redaction import Redact
 
 _SCHEMA: Final = "stroma.recorded-run/1"
 
@@ -107,9 +107,8 @@ class RecordedRun(_Recorded):
     def read(cls, store: Any, run_id: str, *, redact: Redact | None = None) -> RecordedRun:
         """Read a run from a journal store; blocking.
 
-        ``redact``: see RunConfig; applied to every state and every message. A value that it removes from a
-        state is removed from messages, too. Raises CheckpointNotFound if there is no such run,
-        CorruptCheckpoint for a damaged output, StoreError.
+        ``redact``: see RunConfig; applied to every state. Messages were redacted when they were recorded.
+        Raises CheckpointNotFound if there is no such run, CorruptCheckpoint for a damaged output, StoreError.
         """
         record = store.get_run(run_id)
         if record is None:
@@ -128,31 +127,14 @@ class RecordedRun(_Recorded):
 
     def redacted(self, redact: Redact) -> RecordedRun:
         """Return the run without what ``redact`` removes from states."""
-        no_store: Any = None
-        hide = History(no_store, redact).redact_state
-        pairs: list[tuple[Any, Any]] = []
 
         def hidden(data: bytes | None) -> bytes | None:
-            if data is None:
-                return None
-            raw = jsonable(Schema.decode_raw(data))
-            redacted_state = hide(raw)
-            pairs.append((raw, redacted_state))
-            return data if redacted_state == raw else json.dumps(redacted_state).encode()
+            raw = None if data is None else jsonable(Schema.decode_raw(data))
+            shown = redact_value(redact, raw)
+            return data if data is None or shown == raw else json.dumps(shown).encode()
 
-        redacted_input = hidden(self.input)
-        outputs = [hidden(one.output) for one in self.attempts]
-        values = hidden_values(pairs)
-
-        def masked(message: str | None) -> str | None:
-            return None if message is None else hide_words(redact, message, values)
-
-        attempts = [
-            one.model_copy(update={"output": output, "message": masked(one.message)})
-            for one, output in zip(self.attempts, outputs, strict=True)
-        ]
-        changed = {"input": redacted_input, "error": masked(self.error), "attempts": tuple(attempts)}
-        return self.model_copy(update=changed)
+        attempts = [one.model_copy(update={"output": hidden(one.output)}) for one in self.attempts]
+        return self.model_copy(update={"input": hidden(self.input), "attempts": tuple(attempts)})
 
     # ------------------------------------------------------------------ files
 

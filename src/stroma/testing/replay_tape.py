@@ -78,8 +78,6 @@ class Tape(Interceptor):
     nodes: Sequence[Node | Group]
     registry: ContractRegistry
     first_called: int
-    #: Error of the recorded run, redacted.
-    error: str | None
     #: Recorded position by current position; None for a new node.
     then: dict[int, int | None] = field(default_factory=dict)
     places: dict[tuple[int, str], list[RecordedAttempt]] = field(default_factory=dict)
@@ -172,7 +170,7 @@ class Tape(Interceptor):
             elif self.recorded.status in ENDED:
                 if _reached(self.recorded, self.then[run.position]):
                     self._stop(run, "decision", "it is called, where the run had not called it")
-                why = f": {self.error}" if self.error else ""
+                why = f": {self.recorded.error}" if self.recorded.error else ""
                 self._stop(
                     run, "decision", f"it is called, where the run had stopped as {self.recorded.status}{why}"
                 )

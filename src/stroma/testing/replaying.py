@@ -12,7 +12,8 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict
 
 from stroma.checkpoint import AsyncInMemoryStore, CheckpointManager
-from stroma.checkpoint.history import Change, History, NodeDiff, Payload, compare
+from stroma.checkpoint.history import Change, NodeDiff, Payload, compare
+from stroma.checkpoint.history.redaction import redact_value
 from stroma.checkpoint.records import AttemptRecord
 from stroma.contracts.contract import ContractRegistry, as_violation
 from stroma.contracts.node import Group, Node, find_node
@@ -103,8 +104,7 @@ async def replay(
     runner = runner or StromaRunner(ContractRegistry(), CheckpointManager(AsyncInMemoryStore()))
     first = _position(records, start_at)
     redact = runner._config_of(pipeline).redact
-    error_text = recorded.error if redact is None else recorded.redacted(redact).error
-    tape = Tape(recorded, records, runner.registry, first, error_text)
+    tape = Tape(recorded, records, runner.registry, first)
     if state is not None and first != 0 and start_at is not None:
         tape.edit(first - 1, state)
     initial = state if state is not None and (start_at is None or first == 0) else None
@@ -211,11 +211,9 @@ def _compare_attempts(
     tape: Tape, attempts: list[AttemptRecord], *, edited: bool, redact: Redact | None
 ) -> list[Difference]:
     """Return the differences at places that both runs have."""
-    no_store: Any = None
-    history = History(no_store, redact)
 
     def payload(one: AttemptRecord) -> Payload:
-        return Payload(history.redact_state(_payload(one).value))
+        return Payload(redact_value(redact, _payload(one).value))
 
     def text(pair: NodeDiff) -> str:
         if redact is None:
@@ -238,7 +236,7 @@ def _compare_attempts(
         at = f"{last.position}.{last.branch}" if last.branch else str(last.position)
         if edited and last.position in tape.edited:
             continue
-        differences.append(_difference(pair, at, text(pair), hidden=redact is not None))
+        differences.append(_difference(pair, at, text(pair)))
     return differences
 
 
@@ -262,13 +260,12 @@ def _change(change: Change) -> str:
     return f"{change.path} is gone: {a}" if change.kind == "removed" else f"{change.path}: {a} -> {b}"
 
 
-def _difference(pair: NodeDiff, at: str, text: str, *, hidden: bool) -> Difference:
+def _difference(pair: NodeDiff, at: str, text: str) -> Difference:
     assert pair.a is not None
     assert pair.b is not None
     then, last = pair.a[-1], pair.b[-1]
     kind: Kind = "decision" if pair.facts else "output"
     if "contract" in (then.reason, last.reason) and then.reason != last.reason:
         kind = "contract"
-        broken = without_values(last.message or "") if hidden else last.message
-        text = f"{broken}" if last.reason == "contract" else f"it breaks its contract no more; {text}"
+        text = f"{last.message}" if last.reason == "contract" else f"it breaks its contract no more; {text}"
     return Difference(kind, at, last.node_id, text)

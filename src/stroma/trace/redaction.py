@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
-from stroma._utils.hiding import HIDDEN, SHORTEST, forms_of, without
+from stroma._utils.hiding import HIDDEN, forms_of, without
+from stroma._utils.secrets import MASK
+from stroma.contracts.copying import isolate
+from stroma.trace.plain import jsonable
 
 if TYPE_CHECKING:
     from stroma.trace.rejected import RejectedOutput
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 Redact = Callable[[dict[str, Any]], dict[str, Any]]
 
-_MOST_WORDS: Final = (
+MAX_WORDS: Final = (
     10_000  # values that are looked for in messages; where more are hidden, so is every message
 )
 _MOST_BYTES: Final = 2_000_000  # of a rejected output that was redacted
@@ -28,14 +30,21 @@ _PROBE: Final = "a value"
 
 
 def hide_state(redact: Redact | None, state: Any) -> Any:
-    """Plain data as ``redact`` lets it be seen; where that raises, a word in its place."""
+    """Return a state as ``redact`` lets it be seen; a word in its place where that raises.
+
+    Nothing else calls ``redact``, which gets a copy that it may change.
+    """
     if redact is None:
         return state
     try:
-        shown = redact(state if isinstance(state, dict) else {"value": state})
-        return shown if isinstance(state, dict) else shown["value"]
-    except Exception as error:
+        shown: Any = redact(isolate(state if isinstance(state, dict) else {"value": state}))
+        if isinstance(shown, dict):
+            return shown if isinstance(state, dict) else shown["value"]
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
         return {"redacted": f"redact raised {type(error).__name__}"}
+    return {"redacted": f"redact returned {type(shown).__name__}, not a dict"}
 
 
 def hide_rejected(redact: Redact | None, rejected: RejectedOutput) -> RejectedOutput:
@@ -47,16 +56,15 @@ def hide_rejected(redact: Redact | None, rejected: RejectedOutput) -> RejectedOu
         return rejected
     from stroma._utils.bounded_copy import BoundedCopy  # Few runs have one.
 
-    value = json.loads(json.dumps(rejected.value))  # redact may change what it gets.
-    shown: Any = None
+    value = rejected.value
     if isinstance(value, str) and not _may_show(redact, value):
-        shown = HIDDEN
+        shown: Any = HIDDEN
     else:
         shown = hide_state(redact, value)
     # What redact returns can be anything.
     copy = BoundedCopy(_MOST_BYTES)
     shown = copy.copy(shown)
-    hidden = hidden_values([(rejected.value, shown)])
+    hidden = forms_to_hide(_removed(value, shown))
     complaints = tuple(
         one._replace(
             path=tuple(part if isinstance(part, int) else without(part, hidden) for part in one.path),
@@ -72,17 +80,23 @@ def _may_show(redact: Redact, text: str) -> bool:
     names = dict.fromkeys(islice(_NAME.findall(text), _MOST_NAMES + 1), _PROBE)
     if len(names) > _MOST_NAMES:
         return False
-    try:
-        shown = redact(dict(names))
-        return all(shown[name] == _PROBE for name in names)
-    except Exception:
-        return not names
+    shown = hide_state(redact, names)
+    return all(shown.get(name) == _PROBE for name in names)
 
 
-def hidden_values(states: Iterable[tuple[Any, Any]]) -> frozenset[str]:
-    """Return the texts redacted from plain states, passed as (before, after); {""} if they are too many."""
-    words: set[str] = set().union(*(_values(before) - _values(after) for before, after in states))
-    if len(words) > _MOST_WORDS:
+def removed_values(redact: Redact, states: Iterable[Any]) -> set[str]:
+    """Return the values that ``redact`` removes from states, and the keys of dicts in them, as texts."""
+    words: set[str] = set()
+    for state in states:
+        words |= _removed(jsonable(state), jsonable(hide_state(redact, state)))
+        if len(words) > MAX_WORDS:
+            break
+    return words
+
+
+def forms_to_hide(words: Collection[str]) -> frozenset[str]:
+    """Return the texts that :func:`hide_words` removes; only "", which hides all, for too many words."""
+    if len(words) > MAX_WORDS:
         return frozenset([""])
     return frozenset(form for word in words for form in forms_of(word))
 
@@ -100,27 +114,27 @@ def hide_words(redact: Redact | None, text: str, hidden: Iterable[str]) -> str:
     paths = without_values(text)
     if paths != text:
         return paths
-    try:
-        shown = redact({"message": without(text, hidden)})["message"]
-    except Exception:
-        return HIDDEN
+    shown = hide_state(redact, {"message": without(text, hidden)}).get("message")
     return shown if isinstance(shown, str) else HIDDEN
 
 
-def _values(state: Any) -> set[str]:
-    """Return the plain values in a state as texts."""
-    words: set[str] = set()
-    rest = [state]
+def _removed(before: Any, after: Any) -> set[str]:
+    return {word for word, _ in _words(before) - _words(after)} - {"", MASK}
+
+
+def _words(state: Any) -> set[tuple[str, bool]]:
+    """Return the plain values in a state as texts, and, marked as such, the keys of dicts inside it."""
+    words: set[tuple[str, bool]] = set()
+    rest = [*state.values()] if isinstance(state, dict) else [state]
     while rest:
         value = rest.pop()
         if isinstance(value, dict):
+            words.update((key, True) for key in value)  # They may be data: a dict by address, say.
             rest += value.values()
         elif isinstance(value, (list, tuple)):
             rest += value
         elif value is not None and not isinstance(value, bool):
-            word = str(value)
-            if len(word) >= SHORTEST:
-                words.add(word)
+            words.add((str(value), False))
     return words
 
 

@@ -108,7 +108,7 @@ class ExecutionResult(Shown, Generic[StateT]):
     ``total`` (``tokens`` and ``cost_usd``), ``failure`` (null, or ``type``, ``message``, ``failure_class``,
     ``node_id``, ``attempt``, ``reason``, ``retry_after_seconds``), ``unpriced_models``, ``suspended``,
     ``failed_items`` and ``questions``; without the trace and errors of hooks. The message is the exception's
-    own text.
+    own text, without secrets and values that ``redact`` removes.
 
     Attributes:
         run_id: id of the run.

@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any, cast
 from stroma._utils.text import typed
 from stroma.contracts.copying import Snapshot, isolate
 from stroma.contracts.schema import Schema
-from stroma.trace.redaction import Redact, Shown, hidden_values, hide_rejected, hide_state, hide_words
+from stroma.trace.redaction import (
+    Redact,
+    Shown,
+    forms_to_hide,
+    hide_rejected,
+    hide_state,
+    hide_words,
+    removed_values,
+)
 
 if TYPE_CHECKING:
     from stroma.trace.rejected import RecentOutputs, RejectedOutput
@@ -100,8 +108,8 @@ class ExecutionTrace(Shown):
             run_id=self.run_id,
             attempt=row.attempt,
             timestamp_utc=datetime.fromtimestamp(seconds, UTC).replace(microsecond=ns // 1000),
-            input_state=_thaw(schemas and schemas[0], row.input) or {},
-            output_state=_thaw(schemas and schemas[1], row.output),
+            input_state=thaw(schemas and schemas[0], row.input) or {},
+            output_state=thaw(schemas and schemas[1], row.output),
             duration_ms=row.duration_ns // 1_000_000,
             failure=failure,
             failure_message=message,
@@ -222,20 +230,7 @@ class ExecutionTrace(Shown):
 
     def _hidden(self, redact: Redact | None) -> frozenset[str]:
         """Return the texts that ``redact`` removes from the states."""
-        if redact is None:
-            return frozenset()
-        return _hidden_in(redact, self.walk())
-
-    def redacted_message(self, message: str, row: AttemptRow, redact: Redact) -> str:
-        """Return the message of a failed attempt without the texts that ``redact`` removes from its states.
-
-        A group has the message of the attempt inside that failed it, and the states of that one count as
-        well.
-        """
-        events = [
-            one if isinstance(one, TraceEvent) else self.event_of(one) for one in _sources_of(row, message)
-        ]
-        return hide_words(redact, message, _hidden_in(redact, events))
+        return frozenset() if redact is None else forms_to_hide(removed_values(redact, states_of(self.rows)))
 
     def diff(self, other: ExecutionTrace) -> list[str]:
         """Return the differences of two traces: order, repeats, attempts, states and failures."""
@@ -253,30 +248,27 @@ class ExecutionTrace(Shown):
         return lines
 
 
-def _sources_of(row: AttemptRow | TraceEvent, message: str) -> Iterator[AttemptRow | TraceEvent]:
-    """Yield a failed attempt, and those inside that it has its message of."""
-    source: AttemptRow | TraceEvent | None = row
-    while source is not None:
-        yield source
-        inside = reversed(source.children or ())
-        source = next((one for one in inside if _message_of(one) == message), None)
-
-
-def _message_of(row: AttemptRow | TraceEvent) -> str | None:
-    if isinstance(row, TraceEvent):
-        return row.failure_message
-    return None if row.failure is None else row.failure.message
+def states_of(rows: Iterable[AttemptRow | TraceEvent]) -> Iterator[dict[str, Any]]:
+    """Yield the inputs and outputs of attempts, and of those inside them."""
+    stack = list(rows)
+    while stack:
+        row = stack.pop()
+        if isinstance(row, TraceEvent):
+            states = (row.input_state, row.output_state)
+        else:
+            schemas = row.schemas
+            states = (
+                thaw(schemas and schemas[0], row.input) or {},
+                thaw(schemas and schemas[1], row.output),
+            )
+        yield from (state for state in states if state is not None)
+        stack.extend(row.children or ())
 
 
 def _started_ns(row: AttemptRow | TraceEvent) -> int:
     if isinstance(row, TraceEvent):
         return int(row.timestamp_utc.timestamp() * 1_000_000) * 1000
     return row.started_ns
-
-
-def _hidden_in(redact: Redact | None, events: Iterable[TraceEvent]) -> frozenset[str]:
-    states = [s for event in events for s in (event.input_state, event.output_state) if s is not None]
-    return hidden_values((jsonable(s), jsonable(hide_state(redact, s))) for s in states)
 
 
 def _bar(
@@ -349,7 +341,8 @@ def _copy_event(event: TraceEvent, with_states: bool) -> TraceEvent:
     )
 
 
-def _thaw(schema: Schema | None, snapshot: Snapshot | None) -> dict[str, Any] | None:
+def thaw(schema: Schema | None, snapshot: Snapshot | None) -> dict[str, Any] | None:
+    """Return the state in a snapshot as a new dict."""
     if snapshot is None:
         return None
     if isinstance(snapshot, dict):

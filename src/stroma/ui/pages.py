@@ -284,7 +284,7 @@ class Pages:
         runs = [one for one in newest if one.started_ms >= since_ms]
         queued = sum(one.status == QUEUED for one in newest)
         suspended = [one for one in newest if one.status == "SUSPENDED"]
-        held = [self._history.redact_run(one) for one in suspended[:_MAX_HELD]]
+        held = suspended[:_MAX_HELD]
         marks = [one.blocked.since_ms for one in newest if one.blocked is not None]
         failed = []
         if any(one.status in FAILED for one in runs):

@@ -8,23 +8,21 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
-from stroma._utils.hiding import HIDDEN
 from stroma._utils.text import clean
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.entries import Intent, Waiting
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
 from stroma.checkpoint.history.bars import bar_of, failed_input, in_order, wait_bars
 from stroma.checkpoint.history.redaction import (
-    MessageRedaction,
     Payload,
     decode_payload,
     redact_value,
     too_large,
 )
 from stroma.checkpoint.history.run_graph import RunGraph
-from stroma.checkpoint.identity import is_called, place_before, with_outer
+from stroma.checkpoint.identity import is_called, place_before
 from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunPage, RunQuery, RunRecord
 from stroma.contracts.schema import has_secrets
 from stroma.trace.events import place_text
@@ -41,8 +39,6 @@ _MAX_STATES_BYTES: Final = 20_000_000  # of all states in a drawing of a run
 _ATTEMPT_PAGE_SIZE: Final = 5000
 _NOT_COMMITTED: Final = "nothing is committed here"
 
-#: The id of a group that is a sequence, or has one inside.
-_HAS_SEQUENCE: Final = re.compile(r"\[.*\]$|(map_over|parallel)\(.*\[")
 #: The id of a map, with the name of the field that holds its items.
 _MAP: Final = re.compile(r"map_over\((.+?), ")
 
@@ -67,7 +63,8 @@ class History:
     """Reads one store. Every method raises StoreError.
 
     Attributes:
-        redact: see RunConfig; applied to every state and message that is returned.
+        redact: see RunConfig; applied to every state that is returned. Messages were redacted when they were
+            recorded.
     """
 
     store: AsyncStates
@@ -77,8 +74,7 @@ class History:
 
     def run(self, run_id: str) -> RunRecord | None:
         """Return the last execution of a run, or None. Raises ValueError for an illegal id."""
-        record = self.store.get_run(run_id)
-        return None if record is None else self.redact_run(record)
+        return self.store.get_run(run_id)
 
     def page(self, query: RunQuery, limit: int, after: str | None = None) -> RunPage:
         """Return a page of the runs that match a query; its statuses are those of :func:`status_of`.
@@ -89,16 +85,7 @@ class History:
         if "INTERRUPTED" in statuses:
             query = replace(query, statuses=(*statuses, "RUNNING"))
         page = self.store.run_page(query, limit=limit, after=after)
-        runs = [self.redact_run(one) for one in page.runs if not statuses or status_of(one) in statuses]
-        if self.redact is not None and query.text is not None:
-            # Search redacted text only: otherwise hidden values could be guessed by searching for them.
-            part = query.text.lower()
-            runs = [
-                one
-                for one in runs
-                if any(part in text.lower() for text in (one.run_id, one.pipeline, one.error or ""))
-            ]
-        return RunPage(runs, page.next)
+        return RunPage([one for one in page.runs if not statuses or status_of(one) in statuses], page.next)
 
     def runs(self, query: RunQuery, limit: int) -> list[RunRecord]:
         """Return at most ``limit`` runs that match a query, the newest first."""
@@ -114,16 +101,7 @@ class History:
 
     def waiting(self, run_id: str) -> list[Waiting]:
         """Return the approvals that nodes of the last execution wait for, or waited for; [] if unknown."""
-        redaction = self._redaction_of(run_id)
-
-        def redacted(one: Waiting) -> Waiting:
-            at, effect = (one.position, one.branch), one.effect
-            if effect is not None:
-                effect = effect._replace(cause=redaction.message(effect.cause, *at) or "")
-            reason = redaction.code(one.reason, *at) if effect else redaction.message(one.reason, *at)
-            return one._replace(reason=reason or "", effect=effect)
-
-        return [redacted(one) for one in self.store.waiting(run_id)]
+        return self.store.waiting(run_id)
 
     def flow_waits(
         self, record: RunRecord, attempts: Sequence[AttemptRecord], waiting: Sequence[Waiting] | None = None
@@ -145,8 +123,7 @@ class History:
 
     def attempt_page(self, run_id: str, limit: int, after: str | None = None) -> AttemptPage:
         """Return a page of the attempts of the last execution; see the method of the store."""
-        page = self.store.attempt_page(run_id, limit=limit, after=after)
-        return AttemptPage(self.redact_attempts(run_id, page.attempts), page.next)
+        return self.store.attempt_page(run_id, limit=limit, after=after)
 
     def attempts(self, run_id: str, limit: int) -> tuple[list[AttemptRecord], bool]:
         """Return the first attempts of the last execution, without outputs, and True if there are more."""
@@ -162,7 +139,7 @@ class History:
 
     def attempts_at(self, run_id: str, position: int, branch: str = "") -> list[AttemptRecord]:
         """Return each attempt of the last execution at one place, without outputs; [] if unknown."""
-        return self.redact_attempts(run_id, self.store.attempts_at(run_id, position, branch))
+        return self.store.attempts_at(run_id, position, branch)
 
     def run_graph(self, pipeline: str, max_runs: int | None = None) -> RunGraph:
         """Return the graph of the recorded runs of a pipeline, or of the newest ``max_runs``."""
@@ -182,59 +159,6 @@ class History:
             after = page.next
             if after is None:
                 return graph
-
-    # ------------------------------------------------------------------ redaction
-
-    def redact_run(self, record: RunRecord) -> RunRecord:
-        """Return a run with redacted messages."""
-        if self.redact is None or (record.error is None and record.cause is None and record.blocked is None):
-            return record
-        redaction, cause = self._redaction_of(record.run_id), record.cause
-        at = (0, "") if cause is None else (cause.position, cause.branch)
-        if cause is not None:
-            cause = cause._replace(
-                message=redaction.message(cause.message, *at), reason=redaction.code(cause.reason, *at)
-            )
-        # It may have the input of any call, and it is unknown what is hidden in that.
-        blocked = None if record.blocked is None else record.blocked._replace(message=HIDDEN)
-        return replace(record, error=redaction.message(record.error, *at), cause=cause, blocked=blocked)
-
-    def redact_attempts(self, run_id: str, attempts: list[AttemptRecord]) -> list[AttemptRecord]:
-        """Return attempts of one run with redacted messages."""
-        if self.redact is None:
-            return attempts
-        redaction, sources = self._redaction_of(run_id), _sources_of(attempts)
-        redacted: list[AttemptRecord] = []
-        for one in attempts:
-            if one.message is not None or one.reason is not None:
-                branch = self._source_of(run_id, one, sources)
-                message = HIDDEN if branch is None else redaction.message(one.message, one.position, branch)
-                reason = redaction.code(one.reason, one.position, branch or one.branch)
-                one = replace(one, message=message, reason=reason)
-            redacted.append(one)
-        return redacted
-
-    def _source_of(
-        self, run_id: str, attempt: AttemptRecord, sources: Mapping[tuple[int, str, str | None], str]
-    ) -> str | None:
-        """Return the branch of the attempt that raised the message of this one; None if it is not known."""
-        if attempt.message is None:
-            return attempt.branch
-        branch = sources[attempt.position, attempt.branch, attempt.message]
-        if branch != attempt.branch or not _HAS_SEQUENCE.match(attempt.node_id):
-            return branch
-        record = self.store.get_run(run_id)
-        cause = None if record is None else record.cause
-        if cause is None or (cause.position, cause.message) != (attempt.position, attempt.message):
-            return None
-        return cause.branch if attempt.branch in (*with_outer(cause.branch), "") else None
-
-    def redact_state(self, value: Any) -> Any:
-        """Return a redacted state; a note in its place if ``redact`` raises."""
-        return redact_value(self.redact, value)
-
-    def _redaction_of(self, run_id: str) -> MessageRedaction:
-        return MessageRedaction(self.store, self.redact, run_id)
 
     # ------------------------------------------------------------------ states
 
@@ -297,7 +221,7 @@ class History:
 
     def _decode(self, data: bytes, max_bytes: int | None = None) -> Payload:
         payload = decode_payload(data, max_bytes)
-        return payload if payload.problem is not None else Payload(self.redact_state(payload.value))
+        return payload if payload.problem is not None else Payload(redact_value(self.redact, payload.value))
 
     # ------------------------------------------------------------------ drawing
 
@@ -352,16 +276,6 @@ def story_of(
         box=_cause_box(record, resume_command),
         facts=facts,
     )
-
-
-def _sources_of(attempts: Iterable[AttemptRecord]) -> dict[tuple[int, str, str | None], str]:
-    """Return the branch of the innermost attempt with the same message, by position, branch and message."""
-    sources: dict[tuple[int, str, str | None], str] = {}
-    for one in attempts:
-        for outer in (*with_outer(one.branch), ""):
-            at = one.position, outer, one.message
-            sources[at] = max(sources.get(at, ""), one.branch, key=lambda branch: len([*with_outer(branch)]))
-    return sources
 
 
 def _cause_box(record: RunRecord, resume_command: str) -> StopCause | None:

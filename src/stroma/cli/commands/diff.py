@@ -39,13 +39,9 @@ def diff(
     Times and costs are shown, but do not count as differences.
     """
     database = Database.from_option(db)
-    records = database.find(a), database.find(b)
+    first, second = database.find(a), database.find(b)
     history = History(database.reader, load_redact(redact))
-    first, second = map(history.redact_run, records)
-    sides = [
-        history.redact_attempts(record.run_id, database.reader.attempts(record.run_id))
-        for record in (first, second)
-    ]
+    sides = [database.reader.attempts(record.run_id) for record in (first, second)]
     inputs = [history.input_at(record.run_id, 0) for record in (first, second)]
     nodes = compare(sides[0], sides[1], history.output_of)
     if node is not None:

@@ -42,7 +42,7 @@ def export(run_: str, form: str, path: str | None, states: bool, redact: str | N
     database = Database.from_option(db)
     record = database.find(run_)
     history = History(database.reader, load_redact(redact))
-    text = _text(history, database, history.redact_run(record), form, states)
+    text = _text(history, database, record, form, states)
     if path is None:
         out.write(text)
         return Code.OK

@@ -110,11 +110,10 @@ class RunReader:
         return diff_data(first, second, started, nodes, True)
 
     def _read(self, run: str) -> tuple[History, RunRecord, list[AttemptRecord]]:
-        """Return a run and its attempts, redacted. Raises Problem."""
-        stored = self._database.find(run)
+        """Return a run and its attempts. Raises Problem."""
+        record = self._database.find(run)
         history, reader = self._history, self._database.reader
-        record = history.redact_run(stored)
-        attempts = in_order(history.redact_attempts(record.run_id, reader.attempts(record.run_id)))
+        attempts = in_order(reader.attempts(record.run_id))
         return history, record, attempts
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from stroma._utils.text import clean, format_tokens, format_usd, pluralize
-from stroma.checkpoint.history import History
+from stroma.checkpoint.history.redaction import redact_value
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.memory.store import AsyncInMemoryStore
 from stroma.cli.commands.completion import complete_run
@@ -113,7 +113,6 @@ def _print_replay(outcome: Replay, start_at: str | None) -> None:
 def _data(outcome: Replay, pipeline: Pipeline) -> dict[str, Any]:
     state = outcome.result.final_state
     redact = None if pipeline.config is None else pipeline.config.redact
-    redacted = History(None, redact)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     return {
         "schema": "stroma.replay/1",
         "run_id": outcome.recorded.run_id,
@@ -128,5 +127,5 @@ def _data(outcome: Replay, pipeline: Pipeline) -> dict[str, Any]:
         "differences": [asdict(difference) for difference in outcome.differences],
         "final_state": None
         if state is None
-        else redacted.redact_state(jsonable(schema_of(type(state)).raw(state))),
+        else redact_value(redact, jsonable(schema_of(type(state)).raw(state))),
     }

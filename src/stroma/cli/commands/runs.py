@@ -14,7 +14,6 @@ from stroma.checkpoint.history import FAILED, History, is_interrupted, status_of
 from stroma.checkpoint.queue import QUEUED, BlockedMark
 from stroma.checkpoint.records import Cause, RunQuery, RunRecord
 from stroma.cli.formatting import SPAN, format_age, format_local_time, localize, style_status, to_iso
-from stroma.cli.loading import load_redact, redact_option
 from stroma.cli.output import Part, emit_fields, err, out, table
 from stroma.cli.stores import Database, db_option
 from stroma.failures.classes import FailureClass
@@ -119,7 +118,6 @@ def cause_data(cause: Cause) -> dict[str, Any]:
 @click.option("--node", metavar="NODE", help="Only runs with an attempt of this node that failed.")
 @click.option("--blocked", is_flag=True, help="Only runs that code could not continue.")
 @click.option("--search", "text", metavar="TEXT", help="Only runs with TEXT in their id, pipeline or error.")
-@redact_option
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.runs/1".')
 @db_option
 def runs(
@@ -127,7 +125,6 @@ def runs(
     failed: bool,
     statuses: tuple[str, ...],
     since: timedelta | None,
-    redact: str | None,
     as_json: bool,
     db: str | None,
     **options: Any,
@@ -147,7 +144,7 @@ def runs(
     store = database.reader
     records: list[RunRecord] = []
     if not database.is_empty:
-        records = History(store, load_redact(redact)).runs(query, limit)
+        records = History(store).runs(query, limit)
     _print(database, records, query, limit, as_json)
 
 

@@ -84,10 +84,9 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
     """
     view = _View(**options)
     database = Database.from_option(db)
-    stored = database.find(run_)
+    record = database.find(run_)
     history = History(database.reader, load_redact(redact))
-    record = history.redact_run(stored)
-    attempts = in_order(history.redact_attempts(record.run_id, database.reader.attempts(record.run_id)))
+    attempts = in_order(database.reader.attempts(record.run_id))
     waiting = history.waiting(record.run_id)
     selected = [one for one in attempts if view.selects(one.node_id, one.attempt)]
     if not selected and not view.selects_all:

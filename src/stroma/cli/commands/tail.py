@@ -189,7 +189,6 @@ class _Follower:
         if status == "RUNNING" or self._ended.get(run) == status:
             return
         self._ended[run] = status
-        record = self._history.redact_run(record)
         if self._json:
             self._emit("end", run=run_data(record))
             return

@@ -165,4 +165,5 @@ async def _drive(path: FlowPath, node: FlowNode, state: BaseModel) -> Any:
         first = min([first, *(one for one in driver.failures if one > driver.called_at)])
         driver.journal.discard_from(path.position, first, driver.records.last)
     driver.ctx.redactor.note_secrets(state)
+    driver.ctx.redactor.note_seen(state)
     return driver.endings.halt_of(error, node.node_id)

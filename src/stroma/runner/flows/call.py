@@ -154,6 +154,7 @@ class FlowCall:
             finally:
                 del outcome  # Its traceback references this frame.
         node = self.node
+        self.scope.ctx.redactor.note_seen(outcome)
         plan = node.plan[0] if type(node) is Node else None
         if plan is not None and type(outcome) is plan[1].model:
             plan[1].mark_shared(outcome)

@@ -160,6 +160,7 @@ async def _run_flow(path: FlowPath, node: FlowNode, state: BaseModel, identity: 
         child.is_over = True
     except Exception as error:
         ctx.redactor.note_secrets(state)
+        ctx.redactor.note_seen(state)
         failure = driver.endings.halt_of(error, node.node_id).failure
         names = error.path if isinstance(error, StepFailed) else (*path.names, failure.node_id)
         raise StepFailed(failure, names) from error

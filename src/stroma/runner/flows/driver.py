@@ -92,6 +92,7 @@ class FlowDriver(FlowWaits):
         if self.stopping is not None:
             await self.loop.create_future()
         call.requested_at = self.woken_by
+        self.ctx.redactor.note_seen(call.state)
         self.calls[call.branch] = call
         if call.topic is not None:
             self.look_at = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
 
@@ -116,7 +117,9 @@ class Endings:
 
     def halt(self, error: BaseException, node_id: str) -> Halt:
         """Return the end of a flow by an exception."""
-        return Halt(self._ctx.diagnose(error, node_id, 1))
+        failure = self._ctx.diagnose(error, node_id, 1)
+        message = self._ctx.redactor.redact_message(failure.message, of_flow=True)
+        return Halt(replace(failure, message=message))
 
     def halt_of(self, error: BaseException, node_id: str) -> Halt:
         """Return the end of a flow whose body raised."""

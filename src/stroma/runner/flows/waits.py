@@ -77,6 +77,7 @@ def call_wait_for(
         raise TypeError(f"the reason of flow.wait_for must be a string, got {shown(reason)}")
     call = _Question(path, path.identify("wait", key, "!"), path.node, _NOTHING)
     at = Place(path.position, call.branch)
+    reason = path.ctx.redactor.redact_question(reason, of_flow=True)
     call.question = make_question(path.ctx.session, at, path.node.node_id, reason, answer)
     call.driver, call.wake_ms, call.schema, call.label = path.driver, wake_ms, schema_of(answer), reason
     return _wait(call)
@@ -205,7 +206,9 @@ async def _wait(call: _Wait) -> Any:
         if driver.is_live:
             driver.mark(kind, branch, call.label, began_ms)
     try:
-        return call.decode(outcome)
+        decoded = call.decode(outcome)
+        call.scope.ctx.redactor.note_seen(decoded)
+        return decoded
     except PipelineChanged as error:
         driver.stop(end_of(error, call.node))
         return await driver.loop.create_future()

@@ -264,7 +264,7 @@ class Datadog(MetricsObserver):
         span.set_tag("stroma.failure_class", ended.class_name)
         if ended.reason is not None:
             span.set_tag("stroma.reason", ended.reason)
-        message = self._content.message(run, ended.error)
+        message = self._content.message(ended.message)
         if message is not None:
             span.set_tag("error.message", message)
 

@@ -334,7 +334,7 @@ class OpenTelemetry(MetricsObserver):
                 }
                 if ended.reason is not None:
                     about_attempt["stroma.reason"] = ended.reason
-                message = self._content.message(node.ctx, ended.error)
+                message = self._content.message(ended.message)
                 if message is not None:
                     about_attempt["stroma.message"] = message
             if of_node.attempt is None:
@@ -523,7 +523,7 @@ class OpenTelemetry(MetricsObserver):
         """Make a span an error if the end was one. Some backends take each "exception" event for an error."""
         if ended.error is None:
             return
-        description, kind = self._content.message(run, ended.error), type_name(ended.error)
+        description, kind = self._content.message(ended.message), type_name(ended.error)
         about = {"exception.type": kind} | ({} if description is None else {"exception.message": description})
         span.add_event("exception", about)
         if description is None:

@@ -67,6 +67,7 @@ class FailedAttempt:
     node_id: str
     class_name: str
     reason: str | None
+    message: str | None
     scope: Scope
     isolation: Scope | None = None
     span: Any = None
@@ -99,12 +100,15 @@ def event_of(
         client_options={**options, "include_local_variables": False},
         mechanism={"type": "stroma", "handled": True},
     )
-    for value in event.get("exception", {}).get("values", ()):
-        failure_text = str(value.get("value") or "")
+    values = event.get("exception", {}).get("values", ())
+    for value in values:
         if content.mode == "none":
             value["value"] = " ".join(filter(None, (failed.class_name, failed.reason)))
+        elif value is values[-1]:  # The exception itself, after its causes and members.
+            value["value"] = content.message(failed.message)
         elif value.get("value"):
-            value["value"] = content.message(run, failure_text)
+            redactor = run.redactor
+            value["value"] = content.message(redactor.redact_foreign(redactor.mask(str(value["value"]))))
     for frame in _frames_of(event):
         if str(frame.get("module")).startswith("stroma."):
             frame["in_app"] = False  # The engine called the node; it is the node that failed.

@@ -159,7 +159,9 @@ class Sentry(Observer):
                 if final is None:
                     # A budget that refuses a node stops the run without an attempt that failed.
                     scope = self._sdk.get_current_scope()
-                    final = FailedAttempt(innermost_node(result), failed.class_name, failed.reason, scope)
+                    final = FailedAttempt(
+                        innermost_node(result), failed.class_name, failed.reason, failed.message, scope
+                    )
                 self._capture(run, of_run, failed.error, final)
             span, spans = of_run.span, self._spans
             for part, ended_ns in self.ended_parts(run):
@@ -336,7 +338,13 @@ class Sentry(Observer):
         if ended.error is not None:
             # A group fails with the exception of its child: it is the child that failed.
             failed = FailedAttempt(
-                node.node_id, ended.class_name, ended.reason, of_node.scope, of_node.isolation, of_node.span
+                node.node_id,
+                ended.class_name,
+                ended.reason,
+                ended.message,
+                of_node.scope,
+                of_node.isolation,
+                of_node.span,
             )
             notes_of(ended.error).failed.setdefault(of_node.of_run, failed)
 
@@ -344,19 +352,19 @@ class Sentry(Observer):
         self, node: RunningNode, attempt: int, delay_seconds: float, failure_class: FailureClass
     ) -> None:
         of_node: NodeScope | None = node.notes.get(self)
-        error = None if of_node is None or of_node.ended is None else of_node.ended.error
+        ended = None if of_node is None else of_node.ended
         about: dict[str, Any] = {
             "attempt": attempt - 1,
             "failure_class": failure_class.value,
             "delay_s": delay_seconds,
         }
-        if error is not None and of_node is not None:
-            about["type"] = type_name(error)
-            message = self._content.message(node.ctx, error)
+        if of_node is not None and ended is not None and ended.error is not None:
+            about["type"] = type_name(ended.error)
+            message = self._content.message(ended.message)
             if message is not None:
                 about["message"] = message
             # It was not final.
-            notes_of(error).failed.pop(of_node.of_run, None)
+            notes_of(ended.error).failed.pop(of_node.of_run, None)
             of_node.ended = CUT_SHORT
         self._breadcrumb(f"node {node.node_id} failed and is tried again", about)
 
