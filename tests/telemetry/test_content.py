@@ -77,6 +77,46 @@ async def test_a_message_says_no_secret(redact: Any, step: bool) -> None:
 
 
 @pytest.mark.core
+async def test_no_exporter_sends_what_redact_removes(caplog: pytest.LogCaptureFixture) -> None:
+    """A message is exported as it was recorded: without the values that redact removes from the states."""
+
+    class Person(BaseModel):
+        ssn: str
+
+    def hide(state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, "ssn": "***"} if "ssn" in state else state
+
+    ssn = "-".join(["078", "05", "1120"])  # Sentry sends lines of source.
+    seen = Seen()
+    caplog.set_level(logging.DEBUG, "stroma")
+    with RecordedSentry() as sentry:
+        hooks = seen.hooks(content="redacted", attempts="spans") | log_hooks(content="redacted")
+        hooks = hooks | sentry_hooks(client=sentry.client, content="redacted")
+        runner = quick(hooks, retries=1, redact=hide)
+
+        @runner.node("use", input=Person, output=Person)
+        async def use(state: Person) -> Person:
+            try:
+                raise LookupError(f"unknown: {state.ssn}")
+            except LookupError as error:
+                raise ConnectionError(f"bad ssn {state.ssn}") from error
+
+        @runner.flow("flow", input=Person, output=Person)
+        async def flow(flow: Any, state: Person) -> Person:
+            raise ConnectionError(f"bad ssn {state.ssn}")
+
+        for target in ([use], flow):
+            result = await runner.run(target, Person(ssn=ssn))
+            assert ssn in str(result.failure.exception)
+    values = [one["value"] for event in sentry.transport.events for one in event["exception"]["values"]]
+    assert values == ["[redacted]", "bad ssn [redacted]", "bad ssn [redacted]"]
+    sent = [span.to_json() for span in seen.spans], sentry.transport.events, sentry.transport.transactions
+    assert ssn not in f"{sent} {[vars(one) for one in caplog.records]}"
+    assert str(sent[0]).count("bad ssn [redacted]") > 4
+    assert 'error_message="bad ssn [redacted]"' in caplog.text
+
+
+@pytest.mark.core
 async def test_a_state_that_cannot_be_written_out() -> None:
     """A number that is too long for text costs the span its input, and nothing else: the run is linked to all
     the same."""

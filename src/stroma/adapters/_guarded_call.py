@@ -391,7 +391,7 @@ class Call:
             is_suspended = control.outcome == "suspended"
             kind = FailureClass.RECOVERABLE if is_suspended else FailureClass.TERMINAL
             if is_suspended:
-                states = states_around(execution, execution.given)
+                states = states_around(execution, execution.input_snapshot)
                 message = ctx.redactor.redact_question(message, states)
             if is_suspended and not any(halt.suspended for _, halt in inner.halts):
                 ctx.account.note_suspended(message)

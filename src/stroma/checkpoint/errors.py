@@ -54,6 +54,10 @@ class CheckpointLost(StoreError):
 class PipelineChanged(StoreError):
     """A run cannot be resumed: the pipeline or its input differs from what the run was recorded with.
 
+    Attributes:
+        inputs: recorded and present input of a call that was made with another one, as stored; else None. The
+            message names their fields only, since logs and stores have it.
+
     Where: out of ``run()`` on resume, before anything is called. The run stays as it was. Workers and
     ``drive`` mark it as blocked.
     Cause: nodes were added, removed, renamed or reordered before the resume point, the body of a flow makes
@@ -62,6 +66,8 @@ class PipelineChanged(StoreError):
     Fix: restore what the message names, serve the version (``version=``, ``accepts=``), resume before the
     change (``resume_from=``), or start a new run.
     """
+
+    inputs: tuple[bytes, bytes] | None = None
 
 
 class RunBusy(StoreError):

@@ -222,3 +222,19 @@ def describe_error(error: Exception) -> tuple[str, Exception | None]:
     ]
     more = f"; and {len(errors) - _MAX_ERRORS} more" if len(errors) > _MAX_ERRORS else ""
     return "; ".join(lines) + more, None
+
+
+def describe_difference(before: bytes, now: bytes) -> str:
+    """Return in which fields two stored inputs differ, without their values."""
+    try:
+        one, two = _fields_of(before), _fields_of(now)
+        names = [name for name in {**one, **two} if one.get(name) != two.get(name)]
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return "another input"
+    return f"other values of {', '.join(map(repr, names))}" if names else "another input"
+
+
+def _fields_of(encoded: bytes) -> Any:
+    """Return the fields of a stored value, which may be behind the mark of its form."""
+    value = json.loads(encoded)
+    return value[1] if type(value) is list else value

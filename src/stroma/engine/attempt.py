@@ -302,7 +302,7 @@ class NodeAttempt:
             self.run.start_children()
             return node.run(ctx, self.run, state)
         if ctx.redactor.is_on:
-            self.run.given = self.snapshot
+            self.run.input_snapshot = self.snapshot
         context, effect = ctx.node_context() if node.wants_context else ctx.context, self.run.effect
         contract, call, is_async = self.plan[2], node.call, node.is_async
         if contract is not None and contract.place is not None:

@@ -186,9 +186,9 @@ class RunConfig(StrictModel):
         user: id of the user whom the runs serve, at most 200 characters, used and stored as ``conversation``
             is.
         redact: function applied to each state dict before a hook or log line receives it. If it raises, the
-            state is replaced. For log lines it also receives the message of a failure, as ``{"message":
-            text}``, without what it removes from states. A hook that reads ``current_node().last_failure``
-            gets the same exception as the node.
+            state is replaced. It also receives the message of a failure, as ``{"message": text}``, without
+            what it removes from states, before the message is recorded or logged. A hook that reads
+            ``current_node().last_failure`` gets the same exception as the node.
         keep_rejected: amount of an output that broke its contract to store with the attempt, for ``stroma
             show``, the web interface and notebooks. "redacted": at most 64 KiB, through ``redact``. "full":
             at most 1 MiB, not through ``redact``. "no": nothing. Secrets are masked in both. It changes

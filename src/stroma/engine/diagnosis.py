@@ -80,8 +80,8 @@ def states_around(run: RunningNode, snapshot: Snapshot) -> Iterator[dict[str, An
     """
     node: RunningNode | None = run
     while node is not None:
-        given = snapshot if node is run else node.given
-        yield thaw(node.schemas and node.schemas[0], given) or {}
+        state = snapshot if node is run else node.input_snapshot
+        yield thaw(node.schemas and node.schemas[0], state) or {}
         yield from states_of(node.children or ())
         node = None if node.parent is None or node.parent.kind == "group" else node.parent
 

@@ -303,7 +303,7 @@ class RunningNode(NodeExecution):
     first_ns: int = 0
     last_ns: int = 0
     #: The snapshot of its input, for messages of steps that its code calls; only with a ``redact``.
-    given: Snapshot = ()
+    input_snapshot: Snapshot = ()
     #: The input of a group, which its children may have as well, and the snapshot of it.
     taken: tuple[BaseModel, Snapshot] | None = None
     #: Outputs of its children are stored for another attempt; a map may have too many for that.

@@ -118,9 +118,9 @@ class Redactor:
         words = removed_values(self._redact, states)
         return forms_to_hide(words | self._seen if of_flow else words)
 
-    def note_seen(self, state: BaseModel) -> None:
+    def note_seen(self, state: BaseModel | None) -> None:
         """Remember what ``redact`` removes from a state that the body of a flow sees."""
-        if self._redact is not None and len(self._seen) <= MAX_WORDS:
+        if self._redact is not None and state is not None and len(self._seen) <= MAX_WORDS:
             self._seen |= removed_values(self._redact, [schema_of(type(state)).state(state)])
 
     def note_secrets(self, state: Any) -> None:

@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial, update_wrapper
-from textwrap import shorten
 from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from stroma.checkpoint import CheckpointLost, Fenced, PipelineChanged, StepCall, inside_of
 from stroma.checkpoint.entries import INSIDE, RunControl
 from stroma.checkpoint.identity import SCOPE, Identity, StepCalls, is_called
+from stroma.contracts.codec import describe_difference
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import Group, Node, find_node, make_node
 from stroma.contracts.schema import schema_of
@@ -189,7 +189,7 @@ def _check_input(
         recorded = None if committed.step is None else committed.step.input_key
         if recorded in (None, call.input_key):
             return
-        before = f"the input {_shorten(recorded)}"
+        difference = describe_difference(recorded, call.input_key)
     elif not isinstance(node, Group):
         return
     else:
@@ -197,12 +197,14 @@ def _check_input(
         mark = inside_of(call)
         if mark is None or all(other == mark.input_key for other in _checksums_inside(ctx, position, branch)):
             return
-        before = "another input"
+        recorded, difference = None, "another input"
     where = f" in task {identity.path}" if identity.path else ""
-    raise PipelineChanged(
+    error = PipelineChanged(
         f"run {ctx.run_id!r} cannot be resumed: call {identity.number + 1} of step {node.node_id!r}{where} "
-        f"was recorded with {before}, got {_shorten(call.input_key)}; pass the same input, or start a new run"
+        f"was recorded with {difference}; pass the same input, or start a new run"
     )
+    error.inputs = None if recorded is None else (recorded, call.input_key)
+    raise error
 
 
 def _checksums_inside(ctx: ReliabilityContext, position: int, branch: str) -> Iterator[bytes]:
@@ -252,12 +254,6 @@ def _encoded(state: BaseModel) -> bytes | None:
         return schema_of(type(state)).encode(state)
     except NotSerialisable:
         return None
-
-
-def _shorten(encoded: bytes | None) -> str:
-    if encoded is None:
-        return "one without a stored form"
-    return shorten(encoded.decode(), 200, placeholder=" ...")
 
 
 def _as_returned(state: BaseModel, input_state: BaseModel) -> Any:

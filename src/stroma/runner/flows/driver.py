@@ -16,6 +16,7 @@ from time import monotonic
 from typing import Any, Final
 
 from stroma.checkpoint import PipelineChanged, StoreError
+from stroma.contracts.codec import describe_difference
 from stroma.contracts.node import FlowNode
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT
@@ -25,7 +26,7 @@ from stroma.engine.tasks import cancel_all, raise_if
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.runner.flows.body_loop import BodyLoop
 from stroma.runner.flows.call import FlowCall
-from stroma.runner.flows.endings import FlowClosed, StepFailed, describe, describe_difference, end_of, shorten
+from stroma.runner.flows.endings import FlowClosed, StepFailed, describe, end_of
 from stroma.runner.flows.journal import REPLAY_ONLY, Event, FlowJournal, message_of, read_failure
 from stroma.runner.flows.suspension import FlowWaits, now_ms
 
@@ -407,10 +408,9 @@ class FlowDriver(FlowWaits):
         """Return the recorded end of a call. Ends the flow if its input has changed."""
         before = self.journal.input_key_of(self.position, event)
         if before is not None and call.input_key is not None and before != call.input_key:
-            return self.stop_as_changed(
-                f"made {describe(call.branch)} with {shorten(before)}, and makes it now with "
-                f"{shorten(call.input_key)} ({describe_difference(before, call.input_key)})"
-            )
+            inputs = before, call.input_key
+            difference = describe_difference(*inputs)
+            return self.stop_as_changed(f"makes {describe(call.branch)} with {difference}", inputs=inputs)
         if event.failure is not None:
             return self.failed(call, read_failure(event.failure), event.number)
         if event.received is not None:
@@ -429,9 +429,11 @@ class FlowDriver(FlowWaits):
         self.journal.forget_output(self.position, call.branch)
         return outcome
 
-    def stop_as_changed(self, message: str, flow_id: str | None = None) -> None:
-        """End a flow whose body does not do what is recorded."""
-        self.stop(self.endings.changed(f"flow {(flow_id or self.flow_id)!r} {message}", self.flow_id))
+    def stop_as_changed(
+        self, message: str, flow_id: str | None = None, *, inputs: tuple[bytes, bytes] | None = None
+    ) -> None:
+        """End a flow whose body does not do what is recorded. ``inputs``: see PipelineChanged."""
+        self.stop(self.endings.changed(f"flow {(flow_id or self.flow_id)!r} {message}", self.flow_id, inputs))
 
     # ------------------------------------------------------------------ from the start to the end
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
@@ -11,7 +10,6 @@ from urllib.parse import unquote
 from stroma._utils.text import one_line
 from stroma.checkpoint import PipelineChanged
 from stroma.contracts.node import Group, Node
-from stroma.contracts.schema import has_secrets
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.outcome import Halt
 from stroma.failures.classes import FailureClass
@@ -69,30 +67,6 @@ def _describe_call(identity: str) -> str:
     return f"{kind} {unquote(name.lstrip('*'))!r} (call {int(number) + 1})"
 
 
-def shorten(encoded: bytes) -> str:
-    """Return the input of a call as text, cut to 200 characters."""
-    if has_secrets(encoded):
-        return "an input with secrets"
-    text = encoded.decode(errors="replace")
-    return text if len(text) <= 200 else f"{text[:196]} ..."
-
-
-def describe_difference(before: bytes, now: bytes) -> str:
-    """Return the names of the fields in which two stored values differ."""
-    try:
-        one, two = _fields_of(before), _fields_of(now)
-        names = [name for name in {**one, **two} if one.get(name) != two.get(name)]
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        return "another value"
-    return f"other values of {', '.join(map(repr, names))}"
-
-
-def _fields_of(encoded: bytes) -> Any:
-    """Return the fields of a stored value, which may be behind the mark of its form."""
-    value = json.loads(encoded)
-    return value[1] if type(value) is list else value
-
-
 class Endings:
     """Ends of the flows of a run."""
 
@@ -101,7 +75,7 @@ class Endings:
         #: Exceptions handled by the body when it made a call, and the last event before the first call.
         self._handled: list[tuple[BaseException, int]] = []
 
-    def changed(self, message: str, node_id: str) -> Halt:
+    def changed(self, message: str, node_id: str, inputs: tuple[bytes, bytes] | None = None) -> Halt:
         """Return the end of a flow whose body does not do what it did before."""
         ctx = self._ctx
         error = PipelineChanged(
@@ -109,6 +83,7 @@ class Endings:
             "steps, and flow.now(), flow.random() and flow.uuid(); restore the code that recorded this, or "
             "start a new run"
         )
+        error.inputs = inputs
         return Halt(Failure(error, FailureClass.TERMINAL, node_id, 1, str(error), "changed"))
 
     def mistake(self, message: str, node_id: str) -> Halt:

@@ -153,7 +153,9 @@ class _Receive(_Wait):
         try:
             self._read(message)
         except ValueError as error:
-            return f"message {message.id!r} is not a {self.schema.model.__name__}: {describe_error(error)[0]}"
+            redactor, state = self.scope.ctx.redactor, decode_raw(message.payload)
+            why = redactor.redact_message(describe_error(error)[0], [state])
+            return f"message {message.id!r} is not a {self.schema.model.__name__}: {why}"
         return None
 
     def decode(self, outcome: Any) -> Any:
