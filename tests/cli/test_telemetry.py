@@ -81,16 +81,16 @@ def test_sigterm_flushes(stroma: Any, otlp: OtlpReceiver) -> None:
 
 @pytest.mark.slow
 def test_prometheus(stroma: Any) -> None:
-    """--prometheus PORT serves the metrics while the run goes on."""
+    """--prometheus HOST:PORT serves the metrics while the run goes on."""
     port = free_port()
     env = {"SECOND_AWAITS": "asyncio.sleep(60)"}
-    process = stroma.popen(*TARGET, "--prometheus", str(port), env=env)
+    process = stroma.popen(*TARGET, "--prometheus", f"localhost:{port}", env=env)
     seen = ""
     for line in process.stderr:
         seen += line
         if "second" in line and "start" in line:
             break
-    assert f"http://127.0.0.1:{port}/metrics" in seen
+    assert f"http://localhost:{port}/metrics" in seen
     page = fetch(f"http://127.0.0.1:{port}/metrics").decode()
     assert 'stroma_runs_in_progress{pipeline="sums"} 1.0' in page
     assert (
@@ -142,7 +142,7 @@ def test_a_backend_that_is_down(stroma: Any) -> None:
     [
         (("--otel", "localhost:4318"), "pass a URL"),
         (("--datadog", "localhost"), "pass HOST:PORT"),
-        (("--prometheus", "many"), "not a valid integer"),
+        (("--prometheus", "many"), "pass PORT or HOST:PORT"),
         (("--sentry", "no dsn"), "correct the value"),
     ],
 )

@@ -140,8 +140,8 @@ async def test_the_line_of_a_suspended_run_has_the_reason(capsys: Any) -> None:
     sleeping, asking, paying = capsys.readouterr().err.splitlines()
     assert re.search(r"run r: SUSPENDED, sleeping until 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d$", sleeping)
     assert asking.endswith("run r: SUSPENDED, waiting for an answer: Go on?")
-    why = "the outcome of effect 'charge' is unknown: state it with `stroma approve`"
-    assert paying.endswith(f"run r: SUSPENDED, {why}")
+    why = "the outcome of effect 'charge' is unknown: ask its provider again with `stroma resume`, or state"
+    assert paying.endswith(f"run r: SUSPENDED, {why} it with `stroma approve`")
 
 
 VERSIONS = """

@@ -12,7 +12,7 @@ from tests.fixtures import store_fixture
 from tests.kit import THRICE, open_question
 from tests.shared_stores import FAMILIES
 
-from stroma import NodeHooks, NotDone, RunStatus, StoreError, StromaRunner, Suspend, Unknown
+from stroma import Flow, NodeHooks, NotDone, Pipeline, RunStatus, StoreError, StromaRunner, Suspend, Unknown
 from stroma.engine import attempt
 from stroma.testing import crash_at
 
@@ -136,6 +136,32 @@ async def test_a_reconcile_that_cannot_tell_suspends(store: Any) -> None:
         result = await runner.run(nodes, Order(), run_id=str(number))
         assert (result.status, shop.calls) == (RunStatus.SUSPENDED, 1)
         assert cause in store.waiting(str(number))[0].effect.cause
+
+
+@pytest.mark.parametrize("shape", ["list", "flow"])
+async def test_reconcile_is_asked_again_after_a_time(store: Any, shape: str) -> None:
+    """After Unknown(retry_seconds=...) a worker continues the run in that time, and asks reconcile again."""
+    answers: list[Any] = [Unknown("too early", retry_seconds=0.05)] * 2 + [{"number": 7}]
+    shop = Shop(after=[ConnectionResetError("no answer")])
+    runner, nodes = pipeline(shop, store, lambda order, key: answers.pop(0))
+
+    @runner.flow("orders", input=Order, output=Receipt)
+    async def orders(flow: Flow, order: Order) -> Receipt:
+        return await flow.step(nodes[1], order)
+
+    served = Pipeline("orders", nodes) if shape == "list" else orders
+    result = await runner.run(served, Order(), run_id="r")
+    assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["effect"])
+    assert store.get_run("r").due_ms is not None
+    serving = asyncio.ensure_future(runner.serve(served, poll_seconds=0.02))
+    result = await runner.handle("r", served).result(timeout=30)
+    await runner.shutdown()
+    await serving
+    assert (result.status, result.output) == (RunStatus.RESUMED, Receipt(number=7))
+    assert (shop.calls, answers) == (1, [])
+    for seconds in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="retry_seconds must be above 0"):
+            Unknown(retry_seconds=seconds)
 
 
 @pytest.mark.core

@@ -63,6 +63,20 @@ def _host_port(_ctx: click.Context, _parameter: click.Parameter, value: str | No
     return value
 
 
+class ListenAddress(click.ParamType[tuple[str, int]]):
+    """[HOST:]PORT, as (host, port)."""
+
+    name = "address"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, int]:
+        host, _, port = str(value).rpartition(":")
+        if not (port.isascii() and port.isdecimal() and int(port) < 65536):
+            self.fail(f"{value!r} is not an address; pass PORT or HOST:PORT, such as 8080", param, ctx)
+        return host.strip("[]") or "127.0.0.1", int(port)
+
+
 def exporter_options(func: F) -> F:
     """Add the options for telemetry to a command."""
     for option in (
@@ -75,9 +89,9 @@ def exporter_options(func: F) -> F:
         click.option("--sentry", metavar="DSN", help="Sentry DSN that captures the final failure."),
         click.option(
             "--prometheus",
-            type=click.IntRange(0, 65535),
-            metavar="PORT",
-            help="Port on 127.0.0.1 that serves metrics; 0 picks one.",
+            type=ListenAddress(),
+            metavar="[HOST:]PORT",
+            help="Address that serves metrics, by default on 127.0.0.1.",
         ),
         click.option(
             "--otel", callback=_endpoint, metavar="ENDPOINT", help="OTLP/HTTP endpoint for spans and metrics."
@@ -92,7 +106,7 @@ class Exporters:
     """Exporters that a command enables."""
 
     otel: str | None = None
-    prometheus: int | None = None
+    prometheus: tuple[str, int] | None = None
     sentry: str | None = None
     datadog: str | None = None
     #: Called by :meth:`close`, after everything was flushed.
@@ -208,18 +222,19 @@ class Exporters:
         from prometheus_client import REGISTRY, start_http_server
 
         assert self.prometheus is not None
+        host, port = self.prometheus
         try:
             registry = cast("Any", own_exporters[0]).registry if own_exporters else REGISTRY
-            server, _ = start_http_server(self.prometheus, addr="127.0.0.1", registry=registry)
+            server, _ = start_http_server(port, addr=host, registry=registry)
         except OSError as error:
             raise Problem(
-                f"--prometheus: cannot listen on port {self.prometheus}: {error}",
+                f"--prometheus: cannot listen on {host}:{port}: {error}",
                 "pass another port, or 0 for any free port",
                 code=Code.ENVIRONMENT,
             ) from error
         self._closing.append(server.shutdown)
         if not quiet:
-            err.line(f"metrics are at http://127.0.0.1:{server.server_port}/metrics while it runs")
+            err.line(f"metrics are at http://{host}:{server.server_port}/metrics while it runs")
         return hooks
 
     def _sentry(self, quiet: bool, own_exporters: Sequence[Observer]) -> ExporterHooks:

@@ -12,8 +12,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import click
-
 from stroma._utils.text import clean, format_duration, pluralize
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.records import describe_wait
@@ -34,20 +32,6 @@ HEALTH_HELP: Final = "Answer GET /healthz there, on 127.0.0.1 by default."
 
 _READ_SECONDS: Final = 5.0
 _MAX_LINES: Final = 100  # of the head of a request
-
-
-class HealthAddress(click.ParamType[tuple[str, int]]):
-    """[HOST:]PORT, as (host, port)."""
-
-    name = "address"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, int]:
-        host, _, port = str(value).rpartition(":")
-        if not (port.isascii() and port.isdecimal() and int(port) < 65536):
-            self.fail(f"{value!r} is not an address; pass PORT or HOST:PORT, such as 8080", param, ctx)
-        return host.strip("[]") or "127.0.0.1", int(port)
 
 
 @contextlib.asynccontextmanager
@@ -319,7 +303,8 @@ def _describe_suspension(result: ExecutionResult) -> str:
     effects = [one for one in result.questions if one.kind == "effect"]
     reasons = [describe_wait(one) for one in result.suspended if not effects or one != "effect"]
     reasons += [
-        f"the outcome of effect {clean(one.node_id, 100)!r} is unknown: state it with `stroma approve`"
+        f"the outcome of effect {clean(one.node_id, 100)!r} is unknown: ask its provider again with "
+        "`stroma resume`, or state it with `stroma approve`"
         for one in effects
     ]
     return "".join(f", {localize(clean(one, 300))}" for one in reasons)

@@ -29,10 +29,16 @@ class NotDone:
 class Unknown:
     """Statement that the outcome of a call of an effect is not known: the run waits for a person.
 
-    ``reason``: shown to that person.
+    ``reason``: shown to that person. ``retry_seconds``: the run is due again after so long, and a worker
+    asks ``reconcile`` again. Raises ValueError for a time that is not above 0.
     """
 
     reason: str = ""
+    retry_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.retry_seconds is not None and not 0 < self.retry_seconds < float("inf"):
+            raise ValueError(f"retry_seconds must be above 0, got {self.retry_seconds!r}")
 
 
 In = TypeVar("In", bound=BaseModel)

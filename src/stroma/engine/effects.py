@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping
 from copy import copy
 from inspect import iscoroutinefunction
@@ -420,6 +421,8 @@ class Effect:
             return stated if isinstance(stated, NotDone) else NotDone()
         if stated is Unknown or isinstance(stated, Unknown):
             detail = stated.reason if isinstance(stated, Unknown) else ""
+            if isinstance(stated, Unknown) and stated.retry_seconds is not None:
+                run.ctx.journal.wake_by(int(1000 * (time.time() + stated.retry_seconds)))
             return Unknown(f"{why}; {detail}" if detail else why)
         return Done(stated)
 

@@ -105,6 +105,11 @@ class RunJournal:
     _is_waiting: bool = False
     _is_over: bool = False
 
+    def wake_by(self, wake_ms: int | None) -> None:
+        """Make the run due at a time once it is suspended, unless it is due earlier; None: no time."""
+        if wake_ms is not None and (self.wake_ms is None or wake_ms < self.wake_ms):
+            self.wake_ms = wake_ms
+
     def note_unrecorded(self, usage: AttemptUsage) -> None:
         """Note the usage of an attempt that the store refuses; the end of the run stores it."""
         before = self.unrecorded

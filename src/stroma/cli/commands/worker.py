@@ -9,12 +9,12 @@ import click
 
 from stroma._utils.text import clean
 from stroma.cli.errors import Problem
-from stroma.cli.exporters import Exporters, exporter_options
+from stroma.cli.exporters import Exporters, ListenAddress, exporter_options
 from stroma.cli.loading import load_pipeline, note_target
 from stroma.cli.progress import show_warnings
 from stroma.cli.stores import Database, db_option
 from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_options
-from stroma.cli.workers import HEALTH_HELP, HealthAddress, LocalWorker, TemporalWorker
+from stroma.cli.workers import HEALTH_HELP, LocalWorker, TemporalWorker
 from stroma.engine.config import RunConfig
 from stroma.hooks.sets import flatten
 from stroma.runner.pipeline import Pipeline
@@ -45,7 +45,7 @@ from stroma.runner.pipeline import Pipeline
     help="Seconds for steps in flight after SIGTERM or Ctrl-C.",
 )
 @click.option("--place", metavar="PLACE", help="Call nodes with this place, in place of driving runs.")
-@click.option("--health", type=HealthAddress(), metavar="[HOST:]PORT", help=HEALTH_HELP)
+@click.option("--health", type=ListenAddress(), metavar="[HOST:]PORT", help=HEALTH_HELP)
 @click.option("-q", "--quiet", is_flag=True, help="Print only errors on stderr.")
 @exporter_options
 @db_option

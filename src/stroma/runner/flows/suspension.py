@@ -251,7 +251,7 @@ class FlowWaits:
             )
             self.stop(self.endings.mistake(message, self.flow_id))
             return None
-        ctx.journal.wake_ms = wake_ms
+        ctx.journal.wake_by(wake_ms)
         for question in questions:
             ctx.account.note_question(question)
         ctx.account.suspended += tuple(messages if questions else reasons)
