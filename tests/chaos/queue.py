@@ -162,10 +162,11 @@ async def work(job: Job, seed: str, point: str | None, nth: int) -> None:
 
 def _hasten() -> None:
     """Shorten, in this process, the times after which a run of a dead process is looked for."""
+    from stroma.checkpoint import entries
     from stroma.runner import worker as serving
 
     serving._CLAIM_SECONDS = 1.0
-    serving._FIRST_DELAY_SECONDS = 0.1
+    entries._SETBACK_SECONDS = (0.1, 300.0)
     with contextlib.suppress(ImportError):
         from stroma.drivers.temporal import worker as plugin
         from stroma.drivers.temporal import workflow

@@ -213,9 +213,9 @@ async def test_an_unknown_run(store: Any) -> None:
 async def test_a_store_that_fails_leaves_the_run_to_others(
     store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A store that fails in the middle of a driven run is an exception; the run stays INTERRUPTED, and the
-    next call continues it."""
-    world = World()
+    """A store that fails in the middle of a driven run is an exception; the run stays INTERRUPTED, and a
+    call five seconds later continues it."""
+    world, clock = World(), Clock(monkeypatch)
     pipeline = Pipeline("p", [world.step("a"), world.step("b")])
     await _interrupt(store, world, pipeline, "b 1")
     kind = type(await _session_of(store, "other"))
@@ -231,6 +231,9 @@ async def test_a_store_that_fails_leaves_the_run_to_others(
         await _runner(store).drive("r", pipelines=[pipeline])
     monkeypatch.setattr(kind, "record", record)
     assert store.get_run("r").status == "INTERRUPTED"
+    due = datetime.fromtimestamp(clock.ms / 1000, UTC) + timedelta(seconds=5)
+    assert await _runner(store).drive("r", pipelines=[pipeline]) == Suspended("r", due)
+    clock.pass_by(seconds=5)
     assert await _runner(store).drive("r", pipelines=[pipeline]) == Ended("r", RunStatus.RESUMED)
 
 

@@ -20,6 +20,7 @@ from tests.store_suite.helpers import due_runs
 from stroma import (
     AsyncInMemoryStore,
     Flow,
+    NodeHooks,
     Pipeline,
     RunStatus,
     StoreError,
@@ -30,6 +31,8 @@ from stroma import (
 from stroma.checkpoint.entries import RunRequest
 from stroma.checkpoint.queue import Candidate, ClaimRequest, ServedCode
 from stroma.contracts.schema import schema_of
+from stroma.engine import attempt
+from stroma.runner.drive import Ended, Suspended
 from stroma.testing import FakeClock
 
 store = store_fixture(*STORES)
@@ -275,6 +278,69 @@ async def test_a_run_that_cannot_be_resumed_does_not_stop_the_others(
     assert len(serving.outcomes["broken"]) == 1
     message = next(r.getMessage() for r in caplog.records if "broken" in r.getMessage())
     assert message.endswith("trying again in 1 s")
+
+
+def _refuse_outputs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Have every store refuse outputs while the returned list has an entry."""
+    refuses, record = [True], attempt.record
+
+    def refuse(ctx: Any, row: Any, schema: Any = None, output: Any = None, *more: Any) -> Any:
+        if output is not None and refuses:
+            return StoreError("AccessDenied")
+        return record(ctx, row, schema, output, *more)
+
+    monkeypatch.setattr("stroma.engine.commit._STORE_DELAYS", ())
+    monkeypatch.setattr(attempt, "record", refuse)
+    return refuses
+
+
+async def test_a_run_whose_store_refuses_its_commits_waits_longer_each_time(
+    store: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit that the store refuses makes the run due after a delay that doubles, for all workers and
+    drive; the next run with such an end waits for the first delay again."""
+    refuses, world = _refuse_outputs(monkeypatch), World()
+    pipeline = Pipeline("p", [world.step("add")])
+    await _runner(store).submit(pipeline, Num(), run_id="r")
+    for calls, seconds in ((1, 5), (2, 10)):
+        async with Serving(_runner(store), pipeline) as serving:
+            await serving.until(1)
+            assert [str(one) for one in serving.outcomes["r"]] == ["AccessDenied"]
+            clock.pass_by(seconds=seconds - 1)
+            await asyncio.sleep(0.1)
+            assert len(world.calls) == calls
+        assert store.get_run("r").status == "INTERRUPTED"
+        clock.pass_by(seconds=1)
+    runner = _runner(store)
+    with pytest.raises(StoreError, match="AccessDenied"):
+        await runner.drive("r", pipelines=[pipeline])
+    waiting = await runner.drive("r", pipelines=[pipeline])
+    assert isinstance(waiting, Suspended)
+    assert waiting.until is not None
+    assert waiting.until.timestamp() == pytest.approx(clock.ms / 1000 + 20)
+    clock.pass_by(seconds=20)
+    refuses.clear()
+    assert await runner.drive("r", pipelines=[pipeline]) == Ended("r", RunStatus.RESUMED)
+    assert len(world.calls) == 4
+
+
+async def test_a_run_whose_failure_hook_is_not_async_waits_longer_each_time(clock: Clock) -> None:
+    """A worker with a hook that is not async does not call the node of a run again at once."""
+    store, calls = AsyncInMemoryStore(), []
+    hooks: Any = NodeHooks(on_node_failure=lambda *_: None)  # type: ignore[arg-type, return-value]
+
+    async def fail(state: Num) -> Any:
+        calls.append(1)
+        raise ValueError("no")
+
+    pipeline = Pipeline("p", [node("fail", fail)])
+    await _runner(store).submit(pipeline, Num(), run_id="r")
+    for count in (1, 2):
+        async with Serving(_runner(store, hooks=hooks), pipeline) as serving:
+            await serving.until(1)
+            await asyncio.sleep(0.1)
+            assert len(calls) == count
+        clock.pass_by(seconds=5 * count)
 
 
 async def test_a_stored_input_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -438,6 +438,18 @@ ALL_FAILED_ITEMS: Final = "0:all_failed:"
 USAGE_NOTE: Final = "0:u:"
 
 
+#: Key of the note about how often in succession a dispatcher could not get on with a run.
+SETBACKS_NOTE: Final = "0:setbacks:"
+#: Seconds after the first setback, doubled with each further one; and at most.
+_SETBACK_SECONDS: Final = (5.0, 300.0)
+
+
+def delay_after(setbacks: int) -> float:
+    """Return the seconds until a run is tried again that has had so many setbacks in succession."""
+    first, longest = _SETBACK_SECONDS
+    return min(first * 2.0 ** min(setbacks - 1, 10), longest)
+
+
 def is_effect_note(key: str) -> bool:
     """Return True for a key that :func:`effect_note` made."""
     return key.split(":", 2)[1:2] == ["effect"]

@@ -56,7 +56,7 @@ class RunJournal:
         versions: the versions of runs that the pipeline can continue, its own first; None for plain code,
             which has none.
         caller: calls nodes with a place, see stroma.engine.placed_calls; None where they cannot be called.
-        wake_ms: when the suspended run is due; see Session.end().
+        wake_ms: when the suspended or interrupted run is due; see Session.end().
         number_event: returns the number of the event that the output at a branch is to the body of a flow;
             None outside of flows.
         traceparent: the W3C trace context of the caller.

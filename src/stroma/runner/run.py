@@ -12,7 +12,7 @@ from typing import Any, Final, NoReturn
 from pydantic import BaseModel
 
 from stroma.checkpoint import CheckpointNotFound, Committed, Finished, PipelineChanged
-from stroma.checkpoint.entries import RunControl
+from stroma.checkpoint.entries import SETBACKS_NOTE, RunControl, delay_after
 from stroma.contracts.node import FlowNode, Group, Node, apart_in
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.cost.usage import shown
@@ -60,6 +60,8 @@ class RunExecution:
         self._failure: Failure | None = None
         self._result: ExecutionResult | None = None
         self._has_started = self._has_ended = False
+        #: The run ends INTERRUPTED, and would at once again: its dispatcher continues it after a delay.
+        self._has_setback = False
         self._cancelled_as: RunStatus | None = None  # The status of a run that cancel() has cancelled.
         self._cancelling = 0 if self.task is None else self.task.cancelling()
 
@@ -142,8 +144,10 @@ class RunExecution:
             if self._has_started:
                 call_end_hooks_now(ctx, ctx.build_result(self._status, self.state))
             self._has_started = False
-        elif type(error) is HookNotAsync:
-            error.result = ctx.build_result(self._status, self.state)
+        elif issubclass(kind, Exception):
+            self._has_setback = ctx.journal.dispatch.due_ms is not None
+            if type(error) is HookNotAsync:
+                error.result = ctx.build_result(self._status, self.state)
         self._has_ended = True
         ctx.journal.session.on_control = None  # Otherwise the session and the run are a reference cycle.
         if self._has_started or self._failure is not None:
@@ -239,7 +243,7 @@ class RunExecution:
             self._failure = None if halt.suspended else failure
             if failure.reason == "store" and halt.partial and ctx.journal.dispatch.due_ms is not None:
                 # A dispatcher continues the run once the store is well again; a person reads the error.
-                status = RunStatus.INTERRUPTED
+                status, self._has_setback = RunStatus.INTERRUPTED, True
         self._status = self._cancelled_as or status
 
     async def _give_back(self, changed: BaseException) -> NoReturn:
@@ -318,6 +322,19 @@ class RunExecution:
         kind = FailureClass.TERMINAL if status is RunStatus.FAILED else FailureClass.RECOVERABLE
         self._failure = replace(failure, failure_class=kind, reason=finished.reason or failure.reason)
 
+    def _note_setbacks(self) -> None:
+        """Count the setbacks of the run in succession, and note when it is due after one."""
+        session = self.ctx.journal.session
+        before = session.notes.get(SETBACKS_NOTE)
+        if self._has_setback:
+            from stroma.runner.flows.suspension import now_ms
+
+            number = 1 + int(before or 0)
+            self.ctx.journal.wake_ms = now_ms() + int(1000 * delay_after(number))
+            session.note(SETBACKS_NOTE, str(number).encode())
+        elif before is not None:
+            session.note(SETBACKS_NOTE, None)
+
     async def _close(self) -> ExecutionResult:
         """Store the end of the run, call its end hooks and return its result. Raises HookError."""
         ctx, status, failure = self.ctx, self._status, self._failure
@@ -325,6 +342,7 @@ class RunExecution:
             ctx.account.note_open_questions(ctx.session.waiting.values())
         result = ctx.build_result(status, self.state, failure)
         error = str(failure) if failure is not None else "; ".join(ctx.account.suspended) or None
+        self._note_setbacks()
         # The process that ran it has logged its end, at the level of it.
         was_finished = ctx.journal.session.finished is not None
         level = logging.INFO if was_finished else _LEVELS.get(status, logging.INFO)

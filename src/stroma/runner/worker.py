@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from stroma._utils.logs import get_logger
 from stroma._utils.text import one_line, pluralize
 from stroma.checkpoint import CheckpointNotFound, PipelineChanged, StoreError
+from stroma.checkpoint.entries import delay_after
 from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueFigures, QueueReading
 from stroma.engine.journal import Dispatch
 from stroma.hooks.sets import AnyHooks, distinct, flatten
@@ -89,8 +90,6 @@ def _reading_of(figures: QueueFigures, now: int) -> QueueReading:
 
 
 _CLAIM_SECONDS: Final = 30.0  # A run that was claimed and not opened is free for others after this time.
-_FIRST_DELAY_SECONDS: Final = 5.0  # before a run that could not be resumed is tried again; doubled each time
-_MAX_DELAY_SECONDS: Final = 300.0
 _MAX_POLL_DELAY_SECONDS: Final = 30.0  # while the store cannot be read
 
 Outcome = ExecutionResult | Exception
@@ -290,14 +289,19 @@ class RunWorker:
             self._on_result(run_id, outcome)
 
     async def _postpone(self, run_id: str, error: Exception) -> None:
-        """Give a run back that could not be continued, for a while that grows with each failure."""
+        """Give a run back that could not be continued, for a while that grows with each failure.
+
+        The end of a run that was opened has done so: its claim ended then.
+        """
         failures = self._failures[run_id] = self._failures.get(run_id, 0) + 1
-        seconds = min(_FIRST_DELAY_SECONDS * 2.0 ** (failures - 1), _MAX_DELAY_SECONDS)
-        logger.warning("run %s could not be continued: %s; trying again in %.0f s", run_id, error, seconds)
+        now, due_ms = now_ms(), None
         try:
-            await self._stored.store.postpone(run_id, self._token, now_ms() + int(1000 * seconds))
+            await self._stored.store.postpone(run_id, self._token, now + int(1000 * delay_after(failures)))
+            due_ms = (await self._stored.get(run_id)).due_ms
         except StoreError as problem:  # The claim expires by itself.
             logger.debug("run %s could not be given back: %s", run_id, problem)
+        when = "later" if due_ms is None else f"in {max(0, due_ms - now) / 1000:.0f} s"
+        logger.warning("run %s could not be continued: %s; trying again %s", run_id, error, when)
 
     def _finish(self, run_id: str, task: asyncio.Task[None]) -> None:
         if self._active.get(run_id) is task:

@@ -365,7 +365,7 @@ def record_end(records: RunRecords, fence: Fence, end: RunEnd, news_ms: int | No
 
     ``news_ms``: from when on it is due because of what came since it was claimed, such as an answer.
     """
-    times = [0 if end.status == "INTERRUPTED" else end.wake_ms, news_ms]
+    times = [0 if end.status == "INTERRUPTED" and end.wake_ms is None else end.wake_ms, news_ms]
     wake_ms = min((ms for ms in times if ms is not None), default=None)
     end = end._replace(wake_ms=wake_ms if end.status in UNFINISHED else None)
     if not records.rows.finish(fence, end):
