@@ -248,8 +248,8 @@ class RunConfig(StrictModel):
 
     def with_settings_of(self, other: RunConfig) -> RunConfig:
         """Return the config with the fields that another one was given, which win."""
-        given = other.model_fields_set
-        return self.model_copy(update={name: getattr(other, name) for name in given}) if given else self
+        fields = other.model_fields_set
+        return self.model_copy(update={name: getattr(other, name) for name in fields}) if fields else self
 
     def with_run_id(self, run_id: str) -> RunConfig:
         """Return the same config for a run of that id. Raises ValueError for an illegal id."""
