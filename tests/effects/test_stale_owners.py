@@ -101,6 +101,29 @@ async def test_the_end_of_a_stale_owner(store: Any, monkeypatch: Any) -> None:
     assert (shop.calls, len(shop.charges)) == (1, 1)
 
 
+async def test_a_stale_owner_with_an_outcome(store: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """An owner that is taken over from during a call logs that the call happened, with its key: a person is
+    asked about it."""
+    runner = StromaRunner.quick(store=store, if_running="take_over", resume=True)
+    is_called, returns, keys = asyncio.Event(), asyncio.Event(), list[str]()
+
+    @runner.node("charge", input=Order, output=Receipt, effect=True)
+    async def charge(order: Order) -> Receipt:
+        keys.append(current_node().idempotency_key)
+        is_called.set()
+        await returns.wait()
+        return Receipt(number=1)
+
+    stale = asyncio.create_task(runner.run([charge], Order(), run_id="r"))
+    await is_called.wait()
+    assert (await runner.run([charge], Order(), run_id="r")).suspended == ["effect"]
+    returns.set()
+    assert (await stale).status is RunStatus.PARTIAL
+    (line,) = [one.getMessage() for one in caplog.records if one.levelname == "ERROR" and not one.exc_info]
+    assert f"effect 'charge' with key {keys[0]} returned" in line
+    assert len(keys) == 1
+
+
 @pytest.mark.slow
 def test_a_process_that_is_stopped_after_the_intent(tmp_path: Path) -> None:
     """G13: A process that is stopped after its intent charges nothing if another process has ended the run

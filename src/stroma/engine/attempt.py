@@ -402,7 +402,7 @@ class NodeAttempt:
         if problem is None:
             self._end_with_output(refer(self.ctx, row))
         elif self.run.effect is not None:
-            self.run.effect.note_refused()
+            self.run.effect.note_refused(problem)
         return problem
 
     def _end_with_output(self, row: AttemptRow) -> None:

@@ -24,7 +24,7 @@ from uuid import uuid4
 
 from pydantic import BaseModel
 
-from stroma._utils.text import typed
+from stroma._utils.text import one_line, typed
 from stroma.checkpoint import Committed, CorruptCheckpoint, Fenced
 from stroma.checkpoint.decoding import RecordName, decode_json
 from stroma.checkpoint.entries import (
@@ -304,9 +304,16 @@ class Effect:
             )
         )
 
-    def note_refused(self) -> None:
-        """Note that the store has refused the output of the last call."""
+    def note_refused(self, problem: Exception) -> None:
+        """Note that the store has refused the output of the last call, for good."""
         assert self._intent is not None
+        self._run.ctx.run_logger.error(
+            "effect %r with key %s returned, and the store refused its output: %s; if a person is asked "
+            "about this call, it happened",
+            self._run.node_id,
+            self.key,
+            one_line(str(problem)),
+        )
         self._note(self._intent._replace(has_output=False))
 
     def _state(self, happened: bool) -> Statement | None:
