@@ -74,6 +74,7 @@ class ProgramWorld:
     Attributes:
         keys: idempotency keys by node and place; ``charged``: branches of the effects that were made.
         ledger: the places of effects by their key, with the number of the receipt.
+        has_paths: a step has failed in one life that need not fail in the next one.
         life: what the body has done in the last life.
         side: a file that has all but ``life`` of lives in other processes.
     """
@@ -86,11 +87,14 @@ class ProgramWorld:
         self.life = Life()
         self.sent: dict[str, int] = {}
         self.committed: set[str] = set()
+        self.inputs: dict[str, str] = {}
+        self.has_paths = False
         self.result: Any = None
         names = ("add", "left", "right", "first")
         self.nodes: dict[str, Any] = {name: node(name, self._step, Value, Value) for name in names}
         self.nodes["plain"] = node("plain", self._plain, Value, Value)
         self.nodes["bad"] = node("bad", self._bad, Value, Value)
+        self.nodes["flaky"] = node("flaky", self._flaky, Value, Value)
         for name, func in (("pay", self._pay), ("refused", self._refused)):
             contract = NodeContract(
                 node_id=name, input_schema=Value, output_schema=Value, effect=True, reconcile=self._look
@@ -109,6 +113,8 @@ class ProgramWorld:
         processes."""
         if kind == "call":
             self.keys.setdefault(place, set()).add(key)
+        elif kind == "failed":
+            self.has_paths = True
         else:
             assert key not in self.ledger, f"paid twice: {place}"
             self.ledger[key] = place, n
@@ -132,6 +138,10 @@ class ProgramWorld:
     def _note(self, state: Value) -> Any:
         here = current_node()
         assert here.branch not in self.committed, here.branch
+        what = f"{here.node_id} {state!r}"
+        if here.node_id in ("add", "plain", "flaky"):  # A group that has no output calls its children again.
+            assert what not in {self.inputs.get(branch) for branch in self.committed}, what
+        self.inputs[here.branch] = what
         self._record("call", f"{here.node_id} {state.at}", here.idempotency_key, here.branch)
         return here
 
@@ -159,6 +169,14 @@ class ProgramWorld:
         self._note(state)
         await self._take_time()
         raise NotImplementedError("bad")
+
+    async def _flaky(self, state: Value) -> Value:
+        self._note(state)
+        await self._take_time()
+        if self.has_faults and self.chance.random() < 0.3:
+            self._record("failed", state.at, "", "")
+            raise NotImplementedError("flaky")
+        return Value(n=mixed(state.n, state.at), at=state.at)
 
     async def _pay(self, state: Value) -> Any:
         here = self._note(state)
@@ -210,6 +228,8 @@ class ProgramWorld:
                 await asyncio.wait([sender])
             if result.status == "INTERRUPTED":
                 return None
+            if result.failure is not None and result.failure.node_id == "flaky":
+                continue
             if result.status != "SUSPENDED":
                 return result
             for question in result.questions:

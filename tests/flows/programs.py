@@ -68,6 +68,8 @@ _COMPOUNDS = [
     "limit",
     "wait",
     "clean",
+    "fallback",
+    "fallback",
     "child",
     "pipeline",
     "event",
@@ -397,11 +399,30 @@ class _Body:
             n = await self.block(blocks[0], n, f"{at}.0")
             if count == 2:
                 n = (await self.call("bad", n, f"{at}/bad")).n
-        except StepFailed:
+        except StepFailed as error:
+            if error.failure.node_id != "bad":
+                raise
             n = await self.block(blocks[1], n, f"{at}.1")
         finally:
             await self.call("add", n, f"{at}/clean")
         return n
+
+    async def fallback(self, n: int, at: str, count: int, *blocks: Program) -> int:
+        """Take one of two paths to the same steps, and end the run on one of them, so that a resume takes the
+        other path."""
+
+        async def either() -> int:
+            paid = await self.done("pay" if count == 2 else "wire", n, f"{at}/either")
+            return (await self.call("add", paid, f"{at}/after")).n
+
+        try:
+            await self.call("flaky", n, f"{at}/first")
+            await self.block(blocks[0], n, f"{at}.0")
+        except StepFailed:
+            await either()
+            raise
+        n = await either()
+        return (await self.call("flaky", n, f"{at}/last")).n
 
     async def child(self, n: int, at: str, count: int, *blocks: Program) -> int:
         inside = flow_of(blocks[0], self.nodes, self.life, f"child{count}")
