@@ -221,3 +221,33 @@ async def test_an_error_that_is_raised_for_a_failure_is_tried_again(store: Any) 
     assert "nobody" in (await runner_on(store).run(f, Num())).failure.message
     shop.failing = set()
     assert (await runner_on(store).run(f, Num())).status is RunStatus.RESUMED
+
+
+async def test_a_flow_inside_may_decide_otherwise(store: Any) -> None:
+    """A flow inside that ended after a failure which is retried has the output that its body returns now, on
+    this resume and on the next ones."""
+    shop = Shop("paid")
+    shop.failing, shop.turns = {"bad", "quote"}, {"quote": 20}
+    bad, quote = shop.step("bad"), shop.step("quote", lambda n: 100)
+
+    @stroma_flow("inner", input=Num, output=Num)
+    async def inner(flow: Flow, state: Num) -> Num:
+        try:
+            return await flow.step(quote, state)
+        except StepFailed:
+            return Num(n=-1)
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        calls = flow.step(bad, state), flow.run(inner, state)
+        first, second = await asyncio.gather(*calls, return_exceptions=True)
+        if isinstance(first, BaseException):
+            raise first
+        assert isinstance(second, Num)
+        return second
+
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+    shop.failing = set()
+    for _ in range(2):
+        result = await runner_on(store).run(f, Num())
+        assert (result.status, result.output) == (RunStatus.RESUMED, Num(n=100))

@@ -24,6 +24,7 @@ from stroma.contracts.node import FlowNode, Group, Node, find_node
 from stroma.contracts.schema import comparable, schema_of
 from stroma.engine.execution import current_node
 from stroma.engine.outcome import Halt
+from stroma.engine.restore import read_output
 from stroma.runner.flows.body import commit_output
 from stroma.runner.flows.call import FlowCall
 from stroma.runner.flows.endings import StepFailed
@@ -180,7 +181,15 @@ class _FlowEnd(FlowCall):
         return before is not None and self.input_key is not None and before != self.input_key
 
     def take_output(self, records: FlowRecords) -> str:
-        return self.branch if self.branch in records.loose else ""
+        # Its body may have decided otherwise since: then the output is committed in place of the earlier one.
+        earlier, (child, _, returned, _) = records.loose.get(self.branch), self.output
+        contract = self.scope.ctx.contract_of(child.node)
+        if earlier is None or contract is None:
+            return ""
+        with contextlib.suppress(ValueError):
+            before = read_output(schema_of(contract.output_schema), earlier, contract.upcast)
+            return self.branch if before == returned else ""
+        return ""
 
     def perform(self, cancelling: int = 0) -> Coroutine[Any, Any, Any]:
         return self._commit()
