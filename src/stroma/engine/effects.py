@@ -16,6 +16,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from copy import copy
 from inspect import iscoroutinefunction
 from time import perf_counter_ns
@@ -99,7 +100,8 @@ class Flight:
 
     def end(self) -> None:
         end_flight(self._task)
-        self.ended.set_result(None)
+        with suppress(RuntimeError):  # The loop was closed under it.
+            self.ended.set_result(None)
 
 
 class UnknownOutcome(Suspend):
@@ -282,7 +284,7 @@ class Effect:
         """
         flight, self._flight = self._flight, None
         if flight is not None:
-            del self._run.ctx.journal.flights[self._place]
+            self._run.ctx.journal.flights.pop(self._place, None)
             flight.end()
         if self.is_open and outcome in (None, "cancelled", "suspended"):
             end = UnknownEnd(self._run.node_id, self._digest, self.key, self._snapshot)
