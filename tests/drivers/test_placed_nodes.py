@@ -450,3 +450,24 @@ async def test_an_effect_whose_place_is_lost(temporal_server: TemporalServer, tm
         result = await handle.result(timeout=90)
         assert (result.status, result.output) == (RunStatus.RESUMED, Num(n=2))
         assert len(fleet.lines("call")) == 2
+
+
+async def test_a_message_is_redacted_at_its_place(cluster: Cluster) -> None:
+    """A worker of a place sends the message of a failure without what the config's redact removes from the
+    input: Temporal stores it."""
+
+    async def use(state: Text) -> Text:
+        raise ValueError(f"no mailbox {state.text}")
+
+    def hide(state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, "text": "***"} if "text" in state else state
+
+    sent: list[str] = []
+
+    async def on_node_failure(_run: str, _node: str, error: Exception, _kind: Any) -> None:
+        sent.append(str(error))
+
+    pipeline = Pipeline("place", [placed("use", use, place_of(cluster), Text, Text)])
+    async with workers(cluster, pipeline, redact=hide, hooks=NodeHooks(on_node_failure=on_node_failure)):
+        await cluster.runner.run(pipeline, Text(text="ada@example.org"), run_id=fresh_id())
+    assert sent == ["no mailbox [redacted]"]

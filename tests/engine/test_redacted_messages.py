@@ -342,9 +342,13 @@ async def test_an_error_of_code_around_steps_is_recorded_by_its_type(
         async with ctx:
             found = await execute_step("find", find, Done(), ctx)
             raise ValueError(f"bad ssn {found.final_state.ssn}")  # type: ignore[union-attr]
-    record = store.get_run("r")
-    assert record is not None
-    assert record.error == "ValueError: [redacted]"
+    with pytest.raises(ValueError, match=SSN):
+        async with Guard(runner).run(run_id="s"):
+            raise ValueError(f"bad ssn {found.output.ssn}")
+    for run_id in ("r", "s"):
+        record = store.get_run(run_id)
+        assert record is not None
+        assert record.error == "ValueError: [redacted]"
 
 
 @pytest.mark.core

@@ -390,9 +390,8 @@ class Call:
             message = str(control.value) if control.value else message_of(error)
             is_suspended = control.outcome == "suspended"
             kind = FailureClass.RECOVERABLE if is_suspended else FailureClass.TERMINAL
-            if is_suspended:
-                states = states_around(execution, execution.input_snapshot)
-                message = ctx.redactor.redact_question(message, states)
+            redact = ctx.redactor.redact_question if is_suspended else ctx.redactor.redact_message
+            message = redact(message, states_around(execution, execution.input_snapshot))
             if is_suspended and not any(halt.suspended for _, halt in inner.halts):
                 ctx.account.note_suspended(message)
             raise GroupStopped(Halt(_failure(error, kind, where, message), suspended=is_suspended)) from error

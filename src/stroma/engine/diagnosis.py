@@ -29,8 +29,6 @@ def diagnose_attempt(
     """
     if isinstance_by_type(error, GroupStopped):
         inner = ctx.redactor.mask_failure(error.halt.failure, snapshot)
-        if run.kind != "group":  # Code has made the message, and not an attempt.
-            inner = _redacted(run, snapshot, inner)
         failure = Failure(
             inner.exception,
             inner.failure_class,
@@ -50,7 +48,8 @@ def diagnose_attempt(
     explained = explain_mistake(failure, ctx.context)
     if explained:
         failure = replace(failure, message=failure.message + ctx.redactor.mask(explained))
-    failure = _redacted(run, snapshot, failure)
+    message = ctx.redactor.redact_message(failure.message, states_around(run, snapshot))
+    failure = failure if message == failure.message else replace(failure, message=message)
     for interceptor in ctx.fire.interceptors:
         failure = interceptor.diagnosed(run, failure)
     if isinstance_by_type(error, ContractViolation) and _may_repair(ctx, run, failure):
@@ -66,11 +65,6 @@ def diagnose_attempt(
         failure = Failure(error, FailureClass.RECOVERABLE, run.node_id, run.attempt, failure.message, "store")
         return failure, Halt(failure, partial=True)
     return failure, None
-
-
-def _redacted(run: RunningNode, snapshot: Snapshot, failure: Failure) -> Failure:
-    message = run.ctx.redactor.redact_message(failure.message, states_around(run, snapshot))
-    return failure if message == failure.message else replace(failure, message=message)
 
 
 def states_around(run: RunningNode, snapshot: Snapshot) -> Iterator[dict[str, Any]]:

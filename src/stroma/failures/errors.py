@@ -91,7 +91,7 @@ class RunFailed(Exception):
 
     Where: ``result.failure`` of a run that was waited for (``if_running="attach"``), or of a node with a
     place.
-    Cause: the run or the node failed in that process; the message is the original one.
+    Cause: the run or the node failed in that process; the message is the recorded one.
     Fix: look at its attempts in the store (``stroma show``), then continue the run with ``resume=True``.
     """
 

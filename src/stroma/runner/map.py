@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from time import monotonic, perf_counter_ns
 from typing import Any, Final, cast
@@ -227,9 +226,7 @@ class MapRun:
         problem = {"type": "item", "loc": (), "msg": why, "input": item.value}
         violation = ContractViolation(self._child.node_id, "input", raw, [problem])
         failure = Failure(violation, FailureClass.TERMINAL, self._child.node_id, 0, str(violation))
-        failure = self._ctx.redactor.mask_failure(failure, ())
-        message = self._ctx.redactor.redact_message(failure.message)
-        await self._handle_halt(item, Halt(replace(failure, message=message)))
+        await self._handle_halt(item, Halt(self._ctx.redactor.mask_failure(failure, ())))
 
     # ------------------------------------------------------------------ items
 

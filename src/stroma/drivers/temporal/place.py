@@ -366,7 +366,7 @@ async def _answer(request: PlaceRequest, node: Node, state: BaseModel, config: R
     except BaseException as error:
         if passes_through(error, 0, in_group=False):
             raise
-        answer.failure = _judge(run, error)
+        answer.failure = _judge(run, state, error)
     finally:
         leave(token)
         run.close()
@@ -392,7 +392,7 @@ def _encode(contract: NodeContract[Any, Any], output: Any) -> tuple[str, bool]:
     return schema.encode(model).decode(), True
 
 
-def _judge(run: RunningNode, error: BaseException) -> SentFailure:
+def _judge(run: RunningNode, state: BaseModel, error: BaseException) -> SentFailure:
     """Return what an exception means, as it would be judged in the process that owns the run."""
     if isinstance_by_type(error, Suspend):
         error = PlaceError(
@@ -406,7 +406,9 @@ def _judge(run: RunningNode, error: BaseException) -> SentFailure:
         is_own and is_refusal(error),
         tuple(requested_waits(error)) if is_own else (),
     )
-    message = failure.message + run.ctx.redactor.mask(explain_mistake(failure, run.ctx.context))
+    redactor = run.ctx.redactor
+    message = failure.message + redactor.mask(explain_mistake(failure, run.ctx.context))
+    message = redactor.redact_message(message, [schema_of(type(state)).state(state)])  # Temporal stores it.
     return SentFailure(message=message, type_name=type_name(error), verdict=verdict)
 
 
