@@ -248,17 +248,18 @@ async def test_a_flow_has_limits() -> None:
         Pipeline("p", [], max_runs=0)
 
 
-async def test_a_runner_without_a_store_warns(caplog: pytest.LogCaptureFixture) -> None:
-    """Submitting to the memory of a runner that was given no store is logged once; a store in memory that was
-    passed is not."""
+async def test_a_runner_without_a_store_warns(recwarn: pytest.WarningsRecorder) -> None:
+    """Submitting to the memory of a runner that was given no store is a warning, once; with a store in memory
+    that was passed it is not."""
     pipeline = Pipeline("p", [World().step("a")])
     await StromaRunner.quick(store=AsyncInMemoryStore()).submit(pipeline, Num())
-    assert caplog.messages == []
+    assert recwarn.list == []
     runner = StromaRunner.quick()
     for run_id in ("first", "second"):
         await runner.submit(pipeline, Num(), run_id=run_id)
-    (message,) = caplog.messages
-    assert message.startswith("run 'first' is only in the memory of this process")
+    (warning,) = recwarn.list
+    assert str(warning.message).startswith("run 'first' is only in the memory of this process")
+    assert warning.filename == __file__
     state: Any = {"n": 1}
     with pytest.raises(TypeError, match=r"got dict; pass Num\(\.\.\.\)"):
         await runner.submit(pipeline, state)

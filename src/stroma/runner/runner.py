@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import warnings
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeAlias,
 
 from pydantic import BaseModel
 
-from stroma._utils.logs import get_logger
 from stroma.checkpoint import (
     AsyncCheckpointStore,
     CheckpointManager,
@@ -89,9 +89,8 @@ _STEPS: Final = "await flow.step(node, state), or flow.run(flow_or_pipeline, sta
 Nodes: TypeAlias = Pipeline | Iterable[Any]
 OtherNodes: TypeAlias = AnyState | Iterable[Any]
 
-#: Logged once for a submission to a runner without a store.
+#: Warning, given once, of a submission to a runner without a store.
 _MEMORY: Final = "is only in the memory of this process, which must serve it; pass store= to keep it"
-logger = get_logger()
 
 
 class StromaRunner(Generic[DepsT]):
@@ -692,7 +691,8 @@ class StromaRunner(Generic[DepsT]):
         await self._stored.journal("submit").submit(request, entry)
         if getattr(self.checkpoint_manager.store, "is_default", False) and _MEMORY not in self.warned:
             self.warned.add(_MEMORY)
-            logger.warning("run %r %s", run_id, _MEMORY)
+            # Not a log record: without a handler for logs, nobody would learn that no worker sees the run.
+            warnings.warn(f"run {run_id!r} {_MEMORY}", UserWarning, stacklevel=2)
         return self.handle(run_id, pipeline)
 
     @overload
