@@ -107,6 +107,10 @@ def waiting_hints(
     if waits_for is not None:
         return held_hints(db, run_id, waits_for)
     answers = [f"answer: {line}" for line in approve_hint(db, run_id, target, waiting)]
+    if any(one.effect is not None for one in waiting):
+        answers.insert(
+            0, f"call its reconcile again, if it has one: {db.hint('resume', id_word(run_id), target)}"
+        )
     return answers + message_hint(db, run_id, reason)
 
 
