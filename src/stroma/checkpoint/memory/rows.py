@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final, NamedTuple, cast
 
-from stroma.checkpoint.decisions import MESSAGE_SENT, UNFINISHED, has_expired
+from stroma.checkpoint.decisions import ENDED, MESSAGE_SENT, UNFINISHED, has_expired
 from stroma.checkpoint.durable.conversion import to_attempt
 from stroma.checkpoint.durable.integrity import seal
 from stroma.checkpoint.durable.rows import (
@@ -471,9 +471,8 @@ class MemoryRows(ScannedRows):
         return _now_ms()
 
     def expired_run_ids(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
-        ended = ("COMPLETED", "RESUMED", "FAILED", "CANCELLED")
         runs = [run for run in list(self._runs.values()) if run.updated_ms < before_ms]
-        return [run.run_id for run in runs if unfinished or (run.execution and run.status in ended)][:limit]
+        return [run.run_id for run in runs if unfinished or (run.execution and run.status in ENDED)][:limit]
 
     def blobs(self) -> Iterable[bytes]:
         return ()

@@ -12,8 +12,9 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
+from stroma.checkpoint.decisions import COMPLETE, ENDED
 from stroma.checkpoint.decoding import RecordName, decode_number
 from stroma.checkpoint.durable.integrity import require_undamaged
 from stroma.checkpoint.durable.operations import fence_error
@@ -42,8 +43,6 @@ from stroma.checkpoint.redis.format import (
 from stroma.checkpoint.redis.reader import PAGE, RedisReader, run_lost_error
 from stroma.checkpoint.redis.scripts import RUNS
 from stroma.checkpoint.redis.server import RedisLink, script_command
-
-_ENDED: Final = ("COMPLETED", "RESUMED", "FAILED", "CANCELLED")
 
 
 class RunChanged(Exception):
@@ -217,7 +216,7 @@ class RedisRows(RedisReader):
 
     def finish(self, fence: Fence, end: RunEnd) -> bool:
         run = fence.run
-        ttl = self._ttl if end.status in ("COMPLETED", "RESUMED") else ""
+        ttl = self._ttl if end.status in COMPLETE else ""
         fields = (run.token, fence.execution, fence.epoch, fence.owner, run.writes, end.status)
         text = "" if end.error is None else f"={end.error}"
         times = ("" if end.updated_ms is None else end.updated_ms, "" if end.wake_ms is None else end.wake_ms)
@@ -377,7 +376,7 @@ class RedisRows(RedisReader):
             run_ids += (
                 row.run_id
                 for row in self._rows(ids)
-                if row.updated_ms < before_ms and (unfinished or row.status in _ENDED)
+                if row.updated_ms < before_ms and (unfinished or row.status in ENDED)
             )
             start += PAGE
             if len(ids) < PAGE:

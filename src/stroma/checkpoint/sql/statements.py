@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Final
 
-from stroma.checkpoint.decisions import MESSAGE_SENT
+from stroma.checkpoint.decisions import ENDED, MESSAGE_SENT
 from stroma.checkpoint.durable.rows import Annotation, Step
 from stroma.checkpoint.queue import MAX_CLAIM_SECONDS
 from stroma.checkpoint.records import ATTEMPT_COLUMNS
@@ -104,8 +104,8 @@ TAG: Final = """INSERT INTO tags (run, tag, started_ms) SELECT run, :tag, starte
     run = :run ON CONFLICT DO NOTHING"""
 UNTAG: Final = "DELETE FROM tags WHERE run = :run"
 STATUSES: Final = "SELECT run_id, status FROM runs WHERE execution > 0 AND run_key = ANY(:run_keys)"
-EXPIRED: Final = """SELECT run_id FROM runs WHERE updated_ms < :before_ms AND (:unfinished OR (execution > 0
-    AND status IN ('COMPLETED', 'RESUMED', 'FAILED', 'CANCELLED'))) ORDER BY updated_ms LIMIT :limit"""
+EXPIRED: Final = f"""SELECT run_id FROM runs WHERE updated_ms < :before_ms AND (:unfinished OR (execution > 0
+    AND status IN {ENDED})) ORDER BY updated_ms LIMIT :limit"""
 # Locked first: a commit in progress would leave its rows behind.
 LOCK_NUMBER: Final = "SELECT run FROM runs WHERE run_key = :run_key FOR UPDATE"
 DISCARD_EVENTS: Final = "DELETE FROM events WHERE run = :run"
