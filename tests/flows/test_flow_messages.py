@@ -395,10 +395,23 @@ async def test_a_message_in_json_may_have_aliases(store: Any) -> None:
 
 
 async def test_a_flow_that_receives_is_deterministic() -> None:
-    """check_deterministic takes a flow that waits for a message."""
+    """check_deterministic sends its messages to a flow that waits for them, each on its topic."""
     runner = StromaRunner.quick()
-    result = await runner.check_deterministic(receiver(1), Num())
-    assert result.suspended == ["waiting for a message"]
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        first = await flow.receive(Num)
+        second = await flow.receive(Num, topic="more")
+        try:
+            await flow.receive(Num, timeout=3600)
+        except TimeoutError:
+            return Num(n=10 * first.n + second.n)
+        return state
+
+    result = await runner.check_deterministic(f, Num(), messages=[Num(n=1), ("more", Num(n=2))])
+    assert result.output == Num(n=12)
+    with pytest.raises(ValueError, match=r"flow 'f' does not end: it is waiting for a message; .* messages="):
+        await runner.check_deterministic(f, Num())
 
 
 async def test_a_flow_without_a_journal_receives_nothing() -> None:

@@ -19,6 +19,7 @@ from stroma import (
     ContractViolation,
     Flow,
     PipelineChanged,
+    Question,
     RunStatus,
     StromaRunner,
     execute_step,
@@ -335,3 +336,48 @@ async def test_what_is_deterministic_passes() -> None:
 
     result = await StromaRunner.quick().check_deterministic(a_flow(body), Num())
     assert result.output == Num(n=6)
+
+
+async def test_a_flow_that_waits_is_checked_to_its_end() -> None:
+    """check_deterministic answers questions in the order in which they are asked, and lets timers pass at
+    once: also the code behind a wait is replayed."""
+
+    async def body(flow: Flow, state: Num) -> Num:
+        one = await flow.wait_for(Num, reason="one?")
+        await flow.sleep(days=3)
+        two = await flow.wait_for(Num, reason="two?", timeout=3600)
+        if time.time() // 3600 % 24 == two.n:
+            await flow.step(add, two)
+        return await flow.step(add, Num(n=10 * one.n + two.n))
+
+    runner = quick()
+    result = await runner.check_deterministic(a_flow(body), Num(), answers=[Num(n=2), Num(n=40)])
+    assert result.output == Num(n=61)
+    hour = int(time.time() // 3600 % 24)
+    with pytest.raises(PipelineChanged, match="A flow may depend only on its input, its steps"):
+        await runner.check_deterministic(a_flow(body), Num(), answers=[Num(), Num(n=hour)])
+
+    def answer(question: Question) -> Num | None:
+        return Num(n=3) if question.reason == "one?" else None
+
+    late = await runner.check_deterministic(a_flow(body), Num(), answers=answer)
+    assert late.failure is not None
+    assert late.failure.message == "no answer came in time: two?"
+    with pytest.raises(ValueError, match=r"flow 'f' does not end: nobody answers 'one\?'; .* answers="):
+        await runner.check_deterministic(a_flow(body), Num())
+
+
+async def test_a_deterministic_flow_may_fail() -> None:
+    """check_deterministic returns the result of a flow that makes the call again which had failed."""
+
+    async def refuse(state: Num) -> Num:
+        raise PermissionError("no")
+
+    broken = node("broken", refuse)
+
+    async def body(flow: Flow, state: Num) -> Num:
+        return await flow.step(broken, await flow.step(add, state))
+
+    result = await quick().check_deterministic(a_flow(body), Num())
+    assert result.failure is not None
+    assert result.failure.node_id == "broken"

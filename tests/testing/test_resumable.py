@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 from tests.testing.pipelines import Number, add_one, double, make, patient
 
-from stroma import JsonLines, Pipeline, current_node, execute_step, map_over, parallel
+from stroma import Flow, JsonLines, Pipeline, StromaRunner, current_node, execute_step, map_over, parallel
 from stroma.testing import POINTS, FaultPlan, assert_resumable, assert_resumable_sync
 
 #: Many processes one after the other, on a machine that may be busy.
@@ -357,3 +357,38 @@ async def test_each_life_is_a_process_of_its_own(tmp_path):
     # Two undisturbed runs; all but the first and the last three points have called it before the death or
     # after it.
     assert len(set(pids)) == len(pids) >= len(proven.boundaries) + 1
+
+
+@pytest.mark.parametrize("processes", [pytest.param(True, marks=[forks, pytest.mark.slow]), False])
+async def test_a_flow_that_waits_passes(processes):
+    """A flow that asks, sleeps and receives survives a death at every boundary with its answers and
+    messages."""
+    runner = StromaRunner.quick()
+
+    @runner.flow
+    async def waits(flow: Flow, state: Number) -> Number:
+        tens = await flow.wait_for(Number, reason="tens?")
+        await flow.sleep(hours=2)
+        ones = await flow.receive(Number)
+        state = await flow.step(add_one_node, Number(n=10 * tens.n + ones.n))
+        last = await flow.wait_for(Number, reason="more?")
+        return await flow.step(add_one_node, Number(n=state.n + last.n))
+
+    add_one_node = make("add", add_one)
+    answers, messages = [Number(n=4), Number(n=100)], [Number(n=2)]
+    proven = await assert_resumable(waits, Number(), answers=answers, messages=messages, processes=processes)
+    assert {"after_commit", "before_end"} <= {boundary.point for boundary in proven.boundaries}
+    with pytest.raises(AssertionError, match=r"ends as SUSPENDED, nobody answers 'more\?'; .* answers="):
+        await assert_resumable(waits, Number(), answers=answers[:1], messages=messages, processes=processes)
+    with pytest.raises(AssertionError, match=r"it is waiting for a message; .* messages="):
+        await assert_resumable(waits, Number(), answers=answers, processes=processes)
+
+
+async def test_a_list_that_asks_passes():
+    """The questions of nodes of a list get their answers too."""
+
+    async def ask(state):
+        return current_node().wait_for(Number, reason="how many?")
+
+    nodes = [make("ask", ask), make("add", add_one)]
+    assert (await assert_resumable(nodes, Number(), answers=[Number(n=4)], processes=False)).boundaries

@@ -10,16 +10,13 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 
-from stroma.checkpoint import CheckpointManager, InMemoryStore, PipelineChanged
-from stroma.contracts.contract import ContractRegistry
+from stroma.checkpoint import InMemoryStore, PipelineChanged
 from stroma.contracts.schema import schema_of
-from stroma.engine.config import RunConfig
-from stroma.engine.context import ReliabilityContext
 from stroma.hooks.sets import NodeHooks
 from stroma.runner.flows.flow import FlowFunction
 from stroma.runner.flows.journal import REPLAY_ONLY
-from stroma.runner.run import RunExecution
-from stroma.trace.result import ExecutionResult
+from stroma.runner.rehearsal import Rehearsal, missing_reply
+from stroma.trace.result import ExecutionResult, RunStatus
 
 _RUN_ID: Final = "check"
 #: By how much the clock of a replay differs: in its minute, hour, day and weekday.
@@ -27,38 +24,31 @@ _SHIFT: Final = datetime.timedelta(days=1, hours=5, minutes=7, seconds=11)
 
 
 async def check_flow(
-    flow: FlowFunction[Any, Any], state: BaseModel, config: RunConfig, registry: ContractRegistry
+    runner: Any, flow: FlowFunction[Any, Any], state: BaseModel, rehearsal: Rehearsal
 ) -> ExecutionResult[Any]:
     """Run a flow once, calling its steps, then replay it at another time without a call.
 
-    Returns the result of the run. Raises PipelineChanged for the first difference.
+    ``runner``: a StromaRunner, whose module imports this one. Returns the result of the run. Raises
+    PipelineChanged for the first difference, ValueError if the flow waits for something that the rehearsal
+    does not give.
     """
-    store = InMemoryStore()
-    how = {
-        "run_id": _RUN_ID,
-        "resume": True,
-        "resume_from": None,
-        "if_exists": "restart",
-        "if_running": "error",
-    }
-    config = config.model_copy(update={**how, "hooks": NodeHooks(), "shared_budgets": ()})
-
-    async def run() -> ExecutionResult[Any]:
-        ctx = ReliabilityContext.for_run(config, registry, CheckpointManager(store))
-        ctx.pipeline = flow.name
-        initial = schema_of(type(state)).copy(state)
-        return await RunExecution(ctx, [flow.node], initial, None).run()
-
-    first = await run()
+    store, initial = InMemoryStore(), schema_of(type(state)).copy(state)
+    store._has_warned = True  # Of a suspended run that is lost.
+    twin = runner._twin(flow, store, run_id=_RUN_ID, hooks=NodeHooks(), inline_wait_seconds=0.0)
+    first = await rehearsal.run(twin, flow, initial, resume=False)
+    if first.status is RunStatus.SUSPENDED:
+        raise ValueError(f"flow {flow.name!r} does not end: {missing_reply(first)}")
     recorded = store._runs[_RUN_ID]
     recorded.steps.pop(0, None)  # The output: the body is to run again.
     recorded.status = "INTERRUPTED"
-    token = REPLAY_ONLY.set(True)
+    token = REPLAY_ONLY.set(frozenset(row.branch for row in first.trace))
     try:
         with _another_time(flow):
-            second = await run()
+            second = await twin.run(flow, initial, resume=True)
     finally:
         REPLAY_ONLY.reset(token)
+    if second.status is RunStatus.INTERRUPTED:
+        return first  # It makes the calls that had failed, as a resume would.
     before, after = _outcome(first), _outcome(second)
     if before != after:
         raise PipelineChanged(

@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from stroma.runner.events import StreamEvent
     from stroma.runner.flows.flow import AnnotatedFlowDecorator, Flow, FlowDecorator, FlowFunction, FlowLimits
     from stroma.runner.pipeline import SubmitOptions
+    from stroma.runner.rehearsal import Answers
     from stroma.runner.stream import RunStream
     from stroma.runner.submission import EndWaits, RunHandle
     from stroma.runner.worker import WorkerHealth
@@ -311,17 +312,28 @@ class StromaRunner(Generic[DepsT]):
         return check_nodes(nodes, self.registry, input_schema, retried=retried, steps=steps_of(nodes))
 
     async def check_deterministic(
-        self, flow: FlowFunction[In, Out], initial_state: In
+        self,
+        flow: FlowFunction[In, Out],
+        initial_state: In,
+        *,
+        answers: Answers = (),
+        messages: Sequence[Any] = (),
     ) -> ExecutionResult[Out]:
         """Run a flow once in memory, calling its steps, then replay it at another time of day without a call.
 
         Returns the result of the run. Raises PipelineChanged if the replay makes other calls or ends
         otherwise: if ``time.time()``, ``datetime.now()`` or ``random`` decide what the flow does, say. Hooks
-        are not called.
+        are not called, and timers pass at once.
+
+        ``answers``: of questions, in the order in which they are asked, or a function of the Question that
+        returns the answer. ``messages``: to the run, each sent when it waits; (topic, message) for a topic. A
+        wait without a reply ends with its time limit; None as an answer leaves it to that. Raises ValueError
+        for a wait without a reply that has none.
         """
         from stroma.runner.determinism import check_flow  # Not loaded by runs.
+        from stroma.runner.rehearsal import Rehearsal
 
-        return await check_flow(flow, initial_state, self.config, self.registry)
+        return await check_flow(self, flow, initial_state, Rehearsal(answers, messages))
 
     # ------------------------------------------------------------------ running
 
@@ -904,6 +916,15 @@ class StromaRunner(Generic[DepsT]):
         if isinstance(nodes, Pipeline) and nodes.config is not None:
             return nodes.config.with_settings_of(self.config)
         return self.config
+
+    def _twin(self, target: Any, store: Any, **changes: Any) -> StromaRunner[Any]:
+        """Return a runner of another store with the contracts and the config that a target has here.
+
+        ``changes``: further fields of the config. Shared budgets are skipped.
+        """
+        fields = {"resume_from": None, "if_exists": "restart", "if_running": "error", "shared_budgets": ()}
+        config = self._config_of(target).model_copy(update=fields | changes)
+        return StromaRunner(self.registry, CheckpointManager(store), config)
 
 
 def _listed(node_sequence: Nodes) -> Pipeline | list[Any]:

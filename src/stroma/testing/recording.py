@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -11,6 +11,9 @@ from typing import Annotated, Any, Final
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from stroma.checkpoint import CheckpointNotFound, Committed
+from stroma.checkpoint.durable.rows import StepRow
+from stroma.checkpoint.entries import OF_FLOW
+from stroma.checkpoint.flow_notes import MessageNote, decode_flow_note
 from stroma.checkpoint.history.redaction import redact_value
 from stroma.checkpoint.records import PICO, AttemptRecord
 from stroma.contracts.schema import Schema
@@ -20,6 +23,8 @@ from stroma.trace.plain import jsonable
 from stroma.trace.redaction import Redact
 
 _SCHEMA: Final = "stroma.recorded-run/1"
+#: Kinds of notes about events: their times, messages, and the calls for which a run was suspended.
+_REPEATED: Final = ("e", "m", "n", "v")
 
 
 def _stored(value: Any) -> bytes:
@@ -69,11 +74,14 @@ class RecordedAttempt(_Recorded):
         contract = None if one.output is None else contracts.get((one.position, one.branch))
         return cls(**fields, contract=contract)
 
-    def as_record(self, position: int) -> AttemptRecord:
-        """Return the attempt as a store would list it at a position."""
-        fields = self.model_dump(exclude={"contract", "cost_usd", "duration_ms", "output", "position"})
+    def as_record(self, position: int, branch: str) -> AttemptRecord:
+        """Return the attempt as a store would list it at a place."""
+        fields = self.model_dump(
+            exclude={"branch", "contract", "cost_usd", "duration_ms", "output", "position"}
+        )
         return AttemptRecord(
             position=position,
+            branch=branch,
             started_ns=0,
             duration_ns=round(self.duration_ms * 1e6),
             cost_pico=round(self.cost_usd * PICO),
@@ -94,6 +102,9 @@ class RecordedRun(_Recorded):
         status: status in the store: "RUNNING" or a RunStatus.
         error: message of the failure that stopped it.
         input: input in its stored form (UTF-8 JSON).
+        events: events that the bodies of its flows got, and what else a resume repeats, as the notes of
+            ``checkpoint.flow_notes`` by their keys.
+        answers: answers to questions of flows, in stored form, by "position:branch".
     """
 
     run_id: str
@@ -102,6 +113,8 @@ class RecordedRun(_Recorded):
     error: str | None
     input: Stored
     attempts: tuple[RecordedAttempt, ...]
+    events: dict[str, Any] = {}
+    answers: dict[str, Stored] = {}
 
     @classmethod
     def read(cls, store: Any, run_id: str, *, redact: Redact | None = None) -> RecordedRun:
@@ -113,8 +126,12 @@ class RecordedRun(_Recorded):
         record = store.get_run(run_id)
         if record is None:
             raise CheckpointNotFound(f"there is no run {run_id!r} in this store; check the id, and the store")
-        contracts = _contracts(store, run_id)
+        steps = _steps(store, run_id)
+        # Without the id of the group around it.
+        contracts = {(row.position, row.branch): row.step.contract.partition(":")[0] for row in steps}
         attempts = _of_last_process(store.attempts(run_id))
+        events = _events(run_id, store.flow_notes(run_id), steps)
+        ended = {(key.partition(":")[0], value[0]) for key, value in events.items() if ":e:" in key}
         run = cls(
             run_id=run_id,
             pipeline=record.pipeline,
@@ -122,6 +139,12 @@ class RecordedRun(_Recorded):
             error=record.error,
             input=store.input_of(run_id),
             attempts=tuple(RecordedAttempt.of(attempt, contracts) for attempt in attempts),
+            events=events,
+            answers={
+                f"{one.position}:{one.branch}": one.payload
+                for one in store.waiting(run_id)
+                if one.effect is None and (str(one.position), one.branch) in ended
+            },
         )
         return run if redact is None else run.redacted(redact)
 
@@ -134,7 +157,15 @@ class RecordedRun(_Recorded):
             return data if data is None or shown == raw else json.dumps(shown).encode()
 
         attempts = [one.model_copy(update={"output": hidden(one.output)}) for one in self.attempts]
-        return self.model_copy(update={"input": hidden(self.input), "attempts": tuple(attempts)})
+        answers = {place: hidden(answer) for place, answer in self.answers.items()}
+        events = dict(self.events)
+        for key, fields in self.events.items():
+            if ":m:" in key:
+                message = MessageNote(*fields)
+                payload = hidden(message.payload.encode()) or b""
+                events[key] = list(message._replace(payload=payload.decode()))
+        changed = {"input": hidden(self.input), "answers": answers, "events": events}
+        return self.model_copy(update={**changed, "attempts": tuple(attempts)})
 
     # ------------------------------------------------------------------ files
 
@@ -183,16 +214,37 @@ def _of_last_process(attempts: list[AttemptRecord]) -> list[AttemptRecord]:
     return [one for place in places.values() for one in place]
 
 
-def _contracts(store: Any, run_id: str) -> dict[tuple[int, str], str]:
-    """Return the schema fingerprint of each committed output."""
+def _steps(store: Any, run_id: str) -> list[StepRow]:
+    """Return the commits of a run."""
 
-    def query(rows: Any) -> dict[tuple[int, str], str]:
+    def query(rows: Any) -> list[StepRow]:
         run = rows.find(run_id)
-        steps = [] if run is None else rows.steps(run.run, run.execution)
-        return {(row.position, row.branch): row.step.contract for row in steps}
+        return [] if run is None else list(rows.steps(run.run, run.execution))
 
-    fingerprints: dict[tuple[int, str], str] = store.read(query, {})
-    return {place: contract.partition(":")[0] for place, contract in fingerprints.items()}
+    steps: list[StepRow] = store.read(query, [])
+    return steps
+
+
+def _events(run_id: str, notes: Mapping[str, bytes], steps: Iterable[StepRow]) -> dict[str, Any]:
+    """Return the events of flows. The ends of steps have no content: their attempts are replayed."""
+    events: dict[str, Any] = {}
+    discarded: dict[str, list[tuple[int, int]]] = {}
+    for key, data in notes.items():
+        position, kind, branch = [*key.split(":", 2), "", ""][:3]
+        if kind == "seed":
+            events[key] = data.hex()
+        elif kind in _REPEATED:
+            events[key] = json.loads(data)
+        elif kind == "d":
+            discarded[position] = decode_flow_note(run_id, key, kind, data)
+        elif kind == "f":
+            events[f"{position}:e:{decode_flow_note(run_id, key, kind, data).event}"] = [branch, 0, ""]
+    for row in steps:
+        number = OF_FLOW - (row.step.number or 0)
+        ranges = discarded.get(str(row.position), ())
+        if number > 0 and not any(first <= number <= last for first, last in ranges):
+            events[f"{row.position}:e:{number}"] = [row.branch, 0, ""]
+    return events
 
 
 def is_failed_item(one: RecordedAttempt) -> bool:

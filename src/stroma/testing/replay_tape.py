@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, NoReturn
 
 from pydantic import BaseModel
 
+from stroma.checkpoint import Session, Waiting
+from stroma.checkpoint.identity import is_called, with_outer
 from stroma.contracts.contract import ContractRegistry, ContractViolation, as_violation
-from stroma.contracts.node import Group, Node
+from stroma.contracts.node import FlowNode, Group, Node
 from stroma.contracts.schema import Schema, schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.cost.budget import BudgetExceeded
 from stroma.cost.usage import UsageError
-from stroma.engine.context import Call, Interceptor
+from stroma.engine.context import Call, Interceptor, ReliabilityContext
 from stroma.engine.execution import RunningNode
 from stroma.engine.restore import read_output
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import Failure, NodeContext, diagnose
+from stroma.runner.flows.suspension import TIME_SHIFT_MS, now_ms
 from stroma.testing.recording import RecordedAttempt, RecordedRun, is_failed_item
 from stroma.trace.events import AttemptUsage
 from stroma.trace.result import RunStatus
@@ -31,6 +35,8 @@ from stroma.trace.result import RunStatus
 Kind = Literal["input", "missing", "new", "contract", "schema", "decision", "output", "status"]
 #: Longer than any wait that ends.
 _FOR_EVER: Final = 1e9
+#: The same beside a flow, which looks for messages four times a second.
+_IN_FLOW: Final = 1800.0
 #: Message of a server with a retry delay; the journal does not store the delay.
 _MAY_SAY_WHEN: Final = ("rate_limit", "overloaded", "server_error", "timeout", "connection")
 ENDED: Final = ("COMPLETED", "RESUMED", "FAILED", "PARTIAL", "SUSPENDED")
@@ -38,6 +44,11 @@ ENDED: Final = ("COMPLETED", "RESUMED", "FAILED", "PARTIAL", "SUSPENDED")
 
 class _AsRecorded(Exception):
     """A failure that is known by its recorded message and class."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        # An effect with a recorded failure did not happen: nobody is asked again.
+        self.__cause__ = ConnectionRefusedError()
 
 
 class _NoAnswer(Exception):
@@ -84,6 +95,10 @@ class Tape(Interceptor):
     edited: dict[int, Any] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
     unanswered: set[tuple[int, str]] = field(default_factory=set)
+    #: Calls of flows whose ends are recorded events, by place, and the branch of the output that each got.
+    events: dict[tuple[int, str], str] = field(default_factory=dict)
+    #: Branch of the last recorded call by position and plain branch.
+    last_branches: dict[tuple[int, str], str] = field(default_factory=dict)
     called: list[str] = field(default_factory=list)
     stopped: str | None = None
 
@@ -91,6 +106,7 @@ class Tape(Interceptor):
         for one in self.recorded.attempts:
             if not is_failed_item(one):
                 self.places.setdefault((one.position, one.branch), []).append(one)
+                self.last_branches[one.position, _plain(one.branch)] = one.branch
         at: dict[tuple[str, int], int] = {}
         counts: Counter[str] = Counter()
         for position, branch in sorted(self.places):
@@ -102,6 +118,65 @@ class Tape(Interceptor):
         for position, node in enumerate(self.nodes):
             self.then[position] = at.get((node.node_id, occurrences[node.node_id]))
             occurrences[node.node_id] += 1
+        self._find_unfinished()
+
+    def _find_unfinished(self) -> None:
+        """Find the group or flow in which the recorded run stopped: only its parts have attempts."""
+        last = max((position for position, _ in self.places), default=-1)
+        events = [int(key.partition(":")[0]) for key in self.recorded.events]
+        last = max([last, *events])
+        if last < 0 or (last, "") in self.places:
+            return
+        before = max((now for now, then in self.then.items() if then is not None), default=-1)
+        for position in range(before + 1, len(self.nodes)):
+            if not isinstance(self.nodes[position], Node) or isinstance(self.nodes[position], FlowNode):
+                self.then[position] = last
+                return
+
+    # ------------------------------------------------------------------ flows
+
+    def opened(self, ctx: ReliabilityContext, session: Session) -> Session:
+        """Give flows their recorded events: a resume repeats them, and takes the outputs from the tape."""
+        position_of = {
+            str(then): position
+            for position, then in self.then.items()
+            if then is not None and position < self.first_called
+        }
+        notes: dict[str, bytes] = {}
+        for key, value in self.recorded.events.items():
+            at, _, rest = key.partition(":")
+            if at in position_of:
+                kind, _, key = rest.partition(":")
+                if kind == "e":
+                    branch, time_ms, source = value
+                    self.events[position_of[at], _plain(branch)] = source or branch
+                    value = [_plain(branch), time_ms, ""]
+                elif kind == "n":
+                    value = [value[0], sorted(map(_plain, value[1]))]
+                data = bytes.fromhex(value) if kind == "seed" else json.dumps(value).encode()
+                notes[f"{position_of[at]}:{kind}:{_plain(key)}"] = data
+        answers: dict[tuple[int, str], Waiting] = {}
+        for key, payload in self.recorded.answers.items():
+            at, _, branch = key.partition(":")
+            if at in position_of:
+                place = position_of[at], _plain(branch)
+                answers[place] = Waiting(*place, "", "", "", payload)
+        session.notes, session.waiting = notes, answers
+        return session
+
+    @contextlib.contextmanager
+    def recorded_time(self) -> Iterator[None]:
+        """Let flows run at the time of their last event, so that what was asleep stays asleep."""
+        times = [
+            value if key.partition(":")[2].startswith("v:") else value[1]
+            for key, value in self.recorded.events.items()
+            if key.partition(":")[2].startswith(("e:", "v:"))
+        ]
+        token = TIME_SHIFT_MS.set(max(times, default=now_ms()) - now_ms())
+        try:
+            yield
+        finally:
+            TIME_SHIFT_MS.reset(token)
 
     def edit(self, position: int, state: Any) -> None:
         node = self.nodes[position]
@@ -120,8 +195,17 @@ class Tape(Interceptor):
         then = self.then[run.position]
         if then is None:
             return None if self._is_new(run.position) else []
-        differences = self.places.get((then, run.branch), [])
-        return None if differences and differences[0].node_id != run.node_id else differences
+        attempts = self.places.get((then, self.source_of(run.position, run.branch)), [])
+        return None if attempts and attempts[0].node_id != run.node_id else attempts
+
+    def source_of(self, position: int, branch: str) -> str:
+        """Return the branch of the recorded attempts of a call, which may have got the output of another."""
+        for outer in with_outer(branch):
+            source = self.events.get((position, outer))
+            if source is not None:
+                return source + branch[len(outer) :]
+        then = self.then[position]
+        return branch if then is None else self.last_branches.get((then, branch), branch)
 
     def _is_new(self, position: int) -> bool:
         """Return True if a node that the recorded run did not reach was probably not in its pipeline."""
@@ -160,6 +244,14 @@ class Tape(Interceptor):
         """Return the recorded result of an attempt. Raises _NoAnswer."""
         if attempts is None:
             self._stop(run, "new", "the run had no such node, so nothing can be handed on")
+        is_live = self._is_live(run)
+        is_cancelled = run.attempt <= len(attempts) and attempts[run.attempt - 1].outcome == "cancelled"
+        if is_cancelled or (is_live and run.attempt > len(attempts)):
+            # The cause of the cancellation cancels it again, or there is no recorded output.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.sleep(_IN_FLOW if is_live else _FOR_EVER)
+        elif is_live:  # Its siblings end before it if they did.
+            await asyncio.sleep(attempts[run.attempt - 1].duration_ms / 1000)
         if run.attempt > len(attempts):
             if attempts:
                 self._stop(
@@ -176,15 +268,17 @@ class Tape(Interceptor):
                 )
             self._stop(run, None, "the run came no further")
         one = attempts[run.attempt - 1]
-        if one.outcome == "cancelled":
-            with contextlib.suppress(TimeoutError):
-                await asyncio.sleep(
-                    _FOR_EVER
-                )  # The cause of the cancellation cancels it again, or there is no recorded output.
+        if is_cancelled:
             self._stop(run, "decision", "nothing cancels it now, and the run has no answer of it")
         if one.reason == "contract" and one.output is None and "(input)" in (one.message or ""):
             self._stop(run, "contract", "its input broke its contract, and is taken now")
         return one
+
+    def _is_live(self, run: RunningNode) -> bool:
+        """Return True for a call of a flow whose end is not a recorded event, and for the nodes inside it."""
+        if self.first_called < len(self.nodes) or not is_called(run.branch):
+            return False
+        return all((run.position, branch) not in self.events for branch in with_outer(run.branch))
 
     def _stop(self, run: RunningNode, kind: Kind | None, why: str) -> NoReturn:
         place = f"{run.position}.{run.branch}" if run.branch else str(run.position)
@@ -294,6 +388,11 @@ def _nodes_in(node: Node | Group, branch: str = "") -> Iterable[tuple[str, Node]
     for index, child in enumerate(node.children):
         inside = f"{branch}.{index}" if branch else str(index)
         yield from _nodes_in(child, inside)
+
+
+def _plain(branch: str) -> str:
+    """Return a branch without the numbers of calls whose place had the output of another path."""
+    return ".".join(identity.partition("@")[0] for identity in branch.split("."))
 
 
 def _reached(recorded: RecordedRun, position: int | None) -> bool:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import json
 import os
 import tempfile
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,9 +19,10 @@ from stroma.checkpoint.sqlite.store import SQLiteStore
 from stroma.contracts.node import Group, Node, find_node
 from stroma.contracts.schema import Schema
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.tasks import has_running_loop
 from stroma.runner.pipeline import Pipeline
+from stroma.runner.rehearsal import Answers, Rehearsal
 from stroma.runner.runner import StromaRunner
+from stroma.testing.blocking import blocking_form_of
 from stroma.testing.crash import Boundary
 from stroma.testing.resume_trial import ProcessRecord, Trial
 from stroma.trace.plain import jsonable
@@ -58,6 +58,8 @@ async def assert_resumable(
     state: BaseModel,
     *,
     runner: StromaRunner[Any] | None = None,
+    answers: Answers = (),
+    messages: Sequence[Any] = (),
     ignore: Collection[str] = (),
     effects: Callable[[], Any] | None = None,
     reset: Callable[[], Any] | None = None,
@@ -74,7 +76,9 @@ async def assert_resumable(
 
     ``pipeline``: a Pipeline, its nodes, or plain code: an async function of ``(ctx, state)`` that calls
         ``execute_step``.
-    ``runner``: source of config and contracts; its store is replaced, and shared budgets are skipped.
+    ``runner``: source of config and contracts; its store is replaced, and shared budgets are skipped. A
+        context is passed with it: ``runner=StromaRunner.quick(context=...)``.
+    ``answers``, ``messages``: what a run that waits gets, see :meth:`StromaRunner.check_deterministic`.
     ``ignore``: fields of the final state that may differ, such as ``"made_at"``, ``"lines.0"``.
 
     ``processes``: True forks each process and kills it with SIGKILL, so that the memory of nodes is lost.
@@ -102,6 +106,7 @@ async def assert_resumable(
             effects,
             reset,
             timeout_seconds,
+            Rehearsal(answers, messages),
         )
         ignored = tuple(ignore)
         undisturbed = await _undisturbed_twice(trial, ignored)
@@ -132,11 +137,12 @@ def _uses_processes(processes: bool | None, effects: Callable[[], Any] | None) -
     return processes
 
 
-def assert_resumable_sync(pipeline: Proven, state: BaseModel, **options: Any) -> Resumability:
-    """Call :func:`assert_resumable` without an event loop. Raises RuntimeError if one is running."""
-    if has_running_loop():
-        raise RuntimeError("an event loop is running here; use `await assert_resumable(...)`")
-    return asyncio.run(assert_resumable(pipeline, state, **options))
+@blocking_form_of(assert_resumable)
+def assert_resumable_sync() -> None:
+    """Call :func:`assert_resumable`, with its arguments, without an event loop.
+
+    Raises RuntimeError if one is running.
+    """
 
 
 async def _undisturbed_twice(trial: Trial, ignored: tuple[str, ...]) -> ProcessRecord:
@@ -157,10 +163,7 @@ async def _undisturbed(trial: Trial, run_id: str) -> ProcessRecord:
     trial.fresh()
     life = await trial.live(run_id, resume=False)
     if life.status not in _COMPLETED:
-        raise AssertionError(
-            f"the undisturbed run does not complete: it ends as {life.status or 'a process that died'}"
-            + (f", {life.failure}" if life.failure else "")
-        )
+        raise AssertionError(f"the undisturbed run does not complete: it {life.how_it_ended}")
     return life
 
 
@@ -180,17 +183,9 @@ async def _try(
     twice = [called[place] for place in dict.fromkeys(died.committed) if place in called]
     if twice:
         raise AssertionError(f"{what}; node {twice[0].node_id!r} had finished, and was called again")
-    if life.status == RunStatus.SUSPENDED:
-        raise AssertionError(
-            f"{what}; the resumed run is SUSPENDED, as nobody knows if the call of an effect happened; "
-            "pass reconcile=, and let it return the output or NotDone()"
-        )
     if life.status not in _COMPLETED:
-        raise AssertionError(
-            f"{what}; the resumed run ends as {life.status or 'a process that died'}"
-            + (f", {life.failure}" if life.failure else "")
-            + f"; {_NEEDS}"
-        )
+        needs = "" if life.status == RunStatus.SUSPENDED else f"; {_NEEDS}"
+        raise AssertionError(f"{what}; the resumed run {life.how_it_ended}{needs}")
     difference = _describe_changes(changes(undisturbed.state, life.state), ignore)
     item = "" if difference else _map_difference(trial, "undisturbed", run_id, ignore)
     if item:

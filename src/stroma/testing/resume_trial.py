@@ -20,10 +20,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from stroma.checkpoint import CheckpointManager
 from stroma.checkpoint.sqlite.store import SQLiteStore
 from stroma.contracts.schema import Schema, schema_of
 from stroma.engine.context import INTERCEPTORS, ReliabilityContext
+from stroma.runner.rehearsal import Rehearsal, missing_reply
 from stroma.runner.runner import StromaRunner
 from stroma.testing.clock import FakeClock
 from stroma.testing.crash import Boundary, Crashed, Deaths
@@ -44,6 +44,11 @@ class ProcessRecord:
     state: Any = None
     effects: Any = None
 
+    @property
+    def how_it_ended(self) -> str:
+        why = f", {self.failure}" if self.failure else ""
+        return f"ends as {self.status or 'a process that died'}{why}"
+
 
 @dataclass(slots=True)
 class Trial:
@@ -57,6 +62,7 @@ class Trial:
     effects: Callable[[], Any] | None
     reset: Callable[[], Any] | None
     timeout_seconds: float
+    rehearsal: Rehearsal
 
     def fresh(self) -> None:
         """Reset everything outside of the pipeline."""
@@ -94,20 +100,11 @@ class Trial:
         context = config.context
         if isinstance(context, dict):  # Its keys are of one process; its values, such as clients, are shared.
             context = dict(context)
-        changed: dict[str, Any] = {
-            "run_id": run_id,
-            "context": context,
-            "resume": resume,
-            "resume_from": None,
-            "if_exists": "restart",
-            "shared_budgets": (),
-        }
-        config = config.model_copy(update=changed)
-        manager = CheckpointManager(store)
+        twin = self.runner._twin(self.proven, store, run_id=run_id, context=context, resume=resume)
         state = schema_of(type(self.state)).copy(self.state)
         proven = self.proven
         if inspect.iscoroutinefunction(proven):
-            ctx = ReliabilityContext.for_run(config, self.runner.registry, manager)
+            ctx = ReliabilityContext.for_run(twin.config, twin.registry, twin.checkpoint_manager)
             try:
                 async with ctx:
                     final = await proven(ctx, state)
@@ -116,15 +113,16 @@ class Trial:
             except Exception as error:
                 life.status, life.failure = RunStatus.FAILED, f"{type(error).__name__}: {error}"
             return
-        twin = StromaRunner(self.runner.registry, manager, config)
         try:
-            result = await twin.run(proven, state)
+            result = await self.rehearsal.run(twin, proven, state, resume=resume)
         except Exception as error:  # StoreError of the opening, such as PipelineChanged.
             life.status, life.failure = RunStatus.FAILED, f"{type(error).__name__}: {error}"
             return
         life.status = result.status
         if result.failure is not None:
             life.failure = f"node {result.failure.node_id!r}: {result.failure}"
+        elif result.status is RunStatus.SUSPENDED:
+            life.failure = missing_reply(result)
         life.state = None if result.final_state is None else _plain(result.final_state)
 
     # ------------------------------------------------------------------ processes
@@ -152,7 +150,7 @@ class Trial:
                 for plan, met in zip(_plans(), of, strict=True):
                     plan.note_met(met)
             else:
-                life.status, life.failure, life.state, life.effects = of
+                life.status, life.failure, life.state, life.effects, self.rehearsal.places = of
         if code is None:
             last = f"; its last boundary is: {life.boundaries[-1]}" if life.boundaries else ""
             raise AssertionError(
@@ -184,7 +182,7 @@ class Trial:
             deaths = Deaths(lambda boundary: boundary == die_at, kill=True, report=report)
             asyncio.run(self._run(run_id, resume, deaths, life))
             report("met", [plan.met_faults() for plan in _plans()])
-            report("end", [life.status, life.failure, life.state, life.effects])
+            report("end", [life.status, life.failure, life.state, life.effects, self.rehearsal.places])
             code = 0
         except BaseException:
             traceback.print_exc()

@@ -183,8 +183,12 @@ class FlowDriver(FlowWaits):
         first = next(iter(requested.values()))
         if self.ctx.stopping.is_asked:
             self.stop(STOPPED)
-        elif self._replay_only:
-            self.stop_as_changed(f"makes {describe(first.branch)}, which is not recorded")
+        elif self._replay_only is not None:
+            new = next((branch for branch in requested if branch not in self._replay_only), None)
+            if new is None:
+                self.stop(STOPPED)
+            else:
+                self.stop_as_changed(f"makes {describe(new)}, which is not recorded")
         elif len(self.calls) == 1 and self._is_alone(first):
             return self._perform_alone(first)
         else:
@@ -420,10 +424,15 @@ class FlowDriver(FlowWaits):
             call.source = event.source
             outcome = await call.restore()
             if outcome is None:
-                # A group whose schema has changed is assembled again, of children that are restored.
+                # A group whose schema has changed is assembled again, of children that are restored; and a
+                # replay of the test kit has the recorded attempts alone.
                 self.number_of[call.branch] = event.number
                 outcome = await call.perform()
                 del self.number_of[call.branch]
+                if type(outcome) is Halt:
+                    if outcome.spent or outcome.partial or outcome.suspended:
+                        return self.stop(outcome)
+                    return self.failed(call, outcome.failure, event.number)
         except (HookNotAsync, PipelineChanged, StoreError) as error:
             return self.stop(end_of(error, call.node))
         self.journal.forget_output(self.position, call.branch)

@@ -32,8 +32,9 @@ from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunFailed
 from stroma.failures.failure import Failure, kind_of
 
-#: Set while ``check_deterministic`` replays: a call without a record is a change.
-REPLAY_ONLY: Final[ContextVar[bool]] = ContextVar("stroma_replay_only", default=False)
+#: Set while ``check_deterministic`` replays, to the branches of the calls that the run made: any other call
+#: is a change, and one of these without a record had failed, and ends the replay.
+REPLAY_ONLY: Final[ContextVar[frozenset[str] | None]] = ContextVar("stroma_replay_only", default=None)
 
 
 class Event(NamedTuple):
@@ -126,7 +127,7 @@ class FlowJournal:
         self._busy: dict[int, int] = {}
         self.inbox = Inbox()
         session = ctx.session
-        if not session.continued:
+        if not (session.continued or session.notes):
             return
         if ctx.journal.restored is session.restored:
             ctx.journal.restored = dict(

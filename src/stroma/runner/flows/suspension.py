@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from functools import partial
 from time import monotonic, perf_counter_ns, time_ns
@@ -32,11 +33,13 @@ from stroma.trace.events import MarkKind, TraceMark
 _POLL_SECONDS: Final = 0.25
 #: Payload of a closed question, which takes no answer. Answers are JSON, and this is not.
 WITHDRAWN: Final = b"withdrawn"
+#: By how much the time of flows is ahead, in ms: timers pass at once in a test, and not at all in a replay.
+TIME_SHIFT_MS: Final[ContextVar[int]] = ContextVar("stroma_time_shift_ms", default=0)
 
 
 def now_ms() -> int:
     """Return the time in ms since the epoch."""
-    return time_ns() // 1_000_000
+    return time_ns() // 1_000_000 + TIME_SHIFT_MS.get()
 
 
 def text_of_time(ms: int) -> str:
