@@ -47,6 +47,40 @@ def test_a_living_run_is_paused(stroma, inside, fails):
     assert "continue a paused run: stroma resume RUN" in listed.err
 
 
+async def _suspend(store, run_id):
+    await (await begin(store, run_id)).end("SUSPENDED", "why?")
+
+
+GENERATED = "0123456789abcdef" * 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("cancel", "RUN"),
+        ("pause", "RUN"),
+        ("send", "RUN", "1"),
+        ("budget", "RUN", "--tokens", "9"),
+        ("approve", "RUN", "sums.py:pipeline", "1"),
+        ("resume", "RUN", "sums.py:pipeline"),
+        ("drive", "RUN", "sums.py:pipeline"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_prefix_names_no_run_to_change(stroma, inside, fails, words):
+    """Commands that change a run take whole ids: a prefix changes nothing, and the message names the run."""
+    with SQLiteStore(stroma.home / "runs.db") as store:
+        for run_id in ("order-17", GENERATED):
+            asyncio.run(_suspend(store, run_id))
+        for prefix, run_id in (("order-1", "order-17"), (GENERATED[:11], GENERATED)):
+            done = inside(*[prefix if one == "RUN" else one for one in words], "--db", "runs.db")
+            fails(done, 4, f"no run {prefix!r} in runs.db; pass the whole id", run_id)
+        assert store.statuses(["order-17"]) == {"order-17": "SUSPENDED"}
+        assert inside("show", "order-1", "--db", "runs.db").code == 0
+        assert inside("cancel", GENERATED[:12], "--db", "runs.db").code == 0  # As tables show it.
+        assert store.statuses([GENERATED]) == {GENERATED: "CANCELLED"}
+
+
 def test_an_owner_that_does_not_read_a_pause(stroma, inside, monkeypatch):
     """The command returns, and says that the owner may begin further attempts."""
     monkeypatch.setattr(stored_runs, "_OWNER_SECONDS", 0.2)

@@ -4,6 +4,7 @@ that does not fit."""
 from __future__ import annotations
 
 import json
+import re
 from enum import Enum
 from typing import Any, Literal
 
@@ -43,6 +44,16 @@ class Review(BaseModel):
         return cents
 
 
+class Cleared(BaseModel):
+    ok: bool = True
+    send_to: list[str] = ["everyone@example.org"]
+    max_usd: int | None = 100
+    note: str = "as usual"
+    cents: int = 5
+    names: list[str] = []
+    by: str | None = None
+
+
 class Nullable(BaseModel):
     by: str | None
 
@@ -69,7 +80,7 @@ def test_each_simple_property_is_a_field() -> None:
     assert {name: (field.input, field.is_required) for name, field in fields.items()} == {
         "approved": ("choice", True),
         "colour": ("choice", True),
-        "level": ("choice", False),
+        "level": ("choice", True),
         "note": ("text", False),
         "cents": ("integer", True),
         "share": ("number", False),
@@ -82,12 +93,13 @@ def test_each_simple_property_is_a_field() -> None:
 
 
 def test_fields_become_an_answer() -> None:
-    """Fields are read by their types; an empty field that is not required is left out."""
-    texts = {"approved": "false", "colour": '"blue"', "level": "", "note": "a\r\nb", "cents": "7"}
+    """Fields are read by their types; an empty one that is not required, and shows no default, is omitted."""
+    texts = {"approved": "false", "colour": '"blue"', "level": '"low"', "note": "a\r\nb", "cents": "7"}
     more = {"share": "0.5", "names": "x\n\ny\n", "inner": '{"n": 1}'}
     assert parsed(Review, texts | more) == {
         "approved": False,
         "colour": "blue",
+        "level": "low",
         "note": "a\nb",
         "cents": 7,
         "share": 0.5,
@@ -98,10 +110,20 @@ def test_fields_become_an_answer() -> None:
     assert parsed(Review, wrong) == {
         "approved": "not one of the choices",
         "colour": "required",
+        "level": "required",
         "cents": "not a whole number",
         "share": "not a number",
         "inner": "not JSON",
     }
+
+
+def test_a_cleared_field_does_not_send_its_default() -> None:
+    """A field that shows a default and comes back empty is [], null or "", or an error: never the default."""
+    texts = {"ok": "", "send_to": "", "max_usd": "", "note": "", "cents": "", "names": "", "by": ""}
+    assert parsed(Cleared, texts) == {"ok": "required", "cents": "required"}
+    answer = parsed(Cleared, {**texts, "ok": "false", "cents": "3"})
+    assert answer == {"ok": False, "send_to": [], "max_usd": None, "note": "", "cents": 3}
+    assert Cleared.model_validate(answer).send_to == []
 
 
 def test_other_answers() -> None:
@@ -161,6 +183,7 @@ def test_an_answer_by_fields(store: SQLiteStore, serve: Any) -> None:
         "cents": "seven",
         "note": "<b>kept</b>",
         "inner": '{"n": "x"}',
+        "level": '"low"',
     }
     sent = form_of(site.get("/run", id="x").text, "approve")
     sent |= {f"field:{name}": text for name, text in fields.items()}
@@ -177,6 +200,13 @@ def test_an_answer_by_fields(store: SQLiteStore, serve: Any) -> None:
     (question,) = store.waiting("x")
     assert question.payload is not None
     assert b"<b>kept</b>" in question.payload
+    page = site.get("/run", id="x").text
+    assert re.search(r"<b>Answered</b> asks: Is it right\? \{[^<]*&lt;b&gt;kept&lt;/b&gt;", page)
+    assert "answered, due for a worker: Is it right?" in page
+    for path in ("/", "/overview"):
+        assert "answered, due for a worker: Is it right?" in site.get(path).text
+    site = serve(store, redact=lambda state: {**state, "note": "hidden"} if "note" in state else state)
+    assert "kept" not in site.get("/run", id="x").text
 
 
 def test_an_answer_as_json(store: SQLiteStore, serve: Any) -> None:

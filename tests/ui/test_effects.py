@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 from tests.kit import Receipt
+from tests.ui.test_actions import form_of, json_form_of
 
 from stroma import Pipeline, RunStatus, SQLiteStore, StromaRunner
 from stroma.checkpoint.identity import idempotency_key
@@ -17,8 +18,8 @@ class Bill(BaseModel):
 
 
 def test_a_page_states_how_a_call_ended(store: SQLiteStore, serve: Any) -> None:
-    """The page of a run shows the unknown call and its key; its buttons store the output, validated, or that
-    it did not happen."""
+    """The page of a run shows the unknown call and its key. Its buttons ask for confirmation, then store the
+    output, validated, or that it did not happen; the page shows what was stated."""
     calls: list[int] = []
     runner = StromaRunner.quick(store=store)
 
@@ -35,22 +36,29 @@ def test_a_page_states_how_a_call_ended(store: SQLiteStore, serve: Any) -> None:
         page = site.get("/run", id=run_id).text
         assert "nobody knows if call 1 happened (TimeoutError: &lt;no answer&gt;)" in page
         assert f"<code>{idempotency_key(run_id, 1, 0, '')}</code>" in page
-        form = re.search(r'<form method="post" action="/effect">(.*?)</form>', page)
-        assert form is not None
-        fields = {
-            name: html.unescape(value)
-            for name, value in re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', form[1])
-        }
-        assert site.post("/effect", {**fields, "key": "x", "happened": "no"}).status == 403
+        forms = re.findall(r'<form method="post" action="/approve">.*?</form>', page, re.DOTALL)
+        assert "State that call 1 of charge happened?" in page
+        (no,) = [form for form in forms if 'name="happened" value="no"' in form]
+        assert "State that call 1 of charge did not happen? When the run continues" in no
+        denied, fields = form_of(no, "approve"), form_of(page, "approve")
+        assert denied == {**json_form_of(page), "happened": "no"}
+        assert site.post("/approve", {**denied, "key": "x"}).status == 403
+        for output in ("", "x"):
+            wrong = site.post("/approve", {**fields, "field:number": output})
+            assert (wrong.status, f'value="{output}"' in wrong.text) == (422, True)
         for output in ("{", "{}", '{"number": "x"}'):
-            answer = site.post("/effect", {**fields, "happened": "yes", "output": output})
-            assert answer.status == 422
-        stale = site.post("/effect", {**fields, "question": "0:2", "happened": "no"})
+            wrong = site.post("/approve", {**json_form_of(page), "answer": output})
+            assert (wrong.status, output in html.unescape(wrong.text)) == (422, True)
+            assert f'href="/run?id={run_id}"' in wrong.text
+        stale = site.post("/approve", {**denied, "question": "0:2"})
         assert (stale.status, store.waiting(run_id)[0].payload) == (409, None)
-        stated = {**fields, "happened": happened, "output": '{"number": 7}'}
-        assert site.post("/effect", stated).status == 303
-        assert "nobody knows" not in site.get("/run", id=run_id).text
-        assert site.post("/effect", {**stated, "happened": "yes", "output": '{"number": 8}'}).status == 409
+        stated = denied if happened == "no" else {**fields, "field:number": "7"}
+        assert site.post("/approve", stated).status == 303
+        page = site.get("/run", id=run_id).text
+        assert "nobody knows" not in page
+        text = "did not happen" if happened == "no" else 'happened: {"number": 7}'
+        assert f"charge: a person stated that call 1 {text}" in html.unescape(page)
+        assert site.post("/approve", {**fields, "field:number": "8"}).status == 409
     result = asyncio.run(runner.run(pipeline, Bill(), run_id="yes", resume=True))
     assert (result.final_state, len(calls)) == (Receipt(number=7), 2)
     result = asyncio.run(runner.run(pipeline, Bill(), run_id="no", resume=True))

@@ -51,6 +51,28 @@ def test_the_page_of_a_flow(store: SQLiteStore, serve: Any) -> None:
     assert 'class="cause"' not in page
 
 
+@stroma_flow("asks", input=Num, output=Num)
+async def asks(flow: Flow, state: Num) -> Num:
+    await flow.wait_for(Num, reason="with a limit?", timeout=3600)
+    await flow.wait_for(Num, reason="without?")
+    return state
+
+
+def test_answered_questions_of_a_flow_have_one_line(store: SQLiteStore, serve: Any) -> None:
+    """An answered question of a flow is one line on the page of its run, with a timeout or without."""
+    runner = StromaRunner.quick(store=store, run_id="r", policy_map=NEVER)
+    asyncio.run(runner.run(asks, Num()))
+    site: Site = serve(store)
+    for _ in range(2):
+        asyncio.run(runner.signal("r", Num(n=7)))
+        asyncio.run(runner.run(asks, Num(), resume=True))
+    page = site.get("/run", id="r").text
+    names = re.findall(r'<span class="dim mono">[^<]*</span> ([^<]*)</span><svg', page)
+    assert names == ["asks", "question: with a limit?", "question: without?"]
+    assert "so far" not in page
+    assert page.count('<span class="all">answered</span>') == 2
+
+
 def test_the_steps_of_the_latest_runs(store: SQLiteStore, serve: Any) -> None:
     """The page of a flow has an image of the steps that its runs took; that of a list has none."""
     runner = StromaRunner.quick(store=store, policy_map=NEVER)

@@ -8,6 +8,7 @@ from operator import attrgetter
 from typing import Any, Final, Literal, NamedTuple
 
 from stroma._utils.text import typed
+from stroma.checkpoint.decisions import MESSAGE_SENT
 from stroma.checkpoint.identity import idempotency_key
 from stroma.checkpoint.queue import BlockedMark
 from stroma.failures.errors import BUDGET, PAUSED
@@ -124,14 +125,25 @@ class RunRecord:
     @property
     def waits_for(self) -> Literal["resume", "budget"] | None:
         """The need of a suspended run that no answer continues: the end of a pause, or a larger budget."""
-        if self.status != "SUSPENDED":
+        if self.status != "SUSPENDED" or self._is_due_at_once:
             return None
         return "resume" if self.error == PAUSED else "budget" if self.error == BUDGET else None
 
     @property
     def wait_text(self) -> str | None:
         """The need of a suspended run, for people, such as "waiting for ..."; None for any other."""
-        return describe_wait(self.error or "") if self.status == "SUSPENDED" else None
+        if self.status != "SUSPENDED":
+            return None
+        text = describe_wait(self.error or "")
+        if not self._is_due_at_once:
+            return text
+        was_asked = text.startswith("waiting for an answer: ")
+        return f"answered, due for a worker: {self.error}" if was_asked else f"due for a worker, was {text}"
+
+    @property
+    def _is_due_at_once(self) -> bool:
+        """True if it got what it waited for, such as an answer or a message, and is not paused."""
+        return self.due_ms is not None and self.due_ms <= MESSAGE_SENT and self.error != PAUSED
 
 
 def describe_wait(reason: str) -> str:

@@ -25,7 +25,6 @@ from stroma.engine.execution import current_run
 from stroma.hooks.sets import NodeHooks
 from stroma.runner.pipeline import Pipeline
 from stroma.runner.runner import StromaRunner, with_settings_of
-from stroma.trace.redaction import Redact
 
 T = TypeVar("T")
 _FORM = "name a pipeline as FILE.py:NAME or package.module:NAME"
@@ -314,25 +313,3 @@ def _suggest_files(path: Path) -> str:
     more = f" and {len(files) - 8} more" if len(files) > 8 else ""
     likest = difflib.get_close_matches(path.name, files, 8, cutoff=0.0)
     return f"check the path; Python files in {path.parent.resolve()}: {', '.join(likest)}{more}"
-
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def redact_option(func: F) -> F:
-    """Add --redact to a command that shows states."""
-    return click.option(
-        "--redact",
-        metavar="FILE_OR_MODULE:NAME",
-        help="Pipeline whose redact applies to the states shown.",
-    )(func)
-
-
-def load_redact(target: str | None) -> Redact | None:
-    """Return the ``redact`` of a pipeline's config. Raises Problem."""
-    if target is None:
-        return None
-    from stroma.cli.loading import load_pipeline  # Only who asks for it loads what runs pipelines.
-
-    pipeline = load_pipeline(target)
-    return None if pipeline.config is None else pipeline.config.redact

@@ -24,8 +24,9 @@ from stroma.checkpoint.records import RunRecord
 from stroma.checkpoint.sqlite.store import SQLiteStore
 from stroma.checkpoint.urls import open_store
 from stroma.cli.errors import Code, Problem, command
-from stroma.cli.formatting import format_age
+from stroma.cli.formatting import format_age, id_word
 from stroma.cli.output import err
+from stroma.trace.redaction import Redact
 
 #: Stands for the pipeline of a run in a hint, where the store does not know it.
 TARGET: Final = "FILE.py:NAME"
@@ -48,6 +49,25 @@ def db_option(func: F) -> F:
         help="Store: a SQLite file or a URL (postgresql://, redis://).  [env: STROMA_DB; default: "
         "runs.db in your data directory]",
     )(func)
+
+
+def redact_option(func: F) -> F:
+    """Add --redact to a command that shows states or messages of failures."""
+    return click.option(
+        "--redact",
+        metavar="FILE_OR_MODULE:NAME",
+        help="Pipeline whose redact applies to states and messages shown.",
+    )(func)
+
+
+def load_redact(target: str | None) -> Redact | None:
+    """Return the ``redact`` of a pipeline's config. Raises Problem."""
+    if target is None:
+        return None
+    from stroma.cli.loading import load_pipeline  # Only who asks for it loads what runs pipelines.
+
+    pipeline = load_pipeline(target)
+    return None if pipeline.config is None else pipeline.config.redact
 
 
 def mask_passwords(address: str) -> str:
@@ -284,15 +304,21 @@ class Database:
             )
         return state
 
-    def find(self, run: str) -> RunRecord:
-        """Return the run that an id, a prefix of one, or "last" names. Raises Problem."""
+    def find(self, run: str, *, to_change: bool = False) -> RunRecord:
+        """Return the run that an id, a prefix of one, or "last" names. Raises Problem.
+
+        ``to_change``: a prefix does not name a run, except for the one that tables show of a generated id.
+        """
         store = self.reader
         try:
             run_ids = [] if self.is_empty else store.find_run(run)
             records = [record for run_id in run_ids if (record := store.get_run(run_id)) is not None]
         except ValueError as error:  # Not a valid id.
             raise Problem(str(error)) from None
-        if len(records) == 1:
+        is_named = (
+            not to_change or run == "last" or any(run in (r.run_id, id_word(r.run_id)) for r in records)
+        )
+        if len(records) == 1 and is_named:
             return records[0]
         if not records:
             what = "no runs" if run == "last" else f"no run whose id begins with {run!r}"
@@ -308,6 +334,8 @@ class Database:
             f"{clean(r.run_id, 80)}  {clean(r.pipeline, 40)}  {status_of(r)}  {format_age(r.started_ms)}"
             for r in records
         ]
+        if not is_named:
+            raise Problem(f"no run {run!r} in {self.name}; pass the whole id", *lines, code=Code.NOT_FOUND)
         raise Problem(
             f"{run!r} is a prefix of {len(records)}{' or more' if len(records) >= 20 else ''} run ids; "
             "pass more characters",

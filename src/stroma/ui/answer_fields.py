@@ -29,7 +29,7 @@ class AnswerField(NamedTuple):
     Attributes:
         name: the property; "" for an answer that is not an object.
         input: "lines": one text a line. "choice": one of ``choices``. "json": any JSON.
-        is_required: an answer without it is refused.
+        is_required: an empty field is not omitted; so of any field that shows a default.
         takes_null: an empty field is null, if it is required.
         choices: each as JSON, and as it is shown.
         value: the default, as text of the field.
@@ -103,6 +103,8 @@ def _empty(field: AnswerField) -> Any:
         return None
     if field.input == "lines":
         return []
+    if field.input == "text" and field.value:
+        return ""
     raise ValueError("required")
 
 
@@ -143,7 +145,7 @@ def _field(
         name,
         clean(label, 200),
         kind,
-        is_required,
+        is_required or bool(value),
         takes_null,
         choices,
         value,

@@ -17,7 +17,7 @@ from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.records import RunRecord
 from stroma.contracts.contract import NotDone
 from stroma.runner.stored_runs import match_answer
-from stroma.ui.actions import Actions, can_resume, identity_of, read_json, to_run
+from stroma.ui.actions import Actions, can_resume, identity_of, to_run
 from stroma.ui.answer_fields import AnswerField, FieldError, example_text, fields_of, parse_fields
 from stroma.ui.rendering import Renderer
 
@@ -25,7 +25,7 @@ _MAX_ERRORS: Final = 20
 
 
 class AnswerForm:
-    """The form that answers a question.
+    """The form that answers a question, or states the output of the call of an effect.
 
     Attributes:
         question: the question, as it is shown.
@@ -43,6 +43,12 @@ class AnswerForm:
         self.errors = errors or []
         self.values = form or {f"field:{field.name}": field.value for field in self.fields}
         self.text = example_text(question.answer_schema()) if form is None else form.get("answer", "")
+
+    @property
+    def title(self) -> str:
+        """The question, or the call that is asked about."""
+        one = self.question
+        return one.reason if one.effect is None else f"Call {one.effect.number} of {one.node_id}"
 
     def errors_of(self, name: str) -> list[str]:
         """Return what is wrong with a field."""
@@ -71,7 +77,7 @@ class Answers:
         self._settings, self._keys = renderer.settings, renderer.keys
 
     async def approve(self, request: Request) -> Response:
-        """Store an answer, and resume the run if asked to. A wrong answer is shown with its errors."""
+        """Store an answer or statement, and resume the run if asked to; show a wrong one with its errors."""
         record, form = await self._actions.read_form("approve", request)
         try:
             with self._keys.once(identity_of(form)) as is_first:
@@ -93,7 +99,10 @@ class Answers:
     async def _approve(self, record: RunRecord, form: dict[str, str]) -> None:
         questions = await self._read_questions(record)
         question = self._find(questions, form)
-        if form.get("by") == "fields":
+        answer: Any
+        if form.get("happened") == "no":
+            answer = NotDone()
+        elif form.get("by") == "fields":
             answer, errors = parse_fields(fields_of(question.answer_schema()), form)
             if errors:
                 raise _Refused(question, errors)
@@ -106,19 +115,6 @@ class Answers:
         resume = self._settings.resume
         if form.get("resume") == "yes" and resume is not None and can_resume(self._settings, record):
             await to_thread.run_sync(resume, record.run_id)
-
-    async def state_effect(self, request: Request) -> Response:
-        """Store what a person states about the call of an effect: its output, or that it did not happen."""
-        record, form = await self._actions.read_form("effect", request)
-        happened = form.get("happened") == "yes"
-        answer = read_json(form.get("output", ""), "output") if happened else NotDone()
-        questions = await self._read_questions(record)
-        try:
-            await self._signal(record, questions, self._find(questions, form), answer)
-        except _Refused as refused:
-            message = "; ".join(f"{name}: {text}" if name else text for name, text in refused.errors)
-            raise HTTPException(422, f"the output does not fit: {message}") from refused
-        return to_run(record.run_id)
 
     async def _read_questions(self, record: RunRecord) -> list[Waiting]:
         store: Any = self._settings.store

@@ -61,7 +61,6 @@ def make_app(settings: Settings) -> ASGIApp:
         Route("/fork", actions.fork, methods=["POST"]),
         Route("/approve", answers.approve, methods=["POST"]),
         Route("/delete", actions.delete, methods=["POST"]),
-        Route("/effect", answers.state_effect, methods=["POST"]),
         Route("/send", actions.send, methods=["POST"]),
         Route("/pause", actions.pause, methods=["POST"]),
         Route("/unpause", actions.unpause, methods=["POST"]),

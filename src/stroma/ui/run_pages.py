@@ -63,6 +63,7 @@ _MAX_LISTED: Final = 2000
 _LISTED_OF_MORE: Final = 500
 _MAX_DRAWN: Final = 12_000
 _MAX_TEXT: Final = 4000  # characters of a message
+_MAX_ANSWERED: Final = 20  # answered questions
 
 
 class _Waits(NamedTuple):
@@ -100,8 +101,9 @@ class RunPages:
         attempts = [*listed, *rest]
         questions = self._history.waiting(record.run_id)
         waiting = [one for one in questions if one.payload is None]
+        answered = [one for one in questions if one.payload is not None]
         limits = read_limits(self._settings, record)
-        waits = self._history.flow_waits(record, attempts, waiting) if after is None else []
+        waits = self._history.flow_waits(record, attempts, questions) if after is None else []
         timeline, story = self._timeline(request, record, attempts, _Waits(waits, waiting), cause_attempt)
         drawn = Markup(timeline.draw())  # It escapes all text.
         failed = sum(attempt.failure_class is not None for attempt in attempts)
@@ -126,14 +128,14 @@ class RunPages:
                 restored_starts(record, listed),
             ),
             waiting=waiting,
-            answers=[AnswerForm(one) for one in waiting if not one.effect],
+            answers=[AnswerForm(one) for one in waiting],
+            answered=[self._history.describe_answer(one) for one in answered[-_MAX_ANSWERED:]],
             next=page.next,
             first=after is None,
             can_resume=can_resume(self._settings, record),
             selected="" if cause_attempt is None else attempt_address(record, cause_attempt),
             resume_key=self._renderer.keys.form("resume", run_id),
             delete_key=self._renderer.keys.form("delete", run_id),
-            effect_key=self._renderer.keys.form("effect", run_id),
             approve_key=self._renderer.keys.form("approve", run_id),
             control_keys={action: self._renderer.keys.form(action, run_id) for action in controls_of(record)},
             working=is_at_work(record),

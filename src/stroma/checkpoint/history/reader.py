@@ -12,7 +12,7 @@ from typing import Final
 
 from stroma._utils.text import clean
 from stroma.checkpoint.durable.states import AsyncStates
-from stroma.checkpoint.entries import Intent, Waiting
+from stroma.checkpoint.entries import NOT_DONE, Intent, Waiting
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
 from stroma.checkpoint.history.bars import bar_of, failed_input, in_order, wait_bars
 from stroma.checkpoint.history.redaction import (
@@ -102,6 +102,25 @@ class History:
     def waiting(self, run_id: str) -> list[Waiting]:
         """Return the approvals that nodes of the last execution wait for, or waited for; [] if unknown."""
         return self.store.waiting(run_id)
+
+    def answer_of(self, one: Waiting) -> Payload:
+        """Return the answer to a question; of the call of an effect, its stated output or "not done"."""
+        if one.payload is None:
+            return Payload(None, "it is not answered")
+        return Payload("not done") if one.payload == NOT_DONE else self._decode(one.payload)
+
+    def answer_text(self, one: Waiting) -> str:
+        """Return the answer to a question as text."""
+        value, problem = self.answer_of(one)
+        return clean(problem or json.dumps(value, ensure_ascii=False), 300)
+
+    def describe_answer(self, one: Waiting) -> str:
+        """Return an answered question and its answer; of the call of an effect, what was stated."""
+        node, answer = clean(one.node_id, 100), self.answer_text(one)
+        if one.effect is None:
+            return f"{node}: {clean(one.reason, 500)} {answer}"
+        what = "did not happen" if one.payload == NOT_DONE else f"happened: {answer}"
+        return f"{node}: a person stated that call {one.effect.number} {what}"
 
     def flow_waits(
         self, record: RunRecord, attempts: Sequence[AttemptRecord], waiting: Sequence[Waiting] | None = None
@@ -256,8 +275,11 @@ class History:
                 elif size is not None:
                     output_value = {"omitted": f"{size:,} bytes"}
             bars.append(bar_of(attempt, first, input_value, output_value, rejected))
+        waiting = self.waiting(record.run_id)
+        if states:
+            facts = [*facts, *(("answered", self.describe_answer(one)) for one in waiting if one.payload)]
         story = story_of(record, bars, resume_command, facts)
-        return replace(story, left_out=1 if has_more else 0, waits=self.flow_waits(record, attempts))
+        return replace(story, left_out=1 if has_more else 0, waits=self.flow_waits(record, attempts, waiting))
 
 
 def story_of(

@@ -12,7 +12,7 @@ import click
 from stroma._utils.text import clean, pluralize
 from stroma.checkpoint.entries import NOT_DONE, Waiting
 from stroma.checkpoint.errors import StoreError
-from stroma.checkpoint.history.redaction import decode_payload
+from stroma.checkpoint.history import History
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.commands.completion import complete_run
@@ -69,7 +69,7 @@ def approve(
 ) -> int:
     """Answer a suspended run.
 
-    RUN is a run id, its beginning, or "last". FILE_OR_MODULE:NAME is its pipeline, or the agent or graph of a
+    RUN is a run id or "last". FILE_OR_MODULE:NAME is its pipeline, or the agent or graph of a
     framework, whose own call then continues it. ANSWER is JSON, @FILE, or - for stdin, and must satisfy the
     class that the node requires, which is looked up in the pipeline. Workers of its pipeline continue the
     run; without any, use `stroma resume`, or --resume. --question may be left out while one question is open,
@@ -79,7 +79,7 @@ def approve(
     output, or --not-done.
     """
     database = Database.from_option(db)
-    record = database.find(run_)
+    record = database.find(run_, to_change=True)
     questions = database.reader.waiting(record.run_id)
     if answer_text is None and done is None and not not_done and _is_json(target):
         words = (id_word(record.run_id), database.target_of(record), target)
@@ -118,11 +118,11 @@ def approve(
 
 def _other_answer(database: Database, record: RunRecord, one: Waiting) -> Problem:
     """Return the problem of an answer to a question that has another one."""
+    answer = "--not-done" if one.payload == NOT_DONE else History(database.reader).answer_text(one)
     return Problem(
-        f"{node_text(one)} of run {clean(record.run_id)} is answered already, with {_answer_text(one)}; "
+        f"{node_text(one)} of run {clean(record.run_id)} is answered already, with {answer}; "
         "an accepted answer stays",
         f"details: {database.hint('show', id_word(record.run_id))}",
-        code=Code.NOT_FOUND,
     )
 
 
@@ -130,14 +130,6 @@ def _is_same(questions: list[Waiting], record: RunRecord, one: Waiting, answer: 
     """Return True if a question has this answer already."""
     again = match_answer(questions, record.run_id, answer[0], question=one.id, schema=answer[1])
     return again.payload == one.payload
-
-
-def _answer_text(one: Waiting) -> str:
-    """Return the answer that a question has."""
-    if one.payload == NOT_DONE:
-        return "--not-done"
-    value, problem = decode_payload(one.payload or b"", None)
-    return "another answer" if problem is not None else clean(json.dumps(value, ensure_ascii=False), 300)
 
 
 def _is_json(text: str) -> bool:
@@ -272,10 +264,8 @@ def _find_waiting(database: Database, record: RunRecord, every: list[Waiting], r
             f"{clean(record.error or 'no reason is recorded', 500)}",
             f"a run of a pipeline: {database.hint('resume', id_word(record.run_id), request.target)}",
             f"a run of a guard: {_framework_hint(record.run_id)}",
-            code=Code.NOT_FOUND,
         )
     raise Problem(
         f"run {name} is not waiting for an answer: it is {record.status}",
         f"details: {database.hint('show', id_word(record.run_id))}",
-        code=Code.NOT_FOUND,
     )

@@ -64,10 +64,10 @@ def pause(run_: str, as_json: bool, db: str | None) -> None:
 
     When this command ends, within about a second, no process starts another attempt of the run. Attempts in
     flight finish and are stored; then the run is SUSPENDED. Workers do not continue it until `stroma resume
-    RUN` removes the pause. RUN is a run id, a prefix of one, or "last".
+    RUN` removes the pause. RUN is a run id or "last".
     """
     database = Database.from_option(db)
-    record = database.find(run_)
+    record = database.find(run_, to_change=True)
     is_paused = database.run(request(database.reader, record.run_id, "pause"))
     after = database.get_run(record.run_id) or record
     outcome = "ended" if not is_paused else "paused" if after.holder is None else "asked"
@@ -95,11 +95,11 @@ def cancel(run_: str, as_json: bool, db: str | None) -> None:
     """Cancel a run.
 
     The process that runs it, wherever it is, ends it as CANCELLED within about a second; a run without an
-    owner is CANCELLED at once. Finished nodes are stored, and the run can be resumed. RUN is a run id, a
-    prefix of one, or "last".
+    owner is CANCELLED at once. Finished nodes are stored, and the run can be resumed. RUN is a run id or
+    "last".
     """
     database = Database.from_option(db)
-    record = database.find(run_)
+    record = database.find(run_, to_change=True)
     is_requested = database.run(database.reader.cancel(record.run_id))
     after = database.get_run(record.run_id) or record
     owner, run = after.holder or record.holder, f"run {clean(record.run_id)}"
@@ -140,13 +140,13 @@ def _print(
 def send(run_: str, text: str, topic: str, message_id: str | None, as_json: bool, db: str | None) -> None:
     """Send a message to a run, whose flow receives it.
 
-    RUN is a run id, a prefix of one, or "last". MESSAGE is JSON, @FILE, or - for stdin. `flow.receive` takes
+    RUN is a run id or "last". MESSAGE is JSON, @FILE, or - for stdin. `flow.receive` takes
     the messages of a topic in the order in which they were sent. Workers of its pipeline continue a suspended
     run; without any, use `stroma resume`.
     """
     message, _, source = parse_json(text, "MESSAGE")
     database = Database.from_option(db)
-    record = database.find(run_)
+    record = database.find(run_, to_change=True)
     runner = StromaRunner(ContractRegistry(), CheckpointManager(database.store))
     try:
         database.run(runner.send(record.run_id, message, topic=topic, id=message_id))

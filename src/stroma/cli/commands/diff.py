@@ -14,9 +14,8 @@ from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import run_data
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import style_status
-from stroma.cli.loading import load_redact, redact_option
 from stroma.cli.output import Part, emit_fields, err, out, table
-from stroma.cli.stores import Database, db_option
+from stroma.cli.stores import Database, db_option, load_redact, redact_option
 
 _SIGNS = {"added": "+", "removed": "-", "changed": "~"}
 _STYLES = {"added": "green", "removed": "red", "changed": "yellow"}

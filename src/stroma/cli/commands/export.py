@@ -11,12 +11,12 @@ from stroma.checkpoint.history import FINISHED, History
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import run_data
-from stroma.cli.commands.show import attempt_data
+from stroma.cli.commands.show import attempt_data, question_data
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import id_word
-from stroma.cli.loading import load_redact, redact_option
 from stroma.cli.output import out, write_private
-from stroma.cli.stores import Database, db_option
+from stroma.cli.stores import Database, db_option, load_redact, redact_option
+from stroma.cli.suspended import waiting_data
 from stroma.trace.html import document
 
 _ALL = 10_000_000
@@ -66,10 +66,12 @@ def _text(history: History, database: Database, record: RunRecord, form: str, st
         )
         return document(history.story(record, max_attempts=_DRAWN, states=states, resume_command=hint))
     attempts, _ = history.attempts(record.run_id, _ALL)
+    waiting = history.waiting(record.run_id)
     data = {
         "schema": "stroma.export/1",
         "run": run_data(record),
         "input": _state(history.input_at(record.run_id, 0)) if states else None,
+        "questions": [question_data(history, one) if states else waiting_data(one) for one in waiting],
         "attempts": [_attempt(history, record, one, states) for one in attempts],
     }
     return json.dumps(data, allow_nan=False, indent=2) + "\n"

@@ -40,7 +40,7 @@ def budget(
     With NAME, print a SharedBudget: its limit, the usage of each node, and the reservations of calls in
     flight. The limit is that of the process that used it last.
 
-    With --cost-usd, --tokens or --latency-ms the argument is a run: its id, a prefix of one, or "last". The
+    With --cost-usd, --tokens or --latency-ms the argument is a run: its id, or "last". The
     new limit applies from its next attempt on, in whatever process it is; other limits stay. A run that waits
     for its budget is continued by a worker, or by `stroma resume`.
     """
@@ -88,7 +88,7 @@ def _limits(tokens: int | None, cost_usd: float | None, latency_ms: int | None) 
 
 
 def _set_of_run(database: Database, run: str, limits: Mapping[str, float], as_json: bool) -> None:
-    record = database.find(run)
+    record = database.find(run, to_change=True)
     is_set = database.run(request(database.reader, record.run_id, "set_budget", limits))
     after = database.get_run(record.run_id) or record
     if as_json:

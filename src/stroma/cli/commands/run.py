@@ -104,7 +104,7 @@ def resume(
 ) -> int:
     """Resume a stopped run without repeating finished nodes.
 
-    RUN is a run id, a prefix of one, or "last". The input is the original one. Without FILE_OR_MODULE:NAME,
+    RUN is a run id or "last". The input is the original one. Without FILE_OR_MODULE:NAME,
     a worker continues the run: a pause is taken back, and a run that failed, was cancelled or stopped is due.
 
     Without --from, --budget-usd and --budget-tokens set the limit of the run, for each process that continues
@@ -113,7 +113,7 @@ def resume(
     options = RunOptions.from_click(**click_options)
     _check_options(start_at, options, fork=fork, retry_failed=retry_failed, has_state=state is not None)
     database = Database.from_option(db)
-    record = database.find(run_)
+    record = database.find(run_, to_change=True)
     if dry_run and target is None:
         if start_at is not None:
             raise click.UsageError("--dry-run with --from needs the pipeline")

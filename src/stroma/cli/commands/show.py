@@ -33,9 +33,8 @@ from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import done_text, run_data
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import format_age, format_local_time, id_word, localize, style_status, to_iso
-from stroma.cli.loading import load_redact, redact_option
 from stroma.cli.output import Part, emit, err, out, table
-from stroma.cli.stores import TARGET, Database, db_option
+from stroma.cli.stores import TARGET, Database, db_option, load_redact, redact_option
 from stroma.cli.suspended import (
     WORKER_CONTINUES,
     answer_type,
@@ -99,14 +98,15 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
                 "schema": "stroma.show/1",
                 "run": run_data(record),
                 **_facts_data(database.reader, record),
-                **_data(record, attempts, waiting, selected, states),
+                "suspended": [question_data(history, one) for one in waiting],
+                **_data(record, attempts, selected, states),
             }
         )
         return code
     if view.wants_input or view.wants_output or view.wants_rejected:
         return _print_states(selected, states, code)
     facts = database.reader.facts_of(record.run_id)
-    _print_head(record, facts, waiting, attempts)
+    _print_head(history, record, facts, waiting, attempts)
     for label, text in _describe_progress(database, record, facts, attempts, waiting):
         _print_fact(label, [text])
     flow_waits = history.flow_waits(record, attempts, waiting) if view.as_tree else []
@@ -151,14 +151,12 @@ _State = tuple[str, Payload]
 def _data(
     record: RunRecord,
     attempts: list[AttemptRecord],
-    waiting: list[Waiting],
     selected: list[AttemptRecord],
     states: list[list[_State]],
 ) -> dict[str, Any]:
     """Return the attempts and their sums for ``--json``."""
     tokens, cost = sum_waste(attempts)
     return {
-        "suspended": [waiting_data(one) for one in waiting],
         "wasted_tokens": tokens,
         "wasted_cost_usd": cost,
         "attempts": [
@@ -166,6 +164,11 @@ def _data(
             for one, payloads in zip(selected, states, strict=True)
         ],
     }
+
+
+def question_data(history: History, one: Waiting) -> dict[str, Any]:
+    """Return a question and its answer in the form of the JSON schemas."""
+    return waiting_data(one) | {"answer": history.answer_of(one).value}
 
 
 def _facts_data(store: AsyncStates, record: RunRecord) -> dict[str, Any]:
@@ -312,7 +315,11 @@ def _started_nodes(store: AsyncStates, record: RunRecord) -> dict[str, str]:
 
 
 def _print_head(
-    record: RunRecord, facts: RunFacts, waiting: list[Waiting], attempts: list[AttemptRecord]
+    history: History,
+    record: RunRecord,
+    facts: RunFacts,
+    waiting: list[Waiting],
+    attempts: list[AttemptRecord],
 ) -> None:
     """Print what is known of a run, a line for each fact."""
     wasted_tokens, wasted_cost = sum_waste(attempts)
@@ -347,9 +354,13 @@ def _print_head(
         lines.append(("blocked", [(f"since {since}: ", "yellow"), clean(record.blocked.message, 1000)]))
     if record.status == QUEUED and record.due_ms is not None:
         lines.append(("due", [format_local_time(record.due_ms)]))
-    for one in waiting if record.status not in _FINISHED_WELL else ():
-        kind = "waits" if one.payload is None else "answered"
-        lines.append((kind, [f"{node_text(one)}: {question_text(one)}  (asks for {answer_type(one)})"]))
+    for one in waiting:
+        if one.payload is not None:
+            lines.append(("answered", [history.describe_answer(one)]))
+        elif record.status not in _FINISHED_WELL:
+            lines.append(
+                ("waits", [f"{node_text(one)}: {question_text(one)}  (asks for {answer_type(one)})"])
+            )
     if record.wait_text is not None:
         # The reason of an answered run is its question, unless it sleeps or waits for a message.
         is_over = record.wait_text != record.error and bool(waiting)

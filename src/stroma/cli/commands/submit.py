@@ -134,7 +134,7 @@ def drive(
     database = Database.from_option(db)
     pipelines = [load_pipeline(target, database) for target in targets]
     database.require_durable()
-    record = database.find(run_)
+    record = database.find(run_, to_change=True)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # Output of nodes goes to stderr.
             outcome = asyncio.run(_drive(database, record.run_id, pipelines, max_seconds))
