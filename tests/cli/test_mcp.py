@@ -15,7 +15,7 @@ from mcp.client.stdio import stdio_client
 from pydantic_core import to_json
 
 from stroma.cli.commands.mcp import RunReader, bound_answer, make_server
-from stroma.cli.loading import load_redact
+from stroma.cli.redaction import load_redact
 from stroma.cli.stores import Database
 
 GOOD = '{"start": 1}'

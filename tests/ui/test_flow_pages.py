@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from typing import Any
 from xml.etree import ElementTree
 
@@ -71,6 +72,25 @@ def test_answered_questions_of_a_flow_have_one_line(store: SQLiteStore, serve: A
     assert names == ["asks", "question: with a limit?", "question: without?"]
     assert "so far" not in page
     assert page.count('<span class="all">answered</span>') == 2
+
+
+def test_what_continued_a_run_is_named(store: SQLiteStore, serve: Any) -> None:
+    """The timeline shows when a run was continued, and what it waited for; the queue time of a submitted run
+    shifts nothing."""
+    runner = StromaRunner.quick(store=store, policy_map=NEVER)
+    asyncio.run(runner.submit(letter, Num(), run_id="r"))
+    time.sleep(0.3)
+    asyncio.run(runner.drive("r", pipelines=[letter]))
+    site: Site = serve(store)
+    page = site.get("/run", id="r").text
+    assert "continued" not in page
+    (first,) = re.findall(r'<rect class="b-wait" x="([\d.]+)%"[^>]*><title>question', page)
+    assert float(first) > max(map(float, re.findall(r'b-success" x="([\d.]+)%"', page)))
+    asyncio.run(runner.signal("r", Num(n=7)))
+    asyncio.run(runner.drive("r", pipelines=[letter]))
+    page = site.get("/run", id="r").text
+    assert re.findall(r"<title>(continued) after [^<]*: question: Send &lt;it&gt;\?", page) == ["continued"]
+    assert "another process" not in page
 
 
 def test_the_steps_of_the_latest_runs(store: SQLiteStore, serve: Any) -> None:

@@ -467,7 +467,7 @@ def test_a_run_is_found_by_its_trace(store: SQLiteStore, serve: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dies_in", ["first", "second"])
 def test_the_gap_before_a_resume_is_named(dies_in: str, tmp_path: Path, serve: Any) -> None:
-    """The timeline of a killed run begins with its first process, and shows when another one took over."""
+    """The timeline of a killed run begins with its first process, and shows when the run was continued."""
 
     def run(*, dies: bool) -> Any:
         def step(id: str) -> Any:
@@ -493,7 +493,9 @@ def test_the_gap_before_a_resume_is_named(dies_in: str, tmp_path: Path, serve: A
     assert run(dies=False).ok
     with SQLiteStore(tmp_path / "runs.db") as store:
         text = serve(store).get("/run", id="r").text
-    (gap,) = re.findall(r'<rect class="b-wait" x="([\d.]+)%"[^>]*><title>resumed by another process', text)
+    (gap,) = re.findall(
+        r'<rect class="b-wait" x="([\d.]+)%"[^>]*><title>continued after [^<]*: its process', text
+    )
     assert float(gap) < 5
     first = re.findall(r'<rect class="b-success" x="([\d.]+)%"', text)[0]
     assert (float(first) < 5) == (dies_in == "second")

@@ -8,11 +8,12 @@ from operator import attrgetter
 from typing import Any, Final, Literal, NamedTuple
 
 from stroma._utils.text import typed
-from stroma.checkpoint.decisions import MESSAGE_SENT
 from stroma.checkpoint.identity import idempotency_key
 from stroma.checkpoint.queue import BlockedMark
 from stroma.failures.errors import BUDGET, PAUSED
 
+#: Smaller due times stand for what made a run due at once; see ``MESSAGE_SENT`` in decisions.py.
+_FIRST_MS: Final = 1000
 PICO: Final = 10**12  # Costs are stored in whole pico-dollars: sums are exact in any order.
 
 
@@ -143,7 +144,7 @@ class RunRecord:
     @property
     def _is_due_at_once(self) -> bool:
         """True if it got what it waited for, such as an answer or a message, and is not paused."""
-        return self.due_ms is not None and self.due_ms <= MESSAGE_SENT and self.error != PAUSED
+        return self.due_ms is not None and self.due_ms < _FIRST_MS and self.error != PAUSED
 
 
 def describe_wait(reason: str) -> str:

@@ -26,7 +26,6 @@ from stroma.checkpoint.urls import open_store
 from stroma.cli.errors import Code, Problem, command
 from stroma.cli.formatting import format_age, id_word
 from stroma.cli.output import err
-from stroma.trace.redaction import Redact
 
 #: Stands for the pipeline of a run in a hint, where the store does not know it.
 TARGET: Final = "FILE.py:NAME"
@@ -49,25 +48,6 @@ def db_option(func: F) -> F:
         help="Store: a SQLite file or a URL (postgresql://, redis://).  [env: STROMA_DB; default: "
         "runs.db in your data directory]",
     )(func)
-
-
-def redact_option(func: F) -> F:
-    """Add --redact to a command that shows states or messages of failures."""
-    return click.option(
-        "--redact",
-        metavar="FILE_OR_MODULE:NAME",
-        help="Pipeline whose redact applies to states and messages shown.",
-    )(func)
-
-
-def load_redact(target: str | None) -> Redact | None:
-    """Return the ``redact`` of a pipeline's config. Raises Problem."""
-    if target is None:
-        return None
-    from stroma.cli.loading import load_pipeline  # Only who asks for it loads what runs pipelines.
-
-    pipeline = load_pipeline(target)
-    return None if pipeline.config is None else pipeline.config.redact
 
 
 def mask_passwords(address: str) -> str:

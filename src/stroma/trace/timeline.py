@@ -88,7 +88,7 @@ class Timeline:
         now_ms: the time of this drawing, of a run that goes on; None for others.
         began_ms: start of the first attempt, since the epoch.
         progress: what runs now; None if nothing does.
-        resumes: (from, to) of each stretch after which another process continued the run, in milliseconds.
+        resumes: (from, to, cause) of each stretch after which the run was continued, in milliseconds.
         open_waits: what attempts at a place wait for, by place.
         pipeline: its name, by which a flow is called that is the whole pipeline and has not ended.
     """
@@ -104,7 +104,7 @@ class Timeline:
     began_ms: int = 0
     progress: InProgress | None = None
     open_waits: Mapping[str, str] = field(default_factory=dict)
-    resumes: Sequence[tuple[float, float]] = ()
+    resumes: Sequence[tuple[float, float, str]] = ()
     pipeline: str = ""
 
     def draw(self) -> str:
@@ -158,6 +158,7 @@ class _Drawing:
         )
         end = max((self.place(bar.began_ms + bar.took_ms) for bar in shown), default=0.0)
         latest = max((self.place(bar.began_ms + bar.took_ms) for bar in it.waits), default=0.0)
+        end = max([end, *(self.place(bar.began_ms) for bar in it.waits)])
         end = max(end, min(latest, end * _ROOM))
         if it.open_waits:
             end *= _ROOM
@@ -268,22 +269,22 @@ class _Drawing:
         return any(bar is self.it.selected for _, one in entry.walk() for bar in one.bars)
 
     def resumes_row(self) -> str:
-        """Return the row of the stretches in which no process had the run; "" without any."""
+        """Return the row of the stretches after which the run was continued; "" without any."""
         resumes = self.it.resumes
         if not resumes:
             return ""
         self.rows += 1
         parts = [
             self.rect(
-                "b-wait", began, ended, 9, 10, f"resumed by another process after {_took(ended - began)}"
+                "b-wait", began, ended, 9, 10, f"continued after {_took(ended - began)}: {clean(cause, 200)}"
             )
-            for began, ended in resumes
+            for began, ended, cause in resumes
         ]
-        text = "resumed by another process"
+        text, took = "continued", _took(sum(ended - began for began, ended, _ in resumes))
         return (
             f'<div class="row"><span class="name dim">{text}</span><svg class="lane" role="img" '
             f'aria-label="{text}">{"".join(parts)}</svg>'
-            f'<span class="fig"><span class="all">after {_took(sum(b - a for a, b in resumes))}</span></span>'
+            f'<span class="fig"><span class="all">after {took}</span></span>'
             "</div>"
         )
 

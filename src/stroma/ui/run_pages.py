@@ -20,6 +20,7 @@ from stroma.checkpoint.history import (
     bar_of,
     describe_effects,
     find_progress,
+    first_start_ns,
     in_order,
     is_at_work,
     is_interrupted,
@@ -67,10 +68,11 @@ _MAX_ANSWERED: Final = 20  # answered questions
 
 
 class _Waits(NamedTuple):
-    """Waits of a run: those of its flows as bars, and its open questions."""
+    """Waits of a run: those of its flows as bars, and its open questions; and the start of the drawing."""
 
     of_flows: list[Bar]
     questions: list[Waiting]
+    first_ns: int
 
 
 class RunPages:
@@ -103,12 +105,19 @@ class RunPages:
         waiting = [one for one in questions if one.payload is None]
         answered = [one for one in questions if one.payload is not None]
         limits = read_limits(self._settings, record)
-        waits = self._history.flow_waits(record, attempts, questions) if after is None else []
-        timeline, story = self._timeline(request, record, attempts, _Waits(waits, waiting), cause_attempt)
+        facts = self._store.facts_of(record.run_id)
+        first_ns = first_start_ns(record, attempts)
+        has_lost_start = record.execution == 1 and min((one.epoch for one in attempts), default=1) > 1
+        if after is None and has_lost_start and facts.deaths:  # A process died in its first attempt.
+            first_ns = record.started_ms * 1_000_000
+        waits: list[Bar] = []
+        if after is None:
+            waits = self._history.flow_waits(record, attempts, questions, first_ns)
+        drawn_waits = _Waits(waits, waiting, first_ns)
+        timeline, story = self._timeline(request, record, attempts, drawn_waits, cause_attempt)
         drawn = Markup(timeline.draw())  # It escapes all text.
         failed = sum(attempt.failure_class is not None for attempt in attempts)
         run_id, command = record.run_id, self._resume_command(record, attempts)
-        facts = self._store.facts_of(run_id)
         return self._renderer.page(
             "run.html",
             here="runs",
@@ -194,11 +203,7 @@ class RunPages:
         cause_attempt: AttemptRecord | None,
     ) -> tuple[Timeline, Story]:
         is_first = request.query_params.get("after") is None
-        first = min((attempt.started_ns for attempt in attempts), default=record.started_ms * 1_000_000)
-        if is_first and record.execution == 1 and min((one.epoch for one in attempts), default=1) > 1:
-            first = (
-                record.started_ms * 1_000_000
-            )  # A process died in its first attempt, of which nothing is stored.
+        first = waits.first_ns
         bars = [bar_of(attempt, first) for attempt in attempts]
         addresses = {id(bar): attempt for bar, attempt in zip(bars, attempts, strict=True)}
         selected = None
@@ -218,7 +223,7 @@ class RunPages:
             window=window_of(request.query_params),
             now_ms=time.time() * 1000 - first / 1e6 if at_work else None,
             began_ms=first // 1_000_000,
-            resumes=resumes_of(record, attempts, first) if is_first else [],
+            resumes=resumes_of(attempts, waits.of_flows, first) if is_first else [],
             progress=find_progress(record, attempts, first, names) if at_work else None,
             pipeline=record.pipeline,
             open_waits=open_waits(record, attempts, waits.questions)

@@ -14,12 +14,13 @@ from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.history import attempts_by_end, is_at_work, place_of
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.trace.events import place_text
-from stroma.trace.story import Story
+from stroma.trace.story import Bar, Story
 from stroma.ui.components import meter
 
 if TYPE_CHECKING:
     from stroma.ui.settings import Settings
 
+_DIED: Final = "its process stopped or died"
 #: Number of runs among which a trace is looked up: no index serves it.
 MOST_TRACES: Final = 1000
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
@@ -53,22 +54,23 @@ def find_by_trace(settings: Settings, trace_id: str) -> str | None:
 
 
 def resumes_of(
-    record: RunRecord, attempts: Sequence[AttemptRecord], first_ns: int
-) -> list[tuple[float, float]]:
-    """Return the stretches between two processes of a run: the first one died, waited or stopped.
+    attempts: Sequence[AttemptRecord], waits: Sequence[Bar], first_ns: int
+) -> list[tuple[float, float, str]]:
+    """Return the stretches after which a run was continued, each with what it waited for or how it stopped.
 
-    In ms from ``first_ns`` on. A process that recorded no attempt began with the run.
+    In ms from ``first_ns`` on. ``first_ns``: before the first attempt if a process died without one.
     """
-    ordered = sorted((one for one in attempts if one.epoch), key=lambda one: one.started_ns)
-    stretches: list[tuple[float, float]] = []
-    if not ordered:
-        return stretches
-    epoch, ended = 1 if record.execution == 1 else ordered[0].epoch, record.started_ms - first_ns / 1e6
-    for one in ordered:
+    stretches: list[tuple[float, float, str]] = []
+    epoch, ended, cause = 0, 0.0, _DIED
+    for one in sorted((one for one in attempts if one.epoch), key=lambda one: one.started_ns):
         began = (one.started_ns - first_ns) / 1e6
         if one.epoch > epoch and began > ended:
-            stretches.append((max(0.0, ended), began))
-        epoch, ended = max(epoch, one.epoch), max(ended, began + one.duration_ms)
+            open_waits = (bar for bar in waits if ended - 1 <= bar.began_ms <= began)
+            stretches.append((ended, began, next((bar.node_id for bar in open_waits), cause)))
+        epoch = max(epoch, one.epoch)
+        if began + one.duration_ms > ended:
+            ended = began + one.duration_ms
+            cause = _DIED if one.outcome in ("success", "forked") else f"{one.node_id}: {one.outcome}"
     return stretches
 
 

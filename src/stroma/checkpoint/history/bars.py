@@ -64,6 +64,11 @@ def sum_waste(attempts: Iterable[AttemptRecord]) -> tuple[int, float]:
     return sum(attempt.tokens for attempt in wasted), sum(attempt.cost_usd for attempt in wasted)
 
 
+def first_start_ns(record: RunRecord, attempts: Iterable[AttemptRecord]) -> int:
+    """Return the start of the first attempt; that of the run without one."""
+    return min((one.started_ns for one in attempts), default=record.started_ms * 1_000_000)
+
+
 def bar_of(
     attempt: AttemptRecord,
     first_ns: int,

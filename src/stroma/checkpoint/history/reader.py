@@ -14,7 +14,7 @@ from stroma._utils.text import clean
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.entries import NOT_DONE, Intent, Waiting
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
-from stroma.checkpoint.history.bars import bar_of, failed_input, in_order, wait_bars
+from stroma.checkpoint.history.bars import bar_of, failed_input, first_start_ns, in_order, wait_bars
 from stroma.checkpoint.history.redaction import (
     Payload,
     decode_payload,
@@ -123,11 +123,16 @@ class History:
         return f"{node}: a person stated that call {one.effect.number} {what}"
 
     def flow_waits(
-        self, record: RunRecord, attempts: Sequence[AttemptRecord], waiting: Sequence[Waiting] | None = None
+        self,
+        record: RunRecord,
+        attempts: Sequence[AttemptRecord],
+        waiting: Sequence[Waiting] | None = None,
+        first_ns: int | None = None,
     ) -> list[Bar]:
         """Return the waits of a run's flows as bars beside those of its attempts.
 
-        ``waiting``: what :meth:`waiting` returned, if it was read before.
+        ``waiting``: what :meth:`waiting` returned, if it was read before. ``first_ns``: start of the drawing;
+        the first attempt by default.
         """
         if waiting is None:
             waiting = self.waiting(record.run_id)
@@ -135,7 +140,7 @@ class History:
         if attempts and not any(map(is_called, branches)):
             return []  # Without a flow, a store need not be asked for more.
         notes = self.store.flow_notes(record.run_id)
-        first_ns = min((attempt.started_ns for attempt in attempts), default=record.started_ms * 1_000_000)
+        first_ns = first_start_ns(record, attempts) if first_ns is None else first_ns
         return wait_bars(waiting, notes, first_ns, _now_ms(record))
 
     # ------------------------------------------------------------------ attempts

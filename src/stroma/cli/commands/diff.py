@@ -15,7 +15,8 @@ from stroma.cli.commands.runs import run_data
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import style_status
 from stroma.cli.output import Part, emit_fields, err, out, table
-from stroma.cli.stores import Database, db_option, load_redact, redact_option
+from stroma.cli.redaction import load_redact, redact_option
+from stroma.cli.stores import Database, db_option
 
 _SIGNS = {"added": "+", "removed": "-", "changed": "~"}
 _STYLES = {"added": "green", "removed": "red", "changed": "yellow"}

@@ -15,7 +15,8 @@ from stroma.cli.commands.show import attempt_data, question_data
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import id_word
 from stroma.cli.output import out, write_private
-from stroma.cli.stores import Database, db_option, load_redact, redact_option
+from stroma.cli.redaction import load_redact, redact_option
+from stroma.cli.stores import Database, db_option
 from stroma.cli.suspended import waiting_data
 from stroma.trace.html import document
 

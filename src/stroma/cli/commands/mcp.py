@@ -20,7 +20,8 @@ from stroma.cli.commands.diff import diff_data
 from stroma.cli.commands.runs import run_data
 from stroma.cli.commands.show import attempt_data
 from stroma.cli.errors import Code, Problem
-from stroma.cli.stores import Database, db_option, load_redact, redact_option, store_problem
+from stroma.cli.redaction import load_redact, redact_option
+from stroma.cli.stores import Database, db_option, store_problem
 from stroma.trace.redaction import Redact
 
 #: Of an answer as indented JSON: an agent takes in every token of it.

@@ -19,7 +19,8 @@ from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import id_word
 from stroma.cli.loading import load_pipeline
 from stroma.cli.output import emit, err, out, write_private
-from stroma.cli.stores import Database, db_option, load_redact, redact_option
+from stroma.cli.redaction import load_redact, redact_option
+from stroma.cli.stores import Database, db_option
 from stroma.runner.pipeline import Pipeline
 from stroma.testing.recording import RecordedRun
 from stroma.testing.replaying import Replay

@@ -34,7 +34,8 @@ from stroma.cli.commands.runs import done_text, run_data
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import format_age, format_local_time, id_word, localize, style_status, to_iso
 from stroma.cli.output import Part, emit, err, out, table
-from stroma.cli.stores import TARGET, Database, db_option, load_redact, redact_option
+from stroma.cli.redaction import load_redact, redact_option
+from stroma.cli.stores import TARGET, Database, db_option
 from stroma.cli.suspended import (
     WORKER_CONTINUES,
     answer_type,

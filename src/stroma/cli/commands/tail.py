@@ -21,7 +21,8 @@ from stroma.cli.commands.show import attempt_data
 from stroma.cli.errors import Code
 from stroma.cli.formatting import id_word, localize, style_status
 from stroma.cli.output import Part, err, out
-from stroma.cli.stores import Database, db_option, load_redact, redact_option
+from stroma.cli.redaction import load_redact, redact_option
+from stroma.cli.stores import Database, db_option
 from stroma.runner.events import StreamEvent
 from stroma.runner.follow import decode_events
 from stroma.trace.events import place_text
