@@ -82,7 +82,7 @@ def files(stroma):
         ("sums.py:a b", 2, ["not a Python name"]),
         ("sums.py:first", 2, ["a single node, not a pipeline", 'Pipeline("first", [first])']),
         ("many.py:nodes", 2, ["a list of nodes, not a pipeline", 'Pipeline("nodes", nodes)']),
-        ("many.py:runner", 2, ["a StromaRunner, not a pipeline", "make one of its nodes"]),
+        ("many.py:runner", 2, ["a StromaRunner, not a pipeline", "it has many.py:pipeline"]),
         ("many.py:number", 2, ["an int, not a pipeline", "Pipeline("]),
         ("many.py:Sum", 2, ["a class, not a pipeline"]),
         ("many.py:needs", 2, ["needs arguments (what)"]),
@@ -399,3 +399,47 @@ def test_a_message_fits_a_narrow_terminal(stroma):
     assert (code, emulator.wrapped) == (4, 0)
     assert emulator.text.splitlines()[:2] == ["stroma: store the_runs_of_november.db", "    does not exist"]
     assert "    stroma run FILE.py:NAME \\" in emulator.text.splitlines()
+
+
+PLAIN = """
+    from stroma import *
+    from sums import Sum, first, node, second
+
+    async def reads(state, ctx):
+        return state
+
+    runner = StromaRunner.quick()
+    agent = Pipeline("agent", [node("reads", reads, Sum)])
+    grouped = Pipeline("grouped", [parallel(first, second)])
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "report"),
+    [
+        (("run", "sums.py:pipeline", "--budget-usd", "x"), 2, "for '--budget-usd': 'x' is not a number"),
+        (("run", "sums.py:pipeline", "--budget-tokens", "high"), 2, "'high' is not a whole number"),
+        (("completion", "x"), 2, "invalid value for 'SHELL': 'x' is not one of 'bash'"),
+        (("run", "plain.py:runner"), 2, "it has plain.py:agent, plain.py:grouped"),
+        (("worker", "plain.py:grouped", "--db", "x.db"), 2, "start it with a node"),
+        (("submit", "plain.py:grouped", "{}", "--db", "x.db"), 2, "start it with a node"),
+        (("ui", "--db", "nope.db"), 4, "store nope.db does not exist"),
+        (("check", "plain.py:agent"), 0, "set RunConfig(context=...) on the pipeline"),
+    ],
+)
+def test_a_mistake_is_named_in_plain_words(stroma, inside, words, code, report):
+    """Messages say which kind of number, which pipeline, which shell and which input is missing."""
+    stroma.file("plain.py", PLAIN)
+    done = inside(*words)
+    assert (done.code, report in done.err) == (code, True), done
+    assert not (stroma.home / "nope.db").exists()
+
+
+def test_a_budget_that_is_not_a_number(inside, ran):
+    """A limit of a run must be finite, and the message names it in one line."""
+    ran("x")
+    done = inside("budget", "x", "--cost-usd", "nan", "--db", "runs.db")
+    assert (done.code, done.err.splitlines()[0]) == (
+        2,
+        "stroma: max_cost_usd: Input should be a finite number",
+    )

@@ -105,6 +105,22 @@ def test_an_answer_in_the_place_of_the_pipeline(shop, inside, fails):
     assert inside(*shlex.split(hint)[1:]).code == 0
 
 
+def test_a_dry_run_names_what_must_be_settled(shop, inside, ran):
+    """--dry-run says first that the outcome of a call of an effect must be stated."""
+    ran("x", target="shop.py:pipeline", given='{"n": 1}', code=7)
+    planned = inside("resume", "x", "shop.py:pipeline", "--dry-run").out
+    assert planned.startswith(
+        "settles effect 'charge' first: nobody knows if call 1 happened; its reconcile or a"
+    )
+    data = json.loads(inside("resume", "x", "shop.py:pipeline", "--dry-run", "--json").out)
+    assert data["settles"] == [KEY]
+    assert (
+        inside("approve", "x", "shop.py:pipeline", "--done", '{"number": 1}', "--question", "0:1").code == 0
+    )
+    assert inside("resume", "x", "shop.py:pipeline", "-q").code == 0
+    assert "settles" not in inside("resume", "x", "shop.py:pipeline", "--dry-run").out
+
+
 def test_an_effect_that_did_not_happen(shop, inside, ran, fails):
     """approve --not-done has the effect called again."""
     ran("x", target="shop.py:pipeline", given='{"n": 1}', code=7)

@@ -95,7 +95,11 @@ SUM = "class Sum(BaseModel):\n    n: int"
         (SUM, f"{SUM}\n    m: int = 0", "it lacks 'm', which is new"),
         (SUM, SUM.replace("int", "float"), "the types, constraints or defaults of its fields have changed"),
         ('node("first", add_one, Count)', 'node("begin", add_one, Count)', "the pipeline has 'begin' there"),
-        ("n: int = Field(alias=", "n: str = Field(alias=", "was not started with a Count"),
+        (
+            "n: int = Field(alias=",
+            "n: str = Field(alias=",
+            "was not started with the input that sums.py:pipeline takes, Count",
+        ),
         ('Field(alias="start")', "Field(gt=0, alias='begin')", ""),  # It changes no run.
     ],
 )
@@ -408,3 +412,75 @@ def test_what_a_terminal_would_obey(stroma, ran, inside, monkeypatch, any_url):
             text.encode()  # A lone surrogate is escaped too.
         if done.code in (0, 6) and ("--json" in line or line == "export r"):
             [json.loads(part) for part in (done.out.splitlines() if "tail" in line else [done.out])]
+
+
+LONG = """
+    from sums import *
+
+    async def fails(state):
+        if current_node().attempt == 1:
+            raise ValueError("long " * 60 + "end")
+        return {"n": 1}
+
+    pipeline = Pipeline("long", [first, node("fails", fails)], config=RunConfig(policy_map=quick))
+"""
+
+
+def test_a_pipe_gets_the_whole_message(stroma, inside, ran):
+    """A pipe gets whole messages; --timing counts from the start; --output skips attempts without one."""
+    stroma.file("long.py", LONG)
+    ran("x", target="long.py:pipeline")
+    shown = inside("show", "x", "--timing").out
+    assert "long end" in shown
+    began = [float(one) for one in re.findall(r"\+([\d.]+) s", shown)]
+    assert began[0] > 0
+    done = inside("show", "x", "--output")
+    assert (done.code, done.err, done.out.count("# ")) == (0, "", 2)
+    failed = inside("show", "x", "--output", "--node", "fails", "--attempt", "1")
+    assert (failed.code, "it committed nothing" in failed.err) == (4, True)
+
+
+LETTERS = """
+    from sums import *
+    from stroma import Flow, stroma_flow
+
+    @stroma_flow("letters", input=Count, output=Sum)
+    async def letters(flow: Flow, state):
+        for n in range(3):
+            out = await flow.step(second, Sum(n=n))
+        return out
+"""
+
+
+def test_a_fork_at_a_call_of_a_flow(stroma, inside, fails, ran):
+    """--fork --from takes a call of a flow, by its node or its place, as runner.fork(at=) does."""
+    stroma.file("letters.py", LETTERS)
+    ran("x", target="letters.py:letters")
+    assert len(stroma.calls()) == 3
+    words = ("resume", "x", "letters.py:letters", "-q", "--from")
+    assert inside(*words, "second#2", "--fork").code == 0
+    assert len(stroma.calls()) == 4
+    assert inside(*words, "second", "--fork").code == 0
+    assert len(stroma.calls()) == 7
+    fails(inside(*words, "second"), 2, "is not a node of letters.py:letters", "add --fork")
+    fails(inside(*words, "nope", "--fork"), 4, "has no end of a call 'nope'")
+
+
+MASKED = """
+    from sums import *
+
+    async def breaks(state):
+        return {"n": "x"}, 100, 20, "gpt-4o-mini"
+
+    config = RunConfig(budget=ExecutionBudget(max_tokens_total=150), contract_retries={"breaks": 5})
+    pipeline = Pipeline("masked", [node("breaks", breaks, Count)], config=config)
+"""
+
+
+def test_a_budget_crossed_by_a_broken_contract(stroma, inside, ran):
+    """show and runs name the budget that stopped a run whose last output broke its contract."""
+    stroma.file("masked.py", MASKED)
+    ran("x", target="masked.py:pipeline", code=5)
+    for words in (("show", "x"), ("runs",)):
+        assert "BudgetExceeded: budget exceeded: max_tokens_total limit 150" in inside(*words).out
+    assert "; the last failure: ContractViolation: " in inside("show", "x").out

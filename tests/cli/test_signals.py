@@ -63,6 +63,17 @@ def test_sigterm_lets_the_node_in_flight_finish(stroma):
     assert stroma.calls() == ["first", "second", "third"]
 
 
+def test_a_quiet_run_says_only_how_it_ended(stroma):
+    """With -q the first signal prints nothing."""
+    process = stroma.popen("run", "sums.py:pipeline", GOOD, "--run-id", "x", "-q", "--drain", "0.2", env=HANG)
+    while stroma.calls() != ["first", "second"]:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, "stopping after the node" in err) == (0, False), err
+    assert "stopped by SIGTERM: run x is INTERRUPTED" in err
+
+
 def test_a_node_that_takes_longer_than_the_drain_is_cut_short(stroma):
     """Past --drain the node in flight is cancelled: still no failure, and everything before it is kept."""
     process = stroma.popen("run", "sums.py:pipeline", GOOD, "--run-id", "x", "--drain", "0.2", env=HANG)

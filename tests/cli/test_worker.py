@@ -89,7 +89,7 @@ def test_a_worker_process(shell: Any) -> None:
         assert (status, health["status"], health["schema"]) == (200, "ok", "stroma.health/1")
         while health["queued"] is None:
             health = _read(url)[1]
-        assert health["queued"] == 0
+        assert (health["queued"], health["unserved"]) == (0, {})
         assert 0 <= health["oldest_due_seconds"] < 30
         assert _read(url.replace("healthz", "other"))[0] == 404
         wait_for(worker, "run n: RESUMED")
@@ -108,7 +108,7 @@ def test_a_worker_process(shell: Any) -> None:
         (shell.home / "go").touch()
         _, err = worker.communicate(timeout=30)
         assert worker.returncode == 0, err
-        assert "worker drained: after SIGTERM; 4 runs continued" in err
+        assert "worker drained: after SIGTERM; continued runs 4 times" in err
         assert "Traceback" not in err
     finally:
         worker.kill()
@@ -166,8 +166,8 @@ async def new(flow: Flow, state: Num) -> Num:
     [
         (3, 12.0, "3 runs queued, the oldest due for 12.0 s in"),
         (1, 0.0, ", 1 run queued in"),
-        (0, 0.0, "continued in"),
-        (None, None, "continued in"),
+        (0, 0.0, "continued runs 0 times in"),
+        (None, None, "continued runs 0 times in"),
     ],
 )
 def test_the_status_line_has_the_queue(queued: int | None, seconds: float | None, text: str) -> None:

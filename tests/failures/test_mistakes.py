@@ -15,7 +15,7 @@ from stroma.failures.mistakes import explain_mistake
 PATIENT: Any = {kind: {"max_retries": 6, "backoff_seconds": 0} for kind in ("AMBIGUOUS", "RECOVERABLE")}
 
 
-PASS_IT = "pass context= to run() or to the runner"
+PASS_IT = "pass context= to run(), or set RunConfig(context=) on the pipeline or runner"
 
 
 class Text(BaseModel):

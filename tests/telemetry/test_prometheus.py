@@ -260,3 +260,21 @@ async def test_units_reasons_and_caches() -> None:
     assert registry.get_sample_value("stroma_tokens_total", {**of_model, "direction": "input"}) == 100
     labels = MetricLabels()
     assert len({labels.reason(f"reason {number}") for number in range(1000)}) == 51
+
+
+async def test_a_limit_behind_a_broken_contract_is_counted() -> None:
+    """A run that a limit stopped is counted, also if its last output broke its contract."""
+    registry = CollectorRegistry()
+    budget = ExecutionBudget(max_tokens_total=150)
+    runner = quick(registry, pipeline="masked", budget=budget, contract_retries={"a": 5})
+
+    @runner.node("a", input=Num, output=Num)
+    async def breaks(state: Num) -> Any:
+        return {"n": "x"}, 100, 0, "gpt-4o-mini"
+
+    result = await runner.run([breaks], Num())
+    assert (result.status, len(result.trace)) == (RunStatus.PARTIAL, 2)
+    counted = registry.get_sample_value(
+        "stroma_budget_exceeded_total", {"pipeline": "masked", "dimension": "tokens"}
+    )
+    assert counted == 1

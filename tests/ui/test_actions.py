@@ -82,6 +82,8 @@ def test_an_answer(store: SQLiteStore, serve: Any) -> None:
     form = json_form_of(site.get("/run", id="y").text)
     assert site.post("/approve", {**form, "answer": good["answer"], "resume": "yes"}).status == 303
     assert site.resumed == ["y"]
+    assert "A process was started to continue this run" in site.get("/run", id="y", started="yes").text
+    assert "A process was started" not in site.get("/run", id="y").text
     result = asyncio.run(StromaRunner.quick(store=store).run(ASKS, State(), run_id="x", resume=True))
     assert result.final_state == State(n=7, text="yes")
 
@@ -102,7 +104,7 @@ def test_a_fork(store: SQLiteStore, serve: Any) -> None:
     assert site.resumed == []
     answer = site.post("/fork", form)
     assert answer.status == 303
-    new_run_id = answer.headers["location"].removeprefix("/run?id=")
+    new_run_id = answer.headers["location"].removeprefix("/run?id=").removesuffix("&started=yes")
     assert site.resumed == [new_run_id]
     record = store.get_run(new_run_id)
     assert record is not None
@@ -142,15 +144,15 @@ def test_one_form_starts_one_run(store: SQLiteStore, serve: Any) -> None:
     last = next(address for address in attempts_of(site) if "at=3&" in address)
     form = form_of(site.ask("GET", last).text, "fork")
     (location,) = send_often(sites, "/fork", form)
-    forked = location.removeprefix("/run?id=")
+    forked = location.removeprefix("/run?id=").removesuffix("&started=yes")
     assert site.resumed == [forked]
     assert send_often(sites, "/fork", form_of(site.ask("GET", last).text, "fork")) != {location}
     assert len(site.resumed) == 2
     resume = form_of(site.get("/run", id="bad").text, "resume")
-    assert send_often(sites, "/resume", resume) == {"/run?id=bad"}
+    assert send_often(sites, "/resume", resume) == {"/run?id=bad&started=yes"}
     approve = json_form_of(site.get("/run", id="x").text)
     answer = {**approve, "answer": '{"approved": true, "note": "yes"}', "resume": "yes"}
-    assert send_often(sites, "/approve", answer) == {"/run?id=x"}
+    assert send_often(sites, "/approve", answer) == {"/run?id=x&started=yes"}
     assert site.resumed[2:] == ["bad", "x"]
     # A form of a newer page acts again.
     assert site.post("/resume", form_of(site.get("/run", id="bad").text, "resume")).status == 303

@@ -12,7 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from tests.store_suite.helpers import due_runs
 from tests.store_suite.journal import State
-from tests.ui.conftest import BAD, GOOD, Site, make_runs
+from tests.ui.conftest import BAD, GOOD, Site, make_runs, node
+from tests.ui.test_actions import ASKS, form_of
 from tests.ui.test_security import keys
 
 from stroma import (
@@ -25,6 +26,30 @@ from stroma import (
     stroma_node,
 )
 from stroma.ui.rendering import Renderer, SharedPages
+
+
+def test_a_refused_form_leads_back(store: SQLiteStore, serve: Any) -> None:
+    """The page of a form that is refused leads back to its run."""
+    make_runs(store, ("x", ASKS))
+    site: Site = serve(store)
+    form = form_of(site.get("/run", id="x").text, "budget")
+    refused = site.post("/budget", {**form, "cost_usd": "much"})
+    assert (refused.status, 'href="/run?id=x">Back to the run' in refused.text) == (422, True)
+
+
+async def _breaks(state: Any) -> Any:
+    return {"n": "x"}, 100, 0, "gpt-4o-mini"
+
+
+def test_a_limit_behind_another_failure(store: SQLiteStore, serve: Any) -> None:
+    """The pages name the limit that stopped a run whose last output broke its contract."""
+    budget = ExecutionBudget(max_tokens_total=150)
+    runner = StromaRunner.quick(store=store, budget=budget, contract_retries={"a": 5})
+    asyncio.run(runner.run([node("a", _breaks)], State(), run_id="x"))
+    site: Site = serve(store)
+    for path in ("/", "/run?id=x"):
+        assert "BudgetExceeded: budget exceeded: max_tokens_total limit 150" in site.ask("GET", path).text
+    assert "Contract violation" in site.get("/run", id="x").text
 
 
 @pytest.fixture

@@ -14,12 +14,37 @@ from tests.ui.test_pages import rows
 from stroma import FailurePolicy, Pipeline, SQLiteStore, Suspend, current_node
 from stroma.trace.story import Bar, InProgress
 from stroma.trace.timeline import Timeline, axis_of
+from stroma.ui.components import Column, columns_chart
 
 
 def draw(bars: list[Bar], **settings: Any) -> str:
     return str(
         Timeline(bars, settings.pop("waits", []), link=lambda bar: f"/attempt?at={bar.at}", **settings).draw()
     )
+
+
+def test_a_wait_in_which_the_run_was_continued() -> None:
+    """A gap with a stretch after which the run was continued is not called a wait after the failure."""
+    bars = [
+        Bar("ask", "0", 1, 0, 10, "failure", "RECOVERABLE", "rate_limit", is_committed=False),
+        Bar("ask", "0", 2, 5000, 10, "success"),
+    ]
+    assert "waited 4.99 s after RECOVERABLE (rate_limit) in attempt 1" in draw(bars)
+    drawn = draw(bars, resumes=[(200.0, 5000.0, "its process stopped or died")])
+    assert "4.99 s until attempt 2; the run was continued in between" in drawn
+    assert "after RECOVERABLE" not in drawn
+
+
+def test_the_time_of_a_flow_is_that_of_all_its_processes() -> None:
+    """The row of a flow counts from its first call on, also if an earlier process made that."""
+    bars = [Bar("agent", "0", 1, 10_000, 170, "success"), Bar("ask", "0.ask#0", 1, 0, 400, "success")]
+    assert '<span class="fig"><span>10.2 s</span>' in draw(bars)
+
+
+def test_figures_of_the_axis_have_no_exponent() -> None:
+    """Small amounts are written in full."""
+    drawn = columns_chart([[Column(0.00005, "run", "x")]], ["a"], "cost", unit="$")
+    assert ">$0.00005<" in drawn
 
 
 @pytest.mark.parametrize("end", [0.4, 3, 99, 250, 1001, 59_000, 61_000, 3_700_000, 90_000_000, 4e9, 4e11])

@@ -208,7 +208,7 @@ def not_waiting(run_id: str, question_id: str, stored: Waiting | None) -> StoreE
     if stored is not None and stored.id == question_id:
         return _permanent(
             f"question {question_id!r} of run {run_id!r} is not open: it has another answer, and an accepted "
-            "answer stays; resume the run"
+            "answer stays"
         )
     if stored is not None and number.isdecimal() and int(number) < stored.number:
         return _permanent(

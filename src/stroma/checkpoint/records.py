@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, NamedTuple
 from stroma._utils.text import typed
 from stroma.checkpoint.identity import idempotency_key
 from stroma.checkpoint.queue import BlockedMark
-from stroma.failures.errors import BUDGET, PAUSED
+from stroma.failures.errors import BUDGET, LAST_FAILURE, PAUSED
 
 #: Smaller due times stand for what made a run due at once; see ``MESSAGE_SENT`` in decisions.py.
 _FIRST_MS: Final = 1000
@@ -129,6 +129,12 @@ class RunRecord:
         if self.status != "SUSPENDED" or self._is_due_at_once:
             return None
         return "resume" if self.error == PAUSED else "budget" if self.error == BUDGET else None
+
+    @property
+    def budget_text(self) -> str | None:
+        """The limit that stopped the run after a failure that is another one; None of any other run."""
+        text, mark, _ = (self.error or "").partition(LAST_FAILURE)
+        return text if mark and text.startswith("BudgetExceeded: ") else None
 
     @property
     def wait_text(self) -> str | None:

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -38,7 +39,7 @@ _COMMANDS: Final = {
     "tail": "Follow runs, one line for each attempt.",
     "ui": "Serve the web interface on this machine (extra `ui`).",
     "mcp": "Serve runs to a coding agent, read-only (extra `mcp`).",
-    "export": "Write a run as JSON, OTLP or one HTML file.",
+    "export": "Write a run as JSON or one HTML file.",
     "prices": "Show the prices of models and their sources.",
     "budget": "Show a shared budget, or change the budget of a run.",
     "limit": "Show a rate limit: its last minute and its cooldown.",
@@ -57,6 +58,11 @@ _MODULES: Final = {
     "budget": "limits",
     "limit": "limits",
 }
+
+
+#: Names of types in the messages of click, and what they ask for.
+_TYPES: Final = re.compile(r"a valid (float|integer)( range)?")
+_TYPE_TEXTS: Final = {"float": "a number", "integer": "a whole number"}
 
 
 class _Lazy(click.Group):
@@ -182,7 +188,7 @@ def _guarded(call: Callable[[], Any]) -> int:
 
 def _show_usage_error(error: click.UsageError) -> None:
     path = error.ctx.command_path if error.ctx is not None else "stroma"
-    message = error.format_message()
+    message = _TYPES.sub(lambda match: _TYPE_TEXTS[match[1]], error.format_message())
     if error.ctx is not None and message == error.ctx.get_help():  # A group without a command.
         for line in message.splitlines():
             err.line(line)

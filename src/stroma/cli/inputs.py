@@ -92,6 +92,17 @@ def parse_as(model: type[BaseModel], argument: str, called: str, requirement: st
         raise _misfit(error, model, f"{source} does not fit {requirement}", value, argument) from None
 
 
+def find_call(pipeline: Pipeline, target: str, node_id: str) -> tuple[int, str | None]:
+    """Return the position of the node that --from names; of a call of a flow, that of the flow and the call.
+
+    Raises Problem.
+    """
+    flows = [at for at, node in enumerate(pipeline.nodes) if isinstance(find_node(node), FlowNode)]
+    if len(flows) == 1 and all(find_node(node).node_id != node_id for node in pipeline.nodes):
+        return flows[0], node_id
+    return find_position(pipeline, target, node_id), None
+
+
 def find_position(pipeline: Pipeline, target: str, node_id: str) -> int:
     """Return the position of the node that --from names. Raises Problem."""
     ids = [find_node(node).node_id for node in pipeline.nodes]
@@ -298,9 +309,8 @@ def stored_input(database: Database, record: RunRecord, pipeline: Pipeline, targ
     except Exception as error:
         why = describe_error(error)
     raise Problem(
-        f"run {clean(record.run_id)} was not started with a {schema.model.__name__}, the input of the "
-        "first node of "
-        f"{target}: {why}",
+        f"run {clean(record.run_id)} was not started with the input that {target} takes, "
+        f"{schema.model.__name__}: {why}",
         "pass the pipeline that started the run, or resume it from the program that started it: "
         "runner.run(nodes, state, run_id=..., resume=True)",
     )

@@ -20,7 +20,7 @@ import click
 from stroma.cli.errors import WORDS, Code, Problem, command_line, describe_error, last_frame
 from stroma.cli.output import err
 from stroma.cli.stores import Database
-from stroma.contracts.node import find_node
+from stroma.contracts.node import Group, find_node
 from stroma.engine.execution import current_run
 from stroma.hooks.sets import NodeHooks
 from stroma.runner.pipeline import Pipeline
@@ -30,41 +30,59 @@ T = TypeVar("T")
 _FORM = "name a pipeline as FILE.py:NAME or package.module:NAME"
 
 
-def load_pipeline(target: str, database: Database | None = None, *, refuse_default: bool = False) -> Pipeline:
+def load_pipeline(
+    target: str, database: Database | None = None, *, refuse_default: bool = False, quiet: bool = False
+) -> Pipeline:
     """Import a module, with its output on stderr, and return its pipeline with settings. Raises Problem.
 
     ``database``: the store of the command; a warning names a runner of the module that has another one.
-    ``refuse_default``: that is a Problem if no store was passed to the command.
+    ``refuse_default``: that is a Problem if no store was passed to the command. ``quiet``: without the
+    warning.
     """
-    return load_with_module(target, database, refuse_default=refuse_default)[0]
+    return load_with_module(target, database, refuse_default=refuse_default, quiet=quiet)[0]
 
 
 def load_with_module(
-    target: str, database: Database | None = None, *, refuse_default: bool = False
+    target: str, database: Database | None = None, *, refuse_default: bool = False, quiet: bool = False
 ) -> tuple[Pipeline, ModuleType]:
     """Return the pipeline and its module, as :func:`load_pipeline` does. Raises Problem."""
     loaded = load_object(target)
     pipeline = loaded.to_pipeline()
     if database is not None:
-        _report_other_stores(loaded.module, database, refuse_default=refuse_default)
+        _report_other_stores(loaded, database, refuse_default=refuse_default, quiet=quiet)
     try:
         return with_settings_of(loaded.module, pipeline), loaded.module
     except LookupError as error:
         raise Problem(*str(error).split("; ", 1)) from None
 
 
-def _report_other_stores(module: ModuleType, database: Database, *, refuse_default: bool) -> None:
-    for name, value in vars(module).items():
+def _report_other_stores(
+    loaded: LoadedObject, database: Database, *, refuse_default: bool, quiet: bool
+) -> None:
+    for name, value in vars(loaded.module).items():
         other = isinstance(value, StromaRunner) and database.describe_other(value.checkpoint_manager.store)
         if not other:
             continue
-        what = f"{name!r} in {module.__name__} has the store {other}, and this command uses {database.name}"
+        what = f"{name!r} in {loaded.place} has the store {other}, and this command uses {database.name}"
         if refuse_default and database.is_default:
             command, *words = click.get_current_context().meta[WORDS]
             address = other.removeprefix("sqlite:").partition("#")[0]
             line = command_line([command, "--db", address, *words])
             raise Problem(f"{what} by default", f"pass the store: {line}")
-        err.line(("warning: ", "yellow"), f"{what}; to use that one, pass --db")
+        if not quiet:
+            err.line(("warning: ", "yellow"), f"{what}; to use that one, pass --db")
+
+
+def load_served(target: str, database: Database, **options: bool) -> Pipeline:
+    """Return a pipeline that workers can serve, as :func:`load_pipeline` does. Raises Problem."""
+    pipeline = load_pipeline(target, database, **options)
+    first = find_node(pipeline.nodes[0]) if pipeline.nodes else None
+    if isinstance(first, Group):
+        raise Problem(
+            f"{target} starts with {first.node_id!r}, a group: the class of its input is not known later",
+            f"start it with a node; `{command_line(['run', target])}` runs it as it is",
+        )
+    return pipeline
 
 
 def note_target(target: str) -> NodeHooks:
@@ -93,7 +111,12 @@ class LoadedObject(NamedTuple):
 
     def to_pipeline(self) -> Pipeline:
         """Return the pipeline. Raises Problem for anything else."""
-        return _to_pipeline(self.value, self.place, self.name)
+        try:
+            return _to_pipeline(self.value, self.place, self.name)
+        except Problem as problem:
+            if isinstance(self.value, StromaRunner) and _names_of_pipelines(self.module):
+                problem.more = (_list_pipelines(self.module, self.place),)
+            raise
 
 
 def load_object(target: str) -> LoadedObject:
@@ -289,9 +312,13 @@ def _suggest_pipeline(name: str, value: Any) -> str:
     return f'make one with: from stroma import Pipeline; pipeline = Pipeline("{name}", {nodes})'
 
 
-def _list_pipelines(module: ModuleType, place: str) -> str:
+def _names_of_pipelines(module: ModuleType) -> list[str]:
     names = [name for name, value in vars(module).items() if isinstance(value, Pipeline)]
-    names += [name for name, value in vars(module).items() if _returns_pipeline(value)]
+    return names + [name for name, value in vars(module).items() if _returns_pipeline(value)]
+
+
+def _list_pipelines(module: ModuleType, place: str) -> str:
+    names = _names_of_pipelines(module)
     if not names:
         return f'{place} has no Pipeline; make one: pipeline = Pipeline("name", [node, ...])'
     names_text = ", ".join(f"{place}:{name}" for name in names[:10])

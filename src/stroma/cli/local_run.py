@@ -62,17 +62,19 @@ class Fork:
         parent: id of the other run.
         position: position where the new run starts.
         edited: replaces the parent's output before that position, or its input.
+        call: the call of the flow at that position before whose end the new run starts.
     """
 
     parent: str
     position: int
     edited: BaseModel | None
+    call: str | None = None
 
     async def create(self, db: Database, run_id: str) -> None:
         """Create the new run in the store. Raises StoreError."""
         edited = None if self.edited is None else (schema_of(type(self.edited)), self.edited)
         output, initial = (edited, None) if self.position else (None, edited)
-        await db.store.fork(self.parent, run_id, self.position, edited=output, state=initial)
+        await db.store.fork(self.parent, run_id, self.position, edited=output, state=initial, call=self.call)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +194,10 @@ class LocalRun:
             patience=format_duration(self.options.drain),
             after=self._next_step("resume with"),
             say=progress.say,
+            quiet=self.options.quiet,
         )
-        is_resumed = self.record is not None and self.start_at is None
+        is_in_flow = self.fork is not None and self.fork.call is not None
+        is_resumed = is_in_flow or (self.record is not None and self.start_at is None)
         waiting: list[Waiting] = []
         try:
             if self.fork is not None:
@@ -203,7 +207,7 @@ class LocalRun:
                 self.pipeline,
                 self.state,
                 resume=is_resumed or None,
-                resume_from=self.start_at,
+                resume_from=None if is_in_flow else self.start_at,
                 traceparent=os.environ.get("TRACEPARENT"),
             )
             if result is not None and result.status is RunStatus.SUSPENDED:

@@ -13,11 +13,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def redact_option(func: F) -> F:
-    """Add --redact to a command that shows states or messages of failures."""
+    """Add --redact to a command that shows states."""
     return click.option(
         "--redact",
         metavar="FILE_OR_MODULE:NAME",
-        help="Pipeline whose redact applies to states and messages shown.",
+        help="Pipeline whose redact applies to the states shown.",
     )(func)
 
 

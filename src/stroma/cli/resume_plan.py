@@ -113,6 +113,8 @@ def print_plan(
             for change in _find_changes(database, record, pipeline, target)
             if before is None or change.at == "input" or int(change.at.partition(".")[0]) < before
         ]
+    facts = database.reader.facts_of(record.run_id)
+    settled = [] if record.holder else [call for call in facts.effects.values() if call.is_unknown]
     code = Code.OK
     if record.holder is not None:
         code = Code.ENVIRONMENT
@@ -129,12 +131,18 @@ def print_plan(
                 "holder": record.holder,
                 "kept": [_data(one) for one in restored],
                 "saves": dict(zip(("tokens", "cost_usd", "seconds"), _savings(restored), strict=True)),
+                "settles": [call.key for call in settled],
                 "calls": called,
                 "changes": [_change(change) for change in changes],
             }
         )
         return code
     target = target or database.target_of(record)
+    for call in settled:
+        text = (
+            f"settles effect {clean(call.node_id, 60)!r} first: nobody knows if call {call.number} happened"
+        )
+        out.line(f"{text}; its reconcile or a person states it")
     _print_plan(restored, called, changes, is_complete=pipeline is not None)
     if record.holder is not None:
         err.line(
@@ -179,7 +187,7 @@ def _print_plan(
 
 def _print_nodes(restored: list[AttemptRecord]) -> None:
     inside = sum(bool(one.branch) for one in restored)
-    groups = f", in groups {inside:,}" if inside else ""
+    groups = f", {pluralize(inside, 'call')} inside groups and flows" if inside else ""
     out.line(f"kept    {pluralize(len(restored) - inside, 'node')}{groups}")
     for one in restored:
         if not one.branch:

@@ -36,6 +36,7 @@ class StopSignals:
         after: str,
         messages: Mapping[str, str] | None = None,
         say: Callable[[str], bool] = lambda _text: False,
+        quiet: bool = False,
     ) -> None:
         """Install the handlers, if called in the main thread.
 
@@ -43,14 +44,14 @@ class StopSignals:
         time limit as text. ``after``: printed when the second signal ends the process. ``messages``: printed
         for the first signal, by name.
         ``say``: prints this text and returns True, if something else writes to the terminal; must be safe in
-            a handler.
+            a handler. ``quiet``: the first signal prints nothing.
         """
         self.signal: str | None = None
         self._task = task
         self._drain = drain
         self._loop = task.get_loop()
         self._after = after
-        self._say = say
+        self._say = (lambda _text: True) if quiet else say
         self._messages = {
             "SIGINT": "stopping; finished nodes are stored. Repeat the signal to stop at once",
             "SIGTERM": f"stopping after the node in flight, in {patience} at most; finished nodes are "
@@ -89,7 +90,9 @@ def _write_stderr(text: str) -> None:
         pass
 
 
-def drain_on_signal(task: asyncio.Task[object], drain: Callable[[], None], seconds: float) -> StopSignals:
+def drain_on_signal(
+    task: asyncio.Task[object], drain: Callable[[], None], seconds: float, *, quiet: bool
+) -> StopSignals:
     """Install the handlers of a worker: the first signal drains it, within ``seconds``."""
     patience = format_duration(seconds)
     message = (
@@ -102,4 +105,5 @@ def drain_on_signal(task: asyncio.Task[object], drain: Callable[[], None], secon
         patience=patience,
         after="another worker continues the runs that were in progress",
         messages=dict.fromkeys(("SIGINT", "SIGTERM"), message),
+        quiet=quiet,
     )

@@ -136,7 +136,7 @@ class LocalWorker:
         started = time.monotonic()
         shutdown_requested = asyncio.Event()
         waiting = asyncio.ensure_future(shutdown_requested.wait())
-        stop = drain_on_signal(waiting, shutdown_requested.set, self.drain_seconds)
+        stop = drain_on_signal(waiting, shutdown_requested.set, self.drain_seconds, quiet=self.quiet)
         try:
             async with serve_health(self.health_address, self._read_health) as url:
                 serving = asyncio.ensure_future(
@@ -177,7 +177,7 @@ class LocalWorker:
             "queued": health.queued,
             "oldest_due_seconds": health.oldest_due_seconds,
             "blocked": health.blocked,
-            "unserved": health.unserved,
+            "unserved": {name: counts for name, counts in health.unserved.items() if counts},
         }
 
     def _report(self, run_id: str, outcome: ExecutionResult | Exception) -> None:
@@ -213,11 +213,10 @@ class LocalWorker:
     def _progress(self, started: float) -> str:
         counts = ", ".join(f"{number} {status}" for status, number in sorted(self._outcomes.items()))
         active = f", {self._health.active} in progress" if self._health.active else ""
-        total = pluralize(self._outcomes.total(), "run")
+        total = pluralize(self._outcomes.total(), "time")
         how = f" ({counts})" if counts else ""
-        return (
-            f"{total} continued{how}{active}{self._queue()} in {format_duration(time.monotonic() - started)}"
-        )
+        took = format_duration(time.monotonic() - started)
+        return f"continued runs {total}{how}{active}{self._queue()} in {took}"
 
     def _queue(self) -> str:
         """Describe the queue, for the status line."""
@@ -268,7 +267,7 @@ class TemporalWorker:
         running = asyncio.ensure_future(worker.run())
         shutdown_requested = asyncio.Event()
         waiting = asyncio.ensure_future(shutdown_requested.wait())
-        stop = drain_on_signal(waiting, shutdown_requested.set, self.drain_seconds)
+        stop = drain_on_signal(waiting, shutdown_requested.set, self.drain_seconds, quiet=self.quiet)
         started = time.monotonic()
         _print(self.quiet, "ready", self._describe())
         try:

@@ -17,7 +17,18 @@ from stroma.engine.execution import Kind, RunningNode
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import PAUSED, RunFailed, Suspend, WaitedTooLong
 from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type
-from stroma.trace.result import RunStatus
+from stroma.trace.result import ExecutionResult, RunStatus
+
+
+def limit_that_stopped(ctx: ReliabilityContext, result: ExecutionResult) -> BudgetExceeded | None:
+    """Return the limit that stopped a run, also if its last failure is another one; else None."""
+    failure = result.failure
+    if failure is None:
+        return None
+    if isinstance(failure.exception, BudgetExceeded):
+        return failure.exception
+    is_partial = result.status is RunStatus.PARTIAL
+    return ctx.cost_tracker.exceeded(ctx.budget, failure.node_id) if is_partial else None
 
 
 @final

@@ -36,6 +36,8 @@ class ItemFailure(LazyModel):
 #: Reasons of suspended runs: somebody paused it; it reached its budget and waits for a raise.
 PAUSED: Final = "paused"
 BUDGET: Final = "budget"
+#: Between the limit and the failure in the error of a run that a limit stopped after another failure.
+LAST_FAILURE: Final = "; the last failure: "
 
 
 class Suspend(Exception):

@@ -19,7 +19,7 @@ _MISTAKES: Final = frozenset({TypeError, AttributeError})
 _RAISES: Final = frozenset({opmap["RAISE_VARARGS"], opmap["RERAISE"]})
 _SUBSCRIPT: Final = re.compile(r"(\w+)\[[^\[\]]*\]")
 _MAX_KEYS: Final = 20
-_PASS_CONTEXT: Final = "pass context= to run() or to the runner"
+_PASS_CONTEXT: Final = "pass context= to run(), or set RunConfig(context=) on the pipeline or runner"
 
 
 def explain_mistake(failure: Failure, context: Any) -> str:

@@ -27,11 +27,11 @@ from stroma.engine.lifecycle import (
     open_run,
 )
 from stroma.engine.loop import execute_in_turn, note_end
-from stroma.engine.outcome import STOPPED, Halt, Place, Stopped
+from stroma.engine.outcome import STOPPED, Halt, Place, Stopped, limit_that_stopped
 from stroma.engine.restore import check_place, check_question, output_schema, redeliver, restore
 from stroma.engine.tasks import raise_if
 from stroma.failures.classes import FailureClass
-from stroma.failures.errors import BUDGET, PAUSED, RunFailed, SharedBudgetExceeded
+from stroma.failures.errors import BUDGET, LAST_FAILURE, PAUSED, RunFailed, SharedBudgetExceeded
 from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.hooks.sets import HookError
@@ -343,6 +343,9 @@ class RunExecution:
         result = ctx.build_result(status, self.state, failure)
         error = str(failure) if failure is not None else "; ".join(ctx.account.suspended) or None
         self._note_setbacks()
+        exceeded = limit_that_stopped(ctx, result)
+        if exceeded is not None and failure is not None and failure.exception is not exceeded:
+            error = f"{type(exceeded).__name__}: {exceeded}{LAST_FAILURE}{error}"
         # The process that ran it has logged its end, at the level of it.
         was_finished = ctx.journal.session.finished is not None
         level = logging.INFO if was_finished else _LEVELS.get(status, logging.INFO)

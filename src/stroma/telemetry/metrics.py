@@ -8,9 +8,9 @@ from __future__ import annotations
 from time import perf_counter
 from typing import Any, Final, Literal, NamedTuple
 
-from stroma.cost.budget import BudgetExceeded
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import RunningNode
+from stroma.engine.outcome import limit_that_stopped
 from stroma.failures.classes import FailureClass
 from stroma.telemetry.observer import AttemptEnd, Observer, is_returned
 from stroma.trace.result import ExecutionResult
@@ -281,8 +281,8 @@ class MetricsObserver(Observer):
             self.send(ACTIVE, -1, pipeline)
             self.send(RUNS, 1, pipeline, result.status.value)
             self.send_run_duration(pipeline, result, perf_counter() - since)
-            error = None if result.failure is None else result.failure.exception
-            if isinstance(error, BudgetExceeded):
+            error = limit_that_stopped(run, result)
+            if error is not None:
                 self.send(EXCEEDED, 1, pipeline, self._labels.dimension(error.dimension))
 
     def attempt_ended(self, node: RunningNode, ended: AttemptEnd) -> None:

@@ -203,7 +203,11 @@ class OutlineEntry:
 
     @property
     def took(self) -> str:
-        """The time that its attempts took together; "" without one."""
+        """The time that its attempts took together; "" without one. Of a flow from its first call on."""
+        if self.has_steps and self.bars:  # Its last attempt is only that of the last process.
+            began = min(entry.began_ms for entry in self.entries)
+            took = max(self.ended_ms - min(began, self.began_ms), sum(bar.took_ms for bar in self.bars))
+            return duration(took)
         ran = sum(bar.took_ms if bar.function_ms is None else bar.function_ms for bar in self.bars)
         return duration(sum(bar.took_ms for bar in self.bars), ran) if self.bars else ""
 

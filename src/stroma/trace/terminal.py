@@ -27,11 +27,11 @@ class RunLine:
     entry: OutlineEntry
     bar: Bar | None = None
 
-    def cells(self) -> dict[str, str]:
+    def cells(self, message_length: int = 120) -> dict[str, str]:
         """Return the texts of the line by column; empty columns are left out."""
         entry, bar = self.entry, self.bar
         if bar is not None:
-            return cells_of(bar)
+            return cells_of(bar, message_length)
         cells = {"AT": entry.at, "NODE": clean(entry.label, 60 if entry.kind in WAITS else 40)}
         if entry.kind in WAITS:
             cells["OUTCOME"] = entry.bars[0].outcome
@@ -54,7 +54,7 @@ class RunLine:
         return STYLES[self.entry.tone if self.bar is None else tone_of(self.bar.outcome)]
 
 
-def cells_of(bar: Bar) -> dict[str, str]:
+def cells_of(bar: Bar, message_length: int = 120) -> dict[str, str]:
     """Return the texts of an attempt by column; those that it does not have are empty."""
     damaged = ", damaged" if bar.is_damaged else ""
     stored = ", output stored" if bar.is_committed and bar.outcome != "success" else ""
@@ -69,7 +69,7 @@ def cells_of(bar: Bar) -> dict[str, str]:
         "TOKENS": f"{bar.tokens:,}" if bar.tokens else "",
         "COST": cost_text(bar.tokens, bar.cost_usd),
         "MODEL": clean(bar.model or "", 30),
-        "MESSAGE": clean(bar.message or "", 120),
+        "MESSAGE": clean(bar.message or "", message_length),
     }
 
 

@@ -174,7 +174,10 @@ class _Drawing:
         before = {(bar.at, bar.attempt): bar for bar in shown if bar.failure_class is not None}
         for bar, began, took in waits(shown):
             failed = before.get((bar.at, bar.attempt - 1))
-            self.pauses.setdefault(bar.at, []).append((began, began + took, _why_waited(took, failed)))
+            text = _why_waited(took, failed)
+            if any(a < began + took and began < b for a, b, _ in it.resumes):
+                text = f"{_took(took)} until attempt {bar.attempt}; the run was continued in between"
+            self.pauses.setdefault(bar.at, []).append((began, began + took, text))
         self.rows = 0
 
     def draw(self) -> str:

@@ -94,7 +94,7 @@ class Actions:
                 raise HTTPException(409, "this run cannot be resumed here; its page shows the command")
             if is_first:
                 await to_thread.run_sync(resume, record.run_id)
-        return to_run(record.run_id)
+        return to_run(record.run_id, is_started=True)
 
     async def fork(self, request: Request) -> Response:
         """Start a new run with what a run has committed before a position."""
@@ -110,11 +110,11 @@ class Actions:
         try:
             await self._settings.store.fork(record.run_id, new_run_id, int(position))
         except RunExists:  # The form was sent before.
-            return to_run(new_run_id)
+            return to_run(new_run_id, is_started=True)
         except StoreError as error:
             raise HTTPException(409, clean(str(error), 1000)) from error
         await to_thread.run_sync(resume, new_run_id)
-        return to_run(new_run_id)
+        return to_run(new_run_id, is_started=True)
 
     async def pause(self, request: Request) -> Response:
         return await self._control("pause", "pause", request)
@@ -165,7 +165,7 @@ class Actions:
     async def read_form(self, action: str, request: Request) -> tuple[RunRecord, dict[str, str]]:
         """Return the run of a form, and its fields. Raises HTTPException for a form without a valid key."""
         form = dict(await read_fields(request))
-        run_id = form.get("id", "")
+        run_id = request.state.run_id = form.get("id", "")
         if not self._keys.is_form(form.get("key", ""), action, run_id):
             raise no_key()
         record = await self._get_run(run_id)
@@ -196,9 +196,10 @@ async def read_fields(request: Request) -> list[tuple[str, str]]:
     return parse_qsl(body.decode("utf-8", "replace"))
 
 
-def to_run(run_id: str) -> Response:
-    """Lead to the page of a run."""
-    return RedirectResponse(f"/run?{urlencode({'id': run_id})}", 303)
+def to_run(run_id: str, *, is_started: bool = False) -> Response:
+    """Lead to the page of a run, which says if a process was started to continue it."""
+    query = {"id": run_id} | ({"started": "yes"} if is_started else {})
+    return RedirectResponse(f"/run?{urlencode(query)}", 303)
 
 
 def identity_of(form: dict[str, str] | list[tuple[str, str]]) -> str:

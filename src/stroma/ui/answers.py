@@ -94,7 +94,10 @@ class Answers:
                 key=self._keys.form("approve", record.run_id),
                 can_resume=can_resume(self._settings, record),
             )
-        return to_run(record.run_id)
+        return to_run(record.run_id, is_started=self._is_to_resume(record, form))
+
+    def _is_to_resume(self, record: RunRecord, form: dict[str, str]) -> bool:
+        return form.get("resume") == "yes" and can_resume(self._settings, record)
 
     async def _approve(self, record: RunRecord, form: dict[str, str]) -> None:
         questions = await self._read_questions(record)
@@ -113,7 +116,7 @@ class Answers:
                 raise _Refused(question, [FieldError("", f"not JSON: {clean(str(error), 300)}")]) from error
         await self._signal(record, questions, question, answer)
         resume = self._settings.resume
-        if form.get("resume") == "yes" and resume is not None and can_resume(self._settings, record):
+        if resume is not None and self._is_to_resume(record, form):
             await to_thread.run_sync(resume, record.run_id)
 
     async def _read_questions(self, record: RunRecord) -> list[Waiting]:

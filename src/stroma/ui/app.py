@@ -75,7 +75,8 @@ def make_app(settings: Settings) -> ASGIApp:
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return renderer.problem(error.status_code, error.detail, "")
+        run_id = getattr(request.state, "run_id", "")
+        return renderer.problem(error.status_code, error.detail, "", run_id)
 
     async def on_anything(request: Request, error: Exception) -> Response:
         # The exception may contain data of a run: it is logged, not shown.

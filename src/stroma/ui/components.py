@@ -148,7 +148,7 @@ def columns_chart(
     drawn = []
     for step in (0.0, 0.5, 1.0):
         y = _BOTTOM - step * (_BOTTOM - _TOP)
-        figure = f"{unit}{most * step:,.6g}"
+        figure = unit + f"{most * step:,.8f}".rstrip("0").rstrip(".")
         drawn.append(f'<line class="gl" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>')
         if step:
             drawn.append(f'<text x="0" y="{y - 4:.1f}">{as_xml(figure)}</text>')

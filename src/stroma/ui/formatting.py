@@ -72,6 +72,8 @@ def cause_text(record: RunRecord) -> str:
     if record.cause is None or record.status not in FAILED:
         return record.wait_text or record.error or ""
     cause_record = record.cause
+    if record.budget_text is not None:
+        return record.error or ""
     why = f"{cause_record.failure_class}{f' ({cause_record.reason})' if cause_record.reason else ''}"
     return f"{cause_record.node_id}: {why}: {cause_record.text or record.error or ''}"
 

@@ -148,8 +148,9 @@ class Renderer:
             for name, ms in closed.items()
         }
 
-    def problem(self, status: int, what: str, more: str) -> Response:
-        return self.page("problem.html", status, what=what, more=more)
+    def problem(self, status: int, what: str, more: str, run_id: str = "") -> Response:
+        """Return a page with an error. ``run_id``: the run of a form that was refused."""
+        return self.page("problem.html", status, what=what, more=more, run_id=run_id)
 
     def find_record(self, request: Request, name: str = "id") -> RunRecord:
         run_id = request.query_params.get(name, "")

@@ -149,6 +149,7 @@ class RunPages:
             control_keys={action: self._renderer.keys.form(action, run_id) for action in controls_of(record)},
             working=is_at_work(record),
             command=command,
+            started=request.query_params.get("started") and record.status not in ("RUNNING", *FINISHED),
             folded=timeline.fold_idle,
             idle=idle_ms(story.bars) > 0,
             at=after,

@@ -103,15 +103,15 @@ class History:
         """Return the approvals that nodes of the last execution wait for, or waited for; [] if unknown."""
         return self.store.waiting(run_id)
 
-    def answer_of(self, one: Waiting) -> Payload:
+    def answer_of(self, one: Waiting, max_bytes: int | None = None) -> Payload:
         """Return the answer to a question; of the call of an effect, its stated output or "not done"."""
         if one.payload is None:
             return Payload(None, "it is not answered")
-        return Payload("not done") if one.payload == NOT_DONE else self._decode(one.payload)
+        return Payload("not done") if one.payload == NOT_DONE else self._decode(one.payload, max_bytes)
 
     def answer_text(self, one: Waiting) -> str:
         """Return the answer to a question as text."""
-        value, problem = self.answer_of(one)
+        value, problem = self.answer_of(one, _MAX_STATE_BYTES)
         return clean(problem or json.dumps(value, ensure_ascii=False), 300)
 
     def describe_answer(self, one: Waiting) -> str:

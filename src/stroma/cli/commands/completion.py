@@ -17,7 +17,7 @@ _PLAIN: Final = re.compile(r"[\w.:@%+,/=-]+")
 
 
 @click.command()
-@click.argument("shell", type=click.Choice(_SHELLS))
+@click.argument("shell", metavar="SHELL", type=click.Choice(_SHELLS))
 def completion(shell: str) -> None:
     """Print a script that completes commands, options and run ids in a shell.
 

@@ -11,7 +11,6 @@ from pydantic import ValidationError
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
 from stroma.cli.commands.completion import complete_run
-from stroma.cli.errors import describe_error
 from stroma.cli.formatting import format_local_time, id_word, to_iso
 from stroma.cli.output import emit, emit_fields, err, out, table
 from stroma.cli.stores import Database, db_option
@@ -84,7 +83,8 @@ def _limits(tokens: int | None, cost_usd: float | None, latency_ms: int | None) 
     try:
         return limits_of(tokens, cost_usd, latency_ms)
     except ValidationError as error:
-        raise click.UsageError(describe_error(error)) from None
+        wrong = error.errors(include_url=False)[0]
+        raise click.UsageError(f"{wrong['loc'][0]}: {wrong['msg']}") from None
 
 
 def _set_of_run(database: Database, run: str, limits: Mapping[str, float], as_json: bool) -> None:

@@ -13,7 +13,7 @@ from stroma.checkpoint.records import RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.control import hand_to_workers
 from stroma.cli.errors import Code, Problem, describe_error
-from stroma.cli.inputs import find_position, parse_input, parse_input_at, stored_input
+from stroma.cli.inputs import find_call, parse_input, parse_input_at, stored_input
 from stroma.cli.loading import load_pipeline
 from stroma.cli.local_run import Fork, LocalRun
 from stroma.cli.options import RunOptions, run_id_option, run_options
@@ -62,8 +62,8 @@ def run(
         raise click.UsageError("--resume and --restart exclude each other; pass one")
     cluster = _read_cluster(click_options)
     options = RunOptions.from_click(**click_options)
-    database = Database.from_option(db)
-    pipeline = load_pipeline(target, database)
+    database = Database.from_option(db, quiet=options.quiet)
+    pipeline = load_pipeline(target, database, quiet=options.quiet)
     config = _add_tags(_configure(pipeline, run_id, options), tags)
     if restart:
         config = config.model_copy(update={"if_exists": "restart", "resume": False})
@@ -82,7 +82,7 @@ def run(
 @click.argument("run_", metavar="RUN", shell_complete=complete_run)
 @click.argument("target", metavar="[FILE_OR_MODULE:NAME]", required=False)
 @click.option("--from", "start_at", metavar="NODE", help="Resume at this node and discard later outputs.")
-@click.option("--fork", is_flag=True, help="With --from: start a new run; this one is not changed.")
+@click.option("--fork", is_flag=True, help="With --from, also a call of a flow: start a new run.")
 @click.option(
     "--retry-failed", is_flag=True, help="Rerun failed items of maps, and the nodes after those maps."
 )
@@ -112,7 +112,7 @@ def resume(
     """
     options = RunOptions.from_click(**click_options)
     _check_options(start_at, options, fork=fork, retry_failed=retry_failed, has_state=state is not None)
-    database = Database.from_option(db)
+    database = Database.from_option(db, quiet=options.quiet)
     record = database.find(run_, to_change=True)
     if dry_run and target is None:
         if start_at is not None:
@@ -124,11 +124,15 @@ def resume(
             raise click.UsageError("these options need the pipeline: pass FILE_OR_MODULE:NAME")
         hand_to_workers(database, record)
         return Code.OK
-    pipeline = load_pipeline(target, database)
-    position = None if start_at is None else find_position(pipeline, target, start_at)
+    pipeline = load_pipeline(target, database, quiet=options.quiet)
     stored = ResumedRun(database, record, pipeline, target)
-    if position is not None and fork and not dry_run:
-        return _fork(stored, options, position, state)
+    if start_at is not None and fork and not dry_run:
+        return _fork(stored, options, start_at, state)
+    if start_at is not None and find_call(pipeline, target, start_at)[1] is not None:
+        raise Problem(
+            f"--from {start_at!r} is not a node of {target}, which is a flow",
+            "a call of a flow can only start a new run: add --fork, without --dry-run",
+        )
     if dry_run:
         return print_plan(database, record, pipeline, target, start_at, options.as_json)
     changes = {"retry_failed_items": retry_failed, "force_resume": force}
@@ -193,11 +197,12 @@ def resume_run(
     return LocalRun(target, pipeline, config, state, database, record, start_at, options).execute()
 
 
-def _fork(run: ResumedRun, options: RunOptions, position: int, input_text: str | None) -> int:
-    """Start a new run from a position of another one."""
+def _fork(run: ResumedRun, options: RunOptions, start_at: str, input_text: str | None) -> int:
+    """Start a new run from a node of another one, or from a call of its flow."""
     database, record, pipeline, target = run
-    start_at = find_node(pipeline.nodes[position]).node_id
-
+    position, call = find_call(pipeline, target, start_at)
+    if call is not None and input_text is not None:
+        raise Problem(f"--state replaces the input of a node, and {start_at!r} is a call of a flow")
     _warn_other_pipeline(record, pipeline, options)
     edited: BaseModel | None = None
     if input_text is not None:
@@ -215,7 +220,7 @@ def _fork(run: ResumedRun, options: RunOptions, position: int, input_text: str |
             code=Code.NOT_FOUND,
         )
     config = _configure(pipeline, new_run_id(), options)
-    fork = Fork(record.run_id, position, edited)
+    fork = Fork(record.run_id, position, edited, call)
     return LocalRun(target, pipeline, config, state, database, None, start_at, options, fork).execute()
 
 

@@ -15,7 +15,6 @@ from stroma.checkpoint.queue import QUEUED, BlockedMark
 from stroma.checkpoint.records import Cause, RunQuery, RunRecord
 from stroma.cli.formatting import SPAN, format_age, format_local_time, localize, style_status, to_iso
 from stroma.cli.output import Part, emit_fields, err, out, table
-from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, db_option
 from stroma.failures.classes import FailureClass
 from stroma.trace.result import RunStatus

@@ -21,6 +21,7 @@ from stroma.checkpoint.history import (
     describe_effects,
     effect_state,
     find_progress,
+    first_start_ns,
     in_order,
     is_at_work,
     place_of,
@@ -110,9 +111,9 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
     _print_head(history, record, facts, waiting, attempts)
     for label, text in _describe_progress(database, record, facts, attempts, waiting):
         _print_fact(label, [text])
-    flow_waits = history.flow_waits(record, attempts, waiting) if view.as_tree else []
+    first = record.started_ms * 1_000_000 if view.timing else first_start_ns(record, attempts)
+    flow_waits = history.flow_waits(record, attempts, waiting, first) if view.as_tree else []
     if selected or flow_waits:
-        first = min((one.started_ns for one in attempts), default=0)
         _print_attempts([bar_of(one, first) for one in attempts], flow_waits, view)
     _print_all_rejected(history, record, selected)
     for one in attempts:
@@ -215,7 +216,9 @@ def _states(
         if view.wants_input:
             states.append(("input", inputs.of(one)))
         if view.wants_output:
-            states.append(("output", history.output_of(one)))
+            output = history.output_of(one)
+            if one.output_bytes is not None or one.damaged or len(selected) == 1:
+                states.append(("output", output))
         if view.wants_rejected:
             rejected = history.rejected_of(record.run_id, one)
             if rejected is not None or len(selected) == 1:
@@ -227,6 +230,9 @@ def _states(
 
 def _print_states(selected: list[AttemptRecord], states: list[list[_State]], code: int) -> int:
     several = sum(map(len, states)) > 1
+    if not any(states):
+        err.line(("stroma: ", "bold red"), "these attempts have no such state")
+        return code or Code.NOT_FOUND
     for one, payloads in zip(selected, states, strict=True):
         for what, payload in payloads:
             if several:
@@ -446,7 +452,7 @@ def _print_attempts(bars: Sequence[Bar], flow_waits: Sequence[Bar], view: _View)
         entries = fold(entries, items=True)
     lines = list(lines_of(entries, lambda bar: view.selects(bar.node_id, bar.attempt)))
     header = list(_HEADER)
-    cells = [line.cells() for line in lines]
+    cells = [line.cells(message_length=120 if out.is_terminal else 4000) for line in lines]
     if view.timing:
         header[6:7] = ["BEGAN", "WAITED", "TIME", "FUNCTIONS"]
         _add_timing(lines, cells, bars)

@@ -17,7 +17,7 @@ from stroma.cli.errors import Code, Problem, describe_error
 from stroma.cli.exporters import FLUSH_SECONDS
 from stroma.cli.formatting import SPAN, format_local_time, id_word, to_iso
 from stroma.cli.inputs import parse_input
-from stroma.cli.loading import load_pipeline
+from stroma.cli.loading import load_served
 from stroma.cli.options import run_id_option
 from stroma.cli.output import emit_fields, err, out
 from stroma.cli.signals import StopSignals
@@ -65,7 +65,7 @@ def submit(
     """
     cluster = TemporalCluster.from_options(options)
     database = Database.from_option(db)
-    pipeline = load_pipeline(target, database, refuse_default=True)
+    pipeline = load_served(target, database, refuse_default=True)
     durable = database.require_durable()
     database.prepare()
     state = parse_input(pipeline, input_text)
@@ -132,7 +132,7 @@ def drive(
     process owns it, or this code does not fit it.
     """
     database = Database.from_option(db)
-    pipelines = [load_pipeline(target, database) for target in targets]
+    pipelines = [load_served(target, database) for target in targets]
     database.require_durable()
     record = database.find(run_, to_change=True)
     try:

@@ -94,7 +94,8 @@ def ui(
     loopback, is_generated = _is_loopback(host), token is None
     token = _check_token(token, host, loopback)
     database = Database.from_option(db)
-    store = database.require_durable()
+    # Only with a pipeline, runs can be submitted into a store that does not exist yet.
+    store = database.reader if target is None else database.require_durable()
     if trace_url is not None and not trace_url.startswith(("http://", "https://")):
         raise Problem("--trace-url must begin with http:// or https://")
     pipeline, module = (None, None) if target is None else load_with_module(target, database)
@@ -184,7 +185,7 @@ def _listen(host: str, port: int) -> socket.socket:
             raise
     except OSError as error:
         raise Problem(
-            f"{host}:{port} cannot be listened on: {error.strerror or error}",
+            f"cannot listen on {host}:{port}: {error.strerror or error}",
             "take another one: stroma ui --port 0",
             code=Code.ENVIRONMENT,
         ) from error
