@@ -530,14 +530,15 @@ class NodeAttempt:
         row = refer(ctx, row)
         self._end(row)
         self._set_hooks(ctx.fire.on_node_failure, failure_arguments, (ctx, run, failure))
-        if halt is None or failure.reason != "store" or self.is_counted:
+        ends_by_store = halt is not None and failure.reason == "store"
+        if not ends_by_store or self.is_counted:
             try:
                 problem = await self._save(row)
             except GeneratorExit:
                 raise
             except BaseException as interrupt:  # KeyboardInterrupt in a store.
                 problem, self.interrupt = None, interrupt
-            if problem is not None and halt is None:
+            if problem is not None and not ends_by_store:
                 stored = Failure(
                     problem, FailureClass.RECOVERABLE, run.node_id, run.attempt, str(problem), "store"
                 )
