@@ -123,14 +123,8 @@ def test_what_a_providers_error_says() -> None:
     """Its class, its reason and the wait that it asks for."""
     result = diagnose(Provider(429, retry_after="7"), CONTEXT)
     assert result.exception.args == ("status 429",)
-    assert astuple(replace(result, exception=ValueError()))[1:] == (
-        RECOVERABLE,
-        "node",
-        4,
-        "status 429",
-        "rate_limit",
-        7.0,
-        None,
+    assert result == Failure(
+        result.exception, RECOVERABLE, "node", 4, "status 429", "rate_limit", retry_after_seconds=7.0
     )
     assert diagnose(Provider(401), CONTEXT).failure_class is TERMINAL
     assert diagnose(Provider(401), CONTEXT).retry_after_seconds is None

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeAlias, cast
+
+_AttributeOf: TypeAlias = Callable[[BaseException], BaseException | None]
+#: Attributes of exceptions as the base class has them: those of an exception's own class may raise anything.
+cause_of: Final[_AttributeOf] = cast("Any", BaseException).__cause__.__get__
+context_of: Final[_AttributeOf] = cast("Any", BaseException).__context__.__get__
+_members_of_group: Final = cast("Any", BaseExceptionGroup).exceptions.__get__
+
+
+def members_of(error: BaseException) -> tuple[BaseException, ...]:
+    """Return the exceptions in an exception group; of any other exception, none."""
+    members: tuple[BaseException, ...] = ()
+    if issubclass(type(error), BaseExceptionGroup):
+        members = _members_of_group(error)
+    return members
 
 
 def safe_get(owner: Any, name: str) -> Any:

@@ -37,6 +37,7 @@ from weakref import WeakKeyDictionary, ref
 
 from pydantic import AliasChoices, AliasPath, BaseModel, Secret, SecretBytes, SecretStr
 
+from stroma._utils.access import cause_of, context_of, members_of
 from stroma._utils.hiding import Needles, forms_of
 from stroma._utils.text import one_line
 
@@ -475,7 +476,7 @@ class Secrets:
     def note_error(self, error: BaseException) -> None:
         """Find and remember the secrets in an exception: its attributes, notes, causes and members."""
         # Most have a text and nothing else: 1 us instead of 8.
-        is_plain = _cause_of(error) is _context_of(error) is None and not _slot(error, "__dict__")
+        is_plain = cause_of(error) is context_of(error) is None and not _slot(error, "__dict__")
         if not is_plain or any(type(one) not in _PLAIN for one in _args_of(error)):
             self.note(error)
 
@@ -508,7 +509,7 @@ class Secrets:
         for one in members.values():
             stand_in = shown[id(one)]
             stand_in.__cause__, stand_in.__context__ = (
-                None if linked is None else shown[id(linked)] for linked in (_cause_of(one), _context_of(one))
+                None if linked is None else shown[id(linked)] for linked in (cause_of(one), context_of(one))
             )
             stand_in.__suppress_context__ = one.__suppress_context__
         return shown[id(error)]
@@ -531,7 +532,7 @@ class Secrets:
     def _stand_in(self, error: BaseException, shown: dict[int, BaseException]) -> BaseException:
         """Return the stand-in of an exception, and add it to ``shown`` after the members of a group."""
         if id(error) not in shown:
-            inner = [self._stand_in(one, shown) for one in _group_members(error)]
+            inner = [self._stand_in(one, shown) for one in members_of(error)]
             text = _group_message(error) if inner else _message(error) or "<exception str() failed>"
             stand_in = shown[id(error)] = stand_in_of(error, one_line(self.mask(text)), inner)
             for note in _notes(error):
@@ -540,17 +541,8 @@ class Secrets:
 
 
 # As the base class has them: an exception's own attributes may raise anything.
-_cause_of: Final = cast("Any", BaseException).__cause__.__get__
 _args_of: Final = cast("Any", BaseException).args.__get__
-_context_of: Final = cast("Any", BaseException).__context__.__get__
 _message_of_group: Final[Callable[[Any], str]] = cast("Any", BaseExceptionGroup).message.__get__
-_members_of_group: Final[Callable[[Any], tuple[BaseException, ...]]] = cast(
-    "Any", BaseExceptionGroup
-).exceptions.__get__
-
-
-def _group_members(error: BaseException) -> tuple[BaseException, ...]:
-    return _members_of_group(error) if issubclass(type(error), BaseExceptionGroup) else ()
 
 
 def _group_message(error: BaseException) -> str:
@@ -565,11 +557,11 @@ def _members(error: BaseException) -> dict[int, BaseException] | None:
         one, depth = stack.pop()
         if id(one) in members:
             continue
-        inner = _group_members(one)
+        inner = members_of(one)
         if len(members) + len(inner) >= MAX_ERRORS or depth > MAX_DEPTH:
             return None
         members[id(one)] = one
-        stack += [(linked, depth) for linked in (_cause_of(one), _context_of(one)) if linked is not None]
+        stack += [(linked, depth) for linked in (cause_of(one), context_of(one)) if linked is not None]
         stack += [(member, depth + 1) for member in inner]
     return members
 

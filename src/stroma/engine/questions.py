@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final, cast
 
 from pydantic import BaseModel
 
+from stroma._utils.access import cause_of, context_of, members_of
 from stroma.checkpoint import Session, Waiting, schema_ref
 from stroma.checkpoint.entries import UnknownCall
 from stroma.contracts.node import output_class
@@ -20,16 +21,7 @@ from stroma.failures.errors import Suspend
 from stroma.failures.failure import Failure, isinstance_by_type
 
 _MAX_CAUSES: Final = 20
-#: Attributes as the base class has them: those of another class may raise anything.
-_cause, _context, _hides_context, _members = (
-    vars(kind)[name].__get__
-    for kind, name in (
-        (BaseException, "__cause__"),
-        (BaseException, "__context__"),
-        (BaseException, "__suppress_context__"),
-        (BaseExceptionGroup, "exceptions"),
-    )
-)
+_hides_context: Final = cast("Any", BaseException).__suppress_context__.__get__
 
 
 def find_question(error: BaseException, run: RunningNode) -> Suspend | None:
@@ -44,9 +36,9 @@ def find_question(error: BaseException, run: RunningNode) -> Suspend | None:
         if isinstance_by_type(cause, Suspend):
             return cause if cause is error or _is_recorded(cause, run) else None
         if isinstance_by_type(cause, BaseExceptionGroup):
-            questions = [find_question(one, run) for one in _members(cause)]
+            questions = [find_question(one, run) for one in members_of(cause)]
             return questions[0] if all(questions) else None
-        cause = _cause(cause) or (None if _hides_context(cause) else _context(cause))
+        cause = cause_of(cause) or (None if _hides_context(cause) else context_of(cause))
     return None
 
 

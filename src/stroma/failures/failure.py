@@ -6,8 +6,9 @@ import logging
 from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeGuard, TypeVar, cast, final
+from typing import Final, TypeGuard, TypeVar, final
 
+from stroma._utils.access import cause_of, context_of, members_of
 from stroma._utils.logs import get_logger
 from stroma._utils.text import typed
 from stroma.contracts.contract import ContractViolation
@@ -201,13 +202,6 @@ def _built_in(exc: BaseException) -> tuple[FailureClass | None, str | None]:
     return None, None
 
 
-#: The members of an exception group, whatever its class says of that name.
-_members: Final[Callable[[BaseException], tuple[BaseException, ...]]] = cast(
-    "Any", BaseExceptionGroup
-).exceptions.__get__
-_cause, _context = (cast("Any", vars(BaseException)[name]).__get__ for name in ("__cause__", "__context__"))
-
-
 def causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yield an exception, its causes and contexts, and the exceptions in a group."""
     seen: set[int] = set()
@@ -218,9 +212,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
             continue
         seen.add(id(cause))
         yield cause
-        pending += [_cause(cause), _context(cause)]
-        if issubclass(type(cause), BaseExceptionGroup):
-            pending += _members(cause)
+        pending += [cause_of(cause), context_of(cause), *members_of(cause)]
 
 
 #: Exceptions that only a mistake in the program causes, so that another attempt fails as this one did.
@@ -233,7 +225,7 @@ def _is_bug(exc: BaseException) -> bool:
     while leaves:
         leaf = leaves.pop()
         if issubclass(type(leaf), BaseExceptionGroup):
-            leaves.extend(_members(leaf))
+            leaves.extend(members_of(leaf))
         elif not issubclass(type(leaf), _BUGS):
             return False
     return True

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC
 from typing import Any, Final, cast
 
-from stroma._utils.access import safe_get
+from stroma._utils.access import cause_of, safe_get
 from stroma.failures.errors import verdict_of
 from stroma.failures.provider_verdicts import (
     AUTH,
@@ -50,7 +50,7 @@ def read_provider_error(exc: BaseException) -> ProviderVerdict | None:
 
 
 def _verdict(exc: BaseException, seen: set[int]) -> ProviderVerdict | None:
-    for candidate in (exc, _cause(exc)):
+    for candidate in (exc, cause_of(exc)):
         kind = type(candidate)
         if candidate is None or (kind in _SILENT and not candidate.__dict__):
             # Most errors of the user's own code. Looking for what they do not have would take 30 us.
@@ -71,8 +71,6 @@ def _verdict(exc: BaseException, seen: set[int]) -> ProviderVerdict | None:
     return None
 
 
-#: What an exception was raised from, whatever its class says of that name.
-_cause: Final = cast("Any", BaseException).__cause__.__get__
 #: Python's own exceptions that have no attributes but a message.
 _SILENT: Final = frozenset(
     kind
@@ -150,7 +148,7 @@ def requested_waits(exc: BaseException) -> list[float]:
 def _is_overloaded(verdict: ProviderVerdict, exc: BaseException) -> bool:
     if verdict.reason != "overloaded":
         return False
-    for candidate in (exc, _cause(exc)):
+    for candidate in (exc, cause_of(exc)):
         packages = {_package(cls) for cls in type(candidate).__mro__}
         try:
             if candidate is not None and (

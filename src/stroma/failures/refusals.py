@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import socket
-from typing import Any, Final, cast
+from typing import Final
 
-from stroma._utils.access import safe_get
+from stroma._utils.access import cause_of, members_of, safe_get
 from stroma.failures.errors import PlaceError, verdict_of
 from stroma.failures.providers import grpc_status, read_status
 
@@ -71,12 +71,8 @@ def is_refusal(exc: BaseException) -> bool:
             return False
         if answer is not None:
             return answer
-        candidate = _cause(candidate)
+        candidate = cause_of(candidate)
     return False
-
-
-#: What an exception was raised from, whatever its class says of that name.
-_cause: Final = cast("Any", BaseException).__cause__.__get__
 
 
 def _read(exc: BaseException) -> bool | None:
@@ -86,7 +82,7 @@ def _read(exc: BaseException) -> bool | None:
     if known is not None or issubclass(kind, PlaceError):
         return known is None or known.is_refusal
     if issubclass(kind, BaseExceptionGroup):
-        return all(is_refusal(member) for member in cast("BaseExceptionGroup[Any]", exc).exceptions)
+        return all(map(is_refusal, members_of(exc)))
     names = {
         (cls.__module__.partition(".")[0], cls.__name__) for cls in kind.__mro__ if cls is not BaseException
     }
