@@ -497,21 +497,6 @@ async def test_a_notebook_shows_it_field_by_field() -> None:
     assert "<td><code>&quot;hidden&quot;</code></td>" in hidden
 
 
-@pytest.mark.slow
-def test_a_valid_output_loads_nothing() -> None:
-    """A run whose outputs are valid imports nothing of rejected outputs."""
-    import subprocess
-    import sys
-
-    code = (
-        "import asyncio, sys; from tests.kit import Num, node, quick, same; "
-        "asyncio.run(quick().run([node('a', same)], Num())); "
-        "print([m for m in sys.modules if 'rejected' in m or 'bounded_copy' in m])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
-
-
 # ---------------------------------------------------------------------- stores
 
 

@@ -54,8 +54,6 @@ def record_rejected(
     if keep == "no" or not isinstance(violation, ContractViolation):
         return
     try:
-        from stroma.engine.commit import encode_rejected
-
         ctx.redactor.note_attempt(snapshot)
         data = encode_rejected(output, violation, keep, ctx.redactor)
         place = run.position, run.branch, begin + ctx.journal.epoch_ns

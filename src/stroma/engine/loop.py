@@ -31,6 +31,7 @@ from stroma.contracts.schema import schema_of
 from stroma.cost.budget import BudgetExceeded, budget_exceeded
 from stroma.engine.admission import make_admitted
 from stroma.engine.attempt import NodeAttempt
+from stroma.engine.commit import violation_of
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
 from stroma.engine.execution import RunningNode
@@ -267,8 +268,6 @@ def _recorded_exception(ctx: ReliabilityContext, node: Node | Group, tried: Trie
     contract = None if isinstance(node, Group) else ctx.contract_of(node)
     if tried.rejected is None or contract is None:
         return RunFailed.recorded(tried.message, tried.error_type)
-    from stroma.engine.commit import violation_of
-
     return violation_of(tried.node_id, tried.rejected, contract.output_schema)
 
 
