@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from tests.kit import NEVER, quick
 
 from stroma import (
@@ -213,6 +213,34 @@ async def test_a_resumed_flow_hides_what_it_was_given_before(
     assert str(result.failure.exception) == f"{SSN}, answered ssn and received ssn differ"
     assert result.failure.message in str(store.get_run("r"))
     assert SSN not in caplog.text
+
+
+async def test_a_flow_with_a_state_that_cannot_be_shown_has_no_message() -> None:
+    """Where a state of a flow's body cannot be taken apart, the flow runs on, and its messages are hidden."""
+
+    class Odd(dict[str, Any]):
+        def items(self) -> Any:
+            raise RuntimeError("not now")
+
+    class Holder(BaseModel):
+        model_config = ConfigDict(arbitrary_types_allowed=True)
+        odd: Any = None
+
+    memory = quick(redact=hide, policy_map=NEVER)
+
+    @memory.node
+    async def find(state: Done) -> Holder:
+        return Holder(odd=Odd(a=1))
+
+    @memory.flow
+    async def fails(flow: Flow, state: Done) -> Done:
+        await flow.step(find, state)
+        raise ValueError(f"bad ssn {SSN}")
+
+    result = await memory.run(fails, Done())
+    assert result.failure is not None
+    assert str(result.failure.exception) == f"bad ssn {SSN}"
+    assert result.failure.message == "[redacted]"
 
 
 @pytest.mark.core

@@ -121,7 +121,10 @@ class Redactor:
     def note_seen(self, state: BaseModel | None) -> None:
         """Remember what ``redact`` removes from a state that the body of a flow sees."""
         if self._redact is not None and state is not None and len(self._seen) <= MAX_WORDS:
-            self._seen |= removed_values(self._redact, [schema_of(type(state)).state(state)])
+            try:
+                self._seen |= removed_values(self._redact, [schema_of(type(state)).state(state)])
+            except Exception:  # As above: every message of the body is hidden.
+                self._seen.add("")
 
     def note_secrets(self, state: Any) -> None:
         """Remember the secrets in a state, to mask them in messages."""
