@@ -10,7 +10,7 @@ import click
 from stroma._utils.text import clean
 from stroma.cli.errors import Problem
 from stroma.cli.exporters import Exporters, ListenAddress, exporter_options
-from stroma.cli.loading import load_served, note_target
+from stroma.cli.loading import load_pipeline, load_served, note_target
 from stroma.cli.progress import show_warnings
 from stroma.cli.stores import Database, db_option
 from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_options
@@ -84,9 +84,8 @@ def worker(
         reject_local_options("its server watches the runs", "poll", "health")
     database = Database.from_option(db, quiet=quiet)
     database.require_durable()
-    pipelines = [
-        load_served(target, database, refuse_default=place is None, quiet=quiet) for target in targets
-    ]
+    load = load_served if place is None else load_pipeline  # With a place, it drives no runs.
+    pipelines = [load(target, database, refuse_default=place is None, quiet=quiet) for target in targets]
     names = [pipeline.name for pipeline in pipelines]
     for name in {name for name in names if names.count(name) > 1}:
         raise Problem(
