@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import textwrap
 
 import pytest
 from tests.kit import environment
@@ -104,6 +105,35 @@ def test_a_run_becomes_a_regression_test(recorded, inside, target):
     failed = run_test(recorded, "tests/test_run.py")
     assert failed.returncode == 1
     assert "decision: 1 second" in failed.stdout
+
+
+WAITS = """
+    from sums import *
+
+    runner = StromaRunner.quick(inline_wait_seconds=0)
+    double = runner.node("double", input=Sum, output=Sum)(last)
+
+    @runner.flow
+    async def asked(flow: Flow, state: Sum) -> Sum:
+        answer = await flow.wait_for(Sum, reason="how many?")
+        return await flow.step(double, answer)
+"""
+
+
+@pytest.mark.slow
+def test_a_flow_that_was_answered_becomes_a_regression_test(stroma, inside):
+    """A flow that waited for an answer is replayed with it, and becomes a test that passes."""
+    (stroma.home / "asked.py").write_text(textwrap.dedent(WAITS))
+    assert inside("run", "asked.py:asked", '{"n": 1}', "--run-id", "q").code == 7
+    assert inside("replay", "q", "asked.py:asked").code == 0
+    assert inside("approve", "q", "asked.py:asked", '{"n": 4}', "--resume").code == 0
+    (stroma.home / "calls").unlink()
+    done = inside("replay", "q", "asked.py:asked")
+    assert done.code == 0
+    assert "RESUMED then, COMPLETED now" in done.err
+    assert inside("record", "q", "asked.py:asked", "--as-test", "test_q.py").code == 0
+    passed = run_test(stroma, "test_q.py")
+    assert (passed.returncode, stroma.calls()) == (0, []), passed.stdout
 
 
 def test_files_that_are_there_are_left_alone(recorded, inside, fails):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from stroma import (
 )
 from stroma.contracts.schema import schema_of
 from stroma.runner.rehearsal import Rehearsal
-from stroma.testing import RecordedRun, crash_at, replay
+from stroma.testing import FakeClock, RecordedRun, crash_at, replay
 
 store = store_fixture("memory", "sqlite")
 
@@ -155,10 +156,12 @@ async def record(flows: Flows, store: Any, name: str, *, ends: bool = True) -> R
     ],
 )
 async def test_unchanged_flows_replay_the_same(store: Any, name: str, ends: bool, status: str) -> None:
-    """A flow that asks, receives, sleeps or fails is replayed to the end that it had, without a call."""
+    """A flow that asks, receives, sleeps or fails is replayed to the end that it had, a month later and
+    without a call."""
     flows = Flows()
     recorded = await record(flows, store, name, ends=ends)
-    result = await replay(recorded, flows.by_name[name], runner=flows.runner)
+    with FakeClock(start=datetime.now(UTC) + timedelta(days=30)):
+        result = await replay(recorded, flows.by_name[name], runner=flows.runner)
     result.assert_same()
     assert (result.status, flows.calls) == (status, [])
     if status == "COMPLETED":

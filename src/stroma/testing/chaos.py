@@ -147,7 +147,9 @@ class Chaos:
         ]
         terminalreporter.section(f"stroma chaos, --stroma-chaos-seed={self.seed}")
         if not sensitive_tests:
-            terminalreporter.write_line("no test of a pipeline fails of a node that is called twice, or slow")
+            terminalreporter.write_line(
+                "no test of a pipeline failed because a node was slow or called twice"
+            )
         for fault, nodeid in sensitive_tests:
             node, call = fault["node_id"], fault["call"]
             if fault["kind"] == "again":

@@ -45,10 +45,10 @@ def pipeline_in(path: str | PathLike[str], name: str = "pipeline") -> Pipeline:
         if not hasattr(value, part):
             raise LookupError(f"no {name!r} in {path}; pass the name of a Pipeline")
         value = getattr(value, part)
-    pipeline = value() if callable(value) else value
-    if not isinstance(pipeline, Pipeline):
+    if callable(value) and not isinstance(value, Pipeline):  # A flow can be called, too.
+        value = value()
+    if not isinstance(value, Pipeline):
         raise TypeError(
-            f"{name!r} in {path} is {type(pipeline).__name__}, not a Pipeline; "
-            "create one: Pipeline(name, nodes)"
+            f"{name!r} in {path} is {type(value).__name__}, not a Pipeline; create one: Pipeline(name, nodes)"
         )
-    return with_settings_of(module, pipeline)
+    return with_settings_of(module, value)
