@@ -92,6 +92,7 @@ def provide(listening: socket.socket, seed: str) -> None:
     """Serve until this process is killed."""
     draw = random.Random(seed)
     charges: defaultdict[str, list[int]] = defaultdict(list)
+    run_ids: dict[str, str] = {}  # By key.
     numbers, deeds = iter(range(1, 1 << 30)), (list(DEEDS), list(DEEDS.values()))
     while True:
         connection, _ = listening.accept()
@@ -105,10 +106,12 @@ def provide(listening: socket.socket, seed: str) -> None:
                 request += part
             else:
                 method, path, _ = request.split(b" ", 2)
-                key = unquote(path[1:].decode())
+                run_id, _, key = unquote(path[1:].decode()).rpartition(":")
                 if method == b"GET":
-                    _answer(connection, 200, charges if key == "all" else charges[key])
+                    booked = {f"{run_ids[key]}:{key}": of for key, of in charges.items() if of}
+                    _answer(connection, 200, booked if key == "all" else charges[key])
                     continue
+                run_ids[key] = run_id
                 deed = draw.choices(*deeds)[0]
                 if deed in ("refused", "503"):
                     _answer(connection, draw.choice((402, 429)) if deed == "refused" else 503, {})
@@ -179,7 +182,7 @@ def programs(
     async def charge(order: Any) -> Any:
         fuse("function")
         here = current_node()
-        answer = await ask(port, "POST", here.idempotency_key, fuse)
+        answer = await ask(port, "POST", f"{here.run_id}:{here.idempotency_key}", fuse)
         fuse("answered")
         return answer
 
@@ -332,7 +335,9 @@ def judge(figures: Figures, data: dict[str, Any], runs: dict[str, str], late: Co
     reach a provider that knows nothing of idempotency after it was asked whether it came.
     """
     for run_id, kind in runs.items():
-        charges = {key: of for key, of in data["charges"].items() if key.startswith(f"{run_id}:") and of}
+        charges = {
+            key.rpartition(":")[2]: of for key, of in data["charges"].items() if key.startswith(f"{run_id}:")
+        }
         twice = {key: of for key, of in charges.items() if len(of) > 1 and key not in late}
         figures.more["charged late"] += sum(len(of) > 1 for key, of in charges.items() if key in late)
         figures.commits += len(charges)
