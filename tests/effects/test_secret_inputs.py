@@ -18,6 +18,8 @@ from stroma import (
     PipelineChanged,
     RunStatus,
     SQLiteStore,
+    current_run,
+    execute_step,
     stroma_flow,
     stroma_node,
 )
@@ -127,6 +129,27 @@ async def test_a_codec_lets_another_process_find_it(store: Any, monkeypatch: pyt
     result = await runner_on(store).run(shop.flow([1, 1]), Num())
     assert result.status is RunStatus.SUSPENDED
     assert shop.charges == ([1] if has_codec(store) else [1, 1])
+
+
+async def test_a_called_step_with_another_secret_is_a_change(store: Any) -> None:
+    """With a codec, a resumed node that calls a step with another secret fails as changed."""
+    pan, is_failing = "4111", True
+    check = stroma_node("check", input=Card, output=Num)(lambda state: Num(n=state.order))
+
+    @stroma_node("agent", input=Num, output=Num)
+    async def agent(state: Num) -> Any:
+        result = await execute_step("check", check, Card(order=1, pan=SecretStr(pan)), current_run())
+        if is_failing:
+            raise ValueError("the answer is not JSON")
+        return result.output
+
+    assert (await runner_on(store).run([agent], Num())).status is RunStatus.PARTIAL
+    is_failing = False
+    if has_codec(store):
+        pan = "4222"
+        assert (await runner_on(store).run([agent], Num())).failure.reason == "changed"
+        pan = "4111"
+    assert (await runner_on(store).run([agent], Num())).status is RunStatus.RESUMED
 
 
 def has_codec(store: Any) -> bool:

@@ -18,8 +18,7 @@ from stroma.checkpoint.identity import SCOPE, Identity, StepCalls, is_called
 from stroma.contracts.codec import describe_difference
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import Group, Node, find_node, make_node
-from stroma.contracts.schema import schema_of
-from stroma.contracts.tagged_json import NotSerialisable
+from stroma.contracts.schema import has_secrets, schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import RunningNode, running_node
@@ -137,9 +136,10 @@ def _place_of(
 ) -> tuple[int, str, StepCall]:
     """Return the position, the branch and the record of a call."""
     if parent is None:
-        call = StepCall(identity.number, _encoded(input_state), identity.text)
+        call = StepCall(identity.number, _encoded(ctx, input_state), identity.text)
         return ctx.place_of(identity.text), "", call
-    return parent.position, parent.branch_of(identity.text), StepCall(identity.number, _encoded(input_state))
+    call = StepCall(identity.number, _encoded(ctx, input_state))
+    return parent.position, parent.branch_of(identity.text), call
 
 
 def _end_of(outcome: BaseModel | Halt, input_state: BaseModel) -> tuple[RunStatus, Any, Failure | None]:
@@ -249,11 +249,11 @@ async def _start_run(ctx: ReliabilityContext, initial: BaseModel) -> None:
         await redeliver(ctx, ())
 
 
-def _encoded(state: BaseModel) -> bytes | None:
-    try:
-        return schema_of(type(state)).encode(state)
-    except NotSerialisable:
-        return None
+def _encoded(ctx: ReliabilityContext, state: BaseModel) -> bytes | None:
+    """Return what an input is compared by; None without a stored form, or with secrets and no codec."""
+    is_sealed = ctx.session.stores_secrets
+    key = schema_of(type(state)).input_key(state, is_sealed=is_sealed)
+    return None if key is None or (has_secrets(key) and not is_sealed) else key
 
 
 def _as_returned(state: BaseModel, input_state: BaseModel) -> Any:
