@@ -251,3 +251,25 @@ async def test_a_flow_inside_may_decide_otherwise(store: Any) -> None:
     for _ in range(2):
         result = await runner_on(store).run(f, Num())
         assert (result.status, result.output) == (RunStatus.RESUMED, Num(n=100))
+
+
+async def test_a_question_with_a_key_keeps_its_answer(store: Any) -> None:
+    """An answer belongs to the question with the same key, whatever path a resume takes to it."""
+    shop = Shop("paid")
+    hotel, flight = shop.step("hotel"), shop.step("flight")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        try:
+            await flow.step(hotel, state)
+            return await flow.step(flight, state)
+        except StepFailed:
+            await flow.wait_for(Num, reason="Cancel?", key="cancel")
+            raise
+
+    shop.failing = {"hotel", "flight"}
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.SUSPENDED
+    await runner_on(store).signal("r", Num())
+    for failing in ("hotel", "flight"):
+        shop.failing = {failing}
+        assert (await runner_on(store).run(f, Num())).failure.node_id == failing
