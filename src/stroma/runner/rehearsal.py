@@ -62,7 +62,7 @@ class Rehearsal:
                     continue
                 store: Any = runner.checkpoint_manager.store
                 before, wake_ms = wake_ms, store.get_run(result.run_id).due_ms
-                if wake_ms is None or wake_ms == before:
+                if wake_ms is None or wake_ms == before:  # Due for a message that it does not take.
                     return result
                 TIME_SHIFT_MS.set(TIME_SHIFT_MS.get() + max(0, wake_ms - now_ms()))
         finally:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from stroma.checkpoint import AsyncInMemoryStore, CheckpointManager
+from stroma.checkpoint import AsyncInMemoryStore
 from stroma.contracts.contract import ContractViolation
 from stroma.contracts.node import Node, find_node
 from stroma.contracts.schema import schema_of
@@ -78,7 +78,9 @@ def assert_contract_holds(
     if contract is None:
         raise TypeError(f"{target.node_id!r} has no contract; pass a node with a contract")
     strategy = inputs if inputs is not None else inputs_of(contract.input_schema, fields)
-    twin = _single_attempt_runner(runner)
+    never = dict.fromkeys(FailureClass, FailurePolicy(max_retries=0, backoff_seconds=0.0))
+    none: dict[str, Any] = {"node_policies": {}, "contract_retries": {}, "limits": {}, "node_limits": {}}
+    twin = runner._twin([node], AsyncInMemoryStore(), policy_map=never, breaker=None, **none)
     numbers = itertools.count()
 
     def holds(loop: asyncio.Runner, state: Any) -> None:
@@ -91,23 +93,6 @@ def assert_contract_holds(
             )
 
     _without_loop(lambda: _try_examples(strategy, holds, examples, seed))
-
-
-def _single_attempt_runner(runner: StromaRunner[Any]) -> StromaRunner[Any]:
-    """Return a runner with the same contracts and context, without retries, limits and stores."""
-    never = FailurePolicy(max_retries=0, backoff_seconds=0.0)
-    config = runner.config.model_copy(
-        update={
-            "policy_map": dict.fromkeys(FailureClass, never),
-            "node_policies": {},
-            "contract_retries": {},
-            "shared_budgets": (),
-            "limits": {},
-            "node_limits": {},
-            "breaker": None,
-        }
-    )
-    return StromaRunner(runner.registry, CheckpointManager(AsyncInMemoryStore()), config)
 
 
 def _try_examples(

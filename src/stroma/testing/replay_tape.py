@@ -153,7 +153,7 @@ class Tape(Interceptor):
                     value = [_plain(branch), time_ms, ""]
                 elif kind == "n":
                     value = [value[0], sorted(map(_plain, value[1]))]
-                data = bytes.fromhex(value) if kind == "seed" else json.dumps(value).encode()
+                data = bytes.fromhex(str(value)) if kind == "seed" else json.dumps(value).encode()
                 notes[f"{position_of[at]}:{kind}:{_plain(key)}"] = data
         answers: dict[tuple[int, str], Waiting] = {}
         for key, payload in self.recorded.answers.items():

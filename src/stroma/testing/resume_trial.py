@@ -96,8 +96,7 @@ class Trial:
             life.effects = jsonable(self.effects())
 
     async def _drive(self, store: SQLiteStore, run_id: str, resume: bool, life: ProcessRecord) -> None:
-        config = self.runner._config_of(self.proven)
-        context = config.context
+        context = self.runner._config_of(self.proven).context
         if isinstance(context, dict):  # Its keys are of one process; its values, such as clients, are shared.
             context = dict(context)
         twin = self.runner._twin(self.proven, store, run_id=run_id, context=context, resume=resume)
