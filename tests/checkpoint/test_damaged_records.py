@@ -49,7 +49,7 @@ REJECTED = RejectedOutput({"n": "x"}, False, (Complaint(("n",), "no number"),)).
 NOTES: dict[str, bytes] = {
     "0:b:": b"7",
     "0:d:": b"[[3, 4]]",
-    "0:e:1": b'["x#0", 0]',
+    "0:e:1": b'["x#0", 0, ""]',
     "0:f:y#0": json.dumps(
         {
             "event": 2,

@@ -307,7 +307,7 @@ async def test_a_blob_that_cannot_be_written_loses_nothing(tmp_path: Path) -> No
         assert calls == ["first"]
         blobs.broken = False
         await runner(store, resume=True).run(_big(calls), Note(text="y"))
-        assert len(store.attempts("r")) == 2
+        assert [attempt.node_id for attempt in store.attempts("r")] == ["first", "first", "second"]
 
 
 async def test_blobs_that_cannot_be_read_are_a_named_error(tmp_path: Path) -> None:
