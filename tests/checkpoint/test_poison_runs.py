@@ -179,7 +179,7 @@ async def test_retries_and_repairs_count_apart_across_a_crash(
         result = await runner.run(nodes, State(), run_id="r", resume=True)
     assert (result.status, answers) == (status, [])
     assert prompts[0] == expected
-    assert (expected is not None) is (before[-1] == "b")
+    assert (expected is not None) is ("b" in before)
 
 
 async def test_the_failure_of_a_process_that_died_is_the_last_one(tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ async def test_nothing_remains_of_a_run_in_memory(way: str) -> None:
         await commit(session, 0, State(text=MARK + "!"))
         await settled(session.suspend(row(1), Waiting(1, "", "n", MARK + "!", "")))
         await finish(session, "SUSPENDED", MARK + "!")
-        await store.set_budget("r", {"tokens": 1.0})
+        await store.set_budget("r", {"max_tokens_total": 1.0})
         assert remains(store)
         if way == "delete":
             await store.delete("r")

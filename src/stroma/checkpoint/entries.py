@@ -441,13 +441,13 @@ USAGE_NOTE: Final = "0:u:"
 #: Key of the note about how often in succession a dispatcher could not get on with a run.
 SETBACKS_NOTE: Final = "0:setbacks:"
 #: Seconds after the first setback, doubled with each further one; and at most.
-_SETBACK_SECONDS: Final = (5.0, 300.0)
+_FIRST_DELAY_SECONDS: Final = 5.0
+MAX_DELAY_SECONDS: Final = 300.0
 
 
 def delay_after(setbacks: int) -> float:
     """Return the seconds until a run is tried again that has had so many setbacks in succession."""
-    first, longest = _SETBACK_SECONDS
-    return min(first * 2.0 ** min(setbacks - 1, 10), longest)
+    return min(_FIRST_DELAY_SECONDS * 2.0 ** min(setbacks - 1, 10), MAX_DELAY_SECONDS)
 
 
 def is_effect_note(key: str) -> bool:
@@ -478,7 +478,8 @@ class Tried(NamedTuple):
         attempts: their number.
         repairs: how many of them were followed by a repair of their output (``contract_retries``).
         node_id: of the last one, as all that follows.
-        rejected: the output that broke its contract, if it is stored.
+        broken_ns: when the newest attempt began whose output broke its contract; None without one.
+        rejected: that output, if it is stored.
     """
 
     attempts: int
@@ -488,7 +489,7 @@ class Tried(NamedTuple):
     message: str
     reason: str | None
     error_type: str | None
-    started_ns: int
+    broken_ns: int | None = None
     rejected: RejectedOutput | None = None
 
     @property

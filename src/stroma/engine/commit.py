@@ -14,7 +14,6 @@ from stroma.checkpoint import StepCall, StoreError, Waiting
 from stroma.checkpoint.entries import OF_FLOW
 from stroma.contracts.contract import ContractViolation
 from stroma.contracts.copying import Snapshot
-from stroma.contracts.repair_prompt import complaints
 from stroma.contracts.schema import Schema
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.engine.context import ReliabilityContext
@@ -150,6 +149,8 @@ def encode_rejected(
     output: Any, violation: ContractViolation, keep: Literal["redacted", "full"], redactor: Redactor
 ) -> bytes:
     """Return the stored form of an output, without secrets. Raises what the user's own classes raise."""
+    from stroma.contracts.repair_prompt import complaints  # Runs with valid outputs do not need it.
+
     schema = violation.schema
     declared = declared_secrets(schema)
     redactor.secrets.note(output, schema)

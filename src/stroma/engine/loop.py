@@ -250,24 +250,29 @@ def _count_earlier_attempts(
         tried.is_repaired and run.repairs
     ):  # It was granted before the process died: _decide() grants it again.
         run.repairing, run.repairs = True, run.repairs - 1
+    broken = _recorded_violation(ctx, node, tried)
     failure = Failure(
-        _recorded_exception(ctx, node, tried),
+        broken
+        if broken is not None and tried.is_repaired
+        else RunFailed.recorded(tried.message, tried.error_type),
         FailureClass(tried.failure_class),
         run.node_id,
         count,
         tried.message,
         tried.reason,
+        earlier=broken,
     )
     run.last_failure = failure
     decision = _decide(ctx, run, node, failure, count)
     return count, _stop(ctx, failure, decision) if isinstance(decision, Stop) else None
 
 
-def _recorded_exception(ctx: ReliabilityContext, node: Node | Group, tried: Tried) -> Exception:
-    """Return an exception in place of the last attempt's own, such as a broken contract."""
+def _recorded_violation(
+    ctx: ReliabilityContext, node: Node | Group, tried: Tried
+) -> ContractViolation | None:
     contract = None if isinstance(node, Group) else ctx.contract_of(node)
     if tried.rejected is None or contract is None:
-        return RunFailed.recorded(tried.message, tried.error_type)
+        return None
     return violation_of(tried.node_id, tried.rejected, contract.output_schema)
 
 

@@ -21,7 +21,7 @@ from stroma.checkpoint import (
     PipelineChanged,
     StoreError,
 )
-from stroma.checkpoint.entries import RunRequest
+from stroma.checkpoint.entries import MAX_DELAY_SECONDS, RunRequest
 from stroma.checkpoint.events import EventPlace, parse_cursor
 from stroma.checkpoint.queue import ServedCode
 from stroma.contracts.contract import ContractRegistry, Reconcile, Role, check_id
@@ -605,7 +605,9 @@ class StromaRunner(Generic[DepsT]):
         code = code_of(nodes) if isinstance(nodes, Pipeline) else ServedCode()
         served = ServedPipeline(nodes, schema, code=code)
         run_ids = await self._stored.find_interrupted(name, code.versions)
-        resume = partial(self._driver(batch, options).resume, served=served, dispatch=Dispatch(now_ms()))
+        # The delay of a dispatcher after a setback does not bind a program that starts.
+        due = Dispatch(now_ms() + int(1000 * MAX_DELAY_SECONDS))
+        resume = partial(self._driver(batch, options).resume, served=served, dispatch=due)
         return await batch.recover_each(resume, run_ids, max_concurrency)
 
     async def serve(

@@ -402,16 +402,18 @@ def _count_failed(
                 attempt.message or "",
                 attempt.reason,
                 attempt.error_type,
-                attempt.started_ns,
+                None if before is None else before.broken_ns,
             )
-            counts[at] = last._replace(repairs=repairs + last.is_repaired)
+            if last.is_repaired:
+                last = last._replace(repairs=repairs + 1, broken_ns=attempt.started_ns)
+            counts[at] = last
     return counts
 
 
 def _with_rejected(records: RunRecords, at: tuple[int, str], tried: Tried) -> Tried:
-    if not tried.is_repaired:
+    if tried.broken_ns is None:
         return tried
-    return tried._replace(rejected=find_rejected(records, *at, tried.started_ns))
+    return tried._replace(rejected=find_rejected(records, *at, tried.broken_ns))
 
 
 def _prior_work(records: RunRecords, run: RunRow) -> PriorWork:
