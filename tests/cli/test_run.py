@@ -171,6 +171,28 @@ def test_a_pipeline_with_its_own_config_has_the_settings_of_the_runner_too(strom
     )
 
 
+def test_another_flow_does_not_continue_a_run(stroma, inside, fails):
+    """A run of one flow is not resumed as another, which would make its own calls, effects too."""
+    stroma.file("settings.py", SETTINGS)
+    stroma.file(
+        "other.py",
+        """
+        from settings import *
+
+        @plain.flow("other", input=Count, output=Sum)
+        async def other(flow, count):
+            return await flow.step(second, await flow.step(first, count))
+        """,
+    )
+    assert inside("run", "settings.py:flow", GOOD, "--run-id", "x").code == 5
+    for options in ((), ("--dry-run",)):
+        refused = inside("resume", "x", "other.py:other", *options)
+        fails(
+            refused, 2, "was started by the pipeline 'sum'; this one is 'other'", "pass that pipeline or flow"
+        )
+    assert stroma.calls() == ["first"]
+
+
 def test_run_id_again(stroma, inside, ran):
     """A run id again is a new execution; with --resume it goes on, and an unknown one begins."""
     for execution in (1, 2):

@@ -21,7 +21,7 @@ from stroma.cli.output import err
 from stroma.cli.resume_plan import print_plan
 from stroma.cli.stores import Database
 from stroma.cli.temporal import TemporalCluster, TemporalRun, reject_local_options, temporal_options
-from stroma.contracts.node import find_node
+from stroma.contracts.node import FlowNode, find_node
 from stroma.engine.config import RunConfig, new_run_id
 from stroma.runner.pipeline import Pipeline
 
@@ -125,6 +125,8 @@ def resume(
         hand_to_workers(database, record)
         return Code.OK
     pipeline = load_pipeline(target, database, quiet=options.quiet)
+    if dry_run:
+        _compare_names(record, pipeline, options)
     stored = ResumedRun(database, record, pipeline, target)
     if start_at is not None and fork and not dry_run:
         return _fork(stored, options, start_at, state)
@@ -189,7 +191,7 @@ def resume_run(
 ) -> int:
     """Resume a run and return the exit code. ``changes``: overrides of its config. Raises Problem."""
     database, record, pipeline, target = run
-    _warn_other_pipeline(record, pipeline, options)
+    _compare_names(record, pipeline, options)
     config = _configure(pipeline, record.run_id, options)
     if changes:
         config = config.model_copy(update={name: value for name, value in changes.items() if value})
@@ -203,7 +205,7 @@ def _fork(run: ResumedRun, options: RunOptions, start_at: str, input_text: str |
     position, call = find_call(pipeline, target, start_at)
     if call is not None and input_text is not None:
         raise Problem(f"--state replaces the input of a node, and {start_at!r} is a call of a flow")
-    _warn_other_pipeline(record, pipeline, options)
+    _compare_names(record, pipeline, options)
     edited: BaseModel | None = None
     if input_text is not None:
         edited = parse_input_at(pipeline, position, input_text, "--state")
@@ -237,13 +239,17 @@ def _add_tags(config: RunConfig, tags: tuple[str, ...]) -> RunConfig:
     return config.model_copy(update={"tags": all_tags})
 
 
-def _warn_other_pipeline(record: RunRecord, pipeline: Pipeline, options: RunOptions) -> None:
-    if record.pipeline != pipeline.name and not options.quiet:
-        err.line(
-            ("note: ", "yellow"),
-            f"the run was started by the pipeline {clean(record.pipeline, 100)!r}; this one is "
-            f"{clean(pipeline.name, 100)!r}",
+def _compare_names(record: RunRecord, pipeline: Pipeline, options: RunOptions) -> None:
+    """Print a note if a list has another name than the run. Raises Problem for another flow."""
+    if record.pipeline == pipeline.name:
+        return
+    names = f"{clean(record.pipeline, 100)!r}; this one is {clean(pipeline.name, 100)!r}"
+    if any(isinstance(find_node(node), FlowNode) for node in pipeline.nodes):
+        raise Problem(
+            f"run {record.run_id!r} was started by the pipeline {names}", "pass that pipeline or flow"
         )
+    if not options.quiet:
+        err.line(("note: ", "yellow"), f"the run was started by the pipeline {names}")
 
 
 def _configure(pipeline: Pipeline, run_id: str | None, options: RunOptions) -> RunConfig:
