@@ -64,7 +64,8 @@ def resumes_of(
     epoch, ended, cause = 0, 0.0, _DIED
     for one in sorted((one for one in attempts if one.epoch), key=lambda one: one.started_ns):
         began = (one.started_ns - first_ns) / 1e6
-        if one.epoch > epoch and began > ended:
+        # The first process of a queued run did not continue it.
+        if one.epoch > epoch and began > ended and one.epoch > 1:
             open_waits = (bar for bar in waits if ended - 1 <= bar.began_ms <= began)
             stretches.append((ended, began, next((bar.node_id for bar in open_waits), cause)))
         epoch = max(epoch, one.epoch)
