@@ -190,7 +190,7 @@ class RunStore(ReadableStore):
                 place = PayloadPlace(run_id, run.execution, "blocked")
                 sealed = self._payloads.seal_text(storable_text(message), place) or ""
                 rows.block(run, block(run.mark, sealed, code, now_ms))
-            if run.claim is not None and run.claim == token:
+            if token is not None and run.claim == token:
                 rows.claim([Candidate(run.run, run_id, run.pipeline)], token, -1.0)
 
         await self._submit(Transaction(run_id, mark))
