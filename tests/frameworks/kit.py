@@ -166,7 +166,7 @@ def killed_and_resumed(test: type[Any], folder: Path) -> str:
 
 _DETACHED = """
 from stroma.adapters import Guard
-from stroma.adapters.guard import _patches
+from stroma.adapters._patches import _patches
 {imports}
 assert not _patches, "an import changes the framework"
 first, second = Guard(), Guard()
