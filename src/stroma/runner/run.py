@@ -342,10 +342,12 @@ class RunExecution:
             ctx.account.note_open_questions(ctx.session.waiting.values())
         result = ctx.build_result(status, self.state, failure)
         error = str(failure) if failure is not None else "; ".join(ctx.account.suspended) or None
-        self._note_setbacks()
-        exceeded = limit_that_stopped(ctx, result)
-        if exceeded is not None and failure is not None and failure.exception is not exceeded:
-            error = f"{type(exceeded).__name__}: {exceeded}{LAST_FAILURE}{error}"
+        if self._has_setback or ctx.journal.session.notes:
+            self._note_setbacks()
+        if failure is not None:
+            exceeded = limit_that_stopped(ctx, result)
+            if exceeded is not None and failure.exception is not exceeded:
+                error = f"{type(exceeded).__name__}: {exceeded}{LAST_FAILURE}{error}"
         # The process that ran it has logged its end, at the level of it.
         was_finished = ctx.journal.session.finished is not None
         level = logging.INFO if was_finished else _LEVELS.get(status, logging.INFO)
