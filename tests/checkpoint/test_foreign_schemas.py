@@ -124,11 +124,11 @@ async def test_a_function_of_another_role_is_refused(server: PostgresServer) -> 
             "its table runs has a trigger t",
         ),
         ("CREATE RULE r AS ON INSERT TO stroma.tags DO INSTEAD NOTHING", "its table tags has a rule r"),
-        ("CREATE VIEW stroma.more AS SELECT 1", "its view more is no plain table"),
+        ("CREATE VIEW stroma.more AS SELECT 1", "its view more is not a plain table"),
         (
             "DROP TABLE stroma.cells; CREATE VIEW stroma.cells AS SELECT ''::bytea AS cell_key, ''::bytea AS "
             "data FROM generate_series(1, 1000000000)",
-            "its view cells is no plain table",
+            "its view cells is not a plain table",
         ),
         ("GRANT CREATE ON SCHEMA stroma TO PUBLIC", "lets every role create objects in it"),
     ],

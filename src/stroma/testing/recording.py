@@ -121,7 +121,7 @@ class RecordedRun(_Recorded):
         """Read a run from a journal store; blocking.
 
         ``redact``: see RunConfig; applied to every state. Messages were redacted when they were recorded.
-        Raises CheckpointNotFound if there is no such run, CorruptCheckpoint for a damaged output, StoreError.
+        Raises CheckpointNotFound for an unknown run, CorruptCheckpoint for a damaged output, StoreError.
         """
         record = store.get_run(run_id)
         if record is None:

@@ -286,7 +286,7 @@ class ReadableStore(ABC):
     def input_of(self, run_id: str) -> bytes:
         """Return the initial state of a run in stored form (see Schema.decode).
 
-        Raises CheckpointNotFound if there is no such run, CorruptCheckpoint, StoreError.
+        Raises CheckpointNotFound for an unknown run, CorruptCheckpoint, StoreError.
         """
         nothing: tuple[int, tuple[str, bytes, bytes] | None] = (0, None)
         execution, stored = self._read_run(

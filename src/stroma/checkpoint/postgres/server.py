@@ -305,7 +305,7 @@ _UNTRUSTED: Final = """WITH RECURSIVE ours(role) AS (SELECT oid FROM pg_roles WH
     UNION ALL SELECT 2, 'its ' || CASE c.relkind WHEN 'r' THEN 'table' WHEN 'v' THEN 'view' WHEN 'S' THEN
     'sequence'
     ELSE 'relation' END || ' ' || quote_ident(c.relname), c.relowner,
-    CASE WHEN c.relkind NOT IN ('r', 'S') THEN 'is no plain table' END
+    CASE WHEN c.relkind NOT IN ('r', 'S') THEN 'is not a plain table' END
     FROM pg_class c JOIN place ON c.relnamespace = place.oid WHERE c.relkind NOT IN ('i', 'I')
     UNION ALL SELECT 3, 'its function ' || quote_ident(f.proname), f.proowner, NULL
     FROM pg_proc f JOIN place ON f.pronamespace = place.oid
