@@ -1,5 +1,4 @@
-"""Guarded methods of objects: copies of the object are guarded and call themselves, and nothing else
-changes."""
+"""Guarded methods of objects: copies of the object are guarded and call themselves; nothing else changes."""
 
 from __future__ import annotations
 
@@ -131,8 +130,7 @@ def test_another_guard_and_another_contract_are_errors() -> None:
 
 @pytest.mark.parametrize("wrapping", [guard_methods, wrap_method])
 async def test_an_instrumentation_of_a_method_gets_its_object(wrapping: Any) -> None:
-    """What an instrumentation puts around a method of a class is called with the object, and the arguments
-    after it."""
+    """What an instrumentation puts around a method of a class is called with the object and its arguments."""
 
     class Instrumented(Model):
         async def acall(self, text: str) -> str:

@@ -50,8 +50,7 @@ def test_everything_is_pinned_with_hashes(folder: Path, release: str) -> None:
 
 @pytest.mark.parametrize("folder", ADAPTED, ids=lambda path: path.name)
 def test_every_framework_has_tests_a_page_and_an_example(folder: Path) -> None:
-    """Each framework has tests, a page, an example, and one module: what frameworks share belongs to
-    the guard."""
+    """Each framework has tests, a page, an example and one module: shared code belongs to the guard."""
     assert list(folder.glob("test_*.py"))
     assert (ROOT / "docs" / "adapters" / f"{folder.name}.md").exists()
     assert (ROOT / "examples" / f"adapter_{folder.name}.py").exists()

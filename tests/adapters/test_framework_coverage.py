@@ -1,5 +1,4 @@
-"""Which test of which framework holds which line of what must be shown of each; read, without the
-frameworks."""
+"""Which test of which framework holds which line of what must be shown; read, without the frameworks."""
 
 from __future__ import annotations
 
@@ -81,8 +80,7 @@ def test_there_are_frameworks() -> None:
 
 
 def test_the_overhead_of_every_adapter_is_measured() -> None:
-    """``benchmarks.adapters`` knows every adapter that docs/adapters.md names, and the page has a figure of
-    each."""
+    """``benchmarks.adapters`` knows each adapter of docs/adapters.md, and the page has a figure of each."""
     page = (FRAMEWORKS.parents[1] / "docs" / "adapters.md").read_text("utf-8")
     frameworks, _, overhead = page.partition("## Overhead")
     named = set(re.findall(r"^\|.*\]\(adapters/(\w+)\.md\) \|$", frameworks, re.MULTILINE))

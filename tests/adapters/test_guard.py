@@ -197,8 +197,7 @@ CALLABLES = {
 async def test_a_guarded_callable_returns_what_the_bare_one_returns(
     name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Positional, keyword, default, variable and keyword-only arguments reach any kind of callable as they
-    were given."""
+    """Positional, keyword, default, variable and keyword-only arguments reach any callable unchanged."""
     func = CALLABLES[name]
     guard = guard_of()
     wrapped = guard.wrap("it", func)
@@ -207,8 +206,7 @@ async def test_a_guarded_callable_returns_what_the_bare_one_returns(
 
 @pytest.mark.parametrize("name", CALLABLES)
 def test_a_guarded_callable_looks_like_the_bare_one(name: str) -> None:
-    """Signature, name, documentation and kind are those of what is wrapped, for frameworks that look at
-    them."""
+    """Signature, name, documentation and kind are those of the wrapped, for frameworks that look at them."""
     func = CALLABLES[name]
     wrapped = guard_of().wrap("it", func)
     assert inspect.signature(wrapped) == inspect.signature(func)
@@ -258,8 +256,7 @@ def test_what_cannot_be_a_step_is_refused() -> None:
 
 @pytest.mark.core
 def test_a_plain_function_that_returns_a_coroutine_is_named() -> None:
-    """What would go on behind the guard's back is a TypeError that says how to declare it, at the first
-    call."""
+    """What would run behind the guard's back is a TypeError at the first call that says how to declare it."""
     calls = []
 
     def hidden() -> Any:
@@ -325,8 +322,7 @@ VALUE: contextvars.ContextVar[str] = contextvars.ContextVar("value", default="no
 @pytest.mark.core
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_context_variables_are_kept(kind: str) -> None:
-    """A step sees its caller's, its caller sees what it sets, and it sees what a start hook has set, which is
-    gone after."""
+    """A step sees its caller's variables, its caller sees its own, but not what a start hook set."""
     span: contextvars.ContextVar[str] = contextvars.ContextVar("span", default="no span")
 
     async def start(*_: Any) -> None:
@@ -363,8 +359,7 @@ def test_context_variables_are_kept(kind: str) -> None:
 
 @pytest.mark.core
 def test_a_hook_may_call_a_sync_step() -> None:
-    """The hook of a sync step runs on the background loop: a sync step that it calls does not wait for
-    itself."""
+    """The hook of a sync step runs on the background loop, so a sync step that it calls cannot deadlock."""
     calls: list[str] = []
 
     async def start(_run: str, node_id: str, _state: Any) -> None:
@@ -493,8 +488,7 @@ class Trip(BaseModel):
     ],
 )
 def test_states_of_any_kind_are_validated_by_their_attributes(state: Any) -> None:
-    """A dict, a model, a dataclass and an object with attributes are one input to a contract, and reach the
-    node unchanged."""
+    """A dict, a model, a dataclass and an object with attributes fit one contract, and arrive unchanged."""
     guard = guard_of()
     step = guard.wrap_step("sign", lambda state: state, SIGN.model_copy(update={"output_schema": Passenger}))
     assert step(state) is state
@@ -613,8 +607,7 @@ def test_exceptions_that_python_itself_reads_come_out_as_themselves(error: BaseE
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)])
 @pytest.mark.parametrize("kind", ["sync", "stream"])
 def test_a_process_that_is_told_to_stop_stops(error: BaseException, kind: str) -> None:
-    """KeyboardInterrupt and SystemExit pass at once, the attempt ends as cancelled, and the guard serves
-    on."""
+    """KeyboardInterrupt and SystemExit pass at once, the attempt ends as cancelled, the guard serves on."""
     seen = Recorder()
     guard = guard_of(hooks=seen.hooks)
     flaky = Flaky(error)
@@ -781,8 +774,7 @@ def test_only_the_innermost_step_books_what_was_used() -> None:
     ],
 )
 def test_a_total_costs_the_same_with_a_counted_call_inside(used: Usage) -> None:
-    """A step that reports a total keeps its reported cost, its cache and its tier, less what steps inside
-    have counted."""
+    """A step that reports a total keeps its reported cost, cache and tier, less what inner steps counted."""
 
     def cost(inner: Usage | None) -> float:
         guard = guard_of()
@@ -832,8 +824,7 @@ def Kept_() -> Any:
 
 
 def test_the_budget_is_checked_before_and_after_each_call() -> None:
-    """The call that crosses the limit raises, and none is made after it, however often a framework swallows
-    that."""
+    """The call that crosses the limit raises, and none follows, however often a framework swallows it."""
     calls = []
     seen = Recorder()
     guard = guard_of(budget=ExecutionBudget(max_tokens_total=25), hooks=seen.hooks)
@@ -1014,8 +1005,7 @@ async def test_a_stream_that_nobody_reads_to_its_end_is_cancelled(kind: str) -> 
 
 @pytest.mark.parametrize("kind", ["stream", "astream"])
 def test_what_an_abandoned_stream_has_used_so_far_counts(kind: str) -> None:
-    """G6: a reader that goes away half-way has paid for what came; a stream that cannot say so yet ends all
-    the same."""
+    """G6: a reader that goes away half-way has paid for what came; a stream that cannot say so still ends."""
 
     def source() -> Any:
         yield from range(9)
@@ -1110,8 +1100,7 @@ async def test_a_stream_that_failed_and_is_cancelled_counts_once() -> None:
 
 @pytest.mark.parametrize("can_retry", [True, False])
 async def test_a_time_limit_is_no_reason_to_repeat_what_must_not_be_repeated(can_retry: bool) -> None:
-    """A stream that has given a part, and a step with ``can_retry=False``, are not called again after a
-    timeout either."""
+    """A stream that has given a part and a step with ``can_retry=False`` are not retried after a timeout."""
     calls: list[int] = []
     parts: list[str] = []
 
@@ -1136,8 +1125,7 @@ async def test_a_time_limit_is_no_reason_to_repeat_what_must_not_be_repeated(can
 
 
 def test_steps_between_the_chunks_of_a_stream_are_not_inside_it() -> None:
-    """What the reader of a stream does between two chunks has the reader's place; what its source does has
-    the stream's."""
+    """What the reader of a stream does between two chunks has the reader's place, its source the stream's."""
     guard = guard_of()
     other = guard.wrap("other", lambda: None)
     inner = guard.wrap("inner", lambda: None)
@@ -1287,8 +1275,7 @@ def test_steps_outside_of_any_run_share_one() -> None:
 
 @pytest.mark.core
 def test_a_thread_without_context_belongs_to_the_only_open_run() -> None:
-    """Frameworks call from threads that know nothing of their caller; the budget that is open counts for
-    them."""
+    """Frameworks call from threads without the caller's context; the budget that is open counts for them."""
     guard = guard_of()
     step = guard.wrap("model", lambda: "x", usage=lambda _: Usage(10))
     with guard.run() as run:
@@ -1435,8 +1422,7 @@ def test_sync_steps_in_threads_of_an_async_step_are_its_children() -> None:
 @pytest.mark.parametrize("kind", ["sync", "async", "stream", "astream"])
 @pytest.mark.parametrize("after", [0, 1])
 def test_a_cancellation_that_nobody_asked_for_is_a_failure(kind: str, after: int) -> None:
-    """What a step raises of its own while its task lives on is retried like others, and not after a first
-    chunk."""
+    """What a step raises while its task lives on is retried like others, and not after a first chunk."""
     if after and "stream" not in kind:
         return
     calls: list[int] = []
@@ -1536,8 +1522,7 @@ def test_nothing_of_a_call_is_kept() -> None:
 
 
 def test_the_guard_really_is_what_the_protocols_ask_for() -> None:
-    """StepInterceptor, LoopAdapter and TurnAdapter: real checks by contract and budget, on a context that is
-    given."""
+    """StepInterceptor, LoopAdapter and TurnAdapter: real checks by contract and budget, on a context."""
     guard = guard_of(budget=ExecutionBudget(max_tokens_total=5))
     assert isinstance(guard, StepInterceptor)
     assert isinstance(guard, LoopAdapter)
@@ -1588,8 +1573,7 @@ def test_extract_state_dict() -> None:
 
 
 def test_errors_of_hooks_are_raised_where_tests_ask_for_it() -> None:
-    """``hook_errors="raise"``: once the run is complete, with its result; what came out of the code comes
-    first."""
+    """``hook_errors="raise"``: once the run is complete, with its result; the code's error comes first."""
 
     async def broken(*_: Any) -> None:
         raise LookupError("no dashboard")
@@ -1627,8 +1611,7 @@ def test_a_run_config_is_not_changed() -> None:
     ],
 )
 def test_a_framework_that_is_missing_says_how_to_install_it(name: str, extra: str) -> None:
-    """The published names of frameworks are there with their framework; without it, the error ends with the
-    mend."""
+    """Published names of a framework exist with it; without it, the error ends with the mend."""
     with pytest.raises(
         ImportError, match=rf"is required for its adapter.*pip install 'stroma-runner\[{extra}\]'"
     ):
@@ -1660,8 +1643,7 @@ def test_importing_the_guard_imports_no_framework() -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_spans_of_steps_nest(kind: str) -> None:
-    """OpenTelemetry sees steps as it sees nodes: under the run, under the step around, and current inside the
-    function."""
+    """OpenTelemetry sees steps like nodes: under the run, under the step around, current in the function."""
     from opentelemetry import trace
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor

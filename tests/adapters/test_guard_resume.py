@@ -1,5 +1,4 @@
-"""Guarded steps after a crash: they are called again, for what is recorded of an output is not the object
-that callers need."""
+"""Guarded steps after a crash are called again: a recorded output is not the object that callers need."""
 
 from __future__ import annotations
 
@@ -139,8 +138,7 @@ print(asyncio.run(guard.runner.run([node], Text())).final_state.parts)
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("way", BODIES)
 def test_killed_inside_of_a_guarded_step(way: str, tmp_path: Path) -> None:
-    """After SIGKILL in a step, a resume returns what its steps return, and none of them gives None in place
-    of that."""
+    """After SIGKILL in a step, a resume returns what its steps return, and never None."""
     program, side = tmp_path / "program.py", tmp_path / "side"
     program.write_text(textwrap.dedent(KILLED + BODIES[way]))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -164,8 +162,7 @@ def test_killed_inside_of_a_guarded_step(way: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", STORES)
 async def test_steps_of_a_guard_in_the_nodes_of_a_pipeline(kind: str) -> None:
-    """A pipeline whose nodes use a guard is resumed: what the guard has recorded inside is no node of the
-    pipeline."""
+    """A pipeline whose nodes use a guard is resumed: the guard's records are not nodes of the pipeline."""
     calls: list[str] = []
     fails = [True]
 
@@ -197,8 +194,7 @@ async def test_steps_of_a_guard_in_the_nodes_of_a_pipeline(kind: str) -> None:
 
 
 async def test_a_group_that_is_tried_again_calls_guarded_steps_again() -> None:
-    """A guarded step in a child of a group returns its value in each attempt of the group, not what was
-    remembered."""
+    """A guarded step in a child of a group returns its own value in each attempt of the group."""
     tries = iter([False, True])
 
     async def part(state: Note) -> Any:
@@ -218,8 +214,7 @@ async def test_a_group_that_is_tried_again_calls_guarded_steps_again() -> None:
 
 
 def test_calls_with_other_inputs_never_share_a_key(tmp_path: Path) -> None:
-    """A framework that goes on by itself behind what is finished gives its next call no key of a finished
-    one."""
+    """A framework that continues behind finished calls gives its next call no key of a finished one."""
     keys: list[str] = []
 
     def model(n: int, text: str) -> int:
@@ -238,8 +233,7 @@ def test_calls_with_other_inputs_never_share_a_key(tmp_path: Path) -> None:
 
 
 async def test_a_step_in_a_thread_that_knows_nothing_of_its_node() -> None:
-    """Frameworks begin threads of their own: a step in one takes no position of the pipeline, and is called
-    on resume."""
+    """In a framework's own thread a step takes no position of the pipeline, and is called on resume."""
     calls: list[int] = []
     fails = [True]
 
@@ -314,8 +308,7 @@ def test_a_run_that_is_resumed_again_and_again_is_not_forgotten() -> None:
     "policies", [{}, {"agent": {FailureClass.RECOVERABLE: FailurePolicy(max_retries=2, backoff_seconds=0)}}]
 )
 def test_a_step_that_asks_suspends_the_steps_around_it(policies: Any, is_wrapped: bool) -> None:
-    """They have not failed, ask nothing themselves and are not tried again, whatever their framework makes of
-    the exception."""
+    """They have not failed, ask nothing themselves and are not tried again, whatever a framework does."""
     runner = StromaRunner.quick(store=InMemoryStore(), run_id="r", resume=True, node_policies=policies)
     guard, calls = Guard(runner), []
 

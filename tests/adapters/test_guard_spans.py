@@ -48,8 +48,7 @@ TREE = {
 
 @pytest.mark.parametrize("kind", ["with", "async with", "over", "aover"])
 def test_a_run_and_its_steps_stand_in_the_framework_s_own_trace(kind: str) -> None:
-    """One trace, one tree: ``guard.run()`` makes its span current, and a step opens under the span that is
-    current."""
+    """One trace, one tree: ``guard.run()`` makes its span current, and a step opens under the current one."""
     spans = Spans()
     guard, span = spans.guard, spans.framework.start_as_current_span
     model: Any = guard.wrap("model", lambda: "answer")
@@ -112,8 +111,7 @@ def test_a_step_in_a_thread_without_context_stands_under_its_run() -> None:
     "attributes", [{"gen_ai.operation.name": "chat"}, {"openinference.span.kind": "LLM"}]
 )
 def test_tokens_are_in_one_span_for_each_call(attributes: dict[str, str]) -> None:
-    """Where the framework has a span around the same call of a model, ours says nothing of tokens but for
-    failed attempts."""
+    """Where the framework has a span around a model call, ours counts tokens of failed attempts only."""
     spans, errors = Spans(), [TimeoutError("slow")]
 
     def model() -> str:

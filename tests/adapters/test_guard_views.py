@@ -32,8 +32,7 @@ def raises(*_: Any) -> Any:
 async def test_a_view_that_raises_is_logged_and_never_fails_a_step(
     kind: str, view: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A view (input, output, usage, the result of a stream) that raises is logged; the step returns what it
-    returns."""
+    """A view (input, output, usage, the result of a stream) that raises is logged; the step still returns."""
     guard, calls = Guard(), []
 
     def call(text: str) -> str:

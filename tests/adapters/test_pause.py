@@ -30,8 +30,7 @@ def guard_of(store: Any) -> tuple[Guard, list[int], asyncio.Event, asyncio.Event
 
 
 async def test_the_next_step_of_a_paused_run_is_not_called(store: Any) -> None:
-    """The step at work ends and is committed, the next one raises Suspend, and the run is SUSPENDED with
-    reason "paused"."""
+    """The current step is committed, the next raises Suspend, and the run is SUSPENDED ("paused")."""
     guard, calls, reached, go = guard_of(store)
 
     @guard.step("work")
@@ -94,8 +93,7 @@ async def test_a_raise_applies_to_the_next_step(store: Any) -> None:
 
 @pytest.mark.parametrize("request_name", ["cancel", "pause", "set_budget"])
 async def test_requests_reach_the_steps_outside_of_runs(request_name: str) -> None:
-    """Steps outside of ``guard.run()`` heed a request about the run that they belong to; the run has no owner
-    all the same."""
+    """Steps outside of ``guard.run()`` heed a request about their run, which has no owner."""
     store = InMemoryStore()
     guard, calls, _, _ = guard_of(store)
 
@@ -132,8 +130,7 @@ async def test_requests_reach_the_steps_outside_of_runs(request_name: str) -> No
 @pytest.mark.parametrize("is_wrapped", [False, True])
 @pytest.mark.parametrize("is_nested", [False, True])
 async def test_a_pause_inside_a_node_asks_nothing(store: Any, is_wrapped: bool, is_nested: bool) -> None:
-    """The node around the step that is not called waits with the run: it has not failed, and there is nothing
-    to answer."""
+    """The node around the step that is not called waits with the run: no failure, and nothing to answer."""
     runner, calls = StromaRunner.quick(store=store), list[int]()
 
     async def func(state: Num) -> dict[str, int]:

@@ -117,8 +117,7 @@ class ControlMachine(RuleBasedStateMachine):
         self.opened.add(run_id)
 
     async def _until_opened(self) -> None:
-        """Wait until all live runs are open: a request before that is of the time before they were
-        resumed."""
+        """Wait until all live runs are open: a request before is of the time before they were resumed."""
         while any(run_id not in self.opened and not task.done() for run_id, task in self.live.items()):
             await asyncio.sleep(0.001)
 

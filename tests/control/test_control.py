@@ -97,8 +97,7 @@ def record_of(gate: Gate, run_id: str = "r") -> Any:
 
 
 async def test_a_pause_ends_a_list_after_its_node(store: Any) -> None:
-    """The node at work finishes and is committed; the run is SUSPENDED with reason "paused", and a resume
-    goes on there."""
+    """The node at work finishes and is committed; the run is SUSPENDED ("paused"), and can be resumed."""
     gate = gate_of(store)
     gate.close("a")
     nodes = Pipeline("list", [gate.node("a"), gate.node("b")])
@@ -118,8 +117,7 @@ async def test_a_pause_ends_a_list_after_its_node(store: Any) -> None:
 
 
 async def test_a_request_needs_a_run_and_a_journal() -> None:
-    """An unknown run is CheckpointNotFound, a store without a journal a StoreError, a bad limit an error of
-    its own."""
+    """An unknown run is CheckpointNotFound, a store without a journal StoreError, a bad limit its own error."""
 
     class Plain:
         async def save(self, run_id: str, node_id: str, state: BaseModel) -> None: ...
@@ -190,8 +188,7 @@ async def test_a_pause_holds_in_maps(store: Any, into: str) -> None:
 
 
 async def test_a_pause_ends_the_wait_for_a_retry(store: Any) -> None:
-    """A run that waits an hour between two attempts is SUSPENDED at once; the next attempt is made after the
-    resume."""
+    """A run that waits an hour between two attempts is SUSPENDED at once; the resume makes the next one."""
     gate = gate_of(store, policy_map=_retries(1, 3600))
     waiting = asyncio.Event()
 
@@ -230,8 +227,7 @@ async def test_a_pause_ends_the_wait_for_a_turn() -> None:
 
 
 async def test_a_pause_holds_in_flows(store: Any) -> None:
-    """Steps at work finish and are committed; the body makes no other one, whatever it does; a resume replays
-    it."""
+    """Steps at work finish and are committed; the body begins no other; a resume replays it."""
     gate = gate_of(store)
     gate.close("b")
     steps = {name: gate.node(name) for name in "abc"}
@@ -257,8 +253,7 @@ async def test_a_pause_holds_in_flows(store: Any) -> None:
 
 
 async def test_a_pause_ends_the_waits_of_a_flow(store: Any) -> None:
-    """A flow that sleeps in the process is SUSPENDED at once, and no worker wakes it; unpause() hands it to
-    one."""
+    """A flow that sleeps in the process is SUSPENDED at once, no worker wakes it; unpause() hands it on."""
     gate = gate_of(store)
     asleep = asyncio.Event()
     step = gate.node("a")
@@ -415,8 +410,7 @@ async def test_a_limit_that_is_set_later_applies(store: Any) -> None:
 
 
 async def test_a_limit_that_is_crossed_when_it_is_set(store: Any) -> None:
-    """A flow that has spent more than a limit that is set between two of its steps does not make the next
-    one."""
+    """A flow that has spent more than a limit set between two of its steps does not make the next."""
     gate = gate_of(store)
     step = gate.node("a", tokens=8)
     between, go = asyncio.Event(), asyncio.Event()
@@ -442,8 +436,7 @@ async def test_a_limit_that_is_crossed_when_it_is_set(store: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["list", "flow"])
 async def test_a_limit_that_is_crossed_before_a_retry(store: Any, kind: str) -> None:
-    """A node of a run without a budget is not tried again over a limit that is set while it waits for
-    that."""
+    """A node of a run without a budget is not tried again over a limit that is set while it waits."""
 
     async def set_limit(*_: Any) -> None:
         assert await gate.runner.set_budget("r", tokens=7) is True
@@ -464,8 +457,7 @@ async def test_a_limit_that_is_crossed_before_a_retry(store: Any, kind: str) -> 
 
 
 async def test_a_limit_set_for_a_run_says_where_to_raise_it(store: Any) -> None:
-    """It holds in place of a larger budget of the config that resumes the run, and the message names
-    set_budget()."""
+    """It replaces a larger budget of the config that resumes the run, and the message names set_budget()."""
     gate = gate_of(store, budget=ExecutionBudget(max_tokens_total=10, max_cost_usd=9), unknown_model="warn")
     nodes = Pipeline("set", [gate.node("a", tokens=16), gate.node("b")])
     result = await gate.runner.run(nodes, Num(), run_id="r")
@@ -491,8 +483,7 @@ async def test_a_limit_set_for_a_run_says_where_to_raise_it(store: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["list", "flow", "group", "map"])
 async def test_a_run_waits_for_its_budget(store: Any, kind: str) -> None:
-    """G6. With on_budget="wait" it is SUSPENDED with reason "budget"; after a raise a worker goes on, and
-    buys nothing again."""
+    """G6. With on_budget="wait" it is SUSPENDED with reason "budget"; after a raise a worker resumes it."""
     gate = gate_of(store, budget=ExecutionBudget(max_tokens_total=10), on_budget="wait")
     steps = {name: gate.node(name, tokens=8) for name in "abcd"}
 

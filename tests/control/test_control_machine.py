@@ -27,8 +27,7 @@ def _check(kind: str, runs: int, examples: int, steps: int) -> None:
 
 @pytest.mark.parametrize("kind", IN_PROCESS)
 def test_a_few_runs(kind: str) -> None:
-    """G5, G6. No attempt begins after an acknowledged pause or cancel, and nothing committed is bought
-    again."""
+    """G5, G6. No attempt begins after an acknowledged pause or cancel, nothing committed is bought again."""
     _check(kind, runs=4, examples=8, steps=10)
 
 

@@ -22,8 +22,7 @@ from stroma.runner import stored_runs
 @pytest.mark.kills
 @pytest.mark.parametrize("way", ["recover", "serve", "unpause"])
 def test_killed_before_it_knew(journal: tuple[str, str], tmp_path: Path, way: str) -> None:
-    """recover() and workers find the run SUSPENDED, and call nothing; once the pause is taken back, a worker
-    does."""
+    """recover() and workers find the run SUSPENDED, and call nothing; after unpause() a worker does."""
     wish = {"run_id": "r", "hang": True, "calls": str(tmp_path / "calls"), "options": {"lease_seconds": 1.0}}
 
     async def serve_once(runner: StromaRunner) -> Any:

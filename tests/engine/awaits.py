@@ -1,5 +1,4 @@
-"""Act at the n-th await of a coroutine, or of all tasks of a loop: at each of them in turn, that is every
-interleaving of one event."""
+"""Act at the n-th await of a coroutine, or of all tasks of a loop: at each in turn."""
 
 from __future__ import annotations
 

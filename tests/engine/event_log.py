@@ -88,8 +88,7 @@ class Between:
 
 
 class Journal(AsyncInMemoryStore):
-    """A journal whose sessions are made by a function of the test's. It has warned already that it is in
-    memory."""
+    """A journal whose sessions are made by a function of the test's. It has warned already."""
 
     _has_warned = True
 
@@ -268,8 +267,7 @@ class Diary(logging.Handler):
 
 
 class ThrownAway:
-    """Awaited, it does what a coroutine does until an event is set, and closes it where it waits, in another
-    context."""
+    """Awaited, it does what a coroutine does until an event is set, and closes it in another context."""
 
     def __init__(self, work: Coroutine[Any, Any, Any], started: asyncio.Event) -> None:
         self._work = work

@@ -14,8 +14,7 @@ from stroma.trace.events import AttemptRow
 
 
 class GatedJournal:
-    """A journal store whose commits wait for ``gate``, and which refuses them with ``error`` if there is
-    one."""
+    """A journal store whose commits wait for ``gate``, or fail with ``error`` if there is one."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.inner = AsyncInMemoryStore()

@@ -1,5 +1,4 @@
-"""Rules of single attempts that a run in good order never shows: whose cancellation, whose contract, whose
-hook it is."""
+"""Rules that an ordinary run never shows: whose cancellation, whose contract, whose hook it is."""
 
 from __future__ import annotations
 
@@ -38,8 +37,7 @@ from stroma.trace import AttemptUsage
 
 @pytest.mark.parametrize("grouped", [False, True])
 async def test_a_cancellation_that_an_attempt_swallowed_is_not_the_next_ones(grouped: bool) -> None:
-    """A stray CancelledError of a later attempt is a failure, though the task was cancelled once before
-    it."""
+    """A stray CancelledError of a later attempt is a failure, though the task was cancelled once before."""
     calls: list[int] = []
 
     async def func(state: Num) -> Any:
@@ -106,8 +104,7 @@ async def test_a_run_in_a_task_that_was_cancelled_before() -> None:
 async def test_once_a_run_is_cancelled_elsewhere_nothing_is_tried_again(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A node that makes an error of its own of it is not called again, whatever its policy says; the log says
-    why."""
+    """A node that turns it into its own error is not called again, whatever its policy; the log says why."""
     calls: list[str] = []
 
     async def func(state: Num) -> Any:
@@ -208,8 +205,7 @@ async def test_a_class_that_is_rebuilt_is_validated_anew(side: str) -> None:
 
 
 async def test_a_broken_contract_says_whose_it_is() -> None:
-    """The violation has the node, the side, what came as a dict, pydantic's errors, and the class it should
-    have been."""
+    """The violation has the node, the side, what came as a dict, pydantic's errors and the expected class."""
 
     async def odd(state: Num) -> Any:
         return 7
@@ -245,8 +241,7 @@ BAD = {"n": "none"}
 
 @pytest.mark.parametrize(("granted", "calls"), [(0, 1), (1, 2), (2, 3)])
 async def test_as_many_repairs_as_are_granted(granted: int, calls: int) -> None:
-    """The violations before the last are recoverable, the last is terminal, and policies have no part in
-    it."""
+    """The violations before the last are recoverable, the last is terminal, and policies play no part."""
     called: list[str] = []
     runner = StromaRunner.quick(policy_map=NEVER, contract_retries={"a": granted})
     result = await runner.run([counted(called, "a", BAD)], Num())
@@ -257,8 +252,7 @@ async def test_as_many_repairs_as_are_granted(granted: int, calls: int) -> None:
 
 
 async def test_repairs_are_no_retries() -> None:
-    """Attempts that were granted to mend an output are not counted as retries of other failures, nor those as
-    repairs."""
+    """Attempts granted to mend an output do not count as retries of other failures, nor those as repairs."""
     called: list[str] = []
     down = ConnectionError("down")
     runner = StromaRunner.quick(policy_map=ONCE, contract_retries={"a": 1})
@@ -336,8 +330,7 @@ async def test_the_step_that_asks_is_no_failure() -> None:
 
 @pytest.mark.parametrize("timed", [False, True])
 async def test_how_a_function_is_called(timed: bool) -> None:
-    """Async or not, with the run's own context or without, and whatever awaitable it returns: it is called
-    once, so."""
+    """Async or not, with the run's context or without, whatever awaitable it returns: it is called once."""
     mine: dict[str, Any] = {"calls": []}
 
     async def one(state: Num) -> Any:
@@ -455,8 +448,7 @@ async def test_probes_stand_around_a_call(probes: list[Interceptor]) -> None:
 
 
 async def test_probes_stand_around_groups_and_their_children(probes: list[Interceptor]) -> None:
-    """A group is called like a node, and its children inside of that; its failure is its child's, diagnosed
-    once."""
+    """A group is called like a node, its children inside; its failure is its child's, diagnosed once."""
     seen: list[str] = []
     probes.append(Noting("1", seen))
     await StromaRunner.quick(policy_map=NEVER).run([parallel(counted([], "a", ValueError("no")))], Num())
@@ -473,8 +465,7 @@ async def test_probes_stand_around_groups_and_their_children(probes: list[Interc
 
 
 async def test_every_end_is_marked_as_delivered_once() -> None:
-    """With delivery at least once, each end that has a hook is marked after it, whatever became of the
-    attempt."""
+    """With delivery at least once, each end that has a hook is marked after it, however the attempt ended."""
     marked: list[str] = []
 
     def between(session: Any) -> Any:
@@ -578,8 +569,7 @@ async def test_a_hook_of_an_end_that_raises_is_listed(closed: bool) -> None:
 
 @pytest.mark.parametrize("event", ["start", "success", "failure", "retry", "cancelled", "suspended"])
 async def test_a_hook_that_is_not_async_is_named(event: str) -> None:
-    """The error says which hook of which node it was, and what to do; of a cancelled attempt it stands in the
-    log."""
+    """The error says which hook of which node it was, and what to do; for a cancelled attempt, in the log."""
 
     def plain(*_: Any) -> Any:
         return len(_)
@@ -628,8 +618,7 @@ async def test_a_deadline_is_a_budget_error_elsewhere() -> None:
 
 @pytest.mark.parametrize("grouped", [False, True])
 async def test_a_failure_beyond_the_budget_names_the_limit(grouped: bool) -> None:
-    """An attempt that fails and crosses a limit keeps its own failure; a note says why it was not tried
-    again."""
+    """An attempt that fails and crosses a limit keeps its own failure; a note says why no retry followed."""
 
     async def ask(state: Num) -> Any:
         here().report_usage(input_tokens=60)

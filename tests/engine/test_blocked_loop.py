@@ -44,8 +44,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 async def test_a_node_that_blocks_is_named_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, limited: bool
 ) -> None:
-    """A node that never awaits for 1 s, or for its time limit, is named; nodes in threads, and those that
-    wait beside it, are not."""
+    """A node that never awaits for 1 s, or for its time limit, is named; one in a thread or waiting isn't."""
     if not limited:
         monkeypatch.setattr("stroma.engine.events.BLOCK_NS", 50_000_000)
     functions = {"blocks": blocks, "in_thread": in_thread, "waits": waits, "quick": quick}

@@ -131,8 +131,7 @@ class World:
 @pytest.mark.parametrize("next_id", ["second", "draft"])
 @pytest.mark.parametrize("times", [1, 3])
 async def test_steps_in_a_node_take_no_position_of_the_pipeline(store: Any, next_id: str, times: int) -> None:
-    """G5: After a crash behind a node that calls steps, no later node is skipped, whatever its id, and the
-    state is right."""
+    """G5: After a crash behind a node that calls steps, no later node is skipped, and the state is right."""
     world = World()
 
     async def answer(state: Note) -> Note:
@@ -187,8 +186,7 @@ async def test_steps_in_a_node_are_its_children() -> None:
 
 
 async def test_side_by_side_steps_are_known_by_their_task(store: Any) -> None:
-    """G5: Branches that race have the same steps and idempotency keys after a crash, whichever of them is
-    faster then."""
+    """G5: Branches that race have the same steps and idempotency keys after a crash, whichever is faster."""
     world, slow = World(), asyncio.Event()
     live = {"first": "1", "died": False}
 
@@ -279,8 +277,7 @@ async def test_a_step_in_a_node_with_another_input_is_refused(store: Any) -> Non
 
 @pytest.mark.parametrize("way", ["parallel", "map", "journal"])
 async def test_steps_in_parts_of_groups_are_found_again(store: Any, way: str) -> None:
-    """G5: In a child of a group, and in each item of a map, committed steps are not called again on
-    resume."""
+    """G5: In a child of a group, and each item of a map, committed steps are not called again on resume."""
     world = World()
 
     async def part(state: Note) -> Note:
@@ -336,8 +333,7 @@ async def test_a_step_outside_of_the_nodes_of_a_pipeline_is_refused() -> None:
 
 
 async def test_racing_steps_of_plain_code_keep_their_keys(store: Any) -> None:
-    """Steps of plain code that were in flight when the process died have the same idempotency keys, in
-    whatever order."""
+    """Steps of plain code that were in flight when the process died have the same keys, in any order."""
     world = World()
 
     async def run(first: str) -> list[str]:
@@ -359,8 +355,7 @@ async def test_racing_steps_of_plain_code_keep_their_keys(store: Any) -> None:
 
 
 async def test_a_step_that_failed_keeps_its_place(store: Any) -> None:
-    """Another process that calls another step first gives it neither the position nor the key of one that
-    failed."""
+    """Another process that calls another step first gets neither position nor key of one that failed."""
     world = World()
 
     async def broken(state: Note) -> Any:
@@ -405,8 +400,7 @@ async def test_an_answer_is_given_to_the_step_that_asked(store: Any) -> None:
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("way", ["parallel", "map"])
 async def test_a_group_does_not_mix_two_inputs(store: Any, way: str, inside: bool) -> None:
-    """A group that is a step, failed with one input, is refused with another before anything of it is called
-    again."""
+    """A group that is a step, failed with one input, is refused with another before any call."""
     world = World()
     calls = world.calls
     fails = [True]
@@ -464,8 +458,7 @@ async def test_a_group_does_not_mix_two_inputs(store: Any, way: str, inside: boo
 
 
 async def test_the_history_tells_the_keys(store: Any) -> None:
-    """What a store tells of an attempt has the idempotency key that its function saw, in plain code and in
-    nodes."""
+    """What a store tells of an attempt has the idempotency key its function saw, in plain code and nodes."""
     world = World()
     ctx = context_on(store)
 
@@ -489,8 +482,7 @@ async def test_the_history_tells_the_keys(store: Any) -> None:
 @pytest.mark.parametrize("kind", SHARED)
 @pytest.mark.parametrize("way", ["pipeline", "plain"])
 def test_killed_inside_of_a_step(kind: str, way: str, tmp_path: Path) -> None:
-    """G5: Killed with SIGKILL in one of two racing branches, a resume calls only what was in flight, with the
-    same keys."""
+    """G5: Killed with SIGKILL in a racing branch, a resume calls only what was in flight, same keys."""
     with place(kind) as where:
         side = tmp_path / "side"
         ends = []
@@ -510,8 +502,7 @@ def test_killed_inside_of_a_step(kind: str, way: str, tmp_path: Path) -> None:
 
 
 def test_steps_are_shown_with_what_is_inside_of_them() -> None:
-    """In history, the steps of a node stand in the order in which they began, each before its own
-    children."""
+    """In history, the steps of a node stand in order of their begin, each before its own children."""
 
     def at(branch: str, started: int) -> AttemptRecord:
         return AttemptRecord(0, started, branch, 1, "n", 0, "success")
@@ -557,8 +548,7 @@ def test_any_text_may_be_the_id_of_a_step() -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("fails", [False, True])
 async def test_a_cancelled_run_calls_no_further_step(store: Any, fails: bool) -> None:
-    """After an acknowledged cancel() the step that is under way is the last one, with its present attempt;
-    the run is CANCELLED."""
+    """After an acknowledged cancel() the current attempt of a step is the last; the run is CANCELLED."""
     runner = StromaRunner.quick(store=store, run_id="r", policy_map=RETRIED)
     started, request = asyncio.Event(), asyncio.Event()
     calls: list[str] = []

@@ -1,5 +1,4 @@
-"""Cancelled, closed and interrupted runs: the end of each is recorded once, and no committed output is
-lost."""
+"""Cancelled, closed and interrupted runs: the end of each is recorded once, no committed output is lost."""
 
 import asyncio
 import contextvars
@@ -47,8 +46,7 @@ from stroma import (
 
 @pytest.mark.core
 async def test_a_cancellation_during_the_commit_comes_out_after_it() -> None:
-    """A run that is cancelled while the store keeps its last output keeps it, and is cancelled all the
-    same."""
+    """A run that is cancelled while the store keeps its last output keeps it, and is still cancelled."""
     store = GatedJournal()
 
     async def func(state: Num) -> Any:
@@ -68,8 +66,7 @@ async def test_a_cancellation_during_the_commit_comes_out_after_it() -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("transient", [True, False])
 async def test_a_cancellation_during_a_commit_that_is_refused_comes_out(transient: bool) -> None:
-    """A run that is cancelled while the store is about to refuse its output is cancelled all the same, and
-    goes no further."""
+    """A run that is cancelled while the store refuses its output is cancelled, and goes no further."""
     store = GatedJournal()
     refusal = StoreError("not now")
     refusal.transient = transient
@@ -99,8 +96,7 @@ async def test_a_cancellation_during_a_commit_that_is_refused_comes_out(transien
 async def test_a_store_that_never_answers_does_not_hold_a_cancelled_run_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A cancelled run waits for the commit in flight, but not for ever: then it is cancelled, and can be
-    resumed."""
+    """A cancelled run waits for the commit in flight, but not for ever; then it ends, and can be resumed."""
     monkeypatch.setattr("stroma.engine.tasks.LAST_SECONDS", 0.05)
     store = GatedJournal()
     calls = []
@@ -154,8 +150,7 @@ def context(**config: Any) -> ReliabilityContext:
 @pytest.mark.core
 @pytest.mark.parametrize("what", [fail, sleep_forever], ids=["failed", "cancelled"])
 async def test_an_interrupt_while_an_attempt_without_output_is_kept(what: Any) -> None:
-    """G9: KeyboardInterrupt while the store keeps a failed or a cancelled attempt comes out after that was
-    told."""
+    """G9: KeyboardInterrupt while the store keeps a failed or cancelled attempt comes out afterwards."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -211,8 +206,7 @@ async def test_a_question_that_is_kept_while_the_run_is_cancelled() -> None:
 
 @pytest.mark.core
 async def test_plain_code_that_is_cancelled_while_its_end_is_kept() -> None:
-    """``async with ctx:`` whose task is cancelled while the end is noted is cancelled, and the end is
-    noted."""
+    """``async with ctx:`` cancelled while the end is noted is cancelled, and the end is noted."""
 
     def slowly(session: Any) -> Any:
         async def later(*arguments: Any) -> None:
@@ -258,8 +252,7 @@ async def test_plain_code_that_is_closed() -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit], ids=lambda e: e.__name__)
 async def test_a_stopped_run_is_recorded_as_interrupted(tmp_path: Path, error: type[BaseException]) -> None:
-    """KeyboardInterrupt and SystemExit pass through; the journal says INTERRUPTED, and the run is
-    resumable."""
+    """KeyboardInterrupt and SystemExit pass through; the journal says INTERRUPTED, the run is resumable."""
     store = SQLiteStore(tmp_path / "runs.db")
     calls: list[str] = []
 
@@ -303,8 +296,7 @@ store = store_fixture(*IN_PROCESS)
 
 @pytest.mark.core
 async def test_closing_the_coroutine_of_a_run(store: Any) -> None:
-    """The coroutine of run() can be closed in the middle of a node: hooks get as far as their first await,
-    and the run can go on."""
+    """A coroutine of run() closed in a node runs hooks to their first await; the run can be resumed."""
     inside = [False]
     closed: list[str] = []
 
@@ -362,8 +354,7 @@ async def test_a_cancelled_run_raises_cancelled_error(store: Any) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit], ids=lambda e: e.__name__)
 async def test_an_interrupt_in_a_classifier_of_the_budget_loses_no_output(error: type[BaseException]) -> None:
-    """G4, G9: a classifier that stops the process over a budget loses neither the output nor the end of its
-    start."""
+    """G4, G9: a classifier that stops the process over a budget loses neither output nor end event."""
     store = AsyncInMemoryStore()
     seen: list[str] = []
 
@@ -434,8 +425,7 @@ def test_a_run_that_is_thrown_away_leaves_no_noise() -> None:
 
 @pytest.mark.core
 async def test_a_node_that_is_cancelled_after_its_last_await_keeps_its_output() -> None:
-    """G4: A node that is cancelled after its last await has its output committed, and the run is
-    cancelled."""
+    """G4: A node that is cancelled after its last await has its output committed; the run is cancelled."""
     store = AsyncInMemoryStore()
 
     async def func(state: Num) -> Any:

@@ -1,5 +1,4 @@
-"""A run that is cancelled while it is being opened is left to the next process: at each await, in each
-store."""
+"""A run cancelled while being opened is left to the next process, at each await, of each store."""
 
 from __future__ import annotations
 
@@ -89,8 +88,7 @@ def interrupt(awaits: Awaits, work: Coroutine[Any, Any, Any]) -> None:
 def test_a_run_is_left_to_the_next_process(
     store: Any, way: Callable[..., None], work: Callable[..., Any]
 ) -> None:
-    """A run whose tasks are all cancelled has no owner afterwards, at whichever await it was, and is resumed
-    at once."""
+    """A run whose tasks are all cancelled has no owner afterwards, at any await, and resumes at once."""
     check_all(store, way, work)
 
 
@@ -133,8 +131,7 @@ def check_all(store: Any, way: Callable[..., None], work: Callable[..., Any], **
 
 
 async def test_a_run_that_is_opened_for_no_one_stands_as_before(journal: tuple[str, str]) -> None:
-    """A resume that is cancelled while it is opened leaves status, error and pause of the run as they
-    were."""
+    """A resume that is cancelled while opened leaves status, error and pause of the run as they were."""
     with opened(*journal) as store:
 
         async def fail(state: Num) -> Any:

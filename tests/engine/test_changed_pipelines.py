@@ -89,8 +89,7 @@ async def test_run_many_recovers_first() -> None:
 
 
 async def test_a_run_whose_input_no_longer_fits_is_not_recovered(tmp_path: Path) -> None:
-    """recover() gives the error of a run whose input the pipeline does not take any more, and goes on with
-    the others."""
+    """recover() gives the error of a run whose input no longer fits, and continues the others."""
     async with SQLiteStore(tmp_path / "runs.db") as store:
         for name, func in (("r", sleep_forever), ("s", sleep_forever)):
             runner = quick_without_retries(store=store)
@@ -143,8 +142,7 @@ async def _state_of(store: Any, run_id: str) -> Any:
 async def test_a_refused_resume_changes_nothing(
     change: str, how: dict[str, Any], finished: bool, store: Any
 ) -> None:
-    """A resume that is refused because the pipeline changed leaves the run's status and commits as they
-    were."""
+    """A resume refused because the pipeline changed leaves the run's status and commits as they were."""
     calls: list[str] = []
     broken = [not finished]
 
@@ -187,8 +185,7 @@ class Text(BaseModel):
 
 
 async def test_a_map_over_another_field_is_another_pipeline(store: Any) -> None:
-    """Outputs of one field's items are never taken for those of another field: the resume says what
-    changed."""
+    """Outputs of one field's items are never taken for those of another: the resume says what changed."""
     broken = [True]
     calls: list[str] = []
     left_done = asyncio.Event()
@@ -217,8 +214,7 @@ async def test_a_map_over_another_field_is_another_pipeline(store: Any) -> None:
 
 @pytest.mark.parametrize("was", ["parallel", "node"])
 async def test_a_child_of_another_group_is_another_pipeline(was: str, store: Any) -> None:
-    """A committed child counts for the group that asked for it: in another group, or alone, it is
-    PipelineChanged."""
+    """A committed child counts for the group that asked for it; elsewhere it is PipelineChanged."""
     committed = asyncio.Event()
 
     async def fails(state: Any) -> Any:
@@ -240,8 +236,7 @@ async def test_a_child_of_another_group_is_another_pipeline(was: str, store: Any
 
 
 async def test_what_no_store_can_write_resumes_in_memory() -> None:
-    """Without a contract a node may return anything: in memory, a lock in its output is still there on
-    resume."""
+    """Without a contract a node may return anything: in memory, a lock in its output is there on resume."""
     lock = threading.Lock()
     broken = [True]
     calls: list[str] = []

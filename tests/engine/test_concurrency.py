@@ -1,5 +1,4 @@
-"""Many runs at once, of one runner, over tasks, threads, event loops, processes and one another: no
-cross-talk."""
+"""Many runs at once, of one runner, over tasks, threads, event loops, processes, nested: no cross-talk."""
 
 import asyncio
 import contextvars
@@ -197,8 +196,7 @@ class Crowd:
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 async def test_ten_thousand_runs_at_once() -> None:
-    """10,000 runs of one runner at once: ids, states, contexts, traces, budgets, hooks, context variables
-    stay apart."""
+    """10,000 runs of one runner at once: ids, states, traces, budgets, hooks and variables stay apart."""
     crowd = Crowd()
     runner = crowd.runner(AsyncInMemoryStore())
     results = await asyncio.gather(*[crowd.run(runner, i) for i in range(10_000)])
@@ -208,8 +206,7 @@ async def test_ten_thousand_runs_at_once() -> None:
 
 
 def test_loops_and_threads_share_a_runner_and_a_store(store: Any, hasty: None) -> None:
-    """Several threads, each with an event loop of its own and many runs in it, over one runner and one
-    store."""
+    """Several threads, each with an event loop of its own and many runs, over one runner and one store."""
     crowd = Crowd()
     runner = crowd.runner(store)
     each = 12
@@ -232,8 +229,7 @@ def test_loops_and_threads_share_a_runner_and_a_store(store: Any, hasty: None) -
 
 
 def test_sync_nodes_of_many_loops(store: Any, hasty: None) -> None:
-    """Sync nodes, in threads of their own under several loops, know their run and get their own state
-    back."""
+    """Sync nodes, in threads of their own under several loops, know their run and get their own state."""
     wrong: list[Any] = []
 
     def work(state: Num) -> Any:
@@ -268,8 +264,7 @@ class Right(BaseModel):
 
 
 def test_one_function_under_two_registries(hasty: None) -> None:
-    """One marked function, registered with other schemas in two registries, serves both at once, each by its
-    own."""
+    """One marked function, registered with other schemas in two registries, serves both at once."""
     seen: list[Any] = []
 
     async def func(state: Any) -> Any:
@@ -319,8 +314,7 @@ class Taken(BaseModel):
 
 
 def test_one_node_fed_by_many_classes(hasty: None) -> None:
-    """A node that gets states of several classes from several threads at once takes each apart by its own
-    class."""
+    """A node that gets states of several classes from several threads at once handles each by its class."""
 
     async def func(state: Taken) -> Any:
         return state
@@ -345,8 +339,7 @@ def test_generated_ids_are_fresh_in_every_thread(hasty: None) -> None:
 
 
 def test_threads_that_share_a_run_in_memory(hasty: None) -> None:
-    """G10: Of the threads that open a run of one store in memory at the same moment, or claim it, one gets
-    it."""
+    """G10: Of the threads that open a run of one store in memory at one moment, or claim it, one gets it."""
     request = RunRequest("r", "pipeline", Num(), schema_of(Num), if_exists="resume")
 
     def open_it(store: Any) -> Any:
@@ -373,8 +366,7 @@ def test_threads_that_share_a_run_in_memory(hasty: None) -> None:
 
 
 async def test_nested_runs(store: Any) -> None:
-    """A node may run a pipeline of the same runner, to any depth and in groups: nothing of one run shows in
-    another."""
+    """A node may run a pipeline of the same runner, at any depth, in groups: no run shows in another."""
     runs: list[Any] = []
     hooked: Counter[Any] = Counter()
 
@@ -436,8 +428,7 @@ async def test_nested_runs(store: Any) -> None:
 
 
 def test_nested_run_sync_in_a_thread(store: Any) -> None:
-    """A sync node may use run_sync of the same runner and store, though the outer loop waits in another
-    thread."""
+    """A sync node may use run_sync of the same runner and store, while the outer loop waits for it."""
     runner = StromaRunner.quick(store=store)
 
     async def inner(state: Num) -> Any:
@@ -492,8 +483,7 @@ def _in_child(work: Callable[[], Any]) -> Any:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_runner_before_and_after_a_fork(tmp_path: Path) -> None:
-    """A runner and its SQLiteStore work before a fork, in the child, and in the parent afterwards and at
-    once."""
+    """A runner and its SQLiteStore work before a fork, in the child, and in the parent, later and at once."""
     store = SQLiteStore(tmp_path / "runs.db", synchronous="normal")
     runner = StromaRunner.quick(store=store)
     nodes = [node("a", _count)] * 3
@@ -557,8 +547,7 @@ def test_a_fork_in_the_middle_of_a_run(tmp_path: Path) -> None:
 
 
 def test_a_running_loop_as_in_a_notebook() -> None:
-    """Where a loop runs, run_sync says to await run(), leaves no coroutine behind, and `await run()`
-    works."""
+    """Where a loop runs, run_sync says to await run(), leaves no coroutine, and `await run()` works."""
     loop = asyncio.new_event_loop()
     runner = StromaRunner.quick(store=AsyncInMemoryStore())
     nodes = [node("a", _count)]
@@ -582,8 +571,7 @@ def test_a_running_loop_as_in_a_notebook() -> None:
 
 
 async def test_run_sync_next_to_a_running_loop(store: Any) -> None:
-    """run_sync in a thread works beside a loop that runs, on the same runner and store as the loop's own
-    runs."""
+    """run_sync in a thread works beside a loop that runs, on the same runner and store as the loop's runs."""
     runner = StromaRunner.quick(store=store)
     nodes = [node("a", _count)] * 2
     results = await asyncio.gather(
@@ -594,8 +582,7 @@ async def test_run_sync_next_to_a_running_loop(store: Any) -> None:
 
 
 def test_run_sync_again_and_again(store: Any) -> None:
-    """Each run_sync has a loop of its own: one runner, store, pipeline and group serve them all, and leave no
-    loop."""
+    """Each run_sync has a loop of its own; one runner, store and pipeline serve them all."""
     runner = StromaRunner.quick(store=store, hooks=NodeHooks(on_node_start=_pause))
     nodes = [node("a", _count), parallel(node("b", _count), node("c", _count), max_concurrency=1)]
     before = threading.active_count()
@@ -611,8 +598,7 @@ async def _pause(*_: Any) -> None:
 
 
 async def test_context_variables_of_runs_side_by_side() -> None:
-    """A context variable that a node sets is seen by its run's later nodes, and by no other run nor by the
-    caller."""
+    """A context variable that a node sets is seen by later nodes of its run, and by nobody else."""
     var: contextvars.ContextVar[int] = contextvars.ContextVar("var", default=0)
 
     async def sets(state: Num) -> Any:

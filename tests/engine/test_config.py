@@ -68,8 +68,7 @@ def change(field: str, value: Any) -> None:
 @EACH
 @HOW
 def test_a_default_is_its_configs_own(field: str, make: Any) -> None:
-    """Whoever changes it changes no other config, made before or after; asked again, it is the same
-    object."""
+    """Whoever changes it changes no other config, made before or after; read again, it is the same object."""
     mine, other = make(), make()
     assert getattr(mine, field) == EXPECTED[field]
     change(field, getattr(mine, field))
@@ -106,8 +105,7 @@ def test_a_field_that_is_set_is_what_was_set(field: str) -> None:
     ids=["copy", "deepcopy", "model_copy", "model_copy-deep", "pickle"],
 )
 def test_copies_are_equal_and_shown_alike(twin: Any, *, is_read: bool) -> None:
-    """Whether anybody asked for the defaults shows nowhere: not in ==, repr, the fields set, or what is
-    written down."""
+    """Whether anybody asked for the defaults shows nowhere: not in ==, repr, fields set, or dumps."""
     config = RunConfig(run_id="r")
     if is_read:
         for field in FIELDS:

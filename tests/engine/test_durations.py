@@ -200,8 +200,7 @@ NAMES = [
 @pytest.mark.parametrize("limited", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 async def test_how_long_it_took(name: str, limited: bool, hook_ms: float, clock: FakeClock) -> None:
-    """Functions ran for what they took, in a group for what those in it took; neither hooks nor waits
-    count."""
+    """A function ran for what it took, a group for what those in it took; neither hooks nor waits count."""
     if hook_ms and name == "side by side":
         return  # There the hooks of one child block the function of the other.
     watch = Watch(clock, hook_ms)
@@ -266,8 +265,7 @@ async def test_how_long_a_cancelled_attempt_took(clock: FakeClock) -> None:
 
 
 async def test_when_attempts_began(clock: FakeClock) -> None:
-    """The trace, the journal and the hooks of the end say when the function was called, not when its hooks
-    were."""
+    """The trace, the journal and the hooks of the end say when the function was called, not its hooks."""
     began: list[int] = []
 
     async def start(*_: Any) -> None:
@@ -385,8 +383,7 @@ async def test_the_deadline_is_met(name: str, clock: FakeClock) -> None:
 async def test_the_nearer_of_two_limits(
     own_ms: int, error: type[Exception], elapsed: float, clock: FakeClock
 ) -> None:
-    """A node's own timeout and the run's deadline: the nearer one ends it and is told; of two alike the
-    node's own."""
+    """Of a node's timeout and the run's deadline the nearer ends it and is named; if equal, the node's."""
     result = await run(Watch(clock), [forever("x")], budget=LIMIT, node_timeouts={"x": own_ms})
     assert result.failure is not None
     assert isinstance(result.failure.exception, error)
@@ -399,8 +396,7 @@ async def test_the_nearer_of_two_limits(
 
 
 async def test_the_timeout_of_a_group_is_its_own(clock: FakeClock) -> None:
-    """It bounds the whole group, waits and hooks of its children included; a deadline bounds only its
-    children."""
+    """It bounds the whole group, waits and hooks of its children included, a deadline only its children."""
     nodes = [parallel(taking(clock, "a", 400), forever("x"), max_concurrency=1)]
     result = await run(Watch(clock), nodes, budget=LIMIT, node_timeouts={"parallel(a, x)": 700})
     assert result.failure is not None
@@ -440,8 +436,7 @@ async def test_a_node_that_blocked_past_the_deadline(clock: FakeClock) -> None:
 
 
 async def test_a_child_is_not_called_once_its_group_took_too_long(clock: FakeClock) -> None:
-    """Time that the functions of a group took counts before the group has ended: the next child is not
-    called."""
+    """Time that the functions of a group took counts before the group ended: the next child is not called."""
     nodes = [parallel(taking(clock, "a", 1500, waits=False), taking(clock, "b", 1), max_concurrency=1)]
     watch = Watch(clock)
     result = await run(watch, nodes, budget=LIMIT)
@@ -483,8 +478,7 @@ async def test_what_was_used_before_a_resume_counts(clock: FakeClock) -> None:
 async def test_the_deadline_of_a_run_inside_a_node_is_not_the_runs(
     outer: int | None, clock: FakeClock
 ) -> None:
-    """A node that runs a pipeline of its own, which meets its deadline, has failed: it is tried again as
-    policies say."""
+    """A node that runs a pipeline that meets its deadline has failed: it is retried as policies say."""
     calls: list[int] = []
 
     async def inside(state: Num) -> Any:

@@ -1,5 +1,4 @@
-"""The engine, rule by rule: contracts, failures, retries, timeouts, budgets, what a node may be and return,
-ids, runs."""
+"""The engine, rule by rule: contracts, failures, retries, timeouts, budgets, values, ids, runs."""
 
 import asyncio
 import contextvars
@@ -114,8 +113,7 @@ def delays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def raising(*errors: BaseException) -> tuple[Any, list[int]]:
-    """A node's function that raises one error after another, then returns {"n": 1}; and the list of its
-    calls."""
+    """A node that raises one error after another, then returns {"n": 1}; and the list of its calls."""
     left = list(errors)
     calls: list[int] = []
 
@@ -237,8 +235,7 @@ async def test_extra_fields_are_kept_where_they_are_allowed() -> None:
 
 
 async def test_extra_fields_are_refused_where_they_are_forbidden() -> None:
-    """Extra fields at a boundary that forbids them stop the run there, and the node behind it is not
-    called."""
+    """Extra fields at a boundary that forbids them stop the run there, and the next node is not called."""
     called: list[Any] = []
 
     async def add(state: Open) -> dict[str, Any]:
@@ -360,8 +357,7 @@ class Wider(Base):
 
 
 async def test_the_output_is_of_the_promised_class() -> None:
-    """A returned instance of a subclass becomes one of the promised class: nothing unvalidated slips
-    through."""
+    """A returned instance of a subclass becomes one of the promised class: nothing passes unvalidated."""
 
     async def func(state: Num) -> Any:
         return Wider(n=1)
@@ -456,8 +452,7 @@ async def test_every_kind_of_callable(func: Any) -> None:
 
 @pytest.mark.core
 async def test_the_context_is_the_users_own_object() -> None:
-    """Two positional parameters mean the run's context dict, the very object the user passed; later nodes see
-    writes."""
+    """Two positional parameters mean the run's context dict, the user's own; later nodes see writes."""
     context: dict[str, Any] = {}
     got: list[Any] = []
 
@@ -503,8 +498,7 @@ tone: contextvars.ContextVar[str] = contextvars.ContextVar("tone")
 
 @pytest.mark.core
 async def test_sync_nodes_run_in_daemon_threads_with_the_context() -> None:
-    """A plain def node runs in a daemon thread with the context copied: it sees its variables and
-    current_node()."""
+    """A plain def node runs in a daemon thread with a copied context: variables and current_node()."""
     seen: list[Any] = []
 
     def func(state: Num) -> dict[str, Any]:
@@ -584,8 +578,7 @@ async def test_what_a_run_keeps_of_its_end() -> None:
 
 
 async def test_log_records(caplog: pytest.LogCaptureFixture) -> None:
-    """Each failed attempt is logged at WARNING with node id and message, retries and endings at INFO, all
-    with run_id."""
+    """Failed attempts are logged at WARNING with node and message, retries and ends at INFO, with run_id."""
     caplog.set_level(logging.INFO, logger="stroma")
     func, _ = raising(ValueError("first try"))
     await quick(run_id="logged").run([node("a", func)], Num())
@@ -624,8 +617,7 @@ async def test_duplicate_ids_count_from_zero(n: int) -> None:
 
 @pytest.mark.core
 async def test_contract_retries_grant_attempts() -> None:
-    """contract_retries grants attempts after a broken output; they are RECOVERABLE, and the next one sees the
-    violation."""
+    """contract_retries grants attempts after a broken output; RECOVERABLE; the next sees the violation."""
     seen: list[Any] = []
 
     async def func(state: Num) -> Any:
@@ -778,8 +770,7 @@ def spending(*returns: Any) -> tuple[Any, list[Any]]:
 
 @pytest.mark.core
 async def test_an_attempt_over_the_limit_is_kept_and_the_run_stops() -> None:
-    """Over a limit: one event with output and failure, one failure hook, no success hook, output committed,
-    PARTIAL."""
+    """Over a limit: one event with output and failure, no success hook, output committed, PARTIAL."""
     func, calls = spending(({"n": 7}, 101))
     after, others = spending({"n": 8})
     log = Log()
@@ -809,8 +800,7 @@ async def test_an_attempt_over_the_limit_is_kept_and_the_run_stops() -> None:
 
 @pytest.mark.core
 async def test_a_classifier_may_call_the_budget_terminal() -> None:
-    """BudgetExceeded is RECOVERABLE unless a classifier says otherwise; then the run is FAILED, the output
-    still kept."""
+    """BudgetExceeded is RECOVERABLE unless a classifier says otherwise: then FAILED, with its output kept."""
 
     def terminal(exc: Exception, context: NodeContext) -> FailureClass | None:
         return T if isinstance(exc, BudgetExceeded) else None
@@ -824,8 +814,7 @@ async def test_a_classifier_may_call_the_budget_terminal() -> None:
 
 @pytest.mark.core
 async def test_failed_attempts_count() -> None:
-    """A node that fails half-way reports with report_usage: it counts, with its price, and can stop the
-    retries."""
+    """A node that fails half-way reports with report_usage: it counts, priced, and can stop the retries."""
     calls: list[int] = []
 
     async def func(state: Num) -> Any:
@@ -846,8 +835,7 @@ async def test_failed_attempts_count() -> None:
 
 @pytest.mark.core
 async def test_a_failed_attempt_that_crosses_a_limit_is_the_last(delays: list[float]) -> None:
-    """A failed attempt whose usage crosses a limit is not retried: no wait, no retry hook, its own exception
-    comes out."""
+    """A failed attempt whose usage crosses a limit is not retried: no wait, no hook, its own exception."""
     events: list[Any] = []
     boom = TimeoutError("own")
 
@@ -901,8 +889,7 @@ async def test_reported_and_returned_usage_add_up() -> None:
     ids=repr,
 )
 async def test_bad_usage_is_terminal_and_the_output_kept(usage: tuple[Any, ...]) -> None:
-    """Usage that cannot be counted is a TERMINAL failure naming the node; the output is kept, nothing bought
-    again."""
+    """Usage that cannot be counted is a TERMINAL failure naming the node; the output is kept."""
     func, calls = spending(({"n": 7}, *usage))
     after, others = spending({"n": 8})
     store = InMemoryStore()
@@ -955,8 +942,7 @@ def fallback_runner(context: dict[str, Any], *rules: FallbackPolicy) -> StromaRu
 
 @pytest.mark.core
 async def test_the_fallback_signal_appears_at_its_share() -> None:
-    """Below the share the key is absent; at it ctx["_stroma_model"] and current_node().model name the
-    fallback."""
+    """Below the share there is no key; at it ctx["_stroma_model"] and current_node().model name it."""
     seen: list[Any] = []
     context: dict[str, Any] = {"kept": 1}
 
@@ -1108,8 +1094,7 @@ async def test_a_setting_of_the_runner_leaves_the_limits_of_the_pipeline(setting
 
 
 async def test_builders_do_not_touch_a_shared_config() -> None:
-    """A builder returns its runner and replaces the config whole: another runner with the same config is
-    unchanged."""
+    """A builder returns its runner and replaces the config whole: other runners of it are unchanged."""
     config = RunConfig(run_id="shared")
     first, second = (StromaRunner(ContractRegistry(), quick().checkpoint_manager, config) for _ in range(2))
     assert first.with_budget(tokens=1).with_model_fallback("a", to="b") is first
@@ -1152,8 +1137,7 @@ def _give(output: Any) -> Any:
 
 @pytest.mark.core
 async def test_explicit_contract_then_registry_then_marker() -> None:
-    """In execute_step an explicit contract= wins, then the registry, then the marker; a marker alone
-    suffices."""
+    """In execute_step an explicit contract= wins, then the registry, then the marker; a marker suffices."""
 
     class One(BaseModel):
         one: int = 1
@@ -1223,8 +1207,7 @@ async def test_a_spent_budget_stops_steps() -> None:
 
 
 async def test_stroma_step_decorates_and_wraps() -> None:
-    """StromaStep registers the contract, gives an ExecutionResult per call, and its wrap carries the
-    markers."""
+    """StromaStep registers the contract, returns an ExecutionResult, and its wrap carries the markers."""
     ctx = step_context()
     step = StromaStep(ctx)
 
@@ -1282,8 +1265,7 @@ async def test_run_sync_in_a_running_loop_says_what_to_do() -> None:
 
 @pytest.mark.core
 async def test_current_node_knows_where_it_is() -> None:
-    """current_node() has the run, pipeline, node, position, attempt, kind, key, budget left and last
-    failure."""
+    """current_node() has the run, pipeline, node, position, attempt, kind, key, budget and last failure."""
     seen: list[dict[str, Any]] = []
 
     async def func(state: Num) -> Any:
@@ -1323,8 +1305,7 @@ async def test_current_node_knows_where_it_is() -> None:
 
 @pytest.mark.core
 async def test_a_decorator_on_top_of_a_node_is_called() -> None:
-    """What a user's decorator puts around a node runs, also around one that was wrapped to carry its
-    marks."""
+    """A user's decorator around a node runs, also around one that was wrapped to carry its marks."""
     order: list[str] = []
 
     def logged(func: Any) -> Any:

@@ -75,8 +75,7 @@ def marked(node_id: str, func: Any) -> Any:
 
 
 def giving(node_id: str, *outcomes: Any, tokens: int = 0, **schemas: Any) -> Any:
-    """Gives these, or raises them, one for each call, the last one from then on; reports its tokens
-    before."""
+    """Returns or raises these, one for each call, the last one from then on; reports its tokens before."""
     left = list(outcomes)
 
     async def func(state: Any) -> Any:
@@ -117,8 +116,7 @@ def scenario(func: Any) -> Any:
 
 @scenario
 async def a_chain(diary: Diary) -> None:
-    """A plain, an async and a context-taking node hand on what their contracts made of it; usage counts for
-    its own attempt."""
+    """A plain, an async and a context-taking node return what their contracts made; usage is per attempt."""
 
     def second(state: Num) -> Any:
         return Num(n=state.n + 10), 7
@@ -139,8 +137,7 @@ async def an_id_with_two_contracts(diary: Diary) -> None:
 
 @scenario
 async def no_contracts(diary: Diary) -> None:
-    """Without a contract what a node returns is kept as it was returned, and each node has a copy of its
-    own."""
+    """Without a contract what a node returns is kept as it was returned, and each node has its own copy."""
 
     async def first(state: Any) -> Any:
         return {"n": [state.n]}
@@ -293,8 +290,7 @@ async def interrupted_in_a_classifier(diary: Diary) -> None:
 
 @scenario
 async def interrupted_in_the_verdict(diary: Diary) -> None:
-    """An interrupt while a crossed limit is classified loses no output: it comes out once that is kept and
-    told."""
+    """An interrupt while a crossed limit is classified loses no output; it comes out once it is recorded."""
     stops = raising(KeyboardInterrupt("now"))
     budget = ExecutionBudget(max_tokens_total=10)
     await diary.run([giving("a", ({"n": 1}, 11))], Num(), classifiers=[stops], budget=budget)
@@ -326,8 +322,7 @@ async def asks(diary: Diary) -> None:
 
 @scenario
 async def asks_inside(diary: Diary) -> None:
-    """A group around a node that waits is suspended as well, and the groups around it, for the same
-    reason."""
+    """A group around a waiting node is suspended as well, and the groups around it, for the same reason."""
     nodes = [parallel(giving("a", {"n": 1}), parallel(giving("b", Suspend("may I?"))), max_concurrency=1)]
     await diary.run(nodes, Num())
 
@@ -360,8 +355,7 @@ async def asks_and_is_cancelled(diary: Diary) -> None:
 
 @scenario
 async def asks_in_vain_and_is_cancelled(diary: Diary) -> None:
-    """A question that is refused while the run is cancelled is told as a failure; then the cancellation comes
-    out."""
+    """A question that is refused while the run is cancelled is a failure; then the cancellation comes out."""
     inside = asyncio.Event()
 
     def between(session: Any) -> Any:
@@ -379,8 +373,7 @@ async def asks_in_vain_and_is_cancelled(diary: Diary) -> None:
 
 @scenario
 async def too_late(diary: Diary) -> None:
-    """A node that does not end in time fails with a message that says which and how long; its usage
-    counts."""
+    """A node that does not end in time fails with a message with its id and limit; its usage counts."""
 
     async def forever(state: Num) -> Any:
         here().report_usage(input_tokens=3)
@@ -442,8 +435,7 @@ async def items(diary: Diary) -> None:
 
 @scenario
 async def refused_by_the_store(diary: Diary) -> None:
-    """An output that the store does not keep is a failed attempt, not called again; the run can be
-    resumed."""
+    """An output that the store does not keep is a failed attempt, not repeated; the run can be resumed."""
 
     def between(session: Any) -> Any:
         def record(row: Any, schema: Any, output: Any, *call: Any) -> Any:
@@ -516,8 +508,7 @@ async def not_called_again(diary: Diary) -> None:
 
 @scenario
 async def start_is_not_async(diary: Diary) -> None:
-    """The sets before the one whose start is not async see the end of what they saw begin, the others
-    nothing."""
+    """The sets before the one whose start is not async see the ends of their starts, the others nothing."""
 
     def plain(*_: Any) -> Any:
         return len(_)
@@ -638,8 +629,7 @@ async def cancelled_in_a_commit(diary: Diary) -> None:
 
 @scenario
 async def cancelled_in_a_commit_that_fails(diary: Diary) -> None:
-    """A commit that fails while the run is cancelled is told as a failure; then the cancellation comes
-    out."""
+    """A commit that fails while the run is cancelled is a failure; then the cancellation comes out."""
     started = asyncio.Event()
     diary.store = Journal(slowly(started, refuses=True))
     await diary.cut(started, [giving("a", ({"n": 1}, 3)), giving("b", {})], Num())
@@ -655,8 +645,7 @@ async def cancelled_while_a_failure_is_kept(diary: Diary) -> None:
 
 @scenario
 async def cancelled_and_not_kept(diary: Diary) -> None:
-    """A store that is interrupted while it keeps a cancelled attempt: the hook is told, and the interrupt
-    comes out."""
+    """A store interrupted while it keeps a cancelled attempt tells the hook; the interrupt comes out."""
     started = asyncio.Event()
     stops = raising(KeyboardInterrupt("now"))
     diary.store = Journal(lambda session: Between(session, record=stops))
@@ -787,8 +776,7 @@ def dear_model() -> Iterator[None]:
 
 @scenario
 async def priced(diary: Diary) -> None:
-    """What is returned and what is reported add up, each at the price of its model; the last one named is the
-    model."""
+    """What is returned and what is reported add up, each at its model's price; the last one is the model."""
 
     async def pays(state: Num) -> Any:
         here().report_usage(input_tokens=3, output_tokens=1, model="told-dear")
@@ -868,8 +856,7 @@ async def the_only_start_is_not_async(diary: Diary) -> None:
 
 @scenario
 async def hidden(diary: Diary) -> None:
-    """What ``redact`` takes out of a state stands in no hook and no log line; nodes, journal and result have
-    it."""
+    """What ``redact`` takes out of a state is in no hook or log line; nodes, journal and result have it."""
 
     def redact(state: dict[str, Any]) -> dict[str, Any]:
         return dict.fromkeys(state, "hidden")

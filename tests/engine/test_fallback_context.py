@@ -15,8 +15,7 @@ from stroma import ExecutionBudget, FallbackPolicy, StromaRunner
 
 @pytest.mark.core
 async def test_every_way_to_change_the_context_while_a_fallback_is_due() -> None:
-    """A context that names a fallback is written to and merged like the dict that it is a view of; the dict
-    never gets the fallback."""
+    """A context that names a fallback is written and merged like its dict, without the fallback."""
     base: dict[str, Any] = {"a": 1, "b": 2}
     seen: list[Any] = []
 
@@ -97,8 +96,7 @@ READERS: dict[str, tuple[Callable[[Any], Any], Any]] = {
 
 @pytest.mark.parametrize("reader", READERS)
 async def test_the_context_with_a_fallback_reads_like_a_dict(reader: str) -> None:
-    """While a fallback is due, ctx has the model's name for whatever reads dicts, and the user's dict has
-    not."""
+    """While a fallback is due, ctx has the model's name for all readers, the user's dict has not."""
     look, expected = READERS[reader]
     own = {"user": "u"}
     runner = quick_without_retries(budget=ExecutionBudget(max_cost_usd=1), context=own).with_model_fallback(
@@ -110,8 +108,7 @@ async def test_the_context_with_a_fallback_reads_like_a_dict(reader: str) -> Non
 
 @pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, dict, lambda c: pickle.loads(pickle.dumps(c))])
 async def test_writes_reach_the_users_dict_and_copies_are_apart(make: Callable[[Any], Any]) -> None:
-    """What a node writes to ctx is in the user's dict and in every later reading of ctx; a copy is a dict of
-    its own."""
+    """What a node writes to ctx is in the user's dict and in every later reading; copies are separate."""
     own: dict[str, Any] = {"user": "u", "old": 1}
 
     def write(ctx: Any) -> Any:

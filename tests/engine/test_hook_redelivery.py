@@ -1,5 +1,4 @@
-"""hook_delivery="at_least_once": what a process did not live to tell, the one that goes on with its run
-tells."""
+"""hook_delivery="at_least_once": what a process did not live to tell, the next owner of the run tells."""
 
 from __future__ import annotations
 
@@ -115,8 +114,7 @@ ALL = [
 def test_what_a_killed_process_did_not_tell_is_told(
     die_at: tuple[str, str] | None, tmp_path: pathlib.Path
 ) -> None:
-    """A process is killed between a commit and its hook: the resumed run tells that event, marked as
-    redelivered."""
+    """A process is killed between a commit and its hook: the resume tells that event as redelivered."""
     url = f"sqlite:///{tmp_path / 'runs.db'}"
     program = (
         "import asyncio; from tests.engine.test_hook_redelivery import State, make;"
@@ -203,8 +201,7 @@ async def test_suspended_and_cancelled_attempts_are_owed_too(tmp_path: pathlib.P
 
 
 async def test_a_store_without_a_journal_cannot_promise_it() -> None:
-    """A store of the simple protocol is refused with what to do; the in-memory stores live as long as the
-    process."""
+    """A store of the simple protocol is refused with what to do; in-memory stores end with the process."""
     for store, refused in ((SimpleStore(), True), (InMemoryStore(), False)):
         runner = StromaRunner.quick(
             store=store, hooks=NodeHooks(on_node_start=None), hook_delivery="at_least_once"

@@ -1,5 +1,4 @@
-"""Hostile nodes and hooks: each gives a clear result or error, and nothing finished is lost or left
-running."""
+"""Hostile nodes and hooks: each gives a clear result or error, nothing finished is lost or left running."""
 
 import asyncio
 import copy
@@ -62,8 +61,7 @@ class Formats(logging.Handler):
 
 @pytest.fixture(autouse=True)
 def calm() -> Iterator[None]:
-    """No thread of ours outlives a test, no coroutine is thrown away unawaited, every log record can be
-    formatted."""
+    """No thread of ours outlives a test, no coroutine is left unawaited, each log record can be formatted."""
     before = set(threading.enumerate())
     logger, handler = logging.getLogger("stroma"), Formats()
     logger.addHandler(handler)
@@ -211,8 +209,7 @@ SPREAD = [("memory", place) for place in PLACES] + [("sqlite", "child")]
 @pytest.mark.parametrize(("store", "place"), SPREAD, indirect=["store"])
 @pytest.mark.parametrize("name", WRONG)
 async def test_a_wrong_return_is_a_failure_that_loses_nothing(name: str, place: str, store: Any) -> None:
-    """Whatever a node returns in place of its output: FAILED, named, called once; what was before it is
-    kept."""
+    """Whatever a node returns as its output: FAILED, named, called once; earlier outputs are kept."""
     calls: Counter[str] = Counter()
 
     async def first(state: Items) -> Any:
@@ -260,8 +257,7 @@ UNKEEPABLE: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize(("store", "place"), SPREAD, indirect=["store"])
 @pytest.mark.parametrize("name", UNKEEPABLE)
 async def test_what_cannot_be_serialised(name: str, place: str, store: Any) -> None:
-    """Output under Any that cannot be stored: bought once, named, and no harm to a trace, a hook or what is
-    kept."""
+    """Output under Any that cannot be stored: bought once, named, no harm to traces, hooks or outputs."""
     calls: Counter[str] = Counter()
 
     async def hostile(state: Any) -> Any:
@@ -395,8 +391,7 @@ RAISED: dict[str, Callable[[], BaseException]] = {
 @pytest.mark.parametrize(("store", "place"), SPREAD, indirect=["store"])
 @pytest.mark.parametrize("name", RAISED)
 async def test_whatever_a_node_raises_is_its_failure(name: str, place: str, store: Any) -> None:
-    """Whatever a node raises: one class, one event and one end for each attempt, and what went before is
-    kept."""
+    """For any exception of a node: one class, one event, one end per attempt; earlier outputs are kept."""
     calls: Counter[str] = Counter()
     healed = False
 
@@ -453,8 +448,7 @@ async def test_a_node_that_recurses(place: str, store: Any) -> None:
 
 
 async def test_one_exception_object_for_all(store: Any) -> None:
-    """The same exception object raised on each attempt, in every run and at once: nothing of it is mixed
-    up."""
+    """The same exception object raised on each attempt, in every run and at once, is never mixed up."""
     error = ValueError("shared")
 
     async def hostile(state: Any) -> Any:
@@ -494,8 +488,7 @@ async def test_a_classifier_that_raises_and_lies() -> None:
 
 
 async def test_a_node_that_mutates_and_keeps_its_objects(store: Any) -> None:
-    """What a node does to its input and output, at once or later, reaches no other node, attempt, trace or
-    store."""
+    """What a node does to its input and output, now or later, reaches no other node, attempt or store."""
     entries: list[Any] = []
     seen: list[Any] = []
 
@@ -544,8 +537,7 @@ async def test_a_node_that_mutates_and_keeps_its_objects(store: Any) -> None:
 
 
 async def test_a_node_that_spoils_the_context(store: Any) -> None:
-    """What a node does to the run's context dict is seen by later nodes of that dict, and breaks nothing of
-    ours."""
+    """What a node does to the run's context dict is seen by later nodes of that dict, and breaks nothing."""
 
     async def spoils(state: Num, ctx: dict[Any, Any]) -> Any:
         ctx.clear()
@@ -567,8 +559,7 @@ async def test_a_node_that_spoils_the_context(store: Any) -> None:
 
 
 async def test_a_node_that_never_returns(store: Any) -> None:
-    """Under node_timeouts a node that never returns fails in time on each attempt; nothing of it is left
-    running."""
+    """Under node_timeouts a node that never returns fails in time on each attempt, and nothing is left."""
     ended: list[str] = []
 
     async def forever(state: Num) -> Any:
@@ -596,8 +587,7 @@ async def test_a_node_that_never_returns(store: Any) -> None:
 
 
 async def test_a_node_that_answers_its_timeout_with_another_error(store: Any) -> None:
-    """A node that turns the cancellation of its timeout into an error of its own fails with that; nothing
-    leaks."""
+    """A node that turns its timeout's cancellation into an error fails with that; nothing leaks."""
 
     async def angry(state: Num) -> Any:
         try:
@@ -616,8 +606,7 @@ async def test_a_node_that_answers_its_timeout_with_another_error(store: Any) ->
 
 @pytest.mark.parametrize("place", ["alone", "group"])
 async def test_a_sync_function_that_blocks(place: str, store: Any) -> None:
-    """A blocked thread is abandoned at its timeout, holds up neither loop nor run, and what it gives later is
-    nothing."""
+    """A blocked thread is abandoned at its timeout: loop and run go on, and its late output is ignored."""
     release = threading.Event()
     done: list[threading.Thread] = []
 
@@ -649,8 +638,7 @@ async def test_a_sync_function_that_blocks(place: str, store: Any) -> None:
 
 
 async def test_tasks_that_a_node_starts_are_its_own() -> None:
-    """A task that a node leaves behind is neither awaited nor cancelled by us, and cannot touch the run's
-    record."""
+    """A task that a node leaves behind is neither awaited nor cancelled by us, and changes no record."""
     left: list[asyncio.Task[Any]] = []
 
     async def starts(state: Num) -> Any:
@@ -767,8 +755,7 @@ MISCHIEF: dict[str, Callable[[list[Any]], Any]] = {
 
 
 def _busy_pipeline(calls: Counter[str]) -> list[Any]:
-    """Nodes that make every kind of event: retries, a group, an item, a cancelled sibling, a budget
-    warning."""
+    """Nodes that make every kind of event: retries, a group, an item, cancelled siblings, a warning."""
 
     def flaky(name: str, kind: type[BaseModel] = Items) -> Any:
         left = [LookupError("first time"), None]
@@ -808,8 +795,7 @@ ABSENT = ("on_node_suspended", "on_node_wait", "on_circuit_change", "on_limit_co
 @pytest.mark.parametrize("hook", [event for event in EVENTS if event not in ABSENT])
 @pytest.mark.parametrize("kind", MISCHIEF)
 async def test_hooks_change_nothing(kind: str, hook: str, store: Any) -> None:
-    """G8: Calls, outcome, trace, totals and journal are the same with and without a hook, whatever it
-    does."""
+    """G8: Calls, outcome, trace, totals and journal are the same with and without any hook."""
     budget = ExecutionBudget(max_tokens_total=45)
 
     async def once(hooks: Any, run_id: str) -> Any:
@@ -968,8 +954,7 @@ async def test_a_failed_group_leaves_no_cancellation_behind() -> None:
 
 @pytest.mark.parametrize("first", ["node", "group"])
 async def test_a_stray_cancellation_after_a_failed_task_group(first: str) -> None:
-    """A node's own CancelledError is its failure also after a TaskGroup, of a node's or of ours, failed in
-    the run."""
+    """A node's own CancelledError is its failure also after a TaskGroup failed in the run."""
     healed = False
 
     async def fails(state: Num) -> Any:
@@ -1083,8 +1068,7 @@ STOPPED: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("where", STOPPED)
 def test_keyboard_interrupt_anywhere(where: str, store: Any) -> None:
-    """KeyboardInterrupt comes out wherever it is raised; what had returned is kept, the run is resumable,
-    hooks pair."""
+    """KeyboardInterrupt comes out from anywhere; what returned is kept, the run resumable, hooks pair."""
     make, config = STOPPED[where]
     config = dict(config)
     calls: Counter[str] = Counter()
@@ -1215,8 +1199,7 @@ def test_control_c(during: str, store: Any) -> None:
 
 @pytest.mark.parametrize("name", WRONG)
 async def test_hostile_steps(name: str) -> None:
-    """A step is as safe as a node: what it returns wrongly is a result, what it raises too, and nothing is
-    left."""
+    """A step is as safe as a node: a wrong output and an error are results; nothing is left."""
     runner = quick()
     ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
     contract: NodeContract[Any, Any] = NodeContract(node_id="bad", input_schema=Num, output_schema=Num)
@@ -1247,8 +1230,7 @@ async def test_results_of_hostile_runs_can_be_pickled_or_say_why() -> None:
 
 @pytest.mark.core
 async def test_results_can_be_pickled_and_copied() -> None:
-    """A result goes to another process whole: its trace, those of its groups too, reads there as it does
-    here."""
+    """A result goes to another process whole with its trace, which reads there as here."""
 
     async def plus(state: Num) -> Any:
         return {"n": state.n + 1}, 5

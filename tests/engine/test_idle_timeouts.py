@@ -28,8 +28,7 @@ def talking(seconds: float, events: int) -> Any:
 
 @pytest.mark.core
 async def test_each_event_renews_the_idle_limit() -> None:
-    """A node that emits often enough takes any time, and fails so long after its last event; the message says
-    which limit it was."""
+    """A node that emits often enough takes any time, and fails that long after its last event, by name."""
     with FakeClock() as clock:
         runner = quick(node_timeouts={"a": NodeTimeout(idle_ms=1000)}, policy_map=NEVER)
         result = await runner.run([node("a", talking(0.9, 20))], Num())
@@ -75,8 +74,7 @@ async def test_the_total_limit_holds_whatever_is_emitted() -> None:
 
 @pytest.mark.core
 async def test_each_attempt_has_the_whole_idle_limit() -> None:
-    """A retry begins with a limit of its own, and the node that failed for it is retried as after any
-    timeout."""
+    """A retry begins with a limit of its own, and is made as after any timeout."""
     with FakeClock() as clock:
         runner = quick(node_timeouts={"a": NodeTimeout(idle_ms=1000)}, policy_map=ONCE)
         result = await runner.run([node("a", talking(0.9, 2))], Num())
@@ -109,8 +107,7 @@ async def test_a_child_renews_no_limit_of_its_sibling() -> None:
 
 
 async def test_a_plain_function_renews_its_limit_from_its_thread() -> None:
-    """A def node that emits from its thread, or from one of its own, is not cut off; one that falls silent
-    is."""
+    """A def node that emits from any thread is not cut off; one that falls silent is."""
     for silent in (False, True):
         over = threading.Event()
 
@@ -164,8 +161,7 @@ async def test_a_dead_attempt_renews_nothing() -> None:
 
 
 def test_limits_that_are_refused() -> None:
-    """A NodeTimeout needs a positive whole number of milliseconds; a plain number in node_timeouts is its
-    total."""
+    """A NodeTimeout needs a positive whole number of milliseconds; a plain number is its total."""
     for fields in (
         {},
         {"total_ms": None},

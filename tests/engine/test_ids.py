@@ -33,8 +33,7 @@ def test_a_pipeline_has_a_name_that_stores_can_keep(name: Any) -> None:
 
 @pytest.mark.core
 async def test_a_bare_list_goes_by_the_name_in_the_config() -> None:
-    """A list of nodes is called what RunConfig(pipeline=...) says, a Pipeline by its own name, in hooks and
-    nodes."""
+    """A list is named by RunConfig(pipeline=...), a Pipeline by its own name, for hooks and nodes."""
     names: list[str] = []
 
     async def start(run_id: str, pipeline: str, state: dict[str, Any]) -> None:

@@ -117,8 +117,7 @@ NESTED = [(_unopened, StoreError, A), (_sync_hook, HookNotAsync, A), (_deadline,
 async def test_errors_of_a_run_within_a_node_are_failures_like_any_other(
     inner: Any, error: type[Exception], kind: FailureClass, budget: int | None, in_group: bool, store: Any
 ) -> None:
-    """What a run or a store of the node's own raises is that node's failure: classified, retried, and it may
-    recover."""
+    """What a run or a store of the node's own raises is that node's failure: classified and retried."""
     requests: list[type[BaseException]] = []
     calls: list[int] = []
     recover_at = [99]

@@ -1,5 +1,4 @@
-"""Scopes and cancellations around a run, at each of its awaits: what cancels it gets its own CancelledError
-back."""
+"""Scopes and cancellations around a run, at each of its awaits: each gets its own CancelledError back."""
 
 from __future__ import annotations
 
@@ -89,8 +88,7 @@ WAYS = [a_list, a_flow, plain_code, an_effect]
 @pytest.mark.core
 @pytest.mark.parametrize("way", WAYS)
 async def test_the_cancellation_that_came_is_the_one_that_leaves(store: Any, way: Callable[..., Any]) -> None:
-    """The CancelledError that comes out of a run has the message of the cancel() call, at whichever await it
-    came."""
+    """The CancelledError that comes out of a run has the message of cancel(), at each await."""
     for number in range(1, MANY):
         awaits = Awaits(number, lambda: None)
         awaits.of_new_tasks()
@@ -107,8 +105,7 @@ async def test_the_cancellation_that_came_is_the_one_that_leaves(store: Any, way
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_a_scope_of_anyio_ends_at_its_own_cancellation(store: Any, way: Callable[..., Any]) -> None:
-    """An anyio scope around a run catches its cancellation, at whichever await it came, and the task goes
-    on."""
+    """An anyio scope around a run catches its cancellation at whichever await, and the task goes on."""
     task = asyncio.current_task()
     assert task is not None
     for number in range(1, MANY):
@@ -125,8 +122,7 @@ async def test_a_scope_of_anyio_ends_at_its_own_cancellation(store: Any, way: Ca
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_a_timeout_around_a_run_is_a_timeout(store: Any, way: Callable[..., Any]) -> None:
-    """asyncio.timeout() around a run raises TimeoutError at whichever await it expires, and the task goes
-    on."""
+    """asyncio.timeout() around a run raises TimeoutError at whichever await it expires; the task goes on."""
     task = asyncio.current_task()
     assert task is not None
     loop = asyncio.get_running_loop()

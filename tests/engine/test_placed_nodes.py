@@ -34,8 +34,7 @@ async def never(state: Num) -> Num:
 
 
 async def test_run_refuses_a_node_with_a_place() -> None:
-    """Without a Temporal client, run() and serve() raise PlaceError before a node is called, and name the
-    commands."""
+    """Without a Temporal client run() and serve() raise PlaceError before any call, and name the commands."""
     runner = quick()
     first = node("first", never)
     for nodes in ([first, placed("a", never)], [first, parallel(placed("b", never), node("c", never))]):
@@ -58,8 +57,7 @@ async def test_the_decorator_of_a_runner() -> None:
 
 @pytest.mark.parametrize("effect", [False, True])
 async def test_a_step_with_a_place(effect: bool) -> None:
-    """A step of a flow with a place is a TERMINAL failure, without a call and without a retry; an effect is
-    not in doubt."""
+    """A step of a flow with a place is a TERMINAL failure, without call or retry; an effect not in doubt."""
     step = placed("step", never, effect=effect)
 
     @stroma_flow("flow", input=Num, output=Num)

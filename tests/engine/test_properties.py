@@ -365,8 +365,7 @@ def _names(tree: Any, name: str) -> list[str]:
 def test_budgets_with_children_side_by_side(
     plan: list[Any], tokens: int, width: int | None, pauses: list[int]
 ) -> None:
-    """Whatever the interleaving: no call begins once what has ended is over the limit, and every call is in
-    the bill."""
+    """Whatever the interleaving: no call begins once the ended ones are over the limit; all are billed."""
     calls: list[Any] = []
     suspend = itertools.cycle(pauses)
     nodes = [build(tree, f"n{i}", calls, width, lambda: next(suspend)) for i, tree in enumerate(plan)]
@@ -432,8 +431,7 @@ def _grow(tree: Any, name: str, width: int | None) -> Any:
 @examples(120)
 @given(tree=groups, width=st.sampled_from([None, 1, 2]))
 def test_outputs_merge_in_argument_order(tree: Any, width: int | None) -> None:
-    """Outputs merge like dict.update in argument order, however they are typed, nested and whenever they
-    end."""
+    """Outputs merge like dict.update in argument order, however they are typed, nested whenever they end."""
     assume(not isinstance(tree, tuple))
     group = _grow(tree, "g", width)
     result = StromaRunner.quick().run_sync([group], Num())
@@ -536,8 +534,7 @@ def _elsewhere(event: TraceEvent) -> TraceEvent:
 @examples(80)
 @given(histories)
 def test_a_trace_equals_itself(history: list[TraceEvent]) -> None:
-    """A trace differs neither from itself nor from the same history of another run, at another time and
-    pace."""
+    """A trace differs neither from itself nor the same history of another run at another time and pace."""
     assert _differ(_trace(history), _trace(history)) == []
     assert _differ(_trace(history), _trace([_elsewhere(event) for event in history], "another")) == []
 
@@ -565,8 +562,7 @@ changes = st.one_of(
 def test_any_single_change_of_an_event_is_one_line(
     history: list[TraceEvent], change: tuple[str, Any], where: int
 ) -> None:
-    """One changed state, class, message or outcome, at any depth, is told once, under the top-level event it
-    is in."""
+    """One changed state, class, message or outcome, at any depth, is told once, under its top-level event."""
     assume(history)
     changed = _trace(history)
     spots = list(changed.walk())
@@ -590,8 +586,7 @@ def _below(event: TraceEvent) -> Iterator[TraceEvent]:
 @examples(100)
 @given(history=histories, new=events(st.just([])), where=st.integers(0, 4))
 def test_an_event_more_or_less_is_one_line(history: list[TraceEvent], new: TraceEvent, where: int) -> None:
-    """An event that only one trace has is told once, as missing or extra, with the place among its
-    repeats."""
+    """An event that only one trace has is told once, as missing or extra, with its place among repeats."""
     where = min(where, len(history))
     assume(all((e.node_id, e.attempt) != (new.node_id, new.attempt) for e in history[where:]))
     longer = [*history[:where], new, *history[where:]]
@@ -688,8 +683,7 @@ class Watch:
             await asyncio.Event().wait()
 
     def check(self) -> None:
-        """Starts first to last, ends last to first, each start one end, an execution's calls one after the
-        other."""
+        """Starts first to last, ends last to first, each start one end, calls one after the other."""
         assert self.wrong == []
         by_place: dict[Any, list[tuple[str, int, int]]] = {}
         for event, index, (place, attempt) in self.log:
@@ -1005,8 +999,7 @@ _fresh = itertools.count()
 @examples(60)
 @given(state=models, under=texts)
 async def test_states_come_back_from_every_store(store: Any, state: BaseModel, under: str) -> None:
-    """What a store gives back equals what it was given: saved by hand, as a run's input, and as a node's
-    output."""
+    """What a store gives back equals what it was given by hand, as a run's input, as a node's output."""
     kind = type(state)
     run_id = f"{next(_fresh)} {under.replace(chr(0), '')}"
     manager = CheckpointManager(store)
@@ -1075,8 +1068,7 @@ nasty = st.text(
 @examples(25)
 @given(pairs=st.lists(st.tuples(nasty, nasty), min_size=2, max_size=8, unique=True))
 async def test_pairs_of_ids_never_collide(store: Any, pairs: list[tuple[str, str]]) -> None:
-    """Ids of any characters: what is kept under one (run, node) pair is neither found nor deleted under
-    another."""
+    """Ids of any characters: one (run, node) pair never finds or deletes another's state."""
     manager = CheckpointManager(store)
     for run_id, _ in pairs:
         await manager.clear(run_id)

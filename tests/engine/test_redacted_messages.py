@@ -247,8 +247,7 @@ async def test_a_flow_with_a_state_that_cannot_be_shown_has_no_message() -> None
 async def test_the_outcome_of_an_effect_is_redacted(
     runner: StromaRunner[Any], store: SQLiteStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Neither the line about an unknown outcome, nor its question, nor what reconcile says of it quotes a
-    hidden value."""
+    """Neither the line about an unknown outcome, its question nor reconcile quotes a hidden value."""
     caplog.set_level(logging.DEBUG, "stroma")
 
     async def look(state: Person, *_: Any) -> Any:

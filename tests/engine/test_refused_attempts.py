@@ -51,8 +51,7 @@ async def test_a_shared_budget_whose_store_is_down_ends_the_run_for_later() -> N
 
 
 async def test_a_group_whose_child_was_refused_by_a_store_is_not_tried_again() -> None:
-    """What shared budget is left nobody knows: no group around the child asks again, whatever its policy
-    says."""
+    """Where a shared budget is unknown, no group around the child asks again, whatever its policy says."""
     requests: list[str] = []
 
     class Down(AsyncInMemoryStore):
@@ -123,8 +122,7 @@ async def test_a_classifier_is_told_where_it_is_asked() -> None:
 
 
 async def test_a_refusal_keeps_its_own_cause() -> None:
-    """What made a store fail is the cause of the refusal; without one it is the failure of the attempt
-    before."""
+    """The store's error causes the refusal; without one it is the failure of the attempt before."""
     disk = OSError("disk")
     requests: list[int] = []
 
@@ -182,8 +180,7 @@ async def test_a_cancellation_while_a_budget_is_told_comes_out_afterwards() -> N
 
 
 async def test_a_cancelled_attempt_gives_its_place_back() -> None:
-    """Under a limit of one at once the next attempt begins when the one before it was cancelled, or has
-    failed."""
+    """Under a limit of one at once the next attempt begins when the one before was cancelled or failed."""
     limits = {"held-one": Limit(concurrent=1)}
     started = asyncio.Event()
 

@@ -66,8 +66,7 @@ async def stored(tmp_path: Path, answer: Any, **config: Any) -> RejectedOutput |
 
 @pytest.mark.core
 async def test_each_attempt_has_its_rejected_output(store: Any) -> None:
-    """What broke its contract is stored with its attempt, beside the complaints, until the run is deleted or
-    begins anew."""
+    """What broke its contract is stored with attempt and complaints until the run is deleted or restarted."""
     nodes = [rate([BAD, "no JSON {", {"stars": 9, "why": "x"}, {"stars": 4, "why": "x"}])]
     runner = quick(store=store, contract_retries={"rate": 3})
     assert (await runner.run(nodes, Num(), run_id="r")).status is RunStatus.COMPLETED
@@ -114,8 +113,7 @@ async def test_a_resume_keeps_rejected_outputs(store: Any) -> None:
 
 
 async def test_children_items_and_effects_have_theirs(store: Any) -> None:
-    """An item of a map and an effect whose output is unknown have their rejected outputs, each at its own
-    place."""
+    """An item of a map and an effect whose output is unknown have rejected outputs, each at its place."""
     from stroma import map_over
 
     class Many(BaseModel):
@@ -161,8 +159,7 @@ def drop_name(state: dict[str, Any]) -> dict[str, Any]:
 
 
 async def test_what_redact_hides_is_not_stored(tmp_path: Path) -> None:
-    """redact is applied to a copy before anything is stored; a value that it hides is in no complaint and no
-    path."""
+    """redact is applied to a copy before anything is stored; a hidden value is in no complaint or path."""
     seen: list[Any] = []
 
     class Strict(BaseModel):
@@ -199,8 +196,7 @@ async def test_what_redact_hides_is_not_stored(tmp_path: Path) -> None:
 async def test_a_text_that_names_what_redact_hides_is_hidden(
     tmp_path: Path, text: str, is_shown: bool
 ) -> None:
-    """A text is stored if redact hides none of the fields that it names, also where only the viewer
-    redacts."""
+    """A text is stored if redact hides none of the fields that it names, also where the viewer redacts."""
     one = await stored(tmp_path, text, redact=drop_name)
     assert one is not None
     assert one.value == (text if is_shown else "[redacted]")
@@ -212,8 +208,7 @@ async def test_a_text_that_names_what_redact_hides_is_hidden(
 
 
 async def test_a_redact_that_raises_hides_the_output(tmp_path: Path) -> None:
-    """Where redact raises, or returns no dict, a word stands in place of the output; the attempt fails as its
-    contract says."""
+    """Where redact raises, or returns no dict, a word replaces the output; the attempt fails as it does."""
 
     def broken(state: dict[str, Any]) -> Any:
         raise KeyError("name")
@@ -237,8 +232,7 @@ async def test_full_is_neither_redacted_nor_cut_at_64_kib(tmp_path: Path) -> Non
 
 
 async def test_secrets_are_masked(tmp_path: Path) -> None:
-    """What the schema declares as a secret is masked, wherever it came again; so are secrets of the run's
-    context."""
+    """What the schema declares as a secret is masked wherever it recurs; so are secrets of the context."""
 
     async def answer(state: Num) -> Any:
         return {
@@ -350,8 +344,7 @@ HOSTILE: list[Any] = [
 
 @pytest.mark.parametrize("make", HOSTILE, ids=range(len(HOSTILE)))
 async def test_an_output_of_any_kind_fails_as_its_contract_says(store: Any, make: Any) -> None:
-    """Deep, cyclic, huge and hostile outputs fail their contract, and nothing else; at most 64 KiB of them
-    are stored."""
+    """Deep, cyclic, huge and hostile outputs only fail their contract; at most 64 KiB are stored."""
     result = await quick(store=store).run([rate([make()])], Num(), run_id="r")
     assert result.failure is not None
     assert (result.status, result.failure.reason) == (RunStatus.FAILED, "contract")
@@ -387,8 +380,7 @@ PLAIN = st.recursive(
 
 @given(value=PLAIN, limit=st.integers(40, 4000))
 def test_a_copy_is_within_its_limit(value: Any, limit: int) -> None:
-    """A bounded copy is JSON of at most so many bytes; one that was not cut is what JSON can say of the
-    value."""
+    """A bounded copy is JSON of at most so many bytes; an uncut one is the value as JSON."""
     copy = BoundedCopy(limit)
     data = RejectedOutput(copy.copy(value), copy.is_cut, ()).encode()
     around = len(RejectedOutput(None, True, ()).encode()) - len("null")
@@ -441,8 +433,7 @@ def test_other_data_is_no_rejected_output() -> None:
 
 
 async def test_results_and_traces_for_hooks_have_no_rejected_output(tmp_path: Path) -> None:
-    """A rejected output is not in the result that hooks get, not in a pickled trace, and in no event of
-    it."""
+    """A rejected output is not in the result that hooks get, not in a pickled trace or its events."""
     seen: list[Any] = []
 
     async def on_run_end(run_id: str, result: Any) -> None:
@@ -460,8 +451,7 @@ async def test_results_and_traces_for_hooks_have_no_rejected_output(tmp_path: Pa
 
 
 async def test_the_exception_has_the_rejected_output() -> None:
-    """`exc.raw` has a rejected output whatever `keep_rejected` says: for hooks through `redact`, for the node
-    as it was."""
+    """`exc.raw` has a rejected output whatever `keep_rejected` says, for hooks through `redact`."""
     seen: list[Any] = []
 
     async def on_node_failure(run_id: str, node_id: str, exc: Any, failure_class: Any) -> None:
@@ -485,8 +475,7 @@ async def test_the_exception_has_the_rejected_output() -> None:
 
 
 async def test_a_notebook_shows_it_field_by_field() -> None:
-    """The HTML of a result and a trace shows what came beside each complaint, also of events that somebody
-    has looked at."""
+    """The HTML of a result and a trace shows what came beside each complaint, also for old events."""
     result = await quick().run([rate([BAD])], Num())
     list(result.trace)
     for text in (result._repr_html_(), result.trace._repr_html_(), result.to_html()):
@@ -510,8 +499,7 @@ class Rot13:
 
 
 async def test_a_codec_seals_it(tmp_path: Path) -> None:
-    """Under a codec a rejected output is sealed for its place; without the codec it is missing, and the run
-    can be read."""
+    """Under a codec a rejected output is sealed for its place; without it, the run can still be read."""
     path = tmp_path / "one.db"
     with SQLiteStore(path, codec=Rot13()) as store:
         await quick(store=store).run([rate([{"stars": "a-word-of-the-model"}])], Num(), run_id="r")

@@ -1,5 +1,4 @@
-"""Resume, restart and what a run remembers: one suite over every store that keeps a journal, and the simple
-protocol."""
+"""Resume, restart and what a run remembers, over every journal store and the simple protocol."""
 
 import asyncio
 import re
@@ -131,8 +130,7 @@ async def test_resume_of_a_finished_run_calls_nothing(store: Any) -> None:
 
 @pytest.mark.core
 async def test_skipped_nodes_fire_on_node_skipped_only(store: Any) -> None:
-    """Skipped nodes fire on_node_skipped only, with their restored output, and current_node() says where they
-    stand."""
+    """Skipped nodes fire on_node_skipped only, with their restored output and current_node() their place."""
     events: list[Any] = []
 
     async def other(run_id: str, node_id: str, *_: Any) -> None:
@@ -180,8 +178,7 @@ async def test_the_budget_remembers_and_the_totals_do_not(store: Any) -> None:
 
 @pytest.mark.core
 async def test_the_budget_remembers_failed_attempts_and_money(store: Any) -> None:
-    """G6: usage of failed attempts of earlier calls counts against the budget of a resume, in tokens and in
-    dollars."""
+    """G6: usage of failed attempts of earlier calls counts against a resume's budget: tokens, dollars."""
     calls: list[int] = []
 
     async def fails(state: Num) -> Any:
@@ -202,8 +199,7 @@ async def test_the_budget_remembers_failed_attempts_and_money(store: Any) -> Non
 
 
 async def test_an_over_budget_output_is_restored(store: Any) -> None:
-    """G4, G5: The output that crossed a limit is committed, and a resume with a higher limit continues
-    after it."""
+    """G4, G5: The output that crossed a limit is committed; with a higher limit a resume continues."""
     work = Work("a", "b")
     first = await quick(store, budget=ExecutionBudget(max_tokens_total=5)).run(work.nodes, Num())
     assert first.status is RunStatus.PARTIAL
@@ -285,8 +281,7 @@ async def test_resume_of_a_node_without_a_contract(store: Any) -> None:
 
 
 async def test_running_again_restarts(store: Any) -> None:
-    """Running a run id again without resume is a new execution: everything is called, with its own usage and
-    totals."""
+    """Running a run id again without resume is a new execution: all is called, with its own totals."""
     work = Work("a", "b")
     runner = quick(store, budget=ExecutionBudget(max_tokens_total=20))
     for n in (1, 2, 3):
@@ -334,8 +329,7 @@ async def test_the_idempotency_key_is_that_of_the_execution(store: Any) -> None:
 
 @pytest.mark.parametrize("target", ["a", "b", "c"])
 async def test_resume_from_runs_from_that_node_on(store: Any, target: str) -> None:
-    """resume_from= skips to that node, discards the commits from it on, and runs on the checkpoint before
-    it."""
+    """resume_from= skips to that node, discards the commits from it on, and starts from the one before."""
     work = Work("a", "b", "c")
     runner = quick(store)
     await runner.run(work.nodes, Num())
@@ -550,8 +544,7 @@ async def test_an_upcast_that_fails_leads_back_to_its_node(store: Any) -> None:
 
 
 async def test_changes_may_be_allowed(store: Any) -> None:
-    """allow_changes goes on with what the present schemas accept: renamed nodes, other fields, fewer
-    nodes."""
+    """allow_changes continues with what present schemas accept: renamed nodes, other fields, fewer nodes."""
     work = Work("a", "b", "c")
     work.failing = {"c"}
     await quick(store).run(work.nodes, Num())
@@ -598,8 +591,7 @@ async def test_another_input_is_refused(store: Any) -> None:
 
 
 async def test_a_changed_group_is_refused(store: Any) -> None:
-    """A group whose children changed is PipelineChanged once it is reached; its new children are not
-    called."""
+    """A group whose children changed is PipelineChanged once reached; new children are not called."""
     work = Work("a", "b", "c")
     work.failing = {"c"}
     await quick(store).run([parallel(work.nodes[0], work.nodes[1]), work.nodes[2]], Num())
@@ -773,8 +765,7 @@ class Steps:
 
 @pytest.mark.core
 async def test_a_step_with_another_input_is_refused(store: Any) -> None:
-    """The n-th call of a step id with another input is an error that names the fields that differ, and
-    has both inputs."""
+    """The n-th call of a step id with another input is an error with both inputs and the changed fields."""
     steps = Steps(store)
     ctx = steps.context()
     await steps.step(ctx, "add", 1)
@@ -789,8 +780,7 @@ async def test_a_step_with_another_input_is_refused(store: Any) -> None:
 
 @pytest.mark.core
 async def test_steps_are_known_by_the_call_of_their_id(store: Any) -> None:
-    """What a step id's n-th call recorded is found again, whatever other steps were called before it this
-    time."""
+    """What a step id's n-th call recorded is found again, whatever other steps were called before."""
     steps = Steps(store)
     ctx = steps.context()
     await steps.step(ctx, "first", 0)
@@ -1020,8 +1010,7 @@ async def test_a_custom_store_cannot_resume_by_itself() -> None:
 
 
 async def test_a_checkpoint_of_another_class_is_corrupt() -> None:
-    """A stored state that is not of the schema it is read with is CorruptCheckpoint, a TypeError as
-    published."""
+    """A stored state that does not fit its schema is CorruptCheckpoint, a TypeError as published."""
     store = SyncStore()
     work = Work("a", "b")
     store.states["r", "a"] = Wrong(text="x")
@@ -1082,8 +1071,7 @@ async def test_many_runs_resume_side_by_side(store: Any) -> None:
 
 @pytest.mark.core
 async def test_usage_counts_across_resumes() -> None:
-    """G6: After a resume the budget includes the spend of earlier processes, also in failed and cancelled
-    attempts."""
+    """G6: After a resume the budget includes earlier spend, also in failed and cancelled attempts."""
     store = InMemoryStore()
     inside = asyncio.Event()
     mode = ["cancel"]

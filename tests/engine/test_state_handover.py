@@ -1,5 +1,4 @@
-"""What goes from node to node, whichever way the engine keeps it: nobody can change what another one is given
-or was."""
+"""Handover from node to node, by any engine path: nobody changes what another was given or returned."""
 
 from __future__ import annotations
 
@@ -135,8 +134,7 @@ def hooks() -> NodeHooks:
 async def test_each_node_is_given_what_the_one_before_it_returned(
     kind: type[BaseModel], returns: str, watched: bool
 ) -> None:
-    """Whatever nodes and hooks do to the objects they had: inputs, retries, trace, journal and result are
-    exact."""
+    """Whatever nodes and hooks do to their objects, inputs, retries, trace, journal and result are exact."""
     desk, store = Scribblers(kind, returns), AsyncInMemoryStore()
     runner = StromaRunner.quick(store=store, policy_map=ONCE, hooks=[hooks()] if watched else [])
     nodes = [desk.node("a"), desk.node("b", fails=1), desk.node("c"), desk.node("d")]
@@ -263,8 +261,7 @@ async def test_children_of_a_group_have_copies_of_their_own(kind: type[BaseModel
 async def test_the_state_of_a_run_that_failed_is_the_last_output(
     kind: type[BaseModel], returns: str, watched: bool
 ) -> None:
-    """Exactly as it was returned, whatever was done since to the objects that came and went, and as it was
-    kept."""
+    """Exactly as it was returned, whatever happened since to the objects that came and went, and kept."""
     desk, store = Scribblers(kind, returns), AsyncInMemoryStore()
     runner = StromaRunner.quick(store=store, policy_map=NEVER, hooks=[hooks()] if watched else [])
     nodes = [desk.node("a"), desk.node("b"), desk.node("c", fails=1)]
@@ -313,8 +310,7 @@ def bare(node_id: str, func: Any) -> Any:
 
 @pytest.mark.parametrize("watched", [False, True])
 async def test_nodes_without_contracts_have_copies_of_their_own(watched: bool) -> None:
-    """Plain data, with models in it or without, goes on as it was returned, and as no one else can change
-    it."""
+    """Plain data, with models in it or without, goes on as it was returned, and no one can change it."""
     inputs: list[Any] = []
     entries: list[Any] = []
 

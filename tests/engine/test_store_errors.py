@@ -36,8 +36,7 @@ from stroma import (
 
 @pytest.mark.core
 async def test_a_lasting_refusal_of_the_store_is_not_tried_again() -> None:
-    """An error of a store that says that trying again will not help is told at once, and the run is
-    PARTIAL."""
+    """A store's error that says that a retry cannot help is told at once, and the run is PARTIAL."""
 
     class Lasting(StoreError):
         transient = False
@@ -57,8 +56,7 @@ async def test_a_lasting_refusal_of_the_store_is_not_tried_again() -> None:
 
 @pytest.mark.core
 async def test_a_failed_attempt_that_cannot_be_kept_ends_the_run() -> None:
-    """A store that refuses to keep a failed attempt stops the run as PARTIAL with its error: usage would be
-    lost."""
+    """A store that refuses to keep a failed attempt stops the run as PARTIAL : usage would be lost."""
 
     def refuse(*_: Any) -> None:
         raise StoreError("full")
@@ -92,8 +90,7 @@ async def test_what_a_store_without_a_journal_cannot_do() -> None:
 
 @pytest.mark.core
 async def test_a_store_that_cannot_be_opened_is_an_error_of_run(tmp_path: Path) -> None:
-    """A store that cannot be opened comes out of run() as a StoreError: no node is called, no hook is
-    told."""
+    """A store that cannot be opened is a StoreError of run(): no node is called, no hook is told."""
     events: list[str] = []
 
     async def tell(*_: Any) -> None:
@@ -132,8 +129,7 @@ async def test_a_run_whose_input_cannot_be_stored_starts_and_ends(tmp_path: Path
 async def test_a_store_that_raises_no_exception_has_refused(
     kind: type[BaseException], is_async: bool
 ) -> None:
-    """Whatever a store raises at a commit, but for KeyboardInterrupt and SystemExit, it has failed: PARTIAL,
-    hooks pair."""
+    """Whatever a store raises at a commit but KeyboardInterrupt and SystemExit: PARTIAL, hooks pair."""
 
     class Refusing:
         def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
@@ -191,8 +187,7 @@ async def test_a_refused_commit_is_tried_again_without_the_node(refusals: int, n
 @pytest.mark.core
 @pytest.mark.parametrize("error", [OSError, StoreError, TypeError, TimeoutError])
 async def test_a_store_that_stays_down_stops_the_run(error: type[Exception], no_delays: None) -> None:
-    """G5: a store that stays down makes the attempt a failed event and the run PARTIAL; the node is not
-    called again."""
+    """G5: a store that stays down makes the attempt fail and the run PARTIAL, without another call."""
     store = GatedJournal(error("the disk is full"))
     seen: list[str] = []
     runner = quick(store=store, hooks=record_node_hooks(seen))
@@ -237,8 +232,7 @@ async def _boom(*_: Any) -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("spoiler", ["hook", "budget", "store", "later-node"])
 async def test_committed_nodes_are_not_run_again_on_resume(spoiler: str, no_delays: None) -> None:
-    """G5: after a hook, a budget, a store or a later node complained, a resume does not run committed nodes
-    again."""
+    """G5: after a hook, budget, store or later node complained, a resume runs no committed node again."""
     store = GatedJournal()
     store.gate.set()
     calls: list[int] = []
@@ -286,8 +280,7 @@ async def _pay_five_times(store: Any) -> tuple[list[ExecutionResult], int]:
 @pytest.mark.core
 @pytest.mark.parametrize("refuses_rows", [False, True])
 async def test_usage_of_an_output_that_the_store_refuses_counts(refuses_rows: bool, no_delays: None) -> None:
-    """G6: The usage of an attempt whose output the store refuses counts in each resume, until the budget
-    stops the run."""
+    """G6: The usage of an attempt whose output the store refuses counts in each resume, up to the budget."""
 
     def between(session: Any) -> Any:
         def record(row: Any, schema: Any, output: Any, step: Any) -> Any:

@@ -48,8 +48,7 @@ def runner(store: Any, **config: Any) -> StromaRunner:
 
 
 class Desk:
-    """Three nodes, the second of which asks somebody; counts its calls, and keeps the answers it was
-    given."""
+    """Three nodes, the second of which asks; counts its calls and keeps its answers."""
 
     def __init__(self, schema: type[BaseModel] | None = Approval) -> None:
         self.calls: list[str] = []
@@ -77,8 +76,7 @@ class Desk:
 
 @pytest.mark.core
 async def test_a_run_waits_and_goes_on(store: Any) -> None:
-    """A suspended run is SUSPENDED, no failure; after signal() a resume gives the node its answer, as it was
-    asked for."""
+    """A suspended run is SUSPENDED, not failed; after signal() a resume gives the node its typed answer."""
     desk = Desk()
     result = await runner(store).run(desk.nodes, Num())
     assert (result.status, result.failure, result.final_state) == (RunStatus.SUSPENDED, None, Num(n=1))
@@ -128,8 +126,7 @@ async def test_any_json_will_do_where_no_schema_was_asked_for(store: Any) -> Non
 
 
 async def test_nothing_waits(store: Any) -> None:
-    """An answer to an unknown run, or to one without an open question, is an error; the same answer may be
-    sent twice."""
+    """An answer to an unknown run, or to one without an open question, is an error; it may be sent twice."""
     desk = Desk()
     await runner(store).run(desk.nodes, Num())
     with pytest.raises(CheckpointNotFound, match="there is no run 'unknown' in the store"):
@@ -147,8 +144,7 @@ async def test_nothing_waits(store: Any) -> None:
 
 
 async def test_of_two_answers_one_counts(store: Any) -> None:
-    """Of two people who answer at the same moment one is told that the other was faster; nothing is written
-    over."""
+    """Of two people who answer at the same moment one is told that the other was faster; none is lost."""
     desk = Desk()
     await runner(store).run(desk.nodes, Num())
     answers = [runner(store).signal("r", Approval(approved=yes)) for yes in (True, False)]
@@ -204,8 +200,7 @@ async def test_a_sync_node_waits_too(store: Any) -> None:
 
 @pytest.mark.core
 async def test_children_of_a_group_wait(store: Any) -> None:
-    """While a child waits its siblings finish; each child may be answered by its id, and only it runs
-    again."""
+    """While a child waits its siblings finish; each child may be answered by its id, only it runs again."""
     calls: list[str] = []
 
     def child(node_id: str, asks: bool) -> Any:
@@ -290,8 +285,7 @@ async def test_a_failure_beats_a_question(store: Any) -> None:
 
 @pytest.mark.core
 async def test_a_crossed_limit_beats_a_question(store: Any) -> None:
-    """A group in which one child waits and another takes the run over its budget stops as PARTIAL for
-    that."""
+    """A group in which one child waits and another takes the run over its budget stops as PARTIAL."""
 
     async def ask(state: Num) -> Any:
         raise Suspend("well?")
@@ -379,8 +373,7 @@ async def test_answered_in_another_process(tmp_path: Path, monkeypatch: pytest.M
 
 
 async def test_a_store_without_a_journal_cannot_wait() -> None:
-    """A store of the simple protocol cannot keep what a node waits for: the run stops as PARTIAL and says
-    so."""
+    """A store of the simple protocol cannot keep what a node waits for: the run stops as PARTIAL, by name."""
 
     result = await StromaRunner.quick(store=SimpleStore()).run(Desk().nodes, Num())
     assert result.status is RunStatus.PARTIAL
@@ -390,8 +383,7 @@ async def test_a_store_without_a_journal_cannot_wait() -> None:
 
 @pytest.mark.core
 async def test_what_a_suspension_may_ask_for() -> None:
-    """What is no pydantic model cannot be asked for: the error says what can; a subclass of Suspend may leave
-    it out."""
+    """Only pydantic models can be asked for, says the error; a subclass of Suspend may leave it out."""
 
     class Quiet(Suspend):
         def __init__(self) -> None:

@@ -121,8 +121,7 @@ def test_max_threads_is_at_least_one(value: Any) -> None:
 
 @pytest.mark.core
 async def test_a_cancellation_while_a_thread_becomes_free() -> None:
-    """A plain node that waits for a thread is cancelled also at the moment when one becomes free, and the
-    next one gets it."""
+    """A plain node waiting for a thread is cancelled also as one becomes free; the next gets it."""
     gate = Gate()
     runs: list[asyncio.Task[Any]] = []
 
@@ -168,8 +167,7 @@ async def test_the_wait_for_a_thread_is_in_no_time_limit() -> None:
 
 
 async def test_an_abandoned_thread_gives_its_place_back(caplog: pytest.LogCaptureFixture) -> None:
-    """A node that timed out leaves its thread behind, with a warning, and the next one does not wait for
-    it."""
+    """A node that timed out leaves its thread behind, with a warning, and the next does not wait for it."""
     gate = Gate()
     runner = StromaRunner.quick(max_threads=1, node_timeouts={"sync": 50}, policy_map=NEVER)
     sync = gated(runner, gate)

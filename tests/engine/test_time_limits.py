@@ -77,8 +77,7 @@ async def test_the_time_of_hooks_counts_for_no_later_node() -> None:
 
 @pytest.mark.core
 async def test_a_child_is_not_tried_again_once_the_latency_is_spent() -> None:
-    """While siblings run the time passes for all: a child whose wait ends past the limit is not called
-    again."""
+    """Time passes for all siblings: a child whose wait ends past the limit is not called again."""
     calls: list[str] = []
 
     async def failing(state: Num) -> Any:
@@ -128,8 +127,7 @@ async def test_a_deadline_stops_the_run_whatever_a_policy_says() -> None:
 
 
 async def test_limits_of_any_size() -> None:
-    """A limit that is too large to be counted with is refused when it is made; the largest one is no
-    limit."""
+    """A limit too large to count with is refused when it is made; the largest one is no limit."""
     largest = 10**30
     for field in ("max_tokens_total", "max_latency_ms"):
         with pytest.raises(ValueError, match=field):

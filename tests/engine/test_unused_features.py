@@ -52,8 +52,7 @@ async def test_no_budget_no_summing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_no_timers_without_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """G12: Without timeouts and suspending hooks, the only timer is the one that notices a blocked event
-    loop."""
+    """G12: Without timeouts and suspending hooks, the only timer is that for a blocked event loop."""
     loop = asyncio.get_running_loop()
     armed: list[Any] = []
     original = loop.call_at

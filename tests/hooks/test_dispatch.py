@@ -359,8 +359,7 @@ async def test_an_interrupt_comes_out_once_all_are_told(
 async def test_a_hook_that_is_not_async_is_named(
     node_id: str | None, where: str, index: int, event: str
 ) -> None:
-    """With its event, its node, what it returned, the mend, and which set it is; of a start the sets after it
-    see nothing."""
+    """With its event, its node, what it returned, the mend and its set; later sets see nothing of a start."""
     called: list[str] = []
 
     def wrong(*_: Any) -> Any:
@@ -452,8 +451,7 @@ async def test_a_cancellation_during_a_hook_comes_out_once_all_are_called(
 async def test_a_hook_that_cancels_its_own_task_changes_nothing(
     limit: float | None, reaction: str, waits: str
 ) -> None:
-    """G8: a hook that cancels the task that it is called in changes nothing: the other hooks are called, and
-    the task goes on."""
+    """G8: a hook that cancels its own task changes nothing: other hooks and the task go on."""
     events: list[int] = []
 
     async def hook(*_: Any) -> None:
@@ -490,8 +488,7 @@ async def test_a_hook_that_cancels_its_own_task_changes_nothing(
 
 
 async def test_a_hook_that_cancels_its_task_while_that_is_being_cancelled_is_no_second_cancellation() -> None:
-    """G8: in a task that is being cancelled, a hook that cancels it too leaves the first cancellation as it
-    was."""
+    """G8: in a task that is being cancelled, a hook that cancels it too leaves the first as it was."""
 
     async def hook(*_: Any) -> None:
         running.cancel("of the hook")
@@ -516,8 +513,7 @@ async def test_a_hook_that_cancels_its_task_while_that_is_being_cancelled_is_no_
 
 
 async def test_a_cancellation_before_is_not_the_hooks() -> None:
-    """A hook that runs in a task that is being cancelled is told like any other, and nothing is raised
-    anew."""
+    """A hook that runs in a task that is being cancelled is told like any other, nothing is raised anew."""
     events: list[int] = []
 
     async def hook(*_: Any) -> None:
@@ -549,8 +545,7 @@ async def test_a_cancellation_before_is_not_the_hooks() -> None:
 
 @pytest.mark.parametrize("hook", [quick, lambda *_: AtOnce()])
 def test_hooks_are_told_where_no_task_runs(hook: Any) -> None:
-    """A coroutine that is driven by hand is in no task: its hooks are called, and their errors are
-    isolated."""
+    """A coroutine driven by hand is in no task: its hooks are called, and their errors are isolated."""
     for hooks, errors in (([hook], 0), ([hook, lambda *_: raising(asyncio.CancelledError(), False)], 1)):
         fired = Fired(*hooks)
         step = fired.fire().__await__()
@@ -672,8 +667,7 @@ async def test_only_patient_sets_are_under_no_limit(kind: str) -> None:
 async def test_a_hook_that_hangs_is_cut_off(
     kind: str, limit: float, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The error names the limit in milliseconds and the mend, hides what it came from, and is reported
-    once."""
+    """The error names the limit in milliseconds and the mend, has no cause and is reported once."""
     cut: list[str] = []
 
     async def coroutine(*_: Any) -> None:
@@ -802,8 +796,7 @@ def test_a_hook_is_driven_no_faster_than_it_goes(sets: int) -> None:
 
 @pytest.mark.parametrize("closes", [True, False])
 def test_the_hooks_after_one_that_is_closed_can_still_be_called(closes: bool) -> None:
-    """GeneratorExit comes out of a hook that waits at once, whoever raises it; `finish_now` calls the hooks
-    after it."""
+    """GeneratorExit comes of a hook that waits at once, whoever raises it; later hooks are called."""
     called: list[str] = []
     entries: list[Any] = []
 
@@ -843,8 +836,7 @@ def test_the_hooks_after_one_that_is_closed_can_still_be_called(closes: bool) ->
 
 
 def test_hooks_that_are_told_where_nothing_can_be_awaited(caplog: pytest.LogCaptureFixture) -> None:
-    """Each gets as far as it comes: one that waits is cut short, one that raises is reported, all others
-    end."""
+    """One that waits is cut short, one that raises is reported, others end."""
     events: list[str] = []
     error = ValueError("no")
 

@@ -72,8 +72,7 @@ WRONG: dict[str, Any] = {
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("kind", WRONG)
 def test_a_hook_of_other_arguments_is_refused_at_construction(event: str, kind: str) -> None:
-    """A hook that cannot be called with its event's arguments is a TypeError that names it, the event and
-    both."""
+    """A hook that cannot be called with its event's arguments is a TypeError that names all three."""
     with pytest.raises(TypeError, match=rf"{event} is called with \(run_id, ") as raised:
         NodeHooks(**{event: WRONG[kind]})
     assert repr(WRONG[kind]) in str(raised.value)
@@ -119,8 +118,7 @@ RIGHT: dict[str, Any] = {
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("kind", RIGHT)
 def test_what_cannot_be_inspected_is_accepted(event: str, kind: str) -> None:
-    """A hook whose own signature cannot be told, or that may fit, is accepted: the run says what comes of
-    it."""
+    """A hook whose signature is unknown, or that may fit, is accepted; the run decides."""
     NodeHooks(**{event: RIGHT[kind]})
 
 
@@ -156,8 +154,7 @@ def test_exporters_pass() -> None:
 
 @pytest.mark.parametrize("kind", ["no arguments", "lambda", "function"])
 def test_a_classifier_of_other_arguments_is_refused(kind: str) -> None:
-    """A classifier that can never be called is refused by the config, in place of being skipped for each
-    failure."""
+    """A classifier that can never be called is refused by the config, not skipped for each failure."""
     for make in (
         lambda: RunConfig(classifiers=[lambda error, where: None, WRONG[kind]]),
         lambda: StromaRunner.quick().with_classifiers([lambda error, where: None, WRONG[kind]]),

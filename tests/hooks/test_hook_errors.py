@@ -40,8 +40,7 @@ async def test_no_hooks_may_be_said_with_none() -> None:
 
 
 async def test_closing_a_run_inside_a_hook() -> None:
-    """The coroutine of run() can be closed while a hook waits: nothing is awaited then, and the ends are
-    told."""
+    """The coroutine of run() can be closed while a hook waits: nothing is awaited, and the ends are told."""
     seen: list[str] = []
 
     @types.coroutine
@@ -64,8 +63,7 @@ async def test_closing_a_run_inside_a_hook() -> None:
 
 
 async def test_a_hook_that_cannot_be_interrupted_by_throwing() -> None:
-    """What a hook returns may be an awaitable without throw(): its time limit and a cancellation end it as
-    any other."""
+    """What a hook returns may be an awaitable without throw(): a time limit and a cancellation end it."""
 
     class Bare:
         def __await__(self) -> Any:
@@ -86,8 +84,7 @@ async def test_a_hook_that_cannot_be_interrupted_by_throwing() -> None:
 
 @pytest.mark.parametrize("raises", [True, False])
 async def test_a_hook_of_a_run_that_is_closed(raises: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """A coroutine that is closed tells its cancelled hook; what that raises is logged with its name and the
-    run's."""
+    """A coroutine that is closed tells its cancelled hook; its error is logged with its name and run."""
     began = asyncio.Event()
 
     async def wait(state: Num) -> Num:
@@ -199,8 +196,7 @@ async def test_a_hook_error_without_a_repr_is_raised_as_one() -> None:
 
 @pytest.mark.core
 async def test_the_error_of_a_sync_hook_has_the_result_of_a_step() -> None:
-    """In plain code, too, the TypeError of a hook that is not async comes after the trace, with ``result`` on
-    it."""
+    """In plain code, too, the TypeError of a sync hook comes after the trace, with ``result`` on it."""
 
     async def same(state: Num) -> Any:
         return state, 5

@@ -1,5 +1,4 @@
-"""Hooks: what each event means, how sets compose, that they can change nothing (G8), and that they pair up
-(G9)."""
+"""Hooks: what each event means, how sets compose, change nothing (G8), and pair up (G9)."""
 
 import asyncio
 import contextlib
@@ -178,8 +177,7 @@ async def cancelled_after(task: "asyncio.Task[Any]", event: asyncio.Event) -> No
 
 
 async def test_start_sees_validated_input(seen: Recorder) -> None:
-    """on_node_start fires before the function runs and after input validation: its dict is the validated
-    state."""
+    """on_node_start fires before the function runs and after input validation, with that dict."""
 
     class Raw(BaseModel):
         value: str
@@ -278,8 +276,7 @@ async def test_failure_fires_after_each_failed_attempt() -> None:
 
 @pytest.mark.core
 async def test_over_budget_is_one_failure_and_no_success(seen: Recorder) -> None:
-    """An attempt that goes over the budget fires on_node_failure once and no success; its output is
-    committed."""
+    """An attempt that goes over the budget fires on_node_failure once and no success, its output is kept."""
     store = InMemoryStore()
 
     @node("dear")
@@ -298,8 +295,7 @@ async def test_over_budget_is_one_failure_and_no_success(seen: Recorder) -> None
 
 
 async def test_run_start(seen: Recorder) -> None:
-    """on_run_start(run_id, pipeline, initial_state_dict) is the first event of a run; a bare list is
-    "pipeline"."""
+    """on_run_start(run_id, pipeline, initial_state_dict) is a run's first event; a list is "pipeline"."""
     await quick(seen).run([plus], State(value=1))
     assert seen.names[0] == RUN_START
     assert seen.of(RUN_START) == [("r", "pipeline", {"value": 1, "items": []})]
@@ -326,8 +322,7 @@ async def test_run_end_gets_the_result(seen: Recorder) -> None:
 
 @pytest.mark.core
 async def test_run_end_of_a_cancelled_run(seen: Recorder) -> None:
-    """A cancelled run fires on_node_cancelled and then on_run_end with status CANCELLED, and stays
-    cancelled."""
+    """A cancelled run fires on_node_cancelled and then on_run_end with status CANCELLED; it stays so."""
     waits, started = waiting()
     task = asyncio.create_task(quick(seen).run([plus, waits, plus], State()))
     await cancelled_after(task, started)
@@ -344,8 +339,7 @@ async def test_run_end_of_a_cancelled_run(seen: Recorder) -> None:
 @pytest.mark.parametrize("stop", [SystemExit, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["node", "child"])
 def test_run_end_of_a_stopped_process(stop: type[BaseException], where: str) -> None:
-    """G9: SystemExit and KeyboardInterrupt pass through after the end hooks, and the status is
-    INTERRUPTED."""
+    """G9: SystemExit and KeyboardInterrupt pass through after the end hooks, the status is INTERRUPTED."""
     seen = Recorder()
 
     @node("stops")
@@ -366,8 +360,7 @@ def test_run_end_of_a_stopped_process(stop: type[BaseException], where: str) -> 
 
 @pytest.mark.core
 async def test_retry(seen: Recorder) -> None:
-    """on_node_retry(run_id, node_id, attempt, delay_seconds, failure_class) tells which attempt follows, and
-    when."""
+    """on_node_retry(run_id, node_id, attempt, delay_seconds, failure_class) tells the next attempt."""
     exact = FailurePolicy(max_retries=5, backoff_seconds=0.001, multiplier=2, jitter=False)
     policies = {FailureClass.RECOVERABLE: exact}
     await quick(seen, policy_map=policies).run([flaky(2)], State())
@@ -538,8 +531,7 @@ async def test_order_of_sets(way: Any) -> None:
 
 @pytest.mark.parametrize("name", [RUN_START, START, SUCCESS, SKIPPED])
 async def test_each_set_gets_its_own_dict(name: str) -> None:
-    """Each set gets its own copy of the dict, nested values too; what it does to that reaches nobody (G7,
-    G8)."""
+    """Each set gets its own copy of the dict, nested values too; its changes reach nobody (G7, G8)."""
     inputs: list[dict[str, Any]] = []
 
     async def vandal(*arguments: Any) -> None:
@@ -575,8 +567,7 @@ async def test_each_set_gets_its_own_dict(name: str) -> None:
 
 @pytest.mark.core
 async def test_run_end_cannot_change_the_result() -> None:
-    """G8: what on_run_end does to the result it is given changes neither the run's result nor what other sets
-    see."""
+    """G8: what on_run_end does to its result changes neither the run's result nor what other sets see."""
     seen: list[Any] = []
 
     async def vandal(run_id: str, result: ExecutionResult) -> None:
@@ -611,8 +602,7 @@ def sync_hook(*_: Any) -> Any:
 
 
 async def test_a_sync_start_in_the_second_set(seen: Recorder) -> None:
-    """If the second set's start raises TypeError, the first gets on_node_cancelled, and the third nothing at
-    all."""
+    """If the second set's start raises TypeError, the first gets on_node_cancelled, the third nothing."""
     third, called = Recorder(), []
 
     @node("n")
@@ -672,8 +662,7 @@ async def test_a_sync_run_end_leaves_the_other_sets_theirs(seen: Recorder) -> No
 
 @pytest.mark.parametrize("first", [True, False])
 async def test_a_sync_end_inside_a_group(first: bool, seen: Recorder) -> None:
-    """G9: a child's sync end hook ends its siblings and the group around it too, for every set that saw them
-    start."""
+    """G9: a child's sync end hook ends its siblings and the group, for every set that saw them start."""
     wrong = NodeHooks(on_node_success=sync_hook)
     waits, _ = waiting()
     with pytest.raises(TypeError, match=SUCCESS):
@@ -722,8 +711,7 @@ class PlainHooks:
     "hook", [plain_hook, early_hook, PlainHooks(), PlainHooks().method, functools.partial(plain_hook, 1)]
 )
 def test_a_def_that_returns_nothing_is_no_hook(name: str, hook: Any) -> None:
-    """A plain function, method or callable object that returns nothing is a TypeError of NodeHooks, which
-    names it."""
+    """A plain function, method or callable object that returns nothing is a TypeError that names it."""
     text = f"hook {name} is not async: {hook!r} returns nothing to await; define it with async def"
     with pytest.raises(TypeError) as caught:
         NodeHooks(**{name: hook})
@@ -951,8 +939,7 @@ KINDS: dict[str, Callable[[Kinds], Any]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_any_callable_whose_result_is_awaitable(kind: str) -> None:
-    """Functions, methods, partials, callable objects, lambdas returning an awaitable: all are awaited,
-    positionally."""
+    """Functions, methods, partials, callable objects, lambdas of awaitables: all are awaited."""
     kinds = Kinds()
     result = await quick(NodeHooks(on_node_start=KINDS[kind](kinds))).run([plus], State(value=1))
     assert result.hook_errors == []
@@ -960,8 +947,7 @@ async def test_any_callable_whose_result_is_awaitable(kind: str) -> None:
 
 
 async def test_wrong_number_of_parameters() -> None:
-    """A hook that does not take its arguments, which its signature does not tell, is an exception in a hook:
-    isolated."""
+    """A hook that does not take its arguments, unseen by its signature, is isolated."""
 
     async def on_start(run_id: str) -> None: ...
 
@@ -1005,8 +991,7 @@ EXCEPTIONS: dict[str, Callable[[], BaseException]] = {
 @pytest.mark.parametrize("suspends", [False, True])
 @pytest.mark.parametrize("name", [n for n in ALL if n != CANCELLED])
 async def test_an_exception_in_a_hook_changes_nothing(name: str, suspends: bool, kind: str) -> None:
-    """G8: an exception in a hook is listed in hook_errors; outcome, trace, calls and other sets stay as
-    without it."""
+    """G8: a hook's exception is listed in hook_errors; outcome, trace, calls and other sets are unchanged."""
     raised: list[BaseException] = []
 
     async def hook(*_: Any) -> None:
@@ -1061,8 +1046,7 @@ async def test_a_cancelled_hook_that_raises(seen: Recorder) -> None:
 
 @pytest.mark.core
 async def test_a_cancelled_hook_that_is_not_async(seen: Recorder, caplog: pytest.LogCaptureFixture) -> None:
-    """A cancelled run raises CancelledError also if its on_node_cancelled is not async; the log says what is
-    wrong."""
+    """A cancelled run raises CancelledError also if its on_node_cancelled isn't async; the log says why."""
     waits, started = waiting()
     wrong = NodeHooks(on_node_cancelled=lambda *_: None)
     task = asyncio.create_task(quick(wrong, seen).run([waits], State()))
@@ -1103,8 +1087,7 @@ async def test_a_hook_cannot_keep_a_run_from_being_cancelled(
 @pytest.mark.parametrize("stop", [SystemExit, KeyboardInterrupt])
 @pytest.mark.parametrize("name", [START, SUCCESS])
 def test_stopping_the_process_from_a_hook(name: str, stop: type[BaseException]) -> None:
-    """KeyboardInterrupt and SystemExit in a hook are no hook errors: they come out, with the run's end
-    told."""
+    """KeyboardInterrupt and SystemExit in a hook are not hook errors: they pass, the run's end is told."""
 
     async def hook(*_: Any) -> None:
         raise stop
@@ -1145,8 +1128,7 @@ async def plus_any(state: State) -> Any:
 
 
 async def test_hook_errors_raise(seen: Recorder) -> None:
-    """hook_errors="raise" turns a hook's exception into a HookError after the trace is complete, with the
-    result."""
+    """hook_errors="raise" turns a hook's exception into a HookError with the result, after the trace."""
     error = RuntimeError("down")
 
     async def hook(*_: Any) -> None:
@@ -1367,8 +1349,7 @@ def hide(state: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.core
 async def test_redact(seen: Recorder) -> None:
-    """Every state that a hook sees went through `redact`; the nodes, the result and the store see the real
-    one."""
+    """Every state that a hook sees went through `redact`; nodes, result and store see the real one."""
     store = AsyncInMemoryStore()
     result = await quick(seen, store=store, redact=hide).run([plus], State(value=41))
     hidden = {"value": "***", "items": []}
@@ -1423,8 +1404,7 @@ async def test_redact_that_fails(wrong: str, seen: Recorder, caplog: pytest.LogC
 
 @pytest.mark.core
 async def test_log_lines_hold_nothing_that_is_redacted(caplog: pytest.LogCaptureFixture) -> None:
-    """What redact takes out of a state is in no log line either: not of a failed attempt, nor of an item that
-    is left out."""
+    """What redact takes out of a state is in no log line either: of failed attempts or skipped items."""
 
     class Person(BaseModel):
         name: str
@@ -1507,8 +1487,7 @@ async def test_what_start_sets_is_current_in_the_function() -> None:
 
 
 async def test_what_start_sets_is_current_in_its_ends() -> None:
-    """A context variable set in start is still set in success and failure, so that a token can be reset
-    there."""
+    """A context variable set in start is still set in success and failure, so a token can be reset."""
     reset: list[str] = []
     tokens: dict[Any, contextvars.Token[str]] = {}
 
@@ -1622,8 +1601,7 @@ class Spans:
 
 
 async def test_a_span_of_start_is_the_parent_inside() -> None:
-    """A span opened in start is the parent of spans opened inside the node: in subtasks, threads and
-    children."""
+    """A span opened in start is the parent of spans opened inside the node: in tasks, threads, children."""
     spans = Spans()
 
     async def look(name: str) -> None:
@@ -1668,8 +1646,7 @@ async def test_a_span_of_start_is_the_parent_inside() -> None:
 
 
 async def test_a_thousand_concurrent_runs_do_not_mix() -> None:
-    """1,000 concurrent runs of one runner do not mix: ids, states, context variables and pairs are each run's
-    own."""
+    """1,000 concurrent runs of one runner do not mix: ids, states, context variables and pairs stay apart."""
     starts: dict[str, list[Any]] = {}
     wrong: list[Any] = []
     seen = Recorder()
@@ -1728,8 +1705,7 @@ async def to_text(state: State) -> Any:
 
 
 async def test_current_node_in_hooks_and_function() -> None:
-    """current_node_or_none() is set in the function and the node's hooks, with what it says; elsewhere it is
-    None."""
+    """current_node_or_none() is set in the function and the node's hooks; elsewhere it is None."""
     places: dict[str, Any] = {}
 
     def look(name: str) -> Callable[..., Awaitable[None]]:
@@ -1827,8 +1803,7 @@ async def test_current_node_in_threads_and_subtasks() -> None:
 
 
 async def test_current_node_in_groups() -> None:
-    """In a group's own hooks current_node() is the group, in its children the child or item, at the same
-    position."""
+    """In a group's hooks current_node() is the group, in its children the child or item, same position."""
     findings: list[Any] = []
 
     async def on_start(run_id: str, node_id: str, state: dict[str, Any]) -> None:
@@ -1877,8 +1852,7 @@ async def test_current_node_knows_the_last_failure() -> None:
 
 
 async def test_current_node_knows_usage_model_and_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In an end hook current_node() has the attempt's whole usage, its model, and what is left of the
-    budget."""
+    """In an end hook current_node() has the attempt's whole usage, its model, and the remaining budget."""
     from stroma import KNOWN_MODELS
 
     monkeypatch.setitem(KNOWN_MODELS, "house", (10.0, 20.0))
@@ -2156,8 +2130,7 @@ async def test_cancelled_in_the_success_hook_keeps_the_work(seen: Recorder) -> N
 
 
 async def test_hooks_leave_no_task_behind(seen: Recorder) -> None:
-    """Hooks are never gathered, never scheduled: during a run no task exists for them, and none is left after
-    it."""
+    """Hooks are never gathered, never scheduled: during a run no task exists for them, nor is one left."""
     extra: set[Any] = set()
     before = asyncio.all_tasks()
 
@@ -2173,8 +2146,7 @@ async def test_hooks_leave_no_task_behind(seen: Recorder) -> None:
 
 
 async def test_children_that_never_began_are_closed(seen: Recorder) -> None:
-    """A child that fails at once leaves its siblings unbegun: no start, no end, and no coroutine that was
-    never awaited."""
+    """A child that fails at once leaves its siblings unbegun: no start, no end, no unawaited coroutine."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = await quick(seen).run([parallel(invalid, plus, plus_two)], State())

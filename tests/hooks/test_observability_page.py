@@ -1,5 +1,4 @@
-"""The page "Observability Hooks": every example of it runs here, and every sentence of it is held by a
-test."""
+"""The page "Observability Hooks": every example of it runs here, every sentence is held by a test."""
 
 import asyncio
 import contextlib
@@ -100,8 +99,7 @@ BASIC_USAGE = """
 
 
 def test_basic_usage() -> None:
-    """The example "Basic usage" runs as it stands and prints the status and the events that its comments
-    promise."""
+    """The example "Basic usage" runs as it stands and prints the status and the events of its comments."""
     page, printed = run_page(BASIC_USAGE)
     assert printed.splitlines() == [
         "COMPLETED",
@@ -130,8 +128,7 @@ TRACKING_FAILURES = """
 
 
 async def test_tracking_failures(caplog: pytest.LogCaptureFixture) -> None:
-    """The example "Tracking failures" pages someone for a terminal failure, and only logs one that is
-    retried."""
+    """The example "Tracking failures" pages someone for a terminal failure, and logs one that is retried."""
     paged: list[tuple[str, str, Exception]] = []
 
     async def alert_oncall(run_id: str, node_id: str, exc: Exception) -> None:
@@ -223,8 +220,7 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
 
 
 async def test_opentelemetry_as_printed(exporter: InMemorySpanExporter) -> None:
-    """The example "Integrating with OpenTelemetry" runs as it stands, with the real SDK, and no hook of it
-    raises."""
+    """The example "Integrating with OpenTelemetry" runs as it stands, with the real SDK and no hook error."""
     page, _ = run_page(OPENTELEMETRY, NodeHooks=NodeHooks)
     runner = StromaRunner.quick(hooks=page["hooks"])
     result = await runner.run([double_on(runner)], Input(value=5))
@@ -234,8 +230,7 @@ async def test_opentelemetry_as_printed(exporter: InMemorySpanExporter) -> None:
 
 
 async def test_opentelemetry_completed(exporter: InMemorySpanExporter) -> None:
-    """With its comments filled in, the OpenTelemetry example exports a span per attempt: run id, tokens,
-    failures."""
+    """With its comments filled in, the OpenTelemetry example exports a full span per attempt."""
     page, _ = run_page(OPENTELEMETRY_COMPLETED, NodeHooks=NodeHooks)
     runner = StromaRunner.quick(hooks=page["hooks"], policy_map=ONCE)
     attempts = 0
@@ -346,8 +341,7 @@ def not_async(*_: Any) -> Any:
 
 
 async def test_a_sync_hook_that_is_never_due_does_not_raise() -> None:
-    """A sync hook raises at its call, so a failure hook that is not async is no trouble to a run without
-    failures."""
+    """A sync hook raises at its call: a sync failure hook does not affect runs without failures."""
     runner = StromaRunner.quick(hooks=NodeHooks(on_node_failure=not_async))
     result = await runner.run([double_on(runner)], Input(value=5))
     assert result.status is RunStatus.COMPLETED
@@ -397,8 +391,7 @@ async def test_hooks_fire_after_trace_recording_and_before_the_result() -> None:
 
 @pytest.mark.parametrize("way", ["RunConfig(hooks=...)", "quick(hooks=...)", "with_hooks(...)"])
 async def test_ways_to_pass_hooks(way: str) -> None:
-    """Hooks are passed by `RunConfig(hooks=NodeHooks(...))` or `StromaRunner.quick(hooks=...)`, or a
-    builder."""
+    """Hooks come by `RunConfig(hooks=NodeHooks(...))` or `StromaRunner.quick(hooks=...)` or a builder."""
     events: list[str] = []
 
     async def on_start(run_id: str, node_id: str, state: dict[str, Any]) -> None:

@@ -1,5 +1,4 @@
-"""What a hook that observes can rely on: where to keep things, when an execution is over, which run it is
-in."""
+"""What an observing hook can rely on: where to keep data, when an execution is over, its run."""
 
 from __future__ import annotations
 
@@ -33,8 +32,7 @@ def quick(**config: Any) -> StromaRunner:
 
 
 async def test_the_ended_attempt_is_told_by_current_node() -> None:
-    """An end hook finds outcome, duration and reason of its attempt; a start hook does not find those of the
-    last."""
+    """An end hook finds outcome, duration and reason of its attempt; a start hook not those of the last."""
     seen: list[Any] = []
 
     async def note(*arguments: Any) -> None:
@@ -63,8 +61,7 @@ async def test_the_ended_attempt_is_told_by_current_node() -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("ending", ["success", "failure", "suspended", "cancelled", "backoff", "closed"])
 async def test_at_end_is_called_once_whichever_way_an_execution_ends(ending: str) -> None:
-    """at_end() is called when no attempt follows: not between two, and also when a wait or the coroutine is
-    cut off."""
+    """at_end() is called when no attempt follows, also when a wait or the coroutine is cut off."""
     calls: list[str] = []
     waiting = asyncio.Event()
 
@@ -179,8 +176,7 @@ async def test_a_closed_run_tells_its_ends() -> None:
 
 
 async def test_current_run_is_the_run_of_every_hook_and_node() -> None:
-    """current_run() is the run's own context in all of its hooks and nodes, of a nested run too; elsewhere
-    None."""
+    """current_run() is the run's own context in its hooks and nodes, in nested runs too; elsewhere None."""
     seen: list[tuple[str, ReliabilityContext | None, bool]] = []
 
     def note(what: str) -> None:
@@ -263,8 +259,7 @@ PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 async def test_a_trace_context_is_carried_in_and_told_to_a_resumed_run() -> None:
-    """run(traceparent=) is what hooks find, unless one of them puts its own there; a resumed run finds the
-    first."""
+    """run(traceparent=) is what hooks find, unless one sets its own; a resumed run finds the first."""
     seen: list[tuple[str | None, str | None]] = []
     own: list[str] = []
 
@@ -345,8 +340,7 @@ async def test_what_is_no_trace_context_is_ignored(wrong: str, caplog: pytest.Lo
 
 
 async def test_plain_code_is_a_run_to_its_hooks() -> None:
-    """`async with ctx:` around steps tells the start of the run, at the first step, and its end, whatever it
-    came to."""
+    """`async with ctx:` around steps tells the run's start, at the first step, and end, however it ends."""
     seen: list[Any] = []
 
     async def start(run_id: str, pipeline: str, state: dict[str, Any]) -> None:
@@ -394,8 +388,7 @@ async def test_plain_code_is_a_run_to_its_hooks() -> None:
 
 @pytest.mark.core
 async def test_plain_code_that_is_closed_tells_its_end() -> None:
-    """Code with `async with ctx:` around its steps that is closed, and can await nothing, tells its hooks
-    that it ended."""
+    """Code with `async with ctx:` around its steps that is closed, without awaits, tells its hooks."""
     seen: list[Any] = []
 
     async def start(*_: Any) -> None:

@@ -36,8 +36,7 @@ class Page:
         return None if self.end is None else str(self.end.details["status"])
 
     def take(self, event: StreamEvent) -> None:
-        """Apply an event. Raises AssertionError if it comes twice, out of order, or for an attempt that has
-        ended."""
+        """Apply an event; raise AssertionError if it comes twice, out of order, or after its attempt."""
         assert event.cursor is not None
         assert self.end is None, "an event after the end"
         assert parse_cursor(event.cursor) > (parse_cursor(self.cursor) if self.cursor else EventPlace(0, 0))

@@ -55,8 +55,7 @@ def test_a_run_of_the_same_nodes_can_be_resumed() -> None:
 
 @pytest.mark.core
 def test_every_change_is_told() -> None:
-    """Not only the first one: another node, another schema, a child that is gone, and a pipeline that has
-    become shorter."""
+    """Not only the first one: another node, another schema, a missing child, a shorter pipeline."""
     grouped = parallel(node("b"))
     commits = {
         (0, ""): recorded_run("old"),
@@ -84,8 +83,7 @@ def test_every_change_is_told() -> None:
 
 
 def test_an_upcast_or_allowed_changes_are_no_obstacle() -> None:
-    """Outputs that the contract's upcast reads, or that are to be read whatever recorded them, are no
-    change."""
+    """Outputs that the contract's upcast reads, or read whatever recorded them, are no change."""
     upcast = node("a", Longer, upcast=lambda raw: {**raw, "n": 1})
     assert changes({(0, ""): recorded_run("a")}, upcast) == []
     assert changes({(0, ""): recorded_run("a")}, node("a", Longer), allow_changes=True) == []

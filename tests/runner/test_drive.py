@@ -50,8 +50,7 @@ async def _interrupt(store: Any, world: World, pipeline: Pipeline, call: str) ->
 
 
 async def test_an_interrupted_run_is_driven_to_its_end(store: Any) -> None:
-    """drive() continues an interrupted run after its last commit, and later calls return the same status
-    without a call."""
+    """drive() continues an interrupted run after its last commit; later calls return the same status."""
     world = World()
     pipeline = Pipeline("p", [world.step("a"), world.step("b")])
     await _interrupt(store, world, pipeline, "b 1")
@@ -133,8 +132,7 @@ async def test_a_run_with_an_owner_is_busy(store: Any) -> None:
 
 
 async def test_a_long_run_yields_at_a_step_boundary(store: Any) -> None:
-    """After max_seconds the run ends at the next step boundary, with every finished step committed, and is
-    due at once."""
+    """After max_seconds the run ends at the next step boundary, finished steps committed, due at once."""
     world = World()
 
     async def slow(state: Num) -> Num:
@@ -167,8 +165,7 @@ async def test_a_shutdown_yields(store: Any) -> None:
 
 
 async def test_code_that_does_not_fit_is_blocked(store: Any) -> None:
-    """A pipeline that is not served, changed nodes, and an input that no longer fits are Blocked, and change
-    nothing."""
+    """A pipeline that is not served, changed nodes, and an input that no longer fits are Blocked."""
     world = World()
     a, b = world.step("a"), world.step("b")
     await _interrupt(store, world, Pipeline("p", [a, b]), "b 1")
@@ -187,8 +184,7 @@ async def test_code_that_does_not_fit_is_blocked(store: Any) -> None:
 
 
 async def test_flows_of_the_runner_are_known(store: Any) -> None:
-    """drive() finds the flows that the runner has registered; a list of pipelines with two of one name is
-    refused."""
+    """drive() finds the flows that the runner has registered; a list with one name twice is refused."""
     runner = _runner(store)
 
     @runner.flow("ask", input=Num, output=Text)
@@ -246,8 +242,7 @@ async def _session_of(store: Any, run_id: str) -> Any:
 
 
 async def test_a_cancelled_call_leaves_the_run_to_others(store: Any) -> None:
-    """Cancelling the task that drives a run leaves it INTERRUPTED and due, so that the next call continues
-    it."""
+    """Cancelling the task that drives a run leaves it INTERRUPTED and due, so the next call continues it."""
     world = World()
     pipeline = Pipeline("p", [world.step("a"), world.step("b")])
     await _interrupt(store, world, pipeline, "a 0")

@@ -55,8 +55,7 @@ def emitting(name: str, *data: Any) -> Any:
 
 @pytest.mark.core
 async def test_emitted_events_lie_between_the_start_and_the_end() -> None:
-    """A node's events come in order between its start and its end, with its place, its attempt, their name
-    and their data."""
+    """A node's events come in order between its start and its end, with place, attempt, name and data."""
 
     async def func(state: Num) -> Any:
         here = current_node()
@@ -91,8 +90,7 @@ async def test_emitted_events_lie_between_the_start_and_the_end() -> None:
 
 @pytest.mark.parametrize("is_async", [True, False])
 async def test_an_event_is_read_while_its_node_runs(is_async: bool) -> None:
-    """A reader gets an event at once, also that of a plain function in a thread: the function waits here for
-    it to be read."""
+    """A reader gets an event at once, also of a plain function in a thread, which waits here for it."""
     read = threading.Event()
 
     async def waits(state: Num) -> Any:
@@ -117,8 +115,7 @@ async def test_an_event_is_read_while_its_node_runs(is_async: bool) -> None:
 
 @pytest.mark.core
 async def test_threads_emit_at_the_same_time() -> None:
-    """Each of many threads emits in its order; no event is lost, doubled or out of the order of the
-    numbers."""
+    """Each of many threads emits in its order; no event is lost, doubled or out of order."""
 
     def func(state: Num) -> Any:
         here = current_node()
@@ -152,8 +149,7 @@ async def test_without_a_reader_emit_does_nothing(caplog: pytest.LogCaptureFixtu
 
 @pytest.mark.core
 async def test_a_reader_that_stands_still() -> None:
-    """The newest emitted events are pending for it, one event counts the others in their place, and starts
-    and ends are all there."""
+    """The newest emitted events are pending, one event counts the others, beside all starts and ends."""
 
     async def func(state: Num) -> Any:
         for index in range(MAX_EMITTED):
@@ -192,8 +188,7 @@ def started_hub() -> tuple[EventHub, RunningNode]:
 
 
 async def test_drops_are_counted_each_time() -> None:
-    """A reader that falls behind twice gets a count for each gap: what it read and what was dropped is all
-    there was."""
+    """A reader that falls behind twice gets a count for each gap: read and dropped make all."""
     hub, here = started_hub()
     reader = hub.add_reader()
     read, dropped, sent = 0, 0, 0
@@ -210,8 +205,7 @@ async def test_drops_are_counted_each_time() -> None:
 
 
 def test_a_hub_takes_events_of_running_attempts_only() -> None:
-    """Whatever a thread that races with an end has read before: an event never precedes a start or follows an
-    end."""
+    """However a thread races with an end: an event never precedes a start or follows an end."""
     for end in ("node_success", "node_failure", "node_cancelled", "node_suspended"):
         hub, here = started_hub()
         reader = hub.add_reader()
@@ -258,8 +252,7 @@ async def test_one_that_stands_still_stops_no_other_reader() -> None:
 
 @pytest.mark.core
 async def test_each_attempt_has_an_id_of_its_own() -> None:
-    """Attempts of a node, of a group and of its children have different ids, each on the start, the events
-    and the end."""
+    """Attempts of a node, of a group and of its children have different ids, on start, events and end."""
     left = [TimeoutError("again")]
 
     async def flaky(state: Num) -> Any:
@@ -313,8 +306,7 @@ async def test_ids_of_attempts_differ_over_processes(tmp_path: Path) -> None:
 
 
 def _keep(emits: list[Callable[[], None]]) -> Any:
-    """Return a node whose first attempt fails, and that leaves a function that emits in the context of that
-    attempt."""
+    """Return a node whose first attempt fails, and leaves an emitting function in its context."""
 
     async def func(state: Num) -> Any:
         here = current_node()
@@ -333,8 +325,7 @@ def _keep(emits: list[Callable[[], None]]) -> Any:
 
 @pytest.mark.core
 async def test_a_dead_attempt_emits_nothing() -> None:
-    """What outlives its attempt, in a thread or a task, emits neither after its end nor for the next
-    attempt."""
+    """What outlives its attempt, in a thread or a task, emits nothing, for the next attempt either."""
     emits: list[Callable[[], None]] = []
 
     async def after(*_: Any) -> None:
@@ -347,8 +338,7 @@ async def test_a_dead_attempt_emits_nothing() -> None:
 
 
 async def test_a_thread_that_was_given_up_emits_nothing() -> None:
-    """A plain function whose time is up goes on in its thread, and none of what it emits is in the next
-    attempt."""
+    """A plain function whose time is up goes on in its thread; the next attempt has none of its events."""
     go, over = threading.Event(), threading.Event()
 
     def func(state: Num) -> Any:
@@ -378,8 +368,7 @@ class Progress(BaseModel):
 
 
 async def test_models_and_copies() -> None:
-    """A model is emitted as JSON, without its secrets; data that is changed after the call was emitted as it
-    was."""
+    """A model is emitted as JSON, without its secrets; later changes to data are not seen."""
 
     async def func(state: Num) -> Any:
         here, data = current_node(), {"list": [1]}
@@ -402,8 +391,7 @@ async def test_models_and_copies() -> None:
 
 @pytest.mark.core
 async def test_data_that_is_not_json(caplog: pytest.LogCaptureFixture) -> None:
-    """It is dropped with one warning for each node and type, which names both and not the data; the node goes
-    on."""
+    """It is dropped with one warning for each node and type, without the data; the node goes on."""
 
     around: list[Any] = []
     around.append(around)
@@ -473,8 +461,7 @@ async def test_nothing_of_an_event_is_recorded(tmp_path: Path) -> None:
 
 @pytest.mark.core
 async def test_what_an_end_says_as_json() -> None:
-    """Ends say in JSON what a consumer needs: the output, usage and duration, and class, message and reason
-    of a failure."""
+    """Ends have, in JSON, the output, usage and duration, and class, message and reason of a failure."""
 
     async def fails(state: Num) -> Any:
         raise TimeoutError("too late for n=777777")

@@ -1,5 +1,4 @@
-"""Following a run of the store from any process: its events, its suspensions, and its end; over every
-store."""
+"""Following a run of the store in any process: its events, its suspensions, end; over every store."""
 
 from __future__ import annotations
 
@@ -151,8 +150,7 @@ async def wait(state: Num) -> Text:
 
 @pytest.mark.parametrize("kind", ["PARTIAL", "CANCELLED", "RESUMED"])
 async def test_the_end_is_that_of_the_record(store: Any, kind: str) -> None:
-    """A run that fails, is cancelled or resumed ends for a follower as it ended, with what it used and
-    why."""
+    """A run that fails, is cancelled or resumed ends for a follower as it ended, with usage and reason."""
     func = {"PARTIAL": fail, "CANCELLED": wait, "RESUMED": say}[kind]
     runner, work = runner_of(store), [node("before", lambda s: s), node("work", func, output=Text)]
     if kind == "RESUMED":
@@ -204,8 +202,7 @@ async def test_a_retry_discards_the_half_sentence(store: Any) -> None:
 
 
 async def test_a_follow_goes_on_over_suspensions(store: Any) -> None:
-    """A suspension comes once, with its questions; an answer, a resume in another process and the end
-    follow."""
+    """A suspension comes once, with its questions; an answer, a resume elsewhere and the end follow."""
     runner = runner_of(store)
 
     @runner.flow("ask", input=Num, output=Text)
@@ -236,8 +233,7 @@ async def test_a_follow_goes_on_over_suspensions(store: Any) -> None:
 
 
 async def test_a_suspension_says_what_the_run_waits_for(store: Any) -> None:
-    """The event of a suspension has the questions that are open; one that reconnects after it does not get it
-    again."""
+    """The event of a suspension has the questions that are open; a later reconnect does not repeat it."""
     runner = runner_of(store)
 
     @runner.flow("ask", input=Num, output=Num)
@@ -285,8 +281,7 @@ async def test_a_queued_run_is_waited_for(store: Any) -> None:
 
 
 async def test_a_resumed_run_has_the_truth_of_what_was_committed(store: Any) -> None:
-    """A process that resumes yields the outputs of committed nodes, so a reader that missed their ends has
-    them."""
+    """A process that resumes yields the outputs of committed nodes for readers that missed their ends."""
     runner = runner_of(store, events="none")
     work = [node("say", say, output=Text), node("fail", fail, input=Text, output=Text)]
     await runner.run(work, Num(n=1), run_id="run")
@@ -325,8 +320,7 @@ class Speaker:
 
 @pytest.mark.parametrize("seed", range(4))
 async def test_a_run_that_is_taken_over_in_the_middle_of_a_sentence(store: Any, seed: int) -> None:
-    """A follower that reconnects shows sentences of one attempt only, and the right one in the end; the
-    fenced owner still speaks."""
+    """A follower that reconnects shows sentences of one attempt only, in the end the right one."""
     rng = random.Random(seed)
     speaker = Speaker(2, rng)
     work = [node("speak", speaker.speak, output=Text)]
@@ -406,8 +400,7 @@ async def test_a_run_that_is_deleted_or_restarted_meanwhile(store: Any, way: str
 
 
 async def test_a_cursor_of_a_run_that_was_deleted(store: Any) -> None:
-    """After a run was deleted and begun again, a cursor of it is an error, so that its reader begins
-    again."""
+    """After a run was deleted and begun again, a cursor of it is an error, so its reader begins again."""
     runner = runner_of(store)
     await runner.run(talk, Num(n=1), run_id="run")
     with pytest.raises(CheckpointNotFound, match="run 'run' has no event '7-12'"):
@@ -427,8 +420,7 @@ async def test_a_store_without_a_journal() -> None:
 
 
 async def test_a_follower_that_stands_still(store: Any) -> None:
-    """A follower that does not read stops nothing and holds nothing but a page; what it missed comes when it
-    reads on."""
+    """A follower that does not read stops nothing and holds one page; the rest comes when it reads on."""
     runner = runner_of(store)
     first = await started(runner, talk)
     page = Page()
@@ -442,8 +434,7 @@ async def test_a_follower_that_stands_still(store: Any) -> None:
 
 
 async def test_a_follower_that_stands_still_holds_one_page(one_store: Any) -> None:
-    """However much is stored meanwhile, a follower that does not read keeps at most a page of it in
-    memory."""
+    """However much is stored meanwhile, a follower that does not read keeps at most a page in memory."""
 
     async def flood(state: Num) -> Text:
         for _ in range(12):
@@ -466,8 +457,7 @@ async def test_a_follower_that_stands_still_holds_one_page(one_store: Any) -> No
 
 
 async def test_500_followers_share_their_reads(one_store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Followers of one run read the store together: 500 of them, some of which come later, read about as
-    often as one."""
+    """Followers of one run read the store together: 500, some later, read about as often as one."""
     counts = {"reads": 0}
     read_events = one_store.read_events
 
@@ -541,8 +531,7 @@ async def test_a_store_is_not_held_by_its_followers() -> None:
 
 
 async def test_more_events_than_fit(store: Any) -> None:
-    """A node that emits faster than they are written loses its oldest ones, which one event counts in their
-    place."""
+    """A node that emits faster than they are written loses its oldest ones, counted by one event."""
     count = 5000
 
     async def flood(state: Num) -> Text:
@@ -598,8 +587,7 @@ async def test_old_events_are_missing_from_the_start(one_store: Any, monkeypatch
 
 
 def test_what_is_missing_is_counted_for_each_session() -> None:
-    """Numbers that are missing within a session are one event, also the first and the last of it; lines that
-    are no events are missing."""
+    """Numbers missing within a session are one event, also at its ends, as are lines that are no events."""
 
     def batch(epoch: int, last: int, *numbers: int) -> EventBatch:
         lines = [json.dumps({"number": n, "kind": "node_event", "run_id": "run"}) for n in numbers]
@@ -648,8 +636,7 @@ async def test_a_damaged_batch_is_missing(one_store: Any) -> None:
 async def test_events_that_are_lost_touch_nothing(
     one_store: Any, way: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A store that takes no events, or cannot seal them, changes nothing about the run, and is logged
-    once."""
+    """A store that cannot take or seal events changes nothing about the run, and is logged once."""
     if way == "refused":
         monkeypatch.setattr(statements, "APPEND_EVENTS", "INSERT INTO nowhere VALUES (:run)")
     elif way == "seal":
@@ -683,8 +670,7 @@ async def test_a_run_that_is_returned_stores_nothing(store: Any) -> None:
 
 
 async def test_hidden_data_is_not_stored(one_store: Any) -> None:
-    """What ``redact`` hides from hooks is in no stored event, and in no end that a follower of this runner
-    gets."""
+    """What ``redact`` hides from hooks is in no stored event, and in no end that a follower gets."""
 
     def hide(state: dict[str, Any]) -> dict[str, Any]:
         return {

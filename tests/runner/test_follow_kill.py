@@ -1,5 +1,4 @@
-"""kill -9 of workers in the middle of an answer: a follower that reconnects shows the right text, on each
-store."""
+"""kill -9 of workers in the middle of an answer: a follower that reconnects has the right text, per store."""
 
 from __future__ import annotations
 
@@ -35,8 +34,7 @@ def context() -> ForkServerContext:
     "rounds", [pytest.param(3, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.nightly)]
 )
 async def test_killed_in_the_middle_of_a_sentence(context: ForkServerContext, kind: str, rounds: int) -> None:
-    """After SIGKILL and a resume in another process, half a sentence is discarded, no event comes twice, and
-    the end is right."""
+    """After SIGKILL and a resume elsewhere, half a sentence is discarded and no event comes twice."""
     kills = halves = 0
     with place(kind) as where, opened(kind, where) as store:
         for number in range(rounds):

@@ -1,5 +1,4 @@
-"""Groups, in what a run in good order never shows: what is tried again, what is kept, and what stops all
-around it."""
+"""Groups, in what a run in good order never shows: what is tried again, is kept, or stops the run."""
 
 from __future__ import annotations
 
@@ -68,8 +67,7 @@ async def test_a_group_is_tried_as_often_as_its_own_policy_says(retries: int) ->
 
 
 async def test_what_a_group_committed_is_forgotten_when_it_is_done() -> None:
-    """The same group later in the run calls its children again; so does one inside a group that is tried
-    again."""
+    """The same group later in the run calls its children again, as in a group that is tried again."""
     calls: list[str] = []
     down = ConnectionError("down")
 
@@ -149,8 +147,7 @@ def keeps_no_output(session: Any) -> Any:
 
 
 async def test_a_group_whose_child_was_not_kept_is_not_tried_again() -> None:
-    """The child's output is safe with nobody: the run stops, PARTIAL whatever a classifier says, and can be
-    resumed."""
+    """The child's output is lost: the run stops, PARTIAL for any classifier, and resumable."""
     calls: list[str] = []
 
     runner = StromaRunner.quick(
@@ -168,8 +165,7 @@ async def test_a_group_whose_child_was_not_kept_is_not_tried_again() -> None:
 
 @pytest.mark.parametrize("deep", [False, True])
 async def test_siblings_of_what_crossed_a_limit_finish(deep: bool) -> None:
-    """What is in flight was paid for: it is kept, also beside a group inside of which the limit was
-    crossed."""
+    """What is in flight was paid for: it is kept, also beside a group in which the limit was crossed."""
     calls: list[str] = []
     started, spent = asyncio.Event(), asyncio.Event()
 
@@ -204,8 +200,7 @@ async def test_siblings_of_what_crossed_a_limit_finish(deep: bool) -> None:
 
 
 async def test_a_group_whose_childs_failure_was_not_kept_is_not_tried_again() -> None:
-    """What a failed child used could not be noted: nothing more is spent, whatever the policies of the groups
-    say."""
+    """What a failed child used could not be noted: nothing more is spent, whatever policies say."""
     calls: list[str] = []
 
     def between(session: Any) -> Any:
@@ -322,8 +317,7 @@ async def test_where_a_restored_node_stands_is_told() -> None:
 
 
 async def test_groups_side_by_side_in_plain_code() -> None:
-    """What one group has committed is not forgotten when another one is done: each is tried again with its
-    own."""
+    """What one group committed outlives another's end: each is tried again with its own."""
     calls: list[str] = []
     other_done = asyncio.Event()
 

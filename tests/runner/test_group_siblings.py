@@ -74,8 +74,7 @@ class Other(BaseModel):
 
 
 async def test_siblings_are_cancelled_in_the_order_of_their_starts() -> None:
-    """What a group does when a child fails is the same each time: not even the order of cancellations
-    differs."""
+    """What a group does when a child fails is always the same: even the order of cancellations."""
     ended: list[str] = []
     all_wait = asyncio.Event()
 
@@ -202,8 +201,7 @@ async def test_a_child_cancelled_right_after_its_commit_is_not_called_again(dept
 
 @pytest.mark.parametrize("how", ["failure", "timeout"])
 async def test_a_child_interrupted_while_it_is_committed_is_not_called_again(how: str) -> None:
-    """A child whose commit was under way when its group failed or timed out is kept, and is not called
-    again."""
+    """A child being committed when its group failed or timed out is kept, and is not called again."""
     calls: collections.Counter[str] = collections.Counter()
     saving, release = asyncio.Event(), asyncio.Event()
 
@@ -249,8 +247,7 @@ async def test_a_child_interrupted_while_it_is_committed_is_not_called_again(how
 
 
 async def test_steps_side_by_side_do_not_forget_each_others_children() -> None:
-    """Two steps of one context run at the same time: the end of one makes no child of the other's group run
-    again."""
+    """Two steps of one context run at once: the end of one reruns no child of the other's group."""
     calls: list[str] = []
     failed, other_done = asyncio.Event(), asyncio.Event()
 
@@ -297,8 +294,7 @@ async def test_steps_side_by_side_do_not_forget_each_others_children() -> None:
 
 
 async def test_many_steps_of_one_context_at_once(store: Any) -> None:
-    """Steps begun side by side on one context open its run once, and each has a place, a key and an event of
-    its own."""
+    """Steps begun side by side on one context open its run once, each with its place, key and event."""
     ctx = ReliabilityContext.for_run(RunConfig(run_id="side"), ContractRegistry(), CheckpointManager(store))
     keys: list[str] = []
 
@@ -395,8 +391,7 @@ async def test_a_group_is_tried_again_after_a_childs_own_budget_error() -> None:
 
 
 async def test_siblings_of_a_failed_attempt_over_the_limit_finish() -> None:
-    """Children in flight finish and commit when a limit is crossed, also if the attempt that crossed it
-    failed."""
+    """Children in flight finish and commit when a limit is crossed, also if that attempt failed."""
     store = AsyncInMemoryStore()
     started = asyncio.Event()
 

@@ -63,8 +63,7 @@ SHAPES = ["parallel", "map", "nested", "map of groups"]
 
 @pytest.mark.parametrize("shape", SHAPES)
 async def test_a_groups_time_is_that_of_its_bar(shape: str) -> None:
-    """A group is recorded from the first start of a function inside it to the last end, and for how long
-    functions ran."""
+    """A group is recorded from its first function's start to the last end, with the time functions ran."""
     seen: list[float] = []
 
     async def succeeded(run_id: str, node_id: str, state: Any, tokens: int) -> None:
@@ -93,8 +92,7 @@ async def test_a_groups_time_is_that_of_its_bar(shape: str) -> None:
 
 
 async def test_a_groups_time_to_the_millisecond() -> None:
-    """By a clock that moves where the test says so: waits between attempts are in the group's time, and in no
-    function's."""
+    """By a clock of the test: waits between attempts are in the group's time, not a function's."""
     policy: Any = {"RECOVERABLE": FailurePolicy(max_retries=1, backoff_seconds=9, jitter=False)}
     with FakeClock():
         runner = StromaRunner.quick(policy_map=policy)
@@ -134,8 +132,7 @@ async def test_a_group_that_failed_or_was_cancelled_has_its_time_too() -> None:
 
 
 async def test_a_budget_of_time_counts_functions_and_no_waits() -> None:
-    """A latency budget counts the time that functions ran: waits between attempts inside a group do not use
-    it up."""
+    """A latency budget counts the time that functions ran, not the waits between attempts in a group."""
     runner, a = runner_of(budget=ExecutionBudget(max_latency_ms=int(1000 * (2 * WORK + WAIT / 2))))
     result = await runner.run([parallel(a)], Item())
     assert result.status is RunStatus.COMPLETED
@@ -149,8 +146,7 @@ def store(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 @pytest.mark.slow
 async def test_stores_have_both_times_and_count_that_of_functions(store: Any) -> None:
-    """Every store has a group's wall time and the time its functions ran; the run's own latency is the
-    latter."""
+    """Every store has a group's wall time and the time its functions ran; a run's latency is the latter."""
     runner, a = runner_of(store)
     result = await runner.run([parallel(a)], Item(), run_id="r")
     (group,) = result.trace

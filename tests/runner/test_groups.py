@@ -164,8 +164,7 @@ async def test_a_child_without_a_contract_passes_unvalidated() -> None:
 
 @pytest.mark.parametrize("output", [None, [1], 5], ids=repr)
 async def test_what_cannot_be_merged_is_a_failure(output: Any) -> None:
-    """A child without a contract whose output is neither dict nor model fails the group, with a message that
-    says so."""
+    """A child without a contract whose output is neither dict nor model fails the group, by name."""
     result = await quick().run([parallel(bare("c", giving(output)))], Num())
     assert result.status in (RunStatus.PARTIAL, RunStatus.FAILED)
     assert result.failure is not None
@@ -201,8 +200,7 @@ def test_groups_refuse_nonsense_when_they_are_made() -> None:
 
 @pytest.mark.core
 async def test_the_trace_of_a_group() -> None:
-    """The group is one top-level event; len, iteration, failures and events_for see that level, walk() sees
-    all."""
+    """The group is one top-level event; len, iteration, failures and events_for see that, walk() sees all."""
     left = [TimeoutError("again")]
 
     async def flaky(state: Num) -> Any:
@@ -316,8 +314,7 @@ async def test_children_retry_by_their_own_policies() -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("store", [AsyncInMemoryStore, InMemoryStore, None], ids=["async", "sync", "simple"])
 async def test_a_retried_group_runs_only_what_is_not_committed(store: Any) -> None:
-    """G5: with node_policies naming the group, each group attempt runs only the children not yet
-    committed."""
+    """G5: with a policy for the group, each group attempt runs only the children not yet committed."""
     calls: Counter[str] = Counter()
     done = asyncio.Event()
 
@@ -379,8 +376,7 @@ async def test_retried_children_begin_anew() -> None:
 
 @pytest.mark.core
 async def test_a_timeout_under_the_groups_id_bounds_it_all() -> None:
-    """A node timeout under the group's id bounds the whole group, cancels its children and names the
-    group."""
+    """A node timeout under the group's id bounds the whole group, cancels its children and names it."""
     ended: list[str] = []
 
     async def hangs(state: Num) -> Any:
@@ -647,8 +643,7 @@ async def test_a_group_as_a_step() -> None:
 
 
 async def test_the_final_state_of_a_group_declares_its_fields() -> None:
-    """What children without a contract gave are fields of the final state's class; it reads its own JSON
-    back."""
+    """What children without a contract gave are fields of the final state's class, also from JSON."""
 
     def gives(name: str) -> Any:
         return bare(name, giving({name: [name]}))
@@ -698,8 +693,7 @@ async def test_a_registered_contract_counts_in_a_group() -> None:
 
 @pytest.mark.core
 async def test_map_over_collects_in_order() -> None:
-    """map_over runs one node for each item and collects the outputs in order, whichever ends first; other
-    fields stay."""
+    """map_over runs one node for each item and collects the outputs in order; other fields stay."""
     gates = [asyncio.Event() for _ in range(4)]
     gates[3].set()
 
@@ -837,8 +831,7 @@ class DictRoot(RootModel[dict[str, Any]]):
     ids=["dict", "model", "root-model"],
 )
 async def test_map_over_what_no_class_names_the_fields_of(contract: Any, returned: Any) -> None:
-    """map_over finds its list in what a node without a contract returned, and in a root model of a dict; the
-    rest is kept."""
+    """map_over finds its list in the output of a node without a contract or in a root model of a dict."""
     given = []
 
     async def shout(state: Word) -> Any:
@@ -882,8 +875,7 @@ async def test_a_list_that_is_not_there_is_told_with_what_is() -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("how", ["map_over", "parallel"])
 async def test_keys_that_are_no_names_are_refused(how: str) -> None:
-    """A dict with other keys than text cannot be merged, and says so before it is kept where nobody could
-    read it."""
+    """A dict with other keys than text cannot be merged, and says so before it is stored."""
 
     async def free(state: Any) -> Any:
         return {"items": [1], 7: "seven"}

@@ -90,8 +90,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 async def test_an_item_has_its_own_input_in_every_store(shape: str, store: Any) -> None:
-    """The input of an item of a map is that item, of what is inside of it too; a child of ``parallel`` has
-    what its group got."""
+    """An item of a map has that item as input, nested nodes too; a child of ``parallel`` has its group's."""
     runner = StromaRunner.quick(store=store)
     if shape == "map of maps" and "Memory" in type(store).__name__:
         pytest.skip("a memory store does not read the state of a map of maps back")
@@ -122,8 +121,7 @@ async def test_an_item_has_its_own_input_in_every_store(shape: str, store: Any) 
 
 @pytest.mark.slow
 async def test_an_item_of_a_group_that_has_not_ended_has_its_own_input(store: Any) -> None:
-    """The same while the map is under way, or after its process died: the group itself is not recorded
-    yet."""
+    """The same while the map is under way, or its process died: the group itself is not recorded yet."""
     runner = StromaRunner.quick(store=store)
     value, seen = batch(3), asyncio.Event()
 
@@ -148,8 +146,7 @@ async def test_an_item_of_a_group_that_has_not_ended_has_its_own_input(store: An
 
 @pytest.mark.slow
 async def test_items_that_are_not_in_the_state_are_said_to_be_elsewhere(store: Any, tmp_path: Path) -> None:
-    """Of items out of a file or a function the store has no input, and says so in place of showing another
-    state."""
+    """Of items out of a file or a function the store has no input, and says so."""
     path = tmp_path / "items.jsonl"
     path.write_text(json.dumps({"text": "a"}) + "\n")
     runner = StromaRunner.quick(store=store)

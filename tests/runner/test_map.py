@@ -1,5 +1,4 @@
-"""Maps over many items: where items come from and outputs go, failures that are collected, progress,
-resuming."""
+"""Maps over many items: where items come from and outputs go, collected failures, progress, resuming."""
 
 import asyncio
 import gc
@@ -162,8 +161,7 @@ async def test_from_a_file_into_a_field(store: Any, tmp_path: Path, doubler: Dou
 
 @pytest.mark.parametrize("kind", ["list", "generator", "async"])
 async def test_from_a_function_into_the_journal(store: Any, doubler: Doubler, kind: str) -> None:
-    """A function of the state gives any iterable; outputs in the journal are read a page at a time, in
-    order."""
+    """A function of the state gives any iterable; outputs in the journal are read by page, in order."""
     closed = []
 
     async def later(state: State) -> AsyncIterator[Any]:
@@ -437,8 +435,7 @@ async def test_a_shutdown_lets_the_items_in_flight_end(store: Any, tmp_path: Pat
 
 @pytest.mark.core
 async def test_a_changed_file_is_refused(store: Any, tmp_path: Path, doubler: Doubler) -> None:
-    """A resume with a file that has changed is PipelineChanged before anything is called, and nothing is
-    lost."""
+    """A resume with a file that has changed is PipelineChanged before any call; nothing is lost."""
     source, out = write(tmp_path / "in", range(300)), tmp_path / "out"
     doubler.failing = {250}
     work = map_over(JsonLines(source), doubler.node, into=JsonLines(out))
@@ -567,8 +564,7 @@ async def test_resume_from_the_map_makes_all_anew(store: Any, tmp_path: Path, do
 
 @pytest.mark.core
 async def test_another_attempt_of_the_map(store: Any, tmp_path: Path, doubler: Doubler) -> None:
-    """node_policies may try a map again: only the items that are not committed are called, and none is
-    remembered."""
+    """node_policies may try a map again: only items that are not committed are called."""
     source, out = write(tmp_path / "in", range(300)), tmp_path / "out"
     work = map_over(JsonLines(source), doubler.node, into=JsonLines(out))
     doubler.failing = {150}
@@ -646,8 +642,7 @@ async def test_a_timeout_bounds_the_whole_map(tmp_path: Path, into: str) -> None
 
 
 async def test_taken_over_in_the_middle(tmp_path: Path, doubler: Doubler) -> None:
-    """A map whose run is taken over stops with Fenced: nothing is collected, and the new owner makes it
-    complete."""
+    """A map whose run is taken over stops with Fenced: nothing is collected; the new owner completes it."""
     source, out = write(tmp_path / "in", range(200)), tmp_path / "out"
     work = map_over(
         JsonLines(source), doubler.node, into=JsonLines(out), max_concurrency=4, on_item_failure="collect"
@@ -677,8 +672,7 @@ async def test_taken_over_in_the_middle(tmp_path: Path, doubler: Doubler) -> Non
 async def test_ends_of_items_are_told_again(
     tmp_path: Path, doubler: Doubler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With at-least-once delivery the end of an item is told by the process that goes on, with the item's
-    output."""
+    """With at-least-once delivery the end of an item is told by the next process, with the output."""
     doubler.failing = {3}
     work = map_over(
         JsonLines(write(tmp_path / "in", range(6))), doubler.node, into=Journal(), max_concurrency=1
@@ -748,8 +742,7 @@ async def test_failures_are_collected(store: Any, tmp_path: Path, doubler: Doubl
 async def test_failed_items_are_run_again_if_asked(
     store: Any, tmp_path: Path, doubler: Doubler, into: str
 ) -> None:
-    """A resume leaves failed items as they are; with retry_failed_items it runs just those, and what follows
-    the map."""
+    """A resume leaves failed items as they are; retry_failed_items runs just those and what follows."""
     doubler.failing = {3, 7}
     out = tmp_path / "out.jsonl"
     after: list[int] = []
@@ -797,8 +790,7 @@ async def test_failed_items_are_run_again_if_asked(
 async def test_collected_failures_outlive_the_process(
     store: Any, tmp_path: Path, doubler: Doubler, into: str
 ) -> None:
-    """A failure that was collected before the run stopped is neither lost nor run again; "stop" runs it
-    again."""
+    """A failure that was collected before the run stopped is kept, not run again; "stop" runs it again."""
     doubler.failing = {3}
     target: Any = "made" if into == "field" else JsonLines(tmp_path / "out")
     source = JsonLines(write(tmp_path / "in", range(30)))
@@ -1021,8 +1013,7 @@ def test_what_is_refused_when_a_map_is_made(doubler: Doubler) -> None:
 
 
 async def test_stores_and_runs_without_items(tmp_path: Path, doubler: Doubler) -> None:
-    """Outputs that cannot be read back are told before anything is called; so are maps that are not in the
-    journal."""
+    """Outputs that cannot be read back, or maps not in the journal, are told before any call."""
 
     out = JsonLines(tmp_path / "out")
     result = await quick(SimpleStore()).run([map_over("nums", doubler.node, into=out)], State(nums=[1]))
@@ -1053,8 +1044,7 @@ async def test_by_hand(doubler: Doubler) -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("into", ["field", "file"])
 async def test_progress(store: Any, tmp_path: Path, doubler: Doubler, into: str) -> None:
-    """on_map_progress tells n of m at the begin, at the end and now and then in between, restored items among
-    them."""
+    """on_map_progress tells n of m at begin, end and now and then between, restored items among them."""
     source = JsonLines(write(tmp_path / "in", range(50)))
     target: Any = "made" if into == "field" else JsonLines(tmp_path / "out")
     work = map_over(source, doubler.node, into=target, on_item_failure="collect", max_concurrency=1)
@@ -1080,8 +1070,7 @@ async def test_progress(store: Any, tmp_path: Path, doubler: Doubler, into: str)
 
 @pytest.mark.core
 async def test_the_trace_of_many_items_is_short_and_its_sums_exact(doubler: Doubler) -> None:
-    """Of a map into the journal the first events and failures are kept, the rest is counted: totals stay
-    exact."""
+    """Of a map into the journal first events and failures are kept, others counted: totals stay exact."""
     doubler.failing = set(range(0, 5000, 2))
     work = map_over("nums", doubler.node, into=Journal(), on_item_failure="collect")
     result = await quick(AsyncInMemoryStore()).run([work], State(nums=list(range(5000))))
@@ -1211,8 +1200,7 @@ async def test_a_map_as_a_step_of_plain_code(tmp_path: Path, doubler: Doubler) -
 
 
 def test_what_the_checker_says(doubler: Doubler) -> None:
-    """Items from outside are not looked for in the state, and a state that goes on as it is still fits what
-    follows."""
+    """Items from outside are not looked for in the state, and the unchanged state fits what follows."""
 
     async def same(state: Any) -> Any:
         return state

@@ -17,8 +17,7 @@ ITEMS = 5000
 
 @pytest.mark.nightly
 def test_killed_at_random_each_item_is_committed_once(tmp_path: Path) -> None:
-    """A map over 5,000 items that is killed with SIGKILL until it is done commits each once; its file is
-    complete, in order."""
+    """A map over 5,000 items that is killed until it is done commits each once, in order."""
     # How long a whole run takes here sets the range of instants.
     measure = tmp_path / "measure"
     measure.mkdir()
@@ -40,8 +39,7 @@ def test_killed_at_random_each_item_is_committed_once(tmp_path: Path) -> None:
 
 
 def test_killed_in_the_last_node_of_an_item(tmp_path: Path) -> None:
-    """After a SIGKILL in the third node of item 17, its first two are not called again, nor is anything that
-    had ended."""
+    """After a SIGKILL in the third node of item 17, its first two are not called again, nor any ended one."""
     side = tmp_path / "side"
 
     def run(status: int) -> str:

@@ -59,8 +59,7 @@ def quick(store: Any, **config: Any) -> StromaRunner:
 
 
 async def test_a_store_says_where_an_attempt_failed(store: Any) -> None:
-    """Of the last failed attempt at a place a store has the frames of its traceback, with the line that
-    raised."""
+    """A store has the frames of the last failed attempt at a place, with the line that raised."""
 
     async def bad(state: Num) -> Any:
         raise LookupError("nothing there")
@@ -81,8 +80,7 @@ async def test_a_store_says_where_an_attempt_failed(store: Any) -> None:
 
 @pytest.mark.core
 async def test_a_run_is_cancelled_from_elsewhere(store: Any) -> None:
-    """runner.cancel() ends a run that another task or process is at work on; it returns as CANCELLED, and may
-    go on."""
+    """runner.cancel() ends a run of another task or process; it is CANCELLED, and may be resumed."""
     work, ended = Work(), []
 
     async def end(run_id: str, result: Any) -> None:
@@ -146,8 +144,7 @@ async def test_a_node_that_swallows_its_cancellation_ends_the_run_all_the_same(s
 
 
 async def test_steps_of_a_cancelled_run_are_not_called(store: Any) -> None:
-    """Code that attaches to a run calls no step of it after it was cancelled; the failure says how the run
-    ended."""
+    """Code that attaches to a run calls no step after its cancellation; the failure says how it ended."""
     work = Work()
     task = asyncio.create_task(quick(store).run(work.nodes, Num(), run_id="r"))
     await work.inside.wait()
@@ -277,8 +274,7 @@ async def test_a_fork_behind_a_group_and_a_node_without_a_contract(store: Any) -
 
 @pytest.mark.core
 async def test_what_cannot_be_forked(store: Any) -> None:
-    """An unknown run or node, a node before which nothing is kept, a taken id and a state that is no model
-    are refused."""
+    """An unknown run or node, a node with nothing before it, a taken id and a wrong state are refused."""
     work = Work()
     work.gate.set()
     with pytest.raises(CheckpointNotFound):
@@ -301,8 +297,7 @@ async def test_what_cannot_be_forked(store: Any) -> None:
 
 @pytest.mark.core
 async def test_many_runs(store: Any) -> None:
-    """run_many runs each input, so many at once, and gives the outcomes in order; one that raises stops no
-    other."""
+    """run_many runs each input, so many at once, with outcomes in order; a failure stops no other."""
     inside, most = 0, 0
 
     async def func(state: Num) -> Any:
@@ -341,8 +336,7 @@ async def test_many_runs(store: Any) -> None:
 async def test_recovering_runs_without_a_name_is_warned_of(
     store: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Runs are found by the name of their pipeline: who gives none is told that it may find those of
-    others."""
+    """Runs are found by the name of their pipeline: without one a warning says that others may be found."""
     work = Work()
     await quick(store).recover(Pipeline("p", work.nodes))
     await quick(store, pipeline="q").recover(work.nodes)
@@ -353,8 +347,7 @@ async def test_recovering_runs_without_a_name_is_warned_of(
 
 @pytest.mark.parametrize("broken", ["inputs", "run_ids", "on_result"])
 async def test_what_breaks_run_many_comes_out_as_itself(store: Any, broken: str) -> None:
-    """What the caller's own code raises ends run_many with that very exception; what is in flight is
-    resumable."""
+    """An exception of the caller's own code ends run_many; what is in flight is resumable."""
     work = Work()
 
     def breaks(*_: Any) -> Any:
@@ -437,8 +430,7 @@ async def test_a_run_that_begins_with_a_group_is_resumed_with_the_class_of_its_i
 
 
 async def test_the_advice_about_a_group_at_the_beginning_works(store: Any) -> None:
-    """run_many(recover=True) has no input_schema=: its error names the calls that have it, and a first node
-    makes it work."""
+    """run_many(recover=True) has no input_schema=: its error names calls that have it; a first node helps."""
     work = Work()
     work.gate.set()
     nodes = [parallel(*work.nodes[:2])]
@@ -477,8 +469,7 @@ async def test_the_first_start_of_all_recovers_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.core
 async def test_a_shutdown_lets_the_node_in_flight_finish(store: Any) -> None:
-    """shutdown() waits for the nodes in flight, begins no other, and leaves the runs to whoever recovers
-    them."""
+    """shutdown() waits for the nodes in flight, begins no other, and leaves the runs to recovery."""
     work, runner = Work(), quick(store)
     task = asyncio.create_task(runner.run(work.nodes, Num(), run_id="r"))
     await work.inside.wait()
@@ -511,8 +502,7 @@ async def test_a_shutdown_does_not_wait_for_ever(store: Any) -> None:
 
 @pytest.mark.core
 async def test_a_shutdown_waits_for_runs_not_for_what_comes_after_them(store: Any) -> None:
-    """A task that goes on after its run, such as a worker that waits for its next message, holds up no
-    shutdown."""
+    """A task that goes on after its run, as a worker awaiting a message, holds up no shutdown."""
     work, runner = Work(), quick(store)
     over = asyncio.Event()
 
@@ -559,8 +549,7 @@ async def test_a_shutdown_ends_run_many(store: Any, drain_seconds: float) -> Non
 
 
 async def test_a_shutdown_ends_what_waits_or_opens(tmp_path: Path) -> None:
-    """A run that attaches to another one's, or is being opened, is ended by a shutdown as well, with a
-    result."""
+    """A run that attaches to another, or is being opened, is ended by a shutdown as well, with a result."""
     async with SQLiteStore(tmp_path / "runs.db") as store:
         work, runner = Work(), quick(store)
         held = asyncio.create_task(quick(store).run(work.nodes, Num(), run_id="r"))
@@ -578,8 +567,7 @@ async def test_a_shutdown_ends_what_waits_or_opens(tmp_path: Path) -> None:
 
 @pytest.mark.core
 async def test_a_node_cannot_swallow_the_end_of_its_run(store: Any) -> None:
-    """A node that swallows its cancellation is kept; the run ends behind it all the same, and its task is as
-    it was."""
+    """A node that swallows its cancellation is kept; the run ends after it, its task as before."""
     calls: list[str] = []
     inside = asyncio.Event()
 
@@ -618,8 +606,7 @@ async def test_a_node_cannot_swallow_the_end_of_its_run(store: Any) -> None:
 
 @pytest.mark.core
 async def test_a_node_that_answers_its_cancellation_with_an_error_is_not_tried_again(store: Any) -> None:
-    """A run that is cancelled from elsewhere makes no further attempt, whatever its node makes of the
-    cancellation."""
+    """A run cancelled from elsewhere makes no further attempt, whatever its node does."""
     calls, inside = [], asyncio.Event()
 
     async def wrapping(state: Num) -> Any:

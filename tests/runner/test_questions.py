@@ -1,5 +1,4 @@
-"""Questions of nodes and flows: each has an id of its own, is announced once, and keeps its answer, over
-every store."""
+"""Questions of nodes and flows have their own ids, are announced once, keep answers, in every store."""
 
 from __future__ import annotations
 
@@ -126,8 +125,7 @@ def asking_flow(
 
 
 async def test_each_question_of_a_flow_is_announced_once(store: Any) -> None:
-    """Questions that a flow asks at once are each in the result, an event of the stream, and one call of the
-    hook."""
+    """Questions that a flow asks at once are each in the result, an event of the stream and one hook call."""
     heard = Heard()
     flow = asking_flow("a", "b", "c")
     stream = runner_on(store, hooks=heard.hooks).stream(flow, Num())
@@ -144,8 +142,7 @@ async def test_each_question_of_a_flow_is_announced_once(store: Any) -> None:
 
 @pytest.mark.core
 async def test_each_question_of_a_node_is_announced_once(store: Any) -> None:
-    """A resume that finds the question of a node open does not call the node, nor a hook of it; children of
-    groups too."""
+    """A resume that finds the question of a node open calls neither the node nor its hooks; in groups too."""
     heard = Heard()
     nodes = [parallel(asking("x"), asking("y", reason="and I?"))]
     result = await runner_on(store, hooks=heard.hooks).run(nodes, Num())
@@ -179,8 +176,7 @@ async def _asks_for_anything(state: Num) -> Any:
 async def test_a_reworded_question_keeps_its_answer(
     store: Any, timeout: timedelta | None, module: str
 ) -> None:
-    """Neither the text of a question nor the module or name of its class is part of it: an accepted answer is
-    used."""
+    """Neither the text of a question nor its class's module or name is its identity: answers stay valid."""
     first = await runner_on(store).run(asking_flow("", text="Send it?", timeout=timeout), Num())
     await runner_on(store).signal("r", Approval(by="Grace"))
     renamed = create_model("Consent", __module__=module, by=(str, ...))
@@ -191,8 +187,7 @@ async def test_a_reworded_question_keeps_its_answer(
 
 
 async def test_a_reworded_open_question_is_the_same(store: Any) -> None:
-    """An open question that is worded anew has the same id and is not announced again; the store has the new
-    text."""
+    """An open question that is worded anew has the same id, is not announced again, and stored anew."""
     heard = Heard()
     first = await runner_on(store, hooks=heard.hooks).run(asking_flow("", text="Send it?"), Num())
     second = await runner_on(store, hooks=heard.hooks).run(asking_flow("", text="Really?"), Num())
@@ -206,8 +201,7 @@ async def test_a_reworded_open_question_is_the_same(store: Any) -> None:
 
 @pytest.mark.core
 async def test_a_later_question_at_the_same_place_is_another_one(store: Any) -> None:
-    """An answer to an earlier question of a node, before it asked again, went back or began anew, is
-    refused."""
+    """An answer to an earlier question of a node before it asked again, went back or restarted is refused."""
 
     async def asks(state: Num) -> Any:
         raise Suspend("still?")
@@ -238,8 +232,7 @@ async def test_a_later_question_at_the_same_place_is_another_one(store: Any) -> 
 
 @pytest.mark.core
 async def test_an_answer_that_no_longer_fits_stays(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A class that no longer accepts the stored answer is PipelineChanged, and the run stays as it is until
-    the class fits."""
+    """A class that no longer accepts the stored answer is PipelineChanged until the class fits again."""
     stricter = create_model("Approval", by=(str, ...), reviewed=(bool, ...))
     for run_id, before, after in (
         ("node", [asking("ask")], [asking("ask", answer=stricter)]),
@@ -302,8 +295,7 @@ async def test_an_answer_wins_over_the_end_of_its_question(
 
 @pytest.mark.core
 async def test_a_statement_is_about_one_call(store: Any) -> None:
-    """G13. A statement that the call before did not happen is refused once the question is about the next
-    call."""
+    """G13. A statement that the last call did not happen is refused once the question is about the next."""
     requests, charged = [], []
     runner = runner_on(store, resume=False)
 

@@ -116,8 +116,7 @@ def answers(result: Any) -> list[str]:
 
 @pytest.mark.core
 async def test_each_item_goes_through_the_nodes_in_turn(world: World, store: Any) -> None:
-    """Each node gets the output of the one before it; the outputs of the last one are the list, in the order
-    of the items."""
+    """Each node gets the output of the one before it; the last outputs are the list, in item order."""
     work = map_over("tickets", world.nodes, into="answers", max_concurrency=1)
     result = await quick_without_retries(store=store).run([work], Tickets(), run_id="run")
     assert (result.status, answers(result)) == (RunStatus.COMPLETED, ["a123", "b123", "c123"])
@@ -140,8 +139,7 @@ async def test_each_item_goes_through_the_nodes_in_turn(world: World, store: Any
 
 
 async def test_items_do_not_wait_for_each_other(world: World) -> None:
-    """Different items are at different nodes at the same time, and no more of them than max_concurrency at
-    any."""
+    """Different items are at different nodes at the same time, at most max_concurrency at any."""
     held, running, most = asyncio.Event(), Counter[str](), 0
 
     async def slow(state: Text) -> Any:
@@ -179,8 +177,7 @@ async def test_a_sequence_of_one_is_that_node(world: World) -> None:
 
 
 def test_what_is_no_sequence_of_nodes(world: World) -> None:
-    """No nodes are a ValueError; a flow, and what is no node, the TypeError that they are without a
-    sequence."""
+    """No nodes are a ValueError; a flow, and what is no node, the same TypeError as elsewhere."""
 
     @stroma_flow("talk", input=Text, output=Text)
     async def talk(flow: Flow, state: Text) -> Text:
@@ -200,8 +197,7 @@ def test_what_is_no_sequence_of_nodes(world: World) -> None:
 
 
 async def test_outputs_of_any_kind(store: Any) -> None:
-    """Nodes without a contract, and root models, hand on what they return, and the last one may return
-    anything."""
+    """Nodes without a contract, and root models, hand on what they return; the last may return anything."""
 
     async def split(state: Text) -> list[str]:
         return [state.text, state.text]
@@ -274,8 +270,7 @@ async def _tickets(state: Any) -> Any:
 
 
 async def test_a_map_as_the_last_node(store: Any) -> None:
-    """The output of an item is what the map makes of the output of the node before it, also after a
-    resume."""
+    """An item's output is what the map makes of the output of the node before it, also after a resume."""
 
     class Parts(BaseModel):
         parts: list[str]
@@ -398,8 +393,7 @@ async def test_policies_timeouts_and_hooks_are_those_of_each_node(world: World) 
 
 
 async def test_an_item_fails_with_one_of_its_nodes(world: World, store: Any) -> None:
-    """Collected, it is one ItemFailure that names the node and its attempts; later nodes of the item are not
-    called."""
+    """Collected, it is one ItemFailure that names node and attempts; its later nodes are not called."""
     world.failing["draft b"] = TimeoutError("no")
     work = map_over("tickets", world.nodes, into="answers", on_item_failure="collect")
     runner = StromaRunner.quick(store=store, policy_map=ONCE)
@@ -426,8 +420,7 @@ async def test_an_item_fails_with_one_of_its_nodes(world: World, store: Any) -> 
 
 
 async def test_a_failure_of_a_group_names_the_node_inside() -> None:
-    """An item that is a parallel() fails with one of its children, and that is the node of its
-    ItemFailure."""
+    """An item that is a parallel() fails with one of its children, the node of its ItemFailure."""
 
     async def fails(state: Text) -> Any:
         raise ValueError("no")
@@ -514,8 +507,7 @@ async def test_a_death_between_two_nodes_of_an_item(
 
 
 async def test_failed_items_that_are_tried_again_begin_where_they_failed(world: World, store: Any) -> None:
-    """Also where items are restored a few at a time: what an item had committed before its failure is not
-    called again."""
+    """Also when items are restored in parts: what one committed before its failure is not called again."""
     world.failing["check b"] = ValueError("no")
     work = map_over("tickets", world.nodes, into=Journal(), on_item_failure="collect")
     runner = quick_without_retries(store=store)
@@ -527,8 +519,7 @@ async def test_failed_items_that_are_tried_again_begin_where_they_failed(world: 
 
 
 async def test_what_follows_a_map_whose_failed_items_are_tried_again(store: Any) -> None:
-    """The nodes after an inner map in a sequence are called again with its new outputs, those before it are
-    not."""
+    """The nodes after an inner map in a sequence are called again with new outputs, those before are not."""
     calls: list[str] = []
     broken = [True]
 
@@ -578,8 +569,7 @@ async def test_what_follows_a_map_whose_failed_items_are_tried_again(store: Any)
 
 
 async def test_an_approval_in_the_middle_of_an_item(world: World, store: Any) -> None:
-    """A node that waits for a person suspends its item; other items go on, and after the answer only the rest
-    is called."""
+    """A node that waits for a person suspends its item; others go on; an answer calls only the rest."""
 
     async def approve(state: Draft) -> Draft:
         world.calls.append(f"approve {state.draft[0]}")
@@ -663,8 +653,7 @@ async def test_another_node_in_the_sequence(world: World, store: Any) -> None:
 
 @pytest.mark.parametrize("into", ["answers", "journal"])
 async def test_a_new_schema_of_the_last_node(world: World, store: Any, into: str) -> None:
-    """With an upcast of the last node, ended items are read with its new schema, and no node is called
-    again."""
+    """With an upcast of the last node, ended items are read with its new schema, no node is called again."""
     goal: Any = Journal() if into == "journal" else into
     calls: list[str] = []
 
@@ -738,8 +727,7 @@ def test_a_field_that_a_node_in_the_middle_drops(world: World) -> None:
 
 
 def test_items_fit_the_first_node_and_outputs_are_of_the_last(world: World) -> None:
-    """Plain items become the only required field of the first node; what follows the map is checked with the
-    last output."""
+    """Plain items become the first node's only required field; the last output is checked after the map."""
     work = map_over("tickets", world.nodes, into="answers")
     after = node("after", _tickets, Answers, Answers)
     start = node("start", _tickets, Tickets, Tickets)
@@ -753,8 +741,7 @@ def test_items_fit_the_first_node_and_outputs_are_of_the_last(world: World) -> N
 
 
 def test_lineage_goes_from_node_to_node(world: World) -> None:
-    """The lineage links each node of a sequence with the one before it, in JSON, in Mermaid and as an
-    image."""
+    """The lineage links each node of a sequence with the one before it, in JSON Mermaid and as an image."""
     work = map_over("tickets", world.nodes, into="answers")
     lineage = lineage_of("pipe", [find_node(work)], ContractRegistry())
     data = lineage.data()
@@ -796,8 +783,7 @@ async def test_the_journal_shows_the_input_of_each_node(world: World, tmp_path: 
 
 
 async def test_messages_hide_what_earlier_nodes_made(world: World, tmp_path: Path, caplog: Any) -> None:
-    """A message that quotes a hidden output of an earlier node shows it nowhere: in no attempt, of the groups
-    around too."""
+    """Quoting a hidden output of an earlier node shows it in no attempt, of groups too."""
 
     async def fails(state: Class) -> Any:
         raise ValueError(f"cannot draft {state.kind}")
@@ -832,8 +818,7 @@ async def test_messages_hide_what_earlier_nodes_made(world: World, tmp_path: Pat
 
 
 async def test_a_replay_takes_the_outputs_of_each_node(world: World, tmp_path: Path) -> None:
-    """A recorded run is replayed without calls, and a node of the sequence that behaves differently is
-    found."""
+    """A recorded run is replayed without calls; a node that behaves differently is found."""
     with SQLiteStore(tmp_path / "runs.db") as store:
         work = map_over("tickets", world.nodes, into="answers")
         await quick_without_retries(store=store).run([work], Tickets(), run_id="run")

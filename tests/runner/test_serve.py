@@ -97,8 +97,7 @@ async def test_a_worker_continues_an_answered_run(store: Any, clock: Clock) -> N
 
 
 async def test_a_worker_continues_interrupted_runs(store: Any) -> None:
-    """Runs that a shutdown ended are continued, of lists too; runs of other pipelines, and runs that ended,
-    are not."""
+    """Runs that a shutdown ended are continued, lists too; runs of other pipelines and ended ones are not."""
     world = World()
     steps = [world.step("a"), world.step("b")]
     one, other = Pipeline("one", steps), Pipeline("other", steps)
@@ -186,8 +185,7 @@ async def test_concurrency_is_bounded(clock: Clock) -> None:
 
 
 async def test_a_shutdown_drains(store: Any, clock: Clock) -> None:
-    """After a shutdown no run is taken up; one in progress ends, or is interrupted and continued by another
-    worker."""
+    """After a shutdown no run is taken up; one in progress ends, or another worker continues it."""
     world = World()
     sleepy = _sleepy(world)
     for number in (0, 100):
@@ -211,8 +209,7 @@ async def test_a_shutdown_drains(store: Any, clock: Clock) -> None:
 
 
 async def test_a_worker_that_drains_gives_claimed_runs_back_as_they_were(store: Any) -> None:
-    """A run that a worker has claimed when it begins to drain has the same due time afterwards: the age of
-    the queue counts from it."""
+    """A run claimed when its worker begins to drain has the same due time afterwards."""
     runner = StromaRunner.quick(store=store)
     pipeline = Pipeline("p", [World().step("a")])
     handle = await runner.submit(pipeline, Num(), run_id="r")
@@ -238,8 +235,7 @@ async def test_a_worker_that_drains_gives_claimed_runs_back_as_they_were(store: 
 
 
 async def test_a_cancelled_worker_interrupts_its_runs(store: Any, clock: Clock) -> None:
-    """Cancelling serve() ends its runs as INTERRUPTED, so that another worker continues them; others go
-    on."""
+    """Cancelling serve() ends its runs as INTERRUPTED, so another worker continues them; others go on."""
     world = World()
     sleepy = _sleepy(world)
     await _runner(store).run(sleepy, Num(), run_id="r")
@@ -258,8 +254,7 @@ async def test_a_cancelled_worker_interrupts_its_runs(store: Any, clock: Clock) 
 async def test_a_run_that_cannot_be_resumed_does_not_stop_the_others(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is logged and tried again after a second, then after twice as long; the others are continued
-    meanwhile."""
+    """It is logged and tried again after 1 s, 2 s, and so on; others are continued meanwhile."""
     store = AsyncInMemoryStore()
     world = World()
     sleepy = _sleepy(world)
@@ -451,8 +446,7 @@ async def test_wrong_arguments(tmp_path: Any) -> None:
 
 
 async def test_an_answer_that_comes_while_a_run_is_suspended_is_taken_at_once(store: Any) -> None:
-    """A run that is answered before the worker has left it is continued by that worker, without waiting for a
-    claim to end."""
+    """A run answered before its worker has left it is continued by that worker at once."""
 
     @stroma_flow("ask", input=Num, output=Text)
     async def ask(flow: Flow, state: Num) -> Text:

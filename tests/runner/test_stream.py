@@ -120,8 +120,7 @@ async def test_a_stream_is_as_quick_as_the_run() -> None:
 
 
 async def test_groups_and_maps_are_told() -> None:
-    """Children of groups have their place; a map tells how far it is; a group's own event holds none of its
-    children's."""
+    """Children of groups have their place; a map tells how far it is; a group's event holds no child's."""
     pipeline = [
         parallel(node("a"), node("b")),
         map_over(lambda s: [{"n": 1}, {"n": 2}], node("c"), into="made"),
@@ -198,8 +197,7 @@ async def test_events_as_json() -> None:
 
 @pytest.mark.core
 async def test_the_run_waits_for_a_slow_reader() -> None:
-    """With more than ``buffer`` events before the reader the run waits, longer than hooks may; no event is
-    lost."""
+    """With more than ``buffer`` events before the reader the run waits, with no time limit; none is lost."""
     calls = []
 
     async def count(state: Num) -> Any:
@@ -303,8 +301,7 @@ class Slow:
 @pytest.mark.core
 @pytest.mark.parametrize("way", ["aclose", "with", "error", "cancelled", "dropped", "broken off"])
 async def test_a_reader_that_leaves_ends_the_run(tmp_path: Path, way: str) -> None:
-    """Whichever way the reader leaves, the run is CANCELLED in its store, its node ended, and a resume goes
-    on."""
+    """Whichever way the reader leaves, the run is CANCELLED in its store, its node ended, and resumable."""
     slow = Slow()
     nodes = [node("a"), slow.node]
     before = asyncio.all_tasks()
@@ -372,8 +369,7 @@ def slow_started(runner: StromaRunner) -> bool:
 @pytest.mark.core
 @pytest.mark.parametrize("way", ["aclose", "dropped"])
 async def test_a_detached_run_goes_on(way: str) -> None:
-    """With on_leave="detach" the run goes on without its reader, to its own end; a shutdown still reaches
-    it."""
+    """With on_leave="detach" the run goes on to its end; a shutdown still reaches it."""
     slow = Slow()
     store = AsyncInMemoryStore()
     runner = quick(store=store, run_id="run")
@@ -493,8 +489,7 @@ async def test_what_is_refused() -> None:
 
 
 async def test_two_readers() -> None:
-    """Each reader has a stream of its own by tee(), with all events; the run ends when the last of them
-    leaves."""
+    """Each reader has a stream of its own by tee(), with all events; the run ends when the last leaves."""
     slow = Slow()
     runner = quick(run_id="run")
     one = runner.stream([node("a"), slow.node], Num())

@@ -61,8 +61,7 @@ async def test_a_run_over_http(site: tuple[Any, str]) -> None:
 
 
 async def test_a_browser_that_leaves(site: tuple[Any, str]) -> None:
-    """A browser that goes away in the middle ends the run: it is CANCELLED in the store, and nothing is left
-    behind."""
+    """A browser that leaves in the middle ends the run: it is CANCELLED in the store; nothing is left."""
     module, url = site
     run_id = ""
     async with httpx.AsyncClient(timeout=60) as client, client.stream("GET", f"{url}/runs") as response:

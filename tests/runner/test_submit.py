@@ -47,8 +47,7 @@ async def serving(store: Any, *pipelines: Any, **options: Any) -> AsyncIterator[
 
 
 async def test_a_worker_executes_a_submitted_run(store: Any) -> None:
-    """A submitted run waits as QUEUED; a worker executes it from the start, and its handle returns the
-    result."""
+    """A submitted run waits as QUEUED; a worker executes it from the start, its handle returns the result."""
     world = World()
     pipeline = Pipeline("p", [world.step("a"), world.step("b")])
     handle = await _runner(store).submit(pipeline, Num(n=3), run_id="r")
@@ -60,8 +59,7 @@ async def test_a_worker_executes_a_submitted_run(store: Any) -> None:
 
 
 async def test_a_flow_that_asks(store: Any) -> None:
-    """A handle waits over a suspension: the answer of a person continues the run, and result() returns its
-    end."""
+    """A handle waits over a suspension: an answer continues the run, and result() returns its end."""
     runner = _runner(store)
 
     @runner.flow("ask", input=Num, output=Text)
@@ -140,8 +138,7 @@ async def test_giving_up_a_wait_changes_nothing(store: Any) -> None:
 
 
 async def test_submitting_again_restarts_nothing(store: Any) -> None:
-    """The same submission gives the handle of the run that exists, whatever its status; another input is
-    RunExists."""
+    """The same submission gives the handle of the run that exists; another input is RunExists."""
     world = World()
     pipeline = Pipeline("p", [world.step("a")])
     runner = _runner(store)
@@ -249,8 +246,7 @@ async def test_a_flow_has_limits() -> None:
 
 
 async def test_a_runner_without_a_store_warns(recwarn: pytest.WarningsRecorder) -> None:
-    """Submitting to the memory of a runner that was given no store is a warning, once; with a store in memory
-    that was passed it is not."""
+    """Submitting to the in-memory store of a runner without a store warns once, to a passed one never."""
     pipeline = Pipeline("p", [World().step("a")])
     await StromaRunner.quick(store=AsyncInMemoryStore()).submit(pipeline, Num())
     assert recwarn.list == []

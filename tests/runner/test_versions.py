@@ -57,8 +57,7 @@ def _stored(store: Any, run_id: str) -> Any:
 
 
 async def test_a_run_keeps_the_version_that_it_began_with(store: Any, clock: Clock) -> None:
-    """flow.version is the version with which the run began, also in the code of a later version that accepts
-    it."""
+    """flow.version is the version with which the run began, also in later code that accepts it."""
     world = World()
     a, b, last = (world.step(name) for name in ("a", "b", "last"))
 
@@ -94,8 +93,7 @@ async def test_a_run_keeps_the_version_that_it_began_with(store: Any, clock: Clo
 async def test_a_worker_takes_the_versions_that_it_serves(
     store: Any, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A run of a version that is not served is left alone, whatever it waits for; the worker says how many
-    there are."""
+    """A run of a version that is not served is left alone, whatever it awaits; the worker counts them."""
     world = World()
     old, new = _flow(world, "a", version="1"), _flow(world, "a", "b", version="2")
     for run_id in ("s1", "s2"):
@@ -120,8 +118,7 @@ async def test_a_worker_takes_the_versions_that_it_serves(
 
 
 async def test_a_person_cannot_resume_a_run_of_another_version(store: Any) -> None:
-    """resume() of a run whose version the code does not accept is PipelineChanged that names both, and
-    changes nothing."""
+    """resume() of a run whose version the code does not accept is PipelineChanged with both names."""
     world = World()
     await _runner(store).run(_flow(world, "a", version="1"), Num(), run_id="r")
     before = _stored(store, "r")
@@ -136,8 +133,7 @@ async def test_a_person_cannot_resume_a_run_of_another_version(store: Any) -> No
 
 
 async def test_a_run_without_a_version_is_continued_by_code_with_one(store: Any, clock: Clock) -> None:
-    """A run that began before the flow had a version has flow.version None, and any code whose replay fits
-    continues it."""
+    """A run from before the flow had versions has flow.version None; any code that fits continues it."""
     world = World()
     await _runner(store).run(_flow(world, "a"), Num(), run_id="r")
     clock.pass_by(hours=2)
@@ -240,8 +236,7 @@ async def test_a_worker_gives_a_run_back_that_its_code_does_not_fit(store: Any, 
 
 
 async def test_a_blocked_run_is_tried_again_after_a_growing_time(store: Any, clock: Clock) -> None:
-    """The store keeps when code may try a blocked run again: any worker with that code waits so long, twice
-    as long each time."""
+    """The store keeps when code may try a blocked run again; the wait doubles each time."""
     world = World()
     old, new = _flow(world, "a"), _flow(world, "b")
     await _runner(store).run(old, Num(), run_id="r")
@@ -262,8 +257,7 @@ async def test_a_blocked_run_is_tried_again_after_a_growing_time(store: Any, clo
 
 
 def test_marks_of_blocked_runs() -> None:
-    """Each code is in a mark once, the last one last; the time between two tries is at least 1 s and at most
-    5 min."""
+    """Each code is in a mark once, the last one last; tries are 1 s to 5 min apart."""
     mark = block(None, "x", "A", 10_000)
     assert mark == BlockedMark("x", 10_000, 11_000, ("A",))
     mark = block(mark, "y", "B", 10_500)
@@ -319,8 +313,7 @@ async def test_an_open_question_outlives_code_that_does_not_fit(store: Any) -> N
 
 @pytest.mark.parametrize("way", ["renamed", "inserted", "waiting", "removed"])
 async def test_a_changed_list_blocks_its_run(store: Any, way: str) -> None:
-    """A list that changed at the node that waits for an answer, or before it, is not continued; the run stays
-    as it was."""
+    """A list that changed at the node that waits for an answer, or before it, is refused; the run stays."""
     world = World()
     a, b, last = (world.step(name) for name in ("a", "b", "last"))
 
@@ -393,8 +386,7 @@ async def test_a_queued_run_with_an_input_that_does_not_fit_stays_queued(store: 
 @pytest.mark.parametrize("directions", ["forwards", "backwards"])
 @pytest.mark.parametrize("kind", ON_SERVERS)
 async def test_two_hundred_runs_outlive_a_deploy(kind: str, directions: str) -> None:
-    """Of 200 sleeping and waiting runs, workers of two versions of the code end all, whichever is deployed
-    first."""
+    """Of 200 sleeping and waiting runs, workers of two versions of the code end all, in any order."""
     with store_of(kind) as store:
         await _deploy(store, directions, 200)
 
