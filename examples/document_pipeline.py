@@ -27,7 +27,7 @@ from stroma import (
     current_node,
     stroma_node,
 )
-from stroma.demo.provider import start_provider
+from stroma.demo.provider import Provider
 
 INVOICE = """INVOICE No. 2026-118
 Harrow & Kestrel Ltd
@@ -61,7 +61,7 @@ async def main() -> ExecutionResult:
     calls = {"extract": 0, "post": 0}
     ledger_is_up = False
 
-    with start_provider(calm=True) as provider, tempfile.TemporaryDirectory() as folder:
+    with Provider(calm=True) as provider, tempfile.TemporaryDirectory() as folder:
         client = openai.AsyncOpenAI(api_key="demo", base_url=provider.base_url, max_retries=0)
 
         @stroma_node("extract", NodeContract(node_id="extract", input_schema=Mail, output_schema=Invoice))

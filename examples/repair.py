@@ -18,7 +18,7 @@ from openai.types.chat import ChatCompletion
 from pydantic import BaseModel
 
 from stroma import ExecutionResult, NodeContract, StromaRunner, current_node, stroma_node
-from stroma.demo.provider import start_provider
+from stroma.demo.provider import Provider
 
 INSTRUCTIONS = "TASK: extract\nRead the business document and answer with one JSON object."
 DOCUMENT = """INVOICE No. 2026-118
@@ -49,7 +49,7 @@ def read(answer: str) -> Any:
 
 
 async def main(fault: str = "wrong_type") -> ExecutionResult:
-    with start_provider(calm=True) as provider:
+    with Provider(calm=True) as provider:
         client = openai.AsyncOpenAI(api_key="demo", base_url=provider.base_url, max_retries=0)
 
         @stroma_node("extract", NodeContract(node_id="extract", input_schema=Document, output_schema=Invoice))

@@ -1,24 +1,19 @@
-"""The demo's provider as a real process, asked by the real `openai` client."""
+"""The demo's provider as a real server, asked by the real `openai` client."""
 
 import asyncio
-import contextlib
 import http.client
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import openai
 import pytest
 
 from stroma.demo import provider
-from stroma.demo.provider import DEFAULT_SEED, FAULTS, Provider, digest_of, fault_plan, start_provider
+from stroma.demo.provider import DEFAULT_SEED, FAULTS, Provider, digest_of, fault_plan
 from stroma.demo.provider import answer as answer_of
 
 DOCUMENTS = Path(provider.__file__).parent / "documents"
@@ -74,7 +69,7 @@ async def answer(
 
 @pytest.fixture(scope="module")
 def calm() -> Iterator[Provider]:
-    with start_provider(1, calm=True) as running:
+    with Provider(1, calm=True) as running:
         yield running
 
 
@@ -374,7 +369,7 @@ def test_a_hang_ends_in_a_dropped_connection() -> None:
         async with client_of(running) as client:
             await complete(client, "text", X_Demo_Fault="hang")
 
-    with start_provider(1, calm=True, hang_seconds=0.05) as running:
+    with Provider(1, calm=True, hang_seconds=0.05) as running:
         with pytest.raises(openai.APIConnectionError) as caught:
             asyncio.run(ask(running))
         assert not isinstance(caught.value, openai.APITimeoutError)
@@ -513,7 +508,7 @@ async def three_calls(client: openai.AsyncOpenAI, text: str) -> list[str]:
 
 @pytest.mark.slow
 def test_faults_do_not_depend_on_concurrency_or_restarts() -> None:
-    """One by one or all at once and backwards, in another process: each call gets its planned fault."""
+    """One by one or all at once and backwards, by another provider: each call gets its planned fault."""
     documents = shipped()
 
     async def one_by_one(running: Provider) -> dict[str, list[str]]:
@@ -528,7 +523,7 @@ def test_faults_do_not_depend_on_concurrency_or_restarts() -> None:
 
     results, ledgers = [], []
     for ask in (one_by_one, at_once):
-        with start_provider(DEFAULT_SEED) as running:
+        with Provider(DEFAULT_SEED) as running:
             results.append(asyncio.run(ask(running)))
             stats = running.stats()
         assert sum(stats["by_outcome"].values()) == stats["calls"] == 3 * len(documents)
@@ -562,153 +557,24 @@ def test_a_forced_fault_leaves_the_plan_as_it_is() -> None:
             )
             return [first, json.loads(got.choices[0].message.content or "")["kind"]]
 
-    with start_provider(1) as running:
+    with Provider(1) as running:
         assert asyncio.run(ask(running)) == ["500", "other"]
         assert running.stats()["by_outcome"] == {"quota": 1, "500": 1, "ok": 1}
 
 
-# --- The process --------------------------------------------------------------------------------------------
-
-
-def lifeline(port: int) -> socket.socket:
-    """A connection that the provider keeps open: it reads as closed at the moment the process ends."""
-    connection = socket.create_connection(("127.0.0.1", port), timeout=10)
-    connection.sendall(b"GET /stats HTTP/1.1\r\nHost: demo\r\n\r\n")
-    assert connection.recv(4096).startswith(b"HTTP/1.1 200")
-    return connection
-
-
-def assert_ended(connection: socket.socket, port: int) -> None:
-    with connection:
-        try:
-            while connection.recv(4096):
-                pass
-        except ConnectionResetError:
-            pass
-    # The kernel may close the listening socket a moment after the connection; one that it still lets in is
-    # reset.
-    with pytest.raises(ConnectionRefusedError):
-        for _ in range(100):
-            with (
-                socket.create_connection(("127.0.0.1", port), timeout=5) as late,
-                contextlib.suppress(OSError),
-            ):
-                late.recv(1)
-
-
-@pytest.mark.slow
-def test_close_ends_and_reaps_the_process() -> None:
-    """After close(), also while a request hangs, the process is gone and reaped; again is harmless."""
-    running = start_provider(1, calm=True)
-    line = lifeline(running.port)
+def test_close_ends_it_while_a_request_hangs() -> None:
+    """After close() the port refuses connections, also while a request hangs; a second call does nothing."""
+    running = Provider(1, calm=True)
+    address = urlsplit(running.base_url).netloc
     messages = [{"role": "system", "content": "TASK: extract"}, {"role": "user", "content": ""}]
     body = json.dumps({"model": "m", "messages": messages})
-    hanging = http.client.HTTPConnection("127.0.0.1", running.port, timeout=10)
+    hanging = http.client.HTTPConnection(address, timeout=10)
     hanging.request("POST", "/v1/chat/completions", body, {"X-Demo-Fault": "hang"})
     running.close()
-    assert_ended(line, running.port)
-    hanging.close()
-    if os.name == "posix":
-        with pytest.raises(ChildProcessError):
-            os.waitpid(running.pid, 0)
     running.close()
-    with pytest.raises(OSError, match="refused"):
-        running.stats()
-
-
-def python(code: str, stdin: int = subprocess.PIPE, stderr: int | None = None) -> subprocess.Popen[bytes]:
-    path = os.pathsep.join([str(Path(provider.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=stdin,
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        env={**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)},
-    )
-
-
-START_AND_WAIT = """
-import sys
-from stroma.demo.provider import start_provider
-running = start_provider(1)
-print(running.port, flush=True)
-sys.stdin.read()
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
-def test_provider_ends_when_its_parent_is_killed() -> None:
-    """SIGKILL to the parent, which then can tell nobody, ends the provider."""
-    with python(START_AND_WAIT) as parent:
-        assert parent.stdout is not None
-        port = int(parent.stdout.readline())
-        line = lifeline(port)
-        parent.send_signal(signal.SIGKILL)
-        parent.wait()
-        assert_ended(line, port)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_provider_ends_with_its_parent_though_a_fork_lives_on() -> None:
-    """A fork of the parent that holds the pipe open neither keeps the provider nor closes it too early."""
-    code = START_AND_WAIT.replace(
-        "sys.stdin.read()",
-        "import os, time\n"
-        "gate, release = os.pipe()\n"
-        "if os.fork() == 0:\n"
-        "    sys.exit()  # its copy of `running` is finalized here\n"
-        "os.wait()\n"
-        "print(running.stats()['calls'], flush=True)\n"
-        "if os.fork() == 0:\n"
-        "    os.close(release); os.close(1); sys.stdin.read()\n"
-        "sys.stdin.read()",
-    )
-    with python(code) as parent:
-        assert parent.stdout is not None
-        port = int(parent.stdout.readline())
-        assert parent.stdout.readline() == b"0\n"
-        line = lifeline(port)
-        parent.send_signal(signal.SIGKILL)
-        parent.wait()
-        assert_ended(line, port)
-
-
-@pytest.mark.slow
-def test_provider_that_nobody_closes_ends_with_the_interpreter() -> None:
-    """A program that forgets close() leaves nothing behind and ends at once."""
-    with python(START_AND_WAIT) as parent:
-        assert parent.stdout is not None
-        assert parent.stdin is not None
-        port = int(parent.stdout.readline())
-        line = lifeline(port)
-        parent.stdin.close()
-        assert parent.wait(10) == 0
-        assert_ended(line, port)
-
-
-@pytest.mark.slow
-def test_modules_of_the_working_directory_are_not_imported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The demo may be started in a folder with a `json.py` of the user's."""
-    for name in ("json.py", "email.py", "stroma.py"):
-        (tmp_path / name).write_text("raise SystemExit('imported from the working directory')")
-    monkeypatch.chdir(tmp_path)
-    with start_provider(1, calm=True) as running:
-        assert running.stats()["calls"] == 0
-
-
-@pytest.mark.slow
-def test_a_provider_that_cannot_start_says_why(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """A start that fails is a RuntimeError, with the message of the process on stderr."""
-    monkeypatch.setattr(provider, "_BOOT", "raise SystemExit('no such luck')")
-    with pytest.raises(RuntimeError, match="exit code 1"):
-        start_provider(1)
-    assert "no such luck" in capfd.readouterr().err
+    with pytest.raises(ConnectionRefusedError):
+        http.client.HTTPConnection(address, timeout=10).connect()
+    hanging.close()
 
 
 def test_many_clients_at_once(calm: Provider) -> None:

@@ -39,7 +39,7 @@ from stroma import (
     stroma_node,
 )
 from stroma._utils.logs import get_logger
-from stroma.demo.provider import Provider, start_provider
+from stroma.demo.provider import Provider
 
 #: The documents that ship with the demo.
 DOCUMENTS = Path(__file__).parent / "documents"
@@ -166,7 +166,7 @@ def _client() -> openai.AsyncOpenAI:
         else:
             url = os.environ.get(BASE_URL_VARIABLE)
             if not url:
-                _provider = _provider or start_provider()
+                _provider = _provider or Provider()
                 url = _provider.base_url
             client = openai.AsyncOpenAI(
                 api_key="demo",

@@ -1,9 +1,9 @@
-"""A model provider for the demo: a process that speaks the OpenAI HTTP protocol on 127.0.0.1.
+"""A model provider for the demo: a server that speaks the OpenAI HTTP protocol on 127.0.0.1.
 
 It needs no key and no network, answers as recorded below, and misbehaves the way real
 providers do: rate limits, server errors, hangs, dropped connections, truncated JSON, wrong types.
 
-    with start_provider(DEFAULT_SEED) as provider:
+    with Provider() as provider:
         client = openai.AsyncOpenAI(base_url=provider.base_url, api_key="demo", max_retries=0)
 
 The first line of the system message is `TASK: extract`, `TASK: classify` or `TASK: risk`. The first user
@@ -17,17 +17,12 @@ time or on the order in which requests arrive. A header forces one of `FAULTS`: 
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
-import os
 import re
 import socket
 import socketserver
-import subprocess
-import sys
 import threading
 import time
-import weakref
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -35,8 +30,6 @@ from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final, Self, TypedDict
-
-from stroma._utils.child_process import child_environment
 
 #: Kinds of documents, with the words that tell them; the first that is found counts.
 _KINDS: Final = {
@@ -350,12 +343,6 @@ class _Handler(BaseHTTPRequestHandler):
         except (ConnectionError, TimeoutError):  # the client gave up or was killed, as the demo's does
             self.close_connection = True
 
-    def do_GET(self) -> None:
-        if self.path == "/stats":
-            self._send(200, self.server.ledger.stats())
-        else:
-            self._send(404, _HTTPError(404, f"Invalid URL (GET {self.path})").body)
-
     def do_POST(self) -> None:
         try:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -411,109 +398,32 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(payload)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Print nothing: /stats has the requests."""
-
-
-# ---------------------------------------------------------------------- the process
-
-
-def _end_with_parent(parent: int) -> None:
-    """Exit when stdin is closed, or when the parent process has ended."""
-
-    def watch_stdin() -> None:
-        while os.read(0, 1024):
-            pass
-        # At once: every thread may be in the middle of an answer, and there is nothing to save.
-        os._exit(0)
-
-    def watch_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.25)
-        os._exit(0)
-
-    threading.Thread(target=watch_stdin, daemon=True).start()
-    # A pipe's other end may be open in a fork of the parent as well, so its end alone is not enough.
-    if os.name == "posix":
-        threading.Thread(target=watch_parent, daemon=True).start()
-
-
-def main(seed: str, calm: str, hang_seconds: str) -> None:
-    """Serve until stdin is closed or the parent has ended. Prints the port when ready."""
-    parent = os.getppid()
-    server = _Server(_RequestLog(int(seed), calm == "True"), float(hang_seconds))
-    _end_with_parent(parent)
-    print(server.server_port, flush=True)
-    server.serve_forever(poll_interval=3600)  # nobody calls shutdown(), so there is nothing to poll for
-
-
-# Isolated mode keeps modules in the user's working directory from taking the place of the standard library's.
-# The folder that this stroma was imported from is then added last, for wherever the parent found it.
-_BOOT: Final = (
-    "import sys; sys.path.append(sys.argv[1]); from stroma.demo.provider import main; main(*sys.argv[2:])"
-)
+        """Print nothing: `Provider.stats()` has the requests."""
 
 
 class Provider:
-    """A running provider process. Use it as a context manager or call `close()`."""
+    """A running provider, in threads of this process. Use it as a context manager or call `close()`.
 
-    def __init__(self, process: subprocess.Popen[bytes], port: int) -> None:
-        self.port: Final = port
-        self.pid: Final = process.pid
-        self.base_url: Final = f"http://{_HOST}:{port}/v1"
-        # Also at exit of the interpreter, should nobody have closed it; not in a fork, which does not own it.
-        self._finalizer = weakref.finalize(self, _stop, process, os.getpid())
+    `calm` turns off all faults but those a request asks for. `hang_seconds` is how long the fault `hang`
+    stays silent before it drops the connection: let it be more than the client's timeout.
+    """
+
+    def __init__(self, seed: int = DEFAULT_SEED, *, calm: bool = False, hang_seconds: float = 4.0) -> None:
+        self._server = _Server(_RequestLog(seed, calm), hang_seconds)
+        self.base_url: Final = f"http://{_HOST}:{self._server.server_port}/v1"
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def stats(self) -> Stats:
-        """Return the requests served so far. Raises OSError after :meth:`close`."""
-        # Not through a client that honours proxy variables: this never leaves the machine.
-        connection = http.client.HTTPConnection(_HOST, self.port, timeout=10)
-        try:
-            connection.request("GET", "/stats")
-            stats: Stats = json.loads(connection.getresponse().read())
-            return stats
-        finally:
-            connection.close()
+        """Return the requests served so far."""
+        return self._server.ledger.stats()
 
     def close(self) -> None:
-        """End the process and wait for it. Can be called again."""
-        self._finalizer()
+        """Stop listening. Can be called again."""
+        self._server.shutdown()
+        self._server.server_close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def start_provider(seed: int = DEFAULT_SEED, *, calm: bool = False, hang_seconds: float = 4.0) -> Provider:
-    """Start a provider on a free port and return it once it is ready (about 0.1 s), else raise RuntimeError.
-
-    `calm` turns off all faults but those a request asks for. `hang_seconds` is how long the fault `hang`
-    stays silent before it drops the connection: let it be more than the client's timeout.
-    """
-    root = str(Path(__file__).resolve().parents[2])
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-c", _BOOT, root, str(seed), str(calm), str(hang_seconds)],
-        env=child_environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        # Ctrl-C in a terminal reaches the whole group; the provider has to outlive the run it serves.
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        raise RuntimeError(
-            f"the demo's provider did not start (exit code {process.wait()}); see its message above"
-        )
-    return Provider(process, int(line))
-
-
-def _stop(process: subprocess.Popen[bytes], owner: int) -> None:
-    if os.getpid() != owner:
-        return
-    process.kill()  # It has nothing to save.
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            pipe.close()

@@ -1,7 +1,7 @@
 """``stroma demo``: three scenes with a pipeline on real documents and a provider that misbehaves.
 
-The scenes are the same commands that a user would type, in processes of their own; each provider is started
-here, so that it outlives the process that is killed and its ledger can tell what was bought.
+The scenes are the same commands that a user would type, in processes of their own; each provider is in this
+process, so that it outlives the one that is killed and its ledger can tell what was bought.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from stroma.checkpoint.sqlite.store import SQLiteStore
 from stroma.contracts.schema import schema_of
 from stroma.demo.agent import BOOK_VARIABLE
 from stroma.demo.pipeline import BASE_URL_VARIABLE, DOCUMENTS, Documents
-from stroma.demo.provider import DEFAULT_SEED, Provider, digest_of, start_provider
+from stroma.demo.provider import DEFAULT_SEED, Provider, digest_of
 
 _TARGET = "stroma.demo.pipeline:pipeline"
 _AGENT = "stroma.demo.agent:support"
@@ -136,10 +136,10 @@ def main(argv: list[str]) -> int:
         if ok:
             _look_further(demo, time.monotonic() - started, "ticket", _SHOWN_AGENT)
         return 0 if ok else 1
-    with start_provider(options.seed) as provider:
+    with Provider(options.seed) as provider:
         ok = _trouble(demo, provider)
     # Another one, which has its faults before it and an empty ledger.
-    with start_provider(options.seed) as provider:
+    with Provider(options.seed) as provider:
         ok = ok and _killed_and_resumed(demo, provider) and _on_a_budget(demo, provider)
     if ok:
         _bill(demo, "inbox")
