@@ -43,7 +43,7 @@ from stroma.trace.events import TraceMark
 if TYPE_CHECKING:  # Loaded by who makes one: most runs have none.
     from stroma.checkpoint.cells import Change
     from stroma.limits.breaker import Breaker, CircuitState
-    from stroma.limits.gate import BudgetWarning, Caller, CooldownBegun, Gate
+    from stroma.limits.gate import BudgetWarning, CooldownBegun, Gate
     from stroma.trace.events import AttemptUsage, MarkKind
 
 _POLL_SECONDS: Final = (
@@ -78,7 +78,6 @@ class Permit:
         "answers",
         "around",
         "breaker",
-        "caller",
         "changed",
         "charged",
         "ctx",
@@ -107,8 +106,6 @@ class Permit:
         self.answers: dict[Gate, Any] = {}
         #: The permits of the calls around this one.
         self.around: tuple[Permit, ...] = RESERVED.get()
-        #: None if there are no budgets.
-        self.caller = _caller(ctx, run) if config.shared_budgets else None
         self.breaker: Breaker | None = config.breaker
         self.key: str | None = None
         #: The new state of the circuit that this attempt has changed, to be announced.
@@ -171,7 +168,7 @@ class Permit:
             if first_at is None and not self.around and gate.line.waiting:
                 return _Blocked(gate, gate.line.wait_of_last(perf_counter()))
             self.gates.append(gate)
-            answer = await gate.ask(self.run.node_id, self.token, self.caller)
+            answer = await gate.ask(self.run.node_id, self.token)
             if isinstance(answer, Wait):
                 self.gates.pop()  # It has reserved nothing.
                 if first_at is None:
@@ -276,8 +273,7 @@ class Permit:
         return shield.cancellation
 
     def _uncharge(self) -> None:
-        if self.caller is not None and self.caller.place is not None:
-            self.ctx.session.charges.pop((self.run.position, self.run.branch), None)
+        self.ctx.session.charges.pop((self.run.position, self.run.branch), None)
 
     async def _judge(self, breaker: Breaker, failure: Failure | None, done: bool) -> None:
         well = True if done else None if failure is None else breaker.verdict(failure)
@@ -290,14 +286,6 @@ class Permit:
         self.probe = False
         if changed is not None and key is not None:
             await _announce_circuit(self.ctx, self.run, key, changed)
-
-
-def _caller(ctx: ReliabilityContext, run: RunningNode) -> Caller:
-    from stroma.limits.shared_budget import AttemptPlace, caller_of  # Loaded on first use.
-
-    now = perf_counter_ns() + ctx.journal.epoch_ns
-    place = AttemptPlace(run.position, run.branch, run.attempt, now)
-    return caller_of(ctx.session, ctx.run_id, ctx.checkpoint_manager.store, place)
 
 
 async def _charged(gate: Gate, token: str, answer: Any) -> Any:
@@ -377,7 +365,7 @@ async def admit(ctx: ReliabilityContext, run: RunningNode, *, needs_thread: bool
         permit.drop()
         raise
     if answer is None:
-        if permit.caller is not None and permit.caller.place is not None and permit.gates:
+        if ctx.config.shared_budgets and ctx.session.address:
             ctx.session.charges[run.position, run.branch] = permit
         return permit
     permit.drop()

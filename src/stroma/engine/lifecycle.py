@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from stroma.checkpoint import Committed, RunBusy, RunExists, RunRequest, Session, StoreError
+from stroma.checkpoint import Committed, RunBusy, RunExists, RunRequest, Session
 from stroma.checkpoint.entries import ALL_FAILED_ITEMS, NO_CONTROL, USAGE_NOTE, PriorUsage, noted_failed_items
 from stroma.checkpoint.sessions import NULL_SESSION
 from stroma.contracts.schema import schema_of
@@ -80,8 +80,6 @@ async def open_run(
     session = await journal.wait()
     if journal.session is NULL_SESSION:
         _begin(ctx, session, carry=discard_from is None)
-        if config.shared_budgets and session.epoch > 1:
-            await _settle_earlier(ctx)
     return journal.session
 
 
@@ -110,21 +108,6 @@ def _begin(ctx: ReliabilityContext, session: Session, *, carry: bool) -> Session
             spent.prior_cost_usd = session.prior.cost_usd + unrecorded.cost_usd
             spent.prior_latency_ms = session.prior.latency_ms
     return session
-
-
-async def _settle_earlier(ctx: ReliabilityContext) -> None:
-    """Count in the shared budgets the usage of dead processes on this run that is not counted yet."""
-    from stroma.limits.shared_budget import AttemptPlace, caller_of
-
-    session = ctx.session
-    caller = caller_of(session, ctx.run_id, ctx.checkpoint_manager.store, AttemptPlace())
-    if session.finished is not None and caller.place is not None:
-        caller = caller._replace(place=caller.place._replace(epoch=0))  # None of its calls is ours.
-    for budget in ctx.config.budgets:
-        try:
-            await budget.settle_run(caller)
-        except StoreError as error:  # Counted when the lease of a call has expired.
-            ctx.run_logger.warning("%s: calls of earlier processes are not counted: %s", budget.label, error)
 
 
 async def end_run(

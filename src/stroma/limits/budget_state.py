@@ -6,7 +6,7 @@ clock of the store. Money is in whole pico-dollars, so that sums are exact in an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal, NamedTuple, get_args
@@ -16,7 +16,6 @@ from stroma.limits.reservations import (
     CellState,
     StateChange,
     estimate_usage,
-    is_live,
     remember_usage,
     renew_leases,
 )
@@ -44,45 +43,13 @@ class BudgetTerms(NamedTuple):
     caps: Mapping[str, int]
 
 
-class JournalPlace(NamedTuple):
-    """Place of an attempt in a journal.
-
-    Attributes:
-        address: of the journal's store, see DurableStore.
-        since_ns: time of the request in nanoseconds since the epoch, by the clock of the attempt's start.
-    """
-
-    address: str
-    run_id: str
-    execution: int
-    epoch: int
-    position: int
-    branch: str
-    attempt: int
-    since_ns: int
-
-
 class CallRequest(NamedTuple):
-    """Request to admit a call.
-
-    Attributes:
-        declared: declared usage; None if unknown.
-        place: None for a call that no journal records.
-        not_in_journal: tokens of expired calls that were not found in their journal.
-    """
+    """Request to admit a call. ``declared``: declared usage; None if unknown."""
 
     token: str
     node: str
     declared: tuple[int | None, int | None]
     lease_ms: int | None
-    place: JournalPlace | None = None
-    not_in_journal: Collection[str] = ()
-
-
-class UnsettledCalls(NamedTuple):
-    """Answer: uncounted calls with an expired lease, by token. Read their journal, then ask again."""
-
-    calls: dict[str, tuple[str, JournalPlace]]
 
 
 class CallUsage(NamedTuple):
@@ -133,7 +100,7 @@ def window(per: str | None, now_ms: int) -> tuple[int, int | None]:
 
 @dataclass(kw_only=True)
 class BudgetCell(CellState):
-    """The state of a shared budget. A reservation is [until, node, cost, tokens, place]."""
+    """The state of a shared budget. A reservation is [until, node, cost, tokens]."""
 
     per: str | None
     limits: list[int | None]
@@ -181,34 +148,19 @@ def _open(state: BudgetCell | None, now: int, terms: BudgetTerms) -> BudgetCell:
     return state
 
 
-def reserve(
-    terms: BudgetTerms, request: CallRequest
-) -> StateChange[BudgetCell, Refusal | UnsettledCalls | tuple[int, int]]:
-    """Return a change that reserves what a call may use; its answer: the amounts, or a refusal.
+def reserve(terms: BudgetTerms, request: CallRequest) -> StateChange[BudgetCell, Refusal | tuple[int, int]]:
+    """Return a change that reserves what a call may use; its answer: the amounts, or a refusal."""
 
-    UnsettledCalls comes first: the usage of dead processes belongs to the total.
-    """
-
-    def apply(
-        cell: BudgetCell | None, now: int
-    ) -> tuple[BudgetCell | None, Refusal | UnsettledCalls | tuple[int, int]]:
+    def apply(cell: BudgetCell | None, now: int) -> tuple[BudgetCell | None, Refusal | tuple[int, int]]:
         state = _open(cell, now, terms)
         if request.token in state.holds:  # Reserved by an earlier try whose answer was lost.
             hold = state.holds[request.token]
             return None, (hold[2], hold[3])
-        if request.place is not None:
-            address = request.place.address
-            expired = _select_calls(state, lambda hold, at: at.address == address and not is_live(hold, now))
-            unsettled = {
-                token: call for token, call in expired.items() if token not in request.not_in_journal
-            }
-            if unsettled:
-                return None, UnsettledCalls(unsettled)
         answer = _amounts(state, terms, request, now)
         if isinstance(answer, Refusal):
             return None, answer
         until = None if request.lease_ms is None else now + request.lease_ms
-        state.put_hold(request.token, [until, request.node, *answer, request.place])
+        state.put_hold(request.token, [until, request.node, *answer])
         return state, answer
 
     return StateChange(BudgetCell, _label(terms.name), apply)
@@ -235,32 +187,6 @@ def _amounts(
                 return Refusal(_DIMENSIONS[i], capped, limit, spent, reserved, amount, state.ends_ms(), waits)
         amounts[i] = amount
     return amounts[0], amounts[1]
-
-
-def _select_calls(
-    state: BudgetCell, which: Callable[[list[Any], JournalPlace], bool]
-) -> dict[str, tuple[str, JournalPlace]]:
-    """Return node and place of the selected calls that are not counted, by token."""
-    calls: dict[str, tuple[str, JournalPlace]] = {}
-    for token, hold in state.holds.items():
-        if hold[4] is not None and which(hold, place := JournalPlace(*hold[4])):
-            calls[token] = hold[1], place
-    return calls
-
-
-def unsettled_calls_of(
-    name: str, run: JournalPlace
-) -> StateChange[BudgetCell, dict[str, tuple[str, JournalPlace]]]:
-    """Return a reader of a run's uncounted calls, by token, without those of its current epoch."""
-
-    def apply(state: BudgetCell | None, now: int) -> tuple[None, dict[str, tuple[str, JournalPlace]]]:
-        if state is None:
-            return None, {}
-        return None, _select_calls(
-            state, lambda _, at: at[:2] == run[:2] and (at.execution, at.epoch) != (run.execution, run.epoch)
-        )
-
-    return StateChange(BudgetCell, _label(name), apply)
 
 
 def _bounds(

@@ -18,7 +18,6 @@ from stroma.contracts.contract import check_id
 from stroma.cost.budget import LARGEST
 from stroma.cost.usage import shown
 from stroma.failures.errors import COOLDOWN, Wait
-from stroma.limits.budget_state import JournalPlace
 from stroma.limits.reservations import RENEWER, ProcessCells, StateChange
 
 if TYPE_CHECKING:
@@ -59,18 +58,6 @@ class WaitQueue:
             return Wait("in line", None)
         passed = int((now - self._answered) * 1000)
         return wait if wait.ms is None else Wait(COOLDOWN, max(0, wait.ms - passed))
-
-
-class Caller(NamedTuple):
-    """The attempt that wants to pass a gate.
-
-    Attributes:
-        place: its place in the journal; None if no other process can read that store.
-        journal: the store that records it.
-    """
-
-    place: JournalPlace | None
-    journal: Any
 
 
 class BudgetWarning(NamedTuple):
@@ -192,7 +179,7 @@ class Gate(ABC):
         return False
 
     @abstractmethod
-    async def ask(self, node_id: str, token: str, caller: Caller | None) -> Wait | Exception | None:
+    async def ask(self, node_id: str, token: str) -> Wait | Exception | None:
         """Reserve what a call may use, under a token. Returns None if it may begin, otherwise why not.
 
         Raises only what ends the task.

@@ -17,7 +17,6 @@ from stroma.failures.errors import COOLDOWN, LimitError, Wait, WaitedTooLong
 from stroma.failures.providers import requested_waits
 from stroma.limits.breaker import Breaker
 from stroma.limits.gate import (
-    Caller,
     CooldownBegun,
     Gate,
     OnStoreError,
@@ -137,7 +136,7 @@ class RateGate(Gate):
         #: The end of a call must be recorded.
         self._records_end = limit.tokens_per_minute is not None or limit.concurrent is not None
 
-    async def ask(self, node_id: str, token: str, caller: Caller | None) -> Wait | Exception | None:
+    async def ask(self, node_id: str, token: str) -> Wait | Exception | None:
         try:
             answer = await self.change(acquire(self._rates, token, node_id, self._declared, self.lease_ms))
         except StoreError as error:

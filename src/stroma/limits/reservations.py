@@ -21,7 +21,7 @@ _FORMAT: Final = 1
 #: Calls of a node whose usage is stored.
 RECENT_CALLS: Final = 16
 #: Retention of a reservation that is not renewed: a process that was stopped so long may still count its
-#: call, or its journal may be read.
+#: call.
 _HOLD_RETENTION_MS: Final = 7 * 24 * 3600 * 1000
 
 

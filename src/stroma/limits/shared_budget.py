@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from stroma._utils.logs import get_logger
 from stroma._utils.models import NamedArguments
@@ -22,21 +22,17 @@ from stroma.limits.budget_state import (
     BudgetTerms,
     CallRequest,
     CallUsage,
-    JournalPlace,
     Per,
     Refusal,
-    UnsettledCalls,
     give_back,
     read_account,
     release,
     renew_calls,
     reserve,
     settle,
-    unsettled_calls_of,
 )
 from stroma.limits.gate import (
     BudgetWarning,
-    Caller,
     Gate,
     OnStoreError,
     optional_seconds,
@@ -45,7 +41,6 @@ from stroma.limits.gate import (
 )
 
 if TYPE_CHECKING:
-    from stroma.checkpoint import Session
     from stroma.failures.failure import Failure
     from stroma.trace.events import AttemptUsage
 
@@ -158,8 +153,6 @@ class SharedBudget(NamedArguments, Gate):
         self._unwritten: list[CallUsage] = []
         #: Calls in flight that were admitted while the store was unavailable.
         self._unreserved: set[str] = set()
-        #: Calls of dead processes that are not in their journal.
-        self._not_in_journal: set[str] = set()
         terms = (("max_cost_usd", cost), ("max_tokens", tokens), ("per", per), ("max_cost_usd_by_node", caps))
         super().__init__(name, store, terms, lease_seconds, on_store_error)
         limits = (None if cost is None else _pico(cost), tokens)
@@ -183,22 +176,13 @@ class SharedBudget(NamedArguments, Gate):
 
     # ------------------------------------------------------------------ the gate
 
-    async def ask(self, node_id: str, token: str, caller: Caller | None) -> Wait | Exception | None:
+    async def ask(self, node_id: str, token: str) -> Wait | Exception | None:
         declared = [estimates.get(node_id, estimates.get("")) for estimates in self._declared]
-        # Not for a store in memory: its reservations end with this process.
-        place = None if caller is None or self.lease_ms is None else caller.place
-        request = CallRequest(
-            token, node_id, (declared[0], declared[1]), self.lease_ms, place, self._not_in_journal
-        )
+        request = CallRequest(token, node_id, (declared[0], declared[1]), self.lease_ms)
         try:
             if self._unwritten:
                 await self._write_usage()
             answer = await self.change(reserve(self._budget_terms, request))
-            while isinstance(answer, UnsettledCalls):
-                assert caller is not None
-                await self._count_unsettled(answer.calls, caller.journal)
-                self._not_in_journal.update(answer.calls)
-                answer = await self.change(reserve(self._budget_terms, request))
         except StoreError as error:
             if not self.allows(error):
                 return error
@@ -262,20 +246,6 @@ class SharedBudget(NamedArguments, Gate):
             raise answer
         return self._warnings(answer)
 
-    async def settle_run(self, caller: Caller) -> None:
-        """Count the calls of earlier processes of a run, from its journal. Raises StoreError."""
-        place = caller.place
-        if place is None or self.lease_ms is None:
-            return
-        data, now = await asyncio.to_thread(self.store.read_cell, self.cell)
-        await self._count_unsettled(unsettled_calls_of(self.name, place)(data, now)[1], caller.journal)
-
-    async def _count_unsettled(self, calls: dict[str, tuple[str, JournalPlace]], journal: Any) -> None:
-        spends = await asyncio.to_thread(_read_usages, calls, journal) if calls else []
-        if spends:
-            await self.change(settle(self._budget_terms, spends))
-            logger.info("%s: counted %d calls of dead processes", self.label, len(spends))
-
     def abandon(self, node_id: str, token: str, used: AttemptUsage | None) -> None:
         self.release(token)
         if used is None:
@@ -316,39 +286,6 @@ class SharedBudget(NamedArguments, Gate):
         return SharedBudgetExceeded(
             self.name, why.dimension, *figures, node_id, _utc(why.ends_ms), why.capped
         )
-
-
-def _read_usages(calls: dict[str, tuple[str, JournalPlace]], journal: Any) -> list[CallUsage]:
-    """Read the usage of the calls that a journal has. Blocking. Raises StoreError."""
-    spends: list[CallUsage] = []
-    for token, (node, at) in calls.items():
-        attempts = [
-            one
-            for one in journal.attempts_at(at.run_id, at.position, at.branch, execution=at.execution)
-            if (one.epoch, one.attempt) == (at.epoch, at.attempt) and one.started_ns >= at.since_ns
-        ]
-        if attempts:  # A retried group counts attempts from 1 again: take the first one since.
-            recorded = min(attempts, key=lambda one: one.started_ns)
-            took = (_pico(recorded.cost_usd), recorded.tokens)
-            spends.append(CallUsage(token, node, took, True, recorded.outcome == "success" or any(took)))
-    return spends
-
-
-class AttemptPlace(NamedTuple):
-    """Place of an attempt in its execution, see JournalPlace. The default is the place of no attempt."""
-
-    position: int = -1
-    branch: str = ""
-    attempt: int = 0
-    since_ns: int = 0
-
-
-def caller_of(session: Session, run_id: str, journal: Any, at: AttemptPlace) -> Caller:
-    """Return the caller of a gate for an attempt of a run."""
-    place = None
-    if session.address:
-        place = JournalPlace(session.address, run_id, session.execution, session.epoch, *at)
-    return Caller(place, journal)
 
 
 def check_budgets(value: Any) -> tuple[SharedBudget, ...]:
