@@ -47,37 +47,8 @@ def test_what_is_printed(recorded, golden):
     assert recorded.calls() == []
 
 
-def test_from_a_node_on_nodes_are_called(recorded, inside):
-    """--from calls that node and those after it, on the output of then or on --input; the store stays as it
-    is."""
-    done = inside("replay", "run-a", "sums.py:pipeline", "--from", "second")
-    assert done.code == 6, done  # It took two attempts then.
-    assert "attempts: 2 -> 1" in done.out
-    assert recorded.calls() == ["second", "third"]
-    assert "called: second, third" in done.err
-    done = inside("replay", "run-a", "sums.py:pipeline", "--from", "third", "--input", '{"n": 10}', "--json")
-    assert json.loads(done.out)["final_state"] == {"n": 10}
-    done = inside(
-        "replay", "run-a", "sums.py:pipeline", "--from", "first", "--input", '{"start": 5}', "--json"
-    )
-    assert json.loads(done.out)["final_state"] == {"n": 12}
-    assert [line.split()[0] for line in inside("runs").out.splitlines()] == ["RUN", "run-a"]
-
-
 def test_what_is_wrong_with_the_arguments(recorded, inside, fails):
-    """An unknown node, an input that does not fit and a run that is not there are each one message."""
-    fails(
-        inside("replay", "run-a", "sums.py:pipeline", "--from", "x"),
-        2,
-        "is not a node of",
-        "first, second, third",
-    )
-    wrong = ("--from", "third", "--input", '{"n": "many"}')
-    fails(
-        inside("replay", "run-a", "sums.py:pipeline", *wrong),
-        2,
-        "does not fit the output of node 'second' for 'third'",
-    )
+    """A run that is not there and a missing pipeline are each one message."""
     fails(inside("replay", "none", "sums.py:pipeline"), 4, "no run whose id begins with 'none'")
     fails(inside("record", "run-a", "--as-test", "test_x.py"), 2, "needs FILE_OR_MODULE:NAME")
 

@@ -97,25 +97,20 @@ def find_call(pipeline: Pipeline, target: str, node_id: str) -> tuple[int, str |
 
     Raises Problem.
     """
-    flows = [at for at, node in enumerate(pipeline.nodes) if isinstance(find_node(node), FlowNode)]
-    if len(flows) == 1 and all(find_node(node).node_id != node_id for node in pipeline.nodes):
-        return flows[0], node_id
-    return find_position(pipeline, target, node_id), None
-
-
-def find_position(pipeline: Pipeline, target: str, node_id: str) -> int:
-    """Return the position of the node that --from names. Raises Problem."""
     ids = [find_node(node).node_id for node in pipeline.nodes]
-    if node_id not in ids:
-        raise Problem(
-            f"--from {node_id!r} is not a node of {target}",
-            f"its nodes are: {', '.join(clean(one, 100) for one in ids)}",
-        )
-    return ids.index(node_id)
+    if node_id in ids:
+        return ids.index(node_id), None
+    flows = [at for at, node in enumerate(pipeline.nodes) if isinstance(find_node(node), FlowNode)]
+    if len(flows) == 1:
+        return flows[0], node_id
+    raise Problem(
+        f"--from {node_id!r} is not a node of {target}",
+        f"its nodes are: {', '.join(clean(one, 100) for one in ids)}",
+    )
 
 
-def parse_input_at(pipeline: Pipeline, position: int, argument: str, option: str) -> BaseModel:
-    """Parse what replaces the input at a position: of the run, or the output of the node before.
+def parse_input_at(pipeline: Pipeline, position: int, argument: str) -> BaseModel:
+    """Parse what --state replaces at a position: the input of the run, or the output of the node before.
 
     Raises Problem.
     """
@@ -124,14 +119,14 @@ def parse_input_at(pipeline: Pipeline, position: int, argument: str, option: str
     before, node = (find_node(one) for one in pipeline.nodes[position - 1 : position + 1])
     if isinstance(before, Group):
         raise Problem(
-            f"{option} cannot replace the output of {clean(before.node_id, 200)!r}: "
+            f"--state cannot replace the output of {clean(before.node_id, 200)!r}: "
             "a group's output is built from its children's",
             "start at the group, or at a later node",
         )
     # It replaces the output of the node before, so it must satisfy that contract.
     model = UntypedState if before.contract is None else before.contract.output_schema
     requirement = f"the output of node {clean(before.node_id, 100)!r} for {clean(node.node_id, 100)!r}"
-    return parse_as(model, argument, option, requirement)
+    return parse_as(model, argument, "--state", requirement)
 
 
 def input_model(pipeline: Pipeline) -> type[BaseModel]:

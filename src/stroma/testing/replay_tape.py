@@ -62,7 +62,7 @@ class Difference:
     Attributes:
         kind: "input" (rejected now), "missing" and "new" (nodes), "contract" (an output or input breaks it
             now, or no longer does), "schema" (it has changed, and the output still fits), "decision"
-            (attempts, stops, budgets), "output" (changed by a group, a validator or a called node), "status".
+            (attempts, stops, budgets), "output" (changed by a group or a validator), "status".
         at: position and place in groups: "2", "2.0"; "" for the whole run.
     """
 
@@ -88,18 +88,15 @@ class Tape(Interceptor):
     recorded: RecordedRun
     nodes: Sequence[Node | Group]
     registry: ContractRegistry
-    first_called: int
     #: Recorded position by current position; None for a new node.
     then: dict[int, int | None] = field(default_factory=dict)
     places: dict[tuple[int, str], list[RecordedAttempt]] = field(default_factory=dict)
-    edited: dict[int, Any] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
     unanswered: set[tuple[int, str]] = field(default_factory=set)
     #: Calls of flows whose ends are recorded events, by place, and the branch of the output that each got.
     events: dict[tuple[int, str], str] = field(default_factory=dict)
     #: Branch of the last recorded call by position and plain branch.
     last_branches: dict[tuple[int, str], str] = field(default_factory=dict)
-    called: list[str] = field(default_factory=list)
     stopped: str | None = None
 
     def __post_init__(self) -> None:
@@ -137,11 +134,7 @@ class Tape(Interceptor):
 
     def opened(self, ctx: ReliabilityContext, session: Session) -> Session:
         """Give flows their recorded events: a resume repeats them, and takes the outputs from the tape."""
-        position_of = {
-            str(then): position
-            for position, then in self.then.items()
-            if then is not None and position < self.first_called
-        }
+        position_of = {str(then): position for position, then in self.then.items() if then is not None}
         notes: dict[str, bytes] = {}
         for key, value in self.recorded.events.items():
             at, _, rest = key.partition(":")
@@ -178,18 +171,6 @@ class Tape(Interceptor):
         finally:
             TIME_SHIFT_MS.reset(token)
 
-    def edit(self, position: int, state: Any) -> None:
-        node = self.nodes[position]
-        if isinstance(node, Group):
-            raise TypeError(
-                f"state= cannot replace the output of {node.node_id!r}: a group's output is built from its "
-                "children's; start at the group, or at a later node"
-            )
-        self.edited[position] = state
-
-    def _calls(self, run: RunningNode) -> bool:
-        return run.position >= self.first_called
-
     def _at(self, run: RunningNode) -> list[RecordedAttempt] | None:
         """Return the attempts at a place; None if the recorded run has no such node."""
         then = self.then[run.position]
@@ -217,10 +198,6 @@ class Tape(Interceptor):
     # ------------------------------------------------------------------ as an interceptor
 
     async def call(self, run: RunningNode, node: Node | Group, call: Call, state: BaseModel) -> Any:
-        if self._calls(run):
-            if type(node) is Node:
-                self.called.append(run.node_id)
-            return await call(state)
         attempts = self._at(run)
         if isinstance(node, Group) and not (
             node.is_map and (node.has_external_items or not node.output_field)
@@ -234,8 +211,6 @@ class Tape(Interceptor):
         usage = AttemptUsage(one.tokens, one.output_tokens, one.cost_usd, one.model)
         if usage != AttemptUsage():
             run.counted = usage
-        if run.position in self.edited and not run.branch:
-            return self.edited[run.position]
         if one.output is None:
             raise _failure_of(one)
         return Schema.decode_raw(one.output) if isinstance(node, Group) else self._read(run, node, one)
@@ -276,7 +251,7 @@ class Tape(Interceptor):
 
     def _is_live(self, run: RunningNode) -> bool:
         """Return True for a call of a flow whose end is not a recorded event, and for the nodes inside it."""
-        if self.first_called < len(self.nodes) or not is_called(run.branch):
+        if not is_called(run.branch):
             return False
         return all((run.position, branch) not in self.events for branch in with_outer(run.branch))
 
@@ -314,7 +289,7 @@ class Tape(Interceptor):
         error = failure.exception
         if isinstance(error, _NoAnswer):
             return replace(failure, failure_class=FailureClass.TERMINAL)
-        attempts = None if self._calls(run) else self._at(run)
+        attempts = self._at(run)
         if not isinstance(error, _AsRecorded) or not attempts or run.attempt > len(attempts):
             return failure
         one = attempts[run.attempt - 1]

@@ -19,7 +19,6 @@ from stroma.contracts.contract import ContractRegistry, as_violation
 from stroma.contracts.node import Group, Node, find_node
 from stroma.contracts.schema import Schema, schema_of
 from stroma.contracts.untyped import UntypedState
-from stroma.engine.config import new_run_id
 from stroma.engine.context import INTERCEPTORS
 from stroma.hooks.sets import NodeHooks
 from stroma.runner.pipeline import Pipeline
@@ -49,17 +48,15 @@ class Replay:
 
     Attributes:
         recorded: the recorded run.
-        result: result of the current code, of all attempts that were replayed or called.
+        result: result of the current code, of all attempts that were replayed.
         differences: differences between the two; empty if there are none.
         stopped: reason why the replay stopped early; None if it did not.
-        called: ids of the nodes that were called, with ``start_at``.
     """
 
     recorded: RecordedRun
     result: ExecutionResult
     differences: tuple[Difference, ...]
     stopped: str | None = None
-    called: tuple[str, ...] = ()
 
     @property
     def status(self) -> RunStatus:
@@ -78,8 +75,6 @@ async def replay(
     pipeline: Pipeline | Iterable[Any],
     *,
     runner: StromaRunner[Any] | None = None,
-    start_at: str | None = None,
-    state: Any = None,
 ) -> Replay:
     """Run a recorded run again by the current code, with the recorded outputs instead of calls.
 
@@ -88,34 +83,23 @@ async def replay(
     the recorded ones. Nothing waits, no hook is called, and nothing is stored. Maps whose items or outputs
     are outside of the state are replayed as a whole.
 
-    ``runner``: source of contracts and config; that of the pipeline by default. ``start_at``: nodes from this
-        one on are called.
-    ``state``: input of this node, or of the whole run, instead of the recorded one, as a model or plain data.
+    ``runner``: source of contracts and config; that of the pipeline by default.
 
     A journal has the message and the class of a failure, not the exception: the current classifiers get one
     with that message, and where none returns a class the recorded one is used. The retry delay of a server is
     not recorded: a run that stopped after a failure of that kind stops here, too.
-
-    Raises ValueError for an unknown ``start_at``, TypeError for a ``state`` that replaces the output of a
-    group.
     """
     nodes = list(pipeline.nodes if isinstance(pipeline, Pipeline) else pipeline)
     records = [find_node(node) for node in nodes]
     runner = runner or StromaRunner(ContractRegistry(), CheckpointManager(AsyncInMemoryStore()))
-    first = _position(records, start_at)
     redact = runner._config_of(pipeline).redact
-    tape = Tape(recorded, records, runner.registry, first)
-    if state is not None and first != 0 and start_at is not None:
-        tape.edit(first - 1, state)
-    initial = state if state is not None and (start_at is None or first == 0) else None
-    initial_input, wrong = _input(records, runner.registry, recorded, initial)
+    tape = Tape(recorded, records, runner.registry)
+    initial_input, wrong = _input(records, runner.registry, recorded)
     if wrong is not None and redact is not None:
         wrong = without_values(wrong)
     differences = [] if wrong is None else [Difference("input", "", "", wrong)]
     name = pipeline.name if isinstance(pipeline, Pipeline) else recorded.pipeline
-    result, store = await _run(
-        Pipeline(name, nodes), runner, pipeline, tape, initial_input, calls=start_at is not None
-    )
+    result, store = await _run(Pipeline(name, nodes), runner, pipeline, tape, initial_input)
     if result.failure is not None and result.failure.reason == "changed":
         tape.stopped = result.failure.message
         differences.append(Difference("decision", "", "", tape.stopped))
@@ -123,7 +107,7 @@ async def replay(
         one for one in store.attempts(result.run_id) if (one.position, one.branch) not in tape.unanswered
     ]
     differences += tape.changed()
-    differences += _compare_attempts(tape, attempts, edited=state is not None, redact=redact)
+    differences += _compare_attempts(tape, attempts, redact)
     differences += tape.differences
     if (
         tape.stopped is None
@@ -131,7 +115,7 @@ async def replay(
         and settled_status(recorded.status) != settled_status(result.status)
     ):
         differences.append(Difference("status", "", "", f"{recorded.status} -> {result.status}"))
-    return Replay(recorded, result, tuple(dict.fromkeys(differences)), tape.stopped, tuple(tape.called))
+    return Replay(recorded, result, tuple(dict.fromkeys(differences)), tape.stopped)
 
 
 @blocking_form_of(replay)
@@ -143,23 +127,14 @@ def replay_sync() -> None:
 
 
 async def _run(
-    pipeline: Pipeline,
-    runner: StromaRunner[Any],
-    configured: Any,
-    tape: Tape,
-    state: BaseModel,
-    *,
-    calls: bool,
+    pipeline: Pipeline, runner: StromaRunner[Any], configured: Any, tape: Tape, state: BaseModel
 ) -> tuple[ExecutionResult, AsyncInMemoryStore]:
     """Run a pipeline with the tape; ``configured``: the pipeline or nodes whose config counts."""
     changed: dict[str, Any] = {"hooks": NodeHooks(), "hook_delivery": "at_most_once", "check": False}
-    if not calls:
-        changed |= {"limits": {}, "node_limits": {}, "breaker": None, "node_timeouts": {}}
-    # No idempotency key of the recorded run may reach a node that is called.
-    run_id = new_run_id() if calls else tape.recorded.run_id
+    changed |= {"limits": {}, "node_limits": {}, "breaker": None, "node_timeouts": {}}
     store = AsyncInMemoryStore()
-    twin = runner._twin(configured, store, run_id=run_id, resume=False, **changed)
-    clock = contextlib.nullcontext() if calls or FakeClock._active is not None else FakeClock()
+    twin = runner._twin(configured, store, run_id=tape.recorded.run_id, resume=False, **changed)
+    clock = contextlib.nullcontext() if FakeClock._active is not None else FakeClock()
     INTERCEPTORS.append(tape)
     try:
         with clock, tape.recorded_time():
@@ -168,30 +143,18 @@ async def _run(
         INTERCEPTORS.remove(tape)
 
 
-def _position(records: Sequence[Node | Group], start_at: str | None) -> int:
-    if start_at is None:
-        return len(records)
-    for position, node in enumerate(records):
-        if node.node_id == start_at:
-            return position
-    known = ", ".join(repr(node.node_id) for node in records) or "none"
-    raise ValueError(f"start_at={start_at!r} is not a node of this pipeline; its nodes are {known}")
-
-
 def _input(
-    records: Sequence[Node | Group], registry: ContractRegistry, recorded: RecordedRun, state: Any
+    records: Sequence[Node | Group], registry: ContractRegistry, recorded: RecordedRun
 ) -> tuple[BaseModel, str | None]:
     """Return the input of the run, and its problem if the first node rejects it."""
-    if isinstance(state, BaseModel):
-        return state, None
     first = records[0] if records else None
     contract = registry.find(first.node_id) or first.contract if isinstance(first, Node) else None
-    raw = Schema.decode_raw(recorded.input) if state is None else state
+    raw = Schema.decode_raw(recorded.input)
     wrong = None
     if contract is not None:
         schema = schema_of(contract.input_schema)
         try:
-            return (schema.decode(recorded.input) if state is None else schema.validate(state)), None
+            return schema.decode(recorded.input), None
         except Exception as error:
             wrong = str(as_violation(contract.node_id, "input", raw, error, schema.model))
     return schema_of(_Open).construct(raw) if isinstance(raw, dict) else UntypedState(raw), wrong
@@ -200,9 +163,7 @@ def _input(
 # ---------------------------------------------------------------------- differences
 
 
-def _compare_attempts(
-    tape: Tape, attempts: list[AttemptRecord], *, edited: bool, redact: Redact | None
-) -> list[Difference]:
+def _compare_attempts(tape: Tape, attempts: list[AttemptRecord], redact: Redact | None) -> list[Difference]:
     """Return the differences at places that both runs have."""
 
     def payload(one: AttemptRecord) -> Payload:
@@ -230,8 +191,6 @@ def _compare_attempts(
             continue
         last = pair.b[-1]
         at = f"{last.position}.{last.branch}" if last.branch else str(last.position)
-        if edited and last.position in tape.edited:
-            continue
         if is_called(last.branch) and "cancelled" in (last.outcome, pair.a[-1].outcome):
             continue  # The order of the last calls of a flow that failed is not recorded.
         differences.append(_difference(pair, at, text(pair)))

@@ -16,7 +16,6 @@ from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.memory.store import AsyncInMemoryStore
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.errors import Code, Problem, describe_error, last_frame
-from stroma.cli.inputs import find_position, parse_input_at
 from stroma.cli.loading import load_pipeline
 from stroma.cli.output import emit, err, out
 from stroma.cli.stores import Database, db_option
@@ -34,18 +33,9 @@ from stroma.trace.plain import jsonable
 @click.command()
 @click.argument("run_", metavar="RUN", shell_complete=complete_run)
 @click.argument("target", metavar="FILE_OR_MODULE:NAME")
-@click.option("--from", "start_at", metavar="NODE", help="First node to call for real; may cost money.")
-@click.option(
-    "--input",
-    "input_text",
-    metavar="JSON",
-    help="Input of that node, or of the run without --from; or @FILE, or -.",
-)
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.replay/1".')
 @db_option
-def replay(
-    run_: str, target: str, start_at: str | None, input_text: str | None, as_json: bool, db: str | None
-) -> int:
+def replay(run_: str, target: str, as_json: bool, db: str | None) -> int:
     """Replay a recorded run by the current code, with the recorded outputs. No node is called.
 
     Contracts, classification, retries, budgets and the order of nodes are those of the current code. Exit
@@ -55,15 +45,11 @@ def replay(
     database = Database.from_option(db)
     recorded = recorded_run(database, run_)
     pipeline = load_pipeline(target, database)
-    position = 0 if start_at is None else find_position(pipeline, target, start_at)
-    state = None
-    if input_text is not None:
-        state = parse_input_at(pipeline, position, input_text, "--input")
-    outcome = replay_run(recorded, pipeline, start_at=start_at, state=state)
+    outcome = replay_run(recorded, pipeline)
     if as_json:
         emit(_data(outcome, pipeline))
     else:
-        _print_replay(outcome, start_at)
+        _print_replay(outcome)
     return Code.DIFFERENT if outcome.differences else Code.OK
 
 
@@ -73,20 +59,20 @@ def recorded_run(database: Database, run_: str) -> RecordedRun:
     return RecordedRun.read(database.reader, record.run_id)
 
 
-def replay_run(recorded: RecordedRun, pipeline: Pipeline, **options: Any) -> Replay:
-    """Replay a recorded run. Output of nodes goes to stderr. Raises Problem if the replay fails."""
+def replay_run(recorded: RecordedRun, pipeline: Pipeline) -> Replay:
+    """Replay a recorded run. Output of the pipeline goes to stderr. Raises Problem if the replay fails."""
     config = pipeline.config or RunConfig()
     runner = StromaRunner(ContractRegistry(), CheckpointManager(AsyncInMemoryStore()), config)
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            return asyncio.run(run_again(recorded, pipeline, runner=runner, **options))
+            return asyncio.run(run_again(recorded, pipeline, runner=runner))
         except Exception as error:
             raise Problem(
                 f"the replay failed: {describe_error(error)}", *last_frame(error), code=Code.FAILED
             ) from error
 
 
-def _print_replay(outcome: Replay, start_at: str | None) -> None:
+def _print_replay(outcome: Replay) -> None:
     for difference in outcome.differences:
         where = f"{difference.at} {clean(difference.node_id, 60)}  " if difference.at else ""
         kind = (f"{difference.kind:<9}", "yellow")
@@ -102,8 +88,6 @@ def _print_replay(outcome: Replay, start_at: str | None) -> None:
         )
         + f" ({spent})"
     )
-    if start_at is not None:
-        err.line(f"called: {', '.join(clean(node_id, 60) for node_id in outcome.called) or 'nothing'}")
     if outcome.differences:
         err.line(pluralize(len(outcome.differences), "difference"))
     else:
@@ -121,7 +105,6 @@ def _data(outcome: Replay, pipeline: Pipeline) -> dict[str, Any]:
         "now": str(outcome.status),
         "same": not outcome.differences,
         "stopped": outcome.stopped,
-        "called": list(outcome.called),
         "tokens": outcome.result.total_tokens,
         "cost_usd": outcome.result.total_cost_usd,
         "differences": [asdict(difference) for difference in outcome.differences],

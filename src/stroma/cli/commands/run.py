@@ -208,7 +208,7 @@ def _fork(run: ResumedRun, options: RunOptions, start_at: str, input_text: str |
     _compare_names(record, pipeline, options)
     edited: BaseModel | None = None
     if input_text is not None:
-        edited = parse_input_at(pipeline, position, input_text, "--state")
+        edited = parse_input_at(pipeline, position, input_text)
     if edited is not None and not position:
         state = edited
     else:
