@@ -16,8 +16,7 @@ __all__ = ["journal", "provider", "store_fixture", "temporal_server"]
 
 
 def store_fixture(*kinds: str) -> Any:
-    """Return a fixture ``store``: an empty store of each kind, one after the other; see
-    tests/shared_stores.py."""
+    """Return a fixture ``store``: an empty store of each kind in turn; see tests/shared_stores.py."""
 
     @pytest.fixture(params=kinds)
     def store(request: pytest.FixtureRequest) -> Iterator[Any]:
@@ -36,8 +35,7 @@ def journal(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
 
 @pytest.fixture(scope="session")
 def provider() -> Iterator[Any]:
-    """A provider of models on localhost that answers what a test tells it to; see
-    tests/providers/server.py."""
+    """A provider of models on localhost that a test controls; see tests/providers/server.py."""
     from tests.providers.server import serving
 
     with serving() as running:

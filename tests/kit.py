@@ -176,8 +176,7 @@ def record_hooks(seen: list[str]) -> NodeHooks:
 
 
 def record_node_hooks(seen: list[str], name: str = "", **others: Any) -> NodeHooks:
-    """Return hooks that append each event of nodes to ``seen``, after ``name``; ``others`` replace single
-    hooks."""
+    """Return hooks that append each event of nodes to ``seen``, after ``name``; ``others`` replace hooks."""
 
     def recorder(event: str) -> Any:
         async def hook(*_: Any) -> None:
@@ -191,8 +190,7 @@ def record_node_hooks(seen: list[str], name: str = "", **others: Any) -> NodeHoo
 
 @contextmanager
 def undone_command() -> Iterator[None]:
-    """Undo what a command leaves behind that runs in this process: handlers of signals and of logs,
-    `sys.path`."""
+    """Undo what a command leaves behind in this process: handlers of signals and of logs, `sys.path`."""
     logger = logging.getLogger("stroma")
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     handlers, paths = logger.handlers[:], sys.path[:]

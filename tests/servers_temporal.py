@@ -21,8 +21,7 @@ def temporal_binary() -> str:
 
 
 class TemporalServer:
-    """A development server on a port of its own. ``file``: where it keeps what it knows; None keeps it in
-    memory."""
+    """A development server on a port of its own. ``file`` has its data; None keeps it in memory."""
 
     def __init__(self, file: pathlib.Path | None = None, *, search: bool = False) -> None:
         with socket.socket() as free:

@@ -1,5 +1,4 @@
-"""Which tests are slow, and how many examples a property test tries: what the root conftest and the tests
-share."""
+"""Which tests are slow, and how many examples a property test tries, for the root conftest and tests."""
 
 from __future__ import annotations
 
@@ -80,8 +79,7 @@ CORE_PATHS = ("tests/project/test_published_surface.py",)
 
 
 def examples(count: int, **options: Any) -> settings:
-    """Return settings for ``count`` examples under the profile `nightly`, and for fewer under the quicker
-    ones."""
+    """Return settings for ``count`` examples under the profile `nightly`, and fewer under quicker ones."""
     from hypothesis import settings
 
     profile = settings.get_current_profile_name()

@@ -1,2 +1,1 @@
-"""Faults put in on purpose, and a check that the promises of docs/durability.md hold: `./dev chaos
---help`."""
+"""Deliberate faults, and a check that the promises of docs/durability.md hold: `./dev chaos --help`."""

@@ -230,8 +230,7 @@ def programs(
 
 
 async def decide(runner: StromaRunner, store: Any, port: int, run_id: str) -> int:
-    """State, as a person who looks at the provider's books, how the unknown calls of a run ended. Return how
-    many."""
+    """State, as somebody with the provider's books, how the unknown calls of a run ended. Return how many."""
     count = 0
     for question in await asyncio.to_thread(store.waiting, run_id):
         if question.payload is None and question.effect is not None:
@@ -289,8 +288,7 @@ async def work(
 
 
 def effect(place: Place, name: str, number: int, draw: random.Random, pace: Pace) -> Figures:
-    """Two processes share a list and a flow with effects, and die at any instant or point; none may charge
-    twice."""
+    """Two processes share a list and a flow with effects and die at any point; none may charge twice."""
     runs = {f"{name}-list": "list", f"{name}-flow": "flow"}
     report = place.folder / f"effects-{number}"
     with processes(place, number) as instance:

@@ -115,8 +115,7 @@ def start(url: str, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def one_round(url: str, folder: Path, items: int, seed: str, longest: float) -> Figures:
-    """Kill processes at random moments until one has come to the end. ``longest``: seconds that one is left
-    alone."""
+    """Kill processes at random moments until one has ended. ``longest``: seconds that one is left alone."""
     draw, figures = random.Random(seed), Figures(rounds=1, runs=1)
     (folder / "in.jsonl").write_text("".join(f'{{"n": {n}}}\n' for n in range(items)))
     while True:

@@ -93,8 +93,7 @@ def read_database(db: Any) -> tuple[str, frozenset[int]]:
 
 
 async def history(store: SQLiteStore, draw: random.Random, batches: int, *, delete: bool = True) -> None:
-    """Runs that begin, commit, fail, end, begin again, side by side and alone. Ends early if the store gives
-    up."""
+    """Runs that begin, commit, fail, end, restart, side by side or alone. Ends if the store gives up."""
     from tests.store_suite.journal import begin, commit, fail, finish
 
     async def one(run_id: str, steps: int) -> None:
@@ -192,8 +191,7 @@ class Left:
 
 
 def powercut(name: str, draw: random.Random, cuts: int) -> Figures:
-    """The power fails at instants of a history. FULL: all that was acknowledged is there. NORMAL: a prefix of
-    it."""
+    """The power fails at instants of a history. FULL: all acknowledged commits. NORMAL: a prefix of them."""
     figures = Figures(rounds=cuts)
     # NORMAL every fourth time; checkpoints often, so that they are struck too, or as they come.
     synchronous = "normal" if draw.random() < 0.25 else "full"
@@ -270,8 +268,7 @@ def _prefix(left: Left, states: list[str], started: int) -> int | None:
 
 
 def fsync(name: str, draw: random.Random, cuts: int) -> Figures:
-    """An fsync fails: nothing is acknowledged any more, and a new store has all that was acknowledged
-    before."""
+    """An fsync fails: nothing more is acknowledged, and a new store has all that was acknowledged before."""
     figures = Figures()
     folder = _folder(name)
     try:

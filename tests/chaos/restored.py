@@ -114,8 +114,7 @@ def _tokens(url: str, runs: list[str]) -> Figures:
 
 
 def _goes_on(instance: Processes, pid: int, before: set[str], after: set[str]) -> Figures:
-    """Judge what the process did after the store had come back older, and strike what is gone from the
-    diary."""
+    """Judge what the process did after the store came back older, and strike what is gone from the diary."""
     figures, since = Figures(), False
     gone = before - after
     lines, events = list(read_diary(instance.diary)), set[str]()

@@ -1,5 +1,4 @@
-"""The faults that strike processes. One driver without threads forks them, so that a new one is there at
-once."""
+"""The faults that strike processes. A driver without threads forks them, so a new one is there at once."""
 
 from __future__ import annotations
 
@@ -240,8 +239,7 @@ def kill(place: Place, name: str, number: int, draw: random.Random, pace: Pace, 
 
 
 def points(place: Place, name: str, number: int, draw: random.Random, _pace: Pace) -> Figures:
-    """A process kills itself at one point of the protocol; another one takes its runs over, beside it or
-    after it."""
+    """A process kills itself at one point of the protocol; another takes its runs over, then or later."""
     runs = [f"{name}-{i}" for i in range(2)]
     hit: list[str] = []
     with processes(place, number) as instance:
@@ -308,8 +306,7 @@ def stop(place: Place, name: str, number: int, draw: random.Random, _pace: Pace)
 
 
 def duplicate(place: Place, name: str, number: int, draw: random.Random, _pace: Pace) -> Figures:
-    """2 or 8 processes begin one run at the same moment, in a store that is not there yet: one of them
-    executes."""
+    """2 or 8 processes begin one run at the same moment, in a store still to be made: one executes it."""
     runs = [f"{name}-0"]
     many = 8 if number % 2 else 2
     with processes(place, number, fresh=True) as instance:

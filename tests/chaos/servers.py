@@ -1,5 +1,4 @@
-"""`--store postgres` and `--store redis`: a server from the tests' own helpers, for as long as it is
-needed."""
+"""`--store postgres` and `--store redis`: a server from the tests' own helpers, while it is needed."""
 
 from __future__ import annotations
 

@@ -83,8 +83,7 @@ def test_killed_around_the_calls_of_effects_on_a_server(store: str) -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("store", SHARED)
 def test_killed_flows(store: str) -> None:
-    """I1, I3 and I5: a flow that is killed at any instant ends as one that is not, with each step committed
-    once."""
+    """I1, I3 and I5: a flow that is killed at any instant ends like any other, each step committed once."""
     figures = strike("flow", 15, store)
     assert figures["kills"] >= 15
     assert figures["commits"] == 13 * figures["runs"]
@@ -107,8 +106,7 @@ def test_workers_and_what_befalls_them() -> None:
     [("queue", "sqlite"), ("queue", "postgres"), ("queue", "redis"), ("temporal", "postgres")],
 )
 def test_workers_and_servers_and_what_befalls_them(fault: str, store: str) -> None:
-    """G5 and G13: the same, more often, while servers are killed and started again; and where Temporal is one
-    of them."""
+    """G5 and G13: the same, more often, while servers are killed and started again, Temporal's too."""
     figures = strike(fault, 10 if fault == "queue" else 6, store)
     assert figures["kills"] >= 6
     assert figures["commits"] == 99 / 12 * figures["runs"]
@@ -124,16 +122,14 @@ def test_killed_inside_of_groups() -> None:
 
 @pytest.mark.nightly
 def test_stopped_for_longer_than_its_lease() -> None:
-    """I1, I2 and I4: what a process commits that wakes up after another one has taken its run over is
-    fenced."""
+    """I1, I2 and I4: a process that wakes up after another took its run over commits nothing."""
     figures = strike("stop", 6)
     assert figures["fenced"] > 0
 
 
 @pytest.mark.nightly
 def test_started_twice_and_eight_times() -> None:
-    """I2 and I3: of 2 and of 8 processes with one run one executes it, in a file that none of them has
-    found."""
+    """I2 and I3: of 2 and of 8 processes with one run one executes it, in a file that none of them found."""
     figures = strike("duplicate", 8)
     assert figures["repeated in flight"] == 0
     assert figures["told that it is busy"] > 0
@@ -141,30 +137,26 @@ def test_started_twice_and_eight_times() -> None:
 
 @pytest.mark.nightly
 def test_clocks_that_jump() -> None:
-    """I1 to I5, killed at any instant while the wall clock of each process jumps to and fro by up to an
-    hour."""
+    """I1 to I5, killed at any instant while each wall clock jumps to and fro by up to an hour."""
     assert strike("clock", 8)["kills"] >= 4
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("store", SHARED)
 def test_cancelled_at_any_await(store: str) -> None:
-    """I1 to I4: cancelled at any await and gone on with, a run has each commit once, and no commit runs
-    again."""
+    """I1 to I4: cancelled at any await and resumed, a run has each commit once, and no commit runs again."""
     assert strike("cancel", 6, store)["cancellations"] >= 10
 
 
 @pytest.mark.nightly
 def test_told_to_end() -> None:
-    """I1 and I3: SIGTERM ends a process with 0 after the node in flight, or within no time at all, and frees
-    its runs."""
+    """I1 and I3: SIGTERM ends a process with 0 after the node in flight, or at once, and frees its runs."""
     assert strike("term", 8)["SIGTERMs"] >= 4
 
 
 @pytest.mark.nightly
 def test_a_locked_database() -> None:
-    """I1 and I3: while somebody else holds the lock of the file everybody waits; no node is run again for
-    it."""
+    """I1 and I3: while the file is locked by another everybody waits; no node is run again for it."""
     figures = strike("lock", 3)
     assert (figures["locks"], figures["repeated in flight"]) == (12, 0)
 
@@ -178,8 +170,7 @@ def test_a_full_disk() -> None:
 
 @pytest.mark.nightly
 def test_connections_that_are_ended() -> None:
-    """I2 and I3: a commit whose connection is ended is looked for and sent again if need be; its node is not
-    run again."""
+    """I2 and I3: a commit whose connection is ended is looked for and sent again; its node is not rerun."""
     figures = strike("terminate", 4, "postgres")
     assert figures["connections ended"] >= 10
     assert figures["repeated in flight"] == 0
@@ -188,16 +179,14 @@ def test_connections_that_are_ended() -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("store", ON_SERVERS)
 def test_a_server_that_is_killed(store: str) -> None:
-    """I1 and I3: what a server acknowledged survives its SIGKILL; whoever is at work waits for it to come
-    back."""
+    """I1 and I3: what a server acknowledged survives its SIGKILL; whoever works waits for its return."""
     figures = strike("restart", 2, store)
     assert (figures["server kills"], figures["repeated in flight"]) == (2, 0)
 
 
 @pytest.mark.nightly
 def test_killed_before_what_a_call_took_is_settled() -> None:
-    """I6, killed between a commit and what follows it, with the budget in the store of the runs and in
-    another one."""
+    """I6, killed between a commit and its next step, with the budget in the runs' store and in another."""
     figures = strike("settle", 4)
     assert figures["kills"] >= 4
     assert figures["overspent"] == 0
@@ -224,16 +213,14 @@ def test_power_cuts() -> None:
 
 @pytest.mark.nightly
 def test_failed_fsyncs() -> None:
-    """I1 and I5: after a failed fsync nothing is acknowledged, and a new store has all that was acknowledged
-    before."""
+    """I1 and I5: after a failed fsync nothing is acknowledged, a new store has what was acknowledged."""
     figures = strike("fsync", 30)
     assert figures["poisoned"] > 0
 
 
 @pytest.mark.nightly
 def test_the_disk_that_loses_its_power() -> None:
-    """What the power cuts stand on: what was synced stays, all else may be lost, torn, or done in another
-    order."""
+    """What the power cuts stand on: what was synced stays, all else may be lost, torn or reordered."""
     old, new = b"a" * 1024, b"b" * 1024
     synced = [Name("f", 1), Write(1, 0, old), Sync(1, True)]
 

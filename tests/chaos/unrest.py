@@ -46,8 +46,7 @@ def _counted(instance: Processes, kind: str) -> int:
 
 
 def clock(place: Place, name: str, number: int, draw: random.Random, pace: Pace) -> Figures:
-    """Two processes are killed and started anew, and the wall clock of each jumps by up to an hour, to and
-    fro."""
+    """Two processes are killed and restarted, and each wall clock jumps to and fro by up to an hour."""
     return kill(place, name, number, draw, pace, clock=True)
 
 
@@ -65,8 +64,7 @@ def cancel(place: Place, name: str, number: int, draw: random.Random, _pace: Pac
 
 
 def term(place: Place, name: str, number: int, draw: random.Random, pace: Pace) -> Figures:
-    """Processes are told to end, and exit with 0: with time for the node in flight, which is then not run
-    again."""
+    """Processes are told to end and exit with 0, with time for the node in flight, which is not rerun."""
     runs = _runs(name)
     strikes = 0
     with processes(place, number) as instance:

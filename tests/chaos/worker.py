@@ -168,8 +168,7 @@ class Fuse:
                 time.sleep(60)  # The signal may take a moment; nothing else may happen in it.
 
     def install(self) -> None:
-        """Put the points into the store's session and thread. Only a process that is about to die does
-        this."""
+        """Put the points into the store's session and thread. Only for a process that is about to die."""
         fuse, acknowledge, record, write = self, Worker._acknowledge, DurableSession.record, Commit.__call__
         leave = Permit.leave
 
@@ -452,8 +451,7 @@ def guarded(errors: str, do: Callable[[], None]) -> None:
 
 
 async def report_if_stuck(errors: str, seconds: float, describe: Callable[[], str]) -> None:
-    """Write after some time what this process is at: what ``describe`` says, and the stacks of its tasks and
-    threads."""
+    """Write later what this process is doing: what ``describe`` says, and all stacks."""
     await asyncio.sleep(seconds)
     with open(errors, "a") as file:
         print(f"process {os.getpid()} is still here after {seconds:g} s: {describe()}", file=file)

@@ -115,8 +115,7 @@ class Moment:
 
 @contextlib.contextmanager
 def loose(path: Path | str) -> Iterator[sqlite3.Connection]:
-    """A connection to a SQLite store that takes any value in any column; its tables are STRICT again
-    afterwards."""
+    """A connection to a SQLite store that accepts any value; its tables are STRICT again afterwards."""
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
         strict = db.execute("SELECT name, sql FROM sqlite_master WHERE sql LIKE '%STRICT'").fetchall()
         db.execute("PRAGMA writable_schema = ON")
@@ -131,8 +130,7 @@ def loose(path: Path | str) -> Iterator[sqlite3.Connection]:
 
 
 def reseal(db: sqlite3.Connection) -> None:
-    """Give each step of a SQLite store the checksum of what it holds now, as somebody who can write to it
-    would."""
+    """Give each step of a SQLite store the checksum of what it holds now, as anybody with access can."""
     columns = "id, position, branch, node_id, contract, schema_ref, output, sha256, number, input_key"
     for number, position, branch, node_id, *step in db.execute(f"SELECT {columns} FROM steps").fetchall():
         sha256 = seal(position, branch, node_id, Step(*step)).sha256

@@ -1,5 +1,4 @@
-"""Generated stores of a million attempts, and what one does with them. See test_scale.py and
-benchmarks.scale."""
+"""Generated stores of a million attempts, and their use. See test_scale.py and benchmarks.scale."""
 
 from __future__ import annotations
 
@@ -29,8 +28,7 @@ def run_name(number: int) -> str:
 
 
 def fill(url: str, runs: int, attempts: int, *, vacuum: bool = True) -> None:
-    """A thousand pipelines take turns; one run in a thousand has failed. ``vacuum``: PostgreSQL has its
-    statistics."""
+    """A thousand pipelines take turns; one run in 1,000 failed. ``vacuum``: PostgreSQL has its statistics."""
     kind = url.partition(":")[0]
     {"sqlite": fill_sqlite, "postgresql": fill_postgres, "unix": fill_redis}[kind](url, runs, attempts)
     if kind == "postgresql" and vacuum:

@@ -36,8 +36,7 @@ from stroma.failures.errors import RunCancelled
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["recover", "resume", "attach"])
 def test_killed_before_it_knew(journal: tuple[str, str], tmp_path: Path, way: str) -> None:
-    """Whoever goes on with a run that was cancelled finds it CANCELLED and calls nothing, whichever way it
-    goes on."""
+    """Whoever resumes a cancelled run finds it CANCELLED and calls nothing, whichever way it goes on."""
     wish = {"run_id": "r", "hang": True, "calls": str(tmp_path / "calls"), "options": {"lease_seconds": 60.0}}
 
     async def outcome() -> Any:
@@ -129,8 +128,7 @@ async def _request_late_owner(store: Any, other: Any, monkeypatch: pytest.Monkey
 async def test_a_late_owner_of_a_run_that_was_begun_anew_learns_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A late owner whose run was paused and resumed, or deleted and started again, learns which process has
-    it now."""
+    """A late owner whose run was paused and resumed, or deleted and started again, learns the new owner."""
     for way, change in (("paused", "taken over"), ("deleted", "deleted, and started again")):
         path = tmp_path / f"{way}.db"
         first = Paid("first", waits=True)
@@ -243,8 +241,7 @@ async def test_plain_code_without_an_end_stores_what_it_calls(tmp_path: Path) ->
 
 @pytest.mark.core
 async def test_a_guard_without_a_run_of_its_own_is_cancelled(tmp_path: Path) -> None:
-    """A cancel reaches the steps that a guard has outside of ``guard.run()``: what is under way is the last
-    one."""
+    """A cancel reaches the steps that a guard has outside of ``guard.run()``: the current one is the last."""
     first, second = Paid("first", waits=True), Paid("second")
     async with SQLiteStore(tmp_path / "runs.db") as store:
         guard = Guard(StromaRunner.quick(store=store, run_id="r"))
@@ -264,8 +261,7 @@ async def test_a_guard_without_a_run_of_its_own_is_cancelled(tmp_path: Path) -> 
 async def test_is_true_if_the_answer_of_an_earlier_try_was_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A store that was lost after it had committed does the operation again: the run was cancelled by this
-    call."""
+    """A store that was lost after it had committed repeats the operation: this call cancelled the run."""
     async with SQLiteStore(tmp_path / "runs.db") as store:
         await StromaRunner.quick(store=store, run_id="r").run([Paid("fails", fails=True).node()], State())
         submit = store._submit

@@ -132,8 +132,7 @@ def put(data: bytes) -> Callable[[Step], Step]:
 
 
 async def test_an_unsealed_output_is_refused(open_store: Open) -> None:
-    """With a codec, a payload that no codec wrote is CorruptCheckpoint: nobody without a key can forge
-    one."""
+    """With a codec, a payload that no codec wrote is CorruptCheckpoint: without a key nobody forges one."""
     async with open_store(codec=codec()) as store:
         await run(store, [], "alice", 1, "r", fails=True)
         await rewrite(store, "r", 0, put(b'{"to":"mallory","amount":1000000}'))
@@ -167,8 +166,7 @@ async def test_a_sealed_output_cannot_be_moved(open_store: Open, source: str) ->
 
 
 async def test_an_answer_answers_one_question(open_store: Open) -> None:
-    """An answer that was sealed for one question is refused for another one that is asked at the same
-    place."""
+    """An answer that was sealed for one question is refused for another one at the same place."""
     async with open_store(codec=codec()) as store:
         for run_id, question in (("small", "pay 1?"), ("large", "pay 1000000?")):
             await run(store, [], "alice", 1, run_id, asks=question)
@@ -193,8 +191,7 @@ async def test_an_answer_answers_one_question(open_store: Open) -> None:
 
 
 async def test_messages_and_questions_are_sealed(open_store: Open) -> None:
-    """Messages of failures and questions to people are payloads: readable with the codec, and nowhere without
-    it."""
+    """Messages of failures and questions to people are payloads: readable with the codec, not without it."""
     async with open_store(codec=codec()) as store:
         await run(store, [], "alice", 1, "failed", fails=True)
         await run(store, [], "alice", 1, "asking", asks="may alice have it?")

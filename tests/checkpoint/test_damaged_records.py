@@ -302,8 +302,7 @@ def check(store: Any, whole: dict[str, Any], table: str, *, is_resealed: bool) -
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SHARED)
 def test_damage_of_any_record(kind: str) -> None:
-    """Reading a damaged record is CorruptCheckpoint with the run's id, or gives the same as before; lists go
-    on."""
+    """Reading a damaged record is CorruptCheckpoint with the run's id or changes nothing; lists go on."""
     with place(kind) as where, opened(kind, where) as store:
         for run_id in ("r", "other"):
             asyncio.run(fill(store, run_id))
@@ -430,8 +429,7 @@ def build(path: Path) -> tuple[StromaRunner, Any]:
 
 @pytest.mark.parametrize("data", [b"null", b"{}", b'"x"', b"[" * 100_000, b"9" * 5000, b"\xff", b""])
 async def test_notes_of_a_flow_with_foreign_contents(tmp_path: Path, data: bytes) -> None:
-    """A note of a flow that has a right checksum and another form stops its run; a worker goes on with the
-    others."""
+    """A note of a flow with a right checksum and a wrong form stops its run; a worker goes on with others."""
     path = tmp_path / "runs.db"
     runner, body = build(path)
     for run_id in ("r", "other"):

@@ -158,8 +158,7 @@ async def test_commands_and_a_damaged_row(
 
 
 async def test_damaged_attempts(tmp_path: Any) -> None:
-    """An attempt whose row is damaged is shown as such in its place, and its run is summed up all the
-    same."""
+    """An attempt whose row is damaged is shown as such, and its run is summed up all the same."""
     path = str(tmp_path / "runs.db")
     with opened("sqlite", path) as store:
         await filled(store)
@@ -205,8 +204,7 @@ async def test_keys_in_redis_that_hold_something_else(key: str, value: str) -> N
 
 
 def test_what_a_row_may_hold() -> None:
-    """Every value that no store writes is named; each one in a row that is right makes a damaged one of
-    it."""
+    """Every value that no store writes is named; each one damages a row that was right."""
     right = (
         1,
         "r",

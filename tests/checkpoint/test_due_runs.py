@@ -57,8 +57,7 @@ async def test_a_suspended_run_is_due_from_its_time_on(store: Any) -> None:
 
 
 async def test_the_end_of_a_stale_owner_leaves_a_changed_budget(store: Any) -> None:
-    """A run whose budget was changed is due when it stops for its budget, also if an earlier owner tried to
-    end it."""
+    """A run whose budget was changed is due when it stops for its budget, also if an earlier owner ended."""
     stale = await _open(store)
     owner = await _open(store, if_running="take_over")
     assert await _done(store.set_budget("r", {"max_tokens_total": 5}))
@@ -162,8 +161,7 @@ async def test_a_fork_is_not_due_before_its_first_start(store: Any) -> None:
 
 
 async def test_a_run_is_claimed_only_while_it_is_due(store: Any) -> None:
-    """Of two workers that found the same due run, the second one is refused, also once the first has
-    finished."""
+    """Of two workers with the same due run, the second is refused, also once the first has finished."""
     await _end(await _open(store), "SUSPENDED", 5000)
     with pytest.raises(RunExists, match="not due"):
         await _open(store, due_ms=4999)

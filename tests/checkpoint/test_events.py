@@ -59,8 +59,7 @@ async def test_a_session_comes_after_those_before_it(store: Any) -> None:
 
 
 async def test_a_late_batch_comes_before_the_takeover(store: Any) -> None:
-    """What a fenced owner appends is refused or comes in its place: nobody who has read the next session sees
-    it."""
+    """What a fenced owner appends is refused or comes in its place: no reader of the next session sees it."""
     first = await begin(store)
     await append(first, 1)
     second = await begin(store, if_exists="resume", if_running="take_over")
@@ -71,8 +70,7 @@ async def test_a_late_batch_comes_before_the_takeover(store: Any) -> None:
 
 
 async def test_events_are_stored_before_the_end(store: Any) -> None:
-    """A batch that was submitted before the end of the run is there once the end is, without waiting for
-    it."""
+    """A batch that was submitted before the end of the run is there once the end is, without a wait."""
     session = await begin(store)
     _ = session.append_events(1, b"last words")
     await finish(session)
@@ -154,8 +152,7 @@ async def test_the_oldest_events_are_deleted(store: Any, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("kind", SHARED)
 async def test_old_events_expire(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Events that are older than a day are deleted, on SQL by whoever begins to append events; the run
-    stays."""
+    """Events that are older than a day are deleted, on SQL at the first append; the run stays."""
     with place(kind) as where, opened(kind, where) as store:
         for module in (sql_rows, redis_rows):
             monkeypatch.setattr(module, "EXPIRY_MS", 1000)
@@ -181,8 +178,7 @@ async def test_events_of_a_finished_run_expire_with_it() -> None:
 
 @pytest.mark.parametrize("kind", SHARED)
 async def test_batches_of_many_runs_at_once(kind: str) -> None:
-    """Batches that many runs append at once are all there, and one that the store refuses takes no other with
-    it."""
+    """Batches that many runs append at once are all there; a refused one takes no other with it."""
     with place(kind) as where, opened(kind, where) as store:
         sessions = [await begin(store, f"run {i}") for i in range(20)]
         bad = sessions[7]

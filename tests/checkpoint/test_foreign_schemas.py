@@ -142,8 +142,7 @@ async def test_what_runs_programs_is_refused(server: PostgresServer, statement: 
 
 @pytest.mark.slow
 async def test_who_may_share_a_schema(server: PostgresServer) -> None:
-    """Members of the role that owns it, and whoever a superuser has made it for; a clean one can be made
-    beside."""
+    """Members of the role that owns it and whoever a superuser made it for; a clean one can be made."""
     await _use(server, "crew")
     _execute(
         server,

@@ -98,8 +98,7 @@ PAYLOADS = {
 
 @pytest.mark.parametrize("name", PAYLOADS)
 async def test_a_hostile_output_is_a_named_error(tmp_path: Path, name: str) -> None:
-    """Whatever stands in an output's place is CorruptCheckpoint with a way out; no module is imported, no
-    node called."""
+    """Whatever stands in an output's place is CorruptCheckpoint with a way out, without imports or calls."""
     path = tmp_path / "runs.db"
     calls: list[str] = []
     async with SQLiteStore(path) as store:
@@ -164,8 +163,7 @@ async def test_a_gigabyte_is_a_named_error(tmp_path: Path, place: str) -> None:
 
 @pytest.mark.parametrize("kind", ["text", "integer", "null sha"])
 async def test_columns_of_a_wrong_type(tmp_path: Path, kind: str) -> None:
-    """A file from elsewhere promises no types: a column that holds something else is damage like any
-    other."""
+    """A file from elsewhere promises no types: a column that holds something else is damage."""
     path = tmp_path / "runs.db"
     calls: list[str] = []
     async with SQLiteStore(path) as store:
@@ -183,8 +181,7 @@ async def test_columns_of_a_wrong_type(tmp_path: Path, kind: str) -> None:
     "ref", ["antigravity:x", "os:system", "builtins:eval", "sys:modules", ":", "", "stroma:__getattr__"]
 )
 async def test_names_of_classes_import_nothing(tmp_path: Path, ref: str) -> None:
-    """The class that a stored state names is looked up among imported modules; anything but a model is
-    refused."""
+    """The class that a stored state names is sought in imported modules; anything but a model is refused."""
     path = tmp_path / "runs.db"
     async with SQLiteStore(path) as store:
         await store.save("r", "a", Anything(n=1))

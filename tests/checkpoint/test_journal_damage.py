@@ -37,8 +37,7 @@ async def interrupted(store: Any) -> None:
 @pytest.mark.parametrize("what", ["output", "attempt", "input"])
 @pytest.mark.parametrize("way", ["resume", "return"])
 async def test_a_missing_row_is_damage(at: tuple[str, str], what: str, way: str) -> None:
-    """A run that lacks an output, an attempt or its input is CheckpointLost, and stays as it is; a restart
-    begins anew."""
+    """A run that lacks an output, an attempt or its input is CheckpointLost, unchanged; a restart works."""
     with opened(*at) as store:
         await interrupted(store)
         before = store.get_run("run")
@@ -85,8 +84,7 @@ async def test_counters_follow_discards_and_replacements(at: tuple[str, str]) ->
 
 @pytest.mark.parametrize("act", ["commit", "fail", "finish"])
 async def test_a_store_that_came_back_older(at: tuple[str, str], act: str) -> None:
-    """A living run whose store is restored to before an acknowledged commit gets CheckpointLost, and adds
-    nothing to it."""
+    """A living run whose store lost an acknowledged commit gets CheckpointLost, and adds nothing to it."""
     with opened(*at) as store:
         session = await begin(store)
         await commit(session, 0, State(n=0))
@@ -133,8 +131,7 @@ class Order(BaseModel):
 
 
 async def test_two_histories_are_never_mixed(at: tuple[str, str]) -> None:
-    """A resume of a pipeline with a hole calls nothing: later outputs were made of the one that is
-    missing."""
+    """A resume of a pipeline with a hole calls nothing: later outputs were made of the missing one."""
     calls: list[str] = []
     fails = [True]
 

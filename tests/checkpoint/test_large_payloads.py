@@ -146,8 +146,7 @@ async def test_a_trace_of_references_is_the_trace(kind: type[BaseModel], store: 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [Flat, Packed, Nested, Aliased])
 async def test_no_row_of_a_trace_holds_what_stands_in_a_blob(kind: type[BaseModel], store: Any) -> None:
-    """Neither outputs nor the inputs that they become are held by the rows, of failed attempts and in groups
-    either."""
+    """Rows hold neither outputs nor inputs, of failed attempts and in groups either."""
     runner = StromaRunner.quick(store=store, policy_map=ONCE)
     result = await runner.run(nodes_of(runner, kind, [1]), kind(), run_id="r")
     rows = rows_of(result)
@@ -165,8 +164,7 @@ async def test_no_row_of_a_trace_holds_what_stands_in_a_blob(kind: type[BaseMode
 async def test_a_resume_reads_each_state_when_it_comes_to_it(
     kind: type[BaseModel], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A resume holds references, reads each blob once, and goes on with the last state; under a codec as
-    well."""
+    """A resume holds references, reads each blob once and continues with the last state, with codecs too."""
     reads: list[str] = []
     with open_store("sqlite", str(tmp_path / "runs.db"), tmp_path / "blobs", Xor()) as store:
         runner = StromaRunner.quick(store=store)
@@ -223,8 +221,7 @@ async def test_maps_and_steps_refer_to_their_states_too(store: Any) -> None:
 
 @pytest.mark.slow
 async def test_a_blob_that_is_gone_is_said_where_it_is_needed(tmp_path: pathlib.Path) -> None:
-    """A missing blob makes one state of the trace unavailable, and a resume that needs it a
-    CorruptCheckpoint."""
+    """A missing blob makes one state of the trace unavailable and a resume from it a CorruptCheckpoint."""
     with open_store("sqlite", str(tmp_path / "runs.db"), tmp_path / "blobs") as store:
         runner = StromaRunner.quick(store=store)
         nodes = nodes_of(runner, Flat, [1, 2])

@@ -18,8 +18,7 @@ store = store_fixture(*SHARED)
 
 
 async def test_a_listener_hears_of_each_renewed_lease(store: Any) -> None:
-    """A listener is called with the id of a run whenever its lease was renewed, while its event loop is
-    blocked too."""
+    """A listener gets a run's id at each renewal of its lease, while its event loop is blocked too."""
     heard: list[str] = []
 
     async def block(state: Num) -> Num:
@@ -62,8 +61,7 @@ async def test_a_run_that_lost_its_lease_is_not_heard_of(journal: tuple[str, str
 
 @pytest.mark.parametrize("end", ["failed", "cancelled", "paused"])
 async def test_a_run_that_is_reopened(store: Any, end: str) -> None:
-    """A run that failed, was cancelled or paused is due after it was reopened, and calls no committed node
-    again."""
+    """A run that failed, was cancelled or paused is due once reopened, and calls no committed node again."""
     world = World()
     pipeline = Pipeline("p", [world.step("a"), world.step("b")])
     world.failing.add("b")

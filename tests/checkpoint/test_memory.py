@@ -19,8 +19,7 @@ class Numbers(BaseModel):
 
 
 async def test_an_output_belongs_to_the_attempt_that_committed_it() -> None:
-    """Also where its row holds a picture for people only: an attempt that was discarded has no output any
-    more."""
+    """Also where its row holds a picture for people only: a discarded attempt has no output."""
     store, schema = AsyncInMemoryStore(), schema_of(State)
     session = await begin(store)
     first = row(0, tokens=3, output={"a picture": "for people"})
@@ -55,8 +54,7 @@ async def test_a_row_of_another_schema_is_not_read_by_its_own() -> None:
 async def test_an_attempt_whose_place_is_committed_again_stays_in_the_history(
     store: str, tmp_path: Path
 ) -> None:
-    """A failed item that is run again, and the map around it: what was there before is told, without an
-    output."""
+    """A failed item that is run again, and the map around it: earlier attempts are shown, without output."""
     entry = AsyncInMemoryStore() if store == "memory" else SQLiteStore(tmp_path / "runs.db")
     runner, broken = StromaRunner.quick(store=entry), [True]
 

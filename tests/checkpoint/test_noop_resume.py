@@ -23,8 +23,7 @@ def node(node_id: str, calls: list[str]) -> Any:
 
 @pytest.mark.parametrize("kind", STORES)
 async def test_nothing_of_the_run_changes(kind: str) -> None:
-    """A resume that finds every node committed is RESUMED, calls nothing, and leaves the run's record as it
-    was."""
+    """A resume that finds every node committed is RESUMED, calls nothing, and leaves the record as it was."""
     with store_of(kind) as store:
         calls: list[str] = []
         skipped: list[str] = []

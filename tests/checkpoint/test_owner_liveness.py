@@ -85,8 +85,7 @@ def test_an_id_that_is_none_is_alive(pid: int) -> None:
     reason="needs root, setpriv and unshare",
 )
 def test_another_users_process_behind_hidepid() -> None:
-    """A live owner is not taken for gone by another user where /proc hides other users' processes
-    (hidepid=2)."""
+    """No user takes a live owner for gone where /proc hides other users' processes (hidepid=2)."""
     process, owner = child()
     with process:
         # Root's process, seen by a user who may not see it.

@@ -114,8 +114,7 @@ class TestEncryptedStore(JournalStoreTests):
 
 @pytest.mark.core
 async def test_every_payload_goes_through_the_codec(tmp_path: Path) -> None:
-    """Inputs, outputs, answers, saved states and what steps were given: no plain text of them is on the
-    disk."""
+    """Inputs, outputs, answers, saved states and inputs of steps: the disk has no plain text."""
     path = tmp_path / "runs.db"
     codec = AesGcm({"one": ONE}, writes_with="one")
     calls: list[str] = []
@@ -142,8 +141,7 @@ async def test_every_payload_goes_through_the_codec(tmp_path: Path) -> None:
 
 
 async def test_keys_are_rotated(tmp_path: Path) -> None:
-    """What was written with an earlier key is read for as long as that key is given; then the error says
-    so."""
+    """What was written with an earlier key is read while that key is given; then the error says so."""
     path = tmp_path / "runs.db"
     async with SQLiteStore(path, codec=AesGcm({"one": ONE}, writes_with="one")) as store:
         await runner(store).run(_nodes([], fails=True), Note(text="x"))
@@ -167,8 +165,7 @@ async def test_keys_are_rotated(tmp_path: Path) -> None:
 
 
 async def test_a_plain_store_becomes_an_encrypted_one(tmp_path: Path) -> None:
-    """A codec may be added to a store that has plain payloads: they are read if asked, and new ones go
-    through it."""
+    """A codec may be added to a store that has plain payloads: they are read if asked, new ones use it."""
     path = tmp_path / "runs.db"
     async with SQLiteStore(path) as store:
         await runner(store).run(_nodes([], fails=True), Note(text="x"))
@@ -252,8 +249,7 @@ def _big(calls: list[str], size: int = 5000) -> list[Any]:
 
 
 async def test_large_payloads_stand_in_blobs(tmp_path: Path, blobs: Any) -> None:
-    """A payload over the threshold is a blob, named by its content and kept once; small ones stay in the
-    rows."""
+    """A payload over the threshold is a blob named by content, kept once; small ones stay in the rows."""
     calls: list[str] = []
     async with SQLiteStore(tmp_path / "runs.db", blobs=blobs, blob_bytes=1000) as store:
         for run_id in ("r", "s"):
@@ -266,8 +262,7 @@ async def test_large_payloads_stand_in_blobs(tmp_path: Path, blobs: Any) -> None
 
 @pytest.mark.parametrize("harm", ["missing", "damaged", "not given"])
 async def test_a_blob_that_is_gone_is_a_named_error(tmp_path: Path, harm: str) -> None:
-    """A missing or damaged blob is CorruptCheckpoint, naming the node and the blob; resume_from= is the way
-    out."""
+    """A missing or damaged blob is CorruptCheckpoint, naming the node and the blob; resume_from= helps."""
     calls: list[str] = []
     folder = tmp_path / "blobs"
     async with SQLiteStore(tmp_path / "runs.db", blobs=folder, blob_bytes=1000) as store:

@@ -53,8 +53,7 @@ def calls(tmp_path: Path) -> int:
 @pytest.mark.kills
 @pytest.mark.slow
 def test_no_recovery_without_end(dying: Dying, journal: tuple[str, str], tmp_path: Path) -> None:
-    """A run whose process died max_recoveries times is FAILED with reason "poison" and not called again,
-    until forced."""
+    """A run whose process died max_recoveries times is FAILED ("poison"), not called again until forced."""
     dying(run_id="r", die="node", options={"max_recoveries": 3})
     for _ in range(2):
         assert dying(recover=True, die="node", options={"max_recoveries": 3}) == []
@@ -183,8 +182,7 @@ async def test_retries_and_repairs_count_apart_across_a_crash(
 
 
 async def test_the_failure_of_a_process_that_died_is_the_last_one(tmp_path: Path) -> None:
-    """A node whose retries a process had used up before it died is not called again: its failure is the
-    recorded one."""
+    """A node whose retries were used up before its process died is not called again: its failure stands."""
     failed = asyncio.Event()
 
     async def retried(*_: Any) -> None:
@@ -217,8 +215,7 @@ async def test_the_failure_of_a_process_that_died_is_the_last_one(tmp_path: Path
 
 @pytest.mark.parametrize("kind", SHARED)
 async def test_only_deaths_count(kind: str) -> None:
-    """An owner that says how its run ended, or is of this process, or never says when it ends, is no
-    death."""
+    """An owner that says how its run ended, or is of this process, or never says so, is no death."""
 
     def request(**more: Any) -> RunRequest:
         return RunRequest(
@@ -244,8 +241,7 @@ async def test_only_deaths_count(kind: str) -> None:
 @pytest.mark.kills
 @pytest.mark.slow
 def test_plain_steps_are_no_deaths(journal: tuple[str, str]) -> None:
-    """Plain code that calls a step in each of many processes, and never says that its run ends, goes on for
-    ever."""
+    """Plain code that calls a step in each of many processes without an end of its run goes on for ever."""
     code = """
 import asyncio, sys
 from tests.checkpoint.dying_helper import State, pipeline

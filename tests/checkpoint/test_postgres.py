@@ -245,8 +245,7 @@ async def test_long_ids_of_any_characters(store: PostgresStore) -> None:
 async def test_a_lease_goes_by_the_clock_of_the_server(
     server: PostgresServer, store: PostgresStore, schema: str
 ) -> None:
-    """An owner on another machine that is not heard of keeps the run until its lease has expired, and no
-    longer."""
+    """An owner on another machine that is silent keeps the run until its lease expires, and no longer."""
     session = await begin(store, lease_seconds=30)
     session.ended = True  # Nobody renews it.
     server.execute(f"UPDATE {schema}.runs SET lease_owner = regexp_replace(lease_owner, '[|]', '|x')")
@@ -258,8 +257,7 @@ async def test_a_lease_goes_by_the_clock_of_the_server(
 
 
 async def test_leases_are_renewed(server: PostgresServer, store: PostgresStore, schema: str) -> None:
-    """The lease of a run that is at work is kept up while it commits nothing; one that was given up is
-    not."""
+    """The lease of a run that is at work is kept up while it commits nothing; an abandoned one is not."""
     await begin(store, "a", lease_seconds=0.6)
     held = [await begin(store, "b", lease_seconds=0.6)]
     ended = await begin(store, "c", lease_seconds=0.6)
@@ -278,8 +276,7 @@ async def test_leases_are_renewed(server: PostgresServer, store: PostgresStore, 
 async def test_a_run_that_was_taken_over_elsewhere(
     server: PostgresServer, store: PostgresStore, schema: str
 ) -> None:
-    """Commits of many runs in one batch: those of the run that another process took are fenced, the rest is
-    kept."""
+    """Commits of many runs in one batch: those of a run taken over are fenced, the rest is kept."""
     sessions = [await begin(store, f"run {i}") for i in range(10)]
     with PostgresStore(server.dsn, schema=schema) as other:
         await begin(other, "run 3", if_exists="resume", if_running="take_over")
@@ -512,8 +509,7 @@ def patient_store(server: PostgresServer, schema: str) -> Iterator[PostgresStore
 
 
 async def test_a_server_that_is_killed(server: PostgresServer, patient_store: PostgresStore) -> None:
-    """SIGKILL of the server: nothing that was acknowledged is lost, what comes meanwhile waits for the
-    restart."""
+    """SIGKILL of the server: nothing acknowledged is lost, what comes meanwhile waits for the restart."""
     store = patient_store
     sessions = [await begin(store, f"run {i}", lease_seconds=120) for i in range(4)]
     acknowledged = [0] * 4
@@ -541,8 +537,7 @@ async def test_a_server_that_is_killed(server: PostgresServer, patient_store: Po
 async def test_a_server_that_stands_still(
     server: PostgresServer, store: PostgresStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server that takes what we send and never answers is given up after a while; what it does later
-    changes nothing."""
+    """A server that takes data and never answers is given up; what it does later changes nothing."""
     session = await begin(store)
     pid = await store._submit(lambda rows: rows.db.info.backend_pid)
     monkeypatch.setattr(_postgres_server, "_REPLY_SECONDS", 0.5)
@@ -623,8 +618,7 @@ async def test_a_read_only_server(server: PostgresServer, store: PostgresStore, 
 async def test_commits_are_on_the_disk(
     server: PostgresServer, schema: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """synchronous_commit=off is overruled for our sessions; a server that does not fsync is warned about,
-    once."""
+    """synchronous_commit=off is overruled for our sessions; a server without fsync is warned about."""
     dsn = f"{server.dsn}&options=-csynchronous_commit%3Doff"
     with PostgresStore(dsn, schema=schema) as store:
 
@@ -702,8 +696,7 @@ def test_a_process_that_is_killed_keeps_nothing(server: PostgresServer, schema: 
 
 
 async def test_what_is_queued_when_it_is_closed(server: PostgresServer, schema: str) -> None:
-    """close() writes what was asked for before; afterwards writing says to make a new store, reading
-    works."""
+    """close() writes what was asked for before; later writing says to make a new store, reading works."""
     store = PostgresStore(server.dsn, schema=schema)
     session = await begin(store)
     pending = [asyncio.ensure_future(commit(session, i, State())) for i in range(50)]
@@ -720,8 +713,7 @@ async def test_what_is_queued_when_it_is_closed(server: PostgresServer, schema: 
 
 @pytest.mark.parametrize("name", ["", "a-b", 'a"b', "1a", "pg_x", "x" * 64, "é", None])
 def test_what_is_no_schema(name: Any) -> None:
-    """A schema is named by letters, digits and underscores; anything else is refused when the store is
-    made."""
+    """A schema is named by letters, digits and underscores; anything else is refused at once."""
     with pytest.raises(ValueError, match="letters, digits"):
         PostgresStore("postgresql://localhost/db", schema=name)
 
@@ -730,8 +722,7 @@ def test_what_is_no_schema(name: Any) -> None:
     "dsn", ["postgresql://me:p@ss:w0rd@host/db", "postgresql://me:s3cret@host:w0rd/db?x=1", "w0rd"]
 )
 def test_what_is_no_address(dsn: str) -> None:
-    """What is no connection string is refused when the store is made, without a part of it, which may be a
-    secret."""
+    """What is no connection string is refused when the store is made, without quoting it."""
     with pytest.raises(ValueError, match="percent-encode") as refused:
         PostgresStore(dsn)
     assert "w0rd" not in str(refused.value)

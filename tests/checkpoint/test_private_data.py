@@ -101,8 +101,7 @@ async def expired(where: str) -> None:
 
 @pytest.mark.slow
 async def test_a_restart_has_nothing_of_the_execution_before(at: tuple[str, str], tmp_path: Path) -> None:
-    """A restart keeps the records that belong to the run; no annotation of the execution before reaches
-    it."""
+    """A restart keeps the records that belong to the run; no annotation from before reaches it."""
     kind, where = at
     async with opened_with_blobs(kind, where, tmp_path) as store:
         await finish(await write_every_kind(store, "r", MARK), "INTERRUPTED")

@@ -94,8 +94,7 @@ async def test_a_record_has_the_place_in_the_queue(store: Any) -> None:
 
 
 async def test_submitting_twice(store: Any) -> None:
-    """A run that is submitted again is the same run, whatever its status; another input or pipeline is
-    RunExists."""
+    """A run submitted again is the same run, whatever its status; another input or pipeline is RunExists."""
     assert await submit(store, "r")
     assert not await submit(store, "r", priority=5)
     with pytest.raises(RunExists, match="another input"):
@@ -111,8 +110,7 @@ async def test_submitting_twice(store: Any) -> None:
 
 
 async def test_a_claimed_run_starts_once(store: Any) -> None:
-    """A claimed run is not offered again; its opening starts the first execution, with everything of a new
-    run."""
+    """A claimed run is not offered again; its opening starts the first execution, complete as any."""
     await submit(store, "r")
     assert await claim(store) == ["r"]
     assert await claim(store, token="other") == []
@@ -135,8 +133,7 @@ async def test_a_lost_claim_is_free_again(store: Any) -> None:
 
 
 async def test_a_run_that_is_given_back(store: Any) -> None:
-    """A worker that cannot continue a run gives it back until a later time; without its claim, it changes
-    nothing."""
+    """A worker that cannot continue a run returns it until later; without its claim it changes nothing."""
     await submit(store, "r")
     await claim(store)
     await store.postpone("r", "other", NOW + 99)
@@ -147,8 +144,7 @@ async def test_a_run_that_is_given_back(store: Any) -> None:
 
 
 async def test_a_run_that_is_given_back_as_it_was(store: Any) -> None:
-    """A worker that drains gives a claimed run back with its due time, so that the age of the queue is
-    right."""
+    """A worker that drains gives a claimed run back with its due time, so the queue's age is right."""
     await submit(store, "r")
     await claim(store)
     await store.postpone("r", "t", None)
@@ -245,8 +241,7 @@ async def test_finished_runs_of_a_key_do_not_count(store: Any) -> None:
 
 
 async def test_limits_of_runs(store: Any) -> None:
-    """At most max_runs runs of a pipeline, and max_runs_per_key of a key, have an owner or a claim; others
-    wait."""
+    """At most max_runs runs of a pipeline, and max_runs_per_key of a key, are in progress; others wait."""
     for number in range(4):
         await submit(store, f"a{number}", key="a")
         await submit(store, f"b{number}", key="b")
@@ -507,8 +502,7 @@ def test_what_is_chosen(
 
 @pytest.mark.parametrize("kind", ON_SERVERS)
 async def test_listeners_learn_of_due_runs(kind: str) -> None:
-    """Another process that listens learns at once of a submitted run, and of one that was made due; without,
-    it polls."""
+    """Another process that listens learns at once of a submitted or due run; others poll."""
     with place(kind) as where, opened(kind, where) as store, opened(kind, where) as other:
         await submit(store, "first")  # Creates the tables.
         news, loop = asyncio.Event(), asyncio.get_running_loop()
@@ -566,8 +560,7 @@ async def test_an_opening_reads_the_annotations_at_once(monkeypatch: pytest.Monk
 
 
 async def test_a_budget_of_a_queued_run_outlives_its_first_owner(store: Any) -> None:
-    """A budget that was set while the run was queued holds for every owner of the run, not only for the
-    first."""
+    """A budget set while the run was queued holds for every owner of the run, not only for the first."""
     await submit(store, "r")
     assert await store.set_budget("r", {"max_tokens_total": 5})
     await claim(store)

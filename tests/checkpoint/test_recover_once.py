@@ -25,8 +25,7 @@ def one_node(waits: float) -> Pipeline:
 
 @pytest.mark.parametrize("kind", SHARED)
 async def test_what_has_ended_meanwhile_is_left_alone(kind: str) -> None:
-    """Three that recover the same runs at once end each of them once, and their outcomes are those of each
-    run once."""
+    """Three that recover the same runs at once end each of them once, with its outcome."""
     ends: Counter[str] = Counter()
 
     async def end(run_id: str, result: Any) -> None:
@@ -77,8 +76,7 @@ asyncio.run(main())
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SHARED)
 def test_the_end_of_a_run_is_delivered_at_least_once(kind: str) -> None:
-    """Under at_least_once, on_run_end is called again by recover() where its process died before that was
-    done."""
+    """Under at_least_once, on_run_end is called again by recover() if its process died before that."""
 
     def process(what: str) -> list[str]:
         process = start_python(kind, where, what, code=_DIES)

@@ -172,8 +172,7 @@ class TestCrash:
                 assert again.prior.tokens == 11 == len(store.attempts("run"))
 
     async def test_nothing_is_lost_or_doubled_in_mid_stream(self) -> None:
-        """The server dies at random while eight runs commit: each attempt is there once, nobody gets an
-        error."""
+        """The server dies at random while eight runs commit: each attempt is there once, without errors."""
         with RedisServer() as server:
 
             async def one(store: RedisStore, i: int) -> None:
@@ -241,8 +240,7 @@ class TestCrash:
         await commit(again, 1, State(n=2))
 
     async def test_a_failover_is_survived(self) -> None:
-        """A real replica that has everything takes over: the session goes on there, nothing lost, nothing
-        twice."""
+        """A real replica that has everything takes over: the session goes on there, all there once."""
         with replicated() as (primary, replica), proxied(primary) as proxy:
             async with RedisStore(proxy.url) as store:
                 session = await begin(store)
@@ -256,8 +254,7 @@ class TestCrash:
                 assert [a.position for a in store.attempts("run")] == [0, 1]
 
     async def test_a_failover_that_loses_writes_is_noticed(self) -> None:
-        """A real replica takes over without what was acknowledged last: CheckpointLost; the rest is resumed
-        there."""
+        """A real replica takes over without the last commits: CheckpointLost; the rest is resumed there."""
         with replicated() as (primary, replica), proxied(primary) as proxy:
             async with RedisStore(proxy.url) as store:
                 session = await begin(store)
@@ -277,8 +274,7 @@ class TestCrash:
                 await finish(again)
 
     async def test_an_epoch_that_was_lost_is_noticed(self, store: RedisStore, server: RedisServer) -> None:
-        """If the server forgot that a session took the run over, that session is not told it was fenced
-        off."""
+        """If the server forgot a takeover, that session does not hear it was fenced off."""
         (await begin(store)).abandon()
         before = {key: server.execute("DUMP", key) for key in server.execute("KEYS", "*")}
         session = await begin(store, if_exists="resume")
@@ -291,8 +287,7 @@ class TestCrash:
     async def test_a_part_that_was_evicted_is_noticed(
         self, store: RedisStore, server: RedisServer, part: str
     ) -> None:
-        """Whichever key of a run is gone: its session is told, and so is whoever resumes it, until it is
-        deleted."""
+        """Whichever key of a run is gone: its session and every resume learn it, until it is deleted."""
         session = await begin(store)
         session.note_call(0, "a#0")
         await commit(session, 0, State(n=1))
@@ -465,8 +460,7 @@ class TestAmbiguous:
                     assert list(restored(forked).values()) == [State(n=0), State(n=1), State(n=20)]
 
     async def test_what_a_node_waits_for(self, server: RedisServer) -> None:
-        """An attempt that waits and what it waits for are kept together, or neither, if somebody took the run
-        over."""
+        """An attempt that waits and what it waits for are kept together, or neither after a takeover."""
         with proxied(server) as proxy:
             async with RedisStore(proxy.url) as store:
                 stale = await begin(store)
@@ -484,8 +478,7 @@ class TestAmbiguous:
     async def test_an_answer_that_arrives_while_the_question_is_repeated_stays(
         self, server: RedisServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """An answer that is accepted between the read and the write of a repeated question is not
-        overwritten."""
+        """An answer between the read and the write of a repeated question is not overwritten."""
         from stroma.checkpoint.durable import session
 
         question = Waiting(0, "", "node", "may I?", "")
@@ -509,8 +502,7 @@ class TestAmbiguous:
 
 class TestRetention:
     async def test_gc(self, server: RedisServer, tmp_path: pathlib.Path) -> None:
-        """gc() deletes what ended long ago, nothing that somebody is at work on, and blobs that nobody
-        names."""
+        """gc() deletes what ended long ago, nothing in progress, and unnamed blobs."""
         large = State(text="x" * 3000)
 
         async def written(run_id: str, status: str | None) -> Any:
@@ -564,8 +556,7 @@ class TestRetention:
 
 class TestOwners:
     async def test_leases_go_by_the_clock_of_the_server(self, store: RedisStore, server: RedisServer) -> None:
-        """A holder that is not heard of loses the run when its lease has ended; while it lives the lease is
-        renewed."""
+        """A silent holder loses the run when its lease ends; while it lives the lease is renewed."""
         session = await begin(store, lease_seconds=0.6)
         await asyncio.sleep(1.0)
         run = store.get_run("run")
@@ -650,8 +641,7 @@ class TestOwners:
 
 class TestExpiry:
     async def test_only_finished_runs_expire(self, server: RedisServer) -> None:
-        """No key of a run that goes on, or may be resumed, has an expiry; of a finished one all go at
-        once."""
+        """No key of a run that goes on or can be resumed has an expiry; of a finished one all go at once."""
         async with RedisStore(server.url, ttl_seconds=60) as store:
 
             def expiries() -> set[int]:
@@ -731,8 +721,7 @@ class TestExpiry:
             assert (await begin(store, "a1", if_exists="resume")).execution == 1
 
     async def test_what_is_saved_expires(self, server: RedisServer) -> None:
-        """save() sets the ttl each time, of each node; None keeps it, and what it keeps outlives what others
-        save."""
+        """save() sets the ttl each time, of each node; None keeps it, longer than others' states."""
         async with RedisStore(server.url, 1) as brief, RedisStore(server.url, None) as lasting:
             await brief.save("run", "a", State(n=1))
             await asyncio.sleep(0.7)
@@ -836,8 +825,7 @@ class TestServer:
         assert (run.tokens, run.cost_usd, run.nodes, len(store.attempts("run"))) == (5, 9_000_000.5, 2, 2)
 
     async def test_a_replica_takes_no_writes(self) -> None:
-        """A server that has become a replica is tried again, since a failover passes; then the error says
-        so."""
+        """A server that became a replica is tried again while a failover may pass; then the error says so."""
         with RedisServer() as server:
             async with subclass_of(RedisStore, _patience_seconds=0.3)(server.url) as store:
                 session = await begin(store)

@@ -168,8 +168,7 @@ class TestFence:
     async def test_a_replaced_file_fences_the_sessions_of_the_old_one(
         self, store: SQLiteStore, path: pathlib.Path
     ) -> None:
-        """If the file is deleted while in use, nothing is acknowledged into the void; new runs get a new
-        file."""
+        """If the file is deleted while in use, nothing more is acknowledged; new runs get a new file."""
         stale = await begin(store)
         await commit(stale, 0)
         for file in path.parent.iterdir():
@@ -216,8 +215,7 @@ class TestProcesses:
     @pytest.mark.slow
     @pytest.mark.parametrize("processes", [2, 8])
     def test_many_processes_write_one_file(self, path: pathlib.Path, processes: int) -> None:
-        """2 and 8 processes that make and fill one new file together: every run complete, nothing lost or
-        doubled."""
+        """2 and 8 processes make and fill one new file: every run complete, nothing lost or doubled."""
         running = [child(WRITER, path, f"process{i}") for i in range(processes)]
         complaints = [process.communicate(timeout=60)[1] for process in running]
         assert [process.returncode for process in running] == [0] * processes, complaints
@@ -237,8 +235,7 @@ class TestProcesses:
     async def test_what_was_acknowledged_survives_sigkill(
         self, path: pathlib.Path, acknowledged: int
     ) -> None:
-        """After kill -9 in mid-stream every acknowledged commit is there, totals agree, and runs can be
-        resumed."""
+        """After kill -9 in mid-stream acknowledged commits are there, totals agree and runs are resumable."""
         process = child(ENDLESS, path)
         assert process.stdout is not None
         assert process.stderr is not None
@@ -444,8 +441,7 @@ class TestThreads:
             assert [a.position for a in store.attempts("run")] == [0, 1]
 
     async def test_if_the_thread_dies_everybody_is_told(self, store: SQLiteStore) -> None:
-        """Should the writer thread die, every operation that waits and every later one fails with a
-        StoreError."""
+        """Should the writer thread die, every pending and later operation fails with a StoreError."""
 
         def die(db: sqlite3.Connection) -> None:
             time.sleep(0.05)
@@ -487,8 +483,7 @@ class TestThreads:
 
 class TestFaults:
     async def test_disk_full(self, path: pathlib.Path) -> None:
-        """A database that cannot grow is a named error; what was acknowledged stays, and it goes on with
-        room."""
+        """A database that cannot grow is a named error; what was acknowledged stays; room lets it go on."""
         limit = 40
 
         class Small(sqlite3.Connection):
@@ -560,8 +555,7 @@ class TestFaults:
         assert len(store.attempts("run")) == 10
 
     async def test_a_damaged_output_is_never_handed_out(self, store: SQLiteStore, path: pathlib.Path) -> None:
-        """A flipped byte is CorruptCheckpoint that names run, position, node and the way out; and that way
-        works."""
+        """A flipped byte is CorruptCheckpoint that names run, position, node and a way out that works."""
         session = await begin(store)
         for position in range(3):
             await commit(session, position, position, f"n{position}")
@@ -651,8 +645,7 @@ class TestFaults:
 
     @pytest.mark.slow
     async def test_a_file_whose_maker_died_can_be_read(self, path: pathlib.Path) -> None:
-        """What a process leaves behind that is killed while it makes the file hinders no reader, and no
-        writer."""
+        """What a process killed while making the file leaves behind hinders no reader, and no writer."""
         code = (
             "import os, sqlite3, sys\ndb = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
             "db.execute('PRAGMA cache_size=1')\ndb.execute('BEGIN')\nfor i in range(50): db.execute(f'CREATE "
@@ -665,8 +658,7 @@ class TestFaults:
             await begin(store)
 
     async def test_without_wal_there_is_no_store(self, path: pathlib.Path) -> None:
-        """Where WAL cannot be had (some network file systems), the store refuses instead of losing
-        commits."""
+        """Where WAL cannot be had (some network file systems) the store refuses rather than lose commits."""
 
         def intercept(run: Any, sql: str) -> Any:
             return sqlite3.connect(":memory:").execute("SELECT 'delete'") if "journal_mode" in sql else None
@@ -819,8 +811,7 @@ class TestUrls:
 
 
 def test_a_file_is_made_without_a_descriptor_left_open(path: pathlib.Path) -> None:
-    """Closing a descriptor drops all locks of the process on a file: the one that makes it is never left for
-    later."""
+    """Closing a descriptor drops all locks of the process on a file: it is never left for later."""
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     file = sqlite_file.DatabaseFile(str(path), "full", sqlite_file.connect, 1.0)
     file.open().close()

@@ -46,8 +46,7 @@ class Disk(sqlite3.Connection):
 
 
 class Bench:
-    """A connection at work on a file. ``said``: how transactions began and ended; ``waiting``: what comes
-    meanwhile."""
+    """A connection at work on a file. ``said``: begins and ends of transactions; ``waiting``: the rest."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "runs.db"

@@ -165,8 +165,7 @@ class Time:
 def test_a_lock_is_waited_for_until_the_patience_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    """At its last moment it is tried once more; between tries there are no more than two milliseconds, at
-    random."""
+    """At its last moment it is tried once more; tries are at most two random milliseconds apart."""
     clock, tries = Time(monkeypatch), list[float]()
 
     def call() -> None:
@@ -477,8 +476,7 @@ def watched(uri: str) -> sqlite3.Connection:
 
 
 def test_a_query_reads_within_one_transaction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Begun before it and ended after it, also if it raises; an empty store gives what it was told for
-    that."""
+    """Begun before it and ended after it, also if it raises; an empty store gives its given answer."""
     SQLiteStore(tmp_path / "runs.db")._file.open().close()
     monkeypatch.setattr(Watched, "executed", [])
     store = subclass_of(SQLiteStore, _open_file=staticmethod(watched))(tmp_path / "runs.db")
@@ -501,8 +499,7 @@ def test_a_query_reads_within_one_transaction(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_damaged_text_is_read_as_far_as_it_can(tmp_path: Path) -> None:
-    """Text that is not UTF-8 is read as bytes, which no record takes; any other error of a query is
-    raised."""
+    """Text that is not UTF-8 is read as bytes, which no record takes; another error of a query is raised."""
     store = SQLiteStore(tmp_path / "runs.db")
     db = store._file.open()
     db.execute("INSERT INTO meta VALUES ('k', CAST(x'61ff62' AS TEXT)), ('l', 'é')")

@@ -45,8 +45,7 @@ async def test_bytes_that_changed_are_never_handed_out(store: SQLiteStore) -> No
 
 @pytest.mark.core
 async def test_a_refused_operation_leaves_nothing_behind(store: SQLiteStore) -> None:
-    """What a stale session tried to keep beside another run's commits is not there, in its own execution
-    either."""
+    """What a stale session wrote beside another run's commits is not there, in its own execution either."""
     request = RunRequest("stale", "pipeline", Num(), schema_of(Num))
     stale = await store.open_run(request)
     await store.open_run(request._replace(if_exists="restart", if_running="take_over"))
@@ -68,8 +67,7 @@ async def test_a_refused_operation_leaves_nothing_behind(store: SQLiteStore) -> 
 async def test_the_smallest_costs_are_kept_exactly(
     store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A token may cost less than a millionth of a dollar: a run's cost in the store is the sum all the
-    same."""
+    """A token may cost less than a millionth of a dollar: a run's cost in the store is still the sum."""
     monkeypatch.setitem(KNOWN_MODELS, "a-model-of-ours", (0.15, 0.6))
 
     async def func(state: Num) -> Any:

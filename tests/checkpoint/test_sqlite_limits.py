@@ -1,5 +1,4 @@
-"""Small promises of the SQLite store, each of which a small change of the source would break without a
-sound."""
+"""Small promises of the SQLite store that a small change of the source would break silently."""
 
 from __future__ import annotations
 
@@ -47,8 +46,7 @@ async def test_what_stands_beside_a_run_is_at_no_position_of_it(tmp_path: Path) 
 
 
 def test_the_positions_of_what_stands_beside_a_run_differ() -> None:
-    """They are below all positions of nodes, and stay what they are: files that were written keep their
-    meaning."""
+    """They are below all positions of nodes and stay so: written files keep their meaning."""
     places = {annotation.name: annotation.value for annotation in Annotation}
     assert places == {
         "SAVED": -1,

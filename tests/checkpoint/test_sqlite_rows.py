@@ -175,8 +175,7 @@ def test_a_lease_of_another_start_of_the_machine_has_expired(rows: SqliteRows) -
     reason="a system with a clock that runs from its start",
 )
 def test_leases_go_by_the_clock_of_the_machine_since_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody can set that one; where the system does not say which start it is, they go by the time of
-    day."""
+    """Nobody can set that one; where the system has no boot id, they go by the time of day."""
     assert boot_id() == _sqlite_rows._BOOT
     clock = time.CLOCK_BOOTTIME
     low = time.clock_gettime_ns(clock) // 1_000_000

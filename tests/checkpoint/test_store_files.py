@@ -49,8 +49,7 @@ def test_a_new_directory_of_blobs_survives_a_power_cut(
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the system does not say what is synced")
 def test_a_blob_of_another_writer_is_synced_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A blob, or its directory, that another writer made a moment ago may not be safe yet: put() sees to
-    it."""
+    """A blob, or its directory, that another writer made a moment ago may not be safe yet: put() syncs it."""
     root = tmp_path / "blobs"
     DirectoryBlobs(root).put(NAME, b"x")
     synced = _synced(monkeypatch)
@@ -84,8 +83,7 @@ def _empty(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [_missing, _empty])
 async def test_a_wal_without_its_file_is_damage(tmp_path: Path, damage: Callable[[Path], None]) -> None:
-    """A file that is missing or empty beside a WAL with commits is refused, and the WAL stays for whoever
-    restores it."""
+    """A file that is missing or empty beside a WAL with commits is refused; the WAL stays for a restore."""
     path, wal = tmp_path / "runs.db", tmp_path / "runs.db-wal"
     assert subprocess.run([sys.executable, "-c", _WRITER, str(path)], check=False).returncode == 9
     shutil.copy(path, tmp_path / "copy")
@@ -125,8 +123,7 @@ async def test_an_empty_file_is_an_empty_store(tmp_path: Path) -> None:
 
 
 def test_each_execution_writes_a_part_of_its_own(tmp_path: Path) -> None:
-    """A process that was taken over from spoils nothing of the file that the next one writes, however late it
-    is."""
+    """A fenced process spoils nothing of the next one's file, however late it is."""
     path = tmp_path / "out.jsonl"
     stale, owner = LinesFile(path, "run"), LinesFile(path, "run")
     stale.open()

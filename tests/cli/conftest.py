@@ -131,8 +131,7 @@ def stroma(tmp_path: Path) -> Shell:
 def inside(
     stroma: Shell, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Done]:
-    """The same command in this process, which is ten times as quick: for what does not need a process of its
-    own."""
+    """The same command in this process, ten times as quick: for what needs no process of its own."""
     modules = set(sys.modules)
 
     def forget() -> None:

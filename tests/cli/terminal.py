@@ -1,5 +1,4 @@
-"""A terminal that commands write to: a pseudo-terminal of the system, and a screen that shows what they
-wrote."""
+"""A terminal that commands write to: a system pseudo-terminal and a screen that shows it."""
 
 from __future__ import annotations
 

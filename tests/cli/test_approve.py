@@ -169,8 +169,7 @@ def test_what_waits_for_nothing(desk, inside, fails):
 
 @pytest.mark.slow
 def test_the_schema_is_found_in_the_target(desk, inside, fails):
-    """A run begun by `python file.py` recorded its classes under __main__; they are found in the file by
-    their names."""
+    """A run begun by `python file.py` recorded its classes under __main__, found by name in the file."""
     subprocess.run([sys.executable, "desk.py"], cwd=desk.home, env=desk.env, check=True)
     with sqlite3.connect(desk.home / "own.db") as db:
         assert ("__main__:Approval",) in db.execute("SELECT schema_ref FROM steps").fetchall()

@@ -173,8 +173,7 @@ def test_bytes_that_are_no_text(inside, fails):
 
 
 def test_first_nodes_without_one_contract(files, inside, fails):
-    """Nodes side by side each find their fields, and each of their contracts is checked before anything
-    runs."""
+    """Nodes side by side each find their fields; their contracts are checked before anything runs."""
     assert json.loads(inside("run", "open.py:bare_first", '{"a": [1, null]}', "-q").out) == {
         "saw": {"a": [1, None]}
     }
@@ -251,8 +250,7 @@ def test_no_stdin(stroma):
 
 
 def test_files_that_are_no_store(stroma, inside, fails):
-    """A text file, another program's database, a damaged store, a directory: each is told apart, nothing is
-    changed."""
+    """A text file, another program's database, a damaged store, a directory: told apart and unchanged."""
     text = stroma.file("text.db", "x" * 5000)
     for words in (["run", "sums.py:pipeline", GOOD, "-q"], ["runs"], ["show", "last"]):
         fails(inside(*words, "--db", "text.db"), 3, "is not an SQLite database")

@@ -57,8 +57,7 @@ def ran(tmp_path: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_resume_from_the_web_interface(tmp_path: Path, hostile: Path) -> None:
-    """A resume that a page begins imports nothing from the current directory, and does not get the page's
-    token."""
+    """A resume that a page begins imports nothing from the current directory nor has the page's token."""
     (tmp_path / "flow.py").write_text(PIPELINE)
     target, db = f"{tmp_path / 'flow.py'}:pipeline", str(tmp_path / "runs.db")
     with undone_command():

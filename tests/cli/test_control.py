@@ -97,8 +97,7 @@ def test_an_owner_that_does_not_read_a_pause(stroma, inside, monkeypatch):
 
 @pytest.mark.slow
 def test_a_pause_is_taken_back(stroma, inside, fails):
-    """``resume`` without a pipeline hands the run to a worker, with one continues it here; then it is an
-    error again."""
+    """``resume`` without a pipeline hands the run to a worker, with one continues it here."""
     with at_work(stroma, {"SECOND_AWAITS": "asyncio.sleep(60)"}) as process:
         process.kill()
     assert inside("pause", "x").err.startswith("run x is SUSPENDED, paused")
@@ -111,8 +110,7 @@ def test_a_pause_is_taken_back(stroma, inside, fails):
 
 
 def test_a_run_that_waits_for_its_budget(stroma, inside, fails, golden):
-    """It ends with 7 and names the command that raises the budget; after that it goes on, and buys nothing
-    again."""
+    """It ends with 7 and names the command that raises the budget; then it goes on and buys nothing again."""
     stroma.file("waits.py", WAITS)
     golden("budget-wait", f"run waits.py:pipeline '{GOOD}' --run-id x -q", "show x", "runs", columns=(120,))
     before = stroma.calls()

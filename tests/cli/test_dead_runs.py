@@ -10,8 +10,7 @@ GOOD = '{"start": 1}'
 
 @pytest.mark.slow
 def test_a_run_that_kept_dying_is_forced(stroma):
-    """A run given up as poison stays FAILED under a plain resume and calls nothing; --force goes on with
-    it."""
+    """A run given up as poison stays FAILED under a plain resume and calls nothing; --force resumes it."""
     stroma.file(
         "deadly.py",
         """

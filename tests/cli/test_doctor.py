@@ -40,8 +40,7 @@ def test_a_store_that_is_well(any_url, stroma, inside):
 
 
 def test_what_is_wrong_names_its_mend(stroma, inside, monkeypatch, tmp_path):
-    """A store that is none, a newer one, a full disk, a directory that is not there: 3, with how to mend
-    it."""
+    """A store that is none, a newer one, a full disk, a directory that is not there: 3, with the fix."""
     stroma.file("text.db", "this is no database, but long enough to be looked at as one")
     done = inside("doctor", "--json", "--db", "text.db")
     assert done.code == 3
@@ -121,8 +120,7 @@ def test_completion_scripts(inside, shell):
 
 @pytest.mark.slow
 def test_what_is_completed(stroma):
-    """Commands, options and ids of runs are completed; a store that cannot be read completes nothing, and
-    says nothing."""
+    """Commands, options and ids of runs are completed; an unreadable store is silent."""
 
     def complete(*words, **env):
         line = {

@@ -12,8 +12,7 @@ GOOD = '{"start": 1}'
 
 @pytest.fixture
 def old(stroma, inside, ran):
-    """A store whose runs were last written two days ago: one has ended, one gave up, one's process was
-    killed."""
+    """A store whose runs were last written two days ago: one ended, one gave up, one was killed."""
     ran("ended", "--db", "runs.db")
     ran("gave up", "--db", "runs.db", code=1, SECOND="raise TimeoutError")
     stroma(

@@ -30,8 +30,7 @@ from stroma.cli.output import cell_width
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Make stderr a terminal of 80 columns and 24 rows; pytest has replaced it by the time a test calls
-    this."""
+    """Make stderr a terminal of 80 columns and 24 rows; pytest replaced it before."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("LINES", "24")
@@ -131,8 +130,7 @@ def test_what_is_printed_meanwhile_stands_above_the_table(terminal):
 
 @pytest.mark.parametrize("columns", [20, 39, 60, 79, 200])
 def test_names_and_failures_of_any_length_fit(columns):
-    """No line is wider than the terminal, whatever the names, messages and amounts; what is hidden is
-    counted."""
+    """No line is wider than the terminal, whatever its names and amounts; hidden rows are counted."""
     rows = [Row(f"名前 node {n} " * 50, depth=n % 9) for n in range(30)]
     for n, row in enumerate(rows):
         row.state, row.why = ("failed", "w" * 900) if n % 3 else ("ok", "")
@@ -151,8 +149,7 @@ def test_names_and_failures_of_any_length_fit(columns):
 
 
 def test_waits_and_cooldowns_say_what_they_wait_for(terminal):
-    """A node that waits for its turn, and a limit in cooldown, are shown with the reason and the rest of the
-    time."""
+    """A node that waits for its turn, and a limit in cooldown, are shown with reason and remaining time."""
     terminal = terminal()
     seen = []
 
@@ -172,8 +169,7 @@ def test_waits_and_cooldowns_say_what_they_wait_for(terminal):
 
 @pytest.mark.slow
 def test_control_c_leaves_a_clean_screen(stroma):
-    """Ctrl-C during the table: the message, the summary and the next command stand below each other, the
-    table once."""
+    """Ctrl-C in the table: the message, the summary and the next command follow in order, the table once."""
     stroma.file("waits.py", "from sums import *\nimport sums\n")
     asked = []
 
@@ -214,8 +210,7 @@ def test_a_small_terminal_gets_lines(stroma):
 
 
 def test_steps_of_a_flow_and_of_flows_inside_are_rows(terminal):
-    """A flow has a row with the sums of its steps, and each step one of its own; no hook of the table
-    fails."""
+    """A flow has a row with the sums of its steps, each step its own; no hook of the table fails."""
     terminal = terminal()
     runner = StromaRunner.quick()
 

@@ -1,5 +1,4 @@
-"""Maps with many items on the command line: progress, failures that are collected, and running those
-again."""
+"""Maps with many items on the command line: progress, collected failures, and running those again."""
 
 import json
 import re
@@ -37,8 +36,7 @@ MANY = """
 
 
 def test_many_items_are_one_line(stroma):
-    """Of a map with many items there is a line that tells how far it is, and the first failures; not one per
-    item."""
+    """Of a map with many items one line has the progress, with the first failures."""
     stroma.file("many.py", MANY)
     done = stroma("run", "many.py:pipeline", "{}", "--run-id", "m")
     assert done.code == 0, done.err
@@ -56,8 +54,7 @@ def test_many_items_are_one_line(stroma):
 
 
 def test_failed_items_are_run_again(stroma, fails):
-    """resume leaves items that failed as they are; --retry-failed runs just those, and what comes after the
-    map."""
+    """resume leaves failed items as they are; --retry-failed runs just those and what follows."""
     stroma.file("many.py", MANY)
     done = stroma("run", "many.py:pipeline", "{}", "--run-id", "m", "--json", "-q")
     assert json.loads(done.out)["totals"]["failed_items"] == 30

@@ -29,8 +29,7 @@ HIDES = """
 
 @pytest.fixture
 def ask(stroma, inside, monkeypatch, ran):
-    """Ask a tool of the server of a store with a good run and a bad one; with ``redact``, by that
-    pipeline's."""
+    """Ask a tool of a server with a good and a bad run; with ``redact``, by that pipeline's."""
     stroma.file("hides.py", HIDES)
     ran("good", "--db", "r.db")
     breaks = {"SECOND": "raise ContractViolation('second', 'output', {}, ['no luck'])"}
@@ -182,8 +181,7 @@ def test_an_error_text_is_bounded(ask):
 
 @pytest.mark.slow
 def test_the_command_speaks_over_stdio(ask, stroma):
-    """`stroma mcp` as an agent starts it, a process of its own: it answers on stdout, and ends when its input
-    does."""
+    """`stroma mcp` as an agent starts it, as a process: it answers on stdout and ends with its input."""
 
     async def main() -> Any:
         program = str(Path(sys.executable).with_name("stroma"))

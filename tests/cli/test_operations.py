@@ -45,8 +45,7 @@ def at_work(stroma, env, *words, file="sums.py"):
 
 @pytest.mark.slow
 def test_a_run_of_somebody_else(stroma, inside, fails):
-    """A run that is at work elsewhere is 3, with its holder and what can be done; runs and show name the
-    holder."""
+    """A run that is at work elsewhere is 3, with its holder and ways out; runs and show name it."""
     with at_work(stroma, HANG) as process:
         for words in (
             ["resume", "x", "sums.py:pipeline"],
@@ -109,8 +108,7 @@ def test_attach_to_a_run_that_comes_to_wait(stroma):
 
 
 def test_a_run_that_exists(stroma, inside, fails):
-    """Where the pipeline's config wants no run id twice, a second run is a usage error that names the ways
-    out."""
+    """Where the pipeline's config refuses repeated run ids, a second run is a usage error with ways out."""
     stroma.file(
         "once.py",
         """
@@ -146,8 +144,7 @@ def test_sigterm_while_it_waits_for_somebody_else(stroma):
 
 @pytest.mark.slow
 def test_take_over(stroma):
-    """--take-over takes the run from a holder that is not heard of; if that one comes back, it writes no
-    more."""
+    """--take-over takes the run from a silent holder, which then writes no more."""
     with at_work(stroma, BUSY) as holder:
         holder.send_signal(signal.SIGSTOP)
         done = stroma("resume", "x", "sums.py:pipeline", "--take-over", "-q")
@@ -159,8 +156,7 @@ def test_take_over(stroma):
 
 
 def test_what_cannot_be_meant(inside, fails):
-    """--attach with --take-over or --from, --fork without --from and --state without --fork are usage
-    errors."""
+    """--attach with --take-over or --from, --fork without --from and --state without --fork are refused."""
     for words, report in {
         ("--attach", "--take-over"): "exclude each other",
         ("--attach", "--from", "first"): "exclude each other",
@@ -175,8 +171,7 @@ def test_what_cannot_be_meant(inside, fails):
 
 @pytest.mark.slow
 def test_cancel(stroma, inside, fails):
-    """The holder is asked and ends within a second or so; a run that nobody has is cancelled at once; else
-    nothing is."""
+    """The holder is asked and ends within about a second; a run without one is cancelled at once."""
     fails(inside("cancel", "x"), 4, "no run whose id begins with 'x'")
     with at_work(stroma, HANG) as process:
         done = inside("cancel", "x", "--json")

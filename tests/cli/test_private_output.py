@@ -93,8 +93,7 @@ def test_an_export_into_a_device(command: Command) -> None:
 def test_a_recorded_test_holds_halves_of_characters(
     command: Command, tmp_path: Path, run_id: str, name: str
 ) -> None:
-    """`record --as-test` writes lone surrogates as they are recorded, into files that only their owner can
-    read."""
+    """`record --as-test` writes lone surrogates as recorded, into files that only their owner can read."""
     assert command("record", run_id, f"flow.py:{name}", "--as-test", "test_it.py") == 0
     data = json.loads((tmp_path / "test_it.run.json").read_text("utf-8"))
     assert "half an emoji \ud83d" in json.dumps(data, ensure_ascii=False)

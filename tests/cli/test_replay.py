@@ -130,8 +130,7 @@ def test_a_test_that_would_fail_is_not_written(recorded, inside):
 
 @pytest.mark.slow
 def test_what_is_redacted_is_not_written(recorded, inside):
-    """The redact of the pipeline's config applies; where it breaks a contract nothing is written, and that is
-    said."""
+    """The redact of the pipeline's config applies; where it breaks a contract nothing is written."""
     change(
         recorded,
         "policy_map=quick",

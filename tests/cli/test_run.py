@@ -38,8 +38,7 @@ def test_run_prints_the_final_state(stroma):
 
 @pytest.mark.slow
 def test_the_default_store_is_private(stroma):
-    """Without --db the store is in the user's data directory: the file 0600, the directories made for it
-    0700."""
+    """Without --db the store is in the user's data directory: the file 0600, its directories 0700."""
     assert stroma("run", "sums.py:pipeline", GOOD, "-q").code == 0
     path = stroma.home / ".local"
     for part in ("share", "stroma", "runs.db"):
@@ -88,8 +87,7 @@ def test_what_is_printed_at_the_end(golden, monkeypatch):
 
 @pytest.mark.slow
 def test_failure_then_resume(stroma):
-    """A failed run says what failed, why, and the command that goes on; that command calls only what is
-    missing."""
+    """A failed run says what failed, why, and the next command, which calls only what is missing."""
     breaks = {"SECOND": "raise RuntimeError('no luck\\x1b[2J')"}
     done = stroma("run", "sums.py:pipeline", GOOD, "--db", "my runs.db", env=breaks)
     assert (done.code, done.out) == (1, "")
@@ -143,8 +141,7 @@ SETTINGS = """
 
 @pytest.mark.parametrize("name", ["pipeline", "flow"])
 def test_settings_of_the_runner_beside_a_pipeline(stroma, inside, name):
-    """A pipeline or flow without a config runs, and is resumed, under the settings of the runner in its
-    file."""
+    """A pipeline or flow without a config runs, and is resumed, under the settings of its file's runner."""
     stroma.file("settings.py", SETTINGS)
     assert inside("run", f"settings.py:{name}", GOOD, "--run-id", "x").code == 5
     assert inside("resume", "x", f"settings.py:{name}").code == 5
@@ -206,8 +203,7 @@ def test_run_id_again(stroma, inside, ran):
 
 
 def test_a_run_that_has_not_ended_needs_resume_or_restart(stroma, inside, fails):
-    """A run id that was interrupted is refused with both commands that continue; --restart calls its nodes
-    again."""
+    """An interrupted run id is refused with both commands that continue; --restart calls its nodes again."""
     words = ("run", "sums.py:pipeline", GOOD, "--run-id", "x", "-q")
     assert inside(*words, env={"SECOND": "sys.exit('enough')"}).code == 1
     calls = stroma.calls()
@@ -242,8 +238,7 @@ def test_resume_from(stroma, inside, fails):
 
 
 def test_resume_says_what_it_cannot(stroma, inside, fails):
-    """Resuming names what is missing: the target (never imported from the store), the run, the pipeline that
-    fits."""
+    """Resuming names what is missing: the target (never imported from the store), run and pipeline."""
     inside("run", "sums.py:pipeline", GOOD, "--run-id", "x")
     fails(inside("resume", "x"), 2, "run x has ended: it is COMPLETED", "stroma show x")
     fails(inside("resume", "z", "sums.py:pipeline"), 4, "no run whose id begins with 'z'")
@@ -277,8 +272,7 @@ def test_any_run_id(stroma):
 
 
 def test_groups_and_items(stroma, inside):
-    """Children of groups are indented, items of a map carry their index, and kept ones are told apart on
-    resume."""
+    """Children of groups are indented, items of a map carry their index, and kept ones differ on resume."""
     stroma.file(
         "fan.py",
         """
@@ -344,8 +338,7 @@ def test_unknown_price_and_raising_hook_are_noted(stroma, inside):
 
 @pytest.mark.slow
 def test_what_breaks_off_a_run(stroma, fails):
-    """A hook that is not async, and a node that ends the process, end in one message that shows the user's
-    line."""
+    """A hook that is not async, and a node that ends the process, end in one message with the user's line."""
     stroma.file(
         "bad.py",
         """

@@ -35,8 +35,7 @@ def chat(stroma: Any, inside: Any) -> Any:
 
 
 def test_a_message_continues_a_run(chat: Any, inside: Any) -> None:
-    """Messages are stored, once for an id, and the run is continued with them; pages of it say what it waits
-    for."""
+    """Messages are stored, once for an id and continue the run; its pages say what it awaits."""
     shown = inside("show", "c")
     assert "waits     waiting for a message\n" in shown.out
     assert "send a message: stroma send c MESSAGE" in shown.err

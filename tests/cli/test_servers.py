@@ -16,8 +16,7 @@ GOOD = '{"start": 1}'
 
 
 def test_a_store_on_a_server(url, stroma, inside, fails):
-    """Every command works on PostgreSQL and Redis as it does on a file, and names the store in what it tells
-    to do."""
+    """Every command works on PostgreSQL and Redis as it does on a file and names the store in its advice."""
     assert inside("runs", "--db", url).code == 0
     fails(inside("show", "last", "--db", url), 4, "no runs in ")
     failed = inside(

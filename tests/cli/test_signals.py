@@ -1,5 +1,4 @@
-"""SIGINT stops at once with 130, SIGTERM after a node with 0; everything committed is kept, and a resume
-finishes."""
+"""SIGINT stops at once with 130, SIGTERM after a node with 0; commits are kept, and a resume finishes."""
 
 import json
 import signal

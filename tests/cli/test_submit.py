@@ -120,8 +120,7 @@ def send(url, key, text):
 
 
 def test_a_delayed_run_is_left_alone(stroma, inside, fails):
-    """A run that is not due, of code that is not served, or that fails is told apart by the exit code of
-    `drive`."""
+    """A run not due, of unserved code, or failing is told apart by the exit code of `drive`."""
     stroma.file("flows.py", FLOW)
     inside("submit", "sums.py:pipeline", INPUT, "--run-id", "later", "--delay", "2h", *DB)
     done = inside("drive", "later", "sums.py:pipeline", *DB)

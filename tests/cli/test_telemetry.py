@@ -22,8 +22,7 @@ TARGET = ("run", "sums.py:pipeline", GOOD)
 
 
 def test_otlp(stroma: Any, otlp: OtlpReceiver) -> None:
-    """--otel ENDPOINT: spans and metrics are there when the command ends, part of the trace in
-    TRACEPARENT."""
+    """--otel ENDPOINT: spans and metrics arrive before the command ends, in TRACEPARENT's trace."""
     value = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     done = stroma(*TARGET, "--otel", otlp.url, env={"TRACEPARENT": value})
     assert done.code == 0, done
@@ -156,8 +155,7 @@ def test_wrong_addresses(inside: Any, option: tuple[str, str], text: str) -> Non
 
 @pytest.mark.slow
 def test_a_port_that_is_taken(stroma: Any) -> None:
-    """--prometheus on a port that somebody listens on is an error of the environment, and nothing was
-    called."""
+    """--prometheus on a port in use is an error of the environment; nothing was called."""
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as taken:
         done = stroma(*TARGET, "--prometheus", str(taken.server_address[1]))
     assert done.code == 3

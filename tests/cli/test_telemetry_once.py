@@ -1,5 +1,4 @@
-"""`stroma run` with exporters in the pipeline's config and on the command line, or in the environment: they
-are one."""
+"""`stroma run` with exporters in the pipeline's config, on the command line and in the environment."""
 
 from __future__ import annotations
 
@@ -63,8 +62,7 @@ def test_otlp_counts_once(own: Any, otlp: OtlpReceiver, by: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("by", ["option", "variable"])
 def test_a_pipelines_own_provider_counts_once(own: Any, otlp: OtlpReceiver, by: str) -> None:
-    """An option takes the place of a pipeline's own provider, a variable leaves that alone: spans arrive
-    once."""
+    """An option takes the place of a pipeline's own provider, a variable does not: spans arrive once."""
     own.file(
         "provider.py",
         """
@@ -99,8 +97,7 @@ def test_a_pipelines_own_provider_counts_once(own: Any, otlp: OtlpReceiver, by: 
     ids=["default", "own registry"],
 )
 def test_prometheus_counts_once(own: Any, hooks: str) -> None:
-    """``prometheus_hooks()`` of a pipeline and --prometheus are one: what the pipeline counts in is
-    served."""
+    """``prometheus_hooks()`` of a pipeline and --prometheus are one: the pipeline's counts are served."""
     port = free_port()
     process = own.popen(*TARGET, "--prometheus", str(port), env={"HOOKS": hooks, "ASK_AWAITS": "1"})
     for line in process.stderr:

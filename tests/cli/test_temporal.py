@@ -63,8 +63,7 @@ def test_workers_run_a_submitted_run(stroma: Any, inside: Any, worker: Any, ther
 
 
 def test_a_failed_run_is_resumed(stroma: Any, inside: Any, worker: Any, there: tuple[str, ...]) -> None:
-    """Exit codes are those of a local run; --resume continues the run on the workers, after its last
-    committed node."""
+    """Exit codes are those of a local run; --resume continues the run on workers after its last commit."""
     run_id = uuid.uuid4().hex
     words = ("run", "sums.py:pipeline", GOOD, *there, "--run-id", run_id)
     with worker(env={"SECOND": "raise ValueError('never')"}):
@@ -87,8 +86,7 @@ def test_a_submitted_run(stroma: Any, inside: Any, worker: Any, there: tuple[str
 
 
 def test_no_worker_polls(stroma: Any, inside: Any, there: tuple[str, ...]) -> None:
-    """After some seconds the command that starts a worker is printed; SIGTERM leaves the run, which cancel
-    ends."""
+    """After some seconds the command that starts a worker is printed; SIGTERM leaves the run to cancel."""
     run_id = uuid.uuid4().hex
     process = stroma.popen("run", "sums.py:pipeline", GOOD, *there, "--run-id", run_id)
     message = wait_for(process, "no worker polls")

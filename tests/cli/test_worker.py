@@ -76,8 +76,7 @@ def _suspend(shell: Any, target: str, state: str, run_id: str) -> None:
 
 @pytest.mark.slow
 def test_a_worker_process(shell: Any) -> None:
-    """It wakes a sleeping run, continues an answered one, says how it is, and drains at SIGTERM with exit
-    code 0."""
+    """It wakes a sleeping run, continues an answered one, reports, and drains at SIGTERM with exit code 0."""
     _suspend(shell, TARGETS[1], "{}", "n")
     _suspend(shell, TARGETS[0], '{"n": 1}', "a")
     worker = shell.popen("worker", *TARGETS, "--db", "x.db", "--poll", "0.1", "--health", "0")
@@ -171,8 +170,7 @@ async def new(flow: Flow, state: Num) -> Num:
     ],
 )
 def test_the_status_line_has_the_queue(queued: int | None, seconds: float | None, text: str) -> None:
-    """The status line of each minute says how many runs are queued, and for how long the oldest due one is
-    due."""
+    """The status line of each minute says how many runs are queued and how long the oldest has been due."""
     worker = LocalWorker([], Database("memory://", (), False, AsyncInMemoryStore()), 1, 1.0, 1.0, None, False)
     worker._health.queued, worker._health.oldest_due_seconds = queued, seconds
     assert text in worker._progress(time.monotonic())
@@ -220,8 +218,7 @@ def test_two_workers_on_one_file(shell: Any) -> None:
 
 
 def test_what_a_worker_refuses(shell: Any, inside: Any, fails: Any) -> None:
-    """Options that cannot work, and a store that cannot be shared, are errors before anything is
-    continued."""
+    """Options that cannot work and an unshared store are errors before anything continues."""
     fails(inside("worker", TARGETS[0], "--db", "memory://"), 2, "not durable")
     fails(inside("worker", TARGETS[0], TARGETS[0], "--db", "x.db"), 2, "have the name 'ask'")
     fails(inside("worker", TARGETS[0], "--db", "x.db", "--health", "http"), 2, "not an address")
@@ -233,8 +230,7 @@ def test_what_a_worker_refuses(shell: Any, inside: Any, fails: Any) -> None:
 
 
 def test_what_needs_a_place(inside: Any, fails: Any, stroma: Any) -> None:
-    """Without Temporal, a pipeline with a place is refused with the command that starts the worker of the
-    place."""
+    """Without Temporal, a pipeline with a place is refused with the command for the place's worker."""
     stroma.file(
         "gpu.py",
         """

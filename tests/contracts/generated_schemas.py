@@ -293,8 +293,7 @@ def models(draw: st.DrawFn, name: str, fields: dict[str, Kind]) -> Made:
 
 @st.composite
 def pairs(draw: st.DrawFn) -> tuple[Made, Made]:
-    """An output and the next node's input: mostly alike, as they are in pipelines, with something that
-    differs."""
+    """An output and the next node's input: mostly alike, as in pipelines, with some difference."""
     if draw(st.integers(0, 9)) == 0:
         one, two = draw(kinds), draw(kinds)
         first, second = RootModel[one.annotation], RootModel[two.annotation]

@@ -63,8 +63,7 @@ class HasOther(BaseModel): ...
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_a_contract_that_differs_from_the_annotation_is_refused(func: Any, says: str) -> None:
-    """A model in the contract that the function's annotation rules out is a TypeError at decoration, which
-    names both."""
+    """A model in the contract against the function's annotation is a TypeError at decoration, with both."""
     runner = StromaRunner.quick()
     for decorate in (
         runner.node("a", input=A, output=A),
@@ -196,8 +195,7 @@ def test_a_class_that_was_defined_again_is_accepted() -> None:
 
 
 def test_flows_are_compared_in_the_same_way() -> None:
-    """A flow whose contract differs from its annotation is a TypeError, also with classes of the function
-    around."""
+    """A flow whose contract differs from its annotation is a TypeError, also with local classes."""
 
     class Own(BaseModel): ...
 

@@ -280,8 +280,7 @@ def test_the_same_class_on_both_sides_always_fits() -> None:
 
 
 def test_types_that_never_fit_are_errors() -> None:
-    """No value of the one type is a value of the other: text for a list, a number for text, a time for a
-    date."""
+    """No value of the one type is a value of the other: text for list, number for text, time for date."""
     never("type", str, list[str], "a")
     never("type", int, str, 1)
     never("type", bool, str, True)
@@ -486,8 +485,7 @@ def test_discriminated_unions_go_by_the_tag() -> None:
 
 
 def test_items_are_looked_into() -> None:
-    """What is wrong with the items of a list, the values of a dict or a place in a tuple is told with its
-    path."""
+    """What is wrong with the items of a list, the values of a dict or a place in a tuple has its path."""
     assert kinds(model_of(list[str]), model_of(list[list[str]])) == [("error", "type", "x[]")]
     assert kinds(model_of(dict[str, list[int | None]]), model_of(dict[str, list[int]])) == [
         ("warning", "optional", "x[][]")
@@ -538,8 +536,7 @@ class Closed(BaseModel):
 
 @pytest.mark.core
 def test_an_instance_crosses_where_its_class_is_named() -> None:
-    """A subclass crosses as the instance that it is where its parent is wanted, and as a dict of fields
-    elsewhere."""
+    """A subclass crosses as the instance that it is for its parent, and as a dict of fields elsewhere."""
     fits(Villa, House, {"name": "a", "pool": True})
     never("extra", Villa, Closed, {"name": "a", "pool": True})
     fits(House, Street, {"name": "a"})
@@ -549,8 +546,7 @@ def test_an_instance_crosses_where_its_class_is_named() -> None:
 
 
 def test_an_instance_is_no_dict_where_its_class_is_named() -> None:
-    """A class that the target names anywhere in a field crosses as an instance there, which is no dict any
-    more."""
+    """A class that the target names anywhere in a field crosses as an instance there, not as a dict."""
     fits(Street, Street | dict[str, Any], {"name": "a"})
     never("type", Street, dict[str, Street] | dict[str, Any], {"name": "a"})
 
@@ -654,8 +650,7 @@ EXOTIC: dict[Any, list[Any]] = {
 
 
 def test_no_pair_of_exotic_types_is_misjudged() -> None:
-    """Of every two types of a long list of odd ones: what has no finding always crosses, what is an error
-    never does."""
+    """Of any two of many odd types: what has no finding always crosses, what is an error never does."""
     judged = 0
     for argument, values in EXOTIC.items():
         outputs = [schema_of(model_of(argument)).accept_output({"x": value})[0] for value in values]
@@ -803,8 +798,7 @@ def test_each_child_of_parallel_is_checked() -> None:
 
 @pytest.mark.core
 def test_the_merged_state_is_checked_by_who_gave_each_field() -> None:
-    """What stands behind a group is checked against the merged fields, and the finding names the child that
-    gave one."""
+    """What stands behind a group is checked against the merged fields; the finding names a field's child."""
     both = create_model("Both", text=(list[str], ...), n=(int, ...))
     result = check(
         node("a"), parallel(node("b", output_model=Text), node("c", output_model=Item)), node("d", both)
@@ -820,8 +814,7 @@ def test_the_merged_state_is_checked_by_who_gave_each_field() -> None:
 
 @pytest.mark.core
 def test_a_collision_tells_who_wins() -> None:
-    """Two children that give the same field are a warning; the later one wins, and is what the next node is
-    checked by."""
+    """Two children that give the same field are a warning; the later wins, and counts for the next node."""
     other = create_model("Other", text=(int, ...))
     result = check(
         node("a"), parallel(node("b", output_model=Text), node("c", output_model=other)), node("d", other)
@@ -856,8 +849,7 @@ def test_map_over_needs_a_list() -> None:
 
 @pytest.mark.core
 def test_the_items_of_map_over_are_checked_against_the_node() -> None:
-    """An item is the node's input: a record by its fields, anything else as the only required field or as a
-    root."""
+    """An item is the node's input: a record by its fields, else as the only required field or a root."""
     work = map_over("x", node("work", Text, Text), into="y")
     assert check(node("a", output_model=model_of(list[Text])), work) == []
     assert check(node("a", output_model=model_of(list[str])), work) == []
@@ -897,8 +889,7 @@ def test_what_map_over_collects_is_checked_further_on() -> None:
 
 
 def test_an_output_list_that_replaces_a_field_is_told() -> None:
-    """A map_over whose results take the place of another field is a collision; of its own field it is
-    meant."""
+    """A map_over whose results take the place of another field is a collision; of its own field not."""
     value = create_model("Given", x=(list[str], ...), y=(int, ...))
     assert [
         f.kind for f in check(node("a", output_model=value), map_over("x", node("w", Text, Text), into="y"))
@@ -1018,8 +1009,7 @@ def test_what_runs_begin_with_is_checked_if_it_is_said() -> None:
 
 @pytest.mark.core
 async def test_a_run_that_cannot_work_is_refused_before_the_store_is_opened(tmp_path: Path) -> None:
-    """With RunConfig(check=True) run() raises CheckFailed with all errors and no warnings; the store is not
-    made."""
+    """With RunConfig(check=True) run() raises CheckFailed with all errors, no warnings and no store."""
     path = tmp_path / "runs.db"
     both = create_model("Both", n=(int, ...), m=(int, ...), text=(int, ...))
     nodes = [node("a", output_model=Text, returned={"text": "1"}), node("b", both)]
@@ -1036,8 +1026,7 @@ async def test_a_run_that_cannot_work_is_refused_before_the_store_is_opened(tmp_
 
 @pytest.mark.core
 async def test_warnings_refuse_no_run() -> None:
-    """A run with warnings alone runs with check=True, and without it what cannot work is a FAILED result as
-    ever."""
+    """A run with warnings alone runs with check=True; without it what cannot work is FAILED."""
     nodes = [
         node("a", output_model=model_of(str), returned={"x": "1"}),
         node("b", model_of(int), Text, {"text": ""}),

@@ -1,5 +1,4 @@
-"""The static checker where types are odd: each verdict is held against what the engine does with real
-outputs."""
+"""The static checker on odd types: each verdict is compared with the engine on real outputs."""
 
 from __future__ import annotations
 
@@ -275,8 +274,7 @@ async def test_an_excluded_field_that_is_required_is_missed_by_its_own_class() -
 
 
 async def test_a_class_with_an_alias_fits_itself() -> None:
-    """Between the same class on both sides values go by name, though an alias may be the name of another
-    field."""
+    """Between the same class on both sides values go by name though an alias may name another field."""
     crossed = create_model("Crossed", a=(int, Field(alias="b")), b=(str, Field(alias="c")))
     assert severities(crossed, crossed) == set()
     assert await works(crossed, crossed, {"b": 1, "c": "x"})
@@ -362,8 +360,7 @@ GROUPED: list[tuple[list[Any], set[str], bool]] = [
 async def test_groups_over_what_has_no_named_fields(
     nodes: list[Any], outcome: set[str], passes: bool
 ) -> None:
-    """map_over and parallel() are judged by what they do with root models, open classes and nodes without a
-    contract."""
+    """map_over and parallel() are judged with root models, open classes and nodes without contracts."""
     findings = check(*nodes)
     assert {finding.severity for finding in findings} == outcome, findings
     result = await StromaRunner.quick(policy_map=NEVER).run(nodes, Anything())
@@ -390,8 +387,7 @@ BROKEN: list[Any] = [
 @pytest.mark.core
 @pytest.mark.parametrize("nodes", BROKEN)
 def test_a_class_that_cannot_be_read_is_one_warning_wherever_it_stands(nodes: Any) -> None:
-    """A class that names what is not defined breaks no check, be it an input or an output, in a group or
-    not."""
+    """A class that names what is not defined breaks no check, as input, output or group."""
     (finding,) = check(*nodes())
     assert (finding.severity, finding.kind) == ("warning", "broken")
     assert "cannot be read" in finding.message
@@ -464,8 +460,7 @@ def tangle(name: str, annotation: Any, size: int = 10) -> type[BaseModel]:
 @pytest.mark.core
 @pytest.mark.parametrize(("annotation", "severity"), [(float, set()), (list[int], {"error", "warning"})])
 def test_classes_that_hold_each_other_come_to_an_end(annotation: Any, severity: set[str]) -> None:
-    """Ten classes that all hold each other have more ways through them than can be gone, and are judged at
-    once."""
+    """Ten classes that all hold each other have too many paths to follow, and are judged at once."""
     one, two = tangle("One", int), tangle("Two", annotation)
     started = time.process_time()
     result = check(node("a", output_model=one), node("b", two))

@@ -88,8 +88,7 @@ def spoil(state: Any) -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("root", [{"rows": [1, 2, 3]}, [1, 2, 3]], ids=["a dict", "a list"])
 async def test_what_a_node_keeps_of_its_output_is_not_what_hooks_see(root: Any) -> None:
-    """G7, G8: a change of what a node has returned, made while its hooks are called, reaches no hook after
-    it."""
+    """G7, G8: a change of what a node has returned, made in its hooks, reaches no later hook."""
     shown: list[Any] = []
     entries: list[Any] = []
 

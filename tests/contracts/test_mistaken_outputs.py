@@ -96,8 +96,7 @@ MISTAKES: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("func", "says"), MISTAKES, ids=lambda value: getattr(value, "__name__", ""))
 @pytest.mark.parametrize("place", ["node", "child", "item", "step"])
 async def test_what_a_function_returned_by_mistake_is_named(func: Any, says: str, place: str) -> None:
-    """A coroutine, None, a generator or a tuple of the wrong length as output is named, with what to do
-    instead."""
+    """A coroutine, None, a generator or a tuple of the wrong length as output is named, with the fix."""
     runner = StromaRunner.quick()
     contract: NodeContract[Any, Any] = NodeContract(node_id="ask", input_schema=Note, output_schema=Note)
     with warnings.catch_warnings():

@@ -30,8 +30,7 @@ from stroma.contracts.node import find_node
     ],
 )
 def test_a_misspelt_setting_is_refused(kind: Any, misspelt: dict[str, Any]) -> None:
-    """A limit, a policy or a contract with a field that nobody knows is an error that names it, and not one
-    without it."""
+    """A limit, a policy or a contract with an unknown field is an error that names it."""
     with pytest.raises(ValidationError, match="Extra inputs are not permitted") as raised:
         kind(**misspelt)
     assert list(misspelt)[-1] in str(raised.value)
@@ -43,8 +42,7 @@ def context(**config: Any) -> ReliabilityContext:
 
 
 def test_a_function_that_was_marked_by_hand_is_looked_at_once() -> None:
-    """Its signature takes 10 us to read, and each run asks for each of its nodes; marked anew, it is another
-    node."""
+    """Reading its signature takes 10 us for each node of each run; marked anew, it is another node."""
 
     async def first(state: Num) -> Any: ...
 
@@ -105,8 +103,7 @@ def test_map_over_wants_names_of_fields(name: str) -> None:
 
 
 async def test_a_single_node_is_told_to_stand_in_a_list() -> None:
-    """run(node, state) and run(parallel(...), state) say to put it in a list; what is no node is told how to
-    be one."""
+    """run(node, state) and run(parallel(...), state) say to use a list; a function hears how to be a node."""
     a = node("a", give_one, output=One)
     for single in (a, parallel(a), map_over("items", a, into="items")):
         with pytest.raises(TypeError, match="in a list"):

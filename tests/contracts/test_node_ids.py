@@ -45,8 +45,7 @@ async def give_number(state: Any) -> Any:
 
 
 def two_of_one_id(runner: StromaRunner, *, marked: bool = False) -> tuple[Any, Any]:
-    """A function that was defined twice with the same id, under different contracts: the old and the new
-    node."""
+    """A function that was defined twice with the same id, under different contracts: old and new node."""
 
     def define(decorator: Any) -> Any:
         async def again(state: Note) -> Any:
@@ -69,8 +68,7 @@ REFUSED = (
 @pytest.mark.parametrize("marked", [False, True], ids=["by the runner", "by stroma_node"])
 @pytest.mark.parametrize("place", ["node", "child", "item", "inside"])
 async def test_an_old_function_under_a_new_contract_is_refused(place: str, marked: bool) -> None:
-    """``run()`` and ``check()`` refuse a function whose id was later assigned to another one with another
-    contract."""
+    """``run()`` and ``check()`` refuse a function whose id another contract took later."""
     runner = StromaRunner.quick()
     first, second = two_of_one_id(runner, marked=marked)
     nodes: dict[str, Callable[[Any], Any]] = {
@@ -142,8 +140,7 @@ def test_a_flow_and_a_node_share_the_ids_of_a_runner() -> None:
 
 
 def test_a_module_that_runs_as_a_program_is_the_module_that_others_import() -> None:
-    """``python nodes.py`` and ``import nodes`` define the same functions; a copy in another file is another
-    one."""
+    """``python nodes.py`` and ``import nodes`` define the same functions; a copy elsewhere is another."""
     runner = StromaRunner.quick()
     code = "async def give(state): return {'text': 'x'}"
 
@@ -257,8 +254,7 @@ def extract_node(runner: StromaRunner) -> Any:
     ids=["node_policies", "node_timeouts", "contract_retries", "node_limits", "several", "case"],
 )
 async def test_an_id_that_no_node_has_is_refused(options: dict[str, Any], says: str) -> None:
-    """An id in a config that neither the pipeline nor the registry has is a ValueError of run(), with the
-    nearest one."""
+    """An id in a config of neither pipeline nor registry is a ValueError of run()."""
     called: list[str] = []
     runner = StromaRunner.quick(**options, hooks=NodeHooks(on_run_start=starts(called)))
     extract = extract_node(runner)
@@ -297,8 +293,7 @@ async def test_a_fork_under_an_unknown_id_leaves_no_run() -> None:
 
 
 async def test_all_unknown_ids_are_named() -> None:
-    """The error has a line for each id, also for one that is like no other, and one of a pipeline's own
-    config."""
+    """The error has a line for each id, also for one like no other and one of a pipeline's config."""
     runner = StromaRunner.quick()
     extract = extract_node(runner)
     config = RunConfig(node_timeouts={"extrct": 10_000, "quite different": 10_000})
@@ -332,8 +327,7 @@ async def test_ids_that_a_pipeline_or_the_registry_has_are_known() -> None:
 
 
 async def test_ids_of_other_pipelines_are_known(caplog: pytest.LogCaptureFixture) -> None:
-    """Pipelines may share a config: nodes of other modules are known while somebody has them, groups get a
-    warning."""
+    """Pipelines may share a config: nodes of other modules are known while in use, groups warn."""
     config: dict[str, Any] = {
         "node_timeouts": {"extract": 10_000, "elsewhere": 10_000, "parallel(x, y)": 10_000}
     }
@@ -350,8 +344,7 @@ async def test_ids_of_other_pipelines_are_known(caplog: pytest.LogCaptureFixture
 
 
 async def test_limits_that_no_node_uses_are_refused() -> None:
-    """Limits that no known node has are a ValueError; one node of the runner that has one of them is
-    enough."""
+    """Limits that no known node has are a ValueError; one node of the runner with one is enough."""
     limits = {"answer_llm": Limit(requests_per_minute=10), "other_llm": Limit(requests_per_minute=10)}
     runner = StromaRunner.quick(limits=limits)
     extract = extract_node(runner)

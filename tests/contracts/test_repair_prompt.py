@@ -239,8 +239,7 @@ class Open(BaseModel):
     ids=range(7),
 )
 def test_what_came_stays_within_its_line(schema: type[BaseModel], raw: Any) -> None:
-    """No value, key, tag or validator's message can add a line to the text or turn it around: it is quoted
-    and cut."""
+    """No value, key, tag or validator's message adds a line to the text or turns it: it is quoted."""
     lines = prompt_of(schema, raw).split("\n")
     assert lines.count("What is expected:") <= 1
     assert all(line.startswith("- ") for line in lines[3 : lines.index("", 3)])
@@ -427,8 +426,7 @@ HIDING: list[tuple[Any, Any]] = [
     ],
 )
 def test_no_secret_is_said(annotation: Any, value: Any, raw: Any) -> None:
-    """What a schema declares as a secret is in no part of the text, however it is declared and wherever it
-    came."""
+    """What a schema declares as a secret is in no part of the text, however declared, wherever it came."""
     schema = schema_with(annotation)
     try:
         schema.model_validate(raw(value))
@@ -553,8 +551,7 @@ def test_what_looks_like_no_secret_stays() -> None:
 
 @pytest.mark.core
 async def test_the_next_attempt_finds_it() -> None:
-    """contract_retries: the next attempt has the text at current_node().last_failure; the first one has
-    none."""
+    """contract_retries: the next attempt has the text at current_node().last_failure, the first none."""
     runner = StromaRunner.quick(contract_retries={"ask": 2})
     messages: list[str | None] = []
 
@@ -644,8 +641,7 @@ def test_a_violation_of_a_local_schema_can_be_pickled() -> None:
 async def test_the_example_mends_an_answer(
     fault: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """examples/repair.py: the real OpenAI client, a wrong answer, and one that is right after the model was
-    told."""
+    """examples/repair.py: the real OpenAI client, a wrong answer, and a right one after the complaint."""
     spec = importlib.util.spec_from_file_location("repair_example", EXAMPLE)
     assert spec is not None
     assert spec.loader is not None

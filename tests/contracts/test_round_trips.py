@@ -316,8 +316,7 @@ ALIASED = [
 
 @pytest.mark.parametrize("value", ALIASED, ids=lambda v: type(v).__name__)
 async def test_an_alias_that_is_another_fields_name(value: BaseModel, store: Any) -> None:
-    """Fields whose aliases are names of other fields keep their values from node to node, in the store and on
-    resume."""
+    """Fields whose aliases are names of other fields keep their values, in nodes, stores and resumes."""
     schema = schema_of(type(value))
     assert schema.convert(value) == value
     assert schema.decode(schema.encode(value)) == value

@@ -160,8 +160,7 @@ def containers(kind: Any, values: st.SearchStrategy[Any]) -> list[tuple[Any, st.
 @pytest.mark.parametrize("name", LEAVES)
 @pytest.mark.parametrize("shape", range(5), ids=["plain", "optional", "list", "dict", "tuple"])
 def test_declared_values_come_back(name: str, shape: int) -> None:
-    """What comes back from a store equals what was stored, type for type, whatever the declared field
-    holds."""
+    """What comes back from a store equals what was stored, by type, whatever the declared field holds."""
     kind, values = containers(*LEAVES[name])[shape]
     model = create_model("Holder", value=(kind, ...))
 
@@ -397,8 +396,7 @@ def holder(kind: Any, name: str = "Holder", **config: Any) -> type[BaseModel]:
 @pytest.mark.parametrize("strict", [False, True], ids=["lax", "strict"])
 @pytest.mark.parametrize("name", SUBS)
 def test_a_subclass_crosses_as_what_it_is(name: str, strict: bool) -> None:
-    """An instance of a subclass in a declared field crosses with its class and its own fields, as an object
-    of its own."""
+    """An instance of a subclass in a declared field crosses with its class and fields, as a new object."""
     kind, value = SUBS[name]
     model = holder(kind, strict=strict).model_construct(value=value)
     for target in (type(model), holder(kind, "Other", strict=strict)):
@@ -452,8 +450,7 @@ def test_a_subclass_is_refused_by_stores_and_comes_back_from_memory(name: str) -
 
 @pytest.mark.core
 def test_a_subclass_defined_later_is_seen() -> None:
-    """What is stored is decided by the classes that exist when it is stored, not by those that were there
-    first."""
+    """What is stored is decided by the classes that exist when it is stored, not by earlier ones."""
 
     class Early(BaseModel):
         n: int
@@ -485,8 +482,7 @@ def test_a_subclass_in_a_discriminated_union_is_stored() -> None:
     "kind", [Base | Twin, Twin | Base, list[Base | Twin | str], dict[str, Base] | Twin | Base]
 )
 def test_a_union_keeps_the_class(kind: Any) -> None:
-    """A union of models of one shape keeps the class at a boundary; stored, it comes back as that class or is
-    refused."""
+    """A union of models of one shape keeps the class at a boundary; a store keeps or refuses it."""
     for value in (Base(n=1), Twin(n=1)):
         model = holder(kind)(value=[value, "x"] if kind == list[Base | Twin | str] else value)
         schema = schema_of(type(model))
@@ -512,8 +508,7 @@ def test_a_union_of_a_model_and_a_dict_keeps_the_model() -> None:
 
 @pytest.mark.core
 def test_models_inside_are_validated_again() -> None:
-    """A model instance inside what a node returned is revalidated from its field values, whatever it is
-    in."""
+    """A model instance inside an output is revalidated from its field values, whatever it is in."""
     model = holder(list[Base])
     broken = [Sub.model_construct(n="no number", more="x")]
     for output in (model.model_construct(value=broken), {"value": broken}):
@@ -529,8 +524,7 @@ def test_models_inside_are_validated_again() -> None:
 
 
 def test_another_class_of_the_same_shape_is_built_from_the_fields() -> None:
-    """A node whose field declares another class gets that class, made of the fields; those that it shares
-    stay."""
+    """A node whose field declares another class gets that class, made of the fields; shared ones stay."""
 
     class Source(BaseModel):
         one: Base
@@ -637,8 +631,7 @@ RESTLESS: dict[str, Callable[[], BaseModel]] = {
 @pytest.mark.core
 @pytest.mark.parametrize("name", RESTLESS)
 def test_what_was_stored_comes_back_without_another_validation(name: str) -> None:
-    """What comes back from a store equals what was stored, though its validators would change or refuse it
-    now."""
+    """What comes back from a store equals what was stored even if its validators would now refuse it."""
     model = RESTLESS[name]()
     schema = schema_of(type(model))
     before = schema.state(model)
@@ -659,8 +652,7 @@ def test_what_was_stored_comes_back_without_another_validation(name: str) -> Non
 
 @pytest.mark.parametrize("kind", [Counting, list[Counting]])
 def test_a_model_that_its_own_making_changes_is_kept_or_refused(kind: Any) -> None:
-    """What model_post_init would change again crosses and comes back from memory as it is; stores refuse it
-    by name."""
+    """What model_post_init would change again stays as it is in memory; stores refuse it by name."""
     instance = Counting(n=1)
     model = instance if kind is Counting else holder(kind)(value=[instance])
     schema = schema_of(type(model))
@@ -675,8 +667,7 @@ def test_a_model_that_its_own_making_changes_is_kept_or_refused(kind: Any) -> No
 
 @pytest.mark.parametrize("name", RESTLESS)
 def test_a_validated_output_is_the_next_input_as_it_is(name: str) -> None:
-    """What a class has validated at an output is the next node's input unchanged, at each attempt, as a
-    copy."""
+    """What a class validated as output is the next node's input unchanged, at each attempt, as a copy."""
     model = RESTLESS[name]()
     schema = schema_of(type(model))
     committed = schema.mark_exclusive(schema.clone(model))
@@ -687,8 +678,7 @@ def test_a_validated_output_is_the_next_input_as_it_is(name: str) -> None:
 
 
 def test_another_class_gets_the_models_inside_as_they_are() -> None:
-    """A model inside that was validated already is not validated again on its way to a node of another
-    class."""
+    """A model inside validated before is not validated again on its way to a node of another class."""
     given_, _ = schema_of(holder(list[Loud])).accept_output({"value": [{"word": "a"}]})
     taken, _ = schema_of(holder(list[Loud], "Other")).prepare_input(given_)
     assert taken.value == [Loud.model_construct(word="a!")]
@@ -710,8 +700,7 @@ def test_only_what_was_validated_here_is_trusted() -> None:
 
 @pytest.mark.parametrize("name", ["decoders", "decoders-inside", "json-str", "json-any"])
 def test_decoded_values_cross(name: str) -> None:
-    """Json, Base64Str and Base64Bytes cross decoded: an instance that pydantic made a moment ago is no
-    violation."""
+    """Json, Base64Str and Base64Bytes cross decoded: an instance that pydantic just made is valid."""
     model = RESTLESS[name]()
     schema = schema_of(type(model))
     assert same(schema.convert(model), model)
@@ -755,8 +744,7 @@ STRICT: dict[str, tuple[Any, Any]] = {
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "lax"])
 @pytest.mark.parametrize("name", STRICT)
 def test_strict_classes_cross_and_come_back(name: str, strict: bool) -> None:
-    """What a strict class has taken crosses and comes back: it is asked for instances, and a store holds
-    none."""
+    """What a strict class took crosses and comes back: it wants instances, a store has none."""
     kind, value = STRICT[name]
     check(holder(kind, strict=strict)(value=value))
     check(
@@ -813,8 +801,7 @@ def test_what_cannot_be_stored_names_its_field(name: str) -> None:
 
 @pytest.mark.core
 def test_what_would_change_its_type_is_refused() -> None:
-    """A value under Any that only a declared class could restore is refused by name, never stored as
-    something else."""
+    """A value under Any that only a declared class restores is refused by name, never stored otherwise."""
     for value in (
         Colour.RED,
         Level.LOW,
@@ -828,8 +815,7 @@ def test_what_would_change_its_type_is_refused() -> None:
 
 
 def test_models_in_sets_and_keys_are_refused_by_name() -> None:
-    """A set of models, or a dict with models as keys, crosses; a store, which would read dicts, refuses its
-    field."""
+    """A set of models, or a dict with models as keys, crosses; a store would read dicts, and refuses it."""
 
     class Fixed(BaseModel):
         model_config = ConfigDict(frozen=True)

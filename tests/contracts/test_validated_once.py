@@ -1,5 +1,4 @@
-"""Values that were validated once: what groups make of them, who is trusted with them, what other classes
-take."""
+"""Values that were validated once in groups, by whom they are trusted, and in other classes."""
 
 import enum
 import warnings
@@ -86,8 +85,7 @@ async def resumed(runner: StromaRunner, nodes: list[Any], state: BaseModel | Non
 @pytest.mark.core
 @pytest.mark.parametrize("durable", [False, True], ids=["memory", "sqlite"])
 async def test_outputs_merge_without_another_validation(durable: bool, tmp_path: Path) -> None:
-    """Outputs that a child's contract has validated merge as they are: no validator sees them again, no
-    decoder."""
+    """Outputs that a child's contract has validated merge as they are: no validator or decoder again."""
     runner = quick(tmp_path if durable else None)
     group = parallel(gives("a", SENT, Text), gives("b", {"value": 1}, Value))
     instance, restored = await resumed(runner, [group])
@@ -109,8 +107,7 @@ async def test_items_are_collected_without_another_validation(durable: bool, tmp
 
 @pytest.mark.core
 async def test_decoded_values_reach_another_class() -> None:
-    """What a node's class has decoded is not decoded again by the next node's, if that would decode the same
-    fields."""
+    """What a node's class decoded the next one does not decode again, if it would do the same."""
     both = create_model("Both", data=(Json[list[int]], ...), text=(Base64Str, ...), value=(int, 0))
     seen = []
 
@@ -145,8 +142,7 @@ async def test_text_of_another_class_is_decoded() -> None:
 
 @pytest.mark.core
 async def test_a_dict_that_is_a_root_model_merges() -> None:
-    """A child whose output is a root model of a dict gives the keys of that dict; one of a list gives
-    "root"."""
+    """A child whose output is a root model of a dict gives that dict's keys; one of a list gives "root"."""
     group = parallel(
         gives("a", {"x": 1, "n": 5}, RootModel[dict[str, int]]),
         gives("b", [1], RootModel[list[int]]),
@@ -222,8 +218,7 @@ async def test_odd_names_in_a_group_warn_of_nothing() -> None:
 
 
 async def test_annotations_that_mean_something_elsewhere() -> None:
-    """A group of children whose annotations cannot be resolved outside of their modules merges all the
-    same."""
+    """A group of children with annotations that only their modules resolve still merges."""
     from pydantic.dataclasses import dataclass
 
     class Inner(BaseModel):
@@ -250,8 +245,7 @@ async def test_annotations_that_mean_something_elsewhere() -> None:
 
 @pytest.mark.core
 async def test_a_class_that_is_not_fully_defined_is_a_result() -> None:
-    """A contract that cannot be read, for a class that is not fully defined, is FAILED at its node, with an
-    event."""
+    """A contract of a class that is not fully defined is FAILED at its node, with an event."""
     events = []
 
     async def failed(run_id: str, node_id: str, *_: Any) -> None:
@@ -287,8 +281,7 @@ class Positive(BaseModel):
 
 @pytest.mark.core
 async def test_a_final_state_is_not_trusted_any_more() -> None:
-    """G1: a final state is its caller's; what becomes of it is validated when it is the input of another
-    run."""
+    """G1: a final state is its caller's; it is validated again as the input of another run."""
     runner = quick()
     same = gives("a", {"n": 1}, Positive, Positive)
     first = await runner.run([same], Positive(n=1))
@@ -340,8 +333,7 @@ PETS = Annotated[Cat, Tag("cat")] | Annotated[Dog, Tag("dog")]
 
 @pytest.mark.core
 async def test_a_union_whose_class_a_function_picks(tmp_path: Path) -> None:
-    """A union by a function comes back from a store if the function knows dicts; else it is refused by name
-    there."""
+    """A union by a function is restored if the function knows dicts; else the store refuses it by name."""
     both = create_model(
         "Both",
         pet=(Annotated[PETS, Discriminator(lambda v: v["kind"] if isinstance(v, dict) else v.kind)], ...),
@@ -356,8 +348,7 @@ async def test_a_union_whose_class_a_function_picks(tmp_path: Path) -> None:
 
 
 async def test_a_step_whose_input_is_of_another_type_warns_of_nothing() -> None:
-    """A step's input that does not satisfy its own class is a FAILED result, also under warnings that are
-    errors."""
+    """A step's input that breaks its own class is a FAILED result, also with warnings as errors."""
     ctx = ReliabilityContext.for_run(
         RunConfig(policy_map=NEVER), quick().registry, quick().checkpoint_manager
     )

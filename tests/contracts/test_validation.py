@@ -169,8 +169,7 @@ class BumpedBefore(BaseModel):
 )
 @pytest.mark.parametrize("usage", [False, True])
 async def test_an_output_is_validated_once(model: type[BaseModel], raw: Any, usage: bool, store: Any) -> None:
-    """A validator that changes its value runs once on what a node returned: result, hooks and trace all show
-    the same."""
+    """A validator that changes its value runs once on what a node returned; all readers see the same."""
     seen: list[Any] = []
 
     async def success(run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
@@ -190,8 +189,7 @@ async def test_an_output_is_validated_once(model: type[BaseModel], raw: Any, usa
 
 @pytest.mark.core
 async def test_a_violation_of_the_nodes_own_making_is_shown() -> None:
-    """A ContractViolation that a node made, without what belongs to it, is a failure like any other, redacted
-    too."""
+    """A ContractViolation that a node made, incomplete, is a failure like any other, redacted too."""
 
     class Own(ContractViolation):
         def __init__(self) -> None:
@@ -212,8 +210,7 @@ async def test_a_violation_of_the_nodes_own_making_is_shown() -> None:
 async def test_a_validator_that_raises_no_validation_error_is_a_violation(
     kind: type[BaseException], at: str
 ) -> None:
-    """A validator that raises a CancelledError, say, has refused a value: FAILED, each start ended, the run's
-    end told."""
+    """A validator that raises a CancelledError refused a value: FAILED, each start and the run ended."""
 
     class Refusing(BaseModel):
         n: int = 0

@@ -117,7 +117,7 @@ async def test_a_pause_ends_a_list_after_its_node(store: Any) -> None:
 
 
 async def test_a_request_needs_a_run_and_a_journal() -> None:
-    """An unknown run is CheckpointNotFound, a store without a journal StoreError, a bad limit its own error."""
+    """An unknown run is CheckpointNotFound, a store without a journal StoreError; a bad limit is named."""
 
     class Plain:
         async def save(self, run_id: str, node_id: str, state: BaseModel) -> None: ...

@@ -53,8 +53,7 @@ def spent(cost: float = 0.0, tokens: int = 0, ms: float = 0.0) -> CostTracker:
     ],
 )
 def test_what_a_crossed_limit_says(dimension: Any, limit: float, actual: float, text: str) -> None:
-    """The limit by the name under which it is set, both figures with their unit, the node, and the mend;
-    pickled, too."""
+    """The limit by its name, both figures with their unit, the node, and the mend; pickled, too."""
     error = BudgetExceeded(dimension, limit, actual, "a")
     for one in (error, pickle.loads(pickle.dumps(error))):
         assert (one.dimension, one.limit, one.actual, one.node_id) == (dimension, limit, actual, "a")
@@ -71,8 +70,7 @@ def test_what_a_crossed_limit_says(dimension: Any, limit: float, actual: float, 
     ],
 )
 def test_what_a_crossed_limit_of_one_run_says(dimension: Any, parameter: str, option: str) -> None:
-    """A limit that was set for the run replaces that of the config: the message says where to raise it;
-    pickled, too."""
+    """A limit of the run replaces the config's: the message says where to raise it; pickled, too."""
     error = BudgetExceeded(dimension, 1, 2, "a", is_set_for_run=True)
     for one in (error, pickle.loads(pickle.dumps(error))):
         assert one.args == (dimension, 1, 2, "a")
@@ -154,8 +152,7 @@ def test_the_limits_that_are_set_are_listed() -> None:
     ],
 )
 def test_exactly_at_a_limit_is_within_it(budget: Any, at: Any, above: Any, report: Any) -> None:
-    """The least above it is not: a token, a billionth of a dollar, a nanosecond; what earlier processes spent
-    counts."""
+    """The least above it is not: a token, a billionth of a dollar, a nanosecond; earlier spend counts."""
     limit = ExecutionBudget(**budget)
     assert spent(*at).exceeded(limit, "a") is None
     spent(*at).check_budget(limit, "a")
@@ -248,8 +245,7 @@ def test_sums_by_node() -> None:
 
 
 def test_sums_by_node_are_those_of_the_trace_too() -> None:
-    """What the engine's own figures say is added to what was recorded by hand, and the totals are as they
-    were."""
+    """What the engine's own figures say is added to what was recorded by hand, totals unchanged."""
     tracker = CostTracker()
     tracker.record(NodeUsage("a", 10, 0.25, 3, "m", 4))
     tracker.per_node = lambda: [("a", 1, 2, 0.5, 1_999_999, None), ("b", 5, 3, 0.125, 999_999, "n")]
@@ -369,8 +365,7 @@ def test_a_share_of_a_limit_is_reached_exactly(
 
 
 def test_the_first_rule_for_a_model_counts() -> None:
-    """A rule for another model does not, nor one that is not reached; without a limit or a model none
-    does."""
+    """A rule for another model does not, nor one not reached; without a limit or a model none does."""
     rules = [
         FallbackPolicy("x", "never", 0.1),
         FallbackPolicy("a", "late", 0.9),
@@ -387,8 +382,7 @@ def test_the_first_rule_for_a_model_counts() -> None:
 
 
 def test_the_furthest_fallback_that_is_due() -> None:
-    """By its share, wherever it stands; chains are followed so; none below every share, or without a
-    limit."""
+    """By its share wherever it stands; chains too; none below every share, or without a limit."""
     rules = [FallbackPolicy("b", "c", 0.9), FallbackPolicy("a", "b", 0.5), FallbackPolicy("x", "y", 0.7)]
     budget = ExecutionBudget(max_cost_usd=1)
     assert [fallback_due(spent(cost), budget, rules) for cost in (0.4, 0.5, 0.7, 0.89, 0.9, 2)] == [

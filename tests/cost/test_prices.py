@@ -1,5 +1,4 @@
-"""What tokens cost: genai-prices' own arithmetic beside ours, KNOWN_MODELS over it, and properties of every
-price."""
+"""What tokens cost: genai-prices' arithmetic beside ours, KNOWN_MODELS over it, each price's properties."""
 
 from __future__ import annotations
 
@@ -75,8 +74,7 @@ def price(model: str, usage: Usage) -> float:
 def test_a_price_is_what_genai_prices_makes_of_it(
     listed: tuple[Provider, ModelInfo], data: st.DataObject, tier: str | None
 ) -> None:
-    """Cached, written, tiered, batch: our arithmetic comes to what genai-prices' own comes to, for every
-    model."""
+    """Cached, written, tiered, batch: our arithmetic equals genai-prices' own, for every model."""
     _, model = listed
     assume(model.id not in KNOWN_MODELS)
     usage = data.draw(usages(model.id))
@@ -129,8 +127,7 @@ def test_a_batch_costs_half() -> None:
 
 
 def test_a_name_that_tells_no_provider_is_looked_up_with_those_who_make_models() -> None:
-    """text-embedding-3-small does not say whose it is; it is OpenAI's price, not that of somebody who resells
-    it."""
+    """text-embedding-3-small does not say whose it is; it is OpenAI's price, not a reseller's."""
     shown = prices_of("text-embedding-3-small")
     assert shown is not None
     assert shown.listed_as == ("openai", "text-embedding-3-small")
@@ -141,8 +138,7 @@ def test_a_name_that_tells_no_provider_is_looked_up_with_those_who_make_models()
 
 @pytest.mark.core
 def test_known_models_win_and_the_rest_keeps_its_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two numbers correct a price; cached, written and batch tokens keep the proportion that the data has
-    them in."""
+    """Two numbers correct a price; cached, written and batch tokens keep the data's proportion."""
     model = "claude-haiku-4-5"
     list_price = price(model, Usage(1000, 100, 300, 500, None, None, 200))
     half = tuple(figure / 2 for figure in KNOWN_MODELS[model])
@@ -168,8 +164,7 @@ def test_the_models_that_are_built_in_cost_what_the_data_says() -> None:
 
 @pytest.mark.core
 def test_an_entry_is_for_all_names_of_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A response names a dated model: the entry of its plain name holds, but not for a release with another
-    price."""
+    """A response names a dated model: its plain name's entry holds, unless that release has another price."""
     monkeypatch.setitem(KNOWN_MODELS, "gpt-4o", (1.0, 1.0))
     assert estimate_cost_usd("gpt-4o-2024-11-20", 1_000_000) == 1.0
     assert estimate_cost_usd("gpt-4o-2024-05-13", 1_000_000) == 5.0
@@ -178,8 +173,7 @@ def test_an_entry_is_for_all_names_of_its_model(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_entry_without_data_is_flat(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a model that only KNOWN_MODELS has, cached input costs what other input does: never less than it
-    may."""
+    """Of a model that only KNOWN_MODELS has, cached input costs what other input does: never too little."""
     monkeypatch.setitem(KNOWN_MODELS, "ours", (2.0, 4.0))
     assert price("ours", Usage(1000, 10, 400, 500, None, "batch")) == (1000 * 2 + 10 * 4) / 1e6
     assert estimate_cost_usd("nobody's", 1000) == 0.0

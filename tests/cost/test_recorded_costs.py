@@ -39,8 +39,7 @@ def context(**config: Any) -> ReliabilityContext:
 
 @pytest.mark.core
 async def test_what_each_node_used_is_told_by_the_tracker() -> None:
-    """summary() has the sums per node id over all attempts of the context, looked at or not, in groups
-    too."""
+    """summary() has the sums per node id over all attempts, read or not, in groups too."""
 
     async def spend(state: Num) -> Any:
         return state, 3, 4, "gpt-4o-mini"
@@ -108,8 +107,7 @@ store = store_fixture("async-memory", "sqlite")
 )
 @pytest.mark.parametrize("model", [None, "gpt-4o"])
 async def test_absurd_token_counts_lose_no_output(tokens: int, model: str | None, store: Any) -> None:
-    """A token count that nobody can count is a failure that names the node; its output is kept and not bought
-    again."""
+    """A senseless token count is a failure that names the node; its output is kept, not bought again."""
     calls: list[str] = []
 
     async def a(state: Num) -> Any:
@@ -148,8 +146,7 @@ async def test_a_billion_tokens_can_be_counted(store: Any) -> None:
 
 
 async def test_an_absurd_report_is_refused_where_it_is_made() -> None:
-    """report_usage() refuses what cannot be counted, at the call, and what was reported before still
-    counts."""
+    """report_usage() refuses what cannot be counted, at the call, earlier reports still count."""
 
     async def a(state: Num) -> Any:
         run = current_node()
@@ -163,8 +160,7 @@ async def test_an_absurd_report_is_refused_where_it_is_made() -> None:
 
 
 async def test_reported_usage_shows_at_once() -> None:
-    """What a node has reported is in current_node().usage and .model at once, and adds up; each attempt
-    starts anew."""
+    """A node's reports are in current_node().usage and .model at once and add up, anew for each attempt."""
     seen: list[Any] = []
 
     async def a(state: Num) -> Any:
@@ -187,8 +183,7 @@ async def test_reported_usage_shows_at_once() -> None:
 
 @pytest.mark.parametrize("limit", [0.1, 0.3, 0.7, 1.1], ids=str)
 async def test_a_cost_at_eighty_percent_warns(limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """on_budget_warning fires at 80 % of a limit in dollars, also where a binary fraction falls short of
-    it."""
+    """on_budget_warning fires at 80 % of a limit in dollars, also where a binary fraction falls short."""
     monkeypatch.setitem(KNOWN_MODELS, "one cent", (10_000.0, 0.0))
     seen: list[Any] = []
 
@@ -212,8 +207,7 @@ async def test_a_cost_at_eighty_percent_warns(limit: float, monkeypatch: pytest.
     ids=str,
 )
 async def test_a_senseless_price_loses_no_output(price: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """G4, G9: what is priced by nonsense in KNOWN_MODELS is bad usage: TERMINAL, the output kept, each start
-    ended."""
+    """G4, G9: a senseless price in KNOWN_MODELS is bad usage: TERMINAL, the output kept, each start ended."""
     monkeypatch.setitem(KNOWN_MODELS, "mine", price)
     store = AsyncInMemoryStore()
     seen: list[str] = []

@@ -59,8 +59,7 @@ def ask_node(runner: StromaRunner, calls: list[str], returned: Any = None) -> An
 
 @pytest.mark.parametrize("limit", LIMITS)
 async def test_an_unknown_model_stops_a_run_under_a_cost_limit(limit: Any) -> None:
-    """Under a limit in US dollars a model without a known price is an error by default; its output is
-    kept."""
+    """Under a limit in US dollars a model without a known price is an error; its output is kept."""
     calls: list[str] = []
     runner = StromaRunner.quick(**limit())
     ask = ask_node(runner, calls)
@@ -154,8 +153,7 @@ async def test_a_failed_attempt_of_an_unknown_model_is_not_tried_again_under_a_c
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("shape", ["pair", "usage", "report", "step", "parallel", "map", "flow", "cached"])
 async def test_tokens_without_a_model_are_refused_under_a_cost_limit(limit: Any, shape: str) -> None:
-    """Tokens that are reported without any model are those of an unknown model: a limit in US dollars refuses
-    them."""
+    """Tokens without any model are those of an unknown one: a limit in US dollars refuses them."""
     calls: list[str] = []
     runner = StromaRunner.quick(**limit())
     returned: Any = ({"text": "kept"}, 100)
@@ -201,8 +199,7 @@ async def test_tokens_without_a_model_are_refused_under_a_cost_limit(limit: Any,
 async def test_tokens_without_a_model_count_as_nothing_elsewhere(
     config: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without a cost limit, tokens without a model cost 0 USD, with one warning and an entry of the unpriced
-    models."""
+    """Without a cost limit, tokens without a model cost 0 USD, with one warning and an unpriced model."""
     runner = StromaRunner.quick(**config)
     ask = ask_node(runner, [], ({"text": "x"}, 100))
     result = await runner.run([ask, ask], Note())

@@ -1,5 +1,4 @@
-"""What a provider's response says it used: read from the real SDKs' responses of a real server, and from
-plain data."""
+"""What a provider's response says it used: from real SDKs' responses of a real server and from plain data."""
 
 from __future__ import annotations
 
@@ -232,8 +231,7 @@ class Hostile:
     ids=lambda value: type(value).__name__,
 )
 def test_what_cannot_be_counted_is_said(response: Any, says: str) -> None:
-    """No usage, half of one, or one that makes no sense is a UsageError that says what to do, never a
-    zero."""
+    """No usage, half of one, or one that makes no sense is a UsageError with a fix, never a zero."""
     with pytest.raises(UsageError, match=says):
         usage_from(response)
 
@@ -339,8 +337,7 @@ async def test_a_node_returns_its_output_and_the_response(reply: Reply, provider
 
 
 async def test_the_split_of_the_input_is_in_the_trace() -> None:
-    """What a cache was read and written for, summed over the calls of an attempt, in the trace and while it
-    runs."""
+    """Cache reads and writes, summed over the calls of an attempt, in the trace and while it runs."""
     runner = StromaRunner.quick()
 
     @runner.node("ask", input=Note, output=Note)
@@ -433,8 +430,7 @@ async def test_a_model_said_beside_the_response_is_what_is_priced(monkeypatch: p
     ids=lambda value: type(value).__name__,
 )
 async def test_a_response_that_says_nothing_is_bad_usage(used: Any, says: str) -> None:
-    """Usage that cannot be counted is TERMINAL, names the node, and keeps the output; nothing is bought
-    again."""
+    """Usage that cannot be counted is TERMINAL, names the node and keeps the output, not bought again."""
     runner, ask = node_of(({"text": "kept"}, used))
     result = await runner.run([ask], Note())
     assert result.status is RunStatus.FAILED
@@ -488,8 +484,7 @@ def by_reporting(response: Any, runner: StromaRunner) -> Any:
 async def test_a_server_that_leaves_usage_out_stops_no_run_without_a_limit(
     how: Any, response: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What a response does not say counts as 0, with one warning for the node, where no limit depends on
-    it."""
+    """What a response omits counts as 0, with one warning for the node, where no limit depends on it."""
     runner = StromaRunner.quick(budget=ExecutionBudget(max_latency_ms=600_000))
     ask = how(response, runner)
     result = await runner.run([ask, ask], Note())
@@ -575,8 +570,7 @@ async def test_a_real_stream_that_was_not_asked_for_usage_is_said(
 async def test_a_response_that_names_no_model_is_refused_where_cost_is_limited(
     limit: float | None, status: RunStatus
 ) -> None:
-    """A response with tokens and without a model cannot be counted in dollars: a limit in dollars refuses
-    it."""
+    """A response with tokens but no model cannot be counted in dollars: a limit in dollars refuses it."""
     cohere = next(reply for reply in REPLIES if reply.what == "cohere").answer.body
     runner, ask = node_of(({"text": ""}, cohere), budget=ExecutionBudget(max_cost_usd=limit))
     result = await runner.run([ask], Note())
@@ -612,8 +606,7 @@ async def test_report_usage_refuses_what_makes_no_sense(
 
 @pytest.mark.parametrize("event", ["success", "failure"])
 async def test_report_usage_counts_before_the_end_of_an_attempt(event: str) -> None:
-    """A start hook reports usage of the attempt that begins; a hook of its end is refused, and not
-    ignored."""
+    """A start hook reports usage of the attempt that begins; an end hook's is refused, not ignored."""
 
     async def report(*_: Any) -> None:
         current_node().report_usage(input_tokens=10)

@@ -29,8 +29,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Emulator, Path
 
 @pytest.mark.example
 def test_it_goes_as_announced(shown: tuple[int, Emulator, Path]) -> None:
-    """`stroma demo` needs no key, ends with 0, and each of its scenes did what it says, in a table of at most
-    25 lines."""
+    """`stroma demo` needs no key, ends with 0, and its scenes do what they say, in at most 25 lines."""
     code, emulator, work = shown
     text = emulator.text
     assert code == 0, text
@@ -106,8 +105,7 @@ def test_nothing_finished_is_done_twice(shown: tuple[int, Emulator, Path]) -> No
 
 
 def test_a_killed_agent_pays_once(tmp_path: Path) -> None:
-    """`stroma demo agent`, without a key or network: killed while it pays, it resumes, and the charge is made
-    once."""
+    """`stroma demo agent`, without a key or network: killed while it pays, it resumes and charges once."""
     command = [sys.executable, "-m", "stroma", "demo", "agent", "--dir", "work"]
     env = {**os.environ, "HOME": str(tmp_path)}
     env.pop("STROMA_PROGRAM", None)

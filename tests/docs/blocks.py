@@ -49,8 +49,7 @@ _DONE = "\x01done"
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block: the number of its first line, its language, its title, its text and where that
-    stands."""
+    """One fenced block: the number of its first line, its language, its title, its text and place."""
 
     line: int
     language: str
@@ -103,8 +102,7 @@ def shown(text: str) -> dict[int, list[str]]:
 
 
 def run_python(text: str, name: str) -> Iterator[tuple[int, str, list[str]]]:
-    """Run the blocks of a page one after the other in one module: line, code, and the lines that each
-    printed."""
+    """Run the blocks of a page one after the other in one module: line, code and printed lines."""
     module = types.ModuleType(f"page_{name}")
     sys.modules[module.__name__] = module  # Annotations are looked up there.
     try:
@@ -180,8 +178,7 @@ class Shell:
         self._bash.communicate()
 
     def run(self, command: str) -> tuple[int, list[str]]:
-        """The exit code of a command, and the lines that it printed on either stream. It is given no
-        input."""
+        """The exit code of a command, and its lines on either stream. It is given no input."""
         assert self._bash.stdin is not None
         assert self._bash.stdout is not None
         line = f"{command} </dev/null" if re.match(r"(python|stroma)\b[^|&;<]*$", command) else command
@@ -214,8 +211,7 @@ def commands(block: str) -> list[tuple[str, list[str]]]:
 
 
 def walk(text: str, name: str, shell: Shell) -> Iterator[tuple[Block, str, list[str], list[str]]]:
-    """Save the files and run the shell lines of a page in order: block, command, lines printed, lines
-    shown."""
+    """Save files and run shell lines of a page in order: block, command, lines printed, lines shown."""
     for block in of_page(text):
         if block.title:
             path = shell.folder / block.title

@@ -1,5 +1,4 @@
-"""Containers in the examples and the documentation: without root, without privileges, and of a fixed
-version."""
+"""Containers in the examples and the documentation: without root, without privileges, of a fixed version."""
 
 from __future__ import annotations
 

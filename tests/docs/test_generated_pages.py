@@ -1,5 +1,4 @@
-"""What is generated of the docs is up to date, and errors say on their page and in their text how to go
-on."""
+"""Generated docs are up to date, and errors say on their page and in their text how to go on."""
 
 from __future__ import annotations
 
@@ -95,8 +94,7 @@ def test_generated_pages_are_up_to_date(generate: Any) -> None:
 
 
 def test_every_parameter_has_a_type_a_default_and_a_description() -> None:
-    """The reference lists each parameter of what users call and configure, with its type, default, unit and
-    meaning."""
+    """The reference lists each parameter for users, with its type, default, unit and meaning."""
     spec = importlib.util.spec_from_file_location("stroma_docs_reference", ROOT / "docs" / "reference.py")
     assert spec is not None
     assert spec.loader is not None
@@ -164,8 +162,7 @@ def public_errors() -> dict[str, type[BaseException]]:
 
 
 def test_the_page_about_defaults_has_every_parameter(generate: Any) -> None:
-    """Each parameter of RunConfig, StromaRunner.quick and the stores has one line, which says what its
-    default loses."""
+    """Each parameter of RunConfig, StromaRunner.quick and the stores has a line on what its default loses."""
     page = generate.own_module("docs.defaults")
     stores = {
         name for name in stroma.__all__ if name.endswith("Store") and not name.endswith("CheckpointStore")
@@ -177,8 +174,7 @@ def test_the_page_about_defaults_has_every_parameter(generate: Any) -> None:
 
 
 def test_every_public_error_is_on_the_page(generate: Any) -> None:
-    """docs/errors.md has every public exception class with its base, where it arises, its cause and its
-    mend."""
+    """docs/errors.md has every public exception class with base, place, cause and fix."""
     text = (ROOT / "docs" / "errors.md").read_text("utf-8")
     result = public_errors()
     assert {"StoreError", "ContractViolation", "BudgetExceeded", "HookError", "HookTimeout"} <= set(result)
@@ -256,8 +252,7 @@ WITHOUT_MEND = {
 
 
 def test_messages_name_the_fix(generate: Any) -> None:
-    """Every text of our own errors says what must be, or ends with what to do, but for those listed with a
-    reason."""
+    """Every text of our own errors says what must be, or ends with the fix, but for those listed."""
     ours = {e.name for e in generate.error_classes()} - {"Problem", *generate.examples()}
     texts = {message.text for message in generate.messages() if message.error in ours}
     listed = {text for text in texts if any(part in text for part in WITHOUT_MEND)}
@@ -615,8 +610,7 @@ async def test_what_an_error_says(
 
 
 def test_every_public_error_is_met() -> None:
-    """Each public exception class is provoked above, but for those that no store of this release raises by
-    itself."""
+    """Each public exception class is provoked above except those that no store of ours raises."""
     met = {kind.__name__ for _, kind, _, _ in MET}
     # Raised by nodes and in flows, never out of run(); by nodes with a place; by Redis alone; made of what
     # another machine says; by tests that ask for it.

@@ -1,5 +1,4 @@
-"""The pages under docs/ and the README: their code runs, their links lead somewhere, and each has its
-place."""
+"""The pages under docs/ and the README: their code runs, their links lead somewhere and each has a place."""
 
 from __future__ import annotations
 
@@ -83,8 +82,7 @@ def compare(text: str, name: str, ran: list[tuple[int, str, list[str]]]) -> int:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_the_code_on_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every Python block and every shell line of the README and the docs runs, and prints what the page
-    says."""
+    """Every Python block and every shell line of the README and the docs runs as the page says."""
     monkeypatch.chdir(tmp_path)
     text = page.read_text("utf-8")
     ran = compare(text, page.name, list(run_python(text, page.stem)))
@@ -94,8 +92,7 @@ def test_the_code_on_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_readme_runs_beside_a_provider(tmp_path: Path, provider: Server) -> None:
-    """The README's programs call a provider that refuses once, then answers badly once, and print what it
-    says."""
+    """The README's programs call a provider that refuses once, then errs once, and print its output."""
     text = README.read_text("utf-8")
     assert compare(text, "README", list(run_python(text, "README"))) == 1
     refused = Answer(429, {"error": {"message": "Too many requests"}}, {"retry-after-ms": "10"})
@@ -398,8 +395,7 @@ def test_pages_link_to_each_other() -> None:
 
 
 def test_every_page_has_a_place_in_the_site(build: Any) -> None:
-    """The navigation has each page once, under what readers do; decisions are linked from the architecture
-    page alone."""
+    """The navigation has each page once, by what readers do; only the architecture page links decisions."""
     nav = build.navigation({*build.pages(), "adr/index.md"})
     places = [name for names in nav.values() for name in names]
     assert sorted(places) == sorted(name for name in build.pages() if not name.startswith("adr/"))
@@ -424,8 +420,7 @@ def test_every_page_has_one_title_and_its_headings_in_order() -> None:
 
 @pytest.mark.slow
 def test_the_search_starts_its_worker_from_the_disk(build: Any, tmp_path: Path) -> None:
-    """A page opened from the disk reads the index and gets answers of the worker, which no address of a file
-    may start."""
+    """A page opened from the disk reads the index and has answers without the worker of a server."""
     program = find_chromium()
     if program is None:
         missing("there is no Chromium here; name it with CHROMIUM=")
@@ -474,8 +469,7 @@ def test_links_in_the_site_lead_to_pages_of_the_site(build: Any, tmp_path: Path)
 
 
 def test_the_landing_page_shows_a_failure_handled_in_twenty_lines() -> None:
-    """Its first block is at most twenty lines of code, and its output has a failure and a run that
-    completed."""
+    """Its first block is at most twenty lines of code; its output has a failure and a completed run."""
     first, output = of_page((DOCS / "index.md").read_text("utf-8"))[:2]
     assert len([line for line in first.text.splitlines() if line.strip()]) <= 20
     assert "RECOVERABLE" in output.text
@@ -505,8 +499,7 @@ def test_the_readme_is_short_and_in_order() -> None:
 
 
 def test_the_nodes_that_call_providers(tmp_path: Path, provider: Server) -> None:
-    """The nodes of the page read the answers, the usage and the models from the responses of the real
-    clients."""
+    """The nodes of the page read answers, usage and models from responses of the real clients."""
     from anthropic import AsyncAnthropic
     from openai import AsyncOpenAI
 

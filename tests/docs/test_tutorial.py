@@ -13,8 +13,7 @@ CHAPTERS = sorted((ROOT / "docs" / "tutorial").glob("[0-9]*.md"))
 
 @pytest.mark.timeout(400)
 def test_a_newcomer_who_follows_the_tutorial_never_meets_an_error(tmp_path: Path) -> None:
-    """Every file saved and every line typed, in order, in one empty folder: none fails, and each prints what
-    is shown."""
+    """Every file saved and every line typed, in order, in one empty folder: each prints what is shown."""
     typed = 0
     with Shell(tmp_path, reader_env()) as shell:
         for chapter in CHAPTERS:

@@ -1,5 +1,4 @@
-"""The ways to run a pipeline that the suite of behaviour is run over: all of them are one engine on a
-store."""
+"""The ways to run a pipeline for the suite of behaviour: all of them are one engine on a store."""
 
 from __future__ import annotations
 

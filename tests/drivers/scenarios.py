@@ -51,8 +51,7 @@ class Lengths(BaseModel):
 
 @dataclass
 class Scenario:
-    """What is run, and what becomes of it. ``make`` is called for each run, so that calls are counted
-    anew."""
+    """What is run, and what becomes of it. ``make`` is called for each run to count calls anew."""
 
     make: Callable[[list[str]], list[Any]]
     status: RunStatus

@@ -34,8 +34,7 @@ class Gate:
 
 
 async def test_a_pause_and_its_end(way: Way) -> None:
-    """A paused run commits the node in flight and starts no further one; it continues when the pause is taken
-    back."""
+    """A paused run commits the node in flight and starts no other; it continues after unpause()."""
     gate = Gate()
     async with way.bind([gate.node("a", waits=True), gate.node("b")], policy_map=NEVER) as bound:
         running = asyncio.ensure_future(bound.run(Num(), run_id=way.run_id))
@@ -66,8 +65,7 @@ async def test_a_cancellation(way: Way) -> None:
 
 
 async def test_a_budget_that_is_raised(way: Way) -> None:
-    """A run that waits for its budget continues when the limit is raised, and calls no committed node
-    again."""
+    """A run that waits for its budget continues when it is raised, and calls no committed node again."""
     gate = Gate()
     nodes = [gate.node("a", tokens=8), gate.node("b", tokens=8), gate.node("c")]
     budget = ExecutionBudget(max_tokens_total=10)
@@ -92,8 +90,7 @@ async def test_a_shared_budget(way: Way) -> None:
 
 @pytest.mark.parametrize("reconciles", [True, False])
 async def test_an_effect_whose_outcome_is_unknown(way: Way, reconciles: bool) -> None:
-    """G13. After a call with an unknown outcome reconcile, or a person, states it; the effect is not called
-    again."""
+    """G13. After a call with an unknown outcome reconcile, or a person, states it; no call is repeated."""
     calls: list[int] = []
 
     async def look(state: Num, key: str) -> Receipt | NotDone:

@@ -1,5 +1,4 @@
-"""Nodes with a place: a worker of that place calls the function, and the owner of the run does everything
-else."""
+"""Nodes with a place: a worker of that place calls the function, the run's owner does the rest."""
 
 from __future__ import annotations
 
@@ -74,8 +73,7 @@ def place_of(cluster: Cluster) -> str:
 
 
 async def test_a_node_with_a_place(cluster: Cluster) -> None:
-    """The function runs at its place with what current_node() has; hooks, usage and the commit are the
-    owner's."""
+    """The function runs at its place with current_node(); hooks, usage and commit are the owner's."""
     seen: list[Any] = []
     ends: list[Any] = []
 
@@ -111,8 +109,7 @@ async def test_a_node_with_a_place(cluster: Cluster) -> None:
 
 
 async def test_events_come_with_the_end_of_a_call(cluster: Cluster) -> None:
-    """Readers get what a function emits at its place, also in a thread and before a failure; of too many the
-    newest."""
+    """Readers get a place's events, also in threads and before a failure; of too many the newest."""
     hub = EventHub()
     reader = hub.add_reader()
 
@@ -182,8 +179,7 @@ async def run_once(cluster: Cluster, func: Any, **config: Any) -> Any:
 
 @pytest.mark.parametrize("name", ERRORS)
 async def test_failures_are_classified_as_in_one_process(cluster: Cluster, name: str) -> None:
-    """A function that raises at its place fails with the class, reason, wait and message that it has in one
-    process."""
+    """A failure at its place has the class, reason, wait and message as in one process."""
     waits: list[float | None] = []
 
     async def fail(state: Num) -> Num:
@@ -210,8 +206,7 @@ async def test_failures_are_classified_as_in_one_process(cluster: Cluster, name:
 
 
 async def test_an_output_that_breaks_its_contract(cluster: Cluster) -> None:
-    """The owner refuses and repairs the output of a place; the next attempt there has the complaint for the
-    model."""
+    """The owner refuses and repairs the output of a place; the next attempt there has the complaint."""
     prompts: list[str | None] = []
 
     async def call(state: Num) -> Any:
@@ -269,8 +264,7 @@ async def test_a_timeout_ends_the_call(cluster: Cluster) -> None:
 
 
 async def test_an_owner_that_is_shut_down(cluster: Cluster) -> None:
-    """A worker whose time to drain is over leaves the call in flight to the next owner of the run: it is made
-    once."""
+    """A worker whose time to drain is over leaves the call in flight to the run's next owner: one call."""
     calls: list[int] = []
     begun, opened = asyncio.Event(), asyncio.Event()
 
@@ -337,8 +331,7 @@ async def test_what_is_not_available_at_a_place(cluster: Cluster) -> None:
 
 
 async def test_states_over_the_limit_of_the_server(cluster: Cluster) -> None:
-    """An input or output over the limit of the server is a TERMINAL failure: the function is not called in
-    vain again."""
+    """An input or output over the server's limit is a TERMINAL failure: no further call is made."""
     calls: list[int] = []
 
     def grow() -> Any:
@@ -379,8 +372,7 @@ async def pass_on(state: Any) -> Any:
 
 
 def test_the_queue_that_drives_runs_is_no_place(cluster: Cluster) -> None:
-    """A place that is the task queue of the runs is refused where a worker is created, and where a flow calls
-    it."""
+    """A place that is the task queue of the runs is refused at a worker's creation and at a flow's call."""
     with pytest.raises(PlaceError, match="pass another place"):
         stroma_worker(cluster.client, "q", [], place="q")
     pipeline = Pipeline("p", [parallel(placed("a", pass_on, cluster.queue), node("b", pass_on))])
@@ -432,8 +424,7 @@ async def test_a_worker_of_a_place_that_is_killed(
 
 
 async def test_an_effect_whose_place_is_lost(temporal_server: TemporalServer, tmp_path: pathlib.Path) -> None:
-    """An effect whose place was killed is not called again until somebody states that it did not happen
-    (G13)."""
+    """An effect whose place was killed is not called again until it is stated not to have happened (G13)."""
     async with fleet_of(temporal_server, tmp_path) as (fleet, runner, _):
         pipeline = placed_pipeline(fleet.queue, effect=True)
         first = fleet.start("place")

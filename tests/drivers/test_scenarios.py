@@ -14,8 +14,7 @@ from stroma.checkpoint import AttemptRecord
 
 
 def pipeline_of(nodes: list[Any], state: Any) -> list[Any]:
-    """Return the nodes after one that returns its input: its contract names the class of the input, which
-    workers need."""
+    """Return the nodes after one that returns its input: its contract names the class, which workers need."""
     return [node("first", same, type(state), type(state)), *nodes]
 
 

@@ -97,8 +97,7 @@ async def test_a_message_continues_a_run(cluster: Cluster) -> None:
 
 
 async def test_only_ids_cross(cluster: Cluster) -> None:
-    """States, outputs and error texts are in the store alone: the history of the workflow has ids and
-    statuses."""
+    """States, outputs and error texts are in the store alone: the workflow's history has ids and statuses."""
     run_id = fresh_id()
 
     async def fail(state: Text) -> Text:
@@ -188,8 +187,7 @@ async def test_a_cancelled_workflow_of_a_suspended_run(cluster: Cluster) -> None
 async def test_a_terminated_workflow_leaves_the_run_resumable(
     cluster: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A run whose workflow was terminated is INTERRUPTED after the step in flight, and continues where it
-    stopped."""
+    """A run whose workflow was terminated is INTERRUPTED after the step in flight and can be resumed."""
     run_id = fresh_id()
     async with gated() as (pipeline, world, reached, opened), cluster.worker(pipeline):
         await cluster.runner.submit(pipeline, Num(), run_id=run_id)
@@ -226,8 +224,7 @@ async def test_a_worker_that_is_shut_down(cluster: Cluster, caplog: pytest.LogCa
 
 
 async def test_a_worker_whose_time_to_drain_is_over(cluster: Cluster) -> None:
-    """A step that outlives the time to drain is cancelled, its run is INTERRUPTED, and another worker calls
-    the step."""
+    """A step that outlives the drain is cancelled, its run INTERRUPTED, and another worker calls it."""
     run_id = fresh_id()
     async with gated() as (pipeline, world, reached, opened):
         handle = await cluster.runner.submit(pipeline, Num(), run_id=run_id)
@@ -393,8 +390,7 @@ async def test_exporters_show_the_queue(cluster: Cluster) -> None:
 
 
 async def test_an_unreachable_server(store: Any) -> None:
-    """A run that is stored while the server is away is a warning, not an error: it starts once a worker finds
-    it."""
+    """A run stored while the server is away is a warning, no error: it starts once a worker finds it."""
     server = TemporalServer()
     client = await Client.connect(server.address)
     runner = TemporalRunner(client, "q", store)

@@ -1,5 +1,4 @@
-"""Workers and the server of Temporal are killed and stopped: no committed node is called again, and every run
-ends."""
+"""Workers and the server of Temporal are killed and stopped: no commit is repeated, and every run ends."""
 
 from __future__ import annotations
 
@@ -47,8 +46,7 @@ async def test_a_worker_that_is_killed(temporal_server: TemporalServer, tmp_path
 
 
 async def test_a_worker_that_is_stopped(temporal_server: TemporalServer, tmp_path: pathlib.Path) -> None:
-    """A worker that is stopped for longer than its lease loses the run, and the store refuses its late
-    results."""
+    """A worker stopped for longer than its lease loses the run, and the store refuses its late results."""
     async with fleet_of(temporal_server, tmp_path) as (fleet, runner, store):
         first = fleet.start()
         handle = await runner.submit(pipeline(), Num(), run_id=fleet.run_id)
@@ -90,8 +88,7 @@ async def test_a_cancellation_of_a_run_whose_worker_is_lost(
 
 
 async def test_a_server_that_is_killed(tmp_path: pathlib.Path) -> None:
-    """Steps need the store only: a run in progress continues while the server is away, and ends after it is
-    back."""
+    """Steps need the store only: a run continues while the server is away, and ends once it is back."""
     server = TemporalServer(tmp_path / "temporal.db")
     try:
         async with fleet_of(server, tmp_path) as (fleet, runner, store):
@@ -119,8 +116,7 @@ async def test_a_server_that_is_killed(tmp_path: pathlib.Path) -> None:
 
 
 async def test_a_worker_that_gets_sigterm(temporal_server: TemporalServer, tmp_path: pathlib.Path) -> None:
-    """After SIGTERM a worker commits the step in flight and exits; another one continues, and repeats no
-    call."""
+    """After SIGTERM a worker commits the step in flight and exits; another continues without repeats."""
     async with fleet_of(temporal_server, tmp_path) as (fleet, runner, store):
         first = fleet.start()
         handle = await runner.submit(pipeline(), Num(), run_id=fleet.run_id)

@@ -1,5 +1,4 @@
-"""Examples that need more than the main environment has: ``./dev test --examples`` runs them in one of their
-own."""
+"""Examples that need more than the main environment has: ``./dev test --examples`` runs them in their own."""
 
 from __future__ import annotations
 

@@ -75,8 +75,7 @@ def run(name: str, *arguments: str, home: Path) -> str:
 
 
 def test_a_folder_is_embedded_once(tmp_path: Path) -> None:
-    """The packaged model embeds every file; afterwards only the changed one, and the best hit is the one that
-    answers."""
+    """The packaged model embeds every file; afterwards only the changed one, and the best hit answers."""
     folder = tmp_path / "documents"
     folder.mkdir()
     texts = {
@@ -186,8 +185,7 @@ dispatch_arq.runner.config = dispatch_arq.runner.config.model_copy(update=update
 async def test_the_end_of_a_queue_worker_cancels_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At SIGTERM arq cancels its tasks; the run in progress ends its step, is not CANCELLED, and its task
-    comes again."""
+    """At SIGTERM arq cancels its tasks; the current run ends its step, is not CANCELLED, and is repeated."""
     monkeypatch.setenv("RUNS", str(tmp_path / "runs.db"))
     (tmp_path / "slow.py").write_text(SLOW)
     server = RedisServer()
@@ -224,8 +222,7 @@ def test_the_page_about_fastapi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_page_about_requests(tmp_path: Path) -> None:
-    """The service with a worker in its process streams the answer of a provider, and does what the page
-    shows."""
+    """The service with a worker in its process streams the answer of a provider as the page shows."""
     chunk = {
         "id": "c1",
         "object": "chat.completion.chunk",
@@ -302,8 +299,7 @@ async def test_the_service_behind_a_real_server(site: str) -> None:
 
 
 def test_the_notebook_draws_its_run() -> None:
-    """Every cell runs, and the result is shown as a picture with the attempt that failed, and not as a line
-    of text."""
+    """Every cell runs; the result is shown as a picture with the failed attempt."""
     notebook = nbformat.read(EXAMPLES / "notebook.ipynb", as_version=4)
     NotebookClient(notebook, timeout=100, kernel_name="python3").execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]

@@ -1,5 +1,4 @@
-"""The examples that the main environment can run: one command each, no key, no network, and the output that
-they promise."""
+"""The examples that the main environment can run: one command each, no key, no network, and their output."""
 
 from __future__ import annotations
 
@@ -17,8 +16,7 @@ README = (EXAMPLES / "README.md").read_text("utf-8")
 
 
 def run(name: str, *arguments: str, folder: Path) -> str:
-    """What the example prints; it leaves nothing behind in the current folder, and says nothing on stderr but
-    the log."""
+    """What the example prints; it leaves nothing in the current folder and only logs on stderr."""
     env = {**os.environ, "HOME": str(folder), "NO_COLOR": "1", "COLUMNS": "100"}
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *arguments],
@@ -36,8 +34,7 @@ def run(name: str, *arguments: str, folder: Path) -> str:
 
 
 def steady(text: str) -> list[str]:
-    """Its lines without what differs from run to run: times, and how far a process came before it was
-    killed."""
+    """Its lines without what differs from run to run: times and how far a killed process came."""
     text = re.sub(r"\d+\.\d\d s", "N s", text)
     text = re.sub(r"\d+ of 10000 done|\d+ of them|\$0\.0\d\d\d", "N", text)
     return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
@@ -63,8 +60,7 @@ def test_every_example_is_listed() -> None:
 
 
 def test_the_requirements_of_the_others_are_pinned_with_hashes() -> None:
-    """What `./dev test --examples` installs was looked at, and comes from wherever a machine gets its
-    packages."""
+    """What `./dev test --examples` installs was looked at and comes from the machine's package index."""
     text = (Path(__file__).parent / "newest.txt").read_text()
     assert "://" not in text
     pinned = re.findall(r"^([\w.-]+)==\S+.*?((?: \\\n    --hash=\S+)*)$", text, re.MULTILINE)

@@ -42,8 +42,7 @@ BUGS: list[BaseException] = [
 @pytest.mark.parametrize("place", ["node", "child", "item"])
 @pytest.mark.parametrize("sync", [False, True], ids=["async", "thread"])
 async def test_a_bug_is_terminal(error: BaseException, place: str, sync: bool) -> None:
-    """NameError, ImportError, SyntaxError, NotImplementedError, RecursionError: TERMINAL, reason "bug", never
-    retried."""
+    """NameError, ImportError, SyntaxError, NotImplementedError, RecursionError: a "bug", never retried."""
     calls: list[int] = []
     runner = StromaRunner.quick()
 

@@ -131,8 +131,7 @@ def test_what_a_providers_error_says() -> None:
 
 
 def test_our_own_errors_are_what_they_are() -> None:
-    """Whatever they were raised from: neither the class, nor the reason, nor the wait of a provider's error
-    is theirs."""
+    """Whatever they were raised from: they take neither class, reason nor wait of a provider's error."""
 
     class Both(UsageError):
         status_code = 429
@@ -158,8 +157,7 @@ def test_a_timeout_of_a_provider_is_the_providers() -> None:
 
 
 def test_classifiers_are_asked_in_order() -> None:
-    """The first that answers decides the class, the reason stays; each is given the exception and where it
-    was."""
+    """The first that answers decides the class, the reason stays; each gets the exception and its place."""
     requests: list[Any] = []
 
     def says(answer: Any) -> Any:
@@ -555,8 +553,7 @@ def test_what_follows_a_failed_attempt(changed: dict[str, Any], decision: Any) -
 
 
 def test_a_group_waits_as_its_server_asks() -> None:
-    """What stops it says that it is no retry, though a wait was asked for; a terminal failure says so
-    itself."""
+    """What stops it says that it is no retry despite a requested wait; a terminal failure says so itself."""
     requests: dict[str, Any] = {"attempt": 1, "group": True, "repairing": False, "repairs": 0}
     assert follow_up(failed(wait=5), None, {}, **requests) == Stop("gave up after 1 attempt")
     assert follow_up(failed(TERMINAL), None, {}, **requests) == Stop("a terminal failure is not retried")

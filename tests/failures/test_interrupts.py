@@ -64,8 +64,7 @@ def watch(seen: list[str]) -> NodeHooks:
 def test_what_is_no_exception_ends_the_run_and_is_no_failure(
     name: str, sync: bool, place: str, tmp_path: Path
 ) -> None:
-    """A BaseException that is no Exception comes out of ``run()``; the run is INTERRUPTED, and a resume
-    completes it."""
+    """A BaseException that is no Exception comes out of ``run()``; the INTERRUPTED run can be resumed."""
     calls: list[str] = []
     seen: list[str] = []
     store = SQLiteStore(tmp_path / "runs.db")
@@ -118,8 +117,7 @@ def test_what_is_no_exception_is_recorded_as_an_interruption(name: str, tmp_path
 
 
 async def test_what_is_no_exception_passes_through_steps() -> None:
-    """A BaseException of a step's function comes out of ``execute_step``; the run of the context is
-    INTERRUPTED."""
+    """A BaseException of a step's function comes out of ``execute_step``; its run is INTERRUPTED."""
     seen: list[str] = []
     runner = StromaRunner.quick(hooks=watch(seen))
 
@@ -156,8 +154,7 @@ def test_what_is_no_exception_passes_through_guarded_functions(sync: bool) -> No
 
 @pytest.mark.parametrize("side", ["input", "output", "classifier"])
 async def test_what_is_no_exception_passes_through_validators_and_classifiers(side: str) -> None:
-    """A BaseException in a user's validator or classifier comes out of ``run()``, and is no violation of a
-    contract."""
+    """A BaseException in a user's validator or classifier comes out of ``run()``, not as a violation."""
 
     class Strict(BaseModel):
         text: str = ""
@@ -209,8 +206,7 @@ async def test_a_panic_of_native_code_in_a_validator_is_a_violation() -> None:
 
 
 async def test_a_stray_cancellation_of_a_node_stays_a_failure() -> None:
-    """A CancelledError that a node raises itself, while nobody cancels its task, is a failure like any
-    other."""
+    """A CancelledError that a node raises itself, without a cancelled task, is a failure like any other."""
     runner = StromaRunner.quick()
 
     @runner.node("stray", input=Note, output=Note)

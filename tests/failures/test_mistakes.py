@@ -1,5 +1,4 @@
-"""Mistakes in the code of nodes: what the message of a failure says of them, and when another attempt is
-pointless."""
+"""Mistakes in the code of nodes: what a failure says of them, and when a retry is pointless."""
 
 from __future__ import annotations
 
@@ -73,8 +72,7 @@ async def test_another_missing_key_is_left_alone(func: Any) -> None:
 
 
 async def test_keys_are_named_in_bounds() -> None:
-    """Of many keys the first twenty are named, long ones are cut, and keys of odd types are named by their
-    type."""
+    """Of many keys the first twenty are named, long ones are cut, keys of odd types go by their type."""
     context: Any = {"k" * 500: 1, (1, 2): 2} | {f"key {n}": n for n in range(100)}
     failure, _ = await fail(of_context, context=context)
     assert len(failure.message) < 500
@@ -124,8 +122,7 @@ async def wrong_call(state: Any) -> Any:
 @pytest.mark.parametrize("func", [on_none, on_none_in_thread, wrong_call])
 @pytest.mark.parametrize("place", ["node", "child"])
 async def test_the_same_bug_twice_is_not_tried_a_third_time(func: Any, place: str) -> None:
-    """A TypeError or AttributeError at the same line with the same text ends after two attempts, under any
-    policy."""
+    """A TypeError or AttributeError at the same line with the same text ends after two attempts."""
     runner = StromaRunner.quick(
         policy_map=PATIENT,
         node_policies={"broken": {"AMBIGUOUS": FailurePolicy(max_retries=9, backoff_seconds=0)}},
@@ -156,8 +153,7 @@ async def test_another_text_or_line_is_tried_again() -> None:
 
 
 async def test_what_is_raised_on_purpose_or_by_a_library_is_no_bug_of_the_node() -> None:
-    """A TypeError out of a library or a `raise`, and any other exception, is tried as often as the policy
-    says."""
+    """A TypeError out of a library or a `raise`, and any other exception, follows the policy."""
 
     async def in_library(state: Any) -> Any:
         return json.dumps(object())

@@ -40,8 +40,7 @@ def error_with(base: type[Exception], **attributes: Any) -> Exception:
 def test_what_a_provider_says_comes_before_what_a_timeout_is(
     status: int | None, expected: FailureClass
 ) -> None:
-    """A TimeoutError that carries a provider's status is what that status says; without one it is
-    RECOVERABLE."""
+    """A TimeoutError with a provider's status is what that says; without one it is RECOVERABLE."""
     error = error_with(TimeoutError, **({} if status is None else {"status_code": status}))
     assert classify(error, NodeContext("n", 1, "r")) is expected
 

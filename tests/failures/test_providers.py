@@ -100,8 +100,7 @@ def _without_key(client: str) -> Any:
 @pytest.mark.core
 @pytest.mark.parametrize("client", ["openai", "azure", "anthropic", "google", "cohere"])
 def test_a_missing_key_is_terminal(monkeypatch: pytest.MonkeyPatch, client: str) -> None:
-    """A client without an API key fails at once, and the same way when it is raised from another
-    exception."""
+    """A client without an API key fails at once, and likewise when raised from another exception."""
     for name in [name for name in os.environ if "KEY" in name or "TOKEN" in name or "GOOGLE" in name]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", "/nowhere")
@@ -178,8 +177,7 @@ def delays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 async def test_a_run_deals_with_a_providers_error(case: Case, provider: Server, delays: list[float]) -> None:
-    """A node around the async SDK: RECOVERABLE is tried again, TERMINAL is not; the trace has class and
-    reason."""
+    """A node around the async SDK: RECOVERABLE is tried again, TERMINAL is not; the trace has both."""
     runner, node = runner_of(policy_map={R: FailurePolicy(max_retries=1), A: FailurePolicy(max_retries=0)})
     url = provider.url(case.answer)
     calls = 0
@@ -237,8 +235,7 @@ async def test_the_delay_is_at_least_what_the_server_says(
 async def test_a_server_that_asks_for_too_long_stops_the_run(
     sdk: str, inside: str, provider: Server, delays: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G3: A Retry-After beyond `max_retry_after_seconds` ends the run as PARTIAL, with the time of the
-    next attempt."""
+    """G3: A Retry-After beyond `max_retry_after_seconds` ends the run as PARTIAL, with the next time."""
     caplog.set_level(logging.INFO, logger="stroma")
     runner, node = runner_of()
     url = provider.url(Answer(429, {"error": {"type": "rate_limit_error"}}, {"retry-after": "3600"}))
@@ -515,8 +512,7 @@ def grpc_server() -> Iterator[GrpcServer]:
 def test_what_a_grpc_error_means(
     what: str, means: FailureClass, reason: str | None, grpc_server: GrpcServer
 ) -> None:
-    """gRPC's own exception, from a real server, has its class and its reason, and so has what is raised from
-    it."""
+    """gRPC's own exception, from a real server, has its class and reason, as has what is raised from it."""
     error = error_of(lambda: grpc_server.ask(what))
     assert isinstance(error, grpc.RpcError)
     for failure in (diagnose(error, HERE), diagnose(caused(RuntimeError("no search"), error), HERE)):

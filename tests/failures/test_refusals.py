@@ -1,5 +1,4 @@
-"""Which exceptions show that a request was certainly not carried out; real clients raise them, against real
-sockets."""
+"""Which exceptions show that a request was not carried out, from real clients on real sockets."""
 
 import asyncio
 import errno
@@ -112,8 +111,7 @@ CERTAIN = {
 def test_requests_of_real_clients(
     server: Callable[[str], str], post: Callable[[str], None], name: str
 ) -> None:
-    """A 4xx and a connection that was not made are refusals; a 408, 409, 5xx, a timeout and a lost connection
-    are none."""
+    """A 4xx and a connection never made are refusals; 408, 409, 5xx, a timeout, a lost connection are not."""
     with pytest.raises(Exception) as caught:  # Each client has its own.
         post(server(name))
     assert is_refusal(caught.value) == (name in CERTAIN[post]), repr(caught.value)
@@ -125,8 +123,7 @@ def test_requests_of_real_clients(
 def test_failures_after_a_redirect(
     server: Callable[[str], str], post: Callable[[str], None], name: str
 ) -> None:
-    """An answer or a failed connection after a redirect is not a refusal: the first request was carried
-    out."""
+    """An answer or a failed connection after a redirect is not a refusal: the first was carried out."""
     with pytest.raises(Exception) as caught:
         post(server(f"done-{name}"))
     assert not is_refusal(caught.value), repr(caught.value)
@@ -182,8 +179,7 @@ class StripeLike(Exception):
 
 @pytest.mark.core
 def test_exceptions_of_other_shapes() -> None:
-    """What an exception was raised from is read, a group by all its members; what misbehaves is no
-    refusal."""
+    """What an exception was raised from is read, a group by all its members; misbehaviour is no refusal."""
 
     class Hostile(Exception):
         @property

@@ -1,5 +1,4 @@
-"""Any history of a shared budget and of a rate limit, in a store's cells and on plain lists that are told the
-same."""
+"""Any history of a shared budget and of a rate limit, in a store's cells and on plain lists."""
 
 from __future__ import annotations
 

@@ -34,8 +34,7 @@ class Refused(Exception):
 
 
 async def work(store: Any, port: int, runs: int) -> dict[str, Any]:
-    """Make the runs, and return when each call began and ended, whether it was refused, and when cooldowns
-    began."""
+    """Make the runs, and return when each call began and ended, its refusals, and when cooldowns began."""
     calls: list[tuple[float, float, bool]] = []
     cooldowns: list[tuple[float, float]] = []
     links: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = [

@@ -65,8 +65,7 @@ def call(breaker: Breaker, well: bool | None, key: str = "host") -> Any:
 
 @pytest.mark.core
 def test_it_opens_at_the_rate() -> None:
-    """Of at least min_calls calls the share of failure_rate must have failed, and the last one must be a
-    failure."""
+    """Of at least min_calls calls the share of failure_rate must have failed, the last one too."""
     broken, _ = breaker(failure_rate=0.5)
     assert [call(broken, well) for well in (False, False, True)] == [None, None, None]
     assert call(broken, True) is None
@@ -164,8 +163,7 @@ def _request() -> httpx.Request:
     ],
 )
 def test_what_counts_as_a_failure(error: Any, well: bool | None) -> None:
-    """Not reached, too late, overloaded, broken: a failure. A request that is refused shows that the provider
-    is well."""
+    """Not reached, too late, overloaded, broken: a failure. A refused request shows a healthy provider."""
     if isinstance(error, int):
         response = httpx.Response(error, request=_request())
         error = httpx.HTTPStatusError("no", request=_request(), response=response)
@@ -271,8 +269,7 @@ def watching(changes: list[Any], waits: list[Any]) -> NodeHooks:
 
 
 async def test_a_provider_that_fails_is_left_alone(server: Server, client: httpx.AsyncClient) -> None:
-    """It is called until the circuit opens, then by nobody; after open_seconds one call finds out that it is
-    well."""
+    """It is called until the circuit opens, then by nobody; after open_seconds one call probes it."""
     changes: list[Any] = []
     waits: list[Any] = []
     broken, clock = breaker(max_wait_seconds=0)
@@ -369,8 +366,7 @@ async def test_a_provider_that_cannot_be_reached(client: httpx.AsyncClient) -> N
 
 
 async def test_failures_without_a_host_count_for_the_limit() -> None:
-    """Where no exception tells a host, the nodes of one limit stand behind one circuit; a node without one
-    behind none."""
+    """Where no exception tells a host, one limit is one circuit; a node without a limit has none."""
 
     @stroma_node("call", NodeContract(node_id="call", input_schema=State, output_schema=State))
     async def fail(state: State) -> Any:

@@ -1,5 +1,4 @@
-"""Cooldown of a limit: a call that the provider refuses closes it for everybody, and one call probes when it
-is over."""
+"""Cooldown of a limit: a refused call closes it for everybody, and one call probes when it is over."""
 
 from __future__ import annotations
 
@@ -150,8 +149,7 @@ async def test_a_date_counts_from_now() -> None:
 
 @pytest.mark.core
 async def test_one_refusal_makes_all_wait(store: Any) -> None:
-    """A call that receives a Retry-After closes the limit: nobody calls before the time is over, over any
-    store."""
+    """A call that receives a Retry-After closes the limit: nobody calls before its time, over any store."""
     loop, begun = asyncio.get_running_loop(), list[tuple[int, float]]()
 
     async def function(n: int) -> None:
@@ -178,8 +176,7 @@ async def test_one_refusal_makes_all_wait(store: Any) -> None:
 
 @pytest.mark.core
 async def test_one_call_probes_and_the_others_follow() -> None:
-    """When a cooldown ends one attempt probes, the rest begin once it has succeeded; waiting uses none of
-    their retries."""
+    """When a cooldown ends one attempt probes, the rest follow its success; waiting uses no retries."""
     with FakeClock() as clock:
         begun: list[tuple[int, float]] = []
 
@@ -201,8 +198,7 @@ async def test_one_call_probes_and_the_others_follow() -> None:
 
 
 async def test_an_attempt_that_waits_already_is_told() -> None:
-    """The first in line calls on_node_wait again when it learns of a cooldown, and the trace has both
-    waits."""
+    """The first in line calls on_node_wait again when it learns of a cooldown; the trace has both."""
     with FakeClock():
         free = asyncio.Event()
 
@@ -228,8 +224,7 @@ async def test_an_attempt_that_waits_already_is_told() -> None:
 
 
 async def test_a_probe_that_is_refused_closes_the_limit_again() -> None:
-    """Without a Retry-After the limit closes for a second, and for twice as long after each probe that is
-    refused."""
+    """Without a Retry-After the limit closes for a second, and twice as long after each refused probe."""
     with FakeClock() as clock:
         begun: list[float] = []
 
@@ -271,8 +266,7 @@ async def test_a_probe_that_is_cancelled(store: Any) -> None:
 
 
 async def test_a_probe_that_is_closed() -> None:
-    """A probe whose coroutine is closed, so that nothing can be awaited, leaves the probe to the next
-    attempt."""
+    """A probe whose coroutine is closed leaves the probe to the next attempt."""
     probing, calls = asyncio.Event(), list[int]()
 
     async def function(n: int) -> None:
@@ -318,8 +312,7 @@ async def test_a_probe_that_fails_otherwise(error: Exception) -> None:
 
 
 async def test_refusals_of_calls_in_flight_are_one_cooldown() -> None:
-    """Calls in flight that are refused too extend the cooldown, and begin no other: the hook is called
-    once."""
+    """Calls in flight that are refused too extend the cooldown without a second one: one hook call."""
     with FakeClock() as clock:
         begun: list[float] = []
 

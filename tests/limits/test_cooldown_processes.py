@@ -27,8 +27,7 @@ SLACK = 0.25
 
 
 class Provider:
-    """A provider with a token bucket: a call without a token is refused, with the Retry-After of most
-    providers."""
+    """A provider with a token bucket: a call without a token is refused with a usual Retry-After."""
 
     def __init__(self) -> None:
         self.tokens = float(BURST)
@@ -89,8 +88,7 @@ async def _program(kind: str, where: str, what: str) -> tuple[Provider, float, l
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", SHARED)
 async def test_fifty_workers_wait_once(kind: str) -> None:
-    """50 workers in 5 processes: a cooldown costs at most the calls in flight, and 15 % of a perfect client's
-    time."""
+    """50 workers in 5 processes: a cooldown costs at most the calls in flight and 15 % of ideal time."""
     perfect = (RUNS - BURST) / RATE + LATENCY_SECONDS
     for _ in range(3):  # A machine that is busy otherwise takes time of its own.
         with place(kind) as where:

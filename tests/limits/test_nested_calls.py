@@ -1,5 +1,4 @@
-"""Calls inside calls that share budgets, limits, circuits and threads: none waits for calls that wait for
-it."""
+"""Calls inside calls that share budgets, limits, circuits and threads: none is in a deadlock."""
 
 from __future__ import annotations
 
@@ -148,8 +147,7 @@ WIDE = st.lists(steps(programs(2)), min_size=2, max_size=4).map(tuple)
 @examples(60)
 @given(program=WIDE)
 def test_no_call_waits_for_calls_that_wait_for_it(program: tuple[Step, ...]) -> None:
-    """Any nesting of calls that need each other's budgets, limits and threads ends, and each budget has what
-    was used."""
+    """Nested calls that need each other's budgets, limits and threads end, and budgets have their use."""
     asyncio.run(_check(program, AsyncInMemoryStore()))
 
 
@@ -169,8 +167,7 @@ def test_no_call_in_a_file_waits_for_calls_that_wait_for_it(tmp_path: Path) -> N
 
 @pytest.mark.core
 async def test_two_budgets_that_need_each_other() -> None:
-    """Two outer calls that hold what the other's inner call needs both complete, without waiting for a time
-    limit."""
+    """Two outer calls that hold what the other's inner call needs both complete without a time limit."""
     program = tuple(
         Step(frozenset({i}), None, False, False, (Step(frozenset({0, 1}), None, False, False),))
         for i in (0, 1)

@@ -201,8 +201,7 @@ def test_a_clock_that_is_set_back(back: int) -> None:
 
 @pytest.mark.core
 async def test_no_more_at_once_than_may(store: Any) -> None:
-    """concurrent= bounds the calls in flight of all runs; all of them get their turn, in the order they
-    came."""
+    """concurrent= bounds the calls in flight of all runs; all get their turn, in order."""
     at_once, most = 0, 0
     full = asyncio.Event()
 
@@ -310,8 +309,7 @@ async def test_every_attempt_is_a_request() -> None:
 
 
 async def test_a_wait_is_told_and_kept() -> None:
-    """on_node_wait hears of it when it begins, the trace has it with its reason, and the node's time is not
-    in it."""
+    """on_node_wait hears of it when it begins, the trace has it with its reason, apart from the node."""
     events: list[Any] = []
 
     async def wait(*arguments: Any) -> None:
@@ -436,8 +434,7 @@ async def test_nobody_overtakes_those_who_wait() -> None:
 
 @pytest.mark.core
 async def test_a_limit_that_can_never_be_met() -> None:
-    """A call that takes more tokens than a minute has is a terminal error that names both, once that is
-    known."""
+    """A call that takes more tokens than a minute has is a terminal error once known."""
     call, calls = node(tokens=500)
     runner = runner_of(Limit(tokens_per_minute=100))
     assert (await runner.run([call], State())).status is RunStatus.COMPLETED
@@ -452,8 +449,7 @@ async def test_a_limit_that_can_never_be_met() -> None:
 
 
 def test_one_call_that_was_too_large() -> None:
-    """It does not keep the others from being made: they take the whole minute, until smaller ones are known
-    again."""
+    """It does not keep the others from being made: they take the whole minute until smaller ones come."""
     limit = Clocked(tokens=100)
     for number, took in ((1, 20), (2, 500)):
         assert limit.ask() is None
@@ -603,8 +599,7 @@ def test_a_wrong_figure(options: dict[str, Any], says: str) -> None:
 
 
 def test_a_config_refuses_what_cannot_be() -> None:
-    """A name that is no limit's, a limit that is none, a name that no store can keep, a store without
-    cells."""
+    """A name that is no limit's, a wrong limit, a name that no store can keep, a store without cells."""
     limit = Limit(concurrent=1)
     with pytest.raises(ValueError, match=r"node_limits\['call'\] names an unknown limit 'lm'"):
         RunConfig(limits={"llm": limit}, node_limits={"call": "lm"})

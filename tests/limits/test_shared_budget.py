@@ -1,5 +1,4 @@
-"""Budgets that several runs share: what is spent under them, by whom, and what becomes of who comes too
-late."""
+"""Budgets that several runs share: what is spent under them, by whom, and latecomers."""
 
 from __future__ import annotations
 
@@ -66,8 +65,7 @@ from stroma.limits.reservations import RENEWER
 def node(
     node_id: str = "call", *, cents: int = 10, before: Callable[[State], Any] | None = None
 ) -> tuple[Any, list[int]]:
-    """A node whose call costs so many cents; and its calls. ``before`` may raise, or give something to wait
-    for."""
+    """A node whose call costs so many cents, and its calls. ``before`` may raise, or return an awaitable."""
     calls: list[int] = []
 
     @stroma_node(node_id, NodeContract(node_id=node_id, input_schema=State, output_schema=State))
@@ -85,8 +83,7 @@ def node(
 
 
 def anew(make: Callable[[], SharedBudget]) -> SharedBudget:
-    """A budget whose name another one had that is no longer in use: what looks after a run may hold that for
-    a moment."""
+    """A budget whose name a former one had: what watches over a run may hold that for a moment."""
     deadline = time.monotonic() + 20
     while True:
         try:
@@ -122,8 +119,7 @@ async def test_a_hundred_runs_at_once(store: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SHARED)
 def test_four_processes(kind: str) -> None:
-    """4 processes of 50 runs each never spend more than the limit, and what they spent is what the store
-    says."""
+    """4 processes of 50 runs each never spend more than the limit, and their spend is what the store says."""
     with place(kind) as where:
         command = [sys.executable, "-m", "tests.limits.budget_helper", kind, where, "spend"]
         running = [start(*command, str(seed), "50") for seed in range(4)]
@@ -196,8 +192,7 @@ def _state(store: Any) -> Any:
 
 @pytest.mark.core
 def test_leases_are_kept_up() -> None:
-    """What calls hold is renewed until they end, whatever goes wrong with one of them, and all of a gate at
-    once."""
+    """What calls hold is renewed until they end despite errors of one, a gate's at once."""
     report: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
 
     def fails(tokens: list[str]) -> None:
@@ -275,8 +270,7 @@ async def _settled(shared: SharedBudget) -> Any:
 
 @pytest.mark.core
 async def test_the_first_call_of_an_unknown_node_goes_alone(store: Any) -> None:
-    """Without an estimate the first call reserves what is left; those after it what calls of the node
-    took."""
+    """Without an estimate the first call reserves what is left; later ones what calls of the node took."""
     shared = SharedBudget("team", max_cost_usd=1, store=store)
     at_once, most, starts = 0, list[int](), list[float]()
 
@@ -514,8 +508,7 @@ async def test_plain_code_with_steps() -> None:
 
 
 async def test_a_call_inside_another_one(store: Any) -> None:
-    """It takes what the call around it has reserved, where there is no other room, and does not wait for
-    that."""
+    """It takes what the call around it has reserved, where there is no other room, without a wait."""
     shared = SharedBudget("team", max_cost_usd=1, store=store, max_wait_seconds=20)
     call, calls = node("call", cents=10)
     seen: list[float] = []
@@ -561,8 +554,7 @@ async def test_a_run_inside_a_call(how: str) -> None:
 
 @pytest.mark.parametrize("reserve_usd", [None, 0.5])
 async def test_calls_inside_others_do_not_wait_for_each_other(reserve_usd: float | None) -> None:
-    """Calls that have reserved the whole budget give that to those inside them, which pass calls that have
-    not begun."""
+    """Calls with the whole budget reserved give it to inner ones, which pass calls that have not begun."""
     shared = SharedBudget(
         "team", max_cost_usd=1, store=AsyncInMemoryStore(), reserve_usd=reserve_usd, max_wait_seconds=20
     )
@@ -734,8 +726,7 @@ def spent(data: bytes | None, now: int) -> int:
 
 @pytest.mark.core
 def test_a_new_window_begins_anew() -> None:
-    """What was spent counts to the end of its window; a call in flight counts in the window that it ends
-    in."""
+    """What was spent counts to the end of its window; a call in flight counts where it ends."""
     data = after(None, 70, NOON)
     assert (spent(data, NOON + HOUR - 1), spent(data, NOON + HOUR)) == (70, 0)
     data, report = reserve(TERMS, CallRequest("x", "a", (30, None), None))(data, NOON + HOUR - 1)
@@ -851,8 +842,7 @@ def test_a_store_that_has_no_cells() -> None:
 
 @pytest.mark.core
 def test_two_of_one_name(tmp_path: Path) -> None:
-    """Two with the same limits are one budget; with others the second is refused; elsewhere, or later, it is
-    not."""
+    """Two with the same limits are one budget; with others the second is refused, but not in other places."""
     path = tmp_path / "runs.db"
     first = SharedBudget("team", max_cost_usd=1, per="day", store=SQLiteStore(path))
     same = SharedBudget("team", max_cost_usd=1, per="day", store=SQLiteStore(path))
@@ -932,8 +922,7 @@ DAMAGED = [
 @pytest.mark.parametrize("kind", IN_PROCESS)
 @pytest.mark.parametrize("data", DAMAGED)
 async def test_a_damaged_account(data: bytes, kind: str) -> None:
-    """Nothing is called under an account that cannot be read, whatever stands there, and the failure says
-    so."""
+    """Nothing is called under an account that cannot be read, and the failure says so."""
     with store_of(kind) as store:
         await store.change_cell("budget:team", lambda old, now: (data, None))
         shared = SharedBudget(
@@ -956,8 +945,7 @@ async def test_the_state_of_a_damaged_account() -> None:
 
 
 def test_a_config_takes_one_or_several() -> None:
-    """RunConfig(shared_budgets=) refuses all else, and two budgets of one name; copies of a config share the
-    budget."""
+    """RunConfig(shared_budgets=) refuses others and repeated names; copies of a config share the budget."""
     shared = SharedBudget("team", max_cost_usd=1, store=AsyncInMemoryStore())
     other = SharedBudget("team", max_cost_usd=2, store=AsyncInMemoryStore())
     for wrong in ("team", 5, [1], {"a": shared}):

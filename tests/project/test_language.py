@@ -1,5 +1,4 @@
-"""Language of the source and of the pages: docstrings, messages, identifiers, and the prose of README and
-docs."""
+"""Language of source and pages: docstrings, messages, identifiers, the prose of README and docs."""
 
 from __future__ import annotations
 
@@ -51,8 +50,7 @@ def place(path: Path, line: int) -> str:
 
 
 def bound_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
-    """Yield each name that a module binds, with its line: variables, parameters, attributes, functions,
-    classes."""
+    """Yield each name that a module binds, with its line: variables, parameters, functions, classes."""
     for node in ast.walk(tree):
         name: Any = None
         if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
@@ -189,8 +187,7 @@ def count_words(sentence: str) -> int:
 
 
 def prose_problems(text: str, most: int = MOST_WORDS) -> list[str]:
-    """Return the banned words and shapes in a page, its long sentences, and its average if that is too
-    high."""
+    """Return the banned words and shapes in a page, its long sentences and too high an average."""
     prose = Prose.of(text)
     in_blocks = [one for block in prose.blocks for one in sentences(block)]
     problems = []
@@ -209,8 +206,7 @@ def prose_problems(text: str, most: int = MOST_WORDS) -> list[str]:
 
 
 def test_pages_use_plain_short_sentences() -> None:
-    """Pages have no banned word or shape, no sentence of over 35 words (README: 25), and under 18 words on
-    average."""
+    """Pages have no banned word or shape; sentences have at most 35 words (README: 25), 18 on average."""
     wrong = []
     for page in PAGES:
         most = MOST_WORDS_IN_README if page.name == "README.md" else MOST_WORDS

@@ -83,8 +83,7 @@ def test_core_imports_no_optional_dependency() -> None:
 
 
 def test_a_runner_loads_no_more_than_a_run_needs() -> None:
-    """The import that every service begins with loads no store of a server or file, and nothing that shows
-    runs."""
+    """The import that every service begins with loads no durable store and nothing that shows runs."""
     code = "import sys; from stroma import StromaRunner; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
@@ -139,8 +138,7 @@ def test_a_runner_loads_no_more_than_a_run_needs() -> None:
 
 
 def test_importing_makes_no_validator() -> None:
-    """For the first validator that is made pydantic looks for plugins in all that is installed: that waits
-    for a use."""
+    """For its first validator pydantic looks for plugins in all packages: that waits for a use."""
     code = (
         "import sys\n"
         "from stroma import NodeContract, RunConfig, StromaRunner\n"
@@ -172,8 +170,7 @@ def test_lock_covers_the_core_and_the_demo() -> None:
 
 
 def test_lock_covers_telemetry() -> None:
-    """Every system that telemetry goes to is locked, so that each integration is tested against the real
-    one."""
+    """Every system that telemetry goes to is locked, so each integration is tested against the real one."""
     text = (ROOT / "requirements.lock").read_text()
     locked = set(re.findall(r"^([\w.-]+)==", text, re.MULTILINE))
     extras = PYPROJECT["project"]["optional-dependencies"]
@@ -182,8 +179,7 @@ def test_lock_covers_telemetry() -> None:
 
 
 def test_telemetry_packages_do_nothing_unasked(request: pytest.FixtureRequest) -> None:
-    """That ddtrace and the like are installed changes no process, nor these tests: no module, hook or
-    thread."""
+    """An installed ddtrace changes no process, nor these tests: no module, hook or thread."""
     code = (
         "import sys, threading\n"
         "print(sorted({name.partition('.')[0] for name in sys.modules} & {'ddtrace', 'datadog', "

@@ -245,8 +245,7 @@ def test_a_module_has_the_names_that_the_published_one_imported(module: str, nam
 
 
 def test_all_is_sorted_and_complete() -> None:
-    """`stroma.__all__` is sorted (constants, classes, functions), free of repeats, and each name of it
-    loads."""
+    """`stroma.__all__` is sorted (constants, classes, functions), free of repeats, and each name loads."""
 
     def group(name: str) -> tuple[int, str]:
         return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)
@@ -268,8 +267,7 @@ def test_step_names_are_the_node_names(name: str, meaning: str) -> None:
     ("module", "name", "stub"), [pytest.param(*m, id=f"{m[0]}.{m[1]}") for m in CALLABLES]
 )
 def test_signatures(module: str, name: str, stub: Any) -> None:
-    """A published function or method is of its kind and has its parameters and defaults; none is newly
-    required."""
+    """A published function or method has its kind, parameters and defaults; none is newly required."""
     assert_callable_as_published(module, name, stub)
 
 
@@ -282,8 +280,7 @@ def test_signatures(module: str, name: str, stub: Any) -> None:
     ],
 )
 def test_fields(module: str, name: str, stub: ast.ClassDef) -> None:
-    """Every published record is what it was (model or dataclass), with its fields in order and their
-    defaults."""
+    """Every published record (model or dataclass) is unchanged, with fields in order and their defaults."""
     cls = find(module, name)
     published: dict[str, Any] = {}
     for line in stub.body:
@@ -361,8 +358,7 @@ def violation(given: Any, schema: type[BaseModel] = Order, direction: Any = "out
 
 
 def test_violation_text() -> None:
-    """A violation reads: Contract violation for 'search' (output): dotted.path: message; dotted.path:
-    message."""
+    """A violation reads Contract violation for 'search' (output): dotted.path: message; and so on."""
     broken = violation({"items": [{"price": "x", "name": "a"}, {"price": 1}]})
     assert str(broken) == (
         "Contract violation for 'search' (output): "
@@ -440,8 +436,7 @@ def test_registry() -> None:
 
 @pytest.mark.parametrize("model", ["gpt-4o", "gpt-3.5-turbo", "nobody/knows-this"])
 def test_additions_to_known_models_win(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a user puts into KNOWN_MODELS wins over the price data, also for a model that was priced
-    before."""
+    """What a user puts into KNOWN_MODELS wins over the price data also for models priced before."""
     estimate_cost_usd(model, 1)
     monkeypatch.setitem(KNOWN_MODELS, model, (1000.0, 2000.0))
     assert estimate_cost_usd(model, 1000, 1000) == pytest.approx(3.0)
@@ -602,8 +597,7 @@ async def test_save_typed_refuses_what_is_no_schema(make: Any, schema: Any) -> N
 
 @pytest.mark.parametrize("make", [DictStore, AsyncDictStore, *STORES])
 async def test_checkpoint_manager(make: Any) -> None:
-    """A manager saves, resumes as a schema (None if absent) and clears through sync and async stores
-    alike."""
+    """A manager saves, resumes as a schema (None if absent) and clears by sync and async stores."""
     manager = CheckpointManager(make())
     assert await manager.resume("r", "n", A) is None
     await manager.checkpoint("r", "n", A(value=5))
@@ -675,8 +669,7 @@ def test_schema_references(schema: type[BaseModel]) -> None:
 
 
 def test_resolve_schema() -> None:
-    """resolve_schema finds a class among imported modules; TypeError("resolved schema is not a BaseModel")
-    for others."""
+    """resolve_schema finds a class among imported modules, or raises "resolved schema is not a BaseModel"."""
     assert resolve_schema("stroma.cost:ExecutionBudget") is ExecutionBudget
     assert resolve_schema(schema_ref(RunConfig)) is RunConfig
     for ref in ("json:dumps", "stroma.trace:TraceEvent", "stroma.cost:KNOWN_MODELS"):
@@ -713,8 +706,7 @@ class TestRedisWithoutTheDriver:
 
     @pytest.mark.parametrize("make", [RedisStore, SyncRedisStore])
     def test_import_error(self, make: Any) -> None:
-        """Any failure to import redis gives an ImportError that names the store and ends with the install
-        line."""
+        """Any failure to import redis gives an ImportError with the store and the install line."""
         with pytest.raises(ImportError) as caught:
             make("redis://localhost")
         assert str(caught.value).startswith(f"redis is required for {make.__name__}")
@@ -775,8 +767,7 @@ class TestRedisWithoutAServer:
     @pytest.mark.slow
     @pytest.mark.parametrize("make", [RedisStore, SyncRedisStore])
     async def test_round_trip(self, make: Any, server: RedisServer) -> None:
-        """A Redis store loads what it saved (None if absent), deletes that run only, and sets the ttl on
-        every save."""
+        """A Redis store loads what it saved (None if absent), deletes one run only, and renews the ttl."""
         store = make(server.url, ttl_seconds=60)
         assert await settle(store.load("r", "n")) is None
         await settle(store.save("r", "n", Plain(value=5)))
@@ -800,8 +791,7 @@ class TestRedisWithoutAServer:
     async def test_what_cannot_be_read_back_is_a_type_error(
         self, make: Any, bad: bytes, server: RedisServer
     ) -> None:
-        """What is not a state of ours comes back as a CorruptCheckpoint, which is a TypeError; nothing is
-        imported."""
+        """What is not a state of ours is a CorruptCheckpoint, which is a TypeError; nothing is imported."""
         store = make(server.url)
         await settle(store.save("r", "n", Plain(value=5)))
         for key in server.execute("KEYS", "*"):
@@ -992,8 +982,7 @@ def test_stroma_node_marks(decorator: Any) -> None:
 
 
 async def test_runner_node_registers_and_marks() -> None:
-    """runner.node(id, input=, output=) marks the function and registers its contract; calling it by hand
-    still works."""
+    """runner.node(id, input=, output=) marks the function and registers its contract; it can be called."""
     runner = StromaRunner.quick()
 
     @runner.node("n", input=A, output=B)

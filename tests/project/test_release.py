@@ -90,8 +90,7 @@ def test_a_release_with_an_advisory_is_found() -> None:
 
 
 def test_each_listed_advisory_has_a_source() -> None:
-    """Every advisory of the list says where it was read; a package whose fix came in two lines has a range
-    for each."""
+    """Every advisory of the list says where it was read; a package fixed in two lines has two ranges."""
     data = json.loads((Path(audit.__file__).parent / "advisories.json").read_text())
     assert all(one["source"].startswith("https://") for one in data["advisories"])
     protobuf = [one.affected for one in audit.advisories() if one.id == "CVE-2026-0994"]

@@ -51,8 +51,7 @@ def test_no_module_of_ours_can_execute_data() -> None:
 
 @pytest.mark.core
 def test_only_plain_data_is_pickled() -> None:
-    """G11: the pickles of copies and snapshots name no class but those of plain values, and no store receives
-    one."""
+    """G11: the pickles of copies and snapshots name only classes of plain values, and no store gets one."""
     moment = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
     plain = {
         "a": [1, 2.5, None, True, b"x", "y", (1, {2}), frozenset({3})],

@@ -1,5 +1,4 @@
-"""What a user's own mypy says of nodes; `tests/typing` holds the rest, for mypy and pyright, under `./dev
-check`."""
+"""What a user's own mypy says of nodes; `tests/typing` has the rest, under `./dev check`."""
 
 import os
 import re
@@ -50,8 +49,7 @@ async def bad_marked(state: Query) -> Query:
 
 
 def test_a_node_typed_for_the_wrong_model_is_an_error(tmp_path: Path) -> None:
-    """mypy as a user has it, without our settings and without a plugin, finds a node typed for the wrong
-    model."""
+    """mypy as a user has it, without our settings and plugin, finds a node typed for the wrong model."""
     file = tmp_path / "users_file.py"
     file.write_text(USERS_FILE)
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--no-error-summary", file.name]

@@ -1,5 +1,4 @@
-"""A provider on loopback: at each address it gives one answer, or some in turn, or a fault of the
-transport."""
+"""A provider on loopback: each address gives an answer, some in turn, or a transport fault."""
 
 from __future__ import annotations
 
@@ -45,8 +44,7 @@ class Server(ThreadingHTTPServer):
         self.closing = threading.Event()
 
     def url(self, answer: Answer, *more: Answer) -> str:
-        """An address that gives these answers one after the other, and the last one to every further
-        request."""
+        """An address that gives these answers one after the other, the last one from then on."""
         if answer.fault == "refuse":
             with socket.socket() as closed:
                 closed.bind(("127.0.0.1", 0))

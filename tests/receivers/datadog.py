@@ -86,8 +86,7 @@ class DatadogAgent:
         self._child.start([str(program), *ports, *options], lambda: answers(f"{self.url}/info"), env)
 
     def traces(self, at_least: int = 0, *, seconds: float = 20) -> list[list[dict[str, Any]]]:
-        """All traces since `clear()`, each a list of spans as ddtrace sent them; waits for as many as are
-        asked for."""
+        """All traces since `clear()` as lists of spans as ddtrace sent them; waits for so many."""
         traces: list[list[dict[str, Any]]] = []
 
         def check() -> bool:
@@ -132,8 +131,7 @@ class Statistic(NamedTuple):
 
 
 class StatsdSocket:
-    """A bound UDP socket. Everything that was sent to it before `lines()` was called is in what that
-    returns."""
+    """A bound UDP socket. `lines()` returns everything that was sent to it before."""
 
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)

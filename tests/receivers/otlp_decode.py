@@ -88,8 +88,7 @@ def decode_metrics(request: Any) -> Iterator[dict[str, Any]]:
 
 
 def _numbers(point: Any) -> dict[str, Any]:
-    """`value` of a sum or gauge; of a histogram `count` and `sum`, and its buckets where they are
-    explicit."""
+    """`value` of a sum or gauge; of a histogram `count` and `sum`, and explicit buckets."""
     if hasattr(point, "as_double"):
         kind = point.WhichOneof("value")
         return {"value": None if kind is None else getattr(point, kind), "exemplars": _exemplars(point)}

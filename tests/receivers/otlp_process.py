@@ -194,8 +194,7 @@ class Control(Handler):
     intake: Intakes
 
     def do_GET(self) -> None:
-        """`/spans?at_least=2&seconds=10` waits for two, and answers with what there is when the time is
-        over."""
+        """`/spans?at_least=2&seconds=10` waits for two or answers with what there is after that."""
         at = urllib.parse.urlsplit(self.path)
         requests = dict(urllib.parse.parse_qsl(at.query))
         signal, state = at.path.removeprefix("/"), self.server.state

@@ -1,5 +1,4 @@
-"""What the receivers share: free ports, children that always end, waiting by polling, HTTP without
-proxies."""
+"""Shared by receivers: free ports, children that always end, waiting by polling, HTTP without proxies."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def free_port() -> int:
-    """A TCP port that nothing listened on a moment ago. For programs that cannot choose and report one
-    themselves."""
+    """A TCP port that nothing listened on a moment ago. For programs that cannot choose one."""
     with socket.socket() as result:
         result.bind(("127.0.0.1", 0))
         port: int = result.getsockname()[1]
@@ -35,8 +33,7 @@ def free_port() -> int:
 
 
 def wait_until(check: Callable[[], T], what: str, *, seconds: float = 20) -> T:
-    """Poll until `check` returns something true, and return that; `what` says in the error what did not
-    happen."""
+    """Poll until `check` returns something true, and return that; `what` names it in the error."""
     deadline = time.monotonic() + seconds
     while True:
         result = check()
@@ -75,8 +72,7 @@ def need(command: str, package: str) -> str:
 
 
 class Child:
-    """A program in a directory of its own, which is removed with it; its output is shown when it fails to
-    start."""
+    """A program in a temporary directory of its own; its output is shown when it fails to start."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -77,8 +77,7 @@ class PrometheusServer:
             raise
 
     def scraped(self, *, seconds: float = 20) -> None:
-        """Wait until every target was scraped after this moment, so that what it shows by now can be
-        queried."""
+        """Wait until every target was scraped after this moment, so that its data can be queried."""
         request = time.time()
         query = 'min(timestamp(up{job="stroma"}) * (up{job="stroma"} == 1))'
 

@@ -78,8 +78,7 @@ class Report:
 
 
 def private() -> list[str]:
-    """What nobody else's files should have in them: this folder, the home folder, and the host of the package
-    index."""
+    """What foreign files should not have: this folder, the home folder, and the host of the package index."""
     findings = [str(ROOT)]
     if len(Path.home().parts) > 2:
         findings.append(str(Path.home()))
@@ -116,8 +115,7 @@ class Environments:
         return done.stdout
 
     def make(self, name: str, requirements: Path) -> Path:
-        """An environment with pinned requirements and the wheel; nothing is missing in it. Gives its
-        Python."""
+        """An environment with pinned requirements and the wheel, complete. Gives its Python."""
         home = self.folder / name
         python = home / "bin" / "python"
         self.uv("venv", "--quiet", "--python", sys.executable, str(home))

@@ -1,5 +1,4 @@
-"""What goes beside a release: a bill of materials (CycloneDX), and the statement that an attestation
-signs."""
+"""What goes beside a release: a bill of materials (CycloneDX) and the statement to sign."""
 
 from __future__ import annotations
 

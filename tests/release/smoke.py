@@ -1,5 +1,4 @@
-"""Run by the Python of a clean environment with the wheel in it: ``python -I smoke.py EXTRA``. No pytest, no
-network."""
+"""For the Python of a clean environment with the wheel: ``python -I smoke.py EXTRA``. No pytest."""
 
 from __future__ import annotations
 

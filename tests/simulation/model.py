@@ -130,8 +130,7 @@ class _Run:
         return [event for index, event in enumerate(events) if index not in undone], True
 
     def one_owner(self) -> None:
-        """Only the last one that opened the run writes to it, and nobody opens it while another one holds
-        it."""
+        """Only the last one that opened the run writes to it; nobody opens it while another holds it."""
         epoch = 0
         for event in self.events:
             when, who, what, _, *more = event
@@ -240,8 +239,7 @@ class _Run:
             self.problems.append(f"its journal has holes: {sorted(self.outputs)}")
 
     def items_in_turn(self) -> None:
-        """Each node of an item was given what the one before it made, and the item has what the last one
-        made."""
+        """Each node of an item got what the one before it made; the item has the last one's output."""
         if self.world.kind != "items":
             return
         made = {place: output.get("made") for place, output in self.outputs.items()}
@@ -267,8 +265,7 @@ class _Run:
             self.problems.append(f"the answer of {taken} was taken, the node got {answered['made'][-1]}")
 
     def cancels_hold(self) -> None:
-        """After an acknowledged cancel, whoever goes on with the run calls nothing, and whoever had it stores
-        nothing."""
+        """After an acknowledged cancel the next owner calls nothing and the last one stores nothing."""
         cancelled = ended = False
         late: set[int] = set()
         epoch = 0

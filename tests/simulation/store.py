@@ -48,8 +48,7 @@ class Changed(Exception):
 
 
 class Held(NamedTuple):
-    """How a run stood that was taken over: the process of its last owner, and how long that one's lease was
-    good for."""
+    """The state of a run taken over: the process of its last owner and the rest of its lease."""
 
     status: str
     pid: int
@@ -147,8 +146,7 @@ class LoggedRows(SqliteRows):
 
 
 class GatheredRows(LoggedRows):
-    """Rows that read at once and gather their writes, each of which compares no more than the epoch of its
-    run."""
+    """Rows that read at once and gather their writes, comparing only the epochs of runs."""
 
     def __init__(self, db: sqlite3.Connection, database: Database) -> None:
         super().__init__(db, database)
@@ -391,8 +389,7 @@ class SimulatedStore(DurableStore):
             self._reply(batch)
 
     def _again(self, batch: list[Job]) -> None:
-        """Do operations once more, as after a connection that broke: what opened a run is recognised by its
-        owner."""
+        """Do operations once more after a broken connection: what opened a run is recognised by its owner."""
         open_still: list[Job] = []
         for job in batch:
             opening = job.operation.opening if isinstance(job.operation, Transaction) else None

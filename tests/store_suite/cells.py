@@ -63,8 +63,7 @@ class CellStoreTests:
         assert store.read_cell("a")[0] == b"1"
 
     async def test_a_change_that_raises(self, store: Any) -> None:
-        """An exception of a change leaves the cell unchanged, affects no other change, and reaches its
-        caller."""
+        """An exception of a change leaves the cell and other changes alone, and reaches its caller."""
 
         def refuse(data: bytes | None, now: int) -> tuple[bytes | None, None]:
             raise ZeroDivisionError("no")

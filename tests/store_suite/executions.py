@@ -66,8 +66,7 @@ class ExecutionTests:
         assert {items.contract for items in again.restored.values()} == {schema_of(State).fingerprint}
 
     async def test_all_usage_counts(self, store: Any) -> None:
-        """The usage of an execution is the sum over its attempts, failed ones too; a group's children add no
-        latency."""
+        """The usage of an execution is the sum over its attempts, failed ones too; children add no time."""
         session = await begin(store)
         await fail(session, 0, tokens=3, cost=0.1, ms=10)
         await commit(session, 0, State(), tokens=5, cost=0.2, ms=20, attempt=2)
@@ -158,8 +157,7 @@ class ExecutionTests:
         assert [again.restored[i, ""].step for i in range(3)] == [StepCall(0, b"{}"), StepCall(1, None), None]
 
     async def test_places_of_plain_code(self, store: Any) -> None:
-        """The identity of a step is stored with its first attempt, or the first one inside it, whatever its
-        outcome."""
+        """The identity of a step is stored with its first attempt or the first inside it, in any outcome."""
         session = await begin(store)
         assert session.places == {}
         for position, identity in ((4, "a#0"), (2, "1/a#0"), (3, "b#0@77")):
@@ -183,8 +181,7 @@ class ExecutionTests:
     # ------------------------------------------------------------------ many items
 
     async def test_items_are_read_a_few_at_a_time(self, store: Any) -> None:
-        """Lazily loaded outputs are not restored at once; committed() returns them, also those committed
-        since."""
+        """Lazily loaded outputs are not restored at once; committed() returns them, also later ones."""
         session = await begin(store)
         await commit(session, 0, State(n=7))
         for branch in ("0", "1", "10", "1.0", "2.1"):
@@ -275,8 +272,7 @@ class ExecutionTests:
         assert (session.continued, session.control) == (True, RunControl())
 
     async def test_forks(self, store: Any) -> None:
-        """A fork has the commits of its parent before a position, at no cost, and does not change the
-        parent."""
+        """A fork has the commits of its parent before a position at no cost, and leaves the parent alone."""
         session = await begin(store, state=State(n=-1))
         for position in range(4):
             await commit(session, position, State(n=position), f"n{position}", tokens=5)
@@ -308,8 +304,7 @@ class ExecutionTests:
             await settled(store.fork("run", "f", 1))
 
     async def test_what_can_be_forked(self, store: Any) -> None:
-        """A fork is made of the last execution, before a position after an output, and into an id without a
-        run."""
+        """A fork is made of the last execution before a position after an output, into a free id."""
         await finish(await begin(store), "FAILED")
         session = await begin(store, state=State(n=5))
         await commit(session, 0, State(n=50))

@@ -327,8 +327,7 @@ class JournalStoreMachine(StoreComparison, RuleBasedStateMachine):
     @precondition(lambda self: self.durable)
     @rule(abandon=st.booleans())
     def reopen(self, abandon: bool) -> None:
-        """Close the store and open a new one. Old sessions write no more; those not abandoned still own their
-        runs."""
+        """Close the store and open a new one. Old sessions write no more, but own their runs."""
         if abandon:
             for owner in self._owners():
                 owner.session.abandon()
@@ -398,8 +397,7 @@ class JournalStoreMachine(StoreComparison, RuleBasedStateMachine):
         return self.order
 
     def _wait_for_next_millisecond(self) -> None:
-        """Wait for a later millisecond than the last one: runs are ordered by their start, and a clock may be
-        set back."""
+        """Wait for a later millisecond than the last: runs are ordered by start, clocks may be set back."""
         while (now := time.time_ns() // 1_000_000) <= self.last_ms:
             time.sleep(0.0002)
         self.last_ms = now

@@ -78,8 +78,7 @@ class MessageTests:
         await send(store, "a")
 
     async def test_a_run_that_takes_no_message(self, store: Any) -> None:
-        """A message to an unknown run or an ended one is refused; one to a run that can be resumed is
-        stored."""
+        """A message to an unknown run or an ended one is refused; to a resumable run it is stored."""
         with pytest.raises(CheckpointNotFound):
             await send(store, "a")
         for status in ("COMPLETED", "RESUMED", "FAILED", "CANCELLED"):
@@ -149,8 +148,7 @@ class MessageTests:
         assert await due_runs(store, 2) == ["run"]
 
     async def test_a_message_to_a_run_that_waits_for_none(self, store: Any) -> None:
-        """A message to a running run that looks for none does not make it due, and hides neither an answer
-        nor a budget."""
+        """A message that a running run does not want leaves it not due, and hides no answer or budget."""
         for run_id, error, due in (
             ("none", "ok?", False),
             ("answer", "ok?", True),

@@ -104,8 +104,7 @@ class OwnershipTests:
             await commit(stale, 1, State())
 
     async def test_plain_code_is_cancelled(self, store: Any) -> None:
-        """A run without a recorded end is CANCELLED at once in its own process; what its code calls then is
-        stored."""
+        """A run without a recorded end is CANCELLED at once in its own process; later calls are stored."""
         session = await begin(store, ends=False)
         await commit(session, 0, State(n=1))
         assert await settled(store.cancel("run")) is True
@@ -133,8 +132,7 @@ class OwnershipTests:
             await begin(store, if_exists="return", state=State(n=5))
 
     async def test_a_run_that_has_not_ended_does_not_begin_anew(self, store: Any) -> None:
-        """By default such a run is RunExists, which counts what a new execution would discard; "restart"
-        discards it."""
+        """By default it is RunExists with the count of what would be discarded; "restart" discards it."""
         question = Waiting(1, "", "ask", "may I?", "")
         for run_id, status in (("s", "SUSPENDED"), ("i", "INTERRUPTED"), ("r", "RUNNING")):
             session = await begin(store, run_id)
@@ -165,8 +163,7 @@ class OwnershipTests:
             await finish(session, status)
 
     async def test_a_run_that_called_an_effect_does_not_begin_anew(self, store: Any) -> None:
-        """By default it is RunExists, however the run ended, also after it was restarted and called none
-        since."""
+        """By default it is RunExists, however the run ended, also after a restart without calls."""
         session = await begin(store)
         session.note(effect_note(0, ""), b"call 1")
         session.mark_effect("charge")
@@ -228,8 +225,7 @@ class OwnershipTests:
         assert store.get_run("run") is None
 
     async def test_a_run_that_is_taken_up_is_not_collected(self, store: Any) -> None:
-        """Of a concurrent gc() and resume one wins: the run is deleted before it is resumed, or it stays
-        complete."""
+        """Of a concurrent gc() and resume one wins: the run is deleted first, or stays complete."""
 
         async def collect() -> None:
             await settled(store.gc(keep_for=timedelta(0), unfinished=True))
@@ -257,8 +253,7 @@ class OwnershipTests:
         assert restored(again) == {(0, str(i)): State(n=i) for i in range(50)}
 
     async def test_a_cancelled_commit_is_all_or_nothing(self, store: Any) -> None:
-        """A commit whose caller was cancelled is stored completely or not at all; sent again it is stored
-        once."""
+        """A commit whose caller was cancelled is stored whole or not at all; sent again, once."""
         session = await begin(store)
         schema = schema_of(State)
         for position in range(20):
@@ -332,8 +327,7 @@ class OwnershipTests:
         assert [(w.reason, w.payload) for w in store.waiting("run")] == [("and now?", None)]
 
     async def test_one_of_two_cancels_at_once(self, store: Any, other: Any) -> None:
-        """Of two concurrent cancels of an interrupted run one succeeds, the other returns that the run has
-        ended."""
+        """Of two concurrent cancels of an interrupted run one succeeds, the other says that it has ended."""
         for i in range(ROUNDS):
             await finish(await begin(store, f"run {i}"), "INTERRUPTED")
             work = [settled(client.cancel(f"run {i}")) for client in (store, other)]
@@ -341,8 +335,7 @@ class OwnershipTests:
             assert store.get_run(f"run {i}").status == "CANCELLED"
 
     async def test_a_cancel_and_a_resume_at_once(self, store: Any, other: Any) -> None:
-        """A run that is resumed and cancelled at the same moment is never marked as ended under its new
-        owner."""
+        """A run resumed and cancelled at once is never marked as ended under its new owner."""
         for i in range(ROUNDS):
             await finish(await begin(store, f"run {i}"), "INTERRUPTED")
             work = (begin(store, f"run {i}", if_exists="resume"), settled(other.cancel(f"run {i}")))
@@ -352,8 +345,7 @@ class OwnershipTests:
             await finish(session)
 
     async def test_a_cancel_and_an_end_at_once(self, store: Any, other: Any) -> None:
-        """A run that has ended is not CANCELLED afterwards: a cancel at that moment reached its owner, or
-        came too late."""
+        """A run that has ended is not CANCELLED afterwards: the cancel reached its owner or came too late."""
         for i in range(ROUNDS):
             session = await begin(store, f"run {i}")
             await asyncio.gather(finish(session), settled(other.cancel(f"run {i}")))

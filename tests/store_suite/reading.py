@@ -205,8 +205,7 @@ class ReadingTests:
         assert store.get_run("run").tags == ()
 
     async def test_the_cause_of_a_group_is_its_child(self, store: Any) -> None:
-        """The cause of a failure is the child whose failure became the group's, at any depth; not a
-        sibling's."""
+        """The cause of a failure is the child whose failure became its own at any depth, not a sibling."""
         session = await begin(store)
         outer, inner = (
             row(1, "outer", ms=90, failure=FailureClass.TERMINAL, message="why"),
@@ -222,8 +221,7 @@ class ReadingTests:
         assert (cause.error_type, cause.message, cause.text) == ("ValueError", "why", "ValueError: why")
 
     async def test_history_page_by_page(self, store: Any) -> None:
-        """attempt_page returns the rows of attempts() in pages and without outputs; output_of returns one
-        output."""
+        """attempt_page returns the rows of attempts() in pages, without outputs; output_of returns one."""
         session = await begin(store)
         for i in range(5):
             await fail(session, i, f"n{i}")
@@ -286,8 +284,7 @@ class ReadingTests:
         assert store.tally(store.get_run("two").started_ms + 1, 1000) == []
 
     async def test_where_attempts_failed(self, store: Any) -> None:
-        """failure_site_of returns the site of the last failure at a place; it is removed with the
-        execution."""
+        """failure_site_of returns the site of the last failure at a place, until the execution is removed."""
         session = await begin(store)
         for number in (1, 2):
             failed = row(3, "n", branch="1", attempt=number, failure=FailureClass.AMBIGUOUS)
@@ -308,8 +305,7 @@ class ReadingTests:
         assert store.failure_site_of("run", 3, "1") is None
 
     async def test_rejected_outputs(self, store: Any) -> None:
-        """rejected_of returns the output that broke its contract in each attempt; it is removed with the
-        execution."""
+        """rejected_of returns the output that broke its contract in each attempt until it is removed."""
         session = await begin(store)
         rows = [row(3, "n", branch="1", attempt=n, failure=FailureClass.TERMINAL) for n in (1, 2, 3)]
         for failed in rows[:2]:
@@ -351,8 +347,7 @@ class ReadingTests:
         assert (store.find_run("zz"), store.find_run("last")) == ([], ["é"])
 
     async def test_history_is_told_in_order(self, store: Any) -> None:
-        """attempts() returns every attempt with its usage, output and exception type; a group before its
-        children."""
+        """attempts() returns every attempt with usage, output and exception type, groups first."""
         session = await begin(store)
         await fail(session, 0, "a", tokens=4, cost=0.25, ms=7, message="no")
         await commit(session, 0, State(n=1), "a", attempt=2)
@@ -379,8 +374,7 @@ class ReadingTests:
         assert outputs == [None, State(n=1), State(n=3), State(n=2)]
 
     async def test_the_input_is_kept(self, store: Any) -> None:
-        """input_of returns the input of the last execution, or raises CheckpointNotFound for an unknown
-        run."""
+        """input_of returns the input of the last execution, or raises CheckpointNotFound for unknown runs."""
         await finish(await begin(store, state=State(n=1)))
         await finish(await begin(store, state=State(text="é")))
         assert schema_of(State).decode(store.input_of("run")) == State(text="é")

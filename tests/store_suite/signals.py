@@ -50,8 +50,7 @@ class SignalTests:
     """Tests of signals: questions and answers, cancellation, undelivered end hooks."""
 
     async def test_what_nodes_wait_for(self, store: Any) -> None:
-        """A question is stored with its attempt, an answer with its question; both belong to the
-        execution."""
+        """A question has its attempt, an answer with its question; both belong to the execution."""
         session = await begin(store)
         question = Waiting(1, "0.2", "ask é", "may I?", "module:Model")
         await commit(session, 0, State(n=1))
@@ -149,8 +148,7 @@ class SignalTests:
         assert (await begin(store)).traceparent is None
 
     async def test_the_attribution_belongs_to_the_execution(self, store: Any) -> None:
-        """Ids of conversation and user are passed on when the execution is resumed, and to no other
-        execution."""
+        """Conversation and user are passed on when the execution is resumed, and to no other execution."""
         first = await begin(store)
         assert dict(first.attribution) == {}
         first.note_attribution({"conversation": "c", "user": "u"})
@@ -227,8 +225,7 @@ class SignalTests:
         assert (record.cause, record.failures) == (None, 2)
 
     async def test_a_cancel_outlives_its_owner(self, store: Any) -> None:
-        """If cancel() was acknowledged and the owner died before it stopped, the next owner sees it
-        CANCELLED."""
+        """If the owner died after an acknowledged cancel(), the next owner sees it CANCELLED."""
         for status in (None, "INTERRUPTED", "PARTIAL", "SUSPENDED"):
             run_id = f"run {status}"
             session = await begin(store, run_id)
@@ -296,8 +293,7 @@ class SignalTests:
         assert [one.pause for one in seen] == [False, True, True]
 
     async def test_a_pause_outlives_its_owner(self, store: Any) -> None:
-        """If pause() was acknowledged and the owner died or stopped, only a resume by hand continues the
-        run."""
+        """If pause() was acknowledged and the owner died, only a resume by hand continues the run."""
         for status in (None, "INTERRUPTED", "SUSPENDED"):
             for is_read in (False, True):
                 run_id = f"run {status} {is_read}"
@@ -379,8 +375,7 @@ class SignalTests:
         assert (await begin(store, if_exists="resume", due_ms=1)).continued
 
     async def test_a_pause_of_an_ended_run(self, store: Any) -> None:
-        """unpause() returns False for a run that ended after its pause, and that pause is none of a later
-        resume."""
+        """unpause() returns False for a run that ended after its pause, which no later resume heeds."""
         session = await begin(store, "last node")
         assert await settled(store.pause("last node")) is True
         await finish(session)

@@ -1,5 +1,4 @@
-"""What is shipped for operators: it is valid, names only what is measured, and its alerts fire when they
-should."""
+"""What is shipped for operators: valid, only of measured names, with alerts that fire."""
 
 from __future__ import annotations
 
@@ -116,8 +115,7 @@ class TestGrafana:
         assert not query.grouping - {"le"} or named or target.get("format") == "table"
 
     def test_each_panel_shows_something(self, prometheus: SharedPrometheus) -> None:
-        """A real server answers each query of the dashboard with numbers, from the first event of a series
-        on."""
+        """A real server answers each query of the dashboard with numbers, from a series' first event."""
         variables = {"$pipeline": ".*", "$__rate_interval": "1m", "$__range": "1h"}
         registry = CollectorRegistry()
         metrics = {name: metric(name, registry) for name in PROMETHEUS}
@@ -194,8 +192,7 @@ class TestAlerts:
 class TestRecording:
     @pytest.mark.parametrize("rule", RECORDED, ids=lambda rule: rule["record"])
     def test_a_name_says_the_labels_that_remain(self, rule: dict[str, str]) -> None:
-        """A rule is named labels:metric:operation, by the labels that it groups by and the metric that it
-        reads."""
+        """A rule is named labels:metric:operation by its grouping labels and its metric."""
         labels, metric, _ = rule["record"].split(":")
         query = parse(rule["expr"])
         assert query.grouping - {"le"} == {

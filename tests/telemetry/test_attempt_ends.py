@@ -1,5 +1,4 @@
-"""Spans and counts at the odd ends of an attempt: told again, closed half-way, told of by a neighbour that is
-in the way."""
+"""Spans and counts at the odd ends of an attempt: repeated, closed half-way, behind a slow neighbour."""
 
 from __future__ import annotations
 
@@ -37,8 +36,7 @@ def asking(runner: StromaRunner, outcome: str) -> Any:
 @pytest.mark.core
 @pytest.mark.parametrize("outcome", ["success", "failure", "suspended"])
 async def test_an_end_that_is_told_again_is_a_span_that_ends(outcome: str, tmp_path: pathlib.Path) -> None:
-    """An end hook that a dead process owed is one span, of the attempt's own time and marked, and its tokens
-    count."""
+    """An end hook that a dead process owed is one marked span of the attempt's time, and its tokens count."""
 
     async def die(*_: Any) -> None:
         raise KeyboardInterrupt  # As good as a death: nobody else is told.
@@ -68,8 +66,7 @@ async def test_an_end_that_is_told_again_is_a_span_that_ends(outcome: str, tmp_p
 @pytest.mark.core
 @pytest.mark.parametrize("outcome", ["success", "failure", "suspended", "cancelled"])
 async def test_a_cancelled_hook_is_not_told_again(outcome: str, tmp_path: pathlib.Path) -> None:
-    """A cancellation in a neighbour's end hook: every set was told, so that a resume counts no token
-    twice."""
+    """A cancellation in a neighbour's end hook: every set was called, so a resume counts no token twice."""
     waits = asyncio.Event()
     seen = Seen()
 
@@ -128,8 +125,7 @@ class TestClosed:
         ],
     )
     async def test_in_a_neighbours_hook(self, event: str, caplog: pytest.LogCaptureFixture) -> None:
-        """G9: a coroutine that is closed while a neighbour's hook awaits gives each span and gauge of the
-        others its end."""
+        """G9: closed while a neighbour's hook awaits, a coroutine ends each span and gauge."""
         seen = Seen()
 
         async def slow(*_: Any) -> None:
@@ -161,8 +157,7 @@ class TestClosed:
         assert ({"invoke_workflow pipeline", "stroma.node node"} <= names) == (event != "on_run_start")
 
     async def test_between_two_of_their_lines(self, caplog: pytest.LogCaptureFixture) -> None:
-        """A run that is closed from elsewhere resets no context that is not its own: the SDK has nothing to
-        complain of."""
+        """A run that is closed from elsewhere resets no foreign context: the SDK has no complaint."""
         seen = Seen()
         runner = quick(seen.hooks(attempts="spans"))
 

@@ -1,5 +1,4 @@
-"""Attribution: spans of whoever makes them belong to the run, node, conversation and user that they are part
-of."""
+"""Attribution: spans of whoever makes them belong to the run, node, conversation and user around them."""
 
 from __future__ import annotations
 
@@ -46,8 +45,7 @@ def about(span: ReadableSpan) -> dict[str, Any]:
 
 @pytest.mark.core
 async def test_every_span_has_conversation_user_and_tags(seen: Seen) -> None:
-    """Spans of the run, of its nodes and of other libraries inside carry conversation, user, session and
-    tags."""
+    """Spans of the run, of its nodes and of inner libraries carry conversation, user, session and tags."""
     runner = StromaRunner.quick(hooks=seen.hooks(), pipeline="chat", tags=("nightly",))
 
     @runner.node("ask", input=State, output=State)
@@ -68,8 +66,7 @@ async def test_every_span_has_conversation_user_and_tags(seen: Seen) -> None:
 
 @pytest.mark.core
 async def test_all_spans_below_a_node_are_attributed(seen: Seen) -> None:
-    """Spans in gather, task groups, threads, generators, children of groups and items belong to their
-    node."""
+    """Spans in tasks, groups, threads, generators, children of groups and items belong to their node."""
     runner = StromaRunner.quick(hooks=seen.hooks())
 
     async def call(name: str) -> None:
@@ -138,8 +135,7 @@ async def test_all_spans_below_a_node_are_attributed(seen: Seen) -> None:
 
 
 async def test_a_span_follows_its_parent_and_not_its_task(seen: Seen) -> None:
-    """A span that is given a parent of another run belongs to that run; one outside of all runs is left
-    alone."""
+    """A span with a parent of another run belongs to that run; one outside of all runs is left alone."""
     runner = StromaRunner.quick(hooks=seen.hooks())
     contexts: list[Any] = []
 
@@ -314,8 +310,7 @@ async def test_a_new_execution_is_attributed_anew(seen: Seen, store: Any) -> Non
 
 
 async def test_baggage_on_request(seen: Seen) -> None:
-    """With baggage=True the ids of run, session and user go with calls of other services; without it nothing
-    does."""
+    """With baggage=True the ids of run, session and user go to other services, else nothing."""
     carried: list[dict[str, object]] = []
     for options in ({}, {"baggage": True}):
         runner = StromaRunner.quick(hooks=seen.hooks(**options))

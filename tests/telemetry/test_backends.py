@@ -176,8 +176,7 @@ def test_observations_in_langfuse(vocabulary: Any) -> None:
 
 
 def test_spans_in_datadogs_llm_observability() -> None:
-    """By OTLP: kinds, the session, the user and tags, states, and of a model call model, provider, tokens and
-    messages."""
+    """By OTLP: kinds, session, user and tags, states; model, provider, tokens and messages of calls."""
     sent = spans()
 
     def kind_of(about: Mapping[str, Any]) -> str:

@@ -40,8 +40,7 @@ def flaky(runner: StromaRunner) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["refuses", "hangs", "fails", "resets"])
 async def test_a_server_that_is_down_delays_nothing(mode: Any) -> None:
-    """Backends that refuse, never answer, fail or hang up: runs are as quick as ever, and flush() keeps its
-    limit."""
+    """Backends that refuse, never answer, fail or hang up slow no run, and flush() keeps its limit."""
     with BrokenBackend(mode) as broken:
         provider = TracerProvider()
         exporter = OTLPSpanExporter(endpoint=f"{broken.url}/v1/traces", timeout=1)
@@ -107,8 +106,7 @@ class FailsLater(Observer):
 
 @pytest.mark.core
 async def test_errors_are_counted_and_logged_once_per_kind(caplog: pytest.LogCaptureFixture) -> None:
-    """An exporter that raises on every call costs a run nothing: each kind is logged once and then
-    counted."""
+    """An exporter that raises on every call costs nothing: each kind is logged once and then counted."""
     hooks = FailsLater().hooks()
     runner = quick(hooks)
     for _ in range(50):

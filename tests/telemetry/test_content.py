@@ -1,5 +1,4 @@
-"""What leaves of states and messages: secrets in no mode, whatever has become of the states that held
-them."""
+"""What leaves of states and messages: secrets in no mode, whatever became of their states."""
 
 from __future__ import annotations
 
@@ -118,8 +117,7 @@ async def test_no_exporter_sends_what_redact_removes(caplog: pytest.LogCaptureFi
 
 @pytest.mark.core
 async def test_a_state_that_cannot_be_written_out() -> None:
-    """A number that is too long for text costs the span its input, and nothing else: the run is linked to all
-    the same."""
+    """A number that is too long for text only costs the span its input: the run is still linked."""
 
     class Huge(BaseModel):
         n: Any = 0
@@ -256,8 +254,7 @@ async def test_a_set_that_reads_no_state_gets_none_of_the_result() -> None:
 
 
 async def test_nothing_is_made_for_a_logger_that_is_off(sentry: RecordedSentry) -> None:
-    """A logger without handlers for the level, and a span that is not sampled, have no content made for
-    them."""
+    """A logger without handlers for the level, and a span that is not sampled, need no content."""
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
@@ -438,8 +435,7 @@ async def test_other_texts_and_pairs_are_sent_as_they_are(value: Any) -> None:
 
 @pytest.mark.parametrize("content", ["none", "redacted"])
 def test_a_guarded_value_is_shown_as_what_it_is(content: Any) -> None:
-    """A text is shown as a text, any other value as JSON, and what nobody gave not at all; no key is
-    added."""
+    """A text is shown as a text, any other value as JSON, a missing one not at all; no key is added."""
     seen = Seen()
     guard = Guard(StromaRunner.quick(hooks=seen.hooks(content=content)))
     values: list[Any] = ["done", '{"password": "hunter2", "n": 1}', [1, "two"], 7, None, {"root": 1}]

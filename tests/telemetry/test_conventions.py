@@ -1,5 +1,4 @@
-"""Names in OpenTelemetry: those of the conventions' release 0.1.0, and the kinds and content that backends
-show."""
+"""Names in OpenTelemetry: the conventions' release 0.1.0, with kinds and content for backends."""
 
 from __future__ import annotations
 
@@ -34,8 +33,7 @@ async def run_once(seen: Seen, **options: Any) -> None:
 
 @pytest.mark.core
 async def test_names_of_the_latest_conventions() -> None:
-    """A run is an agent invocation by the name of its pipeline; names that the conventions removed are
-    gone."""
+    """A run is an agent invocation by its pipeline's name; names that the conventions removed are gone."""
     seen = Seen()
     await run_once(seen)
     run, node = seen.span("invoke_workflow sums"), seen.span("stroma.node add")
@@ -123,8 +121,7 @@ async def test_names_types_and_values_are_those_of_the_registry() -> None:
 
 
 def test_names_in_the_source_are_those_of_the_registry() -> None:
-    """No exporter to OpenTelemetry writes a gen_ai name that the registry lacks, but for earlier names on
-    request."""
+    """No exporter to OpenTelemetry writes a gen_ai name that the registry lacks, but old ones on request."""
     folder = Path(otel_hooks.__code__.co_filename).parents[1]
     files = [
         *folder.glob("*.py"),

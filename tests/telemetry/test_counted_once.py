@@ -177,8 +177,7 @@ async def test_errors_of_hooks_of_callers_that_attach_still_count() -> None:
 async def test_two_sets_of_one_exporter_in_a_run_are_one(
     how: str, sentry: RecordedSentry, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Sets of hooks of one run that feed the same registry, providers, tracer, client or logger count each
-    event once."""
+    """Sets of hooks of one run with the same registry, provider, client or logger count each event once."""
     caplog.set_level("INFO", logger="stroma.events")
     registry, otel, statsd, tracer = CollectorRegistry(), Otel(), Statsd(), Tracer()
     makers: list[Callable[[], Any]] = [

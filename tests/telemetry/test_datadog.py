@@ -1,5 +1,4 @@
-"""datadog_hooks, without the agent: what they do to tracers, sockets and wrong addresses. See also
-test_consistency."""
+"""datadog_hooks, without the agent: tracers, sockets and wrong addresses. See also test_consistency."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Flows in telemetry: each exporter shows their steps as it shows the nodes of a list, under the right
-parent."""
+"""Flows in telemetry: exporters show their steps like nodes of a list, under the right parent."""
 
 from __future__ import annotations
 
@@ -111,8 +110,7 @@ def runner_with(hooks: Any, **config: Any) -> StromaRunner:
 
 
 async def test_opentelemetry() -> None:
-    """Spans of steps are under the run or their group, metrics have the labels of a list, and nothing stays
-    current."""
+    """Spans of steps are under run or group, metrics have the labels of a list; nothing stays current."""
     flow, of_list = Seen(), Seen()
     assert (await runner_with(flow.hooks()).run(in_turn, Num())).status is RunStatus.COMPLETED
     await runner_with(of_list.hooks()).run(LIST, Num())
@@ -164,8 +162,7 @@ async def test_spans_of_a_users_own_in_a_step() -> None:
 
 
 async def test_sentry(sentry: RecordedSentry) -> None:
-    """Spans of steps are under the run or their group; a failure that the body caught is no issue, the last
-    one is."""
+    """Spans of steps are under the run or their group; a caught failure is no issue, the last one is."""
     hooks = sentry_hooks(client=sentry.client)
     assert (await runner_with(hooks).run(letters, Num())).status is RunStatus.COMPLETED
     assert sentry.transport.events == []

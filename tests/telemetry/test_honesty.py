@@ -73,8 +73,7 @@ async def test_returned_runs_have_a_counter_of_their_own(tmp_path: Path) -> None
 @pytest.mark.core
 @pytest.mark.parametrize("place", ["before", "after"])
 async def test_every_exception_of_a_hook_is_counted(place: str) -> None:
-    """Wherever the set stands, and whichever hook it is: what is in result.hook_errors is counted, in every
-    system."""
+    """Wherever the set stands, and whichever hook it is: result.hook_errors are counted in every system."""
 
     async def bad(*_: Any) -> None:
         if current_node_or_none() is not None:
@@ -117,8 +116,7 @@ async def test_exceptions_of_hooks_of_plain_steps_are_counted() -> None:
 
 
 async def test_flush_sends_what_a_pipelines_own_hooks_hold() -> None:
-    """flush() covers the exporters of pipelines and runs that have hooks of their own, once per
-    destination."""
+    """flush() covers the exporters of pipelines and runs with their own hooks, once per destination."""
     kept, other = InMemorySpanExporter(), InMemorySpanExporter()
     providers = [TracerProvider(), TracerProvider()]
     for exporter, provider in zip((kept, other), providers, strict=True):
@@ -317,8 +315,7 @@ async def test_structlog_that_is_configured_later_is_used() -> None:
 
 
 async def test_metrics_that_were_taken_out_of_their_registry() -> None:
-    """Hooks for a registry whose metrics were unregistered, as test suites do, feed new ones; older sets
-    follow."""
+    """Hooks for a registry whose metrics were unregistered feed new ones; older sets follow."""
     registry = CollectorRegistry()
     old = prometheus_hooks(registry=registry)
     await StromaRunner.quick(hooks=old).run(own_pipeline(None).nodes, Num())

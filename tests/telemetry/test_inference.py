@@ -89,8 +89,7 @@ async def test_each_attempt_has_one_span_with_its_bill(seen: Seen) -> None:
 async def test_a_call_that_ends_after_its_attempt_is_counted_once(
     seen: Seen, reports: bool, late: bool
 ) -> None:
-    """The span of a stream that a node leaves open has the tokens of its attempt; if it reports none, ours is
-    made then."""
+    """An open stream's span has its attempt's tokens; if it reports none, ours is made then."""
     runner = quick(seen.hooks(inference="auto"), retries=0, contract_retries={"ask": 1})
     left_open: list[Any] = []
 
@@ -122,8 +121,7 @@ async def test_a_call_that_ends_after_its_attempt_is_counted_once(
 
 @pytest.mark.core
 async def test_an_instrumented_client_is_not_counted_twice(seen: Seen) -> None:
-    """Where a span inside the attempt reports tokens there is no second one; its neighbour without one has
-    ours."""
+    """Where a span inside the attempt reports tokens there is no second; its neighbour has ours."""
     runner = quick(seen.hooks(inference="auto"), retries=0, contract_retries={"with": 1})
     nodes = parallel(
         asking(runner, seen, failures=1, instrumented=True, id="with"), asking(runner, seen, id="without")
@@ -151,8 +149,7 @@ def price(input_tokens: int, cached: int, output_tokens: int) -> float:
 
 @pytest.mark.parametrize("instrumented", [True, False])
 async def test_the_bill_is_that_of_the_provider(seen: Seen, provider: Server, instrumented: bool) -> None:
-    """Two answers that break the contract and one that holds it: the spans cost what the provider billed, to
-    the cent."""
+    """Two answers that break the contract and one that holds it: spans cost what the provider billed."""
     sizes = [(1_200_000, 1_000_000, 90_000), (2_000_000, 0, 70_001), (3_000_003, 512, 11)]
     contents = ['{"n": "no number"}', '{"n": []}', '{"n": 3}']
     urls = []
@@ -233,8 +230,7 @@ async def test_a_client_in_a_thread_is_seen(seen: Seen) -> None:
 
 
 async def test_always_and_never(seen: Seen) -> None:
-    """ "always" has a span for each attempt that used tokens, "never" none; one without usage never has
-    one."""
+    """ "always" has a span for each attempt that used tokens, "never" none; without usage none."""
     for mode, expected in (("always", 1), ("never", 0)):
         mine = Seen()
         runner = quick(mine.hooks(inference=mode))
@@ -250,8 +246,7 @@ async def test_always_and_never(seen: Seen) -> None:
 
 
 async def test_a_failed_call_that_was_paid(seen: Seen) -> None:
-    """Usage reported before the exception is on a span of that attempt, with its outcome; the node is the
-    error."""
+    """Usage reported before the exception is on a span of that attempt with its outcome; the node errs."""
     runner = quick(seen.hooks(inference="auto"), retries=0)
 
     @runner.node("ask", input=Num, output=Num)

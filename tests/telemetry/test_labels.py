@@ -77,8 +77,7 @@ def named(node_id: str) -> Any:
 
 
 async def test_names_of_pipelines_and_nodes_are_bounded() -> None:
-    """After 1,000 pairs of pipeline and node the label is "other", in all systems; no run is lost, and the
-    gauge is 0."""
+    """After 1,000 pairs of pipeline and node the label is "other" everywhere; no run is lost, the gauge 0."""
     systems = Systems()
     hooks = systems.hooks()
     for number in range(1010):

@@ -218,8 +218,7 @@ async def test_a_secret_that_redact_takes_out_is_in_no_message(caplog: pytest.Lo
     ],
 )
 def test_denied_names(name: str, denied: bool) -> None:
-    """A name is denied if its last words are, however it is written; a part of a word is none, nor is a count
-    of tokens."""
+    """A name is denied if its last words are, in any spelling; a part of a word is not, nor a token count."""
     assert (name in DeniedNames(DENY_KEYS)) is denied
 
 
@@ -242,8 +241,7 @@ def test_patterns_of_denied_names(key: str, name: str, denied: bool) -> None:
 
 
 async def test_structlog() -> None:
-    """A logger of structlog gets the event and its fields as they are; without any logger its configuration
-    is found."""
+    """A logger of structlog gets the event and its fields; without a logger its configuration is used."""
     try:
         with structlog.testing.capture_logs() as lines:
             structlog.configure(processors=structlog.get_config()["processors"])
@@ -269,8 +267,7 @@ async def test_adapters_keep_the_fields(caplog: pytest.LogCaptureFixture) -> Non
 
 @pytest.mark.core
 async def test_an_event_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    """Ids and messages are any text, and none of them begins a line of its own; the fields have them as they
-    are."""
+    """Ids and messages are any text without line breaks; the fields have them as they are."""
     caplog.set_level(logging.DEBUG)
     runner = quick(log_hooks(content="redacted"))
 
@@ -294,8 +291,7 @@ async def test_an_event_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     ],
 )
 async def test_each_kind_of_logger_of_structlog(wrapper: Any) -> None:
-    """A generic, a stdlib and a filtering logger of structlog, each with values bound, write the same
-    lines."""
+    """Generic, stdlib and filtering loggers of structlog with values bound, write the same lines."""
     lines: list[Any] = []
 
     def keep(_logger: Any, level: str, fields: Any) -> Any:
@@ -334,8 +330,7 @@ async def test_starts_of_nodes_are_asked_for_once_a_run(caplog: pytest.LogCaptur
 
 
 async def test_lines_of_the_engine_name_their_run(caplog: pytest.LogCaptureFixture) -> None:
-    """Every line of the engine about a run begins with the run's id, and a FAILED run ends with a line at
-    ERROR."""
+    """Every line of the engine about a run begins with its id, and a FAILED run ends with a line at ERROR."""
     caplog.set_level(logging.INFO, logger="stroma")
     runner = StromaRunner.quick(policy_map=ONCE, pipeline="100 %")
 

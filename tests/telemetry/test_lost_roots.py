@@ -1,5 +1,4 @@
-"""A run whose process was killed: the process that resumes it writes the root which the first one could not
-end."""
+"""A run whose process was killed: the process that resumes it writes the root that the first could not."""
 
 from __future__ import annotations
 
@@ -97,8 +96,7 @@ def run_with(
 def test_a_killed_and_resumed_run_is_one_trace_with_one_root(
     tmp_path: pathlib.Path, traceparent: str | None
 ) -> None:
-    """The nodes of both processes are under one root, which begins when the run began; only one span has its
-    ids."""
+    """The nodes of both processes are under one root from the run's begin; one span has its ids."""
     child = os.fork()
     if child == 0:
         run(tmp_path, dies=True, traceparent=traceparent)
@@ -200,8 +198,7 @@ def test_it_is_one_trace_in_datadog(
 
 @pytest.mark.slow
 def test_a_run_that_ended_its_root_is_not_written_again(tmp_path: pathlib.Path) -> None:
-    """A process that is killed after a resume leaves the trace of that resume, and not that of the first
-    process."""
+    """A process that is killed after a resume leaves that resume's trace, not the first one."""
     for dies in (False, True, False):
         child = os.fork()
         if child == 0:
@@ -249,8 +246,7 @@ class State(BaseModel):
 def run_flow(
     hooks: ExporterHooks, path: pathlib.Path, *, dies: bool, before_death: Callable[[], Any] = lambda: None
 ) -> None:
-    """Run a flow with a flow, a map, agents and a group inside; the process may be killed in its last
-    step."""
+    """Run a flow with a flow, map, agents and group inside; the process may be killed in its last step."""
     store = SQLiteStore(path / "runs.db")
     runner = StromaRunner.quick(
         store=store, hooks=hooks, resume=True, lease_seconds=1, policy_map=retry_policies(1)

@@ -1,5 +1,4 @@
-"""otel_hooks, with the real SDK: every span ends once, under the right parent, and says no more than it
-may."""
+"""otel_hooks, with the real SDK: every span ends once, under the right parent and says only what it may."""
 
 from __future__ import annotations
 
@@ -142,8 +141,7 @@ def events(span: ReadableSpan) -> list[str]:
 class TestNesting:
     @pytest.mark.core
     async def test_the_users_spans_are_under_their_node(self, seen: Seen) -> None:
-        """What a node opens is under its span: in coroutines, threads, tasks and task groups, in groups and
-        in maps."""
+        """What a node opens is under its span, in coroutines, threads, tasks, groups and maps."""
         runner = quick(seen.hooks())
 
         @runner.node("coroutine", input=State, output=State)
@@ -263,8 +261,7 @@ class TestNesting:
         ]
 
     async def test_two_sets_make_two_trees(self, seen: Seen) -> None:
-        """Two sets on two providers do not mix: each has its own run and nodes, and both leave nothing
-        current."""
+        """Two sets on two providers do not mix: each has its own run and nodes and leaves nothing current."""
         other = Seen()
         runner = quick(seen.hooks() | other.hooks(attempts="spans"))
         await runner.run([flaky(runner), flaky(runner, "b")], State())
@@ -276,8 +273,7 @@ class TestNesting:
 
 class TestEndings:
     async def test_a_retried_failure_is_no_error(self, seen: Seen) -> None:
-        """One span for all attempts of a node: a failed one and the retry are events, and the span is not an
-        error."""
+        """One span for all attempts of a node: failure and retry are events, the span no error."""
         runner = quick(seen.hooks())
         await runner.run([flaky(runner)], State())
         span = seen.span("stroma.node flaky")
@@ -348,8 +344,7 @@ class TestEndings:
         assert [span.attributes["stroma.node.attempt"] for span in (first, second)] == [1, 2]
 
     async def test_a_final_failure(self, seen: Seen) -> None:
-        """A failure that stops the run makes the spans of its node, its group and the run errors, the
-        siblings' not."""
+        """A failure that stops the run makes the spans of node, group and run errors, not the siblings'."""
         runner = quick(seen.hooks())
         started = asyncio.Event()
 
@@ -397,8 +392,7 @@ class TestEndings:
     @pytest.mark.core
     @pytest.mark.parametrize("when", ["node", "backoff", "hook"])
     async def test_cancelled(self, seen: Seen, when: str) -> None:
-        """A cancelled run ends all its spans, none as an error: in a node, between attempts, and in a
-        neighbour's hook."""
+        """A cancelled run ends all its spans, none as an error, in nodes, between attempts, in hooks."""
         ready = asyncio.Event()
 
         async def neighbour(*_: Any) -> None:
@@ -493,8 +487,7 @@ class TestEndings:
 class TestResume:
     @pytest.mark.core
     async def test_a_resumed_run_links_to_the_first(self, seen: Seen, tmp_path: pathlib.Path) -> None:
-        """A resumed run is a trace of its own with a link to the first; restored nodes make no spans and no
-        counts."""
+        """A resumed run is its own trace with a link to the first; restored nodes make no spans or counts."""
         broken = True
 
         async def go(store: SQLiteStore, **options: Any) -> Any:
@@ -534,8 +527,7 @@ class TestResume:
 class TestMetrics:
     @pytest.mark.core
     async def test_counts_are_those_of_the_trace(self, seen: Seen) -> None:
-        """Attempts, retries, tokens and cost are counted as the trace has them, and no label holds a run
-        id."""
+        """Attempts, retries, tokens and cost are counted as in the trace, and no label has a run id."""
         runner = quick(seen.hooks(), retries=2)
         result = await runner.run(
             [flaky(runner, failures=2), flaky(runner, "b", 0)], State(), run_id="run-17"
@@ -566,8 +558,7 @@ class TestContent:
         assert seen.span("stroma.node flaky").status.description == "RECOVERABLE connection"
 
     async def test_redacted_content(self, seen: Seen) -> None:
-        """content="redacted" sends what redact and deny_keys leave; a SecretStr is in no state and in no
-        message."""
+        """content="redacted" sends what redact and deny_keys leave; a SecretStr is in no state or message."""
 
         def redact(state: dict[str, Any]) -> dict[str, Any]:
             return {**state, **({"text": "..."} if "text" in state else {})}
@@ -608,8 +599,7 @@ class TestContent:
 
 class TestDelivery:
     async def test_a_receiver_that_fails_gets_them_later(self, otlp: OtlpReceiver) -> None:
-        """Spans reach a real OTLP receiver through an answer of 503, under their parents; flush() waits for
-        that."""
+        """Spans reach a real OTLP receiver through an answer of 503 under their parents; flush() waits."""
         provider = TracerProvider()
         exporter = OTLPSpanExporter(endpoint=f"{otlp.url}/v1/traces")
         provider.add_span_processor(BatchSpanProcessor(exporter))
@@ -626,8 +616,7 @@ class TestDelivery:
     async def test_the_global_provider_is_flushed(
         self, seen: Seen, otlp: OtlpReceiver, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Hooks that were given nothing flush what they use: the global provider, also one that is set after
-        them."""
+        """Hooks without a provider flush what they use: the global provider, also a later one."""
         runner = quick(otel_hooks())
         provider = TracerProvider()
         exporter = OTLPSpanExporter(endpoint=f"{otlp.url}/v1/traces")

@@ -177,8 +177,7 @@ async def test_any_text_can_be_a_label() -> None:
 
 @pytest.mark.slow
 def test_a_killed_process_leaves_no_gauge_raised(tmp_path: pathlib.Path) -> None:
-    """Where processes share their metrics, runs in progress are those of the living: one that is killed takes
-    its own."""
+    """Where processes share their metrics runs in progress are those of living ones."""
     program = """
 import asyncio, os, sys
 from prometheus_client import CollectorRegistry, generate_latest, multiprocess
@@ -226,8 +225,7 @@ print(page())
 
 
 async def test_units_reasons_and_caches() -> None:
-    """Pages of OpenMetrics state units; attempts are counted by the reason of their failure, cached tokens on
-    their own."""
+    """Pages of OpenMetrics have units; attempts are counted by reason of failure, cached tokens apart."""
     registry = CollectorRegistry()
     runner = StromaRunner.quick(hooks=prometheus_hooks(registry=registry), policy_map=ONCE)
 

@@ -1,5 +1,4 @@
-"""Figures of queues that workers read from a store: gauges of Prometheus and OpenTelemetry, and the worker's
-health."""
+"""Figures of queues from a store: gauges of Prometheus, OpenTelemetry and a worker's health."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What a killed process did not tell, and the one that resumes its run does, is a whole span and counts
-once."""
+"""What a killed process did not tell and its successor does is a whole span and counts once."""
 
 from __future__ import annotations
 

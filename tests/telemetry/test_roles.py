@@ -1,5 +1,4 @@
-"""What a node is to traces: agents, tools and retrievers have the names of the conventions, other nodes have
-none."""
+"""What a node is to traces: agents, tools and retrievers have the conventions' names, others none."""
 
 from __future__ import annotations
 
@@ -59,8 +58,7 @@ async def test_roles_in_opentelemetry(vocabulary: Any) -> None:
 
 @pytest.mark.parametrize("mode", ["static", "stream"])
 async def test_roles_in_sentry(mode: str) -> None:
-    """Agents and tools are gen_ai operations with their names; nodes that are neither, and groups, are
-    functions."""
+    """Agents and tools are gen_ai operations by name; other nodes and groups are functions."""
     with RecordedSentry(trace_lifecycle=mode) as sentry:
         runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client))
         nodes = nodes_of_each_role(runner)
@@ -99,8 +97,7 @@ async def test_the_role_of_a_contract_precedes_that_of_the_framework() -> None:
 
 
 async def test_spend_is_counted_by_agent() -> None:
-    """Tokens and cost of a model belong to the innermost agent around it: on the span of the call, and as a
-    label."""
+    """Tokens and cost of a model belong to the innermost agent around it, on the span and as a label."""
     seen, registry = Seen(), CollectorRegistry()
     hooks = seen.hooks(inference="auto") | prometheus_hooks(registry=registry)
     guard = Guard(StromaRunner.quick(hooks=hooks))

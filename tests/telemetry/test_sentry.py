@@ -1,5 +1,4 @@
-"""sentry_hooks, with the real SDK and a transport that records: one issue per final failure, at its node's
-span."""
+"""sentry_hooks, with the real SDK and a transport that records: one issue per final failure at its node."""
 
 from __future__ import annotations
 
@@ -109,8 +108,7 @@ async def test_a_retried_failure_is_a_breadcrumb(sentry: RecordedSentry) -> None
 
 @pytest.mark.core
 async def test_siblings_stand_side_by_side(sentry: RecordedSentry) -> None:
-    """Children of a group are under the group, never under each other; the child that failed has the
-    issue."""
+    """Children of a group are under the group, not each other; the child that failed has the issue."""
     runner = quick(sentry)
     inner: list[tuple[str, Any]] = []
 
@@ -281,8 +279,7 @@ async def test_the_engines_own_log_lines_tell_nothing(content: str) -> None:
 
 
 async def test_a_group_that_a_hook_raises_tells_no_secret() -> None:
-    """Sentry's logging integration sends the members of an exception group without the secrets of the
-    state."""
+    """Sentry's logging integration sends the members of an exception group without the state's secrets."""
     from pydantic import BaseModel, SecretStr
     from sentry_sdk.integrations.logging import LoggingIntegration
 
@@ -337,8 +334,7 @@ async def test_beside_log_hooks_there_is_one_issue(name: str, logs_first: bool) 
 
 
 async def test_under_the_callers_transaction(sentry: RecordedSentry) -> None:
-    """Inside of a transaction of the application the run is a span of it; the caller's scope is left as it
-    was."""
+    """Inside of a transaction of the application the run is its span; the caller's scope is unchanged."""
     runner = quick(sentry)
     with sentry_sdk.new_scope() as scope:
         scope.set_client(sentry.client)

@@ -1,5 +1,4 @@
-"""What makes an issue in Sentry, and which: of runs in runs, of runs that are waited for, of steps of plain
-code."""
+"""What makes an issue in Sentry: of runs in runs, of awaited runs, of steps of plain code."""
 
 from __future__ import annotations
 
@@ -78,8 +77,7 @@ async def test_an_exception_that_is_raised_again_and_again(sentry: RecordedSentr
 async def test_a_run_that_is_only_waited_for_makes_no_issue_of_its_own(
     sentry: RecordedSentry, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Who attaches to a run gets its failure; the issue, and the lines at ERROR, are of the one who ran
-    it."""
+    """Who attaches to a run gets its failure; the issue, and the lines at ERROR, are of its runner."""
     runner = quick(sentry, retries=0, extra=[log_hooks()], if_running="attach")
 
     @runner.node("bad", input=State, output=State)
@@ -97,8 +95,7 @@ async def test_a_run_that_is_only_waited_for_makes_no_issue_of_its_own(
 
 @pytest.mark.core
 async def test_the_line_about_a_failed_run_makes_no_second_issue() -> None:
-    """Sentry's logging integration makes an issue of each line at ERROR, but not of the engine's about a
-    FAILED run."""
+    """Sentry's logging integration makes an issue of each ERROR line but the engine's of a FAILED run."""
     integrations = [LoggingIntegration(level=logging.INFO, event_level=logging.ERROR)]
     with RecordedSentry(integrations=integrations) as sentry:
         runner = quick(sentry, retries=0)
@@ -149,8 +146,7 @@ class TestSteps:
 
     @pytest.mark.core
     async def test_a_step_that_is_cancelled_between_attempts(self, sentry: RecordedSentry) -> None:
-        """A failure that was to be tried again is not final: a step that is cancelled before that is no
-        issue."""
+        """A failure to be tried again is not final: a step that is cancelled before that is no issue."""
         runner = quick(sentry)
         policy = FailurePolicy(max_retries=1, backoff_seconds=60, jitter=False)
         runner = runner.with_policy_map(dict.fromkeys(FailureClass, policy))

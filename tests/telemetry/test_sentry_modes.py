@@ -126,8 +126,7 @@ async def test_spans_of_a_run_in_both_modes(mode: str) -> None:
 
 
 async def test_runs_of_streamed_spans_are_traces_of_their_own() -> None:
-    """Without a span around it each run begins a trace; inside a span of the application it is part of that
-    one."""
+    """Without a span around it each run begins a trace; inside an application's span it is part."""
     with RecordedSentry(trace_lifecycle="stream") as sentry, sentry_sdk.new_scope() as scope:
         scope.set_client(sentry.client)
         runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client))
@@ -148,8 +147,7 @@ async def test_runs_of_streamed_spans_are_traces_of_their_own() -> None:
 
 @pytest.mark.core
 async def test_two_clients_each_have_the_issue_and_the_spans() -> None:
-    """Sets of hooks for two clients do not take each other's run for the one around theirs, in nested runs
-    neither."""
+    """Sets of hooks for two clients do not take each other's run for their parent, in nested runs either."""
     with RecordedSentry() as one, RecordedSentry() as two:
         sets = [sentry_hooks(client=sentry.client) for sentry in (one, two)]
         runner = StromaRunner.quick(hooks=sets, policy_map=NEVER)
@@ -178,8 +176,7 @@ async def test_two_clients_each_have_the_issue_and_the_spans() -> None:
 
 @pytest.mark.core
 async def test_what_a_node_tags_is_its_own(sentry: RecordedSentry) -> None:
-    """sentry_sdk.set_tag() in a node is not found in its siblings, nor in later nodes; breadcrumbs of the run
-    are."""
+    """sentry_sdk.set_tag() in a node stays out of siblings and later nodes; breadcrumbs do not."""
     runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client), policy_map=NEVER)
 
     @runner.node("a", input=Num, output=Num)
@@ -220,8 +217,7 @@ async def test_what_a_node_tags_is_its_own(sentry: RecordedSentry) -> None:
 async def test_an_exception_that_is_raised_further_makes_no_second_issue(
     how: str, sentry: RecordedSentry
 ) -> None:
-    """What an integration captures of result.raise_for_status() is the same failure, in whichever task the
-    run was."""
+    """An integration's capture of result.raise_for_status() is the same failure in whichever task."""
     runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client))
 
     @runner.node("a", input=Num, output=Num)
@@ -280,8 +276,7 @@ async def test_scopes_of_collected_items_are_released(sentry: RecordedSentry) ->
 
 @pytest.mark.core
 async def test_the_engines_lines_are_no_sentry_logs() -> None:
-    """With enable_logs=True the engine's own lines, which say what exceptions said, do not leave; those of
-    others do."""
+    """With enable_logs=True the engine's lines, with texts of exceptions, do not leave; others do."""
     integrations = [LoggingIntegration(level=logging.INFO, event_level=None, sentry_logs_level=logging.INFO)]
     with (
         RecordedSentry(enable_logs=True, integrations=integrations) as sentry,

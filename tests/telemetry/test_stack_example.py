@@ -1,5 +1,4 @@
-"""The example with Prometheus, Grafana and Phoenix: its files fit together, and its service sends what they
-show."""
+"""The example with Prometheus, Grafana and Phoenix: the files fit, and the service sends what they show."""
 
 from __future__ import annotations
 
@@ -48,8 +47,7 @@ def test_what_is_mounted_is_there() -> None:
 
 
 def test_the_assets_are_where_they_are_looked_for(tmp_path: Path) -> None:
-    """The command of the compose file writes the rules that Prometheus reads and the dashboard that Grafana
-    provisions."""
+    """The command of the compose file writes Prometheus's rules and Grafana's dashboard."""
     command = SERVICES["assets"]["command"]
     assert command[:4] == ["stroma", "telemetry", "assets", "/assets"]
     assert main(["telemetry", "assets", str(tmp_path), *command[4:]]) == 0
@@ -66,8 +64,7 @@ def test_the_assets_are_where_they_are_looked_for(tmp_path: Path) -> None:
 
 
 def test_addresses_are_those_of_services() -> None:
-    """Prometheus scrapes the service, Grafana asks Prometheus, and traces go to Phoenix, each at its own
-    port."""
+    """Prometheus scrapes the service, Grafana asks Prometheus, traces go to Phoenix, each at its port."""
     (job,) = load("prometheus.yml")["scrape_configs"]
     assert job["static_configs"] == [{"targets": ["service:9464"]}]
     assert '"9464"' in (STACK / "service.py").read_text()

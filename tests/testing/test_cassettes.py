@@ -51,8 +51,7 @@ class Provider(BaseHTTPRequestHandler):
 
 
 async def test_recorded_responses_of_both_clients_are_replayed(tmp_path: Path) -> None:
-    """A cassette of vcrpy replays both clients without a provider, with the usage of each response and
-    without their keys."""
+    """A cassette of vcrpy replays both clients without provider or keys, with the usage of responses."""
     server = HTTPServer(("127.0.0.1", 0), Provider)
     url = f"http://127.0.0.1:{server.server_address[1]}"
     runner = StromaRunner.quick()

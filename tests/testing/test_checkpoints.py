@@ -1,5 +1,4 @@
-"""CheckpointStoreTests: stores that do what they should pass it, and each thing that one may get wrong is
-found."""
+"""CheckpointStoreTests: right stores pass it, and each possible error is found."""
 
 import ast
 import copy

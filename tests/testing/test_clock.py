@@ -195,8 +195,7 @@ async def test_advance_lets_time_pass_for_who_waits():
 
 @pytest.mark.core
 async def test_a_thread_at_work_is_waited_for():
-    """A sync node that is at work is not cut off by its timeout, however much the clock could jump
-    meanwhile."""
+    """A sync node at work is not cut off by its timeout, however much the clock could jump meanwhile."""
     release = threading.Event()
 
     @stroma_node("sync", NodeContract(node_id="sync", input_schema=Number, output_schema=Number))
@@ -302,8 +301,7 @@ async def test_attempts_of_one_moment_are_told_apart(entry, tmp_path):
 
 @pytest.mark.filterwarnings("error")
 def test_the_end_of_a_loop_waits_for_its_threads():
-    """asyncio.run inside of a clock ends as it does without one: no time passes while the loop's threads
-    end."""
+    """asyncio.run inside of a clock ends as it does without one: no time passes meanwhile."""
     with FakeClock() as clock:
         asyncio.run(asyncio.to_thread(time.sleep, 0))
         before = clock.elapsed

@@ -61,8 +61,7 @@ async def test_a_death_loses_what_was_not_kept(point, store):
 
 @pytest.mark.core
 async def test_a_process_that_has_died_says_nothing_more(store):
-    """No hook is told after the death: neither of the node, nor of its siblings, nor of the end of the
-    run."""
+    """No hook is told after the death: of the node, its siblings or the end of the run."""
     reports, calls = [], []
 
     def note(name):

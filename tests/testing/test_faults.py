@@ -28,8 +28,7 @@ def clock():
 
 @pytest.mark.core
 async def test_a_planned_failure_takes_the_place_of_the_call():
-    """The node is not called on that attempt, the engine classifies and retries, and the plan says what it
-    did."""
+    """The node is not called on that attempt, the engine classifies and retries; the plan says so."""
     calls = []
     with FaultPlan().fail("a", TimeoutError("too slow")) as plan:
         result = await patient().run([counted("a", calls), counted("b", calls)], Number())
@@ -141,8 +140,7 @@ async def test_a_fault_that_was_never_met_is_an_error():
 
 @pytest.mark.core
 async def test_chance_goes_by_the_seed_and_the_place_alone():
-    """The same seed does the same to the same run, whatever runs beside it; another one does something
-    else."""
+    """The same seed does the same to the same run, whatever runs beside it; another seed differs."""
     nodes = [make(f"n{i}", add_one) for i in range(30)]
 
     async def met(seed, *, beside=0):

@@ -139,8 +139,7 @@ def test_snapshots_are_written_when_asked_for(session):
 
 @pytest.mark.core
 def test_each_test_has_snapshots_of_its_own(session):
-    """Tests of one name in two classes share no file, and a test that takes two of one name is told to give
-    names."""
+    """Tests of one name in two classes share no file; a test with two of one name must give names."""
     body = """
         class TestOne:
             async def test_it(self, stroma_snapshot):

@@ -131,8 +131,7 @@ async def test_a_file_holds_all_of_it(store, nodes, tmp_path):
 
 
 async def test_a_contract_that_fails_now(store, nodes, calls):
-    """An output that its contract does not take any more is found at its node, and the run ends there as it
-    would."""
+    """An output that its contract no longer takes is found at its node, and the run ends there."""
     recorded = await record(store, nodes)
     result, text = await differences(recorded, [calls.node("read", paid, output_model=Small), *nodes[1:]])
     assert text == [("schema", "read"), ("contract", "read"), ("status", "")]
@@ -176,8 +175,7 @@ async def test_a_schema_that_has_changed(store, nodes, calls):
 
 
 async def test_nodes_that_are_gone_or_new(store, nodes, calls):
-    """A node that is gone is told and the rest is followed; at one that is new there is nothing to hand
-    on."""
+    """A node that is gone is told and the rest is followed; a new one has nothing to hand on."""
     recorded = await record(store, nodes)
     result, text = await differences(recorded, nodes[1:])
     assert (text, result.stopped) == ([("missing", "read")], None)
@@ -190,8 +188,7 @@ async def test_nodes_that_are_gone_or_new(store, nodes, calls):
 
 @pytest.mark.core
 async def test_nodes_in_another_order(store, nodes, calls):
-    """Nodes that have changed places are told, though each hands on what it did; where one is gone the rest
-    has not."""
+    """Nodes that have changed places are told even with equal outputs; where one is gone the rest has not."""
     read, check, *_ = nodes
     recorded = await record(store, [read, check])
     result = await replay(recorded, [check, read])
@@ -234,8 +231,7 @@ async def test_another_class_of_a_failure(store, nodes):
 
 @pytest.mark.core
 async def test_a_wait_that_no_journal_keeps_is_no_difference(store, nodes):
-    """A run that stopped at a server which asked for too long a wait stops there, whatever the policy would
-    allow."""
+    """A run that a server stopped with too long a wait stops there, under any policy."""
 
     class Response:
         status_code = 429
@@ -252,8 +248,7 @@ async def test_a_wait_that_no_journal_keeps_is_no_difference(store, nodes):
 
 @pytest.mark.core
 async def test_another_budget(store, nodes):
-    """The arithmetic of today is done with the usage of then: a smaller limit stops the run where it is
-    crossed."""
+    """The arithmetic of today is done with the usage of then: a smaller limit stops the run there."""
     recorded = await record(store, nodes)
     small = ExecutionBudget(max_tokens_total=20, max_cost_usd=None, max_latency_ms=None)
     result, text = await differences(recorded, nodes, patient(budget=small))
@@ -281,8 +276,7 @@ async def test_what_a_group_makes_of_the_same_outputs(store, nodes, calls):
 
 @pytest.mark.core
 async def test_runs_that_failed_are_followed(store, calls):
-    """A broken contract, a repaired one, a failed child beside a cancelled one: each goes the same way
-    again."""
+    """A broken contract, a repaired one, a failed child beside a cancelled one: each repeats."""
     import asyncio
 
     async def wrong(state):
@@ -362,8 +356,7 @@ async def test_redaction(store, nodes, calls, tmp_path):
 
 @pytest.mark.core
 async def test_redaction_of_messages(store):
-    """What redact takes out of states stands in no message of a recording, nor in why a replay cannot go
-    on."""
+    """What redact takes out of states is in no message of a recording, nor in a replay's error."""
 
     class Letter(BaseModel):
         name: str = "Augusta Ada King"
@@ -446,8 +439,7 @@ def test_replay_without_an_event_loop(nodes):
 
 
 def test_a_pipeline_in_a_file_has_the_settings_of_the_runner_beside_it(tmp_path):
-    """A replay in a test decides as `stroma run FILE:NAME` did: by the only runner with settings in the
-    file."""
+    """A replay in a test decides as `stroma run FILE:NAME` did: by the file's only runner with settings."""
     text = """if True:
         from pydantic import BaseModel
         from stroma import *

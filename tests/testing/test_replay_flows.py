@@ -156,8 +156,7 @@ async def record(flows: Flows, store: Any, name: str, *, ends: bool = True) -> R
     ],
 )
 async def test_unchanged_flows_replay_the_same(store: Any, name: str, ends: bool, status: str) -> None:
-    """A flow that asks, receives, sleeps or fails is replayed to the end that it had, a month later and
-    without a call."""
+    """A flow that asks, receives, sleeps or fails is replayed to its end a month later without a call."""
     flows = Flows()
     recorded = await record(flows, store, name, ends=ends)
     with FakeClock(start=datetime.now(UTC) + timedelta(days=30)):

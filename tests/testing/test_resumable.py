@@ -55,8 +55,7 @@ async def test_the_sync_one_says_so_where_a_loop_is_running():
 @pytest.mark.slow
 @forks
 async def test_a_node_that_keeps_state_in_a_global_is_found():
-    """What one node leaves in the memory of the process for another one is gone after a death; both nodes are
-    named."""
+    """What one node leaves in the memory of the process is gone after a death; both nodes are named."""
     memory = {}
 
     async def put(state):
@@ -189,8 +188,7 @@ async def test_output_that_cannot_be_stored_is_found():
 
 @pytest.mark.core
 async def test_an_effect_that_is_made_twice_is_found():
-    """A mail that is sent before its node is committed is sent again; with the key of the node it is sent
-    once."""
+    """A mail that is sent before its node is committed is sent again; with its key it is sent once."""
     sent, keys = [], {}
 
     async def send(state):
@@ -273,8 +271,7 @@ def broken_sync(ctx, state):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", HOW_MANY)
 async def test_plain_code_in_a_loop_passes(processes):
-    """Steps in a loop, each with its errors raised, survive a death at every boundary, that after the last
-    step too."""
+    """Steps in a loop, with errors raised, survive a death at every boundary, the last too."""
 
     async def counts(ctx, state):
         while state.n < 3:
@@ -290,8 +287,7 @@ async def test_plain_code_in_a_loop_passes(processes):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", HOW_MANY)
 async def test_items_that_go_to_a_file_are_compared(processes, tmp_path):
-    """An item that another process makes otherwise is found where it goes to a file, too; fields can be
-    ignored."""
+    """An item that another process makes otherwise is found in files too; fields can be ignored."""
     (tmp_path / "in.jsonl").write_text('{"n":1}\n{"n":2}\n')
     memory = {"calls": 0}
 
@@ -328,8 +324,7 @@ async def test_effects_are_looked_at_after_lives_alone(tmp_path):
 @pytest.mark.slow
 @forks
 async def test_a_process_that_hangs_is_ended():
-    """A node that never ends is not waited for: the last boundary that was seen is named, and no process is
-    left."""
+    """A node that never ends is not waited for: the last boundary seen is named, no process is left."""
 
     async def hang(state):
         threading.Event().wait()
@@ -361,8 +356,7 @@ async def test_each_life_is_a_process_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("processes", [pytest.param(True, marks=[forks, pytest.mark.slow]), False])
 async def test_a_flow_that_waits_passes(processes):
-    """A flow that asks, sleeps and receives survives a death at every boundary with its answers and
-    messages."""
+    """A flow that asks, sleeps and receives survives every death with its answers and messages."""
     runner = StromaRunner.quick()
 
     @runner.flow

@@ -98,8 +98,7 @@ async def test_every_record_carries_the_run_id(caplog: pytest.LogCaptureFixture)
 
 @pytest.mark.core
 async def test_the_time_of_an_event_is_the_start_of_its_attempt() -> None:
-    """``timestamp_utc`` is when the attempt's function was called, in UTC, whatever was waited for before and
-    after."""
+    """``timestamp_utc`` is when the function was called, in UTC, without any waits."""
     called: list[datetime] = []
 
     async def func(state: Num) -> Any:
@@ -121,8 +120,7 @@ async def test_the_time_of_an_event_is_the_start_of_its_attempt() -> None:
 
 
 async def test_a_trace_that_was_looked_at_is_still_the_runs_own() -> None:
-    """G7, G8: Neither `redact` nor `on_run_end` changes an event, also if a hook has read the trace during
-    the run."""
+    """G7, G8: Neither `redact` nor `on_run_end` changes an event, also if a hook reads the trace."""
 
     async def look(*_: Any) -> None:
         current = current_node()

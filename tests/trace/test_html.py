@@ -138,8 +138,7 @@ async def test_secrets_and_redaction() -> None:
 
 @pytest.mark.core
 async def test_messages_are_redacted(tmp_path: Path) -> None:
-    """What redact takes out of a state is not in a message either, whole or cut off, and no other word is
-    lost."""
+    """What redact takes out of a state is not in a message, whole or cut, and no other word is lost."""
 
     class Private(BaseModel):
         name: str = "Augusta Ada King, Countess of Lovelace"
@@ -275,8 +274,7 @@ def test_what_is_too_much_to_show() -> None:
 
 @pytest.mark.core
 def test_waits_are_between_attempts_of_one_place() -> None:
-    """A wait begins where an attempt ended and ends where the next one of the same place begins; overlaps are
-    none."""
+    """A wait begins where an attempt ended and ends where the next at its place begins, without overlaps."""
     bars = [
         Bar("a", "0", 1, 0, 10, "failure"),
         Bar("a", "0", 2, 25, 10, "failure"),
@@ -316,8 +314,7 @@ def test_groups_fold() -> None:
 
 @pytest.mark.core
 def test_idle_time_folds() -> None:
-    """A stretch in which nothing ran is drawn as a short one; nothing changes its order, and work keeps its
-    scale."""
+    """A stretch in which nothing ran is drawn as a short one; order and scale of work stay."""
     bars = [
         Bar("a", "0", 1, 0.0, 1000.0, "failure", "AMBIGUOUS"),
         Bar("a", "0", 2, 61_000.0, 500.0, "success"),

@@ -1,5 +1,4 @@
-"""Secrets in what a run records of exceptions that no node raised as its failure: effects, flows, plain code,
-groups."""
+"""Secrets in what a run records of exceptions that no node raised: effects, flows, plain code, groups."""
 
 from __future__ import annotations
 
@@ -48,8 +47,7 @@ def identity(runner: StromaRunner, name: str) -> Any:
 
 
 async def test_the_cause_of_an_unknown_effect_is_masked() -> None:
-    """What the call of an effect raised, and what its reconcile raised, is in the question without
-    secrets."""
+    """The error of an effect's call and of its reconcile is in the question without secrets."""
     store = AsyncInMemoryStore()
     runner = quick(store)
 
@@ -126,8 +124,7 @@ async def test_what_a_flow_raises_is_masked(nested: bool, caplog: pytest.LogCapt
 
 @pytest.mark.parametrize("kind", ["parallel", "map"])
 async def test_the_failure_of_a_group_is_masked(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A child's exception group with the secret of its state is masked in the failure of the child and of the
-    group."""
+    """A child's exception group with the secret of its state is masked in both failures."""
     runner = quick()
 
     @runner.node("call", input=Call, output=Call)

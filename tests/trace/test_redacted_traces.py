@@ -18,8 +18,7 @@ from stroma.trace.story import Bar, StopCause, Story
 
 
 def test_equal_traces_differ_in_nothing() -> None:
-    """Ids of runs, times, usage, places and reasons are not compared; the order of children is not,
-    either."""
+    """Ids of runs, times, usage, places and reasons are not compared; nor is the order of children."""
     x, y, z = row("x", branch="0"), failed("y", branch="1"), row("z", branch="1.0")
     one = trace(
         row("a"), row("g", children=[x, failed("h", branch="1", children=[y, z])]), failed("a", attempt=2)
@@ -95,8 +94,7 @@ def test_the_order_of_keys_is_no_difference() -> None:
     ],
 )
 def test_what_is_different_of_a_child(change: dict[str, Any]) -> None:
-    """Of children each field counts, their places and their own children too; the others of them are no
-    difference."""
+    """Of children each field counts, their places and children too; others are no difference."""
     one = failed("x", branch="0", made={"b": 2})
     other = failed("x", **{"branch": "0", "made": {"b": 2}, **change})
     held = trace(row("g", children=[row("w"), one]))
@@ -165,8 +163,7 @@ def test_the_story_of_nothing() -> None:
 
 
 def test_the_story_of_a_trace() -> None:
-    """Every attempt is a bar, those in groups too, by the time at which they began; times are exact, costs
-    are sums."""
+    """Every attempt is a bar, those in groups too, by begin; times are exact, costs are sums."""
     held = trace(
         row("late", started=START + 9_000_000, took=1_500_000, usage=USED, position=2),
         row(
@@ -192,8 +189,7 @@ def test_the_story_of_a_trace() -> None:
 
 
 def test_the_story_of_events() -> None:
-    """Those that somebody looked at, or made, know their start to the microsecond and whole milliseconds of
-    work."""
+    """Those read or made know their start to the microsecond and whole milliseconds of work."""
     held = trace(
         failed_event("x", branch="3", usage=USED, children=[event("in", duration_ms=7)]),
         row("later", started=START + 1_000_000, took=6_000_000),
@@ -324,8 +320,7 @@ def test_the_story_of_a_result() -> None:
 
 
 def test_the_box_of_a_failed_run_names_the_child_that_failed() -> None:
-    """Of the attempts that said the same the last one, and of a group and its child that began at once the
-    child."""
+    """Of the attempts that said the same the last one, of a group and child begun at once the child."""
     first = failed("x", started=START - 5_000_000, branch="0.1.1.1")
     child = failed("x", branch="0.1", position=1)
     group = failed("g", position=1, children=[child])

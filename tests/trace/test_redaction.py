@@ -14,8 +14,7 @@ from stroma import NodeContract, NodeHooks, RunStatus, StromaRunner, stroma_node
 
 @pytest.mark.core
 async def test_what_the_end_of_a_run_shows_is_redacted() -> None:
-    """``redact`` runs before any hook sees a state: the final one, those of the trace, and that of a
-    violation."""
+    """``redact`` runs before any hook sees a state: final, of the trace, of a violation."""
     seen: list[Any] = []
 
     async def end(run_id: str, result: Any) -> None:
@@ -82,8 +81,7 @@ def raising(state: dict[str, Any]) -> Any:
 )
 @pytest.mark.parametrize("root", [False, True], ids=["model", "root model"])
 async def test_whatever_redact_makes_every_hook_is_called(redact: Any, root: bool) -> None:
-    """If redact raises, whatever that is, or gives what is no state of the class, each hook is called all the
-    same."""
+    """If redact raises or returns another class, each hook is still called."""
     seen: list[str] = []
     shown: list[Any] = []
 
@@ -112,8 +110,7 @@ async def test_whatever_redact_makes_every_hook_is_called(redact: Any, root: boo
     ("instance", "root"), [({"root": "***"}, "***"), ({"hidden": True}, {"hidden": True})]
 )
 async def test_redact_of_a_root_model(instance: dict[str, Any], root: Any) -> None:
-    """on_run_end gets what redact made of a root model's state, whether under the key "root" or without
-    it."""
+    """on_run_end gets what redact made of a root model's state, under the key "root" or without it."""
     shown: list[Any] = []
 
     async def end(run_id: str, result: Any) -> None:

@@ -1,5 +1,4 @@
-"""Messages of failures wherever they are shown: no secrets, nothing that a terminal or a reader obeys, and
-their type."""
+"""Messages of failures wherever they are shown: no secrets or control characters, and their type."""
 
 from __future__ import annotations
 
@@ -125,8 +124,7 @@ async def test_secrets_of_the_context_are_masked() -> None:
 
 
 async def test_a_secret_in_a_broken_contract_is_masked() -> None:
-    """What a validator of the user's says of a rejected output does not tell a secret that came in plain
-    text."""
+    """What a validator of the user's says of a rejected output tells no secret of plain text."""
 
     class Login(BaseModel):
         token: SecretStr
@@ -269,8 +267,7 @@ async def test_an_endless_mapping_does_not_stop_the_event_loop() -> None:
 
 
 async def test_a_message_is_one_line_of_a_log(log: Log) -> None:
-    """Line breaks, escapes of terminals and marks of direction in a message are shown as escapes; its type
-    comes first."""
+    """Line breaks, terminal escapes and marks of direction in a message are escaped; its type comes first."""
     runner = StromaRunner.quick(policy_map=NEVER)
     await runner.run(failing(runner, ConnectionResetError(FORGED)), Call())
     line = next(line for line in log.text.split("\n") if "failed at attempt" in line)
@@ -279,8 +276,7 @@ async def test_a_message_is_one_line_of_a_log(log: Log) -> None:
 
 
 async def test_the_line_of_an_item_that_is_left_out_is_one_line(log: Log) -> None:
-    """What the log says of an item of a map that is collected as failed has its type first, and is one
-    line."""
+    """What the log says of an item of a map collected as failed has its type first, and is one line."""
 
     class Calls(BaseModel):
         calls: list[Call] = []
@@ -351,8 +347,7 @@ def _seconds(call: Any) -> float:
     ],
 )
 def test_hiding_takes_bounded_time(text: str, values: list[str]) -> None:
-    """Values and texts that are made to be slow cost at most a moment; what could not be searched is hidden
-    whole."""
+    """Values and texts made to be slow cost at most a moment; what could not be searched is hidden whole."""
     assert _seconds(lambda: without(text, values)) < 5  # Minutes, before.
     assert "customer-id-000" not in without(text, values)
 
@@ -368,8 +363,7 @@ def test_many_hidden_values_hide_the_message() -> None:
 
 
 def test_a_long_key_takes_bounded_time() -> None:
-    """A key of a model's answer costs time in its length, not in the square of it; denied names are found as
-    before."""
+    """A key of a model's answer costs time linear in its length; denied names are still found."""
     denied = DeniedNames(("api_key", "password", "*private_key*"))
     assert _seconds(lambda: "_" * 60_000 in denied) < 5
     assert _seconds(lambda: "x_" * 30_000 in denied) < 5

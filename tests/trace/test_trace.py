@@ -1,5 +1,4 @@
-"""What a trace holds and gives out, to the last field: rows, events, sums of what was left out, copies,
-JSON."""
+"""What a trace holds, to the last field: rows, events, sums of what was left out, copies, JSON."""
 
 from __future__ import annotations
 
@@ -97,8 +96,7 @@ def test_the_time_of_an_event_is_cut_off_not_rounded(digits: int) -> None:
 
 @pytest.mark.core
 def test_snapshots_are_read_by_the_schemas_of_their_row() -> None:
-    """An input by the schema of the input, an output by that of the output; deep states too; whatever the
-    node id."""
+    """An input by its schema, an output by its own; deep states too; whatever the node id."""
     held = trace()
     value, instance, deep = schema_of(Given), schema_of(Made), schema_of(Deep)
     words = deep.snapshot(Deep(words=["x"]))
@@ -280,8 +278,7 @@ def test_a_trace_that_was_pickled_goes_on() -> None:
 
 @pytest.mark.parametrize("most", [1, 2, 3])
 def test_so_many_are_kept_and_as_many_failures_more(most: int) -> None:
-    """The first ones, whatever they are; after those failures only, up to twice as many in all; the rest is
-    counted."""
+    """The first ones; then failures only, up to twice as many in all; the rest is counted."""
     rows = BoundedRows(most)
     for n in range(10):
         rows.append(row(f"ok{n}"))
@@ -383,8 +380,7 @@ def test_rows_like_others_have_their_limit_and_sums() -> None:
 
 
 def test_figures_of_every_attempt_in_the_order_of_a_walk() -> None:
-    """A group, what its map left out, then what is inside; looked at or not, but that events know whole
-    milliseconds."""
+    """A group, what its map left out, then what is inside; read or not, in whole milliseconds."""
 
     def held() -> ExecutionTrace:
         return trace(

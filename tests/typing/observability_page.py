@@ -1,5 +1,4 @@
-"""The nodes of the published examples: a bare `-> dict` or `-> tuple`, hooks without annotations; all
-pass."""
+"""The nodes of the published examples: a bare `-> dict` or `-> tuple`, untyped hooks; all pass."""
 
 # A bare `dict` lacks its type arguments under strict settings. That is between the user and the checker, and
 # no business of our decorators.

@@ -1,5 +1,4 @@
-"""axe-core and html-validate, from npm by the lock file in tests/ui/tools: test data, no part of the
-project."""
+"""axe-core and html-validate, from npm by the lock file in tests/ui/tools: test data only."""
 
 from __future__ import annotations
 

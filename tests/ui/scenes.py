@@ -1,5 +1,4 @@
-"""Runs made for pictures and for tests of what pages look like: retries, maps, flows, suspended and living
-runs."""
+"""Runs for pictures and tests of pages: retries, maps, flows, suspended and living runs."""
 
 from __future__ import annotations
 

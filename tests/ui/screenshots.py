@@ -1,5 +1,4 @@
-"""Pictures of the web interface, made in a real browser from runs made for them: ``./dev screenshots
-DIR``."""
+"""Pictures of the web interface, made in a real browser from prepared runs: ``./dev screenshots DIR``."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Actions of pages beyond those of test_control.py: answer, fork, resume several runs; and each of them in a
-browser."""
+"""Actions of pages beyond those of test_control.py: answer, fork, resume several, each in a browser."""
 
 from __future__ import annotations
 
@@ -58,8 +57,7 @@ def answered(store: Any, run_id: str) -> bool:
 
 
 def test_an_answer(store: SQLiteStore, serve: Any) -> None:
-    """The page of a suspended run takes the answer, checked against its class, and resumes the run if asked
-    to."""
+    """The page of a suspended run takes the answer, checked against its class, and resumes if asked."""
     make_runs(store, ("x", ASKS), ("y", ASKS))
     site: Site = serve(store, pipeline="flows", find_schema=lambda one: Answer)
     page = site.get("/run", id="x").text
@@ -136,8 +134,7 @@ def send_often(sites: list[Site], path: str, form: dict[str, str]) -> set[str]:
 
 
 def test_one_form_starts_one_run(store: SQLiteStore, serve: Any) -> None:
-    """A form that starts paid work starts it once, however often and to whichever thread of the server it is
-    sent."""
+    """A form that starts paid work starts it once however often it is sent, to any thread."""
     make_runs(store, ("bad", BAD), ("x", ASKS))
     sites = two_threads(store, serve, lineage=lineage(BAD), find_schema=lambda one: Answer)
     site = sites[0]
@@ -206,8 +203,7 @@ NUMBERS = {
 
 @pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
 def test_any_number_is_an_answer_or_a_clear_refusal(store: SQLiteStore, serve: Any, number: str) -> None:
-    """Any JSON in a form is accepted, or refused with a message; every page can still be read, and the run
-    resumes."""
+    """Any JSON in a form is accepted, or refused with a message; pages can be read, and the run resumes."""
     make_runs(store, ("x", ANYTHING))
     runner = StromaRunner.quick(store=store)
     charge = runner.node("charge", input=State, output=Anything, effect=True)(_charge)

@@ -74,8 +74,7 @@ def parsed(model: type[BaseModel], texts: dict[str, str]) -> Any:
 
 
 def test_each_simple_property_is_a_field() -> None:
-    """Texts, numbers, booleans, enums, literals, lists of texts and optional ones have a field; anything else
-    is JSON."""
+    """Text, number, boolean, enum, literal, list of text, optional have a field; others are JSON."""
     fields = {field.name: field for field in fields_of(Review.model_json_schema())}
     assert {name: (field.input, field.is_required) for name, field in fields.items()} == {
         "approved": ("choice", True),
@@ -127,8 +126,7 @@ def test_a_cleared_field_does_not_send_its_default() -> None:
 
 
 def test_other_answers() -> None:
-    """A required field that takes null is null if it is empty; an answer that is not an object has one field,
-    or JSON."""
+    """A required field that takes null is null if empty; an answer of no object has one field or JSON."""
     assert parsed(Nullable, {"by": ""}) == {"by": None}
     assert parsed(RootModel[bool], {"": "true"}) is True
     assert parsed(RootModel[list[str]], {"": "a\nb"}) == ["a", "b"]
@@ -147,8 +145,7 @@ def test_other_answers() -> None:
     ],
 )
 def test_a_strange_schema_is_written_as_json(schema: Any) -> None:
-    """A stored schema that pydantic did not write raises nothing: what is not understood is a field for
-    JSON."""
+    """A stored schema that pydantic did not write raises nothing: an unknown part is a JSON field."""
     assert {field.input for field in fields_of(schema)} <= {"json"}
 
 
