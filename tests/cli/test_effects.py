@@ -106,7 +106,8 @@ def test_an_answer_in_the_place_of_the_pipeline(shop, inside, fails):
 
 
 def test_a_dry_run_names_what_must_be_settled(shop, inside, ran):
-    """--dry-run says first that the outcome of a call of an effect must be stated."""
+    """--dry-run says first that the outcome of a call of an effect must be stated; it refuses code that has
+    another node in its place, as a resume does."""
     ran("x", target="shop.py:pipeline", given='{"n": 1}', code=7)
     planned = inside("resume", "x", "shop.py:pipeline", "--dry-run").out
     assert planned.startswith(
@@ -114,6 +115,13 @@ def test_a_dry_run_names_what_must_be_settled(shop, inside, ran):
     )
     data = json.loads(inside("resume", "x", "shop.py:pipeline", "--dry-run", "--json").out)
     assert data["settles"] == [KEY]
+    shop.file("shop.py", SHOP.replace("[charge]", "[node('first', asks), charge]"))
+    changed = inside("resume", "x", "shop.py:pipeline", "--dry-run")
+    assert (changed.code, "settles" in changed.out) == (2, False)
+    assert f"nobody knows if call 1 of effect 'charge' with key {KEY} happened" in " ".join(
+        changed.out.split()
+    )
+    shop.file("shop.py", SHOP)
     assert (
         inside("approve", "x", "shop.py:pipeline", "--done", '{"number": 1}', "--question", "0:1").code == 0
     )

@@ -180,8 +180,8 @@ async def test_a_death_at_each_boundary(within: str) -> None:
 
 async def test_another_try_of_a_large_map(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another try of a map looks through the records of effects once, and not for each of its items."""
-    shop, reads, read = Store(), list[int](), effects._intents
-    monkeypatch.setattr(effects, "_intents", lambda *args: reads.append(1) or read(*args))
+    shop, reads, read = Store(), list[int](), effects.intents
+    monkeypatch.setattr(effects, "intents", lambda *args: reads.append(1) or read(*args))
     runner = StromaRunner.quick(store=store, policy_map=NEVER)
     charge = runner.node("charge", input=Order, output=Receipt, effect=True)(shop.charge)
     reserve = runner.node("reserve", input=Receipt, output=Num)(shop.reserve)

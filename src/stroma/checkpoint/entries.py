@@ -366,6 +366,8 @@ class Intent(NamedTuple):
         key: its idempotency key.
         started_ms: when it began, since the epoch.
         statement: the last one about a call with this input at this place.
+        event: the last event that the body of the flow had noticed: one that notices it makes the call too;
+            None if that event is discarded.
     """
 
     node_id: str
@@ -379,11 +381,17 @@ class Intent(NamedTuple):
     key: str = ""
     started_ms: int = 0
     statement: Statement | None = None
+    event: int | None = 0
 
     @property
     def is_unknown(self) -> bool:
         """True while the call is in flight, and after that until its outcome is known."""
         return self.is_open and not self.has_output
+
+    @property
+    def described(self) -> str:
+        """Say that the outcome is unknown, in a message."""
+        return f"nobody knows if call {self.number} of effect {self.node_id!r} with key {self.key} happened"
 
 
 class RunFacts(NamedTuple):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
 from stroma.checkpoint import CheckpointManager, Committed, InMemoryStore, PipelineChanged
 from stroma.checkpoint.decisions import COMPLETE
-from stroma.checkpoint.entries import is_of_pipeline
+from stroma.checkpoint.entries import Intent, is_of_pipeline
 from stroma.checkpoint.history import History, place_of, status_of
 from stroma.checkpoint.identity import child_indexes, is_called
 from stroma.checkpoint.records import AttemptRecord, RunRecord
@@ -25,7 +25,7 @@ from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.restore import check_place, read_output
+from stroma.engine.restore import check_unfinished_call, check_place, read_output
 from stroma.runner.pipeline import Pipeline
 
 
@@ -44,8 +44,11 @@ def changes_since(
     nodes: Sequence[Node | Group],
     registry: ContractRegistry,
     config: RunConfig | None = None,
+    calls: Iterable[tuple[tuple[int, str], Intent]] = (),
 ) -> list[Incompatibility]:
     """Return the changes that prevent a resume of committed outputs by (position, branch).
+
+    ``calls``: those of effects whose outcome is unknown, with their places.
 
     Decides as a resume does. Nothing is written, and no user code is called but validators and upcasts.
     """
@@ -66,6 +69,11 @@ def changes_since(
                     "resume from there to run it again"
                 )
             changes.append(Incompatibility(at, committed.node_id, message))
+    for place, call in calls:
+        try:
+            check_unfinished_call(ctx, nodes, *place, call)
+        except PipelineChanged as error:
+            changes.append(Incompatibility(str(place[0]), call.node_id, str(error)))
     return changes
 
 
@@ -107,14 +115,14 @@ def print_plan(
     restored = _restored(attempts, before)
     called = _called_nodes(attempts, restored, pipeline)
     changes: list[Incompatibility] = []
+    effects = database.reader.facts_of(record.run_id).effects
+    unknown = [] if record.holder else [(at, call) for at, call in effects.items() if call.is_unknown]
     if pipeline is not None and target is not None:
         changes = [
             change
-            for change in _find_changes(database, record, pipeline, target)
+            for change in _find_changes(database, record, pipeline, target, unknown)
             if before is None or change.at == "input" or int(change.at.partition(".")[0]) < before
         ]
-    facts = database.reader.facts_of(record.run_id)
-    settled = [] if record.holder else [call for call in facts.effects.values() if call.is_unknown]
     code = Code.OK
     if record.holder is not None:
         code = Code.ENVIRONMENT
@@ -131,14 +139,14 @@ def print_plan(
                 "holder": record.holder,
                 "kept": [_data(one) for one in restored],
                 "saves": dict(zip(("tokens", "cost_usd", "seconds"), _savings(restored), strict=True)),
-                "settles": [call.key for call in settled],
+                "settles": [call.key for _, call in unknown],
                 "calls": called,
                 "changes": [_change(change) for change in changes],
             }
         )
         return code
     target = target or database.target_of(record)
-    for call in settled:
+    for _, call in unknown if not changes else ():
         text = (
             f"settles effect {clean(call.node_id, 60)!r} first: nobody knows if call {call.number} happened"
         )
@@ -250,7 +258,11 @@ def _change(change: Incompatibility) -> dict[str, Any]:
 
 
 def _find_changes(
-    database: Database, record: RunRecord, pipeline: Pipeline, target: str
+    database: Database,
+    record: RunRecord,
+    pipeline: Pipeline,
+    target: str,
+    unknown: list[tuple[tuple[int, str], Intent]],
 ) -> list[Incompatibility]:
     """Return the changes that prevent a resume. Reads the store only. Raises Problem."""
     nodes = [find_node(node) for node in pipeline.nodes]
@@ -262,7 +274,7 @@ def _find_changes(
             raise
         changes.append(Incompatibility("input", "input", f"{problem.message}; {problem.more[0]}"))
     commits, damaged = _commits(database, record)
-    stored_run = changes_since(record.run_id, commits, nodes, ContractRegistry(), pipeline.config)
+    stored_run = changes_since(record.run_id, commits, nodes, ContractRegistry(), pipeline.config, unknown)
     return [*changes, *damaged, *stored_run]
 
 

@@ -26,8 +26,8 @@ from uuid import uuid4
 from pydantic import BaseModel
 
 from stroma._utils.text import one_line, typed
-from stroma.checkpoint import Committed, CorruptCheckpoint, Fenced
-from stroma.checkpoint.decoding import RecordName, decode_json
+from stroma.checkpoint import Committed, CorruptCheckpoint, Fenced, PipelineChanged
+from stroma.checkpoint.decoding import RecordName, decode_json, decode_number
 from stroma.checkpoint.entries import (
     NOT_DONE,
     OF_FLOW,
@@ -36,6 +36,7 @@ from stroma.checkpoint.entries import (
     UnknownCall,
     Waiting,
     effect_note,
+    is_effect_note,
 )
 from stroma.checkpoint.identity import is_called, with_outer, without_attempts
 from stroma.checkpoint.sessions import SimpleSession
@@ -242,6 +243,7 @@ class Effect:
                 key=self.key,
                 started_ms=(perf_counter_ns() + run.ctx.journal.epoch_ns) // 1_000_000,
                 statement=None if before is None else before.statement,
+                event=0 if run.ctx.journal.number_event is None else run.ctx.journal.noticed,
             )
         )
         if self._place != self._first:
@@ -327,13 +329,13 @@ class Effect:
 
     def _note(self, intent: Intent) -> None:
         self._intent = intent
-        _write(self._run.ctx, self._place, intent)
+        write_intent(self._run.ctx, self._place, intent)
 
     def _note_with_first(self) -> None:
         """Note this input with the first one at the place, where later attempts look for it."""
         first = _read(self._run, self._first)
         if first is not None and self._digest not in first.others:
-            _write(self._run.ctx, self._first, first._replace(others=(*first.others, self._digest)))
+            write_intent(self._run.ctx, self._first, first._replace(others=(*first.others, self._digest)))
 
     # ------------------------------------------------------------------ how a call ended
 
@@ -452,17 +454,28 @@ def _is_call(run: RunningNode) -> bool:
 
 
 def _read(run: RunningNode, place: NotePlace) -> Intent | None:
-    """Return the last call recorded at a place; None without one, or if it belongs to another node."""
+    """Return the last call recorded at a place; None without one, or if it belongs to another node.
+
+    Raises PipelineChanged if the outcome of the other node's call is unknown.
+    """
     key = effect_note(*place)
     intent = run.ctx.journal.effects.get(key)
     if intent is None:
         data = run.ctx.session.notes.get(key)
         name = RecordName(run.run_id, "note", key)
         intent = None if data is None else decode_json(data, Intent, name)
-    return intent if intent is not None and intent.node_id == run.node_id else None
+    if intent is None or intent.node_id == run.node_id:
+        return intent
+    if intent.is_unknown and not run.ctx.config.allow_changes:
+        raise PipelineChanged(
+            f"run {run.run_id!r} cannot be resumed: {intent.described}, and the code calls {run.node_id!r} "
+            "in its place; restore the node, or start a new run"
+        )
+    return None
 
 
-def _write(ctx: ReliabilityContext, place: NotePlace, intent: Intent) -> None:
+def write_intent(ctx: ReliabilityContext, place: NotePlace, intent: Intent) -> None:
+    """Note the last call at a place; it is stored with the next record."""
     key = effect_note(*place)
     ctx.journal.effects[key] = intent
     ctx.session.note(key, json.dumps(intent).encode())
@@ -476,8 +489,8 @@ def _places_of_calls(run: RunningNode, digest: str) -> dict[NotePlace, None]:
     by_place = run.ctx.journal.effect_places
     if run.position not in by_place:
         by_call = by_place[run.position] = {}
-        intents = _intents(run.ctx, run.position).items()
-        for place, one in sorted(intents, key=lambda item: item[1].started_ms):
+        calls = intents(run.ctx, run.position).items()
+        for place, one in sorted(calls, key=lambda item: item[1].started_ms):
             by_call.setdefault((one.node_id, one.digest), {})[place] = None
     return by_place[run.position].setdefault((run.node_id, digest), {})
 
@@ -503,7 +516,7 @@ def flight_inside(ctx: ReliabilityContext, position: int, branch: str) -> Flight
 def settle_left_calls(ctx: ReliabilityContext, position: int) -> list[tuple[NotePlace, Intent]]:
     """Note what persons stated of calls in a flow whose outcome is unknown; return the others."""
     unknown = list[tuple[NotePlace, Intent]]()
-    for place, one in _intents(ctx, position).items():
+    for place, one in intents(ctx, position).items():
         if one.is_unknown:
             waiting = ctx.session.waiting.get(place)
             if waiting is None or waiting.call_number != one.number or waiting.payload is None:
@@ -511,20 +524,21 @@ def settle_left_calls(ctx: ReliabilityContext, position: int) -> list[tuple[Note
                 continue
             happened = waiting.payload != NOT_DONE
             statement = Statement(one.number, happened, "person")
-            _write(ctx, place, one._replace(is_open=happened, has_output=happened, statement=statement))
+            write_intent(ctx, place, one._replace(is_open=happened, has_output=happened, statement=statement))
     return unknown
 
 
-def _intents(ctx: ReliabilityContext, position: int) -> dict[NotePlace, Intent]:
-    """Return the last calls of effects at a position, by the places of their notes."""
-    prefix, known = effect_note(position, ""), ctx.journal.effects
-    intents: dict[NotePlace, Intent] = {}
+def intents(ctx: ReliabilityContext, position: int | None = None) -> dict[NotePlace, Intent]:
+    """Return the last calls of effects, at a position or in the whole run, by the places of their notes."""
+    known = ctx.journal.effects
+    calls: dict[NotePlace, Intent] = {}
     for name in {**ctx.session.notes, **known}:
-        if name.startswith(prefix):
-            data = ctx.session.notes.get(name, b"")
-            one = known.get(name) or decode_json(data, Intent, RecordName(ctx.run_id, "note", name))
-            intents[position, name.removeprefix(prefix)] = one
-    return intents
+        at, _, branch = name.split(":", 2) if is_effect_note(name) else ("", "", "")
+        if at and (position is None or at == str(position)):
+            where = RecordName(ctx.run_id, "note", name)
+            one = known.get(name) or decode_json(ctx.session.notes.get(name, b""), Intent, where)
+            calls[decode_number(at, where), branch] = one
+    return calls
 
 
 def _holder_of(intent: Intent) -> NotePlace:
@@ -540,7 +554,7 @@ def is_unknown(ctx: ReliabilityContext, position: int, branch: str) -> bool:
     """Return True if the outcome of the effect that was called at a branch is unknown."""
     return any(
         one.is_unknown and ctx.journal.taken_over.get(place, _holder_of(one)) == (position, branch)
-        for place, one in _intents(ctx, position).items()
+        for place, one in intents(ctx, position).items()
     )
 
 

@@ -59,6 +59,7 @@ class RunJournal:
         wake_ms: when the suspended or interrupted run is due; see Session.end().
         number_event: returns the number of the event that the output at a branch is to the body of a flow;
             None outside of flows.
+        noticed: number of the last event that this body has noticed.
         traceparent: the W3C trace context of the caller.
         kept_traces: trace contexts for processes that resume the run, by system: the first one that each
             system recorded.
@@ -97,6 +98,7 @@ class RunJournal:
     caller: Any = None
     wake_ms: int | None = None
     number_event: Callable[[str], int] | None = None
+    noticed: int = 0
     traceparent: str | None = None
     attempt_count: int = 0
     #: The call of the store that opens the run. It waits between two looks at a run of another process; and

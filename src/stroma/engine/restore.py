@@ -11,6 +11,7 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 from stroma.checkpoint import Committed, CorruptCheckpoint, PipelineChanged, StepCall, Waiting
+from stroma.checkpoint.entries import Intent
 from stroma.checkpoint.identity import child_indexes, is_called
 from stroma.contracts.codec import describe_error
 from stroma.contracts.contract import ContractRegistry, NodeContract
@@ -30,9 +31,9 @@ from stroma.trace.events import NO_USAGE, AttemptRow
 _SHOWN_NODES: Final = 4
 
 __all__ = [
+    "check_unfinished_call",
     "check_committed",
     "check_place",
-    "check_question",
     "node_at",
     "output_schema",
     "raw_output",
@@ -249,19 +250,22 @@ def node_at(
     return node, group
 
 
-def check_question(ctx: ReliabilityContext, nodes: Sequence[Node | Group], waiting: Waiting) -> None:
-    """Raise PipelineChanged unless the pipeline has the node that asked a question at its place."""
-    if ctx.config.allow_changes or is_called(waiting.branch):
+def check_unfinished_call(
+    ctx: ReliabilityContext, nodes: Sequence[Node | Group], position: int, branch: str, of: Waiting | Intent
+) -> None:
+    """Raise PipelineChanged unless the pipeline has the node of a question or an effect at its place."""
+    if ctx.config.allow_changes or is_called(branch):
         return
-    if waiting.position < len(nodes) and isinstance(nodes[waiting.position], FlowNode):
-        return  # Its body asks the questions.
-    node, _ = node_at(nodes, waiting.position, waiting.branch)
-    if node is None or node.node_id != waiting.node_id:
+    if position < len(nodes) and isinstance(nodes[position], FlowNode):
+        return  # Its body makes the calls.
+    node, _ = node_at(nodes, position, branch)
+    contract = ctx.contract_of(node) if isinstance(node, Node) else None
+    is_effect = contract is not None and contract.effect
+    if node is None or node.node_id != of.node_id or (isinstance(of, Intent) and not is_effect):
+        what = of.described if isinstance(of, Intent) else f"it waits for an answer to node {of.node_id!r}"
         raise PipelineChanged(
-            f"run {ctx.run_id!r} cannot be resumed: at position {waiting.position} it waits for an answer "
-            "to node "
-            f"{waiting.node_id!r}{_orders(nodes, waiting.position, waiting.node_id)}; restore the order of "
-            "nodes, or start a new run"
+            f"run {ctx.run_id!r} cannot be resumed: at position {position} {what}"
+            f"{_orders(nodes, position, of.node_id)}; restore the order of nodes, or start a new run"
         )
 
 

@@ -18,6 +18,7 @@ from stroma.contracts.tagged_json import NotSerialisable
 from stroma.cost.usage import shown
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
+from stroma.engine.effects import intents
 from stroma.engine.lifecycle import (
     announce_start,
     call_end_hooks_now,
@@ -28,7 +29,7 @@ from stroma.engine.lifecycle import (
 )
 from stroma.engine.loop import execute_in_turn, note_end
 from stroma.engine.outcome import STOPPED, Halt, Place, Stopped, limit_that_stopped
-from stroma.engine.restore import check_place, check_question, output_schema, redeliver, restore
+from stroma.engine.restore import check_unfinished_call, check_place, output_schema, redeliver, restore
 from stroma.engine.tasks import raise_if
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import BUDGET, LAST_FAILURE, PAUSED, RunFailed, SharedBudgetExceeded
@@ -178,8 +179,11 @@ class RunExecution:
         self.continued = session.continued or self.start is not None
         if session.continued and session.finished is None:
             try:
-                for waiting in session.waiting.values():
-                    check_question(ctx, self.nodes, waiting)
+                for at, waiting in session.waiting.items():
+                    check_unfinished_call(ctx, self.nodes, *at, waiting)
+                for at, intent in intents(ctx).items() if session.notes else ():
+                    if intent.is_unknown:
+                        check_unfinished_call(ctx, self.nodes, *at, intent)
             except PipelineChanged as changed:
                 await self._give_back(changed)
         self._has_started = ctx.handover.is_active = True

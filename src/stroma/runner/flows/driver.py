@@ -70,7 +70,7 @@ class FlowDriver(FlowWaits):
     def _look_for_records(self) -> None:
         """Note if calls may have an earlier record, and if their inputs are stored or compared."""
         records = self.records
-        self.is_recorded = bool(records.events or records.loose or records.calls)
+        self.is_recorded = bool(records.events or records.loose or records.calls or records.unknown)
         self.needs_input = self.ctx.session.stores_inputs or self.is_recorded
 
     # ------------------------------------------------------------------ time
@@ -301,7 +301,7 @@ class FlowDriver(FlowWaits):
 
     def _turn(self, number: int) -> None:
         """Run the body until it waits, after an event."""
-        self.woken_by = number
+        self.woken_by = self.ctx.journal.noticed = number
         try:
             self.loop.run_ready(self._task)
         except RuntimeError as error:
@@ -380,6 +380,8 @@ class FlowDriver(FlowWaits):
             if self.stopping is None and (call is not None or not event.branch):
                 self._deliver(event.number, event.time_ms if call is None else call)
                 self._compare_suspension()
+        for branch in self.records.unknown:
+            self.stop_as_changed(f"does not make {describe(branch)}, an effect whose outcome is unknown")
         self.is_live = self.stopping is None
         self.records.events, self.records.calls = [], {}
         self._look_for_records()

@@ -24,10 +24,11 @@ from stroma.checkpoint import Committed, Session, StepCall
 from stroma.checkpoint.decoding import RecordName, decode_number, storable_text
 from stroma.checkpoint.entries import OF_FLOW, SentMessage
 from stroma.checkpoint.flow_notes import FailureNote, MessageNote, decode_flow_note
-from stroma.checkpoint.identity import is_called, with_outer
+from stroma.checkpoint.identity import is_called, with_outer, without_attempts
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import comparable, schema_of
 from stroma.engine.context import ReliabilityContext
+from stroma.engine.effects import intents, write_intent
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunFailed
 from stroma.failures.failure import Failure, kind_of
@@ -59,6 +60,8 @@ class FlowRecords:
         self._untaken: dict[tuple[str, bytes | None], list[str]] = {}
         #: Identities of the calls that must be made again, by the branch of their flow and their number.
         self.calls: dict[tuple[str, int | None], str] = {}
+        #: Nodes of the effects whose call must be made again, by its branch: its outcome is unknown.
+        self.unknown: dict[str, str] = {}
         #: The time that the body observed after an event, in ms since the epoch, by the number of the event.
         self.times: dict[int, int] = {}
         #: First and last number of the events that no longer hold, for each retried failure.
@@ -93,6 +96,10 @@ class FlowRecords:
         output = self.loose[branch]
         input_key = comparable(_step_of(output).input_key)
         return (output.node_id, input_key) if input_key is not None else (branch, None)
+
+    def has_noticed(self, number: int) -> bool:
+        """Return True if a body that replays the records notices an event."""
+        return number <= self.last and not any(first <= number <= last for first, last in self.discarded)
 
     def add_call(self, branch: str) -> None:
         """Note a call, and those of the flows around it, as calls that have to be made again."""
@@ -183,10 +190,10 @@ class FlowJournal:
     def _add_output(self, position: int, branch: str, committed: Committed) -> None:
         records, number = self.records(position), OF_FLOW - _step_of(committed).number
         records.last = max(records.last, number)
-        if any(first <= number <= last for first, last in records.discarded):
-            records.loose[branch] = committed
-        else:
+        if records.has_noticed(number):
             self._add(position, Event(number, branch), None)
+        else:
+            records.loose[branch] = committed
 
     def _finish(self, position: int, records: FlowRecords) -> None:
         """Put the events in order, and note the calls that must be made again."""
@@ -195,9 +202,16 @@ class FlowJournal:
         for event in records.events:
             records.add_call(event.branch)
         if not records.discarded:
-            for at, branch in (*(self._ctx.journal.tried or ()), *self._ctx.session.waiting):
+            questions = [at for at, one in self._ctx.session.waiting.items() if one.effect is None]
+            for at, branch in (*(self._ctx.journal.tried or ()), *questions):
                 if at == position and is_called(branch):
                     records.add_call(branch)
+        for place, intent in intents(self._ctx, position).items():
+            if intent.is_unknown and intent.event is not None:
+                if records.has_noticed(intent.event):
+                    records.unknown[without_attempts(intent.branch)] = intent.node_id
+                else:
+                    write_intent(self._ctx, place, intent._replace(event=None))
 
     def input_key_of(self, position: int, event: Event) -> bytes | None:
         """Return the input of the call that an event ends, in stored form; None if it is not recorded."""

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from sys import exception
 from typing import Any, NoReturn, TypeVar
 
-from stroma.checkpoint.identity import quoted
+from stroma.checkpoint.identity import quoted, with_outer
 from stroma.contracts.node import FlowNode
 from stroma.contracts.schema import schema_of
 from stroma.engine.current import CURRENT
@@ -103,7 +103,16 @@ class FlowPath(FlowScope):
 
     def _find_identity(self, call: FlowCall) -> None:
         """Give a call another place, and so another idempotency key, if a loose output has its place."""
-        identity, number, loose = call.identity, 1, self.driver.records.loose
+        records = self.driver.records
+        identity, number, loose = call.identity, 1, records.loose
         while (output := loose.get(call.branch)) is not None and call.is_other_than(output):
             number += 1
             call.name(f"{identity}@{number}")
+        for branch in list(records.unknown) if type(call.node) is not FlowNode else ():
+            if call.branch in with_outer(branch):
+                node_id = records.unknown.pop(branch)
+                if branch == call.branch and not (node_id == call.node.node_id and call.is_effect()):
+                    self.driver.stop_as_changed(
+                        f"makes {describe(branch)} of node {call.node.node_id!r} now, and the outcome of "
+                        f"effect {node_id!r} there is unknown"
+                    )
