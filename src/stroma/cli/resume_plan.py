@@ -25,7 +25,7 @@ from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.restore import check_unfinished_call, check_place, read_output
+from stroma.engine.restore import check_place, check_unfinished_call, read_output
 from stroma.runner.pipeline import Pipeline
 
 

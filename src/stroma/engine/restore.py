@@ -30,18 +30,6 @@ from stroma.trace.events import NO_USAGE, AttemptRow
 #: Nodes that a message names on each side of a difference.
 _SHOWN_NODES: Final = 4
 
-__all__ = [
-    "check_unfinished_call",
-    "check_committed",
-    "check_place",
-    "node_at",
-    "output_schema",
-    "raw_output",
-    "read_output",
-    "restore",
-    "value_of",
-]
-
 
 async def restore(
     ctx: ReliabilityContext, node: Node | Group, value: BaseModel, place: Place

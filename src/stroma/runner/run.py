@@ -29,7 +29,7 @@ from stroma.engine.lifecycle import (
 )
 from stroma.engine.loop import execute_in_turn, note_end
 from stroma.engine.outcome import STOPPED, Halt, Place, Stopped, limit_that_stopped
-from stroma.engine.restore import check_unfinished_call, check_place, output_schema, redeliver, restore
+from stroma.engine.restore import check_place, check_unfinished_call, output_schema, redeliver, restore
 from stroma.engine.tasks import raise_if
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import BUDGET, LAST_FAILURE, PAUSED, RunFailed, SharedBudgetExceeded
