@@ -35,8 +35,7 @@ Body = Callable[["Steps"], Awaitable[Any]]
 
 
 class Steps:
-    """A model that is a step of a flow, as is a tool; ``respond`` returns its answer to a list of
-    messages."""
+    """A model that is a step of a flow, as is a tool; ``respond`` returns its answer to messages."""
 
     def __init__(self, flow: Flow, respond: Callable[[list[Any]], Any]) -> None:
         self._flow = flow
@@ -73,8 +72,7 @@ def _flow_of(body: Body, respond: Callable[[list[Any]], Any]) -> Any:
 
 
 async def run_in_a_flow(body: Body, respond: Callable[[list[Any]], Any]) -> tuple[Any, list[str]]:
-    """Return what a body returns, and the steps that it makes, once it is shown to resume at every record of
-    its run."""
+    """Return what a body returns, and its steps, once it is shown to resume at every record."""
     flow, store = _flow_of(body, respond), InMemoryStore()
     result = await StromaRunner.quick(store=store, run_id="r").run(flow, Num())
     steps = [one.node_id for one in store.attempts("r") if one.node_id != "f"]

@@ -96,12 +96,10 @@ def hook_lines(steps: Sequence[str], fails: str | None = None) -> list[str]:
 
 
 class EmitsDeltas:
-    """What holds for every framework whose streamed answers are emitted. For subclasses of
-    FrameworkContract."""
+    """What holds for frameworks whose streamed answers are emitted. For subclasses of FrameworkContract."""
 
     def test_the_text_of_a_streamed_answer_is_emitted(self: Any) -> None:
-        """The node that calls the program emits each part of the answer once, and nothing of one that is not
-        streamed."""
+        """The node that calls the program emits each streamed part of the answer once, and nothing else."""
         seen: list[str] = []
         emitted = emitted_by(lambda: self.stream(self.script("one two three"), guard_of(), seen))
         assert [(name, text.strip()) for name, text in emitted] == [("delta", word) for word in seen]
@@ -137,8 +135,7 @@ class FrameworkContract:
     WRAPPERS: ClassVar[tuple[type[BaseException], ...]] = ()
 
     def script(self, *answers: Any, break_after: int | None = None) -> Any:
-        """Return a model that gives these answers; it raises what is an exception, and breaks off a streamed
-        answer."""
+        """Return a model that gives these answers; it raises exceptions, and breaks off a stream."""
         raise NotImplementedError
 
     def program(
@@ -165,8 +162,7 @@ class FrameworkContract:
         return self.program(script, guard), script
 
     def nested(self, guard: Guard, die: Callable[[], None]) -> str:
-        """Call a program that dies in a step, after a step has finished beside it or inside the step around
-        both."""
+        """Call a program that dies in a step, after another finished beside it or inside the outer one."""
 
         @as_weather
         def dies(city: str) -> dict[str, int]:
@@ -188,8 +184,7 @@ class FrameworkContract:
         return list(lines)
 
     def stopped(self, program: Any, kind: str, guard: Guard) -> BaseException:
-        """Call a program that is stopped, and return by what: it comes out as itself, or in the framework's
-        wrapper."""
+        """Call a program that is stopped, and return by what: as itself, or in the framework's wrapper."""
         with pytest.raises(Exception) as caught:
             self.call(program, kind, guard)
         assert guard.stopped is not None
@@ -208,8 +203,7 @@ class FrameworkContract:
 
     @holds("same answer")
     def test_the_answer_is_the_same_with_and_without_the_guard(self, kind: str) -> None:
-        """The model is asked the same, each part is a step of one completed run, and each token counts
-        once."""
+        """The model gets the same, each part is a step of one completed run, and each token counts once."""
         plain, guarded, guard = self.script(*self.GOOD), self.script(*self.GOOD), guard_of()
         expected = self.call(self.program(plain), kind)
         got = self.call(self.program(guarded, guard, {"weather": (City, Weather)}), kind, guard)
@@ -232,8 +226,7 @@ class FrameworkContract:
         ids=["in", "out"],
     )
     def test_a_violation_is_caught_at_its_step(self, kind: str, contract: Any, direction: str) -> None:
-        """G1: In each framework a violation ends the run at its step, and invalid input reaches no
-        function."""
+        """G1: In each framework a violation ends the run there, and invalid input reaches no function."""
         calls: list[str] = []
 
         @as_weather
@@ -251,8 +244,7 @@ class FrameworkContract:
 
     @holds("retries", "failed attempts")
     def test_a_transient_failure_is_retried(self, kind: str) -> None:
-        """G3, G6: in each framework the step that failed is called again alone, and what failed attempts used
-        counts."""
+        """G3, G6: in each framework the failed step alone is called again, and its failed attempts count."""
         errors: list[Exception] = [TimeoutError("slow"), ConnectionError("gone")]
 
         @as_weather
@@ -362,8 +354,7 @@ class FrameworkContract:
     @pytest.mark.timeout(600)
     @holds("killed")
     def test_killed_inside_of_a_step(self, tmp_path: Path) -> None:
-        """After SIGKILL, a resume gives what an undisturbed run gives: no finished step inside is None, or
-        left out."""
+        """After SIGKILL, a resume gives what an undisturbed run gives: no finished step is None or lost."""
         expected = self.nested(guard_of(), lambda: None)
         assert expected
         assert killed_and_resumed(type(self), tmp_path) == expected

@@ -159,8 +159,7 @@ def tree(result: ExecutionResult) -> list[str]:
 
 
 def killed_and_resumed(test: type[Any], folder: Path) -> str:
-    """What ``nested()`` of a test class returns in a process that goes on where one was killed inside of
-    it."""
+    """What ``nested()`` of a test class returns in a process that continues one killed inside of it."""
     return in_two_lives(live, folder, "dies", test.__module__, test.__name__)
 
 
@@ -195,8 +194,7 @@ def changed_until_detached(imports: str, attach: str) -> list[str]:
 
 
 def is_killed(live: Callable[..., Any], *arguments: Any, **env: str) -> bool:
-    """Call a function of a module in a process of its own. Return True if that was killed, False if it
-    ended."""
+    """Call a function of a module in its own process. Return True if that was killed, False if it ended."""
     program = f"import sys; from {live.__module__} import {live.__name__}; {live.__name__}(*sys.argv[1:])"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)],
@@ -235,8 +233,7 @@ def check_killed(
 
 
 def answer(folder: str | Path, value: Any) -> None:
-    """Note what a program comes to. Not on stdout, where threads of CrewAI print what it does, also at its
-    end."""
+    """Note what a program comes to, not on stdout, where threads of CrewAI print to its end."""
     Path(folder, "answer").write_text(str(value), "utf-8")
 
 

@@ -1,5 +1,4 @@
-"""The page and the examples of the framework that this environment is for: they run, and print what they
-say."""
+"""The page and examples of the framework that this environment is for: they run and print what they say."""
 
 from __future__ import annotations
 
@@ -83,8 +82,7 @@ def with_readers_sorted(lines: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("example", RESEARCH, ids=lambda path: path.stem)
 async def test_a_worker_finishes_the_research_of_a_killed_one(example: Path, tmp_path: Path) -> None:
-    """A page that follows the run gets its text as it arrives, also from a worker that replaces a killed
-    one."""
+    """A page that follows the run gets its text as it arrives, also from a replacing worker."""
     url = f"sqlite:///{tmp_path / 'research.db'}"
     command, env = [sys.executable, str(example)], {**os.environ, "STROMA_DB": url}
     asked = subprocess.run(

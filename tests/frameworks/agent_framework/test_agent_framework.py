@@ -151,8 +151,7 @@ def test_a_tool_that_fails_for_good_is_told_to_the_model_as_ever() -> None:
 
 
 class Cached(FunctionMiddleware):
-    """Answers in place of the tool, and ends there: as the framework has it for caches and guards of one's
-    own."""
+    """Answers in place of the tool, and ends there: as the framework has it for caches and own guards."""
 
     async def process(self, context: Any, call_next: Any) -> None:
         context.result = {"celsius": 99}
@@ -163,8 +162,7 @@ class Cached(FunctionMiddleware):
 @pytest.mark.parametrize("kind", KINDS)
 @holds("control flow")
 def test_middleware_that_terminates_ends_what_is_under_way_as_ever(kind: str, first: bool) -> None:
-    """Of one's own, before or after the guard's: it is no failure, nothing is tried again, and the answer is
-    the same."""
+    """Of one's own, before or after the guard's: no failure, no retry, and the answer is the same."""
     answers = []
     for guard in (None, guard_of()):
         script = Script(CALL, "It is 99 C")
@@ -185,8 +183,7 @@ def test_middleware_that_terminates_ends_what_is_under_way_as_ever(kind: str, fi
 
 @holds("control flow")
 def test_a_tool_that_needs_approval_is_asked_for_and_goes_on() -> None:
-    """The request for an approval comes out as ever, nothing has failed, and the tool is called once it is
-    given."""
+    """The request for an approval comes out as ever, nothing failed, and then the tool is called."""
     calls: list[str] = []
 
     @tool(approval_mode="always_require")
@@ -254,8 +251,7 @@ class Provider(Script):
 
 
 def team(ledger: list[int], guard: Guard | None = None, contracts: Any = None) -> Any:
-    """Return an agent with a function and two agents as tools, one of which has a tool, and one that asks an
-    agent."""
+    """Return an agent with a function and two agents as tools: one has a tool, one asks an agent."""
     north = Agent(Provider(ledger), name="north", tools=[tool_of()])
     south = Agent(Provider(ledger), name="south")
     west = Agent(Provider(ledger), name="west")
@@ -272,8 +268,7 @@ def team(ledger: list[int], guard: Guard | None = None, contracts: Any = None) -
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fifty_teams_at_once_spend_what_the_provider_has_counted(kind: str) -> None:
-    """All spend is counted, to the token: an agent's, and that of agents as tools and in tools, called in
-    parallel."""
+    """All spend is counted, to the token: of an agent, and of agents as tools and in tools, in parallel."""
     plain, ledger, seen = list[int](), list[int](), Seen()
     expected = ask(team(plain), kind)
     agent = team(ledger, guard := guard_of(seen))
@@ -362,8 +357,7 @@ def test_an_agent_outside_is_left_alone() -> None:
     ],
 )
 def test_cached_tokens_are_counted_as_such(kind: str, usage: Any, expected: Any) -> None:
-    """What was read from a cache and written to it, beside the input or in it, is input at a price of its
-    own."""
+    """What was read from a cache and written to it, beside the input or in it, is input at its own price."""
     script, guard = Script(ANSWER), guard_of()
     script.usage = usage
     ask(agent_of(script, guard), kind)

@@ -1,5 +1,4 @@
-"""Agents of Agent Framework in the body of a flow, unmodified: their client and their tools call steps of
-it."""
+"""Agents of Agent Framework in the body of a flow, unmodified: client and tools call steps of it."""
 
 from __future__ import annotations
 
@@ -86,8 +85,7 @@ async def test_a_workflow_resumes() -> None:
 
 
 async def test_an_approval_is_answered_in_the_body() -> None:
-    """G5: A tool that needs approval returns to the body, which may ask a person and continue with the
-    answer."""
+    """G5: A tool that needs approval returns to the body, which may ask and continue with the answer."""
 
     async def body(steps: Steps) -> Any:
         asked = agent(steps, approval_mode="always_require")
@@ -106,8 +104,7 @@ async def test_an_approval_is_answered_in_the_body() -> None:
     version("agent-framework-core").startswith("1.0."), reason="it runs plain tools on the event loop"
 )
 async def test_a_plain_tool_is_refused_and_the_model_gets_the_error() -> None:
-    """A plain tool would run in a thread: the body refuses it, and the framework hands the error to the
-    model."""
+    """A plain tool would run in a thread: the body refuses it; the framework hands the error to the model."""
 
     async def body(steps: Steps) -> Any:
         @tool(approval_mode="never_require")

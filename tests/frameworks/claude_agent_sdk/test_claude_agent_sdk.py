@@ -1,5 +1,4 @@
-"""Claude Agent SDK: real queries and tools with and without the guard, over a fake transport and no
-network."""
+"""Claude Agent SDK: real queries and tools with and without the guard, over a fake transport."""
 
 from __future__ import annotations
 
@@ -71,8 +70,7 @@ def ask(script: Any, guard: Guard | None = None, tools: Any = None, contracts: A
 
 
 class TestClaudeAgentSDK(FrameworkContract):
-    """Its model is asked by another program: the whole query is one step, and its tokens are known when it
-    ends."""
+    """Its model is asked by another program: the whole query is one step; its tokens are known at its end."""
 
     KINDS = ("query",)
     STEPS = ("query success 10", "  weather success")
@@ -138,8 +136,7 @@ class TestClaudeAgentSDK(FrameworkContract):
 
 
 def test_the_text_of_partial_messages_is_emitted() -> None:
-    """With ``include_partial_messages``: each part of the answer, once, and nothing of a subagent or of whole
-    messages."""
+    """With ``include_partial_messages``: each part of the answer once, none of subagents or whole ones."""
 
     def partial(text: str, **about: Any) -> Partial:
         delta = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": text}}
@@ -175,8 +172,7 @@ async def refuses(arguments: dict[str, Any]) -> dict[str, Any]:
 
 @holds("control flow")
 def test_what_the_sdk_decides_passes_untouched() -> None:
-    """A tool that says so itself has not failed; a permission that is denied is told to the program; both as
-    ever."""
+    """A tool that says so itself has not failed; a denied permission reaches the program, as ever."""
     requests: list[str] = []
 
     async def deny(name: str, _: Any, __: Any) -> PermissionResultDeny:
@@ -320,8 +316,7 @@ def test_an_error_result_is_a_failure_of_the_query(
 
 
 def test_a_broken_contract_of_the_last_tool_is_raised_at_the_end() -> None:
-    """The program that says nothing after the tool ends the query with the violation, and nothing of it is
-    left behind."""
+    """A program that is silent after the tool ends the query with the violation, and nothing is left."""
     from stroma.adapters import claude_agent_sdk as adapter
 
     class Silent(Script):
@@ -355,8 +350,7 @@ async def _converse(guard: Guard, script: Script, turns: int = 1) -> None:
 
 
 def test_the_client_counts_in_the_run_around_it() -> None:
-    """``ClaudeSDKClient`` in ``guard.run()`` counts the tokens of each turn, and the dollars of its session
-    once."""
+    """``ClaudeSDKClient`` in ``guard.run()`` counts tokens by turn, and the session's dollars once."""
     guard = guard_of()
     asyncio.run(_converse(guard, Script(), turns=3))
     result = result_of(guard)

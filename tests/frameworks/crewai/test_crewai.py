@@ -363,8 +363,7 @@ def hierarchical(ledger: list[int]) -> Crew:
 
 @pytest.mark.parametrize("make", [sequential, hierarchical])
 def test_all_spend_of_a_crew_is_counted(make: Any) -> None:
-    """Planner, manager, an agent outside of ``agents=``, tools of tasks: to the token of the provider's
-    ledger."""
+    """Planner, manager, an agent outside of ``agents=``, tools of tasks: to the token of the provider."""
     plain, ledger, seen = list[int](), list[int](), Seen()
     expected = make(plain).kickoff().raw
     guard = guard_of(seen)
@@ -385,8 +384,7 @@ def test_each_kickoff_of_a_copy_is_a_run_of_its_own() -> None:
 
 @pytest.mark.parametrize("kind", ["name", "LLM", "own class"])
 def test_the_planner_of_a_copy_is_counted(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CrewAI makes another LLM of its settings, and one of a class of its own becomes the LLM of that
-    name."""
+    """CrewAI makes another LLM of its settings, and one of its own class becomes the LLM of that name."""
     plan = {"task_number": 1, "task": "forecast", "plan": "look"}
     text = json.dumps({"list_of_plans_per_task": [plan]})
     choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}

@@ -34,8 +34,7 @@ class Draft(CrewFlow[Num]):
 @pytest.mark.skipif(version("crewai").startswith("1.13."), reason="not all of it waits for threads")
 @pytest.mark.parametrize("kind", ["flow", "akickoff", "kickoff_async"])
 async def test_it_waits_for_threads_and_is_refused(kind: str) -> None:
-    """The body refuses a flow and a crew, which wait for threads: those of their event bus, and of plain
-    calls."""
+    """The body refuses a flow and a crew, which wait for threads of their event bus and plain calls."""
 
     async def body(steps: Steps) -> Any:
         if kind == "flow":

@@ -32,8 +32,7 @@ class Question(BaseModel):
 
 
 class Script(dspy.BaseLM):
-    """Answers what it is told to, by field; a call of a tool by what that returns; what is an exception, it
-    raises."""
+    """Answers what it is told to, by field; a tool call by its result; exceptions are raised."""
 
     def __init__(self, *answers: Any, tokens: int = 10) -> None:
         super().__init__("openai/gpt-4o", cache=False, num_retries=0)
@@ -261,8 +260,7 @@ def test_a_stream_is_not_retried_after_its_first_part(sends: bool) -> None:
 
 @holds("control flow")
 def test_dspy_makes_its_second_tries_as_ever() -> None:
-    """An answer that its adapter cannot read is asked for in another format, inside the step: nothing has
-    failed."""
+    """An answer that its adapter cannot read is asked for in another format, inside the step: no failure."""
     events = []
     for guard in (None, guard_of()):
         script = Script({"nothing": "x"}, json.dumps({"draft": "rough"}), GOOD[1])
@@ -298,8 +296,7 @@ def test_a_copy_is_guarded_and_calls_itself(copying: Any) -> None:
 
 
 def test_an_optimised_program_is_guarded() -> None:
-    """BootstrapFewShot copies a program and tries it on examples: each call is a run, and all spend is
-    counted."""
+    """BootstrapFewShot copies a program and tries it on examples: each call is a run, all spend counts."""
     seen = Seen()
     script = Script(*[{"draft": "rough"}, {"text": "fine"}] * 9)
     trainset = [dspy.Example(question="why?", text="fine").with_inputs("question")] * 2
@@ -372,8 +369,7 @@ class Agent(dspy.Module):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_agents_at_once_spend_what_the_provider_has_counted(kind: str) -> None:
-    """All spend is counted, to the token, in the run that it belongs to: of an agent, its tools and their
-    threads."""
+    """All spend is counted, to the token, in its run: of an agent, its tools and their threads."""
     plain, provider, seen = Provider(), Provider(), Seen()
     program = attach(Agent(), guard := guard_of(seen))
 

@@ -1,5 +1,4 @@
-"""Programs of DSPy in the body of a flow, unmodified: ``acall`` of their LM, and their tools, call steps of
-it."""
+"""Programs of DSPy in the body of a flow, unmodified: ``acall`` of their LM and their tools call steps."""
 
 from __future__ import annotations
 

@@ -32,8 +32,7 @@ KINDS = ["run_async", "run"]
 
 
 class Script(BaseLlm):
-    """Answers: a text, or (tool name, arguments); what is an exception, it raises. A list is a stream of
-    parts."""
+    """Answers: a text, or (tool name, arguments); exceptions are raised. A list is a stream of parts."""
 
     _answers: list[Any] = PrivateAttr(default_factory=list)
     _asked: list[Any] = PrivateAttr(default_factory=list)
@@ -109,8 +108,7 @@ def ask(agent: Any, kind: str = "run_async", guard: Guard | None = None, seen: A
 
 
 def failed(agent: Any, kind: str, guard: Guard) -> BaseException:
-    """What stopped an agent, whatever its runner makes of that: that of a thread tells nobody in some
-    releases."""
+    """What stopped an agent, whatever its runner makes of that: some releases lose that of a thread."""
     with contextlib.suppress(Exception):
         ask(agent, kind, guard)
     assert guard.stopped is not None
@@ -217,8 +215,7 @@ class Anything(BaseModel):
 
 
 def test_tools_of_toolsets_are_steps() -> None:
-    """Those of an MCP server, say: tried again, judged by their contracts, and a contract of none of them is
-    an error."""
+    """Those of an MCP server: tried again, judged by contracts; a contract of none of them is an error."""
     entry, guard = Kept([TimeoutError()]), guard_of()
     agent = agent_of(
         Script.of(("kept", {}), "done"),
@@ -287,8 +284,7 @@ class Provider(Script):
 
 
 def team(ledger: list[int]) -> Any:
-    """Return agents in a row: the first calls a function and two agents at once, the second has the class's
-    model."""
+    """Return agents in a row: one calls a function and two agents at once, one has the class's model."""
     experts = [
         LlmAgent(name=name, description=name, model=Provider.with_ledger(ledger))
         for name in ("north", "south")

@@ -1,5 +1,4 @@
-"""Haystack: real pipelines with and without the guard, sync and async, with a fake generator and no
-network."""
+"""Haystack: real pipelines with and without the guard, sync and async, with a fake generator."""
 
 from __future__ import annotations
 
@@ -207,8 +206,7 @@ def test_choices_of_one_answer_are_paid_for_once() -> None:
     ],
 )
 def test_cached_tokens_have_their_price(cached: Any, cost: float) -> None:
-    """Haystack puts the usage of Anthropic in the format of OpenAI, and leaves its names for the cache beside
-    it."""
+    """Haystack puts the usage of Anthropic in the format of OpenAI beside its own names for the cache."""
     script, guard = Script("hi"), guard_of()
     script.meta = {"model": "claude-haiku-4-5", "usage": {"prompt_tokens": 1_000_000, **cached}}
     run(attach(pipeline_of(script), guard), "run")
@@ -337,8 +335,7 @@ def tool_of(name: str, ledger: list[int]) -> ComponentTool:
 
 
 def agent_of(ledger: list[int], chunks: list[str], guard: Guard | None = None) -> Any:
-    """Return an agent in a pipeline: two tools with models inside, called in parallel, and streamed
-    answers."""
+    """Return an agent in a pipeline: two tools with models inside, in parallel, and streamed answers."""
 
     async def chunk(chunk: StreamingChunk) -> None:
         chunks.append(chunk.content)
@@ -355,8 +352,7 @@ ASKED: dict[str, Any] = {"agent": {"messages": [ChatMessage.from_user("How warm 
 
 
 def test_fifty_agents_at_once_spend_what_the_provider_has_counted() -> None:
-    """All spend is counted, to the token: an agent's, and that of the components that it calls as tools, in
-    parallel."""
+    """All spend is counted, to the token: of an agent, and of components as its tools, in parallel."""
     plain, plain_chunks = list[int](), list[str]()
     expected = run(agent_of(plain, plain_chunks), "run_async", ASKED)["agent"]["messages"][-1].text
     ledger, chunks, seen = list[int](), list[str](), Seen()
@@ -439,8 +435,7 @@ class Streaming:
 
 
 def test_the_default_of_a_super_component_is_left_to_what_is_inside() -> None:
-    """A sentinel default is never wrapped: an optional streaming_callback is what the component inside
-    has."""
+    """A sentinel default is never wrapped: an optional streaming_callback is the inner component's."""
     for guard in (None, guard_of()):
         inner = Pipeline()
         inner.add_component("llm", Streaming())

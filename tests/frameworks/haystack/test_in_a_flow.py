@@ -1,5 +1,4 @@
-"""Pipelines and agents of Haystack in the body of a flow, unmodified: generators and async tools call steps
-of it."""
+"""Pipelines and agents of Haystack in the body of a flow: generators and async tools call steps."""
 
 from __future__ import annotations
 
@@ -69,8 +68,7 @@ def pipeline(steps: Steps, ask: Any) -> Any:
 
 
 async def test_a_pipeline_resumes() -> None:
-    """G5: A pipeline whose components have ``run_async`` resumes at every record, with generators side by
-    side."""
+    """G5: A pipeline of ``run_async`` components resumes at every record, with generators side by side."""
 
     async def body(steps: Steps) -> Any:
         result = await pipeline(steps, Ask()).run_async({"ask": {"text": "hi"}})

@@ -185,8 +185,7 @@ def attributes(span: ReadableSpan) -> dict[str, Any]:
 
 
 def is_call(span: ReadableSpan) -> bool:
-    """Return True for the span of a call of a model; that of Claude's SDK is of an agent, whose calls it does
-    not see."""
+    """Return True for the span of a call of a model; Claude's SDK has one of an agent only."""
     about = attributes(span)
     if span.name == "ClaudeAgentSDK.query":
         return True
@@ -274,8 +273,7 @@ def test_one_tree_with_each_node_and_token_once(
 
 @pytest.mark.parametrize(("name", "kind"), [way for way in EVERY_WAY if way[0] != "dspy"])
 def test_our_spans_of_model_calls_have_their_messages(name: str, kind: str) -> None:
-    """With content, the request and the answer of each call are on its span, and results of tools in the next
-    one."""
+    """With content, the request and the answer of each call are on its span, tool results in the next."""
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     hooks = otel_hooks(tracer=provider, content="redacted", inference="always")

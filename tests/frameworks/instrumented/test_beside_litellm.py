@@ -149,8 +149,7 @@ def test_a_call_of_another_provider_counts_beside_one_of_litellm() -> None:
 
 
 def test_a_streamed_answer_is_emitted_once() -> None:
-    """By the step of litellm, and not by the framework around it; that of another provider by the
-    framework."""
+    """By the step of litellm, not the framework; that of another provider by the framework."""
     attach_litellm(litellm, guard := guard_of())
 
     def node(chat: Chat) -> Any:

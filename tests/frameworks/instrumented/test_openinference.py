@@ -91,8 +91,7 @@ def spans() -> list[dict[str, Any]]:
 
 
 def test_every_span_has_a_kind_of_theirs(spans: list[dict[str, Any]]) -> None:
-    """Runs, groups, maps and nodes are chains, model calls are LLM, agents and tools of a guard are what they
-    say."""
+    """Runs, groups, maps and nodes are chains, model calls LLM, agents and tools of a guard their own."""
     kinds = Counter(OpenInferenceSpanKindValues(about["openinference.span.kind"]) for about in spans)
     kind = OpenInferenceSpanKindValues
     assert kinds.keys() == {kind.CHAIN, kind.LLM, kind.AGENT, kind.TOOL}

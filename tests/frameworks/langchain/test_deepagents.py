@@ -1,5 +1,4 @@
-"""Deep Agents: sub-agents of every kind are counted and limited, and the published adapter works on real
-agents."""
+"""Deep Agents: sub-agents of all kinds are counted and limited; the published adapter works."""
 
 from __future__ import annotations
 
@@ -105,8 +104,7 @@ WEATHER = NodeContract(node_id="weather", input_schema=City, output_schema=Weath
 
 @pytest.mark.parametrize(("kind", "asynchronous"), [("invoke", False), ("ainvoke", False), ("ainvoke", True)])
 def test_code_against_the_published_names_works(kind: str, asynchronous: bool) -> None:
-    """DeepAgentsAdapter(registry, store).wrap(agent) on a real agent: its marked tools hold their
-    contracts."""
+    """DeepAgentsAdapter(registry, store).wrap(agent) on a real agent: marked tools hold contracts."""
     answers: list[Any] = [{"celsius": 4}, {"celsius": "cold"}]
 
     @stroma_deepagents_node("weather", WEATHER)

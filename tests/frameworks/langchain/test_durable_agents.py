@@ -114,8 +114,7 @@ async def test_model_calls_and_tools_are_steps() -> None:
 
 
 async def test_an_agent_survives_death_at_every_boundary() -> None:
-    """G5: Killed at any record, the agent resumes with the same answer, and no call that ended is made
-    again."""
+    """G5: Killed at any record, the agent resumes with the same answer; no ended call is repeated."""
     runner = StromaRunner.quick(policy_map=NEVER)
     found = await assert_resumable(Clerk().flow(), Num(), runner=runner, processes=False)
     assert len(found.boundaries) > 15

@@ -98,8 +98,7 @@ class TestLangChain(EmitsDeltas, FrameworkContract):
 
 
 def test_the_text_of_typed_events_is_emitted() -> None:
-    """LangChain's newer events of a stream have their text emitted as its tokens have; and no attempt follows
-    them."""
+    """LangChain's newer events of a stream have their text emitted like tokens; no attempt follows."""
 
     def ask(_: Any) -> Any:
         for _event in Script(answers=["one two"]).stream_events("x", version="v3"):
@@ -265,8 +264,7 @@ def test_hooks_of_a_sub_agent_have_the_tool_as_parent() -> None:
 
 
 def test_what_the_framework_tells_the_model_of_a_failed_tool_is_told() -> None:
-    """Arguments that do not fit are a message for the model: no retry, no result to hold a contract
-    against."""
+    """Arguments that do not fit are a message for the model: no retry, no result for a contract."""
     script = Script(answers=[("weather", {"town": 1}), CALL, "done"])
     guard = guard_of()
     agent = agent_of(script, guard, contracts={"weather": (BaseModelOfAnything, Weather)})
@@ -359,8 +357,7 @@ def realistic(ledger: Ledger, guard: Guard) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_spend_is_that_of_the_provider_s_ledger(kind: str) -> None:
-    """Tools, sub-agents, summaries and models in tools, streamed or not: to the token what the provider
-    charges."""
+    """Tools, sub-agents, summaries and models in tools, streamed or not: to the provider's token."""
     ledger, guard = Ledger(), guard_of()
     assert last(ask(realistic(ledger, guard), kind)) == "done"
     assert result_of(guard).total_tokens == ledger.tokens > 3 * 10 + 2 * 7 + 3 + 5

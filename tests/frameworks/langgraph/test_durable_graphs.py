@@ -49,8 +49,7 @@ class State(TypedDict, total=False):
 
 
 class World:
-    """A graph with branches side by side, a plain node, a conditional edge and a loop; and what was
-    called."""
+    """A graph with branches side by side, a plain node, a conditional edge and a loop, with its calls."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -169,8 +168,7 @@ async def test_a_graph_survives_death_at_every_boundary() -> None:
 
 
 async def test_outside_of_a_flow_it_is_the_graph_as_it_was() -> None:
-    """Outside of flows, and in a plain step, the graph has its checkpointer, its interrupts and its
-    threads."""
+    """Outside of flows, and in a plain step, the graph has its checkpointer, interrupts and threads."""
 
     def ask(state: State) -> Any:
         return {"log": [interrupt("why?")]}
@@ -185,8 +183,7 @@ async def test_outside_of_a_flow_it_is_the_graph_as_it_was() -> None:
 
 
 async def test_ids_have_the_names_of_graphs() -> None:
-    """The name of a graph is in front of the ids of its nodes, and that of a subgraph's node in front of
-    those inside."""
+    """The name of a graph is in front of its nodes' ids, and a subgraph's before those inside."""
 
     def inner(state: State) -> Any:
         return {"n": state["n"] + 1}
@@ -233,8 +230,7 @@ async def test_a_durable_graph_is_a_node_of_another_one() -> None:
 
 
 async def test_sends_and_commands_cross() -> None:
-    """What a node returns is stored whole: a Command with an update, Sends, and a Command to the graph
-    around."""
+    """What a node returns is stored whole: a Command with an update, Sends, a Command to the outer graph."""
 
     def plan(state: State) -> Any:
         return Command(update={"log": ["plan"]}, goto=[Send("work", {"n": n}) for n in range(3)])
@@ -309,8 +305,7 @@ async def test_a_node_cannot_change_what_only_a_replay_would_not_see() -> None:
 
 
 async def test_what_cannot_be_stored_names_the_node() -> None:
-    """A value without a form in JSON, in the state or in an update, fails with the node, the type and the
-    place."""
+    """A value without a form in JSON, in state or update, fails with the node, the type and the place."""
 
     class Client:
         pass
@@ -346,8 +341,7 @@ async def test_a_node_that_is_no_step_is_code_of_the_body() -> None:
 
 
 async def test_it_is_refused_where_it_could_not_be_right() -> None:
-    """Wrong objects, ids and options are refused at once; a checkpointer, breakpoints and plain calls in a
-    body."""
+    """Wrong objects, ids and options are refused at once; checkpointers, breakpoints and plain calls too."""
 
     @entrypoint()
     def program(n: int) -> int:
@@ -444,8 +438,7 @@ async def test_usage_of_a_node_is_reported_once() -> None:
 
 
 async def test_messages_have_the_same_ids_on_replay() -> None:
-    """G5: Ids that reducers give are the same on replay: a node removes and replaces messages of before the
-    death."""
+    """G5: Ids that reducers give are the same on replay: a node removes and replaces earlier messages."""
     seen: list[str] = []
 
     def answer(state: MessagesState) -> Any:
@@ -467,8 +460,7 @@ async def test_messages_have_the_same_ids_on_replay() -> None:
 
 
 async def test_delta_channels_have_the_same_ids_on_replay() -> None:
-    """G5: So are the ids of a DeltaChannel, to whose messages LangGraph gives ids before the reducer sees
-    them."""
+    """G5: So are the ids of a DeltaChannel, whose messages get theirs before the reducer."""
     delta = pytest.importorskip("langgraph.channels.delta")
 
     def reduce(messages: list[Any], writes: list[Any]) -> Any:
@@ -576,8 +568,7 @@ async def test_an_interrupt_is_a_question_of_the_flow() -> None:
 
 
 async def test_interrupts_of_graphs_inside_reach_the_flow() -> None:
-    """A subgraph that is a node asks as the graph does, and so does one that a node calls, which then starts
-    again."""
+    """A subgraph that is a node asks as the graph does; so does one called by a node, which restarts."""
 
     def ask(state: State) -> Any:
         return {"log": [interrupt("sure?")]}
@@ -631,8 +622,7 @@ async def test_an_answer_that_its_schema_refuses_is_asked_for_again() -> None:
 
 
 async def test_questions_of_side_by_side_nodes_are_open_at_once() -> None:
-    """Each node asks for itself: the questions of several are open at the same time, and each gets its own
-    answer."""
+    """Each node asks for itself: several questions are open at once, each with its own answer."""
 
     def ask(state: State) -> Any:
         number = state["n"]
@@ -692,8 +682,7 @@ async def test_streams_are_the_same_on_replay() -> None:
 
 
 async def test_readers_of_a_run_see_deltas_of_models() -> None:
-    """What models stream, and what a node writes to the custom stream, is emitted to readers of the run as it
-    comes."""
+    """What models stream and what nodes write to the custom stream is emitted to readers at once."""
     model = answers("hello world")
 
     async def write(state: MessagesState) -> Any:
@@ -755,8 +744,7 @@ class Shop:
 
 
 async def test_each_call_of_a_tool_is_a_step() -> None:
-    """G5: The calls of a node of tools are steps side by side, and after a death those that ended are not
-    made again."""
+    """G5: The calls of a node of tools are parallel steps; after a death ended ones are not repeated."""
     shop, store = Shop(), InMemoryStore()
     flow = flow_of(shop.graph(), {"messages": [("user", "hi")]})
     value = await run(flow, store=store, run_id="r")
@@ -789,8 +777,7 @@ async def test_an_effect_whose_errors_go_to_the_model_is_refused(node: str) -> N
 
 
 async def test_tools_ask_for_themselves() -> None:
-    """A tool that calls interrupt() asks for its own call, beside the others, and is called again with its
-    answer."""
+    """A tool that calls interrupt() asks for its own call alone, and is repeated with the answer."""
     shop = Shop()
     shop.asks = True
     flow = flow_of(shop.graph(), {"messages": [("user", "hi")]})

@@ -1,5 +1,4 @@
-"""A realistic durable graph of LangGraph, killed at random records: in one process, and with SIGKILL in
-many."""
+"""A realistic durable graph of LangGraph, killed at random records: in one process or many."""
 
 from __future__ import annotations
 
@@ -54,8 +53,7 @@ class Report(BaseModel):
 
 
 class Research(Bill):
-    """A loop of a plan, searches sent side by side and a subgraph; then a charge that somebody approves, and
-    an answer."""
+    """A loop of a plan, parallel searches and a subgraph; then an approved charge, and an answer."""
 
     def pay(self, what: str, key: str = "") -> None:
         """Note a call, and use some tokens in the step here."""
@@ -173,6 +171,5 @@ def test_graphs_survive_sigkill(seed: int, tmp_path: Path) -> None:
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("kind", SHARED)
 def test_workers_finish_the_graphs_of_killed_ones(kind: str) -> None:
-    """G5, G13: A worker that is killed with SIGKILL is replaced, and no node of a graph that ended is
-    called again."""
+    """G5, G13: A worker that is killed with SIGKILL is replaced, and no ended node is called again."""
     kill_workers(kind, Research, approve, in_flight=3)

@@ -86,6 +86,5 @@ def live(folder: str, dies_before: str) -> None:
 @holds("killed")
 @pytest.mark.parametrize("dies_before", NODES)
 def test_killed_between_nodes_it_goes_on_and_pays_for_nothing_twice(dies_before: str, tmp_path: Path) -> None:
-    """After SIGKILL at a boundary, ``invoke(None)`` gives the right answer, in one run, and no node is paid
-    for twice."""
+    """After SIGKILL at a boundary, ``invoke(None)`` gives the right answer, in one run, paid once."""
     check_killed(live, tmp_path, dies_before, (list(NODES), NODES, 3 * PAID))

@@ -282,8 +282,7 @@ def test_tokens_of_models_are_counted_once_at_the_innermost_node(kind: str) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_subgraph_that_is_a_node_is_a_step_with_steps(kind: str) -> None:
-    """A compiled graph as a node: its nodes are children, it is found by LangGraph, and its updates
-    stream."""
+    """A compiled graph as a node: its nodes are children, LangGraph finds it, and its updates stream."""
     guard = guard_of()
     sub = attach(line(), guard).compile()
     builder = StateGraph(State)
@@ -397,8 +396,7 @@ def test_an_interrupt_waits_and_goes_on_under_the_checkpointer_of_the_graph(kind
 @holds("control flow")
 @pytest.mark.parametrize("kind", KINDS)
 def test_commands_and_sends_steer_as_they_did(kind: str) -> None:
-    """Command(goto, update), Send with an input of its own, and Command to a parent graph; contracts see the
-    updates."""
+    """Command(goto, update), Send with its own input, Command to a parent; contracts see the updates."""
 
     def start(state: State) -> Any:
         return Command(
@@ -427,8 +425,7 @@ def test_commands_and_sends_steer_as_they_did(kind: str) -> None:
 @holds("control flow")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_handoff_to_the_parent_graph_is_a_success_of_both(kind: str) -> None:
-    """Command(graph=PARENT) is an exception inside LangGraph: it passes as itself, once, and counts as
-    returned."""
+    """Command(graph=PARENT) is an exception inside LangGraph: it passes once, as a return."""
     calls: list[int] = []
 
     def leave(state: State) -> Any:
@@ -532,8 +529,7 @@ def test_streams_stream() -> None:
 
 
 def test_a_graph_has_one_guard() -> None:
-    """Attached twice to one guard it is guarded once; another one is refused, since its budget would never
-    count."""
+    """Attached twice to one guard it is guarded once; another is refused: its budget would never count."""
     guard = guard_of()
     graph = attach(attach(line(), guard).compile(), guard)
     graph.invoke({"text": "a"})
@@ -621,8 +617,7 @@ def test_a_graph_without_marked_nodes_is_an_error() -> None:
 @holds("control flow")
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_tasks_of_the_functional_api_are_steps(asynchronous: bool) -> None:
-    """A function guarded below @task is a step, tried again where it is; interrupts and the checkpointer are
-    untouched."""
+    """A function guarded below @task is a step, tried again there; interrupts and checkpointer stay."""
     guard, calls = guard_of(), []
 
     def work(text: str) -> int:
@@ -829,8 +824,7 @@ def test_a_state_may_be_a_list(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_models_that_edges_call_are_counted(kind: str, when: str) -> None:
-    """A model that decides where to go next is called in no node: its tokens count, and the budget stops
-    it."""
+    """A model that routes is called in no node: its tokens count, and the budget stops it."""
     guard = guard_of(budget=ExecutionBudget(max_tokens_total=35))
     llm, calls = model(*[10] * 9), list[str]()
 
@@ -882,8 +876,7 @@ def test_models_that_error_handlers_call_are_counted(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_spend_is_that_of_the_provider_s_ledger(kind: str) -> None:
-    """Parallel nodes, a subgraph, a router, a model in a thread, tools that ask models: to the token what is
-    charged."""
+    """Parallel nodes, a subgraph, a router, a threaded model, tools that ask models: to the token."""
     guard, llms = guard_of(), [Script(answers=["x"] * 9, tokens=tokens) for tokens in (3, 5, 7, 11, 13)]
 
     def asking(llm: Any) -> Any:

@@ -101,8 +101,7 @@ def test_a_value_without_a_form_is_named_with_its_place() -> None:
 
 
 def test_classes_are_found_in_annotations() -> None:
-    """A class of a program that was __main__, or is inside a function, is found by the annotations of the
-    state."""
+    """A class of a program that was __main__, or is inside a function, is found by annotations."""
 
     class Local(BaseModel):
         colour: Colour

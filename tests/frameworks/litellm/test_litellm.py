@@ -1,5 +1,4 @@
-"""litellm: real requests with and without the guard, to a provider of one's own in the process, and no
-network."""
+"""litellm: real requests with and without the guard, to a local provider in the process."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ MESSAGES = [{"role": "user", "content": "How warm is it?"}]
 
 
 class Provider(CustomLLM):
-    """Answers what it is told to; what is an exception, it raises, in a stream after one word. It has a
-    ledger of tokens."""
+    """Answers what it is told to; raises exceptions, in a stream after one word. Has a token ledger."""
 
     def __init__(self, *answers: Any) -> None:
         super().__init__()
@@ -131,8 +129,7 @@ def test_a_request_is_a_step_and_its_answer_the_same(kind: str, options: Any, pr
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_text_of_a_streamed_answer_is_emitted(kind: str, provider: Provider) -> None:
-    """The node around a request emits each part of a streamed answer, once, and nothing of one that is not
-    streamed."""
+    """The node around a request emits each part of a streamed answer once, and of no other."""
     attach(litellm, guard_of())
     assert emitted_by(lambda: ask(kind, **STREAMED)) == [
         ("delta", "It "),

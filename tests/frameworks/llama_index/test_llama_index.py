@@ -149,8 +149,7 @@ class Asks(InputRequiredEvent):
 
 @holds("control flow")
 def test_a_step_that_waits_for_an_answer_is_called_again_as_ever() -> None:
-    """wait_for_event(): the step ends without a failure, and is called again with the answer, in the same
-    run."""
+    """wait_for_event(): the step ends without a failure, and is repeated with the answer, in its run."""
     answers = []
 
     class Careful(Workflow):

@@ -108,8 +108,7 @@ def test_the_bill(server: Server) -> None:
 
 
 def test_pictures(server: Server, tmp_path: Path) -> None:
-    """Pictures of the list of traces, of the run that was killed and of the refused one are made for people
-    to look at."""
+    """Pictures of the list of traces, of the killed run and of the refused one are made for people."""
     traces = f"{server.url}/#/experiments/0/traces"
     shoot(traces, "mlflow-list", tmp_path)
     for name, trace in zip(("r-1", "fork", "refused"), server.traces(), strict=True):

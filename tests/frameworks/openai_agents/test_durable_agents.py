@@ -167,8 +167,7 @@ def run_flow(flow: Any, **config: Any) -> Any:
 
 
 class World:
-    """A triage agent with two rounds of two tools in parallel, which hands off to another one with a tool of
-    its own."""
+    """A triage agent with two rounds of two parallel tools, which hands off to another with a tool."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -237,8 +236,7 @@ async def test_an_agent_survives_death_at_every_boundary() -> None:
 
 
 async def test_outside_of_a_flow_it_is_the_agent_as_it_was() -> None:
-    """The runner changes nothing of an agent outside of flows, also of one that was in a flow, and in a plain
-    node."""
+    """The runner changes nothing of an agent outside of flows, also after a flow and in a plain node."""
     world = World()
     result = await DurableRunner().run(world.agent, "go")
     assert (result.final_output, result.last_agent.name) == ("done 18", "writer")
@@ -303,8 +301,7 @@ async def test_an_approval_is_a_question_of_the_flow(streamed: bool) -> None:
 
 
 async def test_a_tool_that_is_an_effect_is_asked_about_before_it_is_called_again() -> None:
-    """G13: The call of an effect that was cut off by the death of its process is looked up, with its
-    arguments and key."""
+    """G13: An effect's call that the death of its process cut off is looked up, with arguments and key."""
     booked: dict[str, int] = {}
     asked: list[dict[str, Any]] = []
     is_dying = [True]
@@ -400,8 +397,7 @@ async def test_agents_run_in_parallel_and_as_tools_of_others() -> None:
 
 
 async def test_a_streamed_answer_is_one_step() -> None:
-    """The events of run_streamed come from the step of their request, which emits its text and reports its
-    usage once."""
+    """The events of run_streamed come from the step of their request, with its text and, once, its usage."""
     agent: Agent[Any] = Agent(name="a", model=Fake(lambda items: says("hello world")))
 
     async def body(state: Num) -> str:
@@ -555,8 +551,7 @@ class Server(MCPServer):
 
 
 async def test_tools_of_mcp_servers_are_steps() -> None:
-    """The discovery of an MCP server's tools is a step, and so is each call of one, with retries and
-    approvals."""
+    """The discovery of an MCP server's tools is a step, as is each call, with retries and approvals."""
     server = Server(require_approval="always")
     agent: Agent[Any] = Agent(name="a", model=asking("read"), mcp_servers=[server])
 
@@ -594,8 +589,7 @@ AT_ONCE = {"RECOVERABLE": FailurePolicy(max_retries=2, backoff_seconds=0)}
 
 
 async def test_models_by_name_and_hosted_tools() -> None:
-    """A model that a provider knows by its name is durable; calls of hosted tools are a part of its recorded
-    answer."""
+    """A model that a provider knows by name is durable; hosted tool calls are in its recorded answer."""
     search = ResponseFunctionWebSearch.model_validate(
         {
             "id": "w",
@@ -640,8 +634,7 @@ async def test_models_by_name_and_hosted_tools() -> None:
 
 
 async def test_failures_of_tools_go_to_the_model_after_their_retries() -> None:
-    """A transient failure is retried by the step; the model is told of one that stays, and of wrong arguments
-    at once."""
+    """A transient failure is retried by the step; the model hears of lasting ones and wrong arguments."""
     calls: list[str] = []
 
     @function_tool
@@ -751,8 +744,7 @@ async def test_what_cannot_run_in_a_body_says_so() -> None:
 
 @pytest.mark.parametrize("streamed", [False, True])
 async def test_the_provider_gets_the_same_requests_as_without(streamed: bool) -> None:
-    """What the SDK sends from a flow, with items that models have made, is what it sends elsewhere, to the
-    byte."""
+    """What the SDK sends from a flow, with items of models, is what it sends elsewhere, to the byte."""
     sent: list[bytes] = []
     call = {
         "id": "f",

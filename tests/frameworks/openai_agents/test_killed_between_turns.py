@@ -40,8 +40,7 @@ class Asking(Script):
 
 
 def live(folder: str, dies_before: str) -> None:
-    """One process: run the agent, and store the state of each interruption; or go on from the one that is
-    stored."""
+    """One process: run the agent and store the state of each interruption, or go on from it."""
     ledger, stored = Ledger(folder), Path(folder, "state")
 
     def work(name: str) -> None:

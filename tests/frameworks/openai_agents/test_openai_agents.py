@@ -230,8 +230,7 @@ def test_a_budget_that_trips_inside_a_tool_stops_the_agent_too(kind: str) -> Non
 
 @holds("control flow")
 def test_handoffs_hand_off_and_every_agent_is_guarded() -> None:
-    """Each turn of the agent that is handed to is a step, with what it spends; its tools hold their
-    contracts."""
+    """Each turn of the agent that is handed to is a step, with its spend; its tools hold contracts."""
     guard = guard_of()
     other = Agent(name="other", model=Script(CALL, "from other", tokens=7), tools=[tool_of()])
     agent = agent_of(
@@ -374,8 +373,7 @@ def judge(ledger: Ledger) -> Any:
 
 
 def realistic(ledger: Ledger) -> Any:
-    """Tools, calls of tools side by side, an agent as a tool, a handoff, a judge, an MCP server, a model by
-    its name."""
+    """Tools, parallel tool calls, an agent as a tool, a handoff, a judge, an MCP server, a model by name."""
     inner = Agent(name="inner", model=ledger.model(CALL, "deep", tokens=3), tools=[tool_of()])
     last = Agent(name="last", model="named", mcp_servers=[Server({"celsius": 4})])
     both = ("ask_inner", '{"input": "x"}'), CALL
@@ -438,8 +436,7 @@ async def test_a_stream_that_nobody_reads_to_its_end_stops_the_agent() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_spend_is_that_of_the_provider_s_ledger(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Tools, sub-agents, handoffs, judges, MCP tools and models by their names: to the token what the
-    provider charges."""
+    """Tools, sub-agents, handoffs, judges, MCP tools and models by their names, to the token."""
     ledger, guard = Ledger(), guard_of()
     agent, config = attach(realistic(ledger), guard), named(ledger)
 
@@ -467,8 +464,7 @@ def test_all_spend_is_that_of_the_provider_s_ledger(kind: str, caplog: pytest.Lo
 
 
 def test_fifty_runs_at_once_are_counted_apart() -> None:
-    """Each run of fifty at the same time has its own spend, and together they have what the provider
-    charged."""
+    """Each run of fifty at the same time has its own spend, and together the provider's."""
     guard, total = guard_of(), Ledger()
 
     async def one(n: int) -> int:
@@ -490,8 +486,7 @@ def test_fifty_runs_at_once_are_counted_apart() -> None:
 
 @pytest.mark.parametrize("kind", ["run", "run_sync"])
 def test_the_model_of_a_run_config_is_guarded(kind: str) -> None:
-    """``RunConfig(model=)`` takes the place of every agent's model, and its requests are steps with a
-    budget."""
+    """``RunConfig(model=)`` replaces every agent's model, and its requests are steps with a budget."""
     guard = guard_of(budget=ExecutionBudget(max_tokens_total=25))
     script = Script(*[CALL] * 9)
     agent, config = agent_of(Script(), guard), RunConfig(model=script)
@@ -526,8 +521,7 @@ def test_a_tool_of_an_mcp_server_holds_its_contract(kind: str, contract: Any, di
 
 
 def test_a_tool_of_an_mcp_server_is_retried_and_an_unknown_one_is_refused() -> None:
-    """Its errors are retried by their class; a contract of no tool is an error once the server has listed its
-    tools."""
+    """Its errors are retried by their class; a contract of no tool is an error once tools are listed."""
     guard, server = guard_of(), Server(ConnectionError("gone"), {"celsius": 4})
     agent = Agent(name="a", model=Script(("remote", {"city": "Oslo"}), "done"), mcp_servers=[server])
     assert ask(attach(agent, guard), "run", guard) == "done"

@@ -1,5 +1,4 @@
-"""Frameworks without an adapter: their models and tools as steps by the guard alone, as the page about them
-says."""
+"""Frameworks without an adapter: models and tools as steps by the guard alone, as its page says."""
 
 from __future__ import annotations
 
@@ -196,8 +195,7 @@ def test_models_and_tools_are_steps(make: Any) -> None:
 
 @pytest.mark.parametrize("make", MADE)
 def test_the_budget_stops_the_program(make: Any) -> None:
-    """Whatever the framework makes of the error: no further request is made, and the guard says what stopped
-    it."""
+    """Whatever the framework makes of the error: no further request, and the guard says why."""
     guard, ledger = guard_of(budget=ExecutionBudget(max_tokens_total=15)), Ledger()
     call = make(guard, ledger)
     error: BaseException | None = None

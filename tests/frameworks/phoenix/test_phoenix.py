@@ -87,8 +87,7 @@ def test_the_tree(phoenix: Phoenix) -> None:
 
 
 def test_kinds(phoenix: Phoenix) -> None:
-    """Runs, flows, maps, groups and nodes are of kind CHAIN, model calls LLM and tools TOOL; none is
-    UNKNOWN."""
+    """Runs, flows, maps, groups, nodes are of kind CHAIN, model calls LLM and tools TOOL, none UNKNOWN."""
     kinds = Counter((span["name"].partition(" ")[0], span["span_kind"]) for span in phoenix.spans())
     names = Counter(name.partition(" ")[0] for name, _ in TREE)
     of_name = {"chat": "LLM", "execute_tool": "TOOL"}
@@ -149,8 +148,7 @@ def test_the_bill(phoenix: Phoenix) -> None:
 
 
 def test_pictures(phoenix: Phoenix, tmp_path: Path) -> None:
-    """Pictures of the list of traces, of the run that was killed and of the refused one are made for people
-    to look at."""
+    """Pictures of the list of traces, of the killed run and of the refused one are made for people."""
     roots = {
         span["attributes"]["stroma.run.id"]: span["context"]["trace_id"]
         for span in phoenix.spans_named("invoke_workflow support")

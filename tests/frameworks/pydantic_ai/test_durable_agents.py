@@ -125,8 +125,7 @@ async def test_an_approval_is_a_question_of_the_flow() -> None:
 
 
 async def test_a_tool_that_is_an_effect_is_asked_about_before_it_is_called_again() -> None:
-    """G13: The call of an effect that was cut off by the death of its process is looked up, with its
-    arguments and key."""
+    """G13: An effect's call that the death of its process cut off is looked up, with arguments and key."""
     booked: dict[str, int] = {}
     asked: list[dict[str, Any]] = []
     is_dying = [True]
@@ -281,8 +280,7 @@ async def test_a_tool_that_is_not_a_step_may_cancel_the_agent() -> None:
 
 
 async def test_agents_run_in_parallel_and_inside_tools_of_others() -> None:
-    """Agents in tasks of a body have steps of their own; one that a tool asks is a part of that tool's
-    step."""
+    """Agents in tasks of a body have steps of their own; one that a tool asks is part of its step."""
     world, store = World(), InMemoryStore()
     inner = world.agent()
 
@@ -352,8 +350,7 @@ async def test_an_answer_that_is_refused_is_asked_for_again() -> None:
 
 
 async def test_toolsets_that_are_made_for_a_run_are_steps_too() -> None:
-    """A dynamic toolset is resolved in a step of its own, and so is a tool of it; a tool with False is no
-    step."""
+    """A dynamic toolset is resolved in its own step, as is its tool; a tool with False is no step."""
     calls: list[str] = []
 
     def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:

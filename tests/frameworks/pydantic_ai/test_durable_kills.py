@@ -28,8 +28,7 @@ class Report(BaseModel):
 
 
 class Research(Bill):
-    """Twelve requests: a streamed plan, searches in parallel, a sub-agent, a charge that needs approval, and
-    an answer."""
+    """Twelve requests: a streamed plan, searches in parallel, a sub-agent, an approved charge, an answer."""
 
     def flow(self) -> Any:
         writer = self._writer()

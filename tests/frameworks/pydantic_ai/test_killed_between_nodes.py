@@ -1,5 +1,4 @@
-"""Pydantic AI killed between the nodes of an agent: its own message history and our journal, both in
-files."""
+"""Pydantic AI killed between the nodes of an agent: its message history and our journal, in files."""
 
 from __future__ import annotations
 
@@ -21,8 +20,7 @@ CALLS = ("ask 1", "tool 1", "ask 2", "tool 2", "ask 3")
 
 
 def live(folder: str, dies_before: str) -> None:
-    """One process: run the agent, and store its messages before each node; or go on from those that are
-    stored."""
+    """One process: run the agent and store its messages before each node, or go on from them."""
     ledger, history = Ledger(folder), Path(folder, "history")
 
     def work(name: str) -> None:

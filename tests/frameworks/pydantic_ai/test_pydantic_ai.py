@@ -194,8 +194,7 @@ def test_model_retry_goes_to_the_model_and_is_no_second_call() -> None:
 
 @holds("control flow")
 def test_a_tool_that_waits_for_approval_suspends() -> None:
-    """ApprovalRequired passes untouched; the run is SUSPENDED, and goes on with the framework's own
-    results."""
+    """ApprovalRequired passes untouched; the run is SUSPENDED, then goes on with the framework's results."""
     calls: list[bool] = []
     script = Script(("buy", "{}"), "bought")
     guard = guard_of()
@@ -256,8 +255,7 @@ class Ledger:
 
 
 def realistic(ledger: Ledger, *capabilities: Any) -> Agent[None, str]:
-    """Tools side by side, sub-agents with and without the usage of the agent around them, a judge of the
-    output."""
+    """Tools side by side, sub-agents with and without the outer agent's usage, a judge of the output."""
     deep = Agent(ledger.model("deepest", "deepest", tokens=3), name="deep")
     inner = Agent(ledger.model(("go", "{}"), "deep", ("go", "{}"), "deep", tokens=7), name="inner")
     judge = Agent(ledger.model("fine", tokens=5), name="judge")
@@ -289,8 +287,7 @@ class Both(tuple[str, ...]):
 
 @pytest.mark.parametrize("kind", ["run", "run_sync"])
 def test_all_spend_is_that_of_the_provider_s_ledger(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Sub-agents without the capability, with ``usage=ctx.usage`` or without, judges, calls side by side: to
-    the token."""
+    """Sub-agents without it, with ``usage=ctx.usage`` or without, judges, parallel calls: to the token."""
     ledger, guard = Ledger(), guard_of()
     assert ask(realistic(ledger, StromaCapability(guard)), kind) == "done"
     result = result_of(guard)
@@ -415,8 +412,7 @@ def test_a_capability_twice_guards_once() -> None:
 def test_a_tool_that_requires_approval_suspends_and_goes_on_under_its_run_id(
     kind: str, tmp_path: Path
 ) -> None:
-    """``requires_approval`` and tools that others run are SUSPENDED; their results go on in the same run and
-    budget."""
+    """``requires_approval`` and tools that others run are SUSPENDED; results go on in one run and budget."""
     calls: list[int] = []
     script = Script(("buy", {}), ("buy", {}), "bought")
 
