@@ -36,6 +36,18 @@ def test_following(db, stroma, inside):
 
 
 @pytest.mark.slow
+def test_following_a_queued_run(stroma, inside):
+    """--follow waits for a queued run to start, and ends when the run does."""
+    assert inside("submit", "sums.py:pipeline", GOOD, "--run-id", "x").code == 0
+    watch = stroma.popen("tail", "x", "--follow", "--interval", "0.05")
+    with pytest.raises(subprocess.TimeoutExpired):
+        watch.wait(timeout=2)
+    assert inside("drive", "x", "sums.py:pipeline").code == 0
+    out, _ = watch.communicate(timeout=60)
+    assert (watch.returncode, out.splitlines()[-1].split()[0]) == (0, "COMPLETED")
+
+
+@pytest.mark.slow
 def test_a_run_whose_process_died(stroma, inside):
     """--follow ends when the owner of the run is lost, and prints how to resume it."""
     killed = stroma(

@@ -1,4 +1,4 @@
-"""The command line with a real Temporal server: `stroma worker`, `run` and `submit` with --temporal."""
+"""The command line with a real Temporal server: `stroma worker` and `submit` with --temporal."""
 
 from __future__ import annotations
 
@@ -42,19 +42,24 @@ def worker(stroma: Any, there: tuple[str, ...]) -> Callable[..., Any]:
     return working
 
 
+def run_of(inside: Any, run_id: str) -> Any:
+    """Follow a run until it ends, and return its entry."""
+    assert inside("tail", run_id, "--follow", "--db", "runs.db").code == 0
+    return json.loads(inside("show", run_id, "--db", "runs.db", "--json").out)
+
+
 def test_workers_run_a_submitted_run(stroma: Any, inside: Any, worker: Any, there: tuple[str, ...]) -> None:
-    """The state is on stdout; the store has the run with its attempts and tags, for every other command."""
+    """submit prints the id of the run, which workers start later; every command finds it in the store."""
     run_id = uuid.uuid4().hex
+    words = ("submit", "sums.py:pipeline", GOOD, *there, "--run-id", run_id, "--tag", "blue")
+    done = inside(*words)
+    assert (done.code, done.out.strip()) == (0, run_id), done
     with worker() as process:
         assert "'sums' on task queue" in process.ready
-        done = inside("run", "sums.py:pipeline", GOOD, *there, "--run-id", run_id, "--tag", "blue")
-        assert (done.code, json.loads(done.out)) == (0, {"n": 4})
-        assert stroma.calls() == ["first", "second", "third"]
-        entry = json.loads(inside("show", run_id, "--db", "runs.db", "--json").out)
+        entry = run_of(inside, run_id)
         assert (entry["run"]["status"], entry["run"]["tags"]) == ("COMPLETED", ["blue"])
         assert [a["tokens"] for a in entry["attempts"]] == [120, 15, 0]
-        again = inside("run", "sums.py:pipeline", GOOD, *there, "--run-id", run_id)
-        assert (again.code, json.loads(again.out)) == (0, {"n": 4})
+        assert "its status is COMPLETED" in inside(*words).err
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 0
@@ -63,61 +68,35 @@ def test_workers_run_a_submitted_run(stroma: Any, inside: Any, worker: Any, ther
 
 
 def test_a_failed_run_is_resumed(stroma: Any, inside: Any, worker: Any, there: tuple[str, ...]) -> None:
-    """Exit codes are those of a local run; --resume continues the run on workers after its last commit."""
+    """`stroma resume RUN` has the workers continue a failed run after its last committed node."""
     run_id = uuid.uuid4().hex
-    words = ("run", "sums.py:pipeline", GOOD, *there, "--run-id", run_id)
+    assert inside("submit", "sums.py:pipeline", GOOD, *there, "--run-id", run_id).code == 0
     with worker(env={"SECOND": "raise ValueError('never')"}):
-        done = inside(*words, "--json")
-    assert (done.code, json.loads(done.out)["status"]) == (1, "PARTIAL")
+        assert run_of(inside, run_id)["run"]["status"] == "PARTIAL"
+    assert inside("resume", run_id, "--db", "runs.db").code == 0
     with worker():
-        done = inside(*words, "--resume")
-    assert (done.code, json.loads(done.out)) == (0, {"n": 4})
+        deadline = time.monotonic() + 60
+        while run_of(inside, run_id)["run"]["status"] != "RESUMED":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
     assert stroma.calls() == ["first", "second", "second", "second", "third"]
 
 
-def test_a_submitted_run(stroma: Any, inside: Any, worker: Any, there: tuple[str, ...]) -> None:
-    """submit prints the id of the run, which workers start later; run --attach waits for it."""
+def test_a_run_is_cancelled(stroma: Any, inside: Any, worker: Any, there: tuple[str, ...]) -> None:
+    """`stroma cancel` ends a run in progress on a worker."""
     run_id = uuid.uuid4().hex
-    done = inside("submit", "sums.py:pipeline", GOOD, *there, "--run-id", run_id)
-    assert (done.code, done.out.strip()) == (0, run_id), done
-    with worker():
-        done = inside("run", "sums.py:pipeline", *there, "--run-id", run_id, "--attach")
-    assert (done.code, json.loads(done.out)) == (0, {"n": 4})
-
-
-def test_no_worker_polls(stroma: Any, inside: Any, there: tuple[str, ...]) -> None:
-    """After some seconds the command that starts a worker is printed; SIGTERM leaves the run to cancel."""
-    run_id = uuid.uuid4().hex
-    process = stroma.popen("run", "sums.py:pipeline", GOOD, *there, "--run-id", run_id)
-    message = wait_for(process, "no worker polls")
-    assert "stroma worker sums.py:pipeline" in message
-    assert "--temporal" in message
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (0, "")
-    assert "or cancel it: " in err
-    assert inside("cancel", run_id, "--db", "runs.db").code == 0
-    assert json.loads(inside("show", run_id, "--db", "runs.db", "--json").out)["run"]["status"] == "CANCELLED"
-
-
-def test_ctrl_c_cancels_the_run(stroma: Any, worker: Any, there: tuple[str, ...]) -> None:
-    """SIGINT cancels the run, prints its outcome, and exits with 130."""
-    run_id = uuid.uuid4().hex
+    assert inside("submit", "sums.py:pipeline", GOOD, *there, "--run-id", run_id).code == 0
     with worker(env={"SECOND_AWAITS": "asyncio.sleep(60)"}):
-        process = stroma.popen("run", "sums.py:pipeline", GOOD, *there, "--run-id", run_id)
         deadline = time.monotonic() + 60
         while "second" not in stroma.calls():
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "CANCELLED" in err
+        assert inside("cancel", run_id, "--db", "runs.db").code == 0
+        assert run_of(inside, run_id)["run"]["status"] == "CANCELLED"
 
 
 def test_a_worker_of_a_place(stroma: Any, inside: Any, worker: Any, there: tuple[str, ...]) -> None:
-    """`stroma worker --place` calls the nodes with that place, and drives no runs; the queue of the runs is
-    no place."""
+    """`stroma worker --place` calls the nodes of that place and drives no runs; a queue of runs is no place."""
     queue = there[3]
     stroma.file(
         "gpu.py",
@@ -140,8 +119,10 @@ def test_a_worker_of_a_place(stroma: Any, inside: Any, worker: Any, there: tuple
     try:
         assert f"'gpu' at place 'gpu-{queue}' of" in wait_for(place, "worker ready: ")
         with worker("gpu.py:pipeline"):
-            done = inside("run", "gpu.py:pipeline", GOOD, *there)
-        assert (done.code, json.loads(done.out)) == (0, {"n": 42})
+            run_id = inside("submit", "gpu.py:pipeline", GOOD, *there).out.strip()
+            assert run_of(inside, run_id)["run"]["status"] == "COMPLETED"
+        output = inside("show", run_id, "--node", "third", "--output", "--db", "runs.db").out
+        assert json.loads(output) == {"n": 42}
         assert stroma.calls() == ["first", "big-place", "third"]
     finally:
         place.terminate()
@@ -155,12 +136,10 @@ def test_a_worker_of_a_place(stroma: Any, inside: Any, worker: Any, there: tuple
 
 def test_what_is_refused(inside: Any, fails: Any, there: tuple[str, ...]) -> None:
     """Options of one process are refused with --temporal; a server that does not answer is one message."""
-    words = ("run", "sums.py:pipeline", GOOD, *there)
-    fails(inside(*words, "--drain", "5"), 2, "does not go with --temporal", "SIGTERM")
-    fails(inside(*words, "--budget-tokens", "5"), 2, "does not go with --temporal", "stroma budget")
-    fails(inside("worker", "sums.py:pipeline", *there, "--poll", "5"), 2, "does not go with --temporal")
-    fails(
-        inside("run", "sums.py:pipeline", GOOD, "--temporal", "localhost:1"), 3, "no Temporal server answers"
-    )
-    fails(inside("run", "sums.py:pipeline", GOOD, "--temporal", "nowhere"), 2, "HOST:PORT")
-    fails(inside("run", "sums.py:pipeline", GOOD, "--task-queue", "q"), 2, "needs --temporal")
+    words = ("submit", "sums.py:pipeline", GOOD)
+    fails(inside("worker", "sums.py:pipeline", *there, "--poll", "5"), 2, "do not go with --temporal")
+    fails(inside(*words, "--temporal", "localhost:1"), 3, "no Temporal server answers")
+    fails(inside(*words, "--temporal", "nowhere"), 2, "HOST:PORT")
+    fails(inside(*words, "--task-queue", "q"), 2, "needs --temporal")
+    wrong = ("worker", "sums.py:pipeline", *there, "--namespace", "nope")
+    fails(inside(*wrong), 3, "does not have the namespace")

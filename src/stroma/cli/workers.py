@@ -250,8 +250,7 @@ class TemporalWorker:
         client = await self.cluster.connect()
         from stroma.drivers.temporal.worker import stroma_worker
 
-        # Fails at once for a wrong namespace or key, which the worker would retry for ever.
-        await self.cluster.has_workers(client)
+        await self.cluster.check_access(client)
         try:
             worker = stroma_worker(
                 client,

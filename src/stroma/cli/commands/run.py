@@ -20,7 +20,6 @@ from stroma.cli.options import RunOptions, run_id_option, run_options
 from stroma.cli.output import err
 from stroma.cli.resume_plan import print_plan
 from stroma.cli.stores import Database
-from stroma.cli.temporal import TemporalCluster, TemporalRun, reject_local_options, temporal_options
 from stroma.contracts.node import FlowNode, find_node
 from stroma.engine.config import RunConfig, new_run_id
 from stroma.runner.pipeline import Pipeline
@@ -36,7 +35,6 @@ from stroma.runner.pipeline import Pipeline
     "--tag", "tags", multiple=True, metavar="TAG", help="Tag for `stroma runs --tag TAG`; may be repeated."
 )
 @run_options
-@temporal_options
 def run(
     target: str,
     input_text: str | None,
@@ -51,30 +49,24 @@ def run(
 
     NAME is a flow, a Pipeline, or a function without arguments that returns one. Without a config it has the
     settings of the StromaRunner in its file. INPUT is JSON, @FILE, or - for stdin; {} by default. Progress
-    goes to stderr. A run id that has not ended, or has called an effect, needs --resume or --restart. With
-    --temporal, workers run the nodes (see `stroma worker`), with the configuration that they have of the
-    pipeline: Ctrl-C cancels the run there, SIGTERM leaves it running.
+    goes to stderr. A run id that has not ended, or has called an effect, needs --resume or --restart.
     """
     if (resume or restart) and run_id is None:
         name = "resume" if resume else "restart"
         raise click.UsageError(f"--{name} needs --run-id, the id of the run to {name}")
     if resume and restart:
         raise click.UsageError("--resume and --restart exclude each other; pass one")
-    cluster = _read_cluster(click_options)
     options = RunOptions.from_click(**click_options)
     database = Database.from_option(db, quiet=options.quiet)
     pipeline = load_pipeline(target, database, quiet=options.quiet)
     config = _add_tags(_configure(pipeline, run_id, options), tags)
     if restart:
         config = config.model_copy(update={"if_exists": "restart", "resume": False})
-    is_attached = cluster is not None and options.if_running == "attach"
-    record = database.get_run(config.run_id) if resume or is_attached else None
+    record = database.get_run(config.run_id) if resume else None
     if record is not None and input_text is None:
         state = stored_input(database, record, pipeline, target)
     else:
         state = parse_input(pipeline, input_text)
-    if cluster is not None:
-        return TemporalRun(target, pipeline, config, state, cluster, database, options, resume).execute()
     return LocalRun(target, pipeline, config, state, database, record, None, options).execute()
 
 
@@ -153,24 +145,6 @@ def _check_options(
         raise click.UsageError("--state needs --fork: outputs of an existing run cannot be changed")
     if start_at is not None and options.if_running == "attach":
         raise click.UsageError("--attach and --from exclude each other; pass one")
-
-
-def _read_cluster(click_options: dict[str, Any]) -> TemporalCluster | None:
-    """Return the cluster of --temporal, or None. Raises UsageError for a local option beside it."""
-    cluster = TemporalCluster.from_options(click_options)
-    if cluster is not None:
-        reject_local_options(
-            "the workers send telemetry: stroma worker", "otel", "prometheus", "sentry", "datadog"
-        )
-        reject_local_options("the run outlives this command; SIGTERM leaves it running", "drain")
-        reject_local_options("the server reassigns runs of lost workers by itself", "take_over")
-        reject_local_options("a run is submitted once: use another run id", "restart")
-        reject_local_options(
-            "workers have the configuration of the pipeline; change a run with `stroma budget`",
-            "budget_usd",
-            "budget_tokens",
-        )
-    return cluster
 
 
 class ResumedRun(NamedTuple):

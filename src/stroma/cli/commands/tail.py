@@ -14,6 +14,7 @@ from stroma._utils.text import clean, format_duration, format_tokens, format_usd
 from stroma.checkpoint.events import EventPlace
 from stroma.checkpoint.history import History, bar_of, is_interrupted, status_of
 from stroma.checkpoint.history.redaction import redact_value
+from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import run_data
@@ -81,7 +82,7 @@ def tail(
         record = database.find(run_)
         watch = _Follower(database, as_json, hide, named=False)
         watch.print(record, lines)
-        while follow and record.status == "RUNNING" and not is_interrupted(record):
+        while follow and record.status in (QUEUED, "RUNNING") and not is_interrupted(record):
             time.sleep(interval)
             current = database.get_run(record.run_id)
             if current is None:

@@ -13,7 +13,7 @@ from stroma.cli.exporters import Exporters, ListenAddress, exporter_options
 from stroma.cli.loading import load_pipeline, load_served, note_target
 from stroma.cli.progress import show_warnings
 from stroma.cli.stores import Database, db_option
-from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_options
+from stroma.cli.temporal import TemporalCluster, temporal_options
 from stroma.cli.workers import HEALTH_HELP, LocalWorker, TemporalWorker
 from stroma.engine.config import RunConfig
 from stroma.hooks.sets import flatten
@@ -31,10 +31,8 @@ from stroma.runner.pipeline import Pipeline
 @click.option(
     "--poll",
     type=click.FloatRange(min=0.01),
-    default=1.0,
-    show_default=True,
     metavar="SECONDS",
-    help="Mean time between two looks for due runs.",
+    help="Mean time between two looks for due runs.  [default: 1]",
 )
 @click.option(
     "--drain",
@@ -53,7 +51,7 @@ from stroma.runner.pipeline import Pipeline
 def worker(
     targets: tuple[str, ...],
     concurrency: int | None,
-    poll: float,
+    poll: float | None,
     drain: float,
     place: str | None,
     health: tuple[str, int] | None,
@@ -80,8 +78,8 @@ def worker(
     cluster = TemporalCluster.from_options(options)
     if place is not None and cluster is None:
         raise click.UsageError("--place needs --temporal HOST:PORT")
-    if cluster is not None:
-        reject_local_options("its server watches the runs", "poll", "health")
+    if cluster is not None and (poll, health) != (None, None):
+        raise click.UsageError("--poll and --health do not go with --temporal: its server watches the runs")
     database = Database.from_option(db, quiet=quiet)
     database.require_durable()
     load = load_served if place is None else load_pipeline  # With a place, it drives no runs.
@@ -103,7 +101,7 @@ def worker(
     ]
     serving: LocalWorker | TemporalWorker
     if cluster is None:
-        serving = LocalWorker(pipelines, database, concurrency or 10, poll, drain, health, quiet)
+        serving = LocalWorker(pipelines, database, concurrency or 10, poll or 1.0, drain, health, quiet)
     else:
         serving = TemporalWorker(cluster, pipelines, database, concurrency or 10, drain, quiet, place)
     try:
