@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, get_type_hints
 
 from stroma._utils.text import typed
 from stroma.checkpoint.identity import idempotency_key
@@ -78,9 +78,7 @@ class RunRecord:
     """A run as a store lists it.
 
     Attributes:
-        status: "RUNNING" while it runs, or after its process died; "DAMAGED" if its row in the store is
-            damaged (then ``error`` describes the damage, and other fields may be 0 or empty); otherwise a
-            RunStatus.
+        status: "RUNNING" while it runs, or after its process died; otherwise a RunStatus.
         parent: the run that it was forked from.
         holder: description of its owner; None without an owner, also if its process died.
         started_ms, updated_ms: milliseconds since the epoch.
@@ -185,7 +183,6 @@ class AttemptRecord:
     Attributes:
         started_ns: since the epoch.
         duration_ns: for a group, from the first start to the last end of a function inside it.
-        outcome: "DAMAGED" if its row in the store is damaged.
         function_ns: time for which its function ran; for a group, any function inside it.
         group_id: id of the group around it.
         identity: that of the step of plain code at its position; None in a pipeline.
@@ -193,7 +190,7 @@ class AttemptRecord:
         epoch: that of its process, as in RunRecord; 0 if unknown.
         output_bytes: size of the stored output; None without a commit.
         output: in stored form; None without a readable commit, and in records without outputs.
-        damaged: the store holds something else than was committed: in the row of the attempt, or its output.
+        damaged: the store holds another output than was committed.
     """
 
     position: int
@@ -258,6 +255,16 @@ class AttemptRecord:
 ATTEMPT_COLUMNS: Final = tuple(one.name for one in fields(AttemptRecord))[:18]
 #: Returns the stored fields of an attempt, in this order.
 stored_values: Final[Callable[[AttemptRecord], tuple[Any, ...]]] = attrgetter(*ATTEMPT_COLUMNS)
+_HINTS: Final = get_type_hints(AttemptRecord)
+#: The shape of them as JSON, for :func:`stroma.checkpoint.decoding.decode_json`.
+ATTEMPT_SHAPE: Final[Any] = tuple[tuple(_HINTS[name] for name in ATTEMPT_COLUMNS)]  # type: ignore[misc]
+
+
+def to_record(values: Iterable[Any], epoch: int = 0, output_bytes: int | None = None) -> AttemptRecord:
+    """Return the attempt of its stored fields."""
+    record = AttemptRecord(*values)
+    record.epoch, record.output_bytes = epoch, output_bytes
+    return record
 
 
 class StoreFacts(NamedTuple):

@@ -19,7 +19,6 @@ _STYLES: Final = {
     "FAILED": "bold red",
     "PARTIAL": "red",
     "RUNNING": "cyan",
-    "DAMAGED": "bold red",
 }
 
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, cast
 
 from stroma.checkpoint.decisions import is_answered
 from stroma.checkpoint.decoding import RecordName, decode_json, decode_number, storable_text
-from stroma.checkpoint.durable.integrity import is_intact, parse_attempt, seal
+from stroma.checkpoint.durable.integrity import is_intact, seal
 from stroma.checkpoint.durable.rows import Annotation, Rows, RunRow, Step, StepRow
 from stroma.checkpoint.entries import UnknownCall, Waiting, is_effect_note
 from stroma.checkpoint.payloads import UNREADABLE, PayloadPlace, Payloads
-from stroma.checkpoint.records import ATTEMPT_COLUMNS, AttemptRecord, stored_values
+from stroma.checkpoint.records import ATTEMPT_SHAPE, AttemptRecord, stored_values
 from stroma.failures.classes import FailureClass
 from stroma.trace.events import AttemptRow, AttemptUsage, Failed, Outcome
 
@@ -101,10 +101,7 @@ def record_due_hooks(records: RunRecords, attempt: AttemptRecord) -> None:
 def read_due_hooks(records: RunRecords, row: StepRow) -> AttemptRow:
     """Return the row that :func:`record_due_hooks` stored. Raises CorruptCheckpoint."""
     name = name_of(row, records.run_id)
-    values = decode_json(row.step.output, list[Any], name)
-    attempt = parse_attempt(values) if len(values) == len(ATTEMPT_COLUMNS) else None
-    if attempt is None or attempt.damaged:
-        raise name.damaged()
+    attempt = AttemptRecord(*decode_json(row.step.output, ATTEMPT_SHAPE, name))
     place = records.place("message", attempt.position, attempt.branch)
     message = records.payloads.open_text(attempt.message, place)
     usage = AttemptUsage(attempt.tokens, attempt.output_tokens, attempt.cost_usd, attempt.model)

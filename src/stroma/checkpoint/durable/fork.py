@@ -16,7 +16,7 @@ from stroma.checkpoint.durable.annotations import (
     record_waiting,
 )
 from stroma.checkpoint.durable.control import last_number, note_last
-from stroma.checkpoint.durable.integrity import checksum, require_undamaged, seal, verify_step
+from stroma.checkpoint.durable.integrity import checksum, seal, verify_step
 from stroma.checkpoint.durable.rows import FORKED, Annotation, Opening, Rows, RunEnd, Step
 from stroma.checkpoint.entries import StepCall
 from stroma.checkpoint.errors import CheckpointNotFound, RunExists
@@ -39,7 +39,7 @@ def fork_run(
     ``call``: copy what the flow at that position got before the end of this call, too. Raises
     CheckpointNotFound, RunExists, CorruptCheckpoint.
     """
-    origin = require_undamaged(rows.find(source))
+    origin = rows.find(source)
     stored = None if origin is None else rows.input(origin.run, origin.execution)
     if origin is None or stored is None:
         raise CheckpointNotFound(f"there is no run {source!r} to fork; check the id and the store")

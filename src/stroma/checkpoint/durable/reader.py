@@ -16,7 +16,6 @@ from stroma.checkpoint.durable.conversion import open_events, open_message, open
 from stroma.checkpoint.durable.integrity import (
     is_intact,
     lost_error,
-    require_undamaged,
     verify_input,
     verify_step,
 )
@@ -130,9 +129,7 @@ class ReadableStore(ABC):
         """Return the last execution of a run, or None. Raises ValueError for an illegal id, StoreError."""
 
         def query(rows: Rows, run: RunRow) -> RunRecord | None:
-            if not (run.execution or run.is_damaged):
-                return None
-            return self._run_records(rows, [run], failed=_MAX_FAILED)[0]
+            return self._run_records(rows, [run], failed=_MAX_FAILED)[0] if run.execution else None
 
         return self._read_run(run_id, query, None)
 
@@ -143,7 +140,6 @@ class ReadableStore(ABC):
         """
 
         def query(rows: Rows, run: RunRow) -> EventPage | None:
-            require_undamaged(run)
             if not run.execution:
                 return None
             record = None

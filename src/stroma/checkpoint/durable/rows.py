@@ -57,9 +57,6 @@ OF_EXECUTION: Final = tuple(kind for kind in Annotation if kind not in _OF_RUN)
 #: Annotations that a fork copies.
 FORKED: Final = (Annotation.ATTRIBUTION, Annotation.TRACE)
 
-#: The status of a run, and the outcome of an attempt, with values that no store writes.
-DAMAGED: Final = "DAMAGED"
-
 
 def is_free(owner: str | None, left_seconds: float) -> bool:
     """Return True if a running run has lost its owner. ``left_seconds``: of its lease; infinite in memory."""
@@ -167,11 +164,6 @@ class RunRow(NamedTuple):
         """The owner of the run; None if it is not running, or if its owner is gone."""
         is_held = self.status == "RUNNING" and not is_free(self.owner, self.left_seconds)
         return Owner.read(self.owner) if is_held else None
-
-    @property
-    def is_damaged(self) -> bool:
-        """Return True if the row holds values that no store writes; see :func:`parse_run`."""
-        return self.status == DAMAGED
 
 
 class Step(NamedTuple):

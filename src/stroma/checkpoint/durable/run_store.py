@@ -43,7 +43,6 @@ from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, Run
 from stroma.checkpoint.durable.session_open import finish_execution, has_same_input
 from stroma.checkpoint.durable.worker import Operation
 from stroma.checkpoint.entries import Committed, RunRequest, SentMessage, Waiting, count_items, map_not_found
-from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import BLOB, LARGE_BYTES, BlobStore, PayloadPlace, Payloads, Stored, collect
 from stroma.checkpoint.queue import (
@@ -546,10 +545,7 @@ def _referenced_blobs(rows: Rows) -> set[str]:
 
 
 def _delete_if_free(run_id: str, before_ms: int, rows: Rows) -> bool:
-    try:
-        run = rows.find(run_id, lock=True)
-    except CorruptCheckpoint:
-        return False  # A damaged run may have an owner: it must be deleted by delete().
+    run = rows.find(run_id, lock=True)
     if run is None or run.holder is not None or run.updated_ms >= before_ms:
         return False
     rows.delete(run_id)

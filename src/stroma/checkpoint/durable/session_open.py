@@ -19,7 +19,7 @@ from stroma.checkpoint.decisions import (
     expired_error,
     has_expired,
 )
-from stroma.checkpoint.decoding import RecordName, decode_number
+from stroma.checkpoint.decoding import decode_number
 from stroma.checkpoint.durable.annotations import (
     RunRecords,
     find_rejected,
@@ -231,8 +231,6 @@ class RunOpener:
             if request.discard_from is None:
                 (extras,) = rows.run_extras([run], failed=_MAX_FAILED)
                 failed = [one for one in reversed(extras.failed) if one.epoch >= first_epoch]
-                if any(one.damaged for one in failed):
-                    raise RecordName(self._run_id, "list of failed attempts").damaged()
                 for one in failed:
                     open_message(self._payloads, self._run_id, run.execution, one)
                 tried = _count_failed(failed, opened.restored)

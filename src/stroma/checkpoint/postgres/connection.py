@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import psycopg
 
-from stroma.checkpoint.durable.integrity import require_undamaged
 from stroma.checkpoint.durable.operations import (
     Commit,
     ServerConnection,
@@ -97,7 +96,7 @@ class PostgresRows(SqlRows):
 
     def find(self, run_id: str, *, lock: bool = False) -> RunRow | None:
         if lock and run_id in self._runs:
-            return require_undamaged(self._runs.pop(run_id))
+            return self._runs.pop(run_id)
         run = super().find(run_id, lock=lock)
         if run is not None or not lock:
             return run

@@ -9,10 +9,9 @@ from typing import Any, Final, NamedTuple, get_type_hints
 from urllib.parse import quote
 
 from stroma.checkpoint.decoding import RecordName, decode_json, decode_number
-from stroma.checkpoint.durable.integrity import parse_attempt, parse_run
 from stroma.checkpoint.durable.rows import Annotation, RunRow, Step, StepRow
 from stroma.checkpoint.errors import CorruptCheckpoint
-from stroma.checkpoint.records import ATTEMPT_COLUMNS, AttemptRecord, stored_values
+from stroma.checkpoint.records import ATTEMPT_SHAPE, AttemptRecord, stored_values, to_record
 
 
 def annotations_key(kind: int) -> str:
@@ -145,20 +144,13 @@ def pack_attempt(attempt: AttemptRecord) -> str:
     return _compact(stored_values(attempt))
 
 
-def read_attempts(items: Iterable[tuple[str, bytes]]) -> list[AttemptRecord]:
-    """Decode attempts by their keys, in the order of the history. A damaged one has the values of its key."""
+def read_attempts(run_id: str, items: Iterable[tuple[str, bytes]]) -> list[AttemptRecord]:
+    """Decode attempts by their keys, in the order of the history. Raises CorruptCheckpoint."""
     attempts: list[AttemptRecord] = []
     for at, value in items:
-        epoch, *place, branch = [*at.split(":", 4), *[""] * 5][:5]
-        numbers = [int(n) if n.isdecimal() and len(n) < 20 else None for n in (epoch, *place)]
-        try:
-            values = decode_json(value, list[Any], _A_RECORD)
-        except CorruptCheckpoint:
-            values = []
-        if len(values) != len(ATTEMPT_COLUMNS) or None in numbers:
-            position, started, attempt = numbers[1:]
-            values = [position, started, branch, attempt, *[None] * (len(ATTEMPT_COLUMNS) - 4)]
-        attempts.append(parse_attempt(values, numbers[0] or 0))
+        name = RecordName(run_id, "attempt", at)
+        epoch = decode_number(at.partition(":")[0], name)
+        attempts.append(to_record(decode_json(value, ATTEMPT_SHAPE, name), epoch))
     return sorted(attempts, key=lambda one: (one.epoch, one.key))
 
 
@@ -168,49 +160,34 @@ _RUN_TYPES: Final = get_type_hints(RunRow)
 
 
 def read_run_row(reply: Any, run_id: str) -> RunRow:
-    """Return the row of a run; a damaged one, see parse_run(), if a field is missing or cannot be read.
-
-    Likewise if its key holds another type. Raises any other error in the reply.
-    """
-    if not isinstance(reply, Exception):
-        now_ms, fields = reply
-    elif "WRONGTYPE" in f"{type(reply).__name__}: {reply}":
-        now_ms, fields = 0, []
-    else:
+    """Return the row of a run. Raises an error in the reply, and CorruptCheckpoint for a damaged number."""
+    if isinstance(reply, Exception):
         raise reply
+    now_ms, fields = reply
     f = as_hash(fields)
-    values = {name: _field(f.get(name), kind) for name, kind in _RUN_TYPES.items()}
-    token, writes = _field(f.get("token"), str), _field(f.get("writes"), int)
-    others = {} if isinstance(writes, int) and isinstance(token, str) else {"writes": writes, "token": token}
-    tags: tuple[str, ...] = ()
-    try:
-        tags = tuple(decode_json(f.get("tags", b"[]"), list[str], _A_RECORD))
-    except CorruptCheckpoint:
-        others["tags"] = f["tags"]
-    values["run_id"] = run_id if f.get("run_id") == run_id.encode() else f.get("run_id")
-    until, claim_until = _field(f.get("until_ms"), int | None), _field(f.get("claim_until"), int | None)
-    values["left_seconds"] = until
-    if until is None or isinstance(until, int):
-        values["left_seconds"] = -1.0 if until is None else (until - now_ms) / 1000
-    if not isinstance(claim_until, int) or claim_until < now_ms:
+
+    def read(name: str, kind: Any) -> Any:
+        value = f.get(name)
+        if value is None:
+            return {int: 0, str: ""}.get(kind)
+        return (
+            as_text(value) if kind in (str, str | None) else decode_json(value, kind, _field_of(run_id, name))
+        )
+
+    values = {name: read(name, kind) for name, kind in _RUN_TYPES.items()}
+    until, claim_until = read("until_ms", int | None), read("claim_until", int)
+    values["left_seconds"] = -1.0 if until is None else (until - now_ms) / 1000
+    if claim_until < now_ms:
         values["claim"] = None
-    values["version"] = values["version"] or ""
-    annotated = as_text(f.get("annotated", b""))
-    values["run"] = RedisRun(run_id, str(token), values["epoch"], writes, annotated, tags)
-    return parse_run([values[name] for name in RunRow._fields], run_id, others)
+    tags = decode_json(f.get("tags", b"[]"), list[str], _field_of(run_id, "tags"))
+    run = RedisRun(
+        run_id, read("token", str), values["epoch"], read("writes", int), read("annotated", str), tuple(tags)
+    )
+    return RunRow(**{**values, "run": run, "run_id": run_id})
 
 
-def _field(value: bytes | None, kind: Any) -> Any:
-    """Return the field of a run of a type, or the unchanged value if it is not of that type."""
-    if value is None:
-        return 0 if kind is int else None
-    if kind in (int, int | None):
-        digits = value.removeprefix(b"-")
-        return int(value) if digits.isdigit() and len(digits) < 20 else value
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return value
+def _field_of(run_id: str, name: str) -> RecordName:
+    return RecordName(run_id, "field", name)
 
 
 # ---------------------------------------------------------------------- replies

@@ -11,7 +11,7 @@ from urllib.parse import quote, unquote_to_bytes
 
 from stroma.checkpoint.decisions import MESSAGE_SENT
 from stroma.checkpoint.durable.rows import Annotation, EventRow, RunExtras, RunRow, ScannedRows, Step, matches
-from stroma.checkpoint.errors import CheckpointLost, CorruptCheckpoint
+from stroma.checkpoint.errors import CheckpointLost
 from stroma.checkpoint.events import EventPlace
 from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueFigures
 from stroma.checkpoint.records import AttemptRecord, RunQuery, StoreFacts, Tally, not_a_mark
@@ -87,31 +87,31 @@ class RedisReader(ScannedRows):
         return None if end == place else end, page
 
     def _matching(self, page: list[list[Any]], query: RunQuery) -> list[tuple[_ListPlace, RunRow]]:
-        """Return those of these runs that match a query. A damaged run matches no condition."""
+        """Return those of these runs that match a query."""
         runs = [((int(start), run_id), read_run_row(row, as_text(run_id))) for run_id, start, row in page]
         if not _has_condition(query):
             return runs
-        runs = [one for one in runs if not one[1].is_damaged and matches(query, one[1], one[1].run.tags)]
+        runs = [one for one in runs if matches(query, one[1], one[1].run.tags)]
         if (query.failure_class, query.node) == (None, None):
             return runs
-        failures = self._failed([(run.run.prefix, str(run.execution)) for _, run in runs], _MAX_FAILED)
+        failures = self._failed([run for _, run in runs], _MAX_FAILED)
         return [
             one for one, failed in zip(runs, failures, strict=True) if any(map(query.matches_failure, failed))
         ]
 
-    def _failed(self, runs: Sequence[Sequence[str]], limit: int) -> list[list[AttemptRecord]]:
-        """Return the last failed attempts of executions, (prefix, number), the latest end first."""
+    def _failed(self, runs: Sequence[RunRow], limit: int) -> list[list[AttemptRecord]]:
+        """Return the last failed attempts of each run, the latest end first."""
         failed: list[list[AttemptRecord]] = [[] for _ in runs]
-        lists = self._try(*(("LRANGE", f"{prefix}failed:{number}", 0, limit - 1) for prefix, number in runs))
-        listed = [
-            (at, places) for at, places in enumerate(lists) if places and not isinstance(places, Exception)
-        ]
-        replies = self._try(*(("HMGET", "{}attempts:{}".format(*runs[at]), *places) for at, places in listed))
-        for (at, places), values in zip(listed, replies, strict=True):
-            if not isinstance(values, Exception):
-                known = [(as_text(one), value) for one, value in zip(places, values, strict=True) if value]
-                attempts = read_attempts(known)
-                failed[at] = sorted(attempts, key=lambda one: one.started_ns + one.duration_ns, reverse=True)
+        keys = [f"{run.run.prefix}failed:{run.execution}" for run in runs]
+        lists = self._get(*(("LRANGE", key, 0, limit - 1) for key in keys))
+        listed = [(at, places) for at, places in enumerate(lists) if places]
+        commands = (
+            ("HMGET", f"{runs[at].run.prefix}attempts:{runs[at].execution}", *places) for at, places in listed
+        )
+        for (at, places), values in zip(listed, self._get(*commands), strict=True):
+            known = [(as_text(one), value) for one, value in zip(places, values, strict=True) if value]
+            attempts = read_attempts(runs[at].run_id, known)
+            failed[at] = sorted(attempts, key=lambda one: one.started_ns + one.duration_ns, reverse=True)
         return failed
 
     def candidates(self, pipeline: str, request: ClaimRequest) -> list[Candidate]:
@@ -175,13 +175,10 @@ class RedisReader(ScannedRows):
         return {run_id: as_text(status) for run_id, status in statuses if status is not None}
 
     def run_extras(self, runs: list[RunRow], *, failed: int) -> list[RunExtras]:
-        parents = self._try(*(("HVALS", f"{run.run.prefix}{_PARENT}") for run in runs))
-        places = [(run.run.prefix, str(run.execution)) for run in runs]
-        failures = self._failed(places, failed) if failed else [[] for _ in runs]
+        parents = self._get(*(("HVALS", f"{run.run.prefix}{_PARENT}") for run in runs))
+        failures = self._failed(runs, failed) if failed else [[] for _ in runs]
         return [
-            RunExtras(
-                read_step(parent[0])[0] if isinstance(parent, list) and parent else None, run.run.tags, one
-            )
+            RunExtras(read_step(parent[0])[0] if parent else None, run.run.tags, one)
             for run, parent, one in zip(runs, parents, failures, strict=True)
         ]
 
@@ -209,12 +206,12 @@ class RedisReader(ScannedRows):
         if not ids:
             return []
         names = [as_text(run_id) for run_id in ids]
-        replies = self._try(*(script_command(prefix_of(name), "find", name) for name in names))
+        replies = self._get(*(script_command(prefix_of(name), "find", name) for name in names))
         # Runs whose keys have expired, or were lost, have no row.
         return [
             read_run_row(reply, name)
             for name, reply in zip(names, replies, strict=True)
-            if isinstance(reply, list | Exception)
+            if isinstance(reply, list)
         ]
 
     def attempts(self, run: RedisRun, execution: int) -> Iterator[tuple[AttemptRecord, Step | None]]:
@@ -222,25 +219,23 @@ class RedisReader(ScannedRows):
             *(("HGETALL", f"{run.prefix}{name}:{execution}") for name in ("attempts", "nodes", "steps"))
         )
         facts, outputs = _facts(run.run_id, nodes), as_hash(steps)
-        for one in read_attempts(as_hash(attempts).items()):
+        for one in read_attempts(run.run_id, as_hash(attempts).items()):
             place = f"{one.position}:{one.branch}"
-            is_own = place in outputs and _is_of(one, facts.get(place))
+            is_own = place in outputs and _is_of(one, facts[place])
             yield one, read_step(outputs[place])[1] if is_own else None
 
     def _attempts_of(self, runs: Sequence[tuple[RedisRun, int]]) -> list[list[AttemptRecord]]:
         """Return the attempts of each execution, in the order of the history, without outputs."""
         # The commits last: each has its attempt then.
-        attempts = self._try(*(("HGETALL", f"{run.prefix}attempts:{execution}") for run, execution in runs))
-        nodes = self._try(*(("HGETALL", f"{run.prefix}nodes:{execution}") for run, execution in runs))
+        attempts = self._get(*(("HGETALL", f"{run.prefix}attempts:{execution}") for run, execution in runs))
+        nodes = self._get(*(("HGETALL", f"{run.prefix}nodes:{execution}") for run, execution in runs))
         executions: list[list[AttemptRecord]] = []
         for (run, _), one, commits in zip(runs, attempts, nodes, strict=True):
-            # An error: the keys hold another type.
-            records = [] if isinstance(one, Exception) else read_attempts(as_hash(one).items())
-            facts = {} if isinstance(commits, Exception) else _facts(run.run_id, commits)
+            records, facts = read_attempts(run.run_id, as_hash(one).items()), _facts(run.run_id, commits)
             for record in records:
-                place = f"{record.position}:{record.branch}"
-                if place in facts and _is_of(record, fact := facts[place]):
-                    record.output_bytes = 0 if fact is None else fact.size
+                fact = facts.get(f"{record.position}:{record.branch}")
+                if fact is not None and _is_of(record, fact):
+                    record.output_bytes = fact.size
             executions.append(records)
         return executions
 
@@ -280,21 +275,14 @@ def run_lost_error(run_id: str, server: str) -> CheckpointLost:
     )
 
 
-def _facts(run_id: str, nodes: Any) -> dict[str, NodeFacts | None]:
-    """Return the facts about commits by their places; None in place of damaged ones."""
-    facts: dict[str, NodeFacts | None] = {}
-    for place, value in as_hash(nodes).items():
-        try:
-            facts[place] = read_node(run_id, place, value)[1]
-        except CorruptCheckpoint:
-            facts[place] = None
-    return facts
+def _facts(run_id: str, nodes: Any) -> dict[str, NodeFacts]:
+    """Return the facts about commits by their places. Raises CorruptCheckpoint."""
+    return {place: read_node(run_id, place, value)[1] for place, value in as_hash(nodes).items()}
 
 
-def _is_of(attempt: AttemptRecord, facts: NodeFacts | None) -> bool:
-    """Return True if an attempt committed the output at its place; also if that is not known."""
-    key = (attempt.epoch, attempt.attempt, attempt.started_ns)
-    return facts is None or key == (facts.epoch, facts.attempt, facts.started_ns)
+def _is_of(attempt: AttemptRecord, facts: NodeFacts) -> bool:
+    """Return True if an attempt committed the output at its place."""
+    return (attempt.epoch, attempt.attempt, attempt.started_ns) == facts[1:4]
 
 
 def _mark(start: int, run_id: bytes) -> str:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from stroma.checkpoint.decisions import COMPLETE, ENDED
 from stroma.checkpoint.decoding import RecordName, decode_number
-from stroma.checkpoint.durable.integrity import require_undamaged
 from stroma.checkpoint.durable.operations import fence_error
 from stroma.checkpoint.durable.rows import Annotation, EventRow, Fence, Opening, RunEnd, RunRow, Step, StepRow
 from stroma.checkpoint.errors import StoreError
@@ -101,11 +100,8 @@ class RedisRows(RedisReader):
         (reply,) = self._try(script_command(prefix_of(run_id), "find", run_id))
         if reply == b"lost":
             raise run_lost_error(run_id, self._link.server.name)
-        if lock and isinstance(reply, Exception):
-            raise reply  # The key may belong to another program and must not be overwritten.
         row = None if reply is None else read_run_row(reply, run_id)
         if lock:
-            require_undamaged(row)
             self._locked[run_id] = row
         return row
 

@@ -39,9 +39,8 @@ function ops.save(node, value, ttl)
 end
 
 function ops.delete(id)
-  local f = fields_if_hash(run, 'execution', 'pipeline')
-  local executions = tonumber(f.execution or 0) or 0
-  if not (executions >= 0 and executions <= MAX_EXECUTIONS) then executions = 0 end
+  local f = fields(run, 'execution', 'pipeline')
+  local executions = tonumber(f.execution or 0)
   while redis.call('EXISTS', p .. 'attempts:' .. (executions + 1), p .. 'steps:' .. (executions + 1)) > 0 do
     executions = executions + 1
   end
@@ -89,10 +88,10 @@ function ops.newest(from, lowest, limit, pipeline, statuses)
   local reply, wanted, ms = {{ids[#ids - 1], ids[#ids]}}, cjson.decode(statuses), now_ms()
   for i = 1, #ids, 2 do
     local row = prefix_of(ids[i]) .. 'run'
-    local f = fields_if_hash(row, 'pipeline', 'status')
+    local f = fields(row, 'pipeline', 'status')
     if (pipeline == '' or f.pipeline == pipeline) and (not next(wanted) or wanted[f.status or '']) then
-      local all = redis.pcall('HGETALL', row)
-      if all.err or #all > 0 then reply[#reply + 1] = {ids[i], ids[i + 1], {ms, all.err and {} or all}} end
+      local all = redis.call('HGETALL', row)
+      if #all > 0 then reply[#reply + 1] = {ids[i], ids[i + 1], {ms, all}} end
     end
   end
   return reply
@@ -114,7 +113,7 @@ function ops.candidates(pipeline, version, now, limit, most, code, where)
     end
   end
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', EXPIRES .. place, '-inf', '(' .. ms, 'LIMIT', 0, 100)) do
-    local f = fields_if_hash(prefix_of(id) .. 'run', 'status', 'wake_ms', 'claim_until', 'priority', 'key',
+    local f = fields(prefix_of(id) .. 'run', 'status', 'wake_ms', 'claim_until', 'priority', 'key',
         'order')
     if f.status ~= 'QUEUED' then redis.call('ZREM', EXPIRES .. place, id)
     elseif not is_claimed(f.claim_until, ms) and tonumber(f.wake_ms or 0) <= now then
@@ -124,14 +123,14 @@ function ops.candidates(pipeline, version, now, limit, most, code, where)
   if limit == 0 then return found end
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', LATER .. place, '-inf', now, 'LIMIT', 0, most)) do
     redis.call('ZREM', LATER .. place, id)
-    local f = fields_if_hash(prefix_of(id) .. 'run', 'status', 'wake_ms', 'priority', 'key', 'order')
+    local f = fields(prefix_of(id) .. 'run', 'status', 'wake_ms', 'priority', 'key', 'order')
     if f.status == 'QUEUED' then join_due(place, id, f) end
   end
   -- Adds those of these runs that are due. Runs that are in the list no more are removed from it.
   local function add_due(list, ids, blocked)
     local due, taken = {}, {}
     for at, id in ipairs(ids) do
-      local f = fields_if_hash(prefix_of(id) .. 'run', 'status', 'until_ms', 'wake_ms', 'pipeline',
+      local f = fields(prefix_of(id) .. 'run', 'status', 'until_ms', 'wake_ms', 'pipeline',
           'claim_until', 'priority', 'key', 'version', 'blocked_until_ms', 'blocked_codes', 'order')
       local status, wake, blocked_until = f.status, f.wake_ms, f.blocked_until_ms
       local stopped = status == 'SUSPENDED' or status == 'INTERRUPTED' or blocked and status == 'QUEUED'
@@ -178,7 +177,7 @@ function ops.candidates(pipeline, version, now, limit, most, code, where)
         local due, order, id = string.match(members[at], '^(%d+) (%d+):(.*)$')
         examined = examined + 1
         if due and taken < limit and tonumber(due) <= now then
-          local f = fields_if_hash(prefix_of(id) .. 'run', 'status', 'claim_until')
+          local f = fields(prefix_of(id) .. 'run', 'status', 'claim_until')
           if f.status ~= 'QUEUED' then redis.call('ZREM', queue, members[at])  -- The run was lost.
           elseif not is_claimed(f.claim_until, ms) then
             add(id, {priority = members[at + 1], key = key ~= '' and key or nil, order = order},
@@ -198,8 +197,8 @@ function ops.live_runs(pipeline)
   local keys, ms = {}, now_ms()
   redis.call('ZREMRANGEBYSCORE', LIVE .. pipeline, '-inf', '(' .. ms)
   for _, id in ipairs(redis.call('ZRANGE', LIVE .. pipeline, 0, -1)) do
-    local key = redis.pcall('HGET', prefix_of(id) .. 'run', 'key')
-    keys[#keys + 1] = type(key) == 'string' and '=' .. key or ''
+    local key = redis.call('HGET', prefix_of(id) .. 'run', 'key')
+    keys[#keys + 1] = key and '=' .. key or ''
   end
   return keys
 end
@@ -228,7 +227,7 @@ function ops.queue_figures(pipeline, version, now, least, most)
   local later = redis.call('ZRANGEBYSCORE', LATER .. place, '-inf', now, 'WITHSCORES', 'LIMIT', 0, 1)
   if later[2] and (not oldest or tonumber(later[2]) < oldest) then oldest = tonumber(later[2]) end
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', DUE .. place, least, now, 'LIMIT', 0, most)) do
-    local f = fields_if_hash(prefix_of(id) .. 'run', 'status', 'wake_ms')
+    local f = fields(prefix_of(id) .. 'run', 'status', 'wake_ms')
     local due = (f.status == 'SUSPENDED' or f.status == 'INTERRUPTED') and f.wake_ms and tonumber(f.wake_ms)
     if due and (not oldest or due < oldest) then oldest = due end
     if due then break end

@@ -67,7 +67,6 @@ local SAVED = '{annotations_key(Annotation.SAVED)}'
 _COMMON: Final = r"""
 local p, op = KEYS[1], ARGV[1]
 local run = p .. 'run'
-local MAX_EXECUTIONS = 100000  -- a damaged row may have any number
 local RUNS, IDS, ENDED, DUE = 'stroma:runs', 'stroma:ids', 'stroma:ended', 'stroma:due:'
 local LIVE, QUEUE, QUEUE_KEYS, BLOCKED = 'stroma:live:', 'stroma:queue:', 'stroma:queuekeys:',
     'stroma:blocked:'
@@ -80,25 +79,17 @@ end
 
 local function now_ms() return math.floor(now_us() / 1000) end
 
-local function named(values, names)
-  local result = {}
-  for i, name in ipairs(names) do result[name] = values[i] end
-  return result
-end
-
 -- Returns fields of a hash by their names, false for missing ones.
-local function fields(key, ...) return named(redis.call('HMGET', key, ...), {...}) end
-
--- Likewise for a key that may be of another program: without fields if it is not a hash.
-local function fields_if_hash(key, ...)
-  local values = redis.pcall('HMGET', key, ...)
-  return values.err and {} or named(values, {...})
+local function fields(key, ...)
+  local values, result = redis.call('HMGET', key, ...), {}
+  for i, name in ipairs({...}) do result[name] = values[i] end
+  return result
 end
 
 local function keys_of(executions)
   local keys = {}
   for _, name in ipairs(RUN_KEYS) do keys[#keys + 1] = p .. name end
-  for e = 1, math.min(executions, MAX_EXECUTIONS) do
+  for e = 1, executions do
     for _, name in ipairs(EXECUTION_KEYS) do keys[#keys + 1] = p .. name .. ':' .. e end
   end
   return keys

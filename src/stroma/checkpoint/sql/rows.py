@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
-from stroma.checkpoint.durable.integrity import parse_attempt, parse_run, require_undamaged
 from stroma.checkpoint.durable.rows import (
     Annotation,
     EventRow,
@@ -34,6 +33,7 @@ from stroma.checkpoint.records import (
     parse_attempt_mark,
     parse_run_mark,
     stored_values,
+    to_record,
 )
 from stroma.checkpoint.sql import statements as sql
 from stroma.checkpoint.sql.tables import key
@@ -67,7 +67,7 @@ class SqlRows(ABC):
         return is_free(owner, left_seconds)
 
     def _run_row(self, values: Sequence[Any]) -> RunRow:
-        return parse_run(values)
+        return RunRow._make(values)
 
     def _machine(self) -> str:
         """Return the beginning of the owners of runs whose end may be known before their lease ends."""
@@ -93,8 +93,7 @@ class SqlRows(ABC):
 
     def find(self, run_id: str, *, lock: bool = False) -> RunRow | None:
         row = self._one(sql.LOCK if lock else sql.FIND, run_key=key(run_id))
-        run = None if row is None else self._run_row(row)
-        return require_undamaged(run) if lock else run
+        return None if row is None else self._run_row(row)
 
     def _new_run(self, run_id: str) -> Any:
         """Create a run without an execution, and return its number."""
@@ -363,8 +362,7 @@ class SqlRows(ABC):
             "tag": "r.run = t.run AND t.tag = :tag",
         }
         # Execution 0 has only states from save(): it is not a run of a pipeline.
-        # A start below 0, which only damage causes, would have no mark.
-        where = ["r.execution > 0", f"{order}.started_ms >= 0"]
+        where = ["r.execution > 0"]
         where += [condition for name, condition in conditions.items() if values[name] is not None]
         if query.blocked:
             where.append("r.blocked_since_ms IS NOT NULL")
@@ -406,7 +404,7 @@ class SqlRows(ABC):
             RunExtras(
                 parents.get(run),
                 tuple(tags.get(run, ())),
-                [parse_attempt(attempt, epoch) for *attempt, epoch in rows],
+                [to_record(attempt, epoch) for *attempt, epoch in rows],
             )
             for run, rows in zip(numbers, attempts, strict=True)
         ]
@@ -423,7 +421,7 @@ class SqlRows(ABC):
             for row in self._all(sql.OUTPUTS, run=run, execution=execution)
         }
         for *row, epoch in self._all(sql.ATTEMPTS, run=run, execution=execution):
-            attempt = parse_attempt(row)
+            attempt = to_record(row)
             yield attempt, outputs.get((epoch, *attempt.key))
 
     def attempt_page(
@@ -440,14 +438,8 @@ class SqlRows(ABC):
 
     def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
         values = {"bucket_ms": bucket_ms, "since_ms": since_ms, "runs": runs, "attempts": attempts}
-        return [
-            Tally(int(row[0]), *row[1:5], *map(int, row[5:]))
-            for row in self._all(sql.TALLY, **values)
-            # In damaged rows, an invalid number counts as 0; rows with an invalid text are skipped.
-            if isinstance(row[1], str)
-            and isinstance(row[2], str)
-            and all(isinstance(text, str | None) for text in row[3:5])
-        ]
+        rows = self._all(sql.TALLY, **values)
+        return [Tally(int(row[0]), *row[1:5], *map(int, row[5:])) for row in rows]
 
 
 def _fence_values(fence: Fence) -> dict[str, Any]:
@@ -490,7 +482,7 @@ def _step_rows(rows: Iterable[Any]) -> list[StepRow]:
 
 def _parse_attempts(rows: Iterable[Any]) -> list[AttemptRecord]:
     """Return the attempts of rows of (*ATTEMPT_COLUMNS, epoch, size)."""
-    return [parse_attempt(row[:-2], *row[-2:]) for row in rows]
+    return [to_record(row[:-2], *row[-2:]) for row in rows]
 
 
 def _place(run: RunRow) -> tuple[int, int]:

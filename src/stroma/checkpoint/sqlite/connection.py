@@ -75,7 +75,7 @@ _BOOT: Final = boot_id() if _CLOCK is not None else ""
 
 def _is_of_this_start(owner: str | None) -> bool:
     """Return True if the lease of an owner goes by the present clock of the machine."""
-    holder = Owner.read(owner) if isinstance(owner, str) else None
+    holder = Owner.read(owner)
     return holder is not None and holder.boot == _BOOT
 
 

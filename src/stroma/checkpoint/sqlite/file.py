@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Literal, TypeVar
 from weakref import WeakSet
 
@@ -134,17 +135,10 @@ def connect(uri: str) -> sqlite3.Connection:
     # timeout=0: SQLite's own waiting starves writers; DatabaseFile.retry_while_locked() is fair.
     # check_same_thread: a thread that forks closes it, while no other uses it.
     db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, check_same_thread=False)
-    db.text_factory = _decode_text
+    # A damaged text is another text, which fails the checksum of its row if that has one.
+    db.text_factory = partial(str, encoding="utf-8", errors="backslashreplace")
     db.execute("PRAGMA trusted_schema=0")
     return db
-
-
-def _decode_text(data: bytes) -> str | bytes:
-    """Return a text; a damaged one as bytes: its row is damaged, and not the list that has it."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return data
 
 
 def _code(error: BaseException) -> int:
