@@ -110,6 +110,7 @@ PARAMETERS = frozenset(
 #: Methods and properties of a class that users call. Of other classes the page shows all public ones.
 METHODS = {
     "Breaker": ["states"],
+    "CheckpointStoreTests": ["reopened"],
     "CostTracker": [
         "record",
         "total_tokens",

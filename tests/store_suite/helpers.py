@@ -6,13 +6,13 @@ import itertools
 from typing import Any
 
 from pydantic import BaseModel
-from tests.store_suite.simple import HARD_IDS, State, settled
 
 from stroma.checkpoint import RunRequest, Waiting
 from stroma.checkpoint.queue import ClaimRequest, RunLimits
 from stroma.contracts.schema import Schema, schema_of
 from stroma.engine.restore import read_output
 from stroma.failures.classes import FailureClass
+from stroma.testing.checkpoints import HARD_IDS, State, settled
 from stroma.trace.events import AttemptRow, AttemptUsage, Failed
 
 __all__ = [

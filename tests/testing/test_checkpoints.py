@@ -9,9 +9,10 @@ import shutil
 from typing import ClassVar
 
 import pytest
-from tests.store_suite.simple import CheckpointStoreTests, Document, State
 
 from stroma import AsyncInMemoryStore, InMemoryStore, SQLiteStore
+from stroma.testing import CheckpointStoreTests
+from stroma.testing.checkpoints import Document, State
 
 
 class TestInMemoryStore(CheckpointStoreTests):

@@ -161,3 +161,111 @@ def test_each_test_has_snapshots_of_its_own(session):
     )
     twice.assert_outcomes(failed=1)
     twice.stdout.fnmatch_lines(["*this test has two snapshots test_it.txt; pass a name for each*"])
+
+
+CHAOS = """
+    sent, keys, built = [], {}, []
+
+    @pytest.fixture(autouse=True)
+    def mailbox():
+        sent.clear()
+        built.append(1)
+
+    async def send(state):
+        sent.append("mail")
+        return state
+
+    async def send_once(state):
+        keys[current_node().idempotency_key] = "mail"
+        return state
+
+    async def test_unsafe():
+        result = await patient.run([make("count", add_one), make("send", send)], Number())
+        assert sent == ["mail"]
+
+    async def test_safe():
+        keys.clear()
+        await patient.run([make("count", add_one), make("send_once", send_once)], Number())
+        assert len(keys) == 1
+
+    def test_that_runs_nothing():
+        assert len(built) == 1 or True
+
+    @pytest.mark.stroma_no_chaos
+    async def test_that_is_left_alone():
+        await patient.run([make("send", send)], Number())
+        assert sent == ["mail"]
+
+    async def test_that_fails_anyway():
+        await patient.run([make("send", send)], Number())
+        assert sent == []
+"""
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("workers", [(), ("-n2",)], ids=["alone", "xdist"])
+def test_chaos_names_the_node_that_is_not_safe_to_retry(session, workers):
+    """Every test of a pipeline runs again with faults: the node whose second call breaks a test is named, no
+    other is."""
+    result = session(CHAOS, "--stroma-chaos=20", "--stroma-chaos-seed=7", *workers)
+    result.assert_outcomes(passed=4, failed=2)
+    text = result.stdout.str()
+    assert "--stroma-chaos-seed=7" in text
+    named = [line for line in text.splitlines() if line.startswith("node ")]
+    (line,) = named
+    assert line.startswith(
+        "node 'send' is not safe to retry: test_it.py::test_unsafe fails if its call 1 is made twice"
+    )
+
+
+def test_chaos_is_the_same_with_the_same_seed(session):
+    """The seed makes the same faults again; without one it is made up, and told."""
+    body = CHAOS.replace("async def test_safe", "async def test_noted")
+    first, again = (
+        session(body, "--stroma-chaos=6", "--stroma-chaos-seed=11").stdout.str() for _ in range(2)
+    )
+    events = [[line for line in text.splitlines() if line.startswith("run ")] for text in (first, again)]
+    assert events[0] == events[1]
+    made_up = session(body, "--stroma-chaos=1").stdout.str()
+    assert "--stroma-chaos-seed=" in made_up
+
+
+def test_without_the_option_nothing_runs_twice(session):
+    """A session without chaos calls each test once."""
+    result = session("""
+        calls = []
+
+        async def test_it():
+            await patient.run([make("a", add_one)], Number())
+            calls.append(1)
+            assert calls == [1]
+    """)
+    result.assert_outcomes(passed=1)
+    assert "chaos" not in result.stdout.str()
+
+
+def test_a_race_is_found(session):
+    """A node that is slower than others breaks a test that goes by the order in which siblings end."""
+    result = session(
+        """
+        from stroma import parallel
+
+        async def test_it():
+            order = []
+
+            def noting(name):
+                async def step(state):
+                    order.append(name)
+                    return state
+                return make(name, step)
+
+            await patient.run([parallel(noting("first"), noting("second"))], Number())
+            assert dict.fromkeys(order) == {"first": None, "second": None}
+            assert order[0] == "first"
+        """,
+        "--stroma-chaos=40",
+        "--stroma-chaos-seed=1",
+    )
+    result.stdout.fnmatch_lines(
+        ["node 'first' is in a race: test_it.py::test_it fails if its call 1 is slower than others"]
+    )

@@ -1,7 +1,7 @@
 """The public test kit.
 
-Each name is loaded when it is first asked for. ``assert_contract_holds`` needs hypothesis:
-``pip install "stroma-runner[testing]"``.
+Each name is loaded when it is first asked for. The suites of stores need pytest and pytest-asyncio, and
+``assert_contract_holds`` needs hypothesis: ``pip install "stroma-runner[testing]"``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from stroma._utils.lazy import lazy
 
 if TYPE_CHECKING:
+    from stroma.testing.checkpoints import CheckpointStoreTests
     from stroma.testing.clock import FakeClock
     from stroma.testing.contracts import assert_contract_holds
     from stroma.testing.crash import POINTS, Boundary, Crashed, crash_at
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from stroma.testing.snapshots import trace_snapshot
 
 _HOMES = {
+    "checkpoints": ("CheckpointStoreTests",),
     "clock": ("FakeClock",),
     "contracts": ("assert_contract_holds",),
     "crash": ("POINTS", "Boundary", "Crashed", "crash_at"),
@@ -38,6 +40,7 @@ _HOMES = {
 __all__ = [
     "POINTS",
     "Boundary",
+    "CheckpointStoreTests",
     "Crashed",
     "Difference",
     "FakeClock",

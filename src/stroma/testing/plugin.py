@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,11 +20,45 @@ _FAILED = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option of the plugin."""
+    """Add the options of the plugin."""
     group = parser.getgroup("stroma", "pipelines of Stroma")
+    group.addoption(
+        "--stroma-chaos",
+        type=int,
+        default=0,
+        metavar="N",
+        help="Run every test that runs a pipeline N times more, each time with another fault, and say "
+        "which node is not safe to retry.",
+    )
+    group.addoption(
+        "--stroma-chaos-seed",
+        type=int,
+        default=None,
+        metavar="SEED",
+        help="Make the faults of an earlier session again.",
+    )
     group.addoption(
         "--stroma-update-snapshots", action="store_true", help="Write the snapshots of stroma_snapshot anew."
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker, and the faults of ``--stroma-chaos``."""
+    config.addinivalue_line(
+        "markers", "stroma_no_chaos: the faults of --stroma-chaos stay away from this test of a pipeline."
+    )
+    if config.option.stroma_chaos > 0:
+        seed = getattr(config, "workerinput", {}).get("stroma_chaos_seed", config.option.stroma_chaos_seed)
+        config.option.stroma_chaos_seed = random.randrange(1_000_000) if seed is None else seed
+        from stroma.testing.chaos import Chaos
+
+        config.pluginmanager.register(Chaos(config), "stroma-chaos")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Pass the seed to the workers of pytest-xdist."""
+    node.workerinput["stroma_chaos_seed"] = node.config.option.stroma_chaos_seed
 
 
 # Not the newer kind of wrapper: old versions of pytest must work where Stroma is installed.
