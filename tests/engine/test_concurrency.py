@@ -192,14 +192,15 @@ class Crowd:
                 assert self.seen[f"run {i}", event] == count, (i, event)
 
 
-@pytest.mark.nightly
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "count", [1_000, pytest.param(10_000, marks=[pytest.mark.nightly, pytest.mark.slow])]
+)
 @pytest.mark.timeout(120)
-async def test_ten_thousand_runs_at_once() -> None:
+async def test_ten_thousand_runs_at_once(count: int) -> None:
     """10,000 runs of one runner at once: ids, states, traces, budgets, hooks and variables stay apart."""
     crowd = Crowd()
     runner = crowd.runner(AsyncInMemoryStore())
-    results = await asyncio.gather(*[crowd.run(runner, i) for i in range(10_000)])
+    results = await asyncio.gather(*[crowd.run(runner, i) for i in range(count)])
     crowd.check(results)
     assert whose.get() == -1
     assert asyncio.all_tasks() == {asyncio.current_task()}

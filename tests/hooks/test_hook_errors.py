@@ -128,27 +128,6 @@ async def test_run_end_fires_when_the_resume_target_has_no_checkpoint() -> None:
     assert seen == ["start", RunStatus.INTERRUPTED]
 
 
-@pytest.mark.parametrize("event", ["on_node_start", "on_node_success"])
-async def test_an_interrupt_in_a_hook_leaves_the_sets_paired(event: str) -> None:
-    """G9: After a KeyboardInterrupt in a hook, every set of hooks that got a start gets one end."""
-    seen: list[str] = []
-
-    async def interrupt(*_: Any) -> None:
-        seen.append(f"2 {event[8:]}")
-        raise KeyboardInterrupt
-
-    sets = [
-        record_node_hooks(seen, "1 "),
-        record_node_hooks(seen, "2 ", **{event: interrupt}),
-        record_node_hooks(seen, "3 "),
-    ]
-    with pytest.raises(KeyboardInterrupt):
-        await quick(hooks=sets).run([node("a", lambda state: {"n": 1})], Num())
-    for name in "123":
-        own = [what[2:] for what in seen if what[0] == name]
-        assert own == ["start", "cancelled" if event == "on_node_start" else "success"], seen
-
-
 @pytest.mark.core
 async def test_a_hook_cannot_grant_attempts() -> None:
     """G8: what a hook writes on current_node() has no node called more often."""
