@@ -105,17 +105,11 @@ async def test_a_run_without_its_owner_is_due(store: Any) -> None:
     assert await _due(store, 1) == []
 
 
-async def test_a_cancelled_run_is_due_no_more(store: Any) -> None:
-    """cancel() of a suspended run leaves nothing to do."""
+@pytest.mark.parametrize("way", ["cancel", "delete"])
+async def test_a_cancelled_or_deleted_run_is_due_no_more(store: Any, way: str) -> None:
+    """cancel() and delete() of a suspended run leave nothing to do."""
     await _end(await _open(store), "SUSPENDED", 5000)
-    await store.cancel("r")
-    assert await _due(store, 5000) == []
-
-
-async def test_a_deleted_run_is_due_no_more(store: Any) -> None:
-    """delete() of a suspended run leaves nothing to do."""
-    await _end(await _open(store), "SUSPENDED", 5000)
-    await _done(store.delete("r"))
+    await _done(getattr(store, way)("r"))
     assert await _due(store, 5000) == []
 
 

@@ -131,17 +131,20 @@ async def test_a_run_has_one_owner(machine: Machine) -> None:
     assert machine.calls() == ["n0", "n1"]
 
 
+async def _eight(machine: Machine, **options: Any) -> list[str]:
+    """Let eight processes begin at once, and return what became of each."""
+    processes = await asyncio.gather(*(machine.start(**options) for _ in range(8)))
+    for process in processes:
+        assert process.child.stdin is not None
+        process.child.stdin.write(b"go\n")
+    return await asyncio.gather(*(process.outcome() for process in processes))
+
+
 @pytest.mark.slow
 async def test_eight_processes_at_once(any_machine: Machine) -> None:
     """G10: Of eight processes that start the same run at once, one executes it, and the others get
     RunBusy."""
-    all_of_them = await asyncio.gather(
-        *(any_machine.start(waits={"wait": 1, "sleep0": 0.5, "sleep1": 0.5}) for _ in range(8))
-    )
-    for process in all_of_them:
-        assert process.child.stdin is not None
-        process.child.stdin.write(b"go\n")
-    outcomes = await asyncio.gather(*(process.outcome() for process in all_of_them))
+    outcomes = await _eight(any_machine, waits={"wait": 1, "sleep0": 0.5, "sleep1": 0.5})
     assert Counter(outcome.split()[0] for outcome in outcomes) == {"COMPLETED": 1, "busy": 7}
     assert any_machine.calls() == ["n0", "n1", "n2"]
 
@@ -149,13 +152,7 @@ async def test_eight_processes_at_once(any_machine: Machine) -> None:
 @pytest.mark.slow
 async def test_eight_processes_attach(machine: Machine) -> None:
     """Processes that attach wait for the one that runs, and all have its result."""
-    all_of_them = await asyncio.gather(
-        *(machine.start(waits={"wait": 1, "sleep1": 0.2}, if_running="attach") for _ in range(8))
-    )
-    for process in all_of_them:
-        assert process.child.stdin is not None
-        process.child.stdin.write(b"go\n")
-    outcomes = await asyncio.gather(*(process.outcome() for process in all_of_them))
+    outcomes = await _eight(machine, waits={"wait": 1, "sleep1": 0.2}, if_running="attach")
     # Whoever comes after the end begins anew, as ever.
     assert set(outcomes) == {"COMPLETED - Count(n=3)"}
     assert len(machine.calls()) % 3 == 0
@@ -344,14 +341,20 @@ async def test_attaching_to_a_failure_gives_the_failure(store: Any) -> None:
 
 
 @pytest.mark.core
-async def test_another_input_cannot_attach(store: Any) -> None:
-    """Only a request with the same input may attach to a run."""
+@pytest.mark.parametrize(
+    ("given", "resume_from", "text"), [(5, None, "with another input"), (0, "b", "is already running")]
+)
+async def test_another_request_cannot_attach(
+    store: Any, given: int, resume_from: str | None, text: str
+) -> None:
+    """Only a request with the same input may attach to a run, and none that wants outputs of its own."""
     calls: list[str] = []
     gate = asyncio.Event()
     task = await _held(store, calls, gate)
-    with pytest.raises(RunBusy, match="with another input"):
+    with pytest.raises(RunBusy, match=text):
         async with asyncio.timeout(5):
-            await _runner(store, if_running="attach").run(_nodes(calls), Num(n=5))
+            runner = _runner(store, if_running="attach")
+            await runner.run(_nodes(calls), Num(n=given), resume_from=resume_from)
     gate.set()
     await task
 
@@ -382,19 +385,6 @@ async def test_what_goes_wrong_beside_the_leases_loses_none(
         assert not surprises
         gate.set()
         assert (await task).status is RunStatus.COMPLETED
-
-
-async def test_who_makes_it_anew_does_not_wait(store: Any) -> None:
-    """resume_from= wants its own outputs, not those of whoever runs it now: with "attach" too it is told
-    RunBusy."""
-    calls: list[str] = []
-    gate = asyncio.Event()
-    task = await _held(store, calls, gate)
-    with pytest.raises(RunBusy):
-        async with asyncio.timeout(5):
-            await _runner(store, if_running="attach").run(_nodes(calls), Num(), resume_from="b")
-    gate.set()
-    await task
 
 
 async def test_whoever_waits_can_be_cancelled(store: Any) -> None:

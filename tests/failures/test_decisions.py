@@ -130,30 +130,19 @@ def test_what_a_providers_error_says() -> None:
     assert diagnose(Provider(401), CONTEXT).retry_after_seconds is None
 
 
-def test_our_own_errors_are_what_they_are() -> None:
-    """Whatever they were raised from: they take neither class, reason nor wait of a provider's error."""
+@pytest.mark.parametrize(
+    ("base", "expected"),
+    [(UsageError, (TERMINAL, "usage", None)), (TimeoutError, (RECOVERABLE, "rate_limit", 7.0))],
+)
+def test_our_own_errors_are_what_they_are(base: type[Exception], expected: Any) -> None:
+    """An error of ours is read as that, whatever else it carries; of a TimeoutError the status counts."""
 
-    class Both(UsageError):
+    class Both(base):  # type: ignore[misc,valid-type]
         status_code = 429
         response = Response(429, {"retry-after": "7"})
 
     result = diagnose(Both("no"), CONTEXT)
-    assert (result.failure_class, result.reason, result.retry_after_seconds) == (TERMINAL, "usage", None)
-
-
-def test_a_timeout_of_a_provider_is_the_providers() -> None:
-    """Where it says more than that time was up, that is told."""
-
-    class Both(TimeoutError):
-        status_code = 429
-        response = Response(429, {"retry-after": "7"})
-
-    result = diagnose(Both("no"), CONTEXT)
-    assert (result.failure_class, result.reason, result.retry_after_seconds) == (
-        RECOVERABLE,
-        "rate_limit",
-        7.0,
-    )
+    assert (result.failure_class, result.reason, result.retry_after_seconds) == expected
 
 
 def test_classifiers_are_asked_in_order() -> None:

@@ -23,7 +23,7 @@ import httpx
 import httpx2
 import openai
 import pytest
-from tests.kit import Note
+from tests.kit import Note, ended, start_python
 from tests.providers.cases import PROVIDER_CASES, TOO_LONG, A, Case, R, T, by_anthropic, by_openai
 from tests.providers.cases_more import GRPC_CASES, MORE_CASES
 from tests.providers.clients import (
@@ -991,18 +991,12 @@ def test_what_cannot_be_said_hides_no_status(error: Exception, expected: Verdict
         b'{"error": null}',
         b'{"error": {"code": 7}}',
         b" " * 70_000,
+        json.dumps({"error": {"code": "insufficient_quota", "message": "x" * 65_536}}).encode(),
     ],
     ids=lambda v: str(v[:12]),
 )
 def test_bodies_that_make_no_sense_say_nothing(body: bytes) -> None:
-    """A body that is no JSON, too deep or too large leaves the status to decide."""
-    error = shaped(response=SimpleNamespace(status_code=429, _content=body))
-    assert read_provider_error(error) == again("rate_limit")
-
-
-def test_a_large_body_is_not_read() -> None:
-    """A body of 64 KiB or more is no error message; it is not parsed."""
-    body = json.dumps({"error": {"code": "insufficient_quota", "message": "x" * 65_536}}).encode()
+    """A body that is no JSON, too deep, or of 64 KiB or more leaves the status to decide."""
     error = shaped(response=SimpleNamespace(status_code=429, _content=body))
     assert read_provider_error(error) == again("rate_limit")
 
@@ -1022,15 +1016,14 @@ def test_a_body_is_never_fetched() -> None:
 
 @pytest.mark.slow
 def test_no_sdk_is_imported() -> None:
-    """Reading an exception imports no SDK and no HTTP client."""
-    import subprocess
-    import sys
-
-    code = (
-        "import sys; from stroma.failures.providers import read_provider_error as read\n"
-        "print(read(ConnectionError()).reason)\n"
-        "print(sorted({'openai', 'anthropic', 'google', 'mistralai', 'cohere', 'httpx', 'httpx2', "
-        "'requests', 'aiohttp', 'botocore', 'grpc'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.stdout.split("\n")[:2], done.stderr) == (["connection", "[]"], "")
+    """Reading an exception, or usage from plain data, imports no SDK, no HTTP client and no genai-prices."""
+    code = """
+        import sys
+        from stroma import usage_from
+        from stroma.failures.providers import read_provider_error
+        print(read_provider_error(ConnectionError()).reason)
+        print(usage_from({"usage": {"prompt_tokens": 1}}).input_tokens)
+        sdks = "openai anthropic google mistralai cohere botocore genai_prices".split()
+        print(sorted({*sdks, "httpx", "httpx2", "requests", "aiohttp", "grpc"} & set(sys.modules)))
+    """
+    assert ended(start_python(code=code)) == "connection\n1\n[]\n"

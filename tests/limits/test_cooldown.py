@@ -239,8 +239,9 @@ async def test_a_probe_that_is_refused_closes_the_limit_again() -> None:
     assert [round(at) for at in begun] == [0, 1, 3, 7, 15]
 
 
-async def test_a_probe_that_is_cancelled(store: Any) -> None:
-    """A probe that is cancelled does not close the limit: the next attempt probes."""
+@pytest.mark.parametrize("way", ["cancelled", "closed"])
+async def test_a_probe_that_is_cancelled(store: Any, way: str) -> None:
+    """A probe that is cancelled, or whose coroutine is closed, leaves the probe to the next attempt."""
     probing, calls = asyncio.Event(), list[int]()
 
     async def function(n: int) -> None:
@@ -251,40 +252,25 @@ async def test_a_probe_that_is_cancelled(store: Any) -> None:
             probing.set()
             await asyncio.Event().wait()
 
-    program = Program(Limit(requests_per_minute=100, store=store), function, policy_map=NO_RETRY)
+    limit = Limit(requests_per_minute=100, store=store if way == "cancelled" else None)
+    program = Program(limit, function, policy_map=NO_RETRY)
     await program.run(0)
     await asyncio.sleep(0.01)
-    probe = program.begin(1)
-    await probing.wait()
-    other = program.begin(2)
-    await program.waiting.acquire()
-    probe.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await probe
-    assert (await other).status is RunStatus.COMPLETED
-    assert calls == [0, 1, 2]
-
-
-async def test_a_probe_that_is_closed() -> None:
-    """A probe whose coroutine is closed leaves the probe to the next attempt."""
-    probing, calls = asyncio.Event(), list[int]()
-
-    async def function(n: int) -> None:
-        calls.append(n)
-        if n == 0:
-            raise Refused(429, retry_after_ms="1")
-        if n == 1:
-            probing.set()
-            await asyncio.Event().wait()
-
-    program = Program(Limit(requests_per_minute=100), function, policy_map=NO_RETRY)
-    await program.run(0)
-    await asyncio.sleep(0.01)
-    probe = program.run(1)
-    probe.send(None)
-    assert probing.is_set()
-    probe.close()
-    assert (await asyncio.wait_for(program.run(2), 5)).status is RunStatus.COMPLETED
+    if way == "closed":
+        run = program.run(1)
+        run.send(None)
+        assert probing.is_set()
+        run.close()
+        other = program.begin(2)
+    else:
+        probe = program.begin(1)
+        await probing.wait()
+        other = program.begin(2)
+        await program.waiting.acquire()
+        probe.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await probe
+    assert (await asyncio.wait_for(other, 5)).status is RunStatus.COMPLETED
     assert calls == [0, 1, 2]
 
 

@@ -53,12 +53,37 @@ def streamed_by_anthropic(kind: str) -> Answer:
     return Answer(body=f"event: error\ndata: {json.dumps(error)}\n\n")
 
 
-def _openai(what: str, answer: Answer, raised: str, failure_class: FailureClass, reason: str) -> Case:
+def _openai(
+    what: str, raised: str, failure_class: FailureClass, reason: str, answer: Answer | None = None
+) -> Case:
+    """Return a case; without an answer it is the one that ``what`` says."""
+    if answer is None:
+        status, _, code = what.partition(" ")
+        code = code.removeprefix("with ").strip("`")
+        answer = streamed_by_openai(code) if status == "stream" else by_openai(int(status), code or None)
     return Case("openai", what, answer, raised, failure_class, reason)
 
 
-def _anthropic(what: str, answer: Answer, raised: str, failure_class: FailureClass, reason: str) -> Case:
+def _anthropic(
+    what: str, raised: str, failure_class: FailureClass, reason: str, answer: Answer | None = None
+) -> Case:
+    """Return a case; without an answer it is the one that ``what`` says."""
+    if answer is None:
+        status, _, kind = what.partition(" ")
+        kind = kind.removeprefix("with ").strip("`") or "api_error"
+        answer = streamed_by_anthropic(kind) if status == "stream" else by_anthropic(int(status), kind)
     return Case("anthropic", what, answer, raised, failure_class, reason)
+
+
+def transport(sdk: str, refused: str, dropped: str, cut: str | None, late: str) -> list[Case]:
+    """Return the cases of a connection that fails; ``cut``: None if the SDK takes such an answer."""
+    faults = [
+        ("connection refused", Answer(fault="refuse"), refused, "connection"),
+        ("connection dropped", Answer(fault="drop"), dropped, "connection"),
+        ("answer cut short", Answer(body={}, fault="cut"), cut, "connection"),
+        ("no answer in time", Answer(fault="hang"), late, "timeout"),
+    ]
+    return [Case(sdk, what, answer, raised, R, why) for what, answer, raised, why in faults if raised]
 
 
 TOO_LONG = "prompt is too long: 208310 tokens > 200000 maximum"
@@ -68,302 +93,158 @@ CREDIT = "Your credit balance is too low to access the Anthropic API."
 VLLM = "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens."
 
 PROVIDER_CASES = [
-    _openai("400", by_openai(400), "BadRequestError", T, "bad_request"),
+    _openai("400", "BadRequestError", T, "bad_request"),
+    _openai("400 `context_length_exceeded`", "BadRequestError", T, "context_length"),
+    _openai("400 `string_above_max_length`", "BadRequestError", T, "context_length"),
     _openai(
-        "400 `context_length_exceeded`",
-        by_openai(400, "context_length_exceeded"),
-        "BadRequestError",
-        T,
-        "context_length",
+        "400 “maximum context length”", "BadRequestError", T, "context_length", by_openai(400, message=VLLM)
     ),
-    _openai(
-        "400 `string_above_max_length`",
-        by_openai(400, "string_above_max_length"),
-        "BadRequestError",
-        T,
-        "context_length",
-    ),
-    _openai(
-        "400 “maximum context length”", by_openai(400, message=VLLM), "BadRequestError", T, "context_length"
-    ),
-    _openai(
-        "400 `content_policy_violation`",
-        by_openai(400, "content_policy_violation"),
-        "BadRequestError",
-        T,
-        "content_policy",
-    ),
-    _openai("400 `content_filter`", by_openai(400, "content_filter"), "BadRequestError", T, "content_policy"),
-    _openai(
-        "400 `moderation_blocked`",
-        by_openai(400, "moderation_blocked"),
-        "BadRequestError",
-        T,
-        "content_policy",
-    ),
-    _openai(
-        "400 `billing_hard_limit_reached`",
-        by_openai(400, "billing_hard_limit_reached"),
-        "BadRequestError",
-        T,
-        "quota",
-    ),
-    _openai("401 `invalid_api_key`", by_openai(401, "invalid_api_key"), "AuthenticationError", T, "auth"),
+    _openai("400 `content_policy_violation`", "BadRequestError", T, "content_policy"),
+    _openai("400 `content_filter`", "BadRequestError", T, "content_policy"),
+    _openai("400 `moderation_blocked`", "BadRequestError", T, "content_policy"),
+    _openai("400 `billing_hard_limit_reached`", "BadRequestError", T, "quota"),
+    _openai("401 `invalid_api_key`", "AuthenticationError", T, "auth"),
     _openai(
         "403",
-        by_openai(403, "unsupported_country_region_territory"),
         "PermissionDeniedError",
         T,
         "permission",
+        by_openai(403, "unsupported_country_region_territory"),
     ),
-    _openai("404 `model_not_found`", by_openai(404, "model_not_found"), "NotFoundError", T, "not_found"),
-    _openai("408", by_openai(408), "APIStatusError", R, "timeout"),
-    _openai("409", by_openai(409), "ConflictError", R, "conflict"),
-    _openai("413", by_openai(413), "APIStatusError", T, "too_large"),
-    _openai(
-        "413 `rate_limit_exceeded`", by_openai(413, "rate_limit_exceeded"), "APIStatusError", T, "too_large"
-    ),
-    _openai("422", by_openai(422), "UnprocessableEntityError", T, "bad_request"),
-    _openai("425", by_openai(425), "APIStatusError", R, "too_early"),
+    _openai("404 `model_not_found`", "NotFoundError", T, "not_found"),
+    _openai("408", "APIStatusError", R, "timeout"),
+    _openai("409", "ConflictError", R, "conflict"),
+    _openai("413", "APIStatusError", T, "too_large"),
+    _openai("413 `rate_limit_exceeded`", "APIStatusError", T, "too_large"),
+    _openai("422", "UnprocessableEntityError", T, "bad_request"),
+    _openai("425", "APIStatusError", R, "too_early"),
     _openai(
         "429 `rate_limit_exceeded`",
-        by_openai(429, "rate_limit_exceeded", kind="tokens"),
         "RateLimitError",
         R,
         "rate_limit",
+        by_openai(429, "rate_limit_exceeded", kind="tokens"),
     ),
     _openai(
         "429 `insufficient_quota`",
-        by_openai(429, "insufficient_quota", kind="insufficient_quota"),
         "RateLimitError",
         T,
         "quota",
+        by_openai(429, "insufficient_quota", kind="insufficient_quota"),
     ),
-    _openai("500", by_openai(500, kind="server_error"), "InternalServerError", R, "server_error"),
-    _openai("502", by_openai(502), "InternalServerError", R, "server_error"),
+    _openai("500", "InternalServerError", R, "server_error", by_openai(500, kind="server_error")),
+    _openai("502", "InternalServerError", R, "server_error"),
     _openai(
         "503",
-        by_openai(503, message="The engine is currently overloaded"),
         "InternalServerError",
         R,
         "overloaded",
+        by_openai(503, message="The engine is currently overloaded"),
     ),
-    _openai("504", by_openai(504), "InternalServerError", R, "timeout"),
-    _openai("529", by_openai(529), "InternalServerError", R, "overloaded"),
-    _openai("stream with `server_error`", streamed_by_openai("server_error"), "APIError", R, "server_error"),
+    _openai("504", "InternalServerError", R, "timeout"),
+    _openai("529", "InternalServerError", R, "overloaded"),
+    _openai("stream with `server_error`", "APIError", R, "server_error"),
     _openai(
         "stream with `rate_limit_exceeded`",
-        streamed_by_openai("requests", "rate_limit_exceeded"),
         "APIError",
         R,
         "rate_limit",
+        streamed_by_openai("requests", "rate_limit_exceeded"),
     ),
     _openai(
         "stream with `insufficient_quota`",
-        streamed_by_openai("x", "insufficient_quota"),
         "APIError",
         T,
         "quota",
+        streamed_by_openai("x", "insufficient_quota"),
     ),
     _openai(
         "stream with `invalid_api_key`",
-        streamed_by_openai("invalid_request_error", "invalid_api_key"),
         "APIError",
         T,
         "auth",
+        streamed_by_openai("invalid_request_error", "invalid_api_key"),
     ),
-    _openai(
-        "stream with `invalid_request_error`",
-        streamed_by_openai("invalid_request_error"),
-        "APIError",
-        T,
-        "bad_request",
-    ),
-    _openai("connection refused", Answer(fault="refuse"), "APIConnectionError", R, "connection"),
-    _openai("connection dropped", Answer(fault="drop"), "APIConnectionError", R, "connection"),
-    _openai("answer cut short", Answer(body={}, fault="cut"), "APIConnectionError", R, "connection"),
-    _openai("no answer in time", Answer(fault="hang"), "APITimeoutError", R, "timeout"),
-    _anthropic(
-        "400 `invalid_request_error`",
-        by_anthropic(400, "invalid_request_error"),
-        "BadRequestError",
-        T,
-        "bad_request",
-    ),
+    _openai("stream with `invalid_request_error`", "APIError", T, "bad_request"),
+    *transport("openai", "APIConnectionError", "APIConnectionError", "APIConnectionError", "APITimeoutError"),
+    _anthropic("400 `invalid_request_error`", "BadRequestError", T, "bad_request"),
     _anthropic(
         "400 “prompt is too long”",
-        by_anthropic(400, "invalid_request_error", TOO_LONG),
         "BadRequestError",
         T,
         "context_length",
+        by_anthropic(400, "invalid_request_error", TOO_LONG),
     ),
     _anthropic(
         "400 “exceed context limit”",
-        by_anthropic(400, "invalid_request_error", OVER_LIMIT),
         "BadRequestError",
         T,
         "context_length",
+        by_anthropic(400, "invalid_request_error", OVER_LIMIT),
     ),
     _anthropic(
         "400 “content filtering policy”",
-        by_anthropic(400, "invalid_request_error", BLOCKED),
         "BadRequestError",
         T,
         "content_policy",
+        by_anthropic(400, "invalid_request_error", BLOCKED),
     ),
     _anthropic(
         "400 “credit balance is too low”",
-        by_anthropic(400, "invalid_request_error", CREDIT),
         "BadRequestError",
         T,
         "quota",
+        by_anthropic(400, "invalid_request_error", CREDIT),
     ),
-    _anthropic(
-        "400 `overloaded_error`", by_anthropic(400, "overloaded_error"), "BadRequestError", R, "overloaded"
-    ),
-    _anthropic(
-        "401 `authentication_error`",
-        by_anthropic(401, "authentication_error"),
-        "AuthenticationError",
-        T,
-        "auth",
-    ),
-    _anthropic("402 `billing_error`", by_anthropic(402, "billing_error"), "PaymentRequiredError", T, "quota"),
-    _anthropic(
-        "403 `permission_error`",
-        by_anthropic(403, "permission_error"),
-        "PermissionDeniedError",
-        T,
-        "permission",
-    ),
-    _anthropic(
-        "403 `billing_error`", by_anthropic(403, "billing_error"), "PermissionDeniedError", T, "quota"
-    ),
-    _anthropic(
-        "404 `not_found_error`", by_anthropic(404, "not_found_error"), "NotFoundError", T, "not_found"
-    ),
-    _anthropic(
-        "408 `timeout_error`", by_anthropic(408, "timeout_error"), "RequestTimeoutError", R, "timeout"
-    ),
-    _anthropic("409 `conflict_error`", by_anthropic(409, "conflict_error"), "ConflictError", R, "conflict"),
-    _anthropic(
-        "413 `request_too_large`",
-        by_anthropic(413, "request_too_large"),
-        "ContentTooLargeError",
-        T,
-        "too_large",
-    ),
-    _anthropic(
-        "422 `invalid_request_error`",
-        by_anthropic(422, "invalid_request_error"),
-        "UnprocessableEntityError",
-        T,
-        "bad_request",
-    ),
-    _anthropic(
-        "429 `rate_limit_error`", by_anthropic(429, "rate_limit_error"), "RateLimitError", R, "rate_limit"
-    ),
+    _anthropic("400 `overloaded_error`", "BadRequestError", R, "overloaded"),
+    _anthropic("401 `authentication_error`", "AuthenticationError", T, "auth"),
+    _anthropic("402 `billing_error`", "PaymentRequiredError", T, "quota"),
+    _anthropic("403 `permission_error`", "PermissionDeniedError", T, "permission"),
+    _anthropic("403 `billing_error`", "PermissionDeniedError", T, "quota"),
+    _anthropic("404 `not_found_error`", "NotFoundError", T, "not_found"),
+    _anthropic("408 `timeout_error`", "RequestTimeoutError", R, "timeout"),
+    _anthropic("409 `conflict_error`", "ConflictError", R, "conflict"),
+    _anthropic("413 `request_too_large`", "ContentTooLargeError", T, "too_large"),
+    _anthropic("422 `invalid_request_error`", "UnprocessableEntityError", T, "bad_request"),
+    _anthropic("429 `rate_limit_error`", "RateLimitError", R, "rate_limit"),
     _anthropic(
         "429 `rate_limit_error`, `enforced_spend_limit_reached`",
-        by_anthropic(429, "rate_limit_error", error_code="enforced_spend_limit_reached"),
         "EnforcedSpendLimitReachedError",
         T,
         "quota",
+        by_anthropic(429, "rate_limit_error", error_code="enforced_spend_limit_reached"),
     ),
     _anthropic(
         "429 `rate_limit_error`, `contract_spend_limit_reached`",
-        by_anthropic(429, "rate_limit_error", error_code="contract_spend_limit_reached"),
         "ContractSpendLimitReachedError",
         T,
         "quota",
+        by_anthropic(429, "rate_limit_error", error_code="contract_spend_limit_reached"),
     ),
     _anthropic(
         "429 `rate_limit_error`, `ramp_limit_exceeded`",
-        by_anthropic(429, "rate_limit_error", error_code="ramp_limit_exceeded"),
         "RampLimitExceededError",
         R,
         "rate_limit",
+        by_anthropic(429, "rate_limit_error", error_code="ramp_limit_exceeded"),
     ),
-    _anthropic("500 `api_error`", by_anthropic(500, "api_error"), "InternalServerError", R, "server_error"),
-    _anthropic(
-        "500 `overloaded_error`",
-        by_anthropic(500, "overloaded_error"),
-        "InternalServerError",
-        R,
-        "overloaded",
+    _anthropic("500 `api_error`", "InternalServerError", R, "server_error"),
+    _anthropic("500 `overloaded_error`", "InternalServerError", R, "overloaded"),
+    _anthropic("502", "InternalServerError", R, "server_error"),
+    _anthropic("503", "ServiceUnavailableError", R, "overloaded"),
+    _anthropic("504 `timeout_error`", "GatewayTimeoutError", R, "timeout"),
+    _anthropic("529 `overloaded_error`", "OverloadedError", R, "overloaded"),
+    _anthropic("stream with `overloaded_error`", "APIStatusError", R, "overloaded"),
+    _anthropic("stream with `api_error`", "APIStatusError", R, "server_error"),
+    _anthropic("stream with `rate_limit_error`", "APIStatusError", R, "rate_limit"),
+    _anthropic("stream with `timeout_error`", "APIStatusError", R, "timeout"),
+    _anthropic("stream with `conflict_error`", "APIStatusError", R, "conflict"),
+    _anthropic("stream with `authentication_error`", "APIStatusError", T, "auth"),
+    _anthropic("stream with `permission_error`", "APIStatusError", T, "permission"),
+    _anthropic("stream with `not_found_error`", "APIStatusError", T, "not_found"),
+    _anthropic("stream with `request_too_large`", "APIStatusError", T, "too_large"),
+    _anthropic("stream with `invalid_request_error`", "APIStatusError", T, "bad_request"),
+    *transport(
+        "anthropic", "APIConnectionError", "APIConnectionError", "APIConnectionError", "APITimeoutError"
     ),
-    _anthropic("502", by_anthropic(502, "api_error"), "InternalServerError", R, "server_error"),
-    _anthropic("503", by_anthropic(503, "api_error"), "ServiceUnavailableError", R, "overloaded"),
-    _anthropic(
-        "504 `timeout_error`", by_anthropic(504, "timeout_error"), "GatewayTimeoutError", R, "timeout"
-    ),
-    _anthropic(
-        "529 `overloaded_error`", by_anthropic(529, "overloaded_error"), "OverloadedError", R, "overloaded"
-    ),
-    _anthropic(
-        "stream with `overloaded_error`",
-        streamed_by_anthropic("overloaded_error"),
-        "APIStatusError",
-        R,
-        "overloaded",
-    ),
-    _anthropic(
-        "stream with `api_error`", streamed_by_anthropic("api_error"), "APIStatusError", R, "server_error"
-    ),
-    _anthropic(
-        "stream with `rate_limit_error`",
-        streamed_by_anthropic("rate_limit_error"),
-        "APIStatusError",
-        R,
-        "rate_limit",
-    ),
-    _anthropic(
-        "stream with `timeout_error`", streamed_by_anthropic("timeout_error"), "APIStatusError", R, "timeout"
-    ),
-    _anthropic(
-        "stream with `conflict_error`",
-        streamed_by_anthropic("conflict_error"),
-        "APIStatusError",
-        R,
-        "conflict",
-    ),
-    _anthropic(
-        "stream with `authentication_error`",
-        streamed_by_anthropic("authentication_error"),
-        "APIStatusError",
-        T,
-        "auth",
-    ),
-    _anthropic(
-        "stream with `permission_error`",
-        streamed_by_anthropic("permission_error"),
-        "APIStatusError",
-        T,
-        "permission",
-    ),
-    _anthropic(
-        "stream with `not_found_error`",
-        streamed_by_anthropic("not_found_error"),
-        "APIStatusError",
-        T,
-        "not_found",
-    ),
-    _anthropic(
-        "stream with `request_too_large`",
-        streamed_by_anthropic("request_too_large"),
-        "APIStatusError",
-        T,
-        "too_large",
-    ),
-    _anthropic(
-        "stream with `invalid_request_error`",
-        streamed_by_anthropic("invalid_request_error"),
-        "APIStatusError",
-        T,
-        "bad_request",
-    ),
-    _anthropic("connection refused", Answer(fault="refuse"), "APIConnectionError", R, "connection"),
-    _anthropic("connection dropped", Answer(fault="drop"), "APIConnectionError", R, "connection"),
-    _anthropic("answer cut short", Answer(body={}, fault="cut"), "APIConnectionError", R, "connection"),
-    _anthropic("no answer in time", Answer(fault="hang"), "APITimeoutError", R, "timeout"),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tests.providers.cases import VLLM, A, Case, R, T
+from tests.providers.cases import VLLM, A, Case, R, T, transport
 from tests.providers.clients import aws_event
 from tests.providers.server import Answer
 
@@ -57,15 +57,14 @@ def _google(what: str, answer: Answer, raised: str, *means: Any) -> Case:
     return Case("google-genai", what, answer, raised, *means)
 
 
-def _transport(sdk: str, refused: str, dropped: str, cut: str | None, late: str) -> list[Case]:
-    cases = [
-        Case(sdk, "connection refused", Answer(fault="refuse"), refused, R, "connection"),
-        Case(sdk, "connection dropped", Answer(fault="drop"), dropped, R, "connection"),
-        Case(sdk, "no answer in time", Answer(fault="hang"), late, R, "timeout"),
-    ]
-    if cut is not None:
-        cases.insert(2, Case(sdk, "answer cut short", Answer(body={}, fault="cut"), cut, R, "connection"))
-    return cases
+def _aws(
+    what: str, raised: str, failure_class: FailureClass, reason: str, answer: Answer | None = None
+) -> Case:
+    """Return a case; without an answer it is the one that ``what`` says."""
+    if answer is None:
+        status, _, code = what.partition(" ")
+        answer = by_aws(int(status), code.strip("`") or "Other")
+    return Case("botocore", what, answer, raised, failure_class, reason)
 
 
 _HTTPX = ("ConnectError", "ReadError", "RemoteProtocolError", "ReadTimeout")
@@ -162,7 +161,7 @@ MORE_CASES = [
         "rate_limit",
     ),
     _google("no JSON", Answer(body="no json"), "UnknownApiResponseError", A, None),
-    *_transport("google-genai", *_HTTPX),
+    *transport("google-genai", *_HTTPX),
     *[
         Case("mistralai", str(status), by_mistral(status), _MISTRAL.get(status, "SDKError"), means, why)
         for status, means, why in _STATUSES
@@ -176,7 +175,7 @@ MORE_CASES = [
         "context_length",
     ),
     Case("mistralai", "an answer of another shape", Answer(body={}), "ResponseValidationError", A, None),
-    *_transport("mistralai", *_HTTPX),
+    *transport("mistralai", *_HTTPX),
     *[
         Case("cohere", str(status), by_cohere(status), _COHERE.get(status, "ApiError"), means, why)
         for status, means, why in _STATUSES
@@ -185,133 +184,34 @@ MORE_CASES = [
     Case("cohere", "429 “API calls / month”", by_cohere(429, _TRIAL), "TooManyRequestsError", T, "quota"),
     Case("cohere", "498", by_cohere(498), "InvalidTokenError", T, "content_policy"),
     Case("cohere", "499", by_cohere(499), "ClientClosedRequestError", A, None),
-    *_transport("cohere", *_HTTPX),
-    Case(
-        "botocore",
-        "400 `ValidationException`",
-        by_aws(400, "ValidationException"),
-        "ValidationException",
-        T,
-        "bad_request",
-    ),
-    Case(
-        "botocore",
+    *transport("cohere", *_HTTPX),
+    _aws("400 `ValidationException`", "ValidationException", T, "bad_request"),
+    _aws(
         "400 `ValidationException`, “Input is too long”",
-        by_aws(400, "ValidationException", "Input is too long for requested model."),
         "ValidationException",
         T,
         "context_length",
+        by_aws(400, "ValidationException", "Input is too long for requested model."),
     ),
-    Case(
-        "botocore",
-        "400 `ServiceQuotaExceededException`",
-        by_aws(400, "ServiceQuotaExceededException"),
-        "ServiceQuotaExceededException",
-        T,
-        "quota",
-    ),
-    Case("botocore", "401", by_aws(401, "Other"), "ClientError", T, "auth"),
-    Case(
-        "botocore",
-        "403 `AccessDeniedException`",
-        by_aws(403, "AccessDeniedException"),
-        "AccessDeniedException",
-        T,
-        "permission",
-    ),
-    Case(
-        "botocore",
-        "403 `ExpiredTokenException`",
-        by_aws(403, "ExpiredTokenException"),
-        "ClientError",
-        T,
-        "auth",
-    ),
-    Case(
-        "botocore",
-        "403 `UnrecognizedClientException`",
-        by_aws(403, "UnrecognizedClientException"),
-        "ClientError",
-        T,
-        "auth",
-    ),
-    Case(
-        "botocore",
-        "403 `InvalidSignatureException`",
-        by_aws(403, "InvalidSignatureException"),
-        "ClientError",
-        T,
-        "auth",
-    ),
-    Case(
-        "botocore",
-        "404 `ResourceNotFoundException`",
-        by_aws(404, "ResourceNotFoundException"),
-        "ResourceNotFoundException",
-        T,
-        "not_found",
-    ),
-    Case(
-        "botocore",
-        "408 `ModelTimeoutException`",
-        by_aws(408, "ModelTimeoutException"),
-        "ModelTimeoutException",
-        R,
-        "timeout",
-    ),
-    Case("botocore", "409", by_aws(409, "ConflictException"), "ConflictException", R, "conflict"),
-    Case("botocore", "413", by_aws(413, "Other"), "ClientError", T, "too_large"),
-    Case("botocore", "422", by_aws(422, "Other"), "ClientError", T, "bad_request"),
-    Case(
-        "botocore",
-        "424 `ModelErrorException`",
-        by_aws(424, "ModelErrorException"),
-        "ModelErrorException",
-        R,
-        "server_error",
-    ),
-    Case(
-        "botocore",
-        "429 `ThrottlingException`",
-        by_aws(429, "ThrottlingException"),
-        "ThrottlingException",
-        R,
-        "rate_limit",
-    ),
-    Case(
-        "botocore",
-        "400 `ThrottlingException`",
-        by_aws(400, "ThrottlingException"),
-        "ThrottlingException",
-        R,
-        "rate_limit",
-    ),
-    Case(
-        "botocore",
-        "429 `ModelNotReadyException`",
-        by_aws(429, "ModelNotReadyException"),
-        "ModelNotReadyException",
-        R,
-        "overloaded",
-    ),
-    Case(
-        "botocore",
-        "500 `InternalServerException`",
-        by_aws(500, "InternalServerException"),
-        "InternalServerException",
-        R,
-        "server_error",
-    ),
-    Case("botocore", "502", by_aws(502, "Other"), "ClientError", R, "server_error"),
-    Case(
-        "botocore",
-        "503 `ServiceUnavailableException`",
-        by_aws(503, "ServiceUnavailableException"),
-        "ServiceUnavailableException",
-        R,
-        "overloaded",
-    ),
-    Case("botocore", "529", by_aws(529, "Other"), "ClientError", R, "overloaded"),
+    _aws("400 `ServiceQuotaExceededException`", "ServiceQuotaExceededException", T, "quota"),
+    _aws("401", "ClientError", T, "auth"),
+    _aws("403 `AccessDeniedException`", "AccessDeniedException", T, "permission"),
+    _aws("403 `ExpiredTokenException`", "ClientError", T, "auth"),
+    _aws("403 `UnrecognizedClientException`", "ClientError", T, "auth"),
+    _aws("403 `InvalidSignatureException`", "ClientError", T, "auth"),
+    _aws("404 `ResourceNotFoundException`", "ResourceNotFoundException", T, "not_found"),
+    _aws("408 `ModelTimeoutException`", "ModelTimeoutException", R, "timeout"),
+    _aws("409", "ConflictException", R, "conflict", by_aws(409, "ConflictException")),
+    _aws("413", "ClientError", T, "too_large"),
+    _aws("422", "ClientError", T, "bad_request"),
+    _aws("424 `ModelErrorException`", "ModelErrorException", R, "server_error"),
+    _aws("429 `ThrottlingException`", "ThrottlingException", R, "rate_limit"),
+    _aws("400 `ThrottlingException`", "ThrottlingException", R, "rate_limit"),
+    _aws("429 `ModelNotReadyException`", "ModelNotReadyException", R, "overloaded"),
+    _aws("500 `InternalServerException`", "InternalServerException", R, "server_error"),
+    _aws("502", "ClientError", R, "server_error"),
+    _aws("503 `ServiceUnavailableException`", "ServiceUnavailableException", R, "overloaded"),
+    _aws("529", "ClientError", R, "overloaded"),
     *[
         Case(
             "botocore", f"stream with `{kind}`", Answer(body=aws_event(kind)), "EventStreamError", means, why
@@ -324,17 +224,17 @@ MORE_CASES = [
             ("validationException", T, "bad_request"),
         )
     ],
-    *_transport("botocore", "EndpointConnectionError", "ConnectionClosedError", None, "ReadTimeoutError"),
+    *transport("botocore", "EndpointConnectionError", "ConnectionClosedError", None, "ReadTimeoutError"),
     *[
         Case("requests", str(status), Answer(status, {}), "HTTPError", means, why)
         for status, means, why in _STATUSES
     ],
-    *_transport("requests", "ConnectionError", "ConnectionError", "ChunkedEncodingError", "ReadTimeout"),
+    *transport("requests", "ConnectionError", "ConnectionError", "ChunkedEncodingError", "ReadTimeout"),
     *[
         Case("aiohttp", str(status), Answer(status, {}), "ClientResponseError", means, why)
         for status, means, why in _STATUSES
     ],
-    *_transport(
+    *transport(
         "aiohttp", "ClientConnectorError", "ClientOSError", "ClientPayloadError", "SocketTimeoutError"
     ),
 ]

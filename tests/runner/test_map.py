@@ -386,17 +386,23 @@ async def test_a_budget_stops_in_the_middle(store: Any, tmp_path: Path, doubler:
     assert set(doubler.calls.values()) == {1}
 
 
+def after_calls(doubler: Doubler, count: int) -> tuple[NodeHooks, asyncio.Event]:
+    """Return hooks that set an event once more than so many calls were made."""
+    reached = asyncio.Event()
+
+    async def told(run_id: str, node_id: str, state: Any, tokens: int) -> None:
+        if sum(doubler.calls.values()) > count:
+            reached.set()
+
+    return NodeHooks(on_node_success=told), reached
+
+
 async def test_cancelled_in_the_middle(store: Any, tmp_path: Path, doubler: Doubler) -> None:
     """A cancelled map leaves no task behind, and is resumed without loss."""
     source, out = write(tmp_path / "in", range(300)), tmp_path / "out"
     work = map_over(JsonLines(source), doubler.node, into=JsonLines(out), max_concurrency=8)
-    reached = asyncio.Event()
-
-    async def told(run_id: str, node_id: str, state: Any, tokens: int) -> None:
-        if sum(doubler.calls.values()) > 100:
-            reached.set()
-
-    runner = quick(store, hooks=NodeHooks(on_node_success=told))
+    hooks, reached = after_calls(doubler, 100)
+    runner = quick(store, hooks=hooks)
     before = asyncio.all_tasks()
     task = asyncio.create_task(runner.run([work], State()))
     await reached.wait()
@@ -414,13 +420,8 @@ async def test_a_shutdown_lets_the_items_in_flight_end(store: Any, tmp_path: Pat
     """A shutdown begins no further item; those in flight commit, and the run is INTERRUPTED."""
     source, out = write(tmp_path / "in", range(300)), tmp_path / "out"
     work = map_over(JsonLines(source), doubler.node, into=JsonLines(out), max_concurrency=4)
-    reached = asyncio.Event()
-
-    async def told(run_id: str, node_id: str, state: Any, tokens: int) -> None:
-        if sum(doubler.calls.values()) > 50:
-            reached.set()
-
-    runner = quick(store, hooks=NodeHooks(on_node_success=told))
+    hooks, reached = after_calls(doubler, 50)
+    runner = quick(store, hooks=hooks)
     task = asyncio.create_task(runner.run([work], State()))
     await reached.wait()
     await runner.shutdown(drain_seconds=60)

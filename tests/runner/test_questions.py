@@ -254,22 +254,16 @@ async def test_an_answer_that_no_longer_fits_stays(store: Any, monkeypatch: pyte
 
 
 @pytest.mark.core
-async def test_a_timeout_after_an_answer_changes_nothing(store: Any, clock: Clock) -> None:
-    """An answer that was accepted in time is used, however late the run is resumed."""
+@pytest.mark.parametrize("is_late", [False, True])
+async def test_an_answer_is_accepted_until_a_process_records_the_timeout(
+    store: Any, clock: Clock, is_late: bool
+) -> None:
+    """An answer is used, however late it comes or the run is resumed, if no process looked in between."""
     flow = asking_flow("", timeout=timedelta(days=7))
     await runner_on(store).run(flow, Num())
+    clock.pass_by(days=8 * is_late)
     await runner_on(store).signal("r", Approval(by="Grace"))
     clock.pass_by(days=8)
-    result = await runner_on(store).run(flow, Num())
-    assert (result.status, result.final_state) == (RunStatus.RESUMED, Names(names=["Grace"]))
-
-
-async def test_an_answer_is_accepted_until_a_process_records_the_timeout(store: Any, clock: Clock) -> None:
-    """An answer that comes after the time of its question is used if no process has looked in between."""
-    flow = asking_flow("", timeout=timedelta(days=7))
-    await runner_on(store).run(flow, Num())
-    clock.pass_by(days=8)
-    await runner_on(store).signal("r", Approval(by="Grace"))
     result = await runner_on(store).run(flow, Num())
     assert (result.status, result.final_state) == (RunStatus.RESUMED, Names(names=["Grace"]))
 

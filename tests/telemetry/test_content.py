@@ -375,6 +375,19 @@ class Loose(BaseModel):
 HELD = "hunter2-value"
 
 
+async def sent_with(value: Any) -> str:
+    """Return the spans of a node that returns this value."""
+    seen = Seen()
+    runner = quick(seen.hooks(content="redacted"), retries=0)
+
+    @runner.node("a", input=Loose, output=Loose)
+    async def a(state: Loose) -> Loose:
+        return state
+
+    await runner.run([a], Loose(v=value))
+    return "".join(span.to_json() for span in seen.spans)
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -395,15 +408,7 @@ HELD = "hunter2-value"
 )
 async def test_denied_names_in_texts_and_pairs(value: Any) -> None:
     """A denied name hides its value in a text of JSON, in a list of pairs and in a list of headers, too."""
-    seen = Seen()
-    runner = quick(seen.hooks(content="redacted"), retries=0)
-
-    @runner.node("a", input=Loose, output=Loose)
-    async def a(state: Loose) -> Loose:
-        return state
-
-    await runner.run([a], Loose(v=value))
-    sent = "".join(span.to_json() for span in seen.spans)
+    sent = await sent_with(value)
     assert "[redacted]" in sent
     assert HELD not in sent
 
@@ -421,16 +426,7 @@ async def test_denied_names_in_texts_and_pairs(value: Any) -> None:
 )
 async def test_other_texts_and_pairs_are_sent_as_they_are(value: Any) -> None:
     """A text without a denied name, and a pair of other names, are unchanged."""
-    seen = Seen()
-    runner = quick(seen.hooks(content="redacted"), retries=0)
-
-    @runner.node("a", input=Loose, output=Loose)
-    async def a(state: Loose) -> Loose:
-        return state
-
-    await runner.run([a], Loose(v=value))
-    sent = "".join(span.to_json() for span in seen.spans)
-    assert "[redacted]" not in sent
+    assert "[redacted]" not in await sent_with(value)
 
 
 @pytest.mark.parametrize("content", ["none", "redacted"])
