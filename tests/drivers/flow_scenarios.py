@@ -69,66 +69,61 @@ def a_flow(body: Body, output: type[BaseModel] = Num, **options: Any) -> FlowFun
     return stroma_flow("f", input=Num, output=output, **options)(body)
 
 
-def one_step(world: World) -> Any:
+def a_body(body: Callable[[World, Flow, Any], Any]) -> Callable[[World], FlowFunction[Any, Any]]:
+    """Make a flow of a body for each world."""
+
+    def made(world: World) -> FlowFunction[Any, Any]:
+        async def of_world(flow: Flow, state: Num) -> Any:
+            return await body(world, flow, state)
+
+        return a_flow(of_world)
+
+    return made
+
+
+@a_body
+async def one_step(world: World, flow: Flow, state: Num) -> Num:
     add = world.step("add")
-
-    async def body(flow: Flow, state: Num) -> Num:
-        return await flow.step(add, state)
-
-    return a_flow(body)
+    return await flow.step(add, state)
 
 
-def no_step(world: World) -> Any:
-    async def body(flow: Flow, state: Num) -> Num:
-        return Num(n=7)
-
-    return a_flow(body)
+@a_body
+async def no_step(world: World, flow: Flow, state: Num) -> Num:
+    return Num(n=7)
 
 
-def branch(world: World) -> Any:
+@a_body
+async def branch(world: World, flow: Flow, state: Num) -> Num:
     add, double = world.step("add"), world.step("double", lambda n: n * 2)
-
-    async def body(flow: Flow, state: Num) -> Num:
-        state = await flow.step(add, state)
-        if state.n % 2:
-            return await flow.step(double, state)
-        return state
-
-    return a_flow(body)
+    state = await flow.step(add, state)
+    if state.n % 2:
+        return await flow.step(double, state)
+    return state
 
 
-def loop(world: World) -> Any:
+@a_body
+async def loop(world: World, flow: Flow, state: Num) -> Num:
     add = world.step("add")
-
-    async def body(flow: Flow, state: Num) -> Num:
-        while state.n < 4:
-            state = await flow.step(add, state)
-        return state
-
-    return a_flow(body)
+    while state.n < 4:
+        state = await flow.step(add, state)
+    return state
 
 
-def caught(world: World) -> Any:
+@a_body
+async def caught(world: World, flow: Flow, state: Num) -> Num:
     add, bad = world.step("add"), world.step("bad")
-
-    async def body(flow: Flow, state: Num) -> Num:
-        try:
-            return await flow.step(bad, state)
-        except StepFailed as error:
-            if error.path != ("f", "bad") or error.failure.node_id != "bad":
-                return Num(n=-1)
-            return await flow.step(add, Num(n=len(error.failure.message)))
-
-    return a_flow(body)
+    try:
+        return await flow.step(bad, state)
+    except StepFailed as error:
+        if error.path != ("f", "bad") or error.failure.node_id != "bad":
+            return Num(n=-1)
+        return await flow.step(add, Num(n=len(error.failure.message)))
 
 
-def uncaught(world: World) -> Any:
+@a_body
+async def uncaught(world: World, flow: Flow, state: Num) -> Num:
     add, bad = world.step("add"), world.step("bad")
-
-    async def body(flow: Flow, state: Num) -> Num:
-        return await flow.step(bad, await flow.step(add, state))
-
-    return a_flow(body)
+    return await flow.step(bad, await flow.step(add, state))
 
 
 def retried(world: World) -> Any:
@@ -147,14 +142,11 @@ def retried(world: World) -> Any:
     return a_flow(body)
 
 
-def gathered(world: World) -> Any:
+@a_body
+async def gathered(world: World, flow: Flow, state: Num) -> Num:
     add, double = world.step("add"), world.step("double", lambda n: n * 2)
-
-    async def body(flow: Flow, state: Num) -> Num:
-        one, two = await asyncio.gather(flow.step(add, Num(n=1)), flow.step(double, Num(n=4)))
-        return Num(n=one.n * 100 + two.n)
-
-    return a_flow(body)
+    one, two = await asyncio.gather(flow.step(add, Num(n=1)), flow.step(double, Num(n=4)))
+    return Num(n=one.n * 100 + two.n)
 
 
 def task_group(world: World) -> Any:
@@ -171,14 +163,11 @@ def task_group(world: World) -> Any:
     return a_flow(body)
 
 
-def gather_with_failures(world: World) -> Any:
+@a_body
+async def gather_with_failures(world: World, flow: Flow, state: Num) -> Num:
     add, bad = world.step("add"), world.step("bad")
-
-    async def body(flow: Flow, state: Num) -> Num:
-        found = await asyncio.gather(flow.step(add, state), flow.step(bad, state), return_exceptions=True)
-        return Num(n=sum(isinstance(one, StepFailed) for one in found))
-
-    return a_flow(body)
+    found = await asyncio.gather(flow.step(add, state), flow.step(bad, state), return_exceptions=True)
+    return Num(n=sum(isinstance(one, StepFailed) for one in found))
 
 
 def failing_task_group(world: World) -> Any:
@@ -228,42 +217,33 @@ def first_completed(world: World) -> Any:
     return a_flow(body)
 
 
-def queue(world: World) -> Any:
+@a_body
+async def queue(world: World, flow: Flow, state: Num) -> Num:
     add = world.step("add")
+    pending: asyncio.Queue[int] = asyncio.Queue()
+    for n in range(5):
+        pending.put_nowait(n)
+    found: list[int] = []
 
-    async def body(flow: Flow, state: Num) -> Num:
-        pending: asyncio.Queue[int] = asyncio.Queue()
-        for n in range(5):
-            pending.put_nowait(n)
-        found: list[int] = []
+    async def work() -> None:
+        while not pending.empty():
+            found.append((await flow.step(add, Num(n=pending.get_nowait()))).n)
 
-        async def work() -> None:
-            while not pending.empty():
-                found.append((await flow.step(add, Num(n=pending.get_nowait()))).n)
-
-        await asyncio.gather(work(), work())
-        return Num(n=sum(found))
-
-    return a_flow(body)
+    await asyncio.gather(work(), work())
+    return Num(n=sum(found))
 
 
-def mapped(world: World) -> Any:
+@a_body
+async def mapped(world: World, flow: Flow, state: Num) -> Num:
     add = world.step("add")
-
-    async def body(flow: Flow, state: Num) -> Num:
-        found = await flow.map(add, [Num(n=n) for n in range(4)])
-        return Num(n=sum(one.n for one in found))
-
-    return a_flow(body)
+    found = await flow.map(add, [Num(n=n) for n in range(4)])
+    return Num(n=sum(one.n for one in found))
 
 
-def empty_map(world: World) -> Any:
+@a_body
+async def empty_map(world: World, flow: Flow, state: Num) -> Num:
     add = world.step("add")
-
-    async def body(flow: Flow, state: Num) -> Num:
-        return Num(n=len(await flow.map(add, [])))
-
-    return a_flow(body)
+    return Num(n=len(await flow.map(add, [])))
 
 
 def bounded_map(world: World) -> Any:
@@ -286,17 +266,14 @@ def bounded_map(world: World) -> Any:
     return a_flow(body)
 
 
-def failing_map(world: World) -> Any:
+@a_body
+async def failing_map(world: World, flow: Flow, state: Num) -> Num:
     add, bad = world.step("add"), world.step("bad")
-
-    async def body(flow: Flow, state: Num) -> Num:
-        try:
-            await flow.map(bad, [Num(n=1)])
-        except StepFailed as error:
-            return await flow.step(add, Num(n=len(error.path)))
-        return state
-
-    return a_flow(body)
+    try:
+        await flow.map(bad, [Num(n=1)])
+    except StepFailed as error:
+        return await flow.step(add, Num(n=len(error.path)))
+    return state
 
 
 def bounded_flow(world: World) -> Any:
@@ -426,110 +403,85 @@ def map_over_several_inside(world: World) -> Any:
     return a_flow(body)
 
 
-def slept(world: World) -> Any:
+@a_body
+async def slept(world: World, flow: Flow, state: Num) -> Num:
     add = world.step("add")
-
-    async def body(flow: Flow, state: Num) -> Num:
-        state = await flow.step(add, state)
-        before = flow.now()
-        await flow.sleep(0.05)
-        assert (flow.now() - before).total_seconds() >= 0.05
-        return await flow.step(add, state)
-
-    return a_flow(body)
+    state = await flow.step(add, state)
+    before = flow.now()
+    await flow.sleep(0.05)
+    assert (flow.now() - before).total_seconds() >= 0.05
+    return await flow.step(add, state)
 
 
-def slept_side_by_side(world: World) -> Any:
+@a_body
+async def slept_side_by_side(world: World, flow: Flow, state: Num) -> Num:
     add = world.step("add")
-
-    async def body(flow: Flow, state: Num) -> Num:
-        step = asyncio.ensure_future(flow.step(add, state))
-        await asyncio.gather(flow.sleep(0.02), flow.sleep(0.05), step)
-        return step.result()
-
-    return a_flow(body)
+    step = asyncio.ensure_future(flow.step(add, state))
+    await asyncio.gather(flow.sleep(0.02), flow.sleep(0.05), step)
+    return step.result()
 
 
-def timeout_of_a_sleep(world: World) -> Any:
-    async def body(flow: Flow, state: Num) -> Num:
-        try:
-            async with asyncio.timeout(0.02):
-                await flow.sleep(30)
-        except TimeoutError:
-            return Num(n=1)
-        return state
-
-    return a_flow(body)
+@a_body
+async def timeout_of_a_sleep(world: World, flow: Flow, state: Num) -> Num:
+    try:
+        async with asyncio.timeout(0.02):
+            await flow.sleep(30)
+    except TimeoutError:
+        return Num(n=1)
+    return state
 
 
-def values(world: World) -> Any:
+@a_body
+async def values(world: World, flow: Flow, state: Num) -> Num:
     add = world.step("add")
-
-    async def body(flow: Flow, state: Num) -> Num:
-        first = (flow.random(), flow.uuid(), flow.random())
-        assert 0 <= first[0] < 1
-        assert first[0] != first[2]
-        assert first[1].version == 4
-        found = await flow.step(add, state)
-        await flow.sleep(0.01)
-        world.keys.setdefault("values", set()).add(repr(first))
-        assert len(world.keys["values"]) == 1
-        return found
-
-    return a_flow(body)
+    first = (flow.random(), flow.uuid(), flow.random())
+    assert 0 <= first[0] < 1
+    assert first[0] != first[2]
+    assert first[1].version == 4
+    found = await flow.step(add, state)
+    await flow.sleep(0.01)
+    world.keys.setdefault("values", set()).add(repr(first))
+    assert len(world.keys["values"]) == 1
+    return found
 
 
-def keyed(world: World) -> Any:
+@a_body
+async def keyed(world: World, flow: Flow, state: Num) -> Num:
     add = world.step("add")
-
-    async def body(flow: Flow, state: Num) -> Num:
-        found = await asyncio.gather(*(flow.step(add, Num(n=n), key=f"page {n}/é") for n in range(3)))
-        return Num(n=sum(one.n for one in found))
-
-    return a_flow(body)
+    found = await asyncio.gather(*(flow.step(add, Num(n=n), key=f"page {n}/é") for n in range(3)))
+    return Num(n=sum(one.n for one in found))
 
 
-def key_twice(world: World) -> Any:
+@a_body
+async def key_twice(world: World, flow: Flow, state: Num) -> Num:
     add = world.step("add")
-
-    async def body(flow: Flow, state: Num) -> Num:
+    await flow.step(add, state, key="one")
+    try:
         await flow.step(add, state, key="one")
-        try:
-            await flow.step(add, state, key="one")
-        except ValueError as error:
-            return Num(n=int("used by two calls" in str(error)))
-        return state
-
-    return a_flow(body)
+    except ValueError as error:
+        return Num(n=int("used by two calls" in str(error)))
+    return state
 
 
-def body_raises(world: World) -> Any:
+@a_body
+async def body_raises(world: World, flow: Flow, state: Num) -> Num:
     add = world.step("add")
-
-    async def body(flow: Flow, state: Num) -> Num:
-        await flow.step(add, state)
-        raise NotImplementedError("the rest")
-
-    return a_flow(body)
+    await flow.step(add, state)
+    raise NotImplementedError("the rest")
 
 
-def wrong_output(world: World) -> Any:
-    async def body(flow: Flow, state: Num) -> Any:
-        return Text(text="no number")
-
-    return a_flow(body)
+@a_body
+async def wrong_output(world: World, flow: Flow, state: Num) -> Any:
+    return Text(text="no number")
 
 
-def wrong_input_of_a_step(world: World) -> Any:
+@a_body
+async def wrong_input_of_a_step(world: World, flow: Flow, state: Num) -> Any:
     add = world.step("add")
-
-    async def body(flow: Flow, state: Num) -> Any:
-        try:
-            return await flow.step(add, Text(text="no number"))
-        except StepFailed as error:
-            return Num(n=int(error.failure.reason == "contract"))
-
-    return a_flow(body)
+    try:
+        return await flow.step(add, Text(text="no number"))
+    except StepFailed as error:
+        return Num(n=int(error.failure.reason == "contract"))
 
 
 def over_budget(world: World) -> Any:
@@ -550,66 +502,51 @@ def over_budget(world: World) -> Any:
     return a_flow(body)
 
 
-def finally_step(world: World) -> Any:
+@a_body
+async def finally_step(world: World, flow: Flow, state: Num) -> Num:
     add, bad, clean = world.step("add"), world.step("bad"), world.step("clean")
-
-    async def body(flow: Flow, state: Num) -> Num:
-        try:
-            return await flow.step(bad, await flow.step(add, state))
-        finally:
-            await flow.step(clean, state)
-
-    return a_flow(body)
+    try:
+        return await flow.step(bad, await flow.step(add, state))
+    finally:
+        await flow.step(clean, state)
 
 
-def asked(world: World) -> Any:
+@a_body
+async def asked(world: World, flow: Flow, state: Num) -> Num:
     add = world.step("add")
+    state = await flow.step(add, state)
+    answer = await flow.wait_for(Text, reason="Send it?")
+    assert answer.text == "yes"
+    return await flow.step(add, state)
 
-    async def body(flow: Flow, state: Num) -> Num:
-        state = await flow.step(add, state)
-        answer = await flow.wait_for(Text, reason="Send it?")
-        assert answer.text == "yes"
+
+@a_body
+async def asked_twice(world: World, flow: Flow, state: Num) -> Num:
+    add = world.step("add")
+    first = await flow.wait_for(Num, reason="how many?")
+    second = await flow.wait_for(Num, reason="and more?", key="more")
+    return await flow.step(add, Num(n=first.n * 10 + second.n))
+
+
+@a_body
+async def asked_side_by_side(world: World, flow: Flow, state: Num) -> Num:
+    add = world.step("add")
+    one, two, made = await asyncio.gather(
+        flow.wait_for(Num, reason="one?", key="one"),
+        flow.wait_for(Num, reason="two?", key="two"),
+        flow.step(add, state),
+    )
+    return Num(n=one.n * 100 + two.n * 10 + made.n)
+
+
+@a_body
+async def asked_in_vain(world: World, flow: Flow, state: Num) -> Num:
+    add = world.step("add")
+    try:
+        await flow.wait_for(Text, reason="Send it?", timeout=0.05)
+    except TimeoutError:
         return await flow.step(add, state)
-
-    return a_flow(body)
-
-
-def asked_twice(world: World) -> Any:
-    add = world.step("add")
-
-    async def body(flow: Flow, state: Num) -> Num:
-        first = await flow.wait_for(Num, reason="how many?")
-        second = await flow.wait_for(Num, reason="and more?", key="more")
-        return await flow.step(add, Num(n=first.n * 10 + second.n))
-
-    return a_flow(body)
-
-
-def asked_side_by_side(world: World) -> Any:
-    add = world.step("add")
-
-    async def body(flow: Flow, state: Num) -> Num:
-        one, two, made = await asyncio.gather(
-            flow.wait_for(Num, reason="one?", key="one"),
-            flow.wait_for(Num, reason="two?", key="two"),
-            flow.step(add, state),
-        )
-        return Num(n=one.n * 100 + two.n * 10 + made.n)
-
-    return a_flow(body)
-
-
-def asked_in_vain(world: World) -> Any:
-    add = world.step("add")
-
-    async def body(flow: Flow, state: Num) -> Num:
-        try:
-            await flow.wait_for(Text, reason="Send it?", timeout=0.05)
-        except TimeoutError:
-            return await flow.step(add, state)
-        return state
-
-    return a_flow(body)
+    return state
 
 
 def asked_by_a_child(world: World) -> Any:
@@ -642,29 +579,23 @@ def asked_by_a_step(world: World) -> Any:
     return a_flow(body)
 
 
-def asked_after_a_cancelled_question(world: World) -> Any:
+@a_body
+async def asked_after_a_cancelled_question(world: World, flow: Flow, state: Num) -> Num:
     add = world.step("add")
-
-    async def body(flow: Flow, state: Num) -> Num:
-        for _ in range(2):
-            first = asyncio.ensure_future(flow.wait_for(Num, reason="never?", key=f"never {_}"))
-            await flow.step(add, state)
-            first.cancel()
-            await asyncio.gather(first, return_exceptions=True)
-        return await flow.step(add, await flow.wait_for(Num, reason="how many?"))
-
-    return a_flow(body)
+    for _ in range(2):
+        first = asyncio.ensure_future(flow.wait_for(Num, reason="never?", key=f"never {_}"))
+        await flow.step(add, state)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+    return await flow.step(add, await flow.wait_for(Num, reason="how many?"))
 
 
-def asked_before_a_sleep(world: World) -> Any:
+@a_body
+async def asked_before_a_sleep(world: World, flow: Flow, state: Num) -> Num:
     add = world.step("add")
-
-    async def body(flow: Flow, state: Num) -> Num:
-        answer = await flow.wait_for(Num, reason="how many?")
-        await flow.sleep(0.02)
-        return await flow.step(add, answer)
-
-    return a_flow(body)
+    answer = await flow.wait_for(Num, reason="how many?")
+    await flow.sleep(0.02)
+    return await flow.step(add, answer)
 
 
 def in_a_pipeline(world: World) -> Any:
@@ -700,15 +631,12 @@ def called_part(world: World) -> Any:
     return a_flow(body)
 
 
-def same_node_twice_at_once(world: World) -> Any:
+@a_body
+async def same_node_twice_at_once(world: World, flow: Flow, state: Num) -> Num:
     add = world.step("add")
-
-    async def body(flow: Flow, state: Num) -> Num:
-        calls = [flow.step(add, Num(n=n)) for n in (3, 1, 2)]
-        found = await asyncio.gather(*calls)
-        return Num(n=int("".join(str(one.n) for one in found)))
-
-    return a_flow(body)
+    calls = [flow.step(add, Num(n=n)) for n in (3, 1, 2)]
+    found = await asyncio.gather(*calls)
+    return Num(n=int("".join(str(one.n) for one in found)))
 
 
 _DONE = RunStatus.COMPLETED

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 from tests.kit import NEVER, THRICE, Num, Positive, Words, node
@@ -49,18 +49,36 @@ class Lengths(BaseModel):
     lengths: list[Length]
 
 
+class End(NamedTuple):
+    """How a run ends. ``calls``: the ids of the nodes, as words, as they are called."""
+
+    status: RunStatus
+    calls: str
+    final: dict[str, Any]
+    failure: tuple[FailureClass, str] | None = None
+
+
+def completed(calls: str, final: dict[str, Any]) -> End:
+    return End(RunStatus.COMPLETED, calls, final)
+
+
+def partial(calls: str, final: dict[str, Any], failure_class: FailureClass, error: str) -> End:
+    return End(RunStatus.PARTIAL, calls, final, (failure_class, error))
+
+
+def failed(calls: str, final: dict[str, Any], error: str) -> End:
+    return End(RunStatus.FAILED, calls, final, (FailureClass.TERMINAL, error))
+
+
 @dataclass
 class Scenario:
     """What is run, and what becomes of it. ``make`` is called for each run to count calls anew."""
 
     make: Callable[[list[str]], list[Any]]
-    status: RunStatus
-    calls: list[str]
-    final: dict[str, Any]
+    end: End
     state: BaseModel = field(default_factory=Num)
     config: dict[str, Any] = field(default_factory=dict)
     tokens: int = 0
-    failure: tuple[FailureClass, str] | None = None
 
 
 def counted(calls: list[str], node_id: str, by: int = 1, **schemas: Any) -> Any:
@@ -227,145 +245,98 @@ KNOWN_MODELS.setdefault(
 )  # USD for each token would be a lot: these are for 1,000 tokens
 
 
+AMBIGUOUS, RECOVERABLE, TERMINAL = FailureClass.AMBIGUOUS, FailureClass.RECOVERABLE, FailureClass.TERMINAL
+
 SCENARIOS: dict[str, Scenario] = {
     "a chain": Scenario(
-        lambda calls: [counted(calls, "a"), counted(calls, "b", 10)],
-        RunStatus.COMPLETED,
-        ["a", "b"],
-        {"n": 11},
+        lambda calls: [counted(calls, "a"), counted(calls, "b", 10)], completed("a b", {"n": 11})
     ),
     "one node at two positions": Scenario(
-        lambda calls: [counted(calls, "a")] * 2, RunStatus.COMPLETED, ["a", "a"], {"n": 2}
+        lambda calls: [counted(calls, "a")] * 2, completed("a a", {"n": 2})
     ),
-    "no nodes": Scenario(lambda calls: [], RunStatus.COMPLETED, [], {"n": 0}),
+    "no nodes": Scenario(lambda calls: [], completed("", {"n": 0})),
     "bad input": Scenario(
-        lambda calls: [counted(calls, "a", input=Positive)],
-        RunStatus.FAILED,
-        [],
-        {"n": 0},
-        failure=(FailureClass.TERMINAL, "ContractViolation"),
+        lambda calls: [counted(calls, "a", input=Positive)], failed("", {"n": 0}, "ContractViolation")
     ),
     "bad input half-way": Scenario(
         lambda calls: [counted(calls, "a", -1), counted(calls, "b", input=Positive)],
-        RunStatus.FAILED,
-        ["a"],
-        {"n": -1},
-        failure=(FailureClass.TERMINAL, "ContractViolation"),
+        failed("a", {"n": -1}, "ContractViolation"),
     ),
     "bad output": Scenario(
-        lambda calls: [giving(calls, "a", {"n": "many"})],
-        RunStatus.FAILED,
-        ["a"],
-        {"n": 0},
-        failure=(FailureClass.TERMINAL, "ContractViolation"),
+        lambda calls: [giving(calls, "a", {"n": "many"})], failed("a", {"n": 0}, "ContractViolation")
     ),
     "a repaired output": Scenario(
         lambda calls: [giving(calls, "a", {"n": "many"}, {"n": "some"}, {"n": 7})],
-        RunStatus.COMPLETED,
-        ["a", "a", "a"],
-        {"n": 7},
+        completed("a a a", {"n": 7}),
         config={"contract_retries": {"a": 2}, "policy_map": THRICE},
     ),
     "an output that is not mended": Scenario(
         lambda calls: [giving(calls, "a", {"n": "many"}, {"n": "some"}, {"n": 7})],
-        RunStatus.FAILED,
-        ["a", "a"],
-        {"n": 0},
+        failed("a a", {"n": 0}, "ContractViolation"),
         config={"contract_retries": {"a": 1}, "policy_map": THRICE},
-        failure=(FailureClass.TERMINAL, "ContractViolation"),
     ),
     "a retry": Scenario(
         lambda calls: [failing(calls, "a", TimeoutError("slow"), ValueError("odd"))],
-        RunStatus.COMPLETED,
-        ["a", "a", "a"],
-        {"n": 1},
+        completed("a a a", {"n": 1}),
         config={"policy_map": THRICE},
     ),
     "retries used up": Scenario(
         lambda calls: [failing(calls, "a", *[ValueError("odd")] * 9), counted(calls, "b")],
-        RunStatus.PARTIAL,
-        ["a"] * 4,
-        {"n": 0},
+        partial("a a a a", {"n": 0}, AMBIGUOUS, "ValueError"),
         config={"policy_map": THRICE},
-        failure=(FailureClass.AMBIGUOUS, "ValueError"),
     ),
     "one count for all classes": Scenario(
         lambda calls: [failing(calls, "a", TimeoutError("slow"), TimeoutError("slow"), ValueError("odd"))],
-        RunStatus.PARTIAL,
-        ["a"] * 3,
-        {"n": 0},
+        partial("a a a", {"n": 0}, AMBIGUOUS, "ValueError"),
         config={
             "policy_map": {
-                FailureClass.RECOVERABLE: FailurePolicy(max_retries=3, backoff_seconds=0),
-                FailureClass.AMBIGUOUS: FailurePolicy(max_retries=1, backoff_seconds=0),
+                RECOVERABLE: FailurePolicy(max_retries=3, backoff_seconds=0),
+                AMBIGUOUS: FailurePolicy(max_retries=1, backoff_seconds=0),
             }
         },
-        failure=(FailureClass.AMBIGUOUS, "ValueError"),
     ),
     "a policy of its own": Scenario(
         lambda calls: [failing(calls, "a", *[ValueError("odd")] * 9)],
-        RunStatus.PARTIAL,
-        ["a"] * 2,
-        {"n": 0},
+        partial("a a", {"n": 0}, AMBIGUOUS, "ValueError"),
         config={
             "policy_map": THRICE,
-            "node_policies": {"a": {FailureClass.AMBIGUOUS: FailurePolicy(max_retries=1, backoff_seconds=0)}},
+            "node_policies": {"a": {AMBIGUOUS: FailurePolicy(max_retries=1, backoff_seconds=0)}},
         },
-        failure=(FailureClass.AMBIGUOUS, "ValueError"),
     ),
     "a custom class": Scenario(
         lambda calls: [failing(calls, "a", ValueError("odd"))],
-        RunStatus.FAILED,
-        ["a"],
-        {"n": 0},
-        config={"policy_map": THRICE, "classifiers": [lambda error, context: FailureClass.TERMINAL]},
-        failure=(FailureClass.TERMINAL, "ValueError"),
+        failed("a", {"n": 0}, "ValueError"),
+        config={"policy_map": THRICE, "classifiers": [lambda error, context: TERMINAL]},
     ),
     "tokens and their price": Scenario(
         lambda calls: [spending(calls, "a", 100, "a-dear-one"), spending(calls, "b", 50, "a-dear-one")],
-        RunStatus.COMPLETED,
-        ["a", "b"],
-        {"n": 2},
+        completed("a b", {"n": 2}),
         tokens=150,
     ),
     "a model that nobody knows": Scenario(
-        lambda calls: [spending(calls, "a", 100, "nobody-knows-it")],
-        RunStatus.COMPLETED,
-        ["a"],
-        {"n": 1},
-        tokens=100,
+        lambda calls: [spending(calls, "a", 100, "nobody-knows-it")], completed("a", {"n": 1}), tokens=100
     ),
     "exactly at the limit": Scenario(
         lambda calls: [spending(calls, "a", 60), spending(calls, "b", 40)],
-        RunStatus.COMPLETED,
-        ["a", "b"],
-        {"n": 2},
+        completed("a b", {"n": 2}),
         tokens=100,
         config={"budget": ExecutionBudget(max_tokens_total=100)},
     ),
     "over the limit in an attempt": Scenario(
         lambda calls: [spending(calls, "a", 60), spending(calls, "b", 41), counted(calls, "c")],
-        RunStatus.PARTIAL,
-        ["a", "b"],
-        {"n": 2},
+        partial("a b", {"n": 2}, RECOVERABLE, "BudgetExceeded"),
         tokens=101,
         config={"budget": ExecutionBudget(max_tokens_total=100), "policy_map": THRICE},
-        failure=(FailureClass.RECOVERABLE, "BudgetExceeded"),
     ),
     "what failed attempts spend": Scenario(
         lambda calls: [failing(calls, "a", TimeoutError("slow"), TimeoutError("slow"), tokens=60)],
-        RunStatus.PARTIAL,
-        ["a", "a"],
-        {"n": 0},
+        partial("a a", {"n": 0}, RECOVERABLE, "TimeoutError"),
         tokens=120,
         config={"budget": ExecutionBudget(max_tokens_total=100), "policy_map": THRICE},
-        failure=(FailureClass.RECOVERABLE, "TimeoutError"),
     ),
     "a fallback model": Scenario(
         lambda calls: [spending(calls, "a", 800, "a-dear-one"), telling_model(calls)],
-        RunStatus.COMPLETED,
-        ["a", "a-cheap-one"],
-        {"n": 1},
+        completed("a a-cheap-one", {"n": 1}),
         tokens=800,
         config={
             "budget": ExecutionBudget(max_cost_usd=1000.0),
@@ -375,50 +346,32 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "a model that nobody knows under a cost limit": Scenario(
         lambda calls: [spending(calls, "a", 100, "nobody-knows-it"), counted(calls, "b")],
-        RunStatus.FAILED,
-        ["a"],
-        {"n": 1},
+        failed("a", {"n": 1}, "UsageError"),
         tokens=100,
         config={"budget": ExecutionBudget(max_cost_usd=1000.0)},
-        failure=(FailureClass.TERMINAL, "UsageError"),
     ),
     "a mistake in the program": Scenario(
         lambda calls: [failing(calls, "a", NameError("name 'x' is not defined")), counted(calls, "b")],
-        RunStatus.FAILED,
-        ["a"],
-        {"n": 0},
+        failed("a", {"n": 0}, "NameError"),
         config={"policy_map": THRICE},
-        failure=(FailureClass.TERMINAL, "NameError"),
     ),
     "bad usage": Scenario(
-        lambda calls: [spending(calls, "a", -1), counted(calls, "b")],
-        RunStatus.FAILED,
-        ["a"],
-        {"n": 1},
-        failure=(FailureClass.TERMINAL, "UsageError"),
+        lambda calls: [spending(calls, "a", -1), counted(calls, "b")], failed("a", {"n": 1}, "UsageError")
     ),
     "a timeout": Scenario(
         lambda calls: [sleeping(calls, "a")],
-        RunStatus.PARTIAL,
-        ["a"],
-        {"n": 0},
+        partial("a", {"n": 0}, RECOVERABLE, "TimeoutError"),
         config={"node_timeouts": {"a": 50}, "policy_map": NEVER},
-        failure=(FailureClass.RECOVERABLE, "TimeoutError"),
     ),
     "side by side": Scenario(
         lambda calls: [
             parallel(half(calls, "l", "left", Left), half(calls, "r", "right", Right)),
             joined(calls),
         ],
-        RunStatus.COMPLETED,
-        ["join", "l", "r"],
-        {"n": 2},
+        completed("join l r", {"n": 2}),
     ),
     "the later one wins": Scenario(
-        lambda calls: [parallel(counted(calls, "a", 1), counted(calls, "b", 2))],
-        RunStatus.COMPLETED,
-        ["a", "b"],
-        {"n": 2},
+        lambda calls: [parallel(counted(calls, "a", 1), counted(calls, "b", 2))], completed("a b", {"n": 2})
     ),
     "groups in groups": Scenario(
         lambda calls: [
@@ -428,29 +381,22 @@ SCENARIOS: dict[str, Scenario] = {
             ),
             joined(calls),
         ],
-        RunStatus.COMPLETED,
-        ["join", "l", "r", "x"],
-        {"n": 2},
+        completed("join l r x", {"n": 2}),
     ),
     "a child that fails": Scenario(
         lambda calls: [
             parallel(failing_beside(calls, "l", "r"), waiting_sibling(calls, "r")),
             counted(calls, "b"),
         ],
-        RunStatus.PARTIAL,
-        ["l", "r"],
-        {"n": 0},
+        partial("l r", {"n": 0}, AMBIGUOUS, "ValueError"),
         config={"policy_map": NEVER},
-        failure=(FailureClass.AMBIGUOUS, "ValueError"),
     ),
     "a group that is tried again": Scenario(
         lambda calls: [
             parallel(half(calls, "l", "left", Left), flaky_half(calls, "r"), max_concurrency=1),
             joined(calls),
         ],
-        RunStatus.COMPLETED,
-        ["join", "l", "r", "r"],
-        {"n": 2},
+        completed("join l r r", {"n": 2}),
         config={"policy_map": NEVER, "node_policies": {"parallel(l, r)": THRICE}},
     ),
     "a child over the limit": Scenario(
@@ -463,35 +409,28 @@ SCENARIOS: dict[str, Scenario] = {
             ),
             counted(calls, "d"),
         ],
-        RunStatus.PARTIAL,
-        ["a", "b"],
-        {"n": 0},
+        partial("a b", {"n": 0}, RECOVERABLE, "BudgetExceeded"),
         tokens=120,
         config={"budget": ExecutionBudget(max_tokens_total=100)},
-        failure=(FailureClass.RECOVERABLE, "BudgetExceeded"),
     ),
     "items": Scenario(
         lambda calls: [map_over("texts", lengths(calls), into="lengths", max_concurrency=2)],
-        RunStatus.COMPLETED,
-        ["length"] * 3,
-        {"texts": ["a", "bc", "def"], "lengths": [{"length": 1}, {"length": 2}, {"length": 3}]},
+        completed(
+            "length length length",
+            {"texts": ["a", "bc", "def"], "lengths": [{"length": 1}, {"length": 2}, {"length": 3}]},
+        ),
         state=Texts(texts=["a", "bc", "def"]),
     ),
     "no items": Scenario(
         lambda calls: [map_over("texts", lengths(calls), into="lengths")],
-        RunStatus.COMPLETED,
-        [],
-        {"texts": [], "lengths": []},
+        completed("", {"texts": [], "lengths": []}),
         state=Texts(texts=[]),
     ),
     "an item that fails": Scenario(
         lambda calls: [map_over("texts", lengths(calls, failing_at="bc"), into="lengths", max_concurrency=1)],
-        RunStatus.PARTIAL,
-        ["length"] * 2,
-        {"texts": ["a", "bc", "def"]},
+        partial("length length", {"texts": ["a", "bc", "def"]}, AMBIGUOUS, "ValueError"),
         state=Texts(texts=["a", "bc", "def"]),
         config={"policy_map": NEVER},
-        failure=(FailureClass.AMBIGUOUS, "ValueError"),
     ),
     "items that fail while others go on": Scenario(
         lambda calls: [
@@ -503,39 +442,38 @@ SCENARIOS: dict[str, Scenario] = {
                 on_item_failure="collect",
             )
         ],
-        RunStatus.COMPLETED,
-        ["length"] * 3,
-        {
-            "texts": ["a", "bc", "def"],
-            "lengths": [{"length": 1}, {"length": 3}],
-            "lengths_failures": [
-                {
-                    "index": 1,
-                    "node_id": "length",
-                    "failure_class": FailureClass.AMBIGUOUS,
-                    "message": "ValueError: bc has no length",
-                    "reason": None,
-                    "attempts": 1,
-                }
-            ],
-        },
+        completed(
+            "length length length",
+            {
+                "texts": ["a", "bc", "def"],
+                "lengths": [{"length": 1}, {"length": 3}],
+                "lengths_failures": [
+                    {
+                        "index": 1,
+                        "node_id": "length",
+                        "failure_class": FailureClass.AMBIGUOUS,
+                        "message": "ValueError: bc has no length",
+                        "reason": None,
+                        "attempts": 1,
+                    }
+                ],
+            },
+        ),
         state=Texts(texts=["a", "bc", "def"]),
         config={"policy_map": NEVER},
     ),
     "items that are none": Scenario(
         lambda calls: [map_over("nothing", lengths(calls), into="lengths")],
-        RunStatus.PARTIAL,
-        [],
-        {"texts": ["a"]},
+        partial("", {"texts": ["a"]}, AMBIGUOUS, "TypeError"),
         state=Texts(texts=["a"]),
         config={"policy_map": NEVER},
-        failure=(FailureClass.AMBIGUOUS, "TypeError"),
     ),
     "items through several nodes": Scenario(
         lambda calls: [map_over("texts", measuring(calls), into="lengths", max_concurrency=2)],
-        RunStatus.COMPLETED,
-        ["doubled", "doubled", "length", "length", "read", "read"],
-        {"texts": ["a", "bc"], "lengths": [{"length": 4}, {"length": 8}]},
+        completed(
+            "doubled doubled length length read read",
+            {"texts": ["a", "bc"], "lengths": [{"length": 4}, {"length": 8}]},
+        ),
         state=Texts(texts=["a", "bc"]),
         tokens=20,
     ),
@@ -543,9 +481,10 @@ SCENARIOS: dict[str, Scenario] = {
         lambda calls: [
             map_over("texts", measuring(calls, failing_once="bc"), into="lengths", max_concurrency=1)
         ],
-        RunStatus.COMPLETED,
-        ["doubled", "doubled", "doubled", "length", "length", "read", "read"],
-        {"texts": ["a", "bc"], "lengths": [{"length": 4}, {"length": 8}]},
+        completed(
+            "doubled doubled doubled length length read read",
+            {"texts": ["a", "bc"], "lengths": [{"length": 4}, {"length": 8}]},
+        ),
         state=Texts(texts=["a", "bc"]),
         tokens=20,
         config={"policy_map": THRICE},
@@ -554,13 +493,10 @@ SCENARIOS: dict[str, Scenario] = {
         lambda calls: [
             map_over("texts", measuring(calls, failing_at="bc"), into="lengths", max_concurrency=1)
         ],
-        RunStatus.PARTIAL,
-        ["doubled", "doubled", "length", "read", "read"],
-        {"texts": ["a", "bc", "d"]},
+        partial("doubled doubled length read read", {"texts": ["a", "bc", "d"]}, AMBIGUOUS, "ValueError"),
         state=Texts(texts=["a", "bc", "d"]),
         tokens=15,
         config={"policy_map": NEVER},
-        failure=(FailureClass.AMBIGUOUS, "ValueError"),
     ),
     "items of several nodes that fail while others go on": Scenario(
         lambda calls: [
@@ -572,31 +508,30 @@ SCENARIOS: dict[str, Scenario] = {
                 on_item_failure="collect",
             )
         ],
-        RunStatus.COMPLETED,
-        [*["doubled"] * 6, "length", "length", "read", "read", "read"],
-        {
-            "texts": ["a", "bc", "d"],
-            "lengths": [{"length": 4}, {"length": 4}],
-            "lengths_failures": [
-                {
-                    "index": 1,
-                    "node_id": "doubled",
-                    "failure_class": FailureClass.AMBIGUOUS,
-                    "message": "ValueError: bc is too long",
-                    "reason": None,
-                    "attempts": 4,
-                }
-            ],
-        },
+        completed(
+            "doubled doubled doubled doubled doubled doubled length length read read read",
+            {
+                "texts": ["a", "bc", "d"],
+                "lengths": [{"length": 4}, {"length": 4}],
+                "lengths_failures": [
+                    {
+                        "index": 1,
+                        "node_id": "doubled",
+                        "failure_class": FailureClass.AMBIGUOUS,
+                        "message": "ValueError: bc is too long",
+                        "reason": None,
+                        "attempts": 4,
+                    }
+                ],
+            },
+        ),
         state=Texts(texts=["a", "bc", "d"]),
         tokens=25,
         config={"policy_map": THRICE},
     ),
     "groups and maps in the nodes of an item": Scenario(
         lambda calls: [parallel(map_over("texts", branching(calls), into="lengths", max_concurrency=1))],
-        RunStatus.COMPLETED,
-        ["first", "length", "length", "split", "sum"],
-        {"texts": ["a"], "lengths": [{"length": 4}]},
+        completed("first length length split sum", {"texts": ["a"], "lengths": [{"length": 4}]}),
         state=Texts(texts=["a"]),
     ),
     "a sequence over the limit": Scenario(
@@ -604,23 +539,16 @@ SCENARIOS: dict[str, Scenario] = {
             map_over("texts", measuring(calls), into="lengths", max_concurrency=1),
             counted(calls, "d"),
         ],
-        RunStatus.PARTIAL,
-        ["doubled", "length", "read", "read"],
-        {"texts": ["a", "bc"]},
+        partial("doubled length read read", {"texts": ["a", "bc"]}, RECOVERABLE, "BudgetExceeded"),
         state=Texts(texts=["a", "bc"]),
         tokens=15,
         config={"budget": ExecutionBudget(max_tokens_total=14)},
-        failure=(FailureClass.RECOVERABLE, "BudgetExceeded"),
     ),
-    "no contract": Scenario(
-        lambda calls: [bare(calls), counted(calls, "b")], RunStatus.COMPLETED, ["a", "b"], {"n": 6}
-    ),
-    "a sync node": Scenario(lambda calls: [in_a_thread(calls)], RunStatus.COMPLETED, ["a"], {"n": 1}),
+    "no contract": Scenario(lambda calls: [bare(calls), counted(calls, "b")], completed("a b", {"n": 6})),
+    "a sync node": Scenario(lambda calls: [in_a_thread(calls)], completed("a", {"n": 1})),
     "what one node tells the next": Scenario(
         lambda calls: [telling(calls), usage_node(calls)],
-        RunStatus.COMPLETED,
-        ["a", "b"],
-        {"n": 41},
+        completed("a b", {"n": 41}),
         config={"context": {"before": 1}},
     ),
 }

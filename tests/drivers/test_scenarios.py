@@ -47,13 +47,13 @@ async def test_a_run_comes_to_the_same_whoever_drives_it(name: str, way: Way) ->
     async with way.bind(nodes, **copy.deepcopy(scenario.config)) as bound:
         result = await bound.run(scenario.state)
         records = recorded(way.store, result.run_id)
-    assert result.status is scenario.status, result.failure
-    assert sorted(calls) == sorted(scenario.calls)
+    assert result.status is scenario.end.status, result.failure
+    assert sorted(calls) == sorted(scenario.end.calls.split())
     assert result.final_state is not None
-    assert result.final_state.model_dump() == scenario.final
+    assert result.final_state.model_dump() == scenario.end.final
     record = way.store.get_run(result.run_id)
     assert record.tokens == scenario.tokens
-    assert (result.failure is None) == (scenario.failure is None)
+    assert (result.failure is None) == (scenario.end.failure is None)
 
     nodes = pipeline_of(scenario.make([]), scenario.state)
     with embedded() as reference:
