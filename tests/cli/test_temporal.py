@@ -96,7 +96,7 @@ def test_a_run_is_cancelled(stroma: Any, inside: Any, worker: Any, there: tuple[
 
 
 def test_a_worker_of_a_place(stroma: Any, inside: Any, worker: Any, there: tuple[str, ...]) -> None:
-    """`stroma worker --place` calls the nodes of that place and drives no runs; a queue of runs is no place."""
+    """`stroma worker --place` calls its nodes and drives no runs; a queue of runs is no place."""
     queue = there[3]
     stroma.file(
         "gpu.py",

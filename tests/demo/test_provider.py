@@ -86,147 +86,36 @@ def extracted(calm: Provider) -> dict[str, dict[str, Any]]:
 
 # --- Answers over the shipped documents ---------------------------------------------------------------------
 
-# kind, party, reference, date, currency, total, flags
-EXPECTED: dict[str, tuple[str, str | None, str | None, str | None, str | None, float | None, list[str]]] = {
-    "contract-nda-oswin-labs.txt": (
-        "contract",
-        "Oswin Labs ApS",
-        "NDA-2025-06",
-        "2025-04-03",
-        None,
-        None,
-        [],
-    ),
-    "contract-services-harrow-kestrel.md": (
-        "contract",
-        "Harrow Kestrel Logistics Ltd",
-        "HKL-MSA-2025-014",
-        "2025-06-01",
-        "GBP",
-        153_000.0,
-        ["auto_renewal", "unlimited_liability"],
-    ),
-    "credit-note-copperline-CM-1207.txt": (
-        "credit_note",
-        "Copperline Packaging Inc.",
-        "CM-1207",
-        "2025-05-19",
-        "USD",
-        -312.80,
-        [],
-    ),
-    "invoice-brandt-RE-2025-0417.txt": (
-        "invoice",
-        "Brandt Feinmechanik GmbH",
-        "RE-2025-0417",
-        "2025-03-14",
-        "EUR",
-        2424.51,
-        [],
-    ),
-    "invoice-brandt-resent.eml": (
-        "invoice",
-        "Brandt Feinmechanik GmbH",
-        "RE-2025-0417",
-        "2025-03-14",
-        "EUR",
-        2736.29,
-        ["bank_details_changed"],
-    ),
-    "invoice-copperline-88213.txt": (
-        "invoice",
-        "Copperline Packaging Inc.",
-        "88213",
-        "2025-04-22",
-        "USD",
-        7010.0,
-        [],
-    ),
-    "invoice-larkspur-items-only.txt": (
-        "invoice",
-        "Ines Larkspur",
-        "2025/031",
-        "2025-05-09",
-        "GBP",
-        None,
-        ["total_missing"],
-    ),
-    "invoice-meridian-two-currencies.txt": (
-        "invoice",
-        "Meridian Freight & Customs B.V.",
-        "MFC-250588",
-        "2025-05-13",
-        "USD",
-        3150.0,
-        ["two_currencies"],
-    ),
-    "invoice-roussel-F2025-118.txt": (
-        "invoice",
-        "Atelier Roussel SARL",
-        "F2025-118",
-        "2025-05-06",
-        "EUR",
-        2916.0,
-        [],
-    ),
-    "invoice-tidewater-THL-20931.eml": (
-        "invoice",
-        "Tidewater Hosting Ltd",
-        "THL-20931",
-        "2025-05-01",
-        "GBP",
-        1055.66,
-        [],
-    ),
-    "purchase-order-castellan-4500017832.csv": (
-        "purchase_order",
-        "Castellan Foods S.p.A.",
-        "4500017832",
-        "2025-04-28",
-        "EUR",
-        8960.40,
-        [],
-    ),
-    "reminder-delivery-voss.txt": (
-        "reminder",
-        "Voss Kältetechnik AG",
-        "71-44092",
-        "2025-05-16",
-        None,
-        None,
-        ["late_delivery"],
-    ),
-    "reminder-payment-tidewater-THL-19874.eml": (
-        "reminder",
-        "Tidewater Hosting Ltd",
-        "THL-19874",
-        "2025-05-16",
-        "GBP",
-        1066.0,
-        ["overdue"],
-    ),
-    "scan-0012.txt": ("other", None, None, None, None, None, ["empty"]),
-    "scan-fenwick-0391.txt": ("other", None, None, None, None, None, ["ocr_noise"]),
-    "support-anfrage-muehlbauer.eml": ("support", "Jörg Mühlbauer", None, "2025-05-14", None, None, []),
-    "support-outage-pemberton.eml": (
-        "support",
-        "Samuel Adeyemi",
-        "AF-48217",
-        "2025-05-20",
-        None,
-        None,
-        ["urgent"],
-    ),
-    "support-refund-kessler.eml": (
-        "support",
-        "M. Kessler",
-        "AF-48190",
-        "2025-05-19",
-        None,
-        None,
-        ["prompt_injection"],
-    ),
-}
+# document | kind | party | reference | date | currency | total | flags
+EXPECTED_TABLE = """
+contract-nda-oswin-labs.txt | contract | Oswin Labs ApS | NDA-2025-06 | 2025-04-03 |  |  |
+contract-services-harrow-kestrel.md | contract | Harrow Kestrel Logistics Ltd | HKL-MSA-2025-014 | 2025-06-01 | GBP | 153000.00 | auto_renewal unlimited_liability
+credit-note-copperline-CM-1207.txt | credit_note | Copperline Packaging Inc. | CM-1207 | 2025-05-19 | USD | -312.80 |
+invoice-brandt-RE-2025-0417.txt | invoice | Brandt Feinmechanik GmbH | RE-2025-0417 | 2025-03-14 | EUR | 2424.51 |
+invoice-brandt-resent.eml | invoice | Brandt Feinmechanik GmbH | RE-2025-0417 | 2025-03-14 | EUR | 2736.29 | bank_details_changed
+invoice-copperline-88213.txt | invoice | Copperline Packaging Inc. | 88213 | 2025-04-22 | USD | 7010.00 |
+invoice-larkspur-items-only.txt | invoice | Ines Larkspur | 2025/031 | 2025-05-09 | GBP |  | total_missing
+invoice-meridian-two-currencies.txt | invoice | Meridian Freight & Customs B.V. | MFC-250588 | 2025-05-13 | USD | 3150.00 | two_currencies
+invoice-roussel-F2025-118.txt | invoice | Atelier Roussel SARL | F2025-118 | 2025-05-06 | EUR | 2916.00 |
+invoice-tidewater-THL-20931.eml | invoice | Tidewater Hosting Ltd | THL-20931 | 2025-05-01 | GBP | 1055.66 |
+purchase-order-castellan-4500017832.csv | purchase_order | Castellan Foods S.p.A. | 4500017832 | 2025-04-28 | EUR | 8960.40 |
+reminder-delivery-voss.txt | reminder | Voss Kältetechnik AG | 71-44092 | 2025-05-16 |  |  | late_delivery
+reminder-payment-tidewater-THL-19874.eml | reminder | Tidewater Hosting Ltd | THL-19874 | 2025-05-16 | GBP | 1066.00 | overdue
+scan-0012.txt | other |  |  |  |  |  | empty
+scan-fenwick-0391.txt | other |  |  |  |  |  | ocr_noise
+support-anfrage-muehlbauer.eml | support | Jörg Mühlbauer |  | 2025-05-14 |  |  |
+support-outage-pemberton.eml | support | Samuel Adeyemi | AF-48217 | 2025-05-20 |  |  | urgent
+support-refund-kessler.eml | support | M. Kessler | AF-48190 | 2025-05-19 |  |  | prompt_injection
+"""  # noqa: E501
+
+
+def _expected(row: str) -> tuple[str, tuple[Any, ...]]:
+    name, *cells = (cell.strip() for cell in row.split("|"))
+    *texts, total, flags = cells
+    return name, (*(text or None for text in texts), float(total) if total else None, flags.split())
+
+
+EXPECTED = dict(map(_expected, EXPECTED_TABLE.strip().splitlines()))
 
 
 def test_every_shipped_document_has_an_expectation() -> None:

@@ -55,6 +55,16 @@ class Story:
     def start(self, node: str = "write") -> Story:
         return self.add("node_start", node, attempt=1, state={"secret": "input"})
 
+    def restart(self) -> Story:
+        """Let another process start the run and its node again."""
+        return self.add("run_start").start()
+
+    def restore(self, text: str, node: str = "write") -> Story:
+        return self.add("node_skipped", node, attempt_id=None, state={"text": text})
+
+    def ask(self) -> Story:
+        return self.add("node_suspended", "write", details={"question": QUESTION})
+
     def say(self, *texts: str, node: str = "write") -> Story:
         for text in texts:
             self.add("node_event", node, name="delta", data=text)
@@ -79,94 +89,55 @@ def text_of(event: StreamEvent) -> str | None:
 
 @dataclass
 class Scene:
-    """Events, the texts that the page shows in the end, and how the run ends for it."""
+    """A story, the texts that the page shows in the end, and how the run ends for it."""
 
-    events: list[StreamEvent]
+    story: Story
     texts: list[str]
     end: str = "success"
     text: Callable[[StreamEvent], str | None] | None = None
     request: dict[str, Any] | None = field(default_factory=lambda: REQUEST)
+
+    @property
+    def events(self) -> list[StreamEvent]:
+        return self.story.events
 
 
 def _run() -> Story:
     return Story().add("run_start", state={"secret": "input"}, details={"pipeline": "p"})
 
 
+def _begun(*texts: str) -> Story:
+    return _run().start().say(*texts)
+
+
 _OLD = {"id": "r1:119::0-1", "role": "assistant", "content": "Shall I?"}
 
 SCENES = {
-    "streamed": Scene(_run().start().say("Hel", "lo").succeed("x").end().events, ["Hello"]),
+    "streamed": Scene(_begun("Hel", "lo").succeed("x").end(), ["Hello"]),
     "retried": Scene(
-        _run()
-        .start()
-        .say("Hel")
-        .fail()
-        .add("node_retry", "write", attempt=2)
-        .start()
-        .say("Hello")
-        .succeed("x")
-        .end()
-        .events,
+        _begun("Hel").fail().add("node_retry", "write", attempt=2).start().say("Hello").succeed("x").end(),
         ["Hello"],
     ),
-    "failed": Scene(
-        _run().start().say("Hel").fail().end("FAILED", failure={"message": "lost"}).events, [], "lost"
-    ),
-    "cancelled": Scene(
-        _run().start().say("Hel").add("node_cancelled", "write").end("CANCELLED").events, [], "cancelled"
-    ),
-    "interrupted": Scene(_run().end("INTERRUPTED").events, [], "the run ended as INTERRUPTED"),
-    "taken over": Scene(
-        _run().start().say("Hel").add("run_start").start().say("Hi").succeed("x").end().events, ["Hi"]
-    ),
-    "taken over after the commit": Scene(
-        _run()
-        .start()
-        .say("Hel")
-        .add("run_start")
-        .add("node_skipped", "write", attempt_id=None, state={"text": "Hello"})
-        .end("RESUMED")
-        .events,
-        [],
-    ),
+    "failed": Scene(_begun("Hel").fail().end("FAILED", failure={"message": "lost"}), [], "lost"),
+    "cancelled": Scene(_begun("Hel").add("node_cancelled", "write").end("CANCELLED"), [], "cancelled"),
+    "interrupted": Scene(_run().end("INTERRUPTED"), [], "the run ended as INTERRUPTED"),
+    "taken over": Scene(_begun("Hel").restart().say("Hi").succeed("x").end(), ["Hi"]),
+    "taken over after the commit": Scene(_begun("Hel").add("run_start").restore("Hello").end("RESUMED"), []),
     "taken over after the commit, with the text": Scene(
-        _run()
-        .start()
-        .say("Hel")
-        .add("run_start")
-        .add("node_skipped", "write", attempt_id=None, state={"text": "Hello"})
-        .end("RESUMED")
-        .events,
-        ["Hello"],
-        text=text_of,
+        _begun("Hel").add("run_start").restore("Hello").end("RESUMED"), ["Hello"], text=text_of
     ),
     "shown, then restored": Scene(
-        _run()
-        .start()
-        .say("Hello")
-        .succeed("Hello")
-        .add("node_skipped", "write", attempt_id=None, state={"text": "Hello"})
-        .end("RESUMED")
-        .events,
-        ["Hello"],
-        text=text_of,
+        _begun("Hello").succeed("Hello").restore("Hello").end("RESUMED"), ["Hello"], text=text_of
     ),
-    "lost all but its end": Scene(_run().start().say("Hel").end("RESUMED").events, []),
-    "not streamed": Scene(_run().start().succeed("Hello").end().events, ["Hello"], text=text_of),
-    "lost its end": Scene(_run().start().say("Hel").succeed("Hello").end().events, ["Hello"], text=text_of),
+    "lost all but its end": Scene(_begun("Hel").end("RESUMED"), []),
+    "not streamed": Scene(_run().start().succeed("Hello").end(), ["Hello"], text=text_of),
+    "lost its end": Scene(_begun("Hel").succeed("Hello").end(), ["Hello"], text=text_of),
     "lost its middle": Scene(
-        _run()
-        .start()
-        .say("H")
-        .add("events_dropped", details={"dropped": 2})
-        .say("o")
-        .succeed("Hello")
-        .end()
-        .events,
+        _begun("H").add("events_dropped", details={"dropped": 2}).say("o").succeed("Hello").end(),
         ["Hello"],
         text=text_of,
     ),
-    "corrected": Scene(_run().start().say("Hallo").succeed("Hello").end().events, ["Hello"], text=text_of),
+    "corrected": Scene(_begun("Hallo").succeed("Hello").end(), ["Hello"], text=text_of),
     "two at once": Scene(
         _run()
         .start("a/0")
@@ -179,38 +150,19 @@ SCENES = {
         .start("a/1")
         .say("Bb", node="a/1")
         .succeed("x", "a/1")
-        .end()
-        .events,
+        .end(),
         ["Aa", "Bb"],
     ),
     "asks": Scene(
-        _run()
-        .start()
-        .say("Shall I?")
-        .add("node_suspended", "write", details={"question": QUESTION})
-        .add("run_suspended", details={"questions": [QUESTION]})
-        .events,
-        ["Shall I?"],
-        "q1",
+        _begun("Shall I?").ask().add("run_suspended", details={"questions": [QUESTION]}), ["Shall I?"], "q1"
     ),
     "asked, and answered": Scene(
-        _run()
-        .start()
-        .say("Shall I?")
-        .add("node_suspended", "write", details={"question": QUESTION})
-        .add("run_start")
-        .start()
-        .say("Sent")
-        .succeed("x")
-        .end("RESUMED")
-        .events,
-        ["Sent"],
+        _begun("Shall I?").ask().restart().say("Sent").succeed("x").end("RESUMED"), ["Sent"]
     ),
-    "asks in one process": Scene(_run().end("SUSPENDED", questions=[QUESTION]).events, [], "q1"),
-    "paused": Scene(_run().end("SUSPENDED").events, [], "r1"),
+    "asks in one process": Scene(_run().end("SUSPENDED", questions=[QUESTION]), [], "q1"),
+    "paused": Scene(_run().end("SUSPENDED"), [], "r1"),
     "sleeps": Scene(
-        _run().add("run_suspended", details={}).start().say("Hello").succeed("x").end("RESUMED").events,
-        ["Hello"],
+        _run().add("run_suspended", details={}).start().say("Hello").succeed("x").end("RESUMED"), ["Hello"]
     ),
     "other events": Scene(
         _run()
@@ -220,21 +172,16 @@ SCENES = {
         .add("map_progress", "write")
         .add("budget_warning", details={"used": 1})
         .succeed("x")
-        .end()
-        .events,
+        .end(),
         [],
     ),
     "from the middle": Scene(
-        Story()
-        .add("node_event", "write", attempt_id="1-1", name="delta", data="lo")
-        .succeed("Hello")
-        .end()
-        .events,
+        Story().add("node_event", "write", attempt_id="1-1", name="delta", data="lo").succeed("Hello").end(),
         ["Hello"],
         text=text_of,
     ),
     "answered in another request": Scene(
-        Story().start().say("Sent").succeed("x").end("RESUMED").events,
+        Story().start().say("Sent").succeed("x").end("RESUMED"),
         ["Sent"],
         request={**REQUEST, "messages": [*REQUEST["messages"], _OLD]},
     ),
@@ -249,7 +196,7 @@ def random_scene(seed: int) -> Scene:
         node = chance.choice(calls)
         if node in done:
             if chance.random() < 0.1:
-                story.add("node_skipped", node, attempt_id=None, state={"text": done[node]})
+                story.restore(done[node], node)
         elif node not in running or chance.random() < 0.1:  # Or another process starts it again.
             running[node] = ""
             story.start(node)
@@ -266,8 +213,8 @@ def random_scene(seed: int) -> Scene:
             story.succeed(done[node], node)
         else:
             done[node] = running[node]
-            story.add("node_skipped", node, attempt_id=None, state={"text": done[node]})
-    return Scene(story.end().events, sorted(text for text in done.values() if text), text=text_of)
+            story.restore(done[node], node)
+    return Scene(story.end(), sorted(text for text in done.values() if text), text=text_of)
 
 
 async def _iterate(events: Iterable[StreamEvent]) -> AsyncIterator[StreamEvent]:

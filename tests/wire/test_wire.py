@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
@@ -90,7 +91,7 @@ async def test_ids_are_those_of_the_request_or_of_the_run() -> None:
         chunk for chunk in await chunks_of("ag_ui", SCENES["streamed"]) if chunk["type"].startswith("RUN")
     ]
     assert {(one["threadId"], one["runId"]) for one in ends} == {("thread", "request")}
-    scene = Scene(SCENES["retried"].events, [], request=None)
+    scene = Scene(SCENES["retried"].story, [], request=None)
     chunks = await chunks_of("ag_ui", scene)
     assert (chunks[0]["threadId"], chunks[0]["runId"]) == ("r1", "r1")
     discarded = [chunk["value"]["messageId"] for chunk in chunks if chunk.get("name") == "stroma.discarded"]
@@ -192,8 +193,8 @@ async def test_the_stream_of_a_deleted_run_ends() -> None:
 
 async def test_the_rest_of_a_run_is_not_read_after_its_end() -> None:
     """A page's request ends with the run, or once it waits for an answer: then another request continues."""
-    events = [*SCENES["asks"].events, StreamEvent(99, "run_end", "r1", details={"status": "COMPLETED"})]
-    chunks = await chunks_of("ag_ui", Scene(events, []))
+    story = copy.deepcopy(SCENES["asks"].story).add("run_end", details={"status": "COMPLETED"})
+    chunks = await chunks_of("ag_ui", Scene(story, []))
     assert chunks[-1]["outcome"]["type"] == "interrupt"
     assert REQUEST["messages"] == [{"id": "u1", "role": "user", "content": "Hello?"}]
 
