@@ -67,7 +67,7 @@ def test_the_commands_on_the_page_are_commands() -> None:
         for line in block.splitlines()
     ]
     ours = [line for line in lines if line.startswith("stroma ")]
-    assert len(ours) == 4
+    assert len(ours) == 3
     for line in ours:
         assert parse(shlex.split(line))["address"] == "localhost:7233"
     with pytest.raises(click.UsageError):

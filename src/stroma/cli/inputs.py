@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import click
-from pydantic import AliasChoices, AliasPath, BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from stroma._utils.text import clean, pluralize
 from stroma.checkpoint.records import RunRecord
@@ -65,7 +64,7 @@ def parse_json(argument: str | None, called: str = "INPUT") -> tuple[Any, str, s
 
 def parse_input(pipeline: Pipeline, argument: str | None) -> BaseModel:
     """Parse INPUT as the initial state. Raises Problem if it does not fit the first node's contract."""
-    value, text, source = parse_json(argument)
+    _, text, source = parse_json(argument)
     model = input_model(pipeline)
     checks = _contracts(pipeline) or [("", Input)]
     for node_id, contract in checks:
@@ -76,7 +75,7 @@ def parse_input(pipeline: Pipeline, argument: str | None) -> BaseModel:
             if node_id:
                 kind = "input of the flow" if _is_flow(pipeline) else "contract of the first node"
                 what = f"{source} does not fit the {kind}, {node_id!r}"
-            raise _misfit(error, contract, what, value, argument) from None
+            raise _misfit(error, contract, what, argument) from None
     return _validate(model, text)
 
 
@@ -85,11 +84,11 @@ def parse_as(model: type[BaseModel], argument: str, called: str, requirement: st
 
     ``requirement``: description of what it must satisfy.
     """
-    value, text, source = parse_json(argument, called)
+    _, text, source = parse_json(argument, called)
     try:
         return _validate(model, text)
     except Exception as error:
-        raise _misfit(error, model, f"{source} does not fit {requirement}", value, argument) from None
+        raise _misfit(error, model, f"{source} does not fit {requirement}", argument) from None
 
 
 def find_call(pipeline: Pipeline, target: str, node_id: str) -> tuple[int, str | None]:
@@ -212,60 +211,29 @@ def _not_json(
     return Problem(f"{source} is not JSON: {error.msg} (line {error.lineno}, column {error.colno})", *more)
 
 
-def _misfit(error: Exception, model: type[BaseModel], what: str, value: Any, argument: str | None) -> Problem:
-    lines, wrong = _errors(error)
-    hint = _example_hint(model, value, wrong, argument)
+def _misfit(error: Exception, model: type[BaseModel], what: str, argument: str | None) -> Problem:
+    lines = _errors(error)
+    hint = _example_hint(model, argument)
     return Problem(f"{what} ({pluralize(len(lines), 'error')})", *lines, *hint)
 
 
-def _errors(error: Exception) -> tuple[list[str], set[Any]]:
-    """Return one line for each validation error, and the names of the fields."""
+def _errors(error: Exception) -> list[str]:
     if not isinstance(error, ValidationError):  # A validator may raise any exception.
-        return [_error_line("", f"{type(error).__name__}: {error}")], set()
+        return [_error_line("", f"{type(error).__name__}: {error}")]
     # Without the values: they may be secret.
     errors = error.errors(include_url=False, include_input=False, include_context=False)
     lines = [_error_line(".".join(map(str, e["loc"])), e["msg"]) for e in errors[:20]]
-    lines += [f"... and {len(errors) - 20} more"] if len(errors) > 20 else []
-    return lines, {e["loc"][0] for e in errors if e["loc"]}
+    return lines + ([f"... and {len(errors) - 20} more"] if len(errors) > 20 else [])
 
 
 def _error_line(path: str, message: str) -> str:
     return clean(f"{path}: {message}" if path else message)
 
 
-def _corrected(model: type[BaseModel], value: Any, wrong: Collection[Any]) -> Any:
-    """Return ``value`` with an example of each field that is missing or wrong. Raises NoExampleError."""
-    example = example_for(model)
-    if not (isinstance(value, dict) and isinstance(example, dict)):
-        return example
-    known = None if model.model_config.get("extra") == "allow" else _field_names(model)
-    corrected = {
-        name: one for name, one in value.items() if name not in wrong and (known is None or name in known)
-    }
-    missing = {name: one for name, one in example.items() if name not in corrected}
-    try:
-        schema_of(model).validator.validate_python(corrected | missing, by_alias=True, by_name=True)
-    except Exception:  # A validator may raise any exception.
-        return example
-    return corrected | missing
-
-
-def _field_names(model: type[BaseModel]) -> set[Any]:
-    """Return the keys that a model reads at its top level."""
-    names: set[Any] = set(model.model_fields)
-    for field in model.model_fields.values():
-        alias = field.validation_alias
-        choices = alias.choices if isinstance(alias, AliasChoices) else [alias]
-        names |= {one.path[0] if isinstance(one, AliasPath) else one for one in choices}
-    return names
-
-
-def _example_hint(
-    model: type[BaseModel], value: Any, wrong: Collection[Any], argument: str | None
-) -> list[str]:
+def _example_hint(model: type[BaseModel], argument: str | None) -> list[str]:
     """Return the line with the same command and an argument that fits; [] if none is known."""
     try:
-        fits = clean(json.dumps(_corrected(model, value, wrong), ensure_ascii=False), 400)
+        fits = clean(json.dumps(example_for(model), ensure_ascii=False), 400)
     except NoExampleError:
         return []
     return [f"for example: {_corrected_command(argument, fits)}"]
