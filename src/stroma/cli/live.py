@@ -8,9 +8,10 @@ import os
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import inf
 from types import SimpleNamespace
 from typing import IO, Any, Final, NamedTuple, cast
 
@@ -30,7 +31,7 @@ from stroma.failures.failure import NodeContext, diagnose
 from stroma.hooks.sets import MapProgress, NodeHooks
 from stroma.trace.outline import folded_part
 
-_TICK_SECONDS: Final = 0.2
+_REFRESHES: Final = 5  # a second
 _SUMMARY_ROWS: Final = 20  # a longer pipeline is folded
 _STYLES: Final = {
     "running": "cyan",
@@ -51,6 +52,9 @@ class RowWait(NamedTuple):
 
     until: float | None
     text: str
+
+    def describe(self, now: float) -> str:
+        return self.text if self.until is None else f"{max(0.0, self.until - now):.1f} s: {self.text}"
 
 
 @dataclass(slots=True)
@@ -86,12 +90,17 @@ class Row:
             return not self.progress.ended and self.state in ("running", "pending")
         return bool(self.running or self.waiting)
 
+    @property
+    def next_wait(self) -> RowWait:
+        """The wait that ends first."""
+        return min(self.waiting.values(), key=lambda one: inf if one.until is None else one.until)
+
     def detail(self, now: float, bar_cells: int) -> list[Part]:
         """Return the state in words, the most important first."""
         if self.progress is not None:
             return self._map_detail(self.progress, now, bar_cells)
         if self.waiting:
-            return [(_wait_text(list(self.waiting.values()), now), "yellow")]
+            return [(self.next_wait.describe(now), "yellow")]
         if self.running:
             many = f", call {len(self.calls):,}" if len(self.calls) > 1 else ""
             return [(f"running{many}", "cyan")]
@@ -121,8 +130,7 @@ class Row:
             left = progress.seconds_left
             parts.append(f" {f'{left:.0f}s' if left < 100 else format_duration(left)} left")
         if self.waiting:
-            text = _wait_text(list(self.waiting.values()), now)
-            parts += ["  ", (f"{len(self.waiting)} wait: {text}", "yellow")]
+            parts += ["  ", (f"{len(self.waiting)} wait: {self.next_wait.describe(now)}", "yellow")]
         return parts
 
     def figures(self, now: float) -> list[str]:
@@ -136,14 +144,6 @@ class Row:
         ]
 
 
-def _wait_text(waits: Sequence[RowWait], now: float) -> str:
-    """Return what these wait for, and how long the first of them still does."""
-    known = [one.until - now for one in waits if one.until is not None]
-    left = f"{max(0.0, min(known)):.1f} s: " if known else ""
-    texts = Counter(one.text for one in waits)
-    return f"{left}{', '.join(text for text, _ in texts.most_common(2))}"
-
-
 def _bar(share: float, cells: int) -> str:
     done = min(cells, max(0, round(share * cells)))
     is_utf8 = "utf" in (getattr(sys.stderr, "encoding", None) or "").lower()
@@ -152,20 +152,13 @@ def _bar(share: float, cells: int) -> str:
 
 
 def fold_rows(rows: Sequence[Row], room: int) -> tuple[list[Row], list[Row]]:
-    """Return the rows to show, in order, and those without a line: what runs or failed comes first."""
+    """Return the rows to show, those around the first one at work, and the others."""
     if len(rows) <= room:
         return list(rows), []
-    ranks = {"failed": 1, "suspended": 1, "cancelled": 2, "ok": 3, "restored": 4, "pending": 5}
-
-    def rank(numbered: tuple[int, Row]) -> tuple[int, int]:
-        number, row = numbered
-        return (0 if row.is_active else ranks.get(row.state, 2), -number if row.state == "ok" else number)
-
-    chosen = {number for number, _ in sorted(enumerate(rows), key=rank)[: max(0, room - 1)]}
-    return (
-        [row for number, row in enumerate(rows) if number in chosen],
-        [row for number, row in enumerate(rows) if number not in chosen],
-    )
+    active = next((number for number, row in enumerate(rows) if row.is_active), len(rows))
+    room = max(0, room - 1)  # A line says how many others there are.
+    start = max(0, min(active - room // 2, len(rows) - room))
+    return list(rows[start : start + room]), [*rows[:start], *rows[start + room :]]
 
 
 def rows_table(rows: Sequence[Row], hidden: Sequence[Row], columns: int, now: float) -> Group:
@@ -227,22 +220,8 @@ class LiveProgress(Progress):
 
     def hooks(self) -> NodeHooks:
         """Return the set of hooks for the runner."""
-        return NodeHooks(
-            on_node_start=self._node_start,
-            on_node_success=self._node_success,
-            on_node_failure=self._node_failure,
-            on_run_start=self._run_start,
-            on_run_end=self._run_end,
-            on_node_retry=self._node_retry,
-            on_node_skipped=self._node_skipped,
-            on_node_cancelled=self._node_cancelled,
-            on_node_suspended=self._node_suspended,
-            on_budget_warning=self._budget_warning,
-            on_map_progress=self._map_progress,
-            on_node_wait=self._node_wait,
-            on_limit_cooldown=self._limit_cooldown,
-            reads_state=False,
-        )
+        more = {"on_node_wait": self._node_wait, "on_limit_cooldown": self._limit_cooldown}
+        return replace(super().hooks(), **more, reads_state=False)
 
     def say(self, text: str) -> bool:
         """Print lines above the table; False if it is not shown. Safe in a signal handler."""
@@ -349,7 +328,7 @@ class LiveProgress(Progress):
         if row is None:
             depth = node.branch.count(".") + 1 if node.branch else 0
             row = Row(node.node_id, depth)
-            self._insert(key, row)
+            self._rows[key] = row
         return row
 
     def _mark_map(self, node: RunningNode) -> None:
@@ -359,15 +338,6 @@ class LiveProgress(Progress):
             row = self._rows.get(_key(node))
             if row is not None:
                 row.attempts, row.calls = 0, set()
-
-    def _insert(self, key: Place, row: Row) -> None:
-        """Add a row behind the last one of its position and of the group around it."""
-        keys = list(self._rows)
-        same = [i for i, other in enumerate(keys) if other[0] == key[0]]
-        at = same[-1] + 1 if same else len(keys)
-        items = list(self._rows.items())
-        items.insert(at, (key, row))
-        self._rows = dict(items)
 
     def _end(self, node: RunningNode, state: str, why: str = "") -> None:
         row, place = self._row(node), _place(node)
@@ -395,12 +365,17 @@ class LiveProgress(Progress):
 
     # ------------------------------------------------------------------ drawing
 
+    @property
+    def _ordered(self) -> list[Row]:
+        """The rows by position; those of one position as they came."""
+        return [row for _, row in sorted(self._rows.items(), key=lambda one: one[0][0])]
+
     def _draw(self) -> Group:
         columns, rows = err.size
         now = time.monotonic()
         with self._lock:
             head = self._head(columns - 1, now)
-            shown, hidden = fold_rows(list(self._rows.values()), max(0, rows - 2 - len(head)))
+            shown, hidden = fold_rows(self._ordered, max(0, rows - 2 - len(head)))
             return Group(*head, rows_table(shown, hidden, columns - 1, now))
 
     def _head(self, columns: int, now: float) -> list[Table | Text]:
@@ -434,7 +409,7 @@ class LiveProgress(Progress):
         return _line(*parts)
 
     def _print_summary(self) -> None:
-        now, rows = time.monotonic(), list(self._rows.values())
+        now, rows = time.monotonic(), self._ordered
         shown, hidden = fold_rows(rows, _SUMMARY_ROWS)
         self._screen.print(Group(*self._head(err.columns, now), rows_table(shown, hidden, err.columns, now)))
         retried = [row for row in rows if row.retries]
@@ -467,90 +442,87 @@ class _Console(Console):
         return False
 
 
+class _Live(Live):
+    def refresh(self) -> None:
+        """Draw again, unless the process is in the background of its terminal, or that is gone."""
+        if not _is_in_background():
+            with contextlib.suppress(OSError, ValueError):
+                super().refresh()
+
+
 class Screen:
     """A drawing at the bottom of the terminal, redrawn five times a second below all other output."""
 
     def __init__(self, draw: Callable[[], Any]) -> None:
         self._draw = draw
-        self._console: Console | None = None
         self._live: Live | None = None
+        self._is_open = False
         self._pid = os.getpid()
-        self._messages: deque[str] = deque()
+        self._messages: list[str] = []  # above the drawing
         self._partial = ""  # printed without a line end so far
         self._patched: list[IO[str]] = []
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._tick, name="stroma-screen", daemon=True)
 
     def open(self) -> None:
         """Draw from now on. Safe to call twice."""
         file = sys.stderr
-        if self._live is not None or self._ended.is_set() or file is None:
+        if self._live is not None or file is None:
             return
         # The drawing goes to the terminal itself, past the replaced ``write``.
         names = ("write", "flush", "isatty", "fileno")
         raw = SimpleNamespace(encoding=file.encoding, **{name: getattr(file, name) for name in names})
-        self._console = _Console(
-            file=cast("IO[str]", raw),
-            color_system=None if os.environ.get("NO_COLOR") else "auto",
-            highlight=False,
-            markup=False,
-            emoji=False,
-        )
-        self._live = Live(
-            get_renderable=self._draw,
-            console=self._console,
-            auto_refresh=False,
+        self._live = _Live(
+            get_renderable=lambda: Group(*map(Text, self._messages), self._draw()),
+            console=_Console(
+                file=cast("IO[str]", raw),
+                color_system=None if os.environ.get("NO_COLOR") else "auto",
+                highlight=False,
+                markup=False,
+                emoji=False,
+            ),
+            refresh_per_second=_REFRESHES,
             transient=True,
             redirect_stdout=False,
             redirect_stderr=False,
             vertical_overflow="crop",
         )
+        self._is_open = True
         self._capture()
         self._live.start(refresh=True)
-        self._thread.start()
 
     def close(self) -> None:
         """Remove the drawing; everything that was printed stays. Safe to call twice."""
-        if self._ended.is_set() or self._live is None:
-            self._ended.set()
+        if self._live is None or not self._is_open:
             return
-        self._ended.set()
-        self._thread.join(timeout=1)
+        self._is_open = False
         for file in self._patched:
             with contextlib.suppress(AttributeError):
                 del file.write
         with contextlib.suppress(OSError, ValueError):  # The terminal is gone.
-            self._print_messages()
+            for text in self._messages:
+                self.print(Text(text))
             if self._partial:
                 self.print(Text.from_ansi(self._partial))
+            self._messages.clear()
             self._live.stop()
 
     def say(self, text: str) -> bool:
-        """Print lines soon, and return True; False if nothing is drawn. Safe in a signal handler."""
-        if self._live is None or self._ended.is_set():
-            return False
-        self._messages.append(text.strip("\n"))
-        return True
+        """Show lines above the drawing, and return True; False if nothing is drawn.
+
+        Safe in a signal handler: it prints nothing itself.
+        """
+        if self._is_open:
+            self._messages.append(text.strip("\n"))
+        return self._is_open
 
     def print(self, what: Any) -> None:
         """Print above the drawing."""
-        if self._console is not None:
-            self._console.print(what, soft_wrap=isinstance(what, Text))
+        if self._live is not None:
+            self._live.console.print(what, soft_wrap=isinstance(what, Text))
 
     def refresh(self) -> None:
-        """Draw again. Nothing is drawn while the process is in the background of its terminal."""
-        if self._live is not None and not _is_in_background():
-            self._print_messages()
+        """Draw now."""
+        if self._live is not None:
             self._live.refresh()
-
-    def _print_messages(self) -> None:
-        while self._messages:
-            self.print(Text(self._messages.popleft()))
-
-    def _tick(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # The terminal is gone.
-            while not self._ended.wait(_TICK_SECONDS):
-                self.refresh()
 
     def _capture(self) -> None:
         """Take over ``write`` of stderr and stdout on a terminal: loggers hold those objects."""
