@@ -156,11 +156,34 @@ async def sleep_forever(*_: Any) -> Any:
 
 
 class SimpleStore:
-    """A store of the simple protocol, which stores nothing."""
+    """A custom store of the simple protocol, without a journal."""
 
-    def save(self, run_id: str, node_id: str, state: BaseModel) -> None: ...
-    def load(self, run_id: str, node_id: str) -> BaseModel | None: ...
-    def delete(self, run_id: str) -> None: ...
+    def __init__(self) -> None:
+        self.states: dict[tuple[str, str], Any] = {}
+
+    def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
+        self.states[run_id, node_id] = state
+
+    def load(self, run_id: str, node_id: str) -> BaseModel | None:
+        return self.states.get((run_id, node_id))
+
+    def delete(self, run_id: str) -> None:
+        self.states = {key: state for key, state in self.states.items() if key[0] != run_id}
+
+
+class AsyncSimpleStore(SimpleStore):
+    """The same, async."""
+
+    async def save(self, run_id: str, node_id: str, state: BaseModel) -> None:  # type: ignore[override]
+        await asyncio.sleep(0)
+        super().save(run_id, node_id, state)
+
+    async def load(self, run_id: str, node_id: str) -> BaseModel | None:  # type: ignore[override]
+        await asyncio.sleep(0)
+        return super().load(run_id, node_id)
+
+    async def delete(self, run_id: str) -> None:  # type: ignore[override]
+        super().delete(run_id)
 
 
 def record_hooks(seen: list[str]) -> NodeHooks:

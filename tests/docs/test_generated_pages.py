@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, SecretStr
-from tests.kit import Note
+from tests.kit import Note, SimpleStore
 from tests.project.test_language import BANNED_PROSE
 
 import stroma
@@ -326,21 +326,13 @@ async def other_input(path: Path) -> Any:
 
 
 async def no_journal(path: Path) -> Any:
-    class Simple:
-        def save(self, run_id: str, node_id: str, state: BaseModel) -> None: ...
-        def load(self, run_id: str, node_id: str) -> BaseModel | None: ...
-        def delete(self, run_id: str) -> None: ...
-
-    await run([a_node("read", {})], store=Simple(), resume=True)
+    await run([a_node("read", {})], store=SimpleStore(), resume=True)
 
 
 async def refused(path: Path) -> Any:
-    class Full:
-        async def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
+    class Full(SimpleStore):
+        def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
             raise OSError("the disk is full")
-
-        def load(self, run_id: str, node_id: str) -> BaseModel | None: ...
-        def delete(self, run_id: str) -> None: ...
 
     await run([a_node("read", {})], store=Full())
 

@@ -16,6 +16,7 @@ from tests.fixtures import store_fixture
 from tests.kit import (
     Num,
     One,
+    SimpleStore,
     Two,
     fail,
     forever,
@@ -373,16 +374,11 @@ async def test_an_interrupt_in_a_classifier_of_the_budget_loses_no_output(error:
     assert (await store.load("r", "a"), seen) == (Num(n=7), ["start", "failure"])
 
 
-class Interrupting:
-    """A store of the simple protocol in which Ctrl-C strikes."""
+class Interrupting(SimpleStore):
+    """A store in which Ctrl-C strikes."""
 
     def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
         raise KeyboardInterrupt
-
-    def load(self, run_id: str, node_id: str) -> BaseModel | None:
-        return None
-
-    def delete(self, run_id: str) -> None: ...
 
 
 async def test_an_interrupt_in_the_store_leaves_no_start_without_its_end() -> None:

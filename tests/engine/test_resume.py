@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 from tests.checkpoint.damage import reseal
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, Num, node
+from tests.kit import NEVER, AsyncSimpleStore, Num, SimpleStore, node
 from tests.shared_stores import LOCAL
 
 from stroma import (
@@ -20,10 +20,8 @@ from stroma import (
     CorruptCheckpoint,
     ExecutionBudget,
     FailureClass,
-    InMemoryStore,
     NodeContract,
     NodeHooks,
-    Pipeline,
     PipelineChanged,
     ReliabilityContext,
     RunStatus,
@@ -31,7 +29,6 @@ from stroma import (
     StoreError,
     StromaRunner,
     current_node,
-    current_node_or_none,
     execute_step,
     map_over,
     parallel,
@@ -110,70 +107,15 @@ async def test_resume_goes_on_where_the_run_stopped(store: Any, broken: str) -> 
     assert second.total_tokens == 10 * (4 - at)
 
 
-async def test_resume_of_a_new_run_is_a_run(store: Any) -> None:
-    """resume=True on a run id that is not there yet begins it: COMPLETED."""
-    work = Work("a")
-    result = await quick(store, resume=True).run(work.nodes, Num())
-    assert (result.status, result.final_state) == (RunStatus.COMPLETED, Num(n=1))
-
-
 async def test_resume_of_a_finished_run_calls_nothing(store: Any) -> None:
-    """Resuming a run that is complete gives its final state without a call, and an empty trace."""
+    """resume=True begins a run that is new; of a complete one it gives the final state, without a call."""
     work = Work("a", "b")
     runner = quick(store, resume=True)
-    await runner.run(work.nodes, Num())
+    assert (await runner.run(work.nodes, Num())).status is RunStatus.COMPLETED
     result = await runner.run(work.nodes, Num())
     assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=2))
     assert (len(result.trace), result.total_tokens) == (0, 0)
     assert work.calls == {"a": 1, "b": 1}
-
-
-@pytest.mark.core
-async def test_skipped_nodes_fire_on_node_skipped_only(store: Any) -> None:
-    """Skipped nodes fire on_node_skipped only, with their restored output and current_node() their place."""
-    events: list[Any] = []
-
-    async def other(run_id: str, node_id: str, *_: Any) -> None:
-        events.append(("other", node_id))
-
-    async def skipped(run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        run = current_node()
-        events.append((run_id, node_id, state, run.position, run.node_id))
-
-    work = Work("a", "b", "c")
-    work.failing = {"c"}
-    runner = quick(store)
-    await runner.run(work.nodes, Num())
-    work.failing = set()
-    hooks = NodeHooks(
-        on_node_start=other, on_node_success=other, on_node_failure=other, on_node_skipped=skipped
-    )
-    await runner.with_hooks(hooks).run(work.nodes, Num(), resume=True)
-    assert events == [
-        ("r", "a", {"n": 1}, 0, "a"),
-        ("r", "b", {"n": 2}, 1, "b"),
-        ("other", "c"),
-        ("other", "c"),
-    ]
-    assert current_node_or_none() is None
-
-
-@pytest.mark.core
-async def test_the_budget_remembers_and_the_totals_do_not(store: Any) -> None:
-    """G6: under resume=True the budget remembers what was restored, this result's totals do not."""
-    work = Work("a", "b", "c")
-    work.failing = {"c"}
-    await quick(store).run(work.nodes, Num())
-    work.failing = set()
-    over = await quick(store, resume=True, budget=ExecutionBudget(max_tokens_total=29)).run(work.nodes, Num())
-    assert (over.status, over.total_tokens, over.final_state) == (RunStatus.PARTIAL, 10, Num(n=3))
-    assert over.failure is not None
-    assert isinstance(over.failure.exception, BudgetExceeded)
-    assert over.failure.exception.actual == 30
-    again = await quick(store, resume=True, budget=ExecutionBudget(max_tokens_total=30)).run(
-        work.nodes, Num()
-    )
-    assert (again.status, again.final_state) == (RunStatus.RESUMED, Num(n=3))
 
 
 @pytest.mark.core
@@ -206,32 +148,6 @@ async def test_an_over_budget_output_is_restored(store: Any) -> None:
     second = await quick(store, resume=True).run(work.nodes, Num())
     assert (second.status, second.final_state) == (RunStatus.RESUMED, Num(n=2))
     assert work.calls == {"a": 1, "b": 1}
-
-
-async def test_resume_after_a_cancellation(store: Any) -> None:
-    """A run that was cancelled in mid-node resumes at that node."""
-    inside = asyncio.Event()
-    hang = [True]
-    work = Work("a")
-
-    async def waits(state: Num) -> Any:
-        work.calls["waits"] += 1
-        if hang:
-            hang.clear()
-            inside.set()
-            await asyncio.Event().wait()
-        return {"n": state.n + 1}
-
-    nodes = [*work.nodes, node("waits", waits)]
-    runner = quick(store, resume=True)
-    task = asyncio.create_task(runner.run(nodes, Num()))
-    await inside.wait()
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    result = await runner.run(nodes, Num())
-    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=2))
-    assert work.calls == {"a": 1, "waits": 2}
 
 
 async def test_resume_with_duplicate_ids(store: Any) -> None:
@@ -388,46 +304,16 @@ async def test_an_unknown_resume_target(store: Any) -> None:
     assert work.calls == {}
 
 
-async def test_resume_from_fires_skipped_for_what_it_skips(store: Any) -> None:
-    """Nodes that resume_from skips fire on_node_skipped and no other hook."""
-    events: list[Any] = []
-
-    async def note(run_id: str, node_id: str, *_: Any) -> None:
-        events.append(node_id)
-
-    async def skipped(run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        events.append(f"skipped {node_id} {state['n']}")
-
-    work = Work("a", "b", "c")
-    runner = quick(store)
-    await runner.run(work.nodes, Num())
-    await runner.with_hooks(NodeHooks(on_node_start=note, on_node_skipped=skipped)).run(
-        work.nodes, Num(), resume_from="c"
-    )
-    assert events == ["skipped a 1", "skipped b 2", "c"]
-
-
-async def test_resume_from_behind_a_group(store: Any) -> None:
-    """resume_from behind a group loads the group's merged state."""
+@pytest.mark.parametrize(("target", "calls"), [("c", 1), ("parallel(a, b)", 2)])
+async def test_resume_from_behind_a_group(store: Any, target: str, calls: int) -> None:
+    """resume_from behind a group loads its merged state; the group itself discards its children's commits."""
     work = Work("a", "b", "c")
     nodes = [parallel(work.nodes[0], work.nodes[1]), work.nodes[2]]
     runner = quick(store)
     await runner.run(nodes, Num())
-    result = await runner.run(nodes, Num(), resume_from="c")
+    result = await runner.run(nodes, Num(), resume_from=target)
     assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=2))
-    assert work.calls == {"a": 1, "b": 1, "c": 2}
-
-
-async def test_resume_from_a_group_runs_all_of_it(store: Any) -> None:
-    """resume_from a group discards its children's commits too."""
-    work = Work("a", "b", "c")
-    group = parallel(work.nodes[1], work.nodes[2])
-    nodes = [work.nodes[0], group]
-    runner = quick(store)
-    await runner.run(nodes, Num())
-    result = await runner.run(nodes, Num(), resume_from=group.node_id)
-    assert result.status is RunStatus.RESUMED
-    assert work.calls == {"a": 1, "b": 2, "c": 2}
+    assert work.calls == {"a": calls, "b": calls, "c": 2}
 
 
 # ---------------------------------------------------------------------- changed pipelines
@@ -937,37 +823,7 @@ async def test_a_damaged_child_names_the_group_to_resume_from(tmp_path: Path) ->
 # ---------------------------------------------------------------------- the simple protocol
 
 
-class SyncStore:
-    """A custom store of the published protocol."""
-
-    def __init__(self) -> None:
-        self.states: dict[tuple[str, str], Any] = {}
-
-    def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
-        self.states[run_id, node_id] = state
-
-    def load(self, run_id: str, node_id: str) -> BaseModel | None:
-        return self.states.get((run_id, node_id))
-
-    def delete(self, run_id: str) -> None:
-        for key in [key for key in self.states if key[0] == run_id]:
-            del self.states[key]
-
-
-class AsyncStore(SyncStore):
-    async def save(self, run_id: str, node_id: str, state: BaseModel) -> None:  # type: ignore[override]
-        await asyncio.sleep(0)
-        super().save(run_id, node_id, state)
-
-    async def load(self, run_id: str, node_id: str) -> BaseModel | None:  # type: ignore[override]
-        await asyncio.sleep(0)
-        return super().load(run_id, node_id)
-
-    async def delete(self, run_id: str) -> None:  # type: ignore[override]
-        super().delete(run_id)
-
-
-@pytest.mark.parametrize("make", [SyncStore, AsyncStore])
+@pytest.mark.parametrize("make", [SimpleStore, AsyncSimpleStore])
 async def test_custom_stores_keep_checkpoints_and_resume_from(make: Any) -> None:
     """A custom store of the simple protocol, sync or async, gets every output and serves resume_from."""
     store = make()
@@ -985,7 +841,7 @@ async def test_custom_stores_keep_checkpoints_and_resume_from(make: Any) -> None
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("make", [SyncStore, AsyncStore])
+@pytest.mark.parametrize("make", [SimpleStore, AsyncSimpleStore])
 async def test_custom_stores_own_what_they_keep(make: Any) -> None:
     """What a custom store keeps is its own object: nothing that runs later changes it."""
     store = make()
@@ -1005,13 +861,13 @@ async def test_a_custom_store_cannot_resume_by_itself() -> None:
     """resume=True on a store without a journal is a StoreError that says what to use; nothing is called."""
     work = Work("a")
     with pytest.raises(StoreError, match="resume_from="):
-        await quick(SyncStore(), resume=True).run(work.nodes, Num())
+        await quick(SimpleStore(), resume=True).run(work.nodes, Num())
     assert work.calls == {}
 
 
 async def test_a_checkpoint_of_another_class_is_corrupt() -> None:
     """A stored state that does not fit its schema is CorruptCheckpoint, a TypeError as published."""
-    store = SyncStore()
+    store = SimpleStore()
     work = Work("a", "b")
     store.states["r", "a"] = Wrong(text="x")
     with pytest.raises(CorruptCheckpoint):
@@ -1044,16 +900,6 @@ async def test_what_is_stored_can_be_loaded_by_node(store: Any) -> None:
         await runner.run(work.nodes, Num(), resume_from="b")
 
 
-async def test_a_pipeline_resumes_like_a_list(store: Any) -> None:
-    """A Pipeline resumes under any runner of the same store."""
-    work = Work("a", "b")
-    work.failing = {"b"}
-    await quick(store).run(Pipeline("p", work.nodes), Num())
-    work.failing = set()
-    result = await quick(store).run(Pipeline("p", work.nodes), Num(), resume=True)
-    assert result.status is RunStatus.RESUMED
-
-
 async def test_many_runs_resume_side_by_side(store: Any) -> None:
     """Concurrent runs in one store keep their commits apart, and resume each on its own."""
     work = Work("a", "b")
@@ -1070,9 +916,8 @@ async def test_many_runs_resume_side_by_side(store: Any) -> None:
 
 
 @pytest.mark.core
-async def test_usage_counts_across_resumes() -> None:
-    """G6: After a resume the budget includes earlier spend, also in failed and cancelled attempts."""
-    store = InMemoryStore()
+async def test_usage_counts_across_resumes(store: Any) -> None:
+    """G6: A resume's budget, but not its totals, has earlier spend, also of failed and cancelled attempts."""
     inside = asyncio.Event()
     mode = ["cancel"]
     calls: list[str] = []
@@ -1093,7 +938,7 @@ async def test_usage_counts_across_resumes() -> None:
         return state
 
     nodes = [node("first", first), node("second", second)]
-    runner = StromaRunner.quick(store=store, run_id="r", resume=True, policy_map=NEVER).with_budget(tokens=69)
+    runner = quick(store, resume=True).with_budget(tokens=69)
     task = asyncio.create_task(runner.run(nodes, Num()))
     await inside.wait()
     task.cancel()

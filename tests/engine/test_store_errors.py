@@ -131,12 +131,9 @@ async def test_a_store_that_raises_no_exception_has_refused(
 ) -> None:
     """Whatever a store raises at a commit but KeyboardInterrupt and SystemExit: PARTIAL, hooks pair."""
 
-    class Refusing:
+    class Refusing(SimpleStore):
         def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
             raise kind("no")
-
-        def load(self, run_id: str, node_id: str) -> BaseModel | None: ...
-        def delete(self, run_id: str) -> None: ...
 
     class Later(Refusing):
         async def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
@@ -209,13 +206,10 @@ async def test_a_simple_store_that_raises_is_tried_again(
     left = [OSError("no space left on device")] * refusals
     calls: list[int] = []
 
-    class Refusing:
+    class Refusing(SimpleStore):
         def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
             if left:
                 raise left.pop()
-
-        def load(self, run_id: str, node_id: str) -> BaseModel | None: ...
-        def delete(self, run_id: str) -> None: ...
 
     def func(state: Num) -> Any:
         calls.append(1)

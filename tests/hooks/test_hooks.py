@@ -17,7 +17,7 @@ from unittest.mock import AsyncMock
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import NEVER, ONCE, TWICE, Text
+from tests.kit import NEVER, ONCE, TWICE, SimpleStore, Text
 
 from stroma import (
     AsyncInMemoryStore,
@@ -373,6 +373,7 @@ async def test_no_retry_no_event(seen: Recorder) -> None:
     assert seen.of(RETRY) == []
 
 
+@pytest.mark.core
 async def test_skipped_on_resume(seen: Recorder) -> None:
     """A node restored from the journal fires on_node_skipped alone, and is in neither trace nor totals."""
     store = AsyncInMemoryStore()
@@ -1825,14 +1826,9 @@ async def run_sync_node(seen: Recorder) -> None:
 
 
 async def run_broken_store(seen: Recorder) -> None:
-    class Refusing:
-        """A store of the simple protocol whose refusal is final."""
-
+    class Refusing(SimpleStore):
         def save(self, *_: Any) -> None:
             raise Fenced("somebody else owns the run")
-
-        def load(self, *_: Any) -> None: ...
-        def delete(self, *_: Any) -> None: ...
 
     result = await quick(seen, store=Refusing()).run([plus], State())
     assert result.status is RunStatus.PARTIAL

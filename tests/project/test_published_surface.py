@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
-from tests.kit import NEVER
+from tests.kit import NEVER, AsyncSimpleStore, SimpleStore
 from tests.servers import RedisServer, shared_redis
 
 import stroma
@@ -504,38 +504,6 @@ def test_diff_of_awkward_states() -> None:
 # ---------------------------------------------------------------------- checkpoints
 
 
-class DictStore:
-    """A custom store of the simple protocol, sync."""
-
-    def __init__(self) -> None:
-        self.states: dict[tuple[str, str], BaseModel] = {}
-
-    def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
-        self.states[run_id, node_id] = state
-
-    def load(self, run_id: str, node_id: str) -> BaseModel | None:
-        return self.states.get((run_id, node_id))
-
-    def delete(self, run_id: str) -> None:
-        self.states = {key: state for key, state in self.states.items() if key[0] != run_id}
-
-
-class AsyncDictStore:
-    """The same, async."""
-
-    def __init__(self) -> None:
-        self.inner = DictStore()
-
-    async def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
-        self.inner.save(run_id, node_id, state)
-
-    async def load(self, run_id: str, node_id: str) -> BaseModel | None:
-        return self.inner.load(run_id, node_id)
-
-    async def delete(self, run_id: str) -> None:
-        self.inner.delete(run_id)
-
-
 async def settle(value: Any) -> Any:
     return await value if inspect.isawaitable(value) else value
 
@@ -546,8 +514,8 @@ stores = pytest.mark.parametrize("make", STORES)
 
 def test_store_protocols_are_runtime_checkable() -> None:
     """CheckpointStore and AsyncCheckpointStore are runtime-checkable protocols that custom stores satisfy."""
-    assert isinstance(DictStore(), CheckpointStore)
-    assert isinstance(AsyncDictStore(), AsyncCheckpointStore)
+    assert isinstance(SimpleStore(), CheckpointStore)
+    assert isinstance(AsyncSimpleStore(), AsyncCheckpointStore)
     assert isinstance(InMemoryStore(), CheckpointStore)
     assert isinstance(AsyncInMemoryStore(), AsyncCheckpointStore)
     assert not isinstance(object(), CheckpointStore)
@@ -595,7 +563,7 @@ async def test_save_typed_refuses_what_is_no_schema(make: Any, schema: Any) -> N
     assert await settle(store.load("r", "n")) is None
 
 
-@pytest.mark.parametrize("make", [DictStore, AsyncDictStore, *STORES])
+@pytest.mark.parametrize("make", [SimpleStore, AsyncSimpleStore, *STORES])
 async def test_checkpoint_manager(make: Any) -> None:
     """A manager saves, resumes as a schema (None if absent) and clears by sync and async stores."""
     manager = CheckpointManager(make())
@@ -614,14 +582,14 @@ async def test_manager_awaits_any_awaitable() -> None:
     """A store whose plain methods return awaitables is awaited too."""
     import asyncio
 
-    class Futures(DictStore):
+    class Futures(SimpleStore):
         def save(self, run_id: str, node_id: str, state: BaseModel) -> Any:
             super().save(run_id, node_id, state)
             return asyncio.ensure_future(asyncio.sleep(0))
 
         def load(self, run_id: str, node_id: str) -> Any:
             async def later() -> BaseModel | None:
-                return DictStore.load(self, run_id, node_id)
+                return SimpleStore.load(self, run_id, node_id)
 
             return later()
 
@@ -633,14 +601,14 @@ async def test_manager_awaits_any_awaitable() -> None:
 async def test_manager_prefers_load_typed() -> None:
     """resume uses load_typed where a store has one."""
 
-    class Typed(DictStore):
+    class Typed(SimpleStore):
         def load_typed(self, run_id: str, node_id: str, schema: type[BaseModel]) -> BaseModel | None:
             return schema.model_validate({"value": 9})
 
     assert await CheckpointManager(Typed()).resume("r", "n", A) == A(value=9)
 
 
-@pytest.mark.parametrize("make", [DictStore, AsyncDictStore])
+@pytest.mark.parametrize("make", [SimpleStore, AsyncSimpleStore])
 async def test_a_run_keeps_checkpoints_in_a_custom_store(make: Any) -> None:
     """A run saves each node's output under its id in a store of the simple protocol."""
     store = make()

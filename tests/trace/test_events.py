@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import Num, node, quick, sleep_forever
+from tests.kit import Num, SimpleStore, node, quick, sleep_forever
 
 from stroma import FailureClass, FailurePolicy, NodeHooks, RunStatus, StromaRunner, current_node, parallel
 
@@ -40,21 +40,15 @@ async def test_models_without_a_price_are_told_in_the_picture() -> None:
     assert "a-model-of-our-own" in result._repr_html_()
 
 
-class Stubborn:
-    """A store of the simple protocol that refuses the first time."""
+class Stubborn(SimpleStore):
+    """It refuses the first time."""
 
-    def __init__(self) -> None:
-        self.refused = False
+    refused = False
 
     def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
         if not self.refused:
             self.refused = True
             raise OSError("not now")
-
-    def load(self, run_id: str, node_id: str) -> BaseModel | None:
-        return None
-
-    def delete(self, run_id: str) -> None: ...
 
 
 async def test_every_record_carries_the_run_id(caplog: pytest.LogCaptureFixture) -> None:
